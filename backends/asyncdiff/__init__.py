@@ -1,0 +1,1 @@
+"""AsyncDiff: consecutive segments of the denoiser on different ranks (Chen et al., NeurIPS 2024, arXiv:2406.06911)."""

@@ -1,0 +1,85 @@
+"""Backend: what every parallel method must offer. Attached from outside to a loaded diffusers pipeline, and detachable.
+
+Life: `attach(pipe)` once after loading; then for each generation `begin(run)`, the pipeline runs (with `step_done` after each
+scheduler step), and `end()`, also when it failed. All calls are made on every rank, in the same order, with the same arguments.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+
+from backends.distributed import Mesh
+from backends.guidance import attach_batch_split, detach_batch_split
+from backends.model_table import ModelSpec
+from backends.plan import ParallelPlan
+from backends.request import GenerateRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One generation, as the backends need to know it. Sizes are in pixels of the result.
+
+    num_inference_steps: sampling steps asked for (before a window cuts some off).
+    order: denoiser evaluations per sampling step (2 for heun, dpm_2, ...); each evaluation ends in one `step_done`.
+    """
+
+    request: GenerateRequest
+    height: int
+    width: int
+    num_inference_steps: int
+    order: int = 1
+
+
+class Backend(ABC):
+    """A parallel method on this rank."""
+
+    name: ClassVar[str]
+
+    def __init__(self, *, spec: ModelSpec, plan: ParallelPlan, mesh: Mesh) -> None:
+        self.spec = spec
+        self.plan = plan
+        self.mesh = mesh
+
+    def attach(self, pipe: Any) -> None:
+        """Parallelise this pipeline instance: the method's own part first, the shared CFG split around it."""
+        self.attach_denoiser(pipe, self.denoiser_of(pipe))
+        attach_batch_split(self.denoiser_of(pipe), self.mesh)
+
+    def detach(self, pipe: Any) -> None:
+        """Leave the pipeline as it was found."""
+        detach_batch_split(self.denoiser_of(pipe))
+        self.detach_denoiser(pipe, self.denoiser_of(pipe))
+
+    def denoiser_of(self, pipe: Any) -> nn.Module:
+        return getattr(pipe, self.spec.denoiser)
+
+    @abstractmethod
+    def attach_denoiser(self, pipe: Any, denoiser: nn.Module) -> None:
+        """Attach the method to the denoiser (and to a ControlNet or VAE of `pipe`, where the method covers them)."""
+
+    @abstractmethod
+    def detach_denoiser(self, pipe: Any, denoiser: nn.Module) -> None:
+        """Undo attach_denoiser."""
+
+    def check(self, run: Run) -> None:
+        """Refuse, before anything is sent, a run that the method cannot follow (PlanError, UnsupportedError). Arithmetic only.
+
+        Called on rank 0 before the broadcast and again on every rank: it must come to the same result everywhere.
+        """
+
+    def begin(self, run: Run) -> None:
+        """A generation starts: forget everything of the last one."""
+
+    def step_done(self) -> None:
+        """A scheduler step (one denoiser evaluation) has been made on this rank."""
+
+    def end(self) -> None:
+        """The generation is over, well or not: wait for what is still under way and drop its state."""
+
+    def report(self) -> Mapping[str, object]:
+        """Figures of the last generation for logs, settings and benchmarks: bytes sent, seconds waited, ..."""
+        traffic = self.mesh.traffic
+        return {"sent_bytes": traffic.sent_bytes, "messages": traffic.messages, "wait_s": round(traffic.wait_s, 4)}

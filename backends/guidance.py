@@ -1,0 +1,72 @@
+"""CFG split: the negative and the positive half of a batch on two halves of the ranks. Exact, and shared by all backends.
+
+The denoiser's batch is cut along dim 0 and the halves' outputs are gathered, so guidance needs no change in any pipeline. A batch of
+several prompts is split the same way; an odd batch (guidance off, one picture) is computed whole on every rank.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from backends import hooks
+from backends.distributed import Axis, Mesh, all_gather
+
+NAME = "cfg split"
+
+_BATCHED = frozenset(
+    "sample timestep class_labels timestep_cond encoder_hidden_states attention_mask cross_attention_kwargs added_cond_kwargs "
+    "added_time_ids down_block_additional_residuals mid_block_additional_residual down_intrablock_additional_residuals "
+    "encoder_attention_mask hidden_states pooled_projections guidance block_controlnet_hidden_states controlnet_block_samples "
+    "controlnet_single_block_samples joint_attention_kwargs text_embedding_mask encoder_hidden_states_t5 text_embedding_mask_t5 "
+    "image_meta_size style".split()
+)
+"""Arguments of diffusers' denoisers that carry the batch in dim 0. Position tables (img_ids, image_rotary_emb, ...) do not."""
+
+
+def attach_batch_split(denoiser: nn.Module, mesh: Mesh) -> None:
+    """Split every call of this denoiser over the mesh's `cfg` axis. Attach last: it must see the whole batch."""
+    if mesh.axis("cfg").size > 1:
+        hooks.attach(denoiser, NAME, _split_call(denoiser, mesh))
+
+
+def detach_batch_split(denoiser: nn.Module) -> None:
+    if NAME in hooks.attached(denoiser):
+        hooks.detach(denoiser, NAME)
+
+
+def _split_call(denoiser: nn.Module, mesh: Mesh) -> Callable[..., Any]:
+    names = [name for name in inspect.signature(type(denoiser).forward).parameters if name != "self"]
+
+    def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+        batch = arguments[names[0]].shape[0]
+        axis = mesh.axis("cfg")
+        if batch % axis.size:
+            return forward(**arguments)
+        mine = {name: _cut(value, batch, axis) if name in _BATCHED else value for name, value in arguments.items()}
+        return _gather(forward(**mine), mesh)
+
+    return around
+
+
+def _cut(value: Any, batch: int, axis: Axis) -> Any:
+    """This rank's part of every tensor in `value` that has the batch (or batch x frames) in dim 0."""
+    if torch.is_tensor(value):
+        is_batched = value.dim() > 0 and value.shape[0] >= batch and value.shape[0] % batch == 0
+        return value.chunk(axis.size)[axis.rank] if is_batched else value
+    if isinstance(value, dict):
+        return {key: _cut(item, batch, axis) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_cut(item, batch, axis) for item in value)
+    return value
+
+
+def _gather(output: Any, mesh: Mesh) -> Any:
+    axis = mesh.axis("cfg")
+    part = output[0]
+    mesh.traffic.add(part, peers=axis.size - 1)
+    whole = all_gather(part, dim=0, axis=axis)
+    return (whole, *output[1:]) if isinstance(output, tuple) else type(output)(sample=whole)

@@ -1,0 +1,236 @@
+"""Reads and checks model_table.yaml, the only list of what is supported -> ModelSpec. Imports no torch.
+
+A wrong table is a ConfigError that names the line.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+
+from backends import BACKEND_NAMES
+from backends.errors import ConfigError, UnsupportedError
+
+TABLE_PATH = Path(__file__).resolve().parent.parent / "model_table.yaml"
+FEATURES = ("lora", "controlnet", "ip_adapter", "quantization", "gguf", "compile", "offload", "compel")
+Status = Literal["tested", "untested", "unsupported"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """Whether one combination works. `reason` says why not, and is the text that the user reads."""
+
+    status: Status
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackendSpec:
+    """One backend's row of a model type: its own status, and one cell per feature."""
+
+    cell: Cell
+    features: Mapping[str, Cell]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """Facts about one model type. Code asks these instead of comparing names.
+
+    pipeline: diffusers class; denoiser: its attribute on the pipeline; output: kind of result; returns_latents: whether clients get them.
+    latents: layout during denoising; scales_initial_latents: the pipeline multiplies given latents by scheduler.init_noise_sigma.
+    flow_matching: family of samplers; size_multiple: pixels that height and width must divide by; upscale: output side / input side.
+    guidance: 'cfg' runs two halves, 'distilled' feeds the scale to the model, 'frame_ramp' is svd's per-frame scale.
+    requires: inputs that every request must bring. call: fixed extra arguments of the pipeline call.
+    components: what must be loaded besides the checkpoint folder, unless the folder holds it.
+    demo: checkpoint below the repository for starting without --checkpoint, and its own default size, steps and guidance.
+    """
+
+    name: str
+    title: str
+    pipeline: str
+    denoiser: Literal["unet", "transformer"]
+    output: Literal["image", "video"]
+    returns_latents: bool
+    latents: Literal["spatial", "packed", "video"]
+    height: int
+    width: int
+    num_inference_steps: int
+    guidance_scale: float
+    backends: Mapping[str, BackendSpec]
+    blocks: tuple[str, ...] = ()
+    scales_initial_latents: bool = True
+    flow_matching: bool = False
+    size_multiple: int = 8
+    upscale: int = 1
+    guidance: Literal["cfg", "distilled", "frame_ramp"] = "cfg"
+    num_frames: int = 1
+    requires: tuple[str, ...] = ("prompt",)
+    call: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    components: tuple[str, ...] = ()
+    single_file: bool = False
+    demo: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+    def supports(self, backend: str, feature: str | None = None) -> Cell:
+        """Whether `backend` can run this type, or this feature of it."""
+        row = self.backends.get(backend)
+        if row is None:
+            known = ", ".join(self.backends)
+            return Cell(status="unsupported", reason=f"model type {self.name!r} has no backend {backend!r}. It has: {known}")
+        if feature is None or row.cell.status == "unsupported":
+            return row.cell
+        return row.features[feature]
+
+    def require(self, backend: str, feature: str | None = None) -> None:
+        """UnsupportedError with the table's reason, unless the combination is there."""
+        cell = self.supports(backend, feature)
+        if cell.status == "unsupported":
+            what = f"{feature} with backend {backend!r}" if feature else f"backend {backend!r}"
+            others = [name for name in self.backends if self.supports(name, feature).status != "unsupported"]
+            advice = f" Works with: {', '.join(others)}." if others else ""
+            raise UnsupportedError(f"{what} is not available for model type {self.name!r}: {cell.reason}.{advice}")
+
+    def default_backend(self, world_size: int) -> str:
+        """`single` on one rank, else the first backend of the row that can run the type."""
+        if world_size == 1:
+            return "single"
+        for name, row in self.backends.items():
+            if name != "single" and row.cell.status != "unsupported":
+                return name
+        raise UnsupportedError(f"no backend runs model type {self.name!r} on {world_size} ranks. Use --nproc_per_node=1.")
+
+
+class ModelTable(Mapping[str, ModelSpec]):
+    """Model type name -> ModelSpec, in the order of the file."""
+
+    def __init__(self, specs: Mapping[str, ModelSpec]) -> None:
+        self._specs = dict(specs)
+
+    def __getitem__(self, name: str) -> ModelSpec:
+        if name not in self._specs:
+            raise ConfigError(f"type={name!r} is not a model type. Allowed: {', '.join(self._specs)}.")
+        return self._specs[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._specs)
+
+    def __len__(self) -> int:
+        return len(self._specs)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._specs
+
+
+def read_table(path: Path = TABLE_PATH) -> ModelTable:
+    """The checked table. ConfigError('model_table.yaml, line 12: ...') if it is wrong."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except OSError as error:
+        raise ConfigError(f"the model table {path} cannot be read: {error.strerror}. Reinstall, or restore the file.") from error
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 0
+        raise ConfigError(f"{path.name}, line {line}: {error.problem}. Mend the YAML there.") from error
+    return ModelTable({name: spec for name, spec in _Reader(path.name).table(root)})
+
+
+class _Reader:
+    """Walks the YAML nodes, which know their lines."""
+
+    def __init__(self, file_name: str) -> None:
+        self._file_name = file_name
+
+    def table(self, root: yaml.Node | None) -> Iterator[tuple[str, ModelSpec]]:
+        if not isinstance(root, yaml.MappingNode):
+            raise ConfigError(f"{self._file_name}, line 1: the table must map model type names to their facts.")
+        for name, node in self._items(root).items():
+            yield name, self._spec(name, node)
+
+    def _spec(self, name: str, node: yaml.Node) -> ModelSpec:
+        items = self._items(node)
+        known = {fact.name: fact for fact in fields(ModelSpec)}
+        values: dict[str, Any] = {"name": name}
+        for key, value in items.items():
+            if key not in known or key == "name":
+                allowed = ", ".join(known)
+                raise self._error(value, f"{name}.{key} is not a fact of a model type. Allowed: {allowed}")
+            values[key] = self._backends(name, value) if key == "backends" else self._fact(f"{name}.{key}", known[key].type, value)
+        missing = [key for key, fact in known.items() if key not in values and fact.default is MISSING and fact.default_factory is MISSING]
+        if missing:
+            raise self._error(node, f"{name} lacks {', '.join(missing)}. Add it")
+        return ModelSpec(**values)
+
+    def _backends(self, name: str, node: yaml.Node) -> Mapping[str, BackendSpec]:
+        rows = {}
+        for backend, row_node in self._items(node).items():
+            if backend not in BACKEND_NAMES:
+                raise self._error(row_node, f"{name}.backends.{backend} is no backend. Allowed: {', '.join(BACKEND_NAMES)}")
+            items = self._items(row_node)
+            feature_nodes = self._items(items.pop("features")) if "features" in items else {}
+            for feature, feature_node in feature_nodes.items():
+                if feature not in FEATURES:
+                    raise self._error(
+                        feature_node, f"{name}.backends.{backend}.features.{feature} is no feature. Allowed: {', '.join(FEATURES)}"
+                    )
+            features = {
+                feature: self._cell(feature_nodes.get(feature), row_node, f"{name}.backends.{backend}.{feature}") for feature in FEATURES
+            }
+            rows[backend] = BackendSpec(
+                cell=self._status(items, row_node, f"{name}.backends.{backend}"), features=MappingProxyType(features)
+            )
+        return MappingProxyType(rows)
+
+    def _cell(self, node: yaml.Node | None, parent: yaml.Node, where: str) -> Cell:
+        """A feature is `tested`, `untested`, or `unsupported: reason` written as a mapping; absent means untested."""
+        if node is None:
+            return Cell(status="untested")
+        if isinstance(node, yaml.ScalarNode):
+            return self._status({"status": node}, node, where)
+        return self._status(self._items(node), node, where)
+
+    def _status(self, items: dict[str, yaml.Node], node: yaml.Node, where: str) -> Cell:
+        values = {key: self._value(value) for key, value in items.items()}
+        if set(values) - {"status", "reason"} or values.get("status") not in get_args(Status):
+            raise self._error(node, f"{where} must say status: {' | '.join(get_args(Status))} (and a reason), not {values}")
+        if values["status"] == "unsupported" and not values.get("reason"):
+            raise self._error(node, f"{where} is unsupported but gives no reason. Say why: the user reads it")
+        return Cell(status=values["status"], reason=str(values.get("reason", "")).strip().rstrip("."))
+
+    def _fact(self, where: str, kind: Any, node: yaml.Node) -> Any:
+        value = self._value(node)
+        if get_origin(kind) is Literal:
+            if value not in get_args(kind):
+                raise self._error(node, f"{where}={value!r} is not allowed. Allowed: {', '.join(get_args(kind))}")
+            return value
+        if get_origin(kind) is tuple:
+            if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+                raise self._error(node, f"{where} must be a list of names, not {value!r}")
+            return tuple(value)
+        if get_origin(kind) is Mapping:
+            if not isinstance(value, dict):
+                raise self._error(node, f"{where} must be a mapping, not {value!r}")
+            return MappingProxyType(value)
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        if type(value) is not kind:
+            raise self._error(node, f"{where} must be of type {kind.__name__}, not {value!r}")
+        return value
+
+    def _items(self, node: yaml.Node) -> dict[str, yaml.Node]:
+        if not isinstance(node, yaml.MappingNode):
+            raise self._error(node, f"expected a mapping, not {self._value(node)!r}")
+        items: dict[str, yaml.Node] = {}
+        for key_node, value_node in node.value:
+            key = self._value(key_node)
+            if key in items:
+                raise self._error(key_node, f"{key!r} is there twice. Keep one")
+            items[str(key)] = value_node
+        return items
+
+    def _value(self, node: yaml.Node) -> Any:
+        return yaml.SafeLoader("").construct_document(node)
+
+    def _error(self, node: yaml.Node, what: str) -> ConfigError:
+        return ConfigError(f"{self._file_name}, line {node.start_mark.line + 1}: {what}.")

@@ -1,0 +1,87 @@
+"""What is asked of a loaded pipeline and what it gives back. Names are diffusers'. Imports no torch.
+
+Requests travel from rank 0 to all ranks as they are, so they hold plain values, numpy arrays and PIL images only.
+"""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field
+
+from backends.plan import Exactness
+
+Array = np.ndarray
+MAX_SIDE = 8192
+MAX_STEPS = 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadRequest:
+    """Everything that is fixed when the weights are loaded. Paths are absolute; None means the checkpoint's own."""
+
+    model_type: str
+    checkpoint: str
+    variant: Literal["fp16", "bf16", "fp32"]
+    scheduler: dict[str, Any] | None = None
+    vae: str | None = None
+    motion_adapter: str | None = None
+    enable_vae_tiling: bool = False
+    enable_vae_slicing: bool = False
+    height: int | None = None
+    width: int | None = None
+    prewarm_steps: int = 0
+
+
+class GenerateRequest(BaseModel):
+    """One picture (or one video) to make. A field left out takes the model type's default from the model table."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    prompt: Annotated[str | None, Field(description="What the picture shows.")] = None
+    negative_prompt: Annotated[str | None, Field(description="What it must not show.")] = None
+    seed: Annotated[int | None, Field(description="Same seed, same picture. Absent or negative: drawn at random.")] = None
+    num_inference_steps: Annotated[int | None, Field(ge=1, le=MAX_STEPS, description="Sampling steps.")] = None
+    guidance_scale: Annotated[float | None, Field(ge=0, le=1000, description="How closely to follow the prompt; 0 or 1 is off.")] = None
+    height: Annotated[int | None, Field(ge=8, le=MAX_SIDE, description="Pixels.")] = None
+    width: Annotated[int | None, Field(ge=8, le=MAX_SIDE, description="Pixels.")] = None
+    clip_skip: Annotated[int | None, Field(ge=0, le=12, description="Layers of the CLIP text encoder to skip at its end.")] = None
+    scheduler: Annotated[dict[str, Any] | str | None, Field(description="Sampler name, or its name and settings.")] = None
+    latents: Annotated[Array | None, Field(description="float32 (1, C, height / 8, width / 8), unscaled VAE space: where to start.")] = None
+    strength: Annotated[float, Field(ge=0, le=1, description="With latents: 1 ignores them but for their size, 0 returns them.")] = 1.0
+    denoising_end: Annotated[float, Field(ge=0, le=1, description="Stop after this share of the noise levels.")] = 1.0
+    sigmas: Annotated[list[float] | None, Field(description="Noise levels, descending, the last one 0; overrides the steps.")] = None
+    timesteps: Annotated[list[int] | None, Field(description="The model's timesteps, descending; overrides the steps.")] = None
+    prompt_embeds: Annotated[Array | None, Field(description="float32 (1, T, D), in place of the prompt.")] = None
+    pooled_prompt_embeds: Annotated[Array | None, Field(description="float32 (1, P).")] = None
+    negative_prompt_embeds: Annotated[Array | None, Field(description="float32 (1, T, D).")] = None
+    negative_pooled_prompt_embeds: Annotated[Array | None, Field(description="float32 (1, P).")] = None
+    image: Annotated[Image.Image | None, Field(description="The picture to animate or to enlarge.")] = None
+    ip_adapter_image: Annotated[Image.Image | None, Field(description="Picture for the IP-Adapter.")] = None
+    control_image: Annotated[Image.Image | None, Field(description="Picture for the ControlNet.")] = None
+    controlnet_conditioning_scale: Annotated[float | None, Field(description="Weight of the ControlNet.")] = None
+    num_frames: Annotated[int | None, Field(ge=1, le=512, description="Frames of a video.")] = None
+    decode_chunk_size: Annotated[int | None, Field(ge=1, le=512, description="Frames decoded at once.")] = None
+    motion_bucket_id: Annotated[int | None, Field(ge=0, le=1023, description="Amount of motion (svd).")] = None
+    noise_aug_strength: Annotated[float | None, Field(ge=0, le=10, description="Noise on the conditioning picture (svd).")] = None
+    warmup_steps: Annotated[int | None, Field(ge=0, description="Steps run synchronously at the start, for approximate methods.")] = None
+    quality: Annotated[Literal["exact"] | None, Field(description="'exact': refuse approximate methods for this request.")] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateResult:
+    """Pictures on the CPU.
+
+    frames: uint8 (N, H, W, 3); N is 1 for a picture, the number of frames for a video.
+    latents: float32 (1, C, h, w) in unscaled VAE space, or None for types that do not give them.
+    num_steps: scheduler steps really executed.
+    """
+
+    frames: Array
+    latents: Array | None
+    seed: int
+    num_steps: int
+    exactness: Exactness
+    seconds: float
+    report: dict[str, Any] = field(default_factory=dict)
