@@ -1,0 +1,1 @@
+"""The HTTP side and the loop that every rank runs."""
