@@ -1,0 +1,87 @@
+"""The entry points: a checkpoint folder by name, the pipeline loaded from it, and arguments for a short generation. See the package."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tests.checkpoints.cache import cached
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+NAMES = ("ad", "sd1", "sd2", "sd3", "sdup", "sdxl", "svd", "flux", "hy", "pixa", "pixs")
+SD35_MEDIUM = {"qk_norm": "rms_norm", "dual_attention_layers": (0, 1)}
+DEFAULT_GAIN = 2.0
+
+
+def checkpoint(name: str, *, seed: int = 0, attention_gain: float = DEFAULT_GAIN, **denoiser: object) -> Path:
+    """Return the folder of a tiny checkpoint of type `name`, float32, in the layout save_pretrained writes.
+
+    seed: of the weights. attention_gain: see gain.py; 1.0 leaves the weights as the classes initialise them.
+    denoiser: fields of the UNet's or transformer's config that differ from the default (denoisers.py).
+    """
+    if name not in NAMES:
+        raise ValueError(f"No tiny checkpoint named {name!r}. Allowed: {', '.join(NAMES)}.")
+    recipe = {"seed": seed, "attention_gain": attention_gain, "denoiser": denoiser}
+    return cached(name, recipe, lambda folder: _build(name, folder, **recipe))
+
+
+def _build(name: str, folder: Path, *, seed: int, attention_gain: float, denoiser: dict[str, object]) -> None:
+    """Make the pipeline from `seed` alone, without touching the caller's random state, and save it."""
+    import torch
+
+    from tests.checkpoints.gain import scale_attention
+    from tests.checkpoints.pipelines import BUILDERS
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipe = BUILDERS[name](**denoiser)
+    for part, module in pipe.components.items():
+        if isinstance(module, torch.nn.Module) and part != "vae":
+            scale_attention(module, attention_gain)
+    pipe.save_pretrained(folder)
+
+
+def load(name: str, **variant: object) -> "DiffusionPipeline":
+    """Load checkpoint(name, **variant) on the CPU in float32, as plain diffusers does, with its progress bar off."""
+    from diffusers import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained(checkpoint(name, **variant), local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def inputs(
+    name: str, *, prompt: str = "a photo of a cat", size: int = 64, num_inference_steps: int = 2, seed: int = 0
+) -> dict[str, object]:
+    """Return the arguments of a short generation with type `name`: square, `size` pixels, output as a numpy array in [0, 1].
+
+    The upscaler starts from an image of a quarter of the size; svd takes an image and no prompt; both videos have 4 frames.
+    """
+    import torch
+
+    arguments: dict[str, object] = {
+        "num_inference_steps": num_inference_steps,
+        "generator": torch.Generator().manual_seed(seed),
+        "output_type": "np",
+    }
+    if name != "svd":
+        arguments["prompt"] = prompt
+    if name == "sdup":
+        return arguments | {"image": picture(size // 4)}
+    arguments |= {"height": size, "width": size}
+    if name == "svd":
+        arguments |= {"image": picture(size), "num_frames": 4}
+    if name == "ad":
+        arguments |= {"num_frames": 4}
+    if name in ("hy", "pixa", "pixs"):
+        arguments |= {"use_resolution_binning": False}  # else the size becomes the nearest of a list that starts at 512
+    return arguments
+
+
+def picture(size: int, *, seed: int = 0):
+    """An RGB image with coarse structure (not pixel noise), so that resizing keeps it: 8 x 8 random colours, enlarged."""
+    import numpy
+    from PIL import Image
+
+    colours = numpy.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=numpy.uint8)
+    return Image.fromarray(colours).resize((size, size), Image.Resampling.BICUBIC)
