@@ -53,6 +53,9 @@ class Traffic:
     messages: int = 0
     wait_s: float = 0.0
 
+    def reset(self) -> None:
+        self.sent_bytes, self.messages, self.wait_s = 0, 0, 0.0
+
     def add(self, *tensors: Tensor, peers: int = 1) -> None:
         """Count one message of these tensors, sent to `peers` other ranks."""
         self.messages += 1

@@ -133,7 +133,7 @@ def read_table(path: Path = TABLE_PATH) -> ModelTable:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 0
         raise ConfigError(f"{path.name}, line {line}: {error.problem}. Mend the YAML there.") from error
-    return ModelTable({name: spec for name, spec in _Reader(path.name).table(root)})
+    return ModelTable(dict(_Reader(path.name).table(root)))
 
 
 class _Reader:

@@ -31,6 +31,8 @@ class LoadRequest:
     enable_vae_slicing: bool = False
     height: int | None = None
     width: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
     prewarm_steps: int = 0
 
 

@@ -1,0 +1,180 @@
+"""GenerateRequest -> the keyword arguments of one diffusers pipeline call, from the request and the call's own signature.
+
+Nothing is written per model type: an argument is passed when the signature has it, and the model table supplies the defaults.
+"""
+
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from inspect import Signature
+from typing import Any
+
+import numpy as np
+import torch
+
+from backends.errors import RequestError, UnsupportedError
+from backends.model_table import ModelSpec
+from backends.request import GenerateRequest
+
+logger = logging.getLogger(__name__)
+
+_PROMPT_INPUTS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+
+
+def resolve(request: GenerateRequest, spec: ModelSpec, *, defaults: Mapping[str, Any], vae_scale_factor: int) -> GenerateRequest:
+    """The request with every default filled in and its size settled. RequestError for what is missing or cannot be meant.
+
+    defaults: height, width, num_inference_steps, guidance_scale as fixed at launch; they come before the model table's.
+    """
+    _require_inputs(request, spec)
+    height, width = _size(request, spec, defaults, vae_scale_factor)
+    filled = {
+        "height": height,
+        "width": width,
+        "num_inference_steps": _num_inference_steps(request, spec, defaults),
+        "guidance_scale": _first(request.guidance_scale, defaults.get("guidance_scale"), spec.guidance_scale),
+        "num_frames": _first(request.num_frames, spec.num_frames) if spec.output == "video" else None,
+        "clip_skip": request.clip_skip or None,
+        "prompt": request.prompt or None,
+        "negative_prompt": request.negative_prompt or None,
+    }
+    return request.model_copy(update=filled)
+
+
+def call_arguments(
+    request: GenerateRequest, spec: ModelSpec, signature: Signature, *, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Keyword arguments of the pipeline call for a resolved request. Latents, timesteps and sigmas are the caller's."""
+    arguments = {
+        **_texts(request, spec, device=device, dtype=dtype),
+        **_guidance(request, spec),
+        "height": request.height,
+        "width": request.width,
+        "num_inference_steps": request.num_inference_steps,
+        "clip_skip": request.clip_skip,
+        "image": request.image,
+        "num_frames": request.num_frames,
+        "decode_chunk_size": _first(request.decode_chunk_size, 8),
+        "motion_bucket_id": _first(request.motion_bucket_id, 127),
+        "noise_aug_strength": _first(request.noise_aug_strength, 0.02),
+        "generator": generator(request),
+        **spec.call,
+    }
+    return {name: value for name, value in arguments.items() if name in signature.parameters and value is not None}
+
+
+def generator(request: GenerateRequest) -> torch.Generator:
+    """The noise of a seed, on the CPU: the same on every device and every rank."""
+    return torch.Generator("cpu").manual_seed(request.seed)
+
+
+@contextmanager
+def visible_clip_layers(pipe: Any, request: GenerateRequest) -> Iterator[None]:
+    """Let diffusers 0.42 find the layers of a flat CLIPTextModel for clip_skip (transformers >= 5.6 dropped `.text_model`).
+
+    Only during the call: LoRA loading tests whether the attribute exists. Not a normal assignment, which would register the module as
+    its own child.
+    """
+    encoder = getattr(pipe, "text_encoder", None)
+    if not request.clip_skip or encoder is None or hasattr(encoder, "text_model") or not hasattr(encoder, "final_layer_norm"):
+        yield
+        return
+    object.__setattr__(encoder, "text_model", encoder)
+    try:
+        yield
+    finally:
+        object.__delattr__(encoder, "text_model")
+
+
+def _first(*values: Any) -> Any:
+    return next((value for value in values if value is not None), None)
+
+
+def _require_inputs(request: GenerateRequest, spec: ModelSpec) -> None:
+    if "image" in spec.requires and request.image is None:
+        raise RequestError(f"image is missing. {spec.title} starts from a picture: send one as 'image'.", field="image")
+    if "prompt" in spec.requires and not request.prompt and request.prompt_embeds is None:
+        raise RequestError("no prompt was given. Send a text as 'positive' (or 'prompt'), or embeddings.", field="positive")
+    if request.prompt and request.prompt_embeds is not None:
+        raise RequestError("both a prompt and prompt embeddings were given. Send one of them.", field="positive_embeds")
+    if request.negative_prompt and request.negative_prompt_embeds is not None:
+        raise RequestError("both a negative prompt and negative embeddings were given. Send one of them.", field="negative_embeds")
+    if request.sigmas is not None and request.timesteps is not None:
+        raise RequestError("both sigmas and timesteps were given. Send one of them.", field="sigmas")
+
+
+def _num_inference_steps(request: GenerateRequest, spec: ModelSpec, defaults: Mapping[str, Any]) -> int:
+    if request.sigmas is not None:
+        return max(len(request.sigmas) - 1, 1)
+    if request.timesteps is not None:
+        return max(len(request.timesteps), 1)
+    return _first(request.num_inference_steps, defaults.get("num_inference_steps"), spec.num_inference_steps)
+
+
+def _size(request: GenerateRequest, spec: ModelSpec, defaults: Mapping[str, Any], vae_scale_factor: int) -> tuple[int, int]:
+    if spec.upscale > 1 and request.image is not None:
+        return request.image.height * spec.upscale, request.image.width * spec.upscale
+    if request.latents is not None and request.latents.ndim == 4:
+        height, width = (side * vae_scale_factor for side in request.latents.shape[-2:])
+        if (request.height, request.width) not in ((None, None), (height, width)):
+            logger.info("size %sx%s given, but the latent is of %dx%d: the latent wins", request.width, request.height, width, height)
+    else:
+        height = _first(request.height, defaults.get("height"), spec.height)
+        width = _first(request.width, defaults.get("width"), spec.width)
+    rounded = [side // spec.size_multiple * spec.size_multiple for side in (height, width)]
+    if min(rounded) == 0 or (request.latents is not None and rounded != [height, width]):
+        raise RequestError(
+            f"size {width}x{height} is not allowed for {spec.title}. Both sides must be multiples of {spec.size_multiple} pixels.",
+            field="width" if rounded[0] == height else "height",
+        )
+    if rounded != [height, width]:
+        logger.info("size %dx%d cut down to %dx%d: multiples of %d only", width, height, rounded[1], rounded[0], spec.size_multiple)
+    return rounded[0], rounded[1]
+
+
+def _guidance(request: GenerateRequest, spec: ModelSpec) -> dict[str, Any]:
+    scale = request.guidance_scale
+    if not math.isfinite(scale):
+        raise RequestError(f"cfg={scale} is not a number. Send one from 0 to 1000.", field="cfg")
+    if spec.guidance == "frame_ramp":
+        return {"min_guidance_scale": min(1.0, scale), "max_guidance_scale": scale}
+    return {"guidance_scale": scale}
+
+
+def _texts(request: GenerateRequest, spec: ModelSpec, *, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    negative = request.negative_prompt if spec.guidance == "cfg" else None
+    if request.prompt_embeds is None:
+        return {"prompt": request.prompt or "", "negative_prompt": negative}
+    given = {name: getattr(request, name) for name in _PROMPT_INPUTS if getattr(request, name) is not None}
+    if spec.guidance != "cfg":
+        given = {name: value for name, value in given.items() if not name.startswith("negative")}
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(value)).to(device=device, dtype=dtype) for name, value in given.items()}
+    if "negative_prompt_embeds" in tensors:
+        tensors["prompt_embeds"], tensors["negative_prompt_embeds"] = _same_length(
+            tensors["prompt_embeds"], tensors["negative_prompt_embeds"]
+        )
+        negative = None
+    return {**tensors, "negative_prompt": negative}
+
+
+def _same_length(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pad the shorter of two (1, T, D) with zeros at its end."""
+    length = max(a.shape[1], b.shape[1])
+    return tuple(torch.nn.functional.pad(x, (0, 0, 0, length - x.shape[1])) for x in (a, b))
+
+
+def require_embeds_support(request: GenerateRequest, spec: ModelSpec, signature: Signature) -> None:
+    """UnsupportedError where the request's embeddings do not suffice for this pipeline."""
+    if request.prompt_embeds is None:
+        return
+    needs = [name for name in ("prompt_attention_mask", "prompt_embeds_2") if name in signature.parameters]
+    if "prompt_embeds" not in signature.parameters or needs:
+        raise UnsupportedError(
+            f"embeddings cannot be given to {spec.title}: it also needs {', '.join(needs) or 'a picture'}, "
+            "which no request field carries. Send the prompt as text."
+        )
+    if "pooled_prompt_embeds" in signature.parameters and request.pooled_prompt_embeds is None:
+        raise RequestError(
+            f"positive_embeds has no pooled_output, which {spec.title} needs. Send it with the embeddings.", field="positive_embeds"
+        )

@@ -1,0 +1,319 @@
+"""Every launch argument, declared once: the parser, --help, the README's table and GET /settings come from these fields.
+
+Imports no torch. Values are checked one by one here; what depends on several of them is checked in hosts/startup.py.
+"""
+
+import argparse
+import difflib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import Field, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from backends import BACKEND_NAMES
+from backends.errors import ConfigError
+from hosts.values import json_object, number, one_of, parse_switch, scales, scheduler, weights, whole
+
+SECTIONS = ("start", "model", "adapters", "quantization", "compile", "memory", "asyncdiff", "distrifuser", "xdit", "several machines")
+
+
+def _option(
+    default: Any, section: str, text: str, *, parse: Callable[[str], Any], aliases: Sequence[str] = (), pending: str = "", metavar: str = ""
+) -> Any:
+    """One launch argument. `pending`: why giving it is refused for now; `aliases`: further names, the clients' older ones."""
+    metadata = {"section": section, "text": text, "parse": parse, "aliases": tuple(aliases), "pending": pending, "metavar": metavar}
+    return field(default=default, metadata=metadata)
+
+
+def _switch(section: str, text: str, *, aliases: Sequence[str] = (), pending: str = "") -> Any:
+    return _option(False, section, text, parse=parse_switch, aliases=aliases, pending=pending)
+
+
+_ADAPTERS = "adapters are not available in this version"
+_QUANTIZATION = "quantisation is not available in this version"
+_COMPILE = "torch.compile is not available in this version"
+_OFFLOAD = "offloading is not available in this version"
+_PATHS: Callable[[str], str] = str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Everything that is fixed at launch. None means not given. Names are the customer's; '-' and '_' are equal."""
+
+    type: str | None = _option(None, "start", "Model type, a row of model_table.yaml.", parse=str)
+    port: int = _option(6000, "start", "HTTP port.", parse=whole(1, 65535))
+    checkpoint: str | None = _option(
+        None, "start", "Folder in diffusers layout, or a single .safetensors file for sd1, sd2, sdxl, flux. Without it: the demo model.",
+        parse=_PATHS, aliases=("model",), metavar="PATH",
+    )  # fmt: skip
+    backend: str | None = _option(None, "start", "Backend; without it the first of the type's row.", parse=one_of(*BACKEND_NAMES))
+    nproc_per_node: int | None = _option(None, "start", "Ranks on this machine; without it the visible GPUs, else 1.", parse=whole(1, 64))
+    host: str = _option("127.0.0.1", "start", "Address to listen on.", parse=str)
+    master_port: int | None = _option(None, "start", "Port for the ranks' rendezvous; without it a free one.", parse=whole(1, 65535))
+    max_restarts: int = _option(3, "start", "How often the ranks are started again after a failure.", parse=whole(0, 1000))
+    state_dir: str | None = _option(
+        None, "start", "Folder for what must survive a restart.", parse=_PATHS, metavar="DIR",
+        pending="jobs are kept in memory in this version",
+    )  # fmt: skip
+    config: str | None = _option(None, "start", "YAML file with the same names; the command line wins.", parse=_PATHS, metavar="FILE")
+    image_dirs: str | None = _option(
+        None, "start", "Folders, with ':' between, from which requests may name image files by path.", parse=_PATHS, metavar="DIR:DIR"
+    )
+    failure_timeout: int = _option(10, "start", "Seconds without a sign of life after which a rank counts as lost.", parse=whole(2, 3600))
+    check: bool = _switch("start", "Print the resolved plan and exit without loading weights.")
+    json: bool = _switch("start", "With --check or --list: print JSON.")
+    list: bool = _switch("start", "Print the matrix of model types and backends and exit.")
+    features: bool = _switch("start", "With --list: print the features of every combination too.")
+
+    variant: str | None = _option(
+        None,
+        "model",
+        "Compute type: fp16, bf16 or fp32; fp16 on CUDA and fp32 on the CPU without it.",
+        parse=one_of("fp16", "bf16", "fp32"),
+    )
+    height: int | None = _option(None, "model", "Default height in pixels.", parse=whole(8, 8192, multiple=8))
+    width: int | None = _option(None, "model", "Default width in pixels.", parse=whole(8, 8192, multiple=8))
+    warm_up_steps: int = _option(
+        0, "model", "Steps of a throw-away picture after loading; for distrifuser also its synchronous steps.", parse=whole(0, 1000)
+    )
+    scheduler: dict[str, Any] | None = _option(
+        None, "model", "Sampler: a name, or JSON with its settings.", parse=scheduler, metavar="NAME|JSON"
+    )
+    vae: str | None = _option(None, "model", "Replacement VAE: file or folder.", parse=_PATHS, metavar="PATH")
+    vae_config: str | None = _option(None, "model", "config.json of --vae.", parse=_PATHS, pending=_ADAPTERS, metavar="PATH")
+    unet: str | None = _option(None, "model", "Replacement UNet.", parse=_PATHS, pending=_ADAPTERS, metavar="PATH")
+    unet_config: str | None = _option(None, "model", "config.json of --unet.", parse=_PATHS, pending=_ADAPTERS, metavar="PATH")
+    transformer: str | None = _option(None, "model", "Replacement transformer.", parse=_PATHS, pending=_ADAPTERS, metavar="PATH")
+    transformer_config: str | None = _option(
+        None, "model", "config.json of --transformer.", parse=_PATHS, pending=_ADAPTERS, metavar="PATH"
+    )
+    gguf_model: str | None = _option(
+        None, "model", "Denoiser weights in GGUF.", parse=_PATHS, pending="GGUF is not available in this version", metavar="PATH"
+    )
+    compel: bool = _switch("model", "Prompt weights such as (red)1.3.", pending="compel is not available in this version")
+
+    lora: dict[str, float] | None = _option(
+        None, "adapters", 'LoRA files, JSON {"path": scale}.', parse=scales, pending=_ADAPTERS, metavar="JSON"
+    )
+    control_net: dict[str, float] | None = _option(
+        None, "adapters", 'ControlNet folder, JSON {"path": scale} or a path.', parse=scales, pending=_ADAPTERS, metavar="JSON|PATH"
+    )
+    control_net_config: str | None = _option(
+        None, "adapters", "config.json of --control_net.", parse=_PATHS, pending=_ADAPTERS, metavar="PATH"
+    )
+    controlnet_scale: float | None = _option(None, "adapters", "Weight of the ControlNet.", parse=number(-10, 10), pending=_ADAPTERS)
+    ip_adapter: dict[str, float] | None = _option(
+        None, "adapters", 'IP-Adapter file, JSON {"path": scale}.', parse=scales, pending=_ADAPTERS, metavar="JSON"
+    )
+    image_scale: float | None = _option(None, "adapters", "Percent by which pictures are scaled.", parse=number(1, 1000), pending=_ADAPTERS)
+    motion_adapter: str | None = _option(None, "adapters", "AnimateDiff motion adapter folder (ad).", parse=_PATHS, metavar="DIR")
+    motion_module: str | None = _option(
+        None, "adapters", "AnimateDiff motion weights, one file (ad).", parse=_PATHS, pending=_ADAPTERS, metavar="PATH"
+    )
+    motion_config: str | None = _option(
+        None, "adapters", "config.json of --motion_module.", parse=_PATHS, pending=_ADAPTERS, metavar="PATH"
+    )
+    motion_adapter_lora: dict[str, float] | None = _option(
+        None, "adapters", "LoRA for the motion adapter.", parse=scales, aliases=("motion_lora",), pending=_ADAPTERS, metavar="JSON|PATH"
+    )
+
+    quantize_to: str | None = _option(
+        None, "quantization", "Denoiser and text encoders: float8, int8, int4, int2.", parse=str, pending=_QUANTIZATION
+    )
+    quantize_unet_to: str | None = _option(
+        None, "quantization", "Denoiser only.", parse=str, aliases=("quantize_unet",), pending=_QUANTIZATION
+    )
+    quantize_encoder_to: str | None = _option(
+        None, "quantization", "Text encoders only.", parse=str, aliases=("quantize_encoder",), pending=_QUANTIZATION
+    )
+    quantize_misc_to: str | None = _option(
+        None, "quantization", "ControlNet and motion adapter only.", parse=str, aliases=("quantize_misc",), pending=_QUANTIZATION
+    )
+    quantize_vae: str | None = _option(None, "quantization", "VAE only.", parse=str, pending=_QUANTIZATION)
+    quantize_tokenizer: str | None = _option(None, "quantization", "Nothing to quantise.", parse=str, pending=_QUANTIZATION)
+    quantize_scheduler: str | None = _option(None, "quantization", "Nothing to quantise.", parse=str, pending=_QUANTIZATION)
+
+    compile_unet: bool = _switch("compile", "Compile the denoiser.", aliases=("compile_transformer",), pending=_COMPILE)
+    compile_vae: bool = _switch("compile", "Compile the VAE.", pending=_COMPILE)
+    compile_text_encoder: bool = _switch("compile", "Compile the text encoders.", aliases=("compile_encoder",), pending=_COMPILE)
+    compile_backend: str | None = _option(None, "compile", "Backend of torch.compile.", parse=str, pending=_COMPILE)
+    compile_mode: str | None = _option(None, "compile", "Mode of torch.compile.", parse=str, pending=_COMPILE)
+    compile_options: dict[str, Any] | None = _option(
+        None, "compile", "Options of torch.compile.", parse=json_object, pending=_COMPILE, metavar="JSON"
+    )
+    compile_fullgraph_off: bool = _switch("compile", "Allow graph breaks.", pending=_COMPILE)
+    torch_cache_limit: int | None = _option(None, "compile", "Graphs kept per function.", parse=whole(0), pending=_COMPILE)
+    torch_accumulated_cache_limit: int | None = _option(
+        None, "compile", "Graphs kept in all.", parse=whole(0), aliases=("torch_accumlated_cache_limit",), pending=_COMPILE
+    )
+    torch_capture_scalar: bool = _switch("compile", "Capture scalar outputs.", pending=_COMPILE)
+
+    enable_vae_tiling: bool = _switch("memory", "Decode large pictures in tiles.")
+    enable_vae_slicing: bool = _switch("memory", "Decode batches one by one.")
+    xformers_efficient: bool = _switch("memory", "xformers attention.", pending=_OFFLOAD)
+    enable_model_cpu_offload: bool = _switch("memory", "Keep idle models in main memory.", pending=_OFFLOAD)
+    enable_sequential_cpu_offload: bool = _switch("memory", "Keep idle layers in main memory.", pending=_OFFLOAD)
+
+    model_n: int | None = _option(None, "asyncdiff", "Number of denoiser segments.", parse=whole(1, 64))
+    stride: int | None = _option(None, "asyncdiff", "Run the denoiser every 1 or 2 steps.", parse=whole(1, 2))
+    time_shift: bool = _switch("asyncdiff", "Shift the timestep of stale segments.")
+    warm_up: int | None = _option(
+        None, "asyncdiff", "Synchronous steps at the start of each picture (default 3).", parse=whole(0, 1000), aliases=("synced_steps",)
+    )
+    synced_percent: float | None = _option(None, "asyncdiff", "The same as a share of the steps; wins when above 0.", parse=number(0, 100))
+    segment_weights: tuple[float, ...] | None = _option(
+        None, "asyncdiff", "Relative speed of each segment's rank.", parse=weights, metavar="W,W"
+    )
+    shard_weights: bool = _switch("asyncdiff", "Each rank keeps only its own segment's weights.")
+    extrapolate: bool | None = _option(
+        None, "asyncdiff", "Extrapolate stale values from the last two steps (also distrifuser).", parse=parse_switch
+    )
+
+    parallelism: str | None = _option(
+        None, "distrifuser", "patch (default), naive_patch or tensor.", parse=one_of("patch", "naive_patch", "tensor")
+    )
+    sync_mode: str | None = _option(
+        None, "distrifuser", "How patches exchange (default corrected_async_gn).",
+        parse=one_of("corrected_async_gn", "stale_gn", "separate_gn", "sync_gn", "full_sync", "no_sync", "rotate"),
+    )  # fmt: skip
+    split_scheme: str | None = _option(None, "distrifuser", "row, col or alternate.", parse=one_of("row", "col", "alternate"))
+    patch_weights: tuple[float, ...] | None = _option(
+        None, "distrifuser", "Relative speed of each patch's rank.", parse=weights, metavar="W,W"
+    )
+    no_cuda_graph: bool = _switch("distrifuser", "Accepted for old clients; no CUDA graphs are used.")
+    no_split_batch: bool = _switch("distrifuser", "Patches instead of the CFG split.")
+
+    use_cfg_parallel: bool = _switch("xdit", "The two halves of guidance on two halves of the ranks (also asyncdiff).")
+    ulysses_degree: int | None = _option(None, "xdit", "Ranks over attention heads.", parse=whole(1, 64))
+    ring_degree: int | None = _option(None, "xdit", "Ranks in a ring over the sequence.", parse=whole(1, 64))
+    pipefusion_parallel_degree: int | None = _option(None, "xdit", "Stages of the denoiser.", parse=whole(1, 64))
+    num_pipeline_patch: int | None = _option(None, "xdit", "Patches in flight.", parse=whole(1, 64))
+    attn_layer_num_for_pp: tuple[float, ...] | None = _option(None, "xdit", "Blocks of each stage.", parse=weights, metavar="N,N")
+    data_parallel_degree: int | None = _option(None, "xdit", "Groups of ranks for several pictures.", parse=whole(1, 64))
+    tensor_parallel_degree: int | None = _option(None, "xdit", "Ranks over split weights.", parse=whole(1, 64))
+
+    nnodes: int = _option(1, "several machines", "Number of machines.", parse=whole(1, 64))
+    node_rank: int = _option(0, "several machines", "Number of this machine.", parse=whole(0, 63))
+    rdzv_endpoint: str | None = _option(None, "several machines", "host:port of the first machine.", parse=str, metavar="HOST:PORT")
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> "Settings":
+        """Settings from texts (command line) or YAML values, by canonical name. ConfigError names the argument and what is allowed."""
+        return cls(**{name: _convert(option_fields()[name], value) for name, value in values.items()})
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What differs from the defaults."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+
+    def options(self) -> dict[str, Any]:
+        """All values by name, as the backends' planners take them."""
+        return asdict(self)
+
+
+def option_fields() -> dict[str, Field[Any]]:
+    """Canonical name -> declaration, in the order of the table."""
+    return {f.name: f for f in fields(Settings)}
+
+
+def canonical_names() -> dict[str, str]:
+    """Every accepted spelling with '_' -> canonical name."""
+    return {spelling: name for name, f in option_fields().items() for spelling in (name, *f.metadata["aliases"])}
+
+
+def _convert(declared: Field[Any], value: Any) -> Any:
+    if value is None:
+        return declared.default
+    text = value if isinstance(value, str) else json.dumps(value)
+    try:
+        return declared.metadata["parse"](text)
+    except ValueError as error:
+        raise ConfigError(f"--{declared.name}={value} is not allowed. Allowed: {error}.") from error
+
+
+def parse_command_line(argv: Sequence[str]) -> Settings:
+    """Strict: an unknown or malformed argument is a ConfigError that names the closest one. --help prints and exits."""
+    spoken = vars(_parser().parse_args([_underscored(token) for token in argv]))
+    values = {name: value for name, value in spoken.items() if value is not None}
+    if "config" in values:
+        values = {**read_config(Path(values["config"])), **values}
+    return Settings.from_values(values)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The YAML file's values by canonical name."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise ConfigError(f"--config={path} cannot be read: {error.strerror}. Give a YAML file.") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config={path} is not YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"--config={path} must hold 'name: value' lines, not a {type(content).__name__}.")
+    names = canonical_names()
+    values = {}
+    for key, value in content.items():
+        spelling = str(key).replace("-", "_")
+        if spelling not in names:
+            raise ConfigError(f"--config={path} has an unknown name {key!r}.{_closest(spelling)}")
+        values[names[spelling]] = value
+    return values
+
+
+def _underscored(token: str) -> str:
+    """--warm-up-steps=3 -> --warm_up_steps=3; values are left alone."""
+    if not token.startswith("--"):
+        return token
+    name, equals, value = token.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
+
+
+def _closest(spelling: str) -> str:
+    close = difflib.get_close_matches(spelling, canonical_names(), n=1)
+    return f" Did you mean --{close[0]}?" if close else " See --help."
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}. See --help.")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:
+        spoken, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            raise ConfigError(f"{unknown[0]} is not an argument of this command.{_closest(unknown[0].partition('=')[0].lstrip('-'))}")
+        return spoken
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="launcher.py",
+        allow_abbrev=False,
+        description="Serve one diffusion model on several GPUs over HTTP.",
+        epilog="Example: python launcher.py --type=sdxl --port=6000. In names, '-' and '_' are the same.",
+    )
+    groups = {section: parser.add_argument_group(section) for section in SECTIONS}
+    for name, declared in option_fields().items():
+        data = declared.metadata
+        spellings = [f"--{spelling}" for spelling in (name, *data["aliases"])]
+        text = data["text"] + (f" Default: {declared.default}." if declared.default not in (None, False) else "")
+        text += f" ({data['pending']})" if data["pending"] else ""
+        value: dict[str, Any] = {"metavar": data["metavar"] or "VALUE"}
+        if data["parse"] is parse_switch:
+            value = {"nargs": "?", "const": "true", "metavar": "BOOL"}
+        groups[data["section"]].add_argument(*spellings, dest=name, default=None, help=text.replace("%", "%%"), **value)
+    return parser
+
+
+def table() -> str:
+    """The README's argument table, in Markdown."""
+    lines = ["| argument | default | meaning |", "|---|---|---|"]
+    for name, declared in option_fields().items():
+        data = declared.metadata
+        names = ", ".join(f"`--{spelling}`" for spelling in (name, *data["aliases"]))
+        default = "off" if declared.default is False else "" if declared.default is None else f"`{declared.default}`"
+        pending = f" Refused for now: {data['pending']}." if data["pending"] else ""
+        lines.append(f"| {names} | {default} | {data['text'].replace('|', '/')}{pending} |")
+    return "\n".join(lines) + "\n"
