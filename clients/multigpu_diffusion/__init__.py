@@ -1,0 +1,1 @@
+"""The folder that the ComfyUI and LocalAI clients look for beside themselves."""
