@@ -130,7 +130,7 @@ def encode_latents(latents: np.ndarray) -> str:
     """Latents [1, C, h, w] as a torch tensor: CPU, float32, contiguous, without gradient, so that no client needs CUDA."""
     import torch  # here, because the HTTP side must be importable without torch
 
-    return _encoded(torch.tensor(latents, dtype=torch.float32))
+    return _encoded(torch.tensor(np.ascontiguousarray(latents), dtype=torch.float32))
 
 
 def _decoded(read: Callable[[], T], *, field: str, wanted: str) -> T:

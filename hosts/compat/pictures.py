@@ -73,7 +73,7 @@ def from_file_bytes(data: bytes | memoryview, limits: DecodeLimits) -> Image.Ima
                 raise UnreadableImage(f"the image of {image.width}x{image.height} has more than {limits.max_pixels} pixels")
             ImageOps.exif_transpose(image, in_place=True)
             return image.convert("RGB")
-    except UnreadableImage:
+    except (UnreadableImage, MemoryError):
         raise
     except Image.DecompressionBombError as error:  # PIL's own bound, met while the header is read
         raise UnreadableImage(f"the image has more than {limits.max_pixels} pixels") from error
@@ -100,10 +100,13 @@ def read_allowed_file(path: str, allowed_dirs: Iterable[Path | str], limits: Dec
         descriptor = os.open(resolved, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
         raise UnreadableImage(f"the path is no readable file in {allowed}") from error
-    with open(descriptor, "rb") as file:
+    try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise UnreadableImage(f"the path is no readable file in {allowed}")
         if status.st_size > limits.max_encoded_bytes:
             raise UnreadableImage(f"the file has {status.st_size} bytes; allowed are {limits.max_encoded_bytes}")
-        return file.read(limits.max_encoded_bytes)
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read(limits.max_encoded_bytes)
+    finally:
+        os.close(descriptor)
