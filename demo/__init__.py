@@ -1,0 +1,1 @@
+"""The demo model: captioned shapes, the training that produced demo/checkpoint, and its evaluation."""

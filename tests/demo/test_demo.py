@@ -1,0 +1,119 @@
+"""The demo model: its pictures, its captions, its judge, and the checkpoint in the repository."""
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from demo import data, evaluate, latents
+from demo.data import Scene, Thing
+from demo.judge import judge
+
+ROOT = Path(__file__).parents[2]
+CHECKPOINT = ROOT / "demo" / "checkpoint"
+
+
+def red_circle(*, colour: str = "red", shape: str = "circle", x: float = 0.5) -> Scene:
+    thing = Thing(shape=shape, colour=colour, x=x, y=0.5, radius=0.24)
+    return Scene(caption="a red circle on a blue background", things=(thing,), background="blue", kind="single")
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    torch.set_num_threads(1)
+    return evaluate.load(CHECKPOINT)
+
+
+@pytest.mark.parametrize("size", [128, 256])
+def test_judge_agrees_with_true_renders(size):
+    rng = random.Random(3)
+    scenes = [data.training_scene(rng) for _ in range(60)]
+    verdicts = [judge(data.render(scene, size, rng), scene) for scene in scenes]
+    assert sum(verdict["all"] for verdict in verdicts) >= 0.95 * len(scenes)
+
+
+@pytest.mark.parametrize(
+    ("drawn", "wrong"),
+    [
+        (red_circle(colour="green"), {"colours", "shape", "count", "position", "all"}),
+        (red_circle(shape="cross"), {"shape", "all"}),
+        (red_circle(x=0.73), {"position", "all"}),
+    ],
+)
+def test_judge_says_what_is_wrong(drawn, wrong):
+    verdict = judge(data.render(drawn, 128, random.Random(0)), red_circle())
+    assert {measure for measure, right in verdict.items() if not right} == wrong
+
+
+def test_judge_counts_a_second_circle():
+    one, other = red_circle(x=0.25).things[0], red_circle(x=0.75).things[0]
+    drawn = Scene(caption="", things=(one, other), background="blue", kind="count")
+    assert not judge(data.render(drawn, 128, random.Random(0)), red_circle(x=0.25))["count"]
+
+
+def test_shapes_of_one_picture_never_touch():
+    rng = random.Random(5)
+    for scene in (data.any_scene(rng, kind=kind) for kind in ("count", "pair") for _ in range(150)):
+        covered = sum(data.coverage(thing, 128) > 0 for thing in scene.things)
+        assert covered.max() == 1, scene.caption
+
+
+def test_evaluation_captions_never_come_from_the_training_sampler():
+    keys = {data.caption_key(scene.caption) for scene in data.evaluation_scenes()}
+    rng = random.Random(11)
+    assert len(keys) == 100
+    assert not keys & {data.caption_key(data.training_scene(rng).caption) for _ in range(20_000)}
+
+
+def test_evaluation_captions_are_of_the_grammar_and_would_be_drawn_without_the_exclusion():
+    singles = {data.caption_key(scene.caption) for scene in data.evaluation_scenes() if scene.kind == "single"}
+    rng = random.Random(11)
+    drawn = {data.caption_key(data.any_scene(rng).caption) for _ in range(20_000)}
+    assert len(singles & drawn) > len(singles) / 2
+
+
+def test_both_ways_to_name_the_background_are_held_out_together():
+    assert data.caption_key("a red ring on an orange background") == data.caption_key("a red ring, orange background")
+
+
+def test_linear_latents_keep_the_picture():
+    pictures, _ = data.training_pictures(4, seed=1, size=128)
+    pixels = latents.from_uint8(pictures)
+    error = (latents.to_pixels(latents.to_latents(pixels)) - pixels).pow(2).mean()
+    assert 10 * torch.log10(4 / error) > 28  # dB
+
+
+def test_help_of_training_and_evaluation_imports_no_torch():
+    for module in ("train", "evaluate"):
+        script = f"import sys; import demo.{module} as m; m.make_parser().format_help(); assert 'torch' not in sys.modules"
+        subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, timeout=20)
+
+
+def test_checkpoint_is_under_16_megabytes():
+    assert sum(file.stat().st_size for file in CHECKPOINT.rglob("*") if file.is_file()) < 16_000_000
+
+
+def test_checkpoint_is_in_sdxl_layout(pipe):
+    assert type(pipe).__name__ == "StableDiffusionXLPipeline"
+    assert pipe.unet.config.addition_embed_type == "text_time"
+    assert pipe.scheduler.config.prediction_type == "v_prediction"
+
+
+def test_checkpoint_draws_a_red_circle_on_a_blue_background(pipe):
+    size = pipe.default_sample_size * pipe.vae_scale_factor
+    inputs = {"height": size, "width": size, "num_inference_steps": 20, "guidance_scale": 2.5}
+    picture = evaluate.draw(pipe, ["a red circle on a blue background"], seed=0, **inputs)[0]
+    assert picture.shape == (size, size, 3)
+    assert judge(picture, red_circle()) == {"colours": True, "shape": True, "count": True, "position": True, "all": True}
+
+
+def test_contact_sheet_places_pictures_in_reading_order():
+    pictures = [np.full((128, 128, 3), value, np.uint8) for value in range(12)]
+    sheet = np.asarray(evaluate.contact_sheet(pictures))
+    pitch = evaluate.SHEET_TILE + 2
+    assert sheet.shape == (2 * pitch, 10 * pitch, 3)
+    assert sheet[pitch + 5, pitch + 5, 0] == 11
