@@ -4,24 +4,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tests.checkpoints.cache import cached
+from tests.checkpoints.gain import default_gain, scale_attention
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 NAMES = ("ad", "sd1", "sd2", "sd3", "sdup", "sdxl", "svd", "flux", "hy", "pixa", "pixs")
 SD35_MEDIUM = {"qk_norm": "rms_norm", "dual_attention_layers": (0, 1)}
-DEFAULT_GAIN = 2.0
 
 
-def checkpoint(name: str, *, seed: int = 0, attention_gain: float = DEFAULT_GAIN, **denoiser: object) -> Path:
+def checkpoint(name: str, *, seed: int = 0, attention_gain: float | None = None, **denoiser: object) -> Path:
     """Return the folder of a tiny checkpoint of type `name`, float32, in the layout save_pretrained writes.
 
-    seed: of the weights. attention_gain: see gain.py; 1.0 leaves the weights as the classes initialise them.
+    seed: of the weights. attention_gain: see gain.py, also for the default; 1.0 leaves the weights as the classes initialise them.
     denoiser: fields of the UNet's or transformer's config that differ from the default (denoisers.py).
     """
     if name not in NAMES:
         raise ValueError(f"No tiny checkpoint named {name!r}. Allowed: {', '.join(NAMES)}.")
-    recipe = {"seed": seed, "attention_gain": attention_gain, "denoiser": denoiser}
+    gain = default_gain(name) if attention_gain is None else attention_gain
+    recipe = {"seed": seed, "attention_gain": gain, "denoiser": denoiser}
     return cached(name, recipe, lambda folder: _build(name, folder, **recipe))
 
 
@@ -29,7 +30,6 @@ def _build(name: str, folder: Path, *, seed: int, attention_gain: float, denoise
     """Make the pipeline from `seed` alone, without touching the caller's random state, and save it."""
     import torch
 
-    from tests.checkpoints.gain import scale_attention
     from tests.checkpoints.pipelines import BUILDERS
 
     with torch.random.fork_rng(devices=[]):
