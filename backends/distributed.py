@@ -6,6 +6,8 @@ milliseconds after a failure, without touching the control group or reloading we
 """
 
 import logging
+import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import _functional_collectives as functional_collectives
 
 from backends.plan import ParallelPlan
 
@@ -33,10 +36,17 @@ def select_device(local_rank: int) -> torch.device:
     return torch.device("cpu")
 
 
-def initialize(*, rank: int, world_size: int, store: dist.Store | None = None) -> None:
-    """Open the control group. With no store the rendezvous is torchelastic's (env://)."""
-    where: dict[str, Any] = {"store": store} if store is not None else {"init_method": "env://"}
-    dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=IDLE_TIMEOUT, **where)
+def initialize(*, rank: int, world_size: int) -> dist.Store:
+    """Open the control group over torchelastic's rendezvous (env://). Returns a store client for the watch thread of its own:
+    a client is one connection, and one that waits would hold up the other.
+    """
+    if world_size == 1:
+        store: dist.Store = dist.HashStore()
+        dist.init_process_group("gloo", rank=0, world_size=1, store=store, timeout=IDLE_TIMEOUT)
+        return store
+    store, rank, world_size = next(dist.rendezvous("env://", rank, world_size))
+    dist.init_process_group("gloo", rank=rank, world_size=world_size, store=dist.PrefixStore("control", store), timeout=IDLE_TIMEOUT)
+    return dist.PrefixStore("watch", store.clone())
 
 
 def shutdown() -> None:
@@ -179,3 +189,54 @@ def gather_outcomes(outcome: object) -> list[Any]:
     outcomes: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(outcomes, outcome)
     return outcomes
+
+
+class Swap:
+    """An exchange of byte strings among the ranks of an axis that runs in the background."""
+
+    def __init__(self, sent: Tensor, received: Tensor, sizes: Sequence[int], *, axis: Axis) -> None:
+        """Send the bytes `sent` to every other rank; theirs arrive in `received`, one after the other in rank order.
+
+        sent, received: uint8, 1-D, not to be touched until `wait` returns. sizes: bytes that each rank of the axis sends.
+        """
+        copies = sent.repeat(axis.size - 1) if axis.size > 2 else sent
+        to = [0 if rank == axis.rank else sent.numel() for rank in range(axis.size)]
+        of = [0 if rank == axis.rank else size for rank, size in enumerate(sizes)]
+        # far quicker than an all_gather on gloo, and a group of sends and receives on NCCL
+        self._work = dist.all_to_all_single(received, copies, of, to, group=axis.group, async_op=True)
+        self._held = (sent, copies, received)
+
+    def wait(self, timeout: timedelta | None = None) -> None:
+        """Until `received` is filled and `sent` may change. RuntimeError if a peer is gone (or, with a timeout, late)."""
+        if timeout is None:
+            self._work.wait()
+        else:
+            self._work.wait(timeout)
+
+
+def gather_pieces(piece: Tensor, shapes: Sequence[Sequence[int]], *, axis: Axis, traffic: Traffic) -> list[Tensor]:
+    """Every rank's piece, in rank order; shapes may differ, the dtype is one. Blocks until all have arrived.
+
+    shapes: of the piece of each rank of the axis.
+    """
+    if axis.group is None:
+        return [piece]
+    if torch.compiler.is_compiling():
+        return _gather_padded(piece, shapes, axis)
+    started = time.perf_counter()
+    piece = piece.contiguous()
+    sizes = [math.prod(shape) * piece.element_size() for shape in shapes]
+    received = torch.empty(sum(sizes) - sizes[axis.rank], dtype=torch.uint8, device=piece.device)
+    Swap(piece.view(-1).view(torch.uint8), received, sizes, axis=axis).wait()
+    traffic.add(piece, peers=axis.size - 1)
+    traffic.wait_s += time.perf_counter() - started
+    others = iter(received.split([size for rank, size in enumerate(sizes) if rank != axis.rank]))
+    return [piece if rank == axis.rank else next(others).view(piece.dtype).view(*shape) for rank, shape in enumerate(shapes)]
+
+
+def _gather_padded(piece: Tensor, shapes: Sequence[Sequence[int]], axis: Axis) -> list[Tensor]:
+    """The same by one functional all-gather of equal lengths, which torch.compile can trace into its graph. Not counted."""
+    lengths = [math.prod(shape) for shape in shapes]
+    padded = torch.nn.functional.pad(piece.reshape(-1), (0, max(lengths) - piece.numel()))
+    rows = functional_collectives.all_gather_tensor(padded[None], 0, axis.group)
+    return [row[:length].view(*shape) for row, length, shape in zip(rows.unbind(0), lengths, shapes, strict=True)]

@@ -32,6 +32,10 @@ class BusyError(HostError):
     """The queue is full; try again later."""
 
 
+class UnavailableError(HostError):
+    """The host cannot take jobs: loading failed, or it is stopping."""
+
+
 class CancelledError(HostError):
     """The job was cancelled on purpose. Raised on every rank at the same step."""
 

@@ -26,6 +26,7 @@ from backends.schedulers import build_scheduler, parse_scheduler
 from backends.step_driver import Start, StepDriver
 
 logger = logging.getLogger(__name__)
+diffusers.utils.logging.disable_progress_bar()  # a bar per component belongs to a terminal, not into a server's log
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 OnStep = Callable[[int, int, Tensor], None]
@@ -40,7 +41,7 @@ def load_pipeline(spec: ModelSpec, load: LoadRequest, *, device: torch.device) -
     path = Path(load.checkpoint)
     pipeline_class = getattr(diffusers, spec.pipeline)
     given = {**_without_safety_checker(pipeline_class), **_replaced_components(spec, load)}
-    arguments: dict[str, Any] = {"torch_dtype": DTYPES[load.variant], "local_files_only": True, **given}
+    arguments: dict[str, Any] = {"dtype": DTYPES[load.variant], "local_files_only": True, **given}
     try:
         if path.is_dir():
             pipe = pipeline_class.from_pretrained(path, variant=_file_variant(path, spec), **arguments)
@@ -191,9 +192,7 @@ def _replaced_components(spec: ModelSpec, load: LoadRequest) -> dict[str, Any]:
     dtype = DTYPES[load.variant]
     components: dict[str, Any] = {}
     if load.motion_adapter is not None and "motion_adapter" in spec.components:
-        components["motion_adapter"] = diffusers.MotionAdapter.from_pretrained(
-            load.motion_adapter, torch_dtype=dtype, local_files_only=True
-        )
+        components["motion_adapter"] = diffusers.MotionAdapter.from_pretrained(load.motion_adapter, dtype=dtype, local_files_only=True)
     if load.vae is not None:
         components["vae"] = _load_vae(Path(load.vae), Path(load.checkpoint), dtype)
     return components
@@ -202,9 +201,9 @@ def _replaced_components(spec: ModelSpec, load: LoadRequest) -> dict[str, Any]:
 def _load_vae(path: Path, checkpoint: Path, dtype: torch.dtype) -> Any:
     try:
         if path.is_dir():
-            return diffusers.AutoencoderKL.from_pretrained(path, torch_dtype=dtype, local_files_only=True)
+            return diffusers.AutoencoderKL.from_pretrained(path, dtype=dtype, local_files_only=True)
         config = checkpoint / "vae"
-        return diffusers.AutoencoderKL.from_single_file(str(path), config=str(config), torch_dtype=dtype, local_files_only=True)
+        return diffusers.AutoencoderKL.from_single_file(str(path), config=str(config), dtype=dtype, local_files_only=True)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ConfigError(f"vae={path} does not load: {error}") from error
 

@@ -1,0 +1,11 @@
+"""Started by torchrun, by path, from the existing clients: a host for models that xDiT runs by sequence parallelism alone; its requests are answered by the xdit backend."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from hosts.compat.host import serve
+
+if __name__ == "__main__":
+    serve("xdit")

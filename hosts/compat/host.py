@@ -1,0 +1,18 @@
+"""What clients/multigpu_diffusion/host_<backend>.py runs: one rank of a host started by torchrun, as the existing clients do it."""
+
+import os
+import sys
+
+from hosts.compat.args import settings_or_problem
+from hosts.main import end_rank, is_rank, run_rank
+
+BIND_PATIENCE_S = 30.0
+"""A client may start the next host while the port of the last one, which it killed, is not free yet."""
+
+
+def serve(backend: str) -> None:
+    """Serve with `backend` until killed. Does not return."""
+    if not is_rank():
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
+    settings, problem = settings_or_problem(sys.argv[1:], backend=backend)
+    end_rank(run_rank(settings, after_failed_load="answer", bind_patience_s=BIND_PATIENCE_S, problem=problem))

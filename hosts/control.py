@@ -1,0 +1,154 @@
+"""What ranks say to each other between pictures: commands from rank 0, outcomes from all, and signs of life."""
+
+import logging
+import os
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from backends.distributed import broadcast_command, gather_outcomes
+from backends.errors import CancelledError, HostError, RankError
+from backends.request import GenerateRequest, LoadRequest
+
+logger = logging.getLogger(__name__)
+
+BEAT_S = 1.0
+EXIT_LOST_RANK = 70
+"""Exit code of a rank that lost a peer. torchelastic then starts the whole set again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """Load this pipeline and attach the plan's backend."""
+
+    request: LoadRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generate:
+    """Make this picture. The request's seed is drawn."""
+
+    job_id: str
+    request: GenerateRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stop:
+    """Leave the loop."""
+
+
+Command = Load | Generate | Stop
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """How a command ended on one rank that failed. time_s: wall clock, to find the first of several."""
+
+    rank: int
+    error: HostError | None
+    message: str
+    trace: str
+    time_s: float
+
+    @classmethod
+    def of(cls, error: BaseException, *, rank: int) -> "Failure":
+        return cls(
+            rank=rank,
+            error=error if isinstance(error, HostError) else None,
+            message=_explain(error),
+            trace=traceback.format_exc(),
+            time_s=time.time(),
+        )
+
+    def as_error(self) -> HostError:
+        """What the client reads: a user's mistake as it is, anything else with the rank it happened on."""
+        return self.error or RankError(f"rank {self.rank} failed: {self.message}", rank=self.rank, trace=self.trace)
+
+
+def announce(command: Command | None) -> Command:
+    """Rank 0 gives a command, followers give None; all get rank 0's. Waits for as long as nobody asks for anything."""
+    return broadcast_command(command)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What all ranks agree on after a command. groups_are_broken: a rank closed its data groups to wake the others."""
+
+    failure: Failure | None
+    groups_are_broken: bool
+
+
+def agree_on_outcome(failure: Failure | None) -> Verdict:
+    """Every rank's failure, if any -> the same verdict on every rank."""
+    return judge(gather_outcomes(failure))
+
+
+def judge(outcomes: Sequence[Failure | None]) -> Verdict:
+    """The failure that came first is the cause: a rank that fails closes its groups, so closed connections come after their reason."""
+    failures = [outcome for outcome in outcomes if outcome is not None]
+    breaking = [failure for failure in failures if breaks_groups(failure)]
+    return Verdict(failure=min(breaking or failures, key=lambda failure: failure.time_s, default=None), groups_are_broken=bool(breaking))
+
+
+def breaks_groups(failure: Failure) -> bool:
+    """Not after a cancellation: there all ranks stopped at the same place by agreement."""
+    return not isinstance(failure.error, CancelledError)
+
+
+def _explain(error: BaseException) -> str:
+    if type(error).__name__ == "OutOfMemoryError":
+        return (
+            "out of memory. Ask for a smaller picture, start with --enable_vae_tiling, a smaller --variant, or more ranks. "
+            f"({str(error).splitlines()[0]})"
+        )
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+class Watch:
+    """Signs of life between ranks over the rendezvous store, from a thread of its own on every rank.
+
+    A rank that is stopped or hangs gives none; after `timeout_s` without one the others leave, and torchelastic starts the set again.
+    The main thread cannot do this: it may be the one that waits in a collective.
+    """
+
+    def __init__(self, store: Any, *, rank: int, world_size: int, timeout_s: float) -> None:
+        self._store = store
+        self._rank = rank
+        self._others = [other for other in range(world_size) if other != rank]
+        self._timeout_s = timeout_s
+
+    def start(self) -> None:
+        if self._others:
+            threading.Thread(target=self._run, name="watch", daemon=True).start()
+
+    def _run(self) -> None:
+        self._store.set_timeout(timedelta(seconds=self._timeout_s))
+        seen: dict[int, tuple[bytes, float]] = {}
+        for beat in range(1, 2**62):
+            try:
+                self._store.set(f"beat/{self._rank}", str(beat))
+                lost = [other for other in self._others if self._is_lost(other, seen)]
+            except (RuntimeError, OSError) as error:  # the store lives in torchelastic's agent: it is gone, and so is the host
+                self._leave(f"the rendezvous store does not answer: {error}")
+                return
+            if lost:
+                self._leave(f"rank {lost[0]} has given no sign of life for {self._timeout_s:g} s")
+                return
+            time.sleep(BEAT_S)
+
+    def _is_lost(self, other: int, seen: dict[int, tuple[bytes, float]]) -> bool:
+        key = f"beat/{other}"
+        beat = self._store.get(key) if self._store.check([key]) else b""
+        now = time.monotonic()
+        if other not in seen or seen[other][0] != beat:
+            seen[other] = (beat, now)
+        return now - seen[other][1] > self._timeout_s
+
+    def _leave(self, why: str) -> None:
+        logger.error("rank %d leaves: %s", self._rank, why)
+        logging.shutdown()
+        os._exit(EXIT_LOST_RANK)

@@ -1,0 +1,49 @@
+"""Ends this process with its parent, whatever killed that: no rank may outlive its launcher and hold the port and the GPU."""
+
+import ctypes
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+
+PR_SET_PDEATHSIG = 1
+POLL_S = 0.5
+
+
+def die_with_parent() -> None:
+    """Ask the kernel for SIGKILL at the parent's death, and watch the parent's pid as well (the signal is Linux only)."""
+    parent = os.getppid()
+    request_parent_death_signal()
+    threading.Thread(target=_watch, args=(parent,), name="lifeline", daemon=True).start()
+
+
+def request_parent_death_signal() -> None:
+    """Also usable between fork and exec."""
+    try:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    except (AttributeError, OSError):
+        return  # not Linux: the watch remains
+
+
+def block_stop_signals() -> None:
+    """Before any thread starts: SIGTERM and SIGINT then wait for `on_stop_signal`, also while the main thread is in a collective."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+
+
+def on_stop_signal(stop: Callable[[], None], *, within_s: float) -> None:
+    """Call `stop` at the first SIGTERM or SIGINT; if the process is still there `within_s` later, end it."""
+
+    def wait() -> None:
+        signal.sigwait({signal.SIGTERM, signal.SIGINT})
+        threading.Thread(target=stop, name="stop", daemon=True).start()
+        time.sleep(within_s)
+        os._exit(0)
+
+    threading.Thread(target=wait, name="signals", daemon=True).start()
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(POLL_S)
+    os._exit(1)

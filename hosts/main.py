@@ -1,0 +1,174 @@
+"""Entry of one rank: listener first, then groups, then the loop. The only file that reads the rank's environment."""
+
+import logging
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NoReturn
+
+from backends.errors import ConfigError, HostError, UnavailableError
+from backends.model_table import ModelSpec, read_table
+from hosts import lifeline, log
+from hosts.jobs import JobQueue
+from hosts.settings import Settings
+from hosts.startup import StartPlan, count_gpus, plan_start
+from hosts.state import HostState, Phase
+
+logger = logging.getLogger(__name__)
+
+STOP_WITHIN_S = 2.5
+LIBRARY_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DIFFUSERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""Defaults for the libraries, read when they are imported: nothing is fetched, and their chatter stays out of the log."""
+FATAL_FILE = "DIFFUSION_FATAL_FILE"
+"""Environment variable: where a rank leaves the reason for which starting it again would not help. Set by launcher.py."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """This rank among the others, as torchelastic tells it."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+
+    @classmethod
+    def from_environment(cls) -> "Place":
+        number = {name: int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))}
+        return cls(
+            rank=number["RANK"],
+            local_rank=number["LOCAL_RANK"],
+            world_size=number["WORLD_SIZE"],
+            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", number["WORLD_SIZE"])),
+        )
+
+
+def is_rank() -> bool:
+    """Whether this process was started as a rank (by torchrun or our launcher)."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def run_rank(
+    settings: Settings,
+    *,
+    after_failed_load: Literal["exit", "answer"],
+    bind_patience_s: float = 0.0,
+    problem: HostError | None = None,
+) -> int:
+    """Serve until told to stop. Returns the exit code. `problem`: one that the arguments already had.
+
+    after_failed_load: 'answer' keeps rank 0 serving the reason as an error, because the old clients notice nothing else;
+    'exit' leaves it to the launcher to print.
+    """
+    lifeline.die_with_parent()
+    lifeline.block_stop_signals()
+    place = Place.from_environment()
+    log.configure(rank=place.rank)
+    for name, value in LIBRARY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    state, queue = HostState(), JobQueue()
+    lifeline.on_stop_signal(lambda: _begin_stop(state, queue), within_s=STOP_WITHIN_S)
+    start = None
+    try:
+        if problem is None:
+            start = plan_start(settings, read_table(), num_gpus=count_gpus(os.environ), num_ranks=place.local_world_size)
+    except HostError as error:
+        problem = error
+    if problem is not None and after_failed_load == "exit":
+        return _fatal(problem)
+    try:
+        listener = _listen(settings, start, state, queue, patience_s=bind_patience_s) if place.rank == 0 else None
+    except ConfigError as error:
+        return _fatal(error)
+    if problem is None:
+        try:
+            problem = _serve(settings, start, place, state, queue)
+        finally:
+            queue.abandon(UnavailableError("the host is stopping. Try again when it has started."))
+    if problem is not None and after_failed_load == "exit":
+        return _fatal(problem)
+    if problem is not None and place.rank == 0:
+        _answer_only(state, queue, problem)
+    if listener is not None:
+        listener.stop()
+    return 0
+
+
+def end_rank(code: int) -> NoReturn:
+    """Leave at once: the libraries' own teardown takes a second, and other ranks and clients may wait for this process to be gone."""
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def _serve(settings: Settings, start: StartPlan, place: Place, state: HostState, queue: JobQueue) -> HostError | None:
+    """Open the groups and run the loop; the error if loading failed. Imports torch, after the port is bound."""
+    from backends import distributed
+    from hosts.control import Watch
+    from hosts.loop import FollowerDesk, FrontDesk, RankLoop
+
+    device = distributed.select_device(place.local_rank)
+    store = distributed.initialize(rank=place.rank, world_size=place.world_size)
+    Watch(store, rank=place.rank, world_size=place.world_size, timeout_s=settings.failure_timeout).start()
+    mesh = distributed.Mesh(start.plan, rank=place.rank, device=device)
+    state.tell({**start.facts(), "device": str(device)})
+    logger.info("%s on %s", start.plan.describe(), device)
+    for reason in start.facts()["reasons"]:
+        logger.info("chosen: %s", reason)
+    desk = FrontDesk(load=start.load, queue=queue, state=state) if place.rank == 0 else FollowerDesk()
+    try:
+        failure = RankLoop(rank=place.rank, spec=start.spec, mesh=mesh, desk=desk).run()
+    finally:
+        mesh.destroy()
+        distributed.shutdown()
+    return failure.as_error() if failure is not None else None
+
+
+def _listen(settings: Settings, start: StartPlan | None, state: HostState, queue: JobQueue, *, patience_s: float) -> "object":
+    from hosts.app import Host, create_app
+    from hosts.server import Listener
+
+    spec = start.spec if start is not None else _any_spec(settings)
+    listener = Listener(create_app(Host(settings=settings, spec=spec, queue=queue, state=state)), host=settings.host, port=settings.port)
+    listener.bind(patience_s=patience_s)
+    listener.serve()
+    logger.info("listening on http://%s:%d", settings.host, settings.port)
+    return listener
+
+
+def _any_spec(settings: Settings) -> ModelSpec:
+    """For a host that can only say why it cannot serve."""
+    table = read_table()
+    return table[settings.type] if settings.type in table else next(iter(table.values()))
+
+
+def _answer_only(state: HostState, queue: JobQueue, problem: HostError) -> None:
+    """Nothing is loaded; every request is answered with the reason until the client ends the host."""
+    state.become(Phase.FAILED, str(problem))
+    queue.close(UnavailableError(str(problem)))
+    logger.error("cannot serve: %s", problem)
+    state.wait_for_stop()
+
+
+def _begin_stop(state: HostState, queue: JobQueue) -> None:
+    logger.info("stopping")
+    state.become(Phase.STOPPING, "the host is stopping")
+    queue.close(UnavailableError("the host is stopping. Try again when it has started."))
+
+
+def _fatal(error: HostError) -> int:
+    """Say why, and leave the reason where the launcher finds it. Exit code 0 keeps torchelastic from trying the same again."""
+    logger.error("%s", error)
+    if path := os.environ.get(FATAL_FILE):
+        Path(path).write_text(str(error), encoding="utf-8")
+        return 0
+    print(f"error: {error}", file=sys.stderr)  # noqa: T201  without a launcher this is the user's only line
+    return 2

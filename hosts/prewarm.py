@@ -1,0 +1,13 @@
+"""The throw-away picture after loading, which pays for first-use costs before anyone waits."""
+
+from PIL import Image
+
+from backends.model_table import ModelSpec
+from backends.request import GenerateRequest, LoadRequest
+
+
+def prewarm_request(spec: ModelSpec, load: LoadRequest) -> GenerateRequest:
+    """A request of `load.prewarm_steps` steps at the default size, with whatever inputs the type requires."""
+    height, width = load.height or spec.height, load.width or spec.width
+    image = Image.new("RGB", (width // spec.upscale, height // spec.upscale), "gray") if "image" in spec.requires else None
+    return GenerateRequest(prompt="warm-up", seed=0, num_inference_steps=load.prewarm_steps, height=height, width=width, image=image)

@@ -1,0 +1,100 @@
+"""The listener: cheroot in threads, with connections closed the way old clients need (lingering close)."""
+
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from cheroot.server import HTTPConnection, HTTPRequest
+from cheroot.wsgi import Server
+
+from backends.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+LINGER_S = 2.0
+NUM_THREADS = 64
+"""More than the queue's capacity: every waiting POST holds a thread, and status must still be answered at once."""
+LOOPBACK = ("127.0.0.1", "::1")
+
+
+class _Request(HTTPRequest):
+    close_connection = True
+
+
+class _Connection(HTTPConnection):
+    """Closes only after the client did, or after LINGER_S.
+
+    Whoever closes first leaves a socket in TIME_WAIT on its side for a minute, and the ComfyUI client waits until the host's port can be
+    bound without SO_REUSEADDR.
+    """
+
+    RequestHandlerClass = _Request
+
+    def close(self) -> None:
+        deadline = time.monotonic() + LINGER_S
+        try:
+            while (left := deadline - time.monotonic()) > 0:
+                self.socket.settimeout(left)
+                if not self.socket.recv(65536):
+                    break
+        except OSError:
+            pass  # reset or timed out: nothing more to wait for
+        super().close()
+
+
+class Listener:
+    """The HTTP server of rank 0. `bind` before anything slow; `serve` returns at once."""
+
+    def __init__(self, app: Callable[..., Any], *, host: str, port: int) -> None:
+        self._servers = [self._server(app, address, port) for address in (LOOPBACK if host in ("127.0.0.1", "localhost") else (host,))]
+        self.port = port
+
+    def bind(self, *, patience_s: float = 0.0) -> None:
+        """Take the port. ConfigError if it is still taken after `patience_s`."""
+        deadline = time.monotonic() + patience_s
+        while True:
+            try:
+                self._servers[0].prepare()
+                break
+            except OSError as error:
+                if time.monotonic() >= deadline:
+                    raise ConfigError(
+                        f"--port={self.port} cannot be bound ({error}). Another program, or another host, listens there: "
+                        "stop it, or choose another port."
+                    ) from error
+                time.sleep(0.5)
+        for server in self._servers[1:]:
+            try:
+                server.prepare()
+            except OSError:
+                self._servers.remove(server)  # no IPv6 on this machine: clients fall back to 127.0.0.1
+
+    def serve(self) -> None:
+        for server in self._servers:
+            threading.Thread(target=server.serve, name=f"http-{server.bind_addr[0]}", daemon=True).start()
+
+    def stop(self) -> None:
+        """Finish the answers under way (a second at most) and close."""
+        for server in self._servers:
+            server.stop()
+
+    @staticmethod
+    def _server(app: Callable[..., Any], address: str, port: int) -> Server:
+        server = Server((address, port), app, numthreads=NUM_THREADS, server_name="diffusion", shutdown_timeout=1, timeout=300)
+        server.ConnectionClass = _Connection
+        server.error_log = lambda message="", level=20, traceback=False: logger.log(level, "http: %s", message, exc_info=traceback)
+        return server
+
+
+def is_port_free(host: str, port: int) -> bool:
+    """Whether a listener could bind here now."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True

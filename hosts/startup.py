@@ -1,0 +1,166 @@
+"""Settings + model table -> what will be started: model type, backend, plan, number of ranks, load request. Imports no torch.
+
+The launcher does this before any process starts, and every rank does it again with the same result.
+"""
+
+import glob
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from backends import planner
+from backends.errors import ConfigError, HostError, RequestError
+from backends.model_table import ModelSpec, ModelTable
+from backends.plan import ParallelPlan, require_world_size
+from backends.request import LoadRequest
+from backends.schedulers import parse_scheduler
+from hosts.settings import Settings, option_fields
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PATH_OPTIONS = ("checkpoint", "vae", "motion_adapter")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartPlan:
+    """Everything that is decided before a process starts. num_ranks: on this machine; reasons: why each automatic choice was made."""
+
+    spec: ModelSpec
+    plan: ParallelPlan
+    load: LoadRequest
+    num_ranks: int
+    reasons: tuple[str, ...]
+
+    def facts(self) -> dict[str, Any]:
+        """For --check --json and GET /settings."""
+        return {
+            "type": self.spec.name,
+            "backend": self.plan.method,
+            "exactness": self.plan.exactness,
+            "ranks": self.num_ranks,
+            "axes": dict(self.plan.axes),
+            "options": {name: value for name, value in self.plan.options.items() if value is not None},
+            "checkpoint": self.load.checkpoint,
+            "variant": self.load.variant,
+            "height": self.load.height or self.spec.height,
+            "width": self.load.width or self.spec.width,
+            "reasons": [*self.reasons, *self.plan.reasons],
+        }
+
+    def describe(self) -> str:
+        lines = [f"{name:12} {value}" for name, value in self.facts().items() if name != "reasons"]
+        return "\n".join([*lines, *(f"because      {reason}" for reason in self.facts()["reasons"])])
+
+
+def plan_start(settings: Settings, table: ModelTable, *, num_gpus: int, num_ranks: int | None = None) -> StartPlan:
+    """The resolved plan. ConfigError, UnsupportedError or PlanError for whatever the user must change.
+
+    num_ranks: where it is known already (in a rank); else --nproc_per_node, the GPUs, or 1.
+    """
+    refuse_pending(settings)
+    spec = _model_spec(settings, table)
+    reasons = []
+    ranks = num_ranks or settings.nproc_per_node
+    if ranks is None:
+        ranks = max(num_gpus, 1)
+        reasons.append(f"ranks={ranks}: {num_gpus} GPUs are visible")
+    world_size = ranks * settings.nnodes
+    if num_gpus and ranks > num_gpus:
+        raise ConfigError(f"--nproc_per_node={ranks} is more than the {num_gpus} visible GPUs. Use at most {num_gpus}.")
+    backend = settings.backend
+    if backend is None:
+        backend = spec.default_backend(world_size)
+        reasons.append(f"backend={backend}: first choice of type {spec.name!r} on {world_size} rank{'s' if world_size > 1 else ''}")
+    elif world_size == 1 and backend != "single":
+        reasons.append(f"one rank: backend {backend} computes what single does")
+        spec.require(backend)
+        backend = "single"
+    spec.require(backend)
+    load = _load_request(settings, spec, num_gpus=num_gpus, reasons=reasons)
+    options = {**settings.options(), "checkpoint": load.checkpoint}
+    plan = require_world_size(planner(backend)(spec, options, world_size), world_size)
+    return StartPlan(spec=spec, plan=plan, load=load, num_ranks=ranks, reasons=tuple(reasons))
+
+
+def refuse_pending(settings: Settings) -> None:
+    """An option that does not work yet is an error, never ignored."""
+    for name in settings.given:
+        if reason := option_fields()[name].metadata["pending"]:
+            raise ConfigError(f"--{name} was given, but {reason}. Leave it out.")
+
+
+def count_gpus(environment: Mapping[str, str]) -> int:
+    """GPUs that the ranks will see, without importing torch: NVIDIA's, less what CUDA_VISIBLE_DEVICES hides."""
+    present = len(glob.glob("/proc/driver/nvidia/gpus/*"))
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return present
+    return min(present, len([part for part in visible.split(",") if part.strip() and part.strip() != "-1"]))
+
+
+def _model_spec(settings: Settings, table: ModelTable) -> ModelSpec:
+    if settings.type is None:
+        raise ConfigError(f"--type is missing. Allowed: {', '.join(table)}.")
+    spec = table[settings.type]
+    if settings.checkpoint is None and not spec.demo:
+        with_demo = ", ".join(name for name, other in table.items() if other.demo)
+        raise ConfigError(
+            f"--checkpoint is missing: type {spec.name!r} has no demo model. Give the folder of a {spec.title} model in diffusers layout "
+            f"(a demo model comes with: {with_demo})."
+        )
+    if settings.checkpoint is None:
+        spec = replace(spec, **{name: value for name, value in spec.demo.items() if name != "checkpoint"})
+    return spec
+
+
+def _load_request(settings: Settings, spec: ModelSpec, *, num_gpus: int, reasons: list[str]) -> LoadRequest:
+    paths = {name: _existing_path(name, getattr(settings, name)) for name in PATH_OPTIONS}
+    if settings.checkpoint is None:
+        paths["checkpoint"] = str(REPOSITORY / spec.demo["checkpoint"])
+        reasons.append("checkpoint: none was given, so the demo model")
+    _require_components(spec, paths)
+    variant = settings.variant
+    if variant is None:
+        variant = "fp16" if num_gpus else "fp32"
+        reasons.append(f"variant={variant}: {'GPUs are there' if num_gpus else 'no GPU'}")
+    try:
+        parse_scheduler(settings.scheduler)
+    except RequestError as error:
+        raise ConfigError(f"--scheduler: {error}") from error
+    return LoadRequest(
+        model_type=spec.name,
+        variant=variant,
+        scheduler=settings.scheduler,
+        height=settings.height,
+        width=settings.width,
+        enable_vae_tiling=settings.enable_vae_tiling,
+        enable_vae_slicing=settings.enable_vae_slicing,
+        prewarm_steps=settings.warm_up_steps,
+        **paths,
+    )
+
+
+def _existing_path(name: str, value: str | None) -> str | None:
+    """Absolute and normalised: clients send paths such as <root>/custom_nodes/../models/x."""
+    if value is None:
+        return None
+    path = Path(value).expanduser().resolve()
+    if not path.exists():
+        raise ConfigError(f"--{name}={value} does not exist. Give the path of a file or folder on this machine.")
+    return str(path)
+
+
+def _require_components(spec: ModelSpec, paths: Mapping[str, str | None]) -> None:
+    checkpoint = Path(paths["checkpoint"] or "")
+    if checkpoint.is_dir() and not (checkpoint / "model_index.json").is_file():
+        raise ConfigError(f"--checkpoint={checkpoint} holds no model_index.json. Give a folder in diffusers layout.")
+    if checkpoint.is_file() and not (spec.single_file and checkpoint.suffix == ".safetensors"):
+        raise ConfigError(f"--checkpoint={checkpoint} is a file, but type {spec.name!r} needs a folder in diffusers layout.")
+    for component in spec.components:
+        if paths.get(component) is None and not (checkpoint / component).is_dir():
+            raise ConfigError(f"type {spec.name!r} needs a {component}, and the checkpoint holds none. Give --{component}=FOLDER.")
+
+
+def as_config_error(error: HostError) -> ConfigError:
+    """Whatever was wrong at start is the user's to change there."""
+    return error if isinstance(error, ConfigError) else ConfigError(str(error))

@@ -1,0 +1,40 @@
+"""What the host is doing, for HTTP threads to read: loading, ready, failed or stopping. Pure Python."""
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+
+class Phase(StrEnum):
+    LOADING = "loading"
+    READY = "ready"
+    FAILED = "failed"
+    STOPPING = "stopping"
+
+
+@dataclass(slots=True)
+class HostState:
+    """One per rank 0. `reason` says why the host failed or stops; `facts` is what GET /settings shows."""
+
+    phase: Phase = Phase.LOADING
+    reason: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _stopping: threading.Event = field(default_factory=threading.Event)
+
+    def become(self, phase: Phase, reason: str = "") -> None:
+        """Change the phase; stopping is final."""
+        with self._lock:
+            if self.phase is not Phase.STOPPING:
+                self.phase, self.reason = phase, reason
+        if phase is Phase.STOPPING:
+            self._stopping.set()
+
+    def wait_for_stop(self) -> None:
+        self._stopping.wait()
+
+    def tell(self, facts: Mapping[str, Any]) -> None:
+        with self._lock:
+            self.facts = {**self.facts, **facts}

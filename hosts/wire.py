@@ -1,0 +1,56 @@
+"""Results -> bytes: pictures as PNG, JPEG or WebP, videos as MP4 or GIF. Pure functions; imports no torch."""
+
+import io
+
+from PIL import Image
+
+from backends.errors import RequestError
+from backends.request import GenerateResult
+
+IMAGE_TYPES = {"image/png": "PNG", "image/jpeg": "JPEG", "image/webp": "WEBP"}
+VIDEO_TYPES = ("video/mp4", "image/gif")
+FRAMES_PER_S = 7
+"""What both existing clients play videos at."""
+
+
+def pictures(result: GenerateResult) -> list[Image.Image]:
+    """The frames as RGB pictures."""
+    return [Image.fromarray(frame, mode="RGB") for frame in result.frames]
+
+
+def encode(result: GenerateResult, content_type: str) -> bytes:
+    """The result as one file of this type. RequestError if the type is for the other kind of result."""
+    if content_type in IMAGE_TYPES and len(result.frames) == 1:
+        return _encode_picture(pictures(result)[0], IMAGE_TYPES[content_type])
+    if content_type == "image/gif":
+        return _encode_gif(pictures(result))
+    if content_type == "video/mp4":
+        return _encode_mp4(result)
+    raise RequestError(f"Accept: {content_type} does not fit a video. Allowed: {', '.join(VIDEO_TYPES)}, application/json.", field="Accept")
+
+
+def _encode_picture(picture: Image.Image, file_format: str) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, format=file_format, quality=95)
+    return buffer.getvalue()
+
+
+def _encode_gif(frames: list[Image.Image]) -> bytes:
+    buffer = io.BytesIO()
+    frames[0].save(buffer, format="GIF", save_all=True, append_images=frames[1:], duration=round(1000 / FRAMES_PER_S), loop=0)
+    return buffer.getvalue()
+
+
+def _encode_mp4(result: GenerateResult) -> bytes:
+    import imageio.v3  # here: an extra, which only who asks for MP4 needs
+
+    height, width = result.frames.shape[1] // 2 * 2, result.frames.shape[2] // 2 * 2  # H.264 wants even sides
+    return imageio.v3.imwrite(
+        "<bytes>",
+        result.frames[:, :height, :width],
+        extension=".mp4",
+        plugin="FFMPEG",
+        fps=FRAMES_PER_S,
+        codec="libx264",
+        macro_block_size=1,
+    )

@@ -1,0 +1,123 @@
+"""Serve one diffusion model on several GPUs: python launcher.py --type=sdxl --port=6000
+
+Checks the arguments, starts torchelastic as its one child, which starts one process per rank, and waits. Started under torchrun itself
+it is simply that rank. Imports no torch.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import psutil
+
+from backends.errors import ConfigError, HostError
+from backends.model_table import read_table
+from hosts import matrix
+from hosts.lifeline import request_parent_death_signal
+from hosts.settings import Settings, parse_command_line
+
+EXIT_USER_ERROR = 2
+STOP_WITHIN_S = 10.0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line. Exit code 2 and one line for a user's mistake."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        settings = parse_command_line(argv)
+        if settings.list:
+            print(matrix.as_json(read_table()) if settings.json else matrix.as_markdown(read_table(), features=settings.features))
+            return 0
+        return _run(settings, argv)
+    except HostError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_USER_ERROR
+
+
+def _run(settings: Settings, argv: list[str]) -> int:
+    from hosts.main import end_rank, is_rank, run_rank
+    from hosts.server import is_port_free
+    from hosts.startup import count_gpus, plan_start
+
+    if is_rank():
+        end_rank(run_rank(settings, after_failed_load="exit"))
+    start = plan_start(settings, read_table(), num_gpus=count_gpus(os.environ))
+    if settings.check:
+        print(json.dumps(start.facts(), indent=2) if settings.json else start.describe())
+        return 0
+    if settings.node_rank == 0 and not is_port_free(settings.host, settings.port):
+        raise ConfigError(f"--port={settings.port} is in use on {settings.host}. Stop what listens there, or choose another port.")
+    return _start_ranks(settings, argv, num_ranks=start.num_ranks)
+
+
+def _start_ranks(settings: Settings, argv: list[str], *, num_ranks: int) -> int:
+    """Run torchelastic until it ends or we are told to stop. Its exit code, or 1 with the reason if the host could not serve."""
+    with tempfile.TemporaryDirectory(prefix="diffusion-launcher-") as folder:
+        fatal_file = Path(folder) / "fatal"
+        # its own session, so that Ctrl-C reaches it once and through us; it dies with us, whatever kills us
+        agent = subprocess.Popen(
+            _elastic_command(settings, argv, num_ranks=num_ranks),
+            env=_environment(fatal_file, num_ranks=num_ranks),
+            start_new_session=True,
+            preexec_fn=request_parent_death_signal,
+        )
+        code = _wait(agent)
+        if fatal_file.is_file():
+            print(f"error: {fatal_file.read_text(encoding='utf-8')}", file=sys.stderr)
+            return 1
+    return code
+
+
+def _wait(agent: subprocess.Popen[bytes]) -> int:
+    """The agent's exit code; 0 if a signal to us ended it. Ranks that are told to stop get STOP_WITHIN_S."""
+    stopped: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: stopped.append(number))
+    while not stopped:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return agent.wait(timeout=0.1)
+    # the ranks end well by themselves, and then so does the agent; a signal to the agent would end in its traceback
+    ranks = psutil.Process(agent.pid).children()
+    for process in ranks or [agent]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    try:
+        agent.wait(timeout=STOP_WITHIN_S)
+    except subprocess.TimeoutExpired:
+        agent.kill()  # its ranks follow it
+        agent.wait()
+    return 0
+
+
+def _elastic_command(settings: Settings, argv: list[str], *, num_ranks: int) -> list[str]:
+    endpoint = settings.rdzv_endpoint or f"127.0.0.1:{settings.master_port or _free_port()}"
+    return [
+        sys.executable, "-m", "torch.distributed.run",
+        f"--nproc-per-node={num_ranks}", f"--nnodes={settings.nnodes}", f"--node-rank={settings.node_rank}",
+        f"--max-restarts={settings.max_restarts}", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}",
+        f"--rdzv-id=diffusion-{settings.port}",
+        *([] if settings.nnodes > 1 else ["--local-addr=127.0.0.1"]),
+        str(Path(__file__).resolve()), *argv,
+    ]  # fmt: skip
+
+
+def _environment(fatal_file: Path, *, num_ranks: int) -> dict[str, str]:
+    threads = max(1, (os.cpu_count() or 1) // num_ranks)
+    defaults = {"OMP_NUM_THREADS": str(threads), "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    return {**defaults, **os.environ, "DIFFUSION_FATAL_FILE": str(fatal_file)}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
