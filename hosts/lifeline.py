@@ -26,16 +26,19 @@ def request_parent_death_signal() -> None:
         return  # not Linux: the watch remains
 
 
-def block_stop_signals() -> None:
-    """Before any thread starts: SIGTERM and SIGINT then wait for `on_stop_signal`, also while the main thread is in a collective."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
-
-
 def on_stop_signal(stop: Callable[[], None], *, within_s: float) -> None:
-    """Call `stop` at the first SIGTERM or SIGINT; if the process is still there `within_s` later, end it."""
+    """Call `stop` at the first SIGTERM or SIGINT; if the process is still there `within_s` later, end it. For the main thread to call.
+
+    A Python handler would wait for the main thread, which may be in a collective; the wake-up descriptor is written at once.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
 
     def wait() -> None:
-        signal.sigwait({signal.SIGTERM, signal.SIGINT})
+        os.read(reader, 1)
         threading.Thread(target=stop, name="stop", daemon=True).start()
         time.sleep(within_s)
         os._exit(0)

@@ -69,7 +69,6 @@ def run_rank(
     'exit' leaves it to the launcher to print.
     """
     lifeline.die_with_parent()
-    lifeline.block_stop_signals()
     place = Place.from_environment()
     log.configure(rank=place.rank)
     for name, value in LIBRARY_ENVIRONMENT.items():

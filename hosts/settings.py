@@ -76,8 +76,11 @@ class Settings:
     )
     height: int | None = _option(None, "model", "Default height in pixels.", parse=whole(8, 8192, multiple=8))
     width: int | None = _option(None, "model", "Default width in pixels.", parse=whole(8, 8192, multiple=8))
-    warm_up_steps: int = _option(
-        0, "model", "Steps of a throw-away picture after loading; for distrifuser also its synchronous steps.", parse=whole(0, 1000)
+    warm_up_steps: int | None = _option(
+        None,
+        "model",
+        "Steps of a throw-away picture after loading; for distrifuser also its synchronous steps (default 4).",
+        parse=whole(0, 1000),
     )
     scheduler: dict[str, Any] | None = _option(
         None, "model", "Sampler: a name, or JSON with its settings.", parse=scheduler, metavar="NAME|JSON"

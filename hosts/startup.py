@@ -135,7 +135,7 @@ def _load_request(settings: Settings, spec: ModelSpec, *, num_gpus: int, reasons
         width=settings.width,
         enable_vae_tiling=settings.enable_vae_tiling,
         enable_vae_slicing=settings.enable_vae_slicing,
-        prewarm_steps=settings.warm_up_steps,
+        prewarm_steps=settings.warm_up_steps or 0,
         **paths,
     )
 

@@ -1,0 +1,32 @@
+# make demo: one picture from two ranks on this machine. make test: the tests. Each sets up .venv by itself.
+PYTHON ?= python3
+PORT ?= 6000
+BIN := .venv/bin
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+
+.PHONY: demo test test-all lint docs clean
+
+demo: .venv/installed
+	$(BIN)/python -m demo --port=$(PORT) $(if $(ONCE),--once)
+
+test: .venv/installed
+	$(BIN)/python -m pytest -m "not gpu and not slow"
+
+test-all: .venv/installed
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# the generated parts of the README
+docs: .venv/installed
+	$(BIN)/python -m hosts.readme
+
+.venv/installed: setup.py constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[options,test]'
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,55 @@
+"""Installation: `pip install -c constraints.txt -e .` into an environment of its own."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+TOP_LEVEL_FILES = ("model_table.yaml",)
+
+
+class BuildWithTable(build_py):
+    """The model table is read from beside the packages, in the repository and in an installation alike."""
+
+    def run(self) -> None:
+        super().run()
+        for name in TOP_LEVEL_FILES:
+            self.copy_file(name, str(Path(self.build_lib) / name))
+
+
+setup(
+    name="diffusion-launcher",
+    version="0.1.0",
+    description="Serve one diffusion model on several GPUs over HTTP",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    py_modules=["launcher"],
+    packages=find_packages(include=["hosts", "hosts.*", "backends", "backends.*"]),
+    cmdclass={"build_py": BuildWithTable},
+    entry_points={"console_scripts": ["diffusion-launcher=launcher:main"]},
+    install_requires=[
+        "torch==2.13.0",
+        "diffusers==0.42.1",
+        "transformers",
+        "accelerate",
+        "peft",
+        "safetensors",
+        "sentencepiece",
+        "scipy",
+        "torchsde",
+        "numpy",
+        "pillow",
+        "flask",
+        "cheroot",
+        "pydantic",
+        "pyyaml",
+        "psutil",
+    ],
+    extras_require={
+        "options": ["bitsandbytes", "compel", "gguf"],
+        "video": ["imageio", "imageio-ffmpeg"],
+        "test": ["pytest", "pytest-timeout", "hypothesis", "requests", "ruff", "imageio", "imageio-ffmpeg"],
+    },
+)
