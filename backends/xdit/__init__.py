@@ -1,1 +1,1 @@
-"""xDiT: sequence, CFG, pipeline and data parallelism for diffusion transformers (Fang et al., arXiv:2411.01738)."""
+"""xDiT: CFG, sequence (Ulysses, ring), pipeline (PipeFusion) and data parallelism for diffusion transformers, and their hybrids."""

@@ -1,0 +1,120 @@
+"""How the ranks of a sequence group trade tokens: Ulysses' heads for tokens, ring attention, and the gathering at the end.
+
+Shards may differ in length, and heads need not divide by the number of ranks: all sizes are known on every rank beforehand.
+"""
+
+import time
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from backends.distributed import Axis, Traffic
+from backends.xdit.layout import sizes
+
+
+def tokens_for_heads(tensors: Sequence[Tensor], *, lengths: Sequence[int], axis: Axis, traffic: Traffic) -> tuple[Tensor, ...]:
+    """Give away most heads of this rank's tokens and get its own heads of all tokens, for several tensors in one message.
+
+    tensors: each (B, H, lengths[axis.rank], D). Returns as many of (B, H_own, sum(lengths), D), tokens in rank order.
+    Source: DeepSpeed-Ulysses, arXiv:2309.14509, section 3 (all-to-all before attention).
+    """
+    stacked = torch.stack(tuple(tensors))
+    heads = sizes(stacked.shape[2], axis.size)
+    outgoing = [part.reshape(-1) for part in stacked.split(heads, dim=2)]
+    shapes = [(len(tensors), stacked.shape[1], heads[axis.rank], length, stacked.shape[4]) for length in lengths]
+    incoming = _all_to_all(outgoing, shapes, axis=axis, traffic=traffic)
+    return torch.cat(incoming, dim=3).unbind(0)
+
+
+def heads_for_tokens(tensor: Tensor, *, num_heads: int, lengths: Sequence[int], axis: Axis, traffic: Traffic) -> Tensor:
+    """The way back. tensor: (B, H_own, sum(lengths), D). Returns (B, num_heads, lengths[axis.rank], D)."""
+    outgoing = [part.reshape(-1) for part in tensor.split(list(lengths), dim=2)]
+    shapes = [(tensor.shape[0], heads, lengths[axis.rank], tensor.shape[3]) for heads in sizes(num_heads, axis.size)]
+    return torch.cat(_all_to_all(outgoing, shapes, axis=axis, traffic=traffic), dim=1)
+
+
+def _all_to_all(outgoing: list[Tensor], shapes: Sequence[tuple[int, ...]], *, axis: Axis, traffic: Traffic) -> list[Tensor]:
+    """Send outgoing[i] (flat) to rank i of the axis; receive a tensor of shapes[i] from it."""
+    lengths = [torch.Size(shape).numel() for shape in shapes]
+    received = outgoing[0].new_empty(sum(lengths))
+    traffic.add(*(part for rank, part in enumerate(outgoing) if rank != axis.rank))
+    started = time.perf_counter()
+    dist.all_to_all_single(
+        received, torch.cat(outgoing), output_split_sizes=lengths, input_split_sizes=[part.numel() for part in outgoing], group=axis.group
+    )
+    traffic.wait_s += time.perf_counter() - started
+    return [part.view(shape) for part, shape in zip(received.split(lengths), shapes, strict=True)]
+
+
+def gather_tokens(tokens: Tensor, *, lengths: Sequence[int], axis: Axis, traffic: Traffic) -> Tensor:
+    """Concatenate every rank's tokens (B, lengths[rank], D) in rank order, on every rank."""
+    outgoing = [tokens.reshape(-1)] * axis.size
+    shapes = [(tokens.shape[0], length, tokens.shape[2]) for length in lengths]
+    return torch.cat(_all_to_all(outgoing, shapes, axis=axis, traffic=traffic), dim=1)
+
+
+def ring_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, lengths: Sequence[int], axis: Axis, traffic: Traffic, scale: float | None
+) -> Tensor:
+    """Attention of this rank's queries (B, H, S, D) to the keys and values of all ranks, which travel around the ring.
+
+    key, value: (B, H, lengths[axis.rank], D). Returns (B, H, S, D). The next block is on its way while this one is computed; parts are
+    merged in float32 by their log-sum-exp. Source: Ring Attention, arXiv:2310.01889, section 3.
+    """
+    block = torch.stack((key, value))
+    merged: tuple[Tensor, Tensor] | None = None
+    for step in range(axis.size):
+        owner = (axis.rank - step) % axis.size
+        pending, arriving = [], None
+        if step + 1 < axis.size:
+            arriving = block.new_empty((*block.shape[:3], lengths[owner - 1], block.shape[4]))
+            pending = _pass_on(block, arriving, axis=axis, traffic=traffic)
+        if lengths[owner]:
+            part = attention_with_lse(query, block[0], block[1], scale=scale)
+            merged = part if merged is None else _merge(merged, part)
+        started = time.perf_counter()
+        for work in pending:
+            work.wait()
+        traffic.wait_s += time.perf_counter() - started
+        block = arriving if arriving is not None else block
+    assert merged is not None  # a picture has at least one token
+    return merged[0].to(query.dtype)
+
+
+def _pass_on(block: Tensor, arriving: Tensor, *, axis: Axis, traffic: Traffic) -> list[dist.Work]:
+    """Start sending `block` to the next rank of the ring and receiving the previous rank's into `arriving`."""
+    ahead, behind = axis.ranks[(axis.rank + 1) % axis.size], axis.ranks[axis.rank - 1]
+    traffic.add(block)
+    send = dist.P2POp(dist.isend, block.contiguous(), ahead, group=axis.group)
+    receive = dist.P2POp(dist.irecv, arriving, behind, group=axis.group)
+    return dist.batch_isend_irecv([send, receive])
+
+
+def attention_with_lse(query: Tensor, key: Tensor, value: Tensor, *, scale: float | None) -> tuple[Tensor, Tensor]:
+    """Attention (B, H, S, D) and the log of its softmax denominators (B, H, S) in float32."""
+    if query.shape[1] == 0 or query.shape[2] == 0:
+        return torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+    if query.device.type == "cpu":
+        output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, scale=scale)
+    elif query.dtype in (torch.float16, torch.bfloat16):
+        output, lse = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, scale=scale)[:2]
+    else:  # the flash kernel takes no float32
+        output, lse = torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, None, True, scale=scale)[:2]
+    return output.float(), lse[:, :, : query.shape[2]].float()  # some kernels pad the rows of lse
+
+
+def _merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Two parts of the same softmax, each normalised over its own keys, as one."""
+    lse = torch.logaddexp(first[1], second[1])
+    output = first[0] * (first[1] - lse).exp()[..., None] + second[0] * (second[1] - lse).exp()[..., None]
+    return output, lse
+
+
+def plain_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float | None) -> Tensor:
+    """torch's own attention; empty where this rank has no head (more ranks than heads) or no query."""
+    if query.shape[1] == 0 or query.shape[2] == 0:
+        return torch.empty_like(query)
+    return F.scaled_dot_product_attention(query, key, value, scale=scale)

@@ -1,0 +1,221 @@
+"""Launch settings of the xdit backend -> ParallelPlan. Imports no torch: the launcher calls it before anything loads."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from backends.errors import PlanError
+from backends.model_table import ModelSpec
+from backends.plan import Exactness, ParallelPlan, require_world_size
+
+SETTINGS = {
+    "data": "data_parallel_degree",
+    "cfg": "use_cfg_parallel",
+    "stage": "pipefusion_parallel_degree",
+    "ring": "ring_degree",
+    "ulysses": "ulysses_degree",
+    "tensor": "tensor_parallel_degree",
+}
+"""Axis, outermost first -> the setting that gives its degree. Ulysses talks most, so its ranks are neighbours."""
+
+PATCHES_PER_STAGE = 4
+DEFAULT_WARMUP_STEPS = 1
+
+IGNORED = {
+    "use_teacache": "its threshold would be compared with a part of the picture on each rank, so that ranks disagree on what to skip",
+    "use_fbcache": "its threshold would be compared with a part of the picture on each rank, so that ranks disagree on what to skip",
+    "use_parallel_vae": "every rank decodes the whole picture",
+    "use_fast_attn": "it needs a calibration for each model",
+}
+"""xFuser switches that old clients may pass and that change speed only: accepted, without effect, and said so."""
+
+
+def make_plan(spec: ModelSpec, options: Mapping[str, object], world_size: int) -> ParallelPlan:
+    """The degrees that were asked for, or, if none was, a choice with its reasons.
+
+    options: launch settings by name, None or absent where unset; `checkpoint` (a folder) lets head and block counts be checked.
+    Raises PlanError if the degrees do not fit the ranks, the model type or each other.
+    """
+    shape = _Shape.of(spec, options)
+    reasons: list[str] = []
+    degrees = _given(options)
+    if degrees is None:
+        degrees = _chosen(spec, shape, world_size, reasons)
+    plan_options = _method_options(options, degrees, shape, reasons)
+    plan = ParallelPlan(
+        method="xdit",
+        axes=tuple((axis, degrees[axis]) for axis in SETTINGS if degrees[axis] > 1),
+        exactness=_exactness(degrees),
+        options=plan_options,
+        reasons=(*reasons, *_warnings(options)),
+    )
+    _check_product(spec, shape, degrees, world_size)
+    _check_fit(spec, shape, degrees)
+    return require_world_size(plan, world_size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Shape:
+    """What limits the degrees: counts of the checkpoint's transformer, None where it is not known yet."""
+
+    num_heads: int | None = None
+    num_blocks: int | None = None
+    crosses_skips: bool = False
+
+    @classmethod
+    def of(cls, spec: ModelSpec, options: Mapping[str, object]) -> "_Shape":
+        checkpoint = options.get("checkpoint")
+        path = Path(str(checkpoint)) / spec.denoiser / "config.json"
+        if checkpoint is None or not path.is_file():
+            return cls()
+        config = json.loads(path.read_text(encoding="utf-8"))
+        return cls(
+            num_heads=config.get("num_attention_heads"),
+            num_blocks=config.get("num_layers", 0) + config.get("num_single_layers", 0) or None,
+            crosses_skips=config.get("_class_name") == "HunyuanDiT2DModel",
+        )
+
+
+def _given(options: Mapping[str, object]) -> dict[str, int] | None:
+    """The degrees in the settings; None if none is set."""
+    if all(options.get(setting) is None or options[setting] is False for setting in SETTINGS.values()):
+        return None
+    degrees = {axis: _degree(setting, options.get(setting)) for axis, setting in SETTINGS.items() if axis != "cfg"}
+    return degrees | {"cfg": 2 if options.get("use_cfg_parallel") else 1}
+
+
+def _degree(setting: str, value: object) -> int:
+    if value is None:
+        return 1
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise PlanError(f"{setting}={value!r} is not allowed. Allowed: whole numbers from 1.")
+    return value
+
+
+def _chosen(spec: ModelSpec, shape: _Shape, world_size: int, reasons: list[str]) -> dict[str, int]:
+    """CFG first where there are two halves, then Ulysses as far as the heads divide, ring for the rest."""
+    degrees = dict.fromkeys(SETTINGS, 1)
+    rest = world_size
+    if spec.guidance == "cfg" and world_size % 2 == 0:
+        degrees["cfg"], rest = 2, world_size // 2
+        reasons.append("use_cfg_parallel: the two halves of guidance need no communication but their results, and ranks are even.")
+    if rest == 1 or spec.denoiser != "transformer":
+        return degrees
+    degrees["ulysses"] = rest if shape.num_heads is None else math.gcd(shape.num_heads, rest)
+    degrees["ring"] = rest // degrees["ulysses"]
+    if degrees["ulysses"] > 1:
+        reasons.append(f"ulysses_degree={degrees['ulysses']}: it talks less than ring.")
+    if degrees["ring"] > 1:
+        reasons.append(f"ring_degree={degrees['ring']}: {shape.num_heads} heads do not divide by {rest}, and ring needs no division.")
+    return degrees
+
+
+def _method_options(options: Mapping[str, object], degrees: Mapping[str, int], shape: _Shape, reasons: list[str]) -> dict[str, object]:
+    """What PipeFusion reads, resolved."""
+    if degrees["stage"] == 1:
+        return {}
+    num_patches = options.get("num_pipeline_patch")
+    if num_patches is None:
+        num_patches = PATCHES_PER_STAGE * degrees["stage"]
+        reasons.append(f"num_pipeline_patch={num_patches}: {PATCHES_PER_STAGE} for each stage keep the time in which stages wait short.")
+    warmup_steps = options.get("warmup_steps")
+    if warmup_steps is None:
+        warmup_steps = DEFAULT_WARMUP_STEPS
+    return {
+        "num_pipeline_patch": _degree("num_pipeline_patch", num_patches),
+        "warmup_steps": _degree("warmup_steps", warmup_steps),
+        "attn_layer_num_for_pp": _blocks_per_stage(options.get("attn_layer_num_for_pp"), degrees["stage"], shape),
+    }
+
+
+def _blocks_per_stage(value: object, num_stages: int, shape: _Shape) -> tuple[int, ...] | None:
+    """Blocks of each stage; None: an even cut."""
+    if value is None:
+        return None
+    numbers = value.replace(",", " ").split() if isinstance(value, str) else value
+    try:
+        blocks = tuple(int(number) for number in numbers)  # type: ignore[attr-defined]
+    except (TypeError, ValueError) as error:
+        raise PlanError(
+            f"attn_layer_num_for_pp={value!r} is not a list of whole numbers. Give one for each stage, such as 10,9."
+        ) from error
+    total = f", together {shape.num_blocks}" if shape.num_blocks else ""
+    if len(blocks) != num_stages or min(blocks) < 1 or (shape.num_blocks and sum(blocks) != shape.num_blocks):
+        raise PlanError(f"attn_layer_num_for_pp={list(blocks)} does not fit. Allowed: {num_stages} numbers from 1{total}.")
+    return blocks
+
+
+def _warnings(options: Mapping[str, object]) -> Iterator[str]:
+    for setting, why in IGNORED.items():
+        if options.get(setting):
+            yield f"{setting} has no effect: {why}."
+
+
+def _exactness(degrees: Mapping[str, int]) -> Exactness:
+    if degrees["stage"] > 1:
+        return "approximate"
+    return "reordered" if degrees["ring"] > 1 or degrees["tensor"] > 1 else "exact"
+
+
+def _check_product(spec: ModelSpec, shape: _Shape, degrees: Mapping[str, int], world_size: int) -> None:
+    if math.prod(degrees.values()) == world_size:
+        return
+    given = " x ".join(f"{_flag(axis)} {degrees[axis]}" for axis in SETTINGS if degrees[axis] > 1) or "no degree above 1"
+    valid = "; ".join(_describe(set_) for set_ in _valid_sets(spec, shape, world_size)) or "none for this model type"
+    raise PlanError(
+        f"xdit: {given} = {math.prod(degrees.values())} ranks, but {world_size} are started. Allowed for {world_size}: {valid}."
+    )
+
+
+def _check_fit(spec: ModelSpec, shape: _Shape, degrees: Mapping[str, int]) -> None:
+    problem = _problem(spec, shape, degrees)
+    if problem:
+        world_size = math.prod(degrees.values())
+        valid = "; ".join(_describe(set_) for set_ in _valid_sets(spec, shape, world_size)) or "none; use another backend"
+        raise PlanError(f"{problem} Allowed for {world_size} ranks: {valid}.")
+
+
+def _problem(spec: ModelSpec, shape: _Shape, degrees: Mapping[str, int]) -> str | None:
+    """Why these degrees cannot be had, or None."""
+    spread = degrees["ulysses"] * degrees["ring"] * degrees["stage"] * degrees["tensor"]
+    if spec.denoiser != "transformer" and spread > 1:
+        return f"type {spec.name!r} has a UNet, which xdit runs with CFG and data parallelism only."
+    if degrees["cfg"] > 1 and spec.guidance != "cfg":
+        return f"use_cfg_parallel is not available for type {spec.name!r}: its guidance is {spec.guidance}, there are no two halves."
+    if degrees["tensor"] > 1:
+        return "tensor_parallel_degree is not available: it would change the weights in place, so that no adapter can be loaded after it."
+    if shape.num_heads is not None and degrees["ulysses"] > shape.num_heads:
+        return f"ulysses_degree={degrees['ulysses']} is more than the {shape.num_heads} attention heads: ranks would have nothing to do."
+    if degrees["stage"] > 1 and shape.crosses_skips:
+        return f"pipefusion_parallel_degree is not available for type {spec.name!r}: its late blocks take in what early ones gave out."
+    if shape.num_blocks is not None and degrees["stage"] > shape.num_blocks:
+        return f"pipefusion_parallel_degree={degrees['stage']} is more than the {shape.num_blocks} transformer blocks."
+    return None
+
+
+def _valid_sets(spec: ModelSpec, shape: _Shape, world_size: int) -> list[dict[str, int]]:
+    """Combinations of CFG, Ulysses, ring and PipeFusion that fit, in order of preference; at most eight."""
+    found = []
+    for cfg in (1, 2):
+        for ulysses in _divisors(world_size // cfg if world_size % cfg == 0 else 0):
+            for ring in _divisors(world_size // cfg // ulysses):
+                degrees = dict.fromkeys(SETTINGS, 1) | {"cfg": cfg, "ulysses": ulysses, "ring": ring}
+                degrees["stage"] = world_size // cfg // ulysses // ring
+                if _problem(spec, shape, degrees) is None:
+                    found.append(degrees)
+    return sorted(found, key=lambda degrees: (degrees["stage"] > 1, degrees["ring"] > 1, -degrees["cfg"]))[:8]
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def _flag(axis: str) -> str:
+    return f"--{SETTINGS[axis]}"
+
+
+def _describe(degrees: Mapping[str, int]) -> str:
+    flags = [_flag(axis) if axis == "cfg" else f"{_flag(axis)}={degrees[axis]}" for axis in SETTINGS if degrees[axis] > 1]
+    return " ".join(flags) or "no flag"

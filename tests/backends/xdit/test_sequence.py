@@ -1,0 +1,61 @@
+"""CFG, Ulysses and ring on real pipelines equal plain diffusers, whatever divides by what."""
+
+import pytest
+
+from backends import hooks
+from tests.backends.xdit.ranks import assert_close, attached, generated, latents_of
+from tests.checkpoints import SD35_MEDIUM, checkpoint, load
+
+TYPES = {
+    "sd3": ("sd3", {}),
+    "sd3.5-medium": ("sd3", SD35_MEDIUM),
+    "flux": ("flux", {}),
+    "pixa": ("pixa", {}),
+    "pixs": ("pixs", {}),
+    "hy": ("hy", {}),  # its scheduler draws noise
+}
+ODD_TEXT = {"sd3": {"max_sequence_length": 6}, "flux": {"max_sequence_length": 13}}  # 83 and 13 text tokens
+RUNS = [
+    {"size": 64},  # 16 image tokens
+    {"size": 80, "num_images_per_prompt": 2, "steps": 2},  # 25: uneven shards
+    {"size": 64, "guidance_scale": 1.0, "steps": 2, "prompt": "a red house"},
+]
+ON_2 = [{"use_cfg_parallel": True}, {"ulysses_degree": 2}, {"ring_degree": 2}]
+ON_4 = [
+    {"use_cfg_parallel": True, "ulysses_degree": 2},
+    {"use_cfg_parallel": True, "ring_degree": 2},
+    {"ulysses_degree": 2, "ring_degree": 2},
+]
+
+
+def check_matches_single(rank, world_size, name, variant, sets):
+    pipe = load(name, **variant)
+    runs = [RUNS[0] | ODD_TEXT.get(name, {}), *RUNS[1:]]
+    wanted = [latents_of(pipe, name, **run) for run in runs]
+    for options in sets:
+        if options.get("use_cfg_parallel") and name == "flux":
+            continue
+        with attached(pipe, name, rank, world_size, **options) as backend:
+            for run, want in zip(runs, wanted, strict=True):
+                assert_close(generated(backend, pipe, name, **run), want, (options, run))
+    assert not hooks.attached(pipe.transformer)
+    assert_close(latents_of(pipe, name, **runs[0]), wanted[0], "detached", relative=1e-9)
+
+
+@pytest.mark.parametrize("case", TYPES)
+def test_two_ranks_match_single(run_on_ranks, case):
+    name, variant = TYPES[case]
+    checkpoint(name, **variant)  # built here, since ranks save only a part
+    run_on_ranks(check_matches_single, 2, name, variant, ON_2)
+
+
+@pytest.mark.parametrize("case", TYPES)
+def test_four_ranks_match_single(run_on_ranks, case):
+    name, variant = TYPES[case]
+    checkpoint(name, **variant)
+    run_on_ranks(check_matches_single, 4, name, variant, ON_4)
+
+
+def test_three_ranks_match_single_with_four_heads(run_on_ranks):
+    checkpoint("flux")
+    run_on_ranks(check_matches_single, 3, "flux", {}, [{"ulysses_degree": 3}, {"ring_degree": 3}])
