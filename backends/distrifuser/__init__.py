@@ -1,1 +1,1 @@
-"""DistriFuser: patch parallelism (Li et al., DistriFusion, CVPR 2024, arXiv:2402.19481)."""
+"""Patch parallelism: every rank holds all weights and one band of the picture (DistriFusion, arXiv:2402.19481)."""

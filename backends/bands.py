@@ -1,0 +1,121 @@
+"""How a picture (or a token sequence) is cut into bands, one per rank: arithmetic only, no torch and no communication."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+
+from backends.errors import PlanError
+
+
+@dataclass(frozen=True, slots=True)
+class Bands:
+    """Consecutive parts of `total` rows (or tokens): band i is bounds[i] to bounds[i + 1]. No band is empty."""
+
+    bounds: tuple[int, ...]
+
+    @property
+    def total(self) -> int:
+        return self.bounds[-1]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(self.size(band) for band in range(len(self)))
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    def size(self, band: int) -> int:
+        return self.bounds[band + 1] - self.bounds[band]
+
+    def scaled(self, factor: int) -> "Bands":
+        return Bands(tuple(bound * factor for bound in self.bounds))
+
+    def reduced(self, factor: int) -> "Bands":
+        """The bands after reducing the resolution by `factor`; only the last bound may not divide by it, and is rounded up."""
+        return Bands(tuple(-(-bound // factor) for bound in self.bounds))
+
+
+@lru_cache(maxsize=256)
+def cut(total: int, weights: tuple[float, ...], unit: int = 1) -> Bands:
+    """Cut `total` rows into len(weights) bands whose sizes are near the weights' shares and whose inner bounds divide by `unit`.
+
+    unit: a network that halves its resolution k times needs 2 ** k. PlanError if there are fewer units than bands.
+    """
+    units = -(-total // unit)
+    if units < len(weights):
+        raise PlanError(
+            f"{total} latent rows cannot be cut into {len(weights)} bands: this model cuts at every {unit} rows, so at least "
+            f"{(len(weights) - 1) * unit + 1} rows are needed. Use a larger height or fewer ranks for patches."
+        )
+    sizes = [1] * len(weights)
+    for _ in range(units - len(weights)):
+        slowest = min(range(len(weights)), key=lambda band: (sizes[band] + 1) / weights[band])
+        sizes[slowest] += 1
+    return Bands((0, *(min(total, end * unit) for end in accumulate(sizes))))
+
+
+class Grid:
+    """Finds the bands that belong to a tensor inside a network, from the shape of this rank's part of it.
+
+    The network gets `rows` x `width` and works at that resolution, at 1/2, 1/4, ... (`halvings` of them, rounding up as a convolution
+    of stride 2 does) and at 2, 4, ... times (`doublings`).
+    """
+
+    def __init__(self, rows: Bands, width: int, *, band: int, halvings: int = 0, doublings: int = 0) -> None:
+        self.band = band
+        down = [(rows.reduced(2**k), -(-width // 2**k)) for k in range(halvings + 1)]
+        up = [(rows.scaled(2**k), width * 2**k) for k in range(1, doublings + 1)]
+        self._parts = {(bands.size(band), wide): bands for bands, wide in down + up}
+        self._wholes = {(bands.total, wide): bands for bands, wide in down + up}
+        self._tokens = {bands.size(band) * wide: bands.scaled(wide) for bands, wide in down + up}
+        if len(self._tokens) < len(down + up):
+            raise PlanError(f"a picture {width} latent columns wide is too narrow to be cut into bands. Use a larger width or one rank.")
+
+    def rows(self, height: int, width: int) -> Bands:
+        """Bands of rows of a (..., height, width) part."""
+        return self._found(self._parts.get((height, width)), f"{height} x {width}")
+
+    def tokens(self, length: int) -> Bands:
+        """Bands of tokens of a part with `length` tokens, row after row."""
+        return self._found(self._tokens.get(length), f"{length} tokens")
+
+    def whole(self, height: int, width: int) -> Bands:
+        """Bands of rows of a whole (..., height, width) tensor, not cut yet."""
+        return self._found(self._wholes.get((height, width)), f"{height} x {width}")
+
+    def _found(self, bands: Bands | None, what: str) -> Bands:
+        if bands is None:
+            known = ", ".join(f"{height} x {width}" for height, width in self._parts)
+            raise PlanError(
+                f"the network works on a part of {what}, but this rank's parts are {known}. It cannot be cut into bands."
+            )
+        return bands
+
+
+class Line:
+    """The same for a transformer: one token sequence, one resolution."""
+
+    def __init__(self, bands: Bands, *, band: int) -> None:
+        self.band = band
+        self._bands = bands
+
+    def tokens(self, length: int) -> Bands:
+        """Bands of the picture's tokens; `length` includes text tokens beside them."""
+        if length < self._bands.size(self.band):
+            raise PlanError(
+                f"an attention has {length} tokens, fewer than this rank's {self._bands.size(self.band)}. It cannot be cut."
+            )
+        return self._bands
+
+
+def parse_weights(text: str | Sequence[float]) -> tuple[float, ...]:
+    """'1.0,0.6' or a list of numbers -> relative speeds of the ranks. PlanError if one is not a positive number."""
+    parts = text.split(",") if isinstance(text, str) else text
+    try:
+        weights = tuple(float(part) for part in parts)
+    except ValueError:
+        weights = ()
+    if not weights or any(not 0 < weight < float("inf") for weight in weights):
+        raise PlanError(f"patch_weights={text!r} is not allowed. Give one positive number per rank of a picture, such as 1.0,0.6.")
+    return weights

@@ -1,0 +1,143 @@
+"""How each kind of network is cut: which arguments are cut where, and how the output is put together again.
+
+Rows for UNets and their ControlNets, tokens (after the position embedding) for transformers. Facts about a class are data here.
+"""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from backends.band_mode import ImageTokens
+from backends.bands import Bands, Grid, Line, cut
+from backends.errors import UnsupportedError
+
+
+def part_of(tensor: Tensor, bands: Bands, band: int, dim: int) -> Tensor:
+    """This band of a whole tensor, contiguous."""
+    return tensor.narrow(dim, bands.bounds[band], bands.size(band)).contiguous()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowCut:
+    """A UNet or ControlNet: rows are dim -2 of every spatial tensor (also of videos). The resolution is halved `halvings` times.
+
+    residuals: arguments holding ControlNet residuals, one tensor (or a list) at any of the resolutions.
+    hint_doublings: how often the ControlNet's picture is twice as large as the latents.
+    """
+
+    halvings: int
+    residuals: tuple[str, ...] = ()
+    hint: str | None = None
+    hint_doublings: int = 0
+    image_tokens: ImageTokens = "all"
+
+    def bands(self, sample: Tensor, weights: tuple[float, ...]) -> Bands:
+        return cut(sample.shape[-2], weights, 2**self.halvings)
+
+    def grid(self, sample: Tensor, bands: Bands, band: int) -> Grid:
+        return Grid(bands, sample.shape[-1], band=band, halvings=self.halvings, doublings=self.hint_doublings)
+
+    def arguments(self, arguments: Mapping[str, Any], grid: Grid, bands: Bands) -> dict[str, Any]:
+        """The network's arguments for this band."""
+        mine = dict(arguments)
+        first = next(iter(arguments))
+        mine[first] = part_of(arguments[first], bands, grid.band, -2)
+        if self.hint is not None:
+            mine[self.hint] = part_of(arguments[self.hint], bands.scaled(2**self.hint_doublings), grid.band, -2)
+        for name in self.residuals:
+            if mine.get(name) is not None:
+                mine[name] = _cut_residuals(mine[name], grid)
+        return mine
+
+
+def _cut_residuals(value: Any, grid: Grid) -> Any:
+    if isinstance(value, Tensor):
+        return part_of(value, grid.whole(*value.shape[-2:]), grid.band, -2)
+    return type(value)(_cut_residuals(item, grid) for item in value)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenCut:
+    """A transformer: the picture's tokens are cut, the text's are every rank's own.
+
+    embedding: module whose output tokens are cut; None if they arrive as the first argument. head: module whose output is gathered.
+    argument_dims: arguments with one entry per token of the picture, and their token dim. image_tokens: their place beside the text's.
+    """
+
+    embedding: str | None = None
+    head: str = "proj_out"
+    argument_dims: Mapping[str, int] = field(default_factory=dict)
+    image_tokens: ImageTokens = "all"
+
+    def bands(self, sample: Tensor, weights: tuple[float, ...], patch_size: int) -> Bands:
+        num_tokens = sample.shape[1] if self.embedding is None else (sample.shape[-2] // patch_size) * (sample.shape[-1] // patch_size)
+        return cut(num_tokens, weights)
+
+    def arguments(self, arguments: Mapping[str, Any], line: Line, bands: Bands) -> dict[str, Any]:
+        """The network's arguments for this band."""
+        return {
+            name: _cut_tokens(value, bands, line.band, self.argument_dims[name]) if name in self.argument_dims else value
+            for name, value in arguments.items()
+        }
+
+
+def _cut_tokens(value: Any, bands: Bands, band: int, dim: int) -> Any:
+    if isinstance(value, Tensor):
+        return part_of(value, bands, band, dim)
+    return None if value is None else type(value)(_cut_tokens(item, bands, band, dim) for item in value)
+
+
+_CONTROL = ("down_block_additional_residuals", "mid_block_additional_residual", "down_intrablock_additional_residuals")
+
+_TOKEN_CUTS = {
+    "FluxTransformer2DModel": TokenCut(
+        argument_dims={"hidden_states": 1, "img_ids": -2, "controlnet_block_samples": 1, "controlnet_single_block_samples": 1},
+        image_tokens="last",
+    ),
+    "SD3Transformer2DModel": TokenCut(embedding="pos_embed", argument_dims={"block_controlnet_hidden_states": 1}, image_tokens="first"),
+    "PixArtTransformer2DModel": TokenCut(embedding="pos_embed"),
+    "HunyuanDiT2DModel": TokenCut(embedding="pos_embed", argument_dims={"image_rotary_emb": -2, "controlnet_block_samples": 1}),
+}
+
+
+def cut_of(network: nn.Module) -> RowCut | TokenCut:
+    """How this network is cut. UnsupportedError for one that nobody has described."""
+    name = type(network).__name__
+    if name in _TOKEN_CUTS:
+        return _TOKEN_CUTS[name]
+    parameters = inspect.signature(type(network).forward).parameters
+    if not hasattr(network, "down_blocks") or "sample" not in parameters:
+        raise UnsupportedError(f"a {name} cannot be cut into patches: it is neither a UNet nor one of {', '.join(_TOKEN_CUTS)}.")
+    halvings = sum(1 for block in network.down_blocks if getattr(block, "downsamplers", None))
+    if "controlnet_cond" in parameters:
+        return RowCut(halvings=halvings, hint="controlnet_cond", hint_doublings=_hint_doublings(network))
+    return RowCut(halvings=halvings, residuals=tuple(name for name in _CONTROL if name in parameters))
+
+
+def _hint_doublings(network: nn.Module) -> int:
+    if network.config.global_pool_conditions:
+        raise UnsupportedError(
+            "this ControlNet pools over the whole picture (global_pool_conditions), which patches cannot. Use another."
+        )
+    return sum(1 for block in network.controlnet_cond_embedding.blocks if block.stride[0] == 2)
+
+
+def named_arguments(network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Positional and keyword arguments of a call by name, in the order of the network's signature."""
+    names = [name for name in inspect.signature(type(network).forward).parameters if name != "self"]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    return {name: given[name] for name in sorted(given, key=lambda name: names.index(name) if name in names else len(names))}
+
+
+def with_first(output: Any, whole: Tensor) -> Any:
+    """The network's output with its tensor replaced: a tuple, or an output object with `sample`."""
+    return (whole, *output[1:]) if isinstance(output, tuple) else type(output)(sample=whole)
+
+
+def join(pieces: list[Tensor], order: list[int], dim: int) -> Tensor:
+    """Put the ranks' bands together: rank i had band order[i]."""
+    return torch.cat([pieces[order.index(band)] for band in range(len(order))], dim=dim)

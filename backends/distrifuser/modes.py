@@ -1,0 +1,42 @@
+"""The synchronisation modes by name: what each operator does once the synchronous steps are over. Imports no torch."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from backends.plan import Exactness
+
+Action = Literal["now", "later", "keep", "local"]
+"""now: exchange and wait. later: use the values of the step before, send this step's in the background. keep: exchange nothing, use
+what was last seen of the others. local: this band's own values only (group norm)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SyncMode:
+    """halo: convolution borders; attention: keys and values; statistics: group norm.
+
+    is_corrected: stale global statistics are moved by the change of the local ones. takes_turns: the ranks change bands every step.
+    """
+
+    halo: Action = "later"
+    attention: Action = "later"
+    statistics: Action = "later"
+    is_corrected: bool = False
+    takes_turns: bool = False
+
+    def action(self, kind: str) -> Action:
+        return getattr(self, kind)
+
+    @property
+    def exactness(self) -> Exactness:
+        return "reordered" if self == SYNC_MODES["full_sync"] else "approximate"
+
+
+SYNC_MODES = {
+    "corrected_async_gn": SyncMode(is_corrected=True),
+    "stale_gn": SyncMode(),
+    "separate_gn": SyncMode(statistics="local"),
+    "sync_gn": SyncMode(statistics="now"),
+    "full_sync": SyncMode(halo="now", attention="now", statistics="now"),
+    "no_sync": SyncMode(halo="keep", attention="keep", statistics="keep"),
+    "rotate": SyncMode(halo="keep", attention="keep", statistics="keep", takes_turns=True),
+}

@@ -1,0 +1,154 @@
+"""One network of a pipeline under patch parallelism: a denoiser, or a ControlNet that gives it its residuals."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from backends import hooks
+from backends.band_mode import BandMode, Exchange, FreshExchange, attach_attention, detach_attention
+from backends.bands import Bands, Grid, Line
+from backends.distributed import Axis, Mesh, gather_pieces
+from backends.distrifuser.cuts import RowCut, TokenCut, cut_of, join, named_arguments, part_of, with_first
+from backends.distrifuser.modes import SyncMode
+from backends.distrifuser.schedule import Schedule
+from backends.distrifuser.stale import CallMemory
+
+NAME = "patches"
+TOKENS = "patch tokens"
+
+
+class BandedNetwork:
+    """Attached to a network: each call computes this rank's band and puts the bands of all ranks together."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        name: str,
+        mesh: Mesh,
+        mode: SyncMode,
+        schedule: Schedule,
+        choose_axis: Callable[[int], tuple[Axis, tuple[float, ...]]],
+        extrapolates: bool = False,
+        has_banded_residuals: bool = False,
+        gathers_output: bool = True,
+    ) -> None:
+        """choose_axis: batch -> the ranks that share a call with this batch, and their weights.
+
+        has_banded_residuals: ControlNet residuals come as bands already. gathers_output: False leaves the output as bands.
+        """
+        self.network = network
+        self.name = name
+        self._mesh, self._mode, self._schedule, self._choose_axis = mesh, mode, schedule, choose_axis
+        self._extrapolates = extrapolates
+        self._gathers_output = gathers_output
+        self._cut = cut_of(network)
+        if has_banded_residuals and isinstance(self._cut, RowCut):
+            self._cut = replace(self._cut, residuals=())
+        self._band_mode = BandMode(image_tokens=self._cut.image_tokens)
+        self._memories: dict[tuple[str, int], CallMemory] = {}
+        self._call: _Call | None = None
+
+    def attach(self) -> None:
+        attach_attention(self.network, self._band_mode)
+        if isinstance(self._cut, TokenCut):
+            if self._cut.embedding is not None:
+                hooks.attach(getattr(self.network, self._cut.embedding), TOKENS, self._around_embedding)
+            hooks.attach(getattr(self.network, self._cut.head), TOKENS, self._around_head)
+        hooks.attach(self.network, NAME, self._around)
+
+    def detach(self) -> None:
+        hooks.detach(self.network, NAME)
+        if isinstance(self._cut, TokenCut):
+            hooks.detach(getattr(self.network, self._cut.head), TOKENS)
+            if self._cut.embedding is not None:
+                hooks.detach(getattr(self.network, self._cut.embedding), TOKENS)
+        detach_attention(self.network)
+
+    def reset(self) -> None:
+        """A generation begins or ends: wait for what is under way, forget all values."""
+        self._call = None
+        for memory in self._memories.values():
+            memory.reset()
+
+    @property
+    def buffer_bytes(self) -> int:
+        return sum(memory.num_bytes for memory in self._memories.values())
+
+    def _around(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        arguments = named_arguments(self.network, args, kwargs)
+        sample = next(iter(arguments.values()))
+        axis, weights = self._choose_axis(sample.shape[0])
+        if axis.size == 1:
+            return forward(**arguments)
+        call = self._open(sample, axis, weights)
+        with self._band_mode.on(call.layout, call.exchange):
+            output = forward(**self._cut.arguments(arguments, call.layout, call.bands))
+        self._close(call)
+        if isinstance(self._cut, TokenCut) or not self._gathers_output:
+            return output
+        return with_first(output, self._gather(output[0], call, dim=-2))
+
+    def _open(self, sample: Tensor, axis: Axis, weights: tuple[float, ...]) -> "_Call":
+        bands = self._bands(sample, weights)
+        memory = self._memory() if self._mode.exactness == "approximate" else None
+        turn, is_fresh = self._schedule.turn(self._mode), self._schedule.is_synchronous
+        exchange: Exchange = FreshExchange(axis=axis, traffic=self._mesh.traffic)
+        if memory is not None:
+            # a call without a past exchanges at once, and then every rank has the band of its own number
+            is_fresh = memory.is_fresh(is_fresh, geometry=(axis.ranks, sample.shape, sample.dtype))
+            turn = 0 if is_fresh else turn
+            exchange = memory
+        call = _Call(
+            axis=axis, bands=bands, turn=turn, layout=self._layout(sample, bands, (axis.rank + turn) % axis.size), exchange=exchange
+        )
+        if memory is not None:
+            memory.open(is_fresh=is_fresh, band=call.layout.band, axis=axis)
+        self._call = call
+        return call
+
+    def _close(self, call: "_Call") -> None:
+        if isinstance(call.exchange, CallMemory):
+            call.exchange.close()
+        self._call = None
+
+    def _memory(self) -> CallMemory:
+        key = self._schedule.next_call(self.name)
+        if key not in self._memories:
+            self._memories[key] = CallMemory(self._mode, extrapolates=self._extrapolates, traffic=self._mesh.traffic)
+        return self._memories[key]
+
+    def _bands(self, sample: Tensor, weights: tuple[float, ...]) -> Bands:
+        if isinstance(self._cut, RowCut):
+            return self._cut.bands(sample, weights)
+        return self._cut.bands(sample, weights, self.network.config.patch_size)
+
+    def _layout(self, sample: Tensor, bands: Bands, band: int) -> Grid | Line:
+        return self._cut.grid(sample, bands, band) if isinstance(self._cut, RowCut) else Line(bands, band=band)
+
+    def _gather(self, part: Tensor, call: "_Call", *, dim: int) -> Tensor:
+        """All bands of the output, on every rank."""
+        order = [(rank + call.turn) % call.axis.size for rank in range(call.axis.size)]
+        shapes = [list(part.shape) for _ in order]
+        for shape, band in zip(shapes, order, strict=True):
+            shape[dim] = call.bands.size(band)
+        return join(gather_pieces(part, shapes, axis=call.axis, traffic=self._mesh.traffic), order, dim)
+
+    def _around_embedding(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """All tokens of the picture -> this band's."""
+        tokens = forward(*args, **kwargs)
+        return tokens if self._call is None else part_of(tokens, self._call.bands, self._call.layout.band, 1)
+
+    def _around_head(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """This band's output tokens -> those of all bands."""
+        tokens = forward(*args, **kwargs)
+        return tokens if self._call is None else self._gather(tokens, self._call, dim=1)
+
+
+class _Call:
+    """One call of the network on its way."""
+
+    def __init__(self, *, axis: Axis, bands: Bands, turn: int, layout: Grid | Line, exchange: Exchange) -> None:
+        self.axis, self.bands, self.turn, self.layout, self.exchange = axis, bands, turn, layout, exchange

@@ -1,0 +1,90 @@
+"""Launch settings -> the plan of DistriFuser: how many ranks for the CFG split and for bands, and which mode. Imports no torch."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from backends.bands import parse_weights
+from backends.distrifuser.modes import SYNC_MODES
+from backends.errors import PlanError
+from backends.model_table import ModelSpec
+from backends.plan import ParallelPlan
+
+PARALLELISMS = ("patch", "naive_patch", "tensor")
+SPLIT_SCHEMES = ("row", "col", "alternate")
+DEFAULT_WARMUP_STEPS = 4
+
+
+def make_plan(spec: ModelSpec, options: Mapping[str, object], world_size: int) -> ParallelPlan:
+    """CFG split first where the world is even and the type has guidance, bands (or weight shards) within each half.
+
+    options: parallelism, sync_mode, split_scheme, no_split_batch, patch_weights, warm_up_steps, extrapolate; None or absent is unset,
+    others are ignored. PlanError if they contradict each other or the number of ranks.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    parallelism = _choice("parallelism", given.get("parallelism", "patch"), PARALLELISMS)
+    sync_mode = _choice("sync_mode", given.get("sync_mode", "corrected_async_gn"), tuple(SYNC_MODES))
+    scheme = _choice("split_scheme", given.get("split_scheme", "row"), SPLIT_SCHEMES)
+    warmup_steps = _count("warm_up_steps", given.get("warm_up_steps", DEFAULT_WARMUP_STEPS))
+    splits_batch = world_size > 1 and world_size % 2 == 0 and spec.guidance == "cfg" and not given.get("no_split_batch")
+    degree = world_size // 2 if splits_batch else world_size
+    weights = parse_weights(given["patch_weights"]) if "patch_weights" in given else (1.0,) * degree
+    _check_weights(weights, degree, parallelism, sync_mode)
+    axis = "tensor" if parallelism == "tensor" else "patch"
+    axes = (("cfg", 2), (axis, degree)) if splits_batch else ((axis, degree),)
+    return ParallelPlan(
+        method="distrifuser",
+        axes=axes,
+        exactness=_exactness(parallelism, sync_mode, degree),
+        options={
+            "parallelism": parallelism,
+            "sync_mode": sync_mode,
+            "split_scheme": scheme,
+            "patch_weights": weights,
+            "warmup_steps": warmup_steps,
+            "extrapolate": bool(given.get("extrapolate", False)),
+        },
+        reasons=tuple(_reasons(given, splits_batch, world_size, spec)),
+    )
+
+
+def _exactness(parallelism: str, sync_mode: str, degree: int) -> Any:
+    if degree == 1:
+        return "exact"
+    return {"tensor": "reordered", "naive_patch": "approximate"}.get(parallelism) or SYNC_MODES[sync_mode].exactness
+
+
+def _check_weights(weights: tuple[float, ...], degree: int, parallelism: str, sync_mode: str) -> None:
+    if len(weights) != degree:
+        raise PlanError(
+            f"patch_weights has {len(weights)} numbers, but each picture is cut into {degree} bands. "
+            f"Give {degree}, or change the number of ranks (no_split_batch=true uses all of them for bands)."
+        )
+    if len(set(weights)) > 1 and parallelism == "tensor":
+        raise PlanError("patch_weights cannot be used with parallelism=tensor: it cuts weights, not patches. Leave one of them out.")
+    if len(set(weights)) > 1 and SYNC_MODES[sync_mode].takes_turns and parallelism == "patch":
+        raise PlanError(f"patch_weights cannot be used with sync_mode={sync_mode}: the ranks take turns in all patches. Leave one out.")
+
+
+def _reasons(given: Mapping[str, object], splits_batch: bool, world_size: int, spec: ModelSpec) -> list[str]:
+    reasons = []
+    if splits_batch:
+        reasons.append(f"cfg=2: {world_size} ranks are even and {spec.name} has guidance; no_split_batch uses patches only")
+    if "warm_up_steps" not in given:
+        reasons.append(f"warm_up_steps={DEFAULT_WARMUP_STEPS}: the default of synchronous steps at the start")
+    if given.get("split_scheme", "row") != "row" and given.get("parallelism") != "naive_patch":
+        reasons.append(f"split_scheme={given['split_scheme']} has no effect: only parallelism=naive_patch cuts in other ways than rows")
+    if given.get("no_cuda_graph"):
+        reasons.append("no_cuda_graph has no effect: no CUDA graphs are used")
+    return reasons
+
+
+def _choice(name: str, value: object, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise PlanError(f"{name}={value!r} is not allowed. Allowed: {', '.join(allowed)}.")
+    return str(value)
+
+
+def _count(name: str, value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise PlanError(f"{name}={value!r} is not allowed. Give a whole number from 0.")
+    return value

@@ -1,0 +1,34 @@
+"""Where a generation stands: which steps are synchronous, which band this rank has, how often each network has been called."""
+
+from collections import Counter
+
+from backends.distrifuser.modes import SyncMode
+
+
+class Schedule:
+    """The step clock of one generation, the same on every rank. A step is one denoiser evaluation of the sampler."""
+
+    def __init__(self) -> None:
+        self.start(synchronous_steps=0)
+
+    def start(self, *, synchronous_steps: int) -> None:
+        self.synchronous_steps = synchronous_steps
+        self.step = 0
+        self._calls: Counter[str] = Counter()
+
+    def step_done(self) -> None:
+        self.step += 1
+        self._calls.clear()
+
+    def next_call(self, network: str) -> tuple[str, int]:
+        """The network's name and which call of this step begins now: names its memory."""
+        self._calls[network] += 1
+        return network, self._calls[network] - 1
+
+    @property
+    def is_synchronous(self) -> bool:
+        return self.step < self.synchronous_steps
+
+    def turn(self, mode: SyncMode) -> int:
+        """By how many bands the ranks have moved on."""
+        return self.step if mode.takes_turns and not self.is_synchronous else 0

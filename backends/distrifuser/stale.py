@@ -1,0 +1,270 @@
+"""What the bands know of each other between two steps: buffers, and the messages that refill them in the background.
+
+One CallMemory belongs to one call of one network within a step. Its n-th operator of a kind that is not exchanged at once has a slot
+with the last known value of every band. Slots are packed into a few messages; a message starts when its last operator of the step has
+run, and is awaited when its first operator of the next step needs it.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+from torch import Tensor
+
+from backends.band_mode import Exchange, Kind, combine
+from backends.distributed import Axis, Swap, Traffic, gather_pieces
+from backends.distrifuser.modes import SyncMode
+
+NUM_MESSAGES = 8  # per step: enough that nearly all of the sending overlaps with computing
+ALIGNMENT = 16  # bytes: every dtype can be viewed there
+DRAIN_TIMEOUT = timedelta(seconds=10)
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """Shape of an operator's value for each band, and dtype."""
+
+    kind: Kind
+    dtype: torch.dtype
+    shapes: tuple[tuple[int, ...], ...]
+
+    def num_bytes(self, band: int) -> int:
+        return math.prod(self.shapes[band]) * self.dtype.itemsize
+
+
+class Slot:
+    """The last known value of every band for one operator; `older` are those of the step before, where they are kept."""
+
+    def __init__(self, spec: Spec, pieces: list[Tensor]) -> None:
+        self.spec = spec
+        self.pieces = pieces
+        self.older: list[Tensor | None] = [None] * len(pieces)
+        self.message: Message | None = None
+
+
+class Message:
+    """The slots that travel together: one byte buffer to send, one to receive."""
+
+    def __init__(self, slots: Sequence[Slot], *, axis: Axis, traffic: Traffic, keeps_older: bool) -> None:
+        """Move the slots' present values into the buffers of this message."""
+        self._axis, self._traffic = axis, traffic
+        self.sizes = [sum(_aligned(slot.spec.num_bytes(band)) for slot in slots) for band in range(axis.size)]
+        device = slots[0].pieces[0].device
+        self._sent = torch.empty(self.sizes[axis.rank], dtype=torch.uint8, device=device)
+        self._received = torch.empty(sum(self.sizes) - self.sizes[axis.rank], dtype=torch.uint8, device=device)
+        self._older = torch.empty_like(self._received) if keeps_older else None
+        self._swap: Swap | None = None
+        offset = 0
+        for band in range(axis.size):
+            buffer, start = (self._sent, 0) if band == axis.rank else (self._received, offset)
+            _place(slots, band, buffer, start, self._older if band != axis.rank else None)
+            offset += 0 if band == axis.rank else self.sizes[band]
+        self.last = slots[-1]
+        for slot in slots:
+            slot.message = self
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(buffer.numel() for buffer in (self._sent, self._received, self._older) if buffer is not None)
+
+    def start(self) -> None:
+        """Send this rank's values of the step that has just been computed; the others' replace the received ones."""
+        self.remember()
+        self._swap = Swap(self._sent, self._received, self.sizes, axis=self._axis)
+        self._traffic.add(self._sent, peers=self._axis.size - 1)
+
+    def remember(self) -> None:
+        """The received values are about to be replaced: keep them as the older ones."""
+        if self._older is not None:
+            self._older.copy_(self._received)
+
+    def wait(self, timeout: timedelta | None = None) -> None:
+        """Until the values of the last `start` are here. Does nothing if none is under way."""
+        if self._swap is not None:
+            swap, self._swap = self._swap, None
+            started = time.perf_counter()
+            swap.wait(timeout)
+            self._traffic.wait_s += time.perf_counter() - started
+
+
+class CallMemory(Exchange):
+    """The exchange of one call of one network, from step to step."""
+
+    def __init__(self, mode: SyncMode, *, extrapolates: bool, traffic: Traffic) -> None:
+        self._mode = mode
+        self._extrapolates = extrapolates
+        self._traffic = traffic
+        self._slots: list[Slot] = []
+        self._messages: list[Message] = []
+        self._geometry: object = None
+        self._num_steps = 0
+        self._complete: Message | None = None
+
+    def is_fresh(self, is_asked: bool, *, geometry: object) -> bool:
+        """Whether the next call must exchange everything at once: asked to, or nothing older is known that fits.
+
+        geometry: what must not change from step to step for the older values to fit.
+        """
+        if geometry != self._geometry:
+            self.reset()
+            self._geometry = geometry
+        return is_asked or self._num_steps == 0
+
+    def open(self, *, is_fresh: bool, band: int, axis: Axis) -> None:
+        """A call begins, of this band."""
+        self._is_fresh, self._band, self._axis = is_fresh, band, axis
+        self._index = 0
+        self._held: list[Slot] | None = None
+
+    def close(self) -> None:
+        """The call is over: start what has not been started, lay the buffers out if the operators were new."""
+        self._start_complete()
+        self._num_steps += 1
+        if not self._is_fresh and self._index < len(self._slots):
+            raise RuntimeError(f"{self._index} operators ran, but {len(self._slots)} did in the step before: the network changed")
+        if self._is_fresh and (self._held is not None or self._index < len(self._slots)):
+            self._lay_out((self._held or self._slots)[: self._index])
+
+    def reset(self) -> None:
+        """Forget the values, keep the buffers."""
+        self.drain()
+        self._num_steps = 0
+
+    def drain(self) -> None:
+        """Wait for what is under way; RuntimeError if a peer does not answer."""
+        self._complete = None
+        for message in self._messages:
+            message.wait(DRAIN_TIMEOUT)
+
+    def gather(self, kind: Kind, own: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+        action = self._mode.action(kind)
+        if action in ("now", "local") or self._is_fresh:
+            self._start_complete()
+            pieces = gather_pieces(own, shapes, axis=self._axis, traffic=self._traffic)
+            if action in ("later", "keep"):
+                self._store(Spec(kind, own.dtype, tuple(tuple(shape) for shape in shapes)), pieces)
+            return pieces
+        slot = self._next_slot(kind, own)
+        pieces = self._expected(slot)
+        self._replace_own(slot, own)
+        pieces[self._band] = own
+        return pieces
+
+    def moments(self, own: Tensor, shares: Sequence[float]) -> Tensor:
+        """Of the whole picture; in stale steps as the mode says. Source: DistriFusion, section 4 (corrected asynchronous group norm)."""
+        if self._is_fresh or self._mode.statistics == "now":
+            return super().moments(own, shares)
+        if self._mode.statistics == "local":
+            return own
+        if not self._mode.is_corrected:
+            return combine(self.gather("statistics", own, [own.shape] * len(shares)), shares)
+        slot = self._next_slot("statistics", own)
+        result = correct(combine(self._expected(slot), shares), before=slot.pieces[self._band], own=own)
+        self._replace_own(slot, own)
+        return result
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the buffers."""
+        kept = [piece for slot in self._slots if slot.message is None for piece in slot.pieces]
+        return sum(message.num_bytes for message in self._messages) + sum(piece.numel() * piece.element_size() for piece in kept)
+
+    def _store(self, spec: Spec, pieces: list[Tensor]) -> None:
+        """Keep this step's values, in the buffers if they fit."""
+        index, self._index = self._index, self._index + 1
+        if self._held is None and index < len(self._slots) and self._slots[index].spec == spec:
+            self._overwrite(self._slots[index], pieces)
+            return
+        if self._held is None:
+            self._held = self._slots[:index]
+        self._held.append(Slot(spec, pieces))
+
+    def _overwrite(self, slot: Slot, pieces: list[Tensor]) -> None:
+        if slot.message is not None:
+            slot.message.wait()
+        for piece, old, older in zip(pieces, slot.pieces, slot.older, strict=True):
+            if older is not None:
+                older.copy_(old)
+            old.copy_(piece)
+
+    def _lay_out(self, slots: list[Slot]) -> None:
+        """Buffers for these operators: a few messages for what is sent later, single tensors for what is only kept."""
+        self._slots = slots
+        later = [slot for slot in slots if self._mode.action(slot.spec.kind) == "later"]
+        self._messages = [
+            Message(group, axis=self._axis, traffic=self._traffic, keeps_older=self._extrapolates) for group in _groups(later)
+        ]
+
+    def _next_slot(self, kind: Kind, own: Tensor) -> Slot:
+        """The slot of the operator that runs now, with its values of the step before at hand."""
+        self._start_complete()
+        slot = self._slots[self._index] if self._index < len(self._slots) else None
+        if slot is None or slot.spec.kind != kind or slot.spec.shapes[self._band] != tuple(own.shape):
+            raise RuntimeError(f"operator {self._index} ({kind}, {tuple(own.shape)}) was not there in the step before: the network changed")
+        self._index += 1
+        if slot.message is not None:
+            slot.message.wait()
+        return slot
+
+    def _expected(self, slot: Slot) -> list[Tensor]:
+        """The other bands' values as far as they are known: of the step before, or continued from the last two steps."""
+        if not self._extrapolates or self._num_steps < 2:
+            return list(slot.pieces)
+        return [piece if older is None else torch.lerp(older, piece, 2.0) for piece, older in zip(slot.pieces, slot.older, strict=True)]
+
+    def _replace_own(self, slot: Slot, own: Tensor) -> None:
+        slot.pieces[self._band].copy_(own)
+        if slot.message is not None and slot is slot.message.last:
+            self._complete = slot.message
+
+    def _start_complete(self) -> None:
+        """Start the message whose last operator has run. Not earlier: until then its received values are in use."""
+        if self._complete is not None:
+            self._complete.start()
+            self._complete = None
+
+
+def correct(stale: Tensor, *, before: Tensor, own: Tensor) -> Tensor:
+    """Move the stale global moments by the change of the local ones, in means and means of squares. All (2, N, G): mean, variance.
+
+    A variance that comes out negative is replaced by the local one.
+    """
+    mean = stale[0] + own[0] - before[0]
+    square = (stale[1] + stale[0] ** 2) + (own[1] + own[0] ** 2) - (before[1] + before[0] ** 2)
+    var = square - mean**2
+    return torch.stack((mean, torch.where(var < 0, own[1], var)))
+
+
+def _groups(slots: list[Slot]) -> list[list[Slot]]:
+    """Consecutive slots, cut into NUM_MESSAGES groups of about equal size; the same on all ranks."""
+    sizes = [sum(slot.spec.num_bytes(band) for band in range(len(slot.spec.shapes))) for slot in slots]
+    total = sum(sizes)
+    groups: list[list[Slot]] = []
+    taken = 0
+    for slot, size in zip(slots, sizes, strict=True):
+        if not groups or taken * NUM_MESSAGES >= total * len(groups):
+            groups.append([])
+        groups[-1].append(slot)
+        taken += size
+    return groups
+
+
+def _place(slots: Sequence[Slot], band: int, buffer: Tensor, offset: int, older: Tensor | None) -> None:
+    """Make the slots' values of this band views of `buffer`, one behind the other from `offset`."""
+    for slot in slots:
+        size = slot.spec.num_bytes(band)
+        view = _view(buffer, offset, slot.spec, band)
+        slot.pieces[band] = view.copy_(slot.pieces[band])
+        slot.older[band] = None if older is None else _view(older, offset, slot.spec, band).copy_(view)
+        offset += _aligned(size)
+
+
+def _view(buffer: Tensor, offset: int, spec: Spec, band: int) -> Tensor:
+    return buffer[offset : offset + spec.num_bytes(band)].view(spec.dtype).view(spec.shapes[band])
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
