@@ -15,6 +15,22 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before diffusers is first imported: a test must never reach for the network
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 
-from tests.checkpoints.factory import NAMES, SD35_MEDIUM, checkpoint, inputs, load
+from tests.checkpoints.adapters import IP_ADAPTER_FILE, IP_ADAPTER_IMAGE_ENCODER, controlnet, ip_adapter, motion_adapter, motion_lora
+from tests.checkpoints.factory import NAMES, SD35_MEDIUM, checkpoint, inputs, load, picture
+from tests.checkpoints.lora import lora
 
-__all__ = ["NAMES", "SD35_MEDIUM", "checkpoint", "inputs", "load"]
+__all__ = [
+    "IP_ADAPTER_FILE",
+    "IP_ADAPTER_IMAGE_ENCODER",
+    "NAMES",
+    "SD35_MEDIUM",
+    "checkpoint",
+    "controlnet",
+    "inputs",
+    "ip_adapter",
+    "load",
+    "lora",
+    "motion_adapter",
+    "motion_lora",
+    "picture",
+]

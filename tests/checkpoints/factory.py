@@ -28,11 +28,10 @@ def checkpoint(name: str, *, seed: int = 0, attention_gain: float | None = None,
 
 def _build(name: str, folder: Path, *, seed: int, attention_gain: float, denoiser: dict[str, object]) -> None:
     """Make the pipeline from `seed` alone, without touching the caller's random state, and save it."""
-    from unittest import mock
-
     import torch
 
     from tests.checkpoints.pipelines import BUILDERS
+    from tests.checkpoints.saving import save
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -40,9 +39,7 @@ def _build(name: str, folder: Path, *, seed: int, attention_gain: float, denoise
     for part, module in pipe.components.items():
         if isinstance(module, torch.nn.Module) and part != "vae":
             scale_attention(module, attention_gain)
-    # transformers saves nothing on ranks other than 0 of a process group, but whichever rank comes first must write all of it
-    with mock.patch("transformers.distributed.mixin._is_torch_distributed_initialized", return_value=False):
-        pipe.save_pretrained(folder)
+    save(pipe, folder)
 
 
 def load(name: str, **variant: object) -> "DiffusionPipeline":

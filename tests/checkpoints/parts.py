@@ -10,6 +10,9 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
+    SiglipVisionModel,
     T5Config,
     T5EncoderModel,
 )
@@ -84,6 +87,14 @@ def clip_vision(*, image_size: int = 32, patch_size: int = 8) -> CLIPVisionModel
         patch_size=patch_size,
     )
     return CLIPVisionModelWithProjection(config)
+
+
+def siglip_vision() -> tuple[SiglipVisionModel, SiglipImageProcessor]:
+    """The image encoder of sd3's IP-Adapter, with its processor."""
+    config = SiglipVisionConfig(
+        hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=2, num_attention_heads=HEADS, image_size=32, patch_size=8
+    )
+    return SiglipVisionModel(config), SiglipImageProcessor(size={"height": 32, "width": 32})
 
 
 def image_processor(size: int = 32) -> CLIPImageProcessor:
