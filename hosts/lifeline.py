@@ -3,18 +3,26 @@
 import ctypes
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
+
+import psutil
 
 PR_SET_PDEATHSIG = 1
 POLL_S = 0.5
 
 
-def die_with_parent() -> None:
-    """Ask the kernel for SIGKILL at the parent's death, and watch the parent's pid as well (the signal is Linux only)."""
-    parent = os.getppid()
+def die_with_parent(*, is_torchelastic: bool) -> None:
+    """Ask the kernel for SIGKILL at the parent's death, and watch the parent's pid as well (the signal is Linux only).
+
+    is_torchelastic: the parent must be torchelastic's agent. If it is not, the agent died before this process came to ask: leave.
+    """
     request_parent_death_signal()
+    parent = os.getppid()
+    if is_torchelastic and not _is_agent(parent):
+        os._exit(1)
     threading.Thread(target=_watch, args=(parent,), name="lifeline", daemon=True).start()
 
 
@@ -44,6 +52,16 @@ def on_stop_signal(stop: Callable[[], None], *, within_s: float) -> None:
         os._exit(0)
 
     threading.Thread(target=wait, name="signals", daemon=True).start()
+
+
+def _is_agent(pid: int) -> bool:
+    """Whether this looks like what started us: torchrun, or anything that names our script. True where that cannot be read."""
+    try:
+        return any("torch" in argument or argument == sys.argv[0] for argument in psutil.Process(pid).cmdline())
+    except psutil.AccessDenied:
+        return True
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _watch(parent: int) -> None:

@@ -68,7 +68,7 @@ def run_rank(
     after_failed_load: 'answer' keeps rank 0 serving the reason as an error, because the old clients notice nothing else;
     'exit' leaves it to the launcher to print.
     """
-    lifeline.die_with_parent()
+    lifeline.die_with_parent(is_torchelastic="TORCHELASTIC_RUN_ID" in os.environ)
     place = Place.from_environment()
     log.configure(rank=place.rank)
     for name, value in LIBRARY_ENVIRONMENT.items():
