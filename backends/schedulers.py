@@ -182,8 +182,8 @@ def _check_overrides(overrides: Mapping[str, Any]) -> None:
 def build_scheduler(choice: SchedulerChoice, pristine: "Mapping[str, Any] | SchedulerMixin", *, flow: bool) -> "SchedulerMixin":
     """Return a new scheduler for one generation; `pristine` is only read.
 
-    pristine: the checkpoint's scheduler, or its config with `_class_name`. flow: the model is a flow-matching one (ModelSpec.flow_matching).
-    Such a model gets the flow-matching counterpart of the name, if there is one. Raises SchedulerError.
+    pristine: the checkpoint's scheduler, or its config with `_class_name`. flow: ModelSpec.flow_matching; such a model
+    gets the flow-matching counterpart of the name, if there is one. Raises SchedulerError.
     """
     config = dict(pristine) if isinstance(pristine, Mapping) else dict(pristine.config) | {"_class_name": type(pristine).__name__}
     facts, flow_extra = _facts_for_model(choice.name, config, flow=flow)

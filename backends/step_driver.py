@@ -180,8 +180,8 @@ class StepDriver:
         """A pipeline that takes latents as they are must have taken ours, not a copy from before they were filled in."""
         if self._start is not None and not self._start.is_scaled_by_pipeline and sample.data_ptr() != self.latents.data_ptr():
             raise RuntimeError(
-                f"the pipeline copied its initial latents ({self.latents.dtype}, {self.latents.device}) to {sample.dtype}, {sample.device}. "
-                "Give Start latents of the pipeline's dtype and device."
+                f"the pipeline copied its initial latents ({self.latents.dtype}, {self.latents.device}) "
+                f"to {sample.dtype}, {sample.device}. Give Start latents of the pipeline's dtype and device."
             )
 
 
