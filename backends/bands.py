@@ -87,9 +87,7 @@ class Grid:
     def _found(self, bands: Bands | None, what: str) -> Bands:
         if bands is None:
             known = ", ".join(f"{height} x {width}" for height, width in self._parts)
-            raise PlanError(
-                f"the network works on a part of {what}, but this rank's parts are {known}. It cannot be cut into bands."
-            )
+            raise PlanError(f"the network works on a part of {what}, but this rank's parts are {known}. It cannot be cut into bands.")
         return bands
 
 
@@ -103,9 +101,7 @@ class Line:
     def tokens(self, length: int) -> Bands:
         """Bands of the picture's tokens; `length` includes text tokens beside them."""
         if length < self._bands.size(self.band):
-            raise PlanError(
-                f"an attention has {length} tokens, fewer than this rank's {self._bands.size(self.band)}. It cannot be cut."
-            )
+            raise PlanError(f"an attention has {length} tokens, fewer than this rank's {self._bands.size(self.band)}. It cannot be cut.")
         return self._bands
 
 

@@ -120,9 +120,7 @@ def cut_of(network: nn.Module) -> RowCut | TokenCut:
 
 def _hint_doublings(network: nn.Module) -> int:
     if network.config.global_pool_conditions:
-        raise UnsupportedError(
-            "this ControlNet pools over the whole picture (global_pool_conditions), which patches cannot. Use another."
-        )
+        raise UnsupportedError("this ControlNet pools over the whole picture (global_pool_conditions), which patches cannot. Use another.")
     return sum(1 for block in network.controlnet_cond_embedding.blocks if block.stride[0] == 2)
 
 

@@ -81,4 +81,6 @@ def assert_same(got: Tensor, want: Tensor, *, relative: float = 1e-5) -> None:
     """Within `relative` of the largest value of `want`, and at least 1e-5: float32 sums in another order."""
     limit = max(1e-5, relative * float(want.abs().max()))
     difference = float((got - want).abs().max())
-    assert torch.isfinite(got).all() and difference <= limit, f"differs by {difference:.2e}, allowed {limit:.2e} (max {want.abs().max():.2f})"
+    assert torch.isfinite(got).all() and difference <= limit, (
+        f"differs by {difference:.2e}, allowed {limit:.2e} (max {want.abs().max():.2f})"
+    )
