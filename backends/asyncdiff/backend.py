@@ -1,0 +1,133 @@
+"""AsyncDiff: the denoiser in segments of consecutive units, one per rank, all of them busy at once on values one turn old.
+
+Source: Chen et al., NeurIPS 2024, arXiv:2406.06911. Cuts and communication are our own: docs/asyncdiff.md.
+"""
+
+import inspect
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from backends import hooks
+from backends.asyncdiff.exchange import Exchange
+from backends.asyncdiff.generation import Generation
+from backends.asyncdiff.schedule import Place, num_synchronous_evaluations, num_synchronous_steps
+from backends.asyncdiff.segments import Segments, choose_segments
+from backends.asyncdiff.trace import time_units, trace
+from backends.asyncdiff.units import Layout, UnitHooks
+from backends.base import Backend, Run
+from backends.distributed import Mesh
+from backends.model_table import ModelSpec
+from backends.plan import ParallelPlan
+
+logger = logging.getLogger(__name__)
+
+NAME = "segments"
+
+CostsOf = Callable[[UnitHooks, Callable[[], Any], Layout, torch.device], list[float]]
+"""costs of the units in the layout's order; asked on rank 0 only."""
+
+
+class AsyncDiffBackend(Backend):
+    """costs_of: how units are weighed for the cuts; measured times, unless something sets another."""
+
+    name: ClassVar[str] = "asyncdiff"
+
+    def __init__(self, *, spec: ModelSpec, plan: ParallelPlan, mesh: Mesh) -> None:
+        super().__init__(spec=spec, plan=plan, mesh=mesh)
+        self.costs_of: CostsOf = time_units
+        self.segments: Segments | None = None
+        self._hooks: UnitHooks | None = None
+        self._generation: Generation | None = None
+        self._report: dict[str, object] = {}
+
+    def attach_denoiser(self, pipe: Any, denoiser: nn.Module) -> None:
+        if self.mesh.axis("segment").size == 1:
+            return
+        self.mesh.axis("cfg", "segment")  # the first use is collective
+        self._pipe = pipe
+        self._denoiser = denoiser
+        self._hooks = UnitHooks(denoiser)
+        hooks.attach(denoiser, NAME, self._around(denoiser))
+
+    def detach_denoiser(self, pipe: Any, denoiser: nn.Module) -> None:
+        if self._hooks is None:
+            return
+        hooks.detach(denoiser, NAME)
+        self._hooks.detach()
+        self._hooks, self.segments = None, None
+
+    def begin(self, run: Run) -> None:
+        if self._hooks is None:
+            return
+        if not self._hooks.is_current():
+            self._hooks.detach()
+            self._hooks = UnitHooks(self._denoiser)
+        steps = num_synchronous_steps(self.plan.options, run.request, run.num_inference_steps)
+        self._generation = Generation(
+            place=self._place(),
+            options=self.plan.options,
+            exchange=Exchange(self.mesh),
+            num_synchronous=num_synchronous_evaluations(steps, run.num_inference_steps, run.order),
+            scheduler=lambda: self._pipe.scheduler,
+        )
+
+    def step_done(self) -> None:
+        if self._generation is not None:
+            self._generation.step_done()
+
+    def end(self) -> None:
+        generation, self._generation = self._generation, None
+        if generation is None:
+            return
+        self._report = self._figures(generation)
+        if not generation.has_failed:
+            generation.exchange.settle()
+
+    def report(self) -> Mapping[str, object]:
+        return {**super().report(), **self._report}
+
+    def _place(self) -> Place:
+        options = self.plan.options
+        return Place(num_segments=int(options["model_n"]), stride=int(options["stride"]), rank=self.mesh.axis("segment").rank)
+
+    def _around(self, denoiser: nn.Module) -> hooks.Around:
+        names = [name for name in inspect.signature(type(denoiser).forward).parameters if name != "self"]
+
+        def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+            if self._generation is None:
+                return forward(**arguments)
+            if self.segments is None:
+                self.segments = self._learn(lambda: forward(**_copy_lists(arguments)), arguments[names[0]])
+            return self._generation.evaluate(self._hooks, self.segments, forward, arguments, names[0])
+
+        return around
+
+    def _learn(self, call: Callable[[], Any], model_input: torch.Tensor) -> Segments:
+        """Find the units in a real call, weigh them, and cut. Rank 0 weighs and decides; all ranks get its cuts."""
+        layout, _ = trace(self._hooks, call, model_input)
+        num_segments = int(self.plan.options["model_n"])
+        bounds = torch.zeros(num_segments + 1, dtype=torch.int64, device=self.mesh.device)
+        if self.mesh.rank == 0:
+            costs = self.costs_of(self._hooks, call, layout, self.mesh.device)
+            segments = choose_segments(layout, costs, num_segments, self.plan.options["segment_weights"])
+            logger.info("segments of %s:\n%s", type(self._denoiser).__name__, segments.table(costs))
+            bounds.copy_(torch.tensor(segments.bounds))
+        dist.broadcast(bounds, src=0, group=self.mesh.axis("cfg", "segment").group)
+        return Segments(layout, tuple(bounds.tolist()))
+
+    def _figures(self, generation: Generation) -> dict[str, object]:
+        shapes = generation.last_shapes()
+        if shapes is None or self.segments is None:
+            return {}
+        return {"segment_bounds": self.segments.bounds, "stale_evaluations": generation.num_stale}
+
+
+def _copy_lists(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Some denoisers take items off a list they are given (ControlNet residuals of HunyuanDiT), and this call is made several times."""
+    return {name: list(value) if isinstance(value, list) else value for name, value in arguments.items()}

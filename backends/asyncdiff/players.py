@@ -1,0 +1,121 @@
+"""What a unit's call does on this rank: run and be remembered, run and be sent, or be left out and return what arrived."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from backends.asyncdiff.exchange import Arrival, Exchange
+from backends.asyncdiff.schedule import Place
+from backends.asyncdiff.segments import Segments
+from backends.asyncdiff.units import Source
+
+Values = dict[Source, Tensor]
+
+
+class Shapes:
+    """What each unit returned last time, without the numbers: enough to stand in for it.
+
+    A stand-in is a zero of the right shape and type that takes no memory (all strides are 0).
+    """
+
+    def __init__(self) -> None:
+        self._forms: dict[int, tuple[list[Any], Any]] = {}
+
+    def remember(self, unit: int, result: Any) -> None:
+        leaves, form = pytree.tree_flatten(result)
+        self._forms[unit] = ([_stand_in(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves], form)
+
+    def fill(self, unit: int, value_of: Callable[[Source], Tensor | None]) -> Any:
+        """A result of this unit made of known values where there are any, else of stand-ins."""
+        leaves, form = self._forms[unit]
+        known = [value_of((unit, position)) for position in range(len(leaves))]
+        return pytree.tree_unflatten([leaf if value is None else value for leaf, value in zip(leaves, known, strict=True)], form)
+
+    def of(self, source: Source) -> Tensor:
+        return self._forms[source[0]][0][source[1]]
+
+
+class Inbox:
+    """The other segments' tensors that this rank reads in one evaluation; each is awaited when it is first used."""
+
+    def __init__(self, arrivals: Mapping[Source, Arrival], extrapolate: Callable[[Source, Tensor], Tensor] | None = None) -> None:
+        self._arrivals = arrivals
+        self._extrapolate = extrapolate
+        self._used: Values = {}
+
+    def get(self, source: Source) -> Tensor | None:
+        if source not in self._arrivals:
+            return None
+        if source not in self._used:
+            value = self._arrivals[source].wait()
+            self._used[source] = self._extrapolate(source, value) if self._extrapolate else value
+        return self._used[source]
+
+    def values(self) -> Values:
+        """What arrived, as it came."""
+        return {source: arrival.wait() for source, arrival in self._arrivals.items()}
+
+
+class SynchronousPlayer:
+    """Runs every unit, and keeps what the first stale evaluation will read."""
+
+    def __init__(self, segments: Segments, place: Place) -> None:
+        self.shapes = Shapes()
+        self.values: Values = {}
+        self._index = _index(segments)
+        self._imports = frozenset(segments.imports(place.segment))
+
+    def play(self, name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = forward(*args, **kwargs)
+        unit = self._index.get(name)
+        if unit is not None:
+            self.shapes.remember(unit, result)
+            for position, leaf in enumerate(pytree.tree_leaves(result)):
+                if (unit, position) in self._imports:
+                    self.values[unit, position] = leaf
+        return result
+
+
+class SegmentPlayer:
+    """Runs this rank's units and sends what others read of them; all other units return what arrived from their ranks."""
+
+    def __init__(self, segments: Segments, place: Place, *, shapes: Shapes, inbox: Inbox, exchange: Exchange) -> None:
+        self._index = _index(segments)
+        self._mine = segments.units(place.segment)
+        self._readers = readers(segments, place) if place.is_sender else {}
+        self._shapes = shapes
+        self._inbox = inbox
+        self._exchange = exchange
+
+    def play(self, name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        unit = self._index.get(name)
+        if unit is None:
+            return forward(*args, **kwargs)
+        if unit not in self._mine:
+            return self._shapes.fill(unit, self._inbox.get)
+        result = forward(*args, **kwargs)
+        for position, leaf in enumerate(pytree.tree_leaves(result)):
+            self._exchange.send(leaf, to=self._readers.get((unit, position), ()))
+        return result
+
+
+def readers(segments: Segments, place: Place) -> dict[Source, tuple[int, ...]]:
+    """For each tensor of this rank's segment that others read: the ranks of the axis that need it."""
+    mine = segments.units(place.segment)
+    found: dict[Source, tuple[int, ...]] = {}
+    for segment in range(place.segment + 1, segments.num_segments):
+        for source in segments.imports(segment):
+            if source[0] in mine:
+                found[source] = found.get(source, ()) + place.ranks_of(segment)
+    return found
+
+
+def _index(segments: Segments) -> dict[str, int]:
+    return {unit.name: index for index, unit in enumerate(segments.layout.units)}
+
+
+def _stand_in(leaf: Tensor) -> Tensor:
+    return torch.zeros((), dtype=leaf.dtype, device=leaf.device).expand(leaf.shape)

@@ -1,0 +1,119 @@
+"""Learns a denoiser's units from real calls: their order, what each reads of the others, and how long each takes."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from backends.asyncdiff.units import INPUT, Layout, Source, Unit, UnitHooks, leaves, num_bytes, tensors
+
+TIMED_CALLS = 3
+
+
+def trace(hooks: UnitHooks, call: Callable[[], Any], model_input: Tensor) -> tuple[Layout, Any]:
+    """Run `call` once and note which units depend on `model_input`, in which order, and through which tensors.
+
+    What runs outside the units (additions, concatenations, reshapes) is followed tensor by tensor. Modules that do not depend on the
+    input (time and text embeddings) or that run more than once are no units: every rank computes them.
+    Returns the layout and the call's own result.
+    """
+    repeated: frozenset[str] = frozenset()
+    while True:
+        tracer = _Tracer(model_input, ignored=repeated)
+        with hooks.played_by(tracer.play), tracer.flow:
+            result = call()
+        again = frozenset(name for name, count in tracer.num_calls.items() if count > 1) - repeated
+        if not again:
+            return Layout(units=tuple(tracer.units), output_reads=tracer.flow.reads(result)), result
+        repeated |= again
+
+
+def time_units(hooks: UnitHooks, call: Callable[[], Any], layout: Layout, device: torch.device) -> list[float]:
+    """Seconds of each unit, in the layout's order: the fastest of a few calls, so that first-call costs do not count."""
+    fastest = dict.fromkeys((unit.name for unit in layout.units), float("inf"))
+
+    def play(name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        started = _now(device)
+        result = forward(*args, **kwargs)
+        if name in fastest:
+            fastest[name] = min(fastest[name], _now(device) - started)
+        return result
+
+    with hooks.played_by(play):
+        for _ in range(TIMED_CALLS):
+            call()
+    return list(fastest.values())
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+class _Dataflow(TorchFunctionMode):
+    """Follows tensors: what an operation returns comes from the sources of all its arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sources: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        sources = self.sources((args, kwargs))
+        if sources:
+            changed = tensors(result) if result is not None else tensors(args[:1])  # x[...] = y returns nothing and changes x
+            for tensor in changed:
+                self.mark(tensor, sources)
+        return result
+
+    def mark(self, tensor: Tensor, sources: frozenset[Source]) -> None:
+        self._sources[tensor] = sources
+
+    def sources(self, value: Any) -> frozenset[Source]:
+        return frozenset().union(*(self._sources.get(tensor, frozenset()) for tensor in tensors(value)))
+
+    def reads(self, value: Any) -> frozenset[Source]:
+        return self.sources(value) - {INPUT}
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside a unit nothing is followed, and a compiled unit must not see the mode."""
+        self.__exit__(None, None, None)
+        try:
+            yield
+        finally:
+            self.__enter__()
+
+
+class _Tracer:
+    def __init__(self, model_input: Tensor, *, ignored: frozenset[str]) -> None:
+        self.flow = _Dataflow()
+        self.flow.mark(model_input, frozenset({INPUT}))
+        self.units: list[Unit] = []
+        self.num_calls: Counter[str] = Counter()
+        self._ignored = ignored
+
+    def play(self, name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name in self._ignored:
+            return forward(*args, **kwargs)
+        with self.flow.paused():
+            sources = self.flow.sources((args, kwargs))
+            result = forward(*args, **kwargs)
+            if sources:
+                self._record(name, sources - {INPUT}, leaves(result))
+        return result
+
+    def _record(self, name: str, reads: frozenset[Source], results: list[Any]) -> None:
+        index = len(self.units)
+        self.num_calls[name] += 1
+        self.units.append(Unit(name=name, reads=reads, leaf_bytes=tuple(num_bytes(leaf) for leaf in results)))
+        for position, leaf in enumerate(results):
+            if isinstance(leaf, Tensor):
+                self.flow.mark(leaf, frozenset({(index, position)}))

@@ -1,0 +1,130 @@
+"""The units of a denoiser: the smallest pieces a cut may fall between, found from the outside, and the hooks on them.
+
+A unit is a resnet, a sampler, a transformer block, or a layer that stands beside such blocks (conv_in, proj_out, ...). There is no list
+per model: a module is taken apart only if it holds a list of blocks, else it is a unit whole.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from backends import hooks
+
+NAME = "segment unit"
+
+Source = tuple[int, int]
+"""(unit, leaf): one tensor that a unit returns."""
+
+INPUT: Source = (-1, 0)
+"""The denoiser's own input. It is on every rank, so it is never sent."""
+
+Player = Callable[[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+"""player(unit name, forward, args, kwargs): decides what a unit's call does on this rank."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    """One unit, as one call of the denoiser met it.
+
+    reads: the tensors of other units that reach its arguments. leaf_bytes: size of each leaf it returns (0 for what is no tensor).
+    """
+
+    name: str
+    reads: frozenset[Source]
+    leaf_bytes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """All units in the order in which they run, and what the denoiser's result is made of."""
+
+    units: tuple[Unit, ...]
+    output_reads: frozenset[Source]
+
+    def num_bytes(self, source: Source) -> int:
+        return self.units[source[0]].leaf_bytes[source[1]]
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of everything that all units return in one evaluation."""
+        return sum(sum(unit.leaf_bytes) for unit in self.units)
+
+
+class UnitHooks:
+    """One hook on each possible unit of a denoiser. Does nothing until a player is set."""
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        self._denoiser = denoiser
+        self._modules = find_units(denoiser)
+        self._player: Player | None = None
+        for name, module in self._modules.items():
+            hooks.attach(module, NAME, self._around(name))
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        return self._modules
+
+    @contextmanager
+    def played_by(self, player: Player) -> Iterator[None]:
+        """All unit calls inside go through `player`."""
+        self._player = player
+        try:
+            yield
+        finally:
+            self._player = None
+
+    def is_current(self) -> bool:
+        """False after something replaced modules (peft puts LoRA layers in the place of plain ones): attach again then."""
+        found = find_units(self._denoiser)
+        return found.keys() == self._modules.keys() and all(found[name] is module for name, module in self._modules.items())
+
+    def detach(self) -> None:
+        for module in self._modules.values():
+            hooks.detach(module, NAME)
+        self._modules = {}
+
+    def _around(self, name: str) -> hooks.Around:
+        def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            if self._player is None:
+                return forward(*args, **kwargs)
+            return self._player(name, forward, args, kwargs)
+
+        return around
+
+
+def find_units(denoiser: nn.Module) -> dict[str, nn.Module]:
+    """Modules that may be units, by name: every module outside the blocks, and every block that holds no list of blocks itself."""
+    blocks = {id(block) for module in denoiser.modules() for block in _blocks_of(module)}
+    return dict(_visit(denoiser, "", blocks))
+
+
+def _visit(module: nn.Module, prefix: str, blocks: set[int]) -> Iterator[tuple[str, nn.Module]]:
+    for name, child in module.named_children():
+        if any(id(inner) in blocks for inner in child.modules() if inner is not child):
+            yield from _visit(child, f"{prefix}{name}.", blocks)
+        elif not isinstance(child, nn.ModuleList | nn.ModuleDict):
+            yield prefix + name, child
+
+
+def _blocks_of(module: nn.Module) -> list[nn.Module]:
+    """The elements of a list of blocks. A list of bare layers (`to_out` = Linear, Dropout) is no list of blocks."""
+    if not isinstance(module, nn.ModuleList) or not all(any(element.children()) for element in module):
+        return []
+    return list(module)
+
+
+def leaves(value: Any) -> list[Any]:
+    """Everything inside nested tuples, lists, dicts and diffusers outputs."""
+    return pytree.tree_leaves(value)
+
+
+def tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in leaves(value) if isinstance(leaf, Tensor)]
+
+
+def num_bytes(leaf: Any) -> int:
+    return leaf.numel() * leaf.element_size() if isinstance(leaf, Tensor) else 0

@@ -1,0 +1,125 @@
+"""Units and segments of the real denoisers of all model types."""
+
+import inspect
+
+import pytest
+import torch
+
+from backends.asyncdiff.segments import choose_segments
+from backends.asyncdiff.trace import time_units, trace
+from backends.asyncdiff.units import UnitHooks, find_units
+from backends.hooks import attached
+from tests.backends.asyncdiff.runs import loaded, request
+from tests.checkpoints import NAMES
+
+
+class Recorded(Exception):
+    """Ends a generation once the denoiser's arguments are known."""
+
+
+def denoiser_call(name):
+    """The denoiser of this type, the arguments its pipeline gives it, and the name of its input."""
+    pipe = loaded(name)
+    denoiser = getattr(pipe.pipe, pipe.spec.denoiser)
+    names = [parameter for parameter in inspect.signature(type(denoiser).forward).parameters if parameter != "self"]
+    seen = {}
+
+    def record(*args, **kwargs):
+        seen.update(dict(zip(names, args, strict=False)) | kwargs)
+        raise Recorded
+
+    denoiser.forward = record
+    with pytest.raises(Recorded):
+        pipe.generate(request(name))
+    del denoiser.forward
+    return denoiser, seen, names[0]
+
+
+@pytest.fixture(params=NAMES)
+def traced(request):
+    denoiser, arguments, input_name = denoiser_call(request.param)
+    hooks = UnitHooks(denoiser)
+    with torch.no_grad():
+        layout, output = trace(hooks, lambda: denoiser(**arguments), arguments[input_name])
+    yield denoiser, arguments, hooks, layout, output
+    if hooks.modules:
+        hooks.detach()
+    assert not [name for name, module in denoiser.named_modules() if attached(module)]
+
+
+def test_units_hold_every_weight_that_works_on_the_picture(traced):
+    denoiser, _, hooks, layout, _ = traced
+    in_units = [id(parameter) for unit in layout.units for parameter in hooks.modules[unit.name].parameters()]
+    assert len(in_units) == len(set(in_units)), "a weight is in two units"
+    outside = [name for name, parameter in denoiser.named_parameters() if id(parameter) not in set(in_units)]
+    conditions = (
+        "time",
+        "add_embedding",
+        "class_embedding",
+        "context_embedder",
+        "text_emb",
+        "adaln_single",
+        "caption_projection",
+        "scale_shift_table",
+    )
+    assert all(any(word in name for word in conditions) for name in outside), outside
+
+
+def test_segments_cover_every_unit_once(traced):
+    *_, layout, _ = traced
+    for num_segments in (2, 3, 4, len(layout.units)):
+        segments = choose_segments(layout, [1.0] * len(layout.units), num_segments)
+        covered = [unit for segment in range(num_segments) for unit in segments.units(segment)]
+        assert covered == list(range(len(layout.units)))
+        assert all(len(segments.units(segment)) > 0 for segment in range(num_segments))
+
+
+def test_a_unit_reads_only_units_before_it_and_all_are_read(traced):
+    *_, layout, _ = traced
+    for index, unit in enumerate(layout.units):
+        assert all(source[0] < index for source in unit.reads), unit.name
+        assert index == 0 or unit.reads, f"{unit.name} reads nothing, though it follows others"
+    read = {source[0] for unit in layout.units for source in unit.reads} | {source[0] for source in layout.output_reads}
+    assert read == set(range(len(layout.units)))
+
+
+def test_tracing_leaves_the_result_as_it_was(traced):
+    denoiser, arguments, hooks, _, output = traced
+    hooks.detach()
+    with torch.no_grad():
+        plain = denoiser(**arguments)
+    assert torch.equal(plain[0], output[0])
+
+
+def test_timing_gives_each_unit_a_positive_time():
+    denoiser, arguments, input_name = denoiser_call("pixa")
+    hooks = UnitHooks(denoiser)
+    with torch.no_grad():
+        layout, _ = trace(hooks, lambda: denoiser(**arguments), arguments[input_name])
+        seconds = time_units(hooks, lambda: denoiser(**arguments), layout, torch.device("cpu"))
+    hooks.detach()
+    assert len(seconds) == len(layout.units) and all(0 < second < 60 for second in seconds)
+
+
+def test_units_of_a_unet_are_resnets_samplers_and_transformer_blocks():
+    names = set(find_units(loaded("sdxl").pipe.unet))
+    for name in (
+        "conv_in",
+        "down_blocks.1.resnets.0",
+        "down_blocks.1.downsamplers.0",
+        "mid_block.attentions.0.transformer_blocks.1",
+        "conv_out",
+    ):
+        assert name in names
+    assert "mid_block.attentions.0" not in names and "mid_block.attentions.0.transformer_blocks.1.ff" not in names
+
+
+def test_replaced_modules_are_noticed():
+    unet = loaded("sdxl").pipe.unet
+    hooks = UnitHooks(unet)
+    assert hooks.is_current()
+    original = unet.conv_in
+    unet.conv_in = torch.nn.Conv2d(4, 8, 3, padding=1)
+    assert not hooks.is_current()
+    unet.conv_in = original
+    hooks.detach()
