@@ -5,7 +5,7 @@ several prompts is split the same way; an odd batch (guidance off, one picture) 
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from backends import hooks
 from backends.distributed import Axis, Mesh, all_gather
 
 NAME = "cfg split"
+"""What the split over the `cfg` axis is called among the hooks of a denoiser; over another axis likewise."""
 
 _BATCHED = frozenset(
     "sample timestep class_labels timestep_cond encoder_hidden_states attention_mask cross_attention_kwargs added_cond_kwargs "
@@ -26,46 +27,53 @@ _BATCHED = frozenset(
 """Arguments of diffusers' denoisers that carry the batch in dim 0. Position tables (img_ids, image_rotary_emb, ...) do not."""
 
 
-def attach_batch_split(denoiser: nn.Module, mesh: Mesh) -> None:
-    """Split every call of this denoiser over the mesh's `cfg` axis. Attach last: it must see the whole batch."""
-    if mesh.axis("cfg").size > 1:
-        hooks.attach(denoiser, NAME, _split_call(denoiser, mesh))
+def attach_batch_split(denoiser: nn.Module, mesh: Mesh, *, axis: str = "cfg") -> None:
+    """Split every call of this denoiser over an axis of the mesh. Attach last: it must see the whole batch."""
+    if mesh.axis(axis).size > 1:
+        hooks.attach(denoiser, _name(axis), _split_call(denoiser, mesh, axis))
 
 
-def detach_batch_split(denoiser: nn.Module) -> None:
-    if NAME in hooks.attached(denoiser):
-        hooks.detach(denoiser, NAME)
+def detach_batch_split(denoiser: nn.Module, *, axis: str = "cfg") -> None:
+    if _name(axis) in hooks.attached(denoiser):
+        hooks.detach(denoiser, _name(axis))
 
 
-def _split_call(denoiser: nn.Module, mesh: Mesh) -> Callable[..., Any]:
+def _name(axis: str) -> str:
+    return f"{axis} split"
+
+
+def _split_call(denoiser: nn.Module, mesh: Mesh, axis_name: str) -> Callable[..., Any]:
     names = [name for name in inspect.signature(type(denoiser).forward).parameters if name != "self"]
 
     def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
         batch = arguments[names[0]].shape[0]
-        axis = mesh.axis("cfg")
+        axis = mesh.axis(axis_name)
         if batch % axis.size:
             return forward(**arguments)
-        mine = {name: _cut(value, batch, axis) if name in _BATCHED else value for name, value in arguments.items()}
-        return _gather(forward(**mine), mesh)
+        return _gather(forward(**cut_batch(arguments, batch, parts=axis.size, part=axis.rank)), mesh, axis)
 
     return around
 
 
-def _cut(value: Any, batch: int, axis: Axis) -> Any:
-    """This rank's part of every tensor in `value` that has the batch (or batch x frames) in dim 0."""
+def cut_batch(arguments: Mapping[str, Any], batch: int, *, parts: int, part: int) -> dict[str, Any]:
+    """A denoiser call's arguments by name -> those of one of `parts` equal parts of its batch."""
+    return {name: _cut(value, batch, parts, part) if name in _BATCHED else value for name, value in arguments.items()}
+
+
+def _cut(value: Any, batch: int, parts: int, part: int) -> Any:
+    """One part of every tensor in `value` that has the batch (or batch x frames) in dim 0."""
     if torch.is_tensor(value):
         is_batched = value.dim() > 0 and value.shape[0] >= batch and value.shape[0] % batch == 0
-        return value.chunk(axis.size)[axis.rank] if is_batched else value
+        return value.chunk(parts)[part] if is_batched else value
     if isinstance(value, dict):
-        return {key: _cut(item, batch, axis) for key, item in value.items()}
+        return {key: _cut(item, batch, parts, part) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_cut(item, batch, axis) for item in value)
+        return type(value)(_cut(item, batch, parts, part) for item in value)
     return value
 
 
-def _gather(output: Any, mesh: Mesh) -> Any:
-    axis = mesh.axis("cfg")
+def _gather(output: Any, mesh: Mesh, axis: Axis) -> Any:
     part = output[0]
     mesh.traffic.add(part, peers=axis.size - 1)
     whole = all_gather(part, dim=0, axis=axis)

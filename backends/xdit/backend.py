@@ -4,22 +4,53 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from backends.base import Backend
+from backends.base import Backend, Run
+from backends.errors import RequestError
+from backends.guidance import attach_batch_split, detach_batch_split
+from backends.xdit.stages import PipeFusion
 from backends.xdit.tokens import SequenceParallel
 
 
 class XDiTBackend(Backend):
-    """Ulysses, ring and PipeFusion on the denoiser; the CFG split comes around them from the base class."""
+    """Ulysses, ring, PipeFusion and data parallelism on the denoiser; the CFG split comes around them from the base class."""
 
     name: ClassVar[str] = "xdit"
-    _method: SequenceParallel | None = None
+    _method: SequenceParallel | PipeFusion | None = None
 
     def attach_denoiser(self, pipe: Any, denoiser: nn.Module) -> None:
-        if self.plan.degree("ulysses") * self.plan.degree("ring") > 1:
+        if self.plan.degree("stage") > 1:
+            options = self.plan.options
+            self._method = PipeFusion(
+                denoiser, self.mesh, num_patches=options["num_pipeline_patch"], blocks_per_stage=options["attn_layer_num_for_pp"]
+            )
+        elif self.plan.degree("ulysses") * self.plan.degree("ring") > 1:
             self._method = SequenceParallel(denoiser, self.mesh)
+        if self._method is not None:
             self._method.attach()
+        attach_batch_split(denoiser, self.mesh, axis="data")
 
     def detach_denoiser(self, pipe: Any, denoiser: nn.Module) -> None:
+        detach_batch_split(denoiser, axis="data")
         if self._method is not None:
             self._method.detach()
             self._method = None
+
+    def check(self, run: Run) -> None:
+        if isinstance(self._method, PipeFusion) and run.request.warmup_steps == 0:
+            raise RequestError(
+                "warmup_steps=0 is not available with PipeFusion: the first step has no earlier values to use. Allowed: 1 or more.",
+                field="warmup_steps",
+            )
+
+    def begin(self, run: Run) -> None:
+        if isinstance(self._method, PipeFusion):
+            asked = run.request.warmup_steps
+            self._method.begin((self.plan.options["warmup_steps"] if asked is None else asked) * run.order)
+
+    def step_done(self) -> None:
+        if isinstance(self._method, PipeFusion):
+            self._method.step_done()
+
+    def end(self) -> None:
+        if isinstance(self._method, PipeFusion):
+            self._method.end()

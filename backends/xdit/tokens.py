@@ -24,11 +24,13 @@ NAME = "xdit tokens"
 class TokenCut:
     """Attached to one denoiser. During a pass only this rank's shard of the tokens runs through the blocks."""
 
-    def __init__(self, denoiser: nn.Module, mesh: Mesh) -> None:
+    def __init__(self, denoiser: nn.Module, mesh: Mesh, *, collect: Callable[[Tensor], Tensor] | None = None) -> None:
+        """collect: turns this rank's tokens into what the output layers get; by default `gather`."""
         self.family: Family = family_of(denoiser)
         self.attention = SpreadAttention(self.family, mesh)
         self._denoiser = denoiser
         self._mesh = mesh
+        self._collect = collect or self.gather
         self._names = [name for name in inspect.signature(type(denoiser).forward).parameters if name != "self"]
 
     def attach(self) -> None:
@@ -64,11 +66,12 @@ class TokenCut:
 
     def share(self) -> Share:
         """This rank's tokens in the pass under way."""
-        this = self._current
+        this = self.current
         return this.layout.share(self._mesh.axis("ring", "ulysses").rank, patch=this.patch)
 
     @property
-    def _current(self) -> Pass:
+    def current(self) -> Pass:
+        """The pass under way."""
         assert self.attention.current is not None
         return self.attention.current
 
@@ -87,11 +90,11 @@ class TokenCut:
 
     def _gather(self, forward: Callable[..., Any], tokens: Tensor, *args: Any, **kwargs: Any) -> Any:
         """tokens: (B, this rank's, D). The output norm, and what comes after it, get (B, N, D)."""
-        return forward(tokens if self.attention.current is None else self.gather(tokens), *args, **kwargs)
+        return forward(tokens if self.attention.current is None else self._collect(tokens), *args, **kwargs)
 
     def gather(self, tokens: Tensor) -> Tensor:
         """All image tokens of the pass under way, in their natural order."""
-        this, axis = self._current, self._mesh.axis("ring", "ulysses")
+        this, axis = self.current, self._mesh.axis("ring", "ulysses")
         shares = [this.layout.share(shard, patch=this.patch) for shard in range(axis.size)]
         if axis.size > 1:
             lengths = [count(share.image) for share in shares]

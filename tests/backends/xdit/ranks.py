@@ -1,5 +1,6 @@
 """What the xdit tests run on every rank: a pipeline on the mesh of some degrees, beside plain diffusers."""
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -44,6 +45,7 @@ def generated(backend: XDiTBackend, pipe: Any, name: str, *, size: int = 64, ste
     scheduler = pipe.scheduler
     step = scheduler.step
 
+    @functools.wraps(step)  # pipelines look for arguments such as `generator` in its signature
     def ticking(*args: Any, **kwargs: Any) -> Any:
         output = step(*args, **kwargs)
         backend.step_done()

@@ -1,0 +1,225 @@
+"""PipeFusion: consecutive blocks on different ranks, through which the picture flows in patches.
+
+In each denoiser call the first `warmup_steps` steps send all tokens through the stages at once. Later ones send patch after patch, so that
+all stages work at the same time; a patch attends to the keys and values of this step where they are there already and of the step
+before where they are not. Every rank ends the call with the whole prediction, so the pipeline and its scheduler need not know.
+
+The two halves of a guidance batch follow each other through the stages as well. They share nothing, so that they fill the stages
+without making anything staler: with P patches, S stages and both halves the stages wait for (S - 1) / (S - 1 + 2 P) of a step.
+
+Source: PipeFusion, arXiv:2405.14430, sections 4.1 and 4.2. There patch 0 of the next step enters the first stage before the last patch of
+this step has left the last one; here a step ends with its prediction, because guidance and scheduler belong to the pipeline and see
+whole latents (callbacks, progress and cancelling depend on it). More patches make up for it.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from backends import hooks
+from backends.distributed import Mesh
+from backends.errors import HostError, PlanError, UnsupportedError
+from backends.guidance import cut_batch
+from backends.xdit.attention import Pass
+from backends.xdit.layout import Layout, sizes
+from backends.xdit.link import StageLink
+from backends.xdit.stale import StaleKeys
+from backends.xdit.tokens import TokenCut
+
+NAME = "xdit stage"
+
+
+@dataclass(slots=True)
+class _Part:
+    """One half of the guidance batch (or the whole batch) of one denoiser call of each step.
+
+    is_filled: `stale` holds keys and values of a whole pass. tokens: (batch, N, D), the last stage's results so far.
+    """
+
+    layout: Layout
+    batch: int
+    stale: StaleKeys = field(default_factory=StaleKeys)
+    is_filled: bool = False
+    tokens: Tensor | None = None
+
+    def fits(self, layout: Layout, batch: int) -> bool:
+        return self.layout == layout and self.batch == batch
+
+
+class PipeFusion:
+    """Attached to one denoiser; this rank keeps the weights of its own stage's blocks only, for good."""
+
+    def __init__(self, denoiser: nn.Module, mesh: Mesh, *, num_patches: int, blocks_per_stage: tuple[int, ...] | None) -> None:
+        self._cut = TokenCut(denoiser, mesh, collect=self._collect)
+        self._denoiser = denoiser
+        self._mesh = mesh
+        self._num_patches = num_patches
+        if self._cut.family.crosses_skips:
+            raise UnsupportedError(
+                f"pipefusion_parallel_degree is not available for {type(denoiser).__name__}: its late blocks take in what early ones gave "
+                "out. Use --ulysses_degree or --ring_degree."
+            )
+        self._blocks = [block for name in self._cut.family.blocks for block in getattr(denoiser, name)]
+        self._bounds = stage_bounds(len(self._blocks), mesh.axis("stage").size, blocks_per_stage)
+        self._warmup_steps = 1
+        self._step = 0
+        self._calls = 0
+        self._parts: dict[tuple[int, int], _Part] = {}
+        self._part: _Part | None = None
+        self._link: StageLink | None = None
+
+    def attach(self) -> None:
+        self._cut.attach()
+        stage = self._mesh.axis("stage").rank
+        for index, block in enumerate(self._blocks):
+            if self._is_mine(index):
+                if index == self._bounds[stage] and stage > 0:
+                    hooks.attach(block, NAME, self._receive_then_run)
+            else:
+                sends = index == self._bounds[stage + 1]
+                hooks.attach(block, NAME, self._send_and_skip if sends else self._skip)
+                give_up_weights(block)
+        hooks.attach(self._denoiser, NAME, self._call)
+
+    def detach(self) -> None:
+        """Take the hooks off. The blocks of other stages stay without weights: load the pipeline again to use it otherwise."""
+        hooks.detach(self._denoiser, NAME)
+        for block in self._blocks:
+            if NAME in hooks.attached(block):
+                hooks.detach(block, NAME)
+        self._cut.detach()
+
+    def begin(self, warmup_steps: int) -> None:
+        """warmup_steps: denoiser evaluations to run synchronously, at least 1."""
+        self.end()
+        self._warmup_steps = warmup_steps
+
+    def step_done(self) -> None:
+        self._step += 1
+        self._calls = 0
+
+    def end(self) -> None:
+        """Forget everything. Waits for nothing: a call that ended well has nothing under way, and the groups of one that did not are
+        rebuilt by the host."""
+        self._step = self._calls = 0
+        self._parts.clear()
+        self._part = self._link = None
+
+    def _is_mine(self, index: int) -> bool:
+        stage = self._mesh.axis("stage").rank
+        return self._bounds[stage] <= index < self._bounds[stage + 1]
+
+    def _call(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self._predict(forward, self._cut.bind(args, kwargs))
+        except HostError as error:
+            # a HostError means that all ranks refused alike, but here the other stages may wait for this one: the groups must be closed
+            raise RuntimeError(str(error)) from error
+        finally:
+            self._part = self._link = None
+
+    def _predict(self, forward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        """The denoiser's output for the whole batch, on every stage."""
+        layout = self._cut.layout(arguments, num_patches=self._num_patches)
+        batch = next(iter(arguments.values())).shape[0]
+        num_parts = 2 if batch % 2 == 0 else 1
+        halves = [cut_batch(arguments, batch, parts=num_parts, part=part) for part in range(num_parts)]
+        parts = [self._remembered(part, layout, batch // num_parts) for part in range(num_parts)]
+        self._calls += 1
+        patches = self._patches(parts)
+        own = self._mesh.axis("ring", "ulysses").rank
+        has_text = self._cut.family.text is not None
+        counts = [layout.share(own, patch=patch).count(with_text=has_text) for patch in patches]
+        self._link = StageLink(self._mesh, [count for count in counts for _ in parts])
+        outputs: list[Any] = [None] * num_parts
+        for patch in patches:
+            for index, part in enumerate(parts):
+                self._part = part
+                outputs[index] = self._cut.run(forward, halves[index], Pass(layout=layout, patch=patch, stale=part.stale))
+                part.is_filled = True
+        self._link.finish()
+        prediction = self._from_last_stage(torch.cat([output[0] for output in outputs]))
+        return (prediction, *outputs[0][1:]) if isinstance(outputs[0], tuple) else type(outputs[0])(sample=prediction)
+
+    def _remembered(self, part: int, layout: Layout, batch: int) -> _Part:
+        """What this part of the call left behind in the step before; made anew where the shape has changed."""
+        key = (self._calls, part)
+        if key not in self._parts or not self._parts[key].fits(layout, batch):
+            self._parts[key] = _Part(layout=layout, batch=batch)
+        return self._parts[key]
+
+    def _patches(self, parts: list[_Part]) -> list[int | None]:
+        """The passes of this call: all tokens at once during warm-up and where nothing is remembered, else patch by patch."""
+        is_whole = self._step < self._warmup_steps or not all(part.is_filled for part in parts)
+        return [None] if is_whole else list(range(self._num_patches))
+
+    def _receive_then_run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The first block of this stage: on what the stage before made of the tokens, not on this rank's embedding of them."""
+        assert self._link is not None
+        hidden, text = self._link.receive(*self._streams(args, kwargs))
+        streams = {"hidden_states": hidden} if text is None else {"hidden_states": hidden, "encoder_hidden_states": text}
+        return forward(*args[1:], **{**kwargs, **streams}) if not args else forward(hidden, *args[1:], **kwargs)
+
+    def _send_and_skip(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The first block of the next stage: its inputs, ControlNet residuals included, go there."""
+        assert self._link is not None
+        self._link.send(*self._streams(args, kwargs))
+        return self._skip(forward, *args, **kwargs)
+
+    def _skip(self, _forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A block of another stage: in goes out."""
+        hidden, text = self._streams(args, kwargs)
+        return hidden if text is None else (text, hidden)
+
+    def _streams(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """What runs through the blocks: image tokens, and text tokens where they run along."""
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return hidden, kwargs["encoder_hidden_states"] if self._cut.family.text is not None else None
+
+    def _collect(self, tokens: Tensor) -> Tensor:
+        """All image tokens (B, N, D) for the output layers: real on the last stage after its last patch, of the right shape elsewhere."""
+        this, part, stage = self._cut.current, self._part, self._mesh.axis("stage")
+        assert part is not None
+        if stage.rank < stage.size - 1:
+            return tokens.new_zeros(()).expand(tokens.shape[0], this.layout.num_image, tokens.shape[2])
+        tokens = self._cut.gather(tokens)
+        if this.patch is None:
+            return tokens
+        if part.tokens is None:
+            part.tokens = tokens.new_zeros(tokens.shape[0], this.layout.num_image, tokens.shape[2])
+        start, stop = this.layout.patch(this.patch)[1]
+        part.tokens[:, start:stop] = tokens
+        return part.tokens
+
+    def _from_last_stage(self, prediction: Tensor) -> Tensor:
+        """The last stage's prediction, on every stage."""
+        stage, traffic = self._mesh.axis("stage"), self._mesh.traffic
+        prediction = prediction.contiguous()
+        if stage.rank == stage.size - 1:
+            traffic.add(prediction, peers=stage.size - 1)
+        started = time.perf_counter()
+        dist.broadcast(prediction, src=stage.ranks[-1], group=stage.group)
+        traffic.wait_s += time.perf_counter() - started
+        return prediction
+
+
+def stage_bounds(num_blocks: int, num_stages: int, blocks_per_stage: tuple[int, ...] | None) -> tuple[int, ...]:
+    """Where each stage begins, and the end: (0, ..., num_blocks). PlanError if the blocks do not fit the stages."""
+    per_stage = blocks_per_stage if blocks_per_stage is not None else sizes(num_blocks, num_stages)
+    if len(per_stage) != num_stages or sum(per_stage) != num_blocks or min(per_stage) < 1:
+        raise PlanError(
+            f"attn_layer_num_for_pp={list(per_stage)} does not spread {num_blocks} transformer blocks over {num_stages} stages. "
+            f"Allowed: {num_stages} numbers from 1, together {num_blocks}."
+        )
+    return tuple(sum(per_stage[:stage]) for stage in range(num_stages + 1))
+
+
+def give_up_weights(block: nn.Module) -> None:
+    """Free the memory of a block that another stage runs. Its layers stay, so that names, hooks and adapters find them."""
+    for tensor in (*block.parameters(), *block.buffers()):
+        tensor.data = tensor.data.new_empty(0)
