@@ -122,8 +122,9 @@ class StepDriver:
         mu: float | None = None,
     ) -> None:
         """Let the class make its whole list, then show the pipeline the part of it that is in the window."""
-        if timesteps is not None:
-            raise RequestError("timesteps must be given to the StepDriver's Schedule, not to the pipeline.", field="timesteps")
+        if timesteps is not None or not _is_default(sigmas):
+            what = "sigmas" if timesteps is None else "timesteps"
+            raise RequestError(f"{what} must be given to the StepDriver's Schedule, not to the pipeline.", field=what)
         arguments = _shift_arguments(self._scheduler, mu) | self._list_arguments(num_inference_steps, sigmas)
         try:
             self._class.set_timesteps(self._scheduler, device=device, **arguments)
@@ -203,6 +204,11 @@ def noised_start(scheduler: "SchedulerMixin", start: Start, schedule: Schedule, 
     return latents / initial_sigma if start.is_scaled_by_pipeline else latents
 
 
+def _is_default(sigmas: Sequence[float] | None) -> bool:
+    """None, or the even levels that flux gives when its caller gave none."""
+    return sigmas is None or np.allclose(sigmas, np.linspace(1, 1 / len(sigmas), len(sigmas)))
+
+
 def _takes(scheduler: "SchedulerMixin", what: str) -> bool:
     """Whether set_timesteps accepts a list of `sigmas` or `timesteps` with this config."""
     if what not in inspect.signature(type(scheduler).set_timesteps).parameters:
@@ -226,9 +232,9 @@ def _check_lists(scheduler: "SchedulerMixin", schedule: Schedule) -> None:
             raise RequestError(
                 f"{type(scheduler).__name__} takes no list of {what} for this model. Schedulers that may: {able}.", field=what
             )
-        highest = scheduler.config.num_train_timesteps
-        if what == "timesteps" and values[0] >= highest:
-            raise RequestError(f"timesteps begin at {values[0]}. Allowed: below {highest}.", field=what)
+        highest = scheduler.config.num_train_timesteps - (0 if _is_flow_list(scheduler) else 1)
+        if what == "timesteps" and values[0] > highest:
+            raise RequestError(f"timesteps begin at {values[0]}. Allowed: at most {highest}.", field=what)
         if what == "sigmas" and _is_flow_list(scheduler) and values[0] > 1:
             raise RequestError(f"sigmas begin at {values[0]:g}. Allowed for a flow-matching model: at most 1.", field=what)
 

@@ -1,6 +1,7 @@
 """Schedulers by name: what is read, what is built, what is refused."""
 
 import copy
+import functools
 import importlib.util
 import inspect
 import logging
@@ -40,23 +41,25 @@ CONFIGS = {
 }
 
 
-@pytest.fixture(scope="module")
-def pipelines():
-    return {name: load(name) for name in ("sd1", "sd3", "flux", "svd")}
+@functools.cache
+def pipeline(model_type):
+    """(pipeline, its scheduler's config as loaded), shared by all tests, which set the scheduler before each run."""
+    pipe = load(model_type)
+    return pipe, dict(pipe.scheduler.config)
 
 
-@pytest.fixture(scope="module")
-def pristine(pipelines):
-    return {name: dict(pipe.scheduler.config) for name, pipe in pipelines.items()}
+def built(value, model_type):
+    return build_scheduler(parse_scheduler(value), CONFIGS[model_type], flow="Flow" in CONFIGS[model_type]["_class_name"])
 
 
-def generate(pipe, model_type, scheduler, *, steps=STEPS):
-    """Latents after `steps` steps of `scheduler`, from seed 0."""
-    pipe.scheduler = scheduler
+def generate(model_type, name, *, steps=STEPS):
+    """(latents, scheduler steps, scheduler) of a run of `name` on the tiny pipeline, from seed 0."""
+    pipe, pristine = pipeline(model_type)
+    pipe.scheduler = scheduler = build_scheduler(parse_scheduler(name), pristine, flow=model_type in ("sd3", "flux"))
     arguments = inputs(model_type, num_inference_steps=steps) | {"output_type": "latent"}
     with StepDriver(scheduler, Schedule(num_inference_steps=steps), generator=arguments["generator"]) as driver:
         latents = pipe(**arguments)[0]
-    return latents, driver.num_steps
+    return latents, driver.num_steps, scheduler
 
 
 # ---- reading
@@ -168,9 +171,8 @@ def test_aliases_lead_to_names():
 
 
 @pytest.mark.parametrize("name", EPSILON_NAMES)
-def test_every_name_runs_on_an_epsilon_model(pipelines, pristine, name):
-    scheduler = build_scheduler(parse_scheduler(name), pristine["sd1"], flow=False)
-    latents, calls = generate(pipelines["sd1"], "sd1", scheduler)
+def test_every_name_runs_on_an_epsilon_model(name):
+    latents, calls, scheduler = generate("sd1", name)
     assert type(scheduler).__name__ == SCHEDULERS[name].class_name
     assert calls == {1: STEPS, 2: 2 * STEPS - 1}[scheduler.order] + (name == "pndm")
     assert torch.isfinite(latents).all()
@@ -178,9 +180,8 @@ def test_every_name_runs_on_an_epsilon_model(pipelines, pristine, name):
 
 @pytest.mark.parametrize("model_type", ["sd3", "flux"])
 @pytest.mark.parametrize("name", FLOW_NAMES)
-def test_names_run_on_flow_matching_models(pipelines, pristine, name, model_type):
-    scheduler = build_scheduler(parse_scheduler(name), pristine[model_type], flow=True)
-    latents, calls = generate(pipelines[model_type], model_type, scheduler)
+def test_names_run_on_flow_matching_models(name, model_type):
+    latents, calls, scheduler = generate(model_type, name)
     assert calls == {1: STEPS, 2: 2 * STEPS - 1}[scheduler.order]
     assert torch.isfinite(latents).all()
 
@@ -189,14 +190,14 @@ def test_names_run_on_flow_matching_models(pipelines, pristine, name, model_type
     ("name", "class_name"),
     [("euler", "FlowMatchEulerDiscreteScheduler"), ("heun", "FlowMatchHeunDiscreteScheduler"), ("lcm", "FlowMatchLCMScheduler")],
 )
-def test_flow_matching_models_get_the_counterpart(pristine, name, class_name):
-    assert type(build_scheduler(parse_scheduler(name), pristine["sd3"], flow=True)).__name__ == class_name
+def test_flow_matching_models_get_the_counterpart(name, class_name):
+    assert type(built(name, "sd3")).__name__ == class_name
 
 
 @pytest.mark.parametrize(("model_type", "prefix"), [("sd1", "k_"), ("sd2", ""), ("svd", "")])
 @pytest.mark.parametrize("name", [name for name in EPSILON_NAMES if name not in STOCHASTIC])
 def test_sampler_ends_where_the_equation_does(name, model_type, prefix):
-    scheduler = build_scheduler(parse_scheduler(prefix + name), CONFIGS[model_type], flow=False)
+    scheduler = built(prefix + name, model_type)
     want = gaussian.exact(0, gaussian.noise(), 100, is_flow=False)
     assert (gaussian.sample(scheduler).latents - want).abs().mean() < 0.045
 
@@ -205,7 +206,7 @@ def test_sampler_ends_where_the_equation_does(name, model_type, prefix):
 @pytest.mark.parametrize(("model_type", "mu"), [("sd3", None), ("flux", 1.0), ("schnell", 1.0)])
 @pytest.mark.parametrize("name", [name for name in FLOW_NAMES if name not in STOCHASTIC])
 def test_flow_sampler_ends_where_the_equation_does(name, model_type, mu, prefix):
-    scheduler = build_scheduler(parse_scheduler(prefix + name), CONFIGS[model_type], flow=True)
+    scheduler = built(prefix + name, model_type)
     want = gaussian.exact(0, gaussian.noise(), 1, is_flow=True)
     assert (gaussian.sample(scheduler, mu=mu).latents - want).abs().mean() < 0.045
 
@@ -213,31 +214,25 @@ def test_flow_sampler_ends_where_the_equation_does(name, model_type, mu, prefix)
 @pytest.mark.parametrize("name", sorted(STOCHASTIC))
 def test_stochastic_sampler_draws_the_right_distribution(name):
     model_type = "sd3" if SCHEDULERS[name].flow else "sd1"
-    scheduler = build_scheduler(parse_scheduler(name), CONFIGS[model_type], flow=model_type == "sd3")
+    scheduler = built(name, model_type)
     latents = gaussian.sample(scheduler).latents
     assert abs(latents.mean() - gaussian.MEAN) < 0.05
     assert abs(latents.std() - gaussian.STD) < (0.14 if "lcm" in name else 0.08)  # LCM takes the mean of what it could be
 
 
 @pytest.mark.parametrize("name", ["ddim", "euler_a", "heun", "dpmpp_2m"])
-def test_other_classes_run_on_svd(pipelines, pristine, name):
-    scheduler = build_scheduler(parse_scheduler(name), pristine["svd"], flow=False)
-    latents, _ = generate(pipelines["svd"], "svd", scheduler, steps=2)
-    assert torch.isfinite(latents).all()
+def test_other_classes_run_on_svd(name):
+    assert torch.isfinite(generate("svd", name, steps=2)[0]).all()
 
 
 @pytest.mark.parametrize(("model_type", "name"), [("sd1", "dpm_sde"), ("sd1", "euler_a"), ("svd", "euler_a"), ("flux", "fm_lcm")])
-def test_same_seed_same_latents_with_noise_in_every_step(pipelines, pristine, model_type, name):
-    flow = model_type == "flux"
-    once, again = (
-        generate(pipelines[model_type], model_type, build_scheduler(parse_scheduler(name), pristine[model_type], flow=flow), steps=2)[0]
-        for _ in range(2)
-    )
+def test_same_seed_same_latents_with_noise_in_every_step(model_type, name):
+    once, again = (generate(model_type, name, steps=2)[0] for _ in range(2))
     assert torch.equal(once, again)
 
 
-def test_no_name_keeps_the_class_and_its_settings(pristine):
-    scheduler = build_scheduler(parse_scheduler({"timestep_spacing": "trailing"}), pristine["svd"], flow=False)
+def test_no_name_keeps_the_class_and_its_settings():
+    scheduler = built({"timestep_spacing": "trailing"}, "svd")
     assert type(scheduler).__name__ == "EulerDiscreteScheduler"
     assert (scheduler.config.sigma_max, scheduler.config.use_karras_sigmas) == (700.0, True)
     assert scheduler.config.timestep_spacing == "trailing"
@@ -248,17 +243,17 @@ def test_builds_from_a_scheduler_as_from_its_config():
     assert build_scheduler(parse_scheduler("ddim"), own, flow=False).config.beta_end == 0.012
 
 
-def test_settings_do_not_leak_into_the_next_scheduler(pristine):
-    before = copy.deepcopy(pristine["sd1"])
-    changed = build_scheduler(parse_scheduler({"scheduler": "k_euler", "beta_end": 0.5}), pristine["sd1"], flow=False)
-    next_one = build_scheduler(parse_scheduler("euler"), pristine["sd1"], flow=False)
+def test_settings_do_not_leak_into_the_next_scheduler():
+    before = copy.deepcopy(CONFIGS["sd1"])
+    changed = built({"scheduler": "k_euler", "beta_end": 0.5}, "sd1")
+    next_one = built("euler", "sd1")
     assert (changed.config.beta_end, changed.config.use_karras_sigmas) == (0.5, True)
     assert (next_one.config.beta_end, next_one.config.use_karras_sigmas) == (0.012, False)
-    assert pristine["sd1"] == before
+    assert CONFIGS["sd1"] == before
 
 
-def test_a_flag_asked_for_replaces_the_flag_of_the_checkpoint(pristine):
-    scheduler = build_scheduler(parse_scheduler({"use_exponential_sigmas": True}), pristine["svd"], flow=False)
+def test_a_flag_asked_for_replaces_the_flag_of_the_checkpoint():
+    scheduler = built({"use_exponential_sigmas": True}, "svd")
     assert (scheduler.config.use_exponential_sigmas, scheduler.config.use_karras_sigmas) == (True, False)
 
 
@@ -272,32 +267,32 @@ def test_settings_of_one_solver_do_not_reach_another():
     assert build_scheduler(parse_scheduler("deis"), config, flow=False).config.algorithm_type == "deis"
 
 
-def test_setting_that_the_class_lacks_is_ignored_with_a_warning(pristine, caplog):
+def test_setting_that_the_class_lacks_is_ignored_with_a_warning(caplog):
     with caplog.at_level(logging.WARNING):
-        build_scheduler(parse_scheduler("k_ddim"), pristine["sd1"], flow=False)
+        built("k_ddim", "sd1")
     assert "not for DDIMScheduler with this model: use_karras_sigmas" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["ddim", "euler_a", "deis", "pndm", "lms", "tcd"])
-def test_refuses_an_epsilon_sampler_for_a_flow_matching_model(pristine, name):
+def test_refuses_an_epsilon_sampler_for_a_flow_matching_model(name):
     with pytest.raises(SchedulerError, match=f"'{name}' cannot sample a flow-matching model. Allowed for this model: dpmpp_2m, .*fm_euler"):
-        build_scheduler(parse_scheduler(name), pristine["sd3"], flow=True)
+        built(name, "sd3")
 
 
-def test_refuses_a_flow_sampler_for_an_epsilon_model(pristine):
+def test_refuses_a_flow_sampler_for_an_epsilon_model():
     with pytest.raises(SchedulerError, match=r"'fm_euler' is for flow-matching models only.*Allowed: ddim"):
-        build_scheduler(parse_scheduler("fm_euler"), pristine["sd1"], flow=False)
+        built("fm_euler", "sd1")
 
 
 @pytest.mark.parametrize(
     ("value", "package"), [("dpm_sde", "torchsde"), ("lms", "scipy"), ({"scheduler": "euler", "use_beta_sigmas": True}, "scipy")]
 )
-def test_refuses_what_needs_a_package_that_is_not_there(pristine, monkeypatch, value, package):
+def test_refuses_what_needs_a_package_that_is_not_there(monkeypatch, value, package):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SchedulerError, match=f"needs the package {package}, which is not installed"):
-        build_scheduler(parse_scheduler(value), pristine["sd1"], flow=False)
+        built(value, "sd1")
 
 
-def test_refuses_settings_that_the_class_refuses(pristine):
+def test_refuses_settings_that_the_class_refuses():
     with pytest.raises(SchedulerError, match=r'EulerDiscreteScheduler refuses its settings {"beta_schedule": "odd"}'):
-        build_scheduler(parse_scheduler({"scheduler": "euler", "beta_schedule": "odd"}), pristine["sd1"], flow=False)
+        built({"scheduler": "euler", "beta_schedule": "odd"}, "sd1")
