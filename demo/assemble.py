@@ -25,7 +25,7 @@ def assemble(folder: Path, out: Path, *, size: int) -> None:
     net.load_state_dict(torch.load(folder / "unet_state.pt")["average"])
     net.unet.register_to_config(sample_size=size // 8)
     pipe = StableDiffusionXLPipeline(
-        vae=AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32, local_files_only=True),
+        vae=AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32, local_files_only=True),
         text_encoder=net.text_encoder,
         text_encoder_2=net.text_encoder_2,
         tokenizer=tokenizer,

@@ -42,7 +42,7 @@ def load(checkpoint: Path) -> "StableDiffusionXLPipeline":
     import torch
     from diffusers import StableDiffusionXLPipeline
 
-    pipe = StableDiffusionXLPipeline.from_pretrained(checkpoint, torch_dtype=torch.float32, local_files_only=True)
+    pipe = StableDiffusionXLPipeline.from_pretrained(checkpoint, dtype=torch.float32, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     pipe.unet.to(memory_format=torch.channels_last)
     return pipe

@@ -123,16 +123,10 @@ def train_tokenizer(captions: int = 4000, *, seed: int = 5) -> CLIPTokenizer:
     trainer = trainers.BpeTrainer(vocab_size=700, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False)
     rng = random.Random(seed)
     tokenizer.train_from_iterator((training_scene(rng).caption for _ in range(captions)), trainer)
-    merges = _merges(tokenizer)
+    merges = _merges(tokenizer.to_str())
     pieces = alphabet + [letter + "</w>" for letter in alphabet] + ["".join(pair) for pair in merges]
     pieces = [*dict.fromkeys(pieces), "<|startoftext|>", "<|endoftext|>"]
-    vocabulary = {piece: index for index, piece in enumerate(pieces)}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=TEXT_POSITIONS, pad_token="<|endoftext|>")
-
-
-def _merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
-    merges = json.loads(tokenizer.to_str())["model"]["merges"]
-    return [tuple(pair) if isinstance(pair, list) else tuple(pair.split(" ")) for pair in merges]
+    return _clip_tokenizer({piece: index for index, piece in enumerate(pieces)}, merges)
 
 
 def token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
@@ -143,7 +137,18 @@ def token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
 
 def load_tokenizer(checkpoint: Path) -> CLIPTokenizer:
     """The tokenizer of an earlier checkpoint, with 77 positions whatever that one had."""
-    return CLIPTokenizer.from_pretrained(checkpoint / "tokenizer", model_max_length=TEXT_POSITIONS, local_files_only=True)
+    saved = (checkpoint / "tokenizer" / "tokenizer.json").read_text()
+    return _clip_tokenizer(json.loads(saved)["model"]["vocab"], _merges(saved))
+
+
+def _merges(saved: str) -> list[tuple[str, str]]:
+    """The merges of a tokenizer.json; releases of tokenizers differ in how they spell a pair."""
+    pairs = json.loads(saved)["model"]["merges"]
+    return [tuple(pair) if isinstance(pair, list) else tuple(pair.split(" ")) for pair in pairs]
+
+
+def _clip_tokenizer(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> CLIPTokenizer:
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=TEXT_POSITIONS, pad_token="<|endoftext|>")
 
 
 @torch.no_grad()
@@ -153,7 +158,7 @@ def start_from(net: TextToLatents, checkpoint: Path) -> None:
     A head start, not a conversion: attention heads are regrouped and the narrowed level has to relearn.
     """
     earlier = {
-        "unet": UNet2DConditionModel.from_pretrained(checkpoint / "unet", torch_dtype=torch.float32, local_files_only=True),
+        "unet": UNet2DConditionModel.from_pretrained(checkpoint / "unet", dtype=torch.float32, local_files_only=True),
         "text_encoder": CLIPTextModel.from_pretrained(checkpoint / "text_encoder", dtype=torch.float32, local_files_only=True),
         "text_encoder_2": CLIPTextModelWithProjection.from_pretrained(
             checkpoint / "text_encoder_2", dtype=torch.float32, local_files_only=True

@@ -22,7 +22,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--start", type=Path, help="earlier checkpoint whose weights are the starting point (default: from scratch)")
     parser.add_argument("--stage", choices=("all", *STAGES), default="all")
     parser.add_argument("--thousands", type=int, default=30, help="training pictures of each size, in thousands")
-    parser.add_argument("--size", type=int, choices=(128, 256), default=256, help="default height and width of the checkpoint")
+    parser.add_argument("--large-share", type=float, default=0.0, help="share of the unet's time on 256 px pictures")
+    parser.add_argument("--size", type=int, choices=(128, 256), default=128, help="default height and width of the checkpoint")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
     return parser
@@ -31,14 +32,15 @@ def make_parser() -> argparse.ArgumentParser:
 def _data(args: argparse.Namespace) -> None:
     from demo.train_unet import write_latents
 
-    for size in (128, 256):
+    for size in (128, 256) if args.large_share else (128,):
         write_latents(args.work, size=size, chunks=args.thousands, seed=args.seed)
 
 
 def _unet(args: argparse.Namespace) -> None:
     from demo.train_unet import Plan, train_unet
 
-    train_unet(Plan(seconds=60 * args.minutes * SHARE_OF_TIME["unet"], folder=args.work, seed=args.seed, start=args.start))
+    seconds = 60 * args.minutes * SHARE_OF_TIME["unet"]
+    train_unet(Plan(seconds=seconds, folder=args.work, seed=args.seed, start=args.start, large_share=args.large_share))
 
 
 def _vae(half: str) -> Callable[[argparse.Namespace], None]:

@@ -97,7 +97,7 @@ def load_vae(plan: Plan) -> AutoencoderKL:
     """This run's VAE if there is one, else the earlier checkpoint's, else an untrained one."""
     for folder in (plan.folder, plan.start):
         if folder and (folder / "config.json").exists():
-            return AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
+            return AutoencoderKL.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     return make_vae()
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from demo import data, evaluate, latents
+from demo import assemble, data, evaluate, latents, model, train, train_unet, train_vae
 from demo.data import Scene, Thing
 from demo.judge import judge
 
@@ -91,6 +91,56 @@ def test_help_of_training_and_evaluation_imports_no_torch():
     for module in ("train", "evaluate"):
         script = f"import sys; import demo.{module} as m; m.make_parser().format_help(); assert 'torch' not in sys.modules"
         subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, timeout=20)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A work folder and the checkpoint of a training of about a second, all stages, started from the repository's checkpoint."""
+    folder = tmp_path_factory.mktemp("demo")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_unet, "CHUNK", 20)
+        patch.setattr(train_vae, "PICTURES", 32)
+        patch.setattr(train_vae, "HELD_OUT_PICTURES", 2)
+        words = ["--minutes", "0.01", "--thousands", "1", "--start", str(CHECKPOINT), "--work", str(folder), "--out", str(folder / "out")]
+        train.main(words)
+    return folder
+
+
+def test_training_stages_end_in_a_checkpoint_that_loads(trained):
+    pipe = evaluate.load(trained / "out")
+    assert pipe.default_sample_size * pipe.vae_scale_factor == 128
+    assert (pipe.tokenizer.model_max_length, pipe.unet.config.attention_head_dim) == (77, [4, 8, 8])
+    assert evaluate.draw(pipe, ["a red circle"], seed=0, height=128, width=128, num_inference_steps=1)[0].shape == (128, 128, 3)
+
+
+def test_training_continues_from_the_saved_state(trained):
+    first = torch.load(trained / "unet_state.pt")["step"]
+    training = train_unet.UnetTraining(train_unet.Plan(seconds=1, folder=trained, start=CHECKPOINT))
+    assert first > 0
+    assert training.step == first
+
+
+def test_assemble_refuses_a_checkpoint_over_the_limit_and_keeps_the_old_one(trained, monkeypatch):
+    monkeypatch.setattr(assemble, "SIZE_LIMIT_BYTES", 1_000_000)
+    with pytest.raises(ValueError, match=r"At most 1000000 are allowed\. Make the model narrower\."):
+        assemble.assemble(trained, trained / "out", size=128)
+    assert (trained / "out" / "model_index.json").exists()
+
+
+def test_scratch_tokenizer_has_one_token_for_each_word_of_the_grammar():
+    tokenizer = model.train_tokenizer(2000)
+    rng = random.Random(1)
+    for caption in (data.training_scene(rng).caption for _ in range(50)):
+        assert len(tokenizer.tokenize(caption)) == len(caption.replace(",", " ,").split())
+
+
+def test_narrowing_a_level_keeps_the_start_of_both_halves_of_a_skip_input():
+    kept = model._fitted(torch.arange(224.0), torch.Size([192]))
+    assert kept.tolist() == [*range(96), *range(112, 208)]
+
+
+def test_added_text_positions_repeat_the_last_one():
+    assert model._fitted(torch.arange(32.0)[:, None], torch.Size([77, 1]))[30:34, 0].tolist() == [30, 31, 31, 31]
 
 
 def test_checkpoint_is_under_16_megabytes():
