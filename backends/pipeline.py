@@ -5,6 +5,7 @@ Used by hosts/loop.py on every rank, and by benchmarks. Nothing here knows HTTP 
 
 import copy
 import inspect
+import json
 import logging
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from backends import latents as latent_space
-from backends.arguments import call_arguments, generator, require_embeds_support, resolve, visible_clip_layers
+from backends.arguments import call_arguments, generator, require_clip_layers, require_embeds_support, resolve, visible_clip_layers
 from backends.base import Backend, Run
 from backends.errors import ConfigError, UnsupportedError
 from backends.model_table import ModelSpec
@@ -46,7 +47,7 @@ def load_pipeline(spec: ModelSpec, load: LoadRequest, *, device: torch.device) -
         if path.is_dir():
             pipe = pipeline_class.from_pretrained(path, variant=_file_variant(path, spec), **arguments)
         elif spec.single_file:
-            pipe = _from_single_file(pipeline_class, path, load, arguments)
+            pipe = _from_single_file(spec, pipeline_class, path, arguments)
         else:
             raise ConfigError(f"checkpoint={path} is a file, but type {spec.name!r} loads from a diffusers folder only. Give the folder.")
     except (OSError, ValueError, KeyError, RuntimeError, AttributeError, TypeError) as error:
@@ -108,7 +109,8 @@ class LoadedPipeline:
         )
 
     def _prepare(self, request: GenerateRequest) -> tuple[GenerateRequest, Any, Run]:
-        require_embeds_support(request, self.spec, self.signature)
+        require_embeds_support(request, self.spec, self.pipe, self.signature)
+        require_clip_layers(request, self.pipe, self.signature)
         resolved = resolve(request, self.spec, defaults=self._defaults(), vae_scale_factor=getattr(self.pipe, "vae_scale_factor", 8))
         choice = parse_scheduler(resolved.scheduler if resolved.scheduler is not None else self.load.scheduler)
         scheduler = build_scheduler(choice, self._pristine_scheduler, flow=self.spec.flow_matching)
@@ -208,15 +210,25 @@ def _load_vae(path: Path, checkpoint: Path, dtype: torch.dtype) -> Any:
         raise ConfigError(f"vae={path} does not load: {error}") from error
 
 
-def _from_single_file(pipeline_class: type, path: Path, load: LoadRequest, arguments: dict[str, Any]) -> Any:
-    """A single .safetensors in its original layout. diffusers needs the folder of configurations beside it to stay offline."""
-    config = path.with_suffix("")
-    if not config.is_dir():
+def _from_single_file(spec: ModelSpec, pipeline_class: Any, path: Path, arguments: dict[str, Any]) -> Any:
+    """A single .safetensors in its original layout, and beside it the folder of its name that keeps diffusers offline.
+
+    The folder holds the configuration. If it has weights of the text encoders too, the file is taken for the denoiser alone, as FLUX is
+    published, and the rest comes from the folder.
+    """
+    folder = path.with_suffix("")
+    if not (folder / "model_index.json").is_file():
         raise ConfigError(
-            f"checkpoint={path} is a single file, and the folder {config} with its configuration (model_index.json, tokenizers, "
+            f"checkpoint={path} is a single file, and the folder {folder} with its configuration (model_index.json, tokenizers, "
             "config.json files; no weights needed) is not there. Put it beside the file, or give a diffusers folder."
         )
-    return pipeline_class.from_single_file(str(path), config=str(config), **arguments)
+    if not any(folder.glob("text_encoder*/*.safetensors")):
+        return pipeline_class.from_single_file(str(path), config=str(folder), **arguments)
+    class_name = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))[spec.denoiser][1]
+    denoiser = getattr(diffusers, class_name).from_single_file(
+        str(path), config=str(folder), subfolder=spec.denoiser, dtype=arguments["dtype"], local_files_only=True
+    )
+    return pipeline_class.from_pretrained(folder, **{spec.denoiser: denoiser}, **arguments)
 
 
 def _file_variant(path: Path, spec: ModelSpec) -> str | None:

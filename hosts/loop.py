@@ -77,8 +77,8 @@ class FrontDesk:
         while (job := self._queue.next()) is not None:
             try:
                 check(job.request)
-            except HostError as error:  # the other ranks never see what rank 0 refuses
-                self._queue.finish(job, error=error)
+            except Exception as error:  # noqa: BLE001  the other ranks never see what rank 0 refuses, for whatever reason
+                self._queue.finish(job, error=Failure.of(error, rank=0).as_error())
                 continue
             self._job = job
             return Generate(job_id=job.id, request=job.request)
@@ -104,7 +104,7 @@ class FrontDesk:
         job, self._job = self._job, None
         self._queue.finish(job, result=result, error=failure.as_error() if failure is not None else None)
         if result is not None and failure is None:
-            self._state.tell({"last_report": result.report})
+            self._state.tell({"last_report": {"seconds": result.seconds, "num_steps": result.num_steps, **result.report}})
 
 
 class RankLoop:

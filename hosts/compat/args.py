@@ -7,7 +7,6 @@ a ConfigError, which the host then answers to every request.
 import logging
 import tempfile
 from collections.abc import Sequence
-from typing import Any
 
 from backends.errors import ConfigError
 from hosts.settings import Settings, canonical_names, option_fields
@@ -24,7 +23,7 @@ MEANS_OFF = {"quantize_tokenizer", "quantize_scheduler"}
 def parse_client_arguments(argv: Sequence[str], *, backend: str) -> Settings:
     """Settings for a host script of `backend`. Requests may name image files in the system's temporary folder, as LocalAI does."""
     names = canonical_names()
-    values: dict[str, Any] = {}
+    values: dict[str, str] = {}
     for spelling, value in _pairs(argv):
         if spelling not in names:
             logger.warning("--%s is not an argument of this host: ignored", spelling)
@@ -32,8 +31,10 @@ def parse_client_arguments(argv: Sequence[str], *, backend: str) -> Settings:
         name = names[spelling]
         if name in MEANS_OFF:
             logger.warning("--%s has no effect: there are no weights in it", spelling)
-        elif _is_given(name, value):
-            values[name] = value
+            continue
+        text = "true" if value is None and _is_switch(name) else value
+        if text is not None and text.strip().lower() not in OFF_VALUES:
+            values[name] = text
     return Settings.from_values({"image_dirs": tempfile.gettempdir(), **values, "backend": backend})
 
 
@@ -44,22 +45,15 @@ def _pairs(argv: Sequence[str]) -> list[tuple[str, str | None]]:
         if token.startswith("--"):
             key, equals, value = token[2:].partition("=")
             pairs.append((key.replace("-", "_"), value if equals else None))
-        elif pairs and pairs[-1][1] is None and not _is_switch(pairs[-1][0]):
+        elif pairs and pairs[-1][1] is None and not _is_switch(canonical_names().get(pairs[-1][0], "")):
             pairs[-1] = (pairs[-1][0], token)
         else:
             logger.warning("%r is not an argument of this host: ignored", token)
     return pairs
 
 
-def _is_switch(spelling: str) -> bool:
-    name = canonical_names().get(spelling)
-    return name is not None and option_fields()[name].metadata["parse"] is parse_switch
-
-
-def _is_given(name: str, value: str | None) -> bool:
-    if option_fields()[name].metadata["parse"] is parse_switch:
-        return value is None or parse_switch(value)
-    return value is not None and value.strip().lower() not in OFF_VALUES
+def _is_switch(name: str) -> bool:
+    return name in option_fields() and option_fields()[name].metadata["parse"] is parse_switch
 
 
 def settings_or_problem(argv: Sequence[str], *, backend: str) -> tuple[Settings, ConfigError | None]:
@@ -67,7 +61,7 @@ def settings_or_problem(argv: Sequence[str], *, backend: str) -> tuple[Settings,
     try:
         return parse_client_arguments(argv, backend=backend), None
     except ConfigError as error:
-        kept = [token for token in argv if token.partition("=")[0] in ("--port", "--type")]
+        kept = [f"--{name}={value}" for name, value in _pairs(argv) if name in ("port", "type")]
         try:
             return parse_client_arguments(kept, backend=backend), error
         except ConfigError:

@@ -20,7 +20,8 @@ blueprint = Blueprint("compat", __name__)
 @blueprint.get("/initialize")
 def initialize() -> tuple[str, int]:
     """202 while loading. 200 also after a failed load: old clients poll until 200, and then read the reason from /generate."""
-    return ("WAIT", 202) if current_app.extensions["host"].state.phase is Phase.LOADING else ("OK", 200)
+    phase = current_app.extensions["host"].state.phase
+    return {Phase.LOADING: ("WAIT", 202), Phase.STOPPING: ("STOPPING", 503)}.get(phase, ("OK", 200))
 
 
 @blueprint.get("/progress")

@@ -1,0 +1,98 @@
+"""The model table's reader: what it says, and the line of what is wrong."""
+
+from pathlib import Path
+
+import pytest
+
+from backends.errors import ConfigError, UnsupportedError
+from backends.model_table import FEATURES, TABLE_PATH, read_table
+
+ROW = """
+sd1:
+  title: Stable Diffusion
+  pipeline: StableDiffusionPipeline
+  denoiser: unet
+  output: image
+  returns_latents: true
+  latents: spatial
+  height: 512
+  width: 512
+  num_inference_steps: 30
+  guidance_scale: 7.5
+  backends:
+    distrifuser: {status: unsupported, reason: it cannot}
+    asyncdiff:
+      status: tested
+      features: {lora: tested, gguf: {status: unsupported, reason: no loader}}
+    single: {status: tested}
+"""
+
+
+def read(text: str, tmp_path: Path):
+    path = tmp_path / "model_table.yaml"
+    path.write_text(text)
+    return read_table(path)
+
+
+def test_the_eleven_types_are_there() -> None:
+    assert set(read_table()) == {"ad", "sd1", "sd2", "sd3", "sdup", "sdxl", "svd", "flux", "hy", "pixa", "pixs"}
+
+
+def test_every_cell_of_the_table_has_a_status_and_every_refusal_a_reason() -> None:
+    for spec in read_table().values():
+        assert "single" in spec.backends
+        for row in spec.backends.values():
+            for cell in (row.cell, *(row.features[feature] for feature in FEATURES)):
+                assert cell.status in ("tested", "untested", "unsupported")
+                assert (cell.status == "unsupported") == bool(cell.reason)
+
+
+def test_absent_features_are_untested_and_reasons_reach_the_user(tmp_path: Path) -> None:
+    spec = read(ROW, tmp_path)["sd1"]
+    assert spec.supports("asyncdiff", "lora").status == "tested"
+    assert spec.supports("asyncdiff", "compile").status == "untested"
+    with pytest.raises(UnsupportedError, match=r"gguf with backend 'asyncdiff' is not available for model type 'sd1': no loader"):
+        spec.require("asyncdiff", "gguf")
+    with pytest.raises(UnsupportedError, match=r"backend 'distrifuser' .* it cannot\. Works with: asyncdiff, single"):
+        spec.require("distrifuser")
+    with pytest.raises(UnsupportedError, match="has no backend 'xdit'"):
+        spec.require("xdit")
+
+
+def test_the_default_backend_is_the_first_that_can_and_single_on_one_rank(tmp_path: Path) -> None:
+    spec = read(ROW, tmp_path)["sd1"]
+    assert spec.default_backend(2) == "asyncdiff"
+    assert spec.default_backend(1) == "single"
+
+
+def test_an_unknown_type_lists_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"type='sd9' is not a model type. Allowed: sd1"):
+        read(ROW, tmp_path)["sd9"]
+
+
+WRONG = [
+    ("denoiser: unet", "denoiser: net", "line 5: sd1.denoiser='net' is not allowed. Allowed: unet, transformer"),
+    ("height: 512", "height: tall", "line 9: sd1.height must be of type int, not 'tall'"),
+    ("height: 512", "hight: 512", "line 9: sd1.hight is not a fact"),
+    ("  height: 512\n", "", "line 3: sd1 lacks height"),
+    ("status: tested\n", "status: probably\n", "line 16: sd1.backends.asyncdiff must say status"),
+    (", reason: no loader", "", "line 17: sd1.backends.asyncdiff.gguf is unsupported but gives no reason"),
+    ("lora: tested", "lara: tested", "line 17: sd1.backends.asyncdiff.features.lara is no feature"),
+    ("    asyncdiff:", "    asyncdif:", "line 16: sd1.backends.asyncdif is no backend"),
+    ("  width: 512", "  height: 512", "line 10: 'height' is there twice"),
+    ("title: Stable Diffusion", "title: [", "line 5: expected"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "message"), WRONG)
+def test_a_wrong_table_names_the_line(tmp_path: Path, old: str, new: str, message: str) -> None:
+    assert old in ROW
+    with pytest.raises(ConfigError) as caught:
+        read(ROW.replace(old, new), tmp_path)
+    assert f"model_table.yaml, {message}" in str(caught.value)
+
+
+def test_a_missing_table_is_an_error_that_says_which(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_table(tmp_path / "nothing.yaml")
+    assert TABLE_PATH.is_file()

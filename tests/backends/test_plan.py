@@ -1,0 +1,68 @@
+"""Plans and the groups made from them."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from backends.distributed import Mesh, all_gather, gather_outcomes
+from backends.errors import PlanError
+from backends.plan import ParallelPlan, require_world_size
+
+PLAN = ParallelPlan(method="test", axes=(("cfg", 2), ("patch", 2)))
+
+
+def test_the_last_axis_has_neighbouring_ranks() -> None:
+    assert PLAN.ranks("patch", of_rank=3) == (2, 3)
+    assert PLAN.ranks("cfg", of_rank=3) == (1, 3)
+    assert PLAN.ranks("cfg", "patch", of_rank=1) == (0, 1, 2, 3)
+    assert PLAN.ranks("absent", of_rank=1) == (1,)
+
+
+def test_rejects_degrees_that_do_not_multiply_to_the_world_size() -> None:
+    with pytest.raises(PlanError, match="cfg 2 x patch 2 = 4 ranks, but 3 are started"):
+        require_world_size(PLAN, 3)
+
+
+def test_rejects_a_repeated_axis_and_a_degree_of_zero() -> None:
+    with pytest.raises(PlanError, match="repeat a name"):
+        ParallelPlan(method="test", axes=(("cfg", 2), ("cfg", 2)))
+    with pytest.raises(PlanError, match="degree 0 of axis 'cfg'"):
+        ParallelPlan(method="test", axes=(("cfg", 0),))
+
+
+def check_mesh(rank: int, world_size: int) -> None:
+    mesh = Mesh(PLAN, rank=rank, device=torch.device("cpu"))
+    for _ in range(2):  # before and after the groups are built again
+        cfg, patch = mesh.axis("cfg"), mesh.axis("patch")
+        assert (cfg.rank, patch.rank) == (rank // 2, rank % 2)
+        assert all_gather(torch.tensor([rank]), dim=0, axis=patch).tolist() == list(patch.ranks)
+        assert all_gather(torch.tensor([rank]), dim=0, axis=mesh.axis("cfg", "patch")).tolist() == [0, 1, 2, 3]
+        assert mesh.broadcast_word(7 if rank == 0 else 0) == 7
+        mesh.rebuild()
+    mesh.destroy()
+
+
+def test_mesh_gathers_along_its_axes_also_after_a_rebuild(run_on_ranks: Callable[..., None]) -> None:
+    run_on_ranks(check_mesh, 4)
+
+
+def check_failing_rank_wakes_the_others(rank: int, world_size: int) -> None:
+    plan = ParallelPlan(method="test", axes=(("patch", world_size),))
+    mesh = Mesh(plan, rank=rank, device=torch.device("cpu"))
+    failure = None
+    if rank == 1:
+        failure = "rank 1 gave up"
+        mesh.destroy()
+    else:
+        with pytest.raises(RuntimeError):
+            dist.all_reduce(torch.ones(1), group=mesh.axis("patch").group)
+    assert gather_outcomes(failure) == [None, "rank 1 gave up", None]  # the control group is as good as before
+    mesh.rebuild()
+    assert all_gather(torch.tensor([rank]), dim=0, axis=mesh.axis("patch")).tolist() == [0, 1, 2]
+    mesh.destroy()
+
+
+def test_a_rank_that_closes_its_groups_wakes_the_waiting_and_all_can_rebuild(run_on_ranks: Callable[..., None]) -> None:
+    run_on_ranks(check_failing_rank_wakes_the_others, 3)
