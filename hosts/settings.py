@@ -46,7 +46,7 @@ class Settings:
     type: str | None = _option(None, "start", "Model type, a row of model_table.yaml.", parse=str)
     port: int = _option(6000, "start", "HTTP port.", parse=whole(1, 65535))
     checkpoint: str | None = _option(
-        None, "start", "Folder in diffusers layout; for sd1, sd2, sdxl, flux also a file x.safetensors with its configuration in x/. None: the demo model.",
+        None, "start", "Folder in diffusers layout, or x.safetensors with its configuration in x/ (sd1, sd2, sdxl, flux). None: the demo.",
         parse=_PATHS, aliases=("model",), metavar="PATH",
     )  # fmt: skip
     backend: str | None = _option(None, "start", "Backend; without it the first of the type's row.", parse=one_of(*BACKEND_NAMES))
