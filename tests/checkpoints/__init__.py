@@ -8,6 +8,7 @@ neither torch nor diffusers is imported for something that is already there. Not
     folder = checkpoint("sd3", **SD35_MEDIUM)                    # the 3.5-medium layout
     pipe = load("flux")                                          # the same, loaded (float32, CPU)
     image = pipe(**inputs("flux", prompt="a red car")).images
+    pipe.load_lora_weights(lora("flux"))                         # likewise controlnet, ip_adapter, motion_lora, gguf, ...
 """
 
 import os
@@ -18,6 +19,7 @@ os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 from tests.checkpoints.adapters import IP_ADAPTER_FILE, IP_ADAPTER_IMAGE_ENCODER, controlnet, ip_adapter, motion_adapter, motion_lora
 from tests.checkpoints.factory import NAMES, SD35_MEDIUM, checkpoint, inputs, load, picture
 from tests.checkpoints.lora import lora
+from tests.checkpoints.single_file import gguf, single_file
 
 __all__ = [
     "IP_ADAPTER_FILE",
@@ -26,6 +28,7 @@ __all__ = [
     "SD35_MEDIUM",
     "checkpoint",
     "controlnet",
+    "gguf",
     "inputs",
     "ip_adapter",
     "load",
@@ -33,4 +36,5 @@ __all__ = [
     "motion_adapter",
     "motion_lora",
     "picture",
+    "single_file",
 ]

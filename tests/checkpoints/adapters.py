@@ -132,7 +132,7 @@ def _ip_adapter_unet(pipe: "DiffusionPipeline") -> dict[str, "Tensor"]:
     for number, name in enumerate(layers):
         width = pipe.unet.get_submodule(name.removesuffix(".processor")).to_k.out_features
         for part in ("to_k_ip", "to_v_ip"):
-            tensors[f"ip_adapter.{2 * number + 1}.{part}.weight"] = torch.randn(width, cross) / cross**0.5
+            tensors[f"ip_adapter.{2 * number + 1}.{part}.weight"] = 2 * torch.randn(width, cross) / cross**0.5
     return tensors
 
 

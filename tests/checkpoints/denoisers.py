@@ -38,18 +38,18 @@ def unet_sd2(**config: object) -> UNet2DConditionModel:
 
 
 def unet_sdxl(**config: object) -> UNet2DConditionModel:
-    """Three levels; takes both text encoders side by side and six sizes as further conditioning."""
+    """Three levels; takes both text encoders side by side, and the second one's pooled state and six sizes besides."""
     fields = {
         "block_out_channels": (8, 16, 16),
         "attention_head_dim": (2, 4, 4),
-        "cross_attention_dim": 2 * WIDTH,
+        "cross_attention_dim": 3 * WIDTH,
         "down_block_types": ("DownBlock2D", CROSS_DOWN, CROSS_DOWN),
         "up_block_types": (CROSS_UP, CROSS_UP, "UpBlock2D"),
         "transformer_layers_per_block": (1, 1, 2),
         "use_linear_projection": True,
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": 8,
-        "projection_class_embeddings_input_dim": 6 * 8 + WIDTH,
+        "projection_class_embeddings_input_dim": 6 * 8 + 2 * WIDTH,
     }
     return unet(**(fields | config))
 

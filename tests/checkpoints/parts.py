@@ -19,22 +19,24 @@ from transformers import (
 
 from tests.checkpoints.vocabulary import bert_tokenizer, clip_tokenizer, t5_tokenizer
 
-WIDTH = 32  # of every text encoder but sd3's T5
+WIDTH = 32  # of every text encoder but sdxl's second one and sd3's T5
 HEADS = 4
 
 
-def clip_text(*, hidden_act: str = "quick_gelu", projection: bool = False) -> CLIPTextModel | CLIPTextModelWithProjection:
+def clip_text(
+    *, hidden_act: str = "quick_gelu", projection: bool = False, width: int = WIDTH
+) -> CLIPTextModel | CLIPTextModelWithProjection:
     """A CLIP text encoder; `projection` adds the pooled head of second encoders, which also use the exact gelu."""
     num_tokens = len(clip_tokenizer())
     config = CLIPTextConfig(
         vocab_size=num_tokens,
-        hidden_size=WIDTH,
-        intermediate_size=2 * WIDTH,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=4,
         num_attention_heads=HEADS,
         max_position_embeddings=77,
         hidden_act=hidden_act,
-        projection_dim=WIDTH,
+        projection_dim=width,
         bos_token_id=num_tokens - 2,
         eos_token_id=num_tokens - 1,  # the pooled state is taken at this id
         pad_token_id=num_tokens - 1,

@@ -95,10 +95,11 @@ def sdup(**config: object) -> DiffusionPipeline:
 
 
 def sdxl(**config: object) -> DiffusionPipeline:
+    """The second encoder is twice as wide as the first: in a single file, diffusers tells the two apart by their width."""
     return StableDiffusionXLPipeline(
         vae=parts.vae(scaling_factor=0.13025),
         text_encoder=clip_text(),
-        text_encoder_2=clip_text(hidden_act="gelu", projection=True),
+        text_encoder_2=clip_text(hidden_act="gelu", projection=True, width=2 * parts.WIDTH),
         tokenizer=clip_tokenizer(),
         tokenizer_2=clip_tokenizer("!"),
         unet=denoisers.unet_sdxl(**config),
