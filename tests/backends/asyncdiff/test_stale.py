@@ -1,0 +1,69 @@
+"""After the warm-up N ranks compute exactly what one process computes by the same schedule."""
+
+import itertools
+
+import pytest
+import torch
+
+from tests.backends.asyncdiff.runs import attached, loaded, prepare, request, result
+from tests.backends.asyncdiff.simulation import Simulation
+
+SHIFTS = ({"time_shift": False}, {"time_shift": True})
+
+
+def timesteps_of(pipe, asked):
+    """What the pipeline gives its denoiser as timestep, in a run without anything attached."""
+    denoiser, seen = getattr(pipe.pipe, pipe.spec.denoiser), []
+    original = denoiser.forward
+
+    def record(*args, **kwargs):
+        seen.append(kwargs["timestep"] if "timestep" in kwargs else args[1])
+        return original(*args, **kwargs)
+
+    denoiser.forward = record
+    try:
+        plain = result(pipe, asked)
+    finally:
+        del denoiser.forward
+    return seen, plain
+
+
+def check_equals_simulation(rank, world_size, names, many_options, fields):
+    pipes = {name: loaded(name) for name in names}
+    for name, options in itertools.product(names, many_options):
+        pipe = pipes[name]
+        asked = request(name, **({"num_inference_steps": 5, "warmup_steps": 2} | fields))
+        timesteps, plain = timesteps_of(pipe, asked)
+        with attached(pipe, options, rank=rank, world_size=world_size) as backend:
+            got = result(pipe, asked)
+            again = result(pipe, asked)
+            segments, chosen = backend.segments, backend.plan.options
+        simulation = Simulation(
+            getattr(pipe.pipe, pipe.spec.denoiser),
+            unit_names=[unit.name for unit in segments.layout.units],
+            bounds=segments.bounds,
+            stride=chosen["stride"],
+            time_shift=chosen["time_shift"],
+            extrapolate=chosen["extrapolate"],
+            num_synchronous=asked.warmup_steps * pipe.pipe.scheduler.order,
+            timesteps=timesteps,
+        )
+        with simulation:
+            want = result(pipe, asked)
+        label = f"{name} {options}: "
+        assert simulation.evaluation == len(timesteps)
+        assert not torch.allclose(want, plain, rtol=0, atol=1e-3), f"{label}nothing is stale, so this test proves nothing"
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5, msg=lambda text: label + text)  # noqa: B023
+        torch.testing.assert_close(again, got, rtol=0, atol=0, msg=lambda text: f"{label}state is left behind: {text}")  # noqa: B023
+
+
+@pytest.mark.parametrize(
+    ("world_size", "degrees"),
+    [(2, [{"model_n": 2}]), (3, [{"model_n": 3}, {"model_n": 2, "stride": 2}]), (4, [{"model_n": 3, "stride": 2}])],
+    ids=["2 ranks", "3 ranks", "4 ranks"],
+)
+def test_stale_schedule_equals_its_simulation(run_on_ranks, world_size, degrees):
+    names = ["sdxl", "sd3", "flux"]
+    prepare(*names)
+    options = [degree | shift for degree in degrees for shift in SHIFTS]
+    run_on_ranks(check_equals_simulation, world_size, names, options, {})
