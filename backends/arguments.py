@@ -164,9 +164,21 @@ def _same_length(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.
     return tuple(torch.nn.functional.pad(x, (0, 0, 0, length - x.shape[1])) for x in (a, b))
 
 
-def require_embeds_support(request: GenerateRequest, spec: ModelSpec, signature: Signature) -> None:
-    """UnsupportedError where the request's embeddings do not suffice for this pipeline."""
-    if request.prompt_embeds is None:
+def require_clip_layers(request: GenerateRequest, pipe: Any, signature: Signature) -> None:
+    """RequestError where clip_skip leaves no layer of a CLIP text encoder."""
+    if not request.clip_skip or "clip_skip" not in signature.parameters:
+        return
+    encoders = [getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2")]
+    most = min((encoder.config.num_hidden_layers for encoder in encoders if encoder is not None), default=1) - 1
+    if request.clip_skip > most:
+        raise RequestError(
+            f"clip_skip={request.clip_skip} is not allowed: the text encoder allows 0 to {most}. Send less.", field="clip_skip"
+        )
+
+
+def require_embeds_support(request: GenerateRequest, spec: ModelSpec, pipe: Any, signature: Signature) -> None:
+    """UnsupportedError or RequestError where the request's embeddings do not suffice for this pipeline or do not fit it."""
+    if request.prompt_embeds is None and request.negative_prompt_embeds is None:
         return
     needs = [name for name in ("prompt_attention_mask", "prompt_embeds_2") if name in signature.parameters]
     if "prompt_embeds" not in signature.parameters or needs:
@@ -174,7 +186,26 @@ def require_embeds_support(request: GenerateRequest, spec: ModelSpec, signature:
             f"embeddings cannot be given to {spec.title}: it also needs {', '.join(needs) or 'a picture'}, "
             "which no request field carries. Send the prompt as text."
         )
-    if "pooled_prompt_embeds" in signature.parameters and request.pooled_prompt_embeds is None:
-        raise RequestError(
-            f"positive_embeds has no pooled_output, which {spec.title} needs. Send it with the embeddings.", field="positive_embeds"
-        )
+    widths = _embeds_widths(getattr(pipe, spec.denoiser).config)
+    for field, prefix in (("positive_embeds", ""), ("negative_embeds", "negative_")):
+        embeds, pooled = (getattr(request, f"{prefix}{name}") for name in ("prompt_embeds", "pooled_prompt_embeds"))
+        if embeds is None:
+            continue
+        if pooled is None and "pooled_prompt_embeds" in signature.parameters:
+            raise RequestError(f"{field} has no pooled_output, which {spec.title} needs. Send it with the embeddings.", field=field)
+        for name, array, width in (("tensor", embeds, widths[0]), ("pooled_output", pooled, widths[1])):
+            if array is not None and width is not None and array.shape[-1] != width:
+                raise RequestError(
+                    f"{field} has a {name} of width {array.shape[-1]}, but this {spec.title} model takes {width}. "
+                    "Send embeddings of its own text encoders, or the prompt as text.",
+                    field=field,
+                )
+
+
+def _embeds_widths(config: Mapping[str, Any]) -> tuple[int | None, int | None]:
+    """Channels of the prompt's embeddings and of their pooled part, as a denoiser's config tells them; None where it does not."""
+    width = _first(*(config.get(name) for name in ("joint_attention_dim", "cross_attention_dim")))
+    pooled = config.get("pooled_projection_dim")
+    if config.get("addition_embed_type") == "text_time":  # SDXL: six sizes are embedded beside the pooled text
+        pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+    return width if isinstance(width, int) else None, pooled

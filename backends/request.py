@@ -43,7 +43,7 @@ class GenerateRequest(BaseModel):
 
     prompt: Annotated[str | None, Field(description="What the picture shows.")] = None
     negative_prompt: Annotated[str | None, Field(description="What it must not show.")] = None
-    seed: Annotated[int | None, Field(description="Same seed, same picture. Absent or negative: drawn at random.")] = None
+    seed: Annotated[int | None, Field(le=2**63 - 1, description="Same seed, same picture. Absent or negative: drawn at random.")] = None
     num_inference_steps: Annotated[int | None, Field(ge=1, le=MAX_STEPS, description="Sampling steps.")] = None
     guidance_scale: Annotated[float | None, Field(ge=0, le=1000, description="How closely to follow the prompt; 0 or 1 is off.")] = None
     height: Annotated[int | None, Field(ge=8, le=MAX_SIDE, description="Pixels.")] = None

@@ -1,0 +1,62 @@
+"""For hosts started by a test with this folder on PYTHONPATH: raises in chosen places on chosen ranks.
+
+Python imports this module in every process it starts. Nothing in the product knows of it. The file FAULT_FILE names holds lines
+"RANK PLACE"; each is taken out when it strikes, so it strikes once.
+"""
+
+import importlib.abc
+import importlib.machinery
+import os
+import sys
+from pathlib import Path
+
+PLACES = {
+    # in the middle of a step: the other ranks wait for this one's half of the noise
+    "denoiser": ("diffusers.models.unets.unet_2d_condition", "UNet2DConditionModel", "forward"),
+    # after the last collective of the picture
+    "decode": ("backends.latents", None, "decode"),
+}
+
+
+def strike(place):
+    path = Path(os.environ["FAULT_FILE"])
+    line = f"{os.environ['RANK']} {place}"
+    lines = path.read_text().splitlines() if path.exists() else []
+    if line in lines:
+        lines.remove(line)
+        path.write_text("\n".join(lines))
+        raise ArithmeticError(f"a fault of the test in {place}")
+
+
+def wrap(owner, name, place):
+    inner = getattr(owner, name)
+
+    def outer(*args, **kwargs):
+        strike(place)
+        return inner(*args, **kwargs)
+
+    outer.__wrapped__ = inner  # diffusers reads signatures
+    setattr(owner, name, outer)
+
+
+class Finder(importlib.abc.MetaPathFinder):
+    """Lets the usual finders find, and wraps what a PLACES module has defined."""
+
+    def find_spec(self, name, path, target=None):
+        here = [(place, owner, attribute) for place, (module, owner, attribute) in PLACES.items() if module == name]
+        if not here:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        execute = spec.loader.exec_module
+
+        def exec_module(module):
+            execute(module)
+            for place, owner, attribute in here:
+                wrap(getattr(module, owner) if owner else module, attribute, place)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+if "FAULT_FILE" in os.environ and "RANK" in os.environ:
+    sys.meta_path.insert(0, Finder())

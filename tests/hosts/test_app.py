@@ -1,0 +1,279 @@
+"""The WSGI application over Flask's client: every answer that is an error has the four keys, and says what to do.
+
+The queue is real; a thread in place of the rank loop finishes its jobs with a grey picture, or as the test says.
+"""
+
+import json
+import os
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from backends.errors import BusyError, CancelledError, PlanError, RankError, RequestError, UnavailableError, UnsupportedError
+from backends.model_table import read_table
+from backends.request import GenerateRequest, GenerateResult
+from hosts import app as app_module
+from hosts.app import Host, create_app
+from hosts.jobs import JobQueue
+from hosts.settings import Settings
+from hosts.state import HostState, Phase
+from tests.hosts.client import assert_is_error, decode, encode
+
+
+@pytest.fixture
+def queue():
+    made = JobQueue()
+    yield made
+    made.close(UnavailableError("the test is over"))
+
+
+@pytest.fixture
+def state():
+    made = HostState()
+    made.become(Phase.READY)
+    return made
+
+
+def make_client(queue, state, **settings):
+    values = {"type": "sdxl", **settings}
+    return create_app(
+        Host(settings=Settings.from_values(values), spec=read_table()[values["type"]], queue=queue, state=state)
+    ).test_client()
+
+
+@pytest.fixture
+def client(queue, state):
+    return make_client(queue, state)
+
+
+def answer_jobs(queue, *, num_frames=1, latents=True, error=None):
+    """Finish every job of the queue, in the background."""
+
+    def run():
+        while (job := queue.next()) is not None:
+            if error is not None:
+                queue.finish(job, error=error)
+                continue
+            queue.finish(
+                job,
+                result=GenerateResult(
+                    frames=np.full((num_frames, 16, 24, 3), 128, dtype=np.uint8),
+                    latents=np.zeros((1, 4, 2, 3), dtype=np.float32) if latents else None,
+                    seed=job.request.seed,
+                    num_steps=2,
+                    exactness="exact",
+                    seconds=0.1,
+                ),
+            )
+
+    threading.Thread(target=run, daemon=True).start()
+
+
+def test_initialize_says_wait_then_ok(client, state):
+    state.phase = Phase.LOADING
+    assert (client.get("/initialize").status_code, client.get("/initialize").text) == (202, "WAIT")
+    state.become(Phase.READY)
+    assert (client.get("/initialize").status_code, client.get("/initialize").text) == (200, "OK")
+
+
+def test_initialize_is_200_after_a_failed_load_so_that_clients_come_for_the_reason(client, state, queue):
+    state.become(Phase.FAILED, "no such checkpoint")
+    queue.close(UnavailableError("no such checkpoint"))
+    assert client.get("/initialize").status_code == 200
+    answer = client.post("/generate", json={"positive": "a"})
+    assert answer.status_code == 503
+    assert assert_is_error(answer.get_json()) == "no such checkpoint"
+
+
+def test_host_that_stops_is_not_taken_for_a_ready_one(client, state):
+    state.become(Phase.STOPPING)
+    assert client.get("/initialize").status_code == 503
+
+
+def test_progress_is_a_bare_number(client, queue):
+    assert (client.get("/progress").text, client.get("/progress").mimetype) == ("0", "text/plain")
+    job = queue.submit(GenerateRequest(prompt="a", seed=1))
+    queue.next()
+    queue.record_step(job, 3, 8)
+    assert client.get("/progress").text == "37.5"
+    assert float(client.get("/progress").text) == 37.5
+
+
+def test_healthz_and_settings_tell_the_state(client, state):
+    assert client.get("/healthz").get_json() == {"phase": "ready", "reason": "", "waiting": 0}
+    state.tell({"backend": "single"})
+    assert client.get("/settings").get_json() == {"type": "sdxl", "given": {"type": "sdxl"}, "backend": "single"}
+    state.become(Phase.FAILED, "why")
+    answer = client.get("/healthz")
+    assert (answer.status_code, answer.get_json()["reason"]) == (503, "why")
+
+
+@pytest.mark.parametrize(
+    ("type_name", "keys"), [("sdxl", {"message", "output", "is_image", "latent"}), ("sdup", {"message", "output", "is_image"})]
+)
+def test_picture_answer_has_exactly_its_keys(type_name, keys, queue, state):
+    client = make_client(queue, state, type=type_name)
+    answer_jobs(queue, latents="latent" in keys)
+    body = client.post("/generate", json={"positive": "a", "image": encode(Image.new("RGB", (16, 16)))}).get_json()
+    assert set(body) == keys
+    assert (body["message"], body["is_image"]) == ("OK", True)
+    assert decode(body["output"]).size == (24, 16)
+
+
+@pytest.mark.parametrize(
+    ("accept", "content_type"),
+    [
+        ("image/png", "image/png"),
+        ("image/webp,image/png;q=0.5", "image/webp"),
+        ("image/*", "image/png"),
+        ("*/*", "application/json"),
+        ("text/html,application/json;q=0.9", "application/json"),
+    ],
+)
+def test_accept_chooses_the_kind_of_answer(accept, content_type, client, queue):
+    answer_jobs(queue)
+    answer = client.post("/generate", json={"positive": "a", "seed": 5}, headers={"Accept": accept})
+    assert (answer.status_code, answer.mimetype) == (200, content_type)
+    assert (answer.headers.get("X-Seed") == "5") is (content_type != "application/json")
+
+
+@pytest.mark.parametrize(("type_name", "accept"), [("sdxl", "video/mp4"), ("ad", "image/png"), ("sdxl", "text/html")])
+def test_accept_of_what_this_host_does_not_make_is_refused_before_the_job(type_name, accept, queue, state):
+    answer = make_client(queue, state, type=type_name).post("/generate", json={"positive": "a"}, headers={"Accept": accept})
+    assert answer.status_code == 400
+    assert "Allowed: application/json" in assert_is_error(answer.get_json())
+    assert queue.num_waiting == 0
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"\xff\xfe", b"[1", b"nothing"])
+def test_bad_json_is_answered_as_an_error(data, client):
+    answer = client.post("/generate", data=data, content_type="application/json")
+    assert answer.status_code == 400
+    assert "not valid JSON" in assert_is_error(answer.get_json())
+
+
+@pytest.mark.parametrize("data", [b"[]", b'"text"', b"5", b"null"])
+def test_json_that_is_no_object_is_answered_as_an_error(data, client):
+    answer = client.post("/generate", data=data, content_type="application/json")
+    assert answer.status_code == 400
+    assert "must be one JSON object" in assert_is_error(answer.get_json())
+
+
+@pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""])
+def test_other_content_types_are_refused(content_type, client):
+    answer = client.post("/generate", data=b"{}", content_type=content_type)
+    assert answer.status_code == 415
+    assert "Send application/json" in assert_is_error(answer.get_json())
+
+
+def test_content_type_with_a_charset_is_fine(client, queue):
+    answer_jobs(queue)
+    data = json.dumps({"positive": "a"})
+    assert client.post("/generate", data=data, content_type="application/json; charset=utf-8").status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/favicon.ico", "/nothing", "/set_result", "/apply"])
+def test_other_paths_are_answered_as_errors(path, client):
+    answer = client.get(path)
+    assert answer.status_code == 404
+    assert_is_error(answer.get_json())
+
+
+@pytest.mark.parametrize(
+    ("method", "path"), [("GET", "/generate"), ("DELETE", "/generate"), ("PUT", "/initialize"), ("PATCH", "/progress")]
+)
+def test_other_methods_are_answered_as_errors(method, path, client):
+    answer = client.open(path, method=method)
+    assert answer.status_code == 405
+    assert_is_error(answer.get_json())
+
+
+def test_body_that_is_too_large_is_answered_as_an_error(client):
+    client.application.config["MAX_CONTENT_LENGTH"] = 100
+    answer = client.post("/generate", json={"positive": "a" * 200})
+    assert answer.status_code == 413
+    assert_is_error(answer.get_json())
+
+
+def test_bodies_of_quarter_of_a_gigabyte_are_allowed():
+    assert app_module.MAX_BODY_BYTES >= 256 * 2**20
+
+
+@pytest.mark.parametrize("name", ["localhost", "127.0.0.1", "[::1]", "localhost:6000", "[::1]:6000", "LOCALHOST"])
+def test_own_names_are_served(name, client):
+    assert client.get("/initialize", headers={"Host": name}).status_code == 200
+
+
+@pytest.mark.parametrize("name", ["evil.example", "127.0.0.1.evil.example", "10.0.0.7", "evil.example:6000", "localhost.evil.example"])
+def test_names_of_others_are_refused(name, client):
+    """A page of another site may resolve its own name to this machine."""
+    answer = client.get("/initialize", headers={"Host": name})
+    assert answer.status_code == 400
+    assert "is not served here. Allowed: " in assert_is_error(answer.get_json())
+
+
+def test_address_given_at_launch_is_served_and_a_wildcard_allows_all(queue, state):
+    assert make_client(queue, state, host="10.0.0.7").get("/initialize", headers={"Host": "10.0.0.7:6000"}).status_code == 200
+    assert make_client(queue, state, host="10.0.0.7").get("/initialize", headers={"Host": "10.0.0.8"}).status_code == 400
+    assert make_client(queue, state, host="0.0.0.0").get("/initialize", headers={"Host": "any.example"}).status_code == 200
+
+
+def test_field_that_cannot_be_meant_is_answered_by_name_and_not_queued(client, queue):
+    answer = client.post("/generate", json={"positive": "a", "steps": 0})
+    assert answer.status_code == 400
+    assert assert_is_error(answer.get_json()).startswith("steps=0 is not allowed")
+    assert queue.num_waiting == 0
+
+
+def test_pickle_that_would_run_code_is_refused_and_does_not_run(client, tmp_path):
+    class Exploit:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'ran'}",)
+
+    answer = client.post("/generate", json={"positive": "a", "latent": encode(Exploit())})
+    assert answer.status_code == 400
+    assert assert_is_error(answer.get_json()).startswith("latent: ")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (RequestError("cfg is wrong", field="cfg"), 400),
+        (UnsupportedError("not with this type"), 422),
+        (PlanError("sizes do not fit"), 422),
+        (CancelledError("cancelled at step 3"), 409),
+        (UnavailableError("stopping"), 503),
+        (RankError("rank 1 failed: x", rank=1, trace="secret trace"), 500),
+    ],
+)
+def test_error_of_the_job_is_answered_with_its_status(error, status, client, queue):
+    answer_jobs(queue, error=error)
+    answer = client.post("/generate", json={"positive": "a"})
+    assert answer.status_code == status
+    assert assert_is_error(answer.get_json()) == str(error)
+
+
+def test_full_queue_answers_429(state):
+    queue = JobQueue(capacity=0)
+    answer = make_client(queue, state).post("/generate", json={"positive": "a"})
+    assert answer.status_code == 429
+    assert "the queue is full" in assert_is_error(answer.get_json())
+    assert app_module.status_of(BusyError("full")) == 429
+
+
+def test_bug_in_a_route_is_answered_without_its_details(client, queue, monkeypatch, caplog):
+    monkeypatch.setattr(queue, "submit", lambda request: 1 / 0)
+    answer = client.post("/generate", json={"positive": "a"})
+    assert answer.status_code == 500
+    assert assert_is_error(answer.get_json()) == "internal error: ZeroDivisionError. The log of rank 0 says more."
+    assert "division by zero" in caplog.text
+
+
+def test_prompts_are_not_logged(client, queue, caplog):
+    caplog.set_level("INFO")
+    answer_jobs(queue)
+    client.post("/generate", json={"positive": "a private wish"})
+    assert "private" not in caplog.text

@@ -1,0 +1,189 @@
+"""The JSON of POST /generate -> GenerateRequest: names of all eras, and a message for everything that cannot be meant."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from backends.errors import RequestError
+from backends.model_table import read_table
+from hosts.compat.fields import PLAIN, read_request
+from tests.hosts.client import encode
+
+TABLE = read_table()
+PICTURE = Image.new("RGB", (16, 8), "red")
+
+
+def read(body, type_name="sdxl", image_dirs=()):
+    return read_request(body, spec=TABLE[type_name], image_dirs=image_dirs)
+
+
+def test_old_names_become_diffusers_names():
+    request = read(
+        {"seed": 7, "steps": 30, "cfg": 7.0, "clip_skip": 2, "denoise": 0.5, "denoising_end": 0.9, "positive": "a dog", "negative": "fog"}
+    )
+    assert request.model_dump(exclude_unset=True) == {
+        "prompt": "a dog", "negative_prompt": "fog", "seed": 7, "num_inference_steps": 30, "guidance_scale": 7.0, "clip_skip": 2,
+        "strength": 0.5, "denoising_end": 0.9,
+    }  # fmt: skip
+
+
+def test_new_names_mean_the_same():
+    old = read({"positive": "a", "negative": "b", "steps": 3, "cfg": 2, "denoise": 0.5})
+    new = read({"prompt": "a", "negative_prompt": "b", "num_inference_steps": 3, "guidance_scale": 2, "strength": 0.5})
+    assert old == new
+
+
+def test_denoising_start_is_another_name_for_denoise():
+    assert read({"positive": "a", "denoising_start": 0.25}).strength == 0.25
+
+
+def test_unknown_keys_are_ignored_and_null_and_empty_text_are_absent():
+    assert read({"positive": "a", "negative": "", "steps": None, "future": {"x": 1}}) == read({"positive": "a"})
+
+
+@pytest.mark.parametrize("body", [[], "text", 5, None])
+def test_body_must_be_an_object(body):
+    with pytest.raises(RequestError, match="the body must be one JSON object, not"):
+        read(body)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("positive", 5),
+        ("negative", ["x"]),
+        ("seed", "seven"),
+        ("seed", 1.5),
+        ("seed", 10**30),
+        ("steps", 0),
+        ("steps", 1001),
+        ("steps", 2.5),
+        ("steps", "many"),
+        ("cfg", -1),
+        ("cfg", 1e9),
+        ("cfg", float("nan")),
+        ("cfg", float("inf")),
+        ("clip_skip", -1),
+        ("clip_skip", 13),
+        ("height", 4),
+        ("height", 100_000),
+        ("width", "wide"),
+        ("denoise", 1.5),
+        ("denoise", -0.1),
+        ("denoise", float("nan")),
+        ("denoising_end", 2),
+        ("scheduler", 5),
+        ("warmup_steps", -1),
+        ("quality", "best"),
+        ("controlnet_scale", "x"),
+    ],
+)
+def test_field_out_of_range_is_refused_by_its_name_as_sent(field, value):
+    with pytest.raises(RequestError) as caught:
+        read({"positive": "a", **{field: value}} if field != "positive" else {field: value})
+    assert caught.value.field == field
+    message = str(caught.value)
+    assert message.startswith(f"{field}=") and "is not allowed: " in message
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("frames", 0), ("frames", 10_000), ("decode_chunk_size", 0), ("motion_bucket_id", -1), ("noise_aug_strength", -1)]
+)
+def test_video_field_out_of_range_is_refused_by_its_name(field, value):
+    with pytest.raises(RequestError, match=f"{field}=.* is not allowed") as caught:
+        read({"image": encode(PICTURE), field: value}, "svd")
+    assert caught.value.field == field
+
+
+def test_every_plain_field_can_be_sent():
+    """Each is read under each of its names, so a renamed field cannot be lost."""
+    values = {"prompt": "p", "negative_prompt": "n", "scheduler": "euler", "quality": "exact", "height": 8, "width": 8}
+    for field, names in PLAIN.items():
+        for name in names:
+            value = values.get(field, 1)
+            assert getattr(read({name: value}, "ad"), field) == value
+
+
+def test_frames_are_ignored_where_a_picture_is_made():
+    assert read({"positive": "a", "frames": 16}).num_frames is None
+
+
+def test_latent_is_decoded_where_it_is_used_only():
+    latent = torch.randn(1, 4, 8, 8)
+    assert (read({"positive": "a", "latent": encode(latent)}).latents == latent.numpy()).all()
+    assert read({"positive": "a", "latent": "not even base64"}, "ad").latents is None
+
+
+def test_pictures_for_adapters_that_are_not_loaded_are_left_alone():
+    request = read({"positive": "a", "ip_image": "not even base64", "control_image": 5, "image": "nothing"})
+    assert request == read({"positive": "a"})
+
+
+def test_embeds_bring_their_pooled_part():
+    conditioning = [[torch.ones(1, 5, 32), {"pooled_output": torch.ones(1, 16), "guidance": 3.0}]]
+    request = read({"positive_embeds": encode(conditioning), "negative_embeds": encode(conditioning)})
+    assert request.prompt_embeds.shape == request.negative_prompt_embeds.shape == (1, 5, 32)
+    assert request.pooled_prompt_embeds.shape == request.negative_pooled_prompt_embeds.shape == (1, 16)
+
+
+@pytest.mark.parametrize("sent", [[14.6, 3.0, 0.0], [14, 3, 0], encode(torch.tensor([14.6, 3.0, 0.0]))])
+def test_sigmas_come_as_a_list_or_as_a_tensor(sent):
+    sigmas = read({"positive": "a", "sigmas": sent}).sigmas
+    assert len(sigmas) == 3 and all(isinstance(sigma, float) for sigma in sigmas)
+
+
+def test_timesteps_become_whole_numbers():
+    assert read({"positive": "a", "timesteps": encode(torch.tensor([999.0, 500.0, 1.0]))}).timesteps == [999, 500, 1]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([1.0, "x"], "sigmas must be a list of numbers or an encoded 1-D tensor"),
+        ([True], "sigmas must be a list of numbers"),
+        (7, "sigmas must be a list of numbers"),
+        (encode(torch.zeros(2, 2)), "sigmas must be a list of numbers or a 1-D tensor, not of shape \\(2, 2\\)"),
+        ("garbage!", "sigmas: .*base64"),
+    ],
+)
+def test_sigmas_of_another_kind_are_refused(value, message):
+    with pytest.raises(RequestError, match=message) as caught:
+        read({"positive": "a", "sigmas": value})
+    assert caught.value.field == "sigmas"
+
+
+@pytest.mark.parametrize("percent", [50.0, [50.0]])
+def test_image_scale_of_the_oldest_clients_is_a_percentage(percent):
+    assert read({"image": encode(PICTURE), "image_scale": percent}, "svd").image.size == (8, 4)
+
+
+def test_image_scale_of_a_hundred_changes_nothing():
+    image = read({"image": encode(PICTURE), "image_scale": 100.0}, "svd").image
+    assert image.size == PICTURE.size and (np.asarray(image) == np.asarray(PICTURE)).all()
+
+
+@pytest.mark.parametrize("percent", [0, -5, 5000, "big", [1, 2], True, float("nan")])
+def test_image_scale_that_is_no_percentage_is_refused(percent):
+    with pytest.raises(RequestError, match=r"image_scale=.* is not allowed. Send a percentage from 1 to 1000.") as caught:
+        read({"image": encode(PICTURE), "image_scale": percent}, "svd")
+    assert caught.value.field == "image_scale"
+
+
+def test_picture_may_be_named_by_path_inside_the_allowed_folders_only(tmp_path):
+    allowed, other = tmp_path / "allowed", tmp_path / "other"
+    for folder in (allowed, other):
+        folder.mkdir()
+        PICTURE.save(folder / "b64123456", format="PNG")
+    assert read({"image": str(allowed / "b64123456")}, "svd", (str(allowed),)).image.size == PICTURE.size
+    for path in (other / "b64123456", allowed / ".." / "other" / "b64123456"):
+        with pytest.raises(RequestError) as caught:
+            read({"image": str(path)}, "svd", (str(allowed),))
+        assert caught.value.field == "image"
+
+
+def test_path_of_something_other_than_a_picture_is_refused(tmp_path):
+    (tmp_path / "secret").write_text("root:x:0:0")
+    with pytest.raises(RequestError) as caught:
+        read({"image": str(tmp_path / "secret")}, "svd", (str(tmp_path),))
+    assert "root" not in str(caught.value)
