@@ -207,6 +207,12 @@ def build_scheduler(choice: SchedulerChoice, pristine: "Mapping[str, Any] | Sche
     return scheduler
 
 
+def require_family(choice: SchedulerChoice, *, flow: bool) -> None:
+    """SchedulerError if a model of this family cannot be sampled with the name. Imports no diffusers, for the launcher to ask."""
+    if choice.name is not None:
+        _facts_for_model(choice.name, {}, flow=flow)
+
+
 def _usable(overrides: Mapping[str, Any], accepted: set[str], class_name: str) -> dict[str, Any]:
     ignored = sorted(set(overrides) - accepted)
     if ignored:

@@ -1,5 +1,6 @@
 """The listener: cheroot in threads, with connections closed the way old clients need (lingering close)."""
 
+import errno
 import logging
 import socket
 import threading
@@ -49,28 +50,23 @@ class Listener:
     """The HTTP server of rank 0. `bind` before anything slow; `serve` returns at once."""
 
     def __init__(self, app: Callable[..., Any], *, host: str, port: int) -> None:
-        self._servers = [self._server(app, address, port) for address in (LOOPBACK if host in ("127.0.0.1", "localhost") else (host,))]
+        self._servers = [self._server(app, address, port) for address in _addresses(host)]
         self.port = port
 
     def bind(self, *, patience_s: float = 0.0) -> None:
         """Take the port. ConfigError if it is still taken after `patience_s`."""
         deadline = time.monotonic() + patience_s
-        while True:
-            try:
-                self._servers[0].prepare()
-                break
-            except OSError as error:
-                if time.monotonic() >= deadline:
-                    raise ConfigError(
-                        f"--port={self.port} cannot be bound ({error}). Another program, or another host, listens there: "
-                        "stop it, or choose another port."
-                    ) from error
-                time.sleep(0.5)
-        for server in self._servers[1:]:
+        while not all(is_port_free(server.bind_addr[0], self.port) for server in self._servers):
+            if time.monotonic() >= deadline:
+                raise ConfigError(
+                    f"--port={self.port} cannot be bound: another program, or another host, listens there. Stop it, or choose another port."
+                )
+            time.sleep(0.5)
+        for server in self._servers:
             try:
                 server.prepare()
-            except OSError:
-                self._servers.remove(server)  # no IPv6 on this machine: clients fall back to 127.0.0.1
+            except OSError as error:
+                raise ConfigError(f"--port={self.port} cannot be bound ({error}). Choose another port.") from error
 
     def serve(self) -> None:
         for server in self._servers:
@@ -90,11 +86,23 @@ class Listener:
 
 
 def is_port_free(host: str, port: int) -> bool:
-    """Whether a listener could bind here now."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-    return True
+    """Whether a listener for `host` could bind here now, on each of its addresses."""
+    return not any(_bind_errno(address, port) for address in _addresses(host))
+
+
+def _addresses(host: str) -> tuple[str, ...]:
+    """Where to listen. localhost is both loopback addresses, because clients try either first; ::1 only if this machine has it."""
+    if host not in ("127.0.0.1", "localhost"):
+        return (host,)
+    return LOOPBACK if _bind_errno("::1", 0) == 0 else LOOPBACK[:1]
+
+
+def _bind_errno(address: str, port: int) -> int:
+    """0 if a socket can be bound there."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((address, port))
+    except OSError as error:
+        return error.errno or errno.EINVAL
+    return 0

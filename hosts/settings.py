@@ -21,11 +21,23 @@ SECTIONS = ("start", "model", "adapters", "quantization", "compile", "memory", "
 
 
 def _option(
-    default: Any, section: str, text: str, *, parse: Callable[[str], Any], aliases: Sequence[str] = (), pending: str = "", metavar: str = ""
+    default: Any,
+    section: str,
+    text: str,
+    *,
+    parse: Callable[[str], Any],
+    aliases: Sequence[str] = (),
+    pending: str = "",
+    metavar: str = "",
+    also: Sequence[str] = (),
 ) -> Any:
-    """One launch argument. `pending`: why giving it is refused for now; `aliases`: further names, the clients' older ones."""
+    """One launch argument. `pending`: why giving it is refused for now; `aliases`: further names, the clients' older ones.
+
+    `also`: backends that read it besides the one its section is named after.
+    """
     metadata = {"section": section, "text": text, "parse": parse, "aliases": tuple(aliases), "pending": pending, "metavar": metavar}
-    return field(default=default, metadata=metadata)
+    backends = (section, *also) if section in BACKEND_NAMES else ()
+    return field(default=default, metadata={**metadata, "backends": backends})
 
 
 def _switch(section: str, text: str, *, aliases: Sequence[str] = (), pending: str = "") -> Any:
@@ -172,7 +184,7 @@ class Settings:
     )
     shard_weights: bool = _switch("asyncdiff", "Each rank keeps only its own segment's weights.")
     extrapolate: bool | None = _option(
-        None, "asyncdiff", "Extrapolate stale values from the last two steps (also distrifuser).", parse=parse_switch
+        None, "asyncdiff", "Extrapolate stale values from the last two steps (also distrifuser).", parse=parse_switch, also=("distrifuser",)
     )
 
     parallelism: str | None = _option(
@@ -189,7 +201,9 @@ class Settings:
     no_cuda_graph: bool = _switch("distrifuser", "Accepted for old clients; no CUDA graphs are used.")
     no_split_batch: bool = _switch("distrifuser", "Patches instead of the CFG split.")
 
-    use_cfg_parallel: bool = _switch("xdit", "The two halves of guidance on two halves of the ranks (also asyncdiff).")
+    use_cfg_parallel: bool | None = _option(
+        None, "xdit", "The two halves of guidance on two halves of the ranks (also asyncdiff).", parse=parse_switch, also=("asyncdiff",)
+    )
     ulysses_degree: int | None = _option(None, "xdit", "Ranks over attention heads.", parse=whole(1, 64))
     ring_degree: int | None = _option(None, "xdit", "Ranks in a ring over the sequence.", parse=whole(1, 64))
     pipefusion_parallel_degree: int | None = _option(None, "xdit", "Stages of the denoiser.", parse=whole(1, 64))

@@ -14,7 +14,7 @@ from backends.errors import ConfigError, HostError, RequestError
 from backends.model_table import ModelSpec, ModelTable
 from backends.plan import ParallelPlan, require_world_size
 from backends.request import LoadRequest
-from backends.schedulers import parse_scheduler
+from backends.schedulers import parse_scheduler, require_family
 from hosts.settings import Settings, option_fields
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -77,7 +77,8 @@ def plan_start(settings: Settings, table: ModelTable, *, num_gpus: int, num_rank
         backend = "single"
     spec.require(backend)
     load = _load_request(settings, spec, num_gpus=num_gpus, reasons=reasons)
-    options = {**settings.options(), "checkpoint": load.checkpoint}
+    reasons += _without_effect(settings, backend)
+    options = {**settings.given, "checkpoint": load.checkpoint}
     plan = require_world_size(planner(backend)(spec, options, world_size), world_size)
     return StartPlan(spec=spec, plan=plan, load=load, num_ranks=ranks, reasons=tuple(reasons))
 
@@ -96,6 +97,16 @@ def count_gpus(environment: Mapping[str, str]) -> int:
     if visible is None:
         return present
     return min(present, len([part for part in visible.split(",") if part.strip() and part.strip() != "-1"]))
+
+
+def _without_effect(settings: Settings, backend: str) -> list[str]:
+    """A sentence for each given option of another backend than the one that runs. Clients send them all along."""
+    declared = option_fields()
+    return [
+        f"--{name} has no effect: it is for backend {' or '.join(declared[name].metadata['backends'])}"
+        for name in settings.given
+        if declared[name].metadata["backends"] and backend not in declared[name].metadata["backends"]
+    ]
 
 
 def _model_spec(settings: Settings, table: ModelTable) -> ModelSpec:
@@ -124,7 +135,7 @@ def _load_request(settings: Settings, spec: ModelSpec, *, num_gpus: int, reasons
         variant = "fp16" if num_gpus else "fp32"
         reasons.append(f"variant={variant}: {'GPUs are there' if num_gpus else 'no GPU'}")
     try:
-        parse_scheduler(settings.scheduler)
+        require_family(parse_scheduler(settings.scheduler), flow=spec.flow_matching)
     except RequestError as error:
         raise ConfigError(f"--scheduler: {error}") from error
     return LoadRequest(

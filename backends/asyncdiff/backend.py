@@ -17,6 +17,7 @@ from backends.asyncdiff.exchange import Exchange
 from backends.asyncdiff.generation import Generation
 from backends.asyncdiff.schedule import Place, num_synchronous_evaluations, num_synchronous_steps
 from backends.asyncdiff.segments import Segments, choose_segments
+from backends.asyncdiff.shard import ShardedWeights, weight_bytes
 from backends.asyncdiff.trace import time_units, trace
 from backends.asyncdiff.units import Layout, UnitHooks
 from backends.base import Backend, Run
@@ -42,6 +43,7 @@ class AsyncDiffBackend(Backend):
         self.costs_of: CostsOf = time_units
         self.segments: Segments | None = None
         self._hooks: UnitHooks | None = None
+        self._sharded: ShardedWeights | None = None
         self._generation: Generation | None = None
         self._report: dict[str, object] = {}
 
@@ -58,6 +60,9 @@ class AsyncDiffBackend(Backend):
         if self._hooks is None:
             return
         hooks.detach(denoiser, NAME)
+        if self._sharded is not None:
+            self._sharded.restore(self.mesh.axis("segment"))
+            self._sharded = None
         self._hooks.detach()
         self._hooks, self.segments = None, None
 
@@ -104,6 +109,8 @@ class AsyncDiffBackend(Backend):
                 return forward(**arguments)
             if self.segments is None:
                 self.segments = self._learn(lambda: forward(**_copy_lists(arguments)), arguments[names[0]])
+                if self.plan.options["shard_weights"]:
+                    self._sharded = ShardedWeights(self._hooks.modules, self.segments, segment=self._place().segment)
             return self._generation.evaluate(self._hooks, self.segments, forward, arguments, names[0])
 
         return around
@@ -114,18 +121,33 @@ class AsyncDiffBackend(Backend):
         num_segments = int(self.plan.options["model_n"])
         bounds = torch.zeros(num_segments + 1, dtype=torch.int64, device=self.mesh.device)
         if self.mesh.rank == 0:
-            costs = self.costs_of(self._hooks, call, layout, self.mesh.device)
+            costs = self._costs(call, layout)
             segments = choose_segments(layout, costs, num_segments, self.plan.options["segment_weights"])
             logger.info("segments of %s:\n%s", type(self._denoiser).__name__, segments.table(costs))
             bounds.copy_(torch.tensor(segments.bounds))
         dist.broadcast(bounds, src=0, group=self.mesh.axis("cfg", "segment").group)
         return Segments(layout, tuple(bounds.tolist()))
 
+    def _costs(self, call: Callable[[], Any], layout: Layout) -> list[float]:
+        """Sharded weights are there to fit: then it is bytes that must be even."""
+        if self.plan.options["shard_weights"]:
+            return [float(weight_bytes(self._hooks.modules[unit.name])) for unit in layout.units]
+        return self.costs_of(self._hooks, call, layout, self.mesh.device)
+
     def _figures(self, generation: Generation) -> dict[str, object]:
+        """Bytes of one turn are those of all ranks together; with stride 2 a turn serves two evaluations."""
         shapes = generation.last_shapes()
         if shapes is None or self.segments is None:
             return {}
-        return {"segment_bounds": self.segments.bounds, "stale_evaluations": generation.num_stale}
+        place = self._place()
+        crossing, everything, prediction = shapes.traffic(self.segments, place), shapes.num_bytes(), generation.prediction_bytes
+        others = self.mesh.axis("segment").size - 1
+        return {
+            "segment_bounds": self.segments.bounds,
+            "stale_evaluations": generation.num_stale,
+            "turn_bytes": crossing + prediction * others * place.stride,
+            "turn_bytes_if_all_outputs_were_broadcast": everything * others + prediction * others * place.stride,
+        }
 
 
 def _copy_lists(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -67,6 +67,12 @@ class Exchange:
         self._receives.append(arrival)
         return arrival
 
+    def share(self, value: Any, *, source: int) -> Any:
+        """One rank's small Python value on all ranks. Blocks until it is there."""
+        box = [value]
+        dist.broadcast_object_list(box, src=self.axis.ranks[source], group=self.axis.group)
+        return box[0]
+
     def settle(self) -> None:
         """Wait for everything that is still under way. Every rank has made the same evaluations, so all of it has a partner."""
         for arrival in self._receives:

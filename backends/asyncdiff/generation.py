@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from backends.asyncdiff.exchange import Arrival, Exchange
-from backends.asyncdiff.players import Inbox, SegmentPlayer, Shapes, SynchronousPlayer, Values
+from backends.asyncdiff.players import Inbox, SegmentPlayer, SequentialPlayer, Shapes, SynchronousPlayer, Values
 from backends.asyncdiff.schedule import Phase, Place, phase_of
 from backends.asyncdiff.segments import Segments
 from backends.asyncdiff.timesteps import Timesteps
-from backends.asyncdiff.units import Source, UnitHooks
+from backends.asyncdiff.units import Source, UnitHooks, num_bytes
 
 Forward = Callable[..., Any]
 
@@ -45,6 +45,7 @@ class Generation:
         self.exchange = exchange
         self.evaluation = 0
         self.num_stale = 0
+        self.prediction_bytes = 0
         self.has_failed = False
         self._place = place
         self._options = options
@@ -84,9 +85,14 @@ class Generation:
     def _synchronous(
         self, number: int, signature: tuple[Any, ...], hooks: UnitHooks, segments: Segments, forward: Forward, arguments: dict[str, Any]
     ) -> Any:
-        player = SynchronousPlayer(segments, self._place)
+        is_sharded = self._options["shard_weights"]
+        player = SequentialPlayer(segments, self._place, self.exchange) if is_sharded else SynchronousPlayer(segments, self._place)
         with hooks.played_by(player.play):
             output = forward(**arguments)
+        if is_sharded:
+            prediction = self.exchange.broadcast(output[0], source=self._place.num_segments - 1)
+            output = _with_prediction(output, prediction.wait())
+            self.exchange.forget_sent()
         last = self._lanes.get(number)
         keeps = last is not None and last.signature == signature
         self._lanes[number] = Lane(
@@ -110,6 +116,7 @@ class Generation:
         player = SegmentPlayer(segments, self._place, shapes=lane.shapes, inbox=inbox, exchange=self.exchange)
         with hooks.played_by(player.play):
             output = forward(**{**arguments, "timestep": self._timestep(lane, arguments["timestep"])})
+        self.prediction_bytes = num_bytes(output[0])
         prediction = self.exchange.broadcast(output[0], source=self._place.predictor)
         if self._place.stride == 2:
             lane.ahead = self.exchange.broadcast(output[0], source=self._place.num_segments - 1)

@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 from backends.asyncdiff.exchange import Arrival, Exchange
 from backends.asyncdiff.schedule import Place
 from backends.asyncdiff.segments import Segments
-from backends.asyncdiff.units import Source
+from backends.asyncdiff.units import Source, num_bytes
 
 Values = dict[Source, Tensor]
 
@@ -33,6 +33,23 @@ class Shapes:
         leaves, form = self._forms[unit]
         known = [value_of((unit, position)) for position in range(len(leaves))]
         return pytree.tree_unflatten([leaf if value is None else value for leaf, value in zip(leaves, known, strict=True)], form)
+
+    def num_bytes(self) -> int:
+        """Everything that all units return in one evaluation."""
+        return sum(num_bytes(leaf) for leaves, _ in self._forms.values() for leaf in leaves)
+
+    def traffic(self, segments: Segments, place: Place) -> int:
+        """What all ranks together send to each other across the cuts in one turn."""
+        wanted = [
+            (source, len(place.ranks_of(segment))) for segment in range(segments.num_segments) for source in segments.imports(segment)
+        ]
+        return sum(num_bytes(self.of(source)) * copies for source, copies in wanted)
+
+    def take(self, units: range, forms: list[Any]) -> None:
+        self._forms |= dict(zip(units, forms, strict=True))
+
+    def give(self, units: range) -> list[Any]:
+        return [self._forms[unit] for unit in units]
 
     def of(self, source: Source) -> Tensor:
         return self._forms[source[0]][0][source[1]]
@@ -100,6 +117,56 @@ class SegmentPlayer:
         for position, leaf in enumerate(pytree.tree_leaves(result)):
             self._exchange.send(leaf, to=self._readers.get((unit, position), ()))
         return result
+
+
+class SequentialPlayer:
+    """A synchronous evaluation where each rank has the weights of its own segment only: the ranks work one after the other.
+
+    When a segment is done, its rank tells all others what its units returned (the shapes), and its readers receive the tensors.
+    """
+
+    def __init__(self, segments: Segments, place: Place, exchange: Exchange) -> None:
+        self.shapes = Shapes()
+        self.values: Values = {}
+        self._segments = segments
+        self._index = _index(segments)
+        self._place = place
+        self._readers = readers(segments, place) if place.is_sender else {}
+        self._imports = segments.imports(place.segment)
+        self._exchange = exchange
+        self._num_done = 0
+
+    def play(self, name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        unit = self._index.get(name)
+        if unit is None:
+            return forward(*args, **kwargs)
+        segment = self._segments.segment_of(unit)
+        if segment == self._place.segment:
+            result = self._compute(unit, forward(*args, **kwargs))
+        else:
+            if segment == self._num_done:
+                self._hear_of(segment)
+            result = self.shapes.fill(unit, self.values.get)
+        return result
+
+    def _compute(self, unit: int, result: Any) -> Any:
+        self.shapes.remember(unit, result)
+        for position, leaf in enumerate(pytree.tree_leaves(result)):
+            self._exchange.send(leaf, to=self._readers.get((unit, position), ()))
+        if unit == self._segments.units(self._place.segment)[-1]:
+            self._hear_of(self._place.segment)
+        return result
+
+    def _hear_of(self, segment: int) -> None:
+        """All ranks learn the shapes of a finished segment; this one also gets the tensors that its own segment reads."""
+        units = self._segments.units(segment)
+        mine = self.shapes.give(units) if segment == self._place.segment else None
+        self.shapes.take(units, self._exchange.share(mine, source=segment))
+        arrivals = [
+            (source, self._exchange.receive(self.shapes.of(source), source=segment)) for source in self._imports if source[0] in units
+        ]
+        self.values |= {source: arrival.wait() for source, arrival in arrivals}
+        self._num_done += 1
 
 
 def readers(segments: Segments, place: Place) -> dict[Source, tuple[int, ...]]:

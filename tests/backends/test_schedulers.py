@@ -262,6 +262,13 @@ def test_latents_are_not_clipped_like_pixels():
     assert build_scheduler(parse_scheduler("ddim"), config, flow=False).config.clip_sample is False
 
 
+def test_defaults_of_the_old_class_do_not_reach_another():
+    own = diffusers.PNDMScheduler(beta_end=0.012)  # its default spacing is "leading", Euler's "linspace"
+    chosen = diffusers.PNDMScheduler(beta_end=0.012, timestep_spacing="leading")
+    spacings = [build_scheduler(parse_scheduler("euler"), old, flow=False).config.timestep_spacing for old in (own, chosen)]
+    assert spacings == ["linspace", "leading"]
+
+
 def test_settings_of_one_solver_do_not_reach_another():
     config = SD | {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"}
     assert build_scheduler(parse_scheduler("deis"), config, flow=False).config.algorithm_type == "deis"

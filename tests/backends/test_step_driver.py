@@ -99,6 +99,12 @@ def test_pndm_begins_part_way_with_its_corrected_step():
     assert run.timesteps == [501, 401, 401, 301, 201]
 
 
+def test_denoising_end_counts_positions_where_timesteps_are_noise_levels():
+    whole, part = gaussian.sample(scheduler_for("svd"), 10), gaussian.sample(scheduler_for("svd"), 10, denoising_end=0.7)
+    assert part.timesteps == whole.timesteps[:7]
+    assert whole.timesteps[0] < 2  # such timesteps are all far below the cut at 300
+
+
 def test_step_numbers_and_fractions_both_bound_the_window():
     window = steps(10, strength=0.8, first_step=4, stop_step=9, denoising_end=0.8).window(list(range(1000, 0, -100)), 1000)
     assert window == range(4, 9)
@@ -180,9 +186,10 @@ def test_sigmas_may_end_above_zero_and_go_on_later(model_type, name):
     assert abs(rest.latents.mean() - gaussian.MEAN) < 0.1
 
 
-def test_own_sigmas_override_karras():
+def test_own_lists_override_karras():
     run = gaussian.sample(scheduler_for("sd1", "k_euler"), sigmas=[10.0, 5.0, 1.0, 0.0])
     assert run.sigmas == pytest.approx([10, 5, 1], rel=1e-3)
+    assert gaussian.sample(scheduler_for("sd1", "k_dpmpp_2m"), timesteps=[900, 500, 100]).timesteps == [900, 500, 100]
 
 
 @pytest.mark.parametrize("name", [name for name, facts in SCHEDULERS.items() if facts.takes_timesteps])

@@ -52,7 +52,7 @@ class Simulation:
     def run(self, segment, timestep, arguments):
         """The denoiser with only this segment's units running -> its result, and what those units returned."""
         self.running, self.made = segment, {}
-        with_timestep = (arguments[0][:1] + (timestep,) + arguments[0][2:], arguments[1])
+        with_timestep = ((*arguments[0][:1], timestep, *arguments[0][2:]), arguments[1])
         if "timestep" in arguments[1]:
             with_timestep = (arguments[0], {**arguments[1], "timestep": timestep})
         output = self.original(*with_timestep[0], **with_timestep[1])

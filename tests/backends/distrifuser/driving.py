@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -59,6 +59,7 @@ def generate(pipe: Any, backend: DistriFuserBackend | None, given: dict[str, Any
     request = GenerateRequest(num_inference_steps=steps, warmup_steps=warmup_steps)
     original = pipe.scheduler.step
 
+    @wraps(original)  # the pipelines look at the signature
     def step(*args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
         backend.step_done()

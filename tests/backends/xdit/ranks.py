@@ -40,7 +40,9 @@ def latents_of(pipe: Any, name: str, *, size: int = 64, steps: int = 3, **argume
     return pipe(**{**inputs(name, size=size, num_inference_steps=steps), "output_type": "latent", **arguments}).images
 
 
-def generated(backend: XDiTBackend, pipe: Any, name: str, *, size: int = 64, steps: int = 3, **arguments: object) -> Tensor:
+def generated(
+    backend: XDiTBackend, pipe: Any, name: str, *, size: int = 64, steps: int = 3, warmup_steps: int | None = None, **arguments: object
+) -> Tensor:
     """latents_of between `begin` and `end`, with the step clock ticking after each scheduler step, as a host does it."""
     scheduler = pipe.scheduler
     step = scheduler.step
@@ -51,7 +53,7 @@ def generated(backend: XDiTBackend, pipe: Any, name: str, *, size: int = 64, ste
         backend.step_done()
         return output
 
-    backend.begin(run_of(size=size, steps=steps))
+    backend.begin(run_of(size=size, steps=steps, warmup_steps=warmup_steps))
     scheduler.step = ticking
     try:
         return latents_of(pipe, name, size=size, steps=steps, **arguments)

@@ -1,0 +1,226 @@
+"""Seconds per step, bytes and closeness of a backend's settings on N ranks of one thread each, against one rank in the same run.
+
+    python -m benchmarks.parallel --backend distrifuser --model unet --steps 10 --rounds 2 > result.json
+
+In each round the first rank runs the loop alone while the others wait, then every setting runs on all ranks, so that ratios compare
+neighbours in time. `others` is what other processes used meanwhile, in cores: figures with more than 0.1 are disturbed.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from backends import BACKEND_NAMES, backend_class, planner
+from backends.base import Run
+from backends.distributed import Mesh, Traffic, gather_outcomes
+from backends.errors import HostError
+from backends.model_table import read_table
+from backends.request import GenerateRequest
+from benchmarks.closeness import psnr
+from benchmarks.machine import Clock, peak_memory_mb, reset_peak_memory
+from benchmarks.models import SUBJECTS, Subject, num_parameters
+from benchmarks.settings import SETTINGS
+
+
+def main() -> None:
+    arguments = _arguments()
+    with tempfile.TemporaryDirectory() as folder:
+        mp.start_processes(_rank, (arguments, folder), nprocs=arguments.ranks, start_method="spawn")
+        print(Path(folder, "result.json").read_text())
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backend", choices=[name for name in BACKEND_NAMES if name != "single"], required=True)
+    parser.add_argument("--model", choices=[*SUBJECTS], default="unet")
+    parser.add_argument("--settings", help="names from benchmarks/settings.py, with commas; all if left out")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--warmup_steps", type=int, default=4, help="synchronous steps of each loop")
+    parser.add_argument("--rounds", type=int, default=2)
+    return parser.parse_args()
+
+
+def _rank(rank: int, arguments: argparse.Namespace, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=arguments.ranks)
+    try:
+        with torch.no_grad():
+            result = measure(rank, arguments)
+        if rank == 0:
+            Path(folder, "result.json").write_text(json.dumps(result, indent=2))
+    finally:
+        dist.destroy_process_group()
+
+
+def measure(rank: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """All rounds; the same on every rank."""
+    subject = SUBJECTS[arguments.model]()
+    settings = SETTINGS[arguments.backend]
+    names = arguments.settings.split(",") if arguments.settings else list(settings)
+    rounds: list[dict[str, Any]] = []
+    reference: Tensor | None = None
+    for _ in range(arguments.rounds):
+        figures, latents = _alone(rank, subject, arguments)
+        reference = latents if latents is not None else reference
+        row = {"single": figures}
+        for name in names:
+            row[name] = _together(rank, subject, settings[name], arguments, reference)
+            _log(rank, name, row)
+        rounds.append(row)
+    summary = {name: _summary(rounds, name) for name in ["single", *names]}
+    return {"machine": _machine(subject, arguments), "settings": summary, "rounds": rounds}
+
+
+def _alone(rank: int, subject: Subject, arguments: argparse.Namespace) -> tuple[dict[str, Any], Tensor | None]:
+    """Rank 0 runs the loop; the others wait without using the CPU. Every rank gets the figures, and rank 0 the latents."""
+    result = _loop(subject, arguments, step_done=lambda: None) if rank == 0 else None
+    figures = gather_outcomes(result[0] if result else None)[0]
+    return figures, result[1] if result else None
+
+
+def _together(
+    rank: int, subject: Subject, options: dict[str, Any], arguments: argparse.Namespace, reference: Tensor | None
+) -> dict[str, Any]:
+    """One setting on all ranks. Its plan may refuse; that is a result too."""
+    spec = read_table()[subject.model_type]
+    try:
+        plan = planner(arguments.backend)(spec, {"warm_up_steps": arguments.warmup_steps, **options}, arguments.ranks)
+    except HostError as error:
+        return {"refused": str(error)}
+    mesh = Mesh(plan, rank=rank, device=torch.device("cpu"))
+    backend = backend_class(arguments.backend)(spec=spec, plan=plan, mesh=mesh)
+    backend.attach(subject.pipe)
+    size = subject.sample.shape[-1] * 8
+    request = GenerateRequest(num_inference_steps=arguments.steps, guidance_scale=5.0, warmup_steps=arguments.warmup_steps)
+    run = Run(request=request, height=size, width=size, num_inference_steps=arguments.steps)
+    try:
+        backend.check(run)
+        mesh.traffic.reset()
+        backend.begin(run)
+        figures, latents = _loop(subject, arguments, step_done=backend.step_done, traffic=mesh.traffic)
+        figures["report"] = dict(backend.report())
+    except HostError as error:
+        return {"refused": str(error)}
+    finally:
+        backend.end()
+        backend.detach(subject.pipe)
+        mesh.destroy()
+    if rank == 0:
+        figures |= closeness(latents, reference)
+    figures["plan"] = plan.describe()
+    ranks = gather_outcomes(figures)
+    keys = ("steady_cpu_s", "peak_memory_mb", "steady_sent_mb", "steady_wait_s")
+    return ranks[0] | {f"{key}_by_rank": [figures[key] for figures in ranks] for key in keys}
+
+
+def closeness(latents: Tensor, reference: Tensor) -> dict[str, float]:
+    return {"psnr_db": psnr(latents, reference), "max_difference": float((latents - reference).abs().max())}
+
+
+def _loop(
+    subject: Subject, arguments: argparse.Namespace, *, step_done: Callable[[], None], traffic: Traffic | None = None
+) -> tuple[dict[str, Any], Tensor]:
+    """One generation. Figures of the steady steps (after the synchronous ones) are medians over steps."""
+    scheduler, sample = subject.pipe.scheduler, subject.sample
+    scheduler.set_timesteps(arguments.steps)
+    if traffic is None:
+        traffic = Traffic()
+    else:
+        dist.barrier()
+    reset_peak_memory()
+    start, steps = Clock.now(), []
+    for timestep in scheduler.timesteps:
+        before, sent, waited = Clock.now(), traffic.sent_bytes, traffic.wait_s
+        sample = scheduler.step(subject.predict(sample, timestep), timestep, sample, return_dict=False)[0]
+        step_done()
+        used = Clock.now().since(before)
+        steps.append(
+            {
+                "wall_s": used.wall_s,
+                "cpu_s": used.cpu_s,
+                "busy_s": used.busy_s,
+                "sent": traffic.sent_bytes - sent,
+                "wait_s": traffic.wait_s - waited,
+            }
+        )
+    total = Clock.now().since(start)
+    steady = steps[min(arguments.warmup_steps + 1, len(steps) - 1) :]  # the first steady step may still lay out buffers
+    figures = {
+        "loop_s": round(total.wall_s, 3),
+        "loop_cpu_s": round(total.cpu_s, 3),
+        "steady_step_s": _median(steady, "wall_s"),
+        "steady_best_s": round(min(step["wall_s"] for step in steady), 4),
+        "steady_cpu_s": _median(steady, "cpu_s"),
+        "steady_wait_s": _median(steady, "wait_s"),
+        "steady_sent_mb": round(statistics.median(step["sent"] for step in steady) / 1e6, 3),
+        "busy_cores": round(total.busy_s / total.wall_s, 2),
+        "peak_memory_mb": peak_memory_mb(),
+    }
+    return figures, sample
+
+
+def _median(steps: list[dict[str, float]], key: str) -> float:
+    return round(statistics.median(step[key] for step in steps), 4)
+
+
+def _summary(rounds: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    """Medians over the rounds; ratios are of the same round's single loop."""
+    rows = [(row[name], row["single"]) for row in rounds if "refused" not in row[name]]
+    if not rows:
+        return {"refused": rounds[0][name]["refused"]}
+    ratios = {
+        "step_ratio": [single["steady_step_s"] / row["steady_step_s"] for row, single in rows],
+        "step_ratio_by_best": [single["steady_best_s"] / row["steady_best_s"] for row, single in rows],
+        "loop_ratio": [single["loop_s"] / row["loop_s"] for row, single in rows],
+        "cpu_ratio": [single["steady_cpu_s"] / max(row.get("steady_cpu_s_by_rank", [row["steady_cpu_s"]])) for row, single in rows],
+        "busy_cores": [row["busy_cores"] for row, _ in rows],
+        "steady_step_s": [row["steady_step_s"] for row, _ in rows],
+    }
+    result = {key: round(statistics.median(values), 3) for key, values in ratios.items()}
+    kept = ("plan", "psnr_db", "max_difference", "steady_sent_mb_by_rank", "steady_wait_s_by_rank", "steady_cpu_s_by_rank")
+    return result | {key: rows[-1][0][key] for key in (*kept, "peak_memory_mb_by_rank") if key in rows[-1][0]}
+
+
+def _machine(subject: Subject, arguments: argparse.Namespace) -> dict[str, Any]:
+    spec = read_table()[subject.model_type]
+    return {
+        "backend": arguments.backend,
+        "model": f"{arguments.model}, {num_parameters(getattr(subject.pipe, spec.denoiser)) / 1e6:.1f} M parameters",
+        "latents": list(subject.sample.shape),
+        "ranks": arguments.ranks,
+        "steps": arguments.steps,
+        "warmup_steps": arguments.warmup_steps,
+        "rounds": arguments.rounds,
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "load_average": [round(load, 2) for load in os.getloadavg()],
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _log(rank: int, name: str, row: dict[str, Any]) -> None:
+    if rank == 0:
+        figures = row[name]
+        text = figures.get("refused") or f"{row['single']['steady_step_s'] / figures['steady_step_s']:.2f} x per step"
+        print(f"{name}: {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

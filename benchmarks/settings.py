@@ -1,0 +1,27 @@
+"""The option sets that are measured, by backend: name -> launch options, as `make_plan` of the backend takes them.
+
+Each name is a row of the result. A setting that does not fit the number of ranks or the model is reported with its refusal.
+"""
+
+from types import MappingProxyType
+
+PATCHES = {"no_split_batch": True}
+
+SETTINGS = MappingProxyType(
+    {
+        "distrifuser": {
+            "cfg_split": {},
+            "full_sync": PATCHES | {"sync_mode": "full_sync"},
+            "corrected_async_gn": PATCHES | {"sync_mode": "corrected_async_gn"},
+            "corrected_extrapolated": PATCHES | {"sync_mode": "corrected_async_gn", "extrapolate": True},
+            "stale_gn": PATCHES | {"sync_mode": "stale_gn"},
+            "sync_gn": PATCHES | {"sync_mode": "sync_gn"},
+            "separate_gn": PATCHES | {"sync_mode": "separate_gn"},
+            "no_sync": PATCHES | {"sync_mode": "no_sync"},
+            "rotate": PATCHES | {"sync_mode": "rotate"},
+            "naive_patch": PATCHES | {"parallelism": "naive_patch"},
+        },
+        "asyncdiff": {},
+        "xdit": {},
+    }
+)

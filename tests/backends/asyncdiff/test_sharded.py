@@ -1,0 +1,36 @@
+"""Sharded weights: same pictures, and each rank keeps its own segment's weights only."""
+
+import pytest
+import torch
+
+from backends.asyncdiff.shard import weight_bytes
+from tests.backends.asyncdiff.runs import attached, loaded, prepare, request, result
+
+
+def check_sharded(rank, world_size, names, options):
+    for name in names:
+        pipe = loaded(name)
+        denoiser = getattr(pipe.pipe, pipe.spec.denoiser)
+        whole, single = weight_bytes(denoiser), result(pipe, request(name))
+        with attached(pipe, options | {"shard_weights": True}, rank=rank, world_size=world_size) as backend:
+            torch.testing.assert_close(result(pipe, request(name, warmup_steps=4)), single, rtol=0, atol=0)
+            share = weight_bytes(denoiser) / whole
+            assert share <= 1 / backend.segments.num_segments + 0.15, f"{name}: rank {rank} keeps {share:.0%} of the weights"
+            hurried, smaller = (result(pipe, request(name, warmup_steps=1, height=side, width=64)) for side in (64, 96))
+            bounds = backend.segments.bounds
+        assert weight_bytes(denoiser) == whole
+        torch.testing.assert_close(result(pipe, request(name)), single, rtol=0, atol=0)  # the weights are back
+        with attached(pipe, options, rank=rank, world_size=world_size) as backend:
+            backend.costs_of = lambda hooks, call, layout, device: [float(weight_bytes(hooks.modules[unit.name])) for unit in layout.units]
+            torch.testing.assert_close(result(pipe, request(name, warmup_steps=1)), hurried, rtol=0, atol=0)
+            torch.testing.assert_close(result(pipe, request(name, warmup_steps=1, height=96)), smaller, rtol=0, atol=0)
+            assert backend.segments.bounds == bounds
+
+
+@pytest.mark.parametrize(
+    ("world_size", "names", "options"),
+    [(2, ["sdxl", "flux", "sd3"], {}), (3, ["sdxl"], {"model_n": 3}), (3, ["sdxl"], {"model_n": 2, "stride": 2})],
+)
+def test_sharded_weights_give_the_same_and_fit(run_on_ranks, world_size, names, options):
+    prepare(*names)
+    run_on_ranks(check_sharded, world_size, names, options)

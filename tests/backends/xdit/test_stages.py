@@ -1,0 +1,185 @@
+"""PipeFusion: equal to single while synchronous, to the one-process simulation afterwards; light on weights, safe to interrupt."""
+
+import pytest
+import torch
+
+from backends import hooks
+from backends.distributed import Mesh
+from backends.errors import CancelledError, PlanError, RequestError, UnsupportedError
+from backends.xdit.stages import PipeFusion, stage_bounds
+from tests.backends.xdit.ranks import assert_close, attached, generated, latents_of, run_of
+from tests.backends.xdit.simulation import simulate
+from tests.checkpoints import SD35_MEDIUM, load
+
+TYPES = {"sd3": ("sd3", {}), "sd3.5-medium": ("sd3", SD35_MEDIUM), "flux": ("flux", {}), "pixa": ("pixa", {}), "pixs": ("pixs", {})}
+STEPS = 4
+LATE_STEPS = {"num_pipeline_patch": 3, "warmup_steps": 1}
+ON_2 = [{"pipefusion_parallel_degree": 2}]
+ON_4 = [
+    {"pipefusion_parallel_degree": 4},
+    {"pipefusion_parallel_degree": 2, "use_cfg_parallel": True},
+    {"pipefusion_parallel_degree": 2, "ulysses_degree": 2},
+    {"pipefusion_parallel_degree": 2, "ring_degree": 2},
+]
+
+
+def simulated(name, variant, size):
+    pipe = load(name, **variant)
+    simulate(pipe.transformer, name, num_patches=3, warmup_steps=1)
+    return latents_of(pipe, name, size=size, steps=STEPS)
+
+
+def check_matches_simulation(rank, world_size, name, variant, sets):
+    whole = load(name, **variant)
+    single = {size: latents_of(whole, name, size=size, steps=STEPS) for size in (64, 80)}
+    stale = {size: simulated(name, variant, size) for size in (64, 80)}
+    assert (single[64] - stale[64]).abs().max() > 1e-3 * single[64].abs().max()  # staleness shows, so the test can fail
+    for options in sets:
+        if options.get("use_cfg_parallel") and name == "flux":
+            continue
+        pipe = load(name, **variant)
+        with attached(pipe, name, rank, world_size, **options, **LATE_STEPS) as backend:
+            for size in (64, 80):
+                assert_close(generated(backend, pipe, name, size=size, steps=STEPS), stale[size], (options, size))
+            synchronous = generated(backend, pipe, name, steps=STEPS, warmup_steps=STEPS)
+            assert_close(synchronous, single[64], (options, "all steps synchronous"))
+
+
+@pytest.mark.parametrize("case", TYPES)
+def test_two_stages_match_the_simulation(run_on_ranks, case):
+    run_on_ranks(check_matches_simulation, 2, *TYPES[case], ON_2)
+
+
+@pytest.mark.parametrize("case", TYPES)
+def test_four_ranks_with_stages_match_the_simulation(run_on_ranks, case):
+    run_on_ranks(check_matches_simulation, 4, *TYPES[case], ON_4)
+
+
+def held_bytes(module):
+    return sum(tensor.numel() * tensor.element_size() for tensor in module.parameters())
+
+
+def check_weights(rank, world_size, name):
+    pipe = load(name)
+    whole = held_bytes(pipe.transformer)
+    blocks = list(pipe.transformer.transformer_blocks)
+    in_blocks = [held_bytes(block) for block in blocks]
+    with attached(pipe, name, rank, world_size, pipefusion_parallel_degree=world_size):
+        mine = in_blocks[len(blocks) * rank // world_size : len(blocks) * (rank + 1) // world_size]
+        assert held_bytes(pipe.transformer) == whole - sum(in_blocks) + sum(mine)
+        assert sum(mine) < 1.2 * sum(in_blocks) / world_size
+
+
+@pytest.mark.parametrize(("name", "world_size"), [("sd3", 2), ("pixa", 4)])
+def test_a_rank_keeps_the_weights_of_its_own_stage_only(run_on_ranks, name, world_size):
+    run_on_ranks(check_weights, world_size, name)
+
+
+def check_blocks_per_stage(rank, world_size):
+    want = simulated("sd3", {}, 64)
+    pipe = load("sd3")
+    options = {"pipefusion_parallel_degree": 2, "attn_layer_num_for_pp": "3,1", **LATE_STEPS}
+    with attached(pipe, "sd3", rank, world_size, **options) as backend:
+        assert_close(generated(backend, pipe, "sd3", steps=STEPS), want)
+        assert [held_bytes(block) > 0 for block in pipe.transformer.transformer_blocks] == [rank == 0] * 3 + [rank == 1]
+
+
+def test_blocks_per_stage_can_be_given(run_on_ranks):
+    run_on_ranks(check_blocks_per_stage, 2)
+
+
+class StopHereError(Exception):
+    """What the injected failure raises."""
+
+
+def check_interruptions(rank, world_size, options):
+    """A cancelled job, a failure on all ranks and one inside a pass on one rank are followed by a right picture."""
+    pipe = load("sd3")
+    reference = load("sd3")
+    if "pipefusion_parallel_degree" in options:
+        simulate(reference.transformer, "sd3", num_patches=3, warmup_steps=1)
+    want = latents_of(reference, "sd3", steps=STEPS)
+
+    def cancel(pipe, step, timestep, kwargs):
+        if step == 1:
+            raise CancelledError("the job was cancelled at step 2 of 4.")
+        return {}
+
+    with attached(pipe, "sd3", rank, world_size, **options) as backend:
+        with pytest.raises(CancelledError):
+            generated(backend, pipe, "sd3", steps=STEPS, callback_on_step_end=cancel)
+        assert_close(generated(backend, pipe, "sd3", steps=STEPS), want, "after a cancelled job")
+
+        block = pipe.transformer.transformer_blocks[3 if rank == 1 else 0]
+        calls = 0
+
+        def fail(forward, *args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == 4 and rank == 1:
+                raise StopHereError
+            return forward(*args, **kwargs)
+
+        hooks.attach(block, "failure", fail)
+        with pytest.raises((StopHereError, RuntimeError)) as caught:
+            try:
+                generated(backend, pipe, "sd3", steps=STEPS)
+            except Exception:
+                backend.mesh.destroy()  # as a host does: it wakes the ranks that wait for this one
+                raise
+        assert isinstance(caught.value, StopHereError) == (rank == 1)
+        hooks.detach(block, "failure")
+        torch.distributed.barrier()
+        backend.mesh.rebuild()
+        assert_close(generated(backend, pipe, "sd3", steps=STEPS), want, "after a failure of one rank")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"use_cfg_parallel": True}, {"ulysses_degree": 2}, {"ring_degree": 2}, {"pipefusion_parallel_degree": 2, **LATE_STEPS}],
+    ids=lambda options: next(iter(options)),
+)
+def test_next_picture_is_right_after_cancelling_and_after_a_failure(run_on_ranks, options):
+    run_on_ranks(check_interruptions, 2, options)
+
+
+def check_guidance_switched_off(rank, world_size):
+    """The batch changes from two to one in the middle: what was remembered of two no longer fits."""
+
+    def stop_guidance(pipe, step, timestep, kwargs):
+        if step == 1:
+            pipe._guidance_scale = 1.0
+            return {name: kwargs[name].chunk(2)[-1] for name in ("prompt_embeds", "pooled_prompt_embeds")}
+        return {}
+
+    watch = {"callback_on_step_end": stop_guidance, "callback_on_step_end_tensor_inputs": ["prompt_embeds", "pooled_prompt_embeds"]}
+    want = latents_of(load("sd3"), "sd3", steps=3, **watch)
+    pipe = load("sd3")
+    with attached(pipe, "sd3", rank, world_size, pipefusion_parallel_degree=2, warmup_steps=2) as backend:
+        assert_close(generated(backend, pipe, "sd3", steps=3, **watch), want)
+
+
+def test_a_batch_that_changes_under_way_is_computed_synchronously_once(run_on_ranks):
+    run_on_ranks(check_guidance_switched_off, 2)
+
+
+def check_refusals(rank, world_size):
+    pipe = load("sd3")
+    with attached(pipe, "sd3", rank, world_size, pipefusion_parallel_degree=2) as backend:
+        backend.check(run_of(warmup_steps=1))
+        with pytest.raises(RequestError, match=r"warmup_steps=0 is not available with PipeFusion: .* Allowed: 1 or more") as caught:
+            backend.check(run_of(warmup_steps=0))
+        assert caught.value.field == "warmup_steps"
+        mesh: Mesh = backend.mesh
+        with pytest.raises(UnsupportedError, match=r"not available for HunyuanDiT2DModel: its late blocks .* Use --ulysses_degree"):
+            PipeFusion(load("hy").transformer, mesh, num_patches=2, blocks_per_stage=None)
+
+
+def test_rejects_a_request_without_synchronous_steps_and_models_with_long_skips(run_on_ranks):
+    run_on_ranks(check_refusals, 2)
+
+
+def test_rejects_blocks_that_do_not_spread_over_the_stages():
+    assert stage_bounds(5, 2, None) == (0, 2, 5)
+    with pytest.raises(PlanError, match=r"\[3, 1\] does not spread 5 transformer blocks over 2 stages. Allowed: 2 numbers .* together 5"):
+        stage_bounds(5, 2, (3, 1))

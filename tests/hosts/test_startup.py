@@ -1,0 +1,128 @@
+"""What is decided, and refused, before any process starts."""
+
+import json
+
+import pytest
+
+from backends.errors import ConfigError, PlanError, UnsupportedError
+from backends.model_table import read_table
+from hosts.settings import Settings
+from hosts.startup import count_gpus, plan_start
+from tests.checkpoints import checkpoint
+
+TABLE = read_table()
+
+
+def plan(num_gpus=0, num_ranks=None, **values):
+    return plan_start(Settings.from_values({"type": "sdxl", **values}), TABLE, num_gpus=num_gpus, num_ranks=num_ranks)
+
+
+def test_nothing_given_is_the_demo_model_on_one_rank_of_the_cpu():
+    start = plan()
+    assert (start.num_ranks, start.plan.method, start.load.variant) == (1, "single", "fp32")
+    assert start.load.checkpoint.endswith("demo/checkpoint")
+    assert (start.spec.height, start.spec.width) == (TABLE["sdxl"].demo["height"], TABLE["sdxl"].demo["width"])
+    assert [reason.partition(":")[0] for reason in start.reasons] == ["ranks=1", "backend=single", "checkpoint", "variant=fp32"]
+
+
+def test_visible_gpus_decide_ranks_and_variant():
+    start = plan(num_gpus=2)
+    assert (start.num_ranks, start.plan.method, start.load.variant) == (2, next(iter(TABLE["sdxl"].backends)), "fp16")
+
+
+def test_backend_asked_for_on_one_rank_is_single_and_says_so():
+    start = plan(backend="xdit")
+    assert start.plan.method == "single"
+    assert "one rank: backend xdit computes what single does" in start.reasons
+
+
+def test_option_of_another_backend_is_said_to_have_no_effect():
+    start = plan(num_ranks=2, backend="distrifuser", model_n=2, time_shift=True, sync_mode="full_sync")
+    without = [reason for reason in start.reasons if "has no effect" in reason]
+    assert without == [
+        "--model_n has no effect: it is for backend asyncdiff",
+        "--time_shift has no effect: it is for backend asyncdiff",
+    ]
+    assert start.plan.options["sync_mode"] == "full_sync"
+
+
+def test_option_not_given_is_left_to_the_backend():
+    assert plan(num_ranks=4, backend="asyncdiff").plan.degree("cfg") == 2
+    assert plan(num_ranks=3, backend="asyncdiff", use_cfg_parallel=False).plan.degree("cfg") == 1
+
+
+def test_gpus_are_counted_without_torch_and_as_the_environment_hides_them(monkeypatch):
+    monkeypatch.setattr("glob.glob", lambda pattern: ["0", "1", "2"])
+    assert [count_gpus(env) for env in ({}, {"CUDA_VISIBLE_DEVICES": "0,2"}, {"CUDA_VISIBLE_DEVICES": ""}, {"CUDA_VISIBLE_DEVICES": "-1"})] == [
+        3, 2, 0, 0,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "message"),
+    [
+        ({"type": None}, ConfigError, "--type is missing. Allowed: "),
+        ({"type": "sdxxl"}, ConfigError, "type='sdxxl' is not a model type. Allowed: "),
+        ({"type": "flux"}, ConfigError, "--checkpoint is missing: type 'flux' has no demo model."),
+        ({"checkpoint": "/no/such"}, ConfigError, "--checkpoint=/no/such does not exist."),
+        ({"vae": "/no/such"}, ConfigError, "--vae=/no/such does not exist."),
+        ({"checkpoint": "/"}, ConfigError, "holds no model_index.json"),
+        ({"type": "hy", "checkpoint": __file__}, ConfigError, "is a file, but type 'hy' needs a folder"),
+        ({"scheduler": "eulr"}, ConfigError, "--scheduler: scheduler='eulr' is not a scheduler. Did you mean 'euler'?"),
+        ({"nproc_per_node": 3, "num_gpus": 2}, ConfigError, "--nproc_per_node=3 is more than the 2 visible GPUs."),
+        ({"num_ranks": 2, "backend": "single"}, PlanError, "backend 'single' runs on one rank"),
+        ({"num_ranks": 3, "backend": "asyncdiff", "model_n": 2}, None, None),
+        ({"num_ranks": 2, "backend": "asyncdiff", "model_n": 4}, PlanError, "model_n=4 and stride=1 need 4 ranks"),
+    ],
+)
+def test_what_does_not_fit_is_refused(values, kind, message):
+    if kind is None:
+        assert plan(**values).plan.options["stride"] == 2
+        return
+    with pytest.raises(kind) as caught:
+        plan(**values)
+    assert message in str(caught.value)
+
+
+def test_epsilon_only_scheduler_is_refused_for_a_flow_matching_model_at_start():
+    for type_name in ("sd3", "flux"):
+        with pytest.raises(
+            ConfigError, match=r"--scheduler: scheduler='ddim' cannot sample a flow-matching model\. Allowed for this model: "
+        ):
+            plan(type=type_name, checkpoint=str(checkpoint(type_name)), scheduler="ddim")
+        plan(type=type_name, checkpoint=str(checkpoint(type_name)), scheduler="euler")  # mapped to its counterpart
+
+
+def test_flow_matching_scheduler_is_refused_for_another_model_at_start():
+    with pytest.raises(ConfigError, match="--scheduler: scheduler='fm_euler' is for flow-matching models only"):
+        plan(scheduler="fm_euler")
+
+
+def test_backend_that_the_table_rules_out_is_refused_with_its_reason():
+    ruled_out = [
+        (name, backend) for name, spec in TABLE.items() for backend in ("asyncdiff", "distrifuser", "xdit") if backend not in spec.backends
+    ]
+    for type_name, backend in ruled_out:
+        with pytest.raises(UnsupportedError, match=f"model type '{type_name}' has no backend '{backend}'"):
+            plan(type=type_name, checkpoint=str(checkpoint(type_name)), num_ranks=2, backend=backend)
+    assert ruled_out
+
+
+def test_type_that_needs_a_motion_adapter_takes_the_checkpoints_own_or_asks(tmp_path):
+    assert plan(type="ad", checkpoint=str(checkpoint("ad"))).num_ranks == 1
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(ConfigError, match="type 'ad' needs a motion_adapter, and the checkpoint holds none"):
+        plan(type="ad", checkpoint=str(tmp_path))
+
+
+def test_paths_are_made_absolute_and_plain(tmp_path, monkeypatch):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "model_index.json").write_text("{}")
+    (tmp_path / "nodes").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert plan(checkpoint="nodes/../models").load.checkpoint == str(tmp_path / "models")
+
+
+def test_facts_are_json():
+    facts = json.loads(json.dumps(plan(num_ranks=2).facts()))
+    assert (facts["ranks"], facts["type"]) == (2, "sdxl")

@@ -1,0 +1,140 @@
+"""Who may import whom, and where a few things may be written at all: read from the source with ast."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = sorted((ROOT / "backends").glob("*.py"))
+BACKENDS = [path.parent for path in sorted((ROOT / "backends").glob("*/__init__.py"))]
+HOSTS = sorted((ROOT / "hosts").rglob("*.py"))
+PRODUCT = [ROOT / "launcher.py", *HOSTS, *sorted((ROOT / "backends").rglob("*.py"))]
+WITHOUT_TORCH = [
+    "launcher",
+    *(f"hosts.{name}" for name in "settings jobs app server routes wire values startup state matrix lifeline log prewarm main".split()),
+    *(f"hosts.compat.{name}" for name in "args fields routes codec host".split()),
+    *(f"backends.{name}" for name in "request model_table errors plan schedulers schedule".split()),
+    *(f"backends.{folder.name}.plan" for folder in BACKENDS),
+]
+MAY_READ_ENVIRONMENT = {ROOT / "hosts" / "main.py", ROOT / "hosts" / "compat" / "host.py", ROOT / "launcher.py"}
+MODEL_TYPES = {"ad", "sd1", "sd2", "sd3", "sdup", "sdxl", "svd", "flux", "hy", "pixa", "pixs"}
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names of everything the file imports, anywhere in it, except for type checking."""
+    found: set[str] = set()
+    for node in _walk_what_runs(tree(path)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name(path)}: relative import"
+            found |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def _walk_what_runs(node: ast.AST) -> Iterator[ast.AST]:
+    yield node
+    for child in ast.iter_child_nodes(node):
+        if not (isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"):
+            yield from _walk_what_runs(child)
+
+
+def below(names: set[str], package: str) -> set[str]:
+    return {dotted for dotted in names if dotted == package or dotted.startswith(package + ".")}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "backends").rglob("*.py")), ids=name)
+def test_backends_know_nothing_of_hosts_or_http(path):
+    names = imported(path)
+    assert not below(names, "hosts") | below(names, "launcher") | below(names, "flask") | below(names, "werkzeug") | below(names, "cheroot")
+
+
+@pytest.mark.parametrize("folder", BACKENDS, ids=name)
+def test_no_backend_imports_another(folder):
+    others = [f"backends.{other.name}" for other in BACKENDS if other != folder]
+    for path in folder.rglob("*.py"):
+        names = imported(path)
+        assert not [other for other in others if below(names, other)], name(path)
+
+
+@pytest.mark.parametrize("path", [*SHARED, *HOSTS, ROOT / "launcher.py"], ids=name)
+def test_a_backend_is_reached_through_the_registry_only(path):
+    names = imported(path)
+    assert not [folder.name for folder in BACKENDS if below(names, f"backends.{folder.name}")]
+
+
+@pytest.mark.parametrize("path", HOSTS, ids=name)
+def test_hosts_do_not_import_diffusers(path):
+    assert not below(imported(path), "diffusers")
+
+
+@pytest.mark.parametrize("path", [path for path in [*SHARED, *HOSTS, ROOT / "launcher.py"] if path.name != "distributed.py"], ids=name)
+def test_torch_distributed_belongs_to_one_shared_file_and_the_backends(path):
+    assert not below(imported(path), "torch.distributed")
+    attributes = {ast.unparse(node) for node in ast.walk(tree(path)) if isinstance(node, ast.Attribute)}
+    assert "torch.distributed" not in attributes
+
+
+def test_launcher_imports_only_what_it_needs_before_it_knows_what_to_do():
+    top_level = {
+        node.module
+        for node in tree(ROOT / "launcher.py").body
+        if isinstance(node, ast.ImportFrom) and node.module.startswith(("hosts", "backends"))
+    }
+    assert top_level <= {"backends.errors", "backends.model_table", "hosts", "hosts.lifeline", "hosts.settings"}
+    assert len((ROOT / "launcher.py").read_text().splitlines()) < 150
+
+
+@pytest.mark.parametrize("path", [path for path in PRODUCT if path not in MAY_READ_ENVIRONMENT], ids=name)
+def test_environment_is_read_at_the_entries_only(path):
+    names = {ast.unparse(node) for node in ast.walk(tree(path)) if isinstance(node, ast.Attribute)}
+    assert not names & {"os.environ", "os.getenv", "os.putenv"}
+    assert not imported(path) & {"os.environ", "os.getenv"}
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=name)
+def test_code_never_decides_by_the_name_of_a_model_type(path):
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Compare):
+            operands = [operand for side in (node.left, *node.comparators) for operand in ast.walk(side)]
+            texts = {operand.value for operand in operands if isinstance(operand, ast.Constant) and isinstance(operand.value, str)}
+            assert not texts & MODEL_TYPES, f"{name(path)}:{node.lineno}: {ast.unparse(node)}"
+        if isinstance(node, ast.MatchValue) and isinstance(node.value, ast.Constant):
+            assert node.value.value not in MODEL_TYPES, f"{name(path)}:{node.lineno}"
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=name)
+def test_file_has_a_docstring_and_under_400_lines(path):
+    assert ast.get_docstring(tree(path)), name(path)
+    assert len(path.read_text().splitlines()) <= 400
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=name)
+def test_source_is_ascii(path):
+    assert path.read_text(encoding="utf-8").isascii()
+
+
+def test_what_the_http_side_and_the_launcher_need_imports_no_torch():
+    program = "\n".join(
+        [
+            "import importlib, sys",
+            f"for name in {WITHOUT_TORCH!r}:",
+            "    importlib.import_module(name)",
+            "    heavy = {'torch', 'diffusers', 'transformers'} & set(sys.modules)",
+            "    assert not heavy, f'{name} imports {heavy}'",
+        ]
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
