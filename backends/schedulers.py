@@ -260,7 +260,5 @@ def _model_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a scheduler of another class must know of the model, from the checkpoint's scheduler config."""
     implicit = config.get("_use_default_values", ())  # the old class's defaults, not the checkpoint's choice
     carried = {key: config[key] for key in MODEL_FIELDS if key in config and key not in implicit}
-    if config.get("timestep_type") == "continuous":
-        carried = {key: setting for key, setting in carried.items() if key not in SIGMA_FLAGS}  # they span the old class's sigma range
     # DDIM, DDPM, LCM and TCD clip the clean sample to [-1, 1] unless told otherwise; latents are larger than that
     return {"clip_sample": False} | carried

@@ -62,7 +62,7 @@ def _own_address():
 
 def test_taken_port_is_refused_and_its_owner_undisturbed(listener):
     assert not is_port_free("127.0.0.1", listener.port)
-    with pytest.raises(ConfigError, match=f"--port={listener.port} cannot be bound .* stop it, or choose another port"):
+    with pytest.raises(ConfigError, match=f"--port={listener.port} cannot be bound: .* Stop it, or choose another port"):
         Listener(application(), host="127.0.0.1", port=listener.port).bind()
     assert session().get(f"http://127.0.0.1:{listener.port}/", timeout=5).text == "here"
 

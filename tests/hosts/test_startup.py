@@ -53,9 +53,8 @@ def test_option_not_given_is_left_to_the_backend():
 
 def test_gpus_are_counted_without_torch_and_as_the_environment_hides_them(monkeypatch):
     monkeypatch.setattr("glob.glob", lambda pattern: ["0", "1", "2"])
-    assert [count_gpus(env) for env in ({}, {"CUDA_VISIBLE_DEVICES": "0,2"}, {"CUDA_VISIBLE_DEVICES": ""}, {"CUDA_VISIBLE_DEVICES": "-1"})] == [
-        3, 2, 0, 0,
-    ]  # fmt: skip
+    assert count_gpus({}) == 3
+    assert [count_gpus({"CUDA_VISIBLE_DEVICES": value}) for value in ("0,2", "", "-1", "0,1,2,3")] == [2, 0, 0, 3]
 
 
 @pytest.mark.parametrize(
