@@ -270,8 +270,8 @@ def _window(scheduler: "SchedulerMixin", schedule: Schedule, starts: Tensor) -> 
     """Steps of the schedule to run. starts: (steps,), the timestep at which each begins."""
     num_train_timesteps = scheduler.config.num_train_timesteps
     if scheduler.config.get("timestep_type") == "continuous" and _knows_timestep_type(scheduler):
-        # such timesteps are noise levels; by position in the list, as if they were spread evenly
-        starts = torch.linspace(num_train_timesteps, 0, len(starts) + 1)[:-1]
+        # such timesteps are noise levels: go by position in the list, as if it were spread evenly from T - 1
+        starts = torch.linspace(num_train_timesteps, 0, len(starts) + 1)[:-1] - 1
     if schedule.sigmas is not None:
         starts = starts[: schedule.num_inference_steps]
     return schedule.window(starts.tolist(), num_train_timesteps)

@@ -29,7 +29,7 @@ def sample(scheduler, steps: int = 30, *, start: Start | None = None, mu: float 
     """The loop of a pipeline. Without a start, from noise of seed 0."""
     generator = torch.Generator().manual_seed(0)
     schedule = Schedule(num_inference_steps=steps, **window)
-    is_flow = hasattr(scheduler, "scale_noise") or bool(scheduler.config.get("use_flow_sigmas"))
+    is_flow = samples_flow(scheduler)
     with StepDriver(scheduler, schedule, start=start, on_step=on_step, generator=generator) as driver:
         scheduler.set_timesteps(num_inference_steps=schedule.num_inference_steps, mu=mu)
         latents = driver.latents if start else torch.randn(SHAPE, generator=generator)
@@ -45,6 +45,11 @@ def sample(scheduler, steps: int = 30, *, start: Start | None = None, mu: float 
     shown = timesteps.tolist()
     sigmas = [t / scheduler.config.num_train_timesteps if is_flow else _sigma(scheduler, t) for t in shown]
     return Run(latents=latents, num_steps=driver.num_steps, timesteps=shown, sigmas=sigmas)
+
+
+def samples_flow(scheduler) -> bool:
+    """Whether the scheduler, as configured, expects a flow-matching model."""
+    return hasattr(scheduler, "scale_noise") or bool(scheduler.config.get("use_flow_sigmas"))
 
 
 def velocity(latents: Tensor, sigma: float) -> Tensor:

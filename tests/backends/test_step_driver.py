@@ -66,8 +66,9 @@ def test_two_halves_make_the_whole_with_every_sampler(model_type, name):
     assert (rest - want).abs().max() < (0.06 if has_history else 1e-5)  # those start again at first order
 
 
-@pytest.mark.parametrize("end", [0.3, 0.5, 0.77])
+@pytest.mark.parametrize("end", [0.3, 0.501, 0.77])
 def test_denoising_end_is_that_of_the_sdxl_pipeline(end):
+    """0.501 puts the cut on a timestep."""
     pipe, pristine = pipeline("sdxl")
     pipe.scheduler = build_scheduler(parse_scheduler(None), pristine, flow=False)
     native = pipe(**inputs("sdxl", num_inference_steps=6) | {"output_type": "latent", "denoising_end": end})[0]

@@ -6,6 +6,9 @@ import torch
 from backends.asyncdiff.shard import weight_bytes
 from tests.backends.asyncdiff.runs import attached, loaded, prepare, request, result
 
+CLOSE = {"rtol": 0, "atol": 1e-5}
+"""Weights that were sent back lie at other addresses than loaded ones, and kernels for aligned data sum in another order."""
+
 
 def check_sharded(rank, world_size, names, options):
     for name in names:
@@ -19,11 +22,11 @@ def check_sharded(rank, world_size, names, options):
             hurried, smaller = (result(pipe, request(name, warmup_steps=1, height=side, width=64)) for side in (64, 96))
             bounds = backend.segments.bounds
         assert weight_bytes(denoiser) == whole
-        torch.testing.assert_close(result(pipe, request(name)), single, rtol=0, atol=0)  # the weights are back
+        torch.testing.assert_close(result(pipe, request(name)), single, **CLOSE)  # the weights are back
         with attached(pipe, options, rank=rank, world_size=world_size) as backend:
             backend.costs_of = lambda hooks, call, layout, device: [float(weight_bytes(hooks.modules[unit.name])) for unit in layout.units]
-            torch.testing.assert_close(result(pipe, request(name, warmup_steps=1)), hurried, rtol=0, atol=0)
-            torch.testing.assert_close(result(pipe, request(name, warmup_steps=1, height=96)), smaller, rtol=0, atol=0)
+            torch.testing.assert_close(result(pipe, request(name, warmup_steps=1)), hurried, **CLOSE)
+            torch.testing.assert_close(result(pipe, request(name, warmup_steps=1, height=96)), smaller, **CLOSE)
             assert backend.segments.bounds == bounds
 
 

@@ -1,0 +1,61 @@
+"""Parallel VAE decode: every rank decodes one band of the rows. Exact, and the same for all backends.
+
+The decoder's convolutions, group norms and attention get what they need from the other bands at once (band_mode.py), so the picture
+equals the single decode up to the order of sums. Tiled decoding keeps its tiles; each of them is shared by the ranks.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from backends import hooks
+from backends.band_mode import BandMode, FreshExchange, attach_attention, detach_attention
+from backends.bands import Bands, Grid, cut
+from backends.distributed import Axis, Mesh, gather_pieces
+
+NAME = "band decode"
+
+
+def attach_band_decode(vae: nn.Module, mesh: Mesh, *axes: str) -> None:
+    """Share every call of this VAE's decoder among the ranks of these axes of the mesh; all axes of the plan if none is named.
+
+    Afterwards all these ranks must decode together, and each gets the whole picture. With one rank nothing is attached.
+    """
+    names = axes or tuple(name for name, _ in mesh.plan.axes)
+    if not names or mesh.axis(*names).size == 1:
+        return
+    mode = BandMode()
+    attach_attention(vae.decoder, mode)
+    hooks.attach(vae.decoder, NAME, _band_call(vae, mesh, names, mode))
+
+
+def detach_band_decode(vae: nn.Module) -> None:
+    """Leave the VAE as it was found. Does nothing if it is not attached."""
+    if NAME in hooks.attached(vae.decoder):
+        hooks.detach(vae.decoder, NAME)
+        detach_attention(vae.decoder)
+
+
+def _band_call(vae: nn.Module, mesh: Mesh, names: tuple[str, ...], mode: BandMode) -> Callable[..., Tensor]:
+    doublings = len(vae.config.block_out_channels) - 1
+
+    def around(forward: Callable[..., Tensor], sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """sample: latents (B, C, h, w) -> pixels (B, 3, H, W), whole on every rank."""
+        axis = mesh.axis(*names)  # asked anew: a mesh replaces its axes when it is rebuilt
+        if sample.shape[-2] < axis.size:
+            return forward(sample, *args, **kwargs)
+        rows = cut(sample.shape[-2], (1.0,) * axis.size)
+        grid = Grid(rows, sample.shape[-1], band=axis.rank, doublings=doublings)
+        mine = sample.narrow(-2, rows.bounds[axis.rank], rows.size(axis.rank)).contiguous()
+        with mode.on(grid, FreshExchange(axis=axis, traffic=mesh.traffic)):
+            pixels = forward(mine, *args, **kwargs)
+        return _join(pixels, rows.scaled(2**doublings), axis, mesh)
+
+    return around
+
+
+def _join(part: Tensor, rows: Bands, axis: Axis, mesh: Mesh) -> Tensor:
+    shapes = [(*part.shape[:-2], size, part.shape[-1]) for size in rows.sizes]
+    return torch.cat(gather_pieces(part, shapes, axis=axis, traffic=mesh.traffic), dim=-2)
