@@ -12,6 +12,7 @@ from backends.distributed import Axis
 from backends.distrifuser.modes import SYNC_MODES
 from backends.distrifuser.networks import BandedNetwork
 from backends.distrifuser.schedule import Schedule
+from backends.distrifuser.tensor import attach_shards, detach_shards
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,9 @@ class DistriFuserBackend(Backend):
         super().detach(pipe)
 
     def attach_denoiser(self, pipe: Any, denoiser: nn.Module) -> None:
+        if self.plan.options["parallelism"] == "tensor":
+            attach_shards(denoiser, self.mesh)
+            return
         controlnets = _controlnets(pipe)
         self._networks = [
             self._network(controlnet, name=f"controlnet {index}", choose_axis=self._patch_axis, gathers_output=False)
@@ -50,6 +54,8 @@ class DistriFuserBackend(Backend):
             network.attach()
 
     def detach_denoiser(self, pipe: Any, denoiser: nn.Module) -> None:
+        if self.plan.options["parallelism"] == "tensor":
+            detach_shards(denoiser, self.mesh)
         for network in reversed(self._networks):
             network.detach()
         self._networks = []
@@ -81,12 +87,14 @@ class DistriFuserBackend(Backend):
         }
 
     def _network(self, module: nn.Module, **kwargs: Any) -> BandedNetwork:
+        options = self.plan.options
         return BandedNetwork(
             module,
             mesh=self.mesh,
-            mode=SYNC_MODES[str(self.plan.options["sync_mode"])],
+            mode=SYNC_MODES[str(options["sync_mode"])],
             schedule=self._schedule,
-            extrapolates=bool(self.plan.options["extrapolate"]),
+            extrapolates=bool(options["extrapolate"]),
+            naive_scheme=str(options["split_scheme"]) if options["parallelism"] == "naive_patch" else None,
             **kwargs,
         )
 

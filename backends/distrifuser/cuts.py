@@ -35,29 +35,33 @@ class RowCut:
     hint_doublings: int = 0
     image_tokens: ImageTokens = "all"
 
-    def bands(self, sample: Tensor, weights: tuple[float, ...]) -> Bands:
-        return cut(sample.shape[-2], weights, 2**self.halvings)
+    def bands(self, sample: Tensor, weights: tuple[float, ...], dim: int = -2) -> Bands:
+        return cut(sample.shape[dim], weights, 2**self.halvings)
 
-    def grid(self, sample: Tensor, bands: Bands, band: int) -> Grid:
-        return Grid(bands, sample.shape[-1], band=band, halvings=self.halvings, doublings=self.hint_doublings)
+    def grid(self, sample: Tensor, bands: Bands, band: int, dim: int = -2) -> Grid:
+        return Grid(bands, sample.shape[_other(dim)], band=band, halvings=self.halvings, doublings=self.hint_doublings)
 
-    def arguments(self, arguments: Mapping[str, Any], grid: Grid, bands: Bands) -> dict[str, Any]:
-        """The network's arguments for this band."""
+    def arguments(self, arguments: Mapping[str, Any], grid: Grid, bands: Bands, dim: int = -2) -> dict[str, Any]:
+        """The network's arguments for this band of rows; of columns, with dim -1."""
         mine = dict(arguments)
         first = next(iter(arguments))
-        mine[first] = part_of(arguments[first], bands, grid.band, -2)
+        mine[first] = part_of(arguments[first], bands, grid.band, dim)
         if self.hint is not None:
-            mine[self.hint] = part_of(arguments[self.hint], bands.scaled(2**self.hint_doublings), grid.band, -2)
+            mine[self.hint] = part_of(arguments[self.hint], bands.scaled(2**self.hint_doublings), grid.band, dim)
         for name in self.residuals:
             if mine.get(name) is not None:
-                mine[name] = _cut_residuals(mine[name], grid)
+                mine[name] = _cut_residuals(mine[name], grid, dim)
         return mine
 
 
-def _cut_residuals(value: Any, grid: Grid) -> Any:
+def _other(dim: int) -> int:
+    return -1 if dim == -2 else -2
+
+
+def _cut_residuals(value: Any, grid: Grid, dim: int) -> Any:
     if isinstance(value, Tensor):
-        return part_of(value, grid.whole(*value.shape[-2:]), grid.band, -2)
-    return type(value)(_cut_residuals(item, grid) for item in value)
+        return part_of(value, grid.whole(value.shape[dim], value.shape[_other(dim)]), grid.band, dim)
+    return type(value)(_cut_residuals(item, grid, dim) for item in value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +78,7 @@ class TokenCut:
     image_tokens: ImageTokens = "all"
 
     def bands(self, sample: Tensor, weights: tuple[float, ...], patch_size: int) -> Bands:
+        """Of the picture's tokens; any number of them may be in a band."""
         num_tokens = sample.shape[1] if self.embedding is None else (sample.shape[-2] // patch_size) * (sample.shape[-1] // patch_size)
         return cut(num_tokens, weights)
 

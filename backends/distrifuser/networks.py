@@ -32,17 +32,20 @@ class BandedNetwork:
         schedule: Schedule,
         choose_axis: Callable[[int], tuple[Axis, tuple[float, ...]]],
         extrapolates: bool = False,
+        naive_scheme: str | None = None,
         has_banded_residuals: bool = False,
         gathers_output: bool = True,
     ) -> None:
         """choose_axis: batch -> the ranks that share a call with this batch, and their weights.
 
+        naive_scheme: exchange nothing at all, and cut in this way (row, col, alternate).
         has_banded_residuals: ControlNet residuals come as bands already. gathers_output: False leaves the output as bands.
         """
         self.network = network
         self.name = name
         self._mesh, self._mode, self._schedule, self._choose_axis = mesh, mode, schedule, choose_axis
         self._extrapolates = extrapolates
+        self._naive_scheme = naive_scheme
         self._gathers_output = gathers_output
         self._cut = cut_of(network)
         if has_banded_residuals and isinstance(self._cut, RowCut):
@@ -83,6 +86,8 @@ class BandedNetwork:
         axis, weights = self._choose_axis(sample.shape[0])
         if axis.size == 1:
             return forward(**arguments)
+        if self._naive_scheme is not None:
+            return self._run_alone(forward, arguments, axis, weights)
         call = self._open(sample, axis, weights)
         with self._band_mode.on(call.layout, call.exchange):
             output = forward(**self._cut.arguments(arguments, call.layout, call.bands))
@@ -90,6 +95,24 @@ class BandedNetwork:
         if isinstance(self._cut, TokenCut) or not self._gathers_output:
             return output
         return with_first(output, self._gather(output[0], call, dim=-2))
+
+    def _run_alone(self, forward: Callable[..., Any], arguments: dict[str, Any], axis: Axis, weights: tuple[float, ...]) -> Any:
+        """naive_patch: this rank's band as if it were a picture of its own."""
+        sample = next(iter(arguments.values()))
+        if isinstance(self._cut, TokenCut):
+            bands = self._bands(sample, weights)
+            call = self._call = _Call(axis=axis, bands=bands, turn=0, layout=Line(bands, band=axis.rank), exchange=None)
+            output = forward(**self._cut.arguments(arguments, call.layout, bands))
+            self._call = None
+            return output
+        dim = self._schedule.dim(self._naive_scheme)
+        bands = self._cut.bands(sample, weights, dim)
+        grid = self._cut.grid(sample, bands, axis.rank, dim)
+        output = forward(**self._cut.arguments(arguments, grid, bands, dim))
+        if not self._gathers_output:
+            return output
+        call = _Call(axis=axis, bands=bands, turn=0, layout=grid, exchange=None)
+        return with_first(output, self._gather(output[0], call, dim=dim))
 
     def _open(self, sample: Tensor, axis: Axis, weights: tuple[float, ...]) -> "_Call":
         bands = self._bands(sample, weights)
@@ -101,9 +124,8 @@ class BandedNetwork:
             is_fresh = memory.is_fresh(is_fresh, geometry=(axis.ranks, sample.shape, sample.dtype))
             turn = 0 if is_fresh else turn
             exchange = memory
-        call = _Call(
-            axis=axis, bands=bands, turn=turn, layout=self._layout(sample, bands, (axis.rank + turn) % axis.size), exchange=exchange
-        )
+        layout = self._layout(sample, bands, (axis.rank + turn) % axis.size)
+        call = _Call(axis=axis, bands=bands, turn=turn, layout=layout, exchange=exchange)
         if memory is not None:
             memory.open(is_fresh=is_fresh, band=call.layout.band, axis=axis)
         self._call = call
@@ -150,5 +172,5 @@ class BandedNetwork:
 class _Call:
     """One call of the network on its way."""
 
-    def __init__(self, *, axis: Axis, bands: Bands, turn: int, layout: Grid | Line, exchange: Exchange) -> None:
+    def __init__(self, *, axis: Axis, bands: Bands, turn: int, layout: Grid | Line, exchange: Exchange | None) -> None:
         self.axis, self.bands, self.turn, self.layout, self.exchange = axis, bands, turn, layout, exchange

@@ -28,6 +28,8 @@ def make_plan(spec: ModelSpec, options: Mapping[str, object], world_size: int) -
     splits_batch = world_size > 1 and world_size % 2 == 0 and spec.guidance == "cfg" and not given.get("no_split_batch")
     degree = world_size // 2 if splits_batch else world_size
     weights = parse_weights(given["patch_weights"]) if "patch_weights" in given else (1.0,) * degree
+    if parallelism == "naive_patch" and scheme != "row" and spec.denoiser == "transformer":
+        raise PlanError(f"split_scheme={scheme} is not available for {spec.name}: a transformer's tokens are cut in one line. Use row.")
     _check_weights(weights, degree, parallelism, sync_mode)
     axis = "tensor" if parallelism == "tensor" else "patch"
     axes = (("cfg", 2), (axis, degree)) if splits_batch else ((axis, degree),)

@@ -29,6 +29,12 @@ class Schedule:
     def is_synchronous(self) -> bool:
         return self.step < self.synchronous_steps
 
+    def dim(self, split_scheme: str) -> int:
+        """Which dim of a picture is cut in this step: rows (-2) or columns (-1)."""
+        if split_scheme == "alternate":
+            return -2 if self.step % 2 == 0 else -1
+        return -1 if split_scheme == "col" else -2
+
     def turn(self, mode: SyncMode) -> int:
         """By how many bands the ranks have moved on."""
         return self.step if mode.takes_turns and not self.is_synchronous else 0

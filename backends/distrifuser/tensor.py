@@ -1,0 +1,150 @@
+"""parallelism=tensor: each rank holds a share of the weights of the linear layers and of the attention heads.
+
+Feed-forward: the first layer is cut by outputs, the second by inputs; attention: queries, keys and values by heads, the output projection
+by inputs (Shoeybi et al., Megatron-LM, arXiv:1909.08053, section 3). One sum over the ranks after each. Convolutions, norms and layers
+whose heads or widths do not divide by the ranks stay whole.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from diffusers.models.attention import AttentionModuleMixin, FeedForward
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+from backends import hooks
+from backends.distributed import Mesh, all_gather
+from backends.errors import UnsupportedError
+
+NAME = "weight shards"
+AXIS = "tensor"
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """One linear layer's part: cut along `dim` of its weight (0: outputs, 1: inputs), each of `parts` equal blocks by itself."""
+
+    linear: nn.Linear
+    dim: int
+    parts: int = 1
+
+
+def attach_shards(network: nn.Module, mesh: Mesh) -> None:
+    """Keep only this rank's share of the weights, and add the ranks' results up where they meet."""
+    axis = mesh.axis(AXIS)
+    for module, shares in _shared_modules(network, axis.size):
+        for share in shares:
+            _require_plain(share.linear)
+            _shrink(share, axis.size, axis.rank)
+        if hasattr(module, "heads"):
+            module.heads //= axis.size
+        hooks.attach(module, NAME, _summing(mesh))
+
+
+def detach_shards(network: nn.Module, mesh: Mesh) -> None:
+    """Gather the whole weights again, on every rank."""
+    size = mesh.axis(AXIS).size
+    for module in network.modules():
+        if NAME in hooks.attached(module):
+            hooks.detach(module, NAME)
+            if hasattr(module, "heads"):
+                module.heads *= size
+            for share in _shares(module):
+                _restore(share, mesh)
+
+
+def _shared_modules(network: nn.Module, size: int) -> Iterator[tuple[nn.Module, list[Share]]]:
+    """The modules that can be cut into `size`, with their layers."""
+    for module in network.modules():
+        is_attention = isinstance(module, Attention | AttentionModuleMixin) and _heads_divide(module, size)
+        if is_attention or (isinstance(module, FeedForward) and module.net[2].in_features % size == 0):
+            yield module, _shares(module)
+
+
+def _heads_divide(module: Any, size: int) -> bool:
+    """Its heads can be given to `size` ranks, and its output is a projection of its own (flux's single blocks project elsewhere)."""
+    has_output = getattr(module, "to_out", None) is not None and not getattr(module, "pre_only", False)
+    norms = [getattr(module, name, None) for name in ("norm_q", "norm_k")]
+    spans_heads = any(norm is not None and norm.weight is not None and norm.weight.numel() != _head_width(module) for norm in norms)
+    return has_output and module.heads % size == 0 and not spans_heads and not getattr(module, "residual_connection", False)
+
+
+def _head_width(module: Any) -> int:
+    return module.to_q.out_features // module.heads
+
+
+def _shares(module: Any) -> list[Share]:
+    if isinstance(module, FeedForward):
+        first, last = module.net[0].proj, module.net[2]
+        return [Share(first, 0, parts=first.out_features // last.in_features), Share(last, 1)]
+    if getattr(module, "fused_projections", False):
+        raise UnsupportedError("parallelism=tensor cannot cut fused query, key and value projections. Leave fusing out.")
+    if any(True for _ in getattr(module.processor, "parameters", lambda: ())()):
+        raise UnsupportedError("parallelism=tensor cannot cut an IP-Adapter's attention. Use parallelism=patch with it.")
+    columns = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+    rows = [module.to_out[0], getattr(module, "to_add_out", None)]
+    shares = [Share(getattr(module, name), 0) for name in columns if getattr(module, name, None) is not None]
+    return shares + [Share(linear, 1) for linear in rows if linear is not None]
+
+
+def _require_plain(linear: nn.Module) -> None:
+    if type(linear) is not nn.Linear:
+        raise UnsupportedError(
+            f"parallelism=tensor cuts plain linear layers, not {type(linear).__name__}: quantised layers and loaded LoRAs cannot be cut. "
+            "Fuse the LoRA, load without quantisation, or use parallelism=patch."
+        )
+
+
+def _shrink(share: Share, size: int, rank: int) -> None:
+    linear = share.linear
+    linear.weight = nn.Parameter(_block(linear.weight.data, share, size, rank), requires_grad=False)
+    if linear.bias is not None and share.dim == 0:
+        linear.bias = nn.Parameter(_block(linear.bias.data, share, size, rank), requires_grad=False)
+    elif linear.bias is not None and rank != 0:  # added once: by rank 0, whose result is summed with the others'
+        linear.bias = nn.Parameter(torch.zeros_like(linear.bias), requires_grad=False)
+    _set_widths(linear)
+
+
+def _block(tensor: Tensor, share: Share, size: int, rank: int) -> Tensor:
+    blocks = tensor.unflatten(share.dim, (share.parts, size, -1))
+    return blocks.select(share.dim + 1, rank).flatten(share.dim, share.dim + 1).clone()
+
+
+def _restore(share: Share, mesh: Mesh) -> None:
+    linear, axis = share.linear, mesh.axis(AXIS)
+    linear.weight = nn.Parameter(_whole(linear.weight.data, share, mesh), requires_grad=False)
+    if linear.bias is not None and share.dim == 0:
+        linear.bias = nn.Parameter(_whole(linear.bias.data, share, mesh), requires_grad=False)
+    elif linear.bias is not None:
+        bias = linear.bias.data.clone()
+        dist.all_reduce(bias, group=axis.group)
+        linear.bias = nn.Parameter(bias, requires_grad=False)
+    _set_widths(linear)
+
+
+def _whole(tensor: Tensor, share: Share, mesh: Mesh) -> Tensor:
+    blocks = tensor.unflatten(share.dim, (share.parts, 1, -1))
+    return all_gather(blocks, dim=share.dim + 1, axis=mesh.axis(AXIS)).flatten(share.dim, share.dim + 2)
+
+
+def _set_widths(linear: nn.Linear) -> None:
+    linear.out_features, linear.in_features = linear.weight.shape
+
+
+def _summing(mesh: Mesh) -> hooks.Around:
+    def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        return tuple(_sum(part, mesh) for part in output) if isinstance(output, tuple) else _sum(output, mesh)
+
+    return around
+
+
+def _sum(part: Tensor, mesh: Mesh) -> Tensor:
+    axis = mesh.axis(AXIS)
+    part = part.contiguous()
+    mesh.traffic.add(part, peers=axis.size - 1)
+    dist.all_reduce(part, group=axis.group)
+    return part
