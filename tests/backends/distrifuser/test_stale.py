@@ -40,13 +40,13 @@ def call_unet(
 
 @torch.no_grad()
 def check_unet(rank: int, world_size: int, mode: str, bounds: tuple[int, ...], options: dict[str, Any]) -> None:
-    warmup_steps = options.get("warm_up_steps", 2)
+    options = {"warm_up_steps": 2, **options}
     unet = load("sdxl").unet
     simulation = Simulation(
         unet,
         mode=SYNC_MODES[mode],
         bounds=bounds,
-        synchronous_steps=warmup_steps,
+        synchronous_steps=options["warm_up_steps"],
         attentions=lambda name: name.endswith("attn1"),
         extrapolates=options.get("extrapolate", False),
     )
@@ -55,7 +55,7 @@ def check_unet(rank: int, world_size: int, mode: str, bounds: tuple[int, ...], o
         for step, given in enumerate(unet_inputs(unet.config))
     ]
     pipe = load("sdxl")
-    with attached(pipe, "sdxl", rank, world_size, sync_mode=mode, no_split_batch=True, **options, warm_up_steps=warmup_steps) as backend:
+    with attached(pipe, "sdxl", rank, world_size, sync_mode=mode, no_split_batch=True, **options) as backend:
         for _ in range(2):  # the second generation reuses the buffers of the first
             backend.begin(Run(request=GenerateRequest(), height=128, width=64, num_inference_steps=NUM_STEPS))
             for step, given in enumerate(unet_inputs(unet.config)):
