@@ -107,6 +107,8 @@ def _elastic_command(settings: Settings, argv: list[str], *, num_ranks: int) -> 
 def _environment(fatal_file: Path, *, num_ranks: int) -> dict[str, str]:
     threads = max(1, (os.cpu_count() or 1) // num_ranks)
     defaults = {"OMP_NUM_THREADS": str(threads), "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    # a store of their own for ranks that are started again: in the shared one they find the addresses of those that died
+    defaults["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     return {**defaults, **os.environ, "DIFFUSION_FATAL_FILE": str(fatal_file)}
 
 

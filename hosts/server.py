@@ -1,8 +1,10 @@
 """The listener: cheroot in threads, with connections closed the way old clients need (lingering close)."""
 
+import contextlib
 import errno
 import logging
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable
@@ -19,6 +21,7 @@ LINGER_S = 2.0
 NUM_THREADS = 64
 """More than the queue's capacity: every waiting POST holds a thread, and status must still be answered at once."""
 LOOPBACK = ("127.0.0.1", "::1")
+_RESET, _ORDERLY = struct.pack("ii", 1, 0), struct.pack("ii", 0, 0)
 
 
 class _Request(HTTPRequest):
@@ -26,13 +29,17 @@ class _Request(HTTPRequest):
 
 
 class _Connection(HTTPConnection):
-    """Closes only after the client did, or after LINGER_S.
+    """Closes only after the client did, or after LINGER_S. If the process dies before, the connection is reset.
 
     Whoever closes first leaves a socket in TIME_WAIT on its side for a minute, and the ComfyUI client waits until the host's port can be
-    bound without SO_REUSEADDR.
+    bound without SO_REUSEADDR. A reset leaves none.
     """
 
     RequestHandlerClass = _Request
+
+    def __init__(self, server: Any, sock: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(server, sock, *args, **kwargs)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
 
     def close(self) -> None:
         deadline = time.monotonic() + LINGER_S
@@ -43,6 +50,8 @@ class _Connection(HTTPConnection):
                     break
         except OSError:
             pass  # reset or timed out: nothing more to wait for
+        with contextlib.suppress(OSError):  # what a slow client has not read yet must still reach it
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ORDERLY)
         super().close()
 
 

@@ -14,9 +14,9 @@ from hosts.server import Listener, is_port_free
 from tests.hosts.harness import free_port, session
 
 
-def application():
+def application(content="here"):
     app = Flask("test")
-    app.get("/")(lambda: "here")
+    app.get("/")(lambda: content)
     return app
 
 
@@ -115,6 +115,27 @@ def test_server_does_not_wait_for_ever(listener, monkeypatch):
         client.settimeout(5)
         while client.recv(4096):
             pass
+
+
+def test_slow_client_gets_the_whole_answer(monkeypatch):
+    """More than the socket buffers hold, read only after the server has stopped waiting."""
+    monkeypatch.setattr(server, "LINGER_S", 0.2)
+    size = 3_000_000
+    made = Listener(application(b"x" * size), host="127.0.0.1", port=free_port())
+    made.bind()
+    made.serve()
+    try:
+        with socket.create_connection(("127.0.0.1", made.port)) as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+            client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            client.settimeout(10)
+            time.sleep(1)
+            answer = b""
+            while part := client.recv(65536):
+                answer += part
+        assert answer.endswith(b"x" * size)
+    finally:
+        made.stop()
 
 
 def test_clients_that_hold_their_connection_do_not_block_others(listener):

@@ -173,5 +173,5 @@ def test_stop_signal_during_a_job_ends_everything_and_answers_the_client(host, r
 
 
 def test_log_names_what_was_chosen_and_no_prompt(host):
-    assert "chosen: " in host.log and "rank 1 failed: ArithmeticError" in host.log
+    assert "chosen: " in host.log and "failed on rank 1: ArithmeticError" in host.log
     assert "red car" not in host.log

@@ -1,0 +1,107 @@
+"""The command itself, as a process: what it prints, the code it ends with, and that it loads nothing before it has to."""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoints import checkpoint
+from tests.hosts.harness import LAUNCHER, REPOSITORY, assert_port_is_free, free_port, run_launcher, start_launcher, wait_until
+
+
+def test_help_names_every_section_and_imports_no_torch():
+    done = subprocess.run([sys.executable, "-X", "importtime", str(LAUNCHER), "--help"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert "--sync_mode" in done.stdout and "Example: python launcher.py --type=sdxl --port=6000" in done.stdout
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines() if "import time" in line}
+    assert "argparse" in imported and not imported & {"torch", "diffusers", "transformers", "numpy", "flask"}
+
+
+def test_installed_command_is_the_launcher():
+    command = Path(sys.executable).with_name("diffusion-launcher")
+    done = subprocess.run([command, "--list", "--json"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and {"sdxl", "flux"} <= set(json.loads(done.stdout))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--tpye=sdxl"], "--tpye=sdxl is not an argument of this command. Did you mean --type?"),
+        (["--type=sdx"], "type='sdx' is not a model type. Allowed: "),
+        ([], "--type is missing. Allowed: "),
+        (["--type=flux"], "--checkpoint is missing: type 'flux' has no demo model."),
+        (["--type=sdxl", "--checkpoint=/nowhere/model"], "--checkpoint=/nowhere/model does not exist."),
+        (["--type=sdxl", "--scheduler={oops"], "--scheduler={oops is not allowed."),
+        (["--type=sdxl", "--lora={oops"], "--lora={oops is not allowed."),
+        (["--type=sdxl", "--port=0"], "--port=0 is not allowed."),
+        (["--type=sdxl", "--backend=xdit", "--nproc_per_node=4", "--use_cfg_parallel"], "xdit: --use_cfg_parallel 2 = 2 ranks, but 4"),
+        (["--type=sdxl", "--backend=asyncdiff", "--nproc_per_node=2", "--model_n=4"], "model_n=4 and stride=1 need 4 ranks"),
+        (["--type=sdxl", "--config=/nowhere.yaml"], "--config=/nowhere.yaml cannot be read"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_users_mistake_is_one_line_and_exit_code_2(arguments, said):
+    done = run_launcher(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert said in done.stderr
+
+
+def test_check_prints_the_plan_and_starts_nothing():
+    done = run_launcher("--type=sdxl", "--nproc_per_node=2", "--backend=distrifuser", "--check", "--json")
+    facts = json.loads(done.stdout)
+    assert done.returncode == 0
+    assert (facts["type"], facts["backend"], facts["ranks"], facts["axes"]["cfg"]) == ("sdxl", "distrifuser", 2, 2)
+    text = run_launcher("--type=sdxl", "--nproc_per_node=2", "--backend=distrifuser", "--check").stdout
+    assert "backend      distrifuser" in text and "because" in text
+
+
+def test_checkpoint_that_does_not_load_ends_the_host_with_its_reason_and_is_not_tried_again(tmp_path):
+    folder = tmp_path / "broken"
+    for file in checkpoint("sdxl").rglob("*"):
+        if file.is_file():
+            target = folder / file.relative_to(checkpoint("sdxl"))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(file.read_bytes() if "unet" not in target.parts or file.suffix == ".json" else b"no weights")
+    done = run_launcher("--type=sdxl", f"--checkpoint={folder}", f"--port={free_port()}", timeout_s=170)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: checkpoint=") and "does not load as StableDiffusionXLPipeline" in last
+    assert done.stderr.count("listening on") == 1
+
+
+def test_killed_launcher_takes_every_process_with_it_and_frees_the_port():
+    with start_launcher("--type=sdxl", f"--checkpoint={checkpoint('sdxl')}", "--height=64", "--width=64") as host:
+        host.wait_until_ready()
+        job = threading.Thread(target=lambda: _post_and_lose(host), daemon=True)
+        job.start()
+        wait_until(lambda: float(host.get("/progress").text) > 0, within_s=30, what="the job runs")
+        assert len(host.tree()) >= 3
+        host.session.close()
+        assert host.signal_and_wait(signal.SIGKILL, within_s=3) < 3
+        wait_until(lambda: _is_free(host.port), within_s=4, what="the port is free")
+        job.join(timeout=10)
+        assert not job.is_alive()
+
+
+def _post_and_lose(host):
+    import requests
+
+    with pytest.raises(requests.ConnectionError):
+        requests.post(host.url("/generate"), json={"positive": "a dog", "steps": 900}, timeout=60)
+
+
+def _is_free(port):
+    try:
+        assert_port_is_free(port)
+    except OSError:
+        return False
+    return True
+
+
+def test_makefile_and_ci_run_the_same_tests():
+    assert "make test" in (REPOSITORY / ".ci" / "run").read_text()
