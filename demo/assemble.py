@@ -24,8 +24,10 @@ def assemble(folder: Path, out: Path, *, size: int) -> None:
     net = TextToLatents(len(tokenizer))
     net.load_state_dict(torch.load(folder / "unet_state.pt")["average"])
     net.unet.register_to_config(sample_size=size // 8)
+    vae = AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32, local_files_only=True)
+    vae.register_to_config(sample_size=size, _name_or_path="")  # else the work folder's path is saved
     pipe = StableDiffusionXLPipeline(
-        vae=AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32, local_files_only=True),
+        vae=vae,
         text_encoder=net.text_encoder,
         text_encoder_2=net.text_encoder_2,
         tokenizer=tokenizer,

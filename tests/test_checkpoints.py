@@ -1,5 +1,6 @@
 """The tiny checkpoints are worth testing with: they load as real ones do, and what goes in matters for what comes out."""
 
+import functools
 import tempfile
 
 import numpy
@@ -15,8 +16,8 @@ WITH_PROMPT = [name for name in NAMES if name != "svd"]
 
 @pytest.fixture(scope="module")
 def pipelines():
-    """name -> pipeline, each loaded once."""
-    return {name: load(name) for name in NAMES}
+    """name -> pipeline, each loaded once, when a test first wants it."""
+    return functools.cache(load)
 
 
 def picture_of(pipe, name: str, **changes: object) -> numpy.ndarray:
@@ -30,7 +31,7 @@ def difference(one: numpy.ndarray, other: numpy.ndarray) -> float:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_image_has_the_requested_size_and_is_finite_and_not_flat(pipelines, name):
-    image = picture_of(pipelines[name], name)
+    image = picture_of(pipelines(name), name)
     assert image.shape[-3:] == (64, 64, 3)
     assert numpy.isfinite(image).all()
     assert image.std() > VISIBLE
@@ -38,21 +39,21 @@ def test_image_has_the_requested_size_and_is_finite_and_not_flat(pipelines, name
 
 @pytest.mark.parametrize("name", NAMES)
 def test_same_seed_gives_the_same_bits_and_another_seed_another_image(pipelines, name):
-    image = picture_of(pipelines[name], name, seed=1)
-    assert numpy.array_equal(image, picture_of(pipelines[name], name, seed=1))
-    assert difference(image, picture_of(pipelines[name], name, seed=2)) > VISIBLE
+    image = picture_of(pipelines(name), name, seed=1)
+    assert numpy.array_equal(image, picture_of(pipelines(name), name, seed=1))
+    assert difference(image, picture_of(pipelines(name), name, seed=2)) > VISIBLE
 
 
 @pytest.mark.parametrize("name", WITH_PROMPT)
 def test_another_prompt_gives_another_image(pipelines, name):
-    image = picture_of(pipelines[name], name, prompt="a red car")
-    assert difference(image, picture_of(pipelines[name], name, prompt="a blue bird in the snow")) > 5 * VISIBLE
+    image = picture_of(pipelines(name), name, prompt="a red car")
+    assert difference(image, picture_of(pipelines(name), name, prompt="a blue bird in the snow")) > 5 * VISIBLE
 
 
 def test_another_picture_gives_another_video(pipelines):
     arguments = inputs("svd") | {"image": inputs("svd")["image"].rotate(90)}
-    video = numpy.asarray(pipelines["svd"](**arguments).frames)
-    assert difference(video, picture_of(pipelines["svd"], "svd")) > VISIBLE
+    video = numpy.asarray(pipelines("svd")(**arguments).frames)
+    assert difference(video, picture_of(pipelines("svd"), "svd")) > VISIBLE
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,10 @@
 """Random weights use attention and the prompt weakly; this scales up the layers that decide how much they matter.
 
 Measured at 64 px, 4 steps, float32: largest difference of the image in [0, 1], at gain 1 -> at the default gain, when
-the prompt is another one: ad .09 -> .24, sd1 .13 -> .50, sd2 .73 -> .76, sd3 .45 -> .68, sdup .11 -> .58, sdxl .08 -> .30,
+the prompt is another one: ad .09 -> .24, sd1 .13 -> .50, sd2 .73 -> .76, sd3 .45 -> .68, sdup .11 -> .58, sdxl .12 -> .34,
     flux .05 -> .40, hy .11 -> .33, pixa and pixs .13 -> .50;
 each half of the image attends to itself only: ad .08 -> .44, sd1 .02 -> .26, sd2 .16 -> .39, sd3 .007 -> .34, sdup .006 -> .08,
-    sdxl .05 -> .34, svd .26 -> .42, flux .006 -> .18, hy .23 -> .47, pixa and pixs .04 -> .18;
+    sdxl .06 -> .30, svd .26 -> .42, flux .006 -> .18, hy .23 -> .47, pixa and pixs .04 -> .18;
 queries are off by 1e-6 of their value: 8e-6 at most, svd 7e-5. A gain of 3 (hy: 2) turns that into 2e-4 on sd1, .5 on svd and hy:
     then no two ways to compute the same sum agree, so more is not better.
 """

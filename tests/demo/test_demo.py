@@ -110,6 +110,7 @@ def test_training_stages_end_in_a_checkpoint_that_loads(trained):
     pipe = evaluate.load(trained / "out")
     assert pipe.default_sample_size * pipe.vae_scale_factor == 128
     assert (pipe.tokenizer.model_max_length, pipe.unet.config.attention_head_dim) == (77, [4, 8, 8])
+    assert not [file for file in (trained / "out").rglob("*.json") if str(trained) in file.read_text()]
     assert evaluate.draw(pipe, ["a red circle"], seed=0, height=128, width=128, num_inference_steps=1)[0].shape == (128, 128, 3)
 
 
@@ -151,6 +152,8 @@ def test_checkpoint_is_in_sdxl_layout(pipe):
     assert type(pipe).__name__ == "StableDiffusionXLPipeline"
     assert pipe.unet.config.addition_embed_type == "text_time"
     assert pipe.scheduler.config.prediction_type == "v_prediction"
+    assert pipe.unet.config.attention_head_dim == [4, 8, 8]
+    assert (pipe.tokenizer.model_max_length, pipe.text_encoder.config.max_position_embeddings) == (77, 77)
 
 
 def test_checkpoint_draws_a_red_circle_on_a_blue_background(pipe):
