@@ -145,7 +145,8 @@ class BandMode(TorchFunctionMode):
     ) -> Tensor:
         """group_norm of a band (N, C, ..., h, W) or (N, C, tokens) with the statistics of the whole picture."""
         bands = self._grid.tokens(x.shape[-1]) if x.dim() == 3 else self._grid.rows(x.shape[-2], x.shape[-1])
-        var, mean = torch.var_mean(x.reshape(x.shape[0], num_groups, -1).float(), dim=-1, correction=0)
+        grouped = x.reshape(x.shape[0], num_groups, -1).to(torch.promote_types(x.dtype, torch.float32))
+        var, mean = torch.var_mean(grouped, dim=-1, correction=0)
         shares = [size / bands.total for size in bands.sizes]
         mean, var = self._exchange.moments(torch.stack((mean, var)), shares)
         return _normalize(x, mean, var, weight, bias, eps)
@@ -215,7 +216,7 @@ def _text_tokens(count: int, image_tokens: ImageTokens) -> tuple[int, int]:
 
 
 def _normalize(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """(x - mean) / sqrt(var + eps) * weight + bias, in one pass over x. mean, var: float32 (N, G)."""
+    """(x - mean) / sqrt(var + eps) * weight + bias, in one pass over x. mean, var: float32 (or float64, as x), (N, G)."""
     channels = x.shape[1] // mean.shape[1]
     scale = torch.rsqrt(var + eps).repeat_interleave(channels, dim=1)
     shift = -mean.repeat_interleave(channels, dim=1) * scale

@@ -1,27 +1,93 @@
-"""full_sync on several ranks equals one rank: every model type, guidance, uneven bands, changing sizes, several prompts."""
+"""full_sync, the CFG split and tensor parallelism equal one rank: every model type, with and without guidance, even and uneven bands,
+two sizes in a row, one and two prompts."""
 
 from typing import Any
 
 import pytest
 
-from tests.backends.distrifuser.driving import arguments, assert_same, attached, build, generate
-from tests.checkpoints import load
+from tests.backends.distrifuser.driving import arguments, assert_same, attached, build, generate, load_wide, table, unguided
 
 UNETS = ("sd1", "sd2", "sdxl", "sdup", "svd", "ad")
-FULL = {"sync_mode": "full_sync", "no_split_batch": True}
+TRANSFORMERS = ("flux", "sd3", "pixa", "pixs", "hy")
+BANDS = {"sync_mode": "full_sync", "no_split_batch": True}
+SPLIT_BATCH = {"sync_mode": "full_sync"}
+TENSOR = {"parallelism": "tensor", "no_split_batch": True}
 
 
-def check_types(rank: int, world_size: int, names: tuple[str, ...], height: int, options: dict[str, Any]) -> None:
+def requests(name: str, world_size: int) -> dict[str, dict[str, Any]]:
+    """Rows (tokens) of the first size divide by the ranks, those of the second do not."""
+    rows, columns = 8 * world_size, 8
+    other = {"rows": rows - 3, "columns": 6} if table()[name].denoiser == "unet" else {"rows": rows - 6, "columns": 6}
+    return {
+        "guided": arguments(name, rows=rows, columns=columns),
+        "two prompts, other size": arguments(name, prompts=2, **other, **unguided(name)),
+        "unguided": arguments(name, rows=rows, columns=columns, **unguided(name)),
+    }
+
+
+def check_types(rank: int, world_size: int, names: tuple[str, ...], *option_sets: dict[str, Any], is_brief: bool = False) -> None:
     for name in names:
-        pipe = load(name)
-        given = arguments(name, height=height * 2 if name == "sdup" else height)
-        want = generate(pipe, None, given)
-        with attached(pipe, name, rank, world_size, **options) as backend:
-            assert_same(generate(pipe, backend, given), want)
-        assert_same(generate(pipe, None, given), want, relative=0)
+        pipe = load_wide(name)
+        labels = list(requests(name, world_size))[: 2 if is_brief else None]
+        wanted = {label: (given, generate(pipe, None, given)) for label, given in requests(name, world_size).items() if label in labels}
+        for options in option_sets:
+            with attached(pipe, name, rank, world_size, **options) as backend:
+                for label, (given, want) in wanted.items():
+                    backend.mesh.traffic.reset()
+                    assert_same(generate(pipe, backend, given), want, f"{name} {options} {label}")
+                    assert backend.mesh.traffic.messages > 0 or world_size == 1, f"{name} {options} {label}: nothing was exchanged"
+        given, want = wanted["guided"]
+        assert_same(generate(pipe, None, given), want, f"{name} after detach")
 
 
-@pytest.mark.parametrize(("world_size", "height"), [(2, 128), (3, 200), (4, 256)])
-def test_full_sync_of_every_unet_matches_one_rank(run_on_ranks, world_size, height):
-    build(UNETS)
-    run_on_ranks(check_types, world_size, UNETS, height, FULL)
+def check_types_briefly(rank: int, world_size: int, names: tuple[str, ...], *option_sets: dict[str, Any]) -> None:
+    check_types(rank, world_size, names, *option_sets, is_brief=True)
+
+
+@pytest.mark.parametrize("names", [UNETS, TRANSFORMERS], ids=["unets", "transformers"])
+def test_bands_on_two_ranks_match_one_rank(run_on_ranks, names):
+    build(names)
+    run_on_ranks(check_types_briefly, 2, names, BANDS)
+
+
+def test_split_batch_and_uneven_bands_on_two_ranks_match_one_rank(run_on_ranks):
+    names = ("sdxl", "flux")
+    build(names)
+    run_on_ranks(check_types, 2, names, SPLIT_BATCH, BANDS | {"patch_weights": "3,1"})
+
+
+def test_bands_of_sdxl_on_three_ranks_match_one_rank(run_on_ranks):
+    build(["sdxl"])
+    run_on_ranks(check_types_briefly, 3, ("sdxl",), BANDS | {"patch_weights": "1,2,1"})
+
+
+def test_split_batch_and_bands_of_sdxl_on_four_ranks_match_one_rank(run_on_ranks):
+    build(["sdxl"])
+    run_on_ranks(check_types, 4, ("sdxl",), SPLIT_BATCH | {"patch_weights": "1,2"})
+
+
+def test_one_rank_needs_no_exchange(run_on_ranks):
+    build(["sdxl"])
+    run_on_ranks(check_types_briefly, 1, ("sdxl",), {}, {"parallelism": "tensor"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("name", [*UNETS, *TRANSFORMERS])
+def test_bands_split_batch_and_weights_match_one_rank_for_every_type(run_on_ranks, name, world_size):
+    build([name])
+    options = BANDS, SPLIT_BATCH, BANDS | {"patch_weights": ",".join(str(rank % 2 + 1) for rank in range(world_size))}
+    run_on_ranks(check_types, world_size, (name,), *options)
+
+
+def test_tensor_parallelism_on_two_ranks_matches_one_rank(run_on_ranks):
+    names = ("sdxl", *TRANSFORMERS)
+    build(names)
+    run_on_ranks(check_types_briefly, 2, names, TENSOR)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_tensor_parallelism_matches_one_rank_for_every_type(run_on_ranks, world_size):
+    build([*UNETS, *TRANSFORMERS])
+    run_on_ranks(check_types, world_size, (*UNETS, *TRANSFORMERS), TENSOR)
