@@ -115,8 +115,7 @@ class DistriFuserBackend(Backend):
 
 
 def _controlnets(pipe: Any) -> list[nn.Module]:
-    """The pipeline's UNet ControlNets, each by itself."""
+    """The pipeline's UNet ControlNets, each by itself. A transformer's runs whole on every rank: the denoiser cuts its residuals."""
     controlnet = getattr(pipe, "controlnet", None)
-    if controlnet is None:
-        return []
-    return list(getattr(controlnet, "nets", [controlnet]))
+    nets = [] if controlnet is None else list(getattr(controlnet, "nets", [controlnet]))
+    return [net for net in nets if hasattr(net, "down_blocks")]
