@@ -15,7 +15,7 @@ import yaml
 
 from backends import BACKEND_NAMES
 from backends.errors import ConfigError
-from hosts.values import json_object, number, one_of, parse_switch, scales, scheduler, weights, whole
+from hosts.values import counts, json_object, number, one_of, parse_switch, scales, scheduler, weights, whole
 
 SECTIONS = ("start", "model", "adapters", "quantization", "compile", "memory", "asyncdiff", "distrifuser", "xdit", "several machines")
 
@@ -208,9 +208,23 @@ class Settings:
     ring_degree: int | None = _option(None, "xdit", "Ranks in a ring over the sequence.", parse=whole(1, 64))
     pipefusion_parallel_degree: int | None = _option(None, "xdit", "Stages of the denoiser.", parse=whole(1, 64))
     num_pipeline_patch: int | None = _option(None, "xdit", "Patches in flight.", parse=whole(1, 64))
-    attn_layer_num_for_pp: tuple[float, ...] | None = _option(None, "xdit", "Blocks of each stage.", parse=weights, metavar="N,N")
+    attn_layer_num_for_pp: tuple[int, ...] | None = _option(None, "xdit", "Blocks of each stage.", parse=counts, metavar="N,N")
+    warmup_steps: int | None = _option(
+        None, "xdit", "Synchronous steps of PipeFusion at the start of each picture (default 1).", parse=whole(1, 1000)
+    )
     data_parallel_degree: int | None = _option(None, "xdit", "Groups of ranks for several pictures.", parse=whole(1, 64))
     tensor_parallel_degree: int | None = _option(None, "xdit", "Ranks over split weights.", parse=whole(1, 64))
+    use_teacache: bool = _switch("xdit", "Accepted for old clients; no cache is used.")
+    use_fbcache: bool = _switch("xdit", "Accepted for old clients; no cache is used.")
+    use_fast_attn: bool = _switch("xdit", "Accepted for old clients; attention is always whole.")
+    use_fp8_t5_encoder: bool = _switch("xdit", "Accepted for old clients; --quantize_encoder_to does this.")
+    no_use_resolution_binning: bool = _switch("xdit", "Accepted for old clients; sizes are never changed.")
+    max_sequence_length: int | None = _option(
+        None, "xdit", "Accepted for old clients; prompts are as long as the pipeline allows.", parse=whole(1, 4096)
+    )
+    vae_parallel_size: int | None = _option(
+        None, "xdit", "Accepted for old clients; all ranks decode, or each the whole.", parse=whole(0, 64)
+    )
 
     nnodes: int = _option(1, "several machines", "Number of machines.", parse=whole(1, 64))
     node_rank: int = _option(0, "several machines", "Number of this machine.", parse=whole(0, 63))

@@ -66,6 +66,17 @@ def weights(text: str) -> tuple[float, ...]:
     return values
 
 
+def counts(text: str) -> tuple[int, ...]:
+    """'10,9', '10 9' or '[10, 9]' -> (10, 9)."""
+    try:
+        values = tuple(int(part) for part in text.strip("[] ").replace(",", " ").split())
+    except ValueError as error:
+        raise ValueError("whole numbers from 1 with commas between them, such as 10,9") from error
+    if not values or min(values) < 1:
+        raise ValueError("whole numbers from 1 with commas between them, such as 10,9")
+    return values
+
+
 def scales(text: str) -> dict[str, float]:
     """JSON {"path": scale}, a JSON string, or a bare path (scale 1)."""
     value = _json_or_text(text)

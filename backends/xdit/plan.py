@@ -28,8 +28,12 @@ IGNORED = {
     "use_fbcache": "its threshold would be compared with a part of the picture on each rank, so that ranks disagree on what to skip",
     "use_parallel_vae": "every rank decodes the whole picture",
     "use_fast_attn": "it needs a calibration for each model",
+    "use_fp8_t5_encoder": "text encoders are quantised by --quantize_encoder_to=float8",
+    "no_use_resolution_binning": "sizes are never changed to those of a list",
+    "max_sequence_length": "prompts may be as long as the pipeline allows, so that all backends give the same picture",
+    "vae_parallel_size": "a picture is decoded by all ranks or by each whole, never by some",
 }
-"""xFuser switches that old clients may pass and that change speed only: accepted, without effect, and said so."""
+"""xFuser arguments that old clients may pass and that are no choice here: accepted, without effect, and said so."""
 
 
 def make_plan(spec: ModelSpec, options: Mapping[str, object], world_size: int) -> ParallelPlan:

@@ -66,8 +66,8 @@ def test_golden_command_line_parses_on_each_backend(name, backend, caplog):
 @pytest.mark.parametrize(
     ("token", "warning"),
     [
-        ("--use_teacache", "--use_teacache is not an argument"),
-        ("--max_sequence_length=256", "--max_sequence_length is not an argument"),
+        ("--use_ray", "--use_ray is not an argument"),
+        ("--dit_parallel_size=2", "--dit_parallel_size is not an argument"),
         ("stray", "'stray' is not an argument"),
         ("--check_nothing=1", "--check_nothing is not an argument"),
         ("--quantize_tokenizer=bnb,int8", "--quantize_tokenizer has no effect"),
@@ -173,6 +173,8 @@ def test_valued_argument_without_a_value_is_refused():
         ("--compile_options=text", 'Allowed: JSON such as {"triton.cudagraphs": true}.'),
         ("--patch_weights=1,-1", "Allowed: positive numbers with commas between them, such as 1,1,0.6."),
         ("--patch_weights=a", "Allowed: positive numbers with commas between them, such as 1,1,0.6."),
+        ("--attn_layer_num_for_pp=2.5,1", "Allowed: whole numbers from 1 with commas between them, such as 10,9."),
+        ("--attn_layer_num_for_pp=2,0", "Allowed: whole numbers from 1 with commas between them, such as 10,9."),
     ],
 )
 def test_value_is_refused_with_what_is_allowed(token, message):
@@ -251,3 +253,9 @@ def test_every_option_is_read_somewhere():
         if not field.metadata["pending"] and name not in source and f'"{name}" in values' not in own
     ]
     assert unread == []
+
+
+@pytest.mark.parametrize("value", ["10,9", "10 9", "[10, 9]"])
+def test_blocks_of_each_stage_are_whole_numbers_however_they_are_written(value):
+    assert parse_command_line([f"--attn_layer_num_for_pp={value}"]).attn_layer_num_for_pp == (10, 9)
+    assert Settings.from_values({"attn_layer_num_for_pp": [10, 9]}).attn_layer_num_for_pp == (10, 9)

@@ -6,7 +6,7 @@ import pytest
 
 from backends.errors import PlanError
 from backends.model_table import read_table
-from backends.xdit.plan import make_plan
+from backends.xdit.plan import IGNORED, make_plan
 
 TABLE = read_table()
 
@@ -133,7 +133,7 @@ def test_rejects_blocks_per_stage_that_are_no_numbers():
         make_plan(TABLE["sd3"], options, 2)
 
 
-@pytest.mark.parametrize("setting", ["use_teacache", "use_fbcache", "use_parallel_vae", "use_fast_attn"])
+@pytest.mark.parametrize("setting", IGNORED)
 def test_switches_of_old_clients_without_effect_are_said_so(setting):
     plan = make_plan(TABLE["sd3"], {setting: True}, 2)
     assert any(reason.startswith(f"{setting} has no effect: ") for reason in plan.reasons)
