@@ -94,7 +94,9 @@ class AsyncDiffBackend(Backend):
             generation.exchange.settle()
 
     def report(self) -> Mapping[str, object]:
-        return {**super().report(), **self._report}
+        """While a generation runs, its figures so far; else the last one's."""
+        figures = self._figures(self._generation) if self._generation is not None else self._report
+        return {**super().report(), **figures}
 
     def _place(self) -> Place:
         options = self.plan.options

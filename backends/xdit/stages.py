@@ -38,7 +38,7 @@ NAME = "xdit stage"
 class _Part:
     """One half of the guidance batch (or the whole batch) of one denoiser call of each step.
 
-    is_filled: `stale` holds keys and values of a whole pass. tokens: (batch, N, D), the last stage's results so far.
+    batch: of the whole call. is_filled: `stale` holds keys and values of a whole pass. tokens: (B, N, D), the last stage's results so far.
     """
 
     layout: Layout
@@ -69,7 +69,7 @@ class PipeFusion:
         self._warmup_steps = 1
         self._step = 0
         self._calls = 0
-        self._parts: dict[tuple[int, int], _Part] = {}
+        self._parts: dict[tuple[int, int, int], _Part] = {}
         self._part: _Part | None = None
         self._link: StageLink | None = None
 
@@ -129,7 +129,7 @@ class PipeFusion:
         batch = next(iter(arguments.values())).shape[0]
         num_parts = 2 if batch % 2 == 0 else 1
         halves = [cut_batch(arguments, batch, parts=num_parts, part=part) for part in range(num_parts)]
-        parts = [self._remembered(part, layout, batch // num_parts) for part in range(num_parts)]
+        parts = [self._remembered(part, num_parts, layout, batch) for part in range(num_parts)]
         self._calls += 1
         patches = self._patches(parts)
         own = self._mesh.axis("ring", "ulysses").rank
@@ -146,9 +146,9 @@ class PipeFusion:
         prediction = self._from_last_stage(torch.cat([output[0] for output in outputs]))
         return (prediction, *outputs[0][1:]) if isinstance(outputs[0], tuple) else type(outputs[0])(sample=prediction)
 
-    def _remembered(self, part: int, layout: Layout, batch: int) -> _Part:
+    def _remembered(self, part: int, num_parts: int, layout: Layout, batch: int) -> _Part:
         """What this part of the call left behind in the step before; made anew where the shape has changed."""
-        key = (self._calls, part)
+        key = (self._calls, part, num_parts)
         if key not in self._parts or not self._parts[key].fits(layout, batch):
             self._parts[key] = _Part(layout=layout, batch=batch)
         return self._parts[key]

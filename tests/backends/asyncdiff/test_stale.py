@@ -53,7 +53,9 @@ def check_equals_simulation(rank, world_size, names, many_options, fields):
         label = f"{name} {options}: "
         assert simulation.evaluation == len(timesteps)
         assert not torch.allclose(want, plain, rtol=0, atol=1e-3), f"{label}nothing is stale, so this test proves nothing"
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5, msg=lambda text: label + text)  # noqa: B023
+        # halves of the guidance batch: matrix products of other row counts sum in another order
+        close = {"rtol": 0, "atol": 1e-4} if backend.plan.degree("cfg") > 1 else {"rtol": 1e-5, "atol": 1e-5}
+        torch.testing.assert_close(got, want, **close, msg=lambda text: label + text)  # noqa: B023
         torch.testing.assert_close(again, got, rtol=0, atol=0, msg=lambda text: f"{label}state is left behind: {text}")  # noqa: B023
 
 
