@@ -28,6 +28,10 @@ class PlanError(HostError):
     """Degrees, ranks, sizes or shapes do not fit together."""
 
 
+class NotFoundError(HostError):
+    """What was asked for by name is not here (any more)."""
+
+
 class BusyError(HostError):
     """The queue is full; try again later."""
 

@@ -45,6 +45,7 @@ class ModelSpec:
     guidance: 'cfg' runs two halves, 'distilled' feeds the scale to the model, 'frame_ramp' is svd's per-frame scale.
     requires: inputs that every request must bring. call: fixed extra arguments of the pipeline call.
     components: what must be loaded besides the checkpoint folder, unless the folder holds it.
+    controlnet: pipeline and model class to use, and the call's argument for the picture. ip_adapter: class of its image encoder.
     demo: checkpoint below the repository for starting without --checkpoint, and its own default size, steps and guidance.
     """
 
@@ -71,6 +72,8 @@ class ModelSpec:
     call: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     components: tuple[str, ...] = ()
     single_file: bool = False
+    controlnet: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    ip_adapter: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     demo: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
     def supports(self, backend: str, feature: str | None = None) -> Cell:
@@ -150,37 +153,43 @@ class _Reader:
 
     def _spec(self, name: str, node: yaml.Node) -> ModelSpec:
         items = self._items(node)
+        shared = self._features(items.pop("features", None), f"{name}.features")
         known = {fact.name: fact for fact in fields(ModelSpec)}
         values: dict[str, Any] = {"name": name}
         for key, value in items.items():
             if key not in known or key == "name":
                 allowed = ", ".join(known)
                 raise self._error(value, f"{name}.{key} is not a fact of a model type. Allowed: {allowed}")
-            values[key] = self._backends(name, value) if key == "backends" else self._fact(f"{name}.{key}", known[key].type, value)
-        missing = [key for key, fact in known.items() if key not in values and fact.default is MISSING and fact.default_factory is MISSING]
+            if key != "backends":
+                values[key] = self._fact(f"{name}.{key}", known[key].type, value)
+        values["backends"] = self._backends(name, items["backends"], shared) if "backends" in items else None
+        needed = [key for key, fact in known.items() if fact.default is MISSING and fact.default_factory is MISSING]
+        missing = [key for key in needed if values.get(key) is None]
         if missing:
             raise self._error(node, f"{name} lacks {', '.join(missing)}. Add it")
         return ModelSpec(**values)
 
-    def _backends(self, name: str, node: yaml.Node) -> Mapping[str, BackendSpec]:
+    def _backends(self, name: str, node: yaml.Node, shared: Mapping[str, yaml.Node]) -> Mapping[str, BackendSpec]:
+        """Rows of a type. shared: cells that hold for every backend whose row says nothing else."""
         rows = {}
         for backend, row_node in self._items(node).items():
             if backend not in BACKEND_NAMES:
                 raise self._error(row_node, f"{name}.backends.{backend} is no backend. Allowed: {', '.join(BACKEND_NAMES)}")
             items = self._items(row_node)
-            feature_nodes = self._items(items.pop("features")) if "features" in items else {}
-            for feature, feature_node in feature_nodes.items():
-                if feature not in FEATURES:
-                    raise self._error(
-                        feature_node, f"{name}.backends.{backend}.features.{feature} is no feature. Allowed: {', '.join(FEATURES)}"
-                    )
-            features = {
-                feature: self._cell(feature_nodes.get(feature), row_node, f"{name}.backends.{backend}.{feature}") for feature in FEATURES
-            }
+            nodes = {**shared, **self._features(items.pop("features", None), f"{name}.backends.{backend}.features")}
+            features = {feature: self._cell(nodes.get(feature), row_node, f"{name}.backends.{backend}.{feature}") for feature in FEATURES}
             rows[backend] = BackendSpec(
                 cell=self._status(items, row_node, f"{name}.backends.{backend}"), features=MappingProxyType(features)
             )
         return MappingProxyType(rows)
+
+    def _features(self, node: yaml.Node | None, where: str) -> dict[str, yaml.Node]:
+        """Feature -> its cell's node."""
+        items = self._items(node) if node is not None else {}
+        for feature, feature_node in items.items():
+            if feature not in FEATURES:
+                raise self._error(feature_node, f"{where}.{feature} is no feature. Allowed: {', '.join(FEATURES)}")
+        return items
 
     def _cell(self, node: yaml.Node | None, parent: yaml.Node, where: str) -> Cell:
         """A feature is `tested`, `untested`, or `unsupported: reason` written as a mapping; absent means untested."""

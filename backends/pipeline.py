@@ -5,31 +5,38 @@ Used by hosts/loop.py on every rank, and by benchmarks. Nothing here knows HTTP 
 
 import copy
 import inspect
-import json
 import logging
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import diffusers
 import torch
+import transformers
 from torch import Tensor
 
 from backends import latents as latent_space
 from backends.arguments import call_arguments, generator, require_clip_layers, require_embeds_support, resolve, visible_clip_layers
 from backends.base import Backend, Run
-from backends.errors import ConfigError, UnsupportedError
+from backends.controlnet import control_arguments, require_control
+from backends.errors import ConfigError, RequestError, UnsupportedError
+from backends.ip_adapter import load_ip_adapters, picture_arguments, require_pictures, use_scales
+from backends.lora import LoraSet
 from backends.model_table import ModelSpec
+from backends.plan import Exactness
+from backends.previews import Previewer
 from backends.request import Array, GenerateRequest, GenerateResult, LoadRequest
 from backends.schedule import Schedule
 from backends.schedulers import build_scheduler, parse_scheduler
 from backends.step_driver import Start, StepDriver
+from backends.vae import attach_band_decode, detach_band_decode, shares_decode
+from backends.weights import DTYPES, load_pipe
 
 logger = logging.getLogger(__name__)
 diffusers.utils.logging.disable_progress_bar()  # a bar per component belongs to a terminal, not into a server's log
+transformers.utils.logging.disable_progress_bar()
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 OnStep = Callable[[int, int, Tensor], None]
 """on_step(steps done, steps in all, latents in model space): after each scheduler step, on every rank. An exception ends the run."""
 
@@ -39,19 +46,8 @@ def load_pipeline(spec: ModelSpec, load: LoadRequest, *, device: torch.device) -
 
     Never asks a hub: everything must be in the checkpoint. Raises ConfigError with the component at fault.
     """
-    path = Path(load.checkpoint)
-    pipeline_class = getattr(diffusers, spec.pipeline)
-    given = {**_without_safety_checker(pipeline_class), **_replaced_components(spec, load)}
-    arguments: dict[str, Any] = {"dtype": DTYPES[load.variant], "local_files_only": True, **given}
-    try:
-        if path.is_dir():
-            pipe = pipeline_class.from_pretrained(path, variant=_file_variant(path, spec), **arguments)
-        elif spec.single_file:
-            pipe = _from_single_file(spec, pipeline_class, path, arguments)
-        else:
-            raise ConfigError(f"checkpoint={path} is a file, but type {spec.name!r} loads from a diffusers folder only. Give the folder.")
-    except (OSError, ValueError, KeyError, RuntimeError, AttributeError, TypeError) as error:
-        raise ConfigError(f"checkpoint={path} does not load as {spec.pipeline}: {error}") from error
+    pipe = load_pipe(spec, load)
+    load_ip_adapters(pipe, spec, load)
     pipe.set_progress_bar_config(disable=True)
     pipe.to(device)
     _apply_vae_options(pipe, load)
@@ -70,13 +66,20 @@ class LoadedPipeline:
         self.signature = inspect.signature(pipe.__call__)
         self._pristine_scheduler = copy.deepcopy(pipe.scheduler)
         self._backend: Backend | None = None
+        self._previewer = Previewer(pipe, spec=spec)
+        self._run_now: Run | None = None
+        self._loras = LoraSet(pipe, spec)
+        self._loras.use({**load.lora, **load.motion_lora})
 
     def attach(self, backend: Backend) -> None:
         backend.attach(self.pipe)
         self._backend = backend
+        if self.load.parallel_vae:
+            attach_band_decode(self.pipe.vae, backend.mesh)
 
     def detach(self) -> None:
         if self._backend is not None:
+            detach_band_decode(self.pipe.vae)
             self._backend.detach(self.pipe)
             self._backend = None
 
@@ -89,6 +92,9 @@ class LoadedPipeline:
         """One picture or video. `request.seed` must be drawn already, so that all ranks have the same."""
         started = time.perf_counter()
         resolved, scheduler, run = self._prepare(request)
+        self._run_now = run
+        self._use_loras(resolved)
+        use_scales(self.pipe, self.load, resolved)
         if self._backend is not None:
             self._backend.mesh.traffic.reset()
             self._backend.begin(run)
@@ -102,15 +108,23 @@ class LoadedPipeline:
             frames=frames,
             latents=latents,
             seed=resolved.seed,
+            resolved=_plain(resolved, scheduler),
             num_steps=num_steps,
-            exactness=self._backend.plan.exactness if self._backend is not None else "exact",
+            exactness=self._exactness(),
             seconds=time.perf_counter() - started,
             report=dict(self._backend.report()) if self._backend is not None else {},
         )
 
+    def preview(self, latents: Tensor) -> Array | None:
+        """uint8 (h, w, 3) of the generation that runs now, from what `on_step` was given. None for a VAE that cannot tell."""
+        return self._previewer.picture(latents, height=self._run_now.height, width=self._run_now.width)
+
     def _prepare(self, request: GenerateRequest) -> tuple[GenerateRequest, Any, Run]:
         require_embeds_support(request, self.spec, self.pipe, self.signature)
         require_clip_layers(request, self.pipe, self.signature)
+        require_control(request, self.load, self.spec, self.signature)
+        require_pictures(request, self.load, self.spec)
+        self._require_changeable_loras(request)
         resolved = resolve(request, self.spec, defaults=self._defaults(), vae_scale_factor=getattr(self.pipe, "vae_scale_factor", 8))
         choice = parse_scheduler(resolved.scheduler if resolved.scheduler is not None else self.load.scheduler)
         scheduler = build_scheduler(choice, self._pristine_scheduler, flow=self.spec.flow_matching)
@@ -130,6 +144,30 @@ class LoadedPipeline:
             self._backend.check(run)
         return resolved, scheduler, run
 
+    def _require_changeable_loras(self, request: GenerateRequest) -> None:
+        if request.lora is not None and self._loras.is_fused:
+            raise UnsupportedError(
+                "lora in a request is not available on a host that compiles its denoiser: LoRAs given at launch are part of the weights. "
+                "Leave it out, or start the host without --compile_unet."
+            )
+        if request.lora is not None and self._backend is not None and not self._backend.has_whole_weights:
+            raise UnsupportedError(
+                f"lora in a request is not available on a host that runs {self._backend.plan.describe()} with split weights. "
+                "Give the LoRA at launch, or start the host without splitting weights."
+            )
+
+    def _use_loras(self, request: GenerateRequest) -> None:
+        """Exactly the LoRAs of this generation: what an earlier one used is switched off."""
+        asked = self.load.lora if request.lora is None else request.lora
+        try:
+            self._loras.use({**asked, **self.load.motion_lora})
+        except ConfigError as error:
+            raise RequestError(str(error), field="lora") from error
+
+    def _exactness(self) -> Exactness:
+        method = self._backend.plan.exactness if self._backend is not None else "exact"
+        return "reordered" if method == "exact" and shares_decode(self.pipe.vae) else method
+
     def _defaults(self) -> dict[str, Any]:
         return {name: getattr(self.load, name) for name in ("height", "width", "num_inference_steps", "guidance_scale")}
 
@@ -142,9 +180,11 @@ class LoadedPipeline:
         self.pipe.scheduler = scheduler
         schedule = _schedule_of(request)
         arguments = call_arguments(request, self.spec, self.signature, device=self.device, dtype=self.dtype)
+        added = {**control_arguments(request, self.load, self.spec), **picture_arguments(request, self.load)}
+        arguments |= {name: value for name, value in added.items() if name in self.signature.parameters}
         start = self._start(request)
         driver = StepDriver(scheduler, schedule, start=start, on_step=self._step_reporter(on_step), generator=arguments["generator"])
-        with driver, visible_clip_layers(self.pipe, request):
+        with driver, visible_clip_layers(self.pipe, request), self._seeded(request):
             if driver.latents is not None:
                 arguments["latents"] = driver.latents
             output = self.pipe(**arguments, output_type="latent" if self.spec.returns_latents else "np")
@@ -154,6 +194,13 @@ class LoadedPipeline:
             return latent_space.to_uint8(pixels), None, driver.num_steps
         latents = latent_space.to_client_space(output[:1], pipe=self.pipe, spec=self.spec, height=request.height, width=request.width)
         return latent_space.decode(latents, pipe=self.pipe), latents, driver.num_steps
+
+    @contextmanager
+    def _seeded(self, request: GenerateRequest) -> Iterator[None]:
+        """torch's global random numbers from the seed too: HunyuanDiT's ControlNet draws from them, and all ranks must draw the same."""
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(request.seed)
+            yield
 
     def _start(self, request: GenerateRequest) -> Start | None:
         """Where an image-to-image run begins; None for text to image (latents at full strength only set the size)."""
@@ -173,6 +220,14 @@ class LoadedPipeline:
         return report
 
 
+def _plain(resolved: GenerateRequest, scheduler: Any) -> dict[str, Any]:
+    """What was really used, for people to read: no pictures, no arrays."""
+    values = {name: getattr(resolved, name) for name in GenerateRequest.model_fields}
+    plain = {name: value for name, value in values.items() if isinstance(value, str | int | float | dict)}
+    plain = {name: value for name, value in plain.items() if value != GenerateRequest.model_fields[name].default}
+    return {**plain, "scheduler": type(scheduler).__name__}
+
+
 def _schedule_of(request: GenerateRequest) -> Schedule:
     return Schedule(
         num_inference_steps=request.num_inference_steps,
@@ -181,63 +236,6 @@ def _schedule_of(request: GenerateRequest) -> Schedule:
         sigmas=request.sigmas,
         timesteps=request.timesteps,
     )
-
-
-def _without_safety_checker(pipeline_class: type) -> dict[str, Any]:
-    """Results are latents as well as pictures, so a checker at the end of the pipeline would see nothing: do not load it."""
-    parameters = inspect.signature(pipeline_class.__init__).parameters
-    return {name: value for name, value in (("safety_checker", None), ("requires_safety_checker", False)) if name in parameters}
-
-
-def _replaced_components(spec: ModelSpec, load: LoadRequest) -> dict[str, Any]:
-    """Components that come from elsewhere than the checkpoint."""
-    dtype = DTYPES[load.variant]
-    components: dict[str, Any] = {}
-    if load.motion_adapter is not None and "motion_adapter" in spec.components:
-        components["motion_adapter"] = diffusers.MotionAdapter.from_pretrained(load.motion_adapter, dtype=dtype, local_files_only=True)
-    if load.vae is not None:
-        components["vae"] = _load_vae(Path(load.vae), Path(load.checkpoint), dtype)
-    return components
-
-
-def _load_vae(path: Path, checkpoint: Path, dtype: torch.dtype) -> Any:
-    try:
-        if path.is_dir():
-            return diffusers.AutoencoderKL.from_pretrained(path, dtype=dtype, local_files_only=True)
-        config = checkpoint / "vae"
-        return diffusers.AutoencoderKL.from_single_file(str(path), config=str(config), dtype=dtype, local_files_only=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ConfigError(f"vae={path} does not load: {error}") from error
-
-
-def _from_single_file(spec: ModelSpec, pipeline_class: Any, path: Path, arguments: dict[str, Any]) -> Any:
-    """A single .safetensors in its original layout, and beside it the folder of its name that keeps diffusers offline.
-
-    The folder holds the configuration. If it has weights of the text encoders too, the file is taken for the denoiser alone, as FLUX is
-    published, and the rest comes from the folder.
-    """
-    folder = path.with_suffix("")
-    if not (folder / "model_index.json").is_file():
-        raise ConfigError(
-            f"checkpoint={path} is a single file, and the folder {folder} with its configuration (model_index.json, tokenizers, "
-            "config.json files; no weights needed) is not there. Put it beside the file, or give a diffusers folder."
-        )
-    if not any(folder.glob("text_encoder*/*.safetensors")):
-        return pipeline_class.from_single_file(str(path), config=str(folder), **arguments)
-    class_name = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))[spec.denoiser][1]
-    denoiser = getattr(diffusers, class_name).from_single_file(
-        str(path), config=str(folder), subfolder=spec.denoiser, dtype=arguments["dtype"], local_files_only=True
-    )
-    return pipeline_class.from_pretrained(folder, **{spec.denoiser: denoiser}, **arguments)
-
-
-def _file_variant(path: Path, spec: ModelSpec) -> str | None:
-    """'fp16' where the folder holds only files such as diffusion_pytorch_model.fp16.safetensors."""
-    folder = path / spec.denoiser
-    names = [file.name for file in folder.glob("*.safetensors")] or [file.name for file in folder.glob("*.bin")]
-    variants = {name.split(".")[1] for name in names if name.count(".") >= 2}
-    is_only_variants = bool(names) and all(name.count(".") >= 2 for name in names)
-    return sorted(variants)[0] if is_only_variants and not any("-of-" in variant for variant in variants) else None
 
 
 def _apply_vae_options(pipe: Any, load: LoadRequest) -> None:

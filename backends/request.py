@@ -19,16 +19,33 @@ MAX_STEPS = 1000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadRequest:
-    """Everything that is fixed when the weights are loaded. Paths are absolute; None means the checkpoint's own."""
+    """Everything that is fixed when the weights are loaded. Paths are absolute; None means the checkpoint's own.
+
+    denoiser: a folder or file in place of the checkpoint's UNet or transformer; gguf_model: the same in GGUF.
+    control_net, ip_adapter: folder or file -> scale, which a request may change.
+    lora, motion_lora: file -> scale; the latter act in every generation, the former unless a request brings its own.
+    """
 
     model_type: str
     checkpoint: str
     variant: Literal["fp16", "bf16", "fp32"]
     scheduler: dict[str, Any] | None = None
     vae: str | None = None
+    vae_config: str | None = None
+    denoiser: str | None = None
+    denoiser_config: str | None = None
+    gguf_model: str | None = None
     motion_adapter: str | None = None
+    motion_module: str | None = None
+    motion_config: str | None = None
+    control_net: dict[str, float] = field(default_factory=dict)
+    control_net_config: str | None = None
+    ip_adapter: dict[str, float] = field(default_factory=dict)
+    lora: dict[str, float] = field(default_factory=dict)
+    motion_lora: dict[str, float] = field(default_factory=dict)
     enable_vae_tiling: bool = False
     enable_vae_slicing: bool = False
+    parallel_vae: bool = True
     height: int | None = None
     width: int | None = None
     num_inference_steps: int | None = None
@@ -60,9 +77,13 @@ class GenerateRequest(BaseModel):
     negative_prompt_embeds: Annotated[Array | None, Field(description="float32 (1, T, D).")] = None
     negative_pooled_prompt_embeds: Annotated[Array | None, Field(description="float32 (1, P).")] = None
     image: Annotated[Image.Image | None, Field(description="The picture to animate or to enlarge.")] = None
-    ip_adapter_image: Annotated[Image.Image | None, Field(description="Picture for the IP-Adapter.")] = None
-    control_image: Annotated[Image.Image | None, Field(description="Picture for the ControlNet.")] = None
-    controlnet_conditioning_scale: Annotated[float | None, Field(description="Weight of the ControlNet.")] = None
+    ip_adapter_image: Annotated[Image.Image | list[Image.Image] | None, Field(description="Picture or pictures for the IP-Adapter.")] = None
+    ip_adapter_scale: Annotated[float | None, Field(ge=-10, le=10, description="Weight of the IP-Adapter.")] = None
+    control_image: Annotated[Image.Image | list[Image.Image] | None, Field(description="Picture for the ControlNet (or each).")] = None
+    controlnet_conditioning_scale: Annotated[float | list[float] | None, Field(description="Weight of the ControlNet, or of each.")] = None
+    control_guidance_start: Annotated[float, Field(ge=0, le=1, description="Share of the steps at which the ControlNet begins.")] = 0.0
+    control_guidance_end: Annotated[float, Field(ge=0, le=1, description="Share of the steps at which the ControlNet ends.")] = 1.0
+    lora: Annotated[dict[str, float] | None, Field(description="LoRA file -> scale, in place of those given at launch.")] = None
     num_frames: Annotated[int | None, Field(ge=1, le=512, description="Frames of a video.")] = None
     decode_chunk_size: Annotated[int | None, Field(ge=1, le=512, description="Frames decoded at once.")] = None
     motion_bucket_id: Annotated[int | None, Field(ge=0, le=1023, description="Amount of motion (svd).")] = None
@@ -78,6 +99,7 @@ class GenerateResult:
     frames: uint8 (N, H, W, 3); N is 1 for a picture, the number of frames for a video.
     latents: float32 (1, C, h, w) in unscaled VAE space, or None for types that do not give them.
     num_steps: scheduler steps really executed.
+    resolved: the request with every default filled in, pictures and arrays left out.
     """
 
     frames: Array
@@ -87,3 +109,4 @@ class GenerateResult:
     exactness: Exactness
     seconds: float
     report: dict[str, Any] = field(default_factory=dict)
+    resolved: dict[str, Any] = field(default_factory=dict)

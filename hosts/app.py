@@ -12,13 +12,14 @@ from backends.errors import (
     CancelledError,
     ConfigError,
     HostError,
+    NotFoundError,
     PlanError,
     RequestError,
     UnavailableError,
     UnsupportedError,
 )
 from backends.model_table import ModelSpec
-from hosts import routes
+from hosts import api, routes
 from hosts.compat import routes as compat_routes
 from hosts.jobs import JobQueue
 from hosts.settings import Settings
@@ -36,6 +37,7 @@ STATUS = {
     PlanError: 422,
     ConfigError: 503,
     UnavailableError: 503,
+    NotFoundError: 404,
     BusyError: 429,
     CancelledError: 409,
 }
@@ -57,6 +59,7 @@ def create_app(host: Host) -> Flask:
     app.config["MAX_CONTENT_LENGTH"] = MAX_BODY_BYTES
     app.extensions["host"] = host
     app.register_blueprint(routes.blueprint)
+    app.register_blueprint(api.blueprint)
     app.register_blueprint(compat_routes.blueprint)
     app.before_request(_refuse_foreign_pages)
     app.register_error_handler(HostError, _host_error)

@@ -5,8 +5,8 @@ import os
 import threading
 import time
 import traceback
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -76,15 +76,20 @@ def announce(command: Command | None) -> Command:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What all ranks agree on after a command. groups_are_broken: a rank closed its data groups to wake the others."""
+    """What all ranks agree on after a command. groups_are_broken: a rank closed its data groups to wake the others.
+
+    figures: each rank's, in rank order.
+    """
 
     failure: Failure | None
     groups_are_broken: bool
+    figures: tuple[Mapping[str, Any], ...] = ()
 
 
-def agree_on_outcome(failure: Failure | None) -> Verdict:
-    """Every rank's failure, if any -> the same verdict on every rank."""
-    return judge(gather_outcomes(failure))
+def agree_on_outcome(failure: Failure | None, figures: Mapping[str, Any] | None = None) -> Verdict:
+    """Every rank's failure, if any, and its figures -> the same verdict on every rank."""
+    outcomes = gather_outcomes((failure, figures or {}))
+    return replace(judge([failure for failure, _ in outcomes]), figures=tuple(figures for _, figures in outcomes))
 
 
 def judge(outcomes: Sequence[Failure | None]) -> Verdict:

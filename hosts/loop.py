@@ -7,8 +7,9 @@ follower's does nothing.
 import logging
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
+import psutil
 import torch
 
 from backends import backend_class
@@ -16,8 +17,8 @@ from backends.distributed import Mesh
 from backends.errors import CancelledError, HostError
 from backends.model_table import ModelSpec
 from backends.pipeline import LoadedPipeline, load_pipeline
-from backends.request import GenerateRequest, GenerateResult, LoadRequest
-from hosts.control import Command, Failure, Generate, Load, Stop, agree_on_outcome, announce, breaks_groups
+from backends.request import Array, GenerateRequest, GenerateResult, LoadRequest
+from hosts.control import Command, Failure, Generate, Load, Stop, Verdict, agree_on_outcome, announce, breaks_groups
 from hosts.jobs import Job, JobQueue
 from hosts.prewarm import prewarm_request
 from hosts.state import HostState, Phase
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 GO_ON, CANCEL = 0, 1
 Check = Callable[[GenerateRequest], None]
 """Raises the HostError of a request that cannot be done; arithmetic only."""
+Preview = Callable[[], Array | None]
 
 
 class Desk(Protocol):
@@ -38,11 +40,12 @@ class Desk(Protocol):
     def step_word(self) -> int:
         """GO_ON or CANCEL, rank 0's word for this step."""
 
-    def step_done(self, step: int, num_steps: int) -> None: ...
+    def step_done(self, step: int, num_steps: int, preview: Preview) -> None:
+        """A step is done on all ranks. `preview()` makes a small picture of it, for whoever looks."""
 
     def loaded(self, failure: Failure | None) -> None: ...
 
-    def generated(self, result: GenerateResult | None, failure: Failure | None) -> None: ...
+    def generated(self, result: GenerateResult | None, verdict: Verdict) -> None: ...
 
 
 class FollowerDesk:
@@ -54,11 +57,11 @@ class FollowerDesk:
     def step_word(self) -> int:
         return GO_ON
 
-    def step_done(self, step: int, num_steps: int) -> None: ...
+    def step_done(self, step: int, num_steps: int, preview: Preview) -> None: ...
 
     def loaded(self, failure: Failure | None) -> None: ...
 
-    def generated(self, result: GenerateResult | None, failure: Failure | None) -> None: ...
+    def generated(self, result: GenerateResult | None, verdict: Verdict) -> None: ...
 
 
 class FrontDesk:
@@ -85,11 +88,11 @@ class FrontDesk:
         return Stop()
 
     def step_word(self) -> int:
-        return CANCEL if self._job is not None and self._job.cancel_requested else GO_ON
+        return CANCEL if self._job is not None and self._job.must_stop else GO_ON
 
-    def step_done(self, step: int, num_steps: int) -> None:
+    def step_done(self, step: int, num_steps: int, preview: Preview) -> None:
         if self._job is not None:
-            self._queue.record_step(self._job, step, num_steps)
+            self._queue.record_step(self._job, step, num_steps, preview() if self._job.wants_preview else None)
 
     def loaded(self, failure: Failure | None) -> None:
         if failure is None:
@@ -99,12 +102,13 @@ class FrontDesk:
         self._state.become(Phase.FAILED, str(error))
         self._queue.close(error)
 
-    def generated(self, result: GenerateResult | None, failure: Failure | None) -> None:
+    def generated(self, result: GenerateResult | None, verdict: Verdict) -> None:
         assert self._job is not None
         job, self._job = self._job, None
-        self._queue.finish(job, result=result, error=failure.as_error() if failure is not None else None)
-        if result is not None and failure is None:
+        self._state.tell({"ranks_now": list(verdict.figures)})
+        if result is not None:
             self._state.tell({"last_report": {"seconds": result.seconds, "num_steps": result.num_steps, **result.report}})
+        self._queue.finish(job, result=result, error=verdict.failure.as_error() if verdict.failure is not None else None)
 
 
 class RankLoop:
@@ -137,7 +141,7 @@ class RankLoop:
             failure = self._failed(error)
         failure = agree_on_outcome(failure).failure
         if failure is None and request.prewarm_steps:
-            _, failure = self._attempt(prewarm_request(self._spec, request))
+            failure = self._attempt(prewarm_request(self._spec, request))[1].failure
         if failure is None:
             logger.info("loaded %s in %.1f s", request.checkpoint, time.perf_counter() - started)
         else:
@@ -147,7 +151,8 @@ class RankLoop:
         return failure
 
     def _generate(self, command: Generate) -> Failure | None:
-        result, failure = self._attempt(command.request)
+        result, verdict = self._attempt(command.request)
+        failure = verdict.failure
         if failure is not None:
             log = logger.info if failure.error is not None else logger.error
             log(
@@ -159,28 +164,38 @@ class RankLoop:
             )
         else:
             logger.info("job %s done in %.2f s", command.job_id, result.seconds)
-        self._desk.generated(result, failure)
+        self._desk.generated(result, verdict)
         return failure
 
-    def _attempt(self, request: GenerateRequest) -> tuple[GenerateResult | None, Failure | None]:
-        """The picture, or the first failure of any rank. Afterwards all ranks are ready for the next command."""
+    def _attempt(self, request: GenerateRequest) -> tuple[GenerateResult | None, Verdict]:
+        """The picture, or no picture and the first failure of any rank. Afterwards all ranks are ready for the next command."""
         result = failure = None
         try:
             result = self._pipeline.generate(request, on_step=self._on_step)
         except Exception as error:  # noqa: BLE001  whatever it is, the other ranks must hear of it before anyone goes on
             failure = self._failed(error)
-        verdict = agree_on_outcome(failure)
+        verdict = agree_on_outcome(failure, self._figures(result))
         if verdict.groups_are_broken:
             self._mesh.rebuild()
-        return (result, None) if verdict.failure is None else (None, verdict.failure)
+        return (result if verdict.failure is None else None), verdict
+
+    def _figures(self, result: GenerateResult | None) -> dict[str, Any]:
+        """This rank's, after a picture: sizes in bytes, times in seconds."""
+        is_cuda = self._mesh.device.type == "cuda"
+        memory = torch.cuda.max_memory_allocated(self._mesh.device) if is_cuda else psutil.Process().memory_info().rss
+        figures = {"rank": self._rank, "device": str(self._mesh.device), "memory_bytes": memory}
+        if result is not None:
+            kept = {name: result.report[name] for name in ("wait_s", "sent_bytes") if name in result.report}
+            figures |= {"seconds": round(result.seconds, 4), **kept}
+        return figures
 
     def _check(self, request: GenerateRequest) -> None:
         self._pipeline.check(request)
 
-    def _on_step(self, step: int, num_steps: int, _latents: torch.Tensor) -> None:
+    def _on_step(self, step: int, num_steps: int, latents: torch.Tensor) -> None:
         if self._mesh.broadcast_word(self._desk.step_word()) == CANCEL:
             raise CancelledError(f"the job was cancelled at step {step} of {num_steps}.")
-        self._desk.step_done(step, num_steps)
+        self._desk.step_done(step, num_steps, lambda: self._pipeline.preview(latents))
 
     def _failed(self, error: Exception) -> Failure:
         failure = Failure.of(error, rank=self._rank)

@@ -73,7 +73,7 @@ def run_rank(
     log.configure(rank=place.rank)
     for name, value in LIBRARY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    state, queue = HostState(), JobQueue()
+    state, queue = HostState(), JobQueue(capacity=settings.queue_size, max_seconds=settings.max_job_seconds)
     lifeline.on_stop_signal(lambda: _begin_stop(state, queue), within_s=STOP_WITHIN_S)
     start = None
     try:

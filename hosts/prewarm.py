@@ -10,4 +10,14 @@ def prewarm_request(spec: ModelSpec, load: LoadRequest) -> GenerateRequest:
     """A request of `load.prewarm_steps` steps at the default size, with whatever inputs the type requires."""
     height, width = load.height or spec.height, load.width or spec.width
     image = Image.new("RGB", (width // spec.upscale, height // spec.upscale), "gray") if "image" in spec.requires else None
-    return GenerateRequest(prompt="warm-up", seed=0, num_inference_steps=load.prewarm_steps, height=height, width=width, image=image)
+    gray = Image.new("RGB", (width, height), "gray")
+    return GenerateRequest(
+        prompt="warm-up",
+        seed=0,
+        num_inference_steps=load.prewarm_steps,
+        height=height,
+        width=width,
+        image=image,
+        control_image=gray if load.control_net else None,
+        ip_adapter_image=gray if load.ip_adapter else None,
+    )

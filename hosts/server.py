@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cheroot.server import HTTPConnection, HTTPRequest
-from cheroot.wsgi import Server
+from cheroot.wsgi import Gateway_10, Server
 
 from backends.errors import ConfigError
 
@@ -24,8 +24,17 @@ LOOPBACK = ("127.0.0.1", "::1")
 _RESET, _ORDERLY = struct.pack("ii", 1, 0), struct.pack("ii", 0, 0)
 
 
+CONNECTION = "hosts.connection"
+"""WSGI environment: the client's socket, for who must know whether the client is still there."""
+
+
 class _Request(HTTPRequest):
     close_connection = True
+
+
+class _Gateway(Gateway_10):
+    def get_environ(self) -> dict[str, Any]:
+        return {**super().get_environ(), CONNECTION: self.req.conn.socket}
 
 
 class _Connection(HTTPConnection):
@@ -90,8 +99,19 @@ class Listener:
     def _server(app: Callable[..., Any], address: str, port: int) -> Server:
         server = Server((address, port), app, numthreads=NUM_THREADS, server_name="diffusion", shutdown_timeout=1, timeout=300)
         server.ConnectionClass = _Connection
+        server.gateway = _Gateway
         server.error_log = lambda message="", level=20, traceback=False: logger.log(level, "http: %s", message, exc_info=traceback)
         return server
+
+
+def is_gone(connection: socket.socket) -> bool:
+    """Whether the other side has closed. Reads nothing."""
+    try:
+        return connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
 
 
 def is_port_free(host: str, port: int) -> bool:

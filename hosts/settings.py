@@ -44,7 +44,6 @@ def _switch(section: str, text: str, *, aliases: Sequence[str] = (), pending: st
     return _option(False, section, text, parse=parse_switch, aliases=aliases, pending=pending)
 
 
-_ADAPTERS = "adapters are not available in this version"
 _QUANTIZATION = "quantisation is not available in this version"
 _COMPILE = "torch.compile is not available in this version"
 _OFFLOAD = "offloading is not available in this version"
@@ -75,6 +74,11 @@ class Settings:
         None, "start", "Folders, with ':' between, from which requests may name image files by path.", parse=_PATHS, metavar="DIR:DIR"
     )
     failure_timeout: int = _option(10, "start", "Seconds without a sign of life after which a rank counts as lost.", parse=whole(2, 3600))
+    queue_size: int = _option(48, "start", "Jobs that may wait; more are refused with 429.", parse=whole(1, 48))
+    max_job_seconds: int = _option(0, "start", "Longest time from a job's arrival to its end; 0 is any.", parse=whole(0, 1_000_000))
+    disconnect_grace: int = _option(
+        5, "start", "Seconds after which the job of a client that went away is cancelled; 0 keeps it.", parse=whole(0, 86_400)
+    )
     check: bool = _switch("start", "Print the resolved plan and exit without loading weights.")
     json: bool = _switch("start", "With --check or --list: print JSON.")
     list: bool = _switch("start", "Print the matrix of model types and backends and exit.")
@@ -98,41 +102,34 @@ class Settings:
         None, "model", "Sampler: a name, or JSON with its settings.", parse=scheduler, metavar="NAME|JSON"
     )
     vae: str | None = _option(None, "model", "Replacement VAE: file or folder.", parse=_PATHS, metavar="PATH")
-    vae_config: str | None = _option(None, "model", "config.json of --vae.", parse=_PATHS, pending=_ADAPTERS, metavar="PATH")
-    unet: str | None = _option(None, "model", "Replacement UNet.", parse=_PATHS, pending=_ADAPTERS, metavar="PATH")
-    unet_config: str | None = _option(None, "model", "config.json of --unet.", parse=_PATHS, pending=_ADAPTERS, metavar="PATH")
-    transformer: str | None = _option(None, "model", "Replacement transformer.", parse=_PATHS, pending=_ADAPTERS, metavar="PATH")
-    transformer_config: str | None = _option(
-        None, "model", "config.json of --transformer.", parse=_PATHS, pending=_ADAPTERS, metavar="PATH"
-    )
-    gguf_model: str | None = _option(
-        None, "model", "Denoiser weights in GGUF.", parse=_PATHS, pending="GGUF is not available in this version", metavar="PATH"
-    )
+    vae_config: str | None = _option(None, "model", "config.json of --vae; without it the checkpoint's.", parse=_PATHS, metavar="PATH")
+    unet: str | None = _option(None, "model", "Replacement UNet: file or folder.", parse=_PATHS, metavar="PATH")
+    unet_config: str | None = _option(None, "model", "config.json of --unet.", parse=_PATHS, metavar="PATH")
+    transformer: str | None = _option(None, "model", "Replacement transformer: file or folder.", parse=_PATHS, metavar="PATH")
+    transformer_config: str | None = _option(None, "model", "config.json of --transformer.", parse=_PATHS, metavar="PATH")
+    gguf_model: str | None = _option(None, "model", "Denoiser weights in GGUF.", parse=_PATHS, metavar="PATH")
     compel: bool = _switch("model", "Prompt weights such as (red)1.3.", pending="compel is not available in this version")
 
-    lora: dict[str, float] | None = _option(
-        None, "adapters", 'LoRA files, JSON {"path": scale}.', parse=scales, pending=_ADAPTERS, metavar="JSON"
+    lora: dict[str, float] | None = _option(None, "adapters", 'LoRA files, JSON {"path": scale}.', parse=scales, metavar="JSON")
+    lora_dir: str | None = _option(
+        None, "adapters", "Folders, with ':' between, from which requests may choose LoRAs.", parse=_PATHS, metavar="DIR:DIR"
     )
     control_net: dict[str, float] | None = _option(
-        None, "adapters", 'ControlNet folder, JSON {"path": scale} or a path.', parse=scales, pending=_ADAPTERS, metavar="JSON|PATH"
+        None, "adapters", 'ControlNet folders or files, JSON {"path": scale}, or a path.', parse=scales, metavar="JSON|PATH"
     )
-    control_net_config: str | None = _option(
-        None, "adapters", "config.json of --control_net.", parse=_PATHS, pending=_ADAPTERS, metavar="PATH"
-    )
-    controlnet_scale: float | None = _option(None, "adapters", "Weight of the ControlNet.", parse=number(-10, 10), pending=_ADAPTERS)
+    control_net_config: str | None = _option(None, "adapters", "config.json of --control_net.", parse=_PATHS, metavar="PATH")
+    controlnet_scale: float | None = _option(None, "adapters", "Weight of every --control_net, in place of its own.", parse=number(-10, 10))
     ip_adapter: dict[str, float] | None = _option(
-        None, "adapters", 'IP-Adapter file, JSON {"path": scale}.', parse=scales, pending=_ADAPTERS, metavar="JSON"
+        None, "adapters", 'IP-Adapter files, JSON {"path": scale}; image_encoder/ beside them.', parse=scales, metavar="JSON"
     )
-    image_scale: float | None = _option(None, "adapters", "Percent by which pictures are scaled.", parse=number(1, 1000), pending=_ADAPTERS)
+    image_scale: float | None = _option(
+        None, "adapters", "Percent by which requests' pictures are scaled, unless they say it.", parse=number(1, 1000)
+    )
     motion_adapter: str | None = _option(None, "adapters", "AnimateDiff motion adapter folder (ad).", parse=_PATHS, metavar="DIR")
-    motion_module: str | None = _option(
-        None, "adapters", "AnimateDiff motion weights, one file (ad).", parse=_PATHS, pending=_ADAPTERS, metavar="PATH"
-    )
-    motion_config: str | None = _option(
-        None, "adapters", "config.json of --motion_module.", parse=_PATHS, pending=_ADAPTERS, metavar="PATH"
-    )
+    motion_module: str | None = _option(None, "adapters", "AnimateDiff motion weights, one file (ad).", parse=_PATHS, metavar="PATH")
+    motion_config: str | None = _option(None, "adapters", "config.json of --motion_module.", parse=_PATHS, metavar="PATH")
     motion_adapter_lora: dict[str, float] | None = _option(
-        None, "adapters", "LoRA for the motion adapter.", parse=scales, aliases=("motion_lora",), pending=_ADAPTERS, metavar="JSON|PATH"
+        None, "adapters", "LoRA for the motion adapter.", parse=scales, aliases=("motion_lora",), metavar="JSON|PATH"
     )
 
     quantize_to: str | None = _option(
@@ -168,6 +165,9 @@ class Settings:
 
     enable_vae_tiling: bool = _switch("memory", "Decode large pictures in tiles.")
     enable_vae_slicing: bool = _switch("memory", "Decode batches one by one.")
+    parallel_vae: bool | None = _option(
+        None, "memory", "Decode each picture on all ranks together; on if not given.", parse=parse_switch, aliases=("use_parallel_vae",)
+    )
     xformers_efficient: bool = _switch("memory", "xformers attention.", pending=_OFFLOAD)
     enable_model_cpu_offload: bool = _switch("memory", "Keep idle models in main memory.", pending=_OFFLOAD)
     enable_sequential_cpu_offload: bool = _switch("memory", "Keep idle layers in main memory.", pending=_OFFLOAD)

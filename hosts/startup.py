@@ -4,6 +4,7 @@ The launcher does this before any process starts, and every rank does it again w
 """
 
 import glob
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,17 @@ from backends.schedulers import parse_scheduler, require_family
 from hosts.settings import Settings, option_fields
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-PATH_OPTIONS = ("checkpoint", "vae", "motion_adapter")
+PATH_OPTIONS = ("vae", "vae_config", "gguf_model", "motion_adapter", "motion_module", "motion_config", "control_net_config")
+SCALED_PATHS = ("lora", "motion_adapter_lora", "control_net", "ip_adapter")
+WEIGHT_FILES = (".safetensors", ".sft", ".bin", ".pt", ".pth", ".ckpt")
+FEATURE_OPTIONS = {
+    "lora": ("lora", "lora_dir", "motion_adapter_lora"),
+    "controlnet": ("control_net",),
+    "ip_adapter": ("ip_adapter",),
+    "gguf": ("gguf_model",),
+}
+"""Feature of the model table -> the options that ask for it."""
+MOTION_OPTIONS = ("motion_adapter", "motion_module", "motion_config", "motion_adapter_lora")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,8 +87,11 @@ def plan_start(settings: Settings, table: ModelTable, *, num_gpus: int, num_rank
         spec.require(backend)
         backend = "single"
     spec.require(backend)
+    for feature, names in FEATURE_OPTIONS.items():
+        if any(name in settings.given for name in names):
+            spec.require(backend, feature)
     load = _load_request(settings, spec, num_gpus=num_gpus, reasons=reasons)
-    reasons += _without_effect(settings, backend)
+    reasons += _without_effect(settings, spec, backend)
     options = {**settings.given, "checkpoint": load.checkpoint}
     plan = require_world_size(planner(backend)(spec, options, world_size), world_size)
     return StartPlan(spec=spec, plan=plan, load=load, num_ranks=ranks, reasons=tuple(reasons))
@@ -99,10 +113,11 @@ def count_gpus(environment: Mapping[str, str]) -> int:
     return min(present, len([part for part in visible.split(",") if part.strip() and part.strip() != "-1"]))
 
 
-def _without_effect(settings: Settings, backend: str) -> list[str]:
+def _without_effect(settings: Settings, spec: ModelSpec, backend: str) -> list[str]:
     """A sentence for each given option of another backend than the one that runs. Clients send them all along."""
     declared = option_fields()
-    return [
+    idle = () if "motion_adapter" in spec.components else [name for name in MOTION_OPTIONS if name in settings.given]
+    return [f"--{name} has no effect: type {spec.name!r} has no motion adapter" for name in idle] + [
         f"--{name} has no effect: it is for backend {' or '.join(declared[name].metadata['backends'])}"
         for name in settings.given
         if declared[name].metadata["backends"] and backend not in declared[name].metadata["backends"]
@@ -125,7 +140,10 @@ def _model_spec(settings: Settings, table: ModelTable) -> ModelSpec:
 
 
 def _load_request(settings: Settings, spec: ModelSpec, *, num_gpus: int, reasons: list[str]) -> LoadRequest:
-    paths = {name: _existing_path(name, getattr(settings, name)) for name in PATH_OPTIONS}
+    paths = {name: _existing_path(name, getattr(settings, name)) for name in ("checkpoint", *PATH_OPTIONS)}
+    scaled = {name: _existing_files(name, getattr(settings, name)) for name in SCALED_PATHS}
+    if settings.controlnet_scale is not None:
+        scaled["control_net"] = dict.fromkeys(scaled["control_net"], settings.controlnet_scale)
     if settings.checkpoint is None:
         paths["checkpoint"] = str(REPOSITORY / spec.demo["checkpoint"])
         reasons.append("checkpoint: none was given, so the demo model")
@@ -146,7 +164,13 @@ def _load_request(settings: Settings, spec: ModelSpec, *, num_gpus: int, reasons
         width=settings.width,
         enable_vae_tiling=settings.enable_vae_tiling,
         enable_vae_slicing=settings.enable_vae_slicing,
+        parallel_vae=settings.parallel_vae is not False,
         prewarm_steps=settings.warm_up_steps or 0,
+        lora=scaled["lora"],
+        motion_lora=scaled["motion_adapter_lora"] if "motion_adapter" in spec.components else {},
+        control_net=scaled["control_net"],
+        ip_adapter=scaled["ip_adapter"],
+        **_denoiser(settings, spec),
         **paths,
     )
 
@@ -161,6 +185,36 @@ def _existing_path(name: str, value: str | None) -> str | None:
     return str(path)
 
 
+def _existing_files(name: str, scales: Mapping[str, float] | None) -> dict[str, float]:
+    """The same with absolute paths, in the same order. A folder is allowed for a ControlNet only."""
+    found = {}
+    for value, scale in (scales or {}).items():
+        path = _existing_path(name, value)
+        if Path(path).is_file() and Path(path).suffix not in WEIGHT_FILES:
+            raise ConfigError(f"--{name}={value} is no file of weights. Allowed: {', '.join(WEIGHT_FILES)}.")
+        if Path(path).is_dir() and name != "control_net":
+            raise ConfigError(f"--{name}={value} is a folder. Give the file of weights in it ({', '.join(WEIGHT_FILES)}).")
+        if not math.isfinite(scale):
+            raise ConfigError(f"--{name}={value} has scale {scale}. Give a finite number.")
+        found[path] = scale
+    return found
+
+
+def _denoiser(settings: Settings, spec: ModelSpec) -> dict[str, str | None]:
+    """The replacement for the type's own kind of denoiser, which may not come from two places."""
+    other = "transformer" if spec.denoiser == "unet" else "unet"
+    paths = {"unet": settings.unet, "transformer": settings.transformer}
+    configs = {"unet": settings.unet_config, "transformer": settings.transformer_config}
+    if paths[other] is not None:
+        raise ConfigError(f"--{other} was given, but type {spec.name!r} has a {spec.denoiser}. Give --{spec.denoiser}.")
+    if paths[spec.denoiser] is not None and settings.gguf_model is not None:
+        raise ConfigError(f"--{spec.denoiser} and --gguf_model were given, and both replace the {spec.denoiser}. Give one of them.")
+    return {
+        "denoiser": _existing_path(spec.denoiser, paths[spec.denoiser]),
+        "denoiser_config": _existing_path(f"{spec.denoiser}_config", configs[spec.denoiser]),
+    }
+
+
 def _require_components(spec: ModelSpec, paths: Mapping[str, str | None]) -> None:
     checkpoint = Path(paths["checkpoint"] or "")
     if checkpoint.is_dir() and not (checkpoint / "model_index.json").is_file():
@@ -168,8 +222,10 @@ def _require_components(spec: ModelSpec, paths: Mapping[str, str | None]) -> Non
     if checkpoint.is_file() and not (spec.single_file and checkpoint.suffix == ".safetensors"):
         raise ConfigError(f"--checkpoint={checkpoint} is a file, but type {spec.name!r} needs a folder in diffusers layout.")
     for component in spec.components:
-        if paths.get(component) is None and not (checkpoint / component).is_dir():
-            raise ConfigError(f"type {spec.name!r} needs a {component}, and the checkpoint holds none. Give --{component}=FOLDER.")
+        if paths.get(component) is None and paths.get("motion_module") is None and not (checkpoint / component).is_dir():
+            raise ConfigError(
+                f"type {spec.name!r} needs a {component}, and the checkpoint holds none. Give --{component}=FOLDER or --motion_module=FILE."
+            )
 
 
 def as_config_error(error: HostError) -> ConfigError:

@@ -3,14 +3,21 @@
 import io
 
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from backends.errors import RequestError
 from backends.request import GenerateResult
 
 IMAGE_TYPES = {"image/png": "PNG", "image/jpeg": "JPEG", "image/webp": "WEBP"}
 VIDEO_TYPES = ("video/mp4", "image/gif")
+EXTENSIONS = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp", "video/mp4": "mp4", "image/gif": "gif"}
 FRAMES_PER_S = 7
 """What both existing clients play videos at."""
+
+
+def content_types(output: str) -> tuple[str, ...]:
+    """What a result of this kind ('image' or 'video') can be sent as, the best first."""
+    return tuple(IMAGE_TYPES) if output == "image" else VIDEO_TYPES
 
 
 def pictures(result: GenerateResult) -> list[Image.Image]:
@@ -18,10 +25,10 @@ def pictures(result: GenerateResult) -> list[Image.Image]:
     return [Image.fromarray(frame, mode="RGB") for frame in result.frames]
 
 
-def encode(result: GenerateResult, content_type: str) -> bytes:
-    """The result as one file of this type. RequestError if the type is for the other kind of result."""
+def encode(result: GenerateResult, content_type: str, *, metadata: str = "") -> bytes:
+    """The result as one file of this type; a PNG holds `metadata` as its text `parameters`. RequestError if the type does not fit."""
     if content_type in IMAGE_TYPES and len(result.frames) == 1:
-        return _encode_picture(pictures(result)[0], IMAGE_TYPES[content_type])
+        return _encode_picture(pictures(result)[0], IMAGE_TYPES[content_type], metadata)
     if content_type == "image/gif":
         return _encode_gif(pictures(result))
     if content_type == "video/mp4":
@@ -29,9 +36,15 @@ def encode(result: GenerateResult, content_type: str) -> bytes:
     raise RequestError(f"Accept: {content_type} does not fit a video. Allowed: {', '.join(VIDEO_TYPES)}, application/json.", field="Accept")
 
 
-def _encode_picture(picture: Image.Image, file_format: str) -> bytes:
+def _encode_picture(picture: Image.Image, file_format: str, metadata: str) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, format=file_format, quality=95)
+    if file_format == "PNG":
+        texts = PngInfo()
+        if metadata:
+            texts.add_itxt("parameters", metadata)
+        picture.save(buffer, format=file_format, pnginfo=texts)
+    else:
+        picture.save(buffer, format=file_format, quality=95)
     return buffer.getvalue()
 
 

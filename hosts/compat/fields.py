@@ -1,7 +1,10 @@
 """The JSON of POST /generate -> GenerateRequest. Old names and encodings live only in hosts/compat."""
 
 import logging
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -11,6 +14,7 @@ from backends.errors import RequestError
 from backends.model_table import ModelSpec
 from backends.request import GenerateRequest
 from hosts.compat import codec
+from hosts.settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +35,9 @@ PLAIN = {
     "motion_bucket_id": ("motion_bucket_id",),
     "noise_aug_strength": ("noise_aug_strength",),
     "controlnet_conditioning_scale": ("controlnet_scale", "controlnet_conditioning_scale"),
+    "control_guidance_start": ("control_guidance_start",),
+    "control_guidance_end": ("control_guidance_end",),
+    "ip_adapter_scale": ("ip_adapter_scale",),
     "warmup_steps": ("warmup_steps",),
     "quality": ("quality",),
 }
@@ -39,8 +46,37 @@ PLAIN = {
 MAX_IMAGE_SCALE = 1000.0
 
 
-def read_request(body: Any, *, spec: ModelSpec, image_dirs: tuple[str, ...]) -> GenerateRequest:
-    """Unknown keys are ignored, null is absent, and what this model type cannot use is left undecoded.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accepted:
+    """What this host lets requests bring, and from where.
+
+    image_dirs, lora_dirs: folders from which they may name files. image_scale: percent for pictures that say none themselves.
+    takes_control_image, takes_ip_image: whether something that uses the picture is loaded.
+    """
+
+    image_dirs: tuple[str, ...] = ()
+    lora_dirs: tuple[str, ...] = ()
+    image_scale: float | None = None
+    takes_control_image: bool = False
+    takes_ip_image: bool = False
+
+    @classmethod
+    def by(cls, settings: Settings) -> "Accepted":
+        return cls(
+            image_dirs=_folders(settings.image_dirs),
+            lora_dirs=_folders(settings.lora_dir),
+            image_scale=settings.image_scale,
+            takes_control_image=bool(settings.control_net),
+            takes_ip_image=bool(settings.ip_adapter),
+        )
+
+
+def _folders(text: str | None) -> tuple[str, ...]:
+    return tuple(filter(None, (text or "").split(":")))
+
+
+def read_request(body: Any, *, spec: ModelSpec, accepted: Accepted) -> GenerateRequest:
+    """Unknown keys are ignored, null is absent, and what this host cannot use is left undecoded.
 
     RequestError names the client's field, what was sent and what is allowed.
     """
@@ -54,7 +90,9 @@ def read_request(body: Any, *, spec: ModelSpec, image_dirs: tuple[str, ...]) -> 
             values[field] = given[name]
     if spec.output == "image":
         values.pop("num_frames", None)
-    values |= _arrays(given, spec) | _pictures(given, spec, image_dirs)
+    values |= _arrays(given, spec) | _pictures(given, spec, accepted)
+    if "lora" in given:
+        values["lora"] = _loras(given["lora"], accepted.lora_dirs)
     try:
         return GenerateRequest(**values)
     except ValidationError as error:
@@ -76,11 +114,41 @@ def _arrays(given: Mapping[str, Any], spec: ModelSpec) -> dict[str, Any]:
     return values
 
 
-def _pictures(given: Mapping[str, Any], spec: ModelSpec, image_dirs: tuple[str, ...]) -> dict[str, Any]:
-    if "image" not in spec.requires or "image" not in given:
-        return {}
-    image = codec.decode_image_or_path(given["image"], field="image", allowed_dirs=image_dirs)
-    return {"image": _scaled(image, given.get("image_scale"), "image_scale")}
+def _pictures(given: Mapping[str, Any], spec: ModelSpec, accepted: Accepted) -> dict[str, Any]:
+    wanted = {
+        "image": ("image", "image" in spec.requires),
+        "control_image": ("control_image", accepted.takes_control_image),
+        "ip_adapter_image": ("ip_image", accepted.takes_ip_image),
+    }
+    pictures: dict[str, Any] = {}
+    for field, (name, is_used) in wanted.items():
+        # the oldest clients put the IP-Adapter's picture under 'image'
+        source = "image" if name == "ip_image" and name not in given and "image" not in spec.requires else name
+        if not is_used or source not in given:
+            continue
+        percent = given.get(f"{name}_scale", accepted.image_scale)
+        many = given[source] if isinstance(given[source], list) else [given[source]]
+        images = [codec.decode_image_or_path(one, field=source, allowed_dirs=accepted.image_dirs) for one in many]
+        images = [_scaled(image, percent, f"{name}_scale") for image in images]
+        pictures[field] = images if isinstance(given[source], list) and field != "image" else images[0]
+    return pictures
+
+
+def _loras(given: Any, folders: tuple[str, ...]) -> dict[str, float]:
+    """{"path": scale} with the paths inside the folders that requests may use; a relative path is looked up in them."""
+    if not isinstance(given, Mapping) or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in given.values()):
+        raise RequestError('lora must be an object such as {"style.safetensors": 0.8}.', field="lora")
+    found = {}
+    for name, scale in given.items():
+        candidates = [(Path(folder).resolve(), (Path(folder) / name).resolve()) for folder in folders]
+        path = next((path for folder, path in candidates if path.is_relative_to(folder) and path.is_file()), None)
+        if path is None:
+            where = ", ".join(folders) or "no folder: the host was started without --lora_dir"
+            raise RequestError(f"lora={name!r} is not a file that requests may use. Allowed: files in {where}.", field="lora")
+        if not math.isfinite(scale):
+            raise RequestError(f"lora={name!r} has scale {scale}. Send a finite number.", field="lora")
+        found[str(path)] = float(scale)
+    return found
 
 
 def _scaled(image: Image.Image, percent: Any, field: str) -> Image.Image:

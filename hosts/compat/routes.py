@@ -3,14 +3,14 @@
 import logging
 from typing import Any
 
-from flask import Blueprint, Response, current_app, jsonify, request
-from werkzeug.exceptions import BadRequest
+from flask import Blueprint, Response, current_app, jsonify
 
-from backends.errors import RequestError
+from backends.model_table import ModelSpec
 from backends.request import GenerateResult
 from hosts import wire
 from hosts.compat import codec
-from hosts.compat.fields import read_request
+from hosts.compat.fields import Accepted, read_request
+from hosts.incoming import client, json_object, wait_for, wanted_type
 from hosts.state import Phase
 
 logger = logging.getLogger(__name__)
@@ -32,40 +32,29 @@ def progress() -> Response:
 
 @blueprint.post("/generate")
 def generate() -> Response:
-    """One picture or video; waits its turn. The answer is the contract's JSON, or the file itself if Accept asks for one."""
+    """One picture or video; waits its turn. The answer is the contract's JSON, or the file itself if Accept asks for one.
+
+    The job of a client that goes away is cancelled, unless the body says "keep": true.
+    """
     host = current_app.extensions["host"]
-    asked = read_request(_json_body(), spec=host.spec, image_dirs=tuple(filter(None, (host.settings.image_dirs or "").split(":"))))
-    content_type = _wanted_type(host.spec.output)
-    result = host.queue.submit(asked).wait()
+    body = json_object()
+    asked = read_request(body, spec=host.spec, accepted=Accepted.by(host.settings))
+    content_type = wanted_type(host.spec.output, default="application/json")
+    result = wait_for(host.queue.submit(asked, client=client()), is_kept=body.get("keep") is True)
     if content_type != "application/json":
         return Response(wire.encode(result, content_type), mimetype=content_type, headers={"X-Seed": str(result.seed)})
-    return jsonify(_legacy_body(result, returns_latents=host.spec.returns_latents, is_image=host.spec.output == "image"))
+    return jsonify(legacy_body(result, spec=host.spec))
 
 
-def _json_body() -> Any:
-    try:
-        return request.get_json()
-    except BadRequest as error:
-        raise RequestError(f"the body is not valid JSON: {error.description}") from error
-
-
-def _wanted_type(output: str) -> str:
-    """JSON unless the client prefers a file type that this kind of result has."""
-    allowed = ["application/json", *(wire.IMAGE_TYPES if output == "image" else wire.VIDEO_TYPES)]
-    best = request.accept_mimetypes.best_match(allowed)
-    if best is None and request.accept_mimetypes:
-        raise RequestError(f"Accept: {request.accept_mimetypes} is not available. Allowed: {', '.join(allowed)}.", field="Accept")
-    return best or "application/json"
-
-
-def _legacy_body(result: GenerateResult, *, returns_latents: bool, is_image: bool) -> dict[str, Any]:
+def legacy_body(result: GenerateResult, *, spec: ModelSpec) -> dict[str, Any]:
     """ComfyUI unpacks two values exactly when `latent` is there, so it is there exactly for the types whose nodes want two."""
+    is_image = spec.output == "image"
     frames = wire.pictures(result)
     body: dict[str, Any] = {
         "message": "OK",
         "output": codec.encode_image(frames[0]) if is_image else codec.encode_frames(frames),
         "is_image": is_image,
     }
-    if returns_latents:
+    if spec.returns_latents:
         body["latent"] = codec.encode_latents(result.latents)
     return body

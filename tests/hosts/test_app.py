@@ -265,7 +265,7 @@ def test_full_queue_answers_429(state):
 
 
 def test_bug_in_a_route_is_answered_without_its_details(client, queue, monkeypatch, caplog):
-    monkeypatch.setattr(queue, "submit", lambda request: 1 / 0)
+    monkeypatch.setattr(queue, "submit", lambda request, **_: 1 / 0)
     answer = client.post("/generate", json={"positive": "a"})
     assert answer.status_code == 500
     assert assert_is_error(answer.get_json()) == "internal error: ZeroDivisionError. The log of rank 0 says more."

@@ -7,7 +7,7 @@ from PIL import Image
 
 from backends.errors import RequestError
 from backends.model_table import read_table
-from hosts.compat.fields import PLAIN, read_request
+from hosts.compat.fields import PLAIN, Accepted, read_request
 from tests.hosts.client import encode
 
 TABLE = read_table()
@@ -15,7 +15,7 @@ PICTURE = Image.new("RGB", (16, 8), "red")
 
 
 def read(body, type_name="sdxl", image_dirs=()):
-    return read_request(body, spec=TABLE[type_name], image_dirs=image_dirs)
+    return read_request(body, spec=TABLE[type_name], accepted=Accepted(image_dirs=image_dirs))
 
 
 def test_old_names_become_diffusers_names():
@@ -187,3 +187,47 @@ def test_path_of_something_other_than_a_picture_is_refused(tmp_path):
     with pytest.raises(RequestError) as caught:
         read({"image": str(tmp_path / "secret")}, "svd", (str(tmp_path),))
     assert "root" not in str(caught.value)
+
+
+def test_loras_of_a_request_come_from_the_folders_that_it_may_use_only(tmp_path):
+    (tmp_path / "loras" / "sub").mkdir(parents=True)
+    for name in ("loras/a.v1.safetensors", "loras/sub/b.safetensors", "secret.safetensors"):
+        (tmp_path / name).write_bytes(b"")
+    accepted = Accepted(lora_dirs=(str(tmp_path / "loras"),))
+
+    def loras(given, accepted=accepted):
+        return read_request({"positive": "a", "lora": given}, spec=TABLE["sdxl"], accepted=accepted).lora
+
+    assert loras({"sub/b.safetensors": 1, str(tmp_path / "loras/a.v1.safetensors"): -0.5}) == {
+        str(tmp_path / "loras/sub/b.safetensors"): 1.0,
+        str(tmp_path / "loras/a.v1.safetensors"): -0.5,
+    }
+    assert loras({}) == {}
+    for name in ("../secret.safetensors", str(tmp_path / "secret.safetensors"), "/etc/passwd", "sub", "no.safetensors"):
+        with pytest.raises(RequestError, match="is not a file that requests may use"):
+            loras({name: 1.0})
+    with pytest.raises(RequestError, match="no folder: the host was started without --lora_dir"):
+        loras({"sub/b.safetensors": 1.0}, Accepted())
+    for wrong in (["a"], {"sub/b.safetensors": "1"}, {"sub/b.safetensors": True}):
+        with pytest.raises(RequestError, match="lora must be an object"):
+            loras(wrong)
+    with pytest.raises(RequestError, match="has scale nan"):
+        loras({"sub/b.safetensors": float("nan")})
+
+
+def test_pictures_for_adapters_are_decoded_only_where_one_is_loaded():
+    body = {"positive": "a", "control_image": "garbage", "ip_image": "garbage"}
+    asked = read_request(body, spec=TABLE["sdxl"], accepted=Accepted())
+    assert (asked.control_image, asked.ip_adapter_image) == (None, None)
+    for name, switch in (("control_image", "takes_control_image"), ("ip_image", "takes_ip_image")):
+        with pytest.raises(RequestError, match=name):
+            read_request(body, spec=TABLE["sdxl"], accepted=Accepted(**{switch: True}))
+
+
+def test_pictures_for_adapters_may_be_several_and_scaled_and_in_the_oldest_place():
+    one, other = encode(Image.new("RGB", (40, 40))), encode(Image.new("RGB", (20, 20)))
+    accepted = Accepted(takes_control_image=True, takes_ip_image=True, image_scale=50.0)
+    body = {"positive": "a", "control_image": [one, other], "control_image_scale": 100.0, "image": one}
+    asked = read_request(body, spec=TABLE["sdxl"], accepted=accepted)
+    assert [image.size for image in asked.control_image] == [(40, 40), (20, 20)]
+    assert asked.ip_adapter_image.size == (20, 20)

@@ -1,12 +1,14 @@
 """The queue between HTTP threads and the rank loop."""
 
 import threading
+import time
 
 import numpy as np
 import pytest
 
-from backends.errors import BusyError, CancelledError, RankError, UnavailableError
+from backends.errors import BusyError, CancelledError, NotFoundError, RankError, UnavailableError
 from backends.request import GenerateRequest, GenerateResult
+from hosts import jobs as jobs_module
 from hosts.jobs import JobQueue, JobStatus
 
 
@@ -180,3 +182,61 @@ def test_job_that_is_over_keeps_its_first_outcome():
     queue.finish(job, result=made)
     queue.abandon(UnavailableError("late"))
     assert job.wait() is made
+
+
+def test_job_that_is_too_late_ends_as_cancelled_before_or_while_it_runs():
+    queue = JobQueue(max_seconds=0.05)
+    waiting, running = queue.submit(request()), None
+    time.sleep(0.1)
+    running = queue.submit(request())
+    assert queue.next() is running
+    assert waiting.status is JobStatus.CANCELLED and "--max_job_seconds" in str(waiting.error)
+    assert not running.must_stop
+    time.sleep(0.1)
+    assert running.must_stop
+    queue.finish(running, error=CancelledError("at step 3 of 9"))
+    assert "was not done 0.05 s after it was sent" in str(running.error)
+
+
+def test_client_that_comes_back_has_no_lead_over_those_that_wait():
+    queue = JobQueue()
+    for _ in range(3):
+        queue.submit(request(), client="a")
+    queue.finish(queue.next(), result=result())
+    late = queue.submit(request(), client="b")
+    later = queue.submit(request(), client="b")
+    order = [job.client for job in queue.jobs()]
+    assert order == ["a", "b", "a", "b"]
+    assert (queue.position(late), queue.position(later)) == (1, 3)
+
+
+def test_kept_jobs_are_found_until_newer_ones_push_them_out():
+    queue = JobQueue(num_kept=2)
+    jobs = [queue.submit(request(), is_kept=True) for _ in range(3)]
+    for _ in jobs:
+        queue.finish(queue.next(), result=result())
+    assert [queue.find(job.id) for job in jobs[1:]] == jobs[1:]
+    with pytest.raises(NotFoundError, match="until 2 newer ones"):
+        queue.find(jobs[0].id)
+    with pytest.raises(NotFoundError):
+        queue.find(queue.submit(request()).id)
+
+
+def test_results_that_take_too_much_room_are_forgotten_first(monkeypatch):
+    monkeypatch.setattr(jobs_module, "KEPT_BYTES", 400)
+    queue = JobQueue()
+    jobs = [queue.submit(request(), is_kept=True) for _ in range(3)]
+    for _ in jobs:
+        queue.finish(queue.next(), result=result())
+    assert queue.find(jobs[2].id) is jobs[2] and queue.find(jobs[1].id) is jobs[1]
+    with pytest.raises(NotFoundError):
+        queue.find(jobs[0].id)
+
+
+def test_change_wakes_who_follows_the_job():
+    queue = JobQueue()
+    job = queue.submit(request())
+    version = job.version
+    assert queue.wait_for_change(job, version, 0.05) == version
+    threading.Timer(0.1, queue.next).start()
+    assert queue.wait_for_change(job, version, 10) > version

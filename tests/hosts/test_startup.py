@@ -125,3 +125,58 @@ def test_paths_are_made_absolute_and_plain(tmp_path, monkeypatch):
 def test_facts_are_json():
     facts = json.loads(json.dumps(plan(num_ranks=2).facts()))
     assert (facts["ranks"], facts["type"]) == (2, "sdxl")
+
+
+def adapters(tmp_path):
+    """Files that exist; nothing is read at start."""
+    for name in ("a.safetensors", "b.v2.safetensors", "ip.bin"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "net").mkdir()
+    return tmp_path
+
+
+def test_adapters_are_found_in_the_order_given_and_with_their_scales(tmp_path):
+    folder = adapters(tmp_path)
+    load = plan(
+        lora={f"{folder}/net/../b.v2.safetensors": -0.5, f"{folder}/a.safetensors": 0.8},
+        control_net=str(folder / "net"),
+        ip_adapter={f"{folder}/ip.bin": 0.6},
+    ).load
+    assert list(load.lora.items()) == [(f"{folder}/b.v2.safetensors", -0.5), (f"{folder}/a.safetensors", 0.8)]
+    assert load.control_net == {f"{folder}/net": 1.0}
+    assert load.ip_adapter == {f"{folder}/ip.bin": 0.6}
+    assert plan(control_net=str(folder / "net"), controlnet_scale=0.3).load.control_net == {f"{folder}/net": 0.3}
+
+
+def test_motion_options_of_a_type_without_motion_have_no_effect_and_say_so(tmp_path):
+    folder = adapters(tmp_path)
+    start = plan(motion_adapter_lora=f"{folder}/a.safetensors")
+    assert start.load.motion_lora == {}
+    assert "--motion_adapter_lora has no effect: type 'sdxl' has no motion adapter" in start.reasons
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "message"),
+    [
+        ({"lora": "nothing.safetensors"}, ConfigError, "--lora=nothing.safetensors does not exist."),
+        ({"lora": "net"}, ConfigError, "is a folder. Give the file of weights in it"),
+        ({"lora": "readme.txt"}, ConfigError, "is no file of weights. Allowed: .safetensors, .sft, .bin, .pt, .pth, .ckpt."),
+        ({"lora": {"a.safetensors": float("inf")}}, ConfigError, "has scale inf. Give a finite number."),
+        (
+            {"type": "sdup", "control_net": "net"},
+            UnsupportedError,
+            "controlnet with backend 'single' is not available for model type 'sdup'",
+        ),
+        ({"type": "hy", "ip_adapter": "ip.bin"}, UnsupportedError, "ip_adapter with backend 'single' is not available for model type 'hy'"),
+        ({"type": "pixa", "gguf_model": "a.safetensors"}, UnsupportedError, "gguf with backend 'single' is not available"),
+        ({"transformer": "net"}, ConfigError, "--transformer was given, but type 'sdxl' has a unet. Give --unet."),
+        ({"unet": "net", "gguf_model": "a.safetensors"}, ConfigError, "--unet and --gguf_model were given, and both replace the unet."),
+    ],
+)
+def test_adapters_that_cannot_be_meant_are_refused(values, kind, message, tmp_path, monkeypatch):
+    (adapters(tmp_path) / "readme.txt").write_text("no weights")
+    monkeypatch.chdir(tmp_path)
+    values = {"type": "sdxl", **values}
+    with pytest.raises(kind) as caught:
+        plan(**values, checkpoint=str(checkpoint(values["type"])))
+    assert message in str(caught.value)

@@ -1,0 +1,60 @@
+"""What all dialects do with a request: read its JSON, name its sender, choose the kind of answer, wait for the job."""
+
+import hashlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from flask import current_app, request
+from werkzeug.exceptions import BadRequest
+
+from backends.errors import RequestError
+from backends.request import GenerateResult
+from hosts import wire
+from hosts.jobs import Job
+from hosts.server import CONNECTION, is_gone
+
+LOOK_EVERY_S = 0.5
+
+
+def json_object() -> Mapping[str, Any]:
+    """The body. RequestError if it is not one JSON object."""
+    try:
+        body = request.get_json()
+    except BadRequest as error:
+        raise RequestError(f"the body is not valid JSON: {error.description}") from error
+    if not isinstance(body, Mapping):
+        raise RequestError(f"the body must be one JSON object, not {type(body).__name__}.")
+    return body
+
+
+def client() -> str:
+    """Who asks, for fairness: by key where one is sent, else by address."""
+    if key := request.headers.get("Authorization"):
+        return hashlib.sha256(key.encode()).hexdigest()
+    return request.remote_addr or ""
+
+
+def wanted_type(output: str, *, default: str) -> str:
+    """The content type that the client prefers among those that this kind of result has, or `default`."""
+    allowed = [default, *(kind for kind in (*wire.content_types(output), "application/json") if kind != default)]
+    best = request.accept_mimetypes.best_match(allowed)
+    if best is None and request.accept_mimetypes:
+        raise RequestError(f"Accept: {request.accept_mimetypes} is not available. Allowed: {', '.join(allowed)}.", field="Accept")
+    return best or default
+
+
+def wait_for(job: Job, *, is_kept: bool = False) -> GenerateResult:
+    """Block until the job is over. If its client goes away, it is cancelled after a grace period, unless it is to be kept."""
+    host = current_app.extensions["host"]
+    connection, grace_s = request.environ.get(CONNECTION), host.settings.disconnect_grace
+    if connection is None or grace_s == 0 or is_kept:
+        return job.wait()
+    gone_at: float | None = None
+    while (result := job.wait(LOOK_EVERY_S)) is None:
+        if not is_gone(connection):
+            continue
+        gone_at = gone_at or time.monotonic()
+        if time.monotonic() - gone_at >= grace_s:
+            host.queue.cancel(job, f"the client went away and did not come back within {grace_s} s.")
+    return result
