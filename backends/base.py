@@ -53,6 +53,11 @@ class Backend(ABC):
         detach_batch_split(self.denoiser_of(pipe))
         self.detach_denoiser(pipe, self.denoiser_of(pipe))
 
+    @property
+    def has_whole_weights(self) -> bool:
+        """Whether this rank keeps all layers at their full size, so that a LoRA can be loaded after attaching."""
+        return not self.plan.options.get("shard_weights") and self.plan.options.get("parallelism") != "tensor"
+
     def denoiser_of(self, pipe: Any) -> nn.Module:
         return getattr(pipe, self.spec.denoiser)
 

@@ -1,0 +1,108 @@
+"""What every feature of the model table means for every model type: launch values, request values, and how it shows."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from backends import backend_class, planner
+from backends.base import Backend
+from backends.distributed import Mesh
+from backends.model_table import ModelSpec, read_table
+from backends.pipeline import LoadedPipeline, load_pipeline
+from backends.request import GenerateRequest, LoadRequest
+from tests.checkpoints import IP_ADAPTER_FILE, checkpoint, controlnet, gguf, ip_adapter, lora, picture
+
+TABLE = read_table()
+CPU = torch.device("cpu")
+STEPS, HEIGHT, WIDTH = 2, 128, 64
+EXACT_OPTIONS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
+    "asyncdiff": {"unet": {}, "transformer": {}},
+    "distrifuser": {mode: {"sync_mode": "full_sync", "no_split_batch": True} for mode in ("unet", "transformer")},
+    "xdit": {"unet": {"use_cfg_parallel": True}, "transformer": {"ulysses_degree": 2}},
+}
+"""Launch settings with which a backend computes what one device does, by kind of denoiser; a warm-up over all steps comes on top."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Feature:
+    """load, request: what switches it on. changes_result: whether the picture differs from one without it."""
+
+    load: Mapping[str, Any] = field(default_factory=dict)
+    request: Mapping[str, Any] = field(default_factory=dict)
+    changes_result: bool = True
+
+
+def feature(name: str, spec: ModelSpec) -> Feature:
+    """How `spec` gets this feature in the tests."""
+    match name:
+        case "lora":
+            return Feature(load={"lora": {str(lora(spec.name)): 0.8, str(lora(spec.name, seed=1)): -0.5}})
+        case "controlnet":
+            net = str(controlnet("sd1" if spec.name == "ad" else spec.name))
+            return Feature(load={"control_net": {net: 0.9}}, request={"control_image": picture(48)})
+        case "ip_adapter":
+            return Feature(
+                load={"ip_adapter": {str(ip_adapter(spec.name) / IP_ADAPTER_FILE): 0.7}}, request={"ip_adapter_image": picture(48)}
+            )
+        case "gguf":
+            return Feature(load={"gguf_model": str(gguf(spec.name, "Q4_0"))})
+    raise ValueError(name)
+
+
+def prepare(spec: ModelSpec, names: Iterator[str]) -> None:
+    """Build all files in the test's own process: ranks would build them twice."""
+    checkpoint(spec.name)
+    for name in names:
+        feature(name, spec)
+
+
+def loaded(spec: ModelSpec, **load: Any) -> LoadedPipeline:
+    request = LoadRequest(model_type=spec.name, checkpoint=str(checkpoint(spec.name)), variant="fp32", **load)
+    return load_pipeline(spec, request, device=CPU)
+
+
+def request_for(spec: ModelSpec, **fields: Any) -> GenerateRequest:
+    """A short generation; its warm-up covers all steps, so that approximate methods are exact."""
+    base: dict[str, Any] = {"seed": 1, "num_inference_steps": STEPS, "height": HEIGHT, "width": WIDTH, "warmup_steps": STEPS}
+    if "prompt" in spec.requires:
+        base["prompt"] = "a photo of a cat"
+    if "image" in spec.requires:
+        base["image"] = picture(HEIGHT // spec.upscale)
+    if spec.output == "video":
+        base["num_frames"] = 2
+    return GenerateRequest(**(base | fields))
+
+
+def result(pipe: LoadedPipeline, asked: GenerateRequest) -> torch.Tensor:
+    """The latents, or for types that give none the frames in 0..1, as float32."""
+    made = pipe.generate(asked)
+    return torch.from_numpy(made.latents) if made.latents is not None else torch.from_numpy(made.frames).float() / 255
+
+
+def meshes(spec: ModelSpec, backends: Iterator[str], rank: int, world_size: int) -> dict[str, Mesh]:
+    """One mesh per backend, in its exact mode; the same for all features."""
+    found = {}
+    for name in backends:
+        options = {**EXACT_OPTIONS[name][spec.denoiser], "checkpoint": str(checkpoint(spec.name))}
+        found[name] = Mesh(planner(name)(spec, options, world_size), rank=rank, device=CPU)
+    return found
+
+
+@contextmanager
+def attached(pipe: LoadedPipeline, mesh: Mesh) -> Iterator[Backend]:
+    backend = backend_class(mesh.plan.method)(spec=pipe.spec, plan=mesh.plan, mesh=mesh)
+    if hasattr(backend, "costs_of"):
+        backend.costs_of = parameter_counts
+    pipe.attach(backend)
+    try:
+        yield backend
+    finally:
+        pipe.detach()
+
+
+def parameter_counts(hooks: Any, call: Any, layout: Any, device: torch.device) -> list[float]:
+    """Segments by size, so that no clock decides where asyncdiff cuts."""
+    return [1.0 + sum(parameter.numel() for parameter in hooks.modules[unit.name].parameters()) for unit in layout.units]

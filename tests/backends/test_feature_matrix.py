@@ -1,0 +1,60 @@
+"""Every feature with every backend: the option changes the result, and two ranks compute with it what one device does.
+
+The cells come from the model table, so that writing `tested` there is what makes this run.
+"""
+
+import pytest
+import torch
+
+from backends.model_table import FEATURES
+from tests.backends.features import TABLE, attached, feature, loaded, meshes, prepare, request_for, result
+
+FAST = ("sdxl", "flux")
+PARALLEL = ("asyncdiff", "distrifuser", "xdit")
+VISIBLE = 0.02
+"""Smallest change of any latent or pixel by which an option is seen to act."""
+
+
+def cells(name):
+    """Feature -> the parallel backends that have it for this type."""
+    spec = TABLE[name]
+    found = {}
+    for what in FEATURES:
+        found[what] = [backend for backend in PARALLEL if spec.supports(backend, what).status == "tested"]
+    return {what: backends for what, backends in found.items() if backends}
+
+
+def check_type(rank, world_size, name, wanted):
+    spec = TABLE[name]
+    backends = [backend for backend in PARALLEL if backend in spec.backends]
+    with_mesh = meshes(spec, backends, rank, world_size)
+    plain_pipe = loaded(spec)
+    plain = result(plain_pipe, request_for(spec))
+    for backend in backends:
+        compare(plain_pipe, with_mesh[backend], request_for(spec), plain, f"{name} {backend}")
+    for what, its_backends in wanted.items():
+        case = feature(what, spec)
+        pipe = loaded(spec, **case.load)
+        asked = request_for(spec, **case.request)
+        want = result(pipe, asked)
+        change = float((want - plain).abs().max())
+        assert (change > VISIBLE) == case.changes_result, f"{name} {what}: changes the result by {change:.1e}"
+        for backend in its_backends:
+            compare(pipe, with_mesh[backend], asked, want, f"{name} {what} {backend}")
+
+
+def compare(pipe, mesh, asked, want, label):
+    with attached(pipe, mesh):
+        got = result(pipe, asked)
+    limit = max(1e-5, 1e-4 * float(want.abs().max()), 1.01 / 255 if want.dim() == 4 and want.shape[-1] == 3 else 0)
+    difference = float((got - want).abs().max())
+    assert torch.isfinite(got).all() and difference <= limit, f"{label}: off by {difference:.1e}, allowed {limit:.1e}"
+    assert float((result(pipe, asked) - want).abs().max()) <= limit, f"{label}: detaching left something behind"
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in TABLE])
+def test_two_ranks_equal_one_device_with_every_feature(run_on_ranks, name):
+    wanted = cells(name)
+    prepare(TABLE[name], wanted)
+    run_on_ranks(check_type, 2, name, wanted)
