@@ -37,16 +37,16 @@ class Bands:
 
 
 @lru_cache(maxsize=256)
-def cut(total: int, weights: tuple[float, ...], unit: int = 1) -> Bands:
+def cut(total: int, weights: tuple[float, ...], unit: int = 1, *, what: str = "latent rows") -> Bands:
     """Cut `total` rows into len(weights) bands whose sizes are near the weights' shares and whose inner bounds divide by `unit`.
 
-    unit: a network that halves its resolution k times needs 2 ** k. PlanError if there are fewer units than bands.
+    unit: a network that halves its resolution k times needs 2 ** k. PlanError if there are fewer units than bands; `what` names them.
     """
     units = -(-total // unit)
     if units < len(weights):
         raise PlanError(
-            f"{total} latent rows cannot be cut into {len(weights)} bands: this model cuts at every {unit} rows, so at least "
-            f"{(len(weights) - 1) * unit + 1} rows are needed. Use a larger height or fewer ranks for patches."
+            f"{total} {what} cannot be cut into {len(weights)} bands: this model cuts at every {unit}, so at least "
+            f"{(len(weights) - 1) * unit + 1} are needed. Make a larger picture, or use fewer ranks for patches."
         )
     sizes = [1] * len(weights)
     for _ in range(units - len(weights)):
@@ -79,6 +79,10 @@ class Grid:
     def tokens(self, length: int) -> Bands:
         """Bands of tokens of a part with `length` tokens, row after row."""
         return self._found(self._tokens.get(length), f"{length} tokens")
+
+    def is_part(self, height: int, width: int) -> bool:
+        """Whether a (..., height, width) tensor is this rank's band already."""
+        return (height, width) in self._parts
 
     def whole(self, height: int, width: int) -> Bands:
         """Bands of rows of a whole (..., height, width) tensor, not cut yet."""

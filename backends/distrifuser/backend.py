@@ -1,5 +1,6 @@
 """DistriFuser: attaches bands to the denoiser and its ControlNets, and drives their step clock."""
 
+import inspect
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -13,10 +14,14 @@ from backends.distrifuser.modes import SYNC_MODES
 from backends.distrifuser.networks import BandedNetwork
 from backends.distrifuser.schedule import Schedule
 from backends.distrifuser.tensor import attach_shards, detach_shards
+from backends.errors import UnsupportedError
+from backends.guidance import cut_batch
+from backends.request import GenerateRequest
 
 logger = logging.getLogger(__name__)
 
 WHOLE_BATCH = "whole batch"
+OWN_HALF = "own half"
 
 
 class DistriFuserBackend(Backend):
@@ -29,6 +34,8 @@ class DistriFuserBackend(Backend):
         self._schedule = Schedule()
         self._networks: list[BandedNetwork] = []
         self._batch = 0
+        self._is_halved = False
+        self._latent_factor = 8
 
     def attach(self, pipe: Any) -> None:
         super().attach(pipe)
@@ -42,21 +49,38 @@ class DistriFuserBackend(Backend):
         if self.plan.options["parallelism"] == "tensor":
             attach_shards(denoiser, self.mesh)
             return
-        controlnets = _controlnets(pipe)
+        if self.mesh.axis("cfg").size > 1:
+            self.mesh.axis("cfg", "patch")  # the first use is collective
+        self._latent_factor = self.spec.upscale if self.spec.upscale > 1 else getattr(pipe, "vae_scale_factor", 8)
         self._networks = [
-            self._network(controlnet, name=f"controlnet {index}", choose_axis=self._patch_axis, gathers_output=False)
-            for index, controlnet in enumerate(controlnets)
+            self._network(controlnet, name=f"controlnet {index}", choose_axis=self._controlnet_axis, gathers_output=False)
+            for index, controlnet in enumerate(_controlnets(pipe))
         ]
-        self._networks.append(
-            self._network(denoiser, name="denoiser", choose_axis=self._denoiser_axis, has_banded_residuals=bool(controlnets))
-        )
         for network in self._networks:
             network.attach()
+            hooks.attach(network.network, OWN_HALF, self._own_half)
+        denoiser_network = self._network(denoiser, name="denoiser", choose_axis=self._denoiser_axis)
+        denoiser_network.attach()
+        self._networks.append(denoiser_network)
+
+    def check(self, run: Run) -> None:
+        """PlanError for a size that cannot be cut, UnsupportedError for a sampler whose values cannot be extrapolated."""
+        if not self._networks:
+            return
+        if self.plan.options["extrapolate"] and run.order > 1:
+            raise UnsupportedError(
+                f"extrapolate=true cannot follow a sampler that asks the model {run.order} times per step, because its questions do not "
+                "follow one line in time. Use a sampler with one evaluation per step, or start the host without extrapolate."
+            )
+        factor = self._latent_factor * (2 if self.spec.latents == "packed" else 1)
+        self._networks[-1].require_size(run.height // factor, run.width // factor, self._most_bands(run.request))
 
     def detach_denoiser(self, pipe: Any, denoiser: nn.Module) -> None:
         if self.plan.options["parallelism"] == "tensor":
             detach_shards(denoiser, self.mesh)
         for network in reversed(self._networks):
+            if OWN_HALF in hooks.attached(network.network):
+                hooks.detach(network.network, OWN_HALF)
             network.detach()
         self._networks = []
 
@@ -103,15 +127,44 @@ class DistriFuserBackend(Backend):
         self._batch = first.shape[0]
         return forward(*args, **kwargs)
 
-    def _patch_axis(self, batch: int) -> tuple[Axis, tuple[float, ...]]:
+    def _patch_axis(self) -> tuple[Axis, tuple[float, ...]]:
         return self.mesh.axis("patch"), self.plan.options["patch_weights"]
 
-    def _denoiser_axis(self, batch: int) -> tuple[Axis, tuple[float, ...]]:
-        """The patch ranks; where the CFG split could not cut the batch, the ranks of both its halves."""
-        axis, weights = self._patch_axis(batch)
-        if batch == self._batch and self.mesh.axis("cfg").size > 1:
-            return self.mesh.axis("cfg", "patch"), weights * self.mesh.axis("cfg").size
-        return axis, weights
+    def _all_ranks(self) -> tuple[Axis, tuple[float, ...]]:
+        """Of both halves of the CFG split, for a call whose batch cannot be split."""
+        return self.mesh.axis("cfg", "patch"), self.plan.options["patch_weights"] * self.mesh.axis("cfg").size
+
+    def _denoiser_axis(self, arguments: Mapping[str, Any]) -> tuple[Axis, tuple[float, ...]]:
+        was_split = _batch_of(arguments) != self._batch
+        return self._patch_axis() if was_split or self.mesh.axis("cfg").size == 1 else self._all_ranks()
+
+    def _controlnet_axis(self, arguments: Mapping[str, Any]) -> tuple[Axis, tuple[float, ...]]:
+        """The ranks that the denoiser's call will have, which takes the residuals as bands."""
+        if arguments.get("guess_mode"):  # one half of what the denoiser gets, so nothing is known of its batch: whole on every rank
+            return self.mesh.axis(), (1.0,)
+        is_half = self.mesh.axis("cfg").size == 1 or self._is_halved
+        return self._patch_axis() if is_half else self._all_ranks()
+
+    def _own_half(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Around a ControlNet: where the denoiser's batch will be split, only the residuals of this rank's half are needed."""
+        named = inspect.signature(forward).bind(*args, **kwargs).arguments
+        parts, batch = self.mesh.axis("cfg").size, _batch_of(named)
+        self._is_halved = parts > 1 and batch % parts == 0
+        if self._is_halved and not named.get("guess_mode") and self.spec.output == "image":
+            part = self.mesh.axis("cfg").rank
+            hint = named["controlnet_cond"].chunk(parts)[part]
+            named = {**cut_batch(named, batch, parts=parts, part=part), "controlnet_cond": hint}
+        return forward(**named)
+
+    def _most_bands(self, request: GenerateRequest) -> tuple[float, ...]:
+        """Weights of the ranks that share a call: those of both halves of the CFG split, if guidance is off."""
+        is_guided = self.spec.guidance == "cfg" and (request.guidance_scale is None or request.guidance_scale > 1)
+        halves = 1 if is_guided else self.plan.degree("cfg")
+        return self.plan.options["patch_weights"] * halves
+
+
+def _batch_of(arguments: Mapping[str, Any]) -> int:
+    return next(iter(arguments.values())).shape[0]
 
 
 def _controlnets(pipe: Any) -> list[nn.Module]:

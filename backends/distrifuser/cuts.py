@@ -25,7 +25,7 @@ def part_of(tensor: Tensor, bands: Bands, band: int, dim: int) -> Tensor:
 class RowCut:
     """A UNet or ControlNet: rows are dim -2 of every spatial tensor (also of videos). The resolution is halved `halvings` times.
 
-    residuals: arguments holding ControlNet residuals, one tensor (or a list) at any of the resolutions.
+    residuals: arguments holding ControlNet residuals, one tensor (or a list) at any of the resolutions, whole or bands already.
     hint_doublings: how often the ControlNet's picture is twice as large as the latents.
     """
 
@@ -36,7 +36,11 @@ class RowCut:
     image_tokens: ImageTokens = "all"
 
     def bands(self, sample: Tensor, weights: tuple[float, ...], dim: int = -2) -> Bands:
-        return cut(sample.shape[dim], weights, 2**self.halvings)
+        return self.bands_of(*sample.shape[-2:], weights, dim)
+
+    def bands_of(self, height: int, width: int, weights: tuple[float, ...], dim: int = -2) -> Bands:
+        """Of latents of this size. PlanError if there are too few rows (columns) for the ranks."""
+        return cut(height if dim == -2 else width, weights, 2**self.halvings, what="latent rows" if dim == -2 else "latent columns")
 
     def grid(self, sample: Tensor, bands: Bands, band: int, dim: int = -2) -> Grid:
         return Grid(bands, sample.shape[_other(dim)], band=band, halvings=self.halvings, doublings=self.hint_doublings)
@@ -60,7 +64,8 @@ def _other(dim: int) -> int:
 
 def _cut_residuals(value: Any, grid: Grid, dim: int) -> Any:
     if isinstance(value, Tensor):
-        return part_of(value, grid.whole(value.shape[dim], value.shape[_other(dim)]), grid.band, dim)
+        size = value.shape[dim], value.shape[_other(dim)]
+        return value if grid.is_part(*size) else part_of(value, grid.whole(*size), grid.band, dim)
     return type(value)(_cut_residuals(item, grid, dim) for item in value)
 
 
@@ -79,8 +84,13 @@ class TokenCut:
 
     def bands(self, sample: Tensor, weights: tuple[float, ...], patch_size: int) -> Bands:
         """Of the picture's tokens; any number of them may be in a band."""
-        num_tokens = sample.shape[1] if self.embedding is None else (sample.shape[-2] // patch_size) * (sample.shape[-1] // patch_size)
-        return cut(num_tokens, weights)
+        if self.embedding is None:
+            return cut(sample.shape[1], weights, what="tokens")
+        return self.bands_of(*sample.shape[-2:], weights, patch_size)
+
+    def bands_of(self, height: int, width: int, weights: tuple[float, ...], patch_size: int) -> Bands:
+        """Of latents of this size. PlanError if there are fewer tokens than ranks."""
+        return cut((height // patch_size) * (width // patch_size), weights, what="tokens")
 
     def arguments(self, arguments: Mapping[str, Any], line: Line, bands: Bands) -> dict[str, Any]:
         """The network's arguments for this band."""

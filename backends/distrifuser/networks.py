@@ -1,7 +1,6 @@
 """One network of a pipeline under patch parallelism: a denoiser, or a ControlNet that gives it its residuals."""
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,6 +13,9 @@ from backends.distrifuser.cuts import RowCut, TokenCut, cut_of, join, named_argu
 from backends.distrifuser.modes import SyncMode
 from backends.distrifuser.schedule import Schedule
 from backends.distrifuser.stale import CallMemory
+
+_DIMS = {"row": (-2,), "col": (-1,), "alternate": (-2, -1)}
+ChooseAxis = Callable[[Mapping[str, Any]], tuple[Axis, tuple[float, ...]]]
 
 NAME = "patches"
 TOKENS = "patch tokens"
@@ -30,16 +32,14 @@ class BandedNetwork:
         mesh: Mesh,
         mode: SyncMode,
         schedule: Schedule,
-        choose_axis: Callable[[int], tuple[Axis, tuple[float, ...]]],
+        choose_axis: ChooseAxis,
         extrapolates: bool = False,
         naive_scheme: str | None = None,
-        has_banded_residuals: bool = False,
         gathers_output: bool = True,
     ) -> None:
-        """choose_axis: batch -> the ranks that share a call with this batch, and their weights.
+        """choose_axis: a call's arguments by name -> the ranks that share the call, and their weights.
 
-        naive_scheme: exchange nothing at all, and cut in this way (row, col, alternate).
-        has_banded_residuals: ControlNet residuals come as bands already. gathers_output: False leaves the output as bands.
+        naive_scheme: exchange nothing at all, and cut in this way (row, col, alternate). gathers_output: False leaves the output as bands.
         """
         self.network = network
         self.name = name
@@ -48,8 +48,6 @@ class BandedNetwork:
         self._naive_scheme = naive_scheme
         self._gathers_output = gathers_output
         self._cut = cut_of(network)
-        if has_banded_residuals and isinstance(self._cut, RowCut):
-            self._cut = replace(self._cut, residuals=())
         self._band_mode = BandMode(image_tokens=self._cut.image_tokens)
         self._memories: dict[tuple[str, int], CallMemory] = {}
         self._call: _Call | None = None
@@ -70,6 +68,14 @@ class BandedNetwork:
                 hooks.detach(getattr(self.network, self._cut.embedding), TOKENS)
         detach_attention(self.network)
 
+    def require_size(self, height: int, width: int, weights: tuple[float, ...]) -> None:
+        """PlanError if latents of this size cannot be cut for these ranks. height, width: of what the network patches."""
+        if isinstance(self._cut, TokenCut):
+            self._cut.bands_of(height, width, weights, self.network.config.patch_size)
+            return
+        for dim in _DIMS[self._naive_scheme or "row"]:
+            self._cut.bands_of(height, width, weights, dim)
+
     def reset(self) -> None:
         """A generation begins or ends: wait for what is under way, forget all values."""
         self._call = None
@@ -83,7 +89,7 @@ class BandedNetwork:
     def _around(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         arguments = named_arguments(self.network, args, kwargs)
         sample = next(iter(arguments.values()))
-        axis, weights = self._choose_axis(sample.shape[0])
+        axis, weights = self._choose_axis(arguments)
         if axis.size == 1:
             return forward(**arguments)
         if self._naive_scheme is not None:

@@ -1,0 +1,54 @@
+"""Times the VAE decode: one rank against all ranks together (backends/vae.py), as a part of benchmarks/parallel.py."""
+
+import statistics
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from backends.distributed import Mesh, gather_outcomes
+from backends.plan import ParallelPlan
+from backends.vae import attach_band_decode, detach_band_decode
+from benchmarks.closeness import psnr
+from benchmarks.machine import Clock
+from benchmarks.models import SEED, sdxl_like_vae
+
+
+def measure_decode(rank: int, world_size: int, *, side: int, rounds: int) -> dict[str, Any]:
+    """Seconds per decode of `side` x `side` latents, alone and together in turn; ratios are medians over the rounds. On every rank."""
+    vae = sdxl_like_vae()
+    latents = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(SEED))
+    mesh = Mesh(ParallelPlan(method="benchmark", axes=(("patch", world_size),)), rank=rank, device=torch.device("cpu"))
+    rows = []
+    wanted: Tensor | None = None
+    try:
+        for _ in range(rounds):
+            alone, wanted = _decode(vae, latents) if rank == 0 else (None, None)
+            alone = gather_outcomes(alone)[0]
+            mesh.traffic.reset()
+            attach_band_decode(vae, mesh)
+            dist.barrier()
+            together, got = _decode(vae, latents)
+            detach_band_decode(vae)
+            rows.append((alone, max(gather_outcomes(together)), mesh.traffic.sent_bytes, mesh.traffic.wait_s))
+    finally:
+        mesh.destroy()
+    figures = {
+        "latents": list(latents.shape),
+        "single_s": round(statistics.median(row[0] for row in rows), 4),
+        "together_s": round(statistics.median(row[1] for row in rows), 4),
+        "ratio": round(statistics.median(row[0] / row[1] for row in rows), 3),
+        "ratio_by_best": round(min(row[0] for row in rows) / min(row[1] for row in rows), 3),
+        "sent_mb": round(rows[-1][2] / 1e6, 3),
+        "wait_s": round(statistics.median(row[3] for row in rows), 4),
+    }
+    if wanted is not None:
+        figures |= {"psnr_db": psnr(got, wanted), "max_difference": float((got - wanted).abs().max())}
+    return figures
+
+
+def _decode(vae: Any, latents: Tensor) -> tuple[float, Tensor]:
+    start = Clock.now()
+    pixels = vae.decode(latents, return_dict=False)[0]
+    return Clock.now().since(start).wall_s, pixels
