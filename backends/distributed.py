@@ -173,6 +173,12 @@ def all_gather(tensor: Tensor, *, dim: int, axis: Axis) -> Tensor:
     return torch.cat(shards, dim=dim)
 
 
+def broadcast(tensor: Tensor, *, source: int, axis: Axis) -> None:
+    """Rank `source` of the axis overwrites everyone's tensor with its own. Blocks until this rank's is complete."""
+    if axis.group is not None:
+        dist.broadcast(tensor, src=axis.ranks[source], group=axis.group)
+
+
 def broadcast_command(command: object) -> object:
     """Rank 0's command to every rank over the control group; followers pass anything and get rank 0's."""
     if not dist.is_initialized() or dist.get_world_size() == 1:

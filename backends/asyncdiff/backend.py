@@ -17,11 +17,11 @@ from backends.asyncdiff.exchange import Exchange
 from backends.asyncdiff.generation import Generation
 from backends.asyncdiff.schedule import Place, num_synchronous_evaluations, num_synchronous_steps
 from backends.asyncdiff.segments import Segments, choose_segments
-from backends.asyncdiff.shard import ShardedWeights, weight_bytes
 from backends.asyncdiff.trace import time_units, trace
-from backends.asyncdiff.units import Layout, UnitHooks
+from backends.asyncdiff.units import Layout, UnitHooks, find_units
 from backends.base import Backend, Run
 from backends.distributed import Mesh
+from backends.kept_weights import KeptWeights, weight_bytes
 from backends.model_table import ModelSpec
 from backends.plan import ParallelPlan
 
@@ -43,7 +43,7 @@ class AsyncDiffBackend(Backend):
         self.costs_of: CostsOf = time_units
         self.segments: Segments | None = None
         self._hooks: UnitHooks | None = None
-        self._sharded: ShardedWeights | None = None
+        self._sharded: KeptWeights | None = None
         self._generation: Generation | None = None
         self._report: dict[str, object] = {}
 
@@ -55,6 +55,12 @@ class AsyncDiffBackend(Backend):
         self._denoiser = denoiser
         self._hooks = UnitHooks(denoiser)
         hooks.attach(denoiser, NAME, self._around(denoiser))
+
+    def compile_regions(self, denoiser: nn.Module) -> list[nn.Module]:
+        """Units are computed whole or not at all, so each may be a graph of its own."""
+        if self.mesh.axis("segment").size == 1:
+            return super().compile_regions(denoiser)
+        return [unit for unit in find_units(denoiser).values() if any(True for _ in unit.children())]
 
     def detach_denoiser(self, pipe: Any, denoiser: nn.Module) -> None:
         if self._hooks is None:
@@ -112,7 +118,7 @@ class AsyncDiffBackend(Backend):
             if self.segments is None:
                 self.segments = self._learn(lambda: forward(**_copy_lists(arguments)), arguments[names[0]])
                 if self.plan.options["shard_weights"]:
-                    self._sharded = ShardedWeights(self._hooks.modules, self.segments, segment=self._place().segment)
+                    self._sharded = self._keep_own_segment(self.segments)
             return self._generation.evaluate(self._hooks, self.segments, forward, arguments, names[0])
 
         return around
@@ -129,6 +135,11 @@ class AsyncDiffBackend(Backend):
             bounds.copy_(torch.tensor(segments.bounds))
         dist.broadcast(bounds, src=0, group=self.mesh.axis("cfg", "segment").group)
         return Segments(layout, tuple(bounds.tolist()))
+
+    def _keep_own_segment(self, segments: Segments) -> KeptWeights:
+        units = segments.layout.units
+        parts = [[self._hooks.modules[units[unit].name] for unit in segments.units(segment)] for segment in range(segments.num_segments)]
+        return KeptWeights(parts, kept=self._place().segment)
 
     def _costs(self, call: Callable[[], Any], layout: Layout) -> list[float]:
         """Sharded weights are there to fit: then it is bytes that must be even."""

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from backends import hooks
 from backends.distributed import Axis, Mesh
 from backends.errors import UnsupportedError
-from backends.xdit.exchange import heads_for_tokens, plain_attention, ring_attention, tokens_for_heads
+from backends.xdit.exchange import heads_for_tokens, own_heads, plain_attention, ring_attention, tokens_for_heads
 from backends.xdit.families import Family
 from backends.xdit.layout import Layout
 from backends.xdit.stale import StaleKeys
@@ -77,31 +77,41 @@ class SpreadAttention:
         return self._attend_to_all(path, is_joint, query, key, value, scale)
 
     def _attend_to_image_prompt(self, path: str, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """The second attention of an IP-Adapter: its keys are whole on every rank."""
-        if self._family.image_prompt_keys == "after image":
-            raise UnsupportedError(
-                f"{path} attends to image and image prompt together, which xdit's sequence and pipeline parallelism cannot spread. "
-                "Use --use_cfg_parallel alone for an IP-Adapter with this model type."
-            )
-        return plain_attention(query, key, value, scale=scale)
+        """The second attention of an IP-Adapter: to its keys, whole on every rank, and in some families to all image tokens before them."""
+        if self._family.image_prompt_keys == "alone":
+            return plain_attention(query, key, value, scale=scale)
+        own, prompt = zip(*(tensor.tensor_split([query.shape[2]], dim=2) for tensor in (key, value)), strict=True)
+        return self._attend_to_all(f"{path} image prompt", False, query, *own, scale, prompt)
 
-    def _attend_to_all(self, path: str, is_joint: bool, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    def _attend_to_all(
+        self,
+        path: str,
+        is_joint: bool,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float | None,
+        whole: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """whole: further keys and values (B, H, K, D) that are not spread over ranks."""
         assert self.current is not None
         ulysses, ring, traffic = self._mesh.axis("ulysses"), self._mesh.axis("ring"), self._mesh.traffic
         num_heads = query.shape[1]
         lengths = self._lengths(is_joint, ulysses, ring.rank)
         if ulysses.size > 1:
             query, key, value = tokens_for_heads((query, key, value), lengths=lengths, axis=ulysses, traffic=traffic)
+            whole = own_heads(whole, axis=ulysses) if whole else None
         if self.current.stale is not None:
             key, value = self._with_stale(self.current.stale, path, is_joint, key, value)
         if ring.size > 1:
             totals = [sum(self._lengths(is_joint, ulysses, rank, all_patches=True)) for rank in range(ring.size)]
-            output = ring_attention(query, key, value, lengths=totals, axis=ring, traffic=traffic, scale=scale)
+            output = ring_attention(query, key, value, lengths=totals, axis=ring, traffic=traffic, scale=scale, whole=whole)
         else:
+            key, value = (torch.cat(pair, dim=2) for pair in zip((key, value), whole, strict=True)) if whole else (key, value)
             output = plain_attention(query, key, value, scale=scale)
         if ulysses.size > 1:
             output = heads_for_tokens(output, num_heads=num_heads, lengths=lengths, axis=ulysses, traffic=traffic)
-        return output
+        return output.transpose(1, 2).contiguous().transpose(1, 2)  # laid out as torch's operator does it: some processors view it so
 
     def _lengths(self, is_joint: bool, ulysses: Axis, ring_rank: int, *, all_patches: bool = False) -> list[int]:
         """Tokens of each Ulysses rank beside ring rank `ring_rank`: in this pass, or of all patches that are remembered."""

@@ -8,6 +8,7 @@ from backends.base import Backend, Run
 from backends.errors import RequestError
 from backends.guidance import attach_batch_split, detach_batch_split
 from backends.xdit.stages import PipeFusion
+from backends.xdit.tensor import TensorParallel
 from backends.xdit.tokens import SequenceParallel
 
 
@@ -16,8 +17,12 @@ class XDiTBackend(Backend):
 
     name: ClassVar[str] = "xdit"
     _method: SequenceParallel | PipeFusion | None = None
+    _tensor: TensorParallel | None = None
 
     def attach_denoiser(self, pipe: Any, denoiser: nn.Module) -> None:
+        if self.plan.degree("tensor") > 1:
+            self._tensor = TensorParallel(denoiser, self.mesh)
+            self._tensor.attach()
         if self.plan.degree("stage") > 1:
             options = self.plan.options
             self._method = PipeFusion(
@@ -34,6 +39,9 @@ class XDiTBackend(Backend):
         if self._method is not None:
             self._method.detach()
             self._method = None
+        if self._tensor is not None:
+            self._tensor.detach()
+            self._tensor = None
 
     def check(self, run: Run) -> None:
         if isinstance(self._method, PipeFusion) and run.request.warmup_steps == 0:

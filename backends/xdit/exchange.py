@@ -29,6 +29,11 @@ def tokens_for_heads(tensors: Sequence[Tensor], *, lengths: Sequence[int], axis:
     return torch.cat(incoming, dim=3).unbind(0)
 
 
+def own_heads(tensors: Sequence[Tensor], *, axis: Axis) -> tuple[Tensor, ...]:
+    """The heads that this rank has after `tokens_for_heads`, of tensors (B, H, S, D) that are whole on every rank."""
+    return tuple(tensor.split(sizes(tensor.shape[1], axis.size), dim=1)[axis.rank] for tensor in tensors)
+
+
 def heads_for_tokens(tensor: Tensor, *, num_heads: int, lengths: Sequence[int], axis: Axis, traffic: Traffic) -> Tensor:
     """The way back. tensor: (B, H_own, sum(lengths), D). Returns (B, num_heads, lengths[axis.rank], D)."""
     outgoing = [part.reshape(-1) for part in tensor.split(list(lengths), dim=2)]
@@ -57,15 +62,24 @@ def gather_tokens(tokens: Tensor, *, lengths: Sequence[int], axis: Axis, traffic
 
 
 def ring_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, lengths: Sequence[int], axis: Axis, traffic: Traffic, scale: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    lengths: Sequence[int],
+    axis: Axis,
+    traffic: Traffic,
+    scale: float | None,
+    whole: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """Attention of this rank's queries (B, H, S, D) to the keys and values of all ranks, which travel around the ring.
 
-    key, value: (B, H, lengths[axis.rank], D). Returns (B, H, S, D). The next block is on its way while this one is computed; parts are
-    merged in float32 by their log-sum-exp. Source: Ring Attention, arXiv:2310.01889, section 3.
+    key, value: (B, H, lengths[axis.rank], D). whole: further keys and values, the same on every rank. Returns (B, H, S, D).
+    The next block is on its way while this one is computed; parts are merged in float32 by their log-sum-exp.
+    Source: Ring Attention, arXiv:2310.01889, section 3.
     """
     block = torch.stack((key, value))
-    merged: tuple[Tensor, Tensor] | None = None
+    merged = attention_with_lse(query, *whole, scale=scale) if whole else None
     for step in range(axis.size):
         owner = (axis.rank - step) % axis.size
         pending, arriving = [], None

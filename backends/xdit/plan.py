@@ -20,13 +20,15 @@ SETTINGS = {
 }
 """Axis, outermost first -> the setting that gives its degree. Ulysses talks most, so its ranks are neighbours."""
 
+TENSOR_PLANS = frozenset({"FluxTransformer2DModel"})
+"""Denoiser classes of the model table that diffusers has a tensor plan (`_tp_plan`) for; a test compares."""
+
 PATCHES_PER_STAGE = 4
 DEFAULT_WARMUP_STEPS = 1
 
 IGNORED = {
     "use_teacache": "its threshold would be compared with a part of the picture on each rank, so that ranks disagree on what to skip",
     "use_fbcache": "its threshold would be compared with a part of the picture on each rank, so that ranks disagree on what to skip",
-    "use_parallel_vae": "every rank decodes the whole picture",
     "use_fast_attn": "it needs a calibration for each model",
     "use_fp8_t5_encoder": "text encoders are quantised by --quantize_encoder_to=float8",
     "no_use_resolution_binning": "sizes are never changed to those of a list",
@@ -67,6 +69,7 @@ class _Shape:
     num_heads: int | None = None
     num_blocks: int | None = None
     crosses_skips: bool = False
+    has_tensor_plan: bool | None = None
 
     @classmethod
     def of(cls, spec: ModelSpec, options: Mapping[str, object]) -> "_Shape":
@@ -79,6 +82,7 @@ class _Shape:
             num_heads=config.get("num_attention_heads"),
             num_blocks=config.get("num_layers", 0) + config.get("num_single_layers", 0) or None,
             crosses_skips=config.get("_class_name") == "HunyuanDiT2DModel",
+            has_tensor_plan=config["_class_name"] in TENSOR_PLANS if "_class_name" in config else None,
         )
 
 
@@ -188,10 +192,15 @@ def _problem(spec: ModelSpec, shape: _Shape, degrees: Mapping[str, int]) -> str 
         return f"type {spec.name!r} has a UNet, which xdit runs with CFG and data parallelism only."
     if degrees["cfg"] > 1 and spec.guidance != "cfg":
         return f"use_cfg_parallel is not available for type {spec.name!r}: its guidance is {spec.guidance}, there are no two halves."
-    if degrees["tensor"] > 1:
-        return "tensor_parallel_degree is not available: it would change the weights in place, so that no adapter can be loaded after it."
-    if shape.num_heads is not None and degrees["ulysses"] > shape.num_heads:
-        return f"ulysses_degree={degrees['ulysses']} is more than the {shape.num_heads} attention heads: ranks would have nothing to do."
+    if degrees["tensor"] > 1 and shape.has_tensor_plan is False:
+        return f"tensor_parallel_degree is not available for type {spec.name!r}: diffusers has no tensor plan for its transformer."
+    if shape.num_heads is not None and shape.num_heads % degrees["tensor"]:
+        return f"tensor_parallel_degree={degrees['tensor']} does not divide the {shape.num_heads} attention heads."
+    if degrees["tensor"] > 1 and degrees["stage"] > 1:
+        return "tensor_parallel_degree and pipefusion_parallel_degree both give up weights, and are not available together."
+    num_heads = shape.num_heads // degrees["tensor"] if shape.num_heads is not None else degrees["ulysses"]
+    if degrees["ulysses"] > num_heads:
+        return f"ulysses_degree={degrees['ulysses']} is more than the {num_heads} attention heads: ranks would have nothing to do."
     if degrees["stage"] > 1 and shape.crosses_skips:
         return f"pipefusion_parallel_degree is not available for type {spec.name!r}: its late blocks take in what early ones gave out."
     if shape.num_blocks is not None and degrees["stage"] > shape.num_blocks:

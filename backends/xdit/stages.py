@@ -12,6 +12,7 @@ this step has left the last one; here a step ends with its prediction, because g
 whole latents (callbacks, progress and cancelling depend on it). More patches make up for it.
 """
 
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from backends import hooks
 from backends.distributed import Mesh
 from backends.errors import HostError, PlanError, UnsupportedError
 from backends.guidance import cut_batch
+from backends.kept_weights import KeptWeights
 from backends.xdit.attention import Pass
 from backends.xdit.layout import Layout, sizes
 from backends.xdit.link import StageLink
@@ -52,7 +54,7 @@ class _Part:
 
 
 class PipeFusion:
-    """Attached to one denoiser; this rank keeps the weights of its own stage's blocks only, for good."""
+    """Attached to one denoiser; until it is detached this rank keeps the weights of its own stage's blocks only."""
 
     def __init__(self, denoiser: nn.Module, mesh: Mesh, *, num_patches: int, blocks_per_stage: tuple[int, ...] | None) -> None:
         self._cut = TokenCut(denoiser, mesh, collect=self._collect)
@@ -66,6 +68,7 @@ class PipeFusion:
             )
         self._blocks = [block for name in self._cut.family.blocks for block in getattr(denoiser, name)]
         self._bounds = stage_bounds(len(self._blocks), mesh.axis("stage").size, blocks_per_stage)
+        self._weights: KeptWeights | None = None
         self._warmup_steps = 1
         self._step = 0
         self._calls = 0
@@ -83,16 +86,20 @@ class PipeFusion:
             else:
                 sends = index == self._bounds[stage + 1]
                 hooks.attach(block, NAME, self._send_and_skip if sends else self._skip)
-                give_up_weights(block)
+        parts = [self._blocks[start:stop] for start, stop in itertools.pairwise(self._bounds)]
+        self._weights = KeptWeights(parts, kept=stage)
         hooks.attach(self._denoiser, NAME, self._call)
 
     def detach(self) -> None:
-        """Take the hooks off. The blocks of other stages stay without weights: load the pipeline again to use it otherwise."""
+        """Take the hooks off and fetch the other stages' weights. Collective, like attach."""
         hooks.detach(self._denoiser, NAME)
         for block in self._blocks:
             if NAME in hooks.attached(block):
                 hooks.detach(block, NAME)
         self._cut.detach()
+        if self._weights is not None:
+            self._weights.restore(self._mesh.axis("stage"))
+            self._weights = None
 
     def begin(self, warmup_steps: int) -> None:
         """warmup_steps: denoiser evaluations to run synchronously, at least 1."""
@@ -217,9 +224,3 @@ def stage_bounds(num_blocks: int, num_stages: int, blocks_per_stage: tuple[int, 
             f"Allowed: {num_stages} numbers from 1, together {num_blocks}."
         )
     return tuple(sum(per_stage[:stage]) for stage in range(num_stages + 1))
-
-
-def give_up_weights(block: nn.Module) -> None:
-    """Free the memory of a block that another stage runs. Its layers stay, so that names, hooks and adapters find them."""
-    for tensor in (*block.parameters(), *block.buffers()):
-        tensor.data = tensor.data.new_empty(0)

@@ -1,11 +1,12 @@
 """What the xdit tests run on every rank: a pipeline on the mesh of some degrees, beside plain diffusers."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from backends.base import Run
@@ -29,8 +30,8 @@ def attached(pipe: Any, name: str, rank: int, world_size: int, **options: object
     backend.attach(pipe)
     try:
         yield backend
+        backend.detach(pipe)  # collective, so not after a failure of one rank
     finally:
-        backend.detach(pipe)
         mesh.destroy()
 
 
@@ -60,6 +61,13 @@ def generated(
     finally:
         del scheduler.step
         backend.end()
+
+
+def from_rank_zero(compute: Callable[[], Any]) -> Any:
+    """What one rank computes, on all: references need no second opinion, and the cores are few."""
+    box = [compute() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(box)
+    return box[0]
 
 
 def run_of(*, size: int = 64, steps: int = 3, **fields: Any) -> Run:

@@ -7,7 +7,7 @@ from backends import hooks
 from backends.distributed import Mesh
 from backends.errors import CancelledError, PlanError, RequestError, UnsupportedError
 from backends.xdit.stages import PipeFusion, stage_bounds
-from tests.backends.xdit.ranks import assert_close, attached, generated, latents_of, run_of
+from tests.backends.xdit.ranks import assert_close, attached, from_rank_zero, generated, latents_of, run_of
 from tests.backends.xdit.simulation import simulate
 from tests.checkpoints import SD35_MEDIUM, load
 
@@ -30,19 +30,18 @@ def simulated(name, variant, size):
 
 
 def check_matches_simulation(rank, world_size, name, variant, sets):
-    whole = load(name, **variant)
-    single = {size: latents_of(whole, name, size=size, steps=STEPS) for size in (64, 80)}
-    stale = {size: simulated(name, variant, size) for size in (64, 80)}
-    assert (single[64] - stale[64]).abs().max() > 1e-3 * single[64].abs().max()  # staleness shows, so the test can fail
+    pipe = load(name, **variant)
+    single = from_rank_zero(lambda: latents_of(pipe, name, steps=STEPS))
+    stale = from_rank_zero(lambda: {size: simulated(name, variant, size) for size in (64, 80)})
+    assert (single - stale[64]).abs().max() > 1e-3 * single.abs().max()  # staleness shows, so the test can fail
     for options in sets:
         if options.get("use_cfg_parallel") and name == "flux":
             continue
-        pipe = load(name, **variant)
         with attached(pipe, name, rank, world_size, **options, **LATE_STEPS) as backend:
             for size in (64, 80):
                 assert_close(generated(backend, pipe, name, size=size, steps=STEPS), stale[size], (options, size))
             synchronous = generated(backend, pipe, name, steps=STEPS, warmup_steps=STEPS)
-            assert_close(synchronous, single[64], (options, "all steps synchronous"))
+            assert_close(synchronous, single, (options, "all steps synchronous"))
 
 
 @pytest.mark.parametrize("case", TYPES)
@@ -50,7 +49,7 @@ def test_two_stages_match_the_simulation(run_on_ranks, case):
     run_on_ranks(check_matches_simulation, 2, *TYPES[case], ON_2)
 
 
-@pytest.mark.parametrize("case", TYPES)
+@pytest.mark.parametrize("case", ["sd3", *(pytest.param(case, marks=pytest.mark.slow) for case in TYPES if case != "sd3")])
 def test_four_ranks_with_stages_match_the_simulation(run_on_ranks, case):
     run_on_ranks(check_matches_simulation, 4, *TYPES[case], ON_4)
 
@@ -64,19 +63,22 @@ def check_weights(rank, world_size, name):
     whole = held_bytes(pipe.transformer)
     blocks = list(pipe.transformer.transformer_blocks)
     in_blocks = [held_bytes(block) for block in blocks]
+    want = from_rank_zero(lambda: latents_of(pipe, name, steps=2))
     with attached(pipe, name, rank, world_size, pipefusion_parallel_degree=world_size):
         mine = in_blocks[len(blocks) * rank // world_size : len(blocks) * (rank + 1) // world_size]
         assert held_bytes(pipe.transformer) == whole - sum(in_blocks) + sum(mine)
         assert sum(mine) < 1.2 * sum(in_blocks) / world_size
+    assert held_bytes(pipe.transformer) == whole
+    assert_close(latents_of(pipe, name, steps=2), want, "the other stages' weights are back")
 
 
-@pytest.mark.parametrize(("name", "world_size"), [("sd3", 2), ("pixa", 4)])
+@pytest.mark.parametrize(("name", "world_size"), [("sd3", 2), pytest.param("pixa", 4, marks=pytest.mark.slow)])
 def test_a_rank_keeps_the_weights_of_its_own_stage_only(run_on_ranks, name, world_size):
     run_on_ranks(check_weights, world_size, name)
 
 
 def check_blocks_per_stage(rank, world_size):
-    want = simulated("sd3", {}, 64)
+    want = from_rank_zero(lambda: simulated("sd3", {}, 64))
     pipe = load("sd3")
     options = {"pipefusion_parallel_degree": 2, "attn_layer_num_for_pp": "3,1", **LATE_STEPS}
     with attached(pipe, "sd3", rank, world_size, **options) as backend:
@@ -95,10 +97,8 @@ class StopHereError(Exception):
 def check_interruptions(rank, world_size, options):
     """A cancelled job, a failure on all ranks and one inside a pass on one rank are followed by a right picture."""
     pipe = load("sd3")
-    reference = load("sd3")
-    if "pipefusion_parallel_degree" in options:
-        simulate(reference.transformer, "sd3", num_patches=3, warmup_steps=1)
-    want = latents_of(reference, "sd3", steps=STEPS)
+    is_stale = "pipefusion_parallel_degree" in options
+    want = from_rank_zero(lambda: simulated("sd3", {}, 64) if is_stale else latents_of(pipe, "sd3", steps=STEPS))
 
     def cancel(pipe, step, timestep, kwargs):
         if step == 1:
@@ -121,13 +121,13 @@ def check_interruptions(rank, world_size, options):
             return forward(*args, **kwargs)
 
         hooks.attach(block, "failure", fail)
-        with pytest.raises((StopHereError, RuntimeError)) as caught:
-            try:
-                generated(backend, pipe, "sd3", steps=STEPS)
-            except Exception:
-                backend.mesh.destroy()  # as a host does: it wakes the ranks that wait for this one
-                raise
-        assert isinstance(caught.value, StopHereError) == (rank == 1)
+        failure = None
+        try:
+            generated(backend, pipe, "sd3", steps=STEPS)
+        except (StopHereError, RuntimeError) as error:
+            failure = type(error)  # the error itself would keep frames alive, and with them the group that others wait in
+        backend.mesh.destroy()  # as a host does: it wakes the ranks that wait for this one
+        assert failure is not None and (failure is StopHereError) == (rank == 1)
         hooks.detach(block, "failure")
         torch.distributed.barrier()
         backend.mesh.rebuild()
