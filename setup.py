@@ -27,6 +27,7 @@ setup(
     python_requires=">=3.11",
     py_modules=["launcher"],
     packages=find_packages(include=["hosts", "hosts.*", "backends", "backends.*"]),
+    package_data={"hosts": ["page/*"]},
     cmdclass={"build_py": BuildWithTable},
     entry_points={"console_scripts": ["diffusion-launcher=launcher:main"]},
     install_requires=[
@@ -50,6 +51,9 @@ setup(
     extras_require={
         "options": ["bitsandbytes", "compel", "gguf"],
         "video": ["imageio", "imageio-ffmpeg"],
-        "test": ["pytest", "pytest-timeout", "hypothesis", "requests", "ruff", "imageio", "imageio-ffmpeg"],
+        "test": [
+            "pytest", "pytest-timeout", "hypothesis", "requests", "ruff", "imageio", "imageio-ffmpeg",
+            "openai", "openapi-spec-validator", "selenium",
+        ],  # fmt: skip
     },
 )

@@ -19,7 +19,7 @@ from backends.errors import (
     UnsupportedError,
 )
 from backends.model_table import ModelSpec
-from hosts import api, routes
+from hosts import api, pages, routes
 from hosts.compat import routes as compat_routes
 from hosts.jobs import JobQueue
 from hosts.settings import Settings
@@ -60,6 +60,7 @@ def create_app(host: Host) -> Flask:
     app.extensions["host"] = host
     app.register_blueprint(routes.blueprint)
     app.register_blueprint(api.blueprint)
+    app.register_blueprint(pages.blueprint)
     app.register_blueprint(compat_routes.blueprint)
     app.before_request(_refuse_foreign_pages)
     app.register_error_handler(HostError, _host_error)

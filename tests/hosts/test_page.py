@@ -1,0 +1,165 @@
+"""The page in a real browser against a real host of two ranks: type, click, watch the preview, cancel, see the picture."""
+
+import io
+import json
+import shutil
+
+import numpy as np
+import pytest
+import requests
+from PIL import Image
+
+from tests.hosts.harness import start_launcher
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs Debian's chromium and chromium-driver")
+FLAGS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
+)  # fmt: skip
+WAIT_S = 60
+
+
+@pytest.fixture(scope="module")
+def host():
+    with start_launcher("--type=sdxl", "--nproc_per_node=2") as running:
+        running.wait_until_ready()
+        yield running
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def page(host, browser):
+    """The page, loaded anew, with its form built."""
+    size(browser, 1200, 1000)
+    scheme(browser, "light")
+    browser.get(host.url("/"))
+    until(browser, lambda: find(browser, "#field-prompt"))
+    return browser
+
+
+@pytest.fixture(scope="module")
+def screenshots(tmp_path_factory):
+    return tmp_path_factory.mktemp("page")
+
+
+def find(browser, selector):
+    found = browser.find_elements("css selector", selector)
+    return found[0] if found else None
+
+
+def until(browser, condition, within_s=WAIT_S):
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    return WebDriverWait(browser, within_s, poll_frequency=0.05).until(lambda _: condition())
+
+
+def size(browser, width, height):
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+    )
+
+
+def scheme(browser, value):
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": value}]})
+
+
+def fill(browser, name, value):
+    field = find(browser, f"#field-{name}")
+    browser.execute_script("arguments[0].value = arguments[1]", field, str(value))
+
+
+def caption(browser):
+    return find(browser, "#caption").text
+
+
+def source(browser):
+    picture = find(browser, "#canvas img")
+    return picture.get_attribute("src") if picture else None
+
+
+def test_picture_is_typed_drawn_previewed_and_kept_with_its_settings(page, host, screenshots):
+    assert find(page, "#field-num_inference_steps").get_attribute("value") == "20"
+    assert page.switch_to.active_element.get_attribute("id") == "field-prompt"
+    page.switch_to.active_element.send_keys("a large red circle on a blue background")
+    fill(page, "num_inference_steps", 60)
+    fill(page, "seed", 1)
+    find(page, "#draw").click()
+    first = until(page, lambda: source(page))
+    assert first.startswith("data:image/jpeg;base64,")
+    page.save_screenshot(screenshots / "generating.png")
+    until(page, lambda: source(page) != first and source(page).startswith("data:"))
+    until(page, lambda: source(page).startswith("blob:"))
+    assert "128x128, 60 steps, guidance 2.5, EulerDiscreteScheduler, seed 1" in caption(page)
+    assert find(page, "#cancel").get_attribute("hidden") and not find(page, "#download").get_attribute("hidden")
+    name = find(page, "#download").get_attribute("download")
+    png = requests.get(host.url(f"/v1/jobs/{name.removesuffix('.png')}/result"), timeout=20).content
+    picture = Image.open(io.BytesIO(png))
+    centre, corner = np.asarray(picture)[64, 64].astype(int), np.asarray(picture)[4, 4].astype(int)
+    assert centre[0] > 150 and centre[0] > 2 * centre[2] and corner[2] > 120 and corner[2] > 2 * corner[0]
+    assert json.loads(picture.text["parameters"])["prompt"] == "a large red circle on a blue background"
+    until(page, lambda: len(page.find_elements("css selector", "#gallery li")) == 1)
+    until(page, lambda: len(page.find_elements("css selector", "#ranks tr")) == 2)
+    page.save_screenshot(screenshots / "light.png")
+    scheme(page, "dark")
+    page.save_screenshot(screenshots / "dark.png")
+    size(page, 390, 1400)
+    assert page.execute_script("return document.documentElement.scrollWidth <= 390")
+    page.save_screenshot(screenshots / "phone.png")
+
+
+def test_long_job_is_cancelled_by_its_button_and_the_next_one_runs(page):
+    fill(page, "prompt", "a yellow star")
+    fill(page, "num_inference_steps", 900)
+    find(page, "#draw").click()
+    until(page, lambda: "step" in caption(page))
+    assert "yours" in until(page, lambda: (text := find(page, "#queue").text) and "yours" in text and text)
+    find(page, "#cancel").click()
+    until(page, lambda: caption(page).startswith("cancelled: "))
+    fill(page, "num_inference_steps", 2)
+    find(page, "#draw").click()
+    until(page, lambda: "2 steps" in caption(page))
+
+
+def test_error_of_the_host_is_read_out_and_the_form_stays(page, screenshots):
+    page.execute_script("document.getElementById('form').noValidate = true")
+    fill(page, "prompt", "a yellow star")
+    fill(page, "num_inference_steps", 0)
+    find(page, "#draw").click()
+    until(page, lambda: "steps=0 is not allowed" in find(page, "#error").text)
+    assert find(page, "#error").get_attribute("role") == "alert"
+    assert find(page, "#field-prompt").get_attribute("value") == "a yellow star"
+    page.save_screenshot(screenshots / "error.png")
+
+
+def test_keyboard_alone_is_enough(page):
+    from selenium.webdriver.common.keys import Keys
+
+    page.switch_to.active_element.send_keys("a green heart")
+    fill(page, "num_inference_steps", 2)
+    page.switch_to.active_element.send_keys(Keys.CONTROL, Keys.ENTER)
+    until(page, lambda: "2 steps" in caption(page))
+
+
+def test_page_asks_nobody_else_and_logs_no_error(page, host):
+    asked = page.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
+    assert asked and all(name.startswith(host.url("/")) for name in asked)
+    # the browser also logs the refusal of the test before
+    messages = [entry for entry in page.get_log("browser") if entry["level"] == "SEVERE" and "v1/jobs" not in entry["message"]]
+    assert not messages
+    policy = requests.get(host.url("/"), timeout=10).headers["Content-Security-Policy"]
+    assert policy.startswith("default-src 'self'")

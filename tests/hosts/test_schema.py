@@ -1,0 +1,37 @@
+"""/openapi.json: valid, and every field in it is read by the host it describes."""
+
+import pytest
+from openapi_spec_validator import validate
+
+from backends.errors import RequestError
+from backends.model_table import read_table
+from hosts.compat.fields import Accepted, read_request
+from hosts.schema import openapi
+from hosts.settings import Settings
+from tests.checkpoints import NAMES
+
+EVERYTHING = Settings.from_values({"control_net": "/c", "ip_adapter": '{"/i": 1}', "lora_dir": "/l"})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_schema_of_every_type_is_valid_and_has_its_defaults(name):
+    spec = read_table()[name]
+    document = openapi(spec, Settings.from_values({"height": "64"}))
+    validate(document)
+    fields = document["components"]["schemas"]["Request"]["properties"]
+    assert fields["height"]["default"] == 64 and fields["width"]["default"] == spec.width
+    assert all("description" in facts for facts in fields.values())
+    assert ("num_frames" in fields) == (spec.output == "video")
+    assert "lora" not in fields and "control_image" not in fields
+
+
+@pytest.mark.parametrize("name", ["sdxl", "svd"])
+def test_every_field_of_the_schema_is_read(name):
+    """A value of no possible kind is refused; a field that nobody reads would be ignored."""
+    spec = read_table()[name]
+    fields = openapi(spec, EVERYTHING)["components"]["schemas"]["Request"]["properties"]
+    accepted = Accepted.by(EVERYTHING)
+    for field in fields:
+        with pytest.raises(RequestError):
+            read_request({field: [["nonsense"]]}, spec=spec, accepted=accepted)
+            pytest.fail(f"{field} is not read")
