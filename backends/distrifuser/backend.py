@@ -64,9 +64,14 @@ class DistriFuserBackend(Backend):
         self._networks.append(denoiser_network)
 
     def check(self, run: Run) -> None:
-        """PlanError for a size that cannot be cut, UnsupportedError for a sampler whose values cannot be extrapolated."""
+        """PlanError for a size that cannot be cut, UnsupportedError for what a stale mode cannot follow."""
         if not self._networks:
             return
+        if self._networks[-1].network._compiled_call_impl is not None and self.plan.exactness == "approximate":
+            raise UnsupportedError(
+                f"sync_mode={self.plan.options['sync_mode']} is not available with torch.compile: a compiled graph cannot wait for "
+                "values of the step before. Use sync_mode=full_sync, or the CFG split on two ranks, or do not compile."
+            )
         if self.plan.options["extrapolate"] and run.order > 1:
             raise UnsupportedError(
                 f"extrapolate=true cannot follow a sampler that asks the model {run.order} times per step, because its questions do not "

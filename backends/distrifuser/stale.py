@@ -154,17 +154,25 @@ class CallMemory(Exchange):
         return pieces
 
     def moments(self, own: Tensor, shares: Sequence[float]) -> Tensor:
-        """Of the whole picture; in stale steps as the mode says. Source: DistriFusion, section 4 (corrected asynchronous group norm)."""
+        """Of the whole picture; in stale steps as the mode says. Source: DistriFusion, section 4 (corrected asynchronous group norm).
+
+        Extrapolated values have moved on by themselves: a correction would count the change of the other bands twice.
+        """
         if self._is_fresh or self._mode.statistics == "now":
             return super().moments(own, shares)
         if self._mode.statistics == "local":
             return own
-        if not self._mode.is_corrected:
-            return combine(self.gather("statistics", own, [own.shape] * len(shares)), shares)
+        if not self._mode.is_corrected or self._can_extrapolate:
+            return _or_own(combine(self.gather("statistics", own, [own.shape] * len(shares)), shares), own)
         slot = self._next_slot("statistics", own)
         result = correct(combine(self._expected(slot), shares), before=slot.pieces[self._band], own=own)
         self._replace_own(slot, own)
         return result
+
+    @property
+    def _can_extrapolate(self) -> bool:
+        """Two earlier steps are known."""
+        return self._extrapolates and self._num_steps >= 2
 
     @property
     def num_bytes(self) -> int:
@@ -211,7 +219,7 @@ class CallMemory(Exchange):
 
     def _expected(self, slot: Slot) -> list[Tensor]:
         """The other bands' values as far as they are known: of the step before, or continued from the last two steps."""
-        if not self._extrapolates or self._num_steps < 2:
+        if not self._can_extrapolate:
             return list(slot.pieces)
         return [piece if older is None else torch.lerp(older, piece, 2.0) for piece, older in zip(slot.pieces, slot.older, strict=True)]
 
@@ -234,8 +242,12 @@ def correct(stale: Tensor, *, before: Tensor, own: Tensor) -> Tensor:
     """
     mean = stale[0] + own[0] - before[0]
     square = (stale[1] + stale[0] ** 2) + (own[1] + own[0] ** 2) - (before[1] + before[0] ** 2)
-    var = square - mean**2
-    return torch.stack((mean, torch.where(var < 0, own[1], var)))
+    return _or_own(torch.stack((mean, square - mean**2)), own)
+
+
+def _or_own(moments: Tensor, own: Tensor) -> Tensor:
+    """The moments with this band's variance where theirs is negative, which no whole picture's can be."""
+    return torch.stack((moments[0], torch.where(moments[1] < 0, own[1], moments[1])))
 
 
 def _groups(slots: list[Slot]) -> list[list[Slot]]:

@@ -38,9 +38,12 @@ class Simulation(TorchFunctionMode):
         self.known: dict[int, list[list[Tensor]]] = {}
         self.known_before: dict[int, list[list[Tensor]]] = {}
         self._sees_all = False
-        for name, module in network.named_modules():
-            if attentions(name):
-                module.register_forward_pre_hook(self._enter)
+        self._handles = [module.register_forward_pre_hook(self._enter) for name, module in network.named_modules() if attentions(name)]
+
+    def close(self) -> None:
+        """Leave the network as it was."""
+        for handle in self._handles:
+            handle.remove()
 
     def run(self, call: Callable[..., Tensor], sample: Tensor, *, dim: int, **batched: Tensor) -> Tensor:
         """One step: call(sample, **batched) with every tensor repeated for all views; the bands of the result, put together."""
@@ -63,7 +66,7 @@ class Simulation(TorchFunctionMode):
             return self._group_norm(*args, **kwargs)
         if func is F.scaled_dot_product_attention and self._sees_all:
             self._sees_all = False
-            query, key, value = args[:3]
+            query, key, value = args[:3] or (kwargs[name] for name in ("query", "key", "value"))
             key, value = self._complete_tokens(torch.stack((key, value), dim=1)).unbind(1)
             return func(query, key, value)
         return func(*args, **kwargs)
@@ -128,31 +131,38 @@ class Simulation(TorchFunctionMode):
         return torch.cat((x.narrow(-2, 0, start), image, x[..., start + length :, :]), dim=-2)
 
     def _group_norm(self, x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        """E[x] and E[x^2] of the bands, put together as the mode says; the formulas as the paper has them."""
+        """Mean and variance of the bands; put together as E[x] and E[x^2], which is how the paper has them."""
         views, bounds = x.unflatten(0, (self.num_ranks, -1)), self._bounds(x.shape[-2])
         grouped = [
             _part(views[rank], bounds, self._band(rank), -2).unflatten(1, (num_groups, -1)).flatten(2) for rank in range(self.num_ranks)
         ]
-        own = [torch.stack((part.mean(-1), (part**2).mean(-1))) for part in grouped]
-        before = self.known.get(self.operator)
+        own = [torch.stack((part.mean(-1), part.var(-1, correction=0))) for part in grouped]
+        shares = [(end - start) / bounds[-1] for start, end in zip(bounds, bounds[1:], strict=False)]
+        before, has_trend = self.known.get(self.operator), self.extrapolates and self.known_before.get(self.operator) is not None
         if not self._is_fresh() and self.mode.statistics == "local":
-            moments = own
+            moments = [_squares([part], [1.0]) for part in own]
             self.operator += 1
         else:
-            shares = [(end - start) / bounds[-1] for start, end in zip(bounds, bounds[1:], strict=False)]
-            moments = [sum(share * value for share, value in zip(shares, used, strict=True)) for used in self._exchange("statistics", own)]
-            if self.mode.is_corrected and not self._is_fresh():
-                stale = [sum(share * value for share, value in zip(shares, before[rank], strict=True)) for rank in range(self.num_ranks)]
-                moments = [stale[rank] + own[rank] - before[rank][self._band(rank)] for rank in range(self.num_ranks)]
+            moments = [_squares(used, shares) for used in self._exchange("statistics", own)]
+            if self.mode.is_corrected and not self._is_fresh() and not has_trend:
+                stale = [_squares(before[rank], shares) for rank in range(self.num_ranks)]
+                moments = [
+                    stale[rank] + _squares([own[rank]], [1.0]) - _squares([before[rank][self._band(rank)]], [1.0])
+                    for rank in range(self.num_ranks)
+                ]
         results = []
         for rank, (mean, square) in enumerate(moments):
             var = square - mean**2
-            local = own[rank][1] - own[rank][0] ** 2
-            var = torch.where(var < 0, local, var)
+            var = torch.where(var < 0, own[rank][1], var)
             normal = (views[rank].unflatten(1, (num_groups, -1)).flatten(2) - mean[..., None]) / (var[..., None] + eps).sqrt()
             normal = normal.reshape(views[rank].shape)
             results.append(normal * weight[:, None, None] + bias[:, None, None])
         return torch.stack(results).flatten(0, 1)
+
+
+def _squares(parts: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
+    """E[x] and E[x^2] of a whole from the means and variances of its parts."""
+    return sum(share * torch.stack((part[0], part[1] + part[0] ** 2)) for share, part in zip(shares, parts, strict=True))
 
 
 def _part(x: Tensor, bounds: Sequence[int], band: int, dim: int) -> Tensor:

@@ -1,5 +1,7 @@
 """Every stale mode equals the one-process simulation of its schedule, and equals one rank while all steps are synchronous."""
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -9,96 +11,173 @@ from torch import Tensor
 from backends.base import Run
 from backends.distrifuser.modes import SYNC_MODES
 from backends.request import GenerateRequest
-from tests.backends.distrifuser.driving import arguments, assert_same, attached, build, generate
+from tests.backends.distrifuser.driving import arguments, assert_same, attached, build, generate, load_wide, table
 from tests.backends.distrifuser.simulation import Simulation
-from tests.checkpoints import load
 
 STALE = tuple(name for name in SYNC_MODES if name != "full_sync")
 NUM_STEPS = 5
+WIDE = {"dtype": torch.float64}
 
 
-def unet_inputs(config: Any) -> list[dict[str, Tensor]]:
-    """Samples of consecutive steps: each differs a little from the one before, as in sampling."""
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """bounds: of the bands that the options are expected to give, in latent rows of a UNet or tokens of a transformer."""
+
+    mode: str
+    bounds: tuple[int, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def samples(*shape: int) -> list[Tensor]:
+    """Of consecutive steps: each differs a little from the one before, as in sampling."""
     generator = torch.Generator().manual_seed(1)
+    start, drift = (torch.randn(shape, generator=generator, **WIDE) for _ in range(2))
+    return [start + 0.3 * step * drift for step in range(NUM_STEPS)]
+
+
+def timestep_of(step: int) -> Tensor:
+    return torch.tensor([900.0 - 50 * step], **WIDE)
+
+
+def sdxl_call(unet: Any) -> tuple[list[Tensor], Callable[[Tensor, int], Tensor]]:
+    config, generator = unet.config, torch.Generator().manual_seed(2)
     num_pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-    start, drift = (torch.randn(1, 4, 16, 8, generator=generator) for _ in range(2))
-    fixed = {
-        "encoder_hidden_states": torch.randn(1, 7, config.cross_attention_dim, generator=generator),
-        "text_embeds": torch.randn(1, num_pooled, generator=generator),
-        "time_ids": torch.tensor([[128.0, 64, 0, 0, 128, 64]]),
-    }
-    return [{"sample": start + 0.3 * step * drift, **fixed} for step in range(NUM_STEPS)]
+    text = torch.randn(1, 7, config.cross_attention_dim, generator=generator, **WIDE)
+    pooled = torch.randn(1, num_pooled, generator=generator, **WIDE)
+    sizes = torch.tensor([[128.0, 64, 0, 0, 128, 64]], **WIDE)
+
+    def call(sample: Tensor, step: int) -> Tensor:
+        many = len(sample)
+        conditions = {"text_embeds": pooled.repeat(many, 1), "time_ids": sizes.repeat(many, 1)}
+        given = {"encoder_hidden_states": text.repeat(many, 1, 1), "added_cond_kwargs": conditions, "return_dict": False}
+        return unet(sample, timestep_of(step), **given)[0]
+
+    return samples(1, 4, 16, 8), call
 
 
-def call_unet(
-    unet: Any, sample: Tensor, *, timestep: float, encoder_hidden_states: Tensor, text_embeds: Tensor, time_ids: Tensor
-) -> Tensor:
-    conditions = {"text_embeds": text_embeds, "time_ids": time_ids}
-    given = {"encoder_hidden_states": encoder_hidden_states, "added_cond_kwargs": conditions, "return_dict": False}
-    return unet(sample, torch.tensor(timestep), **given)[0]
+def flux_call(transformer: Any) -> tuple[list[Tensor], Callable[[Tensor, int], Tensor]]:
+    config, generator = transformer.config, torch.Generator().manual_seed(2)
+    text = torch.randn(1, 6, config.joint_attention_dim, generator=generator, **WIDE)
+    pooled = torch.randn(1, config.pooled_projection_dim, generator=generator, **WIDE)
+    places = torch.stack([torch.zeros(32), torch.arange(32) // 4, torch.arange(32) % 4], dim=1).double()
+
+    def call(sample: Tensor, step: int) -> Tensor:
+        many = len(sample)
+        return transformer(
+            hidden_states=sample,
+            timestep=timestep_of(step).repeat(many) / 1000,
+            guidance=torch.full((many,), 3.5, **WIDE),
+            encoder_hidden_states=text.repeat(many, 1, 1),
+            pooled_projections=pooled.repeat(many, 1),
+            img_ids=places,
+            txt_ids=torch.zeros(6, 3, **WIDE),
+            return_dict=False,
+        )[0]
+
+    return samples(1, 32, config.in_channels), call
+
+
+def sd3_call(transformer: Any) -> tuple[list[Tensor], Callable[[Tensor, int], Tensor]]:
+    config, generator = transformer.config, torch.Generator().manual_seed(2)
+    text = torch.randn(1, 6, config.joint_attention_dim, generator=generator, **WIDE)
+    pooled = torch.randn(1, config.pooled_projection_dim, generator=generator, **WIDE)
+
+    def call(sample: Tensor, step: int) -> Tensor:
+        many = len(sample)
+        texts = {"encoder_hidden_states": text.repeat(many, 1, 1), "pooled_projections": pooled.repeat(many, 1)}
+        return transformer(hidden_states=sample, timestep=timestep_of(step).repeat(many), **texts, return_dict=False)[0]
+
+    return samples(1, config.in_channels, 16, 8), call
+
+
+CALLS = {"sdxl": sdxl_call, "flux": flux_call, "sd3": sd3_call}
+ATTENTIONS = {"sdxl": ".attn1", "flux": ".attn", "sd3": ".attn"}
+TEXT = {"sdxl": None, "flux": "first", "sd3": "last"}
+
+
+def simulated(network: Any, name: str, case: Case) -> list[Tensor]:
+    simulation = Simulation(
+        network,
+        mode=SYNC_MODES[case.mode],
+        bounds=case.bounds,
+        synchronous_steps=case.options["warm_up_steps"],
+        attentions=lambda module: module.endswith(ATTENTIONS[name]),
+        text=TEXT[name],
+        extrapolates=case.options.get("extrapolate", False),
+    )
+    inputs, call = CALLS[name](network)
+    try:
+        return [simulation.run(lambda sample, step=step: call(sample, step), sample, dim=-2) for step, sample in enumerate(inputs)]
+    finally:
+        simulation.close()
 
 
 @torch.no_grad()
-def check_unet(rank: int, world_size: int, mode: str, bounds: tuple[int, ...], options: dict[str, Any]) -> None:
-    options = {"warm_up_steps": 2, **options}
-    unet = load("sdxl").unet
-    simulation = Simulation(
-        unet,
-        mode=SYNC_MODES[mode],
-        bounds=bounds,
-        synchronous_steps=options["warm_up_steps"],
-        attentions=lambda name: name.endswith("attn1"),
-        extrapolates=options.get("extrapolate", False),
-    )
-    want = [
-        simulation.run(lambda x, step=step, **rest: call_unet(unet, x, timestep=900.0 - 50 * step, **rest), dim=-2, **given)
-        for step, given in enumerate(unet_inputs(unet.config))
+def check_simulation(rank: int, world_size: int, name: str, cases: tuple[Case, ...]) -> None:
+    pipe = load_wide(name)
+    network = getattr(pipe, table()[name].denoiser)
+    inputs, call = CALLS[name](network)
+    exact = [call(sample, step) for step, sample in enumerate(inputs)]
+    for case in cases:
+        case = Case(mode=case.mode, bounds=case.bounds, options={"warm_up_steps": 2, "no_split_batch": True, **case.options})
+        want = simulated(network, name, case)
+        assert float((want[-1] - exact[-1]).abs().max()) > 1e-6, f"{case}: a stale step should have differed from an exact one"
+        with attached(pipe, name, rank, world_size, sync_mode=case.mode, **case.options) as backend:
+            for generation in range(2):  # the second one reuses the buffers of the first
+                backend.begin(Run(request=GenerateRequest(), height=128, width=64, num_inference_steps=NUM_STEPS))
+                for step, sample in enumerate(inputs):
+                    assert_same(call(sample, step), want[step], f"{name} {case} generation {generation} step {step}")
+                    backend.step_done()
+                backend.end()
+
+
+def test_stale_unet_on_two_ranks_equals_the_simulation_in_every_mode(run_on_ranks):
+    build(["sdxl"])
+    cases = [Case(mode=mode, bounds=(0, 8, 16)) for mode in STALE]
+    cases += [
+        Case(mode="corrected_async_gn", bounds=(0, 8, 16), options={"extrapolate": True}),
+        Case(mode="corrected_async_gn", bounds=(0, 8, 16), options={"warm_up_steps": 0}),  # the first step is synchronous all the same
+        Case(mode="corrected_async_gn", bounds=(0, 12, 16), options={"patch_weights": "3,1"}),
     ]
-    pipe = load("sdxl")
-    with attached(pipe, "sdxl", rank, world_size, sync_mode=mode, no_split_batch=True, **options) as backend:
-        for _ in range(2):  # the second generation reuses the buffers of the first
-            backend.begin(Run(request=GenerateRequest(), height=128, width=64, num_inference_steps=NUM_STEPS))
-            for step, given in enumerate(unet_inputs(unet.config)):
-                got = call_unet(pipe.unet, timestep=900.0 - 50 * step, **given)
-                assert_same(got, want[step], relative=2e-5)
-                backend.step_done()
-            backend.end()
+    run_on_ranks(check_simulation, 2, "sdxl", tuple(cases))
 
 
-@pytest.mark.parametrize("mode", STALE)
-def test_stale_unet_equals_the_simulation(run_on_ranks, mode):
+def test_stale_unet_on_three_uneven_bands_equals_the_simulation(run_on_ranks):
     build(["sdxl"])
-    run_on_ranks(check_unet, 2, mode, (0, 8, 16), {})
+    cases = tuple(Case(mode=mode, bounds=(0, 8, 12, 16)) for mode in ("corrected_async_gn", "rotate"))
+    run_on_ranks(check_simulation, 3, "sdxl", cases)
 
 
-@pytest.mark.parametrize("mode", ["corrected_async_gn", "rotate"])
-def test_stale_unet_on_three_uneven_bands_equals_the_simulation(run_on_ranks, mode):
-    build(["sdxl"])
-    run_on_ranks(check_unet, 3, mode, (0, 8, 12, 16), {})
+@pytest.mark.parametrize("name", ["flux", pytest.param("sd3", marks=pytest.mark.slow)])
+def test_stale_transformer_on_two_ranks_equals_the_simulation(run_on_ranks, name):
+    build([name])
+    cases = [Case(mode=mode, bounds=(0, 16, 32)) for mode in ("corrected_async_gn", "no_sync", "rotate")]
+    cases += [Case(mode="stale_gn", bounds=(0, 16, 32), options={"extrapolate": True})]
+    if name == "flux":
+        cases += [Case(mode="stale_gn", bounds=(0, 20, 32), options={"patch_weights": "5,3"})]
+    run_on_ranks(check_simulation, 2, name, tuple(cases))
 
 
-def test_slower_rank_gets_fewer_rows_and_the_simulation_agrees(run_on_ranks):
-    build(["sdxl"])
-    run_on_ranks(check_unet, 2, "corrected_async_gn", (0, 12, 16), {"patch_weights": "3,1"})
-
-
-def test_zero_warmup_steps_still_start_with_a_synchronous_step(run_on_ranks):
-    build(["sdxl"])
-    run_on_ranks(check_unet, 2, "corrected_async_gn", (0, 8, 16), {"warm_up_steps": 0})
+@pytest.mark.slow
+def test_stale_transformer_on_three_ranks_equals_the_simulation(run_on_ranks):
+    build(["flux"])
+    cases = tuple(Case(mode=mode, bounds=(0, 11, 22, 32)) for mode in ("corrected_async_gn", "no_sync", "rotate"))
+    run_on_ranks(check_simulation, 3, "flux", cases)
 
 
 def check_warmup_covers_all(rank: int, world_size: int) -> None:
-    pipe = load("sdxl")
-    for height in (128, 96):  # a second size in the same process
-        given = arguments("sdxl", height=height)
-        want = generate(pipe, None, given)
-        with attached(pipe, "sdxl", rank, world_size, no_split_batch=True) as backend:
-            assert_same(generate(pipe, backend, given, warmup_steps=3), want)
-            stale = generate(pipe, backend, given, warmup_steps=1)
-            assert float((stale - want).abs().max()) > 1e-4, "with one synchronous step the result should have differed a little"
-            assert_same(generate(pipe, backend, given, warmup_steps=3), want)
+    for name, modes in (("sdxl", STALE), ("sd3", ("corrected_async_gn", "rotate"))):
+        pipe = load_wide(name)
+        given, other = arguments(name, steps=3), arguments(name, rows=12, steps=3)  # a second size in the same process
+        want, want_other = generate(pipe, None, given), generate(pipe, None, other)
+        for mode in modes:
+            with attached(pipe, name, rank, world_size, sync_mode=mode, no_split_batch=True) as backend:
+                assert_same(generate(pipe, backend, given, warmup_steps=3), want, f"{name} {mode}")
+                stale = generate(pipe, backend, given, warmup_steps=1)
+                assert float((stale - want).abs().max()) > 1e-4, f"{name} {mode}: one synchronous step should have made a difference"
+                assert_same(generate(pipe, backend, other, warmup_steps=3), want_other, f"{name} {mode} after a stale generation")
 
 
 def test_warmup_of_all_steps_matches_one_rank_before_and_after_a_stale_generation(run_on_ranks):
-    build(["sdxl"])
+    build(["sdxl", "sd3"])
     run_on_ranks(check_warmup_covers_all, 2)
