@@ -20,7 +20,7 @@ def measure_decode(rank: int, world_size: int, *, side: int, rounds: int) -> dic
     vae = sdxl_like_vae()
     latents = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(SEED))
     mesh = Mesh(ParallelPlan(method="benchmark", axes=(("patch", world_size),)), rank=rank, device=torch.device("cpu"))
-    rows = []
+    rows: list[tuple[Clock, list[Clock]]] = []
     wanted: Tensor | None = None
     try:
         for _ in range(rounds):
@@ -31,24 +31,26 @@ def measure_decode(rank: int, world_size: int, *, side: int, rounds: int) -> dic
             dist.barrier()
             together, got = _decode(vae, latents)
             detach_band_decode(vae)
-            rows.append((alone, max(gather_outcomes(together)), mesh.traffic.sent_bytes, mesh.traffic.wait_s))
+            rows.append((alone, gather_outcomes(together)))
     finally:
         mesh.destroy()
+    walls = [(alone.wall_s, max(clock.wall_s for clock in together)) for alone, together in rows]
     figures = {
         "latents": list(latents.shape),
-        "single_s": round(statistics.median(row[0] for row in rows), 4),
-        "together_s": round(statistics.median(row[1] for row in rows), 4),
-        "ratio": round(statistics.median(row[0] / row[1] for row in rows), 3),
-        "ratio_by_best": round(min(row[0] for row in rows) / min(row[1] for row in rows), 3),
-        "sent_mb": round(rows[-1][2] / 1e6, 3),
-        "wait_s": round(statistics.median(row[3] for row in rows), 4),
+        "single_s": round(statistics.median(alone for alone, _ in walls), 4),
+        "together_s": round(statistics.median(together for _, together in walls), 4),
+        "ratio": round(statistics.median(alone / together for alone, together in walls), 3),
+        "ratio_by_best": round(min(alone for alone, _ in walls) / min(together for _, together in walls), 3),
+        "cpu_ratio": round(statistics.median(alone.cpu_s / max(clock.cpu_s for clock in together) for alone, together in rows), 3),
+        "sent_mb": round(mesh.traffic.sent_bytes / 1e6, 3),
+        "wait_s": round(mesh.traffic.wait_s, 4),
     }
     if wanted is not None:
         figures |= {"psnr_db": psnr(got, wanted), "max_difference": float((got - wanted).abs().max())}
     return figures
 
 
-def _decode(vae: Any, latents: Tensor) -> tuple[float, Tensor]:
+def _decode(vae: Any, latents: Tensor) -> tuple[Clock, Tensor]:
     start = Clock.now()
     pixels = vae.decode(latents, return_dict=False)[0]
-    return Clock.now().since(start).wall_s, pixels
+    return Clock.now().since(start), pixels

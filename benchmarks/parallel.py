@@ -3,7 +3,8 @@
     python -m benchmarks.parallel --backend distrifuser --model unet --steps 10 --rounds 2 > result.json
 
 In each round the first rank runs the loop alone while the others wait, then every setting runs on all ranks, so that ratios compare
-neighbours in time. `others` is what other processes used meanwhile, in cores: figures with more than 0.1 are disturbed.
+neighbours in time. The VAE decode is timed in the same way. `busy_cores` is what all processes of the machine used: with more than the
+ranks' own, figures are disturbed, and `cpu_ratio` (CPU seconds of one rank over those of the slowest of several) says what they would be.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from backends.errors import HostError
 from backends.model_table import read_table
 from backends.request import GenerateRequest
 from benchmarks.closeness import psnr
+from benchmarks.decode import measure_decode
 from benchmarks.machine import Clock, peak_memory_mb, reset_peak_memory
 from benchmarks.models import SUBJECTS, Subject, num_parameters
 from benchmarks.settings import SETTINGS
@@ -53,6 +55,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--warmup_steps", type=int, default=4, help="synchronous steps of each loop")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--decode_side", type=int, default=64, help="side of the latents for the VAE decode; 0 leaves it out")
     return parser.parse_args()
 
 
@@ -81,10 +84,14 @@ def measure(rank: int, arguments: argparse.Namespace) -> dict[str, Any]:
         row = {"single": figures}
         for name in names:
             row[name] = _together(rank, subject, settings[name], arguments, reference)
-            _log(rank, name, row)
+            _tell(rank, name, row[name].get("refused") or f"{row['single']['steady_step_s'] / row[name]['steady_step_s']:.2f} x per step")
         rounds.append(row)
     summary = {name: _summary(rounds, name) for name in ["single", *names]}
-    return {"machine": _machine(subject, arguments), "settings": summary, "rounds": rounds}
+    result = {"machine": _machine(subject, arguments), "settings": summary, "rounds": rounds}
+    if arguments.decode_side:
+        result["vae_decode"] = measure_decode(rank, arguments.ranks, side=arguments.decode_side, rounds=arguments.rounds)
+        _tell(rank, "vae_decode", f"{result['vae_decode']['ratio']:.2f} x")
+    return result
 
 
 def _alone(rank: int, subject: Subject, arguments: argparse.Namespace) -> tuple[dict[str, Any], Tensor | None]:
@@ -215,10 +222,8 @@ def _machine(subject: Subject, arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _log(rank: int, name: str, row: dict[str, Any]) -> None:
+def _tell(rank: int, name: str, text: str) -> None:
     if rank == 0:
-        figures = row[name]
-        text = figures.get("refused") or f"{row['single']['steady_step_s'] / figures['steady_step_s']:.2f} x per step"
         print(f"{name}: {text}", file=sys.stderr, flush=True)
 
 

@@ -6,6 +6,7 @@ Each name is a row of the result. A setting that does not fit the number of rank
 from types import MappingProxyType
 
 PATCHES = {"no_split_batch": True}
+SEGMENTS = {"model_n": 2, "stride": 1}
 
 SETTINGS = MappingProxyType(
     {
@@ -20,8 +21,24 @@ SETTINGS = MappingProxyType(
             "no_sync": PATCHES | {"sync_mode": "no_sync"},
             "rotate": PATCHES | {"sync_mode": "rotate"},
             "naive_patch": PATCHES | {"parallelism": "naive_patch"},
+            "tensor": PATCHES | {"parallelism": "tensor"},
         },
-        "asyncdiff": {},
-        "xdit": {},
+        "asyncdiff": {
+            "cfg_split": {"use_cfg_parallel": True},
+            "segments_2_1": SEGMENTS,
+            "segments_2_1_extrapolated": SEGMENTS | {"extrapolate": True},
+            "segments_2_1_shifted": SEGMENTS | {"time_shift": True},
+            "segments_2_1_shifted_extrapolated": SEGMENTS | {"time_shift": True, "extrapolate": True},
+            "segments_2_2": SEGMENTS | {"stride": 2},
+            "segments_3_1": SEGMENTS | {"model_n": 3},
+            "cfg_and_segments": SEGMENTS | {"use_cfg_parallel": True},
+        },
+        "xdit": {
+            "cfg": {"use_cfg_parallel": True},
+            "ulysses": {"ulysses_degree": 2},
+            "ring": {"ring_degree": 2},
+            "pipefusion": {"pipefusion_parallel_degree": 2},
+            "tensor": {"tensor_parallel_degree": 2},
+        },
     }
 )

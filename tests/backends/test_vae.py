@@ -1,17 +1,21 @@
 """The band decode equals the single decode: image and video VAEs, even and uneven bands, tiles, several sizes."""
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderTiny
 
-from backends import hooks
+from backends import backend_class, hooks, planner
 from backends.distributed import Mesh
+from backends.model_table import read_table
+from backends.pipeline import LoadedPipeline, load_pipeline
 from backends.plan import ParallelPlan
+from backends.request import GenerateRequest, GenerateResult, LoadRequest
 from backends.vae import attach_band_decode, detach_band_decode, shares_decode
-from tests.checkpoints import checkpoint, load
+from tests.checkpoints import checkpoint, load, picture
 
 
 def decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
@@ -70,6 +74,54 @@ def check_tiles_and_axes(rank: int, world_size: int) -> None:
 def test_band_decode_shares_tiles_over_all_axes_and_leaves_the_vae_as_it_was(run_on_ranks):
     checkpoint("sdxl")
     run_on_ranks(check_tiles_and_axes, 2)
+
+
+CASES = (
+    ("sdxl", "distrifuser", {}),
+    ("sdup", "distrifuser", {"sync_mode": "full_sync", "no_split_batch": True}),
+    ("sd3", "xdit", {"ulysses_degree": 2}),
+    ("svd", "asyncdiff", {}),
+)
+
+
+def drawn(pipeline: LoadedPipeline, name: str, backend_name: str, options: dict[str, Any], rank: int) -> tuple[GenerateResult, bool]:
+    """A picture under this backend, every step synchronous; and whether the ranks shared the decode."""
+    plan = planner(backend_name)(pipeline.spec, options, 2)
+    mesh = Mesh(plan, rank=rank, device=torch.device("cpu"))
+    pipeline.attach(backend_class(backend_name)(spec=pipeline.spec, plan=plan, mesh=mesh))
+    is_shared = shares_decode(pipeline.pipe.vae)
+    result = pipeline.generate(request_for(name))
+    pipeline.detach()
+    mesh.destroy()
+    return result, is_shared
+
+
+def request_for(name: str) -> GenerateRequest:
+    fields = {"image": picture(16 if name == "sdup" else 128)} if name in ("sdup", "svd") else {}
+    fields |= {"prompt": "a cat"} if name != "svd" else {"num_frames": 2}
+    return GenerateRequest(seed=1, num_inference_steps=2, warmup_steps=2, height=128, width=64, **fields)
+
+
+def check_backends(rank: int, world_size: int) -> None:
+    for name, backend_name, options in CASES:
+        load_request = LoadRequest(model_type=name, checkpoint=str(checkpoint(name)), variant="fp32")
+        pipeline = load_pipeline(read_table()[name], load_request, device=torch.device("cpu"))
+        want = pipeline.generate(request_for(name)).frames.astype(int)
+        shared, was_shared = drawn(pipeline, name, backend_name, options, rank)
+        pipeline.load = replace(pipeline.load, parallel_vae=False)
+        alone, was_shared_too = drawn(pipeline, name, backend_name, options, rank)
+        assert was_shared and not was_shared_too and not shares_decode(pipeline.pipe.vae)
+        assert shared.report["messages"] > alone.report["messages"], f"{name}: the decode was not shared"
+        assert shared.exactness != "exact", f"{name}: sums in another order are not the same arithmetic"
+        for result in (shared, alone):
+            assert abs(result.frames.astype(int) - want).max() <= 1, f"{name} on {backend_name}: more than rounding"
+        assert want.std() > 5, f"{name}: the picture is flat, so this proves nothing"
+
+
+def test_every_backend_shares_the_decode_unless_it_is_switched_off(run_on_ranks):
+    for name, *_ in CASES:
+        checkpoint(name)
+    run_on_ranks(check_backends, 2)
 
 
 @torch.no_grad()
