@@ -19,6 +19,11 @@ class XDiTBackend(Backend):
     _method: SequenceParallel | PipeFusion | None = None
     _tensor: TensorParallel | None = None
 
+    @property
+    def has_whole_weights(self) -> bool:
+        """PipeFusion's layers keep their widths, so a LoRA finds its place in them; shares of tensor parallelism do not."""
+        return self.plan.degree("tensor") == 1
+
     def attach_denoiser(self, pipe: Any, denoiser: nn.Module) -> None:
         if self.plan.degree("tensor") > 1:
             self._tensor = TensorParallel(denoiser, self.mesh)

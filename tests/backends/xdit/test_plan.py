@@ -1,6 +1,7 @@
 """Degrees of the xdit backend: what is chosen, what is refused, and what the messages propose. No torch, no ranks."""
 
 import json
+import math
 
 import pytest
 
@@ -97,9 +98,27 @@ def test_rejects_more_stages_than_blocks(tmp_path):
         make_plan(TABLE["flux"], options, 4)
 
 
-def test_rejects_tensor_parallelism_with_its_reason():
-    with pytest.raises(PlanError, match="tensor_parallel_degree is not available: it would change the weights in place"):
-        make_plan(TABLE["flux"], {"tensor_parallel_degree": 2}, 2)
+def test_allows_tensor_parallelism_where_diffusers_has_a_plan(tmp_path):
+    options = {"checkpoint": checkpoint_with(tmp_path, _class_name="FluxTransformer2DModel", num_attention_heads=4)}
+    plan = make_plan(TABLE["flux"], {**options, "tensor_parallel_degree": 2, "ulysses_degree": 2}, 4)
+    assert dict(plan.axes) == {"ulysses": 2, "tensor": 2}
+    assert plan.exactness == "reordered"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("sd3", {"tensor_parallel_degree": 2}, "not available for type 'sd3': diffusers has no tensor plan for its transformer"),
+        ("flux", {"tensor_parallel_degree": 8}, "tensor_parallel_degree=8 does not divide the 4 attention heads"),
+        ("flux", {"tensor_parallel_degree": 2, "ulysses_degree": 4}, "ulysses_degree=4 is more than the 2 attention heads"),
+        ("flux", {"tensor_parallel_degree": 2, "pipefusion_parallel_degree": 2}, "both give up weights, and are not available together"),
+    ],
+)
+def test_rejects_tensor_parallelism_that_does_not_fit(tmp_path, name, options, message):
+    class_name = {"sd3": "SD3Transformer2DModel", "flux": "FluxTransformer2DModel"}[name]
+    folder = checkpoint_with(tmp_path, _class_name=class_name, num_attention_heads=4)
+    with pytest.raises(PlanError, match=message):
+        make_plan(TABLE[name], {**options, "checkpoint": folder}, math.prod(options.values()))
 
 
 def test_pipefusion_is_approximate_and_says_how_many_patches_it_chose():
