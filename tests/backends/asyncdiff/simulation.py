@@ -23,6 +23,7 @@ class Simulation:
         self.evaluation, self.turns, self.running, self.made, self.ahead = 0, [], None, {}, None
 
     def __enter__(self):
+        self.found = {module: module.__dict__.get("forward") for module in [self.denoiser, *self.modules.values()]}
         for name, module in self.modules.items():
             module.forward = functools.partial(self.unit, name, module.forward)
         self.original = self.denoiser.forward
@@ -30,8 +31,10 @@ class Simulation:
         return self
 
     def __exit__(self, *_):
-        for module in [self.denoiser, *self.modules.values()]:
+        for module, forward in self.found.items():
             del module.forward
+            if forward is not None:
+                module.forward = forward
 
     def unit(self, name, forward, *args, **kwargs):
         if self.running is not None and name not in self.running:

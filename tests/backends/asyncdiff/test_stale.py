@@ -28,40 +28,45 @@ def timesteps_of(pipe, asked):
     return seen, plain
 
 
-def simulated(simulation, pipe, asked):
-    with simulation:
-        want = result(pipe, asked)
-    assert simulation.evaluation == len(simulation.timesteps)
-    return want
-
-
 def check_equals_simulation(rank, world_size, names, many_options, fields):
     pipes = {name: loaded(name) for name in names}
     for name, options in itertools.product(names, many_options):
-        pipe = pipes[name]
         asked = request(name, **({"num_inference_steps": 5, "warmup_steps": 2} | fields))
-        timesteps, plain = from_rank_zero(lambda: timesteps_of(pipe, asked))  # noqa: B023
-        with attached(pipe, options, rank=rank, world_size=world_size) as backend:
-            got = result(pipe, asked)
-            again = result(pipe, asked)
-            segments, chosen = backend.segments, backend.plan.options
-        simulation = Simulation(
-            getattr(pipe.pipe, pipe.spec.denoiser),
-            unit_names=[unit.name for unit in segments.layout.units],
-            bounds=segments.bounds,
-            stride=chosen["stride"],
-            time_shift=chosen["time_shift"],
-            extrapolate=chosen["extrapolate"],
-            num_synchronous=asked.warmup_steps * pipe.pipe.scheduler.order,
-            timesteps=timesteps,
-        )
-        want = from_rank_zero(lambda: simulated(simulation, pipe, asked))  # noqa: B023
+        with attached(pipes[name], options, rank=rank, world_size=world_size) as backend:
+            got = result(pipes[name], asked)
+            again = result(pipes[name], asked)
+            segments = backend.segments
         label = f"{name} {options}: "
-        assert not torch.allclose(want, plain, rtol=0, atol=1e-3), f"{label}nothing is stale, so this test proves nothing"
-        # halves of the guidance batch: matrix products of other row counts sum in another order
-        close = {"rtol": 0, "atol": 1e-4} if backend.plan.degree("cfg") > 1 else {"rtol": 1e-5, "atol": 1e-5}
-        torch.testing.assert_close(got, want, **close, msg=lambda text: label + text)  # noqa: B023
         torch.testing.assert_close(again, got, rtol=0, atol=0, msg=lambda text: f"{label}state is left behind: {text}")  # noqa: B023
+        compare_with_simulation(pipes[name], asked, backend.plan, segments, got, label)
+
+
+def compare_with_simulation(pipe, asked, plan, segments, got, label):
+    """got: what the ranks made of this request by this plan and these cuts, which are detached by now."""
+    want, plain = from_rank_zero(lambda: simulated(pipe, asked, plan.options, segments))
+    assert not torch.allclose(want, plain, rtol=0, atol=1e-3), f"{label}nothing is stale, so this test proves nothing"
+    # halves of the guidance batch: matrix products of other row counts sum in another order
+    close = {"rtol": 0, "atol": 1e-4} if plan.degree("cfg") > 1 else {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(got, want, **close, msg=lambda text: label + text)
+
+
+def simulated(pipe, asked, options, segments):
+    """(what the schedule must give, what plain diffusers gives)."""
+    timesteps, plain = timesteps_of(pipe, asked)
+    simulation = Simulation(
+        getattr(pipe.pipe, pipe.spec.denoiser),
+        unit_names=[unit.name for unit in segments.layout.units],
+        bounds=segments.bounds,
+        stride=options["stride"],
+        time_shift=options["time_shift"],
+        extrapolate=options["extrapolate"],
+        num_synchronous=asked.warmup_steps * pipe.pipe.scheduler.order,
+        timesteps=timesteps,
+    )
+    with simulation:
+        want = result(pipe, asked)
+    assert simulation.evaluation == len(timesteps)
+    return want, plain
 
 
 THREE = [{"model_n": 3}, {"model_n": 2, "stride": 2}]
