@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from backends import hooks
 from backends.distributed import Mesh, all_gather
-from backends.errors import UnsupportedError
+from backends.errors import PlanError, UnsupportedError
 
 NAME = "weight shards"
 AXIS = "tensor"
@@ -35,7 +35,15 @@ class Share:
 def attach_shards(network: nn.Module, mesh: Mesh) -> None:
     """Keep only this rank's share of the weights, and add the ranks' results up where they meet."""
     axis = mesh.axis(AXIS)
-    for module, shares in _shared_modules(network, axis.size):
+    if axis.size == 1:
+        return
+    shared = list(_shared_modules(network, axis.size))
+    if not shared:
+        raise PlanError(
+            f"parallelism=tensor cannot cut this model into {axis.size} parts: neither its attention heads nor its feed-forward widths "
+            f"divide by {axis.size}. Use another number of ranks, or parallelism=patch."
+        )
+    for module, shares in shared:
         for share in shares:
             _require_plain(share.linear)
             _shrink(share, axis.size, axis.rank)

@@ -38,11 +38,11 @@ def attached(pipe: Any, name: str, rank: int, world_size: int, **options: object
     plan = make_plan(table()[name], options, world_size)
     mesh = Mesh(plan, rank=rank, device=torch.device("cpu"))
     backend = DistriFuserBackend(spec=table()[name], plan=plan, mesh=mesh)
-    backend.attach(pipe)
     try:
+        backend.attach(pipe)
         yield backend
-    finally:
         backend.detach(pipe)
+    finally:
         mesh.destroy()
 
 

@@ -87,7 +87,7 @@ def test_tensor_parallelism_on_two_ranks_matches_one_rank(run_on_ranks):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("world_size", [2, 4])
 def test_tensor_parallelism_matches_one_rank_for_every_type(run_on_ranks, world_size):
     build([*UNETS, *TRANSFORMERS])
     run_on_ranks(check_types, world_size, (*UNETS, *TRANSFORMERS), TENSOR)
