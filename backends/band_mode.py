@@ -66,12 +66,15 @@ def combine(moments: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
 class BandMode(TorchFunctionMode):
     """Active while a network runs on this rank's band; `on` says which band of what, and where other bands' values come from."""
 
-    def __init__(self, *, image_tokens: ImageTokens = "all") -> None:
+    def __init__(self, *, image_tokens: ImageTokens = "all", prompt_follows_image: bool = False) -> None:
+        """prompt_follows_image: an IP-Adapter's own attention sees the picture's keys too, before those of its image prompt."""
         super().__init__()
         self.image_tokens = image_tokens
+        self.prompt_follows_image = prompt_follows_image
         self._grid: Grid | Line | None = None
         self._exchange: Exchange | None = None
         self._attends_to_all = False
+        self._attends_to_prompt = False
 
     @contextmanager
     def on(self, grid: Grid | Line, exchange: Exchange) -> Any:
@@ -82,7 +85,7 @@ class BandMode(TorchFunctionMode):
                 yield
         finally:
             self._grid = self._exchange = None
-            self._attends_to_all = False
+            self._attends_to_all = self._attends_to_prompt = False
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -104,6 +107,7 @@ class BandMode(TorchFunctionMode):
             return forward(*args, **kwargs)
         self._attends_to_all = True
         output = forward(*args, **kwargs)
+        self._attends_to_prompt = False
         if self._attends_to_all:
             raise UnsupportedError(
                 "an attention of this model does not use torch's scaled_dot_product_attention, so it cannot see the other ranks' patches. "
@@ -153,9 +157,9 @@ class BandMode(TorchFunctionMode):
 
     def _attention(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         """Attention of this band's queries (B, H, L, D) to the keys and values of all bands; text tokens are every rank's own."""
-        if not self._attends_to_all:
+        if not self._attends_to_all and not self._attends_to_prompt:
             return F.scaled_dot_product_attention(query, key, value, attn_mask, *args, **kwargs)
-        self._attends_to_all = False
+        self._attends_to_all, self._attends_to_prompt = False, self._attends_to_all and self.prompt_follows_image
         if attn_mask is not None:
             raise UnsupportedError("a self-attention with a mask cannot be cut into bands. Use another parallel method for this model.")
         bands = self._grid.tokens(key.shape[-2])

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from backends.compilation import quiet_regions
 from backends.distributed import Mesh
 from backends.guidance import attach_batch_split, detach_batch_split
 from backends.model_table import ModelSpec
@@ -60,6 +61,11 @@ class Backend(ABC):
 
     def denoiser_of(self, pipe: Any) -> nn.Module:
         return getattr(pipe, self.spec.denoiser)
+
+    def compile_regions(self, denoiser: nn.Module) -> list[nn.Module]:
+        """The parts of the denoiser that may be compiled: nothing in them waits for another rank. All of it, if only the batch is split."""
+        is_whole = all(degree == 1 or axis in ("cfg", "data") for axis, degree in self.plan.axes)
+        return [denoiser] if is_whole else quiet_regions(denoiser)
 
     @abstractmethod
     def attach_denoiser(self, pipe: Any, denoiser: nn.Module) -> None:

@@ -7,8 +7,9 @@ import copy
 import inspect
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import diffusers
@@ -19,13 +20,17 @@ from torch import Tensor
 from backends import latents as latent_space
 from backends.arguments import call_arguments, generator, require_clip_layers, require_embeds_support, resolve, visible_clip_layers
 from backends.base import Backend, Run
+from backends.compilation import Compilation
 from backends.controlnet import control_arguments, require_control
 from backends.errors import ConfigError, RequestError, UnsupportedError
 from backends.ip_adapter import load_ip_adapters, picture_arguments, require_pictures, use_scales
 from backends.lora import LoraSet
 from backends.model_table import ModelSpec
+from backends.offload import place, use_lean_attention
 from backends.plan import Exactness
 from backends.previews import Previewer
+from backends.prompts import WeightedPrompts, unread_tokens
+from backends.quantization import quantize
 from backends.request import Array, GenerateRequest, GenerateResult, LoadRequest
 from backends.schedule import Schedule
 from backends.schedulers import build_scheduler, parse_scheduler
@@ -45,19 +50,26 @@ def load_pipeline(spec: ModelSpec, load: LoadRequest, *, device: torch.device) -
     """Weights from a diffusers folder (or a single file where the type has one), on the device, ready to attach a backend to.
 
     Never asks a hub: everything must be in the checkpoint. Raises ConfigError with the component at fault.
+    The order matters: replaced weights, then quantised, then placed on the device, then LoRA (LoadedPipeline), then compiled, and the
+    backend last (`attach`).
     """
     pipe = load_pipe(spec, load)
     load_ip_adapters(pipe, spec, load)
     pipe.set_progress_bar_config(disable=True)
-    pipe.to(device)
+    bytes_saved = quantize(pipe, spec, load, device=device)
+    use_lean_attention(pipe, load)
+    place(pipe, spec, load, device=device)
     _apply_vae_options(pipe, load)
-    return LoadedPipeline(pipe, spec=spec, load=load, device=device)
+    return LoadedPipeline(pipe, spec=spec, load=load, device=device, bytes_saved=bytes_saved)
 
 
 class LoadedPipeline:
     """A diffusers pipeline with a backend attached, and what is needed to run it again and again the same way."""
 
-    def __init__(self, pipe: Any, *, spec: ModelSpec, load: LoadRequest, device: torch.device) -> None:
+    def __init__(
+        self, pipe: Any, *, spec: ModelSpec, load: LoadRequest, device: torch.device, bytes_saved: Mapping[str, int] = MappingProxyType({})
+    ) -> None:
+        """bytes_saved: component -> bytes that quantising it saved."""
         self.pipe = pipe
         self.spec = spec
         self.load = load
@@ -70,11 +82,19 @@ class LoadedPipeline:
         self._run_now: Run | None = None
         self._loras = LoraSet(pipe, spec)
         self._loras.use({**load.lora, **load.motion_lora})
+        self._prompts = WeightedPrompts(pipe) if load.compel else None
+        self._compilation = Compilation(load.compile) if load.compile is not None else None
+        self._bytes_saved = dict(bytes_saved)
 
     def attach(self, backend: Backend) -> None:
+        """Compile what is to be compiled, and put the backend around it."""
+        self._require_plain_weights(backend)
+        if self._compilation is not None:
+            self._fuse_loras()
+            self._compilation.attach(self.pipe, self.spec, backend.compile_regions(backend.denoiser_of(self.pipe)))
         backend.attach(self.pipe)
         self._backend = backend
-        if self.load.parallel_vae:
+        if self.load.parallel_vae and not self._compiles("vae"):
             attach_band_decode(self.pipe.vae, backend.mesh)
 
     def detach(self) -> None:
@@ -82,6 +102,23 @@ class LoadedPipeline:
             detach_band_decode(self.pipe.vae)
             self._backend.detach(self.pipe)
             self._backend = None
+        if self._compilation is not None:
+            self._compilation.detach()
+
+    def _compiles(self, target: str) -> bool:
+        return self.load.compile is not None and target in self.load.compile.targets
+
+    def _fuse_loras(self) -> None:
+        """A compiled denoiser is fastest without LoRA layers; packed weights, however, cannot take a LoRA in."""
+        if self._compiles("denoiser") and not self.load.quantize and self.load.gguf_model is None:
+            self._loras.fuse()
+
+    def _require_plain_weights(self, backend: Backend) -> None:
+        if not backend.has_whole_weights and (self.load.quantize or self.load.gguf_model is not None):
+            raise UnsupportedError(
+                f"quantised weights are not available with {backend.plan.describe()} and split weights: packed weights cannot be cut. "
+                "Leave out --parallelism=tensor or --shard_weights, or the quantisation."
+            )
 
     def check(self, request: GenerateRequest) -> None:
         """Refuse what cannot be done, before any rank starts: RequestError, PlanError or UnsupportedError."""
@@ -112,8 +149,17 @@ class LoadedPipeline:
             num_steps=num_steps,
             exactness=self._exactness(),
             seconds=time.perf_counter() - started,
-            report=dict(self._backend.report()) if self._backend is not None else {},
+            report=self._report(resolved),
         )
+
+    def _report(self, request: GenerateRequest) -> dict[str, Any]:
+        report = dict(self._backend.report()) if self._backend is not None else {}
+        if self._bytes_saved:
+            report["bytes_saved"] = self._bytes_saved
+        if self._prompts is None and (unread := unread_tokens(self.pipe, request)) > 0:
+            logger.warning("the last %d tokens of the prompt were not read; with --compel they would be", unread)
+            report["unread_tokens"] = unread
+        return report
 
     def preview(self, latents: Tensor) -> Array | None:
         """uint8 (h, w, 3) of the generation that runs now, from what `on_step` was given. None for a VAE that cannot tell."""
@@ -173,6 +219,9 @@ class LoadedPipeline:
 
     def _run(self, request: GenerateRequest, scheduler: Any, on_step: OnStep | None) -> tuple[Array, Array | None, int]:
         """uint8 frames, latents in client space (or None), scheduler steps made."""
+        if request.init_image is not None:
+            start = latent_space.encode(request.init_image, pipe=self.pipe, height=request.height, width=request.width)
+            request = request.model_copy(update={"latents": start})
         if request.latents is not None and self.spec.returns_latents and request.strength == 0:
             clean = request.latents[:1]
             latent_space.to_model_space(clean, pipe=self.pipe, spec=self.spec, device=self.device, dtype=self.dtype)  # checks it
@@ -180,6 +229,9 @@ class LoadedPipeline:
         self.pipe.scheduler = scheduler
         schedule = _schedule_of(request)
         arguments = call_arguments(request, self.spec, self.signature, device=self.device, dtype=self.dtype)
+        if self._prompts is not None and request.prompt_embeds is None:
+            texts = self._prompts.arguments(request)
+            arguments = {name: value for name, value in arguments.items() if name not in ("prompt", "negative_prompt")} | texts
         added = {**control_arguments(request, self.load, self.spec), **picture_arguments(request, self.load)}
         arguments |= {name: value for name, value in added.items() if name in self.signature.parameters}
         start = self._start(request)

@@ -11,10 +11,25 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
 from backends.plan import Exactness
+from backends.quantization_spec import QuantizationSpec
 
 Array = np.ndarray
 MAX_SIDE = 8192
 MAX_STEPS = 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompileSettings:
+    """What torch.compile is to compile, and how. None is torch's own default; options come before a mode."""
+
+    targets: tuple[Literal["denoiser", "vae", "encoders"], ...]
+    backend: str | None = None
+    mode: str | None = None
+    options: dict[str, Any] | None = None
+    fullgraph: bool = True
+    cache_limit: int | None = None
+    accumulated_cache_limit: int | None = None
+    capture_scalar: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +38,7 @@ class LoadRequest:
 
     denoiser: a folder or file in place of the checkpoint's UNet or transformer; gguf_model: the same in GGUF.
     control_net, ip_adapter: folder or file -> scale, which a request may change.
+    quantize: group of components (quantization_spec.GROUPS) -> how their weights are kept.
     lora, motion_lora: file -> scale; the latter act in every generation, the former unless a request brings its own.
     """
 
@@ -43,6 +59,12 @@ class LoadRequest:
     ip_adapter: dict[str, float] = field(default_factory=dict)
     lora: dict[str, float] = field(default_factory=dict)
     motion_lora: dict[str, float] = field(default_factory=dict)
+    quantize: dict[str, QuantizationSpec] = field(default_factory=dict)
+    compile: CompileSettings | None = None
+    compel: bool = False
+    offload: Literal["model", "sequential", "group"] | None = None
+    enable_attention_slicing: bool = False
+    xformers_efficient: bool = False
     enable_vae_tiling: bool = False
     enable_vae_slicing: bool = False
     parallel_vae: bool = True
@@ -68,7 +90,8 @@ class GenerateRequest(BaseModel):
     clip_skip: Annotated[int | None, Field(ge=0, le=12, description="Layers of the CLIP text encoder to skip at its end.")] = None
     scheduler: Annotated[dict[str, Any] | str | None, Field(description="Sampler name, or its name and settings.")] = None
     latents: Annotated[Array | None, Field(description="float32 (1, C, height / 8, width / 8), unscaled VAE space: where to start.")] = None
-    strength: Annotated[float, Field(ge=0, le=1, description="With latents: 1 ignores them but for their size, 0 returns them.")] = 1.0
+    init_image: Annotated[Image.Image | None, Field(description="The picture to start from, scaled to the size; see strength.")] = None
+    strength: Annotated[float, Field(ge=0, le=1, description="How much of latents or init_image may change: 1 is all, 0 nothing.")] = 1.0
     denoising_end: Annotated[float, Field(ge=0, le=1, description="Stop after this share of the noise levels.")] = 1.0
     sigmas: Annotated[list[float] | None, Field(description="Noise levels, descending, the last one 0; overrides the steps.")] = None
     timesteps: Annotated[list[int] | None, Field(description="The model's timesteps, descending; overrides the steps.")] = None

@@ -44,9 +44,6 @@ def _switch(section: str, text: str, *, aliases: Sequence[str] = (), pending: st
     return _option(False, section, text, parse=parse_switch, aliases=aliases, pending=pending)
 
 
-_QUANTIZATION = "quantisation is not available in this version"
-_COMPILE = "torch.compile is not available in this version"
-_OFFLOAD = "offloading is not available in this version"
 _PATHS: Callable[[str], str] = str
 
 
@@ -108,7 +105,7 @@ class Settings:
     transformer: str | None = _option(None, "model", "Replacement transformer: file or folder.", parse=_PATHS, metavar="PATH")
     transformer_config: str | None = _option(None, "model", "config.json of --transformer.", parse=_PATHS, metavar="PATH")
     gguf_model: str | None = _option(None, "model", "Denoiser weights in GGUF.", parse=_PATHS, metavar="PATH")
-    compel: bool = _switch("model", "Prompt weights such as (red)1.3.", pending="compel is not available in this version")
+    compel: bool = _switch("model", "Prompt weights such as (red)1.3.")
 
     lora: dict[str, float] | None = _option(None, "adapters", 'LoRA files, JSON {"path": scale}.', parse=scales, metavar="JSON")
     lora_dir: str | None = _option(
@@ -133,44 +130,48 @@ class Settings:
     )
 
     quantize_to: str | None = _option(
-        None, "quantization", "Denoiser and text encoders: float8, int8, int4, int2.", parse=str, pending=_QUANTIZATION
+        None, "quantization", "Denoiser and text encoders: float8, int8, int4, int2, or bnb,int8 and the like.", parse=str, metavar="KIND"
     )
     quantize_unet_to: str | None = _option(
-        None, "quantization", "Denoiser only.", parse=str, aliases=("quantize_unet",), pending=_QUANTIZATION
+        None, "quantization", "Denoiser only.", parse=str, aliases=("quantize_unet", "quantize_transformer"), metavar="KIND"
     )
     quantize_encoder_to: str | None = _option(
-        None, "quantization", "Text encoders only.", parse=str, aliases=("quantize_encoder",), pending=_QUANTIZATION
+        None, "quantization", "Text and image encoders only.", parse=str, aliases=("quantize_encoder",), metavar="KIND"
     )
     quantize_misc_to: str | None = _option(
-        None, "quantization", "ControlNet and motion adapter only.", parse=str, aliases=("quantize_misc",), pending=_QUANTIZATION
+        None, "quantization", "ControlNet and motion adapter only.", parse=str, aliases=("quantize_misc",), metavar="KIND"
     )
-    quantize_vae: str | None = _option(None, "quantization", "VAE only.", parse=str, pending=_QUANTIZATION)
-    quantize_tokenizer: str | None = _option(None, "quantization", "Nothing to quantise.", parse=str, pending=_QUANTIZATION)
-    quantize_scheduler: str | None = _option(None, "quantization", "Nothing to quantise.", parse=str, pending=_QUANTIZATION)
+    quantize_vae: str | None = _option(None, "quantization", "VAE only.", parse=str, aliases=("quantize_vae_to",), metavar="KIND")
+    quantize_tokenizer: str | None = _option(None, "quantization", "Accepted: there is nothing to quantise.", parse=str, metavar="KIND")
+    quantize_scheduler: str | None = _option(None, "quantization", "Accepted: there is nothing to quantise.", parse=str, metavar="KIND")
 
-    compile_unet: bool = _switch("compile", "Compile the denoiser.", aliases=("compile_transformer",), pending=_COMPILE)
-    compile_vae: bool = _switch("compile", "Compile the VAE.", pending=_COMPILE)
-    compile_text_encoder: bool = _switch("compile", "Compile the text encoders.", aliases=("compile_encoder",), pending=_COMPILE)
-    compile_backend: str | None = _option(None, "compile", "Backend of torch.compile.", parse=str, pending=_COMPILE)
-    compile_mode: str | None = _option(None, "compile", "Mode of torch.compile.", parse=str, pending=_COMPILE)
+    compile_unet: bool = _switch("compile", "Compile the denoiser.", aliases=("compile_transformer",))
+    compile_vae: bool = _switch("compile", "Compile the VAE's decoder; every rank then decodes the whole picture.")
+    compile_text_encoder: bool = _switch("compile", "Compile the text encoders.", aliases=("compile_encoder",))
+    compile_backend: str | None = _option(None, "compile", "Backend of torch.compile (inductor).", parse=str)
+    compile_mode: str | None = _option(
+        None, "compile", "Mode of torch.compile: reduce-overhead, max-autotune, max-autotune-no-cudagraphs.", parse=str
+    )
     compile_options: dict[str, Any] | None = _option(
-        None, "compile", "Options of torch.compile.", parse=json_object, pending=_COMPILE, metavar="JSON"
+        None, "compile", "Options of torch.compile; they win over a mode.", parse=json_object, metavar="JSON"
     )
-    compile_fullgraph_off: bool = _switch("compile", "Allow graph breaks.", pending=_COMPILE)
-    torch_cache_limit: int | None = _option(None, "compile", "Graphs kept per function.", parse=whole(0), pending=_COMPILE)
+    compile_fullgraph_off: bool = _switch("compile", "Allow graph breaks.")
+    torch_cache_limit: int | None = _option(None, "compile", "Graphs kept per function (default 64).", parse=whole(0))
     torch_accumulated_cache_limit: int | None = _option(
-        None, "compile", "Graphs kept in all.", parse=whole(0), aliases=("torch_accumlated_cache_limit",), pending=_COMPILE
+        None, "compile", "Graphs kept in all.", parse=whole(0), aliases=("torch_accumlated_cache_limit",)
     )
-    torch_capture_scalar: bool = _switch("compile", "Capture scalar outputs.", pending=_COMPILE)
+    torch_capture_scalar: bool = _switch("compile", "Capture scalar outputs.")
 
     enable_vae_tiling: bool = _switch("memory", "Decode large pictures in tiles.")
     enable_vae_slicing: bool = _switch("memory", "Decode batches one by one.")
     parallel_vae: bool | None = _option(
         None, "memory", "Decode each picture on all ranks together; on if not given.", parse=parse_switch, aliases=("use_parallel_vae",)
     )
-    xformers_efficient: bool = _switch("memory", "xformers attention.", pending=_OFFLOAD)
-    enable_model_cpu_offload: bool = _switch("memory", "Keep idle models in main memory.", pending=_OFFLOAD)
-    enable_sequential_cpu_offload: bool = _switch("memory", "Keep idle layers in main memory.", pending=_OFFLOAD)
+    enable_attention_slicing: bool = _switch("memory", "Compute attention in slices (backends single and asyncdiff).")
+    xformers_efficient: bool = _switch("memory", "xformers attention, if it is installed (backends single and asyncdiff).")
+    enable_model_cpu_offload: bool = _switch("memory", "Keep idle models in main memory.")
+    enable_sequential_cpu_offload: bool = _switch("memory", "Keep idle layers in main memory.")
+    enable_group_offload: bool = _switch("memory", "Keep idle layers in main memory and fetch them ahead.")
 
     model_n: int | None = _option(None, "asyncdiff", "Number of denoiser segments.", parse=whole(1, 64))
     stride: int | None = _option(None, "asyncdiff", "Run the denoiser every 1 or 2 steps.", parse=whole(1, 2))

@@ -17,6 +17,7 @@ from backends.plan import ParallelPlan, require_world_size
 from backends.request import LoadRequest
 from backends.schedulers import parse_scheduler, require_family
 from hosts.settings import Settings, option_fields
+from hosts.treatments import treatments
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PATH_OPTIONS = ("vae", "vae_config", "gguf_model", "motion_adapter", "motion_module", "motion_config", "control_net_config")
@@ -27,6 +28,10 @@ FEATURE_OPTIONS = {
     "controlnet": ("control_net",),
     "ip_adapter": ("ip_adapter",),
     "gguf": ("gguf_model",),
+    "quantization": ("quantize_to", "quantize_unet_to", "quantize_encoder_to", "quantize_misc_to", "quantize_vae"),
+    "compile": ("compile_unet", "compile_vae", "compile_text_encoder"),
+    "offload": ("enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_offload"),
+    "compel": ("compel",),
 }
 """Feature of the model table -> the options that ask for it."""
 MOTION_OPTIONS = ("motion_adapter", "motion_module", "motion_config", "motion_adapter_lora")
@@ -90,7 +95,7 @@ def plan_start(settings: Settings, table: ModelTable, *, num_gpus: int, num_rank
     for feature, names in FEATURE_OPTIONS.items():
         if any(name in settings.given for name in names):
             spec.require(backend, feature)
-    load = _load_request(settings, spec, num_gpus=num_gpus, reasons=reasons)
+    load = _load_request(settings, spec, backend, num_gpus=num_gpus, reasons=reasons)
     reasons += _without_effect(settings, spec, backend)
     options = {**settings.given, "checkpoint": load.checkpoint}
     plan = require_world_size(planner(backend)(spec, options, world_size), world_size)
@@ -139,7 +144,7 @@ def _model_spec(settings: Settings, table: ModelTable) -> ModelSpec:
     return spec
 
 
-def _load_request(settings: Settings, spec: ModelSpec, *, num_gpus: int, reasons: list[str]) -> LoadRequest:
+def _load_request(settings: Settings, spec: ModelSpec, backend: str, *, num_gpus: int, reasons: list[str]) -> LoadRequest:
     paths = {name: _existing_path(name, getattr(settings, name)) for name in ("checkpoint", *PATH_OPTIONS)}
     scaled = {name: _existing_files(name, getattr(settings, name)) for name in SCALED_PATHS}
     if settings.controlnet_scale is not None:
@@ -165,11 +170,12 @@ def _load_request(settings: Settings, spec: ModelSpec, *, num_gpus: int, reasons
         enable_vae_tiling=settings.enable_vae_tiling,
         enable_vae_slicing=settings.enable_vae_slicing,
         parallel_vae=settings.parallel_vae is not False,
-        prewarm_steps=settings.warm_up_steps or 0,
         lora=scaled["lora"],
         motion_lora=scaled["motion_adapter_lora"] if "motion_adapter" in spec.components else {},
         control_net=scaled["control_net"],
         ip_adapter=scaled["ip_adapter"],
+        compel=settings.compel,
+        **treatments(settings, backend=backend, reasons=reasons, num_gpus=num_gpus),
         **_denoiser(settings, spec),
         **paths,
     )

@@ -75,12 +75,14 @@ class TokenCut:
 
     embedding: module whose output tokens are cut; None if they arrive as the first argument. head: module whose output is gathered.
     argument_dims: arguments with one entry per token of the picture, and their token dim. image_tokens: their place beside the text's.
+    prompt_follows_image: an IP-Adapter's attention sees the picture's tokens, then those of its own picture.
     """
 
     embedding: str | None = None
     head: str = "proj_out"
     argument_dims: Mapping[str, int] = field(default_factory=dict)
     image_tokens: ImageTokens = "all"
+    prompt_follows_image: bool = False
 
     def bands(self, sample: Tensor, weights: tuple[float, ...], patch_size: int) -> Bands:
         """Of the picture's tokens; any number of them may be in a band."""
@@ -113,7 +115,12 @@ _TOKEN_CUTS = {
         argument_dims={"hidden_states": 1, "img_ids": -2, "controlnet_block_samples": 1, "controlnet_single_block_samples": 1},
         image_tokens="last",
     ),
-    "SD3Transformer2DModel": TokenCut(embedding="pos_embed", argument_dims={"block_controlnet_hidden_states": 1}, image_tokens="first"),
+    "SD3Transformer2DModel": TokenCut(
+        embedding="pos_embed",
+        argument_dims={"block_controlnet_hidden_states": 1},
+        image_tokens="first",
+        prompt_follows_image=True,
+    ),
     "PixArtTransformer2DModel": TokenCut(embedding="pos_embed"),
     "HunyuanDiT2DModel": TokenCut(embedding="pos_embed", argument_dims={"image_rotary_emb": -2, "controlnet_block_samples": 1}),
 }

@@ -48,7 +48,9 @@ class BandedNetwork:
         self._naive_scheme = naive_scheme
         self._gathers_output = gathers_output
         self._cut = cut_of(network)
-        self._band_mode = BandMode(image_tokens=self._cut.image_tokens)
+        self._band_mode = BandMode(
+            image_tokens=self._cut.image_tokens, prompt_follows_image=isinstance(self._cut, TokenCut) and self._cut.prompt_follows_image
+        )
         self._memories: dict[tuple[str, int], CallMemory] = {}
         self._call: _Call | None = None
 

@@ -12,7 +12,8 @@ from backends.base import Backend
 from backends.distributed import Mesh
 from backends.model_table import ModelSpec, read_table
 from backends.pipeline import LoadedPipeline, load_pipeline
-from backends.request import GenerateRequest, LoadRequest
+from backends.quantization_spec import parse_quantization
+from backends.request import CompileSettings, GenerateRequest, LoadRequest
 from tests.checkpoints import IP_ADAPTER_FILE, checkpoint, controlnet, gguf, ip_adapter, lora, picture
 
 TABLE = read_table()
@@ -49,6 +50,15 @@ def feature(name: str, spec: ModelSpec) -> Feature:
             )
         case "gguf":
             return Feature(load={"gguf_model": str(gguf(spec.name, "Q4_0"))})
+        case "quantization":
+            int4 = parse_quantization("int4", option="quantize_to")
+            return Feature(load={"quantize": {"denoiser": int4, "encoders": int4}})
+        case "compile":
+            return Feature(load={"compile": CompileSettings(targets=("denoiser",), backend="eager")}, changes_result=False)
+        case "offload":
+            return Feature(changes_result=False)
+        case "compel":
+            return Feature(load={"compel": True}, request={"prompt": "a (red)1.6 photo of a (cat)0.5"})
     raise ValueError(name)
 
 

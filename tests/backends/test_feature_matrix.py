@@ -5,9 +5,11 @@ The cells come from the model table, so that writing `tested` there is what make
 
 import pytest
 import torch
+import torch._dynamo
 
 from backends.model_table import FEATURES
-from tests.backends.features import TABLE, attached, feature, loaded, meshes, prepare, request_for, result
+from backends.offload import offload
+from tests.backends.features import CPU, TABLE, attached, feature, loaded, meshes, prepare, request_for, result
 
 FAST = ("sdxl", "flux")
 PARALLEL = ("asyncdiff", "distrifuser", "xdit")
@@ -35,6 +37,8 @@ def check_type(rank, world_size, name, wanted):
     for what, its_backends in wanted.items():
         case = feature(what, spec)
         pipe = loaded(spec, **case.load)
+        if what == "offload":
+            offload(pipe.pipe, spec, "model", device=CPU)  # a host without an accelerator would only say that it has no effect
         asked = request_for(spec, **case.request)
         want = result(pipe, asked)
         change = float((want - plain).abs().max())
@@ -44,12 +48,23 @@ def check_type(rank, world_size, name, wanted):
 
 
 def compare(pipe, mesh, asked, want, label):
+    before = num_graphs()
     with attached(pipe, mesh):
         got = result(pipe, asked)
+        if pipe.load.compile is not None:
+            graphs = num_graphs()
+            result(pipe, asked)
+            assert graphs > before, f"{label}: nothing was compiled"
+            assert num_graphs() == graphs, f"{label}: the same size was compiled again"
+            torch._dynamo.reset()
     limit = max(1e-5, 1e-4 * float(want.abs().max()), 1.01 / 255 if want.dim() == 4 and want.shape[-1] == 3 else 0)
     difference = float((got - want).abs().max())
     assert torch.isfinite(got).all() and difference <= limit, f"{label}: off by {difference:.1e}, allowed {limit:.1e}"
     assert float((result(pipe, asked) - want).abs().max()) <= limit, f"{label}: detaching left something behind"
+
+
+def num_graphs():
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 @pytest.mark.timeout(400)

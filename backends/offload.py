@@ -1,0 +1,65 @@
+"""Where a pipeline's weights live: on the device, or in main memory and moved when they are needed."""
+
+import logging
+from typing import Any, Literal
+
+import torch
+
+from backends.errors import UnsupportedError
+from backends.model_table import ModelSpec
+from backends.request import LoadRequest
+
+logger = logging.getLogger(__name__)
+
+Offload = Literal["model", "sequential", "group"]
+
+
+def place(pipe: Any, spec: ModelSpec, load: LoadRequest, *, device: torch.device) -> None:
+    """Put the pipeline on its device, or prepare its weights for being moved there piece by piece."""
+    if load.offload is not None and device.type == "cpu":
+        logger.warning("offload=%s has no effect: there is no accelerator, so everything is in main memory already", load.offload)
+    if load.offload is None or device.type == "cpu":
+        pipe.to(device)
+    else:
+        offload(pipe, spec, load.offload, device=device)
+
+
+def offload(pipe: Any, spec: ModelSpec, kind: Offload, *, device: torch.device) -> None:
+    """model: whole components are moved; sequential: single layers; group: groups of layers, prefetched where the device has streams.
+
+    Call it before anything is attached: what comes later wraps the hooks that move the weights.
+    """
+    if kind == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    elif kind == "sequential":
+        pipe.enable_sequential_cpu_offload(device=device)
+    else:
+        _offload_groups(pipe, spec, device)
+    if kind != "group":
+        # diffusers' own method takes the hooks off and puts them on again, and what was attached around them would be lost with them
+        pipe.maybe_free_model_hooks = lambda: [hook.offload() for hook in pipe._all_hooks]
+
+
+def _offload_groups(pipe: Any, spec: ModelSpec, device: torch.device) -> None:
+    try:
+        pipe.enable_group_offload(
+            onload_device=device,
+            offload_device=torch.device("cpu"),
+            offload_type="leaf_level",
+            use_stream=device.type == "cuda",
+        )
+    except ValueError as error:
+        raise UnsupportedError(
+            f"enable_group_offload is not available for {spec.title}: {error} Use --enable_model_cpu_offload."
+        ) from error
+
+
+def use_lean_attention(pipe: Any, load: LoadRequest) -> None:
+    """Attention in slices, or by xformers: both replace the attention processors, so they come before everything that is attached."""
+    if load.enable_attention_slicing:
+        pipe.enable_attention_slicing()
+    if load.xformers_efficient:
+        try:
+            pipe.enable_xformers_memory_efficient_attention()
+        except ModuleNotFoundError:
+            logger.warning("xformers_efficient has no effect: xformers is not installed, and torch's own attention is used")
