@@ -100,6 +100,10 @@ def _require_inputs(request: GenerateRequest, spec: ModelSpec) -> None:
         raise RequestError("both a prompt and prompt embeddings were given. Send one of them.", field="positive_embeds")
     if request.negative_prompt and request.negative_prompt_embeds is not None:
         raise RequestError("both a negative prompt and negative embeddings were given. Send one of them.", field="negative_embeds")
+    if request.init_image is not None and request.latents is not None:
+        raise RequestError("both a latent and init_image were given. Send one of them.", field="init_image")
+    if request.init_image is not None and not spec.returns_latents:
+        raise UnsupportedError(f"{spec.title} cannot start from init_image. Leave it out.")
     if request.sigmas is not None and request.timesteps is not None:
         raise RequestError("both sigmas and timesteps were given. Send one of them.", field="sigmas")
 
@@ -119,6 +123,8 @@ def _size(request: GenerateRequest, spec: ModelSpec, defaults: Mapping[str, Any]
         height, width = (side * vae_scale_factor for side in request.latents.shape[-2:])
         if (request.height, request.width) not in ((None, None), (height, width)):
             logger.info("size %sx%s given, but the latent is of %dx%d: the latent wins", request.width, request.height, width, height)
+    elif request.init_image is not None and request.height is None and request.width is None:
+        width, height = request.init_image.size
     else:
         height = _first(request.height, defaults.get("height"), spec.height)
         width = _first(request.width, defaults.get("width"), spec.width)

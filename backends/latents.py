@@ -4,10 +4,13 @@ Client space is what a VAE encodes to and decodes from: float32 (1, C, h, w), un
 configuration and, for packed layouts, folded into tokens of 2 x 2 latent pixels.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from backends.errors import RequestError
@@ -54,19 +57,31 @@ def unpack(x: Tensor, *, pipe: Any, spec: ModelSpec, height: int, width: int) ->
 
 @torch.no_grad()
 def decode(client_latents: np.ndarray, *, pipe: Any) -> np.ndarray:
-    """float32 (B, C, h, w) in client space -> uint8 (B, H, W, 3).
+    """float32 (B, C, h, w) in client space -> uint8 (B, H, W, 3)."""
+    with _without_overflow(pipe.vae) as vae:
+        x = torch.from_numpy(client_latents).to(device=pipe._execution_device, dtype=vae.dtype)
+        image = vae.decode(x, return_dict=False)[0]
+        return to_uint8(pipe.image_processor.postprocess(image.float(), output_type="np"))
 
-    A VAE that overflows in float16 (SDXL's) is decoded in float32, as diffusers does.
-    """
-    vae = pipe.vae
+
+@torch.no_grad()
+def encode(image: Image.Image, *, pipe: Any, height: int, width: int) -> np.ndarray:
+    """A picture, scaled to this size in pixels -> float32 (1, C, h, w) in client space: the middle of what the VAE sees in it."""
+    pixels = np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS))
+    with _without_overflow(pipe.vae) as vae:
+        x = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].to(device=pipe._execution_device, dtype=vae.dtype)
+        return vae.encode(x / 127.5 - 1).latent_dist.mode().float().cpu().numpy()
+
+
+@contextmanager
+def _without_overflow(vae: Any) -> Iterator[Any]:
+    """A VAE that overflows in float16 (SDXL's) works in float32 meanwhile, as in diffusers."""
     dtype = vae.dtype
     needs_upcast = dtype == torch.float16 and vae.config.get("force_upcast", False)
     if needs_upcast:
         vae.to(torch.float32)
     try:
-        x = torch.from_numpy(client_latents).to(device=pipe._execution_device, dtype=vae.dtype)
-        image = vae.decode(x, return_dict=False)[0]
-        return to_uint8(pipe.image_processor.postprocess(image.float(), output_type="np"))
+        yield vae
     finally:
         if needs_upcast:
             vae.to(dtype)

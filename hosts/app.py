@@ -19,7 +19,7 @@ from backends.errors import (
     UnsupportedError,
 )
 from backends.model_table import ModelSpec
-from hosts import api, pages, routes
+from hosts import a1111, api, openai, pages, routes
 from hosts.compat import routes as compat_routes
 from hosts.jobs import JobQueue
 from hosts.settings import Settings
@@ -61,6 +61,8 @@ def create_app(host: Host) -> Flask:
     app.register_blueprint(routes.blueprint)
     app.register_blueprint(api.blueprint)
     app.register_blueprint(pages.blueprint)
+    app.register_blueprint(openai.blueprint)
+    app.register_blueprint(a1111.blueprint)
     app.register_blueprint(compat_routes.blueprint)
     app.before_request(_refuse_foreign_pages)
     app.register_error_handler(HostError, _host_error)
@@ -84,8 +86,17 @@ def _refuse_foreign_pages() -> None:
     name = urlsplit(f"//{request.host}").hostname or ""
     if name not in allowed and not allowed & WILDCARDS:
         raise RequestError(f"Host {name!r} is not served here. Allowed: {', '.join(sorted(allowed))}.", field="Host")
-    if request.method == "POST" and request.mimetype != "application/json":
-        raise UnsupportedMediaType(f"Content-Type {request.mimetype or '(none)'!r} is not allowed. Send application/json.")
+    origin = request.headers.get("Origin")
+    if origin is not None and urlsplit(origin).netloc != request.host:
+        raise ForeignOrigin(f"Origin {origin!r} is not served here. Allowed: this host's own page, and clients that are no browsers.")
+    kinds = openai.FORM_TYPES if request.blueprint == openai.blueprint.name else ("application/json",)
+    if request.method == "POST" and request.mimetype not in kinds and not _has_no_body():
+        raise UnsupportedMediaType(f"Content-Type {request.mimetype or '(none)'!r} is not allowed. Send {' or '.join(kinds)}.")
+
+
+def _has_no_body() -> bool:
+    """Some POSTs of other dialects say everything in their path."""
+    return request.content_length in (0, None) and request.blueprint == a1111.blueprint.name
 
 
 class UnsupportedMediaType(HTTPException):
@@ -94,14 +105,26 @@ class UnsupportedMediaType(HTTPException):
     code = 415
 
 
+class ForeignOrigin(HTTPException):
+    """A page of another site sends requests with the user's browser."""
+
+    code = 403
+
+
+def _answer(message: str, status: int) -> tuple[Response, int]:
+    """In the dialect of the path that was asked."""
+    shape = {openai.blueprint.name: openai.error_body, a1111.blueprint.name: a1111.error_body}.get(request.blueprint or "")
+    return jsonify(shape(message, status) if shape else error_body(message)), status
+
+
 def _host_error(error: HostError) -> tuple[Response, int]:
-    return jsonify(error_body(str(error))), status_of(error)
+    return _answer(str(error), status_of(error))
 
 
 def _http_error(error: HTTPException) -> tuple[Response, int]:
-    return jsonify(error_body(f"{error.name}: {error.description}" if error.name else str(error.description))), error.code or 500
+    return _answer(f"{error.name}: {error.description}" if error.name else str(error.description), error.code or 500)
 
 
 def _unexpected_error(error: Exception) -> tuple[Response, int]:
     logger.exception("a request failed")
-    return jsonify(error_body(f"internal error: {type(error).__name__}. The log of rank 0 says more.")), 500
+    return _answer(f"internal error: {type(error).__name__}. The log of rank 0 says more.", 500)

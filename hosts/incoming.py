@@ -2,13 +2,13 @@
 
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flask import current_app, request
 from werkzeug.exceptions import BadRequest
 
-from backends.errors import RequestError
+from backends.errors import HostError, RequestError
 from backends.request import GenerateResult
 from hosts import wire
 from hosts.jobs import Job
@@ -58,3 +58,13 @@ def wait_for(job: Job, *, is_kept: bool = False) -> GenerateResult:
         if time.monotonic() - gone_at >= grace_s:
             host.queue.cancel(job, f"the client went away and did not come back within {grace_s} s.")
     return result
+
+
+def wait_for_all(jobs: Sequence[Job]) -> list[GenerateResult]:
+    """Their results. If one fails, the others are cancelled and its error is raised."""
+    try:
+        return [wait_for(job) for job in jobs]
+    except HostError:
+        for job in jobs:
+            current_app.extensions["host"].queue.cancel(job)
+        raise

@@ -119,6 +119,7 @@ def _unused(spec: ModelSpec, settings: Settings) -> set[str]:
     is_used = {
         "num_frames": spec.output == "video",
         "latents": spec.returns_latents,
+        "init_image": spec.returns_latents,
         "image": "image" in spec.requires,
         "control_image": bool(settings.control_net),
         "ip_adapter_image": bool(settings.ip_adapter),

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import logging
+import select
 import socket
 import struct
 import threading
@@ -105,11 +106,11 @@ class Listener:
 
 
 def is_gone(connection: socket.socket) -> bool:
-    """Whether the other side has closed. Reads nothing."""
-    try:
-        return connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
-    except BlockingIOError:
-        return False
+    """Whether the other side has closed. Reads nothing and does not wait."""
+    ready = select.poll()
+    ready.register(connection, select.POLLIN)
+    try:  # asked first: recv on a socket with a time-out waits for it, whatever the flags say
+        return bool(ready.poll(0)) and connection.recv(1, socket.MSG_PEEK) == b""
     except OSError:
         return True
 

@@ -117,6 +117,7 @@ def _arrays(given: Mapping[str, Any], spec: ModelSpec) -> dict[str, Any]:
 def _pictures(given: Mapping[str, Any], spec: ModelSpec, accepted: Accepted) -> dict[str, Any]:
     wanted = {
         "image": ("image", "image" in spec.requires),
+        "init_image": ("init_image", True),
         "control_image": ("control_image", accepted.takes_control_image),
         "ip_adapter_image": ("ip_image", accepted.takes_ip_image),
     }
@@ -130,7 +131,7 @@ def _pictures(given: Mapping[str, Any], spec: ModelSpec, accepted: Accepted) -> 
         many = given[source] if isinstance(given[source], list) else [given[source]]
         images = [codec.decode_image_or_path(one, field=source, allowed_dirs=accepted.image_dirs) for one in many]
         images = [_scaled(image, percent, f"{name}_scale") for image in images]
-        pictures[field] = images if isinstance(given[source], list) and field != "image" else images[0]
+        pictures[field] = images if isinstance(given[source], list) and field not in ("image", "init_image") else images[0]
     return pictures
 
 

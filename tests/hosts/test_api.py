@@ -142,6 +142,11 @@ def test_job_of_a_client_that_went_away_is_cancelled_and_a_kept_one_is_not(host)
         assert ended is JobStatus.DONE or "the client went away" in str(job.error)
 
 
+def test_client_that_waits_long_is_answered(host):
+    """Longer than the host looks for the client's end of the connection."""
+    assert host.picture({**BODY, "num_inference_steps": 150})["message"] == "OK"
+
+
 def test_unknown_job_is_answered_as_an_error(host):
     for method, path in (("get", ""), ("delete", ""), ("get", "/result"), ("get", "/events")):
         answer = getattr(requests, method)(host.url(f"/v1/jobs/none{path}"), timeout=20)

@@ -1,0 +1,183 @@
+"""The OpenAI and A1111 dialects on a real host, with OpenAI's own client."""
+
+import base64
+import io
+import json
+import threading
+
+import numpy as np
+import openai
+import pytest
+import requests
+from PIL import Image
+
+from tests.checkpoints import checkpoint, picture
+from tests.hosts.client import decode
+from tests.hosts.harness import wait_until
+from tests.hosts.inprocess import InProcessHost
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("loras")
+    (folder / "style.safetensors").write_bytes(b"")
+    with InProcessHost(type="sdxl", checkpoint=str(checkpoint("sdxl")), lora_dir=str(folder)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def video_host():
+    with InProcessHost(type="svd", checkpoint=str(checkpoint("svd"))) as running:
+        yield running
+
+
+def client_of(host):
+    return openai.OpenAI(base_url=host.url("/v1"), api_key="anything", max_retries=0)
+
+
+def pixels(data):
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def generated(host, **fields):
+    return np.asarray(decode(host.picture({"positive": "a red car", "steps": 3, "seed": 5, "cfg": 5.0, **fields})["output"]))
+
+
+def test_openai_client_draws_what_generate_draws(host):
+    client = client_of(host)
+    assert [model.id for model in client.models.list()] == ["sdxl"]
+    extra = {"seed": 5, "steps": 3, "guidance": 5.0}
+    answer = client.images.generate(prompt="a red car", n=2, size="64x64", response_format="b64_json", extra_body=extra)
+    assert len(answer.data) == 2
+    for index, image in enumerate(answer.data):
+        assert (pixels(base64.b64decode(image.b64_json)) == generated(host, seed=5 + index)).all()
+    linked = client.images.generate(prompt="a red car", model="sdxl", size="64x64", extra_body=extra)
+    assert (pixels(requests.get(linked.data[0].url, timeout=20).content) == generated(host)).all()
+
+
+def test_openai_client_changes_a_picture(host):
+    buffer = io.BytesIO()
+    picture(64).save(buffer, format="PNG")
+    answers = [
+        client_of(host).images.edit(
+            image=("a.png", buffer.getvalue(), "image/png"),
+            prompt="a red car",
+            response_format="b64_json",
+            extra_body={"seed": "5", "steps": "4", "strength": strength},
+        )
+        for strength in ("0", "0.5", "1")
+    ]
+    same, near, far = (pixels(base64.b64decode(answer.data[0].b64_json)).astype(int) for answer in answers)
+    assert same.shape == (64, 64, 3)
+    assert 1 < np.abs(near - same).mean() < np.abs(far - same).mean()
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "message"),
+    [
+        ({"size": "big"}, openai.BadRequestError, "size='big' is not allowed"),
+        ({"n": 11}, openai.BadRequestError, "n=11 is not allowed"),
+        ({"model": "dall-e-3"}, openai.NotFoundError, "there is no model 'dall-e-3'"),
+        ({"output_format": "tiff"}, openai.BadRequestError, "output_format='tiff' is not allowed"),
+        ({"extra_body": {"steps": 0}}, openai.BadRequestError, "steps=0 is not allowed"),
+    ],
+)
+def test_openai_client_gets_its_own_errors(host, fields, kind, message):
+    with pytest.raises(kind) as caught:
+        client_of(host).images.generate(**{"prompt": "a", **fields})
+    assert message in caught.value.body["message"]
+    assert caught.value.body["type"] == "invalid_request_error"
+
+
+def test_openai_masks_and_missing_pictures_are_refused(host):
+    answer = requests.post(host.url("/v1/images/edits"), data={"prompt": "a"}, files={"other": b"x"}, timeout=20)
+    assert answer.status_code == 400 and "image is missing" in answer.json()["error"]["message"]
+    answer = requests.post(host.url("/v1/images/edits"), files={"image": b"x", "mask": b"x"}, timeout=20)
+    assert answer.status_code == 422 and "mask is not available" in answer.json()["error"]["message"]
+
+
+def test_openai_client_makes_a_video_as_a_job(video_host):
+    client = client_of(video_host)
+    buffer = io.BytesIO()
+    picture(64).save(buffer, format="PNG")
+    video = client.videos.create(
+        prompt="", input_reference=("a.png", buffer.getvalue(), "image/png"), extra_body={"num_frames": "2", "num_inference_steps": "2"}
+    )
+    wait_until(lambda: client.videos.retrieve(video.id).status == "completed", within_s=60, what="the video is done")
+    assert client.videos.download_content(video.id).read()[4:8] == b"ftyp"
+    with pytest.raises(openai.UnprocessableEntityError, match="makes videos"):
+        client.images.generate(prompt="a")
+
+
+def a1111(host, path, body=None):
+    call = requests.get if body is None else requests.post
+    return call(host.url(f"/sdapi/v1/{path}"), timeout=60, **({} if body is None else {"json": body}))
+
+
+def test_a1111_draws_what_generate_draws(host):
+    body = {"prompt": "a red car", "steps": 3, "seed": 5, "cfg_scale": 5.0, "width": 64, "height": 64, "n_iter": 2}
+    answer = a1111(host, "txt2img", {**body, "sampler_name": "DPM++ 2M Karras"}).json()
+    info = json.loads(answer["info"])
+    assert info["all_seeds"] == [5, 6] and info["scheduler"] == "DPMSolverMultistepScheduler"
+    scheduler = {"scheduler": "dpmpp_2m", "use_karras_sigmas": True}
+    for index, image in enumerate(answer["images"]):
+        assert (pixels(base64.b64decode(image)) == generated(host, seed=5 + index, scheduler=scheduler)).all()
+
+
+def test_a1111_changes_a_picture(host):
+    buffer = io.BytesIO()
+    picture(64).save(buffer, format="PNG")
+    start = base64.b64encode(buffer.getvalue()).decode()
+    made = [
+        a1111(host, "img2img", {"prompt": "a", "seed": 1, "steps": 4, "init_images": [start], "denoising_strength": strength}).json()[
+            "images"
+        ][0]
+        for strength in (0, 0.6)
+    ]
+    assert np.abs(pixels(base64.b64decode(made[0])).astype(int) - pixels(base64.b64decode(made[1]))).mean() > 1
+    assert "init_images must hold one picture" in a1111(host, "img2img", {"prompt": "a"}).json()["detail"]
+
+
+def test_a1111_progress_and_interrupt_reach_the_running_job(host):
+    answers = []
+    job = threading.Thread(target=lambda: answers.append(a1111(host, "txt2img", {"prompt": "a", "steps": 900})))
+    job.start()
+    wait_until(lambda: a1111(host, "progress").json()["current_image"], within_s=30, what="a preview")
+    now = a1111(host, "progress").json()
+    assert 0 < now["progress"] < 1 and now["state"]["sampling_steps"] == 900 and now["eta_relative"] > 0
+    assert pixels(base64.b64decode(now["current_image"])).shape == (8, 8, 3)
+    assert requests.post(host.url("/sdapi/v1/interrupt"), timeout=20).status_code == 200
+    job.join(timeout=30)
+    assert answers[0].status_code == 409 and "interrupted" in answers[0].json()["detail"]
+    assert a1111(host, "progress").json()["progress"] == 0
+
+
+def test_a1111_lists_tell_what_is_there(host):
+    assert a1111(host, "sd-models").json()[0]["title"] == "sdxl"
+    assert {"name": "euler_a", "aliases": ["euler_a"], "options": {}} in a1111(host, "samplers").json()
+    assert [lora["name"] for lora in a1111(host, "loras").json()] == ["style.safetensors"]
+    assert a1111(host, "options").json()["sd_model_checkpoint"] == "sdxl"
+    assert a1111(host, "options", {"sd_model_checkpoint": "sdxl"}).status_code == 200
+    assert "is not loaded" in a1111(host, "options", {"sd_model_checkpoint": "other"}).json()["detail"]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"enable_hr": True}, "enable_hr is not available"),
+        ({"sampler_name": "Magic"}, "magic"),
+        ({"n_iter": 99}, "n_iter x batch_size is 99"),
+        ({"batch_size": "x"}, "batch_size='x' is not allowed"),
+    ],
+)
+def test_a1111_refuses_in_its_own_shape(host, body, message):
+    answer = a1111(host, "txt2img", {"prompt": "a", **body})
+    assert answer.status_code in (400, 422) and message in answer.json()["detail"]
+
+
+def test_pages_of_other_sites_are_refused(host):
+    for path in ("/generate", "/v1/jobs", "/v1/images/generations", "/sdapi/v1/interrupt"):
+        answer = requests.post(host.url(path), json={"prompt": "a"}, headers={"Origin": "http://evil.example"}, timeout=20)
+        assert answer.status_code == 403, path
+    own = {"Origin": host.url("")}
+    assert requests.post(host.url("/generate"), json={"prompt": "a", "steps": 1}, headers=own, timeout=30).status_code == 200
