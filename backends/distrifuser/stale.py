@@ -156,16 +156,17 @@ class CallMemory(Exchange):
     def moments(self, own: Tensor, shares: Sequence[float]) -> Tensor:
         """Of the whole picture; in stale steps as the mode says. Source: DistriFusion, section 4 (corrected asynchronous group norm).
 
-        Extrapolated values have moved on by themselves: a correction would count the change of the other bands twice.
+        Corrected statistics start from the last step's also where the rest is extrapolated: corrected from extrapolated ones, the change
+        of the other bands would count twice, and extrapolated without a correction they were further from the exact ones.
         """
         if self._is_fresh or self._mode.statistics == "now":
             return super().moments(own, shares)
         if self._mode.statistics == "local":
             return own
-        if not self._mode.is_corrected or self._can_extrapolate:
+        if not self._mode.is_corrected:
             return _or_own(combine(self.gather("statistics", own, [own.shape] * len(shares)), shares), own)
         slot = self._next_slot("statistics", own)
-        result = correct(combine(self._expected(slot), shares), before=slot.pieces[self._band], own=own)
+        result = correct(combine(slot.pieces, shares), before=slot.pieces[self._band], own=own)
         self._replace_own(slot, own)
         return result
 

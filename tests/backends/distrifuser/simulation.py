@@ -138,13 +138,13 @@ class Simulation(TorchFunctionMode):
         ]
         own = [torch.stack((part.mean(-1), part.var(-1, correction=0))) for part in grouped]
         shares = [(end - start) / bounds[-1] for start, end in zip(bounds, bounds[1:], strict=False)]
-        before, has_trend = self.known.get(self.operator), self.extrapolates and self.known_before.get(self.operator) is not None
+        before = self.known.get(self.operator)
         if not self._is_fresh() and self.mode.statistics == "local":
             moments = [_squares([part], [1.0]) for part in own]
             self.operator += 1
         else:
             moments = [_squares(used, shares) for used in self._exchange("statistics", own)]
-            if self.mode.is_corrected and not self._is_fresh() and not has_trend:
+            if self.mode.is_corrected and not self._is_fresh():
                 stale = [_squares(before[rank], shares) for rank in range(self.num_ranks)]
                 moments = [
                     stale[rank] + _squares([own[rank]], [1.0]) - _squares([before[rank][self._band(rank)]], [1.0])
