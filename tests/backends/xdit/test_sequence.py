@@ -1,6 +1,7 @@
 """CFG, Ulysses and ring on real pipelines equal plain diffusers, whatever divides by what."""
 
 import pytest
+import torch
 
 from backends import hooks
 from tests.backends.xdit.ranks import assert_close, attached, from_rank_zero, generated, latents_of
@@ -62,3 +63,49 @@ def test_four_ranks_match_single(run_on_ranks, case):
 def test_three_ranks_match_single_with_four_heads(run_on_ranks):
     checkpoint("flux")
     run_on_ranks(check_matches_single, 3, "flux", {}, [{"ulysses_degree": 3}, {"ring_degree": 3}])
+
+
+def check_data_parallelism(rank, world_size, sets):
+    """Two prompts and two pictures of each, every one with a seed of its own, in the order in which they were asked for."""
+    pipe = load("sd3")
+
+    def arguments():
+        seeds = [torch.Generator().manual_seed(seed) for seed in (3, 5, 7, 11)]
+        return {"prompt": ["a red car", "a blue bird"], "negative_prompt": ["dark", ""], "num_images_per_prompt": 2, "generator": seeds}
+
+    want = from_rank_zero(lambda: latents_of(pipe, "sd3", steps=2, **arguments()))
+    assert all((want[0] - other).abs().max() > 1e-2 for other in want[1:])
+    for options in sets:
+        with attached(pipe, "sd3", rank, world_size, **options) as backend:
+            backend.mesh.traffic.reset()
+            assert_close(generated(backend, pipe, "sd3", steps=2, **arguments()), want, options)
+            assert backend.mesh.traffic.sent_bytes > 0
+
+
+def test_pictures_of_several_prompts_are_spread_and_gathered_in_order(run_on_ranks):
+    checkpoint("sd3")
+    run_on_ranks(check_data_parallelism, 2, [{"data_parallel_degree": 2}])
+
+
+@pytest.mark.slow
+def test_data_parallelism_with_every_other_method_matches_single(run_on_ranks):
+    checkpoint("sd3")
+    others = ({"use_cfg_parallel": True}, {"ulysses_degree": 2}, {"ring_degree": 2}, {"pipefusion_parallel_degree": 2, "warmup_steps": 2})
+    run_on_ranks(check_data_parallelism, 4, [{"data_parallel_degree": 2, **other} for other in others])
+
+
+def check_two_calls_a_step(rank, world_size):
+    """FLUX with true guidance calls its denoiser twice a step; what is remembered of one call is not for the other."""
+    pipe = load("flux")
+    run = {"true_cfg_scale": 3.0, "negative_prompt": "a dark house", "size": 64}
+    want, other = from_rank_zero(lambda: (latents_of(pipe, "flux", **run), latents_of(pipe, "flux", size=64)))
+    assert (want - other).abs().max() > 1e-2
+    for options in ({"ulysses_degree": 2}, {"pipefusion_parallel_degree": 2, "num_pipeline_patch": 1, "warmup_steps": 1}):
+        with attached(pipe, "flux", rank, world_size, **options) as backend:  # one patch: nothing is stale
+            assert_close(generated(backend, pipe, "flux", **run), want, options)
+
+
+@pytest.mark.slow
+def test_true_guidance_of_flux_matches_single(run_on_ranks):
+    checkpoint("flux")
+    run_on_ranks(check_two_calls_a_step, 2)
