@@ -25,7 +25,14 @@ def as_markdown(table: ModelTable, *, features: bool = False) -> str:
             for backend in spec.backends
         ]
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"{text}\n\n{counts(table)}" if features else text
+
+
+def counts(table: ModelTable) -> str:
+    """How many cells of types x backends x features have which status."""
+    statuses = [spec.supports(backend, feature).status for spec in table.values() for backend in spec.backends for feature in FEATURES]
+    return ", ".join(f"{statuses.count(status)} {status}" for status in MARKS) + f", {len(statuses)} cells in all"
 
 
 def as_json(table: ModelTable) -> str:

@@ -62,6 +62,15 @@ def feature(name: str, spec: ModelSpec) -> Feature:
     raise ValueError(name)
 
 
+def combined(names: tuple[str, ...], spec: ModelSpec) -> Feature:
+    """Several features at once."""
+    parts = [feature(name, spec) for name in names]
+    return Feature(
+        load={key: value for part in parts for key, value in part.load.items()},
+        request={key: value for part in parts for key, value in part.request.items()},
+    )
+
+
 def prepare(spec: ModelSpec, names: Iterator[str]) -> None:
     """Build all files in the test's own process: ranks would build them twice."""
     checkpoint(spec.name)

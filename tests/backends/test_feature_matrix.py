@@ -9,9 +9,13 @@ import torch._dynamo
 
 from backends.model_table import FEATURES
 from backends.offload import offload
-from tests.backends.features import CPU, TABLE, attached, feature, loaded, meshes, prepare, request_for, result
+from tests.backends.features import CPU, TABLE, attached, combined, feature, loaded, meshes, prepare, request_for, result
 
 FAST = ("sdxl", "flux")
+COMBINATIONS = {
+    "sdxl": [("lora", "controlnet", "ip_adapter"), ("quantization", "lora", "compile")],
+    "flux": [("gguf", "lora")],
+}
 PARALLEL = ("asyncdiff", "distrifuser", "xdit")
 VISIBLE = 0.02
 """Smallest change of any latent or pixel by which an option is seen to act."""
@@ -34,8 +38,9 @@ def check_type(rank, world_size, name, wanted):
     plain = result(plain_pipe, request_for(spec))
     for backend in backends:
         compare(plain_pipe, with_mesh[backend], request_for(spec), plain, f"{name} {backend}")
-    for what, its_backends in wanted.items():
-        case = feature(what, spec)
+    several = {names: backends for names in COMBINATIONS.get(name, ())}
+    for what, its_backends in {**wanted, **several}.items():
+        case = combined(what, spec) if isinstance(what, tuple) else feature(what, spec)
         pipe = loaded(spec, **case.load)
         if what == "offload":
             offload(pipe.pipe, spec, "model", device=CPU)  # a host without an accelerator would only say that it has no effect
