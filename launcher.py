@@ -29,6 +29,11 @@ STOP_WITHIN_S = 10.0
 def main(argv: list[str] | None = None) -> int:
     """The command line. Exit code 2 and one line for a user's mistake."""
     argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["generate"]:
+        sys.path.insert(0, str(Path(__file__).resolve().parent / "clients" / "python"))  # where it lies in a clone
+        from diffusion_client.command import main as generate
+
+        return generate(argv[1:])
     try:
         settings = parse_command_line(argv)
         if settings.list:

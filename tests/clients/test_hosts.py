@@ -14,7 +14,8 @@ from tests.hosts.harness import assert_port_is_free, free_port, start_client_hos
 
 GOLDEN = (
     "--variant=fp32", "--width=64", "--height=64", "--enable_vae_tiling", "--warm_up_steps=2",
-    '--scheduler={"scheduler": "dpmpp_2m", "use_karras_sigmas": true}', "--type=sdxl", "--model_n=2", "--stride=1", "--left_over=from_another_node",
+    '--scheduler={"scheduler": "dpmpp_2m", "use_karras_sigmas": true}', "--type=sdxl", "--model_n=2", "--stride=1",
+    "--left_over=from_another_node",
 )  # fmt: skip
 NUM_REQUESTS = 400
 
