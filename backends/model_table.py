@@ -46,6 +46,7 @@ class ModelSpec:
     requires: inputs that every request must bring. call: fixed extra arguments of the pipeline call.
     components: what must be loaded besides the checkpoint folder, unless the folder holds it.
     controlnet: pipeline and model class to use, and the call's argument for the picture. ip_adapter: class of its image encoder.
+    compel: text encoder -> what Compel takes of it: 'last' or 'penultimate' states (and '+ pooled'), or 'pooled' alone.
     demo: checkpoint below the repository for starting without --checkpoint, and its own default size, steps and guidance.
     """
 
@@ -73,6 +74,7 @@ class ModelSpec:
     components: tuple[str, ...] = ()
     single_file: bool = False
     controlnet: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    compel: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     ip_adapter: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     demo: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 

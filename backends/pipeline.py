@@ -82,7 +82,7 @@ class LoadedPipeline:
         self._run_now: Run | None = None
         self._loras = LoraSet(pipe, spec)
         self._loras.use({**load.lora, **load.motion_lora})
-        self._prompts = WeightedPrompts(pipe) if load.compel else None
+        self._prompts = WeightedPrompts(pipe, spec) if load.compel else None
         self._compilation = Compilation(load.compile) if load.compile is not None else None
         self._bytes_saved = dict(bytes_saved)
 
@@ -156,7 +156,7 @@ class LoadedPipeline:
         report = dict(self._backend.report()) if self._backend is not None else {}
         if self._bytes_saved:
             report["bytes_saved"] = self._bytes_saved
-        if self._prompts is None and (unread := unread_tokens(self.pipe, request)) > 0:
+        if self._prompts is None and (unread := unread_tokens(self.pipe, self.spec, request)) > 0:
             logger.warning("the last %d tokens of the prompt were not read; with --compel they would be", unread)
             report["unread_tokens"] = unread
         return report
