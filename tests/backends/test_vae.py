@@ -15,6 +15,8 @@ from backends.pipeline import LoadedPipeline, load_pipeline
 from backends.plan import ParallelPlan
 from backends.request import GenerateRequest, GenerateResult, LoadRequest
 from backends.vae import attach_band_decode, detach_band_decode, shares_decode
+from hosts.settings import parse_command_line
+from hosts.startup import plan_start
 from tests.checkpoints import checkpoint, load, picture
 
 
@@ -122,6 +124,15 @@ def test_every_backend_shares_the_decode_unless_it_is_switched_off(run_on_ranks)
     for name, *_ in CASES:
         checkpoint(name)
     run_on_ranks(check_backends, 2)
+
+
+@pytest.mark.parametrize(
+    ("argument", "is_wanted"),
+    [(None, True), ("--parallel_vae=false", False), ("--use-parallel-vae=false", False), ("--parallel_vae", True)],
+)
+def test_the_setting_and_its_older_name_decide(argument, is_wanted):
+    settings = parse_command_line(["--type=sdxl", *([argument] if argument else [])])
+    assert plan_start(settings, read_table(), num_gpus=0).load.parallel_vae is is_wanted
 
 
 @torch.no_grad()
