@@ -15,7 +15,7 @@ from backends.compilation import quiet_regions
 from backends.distributed import Mesh
 from backends.guidance import attach_batch_split, detach_batch_split
 from backends.model_table import ModelSpec
-from backends.plan import ParallelPlan
+from backends.plan import Exactness, ParallelPlan
 from backends.request import GenerateRequest
 
 
@@ -80,6 +80,10 @@ class Backend(ABC):
 
         Called on rank 0 before the broadcast and again on every rank: it must come to the same result everywhere.
         """
+
+    def exactness_of(self, run: Run) -> Exactness:
+        """How close this run comes to one rank: as the plan says, unless a method depends on the request."""
+        return self.plan.exactness
 
     def begin(self, run: Run) -> None:
         """A generation starts: forget everything of the last one."""

@@ -147,7 +147,7 @@ class LoadedPipeline:
             seed=resolved.seed,
             resolved=_plain(resolved, scheduler),
             num_steps=num_steps,
-            exactness=self._exactness(),
+            exactness=self._exactness(run),
             seconds=time.perf_counter() - started,
             report=self._report(resolved),
         )
@@ -182,7 +182,7 @@ class LoadedPipeline:
             order=scheduler.order,
         )
         if self._backend is not None:
-            if resolved.quality == "exact" and self._backend.plan.exactness == "approximate":
+            if resolved.quality == "exact" and self._backend.exactness_of(run) == "approximate":
                 raise UnsupportedError(
                     f"quality='exact' was asked for, but this host runs {self._backend.plan.describe()}. "
                     "Leave the field out, or start the host with an exact method."
@@ -210,8 +210,8 @@ class LoadedPipeline:
         except ConfigError as error:
             raise RequestError(str(error), field="lora") from error
 
-    def _exactness(self) -> Exactness:
-        method = self._backend.plan.exactness if self._backend is not None else "exact"
+    def _exactness(self, run: Run) -> Exactness:
+        method = self._backend.exactness_of(run) if self._backend is not None else "exact"
         return "reordered" if method == "exact" and shares_decode(self.pipe.vae) else method
 
     def _defaults(self) -> dict[str, Any]:

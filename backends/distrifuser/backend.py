@@ -16,6 +16,7 @@ from backends.distrifuser.schedule import Schedule
 from backends.distrifuser.tensor import attach_shards, detach_shards
 from backends.errors import UnsupportedError
 from backends.guidance import cut_batch
+from backends.plan import Exactness
 from backends.request import GenerateRequest
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ class DistriFuserBackend(Backend):
         """PlanError for a size that cannot be cut, UnsupportedError for what a stale mode cannot follow."""
         if not self._networks:
             return
-        if self._networks[-1].network._compiled_call_impl is not None and self.plan.exactness == "approximate":
+        if self._networks[-1].network._compiled_call_impl is not None and self._is_displaced(run):
             raise UnsupportedError(
                 f"sync_mode={self.plan.options['sync_mode']} is not available with torch.compile: a compiled graph cannot wait for "
                 "values of the step before. Use sync_mode=full_sync, or the CFG split on two ranks, or do not compile."
@@ -89,13 +90,19 @@ class DistriFuserBackend(Backend):
             network.detach()
         self._networks = []
 
+    def exactness_of(self, run: Run) -> Exactness:
+        """With enough synchronous steps, or quality='exact', a displaced run is one of full_sync; with the batch split it has no bands."""
+        if not self._networks or self.plan.options["parallelism"] == "naive_patch":
+            return self.plan.exactness
+        if len(self._most_bands(run.request)) == 1:
+            return "exact"
+        is_stale = self._is_displaced(run) and self._synchronous_steps(run) < run.num_inference_steps
+        return "approximate" if is_stale else "reordered"
+
     def begin(self, run: Run) -> None:
         for network in self._networks:
             network.reset()
-        steps = self.plan.options["warmup_steps"] if run.request.warmup_steps is None else run.request.warmup_steps
-        if run.request.quality == "exact":
-            steps = run.num_inference_steps
-        self._schedule.start(synchronous_steps=int(steps) * run.order)
+        self._schedule.start(synchronous_steps=self._synchronous_steps(run) * run.order)
 
     def step_done(self) -> None:
         self._schedule.step_done()
@@ -114,6 +121,16 @@ class DistriFuserBackend(Backend):
             "buffer_bytes": buffers,
             "synchronous_steps": min(self._schedule.synchronous_steps, self._schedule.step),
         }
+
+    def _is_displaced(self, run: Run) -> bool:
+        """Whether the run has bands that keep values from step to step: also guidance off under the CFG split, which then has no halves."""
+        return len(self._most_bands(run.request)) > 1 and SYNC_MODES[str(self.plan.options["sync_mode"])].exactness == "approximate"
+
+    def _synchronous_steps(self, run: Run) -> int:
+        if run.request.quality == "exact":
+            return run.num_inference_steps
+        asked = run.request.warmup_steps
+        return int(self.plan.options["warmup_steps"] if asked is None else asked)
 
     def _network(self, module: nn.Module, **kwargs: Any) -> BandedNetwork:
         options = self.plan.options

@@ -131,6 +131,30 @@ def test_a_run_that_cannot_be_cut_or_followed_is_refused_before_anything_is_sent
     run_on_ranks(check_refusals, 2)
 
 
+def check_exactness(rank: int, world_size: int) -> None:
+    pipe = load("sdxl")
+    bands = {"no_split_batch": True}
+    expected: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+        ({}, {"guidance_scale": 5.0}, "exact"),
+        ({}, {"guidance_scale": 1.0}, "approximate"),  # no halves to split: bands over all ranks
+        ({}, {"guidance_scale": 1.0, "quality": "exact"}, "reordered"),
+        ({"sync_mode": "full_sync"}, {"guidance_scale": 1.0}, "reordered"),
+        (bands, {}, "approximate"),
+        (bands, {"warmup_steps": 2}, "reordered"),
+        (bands | {"parallelism": "tensor"}, {}, "reordered"),
+        (bands | {"parallelism": "naive_patch"}, {"quality": "exact"}, "approximate"),
+    ]
+    for options, fields, exactness in expected:
+        run = Run(request=GenerateRequest(**fields), height=128, width=64, num_inference_steps=2)
+        with attached(pipe, "sdxl", rank, world_size, **({"warm_up_steps": 1} | options)) as backend:
+            assert backend.exactness_of(run) == exactness, f"{options} {fields}"
+
+
+def test_a_run_says_how_close_it_comes_to_one_rank(run_on_ranks):
+    build(["sdxl"])
+    run_on_ranks(check_exactness, 2)
+
+
 def check_too_many_ranks_for_the_weights(rank: int, world_size: int) -> None:
     message = "^parallelism=tensor cannot cut this model into 3 parts: neither its attention heads nor its feed-forward widths divide by 3"
     with pytest.raises(PlanError, match=message), attached(load("sd1"), "sd1", rank, world_size, parallelism="tensor"):
