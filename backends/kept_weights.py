@@ -1,5 +1,9 @@
-"""Each rank keeps the weights of its own part of a denoiser only. The others' tensors stay as objects without content."""
+"""Each rank keeps the weights of its own part of a denoiser only. The others' tensors keep their shapes and take no memory.
 
+The shapes are what loaders of LoRAs look at.
+"""
+
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -15,24 +19,30 @@ class KeptWeights:
         """parts: the modules of each part. kept: the part that this rank keeps."""
         self._kept = kept
         self._tensors = [list(_tensors(modules)) for modules in parts]
-        self._shapes = [[tensor.shape for tensor in tensors] for tensors in self._tensors]
         for part, tensors in enumerate(self._tensors):
             if part != kept:
                 for tensor in tensors:
-                    tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+                    tensor.data = tensor.data.new_zeros(()).expand(tensor.shape)
 
     def restore(self, axis: Axis) -> None:
         """Every rank holds everything again. Part p is kept by rank p of the axis."""
-        for part, (tensors, shapes) in enumerate(zip(self._tensors, self._shapes, strict=True)):
-            for tensor, shape in zip(tensors, shapes, strict=True):
-                is_here = part == self._kept
-                data = tensor.data.contiguous() if is_here else torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
+        for part, tensors in enumerate(self._tensors):
+            for tensor in tensors:
+                data = tensor.data.contiguous() if part == self._kept else torch.empty_like(tensor, memory_format=torch.contiguous_format)
                 broadcast(data, source=part, axis=axis)
                 tensor.data = data
 
 
 def weight_bytes(module: nn.Module) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors([module]))
+    """Memory of this module's weights on this rank."""
+    return sum(_num_bytes(tensor) for tensor in _tensors([module]))
+
+
+def _num_bytes(tensor: Tensor) -> int:
+    """What is repeated along a dim (stride 0) is there once."""
+    return tensor.element_size() * math.prod(
+        size if stride else min(size, 1) for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
 
 
 def _tensors(modules: Sequence[nn.Module]) -> Iterator[Tensor]:
