@@ -47,6 +47,7 @@ setup(
         "cheroot",
         "pydantic",
         "pyyaml",
+        "prometheus-client",
         "psutil",
     ],
     extras_require={

@@ -2,9 +2,8 @@
 
 import logging
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
-from flask import Flask, Response, current_app, jsonify, request
+from flask import Flask, Response, jsonify, request
 from werkzeug.exceptions import HTTPException
 
 from backends.errors import (
@@ -19,17 +18,16 @@ from backends.errors import (
     UnsupportedError,
 )
 from backends.model_table import ModelSpec
-from hosts import a1111, api, openai, pages, routes
+from hosts import a1111, api, guard, openai, pages, routes
 from hosts.compat import routes as compat_routes
 from hosts.jobs import JobQueue
+from hosts.metrics import Metrics
 from hosts.settings import Settings
 from hosts.state import HostState
 
 logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 512 * 1024 * 1024
-LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
-WILDCARDS = frozenset({"0.0.0.0", "::"})
 
 STATUS = {
     RequestError: 400,
@@ -58,13 +56,14 @@ def create_app(host: Host) -> Flask:
     app = Flask("hosts", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = MAX_BODY_BYTES
     app.extensions["host"] = host
+    app.extensions["metrics"] = Metrics(host.queue, host.state)
     app.register_blueprint(routes.blueprint)
     app.register_blueprint(api.blueprint)
     app.register_blueprint(pages.blueprint)
     app.register_blueprint(openai.blueprint)
     app.register_blueprint(a1111.blueprint)
     app.register_blueprint(compat_routes.blueprint)
-    app.before_request(_refuse_foreign_pages)
+    app.before_request(guard.refuse_strangers)
     app.register_error_handler(HostError, _host_error)
     app.register_error_handler(HTTPException, _http_error)
     app.register_error_handler(Exception, _unexpected_error)
@@ -78,37 +77,6 @@ def error_body(message: str) -> dict[str, object]:
 
 def status_of(error: HostError) -> int:
     return next((code for kind, code in STATUS.items() if isinstance(error, kind)), 500)
-
-
-def _refuse_foreign_pages() -> None:
-    """A page of another site may resolve its own name to this address (DNS rebinding): only names of this host are served."""
-    allowed = LOOPBACK_NAMES | {current_app.extensions["host"].settings.host}
-    name = urlsplit(f"//{request.host}").hostname or ""
-    if name not in allowed and not allowed & WILDCARDS:
-        raise RequestError(f"Host {name!r} is not served here. Allowed: {', '.join(sorted(allowed))}.", field="Host")
-    origin = request.headers.get("Origin")
-    if origin is not None and urlsplit(origin).netloc != request.host:
-        raise ForeignOrigin(f"Origin {origin!r} is not served here. Allowed: this host's own page, and clients that are no browsers.")
-    kinds = openai.FORM_TYPES if request.blueprint == openai.blueprint.name else ("application/json",)
-    if request.method == "POST" and request.mimetype not in kinds and not _has_no_body():
-        raise UnsupportedMediaType(f"Content-Type {request.mimetype or '(none)'!r} is not allowed. Send {' or '.join(kinds)}.")
-
-
-def _has_no_body() -> bool:
-    """Some POSTs of other dialects say everything in their path."""
-    return request.content_length in (0, None) and request.blueprint == a1111.blueprint.name
-
-
-class UnsupportedMediaType(HTTPException):
-    """werkzeug's own text would not say what to send."""
-
-    code = 415
-
-
-class ForeignOrigin(HTTPException):
-    """A page of another site sends requests with the user's browser."""
-
-    code = 403
 
 
 def _answer(message: str, status: int) -> tuple[Response, int]:

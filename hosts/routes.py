@@ -1,7 +1,8 @@
-"""Our own API: health and settings."""
+"""Our own API: health, metrics and settings."""
 
 from flask import Blueprint, Response, current_app, jsonify
 
+from hosts.metrics import CONTENT_TYPE
 from hosts.state import Phase
 
 blueprint = Blueprint("api", __name__)
@@ -13,6 +14,25 @@ def healthz() -> tuple[Response, int]:
     host = current_app.extensions["host"]
     body = {"phase": host.state.phase, "reason": host.state.reason, "waiting": host.queue.num_waiting}
     return jsonify(body), 200 if host.state.phase in (Phase.LOADING, Phase.READY) else 503
+
+
+@blueprint.get("/livez")
+def livez() -> tuple[str, int]:
+    """200 as long as this process answers."""
+    return "OK", 200
+
+
+@blueprint.get("/readyz")
+def readyz() -> tuple[str, int]:
+    """200 while pictures can be made, else 503 and the phase."""
+    phase = current_app.extensions["host"].state.phase
+    return phase.value, 200 if phase is Phase.READY else 503
+
+
+@blueprint.get("/metrics")
+def metrics() -> Response:
+    """For Prometheus."""
+    return Response(current_app.extensions["metrics"].text(), content_type=CONTENT_TYPE)
 
 
 @blueprint.get("/settings")

@@ -15,7 +15,7 @@ import yaml
 
 from backends import BACKEND_NAMES
 from backends.errors import ConfigError
-from hosts.values import counts, json_object, number, one_of, parse_switch, scales, scheduler, weights, whole
+from hosts.values import counts, json_object, number, one_of, parse_switch, scales, scheduler, secret, weights, whole
 
 SECTIONS = ("start", "model", "adapters", "quantization", "compile", "memory", "asyncdiff", "distrifuser", "xdit", "several machines")
 
@@ -71,6 +71,10 @@ class Settings:
         None, "start", "Folders, with ':' between, from which requests may name image files by path.", parse=_PATHS, metavar="DIR:DIR"
     )
     failure_timeout: int = _option(10, "start", "Seconds without a sign of life after which a rank counts as lost.", parse=whole(2, 3600))
+    api_key: str | None = _option(
+        None, "start", "Key that every request must bring as a bearer token; needed where --host is not this machine alone.",
+        parse=secret, metavar="KEY|@FILE",
+    )  # fmt: skip
     queue_size: int = _option(48, "start", "Jobs that may wait; more are refused with 429.", parse=whole(1, 48))
     max_job_seconds: int = _option(0, "start", "Longest time from a job's arrival to its end; 0 is any.", parse=whole(0, 1_000_000))
     disconnect_grace: int = _option(
@@ -238,8 +242,8 @@ class Settings:
 
     @property
     def given(self) -> dict[str, Any]:
-        """What differs from the defaults."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        """What differs from the defaults, without secrets."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default and f.name != "api_key"}
 
     def options(self) -> dict[str, Any]:
         """All values by name, as the backends' planners take them."""

@@ -19,6 +19,7 @@ from backends.schedulers import parse_scheduler, require_family
 from hosts.settings import Settings, option_fields
 from hosts.treatments import treatments
 
+LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 REPOSITORY = Path(__file__).resolve().parent.parent
 PATH_OPTIONS = ("vae", "vae_config", "gguf_model", "motion_adapter", "motion_module", "motion_config", "control_net_config")
 SCALED_PATHS = ("lora", "motion_adapter_lora", "control_net", "ip_adapter")
@@ -74,6 +75,7 @@ def plan_start(settings: Settings, table: ModelTable, *, num_gpus: int, num_rank
     num_ranks: where it is known already (in a rank); else --nproc_per_node, the GPUs, or 1.
     """
     refuse_pending(settings)
+    _require_key(settings)
     spec = _model_spec(settings, table)
     reasons = []
     ranks = num_ranks or settings.nproc_per_node
@@ -100,6 +102,14 @@ def plan_start(settings: Settings, table: ModelTable, *, num_gpus: int, num_rank
     options = {**settings.given, "checkpoint": load.checkpoint}
     plan = require_world_size(planner(backend)(spec, options, world_size), world_size)
     return StartPlan(spec=spec, plan=plan, load=load, num_ranks=ranks, reasons=tuple(reasons))
+
+
+def _require_key(settings: Settings) -> None:
+    if settings.host not in LOOPBACK_NAMES and settings.api_key is None:
+        raise ConfigError(
+            f"--host={settings.host} can be reached from other machines: give --api_key as well, which every request must then bring, "
+            "or leave --host out."
+        )
 
 
 def refuse_pending(settings: Settings) -> None:

@@ -3,7 +3,10 @@
 import difflib
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+MIN_KEY = 16
 
 
 def parse_switch(text: str) -> bool:
@@ -12,6 +15,20 @@ def parse_switch(text: str) -> bool:
     if text.strip().lower() in ("0", "false", "no", "off", "none"):
         return False
     raise ValueError("true or false")
+
+
+def secret(text: str) -> str:
+    """The key itself, or @FILE that holds it: a file is not shown by tools that list processes."""
+    allowed = f"a key of at least {MIN_KEY} characters, or @FILE with one in its first line"
+    if text.startswith("@"):
+        try:
+            lines = Path(text[1:]).expanduser().read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{allowed} (the file cannot be read)") from error
+        text = lines[0].strip() if lines else ""
+    if len(text) < MIN_KEY or not text.isascii() or not text.isprintable() or " " in text:
+        raise ValueError(f"{allowed}, printable ASCII without spaces")
+    return text
 
 
 def whole(low: int, high: int = 2**31 - 1, *, multiple: int = 1) -> Callable[[str], int]:

@@ -11,12 +11,21 @@ const sessionJobs = new Map(); // id -> {settings, url, job}
 let shown = null; // the job on the stage
 let output = "image";
 
-async function api(path, options) {
-  const answer = await fetch(path, options);
-  const body = await answer.json();
-  if (!answer.ok) throw new Error(body.message || `the host answered ${answer.status}`);
-  return body;
+let key = sessionStorage.getItem("key") || "";
+
+async function ask(path, options = {}) {
+  const send = () => fetch(path, { ...options, headers: { ...options.headers, ...(key ? { Authorization: `Bearer ${key}` } : {}) } });
+  let answer = await send();
+  if (answer.status === 401) {
+    key = window.prompt("This host wants its key (--api_key)") || "";
+    sessionStorage.setItem("key", key);
+    answer = await send();
+  }
+  if (!answer.ok) throw new Error((await answer.json()).message || `the host answered ${answer.status}`);
+  return answer;
 }
+
+const api = async (path, options) => (await ask(path, options)).json();
 
 function make(tag, attributes = {}, ...children) {
   const element = Object.assign(document.createElement(tag), attributes);
@@ -111,36 +120,41 @@ async function draw(event) {
     const job = await api("v1/jobs", { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(values) });
     sessionJobs.set(job.id, { settings: { prompt: values.prompt || "" }, url: null, job });
     stage(job.id);
-    follow(job);
+    follow(job).catch(showError);
     refresh();
   } catch (error) {
     showError(error);
   }
 }
 
-function follow(job) {
-  const stream = new EventSource(`${job.links.events.slice(1)}?previews=1`);
-  stream.addEventListener("status", async (event) => {
-    const now = JSON.parse(event.data);
-    sessionJobs.get(job.id).job = now;
-    if (["done", "failed", "cancelled"].includes(now.state)) {
-      stream.close();
-      if (now.state === "done") await collect(now);
-      refresh();
+// not an EventSource: that cannot send a key
+async function follow(job) {
+  const reader = (await ask(`${job.links.events.slice(1)}?previews=1`)).body.pipeThrough(new TextDecoderStream()).getReader();
+  let text = "";
+  for (let part = await reader.read(); !part.done; part = await reader.read()) {
+    const events = (text + part.value).split("\n\n");
+    text = events.pop();
+    for (const event of events) {
+      const match = /^event: (\w+)\ndata: (.*)$/.exec(event);
+      if (match) await heard(job.id, match[1], JSON.parse(match[2]));
     }
-    if (shown === job.id) paint();
-  });
-  stream.addEventListener("preview", (event) => {
-    sessionJobs.get(job.id).preview = JSON.parse(event.data).image;
-    if (shown === job.id) paint();
-  });
+  }
 }
+
+async function heard(id, name, data) {
+  const entry = sessionJobs.get(id);
+  if (name === "preview") entry.preview = data.image;
+  else entry.job = data;
+  if (name === "status" && data.state === "done") await collect(data);
+  if (name === "status" && isOver(data)) refresh();
+  if (shown === id) paint();
+}
+
+const isOver = (job) => ["done", "failed", "cancelled"].includes(job.state);
 
 async function collect(job) {
   const entry = sessionJobs.get(job.id);
-  const answer = await fetch(job.links.result.slice(1));
-  if (!answer.ok) return showError(new Error((await answer.json()).message));
-  entry.url = URL.createObjectURL(await answer.blob());
+  entry.url = URL.createObjectURL(await (await ask(job.links.result.slice(1))).blob());
   entry.settings = job.settings;
   const picture = output === "video" ? make("video", { src: entry.url, muted: true, loop: true }) : make("img", { src: entry.url, alt: job.settings.prompt || "result" });
   const button = make("button", { type: "button", title: JSON.stringify(job.settings) }, picture, make("span", { textContent: job.settings.prompt || job.id }));
@@ -156,7 +170,6 @@ function stage(id) {
 function paint() {
   const entry = sessionJobs.get(shown);
   const { job } = entry;
-  const isOver = ["done", "failed", "cancelled"].includes(job.state);
   const source = entry.url || entry.preview;
   if (source) {
     const isVideo = output === "video" && entry.url;
@@ -174,10 +187,10 @@ function paint() {
   } else {
     byId("canvas").replaceChildren(make("p", { id: "empty", textContent: job.error || "The picture appears here while it is drawn." }));
   }
-  byId("progress").hidden = isOver;
+  byId("progress").hidden = isOver(job);
   byId("progress").value = job.steps ? (100 * job.step) / job.steps : 0;
   byId("caption").textContent = captionOf(entry);
-  byId("cancel").hidden = isOver;
+  byId("cancel").hidden = isOver(job);
   byId("download").hidden = !entry.url;
   if (entry.url) Object.assign(byId("download"), { href: entry.url, download: `${job.id}.${output === "video" ? "mp4" : "png"}` });
 }

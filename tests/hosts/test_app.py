@@ -277,3 +277,56 @@ def test_prompts_are_not_logged(client, queue, caplog):
     answer_jobs(queue)
     client.post("/generate", json={"positive": "a private wish"})
     assert "private" not in caplog.text
+
+
+KEY = "0123456789abcdef-secret"
+
+
+@pytest.fixture
+def guarded(queue, state):
+    settings = Settings.from_values({"api_key": KEY, "host": "0.0.0.0"})
+    return create_app(Host(settings=settings, spec=read_table()["sdxl"], queue=queue, state=state)).test_client()
+
+
+@pytest.mark.parametrize("header", [None, "Bearer wrong", f"Basic {KEY}", f"Bearer {KEY}x", "Bearer "])
+def test_request_without_the_key_is_refused_and_not_queued(header, guarded, queue):
+    answer = guarded.post("/generate", json={"positive": "a"}, headers={"Authorization": header} if header else {})
+    assert answer.status_code == 401 and "wants its key" in assert_is_error(answer.get_json())
+    assert queue.num_waiting == 0
+    for path in ("/settings", "/metrics", "/v1/jobs", "/initialize", "/progress", "/openapi.json", "/v1/models"):
+        assert guarded.get(path).status_code == 401, path
+
+
+def test_request_with_the_key_is_served_and_the_key_is_told_to_nobody(guarded, queue):
+    answer_jobs(queue)
+    bearer = {"Authorization": f"Bearer {KEY}"}
+    assert guarded.post("/generate", json={"positive": "a"}, headers=bearer).status_code == 200
+    assert KEY not in guarded.get("/settings", headers=bearer).get_data(as_text=True)
+
+
+@pytest.mark.parametrize("path", ["/", "/page.css", "/page.js", "/healthz", "/livez"])
+def test_page_and_probes_need_no_key(path, guarded):
+    assert guarded.get(path).status_code == 200
+
+
+def test_ready_probe_follows_the_phase(client, state):
+    state.become(Phase.LOADING)
+    assert (client.get("/readyz").status_code, client.get("/livez").status_code) == (503, 200)
+    state.become(Phase.READY)
+    assert client.get("/readyz").status_code == 200
+
+
+def test_metrics_count_jobs_by_outcome_and_show_what_ranks_reported(client, queue, state):
+    state.tell({"ranks_now": [{"rank": 0, "memory_bytes": 5, "seconds": 1.5}, {"rank": 1, "memory_bytes": 7, "wait_s": 0.5}]})
+    answer_jobs(queue)
+    assert client.post("/generate", json={"positive": "a"}).status_code == 200
+    text = client.get("/metrics").get_data(as_text=True)
+    for line in (
+        'diffusion_jobs_total{state="done"} 1.0',
+        "diffusion_queue_seconds_count 1.0",
+        "diffusion_job_seconds_count 1.0",
+        "diffusion_jobs_waiting 0.0",
+        'diffusion_rank_memory_bytes{rank="1"} 7.0',
+        'diffusion_rank_wait{rank="1"} 0.5',
+    ):
+        assert line in text.splitlines(), line

@@ -259,3 +259,17 @@ def test_every_option_is_read_somewhere():
 def test_blocks_of_each_stage_are_whole_numbers_however_they_are_written(value):
     assert parse_command_line([f"--attn_layer_num_for_pp={value}"]).attn_layer_num_for_pp == (10, 9)
     assert Settings.from_values({"attn_layer_num_for_pp": [10, 9]}).attn_layer_num_for_pp == (10, 9)
+
+
+def test_key_is_read_from_a_file_and_never_shown(tmp_path):
+    file = tmp_path / "key"
+    file.write_text("0123456789abcdef\nsecond line\n")
+    settings = Settings.from_values({"api_key": f"@{file}"})
+    assert settings.api_key == "0123456789abcdef"
+    assert "api_key" not in settings.given
+
+
+@pytest.mark.parametrize("value", ["short", "@/nowhere", "0123456789 abcdef", "0123456789abcdef\u00e9"])
+def test_key_that_is_none_is_refused(value):
+    with pytest.raises(ConfigError, match="a key of at least 16 characters"):
+        Settings.from_values({"api_key": value})

@@ -61,6 +61,7 @@ def test_gpus_are_counted_without_torch_and_as_the_environment_hides_them(monkey
     ("values", "kind", "message"),
     [
         ({"type": None}, ConfigError, "--type is missing. Allowed: "),
+        ({"type": "sdxl", "host": "0.0.0.0"}, ConfigError, "--host=0.0.0.0 can be reached from other machines: give --api_key as well"),
         ({"type": "sdxxl"}, ConfigError, "type='sdxxl' is not a model type. Allowed: "),
         ({"type": "flux"}, ConfigError, "--checkpoint is missing: type 'flux' has no demo model."),
         ({"checkpoint": "/no/such"}, ConfigError, "--checkpoint=/no/such does not exist."),

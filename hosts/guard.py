@@ -1,0 +1,73 @@
+"""Who may ask at all: names under which this host is served, pages of other sites, keys. Refuses before any route runs."""
+
+import hmac
+from urllib.parse import urlsplit
+
+from flask import current_app, request
+from werkzeug.exceptions import HTTPException
+
+from backends.errors import RequestError
+from hosts import a1111, openai
+from hosts.startup import LOOPBACK_NAMES
+
+WILDCARDS = frozenset({"0.0.0.0", "::"})
+WITHOUT_KEY = frozenset({"/", "/page.css", "/page.js", "/healthz", "/livez", "/readyz"})
+"""The page must load before it can ask for the key; probes have none. Neither tells anything about jobs."""
+
+
+class ForeignOrigin(HTTPException):
+    """A page of another site sends requests with the user's browser."""
+
+    code = 403
+
+
+class UnsupportedMediaType(HTTPException):
+    """werkzeug's own text would not say what to send."""
+
+    code = 415
+
+
+class KeyMissing(HTTPException):
+    """No key, or another one."""
+
+    code = 401
+
+
+def refuse_strangers() -> None:
+    """Host, Origin, key and content type of the request at hand."""
+    settings = current_app.extensions["host"].settings
+    _require_name(LOOPBACK_NAMES | {settings.host})
+    _require_own_origin()
+    if settings.api_key is not None and request.path not in WITHOUT_KEY:
+        _require_key(settings.api_key)
+    _require_content_type()
+
+
+def _require_name(allowed: frozenset[str]) -> None:
+    """A page of another site may resolve its own name to this address (DNS rebinding): only names of this host are served."""
+    name = urlsplit(f"//{request.host}").hostname or ""
+    if name not in allowed and not allowed & WILDCARDS:
+        raise RequestError(f"Host {name!r} is not served here. Allowed: {', '.join(sorted(allowed))}.", field="Host")
+
+
+def _require_own_origin() -> None:
+    origin = request.headers.get("Origin")
+    if origin is not None and urlsplit(origin).netloc != request.host:
+        raise ForeignOrigin(f"Origin {origin!r} is not served here. Allowed: this host's own page, and clients that are no browsers.")
+
+
+def _require_key(key: str) -> None:
+    scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), key.encode()):
+        raise KeyMissing("this host wants its key. Send it as 'Authorization: Bearer KEY'.")
+
+
+def _require_content_type() -> None:
+    kinds = openai.FORM_TYPES if request.blueprint == openai.blueprint.name else ("application/json",)
+    if request.method == "POST" and request.mimetype not in kinds and not _has_no_body():
+        raise UnsupportedMediaType(f"Content-Type {request.mimetype or '(none)'!r} is not allowed. Send {' or '.join(kinds)}.")
+
+
+def _has_no_body() -> bool:
+    """Some POSTs of other dialects say everything in their path."""
+    return request.content_length in (0, None) and request.blueprint == a1111.blueprint.name
