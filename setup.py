@@ -54,8 +54,16 @@ setup(
         "options": ["bitsandbytes", "compel", "gguf"],
         "video": ["imageio", "imageio-ffmpeg"],
         "test": [
-            "pytest", "pytest-timeout", "hypothesis", "requests", "ruff", "imageio", "imageio-ffmpeg",
-            "openai", "openapi-spec-validator", "selenium",
-        ],  # fmt: skip
+            "hypothesis",
+            "imageio",
+            "imageio-ffmpeg",
+            "openai",
+            "openapi-spec-validator",
+            "pytest",
+            "pytest-timeout",
+            "requests",
+            "ruff",
+            "selenium",
+        ],
     },
 )

@@ -2,7 +2,8 @@
 
     python benchmarks/overhead.py [--requests 20] [--steps 4]
 
-Starts a real host with the demo model and prints JSON. The pipeline's seconds are those that rank 0 measured around the call and the decoding; what is left is HTTP, queue, broadcast, outcome exchange and encoding (as PNG, and as the contract's JSON).
+Starts a real host with the demo model and prints JSON. The pipeline's seconds are those that rank 0 measured around the call and the
+decoding; what is left is HTTP, queue, broadcast, outcome exchange and encoding (as PNG, and as the contract's JSON).
 """
 
 import argparse
