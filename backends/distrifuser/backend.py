@@ -73,7 +73,7 @@ class DistriFuserBackend(Backend):
                 f"sync_mode={self.plan.options['sync_mode']} is not available with torch.compile: a compiled graph cannot wait for "
                 "values of the step before. Use sync_mode=full_sync, or the CFG split on two ranks, or do not compile."
             )
-        if self.plan.options["extrapolate"] and run.order > 1:
+        if self.plan.options["extrapolate"] and run.order > 1 and self._is_displaced(run):
             raise UnsupportedError(
                 f"extrapolate=true cannot follow a sampler that asks the model {run.order} times per step, because its questions do not "
                 "follow one line in time. Use a sampler with one evaluation per step, or start the host without extrapolate."
@@ -162,10 +162,10 @@ class DistriFuserBackend(Backend):
 
     def _controlnet_axis(self, arguments: Mapping[str, Any]) -> tuple[Axis, tuple[float, ...]]:
         """The ranks that the denoiser's call will have, which takes the residuals as bands."""
-        if arguments.get("guess_mode"):  # one half of what the denoiser gets, so nothing is known of its batch: whole on every rank
-            return self.mesh.axis(), (1.0,)
-        is_half = self.mesh.axis("cfg").size == 1 or self._is_halved
-        return self._patch_axis() if is_half else self._all_ranks()
+        splits_batch = self.mesh.axis("cfg").size > 1
+        if arguments.get("guess_mode") or (splits_batch and self.spec.output == "video"):
+            return self.mesh.axis(), (1.0,)  # its batch (one half, or frames) does not tell the denoiser's: whole on every rank
+        return self._all_ranks() if splits_batch and not self._is_halved else self._patch_axis()
 
     def _own_half(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around a ControlNet: where the denoiser's batch will be split, only the residuals of this rank's half are needed."""

@@ -75,9 +75,15 @@ def _reasons(given: Mapping[str, object], splits_batch: bool, world_size: int, s
         reasons.append(f"warm_up_steps={DEFAULT_WARMUP_STEPS}: the default of synchronous steps at the start")
     if given.get("split_scheme", "row") != "row" and given.get("parallelism") != "naive_patch":
         reasons.append(f"split_scheme={given['split_scheme']} has no effect: only parallelism=naive_patch cuts in other ways than rows")
+    if given.get("extrapolate") and (given.get("parallelism", "patch") != "patch" or not _is_displaced(given)):
+        reasons.append("extrapolate has no effect: no values of the step before are received in this mode")
     if given.get("no_cuda_graph"):
         reasons.append("no_cuda_graph has no effect: no CUDA graphs are used")
     return reasons
+
+
+def _is_displaced(given: Mapping[str, object]) -> bool:
+    return SYNC_MODES[str(given.get("sync_mode", "corrected_async_gn"))].attention == "later"
 
 
 def _choice(name: str, value: object, allowed: tuple[str, ...]) -> str:

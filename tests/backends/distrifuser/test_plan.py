@@ -71,6 +71,8 @@ def test_rejects(name, options, world_size, message):
     [
         ({"split_scheme": "col"}, "split_scheme=col has no effect"),
         ({"no_cuda_graph": True}, "no_cuda_graph has no effect"),
+        ({"extrapolate": True, "sync_mode": "rotate"}, "extrapolate has no effect"),
+        ({"extrapolate": True, "parallelism": "tensor"}, "extrapolate has no effect"),
         ({}, "warm_up_steps=4: the default"),
     ],
 )
@@ -148,6 +150,12 @@ def check_exactness(rank: int, world_size: int) -> None:
         run = Run(request=GenerateRequest(**fields), height=128, width=64, num_inference_steps=2)
         with attached(pipe, "sdxl", rank, world_size, **({"warm_up_steps": 1} | options)) as backend:
             assert backend.exactness_of(run) == exactness, f"{options} {fields}"
+    with attached(pipe, "sdxl", rank, world_size, **bands) as backend:
+        backend.begin(Run(request=GenerateRequest(warmup_steps=1), height=128, width=64, num_inference_steps=3, order=2))
+        for _ in range(5):
+            backend.step_done()
+        assert backend.report()["synchronous_steps"] == 2, "one step of a sampler of order 2 is two evaluations"
+        backend.end()
 
 
 def test_a_run_says_how_close_it_comes_to_one_rank(run_on_ranks):
