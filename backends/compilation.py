@@ -6,6 +6,7 @@ under the CFG split, single units under AsyncDiff, and what lies between attenti
 
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,15 +44,18 @@ class Compilation:
         if "vae" in settings.targets:
             self._compile([pipe.vae.decoder])  # pipelines call vae.decode, so compiling the VAE itself would compile nothing
         if "encoders" in settings.targets:
-            self._compile([module for name, module in pipe.components.items() if "text_encoder" in name and isinstance(module, nn.Module)])
+            encoders = [module for name, module in pipe.components.items() if "text_encoder" in name and isinstance(module, nn.Module)]
+            # inside them it records through hooks: the graph breaks there
+            self._compile([block for encoder in encoders for block in _blocks(encoder)], fullgraph=False)
 
     def detach(self) -> None:
         while self._modules:
             hooks.detach(self._modules.pop(), NAME)
 
-    def _compile(self, modules: list[nn.Module]) -> None:
+    def _compile(self, modules: list[nn.Module], *, fullgraph: bool = True) -> None:
+        settings = replace(self._settings, fullgraph=self._settings.fullgraph and fullgraph)
         for module in modules:
-            hooks.attach(module, NAME, _compiled(self._settings))
+            hooks.attach(module, NAME, _compiled(settings))
             self._modules.append(module)
 
 
@@ -81,6 +85,15 @@ def _set_limits(settings: CompileSettings) -> None:
     else:
         config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 16 * MANY_SIZES)
     config.capture_scalar_outputs = settings.capture_scalar
+
+
+def _blocks(encoder: nn.Module) -> Iterator[nn.Module]:
+    """The repeated layers of a text encoder. Around them transformers records hidden states behind a lock, which no graph can hold."""
+    for child in encoder.children():
+        if isinstance(child, nn.ModuleList):
+            yield from child
+        else:
+            yield from _blocks(child)
 
 
 def quiet_regions(module: nn.Module) -> list[nn.Module]:

@@ -62,12 +62,13 @@ def feature(name: str, spec: ModelSpec) -> Feature:
     raise ValueError(name)
 
 
-def combined(names: tuple[str, ...], spec: ModelSpec) -> Feature:
-    """Several features at once."""
+def combined(names: list[str], spec: ModelSpec) -> Feature:
+    """One feature, or several at once."""
     parts = [feature(name, spec) for name in names]
     return Feature(
         load={key: value for part in parts for key, value in part.load.items()},
         request={key: value for part in parts for key, value in part.request.items()},
+        changes_result=any(part.changes_result for part in parts),
     )
 
 

@@ -38,6 +38,13 @@ def num_graphs():
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
+def test_text_encoders_whose_hidden_states_are_asked_for_are_compiled_too():
+    want = draw(loaded(TABLE["sdxl"]))
+    pipe = attached("sdxl", "encoders")
+    assert difference(draw(pipe), want) <= 1
+    assert num_graphs() > 0
+
+
 @pytest.mark.parametrize("target", ["denoiser", "vae", "encoders"])
 def test_each_target_is_compiled_once_per_size_and_draws_the_same(target):
     want = draw(loaded(TABLE["pixa"]))

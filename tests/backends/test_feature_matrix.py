@@ -9,13 +9,9 @@ import torch._dynamo
 
 from backends.model_table import FEATURES
 from backends.offload import offload
-from tests.backends.features import CPU, TABLE, attached, combined, feature, loaded, meshes, prepare, request_for, result
+from tests.backends.features import CPU, TABLE, attached, combined, loaded, meshes, prepare, request_for, result
 
 FAST = ("sdxl", "flux")
-COMBINATIONS = {
-    "sdxl": [("lora", "controlnet", "ip_adapter"), ("quantization", "lora", "compile")],
-    "flux": [("gguf", "lora")],
-}
 PARALLEL = ("asyncdiff", "distrifuser", "xdit")
 VISIBLE = 0.02
 """Smallest change of any latent or pixel by which an option is seen to act."""
@@ -38,9 +34,8 @@ def check_type(rank, world_size, name, wanted):
     plain = result(plain_pipe, request_for(spec))
     for backend in backends:
         compare(plain_pipe, with_mesh[backend], request_for(spec), plain, f"{name} {backend}")
-    several = {names: backends for names in COMBINATIONS.get(name, ())}
-    for what, its_backends in {**wanted, **several}.items():
-        case = combined(what, spec) if isinstance(what, tuple) else feature(what, spec)
+    for what, its_backends in wanted.items():
+        case = combined(what.split(" + "), spec)
         pipe = loaded(spec, **case.load)
         if what == "offload":
             offload(pipe.pipe, spec, "model", device=CPU)  # a host without an accelerator would only say that it has no effect
@@ -72,9 +67,35 @@ def num_graphs():
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+OTHERS = [name for name in TABLE if name not in FAST]
+BUT_COMPILE = [what for what in FEATURES if what != "compile"]
+
+
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in TABLE])
-def test_two_ranks_equal_one_device_with_every_feature(run_on_ranks, name):
-    wanted = cells(name)
+@pytest.mark.parametrize(
+    ("name", "features"),
+    # tracing a whole UNet takes as long as everything else together
+    [("sdxl", BUT_COMPILE), ("flux", FEATURES), slow("sdxl", ["compile"]), *(slow(name, FEATURES) for name in OTHERS)],
+)
+def test_two_ranks_equal_one_device_with_every_feature(run_on_ranks, name, features):
+    wanted = {what: backends for what, backends in cells(name).items() if what in features}
     prepare(TABLE[name], wanted)
     run_on_ranks(check_type, 2, name, wanted)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("sdxl", "lora + controlnet + ip_adapter"),
+        ("flux", "gguf + lora"),
+        pytest.param("sdxl", "quantization + lora + compile", marks=pytest.mark.slow),  # tracing packed layers with LoRA takes a minute
+    ],
+)
+def test_two_ranks_equal_one_device_with_features_together(run_on_ranks, name, what):
+    prepare(TABLE[name], what.split(" + "))
+    run_on_ranks(check_type, 2, name, {what: [backend for backend in PARALLEL if backend in TABLE[name].backends]})
