@@ -25,7 +25,7 @@ def treatments(settings: Settings, *, backend: str, reasons: list[str], num_gpus
         "compile": compile_settings,
         "offload": _offload(settings, reasons, num_gpus=num_gpus),
         "prewarm_steps": prewarm_steps,
-        **{name: _lean_attention(settings, name, backend) for name in WITHOUT_SDPA},
+        **{name: _lean_attention(settings, name, backend, reasons) for name in WITHOUT_SDPA},
     }
 
 
@@ -77,10 +77,9 @@ def _offload(settings: Settings, reasons: list[str], *, num_gpus: int) -> str | 
     return OFFLOADS[wanted[0]] if wanted else None
 
 
-def _lean_attention(settings: Settings, name: str, backend: str) -> bool:
-    if getattr(settings, name) and backend in SEES_OPERATORS:
-        raise ConfigError(
-            f"--{name} was given, but backend {backend!r} reaches the other ranks through torch's own attention. "
-            "Leave it out, or use --backend=asyncdiff."
-        )
-    return getattr(settings, name)
+def _lean_attention(settings: Settings, name: str, backend: str, reasons: list[str]) -> bool:
+    """Not refused where it cannot be: it changes no picture, and existing clients send it to every backend."""
+    if not getattr(settings, name) or backend not in SEES_OPERATORS:
+        return getattr(settings, name)
+    reasons.append(f"--{name} has no effect: backend {backend!r} reaches the other ranks through torch's own attention")
+    return False
