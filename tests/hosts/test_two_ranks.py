@@ -3,6 +3,7 @@
 The tests use one host, in this order: it is loading, it is ready, ranks fail, a rank is killed, it is stopped in the middle of a job.
 """
 
+import io
 import signal
 import threading
 import time
@@ -13,6 +14,7 @@ import psutil
 import pytest
 import requests
 import torch
+from PIL import Image
 
 from tests.checkpoints import checkpoint
 from tests.hosts.client import assert_is_error, decode
@@ -103,6 +105,36 @@ def test_pictures_asked_for_at_once_are_not_swapped(host, reference):
         thread.join(timeout=60)
     assert all((together[seed] == alone[seed]).all() for seed in alone)
     assert (alone[5] != alone[6]).any()
+
+
+def test_ten_clients_at_once_are_served_in_turns_and_get_their_own_pictures(host, reference):
+    blocker = _send(host, {**BODY, "steps": 100})
+    sent = [_send(host, {**BODY, "seed": seed}, client=f"client {seed % 5}") for seed in range(10)]
+    done = [_over(host, job["id"]) for job in sent]
+    assert [job["state"] for job in done] == ["done"] * 10 and _over(host, blocker["id"])["state"] == "done"
+    pictures = [host.get(job["links"]["result"]).content for job in done]
+    assert len(set(pictures)) == 10
+    for seed in (0, 7):
+        assert (np.asarray(Image.open(io.BytesIO(pictures[seed]))) == pixels(host.post({**BODY, "seed": seed}))).all()
+
+
+def test_cancelled_job_ends_on_both_ranks_within_two_steps_and_the_next_is_right(host, reference):
+    sent = _send(host, {**BODY, "steps": 100})
+    wait_until(lambda: host.get(f"/v1/jobs/{sent['id']}").json()["step"] > 3, within_s=30, what="it runs")
+    at = host.session.delete(host.url(f"/v1/jobs/{sent['id']}"), timeout=20).json()["step"]
+    ended = _over(host, sent["id"])
+    assert ended["state"] == "cancelled" and ended["step"] <= at + 2
+    assert (pixels(host.post(BODY)) == reference).all()
+    assert [rank["rank"] for rank in host.get("/settings").json()["ranks_now"]] == [0, 1]
+
+
+def _send(host, body, client="me"):
+    return requests.post(host.url("/v1/jobs"), json=body, headers={"Authorization": f"Bearer {client}"}, timeout=20).json()
+
+
+def _over(host, job_id):
+    wait_until(lambda: host.get(f"/v1/jobs/{job_id}").json()["state"] in ("done", "failed", "cancelled"), within_s=60, what="it is over")
+    return host.get(f"/v1/jobs/{job_id}").json()
 
 
 @pytest.mark.parametrize("place", ["denoiser", "decode"])
