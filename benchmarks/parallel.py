@@ -112,7 +112,11 @@ def _together(
         return {"refused": str(error)}
     mesh = Mesh(plan, rank=rank, device=torch.device("cpu"))
     backend = backend_class(arguments.backend)(spec=spec, plan=plan, mesh=mesh)
-    backend.attach(subject.pipe)
+    try:
+        backend.attach(subject.pipe)
+    except HostError as error:
+        mesh.destroy()
+        return {"refused": str(error)}
     size = subject.sample.shape[-1] * 8
     request = GenerateRequest(num_inference_steps=arguments.steps, guidance_scale=5.0, warmup_steps=arguments.warmup_steps)
     run = Run(request=request, height=size, width=size, num_inference_steps=arguments.steps)

@@ -112,7 +112,11 @@ def _setting(
         return {"refused": str(error)}
     mesh = Mesh(plan, rank=rank, device=torch.device("cpu"))
     backend = backend_class(arguments.backend)(spec=spec, plan=plan, mesh=mesh)
-    backend.attach(pipe)
+    try:
+        backend.attach(pipe)
+    except HostError as error:
+        mesh.destroy()
+        return {"refused": str(error)}
     try:
         return [_latents(pipe, prompt, seed, arguments, backend, warmup_steps) for seed, prompt in enumerate(prompts)]
     except HostError as error:

@@ -38,7 +38,6 @@ SETTINGS = MappingProxyType(
             "ulysses": {"ulysses_degree": 2},
             "ring": {"ring_degree": 2},
             "pipefusion": {"pipefusion_parallel_degree": 2},
-            "tensor": {"tensor_parallel_degree": 2},
         },
     }
 )
