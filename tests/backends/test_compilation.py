@@ -1,5 +1,7 @@
 """torch.compile: equal pictures, one graph per size, the right parts, and LoRA made part of the weights first."""
 
+import shutil
+
 import pytest
 import torch
 import torch._dynamo
@@ -60,6 +62,15 @@ def test_each_target_is_compiled_once_per_size_and_draws_the_same(target):
     draw(pipe, height=80)
     draw(pipe)
     assert num_graphs() == first + per_size
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles C++ for the CPU")
+def test_inductor_draws_the_same():
+    pipe = attached("pixa", "denoiser", backend=None)
+    assert difference(draw(pipe), draw(loaded(TABLE["pixa"]))) <= 1
+    assert num_graphs() > 0
 
 
 def test_detaching_leaves_plain_modules():
