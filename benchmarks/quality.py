@@ -81,7 +81,7 @@ def _rank(rank: int, arguments: argparse.Namespace, folder: str) -> None:
 
 
 def measure(rank: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    pipe = StableDiffusionXLPipeline.from_pretrained(arguments.checkpoint, torch_dtype=torch.float32, local_files_only=True)
+    pipe = StableDiffusionXLPipeline.from_pretrained(arguments.checkpoint, dtype=torch.float32, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     prompts = [scene.caption for scene in evaluation_scenes(arguments.prompts)]
     names = arguments.settings.split(",") if arguments.settings else list(SETTINGS[arguments.backend])
