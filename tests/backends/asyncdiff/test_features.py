@@ -36,15 +36,17 @@ def num_graphs():
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     ("name", "groups"),
     [
-        ("sdxl", [("lora", "controlnet", "ip_adapter"), ("quantization", "compile")]),
+        ("sdxl", [("lora", "controlnet", "ip_adapter")]),
+        pytest.param("sdxl", [("quantization", "compile")], marks=pytest.mark.slow),
         pytest.param("sd1", [("controlnet",), ("ip_adapter", "lora")], marks=pytest.mark.slow),
         pytest.param("flux", [("gguf", "lora"), ("controlnet",), ("compile",)], marks=pytest.mark.slow),
         pytest.param("ad", [("lora", "controlnet")], marks=pytest.mark.slow),
     ],
-    ids=["sdxl", "sd1", "flux", "ad"],
+    ids=["sdxl", "sdxl, quantised and compiled", "sd1", "flux", "ad"],
 )
 def test_stale_schedule_with_features_equals_its_simulation(run_on_ranks, name, groups):
     features.prepare(TABLE[name], [what for group in groups for what in group])

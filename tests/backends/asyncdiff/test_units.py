@@ -35,8 +35,9 @@ def denoiser_call(name):
     return denoiser, seen, names[0]
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=NAMES, scope="module")
 def traced(request):
+    """One call of each type's denoiser, followed; its hooks stay until the last test on it takes them off."""
     denoiser, arguments, input_name = denoiser_call(request.param)
     hooks = UnitHooks(denoiser)
     with torch.no_grad():

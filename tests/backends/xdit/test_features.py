@@ -42,6 +42,7 @@ def check_features(rank, world_size, name, groups):
         torch._dynamo.reset()
 
 
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     ("name", "groups"),
     [
