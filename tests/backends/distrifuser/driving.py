@@ -17,8 +17,8 @@ from backends.request import GenerateRequest
 from tests.checkpoints import checkpoint, inputs, load, picture
 
 PROMPTS = ("a photo of a cat", "two red squares under a tree")
-WIDE = 1e-9
-"""Allowed relative difference in float64."""
+WIDE = 1e-7
+"""Allowed relative difference in float64: svd makes 1e-8 of 1e-15 within three steps, mistakes are above 1e-4."""
 
 
 @cache
@@ -47,7 +47,7 @@ def attached(pipe: Any, name: str, rank: int, world_size: int, **options: object
 
 
 def load_wide(name: str) -> Any:
-    """The tiny pipeline in float64, where the order of sums is lost in the ninth digit: what differs more than that is a mistake.
+    """The tiny pipeline in float64, where the order of sums is lost in the seventh digit: what differs more than that is a mistake.
 
     In float32 some of these networks of random weights (svd) blow rounding up until nothing can be told from it.
     """
