@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -102,7 +103,9 @@ class DistriFuserBackend(Backend):
     def begin(self, run: Run) -> None:
         for network in self._networks:
             network.reset()
-        self._schedule.start(synchronous_steps=self._synchronous_steps(run) * run.order)
+        steps = self._synchronous_steps(run)
+        covers_all = steps >= run.num_inference_steps  # some samplers (PNDM) evaluate more often than they have steps
+        self._schedule.start(synchronous_steps=sys.maxsize if covers_all else steps * run.order)
 
     def step_done(self) -> None:
         self._schedule.step_done()

@@ -13,21 +13,21 @@ BANDS = {"sync_mode": "full_sync", "no_split_batch": True}
 WITH_CONTROLNET = {"sd1": StableDiffusionControlNetPipeline, "sdxl": StableDiffusionXLControlNetPipeline}
 
 
-def load_controlled(name: str) -> tuple[Any, dict[str, Any]]:
+def load_controlled(name: str, rows: int) -> tuple[Any, dict[str, Any]]:
     """The pipeline with a ControlNet, and the arguments of a short generation with it."""
     pipe = load(name)
     net = ControlNetModel.from_pretrained(controlnet(name), local_files_only=True)
     unused = {"safety_checker": None, "requires_safety_checker": False} if name == "sd1" else {}
     controlled = WITH_CONTROLNET[name](**{**pipe.components, **unused}, controlnet=net).to(torch.float64)
     controlled.set_progress_bar_config(disable=True)
-    given = arguments(name, rows=16)
+    given = arguments(name, rows=rows)
     given["image"] = picture(64)
     return controlled, given
 
 
 def check_controlnet(rank: int, world_size: int, names: tuple[str, ...], option_sets: tuple[dict[str, Any], ...]) -> None:
     for name in names:
-        pipe, given = load_controlled(name)
+        pipe, given = load_controlled(name, 8 * max(2, world_size))
         off = generate(pipe, None, given | {"controlnet_conditioning_scale": 0.0})
         cases = {
             "guided": given,
