@@ -22,13 +22,14 @@ class KeptWeights:
         for part, tensors in enumerate(self._tensors):
             if part != kept:
                 for tensor in tensors:
-                    tensor.data = tensor.data.new_zeros(()).expand(tensor.shape)
+                    tensor.data = torch.zeros((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
 
     def restore(self, axis: Axis) -> None:
         """Every rank holds everything again. Part p is kept by rank p of the axis."""
         for part, tensors in enumerate(self._tensors):
             for tensor in tensors:
-                data = tensor.data.contiguous() if part == self._kept else torch.empty_like(tensor, memory_format=torch.contiguous_format)
+                is_here = part == self._kept
+                data = tensor.data.contiguous() if is_here else torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
                 broadcast(data, source=part, axis=axis)
                 tensor.data = data
 

@@ -47,7 +47,7 @@ def check_features(rank, world_size, name, groups):
     ("name", "groups"),
     [
         ("sd3", [("lora", "controlnet"), ("ip_adapter",), ("quantization", "start")]),
-        ("flux", [("lora", "controlnet"), ("ip_adapter",), ("gguf", "start")]),
+        pytest.param("flux", [("lora", "controlnet"), ("ip_adapter",), ("gguf", "start")], marks=pytest.mark.slow),
         pytest.param("hy", [("controlnet",), ("quantization", "start")], marks=pytest.mark.slow),
         pytest.param("pixs", [("quantization", "start")], marks=pytest.mark.slow),
     ],
