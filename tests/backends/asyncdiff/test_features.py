@@ -36,15 +36,16 @@ def num_graphs():
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     ("name", "groups"),
     [
         ("sdxl", [("lora", "controlnet", "ip_adapter")]),
-        pytest.param("sdxl", [("quantization", "compile")], marks=pytest.mark.slow),
-        pytest.param("sd1", [("controlnet",), ("ip_adapter", "lora")], marks=pytest.mark.slow),
-        pytest.param("flux", [("gguf", "lora"), ("controlnet",), ("compile",)], marks=pytest.mark.slow),
-        pytest.param("ad", [("lora", "controlnet")], marks=pytest.mark.slow),
+        ("sdxl", [("quantization", "compile")]),
+        ("sd1", [("controlnet",), ("ip_adapter", "lora")]),
+        ("flux", [("gguf", "lora"), ("controlnet",), ("compile",)]),
+        ("ad", [("lora", "controlnet")]),
     ],
     ids=["sdxl", "sdxl, quantised and compiled", "sd1", "flux", "ad"],
 )
