@@ -60,6 +60,7 @@ setup(
             "openai",
             "openapi-spec-validator",
             "pytest",
+            "pytest-rerunfailures",
             "pytest-timeout",
             "requests",
             "ruff",

@@ -6,6 +6,7 @@ follower's does nothing.
 
 import logging
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -200,6 +201,7 @@ class RankLoop:
     def _failed(self, error: Exception) -> Failure:
         failure = Failure.of(error, rank=self._rank)
         if breaks_groups(failure):
+            traceback.clear_frames(error.__traceback__)  # they may hold a group, and only its last reference closes its connections
             self._mesh.destroy()  # wakes the ranks that wait for this one in a collective
         if self._mesh.device.type == "cuda" and not isinstance(error, HostError):
             torch.cuda.empty_cache()

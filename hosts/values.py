@@ -73,9 +73,9 @@ def one_of(*names: str) -> Callable[[str], str]:
 
 
 def weights(text: str) -> tuple[float, ...]:
-    """'1,1,0.6' -> (1.0, 1.0, 0.6)."""
+    """'1,1,0.6' or '[1, 1, 0.6]' -> (1.0, 1.0, 0.6)."""
     try:
-        values = tuple(float(part) for part in text.split(","))
+        values = tuple(float(part) for part in text.strip("[] ").split(","))
     except ValueError as error:
         raise ValueError("positive numbers with commas between them, such as 1,1,0.6") from error
     if not values or min(values) <= 0:

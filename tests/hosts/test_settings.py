@@ -261,6 +261,13 @@ def test_blocks_of_each_stage_are_whole_numbers_however_they_are_written(value):
     assert Settings.from_values({"attn_layer_num_for_pp": [10, 9]}).attn_layer_num_for_pp == (10, 9)
 
 
+def test_weights_are_a_list_in_a_config_file(tmp_path):
+    file = tmp_path / "host.yaml"
+    file.write_text("type: sdxl\nsegment_weights: [1, 0.6]\npatch_weights: 1,0.6\n")
+    settings = parse_command_line([f"--config={file}"])
+    assert settings.segment_weights == settings.patch_weights == (1.0, 0.6)
+
+
 def test_key_is_read_from_a_file_and_never_shown(tmp_path):
     file = tmp_path / "key"
     file.write_text("0123456789abcdef\nsecond line\n")
