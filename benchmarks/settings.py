@@ -26,7 +26,7 @@ SETTINGS = MappingProxyType(
         "asyncdiff": {
             "cfg_split": {"use_cfg_parallel": True},
             "segments_2_1": SEGMENTS,
-            "segments_2_1_extrapolated": SEGMENTS | {"extrapolate": True},
+            "segments_2_1_plain": SEGMENTS | {"extrapolate": False},
             "segments_2_1_shifted": SEGMENTS | {"time_shift": True},
             "segments_2_1_shifted_extrapolated": SEGMENTS | {"time_shift": True, "extrapolate": True},
             "segments_2_2": SEGMENTS | {"stride": 2},

@@ -189,7 +189,11 @@ class Settings:
     )
     shard_weights: bool = _switch("asyncdiff", "Each rank keeps only its own segment's weights.")
     extrapolate: bool | None = _option(
-        None, "asyncdiff", "Extrapolate stale values from the last two steps (also distrifuser).", parse=parse_switch, also=("distrifuser",)
+        None,
+        "asyncdiff",
+        "Extrapolate stale values from the last two steps; asyncdiff does without being asked (also distrifuser).",
+        parse=parse_switch,
+        also=("distrifuser",),
     )
 
     parallelism: str | None = _option(

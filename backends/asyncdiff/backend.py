@@ -15,7 +15,7 @@ from torch import nn
 from backends import hooks
 from backends.asyncdiff.exchange import Exchange
 from backends.asyncdiff.generation import Generation
-from backends.asyncdiff.schedule import Place, num_synchronous_evaluations, num_synchronous_steps
+from backends.asyncdiff.schedule import Place, extrapolates, num_synchronous_evaluations, num_synchronous_steps
 from backends.asyncdiff.segments import Segments, choose_segments
 from backends.asyncdiff.trace import time_units, trace
 from backends.asyncdiff.units import Layout, UnitHooks, find_units
@@ -81,7 +81,7 @@ class AsyncDiffBackend(Backend):
         steps = num_synchronous_steps(self.plan.options, run.request, run.num_inference_steps)
         self._generation = Generation(
             place=self._place(),
-            options=self.plan.options,
+            options={**self.plan.options, "extrapolate": extrapolates(self.plan.options, order=run.order)},
             exchange=Exchange(self.mesh),
             num_synchronous=num_synchronous_evaluations(steps, run.num_inference_steps, run.order),
             scheduler=lambda: self._pipe.scheduler,

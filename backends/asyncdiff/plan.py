@@ -40,7 +40,7 @@ def make_plan(spec: ModelSpec, options: Mapping[str, object], world_size: int) -
             "synced_percent": _synced_percent(options),
             "segment_weights": _segment_weights(options.get("segment_weights"), degrees.model_n),
             "shard_weights": bool(options.get("shard_weights")),
-            "extrapolate": bool(options.get("extrapolate")),
+            "extrapolate": options.get("extrapolate"),
         },
         reasons=degrees.reasons,
     )

@@ -72,6 +72,17 @@ def num_synchronous_steps(options: Mapping[str, Any], request: GenerateRequest, 
     return max(1, steps)
 
 
+def extrapolates(options: Mapping[str, Any], *, order: int) -> bool:
+    """Whether stale values are continued along a line: as asked, else where turns are evenly spaced and the timestep is the present one.
+
+    order: evaluations per step of the sampler. Two of them do not lie on one line in time, and with stride 2 or a shifted timestep the
+    values are not meant for the evaluation at hand. docs/quality.md has what it brings.
+    """
+    if options["extrapolate"] is not None:
+        return bool(options["extrapolate"])
+    return options["stride"] == 1 and not options["time_shift"] and order == 1
+
+
 def num_synchronous_evaluations(steps: int, num_inference_steps: int, order: int) -> int:
     """The same in evaluations. A warm-up of all steps covers every evaluation: PNDM makes one more than it has steps."""
     return sys.maxsize if steps >= num_inference_steps else steps * order

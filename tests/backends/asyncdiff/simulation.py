@@ -48,9 +48,13 @@ class Simulation:
             return last[name]
         older_at, last_at = self.turns[-2][0], self.turns[-1][0]
         reach = (self.evaluation - last_at) / (last_at - older_at)
+
+        def line(old, new):
+            return None if new is None else new + reach * (new - old)
+
         if isinstance(last[name], tuple):
-            return tuple(new + reach * (new - old) for old, new in zip(older[name], last[name], strict=True))
-        return last[name] + reach * (last[name] - older[name])
+            return tuple(line(old, new) for old, new in zip(older[name], last[name], strict=True))
+        return line(older[name], last[name])
 
     def run(self, segment, timestep, arguments):
         """The denoiser with only this segment's units running -> its result, and what those units returned."""

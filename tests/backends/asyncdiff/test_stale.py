@@ -50,6 +50,12 @@ def compare_with_simulation(pipe, asked, plan, segments, got, label):
     torch.testing.assert_close(got, want, **close, msg=lambda text: label + text)
 
 
+def is_extrapolated(options, order):
+    if options["extrapolate"] is None:
+        return options["stride"] == 1 and not options["time_shift"] and order == 1
+    return options["extrapolate"]
+
+
 def simulated(pipe, asked, options, segments):
     """(what the schedule must give, what plain diffusers gives)."""
     timesteps, plain = timesteps_of(pipe, asked)
@@ -59,7 +65,7 @@ def simulated(pipe, asked, options, segments):
         bounds=segments.bounds,
         stride=options["stride"],
         time_shift=options["time_shift"],
-        extrapolate=options["extrapolate"],
+        extrapolate=is_extrapolated(options, pipe.pipe.scheduler.order),
         num_synchronous=asked.warmup_steps * pipe.pipe.scheduler.order,
         timesteps=timesteps,
     )
