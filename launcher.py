@@ -63,6 +63,7 @@ def _run(settings: Settings, argv: list[str]) -> int:
 
 def _start_ranks(settings: Settings, argv: list[str], *, num_ranks: int) -> int:
     """Run torchelastic until it ends or we are told to stop. Its exit code, or 1 with the reason if the host could not serve."""
+    parent = os.getppid()
     with tempfile.TemporaryDirectory(prefix="diffusion-launcher-") as folder:
         fatal_file = Path(folder) / "fatal"
         # its own session, so that Ctrl-C reaches it once and through us; it dies with us, whatever kills us
@@ -72,19 +73,19 @@ def _start_ranks(settings: Settings, argv: list[str], *, num_ranks: int) -> int:
             start_new_session=True,
             preexec_fn=request_parent_death_signal,
         )
-        code = _wait(agent)
+        code = _wait(agent, parent=parent if settings.exit_with_parent else None)
         if fatal_file.is_file():
             print(f"error: {fatal_file.read_text(encoding='utf-8')}", file=sys.stderr)
             return 1
     return code
 
 
-def _wait(agent: subprocess.Popen[bytes]) -> int:
-    """The agent's exit code; 0 if a signal to us ended it. Ranks that are told to stop get STOP_WITHIN_S."""
+def _wait(agent: subprocess.Popen[bytes], *, parent: int | None) -> int:
+    """The agent's exit code; 0 if a signal to us ended it, or the end of `parent`. Ranks that are told to stop get STOP_WITHIN_S."""
     stopped: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: stopped.append(number))
-    while not stopped:
+    while not stopped and parent in (None, os.getppid()):
         with contextlib.suppress(subprocess.TimeoutExpired):
             return agent.wait(timeout=0.1)
     ranks = psutil.Process(agent.pid).children()

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import Any
 from flask import Blueprint, Response, current_app, jsonify, request
 from PIL import Image
 
-from backends.errors import BusyError
+from backends.errors import BusyError, RequestError
 from hosts import wire
 from hosts.compat.fields import Accepted, read_request
 from hosts.compat.routes import legacy_body
@@ -24,6 +25,7 @@ HEARTBEAT_S = 10.0
 MIN_INTERVAL_S = 0.1
 MAX_STREAMS = 12
 """Each open stream holds one of the server's threads."""
+MAX_FRAMES_PER_S = 120
 PREVIEW_SIDE = 256
 PREVIEW_QUALITY = 80
 
@@ -62,7 +64,7 @@ def cancel(job_id: str) -> tuple[Response, int]:
 
 @blueprint.get("/v1/jobs/<job_id>/result")
 def result(job_id: str) -> Response | tuple[Response, int, dict[str, str]]:
-    """The file, by Accept, or the contract's JSON. 409 while it is not done; a failed job's error as it was."""
+    """The file, by Accept, or the contract's JSON. 409 while it is not done; a failed job's error as it was. ?fps= is a video's speed."""
     host = current_app.extensions["host"]
     job = _queue().find(job_id)
     if not job.finished.is_set():
@@ -71,7 +73,7 @@ def result(job_id: str) -> Response | tuple[Response, int, dict[str, str]]:
     content_type = wanted_type(host.spec.output, default=wire.content_types(host.spec.output)[0])
     if content_type == "application/json":
         return jsonify(legacy_body(made, spec=host.spec))
-    return file_response(job, content_type)
+    return file_response(job, content_type, frames_per_s=_frames_per_s())
 
 
 @blueprint.get("/v1/jobs/<job_id>/events")
@@ -87,10 +89,10 @@ def events(job_id: str) -> Response:
     return answer
 
 
-def file_response(job: Job, content_type: str) -> Response:
+def file_response(job: Job, content_type: str, *, frames_per_s: float = wire.FRAMES_PER_S) -> Response:
     """The finished job's picture or video, with its settings in a PNG's metadata."""
     made = job.wait()
-    data = wire.encode(made, content_type, metadata=json.dumps(made.resolved))
+    data = wire.encode(made, content_type, metadata=json.dumps(made.resolved), frames_per_s=frames_per_s)
     extension = wire.EXTENSIONS[content_type]
     headers = {"X-Seed": str(made.seed), "Content-Disposition": f'inline; filename="{job.id}.{extension}"'}
     return Response(data, mimetype=content_type, headers=headers)
@@ -120,6 +122,13 @@ def describe(job: Job) -> dict[str, Any]:
         "error": str(job.error) if job.error is not None else None,
         "links": {name: f"/v1/jobs/{job.id}{path}" for name, path in (("self", ""), ("events", "/events"), ("result", "/result"))},
     }
+
+
+def _frames_per_s() -> float:
+    text = request.args.get("fps", str(wire.FRAMES_PER_S))
+    if not re.fullmatch(r"\d{1,3}", text) or not 1 <= int(text) <= MAX_FRAMES_PER_S:
+        raise RequestError(f"fps={text!r} is not allowed. Send a whole number from 1 to {MAX_FRAMES_PER_S}.", field="fps")
+    return int(text)
 
 
 def _queue() -> JobQueue:

@@ -80,6 +80,7 @@ class Settings:
     disconnect_grace: int = _option(
         5, "start", "Seconds after which the job of a client that went away is cancelled; 0 keeps it.", parse=whole(0, 86_400)
     )
+    exit_with_parent: bool = _switch("start", "End with the process that started this one, for programs that start a host.")
     check: bool = _switch("start", "Print the resolved plan and exit without loading weights.")
     json: bool = _switch("start", "With --check or --list: print JSON.")
     list: bool = _switch("start", "Print the matrix of model types and backends and exit.")

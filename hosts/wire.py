@@ -1,7 +1,8 @@
-"""Results -> bytes: pictures as PNG, JPEG or WebP, videos as MP4 or GIF. Pure functions; imports no torch."""
+"""Results -> bytes: pictures as PNG, JPEG or WebP, videos as MP4 or GIF, both as an array. Pure functions; imports no torch."""
 
 import io
 
+import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -10,14 +11,16 @@ from backends.request import GenerateResult
 
 IMAGE_TYPES = {"image/png": "PNG", "image/jpeg": "JPEG", "image/webp": "WEBP"}
 VIDEO_TYPES = ("video/mp4", "image/gif")
-EXTENSIONS = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp", "video/mp4": "mp4", "image/gif": "gif"}
+ARRAY_TYPE = "application/x-npy"
+"""uint8 (N, H, W, 3) as numpy saves it: every frame as it is, for programs."""
+EXTENSIONS = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp", "video/mp4": "mp4", "image/gif": "gif", ARRAY_TYPE: "npy"}
 FRAMES_PER_S = 7
 """What both existing clients play videos at."""
 
 
 def content_types(output: str) -> tuple[str, ...]:
     """What a result of this kind ('image' or 'video') can be sent as, the best first."""
-    return tuple(IMAGE_TYPES) if output == "image" else VIDEO_TYPES
+    return (*(IMAGE_TYPES if output == "image" else VIDEO_TYPES), ARRAY_TYPE)
 
 
 def pictures(result: GenerateResult) -> list[Image.Image]:
@@ -25,15 +28,24 @@ def pictures(result: GenerateResult) -> list[Image.Image]:
     return [Image.fromarray(frame, mode="RGB") for frame in result.frames]
 
 
-def encode(result: GenerateResult, content_type: str, *, metadata: str = "") -> bytes:
+def encode(result: GenerateResult, content_type: str, *, metadata: str = "", frames_per_s: float = FRAMES_PER_S) -> bytes:
     """The result as one file of this type; a PNG holds `metadata` as its text `parameters`. RequestError if the type does not fit."""
+    if content_type == ARRAY_TYPE:
+        return _encode_array(result)
     if content_type in IMAGE_TYPES and len(result.frames) == 1:
         return _encode_picture(pictures(result)[0], IMAGE_TYPES[content_type], metadata)
     if content_type == "image/gif":
-        return _encode_gif(pictures(result))
+        return _encode_gif(pictures(result), frames_per_s)
     if content_type == "video/mp4":
-        return _encode_mp4(result)
-    raise RequestError(f"Accept: {content_type} does not fit a video. Allowed: {', '.join(VIDEO_TYPES)}, application/json.", field="Accept")
+        return _encode_mp4(result, frames_per_s)
+    allowed = ", ".join((*VIDEO_TYPES, ARRAY_TYPE))
+    raise RequestError(f"Accept: {content_type} does not fit a video. Allowed: {allowed}, application/json.", field="Accept")
+
+
+def _encode_array(result: GenerateResult) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, result.frames, allow_pickle=False)
+    return buffer.getvalue()
 
 
 def _encode_picture(picture: Image.Image, file_format: str, metadata: str) -> bytes:
@@ -48,13 +60,13 @@ def _encode_picture(picture: Image.Image, file_format: str, metadata: str) -> by
     return buffer.getvalue()
 
 
-def _encode_gif(frames: list[Image.Image]) -> bytes:
+def _encode_gif(frames: list[Image.Image], frames_per_s: float) -> bytes:
     buffer = io.BytesIO()
-    frames[0].save(buffer, format="GIF", save_all=True, append_images=frames[1:], duration=round(1000 / FRAMES_PER_S), loop=0)
+    frames[0].save(buffer, format="GIF", save_all=True, append_images=frames[1:], duration=round(1000 / frames_per_s), loop=0)
     return buffer.getvalue()
 
 
-def _encode_mp4(result: GenerateResult) -> bytes:
+def _encode_mp4(result: GenerateResult, frames_per_s: float) -> bytes:
     import imageio.v3  # here: an extra, which only who asks for MP4 needs
 
     height, width = result.frames.shape[1] // 2 * 2, result.frames.shape[2] // 2 * 2  # H.264 wants even sides
@@ -63,7 +75,7 @@ def _encode_mp4(result: GenerateResult) -> bytes:
         result.frames[:, :height, :width],
         extension=".mp4",
         plugin="FFMPEG",
-        fps=FRAMES_PER_S,
+        fps=frames_per_s,
         codec="libx264",
         macro_block_size=1,
     )

@@ -179,3 +179,9 @@ def test_figures_of_every_rank_are_told(host):
     ranks = requests.get(host.url("/settings"), timeout=20).json()["ranks_now"]
     assert [rank["rank"] for rank in ranks] == [0]
     assert ranks[0]["device"] == "cpu" and ranks[0]["memory_bytes"] > 1e8 and ranks[0]["seconds"] > 0
+
+
+def test_speed_of_a_video_must_be_a_number(host):
+    done = wait_for(host, send(host, BODY)["id"], "done")
+    answer = requests.get(host.url(done["links"]["result"] + "?fps=fast"), timeout=20)
+    assert answer.status_code == 400 and "fps='fast' is not allowed" in assert_is_error(answer.json())

@@ -58,6 +58,18 @@ def test_mp4_of_odd_size_loses_a_row_and_a_column_only():
 
 @pytest.mark.parametrize("content_type", ["image/png", "image/jpeg", "image/webp"])
 def test_video_is_not_sent_as_one_picture(content_type):
-    with pytest.raises(RequestError, match=r"does not fit a video\. Allowed: video/mp4, image/gif, application/json") as caught:
+    with pytest.raises(
+        RequestError, match=r"does not fit a video\. Allowed: video/mp4, image/gif, application/x-npy, application/json"
+    ) as caught:
         wire.encode(result(num_frames=2), content_type)
     assert caught.value.field == "Accept"
+
+
+@pytest.mark.parametrize("num_frames", [1, 3])
+def test_array_holds_every_frame_as_it_is(num_frames):
+    made = result(num_frames=num_frames)
+    assert (np.load(io.BytesIO(wire.encode(made, "application/x-npy")), allow_pickle=False) == made.frames).all()
+
+
+def test_video_plays_at_the_speed_that_was_asked_for():
+    assert opened(wire.encode(result(num_frames=3), "image/gif", frames_per_s=20)).info["duration"] == 50

@@ -5,13 +5,16 @@ job = client.submit(prompt="a red circle on a blue background", seed=1)
 for state in job.follow():
     print(state.step, state.steps)
 Path("circle.png").write_bytes(job.result())
+
+diffusion_client.local starts a host on this machine.
 """
 
+import base64
 import json
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 __all__ = ["Client", "HostError", "Job", "JobState"]
@@ -20,16 +23,20 @@ OVER = frozenset({"done", "failed", "cancelled"})
 
 
 class HostError(Exception):
-    """What the host said, and its HTTP status (0 where nobody answered)."""
+    """What the host said, its HTTP status (0 where nobody answered) and the JSON it came in."""
 
-    def __init__(self, message: str, *, status: int) -> None:
+    def __init__(self, message: str, *, status: int, body: dict[str, Any] | None = None) -> None:
         super().__init__(message)
         self.status = status
+        self.body = body or {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobState:
-    """One look at a job. Times in seconds; settings are there once it is done."""
+    """One look at a job. Times in seconds; settings are there once it is done.
+
+    preview: a small JPEG of the last step, where it was asked for.
+    """
 
     id: str
     state: str
@@ -42,6 +49,7 @@ class JobState:
     exactness: str | None
     settings: dict[str, Any] | None
     error: str | None
+    preview: bytes | None = None
 
     @property
     def is_over(self) -> bool:
@@ -49,14 +57,15 @@ class JobState:
 
     @classmethod
     def read(cls, body: dict[str, Any]) -> "JobState":
-        return cls(**{field.name: body[field.name] for field in fields(cls)})
+        return cls(**{field.name: body[field.name] for field in fields(cls) if field.name != "preview"})
 
 
 class Client:
-    """url: of the host. api_key: sent as a bearer token."""
+    """url: of the host. api_key: sent as a bearer token. timeout_s: for each answer to begin and go on; None waits."""
 
-    def __init__(self, url: str = "http://127.0.0.1:6000", *, api_key: str | None = None) -> None:
+    def __init__(self, url: str = "http://127.0.0.1:6000", *, api_key: str | None = None, timeout_s: float | None = None) -> None:
         self.url = url.rstrip("/")
+        self._timeout_s = timeout_s
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
     def submit(self, **fields: Any) -> "Job":
@@ -73,9 +82,34 @@ class Client:
         """One that was submitted before."""
         return Job(self, JobState.read(json.loads(self.open(f"/v1/jobs/{job_id}"))))
 
+    def health(self) -> dict[str, Any]:
+        """Its phase (loading, ready, failed, stopping), the reason for it, and how many jobs wait."""
+        try:
+            return json.loads(self.open("/healthz"))
+        except HostError as error:
+            if error.status != 503:
+                raise
+            return error.body
+
+    def jobs(self) -> list[JobState]:
+        """All jobs of the host, without their settings: the one that runs, those that wait, those that are over."""
+        return [JobState.read({"settings": None, **job}) for job in json.loads(self.open("/v1/jobs"))["jobs"]]
+
+    def models(self) -> list[str]:
+        """The names of the models it serves."""
+        return [model["id"] for model in json.loads(self.open("/v1/models"))["data"]]
+
+    def settings(self) -> dict[str, Any]:
+        """What it serves, on how many ranks, and why so."""
+        return json.loads(self.open("/settings"))
+
     def schema(self) -> dict[str, Any]:
         """What the host takes, as OpenAPI."""
         return json.loads(self.open("/openapi.json"))
+
+    def request_schema(self) -> dict[str, Any]:
+        """The fields that it takes for its model, as JSON schema."""
+        return self.schema()["components"]["schemas"]["Request"]
 
     def open(self, path: str, *, method: str = "GET", body: Any = None, accept: str = "*/*") -> bytes:
         """One request; the answer's body. HostError for anything but success."""
@@ -87,11 +121,14 @@ class Client:
         data = None if body is None else json.dumps(body).encode()
         headers = {**self._headers, "Accept": accept, **({"Content-Type": "application/json"} if data is not None else {})}
         try:
-            return urllib.request.urlopen(urllib.request.Request(self.url + path, data, headers, method=method))
+            return urllib.request.urlopen(urllib.request.Request(self.url + path, data, headers, method=method), timeout=self._timeout_s)
         except urllib.error.HTTPError as error:
-            raise HostError(_message(error), status=error.code) from error
-        except urllib.error.URLError as error:
-            raise HostError(f"{self.url} does not answer: {error.reason}. Is the host started?", status=0) from error
+            body = _json_of(error)
+            said = body.get("message") or body.get("error") or f"{error.code} {error.reason}"
+            raise HostError(str(said), status=error.code, body=body) from error
+        except (urllib.error.URLError, OSError) as error:
+            reason = getattr(error, "reason", error)
+            raise HostError(f"{self.url} does not answer: {reason}. Is the host started?", status=0) from error
 
 
 class Job:
@@ -105,12 +142,15 @@ class Job:
     def id(self) -> str:
         return self.state.id
 
-    def follow(self) -> Iterator[JobState]:
-        """Its states, as they change, until it is over."""
-        with self._client.stream(f"/v1/jobs/{self.id}/events", accept="text/event-stream") as lines:
+    def follow(self, *, previews: bool = False) -> Iterator[JobState]:
+        """Its states, as they change, until it is over; with `previews` also small pictures of its steps."""
+        name = b""
+        with self._client.stream(f"/v1/jobs/{self.id}/events?previews={int(previews)}", accept="text/event-stream") as lines:
             for line in lines:
-                if line.startswith(b"data: "):
-                    self.state = JobState.read(json.loads(line[6:]))
+                if line.startswith(b"event: "):
+                    name = line[7:].strip()
+                elif line.startswith(b"data: "):
+                    self.state = _next_state(self.state, name, json.loads(line[6:]))
                     yield self.state
 
     def wait(self) -> JobState:
@@ -121,18 +161,25 @@ class Job:
             raise HostError(self.state.error or self.state.state, status=500)
         return self.state
 
-    def result(self, accept: str = "*/*") -> bytes:
-        """The file, in the type of `accept`."""
-        return self._client.open(f"/v1/jobs/{self.id}/result", accept=accept)
+    def result(self, accept: str = "*/*", *, frames_per_s: int | None = None) -> bytes:
+        """The file, in the type of `accept`; a video at this speed."""
+        speed = f"?fps={frames_per_s}" if frames_per_s is not None else ""
+        return self._client.open(f"/v1/jobs/{self.id}/result{speed}", accept=accept)
 
     def cancel(self) -> None:
         """It ends at its next step."""
         self._client.open(f"/v1/jobs/{self.id}", method="DELETE")
 
 
-def _message(error: urllib.error.HTTPError) -> str:
+def _next_state(state: JobState, event: bytes, body: dict[str, Any]) -> JobState:
+    if event == b"preview":
+        return replace(state, preview=base64.b64decode(body["image"].partition(",")[2]))
+    return replace(JobState.read(body), preview=state.preview)
+
+
+def _json_of(error: urllib.error.HTTPError) -> dict[str, Any]:
     try:
         body = json.loads(error.read())
     except ValueError:
-        return f"{error.code} {error.reason}"
-    return str(body.get("message") or body.get("error") or f"{error.code} {error.reason}")
+        return {}
+    return body if isinstance(body, dict) else {}
