@@ -11,7 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
+import time
 from pathlib import Path
 
 import psutil
@@ -20,6 +20,7 @@ from backends.errors import ConfigError, HostError
 from backends.model_table import read_table
 from hosts import matrix
 from hosts.lifeline import request_parent_death_signal
+from hosts.scratch import scratch_folder
 from hosts.settings import Settings, parse_command_line
 
 EXIT_USER_ERROR = 2
@@ -64,24 +65,27 @@ def _run(settings: Settings, argv: list[str]) -> int:
 def _start_ranks(settings: Settings, argv: list[str], *, num_ranks: int) -> int:
     """Run torchelastic until it ends or we are told to stop. Its exit code, or 1 with the reason if the host could not serve."""
     parent = os.getppid()
-    with tempfile.TemporaryDirectory(prefix="diffusion-launcher-") as folder:
-        fatal_file = Path(folder) / "fatal"
+    with scratch_folder() as folder:
+        fatal_file = folder / "fatal"
         # its own session, so that Ctrl-C reaches it once and through us; it dies with us, whatever kills us
         agent = subprocess.Popen(
             _elastic_command(settings, argv, num_ranks=num_ranks),
-            env=_environment(fatal_file, num_ranks=num_ranks),
+            env=_environment(folder, fatal_file, num_ranks=num_ranks),
             start_new_session=True,
             preexec_fn=request_parent_death_signal,
         )
-        code = _wait(agent, parent=parent if settings.exit_with_parent else None)
+        code = _wait(agent, parent=parent if settings.exit_with_parent else None, within_s=settings.drain_seconds + STOP_WITHIN_S)
         if fatal_file.is_file():
             print(f"error: {fatal_file.read_text(encoding='utf-8')}", file=sys.stderr)
             return 1
     return code
 
 
-def _wait(agent: subprocess.Popen[bytes], *, parent: int | None) -> int:
-    """The agent's exit code; 0 if a signal to us ended it, or the end of `parent`. Ranks that are told to stop get STOP_WITHIN_S."""
+def _wait(agent: subprocess.Popen[bytes], *, parent: int | None, within_s: float) -> int:
+    """The agent's exit code; 0 if a signal to us ended it, or the end of `parent`. Ranks that are told to stop get `within_s`.
+
+    A second signal ends them at once.
+    """
     stopped: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: stopped.append(number))
@@ -92,7 +96,9 @@ def _wait(agent: subprocess.Popen[bytes], *, parent: int | None) -> int:
     for process in ranks:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.terminate()
-    psutil.wait_procs(ranks, timeout=STOP_WITHIN_S)
+    deadline = time.monotonic() + within_s
+    while psutil.wait_procs(ranks, timeout=0.05)[1] and time.monotonic() < deadline and len(stopped) < 2:
+        pass
     agent.kill()  # it has nothing left to do; what is left of its ranks follows it. Its own way out is slow and ends in a traceback
     agent.wait()
     return 0
@@ -110,12 +116,13 @@ def _elastic_command(settings: Settings, argv: list[str], *, num_ranks: int) -> 
     ]  # fmt: skip
 
 
-def _environment(fatal_file: Path, *, num_ranks: int) -> dict[str, str]:
+def _environment(folder: Path, fatal_file: Path, *, num_ranks: int) -> dict[str, str]:
     threads = max(1, (os.cpu_count() or 1) // num_ranks)
     defaults = {"OMP_NUM_THREADS": str(threads), "TORCH_CPP_LOG_LEVEL": "ERROR"}
     # a store of their own for ranks that are started again: in the shared one they find the addresses of those that died
     defaults["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    return {**defaults, **os.environ, "DIFFUSION_FATAL_FILE": str(fatal_file)}
+    own = {"DIFFUSION_FATAL_FILE": str(fatal_file), "DIFFUSION_STATE_FOLDER": str(folder / "state")}
+    return {**defaults, **os.environ, **own}
 
 
 def _free_port() -> int:

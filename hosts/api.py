@@ -16,7 +16,7 @@ from backends.errors import BusyError, RequestError
 from hosts import wire
 from hosts.compat.fields import Accepted, read_request
 from hosts.compat.routes import legacy_body
-from hosts.incoming import client, json_object, wanted_type
+from hosts.incoming import client, idempotency_key, json_object, wanted_type
 from hosts.jobs import Job, JobQueue, JobStatus
 
 blueprint = Blueprint("jobs", __name__)
@@ -34,10 +34,10 @@ _streams = threading.BoundedSemaphore(MAX_STREAMS)
 
 @blueprint.post("/v1/jobs")
 def create() -> tuple[Response, int, dict[str, str]]:
-    """202 with the job's id and its place in the queue."""
+    """202 with the job's id and its place in the queue. The same Idempotency-Key and body give the job that is there already."""
     host = current_app.extensions["host"]
     asked = read_request(json_object(), spec=host.spec, accepted=Accepted.by(host.settings))
-    job = host.queue.submit(asked, client=client(), is_kept=True)
+    job = host.queue.submit(asked, client=client(), is_stored=True, key=idempotency_key())
     return jsonify(describe(job)), 202, {"Location": f"/v1/jobs/{job.id}"}
 
 
@@ -112,6 +112,7 @@ def describe(job: Job) -> dict[str, Any]:
         "steps": job.num_steps,
         "seconds": None if seconds is None else round(seconds, 3),
         "eta": round(seconds / job.step * (job.num_steps - job.step), 3) if is_running else None,
+        "attempts": job.attempts,
         "created": round(job.created_s, 3),
         "seed": job.request.seed,
         "type": host.spec.name,

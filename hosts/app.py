@@ -40,6 +40,9 @@ STATUS = {
     CancelledError: 409,
 }
 
+RETRY_AFTER_S = {429: 5, 503: 10}
+"""Status of a refusal that passes -> seconds after which to ask again. Loading takes longer than a queue to move on."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Host:
@@ -86,7 +89,10 @@ def _answer(message: str, status: int) -> tuple[Response, int]:
 
 
 def _host_error(error: HostError) -> tuple[Response, int]:
-    return _answer(str(error), status_of(error))
+    answer, status = _answer(str(error), status_of(error))
+    if status in RETRY_AFTER_S:
+        answer.headers["Retry-After"] = str(RETRY_AFTER_S[status])
+    return answer, status
 
 
 def _http_error(error: HTTPException) -> tuple[Response, int]:

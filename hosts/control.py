@@ -5,7 +5,7 @@ import os
 import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
@@ -13,12 +13,12 @@ from typing import Any
 from backends.distributed import broadcast_command, gather_outcomes
 from backends.errors import CancelledError, HostError, RankError
 from backends.request import GenerateRequest, LoadRequest
+from hosts.lifeline import EXIT_LOST_RANK
 
 logger = logging.getLogger(__name__)
 
 BEAT_S = 1.0
-EXIT_LOST_RANK = 70
-"""Exit code of a rank that lost a peer. torchelastic then starts the whole set again."""
+OUT_OF_MEMORY = "out of memory"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +53,11 @@ class Failure:
     message: str
     trace: str
     time_s: float
+
+    @property
+    def may_be_chance(self) -> bool:
+        """Whether the same request may do well the next time: nobody's mistake, and not a lack of memory, which stays the same."""
+        return self.error is None and not self.message.startswith(OUT_OF_MEMORY)
 
     @classmethod
     def of(cls, error: BaseException, *, rank: int) -> "Failure":
@@ -107,7 +112,7 @@ def breaks_groups(failure: Failure) -> bool:
 def _explain(error: BaseException) -> str:
     if type(error).__name__ == "OutOfMemoryError":
         return (
-            "out of memory. Ask for a smaller picture, start with --enable_vae_tiling, a smaller --variant, or more ranks. "
+            f"{OUT_OF_MEMORY}. Ask for a smaller picture, start with --enable_vae_tiling, a smaller --variant, or more ranks. "
             f"({str(error).splitlines()[0]})"
         )
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
@@ -120,8 +125,12 @@ class Watch:
     The main thread cannot do this: it may be the one that waits in a collective.
     """
 
-    def __init__(self, store: Any, *, rank: int, world_size: int, timeout_s: float) -> None:
+    def __init__(
+        self, store: Any, *, rank: int, world_size: int, timeout_s: float, on_leave: Callable[[str], None] = lambda why: None
+    ) -> None:
+        """on_leave: is told why this process ends, just before it does."""
         self._store = store
+        self._on_leave = on_leave
         self._rank = rank
         self._others = [other for other in range(world_size) if other != rank]
         self._timeout_s = timeout_s
@@ -155,5 +164,6 @@ class Watch:
 
     def _leave(self, why: str) -> None:
         logger.error("rank %d leaves: %s", self._rank, why)
+        self._on_leave(why)
         logging.shutdown()
         os._exit(EXIT_LOST_RANK)

@@ -15,6 +15,7 @@ from hosts.jobs import Job
 from hosts.server import CONNECTION, is_gone
 
 LOOK_EVERY_S = 0.5
+MAX_KEY = 255
 
 
 def json_object() -> Mapping[str, Any]:
@@ -33,6 +34,14 @@ def client() -> str:
     if key := request.headers.get("Authorization"):
         return hashlib.sha256(key.encode()).hexdigest()
     return request.remote_addr or ""
+
+
+def idempotency_key() -> str | None:
+    """The client's own name for the job it creates, so that sending it again creates no second one. RequestError if it is none."""
+    key = request.headers.get("Idempotency-Key")
+    if key is not None and (not 1 <= len(key) <= MAX_KEY or not key.isascii() or not key.isprintable()):
+        raise RequestError(f"Idempotency-Key must have 1 to {MAX_KEY} printable ASCII characters.", field="Idempotency-Key")
+    return key
 
 
 def wanted_type(output: str, *, default: str) -> str:

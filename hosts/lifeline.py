@@ -12,6 +12,8 @@ import psutil
 
 PR_SET_PDEATHSIG = 1
 POLL_S = 0.5
+EXIT_LOST_RANK = 70
+"""Exit code of a rank that lost a peer. torchelastic then starts the whole set again."""
 
 
 def die_with_parent(*, is_torchelastic: bool) -> None:
@@ -34,8 +36,10 @@ def request_parent_death_signal() -> None:
         return  # not Linux: the watch remains
 
 
-def on_stop_signal(stop: Callable[[], None], *, within_s: float) -> None:
-    """Call `stop` at the first SIGTERM or SIGINT; if the process is still there `within_s` later, end it. For the main thread to call.
+def on_stop_signal(stop: Callable[[], None], *, drain_s: float, within_s: float) -> None:
+    """Call `stop`, which may take `drain_s`, at the first SIGTERM or SIGINT. If the process is still there `within_s` later, end it.
+
+    For the main thread to call.
 
     A Python handler would wait for the main thread, which may be in a collective; the wake-up descriptor is written at once.
     """
@@ -47,11 +51,31 @@ def on_stop_signal(stop: Callable[[], None], *, within_s: float) -> None:
 
     def wait() -> None:
         os.read(reader, 1)
-        threading.Thread(target=stop, name="stop", daemon=True).start()
+        stopping = threading.Thread(target=stop, name="stop", daemon=True)
+        stopping.start()
+        stopping.join(timeout=drain_s)
         time.sleep(within_s)
         os._exit(0)
 
     threading.Thread(target=wait, name="signals", daemon=True).start()
+
+
+def absent_ranks(local_ranks: range) -> list[int]:
+    """Which of the ranks that the same agent started on this machine have no living process. Empty where that cannot be told."""
+    try:
+        siblings = psutil.Process(os.getppid()).children()
+    except psutil.Error:
+        return []
+    present = {rank for process in siblings if (rank := _rank_of(process)) is not None}
+    return [rank for rank in local_ranks if rank not in present] if present else []
+
+
+def _rank_of(process: psutil.Process) -> int | None:
+    """None for a process that is no rank, or is dead and not yet collected."""
+    try:
+        return int(process.environ()["RANK"])
+    except (psutil.Error, KeyError, ValueError):
+        return None
 
 
 def _is_agent(pid: int) -> bool:

@@ -109,6 +109,9 @@ class FrontDesk:
         self._state.tell({"ranks_now": list(verdict.figures)})
         if result is not None:
             self._state.tell({"last_report": {"seconds": result.seconds, "num_steps": result.num_steps, **result.report}})
+        if verdict.failure is not None and verdict.failure.may_be_chance and self._queue.retry(job):
+            logger.warning("job %s is begun again", job.id)
+            return
         self._queue.finish(job, result=result, error=verdict.failure.as_error() if verdict.failure is not None else None)
 
 

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NoReturn
@@ -14,10 +15,14 @@ from hosts.jobs import JobQueue
 from hosts.settings import Settings
 from hosts.startup import StartPlan, count_gpus, plan_start
 from hosts.state import HostState, Phase
+from hosts.store import JobStore
 
 logger = logging.getLogger(__name__)
 
-STOP_WITHIN_S = 2.5
+STOP_WITHIN_S = 1.5
+"""For everything but the running job, which has --drain_seconds."""
+ANSWER_WITHIN_S = 0.3
+"""What waiting clients get to read why their jobs end, when the ranks are about to be started again."""
 LIBRARY_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
@@ -29,6 +34,10 @@ LIBRARY_ENVIRONMENT = {
 """Defaults for the libraries, read when they are imported: nothing is fetched, and their chatter stays out of the log."""
 FATAL_FILE = "DIFFUSION_FATAL_FILE"
 """Environment variable: where a rank leaves the reason for which starting it again would not help. Set by launcher.py."""
+
+STOPPING = "the host is stopping. Try again when it has started."
+STATE_FOLDER = "DIFFUSION_STATE_FOLDER"
+"""Environment variable: where jobs outlive the ranks if --state_dir is not given. Set by launcher.py, and gone with it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +58,12 @@ class Place:
             world_size=number["WORLD_SIZE"],
             local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", number["WORLD_SIZE"])),
         )
+
+    @property
+    def local_ranks(self) -> range:
+        """Of all ranks on this machine."""
+        first = self.rank - self.local_rank
+        return range(first, first + self.local_world_size)
 
 
 def is_rank() -> bool:
@@ -73,8 +88,6 @@ def run_rank(
     log.configure(rank=place.rank)
     for name, value in LIBRARY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    state, queue = HostState(), JobQueue(capacity=settings.queue_size, max_seconds=settings.max_job_seconds)
-    lifeline.on_stop_signal(lambda: _begin_stop(state, queue), within_s=STOP_WITHIN_S)
     start = None
     try:
         if problem is None:
@@ -83,15 +96,20 @@ def run_rank(
         problem = error
     if problem is not None and after_failed_load == "exit":
         return _fatal(problem)
+    state = HostState()
     try:
+        store = _open_store(settings) if place.rank == 0 else None
+        queue = _queue(settings, store)
+        _stop_when_told(settings, place, state, queue, store)
         listener = _listen(settings, start, state, queue, patience_s=bind_patience_s) if place.rank == 0 else None
     except ConfigError as error:
         return _fatal(error)
     if problem is None:
         try:
-            problem = _serve(settings, start, place, state, queue)
-        finally:
-            queue.abandon(UnavailableError("the host is stopping. Try again when it has started."))
+            problem = _serve(settings, start, place, state, queue, store)
+        except Exception as error:  # noqa: BLE001  a lost rank looks like any error; this process ends, and the set is started again
+            return _leave(place, queue, store, error)
+        queue.abandon(UnavailableError(STOPPING))
     if problem is not None and after_failed_load == "exit":
         return _fatal(problem)
     if problem is not None and place.rank == 0:
@@ -108,15 +126,34 @@ def end_rank(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _serve(settings: Settings, start: StartPlan, place: Place, state: HostState, queue: JobQueue) -> HostError | None:
+def _open_store(settings: Settings) -> JobStore | None:
+    folder = settings.state_dir or os.environ.get(STATE_FOLDER)
+    return JobStore(Path(folder).expanduser().resolve()) if folder else None
+
+
+def _queue(settings: Settings, store: JobStore | None) -> JobQueue:
+    return JobQueue(
+        capacity=settings.queue_size,
+        max_seconds=settings.max_job_seconds,
+        num_kept=settings.keep_results,
+        kept_bytes=settings.keep_results_mb * 10**6,
+        kept_seconds=settings.keep_results_hours * 3600,
+        store=store,
+    )
+
+
+def _serve(
+    settings: Settings, start: StartPlan, place: Place, state: HostState, queue: JobQueue, store: JobStore | None
+) -> HostError | None:
     """Open the groups and run the loop; the error if loading failed. Imports torch, after the port is bound."""
     from backends import distributed
     from hosts.control import Watch
     from hosts.loop import FollowerDesk, FrontDesk, RankLoop
 
     device = distributed.select_device(place.local_rank)
-    store = distributed.initialize(rank=place.rank, world_size=place.world_size)
-    Watch(store, rank=place.rank, world_size=place.world_size, timeout_s=settings.failure_timeout).start()
+    beats = distributed.initialize(rank=place.rank, world_size=place.world_size)
+    on_leave = store.note if store is not None else lambda why: None
+    Watch(beats, rank=place.rank, world_size=place.world_size, timeout_s=settings.failure_timeout, on_leave=on_leave).start()
     mesh = distributed.Mesh(start.plan, rank=place.rank, device=device)
     state.tell({**start.facts(), "device": str(device)})
     logger.info("%s on %s", start.plan.describe(), device)
@@ -157,10 +194,36 @@ def _answer_only(state: HostState, queue: JobQueue, problem: HostError) -> None:
     state.wait_for_stop()
 
 
-def _begin_stop(state: HostState, queue: JobQueue) -> None:
-    logger.info("stopping")
-    state.become(Phase.STOPPING, "the host is stopping")
-    queue.close(UnavailableError("the host is stopping. Try again when it has started."))
+def _stop_when_told(settings: Settings, place: Place, state: HostState, queue: JobQueue, store: JobStore | None) -> None:
+    """At SIGTERM or SIGINT the running job may still end, within --drain_seconds. Followers wait for rank 0, which tells them to stop."""
+    drain_s = float(settings.drain_seconds)
+    if place.rank != 0:
+        lifeline.on_stop_signal(lambda: time.sleep(drain_s), drain_s=drain_s, within_s=STOP_WITHIN_S)
+        return
+
+    def stop() -> None:
+        if lifeline.absent_ranks(place.local_ranks):  # the agent tells us because one of us died: it will start the set again
+            end_rank(_leave(place, queue, store, None))
+        logger.info("stopping")
+        state.become(Phase.STOPPING, "the host is stopping")
+        queue.close(UnavailableError(STOPPING), finish_running=True)
+        queue.wait_until_idle(drain_s)
+        queue.interrupt()
+
+    lifeline.on_stop_signal(stop, drain_s=drain_s + ANSWER_WITHIN_S, within_s=STOP_WITHIN_S)
+
+
+def _leave(place: Place, queue: JobQueue, store: JobStore | None, error: Exception | None) -> int:
+    """This rank cannot go on: say why, answer who waits, and let torchelastic start the set again."""
+    gone = ", ".join(map(str, lifeline.absent_ranks(place.local_ranks)))
+    why = f"rank {gone} was gone" if gone else f"rank {place.rank} failed: {type(error).__name__}: {str(error)[:500]}"
+    logger.error("rank %d leaves: %s", place.rank, why, exc_info=error if not gone else None)
+    if store is not None:
+        store.note(why)
+    queue.abandon(UnavailableError(f"the ranks are started again ({why}). Send the request again."))
+    if place.rank == 0:
+        time.sleep(ANSWER_WITHIN_S)
+    return lifeline.EXIT_LOST_RANK
 
 
 def _fatal(error: HostError) -> int:

@@ -85,7 +85,7 @@ def create_video() -> Response:
         fields["image"] = body["input_reference"]
     if "seconds" in body and "num_frames" not in body:
         fields["num_frames"] = round(float(body["seconds"]) * wire.FRAMES_PER_S)
-    return jsonify(_video(_submit(fields)))
+    return jsonify(_video(_submit(fields, is_stored=True)))
 
 
 @blueprint.get("/v1/videos/<job_id>")
@@ -168,10 +168,10 @@ def _choice(body: Mapping[str, Any], name: str, allowed: Mapping[str, str], defa
     return allowed[value]
 
 
-def _submit(fields: Mapping[str, Any]) -> Job:
+def _submit(fields: Mapping[str, Any], *, is_stored: bool = False) -> Job:
     host = _host()
     asked = read_request(fields, spec=host.spec, accepted=Accepted.by(host.settings))
-    return host.queue.submit(asked, client=client(), is_kept=True)
+    return host.queue.submit(asked, client=client(), is_kept=True, is_stored=is_stored)
 
 
 def _video(job: Job) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """GET /openapi.json: made from the request class and the model type that is served, so it cannot say anything else than the code."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image
@@ -16,6 +17,13 @@ VERSION = "0.1.0"
 ENCODED = "base64 of a PNG, JPEG or WebP file, with or without a data: header; old clients send base64 of a pickle."
 EVENTS = "text/event-stream"
 
+JOB_ID = {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
+IDEMPOTENCY_KEY = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "description": "The client's own name for the job: sending it again creates no second one.",
+    "schema": {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[ -~]+$"},
+}
 
 SENT_AS = {
     "latents": "latent",
@@ -49,7 +57,9 @@ def openapi(spec: ModelSpec, settings: Settings) -> dict[str, Any]:
                 "post": _operation("Make one and wait for it.", body="Request", answers={"200": _answer("Done.", "Generated", files)})
             },
             "/v1/jobs": {
-                "post": _operation("Queue a job.", body="Request", answers={"202": _answer("Accepted.", "Job")}),
+                "post": _operation(
+                    "Queue a job.", body="Request", answers={"202": _answer("Accepted.", "Job")}, parameters=[IDEMPOTENCY_KEY]
+                ),
                 "get": _operation("All jobs: running, waiting, over.", answers={"200": _answer("The jobs.", "Jobs")}),
             },
             "/v1/jobs/{id}": {
@@ -96,6 +106,7 @@ def _schemas(spec: ModelSpec, settings: Settings) -> dict[str, Any]:
         "id": {"type": "string"},
         "state": {"enum": ["queued", "running", "done", "failed", "cancelled"]},
         "position": {"type": "integer"},
+        "attempts": {"type": "integer"},
         "step": {"type": "integer"},
         "steps": {"type": "integer"},
         "seconds": {"type": ["number", "null"]},
@@ -131,12 +142,14 @@ def _unused(spec: ModelSpec, settings: Settings) -> set[str]:
     return {name for name, used in is_used.items() if not used} | {"pooled_prompt_embeds", "negative_pooled_prompt_embeds"}
 
 
-def _operation(summary: str, *, answers: dict[str, Any], body: str | None = None, by_id: bool = False) -> dict[str, Any]:
+def _operation(
+    summary: str, *, answers: dict[str, Any], body: str | None = None, by_id: bool = False, parameters: Sequence[dict[str, Any]] = ()
+) -> dict[str, Any]:
     operation: dict[str, Any] = {"summary": summary, "responses": {**answers, "default": _answer("An error.", "Error")}}
     if body is not None:
         operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": _ref(body)}}}
-    if by_id:
-        operation["parameters"] = [{"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}]
+    if by_id or parameters:
+        operation["parameters"] = [*parameters, *([JOB_ID] if by_id else [])]
     return operation
 
 

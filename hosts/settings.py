@@ -63,8 +63,15 @@ class Settings:
     master_port: int | None = _option(None, "start", "Port for the ranks' rendezvous; without it a free one.", parse=whole(1, 65535))
     max_restarts: int = _option(3, "start", "How often the ranks are started again after a failure.", parse=whole(0, 1000))
     state_dir: str | None = _option(
-        None, "start", "Folder for what must survive a restart.", parse=_PATHS, metavar="DIR",
-        pending="jobs are kept in memory in this version",
+        None, "start", "Folder where jobs and their pictures outlive the host; without it they outlive only its ranks.",
+        parse=_PATHS, metavar="DIR",
+    )  # fmt: skip
+    keep_results: int = _option(64, "start", "Jobs of POST /v1/jobs that are kept when they are over.", parse=whole(1, 100_000))
+    keep_results_mb: int = _option(256, "start", "Megabytes of pictures that are kept of them.", parse=whole(1, 10_000_000))
+    keep_results_hours: int = _option(0, "start", "Hours for which they are kept; 0 is any time.", parse=whole(0, 100_000))
+    drain_seconds: int = _option(
+        1, "start", "Seconds that the running job still has when the host is told to stop; those that wait stay in --state_dir.",
+        parse=whole(0, 86_400),
     )  # fmt: skip
     config: str | None = _option(None, "start", "YAML file with the same names; the command line wins.", parse=_PATHS, metavar="FILE")
     image_dirs: str | None = _option(

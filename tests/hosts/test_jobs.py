@@ -8,7 +8,6 @@ import pytest
 
 from backends.errors import BusyError, CancelledError, NotFoundError, RankError, UnavailableError
 from backends.request import GenerateRequest, GenerateResult
-from hosts import jobs as jobs_module
 from hosts.jobs import JobQueue, JobStatus
 
 
@@ -140,11 +139,31 @@ def test_closed_queue_refuses_fails_and_cancels_with_its_reason():
     queue.next()
     queue.close(UnavailableError("the host is stopping"))
     assert queue.next() is None
-    assert running.cancel_requested
+    assert running.must_stop and not running.cancel_requested
     with pytest.raises(UnavailableError, match="stopping"):
         waiting.wait()
     with pytest.raises(UnavailableError, match="stopping"):
         queue.submit(request())
+
+
+def test_job_that_is_stopped_with_the_host_is_answered_with_the_hosts_reason():
+    queue = JobQueue()
+    running = queue.submit(request(), is_stored=True)
+    queue.next()
+    queue.close(UnavailableError("the host is stopping"))
+    queue.finish(running, error=CancelledError("at step 3 of 9"))
+    with pytest.raises(UnavailableError, match="the host is stopping"):
+        running.wait()
+
+
+def test_retried_job_is_begun_twice_and_not_three_times():
+    queue = JobQueue()
+    job = queue.submit(request())
+    queue.submit(request())
+    assert queue.next() is job and queue.retry(job)
+    assert queue.next() is job and not queue.retry(job)
+    queue.finish(job, error=RankError("rank 1 failed", rank=1))
+    assert job.attempts == 2 and job.status is JobStatus.FAILED
 
 
 def test_first_reason_for_closing_stays():
@@ -222,9 +241,8 @@ def test_kept_jobs_are_found_until_newer_ones_push_them_out():
         queue.find(queue.submit(request()).id)
 
 
-def test_results_that_take_too_much_room_are_forgotten_first(monkeypatch):
-    monkeypatch.setattr(jobs_module, "KEPT_BYTES", 400)
-    queue = JobQueue()
+def test_results_that_take_too_much_room_are_forgotten_first():
+    queue = JobQueue(kept_bytes=400)
     jobs = [queue.submit(request(), is_kept=True) for _ in range(3)]
     for _ in jobs:
         queue.finish(queue.next(), result=result())
