@@ -53,7 +53,10 @@ setup(
     extras_require={
         "options": ["bitsandbytes", "compel", "gguf"],
         "video": ["imageio", "imageio-ffmpeg"],
+        "localai": ["grpcio", "grpcio-tools"],
         "test": [
+            "grpcio",
+            "grpcio-tools",
             "hypothesis",
             "imageio",
             "imageio-ffmpeg",
