@@ -3,6 +3,7 @@
 Shards may differ in length, and heads need not divide by the number of ranks: all sizes are known on every rank beforehand.
 """
 
+import math
 import time
 from collections.abc import Sequence
 
@@ -21,12 +22,12 @@ def tokens_for_heads(tensors: Sequence[Tensor], *, lengths: Sequence[int], axis:
     tensors: each (B, H, lengths[axis.rank], D). Returns as many of (B, H_own, sum(lengths), D), tokens in rank order.
     Source: DeepSpeed-Ulysses, arXiv:2309.14509, section 3 (all-to-all before attention).
     """
-    stacked = torch.stack(tuple(tensors))
-    heads = sizes(stacked.shape[2], axis.size)
-    outgoing = [part.reshape(-1) for part in stacked.split(heads, dim=2)]
-    shapes = [(len(tensors), stacked.shape[1], heads[axis.rank], length, stacked.shape[4]) for length in lengths]
-    incoming = _all_to_all(outgoing, shapes, axis=axis, traffic=traffic)
-    return torch.cat(incoming, dim=3).unbind(0)
+    batch, num_heads, _, dim = tensors[0].shape
+    heads = sizes(num_heads, axis.size)
+    outgoing = list(zip(*(tensor.split(heads, dim=1) for tensor in tensors), strict=True))
+    shapes = [(batch, heads[axis.rank], length, dim) for length in lengths]
+    incoming = _trade(outgoing, shapes, axis=axis, traffic=traffic)
+    return tuple(torch.cat(parts, dim=2) for parts in zip(*incoming, strict=True))
 
 
 def own_heads(tensors: Sequence[Tensor], *, axis: Axis) -> tuple[Tensor, ...]:
@@ -35,30 +36,41 @@ def own_heads(tensors: Sequence[Tensor], *, axis: Axis) -> tuple[Tensor, ...]:
 
 
 def heads_for_tokens(tensor: Tensor, *, num_heads: int, lengths: Sequence[int], axis: Axis, traffic: Traffic) -> Tensor:
-    """The way back. tensor: (B, H_own, sum(lengths), D). Returns (B, num_heads, lengths[axis.rank], D)."""
-    outgoing = [part.reshape(-1) for part in tensor.split(list(lengths), dim=2)]
-    shapes = [(tensor.shape[0], heads, lengths[axis.rank], tensor.shape[3]) for heads in sizes(num_heads, axis.size)]
-    return torch.cat(_all_to_all(outgoing, shapes, axis=axis, traffic=traffic), dim=1)
+    """The way back. tensor: (B, H_own, sum(lengths), D). Returns (B, num_heads, lengths[axis.rank], D), in memory as (B, S, H, D)."""
+    outgoing = [(part,) for part in tensor.transpose(1, 2).split(list(lengths), dim=1)]
+    shapes = [(tensor.shape[0], lengths[axis.rank], heads, tensor.shape[3]) for heads in sizes(num_heads, axis.size)]
+    incoming = _trade(outgoing, shapes, axis=axis, traffic=traffic)
+    return torch.cat([part for (part,) in incoming], dim=2).transpose(1, 2)
 
 
-def _all_to_all(outgoing: list[Tensor], shapes: Sequence[tuple[int, ...]], *, axis: Axis, traffic: Traffic) -> list[Tensor]:
-    """Send outgoing[i] (flat) to rank i of the axis; receive a tensor of shapes[i] from it."""
-    lengths = [torch.Size(shape).numel() for shape in shapes]
-    received = outgoing[0].new_empty(sum(lengths))
-    traffic.add(*(part for rank, part in enumerate(outgoing) if rank != axis.rank))
+def _trade(
+    outgoing: Sequence[Sequence[Tensor]], shapes: Sequence[tuple[int, ...]], *, axis: Axis, traffic: Traffic
+) -> list[Sequence[Tensor]]:
+    """Send the tensors outgoing[i] (of one shape) to rank i of the axis; receive as many of shapes[i] from it.
+
+    Our own are not copied.
+    """
+    count = len(outgoing[axis.rank])
+    out_sizes = [0 if rank == axis.rank else count * parts[0].numel() for rank, parts in enumerate(outgoing)]
+    in_sizes = [0 if rank == axis.rank else count * math.prod(shape) for rank, shape in enumerate(shapes)]
+    sent, received = (outgoing[0][0].new_empty(sum(lengths)) for lengths in (out_sizes, in_sizes))
+    for rank, piece in enumerate(sent.split(out_sizes)):
+        if rank != axis.rank:
+            for place, tensor in zip(piece.view(count, *outgoing[rank][0].shape), outgoing[rank], strict=True):
+                place.copy_(tensor)
+    traffic.add(sent)
     started = time.perf_counter()
-    dist.all_to_all_single(
-        received, torch.cat(outgoing), output_split_sizes=lengths, input_split_sizes=[part.numel() for part in outgoing], group=axis.group
-    )
+    dist.all_to_all_single(received, sent, output_split_sizes=in_sizes, input_split_sizes=out_sizes, group=axis.group)
     traffic.wait_s += time.perf_counter() - started
-    return [part.view(shape) for part, shape in zip(received.split(lengths), shapes, strict=True)]
+    pieces = enumerate(zip(received.split(in_sizes), shapes, strict=True))
+    return [outgoing[rank] if rank == axis.rank else piece.view(count, *shape).unbind(0) for rank, (piece, shape) in pieces]
 
 
 def gather_tokens(tokens: Tensor, *, lengths: Sequence[int], axis: Axis, traffic: Traffic) -> Tensor:
     """Concatenate every rank's tokens (B, lengths[rank], D) in rank order, on every rank."""
-    outgoing = [tokens.reshape(-1)] * axis.size
     shapes = [(tokens.shape[0], length, tokens.shape[2]) for length in lengths]
-    return torch.cat(_all_to_all(outgoing, shapes, axis=axis, traffic=traffic), dim=1)
+    incoming = _trade([(tokens,)] * axis.size, shapes, axis=axis, traffic=traffic)
+    return torch.cat([part for (part,) in incoming], dim=1)
 
 
 def ring_attention(

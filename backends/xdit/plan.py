@@ -24,6 +24,7 @@ TENSOR_PLANS = frozenset({"FluxTransformer2DModel"})
 """Denoiser classes of the model table that diffusers has a tensor plan (`_tp_plan`) for; a test compares."""
 
 PATCHES_PER_STAGE = 4
+"""Half as many where the halves of guidance fill the stages too: every pass costs something, and thin matrices multiply slower."""
 DEFAULT_WARMUP_STEPS = 1
 
 IGNORED = {
@@ -49,7 +50,7 @@ def make_plan(spec: ModelSpec, options: Mapping[str, object], world_size: int) -
     degrees = _given(options)
     if degrees is None:
         degrees = _chosen(spec, shape, world_size, reasons)
-    plan_options = _method_options(options, degrees, shape, reasons)
+    plan_options = _method_options(spec, options, degrees, shape, reasons)
     plan = ParallelPlan(
         method="xdit",
         axes=tuple((axis, degrees[axis]) for axis in SETTINGS if degrees[axis] > 1),
@@ -120,14 +121,17 @@ def _chosen(spec: ModelSpec, shape: _Shape, world_size: int, reasons: list[str])
     return degrees
 
 
-def _method_options(options: Mapping[str, object], degrees: Mapping[str, int], shape: _Shape, reasons: list[str]) -> dict[str, object]:
+def _method_options(
+    spec: ModelSpec, options: Mapping[str, object], degrees: Mapping[str, int], shape: _Shape, reasons: list[str]
+) -> dict[str, object]:
     """What PipeFusion reads, resolved."""
     if degrees["stage"] == 1:
         return {}
     num_patches = options.get("num_pipeline_patch")
     if num_patches is None:
-        num_patches = PATCHES_PER_STAGE * degrees["stage"]
-        reasons.append(f"num_pipeline_patch={num_patches}: {PATCHES_PER_STAGE} for each stage keep the time in which stages wait short.")
+        per_stage = PATCHES_PER_STAGE // (2 if spec.guidance == "cfg" and degrees["cfg"] == 1 else 1)
+        num_patches = per_stage * degrees["stage"]
+        reasons.append(f"num_pipeline_patch={num_patches}: {per_stage} for each stage keep the time in which stages wait short.")
     warmup_steps = options.get("warmup_steps")
     if warmup_steps is None:
         warmup_steps = DEFAULT_WARMUP_STEPS

@@ -34,6 +34,7 @@ from backends.xdit.stale import StaleKeys
 from backends.xdit.tokens import TokenCut
 
 NAME = "xdit stage"
+ONCE = "xdit once per step"
 
 
 @dataclass(slots=True)
@@ -41,6 +42,7 @@ class _Part:
     """One half of the guidance batch (or the whole batch) of one denoiser call of each step.
 
     batch: of the whole call. is_filled: `stale` holds keys and values of a whole pass. tokens: (B, N, D), the last stage's results so far.
+    once: what modules gave in this step that give the same for every patch.
     """
 
     layout: Layout
@@ -48,6 +50,7 @@ class _Part:
     stale: StaleKeys = field(default_factory=StaleKeys)
     is_filled: bool = False
     tokens: Tensor | None = None
+    once: dict[nn.Module, Any] = field(default_factory=dict)
 
     def fits(self, layout: Layout, batch: int) -> bool:
         return self.layout == layout and self.batch == batch
@@ -67,6 +70,7 @@ class PipeFusion:
                 "out. Use --ulysses_degree or --ring_degree."
             )
         self._blocks = [block for name in self._cut.family.blocks for block in getattr(denoiser, name)]
+        self._patchless = _patchless(denoiser, self._cut.family.embed)
         self._bounds = stage_bounds(len(self._blocks), mesh.axis("stage").size, blocks_per_stage)
         self._weights: KeptWeights | None = None
         self._warmup_steps = 1
@@ -77,6 +81,8 @@ class PipeFusion:
         self._link: StageLink | None = None
 
     def attach(self) -> None:
+        for module in self._patchless:
+            hooks.attach(module, ONCE, self._once(module))
         self._cut.attach()
         stage = self._mesh.axis("stage").rank
         for index, block in enumerate(self._blocks):
@@ -97,6 +103,8 @@ class PipeFusion:
             if NAME in hooks.attached(block):
                 hooks.detach(block, NAME)
         self._cut.detach()
+        for module in self._patchless:
+            hooks.detach(module, ONCE)
         if self._weights is not None:
             self._weights.restore(self._mesh.axis("stage"))
             self._weights = None
@@ -138,6 +146,8 @@ class PipeFusion:
         halves = [cut_batch(arguments, batch, parts=num_parts, part=part) for part in range(num_parts)]
         parts = [self._remembered(part, num_parts, layout, batch) for part in range(num_parts)]
         self._calls += 1
+        for part in parts:
+            part.once.clear()
         patches = self._patches(parts)
         own = self._mesh.axis("ring", "ulysses").rank
         has_text = self._cut.family.text is not None
@@ -164,6 +174,18 @@ class PipeFusion:
         """The passes of this call: all tokens at once during warm-up and where nothing is remembered, else patch by patch."""
         is_whole = self._step < self._warmup_steps or not all(part.is_filled for part in parts)
         return [None] if is_whole else list(range(self._num_patches))
+
+    def _once(self, module: nn.Module) -> hooks.Around:
+        """Around a module that does not see the patch: it runs in the first pass of each step, later passes get the same tensors."""
+
+        def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            if self._part is None:
+                return forward(*args, **kwargs)
+            if module not in self._part.once:
+                self._part.once[module] = forward(*args, **kwargs)
+            return self._part.once[module]
+
+        return around
 
     def _receive_then_run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The first block of this stage: on what the stage before made of the tokens, not on this rank's embedding of them."""
@@ -213,6 +235,16 @@ class PipeFusion:
         dist.broadcast(prediction, src=stage.ranks[-1], group=stage.group)
         traffic.wait_s += time.perf_counter() - started
         return prediction
+
+
+def _patchless(denoiser: nn.Module, embed: str | None) -> list[nn.Module]:
+    """Modules whose result is the same for every patch of a step: the embedding of the whole picture, and what modulates the norms.
+
+    A norm's modulation is a matrix times one vector: all its weights are read for next to no arithmetic, and that once per patch.
+    """
+    norms = [module for module in denoiser.modules() if type(module).__name__.startswith(("AdaLayerNorm", "SD35AdaLayerNorm"))]
+    modulations = [norm.linear for norm in norms if hasattr(norm, "linear")]
+    return [*([getattr(denoiser, embed)] if embed is not None else []), *modulations]
 
 
 def stage_bounds(num_blocks: int, num_stages: int, blocks_per_stage: tuple[int, ...] | None) -> tuple[int, ...]:

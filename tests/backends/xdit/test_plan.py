@@ -126,6 +126,7 @@ def test_pipefusion_is_approximate_and_says_how_many_patches_it_chose():
     assert plan.exactness == "approximate"
     assert plan.options == {"num_pipeline_patch": 8, "warmup_steps": 1, "attn_layer_num_for_pp": None}
     assert any(reason.startswith("num_pipeline_patch=8") for reason in plan.reasons)
+    assert make_plan(TABLE["sd3"], {"pipefusion_parallel_degree": 2}, 2).options["num_pipeline_patch"] == 4
 
 
 def test_rejects_pipefusion_without_a_synchronous_step():
