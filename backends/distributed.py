@@ -5,6 +5,7 @@ commands and outcomes. A Mesh holds the data groups of a plan (NCCL on CUDA, glo
 milliseconds after a failure, without touching the control group or reloading weights.
 """
 
+import itertools
 import logging
 import math
 import time
@@ -74,7 +75,10 @@ class Traffic:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Axis:
-    """This rank's place along one axis of the mesh (or several, flattened). `group` is None exactly when size is 1."""
+    """This rank's place along one axis of the mesh (or several, flattened). `group` is None exactly when size is 1.
+
+    ranks: as the world counts them, which is how torch names peers, whatever the group. rank: this one's place among them.
+    """
 
     name: str
     ranks: tuple[int, ...]
@@ -87,12 +91,19 @@ class Axis:
 
 
 class Mesh:
-    """The data groups of a plan on this rank. Every rank must build, use and rebuild its mesh in the same order."""
+    """The data groups of a plan on this rank. Every rank must build, use and rebuild its mesh in the same order.
 
-    def __init__(self, plan: ParallelPlan, *, rank: int, device: torch.device) -> None:
+    The plan may be that of a team: the world's ranks are then cut into `num_teams` such teams of neighbours, and this rank is one of
+    team `team`. All ranks of all teams take part wherever groups are made, and nowhere else.
+    """
+
+    def __init__(self, plan: ParallelPlan, *, rank: int, device: torch.device, team: int = 0, num_teams: int = 1) -> None:
+        """rank: this rank's number within its team."""
         self.plan = plan
         self.rank = rank
         self.device = device
+        self._first = team * plan.world_size
+        self._num_teams = num_teams
         self.traffic = Traffic()
         self._axes: dict[tuple[str, ...], Axis] = {}
         self._open_groups: list[dist.ProcessGroup] = []
@@ -101,17 +112,25 @@ class Mesh:
 
     def axis(self, *names: str) -> Axis:
         """One axis, or several flattened into one (outermost first). The first use of a combination is collective."""
+        names = tuple(name for name in names if self.plan.degree(name) > 1)  # others add no rank
         key = tuple(sorted(names))
         if key not in self._axes:
             self._axes[key] = self._make_axis(names)
         return self._axes[key]
 
+    def prepare(self) -> None:
+        """Make the groups of all combinations of axes now: later the other teams are busy."""
+        names = [name for name, degree in self.plan.axes if degree > 1]
+        for count in range(2, len(names) + 1):
+            for combination in itertools.combinations(names, count):
+                self.axis(*combination)
+
     def broadcast_word(self, word: int) -> int:
-        """Rank 0's word to all ranks, on a CPU group of its own: once per denoising step (go on, or cancel)."""
+        """The first rank's word to all ranks, on a CPU group of its own: once per denoising step (go on, or cancel)."""
         if self._step_group is None:
             return word
         message = torch.tensor([word], dtype=torch.int64)
-        dist.broadcast(message, src=0, group=self._step_group)
+        dist.broadcast(message, src=self._first, group=self._step_group)
         return int(message.item())
 
     def destroy(self) -> None:
@@ -138,7 +157,7 @@ class Mesh:
 
     def _open(self) -> None:
         if self.plan.world_size > 1:
-            self._step_group = self._new_group(range(self.plan.world_size), backend="gloo")
+            self._step_group = self._new_groups([tuple(range(self.plan.world_size))], backend="gloo")
         for name, _ in self.plan.axes:
             self.axis(name)
 
@@ -146,17 +165,26 @@ class Mesh:
         mine = self.plan.ranks(*names, of_rank=self.rank)
         group = None
         if len(mine) > 1:
-            # torch wants every rank to take part in the making of every group, its own or not
-            for ranks in sorted({self.plan.ranks(*names, of_rank=rank) for rank in range(self.plan.world_size)}):
-                made = self._new_group(ranks, backend="nccl" if self.device.type == "cuda" else "gloo")
-                group = made if self.rank in ranks else group
-        return Axis(name="x".join(names), ranks=mine, rank=mine.index(self.rank), group=group)
+            parts = sorted({self.plan.ranks(*names, of_rank=rank) for rank in range(self.plan.world_size)})
+            group = self._new_groups(parts, backend="nccl" if self.device.type == "cuda" else "gloo")
+        return Axis(name="x".join(names), ranks=tuple(self._first + rank for rank in mine), rank=mine.index(self.rank), group=group)
 
-    def _new_group(self, ranks: Sequence[int], *, backend: str) -> dist.ProcessGroup:
-        group = dist.new_group(list(ranks), backend=backend)
-        if self.rank in ranks:
-            self._open_groups.append(group)
+    def _new_groups(self, parts: Sequence[tuple[int, ...]], *, backend: str) -> dist.ProcessGroup:
+        """This rank's of the groups that the ranks of each team, numbered within it, are parted into."""
+        teams = range(0, self._num_teams * self.plan.world_size, self.plan.world_size)
+        group = _new_groups([[first + rank for rank in part] for first in teams for part in parts], self._first + self.rank, backend)
+        self._open_groups.append(group)
         return group
+
+
+def _new_groups(parts: Sequence[Sequence[int]], rank: int, backend: str, timeout: timedelta | None = None) -> dist.ProcessGroup:
+    """The group of the part that holds `rank`. torch wants every rank to take part in the making of every group, its own or not."""
+    mine = None
+    for ranks in parts:
+        made = dist.new_group(list(ranks), backend=backend, timeout=timeout)
+        mine = made if rank in ranks else mine
+    assert mine is not None
+    return mine
 
 
 def _without_group(axis: Axis) -> Axis:
@@ -179,22 +207,70 @@ def broadcast(tensor: Tensor, *, source: int, axis: Axis) -> None:
         dist.broadcast(tensor, src=axis.ranks[source], group=axis.group)
 
 
-def broadcast_command(command: object) -> object:
-    """Rank 0's command to every rank over the control group; followers pass anything and get rank 0's."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+def everyone() -> Axis:
+    """All ranks, on the control group."""
+    if not dist.is_initialized():
+        return Axis(name="control", ranks=(0,), rank=0, group=None)
+    size, rank = dist.get_world_size(), dist.get_rank()
+    return Axis(name="control", ranks=tuple(range(size)), rank=rank, group=dist.group.WORLD if size > 1 else None)
+
+
+def control_of_team(size: int) -> Axis:
+    """A control group for each team of `size` neighbours, made by all ranks together; this rank's."""
+    world = everyone()
+    teams = [world.ranks[first : first + size] for first in range(0, world.size, size)]
+    mine = teams[world.rank // size]
+    group = _new_groups(teams, world.rank, "gloo", IDLE_TIMEOUT) if size > 1 else None
+    return Axis(name="control", ranks=mine, rank=mine.index(world.rank), group=group)
+
+
+def broadcast_command(command: object, among: Axis | None = None) -> object:
+    """The first rank's command to every rank of a control group (all ranks', if none is named); others pass anything and get that."""
+    axis = among or everyone()
+    if axis.group is None:
         return command
     box = [command]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=axis.ranks[0], group=axis.group)
     return box[0]
 
 
-def gather_outcomes(outcome: object) -> list[Any]:
-    """Every rank's outcome, in rank order, on every rank, over the control group."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+def gather_outcomes(outcome: object, among: Axis | None = None) -> list[Any]:
+    """Every rank's outcome, in rank order, on every rank of a control group (all ranks', if none is named)."""
+    axis = among or everyone()
+    if axis.group is None:
         return [outcome]
-    outcomes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(outcomes, outcome)
+    outcomes: list[Any] = [None] * axis.size
+    dist.all_gather_object(outcomes, outcome, group=axis.group)
     return outcomes
+
+
+class Line:
+    """Objects between rank 0 and one other rank, on a group of their own: one thread at each end, which waits as long as it takes."""
+
+    def __init__(self, group: dist.ProcessGroup, *, other: int) -> None:
+        self._group = group
+        self._other = other
+
+    def send(self, message: object) -> None:
+        """RuntimeError if the other end is gone."""
+        dist.send_object_list([message], dst=self._other, group=self._group)
+
+    def receive(self) -> Any:
+        """RuntimeError if the other end is gone."""
+        box: list[Any] = [None]
+        dist.recv_object_list(box, src=self._other, group=self._group)
+        return box[0]
+
+
+def open_lines() -> dict[int, Line]:
+    """A line between rank 0 and each other rank, made by all ranks together: rank 0 has all of them, another rank its own, called 0."""
+    world, lines = everyone(), {}
+    for rank in world.ranks[1:]:
+        group = dist.new_group([0, rank], backend="gloo", timeout=IDLE_TIMEOUT)
+        if world.rank in (0, rank):
+            other = rank if world.rank == 0 else 0
+            lines[other] = Line(group, other=other)
+    return lines
 
 
 class Swap:

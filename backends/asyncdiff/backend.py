@@ -133,7 +133,8 @@ class AsyncDiffBackend(Backend):
             segments = choose_segments(layout, costs, num_segments, self.plan.options["segment_weights"])
             logger.info("segments of %s:\n%s", type(self._denoiser).__name__, segments.table(costs))
             bounds.copy_(torch.tensor(segments.bounds))
-        dist.broadcast(bounds, src=0, group=self.mesh.axis("cfg", "segment").group)
+        everyone = self.mesh.axis("cfg", "segment")
+        dist.broadcast(bounds, src=everyone.ranks[0], group=everyone.group)
         return Segments(layout, tuple(bounds.tolist()))
 
     def _keep_own_segment(self, segments: Segments) -> KeptWeights:

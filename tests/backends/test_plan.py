@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from backends.distributed import Mesh, all_gather, gather_outcomes
+from backends.distributed import Mesh, all_gather, broadcast_command, control_of_team, gather_outcomes, open_lines
 from backends.errors import PlanError
 from backends.plan import ParallelPlan, require_world_size
 
@@ -46,6 +46,35 @@ def check_mesh(rank: int, world_size: int) -> None:
 
 def test_mesh_gathers_along_its_axes_also_after_a_rebuild(run_on_ranks: Callable[..., None]) -> None:
     run_on_ranks(check_mesh, 4)
+
+
+def check_teams(rank: int, world_size: int) -> None:
+    """Two teams of two, of which only the second works, and a line from its first rank to rank 0."""
+    team, first = rank // 2, rank - rank % 2
+    plan = ParallelPlan(method="test", axes=(("cfg", 1), ("patch", 2)))
+    mesh = Mesh(plan, rank=rank % 2, device=torch.device("cpu"), team=team, num_teams=2)
+    mesh.prepare()
+    control, lines = control_of_team(2), open_lines()
+    assert (control.ranks, control.rank) == ((first, first + 1), rank % 2)
+    for _ in range(2):
+        if team == 1:
+            patch = mesh.axis("cfg", "patch")
+            assert patch is mesh.axis("patch") and patch.ranks == (2, 3)
+            assert all_gather(torch.tensor([rank]), dim=0, axis=patch).tolist() == [2, 3]
+            assert mesh.broadcast_word(7 if rank == 2 else 0) == 7
+            assert broadcast_command(f"from {rank}", control) == "from 2"
+            assert gather_outcomes(rank, control) == [2, 3]
+        mesh.rebuild()
+    assert sorted(lines) == ([1, 2, 3] if rank == 0 else [0])
+    if rank == 0:
+        assert [lines[other].receive() for other in (2, 1, 3)] == [{"from": 2}, {"from": 1}, {"from": 3}]
+    else:
+        lines[0].send({"from": rank})
+    mesh.destroy()
+
+
+def test_team_works_alone_and_its_first_rank_talks_to_rank_0(run_on_ranks: Callable[..., None]) -> None:
+    run_on_ranks(check_teams, 4)
 
 
 def check_failing_rank_wakes_the_others(rank: int, world_size: int) -> None:
