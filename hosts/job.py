@@ -23,8 +23,9 @@ class Job:
 
     client: who asked, for fairness. is_kept: can be asked for by id. is_stored: outlives the ranks, if the queue has a store.
     key, fingerprint: the client's own name for the job, and what it asked for under that name. attempts: how often it was begun.
-    deadline_s: wall clock after which it is cancelled. preview: uint8 (h, w, 3) of the last step, made only once somebody has asked
-    (wants_preview). is_interrupted: the host stops it, not its client. version: counts changes, for those who follow the job.
+    percent: of its steps that are done. ranks: how many work on it. deadline_s: wall clock after which it is cancelled.
+    preview: uint8 (h, w, 3) of the last step, made only once somebody has asked (wants_preview).
+    is_interrupted: the host stops it, not its client. version: counts changes, for those who follow the job.
     """
 
     id: str
@@ -39,6 +40,8 @@ class Job:
     status: JobStatus = JobStatus.QUEUED
     step: int = 0
     num_steps: int = 0
+    percent: float = 0.0
+    ranks: int | None = None
     result: GenerateResult | None = None
     error: HostError | None = None
     cancel_requested: bool = False

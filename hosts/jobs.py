@@ -6,7 +6,8 @@ import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from enum import Enum
 
 from backends.errors import BusyError, CancelledError, HostError, NotFoundError, RequestError
 from backends.request import Array, GenerateRequest, GenerateResult
@@ -14,7 +15,7 @@ from hosts import records
 from hosts.job import Job, JobStatus
 from hosts.store import NoStore, Store
 
-__all__ = ["Job", "JobQueue", "JobStatus"]
+__all__ = ["Choice", "Job", "JobQueue", "JobStatus"]
 
 logger = logging.getLogger(__name__)
 
@@ -22,8 +23,24 @@ MAX_ATTEMPTS = 2
 """How often a job is begun, if what ended the attempt before was nothing that the client could change."""
 
 
+class Choice(Enum):
+    """What whoever asks for the next job does now: take the first, wait for a change, or leave without one."""
+
+    TAKE = "take"
+    WAIT = "wait"
+    LEAVE = "leave"
+
+
+Choose = Callable[[Sequence[Job], Sequence[Job]], Choice]
+"""choose(waiting jobs in their order, running jobs): arithmetic only, since the queue is locked. TAKE only if one waits."""
+
+
+def take_first(waiting: Sequence[Job], running: Sequence[Job]) -> Choice:
+    return Choice.TAKE if waiting else Choice.WAIT
+
+
 class JobQueue:
-    """Clients take turns, each client's jobs in the order they came; one job runs at a time.
+    """Clients take turns, each client's jobs in the order they came; as many jobs run as were asked for with `next`.
 
     capacity: jobs that may wait; one more is a BusyError. max_seconds: from submission to the end of a job, 0 for any time.
     Finished jobs that were submitted with `is_kept` can be asked for by id until `num_kept` newer ones or more than `kept_bytes` push them
@@ -51,7 +68,7 @@ class JobQueue:
         self._outlives = store is not None
         self._changed = threading.Condition()
         self._waiting: list[Job] = []
-        self._running: Job | None = None
+        self._running: list[Job] = []
         self._kept: dict[str, Job] = {}
         self._by_key: dict[tuple[str, str], Job] = {}
         self._num_served: Counter[str] = Counter()
@@ -96,25 +113,23 @@ class JobQueue:
             self._tell(job)
         return job
 
-    def next(self) -> Job | None:
-        """The next job, now running; blocks until there is one. None once the queue is closed."""
+    def next(self, choose: Choose = take_first, *, ranks: int | None = None) -> Job | None:
+        """The next job, now running on so many ranks; blocks while `choose` says so. None once the queue is closed, or if it says LEAVE."""
         with self._changed:
-            while True:
-                self._changed.wait_for(lambda: self._waiting or self._closed is not None)
-                if self._closed is not None:
-                    return None
-                job = self._order()[0]
-                self._waiting.remove(job)
-                if not job.is_late:
-                    break
-                self._settle(job, error=_too_late(job))
+            while (choice := self._choice(choose)) is Choice.WAIT:
+                self._changed.wait()
+            if choice is Choice.LEAVE:
+                self._changed.notify_all()  # whoever waits may have to leave too
+                return None
+            job = self._order()[0]
+            self._waiting.remove(job)
+            job.ranks = ranks
             job.status = JobStatus.RUNNING
             job.started_s = time.time()
             job.attempts += 1
             self._save(job)
             self._num_served[job.client] += 1
-            self._running = job
-            self._percent = 0.0
+            self._running.append(job)
             self._tell(job)
             return job
 
@@ -122,8 +137,8 @@ class JobQueue:
         """`step` of `num_steps` scheduler steps are done."""
         with self._changed:
             job.step, job.num_steps = step, num_steps
+            job.percent = max(job.percent, 100.0 * step / num_steps)
             job.preview = preview if preview is not None else job.preview
-            self._percent = max(self._percent, 100.0 * step / num_steps)
             self._tell(job)
 
     def finish(self, job: Job, *, result: GenerateResult | None = None, error: HostError | None = None) -> None:
@@ -131,7 +146,7 @@ class JobQueue:
         if result is not None and job.is_stored:
             result = self._store.put_result(job, result)  # before anybody can see it, and not while the queue is locked
         with self._changed:
-            self._running = None
+            self._runs_no_more(job)
             self._percent = 100.0 if error is None else 0.0
             if isinstance(error, CancelledError):
                 if job.is_interrupted and not job.cancel_requested and not job.is_late:
@@ -144,7 +159,7 @@ class JobQueue:
         with self._changed:
             if job.attempts >= MAX_ATTEMPTS or job.must_stop or self._closed is not None:
                 return False
-            self._running = None
+            self._runs_no_more(job)
             self._num_served[job.client] -= 1
             self._put_back(job)
             return True
@@ -171,15 +186,15 @@ class JobQueue:
             return self._kept[job_id]
 
     def jobs(self) -> list[Job]:
-        """The running job, those that wait in the order in which they will run, and the kept ones that are over, newest first."""
+        """The running jobs, those that wait in the order in which they will run, and the kept ones that are over, newest first."""
         with self._changed:
             over = [job for job in self._kept.values() if job.finished.is_set()]
-            return [*([self._running] if self._running else []), *self._order(), *reversed(over)]
+            return [*self._running, *self._order(), *reversed(over)]
 
     def position(self, job: Job) -> int:
         """How many jobs run before this one; 0 once it runs or is over."""
         with self._changed:
-            return self._order().index(job) + (self._running is not None) if job in self._waiting else 0
+            return self._order().index(job) + len(self._running) if job in self._waiting else 0
 
     def wait_for_change(self, job: Job, version: int, timeout_s: float) -> int:
         """Block until the job has changed since `version` or the time is over; its version now."""
@@ -199,37 +214,52 @@ class JobQueue:
             self.interrupt()
 
     def interrupt(self) -> None:
-        """End the running job at its next step because the host stops. It costs a stored one no attempt."""
+        """End the running jobs at their next step because the host stops. It costs stored ones no attempt."""
         with self._changed:
-            job = self._running
-            if job is None or job.is_interrupted:
-                return
-            job.is_interrupted = True
-            if job.is_stored:
-                job.status, job.attempts = JobStatus.QUEUED, job.attempts - 1
-                self._save(job)
+            for job in self._running:
+                if not job.is_interrupted:
+                    job.is_interrupted = True
+                    if job.is_stored:
+                        job.status, job.attempts = JobStatus.QUEUED, job.attempts - 1
+                        self._save(job)
 
     def wait_until_idle(self, timeout_s: float) -> bool:
         """Whether no job runs any more, at the latest after `timeout_s`."""
         with self._changed:
-            return self._changed.wait_for(lambda: self._running is None, timeout_s)
+            return self._changed.wait_for(lambda: not self._running, timeout_s)
 
     def abandon(self, reason: HostError) -> None:
-        """The rank loop is gone: close, and answer for the running job too. A stored one is the next host's to begin again."""
+        """The rank loop is gone: close, and answer for the running jobs too. A stored one is the next host's to begin again."""
         self.close(reason, finish_running=True)
         with self._changed:
-            if self._running is not None and not self._running.is_stored:
-                self._settle(self._running, error=reason)
-            self._running = None
+            for job in self._running:
+                if not job.is_stored:
+                    self._settle(job, error=reason)
+            self._running.clear()
 
     @property
     def percent(self) -> float:
-        """Progress of the running job, or of the last one: 0 to 100."""
-        return self._percent
+        """Progress of the oldest running job, or of the last one: 0 to 100."""
+        running = self._running[:1]
+        return running[0].percent if running else self._percent
+
+    @property
+    def is_closed(self) -> bool:
+        return self._closed is not None
 
     @property
     def num_waiting(self) -> int:
         return len(self._waiting)
+
+    def _choice(self, choose: Choose) -> Choice:
+        for job in [job for job in self._waiting if job.is_late]:
+            self._waiting.remove(job)
+            self._settle(job, error=_too_late(job))
+        return Choice.LEAVE if self._closed is not None else choose(self._order(), self._running)
+
+    def _runs_no_more(self, job: Job) -> None:
+        if job in self._running:  # else the queue was abandoned meanwhile
+            self._running.remove(job)
 
     def _take_over(self) -> None:
         """What an earlier process left in the store."""
@@ -274,7 +304,7 @@ class JobQueue:
             self._by_key[job.client, job.key] = job
 
     def _put_back(self, job: Job) -> None:
-        job.status, job.step = JobStatus.QUEUED, 0
+        job.status, job.step, job.percent = JobStatus.QUEUED, 0, 0.0
         self._waiting.insert(0, job)
         self._save(job)
         self._tell(job)

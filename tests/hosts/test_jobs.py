@@ -8,7 +8,7 @@ import pytest
 
 from backends.errors import BusyError, CancelledError, NotFoundError, RankError, UnavailableError
 from backends.request import GenerateRequest, GenerateResult
-from hosts.jobs import JobQueue, JobStatus
+from hosts.jobs import Choice, JobQueue, JobStatus
 
 
 def request(seed=1, **fields):
@@ -258,3 +258,45 @@ def test_change_wakes_who_follows_the_job():
     assert queue.wait_for_change(job, version, 0.05) == version
     threading.Timer(0.1, queue.next).start()
     assert queue.wait_for_change(job, version, 10) > version
+
+
+def test_several_jobs_run_at_once_and_the_oldest_gives_the_progress():
+    queue = JobQueue()
+    jobs = [queue.submit(request()) for _ in range(3)]
+    first, second = queue.next(ranks=1), queue.next(ranks=1)
+    assert (first.ranks, queue.position(jobs[2]), queue.jobs()) == (1, 2, jobs)
+    queue.record_step(second, 3, 4)
+    assert queue.percent == 0
+    queue.record_step(first, 1, 4)
+    assert queue.percent == 25
+    queue.finish(first, result=result())
+    assert queue.percent == 75
+    queue.finish(second, error=RankError("rank 1 failed", rank=1))
+    assert queue.percent == 0 and queue.wait_until_idle(0)
+
+
+def test_host_that_stops_ends_all_running_jobs():
+    queue = JobQueue()
+    for _ in range(2):
+        queue.submit(request())
+    running = [queue.next(), queue.next()]
+    queue.close(UnavailableError("stopping"))
+    assert all(job.must_stop for job in running) and not queue.wait_until_idle(0)
+    queue.abandon(UnavailableError("gone"))
+    assert all(job.status is JobStatus.FAILED for job in running) and queue.wait_until_idle(0)
+
+
+def test_taker_waits_and_leaves_as_it_chooses_and_is_asked_again_at_each_change():
+    queue, asked, left = JobQueue(), [], []
+
+    def choose(waiting, running):
+        asked.append((list(waiting), list(running)))
+        return Choice.WAIT if len(waiting) < 2 else Choice.LEAVE
+
+    thread = threading.Thread(target=lambda: left.append(queue.next(choose)))
+    thread.start()
+    first, second = queue.submit(request()), queue.submit(request())
+    thread.join(timeout=5)
+    assert left == [None] and not queue.is_closed
+    assert asked[-1] == ([first, second], []) and queue.num_waiting == 2
+    assert queue.next(lambda waiting, running: Choice.TAKE) is first
