@@ -269,6 +269,7 @@ class JobQueue:
         for job in jobs:
             self._keep(job)
             if job.status is JobStatus.QUEUED and not job.cancel_requested:
+                job.step, job.started_s = 0, None
                 self._waiting.append(job)
             elif job.cancel_requested and not job.finished.is_set():
                 self._settle(job, error=_cancelled(job))
@@ -304,7 +305,7 @@ class JobQueue:
             self._by_key[job.client, job.key] = job
 
     def _put_back(self, job: Job) -> None:
-        job.status, job.step, job.percent = JobStatus.QUEUED, 0, 0.0
+        job.status, job.step, job.percent, job.started_s = JobStatus.QUEUED, 0, 0.0, None
         self._waiting.insert(0, job)
         self._save(job)
         self._tell(job)
