@@ -33,7 +33,11 @@ class NotFoundError(HostError):
 
 
 class BusyError(HostError):
-    """The queue is full; try again later."""
+    """The queue is full, or the client sent too much; try again after `retry_after_s`, where that is known."""
+
+    def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class UnavailableError(HostError):

@@ -21,7 +21,6 @@ from hosts.jobs import Job, JobStatus
 
 blueprint = Blueprint("a1111", __name__)
 
-MAX_IMAGES = 16
 SENT_AS = {"steps": "num_inference_steps", "cfg_scale": "guidance_scale", "denoising_strength": "strength"}
 PLAIN = ("prompt", "negative_prompt", "seed", "width", "height", "lora")
 UNSUPPORTED = ("mask", "enable_hr", "script_name", "refiner_checkpoint", "tiling", "restore_faces")
@@ -124,8 +123,8 @@ def _images(body: Mapping[str, Any], pictures: Mapping[str, str]) -> Response:
     if given := [name for name in UNSUPPORTED if body.get(name)]:
         raise UnsupportedError(f"{given[0]} is not available on this host. Leave it out.")
     number = _count(body, "n_iter") * _count(body, "batch_size")
-    if number > MAX_IMAGES:
-        raise RequestError(f"n_iter x batch_size is {number}. Allowed: up to {MAX_IMAGES}.", field="n_iter")
+    if number > host.settings.max_images:
+        raise RequestError(f"n_iter x batch_size is {number}. Allowed: up to {host.settings.max_images}.", field="n_iter")
     fields = {name: body[name] for name in PLAIN if body.get(name) is not None} | pictures
     fields |= {ours: body[theirs] for theirs, ours in SENT_AS.items() if body.get(theirs) is not None}
     if not pictures:

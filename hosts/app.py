@@ -1,10 +1,11 @@
 """create_app: routes and error handlers around a queue and a state. Nothing happens at import; imports no torch."""
 
 import logging
+import math
 from dataclasses import dataclass
 
-from flask import Flask, Response, jsonify, request
-from werkzeug.exceptions import HTTPException
+from flask import Flask, Response, current_app, jsonify, request
+from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from backends.errors import (
     BusyError,
@@ -21,13 +22,12 @@ from backends.model_table import ModelSpec
 from hosts import a1111, api, guard, openai, pages, routes
 from hosts.compat import routes as compat_routes
 from hosts.jobs import JobQueue
+from hosts.limits import RateLimit
 from hosts.metrics import Metrics
 from hosts.settings import Settings
 from hosts.state import HostState
 
 logger = logging.getLogger(__name__)
-
-MAX_BODY_BYTES = 512 * 1024 * 1024
 
 STATUS = {
     RequestError: 400,
@@ -57,7 +57,8 @@ class Host:
 def create_app(host: Host) -> Flask:
     """The WSGI application of rank 0."""
     app = Flask("hosts", static_folder=None)
-    app.config["MAX_CONTENT_LENGTH"] = MAX_BODY_BYTES
+    app.config["MAX_CONTENT_LENGTH"] = host.settings.max_body_mb * 10**6
+    app.extensions["rate"] = RateLimit(host.settings.rate_limit)
     app.extensions["host"] = host
     app.extensions["metrics"] = Metrics(host.queue, host.state)
     app.register_blueprint(routes.blueprint)
@@ -90,12 +91,16 @@ def _answer(message: str, status: int) -> tuple[Response, int]:
 
 def _host_error(error: HostError) -> tuple[Response, int]:
     answer, status = _answer(str(error), status_of(error))
-    if status in RETRY_AFTER_S:
-        answer.headers["Retry-After"] = str(RETRY_AFTER_S[status])
+    wait_s = getattr(error, "retry_after_s", None) or RETRY_AFTER_S.get(status)
+    if wait_s is not None:
+        answer.headers["Retry-After"] = str(math.ceil(wait_s))
     return answer, status
 
 
 def _http_error(error: HTTPException) -> tuple[Response, int]:
+    if isinstance(error, RequestEntityTooLarge):
+        megabytes = current_app.extensions["host"].settings.max_body_mb
+        return _answer(f"the body is larger than this host allows: {megabytes} MB (--max_body_mb). Send less.", 413)
     return _answer(f"{error.name}: {error.description}" if error.name else str(error.description), error.code or 500)
 
 

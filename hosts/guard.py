@@ -8,6 +8,7 @@ from werkzeug.exceptions import HTTPException
 
 from backends.errors import RequestError
 from hosts import a1111, openai
+from hosts.incoming import client
 from hosts.startup import LOOPBACK_NAMES
 
 WILDCARDS = frozenset({"0.0.0.0", "::"})
@@ -40,6 +41,8 @@ def refuse_strangers() -> None:
     _require_own_origin()
     if settings.api_key is not None and request.path not in WITHOUT_KEY:
         _require_key(settings.api_key)
+    if request.method == "POST":
+        current_app.extensions["rate"].take(client())
     _require_content_type()
 
 

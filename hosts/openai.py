@@ -111,8 +111,9 @@ def delete_video(job_id: str) -> Response:
 
 def _images(body: Mapping[str, Any]) -> Response:
     number = body.get("n", 1)
-    if not isinstance(number, int) or isinstance(number, bool) or not 1 <= number <= MAX_IMAGES:
-        raise RequestError(f"n={number!r} is not allowed. Allowed: 1 to {MAX_IMAGES}.", field="n")
+    most = min(MAX_IMAGES, _host().settings.max_images)
+    if not isinstance(number, int) or isinstance(number, bool) or not 1 <= number <= most:
+        raise RequestError(f"n={number!r} is not allowed. Allowed: 1 to {most}.", field="n")
     kind = _choice(body, "response_format", {"url": "url", "b64_json": "b64_json"}, "url")
     content_type = _choice(body, "output_format", FORMATS, "image/png")
     fields = _fields(body)

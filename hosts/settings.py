@@ -17,7 +17,19 @@ from backends import BACKEND_NAMES
 from backends.errors import ConfigError
 from hosts.values import counts, json_object, number, one_of, parse_switch, scales, scheduler, secret, weights, whole
 
-SECTIONS = ("start", "model", "adapters", "quantization", "compile", "memory", "asyncdiff", "distrifuser", "xdit", "several machines")
+SECTIONS = (
+    "start",
+    "limits",
+    "model",
+    "adapters",
+    "quantization",
+    "compile",
+    "memory",
+    "asyncdiff",
+    "distrifuser",
+    "xdit",
+    "several machines",
+)
 
 
 def _option(
@@ -92,6 +104,17 @@ class Settings:
     json: bool = _switch("start", "With --check or --list: print JSON.")
     list: bool = _switch("start", "Print the matrix of model types and backends and exit.")
     features: bool = _switch("start", "With --list: print the features of every combination too.")
+
+    max_body_mb: int = _option(512, "limits", "Megabytes of one request.", parse=whole(1, 100_000))
+    max_image_megapixels: int = _option(25, "limits", "Millions of pixels of one picture in a request.", parse=whole(1, 178))
+    max_steps: int = _option(1000, "limits", "Sampling steps.", parse=whole(1, 1000))
+    max_side: int = _option(8192, "limits", "Height and width in pixels.", parse=whole(8, 8192))
+    max_frames: int = _option(512, "limits", "Frames of one video.", parse=whole(1, 512))
+    max_images: int = _option(16, "limits", "Pictures that one request of OpenAI's or A1111's API may ask for.", parse=whole(1, 16))
+    max_prompt_chars: int = _option(20_000, "limits", "Characters of a prompt, and of a negative one.", parse=whole(1, 1_000_000))
+    rate_limit: int = _option(
+        0, "limits", "POST requests in a minute from one client (one key, else one address); 0 is any number.", parse=whole(0, 1_000_000)
+    )
 
     variant: str | None = _option(
         None,

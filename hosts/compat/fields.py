@@ -2,6 +2,7 @@
 
 import logging
 import math
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from backends.errors import RequestError
 from backends.model_table import ModelSpec
 from backends.request import GenerateRequest
 from hosts.compat import codec
+from hosts.compat.limits import DecodeLimits
+from hosts.limits import DEFAULT_LIMITS, MAX_PICTURES, Limits
 from hosts.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -44,6 +47,8 @@ PLAIN = {
 """Request field -> the names clients send it under, the first that is there wins."""
 
 MAX_IMAGE_SCALE = 1000.0
+_decoding = threading.BoundedSemaphore(4)
+"""Requests that are decoded at the same time: a picture takes 20 bytes per pixel for a moment."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +64,7 @@ class Accepted:
     image_scale: float | None = None
     takes_control_image: bool = False
     takes_ip_image: bool = False
+    limits: Limits = DEFAULT_LIMITS
 
     @classmethod
     def by(cls, settings: Settings) -> "Accepted":
@@ -68,6 +74,7 @@ class Accepted:
             image_scale=settings.image_scale,
             takes_control_image=bool(settings.control_net),
             takes_ip_image=bool(settings.ip_adapter),
+            limits=Limits.by(settings),
         )
 
 
@@ -80,6 +87,11 @@ def read_request(body: Any, *, spec: ModelSpec, accepted: Accepted) -> GenerateR
 
     RequestError names the client's field, what was sent and what is allowed.
     """
+    with _decoding:
+        return _read(body, spec=spec, accepted=accepted)
+
+
+def _read(body: Any, *, spec: ModelSpec, accepted: Accepted) -> GenerateRequest:
     if not isinstance(body, Mapping):
         raise RequestError(f"the body must be one JSON object, not {type(body).__name__}.")
     given = {key: value for key, value in body.items() if value is not None and value != ""}
@@ -94,9 +106,11 @@ def read_request(body: Any, *, spec: ModelSpec, accepted: Accepted) -> GenerateR
     if "lora" in given:
         values["lora"] = _loras(given["lora"], accepted.lora_dirs)
     try:
-        return GenerateRequest(**values)
+        request = GenerateRequest(**values)
     except ValidationError as error:
         raise _as_request_error(error) from error
+    accepted.limits.check(request)
+    return request
 
 
 def _arrays(given: Mapping[str, Any], spec: ModelSpec) -> dict[str, Any]:
@@ -129,8 +143,11 @@ def _pictures(given: Mapping[str, Any], spec: ModelSpec, accepted: Accepted) -> 
             continue
         percent = given.get(f"{name}_scale", accepted.image_scale)
         many = given[source] if isinstance(given[source], list) else [given[source]]
-        images = [codec.decode_image_or_path(one, field=source, allowed_dirs=accepted.image_dirs) for one in many]
-        images = [_scaled(image, percent, f"{name}_scale") for image in images]
+        if len(many) > MAX_PICTURES:
+            raise RequestError(f"{source} holds {len(many)} pictures. Allowed: up to {MAX_PICTURES}.", field=source)
+        limits = DecodeLimits(max_pixels=accepted.limits.max_image_megapixels * 10**6)
+        images = [codec.decode_image_or_path(one, field=source, allowed_dirs=accepted.image_dirs, limits=limits) for one in many]
+        images = [_scaled(image, percent, f"{name}_scale", limits) for image in images]
         pictures[field] = images if isinstance(given[source], list) and field not in ("image", "init_image") else images[0]
     return pictures
 
@@ -152,7 +169,7 @@ def _loras(given: Any, folders: tuple[str, ...]) -> dict[str, float]:
     return found
 
 
-def _scaled(image: Image.Image, percent: Any, field: str) -> Image.Image:
+def _scaled(image: Image.Image, percent: Any, field: str, limits: DecodeLimits) -> Image.Image:
     """A0 clients send a percentage, one of them as a one-element list."""
     percent = percent[0] if isinstance(percent, list) and len(percent) == 1 else percent
     if percent is None:
@@ -162,6 +179,12 @@ def _scaled(image: Image.Image, percent: Any, field: str) -> Image.Image:
     if percent == 100:
         return image
     size = tuple(max(1, round(side * percent / 100)) for side in image.size)
+    if math.prod(size) > limits.max_pixels:
+        raise RequestError(
+            f"{field}={percent:g} makes a picture of {size[0]}x{size[1]}, more than {limits.max_pixels} pixels (--max_image_megapixels). "
+            "Send a smaller one.",
+            field=field,
+        )
     return image.resize(size, Image.Resampling.LANCZOS)
 
 

@@ -3,6 +3,8 @@
 The queue is real; a thread in place of the rank loop finishes its jobs with a grey picture, or as the test says.
 """
 
+import base64
+import io
 import json
 import os
 import threading
@@ -190,15 +192,96 @@ def test_other_methods_are_answered_as_errors(method, path, client):
     assert_is_error(answer.get_json())
 
 
-def test_body_that_is_too_large_is_answered_as_an_error(client):
-    client.application.config["MAX_CONTENT_LENGTH"] = 100
-    answer = client.post("/generate", json={"positive": "a" * 200})
+def test_body_that_is_too_large_is_answered_as_an_error(client, queue, state):
+    assert client.application.config["MAX_CONTENT_LENGTH"] >= 256 * 2**20
+    client = make_client(queue, state, max_body_mb=1)
+    answer = client.post("/generate", json={"positive": "a" * 1_000_001})
     assert answer.status_code == 413
+    assert "(--max_body_mb)" in assert_is_error(answer.get_json())
+
+
+@pytest.mark.parametrize(
+    ("body", "limit", "said"),
+    [
+        ({"steps": 31}, "max_steps", "num_inference_steps=31 is more than this host allows: 30 (--max_steps). Ask for less."),
+        ({"sigmas": [float(n) for n in range(31, -1, -1)]}, "max_steps", "num_inference_steps=31 is more than this host allows: 30"),
+        ({"timesteps": list(range(31, 0, -1))}, "max_steps", "num_inference_steps=31 is more than this host allows: 30 (--max_steps)"),
+        ({"width": 32}, "max_side", "width=32 is more than this host allows: 30 (--max_side)"),
+        ({"height": 32}, "max_side", "height=32 is more than this host allows: 30 (--max_side)"),
+        ({"frames": 31}, "max_frames", "num_frames=31 is more than this host allows: 30 (--max_frames)"),
+        ({"positive": "a" * 31}, "max_prompt_chars", "prompt has 31 characters, more than this host allows: 30 (--max_prompt_chars)"),
+        ({"negative": "a" * 31}, "max_prompt_chars", "negative_prompt has 31 characters, more than this host allows: 30"),
+    ],
+)  # fmt: skip
+def test_request_beyond_a_limit_of_the_operator_is_refused_and_one_within_is_not(body, limit, said, queue, state):
+    client = make_client(queue, state, type="ad", **{limit: 30})
+    answer = client.post("/v1/jobs", json=body)
+    assert answer.status_code == 400 and said in assert_is_error(answer.get_json())
+    smaller = {name: value - 2 if isinstance(value, int) else value[1:] for name, value in body.items()}
+    assert client.post("/v1/jobs", json=smaller).status_code == 202
+    assert make_client(queue, state, type="ad").post("/v1/jobs", json=body).status_code == 202
+
+
+def test_pictures_are_limited_in_size_and_number(queue, state):
+    client = make_client(queue, state, max_image_megapixels=1, control_net="x")
+    bomb = encode_file(Image.new("RGB", (1001, 1000)))
+    assert len(bomb) < 5000
+    for name in ("init_image", "control_image"):
+        answer = client.post("/generate", json={"positive": "a", name: bomb})
+        assert answer.status_code == 400 and "the image of 1001x1000 has more than 1000000 pixels" in assert_is_error(answer.get_json())
+    small = encode_file(Image.new("RGB", (200, 100)))
+    grown = client.post("/generate", json={"positive": "a", "init_image": small, "init_image_scale": 1000})
+    assert grown.status_code == 400
+    assert "makes a picture of 2000x1000, more than 1000000 pixels (--max_image_megapixels)" in assert_is_error(grown.get_json())
+    many = client.post("/generate", json={"positive": "a", "control_image": [small] * 17})
+    assert many.status_code == 400 and "control_image holds 17 pictures. Allowed: up to 16." in assert_is_error(many.get_json())
+
+
+def encode_file(picture):
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def test_number_of_pictures_of_one_request_is_limited(queue, state):
+    client = make_client(queue, state, max_images=2)
+    openai = client.post("/v1/images/generations", json={"prompt": "a", "n": 3})
+    assert openai.status_code == 400 and "n=3 is not allowed. Allowed: 1 to 2." in openai.get_json()["error"]["message"]
+    a1111 = client.post("/sdapi/v1/txt2img", json={"prompt": "a", "n_iter": 3})
+    assert a1111.status_code == 400 and "n_iter x batch_size is 3. Allowed: up to 2." in a1111.get_json()["detail"]
+
+
+def test_client_that_sends_too_much_is_told_when_to_come_back(queue, state):
+    client = make_client(queue, state, rate_limit=2, api_key="a-key-of-sixteen")
+    key = {"Authorization": "Bearer a-key-of-sixteen"}
+    assert [client.post("/v1/jobs", json={"prompt": "a"}, headers=key).status_code for _ in range(3)] == [202, 202, 429]
+    refused = client.post("/v1/jobs", json={"prompt": "a"}, headers=key)
+    assert "more than 2 requests in a minute from one client (--rate_limit). Try again in 30 s." in assert_is_error(refused.get_json())
+    assert refused.headers["Retry-After"] == "30"
+    assert client.get("/v1/jobs", headers=key).status_code == 200
+
+
+def test_refusals_that_pass_say_when_to_ask_again(client, queue, state):
+    queue.close(UnavailableError("stopping"))
+    answer = client.post("/generate", json={"positive": "a"})
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "10")
     assert_is_error(answer.get_json())
 
 
-def test_bodies_of_quarter_of_a_gigabyte_are_allowed():
-    assert app_module.MAX_BODY_BYTES >= 256 * 2**20
+def test_idempotency_key_makes_one_job_of_many_requests(client, queue):
+    headers = {"Idempotency-Key": "one"}
+    answers = [client.post("/v1/jobs", json={"prompt": "a"}, headers=headers) for _ in range(3)]
+    assert {answer.status_code for answer in answers} == {202} and len({answer.get_json()["id"] for answer in answers}) == 1
+    assert queue.num_waiting == 1
+    other = client.post("/v1/jobs", json={"prompt": "b"}, headers=headers)
+    assert other.status_code == 400 and "which asked for something else" in assert_is_error(other.get_json())
+
+
+@pytest.mark.parametrize("key", ["", "a" * 256, "\xe9"])
+def test_idempotency_key_that_is_none_is_refused(key, client):
+    answer = client.post("/v1/jobs", json={"prompt": "a"}, headers={"Idempotency-Key": key})
+    assert answer.status_code == 400
+    assert "Idempotency-Key must have 1 to 255 printable ASCII characters" in assert_is_error(answer.get_json())
 
 
 @pytest.mark.parametrize("name", ["localhost", "127.0.0.1", "[::1]", "localhost:6000", "[::1]:6000", "LOCALHOST"])
