@@ -145,17 +145,21 @@ def _guidance(request: GenerateRequest, spec: ModelSpec) -> dict[str, Any]:
         raise RequestError(f"cfg={scale} is not a number. Send one from 0 to 1000.", field="cfg")
     if spec.guidance == "frame_ramp":
         return {"min_guidance_scale": min(1.0, scale), "max_guidance_scale": scale}
-    return {"guidance_scale": scale}
+    return {spec.guidance_argument: scale}
 
 
 def _texts(request: GenerateRequest, spec: ModelSpec, *, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     negative = request.negative_prompt if spec.guidance == "cfg" else None
+    if negative is None and spec.empty_negative and request.guidance_scale > 1:
+        negative = spec.empty_negative
     if request.prompt_embeds is None:
         return {"prompt": request.prompt or "", "negative_prompt": negative}
     given = {name: getattr(request, name) for name in _PROMPT_INPUTS if getattr(request, name) is not None}
     if spec.guidance != "cfg":
         given = {name: value for name, value in given.items() if not name.startswith("negative")}
     tensors = {name: torch.from_numpy(np.ascontiguousarray(value)).to(device=device, dtype=dtype) for name, value in given.items()}
+    if spec.batch == "list":
+        return {**{name: list(tensor) for name, tensor in tensors.items()}, "negative_prompt": negative}
     if "negative_prompt_embeds" in tensors:
         tensors["prompt_embeds"], tensors["negative_prompt_embeds"] = _same_length(
             tensors["prompt_embeds"], tensors["negative_prompt_embeds"]
@@ -210,7 +214,7 @@ def require_embeds_support(request: GenerateRequest, spec: ModelSpec, pipe: Any,
 
 def _embeds_widths(config: Mapping[str, Any]) -> tuple[int | None, int | None]:
     """Channels of the prompt's embeddings and of their pooled part, as a denoiser's config tells them; None where it does not."""
-    width = _first(*(config.get(name) for name in ("joint_attention_dim", "cross_attention_dim")))
+    width = _first(*(config.get(name) for name in ("joint_attention_dim", "cross_attention_dim", "cap_feat_dim", "text_dim")))
     pooled = config.get("pooled_projection_dim")
     if config.get("addition_embed_type") == "text_time":  # SDXL: six sizes are embedded beside the pooled text
         pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]

@@ -14,6 +14,7 @@ from torch import nn
 from backends.compilation import quiet_regions
 from backends.distributed import Mesh
 from backends.guidance import attach_batch_split, detach_batch_split
+from backends.guidance_pairs import PairSplit
 from backends.model_table import ModelSpec
 from backends.plan import Exactness, ParallelPlan
 from backends.request import GenerateRequest
@@ -43,14 +44,23 @@ class Backend(ABC):
         self.spec = spec
         self.plan = plan
         self.mesh = mesh
+        self._pairs: PairSplit | None = None
 
     def attach(self, pipe: Any) -> None:
         """Parallelise this pipeline instance: the method's own part first, the shared CFG split around it."""
-        self.attach_denoiser(pipe, self.denoiser_of(pipe))
-        attach_batch_split(self.denoiser_of(pipe), self.mesh)
+        denoiser = self.denoiser_of(pipe)
+        self.attach_denoiser(pipe, denoiser)
+        if self.spec.guidance_calls == 2 and self.mesh.axis("cfg").size > 1:
+            self._pairs = PairSplit(denoiser, self.mesh)
+            self._pairs.attach()
+        else:
+            attach_batch_split(denoiser, self.mesh)
 
     def detach(self, pipe: Any) -> None:
         """Leave the pipeline as it was found."""
+        if self._pairs is not None:
+            self._pairs.detach()
+            self._pairs = None
         detach_batch_split(self.denoiser_of(pipe))
         self.detach_denoiser(pipe, self.denoiser_of(pipe))
 
@@ -86,13 +96,20 @@ class Backend(ABC):
         return self.plan.exactness
 
     def begin(self, run: Run) -> None:
-        """A generation starts: forget everything of the last one."""
+        """A generation starts: forget everything of the last one. To be called by what overrides it, as `step_done` and `end`."""
+        if self._pairs is not None:
+            scale = run.request.guidance_scale
+            self._pairs.begin(is_on=(self.spec.guidance_scale if scale is None else scale) > 1)
 
     def step_done(self) -> None:
         """A scheduler step (one denoiser evaluation) has been made on this rank."""
+        if self._pairs is not None:
+            self._pairs.step_done()
 
     def end(self) -> None:
         """The generation is over, well or not: wait for what is still under way and drop its state."""
+        if self._pairs is not None:
+            self._pairs.end()
 
     def report(self) -> Mapping[str, object]:
         """Figures of the last generation for logs, settings and benchmarks: bytes sent, seconds waited, ..."""

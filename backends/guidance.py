@@ -1,7 +1,8 @@
 """CFG split: the negative and the positive half of a batch on two halves of the ranks. Exact, and shared by all backends.
 
 The denoiser's batch is cut along dim 0 and the halves' outputs are gathered, so guidance needs no change in any pipeline. A batch of
-several prompts is split the same way; an odd batch (guidance off, one picture) is computed whole on every rank.
+several prompts is split the same way; an odd batch (guidance off, one picture) is computed whole on every rank. Pipelines that call their
+denoiser once for each half are guidance_pairs.py's.
 """
 
 import inspect
@@ -22,7 +23,7 @@ _BATCHED = frozenset(
     "added_time_ids down_block_additional_residuals mid_block_additional_residual down_intrablock_additional_residuals "
     "encoder_attention_mask hidden_states pooled_projections guidance block_controlnet_hidden_states controlnet_block_samples "
     "controlnet_single_block_samples joint_attention_kwargs text_embedding_mask encoder_hidden_states_t5 text_embedding_mask_t5 "
-    "image_meta_size style".split()
+    "image_meta_size style encoder_hidden_states_mask encoder_hidden_states_image x t cap_feats".split()
 )
 """Arguments of diffusers' denoisers that carry the batch in dim 0. Position tables (img_ids, image_rotary_emb, ...) do not."""
 
@@ -47,7 +48,7 @@ def _split_call(denoiser: nn.Module, mesh: Mesh, axis_name: str) -> Callable[...
 
     def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
-        batch = arguments[names[0]].shape[0]
+        batch = len(arguments[names[0]])
         axis = mesh.axis(axis_name)
         if batch % axis.size:
             return forward(**arguments)
@@ -57,8 +58,17 @@ def _split_call(denoiser: nn.Module, mesh: Mesh, axis_name: str) -> Callable[...
 
 
 def cut_batch(arguments: Mapping[str, Any], batch: int, *, parts: int, part: int) -> dict[str, Any]:
-    """A denoiser call's arguments by name -> those of one of `parts` equal parts of its batch."""
-    return {name: _cut(value, batch, parts, part) if name in _BATCHED else value for name, value in arguments.items()}
+    """A denoiser call's arguments by name -> those of one of `parts` equal parts of its batch.
+
+    Where the first argument is a list, it and others like it hold one entry per picture.
+    """
+    samples = slice(part * batch // parts, (part + 1) * batch // parts)
+    is_listed = isinstance(next(iter(arguments.values())), list)
+    mine = dict(arguments)
+    for name in _BATCHED.intersection(arguments):
+        value = arguments[name]
+        mine[name] = value[samples] if is_listed and isinstance(value, list) else _cut(value, batch, parts, part)
+    return mine
 
 
 def _cut(value: Any, batch: int, parts: int, part: int) -> Any:
@@ -74,7 +84,9 @@ def _cut(value: Any, batch: int, parts: int, part: int) -> Any:
 
 
 def _gather(output: Any, mesh: Mesh, axis: Axis) -> Any:
-    part = output[0]
+    part = torch.stack(output[0]) if isinstance(output[0], list) else output[0]
     mesh.traffic.add(part, peers=axis.size - 1)
-    whole = all_gather(part, dim=0, axis=axis)
+    whole: Any = all_gather(part, dim=0, axis=axis)
+    if isinstance(output[0], list):
+        whole = list(whole.unbind(0))
     return (whole, *output[1:]) if isinstance(output, tuple) else type(output)(sample=whole)

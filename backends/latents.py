@@ -19,7 +19,7 @@ from backends.model_table import ModelSpec
 
 def to_model_space(latents: np.ndarray, *, pipe: Any, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Tensor:
     """(1, C, h, w) as a client sends them -> what the pipeline takes as `latents`. RequestError on a wrong channel count or size."""
-    channels = pipe.vae.config.latent_channels
+    channels = num_channels(pipe.vae)
     if latents.ndim != 4 or latents.shape[1] != channels:
         raise RequestError(
             f"latent has shape {latents.shape}, but {spec.title} works on (1, {channels}, height / 8, width / 8). "
@@ -27,15 +27,46 @@ def to_model_space(latents: np.ndarray, *, pipe: Any, spec: ModelSpec, device: t
             field="latent",
         )
     x = torch.from_numpy(latents[:1]).to(device=device, dtype=torch.float32)
-    x = (x - (pipe.vae.config.get("shift_factor") or 0.0)) * pipe.vae.config.scaling_factor
-    return pack(x, spec=spec).to(dtype)
+    shift, scale = _normalisation(pipe.vae, x)
+    return pack((x - shift) * scale, spec=spec).to(dtype)
 
 
 def to_client_space(latents: Tensor, *, pipe: Any, spec: ModelSpec, height: int, width: int) -> np.ndarray:
     """Model space -> float32 (1, C, h, w) on the CPU, as a client's VAE decodes it."""
     x = unpack(latents.float(), pipe=pipe, spec=spec, height=height, width=width)
-    x = x / pipe.vae.config.scaling_factor + (pipe.vae.config.get("shift_factor") or 0.0)
-    return np.ascontiguousarray(x.detach().cpu().numpy())
+    return np.ascontiguousarray(unscaled(x, vae=pipe.vae).detach().cpu().numpy())
+
+
+def unscaled(x: Tensor, *, vae: Any) -> Tensor:
+    """(B, C, h, w) as a denoiser sees it -> as the VAE decodes it."""
+    shift, scale = _normalisation(vae, x)
+    return x / scale + shift
+
+
+def num_channels(vae: Any) -> int:
+    """Channels of its latents. VAEs of videos call them otherwise."""
+    return vae.config.get("latent_channels") or vae.config.z_dim
+
+
+def _normalisation(vae: Any, like: Tensor) -> tuple[Any, Any]:
+    """(shift, scale) of model space = (x - shift) * scale: one for all channels, one for each, or one for each of 2 x 2 pixels of each."""
+    if hasattr(vae, "bn"):  # statistics of (4 C) channels, which are C x 2 x 2
+        tiles = [stat.to(like).view(1, -1, 2, 2).repeat(1, 1, like.shape[-2] // 2, like.shape[-1] // 2) for stat in _moments(vae)]
+        return tiles[0], 1 / tiles[1]
+    if "latents_mean" not in vae.config or vae.config.latents_mean is None:
+        return vae.config.get("shift_factor") or 0.0, vae.config.scaling_factor
+    mean, std = (like.new_tensor(vae.config[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
+    return mean, 1 / std
+
+
+def _moments(vae: Any) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of a VAE that keeps them in a batch norm."""
+    return vae.bn.running_mean, (vae.bn.running_var + vae.config.batch_norm_eps).sqrt()
+
+
+def _counts_frames(vae: Any) -> bool:
+    """Whether it takes pictures as videos of one frame, (B, C, 1, h, w)."""
+    return "temperal_downsample" in vae.config
 
 
 def pack(x: Tensor, *, spec: ModelSpec) -> Tensor:
@@ -60,7 +91,7 @@ def decode(client_latents: np.ndarray, *, pipe: Any) -> np.ndarray:
     """float32 (B, C, h, w) in client space -> uint8 (B, H, W, 3)."""
     with _without_overflow(pipe.vae) as vae:
         x = torch.from_numpy(client_latents).to(device=pipe._execution_device, dtype=vae.dtype)
-        image = vae.decode(x, return_dict=False)[0]
+        image = vae.decode(x.unsqueeze(2), return_dict=False)[0].squeeze(2) if _counts_frames(vae) else vae.decode(x, return_dict=False)[0]
         return to_uint8(pipe.image_processor.postprocess(image.float(), output_type="np"))
 
 
@@ -70,7 +101,14 @@ def encode(image: Image.Image, *, pipe: Any, height: int, width: int) -> np.ndar
     pixels = np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS))
     with _without_overflow(pipe.vae) as vae:
         x = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].to(device=pipe._execution_device, dtype=vae.dtype)
-        return vae.encode(x / 127.5 - 1).latent_dist.mode().float().cpu().numpy()
+        return encoded(x / 127.5 - 1, vae=vae).float().cpu().numpy()
+
+
+def encoded(pixels: Tensor, *, vae: Any) -> Tensor:
+    """(B, 3, H, W) in -1..1 -> (B, C, h, w): the middle of what the VAE sees in it."""
+    if _counts_frames(vae):
+        return vae.encode(pixels.unsqueeze(2)).latent_dist.mode().squeeze(2)
+    return vae.encode(pixels).latent_dist.mode()
 
 
 @contextmanager

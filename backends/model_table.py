@@ -43,6 +43,9 @@ class ModelSpec:
     latents: layout during denoising; scales_initial_latents: the pipeline multiplies given latents by scheduler.init_noise_sigma.
     flow_matching: family of samplers; size_multiple: pixels that height and width must divide by; upscale: output side / input side.
     guidance: 'cfg' runs two halves, 'distilled' feeds the scale to the model, 'frame_ramp' is svd's per-frame scale.
+    guidance_calls: of the denoiser per step with guidance on: 1 takes both halves as one batch, 2 one after the other.
+    guidance_argument: the call's argument for the scale. empty_negative: what stands for no negative prompt where the call needs one.
+    batch: 'list' where pipeline and denoiser take a list with one entry per picture instead of one tensor.
     requires: inputs that every request must bring. call: fixed extra arguments of the pipeline call.
     components: what must be loaded besides the checkpoint folder, unless the folder holds it.
     controlnet: pipeline and model class to use, and the call's argument for the picture. ip_adapter: class of its image encoder.
@@ -68,6 +71,10 @@ class ModelSpec:
     size_multiple: int = 8
     upscale: int = 1
     guidance: Literal["cfg", "distilled", "frame_ramp"] = "cfg"
+    guidance_calls: int = 1
+    guidance_argument: str = "guidance_scale"
+    empty_negative: str = ""
+    batch: Literal["tensor", "list"] = "tensor"
     num_frames: int = 1
     requires: tuple[str, ...] = ("prompt",)
     call: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))

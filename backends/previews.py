@@ -40,7 +40,7 @@ class Previewer:
             return None
         x = self._one_frame(latents.detach().float(), height, width)
         x = x / x.std().clamp(min=1.0)  # early steps hold more noise than picture
-        x = x / self._pipe.vae.config.scaling_factor + (self._pipe.vae.config.get("shift_factor") or 0.0)
+        x = latent_space.unscaled(x[None], vae=self._pipe.vae)[0]
         x = x.permute(1, 2, 0).cpu()
         pixels = torch.cat((x, torch.ones_like(x[..., :1])), dim=-1) @ self._matrix
         return latent_space.to_uint8(pixels.clamp(0, 1).numpy())
@@ -50,7 +50,7 @@ class Previewer:
         x = latent_space.unpack(latents, pipe=self._pipe, spec=self._spec, height=height, width=width)[0]
         if x.ndim == 3:
             return x
-        frames = x if x.shape[1] == self._pipe.vae.config.latent_channels else x.transpose(0, 1)  # svd: (F, C, h, w); ad: (C, F, h, w)
+        frames = x if x.shape[1] == latent_space.num_channels(self._pipe.vae) else x.transpose(0, 1)  # svd: (F, C, h, w); ad: (C, F, h, w)
         return frames[frames.shape[0] // 2]
 
 
@@ -59,7 +59,7 @@ def _fit(pipe: Any) -> Tensor | None:
     fields = _colour_fields()
     try:
         vae = pipe.vae
-        encoded = vae.encode((fields * 2 - 1).to(device=vae.device, dtype=vae.dtype)).latent_dist.mean.float().cpu()
+        encoded = latent_space.encoded((fields * 2 - 1).to(device=vae.device, dtype=vae.dtype), vae=vae).float().cpu()
     except (RuntimeError, NotImplementedError, AttributeError) as error:
         logger.warning("no previews: the VAE cannot encode (%s)", error)
         return None

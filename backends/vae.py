@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder
+from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLTemporalDecoder
 from torch import Tensor, nn
 
 from backends import hooks
@@ -20,7 +20,7 @@ from backends.distributed import Axis, Mesh, gather_pieces
 logger = logging.getLogger(__name__)
 
 NAME = "band decode"
-SHARED = (AutoencoderKL, AutoencoderKLTemporalDecoder)
+SHARED = (AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLTemporalDecoder)
 """The VAEs whose decoders look beyond their rows only through the operators that band_mode knows."""
 MIN_ROWS = 8
 """Latent rows per rank below which every rank decodes the whole picture: the exchange would cost what it saves."""

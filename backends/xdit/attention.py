@@ -44,6 +44,8 @@ class SpreadAttention:
 
     def attach(self, denoiser: nn.Module) -> None:
         for path, module in attention_modules(denoiser, self._family):
+            if path.rpartition(".")[2] in self._family.cross_attention:
+                continue
             is_joint = self._family.text is not None and path.rpartition(".")[2] not in self._family.image_attention
             hooks.attach(module, NAME, self._around(module, path, is_joint))
             self._modules.append(module)

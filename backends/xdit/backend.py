@@ -56,14 +56,17 @@ class XDiTBackend(Backend):
             )
 
     def begin(self, run: Run) -> None:
+        super().begin(run)
         if isinstance(self._method, PipeFusion):
             asked = run.request.warmup_steps
             self._method.begin((self.plan.options["warmup_steps"] if asked is None else asked) * run.order)
 
     def step_done(self) -> None:
+        super().step_done()
         if isinstance(self._method, PipeFusion):
             self._method.step_done()
 
     def end(self) -> None:
+        super().end()
         if isinstance(self._method, PipeFusion):
             self._method.end()

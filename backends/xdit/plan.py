@@ -20,8 +20,11 @@ SETTINGS = {
 }
 """Axis, outermost first -> the setting that gives its degree. Ulysses talks most, so its ranks are neighbours."""
 
-TENSOR_PLANS = frozenset({"FluxTransformer2DModel"})
+TENSOR_PLANS = frozenset({"FluxTransformer2DModel", "Flux2Transformer2DModel", "QwenImageTransformer2DModel"})
 """Denoiser classes of the model table that diffusers has a tensor plan (`_tp_plan`) for; a test compares."""
+
+STAGED = frozenset({"SD3Transformer2DModel", "FluxTransformer2DModel", "PixArtTransformer2DModel"})
+"""Denoiser classes that PipeFusion cuts into stages; a test compares with families.py."""
 
 PATCHES_PER_STAGE = 4
 """Half as many where the halves of guidance fill the stages too: every pass costs something, and thin matrices multiply slower."""
@@ -70,6 +73,7 @@ class _Shape:
     num_heads: int | None = None
     num_blocks: int | None = None
     crosses_skips: bool = False
+    class_name: str | None = None
     has_tensor_plan: bool | None = None
 
     @classmethod
@@ -80,9 +84,10 @@ class _Shape:
             return cls()
         config = json.loads(path.read_text(encoding="utf-8"))
         return cls(
-            num_heads=config.get("num_attention_heads"),
-            num_blocks=config.get("num_layers", 0) + config.get("num_single_layers", 0) or None,
+            num_heads=config.get("num_attention_heads", config.get("n_heads")),
+            num_blocks=config.get("num_layers", config.get("n_layers", 0)) + config.get("num_single_layers", 0) or None,
             crosses_skips=config.get("_class_name") == "HunyuanDiT2DModel",
+            class_name=config.get("_class_name"),
             has_tensor_plan=config["_class_name"] in TENSOR_PLANS if "_class_name" in config else None,
         )
 
@@ -107,7 +112,7 @@ def _chosen(spec: ModelSpec, shape: _Shape, world_size: int, reasons: list[str])
     """CFG first where there are two halves, then Ulysses as far as the heads divide, ring for the rest."""
     degrees = dict.fromkeys(SETTINGS, 1)
     rest = world_size
-    if spec.guidance == "cfg" and world_size % 2 == 0:
+    if spec.guidance == "cfg" and spec.guidance_scale > 1 and world_size % 2 == 0:
         degrees["cfg"], rest = 2, world_size // 2
         reasons.append("use_cfg_parallel: the two halves of guidance need no communication but their results, and ranks are even.")
     if rest == 1 or spec.denoiser != "transformer":
@@ -207,6 +212,8 @@ def _problem(spec: ModelSpec, shape: _Shape, degrees: Mapping[str, int]) -> str 
         return f"ulysses_degree={degrees['ulysses']} is more than the {num_heads} attention heads: ranks would have nothing to do."
     if degrees["stage"] > 1 and shape.crosses_skips:
         return f"pipefusion_parallel_degree is not available for type {spec.name!r}: its late blocks take in what early ones gave out."
+    if degrees["stage"] > 1 and shape.class_name is not None and shape.class_name not in STAGED:
+        return f"pipefusion_parallel_degree is not available for a {shape.class_name}: PipeFusion cuts {', '.join(sorted(STAGED))} only."
     if shape.num_blocks is not None and degrees["stage"] > shape.num_blocks:
         return f"pipefusion_parallel_degree={degrees['stage']} is more than the {shape.num_blocks} transformer blocks."
     return None

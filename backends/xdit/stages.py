@@ -69,6 +69,10 @@ class PipeFusion:
                 f"pipefusion_parallel_degree is not available for {type(denoiser).__name__}: its late blocks take in what early ones gave "
                 "out. Use --ulysses_degree or --ring_degree."
             )
+        if not self._cut.family.has_stages:
+            raise UnsupportedError(
+                f"pipefusion_parallel_degree is not available for {type(denoiser).__name__}. Use --ulysses_degree or --ring_degree."
+            )
         self._blocks = [block for name in self._cut.family.blocks for block in getattr(denoiser, name)]
         self._patchless = _patchless(denoiser, self._cut.family.embed)
         self._bounds = stage_bounds(len(self._blocks), mesh.axis("stage").size, blocks_per_stage)

@@ -1,7 +1,8 @@
 """Spreads the tokens of a denoiser over the ranks of a sequence group: cut them going in, gather them before the output layer.
 
-Attached around three places of an untouched diffusers transformer: its forward (arguments are cut), its patch embedding (image tokens
-are cut) and its output norm (tokens are gathered). Attention in between is attention.py's; everything else works token by token.
+Attached around a few places of an untouched diffusers transformer: its forward (arguments are cut), its patch embedding or first block
+(image tokens are cut), what makes its positions, and its output norm (tokens are gathered). Attention in between is attention.py's;
+everything else works token by token.
 """
 
 import inspect
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 
 from backends import hooks
 from backends.distributed import Mesh
+from backends.errors import UnsupportedError
+from backends.guidance import cut_batch
 from backends.xdit.attention import Pass, SpreadAttention
 from backends.xdit.exchange import gather_tokens
 from backends.xdit.families import Family, family_of
@@ -31,28 +34,41 @@ class TokenCut:
         self._denoiser = denoiser
         self._mesh = mesh
         self._collect = collect or self.gather
-        self._names = [name for name in inspect.signature(type(denoiser).forward).parameters if name != "self"]
+        self._names = _names(denoiser)
+        self._places: list[nn.Module] = []
 
     def attach(self) -> None:
         self.attention.attach(self._denoiser)
         if self.family.embed is not None:
-            hooks.attach(getattr(self._denoiser, self.family.embed), NAME, self._cut_embedding)
-        hooks.attach(getattr(self._denoiser, self.family.tail), NAME, self._gather)
+            self._attach(getattr(self._denoiser, self.family.embed), self._cut_embedding)
+        for name, streams in self.family.positions.items():
+            self._attach(getattr(self._denoiser, name), self._cut_positions(streams))
+        if self.family.cut_in_blocks:
+            blocks = [block for name in self.family.blocks for block in getattr(self._denoiser, name)]
+            for block in blocks:
+                self._attach(block, self._cut_block(_names(block), is_first=block is blocks[0]))
+        tail = getattr(self._denoiser, self.family.tail)
+        for module in tail.values() if isinstance(tail, nn.ModuleDict) else [tail]:
+            self._attach(module, self._gather)
 
     def detach(self) -> None:
-        hooks.detach(getattr(self._denoiser, self.family.tail), NAME)
-        if self.family.embed is not None:
-            hooks.detach(getattr(self._denoiser, self.family.embed), NAME)
+        while self._places:
+            hooks.detach(self._places.pop(), NAME)
         self.attention.detach()
 
+    def _attach(self, module: nn.Module, around: hooks.Around) -> None:
+        hooks.attach(module, NAME, around)
+        self._places.append(module)
+
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """A call's arguments by name."""
-        return {**dict(zip(self._names, args, strict=False)), **kwargs}
+        """A call's arguments by name, in the order of the signature."""
+        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        return {name: given[name] for name in self._names if name in given}
 
     def layout(self, arguments: dict[str, Any], *, num_patches: int = 1) -> Layout:
         """How the tokens of this call are cut."""
         text = arguments[self.family.text].shape[1] if self.family.text is not None else 0
-        image = self.family.num_image_tokens(self._denoiser, arguments[self._names[0]])
+        image = self.family.num_image_tokens(self._denoiser, arguments)
         shards = self._mesh.axis("ring", "ulysses").size
         return Layout(num_text=text, num_image=image, num_patches=num_patches, num_shards=shards)
 
@@ -86,7 +102,38 @@ class TokenCut:
 
     def _cut_embedding(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
         tokens = forward(*args, **kwargs)
-        return tokens if self.attention.current is None else take(tokens, self.share().image, dim=1)
+        if self.attention.current is None:
+            return tokens
+        if self.family.embeds_map:  # (B, D, n): the class flattens what comes after dim 1, and there is nothing left to flatten
+            return take(tokens.flatten(2), self.share().image, dim=2)
+        return take(tokens, self.share().image, dim=1)
+
+    def _cut_positions(self, streams: tuple[tuple[str, int], ...]) -> hooks.Around:
+        def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            if self.attention.current is None:
+                return forward(*args, **kwargs)
+            if self.family.text_length is not None:
+                kwargs = {**kwargs, self.family.text_length: self.current.layout.num_text}
+            positions, share = forward(*args, **kwargs), self.share()
+            return tuple(
+                take(tensor, share.image if stream == "image" else share.text, dim=dim)
+                for tensor, (stream, dim) in zip(positions, streams, strict=True)
+            )
+
+        return around
+
+    def _cut_block(self, names: list[str], *, is_first: bool) -> hooks.Around:
+        """Around a block whose arguments are still whole; tokens that come out of the block before are cut already."""
+        tokens, *others = self.family.cut_in_blocks
+
+        def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+            if self.attention.current is not None:
+                for name in [tokens, *others] if is_first else others:
+                    arguments[name] = take(arguments[name], self.share().image, dim=self.family.cut_in_blocks[name])
+            return forward(**arguments)
+
+        return around
 
     def _gather(self, forward: Callable[..., Any], tokens: Tensor, *args: Any, **kwargs: Any) -> Any:
         """tokens: (B, this rank's, D). The output norm, and what comes after it, get (B, N, D)."""
@@ -111,7 +158,14 @@ def _cut(value: Any, spans: tuple[Span, ...], dim: int) -> Any:
         return take(value, spans, dim=dim if dim < value.dim() else 0)
     if isinstance(value, list | tuple):
         return type(value)(_cut(item, spans, dim) for item in value)
+    if isinstance(value, dict):
+        return {key: _cut(item, spans, dim) for key, item in value.items()}
     return value
+
+
+def _names(module: nn.Module) -> list[str]:
+    """Arguments of a module's class, in order."""
+    return [name for name in inspect.signature(type(module).forward).parameters if name != "self"]
 
 
 def _own(value: Any) -> Any:
@@ -136,4 +190,21 @@ class SequenceParallel:
 
     def _call(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         arguments = self._cut.bind(args, kwargs)
+        if torch.is_tensor(arguments.get("timestep")) and arguments["timestep"].dim() > 1:
+            raise UnsupportedError(
+                f"this {type(self._denoiser).__name__} has a timestep for each token, which Ulysses and ring do not cut. "
+                "Use --use_cfg_parallel alone."
+            )
+        first = next(iter(arguments.values()))
+        if not isinstance(first, list):
+            return self._pass(forward, arguments)
+        parts = [cut_batch(arguments, len(first), parts=len(first), part=part) for part in range(len(first))]
+        if len({self._cut.layout(part) for part in parts}) == 1:
+            return self._pass(forward, arguments)
+        # pictures with texts of other lengths would be padded to one, with a mask in every attention: one pass for each needs none
+        outputs = [self._pass(forward, part) for part in parts]
+        samples = [sample for output in outputs for sample in output[0]]
+        return (samples,) if isinstance(outputs[0], tuple) else type(outputs[0])(sample=samples)
+
+    def _pass(self, forward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         return self._cut.run(forward, arguments, Pass(layout=self._cut.layout(arguments)))

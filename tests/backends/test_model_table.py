@@ -34,8 +34,9 @@ def read(text: str, tmp_path: Path):
     return read_table(path)
 
 
-def test_the_eleven_types_are_there() -> None:
-    assert set(read_table()) == {"ad", "sd1", "sd2", "sd3", "sdup", "sdxl", "svd", "flux", "hy", "pixa", "pixs"}
+def test_the_types_that_clients_offer_and_the_newer_ones_are_there() -> None:
+    offered = {"ad", "sd1", "sd2", "sd3", "sdup", "sdxl", "svd", "flux", "hy", "pixa", "pixs", "zimage", "flux2", "wan_t2v"}
+    assert set(read_table()) == offered | {"qwenimage"}
 
 
 def test_every_cell_of_the_table_has_a_status_and_every_refusal_a_reason() -> None:

@@ -56,7 +56,7 @@ def plain_call(name: str) -> np.ndarray:
         **spec.call,
     }
     if spec.guidance != "frame_ramp":
-        arguments["guidance_scale"] = spec.guidance_scale
+        arguments[spec.guidance_argument] = spec.guidance_scale
     if "prompt" in spec.requires:
         arguments["prompt"] = "a photo of a cat"
     elif name == "sdup":

@@ -1,4 +1,4 @@
-"""Tiny checkpoints for tests: the real diffusers layout of all eleven model types at 1 to 10 MB each, with random weights.
+"""Tiny checkpoints for tests: the real diffusers layout of all model types at 1 to 10 MB each, with random weights.
 
 Everything is built on first use and kept in a cache folder outside the repository (cache.py), so asking again costs nothing:
 neither torch nor diffusers is imported for something that is already there. Nothing is downloaded.

@@ -20,7 +20,7 @@ IP_TOKENS = 4  # per image
 
 
 def controlnet(name: str, *, seed: int = 0) -> Path:
-    """Return a folder with a ControlNet for checkpoint(name): sd1 (also for ad), sd2, sdxl, sd3, flux or hy."""
+    """Return a folder with a ControlNet for checkpoint(name): sd1 (also for ad), sd2, sdxl, sd3, flux, hy, zimage or qwenimage."""
     build = _one_of(CONTROLNETS, name, "ControlNet")
     return cached(f"{name}-controlnet", {"seed": seed}, lambda folder: _build(lambda: build(load(name)), folder, seed, _fill_zeros))
 
@@ -59,6 +59,22 @@ def _controlnet_hunyuan(pipe: "DiffusionPipeline") -> "ModelMixin":
     return HunyuanDiT2DControlNetModel(transformer_num_layers=config["num_layers"], **{field: config[field] for field in fields})
 
 
+def _controlnet_zimage(pipe: "DiffusionPipeline") -> "ModelMixin":
+    """Holds the control's own layers; the pipeline lends it the transformer's embedders and refiners."""
+    from diffusers import ZImageControlNetModel
+
+    config = pipe.transformer.config
+    shared = {field: config[field] for field in ("dim", "n_refiner_layers", "n_heads", "n_kv_heads")}
+    return ZImageControlNetModel(control_layers_places=[0, 2], control_in_dim=config["in_channels"], **shared)
+
+
+def _controlnet_qwenimage(pipe: "DiffusionPipeline") -> "ModelMixin":
+    from diffusers import QwenImageControlNetModel
+
+    heads = {field: pipe.transformer.config[field] for field in ("attention_head_dim", "num_attention_heads")}
+    return QwenImageControlNetModel.from_transformer(pipe.transformer, num_layers=2, **heads)
+
+
 CONTROLNETS: dict[str, Callable[["DiffusionPipeline"], "ModelMixin"]] = {
     "sd1": _controlnet_unet,
     "sd2": _controlnet_unet,
@@ -66,6 +82,8 @@ CONTROLNETS: dict[str, Callable[["DiffusionPipeline"], "ModelMixin"]] = {
     "sd3": _controlnet_sd3,
     "flux": _controlnet_flux,
     "hy": _controlnet_hunyuan,
+    "zimage": _controlnet_zimage,
+    "qwenimage": _controlnet_qwenimage,
 }
 
 

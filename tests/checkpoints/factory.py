@@ -9,7 +9,7 @@ from tests.checkpoints.gain import default_gain, scale_attention
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-NAMES = ("ad", "sd1", "sd2", "sd3", "sdup", "sdxl", "svd", "flux", "hy", "pixa", "pixs")
+NAMES = ("ad", "sd1", "sd2", "sd3", "sdup", "sdxl", "svd", "flux", "hy", "pixa", "pixs", "zimage", "qwenimage", "flux2", "wan_t2v")
 SD35_MEDIUM = {"qk_norm": "rms_norm", "dual_attention_layers": (0, 1)}
 
 
@@ -74,6 +74,10 @@ def inputs(
         arguments |= {"image": picture(size), "num_frames": 4}
     if name == "ad":
         arguments |= {"num_frames": 4}
+    if name == "wan_t2v":
+        arguments |= {"num_frames": 5}  # one, and four times the latent frames after the first
+    if name == "qwenimage":
+        arguments |= {"negative_prompt": " "}  # guidance is off without one
     if name in ("hy", "pixa", "pixs"):
         arguments |= {"use_resolution_binning": False}  # else the size becomes the nearest of a list that starts at 512
     return arguments

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # Projections of diffusers' and CLIP's attention; norms of queries and keys undo any scaling before them, so they are scaled too.
 ATTENTION = re.compile(r"(^|\.)(to_[qkv]|to_out\.0|to_add_out|add_[qkv]_proj|[qkv]_proj|out_proj|norm_(added_)?[qk])\.weight$")
-DEFAULTS = {"sd3": 2.5, "sdup": 3.0, "svd": 1.25, "hy": 1.4}
+DEFAULTS = {"sd3": 2.5, "sdup": 3.0, "svd": 1.25, "hy": 1.4, "flux2": 3.0, "qwenimage": 3.0}
 
 
 def default_gain(name: str) -> float:

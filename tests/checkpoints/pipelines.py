@@ -22,7 +22,7 @@ from diffusers import (
     StableVideoDiffusionPipeline,
 )
 
-from tests.checkpoints import denoisers, parts
+from tests.checkpoints import denoisers, modern, parts
 from tests.checkpoints.parts import clip_text, t5_text
 from tests.checkpoints.vocabulary import bert_tokenizer, clip_tokenizer, t5_tokenizer
 
@@ -178,6 +178,7 @@ def _pixart(pipeline: type, *, max_length: int, scaling_factor: float, config: d
     )
 
 
+MODERN = (modern.zimage, modern.qwenimage, modern.flux2, modern.wan_t2v)
 BUILDERS: dict[str, Callable[..., DiffusionPipeline]] = {
-    build.__name__: build for build in (ad, sd1, sd2, sd3, sdup, sdxl, svd, flux, hy, pixa, pixs)
+    build.__name__: build for build in (ad, sd1, sd2, sd3, sdup, sdxl, svd, flux, hy, pixa, pixs, *MODERN)
 }

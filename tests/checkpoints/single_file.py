@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SINGLE_FILE_NAMES = ("sd1", "sd2", "sdxl", "flux")
-GGUF_NAMES = ("sd1", "sd2", "sdup", "sdxl", "sd3", "flux")
+GGUF_NAMES = ("sd1", "sd2", "sdup", "sdxl", "sd3", "flux", "zimage", "qwenimage", "flux2", "wan_t2v")
 GGUF_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")  # what the gguf package can write
 GGUF_BLOCK = 32  # weights that share a scale: narrower layers stay unquantised
 

@@ -1,10 +1,11 @@
 """Tokenizers of the three kinds the model types use, made from a short word list instead of files from a hub."""
 
 import math
+import re
 import string
 
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import BertTokenizer, CLIPTokenizer, T5Tokenizer
+from transformers import BertTokenizer, CLIPTokenizer, Qwen2Tokenizer, T5Tokenizer
 
 # fmt: off
 WORDS = [
@@ -16,6 +17,13 @@ WORDS = [
 ]
 # fmt: on
 PUNCTUATION = ".,!?-'"
+CHAT = """\
+{% for message in messages %}<|im_start|>{{ message.role }}
+{% if message.content is string %}{{ message.content }}\
+{% else %}{% for part in message.content %}{{ part.text }}{% endfor %}{% endif %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+SPACE = "\u0120"  # how byte-level BPE writes it
 WORD_START = "\u2581"  # how sentencepiece writes the blank before a word
 
 
@@ -35,6 +43,19 @@ def _merges(word: str) -> list[tuple[str, str]]:
     """The BPE merges that put `word` together from left to right."""
     letters = [*word[:-1], word[-1] + "</w>"]
     return [("".join(letters[:end]), letters[end]) for end in range(1, len(letters))]
+
+
+def chat_tokenizer(text: str = "") -> Qwen2Tokenizer:
+    """Byte-level BPE of a language model, with a template for conversations whose parts are texts or lists of texts.
+
+    text: its words become single tokens too; for a pipeline that puts a long text of its own before the prompt.
+    """
+    words = [prefix + word for word in [*WORDS, *sorted(set(re.findall("[A-Za-z]+", text)))] for prefix in ("", SPACE)]
+    merges = list(dict.fromkeys((word[:end], word[end]) for word in words for end in range(1, len(word))))
+    pieces = dict.fromkeys([*sorted(ByteLevel.alphabet()), *(left + right for left, right in merges)])
+    tokenizer = Qwen2Tokenizer(vocab={piece: index for index, piece in enumerate(pieces)}, merges=merges, chat_template=CHAT)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    return tokenizer
 
 
 def t5_tokenizer(max_length: int) -> T5Tokenizer:

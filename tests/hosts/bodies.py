@@ -16,7 +16,7 @@ from tests.hosts.client import encode
 STEPS = 2
 SIDE = 64
 Body = dict[str, Any]
-IMAGE_TYPES = ("sd1", "sd2", "sdxl", "sd3", "flux", "hy", "pixa", "pixs")
+IMAGE_TYPES = ("sd1", "sd2", "sdxl", "sd3", "flux", "hy", "pixa", "pixs", "zimage", "qwenimage")
 COMFYUI_TEXT = {
     "seed": 7, "steps": STEPS, "cfg": 7.0, "clip_skip": 0, "denoise": 1.0, "denoising_end": 1.0, "positive": "a dog", "negative": "",
 }  # fmt: skip
@@ -65,6 +65,7 @@ def bodies(type_name: str, folder: Path) -> dict[str, Callable[[], Body]]:
     video = {"seed": 1, "steps": STEPS, "frames": 3}
     svd = {**video, "decode_chunk_size": 2, "motion_bucket_id": 180, "noise_aug_strength": 0.01}
     ad = {**video, "positive": "waves", "cfg": 7.5, "negative": "blurry", "ip_image": image(), "control_image": image()}
+    wan = {**video, "frames": 5, "positive": "waves", "cfg": 5.0, "negative": ""}
     sdup = {"positive": "sharp", "seed": 1, "steps": STEPS, "cfg": 7.0}
     return {
         "ad": {
@@ -72,6 +73,8 @@ def bodies(type_name: str, folder: Path) -> dict[str, Callable[[], Body]]:
             "ComfyUI A0": lambda: {**ad, "ip_image_scale": [100.0]},
             "LocalAI": lambda: LOCALAI_TEXT,
         },
+        "flux2": {"LocalAI": lambda: LOCALAI_TEXT},
+        "wan_t2v": {"ComfyUI": lambda: wan},
         "svd": {
             "ComfyUI": lambda: {**svd, "image": image()},
             "ComfyUI A0": lambda: {**svd, "image": image(), "image_scale": 100.0},

@@ -1,6 +1,7 @@
 """What the xdit tests run on every rank: a pipeline on the mesh of some degrees, beside plain diffusers."""
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -37,8 +38,13 @@ def attached(pipe: Any, name: str, rank: int, world_size: int, **options: object
 
 @torch.no_grad()
 def latents_of(pipe: Any, name: str, *, size: int = 64, steps: int = 3, **arguments: object) -> Tensor:
-    """The latents of a short generation, straight from the pipeline."""
-    return pipe(**{**inputs(name, size=size, num_inference_steps=steps), "output_type": "latent", **arguments}).images
+    """The latents of a short generation, straight from the pipeline. Arguments have the names that most pipelines use."""
+    own = {"guidance_scale": read_table()[name].guidance_argument}
+    if "num_images_per_prompt" not in inspect.signature(pipe.__call__).parameters:
+        own["num_images_per_prompt"] = "num_videos_per_prompt"
+    renamed = {own.get(key, key): value for key, value in arguments.items()}
+    output = pipe(**{**inputs(name, size=size, num_inference_steps=steps), "output_type": "latent", **renamed})
+    return output[0]
 
 
 def generated(
@@ -54,7 +60,8 @@ def generated(
         backend.step_done()
         return output
 
-    backend.begin(run_of(size=size, steps=steps, warmup_steps=warmup_steps))
+    guidance = {"guidance_scale": arguments["guidance_scale"]} if "guidance_scale" in arguments else {}
+    backend.begin(run_of(size=size, steps=steps, warmup_steps=warmup_steps, **guidance))
     scheduler.step = ticking
     try:
         return latents_of(pipe, name, size=size, steps=steps, **arguments)

@@ -1,4 +1,4 @@
-"""Degrees of the xdit backend: what is chosen, what is refused, and what the messages propose. No torch, no ranks."""
+"""Degrees of the xdit backend: what is chosen, what is refused, and what the messages propose. No ranks."""
 
 import json
 import math
@@ -7,7 +7,8 @@ import pytest
 
 from backends.errors import PlanError
 from backends.model_table import read_table
-from backends.xdit.plan import IGNORED, make_plan
+from backends.xdit.families import FAMILIES
+from backends.xdit.plan import IGNORED, STAGED, make_plan
 
 TABLE = read_table()
 
@@ -90,6 +91,21 @@ def test_rejects_pipefusion_where_blocks_skip_over_stages(tmp_path):
     options = {"checkpoint": checkpoint_with(tmp_path, _class_name="HunyuanDiT2DModel"), "pipefusion_parallel_degree": 2}
     with pytest.raises(PlanError, match="not available for type 'hy': its late blocks take in what early ones gave out"):
         make_plan(TABLE["hy"], options, 2)
+
+
+def test_rejects_pipefusion_for_classes_that_it_does_not_cut(tmp_path):
+    options = {"checkpoint": checkpoint_with(tmp_path, _class_name="WanTransformer3DModel"), "pipefusion_parallel_degree": 2}
+    with pytest.raises(PlanError, match=r"not available for a WanTransformer3DModel: PipeFusion cuts FluxTransformer2DModel, .* only"):
+        make_plan(TABLE["wan_t2v"], options, 2)
+
+
+def test_planner_and_families_agree_on_what_has_stages():
+    assert {name for name, family in FAMILIES.items() if family.has_stages} == STAGED
+
+
+def test_no_cfg_split_by_default_where_guidance_is_off_by_default():
+    assert dict(make_plan(TABLE["zimage"], {}, 2).axes) == {"ulysses": 2}
+    assert dict(make_plan(TABLE["zimage"], {"use_cfg_parallel": True}, 2).axes) == {"cfg": 2}
 
 
 def test_rejects_more_stages_than_blocks(tmp_path):

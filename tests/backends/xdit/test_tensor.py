@@ -1,5 +1,7 @@
 """Tensor parallelism: equal to one device, 1/N of the planned weights, whole again afterwards; and what it refuses."""
 
+from typing import get_args
+
 import diffusers
 import pytest
 import torch
@@ -13,31 +15,32 @@ from tests.backends.xdit.ranks import assert_close, attached, from_rank_zero, ge
 from tests.checkpoints import IP_ADAPTER_FILE, IP_ADAPTER_IMAGE_ENCODER, checkpoint, ip_adapter, load, lora
 
 
-def check_matches_single(rank, world_size, sets):
-    pipe = load("flux")
-    want = from_rank_zero(lambda: [latents_of(pipe, "flux", size=size, steps=2) for size in (64, 80)])
+def check_matches_single(rank, world_size, name, sets):
+    pipe = load(name)
+    want = from_rank_zero(lambda: [latents_of(pipe, name, size=size, steps=2) for size in (64, 80)])
     whole, state = weight_bytes(pipe.transformer), {name: tensor.clone() for name, tensor in pipe.transformer.state_dict().items()}
     for options in sets:
         degree = options["tensor_parallel_degree"]
-        with attached(pipe, "flux", rank, world_size, **options) as backend:
+        with attached(pipe, name, rank, world_size, **options) as backend:
             for size, latents in zip((64, 80), want, strict=True):
-                assert_close(generated(backend, pipe, "flux", size=size, steps=2), latents, (options, size))
+                assert_close(generated(backend, pipe, name, size=size, steps=2), latents, (options, size))
             assert not backend.has_whole_weights
             share = weight_bytes(pipe.transformer) / whole
             assert share < {2: 0.75, 4: 0.65}[degree], f"rank {rank} keeps {share:.0%} of the weights"
         assert all(torch.equal(tensor, state[name]) for name, tensor in pipe.transformer.state_dict().items()), "detached"
 
 
-def test_two_tensor_ranks_match_single(run_on_ranks):
-    checkpoint("flux")
-    run_on_ranks(check_matches_single, 2, [{"tensor_parallel_degree": 2}])
+@pytest.mark.parametrize("name", ["flux", *(pytest.param(name, marks=pytest.mark.slow) for name in ("flux2", "qwenimage"))])
+def test_two_tensor_ranks_match_single(run_on_ranks, name):
+    checkpoint(name)
+    run_on_ranks(check_matches_single, 2, name, [{"tensor_parallel_degree": 2}])
 
 
 @pytest.mark.slow
 def test_four_tensor_ranks_match_single_also_with_ulysses_and_ring(run_on_ranks):
     checkpoint("flux")
     sets = [{"tensor_parallel_degree": 4}, *({"tensor_parallel_degree": 2, name: 2} for name in ("ulysses_degree", "ring_degree"))]
-    run_on_ranks(check_matches_single, 4, sets)
+    run_on_ranks(check_matches_single, 4, "flux", sets)
 
 
 def test_planner_knows_which_classes_diffusers_has_a_tensor_plan_for():
@@ -48,7 +51,8 @@ def test_planner_knows_which_classes_diffusers_has_a_tensor_plan_for():
 
 
 def type_of_transformer(spec):
-    return getattr(diffusers, spec.pipeline).__init__.__annotations__["transformer"].__name__
+    annotated = getattr(diffusers, spec.pipeline).__init__.__annotations__["transformer"]
+    return (get_args(annotated) or (annotated,))[0].__name__  # Wan's may be None
 
 
 def check_refusals(rank, world_size):
