@@ -104,6 +104,8 @@ def _require_inputs(request: GenerateRequest, spec: ModelSpec) -> None:
         raise RequestError("both a latent and init_image were given. Send one of them.", field="init_image")
     if request.init_image is not None and not spec.returns_latents:
         raise UnsupportedError(f"{spec.title} cannot start from init_image. Leave it out.")
+    if request.mask_image is not None and request.init_image is None:
+        raise RequestError("mask_image was given without init_image, the picture to change. Send both.", field="mask_image")
     if request.sigmas is not None and request.timesteps is not None:
         raise RequestError("both sigmas and timesteps were given. Send one of them.", field="sigmas")
 

@@ -111,6 +111,17 @@ def encoded(pixels: Tensor, *, vae: Any) -> Tensor:
     return vae.encode(pixels).latent_dist.mode()
 
 
+def mask(image: Image.Image, *, pipe: Any, spec: ModelSpec, height: int, width: int) -> Tensor:
+    """A mask, scaled to this size in pixels -> float32 in the layout of the denoiser's latents: 1 where they may change, else 0.
+
+    (1, C, h, w) before packing. As in diffusers' inpainting, a latent pixel follows the picture's pixel in its corner.
+    """
+    pixels = np.asarray(image.convert("L").resize((width, height), Image.Resampling.LANCZOS))
+    step = pipe.vae_scale_factor
+    small = torch.from_numpy((pixels >= 128)[::step, ::step].astype(np.float32))
+    return pack(small.expand(1, pipe.vae.config.latent_channels, *small.shape), spec=spec)
+
+
 @contextmanager
 def _without_overflow(vae: Any) -> Iterator[Any]:
     """A VAE that overflows in float16 (SDXL's) works in float32 meanwhile, as in diffusers."""

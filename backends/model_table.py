@@ -15,7 +15,7 @@ from backends import BACKEND_NAMES
 from backends.errors import ConfigError, UnsupportedError
 
 TABLE_PATH = Path(__file__).resolve().parent.parent / "model_table.yaml"
-FEATURES = ("lora", "controlnet", "ip_adapter", "quantization", "gguf", "compile", "offload", "compel")
+FEATURES = ("lora", "controlnet", "ip_adapter", "inpainting", "quantization", "gguf", "compile", "offload", "compel")
 Status = Literal["tested", "untested", "unsupported"]
 
 

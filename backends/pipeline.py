@@ -171,6 +171,8 @@ class LoadedPipeline:
         require_control(request, self.load, self.spec, self.signature)
         require_pictures(request, self.load, self.spec)
         self._require_changeable_loras(request)
+        if request.mask_image is not None:
+            self.spec.require(self._backend.plan.method if self._backend is not None else "single", "inpainting")
         resolved = resolve(request, self.spec, defaults=self._defaults(), vae_scale_factor=getattr(self.pipe, "vae_scale_factor", 8))
         choice = parse_scheduler(resolved.scheduler if resolved.scheduler is not None else self.load.scheduler)
         scheduler = build_scheduler(choice, self._pristine_scheduler, flow=self.spec.flow_matching)
@@ -255,12 +257,21 @@ class LoadedPipeline:
             yield
 
     def _start(self, request: GenerateRequest) -> Start | None:
-        """Where an image-to-image run begins; None for text to image (latents at full strength only set the size)."""
-        if request.latents is None or request.strength == 1 or not self.spec.returns_latents:
+        """Where an image-to-image or inpainting run begins; None for text to image (latents at full strength only set the size)."""
+        if request.latents is None or not self.spec.returns_latents or (request.strength == 1 and request.mask_image is None):
             return None
+        mask = None
+        if request.mask_image is not None:
+            size = {"height": request.height, "width": request.width}
+            mask = latent_space.mask(request.mask_image, pipe=self.pipe, spec=self.spec, **size).to(self.device)
         clean = latent_space.to_model_space(request.latents, pipe=self.pipe, spec=self.spec, device=self.device, dtype=self.dtype)
         noise = torch.randn(request.latents[:1].shape, generator=generator(request), dtype=self.dtype).to(self.device)
-        return Start(latents=clean, noise=latent_space.pack(noise, spec=self.spec), is_scaled_by_pipeline=self.spec.scales_initial_latents)
+        return Start(
+            latents=clean,
+            noise=latent_space.pack(noise, spec=self.spec),
+            mask=mask,
+            is_scaled_by_pipeline=self.spec.scales_initial_latents,
+        )
 
     def _step_reporter(self, on_step: OnStep | None) -> OnStep:
         def report(index: int, num_steps: int, sample: Tensor) -> None:

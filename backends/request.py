@@ -91,6 +91,7 @@ class GenerateRequest(BaseModel):
     scheduler: Annotated[dict[str, Any] | str | None, Field(description="Sampler name, or its name and settings.")] = None
     latents: Annotated[Array | None, Field(description="float32 (1, C, height / 8, width / 8), unscaled VAE space: where to start.")] = None
     init_image: Annotated[Image.Image | None, Field(description="The picture to start from, scaled to the size; see strength.")] = None
+    mask_image: Annotated[Image.Image | None, Field(description="White where init_image may change, black where it stays.")] = None
     strength: Annotated[float, Field(ge=0, le=1, description="How much of latents or init_image may change: 1 is all, 0 nothing.")] = 1.0
     denoising_end: Annotated[float, Field(ge=0, le=1, description="Stop after this share of the noise levels.")] = 1.0
     sigmas: Annotated[list[float] | None, Field(description="Noise levels, descending, the last one 0; overrides the steps.")] = None

@@ -46,10 +46,12 @@ class Start:
     latents: clean, with `noise` of the same shape to be added up to the level of the first step; or, without `noise`,
     already at that level (the output of a run that ended there).
     is_scaled_by_pipeline: the pipeline multiplies given latents by scheduler.init_noise_sigma (ModelSpec.scales_initial_latents).
+    mask: 1 where the run may change `latents`, 0 where it must come back to them (inpainting); needs `noise`.
     """
 
     latents: Tensor
     noise: Tensor | None = None
+    mask: Tensor | None = None
     is_scaled_by_pipeline: bool = True
 
 
@@ -171,11 +173,25 @@ class StepDriver:
             kwargs["order"] = min(self._done + 1, LMS_ORDER)  # it takes the order from the position, not from the steps it has seen
         output = self._class.step(self._scheduler, model_output, self._own_timesteps[self._done], sample, *args, **kwargs)
         self._done += 1
+        if self._start is not None and self._start.mask is not None:
+            output = (self._with_kept_parts(output[0]), *tuple(output)[1:])
         if self._on_step is not None:
             self._on_step(self._done - 1, self.num_steps, output[0])
         if isinstance(output, tuple) and len(output) == 1 and self.num_steps == 1:
             return (output[0], output[0])  # in a run of one step PixArt-alpha reads item 1, the clean sample, which this is
         return output
+
+    def _with_kept_parts(self, sample: Tensor) -> Tensor:
+        """Outside the mask the start's own latents, with its noise up to the level of the next step; none after the last one."""
+        start, left = self._start, self._timesteps_left()
+        kept = add_noise(self._scheduler, start, left[:1]) if len(left) else start.latents.float()
+        return (start.mask * sample.float() + (1 - start.mask) * kept).to(sample.dtype)
+
+    def _timesteps_left(self) -> Tensor:
+        """Those after the steps that are done, of the whole list: a run that ends early leaves some, and its result is noisy."""
+        if self._done < self.num_steps or _is_pndm(self._scheduler):
+            return self._own_timesteps[self._done :]
+        return self._all_timesteps[self._offset + self._done :]
 
     def _check_start_used(self, sample: Tensor) -> None:
         """A pipeline that takes latents as they are must have taken ours, not a copy from before they were filled in."""
@@ -198,10 +214,15 @@ def noised_start(scheduler: "SchedulerMixin", start: Start, schedule: Schedule, 
     elif schedule.starts_from_noise:
         latents = start.noise.float() * initial_sigma
     else:
-        add_noise = scheduler.scale_noise if is_flow else scheduler.add_noise
-        arguments = {"noise": start.noise.float()} | {"timestep" if is_flow else "timesteps": timestep}
-        latents = add_noise(start.latents.float(), **arguments)
+        latents = add_noise(scheduler, start, timestep)
     return latents / initial_sigma if start.is_scaled_by_pipeline else latents
+
+
+def add_noise(scheduler: "SchedulerMixin", start: Start, timestep: Tensor) -> Tensor:
+    """The start's latents with its noise up to the level of `timestep` (1,): float32, the sample's own scale."""
+    if hasattr(scheduler, "scale_noise"):
+        return scheduler.scale_noise(start.latents.float(), timestep=timestep, noise=start.noise.float())
+    return scheduler.add_noise(start.latents.float(), noise=start.noise.float(), timesteps=timestep)
 
 
 def _is_default(sigmas: Sequence[float] | None) -> bool:

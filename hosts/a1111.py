@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from flask import Blueprint, Response, current_app, jsonify
-from PIL import Image
+from PIL import Image, ImageOps
 
 from backends.errors import RequestError, UnsupportedError
 from backends.schedulers import SCHEDULERS
 from hosts import wire
+from hosts.compat.codec import decode_image
 from hosts.compat.fields import Accepted, read_request
 from hosts.incoming import client, json_object, wait_for_all
 from hosts.jobs import Job, JobStatus
@@ -23,7 +24,7 @@ blueprint = Blueprint("a1111", __name__)
 
 SENT_AS = {"steps": "num_inference_steps", "cfg_scale": "guidance_scale", "denoising_strength": "strength"}
 PLAIN = ("prompt", "negative_prompt", "seed", "width", "height", "lora")
-UNSUPPORTED = ("mask", "enable_hr", "script_name", "refiner_checkpoint", "tiling", "restore_faces")
+UNSUPPORTED = ("enable_hr", "script_name", "refiner_checkpoint", "tiling", "restore_faces")
 KARRAS = re.compile(r"[ _]karras$", re.IGNORECASE)
 
 
@@ -38,13 +39,15 @@ def txt2img() -> Response:
 
 @blueprint.post("/sdapi/v1/img2img")
 def img2img() -> Response:
+    """With a mask, its white parts change; the whole picture is drawn at once, whatever inpaint_full_res says."""
     body = json_object()
     pictures = body.get("init_images")
     if not isinstance(pictures, list) or len(pictures) != 1:
         raise RequestError("init_images must hold one picture, base64 of a PNG, JPEG or WebP file.", field="init_images")
     spec = current_app.extensions["host"].spec
     name = "image" if "image" in spec.requires else "init_image"
-    return _images({"denoising_strength": 0.75, **body}, {name: pictures[0]})
+    mask = {"mask_image": _mask(body["mask"], is_inverted=bool(body.get("inpainting_mask_invert")))} if body.get("mask") else {}
+    return _images({"denoising_strength": 0.75, **body}, {name: pictures[0], **mask})
 
 
 @blueprint.get("/sdapi/v1/progress")
@@ -144,6 +147,15 @@ def _images(body: Mapping[str, Any], pictures: Mapping[str, str]) -> Response:
         base64.b64encode(wire.encode(result, "image/png", metadata=json.dumps(result.resolved))).decode("ascii") for result in results
     ]
     return jsonify({"images": images, "parameters": {**body, "init_images": None}, "info": json.dumps(info)})
+
+
+def _mask(data: Any, *, is_inverted: bool) -> Any:
+    """base64 of a picture, black and white exchanged where that was asked for. RequestError if it is none."""
+    if not is_inverted:
+        return data
+    buffer = io.BytesIO()
+    ImageOps.invert(decode_image(data, field="mask").convert("L")).save(buffer, format="PNG")
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def _count(body: Mapping[str, Any], name: str) -> int:

@@ -4,12 +4,14 @@ Beside OpenAI's fields, requests may hold those of POST /generate by diffusers' 
 """
 
 import base64
+import io
 import re
 import time
 from collections.abc import Mapping
 from typing import Any
 
 from flask import Blueprint, Response, current_app, jsonify, request
+from PIL import Image
 
 from backends.errors import NotFoundError, RequestError, UnsupportedError
 from hosts import wire
@@ -63,16 +65,15 @@ def generations() -> Response:
 
 @blueprint.post("/v1/images/edits")
 def edits() -> Response:
-    """Image to image: `strength` (0.8 by default) says how much may change. Masks are refused."""
+    """Image to image: `strength` says how much may change, 0.8 by default; with a mask only its transparent parts, by default wholly."""
     _require_output("image")
     body = _body()
-    if "mask" in body:
-        raise UnsupportedError("mask is not available: this host changes whole pictures. Leave it out.")
     if "image" not in body:
         raise RequestError("image is missing. Send the picture to change.", field="image")
     sent_as = "image" if "image" in _spec().requires else "init_image"
-    rest = {name: value for name, value in body.items() if name != "image"}
-    return _images({"strength": 0.8, **rest, sent_as: body["image"]})
+    rest = {name: value for name, value in body.items() if name not in ("image", "mask")}
+    mask = {"mask_image": _mask(body["mask"])} if body.get("mask") else {}
+    return _images({"strength": 1.0 if mask else 0.8, **rest, **mask, sent_as: body["image"]})
 
 
 @blueprint.post("/v1/videos")
@@ -151,6 +152,20 @@ def _body() -> dict[str, Any]:
     for name, file in request.files.items():
         body[name.removesuffix("[]")] = base64.b64encode(file.read()).decode("ascii")
     return body
+
+
+def _mask(data: Any) -> Any:
+    """base64 of a picture whose transparent parts are to be changed -> of one in which these are white. One without alpha is such a one."""
+    try:
+        with Image.open(io.BytesIO(base64.b64decode(str(data).rpartition(",")[2], validate=True)), formats=["PNG", "WEBP"]) as picture:
+            if not picture.has_transparency_data:
+                return data
+            alpha = picture.convert("RGBA").getchannel("A")
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return data  # what is wrong with it is said where all pictures are read
+    buffer = io.BytesIO()
+    alpha.point(lambda value: 255 - value).save(buffer, format="PNG")
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def _number(name: str, text: str) -> float | int:

@@ -134,6 +134,7 @@ def _unused(spec: ModelSpec, settings: Settings) -> set[str]:
         "num_frames": spec.output == "video",
         "latents": spec.returns_latents,
         "init_image": spec.returns_latents,
+        "mask_image": spec.supports("single", "inpainting").status != "unsupported",
         "image": "image" in spec.requires,
         "control_image": bool(settings.control_net),
         "ip_adapter_image": bool(settings.ip_adapter),

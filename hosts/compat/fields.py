@@ -46,6 +46,8 @@ PLAIN = {
 }
 """Request field -> the names clients send it under, the first that is there wins."""
 
+SINGLE = ("image", "init_image", "mask_image")
+"""Pictures of which a request has one at most."""
 MAX_IMAGE_SCALE = 1000.0
 _decoding = threading.BoundedSemaphore(4)
 """Requests that are decoded at the same time: a picture takes 20 bytes per pixel for a moment."""
@@ -132,6 +134,7 @@ def _pictures(given: Mapping[str, Any], spec: ModelSpec, accepted: Accepted) -> 
     wanted = {
         "image": ("image", "image" in spec.requires),
         "init_image": ("init_image", True),
+        "mask_image": ("mask_image", True),
         "control_image": ("control_image", accepted.takes_control_image),
         "ip_adapter_image": ("ip_image", accepted.takes_ip_image),
     }
@@ -148,7 +151,7 @@ def _pictures(given: Mapping[str, Any], spec: ModelSpec, accepted: Accepted) -> 
         limits = DecodeLimits(max_pixels=accepted.limits.max_image_megapixels * 10**6)
         images = [codec.decode_image_or_path(one, field=source, allowed_dirs=accepted.image_dirs, limits=limits) for one in many]
         images = [_scaled(image, percent, f"{name}_scale", limits) for image in images]
-        pictures[field] = images if isinstance(given[source], list) and field not in ("image", "init_image") else images[0]
+        pictures[field] = images if isinstance(given[source], list) and field not in SINGLE else images[0]
     return pictures
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from PIL import Image
 
 from backends import backend_class, planner
 from backends.base import Backend
@@ -48,6 +49,8 @@ def feature(name: str, spec: ModelSpec) -> Feature:
             return Feature(
                 load={"ip_adapter": {str(ip_adapter(spec.name) / IP_ADAPTER_FILE): 0.7}}, request={"ip_adapter_image": picture(48)}
             )
+        case "inpainting":
+            return Feature(request={"init_image": picture(48), "mask_image": half_mask(), "strength": 0.8})
         case "gguf":
             return Feature(load={"gguf_model": str(gguf(spec.name, "Q4_0"))})
         case "quantization":
@@ -60,6 +63,13 @@ def feature(name: str, spec: ModelSpec) -> Feature:
         case "compel":
             return Feature(load={"compel": True}, request={"prompt": "a (red)1.6 photo of a (cat)0.5"})
     raise ValueError(name)
+
+
+def half_mask(width: int = WIDTH, height: int = HEIGHT) -> Image.Image:
+    """White in the left half, where a picture may change."""
+    mask = Image.new("L", (width, height), 0)
+    mask.paste(255, (0, 0, width // 2, height))
+    return mask
 
 
 def combined(names: list[str], spec: ModelSpec) -> Feature:

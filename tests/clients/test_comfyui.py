@@ -10,9 +10,10 @@ import psutil
 import pytest
 import torch
 
+from tests.backends.features import half_mask
 from tests.checkpoints import checkpoint, picture
 from tests.clients.comfyui import FOLDER, ComfyUI, InterruptProcessingException
-from tests.hosts.client import decode
+from tests.hosts.client import decode, encode
 from tests.hosts.harness import REPOSITORY, assert_port_is_free, free_port, wait_until
 from tests.hosts.inprocess import InProcessHost
 
@@ -63,6 +64,17 @@ def test_sampler_starts_from_a_picture(host, comfy):
     assert (near - same).abs().mean() < (drawn(host) - same).abs().mean()
 
 
+def test_mask_says_what_may_change(host, comfy):
+    (chosen,) = comfy.run("DiffusionHost", address=host.url(""))
+    start, mask = as_tensor(picture(64)), torch.zeros(1, 64, 64)
+    mask[..., :32] = 1
+    made, whole = (
+        comfy.run("DiffusionSampler", host=chosen, image=start, strength=0.7, **given, **INPUTS)[0] for given in ({"mask": mask}, {})
+    )
+    assert torch.equal(made, drawn(host, init_image=encode(picture(64)), mask_image=encode(half_mask(64, 64)), strength=0.7))
+    assert not torch.equal(made, whole)
+
+
 def test_cancel_in_comfyui_cancels_the_job_and_the_next_picture_is_right(host, comfy):
     (chosen,) = comfy.run("DiffusionHost", address=host.url(""))
 
@@ -98,6 +110,7 @@ def test_lists_come_from_the_host_and_are_short_while_none_runs(host, comfy, mon
         ({"address": "http://picture.example:80", "start": True}, {}, "is not this machine"),
         ({}, {"control_image": torch.zeros(1, 8, 8, 3)}, "takes no control_image. Start it with --control_net"),
         ({}, {"scheduler": "nonsense"}, "nonsense"),
+        ({}, {"mask": torch.zeros(1, 8, 8)}, "a mask needs an image"),
     ],
 )
 def test_what_is_wrong_is_said_by_the_node(host, comfy, loader, sampler, message):

@@ -9,8 +9,9 @@ import numpy as np
 import openai
 import pytest
 import requests
-from PIL import Image
+from PIL import Image, ImageOps
 
+from tests.backends.features import half_mask
 from tests.checkpoints import checkpoint, picture
 from tests.hosts.client import decode
 from tests.hosts.harness import wait_until
@@ -89,11 +90,40 @@ def test_openai_client_gets_its_own_errors(host, fields, kind, message):
     assert caught.value.body["type"] == "invalid_request_error"
 
 
-def test_openai_masks_and_missing_pictures_are_refused(host):
+def test_openai_client_changes_what_the_mask_leaves_open(host):
+    extra = {"seed": "5", "steps": "4", "guidance": "5"}
+    start, white = base64.b64encode(png(picture(64))).decode(), half_mask(64, 64)
+    wanted = generated(host, steps=4, init_image=start, mask_image=base64.b64encode(png(white)).decode())
+    see_through = Image.merge("RGBA", [*Image.new("RGB", (64, 64), "red").split(), ImageOps.invert(white)])
+    for mask in (see_through, white):  # a picture without alpha is a mask as others use it
+        files = {"image": ("a.png", png(picture(64)), "image/png"), "mask": ("m.png", png(mask), "image/png")}
+        answer = client_of(host).images.edit(**files, prompt="a red car", response_format="b64_json", extra_body=extra)
+        assert (pixels(base64.b64decode(answer.data[0].b64_json)) == wanted).all()
+
+
+def test_a1111_changes_what_the_mask_leaves_open(host):
+    start, white = (base64.b64encode(png(image)).decode() for image in (picture(64), half_mask(64, 64)))
+    black = base64.b64encode(png(ImageOps.invert(half_mask(64, 64)))).decode()
+    body = {"prompt": "a red car", "seed": 5, "steps": 4, "cfg_scale": 5.0, "init_images": [start], "denoising_strength": 0.8}
+    wanted = generated(host, steps=4, init_image=start, mask_image=white, strength=0.8)
+    for mask in ({"mask": white}, {"mask": black, "inpainting_mask_invert": 1}):
+        made = a1111(host, "img2img", {**body, **mask}).json()["images"][0]
+        assert (pixels(base64.b64decode(made)) == wanted).all()
+    refused = a1111(host, "img2img", {**body, "mask": "nonsense", "inpainting_mask_invert": 1})
+    assert refused.status_code == 400 and refused.json()["detail"].startswith("mask: ")
+
+
+def png(image):
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def test_openai_missing_pictures_and_broken_masks_are_refused(host):
     answer = requests.post(host.url("/v1/images/edits"), data={"prompt": "a"}, files={"other": b"x"}, timeout=20)
     assert answer.status_code == 400 and "image is missing" in answer.json()["error"]["message"]
-    answer = requests.post(host.url("/v1/images/edits"), files={"image": b"x", "mask": b"x"}, timeout=20)
-    assert answer.status_code == 422 and "mask is not available" in answer.json()["error"]["message"]
+    answer = requests.post(host.url("/v1/images/edits"), files={"image": png(picture(64)), "mask": b"x"}, timeout=20)
+    assert answer.status_code == 400 and answer.json()["error"]["message"].startswith("mask_image: ")
 
 
 def test_openai_client_makes_a_video_as_a_job(video_host):
