@@ -119,7 +119,7 @@ def mask(image: Image.Image, *, pipe: Any, spec: ModelSpec, height: int, width: 
     pixels = np.asarray(image.convert("L").resize((width, height), Image.Resampling.LANCZOS))
     step = pipe.vae_scale_factor
     small = torch.from_numpy((pixels >= 128)[::step, ::step].astype(np.float32))
-    return pack(small.expand(1, pipe.vae.config.latent_channels, *small.shape), spec=spec)
+    return pack(small.expand(1, num_channels(pipe.vae), *small.shape), spec=spec)
 
 
 @contextmanager

@@ -23,7 +23,9 @@ def scheduler_of(spec):
     return "fm_euler" if spec.flow_matching else "ddim"
 
 
-@pytest.mark.parametrize("name", ["sdxl", "flux", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sd1", "sd2", "sd3"))])
+@pytest.mark.parametrize(
+    "name", ["sdxl", "flux", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sd1", "sd2", "sd3", "zimage", "qwenimage"))]
+)
 def test_one_device_draws_what_diffusers_inpainting_pipeline_draws(name, monkeypatch):
     monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mode())  # ours takes the middle too
     spec = TABLE[name]
@@ -36,7 +38,8 @@ def test_one_device_draws_what_diffusers_inpainting_pipeline_draws(name, monkeyp
         ours = pipe.generate(asked)
         theirs.scheduler = type(pipe.pipe.scheduler).from_config(pipe.pipe.scheduler.config)
         given = {"prompt": asked.prompt, "image": picture(SIDE), "mask_image": half_mask(SIDE, SIDE), "strength": strength}
-        size = {"height": SIDE, "width": SIDE, "num_inference_steps": 5, "guidance_scale": 3.0}
+        given |= {"negative_prompt": spec.empty_negative} if spec.empty_negative else {}
+        size = {"height": SIDE, "width": SIDE, "num_inference_steps": 5, spec.guidance_argument: 3.0}
         with torch.no_grad():
             made = theirs(**given, **size, generator=torch.Generator().manual_seed(asked.seed), output_type="latent").images
         wanted = latent_space.to_client_space(made, pipe=pipe.pipe, spec=spec, height=SIDE, width=SIDE)
