@@ -36,6 +36,7 @@ from benchmarks.closeness import psnr
 from benchmarks.decode import measure_decode
 from benchmarks.machine import Clock, peak_memory_mb, reset_peak_memory
 from benchmarks.models import SUBJECTS, Subject, num_parameters
+from benchmarks.profile import profiled
 from benchmarks.settings import SETTINGS
 
 
@@ -55,6 +56,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--warmup_steps", type=int, default=4, help="synchronous steps of each loop")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--profile", action="store_true", help="add where the time of one more steady step goes, by class of operator")
     parser.add_argument("--decode_side", type=int, default=64, help="side of the latents for the VAE decode; 0 leaves it out")
     return parser.parse_args()
 
@@ -171,8 +173,9 @@ def _loop(
             }
         )
     total = Clock.now().since(start)
+    figures = {"profile_ms": profiled(lambda: (subject.predict(sample, timestep), step_done()))} if arguments.profile else {}
     steady = steps[min(arguments.warmup_steps + 1, len(steps) - 1) :]  # the first steady step may still lay out buffers
-    figures = {
+    figures |= {
         "loop_s": round(total.wall_s, 3),
         "loop_cpu_s": round(total.cpu_s, 3),
         "steady_step_s": _median(steady, "wall_s"),
@@ -204,7 +207,7 @@ def _summary(rounds: list[dict[str, Any]], name: str) -> dict[str, Any]:
         "steady_step_s": [row["steady_step_s"] for row, _ in rows],
     }
     result = {key: round(statistics.median(values), 3) for key, values in ratios.items()}
-    kept = ("plan", "psnr_db", "max_difference", "steady_sent_mb_by_rank", "steady_wait_s_by_rank", "steady_cpu_s_by_rank")
+    kept = ("plan", "psnr_db", "profile_ms", "max_difference", "steady_sent_mb_by_rank", "steady_wait_s_by_rank", "steady_cpu_s_by_rank")
     return result | {key: rows[-1][0][key] for key in (*kept, "peak_memory_mb_by_rank") if key in rows[-1][0]}
 
 
