@@ -14,7 +14,7 @@ SETTINGS = MappingProxyType(
             "cfg_split": {},
             "full_sync": PATCHES | {"sync_mode": "full_sync"},
             "corrected_async_gn": PATCHES | {"sync_mode": "corrected_async_gn"},
-            "corrected_extrapolated": PATCHES | {"sync_mode": "corrected_async_gn", "extrapolate": True},
+            "corrected_plain": PATCHES | {"sync_mode": "corrected_async_gn", "extrapolate": False},
             "stale_gn": PATCHES | {"sync_mode": "stale_gn"},
             "sync_gn": PATCHES | {"sync_mode": "sync_gn"},
             "separate_gn": PATCHES | {"sync_mode": "separate_gn"},

@@ -222,7 +222,7 @@ class Settings:
     extrapolate: bool | None = _option(
         None,
         "asyncdiff",
-        "Extrapolate stale values from the last two steps; asyncdiff does without being asked (also distrifuser).",
+        "Extrapolate stale values from the last two steps; on if not given where it comes closer (also distrifuser).",
         parse=parse_switch,
         also=("distrifuser",),
     )

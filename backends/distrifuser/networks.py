@@ -33,18 +33,18 @@ class BandedNetwork:
         mode: SyncMode,
         schedule: Schedule,
         choose_axis: ChooseAxis,
-        extrapolates: bool = False,
+        keeps_older: bool = False,
         naive_scheme: str | None = None,
         gathers_output: bool = True,
     ) -> None:
-        """choose_axis: a call's arguments by name -> the ranks that share the call, and their weights.
+        """choose_axis: a call's arguments by name -> the ranks that share the call, and their weights. keeps_older: to extrapolate from.
 
         naive_scheme: exchange nothing at all, and cut in this way (row, col, alternate). gathers_output: False leaves the output as bands.
         """
         self.network = network
         self.name = name
         self._mesh, self._mode, self._schedule, self._choose_axis = mesh, mode, schedule, choose_axis
-        self._extrapolates = extrapolates
+        self._keeps_older = keeps_older
         self._naive_scheme = naive_scheme
         self._gathers_output = gathers_output
         self._cut = cut_of(network)
@@ -135,7 +135,7 @@ class BandedNetwork:
         layout = self._layout(sample, bands, (axis.rank + turn) % axis.size)
         call = _Call(axis=axis, bands=bands, turn=turn, layout=layout, exchange=exchange)
         if memory is not None:
-            memory.open(is_fresh=is_fresh, band=call.layout.band, axis=axis)
+            memory.open(is_fresh=is_fresh, band=call.layout.band, axis=axis, extrapolates=self._schedule.extrapolates)
         self._call = call
         return call
 
@@ -147,7 +147,7 @@ class BandedNetwork:
     def _memory(self) -> CallMemory:
         key = self._schedule.next_call(self.name)
         if key not in self._memories:
-            self._memories[key] = CallMemory(self._mode, extrapolates=self._extrapolates, traffic=self._mesh.traffic)
+            self._memories[key] = CallMemory(self._mode, keeps_older=self._keeps_older, traffic=self._mesh.traffic)
         return self._memories[key]
 
     def _bands(self, sample: Tensor, weights: tuple[float, ...]) -> Bands:

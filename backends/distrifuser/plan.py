@@ -43,7 +43,7 @@ def make_plan(spec: ModelSpec, options: Mapping[str, object], world_size: int) -
             "split_scheme": scheme,
             "patch_weights": weights,
             "warmup_steps": warmup_steps,
-            "extrapolate": bool(given.get("extrapolate", False)),
+            "extrapolate": given.get("extrapolate"),
         },
         reasons=tuple(_reasons(given, splits_batch, world_size, spec)),
     )

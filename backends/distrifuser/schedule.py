@@ -11,8 +11,10 @@ class Schedule:
     def __init__(self) -> None:
         self.start(synchronous_steps=0)
 
-    def start(self, *, synchronous_steps: int) -> None:
+    def start(self, *, synchronous_steps: int, extrapolates: bool = False) -> None:
+        """extrapolates: stale values are continued along the line of the last two steps."""
         self.synchronous_steps = synchronous_steps
+        self.extrapolates = extrapolates
         self.step = 0
         self._calls: Counter[str] = Counter()
 

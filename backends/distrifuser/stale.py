@@ -93,9 +93,11 @@ class Message:
 class CallMemory(Exchange):
     """The exchange of one call of one network, from step to step."""
 
-    def __init__(self, mode: SyncMode, *, extrapolates: bool, traffic: Traffic) -> None:
+    def __init__(self, mode: SyncMode, *, keeps_older: bool, traffic: Traffic) -> None:
+        """keeps_older: remember the values of the last two steps, so that a generation can extrapolate."""
         self._mode = mode
-        self._extrapolates = extrapolates
+        self._keeps_older = keeps_older
+        self._extrapolates = False
         self._traffic = traffic
         self._slots: list[Slot] = []
         self._messages: list[Message] = []
@@ -113,8 +115,9 @@ class CallMemory(Exchange):
             self._geometry = geometry
         return is_asked or self._num_steps == 0
 
-    def open(self, *, is_fresh: bool, band: int, axis: Axis) -> None:
+    def open(self, *, is_fresh: bool, band: int, axis: Axis, extrapolates: bool = False) -> None:
         """A call begins, of this band."""
+        self._extrapolates = extrapolates and self._keeps_older
         self._is_fresh, self._band, self._axis = is_fresh, band, axis
         self._index = 0
         self._held: list[Slot] | None = None
@@ -203,9 +206,7 @@ class CallMemory(Exchange):
         """Buffers for these operators: a few messages for what is sent later, single tensors for what is only kept."""
         self._slots = slots
         later = [slot for slot in slots if self._mode.action(slot.spec.kind) == "later"]
-        self._messages = [
-            Message(group, axis=self._axis, traffic=self._traffic, keeps_older=self._extrapolates) for group in _groups(later)
-        ]
+        self._messages = [Message(group, axis=self._axis, traffic=self._traffic, keeps_older=self._keeps_older) for group in _groups(later)]
 
     def _next_slot(self, kind: Kind, own: Tensor) -> Slot:
         """The slot of the operator that runs now, with its values of the step before at hand."""
