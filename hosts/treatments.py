@@ -20,6 +20,9 @@ def treatments(settings: Settings, *, backend: str, reasons: list[str], num_gpus
     if compile_settings is not None and not prewarm_steps:
         prewarm_steps = 1
         reasons.append("warm_up_steps=1: compiling happens in the first picture, so one is made before the host is ready")
+    if backend == "asyncdiff" and settings.warm_up_steps is None and not prewarm_steps:
+        prewarm_steps = 1
+        reasons.append("warm_up_steps=1: the first picture finds and times the denoiser's units, so one is made before the host is ready")
     return {
         "quantize": _quantize(settings, reasons),
         "compile": compile_settings,

@@ -24,10 +24,19 @@ def test_compile_switches_become_targets_and_one_picture_is_made_before_the_host
     assert start.load.prewarm_steps == 1
     assert any(reason.startswith("warm_up_steps=1: compiling happens") for reason in start.reasons)
     assert plan(compile_unet=True, warm_up_steps=5).load.prewarm_steps == 5
+    assert plan().load.prewarm_steps == 0
     assert plan(compile_backend="eager").load.compile is None
     both = plan(compile_unet=True, compile_mode="max-autotune", compile_options={"a": True}, torch_cache_limit=3, torch_capture_scalar=True)
     assert any(reason.startswith("--compile_mode has no effect: --compile_options") for reason in both.reasons)
     assert (both.load.compile.options, both.load.compile.cache_limit, both.load.compile.capture_scalar) == ({"a": True}, 3, True)
+
+
+def test_asyncdiff_finds_its_units_before_the_host_is_ready():
+    start = plan(num_ranks=2, backend="asyncdiff")
+    assert start.load.prewarm_steps == 1
+    assert any(reason.startswith("warm_up_steps=1: the first picture finds") for reason in start.reasons)
+    assert plan(num_ranks=2, backend="asyncdiff", warm_up_steps=0).load.prewarm_steps == 0
+    assert plan(num_ranks=1, backend="asyncdiff").load.prewarm_steps == 0
 
 
 @pytest.mark.parametrize(
