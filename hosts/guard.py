@@ -12,8 +12,8 @@ from hosts.incoming import client
 from hosts.startup import LOOPBACK_NAMES
 
 WILDCARDS = frozenset({"0.0.0.0", "::"})
-WITHOUT_KEY = frozenset({"/", "/page.css", "/page.js", "/healthz", "/livez", "/readyz"})
-"""The page must load before it can ask for the key; probes have none. Neither tells anything about jobs."""
+WITHOUT_KEY = frozenset({"/", "/page.css", "/page.js", "/docs", "/docs.js", "/healthz", "/livez", "/readyz"})
+"""The pages must load before they can ask for the key; probes have none. Neither tells anything about jobs."""
 
 
 class ForeignOrigin(HTTPException):

@@ -1,8 +1,9 @@
-"""The page at / and its two files, and the schema. Nothing is fetched from anywhere else."""
+"""The pages at / and /docs with their files, and the schema. Nothing is fetched from anywhere else."""
 
+import json
 from pathlib import Path
 
-from flask import Blueprint, Response, current_app, jsonify, send_from_directory
+from flask import Blueprint, Response, current_app, send_from_directory
 
 from hosts.schema import openapi
 
@@ -30,11 +31,22 @@ def script() -> Response:
     return _file("page.js")
 
 
+@blueprint.get("/docs")
+def docs() -> Response:
+    """The schema, for people."""
+    return _file("docs.html")
+
+
+@blueprint.get("/docs.js")
+def docs_script() -> Response:
+    return _file("docs.js")
+
+
 @blueprint.get("/openapi.json")
 def schema() -> Response:
-    """OpenAPI 3.1 of what this host serves."""
+    """OpenAPI 3.1 of what this host serves, in the order in which people read it."""
     host = current_app.extensions["host"]
-    return jsonify(openapi(host.spec, host.settings))
+    return Response(json.dumps(openapi(host.spec, host.settings)), mimetype="application/json")
 
 
 def _file(name: str) -> Response:

@@ -155,6 +155,24 @@ def test_keyboard_alone_is_enough(page):
     until(page, lambda: "2 steps" in caption(page))
 
 
+def test_schema_is_read_as_a_page_that_the_page_links_to(page, host, screenshots):
+    page.find_element("link text", "API").click()
+    until(page, lambda: find(page, "#Request tbody tr"))
+    document = requests.get(host.url("/openapi.json"), timeout=10).json()
+    calls = [call.text for call in page.find_elements("css selector", "#calls summary code")]
+    assert calls == [f"{method.upper()} {path}" for path, methods in document["paths"].items() for method in methods]
+    fields = {row.split(" ")[0]: row for row in find(page, "#Request tbody").text.splitlines()}
+    assert set(document["components"]["schemas"]["Request"]["properties"]) <= set(fields)
+    assert fields["num_inference_steps"] == "num_inference_steps integer from 1 to 1000 20 Sampling steps."
+    assert "euler_a" in fields["scheduler"]
+    find(page, "#calls details[id='post/v1/jobs'] summary").click()
+    assert f"curl -s {host.url('/v1/jobs')}" in find(page, "#calls details[open] pre").text
+    page.save_screenshot(screenshots / "docs.png")
+    size(page, 390, 1400)
+    assert page.execute_script("return document.documentElement.scrollWidth <= 390")
+    page.save_screenshot(screenshots / "docs-phone.png")
+
+
 def test_page_asks_nobody_else_and_logs_no_error(page, host):
     asked = page.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
     assert asked and all(name.startswith(host.url("/")) for name in asked)
