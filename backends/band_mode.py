@@ -22,12 +22,14 @@ from torch.overrides import TorchFunctionMode
 
 from backends import hooks
 from backends.bands import Bands, Grid, Line
-from backends.distributed import Axis, Traffic, gather_pieces
+from backends.distributed import Axis, Traffic, begin_gather, gather_pieces
 from backends.errors import UnsupportedError
 
 Kind = Literal["halo", "statistics", "attention"]
 ImageTokens = Literal["all", "first", "last"]
 NAME = "band attention"
+STRIPS_FROM = 48
+"""Rows of a band (per row of padding) from which computing the border rows of a convolution twice is cheaper than copying the band."""
 
 _TEMPORAL = (TransformerTemporalModel, AnimateDiffTransformer3D, TemporalBasicTransformerBlock)
 """Modules whose attention runs over frames: each pixel's column of time lies in one band as a whole."""
@@ -39,6 +41,11 @@ class Exchange(ABC):
     @abstractmethod
     def gather(self, kind: Kind, own: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
         """One value per band, in band order; `own` is this band's, `shapes` are those of all bands."""
+
+    def begin(self, kind: Kind, own: Tensor, shapes: Sequence[Sequence[int]]) -> Callable[[], list[Tensor]]:
+        """The same, while something else is computed: what it returns waits for the values, and must be called."""
+        pieces = self.gather(kind, own, shapes)
+        return lambda: pieces
 
     def moments(self, own: Tensor, shares: Sequence[float]) -> Tensor:
         """Mean and variance (2, N, G) of the whole picture from those of this band; `shares` are the bands' parts of it."""
@@ -54,6 +61,9 @@ class FreshExchange(Exchange):
 
     def gather(self, kind: Kind, own: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
         return gather_pieces(own, shapes, axis=self.axis, traffic=self.traffic)
+
+    def begin(self, kind: Kind, own: Tensor, shapes: Sequence[Sequence[int]]) -> Callable[[], list[Tensor]]:
+        return begin_gather(own, shapes, axis=self.axis, traffic=self.traffic)
 
 
 def combine(moments: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
@@ -131,18 +141,42 @@ class BandMode(TorchFunctionMode):
             return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
         above, below = pad, (rows - 1) * spread - pad - (step - 1)
         bands = self._grid.rows(x.shape[-2], x.shape[-1])
-        x = self._with_halo(x, bands, above, below, beyond=(pad, pad))
-        return F.conv2d(x, weight, bias, stride, (0, pad_width), dilation, groups)
+
+        def conv(part: Tensor, zero_rows: int) -> Tensor:
+            return F.conv2d(part, weight, bias, stride, (zero_rows, pad_width), dilation, groups)
+
+        if step == 1 and above == below and x.shape[-2] >= STRIPS_FROM * pad:
+            return self._conv_with_strips(x, bands, conv, pad)
+        return conv(self._with_halo(x, bands, above, below, beyond=(pad, pad)), 0)
+
+    def _conv_with_strips(self, x: Tensor, bands: Bands, conv: Callable[[Tensor, int], Tensor], pad: int) -> Tensor:
+        """A convolution that keeps the height: of the band alone while the neighbours' rows are on their way, then its outer rows again.
+
+        Not a copy of the whole band with two rows more, which on large pictures costs as much as the exchange.
+        """
+        arrived = self._begin_halo(x, bands, pad, pad)
+        output = conv(x, pad)
+        pieces, band = arrived(), self._grid.band
+        if band > 0:
+            output[..., :pad, :] = conv(torch.cat((_last_rows(pieces[band - 1], pad), x[..., : 2 * pad, :]), dim=-2), 0)
+        if band < len(bands) - 1:
+            output[..., -pad:, :] = conv(torch.cat((_last_rows(x, 2 * pad), pieces[band + 1][..., :pad, :]), dim=-2), 0)
+        return output
 
     def _with_halo(self, x: Tensor, bands: Bands, above: int, below: int, *, beyond: tuple[int, int]) -> Tensor:
         """The band with `above` rows of the band over it and `below` rows of the one under it; `beyond` zero rows at the picture's ends."""
         band, last = self._grid.band, len(bands) - 1
-        own = torch.cat(_border(x, band, last, above, below), dim=-2)
-        heights = [(below if i > 0 else 0) + (above if i < last else 0) for i in range(len(bands))]
-        pieces = self._exchange.gather("halo", own, [(*x.shape[:-2], height, x.shape[-1]) for height in heights])
+        pieces = self._begin_halo(x, bands, above, below)()
         top = x.new_zeros(*x.shape[:-2], beyond[0], x.shape[-1]) if band == 0 else _last_rows(pieces[band - 1], above)
         bottom = x.new_zeros(*x.shape[:-2], beyond[1], x.shape[-1]) if band == last else pieces[band + 1][..., :below, :]
         return torch.cat((top, x, bottom), dim=-2)
+
+    def _begin_halo(self, x: Tensor, bands: Bands, above: int, below: int) -> Callable[[], list[Tensor]]:
+        """Of each band its first `below` rows, for the band over it, then its last `above` rows, for the one under it."""
+        last = len(bands) - 1
+        own = torch.cat(_border(x, self._grid.band, last, above, below), dim=-2)
+        heights = [(below if i > 0 else 0) + (above if i < last else 0) for i in range(len(bands))]
+        return self._exchange.begin("halo", own, [(*x.shape[:-2], height, x.shape[-1]) for height in heights])
 
     def _group_norm(
         self, x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5

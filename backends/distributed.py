@@ -9,7 +9,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -301,19 +301,30 @@ def gather_pieces(piece: Tensor, shapes: Sequence[Sequence[int]], *, axis: Axis,
 
     shapes: of the piece of each rank of the axis.
     """
+    return begin_gather(piece, shapes, axis=axis, traffic=traffic)()
+
+
+def begin_gather(piece: Tensor, shapes: Sequence[Sequence[int]], *, axis: Axis, traffic: Traffic) -> Callable[[], list[Tensor]]:
+    """The same in the background. What it returns waits for the pieces, and must be called."""
     if axis.group is None:
-        return [piece]
+        return lambda: [piece]
     if torch.compiler.is_compiling():
-        return _gather_padded(piece, shapes, axis)
-    started = time.perf_counter()
-    piece = piece.contiguous()
-    sizes = [math.prod(shape) * piece.element_size() for shape in shapes]
-    received = torch.empty(sum(sizes) - sizes[axis.rank], dtype=torch.uint8, device=piece.device)
-    Swap(piece.view(-1).view(torch.uint8), received, sizes, axis=axis).wait()
-    traffic.add(piece, peers=axis.size - 1)
-    traffic.wait_s += time.perf_counter() - started
-    others = iter(received.split([size for rank, size in enumerate(sizes) if rank != axis.rank]))
-    return [piece if rank == axis.rank else next(others).view(piece.dtype).view(*shape) for rank, shape in enumerate(shapes)]
+        pieces = _gather_padded(piece, shapes, axis)
+        return lambda: pieces
+    own = piece.contiguous()
+    sizes = [math.prod(shape) * own.element_size() for shape in shapes]
+    received = torch.empty(sum(sizes) - sizes[axis.rank], dtype=torch.uint8, device=own.device)
+    swap = Swap(own.view(-1).view(torch.uint8), received, sizes, axis=axis)
+    traffic.add(own, peers=axis.size - 1)
+
+    def finish() -> list[Tensor]:
+        started = time.perf_counter()
+        swap.wait()
+        traffic.wait_s += time.perf_counter() - started
+        others = iter(received.split([size for rank, size in enumerate(sizes) if rank != axis.rank]))
+        return [own if rank == axis.rank else next(others).view(own.dtype).view(*shape) for rank, shape in enumerate(shapes)]
+
+    return finish
 
 
 def _gather_padded(piece: Tensor, shapes: Sequence[Sequence[int]], axis: Axis) -> list[Tensor]:
