@@ -13,11 +13,12 @@ from typing import Any
 from backends.distributed import broadcast_command, gather_outcomes
 from backends.errors import CancelledError, HostError, RankError
 from backends.request import GenerateRequest, LoadRequest
-from hosts.lifeline import EXIT_LOST_RANK
+from hosts.lifeline import EXIT_LOST_RANK, kill_rank
 
 logger = logging.getLogger(__name__)
 
 BEAT_S = 1.0
+STORE_RANK = 0
 OUT_OF_MEMORY = "out of memory"
 
 
@@ -134,10 +135,12 @@ class Watch:
         self._rank = rank
         self._others = [other for other in range(world_size) if other != rank]
         self._timeout_s = timeout_s
+        self._answered_at = time.monotonic()
 
     def start(self) -> None:
         if self._others:
             threading.Thread(target=self._run, name="watch", daemon=True).start()
+            threading.Thread(target=self._watch_store, name="watch of the store", daemon=True).start()
 
     def _run(self) -> None:
         self._store.set_timeout(timedelta(seconds=self._timeout_s))
@@ -146,13 +149,20 @@ class Watch:
             try:
                 self._store.set(f"beat/{self._rank}", str(beat))
                 lost = [other for other in self._others if self._is_lost(other, seen)]
-            except (RuntimeError, OSError) as error:  # the store lives in torchelastic's agent: it is gone, and so is the host
-                self._leave(f"the rendezvous store does not answer: {error}")
+            except (RuntimeError, OSError) as error:  # whoever holds the store is gone: rank 0, or torchelastic itself
+                self._leave(f"the rendezvous store does not answer: {error}", None)
                 return
             if lost:
-                self._leave(f"rank {lost[0]} has given no sign of life for {self._timeout_s:g} s")
+                self._leave(f"rank {lost[0]} has given no sign of life for {self._timeout_s:g} s", lost[0])
                 return
+            self._answered_at = time.monotonic()
             time.sleep(BEAT_S)
+
+    def _watch_store(self) -> None:
+        """The store lives in rank 0. If that hangs, no answer ever comes, and the store's own time-out does not count for this."""
+        while time.monotonic() - self._answered_at < self._timeout_s + BEAT_S:
+            time.sleep(BEAT_S)
+        self._leave(f"the rendezvous store in rank {STORE_RANK} has not answered for {self._timeout_s:g} s", STORE_RANK)
 
     def _is_lost(self, other: int, seen: dict[int, tuple[bytes, float]]) -> bool:
         key = f"beat/{other}"
@@ -162,8 +172,10 @@ class Watch:
             seen[other] = (beat, now)
         return now - seen[other][1] > self._timeout_s
 
-    def _leave(self, why: str) -> None:
+    def _leave(self, why: str, lost: int | None) -> None:
         logger.error("rank %d leaves: %s", self._rank, why)
         self._on_leave(why)
+        if lost is not None:
+            kill_rank(lost)
         logging.shutdown()
         os._exit(EXIT_LOST_RANK)

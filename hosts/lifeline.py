@@ -1,5 +1,6 @@
 """Ends this process with its parent, whatever killed that: no rank may outlive its launcher and hold the port and the GPU."""
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -68,6 +69,14 @@ def absent_ranks(local_ranks: range) -> list[int]:
         return []
     present = {rank for process in siblings if (rank := _rank_of(process)) is not None}
     return [rank for rank in local_ranks if rank not in present] if present else []
+
+
+def kill_rank(rank: int) -> None:
+    """SIGKILL for another rank of this machine. torchelastic would ask one that hangs to end, and wait half a minute for it."""
+    with contextlib.suppress(psutil.Error):
+        for process in psutil.Process(os.getppid()).children():
+            if process.pid != os.getpid() and _rank_of(process) == rank:
+                process.kill()
 
 
 def _rank_of(process: psutil.Process) -> int | None:
