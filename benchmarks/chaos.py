@@ -1,0 +1,242 @@
+"""python -m benchmarks.chaos --rounds=100: break a host of two ranks again and again while clients want pictures, and count what is lost.
+
+Each round strikes one rank at a random moment (idle, in a step, in a decode, while it loads after the round before): SIGKILL, SIGSTOP (a
+rank that hangs), or an exception. Then it waits until the host draws again. At the end every job that the host has accepted must be done
+with the picture it would have been without faults, or failed with a reason. Prints JSON; lost and wrong_pictures must be 0.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import io
+import json
+import random
+import signal
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import requests
+from PIL import Image
+
+from tests.hosts.harness import RunningHost, session, start_launcher
+
+FAULTS_FOLDER = Path(__file__).resolve().parent.parent / "tests" / "hosts" / "faults"
+KINDS = {"kill": 4, "stop": 2, "exception in the denoiser": 2, "exception in the decoder": 2}
+"""Fault -> how often it is drawn."""
+PLACES = {"exception in the denoiser": "denoiser", "exception in the decoder": "decode"}
+PROMPTS = ("a red circle on a blue background", "a yellow star", "a green square")
+SEEDS = (1, 2)
+OUTSTANDING = 3
+EARLY_SHARE = 0.2
+"""Of the rounds that begin while the host still recovers from the round before."""
+RECOVERED_WITHIN_S = 300
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--side", type=int, default=64)
+    parser.add_argument("--failure-timeout", type=int, default=10)
+    parser.add_argument("--give-up-at", type=Path, help="end early, with what was counted, once this file exists")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
+        fault_file = Path(folder) / "next"
+        fault_file.touch()
+        arguments = (
+            *("--type=sdxl", "--nproc_per_node=2", f"--height={options.side}", f"--width={options.side}"),
+            *("--max_restarts=1000", f"--failure_timeout={options.failure_timeout}", f"--state_dir={folder}/state"),
+            *("--keep_results=100000", "--keep_results_mb=10000"),
+        )
+        with start_launcher(*arguments, environment={"PYTHONPATH": str(FAULTS_FOLDER), "FAULT_FILE": str(fault_file)}) as host:
+            result = run(host, fault_file, options)
+    print(json.dumps(result, indent=2))
+    sys.exit(1 if result["lost"] or result["wrong_pictures"] else 0)
+
+
+def run(host: RunningHost, fault_file: Path, options: argparse.Namespace) -> dict[str, Any]:
+    host.wait_until_ready()
+    load = Load(host, steps=options.steps)
+    load.draw_references()
+    load.start()
+    chance = random.Random(options.seed)
+    struck: list[tuple[str, float]] = []
+    started = time.monotonic()
+    try:
+        for number in range(options.rounds):
+            if options.give_up_at is not None and options.give_up_at.exists():
+                break
+            kind = chance.choices(list(KINDS), list(KINDS.values()))[0]
+            seconds = one_round(host, load, fault_file, kind, rank=chance.randrange(2), chance=chance)
+            struck.append((kind, seconds))
+            print(f"round {number + 1}: {kind}, {seconds:.1f} s", file=sys.stderr, flush=True)
+    finally:
+        load.stop()
+    return report(load, struck, wall_s=time.monotonic() - started) | {"seed": options.seed}
+
+
+def one_round(host: RunningHost, load: "Load", fault_file: Path, kind: str, *, rank: int, chance: random.Random) -> float:
+    """Seconds from the fault until the host has drawn another picture (or, for an early next round, until its ranks are there again)."""
+    time.sleep(chance.uniform(0, 0.6))
+    if kind in PLACES:
+        since = time.monotonic()
+        fault_file.write_text(f"{rank} {PLACES[kind]}")
+        wait_until(host, lambda: not fault_file.read_text().strip(), "the exception was raised")
+    else:
+        old = wait_for_ranks(host, set())
+        since = time.monotonic()
+        old[rank].send_signal(signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
+        new = wait_for_ranks(host, set(old.values()))
+        if chance.random() < EARLY_SHARE:
+            time.sleep(chance.uniform(0, 3))  # somewhere in the load
+            new[chance.randrange(2)].kill()
+            wait_for_ranks(host, set(old.values()) | set(new.values()))
+    drawn = load.num_over
+    wait_until(host, lambda: load.num_over > drawn, "a picture was drawn after the fault")
+    return time.monotonic() - since
+
+
+def wait_for_ranks(host: RunningHost, old: set[Any]) -> dict[int, Any]:
+    """Both ranks, once both are there and neither is one of `old`."""
+    found: dict[int, Any] = {}
+
+    def are_there() -> bool:
+        found.clear()
+        found.update(host.ranks())
+        return len(found) == 2 and not old & set(found.values())
+
+    wait_until(host, are_there, "two new ranks were started")
+    return found
+
+
+def wait_until(host: RunningHost, condition: Any, what: str) -> None:
+    deadline = time.monotonic() + RECOVERED_WITHIN_S
+    while not condition():
+        if host.process.poll() is not None or time.monotonic() > deadline:
+            sys.exit(f"chaos: not within {RECOVERED_WITHIN_S} s: {what}. The host's log ends:\n{host.log[-6000:]}")
+        time.sleep(0.05)
+
+
+class Load(threading.Thread):
+    """A client that always wants some pictures, and remembers what it was promised."""
+
+    def __init__(self, host: RunningHost, *, steps: int) -> None:
+        super().__init__(daemon=True)
+        self._host = host
+        self._steps = steps
+        self._session = session()
+        self._stopping = threading.Event()
+        self._number = 0
+        self.references: dict[tuple[str, int], str] = {}
+        self.accepted: dict[str, tuple[str, int]] = {}
+        self.over: dict[str, dict[str, Any]] = {}
+        self.pictures: dict[str, set[str]] = {}
+
+    @property
+    def num_over(self) -> int:
+        return len(self.over)
+
+    def draw_references(self) -> None:
+        """Every picture once, before anything goes wrong."""
+        for prompt in PROMPTS:
+            for seed in SEEDS:
+                answer = self._host.post(self._body(prompt, seed), headers={"Accept": "image/png"})
+                answer.raise_for_status()
+                self.references[prompt, seed] = digest(answer.content)
+
+    def run(self) -> None:
+        while not self._stopping.is_set() or set(self.accepted) - set(self.over):
+            if not self._stopping.is_set() and len(self.accepted) - len(self.over) < OUTSTANDING:
+                self._send()
+            self._look()
+            time.sleep(0.05)
+
+    def stop(self) -> None:
+        """Send no more, and wait for what was accepted. What is not over then is lost."""
+        self._stopping.set()
+        self.join(timeout=RECOVERED_WITHIN_S)
+
+    def _body(self, prompt: str, seed: int) -> dict[str, Any]:
+        return {"prompt": prompt, "seed": seed, "num_inference_steps": self._steps}
+
+    def _send(self) -> None:
+        """One job; the same key until it is accepted, so that an answer that was lost makes no second job."""
+        prompt, seed = PROMPTS[self._number % len(PROMPTS)], SEEDS[self._number // len(PROMPTS) % len(SEEDS)]
+        answer = self._ask("post", "/v1/jobs", json=self._body(prompt, seed), headers={"Idempotency-Key": f"chaos-{self._number}"})
+        if answer is not None and answer.status_code == 202:
+            self.accepted[answer.json()["id"]] = (prompt, seed)
+            self._number += 1
+
+    def _look(self) -> None:
+        for job_id in [job_id for job_id in self.accepted if job_id not in self.over]:
+            answer = self._ask("get", f"/v1/jobs/{job_id}")
+            if answer is None or answer.status_code >= 500:
+                return
+            facts = answer.json() if answer.status_code == 200 else {"state": "lost", "error": answer.text}
+            if facts["state"] in ("queued", "running"):
+                continue
+            if facts["state"] == "done" and not self._fetch(job_id):
+                return
+            self.over[job_id] = facts
+
+    def _fetch(self, job_id: str) -> bool:
+        answer = self._ask("get", f"/v1/jobs/{job_id}/result", headers={"Accept": "image/png"})
+        if answer is None or answer.status_code != 200:
+            return False
+        self.pictures.setdefault(job_id, set()).add(digest(answer.content))
+        return True
+
+    def fetch_again(self) -> None:
+        """Every picture once more: it must be the one that was delivered."""
+        for job_id, facts in self.over.items():
+            if facts["state"] == "done" and not self._fetch(job_id):
+                facts["state"] = "lost"
+
+    def _ask(self, method: str, path: str, **kwargs: Any) -> requests.Response | None:
+        """None while nobody answers."""
+        with contextlib.suppress(requests.RequestException):
+            return self._session.request(method, self._host.url(path), timeout=20, **kwargs)
+        return None
+
+
+def digest(png: bytes) -> str:
+    """Of the pixels: the file also holds the settings."""
+    return hashlib.sha256(Image.open(io.BytesIO(png)).tobytes()).hexdigest()
+
+
+def report(load: Load, struck: list[tuple[str, float]], *, wall_s: float) -> dict[str, Any]:
+    load.fetch_again()
+    states = Counter(facts["state"] for facts in load.over.values())
+    lost = [job_id for job_id in load.accepted if load.over.get(job_id, {"state": "lost"})["state"] == "lost"]
+    wrong = [job_id for job_id, seen in load.pictures.items() if seen != {load.references[load.accepted[job_id]]}]
+    seconds = [one for _, one in struck] or [0.0]
+    by_kind = {kind: [one for name, one in struck if name == kind] for kind in KINDS}
+    return {
+        "rounds": len(struck),
+        "accepted": len(load.accepted),
+        "done": states["done"],
+        "failed_with_reason": sum(facts["state"] == "failed" and bool(facts["error"]) for facts in load.over.values()),
+        "reasons": sorted({facts["error"] for facts in load.over.values() if facts["state"] == "failed"})[:5],
+        "begun_more_than_once": sum(facts.get("attempts", 1) > 1 for facts in load.over.values()),
+        "lost": len(lost),
+        "wrong_pictures": len(wrong),
+        "recovery_worst_s": round(max(seconds), 2),
+        "recovery_median_s": round(statistics.median(seconds), 2),
+        "by_fault": {
+            kind: {"rounds": len(some), "median_s": round(statistics.median(some), 2), "worst_s": round(max(some), 2)}
+            for kind, some in by_kind.items()
+            if some
+        },
+        "wall_s": round(wall_s, 1),
+    }
+
+
+if __name__ == "__main__":
+    main()
