@@ -67,6 +67,7 @@ setup(
             "pytest-timeout",
             "requests",
             "ruff",
+            "schemathesis",
             "selenium",
         ],
     },

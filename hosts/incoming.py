@@ -24,6 +24,8 @@ def json_object() -> Mapping[str, Any]:
         body = request.get_json()
     except BadRequest as error:
         raise RequestError(f"the body is not valid JSON: {error.description}") from error
+    except RecursionError as error:
+        raise RequestError("the body is not valid JSON: its lists and objects are nested too deeply. Send a flat object.") from error
     if not isinstance(body, Mapping):
         raise RequestError(f"the body must be one JSON object, not {type(body).__name__}.")
     return body

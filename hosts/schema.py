@@ -17,6 +17,16 @@ VERSION = "0.1.0"
 ENCODED = "base64 of a PNG, JPEG or WebP file, with or without a data: header; old clients send base64 of a pickle."
 EVENTS = "text/event-stream"
 
+LIMITED = {
+    "num_inference_steps": "max_steps",
+    "height": "max_side",
+    "width": "max_side",
+    "num_frames": "max_frames",
+    "prompt": "max_prompt_chars",
+    "negative_prompt": "max_prompt_chars",
+}
+"""Request field -> the launch argument that bounds it."""
+BOUND = {"integer": "maximum", "string": "maxLength"}
 JOB_ID = {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
 IDEMPOTENCY_KEY = {
     "name": "Idempotency-Key",
@@ -101,6 +111,8 @@ def _schemas(spec: ModelSpec, settings: Settings) -> dict[str, Any]:
     for name in ("height", "width", "num_inference_steps", "guidance_scale", "num_frames"):
         if name in fields:
             fields[name]["default"] = getattr(settings, name, None) or getattr(spec, name)
+    for name, limit in LIMITED.items():
+        _bound(fields.get(name, {}), settings, limit)
     fields["scheduler"]["examples"] = [name for name, facts in SCHEDULERS.items() if facts.flow == spec.flow_matching]
     job = {
         "id": {"type": "string"},
@@ -126,6 +138,13 @@ def _schemas(spec: ModelSpec, settings: Settings) -> dict[str, Any]:
         "Error": {"type": "object", "properties": error, "required": list(error)},
         "Object": {"type": "object"},
     }
+
+
+def _bound(field: dict[str, Any], settings: Settings, limit: str) -> None:
+    """Write the operator's limit into the kind that has one: the field may also be null."""
+    for kind in field.get("anyOf", [field]):
+        if kind.get("type") in BOUND:
+            kind[BOUND[kind["type"]]] = getattr(settings, limit)
 
 
 def _unused(spec: ModelSpec, settings: Settings) -> set[str]:

@@ -156,6 +156,12 @@ def test_bad_json_is_answered_as_an_error(data, client):
     assert "not valid JSON" in assert_is_error(answer.get_json())
 
 
+def test_json_that_is_nested_too_deeply_is_answered_as_an_error(client):
+    answer = client.post("/generate", data=b"[" * 100_000, content_type="application/json")
+    assert answer.status_code == 400
+    assert "nested too deeply" in assert_is_error(answer.get_json())
+
+
 @pytest.mark.parametrize("data", [b"[]", b'"text"', b"5", b"null"])
 def test_json_that_is_no_object_is_answered_as_an_error(data, client):
     answer = client.post("/generate", data=data, content_type="application/json")
