@@ -73,6 +73,7 @@ class AsyncDiffBackend(Backend):
         self._hooks, self.segments = None, None
 
     def begin(self, run: Run) -> None:
+        super().begin(run)
         if self._hooks is None:
             return
         if not self._hooks.is_current():
@@ -88,10 +89,12 @@ class AsyncDiffBackend(Backend):
         )
 
     def step_done(self) -> None:
+        super().step_done()
         if self._generation is not None:
             self._generation.step_done()
 
     def end(self) -> None:
+        super().end()
         generation, self._generation = self._generation, None
         if generation is None:
             return
@@ -115,13 +118,18 @@ class AsyncDiffBackend(Backend):
             arguments = {**dict(zip(names, args, strict=False)), **kwargs}
             if self._generation is None:
                 return forward(**arguments)
-            if self.segments is None:
-                self.segments = self._learn(lambda: forward(**_copy_lists(arguments)), arguments[names[0]])
-                if self.plan.options["shard_weights"]:
-                    self._sharded = self._keep_own_segment(self.segments)
-            return self._generation.evaluate(self._hooks, self.segments, forward, arguments, names[0])
+            if isinstance(arguments[names[0]], list):
+                return _listed(self._evaluate(_from_tensors(forward, names), _as_tensors(arguments, names), names[0]))
+            return self._evaluate(forward, arguments, names[0])
 
         return around
+
+    def _evaluate(self, forward: Callable[..., Any], arguments: dict[str, Any], input_name: str) -> Any:
+        if self.segments is None:
+            self.segments = self._learn(lambda: forward(**_copy_lists(arguments)), arguments[input_name])
+            if self.plan.options["shard_weights"]:
+                self._sharded = self._keep_own_segment(self.segments)
+        return self._generation.evaluate(self._hooks, self.segments, forward, arguments, input_name)
 
     def _learn(self, call: Callable[[], Any], model_input: torch.Tensor) -> Segments:
         """Find the units in a real call, weigh them, and cut. Rank 0 weighs and decides; all ranks get its cuts."""
@@ -167,3 +175,25 @@ class AsyncDiffBackend(Backend):
 def _copy_lists(arguments: dict[str, Any]) -> dict[str, Any]:
     """Some denoisers take items off a list they are given (ControlNet residuals of HunyuanDiT), and this call is made several times."""
     return {name: list(value) if isinstance(value, list) else value for name, value in arguments.items()}
+
+
+def _as_tensors(arguments: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    """Of a denoiser that takes its pictures as a list, first, and the timestep second: one tensor (B, ...), and `timestep`."""
+    pictures, timestep, *_ = names
+    others = {name: value for name, value in arguments.items() if name not in (pictures, timestep)}
+    return {pictures: torch.stack(arguments[pictures]), "timestep": arguments[timestep], **others}
+
+
+def _from_tensors(forward: Callable[..., Any], names: list[str]) -> Callable[..., Any]:
+    """`forward` for such arguments; its prediction is one tensor too."""
+    pictures, timestep, *_ = names
+
+    def call(**arguments: Any) -> Any:
+        given = {pictures: list(arguments.pop(pictures).unbind()), timestep: arguments.pop("timestep")}
+        return (torch.stack(forward(**given, **arguments)[0]),)
+
+    return call
+
+
+def _listed(output: tuple[Any]) -> tuple[list[Any]]:
+    return (list(output[0].unbind()),)

@@ -36,12 +36,14 @@ def request(name: str, **fields: Any) -> GenerateRequest:
     base: dict[str, Any] = {"seed": 1, "num_inference_steps": 4, "height": SIZE, "width": SIZE, "guidance_scale": 3.0}
     if name != "svd":
         base |= {"prompt": "a photo of a cat", "negative_prompt": "red"}
-    if name == "flux":
+    if read_table()[name].guidance == "distilled":
         del base["negative_prompt"]
     if name in ("svd", "sdup"):
         base["image"] = picture(SIZE // 4 if name == "sdup" else SIZE)
     if name in ("svd", "ad"):
         base["num_frames"] = 4
+    if name == "wan_t2v":
+        base["num_frames"] = 5
     return GenerateRequest(**(base | fields))
 
 

@@ -85,10 +85,19 @@ THREE = [{"model_n": 3}, {"model_n": 2, "stride": 2}]
         (3, THREE, ["sdxl"]),
         pytest.param(3, THREE, ["sd3", "flux"], marks=pytest.mark.slow),
         pytest.param(4, [{"model_n": 3, "stride": 2}], ["sdxl", "sd3", "flux"], marks=pytest.mark.slow),
+        pytest.param(2, [{"model_n": 2}], ["zimage", "flux2"], marks=pytest.mark.slow),
     ],
-    ids=["2 ranks", "3 ranks", "3 ranks, transformers", "4 ranks"],
+    ids=["2 ranks", "3 ranks", "3 ranks, transformers", "4 ranks", "2 ranks, newer types"],
 )
 def test_stale_schedule_equals_its_simulation(run_on_ranks, world_size, degrees, names):
     prepare(*names)
     options = [degree | shift for degree in degrees for shift in SHIFTS]
     run_on_ranks(check_equals_simulation, world_size, names, options, {})
+
+
+@pytest.mark.slow
+def test_stale_schedule_of_types_with_two_calls_a_step_equals_its_simulation(run_on_ranks):
+    """The simulation knows one call a step, so guidance is off."""
+    names = ["qwenimage", "wan_t2v"]
+    prepare(*names)
+    run_on_ranks(check_equals_simulation, 2, names, [{"model_n": 2}], {"guidance_scale": 1.0})
