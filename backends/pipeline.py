@@ -34,6 +34,7 @@ from backends.quantization import quantize
 from backends.request import Array, GenerateRequest, GenerateResult, LoadRequest
 from backends.schedule import Schedule
 from backends.schedulers import build_scheduler, parse_scheduler
+from backends.stage_clock import StageClock
 from backends.step_driver import Start, StepDriver
 from backends.vae import attach_band_decode, detach_band_decode, shares_decode
 from backends.weights import DTYPES, load_pipe
@@ -80,6 +81,7 @@ class LoadedPipeline:
         self._backend: Backend | None = None
         self._previewer = Previewer(pipe, spec=spec)
         self._run_now: Run | None = None
+        self._clock = StageClock()
         self._loras = LoraSet(pipe, spec)
         self._loras.use({**load.lora, **load.motion_lora})
         self._prompts = WeightedPrompts(pipe, spec) if load.compel else None
@@ -153,13 +155,20 @@ class LoadedPipeline:
         )
 
     def _report(self, request: GenerateRequest) -> dict[str, Any]:
+        self._clock.end()
         report = dict(self._backend.report()) if self._backend is not None else {}
+        report["stages"] = {stage: round(seconds, 4) for stage, seconds in self._clock.seconds().items()}
         if self._bytes_saved:
             report["bytes_saved"] = self._bytes_saved
         if self._prompts is None and (unread := unread_tokens(self.pipe, self.spec, request)) > 0:
             logger.warning("the last %d tokens of the prompt were not read; with --compel they would be", unread)
             report["unread_tokens"] = unread
         return report
+
+    @property
+    def spans(self) -> list[tuple[str, float, float]]:
+        """What the last generation did when: see StageClock."""
+        return self._clock.spans
 
     def preview(self, latents: Tensor) -> Array | None:
         """uint8 (h, w, 3) of the generation that runs now, from what `on_step` was given. None for a VAE that cannot tell."""
@@ -221,6 +230,7 @@ class LoadedPipeline:
 
     def _run(self, request: GenerateRequest, scheduler: Any, on_step: OnStep | None) -> tuple[Array, Array | None, int]:
         """uint8 frames, latents in client space (or None), scheduler steps made."""
+        clock = self._clock = StageClock()
         if request.init_image is not None:
             start = latent_space.encode(request.init_image, pipe=self.pipe, height=request.height, width=request.width)
             request = request.model_copy(update={"latents": start})
@@ -238,6 +248,7 @@ class LoadedPipeline:
         arguments |= {name: value for name, value in added.items() if name in self.signature.parameters}
         start = self._start(request)
         driver = StepDriver(scheduler, schedule, start=start, on_step=self._step_reporter(on_step), generator=arguments["generator"])
+        driver.on_start = lambda: clock.next("step")
         with driver, visible_clip_layers(self.pipe, request), self._seeded(request):
             if driver.latents is not None:
                 arguments["latents"] = driver.latents
@@ -279,6 +290,7 @@ class LoadedPipeline:
                 self._backend.step_done()
             if on_step is not None:
                 on_step(index + 1, num_steps, sample)
+            self._clock.next("decode" if index + 1 == num_steps else "step")
 
         return report
 

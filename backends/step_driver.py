@@ -62,6 +62,7 @@ class StepDriver:
     step of the schedule is two of them, the last one excepted; PNDM needs one more than the schedule has steps.
     latents: what the pipeline must be given as `latents`; None without a start. It is filled in when set_timesteps is called.
     generator: for schedulers that draw noise in step; used where the pipeline passes none.
+    on_start: is called when the pipeline has chosen its timesteps, which is between encoding and denoising.
     Raises RequestError if this scheduler cannot follow this schedule: here for lists, in set_timesteps for windows.
     """
 
@@ -82,6 +83,7 @@ class StepDriver:
         self._schedule = schedule
         self._start = start
         self._on_step = on_step
+        self.on_start: Callable[[], None] = lambda: None
         self._generator = generator
         self._takes_generator = "generator" in inspect.signature(self._class.step).parameters
         self._all_timesteps = torch.empty(0)
@@ -136,6 +138,7 @@ class StepDriver:
         self._done = 0
         if self._start is not None:
             self.latents.copy_(noised_start(self._scheduler, self._start, self._schedule, self._own_timesteps[:1]))
+        self.on_start()
 
     def _list_arguments(self, num_inference_steps: int | None, sigmas: Sequence[float] | None) -> dict[str, Any]:
         """The list of the schedule, else the pipeline's own default, in the arguments this class has."""

@@ -92,7 +92,8 @@ def events(job_id: str) -> Response:
 def file_response(job: Job, content_type: str, *, frames_per_s: float = wire.FRAMES_PER_S) -> Response:
     """The finished job's picture or video, with its settings in a PNG's metadata."""
     made = job.wait()
-    data = wire.encode(made, content_type, metadata=json.dumps(made.resolved), frames_per_s=frames_per_s)
+    with current_app.extensions["metrics"].serialising():
+        data = wire.encode(made, content_type, metadata=json.dumps(made.resolved), frames_per_s=frames_per_s)
     extension = wire.EXTENSIONS[content_type]
     headers = {"X-Seed": str(made.seed), "Content-Disposition": f'inline; filename="{job.id}.{extension}"'}
     return Response(data, mimetype=content_type, headers=headers)

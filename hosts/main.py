@@ -85,7 +85,7 @@ def run_rank(
     """
     lifeline.die_with_parent(is_torchelastic="TORCHELASTIC_RUN_ID" in os.environ)
     place = Place.from_environment()
-    log.configure(rank=place.rank)
+    log.configure(rank=place.rank, log_format=settings.log_format)
     for name, value in LIBRARY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     start = None
@@ -97,6 +97,7 @@ def run_rank(
     if problem is not None and after_failed_load == "exit":
         return _fatal(problem)
     state = HostState()
+    state.tell({"restarts": int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))})
     try:
         store = _open_store(settings) if place.rank == 0 else None
         queue = _queue(settings, store)

@@ -1,5 +1,7 @@
 """GET /metrics for Prometheus: jobs by outcome, time in the queue and at work, and what each rank reported last."""
 
+import contextlib
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +14,7 @@ from hosts.state import HostState, Phase
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 SECONDS = (0.1, 0.5, 1, 2, 5, 10, 20, 60, 120, 300, 600, 1800)
+STAGES = {"step": "denoise"}
 RANK_FIGURES = {
     "memory_bytes": "Memory of the rank: of its GPU where it has one, else of its process.",
     "seconds": "Duration of the last job on the rank.",
@@ -30,6 +33,9 @@ class Metrics:
         self._jobs = Counter("diffusion_jobs", "Jobs that are over, by outcome.", ["state"], registry=self._registry)
         self._waited = Histogram("diffusion_queue_seconds", "Time in the queue.", buckets=SECONDS, registry=self._registry)
         self._worked = Histogram("diffusion_job_seconds", "Time at work on a job that was done.", buckets=SECONDS, registry=self._registry)
+        self._stages = Histogram(
+            "diffusion_stage_seconds", "Time of one stage of a job on rank 0.", ["stage"], buckets=SECONDS, registry=self._registry
+        )
         self._registry.register(self)
         queue.on_end.append(self._ended)
 
@@ -40,6 +46,7 @@ class Metrics:
     def collect(self) -> Iterator[Any]:
         """What is read off at the moment of asking."""
         yield GaugeMetricFamily("diffusion_jobs_waiting", "Jobs in the queue.", value=self._queue.num_waiting)
+        yield GaugeMetricFamily("diffusion_restarts", "How often the ranks were started again.", value=self._state.facts.get("restarts", 0))
         yield GaugeMetricFamily("diffusion_ready", "1 while pictures can be made.", value=float(self._state.phase is Phase.READY))
         ranks = self._state.facts.get("ranks_now", [])
         for name, meaning in RANK_FIGURES.items():
@@ -55,3 +62,12 @@ class Metrics:
             self._waited.observe(job.started_s - job.created_s)
             if job.result is not None:
                 self._worked.observe(job.ended_s - job.started_s)
+                for stage, seconds in job.result.report.get("stages", {}).items():
+                    self._stages.labels(stage=STAGES.get(stage, stage)).observe(seconds)
+
+    @contextlib.contextmanager
+    def serialising(self) -> Iterator[None]:
+        """Around the encoding of a result for a client."""
+        started = time.perf_counter()
+        yield
+        self._stages.labels(stage="serialise").observe(time.perf_counter() - started)

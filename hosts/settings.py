@@ -100,6 +100,7 @@ class Settings:
         5, "start", "Seconds after which the job of a client that went away is cancelled; 0 keeps it.", parse=whole(0, 86_400)
     )
     exit_with_parent: bool = _switch("start", "End with the process that started this one, for programs that start a host.")
+    log_format: str = _option("text", "start", "Lines of the log: text or json.", parse=one_of("text", "json"))
     check: bool = _switch("start", "Print the resolved plan and exit without loading weights.")
     json: bool = _switch("start", "With --check or --list: print JSON.")
     list: bool = _switch("start", "Print the matrix of model types and backends and exit.")

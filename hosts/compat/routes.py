@@ -49,12 +49,13 @@ def generate() -> Response:
 def legacy_body(result: GenerateResult, *, spec: ModelSpec) -> dict[str, Any]:
     """ComfyUI unpacks two values exactly when `latent` is there, so it is there exactly for the types whose nodes want two."""
     is_image = spec.output == "image"
-    frames = wire.pictures(result)
-    body: dict[str, Any] = {
-        "message": "OK",
-        "output": codec.encode_image(frames[0]) if is_image else codec.encode_frames(frames),
-        "is_image": is_image,
-    }
-    if spec.returns_latents:
-        body["latent"] = codec.encode_latents(result.latents)
+    with current_app.extensions["metrics"].serialising():
+        frames = wire.pictures(result)
+        body: dict[str, Any] = {
+            "message": "OK",
+            "output": codec.encode_image(frames[0]) if is_image else codec.encode_frames(frames),
+            "is_image": is_image,
+        }
+        if spec.returns_latents:
+            body["latent"] = codec.encode_latents(result.latents)
     return body

@@ -185,3 +185,16 @@ def test_speed_of_a_video_must_be_a_number(host):
     done = wait_for(host, send(host, BODY)["id"], "done")
     answer = requests.get(host.url(done["links"]["result"] + "?fps=fast"), timeout=20)
     assert answer.status_code == 400 and "fps='fast' is not allowed" in assert_is_error(answer.json())
+
+
+def test_stages_of_a_job_are_told_and_counted(host):
+    sent = send(host, BODY)
+    wait_for(host, sent["id"], "done")
+    stages = requests.get(host.url("/settings"), timeout=20).json()["last_report"]["stages"]
+    assert list(stages) == ["encode", "step", "decode"] and all(seconds > 0 for seconds in stages.values())
+    requests.get(host.url(sent["links"]["result"]), timeout=20).raise_for_status()
+    text = requests.get(host.url("/metrics"), timeout=20).text
+    for stage in ("encode", "denoise", "decode", "serialise"):
+        count = next(line for line in text.splitlines() if line.startswith(f'diffusion_stage_seconds_count{{stage="{stage}"}}'))
+        assert float(count.split()[-1]) >= 1
+    assert "diffusion_restarts 0.0" in text
