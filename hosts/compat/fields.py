@@ -146,8 +146,8 @@ def _pictures(given: Mapping[str, Any], spec: ModelSpec, accepted: Accepted) -> 
             continue
         percent = given.get(f"{name}_scale", accepted.image_scale)
         many = given[source] if isinstance(given[source], list) else [given[source]]
-        if len(many) > MAX_PICTURES:
-            raise RequestError(f"{source} holds {len(many)} pictures. Allowed: up to {MAX_PICTURES}.", field=source)
+        if not 1 <= len(many) <= MAX_PICTURES:
+            raise RequestError(f"{source} holds {len(many)} pictures. Allowed: 1 to {MAX_PICTURES}.", field=source)
         limits = DecodeLimits(max_pixels=accepted.limits.max_image_megapixels * 10**6)
         images = [codec.decode_image_or_path(one, field=source, allowed_dirs=accepted.image_dirs, limits=limits) for one in many]
         images = [_scaled(image, percent, f"{name}_scale", limits) for image in images]

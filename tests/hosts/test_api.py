@@ -191,7 +191,7 @@ def test_stages_of_a_job_are_told_and_counted(host):
     sent = send(host, BODY)
     wait_for(host, sent["id"], "done")
     stages = requests.get(host.url("/settings"), timeout=20).json()["last_report"]["stages"]
-    assert list(stages) == ["encode", "step", "decode"] and all(seconds > 0 for seconds in stages.values())
+    assert set(stages) == {"encode", "step", "decode"} and all(seconds > 0 for seconds in stages.values())
     requests.get(host.url(sent["links"]["result"]), timeout=20).raise_for_status()
     text = requests.get(host.url("/metrics"), timeout=20).text
     for stage in ("encode", "denoise", "decode", "serialise"):

@@ -240,7 +240,9 @@ def test_pictures_are_limited_in_size_and_number(queue, state):
     assert grown.status_code == 400
     assert "makes a picture of 2000x1000, more than 1000000 pixels (--max_image_megapixels)" in assert_is_error(grown.get_json())
     many = client.post("/generate", json={"positive": "a", "control_image": [small] * 17})
-    assert many.status_code == 400 and "control_image holds 17 pictures. Allowed: up to 16." in assert_is_error(many.get_json())
+    assert many.status_code == 400 and "control_image holds 17 pictures. Allowed: 1 to 16." in assert_is_error(many.get_json())
+    none = client.post("/generate", json={"positive": "a", "init_image": []})
+    assert none.status_code == 400 and "init_image holds 0 pictures. Allowed: 1 to 16." in assert_is_error(none.get_json())
 
 
 def encode_file(picture):
