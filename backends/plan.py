@@ -39,6 +39,17 @@ class ParallelPlan:
     def world_size(self) -> int:
         return math.prod(degree for _, degree in self.axes)
 
+    @property
+    def splits_weights_by(self) -> str:
+        """The setting by which each rank keeps only a part of the weights; empty where each keeps all of them."""
+        settings = {
+            "--shard_weights": bool(self.options.get("shard_weights")),
+            "--parallelism=tensor": self.options.get("parallelism") == "tensor",
+            "--pipefusion_parallel_degree": self.degree("stage") > 1,
+            "--tensor_parallel_degree": self.method == "xdit" and self.degree("tensor") > 1,
+        }
+        return next((name for name, is_so in settings.items() if is_so), "")
+
     def degree(self, name: str) -> int:
         """Degree of an axis; 1 where the plan does not have it."""
         return dict(self.axes).get(name, 1)

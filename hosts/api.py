@@ -118,7 +118,7 @@ def describe(job: Job) -> dict[str, Any]:
         "seed": job.request.seed,
         "type": host.spec.name,
         "backend": facts.get("backend"),
-        "ranks": facts.get("ranks"),
+        "ranks": (job.result.report.get("ranks") if job.result is not None else job.ranks) or facts.get("ranks"),
         "exactness": job.result.exactness if job.result is not None else facts.get("exactness"),
         "settings": job.result.resolved if job.result is not None else None,
         "error": str(job.error) if job.error is not None else None,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
-from backends.distributed import broadcast_command, gather_outcomes
+from backends.distributed import Axis, broadcast_command, gather_outcomes
 from backends.errors import CancelledError, HostError, RankError
 from backends.request import GenerateRequest, LoadRequest
 from hosts.lifeline import EXIT_LOST_RANK, kill_rank
@@ -38,11 +38,23 @@ class Generate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Spread:
+    """Split into teams of so many ranks, each with jobs of its own, until all gather."""
+
+    team_size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gather:
+    """To a team: meet the others."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Stop:
     """Leave the loop."""
 
 
-Command = Load | Generate | Stop
+Command = Load | Generate | Spread | Gather | Stop
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,14 +87,17 @@ class Failure:
         return self.error or RankError(f"rank {self.rank} failed: {self.message}", rank=self.rank, trace=self.trace)
 
 
-def announce(command: Command | None) -> Command:
-    """Rank 0 gives a command, followers give None; all get rank 0's. Waits for as long as nobody asks for anything."""
-    return broadcast_command(command)
+def announce(command: Command | None, among: Axis | None = None) -> Command:
+    """The first rank gives a command, the others give None; all get it. Waits for as long as nobody asks for anything.
+
+    among: the control group of a team; None for all ranks.
+    """
+    return broadcast_command(command, among)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What all ranks agree on after a command. groups_are_broken: a rank closed its data groups to wake the others.
+    """What all ranks of a team agree on after a command. groups_are_broken: a rank closed its data groups to wake the others.
 
     figures: each rank's, in rank order.
     """
@@ -92,9 +107,9 @@ class Verdict:
     figures: tuple[Mapping[str, Any], ...] = ()
 
 
-def agree_on_outcome(failure: Failure | None, figures: Mapping[str, Any] | None = None) -> Verdict:
-    """Every rank's failure, if any, and its figures -> the same verdict on every rank."""
-    outcomes = gather_outcomes((failure, figures or {}))
+def agree_on_outcome(failure: Failure | None, figures: Mapping[str, Any] | None = None, among: Axis | None = None) -> Verdict:
+    """Every rank's failure, if any, and its figures -> the same verdict on every rank. among: as in `announce`."""
+    outcomes = gather_outcomes((failure, figures or {}), among)
     return replace(judge([failure for failure, _ in outcomes]), figures=tuple(figures for _, figures in outcomes))
 
 

@@ -1,135 +1,69 @@
 """What every rank's main thread runs: next command -> do it -> agree on the outcome. The same code on all ranks.
 
-What differs between rank 0 and the others is settled once, in the Desk: rank 0's takes jobs from the queue and answers them, a
-follower's does nothing.
+What differs between rank 0 and the others is settled once, in the Desk that the loop is given (hosts/desk.py).
 """
 
 import logging
 import time
 import traceback
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
 import psutil
 import torch
 
 from backends import backend_class
-from backends.distributed import Mesh
+from backends.base import Backend
+from backends.distributed import Axis, Mesh, control_of_team, everyone
 from backends.errors import CancelledError, HostError
 from backends.model_table import ModelSpec
 from backends.pipeline import LoadedPipeline, load_pipeline
-from backends.request import Array, GenerateRequest, GenerateResult, LoadRequest
-from hosts.control import Command, Failure, Generate, Load, Stop, Verdict, agree_on_outcome, announce, breaks_groups
-from hosts.jobs import Job, JobQueue
+from backends.plan import ParallelPlan
+from backends.request import GenerateRequest, GenerateResult, LoadRequest
+from hosts.control import Failure, Generate, Spread, Stop, Verdict, agree_on_outcome, announce, breaks_groups
+from hosts.desk import CANCEL, Desk, TeamDesk
 from hosts.prewarm import prewarm_request
-from hosts.state import HostState, Phase
 
 logger = logging.getLogger(__name__)
 
-GO_ON, CANCEL = 0, 1
-Check = Callable[[GenerateRequest], None]
-"""Raises the HostError of a request that cannot be done; arithmetic only."""
-Preview = Callable[[], Array | None]
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Team:
+    """The ranks that work on one job together, as this rank sees them. control: their group for commands and outcomes."""
 
-class Desk(Protocol):
-    """Where commands come from and results go to."""
-
-    def next_command(self, check: Check) -> Command | None:
-        """The next command on rank 0, already checked; None on a follower, which hears it from rank 0."""
-
-    def step_word(self) -> int:
-        """GO_ON or CANCEL, rank 0's word for this step."""
-
-    def step_done(self, step: int, num_steps: int, preview: Preview) -> None:
-        """A step is done on all ranks. `preview()` makes a small picture of it, for whoever looks."""
-
-    def loaded(self, failure: Failure | None) -> None: ...
-
-    def generated(self, result: GenerateResult | None, verdict: Verdict) -> None: ...
-
-
-class FollowerDesk:
-    """A rank without clients."""
-
-    def next_command(self, check: Check) -> Command | None:
-        return None
-
-    def step_word(self) -> int:
-        return GO_ON
-
-    def step_done(self, step: int, num_steps: int, preview: Preview) -> None: ...
-
-    def loaded(self, failure: Failure | None) -> None: ...
-
-    def generated(self, result: GenerateResult | None, verdict: Verdict) -> None: ...
-
-
-class FrontDesk:
-    """Rank 0's: first the load, then jobs in the order of the queue, then stop."""
-
-    def __init__(self, *, load: LoadRequest, queue: JobQueue, state: HostState) -> None:
-        self._load: LoadRequest | None = load
-        self._queue = queue
-        self._state = state
-        self._job: Job | None = None
-
-    def next_command(self, check: Check) -> Command:
-        if self._load is not None:
-            load, self._load = self._load, None
-            return Load(request=load)
-        while (job := self._queue.next()) is not None:
-            try:
-                check(job.request)
-            except Exception as error:  # noqa: BLE001  the other ranks never see what rank 0 refuses, for whatever reason
-                self._queue.finish(job, error=Failure.of(error, rank=0).as_error())
-                continue
-            self._job = job
-            return Generate(job_id=job.id, request=job.request)
-        return Stop()
-
-    def step_word(self) -> int:
-        return CANCEL if self._job is not None and self._job.must_stop else GO_ON
-
-    def step_done(self, step: int, num_steps: int, preview: Preview) -> None:
-        if self._job is not None:
-            self._queue.record_step(self._job, step, num_steps, preview() if self._job.wants_preview else None)
-
-    def loaded(self, failure: Failure | None) -> None:
-        if failure is None:
-            self._state.become(Phase.READY)
-            return
-        error = failure.as_error()
-        self._state.become(Phase.FAILED, str(error))
-        self._queue.close(error)
-
-    def generated(self, result: GenerateResult | None, verdict: Verdict) -> None:
-        assert self._job is not None
-        job, self._job = self._job, None
-        self._state.tell({"ranks_now": list(verdict.figures)})
-        if result is not None:
-            self._state.tell({"last_report": {"seconds": result.seconds, "num_steps": result.num_steps, **result.report}})
-        if verdict.failure is not None and verdict.failure.may_be_chance and self._queue.retry(job):
-            logger.warning("job %s is begun again", job.id)
-            return
-        self._queue.finish(job, result=result, error=verdict.failure.as_error() if verdict.failure is not None else None)
+    mesh: Mesh
+    control: Axis
+    backend: Backend
 
 
 class RankLoop:
     """One rank's commands, one after the other, on its main thread: the only one that touches the device or a collective."""
 
-    def __init__(self, *, rank: int, spec: ModelSpec, mesh: Mesh, desk: Desk) -> None:
+    def __init__(
+        self, *, rank: int, spec: ModelSpec, mesh: Mesh, desk: Desk, team_plans: Mapping[int, ParallelPlan] = MappingProxyType({})
+    ) -> None:
+        """mesh: of all ranks. team_plans: size of the teams that the ranks may split into -> the plan of each."""
         self._rank = rank
         self._spec = spec
-        self._mesh = mesh
+        self._device = mesh.device
         self._desk = desk
+        self._team_desk: TeamDesk = desk
+        self._all = self._team = self._new_team(mesh, everyone())
+        self._plans = team_plans
+        self._teams: dict[int, Team] = {}
+        self._is_broken = False
         self._pipeline: LoadedPipeline | None = None
 
     def run(self) -> Failure | None:
         """Until Stop, or until loading failed: its Failure, else None."""
         while not isinstance(command := announce(self._desk.next_command(self._check)), Stop):
-            failure = self._load(command.request) if isinstance(command, Load) else self._generate(command)
-            if isinstance(command, Load) and failure is not None:
+            if isinstance(command, Generate):
+                self._generate(command)
+            elif isinstance(command, Spread):
+                self._spread(command.team_size)
+            elif (failure := self._load(command.request)) is not None:
                 return failure
         return None
 
@@ -137,13 +71,11 @@ class RankLoop:
         started = time.perf_counter()
         failure = None
         try:
-            pipeline = load_pipeline(self._spec, request, device=self._mesh.device)
-            backend = backend_class(self._mesh.plan.method)(spec=self._spec, plan=self._mesh.plan, mesh=self._mesh)
-            pipeline.attach(backend)
-            self._pipeline = pipeline
+            self._pipeline = load_pipeline(self._spec, request, device=self._device)
+            self._pipeline.attach(self._all.backend)
         except Exception as error:  # noqa: BLE001  whatever it is, the other ranks must hear of it before anyone goes on
             failure = self._failed(error)
-        failure = agree_on_outcome(failure).failure
+        failure = agree_on_outcome(failure).failure or self._form_teams()
         if failure is None and request.prewarm_steps:
             failure = self._attempt(prewarm_request(self._spec, request))[1].failure
         if failure is None:
@@ -154,7 +86,59 @@ class RankLoop:
         self._desk.loaded(failure)
         return failure
 
-    def _generate(self, command: Generate) -> Failure | None:
+    def _form_teams(self) -> Failure | None:
+        """The teams of all sizes, which then only wait to be attached. All ranks take part; a failure is the same on all."""
+        failure = None
+        world_size = self._all.control.size
+        for size, plan in self._plans.items():
+            mesh = Mesh(plan, rank=self._rank % size, device=self._device, team=self._rank // size, num_teams=world_size // size)
+            mesh.prepare()
+            self._teams[size] = self._new_team(mesh, control_of_team(size))
+        try:
+            for team in (*self._teams.values(), self._all):  # each once now, so that what a plan cannot do is known before any job
+                self._attach(team)
+        except Exception as error:  # noqa: BLE001  whatever it is, the other ranks must hear of it before anyone goes on
+            failure = Failure.of(error, rank=self._rank)
+        return agree_on_outcome(failure).failure
+
+    def _new_team(self, mesh: Mesh, control: Axis) -> Team:
+        backend = backend_class(mesh.plan.method)(spec=self._spec, plan=mesh.plan, mesh=mesh)
+        return Team(mesh=mesh, control=control, backend=backend)
+
+    def _attach(self, team: Team) -> None:
+        """Hooks only: no weights move, and the team's groups are there already."""
+        self._pipeline.detach()
+        self._pipeline.attach(team.backend)
+
+    def _spread(self, team_size: int) -> None:
+        """Jobs for this rank's team, until all teams gather."""
+        self._join(self._teams[team_size])
+        with self._desk.spread(team_size) as self._team_desk:
+            while not self._is_broken and isinstance(
+                command := announce(self._team_desk.next_command(self._check), self._team.control), Generate
+            ):
+                self._generate(command)
+            if self._is_broken:
+                self._team_desk.leave()
+        self._team_desk = self._desk
+        self._join(self._all)
+
+    def _join(self, team: Team) -> None:
+        """All ranks go over to their teams, or come back. A failure here ends the rank, and the set is started again."""
+        failure = None
+        try:
+            self._attach(team)
+        except Exception as error:  # noqa: BLE001  whatever it is, the other ranks must hear of it before anyone goes on
+            failure = Failure.of(error, rank=self._rank)
+        verdict = agree_on_outcome(failure, {"is_broken": self._is_broken})
+        if verdict.failure is not None:
+            raise verdict.failure.as_error()
+        if any(figures["is_broken"] for figures in verdict.figures):
+            self._team.mesh.rebuild()  # of all teams: torch wants every rank to take part
+        self._is_broken = False
+        self._team = team
+
+    def _generate(self, command: Generate) -> None:
         result, verdict = self._attempt(command.request)
         failure = verdict.failure
         if failure is not None:
@@ -168,26 +152,30 @@ class RankLoop:
             )
         else:
             logger.info("job %s done in %.2f s", command.job_id, result.seconds)
-        self._desk.generated(result, verdict)
-        return failure
+        self._team_desk.generated(result, verdict)
 
     def _attempt(self, request: GenerateRequest) -> tuple[GenerateResult | None, Verdict]:
-        """The picture, or no picture and the first failure of any rank. Afterwards all ranks are ready for the next command."""
+        """The picture, or no picture and the first failure of any rank of the team.
+
+        Afterwards all are ready for the next command, unless a team's groups are broken: all ranks must meet to make new ones.
+        """
         result = failure = None
         try:
             result = self._pipeline.generate(request, on_step=self._on_step)
         except Exception as error:  # noqa: BLE001  whatever it is, the other ranks must hear of it before anyone goes on
             failure = self._failed(error)
-        verdict = agree_on_outcome(failure, self._figures(result))
-        if verdict.groups_are_broken:
-            self._mesh.rebuild()
+        verdict = agree_on_outcome(failure, self._figures(result), self._team.control)
+        if verdict.groups_are_broken and self._team is self._all:
+            self._team.mesh.rebuild()
+        elif verdict.groups_are_broken:
+            self._is_broken = self._team.control.size > 1
         return (result if verdict.failure is None else None), verdict
 
     def _figures(self, result: GenerateResult | None) -> dict[str, Any]:
         """This rank's, after a picture: sizes in bytes, times in seconds."""
-        is_cuda = self._mesh.device.type == "cuda"
-        memory = torch.cuda.max_memory_allocated(self._mesh.device) if is_cuda else psutil.Process().memory_info().rss
-        figures = {"rank": self._rank, "device": str(self._mesh.device), "memory_bytes": memory}
+        is_cuda = self._device.type == "cuda"
+        memory = torch.cuda.max_memory_allocated(self._device) if is_cuda else psutil.Process().memory_info().rss
+        figures = {"rank": self._rank, "device": str(self._device), "memory_bytes": memory}
         if result is not None:
             kept = {name: result.report[name] for name in ("wait_s", "sent_bytes") if name in result.report}
             figures |= {"seconds": round(result.seconds, 4), **kept}
@@ -197,15 +185,15 @@ class RankLoop:
         self._pipeline.check(request)
 
     def _on_step(self, step: int, num_steps: int, latents: torch.Tensor) -> None:
-        if self._mesh.broadcast_word(self._desk.step_word()) == CANCEL:
+        if self._team.mesh.broadcast_word(self._team_desk.step_word()) == CANCEL:
             raise CancelledError(f"the job was cancelled at step {step} of {num_steps}.")
-        self._desk.step_done(step, num_steps, lambda: self._pipeline.preview(latents))
+        self._team_desk.step_done(step, num_steps, lambda: self._pipeline.preview(latents))
 
     def _failed(self, error: Exception) -> Failure:
         failure = Failure.of(error, rank=self._rank)
         if breaks_groups(failure):
             traceback.clear_frames(error.__traceback__)  # they may hold a group, and only its last reference closes its connections
-            self._mesh.destroy()  # wakes the ranks that wait for this one in a collective
-        if self._mesh.device.type == "cuda" and not isinstance(error, HostError):
+            self._team.mesh.destroy()  # wakes the ranks that wait for this one in a collective
+        if self._device.type == "cuda" and not isinstance(error, HostError):
             torch.cuda.empty_cache()
         return failure

@@ -13,6 +13,7 @@ from backends.model_table import ModelSpec, read_table
 from hosts import lifeline, log
 from hosts.jobs import JobQueue
 from hosts.settings import Settings
+from hosts.sharing import Sharing
 from hosts.startup import StartPlan, count_gpus, plan_start
 from hosts.state import HostState, Phase
 from hosts.store import JobStore
@@ -149,7 +150,8 @@ def _serve(
     """Open the groups and run the loop; the error if loading failed. Imports torch, after the port is bound."""
     from backends import distributed
     from hosts.control import Watch
-    from hosts.loop import FollowerDesk, FrontDesk, RankLoop
+    from hosts.desk import FollowerDesk, FrontDesk
+    from hosts.loop import RankLoop
 
     device = distributed.select_device(place.local_rank)
     beats = distributed.initialize(rank=place.rank, world_size=place.world_size)
@@ -160,9 +162,12 @@ def _serve(
     logger.info("%s on %s", start.plan.describe(), device)
     for reason in start.facts()["reasons"]:
         logger.info("chosen: %s", reason)
-    desk = FrontDesk(load=start.load, queue=queue, state=state) if place.rank == 0 else FollowerDesk()
+    lines = distributed.open_lines() if start.teams.plans else {}
+    sharing = Sharing(spec=start.spec, load=start.load, teams=start.teams, world_size=place.world_size)
+    front = FrontDesk(load=start.load, queue=queue, state=state, sharing=sharing, lines=lines)
+    desk = front if place.rank == 0 else FollowerDesk(rank=place.rank, line=lines.get(0))
     try:
-        failure = RankLoop(rank=place.rank, spec=start.spec, mesh=mesh, desk=desk).run()
+        failure = RankLoop(rank=place.rank, spec=start.spec, mesh=mesh, desk=desk, team_plans=start.teams.plans).run()
     finally:
         mesh.destroy()
         distributed.shutdown()

@@ -1,7 +1,7 @@
 """What the host is doing, for HTTP threads to read: loading, ready, failed or stopping. Pure Python."""
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -38,3 +38,9 @@ class HostState:
     def tell(self, facts: Mapping[str, Any]) -> None:
         with self._lock:
             self.facts = {**self.facts, **facts}
+
+    def tell_ranks(self, figures: Sequence[Mapping[str, Any]]) -> None:
+        """What some ranks report of their last job; the others' stay."""
+        with self._lock:
+            known = {rank["rank"]: rank for rank in [*self.facts.get("ranks_now", []), *figures]}
+            self.facts = {**self.facts, "ranks_now": [known[rank] for rank in sorted(known)]}

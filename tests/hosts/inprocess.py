@@ -13,10 +13,12 @@ from backends.distributed import Mesh
 from backends.errors import UnavailableError
 from backends.model_table import read_table
 from hosts.app import Host, create_app
+from hosts.desk import FrontDesk
 from hosts.jobs import JobQueue
-from hosts.loop import FrontDesk, RankLoop
+from hosts.loop import RankLoop
 from hosts.server import Listener
 from hosts.settings import Settings
+from hosts.sharing import Sharing
 from hosts.startup import plan_start
 from hosts.state import HostState, Phase
 from tests.hosts.harness import free_port, session, wait_until
@@ -35,7 +37,8 @@ class InProcessHost:
             create_app(Host(settings=self.settings, spec=start.spec, queue=self.queue, state=self.state)), host="127.0.0.1", port=self.port
         )
         mesh = Mesh(start.plan, rank=0, device=torch.device("cpu"))
-        desk = FrontDesk(load=start.load, queue=self.queue, state=self.state)
+        sharing = Sharing(spec=start.spec, load=start.load)
+        desk = FrontDesk(load=start.load, queue=self.queue, state=self.state, sharing=sharing)
         self._loop = threading.Thread(target=RankLoop(rank=0, spec=start.spec, mesh=mesh, desk=desk).run, daemon=True)
         self.parameters = inspect.signature(getattr(diffusers, start.spec.pipeline).__call__).parameters
         self._session = session()

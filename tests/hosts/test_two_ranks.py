@@ -115,7 +115,8 @@ def test_ten_clients_at_once_are_served_in_turns_and_get_their_own_pictures(host
     pictures = [host.get(job["links"]["result"]).content for job in done]
     assert len(set(pictures)) == 10
     for seed in (0, 7):
-        assert (np.asarray(Image.open(io.BytesIO(pictures[seed]))) == pixels(host.post({**BODY, "seed": seed}))).all()
+        together = np.asarray(Image.open(io.BytesIO(pictures[seed]))).astype(int)  # on one rank or on both
+        assert np.abs(together - pixels(host.post({**BODY, "seed": seed}))).max() <= 1
 
 
 def test_cancelled_job_ends_on_both_ranks_within_two_steps_and_the_next_is_right(host, reference):
@@ -184,7 +185,7 @@ def test_killed_rank_is_replaced_and_no_job_is_lost(rank, host, reference):
     for job in waiting:
         assert _over(host, job["id"])["state"] == "done"
         picture = Image.open(io.BytesIO(host.get(job["links"]["result"]).content))
-        assert (np.asarray(picture) == reference).all()
+        assert np.abs(np.asarray(picture).astype(int) - reference).max() <= 1  # on one rank or on both
     over = _over(host, running["id"])
     assert (over["state"], over["attempts"], over["step"]) == ("done", 2, 60)
     assert f"job {running['id']} is begun again" in host.log

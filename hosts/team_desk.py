@@ -1,0 +1,141 @@
+"""The desk of a team that is led by another rank than 0: its first rank asks, and a thread on rank 0 answers, over a line of their own.
+
+Jobs so stay in one queue, and progress, cancellation, previews and deadlines work for every job as if rank 0 did it.
+"""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from backends.distributed import Line
+from backends.request import Array, GenerateRequest, GenerateResult
+from hosts.control import Command, Failure, Gather, Generate, Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class NextCommand:
+    """Answered by a command."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepWord:
+    """Answered by the word for this step, and whether somebody looks."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepDone:
+    step: int
+    num_steps: int
+    preview: Array | None
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    result: GenerateResult | None
+    verdict: Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
+    """The team takes no more jobs."""
+
+
+class RemoteDesk:
+    """On the first rank of a team."""
+
+    def __init__(self, line: Line, *, rank: int) -> None:
+        self._line = line
+        self._rank = rank
+        self._wants_preview = False
+
+    def next_command(self, check: Callable[[GenerateRequest], None]) -> Command:
+        """Generate or Gather. What `check` refuses is answered here, and the other ranks never see it."""
+        while isinstance(command := self._ask(NextCommand()), Generate):
+            try:
+                check(command.request)
+            except Exception as error:  # noqa: BLE001  the other ranks never see what is refused here, for whatever reason
+                self.generated(None, Verdict(failure=Failure.of(error, rank=self._rank), groups_are_broken=False))
+                continue
+            return command
+        return command
+
+    def step_word(self) -> int:
+        word, self._wants_preview = self._ask(StepWord())
+        return word
+
+    def step_done(self, step: int, num_steps: int, preview: Callable[[], Array | None]) -> None:
+        self._line.send(StepDone(step, num_steps, preview() if self._wants_preview else None))
+
+    def generated(self, result: GenerateResult | None, verdict: Verdict) -> None:
+        self._line.send(Generated(result, verdict))
+
+    def leave(self) -> None:
+        self._line.send(Leave())
+
+    def _ask(self, question: NextCommand | StepWord) -> Any:
+        self._line.send(question)
+        return self._line.receive()
+
+
+class LocalDesk(Protocol):
+    """What a service needs of rank 0's own end."""
+
+    wants_preview: bool
+
+    def next_command(self, check: Callable[[GenerateRequest], None]) -> Command: ...
+
+    def step_word(self) -> int: ...
+
+    def step_done(self, step: int, num_steps: int, preview: Callable[[], Array | None]) -> None: ...
+
+    def generated(self, result: GenerateResult | None, verdict: Verdict) -> None: ...
+
+    def leave(self) -> None: ...
+
+
+class Service:
+    """A thread on rank 0 that lets another team's first rank use a desk, until that team gathers or leaves."""
+
+    def __init__(self, line: Line, desk: LocalDesk, *, on_loss: Callable[[], None]) -> None:
+        """on_loss: called when the other end is gone or something here fails, so that no team takes a new job."""
+        self._line = line
+        self._desk = desk
+        self._on_loss = on_loss
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="team", daemon=True)
+        self._thread.start()
+
+    def join(self) -> None:
+        """Wait until the team has left; raise whatever ended its service before."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        try:
+            while self._serve(self._line.receive()):
+                pass
+        except Exception as error:  # noqa: BLE001  the main thread raises it when the teams meet, and the ranks are started again
+            self._error = error
+            self._on_loss()
+            self._desk.leave()
+
+    def _serve(self, message: object) -> bool:
+        """Whether the team goes on."""
+        match message:
+            case NextCommand():
+                command = self._desk.next_command(lambda request: None)  # the team's first rank checks
+                self._line.send(command)
+                return not isinstance(command, Gather)
+            case StepWord():
+                self._line.send((self._desk.step_word(), self._desk.wants_preview))
+            case StepDone():
+                self._desk.step_done(message.step, message.num_steps, lambda: message.preview)
+            case Generated():
+                self._desk.generated(message.result, message.verdict)
+            case Leave():
+                self._on_loss()
+                self._desk.leave()
+                return False
+        return True
