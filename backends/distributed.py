@@ -201,6 +201,15 @@ def all_gather(tensor: Tensor, *, dim: int, axis: Axis) -> Tensor:
     return torch.cat(shards, dim=dim)
 
 
+def all_sum(tensor: Tensor, *, axis: Axis) -> Tensor:
+    """The ranks' tensors of one shape, added up, on every rank."""
+    if axis.group is None:
+        return tensor
+    total = tensor.contiguous().clone()
+    dist.all_reduce(total, group=axis.group)
+    return total
+
+
 def broadcast(tensor: Tensor, *, source: int, axis: Axis) -> None:
     """Rank `source` of the axis overwrites everyone's tensor with its own. Blocks until this rank's is complete."""
     if axis.group is not None:

@@ -15,7 +15,7 @@ from backends import BACKEND_NAMES
 from backends.errors import ConfigError, UnsupportedError
 
 TABLE_PATH = Path(__file__).resolve().parent.parent / "model_table.yaml"
-FEATURES = ("lora", "controlnet", "ip_adapter", "inpainting", "quantization", "gguf", "compile", "offload", "compel")
+FEATURES = ("lora", "controlnet", "ip_adapter", "inpainting", "quantization", "gguf", "compile", "offload", "compel", "step_cache")
 Status = Literal["tested", "untested", "unsupported"]
 
 
@@ -46,6 +46,7 @@ class ModelSpec:
     guidance_calls: of the denoiser per step with guidance on: 1 takes both halves as one batch, 2 one after the other.
     guidance_argument: the call's argument for the scale. empty_negative: what stands for no negative prompt where the call needs one.
     batch: 'list' where pipeline and denoiser take a list with one entry per picture instead of one tensor.
+    blocks: lists of a transformer's blocks, in the order in which they run.
     requires: inputs that every request must bring. call: fixed extra arguments of the pipeline call.
     components: what must be loaded besides the checkpoint folder, unless the folder holds it.
     controlnet: pipeline and model class to use, and the call's argument for the picture. ip_adapter: class of its image encoder.

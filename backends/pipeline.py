@@ -15,12 +15,12 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 
 from backends import latents as latent_space
 from backends.arguments import call_arguments, generator, require_clip_layers, require_embeds_support, resolve, visible_clip_layers
 from backends.base import Backend, Run
-from backends.compilation import Compilation
+from backends.compilation import Compilation, quiet_regions
 from backends.controlnet import control_arguments, require_control
 from backends.errors import ConfigError, RequestError, UnsupportedError
 from backends.ip_adapter import load_ip_adapters, picture_arguments, require_pictures, use_scales
@@ -35,6 +35,8 @@ from backends.request import Array, GenerateRequest, GenerateResult, LoadRequest
 from backends.schedule import Schedule
 from backends.schedulers import build_scheduler, parse_scheduler
 from backends.stage_clock import StageClock
+from backends.step_cache import StepCache
+from backends.step_cache_spec import require_step_cache
 from backends.step_driver import Start, StepDriver
 from backends.vae import attach_band_decode, detach_band_decode, shares_decode
 from backends.weights import DTYPES, load_pipe
@@ -86,20 +88,34 @@ class LoadedPipeline:
         self._loras.use({**load.lora, **load.motion_lora})
         self._prompts = WeightedPrompts(pipe, spec) if load.compel else None
         self._compilation = Compilation(load.compile) if load.compile is not None else None
+        self._step_cache: StepCache | None = None
+        if load.step_cache is not None:
+            self._step_cache = StepCache(load.step_cache, spec, getattr(pipe, spec.denoiser))
+            self._step_cache.attach()
         self._bytes_saved = dict(bytes_saved)
 
     def attach(self, backend: Backend) -> None:
         """Compile what is to be compiled, and put the backend around it."""
         self._require_plain_weights(backend)
+        if self._step_cache is not None:
+            require_step_cache(self.load.step_cache, backend.plan)
+            self._step_cache.share(backend.mesh)
         if self._compilation is not None:
             self._fuse_loras()
-            self._compilation.attach(self.pipe, self.spec, backend.compile_regions(backend.denoiser_of(self.pipe)))
+            self._compilation.attach(self.pipe, self.spec, self._compile_regions(backend))
         backend.attach(self.pipe)
         self._backend = backend
         if self.load.parallel_vae and not self._compiles("vae"):
             attach_band_decode(self.pipe.vae, backend.mesh)
 
+    def _compile_regions(self, backend: Backend) -> list[nn.Module]:
+        """A step cache decides between blocks, which no graph can hold: then what lies between attentions."""
+        denoiser = backend.denoiser_of(self.pipe)
+        return backend.compile_regions(denoiser) if self._step_cache is None else quiet_regions(denoiser)
+
     def detach(self) -> None:
+        if self._step_cache is not None:
+            self._step_cache.share(None)
         if self._backend is not None:
             detach_band_decode(self.pipe.vae)
             self._backend.detach(self.pipe)
@@ -137,11 +153,15 @@ class LoadedPipeline:
         if self._backend is not None:
             self._backend.mesh.traffic.reset()
             self._backend.begin(run)
+        if self._step_cache is not None:
+            self._step_cache.begin(is_on=resolved.quality != "exact")
         try:
             frames, latents, num_steps = self._run(resolved, scheduler, on_step)
         finally:
             if self._backend is not None:
                 self._backend.end()
+            if self._step_cache is not None:
+                self._step_cache.end()
             self.pipe.maybe_free_model_hooks()
         return GenerateResult(
             frames=frames,
@@ -158,6 +178,8 @@ class LoadedPipeline:
         self._clock.end()
         report = dict(self._backend.report()) if self._backend is not None else {}
         report["stages"] = {stage: round(seconds, 4) for stage, seconds in self._clock.seconds().items()}
+        if self._step_cache is not None:
+            report["step_cache"] = self._step_cache.report()
         if self._bytes_saved:
             report["bytes_saved"] = self._bytes_saved
         if self._prompts is None and (unread := unread_tokens(self.pipe, self.spec, request)) > 0:
@@ -223,6 +245,8 @@ class LoadedPipeline:
 
     def _exactness(self, run: Run) -> Exactness:
         method = self._backend.exactness_of(run) if self._backend is not None else "exact"
+        if self._step_cache is not None and self._step_cache.num_skipped:
+            return "approximate"
         return "reordered" if method == "exact" and shares_decode(self.pipe.vae) else method
 
     def _defaults(self) -> dict[str, Any]:
@@ -288,6 +312,8 @@ class LoadedPipeline:
         def report(index: int, num_steps: int, sample: Tensor) -> None:
             if self._backend is not None:
                 self._backend.step_done()
+            if self._step_cache is not None:
+                self._step_cache.step_done()
             if on_step is not None:
                 on_step(index + 1, num_steps, sample)
             self._clock.next("decode" if index + 1 == num_steps else "step")

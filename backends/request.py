@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from backends.plan import Exactness
 from backends.quantization_spec import QuantizationSpec
+from backends.step_cache_spec import StepCacheSpec
 
 Array = np.ndarray
 MAX_SIDE = 8192
@@ -62,6 +63,7 @@ class LoadRequest:
     quantize: dict[str, QuantizationSpec] = field(default_factory=dict)
     compile: CompileSettings | None = None
     compel: bool = False
+    step_cache: StepCacheSpec | None = None
     offload: Literal["model", "sequential", "group"] | None = None
     enable_attention_slicing: bool = False
     xformers_efficient: bool = False
@@ -113,7 +115,7 @@ class GenerateRequest(BaseModel):
     motion_bucket_id: Annotated[int | None, Field(ge=0, le=1023, description="Amount of motion (svd).")] = None
     noise_aug_strength: Annotated[float | None, Field(ge=0, le=10, description="Noise on the conditioning picture (svd).")] = None
     warmup_steps: Annotated[int | None, Field(ge=0, description="Steps run synchronously at the start, for approximate methods.")] = None
-    quality: Annotated[Literal["exact"] | None, Field(description="'exact': refuse approximate methods for this request.")] = None
+    quality: Annotated[Literal["exact"] | None, Field(description="'exact': no approximate method or step cache.")] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

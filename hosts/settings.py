@@ -70,10 +70,6 @@ class Settings:
         parse=_PATHS, aliases=("model",), metavar="PATH",
     )  # fmt: skip
     backend: str | None = _option(None, "start", "Backend; without it the first of the type's row.", parse=one_of(*BACKEND_NAMES))
-    mode: str = _option(
-        "auto", "start", "latency: all ranks on each job; throughput: a job on each rank; auto: by the number of jobs that wait.",
-        parse=one_of("latency", "throughput", "auto"),
-    )  # fmt: skip
     nproc_per_node: int | None = _option(None, "start", "Ranks on this machine; without it the visible GPUs, else 1.", parse=whole(1, 64))
     host: str = _option("127.0.0.1", "start", "Address to listen on.", parse=str)
     master_port: int | None = _option(None, "start", "Port for the ranks' rendezvous; without it a free one.", parse=whole(1, 65535))
@@ -146,6 +142,9 @@ class Settings:
     transformer_config: str | None = _option(None, "model", "config.json of --transformer.", parse=_PATHS, metavar="PATH")
     gguf_model: str | None = _option(None, "model", "Denoiser weights in GGUF.", parse=_PATHS, metavar="PATH")
     compel: bool = _switch("model", "Prompt weights such as (red)1.3.")
+    step_cache: str | None = _option(
+        None, "model", "Skip parts of steps: first_block,0.08 or taylor,3 (transformers), deep,2 (UNets).", parse=str, metavar="KIND,N"
+    )
 
     lora: dict[str, float] | None = _option(None, "adapters", 'LoRA files, JSON {"path": scale}.', parse=scales, metavar="JSON")
     lora_dir: str | None = _option(
@@ -260,7 +259,7 @@ class Settings:
     data_parallel_degree: int | None = _option(None, "xdit", "Groups of ranks for several pictures.", parse=whole(1, 64))
     tensor_parallel_degree: int | None = _option(None, "xdit", "Ranks over split weights.", parse=whole(1, 64))
     use_teacache: bool = _switch("xdit", "Accepted for old clients; no cache is used.")
-    use_fbcache: bool = _switch("xdit", "Accepted for old clients; no cache is used.")
+    use_fbcache: bool = _switch("xdit", "--step_cache=first_block by its older name.")
     use_fast_attn: bool = _switch("xdit", "Accepted for old clients; attention is always whole.")
     use_fp8_t5_encoder: bool = _switch("xdit", "Accepted for old clients; --quantize_encoder_to does this.")
     no_use_resolution_binning: bool = _switch("xdit", "Accepted for old clients; sizes are never changed.")

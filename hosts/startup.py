@@ -16,9 +16,9 @@ from backends.model_table import ModelSpec, ModelTable
 from backends.plan import ParallelPlan, require_world_size
 from backends.request import LoadRequest
 from backends.schedulers import parse_scheduler, require_family
-from hosts.modes import Teams, choose_teams
+from backends.step_cache_spec import require_step_cache
 from hosts.settings import Settings, option_fields
-from hosts.treatments import treatments
+from hosts.treatments import step_cache, treatments
 
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -34,6 +34,7 @@ FEATURE_OPTIONS = {
     "compile": ("compile_unet", "compile_vae", "compile_text_encoder"),
     "offload": ("enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_offload"),
     "compel": ("compel",),
+    "step_cache": ("step_cache",),
 }
 """Feature of the model table -> the options that ask for it."""
 MOTION_OPTIONS = ("motion_adapter", "motion_module", "motion_config", "motion_adapter_lora")
@@ -48,23 +49,21 @@ class StartPlan:
     load: LoadRequest
     num_ranks: int
     reasons: tuple[str, ...]
-    teams: Teams
 
     def facts(self) -> dict[str, Any]:
         """For --check --json and GET /settings."""
         return {
             "type": self.spec.name,
             "backend": self.plan.method,
-            "exactness": self.plan.exactness,
+            "exactness": "approximate" if self.load.step_cache is not None else self.plan.exactness,
             "ranks": self.num_ranks,
             "axes": dict(self.plan.axes),
-            **self.teams.facts(),
             "options": {name: value for name, value in self.plan.options.items() if value is not None},
             "checkpoint": self.load.checkpoint,
             "variant": self.load.variant,
             "height": self.load.height or self.spec.height,
             "width": self.load.width or self.spec.width,
-            "reasons": [*self.reasons, *self.plan.reasons, *self.teams.reasons],
+            "reasons": [*self.reasons, *self.plan.reasons],
         }
 
     def describe(self) -> str:
@@ -97,15 +96,16 @@ def plan_start(settings: Settings, table: ModelTable, *, num_gpus: int, num_rank
         spec.require(backend)
         backend = "single"
     spec.require(backend)
-    features = tuple(feature for feature, names in FEATURE_OPTIONS.items() if any(name in settings.given for name in names))
-    for feature in features:
-        spec.require(backend, feature)
+    for feature, names in FEATURE_OPTIONS.items():
+        if any(name in settings.given for name in names):
+            spec.require(backend, feature)
     load = _load_request(settings, spec, backend, num_gpus=num_gpus, reasons=reasons)
     reasons += _without_effect(settings, spec, backend)
     options = {**settings.given, "checkpoint": load.checkpoint}
     plan = require_world_size(planner(backend)(spec, options, world_size), world_size)
-    teams = choose_teams(settings.mode, spec, plan, options, features=features, load=load)
-    return StartPlan(spec=spec, plan=plan, load=load, num_ranks=ranks, reasons=tuple(reasons), teams=teams)
+    if load.step_cache is not None:
+        require_step_cache(load.step_cache, plan)
+    return StartPlan(spec=spec, plan=plan, load=load, num_ranks=ranks, reasons=tuple(reasons))
 
 
 def _require_key(settings: Settings) -> None:
@@ -189,6 +189,7 @@ def _load_request(settings: Settings, spec: ModelSpec, backend: str, *, num_gpus
         control_net=scaled["control_net"],
         ip_adapter=scaled["ip_adapter"],
         compel=settings.compel,
+        step_cache=step_cache(settings, spec, backend=backend, reasons=reasons),
         **treatments(settings, backend=backend, reasons=reasons, num_gpus=num_gpus),
         **_denoiser(settings, spec),
         **paths,

@@ -3,8 +3,10 @@
 from typing import Any
 
 from backends.errors import ConfigError
+from backends.model_table import ModelSpec
 from backends.quantization_spec import QuantizationSpec, parse_quantization
 from backends.request import CompileSettings
+from backends.step_cache_spec import StepCacheSpec, parse_step_cache
 from hosts.settings import Settings
 
 OFFLOADS = {"enable_model_cpu_offload": "model", "enable_sequential_cpu_offload": "sequential", "enable_group_offload": "group"}
@@ -30,6 +32,22 @@ def treatments(settings: Settings, *, backend: str, reasons: list[str], num_gpus
         "prewarm_steps": prewarm_steps,
         **{name: _lean_attention(settings, name, backend, reasons) for name in WITHOUT_SDPA},
     }
+
+
+def step_cache(settings: Settings, spec: ModelSpec, *, backend: str, reasons: list[str]) -> StepCacheSpec | None:
+    """What --step_cache asks for, or the old clients' use_fbcache where that can be had; there it is not refused."""
+    if settings.step_cache is not None:
+        cache = parse_step_cache(settings.step_cache, spec)
+        reasons.append(f"results are approximate: step_cache={cache} skips steps; a request with quality=exact skips none")
+        return cache
+    if not settings.use_fbcache or backend != "xdit":
+        return None
+    if spec.denoiser != "transformer" or (settings.pipefusion_parallel_degree or 1) > 1:
+        reasons.append("--use_fbcache has no effect: it is for transformers without PipeFusion")
+        return None
+    cache = parse_step_cache("first_block", spec)
+    reasons.append(f"step_cache={cache}: that is what --use_fbcache means; results are approximate")
+    return cache
 
 
 def _quantize(settings: Settings, reasons: list[str]) -> dict[str, QuantizationSpec]:

@@ -31,8 +31,7 @@ PATCHES_PER_STAGE = 4
 DEFAULT_WARMUP_STEPS = 1
 
 IGNORED = {
-    "use_teacache": "its threshold would be compared with a part of the picture on each rank, so that ranks disagree on what to skip",
-    "use_fbcache": "its threshold would be compared with a part of the picture on each rank, so that ranks disagree on what to skip",
+    "use_teacache": "it needs coefficients fitted to each model; --step_cache=first_block follows the same idea without them",
     "use_fast_attn": "it needs a calibration for each model",
     "use_fp8_t5_encoder": "text encoders are quantised by --quantize_encoder_to=float8",
     "no_use_resolution_binning": "sizes are never changed to those of a list",

@@ -15,6 +15,7 @@ from backends.model_table import ModelSpec, read_table
 from backends.pipeline import LoadedPipeline, load_pipeline
 from backends.quantization_spec import parse_quantization
 from backends.request import CompileSettings, GenerateRequest, LoadRequest
+from backends.step_cache_spec import KINDS, parse_step_cache
 from tests.checkpoints import IP_ADAPTER_FILE, checkpoint, controlnet, gguf, ip_adapter, lora, picture
 
 TABLE = read_table()
@@ -30,11 +31,16 @@ EXACT_OPTIONS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Feature:
-    """load, request: what switches it on. changes_result: whether the picture differs from one without it."""
+    """load, request: what switches it on. changes_result: whether the picture differs from one without it.
+
+    visible: smallest change of any latent or pixel by which it is seen to act. steps: how many it needs for that.
+    """
 
     load: Mapping[str, Any] = field(default_factory=dict)
     request: Mapping[str, Any] = field(default_factory=dict)
     changes_result: bool = True
+    visible: float = 0.02
+    steps: int = STEPS
 
 
 def feature(name: str, spec: ModelSpec) -> Feature:
@@ -60,6 +66,8 @@ def feature(name: str, spec: ModelSpec) -> Feature:
             return Feature(load={"compile": CompileSettings(targets=("denoiser",), backend="eager")}, changes_result=False)
         case "offload":
             return Feature(changes_result=False)
+        case "step_cache":
+            return Feature(load={"step_cache": parse_step_cache(KINDS[spec.denoiser][0] + ",4", spec)}, steps=4, visible=0.01)
         case "compel":
             return Feature(load={"compel": True}, request={"prompt": "a (red)1.6 photo of a (cat)0.5"})
     raise ValueError(name)
@@ -79,6 +87,8 @@ def combined(names: list[str], spec: ModelSpec) -> Feature:
         load={key: value for part in parts for key, value in part.load.items()},
         request={key: value for part in parts for key, value in part.request.items()},
         changes_result=any(part.changes_result for part in parts),
+        visible=max(part.visible for part in parts),
+        steps=max(part.steps for part in parts),
     )
 
 

@@ -9,12 +9,10 @@ import torch._dynamo
 
 from backends.model_table import FEATURES
 from backends.offload import offload
-from tests.backends.features import CPU, TABLE, attached, combined, loaded, meshes, prepare, request_for, result
+from tests.backends.features import CPU, STEPS, TABLE, attached, combined, loaded, meshes, prepare, request_for, result
 
 FAST = ("sdxl", "flux")
 PARALLEL = ("asyncdiff", "distrifuser", "xdit")
-VISIBLE = 0.02
-"""Smallest change of any latent or pixel by which an option is seen to act."""
 
 
 def cells(name):
@@ -39,10 +37,12 @@ def check_type(rank, world_size, name, wanted):
         pipe = loaded(spec, **case.load)
         if what == "offload":
             offload(pipe.pipe, spec, "model", device=CPU)  # a host without an accelerator would only say that it has no effect
-        asked = request_for(spec, **case.request)
+        steps = {"num_inference_steps": case.steps, "warmup_steps": case.steps}
+        asked = request_for(spec, **steps, **case.request)
         want = result(pipe, asked)
-        change = float((want - plain).abs().max())
-        assert (change > VISIBLE) == case.changes_result, f"{name} {what}: changes the result by {change:.1e}"
+        without = plain if case.steps == STEPS else result(plain_pipe, request_for(spec, **steps))
+        change = float((want - without).abs().max())
+        assert (change > case.visible) == case.changes_result, f"{name} {what}: changes the result by {change:.1e}"
         for backend in its_backends:
             compare(pipe, with_mesh[backend], asked, want, f"{name} {what} {backend}")
 

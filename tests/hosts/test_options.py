@@ -73,3 +73,10 @@ def test_what_does_not_fit_is_refused(host, change, message):
     answer = host.post({**body(), **change})
     assert answer.status_code == 400
     assert message in assert_is_error(answer.json())
+
+
+def test_settings_tell_how_many_steps_the_cache_skipped():
+    with InProcessHost(type="pixa", checkpoint=str(checkpoint("pixa")), step_cache="first_block,10") as host:
+        assert host.picture({"positive": "a red car", "steps": 3, "seed": 3})["message"] == "OK"
+        facts = host._session.get(host.url("/settings"), timeout=10).json()
+        assert facts["last_report"]["step_cache"] == {"calls": 3, "skipped": 2}

@@ -2,8 +2,9 @@
 
 import pytest
 
-from backends.errors import ConfigError
+from backends.errors import ConfigError, UnsupportedError
 from backends.quantization_spec import QuantizationSpec
+from backends.step_cache_spec import StepCacheSpec
 from tests.hosts.test_startup import plan
 
 INT8, INT4 = QuantizationSpec(kind="int8"), QuantizationSpec(kind="int4")
@@ -76,3 +77,37 @@ def test_lean_attention_is_for_the_backends_that_do_not_look_into_it():
             start = plan(num_ranks=2, backend=backend, **{name: True})
             assert not getattr(start.load, name)
             assert f"--{name} has no effect: backend {backend!r} reaches the other ranks through torch's own attention" in start.reasons
+
+
+@pytest.fixture
+def flux(tmp_path):
+    (tmp_path / "model_index.json").write_text("{}")
+    return {"type": "flux", "checkpoint": str(tmp_path), "backend": "xdit", "num_ranks": 2}
+
+
+def test_step_cache_makes_the_plan_approximate_and_says_so(flux):
+    start = plan(**flux, step_cache="first_block")
+    assert start.load.step_cache == StepCacheSpec(kind="first_block", value=0.08)
+    assert start.facts()["exactness"] == "approximate"
+    assert any(reason.startswith("results are approximate: step_cache=first_block,0.08 skips steps") for reason in start.reasons)
+    assert plan(**flux).load.step_cache is None
+
+
+def test_use_fbcache_of_old_clients_is_a_step_cache_where_there_can_be_one(flux):
+    start = plan(**flux, use_fbcache=True)
+    assert start.load.step_cache == StepCacheSpec(kind="first_block", value=0.08)
+    assert any(reason.startswith("step_cache=first_block,0.08: that is what --use_fbcache means") for reason in start.reasons)
+    for other in (flux | {"pipefusion_parallel_degree": 2}, {"backend": "xdit", "num_ranks": 2}):
+        start = plan(**other, use_fbcache=True)
+        assert start.load.step_cache is None
+        assert "--use_fbcache has no effect: it is for transformers without PipeFusion" in start.reasons
+
+
+def test_rejects_step_caches_where_a_step_takes_values_of_the_one_before(flux):
+    with pytest.raises(UnsupportedError, match=r"step_cache=first_block,0\.08 is not available with PipeFusion"):
+        plan(**flux, step_cache="first_block", pipefusion_parallel_degree=2)
+    with pytest.raises(UnsupportedError, match=r"step_cache with backend 'asyncdiff' .* a skipped step makes nothing. Works with: "):
+        plan(num_ranks=2, backend="asyncdiff", step_cache="deep")
+    with pytest.raises(UnsupportedError, match=r"step_cache=deep,2 is not available with patches"):
+        plan(num_ranks=2, backend="distrifuser", step_cache="deep", no_split_batch=True)
+    assert plan(num_ranks=2, backend="distrifuser", step_cache="deep").load.step_cache is not None
