@@ -70,6 +70,10 @@ class Settings:
         parse=_PATHS, aliases=("model",), metavar="PATH",
     )  # fmt: skip
     backend: str | None = _option(None, "start", "Backend; without it the first of the type's row.", parse=one_of(*BACKEND_NAMES))
+    mode: str = _option(
+        "auto", "start", "latency: all ranks on each job; throughput: a job on each rank; auto: by the number of jobs that wait.",
+        parse=one_of("latency", "throughput", "auto"),
+    )  # fmt: skip
     nproc_per_node: int | None = _option(None, "start", "Ranks on this machine; without it the visible GPUs, else 1.", parse=whole(1, 64))
     host: str = _option("127.0.0.1", "start", "Address to listen on.", parse=str)
     master_port: int | None = _option(None, "start", "Port for the ranks' rendezvous; without it a free one.", parse=whole(1, 65535))

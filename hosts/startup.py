@@ -17,6 +17,7 @@ from backends.plan import ParallelPlan, require_world_size
 from backends.request import LoadRequest
 from backends.schedulers import parse_scheduler, require_family
 from backends.step_cache_spec import require_step_cache
+from hosts.modes import Teams, choose_teams
 from hosts.settings import Settings, option_fields
 from hosts.treatments import step_cache, treatments
 
@@ -49,6 +50,7 @@ class StartPlan:
     load: LoadRequest
     num_ranks: int
     reasons: tuple[str, ...]
+    teams: Teams
 
     def facts(self) -> dict[str, Any]:
         """For --check --json and GET /settings."""
@@ -58,12 +60,13 @@ class StartPlan:
             "exactness": "approximate" if self.load.step_cache is not None else self.plan.exactness,
             "ranks": self.num_ranks,
             "axes": dict(self.plan.axes),
+            **self.teams.facts(),
             "options": {name: value for name, value in self.plan.options.items() if value is not None},
             "checkpoint": self.load.checkpoint,
             "variant": self.load.variant,
             "height": self.load.height or self.spec.height,
             "width": self.load.width or self.spec.width,
-            "reasons": [*self.reasons, *self.plan.reasons],
+            "reasons": [*self.reasons, *self.plan.reasons, *self.teams.reasons],
         }
 
     def describe(self) -> str:
@@ -96,16 +99,17 @@ def plan_start(settings: Settings, table: ModelTable, *, num_gpus: int, num_rank
         spec.require(backend)
         backend = "single"
     spec.require(backend)
-    for feature, names in FEATURE_OPTIONS.items():
-        if any(name in settings.given for name in names):
-            spec.require(backend, feature)
+    features = tuple(feature for feature, names in FEATURE_OPTIONS.items() if any(name in settings.given for name in names))
+    for feature in features:
+        spec.require(backend, feature)
     load = _load_request(settings, spec, backend, num_gpus=num_gpus, reasons=reasons)
     reasons += _without_effect(settings, spec, backend)
     options = {**settings.given, "checkpoint": load.checkpoint}
     plan = require_world_size(planner(backend)(spec, options, world_size), world_size)
     if load.step_cache is not None:
         require_step_cache(load.step_cache, plan)
-    return StartPlan(spec=spec, plan=plan, load=load, num_ranks=ranks, reasons=tuple(reasons))
+    teams = choose_teams(settings.mode, spec, plan, options, features=features, load=load)
+    return StartPlan(spec=spec, plan=plan, load=load, num_ranks=ranks, reasons=tuple(reasons), teams=teams)
 
 
 def _require_key(settings: Settings) -> None:
