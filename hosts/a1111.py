@@ -17,7 +17,7 @@ from backends.schedulers import SCHEDULERS
 from hosts import wire
 from hosts.compat.codec import decode_image
 from hosts.compat.fields import Accepted, read_request
-from hosts.incoming import client, json_object, wait_for_all
+from hosts.incoming import json_object, submit_all, wait_for_all
 from hosts.jobs import Job, JobStatus
 
 blueprint = Blueprint("a1111", __name__)
@@ -134,13 +134,12 @@ def _images(body: Mapping[str, Any], pictures: Mapping[str, str]) -> Response:
         fields.pop("strength", None)
     if sampler := body.get("sampler_name") or body.get("sampler_index"):
         fields["scheduler"] = _sampler(str(sampler), str(body.get("scheduler") or ""))
-    jobs = []
+    requests = []
     for index in range(number):
         seed = fields.get("seed", -1)
         asked = {**fields, "seed": seed + index if isinstance(seed, int) and seed >= 0 else seed}
-        request = read_request(asked, spec=host.spec, accepted=Accepted.by(host.settings))
-        jobs.append(host.queue.submit(request, client=client()))
-    results = wait_for_all(jobs)
+        requests.append(read_request(asked, spec=host.spec, accepted=Accepted.by(host.settings)))
+    results = wait_for_all(submit_all(requests))
     seeds = [result.seed for result in results]
     info = {"prompt": body.get("prompt", ""), "seed": seeds[0], "all_seeds": seeds, "sd_model_name": _title(), **results[0].resolved}
     images = [

@@ -14,8 +14,9 @@ from typing import Protocol
 
 from backends.distributed import Line
 from backends.request import Array, GenerateRequest, GenerateResult, LoadRequest
+from hosts.choice import Choice, Choose
 from hosts.control import Command, Failure, Gather, Generate, Load, Spread, Stop, Verdict
-from hosts.jobs import Choice, Choose, Job, JobQueue
+from hosts.jobs import Job, JobQueue
 from hosts.sharing import Handout, Sharing
 from hosts.state import HostState, Phase
 from hosts.team_desk import RemoteDesk, Service

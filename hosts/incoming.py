@@ -9,7 +9,7 @@ from flask import current_app, request
 from werkzeug.exceptions import BadRequest
 
 from backends.errors import HostError, RequestError
-from backends.request import GenerateResult
+from backends.request import GenerateRequest, GenerateResult
 from hosts import wire
 from hosts.jobs import Job
 from hosts.server import CONNECTION, is_gone
@@ -53,6 +53,21 @@ def wanted_type(output: str, *, default: str) -> str:
     if best is None and request.accept_mimetypes:
         raise RequestError(f"Accept: {request.accept_mimetypes} is not available. Allowed: {', '.join(allowed)}.", field="Accept")
     return best or default
+
+
+def submit_all(requests: Sequence[GenerateRequest], *, is_kept: bool = False) -> list[Job]:
+    """A job for each of them, which the ranks see at once and can share out; or none, if the queue has no room for all."""
+    queue = current_app.extensions["host"].queue
+    jobs: list[Job] = []
+    with queue.together():
+        try:
+            for asked in requests:
+                jobs.append(queue.submit(asked, client=client(), is_kept=is_kept))
+        except HostError:
+            for job in jobs:
+                queue.cancel(job)
+            raise
+    return jobs
 
 
 def wait_for(job: Job, *, is_kept: bool = False) -> GenerateResult:

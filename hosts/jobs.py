@@ -6,37 +6,22 @@ import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from enum import Enum
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from backends.errors import BusyError, CancelledError, HostError, NotFoundError, RequestError
 from backends.request import Array, GenerateRequest, GenerateResult
 from hosts import records
+from hosts.choice import Choice, Choose, take_first
 from hosts.job import Job, JobStatus
 from hosts.store import NoStore, Store
 
-__all__ = ["Choice", "Job", "JobQueue", "JobStatus"]
+__all__ = ["Job", "JobQueue", "JobStatus"]
 
 logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 2
 """How often a job is begun, if what ended the attempt before was nothing that the client could change."""
-
-
-class Choice(Enum):
-    """What whoever asks for the next job does now: take the first, wait for a change, or leave without one."""
-
-    TAKE = "take"
-    WAIT = "wait"
-    LEAVE = "leave"
-
-
-Choose = Callable[[Sequence[Job], Sequence[Job]], Choice]
-"""choose(waiting jobs in their order, running jobs): arithmetic only, since the queue is locked. TAKE only if one waits."""
-
-
-def take_first(waiting: Sequence[Job], running: Sequence[Job]) -> Choice:
-    return Choice.TAKE if waiting else Choice.WAIT
 
 
 class JobQueue:
@@ -112,6 +97,12 @@ class JobQueue:
             self._keep(job)
             self._tell(job)
         return job
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Jobs that are submitted within become visible to the ranks all at once, so that these can share them out. Not for stored ones."""
+        with self._changed:
+            yield
 
     def next(self, choose: Choose = take_first, *, ranks: int | None = None) -> Job | None:
         """The next job, now running on so many ranks; blocks while `choose` says so. None once the queue is closed, or if it says LEAVE."""

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from backends.model_table import ModelSpec
 from backends.request import GenerateRequest, LoadRequest
+from hosts.choice import Choice
 from hosts.job import Job
-from hosts.jobs import Choice
 from hosts.modes import Teams
 from hosts.pace import Pace, best_size, gathering_is_quicker
 

@@ -16,7 +16,7 @@ PRODUCT = [ROOT / "launcher.py", *HOSTS, *sorted((ROOT / "backends").rglob("*.py
 WITHOUT_TORCH = [
     "launcher",
     *(f"hosts.{name}" for name in "settings jobs server routes wire values startup state matrix lifeline log prewarm main".split()),
-    *(f"hosts.{name}" for name in "job records store scratch pace modes sharing".split()),
+    *(f"hosts.{name}" for name in "job records store scratch choice pace modes sharing".split()),
     *(f"hosts.{name}" for name in "app api pages schema openai a1111 incoming".split()),
     *(f"hosts.compat.{name}" for name in "args fields routes codec host".split()),
     *(f"backends.{name}" for name in "request model_table errors plan schedulers schedule".split()),

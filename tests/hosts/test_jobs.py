@@ -8,7 +8,8 @@ import pytest
 
 from backends.errors import BusyError, CancelledError, NotFoundError, RankError, UnavailableError
 from backends.request import GenerateRequest, GenerateResult
-from hosts.jobs import Choice, JobQueue, JobStatus
+from hosts.choice import Choice
+from hosts.jobs import JobQueue, JobStatus
 
 
 def request(seed=1, **fields):
@@ -258,6 +259,23 @@ def test_change_wakes_who_follows_the_job():
     assert queue.wait_for_change(job, version, 0.05) == version
     threading.Timer(0.1, queue.next).start()
     assert queue.wait_for_change(job, version, 10) > version
+
+
+def test_jobs_submitted_together_are_seen_at_once():
+    queue, seen = JobQueue(), []
+
+    def choose(waiting, running):
+        seen.append(len(waiting))
+        return Choice.LEAVE if waiting else Choice.WAIT
+
+    thread = threading.Thread(target=lambda: queue.next(choose))
+    thread.start()
+    with queue.together():
+        for _ in range(3):
+            queue.submit(request())
+            time.sleep(0.02)
+    thread.join(timeout=5)
+    assert seen == [0, 3]
 
 
 def test_several_jobs_run_at_once_and_the_oldest_gives_the_progress():

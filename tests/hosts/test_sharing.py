@@ -5,8 +5,8 @@ import pytest
 from backends.model_table import read_table
 from backends.plan import ParallelPlan
 from backends.request import GenerateRequest, LoadRequest
+from hosts.choice import Choice
 from hosts.job import Job, JobStatus
-from hosts.jobs import Choice
 from hosts.modes import Teams
 from hosts.sharing import Handout, Sharing
 

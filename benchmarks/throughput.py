@@ -1,0 +1,135 @@
+"""Many jobs at once and one at a time: two ranks against one, and --mode=auto against --mode=latency.
+
+    python benchmarks/throughput.py [--jobs 12] [--alone 5] [--steps 12] [--size 256] [--backend distrifuser]
+
+Starts three real hosts with the demo model, each rank with one thread: one rank; two ranks; two ranks with --mode=latency. Only one of
+them works at a time. Prints JSON: jobs per second for `--jobs` jobs sent at once to one and to two ranks, and the median seconds of jobs
+sent one at a time, in turns, to the two hosts of two ranks. Needs two free cores, and about 4 GB.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+READY_WITHIN_S = 300
+POLL_S = 0.02
+
+
+class Host:
+    """One that answers at this port. `body` is what its jobs ask for, but for the seed."""
+
+    def __init__(self, port: int, body: dict[str, Any]) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+        self._body = body
+
+    def wait_until_ready(self) -> None:
+        deadline = time.monotonic() + READY_WITHIN_S
+        while time.monotonic() < deadline:
+            with contextlib.suppress(urllib.error.URLError, ConnectionError):
+                if self.get("/healthz")["phase"] == "ready":
+                    return
+            time.sleep(0.2)
+        sys.exit(f"{self.url} was not ready in time")
+
+    def get(self, path: str) -> dict[str, Any]:
+        with urllib.request.urlopen(self.url + path) as answer:
+            return json.load(answer)
+
+    def send(self, seed: int) -> str:
+        body = json.dumps({**self._body, "seed": seed}).encode()
+        request = urllib.request.Request(f"{self.url}/v1/jobs", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request) as answer:
+            return json.load(answer)["id"]
+
+    def wait(self, job: str) -> dict[str, Any]:
+        while (shown := self.get(f"/v1/jobs/{job}"))["state"] in ("queued", "running"):
+            time.sleep(POLL_S)
+        assert shown["state"] == "done", shown
+        return shown
+
+    def burst(self, count: int) -> dict[str, Any]:
+        """`count` jobs at once."""
+        started = time.perf_counter()
+        jobs = [self.send(seed) for seed in range(count)]
+        done = [self.wait(job) for job in jobs]
+        seconds = time.perf_counter() - started
+        return {
+            "seconds": round(seconds, 3),
+            "jobs_per_second": round(count / seconds, 4),
+            "ranks_of_each_job": [job["ranks"] for job in done],
+        }
+
+    def alone(self, seed: int) -> float:
+        """Seconds of one job, from sending it to its end."""
+        started = time.perf_counter()
+        self.wait(self.send(seed))
+        return time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--jobs", type=int, default=12)
+    parser.add_argument("--alone", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--backend", default="distrifuser")
+    parser.add_argument("--port", type=int, default=6091)
+    options = parser.parse_args()
+    body = {
+        "prompt": "a red circle on a blue background",
+        "num_inference_steps": options.steps,
+        "height": options.size,
+        "width": options.size,
+    }
+    two = ("--nproc_per_node=2", f"--backend={options.backend}")
+    kinds = {"one": ("--nproc_per_node=1",), "auto": two, "latency": (*two, "--mode=latency")}
+    with contextlib.ExitStack() as stack:
+        hosts = {}
+        for number, (name, arguments) in enumerate(kinds.items()):
+            hosts[name] = stack.enter_context(started(options.port + number, body, *arguments))
+            hosts[name].alone(0)  # the first picture pays for first-use costs
+        hosts["auto"].burst(4)
+        one, auto = hosts["one"].burst(options.jobs), hosts["auto"].burst(options.jobs)
+        turns = [(hosts["auto"].alone(seed), hosts["latency"].alone(seed)) for seed in range(options.alone)]
+    seconds = {name: statistics.median(times) for name, times in zip(("auto", "latency"), zip(*turns, strict=True), strict=True)}
+    figures = {
+        "jobs": options.jobs,
+        **{name: getattr(options, name) for name in ("steps", "size", "backend")},
+        "at_once": {"one_rank": one, "two_ranks": auto, "times_faster": round(auto["jobs_per_second"] / one["jobs_per_second"], 3)},
+        "one_at_a_time": {
+            **{f"{name}_seconds": round(value, 3) for name, value in seconds.items()},
+            "auto_over_latency": round(seconds["auto"] / seconds["latency"], 3),
+        },
+    }
+    print(json.dumps(figures, indent=2))
+
+
+@contextlib.contextmanager
+def started(port: int, body: dict[str, Any], *arguments: str) -> Iterator[Host]:
+    """A host of the demo model that is ready."""
+    command = [sys.executable, str(ROOT / "launcher.py"), "--type=sdxl", f"--port={port}", *arguments]
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        try:
+            host = Host(port, body)
+            host.wait_until_ready()
+            yield host
+        finally:
+            process.terminate()
+            process.wait()
+
+
+if __name__ == "__main__":
+    main()

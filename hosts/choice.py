@@ -1,0 +1,23 @@
+"""What somebody who asks the queue for a job may do instead of taking the first. Pure Python."""
+
+from collections.abc import Callable, Sequence
+from enum import Enum
+
+from hosts.job import Job
+
+
+class Choice(Enum):
+    """Take the first job that waits, wait for a change, or leave without one."""
+
+    TAKE = "take"
+    WAIT = "wait"
+    LEAVE = "leave"
+
+
+Choose = Callable[[Sequence[Job], Sequence[Job]], Choice]
+"""choose(waiting jobs in their order, running jobs): arithmetic only, since the queue is locked. TAKE only if one waits."""
+
+
+def take_first(waiting: Sequence[Job], running: Sequence[Job]) -> Choice:
+    """As soon as there is one."""
+    return Choice.TAKE if waiting else Choice.WAIT
