@@ -18,6 +18,7 @@ from hosts.compat.fields import Accepted, read_request
 from hosts.compat.routes import legacy_body
 from hosts.incoming import client, idempotency_key, json_object, wanted_type
 from hosts.jobs import Job, JobQueue, JobStatus
+from hosts.trace import chrome_trace
 
 blueprint = Blueprint("jobs", __name__)
 
@@ -87,6 +88,15 @@ def events(job_id: str) -> Response:
     answer = Response(_follow(_queue(), job, describe, with_previews), mimetype="text/event-stream", headers={"Cache-Control": "no-store"})
     answer.call_on_close(_streams.release)
     return answer
+
+
+@blueprint.get("/v1/jobs/<job_id>/trace")
+def trace(job_id: str) -> Response | tuple[Response, int, dict[str, str]]:
+    """What every rank did when, as a Chrome trace. 409 while the job is not over."""
+    job = _queue().find(job_id)
+    if not job.finished.is_set():
+        return jsonify(describe(job)), 409, {"Retry-After": "1"}
+    return jsonify(chrome_trace(job))
 
 
 def file_response(job: Job, content_type: str, *, frames_per_s: float = wire.FRAMES_PER_S) -> Response:

@@ -20,6 +20,7 @@ from hosts.jobs import Job, JobQueue
 from hosts.sharing import Handout, Sharing
 from hosts.state import HostState, Phase
 from hosts.team_desk import RemoteDesk, Service
+from hosts.trace import spans_of, without_spans
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +120,8 @@ class JobDesk:
     def generated(self, result: GenerateResult | None, verdict: Verdict) -> None:
         assert self._job is not None
         job, self._job = self._job, None
-        self._state.tell_ranks(verdict.figures)
+        job.spans = spans_of(verdict.figures)
+        self._state.tell_ranks(without_spans(verdict.figures))
         if result is not None:
             result = replace(result, report={**result.report, "ranks": self._ranks})
             self._sharing.learn(job, ranks=self._ranks, seconds=result.seconds)

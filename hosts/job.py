@@ -4,6 +4,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 from backends.errors import HostError
 from backends.request import Array, GenerateRequest, GenerateResult
@@ -25,7 +26,8 @@ class Job:
     key, fingerprint: the client's own name for the job, and what it asked for under that name. attempts: how often it was begun.
     percent: of its steps that are done. ranks: how many work on it. deadline_s: wall clock after which it is cancelled.
     preview: uint8 (h, w, 3) of the last step, made only once somebody has asked (wants_preview).
-    is_interrupted: the host stops it, not its client. version: counts changes, for those who follow the job.
+    is_interrupted: the host stops it, not its client.
+    spans: what each rank did when (hosts/trace.py). version: counts changes, for those who follow the job.
     """
 
     id: str
@@ -43,6 +45,7 @@ class Job:
     percent: float = 0.0
     ranks: int | None = None
     result: GenerateResult | None = None
+    spans: dict[int, Any] = field(default_factory=dict)
     error: HostError | None = None
     cancel_requested: bool = False
     cancel_reason: str = ""

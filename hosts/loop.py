@@ -24,6 +24,7 @@ from backends.plan import ParallelPlan
 from backends.request import GenerateRequest, GenerateResult, LoadRequest
 from hosts.control import Failure, Generate, Spread, Stop, Verdict, agree_on_outcome, announce, breaks_groups
 from hosts.desk import CANCEL, Desk, TeamDesk
+from hosts.log import about_job
 from hosts.prewarm import prewarm_request
 
 logger = logging.getLogger(__name__)
@@ -139,6 +140,10 @@ class RankLoop:
         self._team = team
 
     def _generate(self, command: Generate) -> None:
+        with about_job(command.job_id):
+            self._work_on(command)
+
+    def _work_on(self, command: Generate) -> None:
         result, verdict = self._attempt(command.request)
         failure = verdict.failure
         if failure is not None:
@@ -178,7 +183,7 @@ class RankLoop:
         figures = {"rank": self._rank, "device": str(self._device), "memory_bytes": memory}
         if result is not None:
             kept = {name: result.report[name] for name in ("wait_s", "sent_bytes") if name in result.report}
-            figures |= {"seconds": round(result.seconds, 4), **kept}
+            figures |= {"seconds": round(result.seconds, 4), "spans": self._pipeline.spans, **kept}
         return figures
 
     def _check(self, request: GenerateRequest) -> None:

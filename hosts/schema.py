@@ -90,6 +90,13 @@ def openapi(spec: ModelSpec, settings: Settings) -> dict[str, Any]:
                     by_id=True,
                 )
             },
+            "/v1/jobs/{id}/trace": {
+                "get": _operation(
+                    "What every rank did when, as a Chrome trace.",
+                    answers={"200": _answer("The trace.", "Object"), "409": _answer("It is not over.", "Job")},
+                    by_id=True,
+                )
+            },
             "/initialize": {"get": _operation("202 while loading, 200 when ready.", answers={"200": _text(), "202": _text()})},
             "/progress": {"get": _operation("Percent of the running job.", answers={"200": _text()})},
             "/healthz": {"get": _operation("Phase of the host.", answers={"200": _answer("Alive.", "Object")})},

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import itertools
 import json
 import socket
 
@@ -172,6 +173,26 @@ def test_streams_are_limited_and_given_back(host, monkeypatch):
         within_s=10,
         what="streams are given back",
     )
+
+
+def test_trace_tells_what_the_rank_did_when(host):
+    running = send(host, LONG)
+    wait_for(host, running["id"], "running")
+    sent = send(host, BODY)
+    path = f"/v1/jobs/{sent['id']}/trace"
+    assert requests.get(host.url(path), timeout=20).status_code == 409
+    cancel(host, running["id"])
+    wait_for(host, running["id"], "cancelled")
+    none = requests.get(host.url(f"/v1/jobs/{running['id']}/trace"), timeout=20)
+    assert none.status_code == 404 and "has no trace. Only jobs that are done have one" in assert_is_error(none.json())
+    wait_for(host, sent["id"], "done")
+    events = requests.get(host.url(path), timeout=20).json()["traceEvents"]
+    assert {"rank 0", f"job {sent['id']}"} == {event["args"]["name"] for event in events if event["ph"] == "M"}
+    spans = [event for event in events if event["ph"] == "X"]
+    assert [span["name"] for span in spans] == ["queue", "encode", "step 1", "step 2", "step 3", "step 4", "decode"]
+    for span, following in itertools.pairwise(spans[1:]):
+        assert abs(span["ts"] + span["dur"] - following["ts"]) <= 2
+    assert spans[0]["ts"] + spans[0]["dur"] <= spans[1]["ts"] + 1000
 
 
 def test_figures_of_every_rank_are_told(host):

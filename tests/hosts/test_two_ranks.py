@@ -114,6 +114,8 @@ def test_ten_clients_at_once_are_served_in_turns_and_get_their_own_pictures(host
     assert [job["state"] for job in done] == ["done"] * 10 and _over(host, blocker["id"])["state"] == "done"
     pictures = [host.get(job["links"]["result"]).content for job in done]
     assert len(set(pictures)) == 10
+    events = host.get(f"/v1/jobs/{blocker['id']}/trace").json()["traceEvents"]
+    assert {event["tid"] for event in events if event["name"] == "step 1"} == {0, 1}
     for seed in (0, 7):
         together = np.asarray(Image.open(io.BytesIO(pictures[seed]))).astype(int)  # on one rank or on both
         assert np.abs(together - pixels(host.post({**BODY, "seed": seed}))).max() <= 1
