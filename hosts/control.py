@@ -13,7 +13,7 @@ from typing import Any
 from backends.distributed import Axis, broadcast_command, gather_outcomes
 from backends.errors import CancelledError, HostError, RankError
 from backends.request import GenerateRequest, LoadRequest
-from hosts.lifeline import EXIT_LOST_RANK, kill_rank
+from hosts.lifeline import EXIT_LOST_RANK, has_started, kill_rank
 
 logger = logging.getLogger(__name__)
 
@@ -153,6 +153,7 @@ class Watch:
         self._answered_at = time.monotonic()
 
     def start(self) -> None:
+        has_started()
         if self._others:
             threading.Thread(target=self._run, name="watch", daemon=True).start()
             threading.Thread(target=self._watch_store, name="watch of the store", daemon=True).start()

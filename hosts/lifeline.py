@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import logging
 import os
 import signal
 import sys
@@ -11,8 +12,13 @@ from collections.abc import Callable
 
 import psutil
 
+logger = logging.getLogger(__name__)
+
+_started = threading.Event()
 PR_SET_PDEATHSIG = 1
 POLL_S = 0.5
+START_WITHIN_S = 300.0
+"""From the start of a rank until all ranks have met. Imports take a minute on a machine that is very busy."""
 EXIT_LOST_RANK = 70
 """Exit code of a rank that lost a peer. torchelastic then starts the whole set again."""
 
@@ -27,6 +33,13 @@ def die_with_parent(*, is_torchelastic: bool) -> None:
     if is_torchelastic and not _is_agent(parent):
         os._exit(1)
     threading.Thread(target=_watch, args=(parent,), name="lifeline", daemon=True).start()
+    if is_torchelastic:
+        threading.Thread(target=_limit_start, name="start", daemon=True).start()
+
+
+def has_started() -> None:
+    """The ranks have met, or this one will never meet them: from now on somebody else notices if one hangs."""
+    _started.set()
 
 
 def request_parent_death_signal() -> None:
@@ -95,6 +108,18 @@ def _is_agent(pid: int) -> bool:
         return True
     except psutil.NoSuchProcess:
         return False
+
+
+def _limit_start() -> None:
+    """A rank that hangs before the ranks have met would be waited for half an hour. It is one of the others here, and they all go."""
+    if _started.wait(START_WITHIN_S):
+        return
+    logger.error("the ranks have not met within %g s: one of them hangs, so all are started again", START_WITHIN_S)
+    with contextlib.suppress(psutil.Error):
+        for process in psutil.Process(os.getppid()).children():
+            if process.pid != os.getpid() and _rank_of(process) is not None:
+                process.kill()
+    os._exit(EXIT_LOST_RANK)
 
 
 def _watch(parent: int) -> None:

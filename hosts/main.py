@@ -194,6 +194,7 @@ def _any_spec(settings: Settings) -> ModelSpec:
 
 def _answer_only(state: HostState, queue: JobQueue, problem: HostError) -> None:
     """Nothing is loaded; every request is answered with the reason until the client ends the host."""
+    lifeline.has_started()
     state.become(Phase.FAILED, str(problem))
     queue.close(UnavailableError(str(problem)))
     logger.error("cannot serve: %s", problem)

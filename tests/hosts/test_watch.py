@@ -53,3 +53,35 @@ def test_rank_that_hangs_is_noticed_by_the_other(stopped, said):
         for rank in ranks:
             rank.kill()
             rank.communicate()
+
+
+STARTING = """
+import threading, time
+from hosts import lifeline
+lifeline.START_WITHIN_S = 1.5
+threading.Thread(target=lifeline._limit_start, daemon=True).start()
+print("starting", flush=True)
+time.sleep(100)
+"""
+
+
+def test_rank_that_hangs_before_the_ranks_have_met_is_ended_by_the_other():
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", STARTING],
+            cwd=ROOT,
+            env={**os.environ, "RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        for rank in range(2)
+    ]
+    try:
+        ranks[0].stdout.readline()
+        ranks[0].send_signal(signal.SIGSTOP)
+        assert ranks[1].wait(timeout=20) == 70
+        assert ranks[0].wait(timeout=5) == -signal.SIGKILL
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
