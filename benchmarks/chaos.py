@@ -33,9 +33,9 @@ PLACES = {"exception in the denoiser": "denoiser", "exception in the decoder": "
 PROMPTS = ("a red circle on a blue background", "a yellow star", "a green square")
 SEEDS = (1, 2)
 OUTSTANDING = 3
-EARLY_SHARE = 0.2
-"""Of the rounds that begin while the host still recovers from the round before."""
-RECOVERED_WITHIN_S = 300
+AGAIN_SHARE = 0.2
+"""Of the rounds in which a second rank is killed while the host still recovers from the first."""
+RECOVERED_WITHIN_S = 420
 
 
 def main() -> None:
@@ -58,7 +58,7 @@ def main() -> None:
         with start_launcher(*arguments, environment={"PYTHONPATH": str(FAULTS_FOLDER), "FAULT_FILE": str(fault_file)}) as host:
             result = run(host, fault_file, options)
     print(json.dumps(result, indent=2))
-    sys.exit(1 if result["lost"] or result["wrong_pictures"] else 0)
+    sys.exit(1 if result["lost"] or result["wrong_pictures"] or result["is_stuck"] else 0)
 
 
 def run(host: RunningHost, fault_file: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -69,6 +69,7 @@ def run(host: RunningHost, fault_file: Path, options: argparse.Namespace) -> dic
     chance = random.Random(options.seed)
     struck: list[tuple[str, float]] = []
     started = time.monotonic()
+    is_stuck = False
     try:
         for number in range(options.rounds):
             if options.give_up_at is not None and options.give_up_at.exists():
@@ -77,13 +78,16 @@ def run(host: RunningHost, fault_file: Path, options: argparse.Namespace) -> dic
             seconds = one_round(host, load, fault_file, kind, rank=chance.randrange(2), chance=chance)
             struck.append((kind, seconds))
             print(f"round {number + 1}: {kind}, {seconds:.1f} s", file=sys.stderr, flush=True)
+    except Stuck as error:
+        is_stuck = True
+        print(f"chaos: {error}", file=sys.stderr)
     finally:
         load.stop()
-    return report(load, struck, wall_s=time.monotonic() - started) | {"seed": options.seed}
+    return report(load, struck, wall_s=time.monotonic() - started) | {"seed": options.seed, "is_stuck": is_stuck}
 
 
 def one_round(host: RunningHost, load: "Load", fault_file: Path, kind: str, *, rank: int, chance: random.Random) -> float:
-    """Seconds from the fault until the host has drawn another picture (or, for an early next round, until its ranks are there again)."""
+    """Seconds from the fault until the host has drawn another picture."""
     time.sleep(chance.uniform(0, 0.6))
     if kind in PLACES:
         since = time.monotonic()
@@ -94,10 +98,11 @@ def one_round(host: RunningHost, load: "Load", fault_file: Path, kind: str, *, r
         since = time.monotonic()
         old[rank].send_signal(signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
         new = wait_for_ranks(host, set(old.values()))
-        if chance.random() < EARLY_SHARE:
+        if chance.random() < AGAIN_SHARE:
             time.sleep(chance.uniform(0, 3))  # somewhere in the load
             new[chance.randrange(2)].kill()
             wait_for_ranks(host, set(old.values()) | set(new.values()))
+        wait_until(host, lambda: host.status() == 200, "the model was loaded again")  # until then, pictures are those of before
     drawn = load.num_over
     wait_until(host, lambda: load.num_over > drawn, "a picture was drawn after the fault")
     return time.monotonic() - since
@@ -120,8 +125,12 @@ def wait_until(host: RunningHost, condition: Any, what: str) -> None:
     deadline = time.monotonic() + RECOVERED_WITHIN_S
     while not condition():
         if host.process.poll() is not None or time.monotonic() > deadline:
-            sys.exit(f"chaos: not within {RECOVERED_WITHIN_S} s: {what}. The host's log ends:\n{host.log[-6000:]}")
+            raise Stuck(f"not within {RECOVERED_WITHIN_S} s: {what}. The host's log ends:\n{host.log[-6000:]}")
         time.sleep(0.05)
+
+
+class Stuck(Exception):
+    """The host did not recover."""
 
 
 class Load(threading.Thread):
