@@ -4,7 +4,7 @@ PORT ?= 6000
 BIN := .venv/bin
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 
-.PHONY: demo test test-all lint docs clean
+.PHONY: demo test test-all lint docs audit clean
 
 demo: .venv/installed
 	$(BIN)/python -m demo --port=$(PORT) $(if $(ONCE),--once)
@@ -22,6 +22,12 @@ lint: .venv/installed
 # the generated parts of the README
 docs: .venv/installed
 	$(BIN)/python -m hosts.readme
+
+# known vulnerabilities of the pinned dependencies, by a tool with an environment of its own
+audit:
+	$(PYTHON) -m venv .venv/audit
+	PIP_CONSTRAINT= .venv/audit/bin/pip install --quiet --disable-pip-version-check pip-audit
+	.venv/audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 .venv/installed: setup.py constraints.txt
 	$(PYTHON) -m venv .venv
