@@ -170,7 +170,7 @@ def test_bad_request_reaches_no_rank(host, reference):
     assert (pixels(host.post(BODY)) == reference).all()
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_rank_is_replaced_and_no_job_is_lost(rank, host, reference):
     old = host.ranks()
     running, *waiting = [_send(host, {**BODY, "steps": steps}) for steps in (60, 4, 4)]
