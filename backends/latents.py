@@ -43,6 +43,19 @@ def unscaled(x: Tensor, *, vae: Any) -> Tensor:
     return x / scale + shift
 
 
+def from_latent_space(latents: np.ndarray, space: str, *, vae: Any) -> np.ndarray:
+    """(B, C, h, w) as a client means it ('vae' or 'model') -> as the VAE decodes it."""
+    return latents if space == "vae" else unscaled(torch.from_numpy(latents), vae=vae).numpy()
+
+
+def to_latent_space(latents: np.ndarray, space: str, *, vae: Any) -> np.ndarray:
+    """The inverse."""
+    if space == "vae":
+        return latents
+    shift, scale = _normalisation(vae, torch.from_numpy(latents))
+    return ((torch.from_numpy(latents) - shift) * scale).numpy()
+
+
 def num_channels(vae: Any) -> int:
     """Channels of its latents. VAEs of videos call them otherwise."""
     return vae.config.get("latent_channels") or vae.config.z_dim

@@ -83,6 +83,7 @@ class LoadedPipeline:
         self._backend: Backend | None = None
         self._previewer = Previewer(pipe, spec=spec)
         self._run_now: Run | None = None
+        self._is_resting = False
         self._clock = StageClock()
         self._loras = LoraSet(pipe, spec)
         self._loras.use({**load.lora, **load.motion_lora})
@@ -138,6 +139,15 @@ class LoadedPipeline:
                 "Leave out --parallelism=tensor or --shard_weights, or the quantisation."
             )
 
+    def rest(self) -> None:
+        """Keep the weights in main memory, and the device free for others, until the next generation. UnsupportedError where they move."""
+        if self.load.offload is not None:
+            raise UnsupportedError(f"the weights cannot be kept in main memory: offloading ({self.load.offload}) moves them already.")
+        self.pipe.to("cpu")
+        self._is_resting = True
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def check(self, request: GenerateRequest) -> None:
         """Refuse what cannot be done, before any rank starts: RequestError, PlanError or UnsupportedError."""
         self._prepare(request)
@@ -148,6 +158,9 @@ class LoadedPipeline:
         started = time.perf_counter()
         resolved, scheduler, run = self._prepare(request)
         self._run_now = run
+        if self._is_resting:
+            self.pipe.to(self.device)
+            self._is_resting = False
         self._use_loras(resolved)
         use_scales(self.pipe, self.load, resolved)
         if self._backend is not None:
@@ -165,7 +178,7 @@ class LoadedPipeline:
             self.pipe.maybe_free_model_hooks()
         return GenerateResult(
             frames=frames,
-            latents=latents,
+            latents=None if latents is None else latent_space.to_latent_space(latents, resolved.latent_space, vae=self.pipe.vae),
             seed=resolved.seed,
             resolved=_plain(resolved, scheduler),
             num_steps=num_steps,
@@ -202,6 +215,8 @@ class LoadedPipeline:
         require_control(request, self.load, self.spec, self.signature)
         require_pictures(request, self.load, self.spec)
         self._require_changeable_loras(request)
+        if request.compel and self._prompts is None:
+            raise UnsupportedError("compel is not loaded on this host. Leave it out, or start the host with --compel.")
         if request.mask_image is not None:
             self.spec.require(self._backend.plan.method if self._backend is not None else "single", "inpainting")
         resolved = resolve(request, self.spec, defaults=self._defaults(), vae_scale_factor=getattr(self.pipe, "vae_scale_factor", 8))
@@ -258,6 +273,9 @@ class LoadedPipeline:
         if request.init_image is not None:
             start = latent_space.encode(request.init_image, pipe=self.pipe, height=request.height, width=request.width)
             request = request.model_copy(update={"latents": start})
+        elif request.latents is not None and self.spec.returns_latents:
+            start = latent_space.from_latent_space(request.latents, request.latent_space, vae=self.pipe.vae)
+            request = request.model_copy(update={"latents": start})
         if request.latents is not None and self.spec.returns_latents and request.strength == 0:
             clean = request.latents[:1]
             latent_space.to_model_space(clean, pipe=self.pipe, spec=self.spec, device=self.device, dtype=self.dtype)  # checks it
@@ -265,7 +283,7 @@ class LoadedPipeline:
         self.pipe.scheduler = scheduler
         schedule = _schedule_of(request)
         arguments = call_arguments(request, self.spec, self.signature, device=self.device, dtype=self.dtype)
-        if self._prompts is not None and request.prompt_embeds is None:
+        if self._prompts is not None and request.prompt_embeds is None and request.compel is not False:
             texts = self._prompts.arguments(request)
             arguments = {name: value for name, value in arguments.items() if name not in ("prompt", "negative_prompt")} | texts
         added = {**control_arguments(request, self.load, self.spec), **picture_arguments(request, self.load)}
@@ -293,7 +311,8 @@ class LoadedPipeline:
 
     def _start(self, request: GenerateRequest) -> Start | None:
         """Where an image-to-image or inpainting run begins; None for text to image (latents at full strength only set the size)."""
-        if request.latents is None or not self.spec.returns_latents or (request.strength == 1 and request.mask_image is None):
+        is_whole = request.strength == 1 and request.first_step == 0 and request.mask_image is None
+        if request.latents is None or not self.spec.returns_latents or is_whole:
             return None
         mask = None
         if request.mask_image is not None:
@@ -301,9 +320,10 @@ class LoadedPipeline:
             mask = latent_space.mask(request.mask_image, pipe=self.pipe, spec=self.spec, **size).to(self.device)
         clean = latent_space.to_model_space(request.latents, pipe=self.pipe, spec=self.spec, device=self.device, dtype=self.dtype)
         noise = torch.randn(request.latents[:1].shape, generator=generator(request), dtype=self.dtype).to(self.device)
+        is_noisy = request.first_step > 0 and request.init_image is None
         return Start(
             latents=clean,
-            noise=latent_space.pack(noise, spec=self.spec),
+            noise=None if is_noisy else latent_space.pack(noise, spec=self.spec),
             mask=mask,
             is_scaled_by_pipeline=self.spec.scales_initial_latents,
         )
@@ -333,6 +353,8 @@ def _schedule_of(request: GenerateRequest) -> Schedule:
     return Schedule(
         num_inference_steps=request.num_inference_steps,
         strength=request.strength if request.latents is not None else 1.0,
+        first_step=request.first_step if request.latents is not None else 0,
+        stop_step=request.stop_step,
         denoising_end=request.denoising_end,
         sigmas=request.sigmas,
         timesteps=request.timesteps,

@@ -96,6 +96,11 @@ class GenerateRequest(BaseModel):
     mask_image: Annotated[Image.Image | None, Field(description="White where init_image may change, black where it stays.")] = None
     strength: Annotated[float, Field(ge=0, le=1, description="How much of latents or init_image may change: 1 is all, 0 nothing.")] = 1.0
     denoising_end: Annotated[float, Field(ge=0, le=1, description="Stop after this share of the noise levels.")] = 1.0
+    first_step: Annotated[int, Field(ge=0, description="Begin at this step, with latents of a run that ended there.")] = 0
+    stop_step: Annotated[int | None, Field(ge=1, description="End before this step; what comes out is noisy.")] = None
+    latent_space: Annotated[
+        Literal["vae", "model"], Field(description="What latents mean, both ways: the VAE's unscaled ones, or the denoiser's.")
+    ] = "vae"
     sigmas: Annotated[list[float] | None, Field(description="Noise levels, descending, the last one 0; overrides the steps.")] = None
     timesteps: Annotated[list[int] | None, Field(description="The model's timesteps, descending; overrides the steps.")] = None
     prompt_embeds: Annotated[Array | None, Field(description="float32 (1, T, D), in place of the prompt.")] = None
@@ -114,6 +119,7 @@ class GenerateRequest(BaseModel):
     decode_chunk_size: Annotated[int | None, Field(ge=1, le=512, description="Frames decoded at once.")] = None
     motion_bucket_id: Annotated[int | None, Field(ge=0, le=1023, description="Amount of motion (svd).")] = None
     noise_aug_strength: Annotated[float | None, Field(ge=0, le=10, description="Noise on the conditioning picture (svd).")] = None
+    compel: Annotated[bool | None, Field(description="Whether Compel reads prompt weights, on a host that has it (--compel).")] = None
     warmup_steps: Annotated[int | None, Field(ge=0, description="Steps run synchronously at the start, for approximate methods.")] = None
     quality: Annotated[Literal["exact"] | None, Field(description="'exact': no approximate method or step cache.")] = None
 

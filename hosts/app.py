@@ -20,7 +20,9 @@ from backends.errors import (
 )
 from backends.model_table import ModelSpec
 from hosts import a1111, api, guard, openai, pages, routes
+from hosts.compat import later
 from hosts.compat import routes as compat_routes
+from hosts.errands import Errands
 from hosts.jobs import JobQueue
 from hosts.limits import RateLimit
 from hosts.metrics import Metrics
@@ -44,14 +46,18 @@ RETRY_AFTER_S = {429: 5, 503: 10}
 """Status of a refusal that passes -> seconds after which to ask again. Loading takes longer than a queue to move on."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Host:
-    """What routes may touch: `current_app.extensions["host"]`."""
+    """What routes may touch: `current_app.extensions["host"]`.
+
+    errands: of a host whose pipeline is loaded and changed over HTTP, and settings and spec with it; None where they are fixed.
+    """
 
     settings: Settings
     spec: ModelSpec
     queue: JobQueue
     state: HostState
+    errands: Errands | None = None
 
 
 def create_app(host: Host) -> Flask:
@@ -67,6 +73,8 @@ def create_app(host: Host) -> Flask:
     app.register_blueprint(openai.blueprint)
     app.register_blueprint(a1111.blueprint)
     app.register_blueprint(compat_routes.blueprint)
+    if host.errands is not None:
+        app.register_blueprint(later.blueprint)
     app.before_request(guard.refuse_strangers)
     app.register_error_handler(HostError, _host_error)
     app.register_error_handler(HTTPException, _http_error)

@@ -8,6 +8,7 @@ from werkzeug.exceptions import HTTPException
 
 from backends.errors import RequestError
 from hosts import a1111, openai
+from hosts.compat import later
 from hosts.incoming import client
 from hosts.startup import LOOPBACK_NAMES
 
@@ -44,6 +45,8 @@ def refuse_strangers() -> None:
     if request.method == "POST":
         current_app.extensions["rate"].take(client())
     _require_content_type()
+    if request.method == "POST" and request.blueprint != later.blueprint.name:
+        later.refuse_without_pipeline()
 
 
 def _require_name(allowed: frozenset[str]) -> None:
@@ -73,4 +76,4 @@ def _require_content_type() -> None:
 
 def _has_no_body() -> bool:
     """Some POSTs of other dialects say everything in their path."""
-    return request.content_length in (0, None) and request.blueprint == a1111.blueprint.name
+    return request.content_length in (0, None) and request.blueprint in (a1111.blueprint.name, later.blueprint.name)

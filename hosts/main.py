@@ -5,12 +5,14 @@ import os
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 from backends.errors import ConfigError, HostError, UnavailableError
 from backends.model_table import ModelSpec, read_table
 from hosts import lifeline, log
+from hosts.errands import Errands
 from hosts.jobs import JobQueue
 from hosts.settings import Settings
 from hosts.sharing import Sharing
@@ -78,8 +80,11 @@ def run_rank(
     after_failed_load: Literal["exit", "answer"],
     bind_patience_s: float = 0.0,
     problem: HostError | None = None,
+    waits: bool = False,
 ) -> int:
     """Serve until told to stop. Returns the exit code. `problem`: one that the arguments already had.
+
+    waits: for a pipeline that is configured over HTTP, instead of loading the one of the settings.
 
     after_failed_load: 'answer' keeps rank 0 serving the reason as an error, because the old clients notice nothing else;
     'exit' leaves it to the launcher to print.
@@ -91,8 +96,8 @@ def run_rank(
         os.environ.setdefault(name, value)
     start = None
     try:
-        if problem is None:
-            start = plan_start(settings, read_table(), num_gpus=count_gpus(os.environ), num_ranks=place.local_world_size)
+        if problem is None and not waits:
+            start = _plan(settings, place=place)
     except HostError as error:
         problem = error
     if problem is not None and after_failed_load == "exit":
@@ -103,12 +108,16 @@ def run_rank(
         store = _open_store(settings) if place.rank == 0 else None
         queue = _queue(settings, store)
         _stop_when_told(settings, place, state, queue, store)
-        listener = _listen(settings, start, state, queue, patience_s=bind_patience_s) if place.rank == 0 else None
+        errands = Errands(queue, base=settings, plan=partial(_plan, place=place), num_ranks=place.world_size) if waits else None
+        listener = _listen(settings, start, state, queue, errands, patience_s=bind_patience_s) if place.rank == 0 else None
     except ConfigError as error:
         return _fatal(error)
     if problem is None:
         try:
-            problem = _serve(settings, start, place, state, queue, store)
+            if errands is not None:
+                _serve_errands(settings, place, state, queue, store, errands)
+            else:
+                problem = _serve(settings, start, place, state, queue, store)
         except Exception as error:  # noqa: BLE001  a lost rank looks like any error; this process ends, and the set is started again
             return _leave(place, queue, store, error)
         queue.abandon(UnavailableError(STOPPING))
@@ -149,14 +158,10 @@ def _serve(
 ) -> HostError | None:
     """Open the groups and run the loop; the error if loading failed. Imports torch, after the port is bound."""
     from backends import distributed
-    from hosts.control import Watch
     from hosts.desk import FollowerDesk, FrontDesk
     from hosts.loop import RankLoop
 
-    device = distributed.select_device(place.local_rank)
-    beats = distributed.initialize(rank=place.rank, world_size=place.world_size)
-    on_leave = store.note if store is not None else lambda why: None
-    Watch(beats, rank=place.rank, world_size=place.world_size, timeout_s=settings.failure_timeout, on_leave=on_leave).start()
+    device = _meet(settings, place, store)
     mesh = distributed.Mesh(start.plan, rank=place.rank, device=device)
     state.tell({**start.facts(), "device": str(device)})
     logger.info("%s on %s", start.plan.describe(), device)
@@ -174,12 +179,45 @@ def _serve(
     return failure.as_error() if failure is not None else None
 
 
-def _listen(settings: Settings, start: StartPlan | None, state: HostState, queue: JobQueue, *, patience_s: float) -> "object":
+def _plan(settings: Settings, *, place: Place) -> StartPlan:
+    """What settings mean on these ranks."""
+    return plan_start(settings, read_table(), num_gpus=count_gpus(os.environ), num_ranks=place.local_world_size)
+
+
+def _meet(settings: Settings, place: Place, store: JobStore | None) -> Any:
+    """This rank's device, once all ranks have met and watch each other."""
+    from backends import distributed
+    from hosts.control import Watch
+
+    device = distributed.select_device(place.local_rank)
+    beats = distributed.initialize(rank=place.rank, world_size=place.world_size)
+    on_leave = store.note if store is not None else lambda why: None
+    Watch(beats, rank=place.rank, world_size=place.world_size, timeout_s=settings.failure_timeout, on_leave=on_leave).start()
+    return device
+
+
+def _serve_errands(settings: Settings, place: Place, state: HostState, queue: JobQueue, store: JobStore | None, errands: Errands) -> None:
+    """The same for a host that waits for its pipeline: until told to stop."""
+    from backends import distributed
+    from hosts.waiting import Front, WaitingLoop
+
+    device = _meet(settings, place, store)
+    front = Front(errands=errands, queue=queue, state=state) if place.rank == 0 else None
+    try:
+        WaitingLoop(rank=place.rank, world_size=place.world_size, device=device, plan=errands.plan, front=front).run()
+    finally:
+        distributed.shutdown()
+
+
+def _listen(
+    settings: Settings, start: StartPlan | None, state: HostState, queue: JobQueue, errands: Errands | None, *, patience_s: float
+) -> "object":
     from hosts.app import Host, create_app
     from hosts.server import Listener
 
     spec = start.spec if start is not None else _any_spec(settings)
-    listener = Listener(create_app(Host(settings=settings, spec=spec, queue=queue, state=state)), host=settings.host, port=settings.port)
+    host = Host(settings=settings, spec=spec, queue=queue, state=state, errands=errands)
+    listener = Listener(create_app(host), host=settings.host, port=settings.port)
     listener.bind(patience_s=patience_s)
     listener.serve()
     logger.info("listening on http://%s:%d", settings.host, settings.port)

@@ -19,6 +19,7 @@ from hosts.api import file_response
 from hosts.compat.fields import Accepted, read_request
 from hosts.incoming import client, json_object, wait_for_all
 from hosts.jobs import Job, JobStatus
+from hosts.state import Phase
 
 blueprint = Blueprint("openai", __name__)
 
@@ -45,8 +46,8 @@ def error_body(message: str, status: int) -> dict[str, Any]:
 
 @blueprint.get("/v1/models")
 def models() -> Response:
-    """The one model that is loaded."""
-    return jsonify({"object": "list", "data": [_model()]})
+    """The one model that is loaded, if there is one."""
+    return jsonify({"object": "list", "data": [] if _host().state.phase is Phase.EMPTY else [_model()]})
 
 
 @blueprint.get("/v1/models/<name>")

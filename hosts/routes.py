@@ -13,7 +13,7 @@ def healthz() -> tuple[Response, int]:
     """200 while the host can answer or is loading, 503 once it cannot make pictures."""
     host = current_app.extensions["host"]
     body = {"phase": host.state.phase, "reason": host.state.reason, "waiting": host.queue.num_waiting}
-    return jsonify(body), 200 if host.state.phase in (Phase.LOADING, Phase.READY) else 503
+    return jsonify(body), 200 if host.state.phase in (Phase.LOADING, Phase.EMPTY, Phase.READY) else 503
 
 
 @blueprint.get("/livez")

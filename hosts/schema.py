@@ -159,6 +159,9 @@ def _unused(spec: ModelSpec, settings: Settings) -> set[str]:
     is_used = {
         "num_frames": spec.output == "video",
         "latents": spec.returns_latents,
+        "latent_space": spec.returns_latents,
+        "first_step": spec.returns_latents,
+        "compel": settings.compel,
         "init_image": spec.returns_latents,
         "mask_image": spec.supports("single", "inpainting").status != "unsupported",
         "image": "image" in spec.requires,

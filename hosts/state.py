@@ -1,4 +1,4 @@
-"""What the host is doing, for HTTP threads to read: loading, ready, failed or stopping. Pure Python."""
+"""What the host is doing, for HTTP threads to read: loading, empty, ready, failed or stopping. Pure Python."""
 
 import threading
 from collections.abc import Mapping, Sequence
@@ -9,6 +9,7 @@ from typing import Any
 
 class Phase(StrEnum):
     LOADING = "loading"
+    EMPTY = "empty"
     READY = "ready"
     FAILED = "failed"
     STOPPING = "stopping"
@@ -16,11 +17,15 @@ class Phase(StrEnum):
 
 @dataclass(slots=True)
 class HostState:
-    """One per rank 0. `reason` says why the host failed or stops; `facts` is what GET /settings shows."""
+    """One per rank 0. `reason` says why the host failed, stops or has no pipeline; `facts` is what GET /settings shows.
+
+    loading_percent: how far loading is, on a host that loads its pipeline over HTTP.
+    """
 
     phase: Phase = Phase.LOADING
     reason: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
+    loading_percent: float = 0.0
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _stopping: threading.Event = field(default_factory=threading.Event)
 

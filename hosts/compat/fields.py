@@ -41,6 +41,10 @@ PLAIN = {
     "control_guidance_start": ("control_guidance_start",),
     "control_guidance_end": ("control_guidance_end",),
     "ip_adapter_scale": ("ip_adapter_scale",),
+    "first_step": ("first_step",),
+    "stop_step": ("stop_step",),
+    "latent_space": ("latent_space",),
+    "compel": ("use_compel", "compel"),
     "warmup_steps": ("warmup_steps",),
     "quality": ("quality",),
 }

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from dataclasses import replace
 
 from hosts.compat.args import settings_or_problem
 from hosts.main import end_rank, is_rank, run_rank
@@ -11,8 +12,11 @@ BIND_PATIENCE_S = 30.0
 
 
 def serve(backend: str) -> None:
-    """Serve with `backend` until killed. Does not return."""
+    """Serve with `backend` until killed. Does not return. Without --checkpoint and --type it waits for a pipeline (hosts/waiting.py)."""
     if not is_rank():
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
     settings, problem = settings_or_problem(sys.argv[1:], backend=backend)
-    end_rank(run_rank(settings, after_failed_load="answer", bind_patience_s=BIND_PATIENCE_S, problem=problem))
+    waits = settings.checkpoint is None and settings.type is None
+    if waits:
+        settings = replace(settings, mode="latency")  # its clients send one job at a time
+    end_rank(run_rank(settings, after_failed_load="answer", bind_patience_s=BIND_PATIENCE_S, problem=problem, waits=waits))

@@ -10,6 +10,7 @@ from backends.request import GenerateResult
 from hosts import wire
 from hosts.compat import codec
 from hosts.compat.fields import Accepted, read_request
+from hosts.compat.later import later_fields
 from hosts.incoming import client, json_object, wait_for, wanted_type
 from hosts.state import Phase
 
@@ -26,8 +27,12 @@ def initialize() -> tuple[str, int]:
 
 @blueprint.get("/progress")
 def progress() -> Response:
-    """0 to 100 as text."""
-    return Response(f"{current_app.extensions['host'].queue.percent:g}", mimetype="text/plain")
+    """0 to 100 as text: of the job, or of loading on a host that loads over HTTP."""
+    host = current_app.extensions["host"]
+    percent = host.queue.percent
+    if host.errands is not None and (host.state.phase is not Phase.READY or not host.queue.jobs()):
+        percent = host.state.loading_percent
+    return Response(f"{percent:g}", mimetype="text/plain")
 
 
 @blueprint.post("/generate")
@@ -37,7 +42,7 @@ def generate() -> Response:
     The job of a client that goes away is cancelled, unless the body says "keep": true.
     """
     host = current_app.extensions["host"]
-    body = json_object()
+    body = json_object() if host.errands is None else later_fields(json_object())
     asked = read_request(body, spec=host.spec, accepted=Accepted.by(host.settings))
     content_type = wanted_type(host.spec.output, default="application/json")
     result = wait_for(host.queue.submit(asked, client=client()), is_kept=body.get("keep") is True)

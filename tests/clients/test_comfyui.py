@@ -128,6 +128,7 @@ def test_frames_of_a_video_arrive_one_by_one(comfy):
         assert json.loads(settings)["guidance_scale"] == 3.0
 
 
+@pytest.mark.slow
 def test_loader_starts_a_host_keeps_it_and_replaces_it_when_told_otherwise(comfy):
     port = free_port()
     given = {

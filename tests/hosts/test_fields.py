@@ -98,7 +98,15 @@ def test_video_field_out_of_range_is_refused_by_its_name(field, value):
 
 def test_every_plain_field_can_be_sent():
     """Each is read under each of its names, so a renamed field cannot be lost."""
-    values = {"prompt": "p", "negative_prompt": "n", "scheduler": "euler", "quality": "exact", "height": 8, "width": 8}
+    values = {
+        "prompt": "p",
+        "negative_prompt": "n",
+        "scheduler": "euler",
+        "quality": "exact",
+        "latent_space": "model",
+        "height": 8,
+        "width": 8,
+    }
     for field, names in PLAIN.items():
         for name in names:
             value = values.get(field, 1)

@@ -10,7 +10,7 @@ from hosts.schema import openapi
 from hosts.settings import Settings
 from tests.checkpoints import NAMES
 
-EVERYTHING = Settings.from_values({"control_net": "/c", "ip_adapter": '{"/i": 1}', "lora_dir": "/l"})
+EVERYTHING = Settings.from_values({"compel": "true", "control_net": "/c", "ip_adapter": '{"/i": 1}', "lora_dir": "/l"})
 
 
 @pytest.mark.parametrize("name", NAMES)

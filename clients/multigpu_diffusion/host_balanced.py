@@ -1,0 +1,11 @@
+"""Started by Python, by path, from the later clients: the same as host_single.py: one process has one device here."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from hosts.compat.host import serve
+
+if __name__ == "__main__":
+    serve("single")

@@ -1,0 +1,11 @@
+"""Started by Python, by path, from the later clients: a host on one device, which waits for its pipeline."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from hosts.compat.host import serve
+
+if __name__ == "__main__":
+    serve("single")
