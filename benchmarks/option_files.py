@@ -1,0 +1,81 @@
+"""Checkpoints of a size at which options cost something, and files that go with them: random weights, built once in the tests' cache.
+
+sdxl: a UNet of 110 M parameters; sd3: a transformer of 74 M. Text encoders and VAE are the tests' tiny ones.
+"""
+
+from pathlib import Path
+
+import torch
+from diffusers import ControlNetModel
+from gguf import GGMLQuantizationType, GGUFWriter
+from gguf.quants import quantize
+from safetensors.torch import load_file, save_file
+
+from tests.checkpoints import IP_ADAPTER_FILE, IP_ADAPTER_IMAGE_ENCODER, checkpoint, ip_adapter, load, picture
+from tests.checkpoints.adapters import IP_ADAPTERS
+from tests.checkpoints.lora import PROJECTION, factors
+
+DENOISERS = {
+    "sdxl": {
+        "sample_size": 64,
+        "block_out_channels": (96, 192, 384),
+        "transformer_layers_per_block": (1, 2, 4),
+        "attention_head_dim": (3, 6, 12),
+        "norm_num_groups": 32,
+    },
+    "sd3": {"sample_size": 64, "num_layers": 8, "num_attention_heads": 8, "attention_head_dim": 64, "pos_embed_max_size": 64},
+}
+PARTS = {"sdxl": "unet", "sd3": "transformer"}
+
+
+def folder_of(name: str) -> Path:
+    return checkpoint(name, **DENOISERS[name])
+
+
+def weights_of(name: str) -> dict[str, torch.Tensor]:
+    return load_file(folder_of(name) / PARTS[name] / "diffusion_pytorch_model.safetensors")
+
+
+def lora_file(name: str, folder: Path, *, seed: int) -> Path:
+    """Rank 16, on every attention projection."""
+    targets = {key.removesuffix(".weight"): weight for key, weight in weights_of(name).items() if PROJECTION.search(key)}
+    tensors = {}
+    for layer, (down, up) in factors(targets, seed=seed, rank=16).items():
+        tensors |= {f"{PARTS[name]}.{layer}.lora_A.weight": down, f"{PARTS[name]}.{layer}.lora_B.weight": 0.1 * up}
+    save_file(tensors, folder / f"lora{seed}.safetensors")
+    return folder / f"lora{seed}.safetensors"
+
+
+def controlnet_folder(folder: Path) -> Path:
+    ControlNetModel.from_unet(load("sdxl", **DENOISERS["sdxl"]).unet).save_pretrained(folder / "controlnet")
+    return folder / "controlnet"
+
+
+def ip_adapter_file(folder: Path) -> Path:
+    """For the larger UNet, with the image encoder of the tests' own beside it."""
+    tensors = IP_ADAPTERS["sdxl"](load("sdxl", **DENOISERS["sdxl"]))
+    path = folder / "ip" / IP_ADAPTER_FILE
+    path.parent.mkdir(parents=True)
+    save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, path)
+    (folder / "ip" / IP_ADAPTER_IMAGE_ENCODER).symlink_to(ip_adapter("sdxl") / IP_ADAPTER_IMAGE_ENCODER)
+    return path
+
+
+def gguf_file(name: str, folder: Path, kind: str) -> Path:
+    """Matrices whose width divides by 32 in blocks of `kind`, all else in float32."""
+    path = folder / f"{kind}.gguf"
+    writer = GGUFWriter(path, name)
+    packed = GGMLQuantizationType[kind]
+    for key, tensor in weights_of(name).items():
+        array = tensor.float().numpy()
+        is_matrix = tensor.dim() == 2 and key.endswith(".weight") and tensor.shape[1] % 32 == 0
+        writer.add_tensor(key, quantize(array, packed) if is_matrix else array, raw_dtype=packed if is_matrix else None)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def hint():
+    return picture(512)
