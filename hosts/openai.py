@@ -14,10 +14,11 @@ from flask import Blueprint, Response, current_app, jsonify, request
 from PIL import Image
 
 from backends.errors import NotFoundError, RequestError, UnsupportedError
+from backends.request import GenerateRequest
 from hosts import wire
 from hosts.api import file_response
 from hosts.compat.fields import Accepted, read_request
-from hosts.incoming import client, json_object, wait_for_all
+from hosts.incoming import client, json_object, submit_all, wait_for_all
 from hosts.jobs import Job, JobStatus
 from hosts.state import Phase
 
@@ -87,7 +88,7 @@ def create_video() -> Response:
         fields["image"] = body["input_reference"]
     if "seconds" in body and "num_frames" not in body:
         fields["num_frames"] = round(float(body["seconds"]) * wire.FRAMES_PER_S)
-    return jsonify(_video(_submit(fields, is_stored=True)))
+    return jsonify(_video(_host().queue.submit(_read(fields), client=client(), is_kept=True, is_stored=True)))
 
 
 @blueprint.get("/v1/videos/<job_id>")
@@ -120,7 +121,8 @@ def _images(body: Mapping[str, Any]) -> Response:
     content_type = _choice(body, "output_format", FORMATS, "image/png")
     fields = _fields(body)
     seed = fields.get("seed")
-    jobs = [_submit({**fields, "seed": seed + index if isinstance(seed, int) and seed >= 0 else seed}) for index in range(number)]
+    seeds = [seed + index if isinstance(seed, int) and seed >= 0 else seed for index in range(number)]
+    jobs = submit_all([_read({**fields, "seed": seed}) for seed in seeds], is_kept=True)
     results = wait_for_all(jobs)
     if kind == "url":
         data = [{"url": f"{request.host_url}v1/jobs/{job.id}/result", "seed": job.request.seed} for job in jobs]
@@ -185,10 +187,8 @@ def _choice(body: Mapping[str, Any], name: str, allowed: Mapping[str, str], defa
     return allowed[value]
 
 
-def _submit(fields: Mapping[str, Any], *, is_stored: bool = False) -> Job:
-    host = _host()
-    asked = read_request(fields, spec=host.spec, accepted=Accepted.by(host.settings))
-    return host.queue.submit(asked, client=client(), is_kept=True, is_stored=is_stored)
+def _read(fields: Mapping[str, Any]) -> GenerateRequest:
+    return read_request(fields, spec=_spec(), accepted=Accepted.by(_host().settings))
 
 
 def _video(job: Job) -> dict[str, Any]:

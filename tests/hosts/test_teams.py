@@ -1,5 +1,6 @@
 """Ranks that split into teams when several jobs wait, and meet again: real hosts, real HTTP. The tests of one host run in this order."""
 
+import base64
 import io
 import json
 import signal
@@ -65,7 +66,7 @@ def show(host, job):
     return host.get(f"/v1/jobs/{job}").json()
 
 
-def over(host, *jobs, within_s=60):
+def over(host, *jobs, within_s=120):
     for job in jobs:
         wait_until(lambda: show(host, job)["state"] in ("done", "failed", "cancelled"), within_s=within_s, what="it is over")  # noqa: B023
     return [show(host, job) for job in jobs]
@@ -112,9 +113,26 @@ def test_clients_keep_their_turns_while_the_ranks_are_split(host):
     assert {job["state"] for job in over(host, blocker, *greedy, modest)} == {"done"}
 
 
+def test_pictures_of_one_request_are_shared_out_among_the_ranks_and_come_back_in_their_order(host, alone):
+    over(host, send(host, BODY))  # the ranks are together
+    fields = {"prompt": "a red car", "negative_prompt": "blurry", "steps": 4, "seed": 5, "guidance_scale": 7.0}
+    answer = requests.post(host.url("/v1/images/generations"), json={**fields, "n": 4, "size": "64x64"}, timeout=60).json()
+    assert [made["seed"] for made in answer["data"]] == [5, 6, 7, 8]
+    jobs = [made["url"].split("/")[-2] for made in answer["data"]]
+    assert [show(host, job)["ranks"] for job in jobs][:2] == [1, 1]
+    for seed, job in enumerate(jobs, start=5):
+        assert np.abs(pixels(host, job).astype(int) - alone(seed)).max() <= 1
+    asked = {"prompt": "a red car", "negative_prompt": "blurry", "steps": 4, "seed": 5, "cfg_scale": 7.0, "width": 64, "height": 64}
+    answer = requests.post(host.url("/sdapi/v1/txt2img"), json={**asked, "n_iter": 2, "batch_size": 2}, timeout=60).json()
+    assert json.loads(answer["info"])["all_seeds"] == [5, 6, 7, 8]
+    for seed, image in enumerate(answer["images"], start=5):
+        made = np.asarray(Image.open(io.BytesIO(base64.b64decode(image)))).astype(int)
+        assert np.abs(made - alone(seed)).max() <= 1
+
+
 def test_split_jobs_have_previews_and_one_is_cancelled_and_one_refused_without_touching_the_others(host, alone):
     blocker = send(host, LONG)
-    jobs = [send(host, {**LONG, "steps": 300, "seed": seed}) for seed in range(2)]
+    jobs = [send(host, {**LONG, "steps": 200, "seed": seed}) for seed in range(2)]
     wrong = send(host, {**BODY, "clip_skip": 12})
     last = send(host, {**BODY, "seed": 3})
     both_run(host, jobs)
@@ -131,7 +149,7 @@ def test_split_jobs_have_previews_and_one_is_cancelled_and_one_refused_without_t
     assert refused["state"] == "failed" and refused["error"].startswith("clip_skip=12 is not allowed")
     assert np.abs(pixels(host, good["id"]).astype(int) - alone(3)).max() <= 1
     first, _ = over(host, jobs[0], blocker)
-    assert (first["state"], first["ranks"], first["step"]) == ("done", 1, 300)
+    assert (first["state"], first["ranks"], first["step"]) == ("done", 1, 200)
     for thread in threads:
         thread.join(timeout=20)
 
