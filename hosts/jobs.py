@@ -135,7 +135,7 @@ class JobQueue:
     def finish(self, job: Job, *, result: GenerateResult | None = None, error: HostError | None = None) -> None:
         """The job is over, unless the host stops and leaves it to the next one. A failed one leaves the progress at 0."""
         if result is not None and job.is_stored:
-            result = self._store.put_result(job, result)  # before anybody can see it, and not while the queue is locked
+            self._store.put_result(job, result)  # before anybody can see it, and not while the queue is locked
         with self._changed:
             self._runs_no_more(job)
             self._percent = 100.0 if error is None else 0.0

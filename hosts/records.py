@@ -41,10 +41,10 @@ def unpack_request(text: str, read: Callable[[str], Array] | None) -> GenerateRe
     packed = json.loads(text)
     values = dict(packed["plain"])
     if read is not None:
-        values |= {name: np.array(read(name)) for name in packed["tensors"]}
+        values |= {name: read(name) for name in packed["tensors"]}
         for name, count in packed["pictures"].items():
             names = [name] if count is None else [f"{name}.{index}" for index in range(count)]
-            pictures = [Image.fromarray(np.array(read(each)), mode="RGB") for each in names]
+            pictures = [Image.fromarray(read(each), mode="RGB") for each in names]
             values[name] = pictures[0] if count is None else pictures
     return GenerateRequest(**values)
 

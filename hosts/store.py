@@ -59,7 +59,7 @@ class Store(Protocol):
 
     def put_inputs(self, job: Job) -> None: ...
 
-    def put_result(self, job: Job, result: GenerateResult) -> GenerateResult: ...
+    def put_result(self, job: Job, result: GenerateResult) -> None: ...
 
     def save(self, job: Job, status: JobStatus) -> None: ...
 
@@ -77,8 +77,7 @@ class NoStore:
 
     def put_inputs(self, job: Job) -> None: ...
 
-    def put_result(self, job: Job, result: GenerateResult) -> GenerateResult:
-        return result
+    def put_result(self, job: Job, result: GenerateResult) -> None: ...
 
     def save(self, job: Job, status: JobStatus) -> None: ...
 
@@ -142,15 +141,12 @@ class JobStore:
             with self._writing():
                 self._write_arrays(f"{job.id}.request", arrays)
 
-    def put_result(self, job: Job, result: GenerateResult) -> GenerateResult:
-        """The same result with its arrays on disk, read from there when they are looked at; as it was if it cannot be written."""
+    def put_result(self, job: Job, result: GenerateResult) -> None:
+        """Write the result's arrays, if that can be done. The row that speaks of them is written by `save`."""
         try:
-            facts, arrays = records.pack_result(result)
-            self._write_arrays(f"{job.id}.result", arrays)
-            return records.unpack_result(facts, self._reader(f"{job.id}.result"))
+            self._write_arrays(f"{job.id}.result", records.pack_result(result)[1])
         except OSError as error:
             logger.error("the result of job %s stays in memory, it cannot be stored: %s", job.id, error)
-            return result
 
     def save(self, job: Job, status: JobStatus) -> None:
         """The job as it is now, but with this status. UnavailableError if it cannot be written."""
@@ -243,7 +239,7 @@ class JobStore:
 
     def _reader(self, name: str) -> Callable[[str], Array]:
         folder = self._arrays / name
-        return lambda array: np.load(folder / f"{array}.npy", mmap_mode="r", allow_pickle=False)
+        return lambda array: np.load(folder / f"{array}.npy", allow_pickle=False)
 
     def _write_arrays(self, name: str, arrays: records.Arrays) -> None:
         """All of them or none, and on the disk when this returns."""

@@ -130,7 +130,6 @@ def test_result_of_before_the_restart_is_the_same_and_is_not_made_again(open_que
     queue = open_queue()
     job = send(queue)
     queue.finish(queue.next(), result=result(5))
-    assert isinstance(job.wait().frames, np.memmap), "finished pictures stay in memory"
     queue = open_queue()
     back = queue.find(job.id)
     assert back.status is JobStatus.DONE and queue.num_waiting == 0
@@ -138,6 +137,17 @@ def test_result_of_before_the_restart_is_the_same_and_is_not_made_again(open_que
     assert (made.frames == want.frames).all() and (made.latents == want.latents).all()
     assert (made.seed, made.report, made.resolved, made.exactness) == (5, want.report, want.resolved, "exact")
     assert back.step == job.step and back.ended_s == job.ended_s
+
+
+def test_kept_results_hold_no_files_open(open_queue):
+    queue = open_queue()
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for _ in range(10):
+        send(queue)
+        queue.finish(queue.next(), result=result())
+    queue = open_queue()
+    assert sum(job.wait().frames.nbytes > 0 for job in queue.jobs()) == 10
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before + 2
 
 
 def test_failed_and_cancelled_jobs_stay_so(open_queue):
