@@ -222,10 +222,13 @@ def test_second_rank_builds_whole_checkpoints(run_on_ranks, tmp_path):
     [
         (lambda: lora("sd1", style="peft"), "style='peft' is not a LoRA layout. Allowed: diffusers, kohya."),
         (lambda: lora("hy", style="kohya"), "There is no kohya layout for type 'hy'. Allowed: ad, sd1, sd2, sdup, sdxl, flux."),
-        (lambda: controlnet("svd"), "There is no ControlNet for type 'svd'. Allowed: sd1, sd2, sdxl, sd3, flux, hy."),
+        (lambda: controlnet("svd"), "There is no ControlNet for type 'svd'. Allowed: sd1, sd2, sdxl, sd3, flux, hy, zimage, qwenimage."),
         (lambda: ip_adapter("hy"), "There is no IP-Adapter for type 'hy'. Allowed: ad, sd1, sd2, sdxl, sd3, flux."),
         (lambda: single_file("svd"), "There is no single file of type 'svd'. Allowed: sd1, sd2, sdxl, flux."),
-        (lambda: gguf("hy"), "diffusers reads no GGUF file of type 'hy'. Allowed: sd1, sd2, sdup, sdxl, sd3, flux."),
+        (
+            lambda: gguf("hy"),
+            "diffusers reads no GGUF file of type 'hy'. Allowed: sd1, sd2, sdup, sdxl, sd3, flux, zimage, qwenimage, flux2, wan_t2v.",
+        ),
         (lambda: gguf("sd1", "Q4_K"), "quantization='Q4_K' cannot be written. Allowed: F32, F16, BF16, Q8_0, Q5_1, Q5_0, Q4_1, Q4_0."),
     ],
 )

@@ -119,7 +119,7 @@ class AsyncDiffBackend(Backend):
             if self._generation is None:
                 return forward(**arguments)
             if isinstance(arguments[names[0]], list):
-                return _listed(self._evaluate(_from_tensors(forward, names), _as_tensors(arguments, names), names[0]))
+                return _listed(self._evaluate(from_tensors(forward, names), as_tensors(arguments, names), names[0]))
             return self._evaluate(forward, arguments, names[0])
 
         return around
@@ -177,14 +177,14 @@ def _copy_lists(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, list) else value for name, value in arguments.items()}
 
 
-def _as_tensors(arguments: dict[str, Any], names: list[str]) -> dict[str, Any]:
+def as_tensors(arguments: dict[str, Any], names: list[str]) -> dict[str, Any]:
     """Of a denoiser that takes its pictures as a list, first, and the timestep second: one tensor (B, ...), and `timestep`."""
     pictures, timestep, *_ = names
     others = {name: value for name, value in arguments.items() if name not in (pictures, timestep)}
     return {pictures: torch.stack(arguments[pictures]), "timestep": arguments[timestep], **others}
 
 
-def _from_tensors(forward: Callable[..., Any], names: list[str]) -> Callable[..., Any]:
+def from_tensors(forward: Callable[..., Any], names: list[str]) -> Callable[..., Any]:
     """`forward` for such arguments; its prediction is one tensor too."""
     pictures, timestep, *_ = names
 

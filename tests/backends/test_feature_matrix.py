@@ -79,7 +79,7 @@ BUT_COMPILE = [what for what in FEATURES if what != "compile"]
 @pytest.mark.parametrize(
     ("name", "features"),
     # tracing a whole UNet takes as long as everything else together
-    [("sdxl", BUT_COMPILE), ("flux", FEATURES), slow("sdxl", ["compile"]), *(slow(name, FEATURES) for name in OTHERS)],
+    [("sdxl", BUT_COMPILE), slow("flux", FEATURES), slow("sdxl", ["compile"]), *(slow(name, FEATURES) for name in OTHERS)],
 )
 def test_two_ranks_equal_one_device_with_every_feature(run_on_ranks, name, features):
     wanted = {what: backends for what, backends in cells(name).items() if what in features}

@@ -2,6 +2,7 @@
 
 import importlib
 import io
+import signal
 import subprocess
 import sys
 import threading
@@ -74,7 +75,9 @@ def test_command_says_in_one_line_what_is_wrong(host, tmp_path):
 
 def test_interrupted_command_cancels_its_job(host, tmp_path):
     command = subprocess.Popen(
-        [sys.executable, str(LAUNCHER), "generate", "a", f"--url={host.url('')}", "--num_inference_steps=900"], cwd=tmp_path
+        [sys.executable, str(LAUNCHER), "generate", "a", f"--url={host.url('')}", "--num_inference_steps=900"],
+        cwd=tmp_path,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell ignores it for what it starts in the background
     )
     wait_until(
         lambda: host.queue.jobs() and host.queue.jobs()[0].step > 0 and not host.queue.jobs()[0].finished.is_set(),
@@ -82,6 +85,6 @@ def test_interrupted_command_cancels_its_job(host, tmp_path):
         what="it runs",
     )
     job = host.queue.jobs()[0]
-    command.send_signal(2)
+    command.send_signal(signal.SIGINT)
     assert command.wait(timeout=20) == 130
     assert job.finished.wait(20) and "cancelled" in str(job.error)

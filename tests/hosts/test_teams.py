@@ -167,15 +167,12 @@ def test_failure_of_a_rank_in_its_team_costs_no_other_job(host, alone, fault_fil
     long = [send(host, LONG) for _ in range(2)]
     jobs = [send(host, {**BODY, "seed": seed}) for seed in range(3)]
     both_run(host, long)
-    fault_file.write_text("1 decode\n1 decode")
+    fault_file.write_text("1 decode")
     done = over(host, blocker, *long, *jobs)
     assert fault_file.read_text() == ""
-    failed = [job for job in done if job["state"] == "failed"]  # the one that was struck twice, if it was one
-    assert len(failed) <= 1 and sum(job["attempts"] for job in done) + len(failed) == len(done) + 2
-    assert all(job["error"] == "rank 1 failed: ArithmeticError: a fault of the test in decode" for job in failed)
+    assert all(job["state"] == "done" for job in done) and sum(job["attempts"] for job in done) == len(done) + 1
     for seed, job in enumerate(done[3:]):
-        if job not in failed:
-            assert np.abs(pixels(host, job["id"]).astype(int) - alone(seed)).max() <= 1
+        assert np.abs(pixels(host, job["id"]).astype(int) - alone(seed)).max() <= 1
     (after,) = over(host, send(host, BODY))
     assert (after["state"], after["ranks"]) == ("done", 2)
     assert host.ranks() == ranks, "the host was started again"

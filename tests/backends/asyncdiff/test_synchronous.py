@@ -26,7 +26,9 @@ def check_equals_single(rank, world_size, names, many_options):
             torch.testing.assert_close(result(pipe, asked), want, rtol=0, atol=0)  # detached: the pipeline is as it was found
 
 
-@pytest.mark.parametrize("names", [NAMES[:4], NAMES[4:8], NAMES[8:12], pytest.param(NAMES[12:], marks=pytest.mark.slow)], ids=",".join)
+@pytest.mark.parametrize(
+    "names", [NAMES[:4], *(pytest.param(NAMES[start : start + 4], marks=pytest.mark.slow) for start in (4, 8, 12))], ids=",".join
+)
 def test_full_warmup_matches_single_on_two_ranks(run_on_ranks, names):
     prepare(*names)
     run_on_ranks(check_equals_single, 2, names, [{}])

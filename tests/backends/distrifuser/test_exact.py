@@ -80,6 +80,7 @@ def test_bands_split_batch_and_weights_match_one_rank_for_every_type(run_on_rank
     run_on_ranks(check_types, world_size, (name,), *options)
 
 
+@pytest.mark.slow
 def test_tensor_parallelism_on_two_ranks_matches_one_rank(run_on_ranks):
     names = ("sdxl", *TRANSFORMERS)
     build(names)

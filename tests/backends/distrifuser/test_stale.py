@@ -181,6 +181,7 @@ def check_warmup_covers_all(rank: int, world_size: int, name: str, modes: tuple[
             assert_same(generate(pipe, backend, other, warmup_steps=3), want_other, f"{name} {mode} after a stale generation")
 
 
+@pytest.mark.slow
 def test_warmup_of_all_steps_matches_one_rank_before_and_after_a_stale_generation(run_on_ranks):
     build(["sdxl"])
     run_on_ranks(check_warmup_covers_all, 2, "sdxl", STALE)
