@@ -65,6 +65,7 @@ setup(
             "pytest",
             "pytest-rerunfailures",
             "pytest-timeout",
+            "pytest-xdist",
             "requests",
             "ruff",
             "schemathesis",
