@@ -278,7 +278,7 @@ def _connect(path: Path) -> sqlite3.Connection:
         columns = {row[1] for row in connection.execute("PRAGMA table_info(jobs)")}
         if columns != {"number", *COLUMNS}:
             raise sqlite3.DatabaseError("it holds other tables than this program's")
-    except BaseException:
+    except BaseException:  # whatever it is: the file must be free for the repair, which moves it aside
         connection.close()
         raise
     return connection

@@ -18,9 +18,8 @@ from backends.pipeline import load_pipeline
 from backends.request import GenerateRequest, LoadRequest
 from tests.checkpoints import checkpoint
 from tests.hosts.harness import READY_WITHIN_S, start_launcher, wait_until
-from tests.hosts.test_two_ranks import FAULTS
+from tests.hosts.test_two_ranks import BODY, FAULTS
 
-BODY = {"positive": "a red car", "negative": "blurry", "steps": 4, "seed": 5, "cfg": 7.0}
 LONG = {**BODY, "steps": 60}
 ARGUMENTS = ("--type=sdxl", f"--checkpoint={checkpoint('sdxl')}", "--height=64", "--width=64")
 
