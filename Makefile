@@ -31,7 +31,7 @@ audit:
 
 .venv/installed: setup.py constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[options,test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[options,ray,test]'
 	touch $@
 
 clean:

@@ -53,6 +53,7 @@ setup(
     extras_require={
         "options": ["bitsandbytes", "compel", "gguf"],
         "video": ["imageio", "imageio-ffmpeg"],
+        "ray": ["ray"],
         "localai": ["grpcio", "grpcio-tools"],
         "test": [
             "grpcio",
