@@ -19,9 +19,10 @@ import psutil
 from backends.errors import ConfigError, HostError
 from backends.model_table import read_table
 from hosts import matrix
+from hosts.command_line import parse_command_line
 from hosts.lifeline import request_parent_death_signal
 from hosts.scratch import scratch_folder
-from hosts.settings import Settings, parse_command_line
+from hosts.settings import Settings
 
 EXIT_USER_ERROR = 2
 STOP_WITHIN_S = 10.0

@@ -74,7 +74,7 @@ def measure(row: Mapping[str, Any], *, steps: int, pictures: int, side: int) -> 
     from backends.quantization import weight_bytes
     from backends.request import GenerateRequest
     from benchmarks import option_files as files
-    from hosts.settings import parse_command_line
+    from hosts.command_line import parse_command_line
     from hosts.startup import plan_start
 
     torch.set_num_threads(1)

@@ -16,7 +16,7 @@ PRODUCT = [ROOT / "launcher.py", *HOSTS, *sorted((ROOT / "backends").rglob("*.py
 WITHOUT_TORCH = [
     "launcher",
     *(f"hosts.{name}" for name in "settings jobs server routes wire values startup state matrix lifeline log prewarm main".split()),
-    *(f"hosts.{name}" for name in "job records store scratch choice pace modes sharing".split()),
+    *(f"hosts.{name}" for name in "job records store scratch choice pace modes sharing command_line".split()),
     *(f"hosts.{name}" for name in "app api pages schema openai a1111 incoming".split()),
     *(f"hosts.compat.{name}" for name in "args fields routes codec host".split()),
     *(f"backends.{name}" for name in "request model_table errors plan schedulers schedule".split()),
@@ -95,7 +95,15 @@ def test_launcher_imports_only_what_it_needs_before_it_knows_what_to_do():
         for node in tree(ROOT / "launcher.py").body
         if isinstance(node, ast.ImportFrom) and node.module.startswith(("hosts", "backends"))
     }
-    assert top_level <= {"backends.errors", "backends.model_table", "hosts", "hosts.lifeline", "hosts.scratch", "hosts.settings"}
+    assert top_level <= {
+        "backends.errors",
+        "backends.model_table",
+        "hosts",
+        "hosts.command_line",
+        "hosts.lifeline",
+        "hosts.scratch",
+        "hosts.settings",
+    }
     assert len((ROOT / "launcher.py").read_text().splitlines()) < 150
 
 

@@ -15,7 +15,7 @@ from backends.pipeline import LoadedPipeline, load_pipeline
 from backends.plan import ParallelPlan
 from backends.request import GenerateRequest, GenerateResult, LoadRequest
 from backends.vae import attach_band_decode, detach_band_decode, shares_decode
-from hosts.settings import parse_command_line
+from hosts.command_line import parse_command_line
 from hosts.startup import plan_start
 from tests.checkpoints import checkpoint, load, picture
 

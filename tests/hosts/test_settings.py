@@ -7,8 +7,9 @@ import pytest
 
 from backends.errors import ConfigError
 from hosts import settings as settings_module
+from hosts.command_line import parse_command_line
 from hosts.compat.args import parse_client_arguments, settings_or_problem
-from hosts.settings import Settings, canonical_names, option_fields, parse_command_line, table
+from hosts.settings import Settings, canonical_names, option_fields, table
 from hosts.startup import refuse_pending
 
 BACKENDS = ("asyncdiff", "distrifuser", "xdit")
