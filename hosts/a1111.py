@@ -185,7 +185,7 @@ def _state(job: Job | None) -> dict[str, Any]:
 
 
 def _title() -> str:
-    return current_app.extensions["host"].spec.name
+    return current_app.extensions["host"].model
 
 
 def _png(preview: Any) -> str:

@@ -167,7 +167,7 @@ def _follow(queue: JobQueue, job: Job, describe: Any, with_previews: bool) -> It
                 yield _event("preview", {"step": step, "image": _data_url(preview)})
             if is_over:
                 return
-            time.sleep(MIN_INTERVAL_S)
+            job.finished.wait(MIN_INTERVAL_S)  # its end is told at once
 
     return stream()
 

@@ -51,6 +51,7 @@ class Host:
     """What routes may touch: `current_app.extensions["host"]`.
 
     errands: of a host whose pipeline is loaded and changed over HTTP, and settings and spec with it; None where they are fixed.
+    name: of the model for clients that name one; its type if empty.
     """
 
     settings: Settings
@@ -58,6 +59,11 @@ class Host:
     queue: JobQueue
     state: HostState
     errands: Errands | None = None
+    name: str = ""
+
+    @property
+    def model(self) -> str:
+        return self.name or self.spec.name
 
 
 def create_app(host: Host) -> Flask:

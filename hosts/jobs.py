@@ -13,6 +13,7 @@ from backends.errors import BusyError, CancelledError, HostError, NotFoundError,
 from backends.request import Array, GenerateRequest, GenerateResult
 from hosts import records
 from hosts.choice import Choice, Choose, take_first
+from hosts.endings import Ending
 from hosts.job import Job, JobStatus
 from hosts.store import NoStore, Store
 
@@ -43,7 +44,9 @@ class JobQueue:
         kept_bytes: int = 256 * 2**20,
         kept_seconds: float = 0,
         store: Store | None = None,
+        complete: Callable[[Ending], Ending] = lambda ending: ending,
     ) -> None:
+        """complete: adds to the last words of an earlier process what else is known of its end."""
         self._capacity = capacity
         self._max_seconds = max_seconds
         self._num_kept = num_kept
@@ -51,6 +54,7 @@ class JobQueue:
         self._kept_seconds = kept_seconds
         self._store = store or NoStore()
         self._outlives = store is not None
+        self._complete = complete
         self._changed = threading.Condition()
         self._waiting: list[Job] = []
         self._running: list[Job] = []
@@ -145,9 +149,13 @@ class JobQueue:
                 error = CancelledError(job.cancel_reason) if job.cancel_reason else _too_late(job) if job.is_late else error
             self._settle(job, result=result, error=error)
 
-    def retry(self, job: Job) -> bool:
-        """Put the running job back in front, to be begun once more; False if it has had its attempts, or is not wanted any more."""
+    def retry(self, job: Job, *, was_begun: bool = True) -> bool:
+        """Put the running job back in front, to be begun once more; False if it has had its attempts, or is not wanted any more.
+
+        was_begun: whether this attempt counts.
+        """
         with self._changed:
+            job.attempts -= not was_begun
             if job.attempts >= MAX_ATTEMPTS or job.must_stop or self._closed is not None:
                 return False
             self._runs_no_more(job)
@@ -255,8 +263,9 @@ class JobQueue:
     def _take_over(self) -> None:
         """What an earlier process left in the store."""
         jobs = self._store.load()
+        words = self._store.last_words()  # read in any case: another time they would be wrong
         if any(job.status is JobStatus.RUNNING for job in jobs):
-            words = self._store.last_words()
+            words = self._complete(words)
         for job in jobs:
             self._keep(job)
             if job.status is JobStatus.QUEUED and not job.cancel_requested:
@@ -267,7 +276,7 @@ class JobQueue:
             elif job.status is JobStatus.RUNNING and job.attempts >= MAX_ATTEMPTS:
                 self._settle(job, error=_gave_up(job, words))
             elif job.status is JobStatus.RUNNING:
-                logger.warning("job %s is begun again: the ranks ended while it ran (%s)", job.id, words)
+                logger.warning("job %s is begun again: the ranks ended while it ran (%s)", job.id, words.why)
                 self._put_back(job)
         if self._waiting:
             logger.info("%d jobs were taken over from the store", len(self._waiting))
@@ -384,8 +393,8 @@ def _cancelled(job: Job) -> CancelledError:
     return CancelledError(job.cancel_reason or "the job was cancelled before it ran.")
 
 
-def _gave_up(job: Job, words: str) -> HostError:
+def _gave_up(job: Job, ending: Ending) -> HostError:
     return HostError(
-        f"the ranks ended {job.attempts} times while this job ran, so it is not tried again. The last time: {words}. "
-        "Ask for less (size, frames), or see the host's log."
+        f"the ranks ended {job.attempts} times while this job ran, so it is not tried again. The last time: {ending.why}. "
+        f"Ask for less (size, frames), or see the host's log. {ending.last_lines(job.id)}".strip()
     )

@@ -53,8 +53,8 @@ def models() -> Response:
 
 @blueprint.get("/v1/models/<name>")
 def model(name: str) -> Response:
-    if name != _spec().name:
-        raise NotFoundError(f"there is no model {name!r}. Allowed: {_spec().name}.")
+    if name != _host().model:
+        raise NotFoundError(f"there is no model {name!r}. Allowed: {_host().model}.")
     return jsonify(_model())
 
 
@@ -135,8 +135,8 @@ def _images(body: Mapping[str, Any]) -> Response:
 def _fields(body: Mapping[str, Any]) -> dict[str, Any]:
     """OpenAI's fields -> those of /generate. `model` must be the one that is loaded, or be left out."""
     named = body.get("model")
-    if named not in (None, "", _spec().name):
-        raise NotFoundError(f"there is no model {named!r}. Allowed: {_spec().name}.")
+    if named not in (None, "", _host().model):
+        raise NotFoundError(f"there is no model {named!r}. Allowed: {_host().model}.")
     fields = {ALIASES.get(name, name): value for name, value in body.items() if name not in ("model", "n", "size", "user", "seconds")}
     size = body.get("size")
     if size not in (None, "", "auto"):
@@ -197,7 +197,7 @@ def _video(job: Job) -> dict[str, Any]:
     return {
         "id": job.id,
         "object": "video",
-        "model": _spec().name,
+        "model": _host().model,
         "status": STATUS[job.status],
         "progress": percent,
         "created_at": int(job.created_s),
@@ -207,7 +207,7 @@ def _video(job: Job) -> dict[str, Any]:
 
 
 def _model() -> dict[str, Any]:
-    return {"id": _spec().name, "object": "model", "created": 0, "owned_by": "local"}
+    return {"id": _host().model, "object": "model", "created": 0, "owned_by": "local"}
 
 
 def _require_output(output: str) -> None:

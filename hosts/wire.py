@@ -1,4 +1,4 @@
-"""Results -> bytes: pictures as PNG, JPEG or WebP, videos as MP4 or GIF, both as an array. Pure functions; imports no torch."""
+"""Results -> bytes: pictures as PNG, JPEG or WebP, videos as MP4 or GIF, both as arrays. Pure functions; imports no torch."""
 
 import io
 
@@ -8,19 +8,30 @@ from PIL.PngImagePlugin import PngInfo
 
 from backends.errors import RequestError
 from backends.request import GenerateResult
+from hosts import records
 
 IMAGE_TYPES = {"image/png": "PNG", "image/jpeg": "JPEG", "image/webp": "WEBP"}
 VIDEO_TYPES = ("video/mp4", "image/gif")
 ARRAY_TYPE = "application/x-npy"
 """uint8 (N, H, W, 3) as numpy saves it: every frame as it is, for programs."""
-EXTENSIONS = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp", "video/mp4": "mp4", "image/gif": "gif", ARRAY_TYPE: "npy"}
+WHOLE_TYPE = "application/x-npz"
+"""Everything there is of a result, as numpy.savez writes it: `frames`, `latents` where the type gives them, and `facts` (JSON as bytes)."""
+EXTENSIONS = {
+    "image/png": "png",
+    "image/jpeg": "jpg",
+    "image/webp": "webp",
+    "video/mp4": "mp4",
+    "image/gif": "gif",
+    ARRAY_TYPE: "npy",
+    WHOLE_TYPE: "npz",
+}
 FRAMES_PER_S = 7
 """What both existing clients play videos at."""
 
 
 def content_types(output: str) -> tuple[str, ...]:
     """What a result of this kind ('image' or 'video') can be sent as, the best first."""
-    return (*(IMAGE_TYPES if output == "image" else VIDEO_TYPES), ARRAY_TYPE)
+    return (*(IMAGE_TYPES if output == "image" else VIDEO_TYPES), ARRAY_TYPE, WHOLE_TYPE)
 
 
 def pictures(result: GenerateResult) -> list[Image.Image]:
@@ -32,13 +43,15 @@ def encode(result: GenerateResult, content_type: str, *, metadata: str = "", fra
     """The result as one file of this type; a PNG holds `metadata` as its text `parameters`. RequestError if the type does not fit."""
     if content_type == ARRAY_TYPE:
         return _encode_array(result)
+    if content_type == WHOLE_TYPE:
+        return _encode_whole(result)
     if content_type in IMAGE_TYPES and len(result.frames) == 1:
         return _encode_picture(pictures(result)[0], IMAGE_TYPES[content_type], metadata)
     if content_type == "image/gif":
         return _encode_gif(pictures(result), frames_per_s)
     if content_type == "video/mp4":
         return _encode_mp4(result, frames_per_s)
-    allowed = ", ".join((*VIDEO_TYPES, ARRAY_TYPE))
+    allowed = ", ".join((*VIDEO_TYPES, ARRAY_TYPE, WHOLE_TYPE))
     raise RequestError(f"Accept: {content_type} does not fit a video. Allowed: {allowed}, application/json.", field="Accept")
 
 
@@ -46,6 +59,19 @@ def _encode_array(result: GenerateResult) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, result.frames, allow_pickle=False)
     return buffer.getvalue()
+
+
+def _encode_whole(result: GenerateResult) -> bytes:
+    facts, arrays = records.pack_result(result)
+    buffer = io.BytesIO()
+    np.savez(buffer, facts=np.frombuffer(facts.encode(), np.uint8), **arrays)
+    return buffer.getvalue()
+
+
+def decode_whole(data: bytes) -> GenerateResult:
+    """What was sent as WHOLE_TYPE. Nothing is unpickled. ValueError, OSError or KeyError for anything else."""
+    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+        return records.unpack_result(arrays["facts"].tobytes().decode(), arrays.__getitem__)
 
 
 def _encode_picture(picture: Image.Image, file_format: str, metadata: str) -> bytes:

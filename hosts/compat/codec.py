@@ -27,6 +27,7 @@ __all__ = [
     "decode_image",
     "decode_image_or_path",
     "decode_tensor",
+    "encode_conditioning",
     "encode_frames",
     "encode_image",
     "encode_latents",
@@ -131,6 +132,14 @@ def encode_latents(latents: np.ndarray) -> str:
     import torch  # here, because the HTTP side must be importable without torch
 
     return _encoded(torch.tensor(np.ascontiguousarray(latents), dtype=torch.float32))
+
+
+def encode_conditioning(embeds: np.ndarray, pooled: np.ndarray | None) -> str:
+    """What decode_conditioning reads."""
+    import torch  # as above
+
+    options = {"pooled_output": torch.tensor(pooled) if pooled is not None else None}
+    return _encoded([[torch.tensor(np.ascontiguousarray(embeds)), options]])
 
 
 def _decoded(read: Callable[[], T], *, field: str, wanted: str) -> T:

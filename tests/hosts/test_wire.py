@@ -1,6 +1,7 @@
 """Results as files: what comes out decodes again to what went in."""
 
 import io
+from dataclasses import replace
 
 import imageio.v3 as imageio
 import numpy as np
@@ -59,7 +60,7 @@ def test_mp4_of_odd_size_loses_a_row_and_a_column_only():
 @pytest.mark.parametrize("content_type", ["image/png", "image/jpeg", "image/webp"])
 def test_video_is_not_sent_as_one_picture(content_type):
     with pytest.raises(
-        RequestError, match=r"does not fit a video\. Allowed: video/mp4, image/gif, application/x-npy, application/json"
+        RequestError, match=r"does not fit a video\. Allowed: video/mp4, image/gif, application/x-npy, application/x-npz, application/json"
     ) as caught:
         wire.encode(result(num_frames=2), content_type)
     assert caught.value.field == "Accept"
@@ -69,6 +70,17 @@ def test_video_is_not_sent_as_one_picture(content_type):
 def test_array_holds_every_frame_as_it_is(num_frames):
     made = result(num_frames=num_frames)
     assert (np.load(io.BytesIO(wire.encode(made, "application/x-npy")), allow_pickle=False) == made.frames).all()
+
+
+@pytest.mark.parametrize("latents", [None, np.arange(8, dtype=np.float32).reshape(1, 2, 2, 2)], ids=["without latents", "with latents"])
+def test_npz_holds_everything_there_is_of_a_result(latents):
+    made = replace(result(num_frames=2), latents=latents, report={"ranks": 2}, resolved={"prompt": "a cat"})
+    data = wire.encode(made, "application/x-npz")
+    again = wire.decode_whole(data)
+    assert (again.frames == made.frames).all()
+    assert again.latents is None if latents is None else (again.latents == latents).all()
+    assert replace(again, frames=None, latents=None) == replace(made, frames=None, latents=None)
+    assert set(np.load(io.BytesIO(data), allow_pickle=False)) == {"frames", "facts"} | ({"latents"} if latents is not None else set())
 
 
 def test_video_plays_at_the_speed_that_was_asked_for():

@@ -13,7 +13,7 @@ import base64
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -61,16 +61,31 @@ class JobState:
 
 
 class Client:
-    """url: of the host. api_key: sent as a bearer token. timeout_s: for each answer to begin and go on; None waits."""
+    """url: of the host. api_key: sent as a bearer token. timeout_s: for each answer to begin and go on; None waits.
 
-    def __init__(self, url: str = "http://127.0.0.1:6000", *, api_key: str | None = None, timeout_s: float | None = None) -> None:
+    uses_proxies: those of the environment.
+    """
+
+    def __init__(
+        self,
+        url: str = "http://127.0.0.1:6000",
+        *,
+        api_key: str | None = None,
+        timeout_s: float | None = None,
+        uses_proxies: bool = True,
+    ) -> None:
         self.url = url.rstrip("/")
         self._timeout_s = timeout_s
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler(None if uses_proxies else {}))
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
-    def submit(self, **fields: Any) -> "Job":
-        """Queue a job; the fields are those of the host's /openapi.json. HostError if it is refused."""
-        return Job(self, JobState.read(json.loads(self.open("/v1/jobs", method="POST", body=fields))))
+    def submit(self, *, idempotency_key: str | None = None, **fields: Any) -> "Job":
+        """Queue a job; the fields are those of the host's /openapi.json. HostError if it is refused.
+
+        idempotency_key: a name for the job; under the same name the same fields give the job that is there already.
+        """
+        headers = {"Idempotency-Key": idempotency_key} if idempotency_key is not None else {}
+        return Job(self, JobState.read(json.loads(self.open("/v1/jobs", method="POST", body=fields, headers=headers))))
 
     def generate(self, **fields: Any) -> bytes:
         """The finished picture (PNG) or video (MP4)."""
@@ -111,17 +126,22 @@ class Client:
         """The fields that it takes for its model, as JSON schema."""
         return self.schema()["components"]["schemas"]["Request"]
 
-    def open(self, path: str, *, method: str = "GET", body: Any = None, accept: str = "*/*") -> bytes:
+    def open(
+        self, path: str, *, method: str = "GET", body: Any = None, accept: str = "*/*", headers: Mapping[str, str] | None = None
+    ) -> bytes:
         """One request; the answer's body. HostError for anything but success."""
-        with self.stream(path, method=method, body=body, accept=accept) as answer:
+        with self.stream(path, method=method, body=body, accept=accept, headers=headers) as answer:
             return answer.read()
 
-    def stream(self, path: str, *, method: str = "GET", body: Any = None, accept: str = "*/*") -> Any:
+    def stream(
+        self, path: str, *, method: str = "GET", body: Any = None, accept: str = "*/*", headers: Mapping[str, str] | None = None
+    ) -> Any:
         """The same, open for reading as it comes."""
         data = None if body is None else json.dumps(body).encode()
-        headers = {**self._headers, "Accept": accept, **({"Content-Type": "application/json"} if data is not None else {})}
+        kind = {"Content-Type": "application/json"} if data is not None else {}
+        sent = {**self._headers, "Accept": accept, **kind, **(headers or {})}
         try:
-            return urllib.request.urlopen(urllib.request.Request(self.url + path, data, headers, method=method), timeout=self._timeout_s)
+            return self._opener.open(urllib.request.Request(self.url + path, data, sent, method=method), timeout=self._timeout_s)
         except urllib.error.HTTPError as error:
             body = _json_of(error)
             said = body.get("message") or body.get("error") or f"{error.code} {error.reason}"
