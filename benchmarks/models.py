@@ -23,8 +23,8 @@ class Subject:
     predict: Callable[[Tensor, Tensor], Tensor]
 
 
-def sdxl_like_unet() -> Subject:
-    """110 M parameters, 64x64 latents, guidance on: the batch has two halves."""
+def sdxl_like_unet(*, side: int = 64, is_guided: bool = True) -> Subject:
+    """110 M parameters; latents of side x side; with guidance the batch has two halves."""
     torch.manual_seed(SEED)
     unet = UNet2DConditionModel(
         sample_size=64,
@@ -39,19 +39,21 @@ def sdxl_like_unet() -> Subject:
         addition_time_embed_dim=64,
         projection_class_embeddings_input_dim=64 * 6 + 256,
     ).eval()
-    conditions = {"text_embeds": torch.randn(2, 256), "time_ids": torch.tensor([[512.0, 512, 0, 0, 512, 512]] * 2)}
-    text = torch.randn(2, 77, 512)
+    halves = 2 if is_guided else 1
+    conditions = {"text_embeds": torch.randn(halves, 256), "time_ids": torch.tensor([[512.0, 512, 0, 0, 512, 512]] * halves)}
+    text = torch.randn(halves, 77, 512)
 
     def predict(sample: Tensor, timestep: Tensor) -> Tensor:
-        both = pipe.unet(torch.cat([sample] * 2), timestep, encoder_hidden_states=text, added_cond_kwargs=conditions, return_dict=False)[0]
-        return _guided(both)
+        batch = torch.cat([sample] * halves)
+        noise = pipe.unet(batch, timestep, encoder_hidden_states=text, added_cond_kwargs=conditions, return_dict=False)[0]
+        return _guided(noise) if is_guided else noise
 
     pipe = SimpleNamespace(unet=unet, scheduler=_scheduler())
-    return Subject(model_type="sdxl", pipe=pipe, sample=torch.randn(1, 4, 64, 64), predict=predict)
+    return Subject(model_type="sdxl", pipe=pipe, sample=torch.randn(1, 4, side, side), predict=predict)
 
 
-def sd3_like_transformer() -> Subject:
-    """8 layers of 8 heads of 64, 64x64 latents (1024 tokens), 64 text tokens, guidance on."""
+def sd3_like_transformer(*, side: int = 64, is_guided: bool = True) -> Subject:
+    """8 layers of 8 heads of 64, a token for 2x2 latents, 64 text tokens; with guidance the batch has two halves."""
     torch.manual_seed(SEED)
     transformer = SD3Transformer2DModel(
         sample_size=64,
@@ -66,20 +68,21 @@ def sd3_like_transformer() -> Subject:
         pooled_projection_dim=512,
         pos_embed_max_size=64,
     ).eval()
-    text, pooled = torch.randn(2, 64, 512), torch.randn(2, 512)
+    halves = 2 if is_guided else 1
+    text, pooled = torch.randn(halves, 64, 512), torch.randn(halves, 512)
 
     def predict(sample: Tensor, timestep: Tensor) -> Tensor:
-        both = pipe.transformer(
-            hidden_states=torch.cat([sample] * 2),
-            timestep=timestep.expand(2),
+        noise = pipe.transformer(
+            hidden_states=torch.cat([sample] * halves),
+            timestep=timestep.expand(halves),
             encoder_hidden_states=text,
             pooled_projections=pooled,
             return_dict=False,
         )[0]
-        return _guided(both)
+        return _guided(noise) if is_guided else noise
 
     pipe = SimpleNamespace(transformer=transformer, scheduler=_scheduler())
-    return Subject(model_type="sd3", pipe=pipe, sample=torch.randn(1, 16, 64, 64), predict=predict)
+    return Subject(model_type="sd3", pipe=pipe, sample=torch.randn(1, 16, side, side), predict=predict)
 
 
 def sdxl_like_vae() -> AutoencoderKL:
@@ -95,7 +98,7 @@ def sdxl_like_vae() -> AutoencoderKL:
     ).eval()
 
 
-SUBJECTS: dict[str, Callable[[], Subject]] = {"unet": sdxl_like_unet, "dit": sd3_like_transformer}
+SUBJECTS: dict[str, Callable[..., Subject]] = {"unet": sdxl_like_unet, "dit": sd3_like_transformer}
 
 
 def num_parameters(network: nn.Module) -> int:

@@ -19,7 +19,7 @@ WITHOUT_TORCH = [
     *(f"hosts.{name}" for name in "job records store scratch choice pace modes sharing command_line".split()),
     *(f"hosts.{name}" for name in "app api pages schema openai a1111 incoming".split()),
     *(f"hosts.compat.{name}" for name in "args fields routes codec host".split()),
-    *(f"backends.{name}" for name in "request model_table errors plan schedulers schedule".split()),
+    *(f"backends.{name}" for name in "request model_table errors plan schedulers schedule candidates cost ranking".split()),
     *(f"backends.{folder.name}.plan" for folder in BACKENDS),
 ]
 MAY_READ_ENVIRONMENT = {ROOT / "hosts" / "main.py", ROOT / "hosts" / "compat" / "host.py", ROOT / "launcher.py"}
@@ -82,7 +82,11 @@ def test_hosts_do_not_import_diffusers(path):
     assert not below(imported(path), "diffusers")
 
 
-@pytest.mark.parametrize("path", [path for path in [*SHARED, *HOSTS, ROOT / "launcher.py"] if path.name != "distributed.py"], ids=name)
+MAY_IMPORT_DISTRIBUTED = {ROOT / "backends" / "distributed.py", ROOT / "hosts" / "agent.py"}
+"""Groups of ranks, and the process above the ranks, which has none."""
+
+
+@pytest.mark.parametrize("path", [path for path in [*SHARED, *HOSTS, ROOT / "launcher.py"] if path not in MAY_IMPORT_DISTRIBUTED], ids=name)
 def test_torch_distributed_belongs_to_one_shared_file_and_the_backends(path):
     assert not below(imported(path), "torch.distributed")
     attributes = {ast.unparse(node) for node in ast.walk(tree(path)) if isinstance(node, ast.Attribute)}
