@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -157,6 +158,7 @@ def _serve(
     settings: Settings, start: StartPlan, place: Place, state: HostState, queue: JobQueue, store: JobStore | None
 ) -> HostError | None:
     """Open the groups and run the loop; the error if loading failed. Imports torch, after the port is bound."""
+    _import_bitsandbytes()
     from backends import distributed
     from hosts.desk import FollowerDesk, FrontDesk
     from hosts.loop import RankLoop
@@ -196,8 +198,17 @@ def _meet(settings: Settings, place: Place, store: JobStore | None) -> Any:
     return device
 
 
+def _import_bitsandbytes() -> None:
+    """Before peft does: it has torch compile a few functions as it is imported, which brings all of inductor: 2 s and 50 MB per rank."""
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # read at each call of torch.compile
+    with suppress(ImportError):
+        import bitsandbytes  # noqa: F401
+    del os.environ["TORCHDYNAMO_DISABLE"]
+
+
 def _serve_errands(settings: Settings, place: Place, state: HostState, queue: JobQueue, store: JobStore | None, errands: Errands) -> None:
     """The same for a host that waits for its pipeline: until told to stop."""
+    _import_bitsandbytes()
     from backends import distributed
     from hosts.waiting import Front, WaitingLoop
 
