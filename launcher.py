@@ -36,6 +36,10 @@ def main(argv: list[str] | None = None) -> int:
         from diffusion_client.command import main as generate
 
         return generate(argv[1:])
+    if argv[:1] == ["agent"]:
+        from hosts.agent import main as supervise
+
+        return supervise(argv[1:], program=[str(Path(__file__).resolve())])
     try:
         settings = parse_command_line(argv)
         if settings.list:
@@ -70,7 +74,7 @@ def _start_ranks(settings: Settings, argv: list[str], *, num_ranks: int) -> int:
         fatal_file = folder / "fatal"
         # its own session, so that Ctrl-C reaches it once and through us; it dies with us, whatever kills us
         agent = subprocess.Popen(
-            _elastic_command(settings, argv, num_ranks=num_ranks),
+            _agent_command(settings, argv, folder, fatal_file, num_ranks=num_ranks),
             env=_environment(folder, fatal_file, num_ranks=num_ranks),
             start_new_session=True,
             preexec_fn=request_parent_death_signal,
@@ -105,16 +109,15 @@ def _wait(agent: subprocess.Popen[bytes], *, parent: int | None, within_s: float
     return 0
 
 
-def _elastic_command(settings: Settings, argv: list[str], *, num_ranks: int) -> list[str]:
-    endpoint = settings.rdzv_endpoint or f"127.0.0.1:{settings.master_port or _free_port()}"
-    return [
-        sys.executable, "-m", "torch.distributed.run",
-        f"--nproc-per-node={num_ranks}", f"--nnodes={settings.nnodes}", f"--node-rank={settings.node_rank}",
-        f"--max-restarts={settings.max_restarts}", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}",
-        f"--rdzv-id=diffusion-{settings.port}",
-        *([] if settings.nnodes > 1 else ["--local-addr=127.0.0.1"]),
-        str(Path(__file__).resolve()), *argv,
-    ]  # fmt: skip
+def _agent_command(settings: Settings, argv: list[str], folder: Path, fatal_file: Path, *, num_ranks: int) -> list[str]:
+    options = {
+        "num_ranks": num_ranks,
+        "max_restarts": settings.max_restarts,
+        "port": settings.master_port or _free_port(),
+        "notes": str(folder / "notes"),
+        "fatal": str(fatal_file),
+    }
+    return [sys.executable, str(Path(__file__).resolve()), "agent", json.dumps(options), *argv]
 
 
 def _environment(folder: Path, fatal_file: Path, *, num_ranks: int) -> dict[str, str]:
@@ -123,6 +126,7 @@ def _environment(folder: Path, fatal_file: Path, *, num_ranks: int) -> dict[str,
     # a store of their own for ranks that are started again: in the shared one they find the addresses of those that died
     defaults["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     own = {"DIFFUSION_FATAL_FILE": str(fatal_file), "DIFFUSION_STATE_FOLDER": str(folder / "state")}
+    own["DIFFUSION_NOTES_FOLDER"] = str(folder / "notes")
     return {**defaults, **os.environ, **own}
 
 

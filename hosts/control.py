@@ -1,24 +1,15 @@
-"""What ranks say to each other between pictures: commands from rank 0, outcomes from all, and signs of life."""
+"""What ranks say to each other between pictures: commands from rank 0, and outcomes from all."""
 
-import logging
-import os
-import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from typing import Any
 
 from backends.distributed import Axis, broadcast_command, gather_outcomes
 from backends.errors import CancelledError, HostError, RankError
 from backends.request import GenerateRequest, LoadRequest
-from hosts.lifeline import EXIT_LOST_RANK, has_started, kill_rank
 
-logger = logging.getLogger(__name__)
-
-BEAT_S = 1.0
-STORE_RANK = 0
 OUT_OF_MEMORY = "out of memory"
 
 
@@ -132,66 +123,3 @@ def _explain(error: BaseException) -> str:
             f"({str(error).splitlines()[0]})"
         )
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-
-
-class Watch:
-    """Signs of life between ranks over the rendezvous store, from a thread of its own on every rank.
-
-    A rank that is stopped or hangs gives none; after `timeout_s` without one the others leave, and torchelastic starts the set again.
-    The main thread cannot do this: it may be the one that waits in a collective.
-    """
-
-    def __init__(
-        self, store: Any, *, rank: int, world_size: int, timeout_s: float, on_leave: Callable[[str], None] = lambda why: None
-    ) -> None:
-        """on_leave: is told why this process ends, just before it does."""
-        self._store = store
-        self._on_leave = on_leave
-        self._rank = rank
-        self._others = [other for other in range(world_size) if other != rank]
-        self._timeout_s = timeout_s
-        self._answered_at = time.monotonic()
-
-    def start(self) -> None:
-        has_started()
-        if self._others:
-            threading.Thread(target=self._run, name="watch", daemon=True).start()
-            threading.Thread(target=self._watch_store, name="watch of the store", daemon=True).start()
-
-    def _run(self) -> None:
-        self._store.set_timeout(timedelta(seconds=self._timeout_s))
-        seen: dict[int, tuple[bytes, float]] = {}
-        for beat in range(1, 2**62):
-            try:
-                self._store.set(f"beat/{self._rank}", str(beat))
-                lost = [other for other in self._others if self._is_lost(other, seen)]
-            except (RuntimeError, OSError) as error:  # whoever holds the store is gone: rank 0, or torchelastic itself
-                self._leave(f"the rendezvous store does not answer: {error}", None)
-                return
-            if lost:
-                self._leave(f"rank {lost[0]} has given no sign of life for {self._timeout_s:g} s", lost[0])
-                return
-            self._answered_at = time.monotonic()
-            time.sleep(BEAT_S)
-
-    def _watch_store(self) -> None:
-        """The store lives in rank 0. If that hangs, no answer ever comes, and the store's own time-out does not count for this."""
-        while time.monotonic() - self._answered_at < self._timeout_s + BEAT_S:
-            time.sleep(BEAT_S)
-        self._leave(f"the rendezvous store in rank {STORE_RANK} has not answered for {self._timeout_s:g} s", STORE_RANK)
-
-    def _is_lost(self, other: int, seen: dict[int, tuple[bytes, float]]) -> bool:
-        key = f"beat/{other}"
-        beat = self._store.get(key) if self._store.check([key]) else b""
-        now = time.monotonic()
-        if other not in seen or seen[other][0] != beat:
-            seen[other] = (beat, now)
-        return now - seen[other][1] > self._timeout_s
-
-    def _leave(self, why: str, lost: int | None) -> None:
-        logger.error("rank %d leaves: %s", self._rank, why)
-        self._on_leave(why)
-        if lost is not None:
-            kill_rank(lost)
-        logging.shutdown()
-        os._exit(EXIT_LOST_RANK)

@@ -80,22 +80,22 @@ def absent_ranks(local_ranks: range) -> list[int]:
         siblings = psutil.Process(os.getppid()).children()
     except psutil.Error:
         return []
-    present = {rank for process in siblings if (rank := _rank_of(process)) is not None}
-    return [rank for rank in local_ranks if rank not in present] if present else []
+    present = {rank for process in siblings if (rank := _local_rank_of(process)) is not None}
+    return [local_ranks[rank] for rank in range(len(local_ranks)) if rank not in present] if present else []
 
 
-def kill_rank(rank: int) -> None:
+def kill_rank(local_rank: int) -> None:
     """SIGKILL for another rank of this machine. torchelastic would ask one that hangs to end, and wait half a minute for it."""
     with contextlib.suppress(psutil.Error):
         for process in psutil.Process(os.getppid()).children():
-            if process.pid != os.getpid() and _rank_of(process) == rank:
+            if process.pid != os.getpid() and _local_rank_of(process) == local_rank:
                 process.kill()
 
 
-def _rank_of(process: psutil.Process) -> int | None:
+def _local_rank_of(process: psutil.Process) -> int | None:
     """None for a process that is no rank, or is dead and not yet collected."""
     try:
-        return int(process.environ()["RANK"])
+        return int(process.environ()["LOCAL_RANK"])
     except (psutil.Error, KeyError, ValueError):
         return None
 
@@ -117,7 +117,7 @@ def _limit_start() -> None:
     logger.error("the ranks have not met within %g s: one of them hangs, so all are started again", START_WITHIN_S)
     with contextlib.suppress(psutil.Error):
         for process in psutil.Process(os.getppid()).children():
-            if process.pid != os.getpid() and _rank_of(process) is not None:
+            if process.pid != os.getpid() and _local_rank_of(process) is not None:
                 process.kill()
     os._exit(EXIT_LOST_RANK)
 

@@ -7,27 +7,50 @@ import contextlib
 import json
 import logging
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextvars import ContextVar
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
 from typing import Literal
 
 Format = Literal["text", "json"]
 NOISY = ("diffusers", "transformers", "httpx", "urllib3", "PIL", "torch.distributed")
 
+KEPT_BYTES = 64 * 1024
+"""Of each rank's log on disk, twice: for the reason if the rank is lost (hosts/endings.py)."""
+OWN_THREADS = ("watch", "watch of the store", "start", "stop", "team")
+
 _job: ContextVar[str | None] = ContextVar("job", default=None)
 
 
-def configure(*, rank: int, log_format: Format = "text", level: int = logging.INFO) -> None:
-    """Set up the root logger of this process. A closed pipe at the other end must neither stop nor block the host."""
+def configure(*, rank: int, log_format: Format = "text", level: int = logging.INFO, kept_in: Path | None = None) -> None:
+    """Set up the root logger of this process. A closed pipe at the other end must neither stop nor block the host.
+
+    kept_in: a file for the last lines, of followers too.
+    """
     logging.raiseExceptions = False
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter(rank) if log_format == "json" else TextFormatter(rank))
+    handler.setLevel(level if rank == 0 else logging.WARNING)
     root = logging.getLogger()
     root.handlers[:] = [handler]
-    root.setLevel(level if rank == 0 else logging.WARNING)
+    root.setLevel(level if rank == 0 or kept_in is not None else logging.WARNING)
+    if kept_in is not None:
+        root.addHandler(_keeper(kept_in, rank))
     for noisy in NOISY:
         logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
+def _keeper(path: Path, rank: int) -> logging.Handler:
+    """Keeps what the rank itself says. What threads of the HTTP server say is about their clients, and no other client's business."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = RotatingFileHandler(path, maxBytes=KEPT_BYTES, backupCount=1, encoding="utf-8")
+    handler.setFormatter(KeptFormatter(rank))
+    handler.setLevel(logging.INFO)
+    handler.addFilter(lambda record: record.thread == threading.main_thread().ident or record.threadName in OWN_THREADS)
+    return handler
 
 
 @contextlib.contextmanager
@@ -50,6 +73,17 @@ class TextFormatter(logging.Formatter):
         job_id = _job.get()
         record.job = f" [{job_id}]" if job_id is not None else ""
         return super().format(record)
+
+
+class KeptFormatter(logging.Formatter):
+    """For hosts/endings.py: one object a line, with the text and the job it is about."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self._text = TextFormatter(rank)
+
+    def format(self, record: logging.LogRecord) -> str:
+        return json.dumps({"job": _job.get(), "text": self._text.format(record)})
 
 
 class JsonFormatter(logging.Formatter):

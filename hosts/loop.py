@@ -22,6 +22,7 @@ from backends.model_table import ModelSpec
 from backends.pipeline import LoadedPipeline, load_pipeline
 from backends.plan import ParallelPlan
 from backends.request import GenerateRequest, GenerateResult, LoadRequest
+from hosts.activity import COMPILE_WITHIN_S, LOAD_WITHIN_S, Activity
 from hosts.control import Failure, Generate, Spread, Stop, Verdict, agree_on_outcome, announce, breaks_groups
 from hosts.desk import CANCEL, Desk, TeamDesk
 from hosts.log import about_job
@@ -43,18 +44,27 @@ class RankLoop:
     """One rank's commands, one after the other, on its main thread: the only one that touches the device or a collective."""
 
     def __init__(
-        self, *, rank: int, spec: ModelSpec, mesh: Mesh, desk: Desk, team_plans: Mapping[int, ParallelPlan] = MappingProxyType({})
+        self,
+        *,
+        rank: int,
+        spec: ModelSpec,
+        mesh: Mesh,
+        desk: Desk,
+        team_plans: Mapping[int, ParallelPlan] = MappingProxyType({}),
+        activity: Activity | None = None,
     ) -> None:
-        """mesh: of all ranks. team_plans: size of the teams that the ranks may split into -> the plan of each."""
+        """mesh: of all ranks. team_plans: size of the teams that the ranks may split into -> the plan of each. activity: is told of all."""
         self._rank = rank
         self._spec = spec
         self._device = mesh.device
         self._desk = desk
+        self._activity = activity or Activity()
         self._team_desk: TeamDesk = desk
         self._all = self._team = self._new_team(mesh, everyone())
         self._plans = team_plans
         self._teams: dict[int, Team] = {}
         self._is_broken = False
+        self._last_step: torch.cuda.Event | None = None
         self._pipeline: LoadedPipeline | None = None
 
     def run(self) -> Failure | None:
@@ -71,6 +81,7 @@ class RankLoop:
     def _load(self, request: LoadRequest) -> Failure | None:
         started = time.perf_counter()
         failure = None
+        self._activity.begin("loading", within_s=LOAD_WITHIN_S)
         try:
             self._pipeline = load_pipeline(self._spec, request, device=self._device)
             self._pipeline.attach(self._all.backend)
@@ -78,8 +89,10 @@ class RankLoop:
             failure = self._failed(error)
         failure = agree_on_outcome(failure).failure or self._form_teams()
         if failure is None and request.prewarm_steps:
-            failure = self._attempt(prewarm_request(self._spec, request))[1].failure
+            failure = self._attempt(prewarm_request(self._spec, request), "the first picture")[1].failure
+        self._activity.rest()
         if failure is None:
+            self._activity.mark("ready")
             logger.info("loaded %s in %.1f s", request.checkpoint, time.perf_counter() - started)
         else:
             self._pipeline = None  # frees the device: the host only answers with the reason from now on
@@ -127,6 +140,7 @@ class RankLoop:
     def _join(self, team: Team) -> None:
         """All ranks go over to their teams, or come back. A failure here ends the rank, and the set is started again."""
         failure = None
+        self._activity.begin("changing teams")
         try:
             self._attach(team)
         except Exception as error:  # noqa: BLE001  whatever it is, the other ranks must hear of it before anyone goes on
@@ -138,13 +152,15 @@ class RankLoop:
             self._team.mesh.rebuild()  # of all teams: torch wants every rank to take part
         self._is_broken = False
         self._team = team
+        self._activity.rest()
 
     def _generate(self, command: Generate) -> None:
         with about_job(command.job_id):
             self._work_on(command)
 
     def _work_on(self, command: Generate) -> None:
-        result, verdict = self._attempt(command.request)
+        logger.info("job %s begins on %d ranks", command.job_id, self._team.control.size)
+        result, verdict = self._attempt(command.request, f"job {command.job_id}")
         failure = verdict.failure
         if failure is not None:
             log = logger.info if failure.error is not None else logger.error
@@ -157,14 +173,16 @@ class RankLoop:
             )
         else:
             logger.info("job %s done in %.2f s", command.job_id, result.seconds)
+            self._activity.mark("served")
         self._team_desk.generated(result, verdict)
 
-    def _attempt(self, request: GenerateRequest) -> tuple[GenerateResult | None, Verdict]:
-        """The picture, or no picture and the first failure of any rank of the team.
+    def _attempt(self, request: GenerateRequest, what: str) -> tuple[GenerateResult | None, Verdict]:
+        """The picture, or no picture and the first failure of any rank of the team. what: it is called in the log.
 
         Afterwards all are ready for the next command, unless a team's groups are broken: all ranks must meet to make new ones.
         """
-        result = failure = None
+        result = failure = self._last_step = None
+        self._activity.begin(what, least_s=COMPILE_WITHIN_S if self._pipeline.load.compile is not None else 0.0)
         try:
             result = self._pipeline.generate(request, on_step=self._on_step)
         except Exception as error:  # noqa: BLE001  whatever it is, the other ranks must hear of it before anyone goes on
@@ -174,6 +192,7 @@ class RankLoop:
             self._team.mesh.rebuild()
         elif verdict.groups_are_broken:
             self._is_broken = self._team.control.size > 1
+        self._activity.rest()
         return (result if verdict.failure is None else None), verdict
 
     def _figures(self, result: GenerateResult | None) -> dict[str, Any]:
@@ -190,9 +209,19 @@ class RankLoop:
         self._pipeline.check(request)
 
     def _on_step(self, step: int, num_steps: int, latents: torch.Tensor) -> None:
+        self._wait_for_device()
         if self._team.mesh.broadcast_word(self._team_desk.step_word()) == CANCEL:
             raise CancelledError(f"the job was cancelled at step {step} of {num_steps}.")
         self._team_desk.step_done(step, num_steps, lambda: self._pipeline.preview(latents))
+        self._activity.step(is_last=step == num_steps)
+
+    def _wait_for_device(self) -> None:
+        """The device works behind this thread: never by more than a step, or progress, cancelling and the watch would mean nothing."""
+        if self._device.type == "cuda":
+            if self._last_step is not None:
+                self._last_step.synchronize()
+            self._last_step = torch.cuda.Event()
+            self._last_step.record()
 
     def _failed(self, error: Exception) -> Failure:
         failure = Failure.of(error, rank=self._rank)

@@ -13,6 +13,8 @@ from typing import Any, Literal, NoReturn
 from backends.errors import ConfigError, HostError, UnavailableError
 from backends.model_table import ModelSpec, read_table
 from hosts import lifeline, log
+from hosts.activity import Activity
+from hosts.endings import Ending, Notes
 from hosts.errands import Errands
 from hosts.jobs import JobQueue
 from hosts.settings import Settings
@@ -42,16 +44,19 @@ FATAL_FILE = "DIFFUSION_FATAL_FILE"
 STOPPING = "the host is stopping. Try again when it has started."
 STATE_FOLDER = "DIFFUSION_STATE_FOLDER"
 """Environment variable: where jobs outlive the ranks if --state_dir is not given. Set by launcher.py, and gone with it."""
+NOTES_FOLDER = "DIFFUSION_NOTES_FOLDER"
+"""Environment variable: where ranks leave notes for those that come after them (hosts/endings.py). Set by launcher.py, and gone with it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """This rank among the others, as torchelastic tells it."""
+    """This rank among the others, as torchelastic tells it. attempt: how often the set was started before."""
 
     rank: int
     local_rank: int
     world_size: int
     local_world_size: int
+    attempt: int = 0
 
     @classmethod
     def from_environment(cls) -> "Place":
@@ -61,6 +66,7 @@ class Place:
             local_rank=number["LOCAL_RANK"],
             world_size=number["WORLD_SIZE"],
             local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", number["WORLD_SIZE"])),
+            attempt=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
         )
 
     @property
@@ -92,7 +98,10 @@ def run_rank(
     """
     lifeline.die_with_parent(is_torchelastic="TORCHELASTIC_RUN_ID" in os.environ)
     place = Place.from_environment()
-    log.configure(rank=place.rank, log_format=settings.log_format)
+    notes = _notes(attempt=place.attempt)
+    log.configure(rank=place.rank, log_format=settings.log_format, kept_in=notes.log_file(place.rank) if notes else None)
+    if notes is not None:
+        notes.record_crash(place.rank)
     for name, value in LIBRARY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     start = None
@@ -104,10 +113,10 @@ def run_rank(
     if problem is not None and after_failed_load == "exit":
         return _fatal(problem)
     state = HostState()
-    state.tell({"restarts": int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))})
+    state.tell({"restarts": place.attempt})
     try:
         store = _open_store(settings) if place.rank == 0 else None
-        queue = _queue(settings, store)
+        queue = _queue(settings, store, place)
         _stop_when_told(settings, place, state, queue, store)
         errands = Errands(queue, base=settings, plan=partial(_plan, place=place), num_ranks=place.world_size) if waits else None
         listener = _listen(settings, start, state, queue, errands, patience_s=bind_patience_s) if place.rank == 0 else None
@@ -143,7 +152,13 @@ def _open_store(settings: Settings) -> JobStore | None:
     return JobStore(Path(folder).expanduser().resolve()) if folder else None
 
 
-def _queue(settings: Settings, store: JobStore | None) -> JobQueue:
+def _notes(*, attempt: int) -> Notes | None:
+    folder = os.environ.get(NOTES_FOLDER)
+    return Notes(Path(folder), attempt=attempt) if folder else None
+
+
+def _queue(settings: Settings, store: JobStore | None, place: Place) -> JobQueue:
+    before = _notes(attempt=place.attempt - 1)
     return JobQueue(
         capacity=settings.queue_size,
         max_seconds=settings.max_job_seconds,
@@ -151,6 +166,7 @@ def _queue(settings: Settings, store: JobStore | None) -> JobQueue:
         kept_bytes=settings.keep_results_mb * 10**6,
         kept_seconds=settings.keep_results_hours * 3600,
         store=store,
+        complete=before.complete if before is not None else lambda ending: ending,
     )
 
 
@@ -163,7 +179,8 @@ def _serve(
     from hosts.desk import FollowerDesk, FrontDesk
     from hosts.loop import RankLoop
 
-    device = _meet(settings, place, store)
+    activity = _activity(place)
+    device = _meet(settings, place, store, activity)
     mesh = distributed.Mesh(start.plan, rank=place.rank, device=device)
     state.tell({**start.facts(), "device": str(device)})
     logger.info("%s on %s", start.plan.describe(), device)
@@ -174,7 +191,8 @@ def _serve(
     front = FrontDesk(load=start.load, queue=queue, state=state, sharing=sharing, lines=lines)
     desk = front if place.rank == 0 else FollowerDesk(rank=place.rank, line=lines.get(0))
     try:
-        failure = RankLoop(rank=place.rank, spec=start.spec, mesh=mesh, desk=desk, team_plans=start.teams.plans).run()
+        loop = RankLoop(rank=place.rank, spec=start.spec, mesh=mesh, desk=desk, team_plans=start.teams.plans, activity=activity)
+        failure = loop.run()
     finally:
         mesh.destroy()
         distributed.shutdown()
@@ -186,15 +204,27 @@ def _plan(settings: Settings, *, place: Place) -> StartPlan:
     return plan_start(settings, read_table(), num_gpus=count_gpus(os.environ), num_ranks=place.local_world_size)
 
 
-def _meet(settings: Settings, place: Place, store: JobStore | None) -> Any:
+def _activity(place: Place) -> Activity:
+    notes = _notes(attempt=place.attempt)
+    return Activity(mark=notes.mark) if notes is not None else Activity()
+
+
+def _meet(settings: Settings, place: Place, store: JobStore | None, activity: Activity) -> Any:
     """This rank's device, once all ranks have met and watch each other."""
     from backends import distributed
-    from hosts.control import Watch
+    from hosts.watch import Watch
 
     device = distributed.select_device(place.local_rank)
     beats = distributed.initialize(rank=place.rank, world_size=place.world_size)
-    on_leave = store.note if store is not None else lambda why: None
-    Watch(beats, rank=place.rank, world_size=place.world_size, timeout_s=settings.failure_timeout, on_leave=on_leave).start()
+    Watch(
+        beats,
+        rank=place.rank,
+        world_size=place.world_size,
+        timeout_s=settings.failure_timeout,
+        activity=activity,
+        local_ranks=place.local_ranks,
+        on_leave=store.note if store is not None else lambda ending: None,
+    ).start()
     return device
 
 
@@ -212,10 +242,12 @@ def _serve_errands(settings: Settings, place: Place, state: HostState, queue: Jo
     from backends import distributed
     from hosts.waiting import Front, WaitingLoop
 
-    device = _meet(settings, place, store)
+    activity = _activity(place)
+    device = _meet(settings, place, store, activity)
     front = Front(errands=errands, queue=queue, state=state) if place.rank == 0 else None
     try:
-        WaitingLoop(rank=place.rank, world_size=place.world_size, device=device, plan=errands.plan, front=front).run()
+        loop = WaitingLoop(rank=place.rank, world_size=place.world_size, device=device, plan=errands.plan, front=front, activity=activity)
+        loop.run()
     finally:
         distributed.shutdown()
 
@@ -271,11 +303,15 @@ def _stop_when_told(settings: Settings, place: Place, state: HostState, queue: J
 
 def _leave(place: Place, queue: JobQueue, store: JobStore | None, error: Exception | None) -> int:
     """This rank cannot go on: say why, answer who waits, and let torchelastic start the set again."""
-    gone = ", ".join(map(str, lifeline.absent_ranks(place.local_ranks)))
-    why = f"rank {gone} was gone" if gone else f"rank {place.rank} failed: {type(error).__name__}: {str(error)[:500]}"
+    gone = lifeline.absent_ranks(place.local_ranks)
+    if gone:
+        ending = Ending(why=f"rank {', '.join(map(str, gone))} was gone", rank=gone[0], is_seen_only=True)
+    else:
+        ending = Ending(why=f"rank {place.rank} failed: {type(error).__name__}: {str(error)[:500]}", rank=place.rank)
+    why = ending.why
     logger.error("rank %d leaves: %s", place.rank, why, exc_info=error if not gone else None)
     if store is not None:
-        store.note(why)
+        store.note(ending)
     queue.abandon(UnavailableError(f"the ranks are started again ({why}). Send the request again."))
     if place.rank == 0:
         time.sleep(ANSWER_WITHIN_S)

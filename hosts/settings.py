@@ -24,6 +24,7 @@ SECTIONS = (
     "distrifuser",
     "xdit",
     "several machines",
+    "cluster",
 )
 
 
@@ -72,7 +73,7 @@ class Settings:
     nproc_per_node: int | None = _option(None, "start", "Ranks on this machine; without it the visible GPUs, else 1.", parse=whole(1, 64))
     host: str = _option("127.0.0.1", "start", "Address to listen on.", parse=str)
     master_port: int | None = _option(None, "start", "Port for the ranks' rendezvous; without it a free one.", parse=whole(1, 65535))
-    max_restarts: int = _option(3, "start", "How often the ranks are started again after a failure.", parse=whole(0, 1000))
+    max_restarts: int = _option(3, "start", "How often in a row the ranks are started again; a picture ends the row.", parse=whole(0, 1000))
     state_dir: str | None = _option(
         None, "start", "Folder where jobs and their pictures outlive the host; without it they outlive only its ranks.",
         parse=_PATHS, metavar="DIR",
@@ -272,6 +273,27 @@ class Settings:
     nnodes: int = _option(1, "several machines", "Number of machines.", parse=whole(1, 64))
     node_rank: int = _option(0, "several machines", "Number of this machine.", parse=whole(0, 63))
     rdzv_endpoint: str | None = _option(None, "several machines", "host:port of the first machine.", parse=str, metavar="HOST:PORT")
+
+    engine: str = _option(
+        "local", "cluster", "ray: replicas of the host, on any node of a Ray cluster, behind one gateway; local: one host.",
+        parse=one_of("local", "ray"),
+    )  # fmt: skip
+    replicas: int | None = _option(None, "cluster", "Replicas at start; 1 if not given.", parse=whole(1, 1000))
+    min_replicas: int | None = _option(None, "cluster", "Fewest replicas; without it --replicas.", parse=whole(1, 1000))
+    max_replicas: int | None = _option(None, "cluster", "Most replicas; without it --replicas.", parse=whole(1, 1000))
+    jobs_per_replica: int = _option(
+        4, "cluster", "Jobs for each replica, waiting and running, above which one more is started.", parse=whole(1, 1000)
+    )
+    idle_seconds: int = _option(
+        300, "cluster", "Seconds for which fewer replicas must have been enough before one is stopped.", parse=whole(0, 1_000_000)
+    )
+    ray_address: str | None = _option(
+        None, "cluster", "host:port of a Ray cluster to join; without it one is started on this machine.", parse=str, metavar="HOST:PORT"
+    )
+    deployments: dict[str, Any] | None = _option(
+        None, "cluster", "Several models, best in --config: name -> arguments. Requests say which as `model`.",
+        parse=json_object, metavar="JSON",
+    )  # fmt: skip
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> "Settings":

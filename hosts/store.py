@@ -23,6 +23,7 @@ from pydantic import ValidationError
 from backends.errors import ConfigError, HostError, UnavailableError
 from backends.request import Array, GenerateRequest, GenerateResult
 from hosts import records
+from hosts.endings import UNKNOWN, Ending
 from hosts.job import Job, JobStatus
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ class Store(Protocol):
     def load(self) -> list[Job]:
         """All jobs, in the order in which they were accepted; those that ran say so."""
 
-    def last_words(self) -> str:
+    def last_words(self) -> Ending:
         """Why the last process that used the store ended, as far as it could say."""
 
     def put_inputs(self, job: Job) -> None: ...
@@ -72,8 +73,8 @@ class NoStore:
     def load(self) -> list[Job]:
         return []
 
-    def last_words(self) -> str:
-        return ""
+    def last_words(self) -> Ending:
+        return UNKNOWN
 
     def put_inputs(self, job: Job) -> None: ...
 
@@ -121,18 +122,18 @@ class JobStore:
                 shutil.rmtree(found, ignore_errors=True)
         return jobs
 
-    def note(self, words: str) -> None:
-        """Leave word of why this process ends, for the next one."""
-        with contextlib.suppress(OSError):  # a full disk: then the next one knows less
-            (self._folder / "last_words").write_text(words, encoding="utf-8")
+    def note(self, ending: Ending) -> None:
+        """Leave word of why this process ends, for the next one. The first word counts: what follows from it may end others."""
+        with contextlib.suppress(OSError), (self._folder / "last_words").open("x", encoding="utf-8") as file:  # or a full disk
+            file.write(ending.to_text())
 
-    def last_words(self) -> str:
+    def last_words(self) -> Ending:
         path = self._folder / "last_words"
-        with contextlib.suppress(OSError, UnicodeDecodeError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             words = path.read_text(encoding="utf-8")
             path.unlink()
-            return words
-        return "rank 0 ended without a word"
+            return Ending.from_text(words)
+        return UNKNOWN
 
     def put_inputs(self, job: Job) -> None:
         """The arrays of a job that is about to be accepted. UnavailableError if they cannot be written."""

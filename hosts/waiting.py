@@ -15,6 +15,7 @@ import torch
 from backends.distributed import Mesh
 from backends.errors import UnavailableError
 from backends.request import LoadRequest
+from hosts.activity import Activity
 from hosts.choice import Choice
 from hosts.control import Command, Failure, Spread, Stop, agree_on_outcome, announce
 from hosts.desk import Check, FollowerDesk, FrontDesk
@@ -103,13 +104,21 @@ class WaitingLoop:
     """One rank's. front: rank 0's side; None on the others, which hear what to do. plan: settings -> what they mean here."""
 
     def __init__(
-        self, *, rank: int, world_size: int, device: torch.device, plan: Callable[[Settings], StartPlan], front: Front | None
+        self,
+        *,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        plan: Callable[[Settings], StartPlan],
+        front: Front | None,
+        activity: Activity | None = None,
     ) -> None:
         self._rank = rank
         self._world_size = world_size
         self._device = device
         self._plan = plan
         self._front = front
+        self._activity = activity
         self._loop: _ServingLoop | None = None
 
     def run(self) -> None:
@@ -155,7 +164,7 @@ class WaitingLoop:
         facts = {**start.facts(), "device": str(self._device)}
         desk = self._front.desk(start, sharing, facts) if self._front is not None else FollowerDesk(rank=self._rank)
         logger.info("%s on %s", start.plan.describe(), self._device)
-        return _ServingLoop(rank=self._rank, spec=start.spec, mesh=mesh, desk=desk)
+        return _ServingLoop(rank=self._rank, spec=start.spec, mesh=mesh, desk=desk, activity=self._activity)
 
     def _offload(self) -> None:
         if self._loop is None:

@@ -14,6 +14,7 @@ from PIL import Image
 from backends.errors import CancelledError, ConfigError, HostError, NotFoundError, RankError, RequestError, UnavailableError
 from backends.request import GenerateRequest, GenerateResult
 from hosts import records, store
+from hosts.endings import Ending
 from hosts.jobs import JobQueue, JobStatus
 from hosts.store import JobStore
 
@@ -102,7 +103,7 @@ def test_job_that_ran_is_begun_again_before_all_others_and_only_once(open_queue)
     assert queue.next().id == jobs[0].id
     queue = open_queue()
     assert queue.next().id == jobs[0].id
-    JobStore.note(queue._store, "rank 1 was gone")
+    JobStore.note(queue._store, Ending(why="rank 1 was gone", rank=1))
     queue = open_queue()
     again = queue.find(jobs[0].id)
     assert again.status is JobStatus.FAILED and again.finished.is_set()
@@ -119,7 +120,7 @@ def test_last_words_are_those_of_the_last_process(open_queue):
     queue = open_queue()
     send(queue)
     queue.next()
-    JobStore.note(queue._store, "rank 1 was gone")
+    JobStore.note(queue._store, Ending(why="rank 1 was gone", rank=1))
     queue = open_queue()
     queue.next()
     queue = open_queue()

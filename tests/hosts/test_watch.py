@@ -15,32 +15,54 @@ PROGRAM = """
 import os, sys, time
 from datetime import timedelta
 from torch.distributed import PrefixStore, TCPStore
-from hosts.control import Watch
+from hosts.activity import Activity
+from hosts.watch import Watch
 rank, port = int(os.environ["RANK"]), int(sys.argv[1])
 store = TCPStore("127.0.0.1", port, 2, is_master=rank == 0, timeout=timedelta(seconds=60), wait_for_workers=False)
 beats = PrefixStore("watch", store.clone())
-Watch(beats, rank=rank, world_size=2, timeout_s=2, on_leave=lambda why: print(why, flush=True)).start()
+activity = Activity()
+def leave(ending):
+    print(f"{ending.rank}: {ending.why}", flush=True)
+Watch(beats, rank=rank, world_size=2, timeout_s=2, activity=activity, on_leave=leave).start()
 print("watching", flush=True)
+if sys.argv[2:]:
+    import torch
+    import torch.distributed as dist
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    # a job of which rank 1 makes three steps and no fourth, for which rank 0 then waits
+    activity.begin("job 7", within_s=1)
+    for _ in range(3):
+        time.sleep(0.1)
+        activity.step(is_last=False)
+    if rank == 0:
+        dist.broadcast(torch.zeros(1), src=1)
 time.sleep(100)
 """
+
+
+def start_two(program, *arguments):
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", program, *arguments],
+            cwd=ROOT,
+            env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
 
 
 @pytest.mark.parametrize(
     ("stopped", "said"),
     [
-        (0, "the rendezvous store in rank 0 has not answered for 2 s"),
-        pytest.param(1, "rank 1 has given no sign of life for 2 s", marks=pytest.mark.slow),
+        (0, "0: the rendezvous store in rank 0 has not answered for 2 s"),
+        pytest.param(1, "1: rank 1 has given no sign of life for 2 s", marks=pytest.mark.slow),
     ],
 )
 def test_rank_that_hangs_is_noticed_by_the_other(stopped, said):
-    port = free_port()
-    command = [sys.executable, "-c", PROGRAM, str(port)]
-    ranks = [
-        subprocess.Popen(
-            command, cwd=ROOT, env={**os.environ, "RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-        for rank in range(2)
-    ]
+    ranks = start_two(PROGRAM, str(free_port()))
     try:
         assert [rank.stdout.readline() for rank in ranks] == ["watching\n"] * 2
         with pytest.raises(subprocess.TimeoutExpired):
@@ -55,6 +77,18 @@ def test_rank_that_hangs_is_noticed_by_the_other(stopped, said):
             rank.communicate()
 
 
+def test_rank_whose_job_makes_no_step_while_its_threads_run_is_found_and_named():
+    ranks = start_two(PROGRAM, str(free_port()), "job")
+    try:
+        ended = [rank.communicate(timeout=40) for rank in ranks]
+        assert [rank.returncode for rank in ranks] == [70, -signal.SIGKILL], ended
+        said = {line.rpartition(" for ")[0] for out, _ in ended for line in out.splitlines() if line != "watching"}
+        assert said == {"1: rank 1 has made no step of job 7 after step 3"}
+    finally:
+        for rank in ranks:
+            rank.kill()
+
+
 STARTING = """
 import threading, time
 from hosts import lifeline
@@ -66,16 +100,7 @@ time.sleep(100)
 
 
 def test_rank_that_hangs_before_the_ranks_have_met_is_ended_by_the_other():
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", STARTING],
-            cwd=ROOT,
-            env={**os.environ, "RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
-        for rank in range(2)
-    ]
+    ranks = start_two(STARTING)
     try:
         ranks[0].stdout.readline()
         ranks[0].send_signal(signal.SIGSTOP)

@@ -1,4 +1,4 @@
-"""For hosts started by a test with this folder on PYTHONPATH: raises in chosen places on chosen ranks.
+"""For hosts started by a test with this folder on PYTHONPATH: raises, or hangs, in chosen places on chosen ranks.
 
 Python imports this module in every process it starts. Nothing in the product knows of it. The file FAULT_FILE names holds lines
 "RANK PLACE"; each is taken out when it strikes, so it strikes once.
@@ -8,6 +8,7 @@ import importlib.abc
 import importlib.machinery
 import os
 import sys
+import threading
 from pathlib import Path
 
 PLACES = {
@@ -15,6 +16,8 @@ PLACES = {
     "denoiser": ("diffusers.models.unets.unet_2d_condition", "UNet2DConditionModel", "forward"),
     # after the last collective of the picture
     "decode": ("backends.latents", None, "decode"),
+    # for ever, while all threads of the rank go on
+    "hang": ("diffusers.schedulers.scheduling_euler_discrete", "EulerDiscreteScheduler", "step"),
 }
 
 
@@ -25,6 +28,8 @@ def strike(place):
     if line in lines:
         lines.remove(line)
         path.write_text("\n".join(lines))
+        if place == "hang":
+            threading.Event().wait()
         raise ArithmeticError(f"a fault of the test in {place}")
 
 
