@@ -52,13 +52,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(settings: Settings, argv: list[str]) -> int:
+    from hosts.autoplan import recall_from
     from hosts.main import end_rank, is_rank, run_rank
     from hosts.server import is_port_free
     from hosts.startup import count_gpus, plan_start
 
     if is_rank():
         end_rank(run_rank(settings, after_failed_load="exit"))
-    start = plan_start(settings, read_table(), num_gpus=count_gpus(os.environ))
+    start = plan_start(settings, read_table(), num_gpus=count_gpus(os.environ), recall=recall_from(settings.state_dir))
     if settings.check:
         print(json.dumps(start.facts(), indent=2) if settings.json else start.describe())
         return 0

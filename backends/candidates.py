@@ -4,7 +4,7 @@ A way is a backend with degrees and modes. Whether it can be is the backend's ow
 with its reason, so that the table of the choice tells it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -16,6 +16,8 @@ from backends.plan import ParallelPlan
 Quality = Literal["exact", "high", "fast"]
 QUALITIES: tuple[Quality, ...] = ("exact", "high", "fast")
 """From the strictest: a picture like one rank's; one that was measured to come close (docs/quality.md); any."""
+Check = Callable[[ParallelPlan], None]
+"""Raises the HostError of a plan that other options of the launch rule out."""
 CLOSE_SYNC_MODES = ("corrected_async_gn", "sync_gn")
 """Of distrifuser's approximate modes those above 45 dB in docs/quality.md."""
 
@@ -50,37 +52,46 @@ def meets(plan: ParallelPlan, quality: Quality) -> bool:
 
 
 def list_candidates(
-    spec: ModelSpec, given: Mapping[str, object], world_size: int, *, features: Sequence[str] = (), is_guided: bool = True
+    spec: ModelSpec,
+    given: Mapping[str, object],
+    world_size: int,
+    *,
+    features: Sequence[str] = (),
+    is_guided: bool = True,
+    check: Check = lambda plan: None,
 ) -> list[Candidate]:
     """All ways with every number of ranks that divides `world_size`, fewest ranks first, then in the table's order of backends.
 
     given: launch options, with `checkpoint`, so that heads and blocks can be counted. features: of the model table, which the launch
-    asks for. is_guided: pictures have two halves of guidance; without them nothing is gained by splitting them.
+    asks for. is_guided: pictures have two halves of guidance; without them nothing is gained by splitting them. check: see Check.
     Ways that come to the same thing (the CFG split alone is shared code) appear once, under the first backend.
     """
     found: dict[object, Candidate] = {}
     for ranks in _divisors(world_size):
         for backend, name, options in _ways(spec, ranks, is_guided=is_guided):
-            candidate = _candidate(spec, {**given, **options}, ranks, backend, name, options, features)
+            candidate = _candidate(spec, given, ranks, backend, name, options, features, check)
             found.setdefault(_identity(candidate), candidate)
     return list(found.values())
 
 
 def _candidate(
     spec: ModelSpec,
-    merged: Mapping[str, object],
+    given: Mapping[str, object],
     ranks: int,
     backend: str,
     name: str,
     options: Mapping[str, object],
     features: Sequence[str],
+    check: Check,
 ) -> Candidate:
     plan, refusal = None, ""
     try:
         spec.require(backend)
         for feature in features:
             spec.require(backend, feature)
-        plan = planner(backend)(spec, merged, ranks)
+        made = planner(backend)(spec, {**given, **options}, ranks)
+        check(made)
+        plan = made
     except HostError as error:
         refusal = str(error)
     return Candidate(name=name, backend=backend, ranks=ranks, options=options, plan=plan, refusal=refusal)

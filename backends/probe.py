@@ -162,7 +162,7 @@ class Trials:
         teams = {"team": self._rank // ranks, "num_teams": self._world_size // ranks}
         mesh = Mesh(candidate.plan, rank=self._rank % ranks, device=self._subject.device, **teams)
         mesh.prepare()
-        watch, failure, is_attached = _Stopwatch(NUM_STEPS, self._subject.device), "", False
+        watch, failure, is_attached = _Stopwatch(NUM_STEPS, self._subject.device), None, False
         try:
             backend = backend_class(candidate.backend)(spec=self._spec, plan=candidate.plan, mesh=mesh)
             is_attached = True
@@ -170,15 +170,15 @@ class Trials:
             if teams["team"] == 0:
                 _run(self._subject, watch)
         except Exception as error:  # noqa: BLE001  whatever it is, this method is not to be had, and the others are still there
-            failure = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            failure = (time.time(), f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
             mesh.destroy()  # wakes the ranks that wait for this one
-        failures = [text for text in gather_outcomes(failure) if text]
+        failures = sorted(found for found in gather_outcomes(failure) if found is not None)  # closed connections come after their reason
         if is_attached:
             self._subject.detach()
         mesh.destroy()
         if failures:
-            logger.info("%s failed when it was tried: %s", candidate.name, failures[0])
-            return 0.0, failures[0]
+            logger.info("%s failed when it was tried: %s", candidate.name, failures[0][1])
+            return 0.0, failures[0][1]
         return gather_outcomes(watch.step_s if teams["team"] == 0 else 0.0)[0], ""
 
     def _survey(self) -> Work | Exception:

@@ -20,7 +20,7 @@ HOPELESS = 1.3
 class Measured:
     """What a launch has found out, kept for the next one. steps: name of a candidate -> seconds per step; failures: -> why it could not be.
 
-    memory_bytes: of the smallest device; None where it is not known.
+    memory_bytes: of the smallest device; None where it is not known. date: of the measurement.
     """
 
     work: Work
@@ -28,6 +28,7 @@ class Measured:
     memory_bytes: int | None = None
     steps: Mapping[str, float] = field(default_factory=dict)
     failures: Mapping[str, str] = field(default_factory=dict)
+    date: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -36,6 +37,7 @@ class Measured:
             "memory_bytes": self.memory_bytes,
             "steps": dict(self.steps),
             "failures": dict(self.failures),
+            "date": self.date,
         }
 
     @classmethod
@@ -131,16 +133,16 @@ def require_any(rows: Sequence[Row]) -> Row:
 
 def as_text(rows: Sequence[Row], chosen: Row | None) -> list[str]:
     """The table for people, one line each."""
-    lines = ["  method                                    ranks quality  s/step            s/picture  MB/rank"]
+    lines = ["  method                                         ranks quality  s/step            s/picture  MB/rank"]
     for row in rows:
         mark = "*" if chosen is not None and row.candidate.name == chosen.candidate.name else " "
         if row.estimate is None:
-            lines.append(f"{mark} {row.candidate.name:41} {row.candidate.ranks:5} {row.refusal}")
+            lines.append(f"{mark} {row.candidate.name:46} {row.candidate.ranks:5} {row.refusal}")
             continue
         how = "measured" if row.measured_s is not None else "predicted"
         figures = f"{row.step_s:<8.3g}{how:9} {row.picture_s:9.3g} {row.estimate.memory_bytes / 1e6:8.0f}"
         refusal = f"  no: {row.refusal}" if row.refusal else ""
-        lines.append(f"{mark} {row.candidate.name:41} {row.candidate.ranks:5} {row.candidate.quality:7}  {figures}{refusal}")
+        lines.append(f"{mark} {row.candidate.name:46} {row.candidate.ranks:5} {row.candidate.quality:7}  {figures}{refusal}")
     return lines
 
 

@@ -52,8 +52,12 @@ class RankLoop:
         desk: Desk,
         team_plans: Mapping[int, ParallelPlan] = MappingProxyType({}),
         activity: Activity | None = None,
+        pipeline: LoadedPipeline | None = None,
     ) -> None:
-        """mesh: of all ranks. team_plans: size of the teams that the ranks may split into -> the plan of each. activity: is told of all."""
+        """mesh: of all ranks. team_plans: size of the teams that the ranks may split into -> the plan of each. activity: is told of all.
+
+        pipeline: where it is loaded already.
+        """
         self._rank = rank
         self._spec = spec
         self._device = mesh.device
@@ -65,7 +69,7 @@ class RankLoop:
         self._teams: dict[int, Team] = {}
         self._is_broken = False
         self._last_step: torch.cuda.Event | None = None
-        self._pipeline: LoadedPipeline | None = None
+        self._pipeline = pipeline
 
     def run(self) -> Failure | None:
         """Until Stop, or until loading failed: its Failure, else None."""
@@ -83,7 +87,7 @@ class RankLoop:
         failure = None
         self._activity.begin("loading", within_s=LOAD_WITHIN_S)
         try:
-            self._pipeline = load_pipeline(self._spec, request, device=self._device)
+            self._pipeline = self._pipeline or load_pipeline(self._spec, request, device=self._device)
             self._pipeline.attach(self._all.backend)
         except Exception as error:  # noqa: BLE001  whatever it is, the other ranks must hear of it before anyone goes on
             failure = self._failed(error)

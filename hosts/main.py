@@ -12,6 +12,7 @@ from typing import Any, Literal, NoReturn
 
 from backends.errors import ConfigError, HostError, UnavailableError
 from backends.model_table import ModelSpec, read_table
+from backends.ranking import Measured
 from hosts import lifeline, log
 from hosts.activity import Activity
 from hosts.endings import Ending, Notes
@@ -147,9 +148,14 @@ def end_rank(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _open_store(settings: Settings) -> JobStore | None:
+def _state_folder(settings: Settings) -> Path | None:
     folder = settings.state_dir or os.environ.get(STATE_FOLDER)
-    return JobStore(Path(folder).expanduser().resolve()) if folder else None
+    return Path(folder).expanduser().resolve() if folder else None
+
+
+def _open_store(settings: Settings) -> JobStore | None:
+    folder = _state_folder(settings)
+    return JobStore(folder) if folder is not None else None
 
 
 def _notes(*, attempt: int) -> Notes | None:
@@ -178,9 +184,12 @@ def _serve(
     from backends import distributed
     from hosts.desk import FollowerDesk, FrontDesk
     from hosts.loop import RankLoop
+    from hosts.settling import settle
 
     activity = _activity(place)
     device = _meet(settings, place, store, activity)
+    ranks = {"rank": place.rank, "world_size": place.world_size, "device": device}
+    start, pipeline = settle(start, partial(_plan, settings, place=place), folder=_state_folder(settings), activity=activity, **ranks)
     mesh = distributed.Mesh(start.plan, rank=place.rank, device=device)
     state.tell({**start.facts(), "device": str(device)})
     logger.info("%s on %s", start.plan.describe(), device)
@@ -191,17 +200,18 @@ def _serve(
     front = FrontDesk(load=start.load, queue=queue, state=state, sharing=sharing, lines=lines)
     desk = front if place.rank == 0 else FollowerDesk(rank=place.rank, line=lines.get(0))
     try:
-        loop = RankLoop(rank=place.rank, spec=start.spec, mesh=mesh, desk=desk, team_plans=start.teams.plans, activity=activity)
-        failure = loop.run()
+        told = {"desk": desk, "activity": activity, "team_plans": start.teams.plans}
+        failure = RankLoop(rank=place.rank, spec=start.spec, mesh=mesh, pipeline=pipeline, **told).run()
     finally:
         mesh.destroy()
         distributed.shutdown()
     return failure.as_error() if failure is not None else None
 
 
-def _plan(settings: Settings, *, place: Place) -> StartPlan:
-    """What settings mean on these ranks."""
-    return plan_start(settings, read_table(), num_gpus=count_gpus(os.environ), num_ranks=place.local_world_size)
+def _plan(settings: Settings, measured: Measured | None = None, *, place: Place) -> StartPlan:
+    """What settings mean on these ranks. measured: for --backend=auto."""
+    known = {"num_gpus": count_gpus(os.environ), "num_ranks": place.local_world_size, "recall": lambda key: measured}
+    return plan_start(settings, read_table(), **known)
 
 
 def _activity(place: Place) -> Activity:

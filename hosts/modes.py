@@ -27,11 +27,20 @@ class Teams:
 
 
 def choose_teams(
-    asked: Mode, spec: ModelSpec, plan: ParallelPlan, options: Mapping[str, object], *, features: tuple[str, ...], load: LoadRequest
+    asked: Mode,
+    spec: ModelSpec,
+    plan: ParallelPlan,
+    options: Mapping[str, object],
+    *,
+    features: tuple[str, ...],
+    load: LoadRequest,
+    chosen: Mapping[int, ParallelPlan] | None = None,
+    quickest: int | None = None,
 ) -> Teams:
     """The mode that was asked for, with the plans of its teams, or `latency` with the reason where `auto` can be nothing else.
 
     plan: that of all ranks. features: of the model table, which the start asks for. ConfigError for a throughput mode that cannot be.
+    chosen: of --backend=auto: size of a team -> its plan. quickest: the number of ranks that make one picture soonest, if not all do.
     """
     if plan.world_size == 1:
         return Teams()
@@ -43,8 +52,12 @@ def choose_teams(
         return Teams(reasons=(f"mode=latency: {problem}",))
     if asked == "throughput":
         return Teams(mode="throughput", plans={1: planner("single")(spec, options, 1)})
-    plans = {size: found for size in _team_sizes(plan.world_size) if (found := _team_plan(spec, plan, options, size)) is not None}
-    return Teams(mode="auto", plans=plans)
+    if chosen is None:
+        chosen = {size: found for size in _team_sizes(plan.world_size) if (found := _team_plan(spec, plan, options, size)) is not None}
+    if quickest in chosen and quickest != plan.world_size:
+        why = f"mode=throughput: more than {quickest} of {plan.world_size} ranks make a picture slower, so each {quickest} take their own jobs"
+        return Teams(mode="throughput", plans={quickest: chosen[quickest]}, reasons=(why,))
+    return Teams(mode="auto", plans=chosen)
 
 
 def _problem(spec: ModelSpec, plan: ParallelPlan, features: tuple[str, ...], load: LoadRequest) -> str:

@@ -9,6 +9,7 @@ from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any
 
 from backends import BACKEND_NAMES
+from backends.candidates import QUALITIES
 from backends.errors import ConfigError
 from hosts.values import counts, json_object, number, one_of, parse_switch, scales, scheduler, secret, weights, whole
 
@@ -65,7 +66,14 @@ class Settings:
         None, "start", "Folder in diffusers layout, or x.safetensors with its configuration in x/ (sd1, sd2, sdxl, flux). None: the demo.",
         parse=_PATHS, aliases=("model",), metavar="PATH",
     )  # fmt: skip
-    backend: str | None = _option(None, "start", "Backend; without it the first of the type's row.", parse=one_of(*BACKEND_NAMES))
+    backend: str | None = _option(
+        None, "start", "Backend; auto predicts and tries, and is the default where several could run and no option of one is given.",
+        parse=one_of("auto", *BACKEND_NAMES),
+    )  # fmt: skip
+    quality: str = _option(
+        "high", "start", "For --backend=auto. exact: pictures as one rank makes them; high: or very close; fast: any.",
+        parse=one_of(*QUALITIES),
+    )  # fmt: skip
     mode: str = _option(
         "auto", "start", "latency: all ranks on each job; throughput: a job on each rank; auto: by the number of jobs that wait.",
         parse=one_of("latency", "throughput", "auto"),

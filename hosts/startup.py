@@ -17,9 +17,10 @@ from backends.plan import ParallelPlan, require_world_size
 from backends.request import LoadRequest
 from backends.schedulers import parse_scheduler, require_family
 from backends.step_cache_spec import require_step_cache
+from hosts.autoplan import Auto, Recall, decide, is_automatic
 from hosts.modes import Teams, choose_teams
 from hosts.settings import Settings, option_fields
-from hosts.treatments import step_cache, treatments
+from hosts.treatments import WITHOUT_SDPA, step_cache, treatments
 
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -51,33 +52,43 @@ class StartPlan:
     num_ranks: int
     reasons: tuple[str, ...]
     teams: Teams
+    auto: Auto | None = None
+
+    @property
+    def job_plan(self) -> ParallelPlan:
+        """What a picture is made with that comes alone."""
+        return min(self.teams.plans.items())[1] if self.teams.mode == "throughput" else self.plan
 
     def facts(self) -> dict[str, Any]:
         """For --check --json and GET /settings."""
         return {
             "type": self.spec.name,
-            "backend": self.plan.method,
-            "exactness": "approximate" if self.load.step_cache is not None else self.plan.exactness,
+            "backend": self.job_plan.method,
+            "exactness": "approximate" if self.load.step_cache is not None else self.job_plan.exactness,
             "ranks": self.num_ranks,
-            "axes": dict(self.plan.axes),
+            "axes": dict(self.job_plan.axes),
             **self.teams.facts(),
-            "options": {name: value for name, value in self.plan.options.items() if value is not None},
+            "options": {name: value for name, value in self.job_plan.options.items() if value is not None},
             "checkpoint": self.load.checkpoint,
             "variant": self.load.variant,
             "height": self.load.height or self.spec.height,
             "width": self.load.width or self.spec.width,
             "reasons": [*self.reasons, *self.plan.reasons, *self.teams.reasons],
+            **({"planner": self.auto.facts()} if self.auto is not None else {}),
         }
 
     def describe(self) -> str:
-        lines = [f"{name:12} {value}" for name, value in self.facts().items() if name != "reasons"]
-        return "\n".join([*lines, *(f"because      {reason}" for reason in self.facts()["reasons"])])
+        lines = [f"{name:12} {value}" for name, value in self.facts().items() if name not in ("reasons", "planner")]
+        table = self.auto.text() if self.auto is not None else []
+        return "\n".join([*lines, *(f"because      {reason}" for reason in self.facts()["reasons"]), *table])
 
 
-def plan_start(settings: Settings, table: ModelTable, *, num_gpus: int, num_ranks: int | None = None) -> StartPlan:
+def plan_start(
+    settings: Settings, table: ModelTable, *, num_gpus: int, num_ranks: int | None = None, recall: Recall = lambda key: None
+) -> StartPlan:
     """The resolved plan. ConfigError, UnsupportedError or PlanError for whatever the user must change.
 
-    num_ranks: where it is known already (in a rank); else --nproc_per_node, the GPUs, or 1.
+    num_ranks: where it is known already (in a rank); else --nproc_per_node, the GPUs, or 1. recall: what --backend=auto goes by.
     """
     refuse_pending(settings)
     _require_key(settings)
@@ -90,8 +101,15 @@ def plan_start(settings: Settings, table: ModelTable, *, num_gpus: int, num_rank
     world_size = ranks * settings.nnodes
     if num_gpus and ranks > num_gpus:
         raise ConfigError(f"--nproc_per_node={ranks} is more than the {num_gpus} visible GPUs. Use at most {num_gpus}.")
-    backend = settings.backend
-    if backend is None:
+    backend, auto = settings.backend, None
+    features = tuple(feature for feature, names in FEATURE_OPTIONS.items() if any(name in settings.given for name in names))
+    if is_automatic(settings, spec, world_size):
+        checkpoint = Path(_checkpoint(settings, spec))
+        facts = {"world_size": world_size, "num_gpus": num_gpus, "features": features, "recall": recall}
+        auto = decide(settings, spec, checkpoint=checkpoint, **facts)
+        backend, settings = auto.world.candidate.backend, _for_any_method(replace(settings, **auto.world.candidate.options), reasons)
+        reasons.append(auto.reason)
+    elif backend in (None, "auto"):
         backend = spec.default_backend(world_size)
         reasons.append(f"backend={backend}: first choice of type {spec.name!r} on {world_size} rank{'s' if world_size > 1 else ''}")
     elif world_size == 1 and backend != "single":
@@ -99,7 +117,6 @@ def plan_start(settings: Settings, table: ModelTable, *, num_gpus: int, num_rank
         spec.require(backend)
         backend = "single"
     spec.require(backend)
-    features = tuple(feature for feature, names in FEATURE_OPTIONS.items() if any(name in settings.given for name in names))
     for feature in features:
         spec.require(backend, feature)
     load = _load_request(settings, spec, backend, num_gpus=num_gpus, reasons=reasons)
@@ -108,8 +125,17 @@ def plan_start(settings: Settings, table: ModelTable, *, num_gpus: int, num_rank
     plan = require_world_size(planner(backend)(spec, options, world_size), world_size)
     if load.step_cache is not None:
         require_step_cache(load.step_cache, plan)
-    teams = choose_teams(settings.mode, spec, plan, options, features=features, load=load)
-    return StartPlan(spec=spec, plan=plan, load=load, num_ranks=ranks, reasons=tuple(reasons), teams=teams)
+    chosen = {"chosen": auto.teams, "quickest": auto.job.candidate.ranks} if auto is not None else {}
+    teams = choose_teams(settings.mode, spec, plan, options, features=features, load=load, **chosen)
+    return StartPlan(spec=spec, plan=plan, load=load, num_ranks=ranks, reasons=tuple(reasons), teams=teams, auto=auto)
+
+
+def _for_any_method(settings: Settings, reasons: list[str]) -> Settings:
+    """Without what some methods cannot have: the choice is made again when the model is loaded, and teams may use others."""
+    for name in WITHOUT_SDPA:
+        if getattr(settings, name):
+            reasons.append(f"--{name} has no effect with --backend=auto: most methods reach the other ranks through torch's own attention")
+    return replace(settings, **dict.fromkeys(WITHOUT_SDPA, False))
 
 
 def _require_key(settings: Settings) -> None:
@@ -167,8 +193,8 @@ def _load_request(settings: Settings, spec: ModelSpec, backend: str, *, num_gpus
     scaled = {name: _existing_files(name, getattr(settings, name)) for name in SCALED_PATHS}
     if settings.controlnet_scale is not None:
         scaled["control_net"] = dict.fromkeys(scaled["control_net"], settings.controlnet_scale)
+    paths["checkpoint"] = _checkpoint(settings, spec)
     if settings.checkpoint is None:
-        paths["checkpoint"] = str(REPOSITORY / spec.demo["checkpoint"])
         reasons.append("checkpoint: none was given, so the demo model")
     _require_components(spec, paths)
     variant = settings.variant
@@ -198,6 +224,10 @@ def _load_request(settings: Settings, spec: ModelSpec, backend: str, *, num_gpus
         **_denoiser(settings, spec),
         **paths,
     )
+
+
+def _checkpoint(settings: Settings, spec: ModelSpec) -> str:
+    return _existing_path("checkpoint", settings.checkpoint) or str(REPOSITORY / spec.demo["checkpoint"])
 
 
 def _existing_path(name: str, value: str | None) -> str | None:

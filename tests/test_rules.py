@@ -16,10 +16,10 @@ PRODUCT = [ROOT / "launcher.py", *HOSTS, *sorted((ROOT / "backends").rglob("*.py
 WITHOUT_TORCH = [
     "launcher",
     *(f"hosts.{name}" for name in "settings jobs server routes wire values startup state matrix lifeline log prewarm main".split()),
-    *(f"hosts.{name}" for name in "job records store scratch choice pace modes sharing command_line".split()),
+    *(f"hosts.{name}" for name in "job records store scratch choice pace modes sharing command_line autoplan".split()),
     *(f"hosts.{name}" for name in "app api pages schema openai a1111 incoming".split()),
     *(f"hosts.compat.{name}" for name in "args fields routes codec host".split()),
-    *(f"backends.{name}" for name in "request model_table errors plan schedulers schedule candidates cost ranking".split()),
+    *(f"backends.{name}" for name in "request model_table errors plan schedulers schedule candidates cost estimate ranking".split()),
     *(f"backends.{folder.name}.plan" for folder in BACKENDS),
 ]
 MAY_READ_ENVIRONMENT = {ROOT / "hosts" / "main.py", ROOT / "hosts" / "compat" / "host.py", ROOT / "launcher.py"}
