@@ -31,8 +31,8 @@ STOP_WITHIN_S = 10.0
 def main(argv: list[str] | None = None) -> int:
     """The command line. Exit code 2 and one line for a user's mistake."""
     argv = sys.argv[1:] if argv is None else argv
+    sys.path.append(str(Path(__file__).resolve().parent / "clients" / "python"))  # the Python client, where it lies in a clone
     if argv[:1] == ["generate"]:
-        sys.path.insert(0, str(Path(__file__).resolve().parent / "clients" / "python"))  # where it lies in a clone
         from diffusion_client.command import main as generate
 
         return generate(argv[1:])
@@ -53,12 +53,18 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(settings: Settings, argv: list[str]) -> int:
     from hosts.autoplan import recall_from
+    from hosts.cluster.config import refuse_without_engine
     from hosts.main import end_rank, is_rank, run_rank
     from hosts.server import is_port_free
     from hosts.startup import count_gpus, plan_start
 
     if is_rank():
         end_rank(run_rank(settings, after_failed_load="exit"))
+    if settings.engine == "ray":
+        from hosts.cluster.main import run_gateway
+
+        end_rank(run_gateway(settings, os.environ))
+    refuse_without_engine(settings)
     start = plan_start(settings, read_table(), num_gpus=count_gpus(os.environ), recall=recall_from(settings.state_dir))
     if settings.check:
         print(json.dumps(start.facts(), indent=2) if settings.json else start.describe())

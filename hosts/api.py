@@ -6,7 +6,7 @@ import json
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from flask import Blueprint, Response, current_app, jsonify, request
@@ -45,8 +45,7 @@ def create() -> tuple[Response, int, dict[str, str]]:
 @blueprint.get("/v1/jobs")
 def everything() -> Response:
     """All jobs: the one that runs, those that wait, those that are over. No prompts: other clients' jobs are among them."""
-    jobs = current_app.extensions["host"].queue.jobs()
-    return jsonify({"jobs": [{key: value for key, value in describe(job).items() if key != "settings"} for job in jobs]})
+    return jsonify({"jobs": without_settings(_queue().jobs())})
 
 
 @blueprint.get("/v1/jobs/<job_id>")
@@ -109,6 +108,11 @@ def file_response(job: Job, content_type: str, *, frames_per_s: float = wire.FRA
     return Response(data, mimetype=content_type, headers=headers)
 
 
+def without_settings(jobs: Sequence[Job]) -> list[dict[str, Any]]:
+    """What anybody may know of them."""
+    return [{key: value for key, value in describe(job).items() if key != "settings"} for job in jobs]
+
+
 def describe(job: Job) -> dict[str, Any]:
     """What clients are told of a job. Times in seconds since 1970 or as durations."""
     host = current_app.extensions["host"]
@@ -161,7 +165,8 @@ def _follow(queue: JobQueue, job: Job, describe: Any, with_previews: bool) -> It
             seen, preview, step = version, job.preview, job.step
             is_over = job.finished.is_set()
             with app.app_context():
-                yield _event("status", describe(job))
+                event = _event("status", describe(job))
+            yield event
             if with_previews and preview is not None and preview is not shown:
                 shown = preview
                 yield _event("preview", {"step": step, "image": _data_url(preview)})

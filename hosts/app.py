@@ -82,10 +82,15 @@ def create_app(host: Host) -> Flask:
     if host.errands is not None:
         app.register_blueprint(later.blueprint)
     app.before_request(guard.refuse_strangers)
+    handle_errors(app)
+    return app
+
+
+def handle_errors(app: Flask) -> None:
+    """Every error is answered with its message and its status, in the dialect of the path."""
     app.register_error_handler(HostError, _host_error)
     app.register_error_handler(HTTPException, _http_error)
     app.register_error_handler(Exception, _unexpected_error)
-    return app
 
 
 def error_body(message: str) -> dict[str, object]:

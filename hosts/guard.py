@@ -10,6 +10,7 @@ from backends.errors import RequestError
 from hosts import a1111, openai
 from hosts.compat import later
 from hosts.incoming import client
+from hosts.settings import Settings
 from hosts.startup import LOOPBACK_NAMES
 
 WILDCARDS = frozenset({"0.0.0.0", "::"})
@@ -36,17 +37,21 @@ class KeyMissing(HTTPException):
 
 
 def refuse_strangers() -> None:
-    """Host, Origin, key and content type of the request at hand."""
-    settings = current_app.extensions["host"].settings
-    _require_name(LOOPBACK_NAMES | {settings.host})
-    _require_own_origin()
-    if settings.api_key is not None and request.path not in WITHOUT_KEY:
-        _require_key(settings.api_key)
+    """Host, Origin, key, rate and content type of the request at hand."""
+    refuse_unknown(current_app.extensions["host"].settings)
     if request.method == "POST":
         current_app.extensions["rate"].take(client())
     _require_content_type()
     if request.method == "POST" and request.blueprint != later.blueprint.name:
         later.refuse_without_pipeline()
+
+
+def refuse_unknown(settings: Settings) -> None:
+    """Host, Origin and key: what can be refused before anything else of the request is read."""
+    _require_name(LOOPBACK_NAMES | {settings.host})
+    _require_own_origin()
+    if settings.api_key is not None and request.path not in WITHOUT_KEY:
+        _require_key(settings.api_key)
 
 
 def _require_name(allowed: frozenset[str]) -> None:

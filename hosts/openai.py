@@ -48,14 +48,14 @@ def error_body(message: str, status: int) -> dict[str, Any]:
 @blueprint.get("/v1/models")
 def models() -> Response:
     """The one model that is loaded, if there is one."""
-    return jsonify({"object": "list", "data": [] if _host().state.phase is Phase.EMPTY else [_model()]})
+    return jsonify({"object": "list", "data": [] if _host().state.phase is Phase.EMPTY else [model_of(_host().model)]})
 
 
 @blueprint.get("/v1/models/<name>")
 def model(name: str) -> Response:
     if name != _host().model:
         raise NotFoundError(f"there is no model {name!r}. Allowed: {_host().model}.")
-    return jsonify(_model())
+    return jsonify(model_of(name))
 
 
 @blueprint.post("/v1/images/generations")
@@ -206,8 +206,8 @@ def _video(job: Job) -> dict[str, Any]:
     }
 
 
-def _model() -> dict[str, Any]:
-    return {"id": _host().model, "object": "model", "created": 0, "owned_by": "local"}
+def model_of(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "local"}
 
 
 def _require_output(output: str) -> None:

@@ -18,6 +18,7 @@ WITHOUT_TORCH = [
     *(f"hosts.{name}" for name in "settings jobs server routes wire values startup state matrix lifeline log prewarm main".split()),
     *(f"hosts.{name}" for name in "job records store scratch choice pace modes sharing command_line autoplan".split()),
     *(f"hosts.{name}" for name in "app api pages schema openai a1111 incoming".split()),
+    *(f"hosts.cluster.{name}" for name in "config deployment gateway lane main messages metrics nodes replica replica_host".split()),
     *(f"hosts.compat.{name}" for name in "args fields routes codec host".split()),
     *(f"backends.{name}" for name in "request model_table errors plan schedulers schedule candidates cost estimate ranking".split()),
     *(f"backends.{folder.name}.plan" for folder in BACKENDS),
@@ -75,6 +76,14 @@ def test_no_backend_imports_another(folder):
 def test_a_backend_is_reached_through_the_registry_only(path):
     names = imported(path)
     assert not [folder.name for folder in BACKENDS if below(names, f"backends.{folder.name}")]
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=name)
+def test_ray_is_an_extra_that_two_files_import_when_they_need_it(path):
+    top_level = {alias.name for node in tree(path).body if isinstance(node, ast.Import) for alias in node.names}
+    assert not below(top_level, "ray")
+    if path not in {ROOT / "hosts" / "cluster" / name for name in ("nodes.py", "replica_host.py")}:
+        assert not below(imported(path), "ray")
 
 
 @pytest.mark.parametrize("path", HOSTS, ids=name)
@@ -146,7 +155,7 @@ def test_what_the_http_side_and_the_launcher_need_imports_no_torch():
             "import importlib, sys",
             f"for name in {WITHOUT_TORCH!r}:",
             "    importlib.import_module(name)",
-            "    heavy = {'torch', 'diffusers', 'transformers'} & set(sys.modules)",
+            "    heavy = {'torch', 'diffusers', 'transformers', 'ray'} & set(sys.modules)",
             "    assert not heavy, f'{name} imports {heavy}'",
         ]
     )

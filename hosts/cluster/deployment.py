@@ -1,0 +1,148 @@
+"""One model: its queue, the HTTP application that reads and answers its requests, and its replicas, of which there are enough."""
+
+import itertools
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from flask import Flask
+
+from hosts.app import Host, create_app
+from hosts.cluster.config import DeploymentPlan
+from hosts.cluster.nodes import Nodes
+from hosts.cluster.replica import Replica, ReplicaState
+from hosts.cluster.scaling import Rule, Scale
+from hosts.jobs import JobQueue
+from hosts.state import HostState, Phase
+from hosts.store import JobStore
+
+logger = logging.getLogger(__name__)
+
+LONGEST_WAIT_S = 30.0
+"""Before a replica is started in the place of one that failed; it doubles from one failure to the next, from a second."""
+NOT_SHOWN = ("given", "restarts", "ranks_now", "last_report", "seconds_per_megapixel_step")
+"""Facts of a replica that are its own."""
+
+
+class Deployment:
+    """To HTTP clients it is a host; in the place of ranks it has replicas.
+
+    problem: why no replica of it can ever serve; empty as far as is known. num_lost: replicas that ended by themselves.
+    """
+
+    def __init__(self, plan: DeploymentPlan, *, store: JobStore | None) -> None:
+        settings = plan.settings
+        self.plan = plan
+        self.name = plan.name
+        self.queue = JobQueue(
+            capacity=settings.queue_size,
+            max_seconds=settings.max_job_seconds,
+            num_kept=settings.keep_results,
+            kept_bytes=settings.keep_results_mb * 10**6,
+            kept_seconds=settings.keep_results_hours * 3600,
+            store=store,
+        )
+        self.state = HostState()
+        self.state.tell({**plan.start.facts(), "restarts": 0})
+        self.app: Flask = create_app(Host(settings=settings, spec=plan.start.spec, queue=self.queue, state=self.state, name=plan.name))
+        self.replicas: list[Replica] = []
+        self.problem = ""
+        self.num_lost = 0
+        self._nodes: Nodes | None = None
+        self._numbers = itertools.count(1)
+        self._was_ready = False
+        self._failures = 0
+        self._not_before_s = 0.0
+        rule = Rule(
+            minimum=plan.minimum, maximum=plan.maximum, jobs_per_replica=settings.jobs_per_replica, idle_s=float(settings.idle_seconds)
+        )
+        self._scale = Scale(rule, first=plan.first, now_s=time.monotonic())
+
+    def use(self, nodes: Nodes) -> None:
+        """From now on replicas can be started."""
+        self._nodes = nodes
+
+    def look(self) -> None:
+        """Take note of replicas that are gone, and start or drain some where there are too few or too many. To be called often."""
+        self._note_the_gone()
+        self._show_phase()
+        target = self._scale.look(num_jobs=self.num_jobs, now_s=time.monotonic())
+        staying = [replica for replica in self.replicas if not replica.is_leaving]
+        if len(staying) < target and time.monotonic() >= self._not_before_s:
+            for _ in range(target - len(staying)):
+                self._start_one()
+        elif len(staying) > target:
+            least = min(staying, key=lambda replica: (replica.state is ReplicaState.READY, replica.num_jobs, -replica.taken_s))
+            logger.info("%s: %d replicas are enough, so %s is drained", self.name, target, least.name)
+            least.drain()
+
+    @property
+    def num_jobs(self) -> int:
+        """Waiting and running."""
+        return self.queue.num_waiting + sum(replica.num_jobs for replica in self.replicas)
+
+    @property
+    def num_ready(self) -> int:
+        return sum(replica.state is ReplicaState.READY for replica in self.replicas)
+
+    def describe(self) -> dict[str, Any]:
+        """For GET /cluster."""
+        return {
+            "model": self.name,
+            "type": self.plan.start.spec.name,
+            "phase": self.state.phase,
+            "target": self._scale.target,
+            "min_replicas": self.plan.minimum,
+            "max_replicas": self.plan.maximum,
+            "waiting": self.queue.num_waiting,
+            "lost": self.num_lost,
+            "replicas": [replica.describe() for replica in self.replicas],
+        }
+
+    def stop_replicas(self, within_s: float) -> None:
+        """All at once."""
+        deadline = time.monotonic() + within_s
+        for replica in self.replicas:
+            replica.stop()
+        for replica in self.replicas:
+            replica.join(max(0.0, deadline - time.monotonic()))
+
+    def _start_one(self) -> None:
+        assert self._nodes is not None
+        replica = Replica(
+            f"{self.name}-{next(self._numbers)}", self.plan, nodes=self._nodes, queue=self.queue, peers=lambda: list(self.replicas)
+        )
+        self.replicas.append(replica)
+        replica.start()
+
+    def _note_the_gone(self) -> None:
+        for replica in [replica for replica in self.replicas if replica.state is ReplicaState.GONE]:
+            self.replicas.remove(replica)
+            if not replica.is_failure:
+                continue
+            logger.warning("replica %s is gone: %s", replica.name, replica.reason)
+            self.num_lost += 1
+            self._failures += 1
+            self._not_before_s = time.monotonic() + min(LONGEST_WAIT_S, 2.0 ** (self._failures - 1))
+            if replica.is_final and not self._was_ready:
+                self.problem = f"replica {replica.name} cannot serve: {replica.reason.removeprefix('error: ')}"
+
+    def _show_phase(self) -> None:
+        ready = next((replica for replica in self.replicas if replica.state is ReplicaState.READY), None)
+        if ready is None:
+            reasons = "; ".join(f"{replica.name}: {replica.reason}" for replica in self.replicas if replica.reason)
+            self.state.become(Phase.LOADING, f"no replica is ready. {reasons}".strip())
+            return
+        if self.state.phase is not Phase.READY:
+            self._was_ready, self._failures = True, 0
+            self.state.tell({name: value for name, value in ready.facts.items() if name not in NOT_SHOWN})
+            self.state.become(Phase.READY)
+
+
+def open_store(plan: DeploymentPlan, *, is_only: bool) -> JobStore | None:
+    """In --state_dir; of several models each has a folder in it. ConfigError if it cannot be used."""
+    if plan.settings.state_dir is None:
+        return None
+    folder = Path(plan.settings.state_dir).expanduser().resolve()
+    return JobStore(folder if is_only else folder / plan.name)

@@ -1,0 +1,157 @@
+"""The gateway's HTTP application: one host's API for all models. Finds the model of a request and hands it to that model's application."""
+
+import contextlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flask import Blueprint, Flask, Response, current_app, jsonify, request
+from werkzeug import Request
+
+from backends.errors import NotFoundError
+from hosts import api, guard, openai
+from hosts.app import handle_errors
+from hosts.cluster.deployment import Deployment
+from hosts.cluster.metrics import merged
+from hosts.limits import RateLimit
+from hosts.metrics import CONTENT_TYPE
+from hosts.state import Phase
+
+blueprint = Blueprint("gateway", __name__)
+
+METHODS = ("GET", "POST", "PUT", "DELETE", "OPTIONS")
+BY_ID = ("/v1/jobs/", "/v1/videos/")
+SERVING = (Phase.LOADING, Phase.READY)
+WORST_FIRST = (Phase.STOPPING, Phase.FAILED, Phase.LOADING, Phase.EMPTY, Phase.READY)
+
+
+@dataclass(frozen=True, slots=True)
+class Gateway:
+    """What routes may touch: `current_app.extensions["gateway"]`. The first deployment is the default."""
+
+    deployments: Sequence[Deployment]
+
+    def worst(self) -> Deployment:
+        return min(self.deployments, key=lambda deployment: WORST_FIRST.index(deployment.state.phase))
+
+    def of_job(self, job_id: str) -> Deployment:
+        """Whose job it is; the default's if nobody knows it."""
+        for deployment in self.deployments:
+            with contextlib.suppress(NotFoundError):
+                deployment.queue.find(job_id)
+                return deployment
+        return self.deployments[0]
+
+    def of_model(self, name: str) -> Deployment:
+        """NotFoundError if there is none of that name."""
+        found = next((deployment for deployment in self.deployments if deployment.name == name), None)
+        if found is None:
+            raise NotFoundError(f"there is no model {name!r}. Allowed: {', '.join(each.name for each in self.deployments)}.")
+        return found
+
+
+def create_gateway(deployments: Sequence[Deployment]) -> Flask:
+    """The WSGI application before those of the deployments."""
+    settings = deployments[0].plan.settings
+    app = Flask("hosts.cluster", static_folder=None)
+    app.config["MAX_CONTENT_LENGTH"] = settings.max_body_mb * 10**6
+    app.extensions["gateway"] = Gateway(deployments)
+    app.extensions["host"] = deployments[0].app.extensions["host"]
+    shared = RateLimit(settings.rate_limit)
+    for deployment in deployments:
+        deployment.app.extensions["rate"] = shared
+    app.register_blueprint(blueprint)
+    app.before_request(lambda: guard.refuse_unknown(settings))
+    handle_errors(app)
+    return app
+
+
+@blueprint.get("/cluster")
+def cluster() -> Response:
+    """The models, their replicas and what these do."""
+    return jsonify({"deployments": [deployment.describe() for deployment in _gateway().deployments]})
+
+
+@blueprint.delete("/cluster/replicas/<name>")
+def drain(name: str) -> tuple[Response, int]:
+    """The replica takes no more jobs and ends after those that it has; where it would be missed another takes its place."""
+    replicas = [replica for deployment in _gateway().deployments for replica in deployment.replicas]
+    found = next((replica for replica in replicas if replica.name == name), None)
+    if found is None:
+        raise NotFoundError(f"there is no replica {name!r}. Allowed: {', '.join(replica.name for replica in replicas)}.")
+    found.drain()
+    return jsonify(found.describe()), 202
+
+
+@blueprint.get("/metrics")
+def metrics() -> Response:
+    """Of all replicas and of the gateway, for Prometheus."""
+    return Response(merged(_gateway().deployments), content_type=CONTENT_TYPE)
+
+
+@blueprint.get("/healthz")
+def healthz() -> tuple[Response, int]:
+    """The phase of the model that is worst off, and jobs that wait for any."""
+    state = _gateway().worst().state
+    waiting = sum(deployment.queue.num_waiting for deployment in _gateway().deployments)
+    return jsonify({"phase": state.phase, "reason": state.reason, "waiting": waiting}), 200 if state.phase in SERVING else 503
+
+
+@blueprint.get("/readyz")
+def readyz() -> tuple[str, int]:
+    """200 while each model has a replica that is ready."""
+    phase = _gateway().worst().state.phase
+    return phase.value, 200 if phase is Phase.READY else 503
+
+
+@blueprint.get("/v1/models")
+def models() -> Response:
+    """All of them, the default first."""
+    return jsonify({"object": "list", "data": [openai.model_of(deployment.name) for deployment in _gateway().deployments]})
+
+
+@blueprint.get("/v1/jobs")
+def jobs() -> Response:
+    """Those of all models."""
+    found: list[dict[str, Any]] = []
+    for deployment in _gateway().deployments:
+        with deployment.app.app_context():
+            found += api.without_settings(deployment.queue.jobs())
+    return jsonify({"jobs": found})
+
+
+@blueprint.route("/", defaults={"path": ""}, methods=METHODS)
+@blueprint.route("/<path:path>", methods=METHODS)
+def forward(path: str) -> Response:
+    """Everything else is the model's own to answer."""
+    gateway = _gateway()
+    environ = dict(request.environ)
+    if len(gateway.deployments) == 1:
+        return Response.from_app(gateway.deployments[0].app, environ)
+    if request.path.startswith(BY_ID):
+        return Response.from_app(gateway.of_job(request.path.split("/")[3]).app, environ)
+    body = request.get_data(parse_form_data=False) if request.method == "POST" else b""
+    name = _named_model(body)
+    deployment = gateway.of_model(name) if name else gateway.deployments[0]
+    return Response.from_app(deployment.app, {**environ, "wsgi.input": io.BytesIO(body)})
+
+
+def _named_model(body: bytes) -> str | None:
+    """The model that the request names: in its query, its JSON, its form, or the way the A1111 web interface does."""
+    if name := request.args.get("model"):
+        return name
+    if request.mimetype == "multipart/form-data":
+        return Request({**request.environ, "wsgi.input": io.BytesIO(body)}).form.get("model")
+    if request.mimetype != "application/json" or not body:
+        return None
+    content = request.get_json(silent=True)
+    if not isinstance(content, dict):
+        return None  # the model's own application says what is wrong with it
+    override = content.get("override_settings")
+    name = content.get("model") or (override.get("sd_model_checkpoint") if isinstance(override, dict) else None)
+    return str(name) if name else None
+
+
+def _gateway() -> Gateway:
+    return current_app.extensions["gateway"]

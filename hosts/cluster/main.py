@@ -1,0 +1,111 @@
+"""--engine=ray: the launcher's process is the gateway. Listener first, then the Ray cluster, then replicas, until it is told to stop."""
+
+import json
+import logging
+import sys
+import threading
+import time
+from collections.abc import MutableMapping, Sequence
+from pathlib import Path
+
+from backends.errors import UnavailableError
+from backends.model_table import read_table
+from hosts import lifeline, log
+from hosts.cluster.config import DeploymentPlan, plan_deployments
+from hosts.cluster.deployment import Deployment, open_store
+from hosts.cluster.gateway import create_gateway
+from hosts.cluster.nodes import Nodes, environment
+from hosts.scratch import scratch_folder
+from hosts.server import Listener
+from hosts.settings import Settings
+from hosts.startup import count_gpus
+from hosts.state import Phase
+
+logger = logging.getLogger(__name__)
+
+LOOK_EVERY_S = 0.2
+STOP_WITHIN_S = 8.0
+"""For everything but the running jobs, which have --drain_seconds."""
+REPLICAS_STOP_WITHIN_S = 5.0
+STOPPING = "the gateway is stopping. Try again when it has started."
+
+
+def run_gateway(settings: Settings, environ: MutableMapping[str, str]) -> int:
+    """Serve until told to stop. Exit code: 0, or 1 with the reason where a model's first replica cannot serve.
+
+    environ: this process's environment, in which Ray looks for its own variables.
+    """
+    num_gpus = count_gpus(environ)
+    plans = plan_deployments(settings, read_table(), num_gpus=num_gpus)
+    if settings.check:
+        text = json.dumps([plan.facts() for plan in plans], indent=2) if settings.json else "\n\n".join(plan.describe() for plan in plans)
+        print(text)  # noqa: T201  what --check is for
+        return 0
+    environ.update(environment(settings.ray_address))
+    log.configure(rank=0, log_format=settings.log_format)
+    deployments = [Deployment(plan, store=open_store(plan, is_only=len(plans) == 1)) for plan in plans]
+    listener = Listener(create_gateway(deployments), host=settings.host, port=settings.port)
+    listener.bind()
+    listener.serve()
+    logger.info("listening on http://%s:%d", settings.host, settings.port)
+    with scratch_folder() as folder:
+        nodes = _nodes(settings, plans, folder, num_gpus=num_gpus)
+        nodes.connect()
+        stopped = _stop_when_told(settings, deployments)
+        for deployment in deployments:
+            deployment.use(nodes)
+        problem = _serve(deployments, stopped)
+        _end(deployments, nodes)
+    listener.stop()
+    if problem:
+        print(f"error: {problem}", file=sys.stderr)  # noqa: T201  the user's one line
+    return 1 if problem else 0
+
+
+def _nodes(settings: Settings, plans: Sequence[DeploymentPlan], folder: Path, *, num_gpus: int) -> Nodes:
+    num_ranks = sum(plan.maximum * plan.ranks for plan in plans)
+    return Nodes(address=settings.ray_address, folder=folder, start_in=str(Path.cwd()), num_ranks=num_ranks, num_gpus=num_gpus)
+
+
+def _serve(deployments: Sequence[Deployment], stopped: threading.Event) -> str:
+    """Keep the replicas that there should be until told to stop; else why a model cannot be served."""
+    while not stopped.wait(LOOK_EVERY_S):
+        for deployment in deployments:
+            deployment.look()
+            if deployment.problem:
+                return deployment.problem
+    return ""
+
+
+def _stop_when_told(settings: Settings, deployments: Sequence[Deployment]) -> threading.Event:
+    """Set at SIGTERM or SIGINT, when the running jobs have ended or have had --drain_seconds."""
+    stopped = threading.Event()
+    drain_s = float(settings.drain_seconds)
+
+    def stop() -> None:
+        logger.info("stopping")
+        deadline = time.monotonic() + drain_s
+        for deployment in deployments:
+            deployment.state.become(Phase.STOPPING, "the gateway is stopping")
+            deployment.queue.close(UnavailableError(STOPPING), finish_running=True)
+        for deployment in deployments:
+            deployment.queue.wait_until_idle(max(0.0, deadline - time.monotonic()))
+            deployment.queue.interrupt()
+        stopped.set()
+        logger.info("the jobs have ended")
+
+    lifeline.on_stop_signal(stop, drain_s=drain_s + 1, within_s=STOP_WITHIN_S)
+    return stopped
+
+
+def _end(deployments: Sequence[Deployment], nodes: Nodes) -> None:
+    """Answer who still waits, end the replicas, leave the cluster."""
+    for deployment in deployments:
+        deployment.queue.abandon(UnavailableError(STOPPING))
+    stopping = [threading.Thread(target=deployment.stop_replicas, args=(REPLICAS_STOP_WITHIN_S,)) for deployment in deployments]
+    for thread in stopping:
+        thread.start()
+    for thread in stopping:
+        thread.join()
+    logger.info("the replicas have ended")
+    nodes.close()

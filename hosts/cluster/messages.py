@@ -1,0 +1,67 @@
+"""What a gateway says to a host and hears from it: requests as the fields of POST /v1/jobs, errors by their status. Imports no torch."""
+
+import base64
+import io
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from backends.errors import BusyError, CancelledError, HostError, NotFoundError, RequestError, UnavailableError, UnsupportedError
+from backends.request import GenerateRequest
+from hosts.compat import codec
+
+SENT_AS = {"ip_adapter_image": "ip_image"}
+"""Request field -> the name of a picture that is sent under another."""
+KINDS: dict[int, type[HostError]] = {
+    400: RequestError,
+    404: NotFoundError,
+    409: CancelledError,
+    422: UnsupportedError,
+    429: BusyError,
+    503: UnavailableError,
+}
+"""The reverse of hosts/app.py's table."""
+ELSEWHERE = frozenset({0, 404, 429, 503})
+"""Status of an answer after which another replica may do the job: nobody there, job forgotten, no room, not ready."""
+EMBEDS = ("prompt_embeds", "pooled_prompt_embeds", "negative_prompt_embeds", "negative_pooled_prompt_embeds")
+
+
+def fields_of(request: GenerateRequest) -> dict[str, Any]:
+    """The JSON of POST /v1/jobs from which a host reads the same request. Pictures travel as PNG, so every pixel stays."""
+    fields: dict[str, Any] = {}
+    for name in sorted(request.model_fields_set - set(EMBEDS)):
+        value = getattr(request, name)
+        if isinstance(value, Image.Image):
+            value = _png(value)
+        elif isinstance(value, list) and value and isinstance(value[0], Image.Image):
+            value = [_png(picture) for picture in value]
+        if name == "latents" and value is not None:
+            fields["latent"] = codec.encode_latents(value)
+        elif value is not None:
+            fields[SENT_AS.get(name, name)] = value
+    for side, prefix in (("positive", ""), ("negative", "negative_")):
+        if (embeds := getattr(request, f"{prefix}prompt_embeds")) is not None:
+            fields[f"{side}_embeds"] = codec.encode_conditioning(embeds, _pooled(request, prefix))
+    return fields
+
+
+def as_error(status: int, message: str) -> HostError:
+    """What a host said, as the error that it was there."""
+    return KINDS.get(status, HostError)(message)
+
+
+def preview(jpeg: bytes) -> np.ndarray:
+    """uint8 (h, w, 3) of an event's picture."""
+    with Image.open(io.BytesIO(jpeg)) as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
+def _pooled(request: GenerateRequest, prefix: str) -> np.ndarray | None:
+    return request.negative_pooled_prompt_embeds if prefix else request.pooled_prompt_embeds
+
+
+def _png(picture: Image.Image) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", compress_level=1)
+    return base64.b64encode(buffer.getvalue()).decode("ascii")

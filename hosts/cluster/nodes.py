@@ -1,0 +1,165 @@
+"""The Ray cluster: an own one on this machine, or one to join. Places replicas on its nodes and tells of their end.
+
+Each replica is an actor in a placement group of its own, with a GPU for each rank where there are GPUs, and CPUs. Ray says at once when
+the actor's process or its node is gone.
+"""
+
+import contextlib
+import logging
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from backends.errors import ConfigError
+from hosts.cluster import reaper
+from hosts.cluster.replica_host import Ending, Order, Place, ReplicaHost
+
+logger = logging.getLogger(__name__)
+
+LOOPBACK = "127.0.0.1"
+OBJECT_STORE_BYTES = 80 * 2**20
+"""The least that Ray allows: nothing large travels through it."""
+ACTOR_THREADS = 3
+"""start or stop, wait, and one to spare."""
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_COLOR_PREFIX": "0"}
+STOP_WITHIN_S = 5.0
+NAMESPACE = "diffusion"
+
+
+def environment(ray_address: str | None) -> dict[str, str]:
+    """Variables that must be set before ray is imported: no reports of use, and an own cluster that nobody else can reach or use."""
+    if ray_address is not None:
+        return QUIET
+    # Ray's switch for machines that are no cluster nodes: every process of it then listens on the loopback address alone
+    return {**QUIET, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
+
+class Lost(Exception):
+    """The replica is gone: its process, its node or the cluster."""
+
+
+class Nodes:
+    """The cluster, once connected. For any thread."""
+
+    def __init__(self, *, address: str | None, folder: Path, start_in: str, num_ranks: int, num_gpus: int) -> None:
+        """address: of the cluster to join; None starts one, with its files in `folder`, which ends with this process.
+
+        start_in: folder for the replicas, where a node has it: what relative paths mean. num_ranks: of all replicas together, at most.
+        num_gpus: of this machine.
+        """
+        self._address = address
+        self._folder = folder
+        self._start_in = start_in
+        # Ray counts CPUs and does not bind to them: every replica gets a place, and as many threads as there are CPUs for it
+        self._cpus_per_rank = max(1, (os.cpu_count() or 1) // num_ranks) if address is None else 1
+        self._cpus = max(os.cpu_count() or 1, num_ranks)
+        self._gpus = num_gpus
+
+    def connect(self) -> None:
+        """Blocks for seconds. For the main thread, with which an own cluster ends. ConfigError if there is no such cluster."""
+        import ray
+
+        own = {
+            "num_cpus": self._cpus,
+            "num_gpus": self._gpus,
+            "object_store_memory": OBJECT_STORE_BYTES,
+            "include_dashboard": False,
+            "_temp_dir": str(self._folder),
+        }
+        try:
+            ray.init(address=self._address or "local", namespace=NAMESPACE, logging_level="ERROR", **(own if self._address is None else {}))
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            where = f"--ray_address={self._address}" if self._address else "an own Ray cluster"
+            why = str(error).splitlines()[0]
+            raise ConfigError(f"{where} cannot be used ({why}). Start the cluster, or leave --ray_address out.") from error
+        if self.is_own:
+            self._reaper = reaper.start(psutil.Process().children(recursive=True))
+
+    @property
+    def is_own(self) -> bool:
+        return self._address is None
+
+    def launch(self, name: str, values: Mapping[str, Any], *, ranks: int) -> "Placed":
+        """Ask for a place and start a replica there as soon as there is one. Does not wait."""
+        import ray
+        from ray.util.placement_group import placement_group
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        cpus = ranks * self._cpus_per_rank
+        gpus = ranks if ray.cluster_resources().get("GPU") else 0
+        needs = {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
+        group = placement_group([needs], strategy="STRICT_PACK", name=name)
+        order = Order(values=values, address=LOOPBACK if self.is_own else None, key=secrets.token_hex(16), folder=self._start_in)
+        actor = (
+            ray.remote(ReplicaHost)
+            .options(
+                name=name,
+                num_cpus=cpus,
+                num_gpus=gpus,
+                max_concurrency=ACTOR_THREADS,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),
+                runtime_env={"env_vars": {"OMP_NUM_THREADS": str(self._cpus_per_rank)}},
+            )
+            .remote(order)
+        )
+        return Placed(actor, group, key=order.key, needs=needs)
+
+    def close(self) -> None:
+        """Leave the cluster; an own one ends, with every process of it."""
+        import ray
+
+        family = psutil.Process().children(recursive=True) if self.is_own else []
+        ray.shutdown()
+        for process in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(family, timeout=STOP_WITHIN_S)
+
+
+class Placed:
+    """A replica as Ray knows it: perhaps without a place yet. needs: what it waits for."""
+
+    def __init__(self, actor: Any, group: Any, *, key: str, needs: Mapping[str, int]) -> None:
+        self.key = key
+        self.needs = needs
+        self._actor = actor
+        self._group = group
+        self._started = actor.start.remote()
+        self._ended: Any = None
+
+    def place(self, timeout_s: float) -> Place | None:
+        """Where it is, once it has a place. Raises Lost."""
+        return self._get(self._started, timeout_s)
+
+    def ending(self, timeout_s: float) -> Ending | None:
+        """How its launcher ended, if it did. For a replica that has a place. Raises Lost if Ray tells of the end of its process or node."""
+        if self._ended is None:
+            self._ended = self._actor.wait.remote()
+        return self._get(self._ended, timeout_s)
+
+    def stop(self, within_s: float) -> None:
+        """End it in order, then give its place back."""
+        import ray
+
+        with contextlib.suppress(Lost):
+            if self.place(0) is not None:
+                self._get(self._actor.stop.remote(within_s), within_s + 1)
+        with contextlib.suppress(Exception):  # Ray's errors have no common base; whatever it is, the actor ends with this process
+            ray.kill(self._actor)
+            ray.util.remove_placement_group(self._group)
+
+    @staticmethod
+    def _get(answer: Any, timeout_s: float) -> Any:
+        import ray
+
+        try:
+            done, _ = ray.wait([answer], timeout=timeout_s)
+            return ray.get(done[0]) if done else None
+        except ray.exceptions.RayTaskError as error:  # the actor's own
+            raise Lost(f"{type(error.cause).__name__}: {error.cause}") from error
+        except ray.exceptions.RayError as error:
+            raise Lost(next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)) from error

@@ -1,0 +1,212 @@
+"""What the gateway knows of one replica, and the thread that keeps it: from its place to its end, with health checks in between."""
+
+import contextlib
+import http.client
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable
+from enum import StrEnum
+from typing import Any
+
+from diffusion_client import Client
+from diffusion_client import HostError as RemoteError
+
+from hosts.choice import Choice
+from hosts.cluster import routing
+from hosts.cluster.config import DeploymentPlan
+from hosts.cluster.lane import Lane
+from hosts.cluster.nodes import Lost, Nodes, Placed
+from hosts.cluster.replica_host import Place
+from hosts.jobs import JobQueue
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.2
+HEALTH_EVERY_S = 1.0
+ANSWER_WITHIN_S = 20.0
+"""Twice the time between two signs of life of a job's events: a node that is cut off closes no connection."""
+HEALTHY_WITHIN_S = 60.0
+"""For which a replica that was ready may give no answer. It may be very busy, or its ranks are started again."""
+STOP_WITHIN_S = 5.0
+
+
+class ReplicaState(StrEnum):
+    PLACING = "placing"
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    GONE = "gone"
+
+
+class Replica:
+    """One replica of a deployment.
+
+    reason: why it is not ready, or gone. is_failure: whether it is gone by itself; is_final: whether another one would end alike.
+    taken_s: when it took a job for the last time. num_done: jobs that it has done.
+    """
+
+    def __init__(self, name: str, plan: DeploymentPlan, *, nodes: Nodes, queue: JobQueue, peers: Callable[[], Iterable["Replica"]]) -> None:
+        self.name = name
+        self.ranks = plan.ranks
+        self.state = ReplicaState.PLACING
+        self.reason = ""
+        self.is_failure = self.is_final = False
+        self.taken_s = 0.0
+        self.num_done = 0
+        self.place: Place | None = None
+        self.facts: dict[str, Any] = {}
+        self.client = Client(uses_proxies=False)
+        self._plan = plan
+        self._nodes = nodes
+        self._queue = queue
+        self._peers = peers
+        self._lanes: list[Lane] = []
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._answered_s = time.monotonic()
+        self._thread = threading.Thread(target=self._keep, name=f"keep-{name}", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def drain(self) -> None:
+        """No more jobs; it ends when those that it has are done."""
+        self._become(ReplicaState.DRAINING, "it is being drained")
+
+    def stop(self) -> None:
+        """End it now. `join` waits for that."""
+        self._stop.set()
+
+    def join(self, timeout_s: float) -> None:
+        self._thread.join(timeout_s)
+
+    def suspect(self, why: str) -> None:
+        """A job was lost: no others before it has answered that it is ready."""
+        if self.state is ReplicaState.READY:
+            self._become(ReplicaState.STARTING, why)
+
+    def is_next(self) -> bool:
+        return routing.is_next(self.load, [peer.load for peer in self._peers() if peer is not self])
+
+    @property
+    def is_leaving(self) -> bool:
+        return self.state in (ReplicaState.DRAINING, ReplicaState.GONE)
+
+    @property
+    def load(self) -> routing.Load:
+        jobs = [lane.job for lane in self._lanes if lane.job is not None]
+        work = sum(routing.work_of(job.request, self._plan.start.spec) * (1 - job.percent / 100) for job in jobs)
+        can_take = self.state is ReplicaState.READY and len(jobs) < len(self._lanes)
+        return routing.Load(name=self.name, work=work, taken_s=self.taken_s, can_take=can_take)
+
+    @property
+    def num_jobs(self) -> int:
+        return sum(lane.job is not None for lane in self._lanes)
+
+    def describe(self) -> dict[str, Any]:
+        """For GET /cluster."""
+        place = self.place
+        return {
+            "name": self.name,
+            "state": self.state,
+            "reason": self.reason,
+            "node": place.node if place else None,
+            "url": place.url if place else None,
+            "pid": place.pid if place else None,
+            "ranks": self.ranks,
+            "jobs": [lane.job.id for lane in self._lanes if lane.job is not None],
+            "done": self.num_done,
+        }
+
+    def metrics(self) -> str:
+        """Its own GET /metrics, empty if it gives none."""
+        if self.place is None or self.state is ReplicaState.GONE:
+            return ""
+        try:
+            return self._probe.open("/metrics").decode()
+        except (RemoteError, OSError, http.client.HTTPException):
+            return ""
+
+    def _keep(self) -> None:
+        placed = self._nodes.launch(self.name, self._plan.launch_values(), ranks=self.ranks)
+        try:
+            self._wait_for_place(placed)
+            while not self._stop.wait(0) and not (self.state is ReplicaState.DRAINING and not self.num_jobs):
+                if (ending := placed.ending(POLL_S)) is not None:
+                    self.is_final = ending.is_final
+                    raise Lost(ending.reason)
+                self._look()
+            self._become(ReplicaState.DRAINING, "it is being stopped")
+        except Lost as error:
+            self.is_failure = True
+            self.reason = str(error)
+        except Exception as error:
+            logger.exception("replica %s is given up", self.name)
+            self.is_failure, self.reason = True, f"{type(error).__name__}: {error}"
+        placed.stop(STOP_WITHIN_S)
+        self._become(ReplicaState.GONE, self.reason)
+
+    def _wait_for_place(self, placed: Placed) -> None:
+        needs = ", ".join(f"{number} {name}" for name, number in placed.needs.items())
+        self.reason = f"it waits for a node with {needs} to spare"
+        while self.place is None and not self._stop.is_set() and not self.is_leaving:
+            self.place = placed.place(POLL_S)
+        if self.place is None:
+            return
+        self.client = Client(self.place.url, api_key=placed.key, timeout_s=ANSWER_WITHIN_S, uses_proxies=False)
+        self._probe = Client(self.place.url, api_key=placed.key, timeout_s=HEALTH_EVERY_S * 3, uses_proxies=False)
+        self._looked_s = self._answered_s = time.monotonic()
+        if not self.is_leaving:
+            self._become(ReplicaState.STARTING, "it loads")
+
+    def _look(self) -> None:
+        """Cancel what nobody wants, and every second ask how it is. Raises Lost if it has not answered for too long."""
+        for lane in self._lanes:
+            lane.cancel_unwanted()
+        now_s = time.monotonic()
+        if now_s - self._looked_s < HEALTH_EVERY_S:
+            return
+        self._looked_s = now_s
+        try:
+            self._probe.open("/readyz")
+        except (RemoteError, OSError, http.client.HTTPException) as error:
+            if getattr(error, "status", 0) != 0:
+                self._answered_s = now_s
+            elif self._lanes and now_s - self._answered_s > HEALTHY_WITHIN_S:
+                raise Lost(f"it gave no answer for {HEALTHY_WITHIN_S:g} s") from error
+            self.suspect(f"it is not ready: {error}")
+            return
+        self._answered_s = now_s
+        if self.state is ReplicaState.STARTING:
+            with contextlib.suppress(RemoteError):  # then at the next look
+                self._ready()
+
+    def _ready(self) -> None:
+        if self._lanes:
+            self._cancel_strays()
+            self._become(ReplicaState.READY, "")
+        else:
+            self.facts = json.loads(self._probe.open("/settings"))
+            number = routing.capacity(self.ranks, self.facts.get("mode", "latency"))
+            self._lanes = [Lane(self, self._queue) for _ in range(number)]
+            self._become(ReplicaState.READY, "")
+            for lane in self._lanes:
+                lane.start()
+        logger.info("replica %s is ready on node %s", self.name, self.place.node if self.place else "")
+
+    def _cancel_strays(self) -> None:
+        """Its ranks were started again, and go on with jobs that others have taken over."""
+        wanted = {lane.remote_id for lane in self._lanes}
+        for state in self._probe.jobs():
+            if not state.is_over and state.id not in wanted:
+                self._probe.open(f"/v1/jobs/{state.id}", method="DELETE")
+
+    def _become(self, state: ReplicaState, reason: str) -> None:
+        """Change the state, and have the lanes of all replicas look again. Who leaves does not come back."""
+        with self._lock:
+            if self.is_leaving and state is not ReplicaState.GONE:
+                return
+            self.state, self.reason = state, reason
+        self._queue.next(lambda waiting, running: Choice.LEAVE)

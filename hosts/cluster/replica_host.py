@@ -1,0 +1,119 @@
+"""One replica: a launcher with its ranks, started by a Ray actor on whatever node Ray has put it. Runs in the actor's process.
+
+The launcher ends with the actor's process (--exit_with_parent), and that with its node or with the gateway, whatever kills them.
+"""
+
+import contextlib
+import socket
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hosts.scratch import scratch_folder
+
+LAUNCHER = Path(__file__).resolve().parents[2] / "launcher.py"
+KEPT_LINES = 20
+ERROR = "error: "
+"""How the launcher begins the one line that says why it ended."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """What to start. values: launch arguments; address: to listen on, None for the node's own; folder: to start in, if the node has it."""
+
+    values: Mapping[str, Any]
+    address: str | None
+    key: str
+    folder: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where the replica listens, on which node, and the launcher's process there."""
+
+    url: str
+    node: str
+    pid: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ending:
+    """How the launcher ended. reason: its own words, where it had any."""
+
+    code: int
+    reason: str
+
+    @property
+    def is_final(self) -> bool:
+        """Whether starting it again would end in the same way: it said what is wrong with its arguments or its checkpoint."""
+        return self.code in (1, 2) and self.reason.startswith(ERROR)
+
+
+class ReplicaHost:
+    """The actor. `start` once; `wait` blocks until the launcher has ended; `stop` ends it."""
+
+    def __init__(self, order: Order) -> None:
+        self._order = order
+        self._open = contextlib.ExitStack()
+        self._lines: deque[str] = deque(maxlen=KEPT_LINES)
+        self._process: subprocess.Popen[str] | None = None
+
+    def start(self) -> Place:
+        """Begin; the host then loads."""
+        import ray.util
+
+        node = ray.util.get_node_ip_address()
+        address = self._order.address or node
+        folder = self._open.enter_context(scratch_folder())
+        (folder / "key").write_text(self._order.key, encoding="utf-8")
+        (folder / "config.yaml").write_text(yaml.safe_dump(dict(self._order.values)), encoding="utf-8")
+        port = _free_port(address)
+        self._process = subprocess.Popen(
+            [
+                sys.executable, "-u", str(LAUNCHER), f"--config={folder / 'config.yaml'}", f"--host={address}", f"--port={port}",
+                f"--api_key=@{folder / 'key'}", "--exit_with_parent",
+            ],
+            cwd=self._order.folder if Path(self._order.folder).is_dir() else None,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )  # fmt: skip
+        self._reader = threading.Thread(target=self._pass_on, args=(self._process,), name="log", daemon=True)
+        self._reader.start()
+        return Place(url=f"http://{address}:{port}", node=node, pid=self._process.pid)
+
+    def wait(self) -> Ending:
+        """Until the launcher has ended."""
+        code = self._process.wait()
+        self._reader.join(timeout=1)
+        self._open.close()
+        said = next((line for line in reversed(self._lines) if line.startswith(ERROR)), f"its launcher ended with code {code}")
+        return Ending(code=code, reason=said)
+
+    def stop(self, within_s: float) -> None:
+        """Tell the launcher to end, and end it if it is not gone in time."""
+        self._process.terminate()
+        try:
+            self._process.wait(timeout=within_s)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+
+    def _pass_on(self, process: subprocess.Popen[str]) -> None:
+        """The launcher's log is the actor's, which Ray brings to the gateway's."""
+        for line in process.stdout:
+            self._lines.append(line.rstrip())
+            sys.stderr.write(line)
+
+
+def _free_port(address: str) -> int:
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
+        probe.bind((address, 0))
+        return probe.getsockname()[1]
