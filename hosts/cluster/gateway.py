@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flask import Blueprint, Flask, Response, current_app, jsonify, request
+from flask import Blueprint, Flask, Response, current_app, jsonify, make_response, request
 from werkzeug import Request
 
 from backends.errors import NotFoundError
-from hosts import api, guard, openai
-from hosts.app import handle_errors
+from hosts import a1111, api, guard, openai
+from hosts.app import error_body, handle_errors
 from hosts.cluster.deployment import Deployment
 from hosts.cluster.metrics import merged
+from hosts.compat.routes import initialized
 from hosts.limits import RateLimit
 from hosts.metrics import CONTENT_TYPE
 from hosts.state import Phase
@@ -22,6 +23,8 @@ blueprint = Blueprint("gateway", __name__)
 
 METHODS = ("GET", "POST", "PUT", "DELETE", "OPTIONS")
 BY_ID = ("/v1/jobs/", "/v1/videos/")
+DIALECTS = {"/v1/images/": openai.error_body, "/v1/videos": openai.error_body, "/sdapi/": a1111.error_body}
+"""Begin of a path -> how its errors look, where not as everywhere."""
 SERVING = (Phase.LOADING, Phase.READY)
 WORST_FIRST = (Phase.STOPPING, Phase.FAILED, Phase.LOADING, Phase.EMPTY, Phase.READY)
 
@@ -105,6 +108,12 @@ def readyz() -> tuple[str, int]:
     return phase.value, 200 if phase is Phase.READY else 503
 
 
+@blueprint.get("/initialize")
+def initialize() -> tuple[str, int]:
+    """202 until then, as old clients wait for it."""
+    return initialized(_gateway().worst().state.phase)
+
+
 @blueprint.get("/v1/models")
 def models() -> Response:
     """All of them, the default first."""
@@ -133,7 +142,11 @@ def forward(path: str) -> Response:
         return Response.from_app(gateway.of_job(request.path.split("/")[3]).app, environ)
     body = request.get_data(parse_form_data=False) if request.method == "POST" else b""
     name = _named_model(body)
-    deployment = gateway.of_model(name) if name else gateway.deployments[0]
+    try:
+        deployment = gateway.of_model(name) if name else gateway.deployments[0]
+    except NotFoundError as error:
+        shape = next((shape for start, shape in DIALECTS.items() if request.path.startswith(start)), None)
+        return make_response(jsonify(shape(str(error), 404) if shape else error_body(str(error))), 404)
     return Response.from_app(deployment.app, {**environ, "wsgi.input": io.BytesIO(body)})
 
 

@@ -21,7 +21,10 @@ blueprint = Blueprint("compat", __name__)
 @blueprint.get("/initialize")
 def initialize() -> tuple[str, int]:
     """202 while loading. 200 also after a failed load: old clients poll until 200, and then read the reason from /generate."""
-    phase = current_app.extensions["host"].state.phase
+    return initialized(current_app.extensions["host"].state.phase)
+
+
+def initialized(phase: Phase) -> tuple[str, int]:
     return {Phase.LOADING: ("WAIT", 202), Phase.STOPPING: ("STOPPING", 503)}.get(phase, ("OK", 200))
 
 

@@ -1,0 +1,50 @@
+"""A request that goes through the gateway is, on the host, the request that the gateway read."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from backends import errors
+from backends.model_table import read_table
+from backends.request import GenerateRequest
+from hosts.app import status_of
+from hosts.cluster import messages
+from hosts.compat.fields import Accepted, read_request
+from hosts.records import fingerprint
+
+RANDOM = np.random.default_rng(0)
+PICTURE = Image.fromarray(RANDOM.integers(0, 256, (24, 16, 3), dtype=np.uint8), mode="RGB")
+SPEC = next(spec for spec in read_table().values() if spec.returns_latents and "image" not in spec.requires)
+REQUESTS = {
+    "plain": {"prompt": "a cat", "negative_prompt": "a dog", "seed": 7, "height": 64, "width": 72, "guidance_scale": 3.5, "strength": 0.4},
+    "numbers": {"sigmas": [1.5, 0.5, 0.0], "timesteps": [999, 500], "scheduler": {"scheduler": "euler"}, "quality": "exact"},
+    "pictures": {"init_image": PICTURE, "mask_image": PICTURE, "control_image": [PICTURE, PICTURE], "ip_adapter_image": PICTURE},
+    "arrays": {
+        "latents": RANDOM.normal(size=(1, 4, 8, 8)).astype(np.float32),
+        "prompt_embeds": RANDOM.normal(size=(1, 5, 8)).astype(np.float32),
+        "pooled_prompt_embeds": RANDOM.normal(size=(1, 6)).astype(np.float32),
+        "negative_prompt_embeds": RANDOM.normal(size=(1, 5, 8)).astype(np.float32),
+        "negative_pooled_prompt_embeds": RANDOM.normal(size=(1, 6)).astype(np.float32),
+    },
+}
+
+
+@pytest.mark.parametrize("values", REQUESTS.values(), ids=REQUESTS)
+def test_a_host_reads_what_the_gateway_read(values):
+    asked = GenerateRequest(**values)
+    body = json.loads(json.dumps(messages.fields_of(asked)))
+    accepted = Accepted(takes_control_image=True, takes_ip_image=True)
+    read = read_request(body, spec=SPEC, accepted=accepted)
+    assert fingerprint(read) == fingerprint(asked)
+
+
+@pytest.mark.parametrize("kind", sorted(messages.KINDS.values(), key=str))
+def test_an_error_of_a_replica_is_the_same_error_at_the_gateway(kind):
+    said = messages.as_error(status_of(kind("no")), "no")
+    assert type(said) is kind and str(said) == "no"
+
+
+def test_any_other_error_is_a_failure():
+    assert type(messages.as_error(500, "rank 0 failed")) is errors.HostError
