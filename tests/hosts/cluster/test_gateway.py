@@ -14,6 +14,7 @@ from hosts.cluster.config import plan_deployments
 from hosts.cluster.deployment import Deployment
 from hosts.cluster.gateway import create_gateway
 from hosts.settings import Settings
+from hosts.state import Phase
 
 KEY = "0123456789abcdef"
 HEADERS = {"Authorization": f"Bearer {KEY}"}
@@ -59,14 +60,8 @@ def test_a_job_reaches_the_model_that_it_names_and_else_the_first(client, deploy
 
 def answered_at_once(deployments, client, request):
     """The answer, with the first job of any model done as soon as it waits."""
-    made = GenerateResult(
-        frames=np.zeros((1, 8, 8, 3), np.uint8),
-        latents=np.zeros((1, 4, 1, 1), np.float32),
-        seed=1,
-        num_steps=1,
-        exactness="exact",
-        seconds=0.1,
-    )
+    latents = np.zeros((1, 4, 1, 1), np.float32)
+    made = GenerateResult(frames=np.zeros((1, 8, 8, 3), np.uint8), latents=latents, seed=1, num_steps=1, exactness="exact", seconds=0.1)
     for deployment in deployments:
         submit = deployment.queue.submit
 
@@ -128,9 +123,9 @@ def test_models_are_listed_the_default_first(client):
 
 def test_it_is_ready_when_every_model_is(client, deployments):
     assert client.get("/readyz").status_code == 503 and client.get("/initialize").status_code == 202
-    deployments[0].state.become("ready")
+    deployments[0].state.become(Phase.READY)
     assert client.get("/readyz").status_code == 503
-    deployments[1].state.become("ready")
+    deployments[1].state.become(Phase.READY)
     assert client.get("/readyz").status_code == 200 and client.get("/initialize").status_code == 200
     assert client.get("/livez").status_code == 200
 
