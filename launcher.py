@@ -5,6 +5,7 @@ it is simply that rank. Imports no torch.
 """
 
 import contextlib
+import importlib
 import json
 import os
 import signal
@@ -25,6 +26,7 @@ from hosts.scratch import scratch_folder
 from hosts.settings import Settings
 
 EXIT_USER_ERROR = 2
+COMMANDS = {"generate": "diffusion_client.command", "status": "diffusion_client.status"}
 STOP_WITHIN_S = 10.0
 
 
@@ -32,10 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     """The command line. Exit code 2 and one line for a user's mistake."""
     argv = sys.argv[1:] if argv is None else argv
     sys.path.append(str(Path(__file__).resolve().parent / "clients" / "python"))  # the Python client, where it lies in a clone
-    if argv[:1] == ["generate"]:
-        from diffusion_client.command import main as generate
-
-        return generate(argv[1:])
+    if argv[:1] and argv[0] in COMMANDS:
+        return importlib.import_module(COMMANDS[argv[0]]).main(argv[1:])
     if argv[:1] == ["agent"]:
         from hosts.agent import main as supervise
 

@@ -106,6 +106,15 @@ class Client:
                 raise
             return error.body
 
+    def cluster(self) -> dict[str, Any]:
+        """The models of a gateway and their replicas; of a single host its health."""
+        try:
+            return json.loads(self.open("/cluster"))
+        except HostError as error:
+            if error.status != 404:
+                raise
+            return self.health()
+
     def jobs(self) -> list[JobState]:
         """All jobs of the host, without their settings: the one that runs, those that wait, those that are over."""
         return [JobState.read({"settings": None, **job}) for job in json.loads(self.open("/v1/jobs"))["jobs"]]
