@@ -5,12 +5,15 @@ from enum import Enum
 
 from hosts.job import Job
 
+LINGER_S = 0.003
+
 
 class Choice(Enum):
-    """Take the first job that waits, wait for a change, or leave without one."""
+    """Take the first job that waits, wait for a change, choose again in a moment (LINGER_S), or leave without one."""
 
     TAKE = "take"
     WAIT = "wait"
+    LINGER = "linger"
     LEAVE = "leave"
 
 

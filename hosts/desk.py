@@ -19,12 +19,11 @@ from hosts.control import Command, Failure, Gather, Generate, Load, Spread, Stop
 from hosts.jobs import Job, JobQueue
 from hosts.sharing import Handout, Sharing
 from hosts.state import HostState, Phase
-from hosts.team_desk import RemoteDesk, Service
+from hosts.team_desk import CANCEL, GO_ON, RemoteDesk, Service
 from hosts.trace import spans_of, without_spans
 
 logger = logging.getLogger(__name__)
 
-GO_ON, CANCEL = 0, 1
 Check = Callable[[GenerateRequest], None]
 """Raises the HostError of a request that cannot be done; arithmetic only."""
 Preview = Callable[[], Array | None]
@@ -190,5 +189,7 @@ class FrontDesk(JobDesk):
     def _choose_size(self, waiting: Sequence[Job], running: Sequence[Job]) -> Choice:
         if not waiting:
             return Choice.WAIT
+        if self._sharing.may_get_company(waiting):
+            return Choice.LINGER
         self._team_size = self._sharing.team_size(waiting)
         return Choice.TAKE if self._team_size == self._sharing.world_size else Choice.LEAVE

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from backends.errors import BusyError, CancelledError, HostError, NotFoundError, RequestError
 from backends.request import Array, GenerateRequest, GenerateResult
 from hosts import records
-from hosts.choice import Choice, Choose, take_first
+from hosts.choice import LINGER_S, Choice, Choose, take_first
 from hosts.endings import Ending
 from hosts.job import Job, JobStatus
 from hosts.store import NoStore, Store
@@ -111,8 +111,8 @@ class JobQueue:
     def next(self, choose: Choose = take_first, *, ranks: int | None = None) -> Job | None:
         """The next job, now running on so many ranks; blocks while `choose` says so. None once the queue is closed, or if it says LEAVE."""
         with self._changed:
-            while (choice := self._choice(choose)) is Choice.WAIT:
-                self._changed.wait()
+            while (choice := self._choice(choose)) in (Choice.WAIT, Choice.LINGER):
+                self._changed.wait(LINGER_S if choice is Choice.LINGER else None)
             if choice is Choice.LEAVE:
                 self._changed.notify_all()  # whoever waits may have to leave too
                 return None

@@ -10,6 +10,11 @@ from hosts.job import Job
 from hosts.modes import Teams
 from hosts.pace import Pace, best_size, gathering_is_quicker
 
+PATIENCE = 0.01
+"""A job that comes alone waits so much of the time that it will take, and PATIENCE_S at most, for others: a burst comes one request at a
+time, and the first of it would have all ranks while the others wait."""
+PATIENCE_S = 0.05
+
 
 class Sharing:
     """The rules of a mode, and the times they go by."""
@@ -29,6 +34,13 @@ class Sharing:
             return min(self._sizes)
         times = [self._seconds(job) for job in waiting]
         return best_size(len(waiting), {size: sum(seconds[size] for seconds in times) for size in self._sizes})
+
+    def may_get_company(self, waiting: Sequence[Job]) -> bool:
+        """Whether to see first whether another job follows the only one, while nothing runs."""
+        if self._mode != "auto" or len(waiting) > 1:
+            return False
+        (job,) = waiting
+        return time.time() - job.created_s < min(PATIENCE_S, PATIENCE * self._seconds(job)[self.world_size])
 
     def must_gather(self, waiting: Sequence[Job], running: Sequence[Job], *, team_size: int) -> bool:
         """Whether a team that is free should take no job, so that all ranks meet when the running ones are done."""

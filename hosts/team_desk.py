@@ -6,11 +6,13 @@ Jobs so stay in one queue, and progress, cancellation, previews and deadlines wo
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from backends.distributed import Line
 from backends.request import Array, GenerateRequest, GenerateResult
 from hosts.control import Command, Failure, Gather, Generate, Verdict
+
+GO_ON, CANCEL = 0, 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,12 +21,9 @@ class NextCommand:
 
 
 @dataclass(frozen=True, slots=True)
-class StepWord:
-    """Answered by the word for this step, and whether somebody looks."""
-
-
-@dataclass(frozen=True, slots=True)
 class StepDone:
+    """Answered by the word for the next step, and whether somebody looks."""
+
     step: int
     num_steps: int
     preview: Array | None
@@ -42,16 +41,21 @@ class Leave:
 
 
 class RemoteDesk:
-    """On the first rank of a team."""
+    """On the first rank of a team.
+
+    The word for a step was asked for when the step before was done: rank 0 computes too, and its thread that answers must wait for the
+    interpreter. So nobody waits for the word, and a cancelled job may make one step more.
+    """
 
     def __init__(self, line: Line, *, rank: int) -> None:
         self._line = line
         self._rank = rank
         self._wants_preview = False
+        self._word_is_due = False
 
     def next_command(self, check: Callable[[GenerateRequest], None]) -> Command:
         """Generate or Gather. What `check` refuses is answered here, and the other ranks never see it."""
-        while isinstance(command := self._ask(NextCommand()), Generate):
+        while isinstance(command := self._next(), Generate):
             try:
                 check(command.request)
             except Exception as error:  # noqa: BLE001  the other ranks never see what is refused here, for whatever reason
@@ -61,21 +65,30 @@ class RemoteDesk:
         return command
 
     def step_word(self) -> int:
-        word, self._wants_preview = self._ask(StepWord())
+        if not self._word_is_due:
+            return GO_ON
+        self._word_is_due = False
+        word, self._wants_preview = self._line.receive()
         return word
 
     def step_done(self, step: int, num_steps: int, preview: Callable[[], Array | None]) -> None:
         self._line.send(StepDone(step, num_steps, preview() if self._wants_preview else None))
+        self._word_is_due = True
 
     def generated(self, result: GenerateResult | None, verdict: Verdict) -> None:
-        self._line.send(Generated(result, verdict))
+        self._tell(Generated(result, verdict))
+        self._wants_preview = False
 
     def leave(self) -> None:
-        self._line.send(Leave())
+        self._tell(Leave())
 
-    def _ask(self, question: NextCommand | StepWord) -> Any:
-        self._line.send(question)
+    def _next(self) -> Command:
+        self._tell(NextCommand())
         return self._line.receive()
+
+    def _tell(self, message: Generated | Leave | NextCommand) -> None:
+        self.step_word()  # of a step that will not come: a message gets through when the other end receives, and it still sends this one
+        self._line.send(message)
 
 
 class LocalDesk(Protocol):
@@ -128,10 +141,9 @@ class Service:
                 command = self._desk.next_command(lambda request: None)  # the team's first rank checks
                 self._line.send(command)
                 return not isinstance(command, Gather)
-            case StepWord():
-                self._line.send((self._desk.step_word(), self._desk.wants_preview))
             case StepDone():
                 self._desk.step_done(message.step, message.num_steps, lambda: message.preview)
+                self._line.send((self._desk.step_word(), self._desk.wants_preview))
             case Generated():
                 self._desk.generated(message.result, message.verdict)
             case Leave():

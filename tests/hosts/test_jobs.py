@@ -318,3 +318,10 @@ def test_taker_waits_and_leaves_as_it_chooses_and_is_asked_again_at_each_change(
     assert left == [None] and not queue.is_closed
     assert asked[-1] == ([first, second], []) and queue.num_waiting == 2
     assert queue.next(lambda waiting, running: Choice.TAKE) is first
+
+
+def test_taker_that_lingers_is_asked_again_without_a_change():
+    queue, choices = JobQueue(), [Choice.LINGER, Choice.LINGER, Choice.TAKE]
+    job = queue.submit(request())
+    assert queue.next(lambda waiting, running: choices.pop(0)) is job
+    assert not choices

@@ -1,5 +1,7 @@
 """When the ranks split, which team takes a job, and when all meet again."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from backends.model_table import read_table
@@ -32,6 +34,20 @@ def job(steps=100, *, step=0, spent=0.0):
 @pytest.mark.parametrize(("mode", "sizes"), [("latency", [2, 2, 2]), ("throughput", [1, 1, 1]), ("auto", [2, 1, 1])])
 def test_team_size_follows_the_mode_and_in_auto_the_number_of_jobs(mode, sizes):
     assert [sharing(mode).team_size([job()] * count) for count in (1, 2, 8)] == sizes
+
+
+@pytest.mark.parametrize(
+    ("mode", "seconds_of_both", "age_s", "waits"),
+    [
+        *(("auto", 6.0, 0.049, True), ("auto", 6.0, 0.051, False), ("auto", 2.0, 0.019, True), ("auto", 2.0, 0.021, False)),
+        *(("latency", 6.0, 0.0, False), ("throughput", 6.0, 0.0, False)),
+    ],
+)
+def test_job_that_comes_alone_waits_for_others_a_hundredth_of_its_time(monkeypatch, mode, seconds_of_both, age_s, waits):
+    alone, ranks = job(), sharing(mode, seconds=(10.0, seconds_of_both))
+    monkeypatch.setattr("hosts.sharing.time", SimpleNamespace(time=lambda: alone.created_s + age_s))
+    assert ranks.may_get_company([alone]) is waits
+    assert not ranks.may_get_company([alone, job()])
 
 
 def test_free_team_takes_what_waits_waits_while_others_run_and_leaves_when_none_does():

@@ -65,6 +65,13 @@ def show(host, job):
     return host.get(f"/v1/jobs/{job}").json()
 
 
+def begun(host, body):
+    """A job that both ranks work on: what comes now waits until it is over."""
+    job = send(host, body)
+    wait_until(lambda: show(host, job)["state"] == "running", within_s=30, what="it runs", every_s=0.01)
+    return job
+
+
 def over(host, *jobs, within_s=120):
     for job in jobs:
         wait_until(lambda: show(host, job)["state"] in ("done", "failed", "cancelled"), within_s=within_s, what="it is over")  # noqa: B023
@@ -90,7 +97,7 @@ def both_run(host, jobs, *, within_s=30):
 def test_job_alone_has_both_ranks_and_six_at_once_have_one_each_and_give_the_pictures_of_one_rank(host, alone):
     (single,) = over(host, send(host, BODY))
     assert (single["state"], single["ranks"]) == ("done", 2)
-    blocker = send(host, LONG)
+    blocker = begun(host, LONG)
     jobs = [send(host, {**BODY, "seed": seed}) for seed in range(6)]
     both_run(host, jobs)
     done = over(host, blocker, *jobs)
@@ -105,7 +112,7 @@ def test_job_alone_has_both_ranks_and_six_at_once_have_one_each_and_give_the_pic
 
 
 def test_clients_keep_their_turns_while_the_ranks_are_split(host):
-    blocker = send(host, LONG)
+    blocker = begun(host, LONG)
     greedy = [send(host, {**BODY, "seed": seed}, client="greedy") for seed in range(4)]
     modest = send(host, BODY, client="modest")
     assert show(host, modest)["position"] < show(host, greedy[1])["position"]
@@ -130,7 +137,7 @@ def test_pictures_of_one_request_are_shared_out_among_the_ranks_and_come_back_in
 
 
 def test_split_jobs_have_previews_and_one_is_cancelled_and_one_refused_without_touching_the_others(host, alone):
-    blocker = send(host, LONG)
+    blocker = begun(host, LONG)
     jobs = [send(host, {**LONG, "steps": 200, "seed": seed}) for seed in range(2)]
     wrong = send(host, {**BODY, "clip_skip": 12})
     last = send(host, {**BODY, "seed": 3})
@@ -162,7 +169,7 @@ def _follow(host, job, found):
 
 def test_failure_of_a_rank_in_its_team_costs_no_other_job(host, alone, fault_file):
     ranks = host.ranks()
-    blocker = send(host, LONG)
+    blocker = begun(host, LONG)
     long = [send(host, LONG) for _ in range(2)]
     jobs = [send(host, {**BODY, "seed": seed}) for seed in range(3)]
     both_run(host, long)
@@ -180,7 +187,7 @@ def test_failure_of_a_rank_in_its_team_costs_no_other_job(host, alone, fault_fil
 @pytest.mark.slow
 def test_rank_that_dies_while_the_ranks_are_split_costs_no_job(host, alone):
     old = host.ranks()
-    blocker = send(host, LONG)
+    blocker = begun(host, LONG)
     jobs = [send(host, {**BODY, "seed": seed, "steps": steps}) for seed, steps in ((0, 300), (1, 300), (2, 4), (3, 4))]
     both_run(host, jobs)
     old[1].kill()
@@ -194,7 +201,7 @@ def test_rank_that_dies_while_the_ranks_are_split_costs_no_job(host, alone):
 
 def test_host_that_is_stopped_while_its_ranks_are_split_ends_at_once(host):
     family = host.tree()
-    blocker = send(host, LONG)
+    blocker = begun(host, LONG)
     jobs = [send(host, {**LONG, "steps": 900, "seed": seed}) for seed in range(3)]
     over(host, blocker)
     both_run(host, jobs)
@@ -219,7 +226,7 @@ def test_four_ranks_work_in_two_teams_of_two_and_as_four(tmp_path):
             (job,) = over(host, send(host, {**BODY, "seed": seed}))
             assert (job["state"], job["ranks"]) == ("done", 4)
             reference[seed] = pixels(host, job["id"]).astype(int)
-        blocker = send(host, LONG)
+        blocker = begun(host, LONG)
         jobs = [send(host, {**BODY, "seed": seed}) for seed in (0, 1)]
         fault_file.write_text("3 denoiser")
         done = over(host, blocker, *jobs)
@@ -227,7 +234,7 @@ def test_four_ranks_work_in_two_teams_of_two_and_as_four(tmp_path):
         assert {job["ranks"] for job in done[1:]} <= {2, 4} and 2 in {job["ranks"] for job in done[1:]}
         for seed, job in enumerate(jobs):
             assert np.abs(pixels(host, job).astype(int) - reference[seed]).max() <= 1
-        blocker = send(host, LONG)
+        blocker = begun(host, LONG)
         done = over(host, blocker, *[send(host, {**BODY, "seed": seed % 2}) for seed in range(8)])
         assert [job["state"] for job in done] == ["done"] * 9 and 1 in {job["ranks"] for job in done}
         for seed, job in enumerate(done[1:]):
