@@ -19,8 +19,12 @@ OF_THE_GATEWAY = frozenset(
     }
 )  # fmt: skip
 """Arguments that are the same for all models, so no deployment may have its own."""
-NOT_FOR_REPLICAS = OF_A_DEPLOYMENT | (OF_THE_GATEWAY - {"log_format", "drain_seconds", "max_body_mb"}) | {"image_scale", "max_job_seconds"}
-"""What the gateway does itself, before a replica hears of a job."""
+NOT_FOR_REPLICAS = (
+    OF_A_DEPLOYMENT
+    | (OF_THE_GATEWAY - {"log_format", "drain_seconds", "max_body_mb"})
+    | {"image_scale", "max_job_seconds", "queue_size", "keep_results", "keep_results_mb", "keep_results_hours", "disconnect_grace"}
+)
+"""What the gateway does itself, before a replica hears of a job or after it has done it."""
 SEVERAL_MACHINES = ("nnodes", "node_rank", "rdzv_endpoint", "master_port")
 
 

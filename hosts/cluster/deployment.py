@@ -73,7 +73,7 @@ class Deployment:
             for _ in range(target - len(staying)):
                 self._start_one()
         elif len(staying) > target:
-            least = min(staying, key=lambda replica: (replica.state is ReplicaState.READY, replica.num_jobs, -replica.taken_s))
+            least = min(staying, key=lambda replica: (replica.state is ReplicaState.READY, replica.num_jobs, replica.taken_s))
             logger.info("%s: %d replicas are enough, so %s is drained", self.name, target, least.name)
             least.drain()
 

@@ -1,5 +1,6 @@
 """One job at a time from the gateway's queue to one replica and back. A replica has as many lanes as it works on jobs at once."""
 
+import contextlib
 import http.client
 import logging
 import threading
@@ -85,9 +86,14 @@ class Lane:
                 self._queue.finish(job, error=messages.as_error(error.status, str(error)))
         except BROKEN as error:
             self._give_back(job, error, was_begun=was_begun)
+        except Exception as error:  # whatever it is: a job must have an end, and a lane must go on
+            logger.exception("job %s failed in the gateway", job.id)
+            self._queue.finish(job, error=HostError(f"the gateway failed: {type(error).__name__}. Its log says more."))
         else:
             self._replica.num_done += 1
             self._queue.finish(job, result=result)
+            with contextlib.suppress(RemoteError, *BROKEN):  # nobody waits for it
+                job.spans = messages.spans_of(self._replica.client.trace(remote.id))
 
     def _follow(self, remote: RemoteJob, job: Job) -> None:
         """Record its steps until it is over. OSError if the events end before."""

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 import threading
 import time
@@ -35,6 +36,7 @@ def run_gateway(settings: Settings, environ: MutableMapping[str, str]) -> int:
 
     environ: this process's environment, in which Ray looks for its own variables.
     """
+    parent = os.getppid()
     num_gpus = count_gpus(environ)
     plans = plan_deployments(settings, read_table(), num_gpus=num_gpus)
     if settings.check:
@@ -54,7 +56,7 @@ def run_gateway(settings: Settings, environ: MutableMapping[str, str]) -> int:
         stopped = _stop_when_told(settings, deployments)
         for deployment in deployments:
             deployment.use(nodes)
-        problem = _serve(deployments, stopped)
+        problem = _serve(deployments, stopped, parent=parent if settings.exit_with_parent else None)
         _end(deployments, nodes)
     listener.stop()
     if problem:
@@ -67,9 +69,9 @@ def _nodes(settings: Settings, plans: Sequence[DeploymentPlan], folder: Path, *,
     return Nodes(address=settings.ray_address, folder=folder, start_in=str(Path.cwd()), num_ranks=num_ranks, num_gpus=num_gpus)
 
 
-def _serve(deployments: Sequence[Deployment], stopped: threading.Event) -> str:
-    """Keep the replicas that there should be until told to stop; else why a model cannot be served."""
-    while not stopped.wait(LOOK_EVERY_S):
+def _serve(deployments: Sequence[Deployment], stopped: threading.Event, *, parent: int | None) -> str:
+    """Keep the replicas that there should be until told to stop, or `parent` is gone; else why a model cannot be served."""
+    while not stopped.wait(LOOK_EVERY_S) and parent in (None, os.getppid()):
         for deployment in deployments:
             deployment.look()
             if deployment.problem:

@@ -2,6 +2,7 @@
 
 import base64
 import io
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,16 @@ def preview(jpeg: bytes) -> np.ndarray:
     """uint8 (h, w, 3) of an event's picture."""
     with Image.open(io.BytesIO(jpeg)) as picture:
         return np.asarray(picture.convert("RGB"))
+
+
+def spans_of(trace: Mapping[str, Any]) -> dict[int, list[tuple[str, float, float]]]:
+    """What hosts/trace.py was told, out of what it made of it; without the time in the replica's queue."""
+    spans: dict[int, list[tuple[str, float, float]]] = {}
+    for event in trace["traceEvents"]:
+        if event["ph"] == "X" and event["name"] != "queue":
+            stage = "step" if event["name"].startswith("step ") else event["name"]
+            spans.setdefault(event["tid"], []).append((stage, event["ts"] / 1e6, event["dur"] / 1e6))
+    return spans
 
 
 def _pooled(request: GenerateRequest, prefix: str) -> np.ndarray | None:

@@ -141,10 +141,11 @@ class Replica:
             self._become(ReplicaState.DRAINING, "it is being stopped")
         except Lost as error:
             self.is_failure = True
-            self.reason = str(error)
-        except Exception as error:
+            self._become(ReplicaState.DRAINING, str(error))
+        except Exception as error:  # whatever it is: without its keeper a replica must not go on, and another takes its place
             logger.exception("replica %s is given up", self.name)
-            self.is_failure, self.reason = True, f"{type(error).__name__}: {error}"
+            self.is_failure = True
+            self._become(ReplicaState.DRAINING, f"{type(error).__name__}: {error}")
         placed.stop(STOP_WITHIN_S)
         self._become(ReplicaState.GONE, self.reason)
 

@@ -52,8 +52,11 @@ class Ending:
 
     @property
     def is_final(self) -> bool:
-        """Whether starting it again would end in the same way: it said what is wrong with its arguments or its checkpoint."""
-        return self.code in (1, 2) and self.reason.startswith(ERROR)
+        """Whether starting it again would end in the same way: it said what is wrong with its arguments or its checkpoint.
+
+        A port that was free when it was chosen is not among these.
+        """
+        return self.code in (1, 2) and self.reason.startswith(ERROR) and "--port=" not in self.reason
 
 
 class ReplicaHost:

@@ -119,6 +119,10 @@ class Client:
         """All jobs of the host, without their settings: the one that runs, those that wait, those that are over."""
         return [JobState.read({"settings": None, **job}) for job in json.loads(self.open("/v1/jobs"))["jobs"]]
 
+    def trace(self, job_id: str) -> dict[str, Any]:
+        """What every rank did when, as a Chrome trace."""
+        return json.loads(self.open(f"/v1/jobs/{job_id}/trace"))
+
     def models(self) -> list[str]:
         """The names of the models it serves."""
         return [model["id"] for model in json.loads(self.open("/v1/models"))["data"]]

@@ -12,7 +12,9 @@ from backends.request import GenerateRequest
 from hosts.app import status_of
 from hosts.cluster import messages
 from hosts.compat.fields import Accepted, read_request
+from hosts.job import Job
 from hosts.records import fingerprint
+from hosts.trace import chrome_trace
 
 RANDOM = np.random.default_rng(0)
 PICTURE = Image.fromarray(RANDOM.integers(0, 256, (24, 16, 3), dtype=np.uint8), mode="RGB")
@@ -44,6 +46,12 @@ def test_a_host_reads_what_the_gateway_read(values):
 def test_an_error_of_a_replica_is_the_same_error_at_the_gateway(kind):
     said = messages.as_error(status_of(kind("no")), "no")
     assert type(said) is kind and str(said) == "no"
+
+
+def test_spans_survive_a_trace():
+    job = Job(id="a", request=GenerateRequest(), started_s=105.0, created_s=100.0)
+    job.spans = {0: [("encode", 105.0, 0.5), ("step", 105.5, 1.0), ("step", 106.5, 1.25)], 1: [("step", 105.5, 0.75)]}
+    assert messages.spans_of(chrome_trace(job)) == job.spans
 
 
 def test_any_other_error_is_a_failure():
