@@ -123,6 +123,7 @@ def _agent_command(settings: Settings, argv: list[str], folder: Path, fatal_file
         "port": settings.master_port or _free_port(),
         "notes": str(folder / "notes"),
         "fatal": str(fatal_file),
+        "first_rank": settings.node_rank * num_ranks,
     }
     return [sys.executable, str(Path(__file__).resolve()), "agent", json.dumps(options), *argv]
 

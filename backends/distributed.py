@@ -27,6 +27,9 @@ IDLE_TIMEOUT = timedelta(days=3650)
 """Followers wait in a broadcast until somebody asks for a picture, and nobody may for weeks. A dead peer is noticed by its closed
 connection and a hanging one by the watch in hosts/control.py, so this wait needs no end."""
 
+MEET_WITHIN = timedelta(minutes=5)
+"""From when all ranks are there until their connections stand."""
+
 
 def select_device(local_rank: int) -> torch.device:
     """The device of this rank: its own CUDA device where there is one, else the CPU."""
@@ -37,15 +40,23 @@ def select_device(local_rank: int) -> torch.device:
     return torch.device("cpu")
 
 
-def initialize(*, rank: int, world_size: int) -> dist.Store:
-    """Open the control group over torchelastic's rendezvous (env://). Returns a store client for the watch thread of its own:
-    a client is one connection, and one that waits would hold up the other.
+def open_store(host: str, port: int, *, is_here: bool, timeout_s: float) -> dist.Store:
+    """The store of several machines; it lives in the process that says it is here. RuntimeError if it cannot be reached in time."""
+    return dist.TCPStore(host, port, is_master=is_here, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
+
+
+def initialize(*, rank: int, world_size: int, store: dist.Store | None = None) -> dist.Store:
+    """Open the control group over `store`, or else over torchelastic's rendezvous (env://). Returns a store client for the watch thread
+    of its own: a client is one connection, and one that waits would hold up the other.
     """
     if world_size == 1:
-        store: dist.Store = dist.HashStore()
+        store = dist.HashStore()
         dist.init_process_group("gloo", rank=0, world_size=1, store=store, timeout=IDLE_TIMEOUT)
         return store
-    store, rank, world_size = next(dist.rendezvous("env://", rank, world_size))
+    if store is None:
+        store, rank, world_size = next(dist.rendezvous("env://", rank, world_size))
+    else:
+        store.set_timeout(MEET_WITHIN)
     dist.init_process_group("gloo", rank=rank, world_size=world_size, store=dist.PrefixStore("control", store), timeout=IDLE_TIMEOUT)
     return dist.PrefixStore("watch", store.clone())
 
@@ -231,6 +242,12 @@ def control_of_team(size: int) -> Axis:
     mine = teams[world.rank // size]
     group = _new_groups(teams, world.rank, "gloo", IDLE_TIMEOUT) if size > 1 else None
     return Axis(name="control", ranks=mine, rank=mine.index(world.rank), group=group)
+
+
+def close(axis: Axis) -> None:
+    """Close the group of `control_of_team` on this rank."""
+    if axis.group is not None:
+        dist.destroy_process_group(axis.group)
 
 
 def broadcast_command(command: object, among: Axis | None = None) -> object:

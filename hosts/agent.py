@@ -28,13 +28,17 @@ LOOK_EVERY_S = 0.1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgentOptions:
-    """notes: folder for hosts/endings.py. fatal: file for the reason for giving up. max_restarts: in a row. port: of the rendezvous."""
+    """notes: folder for hosts/endings.py. fatal: file for the reason for giving up. max_restarts: in a row. port: of the rendezvous.
+
+    first_rank: of this machine.
+    """
 
     num_ranks: int
     max_restarts: int
     port: int
     notes: str
     fatal: str
+    first_rank: int = 0
 
 
 class GaveUp(Exception):
@@ -44,29 +48,32 @@ class GaveUp(Exception):
 class RankAgent(LocalElasticAgent):
     """Overrides one of the methods that torchelastic gives to its implementers."""
 
-    def __init__(self, spec: WorkerSpec, *, notes: Path, max_restarts: int) -> None:
+    def __init__(self, spec: WorkerSpec, options: AgentOptions) -> None:
         super().__init__(spec, DefaultLogsSpecs())
-        self._notes_folder = notes
-        self._max_in_row = max_restarts
+        self._options = options
         self._num_in_row = 0
         self._attempt = 0
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result = super()._monitor_workers(worker_group)
         if result.state in (WorkerState.FAILED, WorkerState.UNHEALTHY):
-            self._ended(Notes(self._notes_folder, attempt=self._attempt), result)
+            self._ended(self._notes(), result)
             self._attempt += 1
         return result
+
+    def _notes(self) -> Notes:
+        return Notes(Path(self._options.notes), attempt=self._attempt, first_rank=self._options.first_rank)
 
     def _ended(self, notes: Notes, result: RunResult) -> None:
         notes.put_exits({rank: failure.exitcode for rank, failure in result.failures.items()})
         notes.forget_older()
         self._num_in_row = 1 if _has_proved_itself(notes) else self._num_in_row + 1
-        if self._num_in_row > self._max_in_row:
+        if self._num_in_row > self._options.max_restarts:
             ending = notes.complete(UNKNOWN)
             times = f"{self._num_in_row} time{'s' if self._num_in_row > 1 else ''}"
+            limit = self._options.max_restarts
             raise GaveUp(
-                f"the ranks ended {times} without a picture in between (--max_restarts={self._max_in_row}). The last time: {ending.why}. "
+                f"the ranks ended {times} without a picture in between (--max_restarts={limit}). The last time: {ending.why}. "
                 f"{ending.last_lines('')}".strip()
             )
 
@@ -93,7 +100,7 @@ def main(arguments: Sequence[str], *, program: Sequence[str]) -> int:
         local_addr="127.0.0.1",
     )
     try:
-        result: Any = RankAgent(spec, notes=Path(options.notes), max_restarts=options.max_restarts).run()
+        result: Any = RankAgent(spec, options).run()
     except GaveUp as reason:
         Path(options.fatal).write_text(str(reason), encoding="utf-8")
         return 1

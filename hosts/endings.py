@@ -62,10 +62,11 @@ UNKNOWN = Ending(why=NOBODY, rank=0, is_seen_only=True)
 class Notes:
     """The notes of one attempt: of the ranks between one start of the set and the next."""
 
-    def __init__(self, folder: Path, *, attempt: int) -> None:
-        """attempt: how often the set was started before."""
+    def __init__(self, folder: Path, *, attempt: int, first_rank: int = 0) -> None:
+        """attempt: how often the set was started before. first_rank: of this machine; its agent counts from 0."""
         self._folder = folder
         self._attempt = attempt
+        self._first_rank = first_rank
 
     def log_file(self, rank: int) -> Path:
         """Where this rank's log is kept (hosts/log.py)."""
@@ -87,13 +88,15 @@ class Notes:
         return None
 
     def put_exits(self, exits: Mapping[int, int]) -> None:
-        """rank -> exit code, negative for a signal."""
+        """Rank as the agent counts -> exit code, negative for a signal."""
         with contextlib.suppress(OSError):
             self._path("exits").write_text(json.dumps(exits), encoding="utf-8")
 
     def exits(self) -> dict[int, int]:
+        """Rank -> exit code."""
         with contextlib.suppress(OSError, ValueError):
-            return {int(rank): code for rank, code in json.loads(self._path("exits").read_text(encoding="utf-8")).items()}
+            found = json.loads(self._path("exits").read_text(encoding="utf-8"))
+            return {self._first_rank + int(rank): code for rank, code in found.items()}
         return {}
 
     def lines(self, rank: int) -> Lines:

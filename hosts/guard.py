@@ -6,16 +6,20 @@ from urllib.parse import urlsplit
 from flask import current_app, request
 from werkzeug.exceptions import HTTPException
 
-from backends.errors import RequestError
-from hosts import a1111, openai
+from backends.errors import RequestError, UnavailableError
+from hosts import a1111, api, openai
 from hosts.compat import later
 from hosts.incoming import client
 from hosts.settings import Settings
 from hosts.startup import LOOPBACK_NAMES
+from hosts.state import Phase
 
 WILDCARDS = frozenset({"0.0.0.0", "::"})
 WITHOUT_KEY = frozenset({"/", "/page.css", "/page.js", "/docs", "/docs.js", "/healthz", "/livez", "/readyz"})
 """The pages must load before they can ask for the key; probes have none. Neither tells anything about jobs."""
+
+KEEPING = frozenset({api.blueprint.name})
+"""Blueprints whose jobs are kept until they can be done."""
 
 
 class ForeignOrigin(HTTPException):
@@ -42,6 +46,8 @@ def refuse_strangers() -> None:
     if request.method == "POST":
         current_app.extensions["rate"].take(client())
     _require_content_type()
+    if request.method == "POST" and request.blueprint not in KEEPING:
+        _require_all_machines()
     if request.method == "POST" and request.blueprint != later.blueprint.name:
         later.refuse_without_pipeline()
 
@@ -52,6 +58,13 @@ def refuse_unknown(settings: Settings) -> None:
     _require_own_origin()
     if settings.api_key is not None and request.path not in WITHOUT_KEY:
         _require_key(settings.api_key)
+
+
+def _require_all_machines() -> None:
+    """A machine may be away for long. Jobs that are kept can wait for it, clients that hold a connection should not."""
+    state = current_app.extensions["host"].state
+    if state.phase is Phase.WAITING:
+        raise UnavailableError(f"the host is {state.reason}. Send the request again later, or send it to /v1/jobs, which keeps it.")
 
 
 def _require_name(allowed: frozenset[str]) -> None:

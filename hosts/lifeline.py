@@ -15,6 +15,7 @@ import psutil
 logger = logging.getLogger(__name__)
 
 _started = threading.Event()
+_sign_s = time.monotonic()
 PR_SET_PDEATHSIG = 1
 POLL_S = 0.5
 START_WITHIN_S = 300.0
@@ -40,6 +41,12 @@ def die_with_parent(*, is_torchelastic: bool) -> None:
 def has_started() -> None:
     """The ranks have met, or this one will never meet them: from now on somebody else notices if one hangs."""
     _started.set()
+
+
+def still_waiting() -> None:
+    """This rank does not hang: it waits for other machines."""
+    global _sign_s
+    _sign_s = time.monotonic()
 
 
 def request_parent_death_signal() -> None:
@@ -112,8 +119,9 @@ def _is_agent(pid: int) -> bool:
 
 def _limit_start() -> None:
     """A rank that hangs before the ranks have met would be waited for half an hour. It is one of the others here, and they all go."""
-    if _started.wait(START_WITHIN_S):
-        return
+    while time.monotonic() - _sign_s < START_WITHIN_S:
+        if _started.wait(1.0):
+            return
     logger.error("the ranks have not met within %g s: one of them hangs, so all are started again", START_WITHIN_S)
     with contextlib.suppress(psutil.Error):
         for process in psutil.Process(os.getppid()).children():

@@ -18,6 +18,7 @@ from hosts.activity import Activity
 from hosts.endings import Ending, Notes
 from hosts.errands import Errands
 from hosts.jobs import JobQueue
+from hosts.machines import Machines, interface_towards, parse_endpoint
 from hosts.settings import Settings
 from hosts.sharing import Sharing
 from hosts.startup import StartPlan, count_gpus, plan_start
@@ -51,23 +52,30 @@ NOTES_FOLDER = "DIFFUSION_NOTES_FOLDER"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """This rank among the others, as torchelastic tells it. attempt: how often the set was started before."""
+    """This rank among the others, as torchelastic tells it. attempt: how often the set was started before.
+
+    is_one_of_several: torchelastic knows the ranks of this machine only, and they meet those of other machines by themselves.
+    """
 
     rank: int
     local_rank: int
     world_size: int
     local_world_size: int
     attempt: int = 0
+    is_one_of_several: bool = False
 
     @classmethod
-    def from_environment(cls) -> "Place":
+    def from_environment(cls, settings: Settings) -> "Place":
         number = {name: int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))}
+        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", number["WORLD_SIZE"]))
+        is_one_of_several = settings.nnodes > 1 and number["WORLD_SIZE"] == local_world_size  # else torchrun, by hand, over all machines
         return cls(
-            rank=number["RANK"],
+            rank=number["RANK"] + (settings.node_rank * local_world_size if is_one_of_several else 0),
             local_rank=number["LOCAL_RANK"],
-            world_size=number["WORLD_SIZE"],
-            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", number["WORLD_SIZE"])),
+            world_size=number["WORLD_SIZE"] * (settings.nnodes if is_one_of_several else 1),
+            local_world_size=local_world_size,
             attempt=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
+            is_one_of_several=is_one_of_several,
         )
 
     @property
@@ -98,8 +106,8 @@ def run_rank(
     'exit' leaves it to the launcher to print.
     """
     lifeline.die_with_parent(is_torchelastic="TORCHELASTIC_RUN_ID" in os.environ)
-    place = Place.from_environment()
-    notes = _notes(attempt=place.attempt)
+    place = Place.from_environment(settings)
+    notes = _notes(place)
     log.configure(rank=place.rank, log_format=settings.log_format, kept_in=notes.log_file(place.rank) if notes else None)
     if notes is not None:
         notes.record_crash(place.rank)
@@ -129,6 +137,8 @@ def run_rank(
                 _serve_errands(settings, place, state, queue, store, errands)
             else:
                 problem = _serve(settings, start, place, state, queue, store)
+        except ConfigError as error:  # starting again would not help
+            problem = error
         except Exception as error:  # noqa: BLE001  a lost rank looks like any error; this process ends, and the set is started again
             return _leave(place, queue, store, error)
         queue.abandon(UnavailableError(STOPPING))
@@ -158,13 +168,14 @@ def _open_store(settings: Settings) -> JobStore | None:
     return JobStore(folder) if folder is not None else None
 
 
-def _notes(*, attempt: int) -> Notes | None:
+def _notes(place: Place, *, before: int = 0) -> Notes | None:
+    """Of this attempt, or of so many before it; None without a launcher."""
     folder = os.environ.get(NOTES_FOLDER)
-    return Notes(Path(folder), attempt=attempt) if folder else None
+    return Notes(Path(folder), attempt=place.attempt - before, first_rank=place.local_ranks.start) if folder else None
 
 
 def _queue(settings: Settings, store: JobStore | None, place: Place) -> JobQueue:
-    before = _notes(attempt=place.attempt - 1)
+    before = _notes(place, before=1)
     return JobQueue(
         capacity=settings.queue_size,
         max_seconds=settings.max_job_seconds,
@@ -187,7 +198,8 @@ def _serve(
     from hosts.settling import settle
 
     activity = _activity(place)
-    device = _meet(settings, place, store, activity)
+    others = _meet_machines(settings, start, place, state) if place.is_one_of_several else None
+    device = _meet(settings, place, store, activity, others)
     ranks = {"rank": place.rank, "world_size": place.world_size, "device": device}
     start, pipeline = settle(start, partial(_plan, settings, place=place), folder=_state_folder(settings), activity=activity, **ranks)
     mesh = distributed.Mesh(start.plan, rank=place.rank, device=device)
@@ -215,17 +227,42 @@ def _plan(settings: Settings, measured: Measured | None = None, *, place: Place)
 
 
 def _activity(place: Place) -> Activity:
-    notes = _notes(attempt=place.attempt)
+    notes = _notes(place)
     return Activity(mark=notes.mark) if notes is not None else Activity()
 
 
-def _meet(settings: Settings, place: Place, store: JobStore | None, activity: Activity) -> Any:
-    """This rank's device, once all ranks have met and watch each other."""
+def _meet_machines(settings: Settings, start: StartPlan, place: Place, state: HostState) -> Any:
+    """The store over which the ranks of all machines talk, once they are all there."""
+    from backends.distributed import open_store
+
+    endpoint = parse_endpoint(settings.rdzv_endpoint)
+    if (interface := interface_towards(endpoint)) is not None:
+        for library in ("GLOO", "NCCL"):
+            os.environ.setdefault(f"{library}_SOCKET_IFNAME", interface)
+    machines = Machines(
+        endpoint=endpoint,
+        rank=place.rank,
+        world_size=place.world_size,
+        local_world_size=place.local_world_size,
+        within_s=settings.node_timeout,
+        facts=start.fingerprint(settings),
+    )
+    ending = Ending(why=f"machine {settings.node_rank} was started again", rank=place.rank, is_seen_only=True)
+    if (before := _notes(place, before=1)) is not None:
+        ending = before.complete(ending)
+    waits = partial(state.become, Phase.WAITING)
+    store = machines.meet(open_store, ending=ending, tell=waits, still_waiting=lifeline.still_waiting)
+    state.become(Phase.LOADING)
+    return store
+
+
+def _meet(settings: Settings, place: Place, store: JobStore | None, activity: Activity, others: Any = None) -> Any:
+    """This rank's device, once all ranks have met and watch each other. others: the store of several machines."""
     from backends import distributed
     from hosts.watch import Watch
 
     device = distributed.select_device(place.local_rank)
-    beats = distributed.initialize(rank=place.rank, world_size=place.world_size)
+    beats = distributed.initialize(rank=place.rank, world_size=place.world_size, store=others)
     Watch(
         beats,
         rank=place.rank,
@@ -316,6 +353,8 @@ def _leave(place: Place, queue: JobQueue, store: JobStore | None, error: Excepti
     gone = lifeline.absent_ranks(place.local_ranks)
     if gone:
         ending = Ending(why=f"rank {', '.join(map(str, gone))} was gone", rank=gone[0], is_seen_only=True)
+    elif place.is_one_of_several:
+        ending = Ending(why=f"rank {place.rank} lost a rank on another machine, or failed: {type(error).__name__}: {str(error)[:500]}")
     else:
         ending = Ending(why=f"rank {place.rank} failed: {type(error).__name__}: {str(error)[:500]}", rank=place.rank)
     why = ending.why

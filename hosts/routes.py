@@ -24,9 +24,9 @@ def livez() -> tuple[str, int]:
 
 @blueprint.get("/readyz")
 def readyz() -> tuple[str, int]:
-    """200 while pictures can be made, else 503 and the phase."""
-    phase = current_app.extensions["host"].state.phase
-    return phase.value, 200 if phase is Phase.READY else 503
+    """200 while pictures can be made, else 503 and the phase, with its reason where there is one."""
+    state = current_app.extensions["host"].state
+    return ": ".join(filter(None, (state.phase.value, state.reason))), 200 if state.phase is Phase.READY else 503
 
 
 @blueprint.get("/metrics")

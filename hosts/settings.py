@@ -280,7 +280,12 @@ class Settings:
 
     nnodes: int = _option(1, "several machines", "Number of machines.", parse=whole(1, 64))
     node_rank: int = _option(0, "several machines", "Number of this machine.", parse=whole(0, 63))
-    rdzv_endpoint: str | None = _option(None, "several machines", "host:port of the first machine.", parse=str, metavar="HOST:PORT")
+    rdzv_endpoint: str | None = _option(
+        None, "several machines", "Address of the first machine, as all reach it, and a free port there.", parse=str, metavar="HOST:PORT"
+    )
+    node_timeout: int = _option(
+        600, "several machines", "Seconds for which a machine waits for the others, at start and later.", parse=whole(5, 1_000_000)
+    )
 
     engine: str = _option(
         "local", "cluster", "ray: replicas of the host, on any node of a Ray cluster, behind one gateway; local: one host.",

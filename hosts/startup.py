@@ -6,7 +6,7 @@ The launcher does this before any process starts, and every rank does it again w
 import glob
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from backends.request import LoadRequest
 from backends.schedulers import parse_scheduler, require_family
 from backends.step_cache_spec import require_step_cache
 from hosts.autoplan import Auto, Recall, decide, is_automatic
+from hosts.machines import parse_endpoint
 from hosts.modes import Teams, choose_teams
 from hosts.settings import Settings, option_fields
 from hosts.treatments import WITHOUT_SDPA, step_cache, treatments
@@ -65,7 +66,7 @@ class StartPlan:
             "type": self.spec.name,
             "backend": self.job_plan.method,
             "exactness": "approximate" if self.load.step_cache is not None else self.job_plan.exactness,
-            "ranks": self.num_ranks,
+            "ranks": self.plan.world_size,
             "axes": dict(self.job_plan.axes),
             **self.teams.facts(),
             "options": {name: value for name, value in self.job_plan.options.items() if value is not None},
@@ -76,6 +77,11 @@ class StartPlan:
             "reasons": [*self.reasons, *self.plan.reasons, *self.teams.reasons],
             **({"planner": self.auto.facts()} if self.auto is not None else {}),
         }
+
+    def fingerprint(self, settings: Settings) -> dict[str, str]:
+        """What must be the same on all machines of one host, by argument."""
+        own = {"--nnodes": settings.nnodes, "--nproc_per_node": self.num_ranks, "--mode": settings.mode, "the plan": self.plan.describe()}
+        return {name: str(value) for name, value in {**own, **{f"--{name}": value for name, value in asdict(self.load).items()}}.items()}
 
     def describe(self) -> str:
         lines = [f"{name:12} {value}" for name, value in self.facts().items() if name not in ("reasons", "planner")]
@@ -92,6 +98,7 @@ def plan_start(
     """
     refuse_pending(settings)
     _require_key(settings)
+    _require_machines(settings)
     spec = _model_spec(settings, table)
     reasons = []
     ranks = num_ranks or settings.nproc_per_node
@@ -144,6 +151,17 @@ def _require_key(settings: Settings) -> None:
             f"--host={settings.host} can be reached from other machines: give --api_key as well, which every request must then bring, "
             "or leave --host out."
         )
+
+
+def _require_machines(settings: Settings) -> None:
+    if settings.node_rank >= settings.nnodes:
+        raise ConfigError(
+            f"--node_rank={settings.node_rank} is not one of --nnodes={settings.nnodes} machines. Allowed: 0 to {settings.nnodes - 1}."
+        )
+    if settings.rdzv_endpoint is not None:
+        parse_endpoint(settings.rdzv_endpoint)
+    elif settings.nnodes > 1:
+        raise ConfigError(f"--nnodes={settings.nnodes} needs --rdzv_endpoint=HOST:PORT: the first machine's address and a free port there.")
 
 
 def refuse_pending(settings: Settings) -> None:

@@ -1,4 +1,4 @@
-"""What the host is doing, for HTTP threads to read: loading, empty, ready, failed or stopping. Pure Python."""
+"""What the host is doing, for HTTP threads to read: waiting for other machines, loading, empty, ready, failed or stopping. Pure Python."""
 
 import threading
 from collections.abc import Mapping, Sequence
@@ -8,6 +8,7 @@ from typing import Any
 
 
 class Phase(StrEnum):
+    WAITING = "waiting"
     LOADING = "loading"
     EMPTY = "empty"
     READY = "ready"

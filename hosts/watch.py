@@ -73,12 +73,13 @@ class Watch:
             try:
                 self._store.set(f"beat/{self._rank}", str(beat))
                 lost = [other for other in self._others if self._is_lost(other, seen)]
+                ended = self._word_of_the_end()
                 stuck = self._activity.overdue(self._timeout_s)
-                ending = self._who_is_stuck(stuck) if stuck and not lost else None
+                ending = ended or (self._who_is_stuck(stuck) if stuck and not lost else None)
             except (RuntimeError, OSError) as error:  # whoever holds the store is gone: rank 0, or torchelastic itself
                 self._leave(Ending(why=f"the rendezvous store does not answer: {error}"))
                 return
-            if lost:
+            if lost and ending is None:
                 ending = Ending(why=f"rank {lost[0]} has given no sign of life for {self._timeout_s:g} s", rank=lost[0])
             if ending is not None:
                 if stuck and self._rank != STORE_RANK:
@@ -87,6 +88,10 @@ class Watch:
                 return
             self._answered_at = time.monotonic()
             time.sleep(BEAT_S)
+
+    def _word_of_the_end(self) -> Ending | None:
+        """Of a rank that was started again on another machine (hosts/machines.py): its connections may not have told yet."""
+        return Ending.from_text(self._store.get("ended").decode()) if self._store.check(["ended"]) else None
 
     def _watch_store(self) -> None:
         """The store lives in rank 0. If that hangs, no answer ever comes, and the store's own time-out does not count for this."""

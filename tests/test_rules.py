@@ -16,7 +16,10 @@ PRODUCT = [ROOT / "launcher.py", *HOSTS, *sorted((ROOT / "backends").rglob("*.py
 WITHOUT_TORCH = [
     "launcher",
     *(f"hosts.{name}" for name in "settings jobs server routes wire values startup state matrix lifeline log prewarm main".split()),
-    *(f"hosts.{name}" for name in "job records store scratch choice pace modes sharing command_line autoplan".split()),
+    *(
+        f"hosts.{name}"
+        for name in "job records store scratch choice pace modes sharing command_line autoplan endings activity watch machines".split()
+    ),
     *(f"hosts.{name}" for name in "app api pages schema openai a1111 incoming".split()),
     *(f"hosts.cluster.{name}" for name in "config deployment gateway lane main messages metrics nodes replica replica_host".split()),
     *(f"hosts.compat.{name}" for name in "args fields routes codec host".split()),

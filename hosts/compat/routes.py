@@ -20,12 +20,17 @@ blueprint = Blueprint("compat", __name__)
 
 @blueprint.get("/initialize")
 def initialize() -> tuple[str, int]:
-    """202 while loading. 200 also after a failed load: old clients poll until 200, and then read the reason from /generate."""
-    return initialized(current_app.extensions["host"].state.phase)
+    """202 while loading, 503 with the reason while another machine is waited for.
+
+    200 also after a failed load: old clients poll until 200, and then read the reason from /generate.
+    """
+    state = current_app.extensions["host"].state
+    return initialized(state.phase, state.reason)
 
 
-def initialized(phase: Phase) -> tuple[str, int]:
-    return {Phase.LOADING: ("WAIT", 202), Phase.STOPPING: ("STOPPING", 503)}.get(phase, ("OK", 200))
+def initialized(phase: Phase, reason: str = "") -> tuple[str, int]:
+    answers = {Phase.LOADING: ("WAIT", 202), Phase.WAITING: (reason, 503), Phase.STOPPING: ("STOPPING", 503)}
+    return answers.get(phase, ("OK", 200))
 
 
 @blueprint.get("/progress")

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -134,10 +134,12 @@ class RunningHost:
 
 
 @contextlib.contextmanager
-def start_launcher(*arguments: str, environment: Mapping[str, str] | None = None, port: int | None = None) -> Iterator[RunningHost]:
-    """`python launcher.py ARGUMENTS --port=P`."""
+def start_launcher(
+    *arguments: str, environment: Mapping[str, str] | None = None, port: int | None = None, prefix: Sequence[str] = ()
+) -> Iterator[RunningHost]:
+    """`python launcher.py ARGUMENTS --port=P`. prefix: a command that runs another."""
     port = port or free_port()
-    with _started([sys.executable, str(LAUNCHER), *arguments, f"--port={port}"], port, environment) as host:
+    with _started([*prefix, sys.executable, str(LAUNCHER), *arguments, f"--port={port}"], port, environment) as host:
         yield host
 
 

@@ -22,8 +22,8 @@ def fault_file(tmp_path_factory):
 @pytest.fixture(scope="module")
 def host(fault_file):
     environment = {"PYTHONPATH": str(FAULTS), "FAULT_FILE": str(fault_file)}
-    arguments = ("--type=sdxl", f"--checkpoint={checkpoint('sdxl')}", "--nproc_per_node=2", "--mode=latency", "--failure_timeout=4")
-    with start_launcher(*arguments, "--height=64", "--width=64", environment=environment) as running:
+    arguments = ("--type=sdxl", f"--checkpoint={checkpoint('sdxl')}", "--nproc_per_node=2", "--mode=latency", "--backend=distrifuser")
+    with start_launcher(*arguments, "--height=64", "--width=64", "--failure_timeout=4", environment=environment) as running:
         running.wait_until_ready()
         yield running
 
