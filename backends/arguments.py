@@ -15,7 +15,7 @@ import torch
 
 from backends.errors import RequestError, UnsupportedError
 from backends.model_table import ModelSpec
-from backends.request import GenerateRequest
+from backends.request import CALL_DEFAULTS, GenerateRequest
 
 logger = logging.getLogger(__name__)
 
@@ -55,9 +55,7 @@ def call_arguments(
         "clip_skip": request.clip_skip,
         "image": request.image,
         "num_frames": request.num_frames,
-        "decode_chunk_size": _first(request.decode_chunk_size, 8),
-        "motion_bucket_id": _first(request.motion_bucket_id, 127),
-        "noise_aug_strength": _first(request.noise_aug_strength, 0.02),
+        **{name: _first(getattr(request, name), default) for name, default in CALL_DEFAULTS.items()},
         "generator": generator(request),
         **spec.call,
     }

@@ -17,6 +17,9 @@ from backends.step_cache_spec import StepCacheSpec
 Array = np.ndarray
 MAX_SIDE = 8192
 MAX_STEPS = 1000
+Weight = Annotated[float, Field(ge=-10, le=10)]
+CALL_DEFAULTS = {"decode_chunk_size": 8, "motion_bucket_id": 127, "noise_aug_strength": 0.02}
+"""What pipelines that have these arguments are given when a request leaves them out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +87,9 @@ class GenerateRequest(BaseModel):
 
     prompt: Annotated[str | None, Field(description="What the picture shows.")] = None
     negative_prompt: Annotated[str | None, Field(description="What it must not show.")] = None
-    seed: Annotated[int | None, Field(le=2**63 - 1, description="Same seed, same picture. Absent or negative: drawn at random.")] = None
+    seed: Annotated[
+        int | None, Field(ge=-(2**63), le=2**63 - 1, description="Same seed, same picture. Absent or negative: drawn at random.")
+    ] = None
     num_inference_steps: Annotated[int | None, Field(ge=1, le=MAX_STEPS, description="Sampling steps.")] = None
     guidance_scale: Annotated[float | None, Field(ge=0, le=1000, description="How closely to follow the prompt; 0 or 1 is off.")] = None
     height: Annotated[int | None, Field(ge=8, le=MAX_SIDE, description="Pixels.")] = None
@@ -96,8 +101,8 @@ class GenerateRequest(BaseModel):
     mask_image: Annotated[Image.Image | None, Field(description="White where init_image may change, black where it stays.")] = None
     strength: Annotated[float, Field(ge=0, le=1, description="How much of latents or init_image may change: 1 is all, 0 nothing.")] = 1.0
     denoising_end: Annotated[float, Field(ge=0, le=1, description="Stop after this share of the noise levels.")] = 1.0
-    first_step: Annotated[int, Field(ge=0, description="Begin at this step, with latents of a run that ended there.")] = 0
-    stop_step: Annotated[int | None, Field(ge=1, description="End before this step; what comes out is noisy.")] = None
+    first_step: Annotated[int, Field(ge=0, le=MAX_STEPS, description="Begin at this step, with latents of a run that ended there.")] = 0
+    stop_step: Annotated[int | None, Field(ge=1, le=MAX_STEPS, description="End before this step; what comes out is noisy.")] = None
     latent_space: Annotated[
         Literal["vae", "model"], Field(description="What latents mean, both ways: the VAE's unscaled ones, or the denoiser's.")
     ] = "vae"
@@ -111,7 +116,9 @@ class GenerateRequest(BaseModel):
     ip_adapter_image: Annotated[Image.Image | list[Image.Image] | None, Field(description="Picture or pictures for the IP-Adapter.")] = None
     ip_adapter_scale: Annotated[float | None, Field(ge=-10, le=10, description="Weight of the IP-Adapter.")] = None
     control_image: Annotated[Image.Image | list[Image.Image] | None, Field(description="Picture for the ControlNet (or each).")] = None
-    controlnet_conditioning_scale: Annotated[float | list[float] | None, Field(description="Weight of the ControlNet, or of each.")] = None
+    controlnet_conditioning_scale: Annotated[Weight | list[Weight] | None, Field(description="Weight of the ControlNet, or of each.")] = (
+        None
+    )
     control_guidance_start: Annotated[float, Field(ge=0, le=1, description="Share of the steps at which the ControlNet begins.")] = 0.0
     control_guidance_end: Annotated[float, Field(ge=0, le=1, description="Share of the steps at which the ControlNet ends.")] = 1.0
     lora: Annotated[dict[str, float] | None, Field(description="LoRA file -> scale, in place of those given at launch.")] = None
@@ -120,7 +127,9 @@ class GenerateRequest(BaseModel):
     motion_bucket_id: Annotated[int | None, Field(ge=0, le=1023, description="Amount of motion (svd).")] = None
     noise_aug_strength: Annotated[float | None, Field(ge=0, le=10, description="Noise on the conditioning picture (svd).")] = None
     compel: Annotated[bool | None, Field(description="Whether Compel reads prompt weights, on a host that has it (--compel).")] = None
-    warmup_steps: Annotated[int | None, Field(ge=0, description="Steps run synchronously at the start, for approximate methods.")] = None
+    warmup_steps: Annotated[
+        int | None, Field(ge=0, le=MAX_STEPS, description="Steps run synchronously at the start, for approximate methods.")
+    ] = None
     quality: Annotated[Literal["exact"] | None, Field(description="'exact': no approximate method or step cache.")] = None
 
 

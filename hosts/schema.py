@@ -8,7 +8,7 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
 from backends.model_table import ModelSpec
-from backends.request import GenerateRequest
+from backends.request import CALL_DEFAULTS, GenerateRequest
 from backends.schedulers import SCHEDULERS
 from hosts import wire
 from hosts.settings import Settings
@@ -19,6 +19,9 @@ EVENTS = "text/event-stream"
 
 LIMITED = {
     "num_inference_steps": "max_steps",
+    "first_step": "max_steps",
+    "stop_step": "max_steps",
+    "warmup_steps": "max_steps",
     "height": "max_side",
     "width": "max_side",
     "num_frames": "max_frames",
@@ -35,6 +38,8 @@ IDEMPOTENCY_KEY = {
     "schema": {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[ -~]+$"},
 }
 
+CONTROL = ("control_image", "controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end")
+IP_ADAPTER = ("ip_adapter_image", "ip_adapter_scale")
 SENT_AS = {
     "latents": "latent",
     "prompt_embeds": "positive_embeds",
@@ -118,6 +123,11 @@ def _schemas(spec: ModelSpec, settings: Settings) -> dict[str, Any]:
     for name in ("height", "width", "num_inference_steps", "guidance_scale", "num_frames"):
         if name in fields:
             fields[name]["default"] = getattr(settings, name, None) or getattr(spec, name)
+    for name, default in {**CALL_DEFAULTS, "clip_skip": 0}.items():
+        if name in fields:
+            fields[name]["default"] = default
+    for name in ("height", "width"):
+        fields[name]["description"] = f"Pixels. Multiples of {spec.size_multiple}; others are cut down to one."
     for name, limit in LIMITED.items():
         _bound(fields.get(name, {}), settings, limit)
     fields["scheduler"]["examples"] = [name for name, facts in SCHEDULERS.items() if facts.flow == spec.flow_matching]
@@ -130,8 +140,15 @@ def _schemas(spec: ModelSpec, settings: Settings) -> dict[str, Any]:
         "steps": {"type": "integer"},
         "seconds": {"type": ["number", "null"]},
         "eta": {"type": ["number", "null"]},
+        "created": {"type": "number", "description": "Seconds since 1970."},
         "seed": {"type": "integer"},
+        "type": {"type": "string"},
+        "backend": {"type": ["string", "null"]},
+        "ranks": {"type": ["integer", "null"], "description": "How many work on it."},
+        "exactness": {"enum": ["exact", "reordered", "approximate", None]},
+        "settings": {"type": ["object", "null"], "description": "The request with every default filled in, once it is done."},
         "error": {"type": ["string", "null"]},
+        "links": {"type": "object", "additionalProperties": {"type": "string"}},
     }
     error = {"message": {"type": "string"}, "output": {"type": "null"}, "latent": {"type": "null"}, "is_image": {"const": False}}
     generated = {"message": {"const": "OK"}, "output": {"type": "string"}, "is_image": {"const": spec.output == "image"}}
@@ -158,6 +175,9 @@ def _unused(spec: ModelSpec, settings: Settings) -> set[str]:
     """Request fields that this host does not read: nothing is loaded that could use them."""
     is_used = {
         "num_frames": spec.output == "video",
+        "decode_chunk_size": spec.output == "video",
+        "motion_bucket_id": spec.guidance == "frame_ramp",
+        "noise_aug_strength": spec.guidance == "frame_ramp",
         "latents": spec.returns_latents,
         "latent_space": spec.returns_latents,
         "first_step": spec.returns_latents,
@@ -165,8 +185,8 @@ def _unused(spec: ModelSpec, settings: Settings) -> set[str]:
         "init_image": spec.returns_latents,
         "mask_image": spec.supports("single", "inpainting").status != "unsupported",
         "image": "image" in spec.requires,
-        "control_image": bool(settings.control_net),
-        "ip_adapter_image": bool(settings.ip_adapter),
+        **dict.fromkeys(CONTROL, bool(settings.control_net)),
+        **dict.fromkeys(IP_ADAPTER, bool(settings.ip_adapter)),
         "lora": bool(settings.lora_dir),
     }
     return {name for name, used in is_used.items() if not used} | {"pooled_prompt_embeds", "negative_pooled_prompt_embeds"}

@@ -52,6 +52,9 @@ def test_job_is_accepted_followed_and_fetched_as_what_generate_gives(host):
     assert sent["state"] in ("queued", "running") and sent["seed"] == 5
     done = wait_for(host, sent["id"], "done")
     assert (done["step"], done["steps"], done["error"], done["exactness"]) == (4, 4, None, "exact")
+    assert (done["type"], done["backend"], done["ranks"], done["position"], done["attempts"]) == ("sdxl", None, 1, 0, 1)
+    schema = requests.get(host.url("/openapi.json"), timeout=20).json()["components"]["schemas"]["Job"]
+    assert set(schema["properties"]) == set(schema["required"]) == set(done)
     assert (done["settings"]["height"], done["settings"]["num_inference_steps"], done["settings"]["prompt"]) == (64, 4, "a red car")
     png = requests.get(host.url(done["links"]["result"]), timeout=20)
     assert (png.headers["Content-Type"], png.headers["X-Seed"]) == ("image/png", "5")
