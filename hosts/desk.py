@@ -184,7 +184,11 @@ class FrontDesk(JobDesk):
             service.join()
 
     def _desk_of(self, handout: Handout, team_size: int) -> JobDesk:
-        return JobDesk(queue=self._queue, state=self._state, sharing=self._sharing, ranks=team_size, choose=handout.choose)
+        return JobDesk(queue=self._queue, state=self._state, sharing=self._sharing, ranks=team_size, choose=self._choose_in(handout))
+
+    def _choose_in(self, handout: Handout) -> Choose:
+        """What a team goes by when it is free."""
+        return handout.choose
 
     def _choose_size(self, waiting: Sequence[Job], running: Sequence[Job]) -> Choice:
         if not waiting:

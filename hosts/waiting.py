@@ -7,23 +7,23 @@ is loaded the inner loop serves jobs until the next errand.
 import gc
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from backends.distributed import Mesh
+from backends.distributed import Line, Mesh, close, open_lines
 from backends.errors import UnavailableError
 from backends.request import LoadRequest
 from hosts.activity import Activity
-from hosts.choice import Choice
+from hosts.choice import Choice, Choose
 from hosts.control import Command, Failure, Spread, Stop, agree_on_outcome, announce
-from hosts.desk import Check, FollowerDesk, FrontDesk
+from hosts.desk import Check, Desk, FollowerDesk, FrontDesk
 from hosts.errands import Apply, Errand, Errands, Sleep
 from hosts.jobs import Job, JobQueue
 from hosts.loop import RankLoop
 from hosts.settings import Settings
-from hosts.sharing import Sharing
+from hosts.sharing import Handout, Sharing
 from hosts.startup import StartPlan
 from hosts.state import HostState, Phase
 
@@ -37,13 +37,15 @@ PERCENT_BEGUN, PERCENT_PLANNED, PERCENT_LOADED = 10.0, 20.0, 100.0
 class ErrandDesk(FrontDesk):
     """Rank 0's while a pipeline is loaded: jobs, until there is an errand. A pipeline that cannot be loaded leaves the host waiting."""
 
-    def __init__(self, *, load: LoadRequest, queue: JobQueue, state: HostState, sharing: Sharing, errands: Errands) -> None:
-        super().__init__(load=load, queue=queue, state=state, sharing=sharing)
+    def __init__(
+        self, *, load: LoadRequest, queue: JobQueue, state: HostState, sharing: Sharing, errands: Errands, lines: Mapping[int, Line]
+    ) -> None:
+        super().__init__(load=load, queue=queue, state=state, sharing=sharing, lines=lines)
         self._errands = errands
 
     def next_command(self, check: Check) -> Command:
         command = super().next_command(check)
-        return Stop() if isinstance(command, Spread) else command  # there are no teams: what ends the wait for jobs is an errand
+        return Stop() if isinstance(command, Spread) and self._errands.is_waiting else command
 
     def loaded(self, failure: Failure | None) -> None:
         if failure is None:
@@ -53,6 +55,14 @@ class ErrandDesk(FrontDesk):
 
     def _choose_size(self, waiting: Sequence[Job], running: Sequence[Job]) -> Choice:
         return Choice.LEAVE if self._errands.is_waiting else super()._choose_size(waiting, running)
+
+    def _choose_in(self, handout: Handout) -> Choose:
+        def choose(waiting: Sequence[Job], running: Sequence[Job]) -> Choice:
+            if self._errands.is_waiting:
+                handout.end()  # all ranks take part in it
+            return handout.choose(waiting, running)
+
+        return choose
 
 
 class Front:
@@ -79,10 +89,10 @@ class Front:
     def nothing_is_loaded(self, why: str) -> None:
         self._state.become(Phase.EMPTY, why)
 
-    def desk(self, start: StartPlan, sharing: Sharing, facts: dict[str, Any]) -> ErrandDesk:
+    def desk(self, start: StartPlan, sharing: Sharing, facts: dict[str, Any], lines: Mapping[int, Line]) -> ErrandDesk:
         self._state.loading_percent = PERCENT_PLANNED
         self._state.tell(facts)
-        return ErrandDesk(load=start.load, queue=self._queue, state=self._state, sharing=sharing, errands=self._errands)
+        return ErrandDesk(load=start.load, queue=self._queue, state=self._state, sharing=sharing, errands=self._errands, lines=lines)
 
     def close(self) -> None:
         self._errands.abandon(UnavailableError("the host is stopping."))
@@ -97,7 +107,10 @@ class _ServingLoop(RankLoop):
     def unload(self) -> None:
         """Let the pipeline go as it is, hooks and all, and close the groups."""
         self._pipeline = None
-        self._all.mesh.destroy()
+        for team in (*self._teams.values(), self._all):
+            team.mesh.destroy()
+        for team in self._teams.values():
+            close(team.control)
 
 
 class WaitingLoop:
@@ -119,6 +132,7 @@ class WaitingLoop:
         self._plan = plan
         self._front = front
         self._activity = activity
+        self._lines: dict[int, Line] = {}
         self._loop: _ServingLoop | None = None
 
     def run(self) -> None:
@@ -160,11 +174,18 @@ class WaitingLoop:
 
     def _loop_of(self, start: StartPlan) -> _ServingLoop:
         mesh = Mesh(start.plan, rank=self._rank, device=self._device)
-        sharing = Sharing(spec=start.spec, load=start.load, world_size=self._world_size)
+        if start.teams.plans and not self._lines:
+            self._lines = open_lines()
+        sharing = Sharing(spec=start.spec, load=start.load, teams=start.teams, world_size=self._world_size)
         facts = {**start.facts(), "device": str(self._device)}
-        desk = self._front.desk(start, sharing, facts) if self._front is not None else FollowerDesk(rank=self._rank)
+        desk = self._desk(start, sharing, facts)
         logger.info("%s on %s", start.plan.describe(), self._device)
-        return _ServingLoop(rank=self._rank, spec=start.spec, mesh=mesh, desk=desk, activity=self._activity)
+        return _ServingLoop(rank=self._rank, spec=start.spec, mesh=mesh, desk=desk, team_plans=start.teams.plans, activity=self._activity)
+
+    def _desk(self, start: StartPlan, sharing: Sharing, facts: dict[str, Any]) -> Desk:
+        if self._front is not None:
+            return self._front.desk(start, sharing, facts, self._lines)
+        return FollowerDesk(rank=self._rank, line=self._lines.get(0))
 
     def _offload(self) -> None:
         if self._loop is None:

@@ -17,6 +17,6 @@ def serve(backend: str) -> None:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
     settings, problem = settings_or_problem(sys.argv[1:], backend=backend)
     waits = settings.checkpoint is None and settings.type is None
-    if waits:
+    if waits and not any(argument.startswith("--mode") for argument in sys.argv[1:]):
         settings = replace(settings, mode="latency")  # its clients send one job at a time
     end_rank(run_rank(settings, after_failed_load="answer", bind_patience_s=BIND_PATIENCE_S, problem=problem, waits=waits))

@@ -6,7 +6,6 @@ The tests of `host` use one host of two ranks, in this order.
 import json
 import shutil
 import sys
-import threading
 import time
 
 import numpy as np
@@ -37,7 +36,8 @@ def configuration(name, **others):
 
 @pytest.fixture(scope="module")
 def host():
-    with start_client_host("host_asyncdiff.py", "--height=64", "--width=64", num_ranks=2) as running:  # sizes for what is tried at load
+    sizes = ("--height=64", "--width=64")  # for what is tried at load
+    with start_client_host("host_asyncdiff.py", *sizes, "--mode=auto", num_ranks=2) as running:
         yield running
 
 
@@ -154,14 +154,15 @@ def test_sleeping_ranks_let_the_next_job_wait(host, alone):
     assert refused.status_code == 400 and "time=-1 is not allowed" in assert_is_error(refused.json())
 
 
-def test_another_pipeline_takes_its_place_in_the_same_processes_after_the_running_job(host, alone):
-    ranks, answers = host.ranks(), []
-    job = threading.Thread(target=lambda: answers.append(requests.post(host.url("/generate"), json={**GENERATE, "steps": 25}, timeout=60)))
-    job.start()
-    wait_until(lambda: 0 < float(host.get("/progress").text) < 100, within_s=30, what="the job runs")
+def test_another_pipeline_takes_its_place_in_the_same_processes_after_the_jobs_that_run_on_a_rank_each(host, alone):
+    ranks = host.ranks()
+    assert list(host.get("/settings").json()["teams"]) == ["1"]
+    body = {"prompt": "a dog", "width": 64, "height": 64}
+    jobs = [send(host, "/v1/jobs", {**body, "steps": steps}).json()["id"] for steps in (20, 60, 60)]
+    of = lambda job: host.get(f"/v1/jobs/{job}").json()  # noqa: E731
+    wait_until(lambda: [of(job)["state"] for job in jobs] == ["done", "running", "running"], within_s=60, what="two run at once")
     apply(host, configuration("sd1"))
-    job.join(timeout=10)
-    assert answers[0].status_code == 200 and answers[0].json()["message"] == "OK"
+    assert [(of(job)["state"], of(job)["ranks"]) for job in jobs[1:]] == [("done", 1)] * 2
     assert np.abs(drawn(host)[0] - alone["sd1"][0]).max() <= 1
     assert host.get("/v1/models").json()["data"][0]["id"] == "sd1" and host.ranks() == ranks
 
