@@ -19,7 +19,9 @@ QUALITIES: tuple[Quality, ...] = ("exact", "high", "fast")
 Check = Callable[[ParallelPlan], None]
 """Raises the HostError of a plan that other options of the launch rule out."""
 CLOSE_SYNC_MODES = ("corrected_async_gn", "sync_gn")
-"""Of distrifuser's approximate modes those above 45 dB in docs/quality.md."""
+"""Of distrifuser's approximate modes those above 45 dB in docs/quality.md. Their values are one step old, whatever the number of ranks."""
+CLOSE_SEGMENTS = 2
+"""asyncdiff's values grow a step older with each further segment, and only two were measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +46,8 @@ def quality_of(plan: ParallelPlan) -> Quality:
         return "exact"
     options = plan.options
     is_close_patch = options.get("sync_mode") in CLOSE_SYNC_MODES and options.get("parallelism") == "patch"
-    return "high" if is_close_patch or options.get("stride") == 1 else "fast"
+    is_close_segment = options.get("model_n") == CLOSE_SEGMENTS and options.get("stride") == 1
+    return "high" if is_close_patch or is_close_segment else "fast"
 
 
 def meets(plan: ParallelPlan, quality: Quality) -> bool:

@@ -24,7 +24,7 @@ from backends.errors import CancelledError
 from backends.model_table import ModelSpec
 from backends.pipeline import LoadedPipeline, OnStep
 from backends.plan import ParallelPlan
-from backends.ranking import NUM_TRIED, Measured, next_to_try, rank
+from backends.ranking import NUM_TRIED, Measured, contenders, next_to_try, rank
 from backends.request import GenerateRequest
 from backends.survey import bytes_of, surveyed
 
@@ -120,7 +120,7 @@ class Trials:
         started = time.perf_counter()
         link = self.link()
         work = self.alone()
-        memory_bytes = min(gather_outcomes(_memory_bytes(self._subject.device)))
+        memory_bytes = min(gather_outcomes(_memory_bytes(self._subject.device, self._world_size)))
         steps, failures = {"single": work.step_s}, {}
         measured = Measured(work=work, link=link, memory_bytes=memory_bytes, steps=steps, failures=failures)
         while len(steps) <= NUM_TRIED and gather_outcomes(time.perf_counter() - started)[0] < SECONDS:
@@ -132,6 +132,10 @@ class Trials:
                 failures[candidate.name] = failure
             else:
                 steps[candidate.name] = step_s
+        for candidate in contenders(rank(candidates, measured, quality=quality, num_steps=num_steps)):
+            again_s, failure = self.trial(candidate) if candidate.ranks > 1 else (self.alone().step_s, "")
+            if not failure:
+                steps[candidate.name] = min(again_s, steps[candidate.name])
         logger.info("tried %s in %.1f s", ", ".join([*steps, *failures]), time.perf_counter() - started)
         return measured
 
@@ -225,8 +229,8 @@ def _exchange(axis: Axis, mesh: Mesh, num_bytes: int) -> float:
     return time.perf_counter() - started
 
 
-def _memory_bytes(device: torch.device) -> Any:
-    """Of this rank's device; of a CPU its ranks' even share is not known here, so all of it."""
+def _memory_bytes(device: torch.device, world_size: int) -> Any:
+    """Of this rank's device. Ranks on CPUs share what there is."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
-    return psutil.virtual_memory().total
+    return psutil.virtual_memory().total // world_size

@@ -104,6 +104,14 @@ def next_to_try(rows: Sequence[Row]) -> Candidate | None:
     return next((row.candidate for row in able if row.measured_s is None and row.picture_s < HOPELESS * best_s), None)
 
 
+def contenders(rows: Sequence[Row]) -> list[Candidate]:
+    """The quickest two by their measured times, if they are close: what disturbed one trial may not decide between them."""
+    first_two = [row for row in rows if not row.refusal and row.measured_s is not None][:2]
+    if len(first_two) < 2 or first_two[1].picture_s > HOPELESS * first_two[0].picture_s:
+        return []
+    return [row.candidate for row in first_two]
+
+
 def choose(rows: Sequence[Row], *, ranks: int | None = None) -> Row | None:
     """The quickest that can be had; None if nothing can. ranks: only of that number.
 

@@ -3,9 +3,9 @@
     python -m benchmarks.planner --sides 32,48,64 > planner.json
 
 For each network (unet, dit), size of the latents, with and without guidance, on 1 and 2 ranks of one thread: the planner does what it does
-when a host loads (backends/probe.py: survey one rank, predict, try the best predicted). Then every method is measured in the same way,
-`--rounds` times, and the planner's choice is compared with the quickest (`ratio`, by seconds per picture of `--picture_steps` steps;
-`ratio_of_prediction`: had it chosen by prediction alone).
+when a host loads (backends/probe.py: survey one rank, predict, try the best predicted). Then every method is measured in the same way, the
+quickest ones `--rounds` times, and the planner's choice is compared with the quickest (`ratio`, by seconds per picture of `--picture_steps`
+steps; `ratio_of_prediction`: had it chosen by prediction alone).
 """
 
 import argparse
@@ -36,13 +36,17 @@ from backends.request import GenerateRequest
 from benchmarks.models import GUIDANCE, SUBJECTS, Subject, num_parameters
 
 LOOP_STEPS = 20
+CLOSE = 1.3
+"""After the first round only methods that take at most this much longer than the quickest are measured again."""
 
 
 def main() -> None:
     arguments = _arguments()
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(_rank, (arguments, folder), nprocs=arguments.ranks, start_method="spawn")
-        print(Path(folder, "result.json").read_text())
+        try:
+            mp.start_processes(_rank, (arguments, folder), nprocs=arguments.ranks, start_method="spawn")
+        finally:  # also what there is when it is interrupted
+            print(Path(folder, "result.json").read_text())
 
 
 def _arguments() -> argparse.Namespace:
@@ -52,7 +56,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--guidance", default="on,off")
     parser.add_argument("--quality", choices=QUALITIES, default="high")
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=1, help="measurements of every method, of which the quickest counts")
+    parser.add_argument("--rounds", type=int, default=1, help="measurements of a method, of which the quickest counts")
     parser.add_argument("--picture_steps", type=int, default=30)
     return parser.parse_args()
 
@@ -67,10 +71,9 @@ def _rank(number: int, arguments: argparse.Namespace, folder: str) -> None:
                 for side in map(int, arguments.sides.split(",")):
                     for guidance in arguments.guidance.split(","):
                         cases.append(measure(number, arguments, model=model, side=side, is_guided=guidance == "on"))
-                        _tell(number, cases[-1])
-        if number == 0:
-            ratios = {key: max(case[key] for case in cases) for key in ("ratio", "ratio_of_prediction")}
-            Path(folder, "result.json").write_text(json.dumps({"machine": _machine(arguments), "worst": ratios, "cases": cases}, indent=1))
+                        if number == 0:
+                            _tell(cases[-1])
+                            _write(Path(folder, "result.json"), arguments, cases)
     finally:
         dist.destroy_process_group()
 
@@ -126,16 +129,16 @@ def measure(number: int, arguments: argparse.Namespace, *, model: str, side: int
     started = time.perf_counter()
     measured = trials.measure(candidates, quality=arguments.quality, num_steps=arguments.picture_steps)
     probe_s = time.perf_counter() - started
-    truth: dict[str, list[float]] = {}
+    best: dict[str, float] = {}
     for _ in range(arguments.rounds):
-        truth.setdefault("single", []).append(trials.alone().step_s)
+        limit_s = CLOSE * min(best.values(), default=float("inf"))
         for candidate in candidates:
-            if candidate.plan is not None and candidate.name != "single":
-                step_s, failure = trials.trial(candidate)
-                truth.setdefault(candidate.name, []).extend([] if failure else [step_s])
+            if candidate.plan is not None and best.get(candidate.name, 0.0) <= limit_s:
+                step_s, failure = trials.trial(candidate) if candidate.ranks > 1 else (trials.alone().step_s, "")
+                best[candidate.name] = min(best.get(candidate.name, float("inf")), float("inf") if failure else step_s)
     denoiser = getattr(subject.pipe, spec.denoiser)
     case = {"model": model, "latents": side, "guidance": is_guided, "parameters": num_parameters(denoiser)}
-    best = {name: min(steps) for name, steps in truth.items() if steps}
+    best = {name: step_s for name, step_s in best.items() if step_s < float("inf")}
     return gather_outcomes(case | {"probe_s": round(probe_s, 2)} | _compare(arguments, candidates, measured, best))[0]
 
 
@@ -193,10 +196,14 @@ def _machine(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _tell(number: int, case: dict[str, Any]) -> None:
-    if number == 0:
-        name = f"{case['model']} {case['latents']} guidance {'on' if case['guidance'] else 'off'}"
-        print(f"{name}: {case['choice']}, best {case['best']}, ratio {case['ratio']}", file=sys.stderr, flush=True)
+def _tell(case: dict[str, Any]) -> None:
+    name = f"{case['model']} {case['latents']} guidance {'on' if case['guidance'] else 'off'}"
+    print(f"{name}: {case['choice']}, best {case['best']}, ratio {case['ratio']}", file=sys.stderr, flush=True)
+
+
+def _write(file: Path, arguments: argparse.Namespace, cases: list[dict[str, Any]]) -> None:
+    worst = {key: max(case[key] for case in cases) for key in ("ratio", "ratio_of_prediction")}
+    file.write_text(json.dumps({"machine": _machine(arguments), "worst": worst, "cases": cases}, indent=1))
 
 
 if __name__ == "__main__":

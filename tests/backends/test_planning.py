@@ -10,7 +10,7 @@ from backends.cost import Link, Work, predict
 from backends.errors import ConfigError
 from backends.model_table import read_table
 from backends.plan import ParallelPlan
-from backends.ranking import CLOSE_CALL, Measured, as_text, choose, next_to_try, rank, require_any
+from backends.ranking import CLOSE_CALL, Measured, as_text, choose, contenders, next_to_try, rank, require_any
 from tests.checkpoints import checkpoint
 
 TABLE = read_table()
@@ -64,7 +64,8 @@ def test_what_a_backend_or_the_table_refuses_stays_in_the_list_with_its_reason()
     [
         ("distrifuser cfg 2 x patch 2 full_sync", "exact"),
         ("distrifuser cfg 2 x patch 2 corrected_async_gn", "high"),
-        ("asyncdiff segment 4 stride 1", "high"),
+        ("asyncdiff cfg 2 x segment 2 stride 1", "high"),
+        ("asyncdiff segment 4 stride 1", "fast"),
         ("asyncdiff segment 3 stride 2", "fast"),
     ],
 )
@@ -140,6 +141,13 @@ def test_in_a_close_call_the_stricter_method_wins():
     assert choose(table(steps=steps)).candidate.name == "distrifuser cfg 2"
     steps["distrifuser patch 2 corrected_async_gn"] = 0.5 / CLOSE_CALL
     assert choose(table(steps=steps)).candidate.name == "distrifuser patch 2 corrected_async_gn"
+
+
+def test_the_two_quickest_are_tried_again_if_they_are_close():
+    steps = {"single": 2.0, "distrifuser cfg 2": 1.0, "asyncdiff segment 2 stride 1": 1.1}
+    assert [candidate.name for candidate in contenders(table(steps=steps))] == ["distrifuser cfg 2", "asyncdiff segment 2 stride 1"]
+    assert not contenders(table(steps=steps | {"asyncdiff segment 2 stride 1": 1.9}))
+    assert not contenders(table(steps={"single": 2.0}))
 
 
 def test_only_what_may_be_the_quickest_is_tried_and_what_failed_is_not_tried_again():

@@ -91,7 +91,7 @@ def test_auto_is_refused_together_with_what_it_decides(options, message):
 
 def test_measured_times_decide_the_plan_of_all_ranks_and_of_teams():
     steps = {"single": 1.0, "distrifuser cfg 2": 0.9, "asyncdiff segment 4 stride 1": 0.3, "asyncdiff segment 2 stride 1": 0.6}
-    found = start(ranks=4, measured=with_steps(start(ranks=4), steps=steps))
+    found = start(ranks=4, measured=with_steps(start(ranks=4), steps=steps), quality="fast")
     assert (found.plan.method, found.plan.degree("segment"), found.plan.options["model_n"]) == ("asyncdiff", 4, 4)
     assert {size: plan.method for size, plan in found.teams.plans.items()} == {1: "single", 2: "asyncdiff"}
     assert found.teams.mode == "auto" and found.load.prewarm_steps == 1
