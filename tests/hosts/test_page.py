@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 
 import numpy as np
@@ -114,6 +115,9 @@ def test_picture_is_typed_drawn_previewed_and_kept_with_its_settings(page, host,
     assert json.loads(picture.text["parameters"])["prompt"] == "a large red circle on a blue background"
     until(page, lambda: len(page.find_elements("css selector", "#gallery li")) == 1)
     until(page, lambda: len(page.find_elements("css selector", "#ranks tr")) == 2)
+    for number, row in enumerate(page.find_elements("css selector", "#ranks tr")):  # device, memory, share of computing and of waiting
+        assert re.match(rf"{number} cpu \d+ MB \d+ % \d+ %", row.text), row.text
+    size(page, 1200, 1320)
     page.save_screenshot(screenshots / "light.png")
     scheme(page, "dark")
     page.save_screenshot(screenshots / "dark.png")
