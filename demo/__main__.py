@@ -34,7 +34,7 @@ def main() -> int:
         wait_until_ready(address, host)
         started = time.perf_counter()
         picture = fetch_picture(address, PROMPT)
-        print(f'"{PROMPT}" drawn by two ranks in {time.perf_counter() - started:.1f} s')
+        print(f'"{PROMPT}" drawn in {time.perf_counter() - started:.1f} s')
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_bytes(picture)
         print(f"picture: {options.out}\naddress: {address}")

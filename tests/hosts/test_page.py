@@ -23,7 +23,7 @@ WAIT_S = 60
 
 @pytest.fixture(scope="module")
 def host():
-    with start_launcher("--type=sdxl", "--nproc_per_node=2") as running:
+    with start_launcher("--type=sdxl", "--backend=distrifuser", "--nproc_per_node=2") as running:
         running.wait_until_ready()
         yield running
 
