@@ -1,6 +1,7 @@
 """The reason of a lost rank: who it was, what ended it, and the last lines of its log, without anybody else's."""
 
 import logging
+import re
 import signal
 import subprocess
 import sys
@@ -63,13 +64,9 @@ def test_last_lines_are_those_of_the_lost_rank_about_this_job_or_none(notes, ran
     ending = notes.complete(Ending(why="rank 1 was gone", rank=1))
     first, *lines = ending.last_lines("a-2").splitlines()
     assert first == "The last lines of the log of rank 1:"
-    assert [line.split(" ", 1)[-1] for line in lines] == [
+    assert [re.sub(r"^\d\d:\d\d:\d\d ", "", line) for line in lines] == [
         "rank1 I hosts.test: loaded",
         "rank1 E hosts.test [a-2]: trace",
-        "of two lines",
-    ] or [line.partition("rank1 ")[2] or line for line in lines] == [
-        "I hosts.test: loaded",
-        "E hosts.test [a-2]: trace",
         "of two lines",
     ]
 
