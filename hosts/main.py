@@ -164,6 +164,8 @@ def _state_folder(settings: Settings) -> Path | None:
 
 
 def _open_store(settings: Settings) -> JobStore | None:
+    if settings.no_job_store:
+        return None
     folder = _state_folder(settings)
     return JobStore(folder) if folder is not None else None
 

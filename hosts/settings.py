@@ -86,6 +86,7 @@ class Settings:
         None, "start", "Folder where jobs and their pictures outlive the host; without it they outlive only its ranks.",
         parse=_PATHS, metavar="DIR",
     )  # fmt: skip
+    no_job_store: bool = _switch("start", "Keep no jobs on disk: for a replica, whose gateway keeps them.")
     keep_results: int = _option(64, "start", "Jobs of POST /v1/jobs that are kept when they are over.", parse=whole(1, 100_000))
     keep_results_mb: int = _option(256, "start", "Megabytes of pictures that are kept of them.", parse=whole(1, 10_000_000))
     keep_results_hours: int = _option(0, "start", "Hours for which they are kept; 0 is any time.", parse=whole(0, 100_000))

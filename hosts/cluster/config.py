@@ -47,7 +47,7 @@ class DeploymentPlan:
     def launch_values(self) -> dict[str, Any]:
         """A replica's launch arguments, without those of its place: host, port and key."""
         given = {name: value for name, value in self.settings.given.items() if name not in NOT_FOR_REPLICAS}
-        return {**given, "nproc_per_node": self.ranks}
+        return {**given, "nproc_per_node": self.ranks, "no_job_store": True}
 
     def facts(self) -> dict[str, Any]:
         counts = {"replicas": self.first, "min_replicas": self.minimum, "max_replicas": self.maximum}

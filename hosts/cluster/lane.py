@@ -39,12 +39,6 @@ class Lane:
     def start(self) -> None:
         self._thread.start()
 
-    @property
-    def remote_id(self) -> str | None:
-        """The job's id on the replica."""
-        remote = self._remote
-        return remote.id if remote is not None else None
-
     def cancel_unwanted(self) -> None:
         """Tell the replica of a job that its client does not want any more. To be called now and then."""
         job, remote = self.job, self._remote

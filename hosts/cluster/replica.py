@@ -2,7 +2,6 @@
 
 import contextlib
 import http.client
-import json
 import logging
 import threading
 import time
@@ -185,24 +184,14 @@ class Replica:
                 self._ready()
 
     def _ready(self) -> None:
-        if self._lanes:
-            self._cancel_strays()
-            self._become(ReplicaState.READY, "")
-        else:
-            self.facts = json.loads(self._probe.open("/settings"))
-            number = routing.capacity(self.ranks, self.facts.get("mode", "latency"))
-            self._lanes = [Lane(self, self._queue) for _ in range(number)]
-            self._become(ReplicaState.READY, "")
-            for lane in self._lanes:
-                lane.start()
+        self.facts = self._probe.settings()
+        is_first = not self._lanes
+        if is_first:
+            self._lanes = [Lane(self, self._queue) for _ in range(routing.capacity(self.ranks, self.facts.get("mode", "latency")))]
+        self._become(ReplicaState.READY, "")
+        for lane in self._lanes if is_first else ():
+            lane.start()
         logger.info("replica %s is ready on node %s", self.name, self.place.node if self.place else "")
-
-    def _cancel_strays(self) -> None:
-        """Its ranks were started again, and go on with jobs that others have taken over."""
-        wanted = {lane.remote_id for lane in self._lanes}
-        for state in self._probe.jobs():
-            if not state.is_over and state.id not in wanted:
-                self._probe.open(f"/v1/jobs/{state.id}", method="DELETE")
 
     def _become(self, state: ReplicaState, reason: str) -> None:
         """Change the state, and have the lanes of all replicas look again. Who leaves does not come back."""

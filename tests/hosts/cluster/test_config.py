@@ -60,7 +60,7 @@ def test_a_replica_is_launched_with_the_models_arguments_and_none_of_the_gateway
         "--type=sdxl", "--replicas=2", "--port=7000", "--api_key=0123456789abcdef", "--rate_limit=5", "--image_scale=50", "--mode=latency",
         "--state_dir=/nowhere", "--max_job_seconds=9", "--drain_seconds=30",
     )  # fmt: skip
-    assert plan.launch_values() == {"type": "sdxl", "mode": "latency", "drain_seconds": 30, "nproc_per_node": 1}
+    assert plan.launch_values() == {"type": "sdxl", "mode": "latency", "drain_seconds": 30, "nproc_per_node": 1, "no_job_store": True}
 
 
 @pytest.mark.parametrize(
