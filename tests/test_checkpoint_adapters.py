@@ -23,6 +23,8 @@ from tests.checkpoints import (
     single_file,
 )
 
+pytestmark = pytest.mark.slow  # what these show of test files alone the feature matrix shows of the product with them
+
 VISIBLE = 0.1  # largest difference of a pixel in [0, 1]
 ROUNDING = 1e-4
 WITHOUT_LORA_LOADER = ("hy", "pixa", "pixs", "svd")

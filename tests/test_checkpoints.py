@@ -37,14 +37,14 @@ def test_image_has_the_requested_size_and_is_finite_and_not_flat(pipelines, name
     assert image.std() > VISIBLE
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name if name == "sdxl" else pytest.param(name, marks=pytest.mark.slow) for name in NAMES])
 def test_same_seed_gives_the_same_bits_and_another_seed_another_image(pipelines, name):
     image = picture_of(pipelines(name), name, seed=1)
     assert numpy.array_equal(image, picture_of(pipelines(name), name, seed=1))
     assert difference(image, picture_of(pipelines(name), name, seed=2)) > VISIBLE
 
 
-@pytest.mark.parametrize("name", WITH_PROMPT)
+@pytest.mark.parametrize("name", [name if name == "sdxl" else pytest.param(name, marks=pytest.mark.slow) for name in WITH_PROMPT])
 def test_another_prompt_gives_another_image(pipelines, name):
     image = picture_of(pipelines(name), name, prompt="a red car")
     assert difference(image, picture_of(pipelines(name), name, prompt="a blue bird in the snow")) > 5 * VISIBLE

@@ -66,9 +66,7 @@ def test_two_ranks_match_single(run_on_ranks, case):
     run_on_ranks(check_matches_single, 2, name, variant, ON_2)
 
 
-@pytest.mark.parametrize(
-    "case", ["sd3", "hy", *(pytest.param(case, marks=pytest.mark.slow) for case in TYPES if case not in ("sd3", "hy"))]
-)
+@pytest.mark.parametrize("case", ["sd3", *(pytest.param(case, marks=pytest.mark.slow) for case in TYPES if case != "sd3")])
 def test_four_ranks_match_single(run_on_ranks, case):
     name, variant = TYPES[case]
     checkpoint(name, **variant)

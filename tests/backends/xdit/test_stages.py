@@ -45,7 +45,9 @@ def check_matches_simulation(rank, world_size, name, variant, sets):
             assert_close(synchronous, single, (options, "all steps synchronous"))
 
 
-@pytest.mark.parametrize("case", TYPES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow) if case in ("sd3.5-medium", "pixs") else case for case in TYPES]
+)
 def test_two_stages_match_the_simulation(run_on_ranks, case):
     run_on_ranks(check_matches_simulation, 2, *TYPES[case], ON_2)
 
@@ -134,7 +136,10 @@ def check_interruptions(rank, world_size, options):
 
 @pytest.mark.parametrize(
     "options",
-    [{"use_cfg_parallel": True}, {"ulysses_degree": 2}, {"ring_degree": 2}, {"pipefusion_parallel_degree": 2, **LATE_STEPS}],
+    [
+        *(pytest.param(options, marks=pytest.mark.slow) for options in ({"use_cfg_parallel": True}, {"ring_degree": 2})),
+        *({"ulysses_degree": 2}, {"pipefusion_parallel_degree": 2, **LATE_STEPS}),
+    ],
     ids=lambda options: next(iter(options)),
 )
 def test_next_picture_is_right_after_cancelling_and_after_a_failure(run_on_ranks, options):
