@@ -164,7 +164,10 @@ def test_valued_argument_without_a_value_is_refused():
         ("--warm_up_steps=-1", "--warm_up_steps=-1 is not allowed. Allowed: a whole number from 0 to 1000."),
         ("--synced_percent=101", "--synced_percent=101 is not allowed. Allowed: a number from 0 to 100."),
         ("--synced_percent=some", "--synced_percent=some is not allowed. Allowed: a number from 0 to 100."),
-        ("--backend=xdti", "--backend=xdti is not allowed. Allowed: one of auto, single, asyncdiff, distrifuser, xdit (did you mean xdit?)."),
+        (
+            "--backend=xdti",
+            "--backend=xdti is not allowed. Allowed: one of auto, single, asyncdiff, distrifuser, xdit (did you mean xdit?).",
+        ),
         ("--variant=int4", "--variant=int4 is not allowed. Allowed: one of fp16, bf16, fp32."),
         ("--check=perhaps", "--check=perhaps is not allowed. Allowed: true or false."),
         ("--lora={broken", "Allowed: valid JSON"),
