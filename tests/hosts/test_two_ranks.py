@@ -103,12 +103,13 @@ def test_pictures_asked_for_at_once_are_not_swapped(host, reference):
         thread.start()
     for thread in threads:
         thread.join(timeout=60)
-    assert all((together[seed] == alone[seed]).all() for seed in alone)
+    assert all(np.abs(together[seed] - alone[seed]).max() <= 1 for seed in alone)  # on one rank or on both
     assert (alone[5] != alone[6]).any()
 
 
 def test_ten_clients_at_once_are_served_in_turns_and_get_their_own_pictures(host, reference):
     blocker = _send(host, {**BODY, "steps": 100})
+    wait_until(lambda: host.get(f"/v1/jobs/{blocker['id']}").json()["state"] == "running", within_s=30, what="both ranks work on it")
     sent = [_send(host, {**BODY, "seed": seed}, client=f"client {seed % 5}") for seed in range(10)]
     done = [_over(host, job["id"]) for job in sent]
     assert [job["state"] for job in done] == ["done"] * 10 and _over(host, blocker["id"])["state"] == "done"
