@@ -70,14 +70,16 @@ class Nodes:
             "include_dashboard": False,
             "_temp_dir": str(self._folder),
         }
+        watcher = reaper.start() if self.is_own else None
         try:
             ray.init(address=self._address or "local", namespace=NAMESPACE, logging_level="ERROR", **(own if self._address is None else {}))
         except (ConnectionError, ValueError, RuntimeError) as error:
             where = f"--ray_address={self._address}" if self._address else "an own Ray cluster"
             why = str(error).splitlines()[0]
             raise ConfigError(f"{where} cannot be used ({why}). Start the cluster, or leave --ray_address out.") from error
-        if self.is_own:
-            self._reaper = reaper.start(psutil.Process().children(recursive=True))
+        if watcher is not None:
+            reaper.cluster_is_complete(watcher)
+            self._reaper = watcher  # its stdin must stay open
 
     @property
     def is_own(self) -> bool:

@@ -1,39 +1,43 @@
 """Kills an own Ray cluster's processes when the gateway is gone, whatever ended it: after SIGKILL Ray's helpers live on for minutes.
 
-A script: stdin brings a line for each process, its id and when it was started, and ends with the gateway. What Ray starts for a replica
-is not among them: it ends with its parent by itself.
+A script that the gateway starts before the cluster. It notes what the gateway has started, until a line on stdin says that the cluster is
+complete, and waits for stdin to end with the gateway. What comes later belongs to a replica, and ends with its parent by itself.
 """
 
 import contextlib
+import os
+import select
 import subprocess
 import sys
-from collections.abc import Iterable
 
 import psutil
 
+LOOK_EVERY_S = 0.5
 
-def start(processes: Iterable[psutil.Process]) -> "subprocess.Popen[str]":
-    """Begin to wait for the end of this process."""
-    reaper = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, text=True, start_new_session=True)
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            reaper.stdin.write(f"{process.pid} {process.create_time()!r}\n")
+
+def start() -> "subprocess.Popen[bytes]":
+    """Begin to note the processes below this one."""
+    return subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, start_new_session=True)
+
+
+def cluster_is_complete(reaper: "subprocess.Popen[bytes]") -> None:
+    """Nothing more is to be noted."""
+    reaper.stdin.write(b"\n")
     reaper.stdin.flush()
-    return reaper
-
-
-def kill(process_id: int, started_s: float) -> None:
-    """Unless the id is another process's by now."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        process = psutil.Process(process_id)
-        if process.create_time() == started_s:
-            process.kill()
 
 
 def main() -> None:
-    lines = [line.split() for line in sys.stdin]  # until it is closed
-    for process_id, started_s in lines:
-        kill(int(process_id), float(started_s))
+    """psutil kills no process that has only the number of one that was noted."""
+    gateway, noted = psutil.Process(os.getppid()), set()
+    is_complete = False
+    while not is_complete:
+        is_complete = bool(select.select([sys.stdin], [], [], LOOK_EVERY_S)[0])
+        with contextlib.suppress(psutil.NoSuchProcess):
+            noted |= set(gateway.children(recursive=True))
+    sys.stdin.read()
+    for process in noted - {psutil.Process()}:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 if __name__ == "__main__":

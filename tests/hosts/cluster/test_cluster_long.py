@@ -69,7 +69,7 @@ def test_a_killed_gateway_takes_everything_with_it_and_its_jobs_go_on_in_the_nex
     state = f"--state_dir={tmp_path / 'state'}"
     with start_cluster(*model(), state, "--replicas=1", key=KEY) as cluster:
         cluster.wait_for_replicas(1)
-        jobs = send(cluster, 3, steps=100)
+        jobs = send(cluster, 3, steps=40)
         wait_until_busy(cluster)
         cluster.signal_and_wait(signal.SIGKILL, within_s=10)
     with start_cluster(*model(), state, "--replicas=1", key=KEY) as cluster:
