@@ -105,11 +105,10 @@ def next_to_try(rows: Sequence[Row]) -> Candidate | None:
 
 
 def contenders(rows: Sequence[Row]) -> list[Candidate]:
-    """The quickest two by their measured times, if they are close: what disturbed one trial may not decide between them."""
-    first_two = [row for row in rows if not row.refusal and row.measured_s is not None][:2]
-    if len(first_two) < 2 or first_two[1].picture_s > HOPELESS * first_two[0].picture_s:
-        return []
-    return [row.candidate for row in first_two]
+    """The quickest by their measured times, if several are close: what disturbed one trial may not decide between them."""
+    able = [row for row in rows if not row.refusal and row.measured_s is not None]
+    close = [row.candidate for row in able if row.picture_s <= HOPELESS * able[0].picture_s]
+    return close if len(close) > 1 else []
 
 
 def choose(rows: Sequence[Row], *, ranks: int | None = None) -> Row | None:

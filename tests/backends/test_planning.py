@@ -108,7 +108,7 @@ def test_bytes_sent_are_those_that_the_backends_count():
 
 def test_cfg_split_is_predicted_to_halve_a_guided_step_only():
     plan = next(c.plan for c in candidates() if c.name == "distrifuser cfg 2")
-    assert predict(plan, UNET, FAST_LINK).step_s == pytest.approx(1.03, rel=0.01)
+    assert predict(plan, UNET, FAST_LINK).step_s == pytest.approx(1.10, rel=0.01)
     assert predict(plan, replace(UNET, halves=1), FAST_LINK).step_s >= 2.0
 
 
@@ -143,7 +143,7 @@ def test_in_a_close_call_the_stricter_method_wins():
     assert choose(table(steps=steps)).candidate.name == "distrifuser patch 2 corrected_async_gn"
 
 
-def test_the_two_quickest_are_tried_again_if_they_are_close():
+def test_the_quickest_are_tried_again_if_they_are_close():
     steps = {"single": 2.0, "distrifuser cfg 2": 1.0, "asyncdiff segment 2 stride 1": 1.1}
     assert [candidate.name for candidate in contenders(table(steps=steps))] == ["distrifuser cfg 2", "asyncdiff segment 2 stride 1"]
     assert not contenders(table(steps=steps | {"asyncdiff segment 2 stride 1": 1.9}))
