@@ -54,7 +54,7 @@ def main() -> None:
         fault_file = Path(folder) / "next"
         fault_file.touch()
         arguments = (
-            *("--type=sdxl", "--nproc_per_node=2", f"--height={options.side}", f"--width={options.side}"),
+            *("--type=sdxl", "--backend=distrifuser", "--nproc_per_node=2", f"--height={options.side}", f"--width={options.side}"),
             *("--max_restarts=1000", f"--failure_timeout={options.failure_timeout}", f"--state_dir={folder}/state"),
             *("--keep_results=100000", "--keep_results_mb=10000"),
         )

@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=8)
     parser.add_argument("--give-up-at", type=Path, help="end early, with what was measured, once this file exists")
     options = parser.parse_args()
-    with start_launcher("--type=sdxl", f"--nproc_per_node={options.ranks}", "--keep_results=16") as host:
+    with start_launcher("--type=sdxl", "--backend=distrifuser", f"--nproc_per_node={options.ranks}", "--keep_results=16") as host:
         host.wait_until_ready()
         print(json.dumps(run(host, options), indent=2))
 
