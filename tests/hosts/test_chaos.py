@@ -1,4 +1,4 @@
-"""The short form of benchmarks/chaos.py: every kind of fault at least once, and nothing lost."""
+"""The short form of benchmarks/chaos.py: nothing lost, nothing wrong."""
 
 import json
 import subprocess
@@ -10,13 +10,16 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rounds", "seed", "kinds"),
+    [(3, 6, {"kill", "exception in the denoiser"}), pytest.param(8, 11, {"kill", "stop"}, marks=pytest.mark.slow)],
+)
 @pytest.mark.timeout(900)
-def test_faults_at_random_moments_lose_no_job_and_spoil_no_picture():
-    command = [sys.executable, "-m", "benchmarks.chaos", "--rounds=8", "--seed=11"]
+def test_faults_at_random_moments_lose_no_job_and_spoil_no_picture(rounds, seed, kinds):
+    command = [sys.executable, "-m", "benchmarks.chaos", f"--rounds={rounds}", f"--seed={seed}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=880)
     assert done.returncode == 0, done.stderr[-4000:]
     result = json.loads(done.stdout)
-    assert result["rounds"] == 8 and set(result["by_fault"]) >= {"kill", "stop"}
+    assert result["rounds"] == rounds and set(result["by_fault"]) >= kinds
     assert (result["lost"], result["wrong_pictures"]) == (0, 0)
-    assert result["done"] + result["failed_with_reason"] == result["accepted"] > 8
+    assert result["done"] + result["failed_with_reason"] == result["accepted"] > rounds

@@ -104,6 +104,8 @@ def pixels(answer):
     return np.asarray(decode(body["output"])).astype(int)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_two_machines_draw_what_two_ranks_of_one_machine_draw(reference, pair):
     pair.first.wait_until_listening()
     pair.wait_until_ready()
