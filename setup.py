@@ -71,6 +71,7 @@ setup(
             "ruff",
             "schemathesis",
             "selenium",
+            "webuiapi",
         ],
     },
 )

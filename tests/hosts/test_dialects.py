@@ -1,4 +1,4 @@
-"""The OpenAI and A1111 dialects on a real host, with OpenAI's own client."""
+"""The OpenAI and A1111 dialects on a real host, with OpenAI's own client and the published one of the other."""
 
 import base64
 import io
@@ -9,6 +9,7 @@ import numpy as np
 import openai
 import pytest
 import requests
+import webuiapi
 from PIL import Image, ImageOps
 
 from tests.backends.features import half_mask
@@ -152,6 +153,23 @@ def test_a1111_draws_what_generate_draws(host):
     scheduler = {"scheduler": "dpmpp_2m", "use_karras_sigmas": True}
     for index, image in enumerate(answer["images"]):
         assert (pixels(base64.b64decode(image)) == generated(host, seed=5 + index, scheduler=scheduler)).all()
+
+
+def test_published_a1111_client_draws_changes_and_asks_what_there_is(host):
+    client = webuiapi.WebUIApi(host="127.0.0.1", port=host.port)
+    drawn = client.txt2img(prompt="a red car", steps=3, seed=5, cfg_scale=5.0, width=64, height=64, sampler_name="DPM++ 2M Karras")
+    want = generated(host, scheduler={"scheduler": "dpmpp_2m", "use_karras_sigmas": True})
+    assert drawn.info["seed"] == 5 and (np.asarray(drawn.image.convert("RGB")) == want).all()
+    kept, changed = (
+        client.img2img(images=[drawn.image], prompt="a", seed=1, steps=4, denoising_strength=strength, width=64, height=64).image
+        for strength in (0.01, 0.9)
+    )
+    distance = [np.abs(np.asarray(image.convert("RGB")).astype(int) - want).mean() for image in (kept, changed)]
+    assert distance[0] < distance[1]
+    assert client.util_get_current_model() == "sdxl" == client.util_get_model_names()[0]
+    assert "dpmpp_2m" in [sampler["name"] for sampler in client.get_samplers()]
+    assert client.get_loras()[0]["name"] == "style" and client.get_progress()["progress"] == 0
+    assert client.interrupt() == {}
 
 
 def test_a1111_changes_a_picture(host):
