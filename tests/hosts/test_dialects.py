@@ -168,7 +168,7 @@ def test_published_a1111_client_draws_changes_and_asks_what_there_is(host):
     assert distance[0] < distance[1]
     assert client.util_get_current_model() == "sdxl" == client.util_get_model_names()[0]
     assert "dpmpp_2m" in [sampler["name"] for sampler in client.get_samplers()]
-    assert client.get_loras()[0]["name"] == "style" and client.get_progress()["progress"] == 0
+    assert client.get_loras()[0]["name"] == "style.safetensors" and client.get_progress()["progress"] == 0
     assert client.interrupt() == {}
 
 
