@@ -84,9 +84,11 @@ class Traffic:
         self.sent_bytes += peers * sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class Axis:
-    """This rank's place along one axis of the mesh (or several, flattened). `group` is None exactly when size is 1.
+    """This rank's place along one axis of the mesh (or several, flattened). `group` is None when size is 1, or while the mesh is closed.
+
+    Only the mesh changes it: whoever keeps an axis must not keep a group open that others wait in, and has the new one after a rebuild.
 
     ranks: as the world counts them, which is how torch names peers, whatever the group. rank: this one's place among them.
     """
@@ -154,17 +156,18 @@ class Mesh:
             except (RuntimeError, ValueError) as error:
                 logger.warning("closing a data group failed: %s", error)
         self._open_groups.clear()
-        self._axes = {key: _without_group(axis) for key, axis in self._axes.items()}
+        for axis in self._axes.values():
+            axis.group = None
         self._step_group = None
 
     def rebuild(self) -> None:
-        """Close and open all data groups again, on all ranks; axes handed out before are replaced (ask again with `axis`)."""
-        wanted = list(self._axes)
+        """Close and open all data groups again, on all ranks, for the axes that were handed out before too."""
         self.destroy()
-        self._axes.clear()
+        handed_out, self._axes = self._axes, {}
         self._open()
-        for names in wanted:
-            self.axis(*names)
+        for key, axis in handed_out.items():
+            axis.group = self.axis(*key).group
+        self._axes.update(handed_out)
 
     def _open(self) -> None:
         if self.plan.world_size > 1:
@@ -196,10 +199,6 @@ def _new_groups(parts: Sequence[Sequence[int]], rank: int, backend: str, timeout
         mine = made if rank in ranks else mine
     assert mine is not None
     return mine
-
-
-def _without_group(axis: Axis) -> Axis:
-    return Axis(name=axis.name, ranks=axis.ranks, rank=axis.rank, group=None)
 
 
 def all_gather(tensor: Tensor, *, dim: int, axis: Axis) -> Tensor:

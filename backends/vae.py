@@ -62,7 +62,7 @@ def _band_call(vae: nn.Module, mesh: Mesh, names: tuple[str, ...], mode: BandMod
 
     def around(forward: Callable[..., Tensor], sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """sample: latents (B, C, h, w) -> pixels (B, 3, H, W), whole on every rank."""
-        axis = mesh.axis(*names)  # asked anew: a mesh replaces its axes when it is rebuilt
+        axis = mesh.axis(*names)
         if sample.shape[-2] < MIN_ROWS * axis.size:
             return forward(sample, *args, **kwargs)
         rows = cut(sample.shape[-2], (1.0,) * axis.size)

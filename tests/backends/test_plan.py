@@ -48,6 +48,27 @@ def test_mesh_gathers_along_its_axes_also_after_a_rebuild(run_on_ranks: Callable
     run_on_ranks(check_mesh, 4)
 
 
+def check_kept_axis(rank: int, world_size: int) -> None:
+    """Both ranks keep an axis. Rank 1 closes its mesh, which must wake rank 0; after a rebuild the kept axis carries on."""
+    mesh = Mesh(ParallelPlan(method="test", axes=(("patch", 2),)), rank=rank, device=torch.device("cpu"))
+    kept = mesh.axis("patch")
+    if rank == 1:
+        mesh.destroy()
+    else:
+        with pytest.raises(RuntimeError, match=r"closed|reset"):
+            all_gather(torch.tensor([rank]), dim=0, axis=kept)
+    torch.distributed.barrier()
+    mesh.rebuild()
+    assert all_gather(torch.tensor([rank]), dim=0, axis=kept).tolist() == [0, 1]
+    assert mesh.axis("patch") is kept
+    mesh.destroy()
+
+
+@pytest.mark.timeout(60)
+def test_axis_that_is_kept_keeps_no_group_open_and_is_good_after_a_rebuild(run_on_ranks: Callable[..., None]) -> None:
+    run_on_ranks(check_kept_axis, 2)
+
+
 def check_teams(rank: int, world_size: int) -> None:
     """Two teams of two, of which only the second works, and a line from its first rank to rank 0."""
     team, first = rank // 2, rank - rank % 2
