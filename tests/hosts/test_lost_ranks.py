@@ -68,3 +68,16 @@ def test_job_whose_rank_is_killed_twice_fails_with_the_signal_and_the_last_lines
     assert "The last lines of the log of rank 1:\n" in over["error"] and f"[{sent['id']}]: job {sent['id']} begins" in over["error"]
     assert PROMPT not in over["error"] and PROMPT not in host.log
     assert len(over["error"]) < 2500
+
+
+def test_failure_of_the_middle_one_of_three_ranks_is_answered_by_name_and_the_next_picture_is_right(fault_file):
+    environment = {"PYTHONPATH": str(FAULTS), "FAULT_FILE": str(fault_file)}
+    arguments = ("--type=sdxl", f"--checkpoint={checkpoint('sdxl')}", "--nproc_per_node=3", "--mode=latency", "--backend=distrifuser")
+    with start_launcher(*arguments, "--no_split_batch", "--height=96", "--width=64", environment=environment) as host:
+        host.wait_until_ready()
+        body = {**BODY, "steps": 4}
+        want = host.post(body).json()["output"]
+        fault_file.write_text("1 denoiser\n1 denoiser")
+        answer = host.post(body)
+        assert (answer.status_code, answer.json()["message"]) == (500, "rank 1 failed: ArithmeticError: a fault of the test in denoiser")
+        assert host.post(body).json()["output"] == want
