@@ -8,7 +8,10 @@ from dataclasses import dataclass
 
 from backends.errors import BusyError, RequestError
 from backends.request import GenerateRequest
+from hosts.endings import Ending
+from hosts.jobs import JobQueue
 from hosts.settings import Settings
+from hosts.store import Store
 
 MAX_PICTURES = 16
 """Pictures in one field. Each may be small to send and large to hold."""
@@ -81,3 +84,16 @@ class RateLimit:
                 f"more than {self._per_minute} requests in a minute from one client (--rate_limit). Try again in {wait_s:.0f} s.",
                 retry_after_s=wait_s,
             )
+
+
+def queue_within(settings: Settings, store: Store | None, *, complete: Callable[[Ending], Ending] = lambda ending: ending) -> JobQueue:
+    """The queue that takes, and keeps, as much as the operator allows. complete: see JobQueue."""
+    return JobQueue(
+        capacity=settings.queue_size,
+        max_seconds=settings.max_job_seconds,
+        num_kept=settings.keep_results,
+        kept_bytes=settings.keep_results_mb * 10**6,
+        kept_seconds=settings.keep_results_hours * 3600,
+        store=store,
+        complete=complete,
+    )

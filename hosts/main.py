@@ -18,6 +18,7 @@ from hosts.activity import Activity
 from hosts.endings import Ending, Notes
 from hosts.errands import Errands
 from hosts.jobs import JobQueue
+from hosts.limits import queue_within
 from hosts.machines import Machines, interface_towards, parse_endpoint
 from hosts.settings import Settings
 from hosts.sharing import Sharing
@@ -40,6 +41,8 @@ LIBRARY_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 """Defaults for the libraries, read when they are imported: nothing is fetched, and their chatter stays out of the log."""
+DISABLES_DYNAMO = "TORCHDYNAMO_DISABLE"
+"""Torch's environment variable, which it reads at each call of torch.compile."""
 FATAL_FILE = "DIFFUSION_FATAL_FILE"
 """Environment variable: where a rank leaves the reason for which starting it again would not help. Set by launcher.py."""
 
@@ -178,15 +181,7 @@ def _notes(place: Place, *, before: int = 0) -> Notes | None:
 
 def _queue(settings: Settings, store: JobStore | None, place: Place) -> JobQueue:
     before = _notes(place, before=1)
-    return JobQueue(
-        capacity=settings.queue_size,
-        max_seconds=settings.max_job_seconds,
-        num_kept=settings.keep_results,
-        kept_bytes=settings.keep_results_mb * 10**6,
-        kept_seconds=settings.keep_results_hours * 3600,
-        store=store,
-        complete=before.complete if before is not None else lambda ending: ending,
-    )
+    return queue_within(settings, store, complete=before.complete if before is not None else lambda ending: ending)
 
 
 def _serve(
@@ -279,10 +274,14 @@ def _meet(settings: Settings, place: Place, store: JobStore | None, activity: Ac
 
 def _import_bitsandbytes() -> None:
     """Before peft does: it has torch compile a few functions as it is imported, which brings all of inductor: 2 s and 50 MB per rank."""
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # read at each call of torch.compile
+    given = os.environ.get(DISABLES_DYNAMO)
+    os.environ[DISABLES_DYNAMO] = "1"
     with suppress(ImportError):
         import bitsandbytes  # noqa: F401
-    del os.environ["TORCHDYNAMO_DISABLE"]
+    if given is None:
+        del os.environ[DISABLES_DYNAMO]
+    else:
+        os.environ[DISABLES_DYNAMO] = given
 
 
 def _serve_errands(settings: Settings, place: Place, state: HostState, queue: JobQueue, store: JobStore | None, errands: Errands) -> None:

@@ -55,7 +55,7 @@ def choose_teams(
     if chosen is None:
         chosen = {size: found for size in _team_sizes(plan.world_size) if (found := _team_plan(spec, plan, options, size)) is not None}
     if quickest in chosen and quickest != plan.world_size:
-        why = f"mode=throughput: more than {quickest} of {plan.world_size} ranks are slower, so each {quickest} take their own jobs"
+        why = f"mode=throughput: more than {quickest} of {plan.world_size} ranks are slower, so they work in teams of {quickest}"
         return Teams(mode="throughput", plans={quickest: chosen[quickest]}, reasons=(why,))
     return Teams(mode="auto", plans=chosen)
 

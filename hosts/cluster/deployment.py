@@ -13,7 +13,7 @@ from hosts.cluster.config import DeploymentPlan
 from hosts.cluster.nodes import Nodes
 from hosts.cluster.replica import Replica, ReplicaState
 from hosts.cluster.scaling import Rule, Scale
-from hosts.jobs import JobQueue
+from hosts.limits import queue_within
 from hosts.state import HostState, Phase
 from hosts.store import JobStore
 
@@ -35,14 +35,7 @@ class Deployment:
         settings = plan.settings
         self.plan = plan
         self.name = plan.name
-        self.queue = JobQueue(
-            capacity=settings.queue_size,
-            max_seconds=settings.max_job_seconds,
-            num_kept=settings.keep_results,
-            kept_bytes=settings.keep_results_mb * 10**6,
-            kept_seconds=settings.keep_results_hours * 3600,
-            store=store,
-        )
+        self.queue = queue_within(settings, store)
         self.state = HostState()
         self.state.tell({**plan.start.facts(), "restarts": 0})
         self.app: Flask = create_app(Host(settings=settings, spec=plan.start.spec, queue=self.queue, state=self.state, name=plan.name))

@@ -103,7 +103,7 @@ def test_fewer_ranks_are_used_where_more_are_slower_and_the_others_take_jobs_of_
     found = start(measured=with_steps(start(), steps=steps))
     assert (found.teams.mode, {size: plan.method for size, plan in found.teams.plans.items()}) == ("throughput", {1: "single"})
     assert (found.facts()["backend"], found.facts()["exactness"], found.plan.world_size) == ("single", "exact", 2)
-    assert "mode=throughput: more than 1 of 2 ranks are slower, so each 1 take their own jobs" in found.facts()["reasons"]
+    assert "mode=throughput: more than 1 of 2 ranks are slower, so they work in teams of 1" in found.facts()["reasons"]
     together = start(measured=with_steps(start(), steps=steps), mode="latency")
     assert together.auto.job.candidate.name == "distrifuser cfg 2" and not together.teams.plans
 

@@ -1,6 +1,8 @@
 """What is decided, and refused, before any process starts."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -9,6 +11,7 @@ from backends.model_table import read_table
 from hosts.settings import Settings
 from hosts.startup import count_gpus, plan_start
 from tests.checkpoints import checkpoint
+from tests.hosts.harness import REPOSITORY
 
 TABLE = read_table()
 
@@ -181,3 +184,18 @@ def test_adapters_that_cannot_be_meant_are_refused(values, kind, message, tmp_pa
     with pytest.raises(kind) as caught:
         plan(**values, checkpoint=str(checkpoint(values["type"])))
     assert message in str(caught.value)
+
+
+def test_rank_imports_bitsandbytes_without_inductor_and_leaves_torchs_switch_as_it_was():
+    pytest.importorskip("bitsandbytes")
+    script = """
+import os, sys
+from hosts.main import DISABLES_DYNAMO, _import_bitsandbytes
+for given in (None, "0"):
+    os.environ.update({} if given is None else {DISABLES_DYNAMO: given})
+    _import_bitsandbytes()
+    assert os.environ.get(DISABLES_DYNAMO) == given
+assert "bitsandbytes" in sys.modules and "torch._inductor.compile_fx" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
