@@ -5,7 +5,7 @@ Nothing is written per model type: an argument is passed when the signature has 
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from inspect import Signature
 from typing import Any
@@ -60,6 +60,14 @@ def call_arguments(
         **spec.call,
     }
     return {name: value for name, value in arguments.items() if name in signature.parameters and value is not None}
+
+
+def own_arguments(requests: Sequence[GenerateRequest], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What differs between requests of one batch: lists, in place of the first one's. `arguments`: all of the first."""
+    own = {"prompt": [request.prompt for request in requests], "generator": [generator(request) for request in requests]}
+    if "negative_prompt" in arguments:
+        own["negative_prompt"] = [request.negative_prompt or arguments["negative_prompt"] for request in requests]
+    return own
 
 
 def generator(request: GenerateRequest) -> torch.Generator:

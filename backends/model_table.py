@@ -46,6 +46,7 @@ class ModelSpec:
     guidance: 'cfg' runs two halves, 'distilled' feeds the scale to the model, 'frame_ramp' is svd's per-frame scale.
     guidance_calls: of the denoiser per step with guidance on: 1 takes both halves as one batch, 2 one after the other.
     guidance_argument: the call's argument for the scale. empty_negative: what stands for no negative prompt where the call needs one.
+    batches: a row of a batch equals the picture alone, so that several jobs may share a call (a test shows it).
     batch: 'list' where pipeline and denoiser take a list with one entry per picture instead of one tensor.
     blocks: lists of a transformer's blocks, in the order in which they run.
     requires: inputs that every request must bring. call: fixed extra arguments of the pipeline call.
@@ -77,6 +78,7 @@ class ModelSpec:
     guidance_argument: str = "guidance_scale"
     empty_negative: str = ""
     batch: Literal["tensor", "list"] = "tensor"
+    batches: bool = False
     num_frames: int = 1
     requires: tuple[str, ...] = ("prompt",)
     call: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))

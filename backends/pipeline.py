@@ -7,19 +7,29 @@ import copy
 import inspect
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
 
 from backends import latents as latent_space
-from backends.arguments import call_arguments, generator, require_clip_layers, require_embeds_support, resolve, visible_clip_layers
+from backends.arguments import (
+    call_arguments,
+    generator,
+    own_arguments,
+    require_clip_layers,
+    require_embeds_support,
+    resolve,
+    visible_clip_layers,
+)
 from backends.base import Backend, Run
+from backends.batching import require_one_batch
 from backends.compilation import Compilation, quiet_regions
 from backends.controlnet import control_arguments, require_control
 from backends.errors import ConfigError, RequestError, UnsupportedError
@@ -32,7 +42,7 @@ from backends.previews import Previewer
 from backends.prompts import WeightedPrompts, unread_tokens
 from backends.quantization import quantize
 from backends.request import Array, GenerateRequest, GenerateResult, LoadRequest
-from backends.schedule import Schedule
+from backends.schedule import schedule_of
 from backends.schedulers import build_scheduler, parse_scheduler
 from backends.stage_clock import StageClock
 from backends.step_cache import StepCache
@@ -152,43 +162,58 @@ class LoadedPipeline:
         """Refuse what cannot be done, before any rank starts: RequestError, PlanError or UnsupportedError."""
         self._prepare(request)
 
-    @torch.no_grad()
     def generate(self, request: GenerateRequest, *, on_step: OnStep | None = None) -> GenerateResult:
         """One picture or video. `request.seed` must be drawn already, so that all ranks have the same."""
+        return self.generate_together([request], on_step=on_step)[0]
+
+    @torch.no_grad()
+    def generate_together(self, requests: Sequence[GenerateRequest], *, on_step: OnStep | None = None) -> list[GenerateResult]:
+        """The result of each request, as rows of one batch if there are several. UnsupportedError where they cannot be.
+
+        A row is what its request gives alone, but for the order of sums. Each result's seconds are those of all.
+        """
         started = time.perf_counter()
-        resolved, scheduler, run = self._prepare(request)
+        prepared = [self._prepare(request) for request in requests]
+        resolved = [request for request, _, _ in prepared]
+        first, scheduler, run = prepared[0]
+        if len(requests) > 1:
+            require_one_batch(requests, self.spec, self.load, scheduler, self._backend.plan if self._backend is not None else None)
         self._run_now = run
         if self._is_resting:
             self.pipe.to(self.device)
             self._is_resting = False
-        self._use_loras(resolved)
-        use_scales(self.pipe, self.load, resolved)
+        self._use_loras(first)
+        use_scales(self.pipe, self.load, first)
         if self._backend is not None:
             self._backend.mesh.traffic.reset()
             self._backend.begin(run)
         if self._step_cache is not None:
-            self._step_cache.begin(is_on=resolved.quality != "exact")
+            self._step_cache.begin(is_on=first.quality != "exact")
         try:
-            frames, latents, num_steps = self._run(resolved, scheduler, on_step)
+            made, num_steps = self._run(resolved, scheduler, on_step)
         finally:
             if self._backend is not None:
                 self._backend.end()
             if self._step_cache is not None:
                 self._step_cache.end()
             self.pipe.maybe_free_model_hooks()
-        return GenerateResult(
-            frames=frames,
-            latents=None if latents is None else latent_space.to_latent_space(latents, resolved.latent_space, vae=self.pipe.vae),
-            seed=resolved.seed,
-            resolved=_plain(resolved, scheduler),
-            num_steps=num_steps,
-            exactness=self._exactness(run),
-            seconds=time.perf_counter() - started,
-            report=self._report(resolved),
-        )
+        self._clock.end()
+        seconds = time.perf_counter() - started
+        return [
+            GenerateResult(
+                frames=frames,
+                latents=None if latents is None else latent_space.to_latent_space(latents, request.latent_space, vae=self.pipe.vae),
+                seed=request.seed,
+                resolved=_plain(request, scheduler),
+                num_steps=num_steps,
+                exactness=self._exactness(run, num_rows=len(requests)),
+                seconds=seconds,
+                report=self._report(request),
+            )
+            for request, (frames, latents) in zip(resolved, made, strict=True)
+        ]
 
     def _report(self, request: GenerateRequest) -> dict[str, Any]:
-        self._clock.end()
         report = dict(self._backend.report()) if self._backend is not None else {}
         report["stages"] = {stage: round(seconds, 4) for stage, seconds in self._clock.seconds().items()}
         if self._step_cache is not None:
@@ -205,9 +230,9 @@ class LoadedPipeline:
         """What the last generation did when: see StageClock."""
         return self._clock.spans
 
-    def preview(self, latents: Tensor) -> Array | None:
-        """uint8 (h, w, 3) of the generation that runs now, from what `on_step` was given. None for a VAE that cannot tell."""
-        return self._previewer.picture(latents, height=self._run_now.height, width=self._run_now.width)
+    def preview(self, latents: Tensor, row: int = 0) -> Array | None:
+        """uint8 (h, w, 3) of one picture that is made now, from what `on_step` was given. None for a VAE that cannot tell."""
+        return self._previewer.picture(latents[row : row + 1], height=self._run_now.height, width=self._run_now.width)
 
     def _prepare(self, request: GenerateRequest) -> tuple[GenerateRequest, Any, Run]:
         require_embeds_support(request, self.spec, self.pipe, self.signature)
@@ -258,18 +283,21 @@ class LoadedPipeline:
         except ConfigError as error:
             raise RequestError(str(error), field="lora") from error
 
-    def _exactness(self, run: Run) -> Exactness:
+    def _exactness(self, run: Run, *, num_rows: int) -> Exactness:
         method = self._backend.exactness_of(run) if self._backend is not None else "exact"
         if self._step_cache is not None and self._step_cache.num_skipped:
             return "approximate"
-        return "reordered" if method == "exact" and shares_decode(self.pipe.vae) else method
+        return "reordered" if method == "exact" and (num_rows > 1 or shares_decode(self.pipe.vae)) else method
 
     def _defaults(self) -> dict[str, Any]:
         return {name: getattr(self.load, name) for name in ("height", "width", "num_inference_steps", "guidance_scale")}
 
-    def _run(self, request: GenerateRequest, scheduler: Any, on_step: OnStep | None) -> tuple[Array, Array | None, int]:
-        """uint8 frames, latents in client space (or None), scheduler steps made."""
+    def _run(
+        self, requests: Sequence[GenerateRequest], scheduler: Any, on_step: OnStep | None
+    ) -> tuple[list[tuple[Array, Array | None]], int]:
+        """Of each request its uint8 frames and its latents in client space (or None); scheduler steps made."""
         clock = self._clock = StageClock()
+        request = requests[0]  # in what follows the others are the same, but for texts and noise
         if request.init_image is not None:
             start = latent_space.encode(request.init_image, pipe=self.pipe, height=request.height, width=request.width)
             request = request.model_copy(update={"latents": start})
@@ -279,13 +307,15 @@ class LoadedPipeline:
         if request.latents is not None and self.spec.returns_latents and request.strength == 0:
             clean = request.latents[:1]
             latent_space.to_model_space(clean, pipe=self.pipe, spec=self.spec, device=self.device, dtype=self.dtype)  # checks it
-            return latent_space.decode(clean, pipe=self.pipe), clean, 0
+            return [(latent_space.decode(clean, pipe=self.pipe), clean)], 0
         self.pipe.scheduler = scheduler
-        schedule = _schedule_of(request)
+        schedule = schedule_of(request)
         arguments = call_arguments(request, self.spec, self.signature, device=self.device, dtype=self.dtype)
         if self._prompts is not None and request.prompt_embeds is None and request.compel is not False:
             texts = self._prompts.arguments(request)
             arguments = {name: value for name, value in arguments.items() if name not in ("prompt", "negative_prompt")} | texts
+        if len(requests) > 1:
+            arguments |= own_arguments(requests, arguments)
         added = {**control_arguments(request, self.load, self.spec), **picture_arguments(request, self.load)}
         arguments |= {name: value for name, value in added.items() if name in self.signature.parameters}
         start = self._start(request)
@@ -298,9 +328,11 @@ class LoadedPipeline:
             output = output.frames if self.spec.output == "video" else output.images
         if not self.spec.returns_latents:
             pixels = output[0] if self.spec.output == "video" else output[:1]
-            return latent_space.to_uint8(pixels), None, driver.num_steps
-        latents = latent_space.to_client_space(output[:1], pipe=self.pipe, spec=self.spec, height=request.height, width=request.width)
-        return latent_space.decode(latents, pipe=self.pipe), latents, driver.num_steps
+            return [(latent_space.to_uint8(pixels), None)], driver.num_steps
+        size = {"height": request.height, "width": request.width}
+        latents = latent_space.to_client_space(output[: len(requests)], pipe=self.pipe, spec=self.spec, **size)
+        rows = np.split(latents, len(requests))  # decoded one by one, in the memory that one needs
+        return [(latent_space.decode(row, pipe=self.pipe), row) for row in rows], driver.num_steps
 
     @contextmanager
     def _seeded(self, request: GenerateRequest) -> Iterator[None]:
@@ -347,18 +379,6 @@ def _plain(resolved: GenerateRequest, scheduler: Any) -> dict[str, Any]:
     plain = {name: value for name, value in values.items() if isinstance(value, str | int | float | dict)}
     plain = {name: value for name, value in plain.items() if value != GenerateRequest.model_fields[name].default}
     return {**plain, "scheduler": type(scheduler).__name__}
-
-
-def _schedule_of(request: GenerateRequest) -> Schedule:
-    return Schedule(
-        num_inference_steps=request.num_inference_steps,
-        strength=request.strength if request.latents is not None else 1.0,
-        first_step=request.first_step if request.latents is not None else 0,
-        stop_step=request.stop_step,
-        denoising_end=request.denoising_end,
-        sigmas=request.sigmas,
-        timesteps=request.timesteps,
-    )
 
 
 def _apply_vae_options(pipe: Any, load: LoadRequest) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from backends.errors import RequestError
+from backends.request import GenerateRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,3 +90,16 @@ def _check_timesteps(timesteps: Sequence[float]) -> None:
         raise RequestError("timesteps holds a value that is negative or not finite. Give timesteps of 0 or more.", field="timesteps")
     if any(later >= earlier for earlier, later in zip(timesteps, timesteps[1:], strict=False)):
         raise RequestError("timesteps must decrease. Sort them from the noisiest down.", field="timesteps")
+
+
+def schedule_of(request: GenerateRequest) -> Schedule:
+    """What a resolved request asks for. Without latents it begins at the first step."""
+    return Schedule(
+        num_inference_steps=request.num_inference_steps,
+        strength=request.strength if request.latents is not None else 1.0,
+        first_step=request.first_step if request.latents is not None else 0,
+        stop_step=request.stop_step,
+        denoising_end=request.denoising_end,
+        sigmas=request.sigmas,
+        timesteps=request.timesteps,
+    )

@@ -55,6 +55,7 @@ class SchedulerFacts:
     class_name: in `module`. extra: config that makes the class this sampler. order: denoiser calls per step, but for the last step.
     takes_timesteps, takes_sigmas: the class accepts a list of one's own. needs: a package that is not always there.
     flow: made for flow-matching models. flow_name: what such a model gets in its place. flow_solver: solves them with use_flow_sigmas.
+    draws_for_all: its noise is of the whole batch, not of each row's generator.
     """
 
     class_name: str
@@ -67,6 +68,7 @@ class SchedulerFacts:
     flow: bool = False
     flow_name: str | None = None
     flow_solver: bool = False
+    draws_for_all: bool = False
 
 
 SCHEDULERS: Mapping[str, SchedulerFacts] = MappingProxyType(
@@ -77,7 +79,7 @@ SCHEDULERS: Mapping[str, SchedulerFacts] = MappingProxyType(
         "deis": SchedulerFacts(class_name="DEISMultistepScheduler"),
         "dpm_2": SchedulerFacts(class_name="KDPM2DiscreteScheduler", order=2),
         "dpm_2_a": SchedulerFacts(class_name="KDPM2AncestralDiscreteScheduler", order=2),
-        "dpm_sde": SchedulerFacts(class_name="DPMSolverSDEScheduler", order=2, needs="torchsde"),
+        "dpm_sde": SchedulerFacts(class_name="DPMSolverSDEScheduler", order=2, needs="torchsde", draws_for_all=True),
         "dpmpp_2m": SchedulerFacts(
             class_name="DPMSolverMultistepScheduler",
             extra={"algorithm_type": "dpmsolver++", "solver_order": 2},

@@ -133,6 +133,7 @@ def describe(job: Job) -> dict[str, Any]:
         "type": host.spec.name,
         "backend": facts.get("backend"),
         "ranks": (job.result.report.get("ranks") if job.result is not None else job.ranks) or facts.get("ranks"),
+        "batch": job.result.report.get("batch") if job.result is not None else None,
         "exactness": job.result.exactness if job.result is not None else facts.get("exactness"),
         "settings": job.result.resolved if job.result is not None else None,
         "error": str(job.error) if job.error is not None else None,

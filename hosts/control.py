@@ -22,10 +22,10 @@ class Load:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generate:
-    """Make this picture. The request's seed is drawn."""
+    """Make these pictures, in one batch if there are several. Each request's seed is drawn."""
 
-    job_id: str
-    request: GenerateRequest
+    job_ids: tuple[str, ...]
+    requests: tuple[GenerateRequest, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

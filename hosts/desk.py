@@ -9,10 +9,12 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 from typing import Protocol
 
 from backends.distributed import Line
+from backends.errors import CancelledError
 from backends.request import Array, GenerateRequest, GenerateResult, LoadRequest
 from hosts.choice import Choice, Choose
 from hosts.control import Command, Failure, Gather, Generate, Load, Spread, Stop, Verdict
@@ -26,7 +28,8 @@ logger = logging.getLogger(__name__)
 
 Check = Callable[[GenerateRequest], None]
 """Raises the HostError of a request that cannot be done; arithmetic only."""
-Preview = Callable[[], Array | None]
+Preview = Callable[[int], Array | None]
+"""A small picture of one row of what is made now."""
 
 
 class TeamDesk(Protocol):
@@ -39,9 +42,10 @@ class TeamDesk(Protocol):
         """GO_ON or CANCEL, rank 0's word for this step."""
 
     def step_done(self, step: int, num_steps: int, preview: Preview) -> None:
-        """A step is done on all ranks of the team. `preview()` makes a small picture of it, for whoever looks."""
+        """A step is done on all ranks of the team. `preview(row)` makes a small picture of it, for whoever looks."""
 
-    def generated(self, result: GenerateResult | None, verdict: Verdict) -> None: ...
+    def generated(self, results: Sequence[GenerateResult], verdict: Verdict) -> None:
+        """How the last Generate ended: a result for each of its requests, or none and the verdict's failure."""
 
     def leave(self) -> None:
         """The team cannot go on by itself: it takes no more jobs before all ranks have met."""
@@ -73,7 +77,7 @@ class FollowerDesk:
 
     def loaded(self, failure: Failure | None) -> None: ...
 
-    def generated(self, result: GenerateResult | None, verdict: Verdict) -> None: ...
+    def generated(self, results: Sequence[GenerateResult], verdict: Verdict) -> None: ...
 
     def leave(self) -> None: ...
 
@@ -91,45 +95,71 @@ class JobDesk:
         self._sharing = sharing
         self._ranks = ranks
         self._choose = choose
-        self._job: Job | None = None
+        self._rows: dict[int, Job] = {}
+        self._batch = 0
 
     def next_command(self, check: Check) -> Command:
         """Generate, or Gather when there is nothing to take."""
         while (job := self._queue.next(self._choose, ranks=self._ranks)) is not None:
-            try:
-                check(job.request)
-            except Exception as error:  # noqa: BLE001  the other ranks never see what is refused here, for whatever reason
-                self._queue.finish(job, error=Failure.of(error, rank=0).as_error())
-                continue
-            self._job = job
-            return Generate(job_id=job.id, request=job.request)
+            taken = [job, *self._queue.take_along(job, partial(self._sharing.num_companions, job))]
+            if jobs := [job for job in taken if self._passes(job, check)]:
+                self._rows, self._batch = dict(enumerate(jobs)), len(jobs)
+                return Generate(job_ids=tuple(job.id for job in jobs), requests=tuple(job.request for job in jobs))
         return Gather()
 
     def step_word(self) -> int:
-        return CANCEL if self._job is not None and self._job.must_stop else GO_ON
+        """A job of a batch that is not wanted any more ends here, and its row is computed on, as long as there are others."""
+        unwanted = [row for row, job in self._rows.items() if job.must_stop]
+        if len(unwanted) == len(self._rows):
+            return CANCEL if unwanted else GO_ON
+        for row in unwanted:
+            job = self._rows.pop(row)
+            self._queue.finish(job, error=CancelledError(f"the job was cancelled after step {job.step} of {job.num_steps}."))
+        return GO_ON
 
     @property
-    def wants_preview(self) -> bool:
-        return self._job is not None and self._job.wants_preview
+    def rows_in_view(self) -> tuple[int, ...]:
+        return tuple(row for row, job in self._rows.items() if job.wants_preview)
 
     def step_done(self, step: int, num_steps: int, preview: Preview) -> None:
-        if self._job is not None:
-            self._queue.record_step(self._job, step, num_steps, preview() if self.wants_preview else None)
+        for row, job in self._rows.items():
+            self._queue.record_step(job, step, num_steps, preview(row) if job.wants_preview else None)
 
-    def generated(self, result: GenerateResult | None, verdict: Verdict) -> None:
-        assert self._job is not None
-        job, self._job = self._job, None
-        job.spans = spans_of(verdict.figures)
+    def generated(self, results: Sequence[GenerateResult], verdict: Verdict) -> None:
+        rows, self._rows = self._rows, {}
         self._state.tell_ranks(without_spans(verdict.figures))
-        if result is not None:
-            result = replace(result, report={**result.report, "ranks": self._ranks})
-            self._sharing.learn(job, ranks=self._ranks, seconds=result.seconds)
-            facts = {"seconds": result.seconds, "num_steps": result.num_steps, **result.report}
-            self._state.tell({"last_report": facts, "seconds_per_megapixel_step": self._sharing.pace.measured()})
-        if verdict.failure is not None and verdict.failure.may_be_chance and self._queue.retry(job):
-            logger.warning("job %s is begun again", job.id)
-            return
-        self._queue.finish(job, result=result, error=verdict.failure.as_error() if verdict.failure is not None else None)
+        for job in rows.values():
+            job.spans = spans_of(verdict.figures)
+        if verdict.failure is not None:
+            return self._failed(rows, verdict.failure)
+        results = [replace(result, report={**result.report, "ranks": self._ranks, "batch": self._batch}) for result in results]
+        self._learn(next(iter(rows.values())), results[0])
+        for row, job in rows.items():
+            self._queue.finish(job, result=results[row])
+
+    def _passes(self, job: Job, check: Check) -> bool:
+        try:
+            check(job.request)
+        except Exception as error:  # noqa: BLE001  the other ranks never see what is refused here, for whatever reason
+            self._queue.finish(job, error=Failure.of(error, rank=0).as_error())
+            return False
+        return True
+
+    def _learn(self, job: Job, result: GenerateResult) -> None:
+        self._sharing.learn(job, ranks=self._ranks, seconds=result.seconds, batch=self._batch)
+        facts = {"seconds": result.seconds, "num_steps": result.num_steps, **result.report}
+        self._state.tell({"last_report": facts, **self._sharing.measured()})
+
+    def _failed(self, rows: Mapping[int, Job], failure: Failure) -> None:
+        """A batch is tried again one by one, whatever ended it: what one job is to blame for should not be the others'."""
+        is_of_batch = self._batch > 1 and not isinstance(failure.error, CancelledError)
+        if is_of_batch:
+            self._sharing.batch_failed(next(iter(rows.values())), batch=self._batch)
+        for job in reversed(rows.values()):  # the first of them back in front
+            if (is_of_batch or failure.may_be_chance) and self._queue.retry(job):
+                logger.warning("job %s is begun again", job.id)
+            else:
+                self._queue.finish(job, error=failure.as_error())
 
     def leave(self) -> None:
         self._queue.next(lambda waiting, running: Choice.LEAVE)  # wakes the teams that wait for a job

@@ -24,7 +24,7 @@ CONSEQUENCES = (EXIT_LOST_RANK, -signal.SIGTERM)
 NOBODY = "rank 0 ended without a word"
 
 Lines = tuple[tuple[str | None, str], ...]
-"""Lines of a log, each with the job it is about; None where it is about none."""
+"""Lines of a log, each with the job it is about, or the jobs of a batch with blanks between; None where it is about none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +41,7 @@ class Ending:
 
     def last_lines(self, job_id: str) -> str:
         """A sentence with the last lines, less those about other jobs; empty where there are none."""
-        lines = [text for job, text in self.lines if job in (None, job_id)]
+        lines = [text for job, text in self.lines if job is None or job_id in job.split()]
         if not lines:
             return ""
         return f"The last lines of the log of rank {self.rank}:\n" + "\n".join(lines[-MAX_LINES:])[-MAX_CHARS:]

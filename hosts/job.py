@@ -24,7 +24,8 @@ class Job:
 
     client: who asked, for fairness. is_kept: can be asked for by id. is_stored: outlives the ranks, if the queue has a store.
     key, fingerprint: the client's own name for the job, and what it asked for under that name. attempts: how often it was begun.
-    percent: of its steps that are done. ranks: how many work on it. deadline_s: wall clock after which it is cancelled.
+    percent: of its steps that are done. ranks: how many work on it. batch: the first of the jobs that are made together, by its id.
+    deadline_s: wall clock after which it is cancelled.
     preview: uint8 (h, w, 3) of the last step, made only once somebody has asked (wants_preview).
     is_interrupted: the host stops it, not its client.
     spans: what each rank did when (hosts/trace.py). version: counts changes, for those who follow the job.
@@ -44,6 +45,7 @@ class Job:
     num_steps: int = 0
     percent: float = 0.0
     ranks: int | None = None
+    batch: str = ""
     result: GenerateResult | None = None
     spans: dict[int, Any] = field(default_factory=dict)
     error: HostError | None = None

@@ -5,8 +5,7 @@ import logging
 import secrets
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from backends.errors import BusyError, CancelledError, HostError, NotFoundError, RequestError
@@ -16,6 +15,7 @@ from hosts.choice import LINGER_S, Choice, Choose, take_first
 from hosts.endings import Ending
 from hosts.job import Job, JobStatus
 from hosts.store import NoStore, Store
+from hosts.turns import Turns
 
 __all__ = ["Job", "JobQueue", "JobStatus"]
 
@@ -60,7 +60,7 @@ class JobQueue:
         self._running: list[Job] = []
         self._kept: dict[str, Job] = {}
         self._by_key: dict[tuple[str, str], Job] = {}
-        self._num_served: Counter[str] = Counter()
+        self._turns = Turns()
         self._closed: HostError | None = None
         self._percent = 0.0
         self._numbers = itertools.count(1)
@@ -96,7 +96,7 @@ class JobQueue:
             self._require_room()
             if job.is_stored:
                 self._store.save(job, job.status)
-            self._level(client)
+            self._turns.join(client, self._waiting)
             self._waiting.append(job)
             self._keep(job)
             self._tell(job)
@@ -117,16 +117,17 @@ class JobQueue:
                 self._changed.notify_all()  # whoever waits may have to leave too
                 return None
             job = self._order()[0]
-            self._waiting.remove(job)
-            job.ranks = ranks
-            job.status = JobStatus.RUNNING
-            job.started_s = time.time()
-            job.attempts += 1
-            self._save(job)
-            self._num_served[job.client] += 1
-            self._running.append(job)
-            self._tell(job)
+            self._begin(job, ranks=ranks, batch=job.id)
             return job
+
+    def take_along(self, job: Job, count: Callable[[Sequence[Job], Sequence[Job]], int]) -> list[Job]:
+        """The jobs whose turn it is next, now running in one batch with this one: count(waiting, running) of them, arithmetic only."""
+        with self._changed:
+            waiting = self._order() if self._closed is None else []
+            taken = waiting[: count(waiting, self._running)]
+            for other in taken:
+                self._begin(other, ranks=job.ranks, batch=job.batch)
+            return taken
 
     def record_step(self, job: Job, step: int, num_steps: int, preview: Array | None = None) -> None:
         """`step` of `num_steps` scheduler steps are done."""
@@ -159,7 +160,7 @@ class JobQueue:
             if job.attempts >= MAX_ATTEMPTS or job.must_stop or self._closed is not None:
                 return False
             self._runs_no_more(job)
-            self._num_served[job.client] -= 1
+            self._turns.give_back(job)
             self._put_back(job)
             return True
 
@@ -256,6 +257,16 @@ class JobQueue:
             self._settle(job, error=_too_late(job))
         return Choice.LEAVE if self._closed is not None else choose(self._order(), self._running)
 
+    def _begin(self, job: Job, *, ranks: int | None, batch: str) -> None:
+        self._waiting.remove(job)
+        job.ranks, job.batch = ranks, batch
+        job.status, job.started_s = JobStatus.RUNNING, time.time()
+        job.attempts += 1
+        self._save(job)
+        self._turns.begin(job)
+        self._running.append(job)
+        self._tell(job)
+
     def _runs_no_more(self, job: Job) -> None:
         if job in self._running:  # else the queue was abandoned meanwhile
             self._running.remove(job)
@@ -326,22 +337,7 @@ class JobQueue:
             logger.error("job %s: %s", job.id, error)
 
     def _order(self) -> list[Job]:
-        """The waiting jobs in the order in which they will run: always the client that has been served least, then the oldest job."""
-        served, left, order = Counter(self._num_served), list(self._waiting), []
-        while left:
-            job = min(left, key=lambda job: served[job.client])  # the first of equals: the oldest
-            left.remove(job)
-            served[job.client] += 1
-            order.append(job)
-        return order
-
-    def _level(self, client: str) -> None:
-        """A client that comes (back) starts level with those that wait, not with a lead for the time it was away."""
-        if not self._waiting:
-            self._num_served.clear()
-        elif not any(job.client == client for job in self._waiting):
-            least = min(self._num_served[job.client] for job in self._waiting)
-            self._num_served[client] = max(self._num_served[client], least)
+        return self._turns.order(self._waiting)
 
     def _settle(self, job: Job, *, result: GenerateResult | None = None, error: HostError | None = None) -> None:
         if job.finished.is_set():

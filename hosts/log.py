@@ -55,7 +55,7 @@ def _keeper(path: Path, rank: int) -> logging.Handler:
 
 @contextlib.contextmanager
 def about_job(job_id: str) -> Iterator[None]:
-    """Lines that this thread writes meanwhile carry the job's id."""
+    """Lines that this thread writes meanwhile carry the job's id, or those of a batch."""
     token = _job.set(job_id)
     try:
         yield

@@ -6,7 +6,7 @@ What differs between rank 0 and the others is settled once, in the Desk that the
 import logging
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -93,7 +93,7 @@ class RankLoop:
             failure = self._failed(error)
         failure = agree_on_outcome(failure).failure or self._form_teams()
         if failure is None and request.prewarm_steps:
-            failure = self._attempt(prewarm_request(self._spec, request), "the first picture")[1].failure
+            failure = self._attempt([prewarm_request(self._spec, request)], "the first picture")[1].failure
         self._activity.rest()
         if failure is None:
             self._activity.mark("ready")
@@ -159,52 +159,48 @@ class RankLoop:
         self._activity.rest()
 
     def _generate(self, command: Generate) -> None:
-        with about_job(command.job_id):
+        with about_job(" ".join(command.job_ids)):
             self._work_on(command)
 
     def _work_on(self, command: Generate) -> None:
-        logger.info("job %s begins on %d ranks", command.job_id, self._team.control.size)
-        result, verdict = self._attempt(command.request, f"job {command.job_id}")
+        what = f"job {' and '.join(command.job_ids)}"
+        logger.info("%s begins on %d ranks", what, self._team.control.size)
+        results, verdict = self._attempt(command.requests, what)
         failure = verdict.failure
         if failure is not None:
             log = logger.info if failure.error is not None else logger.error
-            log(
-                "job %s failed on rank %d: %s%s",
-                command.job_id,
-                failure.rank,
-                failure.message,
-                "" if failure.error else f"\n{failure.trace}",
-            )
+            log("%s failed on rank %d: %s%s", what, failure.rank, failure.message, "" if failure.error else f"\n{failure.trace}")
         else:
-            logger.info("job %s done in %.2f s", command.job_id, result.seconds)
+            logger.info("%s done in %.2f s", what, results[0].seconds)
             self._activity.mark("served")
-        self._team_desk.generated(result, verdict)
+        self._team_desk.generated(results, verdict)
 
-    def _attempt(self, request: GenerateRequest, what: str) -> tuple[GenerateResult | None, Verdict]:
-        """The picture, or no picture and the first failure of any rank of the team. what: it is called in the log.
+    def _attempt(self, requests: Sequence[GenerateRequest], what: str) -> tuple[Sequence[GenerateResult], Verdict]:
+        """The pictures, or none and the first failure of any rank of the team. what: they are called in the log.
 
         Afterwards all are ready for the next command, unless a team's groups are broken: all ranks must meet to make new ones.
         """
-        result = failure = self._last_step = None
+        results: Sequence[GenerateResult] = ()
+        failure = self._last_step = None
         self._activity.begin(what, least_s=COMPILE_WITHIN_S if self._pipeline.load.compile is not None else 0.0)
         try:
-            result = self._pipeline.generate(request, on_step=self._on_step)
+            results = self._pipeline.generate_together(requests, on_step=self._on_step)
         except Exception as error:  # noqa: BLE001  whatever it is, the other ranks must hear of it before anyone goes on
             failure = self._failed(error)
-        verdict = agree_on_outcome(failure, self._figures(result), self._team.control)
+        verdict = agree_on_outcome(failure, self._figures(results), self._team.control)
         if verdict.groups_are_broken and self._team is self._all:
             self._team.mesh.rebuild()
         elif verdict.groups_are_broken:
             self._is_broken = self._team.control.size > 1
         self._activity.rest()
-        return (result if verdict.failure is None else None), verdict
+        return (results if verdict.failure is None else ()), verdict
 
-    def _figures(self, result: GenerateResult | None) -> dict[str, Any]:
-        """This rank's, after a picture: sizes in bytes, times in seconds."""
+    def _figures(self, results: Sequence[GenerateResult]) -> dict[str, Any]:
+        """This rank's, after a picture or a batch: sizes in bytes, times in seconds."""
         is_cuda = self._device.type == "cuda"
         memory = torch.cuda.max_memory_allocated(self._device) if is_cuda else psutil.Process().memory_info().rss
         figures = {"rank": self._rank, "device": str(self._device), "memory_bytes": memory}
-        if result is not None:
+        for result in results[:1]:
             kept = {name: result.report[name] for name in ("wait_s", "sent_bytes") if name in result.report}
             figures |= {"seconds": round(result.seconds, 4), "spans": self._pipeline.spans, **kept}
         return figures
@@ -216,7 +212,7 @@ class RankLoop:
         self._wait_for_device()
         if self._team.mesh.broadcast_word(self._team_desk.step_word()) == CANCEL:
             raise CancelledError(f"the job was cancelled at step {step} of {num_steps}.")
-        self._team_desk.step_done(step, num_steps, lambda: self._pipeline.preview(latents))
+        self._team_desk.step_done(step, num_steps, lambda row: self._pipeline.preview(latents, row))
         self._activity.step(is_last=step == num_steps)
 
     def _wait_for_device(self) -> None:

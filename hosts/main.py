@@ -205,7 +205,7 @@ def _serve(
     for reason in start.facts()["reasons"]:
         logger.info("chosen: %s", reason)
     lines = distributed.open_lines() if start.teams.plans else {}
-    sharing = Sharing(spec=start.spec, load=start.load, teams=start.teams, world_size=place.world_size)
+    sharing = Sharing(spec=start.spec, load=start.load, teams=start.teams, world_size=place.world_size, max_batch=start.max_batch)
     front = FrontDesk(load=start.load, queue=queue, state=state, sharing=sharing, lines=lines)
     desk = front if place.rank == 0 else FollowerDesk(rank=place.rank, line=lines.get(0))
     try:

@@ -36,6 +36,9 @@ class Metrics:
         self._stages = Histogram(
             "diffusion_stage_seconds", "Time of one stage of a job on rank 0.", ["stage"], buckets=SECONDS, registry=self._registry
         )
+        self._batches = Counter(
+            "diffusion_batch_jobs", "Jobs that were done, by the size of their batch.", ["batch"], registry=self._registry
+        )
         self._registry.register(self)
         queue.on_end.append(self._ended)
 
@@ -62,6 +65,7 @@ class Metrics:
             self._waited.observe(job.started_s - job.created_s)
             if job.result is not None:
                 self._worked.observe(job.ended_s - job.started_s)
+                self._batches.labels(batch=str(job.result.report.get("batch", 1))).inc()
                 for stage, seconds in job.result.report.get("stages", {}).items():
                     self._stages.labels(stage=STAGES.get(stage, stage)).observe(seconds)
 

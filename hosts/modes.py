@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from backends import planner
+from backends.batching import why_alone
 from backends.errors import ConfigError, HostError
 from backends.model_table import ModelSpec
 from backends.plan import ParallelPlan
@@ -58,6 +59,16 @@ def choose_teams(
         why = f"mode=throughput: more than {quickest} of {plan.world_size} ranks are slower, so they work in teams of {quickest}"
         return Teams(mode="throughput", plans={quickest: chosen[quickest]}, reasons=(why,))
     return Teams(mode="auto", plans=chosen)
+
+
+def batch_limit(most: int, asked: Mode, spec: ModelSpec, plan: ParallelPlan, teams: Teams, load: LoadRequest) -> tuple[int, str]:
+    """How many jobs one rank may do in one batch, `most` at most, and why it is only one."""
+    reason = why_alone(spec, load)
+    if asked == "latency":
+        reason = "mode=latency: each picture is the same whatever the load"
+    elif plan.world_size > 1 and 1 not in teams.plans:
+        reason = "no rank works alone"
+    return (1, f"max_batch=1: {reason}") if most > 1 and reason else (most, "")
 
 
 def _problem(spec: ModelSpec, plan: ParallelPlan, features: tuple[str, ...], load: LoadRequest) -> str:

@@ -145,6 +145,7 @@ def _schemas(spec: ModelSpec, settings: Settings) -> dict[str, Any]:
         "type": {"type": "string"},
         "backend": {"type": ["string", "null"]},
         "ranks": {"type": ["integer", "null"], "description": "How many work on it."},
+        "batch": {"type": ["integer", "null"], "description": "How many jobs were made in one batch, this one included."},
         "exactness": {"enum": ["exact", "reordered", "approximate", None]},
         "settings": {"type": ["object", "null"], "description": "The request with every default filled in, once it is done."},
         "error": {"type": ["string", "null"]},

@@ -78,6 +78,12 @@ class Settings:
         "auto", "start", "latency: all ranks on each job; throughput: a job on each rank; auto: by the number of jobs that wait.",
         parse=one_of("latency", "throughput", "auto"),
     )  # fmt: skip
+    max_batch: int = _option(
+        4,
+        "start",
+        "Jobs that one rank does in one batch where that is quicker; 1 never, and neither does --mode=latency.",
+        parse=whole(1, 64),
+    )
     nproc_per_node: int | None = _option(None, "start", "Ranks on this machine; without it the visible GPUs, else 1.", parse=whole(1, 64))
     host: str = _option("127.0.0.1", "start", "Address to listen on.", parse=str)
     master_port: int | None = _option(None, "start", "Port for the ranks' rendezvous; without it a free one.", parse=whole(1, 65535))

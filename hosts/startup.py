@@ -19,7 +19,7 @@ from backends.schedulers import parse_scheduler, require_family
 from backends.step_cache_spec import require_step_cache
 from hosts.autoplan import Auto, Recall, decide, is_automatic
 from hosts.machines import parse_endpoint
-from hosts.modes import Teams, choose_teams
+from hosts.modes import Teams, batch_limit, choose_teams
 from hosts.settings import Settings, option_fields
 from hosts.treatments import WITHOUT_SDPA, step_cache, treatments
 
@@ -53,6 +53,7 @@ class StartPlan:
     num_ranks: int
     reasons: tuple[str, ...]
     teams: Teams
+    max_batch: int = 1
     auto: Auto | None = None
 
     @property
@@ -69,6 +70,7 @@ class StartPlan:
             "ranks": self.plan.world_size,
             "axes": dict(self.job_plan.axes),
             **self.teams.facts(),
+            "max_batch": self.max_batch,
             "options": {name: value for name, value in self.job_plan.options.items() if value is not None},
             "checkpoint": self.load.checkpoint,
             "variant": self.load.variant,
@@ -134,7 +136,10 @@ def plan_start(
         require_step_cache(load.step_cache, plan)
     chosen = {"chosen": auto.teams, "quickest": auto.job.candidate.ranks} if auto is not None else {}
     teams = choose_teams(settings.mode, spec, plan, options, features=features, load=load, **chosen)
-    return StartPlan(spec=spec, plan=plan, load=load, num_ranks=ranks, reasons=tuple(reasons), teams=teams, auto=auto)
+    max_batch, why_one = batch_limit(settings.max_batch, settings.mode, spec, plan, teams, load)
+    reasons += [why_one] if why_one else []
+    told = {"num_ranks": ranks, "reasons": tuple(reasons), "teams": teams, "max_batch": max_batch, "auto": auto}
+    return StartPlan(spec=spec, plan=plan, load=load, **told)
 
 
 def _for_any_method(settings: Settings, reasons: list[str]) -> Settings:

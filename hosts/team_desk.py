@@ -4,7 +4,7 @@ Jobs so stay in one queue, and progress, cancellation, previews and deadlines wo
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,16 +22,16 @@ class NextCommand:
 
 @dataclass(frozen=True, slots=True)
 class StepDone:
-    """Answered by the word for the next step, and whether somebody looks."""
+    """Answered by the word for the next step, and the rows that somebody looks at. previews: of those rows."""
 
     step: int
     num_steps: int
-    preview: Array | None
+    previews: Mapping[int, Array | None]
 
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    result: GenerateResult | None
+    results: Sequence[GenerateResult]
     verdict: Verdict
 
 
@@ -50,16 +50,17 @@ class RemoteDesk:
     def __init__(self, line: Line, *, rank: int) -> None:
         self._line = line
         self._rank = rank
-        self._wants_preview = False
+        self._rows_in_view: tuple[int, ...] = ()
         self._word_is_due = False
 
     def next_command(self, check: Callable[[GenerateRequest], None]) -> Command:
         """Generate or Gather. What `check` refuses is answered here, and the other ranks never see it."""
         while isinstance(command := self._next(), Generate):
             try:
-                check(command.request)
+                for request in command.requests:
+                    check(request)
             except Exception as error:  # noqa: BLE001  the other ranks never see what is refused here, for whatever reason
-                self.generated(None, Verdict(failure=Failure.of(error, rank=self._rank), groups_are_broken=False))
+                self.generated([], Verdict(failure=Failure.of(error, rank=self._rank), groups_are_broken=False))
                 continue
             return command
         return command
@@ -68,16 +69,16 @@ class RemoteDesk:
         if not self._word_is_due:
             return GO_ON
         self._word_is_due = False
-        word, self._wants_preview = self._line.receive()
+        word, self._rows_in_view = self._line.receive()
         return word
 
-    def step_done(self, step: int, num_steps: int, preview: Callable[[], Array | None]) -> None:
-        self._line.send(StepDone(step, num_steps, preview() if self._wants_preview else None))
+    def step_done(self, step: int, num_steps: int, preview: Callable[[int], Array | None]) -> None:
+        self._line.send(StepDone(step, num_steps, {row: preview(row) for row in self._rows_in_view}))
         self._word_is_due = True
 
-    def generated(self, result: GenerateResult | None, verdict: Verdict) -> None:
-        self._tell(Generated(result, verdict))
-        self._wants_preview = False
+    def generated(self, results: Sequence[GenerateResult], verdict: Verdict) -> None:
+        self._tell(Generated(results, verdict))
+        self._rows_in_view = ()
 
     def leave(self) -> None:
         self._tell(Leave())
@@ -94,15 +95,15 @@ class RemoteDesk:
 class LocalDesk(Protocol):
     """What a service needs of rank 0's own end."""
 
-    wants_preview: bool
+    rows_in_view: tuple[int, ...]
 
     def next_command(self, check: Callable[[GenerateRequest], None]) -> Command: ...
 
     def step_word(self) -> int: ...
 
-    def step_done(self, step: int, num_steps: int, preview: Callable[[], Array | None]) -> None: ...
+    def step_done(self, step: int, num_steps: int, preview: Callable[[int], Array | None]) -> None: ...
 
-    def generated(self, result: GenerateResult | None, verdict: Verdict) -> None: ...
+    def generated(self, results: Sequence[GenerateResult], verdict: Verdict) -> None: ...
 
     def leave(self) -> None: ...
 
@@ -142,10 +143,10 @@ class Service:
                 self._line.send(command)
                 return not isinstance(command, Gather)
             case StepDone():
-                self._desk.step_done(message.step, message.num_steps, lambda: message.preview)
-                self._line.send((self._desk.step_word(), self._desk.wants_preview))
+                self._desk.step_done(message.step, message.num_steps, message.previews.get)
+                self._line.send((self._desk.step_word(), self._desk.rows_in_view))
             case Generated():
-                self._desk.generated(message.result, message.verdict)
+                self._desk.generated(message.results, message.verdict)
             case Leave():
                 self._on_loss()
                 self._desk.leave()

@@ -176,7 +176,7 @@ class WaitingLoop:
         mesh = Mesh(start.plan, rank=self._rank, device=self._device)
         if start.teams.plans and not self._lines:
             self._lines = open_lines()
-        sharing = Sharing(spec=start.spec, load=start.load, teams=start.teams, world_size=self._world_size)
+        sharing = Sharing(spec=start.spec, load=start.load, teams=start.teams, world_size=self._world_size, max_batch=start.max_batch)
         facts = {**start.facts(), "device": str(self._device)}
         desk = self._desk(start, sharing, facts)
         logger.info("%s on %s", start.plan.describe(), self._device)

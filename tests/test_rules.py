@@ -21,10 +21,11 @@ WITHOUT_TORCH = [
         f"hosts.{name}"
         for name in "job records store scratch choice pace modes sharing command_line autoplan endings activity watch machines".split()
     ),
-    *(f"hosts.{name}" for name in "app api pages schema openai a1111 incoming".split()),
+    *(f"hosts.{name}" for name in "app api pages schema openai a1111 incoming turns batch_gain".split()),
     *(f"hosts.cluster.{name}" for name in "config deployment gateway lane main messages metrics nodes replica replica_host".split()),
     *(f"hosts.compat.{name}" for name in "args fields routes codec host".split()),
     *(f"backends.{name}" for name in "request model_table errors plan schedulers schedule candidates cost estimate ranking".split()),
+    "backends.batching",
     *(f"backends.{folder.name}.plan" for folder in BACKENDS),
 ]
 MAY_READ_ENVIRONMENT = {ROOT / "hosts" / "main.py", ROOT / "hosts" / "compat" / "host.py", ROOT / "launcher.py"}

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 LONGEST_WAIT_S = 30.0
 """Before a replica is started in the place of one that failed; it doubles from one failure to the next, from a second."""
-NOT_SHOWN = ("given", "restarts", "ranks_now", "last_report", "seconds_per_megapixel_step")
+NOT_SHOWN = ("given", "restarts", "ranks_now", "last_report", "seconds_per_megapixel_step", "seconds_in_batches")
 """Facts of a replica that are its own."""
 
 

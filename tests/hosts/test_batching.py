@@ -1,0 +1,141 @@
+"""Jobs that are made in one batch: real hosts, real HTTP. The tests of one host run in this order."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from backends.model_table import read_table
+from backends.pipeline import load_pipeline
+from backends.request import GenerateRequest, LoadRequest
+from tests.checkpoints import checkpoint
+from tests.hosts.harness import start_launcher, wait_until
+from tests.hosts.test_teams import ARGUMENTS, _follow, over, pixels, send, show
+from tests.hosts.test_two_ranks import BODY, FAULTS
+
+LONG = {**BODY, "steps": 80}
+BLOCKER = {**BODY, "steps": 79}
+"""A job that runs while the others are sent, of a kind of its own."""
+
+
+@pytest.fixture(scope="module")
+def fault_file(tmp_path_factory):
+    return tmp_path_factory.mktemp("faults") / "next"
+
+
+@pytest.fixture(scope="module")
+def host(fault_file):
+    environment = {"PYTHONPATH": str(FAULTS), "FAULT_FILE": str(fault_file)}
+    with start_launcher(*ARGUMENTS, "--nproc_per_node=1", "--max_batch=3", environment=environment) as running:
+        running.wait_until_ready()
+        yield running
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """A pipeline without a host, which makes one picture at a time: fields as in BODY -> pixels."""
+    load = LoadRequest(model_type="sdxl", checkpoint=str(checkpoint("sdxl")), variant="fp32", height=64, width=64)
+    pipeline = load_pipeline(read_table()["sdxl"], load, device=torch.device("cpu"))
+
+    def picture(body):
+        names = {"positive": "prompt", "negative": "negative_prompt", "steps": "num_inference_steps", "cfg": "guidance_scale"}
+        return pipeline.generate(GenerateRequest(**{names.get(name, name): value for name, value in body.items()})).frames[0].astype(int)
+
+    return picture
+
+
+def blocked(host):
+    job = send(host, BLOCKER)
+    wait_until(lambda: show(host, job)["state"] == "running", within_s=30, what="it runs", every_s=0.01)
+    return job
+
+
+def assert_pictures(host, alone, bodies, jobs):
+    for body, job in zip(bodies, jobs, strict=True):
+        assert job["state"] == "done" and job["seed"] == body["seed"], job
+        assert np.abs(pixels(host, job["id"]).astype(int) - alone(body)).max() <= 1
+
+
+def test_jobs_of_two_clients_are_made_in_pairs_in_their_order_and_each_gets_its_own_picture(host, alone):
+    for _ in range(2):
+        (job,) = over(host, send(host, BODY))
+        assert (job["state"], job["batch"]) == ("done", 1)
+    blocker = blocked(host)
+    bodies = [{**BODY, "seed": seed, "positive": f"picture {seed}", "negative": f"blurry {seed}"} for seed in range(5)]
+    wrong = send(host, {**BODY, "clip_skip": 12}, client="wrong")
+    jobs = [send(host, body, client="ab"[number % 2]) for number, body in enumerate(bodies)]
+    done = over(host, blocker, *jobs)[1:]
+    assert [job["batch"] for job in done] == [2, 2, 2, 2, 1] and {job["exactness"] for job in done} == {"reordered", "exact"}
+    assert_pictures(host, alone, bodies, done)
+    refused = show(host, wrong)
+    assert refused["state"] == "failed" and refused["error"].startswith("clip_skip=12 is not allowed")
+    facts = host.get("/settings").json()
+    assert facts["max_batch"] == 3 and set(facts["seconds_in_batches"]["64x64, 4 steps guided"]) == {"1", "2"}
+    assert 'diffusion_batch_jobs_total{batch="2"} 4.0' in host.get("/metrics").text
+
+
+def test_pictures_of_one_request_share_a_batch(host, alone):
+    fields = {"prompt": "a red car", "negative_prompt": "blurry", "steps": 4, "seed": 5, "guidance_scale": 7.0}
+    answer = host.session.post(host.url("/v1/images/generations"), json={**fields, "n": 3, "size": "64x64"}, timeout=60).json()
+    done = [show(host, made["url"].split("/")[-2]) for made in answer["data"]]
+    assert [job["batch"] for job in done] == [3, 3, 3]
+    assert_pictures(host, alone, [{**BODY, "seed": seed} for seed in (5, 6, 7)], done)
+
+
+def test_one_job_of_a_batch_is_watched_and_another_cancelled_in_the_middle(host, alone):
+    over(host, *[send(host, LONG) for _ in range(2)])
+    blocker = blocked(host)
+    bodies = [{**LONG, "seed": seed} for seed in (1, 2)]
+    jobs = [send(host, body) for body in bodies]
+    previews = []
+    watcher = threading.Thread(target=_follow, args=(host, jobs[1], previews))
+    watcher.start()
+    wait_until(lambda: len(previews) > 2, within_s=30, what="it has previews")
+    assert [show(host, job)["state"] for job in jobs] == ["running"] * 2
+    at = host.session.delete(host.url(f"/v1/jobs/{jobs[0]}"), timeout=20).json()["step"]
+    wait_until(lambda: show(host, jobs[0])["state"] == "cancelled", within_s=10, what="it is cancelled", every_s=0.01)
+    assert show(host, jobs[1])["state"] == "running" and show(host, jobs[0])["step"] <= at + 2
+    over(host, blocker)
+    (done,) = over(host, jobs[1])
+    assert (done["batch"], done["step"]) == (2, 80)
+    assert_pictures(host, alone, bodies[1:], [done])
+    watcher.join(timeout=20)
+
+
+def test_batch_that_fails_is_made_one_by_one(host, alone, fault_file):
+    ranks = host.ranks()
+    blocker = blocked(host)
+    bodies = [{**LONG, "seed": seed} for seed in range(2)]
+    jobs = [send(host, body) for body in bodies]
+    over(host, blocker)
+    wait_until(lambda: show(host, jobs[1])["state"] == "running", within_s=30, what="both run", every_s=0.01)
+    fault_file.write_text("0 decode")
+    done = over(host, *jobs)
+    assert [(job["batch"], job["attempts"]) for job in done] == [(1, 2)] * 2
+    assert_pictures(host, alone, bodies, done)
+    assert host.ranks() == ranks
+
+
+@pytest.mark.slow
+def test_ranks_of_their_own_make_batches_too(alone):
+    with start_launcher(*ARGUMENTS, "--backend=distrifuser", "--nproc_per_node=2", "--mode=throughput") as host:
+        host.wait_until_ready()
+        over(host, *[send(host, body) for body in (BODY, BODY, LONG, LONG)])
+        blockers = [blocked(host), blocked(host)]
+        bodies = [
+            *[{**BODY, "seed": seed, "positive": f"picture {seed}"} for seed in range(4)],
+            *[{**LONG, "seed": seed} for seed in range(4)],
+        ]
+        jobs = [send(host, body) for body in bodies]
+        previews = []
+        watcher = threading.Thread(target=_follow, args=(host, jobs[7], previews))
+        watcher.start()
+        wait_until(lambda: len(previews) > 2, within_s=60, what="it has previews")
+        host.session.delete(host.url(f"/v1/jobs/{jobs[6]}"), timeout=20)
+        *done, cancelled, last = over(host, *blockers, *jobs)[2:]
+        watcher.join(timeout=20)
+        assert cancelled["state"] == "cancelled" and cancelled["step"] < 80
+        assert [job["batch"] for job in [*done, last]] == [2] * 7 and {job["ranks"] for job in done} == {1}
+        assert_pictures(host, alone, [*bodies[:6], bodies[7]], [*done, last])
+        assert "Traceback" not in host.log
