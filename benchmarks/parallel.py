@@ -1,10 +1,11 @@
 """Seconds per step, bytes and closeness of a backend's settings on N ranks of one thread each, against one rank in the same run.
 
-    python -m benchmarks.parallel --backend distrifuser --model unet --steps 10 --rounds 2 > result.json
+    python -m benchmarks.parallel --backend distrifuser --model unet --blocks 4 --rounds 2 > result.json
 
-In each round the first rank runs the loop alone while the others wait, then every setting runs on all ranks, so that ratios compare
-neighbours in time. The VAE decode is timed in the same way. `busy_cores` is what all processes of the machine used: with more than the
-ranks' own, figures are disturbed, and `cpu_ratio` (CPU seconds of one rank over those of the slowest of several) says what they would be.
+In each round the first rank runs the loop alone while the others wait, which the results are compared with, then every setting runs on all
+ranks. Between its steady steps one rank alone makes steps of its own (benchmarks/neighbour.py), so that `step_ratio` compares neighbours
+in time. The VAE decode is timed against one rank in the same round. `busy_cores` is what all processes of the machine used: with more than
+the ranks' own, figures are disturbed, and `cpu_ratio` (CPU seconds of one rank over those of one of several) says what they would be.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -36,48 +38,63 @@ from benchmarks.closeness import psnr
 from benchmarks.decode import measure_decode
 from benchmarks.machine import Clock, peak_memory_mb, reset_peak_memory
 from benchmarks.models import SUBJECTS, Subject, num_parameters
+from benchmarks.neighbour import BLOCK, Neighbour, serve
 from benchmarks.profile import profiled
 from benchmarks.settings import SETTINGS
 
 
 def main() -> None:
     arguments = _arguments()
+    spawning = mp.get_context("spawn")
+    ours, theirs = spawning.Pipe()
+    neighbour = spawning.Process(target=serve, args=(arguments.model, theirs), daemon=True)
+    neighbour.start()
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(_rank, (arguments, folder), nprocs=arguments.ranks, start_method="spawn")
+        mp.start_processes(_rank, (arguments, folder, ours), nprocs=arguments.ranks, start_method="spawn")
         print(Path(folder, "result.json").read_text())
+    ours.send(None)
+    neighbour.join()
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", choices=[name for name in BACKEND_NAMES if name != "single"], required=True)
     parser.add_argument("--model", choices=[*SUBJECTS], default="unet")
-    parser.add_argument("--settings", help="names from benchmarks/settings.py, with commas; all if left out")
+    parser.add_argument(
+        "--settings", type=lambda text: text.split(","), help="names from benchmarks/settings.py, with commas; all if left out"
+    )
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--blocks", type=int, default=3, help=f"{BLOCK} steady steps of each loop, of which the last two count")
     parser.add_argument("--warmup_steps", type=int, default=4, help="synchronous steps of each loop")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--profile", action="store_true", help="add where the time of one more steady step goes, by class of operator")
     parser.add_argument("--decode_side", type=int, default=64, help="side of the latents for the VAE decode; 0 leaves it out")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if unknown := set(arguments.settings or ()) - set(SETTINGS[arguments.backend]):
+        parser.error(
+            f"--settings: {', '.join(sorted(unknown))}. Allowed with {arguments.backend}: {', '.join(SETTINGS[arguments.backend])}."
+        )
+    arguments.steps = arguments.warmup_steps + 1 + BLOCK * arguments.blocks
+    return arguments
 
 
-def _rank(rank: int, arguments: argparse.Namespace, folder: str) -> None:
+def _rank(rank: int, arguments: argparse.Namespace, folder: str, connection: Connection) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=arguments.ranks)
     try:
         with torch.no_grad():
-            result = measure(rank, arguments)
+            result = measure(rank, arguments, Neighbour(connection) if rank == 0 else None)
         if rank == 0:
             Path(folder, "result.json").write_text(json.dumps(result, indent=2))
     finally:
         dist.destroy_process_group()
 
 
-def measure(rank: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """All rounds; the same on every rank."""
+def measure(rank: int, arguments: argparse.Namespace, neighbour: Neighbour | None) -> dict[str, Any]:
+    """All rounds; the same on every rank. neighbour: on rank 0."""
     subject = SUBJECTS[arguments.model]()
     settings = SETTINGS[arguments.backend]
-    names = arguments.settings.split(",") if arguments.settings else list(settings)
+    names = arguments.settings or list(settings)
     rounds: list[dict[str, Any]] = []
     reference: Tensor | None = None
     for _ in range(arguments.rounds):
@@ -85,8 +102,8 @@ def measure(rank: int, arguments: argparse.Namespace) -> dict[str, Any]:
         reference = latents if latents is not None else reference
         row = {"single": figures}
         for name in names:
-            row[name] = _together(rank, subject, settings[name], arguments, reference)
-            _tell(rank, name, row[name].get("refused") or f"{row['single']['steady_step_s'] / row[name]['steady_step_s']:.2f} x per step")
+            row[name] = _together(rank, subject, settings[name], arguments, reference, neighbour)
+            _tell(rank, name, row[name].get("refused") or f"{row[name]['step_ratio']:.2f} x per step, {row[name]['cpu_ratio']:.2f} by CPU")
         rounds.append(row)
     summary = {name: _summary(rounds, name) for name in ["single", *names]}
     result = {"machine": _machine(subject, arguments), "settings": summary, "rounds": rounds}
@@ -104,7 +121,12 @@ def _alone(rank: int, subject: Subject, arguments: argparse.Namespace) -> tuple[
 
 
 def _together(
-    rank: int, subject: Subject, options: dict[str, Any], arguments: argparse.Namespace, reference: Tensor | None
+    rank: int,
+    subject: Subject,
+    options: dict[str, Any],
+    arguments: argparse.Namespace,
+    reference: Tensor | None,
+    neighbour: Neighbour | None,
 ) -> dict[str, Any]:
     """One setting on all ranks. Its plan may refuse; that is a result too."""
     spec = read_table()[subject.model_type]
@@ -126,7 +148,7 @@ def _together(
         backend.check(run)
         mesh.traffic.reset()
         backend.begin(run)
-        figures, latents = _loop(subject, arguments, step_done=backend.step_done, traffic=mesh.traffic)
+        figures, latents = _loop(subject, arguments, step_done=backend.step_done, traffic=mesh.traffic, neighbour=neighbour)
         figures["report"] = dict(backend.report())
     except HostError as error:
         return {"refused": str(error)}
@@ -147,18 +169,23 @@ def closeness(latents: Tensor, reference: Tensor) -> dict[str, float]:
 
 
 def _loop(
-    subject: Subject, arguments: argparse.Namespace, *, step_done: Callable[[], None], traffic: Traffic | None = None
+    subject: Subject,
+    arguments: argparse.Namespace,
+    *,
+    step_done: Callable[[], None],
+    traffic: Traffic | None = None,
+    neighbour: Neighbour | None = None,
 ) -> tuple[dict[str, Any], Tensor]:
-    """One generation. Figures of the steady steps (after the synchronous ones) are medians over steps."""
+    """One generation. Figures of the steady steps (after the synchronous ones) are medians over steps. traffic: on several ranks."""
     scheduler, sample = subject.pipe.scheduler, subject.sample
     scheduler.set_timesteps(arguments.steps)
-    if traffic is None:
-        traffic = Traffic()
-    else:
-        dist.barrier()
+    is_shared, traffic = traffic is not None, traffic or Traffic()
     reset_peak_memory()
-    start, steps = Clock.now(), []
-    for timestep in scheduler.timesteps:
+    first_steady = arguments.warmup_steps + 1  # the step before may still lay out buffers
+    steps: list[dict[str, float]] = []
+    for number, timestep in enumerate(scheduler.timesteps):
+        if is_shared and (number == 0 or (number >= first_steady and (number - first_steady) % BLOCK == 0)):
+            _let_neighbour_step(neighbour if number else None)
         before, sent, waited = Clock.now(), traffic.sent_bytes, traffic.wait_s
         sample = scheduler.step(subject.predict(sample, timestep), timestep, sample, return_dict=False)[0]
         step_done()
@@ -172,21 +199,31 @@ def _loop(
                 "wait_s": traffic.wait_s - waited,
             }
         )
-    total = Clock.now().since(start)
-    figures = {"profile_ms": profiled(lambda: (subject.predict(sample, timestep), step_done()))} if arguments.profile else {}
-    steady = steps[min(arguments.warmup_steps + 1, len(steps) - 1) :]  # the first steady step may still lay out buffers
+    steady = steps[first_steady:]
+    figures: dict[str, Any] = {}
+    if is_shared:
+        _let_neighbour_step(neighbour)
+        figures |= neighbour.ratios([(step["wall_s"], step["cpu_s"]) for step in steady]) if neighbour is not None else {}
+    if arguments.profile:
+        figures["profile_ms"] = profiled(lambda: (subject.predict(sample, timestep), step_done()))
+    busy_s, wall_s = (sum(step[key] for step in steps) for key in ("busy_s", "wall_s"))
     figures |= {
-        "loop_s": round(total.wall_s, 3),
-        "loop_cpu_s": round(total.cpu_s, 3),
+        "loop_s": round(wall_s, 3),
         "steady_step_s": _median(steady, "wall_s"),
-        "steady_best_s": round(min(step["wall_s"] for step in steady), 4),
         "steady_cpu_s": _median(steady, "cpu_s"),
         "steady_wait_s": _median(steady, "wait_s"),
         "steady_sent_mb": round(statistics.median(step["sent"] for step in steady) / 1e6, 3),
-        "busy_cores": round(total.busy_s / total.wall_s, 2),
+        "busy_cores": round(busy_s / wall_s, 2),
         "peak_memory_mb": peak_memory_mb(),
     }
     return figures, sample
+
+
+def _let_neighbour_step(neighbour: Neighbour | None) -> None:
+    """Rank 0 has the neighbour; all ranks go on together afterwards."""
+    if neighbour is not None:
+        neighbour.step()
+    dist.barrier()
 
 
 def _median(steps: list[dict[str, float]], key: str) -> float:
@@ -194,19 +231,13 @@ def _median(steps: list[dict[str, float]], key: str) -> float:
 
 
 def _summary(rounds: list[dict[str, Any]], name: str) -> dict[str, Any]:
-    """Medians over the rounds; ratios are of the same round's single loop."""
+    """Medians over the rounds."""
     rows = [(row[name], row["single"]) for row in rounds if "refused" not in row[name]]
     if not rows:
         return {"refused": rounds[0][name]["refused"]}
-    ratios = {
-        "step_ratio": [single["steady_step_s"] / row["steady_step_s"] for row, single in rows],
-        "step_ratio_by_best": [single["steady_best_s"] / row["steady_best_s"] for row, single in rows],
-        "loop_ratio": [single["loop_s"] / row["loop_s"] for row, single in rows],
-        "cpu_ratio": [single["steady_cpu_s"] / max(row.get("steady_cpu_s_by_rank", [row["steady_cpu_s"]])) for row, single in rows],
-        "busy_cores": [row["busy_cores"] for row, _ in rows],
-        "steady_step_s": [row["steady_step_s"] for row, _ in rows],
-    }
-    result = {key: round(statistics.median(values), 3) for key, values in ratios.items()}
+    values = {key: [row[key] for row, _ in rows] for key in ("step_ratio", "cpu_ratio", "busy_cores", "steady_step_s") if key in rows[0][0]}
+    values["loop_ratio"] = [single["loop_s"] / row["loop_s"] for row, single in rows]
+    result = {key: round(statistics.median(numbers), 3) for key, numbers in values.items()}
     kept = ("plan", "psnr_db", "profile_ms", "max_difference", "steady_sent_mb_by_rank", "steady_wait_s_by_rank", "steady_cpu_s_by_rank")
     return result | {key: rows[-1][0][key] for key in (*kept, "peak_memory_mb_by_rank") if key in rows[-1][0]}
 
