@@ -17,7 +17,7 @@ GOLDEN = (
     '--scheduler={"scheduler": "dpmpp_2m", "use_karras_sigmas": true}', "--type=sdxl", "--model_n=2", "--stride=1",
     "--left_over=from_another_node",
 )  # fmt: skip
-NUM_REQUESTS = 400
+NUM_REQUESTS = 60
 
 
 def test_asyncdiff_host_of_comfyui_from_start_to_kill():

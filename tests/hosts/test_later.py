@@ -158,7 +158,7 @@ def test_another_pipeline_takes_its_place_in_the_same_processes_after_the_jobs_t
     ranks = host.ranks()
     assert list(host.get("/settings").json()["teams"]) == ["1"]
     body = {"prompt": "a dog", "width": 64, "height": 64}
-    jobs = [send(host, "/v1/jobs", {**body, "steps": steps}).json()["id"] for steps in (20, 60, 60)]
+    jobs = [send(host, "/v1/jobs", {**body, "steps": steps}).json()["id"] for steps in (10, 40, 40)]
     of = lambda job: host.get(f"/v1/jobs/{job}").json()  # noqa: E731
     wait_until(lambda: [of(job)["state"] for job in jobs] == ["done", "running", "running"], within_s=60, what="two run at once")
     apply(host, configuration("sd1"))

@@ -97,7 +97,7 @@ def test_picture_is_typed_drawn_previewed_and_kept_with_its_settings(page, host,
     assert find(page, "#field-num_inference_steps").get_attribute("value") == "20"
     assert page.switch_to.active_element.get_attribute("id") == "field-prompt"
     page.switch_to.active_element.send_keys("a large red circle on a blue background")
-    fill(page, "num_inference_steps", 60)
+    fill(page, "num_inference_steps", 30)
     fill(page, "seed", 1)
     find(page, "#draw").click()
     first = until(page, lambda: source(page))
@@ -105,7 +105,7 @@ def test_picture_is_typed_drawn_previewed_and_kept_with_its_settings(page, host,
     page.save_screenshot(screenshots / "generating.png")
     until(page, lambda: source(page) != first and source(page).startswith("data:"))
     until(page, lambda: source(page).startswith("blob:"))
-    assert "128x128, 60 steps, guidance 2.5, EulerDiscreteScheduler, seed 1" in caption(page)
+    assert "128x128, 30 steps, guidance 2.5, EulerDiscreteScheduler, seed 1" in caption(page)
     assert find(page, "#cancel").get_attribute("hidden") and not find(page, "#download").get_attribute("hidden")
     name = find(page, "#download").get_attribute("download")
     png = requests.get(host.url(f"/v1/jobs/{name.removesuffix('.png')}/result"), timeout=20).content

@@ -20,7 +20,7 @@ from tests.checkpoints import checkpoint
 from tests.hosts.harness import READY_WITHIN_S, start_launcher, wait_until
 from tests.hosts.test_two_ranks import BODY, FAULTS
 
-LONG = {**BODY, "steps": 60}
+LONG = {**BODY, "steps": 30}
 ARGUMENTS = ("--type=sdxl", f"--checkpoint={checkpoint('sdxl')}", "--height=64", "--width=64")
 
 
@@ -138,7 +138,7 @@ def test_pictures_of_one_request_are_shared_out_among_the_ranks_and_come_back_in
 
 def test_split_jobs_have_previews_and_one_is_cancelled_and_one_refused_without_touching_the_others(host, alone):
     blocker = begun(host, LONG)
-    jobs = [send(host, {**LONG, "steps": 200, "seed": seed}) for seed in range(2)]
+    jobs = [send(host, {**LONG, "steps": 100, "seed": seed}) for seed in range(2)]
     wrong = send(host, {**BODY, "clip_skip": 12})
     last = send(host, {**BODY, "seed": 3})
     both_run(host, jobs)
@@ -155,7 +155,7 @@ def test_split_jobs_have_previews_and_one_is_cancelled_and_one_refused_without_t
     assert refused["state"] == "failed" and refused["error"].startswith("clip_skip=12 is not allowed")
     assert np.abs(pixels(host, good["id"]).astype(int) - alone(3)).max() <= 1
     first, _ = over(host, jobs[0], blocker)
-    assert (first["state"], first["ranks"], first["step"]) == ("done", 1, 200)
+    assert (first["state"], first["ranks"], first["step"]) == ("done", 1, 100)
     for thread in threads:
         thread.join(timeout=20)
 

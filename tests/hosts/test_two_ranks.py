@@ -108,7 +108,7 @@ def test_pictures_asked_for_at_once_are_not_swapped(host, reference):
 
 
 def test_ten_clients_at_once_are_served_in_turns_and_get_their_own_pictures(host, reference):
-    blocker = _send(host, {**BODY, "steps": 100})
+    blocker = _send(host, {**BODY, "steps": 40})
     wait_until(lambda: host.get(f"/v1/jobs/{blocker['id']}").json()["state"] == "running", within_s=30, what="both ranks work on it")
     sent = [_send(host, {**BODY, "seed": seed}, client=f"client {seed % 5}") for seed in range(10)]
     done = [_over(host, job["id"]) for job in sent]
@@ -174,7 +174,7 @@ def test_bad_request_reaches_no_rank(host, reference):
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_rank_is_replaced_and_no_job_is_lost(rank, host, reference):
     old = host.ranks()
-    running, *waiting = [_send(host, {**BODY, "steps": steps}) for steps in (60, 4, 4)]
+    running, *waiting = [_send(host, {**BODY, "steps": steps}) for steps in (40, 4, 4)]
     answers = []
     client = threading.Thread(target=lambda: answers.append(_outcome(host, {**BODY, "steps": 4})))
     client.start()
@@ -190,7 +190,7 @@ def test_killed_rank_is_replaced_and_no_job_is_lost(rank, host, reference):
         picture = Image.open(io.BytesIO(host.get(job["links"]["result"]).content))
         assert np.abs(np.asarray(picture).astype(int) - reference).max() <= 1  # on one rank or on both
     over = _over(host, running["id"])
-    assert (over["state"], over["attempts"], over["step"]) == ("done", 2, 60)
+    assert (over["state"], over["attempts"], over["step"]) == ("done", 2, 40)
     assert f"job {running['id']} is begun again" in host.log
     assert not set(host.ranks().values()) & set(old.values())
 
