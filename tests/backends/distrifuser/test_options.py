@@ -48,7 +48,7 @@ def check_controlnet(rank: int, world_size: int, names: tuple[str, ...], option_
 def test_controlnet_under_bands_and_split_batch_matches_one_rank(run_on_ranks):
     for name in WITH_CONTROLNET:
         controlnet(name)
-    run_on_ranks(check_controlnet, 2, ("sdxl",), (BANDS, {"sync_mode": "full_sync"}, {"no_split_batch": True}))
+    run_on_ranks(check_controlnet, 2, ("sdxl",), (BANDS, {"sync_mode": "full_sync"}))
 
 
 @pytest.mark.slow
