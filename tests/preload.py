@@ -1,19 +1,24 @@
 """Imported once by the fork server, so that rank processes start with the heavy modules loaded. Touches no thread pool."""
 
+import gc
 import importlib
 
+import diffusers
+
+from backends.model_table import read_table
+from backends.schedulers import SCHEDULERS
+
 for name in (
-    "diffusers.models.unets.unet_2d_condition",
-    "diffusers.models.transformers.transformer_sd3",
-    "diffusers.models.transformers.transformer_flux",
-    "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl",
-    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
-    "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3",
-    "diffusers.pipelines.animatediff.pipeline_animatediff",
-    "diffusers.pipelines.flux.pipeline_flux",
-    "backends.pipeline",
     "backends.asyncdiff.backend",
     "backends.distrifuser.backend",
+    "backends.pipeline",
     "backends.xdit.backend",
+    "diffusers.guiders",
+    "pytest",
 ):
     importlib.import_module(name)
+for facts in SCHEDULERS.values():
+    getattr(importlib.import_module(facts.module), facts.class_name)
+for spec in read_table().values():
+    getattr(diffusers, spec.pipeline)
+gc.freeze()  # a collection in a rank would otherwise write to the pages of everything above, and so copy them
