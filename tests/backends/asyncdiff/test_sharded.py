@@ -33,8 +33,8 @@ def check_sharded(rank, world_size, names, options):
 @pytest.mark.parametrize(
     ("world_size", "names", "options"),
     [
-        (2, ["sdxl", "sd3"], {}),
-        pytest.param(2, ["flux"], {}, marks=pytest.mark.slow),
+        (2, ["sdxl"], {}),
+        pytest.param(2, ["sd3", "flux"], {}, marks=pytest.mark.slow),
         pytest.param(3, ["sdxl"], {"model_n": 3}, marks=pytest.mark.slow),
         pytest.param(3, ["sdxl"], {"model_n": 2, "stride": 2}, marks=pytest.mark.slow),
     ],

@@ -34,10 +34,11 @@ def check_equals_simulation(rank, world_size, names, many_options, fields):
         asked = request(name, **({"num_inference_steps": 5, "warmup_steps": 2} | fields))
         with attached(pipes[name], options, rank=rank, world_size=world_size) as backend:
             got = result(pipes[name], asked)
-            again = result(pipes[name], asked)
+            label = f"{name} {options}: "
+            if options == many_options[-1]:
+                again = result(pipes[name], asked)
+                torch.testing.assert_close(again, got, rtol=0, atol=0, msg=lambda text: f"{label}state is left behind: {text}")  # noqa: B023
             segments = backend.segments
-        label = f"{name} {options}: "
-        torch.testing.assert_close(again, got, rtol=0, atol=0, msg=lambda text: f"{label}state is left behind: {text}")  # noqa: B023
         compare_with_simulation(pipes[name], asked, backend.plan, segments, got, label)
 
 
@@ -82,7 +83,7 @@ THREE = [{"model_n": 3}, {"model_n": 2, "stride": 2}]
     ("world_size", "degrees", "names"),
     [
         (2, [{"model_n": 2}], ["sdxl", "sd3", "flux"]),
-        (3, THREE, ["sdxl"]),
+        pytest.param(3, THREE, ["sdxl"], marks=pytest.mark.slow),
         pytest.param(3, THREE, ["sd3", "flux"], marks=pytest.mark.slow),
         pytest.param(4, [{"model_n": 3, "stride": 2}], ["sdxl", "sd3", "flux"], marks=pytest.mark.slow),
         pytest.param(2, [{"model_n": 2}], ["zimage", "flux2"], marks=pytest.mark.slow),

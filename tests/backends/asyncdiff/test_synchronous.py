@@ -26,14 +26,19 @@ def check_equals_single(rank, world_size, names, many_options):
             torch.testing.assert_close(result(pipe, asked), want, rtol=0, atol=0)  # detached: the pipeline is as it was found
 
 
+FAST = ("sd1", "sd3")  # a UNet and a transformer; sdxl with all kinds of requests is in test_requests.py
+OTHERS = [name for name in NAMES if name not in FAST]
+
+
 @pytest.mark.parametrize(
-    "names", [NAMES[:4], *(pytest.param(NAMES[start : start + 4], marks=pytest.mark.slow) for start in (4, 8, 12))], ids=",".join
+    "names", [FAST, *(pytest.param(OTHERS[start : start + 4], marks=pytest.mark.slow) for start in range(0, len(OTHERS), 4))], ids=",".join
 )
 def test_full_warmup_matches_single_on_two_ranks(run_on_ranks, names):
     prepare(*names)
     run_on_ranks(check_equals_single, 2, names, [{}])
 
 
+@pytest.mark.slow
 def test_full_warmup_matches_single_on_three_ranks(run_on_ranks):
     prepare("sdxl")
     run_on_ranks(check_equals_single, 3, ["sdxl"], [{"model_n": 3}, {"model_n": 2, "stride": 2}])
