@@ -11,7 +11,6 @@ from backends.model_table import FEATURES
 from backends.offload import offload
 from tests.backends.features import CPU, STEPS, TABLE, attached, combined, loaded, meshes, prepare, request_for, result
 
-FAST = ("sdxl", "flux")
 PARALLEL = ("asyncdiff", "distrifuser", "xdit")
 
 
@@ -32,6 +31,7 @@ def check_type(rank, world_size, name, wanted):
     plain = result(plain_pipe, request_for(spec))
     for backend in backends:
         compare(plain_pipe, with_mesh[backend], request_for(spec), plain, f"{name} {backend}")
+    assert_same(result(plain_pipe, request_for(spec)), plain, f"{name}: after all backends were detached")
     for what, its_backends in wanted.items():
         case = combined(what.split(" + "), spec)
         pipe = loaded(spec, **case.load)
@@ -45,6 +45,7 @@ def check_type(rank, world_size, name, wanted):
         assert (change > case.visible) == case.changes_result, f"{name} {what}: changes the result by {change:.1e}"
         for backend in its_backends:
             compare(pipe, with_mesh[backend], asked, want, f"{name} {what} {backend}")
+        assert_same(result(pipe, asked), want, f"{name} {what}: after all backends were detached")
 
 
 def compare(pipe, mesh, asked, want, label):
@@ -57,29 +58,37 @@ def compare(pipe, mesh, asked, want, label):
             assert graphs > before, f"{label}: nothing was compiled"
             assert num_graphs() == graphs, f"{label}: the same size was compiled again"
             torch._dynamo.reset()
+    assert_same(got, want, label)
+
+
+def assert_same(got, want, label):
     limit = max(1e-5, 1e-4 * float(want.abs().max()), 1.01 / 255 if want.dim() == 4 and want.shape[-1] == 3 else 0)
     difference = float((got - want).abs().max())
     assert torch.isfinite(got).all() and difference <= limit, f"{label}: off by {difference:.1e}, allowed {limit:.1e}"
-    assert float((result(pipe, asked) - want).abs().max()) <= limit, f"{label}: detaching left something behind"
 
 
 def num_graphs():
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
-
-
-OTHERS = [name for name in TABLE if name not in FAST]
-BUT_COMPILE = [what for what in FEATURES if what != "compile"]
+TOGETHER = "lora + controlnet + ip_adapter"
+BUT_COMPILE = [what for what in FEATURES if what != "compile"]  # tracing a whole UNet takes as long as everything else together
 
 
 @pytest.mark.timeout(400)
+def test_two_ranks_equal_one_device_with_each_feature_of_sdxl(run_on_ranks):
+    """Each on one backend, and every backend in its turn; three of them are tested together on all, and every cell is in the long tail."""
+    found = {what: backends for what, backends in cells("sdxl").items() if what in BUT_COMPILE and what not in TOGETHER.split(" + ")}
+    wanted = {what: [backends[turn % len(backends)]] for turn, (what, backends) in enumerate(found.items())}
+    assert {backend for (backend,) in wanted.values()} == set(PARALLEL) & set(TABLE["sdxl"].backends)
+    prepare(TABLE["sdxl"], wanted)
+    run_on_ranks(check_type, 2, "sdxl", wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize(
-    ("name", "features"),
-    # tracing a whole UNet takes as long as everything else together
-    [("sdxl", BUT_COMPILE), slow("flux", FEATURES), slow("sdxl", ["compile"]), *(slow(name, FEATURES) for name in OTHERS)],
+    ("name", "features"), [("sdxl", BUT_COMPILE), ("sdxl", ["compile"]), *((name, FEATURES) for name in TABLE if name != "sdxl")]
 )
 def test_two_ranks_equal_one_device_with_every_feature(run_on_ranks, name, features):
     wanted = {what: backends for what, backends in cells(name).items() if what in features}
@@ -91,7 +100,7 @@ def test_two_ranks_equal_one_device_with_every_feature(run_on_ranks, name, featu
 @pytest.mark.parametrize(
     ("name", "what"),
     [
-        ("sdxl", "lora + controlnet + ip_adapter"),
+        ("sdxl", TOGETHER),
         ("flux", "gguf + lora"),
         pytest.param("sdxl", "quantization + lora + compile", marks=pytest.mark.slow),  # tracing packed layers with LoRA takes a minute
     ],
