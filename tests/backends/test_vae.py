@@ -46,7 +46,7 @@ def check_decodes(rank: int, world_size: int) -> None:
     mesh.destroy()
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_band_decode_matches_the_single_decode(run_on_ranks, world_size):
     for name in ("sdxl", "sd3", "sdup", "svd"):
         checkpoint(name)
@@ -78,12 +78,12 @@ def test_band_decode_shares_tiles_over_all_axes_and_leaves_the_vae_as_it_was(run
     run_on_ranks(check_tiles_and_axes, 2)
 
 
-CASES = (
-    ("sdxl", "distrifuser", {}),
-    ("sdup", "distrifuser", {"sync_mode": "full_sync", "no_split_batch": True}),
-    ("sd3", "xdit", {"ulysses_degree": 2}),
-    ("svd", "asyncdiff", {}),
-)
+CASES = {
+    "sdxl": (("distrifuser", {}), ("asyncdiff", {})),
+    "sdup": (("distrifuser", {"sync_mode": "full_sync", "no_split_batch": True}),),
+    "sd3": (("xdit", {"ulysses_degree": 2}),),
+    "svd": (("asyncdiff", {}),),
+}
 
 
 def drawn(pipeline: LoadedPipeline, name: str, backend_name: str, options: dict[str, Any], rank: int) -> tuple[GenerateResult, bool]:
@@ -104,11 +104,12 @@ def request_for(name: str) -> GenerateRequest:
     return GenerateRequest(seed=1, num_inference_steps=2, warmup_steps=2, height=128, width=64, **fields)
 
 
-def check_backends(rank: int, world_size: int) -> None:
-    for name, backend_name, options in CASES:
-        load_request = LoadRequest(model_type=name, checkpoint=str(checkpoint(name)), variant="fp32")
-        pipeline = load_pipeline(read_table()[name], load_request, device=torch.device("cpu"))
-        want = pipeline.generate(request_for(name)).frames.astype(int)
+def check_backends(rank: int, world_size: int, name: str) -> None:
+    load_request = LoadRequest(model_type=name, checkpoint=str(checkpoint(name)), variant="fp32")
+    pipeline = load_pipeline(read_table()[name], load_request, device=torch.device("cpu"))
+    want = pipeline.generate(request_for(name)).frames.astype(int)
+    for backend_name, options in CASES[name]:
+        pipeline.load = replace(pipeline.load, parallel_vae=True)
         shared, was_shared = drawn(pipeline, name, backend_name, options, rank)
         pipeline.load = replace(pipeline.load, parallel_vae=False)
         alone, was_shared_too = drawn(pipeline, name, backend_name, options, rank)
@@ -120,10 +121,10 @@ def check_backends(rank: int, world_size: int) -> None:
         assert want.std() > 5, f"{name}: the picture is flat, so this proves nothing"
 
 
-def test_every_backend_shares_the_decode_unless_it_is_switched_off(run_on_ranks):
-    for name, *_ in CASES:
-        checkpoint(name)
-    run_on_ranks(check_backends, 2)
+@pytest.mark.parametrize("name", ["sdxl", "sd3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sdup", "svd"))])
+def test_every_backend_shares_the_decode_unless_it_is_switched_off(run_on_ranks, name):
+    checkpoint(name)
+    run_on_ranks(check_backends, 2, name)
 
 
 @pytest.mark.parametrize(
