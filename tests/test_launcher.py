@@ -60,6 +60,7 @@ def test_check_prints_the_plan_and_starts_nothing():
     assert "backend      distrifuser" in text and "because" in text
 
 
+@pytest.mark.slow
 def test_checkpoint_that_does_not_load_ends_the_host_with_its_reason_and_is_not_tried_again(tmp_path):
     folder = tmp_path / "broken"
     for file in checkpoint("sdxl").rglob("*"):

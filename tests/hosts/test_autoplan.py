@@ -213,15 +213,26 @@ def test_a_method_that_fails_in_its_trial_is_left_out_with_the_reason(run_on_ran
 ARGUMENTS = ("--type=sdxl", "--nproc_per_node=2", "--height=64", "--width=64", "--mode=latency", "--quality=exact")
 
 
-def test_host_tells_its_table_and_goes_by_what_was_measured_before(tmp_path):
+@pytest.fixture
+def measured_before(tmp_path):
+    """Arguments of a launch whose steps were measured before, bands being the quickest."""
     found = start(height=64, width=64, mode="latency", quality="exact")
     steps = {"single": 1.0, "distrifuser patch 2 full_sync": 0.5, "distrifuser cfg 2": 0.7}
     remember(tmp_path, found.auto.key, with_steps(found, steps=steps))
-    arguments = (*ARGUMENTS, f"--checkpoint={checkpoint('sdxl')}", f"--state_dir={tmp_path}")
-    checked = json.loads(run_launcher(*arguments, "--check", "--json").stdout)
+    return (*ARGUMENTS, f"--checkpoint={checkpoint('sdxl')}", f"--state_dir={tmp_path}")
+
+
+def test_check_tells_the_table_and_goes_by_what_was_measured_before(measured_before):
+    checked = json.loads(run_launcher(*measured_before, "--check", "--json").stdout)
     assert (checked["backend"], checked["axes"]) == ("distrifuser", {"patch": 2})
-    assert "* distrifuser patch 2 full_sync" in run_launcher(*arguments, "--check").stdout
-    with start_launcher(*arguments) as host:
+    assert checked["planner"]["source"] == "measured 2026-01-01"
+    assert "* distrifuser patch 2 full_sync" in run_launcher(*measured_before, "--check").stdout
+
+
+@pytest.mark.slow
+def test_host_tells_the_table_of_the_check_and_goes_by_it(measured_before):
+    checked = json.loads(run_launcher(*measured_before, "--check", "--json").stdout)
+    with start_launcher(*measured_before) as host:
         host.wait_until_ready()
         told = host.get("/settings").json()
         assert told["planner"] == checked["planner"] and told["planner"]["source"] == "measured 2026-01-01"
