@@ -3,7 +3,7 @@
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -54,6 +54,12 @@ def imported(path: Path) -> set[str]:
     return found
 
 
+@cache
+def attributes(path: Path) -> set[str]:
+    """Every attribute that the file reads or writes, as it is written there."""
+    return {ast.unparse(node) for node in ast.walk(tree(path)) if isinstance(node, ast.Attribute)}
+
+
 def _walk_what_runs(node: ast.AST) -> Iterator[ast.AST]:
     yield node
     for child in ast.iter_child_nodes(node):
@@ -65,48 +71,45 @@ def below(names: set[str], package: str) -> set[str]:
     return {dotted for dotted in names if dotted == package or dotted.startswith(package + ".")}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "backends").rglob("*.py")), ids=name)
-def test_backends_know_nothing_of_hosts_or_http(path):
-    names = imported(path)
-    assert not below(names, "hosts") | below(names, "launcher") | below(names, "flask") | below(names, "werkzeug") | below(names, "cheroot")
+def offenders(paths: Iterable[Path], *packages: str) -> dict[str, set[str]]:
+    """File -> what it imports of these packages, for the files that import anything of them."""
+    found = {name(path): {dotted for package in packages for dotted in below(imported(path), package)} for path in paths}
+    return {path: names for path, names in found.items() if names}
+
+
+def test_backends_know_nothing_of_hosts_or_http():
+    assert not offenders((ROOT / "backends").rglob("*.py"), "hosts", "launcher", "flask", "werkzeug", "cheroot")
 
 
 @pytest.mark.parametrize("folder", BACKENDS, ids=name)
 def test_no_backend_imports_another(folder):
-    others = [f"backends.{other.name}" for other in BACKENDS if other != folder]
-    for path in folder.rglob("*.py"):
-        names = imported(path)
-        assert not [other for other in others if below(names, other)], name(path)
+    assert not offenders(folder.rglob("*.py"), *(f"backends.{other.name}" for other in BACKENDS if other != folder))
 
 
-@pytest.mark.parametrize("path", [*SHARED, *HOSTS, ROOT / "launcher.py"], ids=name)
-def test_a_backend_is_reached_through_the_registry_only(path):
-    names = imported(path)
-    assert not [folder.name for folder in BACKENDS if below(names, f"backends.{folder.name}")]
+def test_a_backend_is_reached_through_the_registry_only():
+    assert not offenders([*SHARED, *HOSTS, ROOT / "launcher.py"], *(f"backends.{folder.name}" for folder in BACKENDS))
 
 
-@pytest.mark.parametrize("path", PRODUCT, ids=name)
-def test_ray_is_an_extra_that_two_files_import_when_they_need_it(path):
-    top_level = {alias.name for node in tree(path).body if isinstance(node, ast.Import) for alias in node.names}
-    assert not below(top_level, "ray")
-    if path not in {ROOT / "hosts" / "cluster" / name for name in ("nodes.py", "replica_host.py")}:
-        assert not below(imported(path), "ray")
+def test_ray_is_an_extra_that_two_files_import_when_they_need_it():
+    for path in PRODUCT:
+        top_level = {alias.name for node in tree(path).body if isinstance(node, ast.Import) for alias in node.names}
+        assert not below(top_level, "ray"), name(path)
+    may = {ROOT / "hosts" / "cluster" / name for name in ("nodes.py", "replica_host.py")}
+    assert not offenders([path for path in PRODUCT if path not in may], "ray")
 
 
-@pytest.mark.parametrize("path", HOSTS, ids=name)
-def test_hosts_do_not_import_diffusers(path):
-    assert not below(imported(path), "diffusers")
+def test_hosts_do_not_import_diffusers():
+    assert not offenders(HOSTS, "diffusers")
 
 
 MAY_IMPORT_DISTRIBUTED = {ROOT / "backends" / "distributed.py", ROOT / "hosts" / "agent.py"}
 """Groups of ranks, and the process above the ranks, which has none."""
 
 
-@pytest.mark.parametrize("path", [path for path in [*SHARED, *HOSTS, ROOT / "launcher.py"] if path not in MAY_IMPORT_DISTRIBUTED], ids=name)
-def test_torch_distributed_belongs_to_one_shared_file_and_the_backends(path):
-    assert not below(imported(path), "torch.distributed")
-    attributes = {ast.unparse(node) for node in ast.walk(tree(path)) if isinstance(node, ast.Attribute)}
-    assert "torch.distributed" not in attributes
+def test_torch_distributed_belongs_to_one_shared_file_and_the_backends():
+    others = [path for path in [*SHARED, *HOSTS, ROOT / "launcher.py"] if path not in MAY_IMPORT_DISTRIBUTED]
+    assert not offenders(others, "torch.distributed")
+    assert not [name(path) for path in others if "torch.distributed" in attributes(path)]
 
 
 def test_launcher_imports_only_what_it_needs_before_it_knows_what_to_do():
@@ -127,15 +130,18 @@ def test_launcher_imports_only_what_it_needs_before_it_knows_what_to_do():
     assert len((ROOT / "launcher.py").read_text().splitlines()) < 150
 
 
-@pytest.mark.parametrize("path", [path for path in PRODUCT if path not in MAY_READ_ENVIRONMENT], ids=name)
-def test_environment_is_read_at_the_entries_only(path):
-    names = {ast.unparse(node) for node in ast.walk(tree(path)) if isinstance(node, ast.Attribute)}
-    assert not names & {"os.environ", "os.getenv", "os.putenv"}
-    assert not imported(path) & {"os.environ", "os.getenv"}
+def test_environment_is_read_at_the_entries_only():
+    readers = {"os.environ", "os.getenv", "os.putenv"}
+    others = [path for path in PRODUCT if path not in MAY_READ_ENVIRONMENT]
+    assert not [name(path) for path in others if (attributes(path) | imported(path)) & readers]
 
 
-@pytest.mark.parametrize("path", PRODUCT, ids=name)
-def test_code_never_decides_by_the_name_of_a_model_type(path):
+def test_code_never_decides_by_the_name_of_a_model_type():
+    for path in PRODUCT:
+        _never_decides_by_a_type(path)
+
+
+def _never_decides_by_a_type(path: Path) -> None:
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Compare):
             operands = [operand for side in (node.left, *node.comparators) for operand in ast.walk(side)]
@@ -145,15 +151,13 @@ def test_code_never_decides_by_the_name_of_a_model_type(path):
             assert node.value.value not in MODEL_TYPES, f"{name(path)}:{node.lineno}"
 
 
-@pytest.mark.parametrize("path", PRODUCT, ids=name)
-def test_file_has_a_docstring_and_under_400_lines(path):
-    assert ast.get_docstring(tree(path)), name(path)
-    assert len(path.read_text().splitlines()) <= 400
+def test_file_has_a_docstring_and_under_400_lines():
+    assert not [name(path) for path in PRODUCT if not ast.get_docstring(tree(path))]
+    assert not [name(path) for path in PRODUCT if len(path.read_text(encoding="utf-8").splitlines()) > 400]
 
 
-@pytest.mark.parametrize("path", PRODUCT, ids=name)
-def test_source_is_ascii(path):
-    assert path.read_text(encoding="utf-8").isascii()
+def test_source_is_ascii():
+    assert not [name(path) for path in PRODUCT if not path.read_text(encoding="utf-8").isascii()]
 
 
 def test_what_the_http_side_and_the_launcher_need_imports_no_torch():
