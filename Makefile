@@ -10,7 +10,7 @@ demo: .venv/installed
 	$(BIN)/python -m demo --port=$(PORT) $(if $(ONCE),--once)
 
 test: .venv/installed
-	$(BIN)/python -m pytest -m "not gpu and not slow" --numprocesses=2 --dist=loadfile --durations=30
+	$(BIN)/python -m pytest -m "not gpu and not slow" --numprocesses=3 --dist=loadfile --no-loadscope-reorder --durations=30
 
 test-all: .venv/installed
 	$(BIN)/python -m pytest

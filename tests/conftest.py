@@ -36,6 +36,21 @@ def _rank_entry(rank: int, world_size: int, folder: Path, check: Callable[..., N
             dist.destroy_process_group()
 
 
+HOSTS = {"start_launcher", "start_client_host", "start_cluster"}
+"""What starts processes for a whole host, by the names under which test files import it."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long first, as they are handed out to workers whole: then no worker ends long after the others."""
+    hosts, ranks = set(), set()
+    for item in items:
+        if HOSTS & vars(item.module).keys():
+            hosts.add(item.path)
+        elif "run_on_ranks" in item.fixturenames:
+            ranks.add(item.path)
+    items.sort(key=lambda item: (item.path not in hosts, item.path not in ranks))
+
+
 @pytest.fixture
 def run_on_ranks(tmp_path: Path) -> Callable[..., None]:
     """run(check, world_size, *args): `check(rank, world_size, *args)` on that many gloo ranks; the first failure is shown first."""
