@@ -10,10 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize(
-    ("rounds", "seed", "kinds"),
-    [(3, 6, {"kill", "exception in the denoiser"}), pytest.param(8, 11, {"kill", "stop"}, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("rounds", "seed", "kinds"), [(3, 6, {"kill", "exception in the denoiser"}), (8, 11, {"kill", "stop"})])
 @pytest.mark.timeout(900)
 def test_faults_at_random_moments_lose_no_job_and_spoil_no_picture(rounds, seed, kinds):
     command = [sys.executable, "-m", "benchmarks.chaos", f"--rounds={rounds}", f"--seed={seed}"]
