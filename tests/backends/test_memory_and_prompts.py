@@ -56,7 +56,7 @@ def test_compel_reads_plain_prompts_as_the_pipeline_does_and_weighs_the_others(n
     assert difference(draw(pipe, prompt="a photo of a cat++"), draw(pipe)) > 2
 
 
-@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+@pytest.mark.parametrize("name", [pytest.param("sd1", marks=pytest.mark.slow), "sdxl"])
 def test_long_prompts_are_read_to_their_end_by_compel_and_reported_without(name, caplog):
     beginning = "a photo of a cat, " * 40
     pipe, plain = loaded(TABLE[name], compel=True), loaded(TABLE[name])
