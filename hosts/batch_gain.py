@@ -5,6 +5,7 @@ A batch pays where a picture alone leaves the device idle. So it is tried: two, 
 
 from collections import deque
 from collections.abc import Hashable
+from dataclasses import dataclass, field
 from math import inf
 
 WORTH_BATCHING = 0.9
@@ -12,8 +13,19 @@ WORTH_BATCHING = 0.9
 NUM_TRIALS = 2
 """Before a size is judged: the first of a kind pays for caches."""
 NUM_REMEMBERED = 4
+TRIED_AGAIN_AFTER = 100
+"""Pictures of a kind, before a size that did not pay is tried once more: another program may have slowed its trials down."""
 NUM_KINDS = 64
 """Kinds of picture that are remembered; the one that was not made for longest is forgotten."""
+
+
+@dataclass(slots=True)
+class _Kind:
+    """num_made: pictures. seconds: size of batch -> of one picture, in the last few batches. made_by: num_made after the last of them."""
+
+    num_made: int = 0
+    seconds: dict[int, deque[float]] = field(default_factory=dict)
+    made_by: dict[int, int] = field(default_factory=dict)
 
 
 class BatchGain:
@@ -21,13 +33,14 @@ class BatchGain:
 
     def __init__(self, max_batch: int) -> None:
         self._sizes = [*(2**power for power in range(max_batch.bit_length()) if 2**power < max_batch), max_batch]
-        self._measured: dict[Hashable, dict[int, deque[float]]] = {}
+        self._measured: dict[Hashable, _Kind] = {}
 
     def learn(self, kind: Hashable, *, batch: int, seconds: float) -> None:
         """A batch of so many pictures took so long; inf if it could not be made."""
-        known = self._measured.pop(kind, {})
-        known.setdefault(batch, deque(maxlen=NUM_REMEMBERED)).append(seconds / batch)
-        self._measured[kind] = known
+        known = self._measured[kind] = self._measured.pop(kind, _Kind())
+        known.num_made += batch
+        known.seconds.setdefault(batch, deque(maxlen=NUM_REMEMBERED)).append(seconds / batch)
+        known.made_by[batch] = known.num_made
         if len(self._measured) > NUM_KINDS:
             del self._measured[next(iter(self._measured))]
 
@@ -40,7 +53,7 @@ class BatchGain:
             if not self._is_tried(kind, size):
                 return size
             if self._seconds(kind, size) > WORTH_BATCHING * self._seconds(kind, best):
-                return best
+                return size if self._is_due_again(kind, size) else best
             best = size
         return best
 
@@ -54,12 +67,17 @@ class BatchGain:
     def measured(self) -> dict[str, dict[int, float | None]]:
         """Kind -> size of batch -> seconds per picture; None for one that could not be made."""
         return {
-            str(kind): {size: None if min(found) == inf else round(min(found), 4) for size, found in sorted(known.items())}
+            str(kind): {size: None if min(found) == inf else round(min(found), 4) for size, found in sorted(known.seconds.items())}
             for kind, known in list(self._measured.items())
         }
 
     def _is_tried(self, kind: Hashable, batch: int) -> bool:
-        return len(self._measured.get(kind, {}).get(batch, ())) >= NUM_TRIALS
+        return kind in self._measured and len(self._measured[kind].seconds.get(batch, ())) >= NUM_TRIALS
+
+    def _is_due_again(self, kind: Hashable, batch: int) -> bool:
+        """Not where it could not be made: that takes as long, and is made again one by one."""
+        known = self._measured[kind]
+        return self._seconds(kind, batch) < inf and known.num_made - known.made_by[batch] >= TRIED_AGAIN_AFTER
 
     def _seconds(self, kind: Hashable, batch: int) -> float:
-        return min(self._measured[kind][batch])
+        return min(self._measured[kind].seconds[batch])

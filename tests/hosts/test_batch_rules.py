@@ -9,7 +9,7 @@ from backends.errors import CancelledError, PlanError, RequestError, Unavailable
 from backends.model_table import read_table
 from backends.plan import ParallelPlan
 from backends.request import GenerateRequest, GenerateResult, LoadRequest
-from hosts.batch_gain import NUM_KINDS, BatchGain
+from hosts.batch_gain import NUM_KINDS, TRIED_AGAIN_AFTER, BatchGain
 from hosts.choice import Choice
 from hosts.control import Failure, Gather, Generate, Verdict
 from hosts.desk import CANCEL, GO_ON, JobDesk
@@ -62,6 +62,18 @@ def test_size_is_judged_by_the_better_of_two_trials_and_failures_count_only_when
     assert gain.limit("kind") == 4
     gain.learn("kind", batch=2, seconds=math.inf)
     assert gain.limit("kind") == 1 and gain.measured() == {"kind": {1: 1.0, 2: None}}
+
+
+def test_size_that_did_not_pay_is_tried_again_after_many_pictures_unless_it_could_not_be_made():
+    for seconds, limits in ((1.9, (1, 2, 1)), (math.inf, (1, 1, 1))):
+        gain = gain_of({1: 1.0, 2: seconds})
+        found = []
+        for num_more in (TRIED_AGAIN_AFTER - 1, 1):
+            for _ in range(num_more):
+                gain.learn("kind", batch=1, seconds=1.0)
+            found.append(gain.limit("kind"))
+        gain.learn("kind", batch=2, seconds=seconds)
+        assert (*found, gain.limit("kind")) == limits
 
 
 @pytest.mark.parametrize(("max_batch", "limits"), [(1, [1, 1, 1]), (2, [2, 2, 2]), (3, [2, 3, 3]), (8, [2, 4, 8])])
