@@ -2,11 +2,12 @@
 
     python benchmarks/throughput.py [--jobs 12] [--rounds 3] [--alone 5] [--steps 12] [--size 256] [--backend distrifuser]
 
-Starts three real hosts with the demo model, each rank with one thread: one rank; two ranks; two ranks with --mode=latency. Only one of
-them works at a time. Prints JSON: jobs per second for `--jobs` jobs sent at once to one and to two ranks, in turns, and the median seconds
-of jobs sent one at a time, in turns, to the two hosts of two ranks. `times_faster` is the median of the rounds; `times_faster_by_cpu` is
-what two cores would give that are wholly the ranks' own: twice the CPU seconds of a job on one rank over those of a job on two.
-Needs two free cores, and about 4 GB.
+Starts four real hosts with the demo model, each rank with one thread: one rank that makes one picture after the other (--max_batch=1); one
+rank that batches; two ranks; two ranks with --mode=latency. Only one of them works at a time. Prints JSON: jobs per second for `--jobs`
+jobs sent at once to each of the first three, in turns, and the median seconds of jobs sent one at a time, in turns, to the hosts of two ranks.
+`times_faster` is two ranks over one that makes one picture after the other, `times_faster_than_batching` over one that batches: medians of
+the rounds; `by_cpu` is what two cores would give that are wholly the ranks' own: twice the CPU seconds of a job on one rank over those of a
+job on two. Needs two free cores, and about 5 GB.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 READY_WITHIN_S = 300
+AT_ONCE = ("one", "one_batching", "auto")
+WARM_BURSTS = 2
 POLL_S = 0.2
 """Between questions about a burst: seldom, since they cost rank 0 a millisecond each."""
 
@@ -76,7 +79,7 @@ class Host:
             "seconds": round(seconds, 3),
             "jobs_per_second": round(count / seconds, 4),
             "cpu_seconds_per_job": round((self._cpu_seconds() - cpu_before) / count, 4),
-            "ranks_of_each_job": [job["ranks"] for job in done],
+            "ranks_and_batch_of_each_job": [f"{job['ranks']} x {job['batch']}" for job in done],
         }
 
     def _cpu_seconds(self) -> float:
@@ -111,26 +114,27 @@ def main() -> None:
         "width": options.size,
     }
     two = ("--nproc_per_node=2", f"--backend={options.backend}")
-    kinds = {"one": ("--nproc_per_node=1",), "auto": two, "latency": (*two, "--mode=latency")}
+    one = ("--nproc_per_node=1",)
+    kinds = {"one": (*one, "--max_batch=1"), "one_batching": one, "auto": two, "latency": (*two, "--mode=latency")}
     with contextlib.ExitStack() as stack:
         hosts = {}
         for number, (name, arguments) in enumerate(kinds.items()):
             hosts[name] = stack.enter_context(started(options.port + number, body, *arguments))
             hosts[name].alone(0)  # the first picture pays for first-use costs
-        hosts["auto"].burst(4)
-        rounds = [
-            {"one_rank": hosts["one"].burst(options.jobs), "two_ranks": hosts["auto"].burst(options.jobs)} for _ in range(options.rounds)
-        ]
+        for name in AT_ONCE:
+            for _ in range(WARM_BURSTS):  # to learn which batches pay
+                hosts[name].burst(options.jobs)
+        rounds = [{name: hosts[name].burst(options.jobs) for name in AT_ONCE} for _ in range(options.rounds)]
         turns = [(hosts["auto"].alone(seed), hosts["latency"].alone(seed)) for seed in range(options.alone)]
     seconds = {name: statistics.median(times) for name, times in zip(("auto", "latency"), zip(*turns, strict=True), strict=True)}
     figures = {
         "jobs": options.jobs,
         **{name: getattr(options, name) for name in ("steps", "size", "backend")},
         "at_once": {
-            "times_faster": _median(turn["one_rank"]["seconds"] / turn["two_ranks"]["seconds"] for turn in rounds),
-            "times_faster_by_cpu": _median(
-                2 * turn["one_rank"]["cpu_seconds_per_job"] / turn["two_ranks"]["cpu_seconds_per_job"] for turn in rounds
-            ),
+            "times_faster": _faster(rounds, "one", "seconds"),
+            "times_faster_by_cpu": round(2 * _faster(rounds, "one", "cpu_seconds_per_job"), 3),
+            "times_faster_than_batching": _faster(rounds, "one_batching", "seconds"),
+            "times_faster_than_batching_by_cpu": round(2 * _faster(rounds, "one_batching", "cpu_seconds_per_job"), 3),
             "rounds": rounds,
         },
         "one_at_a_time": {
@@ -141,8 +145,8 @@ def main() -> None:
     print(json.dumps(figures, indent=2))
 
 
-def _median(values: Iterable[float]) -> float:
-    return round(statistics.median(values), 3)
+def _faster(rounds: list[dict[str, Any]], than: str, what: str) -> float:
+    return round(statistics.median(turn[than][what] / turn["auto"][what] for turn in rounds), 3)
 
 
 @contextlib.contextmanager
