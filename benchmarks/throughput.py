@@ -4,7 +4,7 @@
 
 Starts four real hosts with the demo model, each rank with one thread: one rank that makes one picture after the other (--max_batch=1); one
 rank that batches; two ranks; two ranks with --mode=latency. Only one of them works at a time. Prints JSON: jobs per second for `--jobs`
-jobs sent at once to each of the first three, in turns, and the median seconds of jobs sent one at a time, in turns, to the hosts of two ranks.
+jobs sent at once to each of the first three, in turns, and the median seconds of jobs sent singly, in turns, to the hosts of two ranks.
 `times_faster` is two ranks over one that makes one picture after the other, `times_faster_than_batching` over one that batches: medians of
 the rounds; `by_cpu` is what two cores would give that are wholly the ranks' own: twice the CPU seconds of a job on one rank over those of a
 job on two. Needs two free cores, and about 5 GB.
