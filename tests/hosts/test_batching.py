@@ -14,8 +14,8 @@ from tests.hosts.harness import start_launcher, wait_until
 from tests.hosts.test_teams import ARGUMENTS, _follow, over, pixels, send, show
 from tests.hosts.test_two_ranks import BODY, FAULTS
 
-LONG = {**BODY, "steps": 80}
-BLOCKER = {**BODY, "steps": 79}
+LONG = {**BODY, "steps": 40}
+BLOCKER = {**BODY, "steps": 39}
 """A job that runs while the others are sent, of a kind of its own."""
 
 
@@ -99,7 +99,7 @@ def test_one_job_of_a_batch_is_watched_and_another_cancelled_in_the_middle(host,
     assert show(host, jobs[1])["state"] == "running" and show(host, jobs[0])["step"] <= at + 2
     over(host, blocker)
     (done,) = over(host, jobs[1])
-    assert (done["batch"], done["step"]) == (2, 80)
+    assert (done["batch"], done["step"]) == (2, 40)
     assert_pictures(host, alone, bodies[1:], [done])
     watcher.join(timeout=20)
 
@@ -136,7 +136,7 @@ def test_ranks_of_their_own_make_batches_too(alone):
         host.session.delete(host.url(f"/v1/jobs/{jobs[6]}"), timeout=20)
         *done, cancelled, last = over(host, *blockers, *jobs)[2:]
         watcher.join(timeout=20)
-        assert cancelled["state"] == "cancelled" and cancelled["step"] < 80
+        assert cancelled["state"] == "cancelled" and cancelled["step"] < 40
         assert [job["batch"] for job in [*done, last]] == [2] * 7 and {job["ranks"] for job in done} == {1}
         assert_pictures(host, alone, [*bodies[:6], bodies[7]], [*done, last])
         assert "Traceback" not in host.log
