@@ -8,6 +8,7 @@ import contextlib
 import logging
 import os
 import secrets
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ ACTOR_THREADS = 3
 """start or stop, wait, and one to spare."""
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_COLOR_PREFIX": "0"}
 STOP_WITHIN_S = 5.0
+ANSWER_WITHIN_S = 10.0
 NAMESPACE = "diffusion"
 
 
@@ -36,6 +38,12 @@ def environment(ray_address: str | None) -> dict[str, str]:
         return QUIET
     # Ray's switch for machines that are no cluster nodes: every process of it then listens on the loopback address alone
     return {**QUIET, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
+
+def _require_listener(address: str) -> None:
+    """OSError if nobody listens at host:port: Ray itself would try for minutes. ValueError if it is none."""
+    host, _, port = address.rpartition(":")
+    socket.create_connection((host.removeprefix("[").removesuffix("]"), int(port)), timeout=ANSWER_WITHIN_S).close()
 
 
 class Lost(Exception):
@@ -72,8 +80,10 @@ class Nodes:
         }
         watcher = reaper.start() if self.is_own else None
         try:
+            if self._address is not None:
+                _require_listener(self._address)
             ray.init(address=self._address or "local", namespace=NAMESPACE, logging_level="ERROR", **(own if self._address is None else {}))
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             where = f"--ray_address={self._address}" if self._address else "an own Ray cluster"
             why = str(error).splitlines()[0]
             raise ConfigError(f"{where} cannot be used ({why}). Start the cluster, or leave --ray_address out.") from error
