@@ -63,6 +63,12 @@ def find(browser, selector):
     return found[0] if found else None
 
 
+def texts(browser, selector):
+    """The texts of all that match, read in one go: the page draws its tables anew several times a second."""
+    rows = browser.execute_script("return [...document.querySelectorAll(arguments[0])].map(row => row.innerText)", selector)
+    return [re.sub(r"\s+", " ", row).strip() for row in rows]
+
+
 def until(browser, condition, within_s=WAIT_S):
     from selenium.webdriver.support.ui import WebDriverWait
 
@@ -85,12 +91,12 @@ def fill(browser, name, value):
 
 
 def caption(browser):
-    return find(browser, "#caption").text
+    return texts(browser, "#caption")[0]
 
 
 def source(browser):
-    picture = find(browser, "#canvas img")
-    return picture.get_attribute("src") if picture else None
+    """Address of the picture on show, or None; asked in one go, for a preview may be replaced between two questions."""
+    return browser.execute_script("return document.querySelector('#canvas img')?.src")
 
 
 def test_picture_is_typed_drawn_previewed_and_kept_with_its_settings(page, host, screenshots):
@@ -113,10 +119,10 @@ def test_picture_is_typed_drawn_previewed_and_kept_with_its_settings(page, host,
     centre, corner = np.asarray(picture)[64, 64].astype(int), np.asarray(picture)[4, 4].astype(int)
     assert centre[0] > 150 and centre[0] > 2 * centre[2] and corner[2] > 120 and corner[2] > 2 * corner[0]
     assert json.loads(picture.text["parameters"])["prompt"] == "a large red circle on a blue background"
-    until(page, lambda: len(page.find_elements("css selector", "#gallery li")) == 1)
-    until(page, lambda: len(page.find_elements("css selector", "#ranks tr")) == 2)
-    for number, row in enumerate(page.find_elements("css selector", "#ranks tr")):  # device, memory, share of computing and of waiting
-        assert re.match(rf"{number} cpu \d+ MB \d+ % \d+ %", row.text), row.text
+    until(page, lambda: len(texts(page, "#gallery li")) == 1)
+    until(page, lambda: len(texts(page, "#ranks tr")) == 2)
+    for number, row in enumerate(texts(page, "#ranks tr")):  # device, memory, share of computing and of waiting
+        assert re.match(rf"{number} cpu \d+ MB \d+ % \d+ %", row), row
     size(page, 1200, 1320)
     page.save_screenshot(screenshots / "light.png")
     scheme(page, "dark")
