@@ -50,15 +50,17 @@ def run_gateway(settings: Settings, environ: MutableMapping[str, str]) -> int:
     listener.bind()
     listener.serve()
     logger.info("listening on http://%s:%d", settings.host, settings.port)
-    with scratch_folder() as folder:
-        nodes = _nodes(settings, plans, folder, num_gpus=num_gpus)
-        nodes.connect()
-        stopped = _stop_when_told(settings, deployments)
-        for deployment in deployments:
-            deployment.use(nodes)
-        problem = _serve(deployments, stopped, parent=parent if settings.exit_with_parent else None)
-        _end(deployments, nodes)
-    listener.stop()
+    try:
+        with scratch_folder() as folder:
+            nodes = _nodes(settings, plans, folder, num_gpus=num_gpus)
+            nodes.connect()
+            stopped = _stop_when_told(settings, deployments)
+            for deployment in deployments:
+                deployment.use(nodes)
+            problem = _serve(deployments, stopped, parent=parent if settings.exit_with_parent else None)
+            _end(deployments, nodes)
+    finally:
+        listener.stop()  # its threads would keep the process, also where there is no cluster to join
     if problem:
         print(f"error: {problem}", file=sys.stderr)  # noqa: T201  the user's one line
     return 1 if problem else 0
