@@ -4,6 +4,7 @@ import gc
 import importlib
 
 import diffusers
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from backends.model_table import read_table
 from backends.schedulers import SCHEDULERS
@@ -21,4 +22,5 @@ for facts in SCHEDULERS.values():
     getattr(importlib.import_module(facts.module), facts.class_name)
 for spec in read_table().values():
     getattr(diffusers, spec.pipeline)
+get_checkpoint_conversion_mapping("clip")  # compiles a thousand patterns and keeps them: half of what a rank's first load would take
 gc.freeze()  # a collection in a rank would otherwise write to the pages of everything above, and so copy them
