@@ -1,4 +1,4 @@
-"""The messages between two neighbouring stages of a pipeline, in order, sent in the background."""
+"""The messages between the stages of a pipeline, in order and in the background: tokens to the next stage, predictions from the last."""
 
 import time
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from backends.distributed import Mesh
+from backends.xdit.arriving import Piece
 
 
 class StageLink:
@@ -49,6 +50,7 @@ class StageLink:
         """Wait until everything sent has arrived."""
         for work, _ in self._sent:
             work.wait()
+        self._sent.clear()
 
     def _post(self, like: Tensor) -> None:
         """Start receiving the next message, if there is one."""
@@ -57,3 +59,40 @@ class StageLink:
             message = like.new_empty((like.shape[0], self._num_tokens.pop(0), like.shape[2]))
             work = dist.irecv(message, self._stage.ranks[self._stage.rank - 1], group=self._stage.group)
             self._arriving = (work, message)
+
+
+class WayBack:
+    """What the last stage predicts for each patch of a denoiser call, to all other stages."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._stage = mesh.axis("stage")
+        self._traffic = mesh.traffic
+        self._under_way: list[Piece] = []
+
+    def send(self, piece: Tensor) -> None:
+        """From the last stage."""
+        piece = piece.contiguous()
+        self._traffic.add(piece, peers=self._stage.size - 1)
+        for rank in self._stage.ranks[:-1]:
+            self._add(dist.isend(piece, rank, group=self._stage.way_back), piece)
+
+    def receive(self, shape: Sequence[int], like: Tensor) -> Piece:
+        """On another stage: begin to receive the next piece."""
+        piece = like.new_empty(tuple(shape))
+        return self._add(dist.irecv(piece, self._stage.ranks[-1], group=self._stage.way_back), piece)
+
+    def finish(self) -> None:
+        """Wait until everything has arrived, here and there."""
+        for piece in self._under_way:
+            piece.get()
+        self._under_way.clear()
+
+    def _add(self, work: dist.Work, piece: Tensor) -> Piece:
+        def arrived() -> Tensor:  # asked once: gloo's receives must not be waited for twice
+            started = time.perf_counter()
+            work.wait()
+            self._traffic.wait_s += time.perf_counter() - started
+            return piece
+
+        self._under_way.append(Piece(arrived))
+        return self._under_way[-1]

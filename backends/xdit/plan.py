@@ -26,8 +26,8 @@ TENSOR_PLANS = frozenset({"FluxTransformer2DModel", "Flux2Transformer2DModel", "
 STAGED = frozenset({"SD3Transformer2DModel", "FluxTransformer2DModel", "PixArtTransformer2DModel"})
 """Denoiser classes that PipeFusion cuts into stages; a test compares with families.py."""
 
-PATCHES_PER_STAGE = 4
-"""Half as many where the halves of guidance fill the stages too: every pass costs something, and thin matrices multiply slower."""
+PATCHES_PER_STAGE = 2
+"""Half as many where the halves of guidance fill the stages too: every pass reads all weights of its stage once more."""
 DEFAULT_WARMUP_STEPS = 1
 
 IGNORED = {
@@ -135,7 +135,7 @@ def _method_options(
     if num_patches is None:
         per_stage = PATCHES_PER_STAGE // (2 if spec.guidance == "cfg" and degrees["cfg"] == 1 else 1)
         num_patches = per_stage * degrees["stage"]
-        reasons.append(f"num_pipeline_patch={num_patches}: {per_stage} for each stage keep the time in which stages wait short.")
+        reasons.append(f"num_pipeline_patch={num_patches}: {per_stage} for each stage keep{'s' if per_stage == 1 else ''} all stages busy.")
     warmup_steps = options.get("warmup_steps")
     if warmup_steps is None:
         warmup_steps = DEFAULT_WARMUP_STEPS

@@ -2,34 +2,35 @@
 
 In each denoiser call the first `warmup_steps` steps send all tokens through the stages at once. Later ones send patch after patch, so that
 all stages work at the same time; a patch attends to the keys and values of this step where they are there already and of the step
-before where they are not. Every rank ends the call with the whole prediction, so the pipeline and its scheduler need not know.
+before where they are not. The last stage has the whole prediction at the end of the call; the others get one whose patches are still on
+their way (arriving.py), go on with guidance and scheduler, and the first stage begins the next step with the patches that are there. So
+the stages never wait for each other between steps if there are enough patches, and the pipeline need not know.
 
 The two halves of a guidance batch follow each other through the stages as well. They share nothing, so that they fill the stages
-without making anything staler: with P patches, S stages and both halves the stages wait for (S - 1) / (S - 1 + 2 P) of a step.
+without making anything staler.
 
-Source: PipeFusion, arXiv:2405.14430, sections 4.1 and 4.2. There patch 0 of the next step enters the first stage before the last patch of
-this step has left the last one; here a step ends with its prediction, because guidance and scheduler belong to the pipeline and see
-whole latents (callbacks, progress and cancelling depend on it). More patches make up for it.
+Source: PipeFusion, arXiv:2405.14430, sections 4.1 and 4.2.
 """
 
 import itertools
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from backends import hooks
-from backends.distributed import Mesh
+from backends.distributed import Mesh, broadcast
 from backends.errors import HostError, PlanError, UnsupportedError
 from backends.guidance import cut_batch
 from backends.kept_weights import KeptWeights
+from backends.xdit.arriving import Arriving, Grid
 from backends.xdit.attention import Pass
 from backends.xdit.layout import Layout, sizes
-from backends.xdit.link import StageLink
+from backends.xdit.link import StageLink, WayBack
 from backends.xdit.stale import StaleKeys
 from backends.xdit.tokens import TokenCut
 
@@ -74,7 +75,9 @@ class PipeFusion:
                 f"pipefusion_parallel_degree is not available for {type(denoiser).__name__}. Use --ulysses_degree or --ring_degree."
             )
         self._blocks = [block for name in self._cut.family.blocks for block in getattr(denoiser, name)]
-        self._patchless = _patchless(denoiser, self._cut.family.embed)
+        embed = self._cut.family.embed
+        self._embedding = getattr(denoiser, embed) if embed is not None else None
+        self._patchless = _patchless(denoiser, self._embedding)
         self._bounds = stage_bounds(len(self._blocks), mesh.axis("stage").size, blocks_per_stage)
         self._weights: KeptWeights | None = None
         self._warmup_steps = 1
@@ -83,6 +86,9 @@ class PipeFusion:
         self._parts: dict[tuple[int, int, int], _Part] = {}
         self._part: _Part | None = None
         self._link: StageLink | None = None
+        self._way_back: WayBack | None = None
+        self._under_way: list[StageLink | WayBack] = []
+        self._input: Arriving | None = None
 
     def attach(self) -> None:
         for module in self._patchless:
@@ -123,11 +129,21 @@ class PipeFusion:
         self._calls = 0
 
     def end(self) -> None:
-        """Forget everything. Waits for nothing: a call that ended well has nothing under way, and the groups of one that did not are
-        rebuilt by the host."""
-        self._step = self._calls = 0
-        self._parts.clear()
-        self._part = self._link = None
+        """Forget everything. What is still under way is waited for, unless this rank alone has failed: the groups are then rebuilt."""
+        failure = sys.exception()  # an error of the host is raised on all ranks alike, after the same messages
+        try:
+            if failure is None or isinstance(failure, HostError):
+                self._finish(but=0)
+        finally:
+            self._step = self._calls = 0
+            self._parts.clear()
+            self._under_way.clear()
+            self._part = self._link = self._way_back = self._input = None
+
+    def _finish(self, *, but: int) -> None:
+        """Wait for all messages but those of the last calls."""
+        while len(self._under_way) > but:
+            self._under_way.pop(0).finish()
 
     def _is_mine(self, index: int) -> bool:
         stage = self._mesh.axis("stage").rank
@@ -145,27 +161,59 @@ class PipeFusion:
     def _predict(self, forward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """The denoiser's output for the whole batch, on every stage."""
         layout = self._cut.layout(arguments, num_patches=self._num_patches)
-        batch = next(iter(arguments.values())).shape[0]
+        name, latents = next(iter(arguments.items()))
+        batch = latents.shape[0]
         num_parts = 2 if batch % 2 == 0 else 1
-        halves = [cut_batch(arguments, batch, parts=num_parts, part=part) for part in range(num_parts)]
         parts = [self._remembered(part, num_parts, layout, batch) for part in range(num_parts)]
         self._calls += 1
         for part in parts:
             part.once.clear()
         patches = self._patches(parts)
+        grid = self._grid(latents, layout) if patches != [None] else None
+        self._take_in(latents, grid)
+        if isinstance(latents, Arriving):
+            arguments[name] = latents.whole() if self._input is None else latents.buffer
+        halves = [cut_batch(arguments, batch, parts=num_parts, part=part) for part in range(num_parts)]
         own = self._mesh.axis("ring", "ulysses").rank
         has_text = self._cut.family.text is not None
         counts = [layout.share(own, patch=patch).count(with_text=has_text) for patch in patches]
         self._link = StageLink(self._mesh, [count for count in counts for _ in parts])
+        self._way_back = WayBack(self._mesh)
         outputs: list[Any] = [None] * num_parts
         for patch in patches:
+            if self._input is not None and self._is_first_stage:
+                self._input.fill(patch)
             for index, part in enumerate(parts):
                 self._part = part
                 outputs[index] = self._cut.run(forward, halves[index], Pass(layout=layout, patch=patch, stale=part.stale))
                 part.is_filled = True
-        self._link.finish()
-        prediction = self._from_last_stage(torch.cat([output[0] for output in outputs]))
+            if grid is not None and self._is_last_stage:
+                self._way_back.send(torch.cat([grid.take(output[0], patch) for output in outputs]))
+        prediction = self._from_last_stage(torch.cat([output[0] for output in outputs]), grid)
+        self._under_way += [self._way_back, self._link]
         return (prediction, *outputs[0][1:]) if isinstance(outputs[0], tuple) else type(outputs[0])(sample=prediction)
+
+    def _grid(self, latents: Tensor, layout: Layout) -> Grid | None:
+        """Where the patches of a prediction are, if it can be handed on patch by patch."""
+        if self._mesh.axis("cfg", "data").size > 1:  # their collectives want the whole
+            return None
+        spans = [layout.patch(patch)[1] for patch in range(self._num_patches)]
+        return Grid.of(latents, spans, self._denoiser.config.patch_size)
+
+    def _take_in(self, latents: Tensor, grid: Grid | None) -> None:
+        """Keep the latents of this call if they are still arriving in the patches in which it takes them."""
+        self._finish(but=2)
+        if self._input is not None:  # what the first stage has used must be there; elsewhere the arithmetic would pile up, step by step
+            self._input.whole()
+        self._input = latents if isinstance(latents, Arriving) and latents.grid == grid else None
+
+    @property
+    def _is_first_stage(self) -> bool:
+        return self._mesh.axis("stage").rank == 0
+
+    @property
+    def _is_last_stage(self) -> bool:
+        return self._mesh.axis("stage").rank == self._mesh.axis("stage").size - 1
 
     def _remembered(self, part: int, num_parts: int, layout: Layout, batch: int) -> _Part:
         """What this part of the call left behind in the step before; made anew where the shape has changed."""
@@ -183,8 +231,8 @@ class PipeFusion:
         """Around a module that does not see the patch: it runs in the first pass of each step, later passes get the same tensors."""
 
         def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            if self._part is None:
-                return forward(*args, **kwargs)
+            if self._part is None or (module is self._embedding and self._input is not None and self._is_first_stage):
+                return forward(*args, **kwargs)  # of latents that have grown by a patch since
             if module not in self._part.once:
                 self._part.once[module] = forward(*args, **kwargs)
             return self._part.once[module]
@@ -216,9 +264,9 @@ class PipeFusion:
 
     def _collect(self, tokens: Tensor) -> Tensor:
         """All image tokens (B, N, D) for the output layers: real on the last stage after its last patch, of the right shape elsewhere."""
-        this, part, stage = self._cut.current, self._part, self._mesh.axis("stage")
+        this, part = self._cut.current, self._part
         assert part is not None
-        if stage.rank < stage.size - 1:
+        if not self._is_last_stage:
             return tokens.new_zeros(()).expand(tokens.shape[0], this.layout.num_image, tokens.shape[2])
         tokens = self._cut.gather(tokens)
         if this.patch is None:
@@ -229,26 +277,32 @@ class PipeFusion:
         part.tokens[:, start:stop] = tokens
         return part.tokens
 
-    def _from_last_stage(self, prediction: Tensor) -> Tensor:
-        """The last stage's prediction, on every stage."""
+    def _from_last_stage(self, prediction: Tensor, grid: Grid | None) -> Tensor:
+        """The last stage's prediction, on every stage: at once, or with patches that are on their way."""
         stage, traffic = self._mesh.axis("stage"), self._mesh.traffic
-        prediction = prediction.contiguous()
-        if stage.rank == stage.size - 1:
-            traffic.add(prediction, peers=stage.size - 1)
-        started = time.perf_counter()
-        dist.broadcast(prediction, src=stage.ranks[-1], group=stage.group)
-        traffic.wait_s += time.perf_counter() - started
+        if grid is None:
+            prediction = prediction.contiguous()
+            if self._is_last_stage:
+                traffic.add(prediction, peers=stage.size - 1)
+            started = time.perf_counter()
+            broadcast(prediction, source=stage.size - 1, axis=stage)
+            traffic.wait_s += time.perf_counter() - started
+        elif not self._is_last_stage:
+            assert self._way_back is not None
+            shapes = [grid.piece_shape(prediction.shape, patch) for patch in range(self._num_patches)]
+            pieces = [self._way_back.receive(shape, prediction) for shape in shapes]
+            return Arriving(pieces, grid, prediction, prediction.device)
         return prediction
 
 
-def _patchless(denoiser: nn.Module, embed: str | None) -> list[nn.Module]:
+def _patchless(denoiser: nn.Module, embedding: nn.Module | None) -> list[nn.Module]:
     """Modules whose result is the same for every patch of a step: the embedding of the whole picture, and what modulates the norms.
 
     A norm's modulation is a matrix times one vector: all its weights are read for next to no arithmetic, and that once per patch.
     """
     norms = [module for module in denoiser.modules() if type(module).__name__.startswith(("AdaLayerNorm", "SD35AdaLayerNorm"))]
     modulations = [norm.linear for norm in norms if hasattr(norm, "linear")]
-    return [*([getattr(denoiser, embed)] if embed is not None else []), *modulations]
+    return [*([embedding] if embedding is not None else []), *modulations]
 
 
 def stage_bounds(num_blocks: int, num_stages: int, blocks_per_stage: tuple[int, ...] | None) -> tuple[int, ...]:

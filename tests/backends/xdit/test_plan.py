@@ -140,9 +140,9 @@ def test_rejects_tensor_parallelism_that_does_not_fit(tmp_path, name, options, m
 def test_pipefusion_is_approximate_and_says_how_many_patches_it_chose():
     plan = make_plan(TABLE["sd3"], {"pipefusion_parallel_degree": 2, "use_cfg_parallel": True}, 4)
     assert plan.exactness == "approximate"
-    assert plan.options == {"num_pipeline_patch": 8, "warmup_steps": 1, "attn_layer_num_for_pp": None}
-    assert any(reason.startswith("num_pipeline_patch=8") for reason in plan.reasons)
-    assert make_plan(TABLE["sd3"], {"pipefusion_parallel_degree": 2}, 2).options["num_pipeline_patch"] == 4
+    assert plan.options == {"num_pipeline_patch": 4, "warmup_steps": 1, "attn_layer_num_for_pp": None}
+    assert any(reason.startswith("num_pipeline_patch=4") for reason in plan.reasons)
+    assert make_plan(TABLE["sd3"], {"pipefusion_parallel_degree": 2}, 2).options["num_pipeline_patch"] == 2
 
 
 def test_rejects_pipefusion_without_a_synchronous_step():

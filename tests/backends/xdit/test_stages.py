@@ -57,6 +57,28 @@ def test_four_ranks_with_stages_match_the_simulation(run_on_ranks, case):
     run_on_ranks(check_matches_simulation, 4, *TYPES[case], ON_4)
 
 
+def check_overlap(rank, world_size):
+    pipe = load("sd3")
+    present = []
+    with attached(pipe, "sd3", rank, world_size, **ON_2[0], **LATE_STEPS) as backend:
+        method = backend._method
+
+        def note(forward, *args, **kwargs):
+            present.append(len(method._input._filled) if method._input is not None else None)
+            return forward(*args, **kwargs)
+
+        hooks.attach(pipe.transformer.transformer_blocks[0], "note", note)
+        generated(backend, pipe, "sd3", steps=3)
+        hooks.detach(pipe.transformer.transformer_blocks[0], "note")
+    # one pass for each half in the synchronous step, three patches in the next, whose input is whole; then they come one by one.
+    # the last stage has made the prediction itself
+    assert present == [None] * 8 + ([1, 1, 2, 2, 3, 3] if rank == 0 else [None] * 6)
+
+
+def test_the_first_stage_begins_a_step_with_the_patches_that_are_there(run_on_ranks):
+    run_on_ranks(check_overlap, 2)
+
+
 def check_weights(rank, world_size, name):
     pipe = load(name)
     whole = weight_bytes(pipe.transformer)
