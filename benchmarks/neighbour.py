@@ -12,9 +12,9 @@ import torch
 from benchmarks.machine import Clock
 from benchmarks.models import SUBJECTS
 
-BLOCK = 3
+BLOCK = 5
 """Steps that follow one another between two of the neighbour's. The first is not counted: messages that displaced methods leave under way
-have had the neighbour's time to arrive."""
+have had the neighbour's time to arrive, and a pipeline of stages has to fill."""
 
 
 def serve(model: str, connection: Connection) -> None:

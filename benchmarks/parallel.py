@@ -64,7 +64,7 @@ def _arguments() -> argparse.Namespace:
         "--settings", type=lambda text: text.split(","), help="names from benchmarks/settings.py, with commas; all if left out"
     )
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--blocks", type=int, default=3, help=f"{BLOCK} steady steps of each loop, of which the last two count")
+    parser.add_argument("--blocks", type=int, default=3, help=f"{BLOCK} steady steps of each loop, of which all but the first count")
     parser.add_argument("--warmup_steps", type=int, default=4, help="synchronous steps of each loop")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--profile", action="store_true", help="add where the time of one more steady step goes, by class of operator")
@@ -189,6 +189,8 @@ def _loop(
         before, sent, waited = Clock.now(), traffic.sent_bytes, traffic.wait_s
         sample = scheduler.step(subject.predict(sample, timestep), timestep, sample, return_dict=False)[0]
         step_done()
+        if (number - first_steady) % BLOCK == BLOCK - 1 or number + 1 == first_steady:
+            sample.isfinite().all().item()  # the block ends when all of it is there: some methods hand out what is still on its way
         used = Clock.now().since(before)
         steps.append(
             {
