@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backends.distributed import Axis, Traffic
+from backends.shared_memory import shared_memory
 from backends.xdit.layout import sizes
 
 
@@ -48,8 +49,17 @@ def _trade(
 ) -> list[Sequence[Tensor]]:
     """Send the tensors outgoing[i] (of one shape) to rank i of the axis; receive as many of shapes[i] from it.
 
-    Our own are not copied.
+    Our own are not copied, and the others' must be read before this rank's next trade: they may be where their ranks wrote them.
     """
+    memory = shared_memory(axis) if outgoing[0][0].device.type == "cpu" else None
+    incoming = memory.trade(outgoing, shapes, traffic=traffic) if memory is not None else None
+    return _trade_by_messages(outgoing, shapes, axis=axis, traffic=traffic) if incoming is None else incoming
+
+
+def _trade_by_messages(
+    outgoing: Sequence[Sequence[Tensor]], shapes: Sequence[tuple[int, ...]], *, axis: Axis, traffic: Traffic
+) -> list[Sequence[Tensor]]:
+    """The same for ranks that share no memory."""
     count = len(outgoing[axis.rank])
     out_sizes = [0 if rank == axis.rank else count * parts[0].numel() for rank, parts in enumerate(outgoing)]
     in_sizes = [0 if rank == axis.rank else count * math.prod(shape) for rank, shape in enumerate(shapes)]
