@@ -89,11 +89,13 @@ class Traffic:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Axis:
-    """This rank's place along one axis of the mesh (or several, flattened). `group` is None when size is 1, or while the mesh is closed.
+    """This rank's place along one axis of the mesh (or several, flattened). No groups when size is 1, or while the mesh is closed.
 
     Only the mesh changes it: whoever keeps an axis must not keep a group open that others wait in, and has the new one after a rebuild.
 
     ranks: as the world counts them, which is how torch names peers, whatever the group. rank: this one's place among them.
+    way_back: of an axis of stages, a second group of the same ranks, for what goes against the stream. NCCL does what one group is asked in
+    the order in which it is asked, so that in one group the ranks could wait for each other.
     memory: what backends/shared_memory.py keeps for as long as the group is open.
     """
 
@@ -101,6 +103,7 @@ class Axis:
     ranks: tuple[int, ...]
     rank: int
     group: dist.ProcessGroup | None
+    way_back: dist.ProcessGroup | None = None
     memory: "SharedMemory | None" = None
 
     @property
@@ -126,6 +129,7 @@ class Mesh:
         self._axes: dict[tuple[str, ...], Axis] = {}
         self._open_groups: list[dist.ProcessGroup] = []
         self._step_group: dist.ProcessGroup | None = None
+        self._last_word: tuple[dist.Work, Tensor] | None = None
         self._open()
 
     def axis(self, *names: str) -> Axis:
@@ -144,16 +148,26 @@ class Mesh:
                 self.axis(*combination)
 
     def broadcast_word(self, word: int) -> int:
-        """The first rank's word to all ranks, on a CPU group of its own: once per denoising step (go on, or cancel)."""
+        """The first rank's word to all ranks, on a CPU group of its own: once per denoising step (go on, or cancel).
+
+        The first rank does not wait until the others have come so far: in a pipeline of stages it is ahead of them, by a step at most.
+        """
         if self._step_group is None:
             return word
+        if self._last_word is not None:
+            self._last_word[0].wait()
         message = torch.tensor([word], dtype=torch.int64)
-        dist.broadcast(message, src=self._first, group=self._step_group)
+        work = dist.broadcast(message, src=self._first, group=self._step_group, async_op=True)
+        if self.rank == 0:
+            self._last_word = work, message
+            return word
+        work.wait()
         return int(message.item())
 
     def destroy(self) -> None:
         """Close the data groups. Peers that wait in one of them fail at once (gloo: connection closed by peer)."""
-        for group in self._open_groups:
+        self._last_word = None
+        for group in reversed(self._open_groups):  # that of the words last: closing it waits for who has not heard one
             try:
                 if self.device.type == "cuda":
                     group.abort()  # a rank that waits inside a CUDA kernel is not woken by a closed socket
@@ -162,7 +176,7 @@ class Mesh:
                 logger.warning("closing a data group failed: %s", error)
         self._open_groups.clear()
         for axis in self._axes.values():
-            axis.group = axis.memory = None
+            axis.group = axis.way_back = axis.memory = None
         self._step_group = None
 
     def rebuild(self) -> None:
@@ -171,7 +185,8 @@ class Mesh:
         handed_out, self._axes = self._axes, {}
         self._open()
         for key, axis in handed_out.items():
-            axis.group = self.axis(*key).group
+            made = self.axis(*key)
+            axis.group, axis.way_back = made.group, made.way_back
         self._axes.update(handed_out)
 
     def _open(self) -> None:
@@ -182,11 +197,14 @@ class Mesh:
 
     def _make_axis(self, names: Sequence[str]) -> Axis:
         mine = self.plan.ranks(*names, of_rank=self.rank)
-        group = None
+        group = way_back = None
         if len(mine) > 1:
             parts = sorted({self.plan.ranks(*names, of_rank=rank) for rank in range(self.plan.world_size)})
-            group = self._new_groups(parts, backend="nccl" if self.device.type == "cuda" else "gloo")
-        return Axis(name="x".join(names), ranks=tuple(self._first + rank for rank in mine), rank=mine.index(self.rank), group=group)
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            group = self._new_groups(parts, backend=backend)
+            way_back = self._new_groups(parts, backend=backend) if tuple(names) == ("stage",) else None
+        ranks = tuple(self._first + rank for rank in mine)
+        return Axis(name="x".join(names), ranks=ranks, rank=mine.index(self.rank), group=group, way_back=way_back)
 
     def _new_groups(self, parts: Sequence[tuple[int, ...]], *, backend: str) -> dist.ProcessGroup:
         """This rank's of the groups that the ranks of each team, numbered within it, are parted into."""
