@@ -23,6 +23,8 @@ import requests
 REPOSITORY = Path(__file__).resolve().parents[2]
 LAUNCHER = REPOSITORY / "launcher.py"
 CLIENT_FOLDER = REPOSITORY / "clients" / "multigpu_diffusion"
+FAULTS = Path(__file__).parent / "faults"
+"""On a host's PYTHONPATH: what FAULT_FILE names goes wrong in it."""
 READY_WITHIN_S = 170.0
 """Two ranks import torch and diffusers; on a busy machine that takes its time."""
 

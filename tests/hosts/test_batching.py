@@ -2,17 +2,10 @@
 
 import threading
 
-import numpy as np
 import pytest
-import torch
 
-from backends.model_table import read_table
-from backends.pipeline import load_pipeline
-from backends.request import GenerateRequest, LoadRequest
-from tests.checkpoints import checkpoint
-from tests.hosts.harness import start_launcher, wait_until
-from tests.hosts.test_teams import ARGUMENTS, _follow, over, pixels, send, show
-from tests.hosts.test_two_ranks import BODY, FAULTS
+from tests.hosts.harness import FAULTS, start_launcher, wait_until
+from tests.hosts.sending import ARGUMENTS, BODY, OneRank, begun, difference, follow, over, pixels, send, show
 
 LONG = {**BODY, "steps": 40}
 BLOCKER = {**BODY, "steps": 39}
@@ -34,34 +27,20 @@ def host(fault_file):
 
 @pytest.fixture(scope="module")
 def alone():
-    """A pipeline without a host, which makes one picture at a time: fields as in BODY -> pixels."""
-    load = LoadRequest(model_type="sdxl", checkpoint=str(checkpoint("sdxl")), variant="fp32", height=64, width=64)
-    pipeline = load_pipeline(read_table()["sdxl"], load, device=torch.device("cpu"))
-
-    def picture(body):
-        names = {"positive": "prompt", "negative": "negative_prompt", "steps": "num_inference_steps", "cfg": "guidance_scale"}
-        return pipeline.generate(GenerateRequest(**{names.get(name, name): value for name, value in body.items()})).frames[0].astype(int)
-
-    return picture
-
-
-def blocked(host):
-    job = send(host, BLOCKER)
-    wait_until(lambda: show(host, job)["state"] == "running", within_s=30, what="it runs", every_s=0.01)
-    return job
+    return OneRank()
 
 
 def assert_pictures(host, alone, bodies, jobs):
     for body, job in zip(bodies, jobs, strict=True):
         assert job["state"] == "done" and job["seed"] == body["seed"], job
-        assert np.abs(pixels(host, job["id"]).astype(int) - alone(body)).max() <= 1
+        assert difference(pixels(host, job["id"]), alone(body)) <= 1
 
 
 def test_jobs_of_two_clients_are_made_in_pairs_in_their_order_and_each_gets_its_own_picture(host, alone):
     for _ in range(2):
         (job,) = over(host, send(host, BODY))
         assert (job["state"], job["batch"]) == ("done", 1)
-    blocker = blocked(host)
+    blocker = begun(host, BLOCKER)
     bodies = [{**BODY, "seed": seed, "positive": f"picture {seed}", "negative": f"blurry {seed}"} for seed in range(5)]
     wrong = send(host, {**BODY, "clip_skip": 12}, client="wrong")
     jobs = [send(host, body, client="ab"[number % 2]) for number, body in enumerate(bodies)]
@@ -86,11 +65,11 @@ def test_pictures_of_one_request_share_a_batch(host, alone):
 
 def test_one_job_of_a_batch_is_watched_and_another_cancelled_in_the_middle(host, alone):
     over(host, *[send(host, LONG) for _ in range(2)])
-    blocker = blocked(host)
+    blocker = begun(host, BLOCKER)
     bodies = [{**LONG, "seed": seed} for seed in (1, 2)]
     jobs = [send(host, body) for body in bodies]
     previews = []
-    watcher = threading.Thread(target=_follow, args=(host, jobs[1], previews))
+    watcher = threading.Thread(target=follow, args=(host, jobs[1], previews))
     watcher.start()
     wait_until(lambda: len(previews) > 2, within_s=30, what="it has previews")
     assert [show(host, job)["state"] for job in jobs] == ["running"] * 2
@@ -106,7 +85,7 @@ def test_one_job_of_a_batch_is_watched_and_another_cancelled_in_the_middle(host,
 
 def test_batch_that_fails_is_made_one_by_one(host, alone, fault_file):
     ranks = host.ranks()
-    blocker = blocked(host)
+    blocker = begun(host, BLOCKER)
     bodies = [{**LONG, "seed": seed} for seed in range(2)]
     jobs = [send(host, body) for body in bodies]
     over(host, blocker)
@@ -123,14 +102,14 @@ def test_ranks_of_their_own_make_batches_too(alone):
     with start_launcher(*ARGUMENTS, "--backend=distrifuser", "--nproc_per_node=2", "--mode=throughput") as host:
         host.wait_until_ready()
         over(host, *[send(host, body) for body in (BODY, BODY, LONG, LONG)])
-        blockers = [blocked(host), blocked(host)]
+        blockers = [begun(host, BLOCKER), begun(host, BLOCKER)]
         bodies = [
             *[{**BODY, "seed": seed, "positive": f"picture {seed}"} for seed in range(4)],
             *[{**LONG, "seed": seed} for seed in range(4)],
         ]
         jobs = [send(host, body) for body in bodies]
         previews = []
-        watcher = threading.Thread(target=_follow, args=(host, jobs[7], previews))
+        watcher = threading.Thread(target=follow, args=(host, jobs[7], previews))
         watcher.start()
         wait_until(lambda: len(previews) > 2, within_s=60, what="it has previews")
         host.session.delete(host.url(f"/v1/jobs/{jobs[6]}"), timeout=20)

@@ -1,27 +1,24 @@
 """One real host of two ranks, from its first second to its end: launcher, torchelastic, both ranks, HTTP.
 
-The tests use one host, in this order: it is loading, it is ready, ranks fail, a rank is killed, it is stopped in the middle of a job.
+The tests use one host, in this order: it is loading, it is ready, its ranks split into teams when several jobs wait and meet again,
+ranks fail, a rank is killed, it is stopped in the middle of a job.
 """
 
-import io
+import json
 import signal
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 import requests
-import torch
-from PIL import Image
 
-from tests.checkpoints import checkpoint
 from tests.hosts.client import assert_is_error, decode
-from tests.hosts.harness import READY_WITHIN_S, run_launcher, start_launcher, wait_until
+from tests.hosts.harness import FAULTS, READY_WITHIN_S, run_launcher, start_launcher, wait_until
+from tests.hosts.sending import ARGUMENTS, BODY, OneRank, begun, both_run, difference, follow, from_file, over, pixels, send, show
 
-FAULTS = Path(__file__).parent / "faults"
-BODY = {"positive": "a red car", "negative": "blurry", "steps": 4, "seed": 5, "cfg": 7.0}
+LONG = {**BODY, "steps": 30}
 
 
 @pytest.fixture(scope="module")
@@ -32,19 +29,23 @@ def fault_file(tmp_path_factory):
 @pytest.fixture(scope="module")
 def host(fault_file):
     environment = {"PYTHONPATH": str(FAULTS), "FAULT_FILE": str(fault_file)}
-    arguments = ("--type=sdxl", f"--checkpoint={checkpoint('sdxl')}", "--backend=distrifuser", "--nproc_per_node=2")
-    with start_launcher(*arguments, "--height=64", "--width=64", environment=environment) as running:
+    with start_launcher(*ARGUMENTS, "--backend=distrifuser", "--nproc_per_node=2", environment=environment) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return OneRank()
 
 
 @pytest.fixture(scope="module")
 def reference(host):
     """The picture of BODY before anything went wrong."""
     host.wait_until_ready()
-    return pixels(host.post(BODY))
+    return drawn(host.post(BODY))
 
 
-def pixels(answer):
+def drawn(answer):
     body = answer.json()
     assert answer.status_code == 200, body["message"]
     return np.asarray(decode(body["output"])).astype(int)
@@ -61,23 +62,12 @@ def test_host_listens_and_says_wait_before_it_has_loaded(host):
 
 def test_request_during_loading_waits_for_the_model(host):
     answer = host.post(BODY, timeout=READY_WITHIN_S)
-    assert pixels(answer).std() > 1
+    assert drawn(answer).std() > 1
     assert host.status() == 200
 
 
-def test_two_ranks_draw_what_one_rank_draws(host, reference):
-    from backends.model_table import read_table
-    from backends.pipeline import load_pipeline
-    from backends.request import GenerateRequest, LoadRequest
-
-    load = LoadRequest(model_type="sdxl", checkpoint=str(checkpoint("sdxl")), variant="fp32")
-
-    alone = load_pipeline(read_table()["sdxl"], load, device=torch.device("cpu")).generate(
-        GenerateRequest(
-            prompt="a red car", negative_prompt="blurry", num_inference_steps=4, seed=5, guidance_scale=7.0, height=64, width=64
-        )
-    )
-    assert np.abs(alone.frames[0].astype(int) - reference).max() <= 1
+def test_two_ranks_draw_what_one_rank_draws(host, reference, alone):
+    assert difference(alone(BODY), reference) <= 1
     assert len(host.ranks()) == 2
     assert host.get("/settings").json()["axes"]["cfg"] == 2
 
@@ -88,57 +78,120 @@ def test_second_host_on_the_port_ends_before_loading_and_disturbs_nothing(host, 
     assert done.returncode == 2
     assert done.stderr == f"error: --port={host.port} is in use on 127.0.0.1. Stop what listens there, or choose another port.\n"
     assert time.monotonic() - started < 10
-    assert (pixels(host.post(BODY)) == reference).all()
+    assert (drawn(host.post(BODY)) == reference).all()
 
 
-def test_pictures_asked_for_at_once_are_not_swapped(host, reference):
-    alone = {seed: pixels(host.post({**BODY, "seed": seed})) for seed in (5, 6)}
+def test_pictures_asked_for_at_once_are_not_swapped(host, alone):
     together = {}
 
     def post(seed):
-        together[seed] = pixels(requests.post(host.url("/generate"), json={**BODY, "seed": seed}, timeout=60))
+        together[seed] = drawn(requests.post(host.url("/generate"), json={**BODY, "seed": seed}, timeout=60))
 
-    threads = [threading.Thread(target=post, args=(seed,)) for seed in alone]
+    threads = [threading.Thread(target=post, args=(seed,)) for seed in (5, 6)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(timeout=60)
-    assert all(np.abs(together[seed] - alone[seed]).max() <= 1 for seed in alone)  # on one rank or on both
-    assert (alone[5] != alone[6]).any()
+    assert all(difference(together[seed], alone({**BODY, "seed": seed})) <= 1 for seed in (5, 6))  # on one rank or on both
+    assert (alone(BODY) != alone({**BODY, "seed": 6})).any()
 
 
-def test_ten_clients_at_once_are_served_in_turns_and_get_their_own_pictures(host, reference):
-    blocker = _send(host, {**BODY, "steps": 40})
-    wait_until(lambda: host.get(f"/v1/jobs/{blocker['id']}").json()["state"] == "running", within_s=30, what="both ranks work on it")
-    sent = [_send(host, {**BODY, "seed": seed}, client=f"client {seed % 5}") for seed in range(10)]
-    done = [_over(host, job["id"]) for job in sent]
-    assert [job["state"] for job in done] == ["done"] * 10 and _over(host, blocker["id"])["state"] == "done"
-    pictures = [host.get(job["links"]["result"]).content for job in done]
-    assert len(set(pictures)) == 10
-    events = host.get(f"/v1/jobs/{blocker['id']}/trace").json()["traceEvents"]
+def test_job_alone_has_both_ranks_and_six_at_once_have_one_each_and_give_the_pictures_of_one_rank(host, alone):
+    (single,) = over(host, send(host, BODY))
+    assert (single["state"], single["ranks"]) == ("done", 2)
+    blocker = begun(host, LONG)
+    jobs = [send(host, {**BODY, "seed": seed}) for seed in range(6)]
+    both_run(host, jobs)
+    done = over(host, blocker, *jobs)
+    assert [job["state"] for job in done] == ["done"] * 7
+    assert [job["ranks"] for job in done[:3]] == [2, 1, 1]  # the last ones may be for both again, if that looked quicker
+    for seed, job in enumerate(done[1:]):
+        allowed = 0 if (job["ranks"], job["batch"]) == (1, 1) else 1
+        assert difference(pixels(host, job["id"]), alone({**BODY, "seed": seed})) <= allowed
+        assert job["seed"] == seed and job["step"] == 4
+    assert host.get("/settings").json()["teams"] == {"1": "single: one rank (exact)"}
+    assert set(host.get("/settings").json()["seconds_per_megapixel_step"]) == {"1", "2"}
+
+
+def test_ten_clients_at_once_are_served_in_turns_and_get_their_own_pictures(host, alone):
+    blocker = begun(host, {**BODY, "steps": 40})
+    greedy = [send(host, {**BODY, "seed": seed}, client="greedy") for seed in range(4)]
+    others = [send(host, {**BODY, "seed": seed}, client=f"client {seed % 3}") for seed in range(4, 10)]
+    assert show(host, others[2])["position"] < show(host, greedy[1])["position"]
+    done = over(host, blocker, *greedy, *others)
+    assert [job["state"] for job in done] == ["done"] * 11
+    assert len({host.get(job["links"]["result"]).content for job in done[1:]}) == 10
+    events = host.get(f"/v1/jobs/{blocker}/trace").json()["traceEvents"]
     assert {event["tid"] for event in events if event["name"] == "step 1"} == {0, 1}
     for seed in (0, 7):
-        together = np.asarray(Image.open(io.BytesIO(pictures[seed]))).astype(int)  # on one rank or on both
-        assert np.abs(together - pixels(host.post({**BODY, "seed": seed}))).max() <= 1
+        assert difference(pixels(host, done[1 + seed]["id"]), alone({**BODY, "seed": seed})) <= 1  # on one rank or on both
+
+
+def test_pictures_of_one_request_are_shared_out_among_the_ranks_and_come_back_in_their_order(host, alone):
+    over(host, send(host, BODY))  # the ranks are together
+    fields = {"prompt": "a red car", "negative_prompt": "blurry", "steps": 4, "seed": 5, "guidance_scale": 7.0}
+    answer = requests.post(host.url("/v1/images/generations"), json={**fields, "n": 4, "size": "64x64"}, timeout=60).json()
+    assert [made["seed"] for made in answer["data"]] == [5, 6, 7, 8]
+    jobs = [made["url"].split("/")[-2] for made in answer["data"]]
+    assert [show(host, job)["ranks"] for job in jobs][:2] == [1, 1]
+    for seed, job in enumerate(jobs, start=5):
+        assert difference(pixels(host, job), alone({**BODY, "seed": seed})) <= 1
+    asked = {"prompt": "a red car", "negative_prompt": "blurry", "steps": 4, "seed": 5, "cfg_scale": 7.0, "width": 64, "height": 64}
+    answer = requests.post(host.url("/sdapi/v1/txt2img"), json={**asked, "n_iter": 2, "batch_size": 2}, timeout=60).json()
+    assert json.loads(answer["info"])["all_seeds"] == [5, 6, 7, 8]
+    for seed, image in enumerate(answer["images"], start=5):
+        assert difference(from_file(image), alone({**BODY, "seed": seed})) <= 1
+
+
+def test_split_jobs_have_previews_and_one_is_cancelled_and_one_refused_without_touching_the_others(host, alone):
+    blocker = begun(host, LONG)
+    jobs = [send(host, {**LONG, "steps": 100, "seed": seed}) for seed in range(2)]
+    wrong = send(host, {**BODY, "clip_skip": 12})
+    last = send(host, {**BODY, "seed": 3})
+    both_run(host, jobs)
+    previews = {job: [] for job in jobs}
+    threads = [threading.Thread(target=follow, args=(host, job, previews[job])) for job in jobs]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: all(len(found) > 2 for found in previews.values()), within_s=30, what="both have previews")
+    at = host.session.delete(host.url(f"/v1/jobs/{jobs[1]}"), timeout=20).json()["step"]
+    (cancelled,) = over(host, jobs[1])
+    assert cancelled["state"] == "cancelled" and cancelled["step"] <= at + 2
+    assert show(host, jobs[0])["state"] == "running"
+    refused, good = over(host, wrong, last)
+    assert refused["state"] == "failed" and refused["error"].startswith("clip_skip=12 is not allowed")
+    assert difference(pixels(host, good["id"]), alone({**BODY, "seed": 3})) <= 1
+    first, _ = over(host, jobs[0], blocker)
+    assert (first["state"], first["ranks"], first["step"]) == ("done", 1, 100)
+    for thread in threads:
+        thread.join(timeout=20)
+
+
+def test_failure_of_a_rank_in_its_team_costs_no_other_job(host, alone, fault_file):
+    ranks = host.ranks()
+    blocker = begun(host, LONG)
+    long = [send(host, LONG) for _ in range(2)]
+    jobs = [send(host, {**BODY, "seed": seed}) for seed in range(3)]
+    both_run(host, long)
+    fault_file.write_text("1 decode")
+    done = over(host, blocker, *long, *jobs)
+    assert fault_file.read_text() == ""
+    assert all(job["state"] == "done" for job in done) and sum(job["attempts"] for job in done) == len(done) + 1
+    for seed, job in enumerate(done[3:]):
+        assert difference(pixels(host, job["id"]), alone({**BODY, "seed": seed})) <= 1
+    (after,) = over(host, send(host, BODY))
+    assert (after["state"], after["ranks"]) == ("done", 2)
+    assert host.ranks() == ranks, "the host was started again"
 
 
 def test_cancelled_job_ends_on_both_ranks_within_two_steps_and_the_next_is_right(host, reference):
-    sent = _send(host, {**BODY, "steps": 100})
-    wait_until(lambda: host.get(f"/v1/jobs/{sent['id']}").json()["step"] > 3, within_s=30, what="it runs")
-    at = host.session.delete(host.url(f"/v1/jobs/{sent['id']}"), timeout=20).json()["step"]
-    ended = _over(host, sent["id"])
+    sent = send(host, {**BODY, "steps": 100})
+    wait_until(lambda: show(host, sent)["step"] > 3, within_s=30, what="it runs")
+    at = host.session.delete(host.url(f"/v1/jobs/{sent}"), timeout=20).json()["step"]
+    (ended,) = over(host, sent)
     assert ended["state"] == "cancelled" and ended["step"] <= at + 2
-    assert (pixels(host.post(BODY)) == reference).all()
+    assert (drawn(host.post(BODY)) == reference).all()
     assert [rank["rank"] for rank in host.get("/settings").json()["ranks_now"]] == [0, 1]
-
-
-def _send(host, body, client="me"):
-    return requests.post(host.url("/v1/jobs"), json=body, headers={"Authorization": f"Bearer {client}"}, timeout=20).json()
-
-
-def _over(host, job_id):
-    wait_until(lambda: host.get(f"/v1/jobs/{job_id}").json()["state"] in ("done", "failed", "cancelled"), within_s=60, what="it is over")
-    return host.get(f"/v1/jobs/{job_id}").json()
 
 
 @pytest.mark.parametrize("place", ["denoiser", "decode"])
@@ -146,14 +199,14 @@ def _over(host, job_id):
 def test_failure_of_one_rank_is_tried_again_then_answered_by_name_and_the_next_picture_is_right(rank, place, host, reference, fault_file):
     ranks = host.ranks()
     fault_file.write_text(f"{rank} {place}")
-    assert (pixels(host.post(BODY)) == reference).all(), "the second attempt drew something else"
+    assert (drawn(host.post(BODY)) == reference).all(), "the second attempt drew something else"
     assert fault_file.read_text() == "" and "is begun again" in host.log
     fault_file.write_text(f"{rank} {place}\n{rank} {place}")
     answer = host.post(BODY, timeout=60)
     assert answer.status_code == 500
     assert assert_is_error(answer.json()) == f"rank {rank} failed: ArithmeticError: a fault of the test in {place}"
     assert host.get("/progress").text == "0"
-    assert (pixels(host.post(BODY)) == reference).all()
+    assert (drawn(host.post(BODY)) == reference).all()
     assert host.ranks() == ranks, "the host was started again"
 
 
@@ -161,37 +214,36 @@ def test_failure_of_both_ranks_at_once_is_one_answer(host, reference, fault_file
     fault_file.write_text("0 decode\n1 decode\n" * 2)
     assert "a fault of the test in decode" in assert_is_error(host.post(BODY, timeout=60).json())
     fault_file.write_text("")
-    assert (pixels(host.post(BODY)) == reference).all()
+    assert (drawn(host.post(BODY)) == reference).all()
 
 
 def test_bad_request_reaches_no_rank(host, reference):
     answer = host.post({**BODY, "scheduler": "nonsense"})
     assert answer.status_code == 400
     assert_is_error(answer.json())
-    assert (pixels(host.post(BODY)) == reference).all()
+    assert (drawn(host.post(BODY)) == reference).all()
 
 
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_rank_is_replaced_and_no_job_is_lost(rank, host, reference):
     old = host.ranks()
-    running, *waiting = [_send(host, {**BODY, "steps": steps}) for steps in (40, 4, 4)]
+    running, *waiting = [send(host, {**BODY, "steps": steps}) for steps in (40, 4, 4)]
     answers = []
     client = threading.Thread(target=lambda: answers.append(_outcome(host, {**BODY, "steps": 4})))
     client.start()
-    wait_until(lambda: host.get(f"/v1/jobs/{running['id']}").json()["step"] > 3, within_s=30, what="the job runs")
+    wait_until(lambda: show(host, running)["step"] > 3, within_s=30, what="the job runs")
     old[rank].kill()
     client.join(timeout=30)
     assert not client.is_alive(), "the client was left waiting"
     assert answers == ["connection lost"] or "the ranks are started again" in answers[0], answers
     wait_until(lambda: not any(process.is_running() for process in old.values()), within_s=20, what="the old ranks are gone")
     wait_until(lambda: host.status() == 200, within_s=READY_WITHIN_S, what="ready again", every_s=0.2)
-    for job in waiting:
-        assert _over(host, job["id"])["state"] == "done"
-        picture = Image.open(io.BytesIO(host.get(job["links"]["result"]).content))
-        assert np.abs(np.asarray(picture).astype(int) - reference).max() <= 1  # on one rank or on both
-    over = _over(host, running["id"])
-    assert (over["state"], over["attempts"], over["step"]) == ("done", 2, 40)
-    assert f"job {running['id']} is begun again" in host.log
+    for job in over(host, *waiting):
+        assert job["state"] == "done"
+        assert difference(pixels(host, job["id"]), reference) <= 1  # on one rank or on both
+    (ended,) = over(host, running)
+    assert (ended["state"], ended["attempts"], ended["step"]) == ("done", 2, 40)
+    assert f"job {running} is begun again" in host.log
     assert not set(host.ranks().values()) & set(old.values())
 
 
