@@ -1,16 +1,14 @@
 """The command itself, as a process: what it prints, the code it ends with, and that it loads nothing before it has to."""
 
 import json
-import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 
 from tests.checkpoints import checkpoint
-from tests.hosts.harness import LAUNCHER, REPOSITORY, assert_port_is_free, free_port, run_launcher, start_launcher, wait_until
+from tests.hosts.harness import LAUNCHER, REPOSITORY, free_port, run_launcher
 
 
 def test_help_names_every_section_and_imports_no_torch():
@@ -73,35 +71,6 @@ def test_checkpoint_that_does_not_load_ends_the_host_with_its_reason_and_is_not_
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: checkpoint=") and "does not load as StableDiffusionXLPipeline" in last
     assert done.stderr.count("listening on") == 1
-
-
-def test_killed_launcher_takes_every_process_with_it_and_frees_the_port():
-    with start_launcher("--type=sdxl", f"--checkpoint={checkpoint('sdxl')}", "--height=64", "--width=64") as host:
-        host.wait_until_ready()
-        job = threading.Thread(target=lambda: _post_and_lose(host), daemon=True)
-        job.start()
-        wait_until(lambda: float(host.get("/progress").text) > 0, within_s=30, what="the job runs")
-        assert len(host.tree()) >= 3
-        host.session.close()
-        assert host.signal_and_wait(signal.SIGKILL, within_s=3) < 3
-        wait_until(lambda: _is_free(host.port), within_s=4, what="the port is free")
-        job.join(timeout=10)
-        assert not job.is_alive()
-
-
-def _post_and_lose(host):
-    import requests
-
-    with pytest.raises(requests.ConnectionError):
-        requests.post(host.url("/generate"), json={"positive": "a dog", "steps": 900}, timeout=60)
-
-
-def _is_free(port):
-    try:
-        assert_port_is_free(port)
-    except OSError:
-        return False
-    return True
 
 
 def test_makefile_and_ci_run_the_same_tests():

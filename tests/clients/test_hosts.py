@@ -10,7 +10,7 @@ import requests
 from tests.checkpoints import checkpoint
 from tests.hosts.bodies import COMFYUI_TEXT
 from tests.hosts.client import assert_is_error, decode
-from tests.hosts.harness import assert_port_is_free, free_port, start_client_host, wait_until
+from tests.hosts.harness import free_port, is_port_free, start_client_host, wait_until
 
 GOLDEN = (
     "--variant=fp32", "--width=64", "--height=64", "--enable_vae_tiling", "--warm_up_steps=2",
@@ -45,34 +45,28 @@ def test_asyncdiff_host_of_comfyui_from_start_to_kill():
         host.session.close()
         assert host.signal_and_wait(signal.SIGKILL, within_s=3) < 3
         assert not [process for process in family if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
-        wait_until(lambda: _is_free(host.port), within_s=4, what="the port can be bound")
+        wait_until(lambda: is_port_free(host.port), within_s=4, what="the port can be bound")
         job.join(timeout=10)
 
 
 _LINGERING = {psutil.CONN_TIME_WAIT, psutil.CONN_FIN_WAIT2}
 
 
-def test_host_that_cannot_load_says_why_to_every_request():
+def test_host_that_cannot_load_says_why_to_every_request_and_the_next_one_waits_for_its_port():
     """The clients notice neither an exit nor a log, only answers."""
-    with start_client_host("host_xdit.py", "--type=flux", "--variant=fp32", "--checkpoint=/nowhere/flux") as host:
-        host.wait_until_ready()
-        for _ in range(2):
-            message = assert_is_error(host.post({"positive": "a dog", "steps": 2}).json())
-            assert "/nowhere/flux does not exist" in message
-        assert host.signal_and_wait(signal.SIGTERM, within_s=10) < 10
-
-
-def test_second_host_waits_for_the_port_of_the_first_that_was_killed():
     port = free_port()
-    arguments = ("--type=sdxl", "--variant=fp32", "--checkpoint=/nowhere/sdxl")
-    with start_client_host("host_distrifuser.py", *arguments, port=port) as first:
-        first.wait_until_listening()
+    with start_client_host("host_xdit.py", "--type=flux", "--variant=fp32", "--checkpoint=/nowhere/flux", port=port) as first:
+        first.wait_until_ready()
+        arguments = ("--type=sdxl", "--variant=fp32", "--checkpoint=/nowhere/sdxl")
         with start_client_host("host_distrifuser.py", *arguments, port=port) as second:
-            wait_until(lambda: "listening on" in first.log, within_s=30, what="the first listens")
+            for _ in range(2):
+                message = assert_is_error(first.post({"positive": "a dog", "steps": 2}).json())
+                assert "/nowhere/flux does not exist" in message
             first.session.close()
             first.signal_and_wait(signal.SIGKILL, within_s=3)
             wait_until(lambda: "listening on" in second.log, within_s=60, what="the second has taken over the port")
             assert second.status() == 200
+            assert second.signal_and_wait(signal.SIGTERM, within_s=10) < 10
 
 
 def _post_and_lose(host):
@@ -80,11 +74,3 @@ def _post_and_lose(host):
         requests.post(host.url("/generate"), json={**COMFYUI_TEXT, "steps": 900}, timeout=60)
     except requests.ConnectionError:
         return
-
-
-def _is_free(port):
-    try:
-        assert_port_is_free(port)
-    except OSError:
-        return False
-    return True

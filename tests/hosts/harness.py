@@ -190,3 +190,11 @@ def assert_port_is_free(port: int) -> None:
     """A plain bind without SO_REUSEADDR works, as the ComfyUI client tries it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", port))
+
+
+def is_port_free(port: int) -> bool:
+    try:
+        assert_port_is_free(port)
+    except OSError:
+        return False
+    return True

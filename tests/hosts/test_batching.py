@@ -1,10 +1,12 @@
-"""Jobs that are made in one batch: real hosts, real HTTP. The tests of one host run in this order."""
+"""Jobs that are made in one batch: real hosts, real HTTP. The tests of one host run in this order; the last one kills it."""
 
+import signal
 import threading
 
 import pytest
+import requests
 
-from tests.hosts.harness import FAULTS, start_launcher, wait_until
+from tests.hosts.harness import FAULTS, is_port_free, start_launcher, wait_until
 from tests.hosts.sending import ARGUMENTS, BODY, OneRank, begun, difference, follow, over, pixels, send, show
 
 LONG = {**BODY, "steps": 40}
@@ -95,6 +97,23 @@ def test_batch_that_fails_is_made_one_by_one(host, alone, fault_file):
     assert [(job["batch"], job["attempts"]) for job in done] == [(1, 2)] * 2
     assert_pictures(host, alone, bodies, done)
     assert host.ranks() == ranks
+
+
+def test_killed_launcher_takes_every_process_with_it_and_frees_the_port(host):
+    job = threading.Thread(target=_post_and_lose, args=(host,), daemon=True)
+    job.start()
+    wait_until(lambda: float(host.get("/progress").text) > 0, within_s=30, what="the job runs")
+    assert len(host.tree()) >= 3
+    host.session.close()
+    assert host.signal_and_wait(signal.SIGKILL, within_s=3) < 3
+    wait_until(lambda: is_port_free(host.port), within_s=4, what="the port is free")
+    job.join(timeout=10)
+    assert not job.is_alive()
+
+
+def _post_and_lose(host):
+    with pytest.raises(requests.ConnectionError):
+        requests.post(host.url("/generate"), json={"positive": "a dog", "steps": 900}, timeout=60)
 
 
 @pytest.mark.slow
