@@ -11,6 +11,7 @@ from tests.checkpoints import NAMES, SD35_MEDIUM, checkpoint, inputs, load
 from tests.checkpoints.cache import cached
 
 VISIBLE = 0.02  # largest difference of a pixel in [0, 1] that counts as another picture; rounding stays below 1e-4
+FAST = ("sdxl", "svd", "flux")  # a UNet, a video and a transformer; test_pipeline.py draws with all of them
 WITH_PROMPT = [name for name in NAMES if name != "svd"]
 
 
@@ -29,7 +30,7 @@ def difference(one: numpy.ndarray, other: numpy.ndarray) -> float:
     return float(numpy.abs(one - other).max())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in NAMES])
 def test_image_has_the_requested_size_and_is_finite_and_not_flat(pipelines, name):
     image = picture_of(pipelines(name), name)
     assert image.shape[-3:] == (64, 64, 3)

@@ -51,7 +51,7 @@ def check_cfg_split(rank: int, world_size: int, name: str) -> None:
     assert "forward" not in denoiser.__dict__
 
 
-@pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl", "sd3", "pixa"])
+@pytest.mark.parametrize("name", ["sdxl", "sd3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sd1", "sd2", "pixa"))])
 def test_two_rank_cfg_split_equals_one_rank(run_on_ranks: Callable[..., None], name: str) -> None:
     run_on_ranks(check_cfg_split, 2, name)
 

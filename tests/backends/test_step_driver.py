@@ -46,7 +46,10 @@ def samplers(*model_types):
 # ---- windows
 
 
-@pytest.mark.parametrize("model_type", TYPES)
+LATE = ("ad", "sd1", "sd2", "pixs")
+
+
+@pytest.mark.parametrize("model_type", [pytest.param(name, marks=pytest.mark.slow) if name in LATE else name for name in TYPES])
 def test_two_halves_make_the_whole_on_every_type(model_type):
     whole, _ = generate(model_type, steps(4))
     half, first = generate(model_type, steps(4, stop_step=2))

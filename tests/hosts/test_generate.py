@@ -16,7 +16,7 @@ from tests.hosts.client import assert_is_error, decode, encode
 from tests.hosts.inprocess import InProcessHost
 
 WITH_LATENTS = set(bodies.IMAGE_TYPES)
-LATE = ("qwenimage", "flux2")  # in the long tail
+LATE = ("qwenimage", "flux2", "sd2", "pixs", "zimage")  # in the long tail: others here get the same bodies
 VIDEOS = {"ad", "svd", "wan_t2v"}
 
 

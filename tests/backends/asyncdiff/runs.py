@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from backends.asyncdiff.backend import AsyncDiffBackend
 from backends.asyncdiff.plan import make_plan
@@ -60,13 +59,6 @@ def attached(pipe: LoadedPipeline, options: Mapping[str, object], *, rank: int, 
         pipe.detach()  # collective with shared weights, so not after a failure of one rank
     finally:
         mesh.destroy()
-
-
-def from_rank_zero(compute: Callable[[], Any]) -> Any:
-    """What one rank computes, on all: references need no second opinion, and the cores are few."""
-    box = [compute() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(box)
-    return box[0]
 
 
 def parameter_counts(hooks: Any, call: Callable[[], Any], layout: Any, device: torch.device) -> list[float]:

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from tests.backends.asyncdiff.runs import attached, from_rank_zero, loaded, prepare, request, result
+from tests.backends.asyncdiff.runs import attached, loaded, prepare, request, result
 from tests.backends.asyncdiff.test_stale import check_equals_simulation
+from tests.backends.reference import from_rank_zero
 
 
 class Cancelled(Exception):

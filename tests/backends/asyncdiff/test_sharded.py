@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from backends.kept_weights import weight_bytes
-from tests.backends.asyncdiff.runs import attached, from_rank_zero, loaded, prepare, request, result
+from tests.backends.asyncdiff.runs import attached, loaded, prepare, request, result
+from tests.backends.reference import from_rank_zero
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
 """Weights that were sent back lie at other addresses than loaded ones, and kernels for aligned data sum in another order."""

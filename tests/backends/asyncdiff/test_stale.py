@@ -5,8 +5,9 @@ import itertools
 import pytest
 import torch
 
-from tests.backends.asyncdiff.runs import attached, from_rank_zero, loaded, prepare, request, result
+from tests.backends.asyncdiff.runs import attached, loaded, prepare, request, result
 from tests.backends.asyncdiff.simulation import Simulation
+from tests.backends.reference import from_rank_zero
 
 SHIFTS = ({"time_shift": False}, {"time_shift": True})
 

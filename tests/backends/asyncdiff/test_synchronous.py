@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from tests.backends.asyncdiff.runs import attached, from_rank_zero, loaded, prepare, request, result
+from tests.backends.asyncdiff.runs import attached, loaded, prepare, request, result
+from tests.backends.reference import from_rank_zero
 from tests.checkpoints import NAMES
 
 STEPS = 3

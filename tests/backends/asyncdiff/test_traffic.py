@@ -36,7 +36,10 @@ def benchmark_unet():
         yield layout, [float(1 + operations[unit.name]) for unit in layout.units], hooks, call
 
 
-@pytest.mark.parametrize(("model_n", "stride"), [(2, 1), (3, 1), (4, 1), (2, 2), (3, 2)])
+LATE = [(3, 1), (4, 1), (2, 2)]
+
+
+@pytest.mark.parametrize(("model_n", "stride"), [(2, 1), (3, 2), *(pytest.param(*degrees, marks=pytest.mark.slow) for degrees in LATE)])
 def test_a_turn_sends_at_most_a_third_of_what_broadcasting_all_outputs_would(benchmark_unet, model_n, stride):
     layout, operations, hooks, call = benchmark_unet
     segments = choose_segments(layout, operations, model_n)

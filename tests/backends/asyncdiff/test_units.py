@@ -38,7 +38,10 @@ def denoiser_call(name):
     return denoiser, denoiser, seen, names[0]
 
 
-@pytest.fixture(params=NAMES, scope="module")
+LATE = ("sd1", "sd2", "sdup", "pixs", "qwenimage", "flux2")  # built of the same parts as others
+
+
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow) if name in LATE else name for name in NAMES], scope="module")
 def traced(request):
     """One call of each type's denoiser, followed; its hooks stay until the last test on it takes them off."""
     denoiser, call, arguments, input_name = denoiser_call(request.param)

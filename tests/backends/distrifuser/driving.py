@@ -104,10 +104,9 @@ def _output(result: Any) -> Tensor:
     return torch.as_tensor(result.frames if hasattr(result, "frames") else result.images).detach()
 
 
-def assert_same(got: Tensor, want: Tensor, what: str = "", *, relative: float | None = None) -> None:
-    """Equal but for the order of sums: within `relative` of the largest value of `want`, WIDE in float64 and 1e-5 in float32."""
-    if relative is None:
-        relative = WIDE if want.dtype == torch.float64 else 1e-5
+def assert_same(got: Tensor, want: Tensor, what: str = "") -> None:
+    """Equal but for the order of sums: within a share of the largest value of `want`, WIDE in float64 and 1e-5 in float32."""
+    relative = WIDE if want.dtype == torch.float64 else 1e-5
     limit = relative * max(1.0, float(want.abs().max()))
     difference = float((got - want).abs().max())
     assert torch.isfinite(got).all() and difference <= limit, (

@@ -13,6 +13,7 @@ from backends.distrifuser.modes import SYNC_MODES
 from backends.request import GenerateRequest
 from tests.backends.distrifuser.driving import arguments, assert_same, attached, build, generate, load_wide, table
 from tests.backends.distrifuser.simulation import Simulation
+from tests.backends.reference import from_rank_zero
 
 STALE = tuple(name for name in SYNC_MODES if name != "full_sync")
 NUM_STEPS = 4
@@ -117,10 +118,10 @@ def check_simulation(rank: int, world_size: int, name: str, cases: tuple[Case, .
     pipe = load_wide(name)
     network = getattr(pipe, table()[name].denoiser)
     inputs, call = CALLS[name](network)
-    exact = [call(sample, step) for step, sample in enumerate(inputs)]
+    exact = from_rank_zero(lambda: [call(sample, step) for step, sample in enumerate(inputs)])
     for case in cases:
         case = Case(mode=case.mode, bounds=case.bounds, options={"warm_up_steps": 2, "no_split_batch": True, **case.options})
-        want = simulated(network, name, case)
+        want = from_rank_zero(lambda: simulated(network, name, case))  # noqa: B023
         assert float((want[-1] - exact[-1]).abs().max()) > 1e-6, f"{case}: a stale step should have differed from an exact one"
         with attached(pipe, name, rank, world_size, sync_mode=case.mode, **case.options) as backend:
             sizes = []
