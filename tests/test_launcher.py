@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import launcher
 from tests.checkpoints import checkpoint
 from tests.hosts.harness import LAUNCHER, REPOSITORY, free_port, run_launcher
 
@@ -42,11 +43,18 @@ def test_installed_command_is_the_launcher():
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_users_mistake_is_one_line_and_exit_code_2(arguments, said):
-    done = run_launcher(*arguments)
+def test_users_mistake_is_one_line_and_exit_code_2(arguments, said, capsys):
+    code = launcher.main(arguments)
+    told = capsys.readouterr()
+    assert (code, told.out) == (2, "")
+    assert told.err.startswith("error: ") and told.err.count("\n") == 1
+    assert said in told.err
+
+
+def test_users_mistake_is_the_exit_code_of_the_process():
+    done = run_launcher("--type=sdx")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert said in done.stderr
+    assert done.stderr.startswith("error: type='sdx' is not a model type.") and done.stderr.count("\n") == 1
 
 
 def test_check_prints_the_plan_and_starts_nothing():

@@ -1,6 +1,7 @@
 """Several requests as rows of one batch: each gets what it gets alone, and what cannot be a row is left out."""
 
 import inspect
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
@@ -19,8 +20,7 @@ from tests.checkpoints import checkpoint
 
 TABLE = read_table()
 SIDE = 64
-FAST = ("sdxl", "flux")
-TYPES = [name for name, spec in TABLE.items() if spec.batches]
+OTHERS = [name for name, spec in TABLE.items() if spec.batches and name != "sdxl"]
 PROMPTS = ("a cat", "a photo of a red car in front of a small house by the sea", "snow")
 _LOADED: dict[str, LoadedPipeline] = {}
 
@@ -68,9 +68,14 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in TYPES])
-def test_row_of_a_batch_equals_the_picture_alone(name: str) -> None:
-    for fields in CASES.values():
+BRIEF = ("as it comes", "other size", "own noise in each step of a flow")
+
+
+@pytest.mark.parametrize(
+    ("name", "cases"), [("sdxl", CASES), ("flux", BRIEF), *(pytest.param(name, CASES, marks=pytest.mark.slow) for name in OTHERS)]
+)
+def test_row_of_a_batch_equals_the_picture_alone(name: str, cases: Iterable[str]) -> None:
+    for fields in (CASES[label] for label in cases):
         if "scheduler" not in fields or fields["scheduler"].startswith("fm") is TABLE[name].flow_matching:
             assert_rows_equal_each_alone(name, requests_of(**fields))
 

@@ -24,7 +24,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 LAUNCHER = REPOSITORY / "launcher.py"
 CLIENT_FOLDER = REPOSITORY / "clients" / "multigpu_diffusion"
 FAULTS = Path(__file__).parent / "faults"
-"""On a host's PYTHONPATH: what FAULT_FILE names goes wrong in it."""
+"""On every host's PYTHONPATH: what FAULT_FILE names goes wrong in it, if the test sets that."""
 READY_WITHIN_S = 170.0
 """Two ranks import torch and diffusers; on a busy machine that takes its time."""
 
@@ -169,9 +169,8 @@ def _started(command: list[str], port: int, environment: Mapping[str, str] | Non
         log_file = Path(folder) / "log"
         with log_file.open("wb") as log:
             # elsewhere than in the repository: nothing may be found relative to the working directory
-            process = subprocess.Popen(
-                command, cwd=folder, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
-            )
+            surroundings = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(FAULTS), **(environment or {})}
+            process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=subprocess.STDOUT, env=surroundings)
         host = RunningHost(process=process, port=port, log_file=log_file)
         try:
             yield host

@@ -6,7 +6,7 @@ import threading
 import pytest
 import requests
 
-from tests.hosts.harness import FAULTS, is_port_free, start_launcher, wait_until
+from tests.hosts.harness import is_port_free, start_launcher, wait_until
 from tests.hosts.sending import ARGUMENTS, BODY, OneRank, begun, difference, follow, over, pixels, send, show
 
 LONG = {**BODY, "steps": 40}
@@ -21,8 +21,7 @@ def fault_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def host(fault_file):
-    environment = {"PYTHONPATH": str(FAULTS), "FAULT_FILE": str(fault_file)}
-    with start_launcher(*ARGUMENTS, "--nproc_per_node=1", "--max_batch=3", environment=environment) as running:
+    with start_launcher(*ARGUMENTS, "--nproc_per_node=1", "--max_batch=3", environment={"FAULT_FILE": str(fault_file)}) as running:
         running.wait_until_ready()
         yield running
 

@@ -1,13 +1,10 @@
 """Ranks that are lost while they work on a job, by a real hang and by real kills: it runs again once, then says why it failed."""
 
-from pathlib import Path
-
 import pytest
 
 from tests.checkpoints import checkpoint
 from tests.hosts.harness import start_launcher, wait_until
 
-FAULTS = Path(__file__).parent / "faults"
 PROMPT = "a most secret castle"
 BODY = {"positive": PROMPT, "steps": 900, "seed": 5, "scheduler": "euler"}
 
@@ -21,9 +18,9 @@ def fault_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def host(fault_file):
-    environment = {"PYTHONPATH": str(FAULTS), "FAULT_FILE": str(fault_file)}
     arguments = ("--type=sdxl", f"--checkpoint={checkpoint('sdxl')}", "--nproc_per_node=2", "--mode=latency", "--backend=distrifuser")
-    with start_launcher(*arguments, "--height=64", "--width=64", "--failure_timeout=4", environment=environment) as running:
+    arguments += ("--height=64", "--width=64", "--failure_timeout=4")
+    with start_launcher(*arguments, environment={"FAULT_FILE": str(fault_file)}) as running:
         running.wait_until_ready()
         yield running
 
@@ -71,9 +68,8 @@ def test_job_whose_rank_is_killed_twice_fails_with_the_signal_and_the_last_lines
 
 
 def test_failure_of_the_middle_one_of_three_ranks_is_answered_by_name_and_the_next_picture_is_right(fault_file):
-    environment = {"PYTHONPATH": str(FAULTS), "FAULT_FILE": str(fault_file)}
     arguments = ("--type=sdxl", f"--checkpoint={checkpoint('sdxl')}", "--nproc_per_node=3", "--mode=latency", "--backend=distrifuser")
-    with start_launcher(*arguments, "--no_split_batch", "--height=96", "--width=64", environment=environment) as host:
+    with start_launcher(*arguments, "--no_split_batch", "--height=96", "--width=64", environment={"FAULT_FILE": str(fault_file)}) as host:
         host.wait_until_ready()
         body = {**BODY, "steps": 4}
         want = host.post(body).json()["output"]

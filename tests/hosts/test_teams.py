@@ -5,7 +5,7 @@ import signal
 import psutil
 import pytest
 
-from tests.hosts.harness import FAULTS, READY_WITHIN_S, start_launcher, wait_until
+from tests.hosts.harness import READY_WITHIN_S, start_launcher, wait_until
 from tests.hosts.sending import ARGUMENTS, BODY, OneRank, begun, both_run, difference, over, pixels, send
 
 LONG = {**BODY, "steps": 30}
@@ -55,9 +55,8 @@ def test_host_that_is_stopped_while_its_ranks_are_split_ends_at_once(host):
 def test_four_ranks_work_in_two_teams_of_two_and_as_four(tmp_path):
     """Two jobs that wait are for two teams, where the assumed times say so; a team whose groups broke has new ones when all have met."""
     fault_file = tmp_path / "next"
-    environment = {"PYTHONPATH": str(FAULTS), "FAULT_FILE": str(fault_file)}
     arguments = (*ARGUMENTS, "--backend=distrifuser", "--sync_mode=full_sync", "--nproc_per_node=4")
-    with start_launcher(*arguments, environment=environment) as host:
+    with start_launcher(*arguments, environment={"FAULT_FILE": str(fault_file)}) as host:
         host.wait_until_ready()
         assert set(host.get("/settings").json()["teams"]) == {"1", "2"}
         reference = {}

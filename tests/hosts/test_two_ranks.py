@@ -15,7 +15,7 @@ import pytest
 import requests
 
 from tests.hosts.client import assert_is_error, decode
-from tests.hosts.harness import FAULTS, READY_WITHIN_S, run_launcher, start_launcher, wait_until
+from tests.hosts.harness import READY_WITHIN_S, run_launcher, start_launcher, wait_until
 from tests.hosts.sending import ARGUMENTS, BODY, OneRank, begun, both_run, difference, follow, from_file, over, pixels, send, show
 
 LONG = {**BODY, "steps": 30}
@@ -28,8 +28,7 @@ def fault_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def host(fault_file):
-    environment = {"PYTHONPATH": str(FAULTS), "FAULT_FILE": str(fault_file)}
-    with start_launcher(*ARGUMENTS, "--backend=distrifuser", "--nproc_per_node=2", environment=environment) as running:
+    with start_launcher(*ARGUMENTS, "--backend=distrifuser", "--nproc_per_node=2", environment={"FAULT_FILE": str(fault_file)}) as running:
         yield running
 
 
