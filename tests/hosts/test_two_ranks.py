@@ -99,7 +99,7 @@ def test_job_alone_has_both_ranks_and_six_at_once_have_one_each_and_give_the_pic
 
 
 def test_ten_clients_at_once_are_served_in_turns_and_get_their_own_pictures(host, alone):
-    blocker = begun(host, {**BODY, "steps": 40})
+    blocker = begun(host, {**BODY, "steps": 100})  # until all have been sent, also on a busy machine
     greedy = [send(host, {**BODY, "seed": seed}, client="greedy") for seed in range(4)]
     others = [send(host, {**BODY, "seed": seed}, client=f"client {seed % 3}") for seed in range(4, 10)]
     assert show(host, others[2])["position"] < show(host, greedy[1])["position"]

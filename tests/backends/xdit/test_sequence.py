@@ -31,7 +31,7 @@ ODD_TEXT = {  # 83, 13, 61 and 400 text tokens; the long one has more than its n
     "flux2": {"max_sequence_length": 401},
     "zimage": {"prompt": LONG, "guidance_scale": 3.0},
 }
-LATE = ("qwenimage", "flux2", "wan_t2v")  # in the long tail: what they need is needed by others too, or tested for itself
+LATE = ("pixs", "qwenimage", "flux2", "wan_t2v")  # in the long tail: what they need is needed by others too, or tested for itself
 RUNS = [
     {"size": 64},  # 16 image tokens
     {"size": 80, "num_images_per_prompt": 2, "steps": 2},  # 25: uneven shards
