@@ -3,6 +3,8 @@ PYTHON ?= python3
 PORT ?= 6000
 BIN := .venv/bin
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+# else every process of every host under test would compile our sources anew
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test test-all lint docs audit clean
 
