@@ -188,7 +188,7 @@ def _serve(
     settings: Settings, start: StartPlan, place: Place, state: HostState, queue: JobQueue, store: JobStore | None
 ) -> HostError | None:
     """Open the groups and run the loop; the error if loading failed. Imports torch, after the port is bound."""
-    _import_bitsandbytes()
+    import_bitsandbytes()
     from backends import distributed
     from hosts.desk import FollowerDesk, FrontDesk
     from hosts.loop import RankLoop
@@ -272,7 +272,7 @@ def _meet(settings: Settings, place: Place, store: JobStore | None, activity: Ac
     return device
 
 
-def _import_bitsandbytes() -> None:
+def import_bitsandbytes() -> None:
     """Before peft does: it has torch compile a few functions as it is imported, which brings all of inductor: 2 s and 50 MB per rank."""
     given = os.environ.get(DISABLES_DYNAMO)
     os.environ[DISABLES_DYNAMO] = "1"
@@ -286,7 +286,7 @@ def _import_bitsandbytes() -> None:
 
 def _serve_errands(settings: Settings, place: Place, state: HostState, queue: JobQueue, store: JobStore | None, errands: Errands) -> None:
     """The same for a host that waits for its pipeline: until told to stop."""
-    _import_bitsandbytes()
+    import_bitsandbytes()
     from backends import distributed
     from hosts.waiting import Front, WaitingLoop
 

@@ -18,8 +18,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from hosts.main import import_bitsandbytes
+
+import_bitsandbytes()
 torch.set_num_threads(1)
-multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "diffusers", "transformers", "tests.preload"])
+multiprocessing.set_forkserver_preload(["tests.conftest", "tests.preload"])
 
 
 def _rank_entry(rank: int, world_size: int, folder: Path, check: Callable[..., None], args: tuple[Any, ...]) -> None:

@@ -48,7 +48,7 @@ def test_attention_slicing_draws_the_same_and_missing_xformers_only_warn(caplog)
     assert "xformers_efficient has no effect: xformers is not installed" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["sd1", "sdxl", "flux"])
+@pytest.mark.parametrize("name", [pytest.param("sd1", marks=pytest.mark.slow), "sdxl", "flux"])
 def test_compel_reads_plain_prompts_as_the_pipeline_does_and_weighs_the_others(name):
     pipe = loaded(TABLE[name], compel=True)
     assert difference(draw(pipe), draw(loaded(TABLE[name]))) <= 1

@@ -166,7 +166,9 @@ def test_latents_of_another_dtype_are_refused_where_the_pipeline_takes_them_as_t
 # ---- lists of one's own
 
 
-@pytest.mark.parametrize("model_type", ["ad", "hy", "sdup", "svd", "sdxl", "sd3", "flux"])
+@pytest.mark.parametrize(
+    "model_type", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("ad", "sdup")), "hy", "svd", "sdxl", "sd3", "flux"]
+)
 def test_own_sigmas_are_taken_as_they_are_on_every_pipeline(model_type):
     """The sampler's own list, given back, must change nothing: no second shift, no lost or added level."""
     want, driver = generate(model_type, steps(4), scheduler="euler")

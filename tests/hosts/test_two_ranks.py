@@ -194,8 +194,10 @@ def test_cancelled_job_ends_on_both_ranks_within_two_steps_and_the_next_is_right
     assert [rank["rank"] for rank in host.get("/settings").json()["ranks_now"]] == [0, 1]
 
 
-@pytest.mark.parametrize("place", ["denoiser", "decode"])
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("rank", "place"),
+    [(0, "denoiser"), (1, "decode"), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, "denoiser"), (0, "decode")))],
+)
 def test_failure_of_one_rank_is_tried_again_then_answered_by_name_and_the_next_picture_is_right(rank, place, host, reference, fault_file):
     ranks = host.ranks()
     fault_file.write_text(f"{rank} {place}")

@@ -37,7 +37,10 @@ def test_full_warmup_matches_single_for_every_window_and_order(run_on_ranks, wor
 
 @pytest.mark.parametrize(
     "fields",
-    [{"scheduler": {"scheduler": "heun"}}, pytest.param({"denoising_end": 0.7, "num_inference_steps": 8}, marks=pytest.mark.slow)],
+    [
+        pytest.param(fields, marks=pytest.mark.slow)
+        for fields in ({"scheduler": {"scheduler": "heun"}}, {"denoising_end": 0.7, "num_inference_steps": 8})
+    ],
     ids=["heun", "denoising_end"],
 )
 def test_stale_schedule_of_second_order_and_windows_equals_its_simulation(run_on_ranks, fields):

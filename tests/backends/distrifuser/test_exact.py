@@ -65,6 +65,7 @@ def test_bands_of_sdxl_on_three_ranks_match_one_rank(run_on_ranks):
     run_on_ranks(check_types_briefly, 3, ("sdxl",), BANDS | {"patch_weights": "1,2,1"})
 
 
+@pytest.mark.slow
 def test_split_batch_and_bands_of_sdxl_on_four_ranks_match_one_rank(run_on_ranks):
     build(["sdxl"])
     run_on_ranks(check_types, 4, ("sdxl",), SPLIT_BATCH | {"patch_weights": "1,2"})

@@ -46,6 +46,7 @@ def check_controlnet(rank: int, world_size: int, names: tuple[str, ...], option_
         assert_same(generate(pipe, None, given), wanted["guided"], f"{name} after detach")
 
 
+@pytest.mark.slow  # tests/backends/test_feature_matrix.py has both features under bands
 def test_controlnet_under_bands_and_split_batch_matches_one_rank(run_on_ranks):
     for name in WITH_CONTROLNET:
         controlnet(name)
@@ -76,6 +77,7 @@ def check_lora(rank: int, world_size: int) -> None:
         assert_same(generate(pipe, backend, given), want, "loaded while attached")
 
 
+@pytest.mark.slow
 def test_lora_loaded_before_or_after_attaching_matches_one_rank(run_on_ranks):
     build(["sdxl"])
     lora("sdxl")
