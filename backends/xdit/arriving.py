@@ -89,7 +89,7 @@ class Grid:
 
 
 class Piece:
-    """One patch, made when it is first asked for, or what `make` returns at once if it is a tensor."""
+    """One patch, made when it is first asked for and kept."""
 
     def __init__(self, make: Callable[[], Any]) -> None:
         self._make: Callable[[], Any] | None = make
@@ -155,7 +155,7 @@ class Arriving(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> Any:
         call = (tuple(args), kwargs or {})
-        if not func._schema.is_mutable and func in PIXELWISE and (result := _by_patch(func, call)) is not None:
+        if func in PIXELWISE and (result := _by_patch(func, call)) is not None:
             return result
         changed = args[0] if func._schema.is_mutable and args and isinstance(args[0], cls) else None
         if changed is not None and changed._is_cut:

@@ -2,12 +2,11 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from backends.base import Run
@@ -68,13 +67,6 @@ def generated(
     finally:
         del scheduler.step
         backend.end()
-
-
-def from_rank_zero(compute: Callable[[], Any]) -> Any:
-    """What one rank computes, on all: references need no second opinion, and the cores are few."""
-    box = [compute() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(box)
-    return box[0]
 
 
 def run_of(*, size: int = 64, steps: int = 3, **fields: Any) -> Run:

@@ -5,7 +5,8 @@ import torch._dynamo
 
 from backends.model_table import read_table
 from tests.backends import features
-from tests.backends.xdit.ranks import assert_close, attached, from_rank_zero, generated, latents_of
+from tests.backends.reference import from_rank_zero
+from tests.backends.xdit.ranks import assert_close, attached, generated, latents_of
 from tests.backends.xdit.simulation import simulate
 from tests.checkpoints import load, lora
 

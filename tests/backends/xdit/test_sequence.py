@@ -9,7 +9,8 @@ from backends.errors import UnsupportedError
 from backends.model_table import read_table
 from backends.plan import ParallelPlan
 from backends.xdit.tokens import SequenceParallel
-from tests.backends.xdit.ranks import assert_close, attached, from_rank_zero, generated, latents_of
+from tests.backends.reference import from_rank_zero
+from tests.backends.xdit.ranks import assert_close, attached, generated, latents_of
 from tests.checkpoints import SD35_MEDIUM, checkpoint, load
 
 TYPES = {

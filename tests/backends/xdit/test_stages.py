@@ -8,7 +8,8 @@ from backends.distributed import Mesh
 from backends.errors import CancelledError, PlanError, RequestError, UnsupportedError
 from backends.kept_weights import weight_bytes
 from backends.xdit.stages import PipeFusion, stage_bounds
-from tests.backends.xdit.ranks import assert_close, attached, from_rank_zero, generated, latents_of, run_of
+from tests.backends.reference import from_rank_zero
+from tests.backends.xdit.ranks import assert_close, attached, generated, latents_of, run_of
 from tests.backends.xdit.simulation import simulate
 from tests.checkpoints import SD35_MEDIUM, load
 

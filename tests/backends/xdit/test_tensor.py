@@ -11,7 +11,8 @@ from backends.kept_weights import weight_bytes
 from backends.model_table import read_table
 from backends.xdit.plan import TENSOR_PLANS
 from backends.xdit.tensor import TensorParallel
-from tests.backends.xdit.ranks import assert_close, attached, from_rank_zero, generated, latents_of
+from tests.backends.reference import from_rank_zero
+from tests.backends.xdit.ranks import assert_close, attached, generated, latents_of
 from tests.checkpoints import IP_ADAPTER_FILE, IP_ADAPTER_IMAGE_ENCODER, checkpoint, ip_adapter, load, lora
 
 
