@@ -204,14 +204,13 @@ def _sequence(plan: ParallelPlan, share: _Share) -> _Cost:
 def _stages(plan: ParallelPlan, share: _Share, inner: _Cost) -> _Cost:
     """PipeFusion, arXiv:2405.14430, section 4, as docs/xdit.md describes it.
 
-    Stages wait for each other between steps only where patches are too few, or where another axis wants whole predictions.
+    Stages wait for each other between steps only where patches are too few, or where a data axis wants whole predictions.
     """
     stages, work = plan.degree("stage"), share.work
     halves = 2 if work.halves == 2 and plan.degree("cfg") == 1 else 1
     patches = int(str(plan.options["num_pipeline_patch"]))
     turns = halves * patches
-    is_whole = plan.degree("cfg") * plan.degree("data") > 1
-    filling = (turns + stages - 1 if is_whole else max(turns, stages + halves - 1)) / turns
+    filling = (turns + stages - 1 if plan.degree("data") > 1 else max(turns, stages + halves - 1)) / turns
     computing = inner.step_s / stages * filling * STAGE_LOSS
     sent = share.of(work.hidden_bytes + work.latent_bytes)
     whole = (halves + stages - 1) / halves / stages

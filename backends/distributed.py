@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import _functional_collectives as functional_collectives
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from backends.plan import ParallelPlan
 
@@ -94,8 +95,8 @@ class Axis:
     Only the mesh changes it: whoever keeps an axis must not keep a group open that others wait in, and has the new one after a rebuild.
 
     ranks: as the world counts them, which is how torch names peers, whatever the group. rank: this one's place among them.
-    way_back: of an axis of stages, a second group of the same ranks, for what goes against the stream. NCCL does what one group is asked in
-    the order in which it is asked, so that in one group the ranks could wait for each other.
+    way_back: of an axis of stages, with those of the other half of guidance, a second group of the same ranks, for what goes against the
+    stream. NCCL does what one group is asked in the order in which it is asked, so that in one group the ranks could wait for each other.
     memory: what backends/shared_memory.py keeps for as long as the group is open.
     """
 
@@ -202,7 +203,8 @@ class Mesh:
             parts = sorted({self.plan.ranks(*names, of_rank=rank) for rank in range(self.plan.world_size)})
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             group = self._new_groups(parts, backend=backend)
-            way_back = self._new_groups(parts, backend=backend) if tuple(names) == ("stage",) else None
+            is_way_back = "stage" in names and set(names) == {name for name in ("cfg", "stage") if self.plan.degree(name) > 1}
+            way_back = self._new_groups(parts, backend=backend) if is_way_back else None
         ranks = tuple(self._first + rank for rank in mine)
         return Axis(name="x".join(names), ranks=ranks, rank=mine.index(self.rank), group=group, way_back=way_back)
 
@@ -224,10 +226,17 @@ def _new_groups(parts: Sequence[Sequence[int]], rank: int, backend: str, timeout
     return mine
 
 
-def all_gather(tensor: Tensor, *, dim: int, axis: Axis) -> Tensor:
-    """Concatenate equal shards along `dim` in rank order. Blocks until every rank of the axis has sent its shard."""
+def all_gather(tensor: Tensor, *, dim: int, axis: Axis, traffic: Traffic | None = None) -> Tensor:
+    """Concatenate equal shards along `dim` in rank order. Blocks until every rank of the axis has sent its shard.
+
+    Like torch's own functions it leaves the work to a tensor whose class has a __torch_function__ that knows better.
+    """
+    if has_torch_function_unary(tensor):
+        return handle_torch_function(all_gather, (tensor,), tensor, dim=dim, axis=axis, traffic=traffic)
     if axis.group is None:
         return tensor
+    if traffic is not None:
+        traffic.add(tensor, peers=axis.size - 1)
     tensor = tensor.contiguous()
     shards = [torch.empty_like(tensor) for _ in range(axis.size)]
     dist.all_gather(shards, tensor, group=axis.group)

@@ -85,8 +85,7 @@ def _cut(value: Any, batch: int, parts: int, part: int) -> Any:
 
 def _gather(output: Any, mesh: Mesh, axis: Axis) -> Any:
     part = torch.stack(output[0]) if isinstance(output[0], list) else output[0]
-    mesh.traffic.add(part, peers=axis.size - 1)
-    whole: Any = all_gather(part, dim=0, axis=axis)
+    whole: Any = all_gather(part, dim=0, axis=axis, traffic=mesh.traffic)
     if isinstance(output[0], list):
         whole = list(whole.unbind(0))
     return (whole, *output[1:]) if isinstance(output, tuple) else type(output)(sample=whole)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from backends.distributed import all_gather
 from backends.xdit.layout import Span
 
 aten = torch.ops.aten
@@ -105,6 +106,8 @@ class Arriving(Tensor):
     """A tensor of which each patch is a Piece. `shape`, `dtype` and `device` are those of the whole."""
 
     grid: Grid
+    gathered: "Arriving | None"
+    """Both halves of guidance, where this is one of them and the other's patches are on their way here too: what `all_gather` gives."""
     _pieces: list[Piece]
     _buffer: Tensor | None
     _filled: set[int]
@@ -115,6 +118,7 @@ class Arriving(Tensor):
         """like: of the whole's shape and dtype, on any device. is_cut: torch would make this a view of what it was cut from."""
         made = Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=device)
         made.grid, made._pieces, made._buffer, made._filled, made._is_cut = grid, list(pieces), None, set(), is_cut
+        made.gathered = None
         return made
 
     @property
@@ -151,6 +155,13 @@ class Arriving(Tensor):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"Arriving({tuple(self.shape)}, {self.dtype}, {len(self._filled)} of {len(self.grid.spans)} patches)"
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func is all_gather and args[0].gathered is not None and kwargs["axis"].name == "cfg":
+            return args[0].gathered
+        with torch._C.DisableTorchFunctionSubclass():  # Tensor's own would make plain results Arriving again
+            return func(*args, **(kwargs or {}))
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> Any:

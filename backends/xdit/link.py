@@ -62,24 +62,32 @@ class StageLink:
 
 
 class WayBack:
-    """What the last stage predicts for each patch of a denoiser call, to all other stages."""
+    """What the last stage predicts for each patch of a denoiser call, to all other stages.
+
+    Under a CFG split each half of guidance has stages of its own. The last stage of either then sends to both halves' other stages, which
+    need both predictions for the next step: to ask each other for them, patch by patch, they would have to ask in the same order.
+    """
 
     def __init__(self, mesh: Mesh) -> None:
-        self._stage = mesh.axis("stage")
+        self._axis = mesh.axis("cfg", "stage")
+        num_stages = mesh.axis("stage").size
+        self._last = self._axis.ranks[num_stages - 1 :: num_stages]
         self._traffic = mesh.traffic
         self._under_way: list[Piece] = []
 
     def send(self, piece: Tensor) -> None:
-        """From the last stage."""
+        """From a last stage."""
         piece = piece.contiguous()
-        self._traffic.add(piece, peers=self._stage.size - 1)
-        for rank in self._stage.ranks[:-1]:
-            self._add(dist.isend(piece, rank, group=self._stage.way_back), piece)
+        others = [rank for rank in self._axis.ranks if rank not in self._last]
+        self._traffic.add(piece, peers=len(others))
+        for rank in others:
+            self._add(dist.isend(piece, rank, group=self._axis.way_back), piece)
 
-    def receive(self, shape: Sequence[int], like: Tensor) -> Piece:
-        """On another stage: begin to receive the next piece."""
-        piece = like.new_empty(tuple(shape))
-        return self._add(dist.irecv(piece, self._stage.ranks[-1], group=self._stage.way_back), piece)
+    def receive(self, shape: Sequence[int], like: Tensor) -> list[Piece]:
+        """On another stage: begin to receive the next piece from each last stage, in the order of the halves."""
+        pieces = [like.new_empty(tuple(shape)) for _ in self._last]
+        works = [dist.irecv(piece, rank, group=self._axis.way_back) for rank, piece in zip(self._last, pieces, strict=True)]
+        return [self._add(work, piece) for work, piece in zip(works, pieces, strict=True)]
 
     def finish(self) -> None:
         """Wait until everything has arrived, here and there."""
@@ -88,10 +96,12 @@ class WayBack:
         self._under_way.clear()
 
     def _add(self, work: dist.Work, piece: Tensor) -> Piece:
+        traffic = self._traffic  # and not self: in a cycle they would keep their group open when it is closed, and others wait in it
+
         def arrived() -> Tensor:  # asked once: gloo's receives must not be waited for twice
             started = time.perf_counter()
             work.wait()
-            self._traffic.wait_s += time.perf_counter() - started
+            traffic.wait_s += time.perf_counter() - started
             return piece
 
         self._under_way.append(Piece(arrived))

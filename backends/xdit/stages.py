@@ -195,7 +195,7 @@ class PipeFusion:
 
     def _grid(self, latents: Tensor, layout: Layout) -> Grid | None:
         """Where the patches of a prediction are, if it can be handed on patch by patch."""
-        if self._mesh.axis("cfg", "data").size > 1:  # their collectives want the whole
+        if self._mesh.axis("data").size > 1:  # its collective wants the whole
             return None
         spans = [layout.patch(patch)[1] for patch in range(self._num_patches)]
         return Grid.of(latents, spans, self._denoiser.config.patch_size)
@@ -291,7 +291,10 @@ class PipeFusion:
             assert self._way_back is not None
             shapes = [grid.piece_shape(prediction.shape, patch) for patch in range(self._num_patches)]
             pieces = [self._way_back.receive(shape, prediction) for shape in shapes]
-            return Arriving(pieces, grid, prediction, prediction.device)
+            halves = [Arriving(of_half, grid, prediction, prediction.device) for of_half in zip(*pieces, strict=True)]
+            mine = halves[self._mesh.axis("cfg").rank]
+            mine.gathered = torch.cat(halves) if len(halves) > 1 else None
+            return mine
         return prediction
 
 

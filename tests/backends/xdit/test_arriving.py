@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from backends.distributed import Axis, all_gather
 from backends.xdit.arriving import Arriving, Grid, Piece
 
 SPANS = ((0, 5), (5, 11), (11, 24))
@@ -90,6 +91,15 @@ def test_changing_a_part_of_it_in_place_is_refused(source):
     with pytest.raises(RuntimeError, match=r"would change a part of a prediction in place.* Clone the part first"):
         source.arriving.chunk(2)[0].add_(1)
     assert torch.equal(source.arriving.chunk(2)[0].clone().add_(1), source.whole.chunk(2)[0] + 1)
+
+
+def test_gathering_it_gives_both_halves_and_waits_for_none(source):
+    other = Source(source.whole.shape)
+    source.arriving.gathered = torch.cat([source.arriving, other.arriving])
+    got = all_gather(source.arriving, dim=0, axis=Axis(name="cfg", ranks=(0, 1), rank=0, group=None))
+    assert isinstance(got, Arriving) and source.asked == other.asked == []
+    assert torch.equal(got.whole(), torch.cat([source.whole, other.whole]))
+    assert all_gather(source.arriving, dim=0, axis=Axis(name="data", ranks=(0,), rank=0, group=None)) is source.arriving
 
 
 def test_a_picture_of_other_tokens_has_no_patches():

@@ -25,10 +25,10 @@ ON_4 = [
 ]
 
 
-def simulated(name, variant, size):
+def simulated(name, variant, size, **arguments):
     pipe = load(name, **variant)
     simulate(pipe.transformer, name, num_patches=3, warmup_steps=1)
-    return latents_of(pipe, name, size=size, steps=STEPS)
+    return latents_of(pipe, name, size=size, steps=STEPS, **arguments)
 
 
 def check_matches_simulation(rank, world_size, name, variant, sets):
@@ -58,11 +58,12 @@ def test_four_ranks_with_stages_match_the_simulation(run_on_ranks, case):
     run_on_ranks(check_matches_simulation, 4, *TYPES[case], ON_4)
 
 
-def check_overlap(rank, world_size):
+def check_overlap(rank, world_size, options, num_halves):
+    """num_halves: of guidance in one call."""
     pipe = load("sd3")
     present = []
-    with attached(pipe, "sd3", rank, world_size, **ON_2[0], **LATE_STEPS) as backend:
-        method = backend._method
+    with attached(pipe, "sd3", rank, world_size, **options, **LATE_STEPS) as backend:
+        method, is_first = backend._method, backend.mesh.axis("stage").rank == 0
 
         def note(forward, *args, **kwargs):
             present.append(len(method._input._filled) if method._input is not None else None)
@@ -73,11 +74,32 @@ def check_overlap(rank, world_size):
         hooks.detach(pipe.transformer.transformer_blocks[0], "note")
     # one pass for each half in the synchronous step, three patches in the next, whose input is whole; then they come one by one.
     # the last stage has made the prediction itself
-    assert present == [None] * 8 + ([1, 1, 2, 2, 3, 3] if rank == 0 else [None] * 6)
+    last_step = [patch for patch in (1, 2, 3) for _ in range(num_halves)] if is_first else [None] * 3 * num_halves
+    assert present == [None] * 4 * num_halves + last_step
 
 
-def test_the_first_stage_begins_a_step_with_the_patches_that_are_there(run_on_ranks):
-    run_on_ranks(check_overlap, 2)
+@pytest.mark.parametrize(("world_size", "options", "num_halves"), [(2, ON_2[0], 2), (4, ON_4[1], 1)], ids=["alone", "cfg"])
+def test_the_first_stage_begins_a_step_with_the_patches_that_are_there(run_on_ranks, world_size, options, num_halves):
+    run_on_ranks(check_overlap, world_size, options, num_halves)
+
+
+def check_ranks_apart(rank, world_size):
+    """Both halves of guidance: rank 0 alone looks at each step's latents, as for previews; and a picture without guidance, unsplit."""
+
+    def look(pipe, step, timestep, kwargs):
+        if rank == 0:
+            assert kwargs["latents"].isfinite().all()
+        return {}
+
+    want = from_rank_zero(lambda: [simulated("sd3", {}, 64, guidance_scale=scale) for scale in (5.0, 1.0)])
+    pipe = load("sd3")
+    with attached(pipe, "sd3", rank, world_size, **ON_4[1], **LATE_STEPS) as backend:
+        for scale, latents in zip((5.0, 1.0), want, strict=True):
+            assert_close(generated(backend, pipe, "sd3", steps=STEPS, guidance_scale=scale, callback_on_step_end=look), latents, scale)
+
+
+def test_stages_of_both_halves_wait_for_no_rank_that_looks_at_its_latents(run_on_ranks):
+    run_on_ranks(check_ranks_apart, 4)
 
 
 def check_weights(rank, world_size, name):
@@ -133,13 +155,13 @@ def check_interruptions(rank, world_size, options):
             generated(backend, pipe, "sd3", steps=STEPS, callback_on_step_end=cancel)
         assert_close(generated(backend, pipe, "sd3", steps=STEPS), want, "after a cancelled job")
 
-        block = pipe.transformer.transformer_blocks[3 if rank == 1 else 0]
+        block = pipe.transformer.transformer_blocks[3 if rank == 1 else 0]  # of its own stage
         calls = 0
 
         def fail(forward, *args, **kwargs):
             nonlocal calls
             calls += 1
-            if calls == 4 and rank == 1:
+            if rank == 1 and calls == (6 if is_stale else 4):  # under stages: when patches are on their way back
                 raise StopHereError
             return forward(*args, **kwargs)
 
@@ -158,15 +180,16 @@ def check_interruptions(rank, world_size, options):
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("world_size", "options"),
     [
-        *(pytest.param(options, marks=pytest.mark.slow) for options in ({"use_cfg_parallel": True}, {"ring_degree": 2})),
-        *({"ulysses_degree": 2}, {"pipefusion_parallel_degree": 2, **LATE_STEPS}),
+        *(pytest.param(2, options, marks=pytest.mark.slow) for options in ({"use_cfg_parallel": True}, {"ring_degree": 2})),
+        *((2, options) for options in ({"ulysses_degree": 2}, {**ON_2[0], **LATE_STEPS})),
+        pytest.param(4, {**ON_4[1], **LATE_STEPS}, marks=pytest.mark.slow),
     ],
-    ids=lambda options: next(iter(options)),
+    ids=["cfg", "ring", "ulysses", "pipefusion", "cfg and pipefusion"],
 )
-def test_next_picture_is_right_after_cancelling_and_after_a_failure(run_on_ranks, options):
-    run_on_ranks(check_interruptions, 2, options)
+def test_next_picture_is_right_after_cancelling_and_after_a_failure(run_on_ranks, world_size, options):
+    run_on_ranks(check_interruptions, world_size, options)
 
 
 def check_guidance_switched_off(rank, world_size):
