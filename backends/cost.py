@@ -19,7 +19,7 @@ FULL_SYNC_LOSS = 1.50
 SEGMENT_LOSS = 1.07
 ULYSSES_LOSS = 1.26
 RING_LOSS = 1.22
-STAGE_LOSS = 1.43
+STAGE_LOSS = 1.25
 """Patches are thin matrices, which multiply slower."""
 PACKED_MESSAGES = 8
 """Messages of a displaced step of distrifuser, whatever the model (docs/distrifuser.md)."""

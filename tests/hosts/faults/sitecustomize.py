@@ -16,6 +16,8 @@ from pathlib import Path
 PLACES = {
     # in the middle of a step: the other ranks wait for this one's half of the noise
     "denoiser": ("diffusers.models.unets.unet_2d_condition", "UNet2DConditionModel", "forward"),
+    # between the passes of a pipeline of stages, which wait for each other's tokens and predictions
+    "block": ("diffusers.models.attention", "JointTransformerBlock", "forward"),
     # after the last collective of the picture
     "decode": ("backends.latents", None, "decode"),
     # for ever, while all threads of the rank go on
