@@ -139,23 +139,23 @@ class StopHereError(Exception):
     """What the injected failure raises."""
 
 
-def check_interruptions(rank, world_size, options):
-    """A cancelled job, a failure on all ranks and one inside a pass on one rank are followed by a right picture."""
-    pipe = load("sd3")
+def check_interruptions(rank, world_size, name, options):
+    """A cancelled job, and a failure inside a pass on one rank, are followed by a right picture."""
+    pipe = load(name)
     is_stale = "pipefusion_parallel_degree" in options
-    want = from_rank_zero(lambda: simulated("sd3", {}, 64) if is_stale else latents_of(pipe, "sd3", steps=STEPS))
+    want = from_rank_zero(lambda: simulated(name, {}, 64) if is_stale else latents_of(pipe, name, steps=STEPS))
 
     def cancel(pipe, step, timestep, kwargs):
         if step == 1:
             raise CancelledError("the job was cancelled at step 2 of 4.")
         return {}
 
-    with attached(pipe, "sd3", rank, world_size, **options) as backend:
+    with attached(pipe, name, rank, world_size, **options) as backend:
         with pytest.raises(CancelledError):
-            generated(backend, pipe, "sd3", steps=STEPS, callback_on_step_end=cancel)
-        assert_close(generated(backend, pipe, "sd3", steps=STEPS), want, "after a cancelled job")
+            generated(backend, pipe, name, steps=STEPS, callback_on_step_end=cancel)
+        assert_close(generated(backend, pipe, name, steps=STEPS), want, "after a cancelled job")
 
-        block = pipe.transformer.transformer_blocks[3 if rank == 1 else 0]  # of its own stage
+        block = pipe.transformer.transformer_blocks[-1 if rank == 1 else 0]  # of its own stage
         calls = 0
 
         def fail(forward, *args, **kwargs):
@@ -168,7 +168,7 @@ def check_interruptions(rank, world_size, options):
         hooks.attach(block, "failure", fail)
         failure = None
         try:
-            generated(backend, pipe, "sd3", steps=STEPS)
+            generated(backend, pipe, name, steps=STEPS)
         except (StopHereError, RuntimeError) as error:
             failure = type(error)  # the error itself would keep frames alive, and with them the group that others wait in
         backend.mesh.destroy()  # as a host does: it wakes the ranks that wait for this one
@@ -176,20 +176,29 @@ def check_interruptions(rank, world_size, options):
         hooks.detach(block, "failure")
         torch.distributed.barrier()
         backend.mesh.rebuild()
-        assert_close(generated(backend, pipe, "sd3", steps=STEPS), want, "after a failure of one rank")
+        assert_close(generated(backend, pipe, name, steps=STEPS), want, "after a failure of one rank")
 
 
 @pytest.mark.parametrize(
-    ("world_size", "options"),
+    ("world_size", "name", "options"),
     [
-        *(pytest.param(2, options, marks=pytest.mark.slow) for options in ({"use_cfg_parallel": True}, {"ring_degree": 2})),
-        *((2, options) for options in ({"ulysses_degree": 2}, {**ON_2[0], **LATE_STEPS})),
-        pytest.param(4, {**ON_4[1], **LATE_STEPS}, marks=pytest.mark.slow),
+        (2, "sd3", {"ulysses_degree": 2}),
+        (2, "sd3", {**ON_2[0], **LATE_STEPS}),
+        pytest.param(4, "sd3", {**ON_4[1], **LATE_STEPS}, marks=pytest.mark.slow),
+        *(
+            pytest.param(2, "flux" if method == "tensor_parallel_degree" else "sd3", {method: degree}, marks=pytest.mark.slow)
+            for method, degree in [
+                ("use_cfg_parallel", True),
+                ("ring_degree", 2),
+                ("data_parallel_degree", 2),
+                ("tensor_parallel_degree", 2),
+            ]
+        ),
     ],
-    ids=["cfg", "ring", "ulysses", "pipefusion", "cfg and pipefusion"],
+    ids=["ulysses", "pipefusion", "cfg and pipefusion", "cfg", "ring", "data", "tensor"],
 )
-def test_next_picture_is_right_after_cancelling_and_after_a_failure(run_on_ranks, world_size, options):
-    run_on_ranks(check_interruptions, world_size, options)
+def test_next_picture_is_right_after_cancelling_and_after_a_failure(run_on_ranks, world_size, name, options):
+    run_on_ranks(check_interruptions, world_size, name, options)
 
 
 def check_guidance_switched_off(rank, world_size):
