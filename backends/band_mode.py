@@ -253,7 +253,7 @@ def _text_tokens(count: int, image_tokens: ImageTokens) -> tuple[int, int]:
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance (of the number, not one less) over the last dimension."""
+    """Mean and (biased) variance over the last dimension."""
     if x.device.type != "cpu":
         var, mean = torch.var_mean(x, dim=-1, correction=0)
         return mean, var

@@ -58,8 +58,7 @@ class PairSplit:
             self._first = output[0]
         else:
             mine, theirs = (self._first, output[0]) if axis.rank == 0 else (output[0], self._first)
-            self._mesh.traffic.add(mine)
-            halves = all_gather(mine, dim=0, axis=axis).chunk(2)
+            halves = all_gather(mine, dim=0, axis=axis, traffic=self._mesh.traffic).chunk(2)
             theirs.copy_(halves[1 - axis.rank])
             self._first = None
         return output if isinstance(output, tuple) else (output[0],)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from backends.candidates import list_candidates, quality_of
-from backends.cost import Link, Work, predict
+from backends.cost import CFG_LOSS, Link, Work, predict
 from backends.errors import ConfigError
 from backends.model_table import read_table
 from backends.plan import ParallelPlan
@@ -195,3 +195,13 @@ def test_stages_keep_a_part_of_the_weights_but_load_all_of_them():
         for more in ({}, {"shard_weights": True})
     )
     assert whole - sharded == UNET.weight_bytes / 2
+
+
+def test_stages_wait_for_a_whole_prediction_beside_a_data_axis_and_not_beside_guidance_halves():
+    plan = next(c.plan for c in candidates("sd3", 4) if c.name == "xdit cfg 2 x pipefusion 2")
+    beside_data = replace(plan, axes=tuple(("data" if name == "cfg" else name, degree) for name, degree in plan.axes if name != "data"))
+    alone = replace(plan, axes=(("stage", 2),))
+    half, both = replace(UNET, step_s=UNET.step_s / 2, halves=1), replace(UNET, halves=1)
+    assert predict(plan, UNET, FAST_LINK).step_s == pytest.approx(CFG_LOSS * predict(alone, half, FAST_LINK).step_s, rel=0.01)
+    # four patches through two stages, of which one waits for a fifth of the step
+    assert predict(beside_data, both, FAST_LINK).step_s == pytest.approx(5 / 4 * predict(alone, both, FAST_LINK).step_s, rel=0.01)
