@@ -23,7 +23,7 @@ lint: .venv/installed
 
 # the generated parts of the README
 docs: .venv/installed
-	$(BIN)/python -m hosts.readme
+	$(BIN)/python -m hosts.launch.readme
 
 # known vulnerabilities of the pinned dependencies, by a tool with an environment of its own
 audit:

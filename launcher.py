@@ -19,11 +19,11 @@ import psutil
 
 from backends.errors import ConfigError, HostError
 from backends.model_table import read_table
-from hosts import matrix
-from hosts.command_line import parse_command_line
-from hosts.lifeline import request_parent_death_signal
-from hosts.scratch import scratch_folder
-from hosts.settings import Settings
+from hosts.launch import support_matrix
+from hosts.launch.command_line import parse_command_line
+from hosts.launch.settings import Settings
+from hosts.supervision.parent_watch import request_parent_death_signal
+from hosts.supervision.temp_folder import scratch_folder
 
 EXIT_USER_ERROR = 2
 COMMANDS = {"generate": "diffusion_client.command", "status": "diffusion_client.status"}
@@ -37,13 +37,14 @@ def main(argv: list[str] | None = None) -> int:
     if argv[:1] and argv[0] in COMMANDS:
         return importlib.import_module(COMMANDS[argv[0]]).main(argv[1:])
     if argv[:1] == ["agent"]:
-        from hosts.agent import main as supervise
+        from hosts.supervision.agent import main as supervise
 
         return supervise(argv[1:], program=[str(Path(__file__).resolve())])
     try:
         settings = parse_command_line(argv)
         if settings.list:
-            print(matrix.as_json(read_table()) if settings.json else matrix.as_markdown(read_table(), features=settings.features))
+            table = read_table()
+            print(support_matrix.as_json(table) if settings.json else support_matrix.as_markdown(table, features=settings.features))
             return 0
         return _run(settings, argv)
     except HostError as error:
@@ -52,11 +53,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(settings: Settings, argv: list[str]) -> int:
-    from hosts.autoplan import recall_from
     from hosts.cluster.config import refuse_without_engine
+    from hosts.http.server import is_port_free
+    from hosts.launch.auto_backend import recall_from
+    from hosts.launch.start_plan import count_gpus, plan_start
     from hosts.main import end_rank, is_rank, run_rank
-    from hosts.server import is_port_free
-    from hosts.startup import count_gpus, plan_start
 
     if is_rank():
         end_rank(run_rank(settings, after_failed_load="exit"))

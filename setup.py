@@ -28,7 +28,7 @@ setup(
     py_modules=["launcher"],
     packages=[*find_packages(include=["hosts", "hosts.*", "backends", "backends.*"]), "diffusion_client"],
     package_dir={"diffusion_client": "clients/python/diffusion_client"},
-    package_data={"hosts": ["page/*"]},
+    package_data={"hosts.http.page": ["*.html", "*.css", "*.js"]},
     cmdclass={"build_py": BuildWithTable},
     entry_points={"console_scripts": ["diffusion-launcher=launcher:main"]},
     install_requires=[

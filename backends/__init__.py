@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from backends.errors import ConfigError
 
 if TYPE_CHECKING:
-    from backends.base import Backend
+    from backends.parallel.base import Backend
     from backends.plan import ParallelPlan
 
 _BACKENDS = {

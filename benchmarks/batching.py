@@ -3,7 +3,7 @@
     python -m benchmarks.batching [--sizes 128,256] [--batches 1,2,4] [--steps 12] [--rounds 3]
 
 Loads the model once, in this process, with one thread on a CPU. Makes batches of each size in turns and prints JSON: the median seconds per
-picture of each, and as a share of a picture alone. hosts/batch_gain.py finds the same out while a host serves.
+picture of each, and as a share of a picture alone. hosts/jobs/batch_size.py finds the same out while a host serves.
 """
 
 import argparse
@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from backends.distributed import select_device
+from backends.generation.pipeline import LoadedPipeline, load_pipeline
 from backends.model_table import read_table
-from backends.pipeline import LoadedPipeline, load_pipeline
+from backends.parallel.distributed import select_device
 from backends.request import GenerateRequest, LoadRequest
 
 ROOT = Path(__file__).resolve().parent.parent

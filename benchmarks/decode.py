@@ -1,4 +1,4 @@
-"""Times the VAE decode: one rank against all ranks together (backends/vae.py), as a part of benchmarks/parallel.py."""
+"""Times the VAE decode: one rank against all ranks together (backends/parallel/vae.py), as a part of benchmarks/parallel.py."""
 
 import statistics
 from typing import Any
@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from backends.distributed import Mesh, gather_outcomes
+from backends.parallel.distributed import Mesh, gather_outcomes
+from backends.parallel.vae import attach_band_decode, detach_band_decode
 from backends.plan import ParallelPlan
-from backends.vae import attach_band_decode, detach_band_decode
 from benchmarks.closeness import psnr
 from benchmarks.machine import Clock
 from benchmarks.models import SEED, sdxl_like_vae

@@ -68,14 +68,14 @@ def measure(row: Mapping[str, Any], *, steps: int, pictures: int, side: int) -> 
     import torch
 
     from backends import backend_class
-    from backends.distributed import Mesh
+    from backends.generation.pipeline import load_pipeline
+    from backends.loading.quantization import weight_bytes
     from backends.model_table import read_table
-    from backends.pipeline import load_pipeline
-    from backends.quantization import weight_bytes
+    from backends.parallel.distributed import Mesh
     from backends.request import GenerateRequest
     from benchmarks import option_files as files
-    from hosts.command_line import parse_command_line
-    from hosts.startup import plan_start
+    from hosts.launch.command_line import parse_command_line
+    from hosts.launch.start_plan import plan_start
 
     torch.set_num_threads(1)
     argv = [f"--type={row['type']}", f"--checkpoint={files.folder_of(row['type'])}", *row.get("arguments", ())]

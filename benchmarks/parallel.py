@@ -29,10 +29,10 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from backends import BACKEND_NAMES, backend_class, planner
-from backends.base import Run
-from backends.distributed import Mesh, Traffic, gather_outcomes
 from backends.errors import HostError
 from backends.model_table import read_table
+from backends.parallel.base import Run
+from backends.parallel.distributed import Mesh, Traffic, gather_outcomes
 from backends.request import GenerateRequest
 from benchmarks.closeness import psnr
 from benchmarks.decode import measure_decode

@@ -3,7 +3,7 @@
     python -m benchmarks.planner --sides 32,48,64 > planner.json
 
 For each network (unet, dit), size of the latents, with and without guidance, on 1 and 2 ranks of one thread: the planner does what it does
-when a host loads (backends/probe.py: survey one rank, predict, try the best predicted). Then every method is measured in the same way, the
+when a host loads (backends/autotune/trials.py: survey one rank, predict, try the best predicted). Then every method is measured in the same way, the
 quickest ones `--rounds` times, and the planner's choice is compared with the quickest (`ratio`, by seconds per picture of `--picture_steps`
 steps; `ratio_of_prediction`: had it chosen by prediction alone).
 """
@@ -24,14 +24,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from backends.base import Backend, Run
-from backends.candidates import QUALITIES, list_candidates
-from backends.cost import as_json
-from backends.distributed import gather_outcomes
+from backends.autotune.candidates import QUALITIES, list_candidates
+from backends.autotune.cost import as_json
+from backends.autotune.ranking import Measured, Row, choose, rank
+from backends.autotune.trials import WARMUP_STEPS, Trials
+from backends.generation.pipeline import OnStep
 from backends.model_table import read_table
-from backends.pipeline import OnStep
-from backends.probe import WARMUP_STEPS, Trials
-from backends.ranking import Measured, Row, choose, rank
+from backends.parallel.base import Backend, Run
+from backends.parallel.distributed import gather_outcomes
 from backends.request import GenerateRequest
 from benchmarks.models import GUIDANCE, SUBJECTS, Subject, num_parameters
 
@@ -79,7 +79,7 @@ def _rank(number: int, arguments: argparse.Namespace, folder: str) -> None:
 
 
 class BenchmarkSubject:
-    """A benchmark network as backends/probe.py takes it: a loop of guided steps in place of a pipeline."""
+    """A benchmark network as backends/autotune/trials.py takes it: a loop of guided steps in place of a pipeline."""
 
     def __init__(self, subject: Subject, *, is_guided: bool) -> None:
         self.device = torch.device("cpu")

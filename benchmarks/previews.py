@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
+from backends.generation.previews import Previewer
 from backends.model_table import read_table
-from backends.previews import Previewer
 from benchmarks.models import sdxl_like_unet, sdxl_like_vae
-from hosts import api
+from hosts.http import jobs_api
 
 TIMESTEP = torch.tensor(500)
 
@@ -44,7 +44,7 @@ def measure(rounds: int) -> dict[str, float]:
         steps.append(_timed(lambda: subject.predict(subject.sample, TIMESTEP))[0])
         seconds, picture = _timed(lambda: previewer.picture(subject.sample, height=side, width=side))
         pictures.append(seconds)
-        files.append(_timed(lambda: api._data_url(picture))[0])  # noqa: B023  called at once
+        files.append(_timed(lambda: jobs_api._data_url(picture))[0])  # noqa: B023  called at once
     step_s, preview_s, jpeg_s = (statistics.median(values) for values in (steps, pictures, files))
     figures = {"step_s": step_s, "preview_s": preview_s, "jpeg_s": jpeg_s, "fit_once_s": fit_s}
     shares = {"preview_percent": 100 * preview_s / step_s, "preview_and_jpeg_percent": 100 * (preview_s + jpeg_s) / step_s}

@@ -27,10 +27,10 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from backends import BACKEND_NAMES, backend_class, planner
-from backends.base import Run
-from backends.distributed import Mesh, gather_outcomes
 from backends.errors import HostError
 from backends.model_table import read_table
+from backends.parallel.base import Run
+from backends.parallel.distributed import Mesh, gather_outcomes
 from backends.request import GenerateRequest
 from benchmarks.closeness import psnr
 from benchmarks.settings import SETTINGS

@@ -10,21 +10,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+from backends.autotune.ranking import Measured
 from backends.errors import ConfigError, HostError, UnavailableError
 from backends.model_table import ModelSpec, read_table
-from backends.ranking import Measured
-from hosts import lifeline, log
-from hosts.activity import Activity
-from hosts.endings import Ending, Notes
-from hosts.errands import Errands
-from hosts.jobs import JobQueue
-from hosts.limits import queue_within
-from hosts.machines import Machines, interface_towards, parse_endpoint
-from hosts.settings import Settings
-from hosts.sharing import Sharing
-from hosts.startup import StartPlan, count_gpus, plan_start
-from hosts.state import HostState, Phase
-from hosts.store import JobStore
+from hosts.http.limits import queue_within
+from hosts.jobs.policy import Sharing
+from hosts.jobs.queue import JobQueue
+from hosts.jobs.store import JobStore
+from hosts.launch.settings import Settings
+from hosts.launch.start_plan import StartPlan, count_gpus, plan_start
+from hosts.ranks.model_control import Errands
+from hosts.supervision import log, parent_watch
+from hosts.supervision.exit_reports import Ending, Notes
+from hosts.supervision.host_state import HostState, Phase
+from hosts.supervision.progress import Activity
+from hosts.supervision.rendezvous import Machines, interface_towards, parse_endpoint
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ STOPPING = "the host is stopping. Try again when it has started."
 STATE_FOLDER = "DIFFUSION_STATE_FOLDER"
 """Environment variable: where jobs outlive the ranks if --state_dir is not given. Set by launcher.py, and gone with it."""
 NOTES_FOLDER = "DIFFUSION_NOTES_FOLDER"
-"""Environment variable: where ranks leave notes for those that come after them (hosts/endings.py). Set by launcher.py, and gone with it."""
+"""Environment variable: where ranks leave notes for those that come after them (hosts/supervision/exit_reports.py). Set by launcher.py, and gone with it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +108,7 @@ def run_rank(
     after_failed_load: 'answer' keeps rank 0 serving the reason as an error, because the old clients notice nothing else;
     'exit' leaves it to the launcher to print.
     """
-    lifeline.die_with_parent(is_torchelastic="TORCHELASTIC_RUN_ID" in os.environ)
+    parent_watch.die_with_parent(is_torchelastic="TORCHELASTIC_RUN_ID" in os.environ)
     place = Place.from_environment(settings)
     notes = _notes(place)
     log.configure(rank=place.rank, log_format=settings.log_format, kept_in=notes.log_file(place.rank) if notes else None)
@@ -189,10 +189,10 @@ def _serve(
 ) -> HostError | None:
     """Open the groups and run the loop; the error if loading failed. Imports torch, after the port is bound."""
     import_bitsandbytes()
-    from backends import distributed
-    from hosts.desk import FollowerDesk, FrontDesk
-    from hosts.loop import RankLoop
-    from hosts.settling import settle
+    from backends.parallel import distributed
+    from hosts.ranks.autotune import settle
+    from hosts.ranks.dispatch import FollowerDesk, FrontDesk
+    from hosts.ranks.loop import RankLoop
 
     activity = _activity(place)
     others = _meet_machines(settings, start, place, state) if place.is_one_of_several else None
@@ -230,7 +230,7 @@ def _activity(place: Place) -> Activity:
 
 def _meet_machines(settings: Settings, start: StartPlan, place: Place, state: HostState) -> Any:
     """The store over which the ranks of all machines talk, once they are all there."""
-    from backends.distributed import open_store
+    from backends.parallel.distributed import open_store
 
     endpoint = parse_endpoint(settings.rdzv_endpoint)
     if (interface := interface_towards(endpoint)) is not None:
@@ -248,15 +248,15 @@ def _meet_machines(settings: Settings, start: StartPlan, place: Place, state: Ho
     if (before := _notes(place, before=1)) is not None:
         ending = before.complete(ending)
     waits = partial(state.become, Phase.WAITING)
-    store = machines.meet(open_store, ending=ending, tell=waits, still_waiting=lifeline.still_waiting)
+    store = machines.meet(open_store, ending=ending, tell=waits, still_waiting=parent_watch.still_waiting)
     state.become(Phase.LOADING)
     return store
 
 
 def _meet(settings: Settings, place: Place, store: JobStore | None, activity: Activity, others: Any = None) -> Any:
     """This rank's device, once all ranks have met and watch each other. others: the store of several machines."""
-    from backends import distributed
-    from hosts.watch import Watch
+    from backends.parallel import distributed
+    from hosts.supervision.heartbeat import Watch
 
     device = distributed.select_device(place.local_rank)
     beats = distributed.initialize(rank=place.rank, world_size=place.world_size, store=others)
@@ -287,8 +287,8 @@ def import_bitsandbytes() -> None:
 def _serve_errands(settings: Settings, place: Place, state: HostState, queue: JobQueue, store: JobStore | None, errands: Errands) -> None:
     """The same for a host that waits for its pipeline: until told to stop."""
     import_bitsandbytes()
-    from backends import distributed
-    from hosts.waiting import Front, WaitingLoop
+    from backends.parallel import distributed
+    from hosts.ranks.model_loop import Front, WaitingLoop
 
     activity = _activity(place)
     device = _meet(settings, place, store, activity)
@@ -303,8 +303,8 @@ def _serve_errands(settings: Settings, place: Place, state: HostState, queue: Jo
 def _listen(
     settings: Settings, start: StartPlan | None, state: HostState, queue: JobQueue, errands: Errands | None, *, patience_s: float
 ) -> "object":
-    from hosts.app import Host, create_app
-    from hosts.server import Listener
+    from hosts.http.app import Host, create_app
+    from hosts.http.server import Listener
 
     spec = start.spec if start is not None else _any_spec(settings)
     host = Host(settings=settings, spec=spec, queue=queue, state=state, errands=errands)
@@ -323,7 +323,7 @@ def _any_spec(settings: Settings) -> ModelSpec:
 
 def _answer_only(state: HostState, queue: JobQueue, problem: HostError) -> None:
     """Nothing is loaded; every request is answered with the reason until the client ends the host."""
-    lifeline.has_started()
+    parent_watch.has_started()
     state.become(Phase.FAILED, str(problem))
     queue.close(UnavailableError(str(problem)))
     logger.error("cannot serve: %s", problem)
@@ -334,11 +334,11 @@ def _stop_when_told(settings: Settings, place: Place, state: HostState, queue: J
     """At SIGTERM or SIGINT the running job may still end, within --drain_seconds. Followers wait for rank 0, which tells them to stop."""
     drain_s = float(settings.drain_seconds)
     if place.rank != 0:
-        lifeline.on_stop_signal(lambda: time.sleep(drain_s), drain_s=drain_s, within_s=STOP_WITHIN_S)
+        parent_watch.on_stop_signal(lambda: time.sleep(drain_s), drain_s=drain_s, within_s=STOP_WITHIN_S)
         return
 
     def stop() -> None:
-        if lifeline.absent_ranks(place.local_ranks):  # the agent tells us because one of us died: it will start the set again
+        if parent_watch.absent_ranks(place.local_ranks):  # the agent tells us because one of us died: it will start the set again
             end_rank(_leave(place, queue, store, None))
         logger.info("stopping")
         state.become(Phase.STOPPING, "the host is stopping")
@@ -346,12 +346,12 @@ def _stop_when_told(settings: Settings, place: Place, state: HostState, queue: J
         queue.wait_until_idle(drain_s)
         queue.interrupt()
 
-    lifeline.on_stop_signal(stop, drain_s=drain_s + ANSWER_WITHIN_S, within_s=STOP_WITHIN_S)
+    parent_watch.on_stop_signal(stop, drain_s=drain_s + ANSWER_WITHIN_S, within_s=STOP_WITHIN_S)
 
 
 def _leave(place: Place, queue: JobQueue, store: JobStore | None, error: Exception | None) -> int:
     """This rank cannot go on: say why, answer who waits, and let torchelastic start the set again."""
-    gone = lifeline.absent_ranks(place.local_ranks)
+    gone = parent_watch.absent_ranks(place.local_ranks)
     if gone:
         ending = Ending(why=f"rank {', '.join(map(str, gone))} was gone", rank=gone[0], is_seen_only=True)
     elif place.is_one_of_several:
@@ -365,7 +365,7 @@ def _leave(place: Place, queue: JobQueue, store: JobStore | None, error: Excepti
     queue.abandon(UnavailableError(f"the ranks are started again ({why}). Send the request again."))
     if place.rank == 0:
         time.sleep(ANSWER_WITHIN_S)
-    return lifeline.EXIT_LOST_RANK
+    return parent_watch.EXIT_LOST_RANK
 
 
 def _fatal(error: HostError) -> int:

@@ -6,13 +6,13 @@ import importlib
 import diffusers
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
+from backends.generation.schedulers import SCHEDULERS
 from backends.model_table import read_table
-from backends.schedulers import SCHEDULERS
 
 for name in (
     "backends.asyncdiff.backend",
     "backends.distrifuser.backend",
-    "backends.pipeline",
+    "backends.generation.pipeline",
     "backends.xdit.backend",
     "diffusers.guiders",
     "pytest",

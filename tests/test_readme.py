@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from hosts.readme import README, with_generated_parts
+from hosts.launch.readme import README, with_generated_parts
 
 ROOT = README.parent
 TEXT = README.read_text(encoding="utf-8")

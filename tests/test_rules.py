@@ -9,27 +9,34 @@ from pathlib import Path
 
 import pytest
 
+from backends.model_table import read_table
+
 ROOT = Path(__file__).resolve().parent.parent
-SHARED = sorted((ROOT / "backends").glob("*.py"))
-BACKENDS = [path.parent for path in sorted((ROOT / "backends").glob("*/__init__.py"))]
+BACKENDS = [path.parent for path in sorted((ROOT / "backends").glob("*/backend.py"))]
+SHARED = [path for path in sorted((ROOT / "backends").rglob("*.py")) if path.parent not in BACKENDS]
 HOSTS = sorted((ROOT / "hosts").rglob("*.py"))
 PRODUCT = [ROOT / "launcher.py", *HOSTS, *sorted((ROOT / "backends").rglob("*.py"))]
+TORCH_FREE_FOLDERS = ("launch", "http", "jobs", "supervision", "compat", "cluster")
+NEEDS_TORCH = {"hosts.supervision.agent", "hosts.cluster.reaper"}
+"""torchelastic is in torch; the reaper is a program of its own."""
+
+
+def modules(folder: Path) -> list[str]:
+    """Dotted names of the files below a folder."""
+    return [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in sorted(folder.rglob("*.py")) if path.stem != "__init__"]
+
+
 WITHOUT_TORCH = [
     "launcher",
-    *(f"hosts.{name}" for name in "settings jobs server routes wire values startup state matrix lifeline log prewarm main".split()),
-    *(
-        f"hosts.{name}"
-        for name in "job records store scratch choice pace modes sharing command_line autoplan endings activity watch machines".split()
-    ),
-    *(f"hosts.{name}" for name in "app api pages schema openai a1111 incoming turns batch_gain".split()),
-    *(f"hosts.cluster.{name}" for name in "config deployment gateway lane main messages metrics nodes replica replica_host".split()),
-    *(f"hosts.compat.{name}" for name in "args fields routes codec host".split()),
-    *(f"backends.{name}" for name in "request model_table errors plan schedulers schedule candidates cost estimate ranking".split()),
-    "backends.batching",
+    "hosts.main",
+    *(dotted for room in TORCH_FREE_FOLDERS for dotted in modules(ROOT / "hosts" / room) if dotted not in NEEDS_TORCH),
+    *(f"backends.{name}" for name in "request model_table errors plan quantization_spec step_cache_spec".split()),
+    *(f"backends.autotune.{name}" for name in "candidates cost estimate ranking".split()),
+    *(f"backends.generation.{name}" for name in "schedulers step_window batching".split()),
     *(f"backends.{folder.name}.plan" for folder in BACKENDS),
 ]
 MAY_READ_ENVIRONMENT = {ROOT / "hosts" / "main.py", ROOT / "hosts" / "compat" / "host.py", ROOT / "launcher.py"}
-MODEL_TYPES = {"ad", "sd1", "sd2", "sd3", "sdup", "sdxl", "svd", "flux", "hy", "pixa", "pixs"}
+MODEL_TYPES = set(read_table())
 
 
 def name(path: Path) -> str:
@@ -102,7 +109,7 @@ def test_hosts_do_not_import_diffusers():
     assert not offenders(HOSTS, "diffusers")
 
 
-MAY_IMPORT_DISTRIBUTED = {ROOT / "backends" / "distributed.py", ROOT / "hosts" / "agent.py"}
+MAY_IMPORT_DISTRIBUTED = {ROOT / "backends" / "parallel" / "distributed.py", ROOT / "hosts" / "supervision" / "agent.py"}
 """Groups of ranks, and the process above the ranks, which has none."""
 
 
@@ -121,11 +128,11 @@ def test_launcher_imports_only_what_it_needs_before_it_knows_what_to_do():
     assert top_level <= {
         "backends.errors",
         "backends.model_table",
-        "hosts",
-        "hosts.command_line",
-        "hosts.lifeline",
-        "hosts.scratch",
-        "hosts.settings",
+        "hosts.launch",
+        "hosts.launch.command_line",
+        "hosts.launch.settings",
+        "hosts.supervision.parent_watch",
+        "hosts.supervision.temp_folder",
     }
     assert len((ROOT / "launcher.py").read_text().splitlines()) < 150
 

@@ -12,17 +12,17 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from backends import hooks
+from backends.asyncdiff.call_state import Generation
 from backends.asyncdiff.exchange import Exchange
-from backends.asyncdiff.generation import Generation
 from backends.asyncdiff.schedule import Place, extrapolates, num_synchronous_evaluations, num_synchronous_steps
 from backends.asyncdiff.segments import Segments, choose_segments
 from backends.asyncdiff.trace import time_units, trace
 from backends.asyncdiff.units import Layout, UnitHooks, find_units
-from backends.base import Backend, Run
-from backends.distributed import Mesh
-from backends.kept_weights import KeptWeights, weight_bytes
 from backends.model_table import ModelSpec
+from backends.parallel import hooks
+from backends.parallel.base import Backend, Run
+from backends.parallel.distributed import Mesh
+from backends.parallel.weight_shards import KeptWeights, weight_bytes
 from backends.plan import ParallelPlan
 
 logger = logging.getLogger(__name__)

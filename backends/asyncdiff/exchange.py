@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from backends.distributed import Axis, Mesh
+from backends.parallel.distributed import Axis, Mesh
 
 
 class Arrival:

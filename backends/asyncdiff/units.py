@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from backends import hooks
+from backends.parallel import hooks
 
 NAME = "segment unit"
 

@@ -8,15 +8,15 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from backends import hooks
-from backends.base import Backend, Run
-from backends.distributed import Axis
 from backends.distrifuser.modes import SYNC_MODES
 from backends.distrifuser.networks import BandedNetwork
-from backends.distrifuser.schedule import Schedule
+from backends.distrifuser.step_clock import Schedule
 from backends.distrifuser.tensor import attach_shards, detach_shards
 from backends.errors import UnsupportedError
-from backends.guidance import cut_batch
+from backends.parallel import hooks
+from backends.parallel.base import Backend, Run
+from backends.parallel.cfg_split import cut_batch
+from backends.parallel.distributed import Axis
 from backends.plan import Exactness
 from backends.request import GenerateRequest
 

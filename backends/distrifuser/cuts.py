@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from backends.band_mode import ImageTokens
-from backends.bands import Bands, Grid, Line, cut
 from backends.errors import UnsupportedError
+from backends.parallel.patch_bounds import Bands, Grid, Line, cut
+from backends.parallel.patch_mode import ImageTokens
 
 
 def part_of(tensor: Tensor, bands: Bands, band: int, dim: int) -> Tensor:

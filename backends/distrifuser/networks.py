@@ -5,14 +5,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from backends import hooks
-from backends.band_mode import BandMode, Exchange, FreshExchange, attach_attention, detach_attention
-from backends.bands import Bands, Grid, Line
-from backends.distributed import Axis, Mesh, gather_pieces
 from backends.distrifuser.cuts import RowCut, TokenCut, cut_of, join, named_arguments, part_of, with_first
 from backends.distrifuser.modes import SyncMode
-from backends.distrifuser.schedule import Schedule
 from backends.distrifuser.stale import CallMemory
+from backends.distrifuser.step_clock import Schedule
+from backends.parallel import hooks
+from backends.parallel.distributed import Axis, Mesh, gather_pieces
+from backends.parallel.patch_bounds import Bands, Grid, Line
+from backends.parallel.patch_mode import BandMode, Exchange, FreshExchange, attach_attention, detach_attention
 
 _DIMS = {"row": (-2,), "col": (-1,), "alternate": (-2, -1)}
 ChooseAxis = Callable[[Mapping[str, Any]], tuple[Axis, tuple[float, ...]]]

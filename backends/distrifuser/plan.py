@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from backends.bands import parse_weights
 from backends.distrifuser.modes import SYNC_MODES
 from backends.errors import PlanError
 from backends.model_table import ModelSpec
+from backends.parallel.patch_bounds import parse_weights
 from backends.plan import ParallelPlan
 
 PARALLELISMS = ("patch", "naive_patch", "tensor")

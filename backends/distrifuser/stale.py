@@ -14,9 +14,9 @@ from datetime import timedelta
 import torch
 from torch import Tensor
 
-from backends.band_mode import Exchange, Kind, combine
-from backends.distributed import Axis, Swap, Traffic, gather_pieces
 from backends.distrifuser.modes import SyncMode
+from backends.parallel.distributed import Axis, Swap, Traffic, gather_pieces
+from backends.parallel.patch_mode import Exchange, Kind, combine
 
 NUM_MESSAGES = 8  # per step: enough that nearly all of the sending overlaps with computing
 ALIGNMENT = 16  # bytes: every dtype can be viewed there

@@ -15,9 +15,9 @@ from diffusers.models.attention import AttentionModuleMixin, FeedForward
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from backends import hooks
-from backends.distributed import Mesh, all_gather
 from backends.errors import PlanError, UnsupportedError
+from backends.parallel import hooks
+from backends.parallel.distributed import Mesh, all_gather
 
 NAME = "weight shards"
 AXIS = "tensor"

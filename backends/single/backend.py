@@ -4,7 +4,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from backends.base import Backend
+from backends.parallel.base import Backend
 
 
 class SingleBackend(Backend):

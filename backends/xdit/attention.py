@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from backends import hooks
-from backends.distributed import Axis, Mesh
 from backends.errors import UnsupportedError
+from backends.parallel import hooks
+from backends.parallel.distributed import Axis, Mesh
 from backends.xdit.exchange import heads_for_tokens, own_heads, plain_attention, ring_attention, tokens_for_heads
-from backends.xdit.families import Family
 from backends.xdit.layout import Layout
 from backends.xdit.stale import StaleKeys
+from backends.xdit.transformers import Family
 
 NAME = "xdit attention"
 

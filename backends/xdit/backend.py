@@ -4,9 +4,9 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from backends.base import Backend, Run
 from backends.errors import RequestError
-from backends.guidance import attach_batch_split, detach_batch_split
+from backends.parallel.base import Backend, Run
+from backends.parallel.cfg_split import attach_batch_split, detach_batch_split
 from backends.xdit.stages import PipeFusion
 from backends.xdit.tensor import TensorParallel
 from backends.xdit.tokens import SequenceParallel

@@ -12,8 +12,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from backends.distributed import Axis, Traffic
-from backends.shared_memory import shared_memory
+from backends.parallel.distributed import Axis, Traffic
+from backends.parallel.shared_memory import shared_memory
 from backends.xdit.layout import sizes
 
 

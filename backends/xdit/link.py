@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from backends.distributed import Mesh
-from backends.xdit.arriving import Piece
+from backends.parallel.distributed import Mesh
+from backends.xdit.pending import Piece
 
 
 class StageLink:

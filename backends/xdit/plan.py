@@ -24,7 +24,7 @@ TENSOR_PLANS = frozenset({"FluxTransformer2DModel", "Flux2Transformer2DModel", "
 """Denoiser classes of the model table that diffusers has a tensor plan (`_tp_plan`) for; a test compares."""
 
 STAGED = frozenset({"SD3Transformer2DModel", "FluxTransformer2DModel", "PixArtTransformer2DModel"})
-"""Denoiser classes that PipeFusion cuts into stages; a test compares with families.py."""
+"""Denoiser classes that PipeFusion cuts into stages; a test compares with transformers.py."""
 
 PATCHES_PER_STAGE = 2
 """Half as many where the halves of guidance fill the stages too: every pass reads all weights of its stage once more."""

@@ -3,7 +3,7 @@
 In each denoiser call the first `warmup_steps` steps send all tokens through the stages at once. Later ones send patch after patch, so that
 all stages work at the same time; a patch attends to the keys and values of this step where they are there already and of the step
 before where they are not. The last stage has the whole prediction at the end of the call; the others get one whose patches are still on
-their way (arriving.py), go on with guidance and scheduler, and the first stage begins the next step with the patches that are there. So
+their way (pending.py), go on with guidance and scheduler, and the first stage begins the next step with the patches that are there. So
 the stages never wait for each other between steps if there are enough patches, and the pipeline need not know.
 
 The two halves of a guidance batch follow each other through the stages as well. They share nothing, so that they fill the stages
@@ -22,15 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from backends import hooks
-from backends.distributed import Mesh, broadcast
 from backends.errors import HostError, PlanError, UnsupportedError
-from backends.guidance import cut_batch
-from backends.kept_weights import KeptWeights
-from backends.xdit.arriving import Arriving, Grid
+from backends.parallel import hooks
+from backends.parallel.cfg_split import cut_batch
+from backends.parallel.distributed import Mesh, broadcast
+from backends.parallel.weight_shards import KeptWeights
 from backends.xdit.attention import Pass
 from backends.xdit.layout import Layout, sizes
 from backends.xdit.link import StageLink, WayBack
+from backends.xdit.pending import Arriving, Grid
 from backends.xdit.stale import StaleKeys
 from backends.xdit.tokens import TokenCut
 

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from diffusers.hooks.tensor_parallel import TPShardSpec, resolve_tp_shard_specs
 from torch import Tensor, nn
 
-from backends import hooks
-from backends.distributed import Mesh, gather_pieces
 from backends.errors import PlanError, UnsupportedError
+from backends.parallel import hooks
+from backends.parallel.distributed import Mesh, gather_pieces
 
 NAME = "xdit weight shares"
 

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from backends import hooks
-from backends.distributed import Mesh
 from backends.errors import UnsupportedError
-from backends.guidance import cut_batch
+from backends.parallel import hooks
+from backends.parallel.cfg_split import cut_batch
+from backends.parallel.distributed import Mesh
 from backends.xdit.attention import Pass, SpreadAttention
 from backends.xdit.exchange import gather_tokens
-from backends.xdit.families import Family, family_of
 from backends.xdit.layout import Layout, Share, Span, count, take
+from backends.xdit.transformers import Family, family_of
 
 NAME = "xdit tokens"
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from backends.errors import ConfigError, HostError
 from backends.model_table import ModelTable
-from hosts.command_line import by_canonical_name
-from hosts.settings import Settings, option_fields
-from hosts.startup import StartPlan, plan_start
+from hosts.launch.command_line import by_canonical_name
+from hosts.launch.settings import Settings, option_fields
+from hosts.launch.start_plan import StartPlan, plan_start
 
 OF_A_DEPLOYMENT = frozenset({"replicas", "min_replicas", "max_replicas", "jobs_per_replica", "idle_seconds"})
 OF_THE_GATEWAY = frozenset(

@@ -8,14 +8,14 @@ from typing import Any
 
 from flask import Flask
 
-from hosts.app import Host, create_app
 from hosts.cluster.config import DeploymentPlan
 from hosts.cluster.nodes import Nodes
 from hosts.cluster.replica import Replica, ReplicaState
 from hosts.cluster.scaling import Rule, Scale
-from hosts.limits import queue_within
-from hosts.state import HostState, Phase
-from hosts.store import JobStore
+from hosts.http.app import Host, create_app
+from hosts.http.limits import queue_within
+from hosts.jobs.store import JobStore
+from hosts.supervision.host_state import HostState, Phase
 
 logger = logging.getLogger(__name__)
 

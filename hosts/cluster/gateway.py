@@ -10,14 +10,14 @@ from flask import Blueprint, Flask, Response, current_app, jsonify, make_respons
 from werkzeug import Request
 
 from backends.errors import NotFoundError
-from hosts import a1111, api, guard, openai
-from hosts.app import error_body, handle_errors
 from hosts.cluster.deployment import Deployment
 from hosts.cluster.metrics import merged
 from hosts.compat.routes import initialized
-from hosts.limits import RateLimit
-from hosts.metrics import CONTENT_TYPE
-from hosts.state import Phase
+from hosts.http import a1111, access, jobs_api, openai
+from hosts.http.app import error_body, handle_errors
+from hosts.http.limits import RateLimit
+from hosts.http.metrics import CONTENT_TYPE
+from hosts.supervision.host_state import Phase
 
 blueprint = Blueprint("gateway", __name__)
 
@@ -65,7 +65,7 @@ def create_gateway(deployments: Sequence[Deployment]) -> Flask:
     for deployment in deployments:
         deployment.app.extensions["rate"] = shared
     app.register_blueprint(blueprint)
-    app.before_request(lambda: guard.refuse_unknown(settings))
+    app.before_request(lambda: access.refuse_unknown(settings))
     handle_errors(app)
     return app
 
@@ -126,7 +126,7 @@ def jobs() -> Response:
     found: list[dict[str, Any]] = []
     for deployment in _gateway().deployments:
         with deployment.app.app_context():
-            found += api.without_settings(deployment.queue.jobs())
+            found += jobs_api.without_settings(deployment.queue.jobs())
     return jsonify({"jobs": found})
 
 

@@ -11,16 +11,16 @@ from pathlib import Path
 
 from backends.errors import UnavailableError
 from backends.model_table import read_table
-from hosts import lifeline, log
 from hosts.cluster.config import DeploymentPlan, plan_deployments
 from hosts.cluster.deployment import Deployment, open_store
 from hosts.cluster.gateway import create_gateway
 from hosts.cluster.nodes import Nodes, environment
-from hosts.scratch import scratch_folder
-from hosts.server import Listener
-from hosts.settings import Settings
-from hosts.startup import count_gpus
-from hosts.state import Phase
+from hosts.http.server import Listener
+from hosts.launch.settings import Settings
+from hosts.launch.start_plan import count_gpus
+from hosts.supervision import log, parent_watch
+from hosts.supervision.host_state import Phase
+from hosts.supervision.temp_folder import scratch_folder
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ def _stop_when_told(settings: Settings, deployments: Sequence[Deployment]) -> th
         stopped.set()
         logger.info("the jobs have ended")
 
-    lifeline.on_stop_signal(stop, drain_s=drain_s + 1, within_s=STOP_WITHIN_S)
+    parent_watch.on_stop_signal(stop, drain_s=drain_s + 1, within_s=STOP_WITHIN_S)
     return stopped
 
 

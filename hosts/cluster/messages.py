@@ -22,7 +22,7 @@ KINDS: dict[int, type[HostError]] = {
     429: BusyError,
     503: UnavailableError,
 }
-"""The reverse of hosts/app.py's table."""
+"""The reverse of hosts/http/app.py's table."""
 ELSEWHERE = frozenset({0, 404, 429, 503})
 """Status of an answer after which another replica may do the job: nobody there, job forgotten, no room, not ready."""
 EMBEDS = ("prompt_embeds", "pooled_prompt_embeds", "negative_prompt_embeds", "negative_pooled_prompt_embeds")
@@ -59,7 +59,7 @@ def preview(jpeg: bytes) -> np.ndarray:
 
 
 def spans_of(trace: Mapping[str, Any]) -> dict[int, list[tuple[str, float, float]]]:
-    """What hosts/trace.py was told, out of what it made of it; without the time in the replica's queue."""
+    """What hosts/jobs/trace.py was told, out of what it made of it; without the time in the replica's queue."""
     spans: dict[int, list[tuple[str, float, float]]] = {}
     for event in trace["traceEvents"]:
         if event["ph"] == "X" and event["name"] != "queue":

@@ -12,13 +12,13 @@ from typing import Any
 from diffusion_client import Client
 from diffusion_client import HostError as RemoteError
 
-from hosts.choice import Choice
 from hosts.cluster import routing
 from hosts.cluster.config import DeploymentPlan
-from hosts.cluster.lane import Lane
 from hosts.cluster.nodes import Lost, Nodes, Placed
 from hosts.cluster.replica_host import Place
-from hosts.jobs import JobQueue
+from hosts.cluster.replica_slot import Lane
+from hosts.jobs.decision import Choice
+from hosts.jobs.queue import JobQueue
 
 logger = logging.getLogger(__name__)
 

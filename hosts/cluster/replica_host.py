@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from hosts.scratch import scratch_folder
+from hosts.supervision.temp_folder import scratch_folder
 
 LAUNCHER = Path(__file__).resolve().parents[2] / "launcher.py"
 KEPT_LINES = 20

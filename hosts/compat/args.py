@@ -9,8 +9,8 @@ import tempfile
 from collections.abc import Sequence
 
 from backends.errors import ConfigError
-from hosts.settings import Settings, canonical_names, option_fields
-from hosts.values import parse_switch
+from hosts.launch.parsers import parse_switch
+from hosts.launch.settings import Settings, canonical_names, option_fields
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from backends.errors import RequestError
-from hosts.compat import pictures, tensors
+from hosts.compat import images, tensors
 from hosts.compat.limits import DecodeLimits
 from hosts.compat.unpickle import MalformedPickle, PickleReader, PictureNode, TensorNode
 
@@ -77,7 +77,7 @@ def decode_image_or_path(
         return decode_image(text, field=field, limits=limits)
 
     def read() -> Image.Image:
-        return pictures.from_file_bytes(pictures.read_allowed_file(text, allowed_dirs, limits), limits)
+        return images.from_file_bytes(images.read_allowed_file(text, allowed_dirs, limits), limits)
 
     return _decoded(read, field=field, wanted=_IMAGE_WANTED)
 
@@ -146,7 +146,7 @@ def _decoded(read: Callable[[], T], *, field: str, wanted: str) -> T:
     """The result of `read`, its refusals turned into a RequestError that says what to send instead."""
     try:
         return read()
-    except (MalformedPickle, pictures.UnreadableImage, _NotBase64) as error:
+    except (MalformedPickle, images.UnreadableImage, _NotBase64) as error:
         raise RequestError(f"{field}: {error}. {wanted}.", field=field) from error
     except MemoryError as error:
         raise RequestError(f"{field}: too large for this machine's memory. Send less data.", field=field) from error
@@ -158,14 +158,14 @@ class _NotBase64(ValueError):
 
 def _image_from_text(text: object, limits: DecodeLimits) -> Image.Image:
     data = _bytes_from_text(_without_data_header(text), limits)
-    if pictures.is_image_file(data):
-        return pictures.from_file_bytes(data, limits)
+    if images.is_image_file(data):
+        return images.from_file_bytes(data, limits)
     if data[:1] != b"\x80":
         raise MalformedPickle("the data is neither an image file of an allowed format nor a pickle")
     node = _value_from_bytes(data, limits)
     if type(node) is not PictureNode:
         raise MalformedPickle("the pickle holds something other than a picture")
-    return pictures.from_node(node, limits)
+    return images.from_node(node, limits)
 
 
 def _without_data_header(text: object) -> object:

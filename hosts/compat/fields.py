@@ -16,8 +16,8 @@ from backends.model_table import ModelSpec
 from backends.request import GenerateRequest
 from hosts.compat import codec
 from hosts.compat.limits import DecodeLimits
-from hosts.limits import DEFAULT_LIMITS, MAX_PICTURES, Limits
-from hosts.settings import Settings
+from hosts.http.limits import DEFAULT_LIMITS, MAX_PICTURES, Limits
+from hosts.launch.settings import Settings
 
 logger = logging.getLogger(__name__)
 

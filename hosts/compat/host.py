@@ -12,7 +12,7 @@ BIND_PATIENCE_S = 30.0
 
 
 def serve(backend: str) -> None:
-    """Serve with `backend` until killed. Does not return. Without --checkpoint and --type it waits for a pipeline (hosts/waiting.py)."""
+    """Serve with `backend` until killed. Does not return. Without --checkpoint and --type it waits for a pipeline (hosts/ranks/model_loop.py)."""
     if not is_rank():
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
     settings, problem = settings_or_problem(sys.argv[1:], backend=backend)

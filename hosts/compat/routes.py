@@ -7,12 +7,12 @@ from flask import Blueprint, Response, current_app, jsonify
 
 from backends.model_table import ModelSpec
 from backends.request import GenerateResult
-from hosts import wire
 from hosts.compat import codec
 from hosts.compat.fields import Accepted, read_request
-from hosts.compat.later import later_fields
-from hosts.incoming import client, json_object, wait_for, wanted_type
-from hosts.state import Phase
+from hosts.compat.v2_routes import later_fields
+from hosts.http import media
+from hosts.http.request_io import client, json_object, wait_for, wanted_type
+from hosts.supervision.host_state import Phase
 
 logger = logging.getLogger(__name__)
 blueprint = Blueprint("compat", __name__)
@@ -55,7 +55,7 @@ def generate() -> Response:
     content_type = wanted_type(host.spec.output, default="application/json")
     result = wait_for(host.queue.submit(asked, client=client()), is_kept=body.get("keep") is True)
     if content_type != "application/json":
-        return Response(wire.encode(result, content_type), mimetype=content_type, headers={"X-Seed": str(result.seed)})
+        return Response(media.encode(result, content_type), mimetype=content_type, headers={"X-Seed": str(result.seed)})
     return jsonify(legacy_body(result, spec=host.spec))
 
 
@@ -63,7 +63,7 @@ def legacy_body(result: GenerateResult, *, spec: ModelSpec) -> dict[str, Any]:
     """ComfyUI unpacks two values exactly when `latent` is there, so it is there exactly for the types whose nodes want two."""
     is_image = spec.output == "image"
     with current_app.extensions["metrics"].serialising():
-        frames = wire.pictures(result)
+        frames = media.pictures(result)
         body: dict[str, Any] = {
             "message": "OK",
             "output": codec.encode_image(frames[0]) if is_image else codec.encode_frames(frames),

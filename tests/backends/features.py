@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 from backends import backend_class, planner
-from backends.base import Backend
-from backends.distributed import Mesh
+from backends.generation.pipeline import LoadedPipeline, load_pipeline
 from backends.model_table import ModelSpec, read_table
-from backends.pipeline import LoadedPipeline, load_pipeline
+from backends.parallel.base import Backend
+from backends.parallel.distributed import Mesh
 from backends.quantization_spec import parse_quantization
 from backends.request import CompileSettings, GenerateRequest, LoadRequest
 from backends.step_cache_spec import KINDS, parse_step_cache

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from backends.schedule import Schedule
-from backends.step_driver import Start, StepDriver
+from backends.generation.step_driver import Start, StepDriver
+from backends.generation.step_window import Schedule
 
 MEAN, STD = 0.5, 0.3
 SHAPE = (1, 4, 16, 16)

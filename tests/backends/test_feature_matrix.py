@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch._dynamo
 
+from backends.loading.offload import offload
 from backends.model_table import FEATURES
-from backends.offload import offload
 from tests.backends.features import CPU, STEPS, TABLE, attached, combined, loaded, meshes, prepare, request_for, result
 
 PARALLEL = ("asyncdiff", "distrifuser", "xdit")

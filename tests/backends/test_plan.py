@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from backends.distributed import Mesh, all_gather, broadcast_command, control_of_team, gather_outcomes, open_lines
 from backends.errors import PlanError
+from backends.parallel.distributed import Mesh, all_gather, broadcast_command, control_of_team, gather_outcomes, open_lines
 from backends.plan import ParallelPlan, require_world_size
 
 PLAN = ParallelPlan(method="test", axes=(("cfg", 2), ("patch", 2)))

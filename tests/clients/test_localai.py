@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hosts.server import is_port_free
+from hosts.http.server import is_port_free
 from tests.checkpoints import checkpoint, picture
 from tests.hosts.client import decode
 from tests.hosts.harness import REPOSITORY, free_port, wait_until

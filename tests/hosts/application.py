@@ -8,8 +8,8 @@ import numpy as np
 
 from backends.model_table import read_table
 from backends.request import GenerateResult
-from hosts.app import Host, create_app
-from hosts.settings import Settings
+from hosts.http.app import Host, create_app
+from hosts.launch.settings import Settings
 
 
 def make_client(queue, state, **settings):

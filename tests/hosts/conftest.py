@@ -3,10 +3,10 @@
 import pytest
 
 from backends.errors import UnavailableError
-from hosts import store
-from hosts.jobs import JobQueue
-from hosts.state import HostState, Phase
-from hosts.store import JobStore
+from hosts.jobs import store
+from hosts.jobs.queue import JobQueue
+from hosts.jobs.store import JobStore
+from hosts.supervision.host_state import HostState, Phase
 from tests.hosts.application import make_client
 
 

@@ -9,18 +9,18 @@ import diffusers
 import requests
 import torch
 
-from backends.distributed import Mesh
 from backends.errors import UnavailableError
 from backends.model_table import read_table
-from hosts.app import Host, create_app
-from hosts.desk import FrontDesk
-from hosts.jobs import JobQueue
-from hosts.loop import RankLoop
-from hosts.server import Listener
-from hosts.settings import Settings
-from hosts.sharing import Sharing
-from hosts.startup import plan_start
-from hosts.state import HostState, Phase
+from backends.parallel.distributed import Mesh
+from hosts.http.app import Host, create_app
+from hosts.http.server import Listener
+from hosts.jobs.policy import Sharing
+from hosts.jobs.queue import JobQueue
+from hosts.launch.settings import Settings
+from hosts.launch.start_plan import plan_start
+from hosts.ranks.dispatch import FrontDesk
+from hosts.ranks.loop import RankLoop
+from hosts.supervision.host_state import HostState, Phase
 from tests.hosts.harness import free_port, session, wait_until
 
 

@@ -11,8 +11,8 @@ import requests
 import torch
 from PIL import Image
 
+from backends.generation.pipeline import load_pipeline
 from backends.model_table import read_table
-from backends.pipeline import load_pipeline
 from backends.request import GenerateRequest, LoadRequest
 from tests.checkpoints import checkpoint
 from tests.hosts.harness import RunningHost, wait_until

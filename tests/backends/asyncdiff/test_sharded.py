@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from backends.kept_weights import weight_bytes
+from backends.parallel.weight_shards import weight_bytes
 from tests.backends.asyncdiff.runs import attached, loaded, prepare, request, result
 from tests.backends.reference import from_rank_zero
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from backends.asyncdiff.players import SynchronousPlayer
+from backends.asyncdiff.executors import SynchronousPlayer
 from backends.asyncdiff.schedule import Place
 from backends.asyncdiff.segments import choose_segments
 from backends.asyncdiff.trace import trace

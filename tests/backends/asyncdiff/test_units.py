@@ -9,7 +9,7 @@ from backends.asyncdiff.backend import as_tensors, from_tensors
 from backends.asyncdiff.segments import choose_segments
 from backends.asyncdiff.trace import time_units, trace
 from backends.asyncdiff.units import UnitHooks, find_units
-from backends.hooks import attached
+from backends.parallel.hooks import attached
 from tests.backends.asyncdiff.runs import loaded, request
 from tests.checkpoints import NAMES
 

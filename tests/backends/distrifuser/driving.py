@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backends.base import Run
-from backends.distributed import Mesh
 from backends.distrifuser.backend import DistriFuserBackend
 from backends.distrifuser.plan import make_plan
 from backends.model_table import ModelTable, read_table
+from backends.parallel.base import Run
+from backends.parallel.distributed import Mesh
 from backends.request import GenerateRequest
 from tests.checkpoints import checkpoint, inputs, load, picture
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from backends.base import Run
+from backends.parallel.base import Run
 from backends.request import GenerateRequest
 from tests.backends.distrifuser.driving import assert_same, attached, build, load_wide
 from tests.backends.distrifuser.test_stale import flux_call, sdxl_call

@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 
-from backends.base import Run
 from backends.distrifuser.cuts import cut_of
 from backends.distrifuser.plan import make_plan
 from backends.errors import PlanError, UnsupportedError
 from backends.model_table import read_table
+from backends.parallel.base import Run
 from backends.request import GenerateRequest
 from tests.backends.distrifuser.driving import attached, build
 from tests.checkpoints import load

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from backends.base import Run
 from backends.distrifuser.modes import SYNC_MODES
+from backends.parallel.base import Run
 from backends.request import GenerateRequest
 from tests.backends.distrifuser.driving import arguments, assert_same, attached, build, generate, load_wide, table
 from tests.backends.distrifuser.simulation import Simulation

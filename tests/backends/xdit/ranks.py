@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backends.base import Run
-from backends.distributed import Mesh
 from backends.model_table import read_table
+from backends.parallel.base import Run
+from backends.parallel.distributed import Mesh
 from backends.request import GenerateRequest
 from backends.xdit.backend import XDiTBackend
 from backends.xdit.plan import make_plan

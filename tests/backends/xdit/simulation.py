@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
-from backends import hooks
+from backends.parallel import hooks
 
 Memory = dict[str, Tensor]
 

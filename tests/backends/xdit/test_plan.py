@@ -7,8 +7,8 @@ import pytest
 
 from backends.errors import PlanError
 from backends.model_table import read_table
-from backends.xdit.families import FAMILIES
 from backends.xdit.plan import IGNORED, STAGED, make_plan
+from backends.xdit.transformers import FAMILIES
 
 TABLE = read_table()
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from backends import hooks
-from backends.distributed import Mesh
 from backends.errors import CancelledError, PlanError, RequestError, UnsupportedError
-from backends.kept_weights import weight_bytes
+from backends.parallel import hooks
+from backends.parallel.distributed import Mesh
+from backends.parallel.weight_shards import weight_bytes
 from backends.xdit.stages import PipeFusion, stage_bounds
 from tests.backends.reference import from_rank_zero
 from tests.backends.xdit.ranks import assert_close, attached, generated, latents_of, run_of

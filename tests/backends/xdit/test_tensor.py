@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from backends.errors import PlanError, UnsupportedError
-from backends.kept_weights import weight_bytes
 from backends.model_table import read_table
+from backends.parallel.weight_shards import weight_bytes
 from backends.xdit.plan import TENSOR_PLANS
 from backends.xdit.tensor import TensorParallel
 from tests.backends.reference import from_rank_zero

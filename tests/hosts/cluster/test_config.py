@@ -10,8 +10,8 @@ import yaml
 from backends.errors import ConfigError
 from backends.model_table import read_table
 from hosts.cluster.config import plan_deployments, refuse_without_engine
-from hosts.command_line import parse_command_line
-from hosts.settings import Settings
+from hosts.launch.command_line import parse_command_line
+from hosts.launch.settings import Settings
 from tests.hosts.harness import LAUNCHER, run_launcher
 
 

@@ -13,8 +13,8 @@ from backends.request import GenerateResult
 from hosts.cluster.config import plan_deployments
 from hosts.cluster.deployment import Deployment
 from hosts.cluster.gateway import create_gateway
-from hosts.settings import Settings
-from hosts.state import Phase
+from hosts.launch.settings import Settings
+from hosts.supervision.host_state import Phase
 
 KEY = "0123456789abcdef"
 HEADERS = {"Authorization": f"Bearer {KEY}"}

@@ -9,12 +9,12 @@ from PIL import Image
 from backends import errors
 from backends.model_table import read_table
 from backends.request import GenerateRequest
-from hosts.app import status_of
 from hosts.cluster import messages
 from hosts.compat.fields import Accepted, read_request
-from hosts.job import Job
-from hosts.records import fingerprint
-from hosts.trace import chrome_trace
+from hosts.http.app import status_of
+from hosts.jobs.job import Job
+from hosts.jobs.serialization import fingerprint
+from hosts.jobs.trace import chrome_trace
 
 RANDOM = np.random.default_rng(0)
 PICTURE = Image.fromarray(RANDOM.integers(0, 256, (24, 16, 3), dtype=np.uint8), mode="RGB")

@@ -19,7 +19,7 @@ PLACES = {
     # between the passes of a pipeline of stages, which wait for each other's tokens and predictions
     "block": ("diffusers.models.attention", "JointTransformerBlock", "forward"),
     # after the last collective of the picture
-    "decode": ("backends.latents", None, "decode"),
+    "decode": ("backends.generation.latents", None, "decode"),
     # for ever, while all threads of the rank go on
     "hang": ("diffusers.schedulers.scheduling_euler_discrete", "EulerDiscreteScheduler", "step"),
 }

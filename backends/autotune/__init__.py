@@ -1,0 +1,1 @@
+"""Which parallel method is the fastest: estimated, then tried."""

@@ -1,0 +1,236 @@
+"""Tries methods on a loaded model: seconds per step of the most promising ones, and the link between the ranks. Runs on every rank.
+
+Nothing is loaded again: a method is attached, makes the first steps of a picture and is detached. Used for `--backend=auto`
+(hosts/launch/auto_backend.py) and by benchmarks/planner.py.
+"""
+
+import logging
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from backends import backend_class
+from backends.autotune.candidates import Candidate, Quality
+from backends.autotune.cost import Link, Work
+from backends.autotune.ranking import NUM_TRIED, Measured, contenders, next_to_try, rank
+from backends.autotune.step_profile import bytes_of, surveyed
+from backends.errors import CancelledError
+from backends.generation.pipeline import LoadedPipeline, OnStep
+from backends.model_table import ModelSpec
+from backends.parallel.base import Backend
+from backends.parallel.distributed import Axis, Mesh, begin_gather, gather_outcomes
+from backends.plan import ParallelPlan
+from backends.request import GenerateRequest
+
+logger = logging.getLogger(__name__)
+
+SECONDS = 60.0
+"""After this long no further method is tried."""
+SLOW_STEP_S = 10.0
+"""A step that takes longer on one rank is not repeated there."""
+NUM_STEPS = 6
+"""Of each trial: a synchronous one, one that still lays out buffers, and two pairs (stride 2 works every other step)."""
+ALONE_STEPS = 4
+WARMUP_STEPS = 1
+LINK_MESSAGES = 20
+LINK_BYTES = 4_000_000
+HIDES = {"cuda": 0.9, "cpu": 0.5}
+"""Share of a message's time behind computing: on a CPU the thread that sends takes time from those that compute."""
+
+
+class Subject(Protocol):
+    """A model on this rank that can be tried."""
+
+    denoiser: nn.Module
+    other_bytes: int
+    device: torch.device
+
+    def attach(self, backend: Backend) -> None: ...
+
+    def detach(self) -> None: ...
+
+    def run(self, on_step: OnStep) -> None:
+        """Begin a picture with WARMUP_STEPS synchronous steps; `on_step` ends it with CancelledError."""
+
+
+class PipelineSubject:
+    """A loaded pipeline and the picture to try it on."""
+
+    def __init__(self, pipeline: LoadedPipeline, request: GenerateRequest) -> None:
+        self._pipeline = pipeline
+        self._request = request.model_copy(update={"warmup_steps": WARMUP_STEPS})
+        self.device = pipeline.device
+        self.denoiser: nn.Module = getattr(pipeline.pipe, pipeline.spec.denoiser)
+        modules = [part for part in pipeline.pipe.components.values() if isinstance(part, nn.Module) and part is not self.denoiser]
+        self.other_bytes = sum(bytes_of(part) for part in modules)
+
+    def attach(self, backend: Backend) -> None:
+        self._pipeline.attach(backend)
+
+    def detach(self) -> None:
+        self._pipeline.detach()
+
+    def run(self, on_step: OnStep) -> None:
+        self._pipeline.generate(self._request, on_step=on_step)
+
+
+@dataclass(slots=True)
+class _Stopwatch:
+    """Ends a trial after so many steps, and knows how long they took."""
+
+    num_steps: int
+    device: torch.device
+    marks: list[float] = field(default_factory=list)
+
+    def __call__(self, step: int, num_steps: int, latents: Tensor) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.marks.append(time.perf_counter())
+        if len(self.marks) >= min(self.num_steps, num_steps):
+            raise CancelledError("that was enough of a trial")
+
+    @property
+    def step_s(self) -> float:
+        """Of the quicker pair of steady steps, as another program may slow one down; of what there is where a picture has few steps."""
+        steps = [after - before for before, after in zip(self.marks, self.marks[1:], strict=False)]
+        steady = steps[WARMUP_STEPS:] or steps
+        pairs = [(one + two) / 2 for one, two in zip(steady, steady[1:], strict=False)]
+        return min(pairs or steady)
+
+
+class Trials:
+    """All ranks' part in finding the quickest method. Every rank makes the same calls in the same order."""
+
+    def __init__(self, subject: Subject, *, spec: ModelSpec, rank: int, world_size: int, halves: int) -> None:
+        """halves: of guidance, 1 or 2."""
+        self._subject = subject
+        self._spec = spec
+        self._rank = rank
+        self._world_size = world_size
+        self._halves = halves
+
+    def measure(self, candidates: Sequence[Candidate], *, quality: Quality, num_steps: int) -> Measured:
+        """The same on all ranks. Why a method failed is in the result; what fails on one rank alone is raised."""
+        started = time.perf_counter()
+        link = self.link()
+        work = self.alone()
+        memory_bytes = min(gather_outcomes(_memory_bytes(self._subject.device, self._world_size)))
+        steps, failures = {"single": work.step_s}, {}
+        measured = Measured(work=work, link=link, memory_bytes=memory_bytes, steps=steps, failures=failures)
+        while len(steps) <= NUM_TRIED and gather_outcomes(time.perf_counter() - started)[0] < SECONDS:
+            candidate = next_to_try(rank(candidates, measured, quality=quality, num_steps=num_steps))
+            if candidate is None:
+                break
+            step_s, failure = self.trial(candidate)
+            if failure:
+                failures[candidate.name] = failure
+            else:
+                steps[candidate.name] = step_s
+        for candidate in contenders(rank(candidates, measured, quality=quality, num_steps=num_steps)):
+            again_s, failure = self.trial(candidate) if candidate.ranks > 1 else (self.alone().step_s, "")
+            if not failure:
+                steps[candidate.name] = min(again_s, steps[candidate.name])
+        logger.info("tried %s in %.1f s", ", ".join([*steps, *failures]), time.perf_counter() - started)
+        return measured
+
+    def link(self) -> Link:
+        """Seconds of a small message and bytes per second of a large one, all ranks sending to all."""
+        mesh = Mesh(ParallelPlan(method="probe", axes=(("data", self._world_size),)), rank=self._rank, device=self._subject.device)
+        try:
+            axis = mesh.axis("data")
+            latency_s = statistics.median(_exchange(axis, mesh, 4) for _ in range(LINK_MESSAGES))
+            large_s = min(_exchange(axis, mesh, LINK_BYTES) for _ in range(3))
+        finally:
+            mesh.destroy()
+        speed = LINK_BYTES * max(1, self._world_size - 1) / max(large_s - latency_s, 1e-9)
+        return gather_outcomes(Link(latency_s=latency_s, bytes_per_s=speed, hides=HIDES.get(self._subject.device.type, 0.5)))[0]
+
+    def alone(self) -> Work:
+        """One rank's step, counted and timed on rank 0 while the others wait. Raises on all ranks what failed there."""
+        outcome = self._survey() if self._rank == 0 else None
+        work = gather_outcomes(outcome)[0]
+        if isinstance(work, Exception):
+            raise work
+        return work
+
+    def trial(self, candidate: Candidate) -> tuple[float, str]:
+        """Seconds per step of one method, by the first ranks while the others wait; or why it failed."""
+        assert candidate.plan is not None
+        ranks = candidate.ranks
+        teams = {"team": self._rank // ranks, "num_teams": self._world_size // ranks}
+        mesh = Mesh(candidate.plan, rank=self._rank % ranks, device=self._subject.device, **teams)
+        mesh.prepare()
+        watch, failure, is_attached = _Stopwatch(NUM_STEPS, self._subject.device), None, False
+        try:
+            backend = backend_class(candidate.backend)(spec=self._spec, plan=candidate.plan, mesh=mesh)
+            is_attached = True
+            self._subject.attach(backend)
+            if teams["team"] == 0:
+                _run(self._subject, watch)
+        except Exception as error:  # noqa: BLE001  whatever it is, this method is not to be had, and the others are still there
+            failure = (time.time(), f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+            mesh.destroy()  # wakes the ranks that wait for this one
+        failures = sorted(found for found in gather_outcomes(failure) if found is not None)  # closed connections come after their reason
+        if is_attached:
+            self._subject.detach()
+        mesh.destroy()
+        if failures:
+            logger.info("%s failed when it was tried: %s", candidate.name, failures[0][1])
+            return 0.0, failures[0][1]
+        return gather_outcomes(watch.step_s if teams["team"] == 0 else 0.0)[0], ""
+
+    def _survey(self) -> Work | Exception:
+        device = self._subject.device
+        plan = ParallelPlan(method="single")
+        backend = backend_class("single")(spec=self._spec, plan=plan, mesh=Mesh(plan, rank=0, device=device))
+        try:
+            self._subject.attach(backend)
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+                before = torch.cuda.memory_allocated(device)
+            with surveyed(self._subject.denoiser) as survey:
+                _run(self._subject, _Stopwatch(1, device))
+            step_s = survey.seconds
+            if step_s < SLOW_STEP_S:
+                _run(self._subject, watch := _Stopwatch(ALONE_STEPS, device))
+                step_s = watch.step_s
+            self._subject.detach()
+        except Exception as error:  # noqa: BLE001  the other ranks wait to hear of it
+            return error
+        return survey.work(
+            step_s=step_s,
+            halves=self._halves,
+            weight_bytes=bytes_of(self._subject.denoiser),
+            other_bytes=self._subject.other_bytes,
+            activation_bytes=torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else None,
+        )
+
+
+def _run(subject: Subject, watch: _Stopwatch) -> None:
+    try:
+        subject.run(watch)
+    except CancelledError:
+        return
+
+
+def _exchange(axis: Axis, mesh: Mesh, num_bytes: int) -> float:
+    """Seconds until every rank has every other's bytes."""
+    piece = torch.zeros(num_bytes // 4, device=mesh.device)
+    started = time.perf_counter()
+    begin_gather(piece, [piece.shape] * axis.size, axis=axis, traffic=mesh.traffic)()
+    if mesh.device.type == "cuda":
+        torch.cuda.synchronize(mesh.device)
+    return time.perf_counter() - started
+
+
+def _memory_bytes(device: torch.device, world_size: int) -> Any:
+    """Of this rank's device. Ranks on CPUs share what there is."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return psutil.virtual_memory().total // world_size

@@ -1,0 +1,78 @@
+"""Small pictures of a generation under way: latents to RGB by one matrix, fitted to the loaded model's own VAE.
+
+A decoder costs as much as a denoising step or more; the matrix costs nothing and shows composition and colours at latent resolution.
+Nothing is written down per model family: a few smooth colour fields are encoded once, and least squares does the rest.
+"""
+
+import logging
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from backends.generation import latents as latent_space
+from backends.model_table import ModelSpec
+
+logger = logging.getLogger(__name__)
+
+NUM_FIELDS = 6
+FIELD_CELLS = 6
+FIELD_PIXELS = 128
+
+
+class Previewer:
+    """Made once per loaded pipeline; fits its matrix at the first preview."""
+
+    def __init__(self, pipe: Any, *, spec: ModelSpec) -> None:
+        self._pipe = pipe
+        self._spec = spec
+        self._matrix: Tensor | None = None
+        self._is_fitted = False
+
+    @torch.no_grad()
+    def picture(self, latents: Tensor, *, height: int, width: int) -> np.ndarray | None:
+        """Model-space latents of a run of this size -> uint8 (h, w, 3), of a video its middle frame. None if the VAE cannot be fitted."""
+        if not self._is_fitted:
+            self._matrix, self._is_fitted = _fit(self._pipe), True
+        if self._matrix is None:
+            return None
+        x = self._one_frame(latents.detach().float(), height, width)
+        x = x / x.std().clamp(min=1.0)  # early steps hold more noise than picture
+        x = latent_space.unscaled(x[None], vae=self._pipe.vae)[0]
+        x = x.permute(1, 2, 0).cpu()
+        pixels = torch.cat((x, torch.ones_like(x[..., :1])), dim=-1) @ self._matrix
+        return latent_space.to_uint8(pixels.clamp(0, 1).numpy())
+
+    def _one_frame(self, latents: Tensor, height: int, width: int) -> Tensor:
+        """(C, h, w) of the first picture, or of the middle frame."""
+        x = latent_space.unpack(latents, pipe=self._pipe, spec=self._spec, height=height, width=width)[0]
+        if x.ndim == 3:
+            return x
+        frames = x if x.shape[1] == latent_space.num_channels(self._pipe.vae) else x.transpose(0, 1)  # svd: (F, C, h, w); ad: (C, F, h, w)
+        return frames[frames.shape[0] // 2]
+
+
+def _fit(pipe: Any) -> Tensor | None:
+    """(C + 1, 3): client-space latents, and a constant, to RGB in 0..1."""
+    fields = _colour_fields()
+    try:
+        vae = pipe.vae
+        encoded = latent_space.encoded((fields * 2 - 1).to(device=vae.device, dtype=vae.dtype), vae=vae).float().cpu()
+    except (RuntimeError, NotImplementedError, AttributeError) as error:
+        logger.warning("no previews: the VAE cannot encode (%s)", error)
+        return None
+    small = F.interpolate(fields, size=encoded.shape[-2:], mode="area")
+    x = encoded.permute(0, 2, 3, 1).reshape(-1, encoded.shape[1])
+    y = small.permute(0, 2, 3, 1).reshape(-1, 3)
+    if not torch.isfinite(x).all():
+        logger.warning("no previews: the VAE gives numbers that are not finite in %s", vae.dtype)
+        return None
+    return torch.linalg.lstsq(torch.cat((x, torch.ones_like(x[:, :1])), dim=1), y, driver="gelsd").solution
+
+
+def _colour_fields() -> Tensor:
+    """(NUM_FIELDS, 3, FIELD_PIXELS, FIELD_PIXELS) in 0..1: smooth random colours, always the same."""
+    cells = torch.rand(NUM_FIELDS, 3, FIELD_CELLS, FIELD_CELLS, generator=torch.Generator().manual_seed(0))
+    return F.interpolate(cells, size=FIELD_PIXELS, mode="bilinear", align_corners=False)

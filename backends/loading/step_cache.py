@@ -1,0 +1,223 @@
+"""Step caches: steps that run little of the denoiser and take the rest from an earlier step. Off unless asked for (--step_cache).
+
+first_block  A step runs the first block. If its effect is nearly what it was at the last full step, the others are taken to have theirs
+             again: ParaAttention's first-block cache, after TeaCache (arXiv:2411.19108, section 3).
+taylor       Every n-th step is full; between, what the blocks add is continued along the line through the last two full steps:
+             TaylorSeer, arXiv:2503.06923, section 3, first order, for all blocks after the first together.
+deep         Every n-th step is full; between, a UNet runs its outermost level only: DeepCache, arXiv:2312.00858, section 3.
+
+diffusers' own hooks (diffusers.hooks) are not used: they decide on each rank by what that rank has, so ranks would disagree; they count a
+ControlNet's residuals twice in a skipped step; they do not know HunyuanDiT's and PixArt's blocks, and fail on FLUX.2's.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from backends.model_table import ModelSpec
+from backends.parallel import hooks
+from backends.parallel.distributed import Mesh, all_sum
+from backends.step_cache_spec import StepCacheSpec
+
+NAME = "step cache"
+
+
+@dataclass(slots=True)
+class _Residual:
+    """What the blocks after the first add to its result: a full step's, the one's before it, and at which steps these were."""
+
+    last: Tensor
+    at: int
+    older: Tensor | None = None
+    older_at: int = 0
+
+    def after(self, last: Tensor, at: int) -> "_Residual":
+        return _Residual(last=last, at=at, older=self.last, older_at=self.at)
+
+    def continued(self, step: int) -> Tensor:
+        """Along the line through both, to this step."""
+        if self.older is None:
+            return self.last
+        return torch.lerp(self.older, self.last, 1.0 + (step - self.at) / (self.at - self.older_at))
+
+
+@dataclass(slots=True)
+class _Call:
+    """What is kept from step to step for the n-th call of the denoiser in each step (some pipelines make two, one per half of guidance).
+
+    effect: what the first block added at the last full step. kept: of a UNet's inner modules, what they returned then.
+    """
+
+    is_full: bool = True
+    image: Tensor | None = None
+    text: Tensor | None = None
+    effect: Tensor | None = None
+    residual: _Residual | None = None
+    kept: dict[int, Any] | None = None
+    shape: tuple[int, ...] = ()
+
+
+class StepCache:
+    """Attached to one denoiser, innermost, so that it sees what this rank computes. Forgets everything between generations."""
+
+    def __init__(self, cache: StepCacheSpec, spec: ModelSpec, denoiser: nn.Module) -> None:
+        self._cache = cache
+        self._spec = spec
+        self._denoiser = denoiser
+        self._mesh: Mesh | None = None
+        self._hooked: list[nn.Module] = []
+        self._forms: dict[int, bool] = {}
+        self._is_on = False
+        self._calls: dict[int, _Call] = {}
+        self._call: _Call | None = None
+        self._step = self._number = self.num_calls = self.num_skipped = 0
+
+    def attach(self) -> None:
+        if self._cache.kind == "deep":
+            inner = inner_modules(self._denoiser)
+            for index, module in enumerate(inner):
+                self._hook(module, self._around_inner(index, is_last=index == len(inner) - 1))
+        else:
+            blocks = [block for name in self._spec.blocks for block in getattr(self._denoiser, name)]
+            first_name = next(name for name in inspect.signature(type(blocks[0]).forward).parameters if name != "self")
+            self._hook(blocks[0], self._around_first(first_name))
+            for index, block in enumerate(blocks[1:], start=1):
+                first_name = next(name for name in inspect.signature(type(block).forward).parameters if name != "self")
+                self._hook(block, self._around_rest(index, first_name, is_last=index == len(blocks) - 1))
+        self._hook(self._denoiser, self._around_denoiser)
+
+    def detach(self) -> None:
+        while self._hooked:
+            hooks.detach(self._hooked.pop(), NAME)
+
+    def share(self, mesh: Mesh | None) -> None:
+        """From now on these ranks decide together: `attach` and `detach` of a backend. Collective."""
+        self._mesh = mesh
+        if mesh is not None:
+            mesh.axis(*self._axes(mesh))
+
+    def begin(self, *, is_on: bool) -> None:
+        self.end()
+        self._is_on = is_on
+        self.num_calls = self.num_skipped = 0
+
+    def step_done(self) -> None:
+        self._step += 1
+        self._number = 0
+
+    def end(self) -> None:
+        self._calls.clear()
+        self._call, self._is_on = None, False
+        self._step = self._number = 0
+
+    def report(self) -> Mapping[str, int]:
+        """Of the last generation, on this rank: how many calls of the denoiser there were, and how many of them ran little of it."""
+        return {"calls": self.num_calls, "skipped": self.num_skipped}
+
+    def _hook(self, module: nn.Module, around: hooks.Around) -> None:
+        hooks.attach(module, NAME, around)
+        self._hooked.append(module)
+
+    def _around_denoiser(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not self._is_on:
+            return forward(*args, **kwargs)
+        self._call = self._calls.setdefault(self._number, _Call())
+        self._number += 1
+        self.num_calls += 1
+        if self._cache.kind != "first_block":
+            self._call.is_full = self._step % int(self._cache.value) == 0
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            self.num_skipped += not self._call.is_full
+            self._call = None
+
+    def _around_first(self, first_name: str) -> hooks.Around:
+        def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            output = forward(*args, **kwargs)
+            call = self._call
+            if call is None:
+                return output
+            call.text, call.image = output if isinstance(output, tuple) else (None, output)
+            effect = call.image - (args[0] if args else kwargs[first_name])
+            if call.residual is None or call.residual.last.shape != effect.shape:  # the first step, or the size has changed
+                call.is_full, call.residual, call.effect = True, None, None
+            elif self._cache.kind == "first_block":
+                call.is_full = self._change(effect, call.effect) > self._cache.value
+            if call.is_full:
+                call.effect = effect
+            return output
+
+        return around
+
+    def _around_rest(self, index: int, first_name: str, *, is_last: bool) -> hooks.Around:
+        def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            call = self._call
+            if call is None:
+                return forward(*args, **kwargs)
+            if call.is_full:
+                output = forward(*args, **kwargs)
+                self._forms[index] = isinstance(output, tuple)
+                if is_last:
+                    self._remember(call, output[1] if isinstance(output, tuple) else output)
+                return output
+            tokens = args[0] if args else kwargs[first_name]
+            if is_last:  # what came through, residuals of a ControlNet among it, is in the remembered effect already
+                image = call.image + call.residual.continued(self._step if self._cache.kind == "taylor" else call.residual.at)
+                tokens = image if tokens.shape == image.shape else torch.cat([call.text, image], dim=1)
+            return (kwargs.get("encoder_hidden_states"), tokens) if self._forms[index] else tokens
+
+        return around
+
+    def _remember(self, call: _Call, tokens: Tensor) -> None:
+        """tokens: (B, N, D), or with the text before the picture (B, T + N, D)."""
+        residual = tokens[:, -call.image.shape[1] :] - call.image
+        call.residual = _Residual(last=residual, at=self._step) if call.residual is None else call.residual.after(residual, self._step)
+        if self._cache.kind != "taylor":
+            call.residual.older = None
+
+    def _around_inner(self, index: int, *, is_last: bool) -> hooks.Around:
+        """Of a UNet's inner modules only the last one's result is used again; of the others, shapes."""
+
+        def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            call = self._call
+            if call is None:
+                return forward(*args, **kwargs)
+            if index == 0:
+                shape = tuple((args[0] if args else kwargs["hidden_states"]).shape)
+                if call.kept is None or call.shape != shape:
+                    call.is_full, call.kept, call.shape = True, {}, shape
+            if not call.is_full:
+                return call.kept[index]
+            output = forward(*args, **kwargs)
+            call.kept[index] = output if is_last else pytree.tree_map_only(Tensor, _stand_in, output)
+            return output
+
+        return around
+
+    def _change(self, effect: Tensor, before: Tensor) -> float:
+        """Mean absolute change relative to the mean absolute value, over all that one call of the pipeline computes."""
+        sums = torch.stack([(effect - before).abs().sum(dtype=torch.float32), before.abs().sum(dtype=torch.float32)])
+        if self._mesh is not None:
+            sums = all_sum(sums, axis=self._mesh.axis(*self._axes(self._mesh)))
+        return float(sums[0] / sums[1])
+
+    def _axes(self, mesh: Mesh) -> tuple[str, ...]:
+        """Axes over which one call is spread. The two calls of pipelines that make one for each half of guidance decide each for itself."""
+        return tuple(name for name, _ in mesh.plan.axes if name != "cfg" or self._spec.guidance_calls == 1)
+
+
+def inner_modules(unet: nn.Module) -> list[nn.Module]:
+    """All of a UNet but its outermost level, in the order in which it runs."""
+    middle = [unet.mid_block] if unet.mid_block is not None else []
+    return [*unet.down_blocks[1:], *middle, *unet.up_blocks[:-1]]
+
+
+def _stand_in(tensor: Tensor) -> Tensor:
+    """A zero of the same shape that takes no memory: nothing that runs reads it."""
+    return tensor.new_zeros(()).expand(tensor.shape)

@@ -1,0 +1,91 @@
+"""CFG split: the negative and the positive half of a batch on two halves of the ranks. Exact, and shared by all backends.
+
+The denoiser's batch is cut along dim 0 and the halves' outputs are gathered, so guidance needs no change in any pipeline. A batch of
+several prompts is split the same way; an odd batch (guidance off, one picture) is computed whole on every rank. Pipelines that call their
+denoiser once for each half are cfg_two_calls.py's.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from backends.parallel import hooks
+from backends.parallel.distributed import Axis, Mesh, all_gather
+
+NAME = "cfg split"
+"""What the split over the `cfg` axis is called among the hooks of a denoiser; over another axis likewise."""
+
+_BATCHED = frozenset(
+    "sample timestep class_labels timestep_cond encoder_hidden_states attention_mask cross_attention_kwargs added_cond_kwargs "
+    "added_time_ids down_block_additional_residuals mid_block_additional_residual down_intrablock_additional_residuals "
+    "encoder_attention_mask hidden_states pooled_projections guidance block_controlnet_hidden_states controlnet_block_samples "
+    "controlnet_single_block_samples joint_attention_kwargs text_embedding_mask encoder_hidden_states_t5 text_embedding_mask_t5 "
+    "image_meta_size style encoder_hidden_states_mask encoder_hidden_states_image x t cap_feats".split()
+)
+"""Arguments of diffusers' denoisers that carry the batch in dim 0. Position tables (img_ids, image_rotary_emb, ...) do not."""
+
+
+def attach_batch_split(denoiser: nn.Module, mesh: Mesh, *, axis: str = "cfg") -> None:
+    """Split every call of this denoiser over an axis of the mesh. Attach last: it must see the whole batch."""
+    if mesh.axis(axis).size > 1:
+        hooks.attach(denoiser, _name(axis), _split_call(denoiser, mesh, axis))
+
+
+def detach_batch_split(denoiser: nn.Module, *, axis: str = "cfg") -> None:
+    if _name(axis) in hooks.attached(denoiser):
+        hooks.detach(denoiser, _name(axis))
+
+
+def _name(axis: str) -> str:
+    return f"{axis} split"
+
+
+def _split_call(denoiser: nn.Module, mesh: Mesh, axis_name: str) -> Callable[..., Any]:
+    names = [name for name in inspect.signature(type(denoiser).forward).parameters if name != "self"]
+
+    def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+        batch = len(arguments[names[0]])
+        axis = mesh.axis(axis_name)
+        if batch % axis.size:
+            return forward(**arguments)
+        return _gather(forward(**cut_batch(arguments, batch, parts=axis.size, part=axis.rank)), mesh, axis)
+
+    return around
+
+
+def cut_batch(arguments: Mapping[str, Any], batch: int, *, parts: int, part: int) -> dict[str, Any]:
+    """A denoiser call's arguments by name -> those of one of `parts` equal parts of its batch.
+
+    Where the first argument is a list, it and others like it hold one entry per picture.
+    """
+    samples = slice(part * batch // parts, (part + 1) * batch // parts)
+    is_listed = isinstance(next(iter(arguments.values())), list)
+    mine = dict(arguments)
+    for name in _BATCHED.intersection(arguments):
+        value = arguments[name]
+        mine[name] = value[samples] if is_listed and isinstance(value, list) else _cut(value, batch, parts, part)
+    return mine
+
+
+def _cut(value: Any, batch: int, parts: int, part: int) -> Any:
+    """One part of every tensor in `value` that has the batch (or batch x frames) in dim 0."""
+    if torch.is_tensor(value):
+        is_batched = value.dim() > 0 and value.shape[0] >= batch and value.shape[0] % batch == 0
+        return value.chunk(parts)[part] if is_batched else value
+    if isinstance(value, dict):
+        return {key: _cut(item, batch, parts, part) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_cut(item, batch, parts, part) for item in value)
+    return value
+
+
+def _gather(output: Any, mesh: Mesh, axis: Axis) -> Any:
+    part = torch.stack(output[0]) if isinstance(output[0], list) else output[0]
+    whole: Any = all_gather(part, dim=0, axis=axis, traffic=mesh.traffic)
+    if isinstance(output[0], list):
+        whole = list(whole.unbind(0))
+    return (whole, *output[1:]) if isinstance(output, tuple) else type(output)(sample=whole)

@@ -1,0 +1,1 @@
+"""Flask: who may ask, in which dialect, and what is answered. Imports no torch."""

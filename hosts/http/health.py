@@ -1,0 +1,42 @@
+"""Our own API: health, metrics and settings."""
+
+from flask import Blueprint, Response, current_app, jsonify
+
+from hosts.http.metrics import CONTENT_TYPE
+from hosts.supervision.host_state import Phase
+
+blueprint = Blueprint("api", __name__)
+
+
+@blueprint.get("/healthz")
+def healthz() -> tuple[Response, int]:
+    """200 while the host can answer or is loading, 503 once it cannot make pictures."""
+    host = current_app.extensions["host"]
+    body = {"phase": host.state.phase, "reason": host.state.reason, "waiting": host.queue.num_waiting}
+    return jsonify(body), 200 if host.state.phase in (Phase.LOADING, Phase.EMPTY, Phase.READY) else 503
+
+
+@blueprint.get("/livez")
+def livez() -> tuple[str, int]:
+    """200 as long as this process answers."""
+    return "OK", 200
+
+
+@blueprint.get("/readyz")
+def readyz() -> tuple[str, int]:
+    """200 while pictures can be made, else 503 and the phase, with its reason where there is one."""
+    state = current_app.extensions["host"].state
+    return ": ".join(filter(None, (state.phase.value, state.reason))), 200 if state.phase is Phase.READY else 503
+
+
+@blueprint.get("/metrics")
+def metrics() -> Response:
+    """For Prometheus."""
+    return Response(current_app.extensions["metrics"].text(), content_type=CONTENT_TYPE)
+
+
+@blueprint.get("/settings")
+def settings() -> Response:
+    """What was given at launch, what was chosen and why, and figures of the last picture."""
+    host = current_app.extensions["host"]
+    return jsonify({"type": host.spec.name, "given": host.settings.given, **host.state.facts})

@@ -1,0 +1,191 @@
+"""Jobs over HTTP: send one, follow it, fetch it, cancel it. The same fields as POST /generate, by diffusers' names or the old ones."""
+
+import base64
+import io
+import json
+import re
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from flask import Blueprint, Response, current_app, jsonify, request
+from PIL import Image
+
+from backends.errors import BusyError, RequestError
+from hosts.compat.fields import Accepted, read_request
+from hosts.compat.routes import legacy_body
+from hosts.http import media
+from hosts.http.request_io import client, idempotency_key, json_object, wanted_type
+from hosts.jobs.queue import Job, JobQueue, JobStatus
+from hosts.jobs.trace import chrome_trace
+
+blueprint = Blueprint("jobs", __name__)
+
+HEARTBEAT_S = 10.0
+MIN_INTERVAL_S = 0.1
+MAX_STREAMS = 12
+"""Each open stream holds one of the server's threads."""
+MAX_FRAMES_PER_S = 120
+PREVIEW_SIDE = 256
+PREVIEW_QUALITY = 80
+
+_streams = threading.BoundedSemaphore(MAX_STREAMS)
+
+
+@blueprint.post("/v1/jobs")
+def create() -> tuple[Response, int, dict[str, str]]:
+    """202 with the job's id and its place in the queue. The same Idempotency-Key and body give the job that is there already."""
+    host = current_app.extensions["host"]
+    asked = read_request(json_object(), spec=host.spec, accepted=Accepted.by(host.settings))
+    job = host.queue.submit(asked, client=client(), is_stored=True, key=idempotency_key())
+    return jsonify(describe(job)), 202, {"Location": f"/v1/jobs/{job.id}"}
+
+
+@blueprint.get("/v1/jobs")
+def everything() -> Response:
+    """All jobs: the one that runs, those that wait, those that are over. No prompts: other clients' jobs are among them."""
+    return jsonify({"jobs": without_settings(_queue().jobs())})
+
+
+@blueprint.get("/v1/jobs/<job_id>")
+def show(job_id: str) -> Response:
+    """State, progress, and once it is over what was really used."""
+    return jsonify(describe(_queue().find(job_id)))
+
+
+@blueprint.delete("/v1/jobs/<job_id>")
+def cancel(job_id: str) -> tuple[Response, int]:
+    """A queued job ends at once, a running one at its next step on all ranks."""
+    job = _queue().find(job_id)
+    _queue().cancel(job)
+    return jsonify(describe(job)), 202
+
+
+@blueprint.get("/v1/jobs/<job_id>/result")
+def result(job_id: str) -> Response | tuple[Response, int, dict[str, str]]:
+    """The file, by Accept, or the contract's JSON. 409 while it is not done; a failed job's error as it was. ?fps= is a video's speed."""
+    host = current_app.extensions["host"]
+    job = _queue().find(job_id)
+    if not job.finished.is_set():
+        return jsonify(describe(job)), 409, {"Retry-After": "1"}
+    made = job.wait()
+    content_type = wanted_type(host.spec.output, default=media.content_types(host.spec.output)[0])
+    if content_type == "application/json":
+        return jsonify(legacy_body(made, spec=host.spec))
+    return file_response(job, content_type, frames_per_s=_frames_per_s())
+
+
+@blueprint.get("/v1/jobs/<job_id>/events")
+def events(job_id: str) -> Response:
+    """Server-sent events until the job is over: `status` at each change, `preview` (a small JPEG) with ?previews=1."""
+    job = _queue().find(job_id)
+    if not _streams.acquire(blocking=False):
+        raise BusyError(f"{MAX_STREAMS} event streams are open, which is all this host serves. Ask GET /v1/jobs/{job_id} now and then.")
+    with_previews = request.args.get("previews", "0") == "1"
+    job.wants_preview = job.wants_preview or with_previews
+    answer = Response(_follow(_queue(), job, describe, with_previews), mimetype="text/event-stream", headers={"Cache-Control": "no-store"})
+    answer.call_on_close(_streams.release)
+    return answer
+
+
+@blueprint.get("/v1/jobs/<job_id>/trace")
+def trace(job_id: str) -> Response | tuple[Response, int, dict[str, str]]:
+    """What every rank did when, as a Chrome trace. 409 while the job is not over."""
+    job = _queue().find(job_id)
+    if not job.finished.is_set():
+        return jsonify(describe(job)), 409, {"Retry-After": "1"}
+    return jsonify(chrome_trace(job))
+
+
+def file_response(job: Job, content_type: str, *, frames_per_s: float = media.FRAMES_PER_S) -> Response:
+    """The finished job's picture or video, with its settings in a PNG's metadata."""
+    made = job.wait()
+    with current_app.extensions["metrics"].serialising():
+        data = media.encode(made, content_type, metadata=json.dumps(made.resolved), frames_per_s=frames_per_s)
+    extension = media.EXTENSIONS[content_type]
+    headers = {"X-Seed": str(made.seed), "Content-Disposition": f'inline; filename="{job.id}.{extension}"'}
+    return Response(data, mimetype=content_type, headers=headers)
+
+
+def without_settings(jobs: Sequence[Job]) -> list[dict[str, Any]]:
+    """What anybody may know of them."""
+    return [{key: value for key, value in describe(job).items() if key != "settings"} for job in jobs]
+
+
+def describe(job: Job) -> dict[str, Any]:
+    """What clients are told of a job. Times in seconds since 1970 or as durations."""
+    host = current_app.extensions["host"]
+    seconds = None if job.started_s is None else (job.ended_s or time.time()) - job.started_s
+    is_running = job.status is JobStatus.RUNNING and job.step > 0
+    facts = host.state.facts
+    return {
+        "id": job.id,
+        "state": job.status,
+        "position": host.queue.position(job),
+        "step": job.step,
+        "steps": job.num_steps,
+        "seconds": None if seconds is None else round(seconds, 3),
+        "eta": round(seconds / job.step * (job.num_steps - job.step), 3) if is_running else None,
+        "attempts": job.attempts,
+        "created": round(job.created_s, 3),
+        "seed": job.request.seed,
+        "type": host.spec.name,
+        "backend": facts.get("backend"),
+        "ranks": (job.result.report.get("ranks") if job.result is not None else job.ranks) or facts.get("ranks"),
+        "batch": job.result.report.get("batch") if job.result is not None else None,
+        "exactness": job.result.exactness if job.result is not None else facts.get("exactness"),
+        "settings": job.result.resolved if job.result is not None else None,
+        "error": str(job.error) if job.error is not None else None,
+        "links": {name: f"/v1/jobs/{job.id}{path}" for name, path in (("self", ""), ("events", "/events"), ("result", "/result"))},
+    }
+
+
+def _frames_per_s() -> float:
+    text = request.args.get("fps", str(media.FRAMES_PER_S))
+    if not re.fullmatch(r"\d{1,3}", text) or not 1 <= int(text) <= MAX_FRAMES_PER_S:
+        raise RequestError(f"fps={text!r} is not allowed. Send a whole number from 1 to {MAX_FRAMES_PER_S}.", field="fps")
+    return int(text)
+
+
+def _queue() -> JobQueue:
+    return current_app.extensions["host"].queue
+
+
+def _follow(queue: JobQueue, job: Job, describe: Any, with_previews: bool) -> Iterator[str]:
+    app = current_app._get_current_object()
+    seen, shown = -1, None
+
+    def stream() -> Iterator[str]:
+        nonlocal seen, shown
+        while True:
+            version = queue.wait_for_change(job, seen, HEARTBEAT_S)
+            if version == seen:
+                yield ": still waiting\n\n"
+                continue
+            seen, preview, step = version, job.preview, job.step
+            is_over = job.finished.is_set()
+            with app.app_context():
+                event = _event("status", describe(job))
+            yield event
+            if with_previews and preview is not None and preview is not shown:
+                shown = preview
+                yield _event("preview", {"step": step, "image": _data_url(preview)})
+            if is_over:
+                return
+            job.finished.wait(MIN_INTERVAL_S)  # its end is told at once
+
+    return stream()
+
+
+def _event(name: str, data: dict[str, Any]) -> str:
+    return f"event: {name}\ndata: {json.dumps(data)}\n\n"
+
+
+def _data_url(preview: Any) -> str:
+    picture = Image.fromarray(preview)
+    scale = max(1, PREVIEW_SIDE // max(picture.size))
+    picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    picture.save(buffer, format="JPEG", quality=PREVIEW_QUALITY)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -1,0 +1,99 @@
+"""How much one request may ask for, and how many one client may send: the operator's bounds, on top of what can be meant at all."""
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from backends.errors import BusyError, RequestError
+from backends.request import GenerateRequest
+from hosts.jobs.queue import JobQueue
+from hosts.jobs.store import Store
+from hosts.launch.settings import Settings
+from hosts.supervision.exit_reports import Ending
+
+MAX_PICTURES = 16
+"""Pictures in one field. Each may be small to send and large to hold."""
+MAX_CLIENTS = 10_000
+"""Clients whose rates are remembered; the one that was silent longest is forgotten."""
+TEXTS = ("prompt", "negative_prompt")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Each is one launch argument of the same name."""
+
+    max_steps: int
+    max_side: int
+    max_frames: int
+    max_prompt_chars: int
+    max_image_megapixels: int
+
+    @classmethod
+    def by(cls, settings: Settings) -> "Limits":
+        return cls(**{name: getattr(settings, name) for name in cls.__slots__})
+
+    def check(self, request: GenerateRequest) -> None:
+        """RequestError for the first value that is too large. What is left to a default is the operator's own choice."""
+        steps = max(request.num_inference_steps or 0, len(request.sigmas or ()) - 1, len(request.timesteps or ()))
+        self._require(steps, "max_steps", "num_inference_steps")
+        for name in ("height", "width"):
+            self._require(getattr(request, name) or 0, "max_side", name)
+        self._require(request.num_frames or 0, "max_frames", "num_frames")
+        for name in TEXTS:
+            if (given := len(getattr(request, name) or "")) > self.max_prompt_chars:
+                raise RequestError(
+                    f"{name} has {given} characters, more than this host allows: {self.max_prompt_chars} (--max_prompt_chars). Send less.",
+                    field=name,
+                )
+
+    def _require(self, given: int, limit: str, field: str) -> None:
+        allowed = getattr(self, limit)
+        if given > allowed:
+            raise RequestError(f"{field}={given} is more than this host allows: {allowed} (--{limit}). Ask for less.", field=field)
+
+
+DEFAULT_LIMITS = Limits.by(Settings())
+
+
+class RateLimit:
+    """So many requests a minute from each client: a bucket that holds a minute's worth and fills up again evenly."""
+
+    def __init__(self, per_minute: int, *, clock: Callable[[], float] = time.monotonic) -> None:
+        """per_minute: 0 for any number."""
+        self._per_minute = per_minute
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()  # client -> requests left, as of when
+
+    def take(self, client: str) -> None:
+        """One request of this client. BusyError, with the seconds to wait, if it has none left."""
+        if self._per_minute == 0:
+            return
+        with self._lock:
+            now = self._clock()
+            left, since = self._buckets.pop(client, (float(self._per_minute), now))
+            left = min(self._per_minute, left + (now - since) * self._per_minute / 60)
+            self._buckets[client] = (left - 1 if left >= 1 else left, now)
+            if len(self._buckets) > MAX_CLIENTS:
+                self._buckets.popitem(last=False)
+        if left < 1:
+            wait_s = (1 - left) * 60 / self._per_minute
+            raise BusyError(
+                f"more than {self._per_minute} requests in a minute from one client (--rate_limit). Try again in {wait_s:.0f} s.",
+                retry_after_s=wait_s,
+            )
+
+
+def queue_within(settings: Settings, store: Store | None, *, complete: Callable[[Ending], Ending] = lambda ending: ending) -> JobQueue:
+    """The queue that takes, and keeps, as much as the operator allows. complete: see JobQueue."""
+    return JobQueue(
+        capacity=settings.queue_size,
+        max_seconds=settings.max_job_seconds,
+        num_kept=settings.keep_results,
+        kept_bytes=settings.keep_results_mb * 10**6,
+        kept_seconds=settings.keep_results_hours * 3600,
+        store=store,
+        complete=complete,
+    )

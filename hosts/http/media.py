@@ -1,0 +1,107 @@
+"""Results -> bytes: pictures as PNG, JPEG or WebP, videos as MP4 or GIF, both as arrays. Pure functions; imports no torch."""
+
+import io
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from backends.errors import RequestError
+from backends.request import GenerateResult
+from hosts.jobs import serialization
+
+IMAGE_TYPES = {"image/png": "PNG", "image/jpeg": "JPEG", "image/webp": "WEBP"}
+VIDEO_TYPES = ("video/mp4", "image/gif")
+ARRAY_TYPE = "application/x-npy"
+"""uint8 (N, H, W, 3) as numpy saves it: every frame as it is, for programs."""
+WHOLE_TYPE = "application/x-npz"
+"""Everything there is of a result, as numpy.savez writes it: `frames`, `latents` where the type gives them, and `facts` (JSON as bytes)."""
+EXTENSIONS = {
+    "image/png": "png",
+    "image/jpeg": "jpg",
+    "image/webp": "webp",
+    "video/mp4": "mp4",
+    "image/gif": "gif",
+    ARRAY_TYPE: "npy",
+    WHOLE_TYPE: "npz",
+}
+FRAMES_PER_S = 7
+"""What both existing clients play videos at."""
+
+
+def content_types(output: str) -> tuple[str, ...]:
+    """What a result of this kind ('image' or 'video') can be sent as, the best first."""
+    return (*(IMAGE_TYPES if output == "image" else VIDEO_TYPES), ARRAY_TYPE, WHOLE_TYPE)
+
+
+def pictures(result: GenerateResult) -> list[Image.Image]:
+    """The frames as RGB pictures."""
+    return [Image.fromarray(frame, mode="RGB") for frame in result.frames]
+
+
+def encode(result: GenerateResult, content_type: str, *, metadata: str = "", frames_per_s: float = FRAMES_PER_S) -> bytes:
+    """The result as one file of this type; a PNG holds `metadata` as its text `parameters`. RequestError if the type does not fit."""
+    if content_type == ARRAY_TYPE:
+        return _encode_array(result)
+    if content_type == WHOLE_TYPE:
+        return _encode_whole(result)
+    if content_type in IMAGE_TYPES and len(result.frames) == 1:
+        return _encode_picture(pictures(result)[0], IMAGE_TYPES[content_type], metadata)
+    if content_type == "image/gif":
+        return _encode_gif(pictures(result), frames_per_s)
+    if content_type == "video/mp4":
+        return _encode_mp4(result, frames_per_s)
+    allowed = ", ".join((*VIDEO_TYPES, ARRAY_TYPE, WHOLE_TYPE))
+    raise RequestError(f"Accept: {content_type} does not fit a video. Allowed: {allowed}, application/json.", field="Accept")
+
+
+def _encode_array(result: GenerateResult) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, result.frames, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _encode_whole(result: GenerateResult) -> bytes:
+    facts, arrays = serialization.pack_result(result)
+    buffer = io.BytesIO()
+    np.savez(buffer, facts=np.frombuffer(facts.encode(), np.uint8), **arrays)
+    return buffer.getvalue()
+
+
+def decode_whole(data: bytes) -> GenerateResult:
+    """What was sent as WHOLE_TYPE. Nothing is unpickled. ValueError, OSError or KeyError for anything else."""
+    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+        return serialization.unpack_result(arrays["facts"].tobytes().decode(), arrays.__getitem__)
+
+
+def _encode_picture(picture: Image.Image, file_format: str, metadata: str) -> bytes:
+    buffer = io.BytesIO()
+    if file_format == "PNG":
+        texts = PngInfo()
+        if metadata:
+            texts.add_itxt("parameters", metadata)
+        picture.save(buffer, format=file_format, pnginfo=texts)
+    else:
+        picture.save(buffer, format=file_format, quality=95)
+    return buffer.getvalue()
+
+
+def _encode_gif(frames: list[Image.Image], frames_per_s: float) -> bytes:
+    buffer = io.BytesIO()
+    frames[0].save(buffer, format="GIF", save_all=True, append_images=frames[1:], duration=round(1000 / frames_per_s), loop=0)
+    return buffer.getvalue()
+
+
+def _encode_mp4(result: GenerateResult, frames_per_s: float) -> bytes:
+    import imageio.v3  # here: an extra, which only who asks for MP4 needs
+
+    height, width = result.frames.shape[1] // 2 * 2, result.frames.shape[2] // 2 * 2  # H.264 wants even sides
+    return imageio.v3.imwrite(
+        "<bytes>",
+        result.frames[:, :height, :width],
+        extension=".mp4",
+        plugin="FFMPEG",
+        fps=frames_per_s,
+        codec="libx264",
+        macro_block_size=1,
+    )

@@ -1,0 +1,56 @@
+"""The pages at / and /docs with their files, and the schema. Nothing is fetched from anywhere else."""
+
+import json
+from pathlib import Path
+
+from flask import Blueprint, Response, current_app, send_from_directory
+
+from hosts.http.schema import openapi
+
+blueprint = Blueprint("pages", __name__)
+
+FOLDER = Path(__file__).resolve().parent
+POLICY = (
+    "default-src 'self'; img-src 'self' data: blob:; media-src 'self' blob:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+)
+
+
+@blueprint.get("/")
+def page() -> Response:
+    """To try the host in a browser."""
+    return _file("index.html")
+
+
+@blueprint.get("/page.css")
+def style() -> Response:
+    return _file("page.css")
+
+
+@blueprint.get("/page.js")
+def script() -> Response:
+    return _file("page.js")
+
+
+@blueprint.get("/docs")
+def docs() -> Response:
+    """The schema, for people."""
+    return _file("docs.html")
+
+
+@blueprint.get("/docs.js")
+def docs_script() -> Response:
+    return _file("docs.js")
+
+
+@blueprint.get("/openapi.json")
+def schema() -> Response:
+    """OpenAPI 3.1 of what this host serves, in the order in which people read it."""
+    host = current_app.extensions["host"]
+    return Response(json.dumps(openapi(host.spec, host.settings)), mimetype="application/json")
+
+
+def _file(name: str) -> Response:
+    answer = send_from_directory(FOLDER, name, max_age=0)
+    answer.headers["Content-Security-Policy"] = POLICY
+    answer.headers["X-Content-Type-Options"] = "nosniff"
+    return answer

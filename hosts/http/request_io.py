@@ -1,0 +1,96 @@
+"""What all dialects do with a request: read its JSON, name its sender, choose the kind of answer, wait for the job."""
+
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flask import current_app, request
+from werkzeug.exceptions import BadRequest
+
+from backends.errors import HostError, RequestError
+from backends.request import GenerateRequest, GenerateResult
+from hosts.http import media
+from hosts.http.server import CONNECTION, is_gone
+from hosts.jobs.queue import Job
+
+LOOK_EVERY_S = 0.5
+MAX_KEY = 255
+
+
+def json_object() -> Mapping[str, Any]:
+    """The body. RequestError if it is not one JSON object."""
+    try:
+        body = request.get_json()
+    except BadRequest as error:
+        raise RequestError(f"the body is not valid JSON: {error.description}") from error
+    except RecursionError as error:
+        raise RequestError("the body is not valid JSON: its lists and objects are nested too deeply. Send a flat object.") from error
+    if not isinstance(body, Mapping):
+        raise RequestError(f"the body must be one JSON object, not {type(body).__name__}.")
+    return body
+
+
+def client() -> str:
+    """Who asks, for fairness: by key where one is sent, else by address."""
+    if key := request.headers.get("Authorization"):
+        return hashlib.sha256(key.encode()).hexdigest()
+    return request.remote_addr or ""
+
+
+def idempotency_key() -> str | None:
+    """The client's own name for the job it creates, so that sending it again creates no second one. RequestError if it is none."""
+    key = request.headers.get("Idempotency-Key")
+    if key is not None and (not 1 <= len(key) <= MAX_KEY or not key.isascii() or not key.isprintable()):
+        raise RequestError(f"Idempotency-Key must have 1 to {MAX_KEY} printable ASCII characters.", field="Idempotency-Key")
+    return key
+
+
+def wanted_type(output: str, *, default: str) -> str:
+    """The content type that the client prefers among those that this kind of result has, or `default`."""
+    allowed = [default, *(kind for kind in (*media.content_types(output), "application/json") if kind != default)]
+    best = request.accept_mimetypes.best_match(allowed)
+    if best is None and request.accept_mimetypes:
+        raise RequestError(f"Accept: {request.accept_mimetypes} is not available. Allowed: {', '.join(allowed)}.", field="Accept")
+    return best or default
+
+
+def submit_all(requests: Sequence[GenerateRequest], *, is_kept: bool = False) -> list[Job]:
+    """A job for each of them, which the ranks see at once and can share out; or none, if the queue has no room for all."""
+    queue = current_app.extensions["host"].queue
+    jobs: list[Job] = []
+    with queue.together():
+        try:
+            for asked in requests:
+                jobs.append(queue.submit(asked, client=client(), is_kept=is_kept))
+        except HostError:
+            for job in jobs:
+                queue.cancel(job)
+            raise
+    return jobs
+
+
+def wait_for(job: Job, *, is_kept: bool = False) -> GenerateResult:
+    """Block until the job is over. If its client goes away, it is cancelled after a grace period, unless it is to be kept."""
+    host = current_app.extensions["host"]
+    connection, grace_s = request.environ.get(CONNECTION), host.settings.disconnect_grace
+    if connection is None or grace_s == 0 or is_kept:
+        return job.wait()
+    gone_at: float | None = None
+    while (result := job.wait(LOOK_EVERY_S)) is None:
+        if not is_gone(connection):
+            continue
+        gone_at = gone_at or time.monotonic()
+        if time.monotonic() - gone_at >= grace_s:
+            host.queue.cancel(job, f"the client went away and did not come back within {grace_s} s.")
+    return result
+
+
+def wait_for_all(jobs: Sequence[Job]) -> list[GenerateResult]:
+    """Their results. If one fails, the others are cancelled and its error is raised."""
+    try:
+        return [wait_for(job) for job in jobs]
+    except HostError:
+        for job in jobs:
+            current_app.extensions["host"].queue.cancel(job)
+        raise

@@ -1,0 +1,1 @@
+"""What waits, what is kept, and who is next. Imports no torch."""

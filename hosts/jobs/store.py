@@ -1,0 +1,311 @@
+"""Jobs on disk: what was accepted and what was made survive the death of every process. SQLite for the facts, .npy files for arrays.
+
+Only the queue (hosts/jobs/queue.py) calls this, and under its lock, but for the two methods that write arrays before a row speaks of them.
+Order of writing: first a job's arrays, under another name and renamed when complete; then its row. Whatever is found without a row was
+never accepted, and is removed. Nothing is unpickled.
+"""
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import shutil
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from pydantic import ValidationError
+
+from backends.errors import ConfigError, HostError, UnavailableError
+from backends.request import Array, GenerateRequest, GenerateResult
+from hosts.jobs import serialization
+from hosts.jobs.job import Job, JobStatus
+from hosts.supervision.exit_reports import UNKNOWN, Ending
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1
+"""Of the tables. A store of a later version is refused."""
+LOCK_PATIENCE_S = 5.0
+"""The rank 0 before us may still be on its way out."""
+MAX_SALVAGED = 100_000
+COLUMNS = (
+    "id", "client", "key", "fingerprint", "state", "attempts", "cancel_requested", "cancel_reason", "deadline_s",
+    "created_s", "started_s", "ended_s", "step", "num_steps", "request", "result", "error",
+)  # fmt: skip
+SCHEMA = f"""
+CREATE TABLE IF NOT EXISTS jobs (number INTEGER PRIMARY KEY AUTOINCREMENT, {", ".join(COLUMNS)}, UNIQUE (id));
+PRAGMA user_version = {VERSION};
+"""
+SAVE = (
+    f"INSERT INTO jobs ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))}) "
+    f"ON CONFLICT (id) DO UPDATE SET {', '.join(f'{name} = excluded.{name}' for name in COLUMNS[1:])}"
+)
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, ValidationError)
+"""What reading a damaged row or array can raise."""
+
+
+class Store(Protocol):
+    """What a queue wants of its store."""
+
+    def load(self) -> list[Job]:
+        """All jobs, in the order in which they were accepted; those that ran say so."""
+
+    def last_words(self) -> Ending:
+        """Why the last process that used the store ended, as far as it could say."""
+
+    def put_inputs(self, job: Job) -> None: ...
+
+    def put_result(self, job: Job, result: GenerateResult) -> None: ...
+
+    def save(self, job: Job, status: JobStatus) -> None: ...
+
+    def forget(self, job: Job) -> None: ...
+
+
+class NoStore:
+    """Jobs in memory only: they are lost with rank 0."""
+
+    def load(self) -> list[Job]:
+        return []
+
+    def last_words(self) -> Ending:
+        return UNKNOWN
+
+    def put_inputs(self, job: Job) -> None: ...
+
+    def put_result(self, job: Job, result: GenerateResult) -> None: ...
+
+    def save(self, job: Job, status: JobStatus) -> None: ...
+
+    def forget(self, job: Job) -> None: ...
+
+
+class JobStore:
+    """The jobs in one folder, which belongs to one process at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open the folder's store, or begin one. ConfigError if it cannot be used; a damaged one is moved aside, less what can be read."""
+        self._folder = folder
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._arrays = folder / "arrays"
+            self._arrays.mkdir(mode=0o700, exist_ok=True)
+            self._lock = (folder / "lock").open("w")
+        except OSError as error:
+            raise ConfigError(f"--state_dir={folder} cannot be used ({error.strerror}). Give a folder that this user may write.") from error
+        self._take_lock()
+        self._database = folder / "jobs.sqlite"
+        try:
+            self._connection = _connect(self._database)
+        except sqlite3.OperationalError as error:  # the disk, not the file
+            raise ConfigError(f"--state_dir={folder} cannot be used: {error}. Free some space, or give another folder.") from error
+        except sqlite3.DatabaseError as error:
+            self._connection = self._repaired(error)
+
+    def close(self) -> None:
+        """Give the folder free."""
+        self._connection.close()
+        self._lock.close()
+
+    def load(self) -> list[Job]:
+        """Every row as a job. Arrays that belong to none are removed."""
+        self._connection.row_factory = sqlite3.Row
+        jobs = [self._job(dict(row)) for row in self._connection.execute("SELECT * FROM jobs ORDER BY number")]
+        wanted = {f"{job.id}.request" for job in jobs if not job.finished.is_set()} | {f"{job.id}.result" for job in jobs}
+        for found in self._arrays.iterdir():
+            if found.name not in wanted:
+                shutil.rmtree(found, ignore_errors=True)
+        return jobs
+
+    def note(self, ending: Ending) -> None:
+        """Leave word of why this process ends, for the next one. The first word counts: what follows from it may end others."""
+        with contextlib.suppress(OSError), (self._folder / "last_words").open("x", encoding="utf-8") as file:  # or a full disk
+            file.write(ending.to_text())
+
+    def last_words(self) -> Ending:
+        path = self._folder / "last_words"
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            words = path.read_text(encoding="utf-8")
+            path.unlink()
+            return Ending.from_text(words)
+        return UNKNOWN
+
+    def put_inputs(self, job: Job) -> None:
+        """The arrays of a job that is about to be accepted. UnavailableError if they cannot be written."""
+        arrays = serialization.pack_request(job.request)[1]
+        if arrays:
+            with self._writing():
+                self._write_arrays(f"{job.id}.request", arrays)
+
+    def put_result(self, job: Job, result: GenerateResult) -> None:
+        """Write the result's arrays, if that can be done. The row that speaks of them is written by `save`."""
+        try:
+            self._write_arrays(f"{job.id}.result", serialization.pack_result(result)[1])
+        except OSError as error:
+            logger.error("the result of job %s stays in memory, it cannot be stored: %s", job.id, error)
+
+    def save(self, job: Job, status: JobStatus) -> None:
+        """The job as it is now, but with this status. UnavailableError if it cannot be written."""
+        text, _ = serialization.pack_request(job.request)
+        row = {
+            **{name: getattr(job, name) for name in COLUMNS if hasattr(job, name)},
+            "state": status.value,
+            "request": text,
+            "result": serialization.pack_result(job.result)[0] if job.result is not None else None,
+            "error": serialization.pack_error(job.error) if job.error is not None else None,
+        }
+        with self._writing():
+            self._connection.execute(SAVE, [row[name] for name in COLUMNS])
+        if job.ended_s is not None:
+            shutil.rmtree(self._arrays / f"{job.id}.request", ignore_errors=True)
+
+    def forget(self, job: Job) -> None:
+        """Remove the job and its pictures."""
+        with self._writing():
+            self._connection.execute("DELETE FROM jobs WHERE id = ?", [job.id])
+        for kind in ("request", "result"):
+            shutil.rmtree(self._arrays / f"{job.id}.{kind}", ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, sqlite3.Error) as error:
+            raise UnavailableError(
+                f"the job cannot be stored: {error}. Try again later; the operator must look at the host's --state_dir."
+            ) from error
+
+    def _take_lock(self) -> None:
+        """A POSIX lock: the kernel gives it free with this process, and no child inherits it."""
+        deadline = time.monotonic() + LOCK_PATIENCE_S
+        while True:
+            try:
+                fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    raise ConfigError(
+                        f"--state_dir={self._folder} is in use by another host. Give each host a folder of its own."
+                    ) from error
+                time.sleep(0.1)
+
+    def _repaired(self, error: sqlite3.DatabaseError) -> sqlite3.Connection:
+        """A fresh database with what can be read of the damaged one, which is kept in a folder beside it."""
+        aside = self._folder / f"damaged-{time.strftime('%Y%m%d-%H%M%S')}"
+        try:
+            aside.mkdir(mode=0o700, exist_ok=True)
+            for suffix in ("", "-wal", "-shm"):
+                if (found := Path(f"{self._database}{suffix}")).exists():
+                    found.rename(aside / found.name)
+            rows = _salvage(aside / self._database.name)
+            connection = _connect(self._database)
+            connection.executemany(SAVE, [[row[name] for name in COLUMNS] for row in rows])
+        except (OSError, sqlite3.Error) as second:
+            raise ConfigError(
+                f"--state_dir={self._folder} holds a damaged jobs.sqlite ({error}) that cannot be repaired ({second}). "
+                "Move the folder away, or give another."
+            ) from second
+        logger.error("%s was damaged (%s): it was moved to %s, and %d jobs in it could be read", self._database, error, aside, len(rows))
+        return connection
+
+    def _job(self, row: dict[str, Any]) -> Job:
+        is_over = row["ended_s"] is not None
+        plain = set(COLUMNS) - {"state", "cancel_requested", "request", "result", "error"}
+        job = Job(
+            request=GenerateRequest(),
+            is_kept=True,
+            is_stored=True,
+            status=JobStatus(row["state"]),
+            cancel_requested=bool(row["cancel_requested"]),
+            **{name: row[name] for name in plain},
+        )
+        try:
+            job.request = serialization.unpack_request(row["request"], None if is_over else self._reader(f"{job.id}.request"))
+            job.result = serialization.unpack_result(row["result"], self._reader(f"{job.id}.result")) if row["result"] else None
+            job.error = serialization.unpack_error(row["error"]) if row["error"] else None
+        except UNREADABLE as error:
+            logger.error("job %s in the store cannot be read: %s", job.id, error)
+            job.status, job.result = JobStatus.FAILED, None
+            job.error = HostError("what was stored of this job cannot be read any more. Send it again.")
+            job.ended_s = job.ended_s or time.time()
+            is_over = True
+        if is_over:
+            job.finished.set()
+        return job
+
+    def _reader(self, name: str) -> Callable[[str], Array]:
+        folder = self._arrays / name
+        return lambda array: np.load(folder / f"{array}.npy", allow_pickle=False)
+
+    def _write_arrays(self, name: str, arrays: serialization.Arrays) -> None:
+        """All of them or none, and on the disk when this returns."""
+        target, unfinished = self._arrays / name, self._arrays / f"{name}.new"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(target, ignore_errors=True)  # of an attempt whose row was never written
+        unfinished.mkdir(mode=0o700)
+        for array_name, array in arrays.items():
+            with (unfinished / f"{array_name}.npy").open("wb") as file:
+                np.save(file, array, allow_pickle=False)
+                file.flush()
+                os.fsync(file.fileno())
+        unfinished.rename(target)
+        descriptor = os.open(self._arrays, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    """A checked connection. sqlite3.DatabaseError if the file is damaged, ConfigError if a later version wrote it."""
+    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    try:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")  # 0.4 ms for each change on an SSD, and it survives a power cut
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        if version > VERSION:
+            raise ConfigError(
+                f"{path} was written by a later version of this program (tables {version}, here {VERSION}). Use another folder."
+            )
+        verdict = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if verdict != "ok":
+            raise sqlite3.DatabaseError(verdict)
+        connection.executescript(SCHEMA)
+        columns = {row[1] for row in connection.execute("PRAGMA table_info(jobs)")}
+        if columns != {"number", *COLUMNS}:
+            raise sqlite3.DatabaseError("it holds other tables than this program's")
+    except BaseException:  # whatever it is: the file must be free for the repair, which moves it aside
+        connection.close()
+        raise
+    return connection
+
+
+def _salvage(path: Path) -> list[dict[str, Any]]:
+    """The rows that can be read, in their order."""
+    found = []
+    with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.row_factory = sqlite3.Row
+        last = connection.execute("SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'jobs'").fetchone()[0]
+        for number in range(max(1, last - MAX_SALVAGED), last + 1):  # one by one: an error in one page ends a longer query
+            with contextlib.suppress(sqlite3.Error):
+                row = connection.execute("SELECT * FROM jobs WHERE number = ?", [number]).fetchone()
+                if row is not None and _is_plausible(row):
+                    found.append(dict(row))
+    return found
+
+
+def _is_plausible(row: sqlite3.Row) -> bool:
+    try:
+        return (
+            set(row.keys()) == {"number", *COLUMNS}
+            and row["state"] in set(JobStatus)
+            and isinstance(row["id"], str)
+            and isinstance(json.loads(row["request"]), dict)
+        )
+    except (TypeError, ValueError):
+        return False

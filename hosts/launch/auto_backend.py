@@ -1,0 +1,224 @@
+"""--backend=auto: which launches it is for, what it chose and why, and what they remember for the next launch. Imports no torch.
+
+The launcher and `--check` choose by what an earlier launch has measured, or else by the configuration of the checkpoint; ranks that have
+loaded the model without such a memory measure (hosts/ranks/autotune.py) and choose again.
+"""
+
+import contextlib
+import glob
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NoReturn
+
+import psutil
+
+from backends.autotune.candidates import Candidate, list_candidates
+from backends.autotune.estimate import DEVICES, estimate_checkpoint
+from backends.autotune.ranking import Measured, Row, as_text, choose, rank, require_any
+from backends.errors import ConfigError
+from backends.model_table import ModelSpec
+from backends.plan import ParallelPlan
+from backends.step_cache_spec import parse_step_cache, require_step_cache
+from hosts.launch.settings import Settings, option_fields
+
+Recall = Callable[[str], Measured | None]
+"""What an earlier launch with this key has measured."""
+COMPILES = ("compile_unet", "compile_vae", "compile_text_encoder")
+CHANGES_SIZES = ("gguf_model", "unet", "transformer", "quantize_to", "quantize_unet_to", "quantize_encoder_to", "enable_model_cpu_offload",
+                 "enable_sequential_cpu_offload", "enable_group_offload")  # fmt: skip
+"""Options with which the bytes of the checkpoint's files say nothing about the device's memory."""
+SECTIONS_IN_KEY = ("model", "adapters", "quantization", "memory")
+PACKAGES_IN_KEY = ("torch", "diffusers", "diffusion-launcher")
+FOLDER = "plans"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Auto:
+    """The choice. rows: the table. job: what one picture is made with. world: that of all ranks, the same unless fewer are quicker.
+
+    teams: the quickest of each smaller number of ranks. measured: what it was chosen by. key: of the memory that fits this launch.
+    """
+
+    rows: tuple[Row, ...]
+    job: Row
+    world: Row
+    teams: Mapping[int, ParallelPlan] = field(default_factory=dict)
+    measured: Measured
+    quality: str
+    key: str
+
+    @property
+    def source(self) -> str:
+        if self.measured.steps:
+            return f"measured {self.measured.date}".strip()
+        return "estimated from the checkpoint's configuration; measured when it is loaded"
+
+    @property
+    def reason(self) -> str:
+        return f"method={self.job.candidate.name}: {self.job.picture_s:.3g} s for the steps of a picture, {self.source}"
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "quality": self.quality,
+            "source": self.source,
+            "choice": self.job.candidate.name,
+            "link": {"latency_s": self.measured.link.latency_s, "bytes_per_s": self.measured.link.bytes_per_s},
+            "table": [row.facts() for row in self.rows],
+        }
+
+    def text(self) -> list[str]:
+        return [f"methods, {self.source} (--quality={self.quality}):", *as_text(self.rows, self.job)]
+
+
+def is_automatic(settings: Settings, spec: ModelSpec, world_size: int) -> bool:
+    """Whether this launch leaves the method to us: asked for, or nothing else was and there is something to choose.
+
+    ConfigError if it was asked for together with what it cannot be combined with.
+    """
+    asked = settings.backend == "auto"
+    declared = option_fields()
+    fixed = [name for name in settings.given if declared[name].metadata["backends"]]
+    compiled = [name for name in COMPILES if getattr(settings, name)]
+    if asked and fixed:
+        raise ConfigError(
+            f"--backend=auto chooses degrees and modes itself, but --{fixed[0]} was given. Leave it out, or name the backend: "
+            f"{' or '.join(declared[fixed[0]].metadata['backends'])}."
+        )
+    if asked and compiled:
+        raise ConfigError(
+            f"--backend=auto tries several methods on the loaded model, and with --{compiled[0]} each would compile it again. "
+            f"Leave it out, or name the backend: {' or '.join(name for name in spec.backends if name != 'single')}."
+        )
+    num_backends = sum(row.cell.status != "unsupported" for name, row in spec.backends.items() if name != "single")
+    is_open = settings.backend is None and not fixed and not compiled and num_backends > 1
+    return world_size > 1 and settings.mode != "throughput" and (asked or is_open)
+
+
+def decide(
+    settings: Settings, spec: ModelSpec, *, checkpoint: Path, world_size: int, num_gpus: int, features: Sequence[str], recall: Recall
+) -> Auto:
+    """The choice for these settings. ConfigError, with everyone's reason, if nothing is left to choose."""
+    candidates = _candidates(settings, spec, checkpoint=checkpoint, world_size=world_size, features=features)
+    key = key_of(settings, spec, checkpoint=checkpoint, world_size=world_size, num_gpus=num_gpus)
+    measured = recall(key) or _estimate(settings, spec, checkpoint=checkpoint, world_size=world_size, num_gpus=num_gpus)
+    rows = rank(candidates, measured, quality=settings.quality, num_steps=spec.num_inference_steps)
+    job = require_any(rows)
+    world = choose(rows, ranks=world_size) or _refuse_ranks(rows, world_size)
+    if settings.mode == "latency":
+        job = world
+    teams = {size: best.candidate.plan for size in range(1, world_size) if (best := choose(rows, ranks=size)) is not None}
+    return Auto(rows=tuple(rows), job=job, world=world, teams=teams, measured=measured, quality=settings.quality, key=key)
+
+
+def halves_of(spec: ModelSpec) -> int:
+    """Of guidance at the type's defaults."""
+    return 2 if spec.guidance != "distilled" and spec.guidance_scale > 1 else 1
+
+
+def candidates_of(auto: Auto) -> list[Candidate]:
+    """Those of the table, in an order that is the same on every machine."""
+    return sorted((row.candidate for row in auto.rows), key=lambda candidate: candidate.name)
+
+
+def key_of(settings: Settings, spec: ModelSpec, *, checkpoint: Path, world_size: int, num_gpus: int) -> str:
+    """Names everything that measured times depend on."""
+    declared = option_fields()
+    options = {name: value for name, value in settings.given.items() if declared[name].metadata["section"] in SECTIONS_IN_KEY}
+    facts = {
+        "type": spec.name,
+        "files": _files(checkpoint, spec.denoiser),
+        "size": (spec.height, spec.width, spec.num_inference_steps),
+        "options": options,
+        "quality": settings.quality,
+        "ranks": (world_size, settings.nnodes, num_gpus),
+        "device": _device(),
+        "versions": [version(package) for package in PACKAGES_IN_KEY],
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:24]
+
+
+def recall_from(folder: str | Path | None) -> Recall:
+    """The memory in a state folder; none if there is no folder, or nothing readable in it."""
+
+    def recall(key: str) -> Measured | None:
+        if folder is None:
+            return None
+        try:
+            return Measured.from_json(json.loads(_file(folder, key).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+
+    return recall
+
+
+def remember(folder: str | Path, key: str, measured: Measured) -> None:
+    """Keep it for the next launch. A folder that cannot be written is no reason to fail: then it is measured again."""
+    file = _file(folder, key)
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fresh = file.with_suffix(".new")
+        fresh.write_text(json.dumps(measured.to_json(), indent=1), encoding="utf-8")
+        fresh.replace(file)
+
+
+def _file(folder: str | Path, key: str) -> Path:
+    return Path(folder).expanduser().resolve() / FOLDER / f"{key}.json"
+
+
+def _candidates(settings: Settings, spec: ModelSpec, *, checkpoint: Path, world_size: int, features: Sequence[str]) -> list[Candidate]:
+    cache = parse_step_cache(settings.step_cache, spec) if settings.step_cache is not None else None
+
+    def check(plan: ParallelPlan) -> None:
+        if cache is not None:
+            require_step_cache(cache, plan)
+
+    given = {**settings.given, "checkpoint": str(checkpoint)}
+    return list_candidates(spec, given, world_size, features=features, is_guided=halves_of(spec) == 2, check=check)
+
+
+def _estimate(settings: Settings, spec: ModelSpec, *, checkpoint: Path, world_size: int, num_gpus: int) -> Measured:
+    """A GPU's memory is not known without torch: then nothing is refused for it yet."""
+    device = DEVICES["gpu" if num_gpus else "cpu"]
+    work = estimate_checkpoint(
+        spec,
+        checkpoint,
+        height=settings.height or spec.height,
+        width=settings.width or spec.width,
+        variant=settings.variant or ("fp16" if num_gpus else "fp32"),
+        halves=halves_of(spec),
+        device=device,
+    )
+    is_unsure = num_gpus or any(name in settings.given for name in CHANGES_SIZES)
+    memory_bytes = psutil.virtual_memory().total * settings.nnodes // world_size
+    return Measured(work=work, link=device.link, memory_bytes=None if is_unsure else memory_bytes)
+
+
+def _refuse_ranks(rows: Sequence[Row], ranks: int) -> NoReturn:
+    """ConfigError: the ranks meet in one plan before they may part."""
+    reasons = "; ".join(f"{row.candidate.name}: {row.refusal.rstrip('.')}" for row in rows if row.candidate.ranks == ranks)
+    raise ConfigError(
+        f"no method uses all {ranks} ranks ({reasons or 'there is none'}). Start fewer with --nproc_per_node, or name a --backend and "
+        "its degrees."
+    )
+
+
+def _files(checkpoint: Path, denoiser: str) -> list[tuple[str, int, int]]:
+    """Name, size and time of the denoiser's files: a checkpoint that was replaced is another one."""
+    folder = checkpoint / denoiser
+    files = sorted(folder.iterdir()) if folder.is_dir() else [checkpoint]
+    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
+
+def _device() -> list[str]:
+    """What the driver or the kernel calls it."""
+    lines = []
+    for source in (*sorted(glob.glob("/proc/driver/nvidia/gpus/*/information")), "/proc/cpuinfo"):
+        with contextlib.suppress(OSError):
+            text = Path(source).read_text(encoding="utf-8", errors="replace")
+            lines += [line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith(("Model", "model name"))][:1]
+    return [*lines, str(os.cpu_count())]

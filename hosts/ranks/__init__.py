@@ -1,0 +1,1 @@
+"""What every rank's main thread runs."""

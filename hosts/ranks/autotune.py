@@ -1,0 +1,82 @@
+"""On ranks that have met: the final choice of --backend=auto, by what an earlier launch has measured, or by measuring now."""
+
+import gc
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from backends.autotune.ranking import Measured
+from backends.autotune.trials import PipelineSubject, Trials
+from backends.generation.pipeline import LoadedPipeline, load_pipeline
+from hosts.launch.auto_backend import candidates_of, halves_of, recall_from, remember
+from hosts.launch.start_plan import StartPlan
+from hosts.ranks.commands import Failure, agree_on_outcome, announce
+from hosts.ranks.warmup import prewarm_request
+from hosts.supervision.progress import LOAD_WITHIN_S, Activity
+
+logger = logging.getLogger(__name__)
+
+TRIAL_STEPS = 20
+"""Of the picture whose first steps are timed: enough for its steps to be as alike as those of a real one."""
+
+
+def settle(
+    start: StartPlan,
+    plan: Callable[[Measured], StartPlan],
+    *,
+    folder: Path | None,
+    rank: int,
+    world_size: int,
+    device: torch.device,
+    activity: Activity,
+) -> tuple[StartPlan, LoadedPipeline | None]:
+    """The start as all ranks will make it, and the pipeline where measuring has loaded it. Every rank takes part.
+
+    plan: the start by what was measured. folder: rank 0's memory, if there is one. All ranks go by rank 0's figures.
+    activity: is told that this may take as long as loading.
+    """
+    if start.auto is None:
+        return start, None
+    pipeline = None
+    measured = announce(recall_from(folder)(start.auto.key) if rank == 0 else None)
+    if measured is None:
+        activity.begin("loading and trying methods", within_s=LOAD_WITHIN_S)
+        pipeline, measured = _measure(start, rank=rank, world_size=world_size, device=device)
+        activity.rest()
+        if measured is not None and rank == 0 and folder is not None:
+            remember(folder, start.auto.key, measured)
+    if measured is None:
+        measured = announce(start.auto.measured if rank == 0 else None)
+    settled = plan(measured)
+    for line in settled.auto.text():
+        logger.info("%s", line)
+    return settled, pipeline
+
+
+def _measure(start: StartPlan, *, rank: int, world_size: int, device: torch.device) -> tuple[LoadedPipeline | None, Measured | None]:
+    """Nothing, on all ranks, if one of them fails: what is wrong shows again, and is told, when the loop loads."""
+    pipeline = failure = measured = None
+    try:
+        pipeline = load_pipeline(start.spec, start.load, device=device)
+    except Exception as error:  # noqa: BLE001  whatever it is, the other ranks must hear of it before anyone goes on
+        failure = Failure.of(error, rank=rank)
+    if agree_on_outcome(failure).failure is None:
+        try:
+            request = prewarm_request(start.spec, replace(start.load, prewarm_steps=TRIAL_STEPS))
+            trials = Trials(
+                PipelineSubject(pipeline, request), spec=start.spec, rank=rank, world_size=world_size, halves=halves_of(start.spec)
+            )
+            measured = trials.measure(candidates_of(start.auto), quality=start.auto.quality, num_steps=start.spec.num_inference_steps)
+            measured = replace(measured, date=time.strftime("%Y-%m-%d"))
+        except Exception as error:  # noqa: BLE001  as above
+            failure = Failure.of(error, rank=rank)
+        if (verdict := agree_on_outcome(failure)).failure is None:
+            return pipeline, measured
+        logger.warning("no method could be tried, so the estimate decides: %s", verdict.failure.message)
+    del pipeline
+    gc.collect()  # pipelines hold themselves in cycles
+    return None, None

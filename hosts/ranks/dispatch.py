@@ -1,0 +1,229 @@
+"""Where the rank loop's commands come from and its results go to.
+
+The loop has no branch on its rank: what differs is in the desk it is given. Rank 0's takes jobs from the queue and answers them, a
+follower's does nothing. While the ranks are split into teams, the first rank of each has a desk too, which is rank 0's at the other end
+of a line (hosts/ranks/remote_dispatch.py).
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
+from types import MappingProxyType
+from typing import Protocol
+
+from backends.errors import CancelledError
+from backends.parallel.distributed import Line
+from backends.request import Array, GenerateRequest, GenerateResult, LoadRequest
+from hosts.jobs.decision import Choice, Choose
+from hosts.jobs.policy import Handout, Sharing
+from hosts.jobs.queue import Job, JobQueue
+from hosts.jobs.trace import spans_of, without_spans
+from hosts.ranks.commands import Command, Failure, Gather, Generate, Load, Spread, Stop, Verdict
+from hosts.ranks.remote_dispatch import CANCEL, GO_ON, RemoteDesk, Service
+from hosts.supervision.host_state import HostState, Phase
+
+logger = logging.getLogger(__name__)
+
+Check = Callable[[GenerateRequest], None]
+"""Raises the HostError of a request that cannot be done; arithmetic only."""
+Preview = Callable[[int], Array | None]
+"""A small picture of one row of what is made now."""
+
+
+class TeamDesk(Protocol):
+    """What a team needs."""
+
+    def next_command(self, check: Check) -> Command | None:
+        """The next command on the team's first rank, already checked; None on the others, which hear it from that one."""
+
+    def step_word(self) -> int:
+        """GO_ON or CANCEL, rank 0's word for this step."""
+
+    def step_done(self, step: int, num_steps: int, preview: Preview) -> None:
+        """A step is done on all ranks of the team. `preview(row)` makes a small picture of it, for whoever looks."""
+
+    def generated(self, results: Sequence[GenerateResult], verdict: Verdict) -> None:
+        """How the last Generate ended: a result for each of its requests, or none and the verdict's failure."""
+
+    def leave(self) -> None:
+        """The team cannot go on by itself: it takes no more jobs before all ranks have met."""
+
+
+class Desk(TeamDesk, Protocol):
+    """What all ranks together need."""
+
+    def loaded(self, failure: Failure | None) -> None: ...
+
+    def spread(self, team_size: int) -> AbstractContextManager[TeamDesk]:
+        """This rank's desk while the ranks are split. Leaving it waits until no other team's desk is in use."""
+
+
+class FollowerDesk:
+    """A rank without clients. line: to rank 0, where there are teams that it may lead."""
+
+    def __init__(self, *, rank: int = 0, line: Line | None = None) -> None:
+        self._rank = rank
+        self._line = line
+
+    def next_command(self, check: Check) -> Command | None:
+        return None
+
+    def step_word(self) -> int:
+        return GO_ON
+
+    def step_done(self, step: int, num_steps: int, preview: Preview) -> None: ...
+
+    def loaded(self, failure: Failure | None) -> None: ...
+
+    def generated(self, results: Sequence[GenerateResult], verdict: Verdict) -> None: ...
+
+    def leave(self) -> None: ...
+
+    def spread(self, team_size: int) -> AbstractContextManager[TeamDesk]:
+        is_first = self._line is not None and self._rank % team_size == 0
+        return nullcontext(RemoteDesk(self._line, rank=self._rank) if is_first else self)
+
+
+class JobDesk:
+    """Takes jobs from the queue for so many ranks, and answers them. `choose`: whether to take one; see JobQueue.next."""
+
+    def __init__(self, *, queue: JobQueue, state: HostState, sharing: Sharing, ranks: int, choose: Choose) -> None:
+        self._queue = queue
+        self._state = state
+        self._sharing = sharing
+        self._ranks = ranks
+        self._choose = choose
+        self._rows: dict[int, Job] = {}
+        self._batch = 0
+
+    def next_command(self, check: Check) -> Command:
+        """Generate, or Gather when there is nothing to take."""
+        while (job := self._queue.next(self._choose, ranks=self._ranks)) is not None:
+            taken = [job, *self._queue.take_along(job, partial(self._sharing.num_companions, job))]
+            if jobs := [job for job in taken if self._passes(job, check)]:
+                self._rows, self._batch = dict(enumerate(jobs)), len(jobs)
+                return Generate(job_ids=tuple(job.id for job in jobs), requests=tuple(job.request for job in jobs))
+        return Gather()
+
+    def step_word(self) -> int:
+        """A job of a batch that is not wanted any more ends here, and its row is computed on, as long as there are others."""
+        unwanted = [row for row, job in self._rows.items() if job.must_stop]
+        if len(unwanted) == len(self._rows):
+            return CANCEL if unwanted else GO_ON
+        for row in unwanted:
+            job = self._rows.pop(row)
+            self._queue.finish(job, error=CancelledError(f"the job was cancelled after step {job.step} of {job.num_steps}."))
+        return GO_ON
+
+    @property
+    def rows_in_view(self) -> tuple[int, ...]:
+        return tuple(row for row, job in self._rows.items() if job.wants_preview)
+
+    def step_done(self, step: int, num_steps: int, preview: Preview) -> None:
+        for row, job in self._rows.items():
+            self._queue.record_step(job, step, num_steps, preview(row) if job.wants_preview else None)
+
+    def generated(self, results: Sequence[GenerateResult], verdict: Verdict) -> None:
+        rows, self._rows = self._rows, {}
+        self._state.tell_ranks(without_spans(verdict.figures))
+        for job in rows.values():
+            job.spans = spans_of(verdict.figures)
+        if verdict.failure is not None:
+            return self._failed(rows, verdict.failure)
+        results = [replace(result, report={**result.report, "ranks": self._ranks, "batch": self._batch}) for result in results]
+        self._learn(next(iter(rows.values())), results[0])
+        for row, job in rows.items():
+            self._queue.finish(job, result=results[row])
+
+    def _passes(self, job: Job, check: Check) -> bool:
+        try:
+            check(job.request)
+        except Exception as error:  # noqa: BLE001  the other ranks never see what is refused here, for whatever reason
+            self._queue.finish(job, error=Failure.of(error, rank=0).as_error())
+            return False
+        return True
+
+    def _learn(self, job: Job, result: GenerateResult) -> None:
+        self._sharing.learn(job, ranks=self._ranks, seconds=result.seconds, batch=self._batch)
+        facts = {"seconds": result.seconds, "num_steps": result.num_steps, **result.report}
+        self._state.tell({"last_report": facts, **self._sharing.measured()})
+
+    def _failed(self, rows: Mapping[int, Job], failure: Failure) -> None:
+        """A batch is tried again one by one, whatever ended it: what one job is to blame for should not be the others'."""
+        is_of_batch = self._batch > 1 and not isinstance(failure.error, CancelledError)
+        if is_of_batch:
+            self._sharing.batch_failed(next(iter(rows.values())), batch=self._batch)
+        for job in reversed(rows.values()):  # the first of them back in front
+            if (is_of_batch or failure.may_be_chance) and self._queue.retry(job):
+                logger.warning("job %s is begun again", job.id)
+            else:
+                self._queue.finish(job, error=failure.as_error())
+
+    def leave(self) -> None:
+        self._queue.next(lambda waiting, running: Choice.LEAVE)  # wakes the teams that wait for a job
+
+
+class FrontDesk(JobDesk):
+    """Rank 0's: first the load, then jobs for all ranks or the word to split, then stop."""
+
+    def __init__(
+        self,
+        *,
+        load: LoadRequest,
+        queue: JobQueue,
+        state: HostState,
+        sharing: Sharing,
+        lines: Mapping[int, Line] = MappingProxyType({}),
+    ) -> None:
+        """lines: to each other rank, where the ranks may split."""
+        super().__init__(queue=queue, state=state, sharing=sharing, ranks=sharing.world_size, choose=self._choose_size)
+        self._load: LoadRequest | None = load
+        self._lines = lines
+        self._team_size = sharing.world_size
+
+    def next_command(self, check: Check) -> Command:
+        if self._load is not None:
+            load, self._load = self._load, None
+            return Load(request=load)
+        command = super().next_command(check)
+        if not isinstance(command, Gather):
+            return command
+        return Stop() if self._queue.is_closed else Spread(team_size=self._team_size)
+
+    def loaded(self, failure: Failure | None) -> None:
+        if failure is None:
+            self._state.become(Phase.READY)
+            return
+        error = failure.as_error()
+        self._state.become(Phase.FAILED, str(error))
+        self._queue.close(error)
+
+    @contextmanager
+    def spread(self, team_size: int) -> Iterator[TeamDesk]:
+        """One thread serves each other team. Whatever ended one is raised here."""
+        handout = Handout(self._sharing, team_size=team_size)
+        services = [
+            Service(line, self._desk_of(handout, team_size), on_loss=handout.end)
+            for rank, line in self._lines.items()
+            if rank % team_size == 0
+        ]
+        yield self._desk_of(handout, team_size)
+        for service in services:
+            service.join()
+
+    def _desk_of(self, handout: Handout, team_size: int) -> JobDesk:
+        return JobDesk(queue=self._queue, state=self._state, sharing=self._sharing, ranks=team_size, choose=self._choose_in(handout))
+
+    def _choose_in(self, handout: Handout) -> Choose:
+        """What a team goes by when it is free."""
+        return handout.choose
+
+    def _choose_size(self, waiting: Sequence[Job], running: Sequence[Job]) -> Choice:
+        if not waiting:
+            return Choice.WAIT
+        if self._sharing.may_get_company(waiting):
+            return Choice.LINGER
+        self._team_size = self._sharing.team_size(waiting)
+        return Choice.TAKE if self._team_size == self._sharing.world_size else Choice.LEAVE

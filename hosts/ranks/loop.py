@@ -1,0 +1,233 @@
+"""What every rank's main thread runs: next command -> do it -> agree on the outcome. The same code on all ranks.
+
+What differs between rank 0 and the others is settled once, in the Desk that the loop is given (hosts/ranks/dispatch.py).
+"""
+
+import logging
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import psutil
+import torch
+
+from backends import backend_class
+from backends.errors import CancelledError, HostError
+from backends.generation.pipeline import LoadedPipeline, load_pipeline
+from backends.model_table import ModelSpec
+from backends.parallel.base import Backend
+from backends.parallel.distributed import Axis, Mesh, control_of_team, everyone
+from backends.plan import ParallelPlan
+from backends.request import GenerateRequest, GenerateResult, LoadRequest
+from hosts.ranks.commands import Failure, Generate, Spread, Stop, Verdict, agree_on_outcome, announce, breaks_groups
+from hosts.ranks.dispatch import CANCEL, Desk, TeamDesk
+from hosts.ranks.warmup import prewarm_request
+from hosts.supervision.log import about_job
+from hosts.supervision.progress import COMPILE_WITHIN_S, LOAD_WITHIN_S, Activity
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Team:
+    """The ranks that work on one job together, as this rank sees them. control: their group for commands and outcomes."""
+
+    mesh: Mesh
+    control: Axis
+    backend: Backend
+
+
+class RankLoop:
+    """One rank's commands, one after the other, on its main thread: the only one that touches the device or a collective."""
+
+    def __init__(
+        self,
+        *,
+        rank: int,
+        spec: ModelSpec,
+        mesh: Mesh,
+        desk: Desk,
+        team_plans: Mapping[int, ParallelPlan] = MappingProxyType({}),
+        activity: Activity | None = None,
+        pipeline: LoadedPipeline | None = None,
+    ) -> None:
+        """mesh: of all ranks. team_plans: size of the teams that the ranks may split into -> the plan of each. activity: is told of all.
+
+        pipeline: where it is loaded already.
+        """
+        self._rank = rank
+        self._spec = spec
+        self._device = mesh.device
+        self._desk = desk
+        self._activity = activity or Activity()
+        self._team_desk: TeamDesk = desk
+        self._all = self._team = self._new_team(mesh, everyone())
+        self._plans = team_plans
+        self._teams: dict[int, Team] = {}
+        self._is_broken = False
+        self._last_step: torch.cuda.Event | None = None
+        self._pipeline = pipeline
+
+    def run(self) -> Failure | None:
+        """Until Stop, or until loading failed: its Failure, else None."""
+        while not isinstance(command := announce(self._desk.next_command(self._check)), Stop):
+            if isinstance(command, Generate):
+                self._generate(command)
+            elif isinstance(command, Spread):
+                self._spread(command.team_size)
+            elif (failure := self._load(command.request)) is not None:
+                return failure
+        return None
+
+    def _load(self, request: LoadRequest) -> Failure | None:
+        started = time.perf_counter()
+        failure = None
+        self._activity.begin("loading", within_s=LOAD_WITHIN_S)
+        try:
+            self._pipeline = self._pipeline or load_pipeline(self._spec, request, device=self._device)
+            self._pipeline.attach(self._all.backend)
+        except Exception as error:  # noqa: BLE001  whatever it is, the other ranks must hear of it before anyone goes on
+            failure = self._failed(error)
+        failure = agree_on_outcome(failure).failure or self._form_teams()
+        if failure is None and request.prewarm_steps:
+            failure = self._attempt([prewarm_request(self._spec, request)], "the first picture")[1].failure
+        self._activity.rest()
+        if failure is None:
+            self._activity.mark("ready")
+            logger.info("loaded %s in %.1f s", request.checkpoint, time.perf_counter() - started)
+        else:
+            self._pipeline = None  # frees the device: the host only answers with the reason from now on
+            logger.error("loading failed: %s\n%s", failure.message, failure.trace)
+        self._desk.loaded(failure)
+        return failure
+
+    def _form_teams(self) -> Failure | None:
+        """The teams of all sizes, which then only wait to be attached. All ranks take part; a failure is the same on all."""
+        failure = None
+        world_size = self._all.control.size
+        for size, plan in self._plans.items():
+            mesh = Mesh(plan, rank=self._rank % size, device=self._device, team=self._rank // size, num_teams=world_size // size)
+            mesh.prepare()
+            self._teams[size] = self._new_team(mesh, control_of_team(size))
+        try:
+            for team in (*self._teams.values(), self._all):  # each once now, so that what a plan cannot do is known before any job
+                self._attach(team)
+        except Exception as error:  # noqa: BLE001  whatever it is, the other ranks must hear of it before anyone goes on
+            failure = Failure.of(error, rank=self._rank)
+        return agree_on_outcome(failure).failure
+
+    def _new_team(self, mesh: Mesh, control: Axis) -> Team:
+        backend = backend_class(mesh.plan.method)(spec=self._spec, plan=mesh.plan, mesh=mesh)
+        return Team(mesh=mesh, control=control, backend=backend)
+
+    def _attach(self, team: Team) -> None:
+        """Hooks only: no weights move, and the team's groups are there already."""
+        self._pipeline.detach()
+        self._pipeline.attach(team.backend)
+
+    def _spread(self, team_size: int) -> None:
+        """Jobs for this rank's team, until all teams gather."""
+        self._join(self._teams[team_size])
+        with self._desk.spread(team_size) as self._team_desk:
+            while not self._is_broken and isinstance(
+                command := announce(self._team_desk.next_command(self._check), self._team.control), Generate
+            ):
+                self._generate(command)
+            if self._is_broken:
+                self._team_desk.leave()
+        self._team_desk = self._desk
+        self._join(self._all)
+
+    def _join(self, team: Team) -> None:
+        """All ranks go over to their teams, or come back. A failure here ends the rank, and the set is started again."""
+        failure = None
+        self._activity.begin("changing teams")
+        try:
+            self._attach(team)
+        except Exception as error:  # noqa: BLE001  whatever it is, the other ranks must hear of it before anyone goes on
+            failure = Failure.of(error, rank=self._rank)
+        verdict = agree_on_outcome(failure, {"is_broken": self._is_broken})
+        if verdict.failure is not None:
+            raise verdict.failure.as_error()
+        if any(figures["is_broken"] for figures in verdict.figures):
+            self._team.mesh.rebuild()  # of all teams: torch wants every rank to take part
+        self._is_broken = False
+        self._team = team
+        self._activity.rest()
+
+    def _generate(self, command: Generate) -> None:
+        with about_job(" ".join(command.job_ids)):
+            self._work_on(command)
+
+    def _work_on(self, command: Generate) -> None:
+        what = f"job {' and '.join(command.job_ids)}"
+        logger.info("%s begins on %d ranks", what, self._team.control.size)
+        results, verdict = self._attempt(command.requests, what)
+        failure = verdict.failure
+        if failure is not None:
+            log = logger.info if failure.error is not None else logger.error
+            log("%s failed on rank %d: %s%s", what, failure.rank, failure.message, "" if failure.error else f"\n{failure.trace}")
+        else:
+            logger.info("%s done in %.2f s", what, results[0].seconds)
+            self._activity.mark("served")
+        self._team_desk.generated(results, verdict)
+
+    def _attempt(self, requests: Sequence[GenerateRequest], what: str) -> tuple[Sequence[GenerateResult], Verdict]:
+        """The pictures, or none and the first failure of any rank of the team. what: they are called in the log.
+
+        Afterwards all are ready for the next command, unless a team's groups are broken: all ranks must meet to make new ones.
+        """
+        results: Sequence[GenerateResult] = ()
+        failure = self._last_step = None
+        self._activity.begin(what, least_s=COMPILE_WITHIN_S if self._pipeline.load.compile is not None else 0.0)
+        try:
+            results = self._pipeline.generate_together(requests, on_step=self._on_step)
+        except Exception as error:  # noqa: BLE001  whatever it is, the other ranks must hear of it before anyone goes on
+            failure = self._failed(error)
+        verdict = agree_on_outcome(failure, self._figures(results), self._team.control)
+        if verdict.groups_are_broken and self._team is self._all:
+            self._team.mesh.rebuild()
+        elif verdict.groups_are_broken:
+            self._is_broken = self._team.control.size > 1
+        self._activity.rest()
+        return (results if verdict.failure is None else ()), verdict
+
+    def _figures(self, results: Sequence[GenerateResult]) -> dict[str, Any]:
+        """This rank's, after a picture or a batch: sizes in bytes, times in seconds."""
+        is_cuda = self._device.type == "cuda"
+        memory = torch.cuda.max_memory_allocated(self._device) if is_cuda else psutil.Process().memory_info().rss
+        figures = {"rank": self._rank, "device": str(self._device), "memory_bytes": memory}
+        for result in results[:1]:
+            kept = {name: result.report[name] for name in ("wait_s", "sent_bytes") if name in result.report}
+            figures |= {"seconds": round(result.seconds, 4), "spans": self._pipeline.spans, **kept}
+        return figures
+
+    def _check(self, request: GenerateRequest) -> None:
+        self._pipeline.check(request)
+
+    def _on_step(self, step: int, num_steps: int, latents: torch.Tensor) -> None:
+        self._wait_for_device()
+        if self._team.mesh.broadcast_word(self._team_desk.step_word()) == CANCEL:
+            raise CancelledError(f"the job was cancelled at step {step} of {num_steps}.")
+        self._team_desk.step_done(step, num_steps, lambda row: self._pipeline.preview(latents, row))
+        self._activity.step(is_last=step == num_steps)
+
+    def _wait_for_device(self) -> None:
+        """The device works behind this thread: never by more than a step, or progress, cancelling and the watch would mean nothing."""
+        if self._device.type == "cuda":
+            if self._last_step is not None:
+                self._last_step.synchronize()
+            self._last_step = torch.cuda.Event()
+            self._last_step.record()
+
+    def _failed(self, error: Exception) -> Failure:
+        failure = Failure.of(error, rank=self._rank)
+        if breaks_groups(failure):
+            traceback.clear_frames(error.__traceback__)  # they may hold a group, and only its last reference closes its connections
+            self._team.mesh.destroy()  # wakes the ranks that wait for this one in a collective
+        if self._device.type == "cuda" and not isinstance(error, HostError):
+            torch.cuda.empty_cache()
+        return failure

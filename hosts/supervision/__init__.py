@@ -1,0 +1,1 @@
+"""Processes that die, hang or are started again."""

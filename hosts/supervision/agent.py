@@ -1,0 +1,107 @@
+"""Supervises the ranks of this machine: torchelastic's agent, which also notes how ranks ended, and knows when to give up.
+
+Run by launcher.py as its one child: launcher.py agent OPTIONS ARGUMENTS. torchelastic itself counts restarts from its start to its end;
+a host that runs for weeks must be allowed more of them, so the count begins anew whenever the set has proved itself.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.rendezvous import RendezvousParameters
+from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+
+from hosts.supervision.exit_reports import UNKNOWN, Notes
+
+PROVED_AFTER_S = 600.0
+"""Being ready for so long counts as a proof, like a picture does."""
+ANY_NUMBER = 10**9
+LOOK_EVERY_S = 0.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentOptions:
+    """notes: folder for hosts/supervision/exit_reports.py. fatal: file for the reason for giving up. max_restarts: in a row. port: of the rendezvous.
+
+    first_rank: of this machine.
+    """
+
+    num_ranks: int
+    max_restarts: int
+    port: int
+    notes: str
+    fatal: str
+    first_rank: int = 0
+
+
+class GaveUp(Exception):
+    """The ranks end again and again."""
+
+
+class RankAgent(LocalElasticAgent):
+    """Overrides one of the methods that torchelastic gives to its implementers."""
+
+    def __init__(self, spec: WorkerSpec, options: AgentOptions) -> None:
+        super().__init__(spec, DefaultLogsSpecs())
+        self._options = options
+        self._num_in_row = 0
+        self._attempt = 0
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        result = super()._monitor_workers(worker_group)
+        if result.state in (WorkerState.FAILED, WorkerState.UNHEALTHY):
+            self._ended(self._notes(), result)
+            self._attempt += 1
+        return result
+
+    def _notes(self) -> Notes:
+        return Notes(Path(self._options.notes), attempt=self._attempt, first_rank=self._options.first_rank)
+
+    def _ended(self, notes: Notes, result: RunResult) -> None:
+        notes.put_exits({rank: failure.exitcode for rank, failure in result.failures.items()})
+        notes.forget_older()
+        self._num_in_row = 1 if _has_proved_itself(notes) else self._num_in_row + 1
+        if self._num_in_row > self._options.max_restarts:
+            ending = notes.complete(UNKNOWN)
+            times = f"{self._num_in_row} time{'s' if self._num_in_row > 1 else ''}"
+            limit = self._options.max_restarts
+            raise GaveUp(
+                f"the ranks ended {times} without a picture in between (--max_restarts={limit}). The last time: {ending.why}. "
+                f"{ending.last_lines('')}".strip()
+            )
+
+
+def _has_proved_itself(notes: Notes) -> bool:
+    ready_s = notes.marked_s("ready")
+    return notes.marked_s("served") is not None or (ready_s is not None and time.time() - ready_s > PROVED_AFTER_S)
+
+
+def main(arguments: Sequence[str], *, program: Sequence[str]) -> int:
+    """OPTIONS, then arguments for every rank, which is a process of `program`. The exit code: 1 if the ranks could not be kept running."""
+    options = AgentOptions(**json.loads(arguments[0]))
+    rendezvous = RendezvousParameters(
+        backend="c10d", endpoint=f"127.0.0.1:{options.port}", run_id="ranks", min_nodes=1, max_nodes=1, local_addr="127.0.0.1"
+    )
+    spec = WorkerSpec(
+        role="ranks",
+        local_world_size=options.num_ranks,
+        entrypoint=sys.executable,
+        args=(*program, *arguments[1:]),
+        rdzv_handler=get_rendezvous_handler(rendezvous),
+        max_restarts=ANY_NUMBER,
+        monitor_interval=LOOK_EVERY_S,
+        local_addr="127.0.0.1",
+    )
+    try:
+        result: Any = RankAgent(spec, options).run()
+    except GaveUp as reason:
+        Path(options.fatal).write_text(str(reason), encoding="utf-8")
+        return 1
+    return int(result.is_failed())

@@ -1,0 +1,143 @@
+"""How a set of ranks ended: which one was lost, of what, and the last lines of its log.
+
+Ranks and their agent leave notes in a folder that outlives them (--state_dir or not, it is the launcher's own); the next rank 0 reads
+them when it takes over the jobs, so that a job that is given up says why. Imports no torch.
+"""
+
+import contextlib
+import faulthandler
+import json
+import signal
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from hosts.supervision.parent_watch import EXIT_LOST_RANK
+
+MAX_LINES = 10
+MAX_CHARS = 2000
+"""Of a log in a reason."""
+KEPT_LINES = 100
+"""Of a log in a note: some may be about other jobs."""
+CONSEQUENCES = (EXIT_LOST_RANK, -signal.SIGTERM)
+"""Exit codes of ranks that end because another one did: by themselves, or told by the agent."""
+NOBODY = "rank 0 ended without a word"
+
+Lines = tuple[tuple[str | None, str], ...]
+"""Lines of a log, each with the job it is about, or the jobs of a batch with blanks between; None where it is about none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ending:
+    """why: the beginning of a sentence. rank: who was lost, where that is known. lines: of that rank's log.
+
+    is_seen_only: the rank was found to be gone, and its exit code, where there is one, says more.
+    """
+
+    why: str
+    rank: int | None = None
+    lines: Lines = ()
+    is_seen_only: bool = False
+
+    def last_lines(self, job_id: str) -> str:
+        """A sentence with the last lines, less those about other jobs; empty where there are none."""
+        lines = [text for job, text in self.lines if job is None or job_id in job.split()]
+        if not lines:
+            return ""
+        return f"The last lines of the log of rank {self.rank}:\n" + "\n".join(lines[-MAX_LINES:])[-MAX_CHARS:]
+
+    def to_text(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_text(cls, text: str) -> "Ending":
+        """ValueError, TypeError or KeyError if it is none."""
+        facts = json.loads(text)
+        return cls(**{**facts, "lines": tuple((job, line) for job, line in facts["lines"])})
+
+
+UNKNOWN = Ending(why=NOBODY, rank=0, is_seen_only=True)
+
+
+class Notes:
+    """The notes of one attempt: of the ranks between one start of the set and the next."""
+
+    def __init__(self, folder: Path, *, attempt: int, first_rank: int = 0) -> None:
+        """attempt: how often the set was started before. first_rank: of this machine; its agent counts from 0."""
+        self._folder = folder
+        self._attempt = attempt
+        self._first_rank = first_rank
+
+    def log_file(self, rank: int) -> Path:
+        """Where this rank's log is kept (hosts/supervision/log.py)."""
+        return self._path(f"rank{rank}.log")
+
+    def record_crash(self, rank: int) -> None:
+        """From now on a fatal signal of this process (a segmentation fault, an abort) leaves its Python stack here."""
+        faulthandler.enable(self._path(f"rank{rank}.crash").open("w"), all_threads=False)
+
+    def mark(self, what: str) -> None:
+        """That the set is 'ready', or has 'served'."""
+        with contextlib.suppress(OSError):
+            self._path(what).touch()
+
+    def marked_s(self, what: str) -> float | None:
+        """When it was marked first, wall clock; None if never."""
+        with contextlib.suppress(OSError):
+            return self._path(what).stat().st_mtime
+        return None
+
+    def put_exits(self, exits: Mapping[int, int]) -> None:
+        """Rank as the agent counts -> exit code, negative for a signal."""
+        with contextlib.suppress(OSError):
+            self._path("exits").write_text(json.dumps(exits), encoding="utf-8")
+
+    def exits(self) -> dict[int, int]:
+        """Rank -> exit code."""
+        with contextlib.suppress(OSError, ValueError):
+            found = json.loads(self._path("exits").read_text(encoding="utf-8"))
+            return {self._first_rank + int(rank): code for rank, code in found.items()}
+        return {}
+
+    def lines(self, rank: int) -> Lines:
+        """The last lines of this rank's log, and where it crashed."""
+        found: list[tuple[str | None, str]] = []
+        for path in (self._path(f"rank{rank}.log.1"), self.log_file(rank)):
+            for line in _read(path):
+                with contextlib.suppress(ValueError, KeyError, TypeError):  # the last one may have been cut off
+                    record = json.loads(line)
+                    found += [(record["job"], text) for text in record["text"].splitlines()]
+        crash = [line for line in _read(self._path(f"rank{rank}.crash")) if line.strip()]
+        return (*found[-KEPT_LINES:], *((None, line) for line in crash[: MAX_LINES - 2]))
+
+    def complete(self, ending: Ending) -> Ending:
+        """The same with what the agent saw, and with the lines."""
+        exits = {rank: code for rank, code in self.exits().items() if code not in CONSEQUENCES}
+        if ending.is_seen_only and exits:
+            rank = ending.rank if ending.rank in exits else min(exits)
+            ending = replace(ending, why=f"rank {rank} {_how(exits[rank])}", rank=rank)
+        if ending.rank is not None and not ending.lines:
+            ending = replace(ending, lines=self.lines(ending.rank))
+        return ending
+
+    def forget_older(self) -> None:
+        """Remove the notes of attempts before this one."""
+        for path in self._folder.glob("*-*"):
+            number = path.name.partition("-")[0]
+            if number.isdigit() and int(number) < self._attempt:
+                path.unlink(missing_ok=True)
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{self._attempt}-{name}"
+
+
+def _read(path: Path) -> list[str]:
+    with contextlib.suppress(OSError):
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return []
+
+
+def _how(code: int) -> str:
+    if code == -signal.SIGKILL:
+        return "was ended by SIGKILL, as the kernel does when memory runs out"
+    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"

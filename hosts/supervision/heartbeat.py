@@ -1,0 +1,139 @@
+"""Signs of life between ranks: one that is lost, hangs, or gets on with nothing ends the set, which is then started again."""
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from hosts.supervision.exit_reports import Ending
+from hosts.supervision.parent_watch import EXIT_LOST_RANK, has_started, kill_rank
+from hosts.supervision.progress import Activity
+
+logger = logging.getLogger(__name__)
+
+BEAT_S = 1.0
+STORE_RANK = 0
+STORE_RANK_FIRST_S = 5 * BEAT_S
+"""Rank 0 keeps the jobs and should say why they end; it would see no more than a closed connection if another rank left before it."""
+NUM_FRAMES = 6
+COLLECTIVES = (str(Path("torch") / "distributed"), str(Path("backends") / "parallel" / "distributed.py"))
+"""In the path of every file in which a rank waits for others."""
+
+
+class Watch:
+    """Beats over the rendezvous store, from a thread of its own on every rank.
+
+    A rank that is stopped gives none; one whose main thread hangs says so; after `timeout_s` the others leave, and torchelastic starts
+    the set again. The main thread cannot do this: it may be the one that waits in a collective.
+    """
+
+    def __init__(
+        self,
+        store: Any,
+        *,
+        rank: int,
+        world_size: int,
+        timeout_s: float,
+        activity: Activity | None = None,
+        local_ranks: range | None = None,
+        on_leave: Callable[[Ending], None] = lambda ending: None,
+    ) -> None:
+        """activity: of this rank's main thread. local_ranks: on this machine; all if not given.
+
+        on_leave: is told why this process ends, just before it does.
+        """
+        self._store = store
+        self._on_leave = on_leave
+        self._activity = activity or Activity()
+        self._rank = rank
+        self._others = [other for other in range(world_size) if other != rank]
+        self._local_ranks = local_ranks if local_ranks is not None else range(world_size)
+        self._timeout_s = timeout_s
+        self._answered_at = time.monotonic()
+        self._main = threading.main_thread().ident
+
+    def start(self) -> None:
+        has_started()
+        threading.Thread(target=self._run, name="watch", daemon=True).start()
+        if self._others:
+            threading.Thread(target=self._watch_store, name="watch of the store", daemon=True).start()
+
+    def _run(self) -> None:
+        self._store.set_timeout(timedelta(seconds=self._timeout_s))
+        seen: dict[int, tuple[bytes, float]] = {}
+        for beat in range(1, 2**62):
+            try:
+                self._store.set(f"beat/{self._rank}", str(beat))
+                lost = [other for other in self._others if self._is_lost(other, seen)]
+                ended = self._word_of_the_end()
+                stuck = self._activity.overdue(self._timeout_s)
+                ending = ended or (self._who_is_stuck(stuck) if stuck and not lost else None)
+            except (RuntimeError, OSError) as error:  # whoever holds the store is gone: rank 0, or torchelastic itself
+                self._leave(Ending(why=f"the rendezvous store does not answer: {error}"))
+                return
+            if lost and ending is None:
+                ending = Ending(why=f"rank {lost[0]} has given no sign of life for {self._timeout_s:g} s", rank=lost[0])
+            if ending is not None:
+                if stuck and self._rank != STORE_RANK:
+                    time.sleep(STORE_RANK_FIRST_S)
+                self._leave(ending)
+                return
+            self._answered_at = time.monotonic()
+            time.sleep(BEAT_S)
+
+    def _word_of_the_end(self) -> Ending | None:
+        """Of a rank that was started again on another machine (hosts/supervision/rendezvous.py): its connections may not have told yet."""
+        return Ending.from_text(self._store.get("ended").decode()) if self._store.check(["ended"]) else None
+
+    def _watch_store(self) -> None:
+        """The store lives in rank 0. If that hangs, no answer ever comes, and the store's own time-out does not count for this."""
+        while time.monotonic() - self._answered_at < self._timeout_s + 2 * BEAT_S:
+            time.sleep(BEAT_S)
+        why = f"the rendezvous store in rank {STORE_RANK} has not answered for {self._timeout_s:g} s"
+        self._leave(Ending(why=why, rank=STORE_RANK))
+
+    def _is_lost(self, other: int, seen: dict[int, tuple[bytes, float]]) -> bool:
+        key = f"beat/{other}"
+        beat = self._store.get(key) if self._store.check([key]) else b""
+        now = time.monotonic()
+        if other not in seen or seen[other][0] != beat:
+            seen[other] = (beat, now)
+        return now - seen[other][1] > self._timeout_s
+
+    def _who_is_stuck(self, what: str) -> Ending:
+        """All ranks stand still when one does. The one that waits in no collective is the one to blame, if it is one."""
+        stack = traceback.extract_stack(sys._current_frames()[self._main])
+        waits = any(place in frame.filename for frame in stack for place in COLLECTIVES)
+        at = [f"{frame.filename}:{frame.lineno} in {frame.name}" for frame in stack[-NUM_FRAMES:]]
+        logger.error("rank %d has %s. It is %s, at\n  %s", self._rank, what, "waiting" if waits else "working", "\n  ".join(at))
+        self._store.set(f"stuck/{self._rank}", json.dumps(waits))
+        working = [rank for rank in (self._rank, *self._others) if not self._waits(rank)]
+        if len(working) != 1:
+            return Ending(why=f"the ranks have {what}", rank=self._rank)
+        return Ending(why=f"rank {working[0]} has {what}", rank=working[0])
+
+    def _waits(self, rank: int) -> bool:
+        """Whether that rank says that it waits for others. It has two beats to say so."""
+        key = f"stuck/{rank}"
+        for _ in range(20):
+            if self._store.check([key]):
+                return bool(json.loads(self._store.get(key)))
+            time.sleep(BEAT_S / 10)
+        return False
+
+    def _leave(self, ending: Ending) -> None:
+        logger.error("rank %d leaves: %s", self._rank, ending.why)
+        self._on_leave(ending)
+        if ending.rank is not None and ending.rank != self._rank and ending.rank in self._local_ranks:
+            kill_rank(ending.rank - self._local_ranks.start)
+        with contextlib.suppress(Exception):  # whatever a handler does, this process must end now
+            logging.shutdown()
+        os._exit(EXIT_LOST_RANK)

@@ -1,0 +1,311 @@
+"""Schedulers by name: what is read, what is built, what is refused."""
+
+import copy
+import functools
+import importlib.util
+import inspect
+import logging
+import subprocess
+import sys
+
+import diffusers
+import pytest
+import torch
+
+from backends.generation import schedulers
+from backends.generation.schedulers import ALIASES, SCHEDULERS, SchedulerChoice, SchedulerError, build_scheduler, parse_scheduler
+from backends.generation.step_driver import StepDriver
+from backends.generation.step_window import Schedule
+from tests.backends import gaussian
+from tests.checkpoints import inputs, load
+
+CONTRACT_NAMES = (
+    "ddim ddpm deis dpm_2 dpm_2_a dpm_sde dpmpp_2m dpmpp_2m_sde dpmpp_sde euler euler_a heun ipndm lms pndm tcd unipc fm_euler fm_heun lcm"
+).split()
+EPSILON_NAMES = [name for name, facts in SCHEDULERS.items() if not facts.flow]
+FLOW_NAMES = [name for name, facts in SCHEDULERS.items() if facts.flow or facts.flow_name or facts.flow_solver]
+STOCHASTIC = {"ddpm", "dpm_2_a", "dpm_sde", "dpmpp_2m_sde", "euler_a", "lcm", "fm_lcm", "tcd"}
+STEPS = 3
+SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1, "num_train_timesteps": 1000}
+SD_CLIP = SD | {"set_alpha_to_one": False, "clip_sample": False}
+FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}
+CONFIGS = {
+    "sd1": SD_CLIP | {"_class_name": "PNDMScheduler", "skip_prk_steps": True},
+    "sd2": SD_CLIP | {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"},
+    "svd": SD
+    | {"_class_name": "EulerDiscreteScheduler", "prediction_type": "v_prediction", "timestep_type": "continuous"}
+    | {"timestep_spacing": "leading", "sigma_min": 0.002, "sigma_max": 700.0, "use_karras_sigmas": True},
+    "sd3": FLOW | {"shift": 3.0},
+    "flux": FLOW | {"shift": 3.0, "use_dynamic_shifting": True},
+    "schnell": FLOW | {"shift": 1.0, "use_dynamic_shifting": False},
+}
+
+
+@functools.cache
+def pipeline(model_type):
+    """(pipeline, its scheduler's config as loaded), shared by all tests, which set the scheduler before each run."""
+    pipe = load(model_type)
+    return pipe, dict(pipe.scheduler.config)
+
+
+def built(value, model_type):
+    return build_scheduler(parse_scheduler(value), CONFIGS[model_type], flow="Flow" in CONFIGS[model_type]["_class_name"])
+
+
+def generate(model_type, name, *, steps=STEPS):
+    """(latents, scheduler steps, scheduler) of a run of `name` on the tiny pipeline, from seed 0."""
+    pipe, pristine = pipeline(model_type)
+    pipe.scheduler = scheduler = build_scheduler(parse_scheduler(name), pristine, flow=model_type in ("sd3", "flux"))
+    arguments = inputs(model_type, num_inference_steps=steps) | {"output_type": "latent"}
+    with StepDriver(scheduler, Schedule(num_inference_steps=steps), generator=arguments["generator"]) as driver:
+        latents = pipe(**arguments)[0]
+    return latents, driver.num_steps, scheduler
+
+
+# ---- reading
+
+
+def test_every_name_of_the_clients_is_known():
+    assert set(CONTRACT_NAMES) <= set(SCHEDULERS)
+
+
+@pytest.mark.parametrize(
+    ("value", "name", "overrides"),
+    [
+        (None, None, {}),
+        ("", None, {}),
+        ("euler", "euler", {}),
+        (" k_dpmpp_2m ", "dpmpp_2m", {"use_karras_sigmas": True}),
+        ('{"scheduler": "dpmpp_2m", "use_karras_sigmas": true}', "dpmpp_2m", {"use_karras_sigmas": True}),
+        ('"DPM++ 2M"', "dpmpp_2m", {}),
+        ({"scheduler": ""}, None, {}),
+        ({"timestep_spacing": "trailing"}, None, {"timestep_spacing": "trailing"}),
+        ({"scheduler": "heun", "steps_offset": None}, "heun", {}),
+        ({"scheduler": "k_euler", "use_karras_sigmas": False}, "euler", {"use_karras_sigmas": False}),
+        ("DPM++ 2M Karras", "dpmpp_2m", {"use_karras_sigmas": True}),
+    ],
+)
+def test_reads_names_dicts_and_json(value, name, overrides):
+    assert parse_scheduler(value) == SchedulerChoice(name=name, overrides=overrides)
+
+
+@pytest.mark.parametrize(
+    ("display", "name"),
+    [
+        ("DDIM", "ddim"),
+        ("DDPM", "ddpm"),
+        ("DEIS", "deis"),
+        ("DPM++ 2M", "dpmpp_2m"),
+        ("DPM++ SDE", "dpmpp_sde"),
+        ("DPM SDE", "dpm_sde"),
+        ("DPM2", "dpm_2"),
+        ("DPM2 a", "dpm_2_a"),
+        ("Euler", "euler"),
+        ("Euler a", "euler_a"),
+        ("FM Euler", "fm_euler"),
+        ("FM Heun", "fm_heun"),
+        ("Heun", "heun"),
+        ("LMS", "lms"),
+        ("PNDM", "pndm"),
+        ("TCD", "tcd"),
+        ("UniPC", "unipc"),
+    ],
+)
+def test_reads_display_names(display, name):
+    assert parse_scheduler({"scheduler": display}).name == name
+
+
+def test_reading_does_not_change_the_dict_it_was_given():
+    given = {"scheduler": "euler", "timestep_spacing": "leading"}
+    parse_scheduler(given)
+    assert given == {"scheduler": "euler", "timestep_spacing": "leading"}
+
+
+def test_reading_imports_no_torch():
+    code = "import sys, backends.generation.schedulers as s; s.parse_scheduler('k_euler'); sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("eular", r"scheduler='eular' is not a scheduler\. Did you mean 'euler'\? Allowed: ddim, .*unipc"),
+        ("zzz", r"scheduler='zzz' is not a scheduler\. Allowed: ddim"),
+        ('{"scheduler": "euler"', r"is not valid JSON"),
+        ({"scheduler": 3}, r"scheduler=3 is not a name"),
+        ('["euler"]', r"scheduler=\['euler'\] is not a name"),
+        ({"use_karras_sigmas": True, "use_beta_sigmas": True}, r"use_karras_sigmas and use_beta_sigmas exclude each other"),
+        ({"scheduler": "euler", "use_karras_sigmas": "yes"}, r"use_karras_sigmas='yes' is not allowed\. Allowed: true, false"),
+        ({"timestep_spacing": "even"}, r"timestep_spacing='even' is not allowed\. Allowed: leading, linspace, trailing"),
+    ],
+)
+def test_refuses_what_cannot_be_read(value, message):
+    with pytest.raises(SchedulerError, match=message) as refusal:
+        parse_scheduler(value)
+    assert refusal.value.field == "scheduler"
+
+
+# ---- facts
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_facts_are_those_of_the_class(name):
+    facts = SCHEDULERS[name]
+    scheduler_class = schedulers._class(facts.module, facts.class_name)
+    parameters = inspect.signature(scheduler_class.set_timesteps).parameters
+    assert facts.order == scheduler_class.order
+    assert facts.takes_timesteps == ("timesteps" in parameters)
+    assert facts.takes_sigmas == ("sigmas" in parameters)
+    assert facts.flow == hasattr(scheduler_class, "scale_noise")
+    assert not facts.flow_solver or "use_flow_sigmas" in inspect.signature(scheduler_class.__init__).parameters
+    assert facts.flow_name is None or SCHEDULERS[facts.flow_name].flow
+
+
+def test_aliases_lead_to_names():
+    assert set(ALIASES.values()) <= set(SCHEDULERS)
+
+
+# ---- building
+
+
+@pytest.mark.parametrize("name", EPSILON_NAMES)
+def test_every_name_runs_on_an_epsilon_model(name):
+    latents, calls, scheduler = generate("sd1", name)
+    assert type(scheduler).__name__ == SCHEDULERS[name].class_name
+    assert calls == {1: STEPS, 2: 2 * STEPS - 1}[scheduler.order] + (name == "pndm")
+    assert torch.isfinite(latents).all()
+
+
+@pytest.mark.parametrize("model_type", ["sd3", "flux"])
+@pytest.mark.parametrize("name", FLOW_NAMES)
+def test_names_run_on_flow_matching_models(name, model_type):
+    latents, calls, scheduler = generate(model_type, name)
+    assert calls == {1: STEPS, 2: 2 * STEPS - 1}[scheduler.order]
+    assert torch.isfinite(latents).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "class_name"),
+    [("euler", "FlowMatchEulerDiscreteScheduler"), ("heun", "FlowMatchHeunDiscreteScheduler"), ("lcm", "FlowMatchLCMScheduler")],
+)
+def test_flow_matching_models_get_the_counterpart(name, class_name):
+    assert type(built(name, "sd3")).__name__ == class_name
+
+
+@pytest.mark.parametrize(("model_type", "prefix"), [("sd1", "k_"), ("sd2", ""), ("svd", "")])
+@pytest.mark.parametrize("name", [name for name in EPSILON_NAMES if name not in STOCHASTIC])
+def test_sampler_ends_where_the_equation_does(name, model_type, prefix):
+    scheduler = built(prefix + name, model_type)
+    run = gaussian.sample(scheduler)
+    assert (run.latents - gaussian.exact(0, gaussian.noise(), 100, is_flow=False)).abs().mean() < 0.045
+    assert (run.timesteps[0] < 2) == (model_type == "svd")  # svd's denoiser counts ln(sigma) / 4, whatever the sampler counts
+
+
+def test_ipndm_comes_closer_than_euler():
+    want = gaussian.exact(0, gaussian.noise(), 100, is_flow=False)
+    ipndm, euler = ((gaussian.sample(built(name, "sd2")).latents - want).abs().mean() for name in ("ipndm", "euler"))
+    assert ipndm < 0.5 * euler
+
+
+@pytest.mark.parametrize("prefix", ["", "k_"])
+@pytest.mark.parametrize(("model_type", "mu"), [("sd3", None), ("flux", 1.0), ("schnell", 1.0)])
+@pytest.mark.parametrize("name", [name for name in FLOW_NAMES if name not in STOCHASTIC])
+def test_flow_sampler_ends_where_the_equation_does(name, model_type, mu, prefix):
+    scheduler = built(prefix + name, model_type)
+    assert gaussian.samples_flow(scheduler)
+    want = gaussian.exact(0, gaussian.noise(), 1, is_flow=True)
+    assert (gaussian.sample(scheduler, mu=mu).latents - want).abs().mean() < 0.045
+
+
+@pytest.mark.parametrize("name", sorted(STOCHASTIC))
+def test_stochastic_sampler_draws_the_right_distribution(name):
+    model_type = "sd3" if SCHEDULERS[name].flow else "sd1"
+    scheduler = built(name, model_type)
+    latents = gaussian.sample(scheduler).latents
+    assert abs(latents.mean() - gaussian.MEAN) < 0.05
+    assert abs(latents.std() - gaussian.STD) < (0.14 if "lcm" in name else 0.08)  # LCM takes the mean of what it could be
+
+
+@pytest.mark.parametrize("name", ["ddim", "euler_a", "heun", "dpmpp_2m"])
+def test_other_classes_run_on_svd(name):
+    assert torch.isfinite(generate("svd", name, steps=2)[0]).all()
+
+
+@pytest.mark.parametrize(("model_type", "name"), [("sd1", "dpm_sde"), ("sd1", "euler_a"), ("svd", "euler_a"), ("flux", "fm_lcm")])
+def test_same_seed_same_latents_with_noise_in_every_step(model_type, name):
+    once, again = (generate(model_type, name, steps=2)[0] for _ in range(2))
+    assert torch.equal(once, again)
+
+
+def test_no_name_keeps_the_class_and_its_settings():
+    scheduler = built({"timestep_spacing": "trailing"}, "svd")
+    assert type(scheduler).__name__ == "EulerDiscreteScheduler"
+    assert (scheduler.config.sigma_max, scheduler.config.use_karras_sigmas) == (700.0, True)
+    assert scheduler.config.timestep_spacing == "trailing"
+
+
+def test_builds_from_a_scheduler_as_from_its_config():
+    own = diffusers.EulerDiscreteScheduler(beta_end=0.012)
+    assert build_scheduler(parse_scheduler("ddim"), own, flow=False).config.beta_end == 0.012
+
+
+def test_settings_do_not_leak_into_the_next_scheduler():
+    before = copy.deepcopy(CONFIGS["sd1"])
+    changed = built({"scheduler": "k_euler", "beta_end": 0.5}, "sd1")
+    next_one = built("euler", "sd1")
+    assert (changed.config.beta_end, changed.config.use_karras_sigmas) == (0.5, True)
+    assert (next_one.config.beta_end, next_one.config.use_karras_sigmas) == (0.012, False)
+    assert CONFIGS["sd1"] == before
+
+
+def test_a_flag_asked_for_replaces_the_flag_of_the_checkpoint():
+    scheduler = built({"use_exponential_sigmas": True}, "svd")
+    assert (scheduler.config.use_exponential_sigmas, scheduler.config.use_karras_sigmas) == (True, False)
+
+
+def test_latents_are_not_clipped_like_pixels():
+    config = SD | {"_class_name": "DPMSolverMultistepScheduler"}
+    assert build_scheduler(parse_scheduler("ddim"), config, flow=False).config.clip_sample is False
+
+
+def test_defaults_of_the_old_class_do_not_reach_another():
+    own = diffusers.PNDMScheduler(beta_end=0.012)  # its default spacing is "leading", Euler's "linspace"
+    chosen = diffusers.PNDMScheduler(beta_end=0.012, timestep_spacing="leading")
+    spacings = [build_scheduler(parse_scheduler("euler"), old, flow=False).config.timestep_spacing for old in (own, chosen)]
+    assert spacings == ["linspace", "leading"]
+
+
+def test_settings_of_one_solver_do_not_reach_another():
+    config = SD | {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"}
+    assert build_scheduler(parse_scheduler("deis"), config, flow=False).config.algorithm_type == "deis"
+
+
+def test_setting_that_the_class_lacks_is_ignored_with_a_warning(caplog):
+    with caplog.at_level(logging.WARNING):
+        built("k_ddim", "sd1")
+    assert "not for DDIMScheduler with this model: use_karras_sigmas" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["ddim", "euler_a", "deis", "pndm", "lms", "tcd"])
+def test_refuses_an_epsilon_sampler_for_a_flow_matching_model(name):
+    with pytest.raises(SchedulerError, match=f"'{name}' cannot sample a flow-matching model. Allowed for this model: dpmpp_2m, .*fm_euler"):
+        built(name, "sd3")
+
+
+def test_refuses_a_flow_sampler_for_an_epsilon_model():
+    with pytest.raises(SchedulerError, match=r"'fm_euler' is for flow-matching models only.*Allowed: ddim"):
+        built("fm_euler", "sd1")
+
+
+@pytest.mark.parametrize(
+    ("value", "package"), [("dpm_sde", "torchsde"), ("lms", "scipy"), ({"scheduler": "euler", "use_beta_sigmas": True}, "scipy")]
+)
+def test_refuses_what_needs_a_package_that_is_not_there(monkeypatch, value, package):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SchedulerError, match=f"needs the package {package}, which is not installed"):
+        built(value, "sd1")
+
+
+def test_refuses_settings_that_the_class_refuses():
+    with pytest.raises(SchedulerError, match=r'EulerDiscreteScheduler refuses its settings {"beta_schedule": "odd"}'):
+        built({"scheduler": "euler", "beta_schedule": "odd"}, "sd1")

@@ -1,0 +1,127 @@
+"""torch.compile: equal pictures, one graph per size, the right parts, and LoRA made part of the weights first."""
+
+import shutil
+
+import pytest
+import torch
+import torch._dynamo
+
+from backends.errors import UnsupportedError
+from backends.loading.compilation import Compilation, quiet_regions
+from backends.model_table import read_table
+from backends.parallel.distributed import Mesh
+from backends.quantization_spec import QuantizationSpec
+from backends.request import CompileSettings
+from backends.single.backend import SingleBackend
+from backends.single.plan import make_plan
+from tests.backends.features import CPU, TABLE, loaded
+from tests.backends.loading.test_adapters import difference, draw
+from tests.checkpoints import load, lora
+
+
+def attached(name, *targets, load=None, **settings):
+    """A pipeline of this type on one device, to be compiled; eager keeps the arithmetic and traces all the same."""
+    compile_settings = CompileSettings(targets=targets, **{"backend": "eager", **settings})
+    pipe = loaded(TABLE[name], compile=compile_settings, **(load or {}))
+    plan = make_plan(TABLE[name], {}, 1)
+    pipe.attach(SingleBackend(spec=TABLE[name], plan=plan, mesh=Mesh(plan, rank=0, device=CPU)))
+    return pipe
+
+
+@pytest.fixture(autouse=True)
+def _fresh_counters():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def num_graphs():
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def test_text_encoders_whose_hidden_states_are_asked_for_are_compiled_too():
+    want = draw(loaded(TABLE["sdxl"]))
+    pipe = attached("sdxl", "encoders")
+    assert difference(draw(pipe), want) <= 1
+    assert num_graphs() > 0
+
+
+@pytest.mark.parametrize("target", ["denoiser", "vae", "encoders"])
+def test_each_target_is_compiled_once_per_size_and_draws_the_same(target):
+    want = draw(loaded(TABLE["pixa"]))
+    pipe = attached("pixa", target)
+    assert difference(draw(pipe), want) <= 1
+    first = num_graphs()
+    assert first > 0
+    draw(pipe, num_inference_steps=3, seed=5)
+    assert num_graphs() == first  # steps, seed and prompt are no new size
+    draw(pipe, height=80)
+    per_size = num_graphs() - first
+    assert per_size <= first
+    draw(pipe, height=80)
+    draw(pipe)
+    assert num_graphs() == first + per_size
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles C++ for the CPU")
+def test_inductor_draws_the_same():
+    pipe = attached("pixa", "denoiser", backend=None)
+    assert difference(draw(pipe), draw(loaded(TABLE["pixa"]))) <= 1
+    assert num_graphs() > 0
+
+
+def test_detaching_leaves_plain_modules():
+    pipe = attached("pixa", "denoiser", "vae", "encoders")
+    pipe.detach()
+    draw(pipe)
+    assert num_graphs() == 0
+
+
+def test_loras_are_fused_before_compiling_and_a_request_can_bring_none():
+    scales = {str(lora("pixa")): 0.8, str(lora("pixa", seed=1)): -0.5}
+    want = draw(loaded(TABLE["pixa"], lora=scales))
+    pipe = attached("pixa", "denoiser", load={"lora": scales})
+    assert not [name for name, _ in pipe.pipe.transformer.named_modules() if "lora" in name]
+    assert difference(draw(pipe), want) <= 1
+    with pytest.raises(UnsupportedError, match="lora in a request is not available on a host that compiles its denoiser"):
+        draw(pipe, lora={})
+
+
+def test_loras_stay_beside_packed_weights_which_cannot_take_them_in():
+    extra = {"quantize": {"denoiser": QuantizationSpec(kind="int8")}, "lora": {str(lora("pixa")): 0.8}}
+    want = draw(loaded(TABLE["pixa"], **extra))
+    pipe = attached("pixa", "denoiser", load=extra)
+    assert [name for name, _ in pipe.pipe.transformer.named_modules() if "lora_A" in name]
+    assert difference(draw(pipe), want) <= 1
+
+
+def test_settings_reach_torch(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(torch, "compile", lambda forward, **kwargs: seen.update(kwargs) or forward)
+    draw(attached("pixa", "denoiser", backend=None, mode="max-autotune", fullgraph=False))
+    assert seen == {"backend": "inductor", "fullgraph": False, "dynamic": False, "mode": "max-autotune"}
+    seen.clear()
+    draw(attached("pixa", "denoiser", mode="max-autotune", options={"a": 1}))
+    assert seen == {"backend": "eager", "fullgraph": True, "dynamic": False, "options": {"a": 1}}
+
+
+def test_limits_are_dynamos(monkeypatch):
+    config = torch._dynamo.config
+    for name in ("recompile_limit", "accumulated_recompile_limit", "capture_scalar_outputs"):
+        monkeypatch.setattr(config, name, getattr(config, name))
+    settings = CompileSettings(targets=(), cache_limit=3, accumulated_cache_limit=7, capture_scalar=True)
+    Compilation(settings).attach(None, read_table()["pixa"], [])
+    assert (config.recompile_limit, config.accumulated_recompile_limit, config.capture_scalar_outputs) == (3, 7, True)
+
+
+@pytest.mark.parametrize("name", ["flux", "sdxl"])
+def test_quiet_regions_hold_no_operator_that_sees_other_ranks(name):
+    pipe = load(name)
+    denoiser = pipe.transformer if name == "flux" else pipe.unet
+    regions = quiet_regions(denoiser)
+    kinds = {type(part).__name__ for region in regions for part in region.modules()}
+    assert len(regions) > 4 and "FeedForward" in kinds
+    assert not kinds & {"Attention", "FluxAttention", "Conv2d", "GroupNorm"}

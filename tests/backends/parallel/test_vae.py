@@ -1,0 +1,163 @@
+"""The band decode equals the single decode: image and video VAEs, even and uneven bands, tiles, several sizes."""
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderTiny
+
+from backends import backend_class, planner
+from backends.generation.pipeline import LoadedPipeline, load_pipeline
+from backends.model_table import read_table
+from backends.parallel import hooks
+from backends.parallel.distributed import Mesh
+from backends.parallel.vae import attach_band_decode, detach_band_decode, shares_decode
+from backends.plan import ParallelPlan
+from backends.request import GenerateRequest, GenerateResult, LoadRequest
+from hosts.launch.command_line import parse_command_line
+from hosts.launch.start_plan import plan_start
+from tests.checkpoints import checkpoint, load, picture
+
+
+def decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    frames = {} if vae.config.get("norm_num_groups") else {"num_frames": latents.shape[0]}  # the video VAE has no such field
+    return vae.decode(latents, return_dict=False, **frames)[0]
+
+
+def mesh_of(rank: int, *axes: tuple[str, int]) -> Mesh:
+    return Mesh(ParallelPlan(method="test", axes=axes), rank=rank, device=torch.device("cpu"))
+
+
+@torch.no_grad()
+def check_decodes(rank: int, world_size: int) -> None:
+    mesh = mesh_of(rank, ("patch", world_size))
+    for name, channels in (("sdxl", 4), ("sd3", 16), ("sdup", 4), ("svd", 4)):
+        vae = load(name).vae
+        for rows, columns in ((8 * world_size, 8), (8 * world_size + 1, 6)):
+            latents = torch.randn(2, channels, rows, columns)
+            want = decode(vae, latents)
+            attach_band_decode(vae, mesh)
+            got = decode(vae, latents)
+            detach_band_decode(vae)
+            assert mesh.traffic.messages > 0
+            torch.testing.assert_close(got, want, rtol=0, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+            mesh.traffic.reset()
+    mesh.destroy()
+
+
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_band_decode_matches_the_single_decode(run_on_ranks, world_size):
+    for name in ("sdxl", "sd3", "sdup", "svd"):
+        checkpoint(name)
+    run_on_ranks(check_decodes, world_size)
+
+
+@torch.no_grad()
+def check_tiles_and_axes(rank: int, world_size: int) -> None:
+    mesh = mesh_of(rank, ("cfg", 2), ("patch", 1))
+    vae = load("sdxl").vae
+    vae.enable_tiling()
+    vae.tile_latent_min_size, vae.tile_sample_min_size = 16, 128
+    latents = torch.randn(1, 4, 20, 20)
+    want = decode(vae, latents)
+    attach_band_decode(vae, mesh)
+    torch.testing.assert_close(decode(vae, latents), want, rtol=0, atol=2e-5)
+    assert mesh.traffic.messages > 0
+    few_rows = torch.randn(1, 4, 15, 8)
+    mesh.traffic.reset()
+    decode(vae, few_rows)  # not worth sharing: whole on every rank
+    assert mesh.traffic.messages == 0
+    detach_band_decode(vae)
+    assert not any(hooks.attached(module) for module in vae.modules())
+    mesh.destroy()
+
+
+def test_band_decode_shares_tiles_over_all_axes_and_leaves_the_vae_as_it_was(run_on_ranks):
+    checkpoint("sdxl")
+    run_on_ranks(check_tiles_and_axes, 2)
+
+
+CASES = {
+    "sdxl": (("distrifuser", {}), ("asyncdiff", {})),
+    "sdup": (("distrifuser", {"sync_mode": "full_sync", "no_split_batch": True}),),
+    "sd3": (("xdit", {"ulysses_degree": 2}),),
+    "svd": (("asyncdiff", {}),),
+}
+
+
+def drawn(pipeline: LoadedPipeline, name: str, backend_name: str, options: dict[str, Any], rank: int) -> tuple[GenerateResult, bool]:
+    """A picture under this backend, every step synchronous; and whether the ranks shared the decode."""
+    plan = planner(backend_name)(pipeline.spec, options, 2)
+    mesh = Mesh(plan, rank=rank, device=torch.device("cpu"))
+    pipeline.attach(backend_class(backend_name)(spec=pipeline.spec, plan=plan, mesh=mesh))
+    is_shared = shares_decode(pipeline.pipe.vae)
+    result = pipeline.generate(request_for(name))
+    pipeline.detach()
+    mesh.destroy()
+    return result, is_shared
+
+
+def request_for(name: str) -> GenerateRequest:
+    fields = {"image": picture(16 if name == "sdup" else 128)} if name in ("sdup", "svd") else {}
+    fields |= {"prompt": "a cat"} if name != "svd" else {"num_frames": 2}
+    return GenerateRequest(seed=1, num_inference_steps=2, warmup_steps=2, height=128, width=64, **fields)
+
+
+def check_backends(rank: int, world_size: int, name: str) -> None:
+    load_request = LoadRequest(model_type=name, checkpoint=str(checkpoint(name)), variant="fp32")
+    pipeline = load_pipeline(read_table()[name], load_request, device=torch.device("cpu"))
+    want = pipeline.generate(request_for(name)).frames.astype(int)
+    for backend_name, options in CASES[name]:
+        pipeline.load = replace(pipeline.load, parallel_vae=True)
+        shared, was_shared = drawn(pipeline, name, backend_name, options, rank)
+        pipeline.load = replace(pipeline.load, parallel_vae=False)
+        alone, was_shared_too = drawn(pipeline, name, backend_name, options, rank)
+        assert was_shared and not was_shared_too and not shares_decode(pipeline.pipe.vae)
+        assert shared.report["messages"] > alone.report["messages"], f"{name}: the decode was not shared"
+        assert shared.exactness != "exact", f"{name}: sums in another order are not the same arithmetic"
+        for result in (shared, alone):
+            assert abs(result.frames.astype(int) - want).max() <= 1, f"{name} on {backend_name}: more than rounding"
+        assert want.std() > 5, f"{name}: the picture is flat, so this proves nothing"
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sdup", "svd"))])
+def test_every_backend_shares_the_decode_unless_it_is_switched_off(run_on_ranks, name):
+    checkpoint(name)
+    run_on_ranks(check_backends, 2, name)
+
+
+@pytest.mark.parametrize(
+    ("argument", "is_wanted"),
+    [(None, True), ("--parallel_vae=false", False), ("--use-parallel-vae=false", False), ("--parallel_vae", True)],
+)
+def test_the_setting_and_its_older_name_decide(argument, is_wanted):
+    settings = parse_command_line(["--type=sdxl", *([argument] if argument else [])])
+    assert plan_start(settings, read_table(), num_gpus=0).load.parallel_vae is is_wanted
+
+
+@torch.no_grad()
+def check_other_class(rank: int, world_size: int) -> None:
+    mesh = mesh_of(rank, ("patch", 2))
+    vae = AutoencoderTiny(
+        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)
+    )
+    records: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())
+    logging.getLogger("backends.parallel.vae").addHandler(handler)
+    attach_band_decode(vae, mesh)
+    assert any("a AutoencoderTiny cannot be cut into bands" in message for message in records)
+    assert not shares_decode(vae)
+    mesh.destroy()
+
+
+def test_vae_of_another_class_is_decoded_whole_and_the_log_says_so(run_on_ranks):
+    run_on_ranks(check_other_class, 2)
+
+
+def test_one_rank_decodes_without_any_hook():
+    vae = load("sdxl").vae
+    attach_band_decode(vae, mesh_of(0, ("patch", 1)))
+    assert hooks.attached(vae.decoder) == []

@@ -1,0 +1,265 @@
+"""--backend=auto: when it is on, what it decides before anything is loaded, what it remembers; and on two ranks, from load to picture."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from backends import backend_class
+from backends.autotune.cost import Link
+from backends.autotune.ranking import Measured
+from backends.autotune.trials import PipelineSubject, Trials
+from backends.errors import ConfigError
+from backends.generation.pipeline import load_pipeline
+from backends.model_table import read_table
+from backends.parallel.distributed import Mesh
+from backends.request import GenerateRequest
+from hosts.launch.auto_backend import candidates_of, recall_from, remember
+from hosts.launch.settings import Settings
+from hosts.launch.start_plan import plan_start
+from hosts.ranks.autotune import settle
+from hosts.ranks.warmup import prewarm_request
+from hosts.supervision.progress import Activity
+from tests.checkpoints import checkpoint
+from tests.hosts.client import decode
+from tests.hosts.harness import run_launcher, start_launcher
+
+TABLE = read_table()
+
+
+def start(type_name="sdxl", ranks=2, *, measured=None, num_gpus=0, **options):
+    settings = Settings.from_values({"type": type_name, "checkpoint": str(checkpoint(type_name)), **options})
+    return plan_start(settings, TABLE, num_gpus=num_gpus, num_ranks=ranks, recall=lambda key: measured)
+
+
+def with_steps(found, **changes):
+    """What a launch would have measured: the estimate's work, and steps by name."""
+    known = {"work": found.auto.measured.work, "link": found.auto.measured.link, "steps": {}, "date": "2026-01-01"}
+    return Measured(**{**known, **changes})
+
+
+def test_several_ranks_without_a_word_on_the_method_choose_it():
+    found = start()
+    assert found.auto is not None and found.plan == found.auto.world.candidate.plan
+    assert found.reasons[0].startswith(f"method={found.auto.job.candidate.name}: ")
+    assert found.reasons[0].endswith("estimated from the checkpoint's configuration; measured when it is loaded")
+    assert found.facts()["planner"]["choice"] == found.auto.job.candidate.name
+    assert json.loads(json.dumps(found.facts()))["planner"]["table"][0]["method"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ranks": 1},
+        {"ranks": 1, "backend": "auto"},
+        {"backend": "distrifuser"},
+        {"sync_mode": "full_sync"},
+        {"model_n": 2},
+        {"compile_unet": True},
+        {"mode": "throughput"},
+        {"mode": "throughput", "backend": "auto"},
+    ],
+    ids=str,
+)
+def test_what_settles_the_method_otherwise_leaves_nothing_to_choose(options):
+    found = start(**options)
+    assert found.auto is None and "planner" not in found.facts()
+    assert found.plan.method == ("single" if options.get("ranks") == 1 else "distrifuser")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"model_n": 2},
+            "--backend=auto chooses degrees and modes itself, but --model_n was given. Leave it out, or name the backend: asyncdiff.",
+        ),
+        (
+            {"compile_unet": True},
+            "--backend=auto tries several methods on the loaded model, and with --compile_unet each would compile it again. "
+            "Leave it out, or name the backend: distrifuser or asyncdiff or xdit.",
+        ),
+    ],
+)
+def test_auto_is_refused_together_with_what_it_decides(options, message):
+    with pytest.raises(ConfigError) as caught:
+        start(backend="auto", **options)
+    assert str(caught.value) == message
+
+
+def test_measured_times_decide_the_plan_of_all_ranks_and_of_teams():
+    steps = {"single": 1.0, "distrifuser cfg 2": 0.9, "asyncdiff segment 4 stride 1": 0.3, "asyncdiff segment 2 stride 1": 0.6}
+    found = start(ranks=4, measured=with_steps(start(ranks=4), steps=steps), quality="fast")
+    assert (found.plan.method, found.plan.degree("segment"), found.plan.options["model_n"]) == ("asyncdiff", 4, 4)
+    assert {size: plan.method for size, plan in found.teams.plans.items()} == {1: "single", 2: "asyncdiff"}
+    assert found.teams.mode == "auto" and found.load.prewarm_steps == 1
+    assert found.auto.source == "measured 2026-01-01"
+
+
+def test_fewer_ranks_are_used_where_more_are_slower_and_the_others_take_jobs_of_their_own():
+    steps = {"single": 1.0, "distrifuser cfg 2": 1.5, "asyncdiff segment 2 stride 1": 2.0}
+    found = start(measured=with_steps(start(), steps=steps))
+    assert (found.teams.mode, {size: plan.method for size, plan in found.teams.plans.items()}) == ("throughput", {1: "single"})
+    assert (found.facts()["backend"], found.facts()["exactness"], found.plan.world_size) == ("single", "exact", 2)
+    assert "mode=throughput: more than 1 of 2 ranks are slower, so they work in teams of 1" in found.facts()["reasons"]
+    together = start(measured=with_steps(start(), steps=steps), mode="latency")
+    assert together.auto.job.candidate.name == "distrifuser cfg 2" and not together.teams.plans
+
+
+def test_quality_and_features_limit_the_choice():
+    steps = {"single": 1.0, "distrifuser cfg 2": 0.9, "asyncdiff segment 2 stride 1": 0.3}
+    assert start(measured=with_steps(start(), steps=steps), quality="exact").plan.describe() == "distrifuser: cfg 2 (exact)"
+    cached = start(measured=with_steps(start(), steps=steps), step_cache="deep,2")
+    refusals = {row.candidate.name: row.refusal for row in cached.auto.rows}
+    assert "step_cache with backend 'asyncdiff' is not available" in refusals["asyncdiff segment 2 stride 1"]
+    assert "step_cache" in refusals["distrifuser patch 2 corrected_async_gn"] and not refusals["distrifuser cfg 2"]
+
+
+def test_nothing_that_fits_is_one_error_with_everyones_reason():
+    said = r"no method is left for --backend=auto \(.*it needs about .* GB on each rank, and 0\.0 GB are there.*Ask for a smaller size"
+    with pytest.raises(ConfigError, match=said):
+        start(measured=with_steps(start(), memory_bytes=1000))
+    failures = {"xdit ring 3": "PlanError: no", "xdit ulysses 3": "PlanError: no"}
+    said = r"no method uses all 3 ranks \(.*--quality=exact leaves it out.*Start fewer with --nproc_per_node"
+    with pytest.raises(ConfigError, match=said):
+        start("zimage", ranks=3, quality="exact", measured=with_steps(start("zimage", ranks=3), failures=failures))
+
+
+def test_attention_that_replaces_torchs_own_has_no_effect_and_says_so():
+    found = start(enable_attention_slicing=True)
+    assert not found.load.enable_attention_slicing
+    assert any(reason.startswith("--enable_attention_slicing has no effect with --backend=auto") for reason in found.reasons)
+
+
+def test_a_slow_link_makes_fewer_ranks_the_choice_before_anything_is_measured():
+    found = start(measured=with_steps(start(), link=Link(latency_s=10.0, bytes_per_s=1e3)))
+    assert found.auto.job.candidate.name == "single" and found.facts()["backend"] == "single"
+
+
+def test_memory_of_a_launch_fits_only_the_same_launch(tmp_path):
+    found = start()
+    remember(tmp_path, found.auto.key, found.auto.measured)
+    assert recall_from(tmp_path)(found.auto.key) == found.auto.measured
+    assert recall_from(None)(found.auto.key) is None
+    for other in (start(ranks=4), start(variant="bf16"), start(height=64), start(quality="exact"), start("sd1"), start(num_gpus=2)):
+        assert other.auto.key != found.auto.key
+    assert start(port=7001, mode="latency").auto.key == found.auto.key
+    next((tmp_path / "plans").glob("*.json")).write_text('{"work": 1}')
+    assert recall_from(tmp_path)(found.auto.key) is None
+
+
+def test_a_folder_that_cannot_be_written_is_no_reason_to_fail(tmp_path):
+    (tmp_path / "plans").write_text("in the way")
+    remember(tmp_path, "key", start().auto.measured)
+
+
+def check_settling(rank, world_size, folder):
+    """Measured once, remembered then; and the chosen method draws what it draws when it is named."""
+    options = {"height": 64, "width": 64, "mode": "latency", "quality": "exact"}
+    place = {"folder": folder, "rank": rank, "world_size": world_size, "device": torch.device("cpu"), "activity": Activity()}
+    settled, pipeline = settle(start(**options), lambda measured: start(measured=measured, **options), **place)
+    assert settled.auto.source.startswith("measured 20") and pipeline is not None
+    tried = [row for row in settled.auto.rows if row.measured_s is not None]
+    assert {"single", "distrifuser cfg 2"} <= {row.candidate.name for row in tried} and settled.auto.job in tried
+    assert all(row.measured_s > 0 for row in tried)
+    again, nothing = settle(start(**options), lambda measured: start(measured=measured, **options), **place)
+    assert nothing is None and again.facts() == settled.facts()
+    chosen = settled.auto.job.candidate
+    named = start(backend=chosen.backend, **options, **{name: value for name, value in chosen.options.items() if value is not False})
+    assert named.auto is None and (named.plan.axes, named.plan.options) == (settled.plan.axes, settled.plan.options)
+    request = GenerateRequest(prompt="a red circle", seed=3, num_inference_steps=3)
+    pictures = []
+    for plan in (settled.plan, named.plan):
+        mesh = Mesh(plan, rank=rank, device=torch.device("cpu"))
+        pipeline.attach(backend_class(plan.method)(spec=settled.spec, plan=plan, mesh=mesh))
+        pictures.append(pipeline.generate(request).frames)
+        pipeline.detach()
+        mesh.destroy()
+    assert np.array_equal(*pictures) and pictures[0].std() > 0
+
+
+def test_two_ranks_measure_once_then_remember_and_draw_what_the_named_method_draws(run_on_ranks, tmp_path):
+    run_on_ranks(check_settling, 2, tmp_path)
+
+
+def check_failing_method(rank, world_size):
+    """A method that fails on one rank in a trial is left out with its reason, and the others are tried."""
+    found = start(height=64, width=64)
+    pipeline = load_pipeline(found.spec, found.load, device=torch.device("cpu"))
+    subject = PipelineSubject(pipeline, prewarm_request(found.spec, replace(found.load, prewarm_steps=20)))
+    attach = subject.attach
+
+    def fail_on_one_rank(backend):
+        if backend.plan.describe().startswith("distrifuser: cfg 2") and rank == 1:
+            raise RuntimeError("this rank cannot")
+        attach(backend)
+
+    subject.attach = fail_on_one_rank
+    trials = Trials(subject, spec=found.spec, rank=rank, world_size=world_size, halves=2)
+    measured = trials.measure(candidates_of(found.auto), quality="exact", num_steps=20)
+    assert measured.failures["distrifuser cfg 2"] == "RuntimeError: this rank cannot"
+    assert "single" in measured.steps and "distrifuser cfg 2" not in measured.steps
+    other = next(candidate for candidate in candidates_of(found.auto) if candidate.name == "distrifuser patch 2 full_sync")
+    step_s, failure = trials.trial(other)
+    assert (failure, step_s > 0) == ("", True)
+
+
+def test_a_method_that_fails_in_its_trial_is_left_out_with_the_reason(run_on_ranks):
+    run_on_ranks(check_failing_method, 2)
+
+
+ARGUMENTS = ("--type=sdxl", "--nproc_per_node=2", "--height=64", "--width=64", "--mode=latency", "--quality=exact")
+
+
+@pytest.fixture
+def measured_before(tmp_path):
+    """Arguments of a launch whose steps were measured before, bands being the quickest."""
+    found = start(height=64, width=64, mode="latency", quality="exact")
+    steps = {"single": 1.0, "distrifuser patch 2 full_sync": 0.5, "distrifuser cfg 2": 0.7}
+    remember(tmp_path, found.auto.key, with_steps(found, steps=steps))
+    return (*ARGUMENTS, f"--checkpoint={checkpoint('sdxl')}", f"--state_dir={tmp_path}")
+
+
+def test_check_tells_the_table_and_goes_by_what_was_measured_before(measured_before):
+    checked = json.loads(run_launcher(*measured_before, "--check", "--json").stdout)
+    assert (checked["backend"], checked["axes"]) == ("distrifuser", {"patch": 2})
+    assert checked["planner"]["source"] == "measured 2026-01-01"
+    assert "* distrifuser patch 2 full_sync" in run_launcher(*measured_before, "--check").stdout
+
+
+@pytest.mark.slow
+def test_host_tells_the_table_of_the_check_and_goes_by_it(measured_before):
+    checked = json.loads(run_launcher(*measured_before, "--check", "--json").stdout)
+    with start_launcher(*measured_before) as host:
+        host.wait_until_ready()
+        told = host.get("/settings").json()
+        assert told["planner"] == checked["planner"] and told["planner"]["source"] == "measured 2026-01-01"
+        assert (told["backend"], told["axes"], told["options"]["sync_mode"]) == ("distrifuser", {"patch": 2}, "full_sync")
+        assert host.post({"positive": "a red circle", "seed": 3, "steps": 3}).status_code == 200
+        assert "backends.autotune.trials" not in host.log and "* distrifuser patch 2 full_sync" in host.log
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_host_measures_at_its_first_start_and_remembers_at_its_second(tmp_path):
+    """The picture is that of the same method chosen by name."""
+    arguments = (*ARGUMENTS, f"--checkpoint={checkpoint('sdxl')}")
+    with start_launcher(*arguments, f"--state_dir={tmp_path}") as host:
+        host.wait_until_ready()
+        told = host.get("/settings").json()
+        assert told["planner"]["source"].startswith("measured 20") and "backends.autotune.trials: tried single, " in host.log
+        first = picture_of(host)
+    with start_launcher(*arguments, f"--state_dir={tmp_path}") as host:
+        host.wait_until_ready()
+        assert host.get("/settings").json()["planner"] == told["planner"] and "backends.autotune.trials" not in host.log
+    named = ["--no_split_batch", f"--sync_mode={told['options']['sync_mode']}"] if "patch 2" in told["planner"]["choice"] else []
+    with start_launcher(*arguments, f"--backend={told['backend']}", *named) as host:
+        host.wait_until_ready()
+        assert np.array_equal(picture_of(host), first)
+
+
+def picture_of(host):
+    body = host.post({"positive": "a red circle", "seed": 3, "steps": 3}).json()
+    return np.asarray(decode(body["output"]))

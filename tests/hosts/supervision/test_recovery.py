@@ -1,0 +1,82 @@
+"""What is left of a host's jobs when the whole host goes: killed, told to stop, started again with the same --state_dir."""
+
+import fcntl
+import io
+import os
+import signal
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hosts.supervision.temp_folder import ALIVE, PREFIX, remove_leftovers
+from tests.checkpoints import checkpoint
+from tests.hosts.harness import start_launcher, wait_until
+
+BODY = {"positive": "a red car", "steps": 2, "seed": 5}
+
+
+def start(folder):
+    return start_launcher("--type=sdxl", f"--checkpoint={checkpoint('sdxl')}", "--height=64", "--width=64", f"--state_dir={folder}")
+
+
+def send(host, body, **headers):
+    return host.session.post(host.url("/v1/jobs"), json=body, headers=headers, timeout=20).json()
+
+
+def state(host, job):
+    return host.get(f"/v1/jobs/{job['id']}").json()
+
+
+def wait_for(host, job, name):
+    wait_until(lambda: state(host, job)["state"] == name, within_s=60, what=f"job {job['id']} is {name}")
+    return state(host, job)
+
+
+def picture(host, job):
+    return np.asarray(Image.open(io.BytesIO(host.get(f"/v1/jobs/{job['id']}/result").content)))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_jobs_outlive_a_killed_and_a_stopped_host(tmp_path):
+    folder = tmp_path / "state"
+    with start(folder) as host:
+        host.wait_until_ready()
+        done = send(host, BODY, **{"Idempotency-Key": "mine"})
+        wait_for(host, done, "done")
+        drawn = picture(host, done)
+        running = send(host, {**BODY, "steps": 900})
+        waiting = send(host, {**BODY, "positive": "a blue car"})
+        wait_for(host, running, "running")
+        host.session.close()
+        host.signal_and_wait(signal.SIGKILL, within_s=3)
+    with start(folder) as host:
+        host.wait_until_ready()
+        assert (picture(host, done) == drawn).all()
+        assert send(host, BODY, **{"Idempotency-Key": "mine"})["id"] == done["id"]
+        wait_until(lambda: state(host, running)["step"] > 0, within_s=60, what="the job runs again")
+        assert state(host, running)["attempts"] == 2 and state(host, waiting)["position"] == 1
+        host.session.close()
+        host.signal_and_wait(signal.SIGTERM, within_s=10)
+    with start(folder) as host:
+        host.wait_until_listening()
+        facts = state(host, running)
+        assert (facts["state"], facts["attempts"], facts["seconds"]) == ("queued", 1, None), "stopping the host cost it an attempt"
+        host.session.delete(host.url(f"/v1/jobs/{running['id']}"), timeout=20)
+        assert wait_for(host, waiting, "done")["attempts"] == 1
+        assert state(host, running)["state"] == "cancelled"
+        assert (picture(host, waiting) != drawn).any()
+
+
+def test_folders_of_dead_launchers_are_removed_and_no_others(tmp_path):
+    names = ("dead", "young", "alive")
+    for name in names:
+        (tmp_path / f"{PREFIX}{name}" / "state").mkdir(parents=True)
+        (tmp_path / f"{PREFIX}{name}" / ALIVE).touch()
+        os.utime(tmp_path / f"{PREFIX}{name}", (0, 0) if name != "young" else None)
+    (tmp_path / "somebody-elses").mkdir()
+    with (tmp_path / f"{PREFIX}alive" / ALIVE).open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{PREFIX}alive", f"{PREFIX}young", "somebody-elses"]
