@@ -1,4 +1,4 @@
-# make demo: one picture from two ranks on this machine. make test: the tests. Each sets up .venv by itself.
+# make demo: one image from two ranks on this machine. make test: the tests. Each sets up .venv by itself.
 PYTHON ?= python3
 PORT ?= 6000
 BIN := .venv/bin

@@ -46,12 +46,12 @@ class ModelSpec:
     guidance: 'cfg' runs two halves, 'distilled' feeds the scale to the model, 'frame_ramp' is svd's per-frame scale.
     guidance_calls: of the denoiser per step with guidance on: 1 takes both halves as one batch, 2 one after the other.
     guidance_argument: the call's argument for the scale. empty_negative: what stands for no negative prompt where the call needs one.
-    batches: a row of a batch equals the picture alone, so that several jobs may share a call (a test shows it).
-    batch: 'list' where pipeline and denoiser take a list with one entry per picture instead of one tensor.
+    batches: a row of a batch equals the image alone, so that several jobs may share a call (a test shows it).
+    batch: 'list' where pipeline and denoiser take a list with one entry per image instead of one tensor.
     blocks: lists of a transformer's blocks, in the order in which they run.
     requires: inputs that every request must bring. call: fixed extra arguments of the pipeline call.
     components: what must be loaded besides the checkpoint folder, unless the folder holds it.
-    controlnet: pipeline and model class to use, and the call's argument for the picture. ip_adapter: class of its image encoder.
+    controlnet: pipeline and model class to use, and the call's argument for the image. ip_adapter: class of its image encoder.
     compel: text encoder -> what Compel takes of it: 'last' or 'penultimate' states (and '+ pooled'), or 'pooled' alone.
     demo: checkpoint below the repository for starting without --checkpoint, and its own default size, steps and guidance.
     """

@@ -81,14 +81,14 @@ class LoadRequest:
 
 
 class GenerateRequest(BaseModel):
-    """One picture (or one video) to make. A field left out takes the model type's default from the model table."""
+    """One image (or one video) to make. A field left out takes the model type's default from the model table."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
-    prompt: Annotated[str | None, Field(description="What the picture shows.")] = None
+    prompt: Annotated[str | None, Field(description="What the image shows.")] = None
     negative_prompt: Annotated[str | None, Field(description="What it must not show.")] = None
     seed: Annotated[
-        int | None, Field(ge=-(2**63), le=2**63 - 1, description="Same seed, same picture. Absent or negative: drawn at random.")
+        int | None, Field(ge=-(2**63), le=2**63 - 1, description="Same seed, same image. Absent or negative: drawn at random.")
     ] = None
     num_inference_steps: Annotated[int | None, Field(ge=1, le=MAX_STEPS, description="Sampling steps.")] = None
     guidance_scale: Annotated[float | None, Field(ge=0, le=1000, description="How closely to follow the prompt; 0 or 1 is off.")] = None
@@ -97,7 +97,7 @@ class GenerateRequest(BaseModel):
     clip_skip: Annotated[int | None, Field(ge=0, le=12, description="Layers of the CLIP text encoder to skip at its end.")] = None
     scheduler: Annotated[dict[str, Any] | str | None, Field(description="Sampler name, or its name and settings.")] = None
     latents: Annotated[Array | None, Field(description="float32 (1, C, height / 8, width / 8), unscaled VAE space: where to start.")] = None
-    init_image: Annotated[Image.Image | None, Field(description="The picture to start from, scaled to the size; see strength.")] = None
+    init_image: Annotated[Image.Image | None, Field(description="The image to start from, scaled to the size; see strength.")] = None
     mask_image: Annotated[Image.Image | None, Field(description="White where init_image may change, black where it stays.")] = None
     strength: Annotated[float, Field(ge=0, le=1, description="How much of latents or init_image may change: 1 is all, 0 nothing.")] = 1.0
     denoising_end: Annotated[float, Field(ge=0, le=1, description="Stop after this share of the noise levels.")] = 1.0
@@ -112,10 +112,10 @@ class GenerateRequest(BaseModel):
     pooled_prompt_embeds: Annotated[Array | None, Field(description="float32 (1, P).")] = None
     negative_prompt_embeds: Annotated[Array | None, Field(description="float32 (1, T, D).")] = None
     negative_pooled_prompt_embeds: Annotated[Array | None, Field(description="float32 (1, P).")] = None
-    image: Annotated[Image.Image | None, Field(description="The picture to animate or to enlarge.")] = None
-    ip_adapter_image: Annotated[Image.Image | list[Image.Image] | None, Field(description="Picture or pictures for the IP-Adapter.")] = None
+    image: Annotated[Image.Image | None, Field(description="The image to animate or to enlarge.")] = None
+    ip_adapter_image: Annotated[Image.Image | list[Image.Image] | None, Field(description="Image or images for the IP-Adapter.")] = None
     ip_adapter_scale: Annotated[float | None, Field(ge=-10, le=10, description="Weight of the IP-Adapter.")] = None
-    control_image: Annotated[Image.Image | list[Image.Image] | None, Field(description="Picture for the ControlNet (or each).")] = None
+    control_image: Annotated[Image.Image | list[Image.Image] | None, Field(description="Image for the ControlNet (or each).")] = None
     controlnet_conditioning_scale: Annotated[Weight | list[Weight] | None, Field(description="Weight of the ControlNet, or of each.")] = (
         None
     )
@@ -125,7 +125,7 @@ class GenerateRequest(BaseModel):
     num_frames: Annotated[int | None, Field(ge=1, le=512, description="Frames of a video.")] = None
     decode_chunk_size: Annotated[int | None, Field(ge=1, le=512, description="Frames decoded at once.")] = None
     motion_bucket_id: Annotated[int | None, Field(ge=0, le=1023, description="Amount of motion (svd).")] = None
-    noise_aug_strength: Annotated[float | None, Field(ge=0, le=10, description="Noise on the conditioning picture (svd).")] = None
+    noise_aug_strength: Annotated[float | None, Field(ge=0, le=10, description="Noise on the conditioning image (svd).")] = None
     compel: Annotated[bool | None, Field(description="Whether Compel reads prompt weights, on a host that has it (--compel).")] = None
     warmup_steps: Annotated[
         int | None, Field(ge=0, le=MAX_STEPS, description="Steps run synchronously at the start, for approximate methods.")
@@ -135,12 +135,12 @@ class GenerateRequest(BaseModel):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateResult:
-    """Pictures on the CPU.
+    """Images on the CPU.
 
-    frames: uint8 (N, H, W, 3); N is 1 for a picture, the number of frames for a video.
+    frames: uint8 (N, H, W, 3); N is 1 for an image, the number of frames for a video.
     latents: float32 (1, C, h, w) in unscaled VAE space, or None for types that do not give them.
     num_steps: scheduler steps really executed.
-    resolved: the request with every default filled in, pictures and arrays left out.
+    resolved: the request with every default filled in, images and arrays left out.
     """
 
     frames: Array

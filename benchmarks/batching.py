@@ -1,9 +1,9 @@
-"""What a picture costs in a batch, against alone: one rank, the demo model.
+"""What an image costs in a batch, against alone: one rank, the demo model.
 
     python -m benchmarks.batching [--sizes 128,256] [--batches 1,2,4] [--steps 12] [--rounds 3]
 
 Loads the model once, in this process, with one thread on a CPU. Makes batches of each size in turns and prints JSON: the median seconds per
-picture of each, and as a share of a picture alone. hosts/jobs/batch_size.py finds the same out while a host serves.
+image of each, and as a share of an image alone. hosts/jobs/batch_size.py finds the same out while a host serves.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def measured(pipeline: LoadedPipeline, side: int, batches: list[int], *, steps: int, rounds: int) -> dict[str, dict[int, float]]:
-    """Of pictures of side x side pixels."""
+    """Of images of side x side pixels."""
     made: dict[int, list[float]] = {batch: [] for batch in batches}
     for number in range(rounds + 1):
         for batch, seconds in made.items():
@@ -63,7 +63,7 @@ def measured(pipeline: LoadedPipeline, side: int, batches: list[int], *, steps: 
                 seconds.append((time.perf_counter() - started) / batch)
     medians = {batch: statistics.median(seconds) for batch, seconds in made.items()}
     return {
-        "seconds_per_picture": {batch: round(seconds, 4) for batch, seconds in medians.items()},
+        "seconds_per_image": {batch: round(seconds, 4) for batch, seconds in medians.items()},
         "share_of_alone": {batch: round(seconds / medians[min(medians)], 3) for batch, seconds in medians.items()},
     }
 

@@ -1,8 +1,8 @@
-"""python -m benchmarks.chaos --rounds=100: break a host of two ranks again and again while clients want pictures, and count what is lost.
+"""python -m benchmarks.chaos --rounds=100: break a host of two ranks again and again while clients want images, and count what is lost.
 
 Each round strikes one rank at a random moment (idle, in a step, in a decode, while it loads after the round before): SIGKILL, SIGSTOP (a
 rank that hangs), or an exception. Then it waits until the host draws again. At the end every job that the host has accepted must be done
-with the picture it would have been without faults, or failed with a reason. Prints JSON; lost and wrong_pictures must be 0.
+with the image it would have been without faults, or failed with a reason. Prints JSON; lost and wrong_images must be 0.
 """
 
 import argparse
@@ -33,9 +33,9 @@ PLACES = {"exception in the denoiser": "denoiser", "exception in the decoder": "
 PROMPTS = ("a red circle on a blue background", "a yellow star", "a green square")
 SEEDS = (1, 2)
 OUTSTANDING = 3
-Picture = np.ndarray
+Pixels = np.ndarray
 ROUNDING_LEVELS = 2
-"""Of 255, by which two pictures of one seed may differ: jobs that wait are drawn by one rank each, which sums in another order than two."""
+"""Of 255, by which two images of one seed may differ: jobs that wait are drawn by one rank each, which sums in another order than two."""
 AGAIN_SHARE = 0.2
 """Of the rounds in which a second rank is killed while the host still recovers from the first."""
 RECOVERED_WITHIN_S = 420
@@ -61,7 +61,7 @@ def main() -> None:
         with start_launcher(*arguments, environment={"PYTHONPATH": str(FAULTS_FOLDER), "FAULT_FILE": str(fault_file)}) as host:
             result = run(host, fault_file, options)
     print(json.dumps(result, indent=2))
-    sys.exit(1 if result["lost"] or result["wrong_pictures"] or result["is_stuck"] else 0)
+    sys.exit(1 if result["lost"] or result["wrong_images"] or result["is_stuck"] else 0)
 
 
 def run(host: RunningHost, fault_file: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def run(host: RunningHost, fault_file: Path, options: argparse.Namespace) -> dic
 
 
 def one_round(host: RunningHost, load: "Load", fault_file: Path, kind: str, *, rank: int, chance: random.Random) -> float:
-    """Seconds from the fault until the host has drawn another picture."""
+    """Seconds from the fault until the host has drawn another image."""
     time.sleep(chance.uniform(0, 0.6))
     if kind in PLACES:
         since = time.monotonic()
@@ -105,9 +105,9 @@ def one_round(host: RunningHost, load: "Load", fault_file: Path, kind: str, *, r
             time.sleep(chance.uniform(0, 3))  # somewhere in the load
             new[chance.randrange(2)].kill()
             wait_for_ranks(host, set(old.values()) | set(new.values()))
-        wait_until(host, lambda: host.status() == 200, "the model was loaded again")  # until then, pictures are those of before
+        wait_until(host, lambda: host.status() == 200, "the model was loaded again")  # until then, images are those of before
     drawn = load.num_over
-    wait_until(host, lambda: load.num_over > drawn, "a picture was drawn after the fault")
+    wait_until(host, lambda: load.num_over > drawn, "an image was drawn after the fault")
     return time.monotonic() - since
 
 
@@ -137,7 +137,7 @@ class Stuck(Exception):
 
 
 class Load(threading.Thread):
-    """A client that always wants some pictures, and remembers what it was promised."""
+    """A client that always wants some images, and remembers what it was promised."""
 
     def __init__(self, host: RunningHost, *, steps: int) -> None:
         super().__init__(daemon=True)
@@ -146,19 +146,19 @@ class Load(threading.Thread):
         self._session = session()
         self._stopping = threading.Event()
         self._number = 0
-        self.references: dict[tuple[str, int], Picture] = {}
+        self.references: dict[tuple[str, int], Pixels] = {}
         self.accepted: dict[str, tuple[str, int]] = {}
         self.over: dict[str, dict[str, Any]] = {}
-        self.pictures: dict[str, Picture] = {}
+        self.images: dict[str, Pixels] = {}
         self.num_changed = 0
-        """Jobs whose picture was another one when it was fetched again."""
+        """Jobs whose image was another one when it was fetched again."""
 
     @property
     def num_over(self) -> int:
         return len(self.over)
 
     def draw_references(self) -> None:
-        """Every picture once, before anything goes wrong."""
+        """Every image once, before anything goes wrong."""
         for prompt in PROMPTS:
             for seed in SEEDS:
                 answer = self._host.post(self._body(prompt, seed), headers={"Accept": "image/png"})
@@ -205,11 +205,11 @@ class Load(threading.Thread):
         if answer is None or answer.status_code != 200:
             return False
         made = pixels(answer.content)
-        self.num_changed += not np.array_equal(self.pictures.setdefault(job_id, made), made)
+        self.num_changed += not np.array_equal(self.images.setdefault(job_id, made), made)
         return True
 
     def fetch_again(self) -> None:
-        """Every picture once more: it must be the one that was delivered."""
+        """Every image once more: it must be the one that was delivered."""
         for job_id, facts in self.over.items():
             if facts["state"] == "done" and not self._fetch(job_id):
                 facts["state"] = "lost"
@@ -221,7 +221,7 @@ class Load(threading.Thread):
         return None
 
 
-def pixels(png: bytes) -> Picture:
+def pixels(png: bytes) -> Pixels:
     """int16 (height, width, 3)."""
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(np.int16)
 
@@ -230,7 +230,7 @@ def report(load: Load, struck: list[tuple[str, float]], *, wall_s: float) -> dic
     load.fetch_again()
     states = Counter(facts["state"] for facts in load.over.values())
     lost = [job_id for job_id in load.accepted if load.over.get(job_id, {"state": "lost"})["state"] == "lost"]
-    apart = [int(np.abs(made - load.references[load.accepted[job_id]]).max()) for job_id, made in load.pictures.items()]
+    apart = [int(np.abs(made - load.references[load.accepted[job_id]]).max()) for job_id, made in load.images.items()]
     seconds = [one for _, one in struck] or [0.0]
     by_kind = {kind: [one for name, one in struck if name == kind] for kind in KINDS}
     return {
@@ -241,7 +241,7 @@ def report(load: Load, struck: list[tuple[str, float]], *, wall_s: float) -> dic
         "reasons": sorted({facts["error"] for facts in load.over.values() if facts["state"] == "failed"})[:5],
         "begun_more_than_once": sum(facts.get("attempts", 1) > 1 for facts in load.over.values()),
         "lost": len(lost),
-        "wrong_pictures": sum(levels > ROUNDING_LEVELS for levels in apart) + load.num_changed,
+        "wrong_images": sum(levels > ROUNDING_LEVELS for levels in apart) + load.num_changed,
         "rounded_otherwise": sum(0 < levels <= ROUNDING_LEVELS for levels in apart),
         "furthest_levels": max(apart, default=0),
         "recovery_worst_s": round(max(seconds), 2),

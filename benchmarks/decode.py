@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from backends.parallel.distributed import Mesh, gather_outcomes
-from backends.parallel.vae import attach_band_decode, detach_band_decode
+from backends.parallel.vae import attach_patch_decode, detach_patch_decode
 from backends.plan import ParallelPlan
 from benchmarks.closeness import psnr
 from benchmarks.machine import Clock
@@ -27,10 +27,10 @@ def measure_decode(rank: int, world_size: int, *, side: int, rounds: int) -> dic
             alone, wanted = _decode(vae, latents) if rank == 0 else (None, None)
             alone = gather_outcomes(alone)[0]
             mesh.traffic.reset()
-            attach_band_decode(vae, mesh)
+            attach_patch_decode(vae, mesh)
             dist.barrier()
             together, got = _decode(vae, latents)
-            detach_band_decode(vae)
+            detach_patch_decode(vae)
             rows.append((alone, gather_outcomes(together)))
     finally:
         mesh.destroy()

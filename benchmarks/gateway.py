@@ -2,10 +2,10 @@
 
     python -m benchmarks.gateway [--requests 20] [--jobs 20] [--steps 12] [--size 128]
 
-1. Milliseconds that the gateway adds to a small picture, sent in turns to it and to a host of its own: the difference of the medians.
+1. Milliseconds that the gateway adds to a small image, sent in turns to it and to a host of its own: the difference of the medians.
 2. How many of `--jobs` jobs, sent at once, each replica does.
 3. One replica's launcher is killed (SIGKILL) in the middle of `--jobs` jobs: jobs that are lost, seconds until the replica's job is begun
-   again, and until there are two replicas again. Every picture is compared with that of the same seed from before.
+   again, and until there are two replicas again. Every image is compared with that of the same seed from before.
 4. One replica, two at most: seconds until a burst of jobs has brought the second, and until idleness has taken one away.
 Needs two free cores, and about 5 GB.
 """
@@ -49,8 +49,8 @@ def main() -> None:
         with started(options.port + 1) as host:
             wait_until(lambda: host.health()["phase"] == "ready")
             figures["overhead"] = tell(overhead(gateway, host, options.requests))
-        figures["routing"], pictures = routing(gateway, body, options.jobs)
-        figures["kill"] = kill(gateway, body, pictures)
+        figures["routing"], images = routing(gateway, body, options.jobs)
+        figures["kill"] = kill(gateway, body, images)
         tell([figures["routing"], figures["kill"]])
     with started(options.port, "--engine=ray", "--min_replicas=1", "--max_replicas=2", f"--idle_seconds={IDLE_S}") as gateway:
         wait_until(lambda: num_ready(gateway) == 1)
@@ -81,7 +81,7 @@ def overhead(gateway: Client, host: Client, number: int) -> dict[str, float]:
 
 
 def routing(gateway: Client, body: dict[str, Any], number: int) -> tuple[dict[str, Any], list[bytes]]:
-    """Share of jobs that were sent at once, and their pictures by seed."""
+    """Share of jobs that were sent at once, and their images by seed."""
     before = done(gateway)
     begun = time.perf_counter()
     jobs = [gateway.submit(**body, seed=seed) for seed in range(number)]
@@ -94,18 +94,18 @@ def routing(gateway: Client, body: dict[str, Any], number: int) -> tuple[dict[st
     return figures, [job.result() for job in jobs]
 
 
-def kill(gateway: Client, body: dict[str, Any], pictures: list[bytes]) -> dict[str, Any]:
-    """Lost are jobs that end in anything but their picture."""
+def kill(gateway: Client, body: dict[str, Any], images: list[bytes]) -> dict[str, Any]:
+    """Lost are jobs that end in anything but their image."""
     before = sum(done(gateway).values())
-    jobs = [gateway.submit(**body, seed=seed) for seed in range(len(pictures))]
-    wait_until(lambda: sum(done(gateway).values()) >= before + len(pictures) // 4 and all(busy(gateway)))
+    jobs = [gateway.submit(**body, seed=seed) for seed in range(len(images))]
+    wait_until(lambda: sum(done(gateway).values()) >= before + len(images) // 4 and all(busy(gateway)))
     victim = replicas(gateway)[0]
     (hit,) = victim["jobs"]
     os.kill(victim["pid"], signal.SIGKILL)
     begun = time.perf_counter()
     wait_until(lambda: is_begun_elsewhere(gateway, hit, victim["name"]) or gateway.job(hit).state.is_over)
     again_s = time.perf_counter() - begun
-    lost = [seed for seed, job in enumerate(jobs) if not is_done(job) or job.result() != pictures[seed]]
+    lost = [seed for seed, job in enumerate(jobs) if not is_done(job) or job.result() != images[seed]]
     wait_until(lambda: num_ready(gateway) == 2)
     return {"lost": len(lost), "job_begun_again_s": round(again_s, 2), "two_replicas_again_s": round(time.perf_counter() - begun, 1)}
 

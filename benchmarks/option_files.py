@@ -11,7 +11,7 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import quantize
 from safetensors.torch import load_file, save_file
 
-from tests.checkpoints import IP_ADAPTER_FILE, IP_ADAPTER_IMAGE_ENCODER, checkpoint, ip_adapter, load, picture
+from tests.checkpoints import IP_ADAPTER_FILE, IP_ADAPTER_IMAGE_ENCODER, checkpoint, image, ip_adapter, load
 from tests.checkpoints.adapters import IP_ADAPTERS
 from tests.checkpoints.lora import PROJECTION, factors
 
@@ -78,4 +78,4 @@ def gguf_file(name: str, folder: Path, kind: str) -> Path:
 
 
 def hint():
-    return picture(512)
+    return image(512)

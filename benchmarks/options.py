@@ -1,9 +1,9 @@
 """What each option costs in memory and time, on one rank: prints JSON.
 
-    python -m benchmarks.options [--steps 4] [--pictures 3] [--only lora,quantize_int8] [--compile] [--side 512]
+    python -m benchmarks.options [--steps 4] [--images 3] [--only lora,quantize_int8] [--compile] [--side 512]
 
 Each row is a process of its own that takes the row's command-line arguments as launcher.py does, loads a checkpoint of random weights
-(option_files.py) and draws pictures. Plain rows are measured first and again at the end: their spread says how quiet the machine was.
+(option_files.py) and draws images. Plain rows are measured first and again at the end: their spread says how quiet the machine was.
 CPU seconds of one thread are compared, because wall time on a busy machine says nothing. --compile adds what inductor needs minutes for.
 """
 
@@ -63,7 +63,7 @@ def rows(folder: Path, *, with_compile: bool) -> dict[str, dict[str, Any]]:
     }
 
 
-def measure(row: Mapping[str, Any], *, steps: int, pictures: int, side: int) -> dict[str, Any]:
+def measure(row: Mapping[str, Any], *, steps: int, images: int, side: int) -> dict[str, Any]:
     """One row, in this process: seconds of CPU to load and to draw, and memory."""
     import torch
 
@@ -89,7 +89,7 @@ def measure(row: Mapping[str, Any], *, steps: int, pictures: int, side: int) -> 
     fields = {name: files.hint() if value == "hint" else value for name, value in row.get("request", {}).items()}
     fields = {"prompt": "a red car", "seed": 1, "num_inference_steps": steps, "height": side, "width": side} | fields
     drawn, report = [], {}
-    for _ in range(pictures):
+    for _ in range(images):
         began = Clock.now()
         report = pipe.generate(GenerateRequest(**fields)).report
         drawn.append(Clock.now().since(began))
@@ -98,7 +98,7 @@ def measure(row: Mapping[str, Any], *, steps: int, pictures: int, side: int) -> 
         "arguments": list(row.get("arguments", ())),
         "load_cpu_s": round(loading.cpu_s, 2),
         "first_cpu_s": round(drawn[0].cpu_s, 2),
-        "picture_cpu_s": round(min(clock.cpu_s for clock in drawn[1:] or drawn), 2),
+        "image_cpu_s": round(min(clock.cpu_s for clock in drawn[1:] or drawn), 2),
         "weights_mb": round(sum(weight_bytes(part) for part in modules.values()) / 1e6, 1),
         "peak_mb": peak_memory_mb(),
         **({"step_cache": report["step_cache"]} if "step_cache" in report else {}),
@@ -108,7 +108,7 @@ def measure(row: Mapping[str, Any], *, steps: int, pictures: int, side: int) -> 
 def in_a_process(row: Mapping[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """`measure` in a process of its own; what it refuses is a result too."""
     command = [sys.executable, "-m", "benchmarks.options", f"--row={json.dumps(row)}", f"--steps={options.steps}"]
-    command += [f"--pictures={options.pictures}", f"--side={options.side}"]
+    command += [f"--images={options.images}", f"--side={options.side}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=ROW_TIMEOUT_S, check=False)
     if done.returncode:
         return {"arguments": list(row.get("arguments", ())), "refused": done.stderr.strip().splitlines()[-1][:300]}
@@ -118,14 +118,14 @@ def in_a_process(row: Mapping[str, Any], options: argparse.Namespace) -> dict[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--pictures", type=int, default=3)
+    parser.add_argument("--images", type=int, default=3)
     parser.add_argument("--side", type=int, default=512)
     parser.add_argument("--only", help="names of rows, with commas")
     parser.add_argument("--compile", action="store_true", help="also what inductor needs minutes for")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.row is not None:
-        print(json.dumps(measure(json.loads(options.row), steps=options.steps, pictures=options.pictures, side=options.side)))
+        print(json.dumps(measure(json.loads(options.row), steps=options.steps, images=options.images, side=options.side)))
         return
     with tempfile.TemporaryDirectory() as folder:
         wanted = rows(Path(folder), with_compile=options.compile)
@@ -136,8 +136,8 @@ def main() -> None:
             print(name, json.dumps(results[name]), file=sys.stderr, flush=True)  # so that a run cut short is not lost
     for name, result in results.items():
         plain = results.get("sd3_plain" if name.startswith("sd3_") else "plain")
-        if plain and "picture_cpu_s" in result:
-            result["picture_ratio"] = round(result["picture_cpu_s"] / plain["picture_cpu_s"], 2)
+        if plain and "image_cpu_s" in result:
+            result["image_ratio"] = round(result["image_cpu_s"] / plain["image_cpu_s"], 2)
             result["peak_more_mb"] = round(result["peak_mb"] - plain["peak_mb"], 1)
     print(json.dumps({"steps": options.steps, "side": options.side, "rows": results}, indent=2))
 

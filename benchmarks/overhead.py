@@ -32,7 +32,7 @@ def main() -> None:
     host = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:
         wait_until_ready(url)
-        ask(url, options.steps, "image/png")  # the first picture pays for first-use costs
+        ask(url, options.steps, "image/png")  # the first image pays for first-use costs
         kinds = {"png": "image/png", "json": "application/json"}
         result = {kind: measure(url, options.requests, options.steps, accept) for kind, accept in kinds.items()}
         print(json.dumps({"requests": options.requests, "steps": options.steps, "ranks": options.ranks, **result}, indent=2))

@@ -31,8 +31,8 @@ from torch import Tensor
 from backends import BACKEND_NAMES, backend_class, planner
 from backends.errors import HostError
 from backends.model_table import read_table
-from backends.parallel.base import Run
-from backends.parallel.distributed import Mesh, Traffic, gather_outcomes
+from backends.parallel.base import RunInfo
+from backends.parallel.distributed import CommStats, Mesh, gather_outcomes
 from backends.request import GenerateRequest
 from benchmarks.closeness import psnr
 from benchmarks.decode import measure_decode
@@ -143,7 +143,7 @@ def _together(
         return {"refused": str(error)}
     size = subject.sample.shape[-1] * 8
     request = GenerateRequest(num_inference_steps=arguments.steps, guidance_scale=5.0, warmup_steps=arguments.warmup_steps)
-    run = Run(request=request, height=size, width=size, num_inference_steps=arguments.steps)
+    run = RunInfo(request=request, height=size, width=size, num_inference_steps=arguments.steps)
     try:
         backend.check(run)
         mesh.traffic.reset()
@@ -173,13 +173,13 @@ def _loop(
     arguments: argparse.Namespace,
     *,
     step_done: Callable[[], None],
-    traffic: Traffic | None = None,
+    traffic: CommStats | None = None,
     neighbour: Neighbour | None = None,
 ) -> tuple[dict[str, Any], Tensor]:
     """One generation. Figures of the steady steps (after the synchronous ones) are medians over steps. traffic: on several ranks."""
     scheduler, sample = subject.pipe.scheduler, subject.sample
     scheduler.set_timesteps(arguments.steps)
-    is_shared, traffic = traffic is not None, traffic or Traffic()
+    is_shared, traffic = traffic is not None, traffic or CommStats()
     reset_peak_memory()
     first_steady = arguments.warmup_steps + 1  # the step before may still lay out buffers
     steps: list[dict[str, float]] = []

@@ -4,7 +4,7 @@
 
 For each network (unet, dit), size of the latents, with and without guidance, on 1 and 2 ranks of one thread: the planner does what it does
 when a host loads (backends/autotune/trials.py: survey one rank, predict, try the best predicted). Then every method is measured in the same way, the
-quickest ones `--rounds` times, and the planner's choice is compared with the quickest (`ratio`, by seconds per picture of `--picture_steps`
+quickest ones `--rounds` times, and the planner's choice is compared with the quickest (`ratio`, by seconds per image of `--image_steps`
 steps; `ratio_of_prediction`: had it chosen by prediction alone).
 """
 
@@ -30,7 +30,7 @@ from backends.autotune.ranking import Measured, Row, choose, rank
 from backends.autotune.trials import WARMUP_STEPS, Trials
 from backends.generation.pipeline import OnStep
 from backends.model_table import read_table
-from backends.parallel.base import Backend, Run
+from backends.parallel.base import Backend, RunInfo
 from backends.parallel.distributed import gather_outcomes
 from backends.request import GenerateRequest
 from benchmarks.models import GUIDANCE, SUBJECTS, Subject, num_parameters
@@ -57,7 +57,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--quality", choices=QUALITIES, default="high")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=1, help="measurements of a method, of which the quickest counts")
-    parser.add_argument("--picture_steps", type=int, default=30)
+    parser.add_argument("--image_steps", type=int, default=30)
     return parser.parse_args()
 
 
@@ -89,7 +89,7 @@ class BenchmarkSubject:
         self._backend: Backend | None = None
         request = GenerateRequest(num_inference_steps=LOOP_STEPS, guidance_scale=GUIDANCE if is_guided else 1.0, warmup_steps=WARMUP_STEPS)
         size = subject.sample.shape[-1] * 8
-        self._run = Run(request=request, height=size, width=size, num_inference_steps=LOOP_STEPS)
+        self._run = RunInfo(request=request, height=size, width=size, num_inference_steps=LOOP_STEPS)
 
     def attach(self, backend: Backend) -> None:
         backend.attach(self._subject.pipe)
@@ -127,7 +127,7 @@ def measure(number: int, arguments: argparse.Namespace, *, model: str, side: int
         halves=2 if is_guided else 1,
     )
     started = time.perf_counter()
-    measured = trials.measure(candidates, quality=arguments.quality, num_steps=arguments.picture_steps)
+    measured = trials.measure(candidates, quality=arguments.quality, num_steps=arguments.image_steps)
     probe_s = time.perf_counter() - started
     best: dict[str, float] = {}
     for _ in range(arguments.rounds):
@@ -143,13 +143,13 @@ def measure(number: int, arguments: argparse.Namespace, *, model: str, side: int
 
 
 def _compare(arguments: argparse.Namespace, candidates: list[Any], measured: Measured, truth: dict[str, float]) -> dict[str, Any]:
-    """The choice and the best, by seconds per picture."""
-    options = {"quality": arguments.quality, "num_steps": arguments.picture_steps}
+    """The choice and the best, by seconds per image."""
+    options = {"quality": arguments.quality, "num_steps": arguments.image_steps}
     by_planner = rank(candidates, measured, **options)
     predicted = rank(candidates, Measured(work=measured.work, link=measured.link), **options)
     true_rows = rank(candidates, Measured(work=measured.work, link=measured.link, steps=truth), **options)
     able = {row.candidate.name: row for row in true_rows if not row.refusal and row.measured_s is not None}
-    best = min(able.values(), key=lambda row: row.picture_s)
+    best = min(able.values(), key=lambda row: row.image_s)
     chosen, guessed = _name(choose(by_planner)), _name(choose(predicted))
     alone = [row for row in by_planner if row.candidate.ranks == 1]
     return {
@@ -157,8 +157,8 @@ def _compare(arguments: argparse.Namespace, candidates: list[Any], measured: Mea
         "choice": chosen,
         "choice_by_prediction": guessed,
         "best": best.candidate.name,
-        "ratio": round(able[chosen].picture_s / best.picture_s, 3),
-        "ratio_of_prediction": round(able[guessed].picture_s / best.picture_s, 3),
+        "ratio": round(able[chosen].image_s / best.image_s, 3),
+        "ratio_of_prediction": round(able[guessed].image_s / best.image_s, 3),
         "link": as_json(measured.link),
         "work": as_json(measured.work),
         "methods": [_method(row, measured) for row in true_rows if row.estimate is not None],
@@ -175,7 +175,7 @@ def _method(row: Row, measured: Measured) -> dict[str, Any]:
         "tried_step_s": None if tried_s is None else round(tried_s, 4),
         "measured_step_s": None if row.measured_s is None else round(row.measured_s, 4),
         "predicted_over_measured": None if row.measured_s is None else round(predicted_s / row.measured_s, 3),
-        "picture_s": round(row.picture_s, 2),
+        "image_s": round(row.image_s, 2),
         "sent_mb": round(row.estimate.sent_bytes / 1e6, 2),
     }
 

@@ -1,4 +1,4 @@
-"""What previews cost: seconds for the small picture of a step, and for its JPEG, as shares of a step of the benchmark's UNet.
+"""What previews cost: seconds for the small image of a step, and for its JPEG, as shares of a step of the benchmark's UNet.
 
     python -m benchmarks.previews [--rounds 5]
 
@@ -37,15 +37,15 @@ def measure(rounds: int) -> dict[str, float]:
     subject.pipe.vae = sdxl_like_vae()
     previewer = Previewer(subject.pipe, spec=read_table()[subject.model_type])
     side = 8 * subject.sample.shape[-1]
-    fit_s, _ = _timed(lambda: previewer.picture(subject.sample, height=side, width=side))
+    fit_s, _ = _timed(lambda: previewer.image(subject.sample, height=side, width=side))
     subject.predict(subject.sample, TIMESTEP)  # the first call pays for first-use costs
-    steps, pictures, files = [], [], []
+    steps, images, files = [], [], []
     for _ in range(rounds):
         steps.append(_timed(lambda: subject.predict(subject.sample, TIMESTEP))[0])
-        seconds, picture = _timed(lambda: previewer.picture(subject.sample, height=side, width=side))
-        pictures.append(seconds)
-        files.append(_timed(lambda: jobs_api._data_url(picture))[0])  # noqa: B023  called at once
-    step_s, preview_s, jpeg_s = (statistics.median(values) for values in (steps, pictures, files))
+        seconds, image = _timed(lambda: previewer.image(subject.sample, height=side, width=side))
+        images.append(seconds)
+        files.append(_timed(lambda: jobs_api._data_url(image))[0])  # noqa: B023  called at once
+    step_s, preview_s, jpeg_s = (statistics.median(values) for values in (steps, images, files))
     figures = {"step_s": step_s, "preview_s": preview_s, "jpeg_s": jpeg_s, "fit_once_s": fit_s}
     shares = {"preview_percent": 100 * preview_s / step_s, "preview_and_jpeg_percent": 100 * (preview_s + jpeg_s) / step_s}
     return {name: round(value, 5) for name, value in (figures | shares).items()}

@@ -1,8 +1,8 @@
-"""How far a backend's settings are from one rank on the demo model: PSNR of the final latents per prompt, and a sheet of the pictures.
+"""How far a backend's settings are from one rank on the demo model: PSNR of the final latents per prompt, and a sheet of the images.
 
     python -m benchmarks.quality --backend distrifuser --prompts 20 --sheet docs/quality_distrifuser.png > result.json
 
-Every rank makes every picture; rank 0 makes the reference first, while the others wait. Same seeds, the sampler of the checkpoint.
+Every rank makes every image; rank 0 makes the reference first, while the others wait. Same seeds, the sampler of the checkpoint.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from torch import Tensor
 from backends import BACKEND_NAMES, backend_class, planner
 from backends.errors import HostError
 from backends.model_table import read_table
-from backends.parallel.base import Run
+from backends.parallel.base import RunInfo
 from backends.parallel.distributed import Mesh, gather_outcomes
 from backends.request import GenerateRequest
 from benchmarks.closeness import psnr
@@ -133,7 +133,7 @@ def _latents(
     request = GenerateRequest(
         prompt=prompt, num_inference_steps=arguments.steps, guidance_scale=arguments.guidance, warmup_steps=warmup_steps
     )
-    run = Run(request=request, height=SIDE, width=SIDE, num_inference_steps=arguments.steps)
+    run = RunInfo(request=request, height=SIDE, width=SIDE, num_inference_steps=arguments.steps)
 
     def step_done(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
         if backend is not None:

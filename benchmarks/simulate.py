@@ -118,8 +118,8 @@ def _facts(row: Row, work: Work, num_steps: int) -> dict[str, Any]:
         "method": row.candidate.name,
         "quality": row.candidate.quality,
         "step_s": round(row.step_s, 5),
-        "picture_s": round(row.picture_s, 3),
-        "speedup": round(work.step_s * num_steps / row.picture_s, 2),
+        "image_s": round(row.image_s, 3),
+        "speedup": round(work.step_s * num_steps / row.image_s, 2),
         "sent_mb": round(row.estimate.sent_bytes / 1e6, 1),
         "memory_gb": round(row.estimate.memory_bytes / 1e9, 1),
     }
@@ -130,14 +130,14 @@ def _table(result: dict[str, Any]) -> list[str]:
     lines = [
         f"{title}, {result['one_rank_step_s']:.3f} s a step on one rank",
         "",
-        "| ranks | Gbit/s | quickest method | s/picture | times one rank | MB sent per step and rank | GB per rank |",
+        "| ranks | Gbit/s | quickest method | s/image | times one rank | MB sent per step and rank | GB per rank |",
         "|---|---|---|---|---|---|---|",
     ]
     for case in result["cases"]:
         for size, best in case["best"].items():
             if size == case["ranks"] or best["method"] == case["choice"]:
                 note = " (chosen)" if best["method"] == case["choice"] else ""
-                figures = f"{best['picture_s']:.2f} | {best['speedup']:.2f} | {best['sent_mb']:.0f} | {best['memory_gb']:.1f}"
+                figures = f"{best['image_s']:.2f} | {best['speedup']:.2f} | {best['sent_mb']:.0f} | {best['memory_gb']:.1f}"
                 lines.append(f"| {size} of {case['ranks']} | {case['link_gbps']:g} | {best['method']}{note} | {figures} |")
     return lines
 

@@ -1,4 +1,4 @@
-"""python -m benchmarks.soak --jobs=1000: many pictures of mixed sizes in a row; is anything left behind?
+"""python -m benchmarks.soak --jobs=1000: many images of mixed sizes in a row; is anything left behind?
 
 Samples each rank's memory, open files and threads, and the number of processes below the launcher. The slope is a straight line fitted
 to the memory after the first fifth of the jobs, in which caches fill. Prints JSON.
@@ -56,7 +56,7 @@ def run(host: RunningHost, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def draw(host: RunningHost, chance: random.Random, *, number: int) -> None:
-    """One picture, every third time through the job API, and every tenth of those cancelled."""
+    """One image, every third time through the job API, and every tenth of those cancelled."""
     body = {
         "prompt": f"a red circle {number}",
         "num_inference_steps": chance.choice(STEPS),

@@ -2,10 +2,10 @@
 
     python benchmarks/throughput.py [--jobs 12] [--rounds 3] [--alone 5] [--steps 12] [--size 256] [--backend distrifuser]
 
-Starts four real hosts with the demo model, each rank with one thread: one rank that makes one picture after the other (--max_batch=1); one
+Starts four real hosts with the demo model, each rank with one thread: one rank that makes one image after the other (--max_batch=1); one
 rank that batches; two ranks; two ranks with --mode=latency. Only one of them works at a time. Prints JSON: jobs per second for `--jobs`
 jobs sent at once to each of the first three, in turns, and the median seconds of jobs sent singly, in turns, to the hosts of two ranks.
-`times_faster` is two ranks over one that makes one picture after the other, `times_faster_than_batching` over one that batches: medians of
+`times_faster` is two ranks over one that makes one image after the other, `times_faster_than_batching` over one that batches: medians of
 the rounds; `by_cpu` is what two cores would give that are wholly the ranks' own: twice the CPU seconds of a job on one rank over those of a
 job on two. Needs two free cores, and about 5 GB.
 """
@@ -88,7 +88,7 @@ class Host:
         return sum(times.user + times.system for times in (process.cpu_times() for process in processes))
 
     def alone(self, seed: int) -> float:
-        """Seconds of one picture, from asking for it to having it."""
+        """Seconds of one image, from asking for it to having it."""
         body = json.dumps({**self._body, "seed": seed}).encode()
         request = urllib.request.Request(f"{self.url}/generate", body, {"Content-Type": "application/json", "Accept": "image/png"})
         started = time.perf_counter()
@@ -120,7 +120,7 @@ def main() -> None:
         hosts = {}
         for number, (name, arguments) in enumerate(kinds.items()):
             hosts[name] = stack.enter_context(started(options.port + number, body, *arguments))
-            hosts[name].alone(0)  # the first picture pays for first-use costs
+            hosts[name].alone(0)  # the first image pays for first-use costs
         for name in AT_ONCE:
             for _ in range(WARM_BURSTS):  # to learn which batches pay
                 hosts[name].burst(options.jobs)

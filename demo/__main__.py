@@ -1,4 +1,4 @@
-"""`make demo`: start two ranks with the demo model, ask for one picture over HTTP, write it, and keep serving.
+"""`make demo`: start two ranks with the demo model, ask for one image over HTTP, write it, and keep serving.
 
 Uses the launcher and the HTTP API as any user would; the standard library is enough.
 """
@@ -23,7 +23,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__)
     parser.add_argument("--port", type=int, default=6000)
     parser.add_argument("--out", type=Path, default=REPOSITORY / "outputs" / "demo.png")
-    parser.add_argument("--once", action="store_true", help="exit after the picture")
+    parser.add_argument("--once", action="store_true", help="exit after the image")
     options = parser.parse_args()
     address = f"http://127.0.0.1:{options.port}"
     # one method by name: for so small a model on a busy machine, measuring might find that one rank is as quick
@@ -35,11 +35,11 @@ def main() -> int:
     try:
         wait_until_ready(address, host)
         started = time.perf_counter()
-        picture = fetch_picture(address, PROMPT)
+        image = fetch_image(address, PROMPT)
         print(f'"{PROMPT}" drawn by two ranks in {time.perf_counter() - started:.1f} s')
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_bytes(picture)
-        print(f"picture: {options.out}\naddress: {address}")
+        options.out.write_bytes(image)
+        print(f"image: {options.out}\naddress: {address}")
         if options.once:
             return 0
         print("serving; Ctrl-C ends it", flush=True)
@@ -68,8 +68,8 @@ def wait_until_ready(address: str, host: subprocess.Popen[bytes]) -> None:
     sys.exit(f"the host was not ready within {READY_WITHIN_S} s")
 
 
-def fetch_picture(address: str, prompt: str) -> bytes:
-    """One picture as PNG."""
+def fetch_image(address: str, prompt: str) -> bytes:
+    """One image as PNG."""
     body = json.dumps({"prompt": prompt, "seed": 1}).encode()
     headers = {"Content-Type": "application/json", "Accept": "image/png"}
     try:

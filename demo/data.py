@@ -1,6 +1,6 @@
-"""Captioned synthetic pictures: soft-shaded shapes on gradient backgrounds.
+"""Captioned synthetic images: soft-shaded shapes on gradient backgrounds.
 
-Used by the training stages, by demo/evaluate.py and by tests. A scene is described in fractions of the picture's
+Used by the training stages, by demo/evaluate.py and by tests. A scene is described in fractions of the image's
 side, so one scene renders at any size. Captions whose key is held out never reach the training sampler.
 """
 
@@ -33,7 +33,7 @@ KIND_SHARES = {"single": 0.5, "count": 0.18, "pair": 0.32}
 HELD_OUT_SHARE = 0.05
 EVALUATION_SEED = 4242
 
-# Radii as fractions of the side. A star reaches 1.1 radii from its centre: shapes of one picture never touch.
+# Radii as fractions of the side. A star reaches 1.1 radii from its centre: shapes of one image never touch.
 SINGLE_RADII = {"small": (0.135, 0.165), "": (0.22, 0.26), "large": (0.33, 0.38)}
 PAIR_RADII = {"small": (0.1, 0.12), "": (0.155, 0.175), "large": (0.2, 0.215)}
 COUNT_RADII = {2: (0.165, 0.185), 3: (0.105, 0.12)}
@@ -230,24 +230,24 @@ def render(scene: Scene, size: int, rng: random.Random) -> np.ndarray:
     dark = scene.background == "black"
     angle, depth = rng.uniform(0, 2 * math.pi), (10 if dark else 12)
     light = -0.7 * depth * (x * math.cos(angle) + y * math.sin(angle)) - 0.6 * depth * (x * x + y * y - 0.6)
-    picture = np.array(COLOURS[scene.background], np.float32) + light[..., None]
+    image = np.array(COLOURS[scene.background], np.float32) + light[..., None]
     for thing in scene.things:
         mask = coverage(thing, size)
         if not dark:  # a shadow on black cannot be seen
-            picture *= 1 - 0.22 * _shadow(mask, size)[..., None]
+            image *= 1 - 0.22 * _shadow(mask, size)[..., None]
         dx, dy, radius = (x + 1) / 2 - thing.x, (y + 1) / 2 - thing.y, thing.radius
         highlight = 26 * np.exp(-((dx + 0.35 * radius) ** 2 + (dy + 0.4 * radius) ** 2) / (0.5 * radius * radius))
         body = np.array(COLOURS[thing.colour], np.float32) + (highlight - 14 * ((dx + dy) / (2 * radius)).clip(-0.4, 1.2))[..., None]
-        picture += (body - picture) * mask[..., None]
-    return picture.clip(0, 255).astype(np.uint8)
+        image += (body - image) * mask[..., None]
+    return image.clip(0, 255).astype(np.uint8)
 
 
-def training_pictures(count: int, *, seed: int, size: int) -> tuple[np.ndarray, list[str]]:
-    """`count` training pictures, (count, size, size, 3) uint8, and their captions."""
+def training_images(count: int, *, seed: int, size: int) -> tuple[np.ndarray, list[str]]:
+    """`count` training images, (count, size, size, 3) uint8, and their captions."""
     rng = random.Random(seed)
-    pictures, captions = np.empty((count, size, size, 3), np.uint8), []
+    images, captions = np.empty((count, size, size, 3), np.uint8), []
     for i in range(count):
         scene = training_scene(rng)
-        pictures[i] = render(scene, size, rng)
+        images[i] = render(scene, size, rng)
         captions.append(scene.caption)
-    return pictures, captions
+    return images, captions

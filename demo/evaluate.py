@@ -1,7 +1,7 @@
 """Measure a checkpoint on the 100 fixed held-out captions: `python -m demo.evaluate demo/checkpoint --size 256`.
 
-Pictures come from the real StableDiffusionXLPipeline with the scheduler saved in the checkpoint. Writes the measures
-as JSON and the pictures as one contact sheet; `--help` needs no torch.
+Images come from the real StableDiffusionXLPipeline with the scheduler saved in the checkpoint. Writes the measures
+as JSON and the images as one contact sheet; `--help` needs no torch.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def load(checkpoint: Path) -> "StableDiffusionXLPipeline":
 
 
 def draw(pipe: "StableDiffusionXLPipeline", captions: list[str], *, seed: int, **inputs: float) -> list[np.ndarray]:
-    """One (H, W, 3) uint8 picture per caption, in one batch; the i-th starts from noise of seed + i."""
+    """One (H, W, 3) uint8 image per caption, in one batch; the i-th starts from noise of seed + i."""
     import torch
 
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(captions))]
@@ -57,7 +57,7 @@ def draw(pipe: "StableDiffusionXLPipeline", captions: list[str], *, seed: int, *
 
 
 def summary(scenes: list[Scene], verdicts: list[dict[str, bool]]) -> dict[str, object]:
-    """Share of right pictures for each measure, `all` for each kind of caption, and what went wrong where."""
+    """Share of right images for each measure, `all` for each kind of caption, and what went wrong where."""
     by_kind: dict[str, list[bool]] = defaultdict(list)
     wrong = {}
     for scene, verdict in zip(scenes, verdicts, strict=True):
@@ -68,14 +68,14 @@ def summary(scenes: list[Scene], verdicts: list[dict[str, bool]]) -> dict[str, o
     return shares | {"all_by_kind": {kind: f"{sum(good)}/{len(good)}" for kind, good in by_kind.items()}, "wrong": wrong}
 
 
-def contact_sheet(pictures: list[np.ndarray]) -> Image.Image:
-    """The pictures in reading order, SHEET_COLUMNS in a row."""
-    rows = -(-len(pictures) // SHEET_COLUMNS)
+def contact_sheet(images: list[np.ndarray]) -> Image.Image:
+    """The images in reading order, SHEET_COLUMNS in a row."""
+    rows = -(-len(images) // SHEET_COLUMNS)
     pitch = SHEET_TILE + 2
     sheet = Image.new("RGB", (SHEET_COLUMNS * pitch, rows * pitch), (128, 128, 128))
-    for i, picture in enumerate(pictures):
+    for i, image in enumerate(images):
         row, column = divmod(i, SHEET_COLUMNS)
-        sheet.paste(Image.fromarray(picture).resize((SHEET_TILE, SHEET_TILE), Image.LANCZOS), (column * pitch, row * pitch))
+        sheet.paste(Image.fromarray(image).resize((SHEET_TILE, SHEET_TILE), Image.LANCZOS), (column * pitch, row * pitch))
     return sheet
 
 
@@ -88,15 +88,15 @@ def evaluate(args: argparse.Namespace) -> dict[str, object]:
     pipe = load(args.checkpoint)
     size = args.size or pipe.default_sample_size * pipe.vae_scale_factor
     inputs = {"height": size, "width": size, "num_inference_steps": args.steps, "guidance_scale": args.guidance}
-    pictures: list[np.ndarray] = []
+    images: list[np.ndarray] = []
     began = time.monotonic()
     for at in range(0, len(scenes), args.batch):
-        pictures += draw(pipe, [scene.caption for scene in scenes[at : at + args.batch]], seed=at, **inputs)
+        images += draw(pipe, [scene.caption for scene in scenes[at : at + args.batch]], seed=at, **inputs)
     seconds = time.monotonic() - began
-    verdicts = [judge(picture, scene) for picture, scene in zip(pictures, scenes, strict=True)]
+    verdicts = [judge(image, scene) for image, scene in zip(images, scenes, strict=True)]
     if args.sheet:
-        contact_sheet(pictures).save(args.sheet, optimize=True)
-    return {"pictures": len(scenes), **inputs, "seconds": round(seconds, 1), **summary(scenes, verdicts)}
+        contact_sheet(images).save(args.sheet, optimize=True)
+    return {"images": len(scenes), **inputs, "seconds": round(seconds, 1), **summary(scenes, verdicts)}
 
 
 def main(argv: list[str] | None = None) -> None:

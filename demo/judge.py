@@ -1,6 +1,6 @@
-"""The programmatic judge: does a picture show what its scene says? Pure numpy and PIL.
+"""The programmatic judge: does an image show what its scene says? Pure numpy and PIL.
 
-Every picture is judged at 128x128 (larger ones are box-filtered down), so figures of different sizes compare.
+Every image is judged at 128x128 (larger ones are box-filtered down), so figures of different sizes compare.
 """
 
 import math
@@ -13,17 +13,17 @@ from demo.data import COLOURS, SHAPES, Scene, Thing, coverage
 SIDE = 128
 TEMPLATE_SIDE = 32
 POSITION_TOLERANCE = 0.14  # of the side
-MIN_COMPONENT = 0.006  # of the picture's area: smaller spots are fringes, not things
-MIN_COLOUR = 0.012  # of the picture's area
+MIN_COMPONENT = 0.006  # of the image's area: smaller spots are fringes, not things
+MIN_COLOUR = 0.012  # of the image's area
 MEASURES = ("colours", "shape", "count", "position", "all")
 
 _NAMES = list(COLOURS)
 _ANCHORS = np.array(list(COLOURS.values()), np.float32)
 
 
-def nearest_colours(picture: np.ndarray) -> np.ndarray:
+def nearest_colours(image: np.ndarray) -> np.ndarray:
     """(H, W, 3) uint8 -> (H, W) index into COLOURS."""
-    distance = ((picture.astype(np.float32)[:, :, None, :] - _ANCHORS) ** 2).sum(-1)
+    distance = ((image.astype(np.float32)[:, :, None, :] - _ANCHORS) ** 2).sum(-1)
     return distance.argmin(-1)
 
 
@@ -87,7 +87,7 @@ def _colours_right(labels: np.ndarray, scene: Scene) -> bool:
 
 
 def _of_colour(labels: np.ndarray, colour: str, wanted: list[Thing]) -> dict[str, bool]:
-    """Shape, count and position of the things of one colour; nothing else of that colour may be in the picture."""
+    """Shape, count and position of the things of one colour; nothing else of that colour may be in the image."""
     found = components(labels == _NAMES.index(colour), int(MIN_COMPONENT * labels.size))
     if len(found) < len(wanted):
         return {"shape": False, "count": False, "position": False}
@@ -100,11 +100,11 @@ def _of_colour(labels: np.ndarray, colour: str, wanted: list[Thing]) -> dict[str
     return {"shape": shape_right, "count": count_right, "position": all(near)}
 
 
-def judge(picture: np.ndarray, scene: Scene) -> dict[str, bool]:
-    """What is right in the picture, (H, W, 3) uint8: the keys of MEASURES, where `all` is all four of the others."""
-    if picture.shape[:2] != (SIDE, SIDE):
-        picture = np.asarray(Image.fromarray(picture).resize((SIDE, SIDE), Image.BOX))
-    labels = nearest_colours(picture)
+def judge(image: np.ndarray, scene: Scene) -> dict[str, bool]:
+    """What is right in the image, (H, W, 3) uint8: the keys of MEASURES, where `all` is all four of the others."""
+    if image.shape[:2] != (SIDE, SIDE):
+        image = np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.BOX))
+    labels = nearest_colours(image)
     right = {"colours": _colours_right(labels, scene), "shape": True, "count": True, "position": True}
     for colour in dict.fromkeys(thing.colour for thing in scene.things):
         wanted = [thing for thing in scene.things if thing.colour == colour]

@@ -1,7 +1,7 @@
 """The fixed linear latent: 16 coefficients of an 8x8 block DCT in an opponent colour basis, softly whitened.
 
 Defined instead of learned, so the UNet trains without a VAE and can be judged through the exact linear inverse;
-the AutoencoderKL of the checkpoint is then trained to map pictures to these latents and back.
+the AutoencoderKL of the checkpoint is then trained to map images to these latents and back.
 """
 
 import math
@@ -13,7 +13,7 @@ from torch import Tensor
 
 BLOCK = 8
 CHANNELS = 16
-# Measured once on 400 pictures: mean of the three DC coefficients, and std ** -0.6 times one common factor.
+# Measured once on 400 images: mean of the three DC coefficients, and std ** -0.6 times one common factor.
 MEAN = (2.5610382, 0.7817863, 0.4129525) + (0.0,) * 13
 SCALE = (
     *(0.1705733, 0.1889774, 0.2569761, 0.6412376, 0.6982330, 0.9359400, 0.6544919, 0.7257248),
@@ -46,9 +46,9 @@ def to_pixels(latents: Tensor) -> Tensor:
     return F.conv_transpose2d(latents / _SCALE + _MEAN, BASIS, stride=BLOCK).clamp(-1, 1)
 
 
-def from_uint8(pictures: np.ndarray) -> Tensor:
+def from_uint8(images: np.ndarray) -> Tensor:
     """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 in [-1, 1]."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def to_uint8(pixels: Tensor) -> np.ndarray:

@@ -93,7 +93,7 @@ class TextToLatents(nn.Module):
         return torch.cat([first, second.hidden_states[-2]], -1), second.text_embeds
 
     def forward(self, latents: Tensor, timestep: Tensor, prompt_embeds: Tensor, pooled: Tensor, pixels: int) -> Tensor:
-        """v for latents (B, 16, h, w) of pictures of `pixels` x `pixels`; timestep (B,) int64."""
+        """v for latents (B, 16, h, w) of images of `pixels` x `pixels`; timestep (B,) int64."""
         time_ids = torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]], dtype=latents.dtype).expand(len(latents), -1)
         added = {"text_embeds": pooled, "time_ids": time_ids}
         return self.unet(latents, timestep, prompt_embeds, added_cond_kwargs=added).sample

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from demo.data import held_out_scenes, training_pictures
+from demo.data import held_out_scenes, training_images
 from demo.judge import MEASURES, judge
 from demo.latents import from_uint8, to_latents, to_pixels, to_uint8
 from demo.model import TextToLatents, load_tokenizer, make_scheduler, start_from, token_ids, train_tokenizer
@@ -28,7 +28,7 @@ LEARNING_RATE = 1e-3
 WARM_UP_STEPS = 60
 BATCH = {128: 16, 256: 8}
 AVERAGE_DECAY = 0.998
-NOISE_BIAS = {128: 0.85, 256: 0.75}  # t = 1000 u ** bias: a larger picture needs more noise to lose its layout
+NOISE_BIAS = {128: 0.85, 256: 0.75}  # t = 1000 u ** bias: a larger image needs more noise to lose its layout
 CHUNK = 1000
 SAVE_EVERY_S = 180.0
 EVALUATE_EVERY_S = 900.0
@@ -38,24 +38,24 @@ GUIDANCE = 2.5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """When the stage ends and how it divides its time between picture sizes."""
+    """When the stage ends and how it divides its time between image sizes."""
 
     seconds: float
     folder: Path
     seed: int = 0
     start: Path | None = None  # earlier checkpoint to start from
-    large_share: float = 0.0  # of the time, on 256 px pictures; one costs about as much as four of 128 px
+    large_share: float = 0.0  # of the time, on 256 px images; one costs about as much as four of 128 px
 
 
 def write_latents(folder: Path, *, size: int, chunks: int, seed: int) -> None:
-    """Cache the latents of `chunks` thousand training pictures; chunks that exist are kept."""
+    """Cache the latents of `chunks` thousand training images; chunks that exist are kept."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(chunks):
         target = folder / f"latents_{size}_{number:03d}.pt"
         if target.exists():
             continue
-        pictures, captions = training_pictures(CHUNK, seed=seed + 1000 * size + number, size=size)
-        latents = torch.cat([to_latents(from_uint8(part)) for part in np.array_split(pictures, 20)])
+        images, captions = training_images(CHUNK, seed=seed + 1000 * size + number, size=size)
+        latents = torch.cat([to_latents(from_uint8(part)) for part in np.array_split(images, 20)])
         torch.save({"latents": latents.half(), "captions": captions}, target.with_suffix(".part"))
         target.with_suffix(".part").replace(target)
 
@@ -139,7 +139,7 @@ class UnetTraining:
         return sum(self.spent.values()) / self.plan.seconds
 
     def next_size(self) -> int:
-        """The picture size that is behind its share of the time."""
+        """The image size that is behind its share of the time."""
         return 256 if self.spent[256] < self.plan.large_share * sum(self.spent.values()) else 128
 
     def learning_rate(self) -> float:
@@ -198,8 +198,8 @@ def sample(training: UnetTraining, captions: list[str], *, pixels: int, steps: i
 def validate(training: UnetTraining, *, pixels: int, count: int = 20) -> dict[str, float]:
     """The judge's measures on held-out captions (not the evaluation set), decoded by the linear inverse."""
     scenes = held_out_scenes(count, seed=VALIDATION_SEED)
-    pictures = to_uint8(to_pixels(sample(training, [scene.caption for scene in scenes], pixels=pixels)))
-    verdicts = [judge(picture, scene) for picture, scene in zip(pictures, scenes, strict=True)]
+    images = to_uint8(to_pixels(sample(training, [scene.caption for scene in scenes], pixels=pixels)))
+    verdicts = [judge(image, scene) for image, scene in zip(images, scenes, strict=True)]
     return {measure: round(sum(verdict[measure] for verdict in verdicts) / count, 3) for measure in MEASURES}
 
 

@@ -16,15 +16,15 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from demo.data import training_pictures
+from demo.data import training_images
 from demo.latents import from_uint8, to_latents
 from demo.model import make_vae
 
 logger = logging.getLogger(__name__)
 
-PICTURES = 1500
-PICTURE_SIZE = 128
-HELD_OUT_PICTURES = 48
+IMAGES = 1500
+IMAGE_SIZE = 128
+HELD_OUT_IMAGES = 48
 LEARNING_RATE = {"decoder": 2e-3, "encoder": 3e-3}
 LATENT_NOISE = 0.2  # largest standard deviation added to the decoder's input
 LOG_EVERY_S = 60.0
@@ -42,18 +42,18 @@ class Plan:
 
 
 def crop_size(progress: float) -> tuple[int, int]:
-    """(batch, side in pixels): small crops first, whole pictures in the last quarter."""
+    """(batch, side in pixels): small crops first, whole images in the last quarter."""
     if progress < 0.2:
         return 32, 32
-    return (16, 64) if progress < 0.75 else (5, PICTURE_SIZE)
+    return (16, 64) if progress < 0.75 else (5, IMAGE_SIZE)
 
 
-def crops(pictures: Tensor, count: int, side: int) -> Tensor:
+def crops(images: Tensor, count: int, side: int) -> Tensor:
     """(count, 3, side, side) float32 in [-1, 1]; of four places on the 8-pixel grid, the busiest."""
     chosen = []
-    for i in torch.randint(len(pictures), (count,)).tolist():
-        corners = (8 * torch.randint(0, (PICTURE_SIZE - side) // 8 + 1, (4, 2))).tolist()
-        cuts = [pictures[i, :, y : y + side, x : x + side] for y, x in corners]
+    for i in torch.randint(len(images), (count,)).tolist():
+        corners = (8 * torch.randint(0, (IMAGE_SIZE - side) // 8 + 1, (4, 2))).tolist()
+        cuts = [images[i, :, y : y + side, x : x + side] for y, x in corners]
         chosen.append(max(cuts, key=lambda cut: cut[:, ::4, ::4].float().var((1, 2)).sum().item()))
     return (torch.stack(chosen).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
@@ -104,9 +104,9 @@ def load_vae(plan: Plan) -> AutoencoderKL:
 def train_vae(plan: Plan) -> None:
     """Train one half for `plan.seconds` of wall time (cosine schedule) and save the VAE in `plan.folder`."""
     torch.manual_seed(plan.seed)
-    pictures, _ = training_pictures(PICTURES, seed=50_000, size=PICTURE_SIZE)
-    pictures = torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()
-    held_out = from_uint8(training_pictures(HELD_OUT_PICTURES, seed=99, size=PICTURE_SIZE)[0])
+    images, _ = training_images(IMAGES, seed=50_000, size=IMAGE_SIZE)
+    images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+    held_out = from_uint8(training_images(HELD_OUT_IMAGES, seed=99, size=IMAGE_SIZE)[0])
     vae = load_vae(plan).to(memory_format=torch.channels_last)
     parts = [vae.decoder, vae.post_quant_conv] if plan.half == "decoder" else [vae.encoder, vae.quant_conv]
     parameters = [parameter for part in parts for parameter in part.parameters()]
@@ -118,7 +118,7 @@ def train_vae(plan: Plan) -> None:
     while (progress := (time.monotonic() - began) / plan.seconds) < 1:
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE[plan.half] * min(1, (step + 1) / 40) * (0.5 + 0.5 * math.cos(math.pi * progress)) + 1e-5
-        loss = loss_of(vae, crops(pictures, *crop_size(progress)))
+        loss = loss_of(vae, crops(images, *crop_size(progress)))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

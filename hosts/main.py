@@ -19,9 +19,9 @@ from hosts.jobs.queue import JobQueue
 from hosts.jobs.store import JobStore
 from hosts.launch.settings import Settings
 from hosts.launch.start_plan import StartPlan, count_gpus, plan_start
-from hosts.ranks.model_control import Errands
+from hosts.ranks.model_control import ModelControl
 from hosts.supervision import log, parent_watch
-from hosts.supervision.exit_reports import Ending, Notes
+from hosts.supervision.exit_reports import ExitReport, RankNotes
 from hosts.supervision.host_state import HostState, Phase
 from hosts.supervision.progress import Activity
 from hosts.supervision.rendezvous import Machines, interface_towards, parse_endpoint
@@ -130,14 +130,14 @@ def run_rank(
         store = _open_store(settings) if place.rank == 0 else None
         queue = _queue(settings, store, place)
         _stop_when_told(settings, place, state, queue, store)
-        errands = Errands(queue, base=settings, plan=partial(_plan, place=place), num_ranks=place.world_size) if waits else None
-        listener = _listen(settings, start, state, queue, errands, patience_s=bind_patience_s) if place.rank == 0 else None
+        control = ModelControl(queue, base=settings, plan=partial(_plan, place=place), num_ranks=place.world_size) if waits else None
+        listener = _listen(settings, start, state, queue, control, patience_s=bind_patience_s) if place.rank == 0 else None
     except ConfigError as error:
         return _fatal(error)
     if problem is None:
         try:
-            if errands is not None:
-                _serve_errands(settings, place, state, queue, store, errands)
+            if control is not None:
+                _serve_errands(settings, place, state, queue, store, control)
             else:
                 problem = _serve(settings, start, place, state, queue, store)
         except ConfigError as error:  # starting again would not help
@@ -173,10 +173,10 @@ def _open_store(settings: Settings) -> JobStore | None:
     return JobStore(folder) if folder is not None else None
 
 
-def _notes(place: Place, *, before: int = 0) -> Notes | None:
+def _notes(place: Place, *, before: int = 0) -> RankNotes | None:
     """Of this attempt, or of so many before it; None without a launcher."""
     folder = os.environ.get(NOTES_FOLDER)
-    return Notes(Path(folder), attempt=place.attempt - before, first_rank=place.local_ranks.start) if folder else None
+    return RankNotes(Path(folder), attempt=place.attempt - before, first_rank=place.local_ranks.start) if folder else None
 
 
 def _queue(settings: Settings, store: JobStore | None, place: Place) -> JobQueue:
@@ -190,26 +190,26 @@ def _serve(
     """Open the groups and run the loop; the error if loading failed. Imports torch, after the port is bound."""
     import_bitsandbytes()
     from backends.parallel import distributed
-    from hosts.ranks.autotune import settle
-    from hosts.ranks.dispatch import FollowerDesk, FrontDesk
+    from hosts.ranks.autotune import tune
+    from hosts.ranks.dispatch import FollowerDispatcher, LeaderDispatcher
     from hosts.ranks.loop import RankLoop
 
     activity = _activity(place)
     others = _meet_machines(settings, start, place, state) if place.is_one_of_several else None
     device = _meet(settings, place, store, activity, others)
     ranks = {"rank": place.rank, "world_size": place.world_size, "device": device}
-    start, pipeline = settle(start, partial(_plan, settings, place=place), folder=_state_folder(settings), activity=activity, **ranks)
+    start, pipeline = tune(start, partial(_plan, settings, place=place), folder=_state_folder(settings), activity=activity, **ranks)
     mesh = distributed.Mesh(start.plan, rank=place.rank, device=device)
     state.tell({**start.facts(), "device": str(device)})
     logger.info("%s on %s", start.plan.describe(), device)
     for reason in start.facts()["reasons"]:
         logger.info("chosen: %s", reason)
-    lines = distributed.open_lines() if start.teams.plans else {}
+    channels = distributed.open_channels() if start.teams.plans else {}
     sharing = Sharing(spec=start.spec, load=start.load, teams=start.teams, world_size=place.world_size, max_batch=start.max_batch)
-    front = FrontDesk(load=start.load, queue=queue, state=state, sharing=sharing, lines=lines)
-    desk = front if place.rank == 0 else FollowerDesk(rank=place.rank, line=lines.get(0))
+    front = LeaderDispatcher(load=start.load, queue=queue, state=state, sharing=sharing, channels=channels)
+    dispatcher = front if place.rank == 0 else FollowerDispatcher(rank=place.rank, line=channels.get(0))
     try:
-        told = {"desk": desk, "activity": activity, "team_plans": start.teams.plans}
+        told = {"desk": dispatcher, "activity": activity, "team_plans": start.teams.plans}
         failure = RankLoop(rank=place.rank, spec=start.spec, mesh=mesh, pipeline=pipeline, **told).run()
     finally:
         mesh.destroy()
@@ -244,7 +244,7 @@ def _meet_machines(settings: Settings, start: StartPlan, place: Place, state: Ho
         within_s=settings.node_timeout,
         facts=start.fingerprint(settings),
     )
-    ending = Ending(why=f"machine {settings.node_rank} was started again", rank=place.rank, is_seen_only=True)
+    ending = ExitReport(why=f"machine {settings.node_rank} was started again", rank=place.rank, is_seen_only=True)
     if (before := _notes(place, before=1)) is not None:
         ending = before.complete(ending)
     waits = partial(state.become, Phase.WAITING)
@@ -284,30 +284,32 @@ def import_bitsandbytes() -> None:
         os.environ[DISABLES_DYNAMO] = given
 
 
-def _serve_errands(settings: Settings, place: Place, state: HostState, queue: JobQueue, store: JobStore | None, errands: Errands) -> None:
+def _serve_errands(
+    settings: Settings, place: Place, state: HostState, queue: JobQueue, store: JobStore | None, control: ModelControl
+) -> None:
     """The same for a host that waits for its pipeline: until told to stop."""
     import_bitsandbytes()
     from backends.parallel import distributed
-    from hosts.ranks.model_loop import Front, WaitingLoop
+    from hosts.ranks.model_loop import LeaderControl, ModelLoop
 
     activity = _activity(place)
     device = _meet(settings, place, store, activity)
-    front = Front(errands=errands, queue=queue, state=state) if place.rank == 0 else None
+    front = LeaderControl(control=control, queue=queue, state=state) if place.rank == 0 else None
     try:
-        loop = WaitingLoop(rank=place.rank, world_size=place.world_size, device=device, plan=errands.plan, front=front, activity=activity)
+        loop = ModelLoop(rank=place.rank, world_size=place.world_size, device=device, plan=control.plan, front=front, activity=activity)
         loop.run()
     finally:
         distributed.shutdown()
 
 
 def _listen(
-    settings: Settings, start: StartPlan | None, state: HostState, queue: JobQueue, errands: Errands | None, *, patience_s: float
+    settings: Settings, start: StartPlan | None, state: HostState, queue: JobQueue, control: ModelControl | None, *, patience_s: float
 ) -> "object":
     from hosts.http.app import Host, create_app
     from hosts.http.server import Listener
 
     spec = start.spec if start is not None else _any_spec(settings)
-    host = Host(settings=settings, spec=spec, queue=queue, state=state, errands=errands)
+    host = Host(settings=settings, spec=spec, queue=queue, state=state, control=control)
     listener = Listener(create_app(host), host=settings.host, port=settings.port)
     listener.bind(patience_s=patience_s)
     listener.serve()
@@ -353,11 +355,11 @@ def _leave(place: Place, queue: JobQueue, store: JobStore | None, error: Excepti
     """This rank cannot go on: say why, answer who waits, and let torchelastic start the set again."""
     gone = parent_watch.absent_ranks(place.local_ranks)
     if gone:
-        ending = Ending(why=f"rank {', '.join(map(str, gone))} was gone", rank=gone[0], is_seen_only=True)
+        ending = ExitReport(why=f"rank {', '.join(map(str, gone))} was gone", rank=gone[0], is_seen_only=True)
     elif place.is_one_of_several:
-        ending = Ending(why=f"rank {place.rank} lost a rank on another machine, or failed: {type(error).__name__}: {str(error)[:500]}")
+        ending = ExitReport(why=f"rank {place.rank} lost a rank on another machine, or failed: {type(error).__name__}: {str(error)[:500]}")
     else:
-        ending = Ending(why=f"rank {place.rank} failed: {type(error).__name__}: {str(error)[:500]}", rank=place.rank)
+        ending = ExitReport(why=f"rank {place.rank} failed: {type(error).__name__}: {str(error)[:500]}", rank=place.rank)
     why = ending.why
     logger.error("rank %d leaves: %s", place.rank, why, exc_info=error if not gone else None)
     if store is not None:

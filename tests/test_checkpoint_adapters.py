@@ -19,7 +19,7 @@ from tests.checkpoints import (
     lora,
     motion_adapter,
     motion_lora,
-    picture,
+    sample_image,
     single_file,
 )
 
@@ -135,7 +135,7 @@ def test_controlnet_follows_its_hint(name, pipeline, model, argument):
     pipe = getattr(diffusers, pipeline).from_pretrained(checkpoint(name), controlnet=net, local_files_only=True)
 
     def image(hint_seed: int, scale: float) -> numpy.ndarray:
-        return image_of(pipe, name, **{argument: picture(64, seed=hint_seed)}, controlnet_conditioning_scale=scale)
+        return image_of(pipe, name, **{argument: sample_image(64, seed=hint_seed)}, controlnet_conditioning_scale=scale)
 
     assert difference(image(0, 1.0), image(0, 0.0)) > VISIBLE
     assert difference(image(0, 1.0), image(1, 1.0)) > VISIBLE
@@ -148,10 +148,10 @@ def test_ip_adapter_follows_its_image_and_scale(plain, name):
     images = {}
     for scale in (0.0, 1.0):
         pipe.set_ip_adapter_scale(scale)
-        images[scale] = image_of(pipe, name, ip_adapter_image=picture(64))
+        images[scale] = image_of(pipe, name, ip_adapter_image=sample_image(64))
     assert difference(images[0.0], plain(name)) < ROUNDING
     assert difference(images[1.0], plain(name)) > VISIBLE
-    assert difference(images[1.0], image_of(pipe, name, ip_adapter_image=picture(64, seed=1))) > VISIBLE
+    assert difference(images[1.0], image_of(pipe, name, ip_adapter_image=sample_image(64, seed=1))) > VISIBLE
 
 
 def load_ip_adapter(pipe, name: str) -> None:

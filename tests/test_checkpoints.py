@@ -10,7 +10,7 @@ import torch
 from tests.checkpoints import NAMES, SD35_MEDIUM, checkpoint, inputs, load
 from tests.checkpoints.cache import cached
 
-VISIBLE = 0.02  # largest difference of a pixel in [0, 1] that counts as another picture; rounding stays below 1e-4
+VISIBLE = 0.02  # largest difference of a pixel in [0, 1] that counts as another image; rounding stays below 1e-4
 FAST = ("sdxl", "svd", "flux")  # a UNet, a video and a transformer; test_pipeline.py draws with all of them
 WITH_PROMPT = [name for name in NAMES if name != "svd"]
 
@@ -21,7 +21,7 @@ def pipelines():
     return functools.cache(load)
 
 
-def picture_of(pipe, name: str, **changes: object) -> numpy.ndarray:
+def image_of(pipe, name: str, **changes: object) -> numpy.ndarray:
     result = pipe(**inputs(name, **changes))
     return numpy.asarray(result.images if hasattr(result, "images") else result.frames)
 
@@ -32,7 +32,7 @@ def difference(one: numpy.ndarray, other: numpy.ndarray) -> float:
 
 @pytest.mark.parametrize("name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in NAMES])
 def test_image_has_the_requested_size_and_is_finite_and_not_flat(pipelines, name):
-    image = picture_of(pipelines(name), name)
+    image = image_of(pipelines(name), name)
     assert image.shape[-3:] == (64, 64, 3)
     assert numpy.isfinite(image).all()
     assert image.std() > VISIBLE
@@ -40,21 +40,21 @@ def test_image_has_the_requested_size_and_is_finite_and_not_flat(pipelines, name
 
 @pytest.mark.parametrize("name", [name if name == "sdxl" else pytest.param(name, marks=pytest.mark.slow) for name in NAMES])
 def test_same_seed_gives_the_same_bits_and_another_seed_another_image(pipelines, name):
-    image = picture_of(pipelines(name), name, seed=1)
-    assert numpy.array_equal(image, picture_of(pipelines(name), name, seed=1))
-    assert difference(image, picture_of(pipelines(name), name, seed=2)) > VISIBLE
+    image = image_of(pipelines(name), name, seed=1)
+    assert numpy.array_equal(image, image_of(pipelines(name), name, seed=1))
+    assert difference(image, image_of(pipelines(name), name, seed=2)) > VISIBLE
 
 
 @pytest.mark.parametrize("name", [name if name == "sdxl" else pytest.param(name, marks=pytest.mark.slow) for name in WITH_PROMPT])
 def test_another_prompt_gives_another_image(pipelines, name):
-    image = picture_of(pipelines(name), name, prompt="a red car")
-    assert difference(image, picture_of(pipelines(name), name, prompt="a blue bird in the snow")) > 5 * VISIBLE
+    image = image_of(pipelines(name), name, prompt="a red car")
+    assert difference(image, image_of(pipelines(name), name, prompt="a blue bird in the snow")) > 5 * VISIBLE
 
 
-def test_another_picture_gives_another_video(pipelines):
+def test_another_image_gives_another_video(pipelines):
     arguments = inputs("svd") | {"image": inputs("svd")["image"].rotate(90)}
     video = numpy.asarray(pipelines("svd")(**arguments).frames)
-    assert difference(video, picture_of(pipelines("svd"), "svd")) > VISIBLE
+    assert difference(video, image_of(pipelines("svd"), "svd")) > VISIBLE
 
 
 @pytest.mark.parametrize(
@@ -76,13 +76,13 @@ def test_variant_generates_and_has_the_config_asked_for(name, variant):
     assert {field: denoiser.config[field] for field in variant} == {
         field: list(value) if isinstance(value, tuple) else value for field, value in variant.items()
     }
-    assert numpy.isfinite(picture_of(pipe, name)).all()
+    assert numpy.isfinite(image_of(pipe, name)).all()
 
 
 def test_gain_makes_attention_matter_more():
     plain, scaled = (load("sd1", attention_gain=gain) for gain in (1.0, None))
     prompts = "a red car", "a blue bird in the snow"
-    effects = [difference(*(picture_of(pipe, "sd1", prompt=prompt) for prompt in prompts)) for pipe in (plain, scaled)]
+    effects = [difference(*(image_of(pipe, "sd1", prompt=prompt) for prompt in prompts)) for pipe in (plain, scaled)]
     assert effects[1] > 2 * effects[0]
 
 

@@ -14,13 +14,13 @@ from torch import nn
 
 from backends.asyncdiff.call_state import Generation
 from backends.asyncdiff.exchange import Exchange
-from backends.asyncdiff.schedule import Place, extrapolates, num_synchronous_evaluations, num_synchronous_steps
+from backends.asyncdiff.schedule import RankRole, extrapolates, num_synchronous_evaluations, num_synchronous_steps
 from backends.asyncdiff.segments import Segments, choose_segments
 from backends.asyncdiff.trace import time_units, trace
 from backends.asyncdiff.units import Layout, UnitHooks, find_units
 from backends.model_table import ModelSpec
 from backends.parallel import hooks
-from backends.parallel.base import Backend, Run
+from backends.parallel.base import Backend, RunInfo
 from backends.parallel.distributed import Mesh
 from backends.parallel.weight_shards import KeptWeights, weight_bytes
 from backends.plan import ParallelPlan
@@ -72,7 +72,7 @@ class AsyncDiffBackend(Backend):
         self._hooks.detach()
         self._hooks, self.segments = None, None
 
-    def begin(self, run: Run) -> None:
+    def begin(self, run: RunInfo) -> None:
         super().begin(run)
         if self._hooks is None:
             return
@@ -107,9 +107,9 @@ class AsyncDiffBackend(Backend):
         figures = self._figures(self._generation) if self._generation is not None else self._report
         return {**super().report(), **figures}
 
-    def _place(self) -> Place:
+    def _place(self) -> RankRole:
         options = self.plan.options
-        return Place(num_segments=int(options["model_n"]), stride=int(options["stride"]), rank=self.mesh.axis("segment").rank)
+        return RankRole(num_segments=int(options["model_n"]), stride=int(options["stride"]), rank=self.mesh.axis("segment").rank)
 
     def _around(self, denoiser: nn.Module) -> hooks.Around:
         names = [name for name in inspect.signature(type(denoiser).forward).parameters if name != "self"]
@@ -141,8 +141,8 @@ class AsyncDiffBackend(Backend):
             segments = choose_segments(layout, costs, num_segments, self.plan.options["segment_weights"])
             logger.info("segments of %s:\n%s", type(self._denoiser).__name__, segments.table(costs))
             bounds.copy_(torch.tensor(segments.bounds))
-        everyone = self.mesh.axis("cfg", "segment")
-        dist.broadcast(bounds, src=everyone.ranks[0], group=everyone.group)
+        control_axis = self.mesh.axis("cfg", "segment")
+        dist.broadcast(bounds, src=control_axis.ranks[0], group=control_axis.group)
         return Segments(layout, tuple(bounds.tolist()))
 
     def _keep_own_segment(self, segments: Segments) -> KeptWeights:
@@ -178,18 +178,18 @@ def _copy_lists(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_tensors(arguments: dict[str, Any], names: list[str]) -> dict[str, Any]:
-    """Of a denoiser that takes its pictures as a list, first, and the timestep second: one tensor (B, ...), and `timestep`."""
-    pictures, timestep, *_ = names
-    others = {name: value for name, value in arguments.items() if name not in (pictures, timestep)}
-    return {pictures: torch.stack(arguments[pictures]), "timestep": arguments[timestep], **others}
+    """Of a denoiser that takes its images as a list, first, and the timestep second: one tensor (B, ...), and `timestep`."""
+    images, timestep, *_ = names
+    others = {name: value for name, value in arguments.items() if name not in (images, timestep)}
+    return {images: torch.stack(arguments[images]), "timestep": arguments[timestep], **others}
 
 
 def from_tensors(forward: Callable[..., Any], names: list[str]) -> Callable[..., Any]:
     """`forward` for such arguments; its prediction is one tensor too."""
-    pictures, timestep, *_ = names
+    images, timestep, *_ = names
 
     def call(**arguments: Any) -> Any:
-        given = {pictures: list(arguments.pop(pictures).unbind()), timestep: arguments.pop("timestep")}
+        given = {images: list(arguments.pop(images).unbind()), timestep: arguments.pop("timestep")}
         return (torch.stack(forward(**given, **arguments)[0]),)
 
     return call

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from backends.asyncdiff.exchange import Arrival, Exchange
-from backends.asyncdiff.executors import Inbox, SegmentPlayer, SequentialPlayer, Shapes, SynchronousPlayer, Values
-from backends.asyncdiff.schedule import Phase, Place, phase_of
+from backends.asyncdiff.executors import Inbox, SegmentExecutor, SequentialExecutor, Shapes, SynchronousExecutor, Values
+from backends.asyncdiff.schedule import Phase, RankRole, phase_of
 from backends.asyncdiff.segments import Segments
 from backends.asyncdiff.timesteps import Timesteps
 from backends.asyncdiff.units import Source, UnitHooks, num_bytes
@@ -18,7 +18,7 @@ Forward = Callable[..., Any]
 
 
 @dataclass(slots=True, kw_only=True)
-class Lane:
+class CallState:
     """What is kept from one step to the next for the n-th denoiser call of every step (true guidance of flux makes two calls a step).
 
     arrivals: what this rank reads of other segments in its next turn, made at evaluation `made_at`. older: the same, one turn before.
@@ -40,7 +40,7 @@ class Generation:
     """State of one generation. `evaluate` is called for every denoiser call, `step_done` after every scheduler step."""
 
     def __init__(
-        self, *, place: Place, options: Mapping[str, Any], exchange: Exchange, num_synchronous: int, scheduler: Callable[[], Any]
+        self, *, place: RankRole, options: Mapping[str, Any], exchange: Exchange, num_synchronous: int, scheduler: Callable[[], Any]
     ) -> None:
         self.exchange = exchange
         self.evaluation = 0
@@ -52,7 +52,7 @@ class Generation:
         self._num_synchronous = num_synchronous
         self._scheduler = scheduler
         self._timesteps: Timesteps | None = None
-        self._lanes: dict[int, Lane] = {}
+        self._lanes: dict[int, CallState] = {}
         self._call = 0
 
     def step_done(self) -> None:
@@ -86,8 +86,8 @@ class Generation:
         self, number: int, signature: tuple[Any, ...], hooks: UnitHooks, segments: Segments, forward: Forward, arguments: dict[str, Any]
     ) -> Any:
         is_sharded = self._options["shard_weights"]
-        player = SequentialPlayer(segments, self._place, self.exchange) if is_sharded else SynchronousPlayer(segments, self._place)
-        with hooks.played_by(player.play):
+        executor = SequentialExecutor(segments, self._place, self.exchange) if is_sharded else SynchronousExecutor(segments, self._place)
+        with hooks.run_with(executor.play):
             output = forward(**arguments)
         if is_sharded:
             prediction = self.exchange.broadcast(output[0], source=self._place.num_segments - 1)
@@ -95,11 +95,11 @@ class Generation:
             self.exchange.forget_sent()
         last = self._lanes.get(number)
         keeps = last is not None and last.signature == signature
-        self._lanes[number] = Lane(
+        self._lanes[number] = CallState(
             signature=signature,
-            shapes=player.shapes,
+            shapes=executor.shapes,
             output=output,
-            arrivals={source: Arrival(value) for source, value in player.values.items()},
+            arrivals={source: Arrival(value) for source, value in executor.values.items()},
             made_at=self.evaluation,
             timestep=arguments["timestep"],
             older={source: arrival.wait() for source, arrival in last.arrivals.items()} if keeps else {},
@@ -107,14 +107,14 @@ class Generation:
         )
         return output
 
-    def _stale(self, lane: Lane, hooks: UnitHooks, segments: Segments, forward: Forward, arguments: dict[str, Any]) -> Any:
+    def _stale(self, lane: CallState, hooks: UnitHooks, segments: Segments, forward: Forward, arguments: dict[str, Any]) -> Any:
         """This rank's segment, on what arrived from the others; theirs of this turn are received meanwhile, for the next."""
         self.num_stale += 1
         inbox = Inbox(lane.arrivals, self._extrapolation(lane))
         coming = {source: self.exchange.receive(lane.shapes.of(source), source=segments.segment_of(source[0])) for source in lane.arrivals}
         self.exchange.forget_sent()
-        player = SegmentPlayer(segments, self._place, shapes=lane.shapes, inbox=inbox, exchange=self.exchange)
-        with hooks.played_by(player.play):
+        executor = SegmentExecutor(segments, self._place, shapes=lane.shapes, inbox=inbox, exchange=self.exchange)
+        with hooks.run_with(executor.play):
             output = forward(**{**arguments, "timestep": self._timestep(lane, arguments["timestep"])})
         self.prediction_bytes = num_bytes(output[0])
         prediction = self.exchange.broadcast(output[0], source=self._place.predictor)
@@ -124,7 +124,7 @@ class Generation:
         lane.arrivals, lane.made_at = coming, self.evaluation
         return _with_prediction(output, prediction.wait())
 
-    def _timestep(self, lane: Lane, current: Tensor) -> Tensor:
+    def _timestep(self, lane: CallState, current: Tensor) -> Tensor:
         """The timestep that this rank's segment computes with.
 
         Each rank works for one evaluation: the one at hand, or with stride 2 the one after it. `time_shift` takes the timestep of
@@ -136,7 +136,7 @@ class Generation:
             return current
         return self._timesteps.after(self.evaluation, current)
 
-    def _extrapolation(self, lane: Lane) -> Callable[[Source, Tensor], Tensor] | None:
+    def _extrapolation(self, lane: CallState) -> Callable[[Source, Tensor], Tensor] | None:
         """Along the line through the last two turns, to this evaluation."""
         if not self._options["extrapolate"] or lane.older_at is None:
             return None

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from backends.asyncdiff.exchange import Arrival, Exchange
-from backends.asyncdiff.schedule import Place
+from backends.asyncdiff.schedule import RankRole
 from backends.asyncdiff.segments import Segments
 from backends.asyncdiff.units import Source, num_bytes
 
@@ -38,7 +38,7 @@ class Shapes:
         """Everything that all units return in one evaluation."""
         return sum(num_bytes(leaf) for leaves, _ in self._forms.values() for leaf in leaves)
 
-    def traffic(self, segments: Segments, place: Place) -> int:
+    def traffic(self, segments: Segments, place: RankRole) -> int:
         """What all ranks together send to each other across the cuts in one turn."""
         wanted = [
             (source, len(place.ranks_of(segment))) for segment in range(segments.num_segments) for source in segments.imports(segment)
@@ -76,10 +76,10 @@ class Inbox:
         return {source: arrival.wait() for source, arrival in self._arrivals.items()}
 
 
-class SynchronousPlayer:
+class SynchronousExecutor:
     """Runs every unit, and keeps what the first stale evaluation will read."""
 
-    def __init__(self, segments: Segments, place: Place) -> None:
+    def __init__(self, segments: Segments, place: RankRole) -> None:
         self.shapes = Shapes()
         self.values: Values = {}
         self._index = _index(segments)
@@ -96,10 +96,10 @@ class SynchronousPlayer:
         return result
 
 
-class SegmentPlayer:
+class SegmentExecutor:
     """Runs this rank's units and sends what others read of them; all other units return what arrived from their ranks."""
 
-    def __init__(self, segments: Segments, place: Place, *, shapes: Shapes, inbox: Inbox, exchange: Exchange) -> None:
+    def __init__(self, segments: Segments, place: RankRole, *, shapes: Shapes, inbox: Inbox, exchange: Exchange) -> None:
         self._index = _index(segments)
         self._mine = segments.units(place.segment)
         self._readers = readers(segments, place) if place.is_sender else {}
@@ -119,13 +119,13 @@ class SegmentPlayer:
         return result
 
 
-class SequentialPlayer:
+class SequentialExecutor:
     """A synchronous evaluation where each rank has the weights of its own segment only: the ranks work one after the other.
 
     When a segment is done, its rank tells all others what its units returned (the shapes), and its readers receive the tensors.
     """
 
-    def __init__(self, segments: Segments, place: Place, exchange: Exchange) -> None:
+    def __init__(self, segments: Segments, place: RankRole, exchange: Exchange) -> None:
         self.shapes = Shapes()
         self.values: Values = {}
         self._segments = segments
@@ -169,7 +169,7 @@ class SequentialPlayer:
         self._num_done += 1
 
 
-def readers(segments: Segments, place: Place) -> dict[Source, tuple[int, ...]]:
+def readers(segments: Segments, place: RankRole) -> dict[Source, tuple[int, ...]]:
     """For each tensor of this rank's segment that others read: the ranks of the axis that need it."""
     mine = segments.units(place.segment)
     found: dict[Source, tuple[int, ...]] = {}

@@ -22,7 +22,7 @@ class Phase(Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class RankRole:
     """This rank's part: the segment it computes. With stride 2 one more rank computes the last segment, for the nearer evaluation."""
 
     num_segments: int

@@ -26,7 +26,7 @@ def trace(hooks: UnitHooks, call: Callable[[], Any], model_input: Tensor) -> tup
     repeated: frozenset[str] = frozenset()
     while True:
         tracer = _Tracer(model_input, ignored=repeated)
-        with hooks.played_by(tracer.play), tracer.flow:
+        with hooks.run_with(tracer.play), tracer.flow:
             result = call()
         again = frozenset(name for name, count in tracer.num_calls.items() if count > 1) - repeated
         if not again:
@@ -45,7 +45,7 @@ def time_units(hooks: UnitHooks, call: Callable[[], Any], layout: Layout, device
             fastest[name] = min(fastest[name], _now(device) - started)
         return result
 
-    with hooks.played_by(play):
+    with hooks.run_with(play):
         for _ in range(TIMED_CALLS):
             call()
     return list(fastest.values())

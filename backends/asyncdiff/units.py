@@ -60,7 +60,7 @@ class UnitHooks:
     def __init__(self, denoiser: nn.Module) -> None:
         self._denoiser = denoiser
         self._modules = find_units(denoiser)
-        self._player: Player | None = None
+        self._executor: Player | None = None
         for name, module in self._modules.items():
             hooks.attach(module, NAME, self._around(name))
 
@@ -69,13 +69,13 @@ class UnitHooks:
         return self._modules
 
     @contextmanager
-    def played_by(self, player: Player) -> Iterator[None]:
+    def run_with(self, executor: Player) -> Iterator[None]:
         """All unit calls inside go through `player`."""
-        self._player = player
+        self._executor = executor
         try:
             yield
         finally:
-            self._player = None
+            self._executor = None
 
     def is_current(self) -> bool:
         """False after something replaced modules (peft puts LoRA layers in the place of plain ones): attach again then."""
@@ -89,9 +89,9 @@ class UnitHooks:
 
     def _around(self, name: str) -> hooks.Around:
         def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            if self._player is None:
+            if self._executor is None:
                 return forward(*args, **kwargs)
-            return self._player(name, forward, args, kwargs)
+            return self._executor(name, forward, args, kwargs)
 
         return around
 

@@ -1,4 +1,4 @@
-"""Every way in which some number of ranks can make one picture of a model type: what `--backend=auto` chooses from. Imports no torch.
+"""Every way in which some number of ranks can make one image of a model type: what `--backend=auto` chooses from. Imports no torch.
 
 A way is a backend with degrees and modes. Whether it can be is the backend's own `make_plan` to say; what it refuses stays in the list
 with its reason, so that the table of the choice tells it.
@@ -15,7 +15,7 @@ from backends.plan import ParallelPlan
 
 Quality = Literal["exact", "high", "fast"]
 QUALITIES: tuple[Quality, ...] = ("exact", "high", "fast")
-"""From the strictest: a picture like one rank's; one that was measured to come close (docs/quality.md); any."""
+"""From the strictest: an image like one rank's; one that was measured to come close (docs/quality.md); any."""
 Check = Callable[[ParallelPlan], None]
 """Raises the HostError of a plan that other options of the launch rule out."""
 CLOSE_SYNC_MODES = ("corrected_async_gn", "sync_gn")
@@ -66,7 +66,7 @@ def list_candidates(
     """All ways with every number of ranks that divides `world_size`, fewest ranks first, then in the table's order of backends.
 
     given: launch options, with `checkpoint`, so that heads and blocks can be counted. features: of the model table, which the launch
-    asks for. is_guided: pictures have two halves of guidance; without them nothing is gained by splitting them. check: see Check.
+    asks for. is_guided: images have two halves of guidance; without them nothing is gained by splitting them. check: see Check.
     Ways that come to the same thing (the CFG split alone is shared code) appear once, under the first backend.
     """
     found: dict[object, Candidate] = {}

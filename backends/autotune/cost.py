@@ -27,10 +27,10 @@ PACKED_MESSAGES = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What one sampling step does on one rank. Bytes are of whole pictures and of both halves of guidance, in the compute type.
+    """What one sampling step does on one rank. Bytes are of whole images and of both halves of guidance, in the compute type.
 
     halves: 2 where guidance makes two predictions. kv_bytes: keys and values of all self-attentions. halo_bytes: rows that the
-    convolutions see beyond the border of a band. skip_bytes: what a UNet keeps for its way up. hidden_bytes: what passes from block to
+    convolutions see beyond the border of a patch. skip_bytes: what a UNet keeps for its way up. hidden_bytes: what passes from block to
     block. latent_bytes: the prediction. weight_bytes: of the denoiser; other_bytes: of all else that is loaded.
     """
 
@@ -79,15 +79,15 @@ class Estimate:
     def memory_bytes(self) -> float:
         return max(self.run_bytes, self.load_bytes)
 
-    def picture_s(self, num_steps: int, *, step_s: float | None = None) -> float:
-        """Seconds of all steps of a picture; without text encoders and decoder. step_s: in place of the predicted one."""
+    def image_s(self, num_steps: int, *, step_s: float | None = None) -> float:
+        """Seconds of all steps of an image; without text encoders and decoder. step_s: in place of the predicted one."""
         synchronous = min(self.num_synchronous, num_steps)
         return synchronous * self.synchronous_s + (num_steps - synchronous) * (self.step_s if step_s is None else step_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Share:
-    """One rank's part, after the CFG split. compute_s: of one pass over the picture; the others as in Work."""
+    """One rank's part, after the CFG split. compute_s: of one pass over the image; the others as in Work."""
 
     compute_s: float
     fraction: float

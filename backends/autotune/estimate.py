@@ -69,7 +69,7 @@ def estimate_config(
     device: Device,
     num_frames: int = 1,
 ) -> Work:
-    """config: of the denoiser. height, width: pixels of the picture."""
+    """config: of the denoiser. height, width: pixels of the image."""
     batch_bytes = halves * num_frames * element_bytes
     pixels = (height // 8) * (width // 8)
     shape = _unet(config, height // 8, width // 8) if "block_out_channels" in config else _transformer(config, height, width)

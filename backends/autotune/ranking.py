@@ -53,7 +53,7 @@ class Row:
     candidate: Candidate
     estimate: Estimate | None = None
     measured_s: float | None = None
-    picture_s: float = float("inf")
+    image_s: float = float("inf")
     refusal: str = ""
 
     @property
@@ -70,7 +70,7 @@ class Row:
         if self.estimate is not None:
             facts["predicted_step_s"] = _rounded(self.estimate.step_s)
             facts["measured_step_s"] = None if self.measured_s is None else _rounded(self.measured_s)
-            facts["picture_s"] = _rounded(self.picture_s)
+            facts["image_s"] = _rounded(self.image_s)
             facts["memory_mb"] = round(self.estimate.memory_bytes / 1e6)
         return facts | ({"refused": self.refusal} if self.refusal else {})
 
@@ -78,7 +78,7 @@ class Row:
 def rank(candidates: Sequence[Candidate], measured: Measured, *, quality: Quality, num_steps: int) -> list[Row]:
     """The table: candidates that can be had from the quickest on, then the others with their reasons."""
     rows = [_row(candidate, measured, quality, num_steps) for candidate in candidates]
-    return sorted(rows, key=lambda row: (bool(row.refusal), row.picture_s))
+    return sorted(rows, key=lambda row: (bool(row.refusal), row.image_s))
 
 
 def _row(candidate: Candidate, measured: Measured, quality: Quality, num_steps: int) -> Row:
@@ -86,7 +86,7 @@ def _row(candidate: Candidate, measured: Measured, quality: Quality, num_steps: 
         return Row(candidate=candidate, refusal=candidate.refusal)
     estimate = predict(candidate.plan, measured.work, measured.link)
     step_s = measured.steps.get(candidate.name)
-    row = Row(candidate=candidate, estimate=estimate, measured_s=step_s, picture_s=estimate.picture_s(num_steps, step_s=step_s))
+    row = Row(candidate=candidate, estimate=estimate, measured_s=step_s, image_s=estimate.image_s(num_steps, step_s=step_s))
     if not meets(candidate.plan, quality):
         return replace(row, refusal=f"--quality={quality} leaves it out: it is {candidate.quality}")
     if measured.memory_bytes is not None and estimate.memory_bytes > measured.memory_bytes:
@@ -100,14 +100,14 @@ def _row(candidate: Candidate, measured: Measured, quality: Quality, num_steps: 
 def next_to_try(rows: Sequence[Row]) -> Candidate | None:
     """The best predicted candidate that is not measured, unless it has no hope of being the quickest."""
     able = [row for row in rows if not row.refusal]
-    best_s = min((row.picture_s for row in able if row.measured_s is not None), default=float("inf"))
-    return next((row.candidate for row in able if row.measured_s is None and row.picture_s < HOPELESS * best_s), None)
+    best_s = min((row.image_s for row in able if row.measured_s is not None), default=float("inf"))
+    return next((row.candidate for row in able if row.measured_s is None and row.image_s < HOPELESS * best_s), None)
 
 
 def contenders(rows: Sequence[Row]) -> list[Candidate]:
     """The quickest by their measured times, if several are close: what disturbed one trial may not decide between them."""
     able = [row for row in rows if not row.refusal and row.measured_s is not None]
-    close = [row.candidate for row in able if row.picture_s <= HOPELESS * able[0].picture_s]
+    close = [row.candidate for row in able if row.image_s <= HOPELESS * able[0].image_s]
     return close if len(close) > 1 else []
 
 
@@ -122,9 +122,9 @@ def choose(rows: Sequence[Row], *, ranks: int | None = None) -> Row | None:
         able = [row for row in able if row.measured_s is not None]
     if not able:
         return None
-    limit = CLOSE_CALL * min(row.picture_s for row in able)
-    close = [row for row in able if row.picture_s <= limit]
-    return min(close, key=lambda row: (QUALITIES.index(row.candidate.quality), row.candidate.ranks, row.picture_s))
+    limit = CLOSE_CALL * min(row.image_s for row in able)
+    close = [row for row in able if row.image_s <= limit]
+    return min(close, key=lambda row: (QUALITIES.index(row.candidate.quality), row.candidate.ranks, row.image_s))
 
 
 def require_any(rows: Sequence[Row]) -> Row:
@@ -140,14 +140,14 @@ def require_any(rows: Sequence[Row]) -> Row:
 
 def as_text(rows: Sequence[Row], chosen: Row | None) -> list[str]:
     """The table for people, one line each."""
-    lines = ["  method                                         ranks quality  s/step            s/picture  MB/rank"]
+    lines = ["  method                                         ranks quality  s/step            s/image  MB/rank"]
     for row in rows:
         mark = "*" if chosen is not None and row.candidate.name == chosen.candidate.name else " "
         if row.estimate is None:
             lines.append(f"{mark} {row.candidate.name:46} {row.candidate.ranks:5} {row.refusal}")
             continue
         how = "measured" if row.measured_s is not None else "predicted"
-        figures = f"{row.step_s:<8.3g}{how:9} {row.picture_s:9.3g} {row.estimate.memory_bytes / 1e6:8.0f}"
+        figures = f"{row.step_s:<8.3g}{how:9} {row.image_s:9.3g} {row.estimate.memory_bytes / 1e6:8.0f}"
         refusal = f"  no: {row.refusal}" if row.refusal else ""
         lines.append(f"{mark} {row.candidate.name:46} {row.candidate.ranks:5} {row.candidate.quality:7}  {figures}{refusal}")
     return lines

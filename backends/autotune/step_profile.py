@@ -46,11 +46,11 @@ class Survey(TorchFunctionMode):
             self.kv_bytes += key.nbytes + value.nbytes
             self.hidden_bytes = max(self.hidden_bytes, query.nbytes)
 
-    def _convolution(self, picture: Tensor, weight: Tensor) -> None:
-        self.largest_bytes = max(self.largest_bytes, picture.nbytes)
+    def _convolution(self, image: Tensor, weight: Tensor) -> None:
+        self.largest_bytes = max(self.largest_bytes, image.nbytes)
         if weight.shape[-2] > 1:
             self.num_convolutions += 1
-            self.halo_bytes += 2 * (weight.shape[-2] // 2) * picture.nbytes // picture.shape[-2]
+            self.halo_bytes += 2 * (weight.shape[-2] // 2) * image.nbytes // image.shape[-2]
 
     def _join(self, tensors: Any, dim: int) -> None:
         """A UNet joins what it kept on the way down to what comes up, along the channels."""

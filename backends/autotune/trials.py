@@ -1,6 +1,6 @@
 """Tries methods on a loaded model: seconds per step of the most promising ones, and the link between the ranks. Runs on every rank.
 
-Nothing is loaded again: a method is attached, makes the first steps of a picture and is detached. Used for `--backend=auto`
+Nothing is loaded again: a method is attached, makes the first steps of an image and is detached. Used for `--backend=auto`
 (hosts/launch/auto_backend.py) and by benchmarks/planner.py.
 """
 
@@ -56,11 +56,11 @@ class Subject(Protocol):
     def detach(self) -> None: ...
 
     def run(self, on_step: OnStep) -> None:
-        """Begin a picture with WARMUP_STEPS synchronous steps; `on_step` ends it with CancelledError."""
+        """Begin an image with WARMUP_STEPS synchronous steps; `on_step` ends it with CancelledError."""
 
 
 class PipelineSubject:
-    """A loaded pipeline and the picture to try it on."""
+    """A loaded pipeline and the image to try it on."""
 
     def __init__(self, pipeline: LoadedPipeline, request: GenerateRequest) -> None:
         self._pipeline = pipeline
@@ -97,7 +97,7 @@ class _Stopwatch:
 
     @property
     def step_s(self) -> float:
-        """Of the quicker pair of steady steps, as another program may slow one down; of what there is where a picture has few steps."""
+        """Of the quicker pair of steady steps, as another program may slow one down; of what there is where an image has few steps."""
         steps = [after - before for before, after in zip(self.marks, self.marks[1:], strict=False)]
         steady = steps[WARMUP_STEPS:] or steps
         pairs = [(one + two) / 2 for one, two in zip(steady, steady[1:], strict=False)]

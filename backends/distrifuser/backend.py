@@ -1,4 +1,4 @@
-"""DistriFuser: attaches bands to the denoiser and its ControlNets, and drives their step clock."""
+"""DistriFuser: attaches patches to the denoiser and its ControlNets, and drives their step clock."""
 
 import inspect
 import logging
@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 from torch import nn
 
 from backends.distrifuser.modes import SYNC_MODES
-from backends.distrifuser.networks import BandedNetwork
-from backends.distrifuser.step_clock import Schedule
+from backends.distrifuser.networks import PatchedNetwork
+from backends.distrifuser.step_clock import StepClock
 from backends.distrifuser.tensor import attach_shards, detach_shards
 from backends.errors import UnsupportedError
 from backends.parallel import hooks
-from backends.parallel.base import Backend, Run
+from backends.parallel.base import Backend, RunInfo
 from backends.parallel.cfg_split import cut_batch
 from backends.parallel.distributed import Axis
 from backends.plan import Exactness
@@ -33,8 +33,8 @@ class DistriFuserBackend(Backend):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._schedule = Schedule()
-        self._networks: list[BandedNetwork] = []
+        self._schedule = StepClock()
+        self._networks: list[PatchedNetwork] = []
         self._batch = 0
         self._is_halved = False
         self._latent_factor = 8
@@ -65,7 +65,7 @@ class DistriFuserBackend(Backend):
         denoiser_network.attach()
         self._networks.append(denoiser_network)
 
-    def check(self, run: Run) -> None:
+    def check(self, run: RunInfo) -> None:
         """PlanError for a size that cannot be cut, UnsupportedError for what a stale mode cannot follow."""
         if not self._networks:
             return
@@ -91,8 +91,8 @@ class DistriFuserBackend(Backend):
             network.detach()
         self._networks = []
 
-    def exactness_of(self, run: Run) -> Exactness:
-        """With enough synchronous steps, or quality='exact', a displaced run is one of full_sync; with the batch split it has no bands."""
+    def exactness_of(self, run: RunInfo) -> Exactness:
+        """With enough synchronous steps, or quality='exact', a displaced run is one of full_sync; with the batch split it has no patches."""
         if not self._networks or self.plan.options["parallelism"] == "naive_patch":
             return self.plan.exactness
         if len(self._most_bands(run.request)) == 1:
@@ -100,7 +100,7 @@ class DistriFuserBackend(Backend):
         is_stale = self._is_displaced(run) and self._synchronous_steps(run) < run.num_inference_steps
         return "approximate" if is_stale else "reordered"
 
-    def begin(self, run: Run) -> None:
+    def begin(self, run: RunInfo) -> None:
         for network in self._networks:
             network.reset()
         steps = self._synchronous_steps(run)
@@ -125,8 +125,8 @@ class DistriFuserBackend(Backend):
             "synchronous_steps": min(self._schedule.synchronous_steps, self._schedule.step),
         }
 
-    def _is_displaced(self, run: Run) -> bool:
-        """Whether the run has bands that keep values from step to step: also guidance off under the CFG split, which then has no halves."""
+    def _is_displaced(self, run: RunInfo) -> bool:
+        """Whether the run has patches that keep values from step to step: also guidance off under the CFG split, which then has no halves."""
         return len(self._most_bands(run.request)) > 1 and SYNC_MODES[str(self.plan.options["sync_mode"])].exactness == "approximate"
 
     @property
@@ -135,19 +135,19 @@ class DistriFuserBackend(Backend):
         asked = self.plan.options["extrapolate"]
         return bool(self.plan.options["sync_mode"] == "corrected_async_gn" if asked is None else asked)
 
-    def _extrapolates(self, run: Run) -> bool:
+    def _extrapolates(self, run: RunInfo) -> bool:
         """Not with two questions per step: they do not follow one line in time."""
         return self._may_extrapolate and run.order == 1
 
-    def _synchronous_steps(self, run: Run) -> int:
+    def _synchronous_steps(self, run: RunInfo) -> int:
         if run.request.quality == "exact":
             return run.num_inference_steps
         asked = run.request.warmup_steps
         return int(self.plan.options["warmup_steps"] if asked is None else asked)
 
-    def _network(self, module: nn.Module, **kwargs: Any) -> BandedNetwork:
+    def _network(self, module: nn.Module, **kwargs: Any) -> PatchedNetwork:
         options = self.plan.options
-        return BandedNetwork(
+        return PatchedNetwork(
             module,
             mesh=self.mesh,
             mode=SYNC_MODES[str(options["sync_mode"])],
@@ -174,7 +174,7 @@ class DistriFuserBackend(Backend):
         return self._patch_axis() if was_split or self.mesh.axis("cfg").size == 1 else self._all_ranks()
 
     def _controlnet_axis(self, arguments: Mapping[str, Any]) -> tuple[Axis, tuple[float, ...]]:
-        """The ranks that the denoiser's call will have, which takes the residuals as bands."""
+        """The ranks that the denoiser's call will have, which takes the residuals as patches."""
         splits_batch = self.mesh.axis("cfg").size > 1
         if arguments.get("guess_mode") or (splits_batch and self.spec.output == "video"):
             return self.mesh.axis(), (1.0,)  # its batch (one half, or frames) does not tell the denoiser's: whole on every rank

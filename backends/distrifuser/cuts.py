@@ -12,21 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from backends.errors import UnsupportedError
-from backends.parallel.patch_bounds import Bands, Grid, Line, cut
+from backends.parallel.patch_bounds import Grid, Line, PatchBounds, cut
 from backends.parallel.patch_mode import ImageTokens
 
 
-def part_of(tensor: Tensor, bands: Bands, band: int, dim: int) -> Tensor:
-    """This band of a whole tensor, contiguous."""
-    return tensor.narrow(dim, bands.bounds[band], bands.size(band)).contiguous()
+def part_of(tensor: Tensor, patches: PatchBounds, patch: int, dim: int) -> Tensor:
+    """This patch of a whole tensor, contiguous."""
+    return tensor.narrow(dim, patches.bounds[patch], patches.size(patch)).contiguous()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowCut:
     """A UNet or ControlNet: rows are dim -2 of every spatial tensor (also of videos). The resolution is halved `halvings` times.
 
-    residuals: arguments holding ControlNet residuals, one tensor (or a list) at any of the resolutions, whole or bands already.
-    hint_doublings: how often the ControlNet's picture is twice as large as the latents.
+    residuals: arguments holding ControlNet residuals, one tensor (or a list) at any of the resolutions, whole or patches already.
+    hint_doublings: how often the ControlNet's image is twice as large as the latents.
     """
 
     halvings: int
@@ -35,23 +35,23 @@ class RowCut:
     hint_doublings: int = 0
     image_tokens: ImageTokens = "all"
 
-    def bands(self, sample: Tensor, weights: tuple[float, ...], dim: int = -2) -> Bands:
+    def patches(self, sample: Tensor, weights: tuple[float, ...], dim: int = -2) -> PatchBounds:
         return self.bands_of(*sample.shape[-2:], weights, dim)
 
-    def bands_of(self, height: int, width: int, weights: tuple[float, ...], dim: int = -2) -> Bands:
+    def bands_of(self, height: int, width: int, weights: tuple[float, ...], dim: int = -2) -> PatchBounds:
         """Of latents of this size. PlanError if there are too few rows (columns) for the ranks."""
         return cut(height if dim == -2 else width, weights, 2**self.halvings, what="latent rows" if dim == -2 else "latent columns")
 
-    def grid(self, sample: Tensor, bands: Bands, band: int, dim: int = -2) -> Grid:
-        return Grid(bands, sample.shape[_other(dim)], band=band, halvings=self.halvings, doublings=self.hint_doublings)
+    def grid(self, sample: Tensor, patches: PatchBounds, patch: int, dim: int = -2) -> Grid:
+        return Grid(patches, sample.shape[_other(dim)], patch=patch, halvings=self.halvings, doublings=self.hint_doublings)
 
-    def arguments(self, arguments: Mapping[str, Any], grid: Grid, bands: Bands, dim: int = -2) -> dict[str, Any]:
-        """The network's arguments for this band of rows; of columns, with dim -1."""
+    def arguments(self, arguments: Mapping[str, Any], grid: Grid, patches: PatchBounds, dim: int = -2) -> dict[str, Any]:
+        """The network's arguments for this patch of rows; of columns, with dim -1."""
         mine = dict(arguments)
         first = next(iter(arguments))
-        mine[first] = part_of(arguments[first], bands, grid.band, dim)
+        mine[first] = part_of(arguments[first], patches, grid.patch, dim)
         if self.hint is not None:
-            mine[self.hint] = part_of(arguments[self.hint], bands.scaled(2**self.hint_doublings), grid.band, dim)
+            mine[self.hint] = part_of(arguments[self.hint], patches.scaled(2**self.hint_doublings), grid.patch, dim)
         for name in self.residuals:
             if mine.get(name) is not None:
                 mine[name] = _cut_residuals(mine[name], grid, dim)
@@ -65,17 +65,17 @@ def _other(dim: int) -> int:
 def _cut_residuals(value: Any, grid: Grid, dim: int) -> Any:
     if isinstance(value, Tensor):
         size = value.shape[dim], value.shape[_other(dim)]
-        return value if grid.is_part(*size) else part_of(value, grid.whole(*size), grid.band, dim)
+        return value if grid.is_part(*size) else part_of(value, grid.whole(*size), grid.patch, dim)
     return type(value)(_cut_residuals(item, grid, dim) for item in value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenCut:
-    """A transformer: the picture's tokens are cut, the text's are every rank's own.
+    """A transformer: the image's tokens are cut, the text's are every rank's own.
 
     embedding: module whose output tokens are cut; None if they arrive as the first argument. head: module whose output is gathered.
-    argument_dims: arguments with one entry per token of the picture, and their token dim. image_tokens: their place beside the text's.
-    prompt_follows_image: an IP-Adapter's attention sees the picture's tokens, then those of its own picture.
+    argument_dims: arguments with one entry per token of the image, and their token dim. image_tokens: their place beside the text's.
+    prompt_follows_image: an IP-Adapter's attention sees the image's tokens, then those of its own image.
     """
 
     embedding: str | None = None
@@ -84,28 +84,28 @@ class TokenCut:
     image_tokens: ImageTokens = "all"
     prompt_follows_image: bool = False
 
-    def bands(self, sample: Tensor, weights: tuple[float, ...], patch_size: int) -> Bands:
-        """Of the picture's tokens; any number of them may be in a band."""
+    def patches(self, sample: Tensor, weights: tuple[float, ...], patch_size: int) -> PatchBounds:
+        """Of the image's tokens; any number of them may be in a patch."""
         if self.embedding is None:
             return cut(sample.shape[1], weights, what="tokens")
         return self.bands_of(*sample.shape[-2:], weights, patch_size)
 
-    def bands_of(self, height: int, width: int, weights: tuple[float, ...], patch_size: int) -> Bands:
+    def bands_of(self, height: int, width: int, weights: tuple[float, ...], patch_size: int) -> PatchBounds:
         """Of latents of this size. PlanError if there are fewer tokens than ranks."""
         return cut((height // patch_size) * (width // patch_size), weights, what="tokens")
 
-    def arguments(self, arguments: Mapping[str, Any], line: Line, bands: Bands) -> dict[str, Any]:
-        """The network's arguments for this band."""
+    def arguments(self, arguments: Mapping[str, Any], line: Line, patches: PatchBounds) -> dict[str, Any]:
+        """The network's arguments for this patch."""
         return {
-            name: _cut_tokens(value, bands, line.band, self.argument_dims[name]) if name in self.argument_dims else value
+            name: _cut_tokens(value, patches, line.patch, self.argument_dims[name]) if name in self.argument_dims else value
             for name, value in arguments.items()
         }
 
 
-def _cut_tokens(value: Any, bands: Bands, band: int, dim: int) -> Any:
+def _cut_tokens(value: Any, patches: PatchBounds, patch: int, dim: int) -> Any:
     if isinstance(value, Tensor):
-        return part_of(value, bands, band, dim)
-    return None if value is None else type(value)(_cut_tokens(item, bands, band, dim) for item in value)
+        return part_of(value, patches, patch, dim)
+    return None if value is None else type(value)(_cut_tokens(item, patches, patch, dim) for item in value)
 
 
 _CONTROL = ("down_block_additional_residuals", "mid_block_additional_residual", "down_intrablock_additional_residuals")
@@ -142,7 +142,7 @@ def cut_of(network: nn.Module) -> RowCut | TokenCut:
 
 def _hint_doublings(network: nn.Module) -> int:
     if network.config.global_pool_conditions:
-        raise UnsupportedError("this ControlNet pools over the whole picture (global_pool_conditions), which patches cannot. Use another.")
+        raise UnsupportedError("this ControlNet pools over the whole image (global_pool_conditions), which patches cannot. Use another.")
     return sum(1 for block in network.controlnet_cond_embedding.blocks if block.stride[0] == 2)
 
 
@@ -159,5 +159,5 @@ def with_first(output: Any, whole: Tensor) -> Any:
 
 
 def join(pieces: list[Tensor], order: list[int], dim: int) -> Tensor:
-    """Put the ranks' bands together: rank i had band order[i]."""
-    return torch.cat([pieces[order.index(band)] for band in range(len(order))], dim=dim)
+    """Put the ranks' patches together: rank i had patch order[i]."""
+    return torch.cat([pieces[order.index(patch)] for patch in range(len(order))], dim=dim)

@@ -7,12 +7,12 @@ from torch import Tensor, nn
 
 from backends.distrifuser.cuts import RowCut, TokenCut, cut_of, join, named_arguments, part_of, with_first
 from backends.distrifuser.modes import SyncMode
-from backends.distrifuser.stale import CallMemory
-from backends.distrifuser.step_clock import Schedule
+from backends.distrifuser.stale import CallBuffers
+from backends.distrifuser.step_clock import StepClock
 from backends.parallel import hooks
 from backends.parallel.distributed import Axis, Mesh, gather_pieces
-from backends.parallel.patch_bounds import Bands, Grid, Line
-from backends.parallel.patch_mode import BandMode, Exchange, FreshExchange, attach_attention, detach_attention
+from backends.parallel.patch_bounds import Grid, Line, PatchBounds
+from backends.parallel.patch_mode import Exchange, FreshExchange, PatchMode, attach_attention, detach_attention
 
 _DIMS = {"row": (-2,), "col": (-1,), "alternate": (-2, -1)}
 ChooseAxis = Callable[[Mapping[str, Any]], tuple[Axis, tuple[float, ...]]]
@@ -21,8 +21,8 @@ NAME = "patches"
 TOKENS = "patch tokens"
 
 
-class BandedNetwork:
-    """Attached to a network: each call computes this rank's band and puts the bands of all ranks together."""
+class PatchedNetwork:
+    """Attached to a network: each call computes this rank's patch and puts the patches of all ranks together."""
 
     def __init__(
         self,
@@ -31,7 +31,7 @@ class BandedNetwork:
         name: str,
         mesh: Mesh,
         mode: SyncMode,
-        schedule: Schedule,
+        schedule: StepClock,
         choose_axis: ChooseAxis,
         keeps_older: bool = False,
         naive_scheme: str | None = None,
@@ -39,7 +39,7 @@ class BandedNetwork:
     ) -> None:
         """choose_axis: a call's arguments by name -> the ranks that share the call, and their weights. keeps_older: to extrapolate from.
 
-        naive_scheme: exchange nothing at all, and cut in this way (row, col, alternate). gathers_output: False leaves the output as bands.
+        naive_scheme: exchange nothing at all, and cut in this way (row, col, alternate). gathers_output: False leaves the output as patches.
         """
         self.network = network
         self.name = name
@@ -48,10 +48,10 @@ class BandedNetwork:
         self._naive_scheme = naive_scheme
         self._gathers_output = gathers_output
         self._cut = cut_of(network)
-        self._band_mode = BandMode(
+        self._band_mode = PatchMode(
             image_tokens=self._cut.image_tokens, prompt_follows_image=isinstance(self._cut, TokenCut) and self._cut.prompt_follows_image
         )
-        self._memories: dict[tuple[str, int], CallMemory] = {}
+        self._memories: dict[tuple[str, int], CallBuffers] = {}
         self._call: _Call | None = None
 
     def attach(self) -> None:
@@ -98,81 +98,81 @@ class BandedNetwork:
             return self._run_alone(forward, arguments, axis, weights)
         call = self._open(sample, axis, weights)
         with self._band_mode.on(call.layout, call.exchange):
-            output = forward(**self._cut.arguments(arguments, call.layout, call.bands))
+            output = forward(**self._cut.arguments(arguments, call.layout, call.patches))
         self._close(call)
         if isinstance(self._cut, TokenCut) or not self._gathers_output:
             return output
         return with_first(output, self._gather(output[0], call, dim=-2))
 
     def _run_alone(self, forward: Callable[..., Any], arguments: dict[str, Any], axis: Axis, weights: tuple[float, ...]) -> Any:
-        """naive_patch: this rank's band as if it were a picture of its own."""
+        """naive_patch: this rank's patch as if it were an image of its own."""
         sample = next(iter(arguments.values()))
         if isinstance(self._cut, TokenCut):
-            bands = self._bands(sample, weights)
-            call = self._call = _Call(axis=axis, bands=bands, turn=0, layout=Line(bands, band=axis.rank), exchange=None)
-            output = forward(**self._cut.arguments(arguments, call.layout, bands))
+            patches = self._patches(sample, weights)
+            call = self._call = _Call(axis=axis, patches=patches, turn=0, layout=Line(patches, patch=axis.rank), exchange=None)
+            output = forward(**self._cut.arguments(arguments, call.layout, patches))
             self._call = None
             return output
         dim = self._schedule.dim(self._naive_scheme)
-        bands = self._cut.bands(sample, weights, dim)
-        grid = self._cut.grid(sample, bands, axis.rank, dim)
-        output = forward(**self._cut.arguments(arguments, grid, bands, dim))
+        patches = self._cut.patches(sample, weights, dim)
+        grid = self._cut.grid(sample, patches, axis.rank, dim)
+        output = forward(**self._cut.arguments(arguments, grid, patches, dim))
         if not self._gathers_output:
             return output
-        call = _Call(axis=axis, bands=bands, turn=0, layout=grid, exchange=None)
+        call = _Call(axis=axis, patches=patches, turn=0, layout=grid, exchange=None)
         return with_first(output, self._gather(output[0], call, dim=dim))
 
     def _open(self, sample: Tensor, axis: Axis, weights: tuple[float, ...]) -> "_Call":
-        bands = self._bands(sample, weights)
+        patches = self._patches(sample, weights)
         memory = self._memory() if self._mode.exactness == "approximate" else None
         turn, is_fresh = self._schedule.turn(self._mode), self._schedule.is_synchronous
         exchange: Exchange = FreshExchange(axis=axis, traffic=self._mesh.traffic)
         if memory is not None:
-            # a call without a past exchanges at once, and then every rank has the band of its own number
+            # a call without a past exchanges at once, and then every rank has the patch of its own number
             is_fresh = memory.is_fresh(is_fresh, geometry=(axis.ranks, sample.shape, sample.dtype))
             turn = 0 if is_fresh else turn
             exchange = memory
-        layout = self._layout(sample, bands, (axis.rank + turn) % axis.size)
-        call = _Call(axis=axis, bands=bands, turn=turn, layout=layout, exchange=exchange)
+        layout = self._layout(sample, patches, (axis.rank + turn) % axis.size)
+        call = _Call(axis=axis, patches=patches, turn=turn, layout=layout, exchange=exchange)
         if memory is not None:
-            memory.open(is_fresh=is_fresh, band=call.layout.band, axis=axis, extrapolates=self._schedule.extrapolates)
+            memory.open(is_fresh=is_fresh, patch=call.layout.patch, axis=axis, extrapolates=self._schedule.extrapolates)
         self._call = call
         return call
 
     def _close(self, call: "_Call") -> None:
-        if isinstance(call.exchange, CallMemory):
+        if isinstance(call.exchange, CallBuffers):
             call.exchange.close()
         self._call = None
 
-    def _memory(self) -> CallMemory:
+    def _memory(self) -> CallBuffers:
         key = self._schedule.next_call(self.name)
         if key not in self._memories:
-            self._memories[key] = CallMemory(self._mode, keeps_older=self._keeps_older, traffic=self._mesh.traffic)
+            self._memories[key] = CallBuffers(self._mode, keeps_older=self._keeps_older, traffic=self._mesh.traffic)
         return self._memories[key]
 
-    def _bands(self, sample: Tensor, weights: tuple[float, ...]) -> Bands:
+    def _patches(self, sample: Tensor, weights: tuple[float, ...]) -> PatchBounds:
         if isinstance(self._cut, RowCut):
-            return self._cut.bands(sample, weights)
-        return self._cut.bands(sample, weights, self.network.config.patch_size)
+            return self._cut.patches(sample, weights)
+        return self._cut.patches(sample, weights, self.network.config.patch_size)
 
-    def _layout(self, sample: Tensor, bands: Bands, band: int) -> Grid | Line:
-        return self._cut.grid(sample, bands, band) if isinstance(self._cut, RowCut) else Line(bands, band=band)
+    def _layout(self, sample: Tensor, patches: PatchBounds, patch: int) -> Grid | Line:
+        return self._cut.grid(sample, patches, patch) if isinstance(self._cut, RowCut) else Line(patches, patch=patch)
 
     def _gather(self, part: Tensor, call: "_Call", *, dim: int) -> Tensor:
-        """All bands of the output, on every rank."""
+        """All patches of the output, on every rank."""
         order = [(rank + call.turn) % call.axis.size for rank in range(call.axis.size)]
         shapes = [list(part.shape) for _ in order]
-        for shape, band in zip(shapes, order, strict=True):
-            shape[dim] = call.bands.size(band)
+        for shape, patch in zip(shapes, order, strict=True):
+            shape[dim] = call.patches.size(patch)
         return join(gather_pieces(part, shapes, axis=call.axis, traffic=self._mesh.traffic), order, dim)
 
     def _around_embedding(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """All tokens of the picture -> this band's."""
+        """All tokens of the image -> this patch's."""
         tokens = forward(*args, **kwargs)
-        return tokens if self._call is None else part_of(tokens, self._call.bands, self._call.layout.band, 1)
+        return tokens if self._call is None else part_of(tokens, self._call.patches, self._call.layout.patch, 1)
 
     def _around_head(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """This band's output tokens -> those of all bands."""
+        """This patch's output tokens -> those of all patches."""
         tokens = forward(*args, **kwargs)
         return tokens if self._call is None else self._gather(tokens, self._call, dim=1)
 
@@ -180,5 +180,5 @@ class BandedNetwork:
 class _Call:
     """One call of the network on its way."""
 
-    def __init__(self, *, axis: Axis, bands: Bands, turn: int, layout: Grid | Line, exchange: Exchange | None) -> None:
-        self.axis, self.bands, self.turn, self.layout, self.exchange = axis, bands, turn, layout, exchange
+    def __init__(self, *, axis: Axis, patches: PatchBounds, turn: int, layout: Grid | Line, exchange: Exchange | None) -> None:
+        self.axis, self.patches, self.turn, self.layout, self.exchange = axis, patches, turn, layout, exchange

@@ -1,4 +1,4 @@
-"""Launch settings -> the plan of DistriFuser: how many ranks for the CFG split and for bands, and which mode. Imports no torch."""
+"""Launch settings -> the plan of DistriFuser: how many ranks for the CFG split and for patches, and which mode. Imports no torch."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +15,7 @@ DEFAULT_WARMUP_STEPS = 4
 
 
 def make_plan(spec: ModelSpec, options: Mapping[str, object], world_size: int) -> ParallelPlan:
-    """CFG split first where the world is even and the type has guidance, bands (or weight shards) within each half.
+    """CFG split first where the world is even and the type has guidance, patches (or weight shards) within each half.
 
     options: parallelism, sync_mode, split_scheme, no_split_batch, patch_weights, warm_up_steps, extrapolate; None or absent is unset,
     others are ignored. PlanError if they contradict each other or the number of ranks.
@@ -58,8 +58,8 @@ def _exactness(parallelism: str, sync_mode: str, degree: int) -> Any:
 def _check_weights(weights: tuple[float, ...], degree: int, parallelism: str, sync_mode: str) -> None:
     if len(weights) != degree:
         raise PlanError(
-            f"patch_weights has {len(weights)} numbers, but each picture is cut into {degree} bands. "
-            f"Give {degree}, or change the number of ranks (no_split_batch=true uses all of them for bands)."
+            f"patch_weights has {len(weights)} numbers, but each image is cut into {degree} patches. "
+            f"Give {degree}, or change the number of ranks (no_split_batch=true uses all of them for patches)."
         )
     if len(set(weights)) > 1 and parallelism == "tensor":
         raise PlanError("patch_weights cannot be used with parallelism=tensor: it cuts weights, not patches. Leave one of them out.")

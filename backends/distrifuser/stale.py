@@ -1,7 +1,7 @@
-"""What the bands know of each other between two steps: buffers, and the messages that refill them in the background.
+"""What the patches know of each other between two steps: buffers, and the messages that refill them in the background.
 
-One CallMemory belongs to one call of one network within a step. Its n-th operator of a kind that is not exchanged at once has a slot
-with the last known value of every band. Slots are packed into a few messages; a message starts when its last operator of the step has
+One CallBuffers belongs to one call of one network within a step. Its n-th operator of a kind that is not exchanged at once has a slot
+with the last known value of every patch. Slots are packed into a few messages; a message starts when its last operator of the step has
 run, and is awaited when its first operator of the next step needs it.
 """
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from backends.distrifuser.modes import SyncMode
-from backends.parallel.distributed import Axis, Swap, Traffic, gather_pieces
+from backends.parallel.distributed import AsyncAllToAll, Axis, CommStats, gather_pieces
 from backends.parallel.patch_mode import Exchange, Kind, combine
 
 NUM_MESSAGES = 8  # per step: enough that nearly all of the sending overlaps with computing
@@ -25,18 +25,18 @@ DRAIN_TIMEOUT = timedelta(seconds=10)
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """Shape of an operator's value for each band, and dtype."""
+    """Shape of an operator's value for each patch, and dtype."""
 
     kind: Kind
     dtype: torch.dtype
     shapes: tuple[tuple[int, ...], ...]
 
-    def num_bytes(self, band: int) -> int:
-        return math.prod(self.shapes[band]) * self.dtype.itemsize
+    def num_bytes(self, patch: int) -> int:
+        return math.prod(self.shapes[patch]) * self.dtype.itemsize
 
 
 class Slot:
-    """The last known value of every band for one operator; `older` are those of the step before, where they are kept."""
+    """The last known value of every patch for one operator; `older` are those of the step before, where they are kept."""
 
     def __init__(self, spec: Spec, pieces: list[Tensor]) -> None:
         self.spec = spec
@@ -48,20 +48,20 @@ class Slot:
 class Message:
     """The slots that travel together: one byte buffer to send, one to receive."""
 
-    def __init__(self, slots: Sequence[Slot], *, axis: Axis, traffic: Traffic, keeps_older: bool) -> None:
+    def __init__(self, slots: Sequence[Slot], *, axis: Axis, traffic: CommStats, keeps_older: bool) -> None:
         """Move the slots' present values into the buffers of this message."""
         self._axis, self._traffic = axis, traffic
-        self.sizes = [sum(_aligned(slot.spec.num_bytes(band)) for slot in slots) for band in range(axis.size)]
+        self.sizes = [sum(_aligned(slot.spec.num_bytes(patch)) for slot in slots) for patch in range(axis.size)]
         device = slots[0].pieces[0].device
         self._sent = torch.empty(self.sizes[axis.rank], dtype=torch.uint8, device=device)
         self._received = torch.empty(sum(self.sizes) - self.sizes[axis.rank], dtype=torch.uint8, device=device)
         self._older = torch.empty_like(self._received) if keeps_older else None
-        self._swap: Swap | None = None
+        self._swap: AsyncAllToAll | None = None
         offset = 0
-        for band in range(axis.size):
-            buffer, start = (self._sent, 0) if band == axis.rank else (self._received, offset)
-            _place(slots, band, buffer, start, self._older if band != axis.rank else None)
-            offset += 0 if band == axis.rank else self.sizes[band]
+        for patch in range(axis.size):
+            buffer, start = (self._sent, 0) if patch == axis.rank else (self._received, offset)
+            _place(slots, patch, buffer, start, self._older if patch != axis.rank else None)
+            offset += 0 if patch == axis.rank else self.sizes[patch]
         self.last = slots[-1]
         for slot in slots:
             slot.message = self
@@ -73,7 +73,7 @@ class Message:
     def start(self) -> None:
         """Send this rank's values of the step that has just been computed; the others' replace the received ones."""
         self.remember()
-        self._swap = Swap(self._sent, self._received, self.sizes, axis=self._axis)
+        self._swap = AsyncAllToAll(self._sent, self._received, self.sizes, axis=self._axis)
         self._traffic.add(self._sent, peers=self._axis.size - 1)
 
     def remember(self) -> None:
@@ -90,10 +90,10 @@ class Message:
             self._traffic.wait_s += time.perf_counter() - started
 
 
-class CallMemory(Exchange):
+class CallBuffers(Exchange):
     """The exchange of one call of one network, from step to step."""
 
-    def __init__(self, mode: SyncMode, *, keeps_older: bool, traffic: Traffic) -> None:
+    def __init__(self, mode: SyncMode, *, keeps_older: bool, traffic: CommStats) -> None:
         """keeps_older: remember the values of the last two steps, so that a generation can extrapolate."""
         self._mode = mode
         self._keeps_older = keeps_older
@@ -115,10 +115,10 @@ class CallMemory(Exchange):
             self._geometry = geometry
         return is_asked or self._num_steps == 0
 
-    def open(self, *, is_fresh: bool, band: int, axis: Axis, extrapolates: bool = False) -> None:
-        """A call begins, of this band."""
+    def open(self, *, is_fresh: bool, patch: int, axis: Axis, extrapolates: bool = False) -> None:
+        """A call begins, of this patch."""
         self._extrapolates = extrapolates and self._keeps_older
-        self._is_fresh, self._band, self._axis = is_fresh, band, axis
+        self._is_fresh, self._patch, self._axis = is_fresh, patch, axis
         self._index = 0
         self._held: list[Slot] | None = None
 
@@ -153,14 +153,14 @@ class CallMemory(Exchange):
         slot = self._next_slot(kind, own)
         pieces = self._expected(slot)
         self._replace_own(slot, own)
-        pieces[self._band] = own
+        pieces[self._patch] = own
         return pieces
 
     def moments(self, own: Tensor, shares: Sequence[float]) -> Tensor:
-        """Of the whole picture; in stale steps as the mode says. Source: DistriFusion, section 4 (corrected asynchronous group norm).
+        """Of the whole image; in stale steps as the mode says. Source: DistriFusion, section 4 (corrected asynchronous group norm).
 
         Corrected statistics start from the last step's also where the rest is extrapolated: corrected from extrapolated ones, the change
-        of the other bands would count twice, and extrapolated without a correction they were further from the exact ones.
+        of the other patches would count twice, and extrapolated without a correction they were further from the exact ones.
         """
         if self._is_fresh or self._mode.statistics == "now":
             return super().moments(own, shares)
@@ -169,7 +169,7 @@ class CallMemory(Exchange):
         if not self._mode.is_corrected:
             return _or_own(combine(self.gather("statistics", own, [own.shape] * len(shares)), shares), own)
         slot = self._next_slot("statistics", own)
-        result = correct(combine(slot.pieces, shares), before=slot.pieces[self._band], own=own)
+        result = correct(combine(slot.pieces, shares), before=slot.pieces[self._patch], own=own)
         self._replace_own(slot, own)
         return result
 
@@ -212,7 +212,7 @@ class CallMemory(Exchange):
         """The slot of the operator that runs now, with its values of the step before at hand."""
         self._start_complete()
         slot = self._slots[self._index] if self._index < len(self._slots) else None
-        if slot is None or slot.spec.kind != kind or slot.spec.shapes[self._band] != tuple(own.shape):
+        if slot is None or slot.spec.kind != kind or slot.spec.shapes[self._patch] != tuple(own.shape):
             raise RuntimeError(f"operator {self._index} ({kind}, {tuple(own.shape)}) was not there in the step before: the network changed")
         self._index += 1
         if slot.message is not None:
@@ -220,13 +220,13 @@ class CallMemory(Exchange):
         return slot
 
     def _expected(self, slot: Slot) -> list[Tensor]:
-        """The other bands' values as far as they are known: of the step before, or continued from the last two steps."""
+        """The other patches' values as far as they are known: of the step before, or continued from the last two steps."""
         if not self._can_extrapolate:
             return list(slot.pieces)
         return [piece if older is None else torch.lerp(older, piece, 2.0) for piece, older in zip(slot.pieces, slot.older, strict=True)]
 
     def _replace_own(self, slot: Slot, own: Tensor) -> None:
-        slot.pieces[self._band].copy_(own)
+        slot.pieces[self._patch].copy_(own)
         if slot.message is not None and slot is slot.message.last:
             self._complete = slot.message
 
@@ -248,13 +248,13 @@ def correct(stale: Tensor, *, before: Tensor, own: Tensor) -> Tensor:
 
 
 def _or_own(moments: Tensor, own: Tensor) -> Tensor:
-    """The moments with this band's variance where theirs is negative, which no whole picture's can be."""
+    """The moments with this patch's variance where theirs is negative, which no whole image's can be."""
     return torch.stack((moments[0], torch.where(moments[1] < 0, own[1], moments[1])))
 
 
 def _groups(slots: list[Slot]) -> list[list[Slot]]:
     """Consecutive slots, cut into NUM_MESSAGES groups of about equal size; the same on all ranks."""
-    sizes = [sum(slot.spec.num_bytes(band) for band in range(len(slot.spec.shapes))) for slot in slots]
+    sizes = [sum(slot.spec.num_bytes(patch) for patch in range(len(slot.spec.shapes))) for slot in slots]
     total = sum(sizes)
     groups: list[list[Slot]] = []
     taken = 0
@@ -266,18 +266,18 @@ def _groups(slots: list[Slot]) -> list[list[Slot]]:
     return groups
 
 
-def _place(slots: Sequence[Slot], band: int, buffer: Tensor, offset: int, older: Tensor | None) -> None:
-    """Make the slots' values of this band views of `buffer`, one behind the other from `offset`."""
+def _place(slots: Sequence[Slot], patch: int, buffer: Tensor, offset: int, older: Tensor | None) -> None:
+    """Make the slots' values of this patch views of `buffer`, one behind the other from `offset`."""
     for slot in slots:
-        size = slot.spec.num_bytes(band)
-        view = _view(buffer, offset, slot.spec, band)
-        slot.pieces[band] = view.copy_(slot.pieces[band])
-        slot.older[band] = None if older is None else _view(older, offset, slot.spec, band).copy_(view)
+        size = slot.spec.num_bytes(patch)
+        view = _view(buffer, offset, slot.spec, patch)
+        slot.pieces[patch] = view.copy_(slot.pieces[patch])
+        slot.older[patch] = None if older is None else _view(older, offset, slot.spec, patch).copy_(view)
         offset += _aligned(size)
 
 
-def _view(buffer: Tensor, offset: int, spec: Spec, band: int) -> Tensor:
-    return buffer[offset : offset + spec.num_bytes(band)].view(spec.dtype).view(spec.shapes[band])
+def _view(buffer: Tensor, offset: int, spec: Spec, patch: int) -> Tensor:
+    return buffer[offset : offset + spec.num_bytes(patch)].view(spec.dtype).view(spec.shapes[patch])
 
 
 def _aligned(num_bytes: int) -> int:

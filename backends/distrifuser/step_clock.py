@@ -1,11 +1,11 @@
-"""Where a generation stands: which steps are synchronous, which band this rank has, how often each network has been called."""
+"""Where a generation stands: which steps are synchronous, which patch this rank has, how often each network has been called."""
 
 from collections import Counter
 
 from backends.distrifuser.modes import SyncMode
 
 
-class Schedule:
+class StepClock:
     """The step clock of one generation, the same on every rank. A step is one denoiser evaluation of the sampler."""
 
     def __init__(self) -> None:
@@ -32,11 +32,11 @@ class Schedule:
         return self.step < self.synchronous_steps
 
     def dim(self, split_scheme: str) -> int:
-        """Which dim of a picture is cut in this step: rows (-2) or columns (-1)."""
+        """Which dim of an image is cut in this step: rows (-2) or columns (-1)."""
         if split_scheme == "alternate":
             return -2 if self.step % 2 == 0 else -1
         return -1 if split_scheme == "col" else -2
 
     def turn(self, mode: SyncMode) -> int:
-        """By how many bands the ranks have moved on."""
+        """By how many patches the ranks have moved on."""
         return self.step if mode.takes_turns and not self.is_synchronous else 0

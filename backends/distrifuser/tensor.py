@@ -24,7 +24,7 @@ AXIS = "tensor"
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class WeightShard:
     """One linear layer's part: cut along `dim` of its weight (0: outputs, 1: inputs), each of `parts` equal blocks by itself."""
 
     linear: nn.Linear
@@ -64,7 +64,7 @@ def detach_shards(network: nn.Module, mesh: Mesh) -> None:
                 _restore(share, mesh)
 
 
-def _shared_modules(network: nn.Module, size: int) -> Iterator[tuple[nn.Module, list[Share]]]:
+def _shared_modules(network: nn.Module, size: int) -> Iterator[tuple[nn.Module, list[WeightShard]]]:
     """The modules that can be cut into `size`, with their layers."""
     for module in network.modules():
         is_attention = isinstance(module, Attention | AttentionModuleMixin) and _heads_divide(module, size)
@@ -84,18 +84,18 @@ def _head_width(module: Any) -> int:
     return module.to_q.out_features // module.heads
 
 
-def _shares(module: Any) -> list[Share]:
+def _shares(module: Any) -> list[WeightShard]:
     if isinstance(module, FeedForward):
         first, last = module.net[0].proj, module.net[2]
-        return [Share(first, 0, parts=first.out_features // last.in_features), Share(last, 1)]
+        return [WeightShard(first, 0, parts=first.out_features // last.in_features), WeightShard(last, 1)]
     if getattr(module, "fused_projections", False):
         raise UnsupportedError("parallelism=tensor cannot cut fused query, key and value projections. Leave fusing out.")
     if any(True for _ in getattr(module.processor, "parameters", lambda: ())()):
         raise UnsupportedError("parallelism=tensor cannot cut an IP-Adapter's attention. Use parallelism=patch with it.")
     columns = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
     rows = [module.to_out[0], getattr(module, "to_add_out", None)]
-    shares = [Share(getattr(module, name), 0) for name in columns if getattr(module, name, None) is not None]
-    return shares + [Share(linear, 1) for linear in rows if linear is not None]
+    shares = [WeightShard(getattr(module, name), 0) for name in columns if getattr(module, name, None) is not None]
+    return shares + [WeightShard(linear, 1) for linear in rows if linear is not None]
 
 
 def _require_plain(linear: nn.Module) -> None:
@@ -106,7 +106,7 @@ def _require_plain(linear: nn.Module) -> None:
         )
 
 
-def _shrink(share: Share, size: int, rank: int) -> None:
+def _shrink(share: WeightShard, size: int, rank: int) -> None:
     linear = share.linear
     linear.weight = nn.Parameter(_block(linear.weight.data, share, size, rank), requires_grad=False)
     if linear.bias is not None and share.dim == 0:
@@ -116,12 +116,12 @@ def _shrink(share: Share, size: int, rank: int) -> None:
     _set_widths(linear)
 
 
-def _block(tensor: Tensor, share: Share, size: int, rank: int) -> Tensor:
+def _block(tensor: Tensor, share: WeightShard, size: int, rank: int) -> Tensor:
     blocks = tensor.unflatten(share.dim, (share.parts, size, -1))
     return blocks.select(share.dim + 1, rank).flatten(share.dim, share.dim + 1).clone()
 
 
-def _restore(share: Share, mesh: Mesh) -> None:
+def _restore(share: WeightShard, mesh: Mesh) -> None:
     linear, axis = share.linear, mesh.axis(AXIS)
     linear.weight = nn.Parameter(_whole(linear.weight.data, share, mesh), requires_grad=False)
     if linear.bias is not None and share.dim == 0:
@@ -133,7 +133,7 @@ def _restore(share: Share, mesh: Mesh) -> None:
     _set_widths(linear)
 
 
-def _whole(tensor: Tensor, share: Share, mesh: Mesh) -> Tensor:
+def _whole(tensor: Tensor, share: WeightShard, mesh: Mesh) -> Tensor:
     blocks = tensor.unflatten(share.dim, (share.parts, 1, -1))
     return all_gather(blocks, dim=share.dim + 1, axis=mesh.axis(AXIS)).flatten(share.dim, share.dim + 2)
 

@@ -1,4 +1,4 @@
-"""Which requests may be rows of one batch, so that one call of a pipeline makes the pictures of several jobs. Imports no torch.
+"""Which requests may be rows of one batch, so that one call of a pipeline makes the images of several jobs. Imports no torch.
 
 A row equals what its request gives alone, but for the order of sums. So everything is left out whose result for one row depends on the
 others: noise that is not drawn from each request's own seed, decisions by a mean over the batch, weights of texts.
@@ -24,25 +24,25 @@ OWN = ("prompt", "negative_prompt", "seed")
 def batch_key(request: GenerateRequest, load: LoadRequest) -> str | None:
     """Requests with the same key fit into one batch; None for one that must be alone.
 
-    Alone: what brings pictures, latents or embeddings, what asks for quality='exact', and what has no prompt.
+    Alone: what brings images, latents or embeddings, what asks for quality='exact', and what has no prompt.
     """
     if not request.prompt or request.quality == "exact" or _draws_for_all(request, load):
         return None
     shared = {name: value for name in GenerateRequest.model_fields if name not in OWN and (value := getattr(request, name)) is not None}
     try:
         return json.dumps({**shared, "has_negative": bool(request.negative_prompt)}, sort_keys=True)
-    except TypeError:  # a picture or an array
+    except TypeError:  # an image or an array
         return None
 
 
 def why_alone(spec: ModelSpec, load: LoadRequest) -> str:
-    """Why a pipeline that is loaded like this makes one picture at a time; empty if it can make several."""
+    """Why a pipeline that is loaded like this makes one image at a time; empty if it can make several."""
     if not spec.batches:
         return f"a row of a batch of {spec.title} depends on the others"
     reasons = {
         "--step_cache decides by all of a batch": load.step_cache is not None,
         "--compel weights one prompt at a time": load.compel,
-        "a ControlNet or an IP-Adapter takes a picture with each job": bool(load.control_net or load.ip_adapter),
+        "a ControlNet or an IP-Adapter takes an image with each job": bool(load.control_net or load.ip_adapter),
         "compiled models would be compiled again for each size of batch": load.compile is not None,
         "bitsandbytes' int8 looks for outliers in all of a batch": any(spec.kind == "bnb_int8" for spec in load.quantize.values()),
     }
@@ -56,7 +56,7 @@ def require_one_batch(
     keys = {batch_key(request, load) for request in requests}
     reason = why_alone(spec, load)
     if plan is not None and plan.world_size > 1:
-        reason = f"{plan.describe()} works on one picture at a time"
+        reason = f"{plan.describe()} works on one image at a time"
     elif None in keys:
         reason = "one of them must be alone"
     elif len(keys) > 1:

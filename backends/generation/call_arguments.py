@@ -99,7 +99,7 @@ def _first(*values: Any) -> Any:
 
 def _require_inputs(request: GenerateRequest, spec: ModelSpec) -> None:
     if "image" in spec.requires and request.image is None:
-        raise RequestError(f"image is missing. {spec.title} starts from a picture: send one as 'image'.", field="image")
+        raise RequestError(f"image is missing. {spec.title} starts from an image: send one as 'image'.", field="image")
     if "prompt" in spec.requires and not request.prompt and request.prompt_embeds is None:
         raise RequestError("no prompt was given. Send a text as 'positive' (or 'prompt'), or embeddings.", field="positive")
     if request.prompt and request.prompt_embeds is not None:
@@ -111,7 +111,7 @@ def _require_inputs(request: GenerateRequest, spec: ModelSpec) -> None:
     if request.init_image is not None and not spec.returns_latents:
         raise UnsupportedError(f"{spec.title} cannot start from init_image. Leave it out.")
     if request.mask_image is not None and request.init_image is None:
-        raise RequestError("mask_image was given without init_image, the picture to change. Send both.", field="mask_image")
+        raise RequestError("mask_image was given without init_image, the image to change. Send both.", field="mask_image")
     if request.sigmas is not None and request.timesteps is not None:
         raise RequestError("both sigmas and timesteps were given. Send one of them.", field="sigmas")
 
@@ -201,7 +201,7 @@ def require_embeds_support(request: GenerateRequest, spec: ModelSpec, pipe: Any,
     needs = [name for name in ("prompt_attention_mask", "prompt_embeds_2") if name in signature.parameters]
     if "prompt_embeds" not in signature.parameters or needs:
         raise UnsupportedError(
-            f"embeddings cannot be given to {spec.title}: it also needs {', '.join(needs) or 'a picture'}, "
+            f"embeddings cannot be given to {spec.title}: it also needs {', '.join(needs) or 'an image'}, "
             "which no request field carries. Send the prompt as text."
         )
     widths = _embeds_widths(getattr(pipe, spec.denoiser).config)

@@ -78,7 +78,7 @@ def _moments(vae: Any) -> tuple[Tensor, Tensor]:
 
 
 def _counts_frames(vae: Any) -> bool:
-    """Whether it takes pictures as videos of one frame, (B, C, 1, h, w)."""
+    """Whether it takes images as videos of one frame, (B, C, 1, h, w)."""
     return "temperal_downsample" in vae.config
 
 
@@ -91,7 +91,7 @@ def pack(x: Tensor, *, spec: ModelSpec) -> Tensor:
 
 
 def unpack(x: Tensor, *, pipe: Any, spec: ModelSpec, height: int, width: int) -> Tensor:
-    """The inverse of pack; height and width are those of the picture in pixels."""
+    """The inverse of pack; height and width are those of the image in pixels."""
     if spec.latents != "packed":
         return x
     h, w = height // (2 * pipe.vae_scale_factor), width // (2 * pipe.vae_scale_factor)
@@ -110,7 +110,7 @@ def decode(client_latents: np.ndarray, *, pipe: Any) -> np.ndarray:
 
 @torch.no_grad()
 def encode(image: Image.Image, *, pipe: Any, height: int, width: int) -> np.ndarray:
-    """A picture, scaled to this size in pixels -> float32 (1, C, h, w) in client space: the middle of what the VAE sees in it."""
+    """An image, scaled to this size in pixels -> float32 (1, C, h, w) in client space: the middle of what the VAE sees in it."""
     pixels = np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS))
     with _without_overflow(pipe.vae) as vae:
         x = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].to(device=pipe._execution_device, dtype=vae.dtype)
@@ -127,7 +127,7 @@ def encoded(pixels: Tensor, *, vae: Any) -> Tensor:
 def mask(image: Image.Image, *, pipe: Any, spec: ModelSpec, height: int, width: int) -> Tensor:
     """A mask, scaled to this size in pixels -> float32 in the layout of the denoiser's latents: 1 where they may change, else 0.
 
-    (1, C, h, w) before packing. As in diffusers' inpainting, a latent pixel follows the picture's pixel in its corner.
+    (1, C, h, w) before packing. As in diffusers' inpainting, a latent pixel follows the image's pixel in its corner.
     """
     pixels = np.asarray(image.convert("L").resize((width, height), Image.Resampling.LANCZOS))
     step = pipe.vae_scale_factor

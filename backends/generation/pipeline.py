@@ -33,20 +33,20 @@ from backends.generation.call_arguments import (
 from backends.generation.previews import Previewer
 from backends.generation.prompts import WeightedPrompts, unread_tokens
 from backends.generation.schedulers import build_scheduler, parse_scheduler
-from backends.generation.step_driver import Start, StepDriver
+from backends.generation.step_driver import InitialLatents, StepDriver
 from backends.generation.step_window import schedule_of
 from backends.generation.timeline import StageClock
 from backends.loading.compilation import Compilation, quiet_regions
 from backends.loading.controlnet import control_arguments, require_control
-from backends.loading.ip_adapter import load_ip_adapters, picture_arguments, require_pictures, use_scales
+from backends.loading.ip_adapter import image_arguments, load_ip_adapters, require_images, use_scales
 from backends.loading.lora import LoraSet
 from backends.loading.offload import place, use_lean_attention
 from backends.loading.quantization import quantize
 from backends.loading.step_cache import StepCache
 from backends.loading.weights import DTYPES, load_pipe
 from backends.model_table import ModelSpec
-from backends.parallel.base import Backend, Run
-from backends.parallel.vae import attach_band_decode, detach_band_decode, shares_decode
+from backends.parallel.base import Backend, RunInfo
+from backends.parallel.vae import attach_patch_decode, detach_patch_decode, splits_decode
 from backends.plan import Exactness
 from backends.request import Array, GenerateRequest, GenerateResult, LoadRequest
 from backends.step_cache_spec import require_step_cache
@@ -92,7 +92,7 @@ class LoadedPipeline:
         self._pristine_scheduler = copy.deepcopy(pipe.scheduler)
         self._backend: Backend | None = None
         self._previewer = Previewer(pipe, spec=spec)
-        self._run_now: Run | None = None
+        self._run_now: RunInfo | None = None
         self._is_resting = False
         self._clock = StageClock()
         self._loras = LoraSet(pipe, spec)
@@ -117,7 +117,7 @@ class LoadedPipeline:
         backend.attach(self.pipe)
         self._backend = backend
         if self.load.parallel_vae and not self._compiles("vae"):
-            attach_band_decode(self.pipe.vae, backend.mesh)
+            attach_patch_decode(self.pipe.vae, backend.mesh)
 
     def _compile_regions(self, backend: Backend) -> list[nn.Module]:
         """A step cache decides between blocks, which no graph can hold: then what lies between attentions."""
@@ -128,7 +128,7 @@ class LoadedPipeline:
         if self._step_cache is not None:
             self._step_cache.share(None)
         if self._backend is not None:
-            detach_band_decode(self.pipe.vae)
+            detach_patch_decode(self.pipe.vae)
             self._backend.detach(self.pipe)
             self._backend = None
         if self._compilation is not None:
@@ -163,7 +163,7 @@ class LoadedPipeline:
         self._prepare(request)
 
     def generate(self, request: GenerateRequest, *, on_step: OnStep | None = None) -> GenerateResult:
-        """One picture or video. `request.seed` must be drawn already, so that all ranks have the same."""
+        """One image or video. `request.seed` must be drawn already, so that all ranks have the same."""
         return self.generate_together([request], on_step=on_step)[0]
 
     @torch.no_grad()
@@ -231,14 +231,14 @@ class LoadedPipeline:
         return self._clock.spans
 
     def preview(self, latents: Tensor, row: int = 0) -> Array | None:
-        """uint8 (h, w, 3) of one picture that is made now, from what `on_step` was given. None for a VAE that cannot tell."""
-        return self._previewer.picture(latents[row : row + 1], height=self._run_now.height, width=self._run_now.width)
+        """uint8 (h, w, 3) of one image that is made now, from what `on_step` was given. None for a VAE that cannot tell."""
+        return self._previewer.image(latents[row : row + 1], height=self._run_now.height, width=self._run_now.width)
 
-    def _prepare(self, request: GenerateRequest) -> tuple[GenerateRequest, Any, Run]:
+    def _prepare(self, request: GenerateRequest) -> tuple[GenerateRequest, Any, RunInfo]:
         require_embeds_support(request, self.spec, self.pipe, self.signature)
         require_clip_layers(request, self.pipe, self.signature)
         require_control(request, self.load, self.spec, self.signature)
-        require_pictures(request, self.load, self.spec)
+        require_images(request, self.load, self.spec)
         self._require_changeable_loras(request)
         if request.compel and self._prompts is None:
             raise UnsupportedError("compel is not loaded on this host. Leave it out, or start the host with --compel.")
@@ -247,7 +247,7 @@ class LoadedPipeline:
         resolved = resolve(request, self.spec, defaults=self._defaults(), vae_scale_factor=getattr(self.pipe, "vae_scale_factor", 8))
         choice = parse_scheduler(resolved.scheduler if resolved.scheduler is not None else self.load.scheduler)
         scheduler = build_scheduler(choice, self._pristine_scheduler, flow=self.spec.flow_matching)
-        run = Run(
+        run = RunInfo(
             request=resolved,
             height=resolved.height,
             width=resolved.width,
@@ -283,11 +283,11 @@ class LoadedPipeline:
         except ConfigError as error:
             raise RequestError(str(error), field="lora") from error
 
-    def _exactness(self, run: Run, *, num_rows: int) -> Exactness:
+    def _exactness(self, run: RunInfo, *, num_rows: int) -> Exactness:
         method = self._backend.exactness_of(run) if self._backend is not None else "exact"
         if self._step_cache is not None and self._step_cache.num_skipped:
             return "approximate"
-        return "reordered" if method == "exact" and (num_rows > 1 or shares_decode(self.pipe.vae)) else method
+        return "reordered" if method == "exact" and (num_rows > 1 or splits_decode(self.pipe.vae)) else method
 
     def _defaults(self) -> dict[str, Any]:
         return {name: getattr(self.load, name) for name in ("height", "width", "num_inference_steps", "guidance_scale")}
@@ -316,7 +316,7 @@ class LoadedPipeline:
             arguments = {name: value for name, value in arguments.items() if name not in ("prompt", "negative_prompt")} | texts
         if len(requests) > 1:
             arguments |= own_arguments(requests, arguments)
-        added = {**control_arguments(request, self.load, self.spec), **picture_arguments(request, self.load)}
+        added = {**control_arguments(request, self.load, self.spec), **image_arguments(request, self.load)}
         arguments |= {name: value for name, value in added.items() if name in self.signature.parameters}
         start = self._start(request)
         driver = StepDriver(scheduler, schedule, start=start, on_step=self._step_reporter(on_step), generator=arguments["generator"])
@@ -341,7 +341,7 @@ class LoadedPipeline:
             torch.manual_seed(request.seed)
             yield
 
-    def _start(self, request: GenerateRequest) -> Start | None:
+    def _start(self, request: GenerateRequest) -> InitialLatents | None:
         """Where an image-to-image or inpainting run begins; None for text to image (latents at full strength only set the size)."""
         is_whole = request.strength == 1 and request.first_step == 0 and request.mask_image is None
         if request.latents is None or not self.spec.returns_latents or is_whole:
@@ -353,7 +353,7 @@ class LoadedPipeline:
         clean = latent_space.to_model_space(request.latents, pipe=self.pipe, spec=self.spec, device=self.device, dtype=self.dtype)
         noise = torch.randn(request.latents[:1].shape, generator=generator(request), dtype=self.dtype).to(self.device)
         is_noisy = request.first_step > 0 and request.init_image is None
-        return Start(
+        return InitialLatents(
             latents=clean,
             noise=None if is_noisy else latent_space.pack(noise, spec=self.spec),
             mask=mask,
@@ -374,7 +374,7 @@ class LoadedPipeline:
 
 
 def _plain(resolved: GenerateRequest, scheduler: Any) -> dict[str, Any]:
-    """What was really used, for people to read: no pictures, no arrays."""
+    """What was really used, for people to read: no images, no arrays."""
     values = {name: getattr(resolved, name) for name in GenerateRequest.model_fields}
     plain = {name: value for name, value in values.items() if isinstance(value, str | int | float | dict)}
     plain = {name: value for name, value in plain.items() if value != GenerateRequest.model_fields[name].default}

@@ -1,4 +1,4 @@
-"""Small pictures of a generation under way: latents to RGB by one matrix, fitted to the loaded model's own VAE.
+"""Small images of a generation under way: latents to RGB by one matrix, fitted to the loaded model's own VAE.
 
 A decoder costs as much as a denoising step or more; the matrix costs nothing and shows composition and colours at latent resolution.
 Nothing is written down per model family: a few smooth colour fields are encoded once, and least squares does the rest.
@@ -32,21 +32,21 @@ class Previewer:
         self._is_fitted = False
 
     @torch.no_grad()
-    def picture(self, latents: Tensor, *, height: int, width: int) -> np.ndarray | None:
+    def image(self, latents: Tensor, *, height: int, width: int) -> np.ndarray | None:
         """Model-space latents of a run of this size -> uint8 (h, w, 3), of a video its middle frame. None if the VAE cannot be fitted."""
         if not self._is_fitted:
             self._matrix, self._is_fitted = _fit(self._pipe), True
         if self._matrix is None:
             return None
         x = self._one_frame(latents.detach().float(), height, width)
-        x = x / x.std().clamp(min=1.0)  # early steps hold more noise than picture
+        x = x / x.std().clamp(min=1.0)  # early steps hold more noise than image
         x = latent_space.unscaled(x[None], vae=self._pipe.vae)[0]
         x = x.permute(1, 2, 0).cpu()
         pixels = torch.cat((x, torch.ones_like(x[..., :1])), dim=-1) @ self._matrix
         return latent_space.to_uint8(pixels.clamp(0, 1).numpy())
 
     def _one_frame(self, latents: Tensor, height: int, width: int) -> Tensor:
-        """(C, h, w) of the first picture, or of the middle frame."""
+        """(C, h, w) of the first image, or of the middle frame."""
         x = latent_space.unpack(latents, pipe=self._pipe, spec=self._spec, height=height, width=width)[0]
         if x.ndim == 3:
             return x

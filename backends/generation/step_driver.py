@@ -40,7 +40,7 @@ LMS_ORDER = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Start:
+class InitialLatents:
     """What the run begins from, in model space and in the layout, dtype and device of the pipeline's own latents.
 
     latents: clean, with `noise` of the same shape to be added up to the level of the first step; or, without `noise`,
@@ -71,7 +71,7 @@ class StepDriver:
         scheduler: "SchedulerMixin",
         schedule: Schedule,
         *,
-        start: Start | None = None,
+        start: InitialLatents | None = None,
         on_step: OnStep | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
@@ -205,7 +205,7 @@ class StepDriver:
             )
 
 
-def noised_start(scheduler: "SchedulerMixin", start: Start, schedule: Schedule, timestep: Tensor) -> Tensor:
+def noised_start(scheduler: "SchedulerMixin", start: InitialLatents, schedule: Schedule, timestep: Tensor) -> Tensor:
     """Return what the pipeline must be given as latents, so that the run continues rightly from its first step.
 
     scheduler: after set_timesteps and set_begin_index. timestep: (1,), where the run begins. Returns start.latents' shape, float32.
@@ -221,7 +221,7 @@ def noised_start(scheduler: "SchedulerMixin", start: Start, schedule: Schedule, 
     return latents / initial_sigma if start.is_scaled_by_pipeline else latents
 
 
-def add_noise(scheduler: "SchedulerMixin", start: Start, timestep: Tensor) -> Tensor:
+def add_noise(scheduler: "SchedulerMixin", start: InitialLatents, timestep: Tensor) -> Tensor:
     """The start's latents with its noise up to the level of `timestep` (1,): float32, the sample's own scale."""
     if hasattr(scheduler, "scale_noise"):
         return scheduler.scale_noise(start.latents.float(), timestep=timestep, noise=start.noise.float())

@@ -1,4 +1,4 @@
-"""When one rank did what for one picture: encode, each step, decode. For /metrics and traces; costs one look at the clock a step."""
+"""When one rank did what for one image: encode, each step, decode. For /metrics and traces; costs one look at the clock a step."""
 
 import time
 from dataclasses import dataclass, field

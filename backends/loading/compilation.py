@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 NAME = "compiled"
 MANY_SIZES = 64
-"""Graphs that torch keeps per function unless told otherwise; its own 8 would be used up by eight picture sizes."""
+"""Graphs that torch keeps per function unless told otherwise; its own 8 would be used up by eight image sizes."""
 
 _LOOKS_AROUND = (Attention, AttentionModuleMixin, nn.modules.conv._ConvNd, nn.GroupNorm)
 

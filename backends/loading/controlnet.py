@@ -1,4 +1,4 @@
-"""The ControlNet part of one generation: pictures brought to the output's size, scales, and when the control begins and ends."""
+"""The ControlNet part of one generation: images brought to the output's size, scales, and when the control begins and ends."""
 
 from inspect import Signature
 from typing import Any
@@ -18,7 +18,7 @@ def require_control(request: GenerateRequest, load: LoadRequest, spec: ModelSpec
         return
     number = len(load.control_net)
     if request.control_image is None:
-        raise RequestError("control_image is missing, but a ControlNet is loaded. Send the picture to follow.", field="control_image")
+        raise RequestError("control_image is missing, but a ControlNet is loaded. Send the image to follow.", field="control_image")
     images = _listed(request.control_image)
     if len(images) not in (1, number):
         raise RequestError(

@@ -1,4 +1,4 @@
-"""IP-Adapters: pictures as prompts. Loading them into a pipeline, and their part of one generation."""
+"""IP-Adapters: images as prompts. Loading them into a pipeline, and their part of one generation."""
 
 import inspect
 from collections.abc import Mapping
@@ -50,17 +50,17 @@ def use_scales(pipe: Any, load: LoadRequest, request: GenerateRequest) -> None:
     pipe.set_ip_adapter_scale(scales if len(scales) > 1 else scales[0])
 
 
-def require_pictures(request: GenerateRequest, load: LoadRequest, spec: ModelSpec) -> None:
-    """RequestError or UnsupportedError where the pictures do not do for the loaded IP-Adapters; nothing without any."""
+def require_images(request: GenerateRequest, load: LoadRequest, spec: ModelSpec) -> None:
+    """RequestError or UnsupportedError where the images do not do for the loaded IP-Adapters; nothing without any."""
     if load.ip_adapter and not request.ip_adapter_image:
-        raise RequestError("ip_image is missing, but an IP-Adapter is loaded. Send the picture to be like.", field="ip_image")
+        raise RequestError("ip_image is missing, but an IP-Adapter is loaded. Send the image to be like.", field="ip_image")
     most = spec.ip_adapter.get("max_images")
     if most and isinstance(request.ip_adapter_image, list) and len(request.ip_adapter_image) > most:
-        raise UnsupportedError(f"{len(request.ip_adapter_image)} pictures as ip_image are too many for {spec.title}. Send {most}.")
+        raise UnsupportedError(f"{len(request.ip_adapter_image)} images as ip_image are too many for {spec.title}. Send {most}.")
 
 
-def picture_arguments(request: GenerateRequest, load: LoadRequest) -> dict[str, Any]:
-    """Keyword arguments of the pipeline call. Several pictures act together, in every adapter."""
+def image_arguments(request: GenerateRequest, load: LoadRequest) -> dict[str, Any]:
+    """Keyword arguments of the pipeline call. Several images act together, in every adapter."""
     if not load.ip_adapter:
         return {}
     image = request.ip_adapter_image
@@ -89,7 +89,7 @@ def _parts(path: Path) -> dict[str, Mapping[str, Tensor]]:
 
 
 def _load_encoder(pipe: Any, spec: ModelSpec, load: LoadRequest, weights: Path) -> None:
-    """The image encoder that comes with the weights, and its picture processor, registered with the pipeline."""
+    """The image encoder that comes with the weights, and its image processor, registered with the pipeline."""
     folders = [weights.parent / name for name in ENCODER_FOLDERS]
     folder = next((folder for folder in folders if (folder / "config.json").is_file()), None)
     if folder is None:

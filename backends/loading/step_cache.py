@@ -175,7 +175,7 @@ class StepCache:
         return around
 
     def _remember(self, call: _Call, tokens: Tensor) -> None:
-        """tokens: (B, N, D), or with the text before the picture (B, T + N, D)."""
+        """tokens: (B, N, D), or with the text before the image (B, T + N, D)."""
         residual = tokens[:, -call.image.shape[1] :] - call.image
         call.residual = _Residual(last=residual, at=self._step) if call.residual is None else call.residual.after(residual, self._step)
         if self._cache.kind != "taylor":

@@ -53,7 +53,7 @@ def read_weights(path: str | Path, *, option: str) -> Weights:
 
 
 def _without_safety_checker(pipeline_class: type) -> dict[str, Any]:
-    """Results are latents as well as pictures, so a checker at the end of the pipeline would see nothing: do not load it."""
+    """Results are latents as well as images, so a checker at the end of the pipeline would see nothing: do not load it."""
     parameters = inspect.signature(pipeline_class.__init__).parameters
     return {name: value for name, value in (("safety_checker", None), ("requires_safety_checker", False)) if name in parameters}
 

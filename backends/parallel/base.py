@@ -21,7 +21,7 @@ from backends.request import GenerateRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
+class RunInfo:
     """One generation, as the backends need to know it. Sizes are in pixels of the result.
 
     num_inference_steps: sampling steps asked for (before a window cuts some off).
@@ -85,17 +85,17 @@ class Backend(ABC):
     def detach_denoiser(self, pipe: Any, denoiser: nn.Module) -> None:
         """Undo attach_denoiser."""
 
-    def check(self, run: Run) -> None:
+    def check(self, run: RunInfo) -> None:
         """Refuse, before anything is sent, a run that the method cannot follow (PlanError, UnsupportedError). Arithmetic only.
 
         Called on rank 0 before the broadcast and again on every rank: it must come to the same result everywhere.
         """
 
-    def exactness_of(self, run: Run) -> Exactness:
+    def exactness_of(self, run: RunInfo) -> Exactness:
         """How close this run comes to one rank: as the plan says, unless a method depends on the request."""
         return self.plan.exactness
 
-    def begin(self, run: Run) -> None:
+    def begin(self, run: RunInfo) -> None:
         """A generation starts: forget everything of the last one. To be called by what overrides it, as `step_done` and `end`."""
         if self._pairs is not None:
             scale = run.request.guidance_scale

@@ -1,7 +1,7 @@
 """CFG split: the negative and the positive half of a batch on two halves of the ranks. Exact, and shared by all backends.
 
 The denoiser's batch is cut along dim 0 and the halves' outputs are gathered, so guidance needs no change in any pipeline. A batch of
-several prompts is split the same way; an odd batch (guidance off, one picture) is computed whole on every rank. Pipelines that call their
+several prompts is split the same way; an odd batch (guidance off, one image) is computed whole on every rank. Pipelines that call their
 denoiser once for each half are cfg_two_calls.py's.
 """
 
@@ -60,7 +60,7 @@ def _split_call(denoiser: nn.Module, mesh: Mesh, axis_name: str) -> Callable[...
 def cut_batch(arguments: Mapping[str, Any], batch: int, *, parts: int, part: int) -> dict[str, Any]:
     """A denoiser call's arguments by name -> those of one of `parts` equal parts of its batch.
 
-    Where the first argument is a list, it and others like it hold one entry per picture.
+    Where the first argument is a list, it and others like it hold one entry per image.
     """
     samples = slice(part * batch // parts, (part + 1) * batch // parts)
     is_listed = isinstance(next(iter(arguments.values())), list)

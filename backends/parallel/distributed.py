@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 IDLE_TIMEOUT = timedelta(days=3650)
-"""Followers wait in a broadcast until somebody asks for a picture, and nobody may for weeks. A dead peer is noticed by its closed
+"""Followers wait in a broadcast until somebody asks for an image, and nobody may for weeks. A dead peer is noticed by its closed
 connection and a hanging one by the watch in hosts/ranks/commands.py, so this wait needs no end."""
 
 MEET_WITHIN = timedelta(minutes=5)
@@ -72,7 +72,7 @@ def shutdown() -> None:
 
 
 @dataclass(slots=True)
-class Traffic:
+class CommStats:
     """What the data groups of this rank carried since the last reset."""
 
     sent_bytes: int = 0
@@ -104,7 +104,7 @@ class Axis:
     ranks: tuple[int, ...]
     rank: int
     group: dist.ProcessGroup | None
-    way_back: dist.ProcessGroup | None = None
+    reverse_group: dist.ProcessGroup | None = None
     memory: "SharedMemory | None" = None
 
     @property
@@ -126,7 +126,7 @@ class Mesh:
         self.device = device
         self._first = team * plan.world_size
         self._num_teams = num_teams
-        self.traffic = Traffic()
+        self.traffic = CommStats()
         self._axes: dict[tuple[str, ...], Axis] = {}
         self._open_groups: list[dist.ProcessGroup] = []
         self._step_group: dist.ProcessGroup | None = None
@@ -148,7 +148,7 @@ class Mesh:
             for combination in itertools.combinations(names, count):
                 self.axis(*combination)
 
-    def broadcast_word(self, word: int) -> int:
+    def broadcast_signal(self, word: int) -> int:
         """The first rank's word to all ranks, on a CPU group of its own: once per denoising step (go on, or cancel).
 
         The first rank does not wait until the others have come so far: in a pipeline of stages it is ahead of them, by a step at most.
@@ -177,7 +177,7 @@ class Mesh:
                 logger.warning("closing a data group failed: %s", error)
         self._open_groups.clear()
         for axis in self._axes.values():
-            axis.group = axis.way_back = axis.memory = None
+            axis.group = axis.reverse_group = axis.memory = None
         self._step_group = None
 
     def rebuild(self) -> None:
@@ -187,7 +187,7 @@ class Mesh:
         self._open()
         for key, axis in handed_out.items():
             made = self.axis(*key)
-            axis.group, axis.way_back = made.group, made.way_back
+            axis.group, axis.reverse_group = made.group, made.reverse_group
         self._axes.update(handed_out)
 
     def _open(self) -> None:
@@ -198,15 +198,15 @@ class Mesh:
 
     def _make_axis(self, names: Sequence[str]) -> Axis:
         mine = self.plan.ranks(*names, of_rank=self.rank)
-        group = way_back = None
+        group = reverse_group = None
         if len(mine) > 1:
             parts = sorted({self.plan.ranks(*names, of_rank=rank) for rank in range(self.plan.world_size)})
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             group = self._new_groups(parts, backend=backend)
             is_way_back = "stage" in names and set(names) == {name for name in ("cfg", "stage") if self.plan.degree(name) > 1}
-            way_back = self._new_groups(parts, backend=backend) if is_way_back else None
+            reverse_group = self._new_groups(parts, backend=backend) if is_way_back else None
         ranks = tuple(self._first + rank for rank in mine)
-        return Axis(name="x".join(names), ranks=ranks, rank=mine.index(self.rank), group=group, way_back=way_back)
+        return Axis(name="x".join(names), ranks=ranks, rank=mine.index(self.rank), group=group, reverse_group=reverse_group)
 
     def _new_groups(self, parts: Sequence[tuple[int, ...]], *, backend: str) -> dist.ProcessGroup:
         """This rank's of the groups that the ranks of each team, numbered within it, are parted into."""
@@ -226,7 +226,7 @@ def _new_groups(parts: Sequence[Sequence[int]], rank: int, backend: str, timeout
     return mine
 
 
-def all_gather(tensor: Tensor, *, dim: int, axis: Axis, traffic: Traffic | None = None) -> Tensor:
+def all_gather(tensor: Tensor, *, dim: int, axis: Axis, traffic: CommStats | None = None) -> Tensor:
     """Concatenate equal shards along `dim` in rank order. Blocks until every rank of the axis has sent its shard.
 
     Like torch's own functions it leaves the work to a tensor whose class has a __torch_function__ that knows better.
@@ -258,7 +258,7 @@ def broadcast(tensor: Tensor, *, source: int, axis: Axis) -> None:
         dist.broadcast(tensor, src=axis.ranks[source], group=axis.group)
 
 
-def everyone() -> Axis:
+def control_axis() -> Axis:
     """All ranks, on the control group."""
     if not dist.is_initialized():
         return Axis(name="control", ranks=(0,), rank=0, group=None)
@@ -268,7 +268,7 @@ def everyone() -> Axis:
 
 def control_of_team(size: int) -> Axis:
     """A control group for each team of `size` neighbours, made by all ranks together; this rank's."""
-    world = everyone()
+    world = control_axis()
     teams = [world.ranks[first : first + size] for first in range(0, world.size, size)]
     mine = teams[world.rank // size]
     group = _new_groups(teams, world.rank, "gloo", IDLE_TIMEOUT) if size > 1 else None
@@ -283,7 +283,7 @@ def close(axis: Axis) -> None:
 
 def broadcast_command(command: object, among: Axis | None = None) -> object:
     """The first rank's command to every rank of a control group (all ranks', if none is named); others pass anything and get that."""
-    axis = among or everyone()
+    axis = among or control_axis()
     if axis.group is None:
         return command
     box = [command]
@@ -293,7 +293,7 @@ def broadcast_command(command: object, among: Axis | None = None) -> object:
 
 def gather_outcomes(outcome: object, among: Axis | None = None) -> list[Any]:
     """Every rank's outcome, in rank order, on every rank of a control group (all ranks', if none is named)."""
-    axis = among or everyone()
+    axis = among or control_axis()
     if axis.group is None:
         return [outcome]
     outcomes: list[Any] = [None] * axis.size
@@ -301,7 +301,7 @@ def gather_outcomes(outcome: object, among: Axis | None = None) -> list[Any]:
     return outcomes
 
 
-class Line:
+class Channel:
     """Objects between rank 0 and one other rank, on a group of their own: one thread at each end, which waits as long as it takes."""
 
     def __init__(self, group: dist.ProcessGroup, *, other: int) -> None:
@@ -319,18 +319,18 @@ class Line:
         return box[0]
 
 
-def open_lines() -> dict[int, Line]:
+def open_channels() -> dict[int, Channel]:
     """A line between rank 0 and each other rank, made by all ranks together: rank 0 has all of them, another rank its own, called 0."""
-    world, lines = everyone(), {}
+    world, lines = control_axis(), {}
     for rank in world.ranks[1:]:
         group = dist.new_group([0, rank], backend="gloo", timeout=IDLE_TIMEOUT)
         if world.rank in (0, rank):
             other = rank if world.rank == 0 else 0
-            lines[other] = Line(group, other=other)
+            lines[other] = Channel(group, other=other)
     return lines
 
 
-class Swap:
+class AsyncAllToAll:
     """An exchange of byte strings among the ranks of an axis that runs in the background."""
 
     def __init__(self, sent: Tensor, received: Tensor, sizes: Sequence[int], *, axis: Axis) -> None:
@@ -353,7 +353,7 @@ class Swap:
             self._work.wait(timeout)
 
 
-def gather_pieces(piece: Tensor, shapes: Sequence[Sequence[int]], *, axis: Axis, traffic: Traffic) -> list[Tensor]:
+def gather_pieces(piece: Tensor, shapes: Sequence[Sequence[int]], *, axis: Axis, traffic: CommStats) -> list[Tensor]:
     """Every rank's piece, in rank order; shapes may differ, the dtype is one. Blocks until all have arrived.
 
     shapes: of the piece of each rank of the axis.
@@ -361,7 +361,7 @@ def gather_pieces(piece: Tensor, shapes: Sequence[Sequence[int]], *, axis: Axis,
     return begin_gather(piece, shapes, axis=axis, traffic=traffic)()
 
 
-def begin_gather(piece: Tensor, shapes: Sequence[Sequence[int]], *, axis: Axis, traffic: Traffic) -> Callable[[], list[Tensor]]:
+def begin_gather(piece: Tensor, shapes: Sequence[Sequence[int]], *, axis: Axis, traffic: CommStats) -> Callable[[], list[Tensor]]:
     """The same in the background. What it returns waits for the pieces, and must be called."""
     if axis.group is None:
         return lambda: [piece]
@@ -371,7 +371,7 @@ def begin_gather(piece: Tensor, shapes: Sequence[Sequence[int]], *, axis: Axis, 
     own = piece.contiguous()
     sizes = [math.prod(shape) * own.element_size() for shape in shapes]
     received = torch.empty(sum(sizes) - sizes[axis.rank], dtype=torch.uint8, device=own.device)
-    swap = Swap(own.view(-1).view(torch.uint8), received, sizes, axis=axis)
+    swap = AsyncAllToAll(own.view(-1).view(torch.uint8), received, sizes, axis=axis)
     traffic.add(own, peers=axis.size - 1)
 
     def finish() -> list[Tensor]:

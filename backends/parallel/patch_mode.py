@@ -1,9 +1,9 @@
-"""Runs a network on one band of a picture: the three operators that look beyond their own rows get what they need from the other bands.
+"""Runs a network on one patch of an image: the three operators that look beyond their own rows get what they need from the other patches.
 
 Li et al., DistriFusion (CVPR 2024, arXiv:2402.19481), section 4: convolutions need their neighbours' border rows, group norms the
-statistics and self-attention the keys and values of all bands; everything else works on single rows or tokens. A TorchFunctionMode
+statistics and self-attention the keys and values of all patches; everything else works on single rows or tokens. A TorchFunctionMode
 intercepts these operators while the network runs, so model code, LoRA layers and quantised linears stay as they are. What the other
-bands' values are (of this step, or of the step before) is the business of an Exchange.
+patches' values are (of this step, or of the step before) is the business of an Exchange.
 """
 
 from abc import ABC, abstractmethod
@@ -22,25 +22,25 @@ from torch.overrides import TorchFunctionMode
 
 from backends.errors import UnsupportedError
 from backends.parallel import hooks
-from backends.parallel.distributed import Axis, Traffic, begin_gather, gather_pieces
-from backends.parallel.patch_bounds import Bands, Grid, Line
+from backends.parallel.distributed import Axis, CommStats, begin_gather, gather_pieces
+from backends.parallel.patch_bounds import Grid, Line, PatchBounds
 
 Kind = Literal["halo", "statistics", "attention"]
 ImageTokens = Literal["all", "first", "last"]
-NAME = "band attention"
+NAME = "patch attention"
 STRIPS_FROM = 48
-"""Rows of a band (per row of padding) from which computing the border rows of a convolution twice is cheaper than copying the band."""
+"""Rows of a patch (per row of padding) from which computing the border rows of a convolution twice is cheaper than copying the patch."""
 
 _TEMPORAL = (TransformerTemporalModel, AnimateDiffTransformer3D, TemporalBasicTransformerBlock)
-"""Modules whose attention runs over frames: each pixel's column of time lies in one band as a whole."""
+"""Modules whose attention runs over frames: each pixel's column of time lies in one patch as a whole."""
 
 
 class Exchange(ABC):
-    """Where the other bands' values come from."""
+    """Where the other patches' values come from."""
 
     @abstractmethod
     def gather(self, kind: Kind, own: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
-        """One value per band, in band order; `own` is this band's, `shapes` are those of all bands."""
+        """One value per patch, in patch order; `own` is this patch's, `shapes` are those of all patches."""
 
     def begin(self, kind: Kind, own: Tensor, shapes: Sequence[Sequence[int]]) -> Callable[[], list[Tensor]]:
         """The same, while something else is computed: what it returns waits for the values, and must be called."""
@@ -48,14 +48,14 @@ class Exchange(ABC):
         return lambda: pieces
 
     def moments(self, own: Tensor, shares: Sequence[float]) -> Tensor:
-        """Mean and variance (2, N, G) of the whole picture from those of this band; `shares` are the bands' parts of it."""
+        """Mean and variance (2, N, G) of the whole image from those of this patch; `shares` are the patches' parts of it."""
         return combine(self.gather("statistics", own, [own.shape] * len(shares)), shares)
 
 
 class FreshExchange(Exchange):
     """All values of this step: every operator waits for the other ranks. Exact."""
 
-    def __init__(self, *, axis: Axis, traffic: Traffic) -> None:
+    def __init__(self, *, axis: Axis, traffic: CommStats) -> None:
         self.axis = axis
         self.traffic = traffic
 
@@ -73,11 +73,11 @@ def combine(moments: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
     return torch.stack((mean, var))
 
 
-class BandMode(TorchFunctionMode):
-    """Active while a network runs on this rank's band; `on` says which band of what, and where other bands' values come from."""
+class PatchMode(TorchFunctionMode):
+    """Active while a network runs on this rank's patch; `on` says which patch of what, and where other patches' values come from."""
 
     def __init__(self, *, image_tokens: ImageTokens = "all", prompt_follows_image: bool = False) -> None:
-        """prompt_follows_image: an IP-Adapter's own attention sees the picture's keys too, before those of its image prompt."""
+        """prompt_follows_image: an IP-Adapter's own attention sees the image's keys too, before those of its image prompt."""
         super().__init__()
         self.image_tokens = image_tokens
         self.prompt_follows_image = prompt_follows_image
@@ -88,7 +88,7 @@ class BandMode(TorchFunctionMode):
 
     @contextmanager
     def on(self, grid: Grid | Line, exchange: Exchange) -> Any:
-        """Run the enclosed forward as band `grid.band`."""
+        """Run the enclosed forward as patch `grid.patch`."""
         self._grid, self._exchange = grid, exchange
         try:
             with self:
@@ -135,79 +135,79 @@ class BandMode(TorchFunctionMode):
         dilation: Any = 1,
         groups: int = 1,
     ) -> Tensor:
-        """conv2d of a band (B, C, h, W) with the border rows of the bands above and below; zero rows beyond the picture."""
+        """conv2d of a patch (B, C, h, W) with the border rows of the patches above and below; zero rows beyond the image."""
         rows, (step, _), (pad, pad_width), (spread, _) = weight.shape[2], _pair(stride), _pair(padding), _pair(dilation)
         if rows == 1:
             return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
         above, below = pad, (rows - 1) * spread - pad - (step - 1)
-        bands = self._grid.rows(x.shape[-2], x.shape[-1])
+        patches = self._grid.rows(x.shape[-2], x.shape[-1])
 
         def conv(part: Tensor, zero_rows: int) -> Tensor:
             return F.conv2d(part, weight, bias, stride, (zero_rows, pad_width), dilation, groups)
 
         if step == 1 and above == below and x.shape[-2] >= STRIPS_FROM * pad:
-            return self._conv_with_strips(x, bands, conv, pad)
-        return conv(self._with_halo(x, bands, above, below, beyond=(pad, pad)), 0)
+            return self._conv_with_strips(x, patches, conv, pad)
+        return conv(self._with_halo(x, patches, above, below, beyond=(pad, pad)), 0)
 
-    def _conv_with_strips(self, x: Tensor, bands: Bands, conv: Callable[[Tensor, int], Tensor], pad: int) -> Tensor:
-        """A convolution that keeps the height: of the band alone while the neighbours' rows are on their way, then its outer rows again.
+    def _conv_with_strips(self, x: Tensor, patches: PatchBounds, conv: Callable[[Tensor, int], Tensor], pad: int) -> Tensor:
+        """A convolution that keeps the height: of the patch alone while the neighbours' rows are on their way, then its outer rows again.
 
-        Not a copy of the whole band with two rows more, which on large pictures costs as much as the exchange.
+        Not a copy of the whole patch with two rows more, which on large images costs as much as the exchange.
         """
-        arrived = self._begin_halo(x, bands, pad, pad)
+        arrived = self._begin_halo(x, patches, pad, pad)
         output = conv(x, pad)
-        pieces, band = arrived(), self._grid.band
-        if band > 0:
-            output[..., :pad, :] = conv(torch.cat((_last_rows(pieces[band - 1], pad), x[..., : 2 * pad, :]), dim=-2), 0)
-        if band < len(bands) - 1:
-            output[..., -pad:, :] = conv(torch.cat((_last_rows(x, 2 * pad), pieces[band + 1][..., :pad, :]), dim=-2), 0)
+        pieces, patch = arrived(), self._grid.patch
+        if patch > 0:
+            output[..., :pad, :] = conv(torch.cat((_last_rows(pieces[patch - 1], pad), x[..., : 2 * pad, :]), dim=-2), 0)
+        if patch < len(patches) - 1:
+            output[..., -pad:, :] = conv(torch.cat((_last_rows(x, 2 * pad), pieces[patch + 1][..., :pad, :]), dim=-2), 0)
         return output
 
-    def _with_halo(self, x: Tensor, bands: Bands, above: int, below: int, *, beyond: tuple[int, int]) -> Tensor:
-        """The band with `above` rows of the band over it and `below` rows of the one under it; `beyond` zero rows at the picture's ends."""
-        band, last = self._grid.band, len(bands) - 1
-        pieces = self._begin_halo(x, bands, above, below)()
-        top = x.new_zeros(*x.shape[:-2], beyond[0], x.shape[-1]) if band == 0 else _last_rows(pieces[band - 1], above)
-        bottom = x.new_zeros(*x.shape[:-2], beyond[1], x.shape[-1]) if band == last else pieces[band + 1][..., :below, :]
+    def _with_halo(self, x: Tensor, patches: PatchBounds, above: int, below: int, *, beyond: tuple[int, int]) -> Tensor:
+        """The patch with `above` rows of the patch over it and `below` rows of the one under it; `beyond` zero rows at the image's ends."""
+        patch, last = self._grid.patch, len(patches) - 1
+        pieces = self._begin_halo(x, patches, above, below)()
+        top = x.new_zeros(*x.shape[:-2], beyond[0], x.shape[-1]) if patch == 0 else _last_rows(pieces[patch - 1], above)
+        bottom = x.new_zeros(*x.shape[:-2], beyond[1], x.shape[-1]) if patch == last else pieces[patch + 1][..., :below, :]
         return torch.cat((top, x, bottom), dim=-2)
 
-    def _begin_halo(self, x: Tensor, bands: Bands, above: int, below: int) -> Callable[[], list[Tensor]]:
-        """Of each band its first `below` rows, for the band over it, then its last `above` rows, for the one under it."""
-        last = len(bands) - 1
-        own = torch.cat(_border(x, self._grid.band, last, above, below), dim=-2)
-        heights = [(below if i > 0 else 0) + (above if i < last else 0) for i in range(len(bands))]
+    def _begin_halo(self, x: Tensor, patches: PatchBounds, above: int, below: int) -> Callable[[], list[Tensor]]:
+        """Of each patch its first `below` rows, for the patch over it, then its last `above` rows, for the one under it."""
+        last = len(patches) - 1
+        own = torch.cat(_border(x, self._grid.patch, last, above, below), dim=-2)
+        heights = [(below if i > 0 else 0) + (above if i < last else 0) for i in range(len(patches))]
         return self._exchange.begin("halo", own, [(*x.shape[:-2], height, x.shape[-1]) for height in heights])
 
     def _group_norm(
         self, x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
     ) -> Tensor:
-        """group_norm of a band (N, C, ..., h, W) or (N, C, tokens) with the statistics of the whole picture."""
-        bands = self._grid.tokens(x.shape[-1]) if x.dim() == 3 else self._grid.rows(x.shape[-2], x.shape[-1])
+        """group_norm of a patch (N, C, ..., h, W) or (N, C, tokens) with the statistics of the whole image."""
+        patches = self._grid.tokens(x.shape[-1]) if x.dim() == 3 else self._grid.rows(x.shape[-2], x.shape[-1])
         grouped = x.reshape(x.shape[0], num_groups, -1).to(torch.promote_types(x.dtype, torch.float32))
-        shares = [size / bands.total for size in bands.sizes]
+        shares = [size / patches.total for size in patches.sizes]
         mean, var = self._exchange.moments(torch.stack(_moments(grouped)), shares)
         return _normalize(x, mean, var, weight, bias, eps)
 
     def _attention(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
-        """Attention of this band's queries (B, H, L, D) to the keys and values of all bands; text tokens are every rank's own."""
+        """Attention of this patch's queries (B, H, L, D) to the keys and values of all patches; text tokens are every rank's own."""
         if not self._attends_to_all and not self._attends_to_prompt:
             return F.scaled_dot_product_attention(query, key, value, attn_mask, *args, **kwargs)
         self._attends_to_all, self._attends_to_prompt = False, self._attends_to_all and self.prompt_follows_image
         if attn_mask is not None:
-            raise UnsupportedError("a self-attention with a mask cannot be cut into bands. Use another parallel method for this model.")
-        bands = self._grid.tokens(key.shape[-2])
-        own = bands.size(self._grid.band)
+            raise UnsupportedError("a self-attention with a mask cannot be cut into patches. Use another parallel method for this model.")
+        patches = self._grid.tokens(key.shape[-2])
+        own = patches.size(self._grid.patch)
         before, after = _text_tokens(key.shape[-2] - own, self.image_tokens)
         both = torch.stack((key, value))
         pieces = self._exchange.gather(
-            "attention", both.narrow(-2, before, own), [(*both.shape[:-2], size, both.shape[-1]) for size in bands.sizes]
+            "attention", both.narrow(-2, before, own), [(*both.shape[:-2], size, both.shape[-1]) for size in patches.sizes]
         )
         texts = both.narrow(-2, 0, before), both.narrow(-2, before + own, after)
         key, value = torch.cat((texts[0], *pieces, texts[1]), dim=-2)
         return F.scaled_dot_product_attention(query, key, value, None, *args, **kwargs)
 
 
-def attach_attention(network: nn.Module, mode: BandMode) -> None:
+def attach_attention(network: nn.Module, mode: PatchMode) -> None:
     """Tell `mode`, whenever one of the network's spatial attentions runs, what it was given."""
     for module, is_joint in _spatial_attentions(network):
         hooks.attach(module, NAME, _around(mode, is_joint))
@@ -219,7 +219,7 @@ def detach_attention(network: nn.Module) -> None:
             hooks.detach(module, NAME)
 
 
-def _around(mode: BandMode, is_joint: bool) -> hooks.Around:
+def _around(mode: PatchMode, is_joint: bool) -> hooks.Around:
     def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return mode.around_attention(forward, *args, is_joint=is_joint, **kwargs)
 
@@ -227,7 +227,7 @@ def _around(mode: BandMode, is_joint: bool) -> hooks.Around:
 
 
 def _spatial_attentions(network: nn.Module) -> list[tuple[nn.Module, bool]]:
-    """The attention modules that work on one picture's tokens, and whether text and picture share the sequence."""
+    """The attention modules that work on one image's tokens, and whether text and image share the sequence."""
     temporal = {id(part) for module in network.modules() if isinstance(module, _TEMPORAL) for part in module.modules()}
     spatial = [m for m in network.modules() if isinstance(m, Attention | AttentionModuleMixin) and id(m) not in temporal]
     return [(module, getattr(module, "add_k_proj", None) is not None) for module in spatial]
@@ -237,10 +237,10 @@ def _pair(value: Any) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[-1])
 
 
-def _border(x: Tensor, band: int, last: int, above: int, below: int) -> list[Tensor]:
-    """What the neighbours need of this band: its first rows for the band over it, its last rows for the one under it."""
-    first = x[..., : below if band > 0 else 0, :]
-    return [first, _last_rows(x, above if band < last else 0)]
+def _border(x: Tensor, patch: int, last: int, above: int, below: int) -> list[Tensor]:
+    """What the neighbours need of this patch: its first rows for the patch over it, its last rows for the one under it."""
+    first = x[..., : below if patch > 0 else 0, :]
+    return [first, _last_rows(x, above if patch < last else 0)]
 
 
 def _last_rows(x: Tensor, rows: int) -> Tensor:
@@ -248,7 +248,7 @@ def _last_rows(x: Tensor, rows: int) -> Tensor:
 
 
 def _text_tokens(count: int, image_tokens: ImageTokens) -> tuple[int, int]:
-    """Tokens before and behind the picture's in a sequence with `count` others."""
+    """Tokens before and behind the image's in a sequence with `count` others."""
     return (count, 0) if image_tokens == "last" else (0, count)
 
 
@@ -276,4 +276,4 @@ def _normalize(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias
 
 def _require_one_row(x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> None:
     if weight.shape[3] > 1:
-        raise UnsupportedError("a 3-D convolution over rows cannot be cut into bands. Use another parallel method for this model.")
+        raise UnsupportedError("a 3-D convolution over rows cannot be cut into patches. Use another parallel method for this model.")

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from backends.parallel.distributed import Axis, Swap, Traffic, gather_outcomes
+from backends.parallel.distributed import AsyncAllToAll, Axis, CommStats, gather_outcomes
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ class SharedMemory:
         self.is_open = True
 
     def trade(
-        self, outgoing: Sequence[Sequence[Tensor]], shapes: Sequence[tuple[int, ...]], *, traffic: Traffic
+        self, outgoing: Sequence[Sequence[Tensor]], shapes: Sequence[tuple[int, ...]], *, traffic: CommStats
     ) -> list[Sequence[Tensor]] | None:
         """Give the tensors outgoing[i] (of one shape) to rank i of the axis; get as many of shapes[i] from it. Our own are not copied.
 
@@ -183,6 +183,6 @@ def _swap_rows(row: Sequence[int], *, axis: Axis) -> list[list[int]]:
     """Every rank's row of as many numbers as there are ranks. Blocks until all ranks of the axis have given theirs."""
     sent = torch.tensor(row, dtype=torch.int64)
     received = torch.empty(axis.size - 1, axis.size, dtype=torch.int64)
-    Swap(sent.view(torch.uint8), received.view(-1).view(torch.uint8), [sent.nbytes] * axis.size, axis=axis).wait()
+    AsyncAllToAll(sent.view(torch.uint8), received.view(-1).view(torch.uint8), [sent.nbytes] * axis.size, axis=axis).wait()
     rows = received.tolist()
     return [*rows[: axis.rank], list(row), *rows[axis.rank :]]

@@ -1,6 +1,6 @@
-"""Parallel VAE decode: every rank decodes one band of the rows. Exact, and the same for all backends.
+"""Parallel VAE decode: every rank decodes one patch of the rows. Exact, and the same for all backends.
 
-The decoder's convolutions, group norms and attention get what they need from the other bands at once (patch_mode.py), so the picture
+The decoder's convolutions, group norms and attention get what they need from the other patches at once (patch_mode.py), so the image
 equals the single decode up to the order of sums. Tiled decoding keeps its tiles; each of them is shared by the ranks.
 """
 
@@ -14,22 +14,22 @@ from torch import Tensor, nn
 
 from backends.parallel import hooks
 from backends.parallel.distributed import Axis, Mesh, gather_pieces
-from backends.parallel.patch_bounds import Bands, Grid, cut
-from backends.parallel.patch_mode import BandMode, FreshExchange, attach_attention, detach_attention
+from backends.parallel.patch_bounds import Grid, PatchBounds, cut
+from backends.parallel.patch_mode import FreshExchange, PatchMode, attach_attention, detach_attention
 
 logger = logging.getLogger(__name__)
 
-NAME = "band decode"
+NAME = "patch decode"
 SHARED = (AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLTemporalDecoder)
 """The VAEs whose decoders look beyond their rows only through the operators that band_mode knows."""
 MIN_ROWS = 8
-"""Latent rows per rank below which every rank decodes the whole picture: the exchange would cost what it saves."""
+"""Latent rows per rank below which every rank decodes the whole image: the exchange would cost what it saves."""
 
 
-def attach_band_decode(vae: nn.Module, mesh: Mesh, *axes: str) -> None:
+def attach_patch_decode(vae: nn.Module, mesh: Mesh, *axes: str) -> None:
     """Share every call of this VAE's decoder among the ranks of these axes of the mesh; all axes of the plan if none is named.
 
-    Afterwards all these ranks must decode together, and each gets the whole picture. With one rank nothing is attached, nor to a VAE
+    Afterwards all these ranks must decode together, and each gets the whole image. With one rank nothing is attached, nor to a VAE
     of another class, which every rank then decodes as a whole; the log says so.
     """
     names = axes or tuple(name for name, _ in mesh.plan.axes)
@@ -37,27 +37,27 @@ def attach_band_decode(vae: nn.Module, mesh: Mesh, *axes: str) -> None:
         return
     if not isinstance(vae, SHARED):
         logger.warning(
-            "parallel_vae has no effect: a %s cannot be cut into bands, so every rank decodes the whole picture", type(vae).__name__
+            "parallel_vae has no effect: a %s cannot be cut into patches, so every rank decodes the whole image", type(vae).__name__
         )
         return
-    mode = BandMode()
+    mode = PatchMode()
     attach_attention(vae.decoder, mode)
     hooks.attach(vae.decoder, NAME, _band_call(vae, mesh, names, mode))
 
 
-def shares_decode(vae: nn.Module) -> bool:
-    """Whether the ranks decode this VAE's pictures together."""
+def splits_decode(vae: nn.Module) -> bool:
+    """Whether the ranks decode this VAE's images together."""
     return isinstance(vae, SHARED) and NAME in hooks.attached(vae.decoder)
 
 
-def detach_band_decode(vae: nn.Module) -> None:
+def detach_patch_decode(vae: nn.Module) -> None:
     """Leave the VAE as it was found. Does nothing if it is not attached."""
-    if shares_decode(vae):
+    if splits_decode(vae):
         hooks.detach(vae.decoder, NAME)
         detach_attention(vae.decoder)
 
 
-def _band_call(vae: nn.Module, mesh: Mesh, names: tuple[str, ...], mode: BandMode) -> Callable[..., Tensor]:
+def _band_call(vae: nn.Module, mesh: Mesh, names: tuple[str, ...], mode: PatchMode) -> Callable[..., Tensor]:
     doublings = len(vae.config.block_out_channels) - 1
 
     def around(forward: Callable[..., Tensor], sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -66,7 +66,7 @@ def _band_call(vae: nn.Module, mesh: Mesh, names: tuple[str, ...], mode: BandMod
         if sample.shape[-2] < MIN_ROWS * axis.size:
             return forward(sample, *args, **kwargs)
         rows = cut(sample.shape[-2], (1.0,) * axis.size)
-        grid = Grid(rows, sample.shape[-1], band=axis.rank, doublings=doublings)
+        grid = Grid(rows, sample.shape[-1], patch=axis.rank, doublings=doublings)
         mine = sample.narrow(-2, rows.bounds[axis.rank], rows.size(axis.rank)).contiguous()
         with mode.on(grid, FreshExchange(axis=axis, traffic=mesh.traffic)):
             pixels = forward(mine, *args, **kwargs)
@@ -75,6 +75,6 @@ def _band_call(vae: nn.Module, mesh: Mesh, names: tuple[str, ...], mode: BandMod
     return around
 
 
-def _join(part: Tensor, rows: Bands, axis: Axis, mesh: Mesh) -> Tensor:
+def _join(part: Tensor, rows: PatchBounds, axis: Axis, mesh: Mesh) -> Tensor:
     shapes = [(*part.shape[:-2], size, part.shape[-1]) for size in rows.sizes]
     return torch.cat(gather_pieces(part, shapes, axis=axis, traffic=mesh.traffic), dim=-2)

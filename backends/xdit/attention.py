@@ -18,8 +18,8 @@ from backends.parallel import hooks
 from backends.parallel.distributed import Axis, Mesh
 from backends.xdit.exchange import heads_for_tokens, own_heads, plain_attention, ring_attention, tokens_for_heads
 from backends.xdit.layout import Layout
-from backends.xdit.stale import StaleKeys
-from backends.xdit.transformers import Family
+from backends.xdit.stale import StaleKVCache
+from backends.xdit.transformers import TransformerSpec
 
 NAME = "xdit attention"
 
@@ -30,13 +30,13 @@ class Pass:
 
     layout: Layout
     patch: int | None = None
-    stale: StaleKeys | None = None
+    stale: StaleKVCache | None = None
 
 
 class SpreadAttention:
     """Attaches to the attention modules of one denoiser. `current` says what pass is under way; None: leave attention alone."""
 
-    def __init__(self, family: Family, mesh: Mesh) -> None:
+    def __init__(self, family: TransformerSpec, mesh: Mesh) -> None:
         self.current: Pass | None = None
         self._family = family
         self._mesh = mesh
@@ -122,7 +122,7 @@ class SpreadAttention:
         shards = range(ring_rank * ulysses.size, (ring_rank + 1) * ulysses.size)
         return [self.current.layout.share(shard, patch=patch).count(with_text=is_joint) for shard in shards]
 
-    def _with_stale(self, stale: StaleKeys, path: str, is_joint: bool, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def _with_stale(self, stale: StaleKVCache, path: str, is_joint: bool, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Remember these keys and values; return them with what is remembered of the other patches."""
         assert self.current is not None
         if self.current.patch is None:
@@ -142,7 +142,7 @@ class SpreadAttention:
         return torch.tensor(labels, device=self._mesh.device)
 
 
-def attention_modules(denoiser: nn.Module, family: Family) -> list[tuple[str, nn.Module]]:
+def attention_modules(denoiser: nn.Module, family: TransformerSpec) -> list[tuple[str, nn.Module]]:
     """(path, module) of every attention module in the blocks; they are the modules that hold a processor."""
     return [
         (f"{blocks}.{path}", module)

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from backends.errors import RequestError
-from backends.parallel.base import Backend, Run
+from backends.parallel.base import Backend, RunInfo
 from backends.parallel.cfg_split import attach_batch_split, detach_batch_split
 from backends.xdit.stages import PipeFusion
 from backends.xdit.tensor import TensorParallel
@@ -48,14 +48,14 @@ class XDiTBackend(Backend):
             self._tensor.detach()
             self._tensor = None
 
-    def check(self, run: Run) -> None:
+    def check(self, run: RunInfo) -> None:
         if isinstance(self._method, PipeFusion) and run.request.warmup_steps == 0:
             raise RequestError(
                 "warmup_steps=0 is not available with PipeFusion: the first step has no earlier values to use. Allowed: 1 or more.",
                 field="warmup_steps",
             )
 
-    def begin(self, run: Run) -> None:
+    def begin(self, run: RunInfo) -> None:
         super().begin(run)
         if isinstance(self._method, PipeFusion):
             asked = run.request.warmup_steps

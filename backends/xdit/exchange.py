@@ -12,12 +12,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from backends.parallel.distributed import Axis, Traffic
+from backends.parallel.distributed import Axis, CommStats
 from backends.parallel.shared_memory import shared_memory
 from backends.xdit.layout import sizes
 
 
-def tokens_for_heads(tensors: Sequence[Tensor], *, lengths: Sequence[int], axis: Axis, traffic: Traffic) -> tuple[Tensor, ...]:
+def tokens_for_heads(tensors: Sequence[Tensor], *, lengths: Sequence[int], axis: Axis, traffic: CommStats) -> tuple[Tensor, ...]:
     """Give away most heads of this rank's tokens and get its own heads of all tokens, for several tensors in one message.
 
     tensors: each (B, H, lengths[axis.rank], D). Returns as many of (B, H_own, sum(lengths), D), tokens in rank order.
@@ -36,7 +36,7 @@ def own_heads(tensors: Sequence[Tensor], *, axis: Axis) -> tuple[Tensor, ...]:
     return tuple(tensor.split(sizes(tensor.shape[1], axis.size), dim=1)[axis.rank] for tensor in tensors)
 
 
-def heads_for_tokens(tensor: Tensor, *, num_heads: int, lengths: Sequence[int], axis: Axis, traffic: Traffic) -> Tensor:
+def heads_for_tokens(tensor: Tensor, *, num_heads: int, lengths: Sequence[int], axis: Axis, traffic: CommStats) -> Tensor:
     """The way back. tensor: (B, H_own, sum(lengths), D). Returns (B, num_heads, lengths[axis.rank], D), in memory as (B, S, H, D)."""
     outgoing = [(part,) for part in tensor.transpose(1, 2).split(list(lengths), dim=1)]
     shapes = [(tensor.shape[0], lengths[axis.rank], heads, tensor.shape[3]) for heads in sizes(num_heads, axis.size)]
@@ -45,7 +45,7 @@ def heads_for_tokens(tensor: Tensor, *, num_heads: int, lengths: Sequence[int], 
 
 
 def _trade(
-    outgoing: Sequence[Sequence[Tensor]], shapes: Sequence[tuple[int, ...]], *, axis: Axis, traffic: Traffic
+    outgoing: Sequence[Sequence[Tensor]], shapes: Sequence[tuple[int, ...]], *, axis: Axis, traffic: CommStats
 ) -> list[Sequence[Tensor]]:
     """Send the tensors outgoing[i] (of one shape) to rank i of the axis; receive as many of shapes[i] from it.
 
@@ -57,7 +57,7 @@ def _trade(
 
 
 def _trade_by_messages(
-    outgoing: Sequence[Sequence[Tensor]], shapes: Sequence[tuple[int, ...]], *, axis: Axis, traffic: Traffic
+    outgoing: Sequence[Sequence[Tensor]], shapes: Sequence[tuple[int, ...]], *, axis: Axis, traffic: CommStats
 ) -> list[Sequence[Tensor]]:
     """The same for ranks that share no memory."""
     count = len(outgoing[axis.rank])
@@ -76,7 +76,7 @@ def _trade_by_messages(
     return [outgoing[rank] if rank == axis.rank else piece.view(count, *shape).unbind(0) for rank, (piece, shape) in pieces]
 
 
-def gather_tokens(tokens: Tensor, *, lengths: Sequence[int], axis: Axis, traffic: Traffic) -> Tensor:
+def gather_tokens(tokens: Tensor, *, lengths: Sequence[int], axis: Axis, traffic: CommStats) -> Tensor:
     """Concatenate every rank's tokens (B, lengths[rank], D) in rank order, on every rank."""
     shapes = [(tokens.shape[0], length, tokens.shape[2]) for length in lengths]
     incoming = _trade([(tokens,)] * axis.size, shapes, axis=axis, traffic=traffic)
@@ -90,7 +90,7 @@ def ring_attention(
     *,
     lengths: Sequence[int],
     axis: Axis,
-    traffic: Traffic,
+    traffic: CommStats,
     scale: float | None,
     whole: Sequence[Tensor] | None = None,
 ) -> Tensor:
@@ -116,11 +116,11 @@ def ring_attention(
             work.wait()
         traffic.wait_s += time.perf_counter() - started
         block = arriving if arriving is not None else block
-    assert merged is not None  # a picture has at least one token
+    assert merged is not None  # an image has at least one token
     return merged[0].to(query.dtype)
 
 
-def _pass_on(block: Tensor, arriving: Tensor, *, axis: Axis, traffic: Traffic) -> list[dist.Work]:
+def _pass_on(block: Tensor, arriving: Tensor, *, axis: Axis, traffic: CommStats) -> list[dist.Work]:
     """Start sending `block` to the next rank of the ring and receiving the previous rank's into `arriving`."""
     ahead, behind = axis.ranks[(axis.rank + 1) % axis.size], axis.ranks[axis.rank - 1]
     traffic.add(block)

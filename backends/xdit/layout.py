@@ -35,7 +35,7 @@ def take(tensor: Tensor, spans: Sequence[Span], *, dim: int) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Share:
+class Shard:
     """The tokens that one rank computes in one pass through the blocks; one span per patch."""
 
     text: tuple[Span, ...]
@@ -67,11 +67,11 @@ class Layout:
         text = min(start, self.num_text), min(stop, self.num_text)
         return text, (max(start, self.num_text) - self.num_text, max(stop, self.num_text) - self.num_text)
 
-    def share(self, shard: int, *, patch: int | None = None) -> Share:
+    def share(self, shard: int, *, patch: int | None = None) -> Shard:
         """Text and image are cut apart, each evenly, because a text token may cost another amount of work than an image token."""
         patches = range(self.num_patches) if patch is None else (patch,)
         spans = [self.patch(index) for index in patches]
-        return Share(
+        return Shard(
             text=tuple(split(text, parts=self.num_shards, index=shard) for text, _ in spans),
             image=tuple(split(image, parts=self.num_shards, index=shard) for _, image in spans),
         )

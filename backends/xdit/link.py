@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from backends.parallel.distributed import Mesh
-from backends.xdit.pending import Piece
+from backends.xdit.pending import Deferred
 
 
 class StageLink:
@@ -61,7 +61,7 @@ class StageLink:
             self._arriving = (work, message)
 
 
-class WayBack:
+class PredictionLink:
     """What the last stage predicts for each patch of a denoiser call, to all other stages.
 
     Under a CFG split each half of guidance has stages of its own. The last stage of either then sends to both halves' other stages, which
@@ -73,7 +73,7 @@ class WayBack:
         num_stages = mesh.axis("stage").size
         self._last = self._axis.ranks[num_stages - 1 :: num_stages]
         self._traffic = mesh.traffic
-        self._under_way: list[Piece] = []
+        self._under_way: list[Deferred] = []
 
     def send(self, piece: Tensor) -> None:
         """From a last stage."""
@@ -81,12 +81,12 @@ class WayBack:
         others = [rank for rank in self._axis.ranks if rank not in self._last]
         self._traffic.add(piece, peers=len(others))
         for rank in others:
-            self._add(dist.isend(piece, rank, group=self._axis.way_back), piece)
+            self._add(dist.isend(piece, rank, group=self._axis.reverse_group), piece)
 
-    def receive(self, shape: Sequence[int], like: Tensor) -> list[Piece]:
+    def receive(self, shape: Sequence[int], like: Tensor) -> list[Deferred]:
         """On another stage: begin to receive the next piece from each last stage, in the order of the halves."""
         pieces = [like.new_empty(tuple(shape)) for _ in self._last]
-        works = [dist.irecv(piece, rank, group=self._axis.way_back) for rank, piece in zip(self._last, pieces, strict=True)]
+        works = [dist.irecv(piece, rank, group=self._axis.reverse_group) for rank, piece in zip(self._last, pieces, strict=True)]
         return [self._add(work, piece) for work, piece in zip(works, pieces, strict=True)]
 
     def finish(self) -> None:
@@ -95,7 +95,7 @@ class WayBack:
             piece.get()
         self._under_way.clear()
 
-    def _add(self, work: dist.Work, piece: Tensor) -> Piece:
+    def _add(self, work: dist.Work, piece: Tensor) -> Deferred:
         traffic = self._traffic  # and not self: in a cycle they would keep their group open when it is closed, and others wait in it
 
         def arrived() -> Tensor:  # asked once: gloo's receives must not be waited for twice
@@ -104,5 +104,5 @@ class WayBack:
             traffic.wait_s += time.perf_counter() - started
             return piece
 
-        self._under_way.append(Piece(arrived))
+        self._under_way.append(Deferred(arrived))
         return self._under_way[-1]

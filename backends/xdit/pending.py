@@ -32,8 +32,8 @@ CUTS = frozenset({aten.split.Tensor, aten.detach.default})
 
 
 @dataclass(frozen=True, slots=True)
-class Grid:
-    """Where the patches of a picture are. spans: image tokens of each; side: pixels of a token's side.
+class PatchGrid:
+    """Where the patches of an image are. spans: image tokens of each; side: pixels of a token's side.
 
     side=None: tensors (B, N, C) of tokens, else maps (B, C, H, W) with the tokens in rows. width: tokens in a row.
     """
@@ -43,14 +43,14 @@ class Grid:
     width: int
 
     @classmethod
-    def of(cls, latents: Tensor, spans: Sequence[Span], patch_size: int) -> "Grid | None":
+    def of(cls, latents: Tensor, spans: Sequence[Span], patch_size: int) -> "PatchGrid | None":
         """That of a denoiser's input; None if its tokens are not those that the spans tell of."""
         is_map = latents.dim() == 4
         grid = cls(tuple(spans), patch_size if is_map else None, latents.shape[-1] // patch_size if is_map else 0)
         return grid if grid.fits(latents) else None
 
     def fits(self, tensor: Tensor) -> bool:
-        """Whether this is a tensor of the whole picture."""
+        """Whether this is a tensor of the whole image."""
         if self.side is None:
             return tensor.dim() == 3 and tensor.shape[1] == self.spans[-1][1]
         if tensor.dim() != 4 or tensor.shape[3] != self.width * self.side:
@@ -89,7 +89,7 @@ class Grid:
         return tokens // self.width, tokens % self.width
 
 
-class Piece:
+class Deferred:
     """One patch, made when it is first asked for and kept."""
 
     def __init__(self, make: Callable[[], Any]) -> None:
@@ -102,19 +102,19 @@ class Piece:
         return self._value
 
 
-class Arriving(Tensor):
+class PendingTensor(Tensor):
     """A tensor of which each patch is a Piece. `shape`, `dtype` and `device` are those of the whole."""
 
-    grid: Grid
-    gathered: "Arriving | None"
+    grid: PatchGrid
+    gathered: "PendingTensor | None"
     """Both halves of guidance, where this is one of them and the other's patches are on their way here too: what `all_gather` gives."""
-    _pieces: list[Piece]
+    _pieces: list[Deferred]
     _buffer: Tensor | None
     _filled: set[int]
     _is_cut: bool
 
     @staticmethod
-    def __new__(cls, pieces: Sequence[Piece], grid: Grid, like: Tensor, device: torch.device, *, is_cut: bool = False) -> Self:
+    def __new__(cls, pieces: Sequence[Deferred], grid: PatchGrid, like: Tensor, device: torch.device, *, is_cut: bool = False) -> Self:
         """like: of the whole's shape and dtype, on any device. is_cut: torch would make this a view of what it was cut from."""
         made = Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=device)
         made.grid, made._pieces, made._buffer, made._filled, made._is_cut = grid, list(pieces), None, set(), is_cut
@@ -144,7 +144,7 @@ class Arriving(Tensor):
             self.fill(patch)
         return self.buffer
 
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[Deferred]:
         """Of this tensor as it is now."""
         if not self.is_whole:
             return self._pieces
@@ -179,30 +179,30 @@ class Arriving(Tensor):
 def _by_patch(func: Any, call: Any) -> Any:
     """The call written down for each patch; None if it cannot be, or all patches are there anyway."""
     values, structure = tree_flatten(call)
-    arriving = [value for value in values if isinstance(value, Arriving)]
+    arriving = [value for value in values if isinstance(value, PendingTensor)]
     grid = arriving[0].grid
     if all(value.is_whole for value in arriving) or not all(_has_patches(value, grid) for value in values):
         return None
     like = func(*(shaped := tree_unflatten([_meta(value) for value in values], structure))[0], **shaped[1])
     wholes = like if isinstance(like, list | tuple) else [like]
-    if not all(grid.fits(whole) for whole in wholes):  # cut or joined within the picture
+    if not all(grid.fits(whole) for whole in wholes):  # cut or joined within the image
         return None
     if func in (aten.cat.default, aten.split.Tensor) and _dim(func, call) not in grid.free_dims:
         return None
     # plain operands may be changed before a patch is asked for, so theirs are taken now
-    spread = [value.pieces() if isinstance(value, Arriving) else _spread(value, grid) for value in values]
-    results = [Piece(_Call(func, [patches[patch] for patches in spread], structure)) for patch in range(len(grid.spans))]
+    spread = [value.pieces() if isinstance(value, PendingTensor) else _spread(value, grid) for value in values]
+    results = [Deferred(_Call(func, [patches[patch] for patches in spread], structure)) for patch in range(len(grid.spans))]
     device = arriving[0].device
     if not isinstance(like, list | tuple):
-        return Arriving(results, grid, like, device, is_cut=func in CUTS)
+        return PendingTensor(results, grid, like, device, is_cut=func in CUTS)
     parts = range(len(wholes))
-    return [Arriving([Piece(_Item(result, part)) for result in results], grid, wholes[part], device, is_cut=True) for part in parts]
+    return [PendingTensor([Deferred(_Item(result, part)) for result in results], grid, wholes[part], device, is_cut=True) for part in parts]
 
 
 class _Call:
     """An operator on one patch of each of its operands."""
 
-    def __init__(self, func: Any, operands: list[Piece], structure: Any) -> None:
+    def __init__(self, func: Any, operands: list[Deferred], structure: Any) -> None:
         self._func, self._operands, self._structure = func, operands, structure
 
     def __call__(self) -> Any:
@@ -213,21 +213,21 @@ class _Call:
 class _Item:
     """One of several results."""
 
-    def __init__(self, results: Piece, index: int) -> None:
+    def __init__(self, results: Deferred, index: int) -> None:
         self._results, self._index = results, index
 
     def __call__(self) -> Tensor:
         return self._results.get()[self._index]
 
 
-def _has_patches(value: Any, grid: Grid) -> bool:
+def _has_patches(value: Any, grid: PatchGrid) -> bool:
     """Whether an operand is the same for all patches, or can be cut into them."""
-    if isinstance(value, Arriving):
+    if isinstance(value, PendingTensor):
         return value.grid == grid
     return not isinstance(value, Tensor) or value.dim() == 0 or grid.fits(value)
 
 
-def _spread(value: Any, grid: Grid) -> list[Piece]:
+def _spread(value: Any, grid: PatchGrid) -> list[Deferred]:
     patches = range(len(grid.spans))
     if not isinstance(value, Tensor) or value.dim() == 0:
         return [_ready(value)] * len(patches)
@@ -241,12 +241,12 @@ def _dim(func: Any, call: Any) -> int:
     return args[place] if len(args) > place else kwargs.get("dim", 0)
 
 
-def _ready(value: Any) -> Piece:
-    return Piece(lambda: value)
+def _ready(value: Any) -> Deferred:
+    return Deferred(lambda: value)
 
 
 def _plain(value: Any) -> Any:
-    return value.whole() if isinstance(value, Arriving) else value
+    return value.whole() if isinstance(value, PendingTensor) else value
 
 
 def _meta(value: Any) -> Any:

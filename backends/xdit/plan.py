@@ -35,8 +35,8 @@ IGNORED = {
     "use_fast_attn": "it needs a calibration for each model",
     "use_fp8_t5_encoder": "text encoders are quantised by --quantize_encoder_to=float8",
     "no_use_resolution_binning": "sizes are never changed to those of a list",
-    "max_sequence_length": "prompts may be as long as the pipeline allows, so that all backends give the same picture",
-    "vae_parallel_size": "a picture is decoded by all ranks or by each whole, never by some",
+    "max_sequence_length": "prompts may be as long as the pipeline allows, so that all backends give the same image",
+    "vae_parallel_size": "an image is decoded by all ranks or by each whole, never by some",
 }
 """xFuser arguments that old clients may pass and that are no choice here: accepted, without effect, and said so."""
 

@@ -1,4 +1,4 @@
-"""PipeFusion: consecutive blocks on different ranks, through which the picture flows in patches.
+"""PipeFusion: consecutive blocks on different ranks, through which the image flows in patches.
 
 In each denoiser call the first `warmup_steps` steps send all tokens through the stages at once. Later ones send patch after patch, so that
 all stages work at the same time; a patch attends to the keys and values of this step where they are there already and of the step
@@ -29,9 +29,9 @@ from backends.parallel.distributed import Mesh, broadcast
 from backends.parallel.weight_shards import KeptWeights
 from backends.xdit.attention import Pass
 from backends.xdit.layout import Layout, sizes
-from backends.xdit.link import StageLink, WayBack
-from backends.xdit.pending import Arriving, Grid
-from backends.xdit.stale import StaleKeys
+from backends.xdit.link import PredictionLink, StageLink
+from backends.xdit.pending import PatchGrid, PendingTensor
+from backends.xdit.stale import StaleKVCache
 from backends.xdit.tokens import TokenCut
 
 NAME = "xdit stage"
@@ -48,7 +48,7 @@ class _Part:
 
     layout: Layout
     batch: int
-    stale: StaleKeys = field(default_factory=StaleKeys)
+    stale: StaleKVCache = field(default_factory=StaleKVCache)
     is_filled: bool = False
     tokens: Tensor | None = None
     once: dict[nn.Module, Any] = field(default_factory=dict)
@@ -86,9 +86,9 @@ class PipeFusion:
         self._parts: dict[tuple[int, int, int], _Part] = {}
         self._part: _Part | None = None
         self._link: StageLink | None = None
-        self._way_back: WayBack | None = None
-        self._under_way: list[StageLink | WayBack] = []
-        self._input: Arriving | None = None
+        self._way_back: PredictionLink | None = None
+        self._under_way: list[StageLink | PredictionLink] = []
+        self._input: PendingTensor | None = None
 
     def attach(self) -> None:
         for module in self._patchless:
@@ -171,14 +171,14 @@ class PipeFusion:
         patches = self._patches(parts)
         grid = self._grid(latents, layout) if patches != [None] else None
         self._take_in(latents, grid)
-        if isinstance(latents, Arriving):
+        if isinstance(latents, PendingTensor):
             arguments[name] = latents.whole() if self._input is None else latents.buffer
         halves = [cut_batch(arguments, batch, parts=num_parts, part=part) for part in range(num_parts)]
         own = self._mesh.axis("ring", "ulysses").rank
         has_text = self._cut.family.text is not None
         counts = [layout.share(own, patch=patch).count(with_text=has_text) for patch in patches]
         self._link = StageLink(self._mesh, [count for count in counts for _ in parts])
-        self._way_back = WayBack(self._mesh)
+        self._way_back = PredictionLink(self._mesh)
         outputs: list[Any] = [None] * num_parts
         for patch in patches:
             if self._input is not None and self._is_first_stage:
@@ -193,19 +193,19 @@ class PipeFusion:
         self._under_way += [self._way_back, self._link]
         return (prediction, *outputs[0][1:]) if isinstance(outputs[0], tuple) else type(outputs[0])(sample=prediction)
 
-    def _grid(self, latents: Tensor, layout: Layout) -> Grid | None:
+    def _grid(self, latents: Tensor, layout: Layout) -> PatchGrid | None:
         """Where the patches of a prediction are, if it can be handed on patch by patch."""
         if self._mesh.axis("data").size > 1:  # its collective wants the whole
             return None
         spans = [layout.patch(patch)[1] for patch in range(self._num_patches)]
-        return Grid.of(latents, spans, self._denoiser.config.patch_size)
+        return PatchGrid.of(latents, spans, self._denoiser.config.patch_size)
 
-    def _take_in(self, latents: Tensor, grid: Grid | None) -> None:
+    def _take_in(self, latents: Tensor, grid: PatchGrid | None) -> None:
         """Keep the latents of this call if they are still arriving in the patches in which it takes them."""
         self._finish(but=2)
         if self._input is not None:  # what the first stage has used must be there; elsewhere the arithmetic would pile up, step by step
             self._input.whole()
-        self._input = latents if isinstance(latents, Arriving) and latents.grid == grid else None
+        self._input = latents if isinstance(latents, PendingTensor) and latents.grid == grid else None
 
     @property
     def _is_first_stage(self) -> bool:
@@ -277,7 +277,7 @@ class PipeFusion:
         part.tokens[:, start:stop] = tokens
         return part.tokens
 
-    def _from_last_stage(self, prediction: Tensor, grid: Grid | None) -> Tensor:
+    def _from_last_stage(self, prediction: Tensor, grid: PatchGrid | None) -> Tensor:
         """The last stage's prediction, on every stage: at once, or with patches that are on their way."""
         stage, traffic = self._mesh.axis("stage"), self._mesh.traffic
         if grid is None:
@@ -291,7 +291,7 @@ class PipeFusion:
             assert self._way_back is not None
             shapes = [grid.piece_shape(prediction.shape, patch) for patch in range(self._num_patches)]
             pieces = [self._way_back.receive(shape, prediction) for shape in shapes]
-            halves = [Arriving(of_half, grid, prediction, prediction.device) for of_half in zip(*pieces, strict=True)]
+            halves = [PendingTensor(of_half, grid, prediction, prediction.device) for of_half in zip(*pieces, strict=True)]
             mine = halves[self._mesh.axis("cfg").rank]
             mine.gathered = torch.cat(halves) if len(halves) > 1 else None
             return mine
@@ -299,7 +299,7 @@ class PipeFusion:
 
 
 def _patchless(denoiser: nn.Module, embedding: nn.Module | None) -> list[nn.Module]:
-    """Modules whose result is the same for every patch of a step: the embedding of the whole picture, and what modulates the norms.
+    """Modules whose result is the same for every patch of a step: the embedding of the whole image, and what modulates the norms.
 
     A norm's modulation is a matrix times one vector: all its weights are read for next to no arithmetic, and that once per patch.
     """

@@ -20,7 +20,7 @@ class _Buffer:
 
 
 @dataclass(slots=True)
-class StaleKeys:
+class StaleKVCache:
     """What one denoiser call remembers for the same call of the next step: one buffer per attention module."""
 
     _buffers: dict[str, _Buffer] = field(default_factory=dict)

@@ -18,8 +18,8 @@ from backends.parallel.cfg_split import cut_batch
 from backends.parallel.distributed import Mesh
 from backends.xdit.attention import Pass, SpreadAttention
 from backends.xdit.exchange import gather_tokens
-from backends.xdit.layout import Layout, Share, Span, count, take
-from backends.xdit.transformers import Family, family_of
+from backends.xdit.layout import Layout, Shard, Span, count, take
+from backends.xdit.transformers import TransformerSpec, family_of
 
 NAME = "xdit tokens"
 
@@ -29,7 +29,7 @@ class TokenCut:
 
     def __init__(self, denoiser: nn.Module, mesh: Mesh, *, collect: Callable[[Tensor], Tensor] | None = None) -> None:
         """collect: turns this rank's tokens into what the output layers get; by default `gather`."""
-        self.family: Family = family_of(denoiser)
+        self.family: TransformerSpec = family_of(denoiser)
         self.attention = SpreadAttention(self.family, mesh)
         self._denoiser = denoiser
         self._mesh = mesh
@@ -80,7 +80,7 @@ class TokenCut:
         finally:
             self.attention.current = None
 
-    def share(self) -> Share:
+    def share(self) -> Shard:
         """This rank's tokens in the pass under way."""
         this = self.current
         return this.layout.share(self._mesh.axis("ring", "ulysses").rank, patch=this.patch)
@@ -201,7 +201,7 @@ class SequenceParallel:
         parts = [cut_batch(arguments, len(first), parts=len(first), part=part) for part in range(len(first))]
         if len({self._cut.layout(part) for part in parts}) == 1:
             return self._pass(forward, arguments)
-        # pictures with texts of other lengths would be padded to one, with a mask in every attention: one pass for each needs none
+        # images with texts of other lengths would be padded to one, with a mask in every attention: one pass for each needs none
         outputs = [self._pass(forward, part) for part in parts]
         samples = [sample for output in outputs for sample in output[0]]
         return (samples,) if isinstance(outputs[0], tuple) else type(outputs[0])(sample=samples)

@@ -15,8 +15,8 @@ from backends.errors import UnsupportedError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Family:
-    """Facts about one denoiser class. "Image" tokens are those that become the picture.
+class TransformerSpec:
+    """Facts about one denoiser class. "Image" tokens are those that become the image.
 
     blocks: module lists of transformer blocks, in the order in which they run.
     embed: module that turns latents (B, C, H, W) into image tokens (B, N, D); None: the pipeline hands over tokens as hidden_states.
@@ -69,7 +69,7 @@ class Family:
 
 
 def _num_zimage_tokens(arguments: Mapping[str, Any]) -> int:
-    """Tokens of the picture and of the text, each padded to a multiple of 32, of a call for pictures of one text length."""
+    """Tokens of the image and of the text, each padded to a multiple of 32, of a call for images of one text length."""
     latents, text = arguments["x"][0], arguments["cap_feats"][0]
     side, frames = arguments.get("patch_size", 2), arguments.get("f_patch_size", 1)
     counts = (latents.shape[1] // frames) * (latents.shape[2] // side) * (latents.shape[3] // side), len(text)
@@ -77,7 +77,7 @@ def _num_zimage_tokens(arguments: Mapping[str, Any]) -> int:
 
 
 FAMILIES = {
-    "SD3Transformer2DModel": Family(
+    "SD3Transformer2DModel": TransformerSpec(
         blocks=("transformer_blocks",),
         embed="pos_embed",
         text="encoder_hidden_states",
@@ -86,7 +86,7 @@ FAMILIES = {
         image_prompt_keys="after image",
         has_stages=True,
     ),
-    "FluxTransformer2DModel": Family(
+    "FluxTransformer2DModel": TransformerSpec(
         blocks=("transformer_blocks", "single_transformer_blocks"),
         text="encoder_hidden_states",
         is_text_first=True,
@@ -94,14 +94,14 @@ FAMILIES = {
         text_arguments={"txt_ids": 0},
         has_stages=True,
     ),
-    "PixArtTransformer2DModel": Family(blocks=("transformer_blocks",), embed="pos_embed", has_stages=True),
-    "HunyuanDiT2DModel": Family(
+    "PixArtTransformer2DModel": TransformerSpec(blocks=("transformer_blocks",), embed="pos_embed", has_stages=True),
+    "HunyuanDiT2DModel": TransformerSpec(
         blocks=("blocks",),
         embed="pos_embed",
         image_arguments={"image_rotary_emb": 0, "controlnet_block_samples": 1},
         crosses_skips=True,
     ),
-    "QwenImageTransformer2DModel": Family(
+    "QwenImageTransformer2DModel": TransformerSpec(
         blocks=("transformer_blocks",),
         text="encoder_hidden_states",
         is_text_first=True,
@@ -110,21 +110,21 @@ FAMILIES = {
         image_arguments={"hidden_states": 1, "controlnet_block_samples": 1},
         text_arguments={"encoder_hidden_states_mask": 1},
     ),
-    "Flux2Transformer2DModel": Family(
+    "Flux2Transformer2DModel": TransformerSpec(
         blocks=("transformer_blocks", "single_transformer_blocks"),
         text="encoder_hidden_states",
         is_text_first=True,
         image_arguments={"hidden_states": 1, "img_ids": -2},
         text_arguments={"txt_ids": -2},
     ),
-    "WanTransformer3DModel": Family(
+    "WanTransformer3DModel": TransformerSpec(
         blocks=("blocks",),
         embed="patch_embedding",
         embeds_map=True,
         positions={"rope": (("image", 1), ("image", 1))},
         cross_attention=frozenset({"attn2"}),
     ),
-    "ZImageTransformer2DModel": Family(
+    "ZImageTransformer2DModel": TransformerSpec(
         blocks=("layers",),
         cut_in_blocks={"x": 1, "freqs_cis": 1},
         image_arguments={"controlnet_block_samples": 1},
@@ -134,7 +134,7 @@ FAMILIES = {
 }
 
 
-def family_of(denoiser: nn.Module) -> Family:
+def family_of(denoiser: nn.Module) -> TransformerSpec:
     """The row of this denoiser's class. UnsupportedError if there is none."""
     for base in type(denoiser).__mro__:
         if base.__name__ in FAMILIES:

@@ -1,4 +1,4 @@
-"""Which host a workflow uses: one at an address, or one that is started here when a picture is asked for."""
+"""Which host a workflow uses: one at an address, or one that is started here when an image is asked for."""
 
 import shlex
 from collections.abc import Callable, Sequence

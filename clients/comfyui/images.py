@@ -1,4 +1,4 @@
-"""ComfyUI's picture tensors <-> what a host reads and sends."""
+"""ComfyUI's image tensors <-> what a host reads and sends."""
 
 import base64
 import io
@@ -23,8 +23,8 @@ def decode_frames(data: bytes) -> torch.Tensor:
     return torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False).astype(np.float32) / 255.0)
 
 
-def _bytes(picture: torch.Tensor) -> np.ndarray:
-    return (picture.detach().cpu().float().clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+def _bytes(image: torch.Tensor) -> np.ndarray:
+    return (image.detach().cpu().float().clamp(0, 1) * 255).round().to(torch.uint8).numpy()
 
 
 def _png(pixels: np.ndarray) -> str:

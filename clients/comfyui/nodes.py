@@ -13,7 +13,7 @@ from diffusion_client import HostError, Job, JobState
 from PIL import Image
 
 from . import hosts
-from .pictures import decode_frames, encode_image, encode_mask
+from .images import decode_frames, encode_image, encode_mask
 
 CATEGORY = "diffusion-launcher"
 OWN = "the model's own"
@@ -21,8 +21,8 @@ LOOK_EVERY_S = 0.1
 PREVIEW_SIDE = 512
 ARRAY_TYPE = "application/x-npy"
 MAX_SEED = 2**63 - 1
-PICTURES = {"control_image": "--control_net", "ip_image": "--ip_adapter"}
-"""Pictures that a host takes only if it was started with this argument."""
+IMAGES = {"control_image": "--control_net", "ip_image": "--ip_adapter"}
+"""Images that a host takes only if it was started with this argument."""
 
 
 def _look() -> None:
@@ -67,7 +67,7 @@ class DiffusionHost:
 
 
 class DiffusionSampler:
-    """One picture or video, with previews of its steps; ComfyUI's cancel ends it on all ranks."""
+    """One image or video, with previews of its steps; ComfyUI's cancel ends it on all ranks."""
 
     CATEGORY = CATEGORY
     FUNCTION = "sample"
@@ -91,8 +91,8 @@ class DiffusionSampler:
                 "scheduler": ([OWN, *hosts.schedulers()], {"default": OWN}),
             },
             "optional": {
-                "image": ("IMAGE", {"tooltip": "To start from; for videos and upscalers the picture to animate or to enlarge."}),
-                "mask": ("MASK", {"tooltip": "White where the picture may change; all of it if not connected."}),
+                "image": ("IMAGE", {"tooltip": "To start from; for videos and upscalers the image to animate or to enlarge."}),
+                "mask": ("MASK", {"tooltip": "White where the image may change; all of it if not connected."}),
                 "strength": ("FLOAT", {"default": 0.8, "min": 0.0, "max": 1.0, "step": 0.01, "tooltip": "How much of it may change."}),
                 "control_image": ("IMAGE",),
                 "ip_image": ("IMAGE",),
@@ -113,7 +113,7 @@ class DiffusionSampler:
 
 
 def _fields(inputs: dict[str, Any], taken: dict[str, Any]) -> dict[str, Any]:
-    """The node's inputs -> the request. taken: the fields that this host reads. HostError for a picture it could not use."""
+    """The node's inputs -> the request. taken: the fields that this host reads. HostError for an image it could not use."""
     fields = {name: inputs[name] for name in ("prompt", "negative_prompt", "seed")}
     chosen = {
         "num_inference_steps": inputs["steps"] or None,
@@ -127,7 +127,7 @@ def _fields(inputs: dict[str, Any], taken: dict[str, Any]) -> dict[str, Any]:
     if inputs.get("image") is not None:
         name = next((name for name in ("image", "init_image") if name in taken), None)
         if name is None:
-            raise HostError("this host's model starts from no picture. Disconnect `image`.", status=0)
+            raise HostError("this host's model starts from no image. Disconnect `image`.", status=0)
         fields[name] = encode_image(inputs["image"])
         if name == "init_image":
             fields["strength"] = inputs.get("strength", 0.8)
@@ -135,7 +135,7 @@ def _fields(inputs: dict[str, Any], taken: dict[str, Any]) -> dict[str, Any]:
         if "mask_image" not in taken or "init_image" not in fields:
             raise HostError("a mask needs an image, and a model that can inpaint. Connect an image, or disconnect the mask.", status=0)
         fields["mask_image"] = encode_mask(inputs["mask"])
-    for name, argument in PICTURES.items():
+    for name, argument in IMAGES.items():
         if inputs.get(name) is not None and name not in taken:
             raise HostError(f"this host takes no {name}. Start it with {argument}, or disconnect it.", status=0)
         if inputs.get(name) is not None:

@@ -28,7 +28,7 @@ pb = grpc.protos("backend.proto")
 
 SERVICE = "backend.Backend"
 NUM_THREADS = 16
-"""Each waiting picture holds one, and Health and Status must still be answered."""
+"""Each waiting image holds one, and Health and Status must still be answered."""
 METHODS = {
     "Health": pb.HealthMessage,
     "Status": pb.HealthMessage,
@@ -51,7 +51,7 @@ class Backend:
         return pb.Reply(message=b"OK")
 
     def Status(self, request: Any, context: grpc.ServicerContext) -> Any:
-        """BUSY while a picture is drawn; memory in bytes, by rank."""
+        """BUSY while an image is drawn; memory in bytes, by rank."""
         client = self._model.client
         if client is None:
             return pb.StatusResponse(state=pb.StatusResponse.UNINITIALIZED)
@@ -91,7 +91,7 @@ class Backend:
         return "model freed"
 
     def _draw(self, fields: dict[str, Any], dst: str, context: grpc.ServicerContext, *, fps: int = 0) -> str:
-        """Wait for the picture or video, and write it. A caller that gives up cancels it on all ranks."""
+        """Wait for the image or video, and write it. A caller that gives up cancels it on all ranks."""
         given = {name: value for name, value in fields.items() if value not in (None, "", 0)}
         job = self._model.client.submit(**{**self._model.choice.defaults, **given})
         context.add_callback(lambda: _cancel(job))
@@ -111,9 +111,9 @@ class Backend:
         }
         taken = self._taken()
         if request.ref_images and "ip_image" not in taken:
-            raise HostError("this host takes no reference pictures. Give the option ip_adapter, or leave them out.", status=0)
+            raise HostError("this host takes no reference images. Give the option ip_adapter, or leave them out.", status=0)
         if request.ref_images:
-            fields["ip_image"] = [_picture(image) for image in request.ref_images]
+            fields["ip_image"] = [_image(image) for image in request.ref_images]
         return fields | self._start(request.src, ("control_image", "image", "init_image"), taken)
 
     def _video_fields(self, request: Any) -> dict[str, Any]:
@@ -135,14 +135,14 @@ class Backend:
         return fields | self._start(request.start_image, ("image", "control_image"), taken)
 
     def _start(self, source: str, names: tuple[str, ...], taken: dict[str, Any]) -> dict[str, Any]:
-        """The picture to start from, as the first of these fields that the host takes."""
+        """The image to start from, as the first of these fields that the host takes."""
         if not source:
             return {}
         name = next((name for name in names if name in taken), None)
         if name is None:
-            raise HostError("the model that is loaded starts from no picture. Leave it out.", status=0)
+            raise HostError("the model that is loaded starts from no image. Leave it out.", status=0)
         strength = {"strength": self._model.choice.strength} if name == "init_image" else {}
-        return {name: _picture(source), **strength}
+        return {name: _image(source), **strength}
 
     def _taken(self) -> dict[str, Any]:
         if self._model.client is None:
@@ -202,7 +202,7 @@ def _seed(seed: int) -> int | None:
     return seed if seed > 0 else None
 
 
-def _picture(source: str) -> str:
+def _image(source: str) -> str:
     """A file's content as base64; anything else is base64 already."""
     if not os.path.isfile(source):
         return source

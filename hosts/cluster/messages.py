@@ -13,7 +13,7 @@ from backends.request import GenerateRequest
 from hosts.compat import codec
 
 SENT_AS = {"ip_adapter_image": "ip_image"}
-"""Request field -> the name of a picture that is sent under another."""
+"""Request field -> the name of an image that is sent under another."""
 KINDS: dict[int, type[HostError]] = {
     400: RequestError,
     404: NotFoundError,
@@ -29,14 +29,14 @@ EMBEDS = ("prompt_embeds", "pooled_prompt_embeds", "negative_prompt_embeds", "ne
 
 
 def fields_of(request: GenerateRequest) -> dict[str, Any]:
-    """The JSON of POST /v1/jobs from which a host reads the same request. Pictures travel as PNG, so every pixel stays."""
+    """The JSON of POST /v1/jobs from which a host reads the same request. Images travel as PNG, so every pixel stays."""
     fields: dict[str, Any] = {}
     for name in sorted(request.model_fields_set - set(EMBEDS)):
         value = getattr(request, name)
         if isinstance(value, Image.Image):
             value = _png(value)
         elif isinstance(value, list) and value and isinstance(value[0], Image.Image):
-            value = [_png(picture) for picture in value]
+            value = [_png(image) for image in value]
         if name == "latents" and value is not None:
             fields["latent"] = codec.encode_latents(value)
         elif value is not None:
@@ -53,9 +53,9 @@ def as_error(status: int, message: str) -> HostError:
 
 
 def preview(jpeg: bytes) -> np.ndarray:
-    """uint8 (h, w, 3) of an event's picture."""
-    with Image.open(io.BytesIO(jpeg)) as picture:
-        return np.asarray(picture.convert("RGB"))
+    """uint8 (h, w, 3) of an event's image."""
+    with Image.open(io.BytesIO(jpeg)) as image:
+        return np.asarray(image.convert("RGB"))
 
 
 def spans_of(trace: Mapping[str, Any]) -> dict[int, list[tuple[str, float, float]]]:
@@ -72,7 +72,7 @@ def _pooled(request: GenerateRequest, prefix: str) -> np.ndarray | None:
     return request.negative_pooled_prompt_embeds if prefix else request.pooled_prompt_embeds
 
 
-def _png(picture: Image.Image) -> str:
+def _png(image: Image.Image) -> str:
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", compress_level=1)
+    image.save(buffer, format="PNG", compress_level=1)
     return base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -17,7 +17,7 @@ import psutil
 
 from backends.errors import ConfigError
 from hosts.cluster import reaper
-from hosts.cluster.replica_host import Ending, Order, Place, ReplicaHost
+from hosts.cluster.replica_host import ReplicaAddress, ReplicaExit, ReplicaHost, ReplicaSpec
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ class Nodes:
         gpus = ranks if ray.cluster_resources().get("GPU") else 0
         needs = {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
         group = placement_group([needs], strategy="STRICT_PACK", name=name)
-        order = Order(values=values, address=LOOPBACK if self.is_own else None, key=secrets.token_hex(16), folder=self._start_in)
+        order = ReplicaSpec(values=values, address=LOOPBACK if self.is_own else None, key=secrets.token_hex(16), folder=self._start_in)
         actor = (
             ray.remote(ReplicaHost)
             .options(
@@ -143,11 +143,11 @@ class Placed:
         self._started = actor.start.remote()
         self._ended: Any = None
 
-    def place(self, timeout_s: float) -> Place | None:
+    def place(self, timeout_s: float) -> ReplicaAddress | None:
         """Where it is, once it has a place. Raises Lost."""
         return self._get(self._started, timeout_s)
 
-    def ending(self, timeout_s: float) -> Ending | None:
+    def ending(self, timeout_s: float) -> ReplicaExit | None:
         """How its launcher ended, if it did. For a replica that has a place. Raises Lost if Ray tells of the end of its process or node."""
         if self._ended is None:
             self._ended = self._actor.wait.remote()

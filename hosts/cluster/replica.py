@@ -15,8 +15,8 @@ from diffusion_client import HostError as RemoteError
 from hosts.cluster import routing
 from hosts.cluster.config import DeploymentPlan
 from hosts.cluster.nodes import Lost, Nodes, Placed
-from hosts.cluster.replica_host import Place
-from hosts.cluster.replica_slot import Lane
+from hosts.cluster.replica_host import ReplicaAddress
+from hosts.cluster.replica_slot import ReplicaSlot
 from hosts.jobs.decision import Choice
 from hosts.jobs.queue import JobQueue
 
@@ -54,14 +54,14 @@ class Replica:
         self.is_failure = self.is_final = False
         self.taken_s = 0.0
         self.num_done = 0
-        self.place: Place | None = None
+        self.place: ReplicaAddress | None = None
         self.facts: dict[str, Any] = {}
         self.client = Client(uses_proxies=False)
         self._plan = plan
         self._nodes = nodes
         self._queue = queue
         self._peers = peers
-        self._lanes: list[Lane] = []
+        self._slots: list[ReplicaSlot] = []
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._answered_s = time.monotonic()
@@ -95,14 +95,14 @@ class Replica:
 
     @property
     def load(self) -> routing.Load:
-        jobs = [lane.job for lane in self._lanes if lane.job is not None]
+        jobs = [slot.job for slot in self._slots if slot.job is not None]
         work = sum(routing.work_of(job.request, self._plan.start.spec) * (1 - job.percent / 100) for job in jobs)
-        can_take = self.state is ReplicaState.READY and len(jobs) < len(self._lanes)
+        can_take = self.state is ReplicaState.READY and len(jobs) < len(self._slots)
         return routing.Load(name=self.name, work=work, taken_s=self.taken_s, can_take=can_take)
 
     @property
     def num_jobs(self) -> int:
-        return sum(lane.job is not None for lane in self._lanes)
+        return sum(slot.job is not None for slot in self._slots)
 
     def describe(self) -> dict[str, Any]:
         """For GET /cluster."""
@@ -115,7 +115,7 @@ class Replica:
             "url": place.url if place else None,
             "pid": place.pid if place else None,
             "ranks": self.ranks,
-            "jobs": [lane.job.id for lane in self._lanes if lane.job is not None],
+            "jobs": [slot.job.id for slot in self._slots if slot.job is not None],
             "done": self.num_done,
         }
 
@@ -163,8 +163,8 @@ class Replica:
 
     def _look(self) -> None:
         """Cancel what nobody wants, and every second ask how it is. Raises Lost if it has not answered for too long."""
-        for lane in self._lanes:
-            lane.cancel_unwanted()
+        for slot in self._slots:
+            slot.cancel_unwanted()
         now_s = time.monotonic()
         if now_s - self._looked_s < HEALTH_EVERY_S:
             return
@@ -174,7 +174,7 @@ class Replica:
         except (RemoteError, OSError, http.client.HTTPException) as error:
             if getattr(error, "status", 0) != 0:
                 self._answered_s = now_s
-            elif self._lanes and now_s - self._answered_s > HEALTHY_WITHIN_S:
+            elif self._slots and now_s - self._answered_s > HEALTHY_WITHIN_S:
                 raise Lost(f"it gave no answer for {HEALTHY_WITHIN_S:g} s") from error
             self.suspect(f"it is not ready: {error}")
             return
@@ -185,12 +185,12 @@ class Replica:
 
     def _ready(self) -> None:
         self.facts = self._probe.settings()
-        is_first = not self._lanes
+        is_first = not self._slots
         if is_first:
-            self._lanes = [Lane(self, self._queue) for _ in range(routing.capacity(self.ranks, self.facts.get("mode", "latency")))]
+            self._slots = [ReplicaSlot(self, self._queue) for _ in range(routing.capacity(self.ranks, self.facts.get("mode", "latency")))]
         self._become(ReplicaState.READY, "")
-        for lane in self._lanes if is_first else ():
-            lane.start()
+        for slot in self._slots if is_first else ():
+            slot.start()
         logger.info("replica %s is ready on node %s", self.name, self.place.node if self.place else "")
 
     def _become(self, state: ReplicaState, reason: str) -> None:

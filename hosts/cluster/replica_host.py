@@ -25,7 +25,7 @@ ERROR = "error: "
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Order:
+class ReplicaSpec:
     """What to start. values: launch arguments; address: to listen on, None for the node's own; folder: to start in, if the node has it."""
 
     values: Mapping[str, Any]
@@ -35,7 +35,7 @@ class Order:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class ReplicaAddress:
     """Where the replica listens, on which node, and the launcher's process there."""
 
     url: str
@@ -44,7 +44,7 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ending:
+class ReplicaExit:
     """How the launcher ended. reason: its own words, where it had any."""
 
     code: int
@@ -62,13 +62,13 @@ class Ending:
 class ReplicaHost:
     """The actor. `start` once; `wait` blocks until the launcher has ended; `stop` ends it."""
 
-    def __init__(self, order: Order) -> None:
+    def __init__(self, order: ReplicaSpec) -> None:
         self._order = order
         self._open = contextlib.ExitStack()
         self._lines: deque[str] = deque(maxlen=KEPT_LINES)
         self._process: subprocess.Popen[str] | None = None
 
-    def start(self) -> Place:
+    def start(self) -> ReplicaAddress:
         """Begin; the host then loads."""
         import ray.util
 
@@ -91,15 +91,15 @@ class ReplicaHost:
         )  # fmt: skip
         self._reader = threading.Thread(target=self._pass_on, args=(self._process,), name="log", daemon=True)
         self._reader.start()
-        return Place(url=f"http://{address}:{port}", node=node, pid=self._process.pid)
+        return ReplicaAddress(url=f"http://{address}:{port}", node=node, pid=self._process.pid)
 
-    def wait(self) -> Ending:
+    def wait(self) -> ReplicaExit:
         """Until the launcher has ended."""
         code = self._process.wait()
         self._reader.join(timeout=1)
         self._open.close()
         said = next((line for line in reversed(self._lines) if line.startswith(ERROR)), f"its launcher ended with code {code}")
-        return Ending(code=code, reason=said)
+        return ReplicaExit(code=code, reason=said)
 
     def stop(self, within_s: float) -> None:
         """Tell the launcher to end, and end it if it is not gone in time."""

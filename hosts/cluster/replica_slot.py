@@ -26,7 +26,7 @@ BROKEN = (OSError, http.client.HTTPException, ValueError, KeyError)
 """What reading an answer raises that the other side did not finish."""
 
 
-class Lane:
+class ReplicaSlot:
     """A thread between the queue and its replica. job: the one it has."""
 
     def __init__(self, replica: "Replica", queue: JobQueue) -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 from backends.errors import RequestError
 from hosts.compat import images, tensors
 from hosts.compat.limits import DecodeLimits
-from hosts.compat.unpickle import MalformedPickle, PickleReader, PictureNode, TensorNode
+from hosts.compat.unpickle import ImageNode, MalformedPickle, PickleReader, TensorNode
 
 __all__ = [
     "Conditioning",
@@ -55,7 +55,7 @@ class Conditioning:
 
 
 def decode_image(text: object, *, field: str, limits: DecodeLimits = _DEFAULT_LIMITS) -> Image.Image:
-    """An encoded picture as RGB.
+    """An encoded image as RGB.
 
     text: base64 of a pickled PIL image (modes L, LA, P, RGB, RGBA), or of a PNG, JPEG or WebP file, the latter also after
     `data:image/...;base64,`; which of them is seen from the content. Alpha is dropped, EXIF rotation applied.
@@ -69,7 +69,7 @@ def decode_image_or_path(
 ) -> Image.Image:
     """Like decode_image, but `text` may also be the absolute path of an image file inside one of `allowed_dirs`.
 
-    LocalAI writes the picture of its caller to a temporary file on the same machine and sends the name (contract 2.3).
+    LocalAI writes the image of its caller to a temporary file on the same machine and sends the name (contract 2.3).
     A text that begins with "/" is a path, except "/9j/", with which the base64 of every JPEG begins.
     Outside the folders the message does not tell whether the file exists. Raises RequestError.
     """
@@ -115,12 +115,12 @@ def decode_conditioning(text: object, *, field: str, limits: DecodeLimits = _DEF
 
 
 def encode_image(image: Image.Image) -> str:
-    """One picture as the clients unpickle it: RGB, no subclass, no metadata."""
+    """One image as the clients unpickle it: RGB, no subclass, no metadata."""
     return _encoded(_plain(image))
 
 
 def encode_frames(frames: Sequence[Image.Image]) -> str:
-    """The frames of a video: a list of at least one RGB picture, all of one size, which the clients stack."""
+    """The frames of a video: a list of at least one RGB image, all of one size, which the clients stack."""
     sizes = {frame.size for frame in frames}
     if len(sizes) != 1:
         raise ValueError(f"Frames must be at least one and of one size; given {len(frames)} of sizes {sorted(sizes)}.")
@@ -163,8 +163,8 @@ def _image_from_text(text: object, limits: DecodeLimits) -> Image.Image:
     if data[:1] != b"\x80":
         raise MalformedPickle("the data is neither an image file of an allowed format nor a pickle")
     node = _value_from_bytes(data, limits)
-    if type(node) is not PictureNode:
-        raise MalformedPickle("the pickle holds something other than a picture")
+    if type(node) is not ImageNode:
+        raise MalformedPickle("the pickle holds something other than an image")
     return images.from_node(node, limits)
 
 

@@ -16,7 +16,7 @@ from backends.model_table import ModelSpec
 from backends.request import GenerateRequest
 from hosts.compat import codec
 from hosts.compat.limits import DecodeLimits
-from hosts.http.limits import DEFAULT_LIMITS, MAX_PICTURES, Limits
+from hosts.http.limits import DEFAULT_LIMITS, MAX_IMAGES, Limits
 from hosts.launch.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -51,18 +51,18 @@ PLAIN = {
 """Request field -> the names clients send it under, the first that is there wins."""
 
 SINGLE = ("image", "init_image", "mask_image")
-"""Pictures of which a request has one at most."""
+"""Images of which a request has one at most."""
 MAX_IMAGE_SCALE = 1000.0
 _decoding = threading.BoundedSemaphore(4)
-"""Requests that are decoded at the same time: a picture takes 20 bytes per pixel for a moment."""
+"""Requests that are decoded at the same time: an image takes 20 bytes per pixel for a moment."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Accepted:
     """What this host lets requests bring, and from where.
 
-    image_dirs, lora_dirs: folders from which they may name files. image_scale: percent for pictures that say none themselves.
-    takes_control_image, takes_ip_image: whether something that uses the picture is loaded.
+    image_dirs, lora_dirs: folders from which they may name files. image_scale: percent for images that say none themselves.
+    takes_control_image, takes_ip_image: whether something that uses the image is loaded.
     """
 
     image_dirs: tuple[str, ...] = ()
@@ -108,7 +108,7 @@ def _read(body: Any, *, spec: ModelSpec, accepted: Accepted) -> GenerateRequest:
             values[field] = given[name]
     if spec.output == "image":
         values.pop("num_frames", None)
-    values |= _arrays(given, spec) | _pictures(given, spec, accepted)
+    values |= _arrays(given, spec) | _images(given, spec, accepted)
     if "lora" in given:
         values["lora"] = _loras(given["lora"], accepted.lora_dirs)
     try:
@@ -134,7 +134,7 @@ def _arrays(given: Mapping[str, Any], spec: ModelSpec) -> dict[str, Any]:
     return values
 
 
-def _pictures(given: Mapping[str, Any], spec: ModelSpec, accepted: Accepted) -> dict[str, Any]:
+def _images(given: Mapping[str, Any], spec: ModelSpec, accepted: Accepted) -> dict[str, Any]:
     wanted = {
         "image": ("image", "image" in spec.requires),
         "init_image": ("init_image", True),
@@ -142,21 +142,21 @@ def _pictures(given: Mapping[str, Any], spec: ModelSpec, accepted: Accepted) -> 
         "control_image": ("control_image", accepted.takes_control_image),
         "ip_adapter_image": ("ip_image", accepted.takes_ip_image),
     }
-    pictures: dict[str, Any] = {}
+    decoded: dict[str, Any] = {}
     for field, (name, is_used) in wanted.items():
-        # the oldest clients put the IP-Adapter's picture under 'image'
+        # the oldest clients put the IP-Adapter's image under 'image'
         source = "image" if name == "ip_image" and name not in given and "image" not in spec.requires else name
         if not is_used or source not in given:
             continue
         percent = given.get(f"{name}_scale", accepted.image_scale)
         many = given[source] if isinstance(given[source], list) else [given[source]]
-        if not 1 <= len(many) <= MAX_PICTURES:
-            raise RequestError(f"{source} holds {len(many)} pictures. Allowed: 1 to {MAX_PICTURES}.", field=source)
+        if not 1 <= len(many) <= MAX_IMAGES:
+            raise RequestError(f"{source} holds {len(many)} images. Allowed: 1 to {MAX_IMAGES}.", field=source)
         limits = DecodeLimits(max_pixels=accepted.limits.max_image_megapixels * 10**6)
         images = [codec.decode_image_or_path(one, field=source, allowed_dirs=accepted.image_dirs, limits=limits) for one in many]
         images = [_scaled(image, percent, f"{name}_scale", limits) for image in images]
-        pictures[field] = images if isinstance(given[source], list) and field not in SINGLE else images[0]
-    return pictures
+        decoded[field] = images if isinstance(given[source], list) and field not in SINGLE else images[0]
+    return decoded
 
 
 def _loras(given: Any, folders: tuple[str, ...]) -> dict[str, float]:
@@ -188,7 +188,7 @@ def _scaled(image: Image.Image, percent: Any, field: str, limits: DecodeLimits) 
     size = tuple(max(1, round(side * percent / 100)) for side in image.size)
     if math.prod(size) > limits.max_pixels:
         raise RequestError(
-            f"{field}={percent:g} makes a picture of {size[0]}x{size[1]}, more than {limits.max_pixels} pixels (--max_image_megapixels). "
+            f"{field}={percent:g} makes an image of {size[0]}x{size[1]}, more than {limits.max_pixels} pixels (--max_image_megapixels). "
             "Send a smaller one.",
             field=field,
         )

@@ -1,4 +1,4 @@
-"""Picture nodes of a pickle, and image files -> PIL images in mode RGB."""
+"""Image nodes of a pickle, and image files -> PIL images in mode RGB."""
 
 import io
 import os
@@ -9,12 +9,12 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from hosts.compat.limits import DecodeLimits
-from hosts.compat.unpickle import MalformedPickle, PictureNode
+from hosts.compat.unpickle import ImageNode, MalformedPickle
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 _BYTES_PER_PIXEL = {"L": 1, "P": 1, "LA": 2, "RGB": 3, "RGBA": 4}
 _MAX_SIDE = 2**16
-_MAX_JPEG_SCANS = 32  # a usual progressive JPEG has 10; each further one decodes the whole picture again
+_MAX_JPEG_SCANS = 32  # a usual progressive JPEG has 10; each further one decodes the whole image again
 
 
 class UnreadableImage(ValueError):
@@ -27,17 +27,17 @@ def is_image_file(data: bytes | memoryview) -> bool:
     return head.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")) or (head[:4] == b"RIFF" and head[8:] == b"WEBP")
 
 
-def from_node(node: PictureNode, limits: DecodeLimits) -> Image.Image:
-    """The picture as RGB; alpha is dropped, a palette applied, its info ignored. Raises MalformedPickle."""
+def from_node(node: ImageNode, limits: DecodeLimits) -> Image.Image:
+    """The image as RGB; alpha is dropped, a palette applied, its info ignored. Raises MalformedPickle."""
     if type(node.state) is not list or not 5 <= len(node.state) <= 8:
-        raise MalformedPickle("the picture does not have the five parts that PIL writes")
+        raise MalformedPickle("the image does not have the five parts that PIL writes")
     _info, mode, size, palette, data = node.state[:5]
     if type(mode) is not str or mode not in _BYTES_PER_PIXEL:
-        raise MalformedPickle(f"the picture's mode must be one of {', '.join(_BYTES_PER_PIXEL)}")
+        raise MalformedPickle(f"the image's mode must be one of {', '.join(_BYTES_PER_PIXEL)}")
     width, height = _checked_size(size, limits)
     expected = width * height * _BYTES_PER_PIXEL[mode]
     if type(data) is not memoryview or len(data) != expected:
-        raise MalformedPickle(f"a picture of {width}x{height} in mode {mode} must have {expected} bytes")
+        raise MalformedPickle(f"an image of {width}x{height} in mode {mode} must have {expected} bytes")
     image = Image.frombytes(mode, (width, height), data)
     if mode == "P":
         image.putpalette(_checked_palette(palette))
@@ -46,18 +46,18 @@ def from_node(node: PictureNode, limits: DecodeLimits) -> Image.Image:
 
 def _checked_size(size: object, limits: DecodeLimits) -> tuple[int, int]:
     if type(size) is not tuple or len(size) != 2 or not all(type(side) is int and 1 <= side <= _MAX_SIDE for side in size):
-        raise MalformedPickle(f"the picture's size must be two integers from 1 to {_MAX_SIDE}")
+        raise MalformedPickle(f"the image's size must be two integers from 1 to {_MAX_SIDE}")
     if size[0] * size[1] > limits.max_pixels:
-        raise MalformedPickle(f"the picture of {size[0]}x{size[1]} has more than {limits.max_pixels} pixels")
+        raise MalformedPickle(f"the image of {size[0]}x{size[1]} has more than {limits.max_pixels} pixels")
     return size
 
 
 def _checked_palette(palette: object) -> bytes:
     """Red, green, blue of up to 256 colours, as PIL's getpalette() lists them."""
     if type(palette) is not list or not 3 <= len(palette) <= 768 or len(palette) % 3:
-        raise MalformedPickle("the picture's palette must list 1 to 256 colours of three numbers")
+        raise MalformedPickle("the image's palette must list 1 to 256 colours of three numbers")
     if not all(type(number) is int and 0 <= number <= 255 for number in palette):
-        raise MalformedPickle("the picture's palette must hold integers from 0 to 255")
+        raise MalformedPickle("the image's palette must hold integers from 0 to 255")
     return bytes(palette)
 
 

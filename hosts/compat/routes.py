@@ -38,19 +38,19 @@ def progress() -> Response:
     """0 to 100 as text: of the job, or of loading on a host that loads over HTTP."""
     host = current_app.extensions["host"]
     percent = host.queue.percent
-    if host.errands is not None and (host.state.phase is not Phase.READY or not host.queue.jobs()):
+    if host.control is not None and (host.state.phase is not Phase.READY or not host.queue.jobs()):
         percent = host.state.loading_percent
     return Response(f"{percent:g}", mimetype="text/plain")
 
 
 @blueprint.post("/generate")
 def generate() -> Response:
-    """One picture or video; waits its turn. The answer is the contract's JSON, or the file itself if Accept asks for one.
+    """One image or video; waits its turn. The answer is the contract's JSON, or the file itself if Accept asks for one.
 
     The job of a client that goes away is cancelled, unless the body says "keep": true.
     """
     host = current_app.extensions["host"]
-    body = json_object() if host.errands is None else later_fields(json_object())
+    body = json_object() if host.control is None else later_fields(json_object())
     asked = read_request(body, spec=host.spec, accepted=Accepted.by(host.settings))
     content_type = wanted_type(host.spec.output, default="application/json")
     result = wait_for(host.queue.submit(asked, client=client()), is_kept=body.get("keep") is True)
@@ -63,7 +63,7 @@ def legacy_body(result: GenerateResult, *, spec: ModelSpec) -> dict[str, Any]:
     """ComfyUI unpacks two values exactly when `latent` is there, so it is there exactly for the types whose nodes want two."""
     is_image = spec.output == "image"
     with current_app.extensions["metrics"].serialising():
-        frames = media.pictures(result)
+        frames = media.images(result)
         body: dict[str, Any] = {
             "message": "OK",
             "output": codec.encode_image(frames[0]) if is_image else codec.encode_frames(frames),

@@ -3,8 +3,8 @@
 The existing clients put pickles on the wire. Python's own Unpickler is not used to read them, not even with a restricted
 `find_class`: a memo index can make it allocate gigabytes, BUILD can change the classes it was allowed to find, and hashing
 a deeply nested key overflows the C stack. This reader knows only the instructions that pickle protocols 2 to 5 emit
-for the pictures, tensors and plain containers of the contract, and turns each object into a node that
-`pictures.py` or `tensors.py` examines afterwards. Called by those two files and by `codec.py`.
+for the images, tensors and plain containers of the contract, and turns each object into a node that
+`images.py` or `tensors.py` examines afterwards. Called by those two files and by `codec.py`.
 """
 
 import codecs
@@ -36,7 +36,7 @@ class GlobalName:
 
 
 @dataclass(slots=True, eq=False)
-class PictureNode:
+class ImageNode:
     """A PIL image: the list its __getstate__ made, unchecked; None until BUILD."""
 
     state: list | None = None
@@ -70,7 +70,7 @@ class LongText:
     data: memoryview
 
 
-PICTURE_GLOBALS = frozenset(
+IMAGE_GLOBALS = frozenset(
     {
         GlobalName("PIL.Image", "Image"),
         GlobalName("PIL.PngImagePlugin", "PngImageFile"),
@@ -83,9 +83,9 @@ _ORDERED_DICT = GlobalName("collections", "OrderedDict")
 _REBUILD_TENSOR = GlobalName("torch._utils", "_rebuild_tensor_v2")
 _REBUILD_PARAMETER = GlobalName("torch._utils", "_rebuild_parameter")
 _LOAD_STORAGE = GlobalName("torch.storage", "_load_from_bytes")
-REQUEST_GLOBALS = PICTURE_GLOBALS | {_ENCODE, _ORDERED_DICT, _REBUILD_TENSOR, _REBUILD_PARAMETER, _LOAD_STORAGE}
+REQUEST_GLOBALS = IMAGE_GLOBALS | {_ENCODE, _ORDERED_DICT, _REBUILD_TENSOR, _REBUILD_PARAMETER, _LOAD_STORAGE}
 
-_NO_PERSISTENT_IDS = "the pickle refers to objects outside itself; only pictures, tensors and plain values are allowed"
+_NO_PERSISTENT_IDS = "the pickle refers to objects outside itself; only images, tensors and plain values are allowed"
 
 
 class PickleReader:
@@ -133,7 +133,7 @@ class PickleReader:
                 return self._stack[0]
             step = _STEPS.get(opcode)
             if step is None:
-                raise MalformedPickle(f"the pickle uses instruction 0x{opcode:02x}, which pictures and tensors do not need")
+                raise MalformedPickle(f"the pickle uses instruction 0x{opcode:02x}, which images and tensors do not need")
             step(self)
         raise MalformedPickle(f"the pickle has more than {self._limits.max_opcodes} instructions")
 
@@ -247,7 +247,7 @@ class PickleReader:
         found = GlobalName(module, name)
         if found not in self._globals_allowed:
             shown = str(found)[:_LONGEST_NAME]
-            raise MalformedPickle(f"the pickle refers to {shown!r}; only pictures, tensors and plain values are allowed")
+            raise MalformedPickle(f"the pickle refers to {shown!r}; only images, tensors and plain values are allowed")
         self._push(found)
 
     def _stack_global(self) -> None:
@@ -257,14 +257,14 @@ class PickleReader:
     def _new_object(self) -> None:
         args, target = self._pop(), self._pop()
         # Types first: comparing or hashing a hostile nested value would recurse in C.
-        if type(target) is not GlobalName or target not in PICTURE_GLOBALS or type(args) is not tuple or args:
-            raise MalformedPickle("the pickle creates an object that is not a picture")
-        self._push(PictureNode())
+        if type(target) is not GlobalName or target not in IMAGE_GLOBALS or type(args) is not tuple or args:
+            raise MalformedPickle("the pickle creates an object that is not an image")
+        self._push(ImageNode())
 
     def _build(self) -> None:
         state, target = self._pop(), self._top()
-        if type(target) is not PictureNode or target.state is not None or type(state) is not list:
-            raise MalformedPickle("the pickle changes the state of something that is not a new picture")
+        if type(target) is not ImageNode or target.state is not None or type(state) is not list:
+            raise MalformedPickle("the pickle changes the state of something that is not a new image")
         target.state = state
 
     def _reduce(self) -> None:
@@ -357,7 +357,7 @@ def _children(value: object) -> list | tuple:
             return value
         case dict():
             return list(value.values())
-        case PictureNode():
+        case ImageNode():
             return (value.state,)
         case TensorNode():
             return value.args

@@ -1,6 +1,6 @@
 """The pipeline configuration of POST /apply (the clients' later protocol) -> the same Settings as a command line's. Imports no torch.
 
-What is given is either used or refused with the reason; only what cannot change a picture is ignored, with a warning in the log.
+What is given is either used or refused with the reason; only what cannot change an image is ignored, with a warning in the log.
 """
 
 import logging

@@ -19,14 +19,14 @@ from backends.model_table import read_table
 from hosts.compat.v2_config import read_configuration
 from hosts.http.request_io import json_object
 from hosts.launch.settings import Settings
-from hosts.ranks.model_control import Apply, Errands, Offload, Sleep
+from hosts.ranks.model_control import Apply, ModelControl, Offload, Sleep
 from hosts.supervision.host_state import Phase
 
 logger = logging.getLogger(__name__)
 blueprint = Blueprint("later", __name__)
 
 BROWSER_HEADERS = ("Origin", "Referer", "Sec-Fetch-Site")
-"""At least one of them comes with whatever a page makes a browser ask, also with a picture's address."""
+"""At least one of them comes with whatever a page makes a browser ask, also with an image's address."""
 NO_END = 2**31
 """The clients' number for a last step that is none is 2**32 - 1."""
 MAX_SLEEP_S = 3600.0
@@ -51,29 +51,29 @@ def apply() -> str:
     """Load this pipeline on all ranks in the place of the one that is there; an empty object only lets that go. Waits until it is done."""
     host = current_app.extensions["host"]
     body = dict(json_object())
-    with _errands().lock:
-        if body == _errands().applied:
+    with _control().lock:
+        if body == _control().applied:
             return ""
-        settings = _with_compel(read_configuration(body, base=_errands().base, table=read_table())) if body else None
-        start = _errands().plan(settings) if settings is not None else None  # what is wrong with it is refused while all is as it was
-        _errands().applied = None
-        _errands().run(Apply(settings=settings))
+        settings = _with_compel(read_configuration(body, base=_control().base, table=read_table())) if body else None
+        start = _control().plan(settings) if settings is not None else None  # what is wrong with it is refused while all is as it was
+        _control().applied = None
+        _control().run(Apply(settings=settings))
         if start is not None:
-            host.settings, host.spec, _errands().applied = settings, start.spec, body
+            host.settings, host.spec, _control().applied = settings, start.spec, body
     return ""
 
 
 @blueprint.get("/applied")
 def applied() -> Response:
     """The configuration that is loaded, or None."""
-    body = _errands().applied
+    body = _control().applied
     return jsonify(body) if body is not None else Response("None", mimetype="text/plain")
 
 
 @blueprint.route("/offload", methods=["GET", "POST"])
 def offload() -> str:
-    """Keep the weights in main memory until the next picture."""
-    _errands().run(Offload())
+    """Keep the weights in main memory until the next image."""
+    _control().run(Offload())
     return "the weights are in main memory"
 
 
@@ -84,10 +84,10 @@ def sleep() -> str:
     seconds = body.get("time", 0)
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds <= MAX_SLEEP_S or not math.isfinite(seconds):
         raise RequestError(f"time={seconds!r} is not allowed. Send seconds from 0 to {MAX_SLEEP_S:g}.", field="time")
-    if _errands().num_ranks == 1:
+    if _control().num_ranks == 1:
         raise UnsupportedError("sleep is not available with one rank: there is no other that could pause.")
     if body.get("sleep") is True:
-        _errands().run(Sleep(seconds=float(seconds)))
+        _control().run(Sleep(seconds=float(seconds)))
     return ""
 
 
@@ -101,7 +101,7 @@ def close() -> str:
 def refuse_without_pipeline() -> None:
     """Before a job is made: what the host would draw with must be there."""
     host = current_app.extensions["host"]
-    if host.errands is None or host.state.phase is Phase.READY:
+    if host.control is None or host.state.phase is Phase.READY:
         return
     raise UnavailableError(host.state.reason or "no pipeline is ready. Send its configuration to POST /apply.")
 
@@ -132,5 +132,5 @@ def _with_compel(settings: Settings) -> Settings:
     return replace(settings, compel=is_supported and importlib.util.find_spec("compel") is not None)
 
 
-def _errands() -> Errands:
-    return current_app.extensions["host"].errands
+def _control() -> ModelControl:
+    return current_app.extensions["host"].control

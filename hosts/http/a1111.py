@@ -39,15 +39,15 @@ def txt2img() -> Response:
 
 @blueprint.post("/sdapi/v1/img2img")
 def img2img() -> Response:
-    """With a mask, its white parts change; the whole picture is drawn at once, whatever inpaint_full_res says."""
+    """With a mask, its white parts change; the whole image is drawn at once, whatever inpaint_full_res says."""
     body = json_object()
-    pictures = body.get("init_images")
-    if not isinstance(pictures, list) or len(pictures) != 1:
-        raise RequestError("init_images must hold one picture, base64 of a PNG, JPEG or WebP file.", field="init_images")
+    sources = body.get("init_images")
+    if not isinstance(sources, list) or len(sources) != 1:
+        raise RequestError("init_images must hold one image, base64 of a PNG, JPEG or WebP file.", field="init_images")
     spec = current_app.extensions["host"].spec
     name = "image" if "image" in spec.requires else "init_image"
     mask = {"mask_image": _mask(body["mask"], is_inverted=bool(body.get("inpainting_mask_invert")))} if body.get("mask") else {}
-    return _images({"denoising_strength": 0.75, **body}, {name: pictures[0], **mask})
+    return _images({"denoising_strength": 0.75, **body}, {name: sources[0], **mask})
 
 
 @blueprint.get("/sdapi/v1/progress")
@@ -119,7 +119,7 @@ def loras() -> Response:
     return jsonify([{"name": path.name, "alias": path.stem, "path": path.name, "metadata": {}} for path in files])
 
 
-def _images(body: Mapping[str, Any], pictures: Mapping[str, str]) -> Response:
+def _images(body: Mapping[str, Any], sources: Mapping[str, str]) -> Response:
     host = current_app.extensions["host"]
     if host.spec.output != "image":
         raise UnsupportedError(f"{host.spec.title} makes videos. Use POST /v1/jobs.")
@@ -128,9 +128,9 @@ def _images(body: Mapping[str, Any], pictures: Mapping[str, str]) -> Response:
     number = _count(body, "n_iter") * _count(body, "batch_size")
     if number > host.settings.max_images:
         raise RequestError(f"n_iter x batch_size is {number}. Allowed: up to {host.settings.max_images}.", field="n_iter")
-    fields = {name: body[name] for name in PLAIN if body.get(name) is not None} | pictures
+    fields = {name: body[name] for name in PLAIN if body.get(name) is not None} | sources
     fields |= {ours: body[theirs] for theirs, ours in SENT_AS.items() if body.get(theirs) is not None}
-    if not pictures:
+    if not sources:
         fields.pop("strength", None)
     if sampler := body.get("sampler_name") or body.get("sampler_index"):
         fields["scheduler"] = _sampler(str(sampler), str(body.get("scheduler") or ""))
@@ -149,7 +149,7 @@ def _images(body: Mapping[str, Any], pictures: Mapping[str, str]) -> Response:
 
 
 def _mask(data: Any, *, is_inverted: bool) -> Any:
-    """base64 of a picture, black and white exchanged where that was asked for. RequestError if it is none."""
+    """base64 of an image, black and white exchanged where that was asked for. RequestError if it is none."""
     if not is_inverted:
         return data
     buffer = io.BytesIO()

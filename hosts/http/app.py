@@ -27,7 +27,7 @@ from hosts.http.metrics import Metrics
 from hosts.http.page import routes as page_routes
 from hosts.jobs.queue import JobQueue
 from hosts.launch.settings import Settings
-from hosts.ranks.model_control import Errands
+from hosts.ranks.model_control import ModelControl
 from hosts.supervision.host_state import HostState
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class Host:
     spec: ModelSpec
     queue: JobQueue
     state: HostState
-    errands: Errands | None = None
+    control: ModelControl | None = None
     name: str = ""
 
     @property
@@ -76,7 +76,7 @@ def create_app(host: Host) -> Flask:
     app.extensions["metrics"] = Metrics(host.queue, host.state)
     for dialect in (health, jobs_api, page_routes, openai, a1111, compat_routes):
         app.register_blueprint(dialect.blueprint)
-    if host.errands is not None:
+    if host.control is not None:
         app.register_blueprint(v2_routes.blueprint)
     app.before_request(access.refuse_strangers)
     handle_errors(app)

@@ -10,7 +10,7 @@ blueprint = Blueprint("api", __name__)
 
 @blueprint.get("/healthz")
 def healthz() -> tuple[Response, int]:
-    """200 while the host can answer or is loading, 503 once it cannot make pictures."""
+    """200 while the host can answer or is loading, 503 once it cannot make images."""
     host = current_app.extensions["host"]
     body = {"phase": host.state.phase, "reason": host.state.reason, "waiting": host.queue.num_waiting}
     return jsonify(body), 200 if host.state.phase in (Phase.LOADING, Phase.EMPTY, Phase.READY) else 503
@@ -24,7 +24,7 @@ def livez() -> tuple[str, int]:
 
 @blueprint.get("/readyz")
 def readyz() -> tuple[str, int]:
-    """200 while pictures can be made, else 503 and the phase, with its reason where there is one."""
+    """200 while images can be made, else 503 and the phase, with its reason where there is one."""
     state = current_app.extensions["host"].state
     return ": ".join(filter(None, (state.phase.value, state.reason))), 200 if state.phase is Phase.READY else 503
 
@@ -37,6 +37,6 @@ def metrics() -> Response:
 
 @blueprint.get("/settings")
 def settings() -> Response:
-    """What was given at launch, what was chosen and why, and figures of the last picture."""
+    """What was given at launch, what was chosen and why, and figures of the last image."""
     host = current_app.extensions["host"]
     return jsonify({"type": host.spec.name, "given": host.settings.given, **host.state.facts})

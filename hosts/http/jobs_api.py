@@ -99,7 +99,7 @@ def trace(job_id: str) -> Response | tuple[Response, int, dict[str, str]]:
 
 
 def file_response(job: Job, content_type: str, *, frames_per_s: float = media.FRAMES_PER_S) -> Response:
-    """The finished job's picture or video, with its settings in a PNG's metadata."""
+    """The finished job's image or video, with its settings in a PNG's metadata."""
     made = job.wait()
     with current_app.extensions["metrics"].serialising():
         data = media.encode(made, content_type, metadata=json.dumps(made.resolved), frames_per_s=frames_per_s)
@@ -183,9 +183,9 @@ def _event(name: str, data: dict[str, Any]) -> str:
 
 
 def _data_url(preview: Any) -> str:
-    picture = Image.fromarray(preview)
-    scale = max(1, PREVIEW_SIDE // max(picture.size))
-    picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.BICUBIC)
+    image = Image.fromarray(preview)
+    scale = max(1, PREVIEW_SIDE // max(image.size))
+    image = image.resize((image.width * scale, image.height * scale), Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
-    picture.save(buffer, format="JPEG", quality=PREVIEW_QUALITY)
+    image.save(buffer, format="JPEG", quality=PREVIEW_QUALITY)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

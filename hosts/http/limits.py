@@ -11,10 +11,10 @@ from backends.request import GenerateRequest
 from hosts.jobs.queue import JobQueue
 from hosts.jobs.store import Store
 from hosts.launch.settings import Settings
-from hosts.supervision.exit_reports import Ending
+from hosts.supervision.exit_reports import ExitReport
 
-MAX_PICTURES = 16
-"""Pictures in one field. Each may be small to send and large to hold."""
+MAX_IMAGES = 16
+"""Images in one field. Each may be small to send and large to hold."""
 MAX_CLIENTS = 10_000
 """Clients whose rates are remembered; the one that was silent longest is forgotten."""
 TEXTS = ("prompt", "negative_prompt")
@@ -86,7 +86,9 @@ class RateLimit:
             )
 
 
-def queue_within(settings: Settings, store: Store | None, *, complete: Callable[[Ending], Ending] = lambda ending: ending) -> JobQueue:
+def queue_within(
+    settings: Settings, store: Store | None, *, complete: Callable[[ExitReport], ExitReport] = lambda ending: ending
+) -> JobQueue:
     """The queue that takes, and keeps, as much as the operator allows. complete: see JobQueue."""
     return JobQueue(
         capacity=settings.queue_size,

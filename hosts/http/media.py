@@ -1,4 +1,4 @@
-"""Results -> bytes: pictures as PNG, JPEG or WebP, videos as MP4 or GIF, both as arrays. Pure functions; imports no torch."""
+"""Results -> bytes: images as PNG, JPEG or WebP, videos as MP4 or GIF, both as arrays. Pure functions; imports no torch."""
 
 import io
 
@@ -34,8 +34,8 @@ def content_types(output: str) -> tuple[str, ...]:
     return (*(IMAGE_TYPES if output == "image" else VIDEO_TYPES), ARRAY_TYPE, WHOLE_TYPE)
 
 
-def pictures(result: GenerateResult) -> list[Image.Image]:
-    """The frames as RGB pictures."""
+def images(result: GenerateResult) -> list[Image.Image]:
+    """The frames as RGB images."""
     return [Image.fromarray(frame, mode="RGB") for frame in result.frames]
 
 
@@ -46,9 +46,9 @@ def encode(result: GenerateResult, content_type: str, *, metadata: str = "", fra
     if content_type == WHOLE_TYPE:
         return _encode_whole(result)
     if content_type in IMAGE_TYPES and len(result.frames) == 1:
-        return _encode_picture(pictures(result)[0], IMAGE_TYPES[content_type], metadata)
+        return _encode_image(images(result)[0], IMAGE_TYPES[content_type], metadata)
     if content_type == "image/gif":
-        return _encode_gif(pictures(result), frames_per_s)
+        return _encode_gif(images(result), frames_per_s)
     if content_type == "video/mp4":
         return _encode_mp4(result, frames_per_s)
     allowed = ", ".join((*VIDEO_TYPES, ARRAY_TYPE, WHOLE_TYPE))
@@ -74,15 +74,15 @@ def decode_whole(data: bytes) -> GenerateResult:
         return serialization.unpack_result(arrays["facts"].tobytes().decode(), arrays.__getitem__)
 
 
-def _encode_picture(picture: Image.Image, file_format: str, metadata: str) -> bytes:
+def _encode_image(image: Image.Image, file_format: str, metadata: str) -> bytes:
     buffer = io.BytesIO()
     if file_format == "PNG":
         texts = PngInfo()
         if metadata:
             texts.add_itxt("parameters", metadata)
-        picture.save(buffer, format=file_format, pnginfo=texts)
+        image.save(buffer, format=file_format, pnginfo=texts)
     else:
-        picture.save(buffer, format=file_format, quality=95)
+        image.save(buffer, format=file_format, quality=95)
     return buffer.getvalue()
 
 

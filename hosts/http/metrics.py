@@ -50,7 +50,7 @@ class Metrics:
         """What is read off at the moment of asking."""
         yield GaugeMetricFamily("diffusion_jobs_waiting", "Jobs in the queue.", value=self._queue.num_waiting)
         yield GaugeMetricFamily("diffusion_restarts", "How often the ranks were started again.", value=self._state.facts.get("restarts", 0))
-        yield GaugeMetricFamily("diffusion_ready", "1 while pictures can be made.", value=float(self._state.phase is Phase.READY))
+        yield GaugeMetricFamily("diffusion_ready", "1 while images can be made.", value=float(self._state.phase is Phase.READY))
         ranks = self._state.facts.get("ranks_now", [])
         for name, meaning in RANK_FIGURES.items():
             gauge = GaugeMetricFamily(f"diffusion_rank_{name.removesuffix('_s')}", meaning, labels=["rank"])

@@ -71,7 +71,7 @@ def edits() -> Response:
     _require_output("image")
     body = _body()
     if "image" not in body:
-        raise RequestError("image is missing. Send the picture to change.", field="image")
+        raise RequestError("image is missing. Send the image to change.", field="image")
     sent_as = "image" if "image" in _spec().requires else "init_image"
     rest = {name: value for name, value in body.items() if name not in ("image", "mask")}
     mask = {"mask_image": _mask(body["mask"])} if body.get("mask") else {}
@@ -158,14 +158,14 @@ def _body() -> dict[str, Any]:
 
 
 def _mask(data: Any) -> Any:
-    """base64 of a picture whose transparent parts are to be changed -> of one in which these are white. One without alpha is such a one."""
+    """base64 of an image whose transparent parts are to be changed -> of one in which these are white. One without alpha is such a one."""
     try:
-        with Image.open(io.BytesIO(base64.b64decode(str(data).rpartition(",")[2], validate=True)), formats=["PNG", "WEBP"]) as picture:
-            if not picture.has_transparency_data:
+        with Image.open(io.BytesIO(base64.b64decode(str(data).rpartition(",")[2], validate=True)), formats=["PNG", "WEBP"]) as image:
+            if not image.has_transparency_data:
                 return data
-            alpha = picture.convert("RGBA").getchannel("A")
+            alpha = image.convert("RGBA").getchannel("A")
     except (OSError, ValueError, Image.DecompressionBombError):
-        return data  # what is wrong with it is said where all pictures are read
+        return data  # what is wrong with it is said where all images are read
     buffer = io.BytesIO()
     alpha.point(lambda value: 255 - value).save(buffer, format="PNG")
     return base64.b64encode(buffer.getvalue()).decode("ascii")

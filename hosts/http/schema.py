@@ -50,14 +50,14 @@ SENT_AS = {
 
 
 class _Schema(GenerateJsonSchema):
-    """Pictures and arrays travel as text."""
+    """Images and arrays travel as text."""
 
     def is_instance_schema(self, schema: core_schema.IsInstanceSchema) -> JsonSchemaValue:
-        is_picture = schema["cls"] is Image.Image
+        is_image = schema["cls"] is Image.Image
         return {
             "type": "string",
             "contentEncoding": "base64",
-            "description": ENCODED if is_picture else "base64 of a pickled torch or numpy array.",
+            "description": ENCODED if is_image else "base64 of a pickled torch or numpy array.",
         }
 
 
@@ -83,7 +83,7 @@ def openapi(spec: ModelSpec, settings: Settings) -> dict[str, Any]:
             },
             "/v1/jobs/{id}/result": {
                 "get": _operation(
-                    "The picture or video, by Accept.",
+                    "The image or video, by Accept.",
                     answers={"200": _answer("The file.", "Generated", files), "409": _answer("It is not done.", "Job")},
                     by_id=True,
                 )
@@ -106,7 +106,7 @@ def openapi(spec: ModelSpec, settings: Settings) -> dict[str, Any]:
             "/progress": {"get": _operation("Percent of the running job.", answers={"200": _text()})},
             "/healthz": {"get": _operation("Phase of the host.", answers={"200": _answer("Alive.", "Object")})},
             "/livez": {"get": _operation("200 while the process answers.", answers={"200": _text()})},
-            "/readyz": {"get": _operation("200 while pictures can be made.", answers={"200": _text(), "503": _text()})},
+            "/readyz": {"get": _operation("200 while images can be made.", answers={"200": _text(), "503": _text()})},
             "/metrics": {"get": _operation("For Prometheus.", answers={"200": _text()})},
             "/settings": {"get": _operation("What was chosen at start, and why.", answers={"200": _answer("Facts.", "Object")})},
         },

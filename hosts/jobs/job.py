@@ -1,4 +1,4 @@
-"""One request on its way from HTTP to a picture. Pure Python."""
+"""One request on its way from HTTP to an image. Pure Python."""
 
 import threading
 import time
@@ -80,7 +80,7 @@ class Job:
 
     @property
     def num_bytes(self) -> int:
-        """Of its pictures."""
+        """Of its images."""
         if self.result is None:
             return 0
         return self.result.frames.nbytes + (self.result.latents.nbytes if self.result.latents is not None else 0)

@@ -12,7 +12,7 @@ from backends.request import GenerateRequest, LoadRequest
 from hosts.jobs.batch_size import BatchGain
 from hosts.jobs.decision import Choice
 from hosts.jobs.job import Job
-from hosts.jobs.speed import Pace, best_size, gathering_is_quicker
+from hosts.jobs.speed import Speed, best_size, gathering_is_quicker
 from hosts.launch.team_modes import Teams
 
 PATIENCE = 0.01
@@ -32,7 +32,7 @@ class Sharing:
         self._mode = teams.mode
         self._sizes = [*teams.plans, world_size]
         self.world_size = world_size
-        self._pace = Pace()
+        self._pace = Speed()
         self._gain = BatchGain(max_batch)
 
     def team_size(self, waiting: Sequence[Job]) -> int:
@@ -111,7 +111,7 @@ class Sharing:
         return float(height * width * steps * (request.num_frames or self._spec.num_frames))
 
     def _kind(self, request: GenerateRequest) -> str:
-        """What decides how much a batch of such pictures saves, in words."""
+        """What decides how much a batch of such images saves, in words."""
         height, width, steps = self._size(request)
         scale = request.guidance_scale if request.guidance_scale is not None else self._load.guidance_scale
         guided = " guided" if (self._spec.guidance_scale if scale is None else scale) > 1 else ""
@@ -134,7 +134,7 @@ def _batches(running: Sequence[Job]) -> list[list[Job]]:
     return list(found.values())
 
 
-class Handout:
+class SplitPeriod:
     """One time in which the ranks are split: from when they part until they meet again. Shared by the desks of all teams."""
 
     def __init__(self, sharing: Sharing, *, team_size: int) -> None:

@@ -15,7 +15,7 @@ from hosts.jobs.decision import LINGER_S, Choice, Choose, take_first
 from hosts.jobs.fair_share import Turns
 from hosts.jobs.job import Job, JobStatus
 from hosts.jobs.store import NoStore, Store
-from hosts.supervision.exit_reports import Ending
+from hosts.supervision.exit_reports import ExitReport
 
 __all__ = ["Job", "JobQueue", "JobStatus"]
 
@@ -44,7 +44,7 @@ class JobQueue:
         kept_bytes: int = 256 * 2**20,
         kept_seconds: float = 0,
         store: Store | None = None,
-        complete: Callable[[Ending], Ending] = lambda ending: ending,
+        complete: Callable[[ExitReport], ExitReport] = lambda ending: ending,
     ) -> None:
         """complete: adds to the last words of an earlier process what else is known of its end."""
         self._capacity = capacity
@@ -73,7 +73,7 @@ class JobQueue:
     def submit(
         self, request: GenerateRequest, *, client: str = "", is_kept: bool = False, is_stored: bool = False, key: str | None = None
     ) -> Job:
-        """Queue a request. The seed is drawn here if it was left to us, so that a retried job makes the same picture.
+        """Queue a request. The seed is drawn here if it was left to us, so that a retried job makes the same image.
 
         key: the client's own name for the job; the same client with the same key and request gets the job it has already.
         """
@@ -274,7 +274,7 @@ class JobQueue:
     def _take_over(self) -> None:
         """What an earlier process left in the store."""
         jobs = self._store.load()
-        words = self._store.last_words()  # read in any case: another time they would be wrong
+        words = self._store.last_report()  # read in any case: another time they would be wrong
         if any(job.status is JobStatus.RUNNING for job in jobs):
             words = self._complete(words)
         for job in jobs:
@@ -389,7 +389,7 @@ def _cancelled(job: Job) -> CancelledError:
     return CancelledError(job.cancel_reason or "the job was cancelled before it ran.")
 
 
-def _gave_up(job: Job, ending: Ending) -> HostError:
+def _gave_up(job: Job, ending: ExitReport) -> HostError:
     return HostError(
         f"the ranks ended {job.attempts} times while this job ran, so it is not tried again. The last time: {ending.why}. "
         f"Ask for less (size, frames), or see the host's log. {ending.last_lines(job.id)}".strip()

@@ -17,35 +17,35 @@ KINDS = {kind.__name__: kind for kind in vars(errors).values() if isinstance(kin
 
 
 def pack_request(request: GenerateRequest) -> tuple[str, Arrays]:
-    """JSON of the plain fields, and the arrays and pictures by name."""
+    """JSON of the plain fields, and the arrays and images by name."""
     plain: dict[str, Any] = {}
-    pictures: dict[str, int | None] = {}
+    images: dict[str, int | None] = {}
     arrays: Arrays = {}
     for name in sorted(request.model_fields_set):
         value = getattr(request, name)
         if isinstance(value, np.ndarray):
             arrays[name] = value
         elif isinstance(value, Image.Image):
-            arrays[name], pictures[name] = _pixels(value), None
+            arrays[name], images[name] = _pixels(value), None
         elif isinstance(value, list) and value and isinstance(value[0], Image.Image):
-            arrays |= {f"{name}.{index}": _pixels(picture) for index, picture in enumerate(value)}
-            pictures[name] = len(value)
+            arrays |= {f"{name}.{index}": _pixels(image) for index, image in enumerate(value)}
+            images[name] = len(value)
         else:
             plain[name] = value
-    tensors = [name for name in arrays if name.partition(".")[0] not in pictures]
-    return json.dumps({"plain": plain, "tensors": tensors, "pictures": pictures}, sort_keys=True), arrays
+    tensors = [name for name in arrays if name.partition(".")[0] not in images]
+    return json.dumps({"plain": plain, "tensors": tensors, "images": images}, sort_keys=True), arrays
 
 
 def unpack_request(text: str, read: Callable[[str], Array] | None) -> GenerateRequest:
-    """The request again. read: gives the array of a name; None leaves arrays and pictures out, for a job that is over."""
+    """The request again. read: gives the array of a name; None leaves arrays and images out, for a job that is over."""
     packed = json.loads(text)
     values = dict(packed["plain"])
     if read is not None:
         values |= {name: read(name) for name in packed["tensors"]}
-        for name, count in packed["pictures"].items():
+        for name, count in packed["images"].items():
             names = [name] if count is None else [f"{name}.{index}" for index in range(count)]
-            pictures = [Image.fromarray(read(each), mode="RGB") for each in names]
-            values[name] = pictures[0] if count is None else pictures
+            images = [Image.fromarray(read(each), mode="RGB") for each in names]
+            values[name] = images[0] if count is None else images
     return GenerateRequest(**values)
 
 
@@ -87,6 +87,6 @@ def unpack_error(text: str) -> HostError:
     return kind(facts["message"], **extra)
 
 
-def _pixels(picture: Image.Image) -> Array:
-    """uint8 (h, w, 3). Pictures of requests are RGB."""
-    return np.asarray(picture.convert("RGB"))
+def _pixels(image: Image.Image) -> Array:
+    """uint8 (h, w, 3). Images of requests are RGB."""
+    return np.asarray(image.convert("RGB"))

@@ -15,7 +15,7 @@ WORTH_GATHERING = 0.98
 """Teams gather only if that ends the work in less than this share of the time: changing to and fro costs a little too."""
 
 
-class Pace:
+class Speed:
     """Seconds per unit of work (one pixel in one step) that teams of each size have needed.
 
     The best of the last few jobs counts: the first one pays for caches, and another program may have slowed one down.

@@ -24,7 +24,7 @@ from backends.errors import ConfigError, HostError, UnavailableError
 from backends.request import Array, GenerateRequest, GenerateResult
 from hosts.jobs import serialization
 from hosts.jobs.job import Job, JobStatus
-from hosts.supervision.exit_reports import UNKNOWN, Ending
+from hosts.supervision.exit_reports import UNKNOWN, ExitReport
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class Store(Protocol):
     def load(self) -> list[Job]:
         """All jobs, in the order in which they were accepted; those that ran say so."""
 
-    def last_words(self) -> Ending:
+    def last_report(self) -> ExitReport:
         """Why the last process that used the store ended, as far as it could say."""
 
     def put_inputs(self, job: Job) -> None: ...
@@ -73,7 +73,7 @@ class NoStore:
     def load(self) -> list[Job]:
         return []
 
-    def last_words(self) -> Ending:
+    def last_report(self) -> ExitReport:
         return UNKNOWN
 
     def put_inputs(self, job: Job) -> None: ...
@@ -122,17 +122,17 @@ class JobStore:
                 shutil.rmtree(found, ignore_errors=True)
         return jobs
 
-    def note(self, ending: Ending) -> None:
+    def note(self, ending: ExitReport) -> None:
         """Leave word of why this process ends, for the next one. The first word counts: what follows from it may end others."""
         with contextlib.suppress(OSError), (self._folder / "last_words").open("x", encoding="utf-8") as file:  # or a full disk
             file.write(ending.to_text())
 
-    def last_words(self) -> Ending:
+    def last_report(self) -> ExitReport:
         path = self._folder / "last_words"
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             words = path.read_text(encoding="utf-8")
             path.unlink()
-            return Ending.from_text(words)
+            return ExitReport.from_text(words)
         return UNKNOWN
 
     def put_inputs(self, job: Job) -> None:
@@ -165,7 +165,7 @@ class JobStore:
             shutil.rmtree(self._arrays / f"{job.id}.request", ignore_errors=True)
 
     def forget(self, job: Job) -> None:
-        """Remove the job and its pictures."""
+        """Remove the job and its images."""
         with self._writing():
             self._connection.execute("DELETE FROM jobs WHERE id = ?", [job.id])
         for kind in ("request", "result"):

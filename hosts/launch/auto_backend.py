@@ -38,8 +38,8 @@ FOLDER = "plans"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Auto:
-    """The choice. rows: the table. job: what one picture is made with. world: that of all ranks, the same unless fewer are quicker.
+class BackendChoice:
+    """The choice. rows: the table. job: what one image is made with. world: that of all ranks, the same unless fewer are quicker.
 
     teams: the quickest of each smaller number of ranks. measured: what it was chosen by. key: of the memory that fits this launch.
     """
@@ -60,7 +60,7 @@ class Auto:
 
     @property
     def reason(self) -> str:
-        return f"method={self.job.candidate.name}: {self.job.picture_s:.3g} s for the steps of a picture, {self.source}"
+        return f"method={self.job.candidate.name}: {self.job.image_s:.3g} s for the steps of an image, {self.source}"
 
     def facts(self) -> dict[str, Any]:
         return {
@@ -101,7 +101,7 @@ def is_automatic(settings: Settings, spec: ModelSpec, world_size: int) -> bool:
 
 def decide(
     settings: Settings, spec: ModelSpec, *, checkpoint: Path, world_size: int, num_gpus: int, features: Sequence[str], recall: Recall
-) -> Auto:
+) -> BackendChoice:
     """The choice for these settings. ConfigError, with everyone's reason, if nothing is left to choose."""
     candidates = _candidates(settings, spec, checkpoint=checkpoint, world_size=world_size, features=features)
     key = key_of(settings, spec, checkpoint=checkpoint, world_size=world_size, num_gpus=num_gpus)
@@ -112,7 +112,7 @@ def decide(
     if settings.mode == "latency":
         job = world
     teams = {size: best.candidate.plan for size in range(1, world_size) if (best := choose(rows, ranks=size)) is not None}
-    return Auto(rows=tuple(rows), job=job, world=world, teams=teams, measured=measured, quality=settings.quality, key=key)
+    return BackendChoice(rows=tuple(rows), job=job, world=world, teams=teams, measured=measured, quality=settings.quality, key=key)
 
 
 def halves_of(spec: ModelSpec) -> int:
@@ -120,7 +120,7 @@ def halves_of(spec: ModelSpec) -> int:
     return 2 if spec.guidance != "distilled" and spec.guidance_scale > 1 else 1
 
 
-def candidates_of(auto: Auto) -> list[Candidate]:
+def candidates_of(auto: BackendChoice) -> list[Candidate]:
     """Those of the table, in an order that is the same on every machine."""
     return sorted((row.candidate for row in auto.rows), key=lambda candidate: candidate.name)
 

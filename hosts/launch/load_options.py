@@ -21,10 +21,10 @@ def treatments(settings: Settings, *, backend: str, reasons: list[str], num_gpus
     prewarm_steps = settings.warm_up_steps or 0
     if compile_settings is not None and not prewarm_steps:
         prewarm_steps = 1
-        reasons.append("warm_up_steps=1: compiling happens in the first picture, so one is made before the host is ready")
+        reasons.append("warm_up_steps=1: compiling happens in the first image, so one is made before the host is ready")
     if backend == "asyncdiff" and settings.warm_up_steps is None and not prewarm_steps:
         prewarm_steps = 1
-        reasons.append("warm_up_steps=1: the first picture finds and times the denoiser's units, so one is made before the host is ready")
+        reasons.append("warm_up_steps=1: the first image finds and times the denoiser's units, so one is made before the host is ready")
     return {
         "quantize": _quantize(settings, reasons),
         "compile": compile_settings,
@@ -99,7 +99,7 @@ def _offload(settings: Settings, reasons: list[str], *, num_gpus: int) -> str | 
 
 
 def _lean_attention(settings: Settings, name: str, backend: str, reasons: list[str]) -> bool:
-    """Not refused where it cannot be: it changes no picture, and existing clients send it to every backend."""
+    """Not refused where it cannot be: it changes no image, and existing clients send it to every backend."""
     if not getattr(settings, name) or backend not in SEES_OPERATORS:
         return getattr(settings, name)
     reasons.append(f"--{name} has no effect: backend {backend!r} reaches the other ranks through torch's own attention")

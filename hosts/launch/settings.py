@@ -71,7 +71,7 @@ class Settings:
         parse=one_of("auto", *BACKEND_NAMES),
     )  # fmt: skip
     quality: str = _option(
-        "high", "start", "For --backend=auto. exact: pictures as one rank makes them; high: or very close; fast: any.",
+        "high", "start", "For --backend=auto. exact: images as one rank makes them; high: or very close; fast: any.",
         parse=one_of(*QUALITIES),
     )  # fmt: skip
     mode: str = _option(
@@ -87,14 +87,14 @@ class Settings:
     nproc_per_node: int | None = _option(None, "start", "Ranks on this machine; without it the visible GPUs, else 1.", parse=whole(1, 64))
     host: str = _option("127.0.0.1", "start", "Address to listen on.", parse=str)
     master_port: int | None = _option(None, "start", "Port for the ranks' rendezvous; without it a free one.", parse=whole(1, 65535))
-    max_restarts: int = _option(3, "start", "How often in a row the ranks are started again; a picture ends the row.", parse=whole(0, 1000))
+    max_restarts: int = _option(3, "start", "How often in a row the ranks are started again; an image ends the row.", parse=whole(0, 1000))
     state_dir: str | None = _option(
-        None, "start", "Folder where jobs and their pictures outlive the host; without it they outlive only its ranks.",
+        None, "start", "Folder where jobs and their images outlive the host; without it they outlive only its ranks.",
         parse=_PATHS, metavar="DIR",
     )  # fmt: skip
     no_job_store: bool = _switch("start", "Keep no jobs on disk: for a replica, whose gateway keeps them.")
     keep_results: int = _option(64, "start", "Jobs of POST /v1/jobs that are kept when they are over.", parse=whole(1, 100_000))
-    keep_results_mb: int = _option(256, "start", "Megabytes of pictures that are kept of them.", parse=whole(1, 10_000_000))
+    keep_results_mb: int = _option(256, "start", "Megabytes of images that are kept of them.", parse=whole(1, 10_000_000))
     keep_results_hours: int = _option(0, "start", "Hours for which they are kept; 0 is any time.", parse=whole(0, 100_000))
     drain_seconds: int = _option(
         1, "start", "Seconds that the running job still has when the host is told to stop; those that wait stay in --state_dir.",
@@ -122,11 +122,11 @@ class Settings:
     features: bool = _switch("start", "With --list: print the features of every combination too.")
 
     max_body_mb: int = _option(512, "limits", "Megabytes of one request.", parse=whole(1, 100_000))
-    max_image_megapixels: int = _option(25, "limits", "Millions of pixels of one picture in a request.", parse=whole(1, 178))
+    max_image_megapixels: int = _option(25, "limits", "Millions of pixels of one image in a request.", parse=whole(1, 178))
     max_steps: int = _option(1000, "limits", "Sampling steps.", parse=whole(1, 1000))
     max_side: int = _option(8192, "limits", "Height and width in pixels.", parse=whole(8, 8192))
     max_frames: int = _option(512, "limits", "Frames of one video.", parse=whole(1, 512))
-    max_images: int = _option(16, "limits", "Pictures that one request of OpenAI's or A1111's API may ask for.", parse=whole(1, 16))
+    max_images: int = _option(16, "limits", "Images that one request of OpenAI's or A1111's API may ask for.", parse=whole(1, 16))
     max_prompt_chars: int = _option(20_000, "limits", "Characters of a prompt, and of a negative one.", parse=whole(1, 1_000_000))
     rate_limit: int = _option(
         0, "limits", "POST requests in a minute from one client (one key, else one address); 0 is any number.", parse=whole(0, 1_000_000)
@@ -143,7 +143,7 @@ class Settings:
     warm_up_steps: int | None = _option(
         None,
         "model",
-        "Steps of a throw-away picture after loading; for distrifuser also its synchronous steps (default 4).",
+        "Steps of a throw-away image after loading; for distrifuser also its synchronous steps (default 4).",
         parse=whole(0, 1000),
     )
     scheduler: dict[str, Any] | None = _option(
@@ -174,7 +174,7 @@ class Settings:
         None, "adapters", 'IP-Adapter files, JSON {"path": scale}; image_encoder/ beside them.', parse=scales, metavar="JSON"
     )
     image_scale: float | None = _option(
-        None, "adapters", "Percent by which requests' pictures are scaled, unless they say it.", parse=number(1, 1000)
+        None, "adapters", "Percent by which requests' images are scaled, unless they say it.", parse=number(1, 1000)
     )
     motion_adapter: str | None = _option(None, "adapters", "AnimateDiff motion adapter folder (ad).", parse=_PATHS, metavar="DIR")
     motion_module: str | None = _option(None, "adapters", "AnimateDiff motion weights, one file (ad).", parse=_PATHS, metavar="PATH")
@@ -200,7 +200,7 @@ class Settings:
     quantize_scheduler: str | None = _option(None, "quantization", "Accepted: there is nothing to quantise.", parse=str, metavar="KIND")
 
     compile_unet: bool = _switch("compile", "Compile the denoiser.", aliases=("compile_transformer",))
-    compile_vae: bool = _switch("compile", "Compile the VAE's decoder; every rank then decodes the whole picture.")
+    compile_vae: bool = _switch("compile", "Compile the VAE's decoder; every rank then decodes the whole image.")
     compile_text_encoder: bool = _switch("compile", "Compile the text encoders.", aliases=("compile_encoder",))
     compile_backend: str | None = _option(None, "compile", "Backend of torch.compile (inductor).", parse=str)
     compile_mode: str | None = _option(
@@ -216,10 +216,10 @@ class Settings:
     )
     torch_capture_scalar: bool = _switch("compile", "Capture scalar outputs.")
 
-    enable_vae_tiling: bool = _switch("memory", "Decode large pictures in tiles.")
+    enable_vae_tiling: bool = _switch("memory", "Decode large images in tiles.")
     enable_vae_slicing: bool = _switch("memory", "Decode batches one by one.")
     parallel_vae: bool | None = _option(
-        None, "memory", "Decode each picture on all ranks together; on if not given.", parse=parse_switch, aliases=("use_parallel_vae",)
+        None, "memory", "Decode each image on all ranks together; on if not given.", parse=parse_switch, aliases=("use_parallel_vae",)
     )
     enable_attention_slicing: bool = _switch("memory", "Compute attention in slices (backends single and asyncdiff).")
     xformers_efficient: bool = _switch("memory", "xformers attention, if it is installed (backends single and asyncdiff).")
@@ -231,7 +231,7 @@ class Settings:
     stride: int | None = _option(None, "asyncdiff", "Run the denoiser every 1 or 2 steps.", parse=whole(1, 2))
     time_shift: bool = _switch("asyncdiff", "Shift the timestep of stale segments.")
     warm_up: int | None = _option(
-        None, "asyncdiff", "Synchronous steps at the start of each picture (default 3).", parse=whole(0, 1000), aliases=("synced_steps",)
+        None, "asyncdiff", "Synchronous steps at the start of each image (default 3).", parse=whole(0, 1000), aliases=("synced_steps",)
     )
     synced_percent: float | None = _option(None, "asyncdiff", "The same as a share of the steps; wins when above 0.", parse=number(0, 100))
     segment_weights: tuple[float, ...] | None = _option(
@@ -269,9 +269,9 @@ class Settings:
     num_pipeline_patch: int | None = _option(None, "xdit", "Patches in flight.", parse=whole(1, 64))
     attn_layer_num_for_pp: tuple[int, ...] | None = _option(None, "xdit", "Blocks of each stage.", parse=counts, metavar="N,N")
     warmup_steps: int | None = _option(
-        None, "xdit", "Synchronous steps of PipeFusion at the start of each picture (default 1).", parse=whole(1, 1000)
+        None, "xdit", "Synchronous steps of PipeFusion at the start of each image (default 1).", parse=whole(1, 1000)
     )
-    data_parallel_degree: int | None = _option(None, "xdit", "Groups of ranks for several pictures.", parse=whole(1, 64))
+    data_parallel_degree: int | None = _option(None, "xdit", "Groups of ranks for several images.", parse=whole(1, 64))
     tensor_parallel_degree: int | None = _option(None, "xdit", "Ranks over split weights.", parse=whole(1, 64))
     use_teacache: bool = _switch("xdit", "Accepted for old clients; no cache is used.")
     use_fbcache: bool = _switch("xdit", "--step_cache=first_block by its older name.")

@@ -17,7 +17,7 @@ from backends.model_table import ModelSpec, ModelTable
 from backends.plan import ParallelPlan, require_world_size
 from backends.request import LoadRequest
 from backends.step_cache_spec import require_step_cache
-from hosts.launch.auto_backend import Auto, Recall, decide, is_automatic
+from hosts.launch.auto_backend import BackendChoice, Recall, decide, is_automatic
 from hosts.launch.load_options import WITHOUT_SDPA, step_cache, treatments
 from hosts.launch.settings import Settings, option_fields
 from hosts.launch.team_modes import Teams, batch_limit, choose_teams
@@ -54,11 +54,11 @@ class StartPlan:
     reasons: tuple[str, ...]
     teams: Teams
     max_batch: int = 1
-    auto: Auto | None = None
+    auto: BackendChoice | None = None
 
     @property
     def job_plan(self) -> ParallelPlan:
-        """What a picture is made with that comes alone."""
+        """What an image is made with that comes alone."""
         return min(self.teams.plans.items())[1] if self.teams.mode == "throughput" else self.plan
 
     def facts(self) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def choose_teams(
     """The mode that was asked for, with the plans of its teams, or `latency` with the reason where `auto` can be nothing else.
 
     plan: that of all ranks. features: of the model table, which the start asks for. ConfigError for a throughput mode that cannot be.
-    chosen: of --backend=auto: size of a team -> its plan. quickest: the number of ranks that make one picture soonest, if not all do.
+    chosen: of --backend=auto: size of a team -> its plan. quickest: the number of ranks that make one image soonest, if not all do.
     """
     if plan.world_size == 1:
         return Teams()
@@ -65,7 +65,7 @@ def batch_limit(most: int, asked: Mode, spec: ModelSpec, plan: ParallelPlan, tea
     """How many jobs one rank may do in one batch, `most` at most, and why it is only one."""
     reason = why_alone(spec, load)
     if asked == "latency":
-        reason = "mode=latency: each picture is the same whatever the load"
+        reason = "mode=latency: each image is the same whatever the load"
     elif plan.world_size > 1 and 1 not in teams.plans:
         reason = "no rank works alone"
     return (1, f"max_batch=1: {reason}") if most > 1 and reason else (most, "")

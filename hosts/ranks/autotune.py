@@ -21,10 +21,10 @@ from hosts.supervision.progress import LOAD_WITHIN_S, Activity
 logger = logging.getLogger(__name__)
 
 TRIAL_STEPS = 20
-"""Of the picture whose first steps are timed: enough for its steps to be as alike as those of a real one."""
+"""Of the image whose first steps are timed: enough for its steps to be as alike as those of a real one."""
 
 
-def settle(
+def tune(
     start: StartPlan,
     plan: Callable[[Measured], StartPlan],
     *,
@@ -74,9 +74,9 @@ def _measure(start: StartPlan, *, rank: int, world_size: int, device: torch.devi
             measured = replace(measured, date=time.strftime("%Y-%m-%d"))
         except Exception as error:  # noqa: BLE001  as above
             failure = Failure.of(error, rank=rank)
-        if (verdict := agree_on_outcome(failure)).failure is None:
+        if (outcome := agree_on_outcome(failure)).failure is None:
             return pipeline, measured
-        logger.warning("no method could be tried, so the estimate decides: %s", verdict.failure.message)
+        logger.warning("no method could be tried, so the estimate decides: %s", outcome.failure.message)
     del pipeline
     gc.collect()  # pipelines hold themselves in cycles
     return None, None

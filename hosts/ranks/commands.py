@@ -1,4 +1,4 @@
-"""What ranks say to each other between pictures: commands from rank 0, and outcomes from all."""
+"""What ranks say to each other between images: commands from rank 0, and outcomes from all."""
 
 import time
 import traceback
@@ -22,21 +22,21 @@ class Load:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generate:
-    """Make these pictures, in one batch if there are several. Each request's seed is drawn."""
+    """Make these images, in one batch if there are several. Each request's seed is drawn."""
 
     job_ids: tuple[str, ...]
     requests: tuple[GenerateRequest, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Spread:
+class SplitIntoTeams:
     """Split into teams of so many ranks, each with jobs of its own, until all gather."""
 
     team_size: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Gather:
+class Rejoin:
     """To a team: meet the others."""
 
 
@@ -45,7 +45,7 @@ class Stop:
     """Leave the loop."""
 
 
-Command = Load | Generate | Spread | Gather | Stop
+Command = Load | Generate | SplitIntoTeams | Rejoin | Stop
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +59,7 @@ class Failure:
     time_s: float
 
     @property
-    def may_be_chance(self) -> bool:
+    def is_retryable(self) -> bool:
         """Whether the same request may do well the next time: nobody's mistake, and not a lack of memory, which stays the same."""
         return self.error is None and not self.message.startswith(OUT_OF_MEMORY)
 
@@ -87,7 +87,7 @@ def announce(command: Command | None, among: Axis | None = None) -> Command:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
+class Outcome:
     """What all ranks of a team agree on after a command. groups_are_broken: a rank closed its data groups to wake the others.
 
     figures: each rank's, in rank order.
@@ -98,17 +98,17 @@ class Verdict:
     figures: tuple[Mapping[str, Any], ...] = ()
 
 
-def agree_on_outcome(failure: Failure | None, figures: Mapping[str, Any] | None = None, among: Axis | None = None) -> Verdict:
+def agree_on_outcome(failure: Failure | None, figures: Mapping[str, Any] | None = None, among: Axis | None = None) -> Outcome:
     """Every rank's failure, if any, and its figures -> the same verdict on every rank. among: as in `announce`."""
     outcomes = gather_outcomes((failure, figures or {}), among)
-    return replace(judge([failure for failure, _ in outcomes]), figures=tuple(figures for _, figures in outcomes))
+    return replace(merge_outcomes([failure for failure, _ in outcomes]), figures=tuple(figures for _, figures in outcomes))
 
 
-def judge(outcomes: Sequence[Failure | None]) -> Verdict:
+def merge_outcomes(outcomes: Sequence[Failure | None]) -> Outcome:
     """The failure that came first is the cause: a rank that fails closes its groups, so closed connections come after their reason."""
     failures = [outcome for outcome in outcomes if outcome is not None]
     breaking = [failure for failure in failures if breaks_groups(failure)]
-    return Verdict(failure=min(breaking or failures, key=lambda failure: failure.time_s, default=None), groups_are_broken=bool(breaking))
+    return Outcome(failure=min(breaking or failures, key=lambda failure: failure.time_s, default=None), groups_are_broken=bool(breaking))
 
 
 def breaks_groups(failure: Failure) -> bool:
@@ -119,7 +119,7 @@ def breaks_groups(failure: Failure) -> bool:
 def _explain(error: BaseException) -> str:
     if type(error).__name__ == "OutOfMemoryError":
         return (
-            f"{OUT_OF_MEMORY}. Ask for a smaller picture, start with --enable_vae_tiling, a smaller --variant, or more ranks. "
+            f"{OUT_OF_MEMORY}. Ask for a smaller image, start with --enable_vae_tiling, a smaller --variant, or more ranks. "
             f"({str(error).splitlines()[0]})"
         )
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

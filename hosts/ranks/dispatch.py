@@ -14,14 +14,14 @@ from types import MappingProxyType
 from typing import Protocol
 
 from backends.errors import CancelledError
-from backends.parallel.distributed import Line
+from backends.parallel.distributed import Channel
 from backends.request import Array, GenerateRequest, GenerateResult, LoadRequest
 from hosts.jobs.decision import Choice, Choose
-from hosts.jobs.policy import Handout, Sharing
+from hosts.jobs.policy import Sharing, SplitPeriod
 from hosts.jobs.queue import Job, JobQueue
 from hosts.jobs.trace import spans_of, without_spans
-from hosts.ranks.commands import Command, Failure, Gather, Generate, Load, Spread, Stop, Verdict
-from hosts.ranks.remote_dispatch import CANCEL, GO_ON, RemoteDesk, Service
+from hosts.ranks.commands import Command, Failure, Generate, Load, Outcome, Rejoin, SplitIntoTeams, Stop
+from hosts.ranks.remote_dispatch import CANCEL, GO_ON, DispatchServer, RemoteDispatcher
 from hosts.supervision.host_state import HostState, Phase
 
 logger = logging.getLogger(__name__)
@@ -29,64 +29,64 @@ logger = logging.getLogger(__name__)
 Check = Callable[[GenerateRequest], None]
 """Raises the HostError of a request that cannot be done; arithmetic only."""
 Preview = Callable[[int], Array | None]
-"""A small picture of one row of what is made now."""
+"""A small image of one row of what is made now."""
 
 
-class TeamDesk(Protocol):
+class TeamDispatcher(Protocol):
     """What a team needs."""
 
     def next_command(self, check: Check) -> Command | None:
         """The next command on the team's first rank, already checked; None on the others, which hear it from that one."""
 
-    def step_word(self) -> int:
+    def step_signal(self) -> int:
         """GO_ON or CANCEL, rank 0's word for this step."""
 
     def step_done(self, step: int, num_steps: int, preview: Preview) -> None:
-        """A step is done on all ranks of the team. `preview(row)` makes a small picture of it, for whoever looks."""
+        """A step is done on all ranks of the team. `preview(row)` makes a small image of it, for whoever looks."""
 
-    def generated(self, results: Sequence[GenerateResult], verdict: Verdict) -> None:
+    def generated(self, results: Sequence[GenerateResult], outcome: Outcome) -> None:
         """How the last Generate ended: a result for each of its requests, or none and the verdict's failure."""
 
     def leave(self) -> None:
         """The team cannot go on by itself: it takes no more jobs before all ranks have met."""
 
 
-class Desk(TeamDesk, Protocol):
+class Dispatcher(TeamDispatcher, Protocol):
     """What all ranks together need."""
 
     def loaded(self, failure: Failure | None) -> None: ...
 
-    def spread(self, team_size: int) -> AbstractContextManager[TeamDesk]:
+    def spread(self, team_size: int) -> AbstractContextManager[TeamDispatcher]:
         """This rank's desk while the ranks are split. Leaving it waits until no other team's desk is in use."""
 
 
-class FollowerDesk:
+class FollowerDispatcher:
     """A rank without clients. line: to rank 0, where there are teams that it may lead."""
 
-    def __init__(self, *, rank: int = 0, line: Line | None = None) -> None:
+    def __init__(self, *, rank: int = 0, line: Channel | None = None) -> None:
         self._rank = rank
         self._line = line
 
     def next_command(self, check: Check) -> Command | None:
         return None
 
-    def step_word(self) -> int:
+    def step_signal(self) -> int:
         return GO_ON
 
     def step_done(self, step: int, num_steps: int, preview: Preview) -> None: ...
 
     def loaded(self, failure: Failure | None) -> None: ...
 
-    def generated(self, results: Sequence[GenerateResult], verdict: Verdict) -> None: ...
+    def generated(self, results: Sequence[GenerateResult], outcome: Outcome) -> None: ...
 
     def leave(self) -> None: ...
 
-    def spread(self, team_size: int) -> AbstractContextManager[TeamDesk]:
+    def spread(self, team_size: int) -> AbstractContextManager[TeamDispatcher]:
         is_first = self._line is not None and self._rank % team_size == 0
-        return nullcontext(RemoteDesk(self._line, rank=self._rank) if is_first else self)
+        return nullcontext(RemoteDispatcher(self._line, rank=self._rank) if is_first else self)
 
 
-class JobDesk:
+class JobDispatcher:
     """Takes jobs from the queue for so many ranks, and answers them. `choose`: whether to take one; see JobQueue.next."""
 
     def __init__(self, *, queue: JobQueue, state: HostState, sharing: Sharing, ranks: int, choose: Choose) -> None:
@@ -105,9 +105,9 @@ class JobDesk:
             if jobs := [job for job in taken if self._passes(job, check)]:
                 self._rows, self._batch = dict(enumerate(jobs)), len(jobs)
                 return Generate(job_ids=tuple(job.id for job in jobs), requests=tuple(job.request for job in jobs))
-        return Gather()
+        return Rejoin()
 
-    def step_word(self) -> int:
+    def step_signal(self) -> int:
         """A job of a batch that is not wanted any more ends here, and its row is computed on, as long as there are others."""
         unwanted = [row for row, job in self._rows.items() if job.must_stop]
         if len(unwanted) == len(self._rows):
@@ -125,13 +125,13 @@ class JobDesk:
         for row, job in self._rows.items():
             self._queue.record_step(job, step, num_steps, preview(row) if job.wants_preview else None)
 
-    def generated(self, results: Sequence[GenerateResult], verdict: Verdict) -> None:
+    def generated(self, results: Sequence[GenerateResult], outcome: Outcome) -> None:
         rows, self._rows = self._rows, {}
-        self._state.tell_ranks(without_spans(verdict.figures))
+        self._state.tell_ranks(without_spans(outcome.figures))
         for job in rows.values():
-            job.spans = spans_of(verdict.figures)
-        if verdict.failure is not None:
-            return self._failed(rows, verdict.failure)
+            job.spans = spans_of(outcome.figures)
+        if outcome.failure is not None:
+            return self._failed(rows, outcome.failure)
         results = [replace(result, report={**result.report, "ranks": self._ranks, "batch": self._batch}) for result in results]
         self._learn(next(iter(rows.values())), results[0])
         for row, job in rows.items():
@@ -156,7 +156,7 @@ class JobDesk:
         if is_of_batch:
             self._sharing.batch_failed(next(iter(rows.values())), batch=self._batch)
         for job in reversed(rows.values()):  # the first of them back in front
-            if (is_of_batch or failure.may_be_chance) and self._queue.retry(job):
+            if (is_of_batch or failure.is_retryable) and self._queue.retry(job):
                 logger.warning("job %s is begun again", job.id)
             else:
                 self._queue.finish(job, error=failure.as_error())
@@ -165,7 +165,7 @@ class JobDesk:
         self._queue.next(lambda waiting, running: Choice.LEAVE)  # wakes the teams that wait for a job
 
 
-class FrontDesk(JobDesk):
+class LeaderDispatcher(JobDispatcher):
     """Rank 0's: first the load, then jobs for all ranks or the word to split, then stop."""
 
     def __init__(
@@ -175,12 +175,12 @@ class FrontDesk(JobDesk):
         queue: JobQueue,
         state: HostState,
         sharing: Sharing,
-        lines: Mapping[int, Line] = MappingProxyType({}),
+        channels: Mapping[int, Channel] = MappingProxyType({}),
     ) -> None:
         """lines: to each other rank, where the ranks may split."""
         super().__init__(queue=queue, state=state, sharing=sharing, ranks=sharing.world_size, choose=self._choose_size)
         self._load: LoadRequest | None = load
-        self._lines = lines
+        self._channels = channels
         self._team_size = sharing.world_size
 
     def next_command(self, check: Check) -> Command:
@@ -188,9 +188,9 @@ class FrontDesk(JobDesk):
             load, self._load = self._load, None
             return Load(request=load)
         command = super().next_command(check)
-        if not isinstance(command, Gather):
+        if not isinstance(command, Rejoin):
             return command
-        return Stop() if self._queue.is_closed else Spread(team_size=self._team_size)
+        return Stop() if self._queue.is_closed else SplitIntoTeams(team_size=self._team_size)
 
     def loaded(self, failure: Failure | None) -> None:
         if failure is None:
@@ -201,24 +201,24 @@ class FrontDesk(JobDesk):
         self._queue.close(error)
 
     @contextmanager
-    def spread(self, team_size: int) -> Iterator[TeamDesk]:
+    def spread(self, team_size: int) -> Iterator[TeamDispatcher]:
         """One thread serves each other team. Whatever ended one is raised here."""
-        handout = Handout(self._sharing, team_size=team_size)
+        period = SplitPeriod(self._sharing, team_size=team_size)
         services = [
-            Service(line, self._desk_of(handout, team_size), on_loss=handout.end)
-            for rank, line in self._lines.items()
+            DispatchServer(line, self._dispatcher_of(period, team_size), on_loss=period.end)
+            for rank, line in self._channels.items()
             if rank % team_size == 0
         ]
-        yield self._desk_of(handout, team_size)
+        yield self._dispatcher_of(period, team_size)
         for service in services:
             service.join()
 
-    def _desk_of(self, handout: Handout, team_size: int) -> JobDesk:
-        return JobDesk(queue=self._queue, state=self._state, sharing=self._sharing, ranks=team_size, choose=self._choose_in(handout))
+    def _dispatcher_of(self, period: SplitPeriod, team_size: int) -> JobDispatcher:
+        return JobDispatcher(queue=self._queue, state=self._state, sharing=self._sharing, ranks=team_size, choose=self._choose_in(period))
 
-    def _choose_in(self, handout: Handout) -> Choose:
+    def _choose_in(self, period: SplitPeriod) -> Choose:
         """What a team goes by when it is free."""
-        return handout.choose
+        return period.choose
 
     def _choose_size(self, waiting: Sequence[Job], running: Sequence[Job]) -> Choice:
         if not waiting:

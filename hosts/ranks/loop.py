@@ -19,11 +19,11 @@ from backends.errors import CancelledError, HostError
 from backends.generation.pipeline import LoadedPipeline, load_pipeline
 from backends.model_table import ModelSpec
 from backends.parallel.base import Backend
-from backends.parallel.distributed import Axis, Mesh, control_of_team, everyone
+from backends.parallel.distributed import Axis, Mesh, control_axis, control_of_team
 from backends.plan import ParallelPlan
 from backends.request import GenerateRequest, GenerateResult, LoadRequest
-from hosts.ranks.commands import Failure, Generate, Spread, Stop, Verdict, agree_on_outcome, announce, breaks_groups
-from hosts.ranks.dispatch import CANCEL, Desk, TeamDesk
+from hosts.ranks.commands import Failure, Generate, Outcome, SplitIntoTeams, Stop, agree_on_outcome, announce, breaks_groups
+from hosts.ranks.dispatch import CANCEL, Dispatcher, TeamDispatcher
 from hosts.ranks.warmup import prewarm_request
 from hosts.supervision.log import about_job
 from hosts.supervision.progress import COMPILE_WITHIN_S, LOAD_WITHIN_S, Activity
@@ -49,7 +49,7 @@ class RankLoop:
         rank: int,
         spec: ModelSpec,
         mesh: Mesh,
-        desk: Desk,
+        dispatcher: Dispatcher,
         team_plans: Mapping[int, ParallelPlan] = MappingProxyType({}),
         activity: Activity | None = None,
         pipeline: LoadedPipeline | None = None,
@@ -61,10 +61,10 @@ class RankLoop:
         self._rank = rank
         self._spec = spec
         self._device = mesh.device
-        self._desk = desk
+        self._dispatcher = dispatcher
         self._activity = activity or Activity()
-        self._team_desk: TeamDesk = desk
-        self._all = self._team = self._new_team(mesh, everyone())
+        self._team_desk: TeamDispatcher = dispatcher
+        self._all = self._team = self._new_team(mesh, control_axis())
         self._plans = team_plans
         self._teams: dict[int, Team] = {}
         self._is_broken = False
@@ -73,10 +73,10 @@ class RankLoop:
 
     def run(self) -> Failure | None:
         """Until Stop, or until loading failed: its Failure, else None."""
-        while not isinstance(command := announce(self._desk.next_command(self._check)), Stop):
+        while not isinstance(command := announce(self._dispatcher.next_command(self._check)), Stop):
             if isinstance(command, Generate):
                 self._generate(command)
-            elif isinstance(command, Spread):
+            elif isinstance(command, SplitIntoTeams):
                 self._spread(command.team_size)
             elif (failure := self._load(command.request)) is not None:
                 return failure
@@ -93,7 +93,7 @@ class RankLoop:
             failure = self._failed(error)
         failure = agree_on_outcome(failure).failure or self._form_teams()
         if failure is None and request.prewarm_steps:
-            failure = self._attempt([prewarm_request(self._spec, request)], "the first picture")[1].failure
+            failure = self._attempt([prewarm_request(self._spec, request)], "the first image")[1].failure
         self._activity.rest()
         if failure is None:
             self._activity.mark("ready")
@@ -101,7 +101,7 @@ class RankLoop:
         else:
             self._pipeline = None  # frees the device: the host only answers with the reason from now on
             logger.error("loading failed: %s\n%s", failure.message, failure.trace)
-        self._desk.loaded(failure)
+        self._dispatcher.loaded(failure)
         return failure
 
     def _form_teams(self) -> Failure | None:
@@ -131,14 +131,14 @@ class RankLoop:
     def _spread(self, team_size: int) -> None:
         """Jobs for this rank's team, until all teams gather."""
         self._join(self._teams[team_size])
-        with self._desk.spread(team_size) as self._team_desk:
+        with self._dispatcher.spread(team_size) as self._team_desk:
             while not self._is_broken and isinstance(
                 command := announce(self._team_desk.next_command(self._check), self._team.control), Generate
             ):
                 self._generate(command)
             if self._is_broken:
                 self._team_desk.leave()
-        self._team_desk = self._desk
+        self._team_desk = self._dispatcher
         self._join(self._all)
 
     def _join(self, team: Team) -> None:
@@ -149,10 +149,10 @@ class RankLoop:
             self._attach(team)
         except Exception as error:  # noqa: BLE001  whatever it is, the other ranks must hear of it before anyone goes on
             failure = Failure.of(error, rank=self._rank)
-        verdict = agree_on_outcome(failure, {"is_broken": self._is_broken})
-        if verdict.failure is not None:
-            raise verdict.failure.as_error()
-        if any(figures["is_broken"] for figures in verdict.figures):
+        outcome = agree_on_outcome(failure, {"is_broken": self._is_broken})
+        if outcome.failure is not None:
+            raise outcome.failure.as_error()
+        if any(figures["is_broken"] for figures in outcome.figures):
             self._team.mesh.rebuild()  # of all teams: torch wants every rank to take part
         self._is_broken = False
         self._team = team
@@ -165,18 +165,18 @@ class RankLoop:
     def _work_on(self, command: Generate) -> None:
         what = f"job {' and '.join(command.job_ids)}"
         logger.info("%s begins on %d ranks", what, self._team.control.size)
-        results, verdict = self._attempt(command.requests, what)
-        failure = verdict.failure
+        results, outcome = self._attempt(command.requests, what)
+        failure = outcome.failure
         if failure is not None:
             log = logger.info if failure.error is not None else logger.error
             log("%s failed on rank %d: %s%s", what, failure.rank, failure.message, "" if failure.error else f"\n{failure.trace}")
         else:
             logger.info("%s done in %.2f s", what, results[0].seconds)
             self._activity.mark("served")
-        self._team_desk.generated(results, verdict)
+        self._team_desk.generated(results, outcome)
 
-    def _attempt(self, requests: Sequence[GenerateRequest], what: str) -> tuple[Sequence[GenerateResult], Verdict]:
-        """The pictures, or none and the first failure of any rank of the team. what: they are called in the log.
+    def _attempt(self, requests: Sequence[GenerateRequest], what: str) -> tuple[Sequence[GenerateResult], Outcome]:
+        """The images, or none and the first failure of any rank of the team. what: they are called in the log.
 
         Afterwards all are ready for the next command, unless a team's groups are broken: all ranks must meet to make new ones.
         """
@@ -187,16 +187,16 @@ class RankLoop:
             results = self._pipeline.generate_together(requests, on_step=self._on_step)
         except Exception as error:  # noqa: BLE001  whatever it is, the other ranks must hear of it before anyone goes on
             failure = self._failed(error)
-        verdict = agree_on_outcome(failure, self._figures(results), self._team.control)
-        if verdict.groups_are_broken and self._team is self._all:
+        outcome = agree_on_outcome(failure, self._figures(results), self._team.control)
+        if outcome.groups_are_broken and self._team is self._all:
             self._team.mesh.rebuild()
-        elif verdict.groups_are_broken:
+        elif outcome.groups_are_broken:
             self._is_broken = self._team.control.size > 1
         self._activity.rest()
-        return (results if verdict.failure is None else ()), verdict
+        return (results if outcome.failure is None else ()), outcome
 
     def _figures(self, results: Sequence[GenerateResult]) -> dict[str, Any]:
-        """This rank's, after a picture or a batch: sizes in bytes, times in seconds."""
+        """This rank's, after an image or a batch: sizes in bytes, times in seconds."""
         is_cuda = self._device.type == "cuda"
         memory = torch.cuda.max_memory_allocated(self._device) if is_cuda else psutil.Process().memory_info().rss
         figures = {"rank": self._rank, "device": str(self._device), "memory_bytes": memory}
@@ -210,7 +210,7 @@ class RankLoop:
 
     def _on_step(self, step: int, num_steps: int, latents: torch.Tensor) -> None:
         self._wait_for_device()
-        if self._team.mesh.broadcast_word(self._team_desk.step_word()) == CANCEL:
+        if self._team.mesh.broadcast_signal(self._team_desk.step_signal()) == CANCEL:
             raise CancelledError(f"the job was cancelled at step {step} of {num_steps}.")
         self._team_desk.step_done(step, num_steps, lambda row: self._pipeline.preview(latents, row))
         self._activity.step(is_last=step == num_steps)

@@ -35,19 +35,19 @@ class Sleep:
     seconds: float
 
 
-Errand = Apply | Offload | Sleep
+ModelCommand = Apply | Offload | Sleep
 
 
 @dataclass(slots=True, eq=False)
-class Order:
+class PendingCommand:
     """An errand on its way, and how it ended."""
 
-    errand: Errand
+    command: ModelCommand
     error: HostError | None = None
     done: threading.Event = field(default_factory=threading.Event)
 
 
-class Errands:
+class ModelControl:
     """The list between HTTP threads, which give errands and wait, and rank 0's main thread, which takes them.
 
     base: the host's own settings. plan: what settings mean here, or why they cannot be. num_ranks: of the host.
@@ -61,14 +61,14 @@ class Errands:
         self.lock = threading.Lock()
         self.applied: dict[str, Any] | None = None
         self._queue = queue
-        self._orders: deque[Order] = deque()
-        self._now: Order | None = None
+        self._orders: deque[PendingCommand] = deque()
+        self._now: PendingCommand | None = None
 
-    def run(self, errand: Errand) -> None:
+    def run(self, command: ModelCommand) -> None:
         """Give an errand and wait until all ranks are through with it. HostError if it failed."""
         if self._queue.is_closed:
             raise UnavailableError("the host is stopping.")
-        order = Order(errand)
+        order = PendingCommand(command)
         self._orders.append(order)
         self._queue.next(lambda waiting, running: Choice.LEAVE)  # wakes the main thread, which waits for a job
         order.done.wait()
@@ -84,13 +84,13 @@ class Errands:
         """Whether an errand should come before the next job."""
         return bool(self._orders)
 
-    def take(self) -> Errand | None:
+    def take(self) -> ModelCommand | None:
         """The next errand, which `finish` must follow. Blocks until there is one; None once the host stops."""
         self._queue.next(self.choose)
         if self._queue.is_closed or not self._orders:
             return None
         self._now = self._orders.popleft()
-        return self._now.errand
+        return self._now.command
 
     def finish(self, error: HostError | None) -> None:
         """The errand that was taken is over; does nothing if its end was told before."""

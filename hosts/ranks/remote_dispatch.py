@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from backends.parallel.distributed import Line
+from backends.parallel.distributed import Channel
 from backends.request import Array, GenerateRequest, GenerateResult
-from hosts.ranks.commands import Command, Failure, Gather, Generate, Verdict
+from hosts.ranks.commands import Command, Failure, Generate, Outcome, Rejoin
 
 GO_ON, CANCEL = 0, 1
 
@@ -32,7 +32,7 @@ class StepDone:
 @dataclass(frozen=True, slots=True)
 class Generated:
     results: Sequence[GenerateResult]
-    verdict: Verdict
+    outcome: Outcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +40,14 @@ class Leave:
     """The team takes no more jobs."""
 
 
-class RemoteDesk:
+class RemoteDispatcher:
     """On the first rank of a team.
 
     The word for a step was asked for when the step before was done: rank 0 computes too, and its thread that answers must wait for the
     interpreter. So nobody waits for the word, and a cancelled job may make one step more.
     """
 
-    def __init__(self, line: Line, *, rank: int) -> None:
+    def __init__(self, line: Channel, *, rank: int) -> None:
         self._line = line
         self._rank = rank
         self._rows_in_view: tuple[int, ...] = ()
@@ -60,12 +60,12 @@ class RemoteDesk:
                 for request in command.requests:
                     check(request)
             except Exception as error:  # noqa: BLE001  the other ranks never see what is refused here, for whatever reason
-                self.generated([], Verdict(failure=Failure.of(error, rank=self._rank), groups_are_broken=False))
+                self.generated([], Outcome(failure=Failure.of(error, rank=self._rank), groups_are_broken=False))
                 continue
             return command
         return command
 
-    def step_word(self) -> int:
+    def step_signal(self) -> int:
         if not self._word_is_due:
             return GO_ON
         self._word_is_due = False
@@ -76,8 +76,8 @@ class RemoteDesk:
         self._line.send(StepDone(step, num_steps, {row: preview(row) for row in self._rows_in_view}))
         self._word_is_due = True
 
-    def generated(self, results: Sequence[GenerateResult], verdict: Verdict) -> None:
-        self._tell(Generated(results, verdict))
+    def generated(self, results: Sequence[GenerateResult], outcome: Outcome) -> None:
+        self._tell(Generated(results, outcome))
         self._rows_in_view = ()
 
     def leave(self) -> None:
@@ -88,33 +88,33 @@ class RemoteDesk:
         return self._line.receive()
 
     def _tell(self, message: Generated | Leave | NextCommand) -> None:
-        self.step_word()  # of a step that will not come: a message gets through when the other end receives, and it still sends this one
+        self.step_signal()  # of a step that will not come: a message gets through when the other end receives, and it still sends this one
         self._line.send(message)
 
 
-class LocalDesk(Protocol):
+class LocalDispatcher(Protocol):
     """What a service needs of rank 0's own end."""
 
     rows_in_view: tuple[int, ...]
 
     def next_command(self, check: Callable[[GenerateRequest], None]) -> Command: ...
 
-    def step_word(self) -> int: ...
+    def step_signal(self) -> int: ...
 
     def step_done(self, step: int, num_steps: int, preview: Callable[[int], Array | None]) -> None: ...
 
-    def generated(self, results: Sequence[GenerateResult], verdict: Verdict) -> None: ...
+    def generated(self, results: Sequence[GenerateResult], outcome: Outcome) -> None: ...
 
     def leave(self) -> None: ...
 
 
-class Service:
+class DispatchServer:
     """A thread on rank 0 that lets another team's first rank use a desk, until that team gathers or leaves."""
 
-    def __init__(self, line: Line, desk: LocalDesk, *, on_loss: Callable[[], None]) -> None:
+    def __init__(self, line: Channel, dispatcher: LocalDispatcher, *, on_loss: Callable[[], None]) -> None:
         """on_loss: called when the other end is gone or something here fails, so that no team takes a new job."""
         self._line = line
-        self._desk = desk
+        self._dispatcher = dispatcher
         self._on_loss = on_loss
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="team", daemon=True)
@@ -133,22 +133,22 @@ class Service:
         except Exception as error:  # noqa: BLE001  the main thread raises it when the teams meet, and the ranks are started again
             self._error = error
             self._on_loss()
-            self._desk.leave()
+            self._dispatcher.leave()
 
     def _serve(self, message: object) -> bool:
         """Whether the team goes on."""
         match message:
             case NextCommand():
-                command = self._desk.next_command(lambda request: None)  # the team's first rank checks
+                command = self._dispatcher.next_command(lambda request: None)  # the team's first rank checks
                 self._line.send(command)
-                return not isinstance(command, Gather)
+                return not isinstance(command, Rejoin)
             case StepDone():
-                self._desk.step_done(message.step, message.num_steps, message.previews.get)
-                self._line.send((self._desk.step_word(), self._desk.rows_in_view))
+                self._dispatcher.step_done(message.step, message.num_steps, message.previews.get)
+                self._line.send((self._dispatcher.step_signal(), self._dispatcher.rows_in_view))
             case Generated():
-                self._desk.generated(message.results, message.verdict)
+                self._dispatcher.generated(message.results, message.outcome)
             case Leave():
                 self._on_loss()
-                self._desk.leave()
+                self._dispatcher.leave()
                 return False
         return True

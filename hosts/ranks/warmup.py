@@ -1,4 +1,4 @@
-"""The throw-away picture after loading, which pays for first-use costs before anyone waits."""
+"""The throw-away image after loading, which pays for first-use costs before anyone waits."""
 
 from PIL import Image
 

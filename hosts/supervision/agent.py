@@ -18,10 +18,10 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
-from hosts.supervision.exit_reports import UNKNOWN, Notes
+from hosts.supervision.exit_reports import UNKNOWN, RankNotes
 
 PROVED_AFTER_S = 600.0
-"""Being ready for so long counts as a proof, like a picture does."""
+"""Being ready for so long counts as a proof, like an image does."""
 ANY_NUMBER = 10**9
 LOOK_EVERY_S = 0.1
 
@@ -61,10 +61,10 @@ class RankAgent(LocalElasticAgent):
             self._attempt += 1
         return result
 
-    def _notes(self) -> Notes:
-        return Notes(Path(self._options.notes), attempt=self._attempt, first_rank=self._options.first_rank)
+    def _notes(self) -> RankNotes:
+        return RankNotes(Path(self._options.notes), attempt=self._attempt, first_rank=self._options.first_rank)
 
-    def _ended(self, notes: Notes, result: RunResult) -> None:
+    def _ended(self, notes: RankNotes, result: RunResult) -> None:
         notes.put_exits({rank: failure.exitcode for rank, failure in result.failures.items()})
         notes.forget_older()
         self._num_in_row = 1 if _has_proved_itself(notes) else self._num_in_row + 1
@@ -73,12 +73,12 @@ class RankAgent(LocalElasticAgent):
             times = f"{self._num_in_row} time{'s' if self._num_in_row > 1 else ''}"
             limit = self._options.max_restarts
             raise GaveUp(
-                f"the ranks ended {times} without a picture in between (--max_restarts={limit}). The last time: {ending.why}. "
+                f"the ranks ended {times} without an image in between (--max_restarts={limit}). The last time: {ending.why}. "
                 f"{ending.last_lines('')}".strip()
             )
 
 
-def _has_proved_itself(notes: Notes) -> bool:
+def _has_proved_itself(notes: RankNotes) -> bool:
     ready_s = notes.marked_s("ready")
     return notes.marked_s("served") is not None or (ready_s is not None and time.time() - ready_s > PROVED_AFTER_S)
 

@@ -21,14 +21,14 @@ KEPT_LINES = 100
 """Of a log in a note: some may be about other jobs."""
 CONSEQUENCES = (EXIT_LOST_RANK, -signal.SIGTERM)
 """Exit codes of ranks that end because another one did: by themselves, or told by the agent."""
-NOBODY = "rank 0 ended without a word"
+UNEXPLAINED = "rank 0 ended without a word"
 
 Lines = tuple[tuple[str | None, str], ...]
 """Lines of a log, each with the job it is about, or the jobs of a batch with blanks between; None where it is about none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ending:
+class ExitReport:
     """why: the beginning of a sentence. rank: who was lost, where that is known. lines: of that rank's log.
 
     is_seen_only: the rank was found to be gone, and its exit code, where there is one, says more.
@@ -50,16 +50,16 @@ class Ending:
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_text(cls, text: str) -> "Ending":
+    def from_text(cls, text: str) -> "ExitReport":
         """ValueError, TypeError or KeyError if it is none."""
         facts = json.loads(text)
         return cls(**{**facts, "lines": tuple((job, line) for job, line in facts["lines"])})
 
 
-UNKNOWN = Ending(why=NOBODY, rank=0, is_seen_only=True)
+UNKNOWN = ExitReport(why=UNEXPLAINED, rank=0, is_seen_only=True)
 
 
-class Notes:
+class RankNotes:
     """The notes of one attempt: of the ranks between one start of the set and the next."""
 
     def __init__(self, folder: Path, *, attempt: int, first_rank: int = 0) -> None:
@@ -110,7 +110,7 @@ class Notes:
         crash = [line for line in _read(self._path(f"rank{rank}.crash")) if line.strip()]
         return (*found[-KEPT_LINES:], *((None, line) for line in crash[: MAX_LINES - 2]))
 
-    def complete(self, ending: Ending) -> Ending:
+    def complete(self, ending: ExitReport) -> ExitReport:
         """The same with what the agent saw, and with the lines."""
         exits = {rank: code for rank, code in self.exits().items() if code not in CONSEQUENCES}
         if ending.is_seen_only and exits:

@@ -13,7 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from hosts.supervision.exit_reports import Ending
+from hosts.supervision.exit_reports import ExitReport
 from hosts.supervision.parent_watch import EXIT_LOST_RANK, has_started, kill_rank
 from hosts.supervision.progress import Activity
 
@@ -44,7 +44,7 @@ class Watch:
         timeout_s: float,
         activity: Activity | None = None,
         local_ranks: range | None = None,
-        on_leave: Callable[[Ending], None] = lambda ending: None,
+        on_leave: Callable[[ExitReport], None] = lambda ending: None,
     ) -> None:
         """activity: of this rank's main thread. local_ranks: on this machine; all if not given.
 
@@ -77,10 +77,10 @@ class Watch:
                 stuck = self._activity.overdue(self._timeout_s)
                 ending = ended or (self._who_is_stuck(stuck) if stuck and not lost else None)
             except (RuntimeError, OSError) as error:  # whoever holds the store is gone: rank 0, or torchelastic itself
-                self._leave(Ending(why=f"the rendezvous store does not answer: {error}"))
+                self._leave(ExitReport(why=f"the rendezvous store does not answer: {error}"))
                 return
             if lost and ending is None:
-                ending = Ending(why=f"rank {lost[0]} has given no sign of life for {self._timeout_s:g} s", rank=lost[0])
+                ending = ExitReport(why=f"rank {lost[0]} has given no sign of life for {self._timeout_s:g} s", rank=lost[0])
             if ending is not None:
                 if stuck and self._rank != STORE_RANK:
                     time.sleep(STORE_RANK_FIRST_S)
@@ -89,16 +89,16 @@ class Watch:
             self._answered_at = time.monotonic()
             time.sleep(BEAT_S)
 
-    def _word_of_the_end(self) -> Ending | None:
+    def _word_of_the_end(self) -> ExitReport | None:
         """Of a rank that was started again on another machine (hosts/supervision/rendezvous.py): its connections may not have told yet."""
-        return Ending.from_text(self._store.get("ended").decode()) if self._store.check(["ended"]) else None
+        return ExitReport.from_text(self._store.get("ended").decode()) if self._store.check(["ended"]) else None
 
     def _watch_store(self) -> None:
         """The store lives in rank 0. If that hangs, no answer ever comes, and the store's own time-out does not count for this."""
         while time.monotonic() - self._answered_at < self._timeout_s + 2 * BEAT_S:
             time.sleep(BEAT_S)
         why = f"the rendezvous store in rank {STORE_RANK} has not answered for {self._timeout_s:g} s"
-        self._leave(Ending(why=why, rank=STORE_RANK))
+        self._leave(ExitReport(why=why, rank=STORE_RANK))
 
     def _is_lost(self, other: int, seen: dict[int, tuple[bytes, float]]) -> bool:
         key = f"beat/{other}"
@@ -108,7 +108,7 @@ class Watch:
             seen[other] = (beat, now)
         return now - seen[other][1] > self._timeout_s
 
-    def _who_is_stuck(self, what: str) -> Ending:
+    def _who_is_stuck(self, what: str) -> ExitReport:
         """All ranks stand still when one does. The one that waits in no collective is the one to blame, if it is one."""
         stack = traceback.extract_stack(sys._current_frames()[self._main])
         waits = any(place in frame.filename for frame in stack for place in COLLECTIVES)
@@ -117,8 +117,8 @@ class Watch:
         self._store.set(f"stuck/{self._rank}", json.dumps(waits))
         working = [rank for rank in (self._rank, *self._others) if not self._waits(rank)]
         if len(working) != 1:
-            return Ending(why=f"the ranks have {what}", rank=self._rank)
-        return Ending(why=f"rank {working[0]} has {what}", rank=working[0])
+            return ExitReport(why=f"the ranks have {what}", rank=self._rank)
+        return ExitReport(why=f"rank {working[0]} has {what}", rank=working[0])
 
     def _waits(self, rank: int) -> bool:
         """Whether that rank says that it waits for others. It has two beats to say so."""
@@ -129,7 +129,7 @@ class Watch:
             time.sleep(BEAT_S / 10)
         return False
 
-    def _leave(self, ending: Ending) -> None:
+    def _leave(self, ending: ExitReport) -> None:
         logger.error("rank %d leaves: %s", self._rank, ending.why)
         self._on_leave(ending)
         if ending.rank is not None and ending.rank != self._rank and ending.rank in self._local_ranks:

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import psutil
 
 from backends.errors import ConfigError
-from hosts.supervision.exit_reports import Ending
+from hosts.supervision.exit_reports import ExitReport
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class Store(Protocol):
     def wait(self, keys: list[str], timeout: timedelta) -> None: ...
 
 
-class MetTwice(Exception):
+class RendezvousStale(Exception):
     """This store belongs to a meeting that is over."""
 
 
@@ -66,7 +66,7 @@ class Machines:
         self,
         open_store: Callable[..., Store],
         *,
-        ending: Ending,
+        ending: ExitReport,
         tell: Callable[[str], None] = lambda waiting_for: None,
         still_waiting: Callable[[], None] = lambda: None,
     ) -> Store:
@@ -79,9 +79,9 @@ class Machines:
         told = ""
         while True:
             waiting_for = f"machine 0 at {self._address}"
-            with contextlib.suppress(MetTwice, RuntimeError, OSError):  # nobody there yet, or gone while we asked
+            with contextlib.suppress(RendezvousStale, RuntimeError, OSError):  # nobody there yet, or gone while we asked
                 store = self._open(open_store)
-                self._come_in(store, ending)
+                self._join(store, ending)
                 while waiting_for := self._missing(store):
                     told = _tell(tell, waiting_for, told)
                     self._go_on_waiting(still_waiting, deadline, waiting_for)
@@ -94,16 +94,16 @@ class Machines:
     def _open(self, open_store: Callable[..., Store]) -> Store:
         return open_store(*self.endpoint, is_here=self.rank == 0, timeout_s=CONNECT_WITHIN_S)
 
-    def _come_in(self, store: Store, ending: Ending) -> None:
+    def _join(self, store: Store, ending: ExitReport) -> None:
         if store.check([ENDED]):
-            raise MetTwice
+            raise RendezvousStale
         if self.rank == 0:
             store.set("facts", json.dumps(self.facts))
         store.wait(["facts"], timedelta(seconds=CONNECT_WITHIN_S))
         self._require_same(json.loads(store.get("facts")))
         if store.add(f"here/{self.rank}", 1) > 1:
             store.set(ENDED, ending.to_text())
-            raise MetTwice
+            raise RendezvousStale
 
     def _require_same(self, facts: Mapping[str, str]) -> None:
         for name, theirs in facts.items():
@@ -114,9 +114,9 @@ class Machines:
                 )
 
     def _missing(self, store: Store) -> str:
-        """Who is waited for; empty once all have come. MetTwice if one was started again meanwhile."""
+        """Who is waited for; empty once all have come. RendezvousStale if one was started again meanwhile."""
         if store.check([ENDED]):
-            raise MetTwice
+            raise RendezvousStale
         absent = [rank for rank in range(self.world_size) if not store.check([f"here/{rank}"])]
         if not absent:
             return "" if self.rank == 0 or store.check(["all"]) else "machine 0"

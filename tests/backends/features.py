@@ -16,7 +16,7 @@ from backends.parallel.distributed import Mesh
 from backends.quantization_spec import parse_quantization
 from backends.request import CompileSettings, GenerateRequest, LoadRequest
 from backends.step_cache_spec import KINDS, parse_step_cache
-from tests.checkpoints import IP_ADAPTER_FILE, checkpoint, controlnet, gguf, ip_adapter, lora, picture
+from tests.checkpoints import IP_ADAPTER_FILE, checkpoint, controlnet, gguf, ip_adapter, lora, sample_image
 
 TABLE = read_table()
 CPU = torch.device("cpu")
@@ -31,7 +31,7 @@ EXACT_OPTIONS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Feature:
-    """load, request: what switches it on. changes_result: whether the picture differs from one without it.
+    """load, request: what switches it on. changes_result: whether the image differs from one without it.
 
     visible: smallest change of any latent or pixel by which it is seen to act. steps: how many it needs for that.
     """
@@ -50,13 +50,13 @@ def feature(name: str, spec: ModelSpec) -> Feature:
             return Feature(load={"lora": {str(lora(spec.name)): 0.8, str(lora(spec.name, seed=1)): -0.5}})
         case "controlnet":
             net = str(controlnet("sd1" if spec.name == "ad" else spec.name))
-            return Feature(load={"control_net": {net: 0.9}}, request={"control_image": picture(48)})
+            return Feature(load={"control_net": {net: 0.9}}, request={"control_image": sample_image(48)})
         case "ip_adapter":
             return Feature(
-                load={"ip_adapter": {str(ip_adapter(spec.name) / IP_ADAPTER_FILE): 0.7}}, request={"ip_adapter_image": picture(48)}
+                load={"ip_adapter": {str(ip_adapter(spec.name) / IP_ADAPTER_FILE): 0.7}}, request={"ip_adapter_image": sample_image(48)}
             )
         case "inpainting":
-            return Feature(request={"init_image": picture(48), "mask_image": half_mask(), "strength": 0.8})
+            return Feature(request={"init_image": sample_image(48), "mask_image": half_mask(), "strength": 0.8})
         case "gguf":
             return Feature(load={"gguf_model": str(gguf(spec.name, "Q4_0"))})
         case "quantization":
@@ -74,7 +74,7 @@ def feature(name: str, spec: ModelSpec) -> Feature:
 
 
 def half_mask(width: int = WIDTH, height: int = HEIGHT) -> Image.Image:
-    """White in the left half, where a picture may change."""
+    """White in the left half, where an image may change."""
     mask = Image.new("L", (width, height), 0)
     mask.paste(255, (0, 0, width // 2, height))
     return mask
@@ -110,7 +110,7 @@ def request_for(spec: ModelSpec, **fields: Any) -> GenerateRequest:
     if "prompt" in spec.requires:
         base["prompt"] = "a photo of a cat"
     if "image" in spec.requires:
-        base["image"] = picture(HEIGHT // spec.upscale)
+        base["image"] = sample_image(HEIGHT // spec.upscale)
     if spec.output == "video":
         base["num_frames"] = 2
     return GenerateRequest(**(base | fields))

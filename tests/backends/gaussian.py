@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from backends.generation.step_driver import Start, StepDriver
+from backends.generation.step_driver import InitialLatents, StepDriver
 from backends.generation.step_window import Schedule
 
 MEAN, STD = 0.5, 0.3
@@ -25,7 +25,7 @@ class Run:
     sigmas: list[float]
 
 
-def sample(scheduler, steps: int = 30, *, start: Start | None = None, mu: float | None = None, on_step=None, **window) -> Run:
+def sample(scheduler, steps: int = 30, *, start: InitialLatents | None = None, mu: float | None = None, on_step=None, **window) -> Run:
     """The loop of a pipeline. Without a start, from noise of seed 0."""
     generator = torch.Generator().manual_seed(0)
     schedule = Schedule(num_inference_steps=steps, **window)

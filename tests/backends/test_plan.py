@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from backends.errors import PlanError
-from backends.parallel.distributed import Mesh, all_gather, broadcast_command, control_of_team, gather_outcomes, open_lines
+from backends.parallel.distributed import Mesh, all_gather, broadcast_command, control_of_team, gather_outcomes, open_channels
 from backends.plan import ParallelPlan, require_world_size
 
 PLAN = ParallelPlan(method="test", axes=(("cfg", 2), ("patch", 2)))
@@ -39,7 +39,7 @@ def check_mesh(rank: int, world_size: int) -> None:
         assert (cfg.rank, patch.rank) == (rank // 2, rank % 2)
         assert all_gather(torch.tensor([rank]), dim=0, axis=patch).tolist() == list(patch.ranks)
         assert all_gather(torch.tensor([rank]), dim=0, axis=mesh.axis("cfg", "patch")).tolist() == [0, 1, 2, 3]
-        assert mesh.broadcast_word(7 if rank == 0 else 0) == 7
+        assert mesh.broadcast_signal(7 if rank == 0 else 0) == 7
         mesh.rebuild()
     mesh.destroy()
 
@@ -75,14 +75,14 @@ def check_teams(rank: int, world_size: int) -> None:
     plan = ParallelPlan(method="test", axes=(("cfg", 1), ("patch", 2)))
     mesh = Mesh(plan, rank=rank % 2, device=torch.device("cpu"), team=team, num_teams=2)
     mesh.prepare()
-    control, lines = control_of_team(2), open_lines()
+    control, lines = control_of_team(2), open_channels()
     assert (control.ranks, control.rank) == ((first, first + 1), rank % 2)
     for _ in range(2):
         if team == 1:
             patch = mesh.axis("cfg", "patch")
             assert patch is mesh.axis("patch") and patch.ranks == (2, 3)
             assert all_gather(torch.tensor([rank]), dim=0, axis=patch).tolist() == [2, 3]
-            assert mesh.broadcast_word(7 if rank == 2 else 0) == 7
+            assert mesh.broadcast_signal(7 if rank == 2 else 0) == 7
             assert broadcast_command(f"from {rank}", control) == "from 2"
             assert gather_outcomes(rank, control) == [2, 3]
         mesh.rebuild()

@@ -17,7 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before diffusers is first import
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 
 from tests.checkpoints.adapters import IP_ADAPTER_FILE, IP_ADAPTER_IMAGE_ENCODER, controlnet, ip_adapter, motion_adapter, motion_lora
-from tests.checkpoints.factory import NAMES, SD35_MEDIUM, checkpoint, inputs, load, picture
+from tests.checkpoints.factory import NAMES, SD35_MEDIUM, checkpoint, inputs, load, sample_image
 from tests.checkpoints.lora import lora
 from tests.checkpoints.single_file import gguf, single_file
 
@@ -35,6 +35,6 @@ __all__ = [
     "lora",
     "motion_adapter",
     "motion_lora",
-    "picture",
+    "sample_image",
     "single_file",
 ]

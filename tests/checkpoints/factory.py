@@ -68,10 +68,10 @@ def inputs(
     if name != "svd":
         arguments["prompt"] = prompt
     if name == "sdup":
-        return arguments | {"image": picture(size // 4)}
+        return arguments | {"image": sample_image(size // 4)}
     arguments |= {"height": size, "width": size}
     if name == "svd":
-        arguments |= {"image": picture(size), "num_frames": 4}
+        arguments |= {"image": sample_image(size), "num_frames": 4}
     if name == "ad":
         arguments |= {"num_frames": 4}
     if name == "wan_t2v":
@@ -83,7 +83,7 @@ def inputs(
     return arguments
 
 
-def picture(size: int, *, seed: int = 0):
+def sample_image(size: int, *, seed: int = 0):
     """An RGB image with coarse structure (not pixel noise), so that resizing keeps it: 8 x 8 random colours, enlarged."""
     import numpy
     from PIL import Image

@@ -83,7 +83,7 @@ def qwenimage(**config: object) -> DiffusionPipeline:
 
 
 def flux2(**config: object) -> DiffusionPipeline:
-    """The pipeline takes layers 10, 20 and 30 of its text encoder. The tokenizer stands in for the processor of text and pictures."""
+    """The pipeline takes layers 10, 20 and 30 of its text encoder. The tokenizer stands in for the processor of text and images."""
     tokenizer = chat_tokenizer(SYSTEM_MESSAGE)
     text = {"model_type": "mistral", "vocab_size": len(tokenizer), "num_hidden_layers": 31, "head_dim": 8, **ENCODER}
     vision = {

@@ -10,7 +10,7 @@ from transformers import BertTokenizer, CLIPTokenizer, Qwen2Tokenizer, T5Tokeniz
 # fmt: off
 WORDS = [
     "a", "an", "the", "of", "in", "on", "and", "with", "at", "cat", "dog", "car", "tree", "house", "red", "green", "blue", "photo",
-    "picture", "painting", "portrait", "landscape", "woman", "man", "child", "city", "night", "day", "sky", "sea",
+    "image", "painting", "portrait", "landscape", "woman", "man", "child", "city", "night", "day", "sky", "sea",
     "mountain", "river", "light", "dark", "small", "big", "high", "low", "quality", "detailed", "blurry", "best", "worst",
     "sunset", "sunrise", "forest", "flower", "bird", "horse", "robot", "castle", "street", "snow", "rain", "summer",
     "winter", "digital", "art", "style", "cinematic",

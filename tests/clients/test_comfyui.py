@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.backends.features import half_mask
-from tests.checkpoints import checkpoint, picture
+from tests.checkpoints import checkpoint, sample_image
 from tests.clients.comfyui import FOLDER, ComfyUI, InterruptProcessingException
 from tests.hosts.client import decode, encode
 from tests.hosts.harness import REPOSITORY, assert_port_is_free, free_port, wait_until
@@ -42,8 +42,8 @@ def as_tensor(image):
 
 
 def drawn(host, **fields):
-    """What the host itself draws, as ComfyUI holds pictures."""
-    return as_tensor(decode(host.picture({**BODY, **fields})["output"]))
+    """What the host itself draws, as ComfyUI holds images."""
+    return as_tensor(decode(host.generate_image({**BODY, **fields})["output"]))
 
 
 def test_sampler_draws_what_the_host_draws_and_shows_its_steps(host, comfy):
@@ -56,9 +56,9 @@ def test_sampler_draws_what_the_host_draws_and_shows_its_steps(host, comfy):
     assert {(kind, shown.size, limit) for kind, shown, limit in previews} == {("JPEG", (256, 256), 512)}
 
 
-def test_sampler_starts_from_a_picture(host, comfy):
+def test_sampler_starts_from_a_image(host, comfy):
     (chosen,) = comfy.run("DiffusionHost", address=host.url(""))
-    start = as_tensor(picture(64))
+    start = as_tensor(sample_image(64))
     same, near = (comfy.run("DiffusionSampler", host=chosen, image=start, strength=strength, **INPUTS)[0] for strength in (0.0, 0.5))
     assert same.shape == (1, 64, 64, 3) and not torch.equal(same, near)
     assert (near - same).abs().mean() < (drawn(host) - same).abs().mean()
@@ -66,16 +66,16 @@ def test_sampler_starts_from_a_picture(host, comfy):
 
 def test_mask_says_what_may_change(host, comfy):
     (chosen,) = comfy.run("DiffusionHost", address=host.url(""))
-    start, mask = as_tensor(picture(64)), torch.zeros(1, 64, 64)
+    start, mask = as_tensor(sample_image(64)), torch.zeros(1, 64, 64)
     mask[..., :32] = 1
     made, whole = (
         comfy.run("DiffusionSampler", host=chosen, image=start, strength=0.7, **given, **INPUTS)[0] for given in ({"mask": mask}, {})
     )
-    assert torch.equal(made, drawn(host, init_image=encode(picture(64)), mask_image=encode(half_mask(64, 64)), strength=0.7))
+    assert torch.equal(made, drawn(host, init_image=encode(sample_image(64)), mask_image=encode(half_mask(64, 64)), strength=0.7))
     assert not torch.equal(made, whole)
 
 
-def test_cancel_in_comfyui_cancels_the_job_and_the_next_picture_is_right(host, comfy):
+def test_cancel_in_comfyui_cancels_the_job_and_the_next_image_is_right(host, comfy):
     (chosen,) = comfy.run("DiffusionHost", address=host.url(""))
 
     def cancel_at_step_three(value, total):
@@ -107,7 +107,7 @@ def test_lists_come_from_the_host_and_are_short_while_none_runs(host, comfy, mon
     [
         ({"model": "flux"}, {}, "serves sdxl, not flux"),
         ({"address": "http://127.0.0.1:9"}, {}, "does not answer"),
-        ({"address": "http://picture.example:80", "start": True}, {}, "is not this machine"),
+        ({"address": "http://image.example:80", "start": True}, {}, "is not this machine"),
         ({}, {"control_image": torch.zeros(1, 8, 8, 3)}, "takes no control_image. Start it with --control_net"),
         ({}, {"scheduler": "nonsense"}, "nonsense"),
         ({}, {"mask": torch.zeros(1, 8, 8)}, "a mask needs an image"),
@@ -122,7 +122,7 @@ def test_what_is_wrong_is_said_by_the_node(host, comfy, loader, sampler, message
 def test_frames_of_a_video_arrive_one_by_one(comfy):
     with InProcessHost(type="svd", checkpoint=str(checkpoint("svd"))) as host:
         (chosen,) = comfy.run("DiffusionHost", address=host.url(""))
-        inputs = {**INPUTS, "image": as_tensor(picture(64)), "frames": 3, "steps": 2, "guidance": -1.0}
+        inputs = {**INPUTS, "image": as_tensor(sample_image(64)), "frames": 3, "steps": 2, "guidance": -1.0}
         frames, settings = comfy.run("DiffusionSampler", host=chosen, **inputs)
         assert frames.shape == (3, 64, 64, 3) and not torch.equal(frames[0], frames[2])
         assert json.loads(settings)["guidance_scale"] == 3.0

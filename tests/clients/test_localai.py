@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from hosts.http.server import is_port_free
-from tests.checkpoints import checkpoint, picture
+from tests.checkpoints import checkpoint, sample_image
 from tests.hosts.client import decode
 from tests.hosts.harness import REPOSITORY, free_port, wait_until
 from tests.hosts.inprocess import InProcessHost
@@ -82,7 +82,7 @@ def loaded(localai, host):
 
 
 def drawn(host, **fields):
-    return np.asarray(decode(host.picture({"positive": "a red car", "seed": 5, "steps": 4, "cfg": 6.0, **fields})["output"]))
+    return np.asarray(decode(host.generate_image({"positive": "a red car", "seed": 5, "steps": 4, "cfg": 6.0, **fields})["output"]))
 
 
 def test_messages_have_localais_field_numbers(backend):
@@ -101,7 +101,7 @@ def test_messages_have_localais_field_numbers(backend):
 
 
 def test_image_is_what_the_host_draws(loaded, host, tmp_path):
-    dst = tmp_path / "picture.png"
+    dst = tmp_path / "image.png"
     request = loaded.pb.GenerateImageRequest(positive_prompt="a red car", seed=5, step=4, width=64, height=64, dst=str(dst))
     answer = loaded.call("GenerateImage", request)
     assert answer.success and answer.message.startswith("seed 5, ")
@@ -111,9 +111,9 @@ def test_image_is_what_the_host_draws(loaded, host, tmp_path):
     assert loaded.call("Health").message == b"OK"
 
 
-def test_image_starts_from_the_callers_picture(loaded, host, tmp_path):
+def test_image_starts_from_the_callers_image(loaded, host, tmp_path):
     source, dst = tmp_path / "b64123456", tmp_path / "out.png"
-    picture(64).save(source, format="PNG")
+    sample_image(64).save(source, format="PNG")
     request = loaded.pb.GenerateImageRequest(positive_prompt="a red car", seed=5, step=4, src=str(source), dst=str(dst))
     assert loaded.call("GenerateImage", request).success
     encoded = base64.b64encode(source.read_bytes()).decode()
@@ -143,7 +143,7 @@ def test_freed_model_draws_no_more(loaded):
     ("method", "fields", "message"),
     [
         ("GenerateImage", {"step": 9999}, "steps=9999 is not allowed"),
-        ("GenerateImage", {"ref_images": ["x"]}, "takes no reference pictures"),
+        ("GenerateImage", {"ref_images": ["x"]}, "takes no reference images"),
         ("GenerateImage", {"dst": "/nowhere/x.png"}, "No such file"),
         ("GenerateVideo", {}, "makes no videos"),
     ],
@@ -181,7 +181,7 @@ def test_video_has_the_frames_and_the_speed_that_were_asked_for(localai, tmp_pat
     with InProcessHost(type="svd", checkpoint=str(checkpoint("svd"))) as host:
         assert localai.load(Options=[f"url:{host.url('')}"]).success
         source, dst = tmp_path / "start.png", tmp_path / "out.mp4"
-        picture(64).save(source)
+        sample_image(64).save(source)
         request = localai.pb.GenerateVideoRequest(start_image=str(source), num_frames=3, step=2, seed=5, fps=12, dst=str(dst))
         answer = localai.call("GenerateVideo", request)
         assert answer.success, answer.message

@@ -29,7 +29,7 @@ def library(monkeypatch):
     return importlib.import_module("diffusion_client")
 
 
-def test_client_follows_a_job_to_its_picture(host, library):
+def test_client_follows_a_job_to_its_image(host, library):
     client = library.Client(host.url(""))
     job = client.submit(**FIELDS)
     states = list(job.follow())
@@ -56,7 +56,7 @@ def generate(*arguments, **kwargs):
     return subprocess.run([sys.executable, str(LAUNCHER), "generate", *arguments], capture_output=True, text=True, timeout=60, **kwargs)
 
 
-def test_command_writes_the_picture(host, tmp_path):
+def test_command_writes_the_image(host, tmp_path):
     file = tmp_path / "car.png"
     done = generate("a red car", f"--url={host.url('')}", f"--out={file}", "--seed=5", "--num_inference_steps=3")
     assert done.returncode == 0, done.stderr

@@ -43,9 +43,9 @@ sys.path.insert(0, sys.argv[1])
 from node_pack.nodes import node
 assert node.brought == {functions}, node.brought
 import torch
-picture = torch.rand(3, 2, 3)
-again = node.convert_b64_to_nhwc_tensor(node.convert_tensor_to_b64(picture))
-assert again.shape == (1, 3, 2, 3) and (again[0] - picture).abs().max() <= 0.5 / 255 + 1e-6
+image = torch.rand(3, 2, 3)
+again = node.convert_b64_to_nhwc_tensor(node.convert_tensor_to_b64(image))
+assert again.shape == (1, 3, 2, 3) and (again[0] - image).abs().max() <= 0.5 / 255 + 1e-6
 """
 
 
@@ -77,23 +77,23 @@ def test_none_stays_none(utils, function):
     assert getattr(utils, function)(None) is None
 
 
-def picture(channels: int) -> torch.Tensor:
+def sample_image(channels: int) -> torch.Tensor:
     """Every value from 0 to 255 once, as ComfyUI holds it."""
     shades = torch.arange(256, dtype=torch.float32).reshape(16, 16, 1) / 255
     return shades.repeat(1, 1, channels)
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA")])
-def test_picture_survives_the_way_there_and_back_bit_for_bit(utils, channels, mode):
-    sent = utils.convert_tensor_to_b64(picture(channels))
+def test_image_survives_the_way_there_and_back_bit_for_bit(utils, channels, mode):
+    sent = utils.convert_tensor_to_b64(sample_image(channels))
     assert utils.decode_b64_and_unpickle(sent).mode == mode
     back = utils.convert_b64_to_nhwc_tensor(sent)
     assert (back.dtype, back.is_contiguous()) == (torch.float32, True)
-    assert torch.equal(back, picture(channels)[None])
+    assert torch.equal(back, sample_image(channels)[None])
 
 
-def test_picture_with_a_batch_of_one_is_taken(utils):
-    assert utils.convert_tensor_to_b64(picture(3)[None]) == utils.convert_tensor_to_b64(picture(3))
+def test_image_with_a_batch_of_one_is_taken(utils):
+    assert utils.convert_tensor_to_b64(sample_image(3)[None]) == utils.convert_tensor_to_b64(sample_image(3))
 
 
 def test_values_outside_zero_to_one_are_clipped(utils):
@@ -102,7 +102,7 @@ def test_values_outside_zero_to_one_are_clipped(utils):
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 4, 3), (4, 4), (4, 4, 2)])
-def test_picture_of_another_shape_is_refused(utils, shape):
+def test_image_of_another_shape_is_refused(utils, shape):
     with pytest.raises(ValueError, match=r"Give \[height, width, channels\] with 1, 3 or 4 channels"):
         utils.convert_tensor_to_b64(torch.zeros(shape))
 
@@ -127,10 +127,10 @@ def test_plain_unpickling_reads_what_we_encode(utils):
     assert torch.equal(value[0], torch.arange(3.0))
 
 
-def test_host_reads_the_pictures_that_nodes_send(utils):
+def test_host_reads_the_images_that_nodes_send(utils):
     for channels in (1, 3, 4):
-        decoded = codec.decode_image(utils.convert_tensor_to_b64(picture(channels)), field="image")
-        np.testing.assert_array_equal(np.asarray(decoded), (picture(3) * 255).round().byte().numpy())
+        decoded = codec.decode_image(utils.convert_tensor_to_b64(sample_image(channels)), field="image")
+        np.testing.assert_array_equal(np.asarray(decoded), (sample_image(3) * 255).round().byte().numpy())
 
 
 def test_host_reads_the_tensors_and_conditionings_that_nodes_send(utils):
@@ -142,7 +142,7 @@ def test_host_reads_the_tensors_and_conditionings_that_nodes_send(utils):
     np.testing.assert_array_equal(conditioning.pooled, pair[1]["pooled_output"].numpy())
 
 
-def test_nodes_read_the_pictures_frames_and_latents_that_the_host_sends(utils):
+def test_nodes_read_the_images_frames_and_latents_that_the_host_sends(utils):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8))
     received = utils.convert_b64_to_nhwc_tensor(codec.encode_image(image))
     assert torch.equal(received, torch.from_numpy(np.array(image))[None].float() / 255)
@@ -163,7 +163,7 @@ def test_nodes_read_tensors_of_every_protocol(utils, protocol, dtype):
     assert type(utils.decode_b64_and_unpickle(pickled(parameter, protocol))) is torch.nn.Parameter
 
 
-def test_picture_that_was_opened_from_a_file_comes_back_as_a_plain_one(utils, tmp_path):
+def test_image_that_was_opened_from_a_file_comes_back_as_a_plain_one(utils, tmp_path):
     Image.new("RGB", (2, 2), (1, 2, 3)).save(tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as opened:
         back = utils.decode_b64_and_unpickle(utils.pickle_and_encode_b64(opened))
@@ -174,7 +174,7 @@ def test_picture_that_was_opened_from_a_file_comes_back_as_a_plain_one(utils, tm
 def test_code_in_a_received_pickle_is_not_run(utils, tmp_path):
     target = tmp_path / "pwned"
     for value in (Calls(os.system, f"touch {target}"), [Calls(open, str(target), "w")], Calls(eval, "1/0")):
-        with pytest.raises(pickle.UnpicklingError, match="only pictures, tensors and plain values are allowed"):
+        with pytest.raises(pickle.UnpicklingError, match="only images, tensors and plain values are allowed"):
             utils.decode_b64_and_unpickle(pickled(value))
     assert not target.exists()
 

@@ -1,4 +1,4 @@
-"""The demo model: its pictures, its captions, its judge, and the checkpoint in the repository."""
+"""The demo model: its images, its captions, its judge, and the checkpoint in the repository."""
 
 import random
 import subprocess
@@ -55,7 +55,7 @@ def test_judge_counts_a_second_circle():
     assert not judge(data.render(drawn, 128, random.Random(0)), red_circle(x=0.25))["count"]
 
 
-def test_shapes_of_one_picture_never_touch():
+def test_shapes_of_one_image_never_touch():
     rng = random.Random(5)
     for scene in (data.any_scene(rng, kind=kind) for kind in ("count", "pair") for _ in range(150)):
         covered = sum(data.coverage(thing, 128) > 0 for thing in scene.things)
@@ -80,9 +80,9 @@ def test_both_ways_to_name_the_background_are_held_out_together():
     assert data.caption_key("a red ring on an orange background") == data.caption_key("a red ring, orange background")
 
 
-def test_linear_latents_keep_the_picture():
-    pictures, _ = data.training_pictures(4, seed=1, size=128)
-    pixels = latents.from_uint8(pictures)
+def test_linear_latents_keep_the_image():
+    sample_images, _ = data.training_images(4, seed=1, size=128)
+    pixels = latents.from_uint8(sample_images)
     error = (latents.to_pixels(latents.to_latents(pixels)) - pixels).pow(2).mean()
     assert 10 * torch.log10(4 / error) > 28  # dB
 
@@ -99,8 +99,8 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_unet, "CHUNK", 20)
-        patch.setattr(train_vae, "PICTURES", 32)
-        patch.setattr(train_vae, "HELD_OUT_PICTURES", 2)
+        patch.setattr(train_vae, "IMAGES", 32)
+        patch.setattr(train_vae, "HELD_OUT_IMAGES", 2)
         words = ["--minutes", "0.01", "--thousands", "1", "--start", str(CHECKPOINT), "--work", str(folder), "--out", str(folder / "out")]
         train.main(words)
     return folder
@@ -159,14 +159,14 @@ def test_checkpoint_is_in_sdxl_layout(pipe):
 def test_checkpoint_draws_a_red_circle_on_a_blue_background(pipe):
     size = pipe.default_sample_size * pipe.vae_scale_factor
     inputs = {"height": size, "width": size, "num_inference_steps": 20, "guidance_scale": 2.5}
-    picture = evaluate.draw(pipe, ["a red circle on a blue background"], seed=0, **inputs)[0]
-    assert picture.shape == (size, size, 3)
-    assert judge(picture, red_circle()) == {"colours": True, "shape": True, "count": True, "position": True, "all": True}
+    sample_image = evaluate.draw(pipe, ["a red circle on a blue background"], seed=0, **inputs)[0]
+    assert sample_image.shape == (size, size, 3)
+    assert judge(sample_image, red_circle()) == {"colours": True, "shape": True, "count": True, "position": True, "all": True}
 
 
-def test_contact_sheet_places_pictures_in_reading_order():
-    pictures = [np.full((128, 128, 3), value, np.uint8) for value in range(12)]
-    sheet = np.asarray(evaluate.contact_sheet(pictures))
+def test_contact_sheet_places_images_in_reading_order():
+    sample_images = [np.full((128, 128, 3), value, np.uint8) for value in range(12)]
+    sheet = np.asarray(evaluate.contact_sheet(sample_images))
     pitch = evaluate.SHEET_TILE + 2
     assert sheet.shape == (2 * pitch, 10 * pitch, 3)
     assert sheet[pitch + 5, pitch + 5, 0] == 11

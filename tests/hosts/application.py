@@ -42,7 +42,7 @@ def answer_jobs(queue, *, num_frames=1, latents=True, error=None):
     threading.Thread(target=run, daemon=True).start()
 
 
-def encode_file(picture):
+def encode_file(sample_image):
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
+    sample_image.save(buffer, format="PNG")
     return base64.b64encode(buffer.getvalue()).decode()

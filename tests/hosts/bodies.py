@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tests.checkpoints import checkpoint, picture
+from tests.checkpoints import checkpoint, sample_image
 from tests.hosts.client import encode
 
 STEPS = 2
@@ -26,7 +26,7 @@ LOCALAI_TEXT = {
 
 
 def image(side: int = SIDE) -> str:
-    return encode(picture(side))
+    return encode(sample_image(side))
 
 
 def tensor(*shape: int, seed: int = 0) -> str:
@@ -53,7 +53,7 @@ def full_sdxl() -> Body:
 
 
 def bodies(type_name: str, folder: Path) -> dict[str, Callable[[], Body]]:
-    """Name -> body, for every golden body that is sent to this model type. folder: where LocalAI leaves its picture."""
+    """Name -> body, for every golden body that is sent to this model type. folder: where LocalAI leaves its image."""
     if type_name in IMAGE_TYPES:
         found: dict[str, Callable[[], Body]] = {"ComfyUI": lambda: COMFYUI_TEXT, "LocalAI": lambda: LOCALAI_TEXT}
         if type_name in ("sd1", "sd2", "sdxl"):
@@ -90,7 +90,7 @@ def bodies(type_name: str, folder: Path) -> dict[str, Callable[[], Body]]:
 
 
 def _file(folder: Path, side: int = SIDE) -> str:
-    """As LocalAI hands over the picture of its caller: an image file without an ending."""
+    """As LocalAI hands over the image of its caller: an image file without an ending."""
     path = folder / "b64123456"
-    picture(side).save(path, format="PNG")
+    sample_image(side).save(path, format="PNG")
     return str(path)

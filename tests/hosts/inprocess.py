@@ -18,7 +18,7 @@ from hosts.jobs.policy import Sharing
 from hosts.jobs.queue import JobQueue
 from hosts.launch.settings import Settings
 from hosts.launch.start_plan import plan_start
-from hosts.ranks.dispatch import FrontDesk
+from hosts.ranks.dispatch import LeaderDispatcher
 from hosts.ranks.loop import RankLoop
 from hosts.supervision.host_state import HostState, Phase
 from tests.hosts.harness import free_port, session, wait_until
@@ -38,8 +38,8 @@ class InProcessHost:
         )
         mesh = Mesh(start.plan, rank=0, device=torch.device("cpu"))
         sharing = Sharing(spec=start.spec, load=start.load)
-        desk = FrontDesk(load=start.load, queue=self.queue, state=self.state, sharing=sharing)
-        self._loop = threading.Thread(target=RankLoop(rank=0, spec=start.spec, mesh=mesh, desk=desk).run, daemon=True)
+        dispatcher = LeaderDispatcher(load=start.load, queue=self.queue, state=self.state, sharing=sharing)
+        self._loop = threading.Thread(target=RankLoop(rank=0, spec=start.spec, mesh=mesh, dispatcher=dispatcher).run, daemon=True)
         self.parameters = inspect.signature(getattr(diffusers, start.spec.pipeline).__call__).parameters
         self._session = session()
 
@@ -63,7 +63,7 @@ class InProcessHost:
     def post(self, body: Any, **kwargs: Any) -> requests.Response:
         return self._session.post(self.url("/generate"), json=body, timeout=120, **kwargs)
 
-    def picture(self, body: Any) -> dict[str, Any]:
+    def sample_image(self, body: Any) -> dict[str, Any]:
         """The answer's body, which must be a success."""
         answer = self.post(body)
         assert answer.status_code == 200, answer.json()["message"]

@@ -1,4 +1,4 @@
-"""Jobs sent to a running host one by one, and the pictures that one rank makes of them without a host."""
+"""Jobs sent to a running host one by one, and the images that one rank makes of them without a host."""
 
 import base64
 import io
@@ -21,12 +21,12 @@ Body = Mapping[str, Any]
 Facts = dict[str, Any]
 BODY: Body = {"positive": "a red car", "negative": "blurry", "steps": 4, "seed": 5, "cfg": 7.0}
 ARGUMENTS = ("--type=sdxl", f"--checkpoint={checkpoint('sdxl')}", "--height=64", "--width=64")
-"""The launcher's, for a host that makes the pictures of OneRank."""
+"""The launcher's, for a host that makes the images of OneRank."""
 NAMES = {"positive": "prompt", "negative": "negative_prompt", "steps": "num_inference_steps", "cfg": "guidance_scale"}
 
 
 class OneRank:
-    """body -> its picture by one pipeline in this process, [64, 64, 3] int; each is made once."""
+    """body -> its image by one pipeline in this process, [64, 64, 3] int; each is made once."""
 
     def __init__(self) -> None:
         load = LoadRequest(model_type="sdxl", checkpoint=str(checkpoint("sdxl")), variant="fp32", height=64, width=64)

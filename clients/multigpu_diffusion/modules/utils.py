@@ -1,4 +1,4 @@
-"""Encodings that the ComfyUI nodes import from here: pickles of pictures and tensors as base64 text.
+"""Encodings that the ComfyUI nodes import from here: pickles of images and tensors as base64 text.
 
 This file must work alone: the nodes import it as a sub-package of theirs, without the rest of the project, and copy every
 public name into their own modules. Each function returns None for None.
@@ -33,7 +33,7 @@ def pickle_and_encode_b64(obj: Any) -> str | None:
 
 
 def decode_b64_and_unpickle(text: str | None) -> Any:
-    """The inverse, for pictures, tensors, and lists, tuples and dicts of them, of numbers and of text.
+    """The inverse, for images, tensors, and lists, tuples and dicts of them, of numbers and of text.
 
     Tensors arrive on the CPU. Raises pickle.UnpicklingError for any other class: a host sends none, and
     unpickling one would run code that somebody else chose.
@@ -50,9 +50,9 @@ def convert_tensor_to_b64(t: torch.Tensor | None) -> str | None:
     if t.ndim == 4 and t.shape[0] == 1:
         t = t[0]
     if t.ndim != 3 or t.shape[2] not in _MODES:
-        raise ValueError(f"The picture has shape {list(t.shape)}. Give [height, width, channels] with 1, 3 or 4 channels.")
+        raise ValueError(f"The image has shape {list(t.shape)}. Give [height, width, channels] with 1, 3 or 4 channels.")
     height, width, channels = t.shape
-    # Rounded, not truncated: k / 255 * 255 may fall just below k, and a picture must survive the way there and back.
+    # Rounded, not truncated: k / 255 * 255 may fall just below k, and an image must survive the way there and back.
     pixels = t.detach().to("cpu", torch.float32).clamp(0, 1).mul(255).round().to(torch.uint8).contiguous()
     return pickle_and_encode_b64(Image.frombytes(_MODES[channels], (width, height), pixels.numpy().tobytes()))
 
@@ -101,7 +101,7 @@ class _Callable:
 
 _ALLOWED = {
     ("PIL.Image", "Image"): Image.Image,
-    # A file's picture comes back as a plain one: the bytes are in the pickle, the file is not.
+    # A file's image comes back as a plain one: the bytes are in the pickle, the file is not.
     ("PIL.PngImagePlugin", "PngImageFile"): Image.Image,
     ("PIL.JpegImagePlugin", "JpegImageFile"): Image.Image,
     ("PIL.WebPImagePlugin", "WebPImageFile"): Image.Image,
@@ -117,5 +117,5 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         found = _ALLOWED.get((module, name))
         if found is None:
-            raise pickle.UnpicklingError(f"The pickle refers to {module}.{name}; only pictures, tensors and plain values are allowed.")
+            raise pickle.UnpicklingError(f"The pickle refers to {module}.{name}; only images, tensors and plain values are allowed.")
         return found

@@ -88,7 +88,7 @@ class Client:
         return Job(self, JobState.read(json.loads(self.open("/v1/jobs", method="POST", body=fields, headers=headers))))
 
     def generate(self, **fields: Any) -> bytes:
-        """The finished picture (PNG) or video (MP4)."""
+        """The finished image (PNG) or video (MP4)."""
         job = self.submit(**fields)
         job.wait()
         return job.result()
@@ -176,7 +176,7 @@ class Job:
         return self.state.id
 
     def follow(self, *, previews: bool = False) -> Iterator[JobState]:
-        """Its states, as they change, until it is over; with `previews` also small pictures of its steps."""
+        """Its states, as they change, until it is over; with `previews` also small images of its steps."""
         name = b""
         with self._client.stream(f"/v1/jobs/{self.id}/events?previews={int(previews)}", accept="text/event-stream") as lines:
             for line in lines:

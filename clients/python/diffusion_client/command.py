@@ -34,10 +34,10 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="diffusion-launcher generate", description="One picture or video from a host that runs.")
+    parser = argparse.ArgumentParser(prog="diffusion-launcher generate", description="One image or video from a host that runs.")
     parser.add_argument("prompt")
     parser.add_argument("--url", default="http://127.0.0.1:6000", help="of the host")
-    parser.add_argument("--out", type=Path, default=Path("picture.png"), help="file to write")
+    parser.add_argument("--out", type=Path, default=Path("image.png"), help="file to write")
     parser.add_argument("--api_key", help="if the host wants one")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument("--negative_prompt")

@@ -2,7 +2,7 @@
 
 with LocalHost("--type=sdxl", "--nproc_per_node=2") as host:
     host.wait_until_ready()
-    picture = host.client.generate(prompt="a red circle on a blue background")
+    image = host.client.generate(prompt="a red circle on a blue background")
 """
 
 import atexit

@@ -5,7 +5,7 @@ const byId = (id) => document.getElementById(id);
 const FIRST = ["prompt", "negative_prompt", "image", "init_image", "mask_image", "ip_image", "control_image", "width", "height", "num_inference_steps", "guidance_scale", "num_frames", "seed", "scheduler"];
 const MORE = ["strength", "clip_skip", "warmup_steps", "controlnet_conditioning_scale", "motion_bucket_id", "noise_aug_strength", "lora"];
 const LONG = ["prompt", "negative_prompt"];
-const PICTURES = ["image", "init_image", "mask_image", "ip_image", "control_image"];
+const IMAGES = ["image", "init_image", "mask_image", "ip_image", "control_image"];
 const POLL_MS = 2000;
 const sessionJobs = new Map(); // id -> {settings, url, job}
 let shown = null; // the job on the stage
@@ -44,7 +44,7 @@ function limitsOf(facts) {
 function control(name, facts) {
   const common = { name, id: `field-${name}`, title: facts.description || "" };
   if (LONG.includes(name)) return make("textarea", { ...common, rows: name === "prompt" ? 3 : 2 });
-  if (PICTURES.includes(name)) return make("input", { ...common, type: "file", accept: "image/png,image/jpeg,image/webp" });
+  if (IMAGES.includes(name)) return make("input", { ...common, type: "file", accept: "image/png,image/jpeg,image/webp" });
   if (name === "scheduler") {
     const choices = (facts.examples || []).map((text) => make("option", { textContent: text, value: text }));
     return make("select", common, make("option", { textContent: "the model's own", value: "" }), ...choices);
@@ -156,8 +156,8 @@ async function collect(job) {
   const entry = sessionJobs.get(job.id);
   entry.url = URL.createObjectURL(await (await ask(job.links.result.slice(1))).blob());
   entry.settings = job.settings;
-  const picture = output === "video" ? make("video", { src: entry.url, muted: true, loop: true }) : make("img", { src: entry.url, alt: job.settings.prompt || "result" });
-  const button = make("button", { type: "button", title: JSON.stringify(job.settings) }, picture, make("span", { textContent: job.settings.prompt || job.id }));
+  const image = output === "video" ? make("video", { src: entry.url, muted: true, loop: true }) : make("img", { src: entry.url, alt: job.settings.prompt || "result" });
+  const button = make("button", { type: "button", title: JSON.stringify(job.settings) }, image, make("span", { textContent: job.settings.prompt || job.id }));
   button.addEventListener("click", () => stage(job.id));
   byId("gallery").prepend(make("li", {}, button));
 }
@@ -174,18 +174,18 @@ function paint() {
   if (source) {
     const isVideo = output === "video" && entry.url;
     const tag = isVideo ? "VIDEO" : "IMG";
-    let picture = byId("canvas").firstElementChild;
-    if (picture.tagName !== tag) {
-      picture = isVideo ? make("video", { controls: true, loop: true, autoplay: true, muted: true }) : make("img", {});
-      byId("canvas").replaceChildren(picture);
+    let image = byId("canvas").firstElementChild;
+    if (image.tagName !== tag) {
+      image = isVideo ? make("video", { controls: true, loop: true, autoplay: true, muted: true }) : make("img", {});
+      byId("canvas").replaceChildren(image);
     }
-    if (picture.src !== source) picture.src = source;
+    if (image.src !== source) image.src = source;
     if (!isVideo) {
-      picture.alt = entry.url ? entry.settings.prompt || "result" : "preview";
-      picture.className = entry.url ? "" : "preview";
+      image.alt = entry.url ? entry.settings.prompt || "result" : "preview";
+      image.className = entry.url ? "" : "preview";
     }
   } else {
-    byId("canvas").replaceChildren(make("p", { id: "empty", textContent: job.error || "The picture appears here while it is drawn." }));
+    byId("canvas").replaceChildren(make("p", { id: "empty", textContent: job.error || "The image appears here while it is drawn." }));
   }
   byId("progress").hidden = isOver(job);
   byId("progress").value = job.steps ? (100 * job.step) / job.steps : 0;

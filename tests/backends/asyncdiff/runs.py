@@ -13,7 +13,7 @@ from backends.model_table import read_table
 from backends.parallel.distributed import Mesh
 from backends.request import GenerateRequest, LoadRequest
 from tests.checkpoints import checkpoint
-from tests.checkpoints.factory import picture
+from tests.checkpoints.factory import sample_image
 
 SIZE = 64
 
@@ -25,7 +25,7 @@ def prepare(*names: str) -> None:
 
 
 def loaded(name: str) -> LoadedPipeline:
-    """Every rank decodes alone: the bands of a decode by all sum in another order, and these tests are of the denoiser."""
+    """Every rank decodes alone: the patches of a decode by all sum in another order, and these tests are of the denoiser."""
     load = LoadRequest(model_type=name, checkpoint=str(checkpoint(name)), variant="fp32", parallel_vae=False)
     return load_pipeline(read_table()[name], load, device=torch.device("cpu"))
 
@@ -38,7 +38,7 @@ def request(name: str, **fields: Any) -> GenerateRequest:
     if read_table()[name].guidance == "distilled":
         del base["negative_prompt"]
     if name in ("svd", "sdup"):
-        base["image"] = picture(SIZE // 4 if name == "sdup" else SIZE)
+        base["image"] = sample_image(SIZE // 4 if name == "sdup" else SIZE)
     if name in ("svd", "ad"):
         base["num_frames"] = 4
     if name == "wan_t2v":

@@ -24,7 +24,7 @@ def check_features(rank, world_size, name, groups):
             got = result(pipe, asked)
             graphs = num_graphs()
             torch.testing.assert_close(result(pipe, asked), got, rtol=0, atol=0)
-            assert (num_graphs() > 0) == ("compile" in group) and num_graphs() == graphs, "the second picture was compiled again"
+            assert (num_graphs() > 0) == ("compile" in group) and num_graphs() == graphs, "the second image was compiled again"
             segments = backend.segments
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()

@@ -1,4 +1,4 @@
-"""Sharded weights: same pictures, and each rank keeps its own segment's weights only."""
+"""Sharded weights: same images, and each rank keeps its own segment's weights only."""
 
 import pytest
 import torch

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from backends.asyncdiff.executors import SynchronousPlayer
-from backends.asyncdiff.schedule import Place
+from backends.asyncdiff.executors import SynchronousExecutor
+from backends.asyncdiff.schedule import RankRole
 from backends.asyncdiff.segments import choose_segments
 from backends.asyncdiff.trace import trace
 from backends.asyncdiff.units import UnitHooks
@@ -31,7 +31,7 @@ def benchmark_unet():
             operations[name] = counter.get_total_flops()
             return result
 
-        with hooks.played_by(count):
+        with hooks.run_with(count):
             call()
         yield layout, [float(1 + operations[unit.name]) for unit in layout.units], hooks, call
 
@@ -45,11 +45,11 @@ def test_a_turn_sends_at_most_a_third_of_what_broadcasting_all_outputs_would(ben
     segments = choose_segments(layout, operations, model_n)
     shares = [sum(operations[unit] for unit in segments.units(segment)) / sum(operations) for segment in range(model_n)]
     assert max(shares) < 1.25 / model_n, shares  # a cut that is no cut would send nothing
-    place = Place(num_segments=model_n, stride=stride, rank=0)
-    player = SynchronousPlayer(segments, place)
-    with hooks.played_by(player.play), torch.device("meta"), torch.no_grad():
+    place = RankRole(num_segments=model_n, stride=stride, rank=0)
+    executor = SynchronousExecutor(segments, place)
+    with hooks.run_with(executor.play), torch.device("meta"), torch.no_grad():
         call()
     num_ranks = model_n + stride - 1
     prediction = 2 * 4 * 64 * 64 * 4 * stride * (num_ranks - 1)
-    sent, broadcast = player.shapes.traffic(segments, place) + prediction, player.shapes.num_bytes() * (num_ranks - 1) + prediction
+    sent, broadcast = executor.shapes.traffic(segments, place) + prediction, executor.shapes.num_bytes() * (num_ranks - 1) + prediction
     assert 0 < prediction < sent <= broadcast / 3, f"{sent / 1e6:.1f} MB of {broadcast / 1e6:.1f} MB"

@@ -54,7 +54,7 @@ def traced(request):
     assert not [name for name, module in denoiser.named_modules() if attached(module)]
 
 
-def test_units_hold_every_weight_that_works_on_the_picture(traced):
+def test_units_hold_every_weight_that_works_on_the_image(traced):
     denoiser, _, hooks, layout, _ = traced
     in_units = [id(parameter) for unit in layout.units for parameter in hooks.modules[unit.name].parameters()]
     assert len(in_units) == len(set(in_units)), "a weight is in two units"

@@ -1,4 +1,4 @@
-"""What --backend=auto reckons with: ways to share a picture, their predicted cost, and the choice among them. No ranks, no torch."""
+"""What --backend=auto reckons with: ways to share an image, their predicted cost, and the choice among them. No ranks, no torch."""
 
 import json
 from dataclasses import replace
@@ -160,11 +160,11 @@ def test_only_what_may_be_the_quickest_is_tried_and_what_failed_is_not_tried_aga
     assert next_to_try(rows).name not in ("single", first.name)
 
 
-def test_synchronous_steps_count_in_the_time_of_a_picture():
+def test_synchronous_steps_count_in_the_time_of_a_image():
     row = named(table(ranks=2), "distrifuser patch 2 corrected_async_gn")
     estimate = row.estimate
-    assert row.picture_s == pytest.approx(4 * estimate.synchronous_s + 26 * estimate.step_s)
-    assert estimate.picture_s(2) == pytest.approx(2 * estimate.synchronous_s)
+    assert row.image_s == pytest.approx(4 * estimate.synchronous_s + 26 * estimate.step_s)
+    assert estimate.image_s(2) == pytest.approx(2 * estimate.synchronous_s)
 
 
 def test_table_explains_the_choice_and_every_refusal():
@@ -176,7 +176,7 @@ def test_table_explains_the_choice_and_every_refusal():
     assert any("its late blocks take in" in line for line in text)
     facts = [row.facts() for row in rows]
     assert json.loads(json.dumps(facts)) == facts
-    assert {"method", "ranks", "quality", "predicted_step_s", "measured_step_s", "picture_s", "memory_mb"} <= set(facts[0])
+    assert {"method", "ranks", "quality", "predicted_step_s", "measured_step_s", "image_s", "memory_mb"} <= set(facts[0])
 
 
 def test_what_was_measured_is_kept_as_json():

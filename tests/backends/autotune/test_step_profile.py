@@ -72,12 +72,12 @@ def test_simulation_gains_by_links_and_falls_back_where_they_are_slow():
     result = simulate(argparse.Namespace(ranks="4,16", link_gbps="1,25,900", json=True, **options))
     chosen = {(case["ranks"], case["link_gbps"]): case["best"][_ranks(case)] for case in result["cases"]}
     for ranks in (4, 16):
-        seconds = [chosen[ranks, gbps]["picture_s"] for gbps in (1, 25, 900)]
+        seconds = [chosen[ranks, gbps]["image_s"] for gbps in (1, 25, 900)]
         assert seconds == sorted(seconds, reverse=True) and seconds[0] > seconds[-1]
     assert _ranks(next(case for case in result["cases"] if (case["ranks"], case["link_gbps"]) == (16, 1))) < 16
     assert chosen[16, 900]["speedup"] > chosen[4, 900]["speedup"] > 3
     slow = simulate(argparse.Namespace(ranks="4", link_gbps="900", json=True, **{**options, "step_s": 1.0}))
-    assert slow["one_rank_step_s"] == 1.0 and slow["cases"][0]["best"][4]["picture_s"] > chosen[4, 900]["picture_s"]
+    assert slow["one_rank_step_s"] == 1.0 and slow["cases"][0]["best"][4]["image_s"] > chosen[4, 900]["image_s"]
 
 
 def _ranks(case):

@@ -11,10 +11,10 @@ from torch import Tensor
 from backends.distrifuser.backend import DistriFuserBackend
 from backends.distrifuser.plan import make_plan
 from backends.model_table import ModelTable, read_table
-from backends.parallel.base import Run
+from backends.parallel.base import RunInfo
 from backends.parallel.distributed import Mesh
 from backends.request import GenerateRequest
-from tests.checkpoints import checkpoint, inputs, load, picture
+from tests.checkpoints import checkpoint, inputs, load, sample_image
 
 PROMPTS = ("a photo of a cat", "two red squares under a tree")
 WIDE = 1e-7
@@ -58,13 +58,13 @@ def arguments(name: str, *, rows: int = 16, columns: int = 8, steps: int = 2, pr
     """A short generation whose result is latents (or frames' latents) of `rows` x `columns`; the upscaler's are square."""
     given = inputs(name, size=8 * rows, num_inference_steps=steps) | {"output_type": "latent"}
     if name == "sdup":
-        given["image"] = picture(rows)
+        given["image"] = sample_image(rows)
     else:
         given |= {"height": 8 * rows, "width": 8 * columns}
     if prompts > 1:
         several = {
             "prompt": list(PROMPTS[:prompts]),
-            "image": [picture(rows if name == "sdup" else 8 * rows, seed=s) for s in range(prompts)],
+            "image": [sample_image(rows if name == "sdup" else 8 * rows, seed=s) for s in range(prompts)],
         }
         given |= {key: value for key, value in several.items() if key in given}
     return given | changes
@@ -93,7 +93,7 @@ def generate(pipe: Any, backend: DistriFuserBackend | None, given: dict[str, Any
 
     pipe.scheduler.step = step
     try:
-        backend.begin(Run(request=request, height=given.get("height", 64), width=given.get("width", 64), num_inference_steps=steps))
+        backend.begin(RunInfo(request=request, height=given.get("height", 64), width=given.get("width", 64), num_inference_steps=steps))
         return _output(pipe(**given))
     finally:
         pipe.scheduler.step = original

@@ -1,4 +1,4 @@
-"""full_sync, the CFG split and tensor parallelism equal one rank: every model type, with and without guidance, even and uneven bands,
+"""full_sync, the CFG split and tensor parallelism equal one rank: every model type, with and without guidance, even and uneven patches,
 two sizes in a row, one and two prompts."""
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""Bands together with ControlNet, LoRA and torch.compile: the same as one rank with the same option."""
+"""Patches together with ControlNet, LoRA and torch.compile: the same as one rank with the same option."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, Stable
 
 from tests.backends.distrifuser.driving import PROMPTS, arguments, assert_same, attached, build, generate, load_wide
 from tests.backends.reference import from_rank_zero
-from tests.checkpoints import controlnet, load, lora, picture
+from tests.checkpoints import controlnet, load, lora, sample_image
 
 BANDS = {"sync_mode": "full_sync", "no_split_batch": True}
 WITH_CONTROLNET = {"sd1": StableDiffusionControlNetPipeline, "sdxl": StableDiffusionXLControlNetPipeline}
@@ -22,7 +22,7 @@ def load_controlled(name: str, rows: int) -> tuple[Any, dict[str, Any]]:
     controlled = WITH_CONTROLNET[name](**{**pipe.components, **unused}, controlnet=net).to(torch.float64)
     controlled.set_progress_bar_config(disable=True)
     given = arguments(name, rows=rows)
-    given["image"] = picture(64)
+    given["image"] = sample_image(64)
     return controlled, given
 
 
@@ -34,7 +34,7 @@ def check_controlnet(rank: int, world_size: int, names: tuple[str, ...], option_
             "guided": given,
             "unguided": given | {"guidance_scale": 1.0},
             "guess mode": given | {"guess_mode": True},
-            "two prompts": given | {"prompt": list(PROMPTS), "image": [picture(64, seed=seed) for seed in (0, 1)]},
+            "two prompts": given | {"prompt": list(PROMPTS), "image": [sample_image(64, seed=seed) for seed in (0, 1)]},
         }
         wanted = from_rank_zero(lambda: {label: generate(pipe, None, case) for label, case in cases.items()})  # noqa: B023
         assert float((wanted["guided"] - off).abs().max()) > 1e-2, "the ControlNet should have been visible"
@@ -46,7 +46,7 @@ def check_controlnet(rank: int, world_size: int, names: tuple[str, ...], option_
         assert_same(generate(pipe, None, given), wanted["guided"], f"{name} after detach")
 
 
-@pytest.mark.slow  # tests/backends/test_feature_matrix.py has both features under bands
+@pytest.mark.slow  # tests/backends/test_feature_matrix.py has both features under patches
 def test_controlnet_under_bands_and_split_batch_matches_one_rank(run_on_ranks):
     for name in WITH_CONTROLNET:
         controlnet(name)

@@ -8,7 +8,7 @@ from backends.distrifuser.cuts import cut_of
 from backends.distrifuser.plan import make_plan
 from backends.errors import PlanError, UnsupportedError
 from backends.model_table import read_table
-from backends.parallel.base import Run
+from backends.parallel.base import RunInfo
 from backends.request import GenerateRequest
 from tests.backends.distrifuser.driving import attached, build
 from tests.checkpoints import load
@@ -55,7 +55,7 @@ def test_exactness_follows_the_mode(options, exactness):
         ("sdxl", {"split_scheme": "diagonal"}, 2, r"split_scheme='diagonal' is not allowed. Allowed: row, col, alternate"),
         ("sdxl", {"warm_up_steps": -1}, 2, r"warm_up_steps=-1 is not allowed. Give a whole number from 0"),
         ("sdxl", {"patch_weights": "1,-2"}, 2, r"patch_weights='1,-2' is not allowed. Give one positive number per rank"),
-        ("sdxl", {"patch_weights": "1,2"}, 2, r"patch_weights has 2 numbers, but each picture is cut into 1 bands"),
+        ("sdxl", {"patch_weights": "1,2"}, 2, r"patch_weights has 2 numbers, but each image is cut into 1 patches"),
         ("sdxl", {"patch_weights": "1,2", "parallelism": "tensor"}, 4, r"patch_weights cannot be used with parallelism=tensor"),
         ("sdxl", {"patch_weights": "1,2", "sync_mode": "rotate"}, 4, r"patch_weights cannot be used with sync_mode=rotate"),
         ("flux", {"parallelism": "naive_patch", "split_scheme": "col"}, 2, r"split_scheme=col is not available for flux"),
@@ -80,38 +80,38 @@ def test_says_what_it_chose_and_what_has_no_effect(options, reason):
     assert any(text.startswith(reason) for text in make_plan(TABLE["sdxl"], options, 2).reasons)
 
 
-def run_of(height: int, width: int, *, order: int = 1, guidance: float = 5.0) -> Run:
-    return Run(request=GenerateRequest(guidance_scale=guidance), height=height, width=width, num_inference_steps=2, order=order)
+def run_of(height: int, width: int, *, order: int = 1, guidance: float = 5.0) -> RunInfo:
+    return RunInfo(request=GenerateRequest(guidance_scale=guidance), height=height, width=width, num_inference_steps=2, order=order)
 
 
 def check_refusals(rank: int, world_size: int) -> None:
-    bands = {"no_split_batch": True}
-    refused: list[tuple[str, dict[str, Any], Run, str]] = [
+    patches = {"no_split_batch": True}
+    refused: list[tuple[str, dict[str, Any], RunInfo, str]] = [
         (
             "sdxl",
-            bands,
+            patches,
             run_of(32, 512),
-            r"^4 latent rows cannot be cut into 2 bands: this model cuts at every 4, so at least 5",
+            r"^4 latent rows cannot be cut into 2 patches: this model cuts at every 4, so at least 5",
         ),
-        ("sdxl", {}, run_of(32, 512, guidance=1.0), "^4 latent rows cannot be cut into 2 bands"),
-        ("sdxl", bands | {"parallelism": "naive_patch", "split_scheme": "col"}, run_of(512, 32), "^4 latent columns cannot be cut"),
-        ("flux", {}, run_of(16, 16), "^1 tokens cannot be cut into 2 bands"),
-        ("sd3", bands, run_of(16, 16), "^1 tokens cannot be cut into 2 bands"),
-        ("sdup", bands, run_of(16, 64), "^4 latent rows cannot be cut into 2 bands"),
+        ("sdxl", {}, run_of(32, 512, guidance=1.0), "^4 latent rows cannot be cut into 2 patches"),
+        ("sdxl", patches | {"parallelism": "naive_patch", "split_scheme": "col"}, run_of(512, 32), "^4 latent columns cannot be cut"),
+        ("flux", {}, run_of(16, 16), "^1 tokens cannot be cut into 2 patches"),
+        ("sd3", patches, run_of(16, 16), "^1 tokens cannot be cut into 2 patches"),
+        ("sdup", patches, run_of(16, 64), "^4 latent rows cannot be cut into 2 patches"),
         (
             "sdxl",
-            bands | {"extrapolate": True},
+            patches | {"extrapolate": True},
             run_of(512, 512, order=2),
             "^extrapolate=true cannot follow a sampler that asks",
         ),
     ]
     allowed = [
-        ("sdxl", bands, run_of(40, 512)),
+        ("sdxl", patches, run_of(40, 512)),
         ("sdxl", {}, run_of(32, 512)),
         ("flux", {}, run_of(16, 32)),
-        ("sdup", bands, run_of(36, 64)),
-        ("sdxl", bands, run_of(512, 512, order=2)),
-        ("sdxl", bands | {"parallelism": "tensor"}, run_of(8, 8)),
+        ("sdup", patches, run_of(36, 64)),
+        ("sdxl", patches, run_of(512, 512, order=2)),
+        ("sdxl", patches | {"parallelism": "tensor"}, run_of(8, 8)),
     ]
     for name in ("sdxl", "flux", "sd3", "sdup"):
         pipe = load(name)
@@ -124,7 +124,7 @@ def check_refusals(rank: int, world_size: int) -> None:
         if name == "sdxl":
             pipe.unet.compile()
             compiled = r"sync_mode=corrected_async_gn is not available with torch\.compile"
-            with attached(pipe, name, rank, world_size, **bands) as backend, pytest.raises(UnsupportedError, match=compiled):
+            with attached(pipe, name, rank, world_size, **patches) as backend, pytest.raises(UnsupportedError, match=compiled):
                 backend.check(run_of(512, 512))
 
 
@@ -135,23 +135,23 @@ def test_a_run_that_cannot_be_cut_or_followed_is_refused_before_anything_is_sent
 
 def check_exactness(rank: int, world_size: int) -> None:
     pipe = load("sdxl")
-    bands = {"no_split_batch": True}
+    patches = {"no_split_batch": True}
     expected: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         ({}, {"guidance_scale": 5.0}, "exact"),
-        ({}, {"guidance_scale": 1.0}, "approximate"),  # no halves to split: bands over all ranks
+        ({}, {"guidance_scale": 1.0}, "approximate"),  # no halves to split: patches over all ranks
         ({}, {"guidance_scale": 1.0, "quality": "exact"}, "reordered"),
         ({"sync_mode": "full_sync"}, {"guidance_scale": 1.0}, "reordered"),
-        (bands, {}, "approximate"),
-        (bands, {"warmup_steps": 2}, "reordered"),
-        (bands | {"parallelism": "tensor"}, {}, "reordered"),
-        (bands | {"parallelism": "naive_patch"}, {"quality": "exact"}, "approximate"),
+        (patches, {}, "approximate"),
+        (patches, {"warmup_steps": 2}, "reordered"),
+        (patches | {"parallelism": "tensor"}, {}, "reordered"),
+        (patches | {"parallelism": "naive_patch"}, {"quality": "exact"}, "approximate"),
     ]
     for options, fields, exactness in expected:
-        run = Run(request=GenerateRequest(**fields), height=128, width=64, num_inference_steps=2)
+        run = RunInfo(request=GenerateRequest(**fields), height=128, width=64, num_inference_steps=2)
         with attached(pipe, "sdxl", rank, world_size, **({"warm_up_steps": 1} | options)) as backend:
             assert backend.exactness_of(run) == exactness, f"{options} {fields}"
-    with attached(pipe, "sdxl", rank, world_size, **bands) as backend:
-        backend.begin(Run(request=GenerateRequest(warmup_steps=1), height=128, width=64, num_inference_steps=3, order=2))
+    with attached(pipe, "sdxl", rank, world_size, **patches) as backend:
+        backend.begin(RunInfo(request=GenerateRequest(warmup_steps=1), height=128, width=64, num_inference_steps=3, order=2))
         for _ in range(5):
             backend.step_done()
         assert backend.report()["synchronous_steps"] == 2, "one step of a sampler of order 2 is two evaluations"

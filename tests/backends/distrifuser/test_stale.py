@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from backends.distrifuser.modes import SYNC_MODES
-from backends.parallel.base import Run
+from backends.parallel.base import RunInfo
 from backends.request import GenerateRequest
 from tests.backends.distrifuser.driving import arguments, assert_same, attached, build, generate, load_wide, table
 from tests.backends.distrifuser.simulation import Simulation
@@ -22,7 +22,7 @@ WIDE = {"dtype": torch.float64}
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """bounds: of the bands that the options are expected to give, in latent rows of a UNet or tokens of a transformer."""
+    """bounds: of the patches that the options are expected to give, in latent rows of a UNet or tokens of a transformer."""
 
     mode: str
     bounds: tuple[int, ...]
@@ -126,7 +126,7 @@ def check_simulation(rank: int, world_size: int, name: str, cases: tuple[Case, .
         with attached(pipe, name, rank, world_size, sync_mode=case.mode, **case.options) as backend:
             sizes = []
             for generation in range(2 if case.mode == "corrected_async_gn" else 1):  # the second one reuses the buffers of the first
-                backend.begin(Run(request=GenerateRequest(), height=128, width=64, num_inference_steps=NUM_STEPS))
+                backend.begin(RunInfo(request=GenerateRequest(), height=128, width=64, num_inference_steps=NUM_STEPS))
                 for step, sample in enumerate(inputs):
                     assert_same(call(sample, step), want[step], f"{name} {case} generation {generation} step {step}")
                     backend.step_done()

@@ -42,7 +42,7 @@ def requests_of(**shared: object) -> list[GenerateRequest]:
 
 
 def assert_rows_equal_each_alone(name: str, requests: list[GenerateRequest]) -> None:
-    """Sums run in another order: 1e-5 of the largest latent, and so one level of a picture at most."""
+    """Sums run in another order: 1e-5 of the largest latent, and so one level of an image at most."""
     pipeline = loaded(name)
     together = pipeline.generate_together(requests)
     alone = [pipeline.generate(request) for request in requests]
@@ -74,7 +74,7 @@ BRIEF = ("as it comes", "other size", "own noise in each step of a flow")
 @pytest.mark.parametrize(
     ("name", "cases"), [("sdxl", CASES), ("flux", BRIEF), *(pytest.param(name, CASES, marks=pytest.mark.slow) for name in OTHERS)]
 )
-def test_row_of_a_batch_equals_the_picture_alone(name: str, cases: Iterable[str]) -> None:
+def test_row_of_a_batch_equals_the_image_alone(name: str, cases: Iterable[str]) -> None:
     for fields in (CASES[label] for label in cases):
         if "scheduler" not in fields or fields["scheduler"].startswith("fm") is TABLE[name].flow_matching:
             assert_rows_equal_each_alone(name, requests_of(**fields))
@@ -162,13 +162,13 @@ def test_request_whose_scheduler_draws_for_the_batch_or_will_be_refused_goes_alo
         ("zimage", {}, "a row of a batch of Z-Image depends on the others"),
         ("sdxl", {"step_cache": StepCacheSpec(kind="deep", value=2)}, "--step_cache decides by all"),
         ("sdxl", {"compel": True}, "--compel weights one prompt at a time"),
-        ("sdxl", {"control_net": {"x": 1.0}}, "takes a picture with each job"),
+        ("sdxl", {"control_net": {"x": 1.0}}, "takes an image with each job"),
         ("sdxl", {"compile": CompileSettings(targets=("denoiser",))}, "would be compiled again"),
         ("sdxl", {"quantize": {"denoiser": QuantizationSpec(kind="bnb_int8")}}, "int8 looks for outliers in all of a batch"),
         ("sdxl", {"quantize": {"denoiser": QuantizationSpec(kind="int8")}, "lora": {"x": 1.0}, "offload": "model"}, ""),
     ],
 )
-def test_pipeline_makes_one_picture_at_a_time_where_rows_would_depend_on_each_other(name: str, fields: dict, reason: str) -> None:
+def test_pipeline_makes_one_image_at_a_time_where_rows_would_depend_on_each_other(name: str, fields: dict, reason: str) -> None:
     found = why_alone(TABLE[name], LoadRequest(model_type=name, checkpoint="", variant="fp32", **fields))
     assert reason in found and bool(reason) is bool(found)
 
@@ -187,7 +187,7 @@ def test_requests_that_do_not_fit_together_are_refused(fields: list[dict], reaso
         loaded("sdxl").generate_together(requests)
 
 
-def test_checkpoint_whose_own_scheduler_draws_for_the_batch_makes_its_pictures_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoint_whose_own_scheduler_draws_for_the_batch_makes_its_images_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = loaded("flux")
     pristine = build_scheduler(parse_scheduler({"stochastic_sampling": True}), pipeline._pristine_scheduler, flow=True)
     monkeypatch.setattr(pipeline, "_pristine_scheduler", pristine)

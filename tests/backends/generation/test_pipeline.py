@@ -30,7 +30,7 @@ def loaded(name: str) -> LoadedPipeline:
     return _LOADED[name]
 
 
-def picture(seed: int = 0, side: int = SIDE) -> Image.Image:
+def sample_image(seed: int = 0, side: int = SIDE) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (side, side, 3), dtype=np.uint8))
 
 
@@ -40,7 +40,7 @@ def request_for(name: str, **more: object) -> GenerateRequest:
     if "prompt" in spec.requires:
         fields |= {"prompt": "a photo of a cat", "negative_prompt": "a dog"}
     if "image" in spec.requires:
-        fields["image"] = picture(side=SIDE // spec.upscale)
+        fields["image"] = sample_image(side=SIDE // spec.upscale)
     if spec.output == "video":
         fields["num_frames"] = 3
     return GenerateRequest(**(fields | more))
@@ -64,7 +64,7 @@ def plain_call(name: str) -> np.ndarray:
     if "prompt" in spec.requires and spec.guidance == "cfg":
         arguments["negative_prompt"] = "a dog"
     if "image" in spec.requires:
-        arguments["image"] = picture(side=SIDE // spec.upscale)
+        arguments["image"] = sample_image(side=SIDE // spec.upscale)
     if spec.upscale == 1:
         arguments |= {"height": SIDE, "width": SIDE}
     if spec.output == "video":
@@ -86,7 +86,7 @@ def test_single_equals_a_plain_call_of_diffusers(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["sdxl", "flux", "sd3"])
-def test_returned_latents_decode_to_the_returned_picture_as_clients_decode(name: str) -> None:
+def test_returned_latents_decode_to_the_returned_image_as_clients_decode(name: str) -> None:
     result = loaded(name).generate(request_for(name))
     vae = load(name).vae
     with torch.no_grad():
@@ -96,7 +96,7 @@ def test_returned_latents_decode_to_the_returned_picture_as_clients_decode(name:
 
 
 @pytest.mark.parametrize("name", ["sd1", "flux"])
-def test_latents_at_strength_zero_come_back_with_the_same_picture(name: str) -> None:
+def test_latents_at_strength_zero_come_back_with_the_same_image(name: str) -> None:
     first = loaded(name).generate(request_for(name))
     again = loaded(name).generate(request_for(name, latents=first.latents, strength=0.0))
     assert np.array_equal(again.frames, first.frames)
@@ -147,7 +147,7 @@ def test_guidance_zero_is_guidance_off() -> None:
 
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
-def test_clip_skip_changes_the_picture_and_zero_is_absent(name: str) -> None:
+def test_clip_skip_changes_the_image_and_zero_is_absent(name: str) -> None:
     plain = loaded(name).generate(request_for(name))
     assert np.array_equal(loaded(name).generate(request_for(name, clip_skip=0)).frames, plain.frames)
     assert not np.array_equal(loaded(name).generate(request_for(name, clip_skip=1)).frames, plain.frames)
@@ -225,7 +225,7 @@ def test_half_precision_files_alone_are_found(tmp_path: Path) -> None:
     assert np.array_equal(pipeline.generate(request_for("sd1")).frames, loaded("sd1").generate(request_for("sd1")).frames)
 
 
-def test_a_replacement_vae_changes_the_picture_and_not_the_latents() -> None:
+def test_a_replacement_vae_changes_the_image_and_not_the_latents() -> None:
     other = checkpoint("sd1", seed=5)
     request = LoadRequest(
         model_type="sd1", checkpoint=str(checkpoint("sd1")), variant="fp32", vae=str(other / "vae"), height=SIDE, width=SIDE

@@ -6,7 +6,7 @@ import torch
 
 from backends.errors import CancelledError, RequestError
 from backends.generation.schedulers import SCHEDULERS, build_scheduler, parse_scheduler
-from backends.generation.step_driver import REPLACED, Start, StepDriver
+from backends.generation.step_driver import REPLACED, InitialLatents, StepDriver
 from backends.generation.step_window import Schedule
 from tests.backends import gaussian
 from tests.backends.generation.test_schedulers import CONFIGS, EPSILON_NAMES, FLOW_NAMES, STOCHASTIC, pipeline
@@ -22,7 +22,7 @@ def generate(model_type, schedule, *, scheduler=None, latents=None, noise=None, 
     pipe, pristine = pipeline(model_type)
     flow = model_type in FLOW_TYPES
     pipe.scheduler = build_scheduler(parse_scheduler(scheduler or SAMPLERS.get(model_type)), pristine, flow=flow)
-    start = None if latents is None else Start(latents=latents, noise=noise, is_scaled_by_pipeline=not flow)
+    start = None if latents is None else InitialLatents(latents=latents, noise=noise, is_scaled_by_pipeline=not flow)
     arguments = inputs(model_type, num_inference_steps=schedule.num_inference_steps) | {"output_type": "latent"} | arguments
     with StepDriver(pipe.scheduler, schedule, start=start, on_step=on_step, generator=arguments["generator"]) as driver:
         result = pipe(latents=driver.latents, **arguments)[0]
@@ -63,7 +63,9 @@ def test_two_halves_make_the_whole_on_every_type(model_type):
 def test_two_halves_make_the_whole_with_every_sampler(model_type, name):
     scheduler = scheduler_for(model_type, name)
     half = gaussian.sample(scheduler, 20, stop_step=10).latents
-    rest = gaussian.sample(scheduler, 20, first_step=10, start=Start(latents=half, is_scaled_by_pipeline=model_type == "sd1")).latents
+    rest = gaussian.sample(
+        scheduler, 20, first_step=10, start=InitialLatents(latents=half, is_scaled_by_pipeline=model_type == "sd1")
+    ).latents
     want = gaussian.sample(scheduler, 20).latents
     has_history = SCHEDULERS[name].class_name.startswith(("DPMSolver", "UniPC", "DEIS", "LMS", "PNDM", "IPNDM"))
     assert (rest - want).abs().max() < (0.06 if has_history else 1e-5)  # those start again at first order
@@ -99,7 +101,7 @@ def test_second_order_ends_after_a_whole_step():
 
 
 def test_pndm_begins_part_way_with_its_corrected_step():
-    run = gaussian.sample(scheduler_for("sd1", "pndm"), 10, first_step=4, stop_step=8, start=Start(latents=gaussian.noise()))
+    run = gaussian.sample(scheduler_for("sd1", "pndm"), 10, first_step=4, stop_step=8, start=InitialLatents(latents=gaussian.noise()))
     assert run.timesteps == [501, 401, 401, 301, 201]
 
 
@@ -122,7 +124,7 @@ def test_noised_start_is_at_the_level_of_its_step(model_type, name):
     is_flow = model_type in FLOW_TYPES
     scheduler = scheduler_for(model_type, name)
     clean, noise = torch.full(gaussian.SHAPE, 0.8), torch.randn(gaussian.SHAPE, generator=torch.Generator().manual_seed(5))
-    start = Start(latents=clean, noise=noise, is_scaled_by_pipeline=not is_flow)
+    start = InitialLatents(latents=clean, noise=noise, is_scaled_by_pipeline=not is_flow)
     run = gaussian.sample(scheduler, 30, strength=0.5, start=start)
     want = gaussian.exact(clean, noise, run.sigmas[0], is_flow=is_flow)
     assert (run.latents - want).abs().mean() < 0.04
@@ -187,7 +189,7 @@ def test_sigmas_may_end_above_zero_and_go_on_later(model_type, name):
     assert run.sigmas == pytest.approx(levels[:-1], rel=2e-3)
     signal = 1 - levels[-1] if model_type == "sd3" else 1.0
     assert float(run.latents.std()) == pytest.approx((signal**2 * gaussian.STD**2 + levels[-1] ** 2) ** 0.5, rel=0.1)
-    start = Start(latents=run.latents, is_scaled_by_pipeline=model_type == "sd1")
+    start = InitialLatents(latents=run.latents, is_scaled_by_pipeline=model_type == "sd1")
     rest = gaussian.sample(scheduler_for(model_type, name), sigmas=[levels[-1], levels[-1] / 2, 0], start=start)
     assert abs(rest.latents.mean() - gaussian.MEAN) < 0.1
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from backends.errors import ConfigError, RequestError, UnsupportedError
 from backends.request import GenerateResult
 from tests.backends.features import TABLE, loaded, request_for
-from tests.checkpoints import IP_ADAPTER_FILE, controlnet, ip_adapter, lora, motion_lora, picture
+from tests.checkpoints import IP_ADAPTER_FILE, controlnet, ip_adapter, lora, motion_lora, sample_image
 
 SMALL = {"height": 64, "width": 64}
 
@@ -135,13 +135,13 @@ def test_fused_loras_draw_the_same_and_leave_plain_layers() -> None:
     assert difference(draw(pipe), want) <= 1
 
 
-def test_control_pictures_scales_and_windows_are_the_requests() -> None:
+def test_control_images_scales_and_windows_are_the_requests() -> None:
     net, other = str(controlnet("hy")), str(controlnet("hy", seed=1))
     plain = draw(loaded(TABLE["hy"]))
     pipe = loaded(TABLE["hy"], control_net={net: 1.0})
-    hint = {"control_image": picture(40)}
+    hint = {"control_image": sample_image(40)}
     assert difference(draw(pipe, **hint), plain) > 5
-    assert difference(draw(pipe, **hint), draw(pipe, control_image=picture(40, seed=1))) > 5
+    assert difference(draw(pipe, **hint), draw(pipe, control_image=sample_image(40, seed=1))) > 5
     assert difference(draw(pipe, **hint, controlnet_conditioning_scale=0.0), plain) == 0
     two = loaded(TABLE["hy"], control_net={net: 1.0, other: 0.5})
     assert difference(draw(two, **hint), draw(pipe, **hint)) > 5
@@ -150,7 +150,7 @@ def test_control_pictures_scales_and_windows_are_the_requests() -> None:
 
 def test_a_control_window_leaves_the_other_steps_alone() -> None:
     pipe = loaded(TABLE["sd1"], control_net={str(controlnet("sd1")): 1.0})
-    asked = {"control_image": picture(40), "num_inference_steps": 4}
+    asked = {"control_image": sample_image(40), "num_inference_steps": 4}
     whole, half = draw(pipe, **asked), draw(pipe, **asked, control_guidance_end=0.5)
     assert difference(whole, half) > 2
     assert difference(draw(pipe, **asked, controlnet_conditioning_scale=0.0), half) > 2
@@ -160,10 +160,10 @@ def test_a_control_window_leaves_the_other_steps_alone() -> None:
     ("fields", "kind", "message"),
     [
         ({}, RequestError, "control_image is missing, but a ControlNet is loaded"),
-        ({"control_image": [picture(8)] * 3}, RequestError, "3 control images were sent for 1 ControlNets"),
-        ({"control_image": picture(8), "controlnet_conditioning_scale": [1.0, 2.0]}, RequestError, "2 scales were sent for 1"),
-        ({"control_image": picture(8), "control_guidance_end": 0.5}, UnsupportedError, "control_guidance_end is not available"),
-        ({"control_image": picture(8), "control_guidance_start": 1.0}, UnsupportedError, "control_guidance_start is not available"),
+        ({"control_image": [sample_image(8)] * 3}, RequestError, "3 control images were sent for 1 ControlNets"),
+        ({"control_image": sample_image(8), "controlnet_conditioning_scale": [1.0, 2.0]}, RequestError, "2 scales were sent for 1"),
+        ({"control_image": sample_image(8), "control_guidance_end": 0.5}, UnsupportedError, "control_guidance_end is not available"),
+        ({"control_image": sample_image(8), "control_guidance_start": 1.0}, UnsupportedError, "control_guidance_start is not available"),
     ],
 )
 def test_refuses_requests_that_do_not_fit_the_controlnet(
@@ -181,18 +181,18 @@ def controlled():
 def test_a_control_window_must_begin_before_it_ends() -> None:
     pipe = loaded(TABLE["sd1"], control_net={str(controlnet("sd1")): 1.0})
     with pytest.raises(RequestError, match=r"control_guidance_start=0\.8 is not before control_guidance_end=0\.2"):
-        draw(pipe, control_image=picture(8), control_guidance_start=0.8, control_guidance_end=0.2)
+        draw(pipe, control_image=sample_image(8), control_guidance_start=0.8, control_guidance_end=0.2)
 
 
-def test_ip_adapter_follows_its_pictures_and_the_requests_scale(tmp_path: Path) -> None:
+def test_ip_adapter_follows_its_images_and_the_requests_scale(tmp_path: Path) -> None:
     file = ip_adapter("sd1") / IP_ADAPTER_FILE
     plain, pipe = draw(loaded(TABLE["sd1"])), loaded(TABLE["sd1"], ip_adapter={str(file): 0.7})
-    asked = {"ip_adapter_image": picture(40)}
+    asked = {"ip_adapter_image": sample_image(40)}
     image = draw(pipe, **asked)
     assert difference(image, plain) > 5
     assert difference(image, draw(pipe, **asked, ip_adapter_scale=0.2)) > 5
     assert difference(draw(pipe, **asked, ip_adapter_scale=0.0), plain) <= 1
-    assert difference(draw(pipe, ip_adapter_image=[picture(40), picture(40, seed=1)]), image) > 5
+    assert difference(draw(pipe, ip_adapter_image=[sample_image(40), sample_image(40, seed=1)]), image) > 5
     assert difference(draw(pipe, **asked), image) == 0
     with pytest.raises(RequestError, match="ip_image is missing, but an IP-Adapter is loaded"):
         draw(pipe)
@@ -216,7 +216,7 @@ def test_two_ip_adapters_act_together(tmp_path: Path) -> None:
     folder = tmp_path / "models"
     shutil.copytree(file.parent, folder)
     pipe = loaded(TABLE["flux"], ip_adapter={str(file): 0.7, str(folder / file.name): 0.7})
-    asked = {"ip_adapter_image": picture(40)}
+    asked = {"ip_adapter_image": sample_image(40)}
     one = draw(loaded(TABLE["flux"], ip_adapter={str(file): 0.7}), **asked)
     assert difference(draw(pipe, **asked), one) > 5
 
@@ -232,7 +232,7 @@ def test_a_file_that_is_no_ip_adapter_or_one_of_another_type_is_refused() -> Non
         loaded(TABLE["sdxl"], ip_adapter={str(ip_adapter("sd1") / IP_ADAPTER_FILE): 1.0})
 
 
-def test_sd3_takes_one_picture_only() -> None:
+def test_sd3_takes_one_image_only() -> None:
     pipe = loaded(TABLE["sd3"], ip_adapter={str(ip_adapter("sd3") / IP_ADAPTER_FILE): 1.0})
-    with pytest.raises(UnsupportedError, match=r"2 pictures as ip_image are too many for Stable Diffusion 3 and 3\.5\. Send 1"):
-        draw(pipe, ip_adapter_image=[picture(8), picture(8)])
+    with pytest.raises(UnsupportedError, match=r"2 images as ip_image are too many for Stable Diffusion 3 and 3\.5\. Send 1"):
+        draw(pipe, ip_adapter_image=[sample_image(8), sample_image(8)])

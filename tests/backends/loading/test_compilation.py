@@ -1,4 +1,4 @@
-"""torch.compile: equal pictures, one graph per size, the right parts, and LoRA made part of the weights first."""
+"""torch.compile: equal images, one graph per size, the right parts, and LoRA made part of the weights first."""
 
 import shutil
 

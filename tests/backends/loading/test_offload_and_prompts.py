@@ -11,7 +11,7 @@ from backends.errors import ConfigError, UnsupportedError
 from backends.loading.offload import offload
 from tests.backends.features import CPU, TABLE, loaded, request_for
 from tests.backends.loading.test_adapters import difference, draw
-from tests.checkpoints import checkpoint, controlnet, gguf, lora, motion_adapter, picture
+from tests.checkpoints import checkpoint, controlnet, gguf, lora, motion_adapter, sample_image
 
 
 @pytest.mark.parametrize("kind", ["model", "sequential", "group"])
@@ -29,7 +29,7 @@ def test_offloaded_pipelines_draw_the_same_again_and_again(kind):
     offload(pipe.pipe, TABLE["pixa"], kind, device=CPU)
     before = pipe.pipe.transformer.forward
     assert difference(draw(pipe), want) == 0
-    assert pipe.pipe.transformer.forward == before  # what a backend attaches around it is not lost after the first picture
+    assert pipe.pipe.transformer.forward == before  # what a backend attaches around it is not lost after the first image
     assert difference(draw(pipe), want) == 0
 
 
@@ -126,7 +126,7 @@ def test_a_controlnet_in_one_file_needs_its_configuration(tmp_path):
     with pytest.raises(ConfigError, match=r"is a file, so its configuration is needed too. Give --control_net_config=CONFIG.JSON"):
         loaded(TABLE["hy"], control_net={file: 1.0})
     pipe = loaded(TABLE["hy"], control_net={file: 1.0}, control_net_config=str(folder / "config.json"))
-    asked = {"control_image": picture(40)}
+    asked = {"control_image": sample_image(40)}
     assert difference(draw(pipe, **asked), draw(loaded(TABLE["hy"], control_net={str(folder): 1.0}), **asked)) == 0
 
 

@@ -13,7 +13,7 @@ from backends.loading.quantization import weight_bytes
 from backends.quantization_spec import EVERYWHERE, QuantizationSpec, parse_quantization
 from tests.backends.features import TABLE, loaded
 from tests.backends.loading.test_adapters import difference, draw
-from tests.checkpoints import controlnet, lora, picture
+from tests.checkpoints import controlnet, lora, sample_image
 
 LARGEST_ERROR = {"float8": 0.07, "int8": 0.006, "int4": 0.08, "int2": 0.4}
 """Of a weight, as a share of the row's (or group's) range: half a step, for float8 half a step at 3 bits of mantissa."""
@@ -51,7 +51,7 @@ def quantized(name, **groups):
 
 
 @pytest.mark.parametrize("kind", [*EVERYWHERE, "bnb,int8", "bnb,int4,fp32,int8,nf4"])
-def test_each_kind_changes_the_picture_and_reports_what_it_saved(kind, caplog):
+def test_each_kind_changes_the_image_and_reports_what_it_saved(kind, caplog):
     plain = loaded(TABLE["pixa"])
     with caplog.at_level(logging.INFO):
         pipe = loaded(TABLE["pixa"], **quantized("pixa", denoiser=kind, encoders=kind))
@@ -73,7 +73,7 @@ def draw_request(pipe):
 def test_groups_name_the_components_they_quantise():
     pipe = loaded(TABLE["sd1"], control_net={str(controlnet("sd1")): 1.0}, **quantized("sd1", misc="int8", vae="int8"))
     assert set(pipe._bytes_saved) == {"controlnet", "vae"}
-    draw(pipe, control_image=picture(40))
+    draw(pipe, control_image=sample_image(40))
     video = loaded(TABLE["ad"], **quantized("ad", misc="int8"))
     assert set(video._bytes_saved) == {"motion_modules"}
     packed = [name for name, layer in video.pipe.unet.named_modules() if is_packed(layer)]

@@ -1,4 +1,4 @@
-"""Step caches: how much is left out, that the next picture knows nothing of it, and that ranks come to the same decisions."""
+"""Step caches: how much is left out, that the next image knows nothing of it, and that ranks come to the same decisions."""
 
 import pytest
 import torch
@@ -58,7 +58,7 @@ def test_skipped_steps_run_the_outermost_level_of_a_unet_only():
 
 
 @pytest.mark.parametrize(("name", "text"), [("sd3", "first_block,0.6"), ("sd3", "taylor,2"), ("sd1", "deep,2")])
-def test_picture_stays_close_and_the_next_one_is_not_changed_by_it(name, text):
+def test_image_stays_close_and_the_next_one_is_not_changed_by_it(name, text):
     """Bounds as measured, with a margin of two: random weights change much from step to step, so this is a hard case."""
     plain, pipe = loaded(TABLE[name]), cached(name, text)
     want, other = result(plain, asked(name)), result(plain, asked(name, prompt="a red car", seed=9))

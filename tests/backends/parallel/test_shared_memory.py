@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from backends.parallel import shared_memory as module
-from backends.parallel.distributed import Mesh, Traffic
+from backends.parallel.distributed import CommStats, Mesh
 from backends.parallel.shared_memory import TURNS, SharedFile, shared_memory
 from backends.plan import ParallelPlan
 from backends.xdit import exchange
@@ -34,7 +34,7 @@ def traded(way, rank, world_size, axis, number, shapes, count, dtype=torch.float
     """This rank's side of a trade in which rank i sends rank j a tensor of shapes[i][j]. Returns what it got by `way`."""
     outgoing = [tensors(rank, to, number, shapes[rank][to] if to != rank else (1, 1), count, dtype) for to in range(world_size)]
     wanted = [shapes[of][rank] if of != rank else (1, 1) for of in range(world_size)]
-    got = way(outgoing, wanted, axis=axis, traffic=traffic or Traffic())
+    got = way(outgoing, wanted, axis=axis, traffic=traffic or CommStats())
     assert got[rank][0].data_ptr() == outgoing[rank][0].data_ptr()  # our own are not copied
     return got
 
@@ -56,7 +56,7 @@ def check_trades(rank, world_size, num_trades):
     for dtype in DTYPES:  # uneven sizes, some of them zero, by both ways
         shapes, count = any_shapes(chance, world_size, 5), 3
         shapes[0][1] = shapes[1][0] = (0, 7)
-        shared, sent = Traffic(), Traffic()
+        shared, sent = CommStats(), CommStats()
         got = traded(exchange._trade, rank, world_size, axis, 0, shapes, count, dtype, shared)
         want = traded(exchange._trade_by_messages, rank, world_size, axis, 0, shapes, count, dtype, sent)
         for mine, theirs in zip(got, want, strict=True):
@@ -147,7 +147,7 @@ def check_falls_back(rank, world_size):
     if rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
     for number in (1, 2):
-        traffic = Traffic()
+        traffic = CommStats()
         assert_got(traded(exchange._trade, rank, world_size, axis, number, large, 1, traffic=traffic), rank, number, large, 1)
         assert (traffic.messages, traffic.sent_bytes) == (1, 800_000)
     assert shared_memory(axis) is None

@@ -1,4 +1,4 @@
-"""The band decode equals the single decode: image and video VAEs, even and uneven bands, tiles, several sizes."""
+"""The patch decode equals the single decode: image and video VAEs, even and uneven patches, tiles, several sizes."""
 
 import logging
 from dataclasses import replace
@@ -13,12 +13,12 @@ from backends.generation.pipeline import LoadedPipeline, load_pipeline
 from backends.model_table import read_table
 from backends.parallel import hooks
 from backends.parallel.distributed import Mesh
-from backends.parallel.vae import attach_band_decode, detach_band_decode, shares_decode
+from backends.parallel.vae import attach_patch_decode, detach_patch_decode, splits_decode
 from backends.plan import ParallelPlan
 from backends.request import GenerateRequest, GenerateResult, LoadRequest
 from hosts.launch.command_line import parse_command_line
 from hosts.launch.start_plan import plan_start
-from tests.checkpoints import checkpoint, load, picture
+from tests.checkpoints import checkpoint, load, sample_image
 
 
 def decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
@@ -38,9 +38,9 @@ def check_decodes(rank: int, world_size: int) -> None:
         for rows, columns in ((8 * world_size, 8), (8 * world_size + 1, 6)):
             latents = torch.randn(2, channels, rows, columns)
             want = decode(vae, latents)
-            attach_band_decode(vae, mesh)
+            attach_patch_decode(vae, mesh)
             got = decode(vae, latents)
-            detach_band_decode(vae)
+            detach_patch_decode(vae)
             assert mesh.traffic.messages > 0
             torch.testing.assert_close(got, want, rtol=0, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
             mesh.traffic.reset()
@@ -62,14 +62,14 @@ def check_tiles_and_axes(rank: int, world_size: int) -> None:
     vae.tile_latent_min_size, vae.tile_sample_min_size = 16, 128
     latents = torch.randn(1, 4, 20, 20)
     want = decode(vae, latents)
-    attach_band_decode(vae, mesh)
+    attach_patch_decode(vae, mesh)
     torch.testing.assert_close(decode(vae, latents), want, rtol=0, atol=2e-5)
     assert mesh.traffic.messages > 0
     few_rows = torch.randn(1, 4, 15, 8)
     mesh.traffic.reset()
     decode(vae, few_rows)  # not worth sharing: whole on every rank
     assert mesh.traffic.messages == 0
-    detach_band_decode(vae)
+    detach_patch_decode(vae)
     assert not any(hooks.attached(module) for module in vae.modules())
     mesh.destroy()
 
@@ -88,11 +88,11 @@ CASES = {
 
 
 def drawn(pipeline: LoadedPipeline, name: str, backend_name: str, options: dict[str, Any], rank: int) -> tuple[GenerateResult, bool]:
-    """A picture under this backend, every step synchronous; and whether the ranks shared the decode."""
+    """An image under this backend, every step synchronous; and whether the ranks shared the decode."""
     plan = planner(backend_name)(pipeline.spec, options, 2)
     mesh = Mesh(plan, rank=rank, device=torch.device("cpu"))
     pipeline.attach(backend_class(backend_name)(spec=pipeline.spec, plan=plan, mesh=mesh))
-    is_shared = shares_decode(pipeline.pipe.vae)
+    is_shared = splits_decode(pipeline.pipe.vae)
     result = pipeline.generate(request_for(name))
     pipeline.detach()
     mesh.destroy()
@@ -100,7 +100,7 @@ def drawn(pipeline: LoadedPipeline, name: str, backend_name: str, options: dict[
 
 
 def request_for(name: str) -> GenerateRequest:
-    fields = {"image": picture(16 if name == "sdup" else 128)} if name in ("sdup", "svd") else {}
+    fields = {"image": sample_image(16 if name == "sdup" else 128)} if name in ("sdup", "svd") else {}
     fields |= {"prompt": "a cat"} if name != "svd" else {"num_frames": 2}
     return GenerateRequest(seed=1, num_inference_steps=2, warmup_steps=2, height=128, width=64, **fields)
 
@@ -114,12 +114,12 @@ def check_backends(rank: int, world_size: int, name: str) -> None:
         shared, was_shared = drawn(pipeline, name, backend_name, options, rank)
         pipeline.load = replace(pipeline.load, parallel_vae=False)
         alone, was_shared_too = drawn(pipeline, name, backend_name, options, rank)
-        assert was_shared and not was_shared_too and not shares_decode(pipeline.pipe.vae)
+        assert was_shared and not was_shared_too and not splits_decode(pipeline.pipe.vae)
         assert shared.report["messages"] > alone.report["messages"], f"{name}: the decode was not shared"
         assert shared.exactness != "exact", f"{name}: sums in another order are not the same arithmetic"
         for result in (shared, alone):
             assert abs(result.frames.astype(int) - want).max() <= 1, f"{name} on {backend_name}: more than rounding"
-        assert want.std() > 5, f"{name}: the picture is flat, so this proves nothing"
+        assert want.std() > 5, f"{name}: the image is flat, so this proves nothing"
 
 
 @pytest.mark.parametrize("name", ["sdxl", "sd3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sdup", "svd"))])
@@ -147,9 +147,9 @@ def check_other_class(rank: int, world_size: int) -> None:
     handler = logging.Handler()
     handler.emit = lambda record: records.append(record.getMessage())
     logging.getLogger("backends.parallel.vae").addHandler(handler)
-    attach_band_decode(vae, mesh)
-    assert any("a AutoencoderTiny cannot be cut into bands" in message for message in records)
-    assert not shares_decode(vae)
+    attach_patch_decode(vae, mesh)
+    assert any("a AutoencoderTiny cannot be cut into patches" in message for message in records)
+    assert not splits_decode(vae)
     mesh.destroy()
 
 
@@ -159,5 +159,5 @@ def test_vae_of_another_class_is_decoded_whole_and_the_log_says_so(run_on_ranks)
 
 def test_one_rank_decodes_without_any_hook():
     vae = load("sdxl").vae
-    attach_band_decode(vae, mesh_of(0, ("patch", 1)))
+    attach_patch_decode(vae, mesh_of(0, ("patch", 1)))
     assert hooks.attached(vae.decoder) == []

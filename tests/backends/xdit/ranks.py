@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from backends.model_table import read_table
-from backends.parallel.base import Run
+from backends.parallel.base import RunInfo
 from backends.parallel.distributed import Mesh
 from backends.request import GenerateRequest
 from backends.xdit.backend import XDiTBackend
@@ -69,8 +69,8 @@ def generated(
         backend.end()
 
 
-def run_of(*, size: int = 64, steps: int = 3, **fields: Any) -> Run:
-    return Run(request=GenerateRequest(prompt="a cat", **fields), height=size, width=size, num_inference_steps=steps)
+def run_of(*, size: int = 64, steps: int = 3, **fields: Any) -> RunInfo:
+    return RunInfo(request=GenerateRequest(prompt="a cat", **fields), height=size, width=size, num_inference_steps=steps)
 
 
 def assert_close(got: Tensor, want: Tensor, what: object = "", *, relative: float = RELATIVE) -> None:

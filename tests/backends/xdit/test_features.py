@@ -1,4 +1,4 @@
-"""Adapters, quantised weights, compiled parts and starts from a picture under every method of xdit equal one device."""
+"""Adapters, quantised weights, compiled parts and starts from an image under every method of xdit equal one device."""
 
 import pytest
 import torch._dynamo

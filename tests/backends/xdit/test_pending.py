@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from backends.parallel.distributed import Axis, all_gather
-from backends.xdit.pending import Arriving, Grid, Piece
+from backends.xdit.pending import Deferred, PatchGrid, PendingTensor
 
 SPANS = ((0, 5), (5, 11), (11, 24))
 MAP, TOKENS = (4, 6, 8, 12), (4, 24, 6)  # 4 x 6 tokens of 2 x 2 pixels: patches begin and end within rows
@@ -17,9 +17,9 @@ class Source:
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.whole = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        self.grid = Grid.of(self.whole, SPANS, 2)
+        self.grid = PatchGrid.of(self.whole, SPANS, 2)
         self.asked: list[int] = []
-        self.arriving = Arriving([Piece(self._piece(patch)) for patch in range(3)], self.grid, self.whole, self.whole.device)
+        self.arriving = PendingTensor([Deferred(self._piece(patch)) for patch in range(3)], self.grid, self.whole, self.whole.device)
 
     def _piece(self, patch):
         def take() -> Tensor:
@@ -52,7 +52,7 @@ def test_arithmetic_waits_for_no_patch_and_gives_what_torch_gives(source):
     sample = sample_for(source.whole)
     got = guided_step(source.arriving, sample)
     want = guided_step(source.whole, sample)
-    assert isinstance(got, Arriving) and (got.shape, got.dtype, source.asked) == (want.shape, want.dtype, [])
+    assert isinstance(got, PendingTensor) and (got.shape, got.dtype, source.asked) == (want.shape, want.dtype, [])
     sample.zero_()  # what it was counts
     got.fill(1)
     assert source.asked == [1] and got.buffer.count_nonzero() == source.grid.take(want, 1).count_nonzero() > 0
@@ -97,12 +97,12 @@ def test_gathering_it_gives_both_halves_and_waits_for_none(source):
     other = Source(source.whole.shape)
     source.arriving.gathered = torch.cat([source.arriving, other.arriving])
     got = all_gather(source.arriving, dim=0, axis=Axis(name="cfg", ranks=(0, 1), rank=0, group=None))
-    assert isinstance(got, Arriving) and source.asked == other.asked == []
+    assert isinstance(got, PendingTensor) and source.asked == other.asked == []
     assert torch.equal(got.whole(), torch.cat([source.whole, other.whole]))
     assert all_gather(source.arriving, dim=0, axis=Axis(name="data", ranks=(0,), rank=0, group=None)) is source.arriving
 
 
-def test_a_picture_of_other_tokens_has_no_patches():
-    assert Grid.of(torch.zeros(1, 4, 8, 10), SPANS, 2) is None
-    assert Grid.of(torch.zeros(1, 23, 6), SPANS, 1) is None
-    assert Grid.of(torch.zeros(1, 4, 1, 8, 12), SPANS, 2) is None
+def test_a_image_of_other_tokens_has_no_patches():
+    assert PatchGrid.of(torch.zeros(1, 4, 8, 10), SPANS, 2) is None
+    assert PatchGrid.of(torch.zeros(1, 23, 6), SPANS, 1) is None
+    assert PatchGrid.of(torch.zeros(1, 4, 1, 8, 12), SPANS, 2) is None

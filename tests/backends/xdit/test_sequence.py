@@ -81,7 +81,7 @@ def test_three_ranks_match_single_with_four_heads(run_on_ranks):
 
 
 def check_data_parallelism(rank, world_size, sets):
-    """Two prompts and two pictures of each, every one with a seed of its own, in the order in which they were asked for."""
+    """Two prompts and two images of each, every one with a seed of its own, in the order in which they were asked for."""
     pipe = load("sd3")
 
     def arguments():
@@ -97,7 +97,7 @@ def check_data_parallelism(rank, world_size, sets):
             assert backend.mesh.traffic.sent_bytes > 0
 
 
-def test_pictures_of_several_prompts_are_spread_and_gathered_in_order(run_on_ranks):
+def test_images_of_several_prompts_are_spread_and_gathered_in_order(run_on_ranks):
     checkpoint("sd3")
     run_on_ranks(check_data_parallelism, 2, [{"data_parallel_degree": 2}])
 

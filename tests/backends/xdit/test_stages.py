@@ -84,7 +84,7 @@ def test_the_first_stage_begins_a_step_with_the_patches_that_are_there(run_on_ra
 
 
 def check_ranks_apart(rank, world_size):
-    """Both halves of guidance: rank 0 alone looks at each step's latents, as for previews; and a picture without guidance, unsplit."""
+    """Both halves of guidance: rank 0 alone looks at each step's latents, as for previews; and an image without guidance, unsplit."""
 
     def look(pipe, step, timestep, kwargs):
         if rank == 0:
@@ -140,7 +140,7 @@ class StopHereError(Exception):
 
 
 def check_interruptions(rank, world_size, name, options):
-    """A cancelled job, and a failure inside a pass on one rank, are followed by a right picture."""
+    """A cancelled job, and a failure inside a pass on one rank, are followed by a right image."""
     pipe = load(name)
     is_stale = "pipefusion_parallel_degree" in options
     want = from_rank_zero(lambda: simulated(name, {}, 64) if is_stale else latents_of(pipe, name, steps=STEPS))
@@ -197,7 +197,7 @@ def check_interruptions(rank, world_size, name, options):
     ],
     ids=["ulysses", "pipefusion", "cfg and pipefusion", "cfg", "ring", "data", "tensor"],
 )
-def test_next_picture_is_right_after_cancelling_and_after_a_failure(run_on_ranks, world_size, name, options):
+def test_next_image_is_right_after_cancelling_and_after_a_failure(run_on_ranks, world_size, name, options):
     run_on_ranks(check_interruptions, world_size, name, options)
 
 

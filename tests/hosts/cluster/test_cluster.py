@@ -26,18 +26,21 @@ def cluster():
         yield cluster
 
 
-def picture(data):
+def sample_image(data):
     return np.asarray(Image.open(io.BytesIO(data)))
 
 
-def test_jobs_are_shared_out_evenly_and_their_pictures_are_the_replicas_own(cluster: Cluster):
+def test_jobs_are_shared_out_evenly_and_their_images_are_the_replicas_own(cluster: Cluster):
     before = {replica["name"]: replica["done"] for replica in cluster.replicas()}
     jobs = [cluster.client.submit(prompt="a red car", seed=seed % 2, num_inference_steps=2) for seed in range(8)]
     assert {job.wait().state for job in jobs} == {"done"}
     done = {replica["name"]: replica["done"] - before[replica["name"]] for replica in cluster.replicas()}
     assert sum(done.values()) == 8 and min(done.values()) >= 3, done
-    pictures = [picture(job.result()) for job in jobs]
-    assert all((drawn == pictures[index % 2]).all() for index, drawn in enumerate(pictures)) and (pictures[0] != pictures[1]).any()
+    sample_images = [sample_image(job.result()) for job in jobs]
+    assert (
+        all((drawn == sample_images[index % 2]).all() for index, drawn in enumerate(sample_images))
+        and (sample_images[0] != sample_images[1]).any()
+    )
     assert jobs[0].state.settings["prompt"] == "a red car" and jobs[0].state.steps == 2
 
 
@@ -92,7 +95,7 @@ def test_a_replica_that_is_killed_in_the_middle_loses_no_job(cluster: Cluster):
     waiting.join(timeout=60)
     assert answers[0].status_code == 200
     again = cluster.client.job(jobs[0].id)
-    assert again.state.state == "done" and (picture(again.result()) == picture(jobs[0].result())).all()
+    assert again.state.state == "done" and (sample_image(again.result()) == sample_image(jobs[0].result())).all()
     assert victim["name"] not in [replica["name"] for replica in cluster.replicas()]
     assert cluster.describe()["lost"] == 1 and len(cluster.replicas()) == 2, "another one takes its place"
 

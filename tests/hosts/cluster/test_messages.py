@@ -17,12 +17,12 @@ from hosts.jobs.serialization import fingerprint
 from hosts.jobs.trace import chrome_trace
 
 RANDOM = np.random.default_rng(0)
-PICTURE = Image.fromarray(RANDOM.integers(0, 256, (24, 16, 3), dtype=np.uint8), mode="RGB")
+IMAGE = Image.fromarray(RANDOM.integers(0, 256, (24, 16, 3), dtype=np.uint8), mode="RGB")
 SPEC = next(spec for spec in read_table().values() if spec.returns_latents and "image" not in spec.requires)
 REQUESTS = {
     "plain": {"prompt": "a cat", "negative_prompt": "a dog", "seed": 7, "height": 64, "width": 72, "guidance_scale": 3.5, "strength": 0.4},
     "numbers": {"sigmas": [1.5, 0.5, 0.0], "timesteps": [999, 500], "scheduler": {"scheduler": "euler"}, "quality": "exact"},
-    "pictures": {"init_image": PICTURE, "mask_image": PICTURE, "control_image": [PICTURE, PICTURE], "ip_adapter_image": PICTURE},
+    "images": {"init_image": IMAGE, "mask_image": IMAGE, "control_image": [IMAGE, IMAGE], "ip_adapter_image": IMAGE},
     "arrays": {
         "latents": RANDOM.normal(size=(1, 4, 8, 8)).astype(np.float32),
         "prompt_embeds": RANDOM.normal(size=(1, 5, 8)).astype(np.float32),

@@ -45,7 +45,7 @@ def test_a_replica_that_can_take_none_is_passed_over():
         ({"width": 1000, "height": 500, "timesteps": [999, 500]}, 1.0),
         ({}, SDXL.width * SDXL.height * 1e-6 * SDXL.num_inference_steps),
     ],
-    ids=["picture", "video", "timesteps", "defaults"],
+    ids=["image", "video", "timesteps", "defaults"],
 )
 def test_work_is_pixels_times_steps(asked, work):
     assert work_of(GenerateRequest(**asked), SDXL) == pytest.approx(work)

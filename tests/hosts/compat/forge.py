@@ -57,7 +57,7 @@ def forged_tensor(*, storage=STORAGE, offset=0, size=(2, 3), stride=(3, 1), rest
     return Calls(torch._utils._rebuild_tensor_v2, part, offset, size, stride, *rest)
 
 
-def forged_picture(state: object, module: str = "PIL.Image", attribute: str = "Image") -> bytes:
+def forged_image(state: object, module: str = "PIL.Image", attribute: str = "Image") -> bytes:
     return PROTO + name(module, attribute) + b")\x81" + pickle.dumps(state, 3)[2:-1] + b"b."
 
 

@@ -26,7 +26,7 @@ WIRE_GLOBALS = {
 }
 
 
-def picture(mode="RGB", size=(7, 5)) -> Image.Image:
+def sample_image(mode="RGB", size=(7, 5)) -> Image.Image:
     pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 4), dtype=np.uint8)
     image = Image.fromarray(pixels)
     return image.convert("RGB").quantize(16) if mode == "P" else image.convert(mode)
@@ -61,37 +61,37 @@ def globals_in(text: str) -> set[str]:
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGB", "RGBA"])
-def test_pickled_picture_of_every_mode_and_protocol_becomes_rgb(mode, protocol):
-    image = picture(mode)
+def test_pickled_image_of_every_mode_and_protocol_becomes_rgb(mode, protocol):
+    image = sample_image(mode)
     assert same(codec.decode_image(pickled(image, protocol), field="image"), image.convert("RGB"))
 
 
-def test_large_picture_in_protocol_2_survives_the_detour_through_text():
-    image = picture(size=(900, 700))  # its text is decoded in two chunks
+def test_large_image_in_protocol_2_survives_the_detour_through_text():
+    image = sample_image(size=(900, 700))  # its text is decoded in two chunks
     assert same(codec.decode_image(pickled(image, 2), field="image"), image)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
-def test_pickled_picture_that_was_opened_from_a_file_is_read(kind):
-    opened = Image.open(io.BytesIO(file_of(picture(), kind)))
+def test_pickled_image_that_was_opened_from_a_file_is_read(kind):
+    opened = Image.open(io.BytesIO(file_of(sample_image(), kind)))
     opened.load()
     assert same(codec.decode_image(pickled(opened), field="image"), opened.convert("RGB"))
 
 
 @pytest.mark.parametrize("header", ["", "data:image/png;base64,", "DATA:IMAGE/PNG;BASE64,"])
 def test_base64_of_a_png_file_is_read(header):
-    assert same(codec.decode_image(header + encoded(file_of(picture(), "PNG")), field="image"), picture())
+    assert same(codec.decode_image(header + encoded(file_of(sample_image(), "PNG")), field="image"), sample_image())
 
 
 @pytest.mark.parametrize(("kind", "options"), [("JPEG", {}), ("JPEG", {"progressive": True}), ("WEBP", {"lossless": True})])
 def test_base64_of_jpeg_and_webp_files_is_read(kind, options):
-    data = file_of(picture(size=(64, 48)), kind, **options)
+    data = file_of(sample_image(size=(64, 48)), kind, **options)
     assert same(codec.decode_image(encoded(data), field="image"), Image.open(io.BytesIO(data)).convert("RGB"))
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "I;16"])
 def test_image_file_of_any_mode_becomes_rgb(mode):
-    image = Image.fromarray(np.arange(35, dtype=np.uint16).reshape(5, 7) * 1000) if mode == "I;16" else picture(mode)
+    image = Image.fromarray(np.arange(35, dtype=np.uint16).reshape(5, 7) * 1000) if mode == "I;16" else sample_image(mode)
     decoded = codec.decode_image(encoded(file_of(image, "PNG")), field="image")
     assert (decoded.mode, decoded.size) == ("RGB", (7, 5))
 
@@ -99,7 +99,7 @@ def test_image_file_of_any_mode_becomes_rgb(mode):
 def test_photograph_is_turned_upright():
     exif = Image.Exif()
     exif[0x0112] = 6
-    data = file_of(picture(size=(64, 32)), "JPEG", exif=exif)
+    data = file_of(sample_image(size=(64, 32)), "JPEG", exif=exif)
     assert codec.decode_image(encoded(data), field="image").size == (32, 64)
 
 
@@ -172,8 +172,8 @@ def test_tensor_shared_within_a_conditioning_is_read_twice():
     assert conditioning.pooled.shape == (1, 4)
 
 
-def test_picture_is_sent_as_plain_rgb_without_metadata():
-    image = picture("RGBA")
+def test_image_is_sent_as_plain_rgb_without_metadata():
+    image = sample_image("RGBA")
     image.info["secret"] = object()
     text = codec.encode_image(image)
     decoded = plainly(text)
@@ -184,8 +184,8 @@ def test_picture_is_sent_as_plain_rgb_without_metadata():
     assert "secret" in image.info
 
 
-def test_frames_are_sent_as_a_list_of_rgb_pictures():
-    frames = [picture("RGBA"), picture("L"), picture()]
+def test_frames_are_sent_as_a_list_of_rgb_images():
+    frames = [sample_image("RGBA"), sample_image("L"), sample_image()]
     text = codec.encode_frames(frames)
     decoded = plainly(text)
     assert type(decoded) is list
@@ -193,7 +193,7 @@ def test_frames_are_sent_as_a_list_of_rgb_pictures():
     assert globals_in(text) <= WIRE_GLOBALS
 
 
-@pytest.mark.parametrize("frames", [[], [picture(), picture(size=(8, 8))]])
+@pytest.mark.parametrize("frames", [[], [sample_image(), sample_image(size=(8, 8))]])
 def test_frames_of_no_or_two_sizes_are_refused(frames):
     with pytest.raises(ValueError, match="at least one and of one size"):
         codec.encode_frames(frames)
@@ -222,38 +222,38 @@ def test_decoding_needs_no_torch():
         "codec.decode_tensor(sys.argv[1], field='f'); codec.decode_image(sys.argv[2], field='f')\n"
         "assert 'torch' not in sys.modules"
     )
-    texts = [pickled(torch.ones(2)), pickled(picture())]
+    texts = [pickled(torch.ones(2)), pickled(sample_image())]
     subprocess.run([sys.executable, "-c", script, *texts], cwd=ROOT, check=True, timeout=60)
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """An allowed folder with a picture that has no extension, as LocalAI writes it."""
+    """An allowed folder with an image that has no extension, as LocalAI writes it."""
     allowed = tmp_path / "images"
     allowed.mkdir()
-    (allowed / "b64123").write_bytes(file_of(picture(), "PNG"))
+    (allowed / "b64123").write_bytes(file_of(sample_image(), "PNG"))
     return allowed
 
 
 def test_path_inside_an_allowed_folder_is_read_as_an_image(folder):
     decoded = codec.decode_image_or_path(str(folder / "b64123"), field="image", allowed_dirs=["/nowhere", folder])
-    assert same(decoded, picture())
+    assert same(decoded, sample_image())
 
 
 def test_path_of_a_link_within_the_allowed_folder_is_read(folder):
     (folder / "link").symlink_to(folder / "b64123")
-    assert same(codec.decode_image_or_path(str(folder / "link"), field="image", allowed_dirs=[folder]), picture())
+    assert same(codec.decode_image_or_path(str(folder / "link"), field="image", allowed_dirs=[folder]), sample_image())
 
 
 def test_allowed_folder_may_itself_be_a_link(folder, tmp_path):
     (tmp_path / "alias").symlink_to(folder)
     path = str(tmp_path / "alias" / "b64123")
-    assert same(codec.decode_image_or_path(path, field="image", allowed_dirs=[tmp_path / "alias"]), picture())
+    assert same(codec.decode_image_or_path(path, field="image", allowed_dirs=[tmp_path / "alias"]), sample_image())
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_base64_is_still_read_where_paths_are_allowed(folder, kind):
-    data = file_of(picture(), kind)
+    data = file_of(sample_image(), kind)
     decoded = codec.decode_image_or_path(encoded(data), field="image", allowed_dirs=[folder])
     assert same(decoded, Image.open(io.BytesIO(data)).convert("RGB"))
-    assert codec.decode_image_or_path(pickled(picture()), field="image", allowed_dirs=[folder]).size == (7, 5)
+    assert codec.decode_image_or_path(pickled(sample_image()), field="image", allowed_dirs=[folder]).size == (7, 5)

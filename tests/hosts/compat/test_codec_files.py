@@ -118,7 +118,7 @@ def test_relative_path_is_not_a_path(folder, monkeypatch):
     assert "is not base64" in path_refusal("inside.png", [folder])
 
 
-def test_picture_for_which_there_is_no_memory_is_refused():
+def test_image_for_which_there_is_no_memory_is_refused():
     script = (
         "import resource, sys\n"
         "from hosts.compat import codec\n"

@@ -21,8 +21,8 @@ from PIL import Image
 from backends.errors import RequestError
 from hosts.compat import codec
 from hosts.compat.codec import DecodeLimits
-from tests.hosts.compat.forge import PROTO, STORAGE, encoded, forged_picture, forged_storage, forged_tensor, name
-from tests.hosts.compat.test_codec import file_of, picture
+from tests.hosts.compat.forge import PROTO, STORAGE, encoded, forged_image, forged_storage, forged_tensor, name
+from tests.hosts.compat.test_codec import file_of, sample_image
 
 EXAMPLES = int(os.environ.get("CODEC_FUZZ_EXAMPLES", "150"))
 LIMITS = DecodeLimits(max_encoded_bytes=2**20, max_pixels=2**16, max_tensor_elements=2**16, max_opcodes=5000)
@@ -120,7 +120,7 @@ def check_value(kind: str, value: object) -> None:
 def honest_pickles() -> list[bytes]:
     pooled = {"pooled_output": torch.ones(1, 3), "guidance": 3.5, "list": [1, None, "a"]}
     values = [
-        *(picture(mode) for mode in ("L", "P", "RGB", "RGBA")),
+        *(sample_image(mode) for mode in ("L", "P", "RGB", "RGBA")),
         torch.arange(12.0).reshape(1, 3, 4).transpose(1, 2),
         torch.ones(3, dtype=torch.bfloat16),
         torch.nn.Parameter(torch.ones(2)),
@@ -130,8 +130,8 @@ def honest_pickles() -> list[bytes]:
 
 
 PICKLES = honest_pickles()
-FILES = [file_of(picture("RGB", (40, 30)), kind) for kind in ("PNG", "JPEG", "WEBP")]
-FILES += [file_of(picture("P"), "PNG"), file_of(picture("RGB", (40, 30)), "JPEG", progressive=True)]
+FILES = [file_of(sample_image("RGB", (40, 30)), kind) for kind in ("PNG", "JPEG", "WEBP")]
+FILES += [file_of(sample_image("P"), "PNG"), file_of(sample_image("RGB", (40, 30)), "JPEG", progressive=True)]
 CORPUS = PICKLES + FILES
 
 INTERESTING = [bytes([opcode]) for opcode in range(256)] + [
@@ -271,8 +271,8 @@ plain = st.recursive(
         st.binary(max_size=80) | plain,
     )
 )
-def test_pictures_of_any_state_are_decoded_or_refused(state):
-    survives(forged_picture(list(state)))
+def test_images_of_any_state_are_decoded_or_refused(state):
+    survives(forged_image(list(state)))
 
 
 @fuzz

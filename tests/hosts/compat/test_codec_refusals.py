@@ -21,7 +21,7 @@ from tests.hosts.compat.forge import (
     Calls,
     blob,
     encoded,
-    forged_picture,
+    forged_image,
     forged_storage,
     forged_tensor,
     name,
@@ -33,7 +33,7 @@ from tests.hosts.compat.refusal import refusal
 
 LATIN1 = name("_codecs", "encode")
 REBUILD = name("torch._utils", "_rebuild_tensor_v2")
-PICTURE = name("PIL.Image", "Image")
+IMAGE = name("PIL.Image", "Image")
 LOAD = name("torch.storage", "_load_from_bytes")
 DECODERS = (codec.decode_image, codec.decode_tensor, codec.decode_conditioning)
 
@@ -48,8 +48,8 @@ HOSTILE = {
     "an extension code": (PROTO + b"\x82\x01.", "instruction 0x82"),
     "an extension code of four bytes": (PROTO + b"\x84\x01\x00\x00\x00.", "instruction 0x84"),
     "an instance instruction": (PROTO + b"(ios\nsystem\n.", "instruction 0x69"),
-    "an object instruction": (PROTO + b"(" + PICTURE + b"o.", "instruction 0x6f"),
-    "a new object with keywords": (PROTO + PICTURE + b")}\x92.", "instruction 0x92"),
+    "an object instruction": (PROTO + b"(" + IMAGE + b"o.", "instruction 0x6f"),
+    "a new object with keywords": (PROTO + IMAGE + b")}\x92.", "instruction 0x92"),
     "a persistent id": (PROTO + text("a") + b"Q.", "objects outside itself"),
     "a persistent id as text": (PROTO + b"Pabc\n.", "instruction 0x50"),
     "an out-of-band buffer": (PROTO + b"\x97.", "instruction 0x97"),
@@ -80,7 +80,7 @@ HOSTILE = {
     "a dict key of long text": (PROTO + b"}X" + struct.pack("<I", 5000) + b"a" * 5000 + b"Ns.", "key that is not short text"),
     "a call of a number": (PROTO + b"K\x01)R.", "not a known function"),
     "a call with a list": (PROTO + REBUILD + b"]R.", "not a known function"),
-    "a call of a picture class": (PROTO + PICTURE + b")R.", "arguments it does not take"),
+    "a call of an image class": (PROTO + IMAGE + b")R.", "arguments it does not take"),
     "an encoding other than latin1": (PROTO + LATIN1 + text("a") + text("zip") + b"\x86R.", "arguments it does not take"),
     "latin1 text beyond 255": (PROTO + LATIN1 + text("\u20ac") + text("latin1") + b"\x86R.", "damaged"),
     "long latin1 text cut within a character": (
@@ -93,17 +93,17 @@ HOSTILE = {
         PROTO + name("torch._utils", "_rebuild_parameter") + b"N\x88}\x87R.",
         "arguments it does not take",
     ),
-    "a new object of a function": (PROTO + REBUILD + b")\x81.", "creates an object that is not a picture"),
-    "a new object of a nested tuple": (PROTO + b")" + b"\x85" * 50_000 + b")\x81.", "creates an object that is not a picture"),
-    "a new picture with arguments": (PROTO + PICTURE + b"N\x85\x81.", "creates an object that is not a picture"),
-    "the state of a class": (PROTO + PICTURE + b"}b.", "changes the state"),
+    "a new object of a function": (PROTO + REBUILD + b")\x81.", "creates an object that is not an image"),
+    "a new object of a nested tuple": (PROTO + b")" + b"\x85" * 50_000 + b")\x81.", "creates an object that is not an image"),
+    "a new image with arguments": (PROTO + IMAGE + b"N\x85\x81.", "creates an object that is not an image"),
+    "the state of a class": (PROTO + IMAGE + b"}b.", "changes the state"),
     "the state of a function": (PROTO + REBUILD + b"}" + text("__defaults__") + b"Nsb.", "changes the state"),
-    "a state twice": (PROTO + PICTURE + b")\x81]b]b.", "changes the state"),
-    "a state that is a dict": (PROTO + PICTURE + b")\x81}b.", "changes the state"),
+    "a state twice": (PROTO + IMAGE + b")\x81]b]b.", "changes the state"),
+    "a state that is a dict": (PROTO + IMAGE + b")\x81}b.", "changes the state"),
     "tuples nested 50,000 deep": (PROTO + b")" + b"\x85" * 50_000 + b".", "nests deeper than 32"),
     "lists nested 50,000 deep": (PROTO + b"]" * 50_000 + b"a" * 49_999 + b".", "nests deeper than 32"),
     "marks nested 50,000 deep": (PROTO + b"(" * 50_000, "nests deeper than 32"),
-    "pictures nested 10,000 deep": (PROTO + (PICTURE + b")\x81](") * 3 + (b"(" * 40), "nests deeper than 32"),
+    "images nested 10,000 deep": (PROTO + (IMAGE + b")\x81](") * 3 + (b"(" * 40), "nests deeper than 32"),
     "more instructions than allowed": (PROTO + b"]" + b"Na" * 60_000 + b".", "more than 100000 instructions"),
     "an empty pickle": (PROTO, "cut short"),
 }
@@ -131,7 +131,7 @@ def test_command_in_a_pickled_object_is_not_run(tmp_path):
     target = tmp_path / "pwned"
     for value in (Calls(os.system, f"touch {target}"), [Calls(open, str(target), "w")], {"a": Calls(eval, "1/0")}):
         for decode in DECODERS:
-            assert "only pictures, tensors and plain values are allowed" in refusal(decode, pickled(value))
+            assert "only images, tensors and plain values are allowed" in refusal(decode, pickled(value))
     assert not target.exists()
 
 
@@ -206,7 +206,7 @@ TENSORS = {
     "a storage without its end": ({"storage": STORAGE[:100]}, "cut short"),
     "a storage of no bytes": ({"storage": b""}, "cut short"),
     "a storage of a command": ({"storage": pickle.dumps(Calls(os.system, "true"), 2)}, "refers to"),
-    "a pickled picture as storage": ({"storage": pickle.dumps(Image.new("L", (1, 1)), 2)}, "refers to 'PIL.Image.Image'"),
+    "a pickled image as storage": ({"storage": pickle.dumps(Image.new("L", (1, 1)), 2)}, "refers to 'PIL.Image.Image'"),
 }
 
 
@@ -237,7 +237,7 @@ def test_tensor_with_more_elements_than_allowed_is_refused():
     assert codec.decode_tensor(pickled(torch.ones(10)), field="latent", limits=limits).shape == (10,)
 
 
-PICTURES = {
+IMAGES = {
     "too few parts": ([{}, "RGB", (1, 1)], "five parts"),
     "a mode outside the list": ([{}, "F", (1, 1), None, bytes(4)], "mode must be one of L, P, LA, RGB, RGBA"),
     "a mode that is a list": ([{}, ["RGB"], (1, 1), None, bytes(3)], "mode must be one of"),
@@ -257,18 +257,18 @@ PICTURES = {
 }
 
 
-@pytest.mark.parametrize("case", PICTURES)
-def test_picture_that_does_not_fit_together_is_refused(case):
-    state, reason = PICTURES[case]
-    assert reason in refusal(codec.decode_image, encoded(forged_picture(state)))
+@pytest.mark.parametrize("case", IMAGES)
+def test_image_that_does_not_fit_together_is_refused(case):
+    state, reason = IMAGES[case]
+    assert reason in refusal(codec.decode_image, encoded(forged_image(state)))
 
 
-def test_picture_without_state_is_refused():
-    assert "five parts" in refusal(codec.decode_image, encoded(PROTO + PICTURE + b")\x81."))
+def test_image_without_state_is_refused():
+    assert "five parts" in refusal(codec.decode_image, encoded(PROTO + IMAGE + b")\x81."))
 
 
 def test_palette_shorter_than_its_pixels_reads_nothing_outside():
-    image = codec.decode_image(encoded(forged_picture([{}, "P", (2, 1), [9, 8, 7], b"\x00\xff"])), field="image")
+    image = codec.decode_image(encoded(forged_image([{}, "P", (2, 1), [9, 8, 7], b"\x00\xff"])), field="image")
     assert image.getpixel((0, 0)) == (9, 8, 7)
     assert image.getpixel((1, 0)) == (0, 0, 0)
 
@@ -300,8 +300,8 @@ def test_other_data_is_refused_as_an_image(data, reason):
     assert reason in refusal(codec.decode_image, encoded(data))
 
 
-def test_tensor_in_place_of_a_picture_is_refused_and_the_reverse():
-    assert "something other than a picture" in refusal(codec.decode_image, pickled(torch.ones(2)))
+def test_tensor_in_place_of_a_image_is_refused_and_the_reverse():
+    assert "something other than an image" in refusal(codec.decode_image, pickled(torch.ones(2)))
     assert "something other than a tensor" in refusal(codec.decode_tensor, pickled(Image.new("L", (1, 1))))
 
 
@@ -339,6 +339,6 @@ def test_text_of_wide_characters_stays_within_the_size_of_the_data():
     assert codec.decode_conditioning(pickled([pair]), field="latent").embeds.shape == (1, 2, 3)
 
 
-def test_blob_in_place_of_a_picture_is_refused():
-    assert "something other than a picture" in refusal(codec.decode_image, encoded(PROTO + blob(b"abc") + b"."))
+def test_blob_in_place_of_a_image_is_refused():
+    assert "something other than an image" in refusal(codec.decode_image, encoded(PROTO + blob(b"abc") + b"."))
     assert base64.b64decode(encoded(blob(b"abc"))).endswith(b"abc")

@@ -11,7 +11,7 @@ from hosts.compat.fields import PLAIN, Accepted, read_request
 from tests.hosts.client import encode
 
 TABLE = read_table()
-PICTURE = Image.new("RGB", (16, 8), "red")
+IMAGE = Image.new("RGB", (16, 8), "red")
 
 
 def read(body, type_name="sdxl", image_dirs=()):
@@ -92,7 +92,7 @@ def test_field_out_of_range_is_refused_by_its_name_as_sent(field, value):
 )
 def test_video_field_out_of_range_is_refused_by_its_name(field, value):
     with pytest.raises(RequestError, match=f"{field}=.* is not allowed") as caught:
-        read({"image": encode(PICTURE), field: value}, "svd")
+        read({"image": encode(IMAGE), field: value}, "svd")
     assert caught.value.field == field
 
 
@@ -113,7 +113,7 @@ def test_every_plain_field_can_be_sent():
             assert getattr(read({name: value}, "ad"), field) == value
 
 
-def test_frames_are_ignored_where_a_picture_is_made():
+def test_frames_are_ignored_where_a_image_is_made():
     assert read({"positive": "a", "frames": 16}).num_frames is None
 
 
@@ -123,7 +123,7 @@ def test_latent_is_decoded_where_it_is_used_only():
     assert read({"positive": "a", "latent": "not even base64"}, "ad").latents is None
 
 
-def test_pictures_for_adapters_that_are_not_loaded_are_left_alone():
+def test_images_for_adapters_that_are_not_loaded_are_left_alone():
     request = read({"positive": "a", "ip_image": "not even base64", "control_image": 5, "image": "nothing"})
     assert request == read({"positive": "a"})
 
@@ -163,34 +163,34 @@ def test_sigmas_of_another_kind_are_refused(value, message):
 
 @pytest.mark.parametrize("percent", [50.0, [50.0]])
 def test_image_scale_of_the_oldest_clients_is_a_percentage(percent):
-    assert read({"image": encode(PICTURE), "image_scale": percent}, "svd").image.size == (8, 4)
+    assert read({"image": encode(IMAGE), "image_scale": percent}, "svd").image.size == (8, 4)
 
 
 def test_image_scale_of_a_hundred_changes_nothing():
-    image = read({"image": encode(PICTURE), "image_scale": 100.0}, "svd").image
-    assert image.size == PICTURE.size and (np.asarray(image) == np.asarray(PICTURE)).all()
+    image = read({"image": encode(IMAGE), "image_scale": 100.0}, "svd").image
+    assert image.size == IMAGE.size and (np.asarray(image) == np.asarray(IMAGE)).all()
 
 
 @pytest.mark.parametrize("percent", [0, -5, 5000, "big", [1, 2], True, float("nan")])
 def test_image_scale_that_is_no_percentage_is_refused(percent):
     with pytest.raises(RequestError, match=r"image_scale=.* is not allowed. Send a percentage from 1 to 1000.") as caught:
-        read({"image": encode(PICTURE), "image_scale": percent}, "svd")
+        read({"image": encode(IMAGE), "image_scale": percent}, "svd")
     assert caught.value.field == "image_scale"
 
 
-def test_picture_may_be_named_by_path_inside_the_allowed_folders_only(tmp_path):
+def test_image_may_be_named_by_path_inside_the_allowed_folders_only(tmp_path):
     allowed, other = tmp_path / "allowed", tmp_path / "other"
     for folder in (allowed, other):
         folder.mkdir()
-        PICTURE.save(folder / "b64123456", format="PNG")
-    assert read({"image": str(allowed / "b64123456")}, "svd", (str(allowed),)).image.size == PICTURE.size
+        IMAGE.save(folder / "b64123456", format="PNG")
+    assert read({"image": str(allowed / "b64123456")}, "svd", (str(allowed),)).image.size == IMAGE.size
     for path in (other / "b64123456", allowed / ".." / "other" / "b64123456"):
         with pytest.raises(RequestError) as caught:
             read({"image": str(path)}, "svd", (str(allowed),))
         assert caught.value.field == "image"
 
 
-def test_path_of_something_other_than_a_picture_is_refused(tmp_path):
+def test_path_of_something_other_than_a_image_is_refused(tmp_path):
     (tmp_path / "secret").write_text("root:x:0:0")
     with pytest.raises(RequestError) as caught:
         read({"image": str(tmp_path / "secret")}, "svd", (str(tmp_path),))
@@ -223,7 +223,7 @@ def test_loras_of_a_request_come_from_the_folders_that_it_may_use_only(tmp_path)
         loras({"sub/b.safetensors": float("nan")})
 
 
-def test_pictures_for_adapters_are_decoded_only_where_one_is_loaded():
+def test_images_for_adapters_are_decoded_only_where_one_is_loaded():
     body = {"positive": "a", "control_image": "garbage", "ip_image": "garbage"}
     asked = read_request(body, spec=TABLE["sdxl"], accepted=Accepted())
     assert (asked.control_image, asked.ip_adapter_image) == (None, None)
@@ -232,7 +232,7 @@ def test_pictures_for_adapters_are_decoded_only_where_one_is_loaded():
             read_request(body, spec=TABLE["sdxl"], accepted=Accepted(**{switch: True}))
 
 
-def test_pictures_for_adapters_may_be_several_and_scaled_and_in_the_oldest_place():
+def test_images_for_adapters_may_be_several_and_scaled_and_in_the_oldest_place():
     one, other = encode(Image.new("RGB", (40, 40))), encode(Image.new("RGB", (20, 20)))
     accepted = Accepted(takes_control_image=True, takes_ip_image=True, image_scale=50.0)
     body = {"positive": "a", "control_image": [one, other], "control_image_scale": 100.0, "image": one}

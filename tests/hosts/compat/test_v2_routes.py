@@ -60,7 +60,7 @@ def drawn(host, **fields):
 
 @pytest.fixture(scope="module")
 def alone():
-    """Type -> the same picture by one rank, and its latents."""
+    """Type -> the same image by one rank, and its latents."""
     from backends.request import GenerateRequest
 
     def draw(name):
@@ -112,8 +112,8 @@ def test_pipeline_is_loaded_and_both_ranks_draw_what_one_does(host, alone):
     assert host.get("/v1/models").json()["data"][0]["id"] == "sdxl"
     facts = host.get("/settings").json()
     assert (facts["type"], facts["backend"], facts["ranks"], facts["checkpoint"]) == ("sdxl", "asyncdiff", 2, str(checkpoint("sdxl")))
-    picture, latent = drawn(host)
-    assert np.abs(picture - alone["sdxl"][0]).max() <= 1
+    sample_image, latent = drawn(host)
+    assert np.abs(sample_image - alone["sdxl"][0]).max() <= 1
     assert [rank["rank"] for rank in host.get("/settings").json()["ranks_now"]] == [0, 1]
     scale = json.loads((checkpoint("sdxl") / "vae" / "config.json").read_text())["scaling_factor"]
     np.testing.assert_allclose(latent.numpy(), alone["sdxl"][1] * scale, atol=1e-3)  # model space
@@ -139,7 +139,7 @@ def test_compel_is_used_by_the_requests_that_say_so(host):
     assert np.abs(plain - weighed).max() > 5
 
 
-def test_offloaded_weights_come_back_for_the_next_picture(host, alone):
+def test_offloaded_weights_come_back_for_the_next_image(host, alone):
     assert (host.get("/offload").status_code, host.get("/offload").text) == (200, "the weights are in main memory")
     assert np.abs(drawn(host)[0] - alone["sdxl"][0]).max() <= 1
 

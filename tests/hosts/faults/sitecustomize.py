@@ -18,7 +18,7 @@ PLACES = {
     "denoiser": ("diffusers.models.unets.unet_2d_condition", "UNet2DConditionModel", "forward"),
     # between the passes of a pipeline of stages, which wait for each other's tokens and predictions
     "block": ("diffusers.models.attention", "JointTransformerBlock", "forward"),
-    # after the last collective of the picture
+    # after the last collective of the image
     "decode": ("backends.generation.latents", None, "decode"),
     # for ever, while all threads of the rank go on
     "hang": ("diffusers.schedulers.scheduling_euler_discrete", "EulerDiscreteScheduler", "step"),
@@ -28,10 +28,10 @@ PLACES = {
 def strike(place):
     path = Path(os.environ["FAULT_FILE"])
     line = f"{os.environ['RANK']} {place}"
-    lines = path.read_text().splitlines() if path.exists() else []
-    if line in lines:
-        lines.remove(line)
-        path.write_text("\n".join(lines))
+    channels = path.read_text().splitlines() if path.exists() else []
+    if line in channels:
+        channels.remove(line)
+        path.write_text("\n".join(channels))
         if place == "hang":
             threading.Event().wait()
         raise ArithmeticError(f"a fault of the test in {place}")

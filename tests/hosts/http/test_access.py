@@ -41,7 +41,7 @@ def test_request_beyond_a_limit_of_the_operator_is_refused_and_one_within_is_not
     assert make_client(queue, state, type="ad").post("/v1/jobs", json=body).status_code == 202
 
 
-def test_pictures_are_limited_in_size_and_number(queue, state):
+def test_images_are_limited_in_size_and_number(queue, state):
     client = make_client(queue, state, max_image_megapixels=1, control_net="x")
     bomb = encode_file(Image.new("RGB", (1001, 1000)))
     assert len(bomb) < 5000
@@ -51,14 +51,14 @@ def test_pictures_are_limited_in_size_and_number(queue, state):
     small = encode_file(Image.new("RGB", (200, 100)))
     grown = client.post("/generate", json={"positive": "a", "init_image": small, "init_image_scale": 1000})
     assert grown.status_code == 400
-    assert "makes a picture of 2000x1000, more than 1000000 pixels (--max_image_megapixels)" in assert_is_error(grown.get_json())
+    assert "makes an image of 2000x1000, more than 1000000 pixels (--max_image_megapixels)" in assert_is_error(grown.get_json())
     many = client.post("/generate", json={"positive": "a", "control_image": [small] * 17})
-    assert many.status_code == 400 and "control_image holds 17 pictures. Allowed: 1 to 16." in assert_is_error(many.get_json())
+    assert many.status_code == 400 and "control_image holds 17 images. Allowed: 1 to 16." in assert_is_error(many.get_json())
     none = client.post("/generate", json={"positive": "a", "init_image": []})
-    assert none.status_code == 400 and "init_image holds 0 pictures. Allowed: 1 to 16." in assert_is_error(none.get_json())
+    assert none.status_code == 400 and "init_image holds 0 images. Allowed: 1 to 16." in assert_is_error(none.get_json())
 
 
-def test_number_of_pictures_of_one_request_is_limited(queue, state):
+def test_number_of_images_of_one_request_is_limited(queue, state):
     client = make_client(queue, state, max_images=2)
     openai = client.post("/v1/images/generations", json={"prompt": "a", "n": 3})
     assert openai.status_code == 400 and "n=3 is not allowed. Allowed: 1 to 2." in openai.get_json()["error"]["message"]

@@ -1,6 +1,6 @@
 """The WSGI application over Flask's client: every answer that is an error has the four keys, and says what to do.
 
-The queue is real; a thread in place of the rank loop finishes its jobs with a grey picture, or as the test says.
+The queue is real; a thread in place of the rank loop finishes its jobs with a grey image, or as the test says.
 """
 
 import json
@@ -60,7 +60,7 @@ def test_healthz_and_settings_tell_the_state(client, state):
 @pytest.mark.parametrize(
     ("type_name", "keys"), [("sdxl", {"message", "output", "is_image", "latent"}), ("sdup", {"message", "output", "is_image"})]
 )
-def test_picture_answer_has_exactly_its_keys(type_name, keys, queue, state):
+def test_image_answer_has_exactly_its_keys(type_name, keys, queue, state):
     client = make_client(queue, state, type=type_name)
     answer_jobs(queue, latents="latent" in keys)
     body = client.post("/generate", json={"positive": "a", "image": encode(Image.new("RGB", (16, 16)))}).get_json()

@@ -13,7 +13,7 @@ import webuiapi
 from PIL import Image, ImageOps
 
 from tests.backends.features import half_mask
-from tests.checkpoints import checkpoint, picture
+from tests.checkpoints import checkpoint, sample_image
 from tests.hosts.client import decode
 from tests.hosts.harness import wait_until
 from tests.hosts.inprocess import InProcessHost
@@ -42,7 +42,7 @@ def pixels(data):
 
 
 def generated(host, **fields):
-    return np.asarray(decode(host.picture({"positive": "a red car", "steps": 3, "seed": 5, "cfg": 5.0, **fields})["output"]))
+    return np.asarray(decode(host.generate_image({"positive": "a red car", "steps": 3, "seed": 5, "cfg": 5.0, **fields})["output"]))
 
 
 def test_openai_client_draws_what_generate_draws(host):
@@ -57,9 +57,9 @@ def test_openai_client_draws_what_generate_draws(host):
     assert (pixels(requests.get(linked.data[0].url, timeout=20).content) == generated(host)).all()
 
 
-def test_openai_client_changes_a_picture(host):
+def test_openai_client_changes_a_image(host):
     buffer = io.BytesIO()
-    picture(64).save(buffer, format="PNG")
+    sample_image(64).save(buffer, format="PNG")
     answers = [
         client_of(host).images.edit(
             image=("a.png", buffer.getvalue(), "image/png"),
@@ -93,17 +93,17 @@ def test_openai_client_gets_its_own_errors(host, fields, kind, message):
 
 def test_openai_client_changes_what_the_mask_leaves_open(host):
     extra = {"seed": "5", "steps": "4", "guidance": "5"}
-    start, white = base64.b64encode(png(picture(64))).decode(), half_mask(64, 64)
+    start, white = base64.b64encode(png(sample_image(64))).decode(), half_mask(64, 64)
     wanted = generated(host, steps=4, init_image=start, mask_image=base64.b64encode(png(white)).decode())
     see_through = Image.merge("RGBA", [*Image.new("RGB", (64, 64), "red").split(), ImageOps.invert(white)])
-    for mask in (see_through, white):  # a picture without alpha is a mask as others use it
-        files = {"image": ("a.png", png(picture(64)), "image/png"), "mask": ("m.png", png(mask), "image/png")}
+    for mask in (see_through, white):  # an image without alpha is a mask as others use it
+        files = {"image": ("a.png", png(sample_image(64)), "image/png"), "mask": ("m.png", png(mask), "image/png")}
         answer = client_of(host).images.edit(**files, prompt="a red car", response_format="b64_json", extra_body=extra)
         assert (pixels(base64.b64decode(answer.data[0].b64_json)) == wanted).all()
 
 
 def test_a1111_changes_what_the_mask_leaves_open(host):
-    start, white = (base64.b64encode(png(image)).decode() for image in (picture(64), half_mask(64, 64)))
+    start, white = (base64.b64encode(png(image)).decode() for image in (sample_image(64), half_mask(64, 64)))
     black = base64.b64encode(png(ImageOps.invert(half_mask(64, 64)))).decode()
     body = {"prompt": "a red car", "seed": 5, "steps": 4, "cfg_scale": 5.0, "init_images": [start], "denoising_strength": 0.8}
     wanted = generated(host, steps=4, init_image=start, mask_image=white, strength=0.8)
@@ -120,17 +120,17 @@ def png(image):
     return buffer.getvalue()
 
 
-def test_openai_missing_pictures_and_broken_masks_are_refused(host):
+def test_openai_missing_images_and_broken_masks_are_refused(host):
     answer = requests.post(host.url("/v1/images/edits"), data={"prompt": "a"}, files={"other": b"x"}, timeout=20)
     assert answer.status_code == 400 and "image is missing" in answer.json()["error"]["message"]
-    answer = requests.post(host.url("/v1/images/edits"), files={"image": png(picture(64)), "mask": b"x"}, timeout=20)
+    answer = requests.post(host.url("/v1/images/edits"), files={"image": png(sample_image(64)), "mask": b"x"}, timeout=20)
     assert answer.status_code == 400 and answer.json()["error"]["message"].startswith("mask_image: ")
 
 
 def test_openai_client_makes_a_video_as_a_job(video_host):
     client = client_of(video_host)
     buffer = io.BytesIO()
-    picture(64).save(buffer, format="PNG")
+    sample_image(64).save(buffer, format="PNG")
     video = client.videos.create(
         prompt="", input_reference=("a.png", buffer.getvalue(), "image/png"), extra_body={"num_frames": "2", "num_inference_steps": "2"}
     )
@@ -172,9 +172,9 @@ def test_published_a1111_client_draws_changes_and_asks_what_there_is(host):
     assert client.interrupt() == {}
 
 
-def test_a1111_changes_a_picture(host):
+def test_a1111_changes_a_image(host):
     buffer = io.BytesIO()
-    picture(64).save(buffer, format="PNG")
+    sample_image(64).save(buffer, format="PNG")
     start = base64.b64encode(buffer.getvalue()).decode()
     made = [
         a1111(host, "img2img", {"prompt": "a", "seed": 1, "steps": 4, "init_images": [start], "denoising_strength": strength}).json()[
@@ -183,7 +183,7 @@ def test_a1111_changes_a_picture(host):
         for strength in (0, 0.6)
     ]
     assert np.abs(pixels(base64.b64decode(made[0])).astype(int) - pixels(base64.b64decode(made[1]))).mean() > 1
-    assert "init_images must hold one picture" in a1111(host, "img2img", {"prompt": "a"}).json()["detail"]
+    assert "init_images must hold one image" in a1111(host, "img2img", {"prompt": "a"}).json()["detail"]
 
 
 def test_a1111_progress_and_interrupt_reach_the_running_job(host):

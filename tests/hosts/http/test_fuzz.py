@@ -1,4 +1,4 @@
-"""Hostile and senseless requests against a real host: an answer in time, never a 5xx but 503, and the next picture is right.
+"""Hostile and senseless requests against a real host: an answer in time, never a 5xx but 503, and the next image is right.
 
 FUZZ_EXAMPLES sets the number of bodies for /generate (default 120), FUZZ_SCHEMA_EXAMPLES of requests for each operation of
 /openapi.json (default 8).
@@ -55,7 +55,7 @@ def host():
 
 @pytest.fixture(scope="module")
 def reference(host):
-    return np.asarray(decode(host.picture(BODY)["output"]))
+    return np.asarray(decode(host.generate_image(BODY)["output"]))
 
 
 def file_of(kind, side=16):
@@ -171,7 +171,7 @@ def ask(host, path="/generate", **kwargs):
 
 
 def assert_draws(host, reference):
-    assert (np.asarray(decode(host.picture(BODY)["output"])) == reference).all(), "the picture after it is another one"
+    assert (np.asarray(decode(host.generate_image(BODY)["output"])) == reference).all(), "the image after it is another one"
 
 
 @fuzz
@@ -230,6 +230,6 @@ def test_every_operation_of_the_schema_holds_what_it_promises(host, reference):
 
 
 def test_the_host_is_as_it_was(host, reference):
-    """After all of the above: nothing waits, the loop lives, and the picture is the same."""
+    """After all of the above: nothing waits, the loop lives, and the image is the same."""
     wait_until(lambda: host.queue.num_waiting == 0 and not host.queue._running, within_s=60, what="the queue is empty")
     assert_draws(host, reference)

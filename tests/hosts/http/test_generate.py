@@ -10,7 +10,7 @@ import requests
 import torch
 from PIL import Image
 
-from tests.checkpoints import NAMES, checkpoint, picture
+from tests.checkpoints import NAMES, checkpoint, sample_image
 from tests.hosts import bodies
 from tests.hosts.client import assert_is_error, decode, encode
 from tests.hosts.inprocess import InProcessHost
@@ -45,7 +45,7 @@ def small_body(host, **fields):
 
 
 def pixels(body):
-    """The picture, or the frames one below the other."""
+    """The image, or the frames one below the other."""
     output = decode(body["output"])
     return np.concatenate([np.asarray(frame) for frame in output]) if isinstance(output, list) else np.asarray(output)
 
@@ -54,7 +54,7 @@ def test_golden_bodies_are_answered_with_the_keys_of_their_type(host, image_fold
     name = host.spec.name
     for sender, make in bodies.bodies(name, image_folder).items():
         sent = make()
-        body = host.picture(sent)
+        body = host.generate_image(sent)
         keys = {"message", "output", "is_image"} | ({"latent"} if name in WITH_LATENTS else set())
         assert set(body) == keys, sender
         assert (body["message"], body["is_image"]) == ("OK", name not in VIDEOS), sender
@@ -62,37 +62,37 @@ def test_golden_bodies_are_answered_with_the_keys_of_their_type(host, image_fold
         frames = output if name in VIDEOS else [output]
         assert [(type(frame), frame.mode, frame.size) for frame in frames] == [(Image.Image, "RGB", (64, 64))] * len(frames), sender
         assert len(frames) == (sent.get("frames", 16) if name in VIDEOS else 1), sender
-        assert max(np.asarray(frame).std() for frame in frames) > 1, f"{sender}: a blank picture"
+        assert max(np.asarray(frame).std() for frame in frames) > 1, f"{sender}: a blank image"
 
 
 def test_latent_is_what_comfyui_puts_into_its_graph(host):
     if host.spec.name not in WITH_LATENTS:
         pytest.skip("this type gives no latent")
-    latent = decode(host.picture(small_body(host))["latent"])
+    latent = decode(host.generate_image(small_body(host))["latent"])
     channels = 16 if host.spec.name in ("sd3", "flux", "zimage", "qwenimage") else 4
     assert type(latent) is torch.Tensor
     assert (latent.dtype, latent.device.type, tuple(latent.shape)) == (torch.float32, "cpu", (1, channels, 8, 8))
     assert latent.is_contiguous() and not latent.requires_grad and torch.isfinite(latent).all()
 
 
-def test_same_seed_makes_the_same_picture_and_minus_one_another_each_time(host):
-    first, again = (pixels(host.picture(small_body(host, seed=11))) for _ in range(2))
+def test_same_seed_makes_the_same_image_and_minus_one_another_each_time(host):
+    first, again = (pixels(host.generate_image(small_body(host, seed=11))) for _ in range(2))
     assert (first == again).all()
-    drawn = [pixels(host.picture(small_body(host, seed=-1))) for _ in range(2)]
+    drawn = [pixels(host.generate_image(small_body(host, seed=-1))) for _ in range(2)]
     assert (drawn[0] != drawn[1]).any() and (drawn[0] != first).any()
 
 
-def test_prompt_or_picture_decides_what_is_drawn(host):
+def test_prompt_or_image_decides_what_is_drawn(host):
     name = host.spec.name
-    other = {"image": encode(picture(16 if name == "sdup" else 64, seed=5))} if name == "svd" else {"positive": "blue sky"}
-    assert (pixels(host.picture(small_body(host))) != pixels(host.picture({**small_body(host), **other}))).any()
+    other = {"image": encode(sample_image(16 if name == "sdup" else 64, seed=5))} if name == "svd" else {"positive": "blue sky"}
+    assert (pixels(host.generate_image(small_body(host))) != pixels(host.generate_image({**small_body(host), **other}))).any()
 
 
-def test_latent_with_denoise_zero_gives_the_same_picture_back(host):
+def test_latent_with_denoise_zero_gives_the_same_image_back(host):
     if host.spec.name not in WITH_LATENTS:
         pytest.skip("this type takes no latent")
-    first = host.picture(small_body(host))
-    again = host.picture(small_body(host, latent=first["latent"], denoise=0))
+    first = host.generate_image(small_body(host))
+    again = host.generate_image(small_body(host, latent=first["latent"], denoise=0))
     assert (pixels(first) == pixels(again)).all()
     assert torch.equal(decode(first["latent"]), decode(again["latent"]))
 
@@ -102,25 +102,25 @@ def test_latent_decoded_by_the_clients_own_vae_is_the_output(host):
         pytest.skip("this type gives no latent")
     from diffusers import AutoencoderKL, AutoencoderKLQwenImage
 
-    body = host.picture(small_body(host))
-    is_video = host.spec.name == "qwenimage"  # its VAE takes a picture as a video of one frame
+    body = host.generate_image(small_body(host))
+    is_video = host.spec.name == "qwenimage"  # its VAE takes an image as a video of one frame
     vae = (AutoencoderKLQwenImage if is_video else AutoencoderKL).from_pretrained(checkpoint(host.spec.name) / "vae")
     latent = decode(body["latent"])
     with torch.no_grad():  # ComfyUI: latents in unscaled VAE space, straight into the decoder
         decoded = vae.decode(latent[:, :, None]).sample[:, :, 0] if is_video else vae.decode(latent).sample
-    picture_of_client = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round()[0].permute(1, 2, 0).numpy()
-    assert np.abs(picture_of_client - pixels(body).astype(int)).max() <= 1
+    image_of_client = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round()[0].permute(1, 2, 0).numpy()
+    assert np.abs(image_of_client - pixels(body).astype(int)).max() <= 1
 
 
 def test_denoising_end_stops_early(host):
     if host.spec.name not in WITH_LATENTS:
         pytest.skip("this type gives no latent")
-    whole, part = (decode(host.picture(small_body(host, steps=4, denoising_end=end))["latent"]) for end in (1.0, 0.3))
+    whole, part = (decode(host.generate_image(small_body(host, steps=4, denoising_end=end))["latent"]) for end in (1.0, 0.3))
     assert not torch.equal(whole, part)
 
 
 def test_host_goes_on_after_every_kind_of_refusal(host):
-    good = pixels(host.picture(small_body(host)))
+    good = pixels(host.generate_image(small_body(host)))
     refused = [
         ({"steps": 0}, 400, "steps=0"),
         ({"cfg": -1}, 400, "cfg=-1"),
@@ -147,7 +147,7 @@ def test_host_goes_on_after_every_kind_of_refusal(host):
         answer = host.post({**small_body(host), **change})
         assert message in assert_is_error(answer.json()), change
         assert answer.status_code == status, change
-    assert (pixels(host.picture(small_body(host))) == good).all()
+    assert (pixels(host.generate_image(small_body(host))) == good).all()
 
 
 def test_clip_skip_beyond_the_text_encoder_is_refused_or_dropped(host):
@@ -155,7 +155,7 @@ def test_clip_skip_beyond_the_text_encoder_is_refused_or_dropped(host):
     if "clip_skip" in host.parameters:
         assert answer.status_code == 400
         assert "clip_skip=12 is not allowed" in assert_is_error(answer.json())
-        assert (pixels(host.picture(small_body(host, clip_skip=1))) != pixels(host.picture(small_body(host)))).any()
+        assert (pixels(host.generate_image(small_body(host, clip_skip=1))) != pixels(host.generate_image(small_body(host)))).any()
     else:
         assert answer.status_code == 200
 
@@ -175,33 +175,35 @@ def test_embeds_and_text_together_are_refused(sdxl):
     assert (answer.status_code, "Send one of them" in assert_is_error(answer.json())) == (400, True)
 
 
-def test_negative_embeds_change_the_picture(sdxl):
+def test_negative_embeds_change_the_image(sdxl):
     body = {"positive_embeds": bodies.conditioning("sdxl", 0), "steps": 2, "seed": 1, "cfg": 7.0}
     without, with_negative = (
-        pixels(sdxl.picture({**body, **extra})) for extra in ({}, {"negative_embeds": bodies.conditioning("sdxl", 1)})
+        pixels(sdxl.generate_image({**body, **extra})) for extra in ({}, {"negative_embeds": bodies.conditioning("sdxl", 1)})
     )
     assert (without != with_negative).any()
 
 
-def test_negative_text_changes_the_picture(sdxl):
+def test_negative_text_changes_the_image(sdxl):
     body = {"positive": "a cat", "steps": 2, "seed": 1, "cfg": 7.0}
-    assert (pixels(sdxl.picture(body)) != pixels(sdxl.picture({**body, "negative": "big red house"}))).any()
+    assert (pixels(sdxl.generate_image(body)) != pixels(sdxl.generate_image({**body, "negative": "big red house"}))).any()
 
 
 def test_denoise_decides_how_much_of_the_latent_is_left(sdxl):
-    latent = decode(sdxl.picture({"positive": "a cat", "steps": 4, "seed": 1})["latent"])
+    latent = decode(sdxl.generate_image({"positive": "a cat", "steps": 4, "seed": 1})["latent"])
     distance = []
     for denoise in (0.25, 0.5, 1.0):
-        made = decode(sdxl.picture({"positive": "a dog", "steps": 4, "seed": 2, "latent": encode(latent), "denoise": denoise})["latent"])
+        made = decode(
+            sdxl.generate_image({"positive": "a dog", "steps": 4, "seed": 2, "latent": encode(latent), "denoise": denoise})["latent"]
+        )
         distance.append(float((made - latent).norm()))
     assert 0 < distance[0] < distance[1] < distance[2]
-    from_noise = decode(sdxl.picture({"positive": "a dog", "steps": 4, "seed": 2})["latent"])
+    from_noise = decode(sdxl.generate_image({"positive": "a dog", "steps": 4, "seed": 2})["latent"])
     assert torch.equal(made, from_noise)  # at full strength the latent only sets the size
 
 
 def test_size_comes_from_latent_then_request_then_launch(sdxl):
     def size(**fields):
-        return decode(sdxl.picture({"positive": "a", "steps": 1, **fields})["output"]).size
+        return decode(sdxl.generate_image({"positive": "a", "steps": 1, **fields})["output"]).size
 
     assert size() == (64, 64)
     assert size(width=48, height=32) == (48, 32)
@@ -210,7 +212,7 @@ def test_size_comes_from_latent_then_request_then_launch(sdxl):
 
 
 def test_two_posts_at_once_are_made_one_after_the_other_and_not_swapped(sdxl):
-    alone = {seed: pixels(sdxl.picture({"positive": "a", "steps": 4, "seed": seed})) for seed in range(4)}
+    alone = {seed: pixels(sdxl.generate_image({"positive": "a", "steps": 4, "seed": seed})) for seed in range(4)}
     together = {}
 
     def post(seed):
@@ -262,11 +264,11 @@ def test_every_answer_closes_its_connection_and_has_a_length(sdxl):
 def test_client_that_goes_away_disturbs_nobody(sdxl):
     with pytest.raises(requests.ReadTimeout):
         requests.post(sdxl.url("/generate"), json={"positive": "a", "steps": 40}, timeout=0.2)
-    assert sdxl.picture({"positive": "a", "steps": 1})["message"] == "OK"
+    assert sdxl.generate_image({"positive": "a", "steps": 1})["message"] == "OK"
 
 
 @pytest.mark.parametrize(("accept", "first_bytes"), [("image/png", b"\x89PNG"), ("image/jpeg", b"\xff\xd8"), ("image/webp", b"RIFF")])
-def test_picture_can_be_had_as_a_file(accept, first_bytes, sdxl):
+def test_image_can_be_had_as_a_file(accept, first_bytes, sdxl):
     body = {"positive": "a", "steps": 2, "seed": 9}
     answer = sdxl.post(body, headers={"Accept": accept})
     assert (answer.headers["Content-Type"], answer.headers["X-Seed"]) == (accept, "9")
@@ -275,13 +277,13 @@ def test_picture_can_be_had_as_a_file(accept, first_bytes, sdxl):
 
 def test_local_image_path_is_read_from_the_allowed_folder_only(image_folder, tmp_path):
     for folder in (image_folder, tmp_path):
-        picture(16).save(folder / "b64777", format="PNG")
+        sample_image(16).save(folder / "b64777", format="PNG")
     (image_folder / "link").symlink_to(tmp_path / "b64777")
-    (image_folder / "text").write_text("not a picture")
+    (image_folder / "text").write_text("not an image")
     with InProcessHost(type="sdup", checkpoint=str(checkpoint("sdup")), image_dirs=str(image_folder)) as host:
         body = {"positive": "sharp", "steps": 1, "seed": 1}
-        by_path = host.picture({**body, "image": str(image_folder / "b64777")})
-        assert (pixels(by_path) == pixels(host.picture({**body, "image": encode(picture(16))}))).all()
+        by_path = host.generate_image({**body, "image": str(image_folder / "b64777")})
+        assert (pixels(by_path) == pixels(host.generate_image({**body, "image": encode(sample_image(16))}))).all()
         for path in (tmp_path / "b64777", image_folder / "link", image_folder / "text", image_folder / "none", image_folder):
             answer = host.post({**body, "image": str(path)})
             assert answer.status_code == 400

@@ -58,16 +58,16 @@ def test_job_is_accepted_followed_and_fetched_as_what_generate_gives(host):
     assert (done["settings"]["height"], done["settings"]["num_inference_steps"], done["settings"]["prompt"]) == (64, 4, "a red car")
     png = requests.get(host.url(done["links"]["result"]), timeout=20)
     assert (png.headers["Content-Type"], png.headers["X-Seed"]) == ("image/png", "5")
-    picture = Image.open(io.BytesIO(png.content))
-    assert json.loads(picture.text["parameters"])["prompt"] == "a red car"
+    sample_image = Image.open(io.BytesIO(png.content))
+    assert json.loads(sample_image.text["parameters"])["prompt"] == "a red car"
     legacy = requests.get(host.url(done["links"]["result"]), headers={"Accept": "application/json"}, timeout=20).json()
-    at_once = host.picture({"positive": "a red car", "seed": 5, "steps": 4, "cfg": 7.0})
+    at_once = host.generate_image({"positive": "a red car", "seed": 5, "steps": 4, "cfg": 7.0})
     for body in (legacy, at_once):
-        assert np.array_equal(np.asarray(decode(body["output"])), np.asarray(picture))
+        assert np.array_equal(np.asarray(decode(body["output"])), np.asarray(sample_image))
     assert requests.get(host.url(done["links"]["result"]), headers={"Accept": "video/mp4"}, timeout=20).status_code == 400
 
 
-def test_events_show_every_stage_and_previews_grow_into_the_picture(host):
+def test_events_show_every_stage_and_previews_grow_into_the_image(host):
     sent = send(host, {**BODY, "num_inference_steps": 12})
     states, previews = [], []
     with requests.get(host.url(sent["links"]["events"] + "?previews=1"), stream=True, timeout=60) as stream:
@@ -93,13 +93,13 @@ def test_nobody_looking_means_no_previews_are_made(host):
 
 
 def test_running_job_is_cancelled_within_two_steps_and_the_next_is_right(host):
-    wanted = host.picture({**BODY})["output"]
+    wanted = host.generate_image({**BODY})["output"]
     sent = send(host, LONG)
     wait_until(lambda: state(host, sent["id"])["step"] > 2, within_s=60, what="it runs")
     at = cancel(host, sent["id"]).json()["step"]
     ended = wait_for(host, sent["id"], "cancelled")
     assert ended["step"] <= at + 2
-    assert host.picture({**BODY})["output"] == wanted
+    assert host.generate_image({**BODY})["output"] == wanted
     answer = requests.get(host.url(ended["links"]["result"]), timeout=20)
     assert answer.status_code == 409 and "cancelled" in assert_is_error(answer.json())
 
@@ -148,7 +148,7 @@ def test_job_of_a_client_that_went_away_is_cancelled_and_a_kept_one_is_not(host)
 
 def test_client_that_waits_long_is_answered(host):
     """Longer than the host looks for the client's end of the connection."""
-    assert host.picture({**BODY, "num_inference_steps": 150})["message"] == "OK"
+    assert host.generate_image({**BODY, "num_inference_steps": 150})["message"] == "OK"
 
 
 def test_unknown_job_is_answered_as_an_error(host):
@@ -199,7 +199,7 @@ def test_trace_tells_what_the_rank_did_when(host):
 
 
 def test_figures_of_every_rank_are_told(host):
-    host.picture(BODY)
+    host.generate_image(BODY)
     ranks = requests.get(host.url("/settings"), timeout=20).json()["ranks_now"]
     assert [rank["rank"] for rank in ranks] == [0]
     assert ranks[0]["device"] == "cpu" and ranks[0]["memory_bytes"] > 1e8 and ranks[0]["seconds"] > 0

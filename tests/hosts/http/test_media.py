@@ -26,17 +26,17 @@ def opened(data):
 
 def test_png_keeps_every_pixel():
     made = result()
-    picture = opened(media.encode(made, "image/png"))
-    assert picture.format == "PNG" and picture.mode == "RGB"
-    assert (np.asarray(picture) == made.frames[0]).all()
+    sample_image = opened(media.encode(made, "image/png"))
+    assert sample_image.format == "PNG" and sample_image.mode == "RGB"
+    assert (np.asarray(sample_image) == made.frames[0]).all()
 
 
 @pytest.mark.parametrize(("content_type", "name"), [("image/jpeg", "JPEG"), ("image/webp", "WEBP")])
-def test_lossy_picture_is_close(content_type, name):
+def test_lossy_image_is_close(content_type, name):
     made = result()
-    picture = opened(media.encode(made, content_type))
-    assert picture.format == name and picture.size == (64, 48)
-    assert np.abs(np.asarray(picture.convert("RGB")).astype(int) - made.frames[0]).mean() < 4
+    sample_image = opened(media.encode(made, content_type))
+    assert sample_image.format == name and sample_image.size == (64, 48)
+    assert np.abs(np.asarray(sample_image.convert("RGB")).astype(int) - made.frames[0]).mean() < 4
 
 
 def test_gif_holds_every_frame_at_seven_per_second():
@@ -58,7 +58,7 @@ def test_mp4_of_odd_size_loses_a_row_and_a_column_only():
 
 
 @pytest.mark.parametrize("content_type", ["image/png", "image/jpeg", "image/webp"])
-def test_video_is_not_sent_as_one_picture(content_type):
+def test_video_is_not_sent_as_one_image(content_type):
     with pytest.raises(
         RequestError, match=r"does not fit a video\. Allowed: video/mp4, image/gif, application/x-npy, application/x-npz, application/json"
     ) as caught:

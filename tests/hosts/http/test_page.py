@@ -1,4 +1,4 @@
-"""The page in a real browser against a real host of two ranks: type, click, watch the preview, cancel, see the picture."""
+"""The page in a real browser against a real host of two ranks: type, click, watch the preview, cancel, see the image."""
 
 import io
 import json
@@ -95,11 +95,11 @@ def caption(browser):
 
 
 def source(browser):
-    """Address of the picture on show, or None; asked in one go, for a preview may be replaced between two questions."""
+    """Address of the image on show, or None; asked in one go, for a preview may be replaced between two questions."""
     return browser.execute_script("return document.querySelector('#canvas img')?.src")
 
 
-def test_picture_is_typed_drawn_previewed_and_kept_with_its_settings(page, host, screenshots):
+def test_image_is_typed_drawn_previewed_and_kept_with_its_settings(page, host, screenshots):
     assert find(page, "#field-num_inference_steps").get_attribute("value") == "20"
     assert page.switch_to.active_element.get_attribute("id") == "field-prompt"
     page.switch_to.active_element.send_keys("a large red circle on a blue background")
@@ -115,10 +115,10 @@ def test_picture_is_typed_drawn_previewed_and_kept_with_its_settings(page, host,
     assert find(page, "#cancel").get_attribute("hidden") and not find(page, "#download").get_attribute("hidden")
     name = find(page, "#download").get_attribute("download")
     png = requests.get(host.url(f"/v1/jobs/{name.removesuffix('.png')}/result"), timeout=20).content
-    picture = Image.open(io.BytesIO(png))
-    centre, corner = np.asarray(picture)[64, 64].astype(int), np.asarray(picture)[4, 4].astype(int)
+    sample_image = Image.open(io.BytesIO(png))
+    centre, corner = np.asarray(sample_image)[64, 64].astype(int), np.asarray(sample_image)[4, 4].astype(int)
     assert centre[0] > 150 and centre[0] > 2 * centre[2] and corner[2] > 120 and corner[2] > 2 * corner[0]
-    assert json.loads(picture.text["parameters"])["prompt"] == "a large red circle on a blue background"
+    assert json.loads(sample_image.text["parameters"])["prompt"] == "a large red circle on a blue background"
     until(page, lambda: len(texts(page, "#gallery li")) == 1)
     until(page, lambda: len(texts(page, "#ranks tr")) == 2)
     for number, row in enumerate(texts(page, "#ranks tr")):  # device, memory, share of computing and of waiting

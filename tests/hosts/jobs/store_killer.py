@@ -30,7 +30,7 @@ WAITING = 4
 
 
 def draw(request: GenerateRequest) -> np.ndarray:
-    """A picture that depends on all of the request."""
+    """An image that depends on all of the request."""
     noise = np.random.default_rng(request.seed).integers(0, 255, (1, 24, 24, 3), dtype=np.uint8)
     return noise if request.init_image is None else noise ^ np.asarray(request.init_image)
 
@@ -61,18 +61,18 @@ def victim(folder: Path, round_number: int, tell) -> None:
 
 
 def submit_jobs(queue: JobQueue, round_number: int, tell) -> None:
-    picture = Image.fromarray(np.full((24, 24, 3), round_number % 256, dtype=np.uint8))
+    sample_image = Image.fromarray(np.full((24, 24, 3), round_number % 256, dtype=np.uint8))
     for number in range(1_000_000):
         while queue.num_waiting >= WAITING:
             time.sleep(0.001)
-        request = GenerateRequest(prompt=f"{round_number}", init_image=picture if number % 2 else None)
+        request = GenerateRequest(prompt=f"{round_number}", init_image=sample_image if number % 2 else None)
         key = f"{round_number}-{number}"
         job = queue.submit(request, is_stored=True, key=key)
         again = queue.submit(request, is_stored=True, key=key)
         tell(f"accepted {job.id} {digest(draw(job.request))}" if again is job else f"twice {job.id} {again.id}")
 
 
-def one_round(folder: Path, round_number: int, *, lines: int, then_s: float) -> list[str]:
+def one_round(folder: Path, round_number: int, *, channels: int, then_s: float) -> list[str]:
     """What the victim told. It is killed `then_s` after it has told so many lines of its own; in the last round (-1) it is not."""
     reader, writer = os.pipe()
     pid = os.fork()
@@ -85,7 +85,7 @@ def one_round(folder: Path, round_number: int, *, lines: int, then_s: float) -> 
     os.close(writer)
     told, kill_at = b"", None
     while True:
-        if round_number >= 0 and kill_at is None and told.partition(b"open\n")[2].count(b"\n") >= lines:
+        if round_number >= 0 and kill_at is None and told.partition(b"open\n")[2].count(b"\n") >= channels:
             kill_at = time.monotonic() + then_s
         left = None if kill_at is None else max(0.0, kill_at - time.monotonic())
         if not select.select([reader], [], [], left)[0]:
@@ -104,39 +104,41 @@ def main() -> None:
     folder, rounds, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     chance = random.Random(seed)
     wanted: dict[str, str] = {}
-    pictures: dict[str, set[str]] = {}
+    sample_images: dict[str, set[str]] = {}
     failed: dict[str, str] = {}
     begun: Counter[str] = Counter()
     twice = 0
     for round_number in [*range(rounds), -1]:
-        lines = chance.randint(0, MOST_LINES)
-        for line in one_round(folder, round_number, lines=lines, then_s=chance.uniform(0, LONGEST_S if lines else LONGEST_OPENING_S)):
+        channels = chance.randint(0, MOST_LINES)
+        for line in one_round(
+            folder, round_number, channels=channels, then_s=chance.uniform(0, LONGEST_S if channels else LONGEST_OPENING_S)
+        ):
             what, job_id, *rest = f"{line} ".split(" ", 2)
             if what == "accepted":
                 wanted[job_id] = rest[0].strip()
             elif what == "done":
-                pictures.setdefault(job_id, set()).add(rest[0].strip())
+                sample_images.setdefault(job_id, set()).add(rest[0].strip())
             elif what == "failed":
                 failed[job_id] = rest[0].strip()
             elif what == "began":
                 begun[job_id] += 1
             elif what == "twice":
                 twice += 1
-    verdict = {
+    outcome = {
         "rounds": rounds,
         "accepted": len(wanted),
-        "done": len(pictures),
+        "done": len(sample_images),
         "failed": len(failed),
         "failed_with_other_reasons": sum("so it is not tried again" not in reason for reason in failed.values()),
         "begun_twice": sum(count == 2 for count in begun.values()),
         "begun_more_often": sum(count > 2 for count in begun.values()),
-        "lost": len(set(wanted) - set(pictures) - set(failed)),
-        "done_and_failed": len(set(pictures) & set(failed)),
-        "wrong_pictures": sum(seen != {wanted[job_id]} for job_id, seen in pictures.items() if job_id in wanted),
-        "different_pictures": sum(len(seen) > 1 for seen in pictures.values()),
+        "lost": len(set(wanted) - set(sample_images) - set(failed)),
+        "done_and_failed": len(set(sample_images) & set(failed)),
+        "wrong_images": sum(seen != {wanted[job_id]} for job_id, seen in sample_images.items() if job_id in wanted),
+        "different_images": sum(len(seen) > 1 for seen in sample_images.values()),
         "same_key_twice": twice,
     }
-    print(json.dumps(verdict))
+    print(json.dumps(outcome))
 
 
 if __name__ == "__main__":

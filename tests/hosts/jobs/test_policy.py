@@ -9,7 +9,7 @@ from backends.plan import ParallelPlan
 from backends.request import GenerateRequest, LoadRequest
 from hosts.jobs.decision import Choice
 from hosts.jobs.job import Job, JobStatus
-from hosts.jobs.policy import Handout, Sharing
+from hosts.jobs.policy import Sharing, SplitPeriod
 from hosts.launch.team_modes import Teams
 
 LOAD = LoadRequest(model_type="sdxl", checkpoint="", variant="fp32")
@@ -51,33 +51,33 @@ def test_job_that_comes_alone_waits_for_others_a_hundredth_of_its_time(monkeypat
 
 
 def test_free_team_takes_what_waits_waits_while_others_run_and_leaves_when_none_does():
-    handout = Handout(sharing(), team_size=1)
-    assert handout.choose([job()] * 2, []) is Choice.TAKE
-    assert handout.choose([job()], [job(step=1, spent=0.1)]) is Choice.TAKE
-    assert handout.choose([], [job(step=1, spent=0.1)]) is Choice.WAIT
-    assert handout.choose([], []) is Choice.LEAVE
-    assert handout.choose([job()], []) is Choice.LEAVE, "one team has left already"
+    period = SplitPeriod(sharing(), team_size=1)
+    assert period.choose([job()] * 2, []) is Choice.TAKE
+    assert period.choose([job()], [job(step=1, spent=0.1)]) is Choice.TAKE
+    assert period.choose([], [job(step=1, spent=0.1)]) is Choice.WAIT
+    assert period.choose([], []) is Choice.LEAVE
+    assert period.choose([job()], []) is Choice.LEAVE, "one team has left already"
 
 
 def test_last_job_is_left_to_all_ranks_when_the_other_team_is_nearly_done():
     for step, spent, choice in ((90, 9.0, Choice.LEAVE), (10, 1.0, Choice.TAKE)):
-        handout = Handout(sharing(), team_size=1)
-        handout.choose([job()] * 2, [])
-        assert handout.choose([job()], [job(step=step, spent=spent)]) is choice
+        period = SplitPeriod(sharing(), team_size=1)
+        period.choose([job()] * 2, [])
+        assert period.choose([job()], [job(step=step, spent=spent)]) is choice
 
 
 def test_ranks_that_have_just_split_do_not_meet_before_one_job_was_begun():
-    handout = Handout(sharing(seconds=(10.0, 1.0)), team_size=1)  # both ranks are far quicker, as a rule
-    assert handout.choose([job()], []) is Choice.TAKE
-    assert handout.choose([job()], []) is Choice.LEAVE
+    period = SplitPeriod(sharing(seconds=(10.0, 1.0)), team_size=1)  # both ranks are far quicker, as a rule
+    assert period.choose([job()], []) is Choice.TAKE
+    assert period.choose([job()], []) is Choice.LEAVE
 
 
 def test_throughput_mode_never_gathers():
-    handout = Handout(sharing("throughput", seconds=(10.0, 1.0)), team_size=1)
-    assert [handout.choose(waiting, []) for waiting in ([], [job()], [], [job()])] == [Choice.WAIT, Choice.TAKE, Choice.WAIT, Choice.TAKE]
+    period = SplitPeriod(sharing("throughput", seconds=(10.0, 1.0)), team_size=1)
+    assert [period.choose(waiting, []) for waiting in ([], [job()], [], [job()])] == [Choice.WAIT, Choice.TAKE, Choice.WAIT, Choice.TAKE]
 
 
 def test_team_that_leaves_for_a_reason_of_its_own_ends_the_split():
-    handout = Handout(sharing("throughput"), team_size=1)
-    handout.end()
-    assert handout.choose([job()], []) is Choice.LEAVE
+    period = SplitPeriod(sharing("throughput"), team_size=1)
+    period.end()
+    assert period.choose([job()], []) is Choice.LEAVE

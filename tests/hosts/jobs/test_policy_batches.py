@@ -15,14 +15,14 @@ from hosts.jobs.job import JobStatus
 from hosts.jobs.policy import Sharing
 from hosts.jobs.queue import JobQueue
 from hosts.launch.team_modes import Teams
-from hosts.ranks.commands import Failure, Gather, Generate, Verdict
-from hosts.ranks.dispatch import CANCEL, GO_ON, JobDesk
+from hosts.ranks.commands import Failure, Generate, Outcome, Rejoin
+from hosts.ranks.dispatch import CANCEL, GO_ON, JobDispatcher
 from hosts.supervision.host_state import HostState
 from tests.hosts.launch.test_team_modes import teams
 
 LOAD = LoadRequest(model_type="sdxl", checkpoint="", variant="fp32")
 SECONDS = {1: 1.0, 2: 1.4, 4: 2.2}
-"""Of a whole batch: 1, 0.7 and 0.55 for each picture."""
+"""Of a whole batch: 1, 0.7 and 0.55 for each image."""
 
 
 def gain_of(seconds, *, max_batch=4, trials=2):
@@ -46,7 +46,7 @@ def gain_of(seconds, *, max_batch=4, trials=2):
         ({1: 1.0, 2: math.inf}, 1),
     ],
 )
-def test_batch_is_tried_when_half_of_it_is_known_and_kept_where_a_picture_costs_a_tenth_less(known, limit):
+def test_batch_is_tried_when_half_of_it_is_known_and_kept_where_a_image_costs_a_tenth_less(known, limit):
     assert gain_of(known).limit("kind") == limit
     assert gain_of(known).limit("another kind") == 1
 
@@ -64,7 +64,7 @@ def test_size_is_judged_by_the_better_of_two_trials_and_failures_count_only_when
     assert gain.limit("kind") == 1 and gain.measured() == {"kind": {1: 1.0, 2: None}}
 
 
-def test_size_that_did_not_pay_is_tried_again_after_many_pictures_unless_it_could_not_be_made():
+def test_size_that_did_not_pay_is_tried_again_after_many_images_unless_it_could_not_be_made():
     for seconds, limits in ((1.9, (1, 2, 1)), (math.inf, (1, 1, 1))):
         gain = gain_of({1: 1.0, 2: seconds})
         found = []
@@ -162,7 +162,7 @@ def test_job_that_was_begun_before_goes_alone():
     assert taken(queue, rules) == [4, 5]
 
 
-def test_job_of_several_ranks_and_one_with_a_picture_go_alone():
+def test_job_of_several_ranks_and_one_with_a_image_go_alone():
     queue, rules = JobQueue(), sharing(ranks=2)
     for seed in range(4):
         queue.submit(request(seed, **({"latents": np.zeros((1, 4, 8, 8), np.float32)} if seed > 1 else {})))
@@ -214,8 +214,8 @@ class Desk:
     def __init__(self, num_jobs, *, check=lambda request: None, **known):
         self.queue, self.state, self.rules = JobQueue(), HostState(), sharing(**known)
         self.jobs = [self.queue.submit(request(seed), is_kept=True) for seed in range(num_jobs)]
-        self.desk = JobDesk(queue=self.queue, state=self.state, sharing=self.rules, ranks=1, choose=take_or_leave)
-        self.command = self.desk.next_command(check)
+        self.dispatcher = JobDispatcher(queue=self.queue, state=self.state, sharing=self.rules, ranks=1, choose=take_or_leave)
+        self.command = self.dispatcher.next_command(check)
 
     def ids(self, *numbers):
         return tuple(self.jobs[number].id for number in numbers)
@@ -224,10 +224,10 @@ class Desk:
         return "".join(job.status.value[0] for job in self.jobs)
 
     def done(self, num_results):
-        self.desk.generated([result(seed) for seed in range(num_results)], Verdict(failure=None, groups_are_broken=False))
+        self.dispatcher.generated([result(seed) for seed in range(num_results)], Outcome(failure=None, groups_are_broken=False))
 
     def failed(self, error):
-        self.desk.generated((), Verdict(failure=Failure.of(error, rank=0), groups_are_broken=False))
+        self.dispatcher.generated((), Outcome(failure=Failure.of(error, rank=0), groups_are_broken=False))
 
 
 def result(seed):
@@ -239,8 +239,8 @@ def test_each_job_of_a_batch_gets_its_own_row_its_progress_and_its_preview():
     host = Desk(3)
     assert host.command == Generate(job_ids=host.ids(0, 1, 2), requests=tuple(job.request for job in host.jobs))
     host.jobs[1].wants_preview = True
-    assert host.desk.rows_in_view == (1,)
-    host.desk.step_done(1, 2, lambda row: np.full((2, 2, 3), row, dtype=np.uint8))
+    assert host.dispatcher.rows_in_view == (1,)
+    host.dispatcher.step_done(1, 2, lambda row: np.full((2, 2, 3), row, dtype=np.uint8))
     assert [(job.step, job.preview is not None) for job in host.jobs] == [(1, False), (1, True), (1, False)]
     assert host.jobs[1].preview.max() == 1
     host.done(3)
@@ -252,17 +252,17 @@ def test_each_job_of_a_batch_gets_its_own_row_its_progress_and_its_preview():
 
 def test_cancelled_job_of_a_batch_ends_at_once_and_the_batch_when_nobody_wants_it():
     host = Desk(3)
-    host.desk.step_done(1, 4, lambda row: None)
+    host.dispatcher.step_done(1, 4, lambda row: None)
     host.queue.cancel(host.jobs[0])
-    assert host.states() == "rrr" and host.desk.step_word() == GO_ON and host.states() == "crr"
+    assert host.states() == "rrr" and host.dispatcher.step_signal() == GO_ON and host.states() == "crr"
     with pytest.raises(CancelledError, match="the job was cancelled after step 1 of 4"):
         host.jobs[0].wait()
-    host.desk.step_done(2, 4, lambda row: None)
+    host.dispatcher.step_done(2, 4, lambda row: None)
     assert [job.step for job in host.jobs] == [1, 2, 2]
     host.jobs[1].deadline_s = host.jobs[1].created_s
-    assert host.desk.step_word() == GO_ON and "not done 0 s after it was sent" in str(host.jobs[1].error)
+    assert host.dispatcher.step_signal() == GO_ON and "not done 0 s after it was sent" in str(host.jobs[1].error)
     host.queue.cancel(host.jobs[2], "its client has gone away")
-    assert host.desk.step_word() == CANCEL and host.states() == "ccr"
+    assert host.dispatcher.step_signal() == CANCEL and host.states() == "ccr"
     host.failed(CancelledError("the job was cancelled at step 3 of 4."))
     assert host.states() == "ccc" and str(host.jobs[2].error) == "its client has gone away"
     assert [job.attempts for job in host.jobs] == [1, 1, 1]
@@ -271,7 +271,7 @@ def test_cancelled_job_of_a_batch_ends_at_once_and_the_batch_when_nobody_wants_i
 def test_row_of_the_job_that_is_left_is_its_own():
     host = Desk(3)
     host.queue.cancel(host.jobs[1])
-    host.desk.step_word()
+    host.dispatcher.step_signal()
     host.done(3)
     assert (host.states(), host.jobs[2].result.frames.max()) == ("dcd", 2)
 
@@ -283,7 +283,7 @@ def test_batch_that_fails_is_made_again_one_by_one_in_its_order(error):
     host.failed(error)
     assert host.states() == "qqqq"
     for number in range(4):
-        command = host.desk.next_command(lambda request: None)
+        command = host.dispatcher.next_command(lambda request: None)
         assert isinstance(command, Generate) and command.job_ids == host.ids(number)
         host.failed(PlanError("this one is to blame")) if number == 2 else host.done(1)
     assert host.states() == "ddfd" and {job.attempts for job in host.jobs} == {2}
@@ -294,10 +294,10 @@ def test_batch_that_cannot_be_made_is_not_tried_for_ever():
     for _ in range(2):
         host.failed(MemoryError("out of memory"))
         for _ in range(2):
-            host.desk.next_command(lambda request: None)
+            host.dispatcher.next_command(lambda request: None)
             host.done(1)
         host.jobs = [host.queue.submit(request(seed)) for seed in range(2)]
-        host.command = host.desk.next_command(lambda request: None)
+        host.command = host.dispatcher.next_command(lambda request: None)
     assert host.command.job_ids == host.ids(0), "two batches have failed"
 
 
@@ -311,7 +311,7 @@ def test_refused_job_does_not_enter_the_batch():
     host.done(2)
     assert (host.states(), host.jobs[3].result.frames.max()) == ("fdfd", 1)
     host.queue.submit(request(2))
-    assert isinstance(host.desk.next_command(check), Gather)
+    assert isinstance(host.dispatcher.next_command(check), Rejoin)
 
 
 @pytest.mark.parametrize(
@@ -321,7 +321,7 @@ def test_refused_job_does_not_enter_the_batch():
         ({"ranks": 2, "backend": "distrifuser"}, 4, ""),
         ({"ranks": 1, "max_batch": 7}, 7, ""),
         ({"ranks": 1, "max_batch": 1, "mode": "latency"}, 1, ""),
-        ({"ranks": 1, "mode": "latency"}, 1, "max_batch=1: mode=latency: each picture is the same whatever the load"),
+        ({"ranks": 1, "mode": "latency"}, 1, "max_batch=1: mode=latency: each image is the same whatever the load"),
         ({"ranks": 2, "backend": "asyncdiff", "shard_weights": True}, 1, "max_batch=1: no rank works alone"),
         ({"ranks": 1, "step_cache": "deep,2"}, 1, "max_batch=1: --step_cache decides by all of a batch"),
         ({"ranks": 1, "type_name": "zimage"}, 1, "max_batch=1: a row of a batch of Z-Image depends on the others"),

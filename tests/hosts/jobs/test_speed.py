@@ -2,7 +2,7 @@
 
 import pytest
 
-from hosts.jobs.speed import ASSUMED_GAIN, Pace, best_size, gathering_is_quicker
+from hosts.jobs.speed import ASSUMED_GAIN, Speed, best_size, gathering_is_quicker
 
 TWO = {1: 10.0, 2: 6.0}
 FOUR = {1: 10.0, 2: 6.0, 4: 4.0}
@@ -54,7 +54,7 @@ def test_large_job_is_weighed_by_its_own_time():
 
 
 def test_pace_is_the_best_of_the_last_few_jobs():
-    pace = Pace()
+    pace = Speed()
     for seconds in (9.0, 2.0, 3.0, 3.0, 3.0, 3.0):
         pace.learn(ranks=1, work=100, seconds=seconds)
     assert pace.seconds(1, 200) == pytest.approx(6.0)
@@ -62,7 +62,7 @@ def test_pace_is_the_best_of_the_last_few_jobs():
 
 
 def test_pace_of_other_sizes_is_assumed_from_the_nearest_measured_one():
-    pace = Pace()
+    pace = Speed()
     assert pace.seconds(1, 1e6) == pytest.approx(pace.seconds(2, 1e6) * ASSUMED_GAIN)
     pace.learn(ranks=4, work=100, seconds=1.0)
     assert pace.seconds(1, 100) == pytest.approx(ASSUMED_GAIN**2)

@@ -11,15 +11,15 @@ from backends.errors import CancelledError, HostError, NotFoundError, RankError,
 from hosts.jobs import serialization
 from hosts.jobs.queue import JobStatus
 from hosts.jobs.store import JobStore
-from hosts.supervision.exit_reports import Ending
+from hosts.supervision.exit_reports import ExitReport
 from tests.hosts.jobs.stored import request, result, send
 
 
 def test_request_comes_back_as_it_was():
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (5, 7, 3), dtype=np.uint8))
+    sample_image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (5, 7, 3), dtype=np.uint8))
     asked = request(
-        scheduler={"scheduler": "euler", "plain": {"tensors": []}}, latents=np.ones((1, 4, 2, 2), np.float32), init_image=picture,
-        control_image=[picture, picture.rotate(90)], sigmas=[1.0, 0.0], strength=0.5,
+        scheduler={"scheduler": "euler", "plain": {"tensors": []}}, latents=np.ones((1, 4, 2, 2), np.float32), init_image=sample_image,
+        control_image=[sample_image, sample_image.rotate(90)], sigmas=[1.0, 0.0], strength=0.5,
     )  # fmt: skip
     text, arrays = serialization.pack_request(asked)
     back = serialization.unpack_request(text, arrays.__getitem__)
@@ -57,7 +57,7 @@ def test_job_that_ran_is_begun_again_before_all_others_and_only_once(open_queue)
     assert queue.next().id == jobs[0].id
     queue = open_queue()
     assert queue.next().id == jobs[0].id
-    JobStore.note(queue._store, Ending(why="rank 1 was gone", rank=1))
+    JobStore.note(queue._store, ExitReport(why="rank 1 was gone", rank=1))
     queue = open_queue()
     again = queue.find(jobs[0].id)
     assert again.status is JobStatus.FAILED and again.finished.is_set()
@@ -74,7 +74,7 @@ def test_last_words_are_those_of_the_last_process(open_queue):
     queue = open_queue()
     send(queue)
     queue.next()
-    JobStore.note(queue._store, Ending(why="rank 1 was gone", rank=1))
+    JobStore.note(queue._store, ExitReport(why="rank 1 was gone", rank=1))
     queue = open_queue()
     queue.next()
     queue = open_queue()
@@ -223,10 +223,10 @@ def test_results_are_kept_for_their_time(open_queue):
     assert open_queue().jobs() == []
 
 
-def test_pictures_of_a_waiting_job_are_stored_and_go_when_it_is_over(open_queue, tmp_path):
-    picture = Image.new("RGB", (8, 8), (1, 2, 3))
+def test_images_of_a_waiting_job_are_stored_and_go_when_it_is_over(open_queue, tmp_path):
+    sample_image = Image.new("RGB", (8, 8), (1, 2, 3))
     queue = open_queue()
-    job = queue.submit(request(init_image=picture), is_stored=True)
+    job = queue.submit(request(init_image=sample_image), is_stored=True)
     queue = open_queue()
     assert queue.find(job.id).request.init_image.getpixel((0, 0)) == (1, 2, 3)
     queue.finish(queue.next(), result=result())

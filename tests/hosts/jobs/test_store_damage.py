@@ -25,7 +25,7 @@ def test_arrays_without_a_job_are_removed(open_queue, tmp_path):
     assert list((tmp_path / "state" / "arrays").iterdir()) == [] and queue.jobs() == []
 
 
-def test_job_whose_pictures_are_gone_fails_and_the_others_run(open_queue, tmp_path):
+def test_job_whose_images_are_gone_fails_and_the_others_run(open_queue, tmp_path):
     queue = open_queue()
     bad = queue.submit(request(init_image=Image.new("RGB", (8, 8))), is_stored=True)
     good, done = send(queue), send(queue)
@@ -137,20 +137,20 @@ def test_folder_is_for_its_user_alone(open_queue, tmp_path):
 
 @pytest.mark.timeout(850)
 @pytest.mark.parametrize("rounds", [25, pytest.param(400, marks=pytest.mark.slow)])
-def test_killed_at_any_moment_no_job_is_lost_and_none_has_two_pictures(rounds, tmp_path):
+def test_killed_at_any_moment_no_job_is_lost_and_none_has_two_images(rounds, tmp_path):
     command = [sys.executable, "-m", "tests.hosts.jobs.store_killer", str(tmp_path / "state"), str(rounds), "8"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stderr
-    verdict = json.loads(done.stdout)
-    assert verdict["accepted"] > rounds and verdict["begun_twice"] > 0, verdict
-    assert verdict["done"] >= verdict["accepted"] - verdict["failed"], verdict
+    outcome = json.loads(done.stdout)
+    assert outcome["accepted"] > rounds and outcome["begun_twice"] > 0, outcome
+    assert outcome["done"] >= outcome["accepted"] - outcome["failed"], outcome
     never = (
         "lost",
-        "wrong_pictures",
-        "different_pictures",
+        "wrong_images",
+        "different_images",
         "done_and_failed",
         "begun_more_often",
         "same_key_twice",
         "failed_with_other_reasons",
     )
-    assert not {name: verdict[name] for name in never if verdict[name]}, verdict
+    assert not {name: outcome[name] for name in never if outcome[name]}, outcome

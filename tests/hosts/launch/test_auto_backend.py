@@ -1,4 +1,4 @@
-"""--backend=auto: when it is on, what it decides before anything is loaded, what it remembers; and on two ranks, from load to picture."""
+"""--backend=auto: when it is on, what it decides before anything is loaded, what it remembers; and on two ranks, from load to image."""
 
 import json
 from dataclasses import replace
@@ -19,7 +19,7 @@ from backends.request import GenerateRequest
 from hosts.launch.auto_backend import candidates_of, recall_from, remember
 from hosts.launch.settings import Settings
 from hosts.launch.start_plan import plan_start
-from hosts.ranks.autotune import settle
+from hosts.ranks.autotune import tune
 from hosts.ranks.warmup import prewarm_request
 from hosts.supervision.progress import Activity
 from tests.checkpoints import checkpoint
@@ -159,25 +159,25 @@ def check_settling(rank, world_size, folder):
     """Measured once, remembered then; and the chosen method draws what it draws when it is named."""
     options = {"height": 64, "width": 64, "mode": "latency", "quality": "exact"}
     place = {"folder": folder, "rank": rank, "world_size": world_size, "device": torch.device("cpu"), "activity": Activity()}
-    settled, pipeline = settle(start(**options), lambda measured: start(measured=measured, **options), **place)
+    settled, pipeline = tune(start(**options), lambda measured: start(measured=measured, **options), **place)
     assert settled.auto.source.startswith("measured 20") and pipeline is not None
     tried = [row for row in settled.auto.rows if row.measured_s is not None]
     assert {"single", "distrifuser cfg 2"} <= {row.candidate.name for row in tried} and settled.auto.job in tried
     assert all(row.measured_s > 0 for row in tried)
-    again, nothing = settle(start(**options), lambda measured: start(measured=measured, **options), **place)
+    again, nothing = tune(start(**options), lambda measured: start(measured=measured, **options), **place)
     assert nothing is None and again.facts() == settled.facts()
     chosen = settled.auto.job.candidate
     named = start(backend=chosen.backend, **options, **{name: value for name, value in chosen.options.items() if value is not False})
     assert named.auto is None and (named.plan.axes, named.plan.options) == (settled.plan.axes, settled.plan.options)
     request = GenerateRequest(prompt="a red circle", seed=3, num_inference_steps=3)
-    pictures = []
+    sample_images = []
     for plan in (settled.plan, named.plan):
         mesh = Mesh(plan, rank=rank, device=torch.device("cpu"))
         pipeline.attach(backend_class(plan.method)(spec=settled.spec, plan=plan, mesh=mesh))
-        pictures.append(pipeline.generate(request).frames)
+        sample_images.append(pipeline.generate(request).frames)
         pipeline.detach()
         mesh.destroy()
-    assert np.array_equal(*pictures) and pictures[0].std() > 0
+    assert np.array_equal(*sample_images) and sample_images[0].std() > 0
 
 
 def test_two_ranks_measure_once_then_remember_and_draw_what_the_named_method_draws(run_on_ranks, tmp_path):
@@ -244,22 +244,22 @@ def test_host_tells_the_table_of_the_check_and_goes_by_it(measured_before):
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_host_measures_at_its_first_start_and_remembers_at_its_second(tmp_path):
-    """The picture is that of the same method chosen by name."""
+    """The image is that of the same method chosen by name."""
     arguments = (*ARGUMENTS, f"--checkpoint={checkpoint('sdxl')}")
     with start_launcher(*arguments, f"--state_dir={tmp_path}") as host:
         host.wait_until_ready()
         told = host.get("/settings").json()
         assert told["planner"]["source"].startswith("measured 20") and "backends.autotune.trials: tried single, " in host.log
-        first = picture_of(host)
+        first = image_of(host)
     with start_launcher(*arguments, f"--state_dir={tmp_path}") as host:
         host.wait_until_ready()
         assert host.get("/settings").json()["planner"] == told["planner"] and "backends.autotune.trials" not in host.log
     named = ["--no_split_batch", f"--sync_mode={told['options']['sync_mode']}"] if "patch 2" in told["planner"]["choice"] else []
     with start_launcher(*arguments, f"--backend={told['backend']}", *named) as host:
         host.wait_until_ready()
-        assert np.array_equal(picture_of(host), first)
+        assert np.array_equal(image_of(host), first)
 
 
-def picture_of(host):
+def image_of(host):
     body = host.post({"positive": "a red circle", "seed": 3, "steps": 3}).json()
     return np.asarray(decode(body["output"]))

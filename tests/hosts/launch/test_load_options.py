@@ -18,7 +18,7 @@ def test_quantize_to_means_denoiser_and_encoders_and_the_split_forms_win():
     assert plan().load.quantize == {}
 
 
-def test_compile_switches_become_targets_and_one_picture_is_made_before_the_host_is_ready():
+def test_compile_switches_become_targets_and_one_image_is_made_before_the_host_is_ready():
     start = plan(compile_unet=True, compile_vae=True, compile_text_encoder=True, compile_mode="max-autotune", compile_fullgraph_off=True)
     assert start.load.compile.targets == ("denoiser", "vae", "encoders")
     assert (start.load.compile.mode, start.load.compile.fullgraph) == ("max-autotune", False)
@@ -35,7 +35,7 @@ def test_compile_switches_become_targets_and_one_picture_is_made_before_the_host
 def test_asyncdiff_finds_its_units_before_the_host_is_ready():
     start = plan(num_ranks=2, backend="asyncdiff")
     assert start.load.prewarm_steps == 1
-    assert any(reason.startswith("warm_up_steps=1: the first picture finds") for reason in start.reasons)
+    assert any(reason.startswith("warm_up_steps=1: the first image finds") for reason in start.reasons)
     assert plan(num_ranks=2, backend="asyncdiff", warm_up_steps=0).load.prewarm_steps == 0
     assert plan(num_ranks=1, backend="asyncdiff").load.prewarm_steps == 0
 

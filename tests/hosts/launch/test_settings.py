@@ -131,7 +131,7 @@ def test_client_port_is_kept_also_when_written_as_two_words():
     assert problem is not None
 
 
-def test_client_hosts_may_read_pictures_from_the_temporary_folder(tmp_path, monkeypatch):
+def test_client_hosts_may_read_images_from_the_temporary_folder(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert parse_client_arguments([], backend="xdit").image_dirs == str(tmp_path)
 

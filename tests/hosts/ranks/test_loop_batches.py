@@ -31,23 +31,23 @@ def alone():
     return OneRank()
 
 
-def assert_pictures(host, alone, bodies, jobs):
+def assert_images(host, alone, bodies, jobs):
     for body, job in zip(bodies, jobs, strict=True):
         assert job["state"] == "done" and job["seed"] == body["seed"], job
         assert difference(pixels(host, job["id"]), alone(body)) <= 1
 
 
-def test_jobs_of_two_clients_are_made_in_pairs_in_their_order_and_each_gets_its_own_picture(host, alone):
+def test_jobs_of_two_clients_are_made_in_pairs_in_their_order_and_each_gets_its_own_image(host, alone):
     for _ in range(2):
         (job,) = over(host, send(host, BODY))
         assert (job["state"], job["batch"]) == ("done", 1)
     blocker = begun(host, BLOCKER)
-    bodies = [{**BODY, "seed": seed, "positive": f"picture {seed}", "negative": f"blurry {seed}"} for seed in range(5)]
+    bodies = [{**BODY, "seed": seed, "positive": f"image {seed}", "negative": f"blurry {seed}"} for seed in range(5)]
     wrong = send(host, {**BODY, "clip_skip": 12}, client="wrong")
     jobs = [send(host, body, client="ab"[number % 2]) for number, body in enumerate(bodies)]
     done = over(host, blocker, *jobs)[1:]
     assert [job["batch"] for job in done] == [2, 2, 2, 2, 1] and {job["exactness"] for job in done} == {"reordered", "exact"}
-    assert_pictures(host, alone, bodies, done)
+    assert_images(host, alone, bodies, done)
     refused = show(host, wrong)
     assert refused["state"] == "failed" and refused["error"].startswith("clip_skip=12 is not allowed")
     facts = host.get("/settings").json()
@@ -55,13 +55,13 @@ def test_jobs_of_two_clients_are_made_in_pairs_in_their_order_and_each_gets_its_
     assert 'diffusion_batch_jobs_total{batch="2"} 4.0' in host.get("/metrics").text
 
 
-def test_pictures_of_one_request_share_a_batch(host, alone):
+def test_images_of_one_request_share_a_batch(host, alone):
     over(host, *[send(host, {**BODY, "steps": 5}) for _ in range(2)])  # a kind of its own: what is tried next is a matter of counting
     fields = {"prompt": "a red car", "negative_prompt": "blurry", "steps": 5, "seed": 5, "guidance_scale": 7.0}
     answer = host.session.post(host.url("/v1/images/generations"), json={**fields, "n": 4, "size": "64x64"}, timeout=60).json()
     done = [show(host, made["url"].split("/")[-2]) for made in answer["data"]]
     assert [job["batch"] for job in done] == [2, 2, 2, 2]
-    assert_pictures(host, alone, [{**BODY, "steps": 5, "seed": seed} for seed in (5, 6, 7, 8)], done)
+    assert_images(host, alone, [{**BODY, "steps": 5, "seed": seed} for seed in (5, 6, 7, 8)], done)
 
 
 def test_one_job_of_a_batch_is_watched_and_another_cancelled_in_the_middle(host, alone):
@@ -80,7 +80,7 @@ def test_one_job_of_a_batch_is_watched_and_another_cancelled_in_the_middle(host,
     over(host, blocker)
     (done,) = over(host, jobs[1])
     assert (done["batch"], done["step"]) == (2, 40)
-    assert_pictures(host, alone, bodies[1:], [done])
+    assert_images(host, alone, bodies[1:], [done])
     watcher.join(timeout=20)
 
 
@@ -94,7 +94,7 @@ def test_batch_that_fails_is_made_one_by_one(host, alone, fault_file):
     fault_file.write_text("0 decode")
     done = over(host, *jobs)
     assert [(job["batch"], job["attempts"]) for job in done] == [(1, 2)] * 2
-    assert_pictures(host, alone, bodies, done)
+    assert_images(host, alone, bodies, done)
     assert host.ranks() == ranks
 
 
@@ -122,7 +122,7 @@ def test_ranks_of_their_own_make_batches_too(alone):
         over(host, *[send(host, body) for body in (BODY, BODY, LONG, LONG)])
         blockers = [begun(host, BLOCKER), begun(host, BLOCKER)]
         bodies = [
-            *[{**BODY, "seed": seed, "positive": f"picture {seed}"} for seed in range(4)],
+            *[{**BODY, "seed": seed, "positive": f"image {seed}"} for seed in range(4)],
             *[{**LONG, "seed": seed} for seed in range(4)],
         ]
         jobs = [send(host, body) for body in bodies]
@@ -135,5 +135,5 @@ def test_ranks_of_their_own_make_batches_too(alone):
         watcher.join(timeout=20)
         assert cancelled["state"] == "cancelled" and cancelled["step"] < 40
         assert [job["batch"] for job in [*done, last]] == [2] * 7 and {job["ranks"] for job in done} == {1}
-        assert_pictures(host, alone, [*bodies[:6], bodies[7]], [*done, last])
+        assert_images(host, alone, [*bodies[:6], bodies[7]], [*done, last])
         assert "Traceback" not in host.log

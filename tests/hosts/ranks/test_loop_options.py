@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 
-from tests.checkpoints import IP_ADAPTER_FILE, checkpoint, controlnet, ip_adapter, lora, picture
+from tests.checkpoints import IP_ADAPTER_FILE, checkpoint, controlnet, ip_adapter, lora, sample_image
 from tests.hosts.client import assert_is_error, decode, encode
 from tests.hosts.inprocess import InProcessHost
 
@@ -27,12 +27,12 @@ def host(tmp_path_factory):
 
 
 def body(**fields):
-    hint = encode(picture(48))
+    hint = encode(sample_image(48))
     return {"positive": "a red car", "steps": 2, "seed": 3, "control_image": hint, "ip_image": hint, **fields}
 
 
 def pixels(host, **fields):
-    return np.asarray(decode(host.picture(body(**fields))["output"])).astype(int)
+    return np.asarray(decode(host.generate_image(body(**fields))["output"])).astype(int)
 
 
 def test_each_adapter_follows_the_request_and_leaves_nothing_for_the_next(host):
@@ -40,11 +40,11 @@ def test_each_adapter_follows_the_request_and_leaves_nothing_for_the_next(host):
     changes = [
         {"lora": {"other.v2.safetensors": 0.9}},
         {"lora": {}},
-        {"control_image": encode(picture(48, seed=1))},
+        {"control_image": encode(sample_image(48, seed=1))},
         {"controlnet_scale": 0.1},
         {"control_guidance_end": 0.5},
-        {"ip_image": encode(picture(48, seed=1))},
-        {"ip_image": [encode(picture(48)), encode(picture(48, seed=1))]},
+        {"ip_image": encode(sample_image(48, seed=1))},
+        {"ip_image": [encode(sample_image(48)), encode(sample_image(48, seed=1))]},
         {"ip_adapter_scale": 0.1},
     ]
     for change in changes:
@@ -77,6 +77,6 @@ def test_what_does_not_fit_is_refused(host, change, message):
 
 def test_settings_tell_how_many_steps_the_cache_skipped():
     with InProcessHost(type="pixa", checkpoint=str(checkpoint("pixa")), step_cache="first_block,10") as host:
-        assert host.picture({"positive": "a red car", "steps": 3, "seed": 3})["message"] == "OK"
+        assert host.generate_image({"positive": "a red car", "steps": 3, "seed": 3})["message"] == "OK"
         facts = host._session.get(host.url("/settings"), timeout=10).json()
         assert facts["last_report"]["step_cache"] == {"calls": 3, "skipped": 2}

@@ -1,4 +1,4 @@
-"""A host whose ranks are stages of a pipeline: previews, a cancelled job, a failing and a killed rank, and right pictures after each."""
+"""A host whose ranks are stages of a pipeline: previews, a cancelled job, a failing and a killed rank, and right images after each."""
 
 import threading
 
@@ -38,7 +38,7 @@ def host(fault_file, num_ranks):
 
 @pytest.fixture(scope="module")
 def reference(host):
-    """The picture of BODY before anything went wrong."""
+    """The image of BODY before anything went wrong."""
     return drawn(host)
 
 
@@ -53,7 +53,7 @@ def runs(host, job, attempt):
     return facts["attempts"] == attempt and facts["step"] > 2
 
 
-def test_previews_and_cancelled_jobs_leave_the_next_picture_as_it_was(host, reference):
+def test_previews_and_cancelled_jobs_leave_the_next_image_as_it_was(host, reference):
     for steps_before in (1, 4, 9):
         sent, found = send(host, {**BODY, "steps": 200}), []
         watching = threading.Thread(target=follow, args=(host, sent, found))
@@ -66,13 +66,13 @@ def test_previews_and_cancelled_jobs_leave_the_next_picture_as_it_was(host, refe
         assert (drawn(host) == reference).all()
 
 
-def test_a_picture_of_another_size_and_one_without_guidance_do_not_disturb_it(host, reference):
+def test_a_image_of_another_size_and_one_without_guidance_do_not_disturb_it(host, reference):
     assert drawn(host, width=96).shape == (64, 96, 3)
     assert (drawn(host, cfg=1.0) != reference).any()
     assert (drawn(host) == reference).all()
 
 
-def test_failure_of_each_rank_is_answered_by_name_and_the_next_picture_is_right(host, reference, fault_file, num_ranks):
+def test_failure_of_each_rank_is_answered_by_name_and_the_next_image_is_right(host, reference, fault_file, num_ranks):
     ranks = host.ranks()
     for rank in range(num_ranks):
         sent = send(host, {**BODY, "steps": 200})

@@ -39,7 +39,7 @@ def alone():
 
 @pytest.fixture(scope="module")
 def reference(host):
-    """The picture of BODY before anything went wrong."""
+    """The image of BODY before anything went wrong."""
     host.wait_until_ready()
     return drawn(host.post(BODY))
 
@@ -80,7 +80,7 @@ def test_second_host_on_the_port_ends_before_loading_and_disturbs_nothing(host, 
     assert (drawn(host.post(BODY)) == reference).all()
 
 
-def test_job_alone_has_both_ranks_and_six_at_once_have_one_each_and_give_the_pictures_of_one_rank(host, alone):
+def test_job_alone_has_both_ranks_and_six_at_once_have_one_each_and_give_the_images_of_one_rank(host, alone):
     """No job had one rank until now, so that an assumption decides for two teams, and no measurement on a busy machine."""
     (single,) = over(host, send(host, BODY))
     assert (single["state"], single["ranks"]) == ("done", 2)
@@ -98,7 +98,7 @@ def test_job_alone_has_both_ranks_and_six_at_once_have_one_each_and_give_the_pic
     assert set(host.get("/settings").json()["seconds_per_megapixel_step"]) == {"1", "2"}
 
 
-def test_ten_clients_at_once_are_served_in_turns_and_get_their_own_pictures(host, alone):
+def test_ten_clients_at_once_are_served_in_turns_and_get_their_own_images(host, alone):
     blocker = begun(host, {**BODY, "steps": 100})  # until all have been sent, also on a busy machine
     greedy = [send(host, {**BODY, "seed": seed}, client="greedy") for seed in range(4)]
     others = [send(host, {**BODY, "seed": seed}, client=f"client {seed % 3}") for seed in range(4, 10)]
@@ -112,7 +112,7 @@ def test_ten_clients_at_once_are_served_in_turns_and_get_their_own_pictures(host
         assert difference(pixels(host, done[1 + seed]["id"]), alone({**BODY, "seed": seed})) <= 1  # on one rank or on both
 
 
-def test_pictures_of_one_request_are_shared_out_among_the_ranks_and_come_back_in_their_order(host, alone):
+def test_images_of_one_request_are_shared_out_among_the_ranks_and_come_back_in_their_order(host, alone):
     over(host, send(host, BODY))  # the ranks are together
     fields = {"prompt": "a red car", "negative_prompt": "blurry", "steps": 4, "seed": 5, "guidance_scale": 7.0}
     answer = requests.post(host.url("/v1/images/generations"), json={**fields, "n": 4, "size": "64x64"}, timeout=60).json()
@@ -169,7 +169,7 @@ def test_failure_of_a_rank_in_its_team_costs_no_other_job(host, alone, fault_fil
     assert host.ranks() == ranks, "the host was started again"
 
 
-def test_pictures_asked_for_at_once_are_not_swapped(host, alone):
+def test_images_asked_for_at_once_are_not_swapped(host, alone):
     together = {}
 
     def post(seed):
@@ -198,7 +198,7 @@ def test_cancelled_job_ends_on_both_ranks_within_two_steps_and_the_next_is_right
     ("rank", "place"),
     [(0, "denoiser"), (1, "decode"), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, "denoiser"), (0, "decode")))],
 )
-def test_failure_of_one_rank_is_tried_again_then_answered_by_name_and_the_next_picture_is_right(rank, place, host, reference, fault_file):
+def test_failure_of_one_rank_is_tried_again_then_answered_by_name_and_the_next_image_is_right(rank, place, host, reference, fault_file):
     ranks = host.ranks()
     fault_file.write_text(f"{rank} {place}")
     assert (drawn(host.post(BODY)) == reference).all(), "the second attempt drew something else"

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from hosts.supervision.exit_reports import Notes
+from hosts.supervision.exit_reports import RankNotes
 from tests.hosts.harness import free_port
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -20,18 +20,18 @@ time.sleep(100)
 """
 
 
-def test_restarts_are_counted_from_the_last_picture_and_the_reason_for_giving_up_is_told(tmp_path):
+def test_restarts_are_counted_from_the_last_image_and_the_reason_for_giving_up_is_told(tmp_path):
     notes, fatal, script = tmp_path / "notes", tmp_path / "fatal", tmp_path / "rank.py"
     notes.mkdir()
-    served = Notes(notes, attempt=1)
+    served = RankNotes(notes, attempt=1)
     script.write_text(RANK.format(served=str(served._path("served"))))
     options = {"num_ranks": 2, "max_restarts": 1, "port": free_port(), "notes": str(notes), "fatal": str(fatal)}
     program = f"import sys; from hosts.supervision.agent import main; sys.exit(main(sys.argv[1:], program=[{str(script)!r}]))"
     done = subprocess.run([sys.executable, "-c", program, json.dumps(options)], cwd=ROOT, capture_output=True, text=True, timeout=90)
     assert done.returncode == 1, done.stderr
     # started; again (1 in a row); served, then again (1 in a row); given up
-    assert Notes(notes, attempt=2).exits()[1] == -9 and not Notes(notes, attempt=3).exits()
+    assert RankNotes(notes, attempt=2).exits()[1] == -9 and not RankNotes(notes, attempt=3).exits()
     assert fatal.read_text() == (
-        "the ranks ended 2 times without a picture in between (--max_restarts=1). "
+        "the ranks ended 2 times without an image in between (--max_restarts=1). "
         "The last time: rank 1 was ended by SIGKILL, as the kernel does when memory runs out."
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hosts.supervision import log
-from hosts.supervision.exit_reports import UNKNOWN, Ending, Notes
+from hosts.supervision.exit_reports import UNKNOWN, ExitReport, RankNotes
 from hosts.supervision.parent_watch import EXIT_LOST_RANK
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 @pytest.fixture
 def notes(tmp_path):
-    return Notes(tmp_path, attempt=2)
+    return RankNotes(tmp_path, attempt=2)
 
 
 @pytest.fixture
@@ -40,9 +40,14 @@ def rank_log(notes):
     [
         ({1: -9, 0: EXIT_LOST_RANK}, UNKNOWN, "rank 1 was ended by SIGKILL, as the kernel does when memory runs out", 1),
         ({0: -11}, UNKNOWN, "rank 0 was ended by SIGSEGV", 0),
-        ({1: 3}, Ending(why="rank 1 was gone", rank=1, is_seen_only=True), "rank 1 ended with exit code 3", 1),
-        ({1: -9, 0: 70}, Ending(why="rank 1 has given no sign of life for 10 s", rank=1), "rank 1 has given no sign of life for 10 s", 1),
-        ({1: 70}, Ending(why="rank 1 was gone", rank=1, is_seen_only=True), "rank 1 was gone", 1),
+        ({1: 3}, ExitReport(why="rank 1 was gone", rank=1, is_seen_only=True), "rank 1 ended with exit code 3", 1),
+        (
+            {1: -9, 0: 70},
+            ExitReport(why="rank 1 has given no sign of life for 10 s", rank=1),
+            "rank 1 has given no sign of life for 10 s",
+            1,
+        ),
+        ({1: 70}, ExitReport(why="rank 1 was gone", rank=1, is_seen_only=True), "rank 1 was gone", 1),
         ({}, UNKNOWN, "rank 0 ended without a word", 0),
     ],
 )
@@ -61,10 +66,10 @@ def test_last_lines_are_those_of_the_lost_rank_about_this_job_or_none(notes, ran
     http = threading.Thread(target=lambda: rank_log.info("what a client sent"), name="CP Server Thread-5")
     http.start()
     http.join()
-    ending = notes.complete(Ending(why="rank 1 was gone", rank=1))
-    first, *lines = ending.last_lines("a-2").splitlines()
+    ending = notes.complete(ExitReport(why="rank 1 was gone", rank=1))
+    first, *channels = ending.last_lines("a-2").splitlines()
     assert first == "The last lines of the log of rank 1:"
-    assert [re.sub(r"^\d\d:\d\d:\d\d ", "", line) for line in lines] == [
+    assert [re.sub(r"^\d\d:\d\d:\d\d ", "", line) for line in channels] == [
         "rank1 I hosts.test: loaded",
         "rank1 E hosts.test [a-2]: trace",
         "of two lines",
@@ -74,7 +79,7 @@ def test_last_lines_are_those_of_the_lost_rank_about_this_job_or_none(notes, ran
 def test_last_lines_are_bounded_however_much_was_written(notes, rank_log):
     for number in range(3000):
         rank_log.info("line %d %s", number, "x" * 400)
-    text = notes.complete(Ending(why="gone", rank=1)).last_lines("a")
+    text = notes.complete(ExitReport(why="gone", rank=1)).last_lines("a")
     assert len(text) < 2100 and text.count("\n") <= 10 and "line 2999" in text
     assert sum(path.stat().st_size for path in notes.log_file(1).parent.iterdir()) < 200_000
 
@@ -97,14 +102,14 @@ in_a_kernel()
 
 
 def test_ending_survives_being_written_and_damaged_notes_are_no_reason_to_fail(notes):
-    ending = Ending(why="rank 1 was gone", rank=1, lines=(("a", "one"), (None, "two")), is_seen_only=True)
-    assert Ending.from_text(ending.to_text()) == ending
+    ending = ExitReport(why="rank 1 was gone", rank=1, channels=(("a", "one"), (None, "two")), is_seen_only=True)
+    assert ExitReport.from_text(ending.to_text()) == ending
     notes.log_file(1).write_text('{"job": null, "text": "whole"}\n{"job": nu')
-    assert notes.lines(1) == ((None, "whole"),)
+    assert notes.channels(1) == ((None, "whole"),)
 
 
 def test_notes_of_older_attempts_are_removed_and_no_others(notes, tmp_path):
-    old, new = Notes(tmp_path, attempt=1), Notes(tmp_path, attempt=3)
+    old, new = RankNotes(tmp_path, attempt=1), RankNotes(tmp_path, attempt=3)
     for each in (old, notes, new):
         each.mark("served")
     (tmp_path / "jobs.sqlite-wal").touch()

@@ -67,7 +67,7 @@ def test_job_whose_rank_is_killed_twice_fails_with_the_signal_and_the_last_lines
     assert len(over["error"]) < 2500
 
 
-def test_failure_of_the_middle_one_of_three_ranks_is_answered_by_name_and_the_next_picture_is_right(fault_file):
+def test_failure_of_the_middle_one_of_three_ranks_is_answered_by_name_and_the_next_image_is_right(fault_file):
     arguments = ("--type=sdxl", f"--checkpoint={checkpoint('sdxl')}", "--nproc_per_node=3", "--mode=latency", "--backend=distrifuser")
     with start_launcher(*arguments, "--no_split_batch", "--height=96", "--width=64", environment={"FAULT_FILE": str(fault_file)}) as host:
         host.wait_until_ready()

@@ -33,7 +33,7 @@ def wait_for(host, job, name):
     return state(host, job)
 
 
-def picture(host, job):
+def sample_image(host, job):
     return np.asarray(Image.open(io.BytesIO(host.get(f"/v1/jobs/{job['id']}/result").content)))
 
 
@@ -45,7 +45,7 @@ def test_jobs_outlive_a_killed_and_a_stopped_host(tmp_path):
         host.wait_until_ready()
         done = send(host, BODY, **{"Idempotency-Key": "mine"})
         wait_for(host, done, "done")
-        drawn = picture(host, done)
+        drawn = sample_image(host, done)
         running = send(host, {**BODY, "steps": 900})
         waiting = send(host, {**BODY, "positive": "a blue car"})
         wait_for(host, running, "running")
@@ -53,7 +53,7 @@ def test_jobs_outlive_a_killed_and_a_stopped_host(tmp_path):
         host.signal_and_wait(signal.SIGKILL, within_s=3)
     with start(folder) as host:
         host.wait_until_ready()
-        assert (picture(host, done) == drawn).all()
+        assert (sample_image(host, done) == drawn).all()
         assert send(host, BODY, **{"Idempotency-Key": "mine"})["id"] == done["id"]
         wait_until(lambda: state(host, running)["step"] > 0, within_s=60, what="the job runs again")
         assert state(host, running)["attempts"] == 2 and state(host, waiting)["position"] == 1
@@ -66,7 +66,7 @@ def test_jobs_outlive_a_killed_and_a_stopped_host(tmp_path):
         host.session.delete(host.url(f"/v1/jobs/{running['id']}"), timeout=20)
         assert wait_for(host, waiting, "done")["attempts"] == 1
         assert state(host, running)["state"] == "cancelled"
-        assert (picture(host, waiting) != drawn).any()
+        assert (sample_image(host, waiting) != drawn).any()
 
 
 def test_folders_of_dead_launchers_are_removed_and_no_others(tmp_path):

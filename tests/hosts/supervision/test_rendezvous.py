@@ -1,4 +1,4 @@
-"""Two machines make one picture: two launchers in two network namespaces with a cable between them (two loopback addresses elsewhere)."""
+"""Two machines make one image: two launchers in two network namespaces with a cable between them (two loopback addresses elsewhere)."""
 
 import contextlib
 import os
@@ -92,7 +92,7 @@ def pair(network):
 
 @pytest.fixture(scope="module")
 def reference():
-    """The picture of BODY by two ranks on one machine."""
+    """The image of BODY by two ranks on one machine."""
     with start_launcher(*MODEL, "--nproc_per_node=2") as host:
         host.wait_until_ready()
         return pixels(host.post(BODY))

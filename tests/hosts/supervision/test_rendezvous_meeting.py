@@ -6,11 +6,11 @@ import pytest
 
 from backends.errors import ConfigError
 from backends.parallel.distributed import open_store
-from hosts.supervision.exit_reports import Ending
+from hosts.supervision.exit_reports import ExitReport
 from hosts.supervision.rendezvous import Machines, interface_towards, parse_endpoint
 from tests.hosts.harness import free_port, wait_until
 
-ENDING = Ending(why="rank 1 was ended by SIGSEGV", rank=1)
+ENDING = ExitReport(why="rank 1 was ended by SIGSEGV", rank=1)
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_all_go_on_when_the_last_has_come_and_not_before(endpoint):
     # one of them is started again: it tells the others through this store, and waits for the next one
     again = Coming(endpoint, 3)
     wait_until(lambda: ranks[1].store.check(["watch/ended"]), within_s=20, what="the others are told")
-    assert Ending.from_text(ranks[1].store.get("watch/ended").decode()) == ENDING
+    assert ExitReport.from_text(ranks[1].store.get("watch/ended").decode()) == ENDING
     assert again.is_alive() and again.store is None
 
 

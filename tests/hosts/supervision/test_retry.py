@@ -19,4 +19,4 @@ from hosts.ranks.commands import Failure
     ids=lambda value: type(value).__name__,
 )
 def test_what_nobody_caused_is_tried_again_and_what_would_stay_the_same_is_not(error, is_chance):
-    assert Failure.of(error, rank=1).may_be_chance is is_chance
+    assert Failure.of(error, rank=1).is_retryable is is_chance
