@@ -1,7 +1,7 @@
 """Serve one diffusion model on several GPUs: python launcher.py --type=sdxl --port=6000
 
-Checks the arguments, starts torchelastic as its one child, which starts one process per rank, and waits. Started under torchrun itself
-it is simply that rank. Imports no torch.
+Checks the arguments, starts torchelastic as its one child, which starts one process per rank, and
+waits. Started under torchrun itself it is simply that rank. Imports no torch.
 """
 
 import contextlib
@@ -33,7 +33,9 @@ STOP_WITHIN_S = 10.0
 def main(argv: list[str] | None = None) -> int:
     """The command line. Exit code 2 and one line for a user's mistake."""
     argv = sys.argv[1:] if argv is None else argv
-    sys.path.append(str(Path(__file__).resolve().parent / "clients" / "python"))  # the Python client, where it lies in a clone
+    sys.path.append(
+        str(Path(__file__).resolve().parent / "clients" / "python")
+    )  # the Python client, where it lies in a clone
     if argv[:1] and argv[0] in COMMANDS:
         return importlib.import_module(COMMANDS[argv[0]]).main(argv[1:])
     if argv[:1] == ["agent"]:
@@ -44,7 +46,11 @@ def main(argv: list[str] | None = None) -> int:
         settings = parse_command_line(argv)
         if settings.list:
             table = read_table()
-            print(support_matrix.as_json(table) if settings.json else support_matrix.as_markdown(table, features=settings.features))
+            print(
+                support_matrix.as_json(table)
+                if settings.json
+                else support_matrix.as_markdown(table, features=settings.features)
+            )
             return 0
         return _run(settings, argv)
     except HostError as error:
@@ -66,28 +72,43 @@ def _run(settings: Settings, argv: list[str]) -> int:
 
         end_rank(run_gateway(settings, os.environ))
     refuse_without_engine(settings)
-    start = plan_start(settings, read_table(), num_gpus=count_gpus(os.environ), recall=recall_from(settings.state_dir))
+    start = plan_start(
+        settings,
+        read_table(),
+        num_gpus=count_gpus(os.environ),
+        recall=recall_from(settings.state_dir),
+    )
     if settings.check:
         print(json.dumps(start.facts(), indent=2) if settings.json else start.describe())
         return 0
     if settings.node_rank == 0 and not is_port_free(settings.host, settings.port):
-        raise ConfigError(f"--port={settings.port} is in use on {settings.host}. Stop what listens there, or choose another port.")
+        raise ConfigError(
+            f"--port={settings.port} is in use on {settings.host}. Stop what listens there, or "
+            "choose another port."
+        )
     return _start_ranks(settings, argv, num_ranks=start.num_ranks)
 
 
 def _start_ranks(settings: Settings, argv: list[str], *, num_ranks: int) -> int:
-    """Run torchelastic until it ends or we are told to stop. Its exit code, or 1 with the reason if the host could not serve."""
+    """Run torchelastic until it ends or we are told to stop. Its exit code, or 1 with the reason if
+    the host could not serve.
+    """
     parent = os.getppid()
     with scratch_folder() as folder:
         fatal_file = folder / "fatal"
-        # its own session, so that Ctrl-C reaches it once and through us; it dies with us, whatever kills us
+        # its own session, so that Ctrl-C reaches it once and through us; it dies with us, whatever
+        # kills us
         agent = subprocess.Popen(
             _agent_command(settings, argv, folder, fatal_file, num_ranks=num_ranks),
             env=_environment(folder, fatal_file, num_ranks=num_ranks),
             start_new_session=True,
             preexec_fn=request_parent_death_signal,
         )
-        code = _wait(agent, parent=parent if settings.exit_with_parent else None, within_s=settings.drain_seconds + STOP_WITHIN_S)
+        code = _wait(
+            agent,
+            parent=parent if settings.exit_with_parent else None,
+            within_s=settings.drain_seconds + STOP_WITHIN_S,
+        )
         if fatal_file.is_file():
             print(f"error: {fatal_file.read_text(encoding='utf-8')}", file=sys.stderr)
             return 1
@@ -95,7 +116,8 @@ def _start_ranks(settings: Settings, argv: list[str], *, num_ranks: int) -> int:
 
 
 def _wait(agent: subprocess.Popen[bytes], *, parent: int | None, within_s: float) -> int:
-    """The agent's exit code; 0 if a signal to us ended it, or the end of `parent`. Ranks that are told to stop get `within_s`.
+    """The agent's exit code; 0 if a signal to us ended it, or the end of `parent`. Ranks that are
+    told to stop get `within_s`.
 
     A second signal ends them at once.
     """
@@ -110,14 +132,22 @@ def _wait(agent: subprocess.Popen[bytes], *, parent: int | None, within_s: float
         with contextlib.suppress(psutil.NoSuchProcess):
             process.terminate()
     deadline = time.monotonic() + within_s
-    while psutil.wait_procs(ranks, timeout=0.05)[1] and time.monotonic() < deadline and len(stopped) < 2:
+    while (
+        psutil.wait_procs(ranks, timeout=0.05)[1]
+        and time.monotonic() < deadline
+        and len(stopped) < 2
+    ):
         pass
-    agent.kill()  # it has nothing left to do; what is left of its ranks follows it. Its own way out is slow and ends in a traceback
+    # it has nothing left to do; what is left of its ranks follows it. Its own way out is slow and
+    # ends in a traceback
+    agent.kill()
     agent.wait()
     return 0
 
 
-def _agent_command(settings: Settings, argv: list[str], folder: Path, fatal_file: Path, *, num_ranks: int) -> list[str]:
+def _agent_command(
+    settings: Settings, argv: list[str], folder: Path, fatal_file: Path, *, num_ranks: int
+) -> list[str]:
     options = {
         "num_ranks": num_ranks,
         "max_restarts": settings.max_restarts,
@@ -132,7 +162,8 @@ def _agent_command(settings: Settings, argv: list[str], folder: Path, fatal_file
 def _environment(folder: Path, fatal_file: Path, *, num_ranks: int) -> dict[str, str]:
     threads = max(1, (os.cpu_count() or 1) // num_ranks)
     defaults = {"OMP_NUM_THREADS": str(threads), "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    # a store of their own for ranks that are started again: in the shared one they find the addresses of those that died
+    # a store of their own for ranks that are started again: in the shared one they find the
+    # addresses of those that died
     defaults["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     own = {"DIFFUSION_FATAL_FILE": str(fatal_file), "DIFFUSION_STATE_FOLDER": str(folder / "state")}
     own["DIFFUSION_NOTES_FOLDER"] = str(folder / "notes")

@@ -9,7 +9,9 @@ TOP_LEVEL_FILES = ("model_table.yaml",)
 
 
 class BuildWithTable(build_py):
-    """The model table is read from beside the packages, in the repository and in an installation alike."""
+    """The model table is read from beside the packages, in the repository and in an installation
+    alike.
+    """
 
     def run(self) -> None:
         super().run()
@@ -26,7 +28,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     py_modules=["launcher"],
-    packages=[*find_packages(include=["hosts", "hosts.*", "backends", "backends.*"]), "diffusion_client"],
+    packages=[
+        *find_packages(include=["hosts", "hosts.*", "backends", "backends.*"]),
+        "diffusion_client",
+    ],
     package_dir={"diffusion_client": "clients/python/diffusion_client"},
     package_data={"hosts.http.page": ["*.html", "*.css", "*.js"]},
     cmdclass={"build_py": BuildWithTable},

@@ -1,4 +1,6 @@
-"""Parallel backends, by the customer's names. Naming one does not import torch; using it does, late."""
+"""Parallel backends, by the customer's names. Naming one does not import torch; using it does,
+late.
+"""
 
 import importlib
 from collections.abc import Callable
@@ -16,7 +18,9 @@ _BACKENDS = {
     "distrifuser": "DistriFuserBackend",
     "xdit": "XDiTBackend",
 }
-"""Folder below backends/ -> class in its backend.py. Each folder also has a plan.py that imports no torch."""
+"""Folder below backends/ -> class in its backend.py. Each folder also has a plan.py that imports no
+torch.
+"""
 
 BACKEND_NAMES = tuple(_BACKENDS)
 
@@ -27,7 +31,9 @@ def backend_class(name: str) -> "type[Backend]":
 
 
 def planner(name: str) -> "Callable[..., ParallelPlan]":
-    """`make_plan(spec, options, world_size)` of a backend; imports no torch. Raises PlanError where nothing fits."""
+    """`make_plan(spec, options, world_size)` of a backend; imports no torch. Raises PlanError where
+    nothing fits.
+    """
     module: Any = importlib.import_module(f"backends.{_known(name)}.plan")
     return module.make_plan
 

@@ -1,19 +1,26 @@
-"""The errors a user can cause or must read. Knows nothing of HTTP: hosts/http/app.py maps types to status codes.
+"""The errors a user can cause or must read. Knows nothing of HTTP: hosts/http/app.py maps types to
+status codes.
 
 Every message says what was given, what is allowed, and what to do.
 """
 
 
 class HostError(Exception):
-    """Base of all errors whose message is meant for the person who sent the request or started the host."""
+    """Base of all errors whose message is meant for the person who sent the request or started the
+    host.
+    """
 
 
 class ConfigError(HostError):
-    """A launch argument, a configuration file or the model table is wrong. Exit code 2 on the command line."""
+    """A launch argument, a configuration file or the model table is wrong. Exit code 2 on the
+    command line.
+    """
 
 
 class RequestError(HostError):
-    """A request says something that cannot be meant. `field` names the field at fault, where one is."""
+    """A request says something that cannot be meant. `field` names the field at fault, where one
+    is.
+    """
 
     def __init__(self, message: str, *, field: str | None = None) -> None:
         super().__init__(message)
@@ -21,7 +28,9 @@ class RequestError(HostError):
 
 
 class UnsupportedError(HostError):
-    """A combination of model type, backend and feature that the model table rules out; the reason is the table's."""
+    """A combination of model type, backend and feature that the model table rules out; the reason
+    is the table's.
+    """
 
 
 class PlanError(HostError):
@@ -33,7 +42,9 @@ class NotFoundError(HostError):
 
 
 class BusyError(HostError):
-    """The queue is full, or the client sent too much; try again after `retry_after_s`, where that is known."""
+    """The queue is full, or the client sent too much; try again after `retry_after_s`, where that
+    is known.
+    """
 
     def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
         super().__init__(message)
@@ -49,7 +60,9 @@ class CancelledError(HostError):
 
 
 class RankError(HostError):
-    """A rank failed while it worked on a job. `rank` is the first that did, `trace` its traceback (for the log)."""
+    """A rank failed while it worked on a job. `rank` is the first that did, `trace` its traceback
+    (for the log).
+    """
 
     def __init__(self, message: str, *, rank: int, trace: str = "") -> None:
         super().__init__(message)

@@ -1,4 +1,5 @@
-"""Reads and checks model_table.yaml, the only list of what is supported -> ModelSpec. Imports no torch.
+"""Reads and checks model_table.yaml, the only list of what is supported -> ModelSpec. Imports no
+torch.
 
 A wrong table is a ConfigError that names the line.
 """
@@ -16,7 +17,18 @@ from backends import BACKEND_NAMES
 from backends.errors import ConfigError, UnsupportedError
 
 TABLE_PATH = Path(__file__).resolve().parent.parent / "model_table.yaml"
-FEATURES = ("lora", "controlnet", "ip_adapter", "inpainting", "quantization", "gguf", "compile", "offload", "compel", "step_cache")
+FEATURES = (
+    "lora",
+    "controlnet",
+    "ip_adapter",
+    "inpainting",
+    "quantization",
+    "gguf",
+    "compile",
+    "offload",
+    "compel",
+    "step_cache",
+)
 Status = Literal["tested", "untested", "unsupported"]
 
 
@@ -40,20 +52,32 @@ class BackendSpec:
 class ModelSpec:
     """Facts about one model type. Code asks these instead of comparing names.
 
-    pipeline: diffusers class; denoiser: its attribute on the pipeline; output: kind of result; returns_latents: whether clients get them.
-    latents: layout during denoising; scales_initial_latents: the pipeline multiplies given latents by scheduler.init_noise_sigma.
-    flow_matching: family of samplers; size_multiple: pixels that height and width must divide by; upscale: output side / input side.
-    guidance: 'cfg' runs two halves, 'distilled' feeds the scale to the model, 'frame_ramp' is svd's per-frame scale.
-    guidance_calls: of the denoiser per step with guidance on: 1 takes both halves as one batch, 2 one after the other.
-    guidance_argument: the call's argument for the scale. empty_negative: what stands for no negative prompt where the call needs one.
-    batches: a row of a batch equals the image alone, so that several jobs may share a call (a test shows it).
-    batch: 'list' where pipeline and denoiser take a list with one entry per image instead of one tensor.
+    pipeline: diffusers class; denoiser: its attribute on the pipeline; output: kind of result;
+    returns_latents: whether clients get them.
+    latents: layout during denoising; scales_initial_latents: the pipeline multiplies given latents
+    by scheduler.init_noise_sigma.
+    flow_matching: family of samplers; size_multiple: pixels that height and width must divide by;
+    upscale: output side / input side.
+    guidance: 'cfg' runs two halves, 'distilled' feeds the scale to the model, 'frame_ramp' is svd's
+    per-frame scale.
+    guidance_calls: of the denoiser per step with guidance on: 1 takes both halves as one batch, 2
+    one after the other.
+    guidance_argument: the call's argument for the scale. empty_negative: what stands for no
+    negative prompt where the call needs one.
+    batches: a row of a batch equals the image alone, so that several jobs may share a call (a test
+    shows it).
+    batch: 'list' where pipeline and denoiser take a list with one entry per image instead of one
+    tensor.
     blocks: lists of a transformer's blocks, in the order in which they run.
-    requires: inputs that every request must bring. call: fixed extra arguments of the pipeline call.
+    requires: inputs that every request must bring. call: fixed extra arguments of the pipeline
+    call.
     components: what must be loaded besides the checkpoint folder, unless the folder holds it.
-    controlnet: pipeline and model class to use, and the call's argument for the image. ip_adapter: class of its image encoder.
-    compel: text encoder -> what Compel takes of it: 'last' or 'penultimate' states (and '+ pooled'), or 'pooled' alone.
-    demo: checkpoint below the repository for starting without --checkpoint, and its own default size, steps and guidance.
+    controlnet: pipeline and model class to use, and the call's argument for the image. ip_adapter:
+    class of its image encoder.
+    compel: text encoder -> what Compel takes of it: 'last' or 'penultimate' states (and '+
+    pooled'), or 'pooled' alone.
+    demo: checkpoint below the repository for starting without --checkpoint, and its own default
+    size, steps and guidance.
     """
 
     name: str
@@ -94,7 +118,10 @@ class ModelSpec:
         row = self.backends.get(backend)
         if row is None:
             known = ", ".join(self.backends)
-            return Cell(status="unsupported", reason=f"model type {self.name!r} has no backend {backend!r}. It has: {known}")
+            return Cell(
+                status="unsupported",
+                reason=f"model type {self.name!r} has no backend {backend!r}. It has: {known}",
+            )
         if feature is None or row.cell.status == "unsupported":
             return row.cell
         return row.features[feature]
@@ -104,9 +131,15 @@ class ModelSpec:
         cell = self.supports(backend, feature)
         if cell.status == "unsupported":
             what = f"{feature} with backend {backend!r}" if feature else f"backend {backend!r}"
-            others = [name for name in self.backends if self.supports(name, feature).status != "unsupported"]
+            others = [
+                name
+                for name in self.backends
+                if self.supports(name, feature).status != "unsupported"
+            ]
             advice = f" Works with: {', '.join(others)}." if others else ""
-            raise UnsupportedError(f"{what} is not available for model type {self.name!r}: {cell.reason}.{advice}")
+            raise UnsupportedError(
+                f"{what} is not available for model type {self.name!r}: {cell.reason}.{advice}"
+            )
 
     def default_backend(self, world_size: int) -> str:
         """`single` on one rank, else the first backend of the row that can run the type."""
@@ -115,7 +148,10 @@ class ModelSpec:
         for name, row in self.backends.items():
             if name != "single" and row.cell.status != "unsupported":
                 return name
-        raise UnsupportedError(f"no backend runs model type {self.name!r} on {world_size} ranks. Use --nproc_per_node=1.")
+        raise UnsupportedError(
+            f"no backend runs model type {self.name!r} on {world_size} ranks. Use "
+            "--nproc_per_node=1."
+        )
 
 
 class ModelTable(Mapping[str, ModelSpec]):
@@ -126,7 +162,9 @@ class ModelTable(Mapping[str, ModelSpec]):
 
     def __getitem__(self, name: str) -> ModelSpec:
         if name not in self._specs:
-            raise ConfigError(f"type={name!r} is not a model type. Allowed: {', '.join(self._specs)}.")
+            raise ConfigError(
+                f"type={name!r} is not a model type. Allowed: {', '.join(self._specs)}."
+            )
         return self._specs[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -144,7 +182,10 @@ def read_table(path: Path = TABLE_PATH) -> ModelTable:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"the model table {path} cannot be read: {error.strerror}. Reinstall, or restore the file.") from error
+        raise ConfigError(
+            f"the model table {path} cannot be read: {error.strerror}. Reinstall, or restore the "
+            "file."
+        ) from error
     return _parse(text, path.name)
 
 
@@ -167,7 +208,9 @@ class _Reader:
 
     def table(self, root: yaml.Node | None) -> Iterator[tuple[str, ModelSpec]]:
         if not isinstance(root, yaml.MappingNode):
-            raise ConfigError(f"{self._file_name}, line 1: the table must map model type names to their facts.")
+            raise ConfigError(
+                f"{self._file_name}, line 1: the table must map model type names to their facts."
+            )
         for name, node in self._items(root).items():
             yield name, self._spec(name, node)
 
@@ -179,27 +222,51 @@ class _Reader:
         for key, value in items.items():
             if key not in known or key == "name":
                 allowed = ", ".join(known)
-                raise self._error(value, f"{name}.{key} is not a fact of a model type. Allowed: {allowed}")
+                raise self._error(
+                    value, f"{name}.{key} is not a fact of a model type. Allowed: {allowed}"
+                )
             if key != "backends":
                 values[key] = self._fact(f"{name}.{key}", known[key].type, value)
-        values["backends"] = self._backends(name, items["backends"], shared) if "backends" in items else None
-        needed = [key for key, fact in known.items() if fact.default is MISSING and fact.default_factory is MISSING]
+        values["backends"] = (
+            self._backends(name, items["backends"], shared) if "backends" in items else None
+        )
+        needed = [
+            key
+            for key, fact in known.items()
+            if fact.default is MISSING and fact.default_factory is MISSING
+        ]
         missing = [key for key in needed if values.get(key) is None]
         if missing:
             raise self._error(node, f"{name} lacks {', '.join(missing)}. Add it")
         return ModelSpec(**values)
 
-    def _backends(self, name: str, node: yaml.Node, shared: Mapping[str, yaml.Node]) -> Mapping[str, BackendSpec]:
+    def _backends(
+        self, name: str, node: yaml.Node, shared: Mapping[str, yaml.Node]
+    ) -> Mapping[str, BackendSpec]:
         """Rows of a type. shared: cells that hold for every backend whose row says nothing else."""
         rows = {}
         for backend, row_node in self._items(node).items():
             if backend not in BACKEND_NAMES:
-                raise self._error(row_node, f"{name}.backends.{backend} is no backend. Allowed: {', '.join(BACKEND_NAMES)}")
+                raise self._error(
+                    row_node,
+                    f"{name}.backends.{backend} is no backend. Allowed: {', '.join(BACKEND_NAMES)}",
+                )
             items = self._items(row_node)
-            nodes = {**shared, **self._features(items.pop("features", None), f"{name}.backends.{backend}.features")}
-            features = {feature: self._cell(nodes.get(feature), row_node, f"{name}.backends.{backend}.{feature}") for feature in FEATURES}
+            nodes = {
+                **shared,
+                **self._features(
+                    items.pop("features", None), f"{name}.backends.{backend}.features"
+                ),
+            }
+            features = {
+                feature: self._cell(
+                    nodes.get(feature), row_node, f"{name}.backends.{backend}.{feature}"
+                )
+                for feature in FEATURES
+            }
             rows[backend] = BackendSpec(
-                cell=self._status(items, row_node, f"{name}.backends.{backend}"), features=MappingProxyType(features)
+                cell=self._status(items, row_node, f"{name}.backends.{backend}"),
+                features=MappingProxyType(features),
             )
         return MappingProxyType(rows)
 
@@ -208,11 +275,15 @@ class _Reader:
         items = self._items(node) if node is not None else {}
         for feature, feature_node in items.items():
             if feature not in FEATURES:
-                raise self._error(feature_node, f"{where}.{feature} is no feature. Allowed: {', '.join(FEATURES)}")
+                raise self._error(
+                    feature_node, f"{where}.{feature} is no feature. Allowed: {', '.join(FEATURES)}"
+                )
         return items
 
     def _cell(self, node: yaml.Node | None, parent: yaml.Node, where: str) -> Cell:
-        """A feature is `tested`, `untested`, or `unsupported: reason` written as a mapping; absent means untested."""
+        """A feature is `tested`, `untested`, or `unsupported: reason` written as a mapping; absent
+        means untested.
+        """
         if node is None:
             return Cell(status="untested")
         if isinstance(node, yaml.ScalarNode):
@@ -222,16 +293,26 @@ class _Reader:
     def _status(self, items: dict[str, yaml.Node], node: yaml.Node, where: str) -> Cell:
         values = {key: self._value(value) for key, value in items.items()}
         if set(values) - {"status", "reason"} or values.get("status") not in get_args(Status):
-            raise self._error(node, f"{where} must say status: {' | '.join(get_args(Status))} (and a reason), not {values}")
+            raise self._error(
+                node,
+                f"{where} must say status: {' | '.join(get_args(Status))} (and a reason), not "
+                f"{values}",
+            )
         if values["status"] == "unsupported" and not values.get("reason"):
-            raise self._error(node, f"{where} is unsupported but gives no reason. Say why: the user reads it")
-        return Cell(status=values["status"], reason=str(values.get("reason", "")).strip().rstrip("."))
+            raise self._error(
+                node, f"{where} is unsupported but gives no reason. Say why: the user reads it"
+            )
+        return Cell(
+            status=values["status"], reason=str(values.get("reason", "")).strip().rstrip(".")
+        )
 
     def _fact(self, where: str, kind: Any, node: yaml.Node) -> Any:
         value = self._value(node)
         if get_origin(kind) is Literal:
             if value not in get_args(kind):
-                raise self._error(node, f"{where}={value!r} is not allowed. Allowed: {', '.join(get_args(kind))}")
+                raise self._error(
+                    node, f"{where}={value!r} is not allowed. Allowed: {', '.join(get_args(kind))}"
+                )
             return value
         if get_origin(kind) is tuple:
             if not isinstance(value, list) or not all(isinstance(item, str) for item in value):

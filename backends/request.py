@@ -1,6 +1,8 @@
-"""What is asked of a loaded pipeline and what it gives back. Names are diffusers'. Imports no torch.
+"""What is asked of a loaded pipeline and what it gives back. Names are diffusers'. Imports no
+torch.
 
-Requests travel from rank 0 to all ranks as they are, so they hold plain values, numpy arrays and PIL images only.
+Requests travel from rank 0 to all ranks as they are, so they hold plain values, numpy arrays and
+PIL images only.
 """
 
 from dataclasses import dataclass, field
@@ -24,7 +26,9 @@ CALL_DEFAULTS = {"decode_chunk_size": 8, "motion_bucket_id": 127, "noise_aug_str
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompileSettings:
-    """What torch.compile is to compile, and how. None is torch's own default; options come before a mode."""
+    """What torch.compile is to compile, and how. None is torch's own default; options come before a
+    mode.
+    """
 
     targets: tuple[Literal["denoiser", "vae", "encoders"], ...]
     backend: str | None = None
@@ -38,12 +42,15 @@ class CompileSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadRequest:
-    """Everything that is fixed when the weights are loaded. Paths are absolute; None means the checkpoint's own.
+    """Everything that is fixed when the weights are loaded. Paths are absolute; None means the
+    checkpoint's own.
 
-    denoiser: a folder or file in place of the checkpoint's UNet or transformer; gguf_model: the same in GGUF.
+    denoiser: a folder or file in place of the checkpoint's UNet or transformer; gguf_model: the
+    same in GGUF.
     control_net, ip_adapter: folder or file -> scale, which a request may change.
     quantize: group of components (quantization_spec.GROUPS) -> how their weights are kept.
-    lora, motion_lora: file -> scale; the latter act in every generation, the former unless a request brings its own.
+    lora, motion_lora: file -> scale; the latter act in every generation, the former unless a
+    request brings its own.
     """
 
     model_type: str
@@ -81,56 +88,149 @@ class LoadRequest:
 
 
 class GenerateRequest(BaseModel):
-    """One image (or one video) to make. A field left out takes the model type's default from the model table."""
+    """One image (or one video) to make. A field left out takes the model type's default from the
+    model table.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
     prompt: Annotated[str | None, Field(description="What the image shows.")] = None
     negative_prompt: Annotated[str | None, Field(description="What it must not show.")] = None
     seed: Annotated[
-        int | None, Field(ge=-(2**63), le=2**63 - 1, description="Same seed, same image. Absent or negative: drawn at random.")
+        int | None,
+        Field(
+            ge=-(2**63),
+            le=2**63 - 1,
+            description="Same seed, same image. Absent or negative: drawn at random.",
+        ),
     ] = None
-    num_inference_steps: Annotated[int | None, Field(ge=1, le=MAX_STEPS, description="Sampling steps.")] = None
-    guidance_scale: Annotated[float | None, Field(ge=0, le=1000, description="How closely to follow the prompt; 0 or 1 is off.")] = None
+    num_inference_steps: Annotated[
+        int | None, Field(ge=1, le=MAX_STEPS, description="Sampling steps.")
+    ] = None
+    guidance_scale: Annotated[
+        float | None,
+        Field(ge=0, le=1000, description="How closely to follow the prompt; 0 or 1 is off."),
+    ] = None
     height: Annotated[int | None, Field(ge=8, le=MAX_SIDE, description="Pixels.")] = None
     width: Annotated[int | None, Field(ge=8, le=MAX_SIDE, description="Pixels.")] = None
-    clip_skip: Annotated[int | None, Field(ge=0, le=12, description="Layers of the CLIP text encoder to skip at its end.")] = None
-    scheduler: Annotated[dict[str, Any] | str | None, Field(description="Sampler name, or its name and settings.")] = None
-    latents: Annotated[Array | None, Field(description="float32 (1, C, height / 8, width / 8), unscaled VAE space: where to start.")] = None
-    init_image: Annotated[Image.Image | None, Field(description="The image to start from, scaled to the size; see strength.")] = None
-    mask_image: Annotated[Image.Image | None, Field(description="White where init_image may change, black where it stays.")] = None
-    strength: Annotated[float, Field(ge=0, le=1, description="How much of latents or init_image may change: 1 is all, 0 nothing.")] = 1.0
-    denoising_end: Annotated[float, Field(ge=0, le=1, description="Stop after this share of the noise levels.")] = 1.0
-    first_step: Annotated[int, Field(ge=0, le=MAX_STEPS, description="Begin at this step, with latents of a run that ended there.")] = 0
-    stop_step: Annotated[int | None, Field(ge=1, le=MAX_STEPS, description="End before this step; what comes out is noisy.")] = None
+    clip_skip: Annotated[
+        int | None,
+        Field(ge=0, le=12, description="Layers of the CLIP text encoder to skip at its end."),
+    ] = None
+    scheduler: Annotated[
+        dict[str, Any] | str | None, Field(description="Sampler name, or its name and settings.")
+    ] = None
+    latents: Annotated[
+        Array | None,
+        Field(
+            description="float32 (1, C, height / 8, width / 8), unscaled VAE space: where to start."
+        ),
+    ] = None
+    init_image: Annotated[
+        Image.Image | None,
+        Field(description="The image to start from, scaled to the size; see strength."),
+    ] = None
+    mask_image: Annotated[
+        Image.Image | None,
+        Field(description="White where init_image may change, black where it stays."),
+    ] = None
+    strength: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=1,
+            description="How much of latents or init_image may change: 1 is all, 0 nothing.",
+        ),
+    ] = 1.0
+    denoising_end: Annotated[
+        float, Field(ge=0, le=1, description="Stop after this share of the noise levels.")
+    ] = 1.0
+    first_step: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=MAX_STEPS,
+            description="Begin at this step, with latents of a run that ended there.",
+        ),
+    ] = 0
+    stop_step: Annotated[
+        int | None,
+        Field(ge=1, le=MAX_STEPS, description="End before this step; what comes out is noisy."),
+    ] = None
     latent_space: Annotated[
-        Literal["vae", "model"], Field(description="What latents mean, both ways: the VAE's unscaled ones, or the denoiser's.")
+        Literal["vae", "model"],
+        Field(
+            description="What latents mean, both ways: the VAE's unscaled ones, or the denoiser's."
+        ),
     ] = "vae"
-    sigmas: Annotated[list[float] | None, Field(description="Noise levels, descending, the last one 0; overrides the steps.")] = None
-    timesteps: Annotated[list[int] | None, Field(description="The model's timesteps, descending; overrides the steps.")] = None
-    prompt_embeds: Annotated[Array | None, Field(description="float32 (1, T, D), in place of the prompt.")] = None
+    sigmas: Annotated[
+        list[float] | None,
+        Field(description="Noise levels, descending, the last one 0; overrides the steps."),
+    ] = None
+    timesteps: Annotated[
+        list[int] | None,
+        Field(description="The model's timesteps, descending; overrides the steps."),
+    ] = None
+    prompt_embeds: Annotated[
+        Array | None, Field(description="float32 (1, T, D), in place of the prompt.")
+    ] = None
     pooled_prompt_embeds: Annotated[Array | None, Field(description="float32 (1, P).")] = None
     negative_prompt_embeds: Annotated[Array | None, Field(description="float32 (1, T, D).")] = None
-    negative_pooled_prompt_embeds: Annotated[Array | None, Field(description="float32 (1, P).")] = None
-    image: Annotated[Image.Image | None, Field(description="The image to animate or to enlarge.")] = None
-    ip_adapter_image: Annotated[Image.Image | list[Image.Image] | None, Field(description="Image or images for the IP-Adapter.")] = None
-    ip_adapter_scale: Annotated[float | None, Field(ge=-10, le=10, description="Weight of the IP-Adapter.")] = None
-    control_image: Annotated[Image.Image | list[Image.Image] | None, Field(description="Image for the ControlNet (or each).")] = None
-    controlnet_conditioning_scale: Annotated[Weight | list[Weight] | None, Field(description="Weight of the ControlNet, or of each.")] = (
+    negative_pooled_prompt_embeds: Annotated[Array | None, Field(description="float32 (1, P).")] = (
         None
     )
-    control_guidance_start: Annotated[float, Field(ge=0, le=1, description="Share of the steps at which the ControlNet begins.")] = 0.0
-    control_guidance_end: Annotated[float, Field(ge=0, le=1, description="Share of the steps at which the ControlNet ends.")] = 1.0
-    lora: Annotated[dict[str, float] | None, Field(description="LoRA file -> scale, in place of those given at launch.")] = None
-    num_frames: Annotated[int | None, Field(ge=1, le=512, description="Frames of a video.")] = None
-    decode_chunk_size: Annotated[int | None, Field(ge=1, le=512, description="Frames decoded at once.")] = None
-    motion_bucket_id: Annotated[int | None, Field(ge=0, le=1023, description="Amount of motion (svd).")] = None
-    noise_aug_strength: Annotated[float | None, Field(ge=0, le=10, description="Noise on the conditioning image (svd).")] = None
-    compel: Annotated[bool | None, Field(description="Whether Compel reads prompt weights, on a host that has it (--compel).")] = None
-    warmup_steps: Annotated[
-        int | None, Field(ge=0, le=MAX_STEPS, description="Steps run synchronously at the start, for approximate methods.")
+    image: Annotated[
+        Image.Image | None, Field(description="The image to animate or to enlarge.")
     ] = None
-    quality: Annotated[Literal["exact"] | None, Field(description="'exact': no approximate method or step cache.")] = None
+    ip_adapter_image: Annotated[
+        Image.Image | list[Image.Image] | None,
+        Field(description="Image or images for the IP-Adapter."),
+    ] = None
+    ip_adapter_scale: Annotated[
+        float | None, Field(ge=-10, le=10, description="Weight of the IP-Adapter.")
+    ] = None
+    control_image: Annotated[
+        Image.Image | list[Image.Image] | None,
+        Field(description="Image for the ControlNet (or each)."),
+    ] = None
+    controlnet_conditioning_scale: Annotated[
+        Weight | list[Weight] | None, Field(description="Weight of the ControlNet, or of each.")
+    ] = None
+    control_guidance_start: Annotated[
+        float, Field(ge=0, le=1, description="Share of the steps at which the ControlNet begins.")
+    ] = 0.0
+    control_guidance_end: Annotated[
+        float, Field(ge=0, le=1, description="Share of the steps at which the ControlNet ends.")
+    ] = 1.0
+    lora: Annotated[
+        dict[str, float] | None,
+        Field(description="LoRA file -> scale, in place of those given at launch."),
+    ] = None
+    num_frames: Annotated[int | None, Field(ge=1, le=512, description="Frames of a video.")] = None
+    decode_chunk_size: Annotated[
+        int | None, Field(ge=1, le=512, description="Frames decoded at once.")
+    ] = None
+    motion_bucket_id: Annotated[
+        int | None, Field(ge=0, le=1023, description="Amount of motion (svd).")
+    ] = None
+    noise_aug_strength: Annotated[
+        float | None, Field(ge=0, le=10, description="Noise on the conditioning image (svd).")
+    ] = None
+    compel: Annotated[
+        bool | None,
+        Field(description="Whether Compel reads prompt weights, on a host that has it (--compel)."),
+    ] = None
+    warmup_steps: Annotated[
+        int | None,
+        Field(
+            ge=0,
+            le=MAX_STEPS,
+            description="Steps run synchronously at the start, for approximate methods.",
+        ),
+    ] = None
+    quality: Annotated[
+        Literal["exact"] | None, Field(description="'exact': no approximate method or step cache.")
+    ] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,6 @@
-"""What --step_cache may be, and where it may not: checked before anything loads. Imports no torch."""
+"""What --step_cache may be, and where it may not: checked before anything loads. Imports no
+torch.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -18,7 +20,8 @@ STALE_PATCH_MODES = ("full_sync", "no_sync")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepCacheSpec:
-    """first_block: `value` is the relative change of the first block's effect up to which a step is skipped.
+    """first_block: `value` is the relative change of the first block's effect up to which a step is
+    skipped.
 
     taylor, deep: every `value`-th step is computed in full.
     """
@@ -36,7 +39,10 @@ def parse_step_cache(text: str, spec: ModelSpec) -> StepCacheSpec:
     allowed = KINDS[spec.denoiser]
     if kind not in allowed:
         fit = " or ".join(f"{name},{DEFAULTS[name]:g}" for name in allowed)
-        raise ConfigError(f"--step_cache={text} is not allowed: type {spec.name!r} has a {spec.denoiser}. Allowed: {fit}.")
+        raise ConfigError(
+            f"--step_cache={text} is not allowed: type {spec.name!r} has a {spec.denoiser}. "
+            f"Allowed: {fit}."
+        )
     is_threshold = kind == "first_block"
     try:
         number = float(value) if value else DEFAULTS[kind]
@@ -44,19 +50,26 @@ def parse_step_cache(text: str, spec: ModelSpec) -> StepCacheSpec:
         number = -1.0
     if not (0 <= number <= 10 if is_threshold else 2 <= number <= 100 and number == int(number)):
         limits = "a number from 0 to 10" if is_threshold else "a whole number from 2 to 100"
-        raise ConfigError(f"--step_cache={text} is not allowed. After {kind}, comes {limits}, such as {kind},{DEFAULTS[kind]:g}.")
+        raise ConfigError(
+            f"--step_cache={text} is not allowed. After {kind}, comes {limits}, such as "
+            f"{kind},{DEFAULTS[kind]:g}."
+        )
     return StepCacheSpec(kind=kind, value=number)
 
 
 def require_step_cache(cache: StepCacheSpec, plan: ParallelPlan) -> None:
-    """UnsupportedError where a skipped step would leave the next one without the values that the method takes from it."""
+    """UnsupportedError where a skipped step would leave the next one without the values that the
+    method takes from it.
+    """
     if plan.degree("stage") > 1:
         raise UnsupportedError(
-            f"step_cache={cache} is not available with PipeFusion: its patches attend to keys and values of the step before, and a skipped "
+            f"step_cache={cache} is not available with PipeFusion: its patches attend to keys and "
+            "values of the step before, and a skipped "
             "step has none. Use Ulysses, ring or the CFG split, or leave out --step_cache."
         )
     if plan.degree("patch") > 1 and plan.options.get("sync_mode") not in STALE_PATCH_MODES:
         raise UnsupportedError(
-            f"step_cache={cache} is not available with patches that take values of the step before, because a skipped step has none. "
+            f"step_cache={cache} is not available with patches that take values of the step "
+            "before, because a skipped step has none. "
             "Use --sync_mode=full_sync or the CFG split alone, or leave out --step_cache."
         )

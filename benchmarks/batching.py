@@ -2,8 +2,9 @@
 
     python -m benchmarks.batching [--sizes 128,256] [--batches 1,2,4] [--steps 12] [--rounds 3]
 
-Loads the model once, in this process, with one thread on a CPU. Makes batches of each size in turns and prints JSON: the median seconds per
-image of each, and as a share of an image alone. hosts/jobs/batch_size.py finds the same out while a host serves.
+Loads the model once, in this process, with one thread on a CPU. Makes batches of each size in turns
+and prints JSON: the median seconds per image of each, and as a share of an image alone.
+hosts/jobs/batch_size.py finds the same out while a host serves.
 """
 
 import argparse
@@ -33,15 +34,32 @@ def main() -> None:
     device = select_device(0)
     spec = read_table()["sdxl"]
     load = LoadRequest(
-        model_type="sdxl", checkpoint=str(ROOT / spec.demo["checkpoint"]), variant="fp16" if device.type == "cuda" else "fp32"
+        model_type="sdxl",
+        checkpoint=str(ROOT / spec.demo["checkpoint"]),
+        variant="fp16" if device.type == "cuda" else "fp32",
     )
     pipeline = load_pipeline(spec, load, device=device)
     batches = [int(batch) for batch in options.batches.split(",")]
-    found = {side: measured(pipeline, int(side), batches, steps=options.steps, rounds=options.rounds) for side in options.sizes.split(",")}
-    print(json.dumps({"device": str(device), "steps": options.steps, "rounds": options.rounds, "sizes": found}, indent=2))
+    found = {
+        side: measured(pipeline, int(side), batches, steps=options.steps, rounds=options.rounds)
+        for side in options.sizes.split(",")
+    }
+    print(
+        json.dumps(
+            {
+                "device": str(device),
+                "steps": options.steps,
+                "rounds": options.rounds,
+                "sizes": found,
+            },
+            indent=2,
+        )
+    )
 
 
-def measured(pipeline: LoadedPipeline, side: int, batches: list[int], *, steps: int, rounds: int) -> dict[str, dict[int, float]]:
+def measured(
+    pipeline: LoadedPipeline, side: int, batches: list[int], *, steps: int, rounds: int
+) -> dict[str, dict[int, float]]:
     """Of images of side x side pixels."""
     made: dict[int, list[float]] = {batch: [] for batch in batches}
     for number in range(rounds + 1):
@@ -64,7 +82,9 @@ def measured(pipeline: LoadedPipeline, side: int, batches: list[int], *, steps: 
     medians = {batch: statistics.median(seconds) for batch, seconds in made.items()}
     return {
         "seconds_per_image": {batch: round(seconds, 4) for batch, seconds in medians.items()},
-        "share_of_alone": {batch: round(seconds / medians[min(medians)], 3) for batch, seconds in medians.items()},
+        "share_of_alone": {
+            batch: round(seconds / medians[min(medians)], 3) for batch, seconds in medians.items()
+        },
     }
 
 

@@ -1,8 +1,12 @@
-"""python -m benchmarks.chaos --rounds=100: break a host of two ranks again and again while clients want images, and count what is lost.
+"""python -m benchmarks.chaos --rounds=100: break a host of two ranks while clients want images.
 
-Each round strikes one rank at a random moment (idle, in a step, in a decode, while it loads after the round before): SIGKILL, SIGSTOP (a
-rank that hangs), or an exception. Then it waits until the host draws again. At the end every job that the host has accepted must be done
-with the image it would have been without faults, or failed with a reason. Prints JSON; lost and wrong_images must be 0.
+Counts what is lost.
+
+Each round strikes one rank at a random moment (idle, in a step, in a decode, while it loads after
+the round before): SIGKILL, SIGSTOP (a rank that hangs), or an exception. Then it waits until the
+host draws again. At the end every job that the host has accepted must be done with the image it
+would have been without faults, or failed with a reason. Prints JSON; lost and wrong_images must be
+0.
 """
 
 import argparse
@@ -35,7 +39,9 @@ SEEDS = (1, 2)
 OUTSTANDING = 3
 Pixels = np.ndarray
 ROUNDING_LEVELS = 2
-"""Of 255, by which two images of one seed may differ: jobs that wait are drawn by one rank each, which sums in another order than two."""
+"""Of 255, by which two images of one seed may differ: jobs that wait are drawn by one rank each,
+which sums in another order than two.
+"""
 AGAIN_SHARE = 0.2
 """Of the rounds in which a second rank is killed while the host still recovers from the first."""
 RECOVERED_WITHIN_S = 420
@@ -48,17 +54,32 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--side", type=int, default=64)
     parser.add_argument("--failure-timeout", type=int, default=10)
-    parser.add_argument("--give-up-at", type=Path, help="end early, with what was counted, once this file exists")
+    parser.add_argument(
+        "--give-up-at", type=Path, help="end early, with what was counted, once this file exists"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         fault_file = Path(folder) / "next"
         fault_file.touch()
         arguments = (
-            *("--type=sdxl", "--backend=distrifuser", "--nproc_per_node=2", f"--height={options.side}", f"--width={options.side}"),
-            *("--max_restarts=1000", f"--failure_timeout={options.failure_timeout}", f"--state_dir={folder}/state"),
+            *(
+                "--type=sdxl",
+                "--backend=distrifuser",
+                "--nproc_per_node=2",
+                f"--height={options.side}",
+                f"--width={options.side}",
+            ),
+            *(
+                "--max_restarts=1000",
+                f"--failure_timeout={options.failure_timeout}",
+                f"--state_dir={folder}/state",
+            ),
             *("--keep_results=100000", "--keep_results_mb=10000"),
         )
-        with start_launcher(*arguments, environment={"PYTHONPATH": str(FAULTS_FOLDER), "FAULT_FILE": str(fault_file)}) as host:
+        with start_launcher(
+            *arguments,
+            environment={"PYTHONPATH": str(FAULTS_FOLDER), "FAULT_FILE": str(fault_file)},
+        ) as host:
             result = run(host, fault_file, options)
     print(json.dumps(result, indent=2))
     sys.exit(1 if result["lost"] or result["wrong_images"] or result["is_stuck"] else 0)
@@ -78,7 +99,9 @@ def run(host: RunningHost, fault_file: Path, options: argparse.Namespace) -> dic
             if options.give_up_at is not None and options.give_up_at.exists():
                 break
             kind = chance.choices(list(KINDS), list(KINDS.values()))[0]
-            seconds = one_round(host, load, fault_file, kind, rank=chance.randrange(2), chance=chance)
+            seconds = one_round(
+                host, load, fault_file, kind, rank=chance.randrange(2), chance=chance
+            )
             struck.append((kind, seconds))
             print(f"round {number + 1}: {kind}, {seconds:.1f} s", file=sys.stderr, flush=True)
     except Stuck as error:
@@ -86,10 +109,21 @@ def run(host: RunningHost, fault_file: Path, options: argparse.Namespace) -> dic
         print(f"chaos: {error}", file=sys.stderr)
     finally:
         load.stop()
-    return report(load, struck, wall_s=time.monotonic() - started) | {"seed": options.seed, "is_stuck": is_stuck}
+    return report(load, struck, wall_s=time.monotonic() - started) | {
+        "seed": options.seed,
+        "is_stuck": is_stuck,
+    }
 
 
-def one_round(host: RunningHost, load: "Load", fault_file: Path, kind: str, *, rank: int, chance: random.Random) -> float:
+def one_round(
+    host: RunningHost,
+    load: "Load",
+    fault_file: Path,
+    kind: str,
+    *,
+    rank: int,
+    chance: random.Random,
+) -> float:
     """Seconds from the fault until the host has drawn another image."""
     time.sleep(chance.uniform(0, 0.6))
     if kind in PLACES:
@@ -105,7 +139,9 @@ def one_round(host: RunningHost, load: "Load", fault_file: Path, kind: str, *, r
             time.sleep(chance.uniform(0, 3))  # somewhere in the load
             new[chance.randrange(2)].kill()
             wait_for_ranks(host, set(old.values()) | set(new.values()))
-        wait_until(host, lambda: host.status() == 200, "the model was loaded again")  # until then, images are those of before
+        wait_until(
+            host, lambda: host.status() == 200, "the model was loaded again"
+        )  # until then, images are those of before
     drawn = load.num_over
     wait_until(host, lambda: load.num_over > drawn, "an image was drawn after the fault")
     return time.monotonic() - since
@@ -128,7 +164,10 @@ def wait_until(host: RunningHost, condition: Any, what: str) -> None:
     deadline = time.monotonic() + RECOVERED_WITHIN_S
     while not condition():
         if host.process.poll() is not None or time.monotonic() > deadline:
-            raise Stuck(f"not within {RECOVERED_WITHIN_S} s: {what}. The host's log ends:\n{host.log[-6000:]}")
+            raise Stuck(
+                f"not within {RECOVERED_WITHIN_S} s: {what}. The host's log "
+                f"ends:\n{host.log[-6000:]}"
+            )
         time.sleep(0.05)
 
 
@@ -181,9 +220,19 @@ class Load(threading.Thread):
         return {"prompt": prompt, "seed": seed, "num_inference_steps": self._steps}
 
     def _send(self) -> None:
-        """One job; the same key until it is accepted, so that an answer that was lost makes no second job."""
-        prompt, seed = PROMPTS[self._number % len(PROMPTS)], SEEDS[self._number // len(PROMPTS) % len(SEEDS)]
-        answer = self._ask("post", "/v1/jobs", json=self._body(prompt, seed), headers={"Idempotency-Key": f"chaos-{self._number}"})
+        """One job; the same key until it is accepted, so that an answer that was lost makes no
+        second job.
+        """
+        prompt, seed = (
+            PROMPTS[self._number % len(PROMPTS)],
+            SEEDS[self._number // len(PROMPTS) % len(SEEDS)],
+        )
+        answer = self._ask(
+            "post",
+            "/v1/jobs",
+            json=self._body(prompt, seed),
+            headers={"Idempotency-Key": f"chaos-{self._number}"},
+        )
         if answer is not None and answer.status_code == 202:
             self.accepted[answer.json()["id"]] = (prompt, seed)
             self._number += 1
@@ -193,7 +242,11 @@ class Load(threading.Thread):
             answer = self._ask("get", f"/v1/jobs/{job_id}")
             if answer is None or answer.status_code >= 500:
                 return
-            facts = answer.json() if answer.status_code == 200 else {"state": "lost", "error": answer.text}
+            facts = (
+                answer.json()
+                if answer.status_code == 200
+                else {"state": "lost", "error": answer.text}
+            )
             if facts["state"] in ("queued", "running"):
                 continue
             if facts["state"] == "done" and not self._fetch(job_id):
@@ -229,16 +282,27 @@ def pixels(png: bytes) -> Pixels:
 def report(load: Load, struck: list[tuple[str, float]], *, wall_s: float) -> dict[str, Any]:
     load.fetch_again()
     states = Counter(facts["state"] for facts in load.over.values())
-    lost = [job_id for job_id in load.accepted if load.over.get(job_id, {"state": "lost"})["state"] == "lost"]
-    apart = [int(np.abs(made - load.references[load.accepted[job_id]]).max()) for job_id, made in load.images.items()]
+    lost = [
+        job_id
+        for job_id in load.accepted
+        if load.over.get(job_id, {"state": "lost"})["state"] == "lost"
+    ]
+    apart = [
+        int(np.abs(made - load.references[load.accepted[job_id]]).max())
+        for job_id, made in load.images.items()
+    ]
     seconds = [one for _, one in struck] or [0.0]
     by_kind = {kind: [one for name, one in struck if name == kind] for kind in KINDS}
     return {
         "rounds": len(struck),
         "accepted": len(load.accepted),
         "done": states["done"],
-        "failed_with_reason": sum(facts["state"] == "failed" and bool(facts["error"]) for facts in load.over.values()),
-        "reasons": sorted({facts["error"] for facts in load.over.values() if facts["state"] == "failed"})[:5],
+        "failed_with_reason": sum(
+            facts["state"] == "failed" and bool(facts["error"]) for facts in load.over.values()
+        ),
+        "reasons": sorted(
+            {facts["error"] for facts in load.over.values() if facts["state"] == "failed"}
+        )[:5],
         "begun_more_than_once": sum(facts.get("attempts", 1) > 1 for facts in load.over.values()),
         "lost": len(lost),
         "wrong_images": sum(levels > ROUNDING_LEVELS for levels in apart) + load.num_changed,
@@ -247,7 +311,11 @@ def report(load: Load, struck: list[tuple[str, float]], *, wall_s: float) -> dic
         "recovery_worst_s": round(max(seconds), 2),
         "recovery_median_s": round(statistics.median(seconds), 2),
         "by_fault": {
-            kind: {"rounds": len(some), "median_s": round(statistics.median(some), 2), "worst_s": round(max(some), 2)}
+            kind: {
+                "rounds": len(some),
+                "median_s": round(statistics.median(some), 2),
+                "worst_s": round(max(some), 2),
+            }
             for kind, some in by_kind.items()
             if some
         },

@@ -1,4 +1,6 @@
-"""Times the VAE decode: one rank against all ranks together (backends/parallel/vae.py), as a part of benchmarks/parallel.py."""
+"""Times the VAE decode: one rank against all ranks together (backends/parallel/vae.py), as a part
+of benchmarks/parallel.py.
+"""
 
 import statistics
 from typing import Any
@@ -16,10 +18,16 @@ from benchmarks.models import SEED, sdxl_like_vae
 
 
 def measure_decode(rank: int, world_size: int, *, side: int, rounds: int) -> dict[str, Any]:
-    """Seconds per decode of `side` x `side` latents, alone and together in turn; ratios are medians over the rounds. On every rank."""
+    """Seconds per decode of `side` x `side` latents, alone and together in turn; ratios are medians
+    over the rounds. On every rank.
+    """
     vae = sdxl_like_vae()
     latents = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(SEED))
-    mesh = Mesh(ParallelPlan(method="benchmark", axes=(("patch", world_size),)), rank=rank, device=torch.device("cpu"))
+    mesh = Mesh(
+        ParallelPlan(method="benchmark", axes=(("patch", world_size),)),
+        rank=rank,
+        device=torch.device("cpu"),
+    )
     rows: list[tuple[Clock, list[Clock]]] = []
     wanted: Tensor | None = None
     try:
@@ -40,13 +48,23 @@ def measure_decode(rank: int, world_size: int, *, side: int, rounds: int) -> dic
         "single_s": round(statistics.median(alone for alone, _ in walls), 4),
         "together_s": round(statistics.median(together for _, together in walls), 4),
         "ratio": round(statistics.median(alone / together for alone, together in walls), 3),
-        "ratio_by_best": round(min(alone for alone, _ in walls) / min(together for _, together in walls), 3),
-        "cpu_ratio": round(statistics.median(alone.cpu_s / max(clock.cpu_s for clock in together) for alone, together in rows), 3),
+        "ratio_by_best": round(
+            min(alone for alone, _ in walls) / min(together for _, together in walls), 3
+        ),
+        "cpu_ratio": round(
+            statistics.median(
+                alone.cpu_s / max(clock.cpu_s for clock in together) for alone, together in rows
+            ),
+            3,
+        ),
         "sent_mb": round(mesh.traffic.sent_bytes / 1e6, 3),
         "wait_s": round(mesh.traffic.wait_s, 4),
     }
     if wanted is not None:
-        figures |= {"psnr_db": psnr(got, wanted), "max_difference": float((got - wanted).abs().max())}
+        figures |= {
+            "psnr_db": psnr(got, wanted),
+            "max_difference": float((got - wanted).abs().max()),
+        }
     return figures
 
 

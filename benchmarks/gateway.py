@@ -1,13 +1,16 @@
-"""What the gateway of --engine=ray costs and does, with two demo replicas of one rank and one thread each: prints JSON.
+"""What the gateway of --engine=ray costs and does, with two demo replicas of one rank and one
+thread each: prints JSON.
 
     python -m benchmarks.gateway [--requests 20] [--jobs 20] [--steps 12] [--size 128]
 
-1. Milliseconds that the gateway adds to a small image, sent in turns to it and to a host of its own: the difference of the medians.
-2. How many of `--jobs` jobs, sent at once, each replica does.
-3. One replica's launcher is killed (SIGKILL) in the middle of `--jobs` jobs: jobs that are lost, seconds until the replica's job is begun
-   again, and until there are two replicas again. Every image is compared with that of the same seed from before.
-4. One replica, two at most: seconds until a burst of jobs has brought the second, and until idleness has taken one away.
-Needs two free cores, and about 5 GB.
+1. Milliseconds that the gateway adds to a small image, sent in turns to it and to a host of its
+own: the difference of the medians. 2. How many of `--jobs` jobs, sent at once, each replica does.
+3. One replica's launcher is killed (SIGKILL) in the middle of `--jobs` jobs: jobs that are lost,
+seconds until the replica's job is begun
+   again, and until there are two replicas again. Every image is compared with that of the same seed
+   from before.
+4. One replica, two at most: seconds until a burst of jobs has brought the second, and until
+idleness has taken one away. Needs two free cores, and about 5 GB.
 """
 
 import argparse
@@ -42,7 +45,12 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--port", type=int, default=6191)
     options = parser.parse_args()
-    body = {"prompt": PROMPT, "num_inference_steps": options.steps, "height": options.size, "width": options.size}
+    body = {
+        "prompt": PROMPT,
+        "num_inference_steps": options.steps,
+        "height": options.size,
+        "width": options.size,
+    }
     figures: dict[str, Any] = dict(vars(options))
     with started(options.port, "--engine=ray", "--replicas=2") as gateway:
         wait_until(lambda: num_ready(gateway) == 2)
@@ -52,7 +60,13 @@ def main() -> None:
         figures["routing"], images = routing(gateway, body, options.jobs)
         figures["kill"] = kill(gateway, body, images)
         tell([figures["routing"], figures["kill"]])
-    with started(options.port, "--engine=ray", "--min_replicas=1", "--max_replicas=2", f"--idle_seconds={IDLE_S}") as gateway:
+    with started(
+        options.port,
+        "--engine=ray",
+        "--min_replicas=1",
+        "--max_replicas=2",
+        f"--idle_seconds={IDLE_S}",
+    ) as gateway:
         wait_until(lambda: num_ready(gateway) == 1)
         figures["scaling"] = scaling(gateway, body, options.jobs)
     print(json.dumps(figures, indent=2))
@@ -77,10 +91,16 @@ def overhead(gateway: Client, host: Client, number: int) -> dict[str, float]:
         seconds(client)
     turns = [(seconds(host), seconds(gateway)) for _ in range(number)]
     direct, through = (statistics.median(each) * 1000 for each in zip(*turns, strict=True))
-    return {"direct_ms": round(direct, 1), "gateway_ms": round(through, 1), "added_ms": round(through - direct, 1)}
+    return {
+        "direct_ms": round(direct, 1),
+        "gateway_ms": round(through, 1),
+        "added_ms": round(through - direct, 1),
+    }
 
 
-def routing(gateway: Client, body: dict[str, Any], number: int) -> tuple[dict[str, Any], list[bytes]]:
+def routing(
+    gateway: Client, body: dict[str, Any], number: int
+) -> tuple[dict[str, Any], list[bytes]]:
     """Share of jobs that were sent at once, and their images by seed."""
     before = done(gateway)
     begun = time.perf_counter()
@@ -90,7 +110,11 @@ def routing(gateway: Client, body: dict[str, Any], number: int) -> tuple[dict[st
     seconds = time.perf_counter() - begun
     shares = {name: count - before[name] for name, count in done(gateway).items()}
     uneven = max(abs(share / (number / len(shares)) - 1) for share in shares.values())
-    figures = {"done": shares, "uneven_percent": round(100 * uneven, 1), "jobs_per_second": round(number / seconds, 3)}
+    figures = {
+        "done": shares,
+        "uneven_percent": round(100 * uneven, 1),
+        "jobs_per_second": round(number / seconds, 3),
+    }
     return figures, [job.result() for job in jobs]
 
 
@@ -98,16 +122,26 @@ def kill(gateway: Client, body: dict[str, Any], images: list[bytes]) -> dict[str
     """Lost are jobs that end in anything but their image."""
     before = sum(done(gateway).values())
     jobs = [gateway.submit(**body, seed=seed) for seed in range(len(images))]
-    wait_until(lambda: sum(done(gateway).values()) >= before + len(images) // 4 and all(busy(gateway)))
+    wait_until(
+        lambda: sum(done(gateway).values()) >= before + len(images) // 4 and all(busy(gateway))
+    )
     victim = replicas(gateway)[0]
     (hit,) = victim["jobs"]
     os.kill(victim["pid"], signal.SIGKILL)
     begun = time.perf_counter()
-    wait_until(lambda: is_begun_elsewhere(gateway, hit, victim["name"]) or gateway.job(hit).state.is_over)
+    wait_until(
+        lambda: is_begun_elsewhere(gateway, hit, victim["name"]) or gateway.job(hit).state.is_over
+    )
     again_s = time.perf_counter() - begun
-    lost = [seed for seed, job in enumerate(jobs) if not is_done(job) or job.result() != images[seed]]
+    lost = [
+        seed for seed, job in enumerate(jobs) if not is_done(job) or job.result() != images[seed]
+    ]
     wait_until(lambda: num_ready(gateway) == 2)
-    return {"lost": len(lost), "job_begun_again_s": round(again_s, 2), "two_replicas_again_s": round(time.perf_counter() - begun, 1)}
+    return {
+        "lost": len(lost),
+        "job_begun_again_s": round(again_s, 2),
+        "two_replicas_again_s": round(time.perf_counter() - begun, 1),
+    }
 
 
 def scaling(gateway: Client, body: dict[str, Any], number: int) -> dict[str, Any]:
@@ -128,7 +162,11 @@ def scaling(gateway: Client, body: dict[str, Any], number: int) -> dict[str, Any
         job.wait()
     begun = time.perf_counter()
     wait_until(lambda: len(replicas(gateway)) == 1)
-    seconds = {"second_asked_for_s": asked_s, "second_ready_s": ready_s, "one_again_s": time.perf_counter() - begun}
+    seconds = {
+        "second_asked_for_s": asked_s,
+        "second_ready_s": ready_s,
+        "one_again_s": time.perf_counter() - begun,
+    }
     return {"idle_seconds": IDLE_S, **{name: round(value, 1) for name, value in seconds.items()}}
 
 
@@ -140,7 +178,9 @@ def is_done(job: Any) -> bool:
 
 
 def is_begun_elsewhere(gateway: Client, job_id: str, victim: str) -> bool:
-    return any(job_id in replica["jobs"] for replica in replicas(gateway) if replica["name"] != victim)
+    return any(
+        job_id in replica["jobs"] for replica in replicas(gateway) if replica["name"] != victim
+    )
 
 
 def replicas(gateway: Client) -> list[dict[str, Any]]:
@@ -172,9 +212,20 @@ def wait_until(condition: Callable[[], bool]) -> None:
 @contextlib.contextmanager
 def started(port: int, *arguments: str) -> Iterator[Client]:
     """A launcher with the demo model, ended with the block. Its log is shown if it ended before."""
-    command = [sys.executable, str(ROOT / "launcher.py"), "--type=sdxl", f"--port={port}", *arguments]
+    command = [
+        sys.executable,
+        str(ROOT / "launcher.py"),
+        "--type=sdxl",
+        f"--port={port}",
+        *arguments,
+    ]
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        process = subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
         try:
             yield Client(f"http://127.0.0.1:{port}", uses_proxies=False)
         finally:

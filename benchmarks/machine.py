@@ -1,4 +1,6 @@
-"""What the machine says about a measurement: CPU time of this process and of others, peak memory. Linux."""
+"""What the machine says about a measurement: CPU time of this process and of others, peak memory.
+Linux.
+"""
 
 import os
 import re
@@ -19,12 +21,16 @@ class Clock:
 
     @classmethod
     def now(cls) -> "Clock":
-        fields = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+        fields = [
+            int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
+        ]
         idle = fields[3] + fields[4]
         return cls(time.perf_counter(), time.process_time(), (sum(fields) - idle) / TICKS)
 
     def since(self, start: "Clock") -> "Clock":
-        return Clock(self.wall_s - start.wall_s, self.cpu_s - start.cpu_s, self.busy_s - start.busy_s)
+        return Clock(
+            self.wall_s - start.wall_s, self.cpu_s - start.cpu_s, self.busy_s - start.busy_s
+        )
 
 
 def reset_peak_memory() -> None:

@@ -1,4 +1,6 @@
-"""The networks that are timed: random weights of a fixed seed, at sizes where one step takes about two seconds of one CPU core."""
+"""The networks that are timed: random weights of a fixed seed, at sizes where one step takes about
+two seconds of one CPU core.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +17,9 @@ GUIDANCE = 5.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """A denoiser as its backend meets it: `pipe` has what a diffusers pipeline of `model_type` has; `predict` is one guided step."""
+    """A denoiser as its backend meets it: `pipe` has what a diffusers pipeline of `model_type` has;
+    `predict` is one guided step.
+    """
 
     model_type: str
     pipe: Any
@@ -40,20 +44,33 @@ def sdxl_like_unet(*, side: int = 64, is_guided: bool = True) -> Subject:
         projection_class_embeddings_input_dim=64 * 6 + 256,
     ).eval()
     halves = 2 if is_guided else 1
-    conditions = {"text_embeds": torch.randn(halves, 256), "time_ids": torch.tensor([[512.0, 512, 0, 0, 512, 512]] * halves)}
+    conditions = {
+        "text_embeds": torch.randn(halves, 256),
+        "time_ids": torch.tensor([[512.0, 512, 0, 0, 512, 512]] * halves),
+    }
     text = torch.randn(halves, 77, 512)
 
     def predict(sample: Tensor, timestep: Tensor) -> Tensor:
         batch = torch.cat([sample] * halves)
-        noise = pipe.unet(batch, timestep, encoder_hidden_states=text, added_cond_kwargs=conditions, return_dict=False)[0]
+        noise = pipe.unet(
+            batch,
+            timestep,
+            encoder_hidden_states=text,
+            added_cond_kwargs=conditions,
+            return_dict=False,
+        )[0]
         return _guided(noise) if is_guided else noise
 
     pipe = SimpleNamespace(unet=unet, scheduler=_scheduler())
-    return Subject(model_type="sdxl", pipe=pipe, sample=torch.randn(1, 4, side, side), predict=predict)
+    return Subject(
+        model_type="sdxl", pipe=pipe, sample=torch.randn(1, 4, side, side), predict=predict
+    )
 
 
 def sd3_like_transformer(*, side: int = 64, is_guided: bool = True) -> Subject:
-    """8 layers of 8 heads of 64, a token for 2x2 latents, 64 text tokens; with guidance the batch has two halves."""
+    """8 layers of 8 heads of 64, a token for 2x2 latents, 64 text tokens; with guidance the batch
+    has two halves.
+    """
     torch.manual_seed(SEED)
     transformer = SD3Transformer2DModel(
         sample_size=64,
@@ -82,7 +99,9 @@ def sd3_like_transformer(*, side: int = 64, is_guided: bool = True) -> Subject:
         return _guided(noise) if is_guided else noise
 
     pipe = SimpleNamespace(transformer=transformer, scheduler=_scheduler())
-    return Subject(model_type="sd3", pipe=pipe, sample=torch.randn(1, 16, side, side), predict=predict)
+    return Subject(
+        model_type="sd3", pipe=pipe, sample=torch.randn(1, 16, side, side), predict=predict
+    )
 
 
 def sdxl_like_vae() -> AutoencoderKL:
@@ -106,7 +125,13 @@ def num_parameters(network: nn.Module) -> int:
 
 
 def _scheduler() -> DDIMScheduler:
-    return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, clip_sample=False)
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        steps_offset=1,
+        clip_sample=False,
+    )
 
 
 def _guided(both: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
-"""Checkpoints of a size at which options cost something, and files that go with them: random weights, built once in the tests' cache.
+"""Checkpoints of a size at which options cost something, and files that go with them: random
+weights, built once in the tests' cache.
 
-sdxl: a UNet of 110 M parameters; sd3: a transformer of 74 M. Text encoders and VAE are the tests' tiny ones.
+sdxl: a UNet of 110 M parameters; sd3: a transformer of 74 M. Text encoders and VAE are the tests'
+tiny ones.
 """
 
 from pathlib import Path
@@ -11,7 +13,14 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import quantize
 from safetensors.torch import load_file, save_file
 
-from tests.checkpoints import IP_ADAPTER_FILE, IP_ADAPTER_IMAGE_ENCODER, checkpoint, image, ip_adapter, load
+from tests.checkpoints import (
+    IP_ADAPTER_FILE,
+    IP_ADAPTER_IMAGE_ENCODER,
+    checkpoint,
+    image,
+    ip_adapter,
+    load,
+)
 from tests.checkpoints.adapters import IP_ADAPTERS
 from tests.checkpoints.lora import PROJECTION, factors
 
@@ -23,7 +32,13 @@ DENOISERS = {
         "attention_head_dim": (3, 6, 12),
         "norm_num_groups": 32,
     },
-    "sd3": {"sample_size": 64, "num_layers": 8, "num_attention_heads": 8, "attention_head_dim": 64, "pos_embed_max_size": 64},
+    "sd3": {
+        "sample_size": 64,
+        "num_layers": 8,
+        "num_attention_heads": 8,
+        "attention_head_dim": 64,
+        "pos_embed_max_size": 64,
+    },
 }
 PARTS = {"sdxl": "unet", "sd3": "transformer"}
 
@@ -38,16 +53,25 @@ def weights_of(name: str) -> dict[str, torch.Tensor]:
 
 def lora_file(name: str, folder: Path, *, seed: int) -> Path:
     """Rank 16, on every attention projection."""
-    targets = {key.removesuffix(".weight"): weight for key, weight in weights_of(name).items() if PROJECTION.search(key)}
+    targets = {
+        key.removesuffix(".weight"): weight
+        for key, weight in weights_of(name).items()
+        if PROJECTION.search(key)
+    }
     tensors = {}
     for layer, (down, up) in factors(targets, seed=seed, rank=16).items():
-        tensors |= {f"{PARTS[name]}.{layer}.lora_A.weight": down, f"{PARTS[name]}.{layer}.lora_B.weight": 0.1 * up}
+        tensors |= {
+            f"{PARTS[name]}.{layer}.lora_A.weight": down,
+            f"{PARTS[name]}.{layer}.lora_B.weight": 0.1 * up,
+        }
     save_file(tensors, folder / f"lora{seed}.safetensors")
     return folder / f"lora{seed}.safetensors"
 
 
 def controlnet_folder(folder: Path) -> Path:
-    ControlNetModel.from_unet(load("sdxl", **DENOISERS["sdxl"]).unet).save_pretrained(folder / "controlnet")
+    ControlNetModel.from_unet(load("sdxl", **DENOISERS["sdxl"]).unet).save_pretrained(
+        folder / "controlnet"
+    )
     return folder / "controlnet"
 
 
@@ -57,7 +81,9 @@ def ip_adapter_file(folder: Path) -> Path:
     path = folder / "ip" / IP_ADAPTER_FILE
     path.parent.mkdir(parents=True)
     save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, path)
-    (folder / "ip" / IP_ADAPTER_IMAGE_ENCODER).symlink_to(ip_adapter("sdxl") / IP_ADAPTER_IMAGE_ENCODER)
+    (folder / "ip" / IP_ADAPTER_IMAGE_ENCODER).symlink_to(
+        ip_adapter("sdxl") / IP_ADAPTER_IMAGE_ENCODER
+    )
     return path
 
 
@@ -69,7 +95,11 @@ def gguf_file(name: str, folder: Path, kind: str) -> Path:
     for key, tensor in weights_of(name).items():
         array = tensor.float().numpy()
         is_matrix = tensor.dim() == 2 and key.endswith(".weight") and tensor.shape[1] % 32 == 0
-        writer.add_tensor(key, quantize(array, packed) if is_matrix else array, raw_dtype=packed if is_matrix else None)
+        writer.add_tensor(
+            key,
+            quantize(array, packed) if is_matrix else array,
+            raw_dtype=packed if is_matrix else None,
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -1,10 +1,13 @@
 """What each option costs in memory and time, on one rank: prints JSON.
 
-    python -m benchmarks.options [--steps 4] [--images 3] [--only lora,quantize_int8] [--compile] [--side 512]
+    python -m benchmarks.options [--steps 4] [--images 3] [--only lora,quantize_int8] [--compile]
+        [--side 512]
 
-Each row is a process of its own that takes the row's command-line arguments as launcher.py does, loads a checkpoint of random weights
-(option_files.py) and draws images. Plain rows are measured first and again at the end: their spread says how quiet the machine was.
-CPU seconds of one thread are compared, because wall time on a busy machine says nothing. --compile adds what inductor needs minutes for.
+Each row is a process of its own that takes the row's command-line arguments as launcher.py does,
+loads a checkpoint of random weights (option_files.py) and draws images. Plain rows are measured
+first and again at the end: their spread says how quiet the machine was. CPU seconds of one thread
+are compared, because wall time on a busy machine says nothing. --compile adds what inductor needs
+minutes for.
 """
 
 import argparse
@@ -23,19 +26,27 @@ COMPILE = ("compile_text_encoder", "compile_vae", "compile_unet")
 
 
 def rows(folder: Path, *, with_compile: bool) -> dict[str, dict[str, Any]]:
-    """Name -> type, launch arguments besides --type and --checkpoint, and request fields. Builds the files in `folder`."""
+    """Name -> type, launch arguments besides --type and --checkpoint, and request fields. Builds
+    the files in `folder`.
+    """
     from benchmarks import option_files as files
 
     two_loras = {str(files.lora_file("sdxl", folder, seed=seed)): 0.5 for seed in (0, 1)}
     unet: dict[str, Any] = {
         "plain": {},
         "lora_2": {"arguments": [f"--lora={json.dumps(two_loras)}"]},
-        "controlnet": {"arguments": [f"--control_net={files.controlnet_folder(folder)}"], "request": {"control_image": "hint"}},
+        "controlnet": {
+            "arguments": [f"--control_net={files.controlnet_folder(folder)}"],
+            "request": {"control_image": "hint"},
+        },
         "ip_adapter": {
             "arguments": [f"--ip_adapter={json.dumps({str(files.ip_adapter_file(folder)): 0.6})}"],
             "request": {"ip_adapter_image": "hint"},
         },
-        **{f"quantize_{kind}": {"arguments": [f"--quantize_unet_to={kind}"]} for kind in ("float8", "int8", "int4", "int2")},
+        **{
+            f"quantize_{kind}": {"arguments": [f"--quantize_unet_to={kind}"]}
+            for kind in ("float8", "int8", "int4", "int2")
+        },
         "quantize_bnb_int8": {"arguments": ["--quantize_unet_to=bnb,int8"]},
         "quantize_bnb_nf4": {"arguments": ["--quantize_unet_to=bnb,int4,fp32,fp32,nf4"]},
         **{
@@ -78,22 +89,43 @@ def measure(row: Mapping[str, Any], *, steps: int, images: int, side: int) -> di
     from hosts.launch.start_plan import plan_start
 
     torch.set_num_threads(1)
-    argv = [f"--type={row['type']}", f"--checkpoint={files.folder_of(row['type'])}", *row.get("arguments", ())]
+    argv = [
+        f"--type={row['type']}",
+        f"--checkpoint={files.folder_of(row['type'])}",
+        *row.get("arguments", ()),
+    ]
     start = plan_start(parse_command_line(argv), read_table(), num_gpus=0)
     device = torch.device("cpu")
     reset_peak_memory()
     began = Clock.now()
     pipe = load_pipeline(start.spec, start.load, device=device)
-    pipe.attach(backend_class(start.plan.method)(spec=start.spec, plan=start.plan, mesh=Mesh(start.plan, rank=0, device=device)))
+    pipe.attach(
+        backend_class(start.plan.method)(
+            spec=start.spec, plan=start.plan, mesh=Mesh(start.plan, rank=0, device=device)
+        )
+    )
     loading = Clock.now().since(began)
-    fields = {name: files.hint() if value == "hint" else value for name, value in row.get("request", {}).items()}
-    fields = {"prompt": "a red car", "seed": 1, "num_inference_steps": steps, "height": side, "width": side} | fields
+    fields = {
+        name: files.hint() if value == "hint" else value
+        for name, value in row.get("request", {}).items()
+    }
+    fields = {
+        "prompt": "a red car",
+        "seed": 1,
+        "num_inference_steps": steps,
+        "height": side,
+        "width": side,
+    } | fields
     drawn, report = [], {}
     for _ in range(images):
         began = Clock.now()
         report = pipe.generate(GenerateRequest(**fields)).report
         drawn.append(Clock.now().since(began))
-    modules = {name: part for name, part in pipe.pipe.components.items() if isinstance(part, torch.nn.Module)}
+    modules = {
+        name: part
+        for name, part in pipe.pipe.components.items()
+        if isinstance(part, torch.nn.Module)
+    }
     return {
         "arguments": list(row.get("arguments", ())),
         "load_cpu_s": round(loading.cpu_s, 2),
@@ -107,11 +139,22 @@ def measure(row: Mapping[str, Any], *, steps: int, images: int, side: int) -> di
 
 def in_a_process(row: Mapping[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """`measure` in a process of its own; what it refuses is a result too."""
-    command = [sys.executable, "-m", "benchmarks.options", f"--row={json.dumps(row)}", f"--steps={options.steps}"]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.options",
+        f"--row={json.dumps(row)}",
+        f"--steps={options.steps}",
+    ]
     command += [f"--images={options.images}", f"--side={options.side}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=ROW_TIMEOUT_S, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=ROW_TIMEOUT_S, check=False
+    )
     if done.returncode:
-        return {"arguments": list(row.get("arguments", ())), "refused": done.stderr.strip().splitlines()[-1][:300]}
+        return {
+            "arguments": list(row.get("arguments", ())),
+            "refused": done.stderr.strip().splitlines()[-1][:300],
+        }
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -121,11 +164,22 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=3)
     parser.add_argument("--side", type=int, default=512)
     parser.add_argument("--only", help="names of rows, with commas")
-    parser.add_argument("--compile", action="store_true", help="also what inductor needs minutes for")
+    parser.add_argument(
+        "--compile", action="store_true", help="also what inductor needs minutes for"
+    )
     parser.add_argument("--row", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.row is not None:
-        print(json.dumps(measure(json.loads(options.row), steps=options.steps, images=options.images, side=options.side)))
+        print(
+            json.dumps(
+                measure(
+                    json.loads(options.row),
+                    steps=options.steps,
+                    images=options.images,
+                    side=options.side,
+                )
+            )
+        )
         return
     with tempfile.TemporaryDirectory() as folder:
         wanted = rows(Path(folder), with_compile=options.compile)
@@ -133,7 +187,9 @@ def main() -> None:
         results = {}
         for name in names:
             results[name] = in_a_process(wanted[name], options)
-            print(name, json.dumps(results[name]), file=sys.stderr, flush=True)  # so that a run cut short is not lost
+            print(
+                name, json.dumps(results[name]), file=sys.stderr, flush=True
+            )  # so that a run cut short is not lost
     for name, result in results.items():
         plain = results.get("sd3_plain" if name.startswith("sd3_") else "plain")
         if plain and "image_cpu_s" in result:

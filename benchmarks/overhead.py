@@ -1,9 +1,11 @@
-"""What the server costs: seconds of a POST /generate over HTTP less the seconds of the pipeline call inside it.
+"""What the server costs: seconds of a POST /generate over HTTP less the seconds of the pipeline
+call inside it.
 
     python benchmarks/overhead.py [--requests 20] [--steps 4]
 
-Starts a real host with the demo model and prints JSON. The pipeline's seconds are those that rank 0 measured around the call and the
-decoding; what is left is HTTP, queue, broadcast, outcome exchange and encoding (as PNG, and as the contract's JSON).
+Starts a real host with the demo model and prints JSON. The pipeline's seconds are those that rank 0
+measured around the call and the decoding; what is left is HTTP, queue, broadcast, outcome exchange
+and encoding (as PNG, and as the contract's JSON).
 """
 
 import argparse
@@ -28,21 +30,42 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=1)
     options = parser.parse_args()
     url = f"http://127.0.0.1:{options.port}"
-    command = [sys.executable, str(ROOT / "launcher.py"), "--type=sdxl", f"--port={options.port}", f"--nproc_per_node={options.ranks}"]
+    command = [
+        sys.executable,
+        str(ROOT / "launcher.py"),
+        "--type=sdxl",
+        f"--port={options.port}",
+        f"--nproc_per_node={options.ranks}",
+    ]
     host = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:
         wait_until_ready(url)
         ask(url, options.steps, "image/png")  # the first image pays for first-use costs
         kinds = {"png": "image/png", "json": "application/json"}
-        result = {kind: measure(url, options.requests, options.steps, accept) for kind, accept in kinds.items()}
-        print(json.dumps({"requests": options.requests, "steps": options.steps, "ranks": options.ranks, **result}, indent=2))
+        result = {
+            kind: measure(url, options.requests, options.steps, accept)
+            for kind, accept in kinds.items()
+        }
+        print(
+            json.dumps(
+                {
+                    "requests": options.requests,
+                    "steps": options.steps,
+                    "ranks": options.ranks,
+                    **result,
+                },
+                indent=2,
+            )
+        )
     finally:
         host.terminate()
         host.wait()
 
 
 def measure(url: str, count: int, steps: int, accept: str) -> dict[str, float]:
-    """Milliseconds: medians of the whole request, of the pipeline inside it, and of the difference."""
+    """Milliseconds: medians of the whole request, of the pipeline inside it, and of the
+    difference.
+    """
     whole, inside = [], []
     for _ in range(count):
         started = time.perf_counter()
@@ -55,8 +78,12 @@ def measure(url: str, count: int, steps: int, accept: str) -> dict[str, float]:
 
 
 def ask(url: str, steps: int, accept: str) -> bytes:
-    body = json.dumps({"prompt": "a red circle on a blue background", "seed": 1, "num_inference_steps": steps}).encode()
-    request = urllib.request.Request(f"{url}/generate", body, {"Content-Type": "application/json", "Accept": accept})
+    body = json.dumps(
+        {"prompt": "a red circle on a blue background", "seed": 1, "num_inference_steps": steps}
+    ).encode()
+    request = urllib.request.Request(
+        f"{url}/generate", body, {"Content-Type": "application/json", "Accept": accept}
+    )
     return fetch(request)
 
 

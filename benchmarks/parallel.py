@@ -1,11 +1,14 @@
-"""Seconds per step, bytes and closeness of a backend's settings on N ranks of one thread each, against one rank in the same run.
+"""Seconds per step, bytes and closeness of a backend's settings on N ranks of one thread each,
+against one rank in the same run.
 
-    python -m benchmarks.parallel --backend distrifuser --model unet --blocks 4 --rounds 2 > result.json
+    python -m benchmarks.parallel --backend distrifuser --model unet --blocks 4 > result.json
 
-In each round the first rank runs the loop alone while the others wait, which the results are compared with, then every setting runs on all
-ranks. Between its steady steps one rank alone makes steps of its own (benchmarks/neighbour.py), so that `step_ratio` compares neighbours
-in time. The VAE decode is timed against one rank in the same round. `busy_cores` is what all processes of the machine used: with more than
-the ranks' own, figures are disturbed, and `cpu_ratio` (CPU seconds of one rank over those of one of several) says what they would be.
+In each round the first rank runs the loop alone while the others wait, which the results are
+compared with, then every setting runs on all ranks. Between its steady steps one rank alone makes
+steps of its own (benchmarks/neighbour.py), so that `step_ratio` compares neighbours in time. The
+VAE decode is timed against one rank in the same round. `busy_cores` is what all processes of the
+machine used: with more than the ranks' own, figures are disturbed, and `cpu_ratio` (CPU seconds of
+one rank over those of one of several) says what they would be.
 """
 
 import argparse
@@ -50,29 +53,54 @@ def main() -> None:
     neighbour = spawning.Process(target=serve, args=(arguments.model, theirs), daemon=True)
     neighbour.start()
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(_rank, (arguments, folder, ours), nprocs=arguments.ranks, start_method="spawn")
+        mp.start_processes(
+            _rank, (arguments, folder, ours), nprocs=arguments.ranks, start_method="spawn"
+        )
         print(Path(folder, "result.json").read_text())
     ours.send(None)
     neighbour.join()
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backend", choices=[name for name in BACKEND_NAMES if name != "single"], required=True)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--backend", choices=[name for name in BACKEND_NAMES if name != "single"], required=True
+    )
     parser.add_argument("--model", choices=[*SUBJECTS], default="unet")
     parser.add_argument(
-        "--settings", type=lambda text: text.split(","), help="names from benchmarks/settings.py, with commas; all if left out"
+        "--settings",
+        type=lambda text: text.split(","),
+        help="names from benchmarks/settings.py, with commas; all if left out",
     )
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--blocks", type=int, default=3, help=f"{BLOCK} steady steps of each loop, of which all but the first count")
-    parser.add_argument("--warmup_steps", type=int, default=4, help="synchronous steps of each loop")
+    parser.add_argument(
+        "--blocks",
+        type=int,
+        default=3,
+        help=f"{BLOCK} steady steps of each loop, of which all but the first count",
+    )
+    parser.add_argument(
+        "--warmup_steps", type=int, default=4, help="synchronous steps of each loop"
+    )
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--profile", action="store_true", help="add where the time of one more steady step goes, by class of operator")
-    parser.add_argument("--decode_side", type=int, default=64, help="side of the latents for the VAE decode; 0 leaves it out")
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="add where the time of one more steady step goes, by class of operator",
+    )
+    parser.add_argument(
+        "--decode_side",
+        type=int,
+        default=64,
+        help="side of the latents for the VAE decode; 0 leaves it out",
+    )
     arguments = parser.parse_args()
     if unknown := set(arguments.settings or ()) - set(SETTINGS[arguments.backend]):
         parser.error(
-            f"--settings: {', '.join(sorted(unknown))}. Allowed with {arguments.backend}: {', '.join(SETTINGS[arguments.backend])}."
+            f"--settings: {', '.join(sorted(unknown))}. Allowed with {arguments.backend}: "
+            f"{', '.join(SETTINGS[arguments.backend])}."
         )
     arguments.steps = arguments.warmup_steps + 1 + BLOCK * arguments.blocks
     return arguments
@@ -80,7 +108,9 @@ def _arguments() -> argparse.Namespace:
 
 def _rank(rank: int, arguments: argparse.Namespace, folder: str, connection: Connection) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=arguments.ranks)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=arguments.ranks
+    )
     try:
         with torch.no_grad():
             result = measure(rank, arguments, Neighbour(connection) if rank == 0 else None)
@@ -90,7 +120,9 @@ def _rank(rank: int, arguments: argparse.Namespace, folder: str, connection: Con
         dist.destroy_process_group()
 
 
-def measure(rank: int, arguments: argparse.Namespace, neighbour: Neighbour | None) -> dict[str, Any]:
+def measure(
+    rank: int, arguments: argparse.Namespace, neighbour: Neighbour | None
+) -> dict[str, Any]:
     """All rounds; the same on every rank. neighbour: on rank 0."""
     subject = SUBJECTS[arguments.model]()
     settings = SETTINGS[arguments.backend]
@@ -103,18 +135,29 @@ def measure(rank: int, arguments: argparse.Namespace, neighbour: Neighbour | Non
         row = {"single": figures}
         for name in names:
             row[name] = _together(rank, subject, settings[name], arguments, reference, neighbour)
-            _tell(rank, name, row[name].get("refused") or f"{row[name]['step_ratio']:.2f} x per step, {row[name]['cpu_ratio']:.2f} by CPU")
+            _tell(
+                rank,
+                name,
+                row[name].get("refused")
+                or f"{row[name]['step_ratio']:.2f} x per step, {row[name]['cpu_ratio']:.2f} by CPU",
+            )
         rounds.append(row)
     summary = {name: _summary(rounds, name) for name in ["single", *names]}
     result = {"machine": _machine(subject, arguments), "settings": summary, "rounds": rounds}
     if arguments.decode_side:
-        result["vae_decode"] = measure_decode(rank, arguments.ranks, side=arguments.decode_side, rounds=arguments.rounds)
+        result["vae_decode"] = measure_decode(
+            rank, arguments.ranks, side=arguments.decode_side, rounds=arguments.rounds
+        )
         _tell(rank, "vae_decode", f"{result['vae_decode']['ratio']:.2f} x")
     return result
 
 
-def _alone(rank: int, subject: Subject, arguments: argparse.Namespace) -> tuple[dict[str, Any], Tensor | None]:
-    """Rank 0 runs the loop; the others wait without using the CPU. Every rank gets the figures, and rank 0 the latents."""
+def _alone(
+    rank: int, subject: Subject, arguments: argparse.Namespace
+) -> tuple[dict[str, Any], Tensor | None]:
+    """Rank 0 runs the loop; the others wait without using the CPU. Every rank gets the figures, and
+    rank 0 the latents.
+    """
     result = _loop(subject, arguments, step_done=lambda: None) if rank == 0 else None
     figures = gather_outcomes(result[0] if result else None)[0]
     return figures, result[1] if result else None
@@ -131,7 +174,9 @@ def _together(
     """One setting on all ranks. Its plan may refuse; that is a result too."""
     spec = read_table()[subject.model_type]
     try:
-        plan = planner(arguments.backend)(spec, {"warm_up_steps": arguments.warmup_steps, **options}, arguments.ranks)
+        plan = planner(arguments.backend)(
+            spec, {"warm_up_steps": arguments.warmup_steps, **options}, arguments.ranks
+        )
     except HostError as error:
         return {"refused": str(error)}
     mesh = Mesh(plan, rank=rank, device=torch.device("cpu"))
@@ -142,13 +187,21 @@ def _together(
         mesh.destroy()
         return {"refused": str(error)}
     size = subject.sample.shape[-1] * 8
-    request = GenerateRequest(num_inference_steps=arguments.steps, guidance_scale=5.0, warmup_steps=arguments.warmup_steps)
+    request = GenerateRequest(
+        num_inference_steps=arguments.steps, guidance_scale=5.0, warmup_steps=arguments.warmup_steps
+    )
     run = RunInfo(request=request, height=size, width=size, num_inference_steps=arguments.steps)
     try:
         backend.check(run)
         mesh.traffic.reset()
         backend.begin(run)
-        figures, latents = _loop(subject, arguments, step_done=backend.step_done, traffic=mesh.traffic, neighbour=neighbour)
+        figures, latents = _loop(
+            subject,
+            arguments,
+            step_done=backend.step_done,
+            traffic=mesh.traffic,
+            neighbour=neighbour,
+        )
         figures["report"] = dict(backend.report())
     except HostError as error:
         return {"refused": str(error)}
@@ -165,7 +218,10 @@ def _together(
 
 
 def closeness(latents: Tensor, reference: Tensor) -> dict[str, float]:
-    return {"psnr_db": psnr(latents, reference), "max_difference": float((latents - reference).abs().max())}
+    return {
+        "psnr_db": psnr(latents, reference),
+        "max_difference": float((latents - reference).abs().max()),
+    }
 
 
 def _loop(
@@ -176,7 +232,9 @@ def _loop(
     traffic: CommStats | None = None,
     neighbour: Neighbour | None = None,
 ) -> tuple[dict[str, Any], Tensor]:
-    """One generation. Figures of the steady steps (after the synchronous ones) are medians over steps. traffic: on several ranks."""
+    """One generation. Figures of the steady steps (after the synchronous ones) are medians over
+    steps. traffic: on several ranks.
+    """
     scheduler, sample = subject.pipe.scheduler, subject.sample
     scheduler.set_timesteps(arguments.steps)
     is_shared, traffic = traffic is not None, traffic or CommStats()
@@ -184,13 +242,18 @@ def _loop(
     first_steady = arguments.warmup_steps + 1  # the step before may still lay out buffers
     steps: list[dict[str, float]] = []
     for number, timestep in enumerate(scheduler.timesteps):
-        if is_shared and (number == 0 or (number >= first_steady and (number - first_steady) % BLOCK == 0)):
+        if is_shared and (
+            number == 0 or (number >= first_steady and (number - first_steady) % BLOCK == 0)
+        ):
             _let_neighbour_step(neighbour if number else None)
         before, sent, waited = Clock.now(), traffic.sent_bytes, traffic.wait_s
-        sample = scheduler.step(subject.predict(sample, timestep), timestep, sample, return_dict=False)[0]
+        sample = scheduler.step(
+            subject.predict(sample, timestep), timestep, sample, return_dict=False
+        )[0]
         step_done()
         if (number - first_steady) % BLOCK == BLOCK - 1 or number + 1 == first_steady:
-            sample.isfinite().all().item()  # the block ends when all of it is there: some methods hand out what is still on its way
+            # the block ends when all of it is there: some methods hand out what is still on its way
+            sample.isfinite().all().item()
         used = Clock.now().since(before)
         steps.append(
             {
@@ -205,7 +268,11 @@ def _loop(
     figures: dict[str, Any] = {}
     if is_shared:
         _let_neighbour_step(neighbour)
-        figures |= neighbour.ratios([(step["wall_s"], step["cpu_s"]) for step in steady]) if neighbour is not None else {}
+        figures |= (
+            neighbour.ratios([(step["wall_s"], step["cpu_s"]) for step in steady])
+            if neighbour is not None
+            else {}
+        )
     if arguments.profile:
         figures["profile_ms"] = profiled(lambda: (subject.predict(sample, timestep), step_done()))
     busy_s, wall_s = (sum(step[key] for step in steps) for key in ("busy_s", "wall_s"))
@@ -237,18 +304,35 @@ def _summary(rounds: list[dict[str, Any]], name: str) -> dict[str, Any]:
     rows = [(row[name], row["single"]) for row in rounds if "refused" not in row[name]]
     if not rows:
         return {"refused": rounds[0][name]["refused"]}
-    values = {key: [row[key] for row, _ in rows] for key in ("step_ratio", "cpu_ratio", "busy_cores", "steady_step_s") if key in rows[0][0]}
+    values = {
+        key: [row[key] for row, _ in rows]
+        for key in ("step_ratio", "cpu_ratio", "busy_cores", "steady_step_s")
+        if key in rows[0][0]
+    }
     values["loop_ratio"] = [single["loop_s"] / row["loop_s"] for row, single in rows]
     result = {key: round(statistics.median(numbers), 3) for key, numbers in values.items()}
-    kept = ("plan", "psnr_db", "profile_ms", "max_difference", "steady_sent_mb_by_rank", "steady_wait_s_by_rank", "steady_cpu_s_by_rank")
-    return result | {key: rows[-1][0][key] for key in (*kept, "peak_memory_mb_by_rank") if key in rows[-1][0]}
+    kept = (
+        "plan",
+        "psnr_db",
+        "profile_ms",
+        "max_difference",
+        "steady_sent_mb_by_rank",
+        "steady_wait_s_by_rank",
+        "steady_cpu_s_by_rank",
+    )
+    return result | {
+        key: rows[-1][0][key] for key in (*kept, "peak_memory_mb_by_rank") if key in rows[-1][0]
+    }
 
 
 def _machine(subject: Subject, arguments: argparse.Namespace) -> dict[str, Any]:
     spec = read_table()[subject.model_type]
     return {
         "backend": arguments.backend,
-        "model": f"{arguments.model}, {num_parameters(getattr(subject.pipe, spec.denoiser)) / 1e6:.1f} M parameters",
+        "model": (
+            f"{arguments.model}, "
+            f"{num_parameters(getattr(subject.pipe, spec.denoiser)) / 1e6:.1f} M parameters"
+        ),
         "latents": list(subject.sample.shape),
         "ranks": arguments.ranks,
         "steps": arguments.steps,

@@ -1,11 +1,13 @@
-"""What `--backend=auto` predicts, tries and chooses for the benchmark networks, against the measured time of every method.
+"""What `--backend=auto` predicts, tries and chooses for the benchmark networks, against the
+measured time of every method.
 
     python -m benchmarks.planner --sides 32,48,64 > planner.json
 
-For each network (unet, dit), size of the latents, with and without guidance, on 1 and 2 ranks of one thread: the planner does what it does
-when a host loads (backends/autotune/trials.py: survey one rank, predict, try the best predicted). Then every method is measured in the same way, the
-quickest ones `--rounds` times, and the planner's choice is compared with the quickest (`ratio`, by seconds per image of `--image_steps`
-steps; `ratio_of_prediction`: had it chosen by prediction alone).
+For each network (unet, dit), size of the latents, with and without guidance, on 1 and 2 ranks of
+one thread: the planner does what it does when a host loads (backends/autotune/trials.py: survey one
+rank, predict, try the best predicted). Then every method is measured in the same way, the quickest
+ones `--rounds` times, and the planner's choice is compared with the quickest (`ratio`, by seconds
+per image of `--image_steps` steps; `ratio_of_prediction`: had it chosen by prediction alone).
 """
 
 import argparse
@@ -37,40 +39,63 @@ from benchmarks.models import GUIDANCE, SUBJECTS, Subject, num_parameters
 
 LOOP_STEPS = 20
 CLOSE = 1.3
-"""After the first round only methods that take at most this much longer than the quickest are measured again."""
+"""After the first round only methods that take at most this much longer than the quickest are
+measured again.
+"""
 
 
 def main() -> None:
     arguments = _arguments()
     with tempfile.TemporaryDirectory() as folder:
         try:
-            mp.start_processes(_rank, (arguments, folder), nprocs=arguments.ranks, start_method="spawn")
+            mp.start_processes(
+                _rank, (arguments, folder), nprocs=arguments.ranks, start_method="spawn"
+            )
         finally:  # also what there is when it is interrupted
             print(Path(folder, "result.json").read_text())
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default="unet,dit", help=f"with commas, of {', '.join(SUBJECTS)}")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--models", default="unet,dit", help=f"with commas, of {', '.join(SUBJECTS)}"
+    )
     parser.add_argument("--sides", default="32,48,64", help="sides of the latents, with commas")
     parser.add_argument("--guidance", default="on,off")
     parser.add_argument("--quality", choices=QUALITIES, default="high")
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=1, help="measurements of a method, of which the quickest counts")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=1,
+        help="measurements of a method, of which the quickest counts",
+    )
     parser.add_argument("--image_steps", type=int, default=30)
     return parser.parse_args()
 
 
 def _rank(number: int, arguments: argparse.Namespace, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=number, world_size=arguments.ranks)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=number, world_size=arguments.ranks
+    )
     cases = []
     try:
         with torch.no_grad():
             for model in arguments.models.split(","):
                 for side in map(int, arguments.sides.split(",")):
                     for guidance in arguments.guidance.split(","):
-                        cases.append(measure(number, arguments, model=model, side=side, is_guided=guidance == "on"))
+                        cases.append(
+                            measure(
+                                number,
+                                arguments,
+                                model=model,
+                                side=side,
+                                is_guided=guidance == "on",
+                            )
+                        )
                         if number == 0:
                             _tell(cases[-1])
                             _write(Path(folder, "result.json"), arguments, cases)
@@ -79,7 +104,9 @@ def _rank(number: int, arguments: argparse.Namespace, folder: str) -> None:
 
 
 class BenchmarkSubject:
-    """A benchmark network as backends/autotune/trials.py takes it: a loop of guided steps in place of a pipeline."""
+    """A benchmark network as backends/autotune/trials.py takes it: a loop of guided steps in place
+    of a pipeline.
+    """
 
     def __init__(self, subject: Subject, *, is_guided: bool) -> None:
         self.device = torch.device("cpu")
@@ -87,9 +114,15 @@ class BenchmarkSubject:
         self.other_bytes = 0
         self._subject = subject
         self._backend: Backend | None = None
-        request = GenerateRequest(num_inference_steps=LOOP_STEPS, guidance_scale=GUIDANCE if is_guided else 1.0, warmup_steps=WARMUP_STEPS)
+        request = GenerateRequest(
+            num_inference_steps=LOOP_STEPS,
+            guidance_scale=GUIDANCE if is_guided else 1.0,
+            warmup_steps=WARMUP_STEPS,
+        )
         size = subject.sample.shape[-1] * 8
-        self._run = RunInfo(request=request, height=size, width=size, num_inference_steps=LOOP_STEPS)
+        self._run = RunInfo(
+            request=request, height=size, width=size, num_inference_steps=LOOP_STEPS
+        )
 
     def attach(self, backend: Backend) -> None:
         backend.attach(self._subject.pipe)
@@ -107,14 +140,18 @@ class BenchmarkSubject:
         self._backend.begin(self._run)
         try:
             for index, timestep in enumerate(scheduler.timesteps):
-                sample = scheduler.step(self._subject.predict(sample, timestep), timestep, sample, return_dict=False)[0]
+                sample = scheduler.step(
+                    self._subject.predict(sample, timestep), timestep, sample, return_dict=False
+                )[0]
                 self._backend.step_done()
                 on_step(index + 1, LOOP_STEPS, sample)
         finally:
             self._backend.end()
 
 
-def measure(number: int, arguments: argparse.Namespace, *, model: str, side: int, is_guided: bool) -> dict[str, Any]:
+def measure(
+    number: int, arguments: argparse.Namespace, *, model: str, side: int, is_guided: bool
+) -> dict[str, Any]:
     """One network at one size; the same on every rank."""
     subject = SUBJECTS[model](side=side, is_guided=is_guided)
     spec = read_table()[subject.model_type]
@@ -127,28 +164,52 @@ def measure(number: int, arguments: argparse.Namespace, *, model: str, side: int
         halves=2 if is_guided else 1,
     )
     started = time.perf_counter()
-    measured = trials.measure(candidates, quality=arguments.quality, num_steps=arguments.image_steps)
+    measured = trials.measure(
+        candidates, quality=arguments.quality, num_steps=arguments.image_steps
+    )
     probe_s = time.perf_counter() - started
     best: dict[str, float] = {}
     for _ in range(arguments.rounds):
         limit_s = CLOSE * min(best.values(), default=float("inf"))
         for candidate in candidates:
             if candidate.plan is not None and best.get(candidate.name, 0.0) <= limit_s:
-                step_s, failure = trials.trial(candidate) if candidate.ranks > 1 else (trials.alone().step_s, "")
-                best[candidate.name] = min(best.get(candidate.name, float("inf")), float("inf") if failure else step_s)
+                step_s, failure = (
+                    trials.trial(candidate) if candidate.ranks > 1 else (trials.alone().step_s, "")
+                )
+                best[candidate.name] = min(
+                    best.get(candidate.name, float("inf")), float("inf") if failure else step_s
+                )
     denoiser = getattr(subject.pipe, spec.denoiser)
-    case = {"model": model, "latents": side, "guidance": is_guided, "parameters": num_parameters(denoiser)}
+    case = {
+        "model": model,
+        "latents": side,
+        "guidance": is_guided,
+        "parameters": num_parameters(denoiser),
+    }
     best = {name: step_s for name, step_s in best.items() if step_s < float("inf")}
-    return gather_outcomes(case | {"probe_s": round(probe_s, 2)} | _compare(arguments, candidates, measured, best))[0]
+    return gather_outcomes(
+        case | {"probe_s": round(probe_s, 2)} | _compare(arguments, candidates, measured, best)
+    )[0]
 
 
-def _compare(arguments: argparse.Namespace, candidates: list[Any], measured: Measured, truth: dict[str, float]) -> dict[str, Any]:
+def _compare(
+    arguments: argparse.Namespace,
+    candidates: list[Any],
+    measured: Measured,
+    truth: dict[str, float],
+) -> dict[str, Any]:
     """The choice and the best, by seconds per image."""
     options = {"quality": arguments.quality, "num_steps": arguments.image_steps}
     by_planner = rank(candidates, measured, **options)
     predicted = rank(candidates, Measured(work=measured.work, link=measured.link), **options)
-    true_rows = rank(candidates, Measured(work=measured.work, link=measured.link, steps=truth), **options)
-    able = {row.candidate.name: row for row in true_rows if not row.refusal and row.measured_s is not None}
+    true_rows = rank(
+        candidates, Measured(work=measured.work, link=measured.link, steps=truth), **options
+    )
+    able = {
+        row.candidate.name: row
+        for row in true_rows
+        if not row.refusal and row.measured_s is not None
+    }
     best = min(able.values(), key=lambda row: row.image_s)
     chosen, guessed = _name(choose(by_planner)), _name(choose(predicted))
     alone = [row for row in by_planner if row.candidate.ranks == 1]
@@ -174,7 +235,9 @@ def _method(row: Row, measured: Measured) -> dict[str, Any]:
         "predicted_step_s": round(predicted_s, 4),
         "tried_step_s": None if tried_s is None else round(tried_s, 4),
         "measured_step_s": None if row.measured_s is None else round(row.measured_s, 4),
-        "predicted_over_measured": None if row.measured_s is None else round(predicted_s / row.measured_s, 3),
+        "predicted_over_measured": None
+        if row.measured_s is None
+        else round(predicted_s / row.measured_s, 3),
         "image_s": round(row.image_s, 2),
         "sent_mb": round(row.estimate.sent_bytes / 1e6, 2),
     }
@@ -198,12 +261,18 @@ def _machine(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _tell(case: dict[str, Any]) -> None:
     name = f"{case['model']} {case['latents']} guidance {'on' if case['guidance'] else 'off'}"
-    print(f"{name}: {case['choice']}, best {case['best']}, ratio {case['ratio']}", file=sys.stderr, flush=True)
+    print(
+        f"{name}: {case['choice']}, best {case['best']}, ratio {case['ratio']}",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _write(file: Path, arguments: argparse.Namespace, cases: list[dict[str, Any]]) -> None:
     worst = {key: max(case[key] for case in cases) for key in ("ratio", "ratio_of_prediction")}
-    file.write_text(json.dumps({"machine": _machine(arguments), "worst": worst, "cases": cases}, indent=1))
+    file.write_text(
+        json.dumps({"machine": _machine(arguments), "worst": worst, "cases": cases}, indent=1)
+    )
 
 
 if __name__ == "__main__":

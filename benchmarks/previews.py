@@ -1,9 +1,10 @@
-"""What previews cost: seconds for the small image of a step, and for its JPEG, as shares of a step of the benchmark's UNet.
+"""What previews cost: seconds for the small image of a step, and for its JPEG, as shares of a step
+of the benchmark's UNet.
 
     python -m benchmarks.previews [--rounds 5]
 
-One thread, random weights, 64 x 64 latents. Steps and previews take turns, so that both meet the same machine. Prints JSON; the fit is
-made once per loaded model, at the first preview.
+One thread, random weights, 64 x 64 latents. Steps and previews take turns, so that both meet the
+same machine. Prints JSON; the fit is made once per loaded model, at the first preview.
 """
 
 import argparse
@@ -47,7 +48,10 @@ def measure(rounds: int) -> dict[str, float]:
         files.append(_timed(lambda: jobs_api._data_url(image))[0])  # noqa: B023  called at once
     step_s, preview_s, jpeg_s = (statistics.median(values) for values in (steps, images, files))
     figures = {"step_s": step_s, "preview_s": preview_s, "jpeg_s": jpeg_s, "fit_once_s": fit_s}
-    shares = {"preview_percent": 100 * preview_s / step_s, "preview_and_jpeg_percent": 100 * (preview_s + jpeg_s) / step_s}
+    shares = {
+        "preview_percent": 100 * preview_s / step_s,
+        "preview_and_jpeg_percent": 100 * (preview_s + jpeg_s) / step_s,
+    }
     return {name: round(value, 5) for name, value in (figures | shares).items()}
 
 

@@ -1,4 +1,6 @@
-"""Where the time of one step goes, by class of operator (torch's profiler), and what threads beside the main one used."""
+"""Where the time of one step goes, by class of operator (torch's profiler), and what threads beside
+the main one used.
+"""
 
 import time
 from collections import defaultdict
@@ -12,13 +14,18 @@ CLASSES = (
     ("linear", ("addmm", "aten::mm", "aten::bmm", "aten::linear", "gelu")),
     ("norm", ("norm", "var_mean", "rsqrt")),
     ("exchange", ("c10d", "gloo")),
-    ("copies", ("copy_", "aten::cat", "aten::stack", "aten::clone", "aten::contiguous", "aten::fill_")),
+    (
+        "copies",
+        ("copy_", "aten::cat", "aten::stack", "aten::clone", "aten::contiguous", "aten::fill_"),
+    ),
 )
 """Class -> parts of the operator names that belong to it; the first that fits."""
 
 
 def profiled(step: Callable[[], object]) -> dict[str, float]:
-    """Run `step`; milliseconds of the main thread by class (with waiting, where a class waits), and of CPU time by thread."""
+    """Run `step`; milliseconds of the main thread by class (with waiting, where a class waits), and
+    of CPU time by thread.
+    """
     threads_before, main_before = time.process_time(), time.thread_time()
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         step()
@@ -32,4 +39,6 @@ def profiled(step: Callable[[], object]) -> dict[str, float]:
 
 
 def _class_of(operator: str) -> str:
-    return next((name for name, parts in CLASSES if any(part in operator for part in parts)), "other")
+    return next(
+        (name for name, parts in CLASSES if any(part in operator for part in parts)), "other"
+    )

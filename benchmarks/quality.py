@@ -1,8 +1,11 @@
-"""How far a backend's settings are from one rank on the demo model: PSNR of the final latents per prompt, and a sheet of the images.
+"""How far a backend's settings are from one rank on the demo model: PSNR of the final latents per
+prompt, and a sheet of the images.
 
-    python -m benchmarks.quality --backend distrifuser --prompts 20 --sheet docs/quality_distrifuser.png > result.json
+    python -m benchmarks.quality --backend distrifuser --prompts 20 \\
+        --sheet docs/quality_distrifuser.png > result.json
 
-Every rank makes every image; rank 0 makes the reference first, while the others wait. Same seeds, the sampler of the checkpoint.
+Every rank makes every image; rank 0 makes the reference first, while the others wait. Same seeds,
+the sampler of the checkpoint.
 """
 
 import argparse
@@ -51,14 +54,26 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backend", choices=[name for name in BACKEND_NAMES if name != "single"], required=True)
-    parser.add_argument("--settings", help="names from benchmarks/settings.py, with commas; all if left out")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--backend", choices=[name for name in BACKEND_NAMES if name != "single"], required=True
+    )
+    parser.add_argument(
+        "--settings", help="names from benchmarks/settings.py, with commas; all if left out"
+    )
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, default=2.5)
-    parser.add_argument("--warmup_steps", type=_counts, default=[4], metavar="N,N", help="synchronous steps; each number is a run")
+    parser.add_argument(
+        "--warmup_steps",
+        type=_counts,
+        default=[4],
+        metavar="N,N",
+        help="synchronous steps; each number is a run",
+    )
     parser.add_argument("--checkpoint", default=str(CHECKPOINT))
     parser.add_argument("--sheet", help="PNG of the first prompts, one column per setting")
     return parser.parse_args()
@@ -71,7 +86,9 @@ def _counts(text: str) -> list[int]:
 def _rank(rank: int, arguments: argparse.Namespace, folder: str) -> None:
     torch.set_num_threads(1)
     diffusers_logging.disable_progress_bar()
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=arguments.ranks)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=arguments.ranks
+    )
     try:
         result = measure(rank, arguments)
         if rank == 0:
@@ -81,28 +98,47 @@ def _rank(rank: int, arguments: argparse.Namespace, folder: str) -> None:
 
 
 def measure(rank: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    pipe = StableDiffusionXLPipeline.from_pretrained(arguments.checkpoint, dtype=torch.float32, local_files_only=True)
+    pipe = StableDiffusionXLPipeline.from_pretrained(
+        arguments.checkpoint, dtype=torch.float32, local_files_only=True
+    )
     pipe.set_progress_bar_config(disable=True)
     prompts = [scene.caption for scene in evaluation_scenes(arguments.prompts)]
-    names = arguments.settings.split(",") if arguments.settings else list(SETTINGS[arguments.backend])
-    wanted = [_latents(pipe, prompt, seed, arguments) for seed, prompt in enumerate(prompts)] if rank == 0 else []
+    names = (
+        arguments.settings.split(",") if arguments.settings else list(SETTINGS[arguments.backend])
+    )
+    wanted = (
+        [_latents(pipe, prompt, seed, arguments) for seed, prompt in enumerate(prompts)]
+        if rank == 0
+        else []
+    )
     gather_outcomes(None)  # the others wait here
     columns, results = {"one rank": wanted}, {}
     for name, warmup_steps in product(names, arguments.warmup_steps):
         label = name if len(arguments.warmup_steps) == 1 else f"{name} {warmup_steps}"
-        latents = _setting(rank, pipe, prompts, SETTINGS[arguments.backend][name], warmup_steps, arguments)
+        latents = _setting(
+            rank, pipe, prompts, SETTINGS[arguments.backend][name], warmup_steps, arguments
+        )
         if rank == 0:
             results[label] = latents if isinstance(latents, dict) else _figures(latents, wanted)
             columns |= {} if isinstance(latents, dict) else {label: latents}
             print(label, results[label], file=sys.stderr, flush=True)
     if rank == 0 and arguments.sheet:
         _sheet(pipe, prompts, columns).save(arguments.sheet, optimize=True)
-    given = {key: value for key, value in vars(arguments).items() if key not in ("sheet", "settings", "checkpoint")}
+    given = {
+        key: value
+        for key, value in vars(arguments).items()
+        if key not in ("sheet", "settings", "checkpoint")
+    }
     return {"run": given, "settings": results, "prompts": prompts}
 
 
 def _setting(
-    rank: int, pipe: Any, prompts: list[str], options: dict[str, Any], warmup_steps: int, arguments: argparse.Namespace
+    rank: int,
+    pipe: Any,
+    prompts: list[str],
+    options: dict[str, Any],
+    warmup_steps: int,
+    arguments: argparse.Namespace,
 ) -> list[Tensor] | dict[str, str]:
     """The final latents of every prompt under one setting, or why it was refused."""
     spec = read_table()[MODEL_TYPE]
@@ -118,7 +154,10 @@ def _setting(
         mesh.destroy()
         return {"refused": str(error)}
     try:
-        return [_latents(pipe, prompt, seed, arguments, backend, warmup_steps) for seed, prompt in enumerate(prompts)]
+        return [
+            _latents(pipe, prompt, seed, arguments, backend, warmup_steps)
+            for seed, prompt in enumerate(prompts)
+        ]
     except HostError as error:
         return {"refused": str(error)}
     finally:
@@ -127,11 +166,19 @@ def _setting(
 
 
 def _latents(
-    pipe: Any, prompt: str, seed: int, arguments: argparse.Namespace, backend: Any = None, warmup_steps: int | None = None
+    pipe: Any,
+    prompt: str,
+    seed: int,
+    arguments: argparse.Namespace,
+    backend: Any = None,
+    warmup_steps: int | None = None,
 ) -> Tensor:
     """The final latents of one prompt; on one rank without a backend."""
     request = GenerateRequest(
-        prompt=prompt, num_inference_steps=arguments.steps, guidance_scale=arguments.guidance, warmup_steps=warmup_steps
+        prompt=prompt,
+        num_inference_steps=arguments.steps,
+        guidance_scale=arguments.guidance,
+        warmup_steps=warmup_steps,
     )
     run = RunInfo(request=request, height=SIDE, width=SIDE, num_inference_steps=arguments.steps)
 
@@ -164,7 +211,9 @@ def _figures(latents: list[Tensor], wanted: list[Tensor]) -> dict[str, float]:
     return {
         "mean_db": round(statistics.mean(values), 1),
         "worst_db": min(values),
-        "max_difference": max(float((got - want).abs().max()) for got, want in zip(latents, wanted, strict=True)),
+        "max_difference": max(
+            float((got - want).abs().max()) for got, want in zip(latents, wanted, strict=True)
+        ),
     }
 
 
@@ -177,8 +226,13 @@ def _sheet(pipe: Any, prompts: list[str], columns: dict[str, list[Tensor]]) -> I
         draw.text((column * side + 3, 2), name, fill="black")
         for row in range(rows):
             with torch.no_grad():
-                pixels = pipe.vae.decode(latents[row] / pipe.vae.config.scaling_factor, return_dict=False)[0]
-            sheet.paste(pipe.image_processor.postprocess(pixels)[0], (column * side, LABEL_HEIGHT + row * side))
+                pixels = pipe.vae.decode(
+                    latents[row] / pipe.vae.config.scaling_factor, return_dict=False
+                )[0]
+            sheet.paste(
+                pipe.image_processor.postprocess(pixels)[0],
+                (column * side, LABEL_HEIGHT + row * side),
+            )
     return sheet
 
 

@@ -1,6 +1,8 @@
-"""The option sets that are measured, by backend: name -> launch options, as `make_plan` of the backend takes them.
+"""The option sets that are measured, by backend: name -> launch options, as `make_plan` of the
+backend takes them.
 
-Each name is a row of the result. A setting that does not fit the number of ranks or the model is reported with its refusal.
+Each name is a row of the result. A setting that does not fit the number of ranks or the model is
+reported with its refusal.
 """
 
 from types import MappingProxyType
@@ -28,7 +30,8 @@ SETTINGS = MappingProxyType(
             "segments_2_1": SEGMENTS,
             "segments_2_1_plain": SEGMENTS | {"extrapolate": False},
             "segments_2_1_shifted": SEGMENTS | {"time_shift": True},
-            "segments_2_1_shifted_extrapolated": SEGMENTS | {"time_shift": True, "extrapolate": True},
+            "segments_2_1_shifted_extrapolated": SEGMENTS
+            | {"time_shift": True, "extrapolate": True},
             "segments_2_2": SEGMENTS | {"stride": 2},
             "segments_3_1": SEGMENTS | {"model_n": 3},
             "cfg_and_segments": SEGMENTS | {"use_cfg_parallel": True},

@@ -1,7 +1,8 @@
-"""python -m benchmarks.soak --jobs=1000: many images of mixed sizes in a row; is anything left behind?
+"""python -m benchmarks.soak --jobs=1000: is anything left behind after many images of mixed sizes?
 
-Samples each rank's memory, open files and threads, and the number of processes below the launcher. The slope is a straight line fitted
-to the memory after the first fifth of the jobs, in which caches fill. Prints JSON.
+Samples each rank's memory, open files and threads, and the number of processes below the launcher.
+The slope is a straight line fitted to the memory after the first fifth of the jobs, in which caches
+fill. Prints JSON.
 """
 
 import argparse
@@ -28,9 +29,16 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1000)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--seed", type=int, default=8)
-    parser.add_argument("--give-up-at", type=Path, help="end early, with what was measured, once this file exists")
+    parser.add_argument(
+        "--give-up-at", type=Path, help="end early, with what was measured, once this file exists"
+    )
     options = parser.parse_args()
-    with start_launcher("--type=sdxl", "--backend=distrifuser", f"--nproc_per_node={options.ranks}", "--keep_results=16") as host:
+    with start_launcher(
+        "--type=sdxl",
+        "--backend=distrifuser",
+        f"--nproc_per_node={options.ranks}",
+        "--keep_results=16",
+    ) as host:
         host.wait_until_ready()
         print(json.dumps(run(host, options), indent=2))
 
@@ -41,7 +49,9 @@ def run(host: RunningHost, options: argparse.Namespace) -> dict[str, Any]:
     samples = [sample(host)]
     started = time.monotonic()
     done = 0
-    while done < options.jobs and not (options.give_up_at is not None and options.give_up_at.exists()):
+    while done < options.jobs and not (
+        options.give_up_at is not None and options.give_up_at.exists()
+    ):
         draw(host, chance, number=done)
         done += 1
         if done % EVERY == 0:
@@ -49,7 +59,11 @@ def run(host: RunningHost, options: argparse.Namespace) -> dict[str, Any]:
         if done % 100 == 0:
             print(f"{done} jobs, {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
     seconds = time.monotonic() - started
-    return {"jobs": done, "seconds": round(seconds, 1), "ranks": [of_rank(samples, rank) for rank in range(options.ranks)]} | {
+    return {
+        "jobs": done,
+        "seconds": round(seconds, 1),
+        "ranks": [of_rank(samples, rank) for rank in range(options.ranks)],
+    } | {
         "processes": [samples[0]["processes"], samples[-1]["processes"]],
         "restarts": host.get("/settings").json()["restarts"],
     }
@@ -72,7 +86,9 @@ def draw(host: RunningHost, chance: random.Random, *, number: int) -> None:
     while (state := host.get(f"/v1/jobs/{sent['id']}").json()["state"]) in ("queued", "running"):
         time.sleep(0.02)
     if state == "done":
-        host.get(f"/v1/jobs/{sent['id']}/result", headers={"Accept": "image/png"}).raise_for_status()
+        host.get(
+            f"/v1/jobs/{sent['id']}/result", headers={"Accept": "image/png"}
+        ).raise_for_status()
 
 
 def sample(host: RunningHost) -> dict[str, Any]:
@@ -81,7 +97,11 @@ def sample(host: RunningHost) -> dict[str, Any]:
 
 
 def facts(process: psutil.Process) -> dict[str, int]:
-    return {"memory": process.memory_info().rss, "files": process.num_fds(), "threads": process.num_threads()}
+    return {
+        "memory": process.memory_info().rss,
+        "files": process.num_fds(),
+        "threads": process.num_threads(),
+    }
 
 
 def of_rank(samples: list[dict[str, Any]], rank: int) -> dict[str, Any]:

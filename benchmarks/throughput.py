@@ -1,13 +1,17 @@
-"""Many jobs at once and one at a time: two ranks against one, and --mode=auto against --mode=latency.
+"""Many jobs at once and one at a time: two ranks against one, and --mode=auto against
+--mode=latency.
 
-    python benchmarks/throughput.py [--jobs 12] [--rounds 3] [--alone 5] [--steps 12] [--size 256] [--backend distrifuser]
+    python benchmarks/throughput.py [--jobs 12] [--rounds 3] [--alone 5] [--steps 12] [--size 256]
+        [--backend distrifuser]
 
-Starts four real hosts with the demo model, each rank with one thread: one rank that makes one image after the other (--max_batch=1); one
-rank that batches; two ranks; two ranks with --mode=latency. Only one of them works at a time. Prints JSON: jobs per second for `--jobs`
-jobs sent at once to each of the first three, in turns, and the median seconds of jobs sent singly, in turns, to the hosts of two ranks.
-`times_faster` is two ranks over one that makes one image after the other, `times_faster_than_batching` over one that batches: medians of
-the rounds; `by_cpu` is what two cores would give that are wholly the ranks' own: twice the CPU seconds of a job on one rank over those of a
-job on two. Needs two free cores, and about 5 GB.
+Starts four real hosts with the demo model, each rank with one thread: one rank that makes one image
+after the other (--max_batch=1); one rank that batches; two ranks; two ranks with --mode=latency.
+Only one of them works at a time. Prints JSON: jobs per second for `--jobs` jobs sent at once to
+each of the first three, in turns, and the median seconds of jobs sent singly, in turns, to the
+hosts of two ranks. `times_faster` is two ranks over one that makes one image after the other,
+`times_faster_than_batching` over one that batches: medians of the rounds; `by_cpu` is what two
+cores would give that are wholly the ranks' own: twice the CPU seconds of a job on one rank over
+those of a job on two. Needs two free cores, and about 5 GB.
 """
 
 import argparse
@@ -59,7 +63,9 @@ class Host:
 
     def send(self, seed: int) -> str:
         body = json.dumps({**self._body, "seed": seed}).encode()
-        request = urllib.request.Request(f"{self.url}/v1/jobs", body, {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            f"{self.url}/v1/jobs", body, {"Content-Type": "application/json"}
+        )
         with urllib.request.urlopen(request) as answer:
             return json.load(answer)["id"]
 
@@ -85,12 +91,18 @@ class Host:
     def _cpu_seconds(self) -> float:
         """Of the launcher and its ranks."""
         processes = [self._launcher, *self._launcher.children(recursive=True)]
-        return sum(times.user + times.system for times in (process.cpu_times() for process in processes))
+        return sum(
+            times.user + times.system for times in (process.cpu_times() for process in processes)
+        )
 
     def alone(self, seed: int) -> float:
         """Seconds of one image, from asking for it to having it."""
         body = json.dumps({**self._body, "seed": seed}).encode()
-        request = urllib.request.Request(f"{self.url}/generate", body, {"Content-Type": "application/json", "Accept": "image/png"})
+        request = urllib.request.Request(
+            f"{self.url}/generate",
+            body,
+            {"Content-Type": "application/json", "Accept": "image/png"},
+        )
         started = time.perf_counter()
         with urllib.request.urlopen(request) as answer:
             answer.read()
@@ -115,7 +127,12 @@ def main() -> None:
     }
     two = ("--nproc_per_node=2", f"--backend={options.backend}")
     one = ("--nproc_per_node=1",)
-    kinds = {"one": (*one, "--max_batch=1"), "one_batching": one, "auto": two, "latency": (*two, "--mode=latency")}
+    kinds = {
+        "one": (*one, "--max_batch=1"),
+        "one_batching": one,
+        "auto": two,
+        "latency": (*two, "--mode=latency"),
+    }
     with contextlib.ExitStack() as stack:
         hosts = {}
         for number, (name, arguments) in enumerate(kinds.items()):
@@ -124,9 +141,18 @@ def main() -> None:
         for name in AT_ONCE:
             for _ in range(WARM_BURSTS):  # to learn which batches pay
                 hosts[name].burst(options.jobs)
-        rounds = [{name: hosts[name].burst(options.jobs) for name in AT_ONCE} for _ in range(options.rounds)]
-        turns = [(hosts["auto"].alone(seed), hosts["latency"].alone(seed)) for seed in range(options.alone)]
-    seconds = {name: statistics.median(times) for name, times in zip(("auto", "latency"), zip(*turns, strict=True), strict=True)}
+        rounds = [
+            {name: hosts[name].burst(options.jobs) for name in AT_ONCE}
+            for _ in range(options.rounds)
+        ]
+        turns = [
+            (hosts["auto"].alone(seed), hosts["latency"].alone(seed))
+            for seed in range(options.alone)
+        ]
+    seconds = {
+        name: statistics.median(times)
+        for name, times in zip(("auto", "latency"), zip(*turns, strict=True), strict=True)
+    }
     figures = {
         "jobs": options.jobs,
         **{name: getattr(options, name) for name in ("steps", "size", "backend")},
@@ -134,7 +160,9 @@ def main() -> None:
             "times_faster": _faster(rounds, "one", "seconds"),
             "times_faster_by_cpu": round(2 * _faster(rounds, "one", "cpu_seconds_per_job"), 3),
             "times_faster_than_batching": _faster(rounds, "one_batching", "seconds"),
-            "times_faster_than_batching_by_cpu": round(2 * _faster(rounds, "one_batching", "cpu_seconds_per_job"), 3),
+            "times_faster_than_batching_by_cpu": round(
+                2 * _faster(rounds, "one_batching", "cpu_seconds_per_job"), 3
+            ),
             "rounds": rounds,
         },
         "one_at_a_time": {
@@ -152,7 +180,13 @@ def _faster(rounds: list[dict[str, Any]], than: str, what: str) -> float:
 @contextlib.contextmanager
 def started(port: int, body: dict[str, Any], *arguments: str) -> Iterator[Host]:
     """A host of the demo model that is ready."""
-    command = [sys.executable, str(ROOT / "launcher.py"), "--type=sdxl", f"--port={port}", *arguments]
+    command = [
+        sys.executable,
+        str(ROOT / "launcher.py"),
+        "--type=sdxl",
+        f"--port={port}",
+        *arguments,
+    ]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
         try:

@@ -1,1 +1,3 @@
-"""The demo model: captioned shapes, the training that produced demo/checkpoint, and its evaluation."""
+"""The demo model: captioned shapes, the training that produced demo/checkpoint, and its
+evaluation.
+"""

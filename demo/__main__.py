@@ -1,4 +1,5 @@
-"""`make demo`: start two ranks with the demo model, ask for one image over HTTP, write it, and keep serving.
+"""`make demo`: start two ranks with the demo model, ask for one image over HTTP, write it, and keep
+serving.
 
 Uses the launcher and the HTTP API as any user would; the standard library is enough.
 """
@@ -26,9 +27,16 @@ def main() -> int:
     parser.add_argument("--once", action="store_true", help="exit after the image")
     options = parser.parse_args()
     address = f"http://127.0.0.1:{options.port}"
-    # one method by name: for so small a model on a busy machine, measuring might find that one rank is as quick
+    # one method by name: for so small a model on a busy machine, measuring might find that one rank
+    # is as quick
     method = ("--backend=distrifuser", "--nproc_per_node=2")
-    command = [sys.executable, str(REPOSITORY / "launcher.py"), "--type=sdxl", *method, f"--port={options.port}"]
+    command = [
+        sys.executable,
+        str(REPOSITORY / "launcher.py"),
+        "--type=sdxl",
+        *method,
+        f"--port={options.port}",
+    ]
     # its own session, so that Ctrl-C reaches the host once, through us
     host = subprocess.Popen(command, start_new_session=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -53,7 +61,9 @@ def main() -> int:
 
 
 def wait_until_ready(address: str, host: subprocess.Popen[bytes]) -> None:
-    """Poll /initialize until it answers 200. Exits if the host ends before, or is not ready in time."""
+    """Poll /initialize until it answers 200. Exits if the host ends before, or is not ready in
+    time.
+    """
     deadline = time.monotonic() + READY_WITHIN_S
     while time.monotonic() < deadline:
         if host.poll() is not None:
@@ -73,7 +83,9 @@ def fetch_image(address: str, prompt: str) -> bytes:
     body = json.dumps({"prompt": prompt, "seed": 1}).encode()
     headers = {"Content-Type": "application/json", "Accept": "image/png"}
     try:
-        with urllib.request.urlopen(urllib.request.Request(f"{address}/generate", body, headers)) as answer:
+        with urllib.request.urlopen(
+            urllib.request.Request(f"{address}/generate", body, headers)
+        ) as answer:
             return answer.read()
     except urllib.error.HTTPError as error:
         sys.exit(f"the host answered {error.code}: {json.load(error)['message']}")

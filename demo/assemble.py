@@ -1,4 +1,6 @@
-"""Training stage `assemble`: averaged weights and VAE -> a diffusers folder in SDXL layout, fp16 safetensors."""
+"""Training stage `assemble`: averaged weights and VAE -> a diffusers folder in SDXL layout, fp16
+safetensors.
+"""
 
 import logging
 import shutil
@@ -15,7 +17,8 @@ SIZE_LIMIT_BYTES = 16_000_000
 
 
 def assemble(folder: Path, out: Path, *, size: int) -> None:
-    """Write the checkpoint from the states in `folder`; `size` becomes the default height and width in pixels.
+    """Write the checkpoint from the states in `folder`; `size` becomes the default height and width
+    in pixels.
 
     The old content of `out` is replaced only after the new one is complete and small enough.
     Raises ValueError if the new checkpoint is over 16 MB.
@@ -25,7 +28,9 @@ def assemble(folder: Path, out: Path, *, size: int) -> None:
     net.load_state_dict(torch.load(folder / "unet_state.pt")["average"])
     net.unet.register_to_config(sample_size=size // 8)
     vae = AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32, local_files_only=True)
-    vae.register_to_config(sample_size=size, _name_or_path="")  # else the work folder's path is saved
+    vae.register_to_config(
+        sample_size=size, _name_or_path=""
+    )  # else the work folder's path is saved
     pipe = StableDiffusionXLPipeline(
         vae=vae,
         text_encoder=net.text_encoder,
@@ -42,7 +47,10 @@ def assemble(folder: Path, out: Path, *, size: int) -> None:
     pipe.to(torch.float16).save_pretrained(fresh, safe_serialization=True)
     total = sum(file.stat().st_size for file in fresh.rglob("*") if file.is_file())
     if total > SIZE_LIMIT_BYTES:
-        raise ValueError(f"the checkpoint in {fresh} has {total} bytes. At most {SIZE_LIMIT_BYTES} are allowed. Make the model narrower.")
+        raise ValueError(
+            f"the checkpoint in {fresh} has {total} bytes. At most {SIZE_LIMIT_BYTES} are allowed. "
+            "Make the model narrower."
+        )
     shutil.rmtree(out, ignore_errors=True)
     fresh.rename(out)
     logger.info("%s: %.1f MB", out, total / 1e6)

@@ -1,7 +1,8 @@
 """Captioned synthetic images: soft-shaded shapes on gradient backgrounds.
 
-Used by the training stages, by demo/evaluate.py and by tests. A scene is described in fractions of the image's
-side, so one scene renders at any size. Captions whose key is held out never reach the training sampler.
+Used by the training stages, by demo/evaluate.py and by tests. A scene is described in fractions of
+the image's side, so one scene renders at any size. Captions whose key is held out never reach the
+training sampler.
 """
 
 import hashlib
@@ -33,11 +34,17 @@ KIND_SHARES = {"single": 0.5, "count": 0.18, "pair": 0.32}
 HELD_OUT_SHARE = 0.05
 EVALUATION_SEED = 4242
 
-# Radii as fractions of the side. A star reaches 1.1 radii from its centre: shapes of one image never touch.
+# Radii as fractions of the side. A star reaches 1.1 radii from its centre: shapes of one image
+# never touch.
 SINGLE_RADII = {"small": (0.135, 0.165), "": (0.22, 0.26), "large": (0.33, 0.38)}
 PAIR_RADII = {"small": (0.1, 0.12), "": (0.155, 0.175), "large": (0.2, 0.215)}
 COUNT_RADII = {2: (0.165, 0.185), 3: (0.105, 0.12)}
-PLACES = {"on the left": (0.27, 0.5), "on the right": (0.73, 0.5), "at the top": (0.5, 0.27), "at the bottom": (0.5, 0.73)}
+PLACES = {
+    "on the left": (0.27, 0.5),
+    "on the right": (0.73, 0.5),
+    "at the top": (0.5, 0.27),
+    "at the bottom": (0.5, 0.73),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +68,8 @@ class Scene:
     kind: str
 
 
-# ---- captions ----------------------------------------------------------------------------------------------------
+# ---- captions
+# ------------------------------------------------------------------------------------------
 
 
 def with_article(words: str) -> str:
@@ -84,15 +92,23 @@ def _single(rng: random.Random, colours: list[str]) -> tuple[str, tuple[Thing, .
         place = rng.choice(list(PLACES))
         caption, (x, y) = f"{caption} {place}", PLACES[place]
     radius = rng.uniform(*SINGLE_RADII[size])
-    return caption, (Thing(shape=shape, colour=colour, x=_near(rng, x), y=_near(rng, y), radius=radius),)
+    return caption, (
+        Thing(shape=shape, colour=colour, x=_near(rng, x), y=_near(rng, y), radius=radius),
+    )
 
 
 def _count(rng: random.Random, colours: list[str]) -> tuple[str, tuple[Thing, ...]]:
     number = rng.choice([2, 3])
-    colour, shape, radius = rng.choice(colours), rng.choice(SHAPES), rng.uniform(*COUNT_RADII[number])
+    colour, shape, radius = (
+        rng.choice(colours),
+        rng.choice(SHAPES),
+        rng.uniform(*COUNT_RADII[number]),
+    )
     columns, y = ((0.28, 0.72) if number == 2 else (0.2, 0.5, 0.8)), _near(rng, 0.5, 0.02)
     plural = "crosses" if shape == "cross" else shape + "s"
-    things = tuple(Thing(shape=shape, colour=colour, x=_near(rng, x), y=y, radius=radius) for x in columns)
+    things = tuple(
+        Thing(shape=shape, colour=colour, x=_near(rng, x), y=y, radius=radius) for x in columns
+    )
     return f"{'two' if number == 2 else 'three'} {colour} {plural}", things
 
 
@@ -106,7 +122,9 @@ def _pair(rng: random.Random, colours: list[str]) -> tuple[str, tuple[Thing, ...
     for along, size, colour, shape in zip((0.26, 0.74), sizes, names, shapes, strict=True):
         x, y = (0.5, along) if relation == "above" else (along, 0.5)
         radius = rng.uniform(*PAIR_RADII[size])
-        things.append(Thing(shape=shape, colour=colour, x=_near(rng, x), y=_near(rng, y), radius=radius))
+        things.append(
+            Thing(shape=shape, colour=colour, x=_near(rng, x), y=_near(rng, y), radius=radius)
+        )
         words.append(_described(size, colour, shape))
     return f"{words[0]} {relation} {words[1]}", tuple(things)
 
@@ -125,17 +143,23 @@ def any_scene(rng: random.Random, *, kind: str | None = None) -> Scene:
     kind = kind or rng.choices(list(KIND_SHARES), list(KIND_SHARES.values()))[0]
     caption, things = _KINDS[kind](rng, [name for name in COLOURS if name != background])
     if named:
-        caption += rng.choice([f" on {with_article(background)} background", f", {background} background"])
+        caption += rng.choice(
+            [f" on {with_article(background)} background", f", {background} background"]
+        )
     return Scene(caption=caption, things=things, background=background, kind=kind)
 
 
 def caption_key(caption: str) -> str:
-    """The caption with its two ways to name the background made one: both are held out, or neither."""
+    """The caption with its two ways to name the background made one: both are held out, or
+    neither.
+    """
     return re.sub(r"(?:,| on an?) (\w+) background$", r" @ \1", caption)
 
 
 def is_held_out(caption: str) -> bool:
-    """Whether training never sees this caption: decided by a hash of its key, so no list can go stale."""
+    """Whether training never sees this caption: decided by a hash of its key, so no list can go
+    stale.
+    """
     digest = hashlib.sha256(caption_key(caption).encode()).digest()
     return int.from_bytes(digest[:4], "big") < HELD_OUT_SHARE * 2**32
 
@@ -149,7 +173,11 @@ def training_scene(rng: random.Random) -> Scene:
 def held_out_scenes(count: int, *, seed: int) -> list[Scene]:
     """`count` different held-out captions, the kinds in the shares of the training data."""
     rng, scenes, keys = random.Random(seed), [], set()
-    bounds = {"single": KIND_SHARES["single"], "count": KIND_SHARES["single"] + KIND_SHARES["count"], "pair": 1.0}
+    bounds = {
+        "single": KIND_SHARES["single"],
+        "count": KIND_SHARES["single"] + KIND_SHARES["count"],
+        "pair": 1.0,
+    }
     while len(scenes) < count:
         kind = next(name for name, bound in bounds.items() if len(scenes) < round(bound * count))
         scene = any_scene(rng, kind=kind)
@@ -165,7 +193,8 @@ def evaluation_scenes(count: int = 100) -> list[Scene]:
     return held_out_scenes(count, seed=EVALUATION_SEED)
 
 
-# ---- renderer ----------------------------------------------------------------------------------------------------
+# ---- renderer
+# ------------------------------------------------------------------------------------------
 
 
 def _star() -> list[tuple[float, float]]:
@@ -190,7 +219,9 @@ def _cross(w: float = 0.34) -> list[tuple[float, float]]:
     return corner + [(-x, -y) for x, y in corner]
 
 
-OUTLINES: dict[str, list[tuple[float, float]]] = {  # polygons in radii around the centre; circle and ring are ellipses
+OUTLINES: dict[
+    str, list[tuple[float, float]]
+] = {  # polygons in radii around the centre; circle and ring are ellipses
     "square": [(-0.86, -0.86), (0.86, -0.86), (0.86, 0.86), (-0.86, 0.86)],
     "triangle": [(0, -0.98), (1, 0.82), (-1, 0.82)],
     "diamond": [(0, -1.1), (0.8, 0), (0, 1.1), (-0.8, 0)],
@@ -207,11 +238,17 @@ def coverage(thing: Thing, size: int, *, oversample: int = 2) -> np.ndarray:
     draw = ImageDraw.Draw(canvas)
     x, y, radius = thing.x * side, thing.y * side, thing.radius * side
     if thing.shape in OUTLINES:
-        draw.polygon([(x + dx * radius, y + dy * radius) for dx, dy in OUTLINES[thing.shape]], fill=255)
+        draw.polygon(
+            [(x + dx * radius, y + dy * radius) for dx, dy in OUTLINES[thing.shape]], fill=255
+        )
     else:
-        draw.ellipse([x - radius * 0.96, y - radius * 0.96, x + radius * 0.96, y + radius * 0.96], fill=255)
+        draw.ellipse(
+            [x - radius * 0.96, y - radius * 0.96, x + radius * 0.96, y + radius * 0.96], fill=255
+        )
         if thing.shape == "ring":
-            draw.ellipse([x - radius * 0.5, y - radius * 0.5, x + radius * 0.5, y + radius * 0.5], fill=0)
+            draw.ellipse(
+                [x - radius * 0.5, y - radius * 0.5, x + radius * 0.5, y + radius * 0.5], fill=0
+            )
     return np.asarray(canvas.resize((size, size), Image.BOX), np.float32) / 255
 
 
@@ -224,20 +261,29 @@ def _shadow(mask: np.ndarray, size: int) -> np.ndarray:
 
 
 def render(scene: Scene, size: int, rng: random.Random) -> np.ndarray:
-    """Draw the scene: (size, size, 3) uint8. `rng` chooses the direction of the background's gradient only."""
+    """Draw the scene: (size, size, 3) uint8. `rng` chooses the direction of the background's
+    gradient only.
+    """
     line = np.linspace(-1, 1, size, dtype=np.float32)
     x, y = line[None, :], line[:, None]
     dark = scene.background == "black"
     angle, depth = rng.uniform(0, 2 * math.pi), (10 if dark else 12)
-    light = -0.7 * depth * (x * math.cos(angle) + y * math.sin(angle)) - 0.6 * depth * (x * x + y * y - 0.6)
+    light = -0.7 * depth * (x * math.cos(angle) + y * math.sin(angle)) - 0.6 * depth * (
+        x * x + y * y - 0.6
+    )
     image = np.array(COLOURS[scene.background], np.float32) + light[..., None]
     for thing in scene.things:
         mask = coverage(thing, size)
         if not dark:  # a shadow on black cannot be seen
             image *= 1 - 0.22 * _shadow(mask, size)[..., None]
         dx, dy, radius = (x + 1) / 2 - thing.x, (y + 1) / 2 - thing.y, thing.radius
-        highlight = 26 * np.exp(-((dx + 0.35 * radius) ** 2 + (dy + 0.4 * radius) ** 2) / (0.5 * radius * radius))
-        body = np.array(COLOURS[thing.colour], np.float32) + (highlight - 14 * ((dx + dy) / (2 * radius)).clip(-0.4, 1.2))[..., None]
+        highlight = 26 * np.exp(
+            -((dx + 0.35 * radius) ** 2 + (dy + 0.4 * radius) ** 2) / (0.5 * radius * radius)
+        )
+        body = (
+            np.array(COLOURS[thing.colour], np.float32)
+            + (highlight - 14 * ((dx + dy) / (2 * radius)).clip(-0.4, 1.2))[..., None]
+        )
         image += (body - image) * mask[..., None]
     return image.clip(0, 255).astype(np.uint8)
 

@@ -1,7 +1,8 @@
-"""Measure a checkpoint on the 100 fixed held-out captions: `python -m demo.evaluate demo/checkpoint --size 256`.
+"""Measure a checkpoint on the 100 fixed held-out captions: `python -m demo.evaluate demo/checkpoint
+--size 256`.
 
-Images come from the real StableDiffusionXLPipeline with the scheduler saved in the checkpoint. Writes the measures
-as JSON and the images as one contact sheet; `--help` needs no torch.
+Images come from the real StableDiffusionXLPipeline with the scheduler saved in the checkpoint.
+Writes the measures as JSON and the images as one contact sheet; `--help` needs no torch.
 """
 
 import argparse
@@ -25,14 +26,25 @@ SHEET_TILE = 96
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m demo.evaluate", description="Measure a demo checkpoint.")
+    parser = argparse.ArgumentParser(
+        prog="python -m demo.evaluate", description="Measure a demo checkpoint."
+    )
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--size", type=int, help="height and width in pixels (default: the checkpoint's)")
+    parser.add_argument(
+        "--size", type=int, help="height and width in pixels (default: the checkpoint's)"
+    )
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=2.5)
-    parser.add_argument("--count", type=int, default=100, help="how many of the captions, evenly spread over the kinds")
+    parser.add_argument(
+        "--count",
+        type=int,
+        default=100,
+        help="how many of the captions, evenly spread over the kinds",
+    )
     parser.add_argument("--batch", type=int, default=10)
-    parser.add_argument("--json", type=Path, help="where to write the measures (default: only printed)")
+    parser.add_argument(
+        "--json", type=Path, help="where to write the measures (default: only printed)"
+    )
     parser.add_argument("--sheet", type=Path, help="where to write the contact sheet, a PNG")
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
     return parser
@@ -42,14 +54,20 @@ def load(checkpoint: Path) -> "StableDiffusionXLPipeline":
     import torch
     from diffusers import StableDiffusionXLPipeline
 
-    pipe = StableDiffusionXLPipeline.from_pretrained(checkpoint, dtype=torch.float32, local_files_only=True)
+    pipe = StableDiffusionXLPipeline.from_pretrained(
+        checkpoint, dtype=torch.float32, local_files_only=True
+    )
     pipe.set_progress_bar_config(disable=True)
     pipe.unet.to(memory_format=torch.channels_last)
     return pipe
 
 
-def draw(pipe: "StableDiffusionXLPipeline", captions: list[str], *, seed: int, **inputs: float) -> list[np.ndarray]:
-    """One (H, W, 3) uint8 image per caption, in one batch; the i-th starts from noise of seed + i."""
+def draw(
+    pipe: "StableDiffusionXLPipeline", captions: list[str], *, seed: int, **inputs: float
+) -> list[np.ndarray]:
+    """One (H, W, 3) uint8 image per caption, in one batch; the i-th starts from noise of seed +
+    i.
+    """
     import torch
 
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(captions))]
@@ -57,15 +75,23 @@ def draw(pipe: "StableDiffusionXLPipeline", captions: list[str], *, seed: int, *
 
 
 def summary(scenes: list[Scene], verdicts: list[dict[str, bool]]) -> dict[str, object]:
-    """Share of right images for each measure, `all` for each kind of caption, and what went wrong where."""
+    """Share of right images for each measure, `all` for each kind of caption, and what went wrong
+    where.
+    """
     by_kind: dict[str, list[bool]] = defaultdict(list)
     wrong = {}
     for scene, verdict in zip(scenes, verdicts, strict=True):
         by_kind[scene.kind].append(verdict["all"])
         if not verdict["all"]:
             wrong[scene.caption] = [measure for measure in MEASURES[:-1] if not verdict[measure]]
-    shares = {measure: round(sum(verdict[measure] for verdict in verdicts) / len(verdicts), 3) for measure in MEASURES}
-    return shares | {"all_by_kind": {kind: f"{sum(good)}/{len(good)}" for kind, good in by_kind.items()}, "wrong": wrong}
+    shares = {
+        measure: round(sum(verdict[measure] for verdict in verdicts) / len(verdicts), 3)
+        for measure in MEASURES
+    }
+    return shares | {
+        "all_by_kind": {kind: f"{sum(good)}/{len(good)}" for kind, good in by_kind.items()},
+        "wrong": wrong,
+    }
 
 
 def contact_sheet(images: list[np.ndarray]) -> Image.Image:
@@ -75,7 +101,10 @@ def contact_sheet(images: list[np.ndarray]) -> Image.Image:
     sheet = Image.new("RGB", (SHEET_COLUMNS * pitch, rows * pitch), (128, 128, 128))
     for i, image in enumerate(images):
         row, column = divmod(i, SHEET_COLUMNS)
-        sheet.paste(Image.fromarray(image).resize((SHEET_TILE, SHEET_TILE), Image.LANCZOS), (column * pitch, row * pitch))
+        sheet.paste(
+            Image.fromarray(image).resize((SHEET_TILE, SHEET_TILE), Image.LANCZOS),
+            (column * pitch, row * pitch),
+        )
     return sheet
 
 
@@ -87,16 +116,28 @@ def evaluate(args: argparse.Namespace) -> dict[str, object]:
     scenes = [scenes[i * len(scenes) // args.count] for i in range(args.count)]
     pipe = load(args.checkpoint)
     size = args.size or pipe.default_sample_size * pipe.vae_scale_factor
-    inputs = {"height": size, "width": size, "num_inference_steps": args.steps, "guidance_scale": args.guidance}
+    inputs = {
+        "height": size,
+        "width": size,
+        "num_inference_steps": args.steps,
+        "guidance_scale": args.guidance,
+    }
     images: list[np.ndarray] = []
     began = time.monotonic()
     for at in range(0, len(scenes), args.batch):
-        images += draw(pipe, [scene.caption for scene in scenes[at : at + args.batch]], seed=at, **inputs)
+        images += draw(
+            pipe, [scene.caption for scene in scenes[at : at + args.batch]], seed=at, **inputs
+        )
     seconds = time.monotonic() - began
     verdicts = [judge(image, scene) for image, scene in zip(images, scenes, strict=True)]
     if args.sheet:
         contact_sheet(images).save(args.sheet, optimize=True)
-    return {"images": len(scenes), **inputs, "seconds": round(seconds, 1), **summary(scenes, verdicts)}
+    return {
+        "images": len(scenes),
+        **inputs,
+        "seconds": round(seconds, 1),
+        **summary(scenes, verdicts),
+    }
 
 
 def main(argv: list[str] | None = None) -> None:

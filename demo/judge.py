@@ -1,6 +1,7 @@
 """The programmatic judge: does an image show what its scene says? Pure numpy and PIL.
 
-Every image is judged at 128x128 (larger ones are box-filtered down), so figures of different sizes compare.
+Every image is judged at 128x128 (larger ones are box-filtered down), so figures of different sizes
+compare.
 """
 
 import math
@@ -36,16 +37,31 @@ def _normalised(mask: np.ndarray) -> np.ndarray:
     square = np.zeros((side, side), np.uint8)
     y, x = (side - height) // 2, (side - width) // 2
     square[y : y + height, x : x + width] = mask[top:bottom, left:right] * 255
-    return np.asarray(Image.fromarray(square).resize((TEMPLATE_SIDE, TEMPLATE_SIDE), Image.BOX), np.float32) / 255
+    return (
+        np.asarray(
+            Image.fromarray(square).resize((TEMPLATE_SIDE, TEMPLATE_SIDE), Image.BOX), np.float32
+        )
+        / 255
+    )
 
 
-_TEMPLATES = {shape: _normalised(coverage(Thing(shape=shape, colour="red", x=0.5, y=0.5, radius=0.31), SIDE) > 0.5) for shape in SHAPES}
+_TEMPLATES = {
+    shape: _normalised(
+        coverage(Thing(shape=shape, colour="red", x=0.5, y=0.5, radius=0.31), SIDE) > 0.5
+    )
+    for shape in SHAPES
+}
 
 
 def nearest_shape(mask: np.ndarray) -> str:
     """The shape whose template has the largest soft intersection over union with the mask."""
     seen = _normalised(mask)
-    return max(_TEMPLATES, key=lambda shape: np.minimum(seen, _TEMPLATES[shape]).sum() / np.maximum(seen, _TEMPLATES[shape]).sum())
+    return max(
+        _TEMPLATES,
+        key=lambda shape: (
+            np.minimum(seen, _TEMPLATES[shape]).sum() / np.maximum(seen, _TEMPLATES[shape]).sum()
+        ),
+    )
 
 
 def components(mask: np.ndarray, min_pixels: int) -> list[np.ndarray]:
@@ -72,7 +88,9 @@ def components(mask: np.ndarray, min_pixels: int) -> list[np.ndarray]:
 
 
 def _colours_right(labels: np.ndarray, scene: Scene) -> bool:
-    """The border shows the background's colour, and the commonest other colours are those of the things."""
+    """The border shows the background's colour, and the commonest other colours are those of the
+    things.
+    """
     rim = SIDE // 20
     inside = np.zeros_like(labels, bool)
     inside[rim:-rim, rim:-rim] = True
@@ -87,25 +105,39 @@ def _colours_right(labels: np.ndarray, scene: Scene) -> bool:
 
 
 def _of_colour(labels: np.ndarray, colour: str, wanted: list[Thing]) -> dict[str, bool]:
-    """Shape, count and position of the things of one colour; nothing else of that colour may be in the image."""
+    """Shape, count and position of the things of one colour; nothing else of that colour may be in
+    the image.
+    """
     found = components(labels == _NAMES.index(colour), int(MIN_COMPONENT * labels.size))
     if len(found) < len(wanted):
         return {"shape": False, "count": False, "position": False}
     count_right = len(found) == len(wanted)
     found = found[: len(wanted)]
-    centres = sorted((np.argwhere(component).mean(0) / SIDE for component in found), key=lambda centre: centre[1])
+    centres = sorted(
+        (np.argwhere(component).mean(0) / SIDE for component in found), key=lambda centre: centre[1]
+    )
     ordered = sorted(wanted, key=lambda thing: thing.x)
-    near = [math.hypot(y - thing.y, x - thing.x) <= POSITION_TOLERANCE for (y, x), thing in zip(centres, ordered, strict=True)]
+    near = [
+        math.hypot(y - thing.y, x - thing.x) <= POSITION_TOLERANCE
+        for (y, x), thing in zip(centres, ordered, strict=True)
+    ]
     shape_right = all(nearest_shape(component) == wanted[0].shape for component in found)
     return {"shape": shape_right, "count": count_right, "position": all(near)}
 
 
 def judge(image: np.ndarray, scene: Scene) -> dict[str, bool]:
-    """What is right in the image, (H, W, 3) uint8: the keys of MEASURES, where `all` is all four of the others."""
+    """What is right in the image, (H, W, 3) uint8: the keys of MEASURES, where `all` is all four of
+    the others.
+    """
     if image.shape[:2] != (SIDE, SIDE):
         image = np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.BOX))
     labels = nearest_colours(image)
-    right = {"colours": _colours_right(labels, scene), "shape": True, "count": True, "position": True}
+    right = {
+        "colours": _colours_right(labels, scene),
+        "shape": True,
+        "count": True,
+        "position": True,
+    }
     for colour in dict.fromkeys(thing.colour for thing in scene.things):
         wanted = [thing for thing in scene.things if thing.colour == colour]
         for measure, value in _of_colour(labels, colour, wanted).items():

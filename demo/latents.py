@@ -1,7 +1,9 @@
-"""The fixed linear latent: 16 coefficients of an 8x8 block DCT in an opponent colour basis, softly whitened.
+"""The fixed linear latent: 16 coefficients of an 8x8 block DCT in an opponent colour basis, softly
+whitened.
 
-Defined instead of learned, so the UNet trains without a VAE and can be judged through the exact linear inverse;
-the AutoencoderKL of the checkpoint is then trained to map images to these latents and back.
+Defined instead of learned, so the UNet trains without a VAE and can be judged through the exact
+linear inverse; the AutoencoderKL of the checkpoint is then trained to map images to these latents
+and back.
 """
 
 import math
@@ -13,7 +15,8 @@ from torch import Tensor
 
 BLOCK = 8
 CHANNELS = 16
-# Measured once on 400 images: mean of the three DC coefficients, and std ** -0.6 times one common factor.
+# Measured once on 400 images: mean of the three DC coefficients, and std ** -0.6 times one common
+# factor.
 MEAN = (2.5610382, 0.7817863, 0.4129525) + (0.0,) * 13
 SCALE = (
     *(0.1705733, 0.1889774, 0.2569761, 0.6412376, 0.6982330, 0.9359400, 0.6544919, 0.7257248),
@@ -22,13 +25,25 @@ SCALE = (
 
 
 def _basis() -> Tensor:
-    """(16, 3, 8, 8) orthonormal kernels: (0,0) (0,1) (1,0) (1,1) of all colours, (0,2) (2,0) of the first two."""
-    cosines = [[math.cos(math.pi * (2 * n + 1) * k / 16) * math.sqrt((1 if k == 0 else 2) / 8) for n in range(8)] for k in range(8)]
+    """(16, 3, 8, 8) orthonormal kernels: (0,0) (0,1) (1,0) (1,1) of all colours, (0,2) (2,0) of the
+    first two.
+    """
+    cosines = [
+        [
+            math.cos(math.pi * (2 * n + 1) * k / 16) * math.sqrt((1 if k == 0 else 2) / 8)
+            for n in range(8)
+        ]
+        for k in range(8)
+    ]
     dct = torch.tensor(cosines)
-    colours = F.normalize(torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [1.0, -2.0, 1.0]]), dim=1)
+    colours = F.normalize(
+        torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [1.0, -2.0, 1.0]]), dim=1
+    )
     chosen = [(c, a, b) for a, b in ((0, 0), (0, 1), (1, 0), (1, 1)) for c in range(3)]
     chosen += [(c, a, b) for a, b in ((0, 2), (2, 0)) for c in range(2)]
-    return torch.stack([torch.einsum("c,y,x->cyx", colours[c], dct[a], dct[b]) for c, a, b in chosen])
+    return torch.stack(
+        [torch.einsum("c,y,x->cyx", colours[c], dct[a], dct[b]) for c, a, b in chosen]
+    )
 
 
 BASIS = _basis()

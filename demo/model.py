@@ -1,4 +1,6 @@
-"""The parts of the demo model in SDXL layout: configurations, tokenizer, and a start from an earlier checkpoint."""
+"""The parts of the demo model in SDXL layout: configurations, tokenizer, and a start from an
+earlier checkpoint.
+"""
 
 import json
 import random
@@ -79,22 +81,33 @@ class TextToLatents(nn.Module):
         }
         self.unet = UNet2DConditionModel(**UNET).to(memory_format=torch.channels_last)
         self.text_encoder = CLIPTextModel(CLIPTextConfig(hidden_act="quick_gelu", **sizes))
-        self.text_encoder_2 = CLIPTextModelWithProjection(CLIPTextConfig(hidden_act="gelu", **sizes))
-        for name, parameter in self.named_parameters():  # CLIP's 0.02 is a small signal at this width
+        self.text_encoder_2 = CLIPTextModelWithProjection(
+            CLIPTextConfig(hidden_act="gelu", **sizes)
+        )
+        for (
+            name,
+            parameter,
+        ) in self.named_parameters():  # CLIP's 0.02 is a small signal at this width
             if "token_embedding" in name:
                 nn.init.normal_(parameter, 0, 0.5)
             elif "position_embedding" in name:
                 nn.init.normal_(parameter, 0, 0.2)
 
     def encode(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Token ids (B, 77) -> prompt_embeds (B, 77, 128) and pooled embeds (B, 64), as SDXL makes them."""
+        """Token ids (B, 77) -> prompt_embeds (B, 77, 128) and pooled embeds (B, 64), as SDXL makes
+        them.
+        """
         first = self.text_encoder(ids, output_hidden_states=True).hidden_states[-2]
         second = self.text_encoder_2(ids, output_hidden_states=True)
         return torch.cat([first, second.hidden_states[-2]], -1), second.text_embeds
 
-    def forward(self, latents: Tensor, timestep: Tensor, prompt_embeds: Tensor, pooled: Tensor, pixels: int) -> Tensor:
+    def forward(
+        self, latents: Tensor, timestep: Tensor, prompt_embeds: Tensor, pooled: Tensor, pixels: int
+    ) -> Tensor:
         """v for latents (B, 16, h, w) of images of `pixels` x `pixels`; timestep (B,) int64."""
-        time_ids = torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]], dtype=latents.dtype).expand(len(latents), -1)
+        time_ids = torch.tensor(
+            [[pixels, pixels, 0, 0, pixels, pixels]], dtype=latents.dtype
+        ).expand(len(latents), -1)
         added = {"text_embeds": pooled, "time_ids": time_ids}
         return self.unet(latents, timestep, prompt_embeds, added_cond_kwargs=added).sample
 
@@ -113,18 +126,26 @@ def make_scheduler() -> EulerDiscreteScheduler:
 
 
 def train_tokenizer(captions: int = 4000, *, seed: int = 5) -> CLIPTokenizer:
-    """A CLIP byte-pair tokenizer in which every word of the grammar is one token; other words split into bytes."""
+    """A CLIP byte-pair tokenizer in which every word of the grammar is one token; other words split
+    into bytes.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
     tokenizer.normalizer = normalizers.Lowercase()
     words = pre_tokenizers.Split(Regex(r"\s+"), "removed")
     bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.Punctuation(), bytes_only])
-    trainer = trainers.BpeTrainer(vocab_size=700, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [words, pre_tokenizers.Punctuation(), bytes_only]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=700, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False
+    )
     rng = random.Random(seed)
     tokenizer.train_from_iterator((training_scene(rng).caption for _ in range(captions)), trainer)
     merges = _merges(tokenizer.to_str())
-    pieces = alphabet + [letter + "</w>" for letter in alphabet] + ["".join(pair) for pair in merges]
+    pieces = (
+        alphabet + [letter + "</w>" for letter in alphabet] + ["".join(pair) for pair in merges]
+    )
     pieces = [*dict.fromkeys(pieces), "<|startoftext|>", "<|endoftext|>"]
     return _clip_tokenizer({piece: index for index, piece in enumerate(pieces)}, merges)
 
@@ -148,18 +169,25 @@ def _merges(saved: str) -> list[tuple[str, str]]:
 
 
 def _clip_tokenizer(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> CLIPTokenizer:
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=TEXT_POSITIONS, pad_token="<|endoftext|>")
+    return CLIPTokenizer(
+        vocab=vocabulary, merges=merges, model_max_length=TEXT_POSITIONS, pad_token="<|endoftext|>"
+    )
 
 
 @torch.no_grad()
 def start_from(net: TextToLatents, checkpoint: Path) -> None:
     """Copy an earlier checkpoint's weights into `net`; where a dimension shrank, keep what fits.
 
-    A head start, not a conversion: attention heads are regrouped and the narrowed level has to relearn.
+    A head start, not a conversion: attention heads are regrouped and the narrowed level has to
+    relearn.
     """
     earlier = {
-        "unet": UNet2DConditionModel.from_pretrained(checkpoint / "unet", dtype=torch.float32, local_files_only=True),
-        "text_encoder": CLIPTextModel.from_pretrained(checkpoint / "text_encoder", dtype=torch.float32, local_files_only=True),
+        "unet": UNet2DConditionModel.from_pretrained(
+            checkpoint / "unet", dtype=torch.float32, local_files_only=True
+        ),
+        "text_encoder": CLIPTextModel.from_pretrained(
+            checkpoint / "text_encoder", dtype=torch.float32, local_files_only=True
+        ),
         "text_encoder_2": CLIPTextModelWithProjection.from_pretrained(
             checkpoint / "text_encoder_2", dtype=torch.float32, local_files_only=True
         ),
@@ -173,8 +201,9 @@ def start_from(net: TextToLatents, checkpoint: Path) -> None:
 def _fitted(old: Tensor, shape: torch.Size) -> Tensor:
     """`old` cut or extended to `shape`, dimension by dimension.
 
-    A dimension made of two concatenated halves (skip connections, gated linear units) keeps the start of each half;
-    a longer one (text positions) repeats the last row, which is where padding was learned.
+    A dimension made of two concatenated halves (skip connections, gated linear units) keeps the
+    start of each half; a longer one (text positions) repeats the last row, which is where padding
+    was learned.
     """
     for dim, size in enumerate(shape):
         have = old.shape[dim]
@@ -189,6 +218,7 @@ def _fitted(old: Tensor, shape: torch.Size) -> Tensor:
     return old
 
 
-# Width of the old dimension -> (start of its second half, how much of the first half is kept) for a level that
-# shrank from 112 to 96 channels: 112+112 and 112+96 skip inputs, and the two halves of its gated linear unit.
+# Width of the old dimension -> (start of its second half, how much of the first half is kept) for a
+# level that shrank from 112 to 96 channels: 112+112 and 112+96 skip inputs, and the two halves of
+# its gated linear unit.
 _HALVES = {224: (112, 96), 208: (112, 96), 896: (448, 384)}

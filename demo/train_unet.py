@@ -1,7 +1,7 @@
 """Training stage `unet`: the UNet and both text encoders, jointly, on cached latents.
 
-The schedule runs in wall time, so it ends when it should on a machine of any speed; a state is saved every few
-minutes and a restart continues from it.
+The schedule runs in wall time, so it ends when it should on a machine of any speed; a state is
+saved every few minutes and a restart continues from it.
 """
 
 import copy
@@ -20,7 +20,14 @@ from transformers import CLIPTokenizer
 from demo.data import held_out_scenes, training_images
 from demo.judge import MEASURES, judge
 from demo.latents import from_uint8, to_latents, to_pixels, to_uint8
-from demo.model import TextToLatents, load_tokenizer, make_scheduler, start_from, token_ids, train_tokenizer
+from demo.model import (
+    TextToLatents,
+    load_tokenizer,
+    make_scheduler,
+    start_from,
+    token_ids,
+    train_tokenizer,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +35,10 @@ LEARNING_RATE = 1e-3
 WARM_UP_STEPS = 60
 BATCH = {128: 16, 256: 8}
 AVERAGE_DECAY = 0.998
-NOISE_BIAS = {128: 0.85, 256: 0.75}  # t = 1000 u ** bias: a larger image needs more noise to lose its layout
+NOISE_BIAS = {
+    128: 0.85,
+    256: 0.75,
+}  # t = 1000 u ** bias: a larger image needs more noise to lose its layout
 CHUNK = 1000
 SAVE_EVERY_S = 180.0
 EVALUATE_EVERY_S = 900.0
@@ -44,7 +54,9 @@ class Plan:
     folder: Path
     seed: int = 0
     start: Path | None = None  # earlier checkpoint to start from
-    large_share: float = 0.0  # of the time, on 256 px images; one costs about as much as four of 128 px
+    large_share: float = (
+        0.0  # of the time, on 256 px images; one costs about as much as four of 128 px
+    )
 
 
 def write_latents(folder: Path, *, size: int, chunks: int, seed: int) -> None:
@@ -61,7 +73,9 @@ def write_latents(folder: Path, *, size: int, chunks: int, seed: int) -> None:
 
 
 class Cache:
-    """The cached latents of one size with their token ids; picks up chunks that are still being written."""
+    """The cached latents of one size with their token ids; picks up chunks that are still being
+    written.
+    """
 
     def __init__(self, folder: Path, size: int, tokenizer: CLIPTokenizer) -> None:
         self.folder, self.size, self.tokenizer = folder, size, tokenizer
@@ -79,13 +93,19 @@ class Cache:
 
     def draw(self, count: int) -> tuple[Tensor, Tensor]:
         """(count, 16, h, w) float32 latents and (count, 77) token ids, with replacement."""
-        picks = [divmod(i, CHUNK) for i in torch.randint(len(self.files) * CHUNK, (count,)).tolist()]
+        picks = [
+            divmod(i, CHUNK) for i in torch.randint(len(self.files) * CHUNK, (count,)).tolist()
+        ]
         latents = torch.stack([self.latents[chunk][row] for chunk, row in picks]).float()
-        return latents.contiguous(memory_format=torch.channels_last), torch.stack([self.ids[chunk][row] for chunk, row in picks])
+        return latents.contiguous(memory_format=torch.channels_last), torch.stack(
+            [self.ids[chunk][row] for chunk, row in picks]
+        )
 
 
 def signal_and_noise() -> tuple[Tensor, Tensor]:
-    """sqrt(alpha_bar) and sqrt(1 - alpha_bar), each (1000,), of the saved scheduler (zero terminal SNR)."""
+    """sqrt(alpha_bar) and sqrt(1 - alpha_bar), each (1000,), of the saved scheduler (zero terminal
+    SNR).
+    """
     alphas = make_scheduler().alphas_cumprod.clone()
     alphas[-1] = 0.0  # the scheduler keeps a tiny value there for its own division
     return alphas.sqrt(), (1 - alphas).sqrt()
@@ -98,7 +118,9 @@ def channel_weights() -> Tensor:
 
 
 class UnetTraining:
-    """Model, averaged model, optimizer and counters of the stage, saved and restored as one file."""
+    """Model, averaged model, optimizer and counters of the stage, saved and restored as one
+    file.
+    """
 
     def __init__(self, plan: Plan) -> None:
         torch.manual_seed(plan.seed)
@@ -108,8 +130,13 @@ class UnetTraining:
         if plan.start:
             start_from(self.net, plan.start)
         self.average = copy.deepcopy(self.net).eval().requires_grad_(False)
-        self.parameters, self.averages = list(self.net.parameters()), list(self.average.parameters())
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+        self.parameters, self.averages = (
+            list(self.net.parameters()),
+            list(self.average.parameters()),
+        )
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+        )
         self.signal, self.noise = signal_and_noise()
         self.weights = channel_weights()
         self.empty_ids = token_ids(self.tokenizer, [""])
@@ -127,9 +154,15 @@ class UnetTraining:
         torch.manual_seed(self.plan.seed + self.step)
 
     def save(self) -> None:
-        """Write the whole state, then put it in place at once: a killed run leaves the last good state."""
+        """Write the whole state, then put it in place at once: a killed run leaves the last good
+        state.
+        """
         counters = {"step": self.step, "spent": self.spent, "samples": self.samples}
-        models = {"net": self.net.state_dict(), "average": self.average.state_dict(), "optimizer": self.optimizer.state_dict()}
+        models = {
+            "net": self.net.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
         torch.save(models | counters, self.state_file.with_suffix(".part"))
         self.tokenizer.save_pretrained(self.plan.folder / "tokenizer")
         self.state_file.with_suffix(".part").replace(self.state_file)
@@ -143,10 +176,17 @@ class UnetTraining:
         return 256 if self.spent[256] < self.plan.large_share * sum(self.spent.values()) else 128
 
     def learning_rate(self) -> float:
-        return LEARNING_RATE * min(1, (self.step + 1) / WARM_UP_STEPS) * (0.5 + 0.5 * math.cos(math.pi * min(1, self.progress))) + 1e-5
+        return (
+            LEARNING_RATE
+            * min(1, (self.step + 1) / WARM_UP_STEPS)
+            * (0.5 + 0.5 * math.cos(math.pi * min(1, self.progress)))
+            + 1e-5
+        )
 
     def loss(self, latents: Tensor, ids: Tensor, pixels: int) -> Tensor:
-        """Weighted v-prediction error; 5 % of captions are empty and 7 % of embeddings zero, for guidance."""
+        """Weighted v-prediction error; 5 % of captions are empty and 7 % of embeddings zero, for
+        guidance.
+        """
         count = len(latents)
         chance = torch.rand(count)
         ids = torch.where((chance < 0.05)[:, None], self.empty_ids, ids)
@@ -155,7 +195,10 @@ class UnetTraining:
         embeds, pooled = embeds * kept[:, None, None], pooled * kept[:, None]
         spread = (torch.arange(count) + torch.rand(count)) / count  # stratified over the batch
         timestep = (1000 * spread ** NOISE_BIAS[pixels]).long().clamp(0, 999)
-        signal, noise = self.signal[timestep][:, None, None, None], self.noise[timestep][:, None, None, None]
+        signal, noise = (
+            self.signal[timestep][:, None, None, None],
+            self.noise[timestep][:, None, None, None],
+        )
         epsilon = torch.randn_like(latents)
         guess = self.net(signal * latents + noise * epsilon, timestep, embeds, pooled, pixels)
         return ((guess - (signal * epsilon - noise * latents)).pow(2) * self.weights).mean()
@@ -178,33 +221,61 @@ class UnetTraining:
 
 
 @torch.no_grad()
-def sample(training: UnetTraining, captions: list[str], *, pixels: int, steps: int = 12, seed: int = 0) -> Tensor:
-    """DDIM with guidance on the averaged model: (B, 16, h, w) latents, without a VAE or a pipeline."""
+def sample(
+    training: UnetTraining, captions: list[str], *, pixels: int, steps: int = 12, seed: int = 0
+) -> Tensor:
+    """DDIM with guidance on the averaged model: (B, 16, h, w) latents, without a VAE or a
+    pipeline.
+    """
     embeds, pooled = training.average.encode(token_ids(training.tokenizer, captions))
-    embeds, pooled = torch.cat([torch.zeros_like(embeds), embeds]), torch.cat([torch.zeros_like(pooled), pooled])
-    noise = torch.randn(len(captions), 16, pixels // 8, pixels // 8, generator=torch.Generator().manual_seed(seed))
+    embeds, pooled = (
+        torch.cat([torch.zeros_like(embeds), embeds]),
+        torch.cat([torch.zeros_like(pooled), pooled]),
+    )
+    noise = torch.randn(
+        len(captions), 16, pixels // 8, pixels // 8, generator=torch.Generator().manual_seed(seed)
+    )
     latents = noise.contiguous(memory_format=torch.channels_last)
     timesteps = [round(1000 - i * 1000 / steps) - 1 for i in range(steps)]
     for now, after in zip(timesteps, [*timesteps[1:], None], strict=True):
-        both = training.average(torch.cat([latents, latents]), torch.full((2 * len(captions),), now), embeds, pooled, pixels)
+        both = training.average(
+            torch.cat([latents, latents]),
+            torch.full((2 * len(captions),), now),
+            embeds,
+            pooled,
+            pixels,
+        )
         without, told = both.chunk(2)
         v = without + GUIDANCE * (told - without)
         clean = training.signal[now] * latents - training.noise[now] * v
         epsilon = training.signal[now] * v + training.noise[now] * latents
-        latents = clean if after is None else training.signal[after] * clean + training.noise[after] * epsilon
+        latents = (
+            clean
+            if after is None
+            else training.signal[after] * clean + training.noise[after] * epsilon
+        )
     return latents
 
 
 def validate(training: UnetTraining, *, pixels: int, count: int = 20) -> dict[str, float]:
-    """The judge's measures on held-out captions (not the evaluation set), decoded by the linear inverse."""
+    """The judge's measures on held-out captions (not the evaluation set), decoded by the linear
+    inverse.
+    """
     scenes = held_out_scenes(count, seed=VALIDATION_SEED)
-    images = to_uint8(to_pixels(sample(training, [scene.caption for scene in scenes], pixels=pixels)))
+    images = to_uint8(
+        to_pixels(sample(training, [scene.caption for scene in scenes], pixels=pixels))
+    )
     verdicts = [judge(image, scene) for image, scene in zip(images, scenes, strict=True)]
-    return {measure: round(sum(verdict[measure] for verdict in verdicts) / count, 3) for measure in MEASURES}
+    return {
+        measure: round(sum(verdict[measure] for verdict in verdicts) / count, 3)
+        for measure in MEASURES
+    }
 
 
 def train_unet(plan: Plan) -> None:
-    """Train until `plan.seconds` of wall time are spent, earlier runs of the same state included."""
+    """Train until `plan.seconds` of wall time are spent, earlier runs of the same state
+    included.
+    """
     training = UnetTraining(plan)
     random.seed(plan.seed)
     sizes = (128, 256) if plan.large_share else (128,)
@@ -222,10 +293,22 @@ def train_unet(plan: Plan) -> None:
             training.save()
             for cache in caches.values():
                 cache.refresh()
-            recent = {size: round(float(np.mean(values[-100:])), 4) for size, values in losses.items() if values}
-            logger.info("step %d, %.1f %%, samples %s, loss %s", training.step, 100 * training.progress, training.samples, recent)
+            recent = {
+                size: round(float(np.mean(values[-100:])), 4)
+                for size, values in losses.items()
+                if values
+            }
+            logger.info(
+                "step %d, %.1f %%, samples %s, loss %s",
+                training.step,
+                100 * training.progress,
+                training.samples,
+                recent,
+            )
         if now - evaluated > EVALUATE_EVERY_S:
             evaluated = now
             for size in caches:
-                logger.info("step %d, %d px, %s", training.step, size, validate(training, pixels=size))
+                logger.info(
+                    "step %d, %d px, %s", training.step, size, validate(training, pixels=size)
+                )
     training.save()

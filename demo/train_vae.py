@@ -1,7 +1,8 @@
-"""Training stages `decoder` and `encoder`: an AutoencoderKL whose latents are the fixed linear ones.
+"""Training stages `decoder` and `encoder`: an AutoencoderKL whose latents are the fixed linear
+ones.
 
-The decoder learns to undo the truncation and the UNet's errors (latents are noised); the encoder is regressed to
-the fixed latents and serves image-to-image only.
+The decoder learns to undo the truncation and the UNet's errors (latents are noised); the encoder is
+regressed to the fixed latents and serves image-to-image only.
 """
 
 import logging
@@ -37,7 +38,9 @@ class Plan:
     half: Literal["decoder", "encoder"]
     seconds: float
     folder: Path
-    start: Path | None = None  # folder of an earlier checkpoint's VAE; used when `folder` holds none yet
+    start: Path | None = (
+        None  # folder of an earlier checkpoint's VAE; used when `folder` holds none yet
+    )
     seed: int = 1
 
 
@@ -49,7 +52,9 @@ def crop_size(progress: float) -> tuple[int, int]:
 
 
 def crops(images: Tensor, count: int, side: int) -> Tensor:
-    """(count, 3, side, side) float32 in [-1, 1]; of four places on the 8-pixel grid, the busiest."""
+    """(count, 3, side, side) float32 in [-1, 1]; of four places on the 8-pixel grid, the
+    busiest.
+    """
     chosen = []
     for i in torch.randint(len(images), (count,)).tolist():
         corners = (8 * torch.randint(0, (IMAGE_SIZE - side) // 8 + 1, (4, 2))).tolist()
@@ -65,9 +70,13 @@ def _differences(pixels: Tensor, target: Tensor) -> Tensor:
 
 def decoder_loss(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
     latents = to_latents(pixels)
-    noised = latents + torch.randn_like(latents) * (LATENT_NOISE * torch.rand(len(latents), 1, 1, 1))
+    noised = latents + torch.randn_like(latents) * (
+        LATENT_NOISE * torch.rand(len(latents), 1, 1, 1)
+    )
     decoded = vae.decode(noised).sample
-    return F.l1_loss(decoded, pixels) + 2 * F.mse_loss(decoded, pixels) + _differences(decoded, pixels)
+    return (
+        F.l1_loss(decoded, pixels) + 2 * F.mse_loss(decoded, pixels) + _differences(decoded, pixels)
+    )
 
 
 def encoder_loss(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
@@ -77,7 +86,9 @@ def encoder_loss(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def measure(vae: AutoencoderKL, pixels: Tensor) -> dict[str, float]:
-    """PSNR in dB of decoded exact and noised (sigma 0.15) latents, and the rms error of the encoder."""
+    """PSNR in dB of decoded exact and noised (sigma 0.15) latents, and the rms error of the
+    encoder.
+    """
     latents = to_latents(pixels)
     noised = latents + 0.15 * torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
     encoded = vae.encode(pixels).latent_dist.mode()
@@ -102,22 +113,35 @@ def load_vae(plan: Plan) -> AutoencoderKL:
 
 
 def train_vae(plan: Plan) -> None:
-    """Train one half for `plan.seconds` of wall time (cosine schedule) and save the VAE in `plan.folder`."""
+    """Train one half for `plan.seconds` of wall time (cosine schedule) and save the VAE in
+    `plan.folder`.
+    """
     torch.manual_seed(plan.seed)
     images, _ = training_images(IMAGES, seed=50_000, size=IMAGE_SIZE)
     images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
     held_out = from_uint8(training_images(HELD_OUT_IMAGES, seed=99, size=IMAGE_SIZE)[0])
     vae = load_vae(plan).to(memory_format=torch.channels_last)
-    parts = [vae.decoder, vae.post_quant_conv] if plan.half == "decoder" else [vae.encoder, vae.quant_conv]
+    parts = (
+        [vae.decoder, vae.post_quant_conv]
+        if plan.half == "decoder"
+        else [vae.encoder, vae.quant_conv]
+    )
     parameters = [parameter for part in parts for parameter in part.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE[plan.half], betas=(0.9, 0.99), weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=LEARNING_RATE[plan.half], betas=(0.9, 0.99), weight_decay=1e-4
+    )
     loss_of = decoder_loss if plan.half == "decoder" else encoder_loss
     logger.info("%s before: %s", plan.half, measure(vae, held_out))
     began = logged = time.monotonic()
     step = 0
     while (progress := (time.monotonic() - began) / plan.seconds) < 1:
         for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE[plan.half] * min(1, (step + 1) / 40) * (0.5 + 0.5 * math.cos(math.pi * progress)) + 1e-5
+            group["lr"] = (
+                LEARNING_RATE[plan.half]
+                * min(1, (step + 1) / 40)
+                * (0.5 + 0.5 * math.cos(math.pi * progress))
+                + 1e-5
+            )
         loss = loss_of(vae, crops(images, *crop_size(progress)))
         optimizer.zero_grad()
         loss.backward()
@@ -126,7 +150,14 @@ def train_vae(plan: Plan) -> None:
         step += 1
         if time.monotonic() - logged > LOG_EVERY_S:
             logged = time.monotonic()
-            logger.info("%s step %d, %.0f %%, loss %.4f, %s", plan.half, step, 100 * progress, loss.item(), measure(vae, held_out))
+            logger.info(
+                "%s step %d, %.0f %%, loss %.4f, %s",
+                plan.half,
+                step,
+                100 * progress,
+                loss.item(),
+                measure(vae, held_out),
+            )
             vae.save_pretrained(plan.folder)
     vae.save_pretrained(plan.folder)
     logger.info("%s after %d steps: %s", plan.half, step, measure(vae, held_out))

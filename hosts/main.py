@@ -1,4 +1,6 @@
-"""Entry of one rank: listener first, then groups, then the loop. The only file that reads the rank's environment."""
+"""Entry of one rank: listener first, then groups, then the loop. The only file that reads the
+rank's environment.
+"""
 
 import logging
 import os
@@ -31,7 +33,9 @@ logger = logging.getLogger(__name__)
 STOP_WITHIN_S = 1.5
 """For everything but the running job, which has --drain_seconds."""
 ANSWER_WITHIN_S = 0.3
-"""What waiting clients get to read why their jobs end, when the ranks are about to be started again."""
+"""What waiting clients get to read why their jobs end, when the ranks are about to be started
+again.
+"""
 LIBRARY_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
@@ -40,24 +44,34 @@ LIBRARY_ENVIRONMENT = {
     "DIFFUSERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
 }
-"""Defaults for the libraries, read when they are imported: nothing is fetched, and their chatter stays out of the log."""
+"""Defaults for the libraries, read when they are imported: nothing is fetched, and their chatter
+stays out of the log.
+"""
 DISABLES_DYNAMO = "TORCHDYNAMO_DISABLE"
 """Torch's environment variable, which it reads at each call of torch.compile."""
 FATAL_FILE = "DIFFUSION_FATAL_FILE"
-"""Environment variable: where a rank leaves the reason for which starting it again would not help. Set by launcher.py."""
+"""Environment variable: where a rank leaves the reason for which starting it again would not help.
+Set by launcher.py.
+"""
 
 STOPPING = "the host is stopping. Try again when it has started."
 STATE_FOLDER = "DIFFUSION_STATE_FOLDER"
-"""Environment variable: where jobs outlive the ranks if --state_dir is not given. Set by launcher.py, and gone with it."""
+"""Environment variable: where jobs outlive the ranks if --state_dir is not given. Set by
+launcher.py, and gone with it.
+"""
 NOTES_FOLDER = "DIFFUSION_NOTES_FOLDER"
-"""Environment variable: where ranks leave notes for those that come after them (hosts/supervision/exit_reports.py). Set by launcher.py, and gone with it."""
+"""Environment variable: where ranks leave notes for those that come after them
+(hosts/supervision/exit_reports.py). Set by launcher.py, and gone with it.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """This rank among the others, as torchelastic tells it. attempt: how often the set was started before.
+    """This rank among the others, as torchelastic tells it. attempt: how often the set was started
+    before.
 
-    is_one_of_several: torchelastic knows the ranks of this machine only, and they meet those of other machines by themselves.
+    is_one_of_several: torchelastic knows the ranks of this machine only, and they meet those of
+    other machines by themselves.
     """
 
     rank: int
@@ -69,11 +83,17 @@ class Place:
 
     @classmethod
     def from_environment(cls, settings: Settings) -> "Place":
-        number = {name: int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))}
+        number = {
+            name: int(os.environ.get(name, default))
+            for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+        }
         local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", number["WORLD_SIZE"]))
-        is_one_of_several = settings.nnodes > 1 and number["WORLD_SIZE"] == local_world_size  # else torchrun, by hand, over all machines
+        is_one_of_several = (
+            settings.nnodes > 1 and number["WORLD_SIZE"] == local_world_size
+        )  # else torchrun, by hand, over all machines
         return cls(
-            rank=number["RANK"] + (settings.node_rank * local_world_size if is_one_of_several else 0),
+            rank=number["RANK"]
+            + (settings.node_rank * local_world_size if is_one_of_several else 0),
             local_rank=number["LOCAL_RANK"],
             world_size=number["WORLD_SIZE"] * (settings.nnodes if is_one_of_several else 1),
             local_world_size=local_world_size,
@@ -101,17 +121,22 @@ def run_rank(
     problem: HostError | None = None,
     waits: bool = False,
 ) -> int:
-    """Serve until told to stop. Returns the exit code. `problem`: one that the arguments already had.
+    """Serve until told to stop. Returns the exit code. `problem`: one that the arguments already
+    had.
 
     waits: for a pipeline that is configured over HTTP, instead of loading the one of the settings.
 
-    after_failed_load: 'answer' keeps rank 0 serving the reason as an error, because the old clients notice nothing else;
-    'exit' leaves it to the launcher to print.
+    after_failed_load: 'answer' keeps rank 0 serving the reason as an error, because the old clients
+    notice nothing else; 'exit' leaves it to the launcher to print.
     """
     parent_watch.die_with_parent(is_torchelastic="TORCHELASTIC_RUN_ID" in os.environ)
     place = Place.from_environment(settings)
     notes = _notes(place)
-    log.configure(rank=place.rank, log_format=settings.log_format, kept_in=notes.log_file(place.rank) if notes else None)
+    log.configure(
+        rank=place.rank,
+        log_format=settings.log_format,
+        kept_in=notes.log_file(place.rank) if notes else None,
+    )
     if notes is not None:
         notes.record_crash(place.rank)
     for name, value in LIBRARY_ENVIRONMENT.items():
@@ -130,8 +155,18 @@ def run_rank(
         store = _open_store(settings) if place.rank == 0 else None
         queue = _queue(settings, store, place)
         _stop_when_told(settings, place, state, queue, store)
-        control = ModelControl(queue, base=settings, plan=partial(_plan, place=place), num_ranks=place.world_size) if waits else None
-        listener = _listen(settings, start, state, queue, control, patience_s=bind_patience_s) if place.rank == 0 else None
+        control = (
+            ModelControl(
+                queue, base=settings, plan=partial(_plan, place=place), num_ranks=place.world_size
+            )
+            if waits
+            else None
+        )
+        listener = (
+            _listen(settings, start, state, queue, control, patience_s=bind_patience_s)
+            if place.rank == 0
+            else None
+        )
     except ConfigError as error:
         return _fatal(error)
     if problem is None:
@@ -155,7 +190,9 @@ def run_rank(
 
 
 def end_rank(code: int) -> NoReturn:
-    """Leave at once: the libraries' own teardown takes a second, and other ranks and clients may wait for this process to be gone."""
+    """Leave at once: the libraries' own teardown takes a second, and other ranks and clients may
+    wait for this process to be gone.
+    """
     logging.shutdown()
     sys.stdout.flush()
     os._exit(code)
@@ -176,18 +213,31 @@ def _open_store(settings: Settings) -> JobStore | None:
 def _notes(place: Place, *, before: int = 0) -> RankNotes | None:
     """Of this attempt, or of so many before it; None without a launcher."""
     folder = os.environ.get(NOTES_FOLDER)
-    return RankNotes(Path(folder), attempt=place.attempt - before, first_rank=place.local_ranks.start) if folder else None
+    return (
+        RankNotes(Path(folder), attempt=place.attempt - before, first_rank=place.local_ranks.start)
+        if folder
+        else None
+    )
 
 
 def _queue(settings: Settings, store: JobStore | None, place: Place) -> JobQueue:
     before = _notes(place, before=1)
-    return queue_within(settings, store, complete=before.complete if before is not None else lambda ending: ending)
+    return queue_within(
+        settings, store, complete=before.complete if before is not None else lambda ending: ending
+    )
 
 
 def _serve(
-    settings: Settings, start: StartPlan, place: Place, state: HostState, queue: JobQueue, store: JobStore | None
+    settings: Settings,
+    start: StartPlan,
+    place: Place,
+    state: HostState,
+    queue: JobQueue,
+    store: JobStore | None,
 ) -> HostError | None:
-    """Open the groups and run the loop; the error if loading failed. Imports torch, after the port is bound."""
+    """Open the groups and run the loop; the error if loading failed. Imports torch, after the port
+    is bound.
+    """
     import_bitsandbytes()
     from backends.parallel import distributed
     from hosts.ranks.autotune import tune
@@ -198,19 +248,37 @@ def _serve(
     others = _meet_machines(settings, start, place, state) if place.is_one_of_several else None
     device = _meet(settings, place, store, activity, others)
     ranks = {"rank": place.rank, "world_size": place.world_size, "device": device}
-    start, pipeline = tune(start, partial(_plan, settings, place=place), folder=_state_folder(settings), activity=activity, **ranks)
+    start, pipeline = tune(
+        start,
+        partial(_plan, settings, place=place),
+        folder=_state_folder(settings),
+        activity=activity,
+        **ranks,
+    )
     mesh = distributed.Mesh(start.plan, rank=place.rank, device=device)
     state.tell({**start.facts(), "device": str(device)})
     logger.info("%s on %s", start.plan.describe(), device)
     for reason in start.facts()["reasons"]:
         logger.info("chosen: %s", reason)
     channels = distributed.open_channels() if start.teams.plans else {}
-    sharing = Sharing(spec=start.spec, load=start.load, teams=start.teams, world_size=place.world_size, max_batch=start.max_batch)
-    front = LeaderDispatcher(load=start.load, queue=queue, state=state, sharing=sharing, channels=channels)
-    dispatcher = front if place.rank == 0 else FollowerDispatcher(rank=place.rank, line=channels.get(0))
+    sharing = Sharing(
+        spec=start.spec,
+        load=start.load,
+        teams=start.teams,
+        world_size=place.world_size,
+        max_batch=start.max_batch,
+    )
+    front = LeaderDispatcher(
+        load=start.load, queue=queue, state=state, sharing=sharing, channels=channels
+    )
+    dispatcher = (
+        front if place.rank == 0 else FollowerDispatcher(rank=place.rank, line=channels.get(0))
+    )
     try:
         told = {"desk": dispatcher, "activity": activity, "team_plans": start.teams.plans}
-        failure = RankLoop(rank=place.rank, spec=start.spec, mesh=mesh, pipeline=pipeline, **told).run()
+        failure = RankLoop(
+            rank=place.rank, spec=start.spec, mesh=mesh, pipeline=pipeline, **told
+        ).run()
     finally:
         mesh.destroy()
         distributed.shutdown()
@@ -219,7 +287,11 @@ def _serve(
 
 def _plan(settings: Settings, measured: Measured | None = None, *, place: Place) -> StartPlan:
     """What settings mean on these ranks. measured: for --backend=auto."""
-    known = {"num_gpus": count_gpus(os.environ), "num_ranks": place.local_world_size, "recall": lambda key: measured}
+    known = {
+        "num_gpus": count_gpus(os.environ),
+        "num_ranks": place.local_world_size,
+        "recall": lambda key: measured,
+    }
     return plan_start(settings, read_table(), **known)
 
 
@@ -244,17 +316,25 @@ def _meet_machines(settings: Settings, start: StartPlan, place: Place, state: Ho
         within_s=settings.node_timeout,
         facts=start.fingerprint(settings),
     )
-    ending = ExitReport(why=f"machine {settings.node_rank} was started again", rank=place.rank, is_seen_only=True)
+    ending = ExitReport(
+        why=f"machine {settings.node_rank} was started again", rank=place.rank, is_seen_only=True
+    )
     if (before := _notes(place, before=1)) is not None:
         ending = before.complete(ending)
     waits = partial(state.become, Phase.WAITING)
-    store = machines.meet(open_store, ending=ending, tell=waits, still_waiting=parent_watch.still_waiting)
+    store = machines.meet(
+        open_store, ending=ending, tell=waits, still_waiting=parent_watch.still_waiting
+    )
     state.become(Phase.LOADING)
     return store
 
 
-def _meet(settings: Settings, place: Place, store: JobStore | None, activity: Activity, others: Any = None) -> Any:
-    """This rank's device, once all ranks have met and watch each other. others: the store of several machines."""
+def _meet(
+    settings: Settings, place: Place, store: JobStore | None, activity: Activity, others: Any = None
+) -> Any:
+    """This rank's device, once all ranks have met and watch each other. others: the store of
+    several machines.
+    """
     from backends.parallel import distributed
     from hosts.supervision.heartbeat import Watch
 
@@ -273,7 +353,9 @@ def _meet(settings: Settings, place: Place, store: JobStore | None, activity: Ac
 
 
 def import_bitsandbytes() -> None:
-    """Before peft does: it has torch compile a few functions as it is imported, which brings all of inductor: 2 s and 50 MB per rank."""
+    """Before peft does: it has torch compile a few functions as it is imported, which brings all of
+    inductor: 2 s and 50 MB per rank.
+    """
     given = os.environ.get(DISABLES_DYNAMO)
     os.environ[DISABLES_DYNAMO] = "1"
     with suppress(ImportError):
@@ -285,7 +367,12 @@ def import_bitsandbytes() -> None:
 
 
 def _serve_errands(
-    settings: Settings, place: Place, state: HostState, queue: JobQueue, store: JobStore | None, control: ModelControl
+    settings: Settings,
+    place: Place,
+    state: HostState,
+    queue: JobQueue,
+    store: JobStore | None,
+    control: ModelControl,
 ) -> None:
     """The same for a host that waits for its pipeline: until told to stop."""
     import_bitsandbytes()
@@ -296,14 +383,27 @@ def _serve_errands(
     device = _meet(settings, place, store, activity)
     front = LeaderControl(control=control, queue=queue, state=state) if place.rank == 0 else None
     try:
-        loop = ModelLoop(rank=place.rank, world_size=place.world_size, device=device, plan=control.plan, front=front, activity=activity)
+        loop = ModelLoop(
+            rank=place.rank,
+            world_size=place.world_size,
+            device=device,
+            plan=control.plan,
+            front=front,
+            activity=activity,
+        )
         loop.run()
     finally:
         distributed.shutdown()
 
 
 def _listen(
-    settings: Settings, start: StartPlan | None, state: HostState, queue: JobQueue, control: ModelControl | None, *, patience_s: float
+    settings: Settings,
+    start: StartPlan | None,
+    state: HostState,
+    queue: JobQueue,
+    control: ModelControl | None,
+    *,
+    patience_s: float,
 ) -> "object":
     from hosts.http.app import Host, create_app
     from hosts.http.server import Listener
@@ -324,7 +424,9 @@ def _any_spec(settings: Settings) -> ModelSpec:
 
 
 def _answer_only(state: HostState, queue: JobQueue, problem: HostError) -> None:
-    """Nothing is loaded; every request is answered with the reason until the client ends the host."""
+    """Nothing is loaded; every request is answered with the reason until the client ends the
+    host.
+    """
     parent_watch.has_started()
     state.become(Phase.FAILED, str(problem))
     queue.close(UnavailableError(str(problem)))
@@ -332,15 +434,23 @@ def _answer_only(state: HostState, queue: JobQueue, problem: HostError) -> None:
     state.wait_for_stop()
 
 
-def _stop_when_told(settings: Settings, place: Place, state: HostState, queue: JobQueue, store: JobStore | None) -> None:
-    """At SIGTERM or SIGINT the running job may still end, within --drain_seconds. Followers wait for rank 0, which tells them to stop."""
+def _stop_when_told(
+    settings: Settings, place: Place, state: HostState, queue: JobQueue, store: JobStore | None
+) -> None:
+    """At SIGTERM or SIGINT the running job may still end, within --drain_seconds. Followers wait
+    for rank 0, which tells them to stop.
+    """
     drain_s = float(settings.drain_seconds)
     if place.rank != 0:
-        parent_watch.on_stop_signal(lambda: time.sleep(drain_s), drain_s=drain_s, within_s=STOP_WITHIN_S)
+        parent_watch.on_stop_signal(
+            lambda: time.sleep(drain_s), drain_s=drain_s, within_s=STOP_WITHIN_S
+        )
         return
 
     def stop() -> None:
-        if parent_watch.absent_ranks(place.local_ranks):  # the agent tells us because one of us died: it will start the set again
+        if parent_watch.absent_ranks(
+            place.local_ranks
+        ):  # the agent tells us because one of us died: it will start the set again
             end_rank(_leave(place, queue, store, None))
         logger.info("stopping")
         state.become(Phase.STOPPING, "the host is stopping")
@@ -352,14 +462,26 @@ def _stop_when_told(settings: Settings, place: Place, state: HostState, queue: J
 
 
 def _leave(place: Place, queue: JobQueue, store: JobStore | None, error: Exception | None) -> int:
-    """This rank cannot go on: say why, answer who waits, and let torchelastic start the set again."""
+    """This rank cannot go on: say why, answer who waits, and let torchelastic start the set
+    again.
+    """
     gone = parent_watch.absent_ranks(place.local_ranks)
     if gone:
-        ending = ExitReport(why=f"rank {', '.join(map(str, gone))} was gone", rank=gone[0], is_seen_only=True)
+        ending = ExitReport(
+            why=f"rank {', '.join(map(str, gone))} was gone", rank=gone[0], is_seen_only=True
+        )
     elif place.is_one_of_several:
-        ending = ExitReport(why=f"rank {place.rank} lost a rank on another machine, or failed: {type(error).__name__}: {str(error)[:500]}")
+        ending = ExitReport(
+            why=(
+                f"rank {place.rank} lost a rank on another machine, or failed: "
+                f"{type(error).__name__}: {str(error)[:500]}"
+            )
+        )
     else:
-        ending = ExitReport(why=f"rank {place.rank} failed: {type(error).__name__}: {str(error)[:500]}", rank=place.rank)
+        ending = ExitReport(
+            why=f"rank {place.rank} failed: {type(error).__name__}: {str(error)[:500]}",
+            rank=place.rank,
+        )
     why = ending.why
     logger.error("rank %d leaves: %s", place.rank, why, exc_info=error if not gone else None)
     if store is not None:
@@ -371,7 +493,9 @@ def _leave(place: Place, queue: JobQueue, store: JobStore | None, error: Excepti
 
 
 def _fatal(error: HostError) -> int:
-    """Say why, and leave the reason where the launcher finds it. Exit code 0 keeps torchelastic from trying the same again."""
+    """Say why, and leave the reason where the launcher finds it. Exit code 0 keeps torchelastic
+    from trying the same again.
+    """
     logger.error("%s", error)
     if path := os.environ.get(FATAL_FILE):
         Path(path).write_text(str(error), encoding="utf-8")

@@ -1,4 +1,6 @@
-"""Fixtures for all tests: ranks in processes of their own, and guards that fail a test which leaves something behind."""
+"""Fixtures for all tests: ranks in processes of their own, and guards that fail a test which leaves
+something behind.
+"""
 
 import multiprocessing
 import os
@@ -25,10 +27,14 @@ torch.set_num_threads(1)
 multiprocessing.set_forkserver_preload(["tests.conftest", "tests.preload"])
 
 
-def _rank_entry(rank: int, world_size: int, folder: Path, check: Callable[..., None], args: tuple[Any, ...]) -> None:
+def _rank_entry(
+    rank: int, world_size: int, folder: Path, check: Callable[..., None], args: tuple[Any, ...]
+) -> None:
     try:
         torch.set_num_threads(1)
-        dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
+        dist.init_process_group(
+            "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size
+        )
         torch.manual_seed(0)  # same weights and inputs on every rank
         check(rank, world_size, *args)
     except BaseException:
@@ -44,7 +50,9 @@ HOSTS = {"start_launcher", "start_client_host", "start_cluster"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that take long first, as they are handed out to workers whole: then no worker ends long after the others."""
+    """Files that take long first, as they are handed out to workers whole: then no worker ends long
+    after the others.
+    """
     hosts, ranks = set(), set()
     for item in items:
         if HOSTS & vars(item.module).keys():
@@ -56,15 +64,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def run_on_ranks(tmp_path: Path) -> Callable[..., None]:
-    """run(check, world_size, *args): `check(rank, world_size, *args)` on that many gloo ranks; the first failure is shown first."""
+    """run(check, world_size, *args): `check(rank, world_size, *args)` on that many gloo ranks; the
+    first failure is shown first.
+    """
 
     def run(check: Callable[..., None], world_size: int, *args: Any) -> None:
         folder = Path(tempfile.mkdtemp(dir=tmp_path))  # a fresh rendezvous for each call
         try:
-            mp.start_processes(_rank_entry, (world_size, folder, check, args), nprocs=world_size, start_method="forkserver")
+            mp.start_processes(
+                _rank_entry,
+                (world_size, folder, check, args),
+                nprocs=world_size,
+                start_method="forkserver",
+            )
         except Exception as error:  # whatever ended a rank: its own report says what
-            # the rank that torch names is often the victim ("connection reset"), not the culprit, so the reports are sorted by time
-            reports = [p.stem.split("-")[1] + "\n" + p.read_text() for p in sorted(folder.glob("*-rank*.txt"))]
+            # the rank that torch names is often the victim ("connection reset"), not the culprit,
+            # so the reports are sorted by time
+            reports = [
+                p.stem.split("-")[1] + "\n" + p.read_text()
+                for p in sorted(folder.glob("*-rank*.txt"))
+            ]
             pytest.fail("first failure first\n" + "\n".join(reports or [str(error)]), pytrace=False)
 
     return run

@@ -1,4 +1,6 @@
-"""Imported once by the fork server, so that rank processes start with the heavy modules loaded. Touches no thread pool."""
+"""Imported once by the fork server, so that rank processes start with the heavy modules loaded.
+Touches no thread pool.
+"""
 
 import gc
 import importlib
@@ -22,5 +24,8 @@ for facts in SCHEDULERS.values():
     getattr(importlib.import_module(facts.module), facts.class_name)
 for spec in read_table().values():
     getattr(diffusers, spec.pipeline)
-get_checkpoint_conversion_mapping("clip")  # compiles a thousand patterns and keeps them: half of what a rank's first load would take
-gc.freeze()  # a collection in a rank would otherwise write to the pages of everything above, and so copy them
+get_checkpoint_conversion_mapping(
+    "clip"
+)  # compiles a thousand patterns and keeps them: half of what a rank's first load would take
+# a collection in a rank would otherwise write to the pages of everything above, and so copy them
+gc.freeze()

@@ -1,4 +1,6 @@
-"""Every adapter of the tiny checkpoints loads the way diffusers documents it, and changes the result visibly."""
+"""Every adapter of the tiny checkpoints loads the way diffusers documents it, and changes the
+result visibly.
+"""
 
 import tempfile
 
@@ -23,7 +25,9 @@ from tests.checkpoints import (
     single_file,
 )
 
-pytestmark = pytest.mark.slow  # what these show of test files alone the feature matrix shows of the product with them
+pytestmark = (
+    pytest.mark.slow
+)  # what these show of test files alone the feature matrix shows of the product with them
 
 VISIBLE = 0.1  # largest difference of a pixel in [0, 1]
 ROUNDING = 1e-4
@@ -96,11 +100,16 @@ def test_lora_names_layers_of_a_denoiser_without_a_loader(name):
     for key, tensor in load_file(lora(name)).items():
         layer, factor = key.split(".", 1)[1].removesuffix(".weight").rsplit(".", 1)
         linear = modules[layer]
-        assert tensor.shape == ((4, linear.in_features) if factor == "lora_A" else (linear.out_features, 4))
+        assert tensor.shape == (
+            (4, linear.in_features) if factor == "lora_A" else (linear.out_features, 4)
+        )
 
 
 def test_loras_of_two_seeds_and_ranks_differ():
-    assert len({lora("sd1"), lora("sd1", seed=1), lora("sd1", rank=2), lora("sd1", style="kohya")}) == 4
+    assert (
+        len({lora("sd1"), lora("sd1", seed=1), lora("sd1", rank=2), lora("sd1", style="kohya")})
+        == 4
+    )
 
 
 def test_motion_lora_changes_the_video(plain):
@@ -113,7 +122,9 @@ def test_motion_adapters_turn_sd1_into_different_videos():
     videos = []
     for seed in (0, 1):
         adapter = diffusers.MotionAdapter.from_pretrained(motion_adapter(seed=seed))
-        pipe = diffusers.AnimateDiffPipeline.from_pretrained(checkpoint("sd1"), motion_adapter=adapter, local_files_only=True)
+        pipe = diffusers.AnimateDiffPipeline.from_pretrained(
+            checkpoint("sd1"), motion_adapter=adapter, local_files_only=True
+        )
         videos.append(image_of(pipe, "ad"))
     assert videos[0].shape == (1, 4, 64, 64, 3)
     assert difference(*videos) > VISIBLE
@@ -132,10 +143,17 @@ def test_motion_adapters_turn_sd1_into_different_videos():
 )
 def test_controlnet_follows_its_hint(name, pipeline, model, argument):
     net = getattr(diffusers, model).from_pretrained(controlnet(name))
-    pipe = getattr(diffusers, pipeline).from_pretrained(checkpoint(name), controlnet=net, local_files_only=True)
+    pipe = getattr(diffusers, pipeline).from_pretrained(
+        checkpoint(name), controlnet=net, local_files_only=True
+    )
 
     def image(hint_seed: int, scale: float) -> numpy.ndarray:
-        return image_of(pipe, name, **{argument: sample_image(64, seed=hint_seed)}, controlnet_conditioning_scale=scale)
+        return image_of(
+            pipe,
+            name,
+            **{argument: sample_image(64, seed=hint_seed)},
+            controlnet_conditioning_scale=scale,
+        )
 
     assert difference(image(0, 1.0), image(0, 0.0)) > VISIBLE
     assert difference(image(0, 1.0), image(1, 1.0)) > VISIBLE
@@ -151,7 +169,10 @@ def test_ip_adapter_follows_its_image_and_scale(plain, name):
         images[scale] = image_of(pipe, name, ip_adapter_image=sample_image(64))
     assert difference(images[0.0], plain(name)) < ROUNDING
     assert difference(images[1.0], plain(name)) > VISIBLE
-    assert difference(images[1.0], image_of(pipe, name, ip_adapter_image=sample_image(64, seed=1))) > VISIBLE
+    assert (
+        difference(images[1.0], image_of(pipe, name, ip_adapter_image=sample_image(64, seed=1)))
+        > VISIBLE
+    )
 
 
 def load_ip_adapter(pipe, name: str) -> None:
@@ -160,21 +181,34 @@ def load_ip_adapter(pipe, name: str) -> None:
     file = {"weight_name": IP_ADAPTER_FILE.name, "subfolder": str(IP_ADAPTER_FILE.parent)}
     encoder = str(folder / IP_ADAPTER_IMAGE_ENCODER)
     if name == "flux":
-        pipe.load_ip_adapter(str(folder), **file, image_encoder_pretrained_model_name_or_path=encoder, image_encoder_dtype=torch.float32)
+        pipe.load_ip_adapter(
+            str(folder),
+            **file,
+            image_encoder_pretrained_model_name_or_path=encoder,
+            image_encoder_dtype=torch.float32,
+        )
     elif name == "sd3":
         pipe.load_ip_adapter(str(folder), **file, image_encoder_folder=encoder)
     else:
-        pipe.load_ip_adapter(str(folder), **file, image_encoder_folder=str(IP_ADAPTER_IMAGE_ENCODER))
+        pipe.load_ip_adapter(
+            str(folder), **file, image_encoder_folder=str(IP_ADAPTER_IMAGE_ENCODER)
+        )
 
 
 @pytest.mark.parametrize(
     ("name", "pipeline"),
-    [("sd1", "StableDiffusionPipeline"), ("sd2", "StableDiffusionPipeline"), ("sdxl", "StableDiffusionXLPipeline")],
+    [
+        ("sd1", "StableDiffusionPipeline"),
+        ("sd2", "StableDiffusionPipeline"),
+        ("sdxl", "StableDiffusionXLPipeline"),
+    ],
 )
 def test_single_file_holds_the_whole_pipeline(plain, name, pipeline):
     """The config folder has weights of another seed: none of them may be used."""
     folder = str(checkpoint(name))
-    pipe = getattr(diffusers, pipeline).from_single_file(single_file(name, seed=1), config=folder, local_files_only=True)
+    pipe = getattr(diffusers, pipeline).from_single_file(
+        single_file(name, seed=1), config=folder, local_files_only=True
+    )
     image = image_of(pipe, name)
     assert difference(image, image_of(load(name, seed=1), name)) < ROUNDING
     assert difference(image, plain(name)) > VISIBLE
@@ -183,12 +217,17 @@ def test_single_file_holds_the_whole_pipeline(plain, name, pipeline):
 def test_single_file_of_flux_holds_the_transformer(plain):
     pipe = load("flux")
     pipe.transformer = diffusers.FluxTransformer2DModel.from_single_file(
-        single_file("flux"), config=str(checkpoint("flux")), subfolder="transformer", local_files_only=True
+        single_file("flux"),
+        config=str(checkpoint("flux")),
+        subfolder="transformer",
+        local_files_only=True,
     )
     assert difference(image_of(pipe, "flux"), plain("flux")) < ROUNDING
 
 
-@pytest.mark.parametrize(("name", "model"), [("flux", "FluxTransformer2DModel"), slow("sd1", "UNet2DConditionModel")])
+@pytest.mark.parametrize(
+    ("name", "model"), [("flux", "FluxTransformer2DModel"), slow("sd1", "UNet2DConditionModel")]
+)
 def test_gguf_is_close_with_eight_bits_and_visibly_off_with_four(plain, name, model):
     differences = []
     for quantization in ("F32", "Q8_0", "Q4_0"):
@@ -222,16 +261,37 @@ def test_second_rank_builds_whole_checkpoints(run_on_ranks, tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: lora("sd1", style="peft"), "style='peft' is not a LoRA layout. Allowed: diffusers, kohya."),
-        (lambda: lora("hy", style="kohya"), "There is no kohya layout for type 'hy'. Allowed: ad, sd1, sd2, sdup, sdxl, flux."),
-        (lambda: controlnet("svd"), "There is no ControlNet for type 'svd'. Allowed: sd1, sd2, sdxl, sd3, flux, hy, zimage, qwenimage."),
-        (lambda: ip_adapter("hy"), "There is no IP-Adapter for type 'hy'. Allowed: ad, sd1, sd2, sdxl, sd3, flux."),
-        (lambda: single_file("svd"), "There is no single file of type 'svd'. Allowed: sd1, sd2, sdxl, flux."),
+        (
+            lambda: lora("sd1", style="peft"),
+            "style='peft' is not a LoRA layout. Allowed: diffusers, kohya.",
+        ),
+        (
+            lambda: lora("hy", style="kohya"),
+            "There is no kohya layout for type 'hy'. Allowed: ad, sd1, sd2, sdup, sdxl, flux.",
+        ),
+        (
+            lambda: controlnet("svd"),
+            "There is no ControlNet for type 'svd'. Allowed: sd1, sd2, sdxl, sd3, flux, hy, "
+            "zimage, qwenimage.",
+        ),
+        (
+            lambda: ip_adapter("hy"),
+            "There is no IP-Adapter for type 'hy'. Allowed: ad, sd1, sd2, sdxl, sd3, flux.",
+        ),
+        (
+            lambda: single_file("svd"),
+            "There is no single file of type 'svd'. Allowed: sd1, sd2, sdxl, flux.",
+        ),
         (
             lambda: gguf("hy"),
-            "diffusers reads no GGUF file of type 'hy'. Allowed: sd1, sd2, sdup, sdxl, sd3, flux, zimage, qwenimage, flux2, wan_t2v.",
+            "diffusers reads no GGUF file of type 'hy'. Allowed: sd1, sd2, sdup, sdxl, sd3, flux, "
+            "zimage, qwenimage, flux2, wan_t2v.",
         ),
-        (lambda: gguf("sd1", "Q4_K"), "quantization='Q4_K' cannot be written. Allowed: F32, F16, BF16, Q8_0, Q5_1, Q5_0, Q4_1, Q4_0."),
+        (
+            lambda: gguf("sd1", "Q4_K"),
+            "quantization='Q4_K' cannot be written. Allowed: F32, F16, BF16, Q8_0, Q5_1, Q5_0, "
+            "Q4_1, Q4_0.",
+        ),
     ],
 )
 def test_rejects_what_does_not_exist(make, message):

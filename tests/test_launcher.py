@@ -1,4 +1,6 @@
-"""The command itself, as a process: what it prints, the code it ends with, and that it loads nothing before it has to."""
+"""The command itself, as a process: what it prints, the code it ends with, and that it loads
+nothing before it has to.
+"""
 
 import json
 import subprocess
@@ -13,11 +15,29 @@ from tests.hosts.harness import LAUNCHER, REPOSITORY, free_port, run_launcher
 
 
 def test_help_names_every_section_and_imports_no_torch():
-    done = subprocess.run([sys.executable, "-X", "importtime", str(LAUNCHER), "--help"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", str(LAUNCHER), "--help"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 0
-    assert "--sync_mode" in done.stdout and "Example: python launcher.py --type=sdxl --port=6000" in done.stdout
-    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines() if "import time" in line}
-    assert "argparse" in imported and not imported & {"torch", "diffusers", "transformers", "numpy", "flask"}
+    assert (
+        "--sync_mode" in done.stdout
+        and "Example: python launcher.py --type=sdxl --port=6000" in done.stdout
+    )
+    imported = {
+        line.rpartition("|")[2].strip().partition(".")[0]
+        for line in done.stderr.splitlines()
+        if "import time" in line
+    }
+    assert "argparse" in imported and not imported & {
+        "torch",
+        "diffusers",
+        "transformers",
+        "numpy",
+        "flask",
+    }
 
 
 def test_installed_command_is_the_launcher():
@@ -33,12 +53,21 @@ def test_installed_command_is_the_launcher():
         (["--type=sdx"], "type='sdx' is not a model type. Allowed: "),
         ([], "--type is missing. Allowed: "),
         (["--type=flux"], "--checkpoint is missing: type 'flux' has no demo model."),
-        (["--type=sdxl", "--checkpoint=/nowhere/model"], "--checkpoint=/nowhere/model does not exist."),
+        (
+            ["--type=sdxl", "--checkpoint=/nowhere/model"],
+            "--checkpoint=/nowhere/model does not exist.",
+        ),
         (["--type=sdxl", "--scheduler={oops"], "--scheduler={oops is not allowed."),
         (["--type=sdxl", "--lora={oops"], "--lora={oops is not allowed."),
         (["--type=sdxl", "--port=0"], "--port=0 is not allowed."),
-        (["--type=sdxl", "--backend=xdit", "--nproc_per_node=4", "--use_cfg_parallel"], "xdit: --use_cfg_parallel 2 = 2 ranks, but 4"),
-        (["--type=sdxl", "--backend=asyncdiff", "--nproc_per_node=2", "--model_n=4"], "model_n=4 and stride=1 need 4 ranks"),
+        (
+            ["--type=sdxl", "--backend=xdit", "--nproc_per_node=4", "--use_cfg_parallel"],
+            "xdit: --use_cfg_parallel 2 = 2 ranks, but 4",
+        ),
+        (
+            ["--type=sdxl", "--backend=asyncdiff", "--nproc_per_node=2", "--model_n=4"],
+            "model_n=4 and stride=1 need 4 ranks",
+        ),
         (["--type=sdxl", "--config=/nowhere.yaml"], "--config=/nowhere.yaml cannot be read"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -54,30 +83,53 @@ def test_users_mistake_is_one_line_and_exit_code_2(arguments, said, capsys):
 def test_users_mistake_is_the_exit_code_of_the_process():
     done = run_launcher("--type=sdx")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: type='sdx' is not a model type.") and done.stderr.count("\n") == 1
+    assert (
+        done.stderr.startswith("error: type='sdx' is not a model type.")
+        and done.stderr.count("\n") == 1
+    )
 
 
 def test_check_prints_the_plan_and_starts_nothing():
-    done = run_launcher("--type=sdxl", "--nproc_per_node=2", "--backend=distrifuser", "--check", "--json")
+    done = run_launcher(
+        "--type=sdxl", "--nproc_per_node=2", "--backend=distrifuser", "--check", "--json"
+    )
     facts = json.loads(done.stdout)
     assert done.returncode == 0
-    assert (facts["type"], facts["backend"], facts["ranks"], facts["axes"]["cfg"]) == ("sdxl", "distrifuser", 2, 2)
-    text = run_launcher("--type=sdxl", "--nproc_per_node=2", "--backend=distrifuser", "--check").stdout
+    assert (facts["type"], facts["backend"], facts["ranks"], facts["axes"]["cfg"]) == (
+        "sdxl",
+        "distrifuser",
+        2,
+        2,
+    )
+    text = run_launcher(
+        "--type=sdxl", "--nproc_per_node=2", "--backend=distrifuser", "--check"
+    ).stdout
     assert "backend      distrifuser" in text and "because" in text
 
 
 @pytest.mark.slow
-def test_checkpoint_that_does_not_load_ends_the_host_with_its_reason_and_is_not_tried_again(tmp_path):
+def test_checkpoint_that_does_not_load_ends_the_host_with_its_reason_and_is_not_tried_again(
+    tmp_path,
+):
     folder = tmp_path / "broken"
     for file in checkpoint("sdxl").rglob("*"):
         if file.is_file():
             target = folder / file.relative_to(checkpoint("sdxl"))
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(file.read_bytes() if "unet" not in target.parts or file.suffix == ".json" else b"no weights")
-    done = run_launcher("--type=sdxl", f"--checkpoint={folder}", f"--port={free_port()}", timeout_s=170)
+            target.write_bytes(
+                file.read_bytes()
+                if "unet" not in target.parts or file.suffix == ".json"
+                else b"no weights"
+            )
+    done = run_launcher(
+        "--type=sdxl", f"--checkpoint={folder}", f"--port={free_port()}", timeout_s=170
+    )
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: checkpoint=") and "does not load as StableDiffusionXLPipeline" in last
+    assert (
+        last.startswith("error: checkpoint=")
+        and "does not load as StableDiffusionXLPipeline" in last
+    )
     assert done.stderr.count("listening on") == 1
 
 

@@ -15,7 +15,10 @@ def test_matrix_and_argument_table_equal_their_sources() -> None:
 
 def test_every_file_that_the_readme_and_the_architecture_name_exists() -> None:
     for page in (README, ROOT / "docs" / "architecture.md"):
-        for name in re.findall(r"`((?:hosts|backends|clients|demo|tests|docs)/[\w/.]+\.\w+)`", page.read_text(encoding="utf-8")):
+        for name in re.findall(
+            r"`((?:hosts|backends|clients|demo|tests|docs)/[\w/.]+\.\w+)`",
+            page.read_text(encoding="utf-8"),
+        ):
             assert (ROOT / name).is_file(), f"{page.name} names {name}"
 
 

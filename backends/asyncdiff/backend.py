@@ -1,6 +1,8 @@
-"""AsyncDiff: the denoiser in segments of consecutive units, one per rank, all of them busy at once on values one turn old.
+"""AsyncDiff: the denoiser in segments of consecutive units, one per rank, all of them busy at once
+on values one turn old.
 
-Source: Chen et al., NeurIPS 2024, arXiv:2406.06911. Cuts and communication are our own: docs/asyncdiff.md.
+Source: Chen et al., NeurIPS 2024, arXiv:2406.06911. Cuts and communication are our own:
+docs/asyncdiff.md.
 """
 
 import inspect
@@ -14,7 +16,12 @@ from torch import nn
 
 from backends.asyncdiff.call_state import Generation
 from backends.asyncdiff.exchange import Exchange
-from backends.asyncdiff.schedule import RankRole, extrapolates, num_synchronous_evaluations, num_synchronous_steps
+from backends.asyncdiff.schedule import (
+    RankRole,
+    extrapolates,
+    num_synchronous_evaluations,
+    num_synchronous_steps,
+)
 from backends.asyncdiff.segments import Segments, choose_segments
 from backends.asyncdiff.trace import time_units, trace
 from backends.asyncdiff.units import Layout, UnitHooks, find_units
@@ -34,7 +41,9 @@ CostsOf = Callable[[UnitHooks, Callable[[], Any], Layout, torch.device], list[fl
 
 
 class AsyncDiffBackend(Backend):
-    """costs_of: how units are weighed for the cuts; measured times, unless something sets another."""
+    """costs_of: how units are weighed for the cuts; measured times, unless something sets
+    another.
+    """
 
     name: ClassVar[str] = "asyncdiff"
 
@@ -60,7 +69,9 @@ class AsyncDiffBackend(Backend):
         """Units are computed whole or not at all, so each may be a graph of its own."""
         if self.mesh.axis("segment").size == 1:
             return super().compile_regions(denoiser)
-        return [unit for unit in find_units(denoiser).values() if any(True for _ in unit.children())]
+        return [
+            unit for unit in find_units(denoiser).values() if any(True for _ in unit.children())
+        ]
 
     def detach_denoiser(self, pipe: Any, denoiser: nn.Module) -> None:
         if self._hooks is None:
@@ -82,7 +93,10 @@ class AsyncDiffBackend(Backend):
         steps = num_synchronous_steps(self.plan.options, run.request, run.num_inference_steps)
         self._generation = Generation(
             place=self._place(),
-            options={**self.plan.options, "extrapolate": extrapolates(self.plan.options, order=run.order)},
+            options={
+                **self.plan.options,
+                "extrapolate": extrapolates(self.plan.options, order=run.order),
+            },
             exchange=Exchange(self.mesh),
             num_synchronous=num_synchronous_evaluations(steps, run.num_inference_steps, run.order),
             scheduler=lambda: self._pipe.scheduler,
@@ -109,36 +123,54 @@ class AsyncDiffBackend(Backend):
 
     def _place(self) -> RankRole:
         options = self.plan.options
-        return RankRole(num_segments=int(options["model_n"]), stride=int(options["stride"]), rank=self.mesh.axis("segment").rank)
+        return RankRole(
+            num_segments=int(options["model_n"]),
+            stride=int(options["stride"]),
+            rank=self.mesh.axis("segment").rank,
+        )
 
     def _around(self, denoiser: nn.Module) -> hooks.Around:
-        names = [name for name in inspect.signature(type(denoiser).forward).parameters if name != "self"]
+        names = [
+            name for name in inspect.signature(type(denoiser).forward).parameters if name != "self"
+        ]
 
         def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             arguments = {**dict(zip(names, args, strict=False)), **kwargs}
             if self._generation is None:
                 return forward(**arguments)
             if isinstance(arguments[names[0]], list):
-                return _listed(self._evaluate(from_tensors(forward, names), as_tensors(arguments, names), names[0]))
+                return _listed(
+                    self._evaluate(
+                        from_tensors(forward, names), as_tensors(arguments, names), names[0]
+                    )
+                )
             return self._evaluate(forward, arguments, names[0])
 
         return around
 
-    def _evaluate(self, forward: Callable[..., Any], arguments: dict[str, Any], input_name: str) -> Any:
+    def _evaluate(
+        self, forward: Callable[..., Any], arguments: dict[str, Any], input_name: str
+    ) -> Any:
         if self.segments is None:
-            self.segments = self._learn(lambda: forward(**_copy_lists(arguments)), arguments[input_name])
+            self.segments = self._learn(
+                lambda: forward(**_copy_lists(arguments)), arguments[input_name]
+            )
             if self.plan.options["shard_weights"]:
                 self._sharded = self._keep_own_segment(self.segments)
         return self._generation.evaluate(self._hooks, self.segments, forward, arguments, input_name)
 
     def _learn(self, call: Callable[[], Any], model_input: torch.Tensor) -> Segments:
-        """Find the units in a real call, weigh them, and cut. Rank 0 weighs and decides; all ranks get its cuts."""
+        """Find the units in a real call, weigh them, and cut. Rank 0 weighs and decides; all ranks
+        get its cuts.
+        """
         layout, _ = trace(self._hooks, call, model_input)
         num_segments = int(self.plan.options["model_n"])
         bounds = torch.zeros(num_segments + 1, dtype=torch.int64, device=self.mesh.device)
         if self.mesh.rank == 0:
             costs = self._costs(call, layout)
-            segments = choose_segments(layout, costs, num_segments, self.plan.options["segment_weights"])
+            segments = choose_segments(
+                layout, costs, num_segments, self.plan.options["segment_weights"]
+            )
             logger.info("segments of %s:\n%s", type(self._denoiser).__name__, segments.table(costs))
             bounds.copy_(torch.tensor(segments.bounds))
         control_axis = self.mesh.axis("cfg", "segment")
@@ -147,7 +179,10 @@ class AsyncDiffBackend(Backend):
 
     def _keep_own_segment(self, segments: Segments) -> KeptWeights:
         units = segments.layout.units
-        parts = [[self._hooks.modules[units[unit].name] for unit in segments.units(segment)] for segment in range(segments.num_segments)]
+        parts = [
+            [self._hooks.modules[units[unit].name] for unit in segments.units(segment)]
+            for segment in range(segments.num_segments)
+        ]
         return KeptWeights(parts, kept=self._place().segment)
 
     def _costs(self, call: Callable[[], Any], layout: Layout) -> list[float]:
@@ -157,28 +192,41 @@ class AsyncDiffBackend(Backend):
         return self.costs_of(self._hooks, call, layout, self.mesh.device)
 
     def _figures(self, generation: Generation) -> dict[str, object]:
-        """Bytes of one turn are those of all ranks together; with stride 2 a turn serves two evaluations."""
+        """Bytes of one turn are those of all ranks together; with stride 2 a turn serves two
+        evaluations.
+        """
         shapes = generation.last_shapes()
         if shapes is None or self.segments is None:
             return {}
         place = self._place()
-        crossing, everything, prediction = shapes.traffic(self.segments, place), shapes.num_bytes(), generation.prediction_bytes
+        crossing, everything, prediction = (
+            shapes.traffic(self.segments, place),
+            shapes.num_bytes(),
+            generation.prediction_bytes,
+        )
         others = self.mesh.axis("segment").size - 1
         return {
             "segment_bounds": self.segments.bounds,
             "stale_evaluations": generation.num_stale,
             "turn_bytes": crossing + prediction * others * place.stride,
-            "turn_bytes_if_all_outputs_were_broadcast": everything * others + prediction * others * place.stride,
+            "turn_bytes_if_all_outputs_were_broadcast": everything * others
+            + prediction * others * place.stride,
         }
 
 
 def _copy_lists(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Some denoisers take items off a list they are given (ControlNet residuals of HunyuanDiT), and this call is made several times."""
-    return {name: list(value) if isinstance(value, list) else value for name, value in arguments.items()}
+    """Some denoisers take items off a list they are given (ControlNet residuals of HunyuanDiT), and
+    this call is made several times.
+    """
+    return {
+        name: list(value) if isinstance(value, list) else value for name, value in arguments.items()
+    }
 
 
 def as_tensors(arguments: dict[str, Any], names: list[str]) -> dict[str, Any]:
-    """Of a denoiser that takes its images as a list, first, and the timestep second: one tensor (B, ...), and `timestep`."""
+    """Of a denoiser that takes its images as a list, first, and the timestep second: one tensor (B,
+    ...), and `timestep`.
+    """
     images, timestep, *_ = names
     others = {name: value for name, value in arguments.items() if name not in (images, timestep)}
     return {images: torch.stack(arguments[images]), "timestep": arguments[timestep], **others}

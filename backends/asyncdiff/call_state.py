@@ -1,4 +1,6 @@
-"""One generation on this rank: every evaluation of the denoiser goes through here and follows the schedule."""
+"""One generation on this rank: every evaluation of the denoiser goes through here and follows the
+schedule.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -8,7 +10,14 @@ import torch
 from torch import Tensor
 
 from backends.asyncdiff.exchange import Arrival, Exchange
-from backends.asyncdiff.executors import Inbox, SegmentExecutor, SequentialExecutor, Shapes, SynchronousExecutor, Values
+from backends.asyncdiff.executors import (
+    Inbox,
+    SegmentExecutor,
+    SequentialExecutor,
+    Shapes,
+    SynchronousExecutor,
+    Values,
+)
 from backends.asyncdiff.schedule import Phase, RankRole, phase_of
 from backends.asyncdiff.segments import Segments
 from backends.asyncdiff.timesteps import Timesteps
@@ -19,10 +28,13 @@ Forward = Callable[..., Any]
 
 @dataclass(slots=True, kw_only=True)
 class CallState:
-    """What is kept from one step to the next for the n-th denoiser call of every step (true guidance of flux makes two calls a step).
+    """What is kept from one step to the next for the n-th denoiser call of every step (true
+    guidance of flux makes two calls a step).
 
-    arrivals: what this rank reads of other segments in its next turn, made at evaluation `made_at`. older: the same, one turn before.
-    ahead: the prediction of the next evaluation (stride 2). timestep: of the last evaluation, as the pipeline gave it.
+    arrivals: what this rank reads of other segments in its next turn, made at evaluation `made_at`.
+    older: the same, one turn before.
+    ahead: the prediction of the next evaluation (stride 2). timestep: of the last evaluation, as
+    the pipeline gave it.
     """
 
     signature: tuple[Any, ...]
@@ -37,10 +49,18 @@ class CallState:
 
 
 class Generation:
-    """State of one generation. `evaluate` is called for every denoiser call, `step_done` after every scheduler step."""
+    """State of one generation. `evaluate` is called for every denoiser call, `step_done` after
+    every scheduler step.
+    """
 
     def __init__(
-        self, *, place: RankRole, options: Mapping[str, Any], exchange: Exchange, num_synchronous: int, scheduler: Callable[[], Any]
+        self,
+        *,
+        place: RankRole,
+        options: Mapping[str, Any],
+        exchange: Exchange,
+        num_synchronous: int,
+        scheduler: Callable[[], Any],
     ) -> None:
         self.exchange = exchange
         self.evaluation = 0
@@ -62,14 +82,23 @@ class Generation:
     def last_shapes(self) -> Shapes | None:
         return next((lane.shapes for lane in self._lanes.values()), None)
 
-    def evaluate(self, hooks: UnitHooks, segments: Segments, forward: Forward, arguments: dict[str, Any], input_name: str) -> Any:
+    def evaluate(
+        self,
+        hooks: UnitHooks,
+        segments: Segments,
+        forward: Forward,
+        arguments: dict[str, Any],
+        input_name: str,
+    ) -> Any:
         """The denoiser's result for these arguments, on every rank of the segment axis."""
         if self._timesteps is None and self._place.stride == 2:
             self._timesteps = Timesteps(self._scheduler(), arguments["timestep"])
         number, self._call = self._call, self._call + 1
         lane = self._lanes.get(number)
         signature = _signature(arguments[input_name])
-        phase = phase_of(self.evaluation, num_synchronous=self._num_synchronous, stride=self._place.stride)
+        phase = phase_of(
+            self.evaluation, num_synchronous=self._num_synchronous, stride=self._place.stride
+        )
         self.has_failed = True
         if lane is None or lane.signature != signature or phase is Phase.SYNCHRONOUS:
             result = self._synchronous(number, signature, hooks, segments, forward, arguments)
@@ -83,10 +112,20 @@ class Generation:
         return result
 
     def _synchronous(
-        self, number: int, signature: tuple[Any, ...], hooks: UnitHooks, segments: Segments, forward: Forward, arguments: dict[str, Any]
+        self,
+        number: int,
+        signature: tuple[Any, ...],
+        hooks: UnitHooks,
+        segments: Segments,
+        forward: Forward,
+        arguments: dict[str, Any],
     ) -> Any:
         is_sharded = self._options["shard_weights"]
-        executor = SequentialExecutor(segments, self._place, self.exchange) if is_sharded else SynchronousExecutor(segments, self._place)
+        executor = (
+            SequentialExecutor(segments, self._place, self.exchange)
+            if is_sharded
+            else SynchronousExecutor(segments, self._place)
+        )
         with hooks.run_with(executor.play):
             output = forward(**arguments)
         if is_sharded:
@@ -102,33 +141,56 @@ class Generation:
             arrivals={source: Arrival(value) for source, value in executor.values.items()},
             made_at=self.evaluation,
             timestep=arguments["timestep"],
-            older={source: arrival.wait() for source, arrival in last.arrivals.items()} if keeps else {},
+            older={source: arrival.wait() for source, arrival in last.arrivals.items()}
+            if keeps
+            else {},
             older_at=last.made_at if keeps else None,
         )
         return output
 
-    def _stale(self, lane: CallState, hooks: UnitHooks, segments: Segments, forward: Forward, arguments: dict[str, Any]) -> Any:
-        """This rank's segment, on what arrived from the others; theirs of this turn are received meanwhile, for the next."""
+    def _stale(
+        self,
+        lane: CallState,
+        hooks: UnitHooks,
+        segments: Segments,
+        forward: Forward,
+        arguments: dict[str, Any],
+    ) -> Any:
+        """This rank's segment, on what arrived from the others; theirs of this turn are received
+        meanwhile, for the next.
+        """
         self.num_stale += 1
         inbox = Inbox(lane.arrivals, self._extrapolation(lane))
-        coming = {source: self.exchange.receive(lane.shapes.of(source), source=segments.segment_of(source[0])) for source in lane.arrivals}
+        coming = {
+            source: self.exchange.receive(
+                lane.shapes.of(source), source=segments.segment_of(source[0])
+            )
+            for source in lane.arrivals
+        }
         self.exchange.forget_sent()
-        executor = SegmentExecutor(segments, self._place, shapes=lane.shapes, inbox=inbox, exchange=self.exchange)
+        executor = SegmentExecutor(
+            segments, self._place, shapes=lane.shapes, inbox=inbox, exchange=self.exchange
+        )
         with hooks.run_with(executor.play):
-            output = forward(**{**arguments, "timestep": self._timestep(lane, arguments["timestep"])})
+            output = forward(
+                **{**arguments, "timestep": self._timestep(lane, arguments["timestep"])}
+            )
         self.prediction_bytes = num_bytes(output[0])
         prediction = self.exchange.broadcast(output[0], source=self._place.predictor)
         if self._place.stride == 2:
             lane.ahead = self.exchange.broadcast(output[0], source=self._place.num_segments - 1)
-        lane.older, lane.older_at = (inbox.values(), lane.made_at) if self._options["extrapolate"] else ({}, None)
+        lane.older, lane.older_at = (
+            (inbox.values(), lane.made_at) if self._options["extrapolate"] else ({}, None)
+        )
         lane.arrivals, lane.made_at = coming, self.evaluation
         return _with_prediction(output, prediction.wait())
 
     def _timestep(self, lane: CallState, current: Tensor) -> Tensor:
         """The timestep that this rank's segment computes with.
 
-        Each rank works for one evaluation: the one at hand, or with stride 2 the one after it. `time_shift` takes the timestep of
-        the evaluation before that one, which is when the values that the segment reads were made.
+        Each rank works for one evaluation: the one at hand, or with stride 2 the one after it.
+        `time_shift` takes the timestep of the evaluation before that one, which is when the values
+        that the segment reads were made.
         """
         if self._place.is_nearer:
             return lane.timestep if self._options["time_shift"] else current
@@ -146,7 +208,9 @@ class Generation:
 
 def _with_prediction(output: Any, prediction: Tensor) -> Any:
     """The denoiser's own kind of result, with this prediction in it."""
-    return (prediction, *output[1:]) if isinstance(output, tuple) else type(output)(sample=prediction)
+    return (
+        (prediction, *output[1:]) if isinstance(output, tuple) else type(output)(sample=prediction)
+    )
 
 
 def _signature(model_input: Tensor) -> tuple[Any, ...]:

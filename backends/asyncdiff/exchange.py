@@ -1,4 +1,6 @@
-"""Point to point between the ranks of the segment axis, in the background: what is sent is kept alive, what comes is awaited where used."""
+"""Point to point between the ranks of the segment axis, in the background: what is sent is kept
+alive, what comes is awaited where used.
+"""
 
 import time
 from collections.abc import Sequence
@@ -30,7 +32,9 @@ class Arrival:
 
 
 class Exchange:
-    """The traffic of one generation on this rank. Between two ranks messages arrive in the order in which they were sent."""
+    """The traffic of one generation on this rank. Between two ranks messages arrive in the order in
+    which they were sent.
+    """
 
     def __init__(self, mesh: Mesh) -> None:
         self.axis: Axis = mesh.axis("segment")
@@ -45,10 +49,14 @@ class Exchange:
         tensor = tensor.contiguous()
         self._traffic.add(tensor, peers=len(to))
         for rank in to:
-            self._sends.append((dist.isend(tensor, self.axis.ranks[rank], group=self.axis.group), tensor))
+            self._sends.append(
+                (dist.isend(tensor, self.axis.ranks[rank], group=self.axis.group), tensor)
+            )
 
     def receive(self, template: Tensor, *, source: int) -> Arrival:
-        """Announce room for a tensor like `template` from this rank of the axis, without waiting."""
+        """Announce room for a tensor like `template` from this rank of the axis, without
+        waiting.
+        """
         room = torch.empty(template.shape, dtype=template.dtype, device=template.device)
         work = dist.irecv(room, self.axis.ranks[source], group=self.axis.group)
         arrival = Arrival(room, work, self._traffic)
@@ -56,13 +64,17 @@ class Exchange:
         return arrival
 
     def broadcast(self, tensor: Tensor, *, source: int) -> Arrival:
-        """One rank's tensor to all, in the background; the others give one of the same shape, whose content does not matter."""
+        """One rank's tensor to all, in the background; the others give one of the same shape, whose
+        content does not matter.
+        """
         if self.axis.rank == source:
             tensor = tensor.contiguous()
             self._traffic.add(tensor, peers=self.axis.size - 1)
         else:
             tensor = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-        work = dist.broadcast(tensor, src=self.axis.ranks[source], group=self.axis.group, async_op=True)
+        work = dist.broadcast(
+            tensor, src=self.axis.ranks[source], group=self.axis.group, async_op=True
+        )
         arrival = Arrival(tensor, work, self._traffic)
         self._receives.append(arrival)
         return arrival
@@ -74,14 +86,18 @@ class Exchange:
         return box[0]
 
     def settle(self) -> None:
-        """Wait for everything that is still under way. Every rank has made the same evaluations, so all of it has a partner."""
+        """Wait for everything that is still under way. Every rank has made the same evaluations, so
+        all of it has a partner.
+        """
         for arrival in self._receives:
             arrival.wait()
         self._receives.clear()
         self.forget_sent()
 
     def forget_sent(self) -> None:
-        """Let go of what was sent one evaluation ago: its receiver has had a whole evaluation to take it."""
+        """Let go of what was sent one evaluation ago: its receiver has had a whole evaluation to
+        take it.
+        """
         for work, _ in self._sends:
             work.wait()
         self._sends.clear()

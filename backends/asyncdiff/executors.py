@@ -1,4 +1,6 @@
-"""What a unit's call does on this rank: run and be remembered, run and be sent, or be left out and return what arrived."""
+"""What a unit's call does on this rank: run and be remembered, run and be sent, or be left out and
+return what arrived.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -26,13 +28,19 @@ class Shapes:
 
     def remember(self, unit: int, result: Any) -> None:
         leaves, form = pytree.tree_flatten(result)
-        self._forms[unit] = ([_stand_in(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves], form)
+        self._forms[unit] = (
+            [_stand_in(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves],
+            form,
+        )
 
     def fill(self, unit: int, value_of: Callable[[Source], Tensor | None]) -> Any:
         """A result of this unit made of known values where there are any, else of stand-ins."""
         leaves, form = self._forms[unit]
         known = [value_of((unit, position)) for position in range(len(leaves))]
-        return pytree.tree_unflatten([leaf if value is None else value for leaf, value in zip(leaves, known, strict=True)], form)
+        return pytree.tree_unflatten(
+            [leaf if value is None else value for leaf, value in zip(leaves, known, strict=True)],
+            form,
+        )
 
     def num_bytes(self) -> int:
         """Everything that all units return in one evaluation."""
@@ -41,7 +49,9 @@ class Shapes:
     def traffic(self, segments: Segments, place: RankRole) -> int:
         """What all ranks together send to each other across the cuts in one turn."""
         wanted = [
-            (source, len(place.ranks_of(segment))) for segment in range(segments.num_segments) for source in segments.imports(segment)
+            (source, len(place.ranks_of(segment)))
+            for segment in range(segments.num_segments)
+            for source in segments.imports(segment)
         ]
         return sum(num_bytes(self.of(source)) * copies for source, copies in wanted)
 
@@ -56,9 +66,15 @@ class Shapes:
 
 
 class Inbox:
-    """The other segments' tensors that this rank reads in one evaluation; each is awaited when it is first used."""
+    """The other segments' tensors that this rank reads in one evaluation; each is awaited when it
+    is first used.
+    """
 
-    def __init__(self, arrivals: Mapping[Source, Arrival], extrapolate: Callable[[Source, Tensor], Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        arrivals: Mapping[Source, Arrival],
+        extrapolate: Callable[[Source, Tensor], Tensor] | None = None,
+    ) -> None:
         self._arrivals = arrivals
         self._extrapolate = extrapolate
         self._used: Values = {}
@@ -85,7 +101,9 @@ class SynchronousExecutor:
         self._index = _index(segments)
         self._imports = frozenset(segments.imports(place.segment))
 
-    def play(self, name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def play(
+        self, name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         result = forward(*args, **kwargs)
         unit = self._index.get(name)
         if unit is not None:
@@ -97,9 +115,19 @@ class SynchronousExecutor:
 
 
 class SegmentExecutor:
-    """Runs this rank's units and sends what others read of them; all other units return what arrived from their ranks."""
+    """Runs this rank's units and sends what others read of them; all other units return what
+    arrived from their ranks.
+    """
 
-    def __init__(self, segments: Segments, place: RankRole, *, shapes: Shapes, inbox: Inbox, exchange: Exchange) -> None:
+    def __init__(
+        self,
+        segments: Segments,
+        place: RankRole,
+        *,
+        shapes: Shapes,
+        inbox: Inbox,
+        exchange: Exchange,
+    ) -> None:
         self._index = _index(segments)
         self._mine = segments.units(place.segment)
         self._readers = readers(segments, place) if place.is_sender else {}
@@ -107,7 +135,9 @@ class SegmentExecutor:
         self._inbox = inbox
         self._exchange = exchange
 
-    def play(self, name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def play(
+        self, name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         unit = self._index.get(name)
         if unit is None:
             return forward(*args, **kwargs)
@@ -120,9 +150,11 @@ class SegmentExecutor:
 
 
 class SequentialExecutor:
-    """A synchronous evaluation where each rank has the weights of its own segment only: the ranks work one after the other.
+    """A synchronous evaluation where each rank has the weights of its own segment only: the ranks
+    work one after the other.
 
-    When a segment is done, its rank tells all others what its units returned (the shapes), and its readers receive the tensors.
+    When a segment is done, its rank tells all others what its units returned (the shapes), and its
+    readers receive the tensors.
     """
 
     def __init__(self, segments: Segments, place: RankRole, exchange: Exchange) -> None:
@@ -136,7 +168,9 @@ class SequentialExecutor:
         self._exchange = exchange
         self._num_done = 0
 
-    def play(self, name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def play(
+        self, name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         unit = self._index.get(name)
         if unit is None:
             return forward(*args, **kwargs)
@@ -158,19 +192,25 @@ class SequentialExecutor:
         return result
 
     def _hear_of(self, segment: int) -> None:
-        """All ranks learn the shapes of a finished segment; this one also gets the tensors that its own segment reads."""
+        """All ranks learn the shapes of a finished segment; this one also gets the tensors that its
+        own segment reads.
+        """
         units = self._segments.units(segment)
         mine = self.shapes.give(units) if segment == self._place.segment else None
         self.shapes.take(units, self._exchange.share(mine, source=segment))
         arrivals = [
-            (source, self._exchange.receive(self.shapes.of(source), source=segment)) for source in self._imports if source[0] in units
+            (source, self._exchange.receive(self.shapes.of(source), source=segment))
+            for source in self._imports
+            if source[0] in units
         ]
         self.values |= {source: arrival.wait() for source, arrival in arrivals}
         self._num_done += 1
 
 
 def readers(segments: Segments, place: RankRole) -> dict[Source, tuple[int, ...]]:
-    """For each tensor of this rank's segment that others read: the ranks of the axis that need it."""
+    """For each tensor of this rank's segment that others read: the ranks of the axis that need
+    it.
+    """
     mine = segments.units(place.segment)
     found: dict[Source, tuple[int, ...]] = {}
     for segment in range(place.segment + 1, segments.num_segments):

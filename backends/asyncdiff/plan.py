@@ -1,4 +1,6 @@
-"""The plan of AsyncDiff: which ranks hold which segment, checked before anything loads. Imports no torch."""
+"""The plan of AsyncDiff: which ranks hold which segment, checked before anything loads. Imports no
+torch.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +15,9 @@ STRIDES = (1, 2)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Degrees:
-    """How the ranks are used. The segment axis has `model_n + stride - 1` ranks: stride 2 runs the last segment on one more."""
+    """How the ranks are used. The segment axis has `model_n + stride - 1` ranks: stride 2 runs the
+    last segment on one more.
+    """
 
     cfg: int
     model_n: int
@@ -26,7 +30,9 @@ class _Degrees:
 
 
 def make_plan(spec: ModelSpec, options: Mapping[str, object], world_size: int) -> ParallelPlan:
-    """Degrees and resolved options. A launch setting that is absent or None is chosen here, with its reason."""
+    """Degrees and resolved options. A launch setting that is absent or None is chosen here, with
+    its reason.
+    """
     degrees = _degrees(spec, options, world_size)
     plan = ParallelPlan(
         method="asyncdiff",
@@ -49,21 +55,34 @@ def make_plan(spec: ModelSpec, options: Mapping[str, object], world_size: int) -
 
 def _degrees(spec: ModelSpec, options: Mapping[str, object], world_size: int) -> _Degrees:
     if world_size < 2:
-        raise PlanError("backend 'asyncdiff' needs at least 2 ranks, but 1 is started. Use --nproc_per_node=2 or backend 'single'.")
+        raise PlanError(
+            "backend 'asyncdiff' needs at least 2 ranks, but 1 is started. Use --nproc_per_node=2 "
+            "or backend 'single'."
+        )
     cfg, cfg_reasons = _cfg_degree(spec, options, world_size)
     ranks = world_size // cfg
     model_n, stride = _whole(options, "model_n"), _whole(options, "stride")
     if stride is not None and stride not in STRIDES:
         raise PlanError(f"stride={stride} is not allowed. Allowed: 1, 2. Use one of them.")
     if model_n is not None and model_n < 1 + (ranks > 1):
-        raise PlanError(f"model_n={model_n} is not allowed. Allowed: 2 and more segments. Use 2, or backend 'single'.")
+        raise PlanError(
+            f"model_n={model_n} is not allowed. Allowed: 2 and more segments. Use 2, or backend "
+            "'single'."
+        )
     reasons = []
     if stride is None:
-        stride = ranks - model_n + 1 if model_n is not None and ranks - model_n + 1 in STRIDES else 1
-        reasons.append(f"stride={stride}: not given, and the one that fits {ranks} ranks per copy of the model")
+        stride = (
+            ranks - model_n + 1 if model_n is not None and ranks - model_n + 1 in STRIDES else 1
+        )
+        reasons.append(
+            f"stride={stride}: not given, and the one that fits {ranks} ranks per copy of the model"
+        )
     if model_n is None:
         model_n = max(1, ranks - stride + 1)
-        reasons.append(f"model_n={model_n}: not given, one segment for each of {ranks} ranks per copy of the model with stride {stride}")
+        reasons.append(
+            f"model_n={model_n}: not given, one segment for each of {ranks} ranks per copy of the "
+            f"model with stride {stride}"
+        )
     degrees = _Degrees(cfg=cfg, model_n=model_n, stride=stride, reasons=(*cfg_reasons, *reasons))
     _require_ranks(degrees, world_size)
     return degrees
@@ -75,27 +94,36 @@ def _require_ranks(degrees: _Degrees, world_size: int) -> None:
         times = " x 2 for use_cfg_parallel" if degrees.cfg == 2 else ""
         wanted = max(wanted, degrees.cfg * 3) if degrees.model_n < degrees.stride else wanted
         raise PlanError(
-            f"model_n={degrees.model_n} and stride={degrees.stride} need {wanted} ranks (model_n + stride - 1{times}), "
-            f"but {world_size} are started. Start {wanted} with --nproc_per_node={wanted}, or leave out both to let the ranks decide."
+            f"model_n={degrees.model_n} and stride={degrees.stride} need {wanted} ranks (model_n + "
+            f"stride - 1{times}), "
+            f"but {world_size} are started. Start {wanted} with --nproc_per_node={wanted}, or "
+            "leave out both to let the ranks decide."
         )
 
 
-def _cfg_degree(spec: ModelSpec, options: Mapping[str, object], world_size: int) -> tuple[int, tuple[str, ...]]:
+def _cfg_degree(
+    spec: ModelSpec, options: Mapping[str, object], world_size: int
+) -> tuple[int, tuple[str, ...]]:
     asked = options.get("use_cfg_parallel")
     if asked:
         if spec.guidance == "distilled":
             raise PlanError(
-                f"use_cfg_parallel is not available for model type {spec.name!r}: its guidance is distilled, so there is no second half "
+                f"use_cfg_parallel is not available for model type {spec.name!r}: its guidance is "
+                "distilled, so there is no second half "
                 "of the batch. Leave it out."
             )
         if world_size % 2:
             raise PlanError(
-                f"use_cfg_parallel needs an even number of ranks, but {world_size} are started. Start one more, or leave it out."
+                f"use_cfg_parallel needs an even number of ranks, but {world_size} are started. "
+                "Start one more, or leave it out."
             )
         return 2, ()
     is_open = asked is None and options.get("model_n") is None and options.get("stride") is None
     if is_open and world_size >= 4 and world_size % 2 == 0 and spec.guidance != "distilled":
-        return 2, (f"use_cfg_parallel=true: {world_size} ranks are even, and splitting the guidance halves is exact",)
+        return 2, (
+            f"use_cfg_parallel=true: {world_size} ranks are even, and splitting the guidance "
+            "halves is exact",
+        )
     return 1, ()
 
 
@@ -105,18 +133,29 @@ def _whole(options: Mapping[str, object], name: str) -> int | None:
 
 
 def _warmup_steps(options: Mapping[str, object]) -> int:
-    """`warm_up`, or its newer name `synced_steps`, which wins. Both count synchronous steps exactly."""
-    given = next((options[name] for name in ("synced_steps", "warm_up") if options.get(name) is not None), DEFAULT_WARMUP_STEPS)
+    """`warm_up`, or its newer name `synced_steps`, which wins. Both count synchronous steps
+    exactly.
+    """
+    given = next(
+        (options[name] for name in ("synced_steps", "warm_up") if options.get(name) is not None),
+        DEFAULT_WARMUP_STEPS,
+    )
     steps = int(str(given))
     if steps < 0:
-        raise PlanError(f"synced_steps={steps} is not allowed. Allowed: 0 and more synchronous steps. Use {DEFAULT_WARMUP_STEPS}.")
+        raise PlanError(
+            f"synced_steps={steps} is not allowed. Allowed: 0 and more synchronous steps. Use "
+            f"{DEFAULT_WARMUP_STEPS}."
+        )
     return steps
 
 
 def _synced_percent(options: Mapping[str, object]) -> float:
     percent = float(str(options.get("synced_percent") or 0))
     if not 0 <= percent <= 100:
-        raise PlanError(f"synced_percent={percent:g} is not allowed. Allowed: 0 to 100. Use 0 to count by synced_steps.")
+        raise PlanError(
+            f"synced_percent={percent:g} is not allowed. Allowed: 0 to 100. Use 0 to count by "
+            "synced_steps."
+        )
     return percent
 
 
@@ -128,9 +167,13 @@ def _segment_weights(given: object, model_n: int) -> tuple[float, ...] | None:
     try:
         weights = tuple(float(item) for item in items)  # type: ignore[attr-defined]
     except (TypeError, ValueError) as error:
-        raise PlanError(f"segment_weights={given!r} are not numbers. Give {model_n}, such as {','.join(['1'] * model_n)}.") from error
+        raise PlanError(
+            f"segment_weights={given!r} are not numbers. Give {model_n}, such as "
+            f"{','.join(['1'] * model_n)}."
+        ) from error
     if len(weights) != model_n or min(weights) <= 0:
         raise PlanError(
-            f"segment_weights={given!r} do not fit: {model_n} segments need {model_n} numbers above 0, one for each rank's speed."
+            f"segment_weights={given!r} do not fit: {model_n} segments need {model_n} numbers "
+            "above 0, one for each rank's speed."
         )
     return weights

@@ -1,6 +1,8 @@
-"""Which evaluation does what: synchronous at the start, then every segment at once, or two evaluations at a time (stride 2).
+"""Which evaluation does what: synchronous at the start, then every segment at once, or two
+evaluations at a time (stride 2).
 
-Pure arithmetic; docs/asyncdiff.md has the same in words. Source: AsyncDiff, arXiv:2406.06911, method section.
+Pure arithmetic; docs/asyncdiff.md has the same in words. Source: AsyncDiff, arXiv:2406.06911,
+method section.
 """
 
 import math
@@ -23,7 +25,9 @@ class Phase(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankRole:
-    """This rank's part: the segment it computes. With stride 2 one more rank computes the last segment, for the nearer evaluation."""
+    """This rank's part: the segment it computes. With stride 2 one more rank computes the last
+    segment, for the nearer evaluation.
+    """
 
     num_segments: int
     stride: int
@@ -35,12 +39,16 @@ class RankRole:
 
     @property
     def is_nearer(self) -> bool:
-        """Whether this rank computes for the evaluation at hand; with stride 2 the others compute for the one after it."""
+        """Whether this rank computes for the evaluation at hand; with stride 2 the others compute
+        for the one after it.
+        """
         return self.stride == 1 or self.rank == self.num_segments
 
     @property
     def is_sender(self) -> bool:
-        """The additional rank of stride 2 repeats the last segment, which no other segment reads."""
+        """The additional rank of stride 2 repeats the last segment, which no other segment
+        reads.
+        """
         return self.rank < self.num_segments - 1
 
     @property
@@ -49,7 +57,11 @@ class RankRole:
         return self.num_segments if self.stride == 2 else self.num_segments - 1
 
     def ranks_of(self, segment: int) -> tuple[int, ...]:
-        return tuple(rank for rank in range(self.num_segments + self.stride - 1) if min(rank, self.num_segments - 1) == segment)
+        return tuple(
+            rank
+            for rank in range(self.num_segments + self.stride - 1)
+            if min(rank, self.num_segments - 1) == segment
+        )
 
 
 def phase_of(evaluation: int, *, num_synchronous: int, stride: int) -> Phase:
@@ -59,8 +71,11 @@ def phase_of(evaluation: int, *, num_synchronous: int, stride: int) -> Phase:
     return Phase.STALE if (evaluation - num_synchronous) % stride == 0 else Phase.AHEAD
 
 
-def num_synchronous_steps(options: Mapping[str, Any], request: GenerateRequest, num_inference_steps: int) -> int:
-    """Sampling steps at the start that are exact: the request's, else `synced_percent` of the steps, else `warmup_steps`; at least 1.
+def num_synchronous_steps(
+    options: Mapping[str, Any], request: GenerateRequest, num_inference_steps: int
+) -> int:
+    """Sampling steps at the start that are exact: the request's, else `synced_percent` of the
+    steps, else `warmup_steps`; at least 1.
 
     One is needed because the first stale evaluation reads the values of the one before it.
     """
@@ -73,10 +88,12 @@ def num_synchronous_steps(options: Mapping[str, Any], request: GenerateRequest, 
 
 
 def extrapolates(options: Mapping[str, Any], *, order: int) -> bool:
-    """Whether stale values are continued along a line: as asked, else where turns are evenly spaced and the timestep is the present one.
+    """Whether stale values are continued along a line: as asked, else where turns are evenly spaced
+    and the timestep is the present one.
 
-    order: evaluations per step of the sampler. Two of them do not lie on one line in time, and with stride 2 or a shifted timestep the
-    values are not meant for the evaluation at hand. docs/quality.md has what it brings.
+    order: evaluations per step of the sampler. Two of them do not lie on one line in time, and with
+    stride 2 or a shifted timestep the values are not meant for the evaluation at hand.
+    docs/quality.md has what it brings.
     """
     if options["extrapolate"] is not None:
         return bool(options["extrapolate"])
@@ -84,5 +101,7 @@ def extrapolates(options: Mapping[str, Any], *, order: int) -> bool:
 
 
 def num_synchronous_evaluations(steps: int, num_inference_steps: int, order: int) -> int:
-    """The same in evaluations. A warm-up of all steps covers every evaluation: PNDM makes one more than it has steps."""
+    """The same in evaluations. A warm-up of all steps covers every evaluation: PNDM makes one more
+    than it has steps.
+    """
     return sys.maxsize if steps >= num_inference_steps else steps * order

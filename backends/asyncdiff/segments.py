@@ -1,4 +1,6 @@
-"""Where to cut: segments of consecutive units, the largest of which takes as little time as possible, and what crosses the cuts."""
+"""Where to cut: segments of consecutive units, the largest of which takes as little time as
+possible, and what crosses the cuts.
+"""
 
 import itertools
 import logging
@@ -11,7 +13,9 @@ from backends.errors import PlanError
 logger = logging.getLogger(__name__)
 
 TOLERANCE = 0.02
-"""Cuts this much slower than the best are as good: measured times differ more from call to call. Among them the fewest bytes win."""
+"""Cuts this much slower than the best are as good: measured times differ more from call to call.
+Among them the fewest bytes win.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +27,9 @@ class Segments:
 
     def __post_init__(self) -> None:
         edges = (self.bounds[0], self.bounds[-1])
-        assert edges == (0, len(self.layout.units)) and all(a < b for a, b in itertools.pairwise(self.bounds)), self.bounds
+        assert edges == (0, len(self.layout.units)) and all(
+            a < b for a, b in itertools.pairwise(self.bounds)
+        ), self.bounds
 
     @property
     def num_segments(self) -> int:
@@ -36,7 +42,9 @@ class Segments:
         return next(segment for segment in range(self.num_segments) if unit in self.units(segment))
 
     def imports(self, segment: int) -> tuple[Source, ...]:
-        """Tensors that this segment reads and others make. The last segment also makes the denoiser's result."""
+        """Tensors that this segment reads and others make. The last segment also makes the
+        denoiser's result.
+        """
         mine = self.units(segment)
         reads = set().union(*(self.layout.units[unit].reads for unit in mine))
         if segment == self.num_segments - 1:
@@ -44,29 +52,41 @@ class Segments:
         return tuple(sorted(source for source in reads if source[0] not in mine))
 
     def table(self, seconds: Sequence[float]) -> str:
-        """One line for each unit: name, milliseconds, segment, share of the whole; then one for each segment."""
+        """One line for each unit: name, milliseconds, segment, share of the whole; then one for
+        each segment.
+        """
         total = sum(seconds) or 1.0
         lines = [f"{'unit':56} {'ms':>9} segment   share"]
         for index, (unit, cost) in enumerate(zip(self.layout.units, seconds, strict=True)):
-            lines.append(f"{unit.name:56} {1e3 * cost:9.3f} {self.segment_of(index):7} {cost / total:7.1%}")
+            lines.append(
+                f"{unit.name:56} {1e3 * cost:9.3f} {self.segment_of(index):7} {cost / total:7.1%}"
+            )
         for segment in range(self.num_segments):
             share = sum(seconds[unit] for unit in self.units(segment)) / total
             received = sum(self.layout.num_bytes(source) for source in self.imports(segment))
             lines.append(
-                f"segment {segment}: {len(self.units(segment))} units, {share:.1%} of the time, reads {received / 1e6:.3f} MB of others"
+                f"segment {segment}: {len(self.units(segment))} units, {share:.1%} of the time, "
+                f"reads {received / 1e6:.3f} MB of others"
             )
         return "\n".join(lines)
 
 
-def choose_segments(layout: Layout, costs: Sequence[float], num_segments: int, weights: Sequence[float] | None = None) -> Segments:
-    """The contiguous cuts with the smallest largest segment (cost / weight), and among near equals the fewest bytes across cuts.
+def choose_segments(
+    layout: Layout,
+    costs: Sequence[float],
+    num_segments: int,
+    weights: Sequence[float] | None = None,
+) -> Segments:
+    """The contiguous cuts with the smallest largest segment (cost / weight), and among near equals
+    the fewest bytes across cuts.
 
     costs: of each unit, any unit of measure. weights: relative speed of each segment's rank.
     Raises PlanError if there are more segments than units.
     """
     if num_segments > len(layout.units):
         raise PlanError(
-            f"model_n={num_segments} is not possible: this model has {len(layout.units)} units. Use at most {len(layout.units)} segments."
+            f"model_n={num_segments} is not possible: this model has {len(layout.units)} units. "
+            f"Use at most {len(layout.units)} segments."
         )
     speeds = tuple(weights or [1.0] * num_segments)
     table = _Costs(costs, speeds, _live_bytes(layout))
@@ -75,25 +95,38 @@ def choose_segments(layout: Layout, costs: Sequence[float], num_segments: int, w
 
 
 def _live_bytes(layout: Layout) -> list[int]:
-    """Bytes made before unit p and read at p or later, for each p: what a cut in front of p makes the ranks send."""
+    """Bytes made before unit p and read at p or later, for each p: what a cut in front of p makes
+    the ranks send.
+    """
     num_units = len(layout.units)
     last_reader: dict[Source, int] = {}
     for index, unit in enumerate(layout.units):
         last_reader |= dict.fromkeys(unit.reads, index)
     last_reader |= dict.fromkeys(layout.output_reads, num_units)
-    return [sum(layout.num_bytes(source) for source, last in last_reader.items() if source[0] < p <= last) for p in range(num_units + 1)]
+    return [
+        sum(
+            layout.num_bytes(source)
+            for source, last in last_reader.items()
+            if source[0] < p <= last
+        )
+        for p in range(num_units + 1)
+    ]
 
 
 class _Costs:
     """Dynamic programming over (segments placed, units placed)."""
 
-    def __init__(self, costs: Sequence[float], speeds: Sequence[float], live_bytes: Sequence[int]) -> None:
+    def __init__(
+        self, costs: Sequence[float], speeds: Sequence[float], live_bytes: Sequence[int]
+    ) -> None:
         self._total = [0.0, *itertools.accumulate(costs)]
         self._speeds = speeds
         self._live_bytes = live_bytes
 
     def best_cuts(self, *, limit: float, by_bytes: bool) -> tuple[float, tuple[int, ...]]:
-        """(value, bounds) with the smallest largest segment, or with the fewest bytes where no segment costs more than `limit`."""
+        """(value, bounds) with the smallest largest segment, or with the fewest bytes where no
+        segment costs more than `limit`.
+        """
         num_units = len(self._total) - 1
         best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, (0,))}
         for speed in self._speeds:

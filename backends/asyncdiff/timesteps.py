@@ -1,4 +1,6 @@
-"""The timesteps ahead: with stride 2 the segments compute for the evaluation after the one at hand."""
+"""The timesteps ahead: with stride 2 the segments compute for the evaluation after the one at
+hand.
+"""
 
 from typing import Any
 
@@ -10,24 +12,38 @@ CLOSE = 0.01
 
 
 class Timesteps:
-    """What the pipeline will give the denoiser as timestep, evaluation by evaluation, read off the scheduler's list.
+    """What the pipeline will give the denoiser as timestep, evaluation by evaluation, read off the
+    scheduler's list.
 
-    first: the first evaluation's timestep as the pipeline gave it. It says where in the list the run starts (image to image starts
-    late) and in which unit the pipeline counts (flux divides by the number of training steps).
+    first: the first evaluation's timestep as the pipeline gave it. It says where in the list the
+    run starts (image to image starts late) and in which unit the pipeline counts (flux divides by
+    the number of training steps).
     """
 
     def __init__(self, scheduler: Any, first: Tensor) -> None:
         self._values = [float(value) for value in scheduler.timesteps]
-        self._start, self._scale = _find(self._values, float(first.flatten()[0]), scheduler.config.get("num_train_timesteps", 1000))
+        self._start, self._scale = _find(
+            self._values,
+            float(first.flatten()[0]),
+            scheduler.config.get("num_train_timesteps", 1000),
+        )
 
     def after(self, evaluation: int, current: Tensor) -> Tensor:
-        """The timestep of the evaluation after this one, shaped like `current`; `current` itself at the end of the list."""
+        """The timestep of the evaluation after this one, shaped like `current`; `current` itself at
+        the end of the list.
+        """
         index = self._start + evaluation + 1
-        return torch.full_like(current, self._values[index] * self._scale) if index < len(self._values) else current
+        return (
+            torch.full_like(current, self._values[index] * self._scale)
+            if index < len(self._values)
+            else current
+        )
 
 
 def _find(values: list[float], first: float, num_train_timesteps: int) -> tuple[int, float]:
-    """(index, unit) of the first timestep. The list's own start comes before all other places: the units can be confused elsewhere."""
+    """(index, unit) of the first timestep. The list's own start comes before all other places: the
+    units can be confused elsewhere.
+    """
     scales = (1.0, 1.0 / num_train_timesteps)
     for index, value in enumerate(values):
         for scale in scales:

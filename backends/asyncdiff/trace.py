@@ -1,4 +1,6 @@
-"""Learns a denoiser's units from real calls: their order, what each reads of the others, and how long each takes."""
+"""Learns a denoiser's units from real calls: their order, what each reads of the others, and how
+long each takes.
+"""
 
 import time
 from collections import Counter
@@ -11,17 +13,27 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from backends.asyncdiff.units import INPUT, Layout, Source, Unit, UnitHooks, leaves, num_bytes, tensors
+from backends.asyncdiff.units import (
+    INPUT,
+    Layout,
+    Source,
+    Unit,
+    UnitHooks,
+    leaves,
+    num_bytes,
+    tensors,
+)
 
 TIMED_CALLS = 3
 
 
 def trace(hooks: UnitHooks, call: Callable[[], Any], model_input: Tensor) -> tuple[Layout, Any]:
-    """Run `call` once and note which units depend on `model_input`, in which order, and through which tensors.
+    """Run `call` once and note which units depend on `model_input`, in which order, and through
+    which tensors.
 
-    What runs outside the units (additions, concatenations, reshapes) is followed tensor by tensor. Modules that do not depend on the
-    input (time and text embeddings) or that run more than once are no units: every rank computes them.
-    Returns the layout and the call's own result.
+    What runs outside the units (additions, concatenations, reshapes) is followed tensor by tensor.
+    Modules that do not depend on the input (time and text embeddings) or that run more than once
+    are no units: every rank computes them. Returns the layout and the call's own result.
     """
     repeated: frozenset[str] = frozenset()
     while True:
@@ -34,11 +46,17 @@ def trace(hooks: UnitHooks, call: Callable[[], Any], model_input: Tensor) -> tup
         repeated |= again
 
 
-def time_units(hooks: UnitHooks, call: Callable[[], Any], layout: Layout, device: torch.device) -> list[float]:
-    """Seconds of each unit, in the layout's order: the fastest of a few calls, so that first-call costs do not count."""
+def time_units(
+    hooks: UnitHooks, call: Callable[[], Any], layout: Layout, device: torch.device
+) -> list[float]:
+    """Seconds of each unit, in the layout's order: the fastest of a few calls, so that first-call
+    costs do not count.
+    """
     fastest = dict.fromkeys((unit.name for unit in layout.units), float("inf"))
 
-    def play(name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def play(
+        name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         started = _now(device)
         result = forward(*args, **kwargs)
         if name in fastest:
@@ -68,7 +86,9 @@ class _Dataflow(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         sources = self.sources((args, kwargs))
         if sources:
-            changed = tensors(result) if result is not None else tensors(args[:1])  # x[...] = y returns nothing and changes x
+            changed = (
+                tensors(result) if result is not None else tensors(args[:1])
+            )  # x[...] = y returns nothing and changes x
             for tensor in changed:
                 self.mark(tensor, sources)
         return result
@@ -77,7 +97,9 @@ class _Dataflow(TorchFunctionMode):
         self._sources[tensor] = sources
 
     def sources(self, value: Any) -> frozenset[Source]:
-        return frozenset().union(*(self._sources.get(tensor, frozenset()) for tensor in tensors(value)))
+        return frozenset().union(
+            *(self._sources.get(tensor, frozenset()) for tensor in tensors(value))
+        )
 
     def reads(self, value: Any) -> frozenset[Source]:
         return self.sources(value) - {INPUT}
@@ -100,7 +122,9 @@ class _Tracer:
         self.num_calls: Counter[str] = Counter()
         self._ignored = ignored
 
-    def play(self, name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def play(
+        self, name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         if name in self._ignored:
             return forward(*args, **kwargs)
         with self.flow.paused():
@@ -113,7 +137,9 @@ class _Tracer:
     def _record(self, name: str, reads: frozenset[Source], results: list[Any]) -> None:
         index = len(self.units)
         self.num_calls[name] += 1
-        self.units.append(Unit(name=name, reads=reads, leaf_bytes=tuple(num_bytes(leaf) for leaf in results)))
+        self.units.append(
+            Unit(name=name, reads=reads, leaf_bytes=tuple(num_bytes(leaf) for leaf in results))
+        )
         for position, leaf in enumerate(results):
             if isinstance(leaf, Tensor):
                 self.flow.mark(leaf, frozenset({(index, position)}))

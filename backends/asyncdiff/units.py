@@ -1,6 +1,8 @@
-"""The units of a denoiser: the smallest pieces a cut may fall between, found from the outside, and the hooks on them.
+"""The units of a denoiser: the smallest pieces a cut may fall between, found from the outside, and
+the hooks on them.
 
-A unit is a resnet, a sampler, a transformer block, or a layer that stands beside such blocks (conv_in, proj_out, ...). There is no list
+A unit is a resnet, a sampler, a transformer block, or a layer that stands beside such blocks
+(conv_in, proj_out, ...). There is no list
 per model: a module is taken apart only if it holds a list of blocks, else it is a unit whole.
 """
 
@@ -30,7 +32,8 @@ Player = Callable[[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], An
 class Unit:
     """One unit, as one call of the denoiser met it.
 
-    reads: the tensors of other units that reach its arguments. leaf_bytes: size of each leaf it returns (0 for what is no tensor).
+    reads: the tensors of other units that reach its arguments. leaf_bytes: size of each leaf it
+    returns (0 for what is no tensor).
     """
 
     name: str
@@ -78,9 +81,13 @@ class UnitHooks:
             self._executor = None
 
     def is_current(self) -> bool:
-        """False after something replaced modules (peft puts LoRA layers in the place of plain ones): attach again then."""
+        """False after something replaced modules (peft puts LoRA layers in the place of plain
+        ones): attach again then.
+        """
         found = find_units(self._denoiser)
-        return found.keys() == self._modules.keys() and all(found[name] is module for name, module in self._modules.items())
+        return found.keys() == self._modules.keys() and all(
+            found[name] is module for name, module in self._modules.items()
+        )
 
     def detach(self) -> None:
         for module in self._modules.values():
@@ -97,7 +104,9 @@ class UnitHooks:
 
 
 def find_units(denoiser: nn.Module) -> dict[str, nn.Module]:
-    """Modules that may be units, by name: every module outside the blocks, and every block that holds no list of blocks itself."""
+    """Modules that may be units, by name: every module outside the blocks, and every block that
+    holds no list of blocks itself.
+    """
     blocks = {id(block) for module in denoiser.modules() for block in _blocks_of(module)}
     return dict(_visit(denoiser, "", blocks))
 
@@ -111,8 +120,12 @@ def _visit(module: nn.Module, prefix: str, blocks: set[int]) -> Iterator[tuple[s
 
 
 def _blocks_of(module: nn.Module) -> list[nn.Module]:
-    """The elements of a list of blocks. A list of bare layers (`to_out` = Linear, Dropout) is no list of blocks."""
-    if not isinstance(module, nn.ModuleList) or not all(any(element.children()) for element in module):
+    """The elements of a list of blocks. A list of bare layers (`to_out` = Linear, Dropout) is no
+    list of blocks.
+    """
+    if not isinstance(module, nn.ModuleList) or not all(
+        any(element.children()) for element in module
+    ):
         return []
     return list(module)
 

@@ -1,7 +1,8 @@
-"""Every way in which some number of ranks can make one image of a model type: what `--backend=auto` chooses from. Imports no torch.
+"""Every way in which some number of ranks can make one image of a model type: what `--backend=auto`
+chooses from. Imports no torch.
 
-A way is a backend with degrees and modes. Whether it can be is the backend's own `make_plan` to say; what it refuses stays in the list
-with its reason, so that the table of the choice tells it.
+A way is a backend with degrees and modes. Whether it can be is the backend's own `make_plan` to
+say; what it refuses stays in the list with its reason, so that the table of the choice tells it.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,18 +16,24 @@ from backends.plan import ParallelPlan
 
 Quality = Literal["exact", "high", "fast"]
 QUALITIES: tuple[Quality, ...] = ("exact", "high", "fast")
-"""From the strictest: an image like one rank's; one that was measured to come close (docs/quality.md); any."""
+"""From the strictest: an image like one rank's; one that was measured to come close
+(docs/quality.md); any.
+"""
 Check = Callable[[ParallelPlan], None]
 """Raises the HostError of a plan that other options of the launch rule out."""
 CLOSE_SYNC_MODES = ("corrected_async_gn", "sync_gn")
-"""Of distrifuser's approximate modes those above 45 dB in docs/quality.md. Their values are one step old, whatever the number of ranks."""
+"""Of distrifuser's approximate modes those above 45 dB in docs/quality.md. Their values are one
+step old, whatever the number of ranks.
+"""
 CLOSE_SEGMENTS = 2
 """asyncdiff's values grow a step older with each further segment, and only two were measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """One way. options: the launch options that ask for it. plan: None where `refusal` says why it cannot be."""
+    """One way. options: the launch options that ask for it. plan: None where `refusal` says why it
+    cannot be.
+    """
 
     name: str
     backend: str
@@ -45,7 +52,9 @@ def quality_of(plan: ParallelPlan) -> Quality:
     if plan.exactness != "approximate":
         return "exact"
     options = plan.options
-    is_close_patch = options.get("sync_mode") in CLOSE_SYNC_MODES and options.get("parallelism") == "patch"
+    is_close_patch = (
+        options.get("sync_mode") in CLOSE_SYNC_MODES and options.get("parallelism") == "patch"
+    )
     is_close_segment = options.get("model_n") == CLOSE_SEGMENTS and options.get("stride") == 1
     return "high" if is_close_patch or is_close_segment else "fast"
 
@@ -63,11 +72,13 @@ def list_candidates(
     is_guided: bool = True,
     check: Check = lambda plan: None,
 ) -> list[Candidate]:
-    """All ways with every number of ranks that divides `world_size`, fewest ranks first, then in the table's order of backends.
+    """All ways with every number of ranks that divides `world_size`, fewest ranks first, then in
+    the table's order of backends.
 
-    given: launch options, with `checkpoint`, so that heads and blocks can be counted. features: of the model table, which the launch
-    asks for. is_guided: images have two halves of guidance; without them nothing is gained by splitting them. check: see Check.
-    Ways that come to the same thing (the CFG split alone is shared code) appear once, under the first backend.
+    given: launch options, with `checkpoint`, so that heads and blocks can be counted. features: of
+    the model table, which the launch asks for. is_guided: images have two halves of guidance;
+    without them nothing is gained by splitting them. check: see Check. Ways that come to the same
+    thing (the CFG split alone is shared code) appear once, under the first backend.
     """
     found: dict[object, Candidate] = {}
     for ranks in _divisors(world_size):
@@ -97,7 +108,9 @@ def _candidate(
         plan = made
     except HostError as error:
         refusal = str(error)
-    return Candidate(name=name, backend=backend, ranks=ranks, options=options, plan=plan, refusal=refusal)
+    return Candidate(
+        name=name, backend=backend, ranks=ranks, options=options, plan=plan, refusal=refusal
+    )
 
 
 def _identity(candidate: Candidate) -> object:
@@ -107,7 +120,9 @@ def _identity(candidate: Candidate) -> object:
     return axes if axes == (("cfg", 2),) else candidate.name
 
 
-def _ways(spec: ModelSpec, ranks: int, *, is_guided: bool) -> Iterator[tuple[str, str, dict[str, object]]]:
+def _ways(
+    spec: ModelSpec, ranks: int, *, is_guided: bool
+) -> Iterator[tuple[str, str, dict[str, object]]]:
     """(backend, name, options) of everything that is worth asking a backend's make_plan for."""
     if ranks == 1:
         yield "single", "single", {}
@@ -124,36 +139,56 @@ def _halves(ranks: int, is_guided: bool) -> list[int]:
     return [2, 1] if is_guided and ranks % 2 == 0 else [1]
 
 
-def _patches(spec: ModelSpec, ranks: int, is_guided: bool) -> Iterator[tuple[str, dict[str, object]]]:
+def _patches(
+    spec: ModelSpec, ranks: int, is_guided: bool
+) -> Iterator[tuple[str, dict[str, object]]]:
     for cfg in _halves(ranks, is_guided and spec.guidance == "cfg"):
         whole: dict[str, object] = {} if cfg == 2 else {"no_split_batch": True}
         if cfg == ranks:
             yield "cfg 2", whole
             continue
         for sync_mode in ("corrected_async_gn", "full_sync"):
-            yield f"{_times(cfg=cfg, patch=ranks // cfg)} {sync_mode}", whole | {"sync_mode": sync_mode}
+            yield (
+                f"{_times(cfg=cfg, patch=ranks // cfg)} {sync_mode}",
+                whole | {"sync_mode": sync_mode},
+            )
 
 
-def _segments(spec: ModelSpec, ranks: int, is_guided: bool) -> Iterator[tuple[str, dict[str, object]]]:
+def _segments(
+    spec: ModelSpec, ranks: int, is_guided: bool
+) -> Iterator[tuple[str, dict[str, object]]]:
     for cfg in _halves(ranks, is_guided and spec.guidance != "distilled"):
-        shared: dict[str, object] = {"use_cfg_parallel": True} if cfg == 2 else {"use_cfg_parallel": False}
+        shared: dict[str, object] = (
+            {"use_cfg_parallel": True} if cfg == 2 else {"use_cfg_parallel": False}
+        )
         if cfg == ranks:
             yield "cfg 2", shared
             continue
         for stride in (1, 2):
             model_n = ranks // cfg - stride + 1
             if model_n >= 2:
-                yield _times(cfg=cfg, segment=model_n) + f" stride {stride}", shared | {"model_n": model_n, "stride": stride}
+                yield (
+                    _times(cfg=cfg, segment=model_n) + f" stride {stride}",
+                    shared | {"model_n": model_n, "stride": stride},
+                )
 
 
-def _sequences(spec: ModelSpec, ranks: int, is_guided: bool) -> Iterator[tuple[str, dict[str, object]]]:
+def _sequences(
+    spec: ModelSpec, ranks: int, is_guided: bool
+) -> Iterator[tuple[str, dict[str, object]]]:
     for cfg in _halves(ranks, is_guided and spec.guidance == "cfg"):
         rest = ranks // cfg
         for stage in _divisors(rest):
             for ring in _divisors(rest // stage):
                 ulysses = rest // stage // ring
-                degrees = {"ulysses_degree": ulysses, "ring_degree": ring, "pipefusion_parallel_degree": stage}
-                options: dict[str, object] = {name: degree for name, degree in degrees.items() if degree > 1}
+                degrees = {
+                    "ulysses_degree": ulysses,
+                    "ring_degree": ring,
+                    "pipefusion_parallel_degree": stage,
+                }
+                options: dict[str, object] = {
+                    name: degree for name, degree in degrees.items() if degree > 1
+                }
                 name = _times(cfg=cfg, pipefusion=stage, ring=ring, ulysses=ulysses)
                 if spec.denoiser == "transformer" or rest == 1:
                     yield name, options | ({"use_cfg_parallel": True} if cfg == 2 else {})

@@ -1,8 +1,11 @@
-"""Seconds per step and bytes per rank of a plan, predicted from one rank's step and the link between ranks. Imports no torch.
+"""Seconds per step and bytes per rank of a plan, predicted from one rank's step and the link
+between ranks. Imports no torch.
 
-Used by `--backend=auto` (hosts/launch/auto_backend.py) and by benchmarks/planner.py and benchmarks/simulate.py. docs/planner.md says how far to
-trust it. What one rank's step does is measured (backends/autotune/step_profile.py) or estimated (backends/autotune/estimate.py); how the methods divide it is
-arithmetic over the papers' schedules; what they lose beside it are the constants below, taken from measurements.
+Used by `--backend=auto` (hosts/launch/auto_backend.py) and by benchmarks/planner.py and
+benchmarks/simulate.py. docs/planner.md says how far to trust it. What one rank's step does is
+measured (backends/autotune/step_profile.py) or estimated (backends/autotune/estimate.py); how the
+methods divide it is arithmetic over the papers' schedules; what they lose beside it are the
+constants below, taken from measurements.
 """
 
 from dataclasses import dataclass, fields
@@ -11,11 +14,14 @@ from typing import Any
 from backends.plan import ParallelPlan
 
 CFG_LOSS = 1.10
-"""A step on half of the batch, over half of a step. The losses below are likewise over the even share, without what is sent; all were
-measured with two CPU ranks of one thread, and lie between those of small latents (16 to 32) and of 64 (docs/planner.md)."""
+"""A step on half of the batch, over half of a step. The losses below are likewise over the even
+share, without what is sent; all were measured with two CPU ranks of one thread, and lie between
+those of small latents (16 to 32) and of 64 (docs/planner.md)."""
 PATCH_LOSS = 1.26
 FULL_SYNC_LOSS = 1.50
-"""Ranks stop for each other at every convolution, norm and attention, and each time wait for the slower one."""
+"""Ranks stop for each other at every convolution, norm and attention, and each time wait for the
+slower one.
+"""
 SEGMENT_LOSS = 1.07
 ULYSSES_LOSS = 1.26
 RING_LOSS = 1.22
@@ -27,11 +33,14 @@ PACKED_MESSAGES = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What one sampling step does on one rank. Bytes are of whole images and of both halves of guidance, in the compute type.
+    """What one sampling step does on one rank. Bytes are of whole images and of both halves of
+    guidance, in the compute type.
 
-    halves: 2 where guidance makes two predictions. kv_bytes: keys and values of all self-attentions. halo_bytes: rows that the
-    convolutions see beyond the border of a patch. skip_bytes: what a UNet keeps for its way up. hidden_bytes: what passes from block to
-    block. latent_bytes: the prediction. weight_bytes: of the denoiser; other_bytes: of all else that is loaded.
+    halves: 2 where guidance makes two predictions. kv_bytes: keys and values of all
+    self-attentions. halo_bytes: rows that the convolutions see beyond the border of a patch.
+    skip_bytes: what a UNet keeps for its way up. hidden_bytes: what passes from block to block.
+    latent_bytes: the prediction. weight_bytes: of the denoiser; other_bytes: of all else that is
+    loaded.
     """
 
     step_s: float
@@ -51,7 +60,9 @@ class Work:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
-    """Between ranks. hides: share of the computing time behind which messages can be sent; ranks on CPUs share cores with what sends."""
+    """Between ranks. hides: share of the computing time behind which messages can be sent; ranks on
+    CPUs share cores with what sends.
+    """
 
     latency_s: float
     bytes_per_s: float
@@ -63,9 +74,11 @@ class Link:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """Of one plan. step_s: a step after the synchronous ones, of which there are `num_synchronous` of `synchronous_s` each.
+    """Of one plan. step_s: a step after the synchronous ones, of which there are `num_synchronous`
+    of `synchronous_s` each.
 
-    sent_bytes: by one rank in a step. run_bytes: memory of one rank; load_bytes: while it loads, when it still has all weights.
+    sent_bytes: by one rank in a step. run_bytes: memory of one rank; load_bytes: while it loads,
+    when it still has all weights.
     """
 
     step_s: float
@@ -80,14 +93,20 @@ class Estimate:
         return max(self.run_bytes, self.load_bytes)
 
     def image_s(self, num_steps: int, *, step_s: float | None = None) -> float:
-        """Seconds of all steps of an image; without text encoders and decoder. step_s: in place of the predicted one."""
+        """Seconds of all steps of an image; without text encoders and decoder. step_s: in place of
+        the predicted one.
+        """
         synchronous = min(self.num_synchronous, num_steps)
-        return synchronous * self.synchronous_s + (num_steps - synchronous) * (self.step_s if step_s is None else step_s)
+        return synchronous * self.synchronous_s + (num_steps - synchronous) * (
+            self.step_s if step_s is None else step_s
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Share:
-    """One rank's part, after the CFG split. compute_s: of one pass over the image; the others as in Work."""
+    """One rank's part, after the CFG split. compute_s: of one pass over the image; the others as in
+    Work.
+    """
 
     compute_s: float
     fraction: float
@@ -98,7 +117,9 @@ class _Share:
         return self.fraction * num_bytes
 
     def shown(self, num_bytes: float, messages: float, compute_s: float) -> float:
-        """Seconds by which messages sent in the background lengthen a step that computes for so long."""
+        """Seconds by which messages sent in the background lengthen a step that computes for so
+        long.
+        """
         needed = self.link.seconds(num_bytes, messages)
         hidden = min(needed * self.link.hides, compute_s)
         return needed - hidden
@@ -116,20 +137,31 @@ class _Cost:
 
 
 def predict(plan: ParallelPlan, work: Work, link: Link) -> Estimate:
-    """What a step of the plan will take. Axes multiply: the CFG split first, the method within each half."""
+    """What a step of the plan will take. Axes multiply: the CFG split first, the method within each
+    half.
+    """
     cfg = plan.degree("cfg")
     is_split = cfg == 2 and work.halves == 2
     fraction = 0.5 if is_split else 1.0
-    share = _Share(compute_s=work.step_s * fraction * (CFG_LOSS if is_split else 1.0), fraction=fraction, work=work, link=link)
+    share = _Share(
+        compute_s=work.step_s * fraction * (CFG_LOSS if is_split else 1.0),
+        fraction=fraction,
+        work=work,
+        link=link,
+    )
     cost = _method_cost(plan, share)
     gathered_bytes = work.latent_bytes / 2 if cfg == 2 else 0.0
     gathering_s = link.seconds(gathered_bytes, 1) if cfg == 2 else 0.0
     run_bytes = (
-        work.weight_bytes * cost.kept_weights + work.other_bytes + work.activation_bytes * fraction * cost.activations + cost.buffer_bytes
+        work.weight_bytes * cost.kept_weights
+        + work.other_bytes
+        + work.activation_bytes * fraction * cost.activations
+        + cost.buffer_bytes
     )
     return Estimate(
         step_s=cost.step_s + gathering_s,
-        synchronous_s=(cost.step_s if cost.synchronous_s is None else cost.synchronous_s) + gathering_s,
+        synchronous_s=(cost.step_s if cost.synchronous_s is None else cost.synchronous_s)
+        + gathering_s,
         num_synchronous=cost.num_synchronous,
         sent_bytes=cost.sent_bytes + gathered_bytes,
         run_bytes=run_bytes,
@@ -148,7 +180,9 @@ def _method_cost(plan: ParallelPlan, share: _Share) -> _Cost:
 
 
 def _patches(plan: ParallelPlan, share: _Share) -> _Cost:
-    """DistriFusion, arXiv:2402.19481, section 4: each rank sends its keys, values and border rows to all others."""
+    """DistriFusion, arXiv:2402.19481, section 4: each rank sends its keys, values and border rows
+    to all others.
+    """
     ranks, work = plan.degree("patch"), share.work
     sent = share.of(work.kv_bytes / ranks + work.halo_bytes) * (ranks - 1)
     computing = share.compute_s * FULL_SYNC_LOSS / ranks
@@ -161,14 +195,23 @@ def _patches(plan: ParallelPlan, share: _Share) -> _Cost:
     return _Cost(
         step_s=computing + share.shown(sent, PACKED_MESSAGES, computing),
         num_synchronous=_warmup(plan),
-        buffer_bytes=2 * share.of(work.kv_bytes),  # values of the step before, of the others, and what extrapolates them
+        buffer_bytes=2
+        * share.of(
+            work.kv_bytes
+        ),  # values of the step before, of the others, and what extrapolates them
         **shared,
     )
 
 
 def _segments(plan: ParallelPlan, share: _Share) -> _Cost:
-    """AsyncDiff, arXiv:2406.06911, section 3: a turn computes one segment on each rank; with stride 2 it makes two steps."""
-    segments, stride, work = int(str(plan.options["model_n"])), int(str(plan.options["stride"])), share.work
+    """AsyncDiff, arXiv:2406.06911, section 3: a turn computes one segment on each rank; with stride
+    2 it makes two steps.
+    """
+    segments, stride, work = (
+        int(str(plan.options["model_n"])),
+        int(str(plan.options["stride"])),
+        share.work,
+    )
     is_sharded = bool(plan.options.get("shard_weights"))
     computing = share.compute_s * SEGMENT_LOSS / segments / stride
     sent = share.of(work.hidden_bytes + work.skip_bytes + work.latent_bytes * stride) / stride
@@ -183,13 +226,17 @@ def _segments(plan: ParallelPlan, share: _Share) -> _Cost:
 
 
 def _sequence(plan: ParallelPlan, share: _Share) -> _Cost:
-    """Ulysses (arXiv:2309.14509, section 3): two exchanges in each attention, waited for. Ring (arXiv:2310.01889): while it computes."""
+    """Ulysses (arXiv:2309.14509, section 3): two exchanges in each attention, waited for. Ring
+    (arXiv:2310.01889): while it computes.
+    """
     ulysses, ring, work = plan.degree("ulysses"), plan.degree("ring"), share.work
     ranks = ulysses * ring
     loss = (ULYSSES_LOSS if ulysses > 1 else 1.0) * (RING_LOSS if ring > 1 else 1.0)
     computing = share.compute_s * loss / ranks
     kv_bytes = share.of(work.kv_bytes) / ranks
-    traded = 2 * kv_bytes * (ulysses - 1) / ulysses  # queries, keys, values and the result: twice the keys and values
+    traded = (
+        2 * kv_bytes * (ulysses - 1) / ulysses
+    )  # queries, keys, values and the result: twice the keys and values
     passed = kv_bytes * (ring - 1)
     waited = share.link.seconds(traded, 2 * work.num_attentions) if ulysses > 1 else 0.0
     shown = share.shown(passed, (ring - 1) * work.num_attentions, computing) if ring > 1 else 0.0
@@ -204,13 +251,16 @@ def _sequence(plan: ParallelPlan, share: _Share) -> _Cost:
 def _stages(plan: ParallelPlan, share: _Share, inner: _Cost) -> _Cost:
     """PipeFusion, arXiv:2405.14430, section 4, as docs/xdit.md describes it.
 
-    Stages wait for each other between steps only where patches are too few, or where a data axis wants whole predictions.
+    Stages wait for each other between steps only where patches are too few, or where a data axis
+    wants whole predictions.
     """
     stages, work = plan.degree("stage"), share.work
     halves = 2 if work.halves == 2 and plan.degree("cfg") == 1 else 1
     patches = int(str(plan.options["num_pipeline_patch"]))
     turns = halves * patches
-    filling = (turns + stages - 1 if plan.degree("data") > 1 else max(turns, stages + halves - 1)) / turns
+    filling = (
+        turns + stages - 1 if plan.degree("data") > 1 else max(turns, stages + halves - 1)
+    ) / turns
     computing = inner.step_s / stages * filling * STAGE_LOSS
     sent = share.of(work.hidden_bytes + work.latent_bytes)
     whole = (halves + stages - 1) / halves / stages

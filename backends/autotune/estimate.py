@@ -1,6 +1,8 @@
-"""What a step of a model would do, from its configuration alone: for `--check` and simulations, before anything is loaded. No torch.
+"""What a step of a model would do, from its configuration alone: for `--check` and simulations,
+before anything is loaded. No torch.
 
-Bytes follow from the shapes and are close; seconds are operations over an assumed speed, and only their ratio to what is sent matters.
+Bytes follow from the shapes and are close; seconds are operations over an assumed speed, and only
+their ratio to what is sent matters.
 """
 
 import json
@@ -19,12 +21,16 @@ TEXT_TOKENS = 256
 PIXELS_PER_TOKEN = 16
 """Side in pixels of what a transformer's token stands for: 8 of the VAE, 2 of the patches."""
 UNET_REUSE = 10
-"""Latent pixels for which one weight of a UNet is used once: most weights are at its lower resolutions (SD1 8.8, SDXL 14)."""
+"""Latent pixels for which one weight of a UNet is used once: most weights are at its lower
+resolutions (SD1 8.8, SDXL 14).
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """What is assumed of a kind of device and the link between two of them, where nothing was measured."""
+    """What is assumed of a kind of device and the link between two of them, where nothing was
+    measured.
+    """
 
     operations_per_s: float
     link: Link
@@ -37,20 +43,39 @@ DEVICES = {
 """One thread of a CPU with gloo; a data-centre GPU at half precision with NCCL over PCIe."""
 
 
-def estimate_checkpoint(spec: ModelSpec, checkpoint: Path, *, height: int, width: int, variant: str, halves: int, device: Device) -> Work:
-    """Of a folder in diffusers layout, or of a single file with such a folder beside it. What it does not say is taken to be small."""
+def estimate_checkpoint(
+    spec: ModelSpec,
+    checkpoint: Path,
+    *,
+    height: int,
+    width: int,
+    variant: str,
+    halves: int,
+    device: Device,
+) -> Work:
+    """Of a folder in diffusers layout, or of a single file with such a folder beside it. What it
+    does not say is taken to be small.
+    """
     folder = checkpoint.with_suffix("") if checkpoint.is_file() else checkpoint
     config_file = folder / spec.denoiser / "config.json"
     config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
-    parts = {part.name: count_weights(part) for part in folder.iterdir() if part.is_dir()} if folder.is_dir() else {}
-    num_weights = parts.pop(spec.denoiser, 0) or (checkpoint.stat().st_size // 2 if checkpoint.is_file() else 0)
+    parts = (
+        {part.name: count_weights(part) for part in folder.iterdir() if part.is_dir()}
+        if folder.is_dir()
+        else {}
+    )
+    num_weights = parts.pop(spec.denoiser, 0) or (
+        checkpoint.stat().st_size // 2 if checkpoint.is_file() else 0
+    )
     return estimate_config(
         config,
         num_weights=num_weights,
         other_weights=sum(parts.values()),
         height=height,
         width=width,
-        num_frames=(spec.num_frames - 1) // 4 + 1 if spec.denoiser == "transformer" else spec.num_frames,
+        num_frames=(spec.num_frames - 1) // 4 + 1
+        if spec.denoiser == "transformer"
+        else spec.num_frames,
         halves=halves,
         element_bytes=ELEMENT_BYTES[variant],
         device=device,
@@ -72,21 +97,32 @@ def estimate_config(
     """config: of the denoiser. height, width: pixels of the image."""
     batch_bytes = halves * num_frames * element_bytes
     pixels = (height // 8) * (width // 8)
-    shape = _unet(config, height // 8, width // 8) if "block_out_channels" in config else _transformer(config, height, width)
+    shape = (
+        _unet(config, height // 8, width // 8)
+        if "block_out_channels" in config
+        else _transformer(config, height, width)
+    )
     operations = shape.pop("operations_per_weight") * 2 * num_weights * halves * num_frames
     return Work(
         step_s=max(operations, 1.0) / device.operations_per_s,
         halves=halves,
         weight_bytes=num_weights * element_bytes,
         other_bytes=other_weights * element_bytes,
-        activation_bytes=round((shape.get("skip_bytes", 0) + 6 * shape["hidden_bytes"]) * batch_bytes),
+        activation_bytes=round(
+            (shape.get("skip_bytes", 0) + 6 * shape["hidden_bytes"]) * batch_bytes
+        ),
         latent_bytes=pixels * int(config.get("in_channels") or 4) * batch_bytes,
-        **{name: round(value * batch_bytes) if name.endswith("_bytes") else int(value) for name, value in shape.items()},
+        **{
+            name: round(value * batch_bytes) if name.endswith("_bytes") else int(value)
+            for name, value in shape.items()
+        },
     )
 
 
 def count_weights(folder: Path) -> int:
-    """Numbers in a component's safetensors, of its plain files where there are others at half precision too."""
+    """Numbers in a component's safetensors, of its plain files where there are others at half
+    precision too.
+    """
     files = sorted(folder.glob("*.safetensors"))
     plain = [file for file in files if not {".fp16", ".bf16"} & set(file.suffixes)]
     return sum(_numbers_in(file) for file in plain or files)
@@ -106,7 +142,9 @@ def _transformer(config: Mapping[str, Any], height: int, width: int) -> dict[str
     """Bytes are for elements of one byte."""
     heads = config.get("num_attention_heads") or config.get("n_heads") or 16
     hidden = config.get("dim") or heads * (config.get("attention_head_dim") or 64)
-    layers = (config.get("num_layers") or config.get("n_layers") or 24) + (config.get("num_single_layers") or 0)
+    layers = (config.get("num_layers") or config.get("n_layers") or 24) + (
+        config.get("num_single_layers") or 0
+    )
     tokens = (height // PIXELS_PER_TOKEN) * (width // PIXELS_PER_TOKEN) + TEXT_TOKENS
     return {
         "kv_bytes": 2 * layers * tokens * hidden,
@@ -117,7 +155,9 @@ def _transformer(config: Mapping[str, Any], height: int, width: int) -> dict[str
 
 
 def _unet(config: Mapping[str, Any], rows: int, columns: int) -> dict[str, float]:
-    """The same for the levels of a UNet: on each some resnets, with attention where the block's name says so, down and up again."""
+    """The same for the levels of a UNet: on each some resnets, with attention where the block's
+    name says so, down and up again.
+    """
     channels = list(config["block_out_channels"])
     layers = config.get("layers_per_block", 2)
     depth = config.get("transformer_layers_per_block", 1)

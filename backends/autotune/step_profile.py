@@ -1,4 +1,6 @@
-"""What one step of a loaded denoiser does, read off while it runs on one rank: the Work that backends/autotune/cost.py predicts from."""
+"""What one step of a loaded denoiser does, read off while it runs on one rank: the Work that
+backends/autotune/cost.py predicts from.
+"""
 
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +17,9 @@ from backends.parallel import hooks
 
 NAME = "survey"
 WORKSPACE = 6
-"""Activations that live at the same time in one block, in tensors of the largest size; where the device does not count memory itself."""
+"""Activations that live at the same time in one block, in tensors of the largest size; where the
+device does not count memory itself.
+"""
 
 
 class Survey(TorchFunctionMode):
@@ -23,25 +27,40 @@ class Survey(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.kv_bytes = self.halo_bytes = self.skip_bytes = self.hidden_bytes = self.largest_bytes = self.latent_bytes = 0
+        self.kv_bytes = self.halo_bytes = self.skip_bytes = self.hidden_bytes = (
+            self.largest_bytes
+        ) = self.latent_bytes = 0
         self.num_attentions = self.num_convolutions = self.num_norms = 0
         self.seconds = 0.0
 
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            self._attention(*args[:3], **{name: kwargs[name] for name in ("query", "key", "value") if name in kwargs})
+            self._attention(
+                *args[:3],
+                **{name: kwargs[name] for name in ("query", "key", "value") if name in kwargs},
+            )
         elif func is torch.conv2d:
-            self._convolution(kwargs.get("input", args[0] if args else None), kwargs.get("weight", args[1] if len(args) > 1 else None))
+            self._convolution(
+                kwargs.get("input", args[0] if args else None),
+                kwargs.get("weight", args[1] if len(args) > 1 else None),
+            )
         elif func is F.group_norm:
             self.num_norms += 1
         elif func is torch.cat:
-            self._join(args[0] if args else kwargs["tensors"], kwargs.get("dim", args[1] if len(args) > 1 else 0))
+            self._join(
+                args[0] if args else kwargs["tensors"],
+                kwargs.get("dim", args[1] if len(args) > 1 else 0),
+            )
         return func(*args, **kwargs)
 
     def _attention(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         self.largest_bytes = max(self.largest_bytes, query.nbytes)
-        if query.shape[-2] == key.shape[-2]:  # else it is attention to the text, of which every rank has all
+        if (
+            query.shape[-2] == key.shape[-2]
+        ):  # else it is attention to the text, of which every rank has all
             self.num_attentions += 1
             self.kv_bytes += key.nbytes + value.nbytes
             self.hidden_bytes = max(self.hidden_bytes, query.nbytes)
@@ -57,8 +76,18 @@ class Survey(TorchFunctionMode):
         if dim == 1 and len(tensors) == 2 and tensors[0].ndim == 4:
             self.skip_bytes += tensors[1].nbytes
 
-    def work(self, *, step_s: float, halves: int, weight_bytes: int, other_bytes: int, activation_bytes: int | None) -> Work:
-        """With what only the caller knows. activation_bytes: as the device counted them; None where it does not."""
+    def work(
+        self,
+        *,
+        step_s: float,
+        halves: int,
+        weight_bytes: int,
+        other_bytes: int,
+        activation_bytes: int | None,
+    ) -> Work:
+        """With what only the caller knows. activation_bytes: as the device counted them; None where
+        it does not.
+        """
         if activation_bytes is None:
             activation_bytes = self.skip_bytes + WORKSPACE * self.largest_bytes
         return Work(

@@ -1,7 +1,8 @@
-"""Tries methods on a loaded model: seconds per step of the most promising ones, and the link between the ranks. Runs on every rank.
+"""Tries methods on a loaded model: seconds per step of the most promising ones, and the link
+between the ranks. Runs on every rank.
 
-Nothing is loaded again: a method is attached, makes the first steps of an image and is detached. Used for `--backend=auto`
-(hosts/launch/auto_backend.py) and by benchmarks/planner.py.
+Nothing is loaded again: a method is attached, makes the first steps of an image and is detached.
+Used for `--backend=auto` (hosts/launch/auto_backend.py) and by benchmarks/planner.py.
 """
 
 import logging
@@ -35,13 +36,17 @@ SECONDS = 60.0
 SLOW_STEP_S = 10.0
 """A step that takes longer on one rank is not repeated there."""
 NUM_STEPS = 6
-"""Of each trial: a synchronous one, one that still lays out buffers, and two pairs (stride 2 works every other step)."""
+"""Of each trial: a synchronous one, one that still lays out buffers, and two pairs (stride 2 works
+every other step).
+"""
 ALONE_STEPS = 4
 WARMUP_STEPS = 1
 LINK_MESSAGES = 20
 LINK_BYTES = 4_000_000
 HIDES = {"cuda": 0.9, "cpu": 0.5}
-"""Share of a message's time behind computing: on a CPU the thread that sends takes time from those that compute."""
+"""Share of a message's time behind computing: on a CPU the thread that sends takes time from those
+that compute.
+"""
 
 
 class Subject(Protocol):
@@ -56,7 +61,9 @@ class Subject(Protocol):
     def detach(self) -> None: ...
 
     def run(self, on_step: OnStep) -> None:
-        """Begin an image with WARMUP_STEPS synchronous steps; `on_step` ends it with CancelledError."""
+        """Begin an image with WARMUP_STEPS synchronous steps; `on_step` ends it with
+        CancelledError.
+        """
 
 
 class PipelineSubject:
@@ -67,7 +74,11 @@ class PipelineSubject:
         self._request = request.model_copy(update={"warmup_steps": WARMUP_STEPS})
         self.device = pipeline.device
         self.denoiser: nn.Module = getattr(pipeline.pipe, pipeline.spec.denoiser)
-        modules = [part for part in pipeline.pipe.components.values() if isinstance(part, nn.Module) and part is not self.denoiser]
+        modules = [
+            part
+            for part in pipeline.pipe.components.values()
+            if isinstance(part, nn.Module) and part is not self.denoiser
+        ]
         self.other_bytes = sum(bytes_of(part) for part in modules)
 
     def attach(self, backend: Backend) -> None:
@@ -97,7 +108,9 @@ class _Stopwatch:
 
     @property
     def step_s(self) -> float:
-        """Of the quicker pair of steady steps, as another program may slow one down; of what there is where an image has few steps."""
+        """Of the quicker pair of steady steps, as another program may slow one down; of what there
+        is where an image has few steps.
+        """
         steps = [after - before for before, after in zip(self.marks, self.marks[1:], strict=False)]
         steady = steps[WARMUP_STEPS:] or steps
         pairs = [(one + two) / 2 for one, two in zip(steady, steady[1:], strict=False)]
@@ -105,9 +118,13 @@ class _Stopwatch:
 
 
 class Trials:
-    """All ranks' part in finding the quickest method. Every rank makes the same calls in the same order."""
+    """All ranks' part in finding the quickest method. Every rank makes the same calls in the same
+    order.
+    """
 
-    def __init__(self, subject: Subject, *, spec: ModelSpec, rank: int, world_size: int, halves: int) -> None:
+    def __init__(
+        self, subject: Subject, *, spec: ModelSpec, rank: int, world_size: int, halves: int
+    ) -> None:
         """halves: of guidance, 1 or 2."""
         self._subject = subject
         self._spec = spec
@@ -115,16 +132,26 @@ class Trials:
         self._world_size = world_size
         self._halves = halves
 
-    def measure(self, candidates: Sequence[Candidate], *, quality: Quality, num_steps: int) -> Measured:
-        """The same on all ranks. Why a method failed is in the result; what fails on one rank alone is raised."""
+    def measure(
+        self, candidates: Sequence[Candidate], *, quality: Quality, num_steps: int
+    ) -> Measured:
+        """The same on all ranks. Why a method failed is in the result; what fails on one rank alone
+        is raised.
+        """
         started = time.perf_counter()
         link = self.link()
         work = self.alone()
         memory_bytes = min(gather_outcomes(_memory_bytes(self._subject.device, self._world_size)))
         steps, failures = {"single": work.step_s}, {}
-        measured = Measured(work=work, link=link, memory_bytes=memory_bytes, steps=steps, failures=failures)
-        while len(steps) <= NUM_TRIED and gather_outcomes(time.perf_counter() - started)[0] < SECONDS:
-            candidate = next_to_try(rank(candidates, measured, quality=quality, num_steps=num_steps))
+        measured = Measured(
+            work=work, link=link, memory_bytes=memory_bytes, steps=steps, failures=failures
+        )
+        while (
+            len(steps) <= NUM_TRIED and gather_outcomes(time.perf_counter() - started)[0] < SECONDS
+        ):
+            candidate = next_to_try(
+                rank(candidates, measured, quality=quality, num_steps=num_steps)
+            )
             if candidate is None:
                 break
             step_s, failure = self.trial(candidate)
@@ -132,16 +159,28 @@ class Trials:
                 failures[candidate.name] = failure
             else:
                 steps[candidate.name] = step_s
-        for candidate in contenders(rank(candidates, measured, quality=quality, num_steps=num_steps)):
-            again_s, failure = self.trial(candidate) if candidate.ranks > 1 else (self.alone().step_s, "")
+        for candidate in contenders(
+            rank(candidates, measured, quality=quality, num_steps=num_steps)
+        ):
+            again_s, failure = (
+                self.trial(candidate) if candidate.ranks > 1 else (self.alone().step_s, "")
+            )
             if not failure:
                 steps[candidate.name] = min(again_s, steps[candidate.name])
-        logger.info("tried %s in %.1f s", ", ".join([*steps, *failures]), time.perf_counter() - started)
+        logger.info(
+            "tried %s in %.1f s", ", ".join([*steps, *failures]), time.perf_counter() - started
+        )
         return measured
 
     def link(self) -> Link:
-        """Seconds of a small message and bytes per second of a large one, all ranks sending to all."""
-        mesh = Mesh(ParallelPlan(method="probe", axes=(("data", self._world_size),)), rank=self._rank, device=self._subject.device)
+        """Seconds of a small message and bytes per second of a large one, all ranks sending to
+        all.
+        """
+        mesh = Mesh(
+            ParallelPlan(method="probe", axes=(("data", self._world_size),)),
+            rank=self._rank,
+            device=self._subject.device,
+        )
         try:
             axis = mesh.axis("data")
             latency_s = statistics.median(_exchange(axis, mesh, 4) for _ in range(LINK_MESSAGES))
@@ -149,10 +188,18 @@ class Trials:
         finally:
             mesh.destroy()
         speed = LINK_BYTES * max(1, self._world_size - 1) / max(large_s - latency_s, 1e-9)
-        return gather_outcomes(Link(latency_s=latency_s, bytes_per_s=speed, hides=HIDES.get(self._subject.device.type, 0.5)))[0]
+        return gather_outcomes(
+            Link(
+                latency_s=latency_s,
+                bytes_per_s=speed,
+                hides=HIDES.get(self._subject.device.type, 0.5),
+            )
+        )[0]
 
     def alone(self) -> Work:
-        """One rank's step, counted and timed on rank 0 while the others wait. Raises on all ranks what failed there."""
+        """One rank's step, counted and timed on rank 0 while the others wait. Raises on all ranks
+        what failed there.
+        """
         outcome = self._survey() if self._rank == 0 else None
         work = gather_outcomes(outcome)[0]
         if isinstance(work, Exception):
@@ -160,7 +207,9 @@ class Trials:
         return work
 
     def trial(self, candidate: Candidate) -> tuple[float, str]:
-        """Seconds per step of one method, by the first ranks while the others wait; or why it failed."""
+        """Seconds per step of one method, by the first ranks while the others wait; or why it
+        failed.
+        """
         assert candidate.plan is not None
         ranks = candidate.ranks
         teams = {"team": self._rank // ranks, "num_teams": self._world_size // ranks}
@@ -168,7 +217,9 @@ class Trials:
         mesh.prepare()
         watch, failure, is_attached = _Stopwatch(NUM_STEPS, self._subject.device), None, False
         try:
-            backend = backend_class(candidate.backend)(spec=self._spec, plan=candidate.plan, mesh=mesh)
+            backend = backend_class(candidate.backend)(
+                spec=self._spec, plan=candidate.plan, mesh=mesh
+            )
             is_attached = True
             self._subject.attach(backend)
             if teams["team"] == 0:
@@ -176,7 +227,9 @@ class Trials:
         except Exception as error:  # noqa: BLE001  whatever it is, this method is not to be had, and the others are still there
             failure = (time.time(), f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
             mesh.destroy()  # wakes the ranks that wait for this one
-        failures = sorted(found for found in gather_outcomes(failure) if found is not None)  # closed connections come after their reason
+        failures = sorted(
+            found for found in gather_outcomes(failure) if found is not None
+        )  # closed connections come after their reason
         if is_attached:
             self._subject.detach()
         mesh.destroy()
@@ -188,7 +241,9 @@ class Trials:
     def _survey(self) -> Work | Exception:
         device = self._subject.device
         plan = ParallelPlan(method="single")
-        backend = backend_class("single")(spec=self._spec, plan=plan, mesh=Mesh(plan, rank=0, device=device))
+        backend = backend_class("single")(
+            spec=self._spec, plan=plan, mesh=Mesh(plan, rank=0, device=device)
+        )
         try:
             self._subject.attach(backend)
             if device.type == "cuda":
@@ -208,7 +263,9 @@ class Trials:
             halves=self._halves,
             weight_bytes=bytes_of(self._subject.denoiser),
             other_bytes=self._subject.other_bytes,
-            activation_bytes=torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else None,
+            activation_bytes=torch.cuda.max_memory_allocated(device) - before
+            if device.type == "cuda"
+            else None,
         )
 
 

@@ -1,4 +1,6 @@
-"""DistriFuser: attaches patches to the denoiser and its ControlNets, and drives their step clock."""
+"""DistriFuser: attaches patches to the denoiser and its ControlNets, and drives their step
+clock.
+"""
 
 import inspect
 import logging
@@ -53,9 +55,16 @@ class DistriFuserBackend(Backend):
             return
         if self.mesh.axis("cfg").size > 1:
             self.mesh.axis("cfg", "patch")  # the first use is collective
-        self._latent_factor = self.spec.upscale if self.spec.upscale > 1 else getattr(pipe, "vae_scale_factor", 8)
+        self._latent_factor = (
+            self.spec.upscale if self.spec.upscale > 1 else getattr(pipe, "vae_scale_factor", 8)
+        )
         self._networks = [
-            self._network(controlnet, name=f"controlnet {index}", choose_axis=self._controlnet_axis, gathers_output=False)
+            self._network(
+                controlnet,
+                name=f"controlnet {index}",
+                choose_axis=self._controlnet_axis,
+                gathers_output=False,
+            )
             for index, controlnet in enumerate(_controlnets(pipe))
         ]
         for network in self._networks:
@@ -66,21 +75,29 @@ class DistriFuserBackend(Backend):
         self._networks.append(denoiser_network)
 
     def check(self, run: RunInfo) -> None:
-        """PlanError for a size that cannot be cut, UnsupportedError for what a stale mode cannot follow."""
+        """PlanError for a size that cannot be cut, UnsupportedError for what a stale mode cannot
+        follow.
+        """
         if not self._networks:
             return
         if self._networks[-1].network._compiled_call_impl is not None and self._is_displaced(run):
             raise UnsupportedError(
-                f"sync_mode={self.plan.options['sync_mode']} is not available with torch.compile: a compiled graph cannot wait for "
-                "values of the step before. Use sync_mode=full_sync, or the CFG split on two ranks, or do not compile."
+                f"sync_mode={self.plan.options['sync_mode']} is not available with torch.compile: "
+                "a compiled graph cannot wait for "
+                "values of the step before. Use sync_mode=full_sync, or the CFG split on two "
+                "ranks, or do not compile."
             )
         if self.plan.options["extrapolate"] and run.order > 1 and self._is_displaced(run):
             raise UnsupportedError(
-                f"extrapolate=true cannot follow a sampler that asks the model {run.order} times per step, because its questions do not "
-                "follow one line in time. Use a sampler with one evaluation per step, or start the host without extrapolate."
+                f"extrapolate=true cannot follow a sampler that asks the model {run.order} times "
+                "per step, because its questions do not "
+                "follow one line in time. Use a sampler with one evaluation per step, or start the "
+                "host without extrapolate."
             )
         factor = self._latent_factor * (2 if self.spec.latents == "packed" else 1)
-        self._networks[-1].require_size(run.height // factor, run.width // factor, self._most_bands(run.request))
+        self._networks[-1].require_size(
+            run.height // factor, run.width // factor, self._most_bands(run.request)
+        )
 
     def detach_denoiser(self, pipe: Any, denoiser: nn.Module) -> None:
         if self.plan.options["parallelism"] == "tensor":
@@ -92,20 +109,29 @@ class DistriFuserBackend(Backend):
         self._networks = []
 
     def exactness_of(self, run: RunInfo) -> Exactness:
-        """With enough synchronous steps, or quality='exact', a displaced run is one of full_sync; with the batch split it has no patches."""
+        """With enough synchronous steps, or quality='exact', a displaced run is one of full_sync;
+        with the batch split it has no patches.
+        """
         if not self._networks or self.plan.options["parallelism"] == "naive_patch":
             return self.plan.exactness
         if len(self._most_bands(run.request)) == 1:
             return "exact"
-        is_stale = self._is_displaced(run) and self._synchronous_steps(run) < run.num_inference_steps
+        is_stale = (
+            self._is_displaced(run) and self._synchronous_steps(run) < run.num_inference_steps
+        )
         return "approximate" if is_stale else "reordered"
 
     def begin(self, run: RunInfo) -> None:
         for network in self._networks:
             network.reset()
         steps = self._synchronous_steps(run)
-        covers_all = steps >= run.num_inference_steps  # some samplers (PNDM) evaluate more often than they have steps
-        self._schedule.start(synchronous_steps=sys.maxsize if covers_all else steps * run.order, extrapolates=self._extrapolates(run))
+        covers_all = (
+            steps >= run.num_inference_steps
+        )  # some samplers (PNDM) evaluate more often than they have steps
+        self._schedule.start(
+            synchronous_steps=sys.maxsize if covers_all else steps * run.order,
+            extrapolates=self._extrapolates(run),
+        )
 
     def step_done(self) -> None:
         self._schedule.step_done()
@@ -114,7 +140,9 @@ class DistriFuserBackend(Backend):
         for network in self._networks:
             try:
                 network.reset()
-            except RuntimeError as error:  # the peer failed and will not answer; the mesh is rebuilt after a failure
+            except (
+                RuntimeError
+            ) as error:  # the peer failed and will not answer; the mesh is rebuilt after a failure
                 logger.warning("an exchange of the last generation did not finish: %s", error)
 
     def report(self) -> Mapping[str, object]:
@@ -126,14 +154,23 @@ class DistriFuserBackend(Backend):
         }
 
     def _is_displaced(self, run: RunInfo) -> bool:
-        """Whether the run has patches that keep values from step to step: also guidance off under the CFG split, which then has no halves."""
-        return len(self._most_bands(run.request)) > 1 and SYNC_MODES[str(self.plan.options["sync_mode"])].exactness == "approximate"
+        """Whether the run has patches that keep values from step to step: also guidance off under
+        the CFG split, which then has no halves.
+        """
+        return (
+            len(self._most_bands(run.request)) > 1
+            and SYNC_MODES[str(self.plan.options["sync_mode"])].exactness == "approximate"
+        )
 
     @property
     def _may_extrapolate(self) -> bool:
-        """As asked; otherwise in the mode where it was measured to come closer (docs/quality.md)."""
+        """As asked; otherwise in the mode where it was measured to come closer
+        (docs/quality.md).
+        """
         asked = self.plan.options["extrapolate"]
-        return bool(self.plan.options["sync_mode"] == "corrected_async_gn" if asked is None else asked)
+        return bool(
+            self.plan.options["sync_mode"] == "corrected_async_gn" if asked is None else asked
+        )
 
     def _extrapolates(self, run: RunInfo) -> bool:
         """Not with two questions per step: they do not follow one line in time."""
@@ -153,7 +190,9 @@ class DistriFuserBackend(Backend):
             mode=SYNC_MODES[str(options["sync_mode"])],
             schedule=self._schedule,
             keeps_older=self._may_extrapolate,
-            naive_scheme=str(options["split_scheme"]) if options["parallelism"] == "naive_patch" else None,
+            naive_scheme=str(options["split_scheme"])
+            if options["parallelism"] == "naive_patch"
+            else None,
             **kwargs,
         )
 
@@ -167,21 +206,31 @@ class DistriFuserBackend(Backend):
 
     def _all_ranks(self) -> tuple[Axis, tuple[float, ...]]:
         """Of both halves of the CFG split, for a call whose batch cannot be split."""
-        return self.mesh.axis("cfg", "patch"), self.plan.options["patch_weights"] * self.mesh.axis("cfg").size
+        return self.mesh.axis("cfg", "patch"), self.plan.options["patch_weights"] * self.mesh.axis(
+            "cfg"
+        ).size
 
     def _denoiser_axis(self, arguments: Mapping[str, Any]) -> tuple[Axis, tuple[float, ...]]:
         was_split = _batch_of(arguments) != self._batch
-        return self._patch_axis() if was_split or self.mesh.axis("cfg").size == 1 else self._all_ranks()
+        return (
+            self._patch_axis()
+            if was_split or self.mesh.axis("cfg").size == 1
+            else self._all_ranks()
+        )
 
     def _controlnet_axis(self, arguments: Mapping[str, Any]) -> tuple[Axis, tuple[float, ...]]:
         """The ranks that the denoiser's call will have, which takes the residuals as patches."""
         splits_batch = self.mesh.axis("cfg").size > 1
         if arguments.get("guess_mode") or (splits_batch and self.spec.output == "video"):
-            return self.mesh.axis(), (1.0,)  # its batch (one half, or frames) does not tell the denoiser's: whole on every rank
+            return self.mesh.axis(), (
+                1.0,
+            )  # its batch (one half, or frames) does not tell the denoiser's: whole on every rank
         return self._all_ranks() if splits_batch and not self._is_halved else self._patch_axis()
 
     def _own_half(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Around a ControlNet: where the denoiser's batch will be split, only the residuals of this rank's half are needed."""
+        """Around a ControlNet: where the denoiser's batch will be split, only the residuals of this
+        rank's half are needed.
+        """
         named = inspect.signature(forward).bind(*args, **kwargs).arguments
         parts, batch = self.mesh.axis("cfg").size, _batch_of(named)
         self._is_halved = parts > 1 and batch % parts == 0
@@ -192,8 +241,12 @@ class DistriFuserBackend(Backend):
         return forward(**named)
 
     def _most_bands(self, request: GenerateRequest) -> tuple[float, ...]:
-        """Weights of the ranks that share a call: those of both halves of the CFG split, if guidance is off."""
-        is_guided = self.spec.guidance == "cfg" and (request.guidance_scale is None or request.guidance_scale > 1)
+        """Weights of the ranks that share a call: those of both halves of the CFG split, if
+        guidance is off.
+        """
+        is_guided = self.spec.guidance == "cfg" and (
+            request.guidance_scale is None or request.guidance_scale > 1
+        )
         halves = 1 if is_guided else self.plan.degree("cfg")
         return self.plan.options["patch_weights"] * halves
 
@@ -203,7 +256,9 @@ def _batch_of(arguments: Mapping[str, Any]) -> int:
 
 
 def _controlnets(pipe: Any) -> list[nn.Module]:
-    """The pipeline's UNet ControlNets, each by itself. A transformer's runs whole on every rank: the denoiser cuts its residuals."""
+    """The pipeline's UNet ControlNets, each by itself. A transformer's runs whole on every rank:
+    the denoiser cuts its residuals.
+    """
     controlnet = getattr(pipe, "controlnet", None)
     nets = [] if controlnet is None else list(getattr(controlnet, "nets", [controlnet]))
     return [net for net in nets if hasattr(net, "down_blocks")]

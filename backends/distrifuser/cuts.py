@@ -1,6 +1,8 @@
-"""How each kind of network is cut: which arguments are cut where, and how the output is put together again.
+"""How each kind of network is cut: which arguments are cut where, and how the output is put
+together again.
 
-Rows for UNets and their ControlNets, tokens (after the position embedding) for transformers. Facts about a class are data here.
+Rows for UNets and their ControlNets, tokens (after the position embedding) for transformers. Facts
+about a class are data here.
 """
 
 import inspect
@@ -23,9 +25,11 @@ def part_of(tensor: Tensor, patches: PatchBounds, patch: int, dim: int) -> Tenso
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowCut:
-    """A UNet or ControlNet: rows are dim -2 of every spatial tensor (also of videos). The resolution is halved `halvings` times.
+    """A UNet or ControlNet: rows are dim -2 of every spatial tensor (also of videos). The
+    resolution is halved `halvings` times.
 
-    residuals: arguments holding ControlNet residuals, one tensor (or a list) at any of the resolutions, whole or patches already.
+    residuals: arguments holding ControlNet residuals, one tensor (or a list) at any of the
+    resolutions, whole or patches already.
     hint_doublings: how often the ControlNet's image is twice as large as the latents.
     """
 
@@ -38,20 +42,37 @@ class RowCut:
     def patches(self, sample: Tensor, weights: tuple[float, ...], dim: int = -2) -> PatchBounds:
         return self.bands_of(*sample.shape[-2:], weights, dim)
 
-    def bands_of(self, height: int, width: int, weights: tuple[float, ...], dim: int = -2) -> PatchBounds:
+    def bands_of(
+        self, height: int, width: int, weights: tuple[float, ...], dim: int = -2
+    ) -> PatchBounds:
         """Of latents of this size. PlanError if there are too few rows (columns) for the ranks."""
-        return cut(height if dim == -2 else width, weights, 2**self.halvings, what="latent rows" if dim == -2 else "latent columns")
+        return cut(
+            height if dim == -2 else width,
+            weights,
+            2**self.halvings,
+            what="latent rows" if dim == -2 else "latent columns",
+        )
 
     def grid(self, sample: Tensor, patches: PatchBounds, patch: int, dim: int = -2) -> Grid:
-        return Grid(patches, sample.shape[_other(dim)], patch=patch, halvings=self.halvings, doublings=self.hint_doublings)
+        return Grid(
+            patches,
+            sample.shape[_other(dim)],
+            patch=patch,
+            halvings=self.halvings,
+            doublings=self.hint_doublings,
+        )
 
-    def arguments(self, arguments: Mapping[str, Any], grid: Grid, patches: PatchBounds, dim: int = -2) -> dict[str, Any]:
+    def arguments(
+        self, arguments: Mapping[str, Any], grid: Grid, patches: PatchBounds, dim: int = -2
+    ) -> dict[str, Any]:
         """The network's arguments for this patch of rows; of columns, with dim -1."""
         mine = dict(arguments)
         first = next(iter(arguments))
         mine[first] = part_of(arguments[first], patches, grid.patch, dim)
         if self.hint is not None:
-            mine[self.hint] = part_of(arguments[self.hint], patches.scaled(2**self.hint_doublings), grid.patch, dim)
+            mine[self.hint] = part_of(
+                arguments[self.hint], patches.scaled(2**self.hint_doublings), grid.patch, dim
+            )
         for name in self.residuals:
             if mine.get(name) is not None:
                 mine[name] = _cut_residuals(mine[name], grid, dim)
@@ -73,9 +94,12 @@ def _cut_residuals(value: Any, grid: Grid, dim: int) -> Any:
 class TokenCut:
     """A transformer: the image's tokens are cut, the text's are every rank's own.
 
-    embedding: module whose output tokens are cut; None if they arrive as the first argument. head: module whose output is gathered.
-    argument_dims: arguments with one entry per token of the image, and their token dim. image_tokens: their place beside the text's.
-    prompt_follows_image: an IP-Adapter's attention sees the image's tokens, then those of its own image.
+    embedding: module whose output tokens are cut; None if they arrive as the first argument. head:
+    module whose output is gathered.
+    argument_dims: arguments with one entry per token of the image, and their token dim.
+    image_tokens: their place beside the text's.
+    prompt_follows_image: an IP-Adapter's attention sees the image's tokens, then those of its own
+    image.
     """
 
     embedding: str | None = None
@@ -90,14 +114,20 @@ class TokenCut:
             return cut(sample.shape[1], weights, what="tokens")
         return self.bands_of(*sample.shape[-2:], weights, patch_size)
 
-    def bands_of(self, height: int, width: int, weights: tuple[float, ...], patch_size: int) -> PatchBounds:
+    def bands_of(
+        self, height: int, width: int, weights: tuple[float, ...], patch_size: int
+    ) -> PatchBounds:
         """Of latents of this size. PlanError if there are fewer tokens than ranks."""
         return cut((height // patch_size) * (width // patch_size), weights, what="tokens")
 
-    def arguments(self, arguments: Mapping[str, Any], line: Line, patches: PatchBounds) -> dict[str, Any]:
+    def arguments(
+        self, arguments: Mapping[str, Any], line: Line, patches: PatchBounds
+    ) -> dict[str, Any]:
         """The network's arguments for this patch."""
         return {
-            name: _cut_tokens(value, patches, line.patch, self.argument_dims[name]) if name in self.argument_dims else value
+            name: _cut_tokens(value, patches, line.patch, self.argument_dims[name])
+            if name in self.argument_dims
+            else value
             for name, value in arguments.items()
         }
 
@@ -105,14 +135,27 @@ class TokenCut:
 def _cut_tokens(value: Any, patches: PatchBounds, patch: int, dim: int) -> Any:
     if isinstance(value, Tensor):
         return part_of(value, patches, patch, dim)
-    return None if value is None else type(value)(_cut_tokens(item, patches, patch, dim) for item in value)
+    return (
+        None
+        if value is None
+        else type(value)(_cut_tokens(item, patches, patch, dim) for item in value)
+    )
 
 
-_CONTROL = ("down_block_additional_residuals", "mid_block_additional_residual", "down_intrablock_additional_residuals")
+_CONTROL = (
+    "down_block_additional_residuals",
+    "mid_block_additional_residual",
+    "down_intrablock_additional_residuals",
+)
 
 _TOKEN_CUTS = {
     "FluxTransformer2DModel": TokenCut(
-        argument_dims={"hidden_states": 1, "img_ids": -2, "controlnet_block_samples": 1, "controlnet_single_block_samples": 1},
+        argument_dims={
+            "hidden_states": 1,
+            "img_ids": -2,
+            "controlnet_block_samples": 1,
+            "controlnet_single_block_samples": 1,
+        },
         image_tokens="last",
     ),
     "SD3Transformer2DModel": TokenCut(
@@ -122,7 +165,9 @@ _TOKEN_CUTS = {
         prompt_follows_image=True,
     ),
     "PixArtTransformer2DModel": TokenCut(embedding="pos_embed"),
-    "HunyuanDiT2DModel": TokenCut(embedding="pos_embed", argument_dims={"image_rotary_emb": -2, "controlnet_block_samples": 1}),
+    "HunyuanDiT2DModel": TokenCut(
+        embedding="pos_embed", argument_dims={"image_rotary_emb": -2, "controlnet_block_samples": 1}
+    ),
 }
 
 
@@ -133,24 +178,43 @@ def cut_of(network: nn.Module) -> RowCut | TokenCut:
         return _TOKEN_CUTS[name]
     parameters = inspect.signature(type(network).forward).parameters
     if not hasattr(network, "down_blocks") or "sample" not in parameters:
-        raise UnsupportedError(f"a {name} cannot be cut into patches: it is neither a UNet nor one of {', '.join(_TOKEN_CUTS)}.")
+        raise UnsupportedError(
+            f"a {name} cannot be cut into patches: it is neither a UNet nor one of "
+            f"{', '.join(_TOKEN_CUTS)}."
+        )
     halvings = sum(1 for block in network.down_blocks if getattr(block, "downsamplers", None))
     if "controlnet_cond" in parameters:
-        return RowCut(halvings=halvings, hint="controlnet_cond", hint_doublings=_hint_doublings(network))
-    return RowCut(halvings=halvings, residuals=tuple(name for name in _CONTROL if name in parameters))
+        return RowCut(
+            halvings=halvings, hint="controlnet_cond", hint_doublings=_hint_doublings(network)
+        )
+    return RowCut(
+        halvings=halvings, residuals=tuple(name for name in _CONTROL if name in parameters)
+    )
 
 
 def _hint_doublings(network: nn.Module) -> int:
     if network.config.global_pool_conditions:
-        raise UnsupportedError("this ControlNet pools over the whole image (global_pool_conditions), which patches cannot. Use another.")
+        raise UnsupportedError(
+            "this ControlNet pools over the whole image (global_pool_conditions), which patches "
+            "cannot. Use another."
+        )
     return sum(1 for block in network.controlnet_cond_embedding.blocks if block.stride[0] == 2)
 
 
-def named_arguments(network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Positional and keyword arguments of a call by name, in the order of the network's signature."""
+def named_arguments(
+    network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Positional and keyword arguments of a call by name, in the order of the network's
+    signature.
+    """
     names = [name for name in inspect.signature(type(network).forward).parameters if name != "self"]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
-    return {name: given[name] for name in sorted(given, key=lambda name: names.index(name) if name in names else len(names))}
+    return {
+        name: given[name]
+        for name in sorted(
+            given, key=lambda name: names.index(name) if name in names else len(names)
+        )
+    }
 
 
 def with_first(output: Any, whole: Tensor) -> Any:

@@ -1,4 +1,6 @@
-"""The synchronisation modes by name: what each operator does once the synchronous steps are over. Imports no torch."""
+"""The synchronisation modes by name: what each operator does once the synchronous steps are over.
+Imports no torch.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,15 +8,17 @@ from typing import Literal
 from backends.plan import Exactness
 
 Action = Literal["now", "later", "keep", "local"]
-"""now: exchange and wait. later: use the values of the step before, send this step's in the background. keep: exchange nothing, use
-what was last seen of the others. local: this patch's own values only (group norm)."""
+"""now: exchange and wait. later: use the values of the step before, send this step's in the
+background. keep: exchange nothing, use what was last seen of the others. local: this patch's own
+values only (group norm)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SyncMode:
     """halo: convolution borders; attention: keys and values; statistics: group norm.
 
-    is_corrected: stale global statistics are moved by the change of the local ones. takes_turns: the ranks change patches every step.
+    is_corrected: stale global statistics are moved by the change of the local ones. takes_turns:
+    the ranks change patches every step.
     """
 
     halo: Action = "later"

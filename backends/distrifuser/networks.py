@@ -1,18 +1,34 @@
-"""One network of a pipeline under patch parallelism: a denoiser, or a ControlNet that gives it its residuals."""
+"""One network of a pipeline under patch parallelism: a denoiser, or a ControlNet that gives it its
+residuals.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from backends.distrifuser.cuts import RowCut, TokenCut, cut_of, join, named_arguments, part_of, with_first
+from backends.distrifuser.cuts import (
+    RowCut,
+    TokenCut,
+    cut_of,
+    join,
+    named_arguments,
+    part_of,
+    with_first,
+)
 from backends.distrifuser.modes import SyncMode
 from backends.distrifuser.stale import CallBuffers
 from backends.distrifuser.step_clock import StepClock
 from backends.parallel import hooks
 from backends.parallel.distributed import Axis, Mesh, gather_pieces
 from backends.parallel.patch_bounds import Grid, Line, PatchBounds
-from backends.parallel.patch_mode import Exchange, FreshExchange, PatchMode, attach_attention, detach_attention
+from backends.parallel.patch_mode import (
+    Exchange,
+    FreshExchange,
+    PatchMode,
+    attach_attention,
+    detach_attention,
+)
 
 _DIMS = {"row": (-2,), "col": (-1,), "alternate": (-2, -1)}
 ChooseAxis = Callable[[Mapping[str, Any]], tuple[Axis, tuple[float, ...]]]
@@ -22,7 +38,9 @@ TOKENS = "patch tokens"
 
 
 class PatchedNetwork:
-    """Attached to a network: each call computes this rank's patch and puts the patches of all ranks together."""
+    """Attached to a network: each call computes this rank's patch and puts the patches of all ranks
+    together.
+    """
 
     def __init__(
         self,
@@ -37,19 +55,27 @@ class PatchedNetwork:
         naive_scheme: str | None = None,
         gathers_output: bool = True,
     ) -> None:
-        """choose_axis: a call's arguments by name -> the ranks that share the call, and their weights. keeps_older: to extrapolate from.
+        """choose_axis: a call's arguments by name -> the ranks that share the call, and their
+        weights. keeps_older: to extrapolate from.
 
-        naive_scheme: exchange nothing at all, and cut in this way (row, col, alternate). gathers_output: False leaves the output as patches.
+        naive_scheme: exchange nothing at all, and cut in this way (row, col, alternate).
+        gathers_output: False leaves the output as patches.
         """
         self.network = network
         self.name = name
-        self._mesh, self._mode, self._schedule, self._choose_axis = mesh, mode, schedule, choose_axis
+        self._mesh, self._mode, self._schedule, self._choose_axis = (
+            mesh,
+            mode,
+            schedule,
+            choose_axis,
+        )
         self._keeps_older = keeps_older
         self._naive_scheme = naive_scheme
         self._gathers_output = gathers_output
         self._cut = cut_of(network)
         self._band_mode = PatchMode(
-            image_tokens=self._cut.image_tokens, prompt_follows_image=isinstance(self._cut, TokenCut) and self._cut.prompt_follows_image
+            image_tokens=self._cut.image_tokens,
+            prompt_follows_image=isinstance(self._cut, TokenCut) and self._cut.prompt_follows_image,
         )
         self._memories: dict[tuple[str, int], CallBuffers] = {}
         self._call: _Call | None = None
@@ -58,7 +84,9 @@ class PatchedNetwork:
         attach_attention(self.network, self._band_mode)
         if isinstance(self._cut, TokenCut):
             if self._cut.embedding is not None:
-                hooks.attach(getattr(self.network, self._cut.embedding), TOKENS, self._around_embedding)
+                hooks.attach(
+                    getattr(self.network, self._cut.embedding), TOKENS, self._around_embedding
+                )
             hooks.attach(getattr(self.network, self._cut.head), TOKENS, self._around_head)
         hooks.attach(self.network, NAME, self._around)
 
@@ -71,7 +99,9 @@ class PatchedNetwork:
         detach_attention(self.network)
 
     def require_size(self, height: int, width: int, weights: tuple[float, ...]) -> None:
-        """PlanError if latents of this size cannot be cut for these ranks. height, width: of what the network patches."""
+        """PlanError if latents of this size cannot be cut for these ranks. height, width: of what
+        the network patches.
+        """
         if isinstance(self._cut, TokenCut):
             self._cut.bands_of(height, width, weights, self.network.config.patch_size)
             return
@@ -104,12 +134,24 @@ class PatchedNetwork:
             return output
         return with_first(output, self._gather(output[0], call, dim=-2))
 
-    def _run_alone(self, forward: Callable[..., Any], arguments: dict[str, Any], axis: Axis, weights: tuple[float, ...]) -> Any:
+    def _run_alone(
+        self,
+        forward: Callable[..., Any],
+        arguments: dict[str, Any],
+        axis: Axis,
+        weights: tuple[float, ...],
+    ) -> Any:
         """naive_patch: this rank's patch as if it were an image of its own."""
         sample = next(iter(arguments.values()))
         if isinstance(self._cut, TokenCut):
             patches = self._patches(sample, weights)
-            call = self._call = _Call(axis=axis, patches=patches, turn=0, layout=Line(patches, patch=axis.rank), exchange=None)
+            call = self._call = _Call(
+                axis=axis,
+                patches=patches,
+                turn=0,
+                layout=Line(patches, patch=axis.rank),
+                exchange=None,
+            )
             output = forward(**self._cut.arguments(arguments, call.layout, patches))
             self._call = None
             return output
@@ -128,14 +170,20 @@ class PatchedNetwork:
         turn, is_fresh = self._schedule.turn(self._mode), self._schedule.is_synchronous
         exchange: Exchange = FreshExchange(axis=axis, traffic=self._mesh.traffic)
         if memory is not None:
-            # a call without a past exchanges at once, and then every rank has the patch of its own number
+            # a call without a past exchanges at once, and then every rank has the patch of its own
+            # number
             is_fresh = memory.is_fresh(is_fresh, geometry=(axis.ranks, sample.shape, sample.dtype))
             turn = 0 if is_fresh else turn
             exchange = memory
         layout = self._layout(sample, patches, (axis.rank + turn) % axis.size)
         call = _Call(axis=axis, patches=patches, turn=turn, layout=layout, exchange=exchange)
         if memory is not None:
-            memory.open(is_fresh=is_fresh, patch=call.layout.patch, axis=axis, extrapolates=self._schedule.extrapolates)
+            memory.open(
+                is_fresh=is_fresh,
+                patch=call.layout.patch,
+                axis=axis,
+                extrapolates=self._schedule.extrapolates,
+            )
         self._call = call
         return call
 
@@ -147,7 +195,9 @@ class PatchedNetwork:
     def _memory(self) -> CallBuffers:
         key = self._schedule.next_call(self.name)
         if key not in self._memories:
-            self._memories[key] = CallBuffers(self._mode, keeps_older=self._keeps_older, traffic=self._mesh.traffic)
+            self._memories[key] = CallBuffers(
+                self._mode, keeps_older=self._keeps_older, traffic=self._mesh.traffic
+            )
         return self._memories[key]
 
     def _patches(self, sample: Tensor, weights: tuple[float, ...]) -> PatchBounds:
@@ -156,7 +206,11 @@ class PatchedNetwork:
         return self._cut.patches(sample, weights, self.network.config.patch_size)
 
     def _layout(self, sample: Tensor, patches: PatchBounds, patch: int) -> Grid | Line:
-        return self._cut.grid(sample, patches, patch) if isinstance(self._cut, RowCut) else Line(patches, patch=patch)
+        return (
+            self._cut.grid(sample, patches, patch)
+            if isinstance(self._cut, RowCut)
+            else Line(patches, patch=patch)
+        )
 
     def _gather(self, part: Tensor, call: "_Call", *, dim: int) -> Tensor:
         """All patches of the output, on every rank."""
@@ -164,12 +218,18 @@ class PatchedNetwork:
         shapes = [list(part.shape) for _ in order]
         for shape, patch in zip(shapes, order, strict=True):
             shape[dim] = call.patches.size(patch)
-        return join(gather_pieces(part, shapes, axis=call.axis, traffic=self._mesh.traffic), order, dim)
+        return join(
+            gather_pieces(part, shapes, axis=call.axis, traffic=self._mesh.traffic), order, dim
+        )
 
     def _around_embedding(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """All tokens of the image -> this patch's."""
         tokens = forward(*args, **kwargs)
-        return tokens if self._call is None else part_of(tokens, self._call.patches, self._call.layout.patch, 1)
+        return (
+            tokens
+            if self._call is None
+            else part_of(tokens, self._call.patches, self._call.layout.patch, 1)
+        )
 
     def _around_head(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """This patch's output tokens -> those of all patches."""
@@ -180,5 +240,19 @@ class PatchedNetwork:
 class _Call:
     """One call of the network on its way."""
 
-    def __init__(self, *, axis: Axis, patches: PatchBounds, turn: int, layout: Grid | Line, exchange: Exchange | None) -> None:
-        self.axis, self.patches, self.turn, self.layout, self.exchange = axis, patches, turn, layout, exchange
+    def __init__(
+        self,
+        *,
+        axis: Axis,
+        patches: PatchBounds,
+        turn: int,
+        layout: Grid | Line,
+        exchange: Exchange | None,
+    ) -> None:
+        self.axis, self.patches, self.turn, self.layout, self.exchange = (
+            axis,
+            patches,
+            turn,
+            layout,
+            exchange,
+        )

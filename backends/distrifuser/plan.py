@@ -1,4 +1,6 @@
-"""Launch settings -> the plan of DistriFuser: how many ranks for the CFG split and for patches, and which mode. Imports no torch."""
+"""Launch settings -> the plan of DistriFuser: how many ranks for the CFG split and for patches, and
+which mode. Imports no torch.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,21 +17,33 @@ DEFAULT_WARMUP_STEPS = 4
 
 
 def make_plan(spec: ModelSpec, options: Mapping[str, object], world_size: int) -> ParallelPlan:
-    """CFG split first where the world is even and the type has guidance, patches (or weight shards) within each half.
+    """CFG split first where the world is even and the type has guidance, patches (or weight shards)
+    within each half.
 
-    options: parallelism, sync_mode, split_scheme, no_split_batch, patch_weights, warm_up_steps, extrapolate; None or absent is unset,
-    others are ignored. PlanError if they contradict each other or the number of ranks.
+    options: parallelism, sync_mode, split_scheme, no_split_batch, patch_weights, warm_up_steps,
+    extrapolate; None or absent is unset, others are ignored. PlanError if they contradict each
+    other or the number of ranks.
     """
     given = {name: value for name, value in options.items() if value is not None}
     parallelism = _choice("parallelism", given.get("parallelism", "patch"), PARALLELISMS)
-    sync_mode = _choice("sync_mode", given.get("sync_mode", "corrected_async_gn"), tuple(SYNC_MODES))
+    sync_mode = _choice(
+        "sync_mode", given.get("sync_mode", "corrected_async_gn"), tuple(SYNC_MODES)
+    )
     scheme = _choice("split_scheme", given.get("split_scheme", "row"), SPLIT_SCHEMES)
     warmup_steps = _count("warm_up_steps", given.get("warm_up_steps", DEFAULT_WARMUP_STEPS))
-    splits_batch = world_size > 1 and world_size % 2 == 0 and spec.guidance == "cfg" and not given.get("no_split_batch")
+    splits_batch = (
+        world_size > 1
+        and world_size % 2 == 0
+        and spec.guidance == "cfg"
+        and not given.get("no_split_batch")
+    )
     degree = world_size // 2 if splits_batch else world_size
     weights = parse_weights(given["patch_weights"]) if "patch_weights" in given else (1.0,) * degree
     if parallelism == "naive_patch" and scheme != "row" and spec.denoiser == "transformer":
-        raise PlanError(f"split_scheme={scheme} is not available for {spec.name}: a transformer's tokens are cut in one line. Use row.")
+        raise PlanError(
+            f"split_scheme={scheme} is not available for {spec.name}: a transformer's tokens are "
+            "cut in one line. Use row."
+        )
     _check_weights(weights, degree, parallelism, sync_mode)
     axis = "tensor" if parallelism == "tensor" else "patch"
     axes = (("cfg", 2), (axis, degree)) if splits_batch else ((axis, degree),)
@@ -52,31 +66,57 @@ def make_plan(spec: ModelSpec, options: Mapping[str, object], world_size: int) -
 def _exactness(parallelism: str, sync_mode: str, degree: int) -> Any:
     if degree == 1:
         return "exact"
-    return {"tensor": "reordered", "naive_patch": "approximate"}.get(parallelism) or SYNC_MODES[sync_mode].exactness
+    return {"tensor": "reordered", "naive_patch": "approximate"}.get(parallelism) or SYNC_MODES[
+        sync_mode
+    ].exactness
 
 
-def _check_weights(weights: tuple[float, ...], degree: int, parallelism: str, sync_mode: str) -> None:
+def _check_weights(
+    weights: tuple[float, ...], degree: int, parallelism: str, sync_mode: str
+) -> None:
     if len(weights) != degree:
         raise PlanError(
-            f"patch_weights has {len(weights)} numbers, but each image is cut into {degree} patches. "
-            f"Give {degree}, or change the number of ranks (no_split_batch=true uses all of them for patches)."
+            f"patch_weights has {len(weights)} numbers, but each image is cut into {degree} "
+            "patches. "
+            f"Give {degree}, or change the number of ranks (no_split_batch=true uses all of them "
+            "for patches)."
         )
     if len(set(weights)) > 1 and parallelism == "tensor":
-        raise PlanError("patch_weights cannot be used with parallelism=tensor: it cuts weights, not patches. Leave one of them out.")
+        raise PlanError(
+            "patch_weights cannot be used with parallelism=tensor: it cuts weights, not patches. "
+            "Leave one of them out."
+        )
     if len(set(weights)) > 1 and SYNC_MODES[sync_mode].takes_turns and parallelism == "patch":
-        raise PlanError(f"patch_weights cannot be used with sync_mode={sync_mode}: the ranks take turns in all patches. Leave one out.")
+        raise PlanError(
+            f"patch_weights cannot be used with sync_mode={sync_mode}: the ranks take turns in all "
+            "patches. Leave one out."
+        )
 
 
-def _reasons(given: Mapping[str, object], splits_batch: bool, world_size: int, spec: ModelSpec) -> list[str]:
+def _reasons(
+    given: Mapping[str, object], splits_batch: bool, world_size: int, spec: ModelSpec
+) -> list[str]:
     reasons = []
     if splits_batch:
-        reasons.append(f"cfg=2: {world_size} ranks are even and {spec.name} has guidance; no_split_batch uses patches only")
+        reasons.append(
+            f"cfg=2: {world_size} ranks are even and {spec.name} has guidance; no_split_batch uses "
+            "patches only"
+        )
     if "warm_up_steps" not in given:
-        reasons.append(f"warm_up_steps={DEFAULT_WARMUP_STEPS}: the default of synchronous steps at the start")
+        reasons.append(
+            f"warm_up_steps={DEFAULT_WARMUP_STEPS}: the default of synchronous steps at the start"
+        )
     if given.get("split_scheme", "row") != "row" and given.get("parallelism") != "naive_patch":
-        reasons.append(f"split_scheme={given['split_scheme']} has no effect: only parallelism=naive_patch cuts in other ways than rows")
-    if given.get("extrapolate") and (given.get("parallelism", "patch") != "patch" or not _is_displaced(given)):
-        reasons.append("extrapolate has no effect: no values of the step before are received in this mode")
+        reasons.append(
+            f"split_scheme={given['split_scheme']} has no effect: only parallelism=naive_patch "
+            "cuts in other ways than rows"
+        )
+    if given.get("extrapolate") and (
+        given.get("parallelism", "patch") != "patch" or not _is_displaced(given)
+    ):
+        reasons.append(
+            "extrapolate has no effect: no values of the step before are received in this mode"
+        )
     if given.get("no_cuda_graph"):
         reasons.append("no_cuda_graph has no effect: no CUDA graphs are used")
     return reasons

@@ -1,8 +1,10 @@
-"""What the patches know of each other between two steps: buffers, and the messages that refill them in the background.
+"""What the patches know of each other between two steps: buffers, and the messages that refill them
+in the background.
 
-One CallBuffers belongs to one call of one network within a step. Its n-th operator of a kind that is not exchanged at once has a slot
-with the last known value of every patch. Slots are packed into a few messages; a message starts when its last operator of the step has
-run, and is awaited when its first operator of the next step needs it.
+One CallBuffers belongs to one call of one network within a step. Its n-th operator of a kind that
+is not exchanged at once has a slot with the last known value of every patch. Slots are packed into
+a few messages; a message starts when its last operator of the step has run, and is awaited when its
+first operator of the next step needs it.
 """
 
 import math
@@ -36,7 +38,9 @@ class Spec:
 
 
 class Slot:
-    """The last known value of every patch for one operator; `older` are those of the step before, where they are kept."""
+    """The last known value of every patch for one operator; `older` are those of the step before,
+    where they are kept.
+    """
 
     def __init__(self, spec: Spec, pieces: list[Tensor]) -> None:
         self.spec = spec
@@ -48,13 +52,20 @@ class Slot:
 class Message:
     """The slots that travel together: one byte buffer to send, one to receive."""
 
-    def __init__(self, slots: Sequence[Slot], *, axis: Axis, traffic: CommStats, keeps_older: bool) -> None:
+    def __init__(
+        self, slots: Sequence[Slot], *, axis: Axis, traffic: CommStats, keeps_older: bool
+    ) -> None:
         """Move the slots' present values into the buffers of this message."""
         self._axis, self._traffic = axis, traffic
-        self.sizes = [sum(_aligned(slot.spec.num_bytes(patch)) for slot in slots) for patch in range(axis.size)]
+        self.sizes = [
+            sum(_aligned(slot.spec.num_bytes(patch)) for slot in slots)
+            for patch in range(axis.size)
+        ]
         device = slots[0].pieces[0].device
         self._sent = torch.empty(self.sizes[axis.rank], dtype=torch.uint8, device=device)
-        self._received = torch.empty(sum(self.sizes) - self.sizes[axis.rank], dtype=torch.uint8, device=device)
+        self._received = torch.empty(
+            sum(self.sizes) - self.sizes[axis.rank], dtype=torch.uint8, device=device
+        )
         self._older = torch.empty_like(self._received) if keeps_older else None
         self._swap: AsyncAllToAll | None = None
         offset = 0
@@ -68,10 +79,16 @@ class Message:
 
     @property
     def num_bytes(self) -> int:
-        return sum(buffer.numel() for buffer in (self._sent, self._received, self._older) if buffer is not None)
+        return sum(
+            buffer.numel()
+            for buffer in (self._sent, self._received, self._older)
+            if buffer is not None
+        )
 
     def start(self) -> None:
-        """Send this rank's values of the step that has just been computed; the others' replace the received ones."""
+        """Send this rank's values of the step that has just been computed; the others' replace the
+        received ones.
+        """
         self.remember()
         self._swap = AsyncAllToAll(self._sent, self._received, self.sizes, axis=self._axis)
         self._traffic.add(self._sent, peers=self._axis.size - 1)
@@ -94,7 +111,9 @@ class CallBuffers(Exchange):
     """The exchange of one call of one network, from step to step."""
 
     def __init__(self, mode: SyncMode, *, keeps_older: bool, traffic: CommStats) -> None:
-        """keeps_older: remember the values of the last two steps, so that a generation can extrapolate."""
+        """keeps_older: remember the values of the last two steps, so that a generation can
+        extrapolate.
+        """
         self._mode = mode
         self._keeps_older = keeps_older
         self._extrapolates = False
@@ -106,7 +125,8 @@ class CallBuffers(Exchange):
         self._complete: Message | None = None
 
     def is_fresh(self, is_asked: bool, *, geometry: object) -> bool:
-        """Whether the next call must exchange everything at once: asked to, or nothing older is known that fits.
+        """Whether the next call must exchange everything at once: asked to, or nothing older is
+        known that fits.
 
         geometry: what must not change from step to step for the older values to fit.
         """
@@ -123,11 +143,16 @@ class CallBuffers(Exchange):
         self._held: list[Slot] | None = None
 
     def close(self) -> None:
-        """The call is over: start what has not been started, lay the buffers out if the operators were new."""
+        """The call is over: start what has not been started, lay the buffers out if the operators
+        were new.
+        """
         self._start_complete()
         self._num_steps += 1
         if not self._is_fresh and self._index < len(self._slots):
-            raise RuntimeError(f"{self._index} operators ran, but {len(self._slots)} did in the step before: the network changed")
+            raise RuntimeError(
+                f"{self._index} operators ran, but {len(self._slots)} did in the step before: the "
+                "network changed"
+            )
         if self._is_fresh and (self._held is not None or self._index < len(self._slots)):
             self._lay_out((self._held or self._slots)[: self._index])
 
@@ -157,17 +182,21 @@ class CallBuffers(Exchange):
         return pieces
 
     def moments(self, own: Tensor, shares: Sequence[float]) -> Tensor:
-        """Of the whole image; in stale steps as the mode says. Source: DistriFusion, section 4 (corrected asynchronous group norm).
+        """Of the whole image; in stale steps as the mode says. Source: DistriFusion, section 4
+        (corrected asynchronous group norm).
 
-        Corrected statistics start from the last step's also where the rest is extrapolated: corrected from extrapolated ones, the change
-        of the other patches would count twice, and extrapolated without a correction they were further from the exact ones.
+        Corrected statistics start from the last step's also where the rest is extrapolated:
+        corrected from extrapolated ones, the change of the other patches would count twice, and
+        extrapolated without a correction they were further from the exact ones.
         """
         if self._is_fresh or self._mode.statistics == "now":
             return super().moments(own, shares)
         if self._mode.statistics == "local":
             return own
         if not self._mode.is_corrected:
-            return _or_own(combine(self.gather("statistics", own, [own.shape] * len(shares)), shares), own)
+            return _or_own(
+                combine(self.gather("statistics", own, [own.shape] * len(shares)), shares), own
+            )
         slot = self._next_slot("statistics", own)
         result = correct(combine(slot.pieces, shares), before=slot.pieces[self._patch], own=own)
         self._replace_own(slot, own)
@@ -182,7 +211,9 @@ class CallBuffers(Exchange):
     def num_bytes(self) -> int:
         """Memory of the buffers."""
         kept = [piece for slot in self._slots if slot.message is None for piece in slot.pieces]
-        return sum(message.num_bytes for message in self._messages) + sum(piece.numel() * piece.element_size() for piece in kept)
+        return sum(message.num_bytes for message in self._messages) + sum(
+            piece.numel() * piece.element_size() for piece in kept
+        )
 
     def _store(self, spec: Spec, pieces: list[Tensor]) -> None:
         """Keep this step's values, in the buffers if they fit."""
@@ -203,27 +234,44 @@ class CallBuffers(Exchange):
             old.copy_(piece)
 
     def _lay_out(self, slots: list[Slot]) -> None:
-        """Buffers for these operators: a few messages for what is sent later, single tensors for what is only kept."""
+        """Buffers for these operators: a few messages for what is sent later, single tensors for
+        what is only kept.
+        """
         self._slots = slots
         later = [slot for slot in slots if self._mode.action(slot.spec.kind) == "later"]
-        self._messages = [Message(group, axis=self._axis, traffic=self._traffic, keeps_older=self._keeps_older) for group in _groups(later)]
+        self._messages = [
+            Message(group, axis=self._axis, traffic=self._traffic, keeps_older=self._keeps_older)
+            for group in _groups(later)
+        ]
 
     def _next_slot(self, kind: Kind, own: Tensor) -> Slot:
         """The slot of the operator that runs now, with its values of the step before at hand."""
         self._start_complete()
         slot = self._slots[self._index] if self._index < len(self._slots) else None
-        if slot is None or slot.spec.kind != kind or slot.spec.shapes[self._patch] != tuple(own.shape):
-            raise RuntimeError(f"operator {self._index} ({kind}, {tuple(own.shape)}) was not there in the step before: the network changed")
+        if (
+            slot is None
+            or slot.spec.kind != kind
+            or slot.spec.shapes[self._patch] != tuple(own.shape)
+        ):
+            raise RuntimeError(
+                f"operator {self._index} ({kind}, {tuple(own.shape)}) was not there in the step "
+                "before: the network changed"
+            )
         self._index += 1
         if slot.message is not None:
             slot.message.wait()
         return slot
 
     def _expected(self, slot: Slot) -> list[Tensor]:
-        """The other patches' values as far as they are known: of the step before, or continued from the last two steps."""
+        """The other patches' values as far as they are known: of the step before, or continued from
+        the last two steps.
+        """
         if not self._can_extrapolate:
             return list(slot.pieces)
-        return [piece if older is None else torch.lerp(older, piece, 2.0) for piece, older in zip(slot.pieces, slot.older, strict=True)]
+        return [
+            piece if older is None else torch.lerp(older, piece, 2.0)
+            for piece, older in zip(slot.pieces, slot.older, strict=True)
+        ]
 
     def _replace_own(self, slot: Slot, own: Tensor) -> None:
         slot.pieces[self._patch].copy_(own)
@@ -231,14 +279,17 @@ class CallBuffers(Exchange):
             self._complete = slot.message
 
     def _start_complete(self) -> None:
-        """Start the message whose last operator has run. Not earlier: until then its received values are in use."""
+        """Start the message whose last operator has run. Not earlier: until then its received
+        values are in use.
+        """
         if self._complete is not None:
             self._complete.start()
             self._complete = None
 
 
 def correct(stale: Tensor, *, before: Tensor, own: Tensor) -> Tensor:
-    """Move the stale global moments by the change of the local ones, in means and means of squares. All (2, N, G): mean, variance.
+    """Move the stale global moments by the change of the local ones, in means and means of squares.
+    All (2, N, G): mean, variance.
 
     A variance that comes out negative is replaced by the local one.
     """
@@ -248,13 +299,19 @@ def correct(stale: Tensor, *, before: Tensor, own: Tensor) -> Tensor:
 
 
 def _or_own(moments: Tensor, own: Tensor) -> Tensor:
-    """The moments with this patch's variance where theirs is negative, which no whole image's can be."""
+    """The moments with this patch's variance where theirs is negative, which no whole image's can
+    be.
+    """
     return torch.stack((moments[0], torch.where(moments[1] < 0, own[1], moments[1])))
 
 
 def _groups(slots: list[Slot]) -> list[list[Slot]]:
-    """Consecutive slots, cut into NUM_MESSAGES groups of about equal size; the same on all ranks."""
-    sizes = [sum(slot.spec.num_bytes(patch) for patch in range(len(slot.spec.shapes))) for slot in slots]
+    """Consecutive slots, cut into NUM_MESSAGES groups of about equal size; the same on all
+    ranks.
+    """
+    sizes = [
+        sum(slot.spec.num_bytes(patch) for patch in range(len(slot.spec.shapes))) for slot in slots
+    ]
     total = sum(sizes)
     groups: list[list[Slot]] = []
     taken = 0
@@ -266,13 +323,19 @@ def _groups(slots: list[Slot]) -> list[list[Slot]]:
     return groups
 
 
-def _place(slots: Sequence[Slot], patch: int, buffer: Tensor, offset: int, older: Tensor | None) -> None:
-    """Make the slots' values of this patch views of `buffer`, one behind the other from `offset`."""
+def _place(
+    slots: Sequence[Slot], patch: int, buffer: Tensor, offset: int, older: Tensor | None
+) -> None:
+    """Make the slots' values of this patch views of `buffer`, one behind the other from
+    `offset`.
+    """
     for slot in slots:
         size = slot.spec.num_bytes(patch)
         view = _view(buffer, offset, slot.spec, patch)
         slot.pieces[patch] = view.copy_(slot.pieces[patch])
-        slot.older[patch] = None if older is None else _view(older, offset, slot.spec, patch).copy_(view)
+        slot.older[patch] = (
+            None if older is None else _view(older, offset, slot.spec, patch).copy_(view)
+        )
         offset += _aligned(size)
 
 

@@ -1,4 +1,6 @@
-"""Where a generation stands: which steps are synchronous, which patch this rank has, how often each network has been called."""
+"""Where a generation stands: which steps are synchronous, which patch this rank has, how often each
+network has been called.
+"""
 
 from collections import Counter
 
@@ -6,7 +8,9 @@ from backends.distrifuser.modes import SyncMode
 
 
 class StepClock:
-    """The step clock of one generation, the same on every rank. A step is one denoiser evaluation of the sampler."""
+    """The step clock of one generation, the same on every rank. A step is one denoiser evaluation
+    of the sampler.
+    """
 
     def __init__(self) -> None:
         self.start(synchronous_steps=0)

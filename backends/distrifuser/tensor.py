@@ -1,8 +1,10 @@
-"""parallelism=tensor: each rank holds a share of the weights of the linear layers and of the attention heads.
+"""parallelism=tensor: each rank holds a share of the weights of the linear layers and of the
+attention heads.
 
-Feed-forward: the first layer is cut by outputs, the second by inputs; attention: queries, keys and values by heads, the output projection
-by inputs (Shoeybi et al., Megatron-LM, arXiv:1909.08053, section 3). One sum over the ranks after each. Convolutions, norms and layers
-whose heads or widths do not divide by the ranks stay whole.
+Feed-forward: the first layer is cut by outputs, the second by inputs; attention: queries, keys and
+values by heads, the output projection by inputs (Shoeybi et al., Megatron-LM, arXiv:1909.08053,
+section 3). One sum over the ranks after each. Convolutions, norms and layers whose heads or widths
+do not divide by the ranks stay whole.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,7 +27,9 @@ AXIS = "tensor"
 
 @dataclass(frozen=True, slots=True)
 class WeightShard:
-    """One linear layer's part: cut along `dim` of its weight (0: outputs, 1: inputs), each of `parts` equal blocks by itself."""
+    """One linear layer's part: cut along `dim` of its weight (0: outputs, 1: inputs), each of
+    `parts` equal blocks by itself.
+    """
 
     linear: nn.Linear
     dim: int
@@ -40,7 +44,8 @@ def attach_shards(network: nn.Module, mesh: Mesh) -> None:
     shared = list(_shared_modules(network, axis.size))
     if not shared:
         raise PlanError(
-            f"parallelism=tensor cannot cut this model into {axis.size} parts: neither its attention heads nor its feed-forward widths "
+            f"parallelism=tensor cannot cut this model into {axis.size} parts: neither its "
+            "attention heads nor its feed-forward widths "
             f"divide by {axis.size}. Use another number of ranks, or parallelism=patch."
         )
     for module, shares in shared:
@@ -67,17 +72,33 @@ def detach_shards(network: nn.Module, mesh: Mesh) -> None:
 def _shared_modules(network: nn.Module, size: int) -> Iterator[tuple[nn.Module, list[WeightShard]]]:
     """The modules that can be cut into `size`, with their layers."""
     for module in network.modules():
-        is_attention = isinstance(module, Attention | AttentionModuleMixin) and _heads_divide(module, size)
-        if is_attention or (isinstance(module, FeedForward) and module.net[2].in_features % size == 0):
+        is_attention = isinstance(module, Attention | AttentionModuleMixin) and _heads_divide(
+            module, size
+        )
+        if is_attention or (
+            isinstance(module, FeedForward) and module.net[2].in_features % size == 0
+        ):
             yield module, _shares(module)
 
 
 def _heads_divide(module: Any, size: int) -> bool:
-    """Its heads can be given to `size` ranks, and its output is a projection of its own (flux's single blocks project elsewhere)."""
-    has_output = getattr(module, "to_out", None) is not None and not getattr(module, "pre_only", False)
+    """Its heads can be given to `size` ranks, and its output is a projection of its own (flux's
+    single blocks project elsewhere).
+    """
+    has_output = getattr(module, "to_out", None) is not None and not getattr(
+        module, "pre_only", False
+    )
     norms = [getattr(module, name, None) for name in ("norm_q", "norm_k")]
-    spans_heads = any(norm is not None and norm.weight is not None and norm.weight.numel() != _head_width(module) for norm in norms)
-    return has_output and module.heads % size == 0 and not spans_heads and not getattr(module, "residual_connection", False)
+    spans_heads = any(
+        norm is not None and norm.weight is not None and norm.weight.numel() != _head_width(module)
+        for norm in norms
+    )
+    return (
+        has_output
+        and module.heads % size == 0
+        and not spans_heads
+        and not getattr(module, "residual_connection", False)
+    )
 
 
 def _head_width(module: Any) -> int:
@@ -87,21 +108,35 @@ def _head_width(module: Any) -> int:
 def _shares(module: Any) -> list[WeightShard]:
     if isinstance(module, FeedForward):
         first, last = module.net[0].proj, module.net[2]
-        return [WeightShard(first, 0, parts=first.out_features // last.in_features), WeightShard(last, 1)]
+        return [
+            WeightShard(first, 0, parts=first.out_features // last.in_features),
+            WeightShard(last, 1),
+        ]
     if getattr(module, "fused_projections", False):
-        raise UnsupportedError("parallelism=tensor cannot cut fused query, key and value projections. Leave fusing out.")
+        raise UnsupportedError(
+            "parallelism=tensor cannot cut fused query, key and value projections. Leave fusing "
+            "out."
+        )
     if any(True for _ in getattr(module.processor, "parameters", lambda: ())()):
-        raise UnsupportedError("parallelism=tensor cannot cut an IP-Adapter's attention. Use parallelism=patch with it.")
+        raise UnsupportedError(
+            "parallelism=tensor cannot cut an IP-Adapter's attention. Use parallelism=patch with "
+            "it."
+        )
     columns = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
     rows = [module.to_out[0], getattr(module, "to_add_out", None)]
-    shares = [WeightShard(getattr(module, name), 0) for name in columns if getattr(module, name, None) is not None]
+    shares = [
+        WeightShard(getattr(module, name), 0)
+        for name in columns
+        if getattr(module, name, None) is not None
+    ]
     return shares + [WeightShard(linear, 1) for linear in rows if linear is not None]
 
 
 def _require_plain(linear: nn.Module) -> None:
     if type(linear) is not nn.Linear:
         raise UnsupportedError(
-            f"parallelism=tensor cuts plain linear layers, not {type(linear).__name__}: quantised layers and loaded LoRAs cannot be cut. "
+            f"parallelism=tensor cuts plain linear layers, not {type(linear).__name__}: quantised "
+            "layers and loaded LoRAs cannot be cut. "
             "Fuse the LoRA, load without quantisation, or use parallelism=patch."
         )
 
@@ -111,7 +146,9 @@ def _shrink(share: WeightShard, size: int, rank: int) -> None:
     linear.weight = nn.Parameter(_block(linear.weight.data, share, size, rank), requires_grad=False)
     if linear.bias is not None and share.dim == 0:
         linear.bias = nn.Parameter(_block(linear.bias.data, share, size, rank), requires_grad=False)
-    elif linear.bias is not None and rank != 0:  # added once: by rank 0, whose result is summed with the others'
+    elif (
+        linear.bias is not None and rank != 0
+    ):  # added once: by rank 0, whose result is summed with the others'
         linear.bias = nn.Parameter(torch.zeros_like(linear.bias), requires_grad=False)
     _set_widths(linear)
 
@@ -135,7 +172,9 @@ def _restore(share: WeightShard, mesh: Mesh) -> None:
 
 def _whole(tensor: Tensor, share: WeightShard, mesh: Mesh) -> Tensor:
     blocks = tensor.unflatten(share.dim, (share.parts, 1, -1))
-    return all_gather(blocks, dim=share.dim + 1, axis=mesh.axis(AXIS)).flatten(share.dim, share.dim + 2)
+    return all_gather(blocks, dim=share.dim + 1, axis=mesh.axis(AXIS)).flatten(
+        share.dim, share.dim + 2
+    )
 
 
 def _set_widths(linear: nn.Linear) -> None:
@@ -145,7 +184,11 @@ def _set_widths(linear: nn.Linear) -> None:
 def _summing(mesh: Mesh) -> hooks.Around:
     def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
-        return tuple(_sum(part, mesh) for part in output) if isinstance(output, tuple) else _sum(output, mesh)
+        return (
+            tuple(_sum(part, mesh) for part in output)
+            if isinstance(output, tuple)
+            else _sum(output, mesh)
+        )
 
     return around
 

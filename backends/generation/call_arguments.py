@@ -1,6 +1,8 @@
-"""GenerateRequest -> the keyword arguments of one diffusers pipeline call, from the request and the call's own signature.
+"""GenerateRequest -> the keyword arguments of one diffusers pipeline call, from the request and the
+call's own signature.
 
-Nothing is written per model type: an argument is passed when the signature has it, and the model table supplies the defaults.
+Nothing is written per model type: an argument is passed when the signature has it, and the model
+table supplies the defaults.
 """
 
 import logging
@@ -19,13 +21,22 @@ from backends.request import CALL_DEFAULTS, GenerateRequest
 
 logger = logging.getLogger(__name__)
 
-_PROMPT_INPUTS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+_PROMPT_INPUTS = (
+    "prompt_embeds",
+    "negative_prompt_embeds",
+    "pooled_prompt_embeds",
+    "negative_pooled_prompt_embeds",
+)
 
 
-def resolve(request: GenerateRequest, spec: ModelSpec, *, defaults: Mapping[str, Any], vae_scale_factor: int) -> GenerateRequest:
-    """The request with every default filled in and its size settled. RequestError for what is missing or cannot be meant.
+def resolve(
+    request: GenerateRequest, spec: ModelSpec, *, defaults: Mapping[str, Any], vae_scale_factor: int
+) -> GenerateRequest:
+    """The request with every default filled in and its size settled. RequestError for what is
+    missing or cannot be meant.
 
-    defaults: height, width, num_inference_steps, guidance_scale as fixed at launch; they come before the model table's.
+    defaults: height, width, num_inference_steps, guidance_scale as fixed at launch; they come
+    before the model table's.
     """
     _require_inputs(request, spec)
     height, width = _size(request, spec, defaults, vae_scale_factor)
@@ -33,8 +44,12 @@ def resolve(request: GenerateRequest, spec: ModelSpec, *, defaults: Mapping[str,
         "height": height,
         "width": width,
         "num_inference_steps": _num_inference_steps(request, spec, defaults),
-        "guidance_scale": _first(request.guidance_scale, defaults.get("guidance_scale"), spec.guidance_scale),
-        "num_frames": _first(request.num_frames, spec.num_frames) if spec.output == "video" else None,
+        "guidance_scale": _first(
+            request.guidance_scale, defaults.get("guidance_scale"), spec.guidance_scale
+        ),
+        "num_frames": _first(request.num_frames, spec.num_frames)
+        if spec.output == "video"
+        else None,
         "clip_skip": request.clip_skip or None,
         "prompt": request.prompt or None,
         "negative_prompt": request.negative_prompt or None,
@@ -43,9 +58,16 @@ def resolve(request: GenerateRequest, spec: ModelSpec, *, defaults: Mapping[str,
 
 
 def call_arguments(
-    request: GenerateRequest, spec: ModelSpec, signature: Signature, *, device: torch.device, dtype: torch.dtype
+    request: GenerateRequest,
+    spec: ModelSpec,
+    signature: Signature,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> dict[str, Any]:
-    """Keyword arguments of the pipeline call for a resolved request. Latents, timesteps and sigmas are the caller's."""
+    """Keyword arguments of the pipeline call for a resolved request. Latents, timesteps and sigmas
+    are the caller's.
+    """
     arguments = {
         **_texts(request, spec, device=device, dtype=dtype),
         **_guidance(request, spec),
@@ -55,18 +77,33 @@ def call_arguments(
         "clip_skip": request.clip_skip,
         "image": request.image,
         "num_frames": request.num_frames,
-        **{name: _first(getattr(request, name), default) for name, default in CALL_DEFAULTS.items()},
+        **{
+            name: _first(getattr(request, name), default) for name, default in CALL_DEFAULTS.items()
+        },
         "generator": generator(request),
         **spec.call,
     }
-    return {name: value for name, value in arguments.items() if name in signature.parameters and value is not None}
+    return {
+        name: value
+        for name, value in arguments.items()
+        if name in signature.parameters and value is not None
+    }
 
 
-def own_arguments(requests: Sequence[GenerateRequest], arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """What differs between requests of one batch: lists, in place of the first one's. `arguments`: all of the first."""
-    own = {"prompt": [request.prompt for request in requests], "generator": [generator(request) for request in requests]}
+def own_arguments(
+    requests: Sequence[GenerateRequest], arguments: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What differs between requests of one batch: lists, in place of the first one's. `arguments`:
+    all of the first.
+    """
+    own = {
+        "prompt": [request.prompt for request in requests],
+        "generator": [generator(request) for request in requests],
+    }
     if "negative_prompt" in arguments:
-        own["negative_prompt"] = [request.negative_prompt or arguments["negative_prompt"] for request in requests]
+        own["negative_prompt"] = [
+            request.negative_prompt or arguments["negative_prompt"] for request in requests
+        ]
     return own
 
 
@@ -77,13 +114,19 @@ def generator(request: GenerateRequest) -> torch.Generator:
 
 @contextmanager
 def visible_clip_layers(pipe: Any, request: GenerateRequest) -> Iterator[None]:
-    """Let diffusers 0.42 find the layers of a flat CLIPTextModel for clip_skip (transformers >= 5.6 dropped `.text_model`).
+    """Let diffusers 0.42 find the layers of a flat CLIPTextModel for clip_skip (transformers >= 5.6
+    dropped `.text_model`).
 
-    Only during the call: LoRA loading tests whether the attribute exists. Not a normal assignment, which would register the module as
-    its own child.
+    Only during the call: LoRA loading tests whether the attribute exists. Not a normal assignment,
+    which would register the module as its own child.
     """
     encoder = getattr(pipe, "text_encoder", None)
-    if not request.clip_skip or encoder is None or hasattr(encoder, "text_model") or not hasattr(encoder, "final_layer_norm"):
+    if (
+        not request.clip_skip
+        or encoder is None
+        or hasattr(encoder, "text_model")
+        or not hasattr(encoder, "final_layer_norm")
+    ):
         yield
         return
     object.__setattr__(encoder, "text_model", encoder)
@@ -99,38 +142,69 @@ def _first(*values: Any) -> Any:
 
 def _require_inputs(request: GenerateRequest, spec: ModelSpec) -> None:
     if "image" in spec.requires and request.image is None:
-        raise RequestError(f"image is missing. {spec.title} starts from an image: send one as 'image'.", field="image")
+        raise RequestError(
+            f"image is missing. {spec.title} starts from an image: send one as 'image'.",
+            field="image",
+        )
     if "prompt" in spec.requires and not request.prompt and request.prompt_embeds is None:
-        raise RequestError("no prompt was given. Send a text as 'positive' (or 'prompt'), or embeddings.", field="positive")
+        raise RequestError(
+            "no prompt was given. Send a text as 'positive' (or 'prompt'), or embeddings.",
+            field="positive",
+        )
     if request.prompt and request.prompt_embeds is not None:
-        raise RequestError("both a prompt and prompt embeddings were given. Send one of them.", field="positive_embeds")
+        raise RequestError(
+            "both a prompt and prompt embeddings were given. Send one of them.",
+            field="positive_embeds",
+        )
     if request.negative_prompt and request.negative_prompt_embeds is not None:
-        raise RequestError("both a negative prompt and negative embeddings were given. Send one of them.", field="negative_embeds")
+        raise RequestError(
+            "both a negative prompt and negative embeddings were given. Send one of them.",
+            field="negative_embeds",
+        )
     if request.init_image is not None and request.latents is not None:
-        raise RequestError("both a latent and init_image were given. Send one of them.", field="init_image")
+        raise RequestError(
+            "both a latent and init_image were given. Send one of them.", field="init_image"
+        )
     if request.init_image is not None and not spec.returns_latents:
         raise UnsupportedError(f"{spec.title} cannot start from init_image. Leave it out.")
     if request.mask_image is not None and request.init_image is None:
-        raise RequestError("mask_image was given without init_image, the image to change. Send both.", field="mask_image")
+        raise RequestError(
+            "mask_image was given without init_image, the image to change. Send both.",
+            field="mask_image",
+        )
     if request.sigmas is not None and request.timesteps is not None:
-        raise RequestError("both sigmas and timesteps were given. Send one of them.", field="sigmas")
+        raise RequestError(
+            "both sigmas and timesteps were given. Send one of them.", field="sigmas"
+        )
 
 
-def _num_inference_steps(request: GenerateRequest, spec: ModelSpec, defaults: Mapping[str, Any]) -> int:
+def _num_inference_steps(
+    request: GenerateRequest, spec: ModelSpec, defaults: Mapping[str, Any]
+) -> int:
     if request.sigmas is not None:
         return max(len(request.sigmas) - 1, 1)
     if request.timesteps is not None:
         return max(len(request.timesteps), 1)
-    return _first(request.num_inference_steps, defaults.get("num_inference_steps"), spec.num_inference_steps)
+    return _first(
+        request.num_inference_steps, defaults.get("num_inference_steps"), spec.num_inference_steps
+    )
 
 
-def _size(request: GenerateRequest, spec: ModelSpec, defaults: Mapping[str, Any], vae_scale_factor: int) -> tuple[int, int]:
+def _size(
+    request: GenerateRequest, spec: ModelSpec, defaults: Mapping[str, Any], vae_scale_factor: int
+) -> tuple[int, int]:
     if spec.upscale > 1 and request.image is not None:
         return request.image.height * spec.upscale, request.image.width * spec.upscale
     if request.latents is not None and request.latents.ndim == 4:
         height, width = (side * vae_scale_factor for side in request.latents.shape[-2:])
         if (request.height, request.width) not in ((None, None), (height, width)):
-            logger.info("size %sx%s given, but the latent is of %dx%d: the latent wins", request.width, request.height, width, height)
+            logger.info(
+                "size %sx%s given, but the latent is of %dx%d: the latent wins",
+                request.width,
+                request.height,
+                width,
+                height,
+            )
     elif request.init_image is not None and request.height is None and request.width is None:
         width, height = request.init_image.size
     else:
@@ -139,11 +213,19 @@ def _size(request: GenerateRequest, spec: ModelSpec, defaults: Mapping[str, Any]
     rounded = [side // spec.size_multiple * spec.size_multiple for side in (height, width)]
     if min(rounded) == 0 or (request.latents is not None and rounded != [height, width]):
         raise RequestError(
-            f"size {width}x{height} is not allowed for {spec.title}. Both sides must be multiples of {spec.size_multiple} pixels.",
+            f"size {width}x{height} is not allowed for {spec.title}. Both sides must be multiples "
+            f"of {spec.size_multiple} pixels.",
             field="width" if rounded[0] == height else "height",
         )
     if rounded != [height, width]:
-        logger.info("size %dx%d cut down to %dx%d: multiples of %d only", width, height, rounded[1], rounded[0], spec.size_multiple)
+        logger.info(
+            "size %dx%d cut down to %dx%d: multiples of %d only",
+            width,
+            height,
+            rounded[1],
+            rounded[0],
+            spec.size_multiple,
+        )
     return rounded[0], rounded[1]
 
 
@@ -156,18 +238,30 @@ def _guidance(request: GenerateRequest, spec: ModelSpec) -> dict[str, Any]:
     return {spec.guidance_argument: scale}
 
 
-def _texts(request: GenerateRequest, spec: ModelSpec, *, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def _texts(
+    request: GenerateRequest, spec: ModelSpec, *, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
     negative = request.negative_prompt if spec.guidance == "cfg" else None
     if negative is None and spec.empty_negative and request.guidance_scale > 1:
         negative = spec.empty_negative
     if request.prompt_embeds is None:
         return {"prompt": request.prompt or "", "negative_prompt": negative}
-    given = {name: getattr(request, name) for name in _PROMPT_INPUTS if getattr(request, name) is not None}
+    given = {
+        name: getattr(request, name)
+        for name in _PROMPT_INPUTS
+        if getattr(request, name) is not None
+    }
     if spec.guidance != "cfg":
         given = {name: value for name, value in given.items() if not name.startswith("negative")}
-    tensors = {name: torch.from_numpy(np.ascontiguousarray(value)).to(device=device, dtype=dtype) for name, value in given.items()}
+    tensors = {
+        name: torch.from_numpy(np.ascontiguousarray(value)).to(device=device, dtype=dtype)
+        for name, value in given.items()
+    }
     if spec.batch == "list":
-        return {**{name: list(tensor) for name, tensor in tensors.items()}, "negative_prompt": negative}
+        return {
+            **{name: list(tensor) for name, tensor in tensors.items()},
+            "negative_prompt": negative,
+        }
     if "negative_prompt_embeds" in tensors:
         tensors["prompt_embeds"], tensors["negative_prompt_embeds"] = _same_length(
             tensors["prompt_embeds"], tensors["negative_prompt_embeds"]
@@ -187,43 +281,82 @@ def require_clip_layers(request: GenerateRequest, pipe: Any, signature: Signatur
     if not request.clip_skip or "clip_skip" not in signature.parameters:
         return
     encoders = [getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2")]
-    most = min((encoder.config.num_hidden_layers for encoder in encoders if encoder is not None), default=1) - 1
+    most = (
+        min(
+            (encoder.config.num_hidden_layers for encoder in encoders if encoder is not None),
+            default=1,
+        )
+        - 1
+    )
     if request.clip_skip > most:
         raise RequestError(
-            f"clip_skip={request.clip_skip} is not allowed: the text encoder allows 0 to {most}. Send less.", field="clip_skip"
+            f"clip_skip={request.clip_skip} is not allowed: the text encoder allows 0 to {most}. "
+            "Send less.",
+            field="clip_skip",
         )
 
 
-def require_embeds_support(request: GenerateRequest, spec: ModelSpec, pipe: Any, signature: Signature) -> None:
-    """UnsupportedError or RequestError where the request's embeddings do not suffice for this pipeline or do not fit it."""
+def require_embeds_support(
+    request: GenerateRequest, spec: ModelSpec, pipe: Any, signature: Signature
+) -> None:
+    """UnsupportedError or RequestError where the request's embeddings do not suffice for this
+    pipeline or do not fit it.
+    """
     if request.prompt_embeds is None and request.negative_prompt_embeds is None:
         return
-    needs = [name for name in ("prompt_attention_mask", "prompt_embeds_2") if name in signature.parameters]
+    needs = [
+        name
+        for name in ("prompt_attention_mask", "prompt_embeds_2")
+        if name in signature.parameters
+    ]
     if "prompt_embeds" not in signature.parameters or needs:
         raise UnsupportedError(
-            f"embeddings cannot be given to {spec.title}: it also needs {', '.join(needs) or 'an image'}, "
+            f"embeddings cannot be given to {spec.title}: it also needs "
+            f"{', '.join(needs) or 'an image'}, "
             "which no request field carries. Send the prompt as text."
         )
     widths = _embeds_widths(getattr(pipe, spec.denoiser).config)
     for field, prefix in (("positive_embeds", ""), ("negative_embeds", "negative_")):
-        embeds, pooled = (getattr(request, f"{prefix}{name}") for name in ("prompt_embeds", "pooled_prompt_embeds"))
+        embeds, pooled = (
+            getattr(request, f"{prefix}{name}")
+            for name in ("prompt_embeds", "pooled_prompt_embeds")
+        )
         if embeds is None:
             continue
         if pooled is None and "pooled_prompt_embeds" in signature.parameters:
-            raise RequestError(f"{field} has no pooled_output, which {spec.title} needs. Send it with the embeddings.", field=field)
-        for name, array, width in (("tensor", embeds, widths[0]), ("pooled_output", pooled, widths[1])):
+            raise RequestError(
+                f"{field} has no pooled_output, which {spec.title} needs. Send it with the "
+                "embeddings.",
+                field=field,
+            )
+        for name, array, width in (
+            ("tensor", embeds, widths[0]),
+            ("pooled_output", pooled, widths[1]),
+        ):
             if array is not None and width is not None and array.shape[-1] != width:
                 raise RequestError(
-                    f"{field} has a {name} of width {array.shape[-1]}, but this {spec.title} model takes {width}. "
+                    f"{field} has a {name} of width {array.shape[-1]}, but this {spec.title} model "
+                    f"takes {width}. "
                     "Send embeddings of its own text encoders, or the prompt as text.",
                     field=field,
                 )
 
 
 def _embeds_widths(config: Mapping[str, Any]) -> tuple[int | None, int | None]:
-    """Channels of the prompt's embeddings and of their pooled part, as a denoiser's config tells them; None where it does not."""
-    width = _first(*(config.get(name) for name in ("joint_attention_dim", "cross_attention_dim", "cap_feat_dim", "text_dim")))
+    """Channels of the prompt's embeddings and of their pooled part, as a denoiser's config tells
+    them; None where it does not.
+    """
+    width = _first(
+        *(
+            config.get(name)
+            for name in ("joint_attention_dim", "cross_attention_dim", "cap_feat_dim", "text_dim")
+        )
+    )
     pooled = config.get("pooled_projection_dim")
-    if config.get("addition_embed_type") == "text_time":  # SDXL: six sizes are embedded beside the pooled text
-        pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+    if (
+        config.get("addition_embed_type") == "text_time"
+    ):  # SDXL: six sizes are embedded beside the pooled text
+        pooled = (
+            config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+        )
     return width if isinstance(width, int) else None, pooled

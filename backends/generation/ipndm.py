@@ -1,17 +1,26 @@
-"""The sampler `ipndm`: linear multistep of up to fourth order over noise levels. Built by backends/generation/schedulers.py."""
+"""The sampler `ipndm`: linear multistep of up to fourth order over noise levels. Built by
+backends/generation/schedulers.py.
+"""
 
 import torch
 from diffusers import EulerDiscreteScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
-ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+ADAMS_BASHFORTH = (
+    (1.0,),
+    (3 / 2, -1 / 2),
+    (23 / 12, -16 / 12, 5 / 12),
+    (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+)
 """Weights of the newest slope, the one before, and so on, by the number of slopes known."""
 
 
 class IPNDMSigmaScheduler(EulerDiscreteScheduler):
-    """Euler's schedule and scaling, with the slopes of the last steps combined by Adams-Bashforth weights.
+    """Euler's schedule and scaling, with the slopes of the last steps combined by Adams-Bashforth
+    weights.
 
-    The first steps use the lower orders, as in "improved PNDM": Zhang & Chen, arXiv:2204.13902, section 4.
+    The first steps use the lower orders, as in "improved PNDM": Zhang & Chen, arXiv:2204.13902,
+    section 4.
     """
 
     def _init_step_index(self, timestep: float | torch.Tensor) -> None:
@@ -19,9 +28,15 @@ class IPNDMSigmaScheduler(EulerDiscreteScheduler):
         self._slopes: list[torch.Tensor] = []
 
     def step(
-        self, model_output: torch.Tensor, timestep: float | torch.Tensor, sample: torch.Tensor, return_dict: bool = True
+        self,
+        model_output: torch.Tensor,
+        timestep: float | torch.Tensor,
+        sample: torch.Tensor,
+        return_dict: bool = True,
     ) -> SchedulerOutput | tuple[torch.Tensor]:
-        """Move `sample` from this noise level to the next. Same shape in and out; float32 inside."""
+        """Move `sample` from this noise level to the next. Same shape in and out; float32
+        inside.
+        """
         if self.step_index is None:
             self._init_step_index(timestep)
         sigma, next_sigma = self.sigmas[self.step_index : self.step_index + 2].tolist()
@@ -33,7 +48,9 @@ class IPNDMSigmaScheduler(EulerDiscreteScheduler):
         self._step_index += 1
         return SchedulerOutput(prev_sample=previous) if return_dict else (previous,)
 
-    def _slope(self, model_output: torch.Tensor, sample: torch.Tensor, sigma: float) -> torch.Tensor:
+    def _slope(
+        self, model_output: torch.Tensor, sample: torch.Tensor, sigma: float
+    ) -> torch.Tensor:
         """d sample / d sigma, which is the noise in the sample."""
         match self.config.prediction_type:
             case "epsilon":
@@ -43,5 +60,8 @@ class IPNDMSigmaScheduler(EulerDiscreteScheduler):
             case "sample":
                 clean = model_output
             case other:
-                raise ValueError(f"prediction_type={other!r} is not allowed. Allowed: epsilon, v_prediction, sample.")
+                raise ValueError(
+                    f"prediction_type={other!r} is not allowed. Allowed: epsilon, v_prediction, "
+                    "sample."
+                )
         return (sample - clean) / sigma

@@ -1,7 +1,9 @@
-"""Between the latents that clients hold and those that a denoiser works on, and from latents to pixels.
+"""Between the latents that clients hold and those that a denoiser works on, and from latents to
+pixels.
 
-Client space is what a VAE encodes to and decodes from: float32 (1, C, h, w), unscaled. Model space is scaled and shifted by the VAE's
-configuration and, for packed layouts, folded into tokens of 2 x 2 latent pixels.
+Client space is what a VAE encodes to and decodes from: float32 (1, C, h, w), unscaled. Model space
+is scaled and shifted by the VAE's configuration and, for packed layouts, folded into tokens of 2 x
+2 latent pixels.
 """
 
 from collections.abc import Iterator
@@ -17,12 +19,17 @@ from backends.errors import RequestError
 from backends.model_table import ModelSpec
 
 
-def to_model_space(latents: np.ndarray, *, pipe: Any, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """(1, C, h, w) as a client sends them -> what the pipeline takes as `latents`. RequestError on a wrong channel count or size."""
+def to_model_space(
+    latents: np.ndarray, *, pipe: Any, spec: ModelSpec, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """(1, C, h, w) as a client sends them -> what the pipeline takes as `latents`. RequestError on
+    a wrong channel count or size.
+    """
     channels = num_channels(pipe.vae)
     if latents.ndim != 4 or latents.shape[1] != channels:
         raise RequestError(
-            f"latent has shape {latents.shape}, but {spec.title} works on (1, {channels}, height / 8, width / 8). "
+            f"latent has shape {latents.shape}, but {spec.title} works on (1, {channels}, height / "
+            "8, width / 8). "
             "Send latents of this model's own VAE, or leave the field out.",
             field="latent",
         )
@@ -31,7 +38,9 @@ def to_model_space(latents: np.ndarray, *, pipe: Any, spec: ModelSpec, device: t
     return pack((x - shift) * scale, spec=spec).to(dtype)
 
 
-def to_client_space(latents: Tensor, *, pipe: Any, spec: ModelSpec, height: int, width: int) -> np.ndarray:
+def to_client_space(
+    latents: Tensor, *, pipe: Any, spec: ModelSpec, height: int, width: int
+) -> np.ndarray:
     """Model space -> float32 (1, C, h, w) on the CPU, as a client's VAE decodes it."""
     x = unpack(latents.float(), pipe=pipe, spec=spec, height=height, width=width)
     return np.ascontiguousarray(unscaled(x, vae=pipe.vae).detach().cpu().numpy())
@@ -62,13 +71,21 @@ def num_channels(vae: Any) -> int:
 
 
 def _normalisation(vae: Any, like: Tensor) -> tuple[Any, Any]:
-    """(shift, scale) of model space = (x - shift) * scale: one for all channels, one for each, or one for each of 2 x 2 pixels of each."""
+    """(shift, scale) of model space = (x - shift) * scale: one for all channels, one for each, or
+    one for each of 2 x 2 pixels of each.
+    """
     if hasattr(vae, "bn"):  # statistics of (4 C) channels, which are C x 2 x 2
-        tiles = [stat.to(like).view(1, -1, 2, 2).repeat(1, 1, like.shape[-2] // 2, like.shape[-1] // 2) for stat in _moments(vae)]
+        tiles = [
+            stat.to(like).view(1, -1, 2, 2).repeat(1, 1, like.shape[-2] // 2, like.shape[-1] // 2)
+            for stat in _moments(vae)
+        ]
         return tiles[0], 1 / tiles[1]
     if "latents_mean" not in vae.config or vae.config.latents_mean is None:
         return vae.config.get("shift_factor") or 0.0, vae.config.scaling_factor
-    mean, std = (like.new_tensor(vae.config[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
+    mean, std = (
+        like.new_tensor(vae.config[name]).view(1, -1, 1, 1)
+        for name in ("latents_mean", "latents_std")
+    )
     return mean, 1 / std
 
 
@@ -87,7 +104,11 @@ def pack(x: Tensor, *, spec: ModelSpec) -> Tensor:
     if spec.latents != "packed":
         return x
     b, c, h, w = x.shape
-    return x.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, (h // 2) * (w // 2), 4 * c)
+    return (
+        x.reshape(b, c, h // 2, 2, w // 2, 2)
+        .permute(0, 2, 4, 1, 3, 5)
+        .reshape(b, (h // 2) * (w // 2), 4 * c)
+    )
 
 
 def unpack(x: Tensor, *, pipe: Any, spec: ModelSpec, height: int, width: int) -> Tensor:
@@ -96,7 +117,9 @@ def unpack(x: Tensor, *, pipe: Any, spec: ModelSpec, height: int, width: int) ->
         return x
     h, w = height // (2 * pipe.vae_scale_factor), width // (2 * pipe.vae_scale_factor)
     b, _, d = x.shape
-    return x.reshape(b, h, w, d // 4, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, d // 4, 2 * h, 2 * w)
+    return (
+        x.reshape(b, h, w, d // 4, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, d // 4, 2 * h, 2 * w)
+    )
 
 
 @torch.no_grad()
@@ -104,16 +127,26 @@ def decode(client_latents: np.ndarray, *, pipe: Any) -> np.ndarray:
     """float32 (B, C, h, w) in client space -> uint8 (B, H, W, 3)."""
     with _without_overflow(pipe.vae) as vae:
         x = torch.from_numpy(client_latents).to(device=pipe._execution_device, dtype=vae.dtype)
-        image = vae.decode(x.unsqueeze(2), return_dict=False)[0].squeeze(2) if _counts_frames(vae) else vae.decode(x, return_dict=False)[0]
+        image = (
+            vae.decode(x.unsqueeze(2), return_dict=False)[0].squeeze(2)
+            if _counts_frames(vae)
+            else vae.decode(x, return_dict=False)[0]
+        )
         return to_uint8(pipe.image_processor.postprocess(image.float(), output_type="np"))
 
 
 @torch.no_grad()
 def encode(image: Image.Image, *, pipe: Any, height: int, width: int) -> np.ndarray:
-    """An image, scaled to this size in pixels -> float32 (1, C, h, w) in client space: the middle of what the VAE sees in it."""
+    """An image, scaled to this size in pixels -> float32 (1, C, h, w) in client space: the middle
+    of what the VAE sees in it.
+    """
     pixels = np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS))
     with _without_overflow(pipe.vae) as vae:
-        x = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].to(device=pipe._execution_device, dtype=vae.dtype)
+        x = (
+            torch.from_numpy(pixels.copy())
+            .permute(2, 0, 1)[None]
+            .to(device=pipe._execution_device, dtype=vae.dtype)
+        )
         return encoded(x / 127.5 - 1, vae=vae).float().cpu().numpy()
 
 
@@ -125,9 +158,11 @@ def encoded(pixels: Tensor, *, vae: Any) -> Tensor:
 
 
 def mask(image: Image.Image, *, pipe: Any, spec: ModelSpec, height: int, width: int) -> Tensor:
-    """A mask, scaled to this size in pixels -> float32 in the layout of the denoiser's latents: 1 where they may change, else 0.
+    """A mask, scaled to this size in pixels -> float32 in the layout of the denoiser's latents: 1
+    where they may change, else 0.
 
-    (1, C, h, w) before packing. As in diffusers' inpainting, a latent pixel follows the image's pixel in its corner.
+    (1, C, h, w) before packing. As in diffusers' inpainting, a latent pixel follows the image's
+    pixel in its corner.
     """
     pixels = np.asarray(image.convert("L").resize((width, height), Image.Resampling.LANCZOS))
     step = pipe.vae_scale_factor
@@ -150,5 +185,7 @@ def _without_overflow(vae: Any) -> Iterator[Any]:
 
 
 def to_uint8(pixels: np.ndarray) -> np.ndarray:
-    """float (..., 3) in [0, 1] -> uint8, rounded as diffusers does for PIL images. Not-a-number becomes black."""
+    """float (..., 3) in [0, 1] -> uint8, rounded as diffusers does for PIL images. Not-a-number
+    becomes black.
+    """
     return np.nan_to_num(pixels * 255.0).round().clip(0, 255).astype(np.uint8)

@@ -1,6 +1,8 @@
-"""ModelSpec + LoadRequest -> a diffusers pipeline on this rank's device, and one generation with it.
+"""ModelSpec + LoadRequest -> a diffusers pipeline on this rank's device, and one generation with
+it.
 
-Used by hosts/ranks/loop.py on every rank, and by benchmarks. Nothing here knows HTTP or which rank it is on.
+Used by hosts/ranks/loop.py on every rank, and by benchmarks. Nothing here knows HTTP or which rank
+it is on.
 """
 
 import copy
@@ -38,7 +40,12 @@ from backends.generation.step_window import schedule_of
 from backends.generation.timeline import StageClock
 from backends.loading.compilation import Compilation, quiet_regions
 from backends.loading.controlnet import control_arguments, require_control
-from backends.loading.ip_adapter import image_arguments, load_ip_adapters, require_images, use_scales
+from backends.loading.ip_adapter import (
+    image_arguments,
+    load_ip_adapters,
+    require_images,
+    use_scales,
+)
 from backends.loading.lora import LoraSet
 from backends.loading.offload import place, use_lean_attention
 from backends.loading.quantization import quantize
@@ -52,19 +59,24 @@ from backends.request import Array, GenerateRequest, GenerateResult, LoadRequest
 from backends.step_cache_spec import require_step_cache
 
 logger = logging.getLogger(__name__)
-diffusers.utils.logging.disable_progress_bar()  # a bar per component belongs to a terminal, not into a server's log
+# a bar per component belongs to a terminal, not into a server's log
+diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
 
 OnStep = Callable[[int, int, Tensor], None]
-"""on_step(steps done, steps in all, latents in model space): after each scheduler step, on every rank. An exception ends the run."""
+"""on_step(steps done, steps in all, latents in model space): after each scheduler step, on every
+rank. An exception ends the run.
+"""
 
 
 def load_pipeline(spec: ModelSpec, load: LoadRequest, *, device: torch.device) -> "LoadedPipeline":
-    """Weights from a diffusers folder (or a single file where the type has one), on the device, ready to attach a backend to.
+    """Weights from a diffusers folder (or a single file where the type has one), on the device,
+    ready to attach a backend to.
 
-    Never asks a hub: everything must be in the checkpoint. Raises ConfigError with the component at fault.
-    The order matters: replaced weights, then quantised, then placed on the device, then LoRA (LoadedPipeline), then compiled, and the
-    backend last (`attach`).
+    Never asks a hub: everything must be in the checkpoint. Raises ConfigError with the component at
+    fault.
+    The order matters: replaced weights, then quantised, then placed on the device, then LoRA
+    (LoadedPipeline), then compiled, and the backend last (`attach`).
     """
     pipe = load_pipe(spec, load)
     load_ip_adapters(pipe, spec, load)
@@ -77,10 +89,18 @@ def load_pipeline(spec: ModelSpec, load: LoadRequest, *, device: torch.device) -
 
 
 class LoadedPipeline:
-    """A diffusers pipeline with a backend attached, and what is needed to run it again and again the same way."""
+    """A diffusers pipeline with a backend attached, and what is needed to run it again and again
+    the same way.
+    """
 
     def __init__(
-        self, pipe: Any, *, spec: ModelSpec, load: LoadRequest, device: torch.device, bytes_saved: Mapping[str, int] = MappingProxyType({})
+        self,
+        pipe: Any,
+        *,
+        spec: ModelSpec,
+        load: LoadRequest,
+        device: torch.device,
+        bytes_saved: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         """bytes_saved: component -> bytes that quantising it saved."""
         self.pipe = pipe
@@ -120,9 +140,15 @@ class LoadedPipeline:
             attach_patch_decode(self.pipe.vae, backend.mesh)
 
     def _compile_regions(self, backend: Backend) -> list[nn.Module]:
-        """A step cache decides between blocks, which no graph can hold: then what lies between attentions."""
+        """A step cache decides between blocks, which no graph can hold: then what lies between
+        attentions.
+        """
         denoiser = backend.denoiser_of(self.pipe)
-        return backend.compile_regions(denoiser) if self._step_cache is None else quiet_regions(denoiser)
+        return (
+            backend.compile_regions(denoiser)
+            if self._step_cache is None
+            else quiet_regions(denoiser)
+        )
 
     def detach(self) -> None:
         if self._step_cache is not None:
@@ -138,46 +164,72 @@ class LoadedPipeline:
         return self.load.compile is not None and target in self.load.compile.targets
 
     def _fuse_loras(self) -> None:
-        """A compiled denoiser is fastest without LoRA layers; packed weights, however, cannot take a LoRA in."""
+        """A compiled denoiser is fastest without LoRA layers; packed weights, however, cannot take
+        a LoRA in.
+        """
         if self._compiles("denoiser") and not self.load.quantize and self.load.gguf_model is None:
             self._loras.fuse()
 
     def _require_plain_weights(self, backend: Backend) -> None:
-        if not backend.has_whole_weights and (self.load.quantize or self.load.gguf_model is not None):
+        if not backend.has_whole_weights and (
+            self.load.quantize or self.load.gguf_model is not None
+        ):
             raise UnsupportedError(
-                f"quantised weights are not available with {backend.plan.describe()} and split weights: packed weights cannot be cut. "
+                f"quantised weights are not available with {backend.plan.describe()} and split "
+                "weights: packed weights cannot be cut. "
                 "Leave out --parallelism=tensor or --shard_weights, or the quantisation."
             )
 
     def rest(self) -> None:
-        """Keep the weights in main memory, and the device free for others, until the next generation. UnsupportedError where they move."""
+        """Keep the weights in main memory, and the device free for others, until the next
+        generation. UnsupportedError where they move.
+        """
         if self.load.offload is not None:
-            raise UnsupportedError(f"the weights cannot be kept in main memory: offloading ({self.load.offload}) moves them already.")
+            raise UnsupportedError(
+                f"the weights cannot be kept in main memory: offloading ({self.load.offload}) "
+                "moves them already."
+            )
         self.pipe.to("cpu")
         self._is_resting = True
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def check(self, request: GenerateRequest) -> None:
-        """Refuse what cannot be done, before any rank starts: RequestError, PlanError or UnsupportedError."""
+        """Refuse what cannot be done, before any rank starts: RequestError, PlanError or
+        UnsupportedError.
+        """
         self._prepare(request)
 
-    def generate(self, request: GenerateRequest, *, on_step: OnStep | None = None) -> GenerateResult:
-        """One image or video. `request.seed` must be drawn already, so that all ranks have the same."""
+    def generate(
+        self, request: GenerateRequest, *, on_step: OnStep | None = None
+    ) -> GenerateResult:
+        """One image or video. `request.seed` must be drawn already, so that all ranks have the
+        same.
+        """
         return self.generate_together([request], on_step=on_step)[0]
 
     @torch.no_grad()
-    def generate_together(self, requests: Sequence[GenerateRequest], *, on_step: OnStep | None = None) -> list[GenerateResult]:
-        """The result of each request, as rows of one batch if there are several. UnsupportedError where they cannot be.
+    def generate_together(
+        self, requests: Sequence[GenerateRequest], *, on_step: OnStep | None = None
+    ) -> list[GenerateResult]:
+        """The result of each request, as rows of one batch if there are several. UnsupportedError
+        where they cannot be.
 
-        A row is what its request gives alone, but for the order of sums. Each result's seconds are those of all.
+        A row is what its request gives alone, but for the order of sums. Each result's seconds are
+        those of all.
         """
         started = time.perf_counter()
         prepared = [self._prepare(request) for request in requests]
         resolved = [request for request, _, _ in prepared]
         first, scheduler, run = prepared[0]
         if len(requests) > 1:
-            require_one_batch(requests, self.spec, self.load, scheduler, self._backend.plan if self._backend is not None else None)
+            require_one_batch(
+                requests,
+                self.spec,
+                self.load,
+                scheduler,
+                self._backend.plan if self._backend is not None else None,
+            )
         self._run_now = run
         if self._is_resting:
             self.pipe.to(self.device)
@@ -202,7 +254,9 @@ class LoadedPipeline:
         return [
             GenerateResult(
                 frames=frames,
-                latents=None if latents is None else latent_space.to_latent_space(latents, request.latent_space, vae=self.pipe.vae),
+                latents=None
+                if latents is None
+                else latent_space.to_latent_space(latents, request.latent_space, vae=self.pipe.vae),
                 seed=request.seed,
                 resolved=_plain(request, scheduler),
                 num_steps=num_steps,
@@ -215,13 +269,18 @@ class LoadedPipeline:
 
     def _report(self, request: GenerateRequest) -> dict[str, Any]:
         report = dict(self._backend.report()) if self._backend is not None else {}
-        report["stages"] = {stage: round(seconds, 4) for stage, seconds in self._clock.seconds().items()}
+        report["stages"] = {
+            stage: round(seconds, 4) for stage, seconds in self._clock.seconds().items()
+        }
         if self._step_cache is not None:
             report["step_cache"] = self._step_cache.report()
         if self._bytes_saved:
             report["bytes_saved"] = self._bytes_saved
         if self._prompts is None and (unread := unread_tokens(self.pipe, self.spec, request)) > 0:
-            logger.warning("the last %d tokens of the prompt were not read; with --compel they would be", unread)
+            logger.warning(
+                "the last %d tokens of the prompt were not read; with --compel they would be",
+                unread,
+            )
             report["unread_tokens"] = unread
         return report
 
@@ -231,8 +290,12 @@ class LoadedPipeline:
         return self._clock.spans
 
     def preview(self, latents: Tensor, row: int = 0) -> Array | None:
-        """uint8 (h, w, 3) of one image that is made now, from what `on_step` was given. None for a VAE that cannot tell."""
-        return self._previewer.image(latents[row : row + 1], height=self._run_now.height, width=self._run_now.width)
+        """uint8 (h, w, 3) of one image that is made now, from what `on_step` was given. None for a
+        VAE that cannot tell.
+        """
+        return self._previewer.image(
+            latents[row : row + 1], height=self._run_now.height, width=self._run_now.width
+        )
 
     def _prepare(self, request: GenerateRequest) -> tuple[GenerateRequest, Any, RunInfo]:
         require_embeds_support(request, self.spec, self.pipe, self.signature)
@@ -241,11 +304,22 @@ class LoadedPipeline:
         require_images(request, self.load, self.spec)
         self._require_changeable_loras(request)
         if request.compel and self._prompts is None:
-            raise UnsupportedError("compel is not loaded on this host. Leave it out, or start the host with --compel.")
+            raise UnsupportedError(
+                "compel is not loaded on this host. Leave it out, or start the host with --compel."
+            )
         if request.mask_image is not None:
-            self.spec.require(self._backend.plan.method if self._backend is not None else "single", "inpainting")
-        resolved = resolve(request, self.spec, defaults=self._defaults(), vae_scale_factor=getattr(self.pipe, "vae_scale_factor", 8))
-        choice = parse_scheduler(resolved.scheduler if resolved.scheduler is not None else self.load.scheduler)
+            self.spec.require(
+                self._backend.plan.method if self._backend is not None else "single", "inpainting"
+            )
+        resolved = resolve(
+            request,
+            self.spec,
+            defaults=self._defaults(),
+            vae_scale_factor=getattr(self.pipe, "vae_scale_factor", 8),
+        )
+        choice = parse_scheduler(
+            resolved.scheduler if resolved.scheduler is not None else self.load.scheduler
+        )
         scheduler = build_scheduler(choice, self._pristine_scheduler, flow=self.spec.flow_matching)
         run = RunInfo(
             request=resolved,
@@ -257,7 +331,8 @@ class LoadedPipeline:
         if self._backend is not None:
             if resolved.quality == "exact" and self._backend.exactness_of(run) == "approximate":
                 raise UnsupportedError(
-                    f"quality='exact' was asked for, but this host runs {self._backend.plan.describe()}. "
+                    "quality='exact' was asked for, but this host runs "
+                    f"{self._backend.plan.describe()}. "
                     "Leave the field out, or start the host with an exact method."
                 )
             self._backend.check(run)
@@ -266,12 +341,18 @@ class LoadedPipeline:
     def _require_changeable_loras(self, request: GenerateRequest) -> None:
         if request.lora is not None and self._loras.is_fused:
             raise UnsupportedError(
-                "lora in a request is not available on a host that compiles its denoiser: LoRAs given at launch are part of the weights. "
+                "lora in a request is not available on a host that compiles its denoiser: LoRAs "
+                "given at launch are part of the weights. "
                 "Leave it out, or start the host without --compile_unet."
             )
-        if request.lora is not None and self._backend is not None and not self._backend.has_whole_weights:
+        if (
+            request.lora is not None
+            and self._backend is not None
+            and not self._backend.has_whole_weights
+        ):
             raise UnsupportedError(
-                f"lora in a request is not available on a host that runs {self._backend.plan.describe()} with split weights. "
+                "lora in a request is not available on a host that runs "
+                f"{self._backend.plan.describe()} with split weights. "
                 "Give the LoRA at launch, or start the host without splitting weights."
             )
 
@@ -287,71 +368,121 @@ class LoadedPipeline:
         method = self._backend.exactness_of(run) if self._backend is not None else "exact"
         if self._step_cache is not None and self._step_cache.num_skipped:
             return "approximate"
-        return "reordered" if method == "exact" and (num_rows > 1 or splits_decode(self.pipe.vae)) else method
+        return (
+            "reordered"
+            if method == "exact" and (num_rows > 1 or splits_decode(self.pipe.vae))
+            else method
+        )
 
     def _defaults(self) -> dict[str, Any]:
-        return {name: getattr(self.load, name) for name in ("height", "width", "num_inference_steps", "guidance_scale")}
+        return {
+            name: getattr(self.load, name)
+            for name in ("height", "width", "num_inference_steps", "guidance_scale")
+        }
 
     def _run(
         self, requests: Sequence[GenerateRequest], scheduler: Any, on_step: OnStep | None
     ) -> tuple[list[tuple[Array, Array | None]], int]:
-        """Of each request its uint8 frames and its latents in client space (or None); scheduler steps made."""
+        """Of each request its uint8 frames and its latents in client space (or None); scheduler
+        steps made.
+        """
         clock = self._clock = StageClock()
         request = requests[0]  # in what follows the others are the same, but for texts and noise
         if request.init_image is not None:
-            start = latent_space.encode(request.init_image, pipe=self.pipe, height=request.height, width=request.width)
+            start = latent_space.encode(
+                request.init_image, pipe=self.pipe, height=request.height, width=request.width
+            )
             request = request.model_copy(update={"latents": start})
         elif request.latents is not None and self.spec.returns_latents:
-            start = latent_space.from_latent_space(request.latents, request.latent_space, vae=self.pipe.vae)
+            start = latent_space.from_latent_space(
+                request.latents, request.latent_space, vae=self.pipe.vae
+            )
             request = request.model_copy(update={"latents": start})
         if request.latents is not None and self.spec.returns_latents and request.strength == 0:
             clean = request.latents[:1]
-            latent_space.to_model_space(clean, pipe=self.pipe, spec=self.spec, device=self.device, dtype=self.dtype)  # checks it
+            latent_space.to_model_space(
+                clean, pipe=self.pipe, spec=self.spec, device=self.device, dtype=self.dtype
+            )  # checks it
             return [(latent_space.decode(clean, pipe=self.pipe), clean)], 0
         self.pipe.scheduler = scheduler
         schedule = schedule_of(request)
-        arguments = call_arguments(request, self.spec, self.signature, device=self.device, dtype=self.dtype)
-        if self._prompts is not None and request.prompt_embeds is None and request.compel is not False:
+        arguments = call_arguments(
+            request, self.spec, self.signature, device=self.device, dtype=self.dtype
+        )
+        if (
+            self._prompts is not None
+            and request.prompt_embeds is None
+            and request.compel is not False
+        ):
             texts = self._prompts.arguments(request)
-            arguments = {name: value for name, value in arguments.items() if name not in ("prompt", "negative_prompt")} | texts
+            arguments = {
+                name: value
+                for name, value in arguments.items()
+                if name not in ("prompt", "negative_prompt")
+            } | texts
         if len(requests) > 1:
             arguments |= own_arguments(requests, arguments)
-        added = {**control_arguments(request, self.load, self.spec), **image_arguments(request, self.load)}
-        arguments |= {name: value for name, value in added.items() if name in self.signature.parameters}
+        added = {
+            **control_arguments(request, self.load, self.spec),
+            **image_arguments(request, self.load),
+        }
+        arguments |= {
+            name: value for name, value in added.items() if name in self.signature.parameters
+        }
         start = self._start(request)
-        driver = StepDriver(scheduler, schedule, start=start, on_step=self._step_reporter(on_step), generator=arguments["generator"])
+        driver = StepDriver(
+            scheduler,
+            schedule,
+            start=start,
+            on_step=self._step_reporter(on_step),
+            generator=arguments["generator"],
+        )
         driver.on_start = lambda: clock.next("step")
         with driver, visible_clip_layers(self.pipe, request), self._seeded(request):
             if driver.latents is not None:
                 arguments["latents"] = driver.latents
-            output = self.pipe(**arguments, output_type="latent" if self.spec.returns_latents else "np")
+            output = self.pipe(
+                **arguments, output_type="latent" if self.spec.returns_latents else "np"
+            )
             output = output.frames if self.spec.output == "video" else output.images
         if not self.spec.returns_latents:
             pixels = output[0] if self.spec.output == "video" else output[:1]
             return [(latent_space.to_uint8(pixels), None)], driver.num_steps
         size = {"height": request.height, "width": request.width}
-        latents = latent_space.to_client_space(output[: len(requests)], pipe=self.pipe, spec=self.spec, **size)
+        latents = latent_space.to_client_space(
+            output[: len(requests)], pipe=self.pipe, spec=self.spec, **size
+        )
         rows = np.split(latents, len(requests))  # decoded one by one, in the memory that one needs
         return [(latent_space.decode(row, pipe=self.pipe), row) for row in rows], driver.num_steps
 
     @contextmanager
     def _seeded(self, request: GenerateRequest) -> Iterator[None]:
-        """torch's global random numbers from the seed too: HunyuanDiT's ControlNet draws from them, and all ranks must draw the same."""
+        """torch's global random numbers from the seed too: HunyuanDiT's ControlNet draws from them,
+        and all ranks must draw the same.
+        """
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(request.seed)
             yield
 
     def _start(self, request: GenerateRequest) -> InitialLatents | None:
-        """Where an image-to-image or inpainting run begins; None for text to image (latents at full strength only set the size)."""
+        """Where an image-to-image or inpainting run begins; None for text to image (latents at full
+        strength only set the size).
+        """
         is_whole = request.strength == 1 and request.first_step == 0 and request.mask_image is None
         if request.latents is None or not self.spec.returns_latents or is_whole:
             return None
         mask = None
         if request.mask_image is not None:
             size = {"height": request.height, "width": request.width}
-            mask = latent_space.mask(request.mask_image, pipe=self.pipe, spec=self.spec, **size).to(self.device)
-        clean = latent_space.to_model_space(request.latents, pipe=self.pipe, spec=self.spec, device=self.device, dtype=self.dtype)
-        noise = torch.randn(request.latents[:1].shape, generator=generator(request), dtype=self.dtype).to(self.device)
+            mask = latent_space.mask(request.mask_image, pipe=self.pipe, spec=self.spec, **size).to(
+                self.device
+            )
+        clean = latent_space.to_model_space(
+            request.latents, pipe=self.pipe, spec=self.spec, device=self.device, dtype=self.dtype
+        )
+        noise = torch.randn(
+            request.latents[:1].shape, generator=generator(request), dtype=self.dtype
+        ).to(self.device)
         is_noisy = request.first_step > 0 and request.init_image is None
         return InitialLatents(
             latents=clean,
@@ -376,15 +507,26 @@ class LoadedPipeline:
 def _plain(resolved: GenerateRequest, scheduler: Any) -> dict[str, Any]:
     """What was really used, for people to read: no images, no arrays."""
     values = {name: getattr(resolved, name) for name in GenerateRequest.model_fields}
-    plain = {name: value for name, value in values.items() if isinstance(value, str | int | float | dict)}
-    plain = {name: value for name, value in plain.items() if value != GenerateRequest.model_fields[name].default}
+    plain = {
+        name: value for name, value in values.items() if isinstance(value, str | int | float | dict)
+    }
+    plain = {
+        name: value
+        for name, value in plain.items()
+        if value != GenerateRequest.model_fields[name].default
+    }
     return {**plain, "scheduler": type(scheduler).__name__}
 
 
 def _apply_vae_options(pipe: Any, load: LoadRequest) -> None:
-    for wanted, name in ((load.enable_vae_tiling, "enable_tiling"), (load.enable_vae_slicing, "enable_slicing")):
+    for wanted, name in (
+        (load.enable_vae_tiling, "enable_tiling"),
+        (load.enable_vae_slicing, "enable_slicing"),
+    ):
         if wanted:
             try:
                 getattr(pipe.vae, name)()
             except (AttributeError, NotImplementedError) as error:
-                raise UnsupportedError(f"{name} is not available for {type(pipe.vae).__name__}. Leave the option out.") from error
+                raise UnsupportedError(
+                    f"{name} is not available for {type(pipe.vae).__name__}. Leave the option out."
+                ) from error

@@ -1,7 +1,10 @@
-"""Small images of a generation under way: latents to RGB by one matrix, fitted to the loaded model's own VAE.
+"""Small images of a generation under way: latents to RGB by one matrix, fitted to the loaded
+model's own VAE.
 
-A decoder costs as much as a denoising step or more; the matrix costs nothing and shows composition and colours at latent resolution.
-Nothing is written down per model family: a few smooth colour fields are encoded once, and least squares does the rest.
+A decoder costs as much as a denoising step or more; the matrix costs nothing and shows composition
+and colours at latent resolution.
+Nothing is written down per model family: a few smooth colour fields are encoded once, and least
+squares does the rest.
 """
 
 import logging
@@ -33,7 +36,9 @@ class Previewer:
 
     @torch.no_grad()
     def image(self, latents: Tensor, *, height: int, width: int) -> np.ndarray | None:
-        """Model-space latents of a run of this size -> uint8 (h, w, 3), of a video its middle frame. None if the VAE cannot be fitted."""
+        """Model-space latents of a run of this size -> uint8 (h, w, 3), of a video its middle
+        frame. None if the VAE cannot be fitted.
+        """
         if not self._is_fitted:
             self._matrix, self._is_fitted = _fit(self._pipe), True
         if self._matrix is None:
@@ -47,10 +52,14 @@ class Previewer:
 
     def _one_frame(self, latents: Tensor, height: int, width: int) -> Tensor:
         """(C, h, w) of the first image, or of the middle frame."""
-        x = latent_space.unpack(latents, pipe=self._pipe, spec=self._spec, height=height, width=width)[0]
+        x = latent_space.unpack(
+            latents, pipe=self._pipe, spec=self._spec, height=height, width=width
+        )[0]
         if x.ndim == 3:
             return x
-        frames = x if x.shape[1] == latent_space.num_channels(self._pipe.vae) else x.transpose(0, 1)  # svd: (F, C, h, w); ad: (C, F, h, w)
+        frames = (
+            x if x.shape[1] == latent_space.num_channels(self._pipe.vae) else x.transpose(0, 1)
+        )  # svd: (F, C, h, w); ad: (C, F, h, w)
         return frames[frames.shape[0] // 2]
 
 
@@ -59,7 +68,11 @@ def _fit(pipe: Any) -> Tensor | None:
     fields = _colour_fields()
     try:
         vae = pipe.vae
-        encoded = latent_space.encoded((fields * 2 - 1).to(device=vae.device, dtype=vae.dtype), vae=vae).float().cpu()
+        encoded = (
+            latent_space.encoded((fields * 2 - 1).to(device=vae.device, dtype=vae.dtype), vae=vae)
+            .float()
+            .cpu()
+        )
     except (RuntimeError, NotImplementedError, AttributeError) as error:
         logger.warning("no previews: the VAE cannot encode (%s)", error)
         return None
@@ -69,10 +82,16 @@ def _fit(pipe: Any) -> Tensor | None:
     if not torch.isfinite(x).all():
         logger.warning("no previews: the VAE gives numbers that are not finite in %s", vae.dtype)
         return None
-    return torch.linalg.lstsq(torch.cat((x, torch.ones_like(x[:, :1])), dim=1), y, driver="gelsd").solution
+    return torch.linalg.lstsq(
+        torch.cat((x, torch.ones_like(x[:, :1])), dim=1), y, driver="gelsd"
+    ).solution
 
 
 def _colour_fields() -> Tensor:
-    """(NUM_FIELDS, 3, FIELD_PIXELS, FIELD_PIXELS) in 0..1: smooth random colours, always the same."""
-    cells = torch.rand(NUM_FIELDS, 3, FIELD_CELLS, FIELD_CELLS, generator=torch.Generator().manual_seed(0))
+    """(NUM_FIELDS, 3, FIELD_PIXELS, FIELD_PIXELS) in 0..1: smooth random colours, always the
+    same.
+    """
+    cells = torch.rand(
+        NUM_FIELDS, 3, FIELD_CELLS, FIELD_CELLS, generator=torch.Generator().manual_seed(0)
+    )
     return F.interpolate(cells, size=FIELD_PIXELS, mode="bilinear", align_corners=False)

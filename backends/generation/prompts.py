@@ -1,4 +1,6 @@
-"""Prompt weights, and prompts longer than CLIP reads at once, by Compel. The model table says what it reads of which text encoder."""
+"""Prompt weights, and prompts longer than CLIP reads at once, by Compel. The model table says what
+it reads of which text encoder.
+"""
 
 import logging
 from typing import Any
@@ -21,13 +23,18 @@ _POOLED = {"prompt": "pooled_prompt_embeds", "negative_prompt": "negative_pooled
 
 
 class WeightedPrompts:
-    """Turns the texts of a request into embeddings: (red)1.3 weighs, ++ and -- do in steps of 1.1, long prompts are read in pieces."""
+    """Turns the texts of a request into embeddings: (red)1.3 weighs, ++ and -- do in steps of 1.1,
+    long prompts are read in pieces.
+    """
 
     def __init__(self, pipe: Any, spec: ModelSpec) -> None:
         try:
             import compel
         except ImportError as error:
-            raise ConfigError("--compel needs the package compel, which is not installed. Install it, or leave the option out.") from error
+            raise ConfigError(
+                "--compel needs the package compel, which is not installed. Install it, or leave "
+                "the option out."
+            ) from error
         self._zeros_for_nothing = bool(pipe.config.get("force_zeros_for_empty_prompt"))
         self._has_negative = spec.guidance == "cfg"
         self._readers = []
@@ -39,16 +46,20 @@ class WeightedPrompts:
                 text_encoder=encoder,
                 returned_embeddings_type=getattr(compel.ReturnedEmbeddingsType, _KINDS[kind]),
                 requires_pooled=gives == ["pooled"],
-                truncate_long_prompts=kind == "pooled" or not hasattr(encoder.config, "max_position_embeddings"),
+                truncate_long_prompts=kind == "pooled"
+                or not hasattr(encoder.config, "max_position_embeddings"),
                 device=pipe._execution_device,
             )
             self._readers.append((reader, kind))
 
     def arguments(self, request: GenerateRequest) -> dict[str, Tensor]:
-        """Embeddings of both prompts, (1, T, D) of one length, in place of their texts. UnsupportedError with clip_skip."""
+        """Embeddings of both prompts, (1, T, D) of one length, in place of their texts.
+        UnsupportedError with clip_skip.
+        """
         if request.clip_skip:
             raise UnsupportedError(
-                f"clip_skip={request.clip_skip} is not available on a host that was started with --compel. Leave one of them out."
+                f"clip_skip={request.clip_skip} is not available on a host that was started with "
+                "--compel. Leave one of them out."
             )
         texts = {"prompt": request.prompt or "", "negative_prompt": request.negative_prompt or ""}
         if not self._has_negative or (not texts["negative_prompt"] and self._zeros_for_nothing):
@@ -68,19 +79,31 @@ class WeightedPrompts:
             padded = reader.pad_conditioning_tensors_to_same_length(list(pair.values()))
             for name, tensor in zip(pair, padded, strict=True):
                 embeds[name].append(tensor)
-        return arguments | {f"{name}_embeds": _side_by_side(tensors) for name, tensors in embeds.items()}
+        return arguments | {
+            f"{name}_embeds": _side_by_side(tensors) for name, tensors in embeds.items()
+        }
 
 
 def _side_by_side(tensors: list[Tensor]) -> Tensor:
-    """What several encoders made of one text, along the last dim; all read the same number of pieces."""
+    """What several encoders made of one text, along the last dim; all read the same number of
+    pieces.
+    """
     length = min(tensor.shape[1] for tensor in tensors)
     return torch.cat([tensor[:, :length] for tensor in tensors], dim=-1)
 
 
 def unread_tokens(pipe: Any, spec: ModelSpec, request: GenerateRequest) -> int:
-    """Tokens of the longer prompt that CLIP will not see, because it reads 77 at most. 0 where something else reads the prompt too."""
+    """Tokens of the longer prompt that CLIP will not see, because it reads 77 at most. 0 where
+    something else reads the prompt too.
+    """
     if spec.compel.get("text_encoder", "pooled") == "pooled":
         return 0
     tokenizer = pipe.tokenizer
     texts = [text for text in (request.prompt, request.negative_prompt) if text]
-    return max((len(tokenizer(text, truncation=False).input_ids) - tokenizer.model_max_length for text in texts), default=0)
+    return max(
+        (
+            len(tokenizer(text, truncation=False).input_ids) - tokenizer.model_max_length
+            for text in texts
+        ),
+        default=0,
+    )

@@ -1,7 +1,9 @@
-"""Schedulers by name: reads what users and clients write, and builds a fresh diffusers scheduler for each generation.
+"""Schedulers by name: reads what users and clients write, and builds a fresh diffusers scheduler
+for each generation.
 
-parse_scheduler imports neither torch nor diffusers, so the launcher can refuse a bad `--scheduler` at once.
-SCHEDULERS is the only list of names. backends/generation/step_driver.py runs a built scheduler.
+parse_scheduler imports neither torch nor diffusers, so the launcher can refuse a bad `--scheduler`
+at once. SCHEDULERS is the only list of names. backends/generation/step_driver.py runs a built
+scheduler.
 """
 
 import difflib
@@ -26,19 +28,51 @@ logger = logging.getLogger(__name__)
 SIGMA_FLAGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
 
-NOISE_FIELDS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
-SAMPLE_FIELDS = ("clip_sample", "clip_sample_range", "thresholding", "dynamic_thresholding_ratio", "sample_max_value")
+NOISE_FIELDS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+)
+SAMPLE_FIELDS = (
+    "clip_sample",
+    "clip_sample_range",
+    "thresholding",
+    "dynamic_thresholding_ratio",
+    "sample_max_value",
+)
 SPACING_FIELDS = ("timestep_spacing", "steps_offset", "set_alpha_to_one", *SIGMA_FLAGS)
-FLOW_FIELDS = ("shift", "use_dynamic_shifting", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "shift_terminal")
+FLOW_FIELDS = (
+    "shift",
+    "use_dynamic_shifting",
+    "base_shift",
+    "max_shift",
+    "base_image_seq_len",
+    "max_image_seq_len",
+    "shift_terminal",
+)
 FLOW_FIELDS += ("invert_sigmas", "time_shift_type")
 MODEL_FIELDS = (*NOISE_FIELDS, "prediction_type", *SAMPLE_FIELDS, *SPACING_FIELDS, *FLOW_FIELDS)
-"""Config fields that describe the model. Only they go from the checkpoint's scheduler to one of another class.
+"""Config fields that describe the model. Only they go from the checkpoint's scheduler to one of
+another class.
 
-The rest belongs to one solver and stops another: algorithm_type="sde-dpmsolver++" raises in DEIS, svd's sigma_max=700 gives NaN.
+The rest belongs to one solver and stops another: algorithm_type="sde-dpmsolver++" raises in DEIS,
+svd's sigma_max=700 gives NaN.
 """
 
-READ_BY_OTHERS = ("timestep_type", "use_dynamic_shifting", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
-"""Config fields that pipelines or the step driver read from any scheduler, whether its class knows them or not."""
+READ_BY_OTHERS = (
+    "timestep_type",
+    "use_dynamic_shifting",
+    "base_shift",
+    "max_shift",
+    "base_image_seq_len",
+    "max_image_seq_len",
+)
+"""Config fields that pipelines or the step driver read from any scheduler, whether its class knows
+them or not.
+"""
 
 
 class SchedulerError(RequestError):
@@ -52,9 +86,12 @@ class SchedulerError(RequestError):
 class SchedulerFacts:
     """What one name means.
 
-    class_name: in `module`. extra: config that makes the class this sampler. order: denoiser calls per step, but for the last step.
-    takes_timesteps, takes_sigmas: the class accepts a list of one's own. needs: a package that is not always there.
-    flow: made for flow-matching models. flow_name: what such a model gets in its place. flow_solver: solves them with use_flow_sigmas.
+    class_name: in `module`. extra: config that makes the class this sampler. order: denoiser calls
+    per step, but for the last step.
+    takes_timesteps, takes_sigmas: the class accepts a list of one's own. needs: a package that is
+    not always there.
+    flow: made for flow-matching models. flow_name: what such a model gets in its place.
+    flow_solver: solves them with use_flow_sigmas.
     draws_for_all: its noise is of the whole batch, not of each row's generator.
     """
 
@@ -75,11 +112,14 @@ SCHEDULERS: Mapping[str, SchedulerFacts] = MappingProxyType(
     {
         "ddim": SchedulerFacts(class_name="DDIMScheduler"),
         "ddpm": SchedulerFacts(class_name="DDPMScheduler", takes_timesteps=True),
-        # with use_flow_sigmas it never takes its last step: a tenth of the noise is left after 30 steps, so no flow_solver
+        # with use_flow_sigmas it never takes its last step: a tenth of the noise is left after 30
+        # steps, so no flow_solver
         "deis": SchedulerFacts(class_name="DEISMultistepScheduler"),
         "dpm_2": SchedulerFacts(class_name="KDPM2DiscreteScheduler", order=2),
         "dpm_2_a": SchedulerFacts(class_name="KDPM2AncestralDiscreteScheduler", order=2),
-        "dpm_sde": SchedulerFacts(class_name="DPMSolverSDEScheduler", order=2, needs="torchsde", draws_for_all=True),
+        "dpm_sde": SchedulerFacts(
+            class_name="DPMSolverSDEScheduler", order=2, needs="torchsde", draws_for_all=True
+        ),
         "dpmpp_2m": SchedulerFacts(
             class_name="DPMSolverMultistepScheduler",
             extra={"algorithm_type": "dpmsolver++", "solver_order": 2},
@@ -93,24 +133,48 @@ SCHEDULERS: Mapping[str, SchedulerFacts] = MappingProxyType(
             flow_solver=True,
         ),
         "dpmpp_sde": SchedulerFacts(
-            class_name="DPMSolverSinglestepScheduler", extra={"lower_order_final": True}, takes_timesteps=True, flow_solver=True
+            class_name="DPMSolverSinglestepScheduler",
+            extra={"lower_order_final": True},
+            takes_timesteps=True,
+            flow_solver=True,
         ),
-        "euler": SchedulerFacts(class_name="EulerDiscreteScheduler", takes_timesteps=True, takes_sigmas=True, flow_name="fm_euler"),
+        "euler": SchedulerFacts(
+            class_name="EulerDiscreteScheduler",
+            takes_timesteps=True,
+            takes_sigmas=True,
+            flow_name="fm_euler",
+        ),
         "euler_a": SchedulerFacts(class_name="EulerAncestralDiscreteScheduler"),
-        "heun": SchedulerFacts(class_name="HeunDiscreteScheduler", order=2, takes_timesteps=True, flow_name="fm_heun"),
-        # diffusers' own IPNDMScheduler gives the denoiser times from 0 to 1 and takes its answer for v: no latent model draws with it
+        "heun": SchedulerFacts(
+            class_name="HeunDiscreteScheduler", order=2, takes_timesteps=True, flow_name="fm_heun"
+        ),
+        # diffusers' own IPNDMScheduler gives the denoiser times from 0 to 1 and takes its answer
+        # for v: no latent model draws with it
         "ipndm": SchedulerFacts(
-            class_name="IPNDMSigmaScheduler", module="backends.generation.ipndm", takes_timesteps=True, takes_sigmas=True
+            class_name="IPNDMSigmaScheduler",
+            module="backends.generation.ipndm",
+            takes_timesteps=True,
+            takes_sigmas=True,
         ),
         "lcm": SchedulerFacts(class_name="LCMScheduler", takes_timesteps=True, flow_name="fm_lcm"),
         "lms": SchedulerFacts(class_name="LMSDiscreteScheduler", needs="scipy"),
-        # without skip_prk_steps the first three steps cost twelve denoiser calls, and a run cannot start part-way
+        # without skip_prk_steps the first three steps cost twelve denoiser calls, and a run cannot
+        # start part-way
         "pndm": SchedulerFacts(class_name="PNDMScheduler", extra={"skip_prk_steps": True}),
         "tcd": SchedulerFacts(class_name="TCDScheduler", takes_timesteps=True),
-        "unipc": SchedulerFacts(class_name="UniPCMultistepScheduler", takes_sigmas=True, flow_solver=True),
-        "fm_euler": SchedulerFacts(class_name="FlowMatchEulerDiscreteScheduler", takes_timesteps=True, takes_sigmas=True, flow=True),
+        "unipc": SchedulerFacts(
+            class_name="UniPCMultistepScheduler", takes_sigmas=True, flow_solver=True
+        ),
+        "fm_euler": SchedulerFacts(
+            class_name="FlowMatchEulerDiscreteScheduler",
+            takes_timesteps=True,
+            takes_sigmas=True,
+            flow=True,
+        ),
         "fm_heun": SchedulerFacts(class_name="FlowMatchHeunDiscreteScheduler", order=2, flow=True),
-        "fm_lcm": SchedulerFacts(class_name="FlowMatchLCMScheduler", takes_timesteps=True, takes_sigmas=True, flow=True),
+        "fm_lcm": SchedulerFacts(
+            class_name="FlowMatchLCMScheduler", takes_timesteps=True, takes_sigmas=True, flow=True
+        ),
     }
 )
 ALIASES = {"dpm2": "dpm_2", "dpm2_a": "dpm_2_a"}
@@ -125,7 +189,8 @@ class SchedulerChoice:
 
 
 def parse_scheduler(value: str | Mapping[str, Any] | None) -> SchedulerChoice:
-    """Read a name ("euler", "k_euler", "DPM++ 2M Karras"), a dict {"scheduler": name, ...overrides} or its JSON text.
+    """Read a name ("euler", "k_euler", "DPM++ 2M Karras"), a dict {"scheduler": name, ...overrides}
+    or its JSON text.
 
     No name, or an empty one, keeps the checkpoint's class. Raises SchedulerError.
     """
@@ -134,7 +199,9 @@ def parse_scheduler(value: str | Mapping[str, Any] | None) -> SchedulerChoice:
     overrides = {key: setting for key, setting in settings.items() if setting is not None}
     if name is not None:
         if not isinstance(name, str):
-            raise SchedulerError(f"scheduler={name!r} is not a name. Give one of: {', '.join(SCHEDULERS)}.")
+            raise SchedulerError(
+                f"scheduler={name!r} is not a name. Give one of: {', '.join(SCHEDULERS)}."
+            )
         name, is_karras = _canonical(name)
         if is_karras:
             overrides.setdefault("use_karras_sigmas", True)
@@ -154,7 +221,8 @@ def _settings(value: str | Mapping[str, Any] | None) -> dict[str, Any]:
         decoded = json.loads(text)
     except json.JSONDecodeError as error:
         raise SchedulerError(
-            f'scheduler={text!r} is not valid JSON: {error}. Give a name, or JSON such as {{"scheduler": "euler"}}.'
+            f"scheduler={text!r} is not valid JSON: {error}. Give a name, or JSON such as "
+            f'{{"scheduler": "euler"}}.'
         ) from error
     return dict(decoded) if isinstance(decoded, dict) else {"scheduler": decoded}
 
@@ -168,28 +236,45 @@ def _canonical(name: str) -> tuple[str, bool]:
         return stem, plain.startswith("k_") or plain.endswith("_karras")
     closest = difflib.get_close_matches(stem, SCHEDULERS, n=1)
     advice = f" Did you mean {closest[0]!r}?" if closest else ""
-    raise SchedulerError(f"scheduler={name!r} is not a scheduler.{advice} Allowed: {', '.join(SCHEDULERS)}, or k_NAME for Karras sigmas.")
+    raise SchedulerError(
+        f"scheduler={name!r} is not a scheduler.{advice} Allowed: {', '.join(SCHEDULERS)}, or "
+        "k_NAME for Karras sigmas."
+    )
 
 
 def _check_overrides(overrides: Mapping[str, Any]) -> None:
     for key in (*SIGMA_FLAGS, "rescale_betas_zero_snr"):
         if not isinstance(overrides.get(key, False), bool):
-            raise SchedulerError(f"scheduler setting {key}={overrides[key]!r} is not allowed. Allowed: true, false.")
+            raise SchedulerError(
+                f"scheduler setting {key}={overrides[key]!r} is not allowed. Allowed: true, false."
+            )
     chosen = [flag for flag in SIGMA_FLAGS if overrides.get(flag)]
     if len(chosen) > 1:
-        raise SchedulerError(f"scheduler settings {' and '.join(chosen)} exclude each other. Set one of them.")
+        raise SchedulerError(
+            f"scheduler settings {' and '.join(chosen)} exclude each other. Set one of them."
+        )
     spacing = overrides.get("timestep_spacing", "leading")
     if spacing not in TIMESTEP_SPACINGS:
-        raise SchedulerError(f"scheduler setting timestep_spacing={spacing!r} is not allowed. Allowed: {', '.join(TIMESTEP_SPACINGS)}.")
+        raise SchedulerError(
+            f"scheduler setting timestep_spacing={spacing!r} is not allowed. Allowed: "
+            f"{', '.join(TIMESTEP_SPACINGS)}."
+        )
 
 
-def build_scheduler(choice: SchedulerChoice, pristine: "Mapping[str, Any] | SchedulerMixin", *, flow: bool) -> "SchedulerMixin":
+def build_scheduler(
+    choice: SchedulerChoice, pristine: "Mapping[str, Any] | SchedulerMixin", *, flow: bool
+) -> "SchedulerMixin":
     """Return a new scheduler for one generation; `pristine` is only read.
 
-    pristine: the checkpoint's scheduler, or its config with `_class_name`. flow: ModelSpec.flow_matching; such a model
-    gets the flow-matching counterpart of the name, if there is one. Raises SchedulerError.
+    pristine: the checkpoint's scheduler, or its config with `_class_name`. flow:
+    ModelSpec.flow_matching; such a model gets the flow-matching counterpart of the name, if there
+    is one. Raises SchedulerError.
     """
-    config = dict(pristine) if isinstance(pristine, Mapping) else dict(pristine.config) | {"_class_name": type(pristine).__name__}
+    config = (
+        dict(pristine)
+        if isinstance(pristine, Mapping)
+        else dict(pristine.config) | {"_class_name": type(pristine).__name__}
+    )
     facts, flow_extra = _facts_for_model(choice.name, config, flow=flow)
     _check_packages(choice, facts)
     scheduler_class = _class(facts.module, facts.class_name)
@@ -198,21 +283,43 @@ def build_scheduler(choice: SchedulerChoice, pristine: "Mapping[str, Any] | Sche
     else:
         fields = _model_fields(config)
     if any(choice.overrides.get(flag) for flag in SIGMA_FLAGS):
-        fields |= dict.fromkeys(SIGMA_FLAGS, False)  # the flag asked for takes the place of the checkpoint's
+        fields |= dict.fromkeys(
+            SIGMA_FLAGS, False
+        )  # the flag asked for takes the place of the checkpoint's
     accepted = set(inspect.signature(scheduler_class.__init__).parameters)
     wanted = _usable(choice.overrides, accepted - set(flow_extra), facts.class_name)
-    settings = {key: setting for key, setting in (fields | dict(facts.extra) | wanted | flow_extra).items() if key in accepted}
+    settings = {
+        key: setting
+        for key, setting in (fields | dict(facts.extra) | wanted | flow_extra).items()
+        if key in accepted
+    }
     try:
         scheduler = scheduler_class(**settings)
-    except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:  # whatever the class says of a setting
+    except (
+        ValueError,
+        TypeError,
+        NotImplementedError,
+        RuntimeError,
+    ) as error:  # whatever the class says of a setting
         given = json.dumps(choice.overrides, default=str)
-        raise SchedulerError(f"{facts.class_name} refuses its settings {given}: {error} Leave out or correct the setting.") from error
-    scheduler.register_to_config(**{key: config[key] for key in READ_BY_OTHERS if key in config and key not in choice.overrides})
+        raise SchedulerError(
+            f"{facts.class_name} refuses its settings {given}: {error} Leave out or correct the "
+            "setting."
+        ) from error
+    scheduler.register_to_config(
+        **{
+            key: config[key]
+            for key in READ_BY_OTHERS
+            if key in config and key not in choice.overrides
+        }
+    )
     return scheduler
 
 
 def require_family(choice: SchedulerChoice, *, flow: bool) -> None:
-    """SchedulerError if a model of this family cannot be sampled with the name. Imports no diffusers, for the launcher to ask."""
+    """SchedulerError if a model of this family cannot be sampled with the name. Imports no
+    diffusers, for the launcher to ask.
+    """
     if choice.name is not None:
         _facts_for_model(choice.name, {}, flow=flow)
 
@@ -220,12 +327,20 @@ def require_family(choice: SchedulerChoice, *, flow: bool) -> None:
 def _usable(overrides: Mapping[str, Any], accepted: set[str], class_name: str) -> dict[str, Any]:
     ignored = sorted(set(overrides) - accepted)
     if ignored:
-        logger.warning("scheduler settings ignored, not for %s with this model: %s", class_name, ", ".join(ignored))
+        logger.warning(
+            "scheduler settings ignored, not for %s with this model: %s",
+            class_name,
+            ", ".join(ignored),
+        )
     return {key: setting for key, setting in overrides.items() if key in accepted}
 
 
-def _facts_for_model(name: str | None, config: Mapping[str, Any], *, flow: bool) -> tuple[SchedulerFacts, dict[str, Any]]:
-    """The facts of `name` for this family of models, and config fields that make the class solve it."""
+def _facts_for_model(
+    name: str | None, config: Mapping[str, Any], *, flow: bool
+) -> tuple[SchedulerFacts, dict[str, Any]]:
+    """The facts of `name` for this family of models, and config fields that make the class solve
+    it.
+    """
     if name is None:
         return SchedulerFacts(class_name=config["_class_name"]), {}
     facts = SCHEDULERS[name]
@@ -233,16 +348,30 @@ def _facts_for_model(name: str | None, config: Mapping[str, Any], *, flow: bool)
         return facts, {}
     if not flow:
         works = ", ".join(key for key, other in SCHEDULERS.items() if not other.flow)
-        raise SchedulerError(f"scheduler={name!r} is for flow-matching models only, and this model is not one. Allowed: {works}.")
+        raise SchedulerError(
+            f"scheduler={name!r} is for flow-matching models only, and this model is not one. "
+            f"Allowed: {works}."
+        )
     if facts.flow_name is not None:
         return SCHEDULERS[facts.flow_name], {}
     if facts.flow_solver:
         shift = config.get("shift", config.get("flow_shift", 1.0))
-        # the sigma flags take over from use_flow_sigmas in these classes, with levels up to 14 where 1 is the most
+        # the sigma flags take over from use_flow_sigmas in these classes, with levels up to 14
+        # where 1 is the most
         straight = dict.fromkeys(SIGMA_FLAGS, False)
-        return facts, {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": shift} | straight
-    works = ", ".join(key for key, other in SCHEDULERS.items() if other.flow or other.flow_name or other.flow_solver)
-    raise SchedulerError(f"scheduler={name!r} cannot sample a flow-matching model. Allowed for this model: {works}.")
+        return facts, {
+            "use_flow_sigmas": True,
+            "prediction_type": "flow_prediction",
+            "flow_shift": shift,
+        } | straight
+    works = ", ".join(
+        key
+        for key, other in SCHEDULERS.items()
+        if other.flow or other.flow_name or other.flow_solver
+    )
+    raise SchedulerError(
+        f"scheduler={name!r} cannot sample a flow-matching model. Allowed for this model: {works}."
+    )
 
 
 def _check_packages(choice: SchedulerChoice, facts: SchedulerFacts) -> None:
@@ -252,7 +381,8 @@ def _check_packages(choice: SchedulerChoice, facts: SchedulerFacts) -> None:
     for package, what in packages.items():
         if importlib.util.find_spec(package) is None:
             raise SchedulerError(
-                f"{what} needs the package {package}, which is not installed. Run `pip install {package}` or choose another."
+                f"{what} needs the package {package}, which is not installed. Run `pip install "
+                f"{package}` or choose another."
             )
 
 
@@ -261,8 +391,13 @@ def _class(module: str, class_name: str) -> "type[SchedulerMixin]":
 
 
 def _model_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a scheduler of another class must know of the model, from the checkpoint's scheduler config."""
-    implicit = config.get("_use_default_values", ())  # the old class's defaults, not the checkpoint's choice
+    """What a scheduler of another class must know of the model, from the checkpoint's scheduler
+    config.
+    """
+    implicit = config.get(
+        "_use_default_values", ()
+    )  # the old class's defaults, not the checkpoint's choice
     carried = {key: config[key] for key in MODEL_FIELDS if key in config and key not in implicit}
-    # DDIM, DDPM, LCM and TCD clip the clean sample to [-1, 1] unless told otherwise; latents are larger than that
+    # DDIM, DDPM, LCM and TCD clip the clean sample to [-1, 1] unless told otherwise; latents are
+    # larger than that
     return {"clip_sample": False} | carried

@@ -1,4 +1,5 @@
-"""Which steps of the noise schedule one generation runs. Imports no torch, so that rank 0 can refuse a bad request early.
+"""Which steps of the noise schedule one generation runs. Imports no torch, so that rank 0 can
+refuse a bad request early.
 
 backends/generation/step_driver.py makes a scheduler follow it.
 """
@@ -13,12 +14,16 @@ from backends.request import GenerateRequest
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """A list of steps and the window of it that is run. Raises RequestError on values that cannot be meant.
+    """A list of steps and the window of it that is run. Raises RequestError on values that cannot
+    be meant.
 
     num_inference_steps: length of the whole list; a list of one's own overrides it.
-    strength: begin at step floor(steps * (1 - strength)). first_step: begin no earlier than this step.
-    denoising_end: leave out the timesteps below round(T * (1 - end)), T training timesteps. stop_step: end before this step.
-    sigmas: noise levels, not increasing; the last is where the run ends, usually 0. timesteps: decreasing.
+    strength: begin at step floor(steps * (1 - strength)). first_step: begin no earlier than this
+    step.
+    denoising_end: leave out the timesteps below round(T * (1 - end)), T training timesteps.
+    stop_step: end before this step.
+    sigmas: noise levels, not increasing; the last is where the run ends, usually 0. timesteps:
+    decreasing.
     """
 
     num_inference_steps: int
@@ -32,9 +37,13 @@ class Schedule:
     def __post_init__(self) -> None:
         for name in ("strength", "denoising_end"):
             if not 0 <= getattr(self, name) <= 1:
-                raise RequestError(f"{name}={getattr(self, name)} is out of range. Allowed: 0 to 1.", field=name)
+                raise RequestError(
+                    f"{name}={getattr(self, name)} is out of range. Allowed: 0 to 1.", field=name
+                )
         if self.sigmas is not None and self.timesteps is not None:
-            raise RequestError("sigmas and timesteps exclude each other. Send one of them.", field="timesteps")
+            raise RequestError(
+                "sigmas and timesteps exclude each other. Send one of them.", field="timesteps"
+            )
         if self.sigmas is not None:
             _check_sigmas(self.sigmas)
             object.__setattr__(self, "num_inference_steps", len(self.sigmas) - 1)
@@ -43,23 +52,35 @@ class Schedule:
             object.__setattr__(self, "num_inference_steps", len(self.timesteps))
         if self.num_inference_steps < 1:
             raise RequestError(
-                f"num_inference_steps={self.num_inference_steps} is out of range. Allowed: 1 or more.", field="num_inference_steps"
+                f"num_inference_steps={self.num_inference_steps} is out of range. Allowed: 1 or "
+                "more.",
+                field="num_inference_steps",
             )
 
     @property
     def is_partial(self) -> bool:
         """Whether a window smaller than the whole list may be asked for."""
-        return self.strength < 1 or self.denoising_end < 1 or self.first_step > 0 or self.stop_step is not None
+        return (
+            self.strength < 1
+            or self.denoising_end < 1
+            or self.first_step > 0
+            or self.stop_step is not None
+        )
 
     @property
     def starts_from_noise(self) -> bool:
-        """Whether the run begins at the very top, where nothing is left of the latents it was given."""
+        """Whether the run begins at the very top, where nothing is left of the latents it was
+        given.
+        """
         return self.strength == 1 and self.first_step == 0
 
     def window(self, timesteps: Sequence[float], num_train_timesteps: int) -> range:
-        """The steps to run, given the timestep at which each step of the whole list begins. RequestError if there are none."""
+        """The steps to run, given the timestep at which each step of the whole list begins.
+        RequestError if there are none.
+        """
         count = len(timesteps)
-        # the rounding keeps 10 * (1 - 0.9) = 0.9999999999999998 and float32's 0.3 on the step that was meant
+        # the rounding keeps 10 * (1 - 0.9) = 0.9999999999999998 and float32's 0.3 on the step that
+        # was meant
         first = max(self.first_step, math.floor(round(count * (1 - self.strength), 5)))
         stop = count if self.stop_step is None else min(count, self.stop_step)
         if self.denoising_end < 1:
@@ -67,8 +88,10 @@ class Schedule:
             stop = min(stop, sum(timestep >= cutoff for timestep in timesteps))
         if first >= stop:
             raise RequestError(
-                f"no step is left of {count} steps with strength={self.strength:g} (begin at step {max(0, first)}) and "
-                f"denoising_end={self.denoising_end:g} (end before step {max(0, stop)}). Raise one of them or the steps.",
+                f"no step is left of {count} steps with strength={self.strength:g} (begin at step "
+                f"{max(0, first)}) and "
+                f"denoising_end={self.denoising_end:g} (end before step {max(0, stop)}). Raise one "
+                "of them or the steps.",
                 field="denoising_end" if self.denoising_end < 1 else "strength",
             )
         return range(first, stop)
@@ -76,20 +99,40 @@ class Schedule:
 
 def _check_sigmas(sigmas: Sequence[float]) -> None:
     if len(sigmas) < 2:
-        raise RequestError(f"sigmas has {len(sigmas)} values. Give one per step and a last one, usually 0.", field="sigmas")
+        raise RequestError(
+            f"sigmas has {len(sigmas)} values. Give one per step and a last one, usually 0.",
+            field="sigmas",
+        )
     if not all(math.isfinite(sigma) and sigma >= 0 for sigma in sigmas):
-        raise RequestError("sigmas holds a value that is negative or not finite. Give noise levels of 0 or more.", field="sigmas")
-    if any(later > earlier for earlier, later in zip(sigmas, sigmas[1:], strict=False)) or sigmas[-2] == 0:
-        raise RequestError("sigmas must decrease, and only the last may be 0. Sort them from the noisiest down.", field="sigmas")
+        raise RequestError(
+            "sigmas holds a value that is negative or not finite. Give noise levels of 0 or more.",
+            field="sigmas",
+        )
+    if (
+        any(later > earlier for earlier, later in zip(sigmas, sigmas[1:], strict=False))
+        or sigmas[-2] == 0
+    ):
+        raise RequestError(
+            "sigmas must decrease, and only the last may be 0. Sort them from the noisiest down.",
+            field="sigmas",
+        )
 
 
 def _check_timesteps(timesteps: Sequence[float]) -> None:
     if not len(timesteps):
-        raise RequestError("timesteps is empty. Give one timestep per step, or leave the field out.", field="timesteps")
+        raise RequestError(
+            "timesteps is empty. Give one timestep per step, or leave the field out.",
+            field="timesteps",
+        )
     if not all(math.isfinite(timestep) and timestep >= 0 for timestep in timesteps):
-        raise RequestError("timesteps holds a value that is negative or not finite. Give timesteps of 0 or more.", field="timesteps")
+        raise RequestError(
+            "timesteps holds a value that is negative or not finite. Give timesteps of 0 or more.",
+            field="timesteps",
+        )
     if any(later >= earlier for earlier, later in zip(timesteps, timesteps[1:], strict=False)):
-        raise RequestError("timesteps must decrease. Sort them from the noisiest down.", field="timesteps")
+        raise RequestError(
+            "timesteps must decrease. Sort them from the noisiest down.", field="timesteps"
+        )
 
 
 def schedule_of(request: GenerateRequest) -> Schedule:

@@ -1,4 +1,6 @@
-"""When one rank did what for one image: encode, each step, decode. For /metrics and traces; costs one look at the clock a step."""
+"""When one rank did what for one image: encode, each step, decode. For /metrics and traces; costs
+one look at the clock a step.
+"""
 
 import time
 from dataclasses import dataclass, field
@@ -6,7 +8,9 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class StageClock:
-    """Stages follow one another without gaps. spans: (stage, when it began in seconds since 1970, how long it took in seconds)."""
+    """Stages follow one another without gaps. spans: (stage, when it began in seconds since 1970,
+    how long it took in seconds).
+    """
 
     spans: list[tuple[str, float, float]] = field(default_factory=list)
     _stage: str = "encode"
@@ -20,7 +24,9 @@ class StageClock:
         self._stage, self._since = stage, now
 
     def end(self) -> None:
-        """The last stage is over. Steps that were begun but never done (the look beyond the last one) are part of the decoding."""
+        """The last stage is over. Steps that were begun but never done (the look beyond the last
+        one) are part of the decoding.
+        """
         self.next("")
 
     def seconds(self) -> dict[str, float]:

@@ -1,7 +1,9 @@
-"""torch.compile for the parts of a pipeline in which no rank waits for another, chosen before a backend is attached.
+"""torch.compile for the parts of a pipeline in which no rank waits for another, chosen before a
+backend is attached.
 
-Exchanges inside a compiled graph would tie it to one kind of step; so the backend's hooks stay outside: whole denoisers on one rank or
-under the CFG split, single units under AsyncDiff, and what lies between attentions and convolutions elsewhere.
+Exchanges inside a compiled graph would tie it to one kind of step; so the backend's hooks stay
+outside: whole denoisers on one rank or under the CFG split, single units under AsyncDiff, and what
+lies between attentions and convolutions elsewhere.
 """
 
 import logging
@@ -22,7 +24,9 @@ logger = logging.getLogger(__name__)
 
 NAME = "compiled"
 MANY_SIZES = 64
-"""Graphs that torch keeps per function unless told otherwise; its own 8 would be used up by eight image sizes."""
+"""Graphs that torch keeps per function unless told otherwise; its own 8 would be used up by eight
+image sizes.
+"""
 
 _LOOKS_AROUND = (Attention, AttentionModuleMixin, nn.modules.conv._ConvNd, nn.GroupNorm)
 
@@ -35,18 +39,32 @@ class Compilation:
         self._modules: list[nn.Module] = []
 
     def attach(self, pipe: Any, spec: ModelSpec, regions: list[nn.Module]) -> None:
-        """Compile the regions of the denoiser and the other targets of the settings. Nothing is traced before the first call."""
+        """Compile the regions of the denoiser and the other targets of the settings. Nothing is
+        traced before the first call.
+        """
         settings = self._settings
         _set_limits(settings)
         if "denoiser" in settings.targets:
             self._compile(regions)
-            logger.info("compiling %d part(s) of %s", len(regions), type(getattr(pipe, spec.denoiser)).__name__)
+            logger.info(
+                "compiling %d part(s) of %s",
+                len(regions),
+                type(getattr(pipe, spec.denoiser)).__name__,
+            )
         if "vae" in settings.targets:
-            self._compile([pipe.vae.decoder])  # pipelines call vae.decode, so compiling the VAE itself would compile nothing
+            self._compile(
+                [pipe.vae.decoder]
+            )  # pipelines call vae.decode, so compiling the VAE itself would compile nothing
         if "encoders" in settings.targets:
-            encoders = [module for name, module in pipe.components.items() if "text_encoder" in name and isinstance(module, nn.Module)]
+            encoders = [
+                module
+                for name, module in pipe.components.items()
+                if "text_encoder" in name and isinstance(module, nn.Module)
+            ]
             # inside them it records through hooks: the graph breaks there
-            self._compile([block for encoder in encoders for block in _blocks(encoder)], fullgraph=False)
+            self._compile(
+                [block for encoder in encoders for block in _blocks(encoder)], fullgraph=False
+            )
 
     def detach(self) -> None:
         while self._modules:
@@ -60,7 +78,11 @@ class Compilation:
 
 
 def _compiled(settings: CompileSettings) -> hooks.Around:
-    arguments: dict[str, Any] = {"backend": settings.backend or "inductor", "fullgraph": settings.fullgraph, "dynamic": False}
+    arguments: dict[str, Any] = {
+        "backend": settings.backend or "inductor",
+        "fullgraph": settings.fullgraph,
+        "dynamic": False,
+    }
     if settings.options:
         arguments["options"] = settings.options  # torch takes options or a mode, not both
     elif settings.mode:
@@ -70,7 +92,9 @@ def _compiled(settings: CompileSettings) -> hooks.Around:
     def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not compiled:
             compiled.append(torch.compile(forward, **arguments))
-        with torch._C.DisableTorchFunction():  # a backend may intercept operators around this call; here is nothing for it
+        with (
+            torch._C.DisableTorchFunction()
+        ):  # a backend may intercept operators around this call; here is nothing for it
             return compiled[0](*args, **kwargs)
 
     return around
@@ -83,12 +107,16 @@ def _set_limits(settings: CompileSettings) -> None:
     if settings.accumulated_cache_limit is not None:
         config.accumulated_recompile_limit = settings.accumulated_cache_limit
     else:
-        config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 16 * MANY_SIZES)
+        config.accumulated_recompile_limit = max(
+            config.accumulated_recompile_limit, 16 * MANY_SIZES
+        )
     config.capture_scalar_outputs = settings.capture_scalar
 
 
 def _blocks(encoder: nn.Module) -> Iterator[nn.Module]:
-    """The repeated layers of a text encoder. Around them transformers records hidden states behind a lock, which no graph can hold."""
+    """The repeated layers of a text encoder. Around them transformers records hidden states behind
+    a lock, which no graph can hold.
+    """
     for child in encoder.children():
         if isinstance(child, nn.ModuleList):
             yield from child
@@ -97,7 +125,9 @@ def _blocks(encoder: nn.Module) -> Iterator[nn.Module]:
 
 
 def quiet_regions(module: nn.Module) -> list[nn.Module]:
-    """The largest parts that work on single rows or tokens: no attention, convolution or group norm in them, and more than one layer."""
+    """The largest parts that work on single rows or tokens: no attention, convolution or group norm
+    in them, and more than one layer.
+    """
     return list(_visit(module))
 
 
@@ -106,7 +136,11 @@ def _visit(module: nn.Module) -> Iterator[nn.Module]:
         if isinstance(child, Attention | AttentionModuleMixin):
             continue
         is_quiet = not any(isinstance(part, _LOOKS_AROUND) for part in child.modules())
-        if is_quiet and not isinstance(child, nn.ModuleList) and sum(1 for part in child.modules() if isinstance(part, nn.Linear)) > 1:
+        if (
+            is_quiet
+            and not isinstance(child, nn.ModuleList)
+            and sum(1 for part in child.modules() if isinstance(part, nn.Linear)) > 1
+        ):
             yield child
         else:
             yield from _visit(child)

@@ -1,4 +1,6 @@
-"""IP-Adapters: images as prompts. Loading them into a pipeline, and their part of one generation."""
+"""IP-Adapters: images as prompts. Loading them into a pipeline, and their part of one
+generation.
+"""
 
 import inspect
 from collections.abc import Mapping
@@ -16,7 +18,12 @@ from backends.request import GenerateRequest, LoadRequest
 ENCODER_FOLDERS = ("image_encoder", "../models/image_encoder", "../image_encoder")
 """Where published IP-Adapters keep their image encoder, seen from the folder of the weights."""
 
-_PARTS = {"image_proj": "image_proj", "ip_adapter_proj_model": "image_proj", "ip_adapter": "ip_adapter", "double_blocks": "ip_adapter"}
+_PARTS = {
+    "image_proj": "image_proj",
+    "ip_adapter_proj_model": "image_proj",
+    "ip_adapter": "ip_adapter",
+    "double_blocks": "ip_adapter",
+}
 _RENAMED = {
     "processor.": "",
     "ip_adapter_double_stream_k_proj": "to_k_ip",
@@ -26,7 +33,9 @@ _RENAMED = {
 
 
 def load_ip_adapters(pipe: Any, spec: ModelSpec, load: LoadRequest) -> None:
-    """All IP-Adapters of the load request, with one image encoder for them. ConfigError for what does not load."""
+    """All IP-Adapters of the load request, with one image encoder for them. ConfigError for what
+    does not load.
+    """
     if not load.ip_adapter:
         return
     paths = [Path(path) for path in load.ip_adapter]
@@ -34,11 +43,18 @@ def load_ip_adapters(pipe: Any, spec: ModelSpec, load: LoadRequest) -> None:
         _load_encoder(pipe, spec, load, paths[0])
     parts = [_parts(path) for path in paths]
     places: dict[str, Any] = {"weight_name": [""] * len(paths), "subfolder": [""] * len(paths)}
-    encoder = next(name for name in inspect.signature(pipe.load_ip_adapter).parameters if name.startswith("image_encoder"))
+    encoder = next(
+        name
+        for name in inspect.signature(pipe.load_ip_adapter).parameters
+        if name.startswith("image_encoder")
+    )
     try:
         pipe.load_ip_adapter(parts if len(parts) > 1 else parts[0], **places, **{encoder: None})
     except LOADING_ERRORS as error:
-        raise ConfigError(f"ip_adapter={paths[0]} does not fit {spec.title}: {error}. Give one made for this model type.") from error
+        raise ConfigError(
+            f"ip_adapter={paths[0]} does not fit {spec.title}: {error}. Give one made for this "
+            "model type."
+        ) from error
 
 
 def use_scales(pipe: Any, load: LoadRequest, request: GenerateRequest) -> None:
@@ -51,12 +67,20 @@ def use_scales(pipe: Any, load: LoadRequest, request: GenerateRequest) -> None:
 
 
 def require_images(request: GenerateRequest, load: LoadRequest, spec: ModelSpec) -> None:
-    """RequestError or UnsupportedError where the images do not do for the loaded IP-Adapters; nothing without any."""
+    """RequestError or UnsupportedError where the images do not do for the loaded IP-Adapters;
+    nothing without any.
+    """
     if load.ip_adapter and not request.ip_adapter_image:
-        raise RequestError("ip_image is missing, but an IP-Adapter is loaded. Send the image to be like.", field="ip_image")
+        raise RequestError(
+            "ip_image is missing, but an IP-Adapter is loaded. Send the image to be like.",
+            field="ip_image",
+        )
     most = spec.ip_adapter.get("max_images")
     if most and isinstance(request.ip_adapter_image, list) and len(request.ip_adapter_image) > most:
-        raise UnsupportedError(f"{len(request.ip_adapter_image)} images as ip_image are too many for {spec.title}. Send {most}.")
+        raise UnsupportedError(
+            f"{len(request.ip_adapter_image)} images as ip_image are too many for {spec.title}. "
+            f"Send {most}."
+        )
 
 
 def image_arguments(request: GenerateRequest, load: LoadRequest) -> dict[str, Any]:
@@ -72,10 +96,15 @@ def image_arguments(request: GenerateRequest, load: LoadRequest) -> dict[str, An
 
 
 def _parts(path: Path) -> dict[str, Mapping[str, Tensor]]:
-    """The file's tensors as diffusers takes them: of the projection of the image, and of the attention layers."""
+    """The file's tensors as diffusers takes them: of the projection of the image, and of the
+    attention layers.
+    """
     weights = read_weights(path, option="ip_adapter")
     if all(isinstance(part, Mapping) for part in weights.values()):  # a .bin holds two dictionaries
-        return {"image_proj": weights.get("image_proj", {}), "ip_adapter": weights.get("ip_adapter", {})}
+        return {
+            "image_proj": weights.get("image_proj", {}),
+            "ip_adapter": weights.get("ip_adapter", {}),
+        }
     parts: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
     for key, tensor in weights.items():
         prefix, _, name = key.partition(".")
@@ -84,24 +113,41 @@ def _parts(path: Path) -> dict[str, Mapping[str, Tensor]]:
         if prefix in _PARTS:
             parts[_PARTS[prefix]][name] = tensor
     if not all(parts.values()):
-        raise ConfigError(f"ip_adapter={path} holds no IP-Adapter: keys with image_proj and ip_adapter are missing. Give another file.")
+        raise ConfigError(
+            f"ip_adapter={path} holds no IP-Adapter: keys with image_proj and ip_adapter are "
+            "missing. Give another file."
+        )
     return parts
 
 
 def _load_encoder(pipe: Any, spec: ModelSpec, load: LoadRequest, weights: Path) -> None:
-    """The image encoder that comes with the weights, and its image processor, registered with the pipeline."""
+    """The image encoder that comes with the weights, and its image processor, registered with the
+    pipeline.
+    """
     folders = [weights.parent / name for name in ENCODER_FOLDERS]
     folder = next((folder for folder in folders if (folder / "config.json").is_file()), None)
     if folder is None:
         looked = ", ".join(str(folder.resolve()) for folder in folders)
-        raise ConfigError(f"ip_adapter={weights} has no image encoder beside it. Put its folder with a config.json at one of: {looked}.")
+        raise ConfigError(
+            f"ip_adapter={weights} has no image encoder beside it. Put its folder with a "
+            f"config.json at one of: {looked}."
+        )
     options = {"local_files_only": True}
     try:
-        encoder = getattr(transformers, spec.ip_adapter["image_encoder"]).from_pretrained(folder, dtype=DTYPES[load.variant], **options)
+        encoder = getattr(transformers, spec.ip_adapter["image_encoder"]).from_pretrained(
+            folder, dtype=DTYPES[load.variant], **options
+        )
         side = encoder.config.image_size
         processor_class = getattr(transformers, spec.ip_adapter["image_processor"])
         has_config = (folder / "preprocessor_config.json").is_file()
-        processor = processor_class.from_pretrained(folder, **options) if has_config else processor_class(size=side, crop_size=side)
+        processor = (
+            processor_class.from_pretrained(folder, **options)
+            if has_config
+            else processor_class(size=side, crop_size=side)
+        )
     except LOADING_ERRORS as error:
-        raise ConfigError(f"the image encoder {folder} does not load as {spec.ip_adapter['image_encoder']}: {error}") from error
+        raise ConfigError(
+            f"the image encoder {folder} does not load as {spec.ip_adapter['image_encoder']}: "
+            f"{error}"
+        ) from error
     pipe.register_modules(image_encoder=encoder.eval(), feature_extractor=processor)

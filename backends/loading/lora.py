@@ -1,7 +1,9 @@
-"""LoRA files on a loaded pipeline: any number at any scale, changed between generations without touching the base weights.
+"""LoRA files on a loaded pipeline: any number at any scale, changed between generations without
+touching the base weights.
 
-diffusers converts and loads the file where the pipeline has a loader; elsewhere (HunyuanDiT, PixArt, Stable Video Diffusion) peft is used
-directly. Scales are always set on peft's layers, so that all model types behave alike.
+diffusers converts and loads the file where the pipeline has a loader; elsewhere (HunyuanDiT,
+PixArt, Stable Video Diffusion) peft is used directly. Scales are always set on peft's layers, so
+that all model types behave alike.
 """
 
 import inspect
@@ -22,13 +24,19 @@ from backends.loading.weights import Weights, read_weights
 from backends.model_table import ModelSpec
 
 logger = logging.getLogger(__name__)
-logging.getLogger("diffusers.loaders").setLevel(logging.ERROR)  # it warns of every text encoder that a LoRA does not touch
-warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several LoRAs at once are what this file is for
+logging.getLogger("diffusers.loaders").setLevel(
+    logging.ERROR
+)  # it warns of every text encoder that a LoRA does not touch
+warnings.filterwarnings(
+    "ignore", message="Already found a `peft_config`"
+)  # several LoRAs at once are what this file is for
 
 MAX_KEPT = 8
 """LoRAs of earlier requests that stay in memory; the longest unused goes first."""
 
-_FACTOR = re.compile(r"^(?P<layer>.+)\.(?P<factor>lora_A|lora_B|lora_down|lora_up|lora_linear_layer\.down|lora_linear_layer\.up)\.weight$")
+_FACTOR = re.compile(
+    r"^(?P<layer>.+)\.(?P<factor>lora_A|lora_B|lora_down|lora_up|lora_linear_layer\.down|lora_linear_layer\.up)\.weight$"
+)
 _DOWN = frozenset({"lora_A", "lora_down", "lora_linear_layer.down"})
 _PREFIXES = ("base_model.model.", "transformer.", "unet.", "lora_unet_", "lora_transformer_")
 
@@ -45,14 +53,17 @@ class LoraSet:
         self.is_fused = False
 
     def use(self, scales: Mapping[str, float]) -> None:
-        """Let exactly these files act, at these scales; files that are not loaded yet are. ConfigError for one that does not fit.
+        """Let exactly these files act, at these scales; files that are not loaded yet are.
+        ConfigError for one that does not fit.
 
         After `fuse` nothing changes any more.
         """
         if self.is_fused:
             return
         if scales.keys() - self._names.keys():
-            self._active = None  # a newly loaded LoRA acts at once, even if the next one does not load
+            self._active = (
+                None  # a newly loaded LoRA acts at once, even if the next one does not load
+            )
         for path in scales:
             name = self._names.pop(path, None) or self._load(path)
             self._names[path] = name
@@ -70,9 +81,15 @@ class LoraSet:
         self._active = active
 
     def fuse(self) -> None:
-        """Add what acts now to the base weights for good and leave plain layers behind: nothing of peft slows the model down."""
+        """Add what acts now to the base weights for good and leave plain layers behind: nothing of
+        peft slows the model down.
+        """
         for module in self._modules():
-            for name, layer in [(name, layer) for name, layer in module.named_modules() if isinstance(layer, BaseTunerLayer)]:
+            for name, layer in [
+                (name, layer)
+                for name, layer in module.named_modules()
+                if isinstance(layer, BaseTunerLayer)
+            ]:
                 if not layer.disable_adapters:
                     layer.merge()
                 parent, _, attribute = name.rpartition(".")
@@ -90,13 +107,22 @@ class LoraSet:
                 layer.delete_adapter(name)
 
     def _modules(self) -> Iterator[nn.Module]:
-        return (module for module in self._pipe.components.values() if isinstance(module, nn.Module))
+        return (
+            module for module in self._pipe.components.values() if isinstance(module, nn.Module)
+        )
 
     def _layers(self) -> Iterator[Any]:
-        return (layer for module in self._modules() for layer in module.modules() if isinstance(layer, BaseTunerLayer))
+        return (
+            layer
+            for module in self._modules()
+            for layer in module.modules()
+            if isinstance(layer, BaseTunerLayer)
+        )
 
     def _load(self, path: str) -> str:
-        """The name of a new adapter. Unique, because files may share a stem, and free of dots, which torch allows in no module's name."""
+        """The name of a new adapter. Unique, because files may share a stem, and free of dots,
+        which torch allows in no module's name.
+        """
         self._num_loaded += 1
         name = f"lora_{self._num_loaded}"
         weights = read_weights(path, option="lora")
@@ -114,7 +140,10 @@ class LoraSet:
             AssertionError,
             TypeError,
         ) as error:  # however diffusers says no
-            raise ConfigError(f"lora={path} does not fit {self._spec.title}: {error}. Give a LoRA made for this model type.") from error
+            raise ConfigError(
+                f"lora={path} does not fit {self._spec.title}: {error}. Give a LoRA made for this "
+                "model type."
+            ) from error
         logger.info("loaded LoRA %s", path)
         return name
 
@@ -140,22 +169,31 @@ class LoraSet:
 
 
 def factors_of(weights: Weights, denoiser: nn.Module) -> Weights:
-    """Keys in any of the usual styles -> LAYER.lora_A.weight (rank, in) and LAYER.lora_B.weight (out, rank) with the alphas worked in.
+    """Keys in any of the usual styles -> LAYER.lora_A.weight (rank, in) and LAYER.lora_B.weight
+    (out, rank) with the alphas worked in.
 
     One rank for all: narrower factors get rows and columns of zeros, which change nothing.
     """
     flat_names = {name.replace(".", "_"): name for name, _ in denoiser.named_modules()}
-    alphas = {_layer_name(key.removesuffix(".alpha"), flat_names): float(value) for key, value in weights.items() if key.endswith(".alpha")}
+    alphas = {
+        _layer_name(key.removesuffix(".alpha"), flat_names): float(value)
+        for key, value in weights.items()
+        if key.endswith(".alpha")
+    }
     found: dict[str, dict[bool, Tensor]] = {}
     for key, tensor in convert_unet_state_dict_to_peft(weights).items():
         if match := _FACTOR.match(key):
-            found.setdefault(_layer_name(match["layer"], flat_names), {})[match["factor"] in _DOWN] = tensor
+            found.setdefault(_layer_name(match["layer"], flat_names), {})[
+                match["factor"] in _DOWN
+            ] = tensor
     pairs = {layer: (pair[True], pair[False]) for layer, pair in found.items() if len(pair) == 2}
     rank = max((down.shape[0] for down, _ in pairs.values()), default=0)
     factors = {}
     for layer, (down, up) in pairs.items():
         factors[f"{layer}.lora_A.weight"] = _padded(down, 0, rank)
-        factors[f"{layer}.lora_B.weight"] = _padded(up * (alphas.get(layer, down.shape[0]) / down.shape[0]), 1, rank)
+        factors[f"{layer}.lora_B.weight"] = _padded(
+            up * (alphas.get(layer, down.shape[0]) / down.shape[0]), 1, rank
+        )
     return factors
 
 
@@ -171,32 +209,50 @@ def _padded(tensor: Tensor, dim: int, size: int) -> Tensor:
     return torch.cat([tensor, tensor.new_zeros(missing)], dim) if missing[dim] else tensor
 
 
-def require_fit(path: str, weights: Weights, components: Mapping[str, Any], spec: ModelSpec) -> None:
-    """ConfigError unless every factor has a layer of its size. Keys begin with the component's name, layers follow."""
+def require_fit(
+    path: str, weights: Weights, components: Mapping[str, Any], spec: ModelSpec
+) -> None:
+    """ConfigError unless every factor has a layer of its size. Keys begin with the component's
+    name, layers follow.
+    """
     shapes = {}
     for component, module in components.items():
         if isinstance(module, nn.Module):
-            shapes |= {f"{component}.{_plain(name)}": _features(layer) for name, layer in module.named_modules()}
+            shapes |= {
+                f"{component}.{_plain(name)}": _features(layer)
+                for name, layer in module.named_modules()
+            }
     keys, strangers = 0, []
-    for key, tensor in convert_unet_state_dict_to_peft({_text_layer(key): tensor for key, tensor in weights.items()}).items():
+    for key, tensor in convert_unet_state_dict_to_peft(
+        {_text_layer(key): tensor for key, tensor in weights.items()}
+    ).items():
         if match := _FACTOR.match(key):
             keys += 1
             component, _, layer = match["layer"].partition(".")
             features = shapes.get(f"{component}.{_plain(layer)}")
             is_down = match["factor"] in _DOWN
-            if features is None or tensor.shape[1 if is_down else 0] != features[0 if is_down else 1]:
+            if (
+                features is None
+                or tensor.shape[1 if is_down else 0] != features[0 if is_down else 1]
+            ):
                 strangers.append(key)
     if not keys and not any(".lokr_" in key for key in weights):
-        raise ConfigError(f"lora={path} holds no LoRA weights. Give a file with lora_A and lora_B (or lora_down and lora_up) keys.")
+        raise ConfigError(
+            f"lora={path} holds no LoRA weights. Give a file with lora_A and lora_B (or lora_down "
+            "and lora_up) keys."
+        )
     if strangers:
         raise ConfigError(
-            f"lora={path} does not fit {spec.title}: {len(strangers)} of {keys} keys are for layers that the model does not have or has in "
+            f"lora={path} does not fit {spec.title}: {len(strangers)} of {keys} keys are for "
+            "layers that the model does not have or has in "
             f"another size (the first: {strangers[0]}). Give a LoRA made for this model type."
         )
 
 
 def _text_layer(key: str) -> str:
-    """diffusers converts a text encoder's keys to names that its layers have only after a second conversion: the latter."""
+    """diffusers converts a text encoder's keys to names that its layers have only after a second
+    conversion: the latter.
+    """
     if not key.startswith("text_encoder"):
         return key
     return re.sub(r"\.to_(q|k|v|out)_lora\.", r".\1_proj.lora_linear_layer.", key)
@@ -208,7 +264,9 @@ def _plain(name: str) -> str:
 
 
 def _features(layer: nn.Module) -> tuple[int, int] | None:
-    """(in, out) of a layer that a LoRA can act on; asked of the layer, because packed weights have other shapes."""
+    """(in, out) of a layer that a LoRA can act on; asked of the layer, because packed weights have
+    other shapes.
+    """
     layer = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
     for one, other in (("in_features", "out_features"), ("in_channels", "out_channels")):
         if isinstance(layer, nn.Linear | nn.Conv2d) and hasattr(layer, one):

@@ -1,4 +1,6 @@
-"""Where a pipeline's weights live: on the device, or in main memory and moved when they are needed."""
+"""Where a pipeline's weights live: on the device, or in main memory and moved when they are
+needed.
+"""
 
 import logging
 from typing import Any, Literal
@@ -15,9 +17,15 @@ Offload = Literal["model", "sequential", "group"]
 
 
 def place(pipe: Any, spec: ModelSpec, load: LoadRequest, *, device: torch.device) -> None:
-    """Put the pipeline on its device, or prepare its weights for being moved there piece by piece."""
+    """Put the pipeline on its device, or prepare its weights for being moved there piece by
+    piece.
+    """
     if load.offload is not None and device.type == "cpu":
-        logger.warning("offload=%s has no effect: there is no accelerator, so everything is in main memory already", load.offload)
+        logger.warning(
+            "offload=%s has no effect: there is no accelerator, so everything is in main memory "
+            "already",
+            load.offload,
+        )
     if load.offload is None or device.type == "cpu":
         pipe.to(device)
     else:
@@ -25,7 +33,8 @@ def place(pipe: Any, spec: ModelSpec, load: LoadRequest, *, device: torch.device
 
 
 def offload(pipe: Any, spec: ModelSpec, kind: Offload, *, device: torch.device) -> None:
-    """model: whole components are moved; sequential: single layers; group: groups of layers, prefetched where the device has streams.
+    """model: whole components are moved; sequential: single layers; group: groups of layers,
+    prefetched where the device has streams.
 
     Call it before anything is attached: what comes later wraps the hooks that move the weights.
     """
@@ -36,7 +45,8 @@ def offload(pipe: Any, spec: ModelSpec, kind: Offload, *, device: torch.device) 
     else:
         _offload_groups(pipe, spec, device)
     if kind != "group":
-        # diffusers' own method takes the hooks off and puts them on again, and what was attached around them would be lost with them
+        # diffusers' own method takes the hooks off and puts them on again, and what was attached
+        # around them would be lost with them
         pipe.maybe_free_model_hooks = lambda: [hook.offload() for hook in pipe._all_hooks]
 
 
@@ -50,16 +60,22 @@ def _offload_groups(pipe: Any, spec: ModelSpec, device: torch.device) -> None:
         )
     except ValueError as error:
         raise UnsupportedError(
-            f"enable_group_offload is not available for {spec.title}: {error} Use --enable_model_cpu_offload."
+            f"enable_group_offload is not available for {spec.title}: {error} Use "
+            "--enable_model_cpu_offload."
         ) from error
 
 
 def use_lean_attention(pipe: Any, load: LoadRequest) -> None:
-    """Attention in slices, or by xformers: both replace the attention processors, so they come before everything that is attached."""
+    """Attention in slices, or by xformers: both replace the attention processors, so they come
+    before everything that is attached.
+    """
     if load.enable_attention_slicing:
         pipe.enable_attention_slicing()
     if load.xformers_efficient:
         try:
             pipe.enable_xformers_memory_efficient_attention()
         except ModuleNotFoundError:
-            logger.warning("xformers_efficient has no effect: xformers is not installed, and torch's own attention is used")
+            logger.warning(
+                "xformers_efficient has no effect: xformers is not installed, and torch's own "
+                "attention is used"
+            )

@@ -19,16 +19,26 @@ logger = logging.getLogger(__name__)
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 MOTION = "motion_modules"
 POOLING = "time_extra_emb.pooler"
-"""Attention pools hand their layers' weights to a function instead of calling the layers, and bitsandbytes works in calls only."""
+"""Attention pools hand their layers' weights to a function instead of calling the layers, and
+bitsandbytes works in calls only.
+"""
 
 
-def quantize(pipe: Any, spec: ModelSpec, load: LoadRequest, *, device: torch.device) -> dict[str, int]:
-    """Component -> bytes saved. ConfigError for what this machine cannot run, naming what it can."""
+def quantize(
+    pipe: Any, spec: ModelSpec, load: LoadRequest, *, device: torch.device
+) -> dict[str, int]:
+    """Component -> bytes saved. ConfigError for what this machine cannot run, naming what it
+    can.
+    """
     saved = {}
     for group, choice in load.quantize.items():
         for name, module, only in _targets(pipe, spec, group):
             before = weight_bytes(module)
-            layers = [(path, layer) for path, layer in module.named_modules() if isinstance(layer, LAYERS) and (MOTION in path) in only]
+            layers = [
+                (path, layer)
+                for path, layer in module.named_modules()
+                if isinstance(layer, LAYERS) and (MOTION in path) in only
+            ]
             if not layers:
                 continue
             if choice.kind in EVERYWHERE:
@@ -37,7 +47,13 @@ def quantize(pipe: Any, spec: ModelSpec, load: LoadRequest, *, device: torch.dev
             else:
                 _to_bitsandbytes(module, layers, choice, device=device, dtype=DTYPES[load.variant])
             saved[name] = saved.get(name, 0) + before - weight_bytes(module)
-            logger.info("quantised %s to %s: %.1f MB instead of %.1f", name, choice.kind, weight_bytes(module) / 1e6, before / 1e6)
+            logger.info(
+                "quantised %s to %s: %.1f MB instead of %.1f",
+                name,
+                choice.kind,
+                weight_bytes(module) / 1e6,
+                before / 1e6,
+            )
     return saved
 
 
@@ -47,10 +63,18 @@ def weight_bytes(module: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def _targets(pipe: Any, spec: ModelSpec, group: str) -> Iterator[tuple[str, nn.Module, tuple[bool, ...]]]:
-    """(component, module, which layers: (False,) all but motion modules, (True,) these alone, both)."""
+def _targets(
+    pipe: Any, spec: ModelSpec, group: str
+) -> Iterator[tuple[str, nn.Module, tuple[bool, ...]]]:
+    """(component, module, which layers: (False,) all but motion modules, (True,) these alone,
+    both).
+    """
     everything = (False, True)
-    wanted = {"vae": ("vae",), "misc": ("controlnet",), "encoders": ("text_encoder", "text_encoder_2", "text_encoder_3", "image_encoder")}
+    wanted = {
+        "vae": ("vae",),
+        "misc": ("controlnet",),
+        "encoders": ("text_encoder", "text_encoder_2", "text_encoder_3", "image_encoder"),
+    }
     for name, module in pipe.components.items():
         if not isinstance(module, nn.Module):
             continue
@@ -63,14 +87,24 @@ def _targets(pipe: Any, spec: ModelSpec, group: str) -> Iterator[tuple[str, nn.M
 
 
 def _to_bitsandbytes(
-    module: nn.Module, layers: list[tuple[str, nn.Module]], choice: QuantizationSpec, *, device: torch.device, dtype: torch.dtype
+    module: nn.Module,
+    layers: list[tuple[str, nn.Module]],
+    choice: QuantizationSpec,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> None:
-    """Linear layers -> bitsandbytes' own, on their device at once, because that is where it packs them. It has no convolutions."""
+    """Linear layers -> bitsandbytes' own, on their device at once, because that is where it packs
+    them. It has no convolutions.
+    """
     advice = f"These run everywhere: {', '.join(EVERYWHERE)}."
     try:
         import bitsandbytes
     except ImportError as error:
-        raise ConfigError(f"quantising to {choice.kind} needs the package bitsandbytes, which is not installed. {advice}") from error
+        raise ConfigError(
+            f"quantising to {choice.kind} needs the package bitsandbytes, which is not installed. "
+            f"{advice}"
+        ) from error
     replaced = None
     for path, layer in layers:
         if not isinstance(layer, nn.Linear) or path.startswith(POOLING):
@@ -80,21 +114,38 @@ def _to_bitsandbytes(
         setattr(module.get_submodule(parent), attribute, replaced)
         try:
             replaced(torch.zeros(1, layer.in_features, dtype=dtype, device=device))
-        except Exception as error:  # its kernels fail in ways of their own: asserts, shape errors, missing symbols
+        except (
+            Exception
+        ) as error:  # its kernels fail in ways of their own: asserts, shape errors, missing symbols
             raise ConfigError(
-                f"quantising to {choice.kind} does not run on this machine's {device.type} for a layer of {layer.in_features} inputs "
+                f"quantising to {choice.kind} does not run on this machine's {device.type} for a "
+                f"layer of {layer.in_features} inputs "
                 f"({' '.join(str(error).split())[:120]}). {advice}"
             ) from error
 
 
-def _bitsandbytes_layer(bitsandbytes: Any, layer: nn.Linear, choice: QuantizationSpec, dtype: torch.dtype) -> nn.Module:
+def _bitsandbytes_layer(
+    bitsandbytes: Any, layer: nn.Linear, choice: QuantizationSpec, dtype: torch.dtype
+) -> nn.Module:
     sizes: Mapping[str, Any] = {"bias": layer.bias is not None}
     if choice.kind == "bnb_int8":
-        new = bitsandbytes.nn.Linear8bitLt(layer.in_features, layer.out_features, has_fp16_weights=False, **sizes)
-        new.weight = bitsandbytes.nn.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
+        new = bitsandbytes.nn.Linear8bitLt(
+            layer.in_features, layer.out_features, has_fp16_weights=False, **sizes
+        )
+        new.weight = bitsandbytes.nn.Int8Params(
+            layer.weight.data, requires_grad=False, has_fp16_weights=False
+        )
     else:
         compute = DTYPES[choice.compute] if choice.compute else dtype
-        new = bitsandbytes.nn.Linear4bit(layer.in_features, layer.out_features, compute_dtype=compute, quant_type=choice.qtype, **sizes)
-        new.weight = bitsandbytes.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type=choice.qtype)
+        new = bitsandbytes.nn.Linear4bit(
+            layer.in_features,
+            layer.out_features,
+            compute_dtype=compute,
+            quant_type=choice.qtype,
+            **sizes,
+        )
+        new.weight = bitsandbytes.nn.Params4bit(
+            layer.weight.data, requires_grad=False, quant_type=choice.qtype
+        )
     new.bias = layer.bias
     return new

@@ -1,13 +1,19 @@
-"""Step caches: steps that run little of the denoiser and take the rest from an earlier step. Off unless asked for (--step_cache).
+"""Step caches: steps that run little of the denoiser and take the rest from an earlier step. Off
+unless asked for (--step_cache).
 
-first_block  A step runs the first block. If its effect is nearly what it was at the last full step, the others are taken to have theirs
+first_block  A step runs the first block. If its effect is nearly what it was at the last full step,
+the others are taken to have theirs
              again: ParaAttention's first-block cache, after TeaCache (arXiv:2411.19108, section 3).
-taylor       Every n-th step is full; between, what the blocks add is continued along the line through the last two full steps:
-             TaylorSeer, arXiv:2503.06923, section 3, first order, for all blocks after the first together.
-deep         Every n-th step is full; between, a UNet runs its outermost level only: DeepCache, arXiv:2312.00858, section 3.
+taylor       Every n-th step is full; between, what the blocks add is continued along the line
+             through the last two full steps:
+             TaylorSeer, arXiv:2503.06923, section 3, first order, for all blocks after the first
+             together.
+deep         Every n-th step is full; between, a UNet runs its outermost level only:
+             DeepCache, arXiv:2312.00858, section 3.
 
-diffusers' own hooks (diffusers.hooks) are not used: they decide on each rank by what that rank has, so ranks would disagree; they count a
-ControlNet's residuals twice in a skipped step; they do not know HunyuanDiT's and PixArt's blocks, and fail on FLUX.2's.
+diffusers' own hooks (diffusers.hooks) are not used: they decide on each rank by what that rank has,
+so ranks would disagree; they count a ControlNet's residuals twice in a skipped step; they do not
+know HunyuanDiT's and PixArt's blocks, and fail on FLUX.2's.
 """
 
 import inspect
@@ -29,7 +35,9 @@ NAME = "step cache"
 
 @dataclass(slots=True)
 class _Residual:
-    """What the blocks after the first add to its result: a full step's, the one's before it, and at which steps these were."""
+    """What the blocks after the first add to its result: a full step's, the one's before it, and at
+    which steps these were.
+    """
 
     last: Tensor
     at: int
@@ -48,9 +56,11 @@ class _Residual:
 
 @dataclass(slots=True)
 class _Call:
-    """What is kept from step to step for the n-th call of the denoiser in each step (some pipelines make two, one per half of guidance).
+    """What is kept from step to step for the n-th call of the denoiser in each step (some pipelines
+    make two, one per half of guidance).
 
-    effect: what the first block added at the last full step. kept: of a UNet's inner modules, what they returned then.
+    effect: what the first block added at the last full step. kept: of a UNet's inner modules, what
+    they returned then.
     """
 
     is_full: bool = True
@@ -63,7 +73,9 @@ class _Call:
 
 
 class StepCache:
-    """Attached to one denoiser, innermost, so that it sees what this rank computes. Forgets everything between generations."""
+    """Attached to one denoiser, innermost, so that it sees what this rank computes. Forgets
+    everything between generations.
+    """
 
     def __init__(self, cache: StepCacheSpec, spec: ModelSpec, denoiser: nn.Module) -> None:
         self._cache = cache
@@ -83,12 +95,24 @@ class StepCache:
             for index, module in enumerate(inner):
                 self._hook(module, self._around_inner(index, is_last=index == len(inner) - 1))
         else:
-            blocks = [block for name in self._spec.blocks for block in getattr(self._denoiser, name)]
-            first_name = next(name for name in inspect.signature(type(blocks[0]).forward).parameters if name != "self")
+            blocks = [
+                block for name in self._spec.blocks for block in getattr(self._denoiser, name)
+            ]
+            first_name = next(
+                name
+                for name in inspect.signature(type(blocks[0]).forward).parameters
+                if name != "self"
+            )
             self._hook(blocks[0], self._around_first(first_name))
             for index, block in enumerate(blocks[1:], start=1):
-                first_name = next(name for name in inspect.signature(type(block).forward).parameters if name != "self")
-                self._hook(block, self._around_rest(index, first_name, is_last=index == len(blocks) - 1))
+                first_name = next(
+                    name
+                    for name in inspect.signature(type(block).forward).parameters
+                    if name != "self"
+                )
+                self._hook(
+                    block, self._around_rest(index, first_name, is_last=index == len(blocks) - 1)
+                )
         self._hook(self._denoiser, self._around_denoiser)
 
     def detach(self) -> None:
@@ -96,7 +120,9 @@ class StepCache:
             hooks.detach(self._hooked.pop(), NAME)
 
     def share(self, mesh: Mesh | None) -> None:
-        """From now on these ranks decide together: `attach` and `detach` of a backend. Collective."""
+        """From now on these ranks decide together: `attach` and `detach` of a backend.
+        Collective.
+        """
         self._mesh = mesh
         if mesh is not None:
             mesh.axis(*self._axes(mesh))
@@ -116,7 +142,9 @@ class StepCache:
         self._step = self._number = 0
 
     def report(self) -> Mapping[str, int]:
-        """Of the last generation, on this rank: how many calls of the denoiser there were, and how many of them ran little of it."""
+        """Of the last generation, on this rank: how many calls of the denoiser there were, and how
+        many of them ran little of it.
+        """
         return {"calls": self.num_calls, "skipped": self.num_skipped}
 
     def _hook(self, module: nn.Module, around: hooks.Around) -> None:
@@ -145,7 +173,9 @@ class StepCache:
                 return output
             call.text, call.image = output if isinstance(output, tuple) else (None, output)
             effect = call.image - (args[0] if args else kwargs[first_name])
-            if call.residual is None or call.residual.last.shape != effect.shape:  # the first step, or the size has changed
+            if (
+                call.residual is None or call.residual.last.shape != effect.shape
+            ):  # the first step, or the size has changed
                 call.is_full, call.residual, call.effect = True, None, None
             elif self._cache.kind == "first_block":
                 call.is_full = self._change(effect, call.effect) > self._cache.value
@@ -167,9 +197,15 @@ class StepCache:
                     self._remember(call, output[1] if isinstance(output, tuple) else output)
                 return output
             tokens = args[0] if args else kwargs[first_name]
-            if is_last:  # what came through, residuals of a ControlNet among it, is in the remembered effect already
-                image = call.image + call.residual.continued(self._step if self._cache.kind == "taylor" else call.residual.at)
-                tokens = image if tokens.shape == image.shape else torch.cat([call.text, image], dim=1)
+            # what came through, residuals of a ControlNet among it, is in the remembered effect
+            # already
+            if is_last:
+                image = call.image + call.residual.continued(
+                    self._step if self._cache.kind == "taylor" else call.residual.at
+                )
+                tokens = (
+                    image if tokens.shape == image.shape else torch.cat([call.text, image], dim=1)
+                )
             return (kwargs.get("encoder_hidden_states"), tokens) if self._forms[index] else tokens
 
         return around
@@ -177,12 +213,18 @@ class StepCache:
     def _remember(self, call: _Call, tokens: Tensor) -> None:
         """tokens: (B, N, D), or with the text before the image (B, T + N, D)."""
         residual = tokens[:, -call.image.shape[1] :] - call.image
-        call.residual = _Residual(last=residual, at=self._step) if call.residual is None else call.residual.after(residual, self._step)
+        call.residual = (
+            _Residual(last=residual, at=self._step)
+            if call.residual is None
+            else call.residual.after(residual, self._step)
+        )
         if self._cache.kind != "taylor":
             call.residual.older = None
 
     def _around_inner(self, index: int, *, is_last: bool) -> hooks.Around:
-        """Of a UNet's inner modules only the last one's result is used again; of the others, shapes."""
+        """Of a UNet's inner modules only the last one's result is used again; of the others,
+        shapes.
+        """
 
         def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             call = self._call
@@ -195,21 +237,34 @@ class StepCache:
             if not call.is_full:
                 return call.kept[index]
             output = forward(*args, **kwargs)
-            call.kept[index] = output if is_last else pytree.tree_map_only(Tensor, _stand_in, output)
+            call.kept[index] = (
+                output if is_last else pytree.tree_map_only(Tensor, _stand_in, output)
+            )
             return output
 
         return around
 
     def _change(self, effect: Tensor, before: Tensor) -> float:
-        """Mean absolute change relative to the mean absolute value, over all that one call of the pipeline computes."""
-        sums = torch.stack([(effect - before).abs().sum(dtype=torch.float32), before.abs().sum(dtype=torch.float32)])
+        """Mean absolute change relative to the mean absolute value, over all that one call of the
+        pipeline computes.
+        """
+        sums = torch.stack(
+            [
+                (effect - before).abs().sum(dtype=torch.float32),
+                before.abs().sum(dtype=torch.float32),
+            ]
+        )
         if self._mesh is not None:
             sums = all_sum(sums, axis=self._mesh.axis(*self._axes(self._mesh)))
         return float(sums[0] / sums[1])
 
     def _axes(self, mesh: Mesh) -> tuple[str, ...]:
-        """Axes over which one call is spread. The two calls of pipelines that make one for each half of guidance decide each for itself."""
-        return tuple(name for name, _ in mesh.plan.axes if name != "cfg" or self._spec.guidance_calls == 1)
+        """Axes over which one call is spread. The two calls of pipelines that make one for each
+        half of guidance decide each for itself.
+        """
+        return tuple(
+            name for name, _ in mesh.plan.axes if name != "cfg" or self._spec.guidance_calls == 1
+        )
 
 
 def inner_modules(unet: nn.Module) -> list[nn.Module]:

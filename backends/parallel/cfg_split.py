@@ -1,8 +1,10 @@
-"""CFG split: the negative and the positive half of a batch on two halves of the ranks. Exact, and shared by all backends.
+"""CFG split: the negative and the positive half of a batch on two halves of the ranks. Exact, and
+shared by all backends.
 
-The denoiser's batch is cut along dim 0 and the halves' outputs are gathered, so guidance needs no change in any pipeline. A batch of
-several prompts is split the same way; an odd batch (guidance off, one image) is computed whole on every rank. Pipelines that call their
-denoiser once for each half are cfg_two_calls.py's.
+The denoiser's batch is cut along dim 0 and the halves' outputs are gathered, so guidance needs no
+change in any pipeline. A batch of several prompts is split the same way; an odd batch (guidance
+off, one image) is computed whole on every rank. Pipelines that call their denoiser once for each
+half are cfg_two_calls.py's.
 """
 
 import inspect
@@ -16,20 +18,31 @@ from backends.parallel import hooks
 from backends.parallel.distributed import Axis, Mesh, all_gather
 
 NAME = "cfg split"
-"""What the split over the `cfg` axis is called among the hooks of a denoiser; over another axis likewise."""
+"""What the split over the `cfg` axis is called among the hooks of a denoiser; over another axis
+likewise.
+"""
 
 _BATCHED = frozenset(
-    "sample timestep class_labels timestep_cond encoder_hidden_states attention_mask cross_attention_kwargs added_cond_kwargs "
-    "added_time_ids down_block_additional_residuals mid_block_additional_residual down_intrablock_additional_residuals "
-    "encoder_attention_mask hidden_states pooled_projections guidance block_controlnet_hidden_states controlnet_block_samples "
-    "controlnet_single_block_samples joint_attention_kwargs text_embedding_mask encoder_hidden_states_t5 text_embedding_mask_t5 "
-    "image_meta_size style encoder_hidden_states_mask encoder_hidden_states_image x t cap_feats".split()
+    "sample timestep class_labels timestep_cond encoder_hidden_states attention_mask "
+    "cross_attention_kwargs added_cond_kwargs "
+    "added_time_ids down_block_additional_residuals mid_block_additional_residual "
+    "down_intrablock_additional_residuals "
+    "encoder_attention_mask hidden_states pooled_projections guidance "
+    "block_controlnet_hidden_states controlnet_block_samples "
+    "controlnet_single_block_samples joint_attention_kwargs text_embedding_mask "
+    "encoder_hidden_states_t5 text_embedding_mask_t5 "
+    "image_meta_size style encoder_hidden_states_mask encoder_hidden_states_image "
+    "x t cap_feats".split()
 )
-"""Arguments of diffusers' denoisers that carry the batch in dim 0. Position tables (img_ids, image_rotary_emb, ...) do not."""
+"""Arguments of diffusers' denoisers that carry the batch in dim 0. Position tables (img_ids,
+image_rotary_emb, ...) do not.
+"""
 
 
 def attach_batch_split(denoiser: nn.Module, mesh: Mesh, *, axis: str = "cfg") -> None:
-    """Split every call of this denoiser over an axis of the mesh. Attach last: it must see the whole batch."""
+    """Split every call of this denoiser over an axis of the mesh. Attach last: it must see the
+    whole batch.
+    """
     if mesh.axis(axis).size > 1:
         hooks.attach(denoiser, _name(axis), _split_call(denoiser, mesh, axis))
 
@@ -44,7 +57,9 @@ def _name(axis: str) -> str:
 
 
 def _split_call(denoiser: nn.Module, mesh: Mesh, axis_name: str) -> Callable[..., Any]:
-    names = [name for name in inspect.signature(type(denoiser).forward).parameters if name != "self"]
+    names = [
+        name for name in inspect.signature(type(denoiser).forward).parameters if name != "self"
+    ]
 
     def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -52,7 +67,9 @@ def _split_call(denoiser: nn.Module, mesh: Mesh, axis_name: str) -> Callable[...
         axis = mesh.axis(axis_name)
         if batch % axis.size:
             return forward(**arguments)
-        return _gather(forward(**cut_batch(arguments, batch, parts=axis.size, part=axis.rank)), mesh, axis)
+        return _gather(
+            forward(**cut_batch(arguments, batch, parts=axis.size, part=axis.rank)), mesh, axis
+        )
 
     return around
 
@@ -67,7 +84,11 @@ def cut_batch(arguments: Mapping[str, Any], batch: int, *, parts: int, part: int
     mine = dict(arguments)
     for name in _BATCHED.intersection(arguments):
         value = arguments[name]
-        mine[name] = value[samples] if is_listed and isinstance(value, list) else _cut(value, batch, parts, part)
+        mine[name] = (
+            value[samples]
+            if is_listed and isinstance(value, list)
+            else _cut(value, batch, parts, part)
+        )
     return mine
 
 

@@ -1,7 +1,9 @@
-"""CFG split for pipelines that call their denoiser twice a step, once for each half of guidance: a rank makes one of the two calls.
+"""CFG split for pipelines that call their denoiser twice a step, once for each half of guidance: a
+rank makes one of the two calls.
 
-The pipeline puts the halves together only after both calls. So each rank of the pair computes its own call, leaves the other one's
-result open, and at the second call the results are exchanged and the open one is filled in.
+The pipeline puts the halves together only after both calls. So each rank of the pair computes its
+own call, leaves the other one's result open, and at the second call the results are exchanged and
+the open one is filled in.
 """
 
 from collections.abc import Callable
@@ -17,7 +19,9 @@ NAME = "cfg pairs"
 
 
 class PairSplit:
-    """Attached to one denoiser. While a generation has guidance on, its calls are taken two by two."""
+    """Attached to one denoiser. While a generation has guidance on, its calls are taken two by
+    two.
+    """
 
     def __init__(self, denoiser: nn.Module, mesh: Mesh) -> None:
         self._denoiser = denoiser
@@ -35,10 +39,13 @@ class PairSplit:
         self._is_on, self._first = is_on, None
 
     def step_done(self) -> None:
-        """RuntimeError if a pair was not complete, because the step has then used a result that was not there."""
+        """RuntimeError if a pair was not complete, because the step has then used a result that was
+        not there.
+        """
         if self._first is not None:
             raise RuntimeError(
-                f"the pipeline called its {type(self._denoiser).__name__} once in a step with guidance, where two calls were expected. "
+                f"the pipeline called its {type(self._denoiser).__name__} once in a step with "
+                "guidance, where two calls were expected. "
                 "Run it without --use_cfg_parallel."
             )
 
@@ -53,7 +60,10 @@ class PairSplit:
         call = 0 if self._first is None else 1
         output = forward(*args, **kwargs) if call == axis.rank else (torch.empty_like(sample),)
         if output[0].shape != sample.shape:
-            raise RuntimeError(f"a prediction of shape {tuple(output[0].shape)} for latents of {tuple(sample.shape)} cannot be paired.")
+            raise RuntimeError(
+                f"a prediction of shape {tuple(output[0].shape)} for latents of "
+                f"{tuple(sample.shape)} cannot be paired."
+            )
         if call == 0:
             self._first = output[0]
         else:

@@ -1,8 +1,9 @@
 """Process groups and thin collectives: the only shared file that imports torch.distributed.
 
-There are two kinds of groups. The control group is torch's default group: gloo on every machine, waits of any length, and carries only
-commands and outcomes. A Mesh holds the data groups of a plan (NCCL on CUDA, gloo on CPU); it can be destroyed and rebuilt in
-milliseconds after a failure, without touching the control group or reloading weights.
+There are two kinds of groups. The control group is torch's default group: gloo on every machine,
+waits of any length, and carries only commands and outcomes. A Mesh holds the data groups of a plan
+(NCCL on CUDA, gloo on CPU); it can be destroyed and rebuilt in milliseconds after a failure,
+without touching the control group or reloading weights.
 """
 
 import itertools
@@ -28,8 +29,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 IDLE_TIMEOUT = timedelta(days=3650)
-"""Followers wait in a broadcast until somebody asks for an image, and nobody may for weeks. A dead peer is noticed by its closed
-connection and a hanging one by the watch in hosts/ranks/commands.py, so this wait needs no end."""
+"""Followers wait in a broadcast until somebody asks for an image, and nobody may for weeks. A dead
+peer is noticed by its closed connection and a hanging one by the watch in hosts/ranks/commands.py,
+so this wait needs no end."""
 
 MEET_WITHIN = timedelta(minutes=5)
 """From when all ranks are there until their connections stand."""
@@ -45,13 +47,18 @@ def select_device(local_rank: int) -> torch.device:
 
 
 def open_store(host: str, port: int, *, is_here: bool, timeout_s: float) -> dist.Store:
-    """The store of several machines; it lives in the process that says it is here. RuntimeError if it cannot be reached in time."""
-    return dist.TCPStore(host, port, is_master=is_here, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
+    """The store of several machines; it lives in the process that says it is here. RuntimeError if
+    it cannot be reached in time.
+    """
+    return dist.TCPStore(
+        host, port, is_master=is_here, timeout=timedelta(seconds=timeout_s), wait_for_workers=False
+    )
 
 
 def initialize(*, rank: int, world_size: int, store: dist.Store | None = None) -> dist.Store:
-    """Open the control group over `store`, or else over torchelastic's rendezvous (env://). Returns a store client for the watch thread
-    of its own: a client is one connection, and one that waits would hold up the other.
+    """Open the control group over `store`, or else over torchelastic's rendezvous (env://). Returns
+    a store client for the watch thread of its own: a client is one connection, and one that waits
+    would hold up the other.
     """
     if world_size == 1:
         store = dist.HashStore()
@@ -61,7 +68,13 @@ def initialize(*, rank: int, world_size: int, store: dist.Store | None = None) -
         store, rank, world_size = next(dist.rendezvous("env://", rank, world_size))
     else:
         store.set_timeout(MEET_WITHIN)
-    dist.init_process_group("gloo", rank=rank, world_size=world_size, store=dist.PrefixStore("control", store), timeout=IDLE_TIMEOUT)
+    dist.init_process_group(
+        "gloo",
+        rank=rank,
+        world_size=world_size,
+        store=dist.PrefixStore("control", store),
+        timeout=IDLE_TIMEOUT,
+    )
     return dist.PrefixStore("watch", store.clone())
 
 
@@ -90,13 +103,17 @@ class CommStats:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Axis:
-    """This rank's place along one axis of the mesh (or several, flattened). No groups when size is 1, or while the mesh is closed.
+    """This rank's place along one axis of the mesh (or several, flattened). No groups when size is
+    1, or while the mesh is closed.
 
-    Only the mesh changes it: whoever keeps an axis must not keep a group open that others wait in, and has the new one after a rebuild.
+    Only the mesh changes it: whoever keeps an axis must not keep a group open that others wait in,
+    and has the new one after a rebuild.
 
-    ranks: as the world counts them, which is how torch names peers, whatever the group. rank: this one's place among them.
-    way_back: of an axis of stages, with those of the other half of guidance, a second group of the same ranks, for what goes against the
-    stream. NCCL does what one group is asked in the order in which it is asked, so that in one group the ranks could wait for each other.
+    ranks: as the world counts them, which is how torch names peers, whatever the group. rank: this
+    one's place among them.
+    way_back: of an axis of stages, with those of the other half of guidance, a second group of the
+    same ranks, for what goes against the stream. NCCL does what one group is asked in the order in
+    which it is asked, so that in one group the ranks could wait for each other.
     memory: what backends/parallel/shared_memory.py keeps for as long as the group is open.
     """
 
@@ -113,13 +130,23 @@ class Axis:
 
 
 class Mesh:
-    """The data groups of a plan on this rank. Every rank must build, use and rebuild its mesh in the same order.
+    """The data groups of a plan on this rank. Every rank must build, use and rebuild its mesh in
+    the same order.
 
-    The plan may be that of a team: the world's ranks are then cut into `num_teams` such teams of neighbours, and this rank is one of
-    team `team`. All ranks of all teams take part wherever groups are made, and nowhere else.
+    The plan may be that of a team: the world's ranks are then cut into `num_teams` such teams of
+    neighbours, and this rank is one of team `team`. All ranks of all teams take part wherever
+    groups are made, and nowhere else.
     """
 
-    def __init__(self, plan: ParallelPlan, *, rank: int, device: torch.device, team: int = 0, num_teams: int = 1) -> None:
+    def __init__(
+        self,
+        plan: ParallelPlan,
+        *,
+        rank: int,
+        device: torch.device,
+        team: int = 0,
+        num_teams: int = 1,
+    ) -> None:
         """rank: this rank's number within its team."""
         self.plan = plan
         self.rank = rank
@@ -134,7 +161,9 @@ class Mesh:
         self._open()
 
     def axis(self, *names: str) -> Axis:
-        """One axis, or several flattened into one (outermost first). The first use of a combination is collective."""
+        """One axis, or several flattened into one (outermost first). The first use of a combination
+        is collective.
+        """
         names = tuple(name for name in names if self.plan.degree(name) > 1)  # others add no rank
         key = tuple(sorted(names))
         if key not in self._axes:
@@ -149,9 +178,11 @@ class Mesh:
                 self.axis(*combination)
 
     def broadcast_signal(self, word: int) -> int:
-        """The first rank's word to all ranks, on a CPU group of its own: once per denoising step (go on, or cancel).
+        """The first rank's word to all ranks, on a CPU group of its own: once per denoising step
+        (go on, or cancel).
 
-        The first rank does not wait until the others have come so far: in a pipeline of stages it is ahead of them, by a step at most.
+        The first rank does not wait until the others have come so far: in a pipeline of stages it
+        is ahead of them, by a step at most.
         """
         if self._step_group is None:
             return word
@@ -166,12 +197,17 @@ class Mesh:
         return int(message.item())
 
     def destroy(self) -> None:
-        """Close the data groups. Peers that wait in one of them fail at once (gloo: connection closed by peer)."""
+        """Close the data groups. Peers that wait in one of them fail at once (gloo: connection
+        closed by peer).
+        """
         self._last_word = None
-        for group in reversed(self._open_groups):  # that of the words last: closing it waits for who has not heard one
+        for group in reversed(
+            self._open_groups
+        ):  # that of the words last: closing it waits for who has not heard one
             try:
                 if self.device.type == "cuda":
-                    group.abort()  # a rank that waits inside a CUDA kernel is not woken by a closed socket
+                    # a rank that waits inside a CUDA kernel is not woken by a closed socket
+                    group.abort()
                 dist.destroy_process_group(group)
             except (RuntimeError, ValueError) as error:
                 logger.warning("closing a data group failed: %s", error)
@@ -181,7 +217,9 @@ class Mesh:
         self._step_group = None
 
     def rebuild(self) -> None:
-        """Close and open all data groups again, on all ranks, for the axes that were handed out before too."""
+        """Close and open all data groups again, on all ranks, for the axes that were handed out
+        before too.
+        """
         self.destroy()
         handed_out, self._axes = self._axes, {}
         self._open()
@@ -192,7 +230,9 @@ class Mesh:
 
     def _open(self) -> None:
         if self.plan.world_size > 1:
-            self._step_group = self._new_groups([tuple(range(self.plan.world_size))], backend="gloo")
+            self._step_group = self._new_groups(
+                [tuple(range(self.plan.world_size))], backend="gloo"
+            )
         for name, _ in self.plan.axes:
             self.axis(name)
 
@@ -200,24 +240,44 @@ class Mesh:
         mine = self.plan.ranks(*names, of_rank=self.rank)
         group = reverse_group = None
         if len(mine) > 1:
-            parts = sorted({self.plan.ranks(*names, of_rank=rank) for rank in range(self.plan.world_size)})
+            parts = sorted(
+                {self.plan.ranks(*names, of_rank=rank) for rank in range(self.plan.world_size)}
+            )
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             group = self._new_groups(parts, backend=backend)
-            is_way_back = "stage" in names and set(names) == {name for name in ("cfg", "stage") if self.plan.degree(name) > 1}
+            is_way_back = "stage" in names and set(names) == {
+                name for name in ("cfg", "stage") if self.plan.degree(name) > 1
+            }
             reverse_group = self._new_groups(parts, backend=backend) if is_way_back else None
         ranks = tuple(self._first + rank for rank in mine)
-        return Axis(name="x".join(names), ranks=ranks, rank=mine.index(self.rank), group=group, reverse_group=reverse_group)
+        return Axis(
+            name="x".join(names),
+            ranks=ranks,
+            rank=mine.index(self.rank),
+            group=group,
+            reverse_group=reverse_group,
+        )
 
     def _new_groups(self, parts: Sequence[tuple[int, ...]], *, backend: str) -> dist.ProcessGroup:
-        """This rank's of the groups that the ranks of each team, numbered within it, are parted into."""
+        """This rank's of the groups that the ranks of each team, numbered within it, are parted
+        into.
+        """
         teams = range(0, self._num_teams * self.plan.world_size, self.plan.world_size)
-        group = _new_groups([[first + rank for rank in part] for first in teams for part in parts], self._first + self.rank, backend)
+        group = _new_groups(
+            [[first + rank for rank in part] for first in teams for part in parts],
+            self._first + self.rank,
+            backend,
+        )
         self._open_groups.append(group)
         return group
 
 
-def _new_groups(parts: Sequence[Sequence[int]], rank: int, backend: str, timeout: timedelta | None = None) -> dist.ProcessGroup:
-    """The group of the part that holds `rank`. torch wants every rank to take part in the making of every group, its own or not."""
+def _new_groups(
+    parts: Sequence[Sequence[int]], rank: int, backend: str, timeout: timedelta | None = None
+) -> dist.ProcessGroup:
+    """The group of the part that holds `rank`. torch wants every rank to take part in the making of
+    every group, its own or not.
+    """
     mine = None
     for ranks in parts:
         made = dist.new_group(list(ranks), backend=backend, timeout=timeout)
@@ -227,12 +287,16 @@ def _new_groups(parts: Sequence[Sequence[int]], rank: int, backend: str, timeout
 
 
 def all_gather(tensor: Tensor, *, dim: int, axis: Axis, traffic: CommStats | None = None) -> Tensor:
-    """Concatenate equal shards along `dim` in rank order. Blocks until every rank of the axis has sent its shard.
+    """Concatenate equal shards along `dim` in rank order. Blocks until every rank of the axis has
+    sent its shard.
 
-    Like torch's own functions it leaves the work to a tensor whose class has a __torch_function__ that knows better.
+    Like torch's own functions it leaves the work to a tensor whose class has a __torch_function__
+    that knows better.
     """
     if has_torch_function_unary(tensor):
-        return handle_torch_function(all_gather, (tensor,), tensor, dim=dim, axis=axis, traffic=traffic)
+        return handle_torch_function(
+            all_gather, (tensor,), tensor, dim=dim, axis=axis, traffic=traffic
+        )
     if axis.group is None:
         return tensor
     if traffic is not None:
@@ -253,7 +317,9 @@ def all_sum(tensor: Tensor, *, axis: Axis) -> Tensor:
 
 
 def broadcast(tensor: Tensor, *, source: int, axis: Axis) -> None:
-    """Rank `source` of the axis overwrites everyone's tensor with its own. Blocks until this rank's is complete."""
+    """Rank `source` of the axis overwrites everyone's tensor with its own. Blocks until this rank's
+    is complete.
+    """
     if axis.group is not None:
         dist.broadcast(tensor, src=axis.ranks[source], group=axis.group)
 
@@ -263,11 +329,18 @@ def control_axis() -> Axis:
     if not dist.is_initialized():
         return Axis(name="control", ranks=(0,), rank=0, group=None)
     size, rank = dist.get_world_size(), dist.get_rank()
-    return Axis(name="control", ranks=tuple(range(size)), rank=rank, group=dist.group.WORLD if size > 1 else None)
+    return Axis(
+        name="control",
+        ranks=tuple(range(size)),
+        rank=rank,
+        group=dist.group.WORLD if size > 1 else None,
+    )
 
 
 def control_of_team(size: int) -> Axis:
-    """A control group for each team of `size` neighbours, made by all ranks together; this rank's."""
+    """A control group for each team of `size` neighbours, made by all ranks together; this
+    rank's.
+    """
     world = control_axis()
     teams = [world.ranks[first : first + size] for first in range(0, world.size, size)]
     mine = teams[world.rank // size]
@@ -282,7 +355,9 @@ def close(axis: Axis) -> None:
 
 
 def broadcast_command(command: object, among: Axis | None = None) -> object:
-    """The first rank's command to every rank of a control group (all ranks', if none is named); others pass anything and get that."""
+    """The first rank's command to every rank of a control group (all ranks', if none is named);
+    others pass anything and get that.
+    """
     axis = among or control_axis()
     if axis.group is None:
         return command
@@ -292,7 +367,9 @@ def broadcast_command(command: object, among: Axis | None = None) -> object:
 
 
 def gather_outcomes(outcome: object, among: Axis | None = None) -> list[Any]:
-    """Every rank's outcome, in rank order, on every rank of a control group (all ranks', if none is named)."""
+    """Every rank's outcome, in rank order, on every rank of a control group (all ranks', if none is
+    named).
+    """
     axis = among or control_axis()
     if axis.group is None:
         return [outcome]
@@ -302,7 +379,9 @@ def gather_outcomes(outcome: object, among: Axis | None = None) -> list[Any]:
 
 
 class Channel:
-    """Objects between rank 0 and one other rank, on a group of their own: one thread at each end, which waits as long as it takes."""
+    """Objects between rank 0 and one other rank, on a group of their own: one thread at each end,
+    which waits as long as it takes.
+    """
 
     def __init__(self, group: dist.ProcessGroup, *, other: int) -> None:
         self._group = group
@@ -320,7 +399,9 @@ class Channel:
 
 
 def open_channels() -> dict[int, Channel]:
-    """A line between rank 0 and each other rank, made by all ranks together: rank 0 has all of them, another rank its own, called 0."""
+    """A line between rank 0 and each other rank, made by all ranks together: rank 0 has all of
+    them, another rank its own, called 0.
+    """
     world, lines = control_axis(), {}
     for rank in world.ranks[1:]:
         group = dist.new_group([0, rank], backend="gloo", timeout=IDLE_TIMEOUT)
@@ -334,34 +415,45 @@ class AsyncAllToAll:
     """An exchange of byte strings among the ranks of an axis that runs in the background."""
 
     def __init__(self, sent: Tensor, received: Tensor, sizes: Sequence[int], *, axis: Axis) -> None:
-        """Send the bytes `sent` to every other rank; theirs arrive in `received`, one after the other in rank order.
+        """Send the bytes `sent` to every other rank; theirs arrive in `received`, one after the
+        other in rank order.
 
-        sent, received: uint8, 1-D, not to be touched until `wait` returns. sizes: bytes that each rank of the axis sends.
+        sent, received: uint8, 1-D, not to be touched until `wait` returns. sizes: bytes that each
+        rank of the axis sends.
         """
         copies = sent.repeat(axis.size - 1) if axis.size > 2 else sent
         to = [0 if rank == axis.rank else sent.numel() for rank in range(axis.size)]
         of = [0 if rank == axis.rank else size for rank, size in enumerate(sizes)]
         # far quicker than an all_gather on gloo, and a group of sends and receives on NCCL
-        self._work = dist.all_to_all_single(received, copies, of, to, group=axis.group, async_op=True)
+        self._work = dist.all_to_all_single(
+            received, copies, of, to, group=axis.group, async_op=True
+        )
         self._held = (sent, copies, received)
 
     def wait(self, timeout: timedelta | None = None) -> None:
-        """Until `received` is filled and `sent` may change. RuntimeError if a peer is gone (or, with a timeout, late)."""
+        """Until `received` is filled and `sent` may change. RuntimeError if a peer is gone (or,
+        with a timeout, late).
+        """
         if timeout is None:
             self._work.wait()
         else:
             self._work.wait(timeout)
 
 
-def gather_pieces(piece: Tensor, shapes: Sequence[Sequence[int]], *, axis: Axis, traffic: CommStats) -> list[Tensor]:
-    """Every rank's piece, in rank order; shapes may differ, the dtype is one. Blocks until all have arrived.
+def gather_pieces(
+    piece: Tensor, shapes: Sequence[Sequence[int]], *, axis: Axis, traffic: CommStats
+) -> list[Tensor]:
+    """Every rank's piece, in rank order; shapes may differ, the dtype is one. Blocks until all have
+    arrived.
 
     shapes: of the piece of each rank of the axis.
     """
     return begin_gather(piece, shapes, axis=axis, traffic=traffic)()
 
 
-def begin_gather(piece: Tensor, shapes: Sequence[Sequence[int]], *, axis: Axis, traffic: CommStats) -> Callable[[], list[Tensor]]:
+def begin_gather(
+    piece: Tensor, shapes: Sequence[Sequence[int]], *, axis: Axis, traffic: CommStats
+) -> Callable[[], list[Tensor]]:
     """The same in the background. What it returns waits for the pieces, and must be called."""
     if axis.group is None:
         return lambda: [piece]
@@ -378,15 +470,25 @@ def begin_gather(piece: Tensor, shapes: Sequence[Sequence[int]], *, axis: Axis, 
         started = time.perf_counter()
         swap.wait()
         traffic.wait_s += time.perf_counter() - started
-        others = iter(received.split([size for rank, size in enumerate(sizes) if rank != axis.rank]))
-        return [own if rank == axis.rank else next(others).view(own.dtype).view(*shape) for rank, shape in enumerate(shapes)]
+        others = iter(
+            received.split([size for rank, size in enumerate(sizes) if rank != axis.rank])
+        )
+        return [
+            own if rank == axis.rank else next(others).view(own.dtype).view(*shape)
+            for rank, shape in enumerate(shapes)
+        ]
 
     return finish
 
 
 def _gather_padded(piece: Tensor, shapes: Sequence[Sequence[int]], axis: Axis) -> list[Tensor]:
-    """The same by one functional all-gather of equal lengths, which torch.compile can trace into its graph. Not counted."""
+    """The same by one functional all-gather of equal lengths, which torch.compile can trace into
+    its graph. Not counted.
+    """
     lengths = [math.prod(shape) for shape in shapes]
     padded = torch.nn.functional.pad(piece.reshape(-1), (0, max(lengths) - piece.numel()))
     rows = functional_collectives.all_gather_tensor(padded[None], 0, axis.group)
-    return [row[:length].view(*shape) for row, length, shape in zip(rows.unbind(0), lengths, shapes, strict=True)]
+    return [
+        row[:length].view(*shape)
+        for row, length, shape in zip(rows.unbind(0), lengths, shapes, strict=True)
+    ]

@@ -1,6 +1,8 @@
-"""Attach behaviour to one module instance, and take it off again: the only code that replaces a module's forward.
+"""Attach behaviour to one module instance, and take it off again: the only code that replaces a
+module's forward.
 
-diffusers' own HookRegistry is not used because removing one of two `new_forward` hooks drops the other (0.42.1).
+diffusers' own HookRegistry is not used because removing one of two `new_forward` hooks drops the
+other (0.42.1).
 """
 
 import functools
@@ -16,10 +18,14 @@ _STACK = "_attached_forwards"
 
 
 def attach(module: nn.Module, name: str, around: Around) -> None:
-    """Run `around(forward, *args, **kwargs)` instead of this instance's forward; the last attached is the outermost."""
+    """Run `around(forward, *args, **kwargs)` instead of this instance's forward; the last attached
+    is the outermost.
+    """
     stack = module.__dict__.setdefault(_STACK, [])
     if name in attached(module):
-        raise ValueError(f"{name!r} is already attached to this {type(module).__name__}. Detach it first.")
+        raise ValueError(
+            f"{name!r} is already attached to this {type(module).__name__}. Detach it first."
+        )
     inner = module.forward
 
     @functools.wraps(inner)
@@ -31,10 +37,15 @@ def attach(module: nn.Module, name: str, around: Around) -> None:
 
 
 def detach(module: nn.Module, name: str) -> None:
-    """Give the instance back the forward it had before `attach(module, name, ...)`. Last on, first off."""
+    """Give the instance back the forward it had before `attach(module, name, ...)`. Last on, first
+    off.
+    """
     stack = module.__dict__.get(_STACK, [])
     if not stack or stack[-1][0] != name or module.__dict__.get("forward") is not stack[-1][2]:
-        raise ValueError(f"{name!r} is not the outermost of {attached(module)} on this {type(module).__name__}. Detach in reverse order.")
+        raise ValueError(
+            f"{name!r} is not the outermost of {attached(module)} on this {type(module).__name__}. "
+            "Detach in reverse order."
+        )
     _, previous, _ = stack.pop()
     if previous is None:
         del module.forward

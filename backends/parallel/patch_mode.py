@@ -1,9 +1,12 @@
-"""Runs a network on one patch of an image: the three operators that look beyond their own rows get what they need from the other patches.
+"""Runs a network on one patch of an image: the three operators that look beyond their own rows get
+what they need from the other patches.
 
-Li et al., DistriFusion (CVPR 2024, arXiv:2402.19481), section 4: convolutions need their neighbours' border rows, group norms the
-statistics and self-attention the keys and values of all patches; everything else works on single rows or tokens. A TorchFunctionMode
-intercepts these operators while the network runs, so model code, LoRA layers and quantised linears stay as they are. What the other
-patches' values are (of this step, or of the step before) is the business of an Exchange.
+Li et al., DistriFusion (CVPR 2024, arXiv:2402.19481), section 4: convolutions need their
+neighbours' border rows, group norms the statistics and self-attention the keys and values of all
+patches; everything else works on single rows or tokens. A TorchFunctionMode intercepts these
+operators while the network runs, so model code, LoRA layers and quantised linears stay as they are.
+What the other patches' values are (of this step, or of the step before) is the business of an
+Exchange.
 """
 
 from abc import ABC, abstractmethod
@@ -29,10 +32,14 @@ Kind = Literal["halo", "statistics", "attention"]
 ImageTokens = Literal["all", "first", "last"]
 NAME = "patch attention"
 STRIPS_FROM = 48
-"""Rows of a patch (per row of padding) from which computing the border rows of a convolution twice is cheaper than copying the patch."""
+"""Rows of a patch (per row of padding) from which computing the border rows of a convolution twice
+is cheaper than copying the patch.
+"""
 
 _TEMPORAL = (TransformerTemporalModel, AnimateDiffTransformer3D, TemporalBasicTransformerBlock)
-"""Modules whose attention runs over frames: each pixel's column of time lies in one patch as a whole."""
+"""Modules whose attention runs over frames: each pixel's column of time lies in one patch as a
+whole.
+"""
 
 
 class Exchange(ABC):
@@ -40,15 +47,23 @@ class Exchange(ABC):
 
     @abstractmethod
     def gather(self, kind: Kind, own: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
-        """One value per patch, in patch order; `own` is this patch's, `shapes` are those of all patches."""
+        """One value per patch, in patch order; `own` is this patch's, `shapes` are those of all
+        patches.
+        """
 
-    def begin(self, kind: Kind, own: Tensor, shapes: Sequence[Sequence[int]]) -> Callable[[], list[Tensor]]:
-        """The same, while something else is computed: what it returns waits for the values, and must be called."""
+    def begin(
+        self, kind: Kind, own: Tensor, shapes: Sequence[Sequence[int]]
+    ) -> Callable[[], list[Tensor]]:
+        """The same, while something else is computed: what it returns waits for the values, and
+        must be called.
+        """
         pieces = self.gather(kind, own, shapes)
         return lambda: pieces
 
     def moments(self, own: Tensor, shares: Sequence[float]) -> Tensor:
-        """Mean and variance (2, N, G) of the whole image from those of this patch; `shares` are the patches' parts of it."""
+        """Mean and variance (2, N, G) of the whole image from those of this patch; `shares` are the
+        patches' parts of it.
+        """
         return combine(self.gather("statistics", own, [own.shape] * len(shares)), shares)
 
 
@@ -62,22 +77,35 @@ class FreshExchange(Exchange):
     def gather(self, kind: Kind, own: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
         return gather_pieces(own, shapes, axis=self.axis, traffic=self.traffic)
 
-    def begin(self, kind: Kind, own: Tensor, shapes: Sequence[Sequence[int]]) -> Callable[[], list[Tensor]]:
+    def begin(
+        self, kind: Kind, own: Tensor, shapes: Sequence[Sequence[int]]
+    ) -> Callable[[], list[Tensor]]:
         return begin_gather(own, shapes, axis=self.axis, traffic=self.traffic)
 
 
 def combine(moments: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
-    """Mean and variance of a whole from those of its parts (Chan's formula: no cancellation of large squares)."""
+    """Mean and variance of a whole from those of its parts (Chan's formula: no cancellation of
+    large squares).
+    """
     mean = sum(share * part[0] for share, part in zip(shares, moments, strict=True))
-    var = sum(share * (part[1] + (part[0] - mean) ** 2) for share, part in zip(shares, moments, strict=True))
+    var = sum(
+        share * (part[1] + (part[0] - mean) ** 2)
+        for share, part in zip(shares, moments, strict=True)
+    )
     return torch.stack((mean, var))
 
 
 class PatchMode(TorchFunctionMode):
-    """Active while a network runs on this rank's patch; `on` says which patch of what, and where other patches' values come from."""
+    """Active while a network runs on this rank's patch; `on` says which patch of what, and where
+    other patches' values come from.
+    """
 
-    def __init__(self, *, image_tokens: ImageTokens = "all", prompt_follows_image: bool = False) -> None:
-        """prompt_follows_image: an IP-Adapter's own attention sees the image's keys too, before those of its image prompt."""
+    def __init__(
+        self, *, image_tokens: ImageTokens = "all", prompt_follows_image: bool = False
+    ) -> None:
+        """prompt_follows_image: an IP-Adapter's own attention sees the image's keys too, before
+        those of its image prompt.
+        """
         super().__init__()
         self.image_tokens = image_tokens
         self.prompt_follows_image = prompt_follows_image
@@ -97,7 +125,9 @@ class PatchMode(TorchFunctionMode):
             self._grid = self._exchange = None
             self._attends_to_all = self._attends_to_prompt = False
 
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return self._attention(*args, **kwargs)
@@ -110,9 +140,15 @@ class PatchMode(TorchFunctionMode):
                 _require_one_row(*args, **kwargs)
         return func(*args, **kwargs)
 
-    def around_attention(self, forward: Callable[..., Any], *args: Any, is_joint: bool = False, **kwargs: Any) -> Any:
-        """Around one spatial attention module. What it was given decides: with a text to look at it is a cross-attention."""
-        encoder_hidden_states = kwargs.get("encoder_hidden_states", args[1] if len(args) > 1 else None)
+    def around_attention(
+        self, forward: Callable[..., Any], *args: Any, is_joint: bool = False, **kwargs: Any
+    ) -> Any:
+        """Around one spatial attention module. What it was given decides: with a text to look at it
+        is a cross-attention.
+        """
+        encoder_hidden_states = kwargs.get(
+            "encoder_hidden_states", args[1] if len(args) > 1 else None
+        )
         if self._grid is None or not (encoder_hidden_states is None or is_joint):
             return forward(*args, **kwargs)
         self._attends_to_all = True
@@ -120,7 +156,8 @@ class PatchMode(TorchFunctionMode):
         self._attends_to_prompt = False
         if self._attends_to_all:
             raise UnsupportedError(
-                "an attention of this model does not use torch's scaled_dot_product_attention, so it cannot see the other ranks' patches. "
+                "an attention of this model does not use torch's scaled_dot_product_attention, so "
+                "it cannot see the other ranks' patches. "
                 "Use the native attention backend, without slicing, or another parallel method."
             )
         return output
@@ -135,8 +172,15 @@ class PatchMode(TorchFunctionMode):
         dilation: Any = 1,
         groups: int = 1,
     ) -> Tensor:
-        """conv2d of a patch (B, C, h, W) with the border rows of the patches above and below; zero rows beyond the image."""
-        rows, (step, _), (pad, pad_width), (spread, _) = weight.shape[2], _pair(stride), _pair(padding), _pair(dilation)
+        """conv2d of a patch (B, C, h, W) with the border rows of the patches above and below; zero
+        rows beyond the image.
+        """
+        rows, (step, _), (pad, pad_width), (spread, _) = (
+            weight.shape[2],
+            _pair(stride),
+            _pair(padding),
+            _pair(dilation),
+        )
         if rows == 1:
             return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
         above, below = pad, (rows - 1) * spread - pad - (step - 1)
@@ -149,58 +193,117 @@ class PatchMode(TorchFunctionMode):
             return self._conv_with_strips(x, patches, conv, pad)
         return conv(self._with_halo(x, patches, above, below, beyond=(pad, pad)), 0)
 
-    def _conv_with_strips(self, x: Tensor, patches: PatchBounds, conv: Callable[[Tensor, int], Tensor], pad: int) -> Tensor:
-        """A convolution that keeps the height: of the patch alone while the neighbours' rows are on their way, then its outer rows again.
+    def _conv_with_strips(
+        self, x: Tensor, patches: PatchBounds, conv: Callable[[Tensor, int], Tensor], pad: int
+    ) -> Tensor:
+        """A convolution that keeps the height: of the patch alone while the neighbours' rows are on
+        their way, then its outer rows again.
 
-        Not a copy of the whole patch with two rows more, which on large images costs as much as the exchange.
+        Not a copy of the whole patch with two rows more, which on large images costs as much as the
+        exchange.
         """
         arrived = self._begin_halo(x, patches, pad, pad)
         output = conv(x, pad)
         pieces, patch = arrived(), self._grid.patch
         if patch > 0:
-            output[..., :pad, :] = conv(torch.cat((_last_rows(pieces[patch - 1], pad), x[..., : 2 * pad, :]), dim=-2), 0)
+            output[..., :pad, :] = conv(
+                torch.cat((_last_rows(pieces[patch - 1], pad), x[..., : 2 * pad, :]), dim=-2), 0
+            )
         if patch < len(patches) - 1:
-            output[..., -pad:, :] = conv(torch.cat((_last_rows(x, 2 * pad), pieces[patch + 1][..., :pad, :]), dim=-2), 0)
+            output[..., -pad:, :] = conv(
+                torch.cat((_last_rows(x, 2 * pad), pieces[patch + 1][..., :pad, :]), dim=-2), 0
+            )
         return output
 
-    def _with_halo(self, x: Tensor, patches: PatchBounds, above: int, below: int, *, beyond: tuple[int, int]) -> Tensor:
-        """The patch with `above` rows of the patch over it and `below` rows of the one under it; `beyond` zero rows at the image's ends."""
+    def _with_halo(
+        self, x: Tensor, patches: PatchBounds, above: int, below: int, *, beyond: tuple[int, int]
+    ) -> Tensor:
+        """The patch with `above` rows of the patch over it and `below` rows of the one under it;
+        `beyond` zero rows at the image's ends.
+        """
         patch, last = self._grid.patch, len(patches) - 1
         pieces = self._begin_halo(x, patches, above, below)()
-        top = x.new_zeros(*x.shape[:-2], beyond[0], x.shape[-1]) if patch == 0 else _last_rows(pieces[patch - 1], above)
-        bottom = x.new_zeros(*x.shape[:-2], beyond[1], x.shape[-1]) if patch == last else pieces[patch + 1][..., :below, :]
+        top = (
+            x.new_zeros(*x.shape[:-2], beyond[0], x.shape[-1])
+            if patch == 0
+            else _last_rows(pieces[patch - 1], above)
+        )
+        bottom = (
+            x.new_zeros(*x.shape[:-2], beyond[1], x.shape[-1])
+            if patch == last
+            else pieces[patch + 1][..., :below, :]
+        )
         return torch.cat((top, x, bottom), dim=-2)
 
-    def _begin_halo(self, x: Tensor, patches: PatchBounds, above: int, below: int) -> Callable[[], list[Tensor]]:
-        """Of each patch its first `below` rows, for the patch over it, then its last `above` rows, for the one under it."""
+    def _begin_halo(
+        self, x: Tensor, patches: PatchBounds, above: int, below: int
+    ) -> Callable[[], list[Tensor]]:
+        """Of each patch its first `below` rows, for the patch over it, then its last `above` rows,
+        for the one under it.
+        """
         last = len(patches) - 1
         own = torch.cat(_border(x, self._grid.patch, last, above, below), dim=-2)
-        heights = [(below if i > 0 else 0) + (above if i < last else 0) for i in range(len(patches))]
-        return self._exchange.begin("halo", own, [(*x.shape[:-2], height, x.shape[-1]) for height in heights])
+        heights = [
+            (below if i > 0 else 0) + (above if i < last else 0) for i in range(len(patches))
+        ]
+        return self._exchange.begin(
+            "halo", own, [(*x.shape[:-2], height, x.shape[-1]) for height in heights]
+        )
 
     def _group_norm(
-        self, x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+        self,
+        x: Tensor,
+        num_groups: int,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
     ) -> Tensor:
-        """group_norm of a patch (N, C, ..., h, W) or (N, C, tokens) with the statistics of the whole image."""
-        patches = self._grid.tokens(x.shape[-1]) if x.dim() == 3 else self._grid.rows(x.shape[-2], x.shape[-1])
-        grouped = x.reshape(x.shape[0], num_groups, -1).to(torch.promote_types(x.dtype, torch.float32))
+        """group_norm of a patch (N, C, ..., h, W) or (N, C, tokens) with the statistics of the
+        whole image.
+        """
+        patches = (
+            self._grid.tokens(x.shape[-1])
+            if x.dim() == 3
+            else self._grid.rows(x.shape[-2], x.shape[-1])
+        )
+        grouped = x.reshape(x.shape[0], num_groups, -1).to(
+            torch.promote_types(x.dtype, torch.float32)
+        )
         shares = [size / patches.total for size in patches.sizes]
         mean, var = self._exchange.moments(torch.stack(_moments(grouped)), shares)
         return _normalize(x, mean, var, weight, bias, eps)
 
-    def _attention(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
-        """Attention of this patch's queries (B, H, L, D) to the keys and values of all patches; text tokens are every rank's own."""
+    def _attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Attention of this patch's queries (B, H, L, D) to the keys and values of all patches;
+        text tokens are every rank's own.
+        """
         if not self._attends_to_all and not self._attends_to_prompt:
             return F.scaled_dot_product_attention(query, key, value, attn_mask, *args, **kwargs)
-        self._attends_to_all, self._attends_to_prompt = False, self._attends_to_all and self.prompt_follows_image
+        self._attends_to_all, self._attends_to_prompt = (
+            False,
+            self._attends_to_all and self.prompt_follows_image,
+        )
         if attn_mask is not None:
-            raise UnsupportedError("a self-attention with a mask cannot be cut into patches. Use another parallel method for this model.")
+            raise UnsupportedError(
+                "a self-attention with a mask cannot be cut into patches. Use another parallel "
+                "method for this model."
+            )
         patches = self._grid.tokens(key.shape[-2])
         own = patches.size(self._grid.patch)
         before, after = _text_tokens(key.shape[-2] - own, self.image_tokens)
         both = torch.stack((key, value))
         pieces = self._exchange.gather(
-            "attention", both.narrow(-2, before, own), [(*both.shape[:-2], size, both.shape[-1]) for size in patches.sizes]
+            "attention",
+            both.narrow(-2, before, own),
+            [(*both.shape[:-2], size, both.shape[-1]) for size in patches.sizes],
         )
         texts = both.narrow(-2, 0, before), both.narrow(-2, before + own, after)
         key, value = torch.cat((texts[0], *pieces, texts[1]), dim=-2)
@@ -227,9 +330,20 @@ def _around(mode: PatchMode, is_joint: bool) -> hooks.Around:
 
 
 def _spatial_attentions(network: nn.Module) -> list[tuple[nn.Module, bool]]:
-    """The attention modules that work on one image's tokens, and whether text and image share the sequence."""
-    temporal = {id(part) for module in network.modules() if isinstance(module, _TEMPORAL) for part in module.modules()}
-    spatial = [m for m in network.modules() if isinstance(m, Attention | AttentionModuleMixin) and id(m) not in temporal]
+    """The attention modules that work on one image's tokens, and whether text and image share the
+    sequence.
+    """
+    temporal = {
+        id(part)
+        for module in network.modules()
+        if isinstance(module, _TEMPORAL)
+        for part in module.modules()
+    }
+    spatial = [
+        m
+        for m in network.modules()
+        if isinstance(m, Attention | AttentionModuleMixin) and id(m) not in temporal
+    ]
     return [(module, getattr(module, "add_k_proj", None) is not None) for module in spatial]
 
 
@@ -238,7 +352,9 @@ def _pair(value: Any) -> tuple[int, int]:
 
 
 def _border(x: Tensor, patch: int, last: int, above: int, below: int) -> list[Tensor]:
-    """What the neighbours need of this patch: its first rows for the patch over it, its last rows for the one under it."""
+    """What the neighbours need of this patch: its first rows for the patch over it, its last rows
+    for the one under it.
+    """
     first = x[..., : below if patch > 0 else 0, :]
     return [first, _last_rows(x, above if patch < last else 0)]
 
@@ -261,8 +377,12 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (x - mean[..., None]).square_().mean(dim=-1)
 
 
-def _normalize(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """(x - mean) / sqrt(var + eps) * weight + bias, in one pass over x. mean, var: float32 (or float64, as x), (N, G)."""
+def _normalize(
+    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """(x - mean) / sqrt(var + eps) * weight + bias, in one pass over x. mean, var: float32 (or
+    float64, as x), (N, G).
+    """
     channels = x.shape[1] // mean.shape[1]
     scale = torch.rsqrt(var + eps).repeat_interleave(channels, dim=1)
     shift = -mean.repeat_interleave(channels, dim=1) * scale
@@ -276,4 +396,7 @@ def _normalize(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias
 
 def _require_one_row(x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> None:
     if weight.shape[3] > 1:
-        raise UnsupportedError("a 3-D convolution over rows cannot be cut into patches. Use another parallel method for this model.")
+        raise UnsupportedError(
+            "a 3-D convolution over rows cannot be cut into patches. Use another parallel method "
+            "for this model."
+        )

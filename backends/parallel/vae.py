@@ -1,7 +1,9 @@
-"""Parallel VAE decode: every rank decodes one patch of the rows. Exact, and the same for all backends.
+"""Parallel VAE decode: every rank decodes one patch of the rows. Exact, and the same for all
+backends.
 
-The decoder's convolutions, group norms and attention get what they need from the other patches at once (patch_mode.py), so the image
-equals the single decode up to the order of sums. Tiled decoding keeps its tiles; each of them is shared by the ranks.
+The decoder's convolutions, group norms and attention get what they need from the other patches at
+once (patch_mode.py), so the image equals the single decode up to the order of sums. Tiled decoding
+keeps its tiles; each of them is shared by the ranks.
 """
 
 import logging
@@ -15,29 +17,42 @@ from torch import Tensor, nn
 from backends.parallel import hooks
 from backends.parallel.distributed import Axis, Mesh, gather_pieces
 from backends.parallel.patch_bounds import Grid, PatchBounds, cut
-from backends.parallel.patch_mode import FreshExchange, PatchMode, attach_attention, detach_attention
+from backends.parallel.patch_mode import (
+    FreshExchange,
+    PatchMode,
+    attach_attention,
+    detach_attention,
+)
 
 logger = logging.getLogger(__name__)
 
 NAME = "patch decode"
 SHARED = (AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLTemporalDecoder)
-"""The VAEs whose decoders look beyond their rows only through the operators that band_mode knows."""
+"""The VAEs whose decoders look beyond their rows only through the operators that band_mode
+knows.
+"""
 MIN_ROWS = 8
-"""Latent rows per rank below which every rank decodes the whole image: the exchange would cost what it saves."""
+"""Latent rows per rank below which every rank decodes the whole image: the exchange would cost what
+it saves.
+"""
 
 
 def attach_patch_decode(vae: nn.Module, mesh: Mesh, *axes: str) -> None:
-    """Share every call of this VAE's decoder among the ranks of these axes of the mesh; all axes of the plan if none is named.
+    """Share every call of this VAE's decoder among the ranks of these axes of the mesh; all axes of
+    the plan if none is named.
 
-    Afterwards all these ranks must decode together, and each gets the whole image. With one rank nothing is attached, nor to a VAE
-    of another class, which every rank then decodes as a whole; the log says so.
+    Afterwards all these ranks must decode together, and each gets the whole image. With one rank
+    nothing is attached, nor to a VAE of another class, which every rank then decodes as a whole;
+    the log says so.
     """
     names = axes or tuple(name for name, _ in mesh.plan.axes)
     if not names or mesh.axis(*names).size == 1:
         return
     if not isinstance(vae, SHARED):
         logger.warning(
-            "parallel_vae has no effect: a %s cannot be cut into patches, so every rank decodes the whole image", type(vae).__name__
+            "parallel_vae has no effect: a %s cannot be cut into patches, so every rank decodes "
+            "the whole image",
+            type(vae).__name__,
         )
         return
     mode = PatchMode()
@@ -57,7 +72,9 @@ def detach_patch_decode(vae: nn.Module) -> None:
         detach_attention(vae.decoder)
 
 
-def _band_call(vae: nn.Module, mesh: Mesh, names: tuple[str, ...], mode: PatchMode) -> Callable[..., Tensor]:
+def _band_call(
+    vae: nn.Module, mesh: Mesh, names: tuple[str, ...], mode: PatchMode
+) -> Callable[..., Tensor]:
     doublings = len(vae.config.block_out_channels) - 1
 
     def around(forward: Callable[..., Tensor], sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:

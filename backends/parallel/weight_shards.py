@@ -1,4 +1,5 @@
-"""Each rank keeps the weights of its own part of a denoiser only. The others' tensors keep their shapes and take no memory.
+"""Each rank keeps the weights of its own part of a denoiser only. The others' tensors keep their
+shapes and take no memory.
 
 The shapes are what loaders of LoRAs look at.
 """
@@ -13,7 +14,9 @@ from backends.parallel.distributed import Axis, broadcast
 
 
 class KeptWeights:
-    """Drops the other parts' weights when made; `restore` fetches them from the ranks that kept them. Both on all ranks alike."""
+    """Drops the other parts' weights when made; `restore` fetches them from the ranks that kept
+    them. Both on all ranks alike.
+    """
 
     def __init__(self, parts: Sequence[Sequence[nn.Module]], *, kept: int) -> None:
         """parts: the modules of each part. kept: the part that this rank keeps."""
@@ -22,14 +25,20 @@ class KeptWeights:
         for part, tensors in enumerate(self._tensors):
             if part != kept:
                 for tensor in tensors:
-                    tensor.data = torch.zeros((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
+                    tensor.data = torch.zeros((), dtype=tensor.dtype, device=tensor.device).expand(
+                        tensor.shape
+                    )
 
     def restore(self, axis: Axis) -> None:
         """Every rank holds everything again. Part p is kept by rank p of the axis."""
         for part, tensors in enumerate(self._tensors):
             for tensor in tensors:
                 is_here = part == self._kept
-                data = tensor.data.contiguous() if is_here else torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+                data = (
+                    tensor.data.contiguous()
+                    if is_here
+                    else torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+                )
                 broadcast(data, source=part, axis=axis)
                 tensor.data = data
 
@@ -42,7 +51,8 @@ def weight_bytes(module: nn.Module) -> int:
 def _num_bytes(tensor: Tensor) -> int:
     """What is repeated along a dim (stride 0) is there once."""
     return tensor.element_size() * math.prod(
-        size if stride else min(size, 1) for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+        size if stride else min(size, 1)
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
     )
 
 

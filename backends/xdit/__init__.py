@@ -1,1 +1,3 @@
-"""xDiT: CFG, sequence (Ulysses, ring), pipeline (PipeFusion) and data parallelism for diffusion transformers, and their hybrids."""
+"""xDiT: CFG, sequence (Ulysses, ring), pipeline (PipeFusion) and data parallelism for diffusion
+transformers, and their hybrids.
+"""

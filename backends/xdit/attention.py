@@ -1,7 +1,9 @@
-"""Joint and self-attention over tokens that are spread over ranks (Ulysses, ring) and over time (PipeFusion's stale patches).
+"""Joint and self-attention over tokens that are spread over ranks (Ulysses, ring) and over time
+(PipeFusion's stale patches).
 
-Each attention module of the blocks is wrapped. While a wrapped module runs, the torch operator scaled_dot_product_attention is
-intercepted, so that processors, LoRA layers, quantised layers and norms stay diffusers' own. Cross-attention is left alone.
+Each attention module of the blocks is wrapped. While a wrapped module runs, the torch operator
+scaled_dot_product_attention is intercepted, so that processors, LoRA layers, quantised layers and
+norms stay diffusers' own. Cross-attention is left alone.
 """
 
 from collections.abc import Callable
@@ -16,7 +18,13 @@ from torch.overrides import TorchFunctionMode
 from backends.errors import UnsupportedError
 from backends.parallel import hooks
 from backends.parallel.distributed import Axis, Mesh
-from backends.xdit.exchange import heads_for_tokens, own_heads, plain_attention, ring_attention, tokens_for_heads
+from backends.xdit.exchange import (
+    heads_for_tokens,
+    own_heads,
+    plain_attention,
+    ring_attention,
+    tokens_for_heads,
+)
 from backends.xdit.layout import Layout
 from backends.xdit.stale import StaleKVCache
 from backends.xdit.transformers import TransformerSpec
@@ -26,7 +34,9 @@ NAME = "xdit attention"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pass:
-    """One run through the blocks: the tokens of one patch, or of all (patch=None); `stale` remembers keys where there are patches."""
+    """One run through the blocks: the tokens of one patch, or of all (patch=None); `stale`
+    remembers keys where there are patches.
+    """
 
     layout: Layout
     patch: int | None = None
@@ -34,7 +44,9 @@ class Pass:
 
 
 class SpreadAttention:
-    """Attaches to the attention modules of one denoiser. `current` says what pass is under way; None: leave attention alone."""
+    """Attaches to the attention modules of one denoiser. `current` says what pass is under way;
+    None: leave attention alone.
+    """
 
     def __init__(self, family: TransformerSpec, mesh: Mesh) -> None:
         self.current: Pass | None = None
@@ -46,7 +58,10 @@ class SpreadAttention:
         for path, module in attention_modules(denoiser, self._family):
             if path.rpartition(".")[2] in self._family.cross_attention:
                 continue
-            is_joint = self._family.text is not None and path.rpartition(".")[2] not in self._family.image_attention
+            is_joint = (
+                self._family.text is not None
+                and path.rpartition(".")[2] not in self._family.image_attention
+            )
             hooks.attach(module, NAME, self._around(module, path, is_joint))
             self._modules.append(module)
 
@@ -55,34 +70,57 @@ class SpreadAttention:
             hooks.detach(self._modules.pop(), NAME)
 
     def _around(self, module: nn.Module, path: str, is_joint: bool) -> Callable[..., Any]:
-        crosses = getattr(module, "added_kv_proj_dim", None) is None  # has no projections of its own for a second stream
+        crosses = (
+            getattr(module, "added_kv_proj_dim", None) is None
+        )  # has no projections of its own for a second stream
 
         def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             other = kwargs.get("encoder_hidden_states", args[1] if len(args) > 1 else None)
             if self.current is None or (crosses and other is not None):
                 return forward(*args, **kwargs)
-            with _Intercept(lambda index, **call: self._attend(path, is_joint, index, **call)) as intercept:
+            with _Intercept(
+                lambda index, **call: self._attend(path, is_joint, index, **call)
+            ) as intercept:
                 output = forward(*args, **kwargs)
             if intercept.num_calls == 0:
                 raise UnsupportedError(
-                    f"{path} did not compute its attention with scaled_dot_product_attention, so its tokens on other ranks would be "
+                    f"{path} did not compute its attention with scaled_dot_product_attention, so "
+                    "its tokens on other ranks would be "
                     "left out. Reset the attention processor or backend to diffusers' default."
                 )
             return output
 
         return around
 
-    def _attend(self, path: str, is_joint: bool, index: int, *, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """Attention of this rank's tokens (B, H, S, D) to the tokens of all ranks and patches. Returns (B, H, S, D)."""
+    def _attend(
+        self,
+        path: str,
+        is_joint: bool,
+        index: int,
+        *,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float | None,
+    ) -> Tensor:
+        """Attention of this rank's tokens (B, H, S, D) to the tokens of all ranks and patches.
+        Returns (B, H, S, D).
+        """
         if index > 0:
             return self._attend_to_image_prompt(path, query, key, value, scale)
         return self._attend_to_all(path, is_joint, query, key, value, scale)
 
-    def _attend_to_image_prompt(self, path: str, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """The second attention of an IP-Adapter: to its keys, whole on every rank, and in some families to all image tokens before them."""
+    def _attend_to_image_prompt(
+        self, path: str, query: Tensor, key: Tensor, value: Tensor, scale: float | None
+    ) -> Tensor:
+        """The second attention of an IP-Adapter: to its keys, whole on every rank, and in some
+        families to all image tokens before them.
+        """
         if self._family.image_prompt_keys == "alone":
             return plain_attention(query, key, value, scale=scale)
-        own, prompt = zip(*(tensor.tensor_split([query.shape[2]], dim=2) for tensor in (key, value)), strict=True)
+        own, prompt = zip(
+            *(tensor.tensor_split([query.shape[2]], dim=2) for tensor in (key, value)), strict=True
+        )
         return self._attend_to_all(f"{path} image prompt", False, query, *own, scale, prompt)
 
     def _attend_to_all(
@@ -97,53 +135,104 @@ class SpreadAttention:
     ) -> Tensor:
         """whole: further keys and values (B, H, K, D) that are not spread over ranks."""
         assert self.current is not None
-        ulysses, ring, traffic = self._mesh.axis("ulysses"), self._mesh.axis("ring"), self._mesh.traffic
+        ulysses, ring, traffic = (
+            self._mesh.axis("ulysses"),
+            self._mesh.axis("ring"),
+            self._mesh.traffic,
+        )
         num_heads = query.shape[1]
         lengths = self._lengths(is_joint, ulysses, ring.rank)
         if ulysses.size > 1:
-            query, key, value = tokens_for_heads((query, key, value), lengths=lengths, axis=ulysses, traffic=traffic)
+            query, key, value = tokens_for_heads(
+                (query, key, value), lengths=lengths, axis=ulysses, traffic=traffic
+            )
             whole = own_heads(whole, axis=ulysses) if whole else None
         if self.current.stale is not None:
             key, value = self._with_stale(self.current.stale, path, is_joint, key, value)
         if ring.size > 1:
-            totals = [sum(self._lengths(is_joint, ulysses, rank, all_patches=True)) for rank in range(ring.size)]
-            output = ring_attention(query, key, value, lengths=totals, axis=ring, traffic=traffic, scale=scale, whole=whole)
+            totals = [
+                sum(self._lengths(is_joint, ulysses, rank, all_patches=True))
+                for rank in range(ring.size)
+            ]
+            output = ring_attention(
+                query,
+                key,
+                value,
+                lengths=totals,
+                axis=ring,
+                traffic=traffic,
+                scale=scale,
+                whole=whole,
+            )
         else:
-            key, value = (torch.cat(pair, dim=2) for pair in zip((key, value), whole, strict=True)) if whole else (key, value)
+            key, value = (
+                (torch.cat(pair, dim=2) for pair in zip((key, value), whole, strict=True))
+                if whole
+                else (key, value)
+            )
             output = plain_attention(query, key, value, scale=scale)
         if ulysses.size > 1:
-            output = heads_for_tokens(output, num_heads=num_heads, lengths=lengths, axis=ulysses, traffic=traffic)
-        return output.transpose(1, 2).contiguous().transpose(1, 2)  # laid out as torch's operator does it: some processors view it so
+            output = heads_for_tokens(
+                output, num_heads=num_heads, lengths=lengths, axis=ulysses, traffic=traffic
+            )
+        return (
+            output.transpose(1, 2).contiguous().transpose(1, 2)
+        )  # laid out as torch's operator does it: some processors view it so
 
-    def _lengths(self, is_joint: bool, ulysses: Axis, ring_rank: int, *, all_patches: bool = False) -> list[int]:
-        """Tokens of each Ulysses rank beside ring rank `ring_rank`: in this pass, or of all patches that are remembered."""
+    def _lengths(
+        self, is_joint: bool, ulysses: Axis, ring_rank: int, *, all_patches: bool = False
+    ) -> list[int]:
+        """Tokens of each Ulysses rank beside ring rank `ring_rank`: in this pass, or of all patches
+        that are remembered.
+        """
         assert self.current is not None
         patch = None if all_patches and self.current.stale is not None else self.current.patch
         shards = range(ring_rank * ulysses.size, (ring_rank + 1) * ulysses.size)
-        return [self.current.layout.share(shard, patch=patch).count(with_text=is_joint) for shard in shards]
+        return [
+            self.current.layout.share(shard, patch=patch).count(with_text=is_joint)
+            for shard in shards
+        ]
 
-    def _with_stale(self, stale: StaleKVCache, path: str, is_joint: bool, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Remember these keys and values; return them with what is remembered of the other patches."""
+    def _with_stale(
+        self, stale: StaleKVCache, path: str, is_joint: bool, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Remember these keys and values; return them with what is remembered of the other
+        patches.
+        """
         assert self.current is not None
         if self.current.patch is None:
             return stale.remember_all(path, key, value, labels=self._patch_labels(is_joint))
         return stale.remember_patch(path, key, value, patch=self.current.patch)
 
     def _patch_labels(self, is_joint: bool) -> Tensor:
-        """For a whole pass: the patch of each token, in the order in which this rank holds them after the exchange of heads."""
+        """For a whole pass: the patch of each token, in the order in which this rank holds them
+        after the exchange of heads.
+        """
         assert self.current is not None
-        layout, ulysses, ring = self.current.layout, self._mesh.axis("ulysses"), self._mesh.axis("ring")
+        layout, ulysses, ring = (
+            self.current.layout,
+            self._mesh.axis("ulysses"),
+            self._mesh.axis("ring"),
+        )
         labels: list[int] = []
         for shard in range(ring.rank * ulysses.size, (ring.rank + 1) * ulysses.size):
             share = layout.share(shard)
-            streams = [share.text, share.image] if self._family.is_text_first else [share.image, share.text]
+            streams = (
+                [share.text, share.image]
+                if self._family.is_text_first
+                else [share.image, share.text]
+            )
             for spans in streams if is_joint else [share.image]:
-                labels += [patch for patch, (start, stop) in enumerate(spans) for _ in range(stop - start)]
+                labels += [
+                    patch for patch, (start, stop) in enumerate(spans) for _ in range(stop - start)
+                ]
         return torch.tensor(labels, device=self._mesh.device)
 
 
 def attention_modules(denoiser: nn.Module, family: TransformerSpec) -> list[tuple[str, nn.Module]]:
-    """(path, module) of every attention module in the blocks; they are the modules that hold a processor."""
+    """(path, module) of every attention module in the blocks; they are the modules that hold a
+    processor.
+    """
     return [
         (f"{blocks}.{path}", module)
         for blocks in family.blocks
@@ -153,7 +242,9 @@ def attention_modules(denoiser: nn.Module, family: TransformerSpec) -> list[tupl
 
 
 class _Intercept(TorchFunctionMode):
-    """Hands every scaled_dot_product_attention of a `with` block to `attend(index, query=, key=, value=, scale=)`."""
+    """Hands every scaled_dot_product_attention of a `with` block to `attend(index, query=, key=,
+    value=, scale=)`.
+    """
 
     def __init__(self, attend: Callable[..., Tensor]) -> None:
         super().__init__()
@@ -164,7 +255,13 @@ class _Intercept(TorchFunctionMode):
         super().__enter__()
         return self
 
-    def __torch_function__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        self,
+        function: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
         if function is not F.scaled_dot_product_attention:
             return function(*args, **kwargs)
@@ -182,10 +279,13 @@ def _plain_arguments(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> dict[str, Any]:
-    """The arguments of an attention without mask or dropout; anything else is refused rather than computed wrongly."""
+    """The arguments of an attention without mask or dropout; anything else is refused rather than
+    computed wrongly.
+    """
     if attn_mask is not None or is_causal or dropout_p or enable_gqa:
         raise UnsupportedError(
-            "attention with a mask, dropout or grouped heads cannot be spread over ranks by backend 'xdit'. "
+            "attention with a mask, dropout or grouped heads cannot be spread over ranks by "
+            "backend 'xdit'. "
             "Use --use_cfg_parallel alone, or another backend."
         )
     return {"query": query, "key": key, "value": value, "scale": scale}

@@ -13,7 +13,9 @@ from backends.xdit.tokens import SequenceParallel
 
 
 class XDiTBackend(Backend):
-    """Ulysses, ring, PipeFusion and data parallelism on the denoiser; the CFG split comes around them from the base class."""
+    """Ulysses, ring, PipeFusion and data parallelism on the denoiser; the CFG split comes around
+    them from the base class.
+    """
 
     name: ClassVar[str] = "xdit"
     _method: SequenceParallel | PipeFusion | None = None
@@ -21,7 +23,9 @@ class XDiTBackend(Backend):
 
     @property
     def has_whole_weights(self) -> bool:
-        """PipeFusion's layers keep their widths, so a LoRA finds its place in them; shares of tensor parallelism do not."""
+        """PipeFusion's layers keep their widths, so a LoRA finds its place in them; shares of
+        tensor parallelism do not.
+        """
         return self.plan.degree("tensor") == 1
 
     def attach_denoiser(self, pipe: Any, denoiser: nn.Module) -> None:
@@ -31,7 +35,10 @@ class XDiTBackend(Backend):
         if self.plan.degree("stage") > 1:
             options = self.plan.options
             self._method = PipeFusion(
-                denoiser, self.mesh, num_patches=options["num_pipeline_patch"], blocks_per_stage=options["attn_layer_num_for_pp"]
+                denoiser,
+                self.mesh,
+                num_patches=options["num_pipeline_patch"],
+                blocks_per_stage=options["attn_layer_num_for_pp"],
             )
         elif self.plan.degree("ulysses") * self.plan.degree("ring") > 1:
             self._method = SequenceParallel(denoiser, self.mesh)
@@ -51,7 +58,8 @@ class XDiTBackend(Backend):
     def check(self, run: RunInfo) -> None:
         if isinstance(self._method, PipeFusion) and run.request.warmup_steps == 0:
             raise RequestError(
-                "warmup_steps=0 is not available with PipeFusion: the first step has no earlier values to use. Allowed: 1 or more.",
+                "warmup_steps=0 is not available with PipeFusion: the first step has no earlier "
+                "values to use. Allowed: 1 or more.",
                 field="warmup_steps",
             )
 
@@ -59,7 +67,9 @@ class XDiTBackend(Backend):
         super().begin(run)
         if isinstance(self._method, PipeFusion):
             asked = run.request.warmup_steps
-            self._method.begin((self.plan.options["warmup_steps"] if asked is None else asked) * run.order)
+            self._method.begin(
+                (self.plan.options["warmup_steps"] if asked is None else asked) * run.order
+            )
 
     def step_done(self) -> None:
         super().step_done()

@@ -1,6 +1,8 @@
-"""How the ranks of a sequence group trade tokens: Ulysses' heads for tokens, ring attention, and the gathering at the end.
+"""How the ranks of a sequence group trade tokens: Ulysses' heads for tokens, ring attention, and
+the gathering at the end.
 
-Shards may differ in length, and heads need not divide by the number of ranks: all sizes are known on every rank beforehand.
+Shards may differ in length, and heads need not divide by the number of ranks: all sizes are known
+on every rank beforehand.
 """
 
 import math
@@ -17,10 +19,14 @@ from backends.parallel.shared_memory import shared_memory
 from backends.xdit.layout import sizes
 
 
-def tokens_for_heads(tensors: Sequence[Tensor], *, lengths: Sequence[int], axis: Axis, traffic: CommStats) -> tuple[Tensor, ...]:
-    """Give away most heads of this rank's tokens and get its own heads of all tokens, for several tensors in one message.
+def tokens_for_heads(
+    tensors: Sequence[Tensor], *, lengths: Sequence[int], axis: Axis, traffic: CommStats
+) -> tuple[Tensor, ...]:
+    """Give away most heads of this rank's tokens and get its own heads of all tokens, for several
+    tensors in one message.
 
-    tensors: each (B, H, lengths[axis.rank], D). Returns as many of (B, H_own, sum(lengths), D), tokens in rank order.
+    tensors: each (B, H, lengths[axis.rank], D). Returns as many of (B, H_own, sum(lengths), D),
+    tokens in rank order.
     Source: DeepSpeed-Ulysses, arXiv:2309.14509, section 3 (all-to-all before attention).
     """
     batch, num_heads, _, dim = tensors[0].shape
@@ -32,51 +38,89 @@ def tokens_for_heads(tensors: Sequence[Tensor], *, lengths: Sequence[int], axis:
 
 
 def own_heads(tensors: Sequence[Tensor], *, axis: Axis) -> tuple[Tensor, ...]:
-    """The heads that this rank has after `tokens_for_heads`, of tensors (B, H, S, D) that are whole on every rank."""
-    return tuple(tensor.split(sizes(tensor.shape[1], axis.size), dim=1)[axis.rank] for tensor in tensors)
+    """The heads that this rank has after `tokens_for_heads`, of tensors (B, H, S, D) that are whole
+    on every rank.
+    """
+    return tuple(
+        tensor.split(sizes(tensor.shape[1], axis.size), dim=1)[axis.rank] for tensor in tensors
+    )
 
 
-def heads_for_tokens(tensor: Tensor, *, num_heads: int, lengths: Sequence[int], axis: Axis, traffic: CommStats) -> Tensor:
-    """The way back. tensor: (B, H_own, sum(lengths), D). Returns (B, num_heads, lengths[axis.rank], D), in memory as (B, S, H, D)."""
+def heads_for_tokens(
+    tensor: Tensor, *, num_heads: int, lengths: Sequence[int], axis: Axis, traffic: CommStats
+) -> Tensor:
+    """The way back. tensor: (B, H_own, sum(lengths), D). Returns (B, num_heads, lengths[axis.rank],
+    D), in memory as (B, S, H, D).
+    """
     outgoing = [(part,) for part in tensor.transpose(1, 2).split(list(lengths), dim=1)]
-    shapes = [(tensor.shape[0], lengths[axis.rank], heads, tensor.shape[3]) for heads in sizes(num_heads, axis.size)]
+    shapes = [
+        (tensor.shape[0], lengths[axis.rank], heads, tensor.shape[3])
+        for heads in sizes(num_heads, axis.size)
+    ]
     incoming = _trade(outgoing, shapes, axis=axis, traffic=traffic)
     return torch.cat([part for (part,) in incoming], dim=2).transpose(1, 2)
 
 
 def _trade(
-    outgoing: Sequence[Sequence[Tensor]], shapes: Sequence[tuple[int, ...]], *, axis: Axis, traffic: CommStats
+    outgoing: Sequence[Sequence[Tensor]],
+    shapes: Sequence[tuple[int, ...]],
+    *,
+    axis: Axis,
+    traffic: CommStats,
 ) -> list[Sequence[Tensor]]:
-    """Send the tensors outgoing[i] (of one shape) to rank i of the axis; receive as many of shapes[i] from it.
+    """Send the tensors outgoing[i] (of one shape) to rank i of the axis; receive as many of
+    shapes[i] from it.
 
-    Our own are not copied, and the others' must be read before this rank's next trade: they may be where their ranks wrote them.
+    Our own are not copied, and the others' must be read before this rank's next trade: they may be
+    where their ranks wrote them.
     """
     memory = shared_memory(axis) if outgoing[0][0].device.type == "cpu" else None
     incoming = memory.trade(outgoing, shapes, traffic=traffic) if memory is not None else None
-    return _trade_by_messages(outgoing, shapes, axis=axis, traffic=traffic) if incoming is None else incoming
+    return (
+        _trade_by_messages(outgoing, shapes, axis=axis, traffic=traffic)
+        if incoming is None
+        else incoming
+    )
 
 
 def _trade_by_messages(
-    outgoing: Sequence[Sequence[Tensor]], shapes: Sequence[tuple[int, ...]], *, axis: Axis, traffic: CommStats
+    outgoing: Sequence[Sequence[Tensor]],
+    shapes: Sequence[tuple[int, ...]],
+    *,
+    axis: Axis,
+    traffic: CommStats,
 ) -> list[Sequence[Tensor]]:
     """The same for ranks that share no memory."""
     count = len(outgoing[axis.rank])
-    out_sizes = [0 if rank == axis.rank else count * parts[0].numel() for rank, parts in enumerate(outgoing)]
-    in_sizes = [0 if rank == axis.rank else count * math.prod(shape) for rank, shape in enumerate(shapes)]
+    out_sizes = [
+        0 if rank == axis.rank else count * parts[0].numel() for rank, parts in enumerate(outgoing)
+    ]
+    in_sizes = [
+        0 if rank == axis.rank else count * math.prod(shape) for rank, shape in enumerate(shapes)
+    ]
     sent, received = (outgoing[0][0].new_empty(sum(lengths)) for lengths in (out_sizes, in_sizes))
     for rank, piece in enumerate(sent.split(out_sizes)):
         if rank != axis.rank:
-            for place, tensor in zip(piece.view(count, *outgoing[rank][0].shape), outgoing[rank], strict=True):
+            for place, tensor in zip(
+                piece.view(count, *outgoing[rank][0].shape), outgoing[rank], strict=True
+            ):
                 place.copy_(tensor)
     traffic.add(sent)
     started = time.perf_counter()
-    dist.all_to_all_single(received, sent, output_split_sizes=in_sizes, input_split_sizes=out_sizes, group=axis.group)
+    dist.all_to_all_single(
+        received, sent, output_split_sizes=in_sizes, input_split_sizes=out_sizes, group=axis.group
+    )
     traffic.wait_s += time.perf_counter() - started
     pieces = enumerate(zip(received.split(in_sizes), shapes, strict=True))
-    return [outgoing[rank] if rank == axis.rank else piece.view(count, *shape).unbind(0) for rank, (piece, shape) in pieces]
+    return [
+        outgoing[rank] if rank == axis.rank else piece.view(count, *shape).unbind(0)
+        for rank, (piece, shape) in pieces
+    ]
 
 
-def gather_tokens(tokens: Tensor, *, lengths: Sequence[int], axis: Axis, traffic: CommStats) -> Tensor:
+def gather_tokens(
+    tokens: Tensor, *, lengths: Sequence[int], axis: Axis, traffic: CommStats
+) -> Tensor:
     """Concatenate every rank's tokens (B, lengths[rank], D) in rank order, on every rank."""
     shapes = [(tokens.shape[0], length, tokens.shape[2]) for length in lengths]
     incoming = _trade([(tokens,)] * axis.size, shapes, axis=axis, traffic=traffic)
@@ -94,10 +138,12 @@ def ring_attention(
     scale: float | None,
     whole: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """Attention of this rank's queries (B, H, S, D) to the keys and values of all ranks, which travel around the ring.
+    """Attention of this rank's queries (B, H, S, D) to the keys and values of all ranks, which
+    travel around the ring.
 
-    key, value: (B, H, lengths[axis.rank], D). whole: further keys and values, the same on every rank. Returns (B, H, S, D).
-    The next block is on its way while this one is computed; parts are merged in float32 by their log-sum-exp.
+    key, value: (B, H, lengths[axis.rank], D). whole: further keys and values, the same on every
+    rank. Returns (B, H, S, D). The next block is on its way while this one is computed; parts are
+    merged in float32 by their log-sum-exp.
     Source: Ring Attention, arXiv:2310.01889, section 3.
     """
     block = torch.stack((key, value))
@@ -121,7 +167,9 @@ def ring_attention(
 
 
 def _pass_on(block: Tensor, arriving: Tensor, *, axis: Axis, traffic: CommStats) -> list[dist.Work]:
-    """Start sending `block` to the next rank of the ring and receiving the previous rank's into `arriving`."""
+    """Start sending `block` to the next rank of the ring and receiving the previous rank's into
+    `arriving`.
+    """
     ahead, behind = axis.ranks[(axis.rank + 1) % axis.size], axis.ranks[axis.rank - 1]
     traffic.add(block)
     send = dist.P2POp(dist.isend, block.contiguous(), ahead, group=axis.group)
@@ -129,28 +177,41 @@ def _pass_on(block: Tensor, arriving: Tensor, *, axis: Axis, traffic: CommStats)
     return dist.batch_isend_irecv([send, receive])
 
 
-def attention_with_lse(query: Tensor, key: Tensor, value: Tensor, *, scale: float | None) -> tuple[Tensor, Tensor]:
+def attention_with_lse(
+    query: Tensor, key: Tensor, value: Tensor, *, scale: float | None
+) -> tuple[Tensor, Tensor]:
     """Attention (B, H, S, D) and the log of its softmax denominators (B, H, S) in float32."""
     if query.shape[1] == 0 or query.shape[2] == 0:
         return torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
     if query.device.type == "cpu":
-        output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, scale=scale)
+        output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, scale=scale
+        )
     elif query.dtype in (torch.float16, torch.bfloat16):
-        output, lse = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, scale=scale)[:2]
+        output, lse = torch.ops.aten._scaled_dot_product_flash_attention(
+            query, key, value, scale=scale
+        )[:2]
     else:  # the flash kernel takes no float32
-        output, lse = torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, None, True, scale=scale)[:2]
+        output, lse = torch.ops.aten._scaled_dot_product_efficient_attention(
+            query, key, value, None, True, scale=scale
+        )[:2]
     return output.float(), lse[:, :, : query.shape[2]].float()  # some kernels pad the rows of lse
 
 
 def _merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Two parts of the same softmax, each normalised over its own keys, as one."""
     lse = torch.logaddexp(first[1], second[1])
-    output = first[0] * (first[1] - lse).exp()[..., None] + second[0] * (second[1] - lse).exp()[..., None]
+    output = (
+        first[0] * (first[1] - lse).exp()[..., None]
+        + second[0] * (second[1] - lse).exp()[..., None]
+    )
     return output, lse
 
 
 def plain_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float | None) -> Tensor:
-    """torch's own attention; empty where this rank has no head (more ranks than heads) or no query."""
+    """torch's own attention; empty where this rank has no head (more ranks than heads) or no
+    query.
+    """
     if query.shape[1] == 0 or query.shape[2] == 0:
         return torch.empty_like(query)
     return F.scaled_dot_product_attention(query, key, value, scale=scale)

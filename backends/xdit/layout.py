@@ -1,4 +1,5 @@
-"""Which tokens a rank computes: the arithmetic of shards (parts of the sequence on ranks) and patches (parts in time, PipeFusion).
+"""Which tokens a rank computes: the arithmetic of shards (parts of the sequence on ranks) and
+patches (parts in time, PipeFusion).
 
 Pure Python but for `take`. A span is (start, stop).
 """
@@ -49,8 +50,9 @@ class Shard:
 class Layout:
     """How the tokens of one denoiser call are cut: first into patches, then each patch into shards.
 
-    A pass computes one patch, or (patch=None) all of them at once. A rank has the same shard of every patch in both cases, so that
-    the keys and values it remembers from a whole pass are those it will refresh patch by patch.
+    A pass computes one patch, or (patch=None) all of them at once. A rank has the same shard of
+    every patch in both cases, so that the keys and values it remembers from a whole pass are those
+    it will refresh patch by patch.
     """
 
     num_text: int
@@ -61,14 +63,22 @@ class Layout:
     def patch(self, index: int) -> tuple[Span, Span]:
         """Text span and image span of a patch: an even cut of the text followed by the image.
 
-        Text comes first so that it is computed in the first patch(es) of a step, and every later one meets it fresh.
+        Text comes first so that it is computed in the first patch(es) of a step, and every later
+        one meets it fresh.
         """
-        start, stop = split((0, self.num_text + self.num_image), parts=self.num_patches, index=index)
+        start, stop = split(
+            (0, self.num_text + self.num_image), parts=self.num_patches, index=index
+        )
         text = min(start, self.num_text), min(stop, self.num_text)
-        return text, (max(start, self.num_text) - self.num_text, max(stop, self.num_text) - self.num_text)
+        return text, (
+            max(start, self.num_text) - self.num_text,
+            max(stop, self.num_text) - self.num_text,
+        )
 
     def share(self, shard: int, *, patch: int | None = None) -> Shard:
-        """Text and image are cut apart, each evenly, because a text token may cost another amount of work than an image token."""
+        """Text and image are cut apart, each evenly, because a text token may cost another amount
+        of work than an image token.
+        """
         patches = range(self.num_patches) if patch is None else (patch,)
         spans = [self.patch(index) for index in patches]
         return Shard(

@@ -1,4 +1,6 @@
-"""The messages between the stages of a pipeline, in order and in the background: tokens to the next stage, predictions from the last."""
+"""The messages between the stages of a pipeline, in order and in the background: tokens to the next
+stage, predictions from the last.
+"""
 
 import time
 from collections.abc import Sequence
@@ -12,10 +14,12 @@ from backends.xdit.pending import Deferred
 
 
 class StageLink:
-    """One denoiser call's way from the stage before and to the stage after. Every message is one pass's tokens.
+    """One denoiser call's way from the stage before and to the stage after. Every message is one
+    pass's tokens.
 
-    num_tokens: how many tokens each message has, in order. Receives are posted one message ahead, so that it travels while the one
-    before is worked on; sends are kept until they are done, because gloo drops one whose handle is gone.
+    num_tokens: how many tokens each message has, in order. Receives are posted one message ahead,
+    so that it travels while the one before is worked on; sends are kept until they are done,
+    because gloo drops one whose handle is gone.
     """
 
     def __init__(self, mesh: Mesh, num_tokens: Sequence[int]) -> None:
@@ -57,15 +61,19 @@ class StageLink:
         self._arriving = None
         if self._num_tokens:
             message = like.new_empty((like.shape[0], self._num_tokens.pop(0), like.shape[2]))
-            work = dist.irecv(message, self._stage.ranks[self._stage.rank - 1], group=self._stage.group)
+            work = dist.irecv(
+                message, self._stage.ranks[self._stage.rank - 1], group=self._stage.group
+            )
             self._arriving = (work, message)
 
 
 class PredictionLink:
     """What the last stage predicts for each patch of a denoiser call, to all other stages.
 
-    Under a CFG split each half of guidance has stages of its own. The last stage of either then sends to both halves' other stages, which
-    need both predictions for the next step: to ask each other for them, patch by patch, they would have to ask in the same order.
+    Under a CFG split each half of guidance has stages of its own. The last stage of either then
+    sends to both halves' other stages, which
+    need both predictions for the next step: to ask each other for them, patch by patch, they would
+    have to ask in the same order.
     """
 
     def __init__(self, mesh: Mesh) -> None:
@@ -84,9 +92,14 @@ class PredictionLink:
             self._add(dist.isend(piece, rank, group=self._axis.reverse_group), piece)
 
     def receive(self, shape: Sequence[int], like: Tensor) -> list[Deferred]:
-        """On another stage: begin to receive the next piece from each last stage, in the order of the halves."""
+        """On another stage: begin to receive the next piece from each last stage, in the order of
+        the halves.
+        """
         pieces = [like.new_empty(tuple(shape)) for _ in self._last]
-        works = [dist.irecv(piece, rank, group=self._axis.reverse_group) for rank, piece in zip(self._last, pieces, strict=True)]
+        works = [
+            dist.irecv(piece, rank, group=self._axis.reverse_group)
+            for rank, piece in zip(self._last, pieces, strict=True)
+        ]
         return [self._add(work, piece) for work, piece in zip(works, pieces, strict=True)]
 
     def finish(self) -> None:
@@ -96,7 +109,9 @@ class PredictionLink:
         self._under_way.clear()
 
     def _add(self, work: dist.Work, piece: Tensor) -> Deferred:
-        traffic = self._traffic  # and not self: in a cycle they would keep their group open when it is closed, and others wait in it
+        # and not self: in a cycle they would keep their group open when it is closed, and others
+        # wait in it
+        traffic = self._traffic
 
         def arrived() -> Tensor:  # asked once: gloo's receives must not be waited for twice
             started = time.perf_counter()

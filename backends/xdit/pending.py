@@ -1,10 +1,13 @@
-"""A prediction whose patches are still on their way, and what a pipeline makes of it meanwhile, patch by patch.
+"""A prediction whose patches are still on their way, and what a pipeline makes of it meanwhile,
+patch by patch.
 
-Guidance and most schedulers work pixel by pixel, so that the first patch of the next latents is known as soon as the first patch of this
-prediction is there. `Arriving` stands for the whole tensor in the pipeline's untouched loop: arithmetic on it is written down for each
-patch and done when somebody asks for that patch; anything else waits for all patches and goes on with a plain tensor.
+Guidance and most schedulers work pixel by pixel, so that the first patch of the next latents is
+known as soon as the first patch of this prediction is there. `Arriving` stands for the whole tensor
+in the pipeline's untouched loop: arithmetic on it is written down for each patch and done when
+somebody asks for that patch; anything else waits for all patches and goes on with a plain tensor.
 
-Source: PipeFusion, arXiv:2405.14430, section 4.1: patch 0 enters the first stage for the next step while later patches are under way.
+Source: PipeFusion, arXiv:2405.14430, section 4.1: patch 0 enters the first stage for the next step
+while later patches are under way.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,21 +24,40 @@ from backends.xdit.layout import Span
 aten = torch.ops.aten
 PIXELWISE = frozenset(
     {
-        *(aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar, aten.rsub.Tensor, aten.rsub.Scalar, aten.mul.Tensor),
-        *(aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.neg.default, aten.clone.default, aten.detach.default),
+        *(
+            aten.add.Tensor,
+            aten.add.Scalar,
+            aten.sub.Tensor,
+            aten.sub.Scalar,
+            aten.rsub.Tensor,
+            aten.rsub.Scalar,
+            aten.mul.Tensor,
+        ),
+        *(
+            aten.mul.Scalar,
+            aten.div.Tensor,
+            aten.div.Scalar,
+            aten.neg.default,
+            aten.clone.default,
+            aten.detach.default,
+        ),
         *(aten._to_copy.default, aten.cat.default, aten.split.Tensor),
     }
 )
-"""Operators whose result at one pixel depends on that pixel alone, if they cut or join along another dimension."""
+"""Operators whose result at one pixel depends on that pixel alone, if they cut or join along
+another dimension.
+"""
 CUTS = frozenset({aten.split.Tensor, aten.detach.default})
 """Those whose results are views of what they are given."""
 
 
 @dataclass(frozen=True, slots=True)
 class PatchGrid:
-    """Where the patches of an image are. spans: image tokens of each; side: pixels of a token's side.
+    """Where the patches of an image are. spans: image tokens of each; side: pixels of a token's
+    side.
 
-    side=None: tensors (B, N, C) of tokens, else maps (B, C, H, W) with the tokens in rows. width: tokens in a row.
+    side=None: tensors (B, N, C) of tokens, else maps (B, C, H, W) with the tokens in rows. width:
+    tokens in a row.
     """
 
     spans: tuple[Span, ...]
@@ -46,7 +68,11 @@ class PatchGrid:
     def of(cls, latents: Tensor, spans: Sequence[Span], patch_size: int) -> "PatchGrid | None":
         """That of a denoiser's input; None if its tokens are not those that the spans tell of."""
         is_map = latents.dim() == 4
-        grid = cls(tuple(spans), patch_size if is_map else None, latents.shape[-1] // patch_size if is_map else 0)
+        grid = cls(
+            tuple(spans),
+            patch_size if is_map else None,
+            latents.shape[-1] // patch_size if is_map else 0,
+        )
         return grid if grid.fits(latents) else None
 
     def fits(self, tensor: Tensor) -> bool:
@@ -55,7 +81,10 @@ class PatchGrid:
             return tensor.dim() == 3 and tensor.shape[1] == self.spans[-1][1]
         if tensor.dim() != 4 or tensor.shape[3] != self.width * self.side:
             return False
-        return tensor.shape[2] % self.side == 0 and tensor.shape[2] // self.side * self.width == self.spans[-1][1]
+        return (
+            tensor.shape[2] % self.side == 0
+            and tensor.shape[2] // self.side * self.width == self.spans[-1][1]
+        )
 
     @property
     def free_dims(self) -> tuple[int, int]:
@@ -73,11 +102,17 @@ class PatchGrid:
         if self.side is None:
             tensor[:, slice(*self.spans[patch])] = piece
         else:
-            self._tokens(tensor)[(slice(None), slice(None), *self._cells(patch, tensor.device))] = piece
+            self._tokens(tensor)[(slice(None), slice(None), *self._cells(patch, tensor.device))] = (
+                piece
+            )
 
     def piece_shape(self, whole: torch.Size, patch: int) -> tuple[int, ...]:
         count = self.spans[patch][1] - self.spans[patch][0]
-        return (whole[0], count, whole[2]) if self.side is None else (whole[0], whole[1], count, self.side, self.side)
+        return (
+            (whole[0], count, whole[2])
+            if self.side is None
+            else (whole[0], whole[1], count, self.side, self.side)
+        )
 
     def _tokens(self, tensor: Tensor) -> Tensor:
         """(B, C, H, W) as (B, C, rows, columns, side, side), in the same memory."""
@@ -103,21 +138,41 @@ class Deferred:
 
 
 class PendingTensor(Tensor):
-    """A tensor of which each patch is a Piece. `shape`, `dtype` and `device` are those of the whole."""
+    """A tensor of which each patch is a Piece. `shape`, `dtype` and `device` are those of the
+    whole.
+    """
 
     grid: PatchGrid
     gathered: "PendingTensor | None"
-    """Both halves of guidance, where this is one of them and the other's patches are on their way here too: what `all_gather` gives."""
+    """Both halves of guidance, where this is one of them and the other's patches are on their way
+    here too: what `all_gather` gives.
+    """
     _pieces: list[Deferred]
     _buffer: Tensor | None
     _filled: set[int]
     _is_cut: bool
 
     @staticmethod
-    def __new__(cls, pieces: Sequence[Deferred], grid: PatchGrid, like: Tensor, device: torch.device, *, is_cut: bool = False) -> Self:
-        """like: of the whole's shape and dtype, on any device. is_cut: torch would make this a view of what it was cut from."""
+    def __new__(
+        cls,
+        pieces: Sequence[Deferred],
+        grid: PatchGrid,
+        like: Tensor,
+        device: torch.device,
+        *,
+        is_cut: bool = False,
+    ) -> Self:
+        """like: of the whole's shape and dtype, on any device. is_cut: torch would make this a view
+        of what it was cut from.
+        """
         made = Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=device)
-        made.grid, made._pieces, made._buffer, made._filled, made._is_cut = grid, list(pieces), None, set(), is_cut
+        made.grid, made._pieces, made._buffer, made._filled, made._is_cut = (
+            grid,
+            list(pieces),
+            None,
+            set(),
+            is_cut,
+        )
         made.gathered = None
         return made
 
@@ -154,49 +209,82 @@ class PendingTensor(Tensor):
         return self.whole().numpy(force=force)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
-        return f"Arriving({tuple(self.shape)}, {self.dtype}, {len(self._filled)} of {len(self.grid.spans)} patches)"
+        return (
+            f"Arriving({tuple(self.shape)}, {self.dtype}, {len(self._filled)} of "
+            f"{len(self.grid.spans)} patches)"
+        )
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         if func is all_gather and args[0].gathered is not None and kwargs["axis"].name == "cfg":
             return args[0].gathered
-        with torch._C.DisableTorchFunctionSubclass():  # Tensor's own would make plain results Arriving again
+        with (
+            torch._C.DisableTorchFunctionSubclass()
+        ):  # Tensor's own would make plain results Arriving again
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         call = (tuple(args), kwargs or {})
         if func in PIXELWISE and (result := _by_patch(func, call)) is not None:
             return result
         changed = args[0] if func._schema.is_mutable and args and isinstance(args[0], cls) else None
         if changed is not None and changed._is_cut:
-            raise RuntimeError(f"{func} would change a part of a prediction in place, and the whole not with it. Clone the part first.")
+            raise RuntimeError(
+                f"{func} would change a part of a prediction in place, and the whole not with it. "
+                "Clone the part first."
+            )
         args, kwargs = tree_map(_plain, call)
         result = func(*args, **kwargs)
         return result if changed is None else changed
 
 
 def _by_patch(func: Any, call: Any) -> Any:
-    """The call written down for each patch; None if it cannot be, or all patches are there anyway."""
+    """The call written down for each patch; None if it cannot be, or all patches are there
+    anyway.
+    """
     values, structure = tree_flatten(call)
     arriving = [value for value in values if isinstance(value, PendingTensor)]
     grid = arriving[0].grid
-    if all(value.is_whole for value in arriving) or not all(_has_patches(value, grid) for value in values):
+    if all(value.is_whole for value in arriving) or not all(
+        _has_patches(value, grid) for value in values
+    ):
         return None
-    like = func(*(shaped := tree_unflatten([_meta(value) for value in values], structure))[0], **shaped[1])
+    like = func(
+        *(shaped := tree_unflatten([_meta(value) for value in values], structure))[0], **shaped[1]
+    )
     wholes = like if isinstance(like, list | tuple) else [like]
     if not all(grid.fits(whole) for whole in wholes):  # cut or joined within the image
         return None
     if func in (aten.cat.default, aten.split.Tensor) and _dim(func, call) not in grid.free_dims:
         return None
     # plain operands may be changed before a patch is asked for, so theirs are taken now
-    spread = [value.pieces() if isinstance(value, PendingTensor) else _spread(value, grid) for value in values]
-    results = [Deferred(_Call(func, [patches[patch] for patches in spread], structure)) for patch in range(len(grid.spans))]
+    spread = [
+        value.pieces() if isinstance(value, PendingTensor) else _spread(value, grid)
+        for value in values
+    ]
+    results = [
+        Deferred(_Call(func, [patches[patch] for patches in spread], structure))
+        for patch in range(len(grid.spans))
+    ]
     device = arriving[0].device
     if not isinstance(like, list | tuple):
         return PendingTensor(results, grid, like, device, is_cut=func in CUTS)
     parts = range(len(wholes))
-    return [PendingTensor([Deferred(_Item(result, part)) for result in results], grid, wholes[part], device, is_cut=True) for part in parts]
+    return [
+        PendingTensor(
+            [Deferred(_Item(result, part)) for result in results],
+            grid,
+            wholes[part],
+            device,
+            is_cut=True,
+        )
+        for part in parts
+    ]
 
 
 class _Call:
@@ -206,7 +294,9 @@ class _Call:
         self._func, self._operands, self._structure = func, operands, structure
 
     def __call__(self) -> Any:
-        args, kwargs = tree_unflatten([operand.get() for operand in self._operands], self._structure)
+        args, kwargs = tree_unflatten(
+            [operand.get() for operand in self._operands], self._structure
+        )
         return self._func(*args, **kwargs)
 
 

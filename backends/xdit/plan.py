@@ -1,4 +1,6 @@
-"""Launch settings of the xdit backend -> ParallelPlan. Imports no torch: the launcher calls it before anything loads."""
+"""Launch settings of the xdit backend -> ParallelPlan. Imports no torch: the launcher calls it
+before anything loads.
+"""
 
 import json
 import math
@@ -18,34 +20,50 @@ SETTINGS = {
     "ulysses": "ulysses_degree",
     "tensor": "tensor_parallel_degree",
 }
-"""Axis, outermost first -> the setting that gives its degree. Ulysses talks most, so its ranks are neighbours."""
+"""Axis, outermost first -> the setting that gives its degree. Ulysses talks most, so its ranks are
+neighbours.
+"""
 
-TENSOR_PLANS = frozenset({"FluxTransformer2DModel", "Flux2Transformer2DModel", "QwenImageTransformer2DModel"})
-"""Denoiser classes of the model table that diffusers has a tensor plan (`_tp_plan`) for; a test compares."""
+TENSOR_PLANS = frozenset(
+    {"FluxTransformer2DModel", "Flux2Transformer2DModel", "QwenImageTransformer2DModel"}
+)
+"""Denoiser classes of the model table that diffusers has a tensor plan (`_tp_plan`) for; a test
+compares.
+"""
 
 STAGED = frozenset({"SD3Transformer2DModel", "FluxTransformer2DModel", "PixArtTransformer2DModel"})
 """Denoiser classes that PipeFusion cuts into stages; a test compares with transformers.py."""
 
 PATCHES_PER_STAGE = 2
-"""Half as many where the halves of guidance fill the stages too: every pass reads all weights of its stage once more."""
+"""Half as many where the halves of guidance fill the stages too: every pass reads all weights of
+its stage once more.
+"""
 DEFAULT_WARMUP_STEPS = 1
 
 IGNORED = {
-    "use_teacache": "it needs coefficients fitted to each model; --step_cache=first_block follows the same idea without them",
+    "use_teacache": (
+        "it needs coefficients fitted to each model; --step_cache=first_block follows "
+        "the same idea without them"
+    ),
     "use_fast_attn": "it needs a calibration for each model",
     "use_fp8_t5_encoder": "text encoders are quantised by --quantize_encoder_to=float8",
     "no_use_resolution_binning": "sizes are never changed to those of a list",
-    "max_sequence_length": "prompts may be as long as the pipeline allows, so that all backends give the same image",
+    "max_sequence_length": (
+        "prompts may be as long as the pipeline allows, so that all backends give the same image"
+    ),
     "vae_parallel_size": "an image is decoded by all ranks or by each whole, never by some",
 }
-"""xFuser arguments that old clients may pass and that are no choice here: accepted, without effect, and said so."""
+"""xFuser arguments that old clients may pass and that are no choice here: accepted, without effect,
+and said so.
+"""
 
 
 def make_plan(spec: ModelSpec, options: Mapping[str, object], world_size: int) -> ParallelPlan:
     """The degrees that were asked for, or, if none was, a choice with its reasons.
 
-    options: launch settings by name, None or absent where unset; `checkpoint` (a folder) lets head and block counts be checked.
-    Raises PlanError if the degrees do not fit the ranks, the model type or each other.
+    options: launch settings by name, None or absent where unset; `checkpoint` (a folder) lets head
+    and block counts be checked. Raises PlanError if the degrees do not fit the ranks, the model
+    type or each other.
     """
     shape = _Shape.of(spec, options)
     reasons: list[str] = []
@@ -67,7 +85,9 @@ def make_plan(spec: ModelSpec, options: Mapping[str, object], world_size: int) -
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Shape:
-    """What limits the degrees: counts of the checkpoint's transformer, None where it is not known yet."""
+    """What limits the degrees: counts of the checkpoint's transformer, None where it is not known
+    yet.
+    """
 
     num_heads: int | None = None
     num_blocks: int | None = None
@@ -84,18 +104,28 @@ class _Shape:
         config = json.loads(path.read_text(encoding="utf-8"))
         return cls(
             num_heads=config.get("num_attention_heads", config.get("n_heads")),
-            num_blocks=config.get("num_layers", config.get("n_layers", 0)) + config.get("num_single_layers", 0) or None,
+            num_blocks=config.get("num_layers", config.get("n_layers", 0))
+            + config.get("num_single_layers", 0)
+            or None,
             crosses_skips=config.get("_class_name") == "HunyuanDiT2DModel",
             class_name=config.get("_class_name"),
-            has_tensor_plan=config["_class_name"] in TENSOR_PLANS if "_class_name" in config else None,
+            has_tensor_plan=config["_class_name"] in TENSOR_PLANS
+            if "_class_name" in config
+            else None,
         )
 
 
 def _given(options: Mapping[str, object]) -> dict[str, int] | None:
     """The degrees in the settings; None if none is set."""
-    if all(options.get(setting) is None or options[setting] is False for setting in SETTINGS.values()):
+    if all(
+        options.get(setting) is None or options[setting] is False for setting in SETTINGS.values()
+    ):
         return None
-    degrees = {axis: _degree(setting, options.get(setting)) for axis, setting in SETTINGS.items() if axis != "cfg"}
+    degrees = {
+        axis: _degree(setting, options.get(setting))
+        for axis, setting in SETTINGS.items()
+        if axis != "cfg"
+    }
     return degrees | {"cfg": 2 if options.get("use_cfg_parallel") else 1}
 
 
@@ -108,12 +138,17 @@ def _degree(setting: str, value: object) -> int:
 
 
 def _chosen(spec: ModelSpec, shape: _Shape, world_size: int, reasons: list[str]) -> dict[str, int]:
-    """CFG first where there are two halves, then Ulysses as far as the heads divide, ring for the rest."""
+    """CFG first where there are two halves, then Ulysses as far as the heads divide, ring for the
+    rest.
+    """
     degrees = dict.fromkeys(SETTINGS, 1)
     rest = world_size
     if spec.guidance == "cfg" and spec.guidance_scale > 1 and world_size % 2 == 0:
         degrees["cfg"], rest = 2, world_size // 2
-        reasons.append("use_cfg_parallel: the two halves of guidance need no communication but their results, and ranks are even.")
+        reasons.append(
+            "use_cfg_parallel: the two halves of guidance need no communication but their results, "
+            "and ranks are even."
+        )
     if rest == 1 or spec.denoiser != "transformer":
         return degrees
     degrees["ulysses"] = rest if shape.num_heads is None else math.gcd(shape.num_heads, rest)
@@ -121,28 +156,42 @@ def _chosen(spec: ModelSpec, shape: _Shape, world_size: int, reasons: list[str])
     if degrees["ulysses"] > 1:
         reasons.append(f"ulysses_degree={degrees['ulysses']}: it talks less than ring.")
     if degrees["ring"] > 1:
-        reasons.append(f"ring_degree={degrees['ring']}: {shape.num_heads} heads do not divide by {rest}, and ring needs no division.")
+        reasons.append(
+            f"ring_degree={degrees['ring']}: {shape.num_heads} heads do not divide by {rest}, and "
+            "ring needs no division."
+        )
     return degrees
 
 
 def _method_options(
-    spec: ModelSpec, options: Mapping[str, object], degrees: Mapping[str, int], shape: _Shape, reasons: list[str]
+    spec: ModelSpec,
+    options: Mapping[str, object],
+    degrees: Mapping[str, int],
+    shape: _Shape,
+    reasons: list[str],
 ) -> dict[str, object]:
     """What PipeFusion reads, resolved."""
     if degrees["stage"] == 1:
         return {}
     num_patches = options.get("num_pipeline_patch")
     if num_patches is None:
-        per_stage = PATCHES_PER_STAGE // (2 if spec.guidance == "cfg" and degrees["cfg"] == 1 else 1)
+        per_stage = PATCHES_PER_STAGE // (
+            2 if spec.guidance == "cfg" and degrees["cfg"] == 1 else 1
+        )
         num_patches = per_stage * degrees["stage"]
-        reasons.append(f"num_pipeline_patch={num_patches}: {per_stage} for each stage keep{'s' if per_stage == 1 else ''} all stages busy.")
+        reasons.append(
+            f"num_pipeline_patch={num_patches}: {per_stage} for each stage "
+            f"keep{'s' if per_stage == 1 else ''} all stages busy."
+        )
     warmup_steps = options.get("warmup_steps")
     if warmup_steps is None:
         warmup_steps = DEFAULT_WARMUP_STEPS
     return {
         "num_pipeline_patch": _degree("num_pipeline_patch", num_patches),
         "warmup_steps": _degree("warmup_steps", warmup_steps),
-        "attn_layer_num_for_pp": _blocks_per_stage(options.get("attn_layer_num_for_pp"), degrees["stage"], shape),
+        "attn_layer_num_for_pp": _blocks_per_stage(
+            options.get("attn_layer_num_for_pp"), degrees["stage"], shape
+        ),
     }
 
 
@@ -155,11 +204,19 @@ def _blocks_per_stage(value: object, num_stages: int, shape: _Shape) -> tuple[in
         blocks = tuple(int(number) for number in numbers)  # type: ignore[attr-defined]
     except (TypeError, ValueError) as error:
         raise PlanError(
-            f"attn_layer_num_for_pp={value!r} is not a list of whole numbers. Give one for each stage, such as 10,9."
+            f"attn_layer_num_for_pp={value!r} is not a list of whole numbers. Give one for each "
+            "stage, such as 10,9."
         ) from error
     total = f", together {shape.num_blocks}" if shape.num_blocks else ""
-    if len(blocks) != num_stages or min(blocks) < 1 or (shape.num_blocks and sum(blocks) != shape.num_blocks):
-        raise PlanError(f"attn_layer_num_for_pp={list(blocks)} does not fit. Allowed: {num_stages} numbers from 1{total}.")
+    if (
+        len(blocks) != num_stages
+        or min(blocks) < 1
+        or (shape.num_blocks and sum(blocks) != shape.num_blocks)
+    ):
+        raise PlanError(
+            f"attn_layer_num_for_pp={list(blocks)} does not fit. Allowed: {num_stages} numbers "
+            f"from 1{total}."
+        )
     return blocks
 
 
@@ -175,13 +232,22 @@ def _exactness(degrees: Mapping[str, int]) -> Exactness:
     return "reordered" if degrees["ring"] > 1 or degrees["tensor"] > 1 else "exact"
 
 
-def _check_product(spec: ModelSpec, shape: _Shape, degrees: Mapping[str, int], world_size: int) -> None:
+def _check_product(
+    spec: ModelSpec, shape: _Shape, degrees: Mapping[str, int], world_size: int
+) -> None:
     if math.prod(degrees.values()) == world_size:
         return
-    given = " x ".join(f"{_flag(axis)} {degrees[axis]}" for axis in SETTINGS if degrees[axis] > 1) or "no degree above 1"
-    valid = "; ".join(_describe(set_) for set_ in _valid_sets(spec, shape, world_size)) or "none for this model type"
+    given = (
+        " x ".join(f"{_flag(axis)} {degrees[axis]}" for axis in SETTINGS if degrees[axis] > 1)
+        or "no degree above 1"
+    )
+    valid = (
+        "; ".join(_describe(set_) for set_ in _valid_sets(spec, shape, world_size))
+        or "none for this model type"
+    )
     raise PlanError(
-        f"xdit: {given} = {math.prod(degrees.values())} ranks, but {world_size} are started. Allowed for {world_size}: {valid}."
+        f"xdit: {given} = {math.prod(degrees.values())} ranks, but {world_size} are started. "
+        f"Allowed for {world_size}: {valid}."
     )
 
 
@@ -189,7 +255,10 @@ def _check_fit(spec: ModelSpec, shape: _Shape, degrees: Mapping[str, int]) -> No
     problem = _problem(spec, shape, degrees)
     if problem:
         world_size = math.prod(degrees.values())
-        valid = "; ".join(_describe(set_) for set_ in _valid_sets(spec, shape, world_size)) or "none; use another backend"
+        valid = (
+            "; ".join(_describe(set_) for set_ in _valid_sets(spec, shape, world_size))
+            or "none; use another backend"
+        )
         raise PlanError(f"{problem} Allowed for {world_size} ranks: {valid}.")
 
 
@@ -199,36 +268,72 @@ def _problem(spec: ModelSpec, shape: _Shape, degrees: Mapping[str, int]) -> str 
     if spec.denoiser != "transformer" and spread > 1:
         return f"type {spec.name!r} has a UNet, which xdit runs with CFG and data parallelism only."
     if degrees["cfg"] > 1 and spec.guidance != "cfg":
-        return f"use_cfg_parallel is not available for type {spec.name!r}: its guidance is {spec.guidance}, there are no two halves."
+        return (
+            f"use_cfg_parallel is not available for type {spec.name!r}: its guidance is "
+            f"{spec.guidance}, there are no two halves."
+        )
     if degrees["tensor"] > 1 and shape.has_tensor_plan is False:
-        return f"tensor_parallel_degree is not available for type {spec.name!r}: diffusers has no tensor plan for its transformer."
+        return (
+            f"tensor_parallel_degree is not available for type {spec.name!r}: diffusers has no "
+            "tensor plan for its transformer."
+        )
     if shape.num_heads is not None and shape.num_heads % degrees["tensor"]:
-        return f"tensor_parallel_degree={degrees['tensor']} does not divide the {shape.num_heads} attention heads."
+        return (
+            f"tensor_parallel_degree={degrees['tensor']} does not divide the {shape.num_heads} "
+            "attention heads."
+        )
     if degrees["tensor"] > 1 and degrees["stage"] > 1:
-        return "tensor_parallel_degree and pipefusion_parallel_degree both give up weights, and are not available together."
-    num_heads = shape.num_heads // degrees["tensor"] if shape.num_heads is not None else degrees["ulysses"]
+        return (
+            "tensor_parallel_degree and pipefusion_parallel_degree both give up weights, and "
+            "are not available together."
+        )
+    num_heads = (
+        shape.num_heads // degrees["tensor"] if shape.num_heads is not None else degrees["ulysses"]
+    )
     if degrees["ulysses"] > num_heads:
-        return f"ulysses_degree={degrees['ulysses']} is more than the {num_heads} attention heads: ranks would have nothing to do."
+        return (
+            f"ulysses_degree={degrees['ulysses']} is more than the {num_heads} attention "
+            "heads: "
+            "ranks would have nothing to do."
+        )
     if degrees["stage"] > 1 and shape.crosses_skips:
-        return f"pipefusion_parallel_degree is not available for type {spec.name!r}: its late blocks take in what early ones gave out."
+        return (
+            f"pipefusion_parallel_degree is not available for type {spec.name!r}: its late "
+            "blocks take in what early ones gave out."
+        )
     if degrees["stage"] > 1 and shape.class_name is not None and shape.class_name not in STAGED:
-        return f"pipefusion_parallel_degree is not available for a {shape.class_name}: PipeFusion cuts {', '.join(sorted(STAGED))} only."
+        return (
+            f"pipefusion_parallel_degree is not available for a {shape.class_name}: PipeFusion "
+            f"cuts {', '.join(sorted(STAGED))} only."
+        )
     if shape.num_blocks is not None and degrees["stage"] > shape.num_blocks:
-        return f"pipefusion_parallel_degree={degrees['stage']} is more than the {shape.num_blocks} transformer blocks."
+        return (
+            f"pipefusion_parallel_degree={degrees['stage']} is more than the "
+            f"{shape.num_blocks} "
+            "transformer blocks."
+        )
     return None
 
 
 def _valid_sets(spec: ModelSpec, shape: _Shape, world_size: int) -> list[dict[str, int]]:
-    """Combinations of CFG, Ulysses, ring and PipeFusion that fit, in order of preference; at most eight."""
+    """Combinations of CFG, Ulysses, ring and PipeFusion that fit, in order of preference; at most
+    eight.
+    """
     found = []
     for cfg in (1, 2):
         for ulysses in _divisors(world_size // cfg if world_size % cfg == 0 else 0):
             for ring in _divisors(world_size // cfg // ulysses):
-                degrees = dict.fromkeys(SETTINGS, 1) | {"cfg": cfg, "ulysses": ulysses, "ring": ring}
+                degrees = dict.fromkeys(SETTINGS, 1) | {
+                    "cfg": cfg,
+                    "ulysses": ulysses,
+                    "ring": ring,
+                }
                 degrees["stage"] = world_size // cfg // ulysses // ring
                 if _problem(spec, shape, degrees) is None:
                     found.append(degrees)
-    return sorted(found, key=lambda degrees: (degrees["stage"] > 1, degrees["ring"] > 1, -degrees["cfg"]))[:8]
+    return sorted(
+        found, key=lambda degrees: (degrees["stage"] > 1, degrees["ring"] > 1, -degrees["cfg"])
+    )[:8]
 
 
 def _divisors(number: int) -> list[int]:
@@ -240,5 +345,9 @@ def _flag(axis: str) -> str:
 
 
 def _describe(degrees: Mapping[str, int]) -> str:
-    flags = [_flag(axis) if axis == "cfg" else f"{_flag(axis)}={degrees[axis]}" for axis in SETTINGS if degrees[axis] > 1]
+    flags = [
+        _flag(axis) if axis == "cfg" else f"{_flag(axis)}={degrees[axis]}"
+        for axis in SETTINGS
+        if degrees[axis] > 1
+    ]
     return " ".join(flags) or "no flag"

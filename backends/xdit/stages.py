@@ -1,13 +1,15 @@
 """PipeFusion: consecutive blocks on different ranks, through which the image flows in patches.
 
-In each denoiser call the first `warmup_steps` steps send all tokens through the stages at once. Later ones send patch after patch, so that
-all stages work at the same time; a patch attends to the keys and values of this step where they are there already and of the step
-before where they are not. The last stage has the whole prediction at the end of the call; the others get one whose patches are still on
-their way (pending.py), go on with guidance and scheduler, and the first stage begins the next step with the patches that are there. So
-the stages never wait for each other between steps if there are enough patches, and the pipeline need not know.
+In each denoiser call the first `warmup_steps` steps send all tokens through the stages at once.
+Later ones send patch after patch, so that all stages work at the same time; a patch attends to the
+keys and values of this step where they are there already and of the step before where they are not.
+The last stage has the whole prediction at the end of the call; the others get one whose patches are
+still on their way (pending.py), go on with guidance and scheduler, and the first stage begins the
+next step with the patches that are there. So the stages never wait for each other between steps if
+there are enough patches, and the pipeline need not know.
 
-The two halves of a guidance batch follow each other through the stages as well. They share nothing, so that they fill the stages
-without making anything staler.
+The two halves of a guidance batch follow each other through the stages as well. They share nothing,
+so that they fill the stages without making anything staler.
 
 Source: PipeFusion, arXiv:2405.14430, sections 4.1 and 4.2.
 """
@@ -42,7 +44,8 @@ ONCE = "xdit once per step"
 class _Part:
     """One half of the guidance batch (or the whole batch) of one denoiser call of each step.
 
-    batch: of the whole call. is_filled: `stale` holds keys and values of a whole pass. tokens: (B, N, D), the last stage's results so far.
+    batch: of the whole call. is_filled: `stale` holds keys and values of a whole pass. tokens: (B,
+    N, D), the last stage's results so far.
     once: what modules gave in this step that give the same for every patch.
     """
 
@@ -58,23 +61,36 @@ class _Part:
 
 
 class PipeFusion:
-    """Attached to one denoiser; until it is detached this rank keeps the weights of its own stage's blocks only."""
+    """Attached to one denoiser; until it is detached this rank keeps the weights of its own stage's
+    blocks only.
+    """
 
-    def __init__(self, denoiser: nn.Module, mesh: Mesh, *, num_patches: int, blocks_per_stage: tuple[int, ...] | None) -> None:
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        mesh: Mesh,
+        *,
+        num_patches: int,
+        blocks_per_stage: tuple[int, ...] | None,
+    ) -> None:
         self._cut = TokenCut(denoiser, mesh, collect=self._collect)
         self._denoiser = denoiser
         self._mesh = mesh
         self._num_patches = num_patches
         if self._cut.family.crosses_skips:
             raise UnsupportedError(
-                f"pipefusion_parallel_degree is not available for {type(denoiser).__name__}: its late blocks take in what early ones gave "
+                f"pipefusion_parallel_degree is not available for {type(denoiser).__name__}: its "
+                "late blocks take in what early ones gave "
                 "out. Use --ulysses_degree or --ring_degree."
             )
         if not self._cut.family.has_stages:
             raise UnsupportedError(
-                f"pipefusion_parallel_degree is not available for {type(denoiser).__name__}. Use --ulysses_degree or --ring_degree."
+                f"pipefusion_parallel_degree is not available for {type(denoiser).__name__}. Use "
+                "--ulysses_degree or --ring_degree."
             )
-        self._blocks = [block for name in self._cut.family.blocks for block in getattr(denoiser, name)]
+        self._blocks = [
+            block for name in self._cut.family.blocks for block in getattr(denoiser, name)
+        ]
         embed = self._cut.family.embed
         self._embedding = getattr(denoiser, embed) if embed is not None else None
         self._patchless = _patchless(denoiser, self._embedding)
@@ -129,8 +145,12 @@ class PipeFusion:
         self._calls = 0
 
     def end(self) -> None:
-        """Forget everything. What is still under way is waited for, unless this rank alone has failed: the groups are then rebuilt."""
-        failure = sys.exception()  # an error of the host is raised on all ranks alike, after the same messages
+        """Forget everything. What is still under way is waited for, unless this rank alone has
+        failed: the groups are then rebuilt.
+        """
+        failure = (
+            sys.exception()
+        )  # an error of the host is raised on all ranks alike, after the same messages
         try:
             if failure is None or isinstance(failure, HostError):
                 self._finish(but=0)
@@ -153,7 +173,8 @@ class PipeFusion:
         try:
             return self._predict(forward, self._cut.bind(args, kwargs))
         except HostError as error:
-            # a HostError means that all ranks refused alike, but here the other stages may wait for this one: the groups must be closed
+            # a HostError means that all ranks refused alike, but here the other stages may wait for
+            # this one: the groups must be closed
             raise RuntimeError(str(error)) from error
         finally:
             self._part = self._link = None
@@ -173,7 +194,9 @@ class PipeFusion:
         self._take_in(latents, grid)
         if isinstance(latents, PendingTensor):
             arguments[name] = latents.whole() if self._input is None else latents.buffer
-        halves = [cut_batch(arguments, batch, parts=num_parts, part=part) for part in range(num_parts)]
+        halves = [
+            cut_batch(arguments, batch, parts=num_parts, part=part) for part in range(num_parts)
+        ]
         own = self._mesh.axis("ring", "ulysses").rank
         has_text = self._cut.family.text is not None
         counts = [layout.share(own, patch=patch).count(with_text=has_text) for patch in patches]
@@ -185,13 +208,19 @@ class PipeFusion:
                 self._input.fill(patch)
             for index, part in enumerate(parts):
                 self._part = part
-                outputs[index] = self._cut.run(forward, halves[index], Pass(layout=layout, patch=patch, stale=part.stale))
+                outputs[index] = self._cut.run(
+                    forward, halves[index], Pass(layout=layout, patch=patch, stale=part.stale)
+                )
                 part.is_filled = True
             if grid is not None and self._is_last_stage:
                 self._way_back.send(torch.cat([grid.take(output[0], patch) for output in outputs]))
         prediction = self._from_last_stage(torch.cat([output[0] for output in outputs]), grid)
         self._under_way += [self._way_back, self._link]
-        return (prediction, *outputs[0][1:]) if isinstance(outputs[0], tuple) else type(outputs[0])(sample=prediction)
+        return (
+            (prediction, *outputs[0][1:])
+            if isinstance(outputs[0], tuple)
+            else type(outputs[0])(sample=prediction)
+        )
 
     def _grid(self, latents: Tensor, layout: Layout) -> PatchGrid | None:
         """Where the patches of a prediction are, if it can be handed on patch by patch."""
@@ -201,11 +230,16 @@ class PipeFusion:
         return PatchGrid.of(latents, spans, self._denoiser.config.patch_size)
 
     def _take_in(self, latents: Tensor, grid: PatchGrid | None) -> None:
-        """Keep the latents of this call if they are still arriving in the patches in which it takes them."""
+        """Keep the latents of this call if they are still arriving in the patches in which it takes
+        them.
+        """
         self._finish(but=2)
-        if self._input is not None:  # what the first stage has used must be there; elsewhere the arithmetic would pile up, step by step
+        # what the first stage used must be complete; elsewhere deferred arithmetic would pile up
+        if self._input is not None:
             self._input.whole()
-        self._input = latents if isinstance(latents, PendingTensor) and latents.grid == grid else None
+        self._input = (
+            latents if isinstance(latents, PendingTensor) and latents.grid == grid else None
+        )
 
     @property
     def _is_first_stage(self) -> bool:
@@ -216,22 +250,30 @@ class PipeFusion:
         return self._mesh.axis("stage").rank == self._mesh.axis("stage").size - 1
 
     def _remembered(self, part: int, num_parts: int, layout: Layout, batch: int) -> _Part:
-        """What this part of the call left behind in the step before; made anew where the shape has changed."""
+        """What this part of the call left behind in the step before; made anew where the shape has
+        changed.
+        """
         key = (self._calls, part, num_parts)
         if key not in self._parts or not self._parts[key].fits(layout, batch):
             self._parts[key] = _Part(layout=layout, batch=batch)
         return self._parts[key]
 
     def _patches(self, parts: list[_Part]) -> list[int | None]:
-        """The passes of this call: all tokens at once during warm-up and where nothing is remembered, else patch by patch."""
+        """The passes of this call: all tokens at once during warm-up and where nothing is
+        remembered, else patch by patch.
+        """
         is_whole = self._step < self._warmup_steps or not all(part.is_filled for part in parts)
         return [None] if is_whole else list(range(self._num_patches))
 
     def _once(self, module: nn.Module) -> hooks.Around:
-        """Around a module that does not see the patch: it runs in the first pass of each step, later passes get the same tensors."""
+        """Around a module that does not see the patch: it runs in the first pass of each step,
+        later passes get the same tensors.
+        """
 
         def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            if self._part is None or (module is self._embedding and self._input is not None and self._is_first_stage):
+            if self._part is None or (
+                module is self._embedding and self._input is not None and self._is_first_stage
+            ):
                 return forward(*args, **kwargs)  # of latents that have grown by a patch since
             if module not in self._part.once:
                 self._part.once[module] = forward(*args, **kwargs)
@@ -240,14 +282,26 @@ class PipeFusion:
         return around
 
     def _receive_then_run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The first block of this stage: on what the stage before made of the tokens, not on this rank's embedding of them."""
+        """The first block of this stage: on what the stage before made of the tokens, not on this
+        rank's embedding of them.
+        """
         assert self._link is not None
         hidden, text = self._link.receive(*self._streams(args, kwargs))
-        streams = {"hidden_states": hidden} if text is None else {"hidden_states": hidden, "encoder_hidden_states": text}
-        return forward(*args[1:], **{**kwargs, **streams}) if not args else forward(hidden, *args[1:], **kwargs)
+        streams = (
+            {"hidden_states": hidden}
+            if text is None
+            else {"hidden_states": hidden, "encoder_hidden_states": text}
+        )
+        return (
+            forward(*args[1:], **{**kwargs, **streams})
+            if not args
+            else forward(hidden, *args[1:], **kwargs)
+        )
 
     def _send_and_skip(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The first block of the next stage: its inputs, ControlNet residuals included, go there."""
+        """The first block of the next stage: its inputs, ControlNet residuals included, go
+        there.
+        """
         assert self._link is not None
         self._link.send(*self._streams(args, kwargs))
         return self._skip(forward, *args, **kwargs)
@@ -257,17 +311,25 @@ class PipeFusion:
         hidden, text = self._streams(args, kwargs)
         return hidden if text is None else (text, hidden)
 
-    def _streams(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    def _streams(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
         """What runs through the blocks: image tokens, and text tokens where they run along."""
         hidden = args[0] if args else kwargs["hidden_states"]
-        return hidden, kwargs["encoder_hidden_states"] if self._cut.family.text is not None else None
+        return hidden, kwargs[
+            "encoder_hidden_states"
+        ] if self._cut.family.text is not None else None
 
     def _collect(self, tokens: Tensor) -> Tensor:
-        """All image tokens (B, N, D) for the output layers: real on the last stage after its last patch, of the right shape elsewhere."""
+        """All image tokens (B, N, D) for the output layers: real on the last stage after its last
+        patch, of the right shape elsewhere.
+        """
         this, part = self._cut.current, self._part
         assert part is not None
         if not self._is_last_stage:
-            return tokens.new_zeros(()).expand(tokens.shape[0], this.layout.num_image, tokens.shape[2])
+            return tokens.new_zeros(()).expand(
+                tokens.shape[0], this.layout.num_image, tokens.shape[2]
+            )
         tokens = self._cut.gather(tokens)
         if this.patch is None:
             return tokens
@@ -278,7 +340,9 @@ class PipeFusion:
         return part.tokens
 
     def _from_last_stage(self, prediction: Tensor, grid: PatchGrid | None) -> Tensor:
-        """The last stage's prediction, on every stage: at once, or with patches that are on their way."""
+        """The last stage's prediction, on every stage: at once, or with patches that are on their
+        way.
+        """
         stage, traffic = self._mesh.axis("stage"), self._mesh.traffic
         if grid is None:
             prediction = prediction.contiguous()
@@ -289,9 +353,14 @@ class PipeFusion:
             traffic.wait_s += time.perf_counter() - started
         elif not self._is_last_stage:
             assert self._way_back is not None
-            shapes = [grid.piece_shape(prediction.shape, patch) for patch in range(self._num_patches)]
+            shapes = [
+                grid.piece_shape(prediction.shape, patch) for patch in range(self._num_patches)
+            ]
             pieces = [self._way_back.receive(shape, prediction) for shape in shapes]
-            halves = [PendingTensor(of_half, grid, prediction, prediction.device) for of_half in zip(*pieces, strict=True)]
+            halves = [
+                PendingTensor(of_half, grid, prediction, prediction.device)
+                for of_half in zip(*pieces, strict=True)
+            ]
             mine = halves[self._mesh.axis("cfg").rank]
             mine.gathered = torch.cat(halves) if len(halves) > 1 else None
             return mine
@@ -299,21 +368,32 @@ class PipeFusion:
 
 
 def _patchless(denoiser: nn.Module, embedding: nn.Module | None) -> list[nn.Module]:
-    """Modules whose result is the same for every patch of a step: the embedding of the whole image, and what modulates the norms.
+    """Modules whose result is the same for every patch of a step: the embedding of the whole image,
+    and what modulates the norms.
 
-    A norm's modulation is a matrix times one vector: all its weights are read for next to no arithmetic, and that once per patch.
+    A norm's modulation is a matrix times one vector: all its weights are read for next to no
+    arithmetic, and that once per patch.
     """
-    norms = [module for module in denoiser.modules() if type(module).__name__.startswith(("AdaLayerNorm", "SD35AdaLayerNorm"))]
+    norms = [
+        module
+        for module in denoiser.modules()
+        if type(module).__name__.startswith(("AdaLayerNorm", "SD35AdaLayerNorm"))
+    ]
     modulations = [norm.linear for norm in norms if hasattr(norm, "linear")]
     return [*([embedding] if embedding is not None else []), *modulations]
 
 
-def stage_bounds(num_blocks: int, num_stages: int, blocks_per_stage: tuple[int, ...] | None) -> tuple[int, ...]:
-    """Where each stage begins, and the end: (0, ..., num_blocks). PlanError if the blocks do not fit the stages."""
+def stage_bounds(
+    num_blocks: int, num_stages: int, blocks_per_stage: tuple[int, ...] | None
+) -> tuple[int, ...]:
+    """Where each stage begins, and the end: (0, ..., num_blocks). PlanError if the blocks do not
+    fit the stages.
+    """
     per_stage = blocks_per_stage if blocks_per_stage is not None else sizes(num_blocks, num_stages)
     if len(per_stage) != num_stages or sum(per_stage) != num_blocks or min(per_stage) < 1:
         raise PlanError(
-            f"attn_layer_num_for_pp={list(per_stage)} does not spread {num_blocks} transformer blocks over {num_stages} stages. "
+            f"attn_layer_num_for_pp={list(per_stage)} does not spread {num_blocks} transformer "
+            f"blocks over {num_stages} stages. "
             f"Allowed: {num_stages} numbers from 1, together {num_blocks}."
         )
     return tuple(sum(per_stage[:stage]) for stage in range(num_stages + 1))

@@ -1,6 +1,8 @@
-"""Keys and values of all patches, of which only the current one is fresh. Used by attention.py under PipeFusion.
+"""Keys and values of all patches, of which only the current one is fresh. Used by attention.py
+under PipeFusion.
 
-Source: PipeFusion, arXiv:2405.14430, section 4: patches attend to the previous step's activations of those not yet computed.
+Source: PipeFusion, arXiv:2405.14430, section 4: patches attend to the previous step's activations
+of those not yet computed.
 """
 
 from collections.abc import Mapping
@@ -12,7 +14,9 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Buffer:
-    """keys, values: (B, H, tokens of all patches, D), patch after patch; offsets[p]: where patch p begins."""
+    """keys, values: (B, H, tokens of all patches, D), patch after patch; offsets[p]: where patch p
+    begins.
+    """
 
     keys: Tensor
     values: Tensor
@@ -21,20 +25,32 @@ class _Buffer:
 
 @dataclass(slots=True)
 class StaleKVCache:
-    """What one denoiser call remembers for the same call of the next step: one buffer per attention module."""
+    """What one denoiser call remembers for the same call of the next step: one buffer per attention
+    module.
+    """
 
     _buffers: dict[str, _Buffer] = field(default_factory=dict)
 
-    def remember_all(self, path: str, key: Tensor, value: Tensor, *, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """A whole pass: key, value (B, H, S, D) of every patch, labels (S,) their patches. Returns both, patch after patch."""
+    def remember_all(
+        self, path: str, key: Tensor, value: Tensor, *, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """A whole pass: key, value (B, H, S, D) of every patch, labels (S,) their patches. Returns
+        both, patch after patch.
+        """
         order = torch.argsort(labels, stable=True)
         counts = torch.bincount(labels).tolist()
         offsets = tuple(sum(counts[:patch]) for patch in range(len(counts)))
-        buffer = _Buffer(keys=key[:, :, order].contiguous(), values=value[:, :, order].contiguous(), offsets=offsets)
+        buffer = _Buffer(
+            keys=key[:, :, order].contiguous(),
+            values=value[:, :, order].contiguous(),
+            offsets=offsets,
+        )
         self._buffers[path] = buffer
         return buffer.keys, buffer.values
 
-    def remember_patch(self, path: str, key: Tensor, value: Tensor, *, patch: int) -> tuple[Tensor, Tensor]:
+    def remember_patch(
+        self, path: str, key: Tensor, value: Tensor, *, patch: int
+    ) -> tuple[Tensor, Tensor]:
         """One patch: overwrite its part, return fresh and stale together."""
         buffer = self._buffers[path]
         start, stop = buffer.offsets[patch], buffer.offsets[patch] + key.shape[2]
@@ -45,4 +61,7 @@ class StaleKVCache:
     @property
     def num_bytes(self) -> Mapping[str, int]:
         """Memory held, per attention module."""
-        return {path: 2 * buffer.keys.numel() * buffer.keys.element_size() for path, buffer in self._buffers.items()}
+        return {
+            path: 2 * buffer.keys.numel() * buffer.keys.element_size()
+            for path, buffer in self._buffers.items()
+        }

@@ -1,7 +1,9 @@
-"""Tensor parallelism for the transformers that diffusers has a plan for: each rank has a share of every planned linear layer.
+"""Tensor parallelism for the transformers that diffusers has a plan for: each rank has a share of
+every planned linear layer.
 
-The plan (`_tp_plan` of the class) says which layers are cut by outputs and which by inputs; one sum over the ranks follows each of the
-latter. diffusers' own `enable_parallelism` is not used: it cannot be taken back, and runs on accelerators only.
+The plan (`_tp_plan` of the class) says which layers are cut by outputs and which by inputs; one sum
+over the ranks follows each of the latter. diffusers' own `enable_parallelism` is not used: it
+cannot be taken back, and runs on accelerators only.
 Source: Megatron-LM, arXiv:1909.08053, section 3.
 """
 
@@ -23,14 +25,18 @@ NAME = "xdit weight shares"
 
 @dataclass(slots=True)
 class _Cut:
-    """A parameter that was cut along `dim`, each of its blocks by itself; dim None: only rank 0 has it, the others zeros."""
+    """A parameter that was cut along `dim`, each of its blocks by itself; dim None: only rank 0 has
+    it, the others zeros.
+    """
 
     parameter: nn.Parameter
     spec: TPShardSpec
 
 
 class TensorParallel:
-    """Attached to one denoiser: it keeps 1 / degree of the planned weights and attention heads until it is detached."""
+    """Attached to one denoiser: it keeps 1 / degree of the planned weights and attention heads
+    until it is detached.
+    """
 
     def __init__(self, denoiser: nn.Module, mesh: Mesh) -> None:
         self._denoiser = denoiser
@@ -65,18 +71,22 @@ class TensorParallel:
         plan = getattr(self._denoiser, "_tp_plan", None)
         if plan is None:
             raise UnsupportedError(
-                f"tensor_parallel_degree is not available for {type(self._denoiser).__name__}: diffusers has no tensor plan for it. "
+                f"tensor_parallel_degree is not available for {type(self._denoiser).__name__}: "
+                "diffusers has no tensor plan for it. "
                 "Use --ulysses_degree or --ring_degree."
             )
         for path, module in self._denoiser.named_modules():
             if list(getattr(getattr(module, "processor", None), "parameters", lambda: ())()):
                 raise UnsupportedError(
-                    f"tensor_parallel_degree cannot cut the IP-Adapter in {path}. Use --ulysses_degree with an IP-Adapter."
+                    f"tensor_parallel_degree cannot cut the IP-Adapter in {path}. Use "
+                    "--ulysses_degree with an IP-Adapter."
                 )
         try:
             return resolve_tp_shard_specs(self._denoiser, plan, degree)
         except ValueError as error:
-            raise PlanError(f"tensor_parallel_degree={degree} does not fit this model: {error}") from error
+            raise PlanError(
+                f"tensor_parallel_degree={degree} does not fit this model: {error}"
+            ) from error
 
     def _sum(self, forward: Callable[..., Any], tokens: Tensor) -> Tensor:
         """The ranks' parts of a layer that is cut by inputs, added up."""
@@ -99,14 +109,19 @@ class TensorParallel:
 def _require_plain(name: str, linear: nn.Module) -> None:
     if type(linear) is not nn.Linear:
         raise UnsupportedError(
-            f"tensor_parallel_degree cuts plain linear layers, but {name} is of a {type(linear).__name__}: quantised layers and LoRAs "
+            f"tensor_parallel_degree cuts plain linear layers, but {name} is of a "
+            f"{type(linear).__name__}: quantised layers and LoRAs "
             "cannot be cut. Fuse the LoRA or load without quantisation, or use --ulysses_degree."
         )
 
 
 def _share(tensor: Tensor, spec: TPShardSpec, size: int, rank: int) -> Tensor:
-    """This rank's part of every block, as memory of its own. What is added after the sum counts on rank 0 only."""
+    """This rank's part of every block, as memory of its own. What is added after the sum counts on
+    rank 0 only.
+    """
     if spec.dim is None:
         return tensor.clone() if rank == 0 else torch.zeros_like(tensor)
     blocks = tensor.split(list(spec.block_sizes), dim=spec.dim)
-    return torch.cat([block.chunk(size, dim=spec.dim)[rank] for block in blocks], dim=spec.dim).contiguous()
+    return torch.cat(
+        [block.chunk(size, dim=spec.dim)[rank] for block in blocks], dim=spec.dim
+    ).contiguous()

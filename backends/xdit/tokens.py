@@ -1,8 +1,10 @@
-"""Spreads the tokens of a denoiser over the ranks of a sequence group: cut them going in, gather them before the output layer.
+"""Spreads the tokens of a denoiser over the ranks of a sequence group: cut them going in, gather
+them before the output layer.
 
-Attached around a few places of an untouched diffusers transformer: its forward (arguments are cut), its patch embedding or first block
-(image tokens are cut), what makes its positions, and its output norm (tokens are gathered). Attention in between is attention.py's;
-everything else works token by token.
+Attached around a few places of an untouched diffusers transformer: its forward (arguments are cut),
+its patch embedding or first block (image tokens are cut), what makes its positions, and its output
+norm (tokens are gathered). Attention in between is attention.py's; everything else works token by
+token.
 """
 
 import inspect
@@ -25,10 +27,16 @@ NAME = "xdit tokens"
 
 
 class TokenCut:
-    """Attached to one denoiser. During a pass only this rank's shard of the tokens runs through the blocks."""
+    """Attached to one denoiser. During a pass only this rank's shard of the tokens runs through the
+    blocks.
+    """
 
-    def __init__(self, denoiser: nn.Module, mesh: Mesh, *, collect: Callable[[Tensor], Tensor] | None = None) -> None:
-        """collect: turns this rank's tokens into what the output layers get; by default `gather`."""
+    def __init__(
+        self, denoiser: nn.Module, mesh: Mesh, *, collect: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        """collect: turns this rank's tokens into what the output layers get; by default
+        `gather`.
+        """
         self.family: TransformerSpec = family_of(denoiser)
         self.attention = SpreadAttention(self.family, mesh)
         self._denoiser = denoiser
@@ -44,7 +52,9 @@ class TokenCut:
         for name, streams in self.family.positions.items():
             self._attach(getattr(self._denoiser, name), self._cut_positions(streams))
         if self.family.cut_in_blocks:
-            blocks = [block for name in self.family.blocks for block in getattr(self._denoiser, name)]
+            blocks = [
+                block for name in self.family.blocks for block in getattr(self._denoiser, name)
+            ]
             for block in blocks:
                 self._attach(block, self._cut_block(_names(block), is_first=block is blocks[0]))
         tail = getattr(self._denoiser, self.family.tail)
@@ -98,13 +108,17 @@ class TokenCut:
             cuts[self.family.text] = (share.text, 1)
         cuts |= {name: (share.text, dim) for name, dim in self.family.text_arguments.items()}
         cuts |= {name: (share.image, dim) for name, dim in self.family.image_arguments.items()}
-        return {name: _cut(value, *cuts[name]) if name in cuts else _own(value) for name, value in arguments.items()}
+        return {
+            name: _cut(value, *cuts[name]) if name in cuts else _own(value)
+            for name, value in arguments.items()
+        }
 
     def _cut_embedding(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
         tokens = forward(*args, **kwargs)
         if self.attention.current is None:
             return tokens
-        if self.family.embeds_map:  # (B, D, n): the class flattens what comes after dim 1, and there is nothing left to flatten
+        # (B, D, n): the class flattens what comes after dim 1, and there is nothing left to flatten
+        if self.family.embeds_map:
             return take(tokens.flatten(2), self.share().image, dim=2)
         return take(tokens, self.share().image, dim=1)
 
@@ -123,21 +137,29 @@ class TokenCut:
         return around
 
     def _cut_block(self, names: list[str], *, is_first: bool) -> hooks.Around:
-        """Around a block whose arguments are still whole; tokens that come out of the block before are cut already."""
+        """Around a block whose arguments are still whole; tokens that come out of the block before
+        are cut already.
+        """
         tokens, *others = self.family.cut_in_blocks
 
         def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             arguments = {**dict(zip(names, args, strict=False)), **kwargs}
             if self.attention.current is not None:
                 for name in [tokens, *others] if is_first else others:
-                    arguments[name] = take(arguments[name], self.share().image, dim=self.family.cut_in_blocks[name])
+                    arguments[name] = take(
+                        arguments[name], self.share().image, dim=self.family.cut_in_blocks[name]
+                    )
             return forward(**arguments)
 
         return around
 
-    def _gather(self, forward: Callable[..., Any], tokens: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _gather(
+        self, forward: Callable[..., Any], tokens: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
         """tokens: (B, this rank's, D). The output norm, and what comes after it, get (B, N, D)."""
-        return forward(tokens if self.attention.current is None else self._collect(tokens), *args, **kwargs)
+        return forward(
+            tokens if self.attention.current is None else self._collect(tokens), *args, **kwargs
+        )
 
     def gather(self, tokens: Tensor) -> Tensor:
         """All image tokens of the pass under way, in their natural order."""
@@ -146,7 +168,9 @@ class TokenCut:
         if axis.size > 1:
             lengths = [count(share.image) for share in shares]
             tokens = gather_tokens(tokens, lengths=lengths, axis=axis, traffic=self._mesh.traffic)
-        if len(shares) > 1 and len(shares[0].image) > 1:  # shards interleave: each holds a part of every patch
+        if (
+            len(shares) > 1 and len(shares[0].image) > 1
+        ):  # shards interleave: each holds a part of every patch
             positions = [torch.arange(*span) for share in shares for span in share.image]
             tokens = tokens[:, torch.argsort(torch.cat(positions)).to(tokens.device)]
         return tokens
@@ -169,7 +193,9 @@ def _names(module: nn.Module) -> list[str]:
 
 
 def _own(value: Any) -> Any:
-    """A copy of containers, because some denoisers take entries out of theirs and a call may consist of several passes."""
+    """A copy of containers, because some denoisers take entries out of theirs and a call may
+    consist of several passes.
+    """
     return dict(value) if isinstance(value, dict) else value
 
 
@@ -192,16 +218,21 @@ class SequenceParallel:
         arguments = self._cut.bind(args, kwargs)
         if torch.is_tensor(arguments.get("timestep")) and arguments["timestep"].dim() > 1:
             raise UnsupportedError(
-                f"this {type(self._denoiser).__name__} has a timestep for each token, which Ulysses and ring do not cut. "
+                f"this {type(self._denoiser).__name__} has a timestep for each token, which "
+                "Ulysses and ring do not cut. "
                 "Use --use_cfg_parallel alone."
             )
         first = next(iter(arguments.values()))
         if not isinstance(first, list):
             return self._pass(forward, arguments)
-        parts = [cut_batch(arguments, len(first), parts=len(first), part=part) for part in range(len(first))]
+        parts = [
+            cut_batch(arguments, len(first), parts=len(first), part=part)
+            for part in range(len(first))
+        ]
         if len({self._cut.layout(part) for part in parts}) == 1:
             return self._pass(forward, arguments)
-        # images with texts of other lengths would be padded to one, with a mask in every attention: one pass for each needs none
+        # images with texts of other lengths would be padded to one, with a mask in every attention:
+        # one pass for each needs none
         outputs = [self._pass(forward, part) for part in parts]
         samples = [sample for output in outputs for sample in output[0]]
         return (samples,) if isinstance(outputs[0], tuple) else type(outputs[0])(sample=samples)

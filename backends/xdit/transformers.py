@@ -1,6 +1,8 @@
-"""What the parallel code must know about each diffusers transformer: where its tokens come from and which arguments follow them.
+"""What the parallel code must know about each diffusers transformer: where its tokens come from and
+which arguments follow them.
 
-One row per denoiser class. A model whose class has a row needs no code; see docs/xdit.md for how to add one.
+One row per denoiser class. A model whose class has a row needs no code; see docs/xdit.md for how to
+add one.
 """
 
 import math
@@ -19,29 +21,44 @@ class TransformerSpec:
     """Facts about one denoiser class. "Image" tokens are those that become the image.
 
     blocks: module lists of transformer blocks, in the order in which they run.
-    embed: module that turns latents (B, C, H, W) into image tokens (B, N, D); None: the pipeline hands over tokens as hidden_states.
-    embeds_map: what comes out of it is a map (B, D, F, H, W), whose cells the class turns into tokens afterwards.
-    positions: module that makes the positions -> for each tensor that it returns, whose tokens it has an entry for, and in which dim.
-    text_length: that module's argument for the number of text tokens, which it is told of this rank's alone.
-    cut_in_blocks: arguments of the blocks that are cut where the first, or every, block gets them, and their token dim; for a class that
-        puts its tokens together only just before the blocks. The first one is the tokens themselves.
-    text: argument with the text tokens (B, T, D) that run through the blocks beside the image; None: text is only cross-attended to.
+    embed: module that turns latents (B, C, H, W) into image tokens (B, N, D); None: the pipeline
+    hands over tokens as hidden_states.
+    embeds_map: what comes out of it is a map (B, D, F, H, W), whose cells the class turns into
+    tokens afterwards.
+    positions: module that makes the positions -> for each tensor that it returns, whose tokens it
+    has an entry for, and in which dim.
+    text_length: that module's argument for the number of text tokens, which it is told of this
+    rank's alone.
+    cut_in_blocks: arguments of the blocks that are cut where the first, or every, block gets them,
+    and their token dim; for a class that
+        puts its tokens together only just before the blocks. The first one is the tokens
+        themselves.
+    text: argument with the text tokens (B, T, D) that run through the blocks beside the image;
+    None: text is only cross-attended to.
     is_text_first: text comes before the image where the two are concatenated.
-    image_arguments, text_arguments: further arguments with one entry per token, and the dim in which they have it. Lists and tuples
+    image_arguments, text_arguments: further arguments with one entry per token, and the dim in
+    which they have it. Lists and tuples
         of tensors are cut one by one.
-    image_attention: names of attention modules that see image tokens alone (the others see both, where the text runs along).
+    image_attention: names of attention modules that see image tokens alone (the others see both,
+    where the text runs along).
     cross_attention: names of those that see the text alone, which every rank has all of.
-    image_prompt_keys: image prompt tokens (IP-Adapter) are attended to in a call of their own: 'alone', or 'after image' tokens.
-    tail: module (or a ModuleDict of such) after the last block that is given all image tokens first.
-    num_tokens: a call's arguments by name -> N, where it does not follow from the first argument's shape.
+    image_prompt_keys: image prompt tokens (IP-Adapter) are attended to in a call of their own:
+    'alone', or 'after image' tokens.
+    tail: module (or a ModuleDict of such) after the last block that is given all image tokens
+    first.
+    num_tokens: a call's arguments by name -> N, where it does not follow from the first argument's
+    shape.
     has_stages: PipeFusion can spread its blocks over stages.
-    crosses_skips: blocks of the second half take the outputs of blocks of the first, so that they cannot be spread over stages.
+    crosses_skips: blocks of the second half take the outputs of blocks of the first, so that they
+    cannot be spread over stages.
     """
 
     blocks: tuple[str, ...]
     embed: str | None = None
     embeds_map: bool = False
-    positions: Mapping[str, tuple[tuple[Literal["image", "text"], int], ...]] = field(default_factory=dict)
+    positions: Mapping[str, tuple[tuple[Literal["image", "text"], int], ...]] = field(
+        default_factory=dict
+    )
     text_length: str | None = None
     cut_in_blocks: Mapping[str, int] = field(default_factory=dict)
     text: str | None = None
@@ -65,14 +82,21 @@ class TransformerSpec:
             return latents.shape[1]
         patch_size = denoiser.config.patch_size
         sides = patch_size if isinstance(patch_size, list | tuple) else (patch_size, patch_size)
-        return math.prod(length // side for length, side in zip(latents.shape[-len(sides) :], sides, strict=True))
+        return math.prod(
+            length // side for length, side in zip(latents.shape[-len(sides) :], sides, strict=True)
+        )
 
 
 def _num_zimage_tokens(arguments: Mapping[str, Any]) -> int:
-    """Tokens of the image and of the text, each padded to a multiple of 32, of a call for images of one text length."""
+    """Tokens of the image and of the text, each padded to a multiple of 32, of a call for images of
+    one text length.
+    """
     latents, text = arguments["x"][0], arguments["cap_feats"][0]
     side, frames = arguments.get("patch_size", 2), arguments.get("f_patch_size", 1)
-    counts = (latents.shape[1] // frames) * (latents.shape[2] // side) * (latents.shape[3] // side), len(text)
+    counts = (
+        (latents.shape[1] // frames) * (latents.shape[2] // side) * (latents.shape[3] // side),
+        len(text),
+    )
     return sum(math.ceil(count / SEQ_MULTI_OF) * SEQ_MULTI_OF for count in counts)
 
 
@@ -90,11 +114,18 @@ FAMILIES = {
         blocks=("transformer_blocks", "single_transformer_blocks"),
         text="encoder_hidden_states",
         is_text_first=True,
-        image_arguments={"hidden_states": 1, "img_ids": 0, "controlnet_block_samples": 1, "controlnet_single_block_samples": 1},
+        image_arguments={
+            "hidden_states": 1,
+            "img_ids": 0,
+            "controlnet_block_samples": 1,
+            "controlnet_single_block_samples": 1,
+        },
         text_arguments={"txt_ids": 0},
         has_stages=True,
     ),
-    "PixArtTransformer2DModel": TransformerSpec(blocks=("transformer_blocks",), embed="pos_embed", has_stages=True),
+    "PixArtTransformer2DModel": TransformerSpec(
+        blocks=("transformer_blocks",), embed="pos_embed", has_stages=True
+    ),
     "HunyuanDiT2DModel": TransformerSpec(
         blocks=("blocks",),
         embed="pos_embed",
@@ -140,6 +171,7 @@ def family_of(denoiser: nn.Module) -> TransformerSpec:
         if base.__name__ in FAMILIES:
             return FAMILIES[base.__name__]
     raise UnsupportedError(
-        f"backend 'xdit' cannot spread the tokens of {type(denoiser).__name__}. Allowed: {', '.join(FAMILIES)}. "
+        f"backend 'xdit' cannot spread the tokens of {type(denoiser).__name__}. Allowed: "
+        f"{', '.join(FAMILIES)}. "
         "Use CFG parallelism alone (--use_cfg_parallel on 2 ranks), or another backend."
     )

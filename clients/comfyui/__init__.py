@@ -5,11 +5,16 @@ from pathlib import Path
 
 _CLIENT = Path(__file__).resolve().parents[1] / "python"
 if str(_CLIENT) not in sys.path:
-    sys.path.append(str(_CLIENT))  # the client library lies beside this folder, wherever the link to it is
+    sys.path.append(
+        str(_CLIENT)
+    )  # the client library lies beside this folder, wherever the link to it is
 
 from .nodes import DiffusionHost, DiffusionSampler  # noqa: E402  after the path is set
 
 NODE_CLASS_MAPPINGS = {"DiffusionHost": DiffusionHost, "DiffusionSampler": DiffusionSampler}
-NODE_DISPLAY_NAME_MAPPINGS = {"DiffusionHost": "Diffusion Host (several GPUs)", "DiffusionSampler": "Diffusion Sampler (several GPUs)"}
+NODE_DISPLAY_NAME_MAPPINGS = {
+    "DiffusionHost": "Diffusion Host (several GPUs)",
+    "DiffusionSampler": "Diffusion Sampler (several GPUs)",
+}
 
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]

@@ -1,4 +1,6 @@
-"""Which host a workflow uses: one at an address, or one that is started here when an image is asked for."""
+"""Which host a workflow uses: one at an address, or one that is started here when an image is asked
+for.
+"""
 
 import shlex
 from collections.abc import Callable, Sequence
@@ -19,7 +21,9 @@ _started: dict[str, LocalHost] = {}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostChoice:
-    """What the loader node hands to samplers. arguments: with which to start a host if none answers; None: never start one."""
+    """What the loader node hands to samplers. arguments: with which to start a host if none
+    answers; None: never start one.
+    """
 
     address: str
     model: str = ANY
@@ -27,19 +31,25 @@ class HostChoice:
     api_key: str = ""
 
     def client(self, look: Callable[[], None] = lambda: None) -> Client:
-        """A client of the host, which is ready. `look` is called while it loads, and may raise. HostError if there is none."""
+        """A client of the host, which is ready. `look` is called while it loads, and may raise.
+        HostError if there is none.
+        """
         client = Client(self.address, api_key=self.api_key or None)
         if self.arguments is not None:
             self._start(client, look)
         served = client.models()
         if self.model not in (ANY, *served):
             raise HostError(
-                f"the host at {self.address} serves {', '.join(served)}, not {self.model}. Choose it, or another host.", status=0
+                f"the host at {self.address} serves {', '.join(served)}, not {self.model}. Choose "
+                "it, or another host.",
+                status=0,
             )
         return client
 
     def _start(self, client: Client, look: Callable[[], None]) -> None:
-        """Unless somebody answers there. A host that was started here with other arguments is ended first."""
+        """Unless somebody answers there. A host that was started here with other arguments is ended
+        first.
+        """
         arguments = _with_port(self.arguments or "", self.address)
         ours = _started.get(self.address)
         if ours is not None and (not ours.is_running or ours.arguments != arguments):
@@ -77,7 +87,11 @@ def stop_all() -> None:
 def _with_port(arguments: str, address: str) -> Sequence[str]:
     parts = urlsplit(address)
     if parts.hostname not in ("127.0.0.1", "localhost", "::1"):
-        raise HostError(f"{address} is not this machine, so no host can be started there. Start it there by hand.", status=0)
+        raise HostError(
+            f"{address} is not this machine, so no host can be started there. Start it there by "
+            "hand.",
+            status=0,
+        )
     return (*shlex.split(arguments), f"--port={parts.port or 80}")
 
 

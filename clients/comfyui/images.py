@@ -14,13 +14,17 @@ def encode_image(images: torch.Tensor) -> str:
 
 
 def encode_mask(masks: torch.Tensor) -> str:
-    """float (B, H, W) or (H, W) in [0, 1] -> base64 of a grey PNG of the first; white is what may change."""
+    """float (B, H, W) or (H, W) in [0, 1] -> base64 of a grey PNG of the first; white is what may
+    change.
+    """
     return _png(_bytes(masks if masks.ndim == 2 else masks[0]))
 
 
 def decode_frames(data: bytes) -> torch.Tensor:
     """A numpy file of uint8 (N, H, W, 3) -> float32 of the same shape in [0, 1]."""
-    return torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False).astype(np.float32) / 255.0)
+    return torch.from_numpy(
+        np.load(io.BytesIO(data), allow_pickle=False).astype(np.float32) / 255.0
+    )
 
 
 def _bytes(image: torch.Tensor) -> np.ndarray:

@@ -1,4 +1,6 @@
-"""Two nodes: one names a host, one draws on it. What ComfyUI wants of a node: INPUT_TYPES, RETURN_TYPES, FUNCTION, CATEGORY."""
+"""Two nodes: one names a host, one draws on it. What ComfyUI wants of a node: INPUT_TYPES,
+RETURN_TYPES, FUNCTION, CATEGORY.
+"""
 
 import io
 import json
@@ -37,30 +39,59 @@ class DiffusionHost:
     FUNCTION = "choose"
     RETURN_TYPES = ("DIFFUSION_HOST",)
     RETURN_NAMES = ("host",)
-    DESCRIPTION = "Which host of diffusion-launcher draws: one that runs, or one to start on this machine."
+    DESCRIPTION = (
+        "Which host of diffusion-launcher draws: one that runs, or one to start on this machine."
+    )
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {
                 "address": ("STRING", {"default": hosts.DEFAULT_ADDRESS}),
-                "start": ("BOOLEAN", {"default": False, "tooltip": "Start a host on this machine if none answers at the address."}),
+                "start": (
+                    "BOOLEAN",
+                    {
+                        "default": False,
+                        "tooltip": "Start a host on this machine if none answers at the address.",
+                    },
+                ),
             },
             "optional": {
-                "model": ([hosts.ANY, *hosts.models()], {"default": hosts.ANY, "tooltip": "Refuse to draw if the host serves another."}),
-                "arguments": ("STRING", {"default": "--type=sdxl --checkpoint=/path/to/model", "tooltip": "Of the host to start."}),
+                "model": (
+                    [hosts.ANY, *hosts.models()],
+                    {"default": hosts.ANY, "tooltip": "Refuse to draw if the host serves another."},
+                ),
+                "arguments": (
+                    "STRING",
+                    {
+                        "default": "--type=sdxl --checkpoint=/path/to/model",
+                        "tooltip": "Of the host to start.",
+                    },
+                ),
                 "api_key": ("STRING", {"default": "", "tooltip": "If the host wants one."}),
             },
         }
 
     @classmethod
     def VALIDATE_INPUTS(cls, model: str = hosts.ANY) -> bool:
-        """A workflow may name a model of a host that does not run yet: the list is checked when it draws."""
+        """A workflow may name a model of a host that does not run yet: the list is checked when it
+        draws.
+        """
         return True
 
-    def choose(self, address: str, start: bool, model: str = hosts.ANY, arguments: str = "", api_key: str = "") -> tuple[hosts.HostChoice]:
+    def choose(
+        self,
+        address: str,
+        start: bool,
+        model: str = hosts.ANY,
+        arguments: str = "",
+        api_key: str = "",
+    ) -> tuple[hosts.HostChoice]:
         choice = hosts.HostChoice(
-            address=address.strip().rstrip("/"), model=model, arguments=arguments if start else None, api_key=api_key.strip()
+            address=address.strip().rstrip("/"),
+            model=model,
+            arguments=arguments if start else None,
+            api_key=api_key.strip(),
         )
         choice.client(_look)  # here, so that it is this node that fails where there is no host
         return (choice,)
@@ -73,7 +104,9 @@ class DiffusionSampler:
     FUNCTION = "sample"
     RETURN_TYPES = ("IMAGE", "STRING")
     RETURN_NAMES = ("image", "settings")
-    DESCRIPTION = "Draws on a host of diffusion-launcher. 0 (or -1 for guidance) is the model's own value."
+    DESCRIPTION = (
+        "Draws on a host of diffusion-launcher. 0 (or -1 for guidance) is the model's own value."
+    )
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
@@ -83,7 +116,10 @@ class DiffusionSampler:
                 "host": ("DIFFUSION_HOST",),
                 "prompt": ("STRING", {"default": "", "multiline": True}),
                 "negative_prompt": ("STRING", {"default": "", "multiline": True}),
-                "seed": ("INT", {"default": 0, "min": 0, "max": MAX_SEED, "control_after_generate": True}),
+                "seed": (
+                    "INT",
+                    {"default": 0, "min": 0, "max": MAX_SEED, "control_after_generate": True},
+                ),
                 "steps": ("INT", {"default": 0, "min": 0, "max": 1000}),
                 "guidance": ("FLOAT", {"default": -1.0, "min": -1.0, "max": 100.0, "step": 0.1}),
                 "width": ("INT", size),
@@ -91,9 +127,29 @@ class DiffusionSampler:
                 "scheduler": ([OWN, *hosts.schedulers()], {"default": OWN}),
             },
             "optional": {
-                "image": ("IMAGE", {"tooltip": "To start from; for videos and upscalers the image to animate or to enlarge."}),
-                "mask": ("MASK", {"tooltip": "White where the image may change; all of it if not connected."}),
-                "strength": ("FLOAT", {"default": 0.8, "min": 0.0, "max": 1.0, "step": 0.01, "tooltip": "How much of it may change."}),
+                "image": (
+                    "IMAGE",
+                    {
+                        "tooltip": (
+                            "To start from; for videos and upscalers the image to animate "
+                            "or to enlarge."
+                        )
+                    },
+                ),
+                "mask": (
+                    "MASK",
+                    {"tooltip": "White where the image may change; all of it if not connected."},
+                ),
+                "strength": (
+                    "FLOAT",
+                    {
+                        "default": 0.8,
+                        "min": 0.0,
+                        "max": 1.0,
+                        "step": 0.01,
+                        "tooltip": "How much of it may change.",
+                    },
+                ),
                 "control_image": ("IMAGE",),
                 "ip_image": ("IMAGE",),
                 "frames": ("INT", {"default": 0, "min": 0, "max": 512}),
@@ -113,7 +169,9 @@ class DiffusionSampler:
 
 
 def _fields(inputs: dict[str, Any], taken: dict[str, Any]) -> dict[str, Any]:
-    """The node's inputs -> the request. taken: the fields that this host reads. HostError for an image it could not use."""
+    """The node's inputs -> the request. taken: the fields that this host reads. HostError for an
+    image it could not use.
+    """
     fields = {name: inputs[name] for name in ("prompt", "negative_prompt", "seed")}
     chosen = {
         "num_inference_steps": inputs["steps"] or None,
@@ -133,18 +191,26 @@ def _fields(inputs: dict[str, Any], taken: dict[str, Any]) -> dict[str, Any]:
             fields["strength"] = inputs.get("strength", 0.8)
     if inputs.get("mask") is not None:
         if "mask_image" not in taken or "init_image" not in fields:
-            raise HostError("a mask needs an image, and a model that can inpaint. Connect an image, or disconnect the mask.", status=0)
+            raise HostError(
+                "a mask needs an image, and a model that can inpaint. Connect an image, or "
+                "disconnect the mask.",
+                status=0,
+            )
         fields["mask_image"] = encode_mask(inputs["mask"])
     for name, argument in IMAGES.items():
         if inputs.get(name) is not None and name not in taken:
-            raise HostError(f"this host takes no {name}. Start it with {argument}, or disconnect it.", status=0)
+            raise HostError(
+                f"this host takes no {name}. Start it with {argument}, or disconnect it.", status=0
+            )
         if inputs.get(name) is not None:
             fields[name] = encode_image(inputs[name])
     return fields
 
 
 def _follow(job: Job) -> None:
-    """Show progress and previews until the job is done. ComfyUI's cancel cancels it on the host and goes on from here."""
+    """Show progress and previews until the job is done. ComfyUI's cancel cancels it on the host and
+    goes on from here.
+    """
     states: queue.SimpleQueue[JobState | HostError | None] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(job, states), daemon=True).start()
     bar = comfy.utils.ProgressBar(1)
@@ -160,7 +226,8 @@ def _follow(job: Job) -> None:
             if isinstance(state, HostError):
                 raise state
             _show(bar, state)
-    except BaseException:  # also ComfyUI's own interruption, which is no Exception in some versions: nobody waits for the job any more
+    # also ComfyUI's own interruption, which is no Exception in some versions
+    except BaseException:
         job.cancel()
         raise
     if job.state.state != "done":
@@ -182,5 +249,9 @@ def _listen(job: Job, states: "queue.SimpleQueue[JobState | HostError | None]") 
 def _show(bar: Any, state: JobState) -> None:
     if not state.steps:
         return
-    preview = ("JPEG", Image.open(io.BytesIO(state.preview)), PREVIEW_SIDE) if state.preview is not None else None
+    preview = (
+        ("JPEG", Image.open(io.BytesIO(state.preview)), PREVIEW_SIDE)
+        if state.preview is not None
+        else None
+    )
     bar.update_absolute(state.step, state.steps, preview)

@@ -1,4 +1,6 @@
-"""LocalAI backend: gRPC on one side, a host of diffusion-launcher on the other. LocalAI starts it as `run.sh --addr HOST:PORT`."""
+"""LocalAI backend: gRPC on one side, a host of diffusion-launcher on the other. LocalAI starts it
+as `run.sh --addr HOST:PORT`.
+"""
 
 import argparse
 import base64
@@ -16,7 +18,10 @@ from typing import Any
 import grpc
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "python")]  # backend.proto, and the client library beside this folder
+sys.path[:0] = [
+    str(HERE),
+    str(HERE.parent / "python"),
+]  # backend.proto, and the client library beside this folder
 
 from diffusion_client import HostError, Job  # noqa: E402  after the path is set
 from model import Model, read_options  # noqa: E402
@@ -24,7 +29,9 @@ from model import Model, read_options  # noqa: E402
 logger = logging.getLogger(__name__)
 
 pb = grpc.protos("backend.proto")
-"""The messages, made of the protocol file by grpcio-tools: there is no generated code to keep in step."""
+"""The messages, made of the protocol file by grpcio-tools: there is no generated code to keep in
+step.
+"""
 
 SERVICE = "backend.Backend"
 NUM_THREADS = 16
@@ -41,7 +48,9 @@ STATES = {"loading": pb.StatusResponse.UNINITIALIZED, "ready": pb.StatusResponse
 
 
 class Backend:
-    """The methods of the service, by their names in the protocol. What goes wrong is a Result that says so, as LocalAI expects it."""
+    """The methods of the service, by their names in the protocol. What goes wrong is a Result that
+    says so, as LocalAI expects it.
+    """
 
     def __init__(self) -> None:
         self._model = Model()
@@ -56,14 +65,20 @@ class Backend:
         if client is None:
             return pb.StatusResponse(state=pb.StatusResponse.UNINITIALIZED)
         try:
-            phase, ranks, jobs = client.health()["phase"], client.settings().get("ranks_now", []), client.jobs()
+            phase, ranks, jobs = (
+                client.health()["phase"],
+                client.settings().get("ranks_now", []),
+                client.jobs(),
+            )
         except HostError:
             return pb.StatusResponse(state=pb.StatusResponse.ERROR)
         state = STATES.get(phase, pb.StatusResponse.ERROR)
         if phase == "ready" and any(job.state == "running" for job in jobs):
             state = pb.StatusResponse.BUSY
         memory = {f"rank {rank['rank']}": rank["memory_bytes"] for rank in ranks}
-        return pb.StatusResponse(state=state, memory=pb.MemoryUsageData(total=sum(memory.values()), breakdown=memory))
+        return pb.StatusResponse(
+            state=state, memory=pb.MemoryUsageData(total=sum(memory.values()), breakdown=memory)
+        )
 
     def LoadModel(self, request: Any, context: grpc.ServicerContext) -> Any:
         def load() -> str:
@@ -80,7 +95,9 @@ class Backend:
         return _result(lambda: self._draw(self._image_fields(request), request.dst, context))
 
     def GenerateVideo(self, request: Any, context: grpc.ServicerContext) -> Any:
-        return _result(lambda: self._draw(self._video_fields(request), request.dst, context, fps=request.fps))
+        return _result(
+            lambda: self._draw(self._video_fields(request), request.dst, context, fps=request.fps)
+        )
 
     def close(self) -> None:
         self._free()
@@ -90,8 +107,12 @@ class Backend:
             self._model.free()
         return "model freed"
 
-    def _draw(self, fields: dict[str, Any], dst: str, context: grpc.ServicerContext, *, fps: int = 0) -> str:
-        """Wait for the image or video, and write it. A caller that gives up cancels it on all ranks."""
+    def _draw(
+        self, fields: dict[str, Any], dst: str, context: grpc.ServicerContext, *, fps: int = 0
+    ) -> str:
+        """Wait for the image or video, and write it. A caller that gives up cancels it on all
+        ranks.
+        """
         given = {name: value for name, value in fields.items() if value not in (None, "", 0)}
         job = self._model.client.submit(**{**self._model.choice.defaults, **given})
         context.add_callback(lambda: _cancel(job))
@@ -111,7 +132,11 @@ class Backend:
         }
         taken = self._taken()
         if request.ref_images and "ip_image" not in taken:
-            raise HostError("this host takes no reference images. Give the option ip_adapter, or leave them out.", status=0)
+            raise HostError(
+                "this host takes no reference images. Give the option ip_adapter, or leave them "
+                "out.",
+                status=0,
+            )
         if request.ref_images:
             fields["ip_image"] = [_image(image) for image in request.ref_images]
         return fields | self._start(request.src, ("control_image", "image", "init_image"), taken)
@@ -119,7 +144,10 @@ class Backend:
     def _video_fields(self, request: Any) -> dict[str, Any]:
         taken = self._taken()
         if "num_frames" not in taken:
-            raise HostError("the model that is loaded makes no videos. Ask for an image, or load another.", status=0)
+            raise HostError(
+                "the model that is loaded makes no videos. Ask for an image, or load another.",
+                status=0,
+            )
         if request.end_image:
             raise HostError("end_image is not available. Leave it out.", status=0)
         fields = {
@@ -140,7 +168,9 @@ class Backend:
             return {}
         name = next((name for name in names if name in taken), None)
         if name is None:
-            raise HostError("the model that is loaded starts from no image. Leave it out.", status=0)
+            raise HostError(
+                "the model that is loaded starts from no image. Leave it out.", status=0
+            )
         strength = {"strength": self._model.choice.strength} if name == "init_image" else {}
         return {name: _image(source), **strength}
 
@@ -156,7 +186,9 @@ def serve(address: str) -> tuple[grpc.Server, Backend, int]:
     server = grpc.server(futures.ThreadPoolExecutor(max_workers=NUM_THREADS))
     handlers = {
         name: grpc.unary_unary_rpc_method_handler(
-            getattr(backend, name), request_deserializer=kind.FromString, response_serializer=lambda answer: answer.SerializeToString()
+            getattr(backend, name),
+            request_deserializer=kind.FromString,
+            response_serializer=lambda answer: answer.SerializeToString(),
         )
         for name, kind in METHODS.items()
     }

@@ -1,4 +1,6 @@
-"""LocalAI's model options -> the host that serves the model: one at an address, or one that is started."""
+"""LocalAI's model options -> the host that serves the model: one at an address, or one that is
+started.
+"""
 
 import json
 import os
@@ -17,7 +19,9 @@ DEFAULT_STRENGTH = 0.8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelChoice:
-    """What one LoadModel asks for. url: of a host that runs, or None to start one with `arguments`. defaults: fields of each request."""
+    """What one LoadModel asks for. url: of a host that runs, or None to start one with `arguments`.
+    defaults: fields of each request.
+    """
 
     url: str | None
     api_key: str | None
@@ -51,7 +55,9 @@ class Model:
         self._started: LocalHost | None = None
 
     def load(self, choice: ModelChoice) -> None:
-        """Be ready to draw with it. What is loaded already, and still there, is kept. HostError with the reason if it cannot be."""
+        """Be ready to draw with it. What is loaded already, and still there, is kept. HostError
+        with the reason if it cannot be.
+        """
         if choice == self.choice and self._is_there():
             return
         self.free()
@@ -82,13 +88,18 @@ def _require_model(client: Client, choice: ModelChoice) -> None:
     served = client.models()
     if choice.model_type and choice.model_type not in served:
         raise HostError(
-            f"the host at {choice.url} serves {', '.join(served)}, not {choice.model_type}. Choose that, or another host.", status=0
+            f"the host at {choice.url} serves {', '.join(served)}, not {choice.model_type}. Choose "
+            "that, or another host.",
+            status=0,
         )
 
 
 def _arguments(options: Any, named: dict[str, str | None]) -> tuple[str, ...]:
     """Of the host. The model's own options win over what is derived from LocalAI's fields."""
-    derived: dict[str, str | None] = {"type": options.PipelineType or None, "checkpoint": _checkpoint(options)}
+    derived: dict[str, str | None] = {
+        "type": options.PipelineType or None,
+        "checkpoint": _checkpoint(options),
+    }
     if options.SchedulerType:
         derived["scheduler"] = options.SchedulerType
     if options.F16Memory:
@@ -99,7 +110,9 @@ def _arguments(options: Any, named: dict[str, str | None]) -> tuple[str, ...]:
         derived["control_net"] = _found(options.ControlNet, options.ModelPath)
     given = {name: value for name, value in derived.items() if value is not None}
     given |= {name: value for name, value in named.items() if name not in CLIENT_OPTIONS}
-    return tuple(f"--{name}" if value is None else f"--{name}={value}" for name, value in given.items())
+    return tuple(
+        f"--{name}" if value is None else f"--{name}={value}" for name, value in given.items()
+    )
 
 
 def _checkpoint(options: Any) -> str | None:
@@ -112,8 +125,14 @@ def _checkpoint(options: Any) -> str | None:
 
 
 def _loras(options: Any) -> dict[str, float]:
-    scales: Sequence[float] = [*options.LoraScales, *[1.0] * (len(options.LoraAdapters) - len(options.LoraScales))]
-    found = {_found(path, options.ModelPath): round(scale, 6) for path, scale in zip(options.LoraAdapters, scales, strict=False)}
+    scales: Sequence[float] = [
+        *options.LoraScales,
+        *[1.0] * (len(options.LoraAdapters) - len(options.LoraScales)),
+    ]
+    found = {
+        _found(path, options.ModelPath): round(scale, 6)
+        for path, scale in zip(options.LoraAdapters, scales, strict=False)
+    }
     if options.LoraAdapter:
         found[_found(options.LoraAdapter, options.ModelPath)] = round(options.LoraScale, 6) or 1.0
     return found
@@ -123,7 +142,11 @@ def _found(name: str, folder: str) -> str:
     """An absolute path, or one below LocalAI's folder of models."""
     path = Path(folder, name) if folder and not os.path.isabs(name) else Path(name)
     if not path.exists():
-        raise HostError(f"{path} does not exist. Give a path below LocalAI's folder of models, or an absolute one.", status=0)
+        raise HostError(
+            f"{path} does not exist. Give a path below LocalAI's folder of models, or an absolute "
+            "one.",
+            status=0,
+        )
     return str(path.resolve())
 
 

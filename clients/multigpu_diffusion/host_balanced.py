@@ -1,4 +1,6 @@
-"""Started by Python, by path, from the later clients: the same as host_single.py: one process has one device here."""
+"""Started by Python, by path, from the later clients: the same as host_single.py: one process has
+one device here.
+"""
 
 import sys
 from pathlib import Path

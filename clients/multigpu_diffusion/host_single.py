@@ -1,4 +1,6 @@
-"""Started by Python, by path, from the later clients: a host on one device, which waits for its pipeline."""
+"""Started by Python, by path, from the later clients: a host on one device, which waits for its
+pipeline.
+"""
 
 import sys
 from pathlib import Path

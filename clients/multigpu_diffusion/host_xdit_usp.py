@@ -1,4 +1,6 @@
-"""Started by torchrun, by path, from the existing clients, for models that xDiT runs by sequence parallelism alone: the xdit backend."""
+"""Started by torchrun, by path, from the existing clients, for models that xDiT runs by sequence
+parallelism alone: the xdit backend.
+"""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""Settings of --engine=ray -> what is deployed: which models, how many replicas of each, and how one is launched. Imports no torch."""
+"""Settings of --engine=ray -> what is deployed: which models, how many replicas of each, and how
+one is launched. Imports no torch.
+"""
 
 import importlib.util
 from collections.abc import Mapping
@@ -11,10 +13,13 @@ from hosts.launch.command_line import by_canonical_name
 from hosts.launch.settings import Settings, option_fields
 from hosts.launch.start_plan import StartPlan, plan_start
 
-OF_A_DEPLOYMENT = frozenset({"replicas", "min_replicas", "max_replicas", "jobs_per_replica", "idle_seconds"})
+OF_A_DEPLOYMENT = frozenset(
+    {"replicas", "min_replicas", "max_replicas", "jobs_per_replica", "idle_seconds"}
+)
 OF_THE_GATEWAY = frozenset(
     {
-        "engine", "ray_address", "deployments", "config", "port", "host", "api_key", "state_dir", "rate_limit", "max_body_mb", "log_format",
+        "engine", "ray_address", "deployments", "config", "port", "host", "api_key", "state_dir",
+        "rate_limit", "max_body_mb", "log_format",
         "drain_seconds", "exit_with_parent", "check", "json", "list", "features",
     }
 )  # fmt: skip
@@ -22,7 +27,15 @@ OF_THE_GATEWAY = frozenset(
 NOT_FOR_REPLICAS = (
     OF_A_DEPLOYMENT
     | (OF_THE_GATEWAY - {"log_format", "drain_seconds", "max_body_mb"})
-    | {"image_scale", "max_job_seconds", "queue_size", "keep_results", "keep_results_mb", "keep_results_hours", "disconnect_grace"}
+    | {
+        "image_scale",
+        "max_job_seconds",
+        "queue_size",
+        "keep_results",
+        "keep_results_mb",
+        "keep_results_hours",
+        "disconnect_grace",
+    }
 )
 """What the gateway does itself, before a replica hears of a job or after it has done it."""
 SEVERAL_MACHINES = ("nnodes", "node_rank", "rdzv_endpoint", "master_port")
@@ -30,7 +43,9 @@ SEVERAL_MACHINES = ("nnodes", "node_rank", "rdzv_endpoint", "master_port")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeploymentPlan:
-    """One model. settings: as if a host served it here; first: replicas at start; minimum, maximum: between which their number moves."""
+    """One model. settings: as if a host served it here; first: replicas at start; minimum, maximum:
+    between which their number moves.
+    """
 
     name: str
     settings: Settings
@@ -46,11 +61,19 @@ class DeploymentPlan:
 
     def launch_values(self) -> dict[str, Any]:
         """A replica's launch arguments, without those of its place: host, port and key."""
-        given = {name: value for name, value in self.settings.given.items() if name not in NOT_FOR_REPLICAS}
+        given = {
+            name: value
+            for name, value in self.settings.given.items()
+            if name not in NOT_FOR_REPLICAS
+        }
         return {**given, "nproc_per_node": self.ranks, "no_job_store": True}
 
     def facts(self) -> dict[str, Any]:
-        counts = {"replicas": self.first, "min_replicas": self.minimum, "max_replicas": self.maximum}
+        counts = {
+            "replicas": self.first,
+            "min_replicas": self.minimum,
+            "max_replicas": self.maximum,
+        }
         return {"model": self.name, **counts, **self.start.facts()}
 
     def describe(self) -> str:
@@ -58,24 +81,36 @@ class DeploymentPlan:
         return f"{'model':12} {self.name}\n{'replicas':12} {counts}\n{self.start.describe()}"
 
 
-def plan_deployments(settings: Settings, table: ModelTable, *, num_gpus: int) -> list[DeploymentPlan]:
-    """What will be deployed, the default model first. ConfigError and its like for whatever the user must change.
+def plan_deployments(
+    settings: Settings, table: ModelTable, *, num_gpus: int
+) -> list[DeploymentPlan]:
+    """What will be deployed, the default model first. ConfigError and its like for whatever the
+    user must change.
 
     num_gpus: of this machine, where the replicas run unless --ray_address names a cluster.
     """
     if importlib.util.find_spec("ray") is None:
-        raise ConfigError("--engine=ray needs the package ray, which is not installed. Install it: pip install 'diffusion-launcher[ray]'.")
+        raise ConfigError(
+            "--engine=ray needs the package ray, which is not installed. Install it: pip install "
+            "'diffusion-launcher[ray]'."
+        )
     if given := [name for name in SEVERAL_MACHINES if name in settings.given]:
-        raise ConfigError(f"--{given[0]} was given, but with --engine=ray a replica's ranks are on one machine. Leave it out.")
+        raise ConfigError(
+            f"--{given[0]} was given, but with --engine=ray a replica's ranks are on one machine. "
+            "Leave it out."
+        )
     local_gpus = num_gpus if settings.ray_address is None else 0
     plans = [
-        _plan(name, _merged(settings, name, values), table, local_gpus=local_gpus) for name, values in _deployments(settings, table).items()
+        _plan(name, _merged(settings, name, values), table, local_gpus=local_gpus)
+        for name, values in _deployments(settings, table).items()
     ]
     wanted = sum(plan.maximum * plan.ranks for plan in plans)
     if local_gpus and wanted > local_gpus:
         raise ConfigError(
-            f"{sum(plan.maximum for plan in plans)} replicas need {wanted} GPUs, one for each rank, and this machine has {local_gpus}. "
-            "Ask for fewer (--max_replicas, --nproc_per_node), or name a Ray cluster with more (--ray_address)."
+            f"{sum(plan.maximum for plan in plans)} replicas need {wanted} GPUs, one for each "
+            f"rank, and this machine has {local_gpus}. "
+            "Ask for fewer (--max_replicas, --nproc_per_node), or name a Ray cluster with more "
+            "(--ray_address)."
         )
     return plans
 
@@ -83,10 +118,16 @@ def plan_deployments(settings: Settings, table: ModelTable, *, num_gpus: int) ->
 def _deployments(settings: Settings, table: ModelTable) -> Mapping[str, Any]:
     if settings.deployments is not None:
         if not settings.deployments:
-            raise ConfigError("deployments is empty. Give at least one: a name, and under it the arguments of its model.")
+            raise ConfigError(
+                "deployments is empty. Give at least one: a name, and under it the arguments of "
+                "its model."
+            )
         return settings.deployments
     if settings.type is None:
-        raise ConfigError(f"--type is missing. Allowed: {', '.join(table)}; or describe several models in --config, under deployments.")
+        raise ConfigError(
+            f"--type is missing. Allowed: {', '.join(table)}; or describe several models in "
+            "--config, under deployments."
+        )
     return {settings.type: {}}
 
 
@@ -97,7 +138,10 @@ def _merged(settings: Settings, name: str, values: Any) -> Settings:
         raise ConfigError(f"{source} must hold 'name: value' lines, not a {type(values).__name__}.")
     own = by_canonical_name(values, source=source)
     if shared := sorted(set(own) & OF_THE_GATEWAY):
-        raise ConfigError(f"{source} has {shared[0]}, which is the gateway's for all models. Give it beside deployments.")
+        raise ConfigError(
+            f"{source} has {shared[0]}, which is the gateway's for all models. Give it beside "
+            "deployments."
+        )
     converted = Settings.from_values(own)
     return replace(settings, **{field: getattr(converted, field) for field in own})
 
@@ -113,14 +157,21 @@ def _plan(name: str, settings: Settings, table: ModelTable, *, local_gpus: int) 
     maximum = settings.max_replicas or max(first, minimum)
     if not minimum <= first <= maximum:
         raise ConfigError(
-            f"deployment {name!r}: {first} replicas are not between min_replicas={minimum} and max_replicas={maximum}. "
+            f"deployment {name!r}: {first} replicas are not between min_replicas={minimum} and "
+            f"max_replicas={maximum}. "
             "Give min_replicas <= replicas <= max_replicas."
         )
-    return DeploymentPlan(name=name, settings=settings, start=start, first=first, minimum=minimum, maximum=maximum)
+    return DeploymentPlan(
+        name=name, settings=settings, start=start, first=first, minimum=minimum, maximum=maximum
+    )
 
 
 def refuse_without_engine(settings: Settings) -> None:
     """An argument of several hosts that one host would ignore is an error."""
     declared = option_fields()
-    if given := [name for name in settings.given if declared[name].metadata["section"] == "cluster"]:
-        raise ConfigError(f"--{given[0]} was given, but it is for --engine=ray. Give that too, or leave it out.")
+    if given := [
+        name for name in settings.given if declared[name].metadata["section"] == "cluster"
+    ]:
+        raise ConfigError(
+            f"--{given[0]} was given, but it is for --engine=ray. Give that too, or leave it out."
+        )

@@ -1,4 +1,6 @@
-"""One model: its queue, the HTTP application that reads and answers its requests, and its replicas, of which there are enough."""
+"""One model: its queue, the HTTP application that reads and answers its requests, and its replicas,
+of which there are enough.
+"""
 
 import itertools
 import logging
@@ -20,15 +22,25 @@ from hosts.supervision.host_state import HostState, Phase
 logger = logging.getLogger(__name__)
 
 LONGEST_WAIT_S = 30.0
-"""Before a replica is started in the place of one that failed; it doubles from one failure to the next, from a second."""
-NOT_SHOWN = ("given", "restarts", "ranks_now", "last_report", "seconds_per_megapixel_step", "seconds_in_batches")
+"""Before a replica is started in the place of one that failed; it doubles from one failure to the
+next, from a second.
+"""
+NOT_SHOWN = (
+    "given",
+    "restarts",
+    "ranks_now",
+    "last_report",
+    "seconds_per_megapixel_step",
+    "seconds_in_batches",
+)
 """Facts of a replica that are its own."""
 
 
 class Deployment:
     """To HTTP clients it is a host; in the place of ranks it has replicas.
 
-    problem: why no replica of it can ever serve; empty as far as is known. num_lost: replicas that ended by themselves.
+    problem: why no replica of it can ever serve; empty as far as is known. num_lost: replicas that
+    ended by themselves.
     """
 
     def __init__(self, plan: DeploymentPlan, *, store: JobStore | None) -> None:
@@ -38,7 +50,15 @@ class Deployment:
         self.queue = queue_within(settings, store)
         self.state = HostState()
         self.state.tell({**plan.start.facts(), "restarts": 0})
-        self.app: Flask = create_app(Host(settings=settings, spec=plan.start.spec, queue=self.queue, state=self.state, name=plan.name))
+        self.app: Flask = create_app(
+            Host(
+                settings=settings,
+                spec=plan.start.spec,
+                queue=self.queue,
+                state=self.state,
+                name=plan.name,
+            )
+        )
         self.replicas: list[Replica] = []
         self.problem = ""
         self.num_lost = 0
@@ -48,7 +68,10 @@ class Deployment:
         self._failures = 0
         self._not_before_s = 0.0
         rule = Rule(
-            minimum=plan.minimum, maximum=plan.maximum, jobs_per_replica=settings.jobs_per_replica, idle_s=float(settings.idle_seconds)
+            minimum=plan.minimum,
+            maximum=plan.maximum,
+            jobs_per_replica=settings.jobs_per_replica,
+            idle_s=float(settings.idle_seconds),
         )
         self._scale = Scale(rule, first=plan.first, now_s=time.monotonic())
 
@@ -57,7 +80,9 @@ class Deployment:
         self._nodes = nodes
 
     def look(self) -> None:
-        """Take note of replicas that are gone, and start or drain some where there are too few or too many. To be called often."""
+        """Take note of replicas that are gone, and start or drain some where there are too few or
+        too many. To be called often.
+        """
         self._note_the_gone()
         self._show_phase()
         target = self._scale.look(num_jobs=self.num_jobs, now_s=time.monotonic())
@@ -66,8 +91,17 @@ class Deployment:
             for _ in range(target - len(staying)):
                 self._start_one()
         elif len(staying) > target:
-            least = min(staying, key=lambda replica: (replica.state is ReplicaState.READY, replica.num_jobs, replica.taken_s))
-            logger.info("%s: %d replicas are enough, so %s is drained", self.name, target, least.name)
+            least = min(
+                staying,
+                key=lambda replica: (
+                    replica.state is ReplicaState.READY,
+                    replica.num_jobs,
+                    replica.taken_s,
+                ),
+            )
+            logger.info(
+                "%s: %d replicas are enough, so %s is drained", self.name, target, least.name
+            )
             least.drain()
 
     @property
@@ -104,7 +138,11 @@ class Deployment:
     def _start_one(self) -> None:
         assert self._nodes is not None
         replica = Replica(
-            f"{self.name}-{next(self._numbers)}", self.plan, nodes=self._nodes, queue=self.queue, peers=lambda: list(self.replicas)
+            f"{self.name}-{next(self._numbers)}",
+            self.plan,
+            nodes=self._nodes,
+            queue=self.queue,
+            peers=lambda: list(self.replicas),
         )
         self.replicas.append(replica)
         replica.start()
@@ -119,22 +157,32 @@ class Deployment:
             self._failures += 1
             self._not_before_s = time.monotonic() + min(LONGEST_WAIT_S, 2.0 ** (self._failures - 1))
             if replica.is_final and not self._was_ready:
-                self.problem = f"replica {replica.name} cannot serve: {replica.reason.removeprefix('error: ')}"
+                self.problem = (
+                    f"replica {replica.name} cannot serve: {replica.reason.removeprefix('error: ')}"
+                )
 
     def _show_phase(self) -> None:
-        ready = next((replica for replica in self.replicas if replica.state is ReplicaState.READY), None)
+        ready = next(
+            (replica for replica in self.replicas if replica.state is ReplicaState.READY), None
+        )
         if ready is None:
-            reasons = "; ".join(f"{replica.name}: {replica.reason}" for replica in self.replicas if replica.reason)
+            reasons = "; ".join(
+                f"{replica.name}: {replica.reason}" for replica in self.replicas if replica.reason
+            )
             self.state.become(Phase.LOADING, f"no replica is ready. {reasons}".strip())
             return
         if self.state.phase is not Phase.READY:
             self._was_ready, self._failures = True, 0
-            self.state.tell({name: value for name, value in ready.facts.items() if name not in NOT_SHOWN})
+            self.state.tell(
+                {name: value for name, value in ready.facts.items() if name not in NOT_SHOWN}
+            )
             self.state.become(Phase.READY)
 
 
 def open_store(plan: DeploymentPlan, *, is_only: bool) -> JobStore | None:
-    """In --state_dir; of several models each has a folder in it. ConfigError if it cannot be used."""
+    """In --state_dir; of several models each has a folder in it. ConfigError if it cannot be
+    used.
+    """
     if plan.settings.state_dir is None:
         return None
     folder = Path(plan.settings.state_dir).expanduser().resolve()

@@ -1,4 +1,6 @@
-"""The gateway's HTTP application: one host's API for all models. Finds the model of a request and hands it to that model's application."""
+"""The gateway's HTTP application: one host's API for all models. Finds the model of a request and
+hands it to that model's application.
+"""
 
 import contextlib
 import io
@@ -23,7 +25,11 @@ blueprint = Blueprint("gateway", __name__)
 
 METHODS = ("GET", "POST", "PUT", "DELETE", "OPTIONS")
 BY_ID = ("/v1/jobs/", "/v1/videos/")
-DIALECTS = {"/v1/images/": openai.error_body, "/v1/videos": openai.error_body, "/sdapi/": a1111.error_body}
+DIALECTS = {
+    "/v1/images/": openai.error_body,
+    "/v1/videos": openai.error_body,
+    "/sdapi/": a1111.error_body,
+}
 """Begin of a path -> how its errors look, where not as everywhere."""
 SERVING = (Phase.LOADING, Phase.READY)
 WORST_FIRST = (Phase.STOPPING, Phase.FAILED, Phase.LOADING, Phase.EMPTY, Phase.READY)
@@ -31,12 +37,16 @@ WORST_FIRST = (Phase.STOPPING, Phase.FAILED, Phase.LOADING, Phase.EMPTY, Phase.R
 
 @dataclass(frozen=True, slots=True)
 class Gateway:
-    """What routes may touch: `current_app.extensions["gateway"]`. The first deployment is the default."""
+    """What routes may touch: `current_app.extensions["gateway"]`. The first deployment is the
+    default.
+    """
 
     deployments: Sequence[Deployment]
 
     def worst(self) -> Deployment:
-        return min(self.deployments, key=lambda deployment: WORST_FIRST.index(deployment.state.phase))
+        return min(
+            self.deployments, key=lambda deployment: WORST_FIRST.index(deployment.state.phase)
+        )
 
     def of_job(self, job_id: str) -> Deployment:
         """Whose job it is; the default's if nobody knows it."""
@@ -48,9 +58,14 @@ class Gateway:
 
     def of_model(self, name: str) -> Deployment:
         """NotFoundError if there is none of that name."""
-        found = next((deployment for deployment in self.deployments if deployment.name == name), None)
+        found = next(
+            (deployment for deployment in self.deployments if deployment.name == name), None
+        )
         if found is None:
-            raise NotFoundError(f"there is no model {name!r}. Allowed: {', '.join(each.name for each in self.deployments)}.")
+            raise NotFoundError(
+                f"there is no model {name!r}. Allowed: "
+                f"{', '.join(each.name for each in self.deployments)}."
+            )
         return found
 
 
@@ -73,16 +88,23 @@ def create_gateway(deployments: Sequence[Deployment]) -> Flask:
 @blueprint.get("/cluster")
 def cluster() -> Response:
     """The models, their replicas and what these do."""
-    return jsonify({"deployments": [deployment.describe() for deployment in _gateway().deployments]})
+    return jsonify(
+        {"deployments": [deployment.describe() for deployment in _gateway().deployments]}
+    )
 
 
 @blueprint.delete("/cluster/replicas/<name>")
 def drain(name: str) -> tuple[Response, int]:
-    """The replica takes no more jobs and ends after those that it has; where it would be missed another takes its place."""
+    """The replica takes no more jobs and ends after those that it has; where it would be missed
+    another takes its place.
+    """
     replicas = [replica for deployment in _gateway().deployments for replica in deployment.replicas]
     found = next((replica for replica in replicas if replica.name == name), None)
     if found is None:
-        raise NotFoundError(f"there is no replica {name!r}. Allowed: {', '.join(replica.name for replica in replicas)}.")
+        raise NotFoundError(
+            f"there is no replica {name!r}. Allowed: "
+            f"{', '.join(replica.name for replica in replicas)}."
+        )
     found.drain()
     return jsonify(found.describe()), 202
 
@@ -98,7 +120,9 @@ def healthz() -> tuple[Response, int]:
     """The phase of the model that is worst off, and jobs that wait for any."""
     state = _gateway().worst().state
     waiting = sum(deployment.queue.num_waiting for deployment in _gateway().deployments)
-    return jsonify({"phase": state.phase, "reason": state.reason, "waiting": waiting}), 200 if state.phase in SERVING else 503
+    return jsonify(
+        {"phase": state.phase, "reason": state.reason, "waiting": waiting}
+    ), 200 if state.phase in SERVING else 503
 
 
 @blueprint.get("/readyz")
@@ -117,7 +141,12 @@ def initialize() -> tuple[str, int]:
 @blueprint.get("/v1/models")
 def models() -> Response:
     """All of them, the default first."""
-    return jsonify({"object": "list", "data": [openai.model_of(deployment.name) for deployment in _gateway().deployments]})
+    return jsonify(
+        {
+            "object": "list",
+            "data": [openai.model_of(deployment.name) for deployment in _gateway().deployments],
+        }
+    )
 
 
 @blueprint.get("/v1/jobs")
@@ -145,13 +174,19 @@ def forward(path: str) -> Response:
     try:
         deployment = gateway.of_model(name) if name else gateway.deployments[0]
     except NotFoundError as error:
-        shape = next((shape for start, shape in DIALECTS.items() if request.path.startswith(start)), None)
-        return make_response(jsonify(shape(str(error), 404) if shape else error_body(str(error))), 404)
+        shape = next(
+            (shape for start, shape in DIALECTS.items() if request.path.startswith(start)), None
+        )
+        return make_response(
+            jsonify(shape(str(error), 404) if shape else error_body(str(error))), 404
+        )
     return Response.from_app(deployment.app, {**environ, "wsgi.input": io.BytesIO(body)})
 
 
 def _named_model(body: bytes) -> str | None:
-    """The model that the request names: in its query, its JSON, its form, or the way the A1111 web interface does."""
+    """The model that the request names: in its query, its JSON, its form, or the way the A1111 web
+    interface does.
+    """
     if name := request.args.get("model"):
         return name
     if request.mimetype == "multipart/form-data":
@@ -162,7 +197,9 @@ def _named_model(body: bytes) -> str | None:
     if not isinstance(content, dict):
         return None  # the model's own application says what is wrong with it
     override = content.get("override_settings")
-    name = content.get("model") or (override.get("sd_model_checkpoint") if isinstance(override, dict) else None)
+    name = content.get("model") or (
+        override.get("sd_model_checkpoint") if isinstance(override, dict) else None
+    )
     return str(name) if name else None
 
 

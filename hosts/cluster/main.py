@@ -1,4 +1,6 @@
-"""--engine=ray: the launcher's process is the gateway. Listener first, then the Ray cluster, then replicas, until it is told to stop."""
+"""--engine=ray: the launcher's process is the gateway. Listener first, then the Ray cluster, then
+replicas, until it is told to stop.
+"""
 
 import json
 import logging
@@ -32,7 +34,8 @@ STOPPING = "the gateway is stopping. Try again when it has started."
 
 
 def run_gateway(settings: Settings, environ: MutableMapping[str, str]) -> int:
-    """Serve until told to stop. Exit code: 0, or 1 with the reason where a model's first replica cannot serve.
+    """Serve until told to stop. Exit code: 0, or 1 with the reason where a model's first replica
+    cannot serve.
 
     environ: this process's environment, in which Ray looks for its own variables.
     """
@@ -40,12 +43,18 @@ def run_gateway(settings: Settings, environ: MutableMapping[str, str]) -> int:
     num_gpus = count_gpus(environ)
     plans = plan_deployments(settings, read_table(), num_gpus=num_gpus)
     if settings.check:
-        text = json.dumps([plan.facts() for plan in plans], indent=2) if settings.json else "\n\n".join(plan.describe() for plan in plans)
+        text = (
+            json.dumps([plan.facts() for plan in plans], indent=2)
+            if settings.json
+            else "\n\n".join(plan.describe() for plan in plans)
+        )
         print(text)  # noqa: T201  what --check is for
         return 0
     environ.update(environment(settings.ray_address))
     log.configure(rank=0, log_format=settings.log_format)
-    deployments = [Deployment(plan, store=open_store(plan, is_only=len(plans) == 1)) for plan in plans]
+    deployments = [
+        Deployment(plan, store=open_store(plan, is_only=len(plans) == 1)) for plan in plans
+    ]
     listener = Listener(create_gateway(deployments), host=settings.host, port=settings.port)
     listener.bind()
     listener.serve()
@@ -57,22 +66,37 @@ def run_gateway(settings: Settings, environ: MutableMapping[str, str]) -> int:
             stopped = _stop_when_told(settings, deployments)
             for deployment in deployments:
                 deployment.use(nodes)
-            problem = _serve(deployments, stopped, parent=parent if settings.exit_with_parent else None)
+            problem = _serve(
+                deployments, stopped, parent=parent if settings.exit_with_parent else None
+            )
             _end(deployments, nodes)
     finally:
-        listener.stop()  # its threads would keep the process, also where there is no cluster to join
+        # its threads would keep the process, also where there is no cluster to join
+        listener.stop()
     if problem:
         print(f"error: {problem}", file=sys.stderr)  # noqa: T201  the user's one line
     return 1 if problem else 0
 
 
-def _nodes(settings: Settings, plans: Sequence[DeploymentPlan], folder: Path, *, num_gpus: int) -> Nodes:
+def _nodes(
+    settings: Settings, plans: Sequence[DeploymentPlan], folder: Path, *, num_gpus: int
+) -> Nodes:
     num_ranks = sum(plan.maximum * plan.ranks for plan in plans)
-    return Nodes(address=settings.ray_address, folder=folder, start_in=str(Path.cwd()), num_ranks=num_ranks, num_gpus=num_gpus)
+    return Nodes(
+        address=settings.ray_address,
+        folder=folder,
+        start_in=str(Path.cwd()),
+        num_ranks=num_ranks,
+        num_gpus=num_gpus,
+    )
 
 
-def _serve(deployments: Sequence[Deployment], stopped: threading.Event, *, parent: int | None) -> str:
-    """Keep the replicas that there should be until told to stop, or `parent` is gone; else why a model cannot be served."""
+def _serve(
+    deployments: Sequence[Deployment], stopped: threading.Event, *, parent: int | None
+) -> str:
+    """Keep the replicas that there should be until told to stop, or `parent` is gone; else why a
+    model cannot be served.
+    """
     while not stopped.wait(LOOK_EVERY_S) and parent in (None, os.getppid()):
         for deployment in deployments:
             deployment.look()
@@ -106,7 +130,10 @@ def _end(deployments: Sequence[Deployment], nodes: Nodes) -> None:
     """Answer who still waits, end the replicas, leave the cluster."""
     for deployment in deployments:
         deployment.queue.abandon(UnavailableError(STOPPING))
-    stopping = [threading.Thread(target=deployment.stop_replicas, args=(REPLICAS_STOP_WITHIN_S,)) for deployment in deployments]
+    stopping = [
+        threading.Thread(target=deployment.stop_replicas, args=(REPLICAS_STOP_WITHIN_S,))
+        for deployment in deployments
+    ]
     for thread in stopping:
         thread.start()
     for thread in stopping:

@@ -1,4 +1,6 @@
-"""What a gateway says to a host and hears from it: requests as the fields of POST /v1/jobs, errors by their status. Imports no torch."""
+"""What a gateway says to a host and hears from it: requests as the fields of POST /v1/jobs, errors
+by their status. Imports no torch.
+"""
 
 import base64
 import io
@@ -8,7 +10,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from backends.errors import BusyError, CancelledError, HostError, NotFoundError, RequestError, UnavailableError, UnsupportedError
+from backends.errors import (
+    BusyError,
+    CancelledError,
+    HostError,
+    NotFoundError,
+    RequestError,
+    UnavailableError,
+    UnsupportedError,
+)
 from backends.request import GenerateRequest
 from hosts.compat import codec
 
@@ -24,12 +34,21 @@ KINDS: dict[int, type[HostError]] = {
 }
 """The reverse of hosts/http/app.py's table."""
 ELSEWHERE = frozenset({0, 404, 429, 503})
-"""Status of an answer after which another replica may do the job: nobody there, job forgotten, no room, not ready."""
-EMBEDS = ("prompt_embeds", "pooled_prompt_embeds", "negative_prompt_embeds", "negative_pooled_prompt_embeds")
+"""Status of an answer after which another replica may do the job: nobody there, job forgotten, no
+room, not ready.
+"""
+EMBEDS = (
+    "prompt_embeds",
+    "pooled_prompt_embeds",
+    "negative_prompt_embeds",
+    "negative_pooled_prompt_embeds",
+)
 
 
 def fields_of(request: GenerateRequest) -> dict[str, Any]:
-    """The JSON of POST /v1/jobs from which a host reads the same request. Images travel as PNG, so every pixel stays."""
+    """The JSON of POST /v1/jobs from which a host reads the same request. Images travel as PNG, so
+    every pixel stays.
+    """
     fields: dict[str, Any] = {}
     for name in sorted(request.model_fields_set - set(EMBEDS)):
         value = getattr(request, name)
@@ -59,12 +78,16 @@ def preview(jpeg: bytes) -> np.ndarray:
 
 
 def spans_of(trace: Mapping[str, Any]) -> dict[int, list[tuple[str, float, float]]]:
-    """What hosts/jobs/trace.py was told, out of what it made of it; without the time in the replica's queue."""
+    """What hosts/jobs/trace.py was told, out of what it made of it; without the time in the
+    replica's queue.
+    """
     spans: dict[int, list[tuple[str, float, float]]] = {}
     for event in trace["traceEvents"]:
         if event["ph"] == "X" and event["name"] != "queue":
             stage = "step" if event["name"].startswith("step ") else event["name"]
-            spans.setdefault(event["tid"], []).append((stage, event["ts"] / 1e6, event["dur"] / 1e6))
+            spans.setdefault(event["tid"], []).append(
+                (stage, event["ts"] / 1e6, event["dur"] / 1e6)
+            )
     return spans
 
 

@@ -1,4 +1,6 @@
-"""GET /metrics of a gateway: what each replica says, labelled with its name and model, and what the gateway says itself."""
+"""GET /metrics of a gateway: what each replica says, labelled with its name and model, and what the
+gateway says itself.
+"""
 
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,13 +14,17 @@ from hosts.cluster.deployment import Deployment
 from hosts.cluster.replica import ReplicaState
 
 OURS, GATEWAYS = "diffusion_", "diffusion_gateway_"
-"""A job is counted by its replica and by the gateway, which also knows its whole time: not under one name, or sums would be wrong."""
+"""A job is counted by its replica and by the gateway, which also knows its whole time: not under
+one name, or sums would be wrong.
+"""
 
 
 def merged(deployments: Sequence[Deployment]) -> bytes:
     """In Prometheus' text format."""
     families: dict[str, Metric] = {}
-    replicas = [(deployment, replica) for deployment in deployments for replica in list(deployment.replicas)]
+    replicas = [
+        (deployment, replica) for deployment in deployments for replica in list(deployment.replicas)
+    ]
     with ThreadPoolExecutor(max_workers=max(1, min(16, len(replicas)))) as pool:
         texts = list(pool.map(lambda pair: pair[1].metrics(), replicas))
     for (deployment, replica), text in zip(replicas, texts, strict=True):
@@ -33,20 +39,31 @@ def merged(deployments: Sequence[Deployment]) -> bytes:
     return generate_latest(registry)
 
 
-def _add(families: dict[str, Metric], text: str, *, labels: dict[str, str], prefix: str = OURS) -> None:
+def _add(
+    families: dict[str, Metric], text: str, *, labels: dict[str, str], prefix: str = OURS
+) -> None:
     """Add the samples of a text to the families of their names."""
     for found in text_string_to_metric_families(text):
         name = found.name.replace(OURS, prefix, 1)
         family = families.setdefault(name, Metric(name, found.documentation, found.type))
         family.samples += [
-            Sample(sample.name.replace(OURS, prefix, 1), {**sample.labels, **labels}, sample.value, sample.timestamp)
+            Sample(
+                sample.name.replace(OURS, prefix, 1),
+                {**sample.labels, **labels},
+                sample.value,
+                sample.timestamp,
+            )
             for sample in found.samples
         ]
 
 
 def _counts(deployments: Sequence[Deployment]) -> Iterable[Metric]:
-    replicas = GaugeMetricFamily(f"{GATEWAYS}replicas", "Replicas by state.", labels=["model", "state"])
-    lost = GaugeMetricFamily(f"{GATEWAYS}replicas_lost", "Replicas that ended by themselves.", labels=["model"])
+    replicas = GaugeMetricFamily(
+        f"{GATEWAYS}replicas", "Replicas by state.", labels=["model", "state"]
+    )
+    lost = GaugeMetricFamily(
+        f"{GATEWAYS}replicas_lost", "Replicas that ended by themselves.", labels=["model"]
+    )
     for deployment in deployments:
         states = [replica.state for replica in list(deployment.replicas)]
         for state in ReplicaState:

@@ -1,7 +1,8 @@
-"""The Ray cluster: an own one on this machine, or one to join. Places replicas on its nodes and tells of their end.
+"""The Ray cluster: an own one on this machine, or one to join. Places replicas on its nodes and
+tells of their end.
 
-Each replica is an actor in a placement group of its own, with a GPU for each rank where there are GPUs, and CPUs. Ray says at once when
-the actor's process or its node is gone.
+Each replica is an actor in a placement group of its own, with a GPU for each rank where there are
+GPUs, and CPUs. Ray says at once when the actor's process or its node is gone.
 """
 
 import contextlib
@@ -26,24 +27,41 @@ OBJECT_STORE_BYTES = 80 * 2**20
 """The least that Ray allows: nothing large travels through it."""
 ACTOR_THREADS = 3
 """start or stop, wait, and one to spare."""
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_COLOR_PREFIX": "0"}
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_COLOR_PREFIX": "0",
+}
 STOP_WITHIN_S = 5.0
 ANSWER_WITHIN_S = 10.0
 NAMESPACE = "diffusion"
 
 
 def environment(ray_address: str | None) -> dict[str, str]:
-    """Variables that must be set before ray is imported: no reports of use, and an own cluster that nobody else can reach or use."""
+    """Variables that must be set before ray is imported: no reports of use, and an own cluster that
+    nobody else can reach or use.
+    """
     if ray_address is not None:
         return QUIET
-    # Ray's switch for machines that are no cluster nodes: every process of it then listens on the loopback address alone
-    return {**QUIET, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    # Ray's switch for machines that are no cluster nodes: every process of it then listens on the
+    # loopback address alone
+    return {
+        **QUIET,
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+    }
 
 
 def _require_listener(address: str) -> None:
-    """OSError if nobody listens at host:port: Ray itself would try for minutes. ValueError if it is none."""
+    """OSError if nobody listens at host:port: Ray itself would try for minutes. ValueError if it is
+    none.
+    """
     host, _, port = address.rpartition(":")
-    socket.create_connection((host.removeprefix("[").removesuffix("]"), int(port)), timeout=ANSWER_WITHIN_S).close()
+    socket.create_connection(
+        (host.removeprefix("[").removesuffix("]"), int(port)), timeout=ANSWER_WITHIN_S
+    ).close()
 
 
 class Lost(Exception):
@@ -53,22 +71,29 @@ class Lost(Exception):
 class Nodes:
     """The cluster, once connected. For any thread."""
 
-    def __init__(self, *, address: str | None, folder: Path, start_in: str, num_ranks: int, num_gpus: int) -> None:
-        """address: of the cluster to join; None starts one, with its files in `folder`, which ends with this process.
+    def __init__(
+        self, *, address: str | None, folder: Path, start_in: str, num_ranks: int, num_gpus: int
+    ) -> None:
+        """address: of the cluster to join; None starts one, with its files in `folder`, which ends
+        with this process.
 
-        start_in: folder for the replicas, where a node has it: what relative paths mean. num_ranks: of all replicas together, at most.
+        start_in: folder for the replicas, where a node has it: what relative paths mean. num_ranks:
+        of all replicas together, at most.
         num_gpus: of this machine.
         """
         self._address = address
         self._folder = folder
         self._start_in = start_in
-        # Ray counts CPUs and does not bind to them: every replica gets a place, and as many threads as there are CPUs for it
+        # Ray counts CPUs and does not bind to them: every replica gets a place, and as many threads
+        # as there are CPUs for it
         self._cpus_per_rank = max(1, (os.cpu_count() or 1) // num_ranks) if address is None else 1
         self._cpus = max(os.cpu_count() or 1, num_ranks)
         self._gpus = num_gpus
 
     def connect(self) -> None:
-        """Blocks for seconds. For the main thread, with which an own cluster ends. ConfigError if there is no such cluster."""
+        """Blocks for seconds. For the main thread, with which an own cluster ends. ConfigError if
+        there is no such cluster.
+        """
         import ray
 
         own = {
@@ -82,11 +107,18 @@ class Nodes:
         try:
             if self._address is not None:
                 _require_listener(self._address)
-            ray.init(address=self._address or "local", namespace=NAMESPACE, logging_level="ERROR", **(own if self._address is None else {}))
+            ray.init(
+                address=self._address or "local",
+                namespace=NAMESPACE,
+                logging_level="ERROR",
+                **(own if self._address is None else {}),
+            )
         except (OSError, ValueError, RuntimeError) as error:
             where = f"--ray_address={self._address}" if self._address else "an own Ray cluster"
             why = str(error).splitlines()[0]
-            raise ConfigError(f"{where} cannot be used ({why}). Start the cluster, or leave --ray_address out.") from error
+            raise ConfigError(
+                f"{where} cannot be used ({why}). Start the cluster, or leave --ray_address out."
+            ) from error
         if watcher is not None:
             reaper.cluster_is_complete(watcher)
             self._reaper = watcher  # its stdin must stay open
@@ -105,7 +137,12 @@ class Nodes:
         gpus = ranks if ray.cluster_resources().get("GPU") else 0
         needs = {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
         group = placement_group([needs], strategy="STRICT_PACK", name=name)
-        order = ReplicaSpec(values=values, address=LOOPBACK if self.is_own else None, key=secrets.token_hex(16), folder=self._start_in)
+        order = ReplicaSpec(
+            values=values,
+            address=LOOPBACK if self.is_own else None,
+            key=secrets.token_hex(16),
+            folder=self._start_in,
+        )
         actor = (
             ray.remote(ReplicaHost)
             .options(
@@ -113,7 +150,9 @@ class Nodes:
                 num_cpus=cpus,
                 num_gpus=gpus,
                 max_concurrency=ACTOR_THREADS,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    group, placement_group_bundle_index=0
+                ),
                 runtime_env={"env_vars": {"OMP_NUM_THREADS": str(self._cpus_per_rank)}},
             )
             .remote(order)
@@ -148,7 +187,9 @@ class Placed:
         return self._get(self._started, timeout_s)
 
     def ending(self, timeout_s: float) -> ReplicaExit | None:
-        """How its launcher ended, if it did. For a replica that has a place. Raises Lost if Ray tells of the end of its process or node."""
+        """How its launcher ended, if it did. For a replica that has a place. Raises Lost if Ray
+        tells of the end of its process or node.
+        """
         if self._ended is None:
             self._ended = self._actor.wait.remote()
         return self._get(self._ended, timeout_s)
@@ -160,7 +201,9 @@ class Placed:
         with contextlib.suppress(Lost):
             if self.place(0) is not None:
                 self._get(self._actor.stop.remote(within_s), within_s + 1)
-        with contextlib.suppress(Exception):  # Ray's errors have no common base; whatever it is, the actor ends with this process
+        with contextlib.suppress(
+            Exception
+        ):  # Ray's errors have no common base; whatever it is, the actor ends with this process
             ray.kill(self._actor)
             ray.util.remove_placement_group(self._group)
 
@@ -174,4 +217,9 @@ class Placed:
         except ray.exceptions.RayTaskError as error:  # the actor's own
             raise Lost(f"{type(error.cause).__name__}: {error.cause}") from error
         except ray.exceptions.RayError as error:
-            raise Lost(next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)) from error
+            raise Lost(
+                next(
+                    (line.strip() for line in str(error).splitlines() if line.strip()),
+                    type(error).__name__,
+                )
+            ) from error

@@ -1,7 +1,9 @@
-"""Kills an own Ray cluster's processes when the gateway is gone, whatever ended it: after SIGKILL Ray's helpers live on for minutes.
+"""Kills an own Ray cluster's processes when the gateway is gone, whatever ended it: after SIGKILL
+Ray's helpers live on for minutes.
 
-A script that the gateway starts before the cluster. It notes what the gateway has started, until a line on stdin says that the cluster is
-complete, and waits for stdin to end with the gateway. What comes later belongs to a replica, and ends with its parent by itself.
+A script that the gateway starts before the cluster. It notes what the gateway has started, until a
+line on stdin says that the cluster is complete, and waits for stdin to end with the gateway. What
+comes later belongs to a replica, and ends with its parent by itself.
 """
 
 import contextlib
@@ -17,7 +19,9 @@ LOOK_EVERY_S = 0.5
 
 def start() -> "subprocess.Popen[bytes]":
     """Begin to note the processes below this one."""
-    return subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, start_new_session=True)
+    return subprocess.Popen(
+        [sys.executable, __file__], stdin=subprocess.PIPE, start_new_session=True
+    )
 
 
 def cluster_is_complete(reaper: "subprocess.Popen[bytes]") -> None:

@@ -1,4 +1,6 @@
-"""What the gateway knows of one replica, and the thread that keeps it: from its place to its end, with health checks in between."""
+"""What the gateway knows of one replica, and the thread that keeps it: from its place to its end,
+with health checks in between.
+"""
 
 import contextlib
 import http.client
@@ -25,9 +27,13 @@ logger = logging.getLogger(__name__)
 POLL_S = 0.2
 HEALTH_EVERY_S = 1.0
 ANSWER_WITHIN_S = 20.0
-"""Twice the time between two signs of life of a job's events: a node that is cut off closes no connection."""
+"""Twice the time between two signs of life of a job's events: a node that is cut off closes no
+connection.
+"""
 HEALTHY_WITHIN_S = 60.0
-"""For which a replica that was ready may give no answer. It may be very busy, or its ranks are started again."""
+"""For which a replica that was ready may give no answer. It may be very busy, or its ranks are
+started again.
+"""
 STOP_WITHIN_S = 5.0
 
 
@@ -42,11 +48,20 @@ class ReplicaState(StrEnum):
 class Replica:
     """One replica of a deployment.
 
-    reason: why it is not ready, or gone. is_failure: whether it is gone by itself; is_final: whether another one would end alike.
+    reason: why it is not ready, or gone. is_failure: whether it is gone by itself; is_final:
+    whether another one would end alike.
     taken_s: when it took a job for the last time. num_done: jobs that it has done.
     """
 
-    def __init__(self, name: str, plan: DeploymentPlan, *, nodes: Nodes, queue: JobQueue, peers: Callable[[], Iterable["Replica"]]) -> None:
+    def __init__(
+        self,
+        name: str,
+        plan: DeploymentPlan,
+        *,
+        nodes: Nodes,
+        queue: JobQueue,
+        peers: Callable[[], Iterable["Replica"]],
+    ) -> None:
         self.name = name
         self.ranks = plan.ranks
         self.state = ReplicaState.PLACING
@@ -96,7 +111,10 @@ class Replica:
     @property
     def load(self) -> routing.Load:
         jobs = [slot.job for slot in self._slots if slot.job is not None]
-        work = sum(routing.work_of(job.request, self._plan.start.spec) * (1 - job.percent / 100) for job in jobs)
+        work = sum(
+            routing.work_of(job.request, self._plan.start.spec) * (1 - job.percent / 100)
+            for job in jobs
+        )
         can_take = self.state is ReplicaState.READY and len(jobs) < len(self._slots)
         return routing.Load(name=self.name, work=work, taken_s=self.taken_s, can_take=can_take)
 
@@ -132,7 +150,9 @@ class Replica:
         placed = self._nodes.launch(self.name, self._plan.launch_values(), ranks=self.ranks)
         try:
             self._wait_for_place(placed)
-            while not self._stop.wait(0) and not (self.state is ReplicaState.DRAINING and not self.num_jobs):
+            while not self._stop.wait(0) and not (
+                self.state is ReplicaState.DRAINING and not self.num_jobs
+            ):
                 if (ending := placed.ending(POLL_S)) is not None:
                     self.is_final = ending.is_final
                     raise Lost(ending.reason)
@@ -141,7 +161,8 @@ class Replica:
         except Lost as error:
             self.is_failure = True
             self._become(ReplicaState.DRAINING, str(error))
-        except Exception as error:  # whatever it is: without its keeper a replica must not go on, and another takes its place
+        # a replica without its supervisor must not go on; another takes its place
+        except Exception as error:
             logger.exception("replica %s is given up", self.name)
             self.is_failure = True
             self._become(ReplicaState.DRAINING, f"{type(error).__name__}: {error}")
@@ -155,14 +176,20 @@ class Replica:
             self.place = placed.place(POLL_S)
         if self.place is None:
             return
-        self.client = Client(self.place.url, api_key=placed.key, timeout_s=ANSWER_WITHIN_S, uses_proxies=False)
-        self._probe = Client(self.place.url, api_key=placed.key, timeout_s=HEALTH_EVERY_S * 3, uses_proxies=False)
+        self.client = Client(
+            self.place.url, api_key=placed.key, timeout_s=ANSWER_WITHIN_S, uses_proxies=False
+        )
+        self._probe = Client(
+            self.place.url, api_key=placed.key, timeout_s=HEALTH_EVERY_S * 3, uses_proxies=False
+        )
         self._looked_s = self._answered_s = time.monotonic()
         if not self.is_leaving:
             self._become(ReplicaState.STARTING, "it loads")
 
     def _look(self) -> None:
-        """Cancel what nobody wants, and every second ask how it is. Raises Lost if it has not answered for too long."""
+        """Cancel what nobody wants, and every second ask how it is. Raises Lost if it has not
+        answered for too long.
+        """
         for slot in self._slots:
             slot.cancel_unwanted()
         now_s = time.monotonic()
@@ -187,14 +214,21 @@ class Replica:
         self.facts = self._probe.settings()
         is_first = not self._slots
         if is_first:
-            self._slots = [ReplicaSlot(self, self._queue) for _ in range(routing.capacity(self.ranks, self.facts.get("mode", "latency")))]
+            self._slots = [
+                ReplicaSlot(self, self._queue)
+                for _ in range(routing.capacity(self.ranks, self.facts.get("mode", "latency")))
+            ]
         self._become(ReplicaState.READY, "")
         for slot in self._slots if is_first else ():
             slot.start()
-        logger.info("replica %s is ready on node %s", self.name, self.place.node if self.place else "")
+        logger.info(
+            "replica %s is ready on node %s", self.name, self.place.node if self.place else ""
+        )
 
     def _become(self, state: ReplicaState, reason: str) -> None:
-        """Change the state, and have the lanes of all replicas look again. Who leaves does not come back."""
+        """Change the state, and have the lanes of all replicas look again. Who leaves does not come
+        back.
+        """
         with self._lock:
             if self.is_leaving and state is not ReplicaState.GONE:
                 return

@@ -1,6 +1,8 @@
-"""One replica: a launcher with its ranks, started by a Ray actor on whatever node Ray has put it. Runs in the actor's process.
+"""One replica: a launcher with its ranks, started by a Ray actor on whatever node Ray has put it.
+Runs in the actor's process.
 
-The launcher ends with the actor's process (--exit_with_parent), and that with its node or with the gateway, whatever kills them.
+The launcher ends with the actor's process (--exit_with_parent), and that with its node or with the
+gateway, whatever kills them.
 """
 
 import contextlib
@@ -26,7 +28,9 @@ ERROR = "error: "
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaSpec:
-    """What to start. values: launch arguments; address: to listen on, None for the node's own; folder: to start in, if the node has it."""
+    """What to start. values: launch arguments; address: to listen on, None for the node's own;
+    folder: to start in, if the node has it.
+    """
 
     values: Mapping[str, Any]
     address: str | None
@@ -52,11 +56,14 @@ class ReplicaExit:
 
     @property
     def is_final(self) -> bool:
-        """Whether starting it again would end in the same way: it said what is wrong with its arguments or its checkpoint.
+        """Whether starting it again would end in the same way: it said what is wrong with its
+        arguments or its checkpoint.
 
         A port that was free when it was chosen is not among these.
         """
-        return self.code in (1, 2) and self.reason.startswith(ERROR) and "--port=" not in self.reason
+        return (
+            self.code in (1, 2) and self.reason.startswith(ERROR) and "--port=" not in self.reason
+        )
 
 
 class ReplicaHost:
@@ -76,11 +83,14 @@ class ReplicaHost:
         address = self._order.address or node
         folder = self._open.enter_context(scratch_folder())
         (folder / "key").write_text(self._order.key, encoding="utf-8")
-        (folder / "config.yaml").write_text(yaml.safe_dump(dict(self._order.values)), encoding="utf-8")
+        (folder / "config.yaml").write_text(
+            yaml.safe_dump(dict(self._order.values)), encoding="utf-8"
+        )
         port = _free_port(address)
         self._process = subprocess.Popen(
             [
-                sys.executable, "-u", str(LAUNCHER), f"--config={folder / 'config.yaml'}", f"--host={address}", f"--port={port}",
+                sys.executable, "-u", str(LAUNCHER), f"--config={folder / 'config.yaml'}",
+                f"--host={address}", f"--port={port}",
                 f"--api_key=@{folder / 'key'}", "--exit_with_parent",
             ],
             cwd=self._order.folder if Path(self._order.folder).is_dir() else None,
@@ -89,7 +99,9 @@ class ReplicaHost:
             text=True,
             errors="replace",
         )  # fmt: skip
-        self._reader = threading.Thread(target=self._pass_on, args=(self._process,), name="log", daemon=True)
+        self._reader = threading.Thread(
+            target=self._pass_on, args=(self._process,), name="log", daemon=True
+        )
         self._reader.start()
         return ReplicaAddress(url=f"http://{address}:{port}", node=node, pid=self._process.pid)
 
@@ -98,7 +110,10 @@ class ReplicaHost:
         code = self._process.wait()
         self._reader.join(timeout=1)
         self._open.close()
-        said = next((line for line in reversed(self._lines) if line.startswith(ERROR)), f"its launcher ended with code {code}")
+        said = next(
+            (line for line in reversed(self._lines) if line.startswith(ERROR)),
+            f"its launcher ended with code {code}",
+        )
         return ReplicaExit(code=code, reason=said)
 
     def stop(self, within_s: float) -> None:

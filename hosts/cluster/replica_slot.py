@@ -1,4 +1,6 @@
-"""One job at a time from the gateway's queue to one replica and back. A replica has as many lanes as it works on jobs at once."""
+"""One job at a time from the gateway's queue to one replica and back. A replica has as many lanes
+as it works on jobs at once.
+"""
 
 import contextlib
 import http.client
@@ -40,7 +42,9 @@ class ReplicaSlot:
         self._thread.start()
 
     def cancel_unwanted(self) -> None:
-        """Tell the replica of a job that its client does not want any more. To be called now and then."""
+        """Tell the replica of a job that its client does not want any more. To be called now and
+        then.
+        """
         job, remote = self.job, self._remote
         if job is None or remote is None or not job.must_stop:
             return
@@ -48,7 +52,9 @@ class ReplicaSlot:
         try:
             remote.cancel()
         except RemoteError as error:
-            logger.warning("job %s could not be cancelled on %s: %s", job.id, self._replica.name, error)
+            logger.warning(
+                "job %s could not be cancelled on %s: %s", job.id, self._replica.name, error
+            )
 
     def _run(self) -> None:
         while (job := self._queue.next(self._choose, ranks=self._replica.ranks)) is not None:
@@ -69,7 +75,9 @@ class ReplicaSlot:
         was_begun = False
         try:
             fields = messages.fields_of(job.request)
-            self._remote = remote = self._replica.client.submit(idempotency_key=f"{job.id}-{job.attempts}", **fields)
+            self._remote = remote = self._replica.client.submit(
+                idempotency_key=f"{job.id}-{job.attempts}", **fields
+            )
             was_begun = True
             self._follow(remote, job)
             result = media.decode_whole(remote.result(media.WHOLE_TYPE))
@@ -82,7 +90,10 @@ class ReplicaSlot:
             self._give_back(job, error, was_begun=was_begun)
         except Exception as error:  # whatever it is: a job must have an end, and a lane must go on
             logger.exception("job %s failed in the gateway", job.id)
-            self._queue.finish(job, error=HostError(f"the gateway failed: {type(error).__name__}. Its log says more."))
+            self._queue.finish(
+                job,
+                error=HostError(f"the gateway failed: {type(error).__name__}. Its log says more."),
+            )
         else:
             self._replica.num_done += 1
             self._queue.finish(job, result=result)
@@ -98,7 +109,12 @@ class ReplicaSlot:
                 small = state.preview if state.preview is not shown else None
                 shown = state.preview
                 if state.steps:
-                    self._queue.record_step(job, state.step, state.steps, messages.preview(small) if small is not None else None)
+                    self._queue.record_step(
+                        job,
+                        state.step,
+                        state.steps,
+                        messages.preview(small) if small is not None else None,
+                    )
                 is_over = state.is_over
                 if is_over or job.wants_preview != with_previews:
                     break
@@ -106,19 +122,24 @@ class ReplicaSlot:
                 raise ConnectionError("the events ended before the job")
 
     def _give_back(self, job: Job, error: Exception, *, was_begun: bool) -> None:
-        """The replica cannot go on with it: another one, or the same when it is back, begins it again."""
+        """The replica cannot go on with it: another one, or the same when it is back, begins it
+        again.
+        """
         logger.warning("job %s was lost with replica %s (%s)", job.id, self._replica.name, error)
         self._replica.suspect(str(error))
         if self._queue.retry(job, was_begun=was_begun):
             return
         if job.must_stop:
             self._queue.finish(job, error=CancelledError("the job was cancelled."))
-        elif not self._queue.is_closed:  # else the next gateway has it, or who stops this one answers it
+        elif (
+            not self._queue.is_closed
+        ):  # else the next gateway has it, or who stops this one answers it
             self._queue.finish(job, error=_gave_up(job, error))
 
 
 def _gave_up(job: Job, error: Exception) -> HostError:
     return HostError(
-        f"{job.attempts} replicas were lost while this job ran, so it is not tried again. The last one: {error}. "
+        f"{job.attempts} replicas were lost while this job ran, so it is not tried again. The last "
+        f"one: {error}. "
         "Ask for less (size, frames), or see the replicas' logs."
     )

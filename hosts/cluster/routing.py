@@ -9,7 +9,9 @@ from backends.request import GenerateRequest
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """What one replica has to do. work: of the jobs it has, as far as they are not done; taken_s: when it took the last one."""
+    """What one replica has to do. work: of the jobs it has, as far as they are not done; taken_s:
+    when it took the last one.
+    """
 
     name: str
     work: float
@@ -18,8 +20,12 @@ class Load:
 
 
 def is_next(mine: Load, others: Iterable[Load]) -> bool:
-    """Whether the next job is this replica's: nobody who can take one has less to do, or has waited longer for one with as little."""
-    return mine.can_take and not any(other.can_take and _rank(other) < _rank(mine) for other in others)
+    """Whether the next job is this replica's: nobody who can take one has less to do, or has waited
+    longer for one with as little.
+    """
+    return mine.can_take and not any(
+        other.can_take and _rank(other) < _rank(mine) for other in others
+    )
 
 
 def _rank(load: Load) -> tuple[float, float, str]:
@@ -27,12 +33,20 @@ def _rank(load: Load) -> tuple[float, float, str]:
 
 
 def work_of(request: GenerateRequest, spec: ModelSpec) -> float:
-    """How much a job asks for, in megapixel steps: what is left out of the request is the model type's default."""
+    """How much a job asks for, in megapixel steps: what is left out of the request is the model
+    type's default.
+    """
     size = (request.height or spec.height) * (request.width or spec.width)
-    steps = len(request.timesteps or request.sigmas or ()) or request.num_inference_steps or spec.num_inference_steps
+    steps = (
+        len(request.timesteps or request.sigmas or ())
+        or request.num_inference_steps
+        or spec.num_inference_steps
+    )
     return size * 1e-6 * steps * (request.num_frames or spec.num_frames)
 
 
 def capacity(ranks: int, mode: str) -> int:
-    """How many jobs a replica works on at the same time: one for each rank where its ranks may split, else one."""
+    """How many jobs a replica works on at the same time: one for each rank where its ranks may
+    split, else one.
+    """
     return 1 if mode == "latency" else ranks

@@ -1,4 +1,6 @@
-"""How many replicas a model should have: up at once when jobs wait, down one by one when fewer were enough for a while. Pure Python."""
+"""How many replicas a model should have: up at once when jobs wait, down one by one when fewer were
+enough for a while. Pure Python.
+"""
 
 import math
 from dataclasses import dataclass
@@ -6,7 +8,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """jobs_per_replica: waiting and running, above which there should be one more. idle_s: for which fewer must have been enough."""
+    """jobs_per_replica: waiting and running, above which there should be one more. idle_s: for
+    which fewer must have been enough.
+    """
 
     minimum: int
     maximum: int
@@ -27,7 +31,9 @@ class Scale:
         self._needed_s = now_s
 
     def look(self, *, num_jobs: int, now_s: float) -> int:
-        """The target, now that so many jobs wait or run. now_s: of any clock that only goes forward."""
+        """The target, now that so many jobs wait or run. now_s: of any clock that only goes
+        forward.
+        """
         enough = self._rule.enough(num_jobs)
         if enough >= self.target:
             self.target, self._needed_s = enough, now_s

@@ -1,1 +1,3 @@
-"""The door for existing clients: their argument names, routes and encodings, and nothing of them elsewhere."""
+"""The door for existing clients: their argument names, routes and encodings, and nothing of them
+elsewhere.
+"""

@@ -1,7 +1,9 @@
-"""Command lines of existing clients -> the same Settings as the launcher's. Tolerant, because neither client notices a host that exits.
+"""Command lines of existing clients -> the same Settings as the launcher's. Tolerant, because
+neither client notices a host that exits.
 
-Unknown arguments only warn; empty values count as not given; '-' and '_' are equal; no abbreviations. A value that cannot be meant is
-a ConfigError, which the host then answers to every request.
+Unknown arguments only warn; empty values count as not given; '-' and '_' are equal; no
+abbreviations. A value that cannot be meant is a ConfigError, which the host then answers to every
+request.
 """
 
 import logging
@@ -21,7 +23,9 @@ MEANS_OFF = {"quantize_tokenizer", "quantize_scheduler"}
 
 
 def parse_client_arguments(argv: Sequence[str], *, backend: str) -> Settings:
-    """Settings for a host script of `backend`. Requests may name image files in the system's temporary folder, as LocalAI does."""
+    """Settings for a host script of `backend`. Requests may name image files in the system's
+    temporary folder, as LocalAI does.
+    """
     names = canonical_names()
     values: dict[str, str] = {}
     for spelling, value in _pairs(argv):
@@ -45,7 +49,11 @@ def _pairs(argv: Sequence[str]) -> list[tuple[str, str | None]]:
         if token.startswith("--"):
             key, equals, value = token[2:].partition("=")
             pairs.append((key.replace("-", "_"), value if equals else None))
-        elif pairs and pairs[-1][1] is None and not _is_switch(canonical_names().get(pairs[-1][0], "")):
+        elif (
+            pairs
+            and pairs[-1][1] is None
+            and not _is_switch(canonical_names().get(pairs[-1][0], ""))
+        ):
             pairs[-1] = (pairs[-1][0], token)
         else:
             logger.warning("%r is not an argument of this host: ignored", token)
@@ -56,8 +64,12 @@ def _is_switch(name: str) -> bool:
     return name in option_fields() and option_fields()[name].metadata["parse"] is parse_switch
 
 
-def settings_or_problem(argv: Sequence[str], *, backend: str) -> tuple[Settings, ConfigError | None]:
-    """The settings, or those of a host that can only say what is wrong: on the port the client asked for."""
+def settings_or_problem(
+    argv: Sequence[str], *, backend: str
+) -> tuple[Settings, ConfigError | None]:
+    """The settings, or those of a host that can only say what is wrong: on the port the client
+    asked for.
+    """
     try:
         return parse_client_arguments(argv, backend=backend), None
     except ConfigError as error:

@@ -1,7 +1,8 @@
-"""The base64(pickle) fields of the existing clients <-> plain objects (HTTP_CONTRACT 2.7), eras A and B.
+"""The base64(pickle) fields of the existing clients <-> plain objects (HTTP_CONTRACT 2.7), eras A
+and B.
 
-Pure functions. Called by the compat routes with one field at a time; nothing received is executed, and each failure
-is a RequestError naming the field.
+Pure functions. Called by the compat routes with one field at a time; nothing received is executed,
+and each failure is a RequestError naming the field.
 """
 
 import base64
@@ -54,24 +55,32 @@ class Conditioning:
     """float32 [1, P], for the model types that take one"""
 
 
-def decode_image(text: object, *, field: str, limits: DecodeLimits = _DEFAULT_LIMITS) -> Image.Image:
+def decode_image(
+    text: object, *, field: str, limits: DecodeLimits = _DEFAULT_LIMITS
+) -> Image.Image:
     """An encoded image as RGB.
 
-    text: base64 of a pickled PIL image (modes L, LA, P, RGB, RGBA), or of a PNG, JPEG or WebP file, the latter also after
-    `data:image/...;base64,`; which of them is seen from the content. Alpha is dropped, EXIF rotation applied.
-    Raises RequestError.
+    text: base64 of a pickled PIL image (modes L, LA, P, RGB, RGBA), or of a PNG, JPEG or WebP file,
+    the latter also after `data:image/...;base64,`; which of them is seen from the content. Alpha is
+    dropped, EXIF rotation applied. Raises RequestError.
     """
     return _decoded(lambda: _image_from_text(text, limits), field=field, wanted=_IMAGE_WANTED)
 
 
 def decode_image_or_path(
-    text: object, *, field: str, allowed_dirs: Iterable[Path | str], limits: DecodeLimits = _DEFAULT_LIMITS
+    text: object,
+    *,
+    field: str,
+    allowed_dirs: Iterable[Path | str],
+    limits: DecodeLimits = _DEFAULT_LIMITS,
 ) -> Image.Image:
-    """Like decode_image, but `text` may also be the absolute path of an image file inside one of `allowed_dirs`.
+    """Like decode_image, but `text` may also be the absolute path of an image file inside one of
+    `allowed_dirs`.
 
-    LocalAI writes the image of its caller to a temporary file on the same machine and sends the name (contract 2.3).
-    A text that begins with "/" is a path, except "/9j/", with which the base64 of every JPEG begins.
-    Outside the folders the message does not tell whether the file exists. Raises RequestError.
+    LocalAI writes the image of its caller to a temporary file on the same machine and sends the
+    name (contract 2.3). A text that begins with "/" is a path, except "/9j/", with which the base64
+    of every JPEG begins. Outside the folders the message does not tell whether the file exists.
+    Raises RequestError.
     """
     if not isinstance(text, str) or not text.startswith("/") or text.startswith("/9j/"):
         return decode_image(text, field=field, limits=limits)
@@ -82,8 +91,11 @@ def decode_image_or_path(
     return _decoded(read, field=field, wanted=_IMAGE_WANTED)
 
 
-def decode_tensor(text: object, *, field: str, limits: DecodeLimits = _DEFAULT_LIMITS) -> np.ndarray:
-    """A pickled torch tensor (or Parameter) of floats or integers, from any device: float32, contiguous, finite, not empty.
+def decode_tensor(
+    text: object, *, field: str, limits: DecodeLimits = _DEFAULT_LIMITS
+) -> np.ndarray:
+    """A pickled torch tensor (or Parameter) of floats or integers, from any device: float32,
+    contiguous, finite, not empty.
 
     Raises RequestError.
     """
@@ -97,8 +109,11 @@ def decode_tensor(text: object, *, field: str, limits: DecodeLimits = _DEFAULT_L
     return _decoded(read, field=field, wanted=_TENSOR_WANTED)
 
 
-def decode_conditioning(text: object, *, field: str, limits: DecodeLimits = _DEFAULT_LIMITS) -> Conditioning:
-    """The first pair of a ComfyUI conditioning list; other pairs, and keys other than pooled_output, are ignored.
+def decode_conditioning(
+    text: object, *, field: str, limits: DecodeLimits = _DEFAULT_LIMITS
+) -> Conditioning:
+    """The first pair of a ComfyUI conditioning list; other pairs, and keys other than
+    pooled_output, are ignored.
 
     Raises RequestError, also when an ignored part holds an object of any other class.
     """
@@ -108,7 +123,9 @@ def decode_conditioning(text: object, *, field: str, limits: DecodeLimits = _DEF
         pooled = options.get("pooled_output")
         return Conditioning(
             embeds=_shaped(embeds, "the conditioning's tensor", dims=3, limits=limits),
-            pooled=None if pooled is None else _shaped(pooled, "pooled_output", dims=2, limits=limits),
+            pooled=None
+            if pooled is None
+            else _shaped(pooled, "pooled_output", dims=2, limits=limits),
         )
 
     return _decoded(read, field=field, wanted=_CONDITIONING_WANTED)
@@ -120,15 +137,22 @@ def encode_image(image: Image.Image) -> str:
 
 
 def encode_frames(frames: Sequence[Image.Image]) -> str:
-    """The frames of a video: a list of at least one RGB image, all of one size, which the clients stack."""
+    """The frames of a video: a list of at least one RGB image, all of one size, which the clients
+    stack.
+    """
     sizes = {frame.size for frame in frames}
     if len(sizes) != 1:
-        raise ValueError(f"Frames must be at least one and of one size; given {len(frames)} of sizes {sorted(sizes)}.")
+        raise ValueError(
+            f"Frames must be at least one and of one size; given {len(frames)} of sizes "
+            f"{sorted(sizes)}."
+        )
     return _encoded([_plain(frame) for frame in frames])
 
 
 def encode_latents(latents: np.ndarray) -> str:
-    """Latents [1, C, h, w] as a torch tensor: CPU, float32, contiguous, without gradient, so that no client needs CUDA."""
+    """Latents [1, C, h, w] as a torch tensor: CPU, float32, contiguous, without gradient, so that
+    no client needs CUDA.
+    """
     import torch  # here, because the HTTP side must be importable without torch
 
     return _encoded(torch.tensor(np.ascontiguousarray(latents), dtype=torch.float32))
@@ -143,13 +167,17 @@ def encode_conditioning(embeds: np.ndarray, pooled: np.ndarray | None) -> str:
 
 
 def _decoded(read: Callable[[], T], *, field: str, wanted: str) -> T:
-    """The result of `read`, its refusals turned into a RequestError that says what to send instead."""
+    """The result of `read`, its refusals turned into a RequestError that says what to send
+    instead.
+    """
     try:
         return read()
     except (MalformedPickle, images.UnreadableImage, _NotBase64) as error:
         raise RequestError(f"{field}: {error}. {wanted}.", field=field) from error
     except MemoryError as error:
-        raise RequestError(f"{field}: too large for this machine's memory. Send less data.", field=field) from error
+        raise RequestError(
+            f"{field}: too large for this machine's memory. Send less data.", field=field
+        ) from error
 
 
 class _NotBase64(ValueError):
@@ -183,11 +211,15 @@ def _bytes_from_text(text: object, limits: DecodeLimits) -> bytes:
     if not isinstance(text, str):
         raise _NotBase64(f"the value must be base64 text, not JSON of type {type(text).__name__}")
     if len(text) > limits.max_encoded_bytes:
-        raise _NotBase64(f"the text has {len(text)} characters; allowed are {limits.max_encoded_bytes}")
+        raise _NotBase64(
+            f"the text has {len(text)} characters; allowed are {limits.max_encoded_bytes}"
+        )
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:  # ValueError: characters beyond ASCII
-        raise _NotBase64("the text is not base64 (standard alphabet, padded, no line breaks)") from error
+        raise _NotBase64(
+            "the text is not base64 (standard alphabet, padded, no line breaks)"
+        ) from error
 
 
 def _value_from_text(text: object, limits: DecodeLimits) -> object:
@@ -215,7 +247,10 @@ def _shaped(node: object, name: str, *, dims: int, limits: DecodeLimits) -> np.n
         raise MalformedPickle(f"{name} is not a tensor")
     array = tensors.to_array(node, limits)
     if array.ndim != dims or array.shape[0] != 1:
-        raise MalformedPickle(f"{name} has shape {list(array.shape)}; it must have {dims} dimensions, the first of length 1")
+        raise MalformedPickle(
+            f"{name} has shape {list(array.shape)}; it must have {dims} dimensions, the first of "
+            "length 1"
+        )
     return array
 
 

@@ -1,4 +1,6 @@
-"""The JSON of POST /generate -> GenerateRequest. Old names and encodings live only in hosts/compat."""
+"""The JSON of POST /generate -> GenerateRequest. Old names and encodings live only in
+hosts/compat.
+"""
 
 import logging
 import math
@@ -61,7 +63,8 @@ _decoding = threading.BoundedSemaphore(4)
 class Accepted:
     """What this host lets requests bring, and from where.
 
-    image_dirs, lora_dirs: folders from which they may name files. image_scale: percent for images that say none themselves.
+    image_dirs, lora_dirs: folders from which they may name files. image_scale: percent for images
+    that say none themselves.
     takes_control_image, takes_ip_image: whether something that uses the image is loaded.
     """
 
@@ -128,9 +131,13 @@ def _arrays(given: Mapping[str, Any], spec: ModelSpec) -> dict[str, Any]:
             values[name] = _numbers(given, name)
     for side, prefix in (("positive", ""), ("negative", "negative_")):
         if f"{side}_embeds" in given:
-            conditioning = codec.decode_conditioning(given[f"{side}_embeds"], field=f"{side}_embeds")
+            conditioning = codec.decode_conditioning(
+                given[f"{side}_embeds"], field=f"{side}_embeds"
+            )
             values[f"{prefix}prompt_embeds"] = conditioning.embeds
-            values[f"{prefix}pooled_prompt_embeds" if not prefix else "negative_pooled_prompt_embeds"] = conditioning.pooled
+            values[
+                f"{prefix}pooled_prompt_embeds" if not prefix else "negative_pooled_prompt_embeds"
+            ] = conditioning.pooled
     return values
 
 
@@ -145,33 +152,62 @@ def _images(given: Mapping[str, Any], spec: ModelSpec, accepted: Accepted) -> di
     decoded: dict[str, Any] = {}
     for field, (name, is_used) in wanted.items():
         # the oldest clients put the IP-Adapter's image under 'image'
-        source = "image" if name == "ip_image" and name not in given and "image" not in spec.requires else name
+        source = (
+            "image"
+            if name == "ip_image" and name not in given and "image" not in spec.requires
+            else name
+        )
         if not is_used or source not in given:
             continue
         percent = given.get(f"{name}_scale", accepted.image_scale)
         many = given[source] if isinstance(given[source], list) else [given[source]]
         if not 1 <= len(many) <= MAX_IMAGES:
-            raise RequestError(f"{source} holds {len(many)} images. Allowed: 1 to {MAX_IMAGES}.", field=source)
+            raise RequestError(
+                f"{source} holds {len(many)} images. Allowed: 1 to {MAX_IMAGES}.", field=source
+            )
         limits = DecodeLimits(max_pixels=accepted.limits.max_image_megapixels * 10**6)
-        images = [codec.decode_image_or_path(one, field=source, allowed_dirs=accepted.image_dirs, limits=limits) for one in many]
+        images = [
+            codec.decode_image_or_path(
+                one, field=source, allowed_dirs=accepted.image_dirs, limits=limits
+            )
+            for one in many
+        ]
         images = [_scaled(image, percent, f"{name}_scale", limits) for image in images]
-        decoded[field] = images if isinstance(given[source], list) and field not in SINGLE else images[0]
+        decoded[field] = (
+            images if isinstance(given[source], list) and field not in SINGLE else images[0]
+        )
     return decoded
 
 
 def _loras(given: Any, folders: tuple[str, ...]) -> dict[str, float]:
-    """{"path": scale} with the paths inside the folders that requests may use; a relative path is looked up in them."""
-    if not isinstance(given, Mapping) or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in given.values()):
-        raise RequestError('lora must be an object such as {"style.safetensors": 0.8}.', field="lora")
+    """{"path": scale} with the paths inside the folders that requests may use; a relative path is
+    looked up in them.
+    """
+    if not isinstance(given, Mapping) or not all(
+        isinstance(v, int | float) and not isinstance(v, bool) for v in given.values()
+    ):
+        raise RequestError(
+            'lora must be an object such as {"style.safetensors": 0.8}.', field="lora"
+        )
     found = {}
     for name, scale in given.items():
-        candidates = [(Path(folder).resolve(), (Path(folder) / name).resolve()) for folder in folders]
-        path = next((path for folder, path in candidates if path.is_relative_to(folder) and path.is_file()), None)
+        candidates = [
+            (Path(folder).resolve(), (Path(folder) / name).resolve()) for folder in folders
+        ]
+        path = next(
+            (path for folder, path in candidates if path.is_relative_to(folder) and path.is_file()),
+            None,
+        )
         if path is None:
             where = ", ".join(folders) or "no folder: the host was started without --lora_dir"
-            raise RequestError(f"lora={name!r} is not a file that requests may use. Allowed: files in {where}.", field="lora")
+            raise RequestError(
+                f"lora={name!r} is not a file that requests may use. Allowed: files in {where}.",
+                field="lora",
+            )
         if not math.isfinite(scale):
-            raise RequestError(f"lora={name!r} has scale {scale}. Send a finite number.", field="lora")
+            raise RequestError(
+                f"lora={name!r} has scale {scale}. Send a finite number.", field="lora"
+            )
         found[str(path)] = float(scale)
     return found
 
@@ -181,14 +217,22 @@ def _scaled(image: Image.Image, percent: Any, field: str, limits: DecodeLimits) 
     percent = percent[0] if isinstance(percent, list) and len(percent) == 1 else percent
     if percent is None:
         return image
-    if isinstance(percent, bool) or not isinstance(percent, int | float) or not 1 <= percent <= MAX_IMAGE_SCALE:
-        raise RequestError(f"{field}={percent!r} is not allowed. Send a percentage from 1 to {MAX_IMAGE_SCALE:g}.", field=field)
+    if (
+        isinstance(percent, bool)
+        or not isinstance(percent, int | float)
+        or not 1 <= percent <= MAX_IMAGE_SCALE
+    ):
+        raise RequestError(
+            f"{field}={percent!r} is not allowed. Send a percentage from 1 to {MAX_IMAGE_SCALE:g}.",
+            field=field,
+        )
     if percent == 100:
         return image
     size = tuple(max(1, round(side * percent / 100)) for side in image.size)
     if math.prod(size) > limits.max_pixels:
         raise RequestError(
-            f"{field}={percent:g} makes an image of {size[0]}x{size[1]}, more than {limits.max_pixels} pixels (--max_image_megapixels). "
+            f"{field}={percent:g} makes an image of {size[0]}x{size[1]}, more than "
+            f"{limits.max_pixels} pixels (--max_image_megapixels). "
             "Send a smaller one.",
             field=field,
         )
@@ -201,11 +245,22 @@ def _numbers(given: Mapping[str, Any], name: str) -> list[float] | list[int]:
     if isinstance(values, str):
         array = codec.decode_tensor(values, field=name)
         if array.ndim != 1:
-            raise RequestError(f"{name} must be a list of numbers or a 1-D tensor, not of shape {array.shape}.", field=name)
+            raise RequestError(
+                f"{name} must be a list of numbers or a 1-D tensor, not of shape {array.shape}.",
+                field=name,
+            )
         values = array.tolist()
-    if not isinstance(values, list) or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
-        raise RequestError(f"{name} must be a list of numbers or an encoded 1-D tensor.", field=name)
-    return [round(value) for value in values] if name == "timesteps" else [float(value) for value in values]
+    if not isinstance(values, list) or not all(
+        isinstance(v, int | float) and not isinstance(v, bool) for v in values
+    ):
+        raise RequestError(
+            f"{name} must be a list of numbers or an encoded 1-D tensor.", field=name
+        )
+    return (
+        [round(value) for value in values]
+        if name == "timesteps"
+        else [float(value) for value in values]
+    )
 
 
 def _as_request_error(error: ValidationError) -> RequestError:

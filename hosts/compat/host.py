@@ -1,4 +1,6 @@
-"""What clients/multigpu_diffusion/host_<backend>.py runs: one rank of a host started by torchrun, as the existing clients do it."""
+"""What clients/multigpu_diffusion/host_<backend>.py runs: one rank of a host started by torchrun,
+as the existing clients do it.
+"""
 
 import os
 import sys
@@ -8,15 +10,27 @@ from hosts.compat.args import settings_or_problem
 from hosts.main import end_rank, is_rank, run_rank
 
 BIND_PATIENCE_S = 30.0
-"""A client may start the next host while the port of the last one, which it killed, is not free yet."""
+"""A client may start the next host while the port of the last one, which it killed, is not free
+yet.
+"""
 
 
 def serve(backend: str) -> None:
-    """Serve with `backend` until killed. Does not return. Without --checkpoint and --type it waits for a pipeline (hosts/ranks/model_loop.py)."""
+    """Serve with `backend` until killed. Does not return. Without --checkpoint and --type it waits
+    for a pipeline (hosts/ranks/model_loop.py).
+    """
     if not is_rank():
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
     settings, problem = settings_or_problem(sys.argv[1:], backend=backend)
     waits = settings.checkpoint is None and settings.type is None
     if waits and not any(argument.startswith("--mode") for argument in sys.argv[1:]):
         settings = replace(settings, mode="latency")  # its clients send one job at a time
-    end_rank(run_rank(settings, after_failed_load="answer", bind_patience_s=BIND_PATIENCE_S, problem=problem, waits=waits))
+    end_rank(
+        run_rank(
+            settings,
+            after_failed_load="answer",
+            bind_patience_s=BIND_PATIENCE_S,
+            problem=problem,
+            waits=waits,
+        )
+    )

@@ -7,8 +7,9 @@ from dataclasses import dataclass, fields
 class DecodeLimits:
     """Upper bounds for one field; every one is a positive integer.
 
-    The defaults admit what the clients send at the largest sizes the models make (a 4096 x 4096 image or its
-    latents, embeds of 512 tokens) with room to spare, and no more than a request body may hold.
+    The defaults admit what the clients send at the largest sizes the models make (a 4096 x 4096
+    image or its latents, embeds of 512 tokens) with room to spare, and no more than a request body
+    may hold.
     """
 
     max_encoded_bytes: int = 256 * 2**20
@@ -26,4 +27,6 @@ class DecodeLimits:
         for field in fields(self):
             value = getattr(self, field.name)
             if type(value) is not int or value < 1:
-                raise ValueError(f"DecodeLimits.{field.name}={value!r} is not allowed. Give a positive integer.")
+                raise ValueError(
+                    f"DecodeLimits.{field.name}={value!r} is not allowed. Give a positive integer."
+                )

@@ -22,14 +22,19 @@ blueprint = Blueprint("compat", __name__)
 def initialize() -> tuple[str, int]:
     """202 while loading, 503 with the reason while another machine is waited for.
 
-    200 also after a failed load: old clients poll until 200, and then read the reason from /generate.
+    200 also after a failed load: old clients poll until 200, and then read the reason from
+    /generate.
     """
     state = current_app.extensions["host"].state
     return initialized(state.phase, state.reason)
 
 
 def initialized(phase: Phase, reason: str = "") -> tuple[str, int]:
-    answers = {Phase.LOADING: ("WAIT", 202), Phase.WAITING: (reason, 503), Phase.STOPPING: ("STOPPING", 503)}
+    answers = {
+        Phase.LOADING: ("WAIT", 202),
+        Phase.WAITING: (reason, 503),
+        Phase.STOPPING: ("STOPPING", 503),
+    }
     return answers.get(phase, ("OK", 200))
 
 
@@ -45,7 +50,8 @@ def progress() -> Response:
 
 @blueprint.post("/generate")
 def generate() -> Response:
-    """One image or video; waits its turn. The answer is the contract's JSON, or the file itself if Accept asks for one.
+    """One image or video; waits its turn. The answer is the contract's JSON, or the file itself if
+    Accept asks for one.
 
     The job of a client that goes away is cancelled, unless the body says "keep": true.
     """
@@ -55,12 +61,18 @@ def generate() -> Response:
     content_type = wanted_type(host.spec.output, default="application/json")
     result = wait_for(host.queue.submit(asked, client=client()), is_kept=body.get("keep") is True)
     if content_type != "application/json":
-        return Response(media.encode(result, content_type), mimetype=content_type, headers={"X-Seed": str(result.seed)})
+        return Response(
+            media.encode(result, content_type),
+            mimetype=content_type,
+            headers={"X-Seed": str(result.seed)},
+        )
     return jsonify(legacy_body(result, spec=host.spec))
 
 
 def legacy_body(result: GenerateResult, *, spec: ModelSpec) -> dict[str, Any]:
-    """ComfyUI unpacks two values exactly when `latent` is there, so it is there exactly for the types whose nodes want two."""
+    """ComfyUI unpacks two values exactly when `latent` is there, so it is there exactly for the
+    types whose nodes want two.
+    """
     is_image = spec.output == "image"
     with current_app.extensions["metrics"].serialising():
         frames = media.images(result)

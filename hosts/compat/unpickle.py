@@ -1,10 +1,12 @@
 """Read a pickle as data: build plain values and inert nodes, import nothing, call nothing.
 
-The existing clients put pickles on the wire. Python's own Unpickler is not used to read them, not even with a restricted
-`find_class`: a memo index can make it allocate gigabytes, BUILD can change the classes it was allowed to find, and hashing
-a deeply nested key overflows the C stack. This reader knows only the instructions that pickle protocols 2 to 5 emit
-for the images, tensors and plain containers of the contract, and turns each object into a node that
-`images.py` or `tensors.py` examines afterwards. Called by those two files and by `codec.py`.
+The existing clients put pickles on the wire. Python's own Unpickler is not used to read them, not
+even with a restricted
+`find_class`: a memo index can make it allocate gigabytes, BUILD can change the classes it was
+allowed to find, and hashing a deeply nested key overflows the C stack. This reader knows only the
+instructions that pickle protocols 2 to 5 emit for the images, tensors and plain containers of the
+contract, and turns each object into a node that `images.py` or `tensors.py` examines afterwards.
+Called by those two files and by `codec.py`.
 """
 
 import codecs
@@ -14,7 +16,8 @@ from dataclasses import dataclass
 
 from hosts.compat.limits import DecodeLimits
 
-_LONGEST_TEXT = 4096  # bytes; longer text stays undecoded, because one wide character makes str four times as large
+# bytes; longer text stays undecoded, because one wide character makes str four times as large
+_LONGEST_TEXT = 4096
 _LONGEST_NAME = 200  # bytes of a module or class name
 _LONGEST_INTEGER = 16  # bytes; torch's magic number has 10
 _ENCODE_CHUNK = 2**20  # bytes
@@ -83,16 +86,24 @@ _ORDERED_DICT = GlobalName("collections", "OrderedDict")
 _REBUILD_TENSOR = GlobalName("torch._utils", "_rebuild_tensor_v2")
 _REBUILD_PARAMETER = GlobalName("torch._utils", "_rebuild_parameter")
 _LOAD_STORAGE = GlobalName("torch.storage", "_load_from_bytes")
-REQUEST_GLOBALS = IMAGE_GLOBALS | {_ENCODE, _ORDERED_DICT, _REBUILD_TENSOR, _REBUILD_PARAMETER, _LOAD_STORAGE}
+REQUEST_GLOBALS = IMAGE_GLOBALS | {
+    _ENCODE,
+    _ORDERED_DICT,
+    _REBUILD_TENSOR,
+    _REBUILD_PARAMETER,
+    _LOAD_STORAGE,
+}
 
-_NO_PERSISTENT_IDS = "the pickle refers to objects outside itself; only images, tensors and plain values are allowed"
+_NO_PERSISTENT_IDS = (
+    "the pickle refers to objects outside itself; only images, tensors and plain values are allowed"
+)
 
 
 class PickleReader:
     """One pass over one pickle.
 
-    `globals_allowed`: the names GLOBAL may mention. `persistent_ids`: whether BINPERSID is allowed (torch storage files only).
-    Time and memory are bounded by the length of the data and `limits`.
+    `globals_allowed`: the names GLOBAL may mention. `persistent_ids`: whether BINPERSID is allowed
+    (torch storage files only). Time and memory are bounded by the length of the data and `limits`.
     """
 
     def __init__(
@@ -133,7 +144,10 @@ class PickleReader:
                 return self._stack[0]
             step = _STEPS.get(opcode)
             if step is None:
-                raise MalformedPickle(f"the pickle uses instruction 0x{opcode:02x}, which images and tensors do not need")
+                raise MalformedPickle(
+                    f"the pickle uses instruction 0x{opcode:02x}, which images and tensors do not "
+                    "need"
+                )
             step(self)
         raise MalformedPickle(f"the pickle has more than {self._limits.max_opcodes} instructions")
 
@@ -204,7 +218,9 @@ class PickleReader:
 
     def _text(self, layout: str) -> None:
         piece = self._take(self._number(layout))
-        self._push(LongText(piece) if len(piece) > _LONGEST_TEXT else str(piece, "utf-8", "surrogatepass"))
+        self._push(
+            LongText(piece) if len(piece) > _LONGEST_TEXT else str(piece, "utf-8", "surrogatepass")
+        )
 
     def _bytes(self, layout: str) -> None:
         self._push(self._take(self._number(layout)))
@@ -228,7 +244,9 @@ class PickleReader:
         if type(target) is not dict or len(items) % 2:
             raise MalformedPickle("the pickle stores items in something that is not a dict")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            if type(key) is not str:  # text only: other hashes can be made to collide, or to recurse
+            if (
+                type(key) is not str
+            ):  # text only: other hashes can be made to collide, or to recurse
                 raise MalformedPickle("the pickle holds a dict with a key that is not short text")
             target[key] = value
 
@@ -247,7 +265,9 @@ class PickleReader:
         found = GlobalName(module, name)
         if found not in self._globals_allowed:
             shown = str(found)[:_LONGEST_NAME]
-            raise MalformedPickle(f"the pickle refers to {shown!r}; only images, tensors and plain values are allowed")
+            raise MalformedPickle(
+                f"the pickle refers to {shown!r}; only images, tensors and plain values are allowed"
+            )
         self._push(found)
 
     def _stack_global(self) -> None:
@@ -257,14 +277,21 @@ class PickleReader:
     def _new_object(self) -> None:
         args, target = self._pop(), self._pop()
         # Types first: comparing or hashing a hostile nested value would recurse in C.
-        if type(target) is not GlobalName or target not in IMAGE_GLOBALS or type(args) is not tuple or args:
+        if (
+            type(target) is not GlobalName
+            or target not in IMAGE_GLOBALS
+            or type(args) is not tuple
+            or args
+        ):
             raise MalformedPickle("the pickle creates an object that is not an image")
         self._push(ImageNode())
 
     def _build(self) -> None:
         state, target = self._pop(), self._top()
         if type(target) is not ImageNode or target.state is not None or type(state) is not list:
-            raise MalformedPickle("the pickle changes the state of something that is not a new image")
+            raise MalformedPickle(
+                "the pickle changes the state of something that is not a new image"
+            )
         target.state = state
 
     def _reduce(self) -> None:
@@ -290,15 +317,21 @@ class PickleReader:
 
     def _encode(self, text: str | LongText) -> memoryview:
         """Bytes that protocol 2 wrote as text of the characters 0 to 255."""
-        self._encoded_left -= len(text if type(text) is str else text.data)  # the memo offers one text any number of times
+        self._encoded_left -= len(
+            text if type(text) is str else text.data
+        )  # the memo offers one text any number of times
         if self._encoded_left < 0:
-            raise MalformedPickle(f"the pickle unfolds to more than {self._limits.max_encoded_bytes} bytes")
+            raise MalformedPickle(
+                f"the pickle unfolds to more than {self._limits.max_encoded_bytes} bytes"
+            )
         if type(text) is str:
             return memoryview(text.encode("latin1"))
         decoder = codecs.getincrementaldecoder("utf-8")()
         encoded = bytearray()
         for start in range(0, len(text.data), _ENCODE_CHUNK):
-            encoded += decoder.decode(bytes(text.data[start : start + _ENCODE_CHUNK])).encode("latin1")
+            encoded += decoder.decode(bytes(text.data[start : start + _ENCODE_CHUNK])).encode(
+                "latin1"
+            )
         decoder.decode(b"", final=True)
         return memoryview(encoded)
 
@@ -366,7 +399,9 @@ def _children(value: object) -> list | tuple:
 
 
 def _check_depth(value: object, max_depth: int) -> None:
-    """Walk level by level, each container once, so that shared or recursive values cost no more than others."""
+    """Walk level by level, each container once, so that shared or recursive values cost no more
+    than others.
+    """
     level, seen = [value], {id(value)}
     for _ in range(max_depth):
         following = []

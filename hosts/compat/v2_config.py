@@ -1,6 +1,8 @@
-"""The pipeline configuration of POST /apply (the clients' later protocol) -> the same Settings as a command line's. Imports no torch.
+"""The pipeline configuration of POST /apply (the clients' later protocol) -> the same Settings as a
+command line's. Imports no torch.
 
-What is given is either used or refused with the reason; only what cannot change an image is ignored, with a warning in the log.
+What is given is either used or refused with the reason; only what cannot change an image is
+ignored, with a warning in the log.
 """
 
 import logging
@@ -26,8 +28,19 @@ PLAIN = (
 """Keys that are our arguments by the same name."""
 BACKEND_CONFIG = ("model_n", "stride", "time_shift", "synced_steps", "synced_percent")
 TORCH_CONFIG = ("torch_cache_limit", "torch_accumlated_cache_limit", "torch_capture_scalar")
-COMPILE_CONFIG = ("compile_transformer", "compile_vae", "compile_encoder", "compile_backend", "compile_mode", "compile_options")
-SECTIONS = {"backend_config": BACKEND_CONFIG, "torch_config": TORCH_CONFIG, "compile_config": COMPILE_CONFIG}
+COMPILE_CONFIG = (
+    "compile_transformer",
+    "compile_vae",
+    "compile_encoder",
+    "compile_backend",
+    "compile_mode",
+    "compile_options",
+)
+SECTIONS = {
+    "backend_config": BACKEND_CONFIG,
+    "torch_config": TORCH_CONFIG,
+    "compile_config": COMPILE_CONFIG,
+}
 NAMES = {
     "synced_steps": "warm_up",
     "compile_transformer": "compile_unet",
@@ -37,14 +50,21 @@ NAMES = {
 """The client's name -> our argument's, where they differ."""
 MOTION = {"motion_module": "motion_module", "motion_adapter": "motion_adapter"}
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
-QUANTIZED = {"transformer": "quantize_unet_to", "encoder": "quantize_encoder_to", "vae": "quantize_vae", "misc": "quantize_misc_to"}
+QUANTIZED = {
+    "transformer": "quantize_unet_to",
+    "encoder": "quantize_encoder_to",
+    "vae": "quantize_vae",
+    "misc": "quantize_misc_to",
+}
 VARIANTS = ("variant", "infer_dtype")
 SHORT_DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "uint8": "int8"}
 OFF_TEXTS = ("", "default", "disabled", "None")
 
 
 def read_configuration(body: Mapping[str, Any], *, base: Settings, table: ModelTable) -> Settings:
-    """The host's own settings (`base`: port, backend, ...) with the pipeline of the body. ConfigError names the key at fault."""
+    """The host's own settings (`base`: port, backend, ...) with the pipeline of the body.
+    ConfigError names the key at fault.
+    """
     name = _text(body, "pipeline_type")
     spec = table[name]
     values = {
@@ -60,11 +80,15 @@ def read_configuration(body: Mapping[str, Any], *, base: Settings, table: ModelT
         values["enable_group_offload"] = True
     _warn_of_others(body)
     parsed = Settings.from_values({NAMES.get(key, key): value for key, value in values.items()})
-    return replace(base, **{NAMES.get(key, key): getattr(parsed, NAMES.get(key, key)) for key in values})
+    return replace(
+        base, **{NAMES.get(key, key): getattr(parsed, NAMES.get(key, key)) for key in values}
+    )
 
 
 def _sections(body: Mapping[str, Any]) -> Values:
-    """The keys of the nested objects. Nested compile keys of the later server: `fullgraph` is the opposite of ours."""
+    """The keys of the nested objects. Nested compile keys of the later server: `fullgraph` is the
+    opposite of ours.
+    """
     found: Values = {}
     for section, keys in SECTIONS.items():
         given = _mapping(body, section)
@@ -88,12 +112,19 @@ def _components(body: Mapping[str, Any], spec: ModelSpec) -> Values:
     """Weights in the place of the checkpoint's: each a folder, or a file and its config.json."""
     for key in ENCODERS:
         if _mapping(body, key):
-            raise ConfigError(f"{key} was given, but text encoders of one's own are not available. Put it into the checkpoint's folder.")
+            raise ConfigError(
+                f"{key} was given, but text encoders of one's own are not available. Put it into "
+                "the checkpoint's folder."
+            )
     found: Values = {}
     for key, ours in (("transformer", spec.denoiser), ("vae", "vae"), *MOTION.items()):
         path, config = _weights(body, key)
         found |= {ours: path} if path else {}
-        found |= {"motion_config" if key in MOTION else f"{ours}_config": config} if path and config else {}
+        found |= (
+            {"motion_config" if key in MOTION else f"{ours}_config": config}
+            if path and config
+            else {}
+        )
     for key in ("control_net", "ip_adapter"):
         path, config = _weights(body, key)
         found |= {key: {path: 1.0}} if path else {}
@@ -102,25 +133,36 @@ def _components(body: Mapping[str, Any], spec: ModelSpec) -> Values:
 
 
 def _weights(body: Mapping[str, Any], key: str) -> tuple[str | None, str | None]:
-    """{"checkpoint": folder} or {"model": file, "config": config.json} -> the path and its configuration's."""
+    """{"checkpoint": folder} or {"model": file, "config": config.json} -> the path and its
+    configuration's.
+    """
     given = _mapping(body, key)
     path = given.get("checkpoint") or given.get("model")
     if given and not isinstance(path, str):
-        raise ConfigError(f'{key} must be {{"checkpoint": folder}} or {{"model": file, "config": json}}, not {str(dict(given))[:80]}.')
+        raise ConfigError(
+            f'{key} must be {{"checkpoint": folder}} or {{"model": file, "config": json}}, not '
+            f"{str(dict(given))[:80]}."
+        )
     return path, given.get("config") or None
 
 
 def _quantization(body: Mapping[str, Any]) -> Values:
-    """Component -> our option's text. The libraries' finer settings have no counterpart and are left to our own kinds."""
+    """Component -> our option's text. The libraries' finer settings have no counterpart and are
+    left to our own kinds.
+    """
     found: Values = {}
     for target, given in _mapping(body, "quantization_config").items():
         if _is_off(given) or not given:
             continue
         if target not in QUANTIZED:
-            logger.warning("quantization_config.%s has no effect: there are no weights in it", target)
+            logger.warning(
+                "quantization_config.%s has no effect: there are no weights in it", target
+            )
             continue
         if not isinstance(given, Mapping):
-            raise ConfigError(f"quantization_config.{target} must be an object, not {type(given).__name__}.")
+            raise ConfigError(
+                f"quantization_config.{target} must be an object, not {type(given).__name__}."
+            )
         found[QUANTIZED[target]] = _quantization_text(given, f"quantization_config.{target}")
     return found
 
@@ -134,22 +176,53 @@ def _quantization_text(given: Mapping[str, Any], where: str) -> str:
     if library == "bitsandbytes" and given.get("load_in_8bit"):
         return "bnb,int8"
     if library == "bitsandbytes" and given.get("load_in_4bit"):
-        compute = SHORT_DTYPES.get(given.get("bnb_4bit_compute_dtype"), given.get("bnb_4bit_compute_dtype")) or "bf16"
-        storage = SHORT_DTYPES.get(given.get("bnb_4bit_quant_storage"), given.get("bnb_4bit_quant_storage")) or "int8"
+        compute = (
+            SHORT_DTYPES.get(
+                given.get("bnb_4bit_compute_dtype"), given.get("bnb_4bit_compute_dtype")
+            )
+            or "bf16"
+        )
+        storage = (
+            SHORT_DTYPES.get(
+                given.get("bnb_4bit_quant_storage"), given.get("bnb_4bit_quant_storage")
+            )
+            or "int8"
+        )
         return f"bnb,int4,{compute},{storage},{given.get('bnb_4bit_quant_type') or 'nf4'}"
-    raise ConfigError(f"{where} asks for {library!r} ({kind!r}), which is not available. Allowed: quanto, torchao and bitsandbytes.")
+    raise ConfigError(
+        f"{where} asks for {library!r} ({kind!r}), which is not available. Allowed: quanto, "
+        "torchao and bitsandbytes."
+    )
 
 
 def _warn_of_others(body: Mapping[str, Any]) -> None:
-    read = {"pipeline_type", "checkpoint", "quantization_config", "group_offload_config", "control_net", "ip_adapter", "transformer", "vae"}
+    read = {
+        "pipeline_type",
+        "checkpoint",
+        "quantization_config",
+        "group_offload_config",
+        "control_net",
+        "ip_adapter",
+        "transformer",
+        "vae",
+    }
     known = read | set(PLAIN) | set(SECTIONS) | set(VARIANTS) | set(MOTION) | set(ENCODERS)
-    for key in sorted(key for key, value in body.items() if key not in known and not _is_off(value) and value != {}):
+    for key in sorted(
+        key
+        for key, value in body.items()
+        if key not in known and not _is_off(value) and value != {}
+    ):
         logger.warning("%s has no effect on this host: ignored", key)
 
 
 def _is_off(value: Any) -> bool:
     """Whether the client says that nothing was chosen; 0 is a choice."""
-    return value is None or value is False or value == {} or (isinstance(value, str) and value in OFF_TEXTS)
+    return (
+        value is None
+        or value is False
+        or value == {}
+        or (isinstance(value, str) and value in OFF_TEXTS)
+    )
 
 
 def _mapping(body: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -164,5 +237,7 @@ def _mapping(body: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 def _text(body: Mapping[str, Any], key: str) -> str:
     value = body.get(key)
     if not isinstance(value, str) or not value:
-        raise ConfigError(f"{key} is missing or no text. Send it with the pipeline's configuration.")
+        raise ConfigError(
+            f"{key} is missing or no text. Send it with the pipeline's configuration."
+        )
     return value

@@ -1,6 +1,8 @@
-"""The clients' later protocol: /apply, /applied, /offload, /sleep and /close of a host that was started without a model.
+"""The clients' later protocol: /apply, /applied, /offload, /sleep and /close of a host that was
+started without a model.
 
-The answers are the contract's: short texts, 200 or 500. What a later /generate says differently is translated here too.
+The answers are the contract's: short texts, 200 or 500. What a later /generate says differently is
+translated here too.
 """
 
 import importlib.util
@@ -26,7 +28,9 @@ logger = logging.getLogger(__name__)
 blueprint = Blueprint("later", __name__)
 
 BROWSER_HEADERS = ("Origin", "Referer", "Sec-Fetch-Site")
-"""At least one of them comes with whatever a page makes a browser ask, also with an image's address."""
+"""At least one of them comes with whatever a page makes a browser ask, also with an image's
+address.
+"""
 NO_END = 2**31
 """The clients' number for a last step that is none is 2**32 - 1."""
 MAX_SLEEP_S = 3600.0
@@ -36,7 +40,10 @@ MAX_SLEEP_S = 3600.0
 def _refuse_browsers() -> None:
     """Some of these change the host with a GET, as the clients want it, so no browser may ask."""
     if sent := [name for name in BROWSER_HEADERS if name in request.headers]:
-        raise RequestError(f"{request.path} is not for browsers, and this request has the header {sent[0]}. Send it from a program.")
+        raise RequestError(
+            f"{request.path} is not for browsers, and this request has the header {sent[0]}. Send "
+            "it from a program."
+        )
 
 
 @blueprint.errorhandler(HostError)
@@ -48,14 +55,22 @@ def _failed(error: HostError) -> tuple[Response, int]:
 
 @blueprint.post("/apply")
 def apply() -> str:
-    """Load this pipeline on all ranks in the place of the one that is there; an empty object only lets that go. Waits until it is done."""
+    """Load this pipeline on all ranks in the place of the one that is there; an empty object only
+    lets that go. Waits until it is done.
+    """
     host = current_app.extensions["host"]
     body = dict(json_object())
     with _control().lock:
         if body == _control().applied:
             return ""
-        settings = _with_compel(read_configuration(body, base=_control().base, table=read_table())) if body else None
-        start = _control().plan(settings) if settings is not None else None  # what is wrong with it is refused while all is as it was
+        settings = (
+            _with_compel(read_configuration(body, base=_control().base, table=read_table()))
+            if body
+            else None
+        )
+        start = (
+            _control().plan(settings) if settings is not None else None
+        )  # what is wrong with it is refused while all is as it was
         _control().applied = None
         _control().run(Apply(settings=settings))
         if start is not None:
@@ -82,10 +97,20 @@ def sleep() -> str:
     """{"sleep": true, "time": seconds}: all ranks but the first pause for so long."""
     body = json_object()
     seconds = body.get("time", 0)
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds <= MAX_SLEEP_S or not math.isfinite(seconds):
-        raise RequestError(f"time={seconds!r} is not allowed. Send seconds from 0 to {MAX_SLEEP_S:g}.", field="time")
+    if (
+        isinstance(seconds, bool)
+        or not isinstance(seconds, int | float)
+        or not 0 <= seconds <= MAX_SLEEP_S
+        or not math.isfinite(seconds)
+    ):
+        raise RequestError(
+            f"time={seconds!r} is not allowed. Send seconds from 0 to {MAX_SLEEP_S:g}.",
+            field="time",
+        )
     if _control().num_ranks == 1:
-        raise UnsupportedError("sleep is not available with one rank: there is no other that could pause.")
+        raise UnsupportedError(
+            "sleep is not available with one rank: there is no other that could pause."
+        )
     if body.get("sleep") is True:
         _control().run(Sleep(seconds=float(seconds)))
     return ""
@@ -103,12 +128,20 @@ def refuse_without_pipeline() -> None:
     host = current_app.extensions["host"]
     if host.control is None or host.state.phase is Phase.READY:
         return
-    raise UnavailableError(host.state.reason or "no pipeline is ready. Send its configuration to POST /apply.")
+    raise UnavailableError(
+        host.state.reason or "no pipeline is ready. Send its configuration to POST /apply."
+    )
 
 
 def later_fields(body: Mapping[str, Any]) -> dict[str, Any]:
-    """The body of a later /generate in the names of the earlier one. Steps are counted, not shares, and latents are the model's own."""
-    fields = {name: value for name, value in body.items() if name not in ("denoise", "denoising_start", "denoising_end")}
+    """The body of a later /generate in the names of the earlier one. Steps are counted, not shares,
+    and latents are the model's own.
+    """
+    fields = {
+        name: value
+        for name, value in body.items()
+        if name not in ("denoise", "denoising_start", "denoising_end")
+    }
     first, stop = _step(body, "denoising_start"), _step(body, "denoising_end")
     if first:
         fields["first_step"] = first
@@ -122,7 +155,9 @@ def _step(body: Mapping[str, Any], name: str) -> int | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise RequestError(f"{name}={value!r} is not allowed. Send the number of a step, from 0.", field=name)
+        raise RequestError(
+            f"{name}={value!r} is not allowed. Send the number of a step, from 0.", field=name
+        )
     return value
 
 

@@ -22,7 +22,11 @@ from hosts.jobs.queue import Job, JobStatus
 
 blueprint = Blueprint("a1111", __name__)
 
-SENT_AS = {"steps": "num_inference_steps", "cfg_scale": "guidance_scale", "denoising_strength": "strength"}
+SENT_AS = {
+    "steps": "num_inference_steps",
+    "cfg_scale": "guidance_scale",
+    "denoising_strength": "strength",
+}
 PLAIN = ("prompt", "negative_prompt", "seed", "width", "height", "lora")
 UNSUPPORTED = ("enable_hr", "script_name", "refiner_checkpoint", "tiling", "restore_faces")
 KARRAS = re.compile(r"[ _]karras$", re.IGNORECASE)
@@ -39,14 +43,23 @@ def txt2img() -> Response:
 
 @blueprint.post("/sdapi/v1/img2img")
 def img2img() -> Response:
-    """With a mask, its white parts change; the whole image is drawn at once, whatever inpaint_full_res says."""
+    """With a mask, its white parts change; the whole image is drawn at once, whatever
+    inpaint_full_res says.
+    """
     body = json_object()
     sources = body.get("init_images")
     if not isinstance(sources, list) or len(sources) != 1:
-        raise RequestError("init_images must hold one image, base64 of a PNG, JPEG or WebP file.", field="init_images")
+        raise RequestError(
+            "init_images must hold one image, base64 of a PNG, JPEG or WebP file.",
+            field="init_images",
+        )
     spec = current_app.extensions["host"].spec
     name = "image" if "image" in spec.requires else "init_image"
-    mask = {"mask_image": _mask(body["mask"], is_inverted=bool(body.get("inpainting_mask_invert")))} if body.get("mask") else {}
+    mask = (
+        {"mask_image": _mask(body["mask"], is_inverted=bool(body.get("inpainting_mask_invert")))}
+        if body.get("mask")
+        else {}
+    )
     return _images({"denoising_strength": 0.75, **body}, {name: sources[0], **mask})
 
 
@@ -56,7 +69,15 @@ def progress() -> Response:
     queue = current_app.extensions["host"].queue
     job = next((job for job in queue.jobs() if job.status is JobStatus.RUNNING), None)
     if job is None:
-        return jsonify({"progress": 0.0, "eta_relative": 0.0, "state": _state(None), "current_image": None, "textinfo": None})
+        return jsonify(
+            {
+                "progress": 0.0,
+                "eta_relative": 0.0,
+                "state": _state(None),
+                "current_image": None,
+                "textinfo": None,
+            }
+        )
     job.wants_preview = True
     share = job.step / job.num_steps if job.num_steps else 0.0
     left = (1 - share) / share if share else 0.0
@@ -91,10 +112,15 @@ def options() -> Response:
 def set_options() -> Response:
     """Only what is so already can be set: the model is fixed at start."""
     body = json_object()
-    wrong = {name: value for name, value in body.items() if name == "sd_model_checkpoint" and value != _title()}
+    wrong = {
+        name: value
+        for name, value in body.items()
+        if name == "sd_model_checkpoint" and value != _title()
+    }
     if wrong:
         raise UnsupportedError(
-            f"sd_model_checkpoint={wrong['sd_model_checkpoint']!r} is not loaded. Allowed: {_title()!r}; start another host."
+            f"sd_model_checkpoint={wrong['sd_model_checkpoint']!r} is not loaded. Allowed: "
+            f"{_title()!r}; start another host."
         )
     return jsonify({})
 
@@ -102,13 +128,30 @@ def set_options() -> Response:
 @blueprint.get("/sdapi/v1/sd-models")
 def sd_models() -> Response:
     name = _title()
-    return jsonify([{"title": name, "model_name": name, "hash": None, "sha256": None, "filename": name, "config": None}])
+    return jsonify(
+        [
+            {
+                "title": name,
+                "model_name": name,
+                "hash": None,
+                "sha256": None,
+                "filename": name,
+                "config": None,
+            }
+        ]
+    )
 
 
 @blueprint.get("/sdapi/v1/samplers")
 def samplers() -> Response:
     flow = current_app.extensions["host"].spec.flow_matching
-    return jsonify([{"name": name, "aliases": [name], "options": {}} for name, facts in SCHEDULERS.items() if facts.flow == flow])
+    return jsonify(
+        [
+            {"name": name, "aliases": [name], "options": {}}
+            for name, facts in SCHEDULERS.items()
+            if facts.flow == flow
+        ]
+    )
 
 
 @blueprint.get("/sdapi/v1/loras")
@@ -116,7 +159,12 @@ def loras() -> Response:
     """The files that requests may name in `lora`."""
     folders = Accepted.by(current_app.extensions["host"].settings).lora_dirs
     files = sorted(path for folder in folders for path in Path(folder).glob("*.safetensors"))
-    return jsonify([{"name": path.name, "alias": path.stem, "path": path.name, "metadata": {}} for path in files])
+    return jsonify(
+        [
+            {"name": path.name, "alias": path.stem, "path": path.name, "metadata": {}}
+            for path in files
+        ]
+    )
 
 
 def _images(body: Mapping[str, Any], sources: Mapping[str, str]) -> Response:
@@ -127,9 +175,14 @@ def _images(body: Mapping[str, Any], sources: Mapping[str, str]) -> Response:
         raise UnsupportedError(f"{given[0]} is not available on this host. Leave it out.")
     number = _count(body, "n_iter") * _count(body, "batch_size")
     if number > host.settings.max_images:
-        raise RequestError(f"n_iter x batch_size is {number}. Allowed: up to {host.settings.max_images}.", field="n_iter")
+        raise RequestError(
+            f"n_iter x batch_size is {number}. Allowed: up to {host.settings.max_images}.",
+            field="n_iter",
+        )
     fields = {name: body[name] for name in PLAIN if body.get(name) is not None} | sources
-    fields |= {ours: body[theirs] for theirs, ours in SENT_AS.items() if body.get(theirs) is not None}
+    fields |= {
+        ours: body[theirs] for theirs, ours in SENT_AS.items() if body.get(theirs) is not None
+    }
     if not sources:
         fields.pop("strength", None)
     if sampler := body.get("sampler_name") or body.get("sampler_index"):
@@ -141,15 +194,28 @@ def _images(body: Mapping[str, Any], sources: Mapping[str, str]) -> Response:
         requests.append(read_request(asked, spec=host.spec, accepted=Accepted.by(host.settings)))
     results = wait_for_all(submit_all(requests))
     seeds = [result.seed for result in results]
-    info = {"prompt": body.get("prompt", ""), "seed": seeds[0], "all_seeds": seeds, "sd_model_name": _title(), **results[0].resolved}
+    info = {
+        "prompt": body.get("prompt", ""),
+        "seed": seeds[0],
+        "all_seeds": seeds,
+        "sd_model_name": _title(),
+        **results[0].resolved,
+    }
     images = [
-        base64.b64encode(media.encode(result, "image/png", metadata=json.dumps(result.resolved))).decode("ascii") for result in results
+        base64.b64encode(
+            media.encode(result, "image/png", metadata=json.dumps(result.resolved))
+        ).decode("ascii")
+        for result in results
     ]
-    return jsonify({"images": images, "parameters": {**body, "init_images": None}, "info": json.dumps(info)})
+    return jsonify(
+        {"images": images, "parameters": {**body, "init_images": None}, "info": json.dumps(info)}
+    )
 
 
 def _mask(data: Any, *, is_inverted: bool) -> Any:
-    """base64 of an image, black and white exchanged where that was asked for. RequestError if it is none."""
+    """base64 of an image, black and white exchanged where that was asked for. RequestError if it is
+    none.
+    """
     if not is_inverted:
         return data
     buffer = io.BytesIO()
@@ -160,7 +226,9 @@ def _mask(data: Any, *, is_inverted: bool) -> Any:
 def _count(body: Mapping[str, Any], name: str) -> int:
     value = body.get(name) or 1
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise RequestError(f"{name}={value!r} is not allowed. Send a whole number from 1.", field=name)
+        raise RequestError(
+            f"{name}={value!r} is not allowed. Send a whole number from 1.", field=name
+        )
     return value
 
 

@@ -1,4 +1,6 @@
-"""create_app: routes and error handlers around a queue and a state. Nothing happens at import; imports no torch."""
+"""create_app: routes and error handlers around a queue and a state. Nothing happens at import;
+imports no torch.
+"""
 
 import logging
 import math
@@ -44,14 +46,17 @@ STATUS = {
 }
 
 RETRY_AFTER_S = {429: 5, 503: 10}
-"""Status of a refusal that passes -> seconds after which to ask again. Loading takes longer than a queue to move on."""
+"""Status of a refusal that passes -> seconds after which to ask again. Loading takes longer than a
+queue to move on.
+"""
 
 
 @dataclass(slots=True, kw_only=True)
 class Host:
     """What routes may touch: `current_app.extensions["host"]`.
 
-    errands: of a host whose pipeline is loaded and changed over HTTP, and settings and spec with it; None where they are fixed.
+    errands: of a host whose pipeline is loaded and changed over HTTP, and settings and spec with
+    it; None where they are fixed.
     name: of the model for clients that name one; its type if empty.
     """
 
@@ -101,7 +106,9 @@ def status_of(error: HostError) -> int:
 
 def _answer(message: str, status: int) -> tuple[Response, int]:
     """In the dialect of the path that was asked."""
-    shape = {openai.blueprint.name: openai.error_body, a1111.blueprint.name: a1111.error_body}.get(request.blueprint or "")
+    shape = {openai.blueprint.name: openai.error_body, a1111.blueprint.name: a1111.error_body}.get(
+        request.blueprint or ""
+    )
     return jsonify(shape(message, status) if shape else error_body(message)), status
 
 
@@ -116,8 +123,14 @@ def _host_error(error: HostError) -> tuple[Response, int]:
 def _http_error(error: HTTPException) -> tuple[Response, int]:
     if isinstance(error, RequestEntityTooLarge):
         megabytes = current_app.extensions["host"].settings.max_body_mb
-        return _answer(f"the body is larger than this host allows: {megabytes} MB (--max_body_mb). Send less.", 413)
-    return _answer(f"{error.name}: {error.description}" if error.name else str(error.description), error.code or 500)
+        return _answer(
+            f"the body is larger than this host allows: {megabytes} MB (--max_body_mb). Send less.",
+            413,
+        )
+    return _answer(
+        f"{error.name}: {error.description}" if error.name else str(error.description),
+        error.code or 500,
+    )
 
 
 def _unexpected_error(error: Exception) -> tuple[Response, int]:

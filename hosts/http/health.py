@@ -12,8 +12,16 @@ blueprint = Blueprint("api", __name__)
 def healthz() -> tuple[Response, int]:
     """200 while the host can answer or is loading, 503 once it cannot make images."""
     host = current_app.extensions["host"]
-    body = {"phase": host.state.phase, "reason": host.state.reason, "waiting": host.queue.num_waiting}
-    return jsonify(body), 200 if host.state.phase in (Phase.LOADING, Phase.EMPTY, Phase.READY) else 503
+    body = {
+        "phase": host.state.phase,
+        "reason": host.state.reason,
+        "waiting": host.queue.num_waiting,
+    }
+    return jsonify(body), 200 if host.state.phase in (
+        Phase.LOADING,
+        Phase.EMPTY,
+        Phase.READY,
+    ) else 503
 
 
 @blueprint.get("/livez")
@@ -26,7 +34,9 @@ def livez() -> tuple[str, int]:
 def readyz() -> tuple[str, int]:
     """200 while images can be made, else 503 and the phase, with its reason where there is one."""
     state = current_app.extensions["host"].state
-    return ": ".join(filter(None, (state.phase.value, state.reason))), 200 if state.phase is Phase.READY else 503
+    return ": ".join(
+        filter(None, (state.phase.value, state.reason))
+    ), 200 if state.phase is Phase.READY else 503
 
 
 @blueprint.get("/metrics")

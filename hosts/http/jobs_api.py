@@ -1,4 +1,6 @@
-"""Jobs over HTTP: send one, follow it, fetch it, cancel it. The same fields as POST /generate, by diffusers' names or the old ones."""
+"""Jobs over HTTP: send one, follow it, fetch it, cancel it. The same fields as POST /generate, by
+diffusers' names or the old ones.
+"""
 
 import base64
 import io
@@ -35,7 +37,9 @@ _streams = threading.BoundedSemaphore(MAX_STREAMS)
 
 @blueprint.post("/v1/jobs")
 def create() -> tuple[Response, int, dict[str, str]]:
-    """202 with the job's id and its place in the queue. The same Idempotency-Key and body give the job that is there already."""
+    """202 with the job's id and its place in the queue. The same Idempotency-Key and body give the
+    job that is there already.
+    """
     host = current_app.extensions["host"]
     asked = read_request(json_object(), spec=host.spec, accepted=Accepted.by(host.settings))
     job = host.queue.submit(asked, client=client(), is_stored=True, key=idempotency_key())
@@ -44,7 +48,9 @@ def create() -> tuple[Response, int, dict[str, str]]:
 
 @blueprint.get("/v1/jobs")
 def everything() -> Response:
-    """All jobs: the one that runs, those that wait, those that are over. No prompts: other clients' jobs are among them."""
+    """All jobs: the one that runs, those that wait, those that are over. No prompts: other clients'
+    jobs are among them.
+    """
     return jsonify({"jobs": without_settings(_queue().jobs())})
 
 
@@ -64,7 +70,9 @@ def cancel(job_id: str) -> tuple[Response, int]:
 
 @blueprint.get("/v1/jobs/<job_id>/result")
 def result(job_id: str) -> Response | tuple[Response, int, dict[str, str]]:
-    """The file, by Accept, or the contract's JSON. 409 while it is not done; a failed job's error as it was. ?fps= is a video's speed."""
+    """The file, by Accept, or the contract's JSON. 409 while it is not done; a failed job's error
+    as it was. ?fps= is a video's speed.
+    """
     host = current_app.extensions["host"]
     job = _queue().find(job_id)
     if not job.finished.is_set():
@@ -78,13 +86,22 @@ def result(job_id: str) -> Response | tuple[Response, int, dict[str, str]]:
 
 @blueprint.get("/v1/jobs/<job_id>/events")
 def events(job_id: str) -> Response:
-    """Server-sent events until the job is over: `status` at each change, `preview` (a small JPEG) with ?previews=1."""
+    """Server-sent events until the job is over: `status` at each change, `preview` (a small JPEG)
+    with ?previews=1.
+    """
     job = _queue().find(job_id)
     if not _streams.acquire(blocking=False):
-        raise BusyError(f"{MAX_STREAMS} event streams are open, which is all this host serves. Ask GET /v1/jobs/{job_id} now and then.")
+        raise BusyError(
+            f"{MAX_STREAMS} event streams are open, which is all this host serves. Ask GET "
+            f"/v1/jobs/{job_id} now and then."
+        )
     with_previews = request.args.get("previews", "0") == "1"
     job.wants_preview = job.wants_preview or with_previews
-    answer = Response(_follow(_queue(), job, describe, with_previews), mimetype="text/event-stream", headers={"Cache-Control": "no-store"})
+    answer = Response(
+        _follow(_queue(), job, describe, with_previews),
+        mimetype="text/event-stream",
+        headers={"Cache-Control": "no-store"},
+    )
     answer.call_on_close(_streams.release)
     return answer
 
@@ -98,19 +115,28 @@ def trace(job_id: str) -> Response | tuple[Response, int, dict[str, str]]:
     return jsonify(chrome_trace(job))
 
 
-def file_response(job: Job, content_type: str, *, frames_per_s: float = media.FRAMES_PER_S) -> Response:
+def file_response(
+    job: Job, content_type: str, *, frames_per_s: float = media.FRAMES_PER_S
+) -> Response:
     """The finished job's image or video, with its settings in a PNG's metadata."""
     made = job.wait()
     with current_app.extensions["metrics"].serialising():
-        data = media.encode(made, content_type, metadata=json.dumps(made.resolved), frames_per_s=frames_per_s)
+        data = media.encode(
+            made, content_type, metadata=json.dumps(made.resolved), frames_per_s=frames_per_s
+        )
     extension = media.EXTENSIONS[content_type]
-    headers = {"X-Seed": str(made.seed), "Content-Disposition": f'inline; filename="{job.id}.{extension}"'}
+    headers = {
+        "X-Seed": str(made.seed),
+        "Content-Disposition": f'inline; filename="{job.id}.{extension}"',
+    }
     return Response(data, mimetype=content_type, headers=headers)
 
 
 def without_settings(jobs: Sequence[Job]) -> list[dict[str, Any]]:
     """What anybody may know of them."""
-    return [{key: value for key, value in describe(job).items() if key != "settings"} for job in jobs]
+    return [
+        {key: value for key, value in describe(job).items() if key != "settings"} for job in jobs
+    ]
 
 
 def describe(job: Job) -> dict[str, Any]:
@@ -132,19 +158,26 @@ def describe(job: Job) -> dict[str, Any]:
         "seed": job.request.seed,
         "type": host.spec.name,
         "backend": facts.get("backend"),
-        "ranks": (job.result.report.get("ranks") if job.result is not None else job.ranks) or facts.get("ranks"),
+        "ranks": (job.result.report.get("ranks") if job.result is not None else job.ranks)
+        or facts.get("ranks"),
         "batch": job.result.report.get("batch") if job.result is not None else None,
         "exactness": job.result.exactness if job.result is not None else facts.get("exactness"),
         "settings": job.result.resolved if job.result is not None else None,
         "error": str(job.error) if job.error is not None else None,
-        "links": {name: f"/v1/jobs/{job.id}{path}" for name, path in (("self", ""), ("events", "/events"), ("result", "/result"))},
+        "links": {
+            name: f"/v1/jobs/{job.id}{path}"
+            for name, path in (("self", ""), ("events", "/events"), ("result", "/result"))
+        },
     }
 
 
 def _frames_per_s() -> float:
     text = request.args.get("fps", str(media.FRAMES_PER_S))
     if not re.fullmatch(r"\d{1,3}", text) or not 1 <= int(text) <= MAX_FRAMES_PER_S:
-        raise RequestError(f"fps={text!r} is not allowed. Send a whole number from 1 to {MAX_FRAMES_PER_S}.", field="fps")
+        raise RequestError(
+            f"fps={text!r} is not allowed. Send a whole number from 1 to {MAX_FRAMES_PER_S}.",
+            field="fps",
+        )
     return int(text)
 
 

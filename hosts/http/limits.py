@@ -1,4 +1,6 @@
-"""How much one request may ask for, and how many one client may send: the operator's bounds, on top of what can be meant at all."""
+"""How much one request may ask for, and how many one client may send: the operator's bounds, on top
+of what can be meant at all.
+"""
 
 import threading
 import time
@@ -35,8 +37,14 @@ class Limits:
         return cls(**{name: getattr(settings, name) for name in cls.__slots__})
 
     def check(self, request: GenerateRequest) -> None:
-        """RequestError for the first value that is too large. What is left to a default is the operator's own choice."""
-        steps = max(request.num_inference_steps or 0, len(request.sigmas or ()) - 1, len(request.timesteps or ()))
+        """RequestError for the first value that is too large. What is left to a default is the
+        operator's own choice.
+        """
+        steps = max(
+            request.num_inference_steps or 0,
+            len(request.sigmas or ()) - 1,
+            len(request.timesteps or ()),
+        )
         self._require(steps, "max_steps", "num_inference_steps")
         for name in ("height", "width"):
             self._require(getattr(request, name) or 0, "max_side", name)
@@ -44,28 +52,37 @@ class Limits:
         for name in TEXTS:
             if (given := len(getattr(request, name) or "")) > self.max_prompt_chars:
                 raise RequestError(
-                    f"{name} has {given} characters, more than this host allows: {self.max_prompt_chars} (--max_prompt_chars). Send less.",
+                    f"{name} has {given} characters, more than this host allows: "
+                    f"{self.max_prompt_chars} (--max_prompt_chars). Send less.",
                     field=name,
                 )
 
     def _require(self, given: int, limit: str, field: str) -> None:
         allowed = getattr(self, limit)
         if given > allowed:
-            raise RequestError(f"{field}={given} is more than this host allows: {allowed} (--{limit}). Ask for less.", field=field)
+            raise RequestError(
+                f"{field}={given} is more than this host allows: {allowed} (--{limit}). Ask for "
+                "less.",
+                field=field,
+            )
 
 
 DEFAULT_LIMITS = Limits.by(Settings())
 
 
 class RateLimit:
-    """So many requests a minute from each client: a bucket that holds a minute's worth and fills up again evenly."""
+    """So many requests a minute from each client: a bucket that holds a minute's worth and fills up
+    again evenly.
+    """
 
     def __init__(self, per_minute: int, *, clock: Callable[[], float] = time.monotonic) -> None:
         """per_minute: 0 for any number."""
         self._per_minute = per_minute
         self._clock = clock
         self._lock = threading.Lock()
-        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()  # client -> requests left, as of when
+        self._buckets: OrderedDict[str, tuple[float, float]] = (
+            OrderedDict()
+        )  # client -> requests left, as of when
 
     def take(self, client: str) -> None:
         """One request of this client. BusyError, with the seconds to wait, if it has none left."""
@@ -81,13 +98,17 @@ class RateLimit:
         if left < 1:
             wait_s = (1 - left) * 60 / self._per_minute
             raise BusyError(
-                f"more than {self._per_minute} requests in a minute from one client (--rate_limit). Try again in {wait_s:.0f} s.",
+                f"more than {self._per_minute} requests in a minute from one client "
+                f"(--rate_limit). Try again in {wait_s:.0f} s.",
                 retry_after_s=wait_s,
             )
 
 
 def queue_within(
-    settings: Settings, store: Store | None, *, complete: Callable[[ExitReport], ExitReport] = lambda ending: ending
+    settings: Settings,
+    store: Store | None,
+    *,
+    complete: Callable[[ExitReport], ExitReport] = lambda ending: ending,
 ) -> JobQueue:
     """The queue that takes, and keeps, as much as the operator allows. complete: see JobQueue."""
     return JobQueue(

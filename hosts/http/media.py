@@ -1,4 +1,6 @@
-"""Results -> bytes: images as PNG, JPEG or WebP, videos as MP4 or GIF, both as arrays. Pure functions; imports no torch."""
+"""Results -> bytes: images as PNG, JPEG or WebP, videos as MP4 or GIF, both as arrays. Pure
+functions; imports no torch.
+"""
 
 import io
 
@@ -15,7 +17,9 @@ VIDEO_TYPES = ("video/mp4", "image/gif")
 ARRAY_TYPE = "application/x-npy"
 """uint8 (N, H, W, 3) as numpy saves it: every frame as it is, for programs."""
 WHOLE_TYPE = "application/x-npz"
-"""Everything there is of a result, as numpy.savez writes it: `frames`, `latents` where the type gives them, and `facts` (JSON as bytes)."""
+"""Everything there is of a result, as numpy.savez writes it: `frames`, `latents` where the type
+gives them, and `facts` (JSON as bytes).
+"""
 EXTENSIONS = {
     "image/png": "png",
     "image/jpeg": "jpg",
@@ -39,8 +43,16 @@ def images(result: GenerateResult) -> list[Image.Image]:
     return [Image.fromarray(frame, mode="RGB") for frame in result.frames]
 
 
-def encode(result: GenerateResult, content_type: str, *, metadata: str = "", frames_per_s: float = FRAMES_PER_S) -> bytes:
-    """The result as one file of this type; a PNG holds `metadata` as its text `parameters`. RequestError if the type does not fit."""
+def encode(
+    result: GenerateResult,
+    content_type: str,
+    *,
+    metadata: str = "",
+    frames_per_s: float = FRAMES_PER_S,
+) -> bytes:
+    """The result as one file of this type; a PNG holds `metadata` as its text `parameters`.
+    RequestError if the type does not fit.
+    """
     if content_type == ARRAY_TYPE:
         return _encode_array(result)
     if content_type == WHOLE_TYPE:
@@ -52,7 +64,10 @@ def encode(result: GenerateResult, content_type: str, *, metadata: str = "", fra
     if content_type == "video/mp4":
         return _encode_mp4(result, frames_per_s)
     allowed = ", ".join((*VIDEO_TYPES, ARRAY_TYPE, WHOLE_TYPE))
-    raise RequestError(f"Accept: {content_type} does not fit a video. Allowed: {allowed}, application/json.", field="Accept")
+    raise RequestError(
+        f"Accept: {content_type} does not fit a video. Allowed: {allowed}, application/json.",
+        field="Accept",
+    )
 
 
 def _encode_array(result: GenerateResult) -> bytes:
@@ -69,7 +84,9 @@ def _encode_whole(result: GenerateResult) -> bytes:
 
 
 def decode_whole(data: bytes) -> GenerateResult:
-    """What was sent as WHOLE_TYPE. Nothing is unpickled. ValueError, OSError or KeyError for anything else."""
+    """What was sent as WHOLE_TYPE. Nothing is unpickled. ValueError, OSError or KeyError for
+    anything else.
+    """
     with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
         return serialization.unpack_result(arrays["facts"].tobytes().decode(), arrays.__getitem__)
 
@@ -88,14 +105,24 @@ def _encode_image(image: Image.Image, file_format: str, metadata: str) -> bytes:
 
 def _encode_gif(frames: list[Image.Image], frames_per_s: float) -> bytes:
     buffer = io.BytesIO()
-    frames[0].save(buffer, format="GIF", save_all=True, append_images=frames[1:], duration=round(1000 / frames_per_s), loop=0)
+    frames[0].save(
+        buffer,
+        format="GIF",
+        save_all=True,
+        append_images=frames[1:],
+        duration=round(1000 / frames_per_s),
+        loop=0,
+    )
     return buffer.getvalue()
 
 
 def _encode_mp4(result: GenerateResult, frames_per_s: float) -> bytes:
     import imageio.v3  # here: an extra, which only who asks for MP4 needs
 
-    height, width = result.frames.shape[1] // 2 * 2, result.frames.shape[2] // 2 * 2  # H.264 wants even sides
+    height, width = (
+        result.frames.shape[1] // 2 * 2,
+        result.frames.shape[2] // 2 * 2,
+    )  # H.264 wants even sides
     return imageio.v3.imwrite(
         "<bytes>",
         result.frames[:, :height, :width],

@@ -1,4 +1,6 @@
-"""GET /metrics for Prometheus: jobs by outcome, time in the queue and at work, and what each rank reported last."""
+"""GET /metrics for Prometheus: jobs by outcome, time in the queue and at work, and what each rank
+reported last.
+"""
 
 import contextlib
 import time
@@ -30,14 +32,33 @@ class Metrics:
         self._queue = queue
         self._state = state
         self._registry = CollectorRegistry()
-        self._jobs = Counter("diffusion_jobs", "Jobs that are over, by outcome.", ["state"], registry=self._registry)
-        self._waited = Histogram("diffusion_queue_seconds", "Time in the queue.", buckets=SECONDS, registry=self._registry)
-        self._worked = Histogram("diffusion_job_seconds", "Time at work on a job that was done.", buckets=SECONDS, registry=self._registry)
+        self._jobs = Counter(
+            "diffusion_jobs", "Jobs that are over, by outcome.", ["state"], registry=self._registry
+        )
+        self._waited = Histogram(
+            "diffusion_queue_seconds",
+            "Time in the queue.",
+            buckets=SECONDS,
+            registry=self._registry,
+        )
+        self._worked = Histogram(
+            "diffusion_job_seconds",
+            "Time at work on a job that was done.",
+            buckets=SECONDS,
+            registry=self._registry,
+        )
         self._stages = Histogram(
-            "diffusion_stage_seconds", "Time of one stage of a job on rank 0.", ["stage"], buckets=SECONDS, registry=self._registry
+            "diffusion_stage_seconds",
+            "Time of one stage of a job on rank 0.",
+            ["stage"],
+            buckets=SECONDS,
+            registry=self._registry,
         )
         self._batches = Counter(
-            "diffusion_batch_jobs", "Jobs that were done, by the size of their batch.", ["batch"], registry=self._registry
+            "diffusion_batch_jobs",
+            "Jobs that were done, by the size of their batch.",
+            ["batch"],
+            registry=self._registry,
         )
         self._registry.register(self)
         queue.on_end.append(self._ended)
@@ -48,12 +69,24 @@ class Metrics:
 
     def collect(self) -> Iterator[Any]:
         """What is read off at the moment of asking."""
-        yield GaugeMetricFamily("diffusion_jobs_waiting", "Jobs in the queue.", value=self._queue.num_waiting)
-        yield GaugeMetricFamily("diffusion_restarts", "How often the ranks were started again.", value=self._state.facts.get("restarts", 0))
-        yield GaugeMetricFamily("diffusion_ready", "1 while images can be made.", value=float(self._state.phase is Phase.READY))
+        yield GaugeMetricFamily(
+            "diffusion_jobs_waiting", "Jobs in the queue.", value=self._queue.num_waiting
+        )
+        yield GaugeMetricFamily(
+            "diffusion_restarts",
+            "How often the ranks were started again.",
+            value=self._state.facts.get("restarts", 0),
+        )
+        yield GaugeMetricFamily(
+            "diffusion_ready",
+            "1 while images can be made.",
+            value=float(self._state.phase is Phase.READY),
+        )
         ranks = self._state.facts.get("ranks_now", [])
         for name, meaning in RANK_FIGURES.items():
-            gauge = GaugeMetricFamily(f"diffusion_rank_{name.removesuffix('_s')}", meaning, labels=["rank"])
+            gauge = GaugeMetricFamily(
+                f"diffusion_rank_{name.removesuffix('_s')}", meaning, labels=["rank"]
+            )
             for figures in ranks:
                 if name in figures:
                     gauge.add_metric([str(figures["rank"])], figures[name])

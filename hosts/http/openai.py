@@ -1,6 +1,8 @@
-"""OpenAI's images and videos API, for programs that speak nothing else. Its names, its answers and its error shape.
+"""OpenAI's images and videos API, for programs that speak nothing else. Its names, its answers and
+its error shape.
 
-Beside OpenAI's fields, requests may hold those of POST /generate by diffusers' names: seed, negative_prompt, num_inference_steps, ...
+Beside OpenAI's fields, requests may hold those of POST /generate by diffusers' names: seed,
+negative_prompt, num_inference_steps, ...
 """
 
 import base64
@@ -36,7 +38,18 @@ STATUS = {
     JobStatus.CANCELLED: "failed",
 }
 NUMBERS = frozenset(
-    {"n", "seed", "steps", "num_inference_steps", "guidance", "guidance_scale", "strength", "clip_skip", "seconds", "num_frames"}
+    {
+        "n",
+        "seed",
+        "steps",
+        "num_inference_steps",
+        "guidance",
+        "guidance_scale",
+        "strength",
+        "clip_skip",
+        "seconds",
+        "num_frames",
+    }
 )
 
 
@@ -48,7 +61,12 @@ def error_body(message: str, status: int) -> dict[str, Any]:
 @blueprint.get("/v1/models")
 def models() -> Response:
     """The one model that is loaded, if there is one."""
-    return jsonify({"object": "list", "data": [] if _host().state.phase is Phase.EMPTY else [model_of(_host().model)]})
+    return jsonify(
+        {
+            "object": "list",
+            "data": [] if _host().state.phase is Phase.EMPTY else [model_of(_host().model)],
+        }
+    )
 
 
 @blueprint.get("/v1/models/<name>")
@@ -67,7 +85,9 @@ def generations() -> Response:
 
 @blueprint.post("/v1/images/edits")
 def edits() -> Response:
-    """Image to image: `strength` says how much may change, 0.8 by default; with a mask only its transparent parts, by default wholly."""
+    """Image to image: `strength` says how much may change, 0.8 by default; with a mask only its
+    transparent parts, by default wholly.
+    """
     _require_output("image")
     body = _body()
     if "image" not in body:
@@ -88,7 +108,9 @@ def create_video() -> Response:
         fields["image"] = body["input_reference"]
     if "seconds" in body and "num_frames" not in body:
         fields["num_frames"] = round(float(body["seconds"]) * media.FRAMES_PER_S)
-    return jsonify(_video(_host().queue.submit(_read(fields), client=client(), is_kept=True, is_stored=True)))
+    return jsonify(
+        _video(_host().queue.submit(_read(fields), client=client(), is_kept=True, is_stored=True))
+    )
 
 
 @blueprint.get("/v1/videos/<job_id>")
@@ -101,7 +123,10 @@ def video_content(job_id: str) -> Response:
     """MP4."""
     job = _host().queue.find(job_id)
     if not job.finished.is_set():
-        raise RequestError(f"video {job_id!r} is not done. Ask GET /v1/videos/{job_id} until its status is completed.")
+        raise RequestError(
+            f"video {job_id!r} is not done. Ask GET /v1/videos/{job_id} until its status is "
+            "completed."
+        )
     return file_response(job, "video/mp4")
 
 
@@ -121,28 +146,48 @@ def _images(body: Mapping[str, Any]) -> Response:
     content_type = _choice(body, "output_format", FORMATS, "image/png")
     fields = _fields(body)
     seed = fields.get("seed")
-    seeds = [seed + index if isinstance(seed, int) and seed >= 0 else seed for index in range(number)]
+    seeds = [
+        seed + index if isinstance(seed, int) and seed >= 0 else seed for index in range(number)
+    ]
     jobs = submit_all([_read({**fields, "seed": seed}) for seed in seeds], is_kept=True)
     results = wait_for_all(jobs)
     if kind == "url":
-        data = [{"url": f"{request.host_url}v1/jobs/{job.id}/result", "seed": job.request.seed} for job in jobs]
+        data = [
+            {"url": f"{request.host_url}v1/jobs/{job.id}/result", "seed": job.request.seed}
+            for job in jobs
+        ]
     else:
-        files = [base64.b64encode(media.encode(result, content_type)).decode("ascii") for result in results]
-        data = [{"b64_json": file, "seed": job.request.seed} for file, job in zip(files, jobs, strict=True)]
+        files = [
+            base64.b64encode(media.encode(result, content_type)).decode("ascii")
+            for result in results
+        ]
+        data = [
+            {"b64_json": file, "seed": job.request.seed}
+            for file, job in zip(files, jobs, strict=True)
+        ]
     return jsonify({"created": int(time.time()), "data": data})
 
 
 def _fields(body: Mapping[str, Any]) -> dict[str, Any]:
-    """OpenAI's fields -> those of /generate. `model` must be the one that is loaded, or be left out."""
+    """OpenAI's fields -> those of /generate. `model` must be the one that is loaded, or be left
+    out.
+    """
     named = body.get("model")
     if named not in (None, "", _host().model):
         raise NotFoundError(f"there is no model {named!r}. Allowed: {_host().model}.")
-    fields = {ALIASES.get(name, name): value for name, value in body.items() if name not in ("model", "n", "size", "user", "seconds")}
+    fields = {
+        ALIASES.get(name, name): value
+        for name, value in body.items()
+        if name not in ("model", "n", "size", "user", "seconds")
+    }
     size = body.get("size")
     if size not in (None, "", "auto"):
         match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", str(size))
         if match is None:
-            raise RequestError(f"size={size!r} is not allowed. Send WIDTHxHEIGHT, such as 1024x1024, or auto.", field="size")
+            raise RequestError(
+                f"size={size!r} is not allowed. Send WIDTHxHEIGHT, such as 1024x1024, or auto.",
+                field="size",
+            )
         fields["width"], fields["height"] = int(match[1]), int(match[2])
     return fields
 
@@ -151,16 +196,24 @@ def _body() -> dict[str, Any]:
     """JSON, or a form with files, whose texts are turned into numbers where numbers are meant."""
     if request.mimetype == "application/json":
         return dict(json_object())
-    body: dict[str, Any] = {name: _number(name, value) if name in NUMBERS else value for name, value in request.form.items()}
+    body: dict[str, Any] = {
+        name: _number(name, value) if name in NUMBERS else value
+        for name, value in request.form.items()
+    }
     for name, file in request.files.items():
         body[name.removesuffix("[]")] = base64.b64encode(file.read()).decode("ascii")
     return body
 
 
 def _mask(data: Any) -> Any:
-    """base64 of an image whose transparent parts are to be changed -> of one in which these are white. One without alpha is such a one."""
+    """base64 of an image whose transparent parts are to be changed -> of one in which these are
+    white. One without alpha is such a one.
+    """
     try:
-        with Image.open(io.BytesIO(base64.b64decode(str(data).rpartition(",")[2], validate=True)), formats=["PNG", "WEBP"]) as image:
+        with Image.open(
+            io.BytesIO(base64.b64decode(str(data).rpartition(",")[2], validate=True)),
+            formats=["PNG", "WEBP"],
+        ) as image:
             if not image.has_transparency_data:
                 return data
             alpha = image.convert("RGBA").getchannel("A")
@@ -183,7 +236,9 @@ def _choice(body: Mapping[str, Any], name: str, allowed: Mapping[str, str], defa
     if value is None:
         return default
     if value not in allowed:
-        raise RequestError(f"{name}={value!r} is not allowed. Allowed: {', '.join(allowed)}.", field=name)
+        raise RequestError(
+            f"{name}={value!r} is not allowed. Allowed: {', '.join(allowed)}.", field=name
+        )
     return allowed[value]
 
 
@@ -193,7 +248,14 @@ def _read(fields: Mapping[str, Any]) -> GenerateRequest:
 
 def _video(job: Job) -> dict[str, Any]:
     percent = 100 * job.step // job.num_steps if job.num_steps else 0
-    error = {"code": "cancelled" if job.status is JobStatus.CANCELLED else "failed", "message": str(job.error)} if job.error else None
+    error = (
+        {
+            "code": "cancelled" if job.status is JobStatus.CANCELLED else "failed",
+            "message": str(job.error),
+        }
+        if job.error
+        else None
+    )
     return {
         "id": job.id,
         "object": "video",

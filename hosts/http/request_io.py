@@ -1,4 +1,6 @@
-"""What all dialects do with a request: read its JSON, name its sender, choose the kind of answer, wait for the job."""
+"""What all dialects do with a request: read its JSON, name its sender, choose the kind of answer,
+wait for the job.
+"""
 
 import hashlib
 import time
@@ -25,7 +27,10 @@ def json_object() -> Mapping[str, Any]:
     except BadRequest as error:
         raise RequestError(f"the body is not valid JSON: {error.description}") from error
     except RecursionError as error:
-        raise RequestError("the body is not valid JSON: its lists and objects are nested too deeply. Send a flat object.") from error
+        raise RequestError(
+            "the body is not valid JSON: its lists and objects are nested too deeply. Send a flat "
+            "object."
+        ) from error
     if not isinstance(body, Mapping):
         raise RequestError(f"the body must be one JSON object, not {type(body).__name__}.")
     return body
@@ -39,24 +44,41 @@ def client() -> str:
 
 
 def idempotency_key() -> str | None:
-    """The client's own name for the job it creates, so that sending it again creates no second one. RequestError if it is none."""
+    """The client's own name for the job it creates, so that sending it again creates no second one.
+    RequestError if it is none.
+    """
     key = request.headers.get("Idempotency-Key")
-    if key is not None and (not 1 <= len(key) <= MAX_KEY or not key.isascii() or not key.isprintable()):
-        raise RequestError(f"Idempotency-Key must have 1 to {MAX_KEY} printable ASCII characters.", field="Idempotency-Key")
+    if key is not None and (
+        not 1 <= len(key) <= MAX_KEY or not key.isascii() or not key.isprintable()
+    ):
+        raise RequestError(
+            f"Idempotency-Key must have 1 to {MAX_KEY} printable ASCII characters.",
+            field="Idempotency-Key",
+        )
     return key
 
 
 def wanted_type(output: str, *, default: str) -> str:
-    """The content type that the client prefers among those that this kind of result has, or `default`."""
-    allowed = [default, *(kind for kind in (*media.content_types(output), "application/json") if kind != default)]
+    """The content type that the client prefers among those that this kind of result has, or
+    `default`.
+    """
+    allowed = [
+        default,
+        *(kind for kind in (*media.content_types(output), "application/json") if kind != default),
+    ]
     best = request.accept_mimetypes.best_match(allowed)
     if best is None and request.accept_mimetypes:
-        raise RequestError(f"Accept: {request.accept_mimetypes} is not available. Allowed: {', '.join(allowed)}.", field="Accept")
+        raise RequestError(
+            f"Accept: {request.accept_mimetypes} is not available. Allowed: {', '.join(allowed)}.",
+            field="Accept",
+        )
     return best or default
 
 
 def submit_all(requests: Sequence[GenerateRequest], *, is_kept: bool = False) -> list[Job]:
-    """A job for each of them, which the ranks see at once and can share out; or none, if the queue has no room for all."""
+    """A job for each of them, which the ranks see at once and can share out; or none, if the queue
+    has no room for all.
+    """
     queue = current_app.extensions["host"].queue
     jobs: list[Job] = []
     with queue.together():
@@ -71,7 +93,9 @@ def submit_all(requests: Sequence[GenerateRequest], *, is_kept: bool = False) ->
 
 
 def wait_for(job: Job, *, is_kept: bool = False) -> GenerateResult:
-    """Block until the job is over. If its client goes away, it is cancelled after a grace period, unless it is to be kept."""
+    """Block until the job is over. If its client goes away, it is cancelled after a grace period,
+    unless it is to be kept.
+    """
     host = current_app.extensions["host"]
     connection, grace_s = request.environ.get(CONNECTION), host.settings.disconnect_grace
     if connection is None or grace_s == 0 or is_kept:
@@ -82,7 +106,9 @@ def wait_for(job: Job, *, is_kept: bool = False) -> GenerateResult:
             continue
         gone_at = gone_at or time.monotonic()
         if time.monotonic() - gone_at >= grace_s:
-            host.queue.cancel(job, f"the client went away and did not come back within {grace_s} s.")
+            host.queue.cancel(
+                job, f"the client went away and did not come back within {grace_s} s."
+            )
     return result
 
 

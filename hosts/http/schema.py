@@ -1,4 +1,6 @@
-"""GET /openapi.json: made from the request class and the model type that is served, so it cannot say anything else than the code."""
+"""GET /openapi.json: made from the request class and the model type that is served, so it cannot
+say anything else than the code.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +16,10 @@ from hosts.http import media
 from hosts.launch.settings import Settings
 
 VERSION = "0.1.0"
-ENCODED = "base64 of a PNG, JPEG or WebP file, with or without a data: header; old clients send base64 of a pickle."
+ENCODED = (
+    "base64 of a PNG, JPEG or WebP file, with or without a data: header; old clients send "
+    "base64 of a pickle."
+)
 EVENTS = "text/event-stream"
 
 LIMITED = {
@@ -38,7 +43,12 @@ IDEMPOTENCY_KEY = {
     "schema": {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[ -~]+$"},
 }
 
-CONTROL = ("control_image", "controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end")
+CONTROL = (
+    "control_image",
+    "controlnet_conditioning_scale",
+    "control_guidance_start",
+    "control_guidance_end",
+)
 IP_ADAPTER = ("ip_adapter_image", "ip_adapter_scale")
 SENT_AS = {
     "latents": "latent",
@@ -46,7 +56,9 @@ SENT_AS = {
     "negative_prompt_embeds": "negative_embeds",
     "ip_adapter_image": "ip_image",
 }
-"""Request field -> the name it is sent under, where it is another. Pooled embeddings travel with the others."""
+"""Request field -> the name it is sent under, where it is another. Pooled embeddings travel with
+the others.
+"""
 
 
 class _Schema(GenerateJsonSchema):
@@ -63,52 +75,107 @@ class _Schema(GenerateJsonSchema):
 
 def openapi(spec: ModelSpec, settings: Settings) -> dict[str, Any]:
     """OpenAPI 3.1 of this host."""
-    files = {kind: {"schema": {"type": "string", "contentMediaType": kind}} for kind in media.content_types(spec.output)}
+    files = {
+        kind: {"schema": {"type": "string", "contentMediaType": kind}}
+        for kind in media.content_types(spec.output)
+    }
     return {
         "openapi": "3.1.0",
-        "info": {"title": f"{spec.title} on several GPUs", "version": VERSION, "license": {"name": "Apache-2.0"}},
+        "info": {
+            "title": f"{spec.title} on several GPUs",
+            "version": VERSION,
+            "license": {"name": "Apache-2.0"},
+        },
         "paths": {
             "/generate": {
-                "post": _operation("Make one and wait for it.", body="Request", answers={"200": _answer("Done.", "Generated", files)})
+                "post": _operation(
+                    "Make one and wait for it.",
+                    body="Request",
+                    answers={"200": _answer("Done.", "Generated", files)},
+                )
             },
             "/v1/jobs": {
                 "post": _operation(
-                    "Queue a job.", body="Request", answers={"202": _answer("Accepted.", "Job")}, parameters=[IDEMPOTENCY_KEY]
+                    "Queue a job.",
+                    body="Request",
+                    answers={"202": _answer("Accepted.", "Job")},
+                    parameters=[IDEMPOTENCY_KEY],
                 ),
-                "get": _operation("All jobs: running, waiting, over.", answers={"200": _answer("The jobs.", "Jobs")}),
+                "get": _operation(
+                    "All jobs: running, waiting, over.",
+                    answers={"200": _answer("The jobs.", "Jobs")},
+                ),
             },
             "/v1/jobs/{id}": {
-                "get": _operation("State and progress.", answers={"200": _answer("The job.", "Job")}, by_id=True),
-                "delete": _operation("Cancel it.", answers={"202": _answer("It ends at its next step.", "Job")}, by_id=True),
+                "get": _operation(
+                    "State and progress.", answers={"200": _answer("The job.", "Job")}, by_id=True
+                ),
+                "delete": _operation(
+                    "Cancel it.",
+                    answers={"202": _answer("It ends at its next step.", "Job")},
+                    by_id=True,
+                ),
             },
             "/v1/jobs/{id}/result": {
                 "get": _operation(
                     "The image or video, by Accept.",
-                    answers={"200": _answer("The file.", "Generated", files), "409": _answer("It is not done.", "Job")},
+                    answers={
+                        "200": _answer("The file.", "Generated", files),
+                        "409": _answer("It is not done.", "Job"),
+                    },
                     by_id=True,
                 )
             },
             "/v1/jobs/{id}/events": {
                 "get": _operation(
                     "Server-sent events `status` and, with ?previews=1, `preview`.",
-                    answers={"200": {"description": "Until the job is over.", "content": {EVENTS: {"schema": {"type": "string"}}}}},
+                    answers={
+                        "200": {
+                            "description": "Until the job is over.",
+                            "content": {EVENTS: {"schema": {"type": "string"}}},
+                        }
+                    },
                     by_id=True,
                 )
             },
             "/v1/jobs/{id}/trace": {
                 "get": _operation(
                     "What every rank did when, as a Chrome trace.",
-                    answers={"200": _answer("The trace.", "Object"), "409": _answer("It is not over.", "Job")},
+                    answers={
+                        "200": _answer("The trace.", "Object"),
+                        "409": _answer("It is not over.", "Job"),
+                    },
                     by_id=True,
                 )
             },
-            "/initialize": {"get": _operation("202 while loading, 200 when ready.", answers={"200": _text(), "202": _text()})},
-            "/progress": {"get": _operation("Percent of the running job.", answers={"200": _text()})},
-            "/healthz": {"get": _operation("Phase of the host.", answers={"200": _answer("Alive.", "Object")})},
-            "/livez": {"get": _operation("200 while the process answers.", answers={"200": _text()})},
-            "/readyz": {"get": _operation("200 while images can be made.", answers={"200": _text(), "503": _text()})},
+            "/initialize": {
+                "get": _operation(
+                    "202 while loading, 200 when ready.", answers={"200": _text(), "202": _text()}
+                )
+            },
+            "/progress": {
+                "get": _operation("Percent of the running job.", answers={"200": _text()})
+            },
+            "/healthz": {
+                "get": _operation(
+                    "Phase of the host.", answers={"200": _answer("Alive.", "Object")}
+                )
+            },
+            "/livez": {
+                "get": _operation("200 while the process answers.", answers={"200": _text()})
+            },
+            "/readyz": {
+                "get": _operation(
+                    "200 while images can be made.", answers={"200": _text(), "503": _text()}
+                )
+            },
             "/metrics": {"get": _operation("For Prometheus.", answers={"200": _text()})},
-            "/settings": {"get": _operation("What was chosen at start, and why.", answers={"200": _answer("Facts.", "Object")})},
+            "/settings": {
+                "get": _operation(
+                    "What was chosen at start, and why.",
+                    answers={"200": _answer("Facts.", "Object")},
+                )
+            },
         },
         "components": {"schemas": _schemas(spec, settings)},
     }
@@ -117,9 +184,15 @@ def openapi(spec: ModelSpec, settings: Settings) -> dict[str, Any]:
 def _schemas(spec: ModelSpec, settings: Settings) -> dict[str, Any]:
     request = GenerateRequest.model_json_schema(schema_generator=_Schema)
     unused = _unused(spec, settings)
-    fields = {SENT_AS.get(name, name): facts for name, facts in request["properties"].items() if name not in unused}
+    fields = {
+        SENT_AS.get(name, name): facts
+        for name, facts in request["properties"].items()
+        if name not in unused
+    }
     request |= {"title": "Request", "additionalProperties": True, "properties": fields}
-    request["required"] = [name for name in spec.requires if name in fields and name != "prompt"]  # embeddings may stand for it
+    request["required"] = [
+        name for name in spec.requires if name in fields and name != "prompt"
+    ]  # embeddings may stand for it
     for name in ("height", "width", "num_inference_steps", "guidance_scale", "num_frames"):
         if name in fields:
             fields[name]["default"] = getattr(settings, name, None) or getattr(spec, name)
@@ -127,10 +200,14 @@ def _schemas(spec: ModelSpec, settings: Settings) -> dict[str, Any]:
         if name in fields:
             fields[name]["default"] = default
     for name in ("height", "width"):
-        fields[name]["description"] = f"Pixels. Multiples of {spec.size_multiple}; others are cut down to one."
+        fields[name]["description"] = (
+            f"Pixels. Multiples of {spec.size_multiple}; others are cut down to one."
+        )
     for name, limit in LIMITED.items():
         _bound(fields.get(name, {}), settings, limit)
-    fields["scheduler"]["examples"] = [name for name, facts in SCHEDULERS.items() if facts.flow == spec.flow_matching]
+    fields["scheduler"]["examples"] = [
+        name for name, facts in SCHEDULERS.items() if facts.flow == spec.flow_matching
+    ]
     job = {
         "id": {"type": "string"},
         "state": {"enum": ["queued", "running", "done", "failed", "cancelled"]},
@@ -145,20 +222,39 @@ def _schemas(spec: ModelSpec, settings: Settings) -> dict[str, Any]:
         "type": {"type": "string"},
         "backend": {"type": ["string", "null"]},
         "ranks": {"type": ["integer", "null"], "description": "How many work on it."},
-        "batch": {"type": ["integer", "null"], "description": "How many jobs were made in one batch, this one included."},
+        "batch": {
+            "type": ["integer", "null"],
+            "description": "How many jobs were made in one batch, this one included.",
+        },
         "exactness": {"enum": ["exact", "reordered", "approximate", None]},
-        "settings": {"type": ["object", "null"], "description": "The request with every default filled in, once it is done."},
+        "settings": {
+            "type": ["object", "null"],
+            "description": "The request with every default filled in, once it is done.",
+        },
         "error": {"type": ["string", "null"]},
         "links": {"type": "object", "additionalProperties": {"type": "string"}},
     }
-    error = {"message": {"type": "string"}, "output": {"type": "null"}, "latent": {"type": "null"}, "is_image": {"const": False}}
-    generated = {"message": {"const": "OK"}, "output": {"type": "string"}, "is_image": {"const": spec.output == "image"}}
+    error = {
+        "message": {"type": "string"},
+        "output": {"type": "null"},
+        "latent": {"type": "null"},
+        "is_image": {"const": False},
+    }
+    generated = {
+        "message": {"const": "OK"},
+        "output": {"type": "string"},
+        "is_image": {"const": spec.output == "image"},
+    }
     if spec.returns_latents:
         generated["latent"] = {"type": "string"}
     return {
         "Request": request,
         "Job": {"type": "object", "properties": job, "required": list(job)},
-        "Jobs": {"type": "object", "properties": {"jobs": {"type": "array", "items": {"type": "object"}}}, "required": ["jobs"]},
+        "Jobs": {
+            "type": "object",
+            "properties": {"jobs": {"type": "array", "items": {"type": "object"}}},
+            "required": ["jobs"],
+        },
         "Generated": {"type": "object", "properties": generated, "required": list(generated)},
         "Error": {"type": "object", "properties": error, "required": list(error)},
         "Object": {"type": "object"},
@@ -190,26 +286,49 @@ def _unused(spec: ModelSpec, settings: Settings) -> set[str]:
         **dict.fromkeys(IP_ADAPTER, bool(settings.ip_adapter)),
         "lora": bool(settings.lora_dir),
     }
-    return {name for name, used in is_used.items() if not used} | {"pooled_prompt_embeds", "negative_pooled_prompt_embeds"}
+    return {name for name, used in is_used.items() if not used} | {
+        "pooled_prompt_embeds",
+        "negative_pooled_prompt_embeds",
+    }
 
 
 def _operation(
-    summary: str, *, answers: dict[str, Any], body: str | None = None, by_id: bool = False, parameters: Sequence[dict[str, Any]] = ()
+    summary: str,
+    *,
+    answers: dict[str, Any],
+    body: str | None = None,
+    by_id: bool = False,
+    parameters: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
-    operation: dict[str, Any] = {"summary": summary, "responses": {**answers, "default": _answer("An error.", "Error")}}
+    operation: dict[str, Any] = {
+        "summary": summary,
+        "responses": {**answers, "default": _answer("An error.", "Error")},
+    }
     if body is not None:
-        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": _ref(body)}}}
+        operation["requestBody"] = {
+            "required": True,
+            "content": {"application/json": {"schema": _ref(body)}},
+        }
     if by_id or parameters:
         operation["parameters"] = [*parameters, *([JOB_ID] if by_id else [])]
     return operation
 
 
 def _answer(description: str, schema: str, files: dict[str, Any] | None = None) -> dict[str, Any]:
-    return {"description": description, "content": {"application/json": {"schema": _ref(schema)}, **(files or {})}}
+    return {
+        "description": description,
+        "content": {"application/json": {"schema": _ref(schema)}, **(files or {})},
+    }
 
 
 def _text() -> dict[str, Any]:
-    return {"description": "Text.", "content": {"text/plain": {"schema": {"type": "string"}}, "text/html": {"schema": {"type": "string"}}}}
+    return {
+        "description": "Text.",
+        "content": {
+            "text/plain": {"schema": {"type": "string"}},
+            "text/html": {"schema": {"type": "string"}},
+        },
+    }
 
 
 def _ref(name: str) -> dict[str, str]:

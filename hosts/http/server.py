@@ -1,4 +1,6 @@
-"""The listener: cheroot in threads, with connections closed the way old clients need (lingering close)."""
+"""The listener: cheroot in threads, with connections closed the way old clients need (lingering
+close).
+"""
 
 import contextlib
 import errno
@@ -20,7 +22,9 @@ logger = logging.getLogger(__name__)
 
 LINGER_S = 2.0
 NUM_THREADS = 64
-"""More than the queue's capacity: every waiting POST holds a thread, and status must still be answered at once."""
+"""More than the queue's capacity: every waiting POST holds a thread, and status must still be
+answered at once.
+"""
 LOOPBACK = ("127.0.0.1", "::1")
 _RESET, _ORDERLY = struct.pack("ii", 1, 0), struct.pack("ii", 0, 0)
 
@@ -39,10 +43,11 @@ class _Gateway(Gateway_10):
 
 
 class _Connection(HTTPConnection):
-    """Closes only after the client did, or after LINGER_S. If the process dies before, the connection is reset.
+    """Closes only after the client did, or after LINGER_S. If the process dies before, the
+    connection is reset.
 
-    Whoever closes first leaves a socket in TIME_WAIT on its side for a minute, and the ComfyUI client waits until the host's port can be
-    bound without SO_REUSEADDR. A reset leaves none.
+    Whoever closes first leaves a socket in TIME_WAIT on its side for a minute, and the ComfyUI
+    client waits until the host's port can be bound without SO_REUSEADDR. A reset leaves none.
     """
 
     RequestHandlerClass = _Request
@@ -60,7 +65,9 @@ class _Connection(HTTPConnection):
                     break
         except OSError:
             pass  # reset or timed out: nothing more to wait for
-        with contextlib.suppress(OSError):  # what a slow client has not read yet must still reach it
+        with contextlib.suppress(
+            OSError
+        ):  # what a slow client has not read yet must still reach it
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ORDERLY)
         super().close()
 
@@ -78,18 +85,23 @@ class Listener:
         while not all(is_port_free(server.bind_addr[0], self.port) for server in self._servers):
             if time.monotonic() >= deadline:
                 raise ConfigError(
-                    f"--port={self.port} cannot be bound: another program, or another host, listens there. Stop it, or choose another port."
+                    f"--port={self.port} cannot be bound: another program, or another host, "
+                    "listens there. Stop it, or choose another port."
                 )
             time.sleep(0.5)
         for server in self._servers:
             try:
                 server.prepare()
             except OSError as error:
-                raise ConfigError(f"--port={self.port} cannot be bound ({error}). Choose another port.") from error
+                raise ConfigError(
+                    f"--port={self.port} cannot be bound ({error}). Choose another port."
+                ) from error
 
     def serve(self) -> None:
         for server in self._servers:
-            threading.Thread(target=server.serve, name=f"http-{server.bind_addr[0]}", daemon=True).start()
+            threading.Thread(
+                target=server.serve, name=f"http-{server.bind_addr[0]}", daemon=True
+            ).start()
 
     def stop(self) -> None:
         """Finish the answers under way (a second at most) and close."""
@@ -98,10 +110,19 @@ class Listener:
 
     @staticmethod
     def _server(app: Callable[..., Any], address: str, port: int) -> Server:
-        server = Server((address, port), app, numthreads=NUM_THREADS, server_name="diffusion", shutdown_timeout=1, timeout=300)
+        server = Server(
+            (address, port),
+            app,
+            numthreads=NUM_THREADS,
+            server_name="diffusion",
+            shutdown_timeout=1,
+            timeout=300,
+        )
         server.ConnectionClass = _Connection
         server.gateway = _Gateway
-        server.error_log = lambda message="", level=20, traceback=False: logger.log(level, "http: %s", message, exc_info=traceback)
+        server.error_log = lambda message="", level=20, traceback=False: logger.log(
+            level, "http: %s", message, exc_info=traceback
+        )
         return server
 
 
@@ -121,7 +142,9 @@ def is_port_free(host: str, port: int) -> bool:
 
 
 def _addresses(host: str) -> tuple[str, ...]:
-    """Where to listen. localhost is both loopback addresses, because clients try either first; ::1 only if this machine has it."""
+    """Where to listen. localhost is both loopback addresses, because clients try either first; ::1
+    only if this machine has it.
+    """
     if host not in ("127.0.0.1", "localhost"):
         return (host,)
     return LOOPBACK if _bind_errno("::1", 0) == 0 else LOOPBACK[:1]

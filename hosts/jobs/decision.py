@@ -9,7 +9,9 @@ LINGER_S = 0.003
 
 
 class Choice(Enum):
-    """Take the first job that waits, wait for a change, choose again in a moment (LINGER_S), or leave without one."""
+    """Take the first job that waits, wait for a change, choose again in a moment (LINGER_S), or
+    leave without one.
+    """
 
     TAKE = "take"
     WAIT = "wait"
@@ -18,7 +20,9 @@ class Choice(Enum):
 
 
 Choose = Callable[[Sequence[Job], Sequence[Job]], Choice]
-"""choose(waiting jobs in their order, running jobs): arithmetic only, since the queue is locked. TAKE only if one waits."""
+"""choose(waiting jobs in their order, running jobs): arithmetic only, since the queue is locked.
+TAKE only if one waits.
+"""
 
 
 def take_first(waiting: Sequence[Job], running: Sequence[Job]) -> Choice:

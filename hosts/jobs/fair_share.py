@@ -13,7 +13,9 @@ class Turns:
         self._num_begun: Counter[str] = Counter()
 
     def order(self, waiting: Sequence[Job]) -> list[Job]:
-        """The waiting jobs in the order in which they will run: always the client that has been served least, then the oldest job."""
+        """The waiting jobs in the order in which they will run: always the client that has been
+        served least, then the oldest job.
+        """
         begun, left, order = Counter(self._num_begun), list(waiting), []
         while left:
             job = min(left, key=lambda job: begun[job.client])  # the first of equals: the oldest
@@ -23,7 +25,9 @@ class Turns:
         return order
 
     def join(self, client: str, waiting: Sequence[Job]) -> None:
-        """A client that comes (back) starts level with those that wait, not with a lead for the time it was away."""
+        """A client that comes (back) starts level with those that wait, not with a lead for the
+        time it was away.
+        """
         if not waiting:
             self._num_begun.clear()
         elif not any(job.client == client for job in waiting):

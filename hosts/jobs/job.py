@@ -22,13 +22,17 @@ class JobStatus(StrEnum):
 class Job:
     """One request. Written by the queue's methods only.
 
-    client: who asked, for fairness. is_kept: can be asked for by id. is_stored: outlives the ranks, if the queue has a store.
-    key, fingerprint: the client's own name for the job, and what it asked for under that name. attempts: how often it was begun.
-    percent: of its steps that are done. ranks: how many work on it. batch: the first of the jobs that are made together, by its id.
+    client: who asked, for fairness. is_kept: can be asked for by id. is_stored: outlives the ranks,
+    if the queue has a store.
+    key, fingerprint: the client's own name for the job, and what it asked for under that name.
+    attempts: how often it was begun.
+    percent: of its steps that are done. ranks: how many work on it. batch: the first of the jobs
+    that are made together, by its id.
     deadline_s: wall clock after which it is cancelled.
     preview: uint8 (h, w, 3) of the last step, made only once somebody has asked (wants_preview).
     is_interrupted: the host stops it, not its client.
-    spans: what each rank did when (hosts/jobs/trace.py). version: counts changes, for those who follow the job.
+    spans: what each rank did when (hosts/jobs/trace.py). version: counts changes, for those who
+    follow the job.
     """
 
     id: str
@@ -61,7 +65,9 @@ class Job:
     finished: threading.Event = field(default_factory=threading.Event)
 
     def wait(self, timeout_s: float | None = None) -> GenerateResult | None:
-        """Block until the job is over; its result, or its error raised. None if it is not over after `timeout_s`."""
+        """Block until the job is over; its result, or its error raised. None if it is not over
+        after `timeout_s`.
+        """
         if not self.finished.wait(timeout_s):
             return None
         if self.error is not None:
@@ -83,4 +89,6 @@ class Job:
         """Of its images."""
         if self.result is None:
             return 0
-        return self.result.frames.nbytes + (self.result.latents.nbytes if self.result.latents is not None else 0)
+        return self.result.frames.nbytes + (
+            self.result.latents.nbytes if self.result.latents is not None else 0
+        )

@@ -1,4 +1,6 @@
-"""Decides for rank 0 when the ranks split into teams, which team takes a job, and when all meet again. Imports no torch."""
+"""Decides for rank 0 when the ranks split into teams, which team takes a job, and when all meet
+again. Imports no torch.
+"""
 
 import itertools
 import math
@@ -16,15 +18,24 @@ from hosts.jobs.speed import Speed, best_size, gathering_is_quicker
 from hosts.launch.team_modes import Teams
 
 PATIENCE = 0.01
-"""A job that comes alone waits so much of the time that it will take, and PATIENCE_S at most, for others: a burst comes one request at a
-time, and the first of it would have all ranks while the others wait."""
+"""A job that comes alone waits so much of the time that it will take, and PATIENCE_S at most, for
+others: a burst comes one request at a time, and the first of it would have all ranks while the
+others wait."""
 PATIENCE_S = 0.05
 
 
 class Sharing:
     """The rules of a mode, and the times they go by."""
 
-    def __init__(self, *, spec: ModelSpec, load: LoadRequest, teams: Teams | None = None, world_size: int = 1, max_batch: int = 1) -> None:
+    def __init__(
+        self,
+        *,
+        spec: ModelSpec,
+        load: LoadRequest,
+        teams: Teams | None = None,
+        world_size: int = 1,
+        max_batch: int = 1,
+    ) -> None:
         """max_batch: the most jobs that one rank may do in one batch."""
         teams = teams or Teams()
         self._spec = spec
@@ -36,21 +47,31 @@ class Sharing:
         self._gain = BatchGain(max_batch)
 
     def team_size(self, waiting: Sequence[Job]) -> int:
-        """With how many ranks to begin on these jobs, of which there is at least one, while nothing runs."""
+        """With how many ranks to begin on these jobs, of which there is at least one, while nothing
+        runs.
+        """
         if self._mode == "throughput":
             return min(self._sizes)
         times = [self._seconds(job, num_waiting=len(waiting)) for job in waiting]
-        return best_size(len(waiting), {size: sum(seconds[size] for seconds in times) for size in self._sizes})
+        return best_size(
+            len(waiting), {size: sum(seconds[size] for seconds in times) for size in self._sizes}
+        )
 
     def may_get_company(self, waiting: Sequence[Job]) -> bool:
         """Whether to see first whether another job follows the only one, while nothing runs."""
         if self._mode != "auto" or len(waiting) > 1:
             return False
         (job,) = waiting
-        return time.time() - job.created_s < min(PATIENCE_S, PATIENCE * self._seconds(job)[self.world_size])
+        return time.time() - job.created_s < min(
+            PATIENCE_S, PATIENCE * self._seconds(job)[self.world_size]
+        )
 
-    def must_gather(self, waiting: Sequence[Job], running: Sequence[Job], *, team_size: int) -> bool:
-        """Whether a team that is free should take no job, so that all ranks meet when the running ones are done."""
+    def must_gather(
+        self, waiting: Sequence[Job], running: Sequence[Job], *, team_size: int
+    ) -> bool:
+        """Whether a team that is free should take no job, so that all ranks meet when the running
+        ones are done.
+        """
         if self._mode == "throughput":
             return False
         if not waiting:
@@ -62,15 +83,27 @@ class Sharing:
         )
 
     def num_companions(self, job: Job, waiting: Sequence[Job], running: Sequence[Job]) -> int:
-        """How many of the next jobs to make in one batch with this one, which a team has just taken.
+        """How many of the next jobs to make in one batch with this one, which a team has just
+        taken.
 
-        Those whose turn it is only, and each free team gets its share of them. What was begun before goes alone: it may be to blame.
+        Those whose turn it is only, and each free team gets its share of them. What was begun
+        before goes alone: it may be to blame.
         """
-        if job.ranks != 1 or job.attempts > 1 or (key := batch_key(job.request, self._load)) is None:
+        if (
+            job.ranks != 1
+            or job.attempts > 1
+            or (key := batch_key(job.request, self._load)) is None
+        ):
             return 0
         num_free = 1 + max(0, self.world_size - len(_batches(running)))
-        most = min(self._gain.limit(self._kind(job.request)), math.ceil((1 + len(waiting)) / num_free)) - 1
-        fitting = itertools.takewhile(lambda other: not other.attempts and batch_key(other.request, self._load) == key, waiting[:most])
+        most = (
+            min(self._gain.limit(self._kind(job.request)), math.ceil((1 + len(waiting)) / num_free))
+            - 1
+        )
+        fitting = itertools.takewhile(
+            lambda other: not other.attempts and batch_key(other.request, self._load) == key,
+            waiting[:most],
+        )
         return len(list(fitting))
 
     def learn(self, job: Job, *, ranks: int, seconds: float, batch: int = 1) -> None:
@@ -86,14 +119,19 @@ class Sharing:
 
     def measured(self) -> dict[str, Any]:
         """For GET /settings."""
-        return {"seconds_per_megapixel_step": self._pace.measured(), "seconds_in_batches": self._gain.measured()}
+        return {
+            "seconds_per_megapixel_step": self._pace.measured(),
+            "seconds_in_batches": self._gain.measured(),
+        }
 
     def _seconds(self, job: Job, *, num_waiting: int = 1) -> dict[int, float]:
         """Team size -> seconds for this job, as one of so many that are shared out."""
         seconds = {size: self._pace.seconds(size, self._work(job.request)) for size in self._sizes}
         if 1 in seconds:
             kind = self._kind(job.request)
-            seconds[1] *= self._gain.share(kind, min(self._gain.limit(kind), math.ceil(num_waiting / self.world_size)))
+            seconds[1] *= self._gain.share(
+                kind, min(self._gain.limit(kind), math.ceil(num_waiting / self.world_size))
+            )
         return seconds
 
     def _left(self, jobs: Sequence[Job], team_size: int) -> float:
@@ -102,7 +140,11 @@ class Sharing:
         spent = time.time() - (job.started_s or time.time())
         if job.step:
             return spent / job.step * (job.num_steps - job.step)
-        share = len(jobs) * self._gain.share(self._kind(job.request), len(jobs)) if len(jobs) > 1 else 1.0
+        share = (
+            len(jobs) * self._gain.share(self._kind(job.request), len(jobs))
+            if len(jobs) > 1
+            else 1.0
+        )
         return max(0.0, share * self._pace.seconds(team_size, self._work(job.request)) - spent)
 
     def _work(self, request: GenerateRequest) -> float:
@@ -113,7 +155,11 @@ class Sharing:
     def _kind(self, request: GenerateRequest) -> str:
         """What decides how much a batch of such images saves, in words."""
         height, width, steps = self._size(request)
-        scale = request.guidance_scale if request.guidance_scale is not None else self._load.guidance_scale
+        scale = (
+            request.guidance_scale
+            if request.guidance_scale is not None
+            else self._load.guidance_scale
+        )
         guided = " guided" if (self._spec.guidance_scale if scale is None else scale) > 1 else ""
         scheduler = request.scheduler if request.scheduler is not None else self._load.scheduler
         return f"{width}x{height}, {steps} steps{guided}{f' of {scheduler}' if scheduler else ''}"
@@ -123,7 +169,14 @@ class Sharing:
         height = request.height or self._load.height or self._spec.height
         width = request.width or self._load.width or self._spec.width
         own = len(request.timesteps or ()) or max(0, len(request.sigmas or ()) - 1)
-        return height, width, own or request.num_inference_steps or self._load.num_inference_steps or self._spec.num_inference_steps
+        return (
+            height,
+            width,
+            own
+            or request.num_inference_steps
+            or self._load.num_inference_steps
+            or self._spec.num_inference_steps,
+        )
 
 
 def _batches(running: Sequence[Job]) -> list[list[Job]]:
@@ -135,7 +188,9 @@ def _batches(running: Sequence[Job]) -> list[list[Job]]:
 
 
 class SplitPeriod:
-    """One time in which the ranks are split: from when they part until they meet again. Shared by the desks of all teams."""
+    """One time in which the ranks are split: from when they part until they meet again. Shared by
+    the desks of all teams.
+    """
 
     def __init__(self, sharing: Sharing, *, team_size: int) -> None:
         self._sharing = sharing
@@ -146,12 +201,15 @@ class SplitPeriod:
     def choose(self, waiting: Sequence[Job], running: Sequence[Job]) -> Choice:
         """What a free team does now. Once one team has left all will, each when its job is done.
 
-        The first takes a job in any case: the ranks have just split for these jobs, and must not meet and split again for ever.
+        The first takes a job in any case: the ranks have just split for these jobs, and must not
+        meet and split again for ever.
         """
         if waiting and not self._has_begun and not self._is_over:
             self._has_begun = True
             return Choice.TAKE
-        self._is_over = self._is_over or self._sharing.must_gather(waiting, running, team_size=self._team_size)
+        self._is_over = self._is_over or self._sharing.must_gather(
+            waiting, running, team_size=self._team_size
+        )
         if self._is_over:
             return Choice.LEAVE
         return Choice.TAKE if waiting else Choice.WAIT

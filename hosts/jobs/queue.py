@@ -1,4 +1,6 @@
-"""The queue between HTTP threads and the rank loop. Bounded, thread-safe, pure Python; what must outlive the ranks goes to its store."""
+"""The queue between HTTP threads and the rank loop. Bounded, thread-safe, pure Python; what must
+outlive the ranks goes to its store.
+"""
 
 import itertools
 import logging
@@ -22,17 +24,22 @@ __all__ = ["Job", "JobQueue", "JobStatus"]
 logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 2
-"""How often a job is begun, if what ended the attempt before was nothing that the client could change."""
+"""How often a job is begun, if what ended the attempt before was nothing that the client could
+change.
+"""
 
 
 class JobQueue:
-    """Clients take turns, each client's jobs in the order they came; as many jobs run as were asked for with `next`.
+    """Clients take turns, each client's jobs in the order they came; as many jobs run as were asked
+    for with `next`.
 
-    capacity: jobs that may wait; one more is a BusyError. max_seconds: from submission to the end of a job, 0 for any time.
-    Finished jobs that were submitted with `is_kept` can be asked for by id until `num_kept` newer ones or more than `kept_bytes` push them
-    out, or until `kept_seconds` have gone by (0: any time).
-    store: where jobs that were submitted with `is_stored` outlive this process. Those that an earlier one left are taken over at once: the
-    one that ran is begun again, unless it was the second time.
+    capacity: jobs that may wait; one more is a BusyError. max_seconds: from submission to the end
+    of a job, 0 for any time. Finished jobs that were submitted with `is_kept` can be asked for by
+    id until `num_kept` newer ones or more than `kept_bytes` push them out, or until `kept_seconds`
+    have gone by (0: any time).
+    store: where jobs that were submitted with `is_stored` outlive this process. Those that an
+    earlier one left are taken over at once: the one that ran is begun again, unless it was the
+    second time.
     """
 
     def __init__(
@@ -66,21 +73,36 @@ class JobQueue:
         self._numbers = itertools.count(1)
         self._start_id = secrets.token_hex(4)
         self.on_end: list[Callable[[Job], None]] = []
-        """Called with each job that is over, while the queue is locked: quick, and never back into the queue."""
+        """Called with each job that is over, while the queue is locked: quick, and never back into
+        the queue.
+        """
         with self._changed:
             self._take_over()
 
     def submit(
-        self, request: GenerateRequest, *, client: str = "", is_kept: bool = False, is_stored: bool = False, key: str | None = None
+        self,
+        request: GenerateRequest,
+        *,
+        client: str = "",
+        is_kept: bool = False,
+        is_stored: bool = False,
+        key: str | None = None,
     ) -> Job:
-        """Queue a request. The seed is drawn here if it was left to us, so that a retried job makes the same image.
+        """Queue a request. The seed is drawn here if it was left to us, so that a retried job makes
+        the same image.
 
-        key: the client's own name for the job; the same client with the same key and request gets the job it has already.
+        key: the client's own name for the job; the same client with the same key and request gets
+        the job it has already.
         """
         mark = serialization.fingerprint(request) if key is not None else ""
-        seed = request.seed if request.seed is not None and request.seed >= 0 else secrets.randbelow(2**32)
+        seed = (
+            request.seed
+            if request.seed is not None and request.seed >= 0
+            else secrets.randbelow(2**32)
+        )
         job = Job(
-            id=f"{self._start_id}-{next(self._numbers)}", request=request.model_copy(update={"seed": seed}), client=client, key=key,
+            id=f"{self._start_id}-{next(self._numbers)}",
+            request=request.model_copy(update={"seed": seed}), client=client, key=key,
             fingerprint=mark, is_kept=is_kept or is_stored, is_stored=is_stored and self._outlives,
         )  # fmt: skip
         job.deadline_s = job.created_s + self._max_seconds if self._max_seconds else None
@@ -104,12 +126,16 @@ class JobQueue:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Jobs that are submitted within become visible to the ranks all at once, so that these can share them out. Not for stored ones."""
+        """Jobs that are submitted within become visible to the ranks all at once, so that these can
+        share them out. Not for stored ones.
+        """
         with self._changed:
             yield
 
     def next(self, choose: Choose = take_first, *, ranks: int | None = None) -> Job | None:
-        """The next job, now running on so many ranks; blocks while `choose` says so. None once the queue is closed, or if it says LEAVE."""
+        """The next job, now running on so many ranks; blocks while `choose` says so. None once the
+        queue is closed, or if it says LEAVE.
+        """
         with self._changed:
             while (choice := self._choice(choose)) in (Choice.WAIT, Choice.LINGER):
                 self._changed.wait(LINGER_S if choice is Choice.LINGER else None)
@@ -120,8 +146,12 @@ class JobQueue:
             self._begin(job, ranks=ranks, batch=job.id)
             return job
 
-    def take_along(self, job: Job, count: Callable[[Sequence[Job], Sequence[Job]], int]) -> list[Job]:
-        """The jobs whose turn it is next, now running in one batch with this one: count(waiting, running) of them, arithmetic only."""
+    def take_along(
+        self, job: Job, count: Callable[[Sequence[Job], Sequence[Job]], int]
+    ) -> list[Job]:
+        """The jobs whose turn it is next, now running in one batch with this one: count(waiting,
+        running) of them, arithmetic only.
+        """
         with self._changed:
             waiting = self._order() if self._closed is None else []
             taken = waiting[: count(waiting, self._running)]
@@ -129,7 +159,9 @@ class JobQueue:
                 self._begin(other, ranks=job.ranks, batch=job.batch)
             return taken
 
-    def record_step(self, job: Job, step: int, num_steps: int, preview: Array | None = None) -> None:
+    def record_step(
+        self, job: Job, step: int, num_steps: int, preview: Array | None = None
+    ) -> None:
         """`step` of `num_steps` scheduler steps are done."""
         with self._changed:
             job.step, job.num_steps = step, num_steps
@@ -137,21 +169,34 @@ class JobQueue:
             job.preview = preview if preview is not None else job.preview
             self._tell(job)
 
-    def finish(self, job: Job, *, result: GenerateResult | None = None, error: HostError | None = None) -> None:
-        """The job is over, unless the host stops and leaves it to the next one. A failed one leaves the progress at 0."""
+    def finish(
+        self, job: Job, *, result: GenerateResult | None = None, error: HostError | None = None
+    ) -> None:
+        """The job is over, unless the host stops and leaves it to the next one. A failed one leaves
+        the progress at 0.
+        """
         if result is not None and job.is_stored:
-            self._store.put_result(job, result)  # before anybody can see it, and not while the queue is locked
+            self._store.put_result(
+                job, result
+            )  # before anybody can see it, and not while the queue is locked
         with self._changed:
             self._runs_no_more(job)
             self._percent = 100.0 if error is None else 0.0
             if isinstance(error, CancelledError):
                 if job.is_interrupted and not job.cancel_requested and not job.is_late:
                     return self._leave_to_next(job)
-                error = CancelledError(job.cancel_reason) if job.cancel_reason else _too_late(job) if job.is_late else error
+                error = (
+                    CancelledError(job.cancel_reason)
+                    if job.cancel_reason
+                    else _too_late(job)
+                    if job.is_late
+                    else error
+                )
             self._settle(job, result=result, error=error)
 
     def retry(self, job: Job, *, was_begun: bool = True) -> bool:
-        """Put the running job back in front, to be begun once more; False if it has had its attempts, or is not wanted any more.
+        """Put the running job back in front, to be begun once more; False if it has had its
+        attempts, or is not wanted any more.
 
         was_begun: whether this attempt counts.
         """
@@ -165,7 +210,9 @@ class JobQueue:
             return True
 
     def cancel(self, job: Job, reason: str = "") -> None:
-        """A queued job ends here; a running one at its next step, on all ranks; one that is over stays as it is."""
+        """A queued job ends here; a running one at its next step, on all ranks; one that is over
+        stays as it is.
+        """
         with self._changed:
             if job.finished.is_set():
                 return
@@ -177,16 +224,23 @@ class JobQueue:
                 self._save(job)
 
     def find(self, job_id: str) -> Job:
-        """A job that was submitted to be kept, at any stage. NotFoundError if it is not known, or not known any more."""
+        """A job that was submitted to be kept, at any stage. NotFoundError if it is not known, or
+        not known any more.
+        """
         with self._changed:
             self._forget_old()
             if job_id not in self._kept:
                 end = "." if self._outlives else ", and not after a restart."
-                raise NotFoundError(f"there is no job {job_id!r}. Jobs are known until {self._num_kept} newer ones are done{end}")
+                raise NotFoundError(
+                    f"there is no job {job_id!r}. Jobs are known until {self._num_kept} newer ones "
+                    f"are done{end}"
+                )
             return self._kept[job_id]
 
     def jobs(self) -> list[Job]:
-        """The running jobs, those that wait in the order in which they will run, and the kept ones that are over, newest first."""
+        """The running jobs, those that wait in the order in which they will run, and the kept ones
+        that are over, newest first.
+        """
         with self._changed:
             over = [job for job in self._kept.values() if job.finished.is_set()]
             return [*self._running, *self._order(), *reversed(over)]
@@ -203,7 +257,9 @@ class JobQueue:
             return job.version
 
     def close(self, reason: HostError, *, finish_running: bool = False) -> None:
-        """Refuse what comes and stop what runs. What waits fails with this reason, or is left to the next host where there is a store."""
+        """Refuse what comes and stop what runs. What waits fails with this reason, or is left to
+        the next host where there is a store.
+        """
         with self._changed:
             self._closed = self._closed or reason
             for job in [job for job in self._waiting if not job.is_stored]:
@@ -214,7 +270,9 @@ class JobQueue:
             self.interrupt()
 
     def interrupt(self) -> None:
-        """End the running jobs at their next step because the host stops. It costs stored ones no attempt."""
+        """End the running jobs at their next step because the host stops. It costs stored ones no
+        attempt.
+        """
         with self._changed:
             for job in self._running:
                 if not job.is_interrupted:
@@ -229,7 +287,9 @@ class JobQueue:
             return self._changed.wait_for(lambda: not self._running, timeout_s)
 
     def abandon(self, reason: HostError) -> None:
-        """The rank loop is gone: close, and answer for the running jobs too. A stored one is the next host's to begin again."""
+        """The rank loop is gone: close, and answer for the running jobs too. A stored one is the
+        next host's to begin again.
+        """
         self.close(reason, finish_running=True)
         with self._changed:
             for job in self._running:
@@ -287,18 +347,23 @@ class JobQueue:
             elif job.status is JobStatus.RUNNING and job.attempts >= MAX_ATTEMPTS:
                 self._settle(job, error=_gave_up(job, words))
             elif job.status is JobStatus.RUNNING:
-                logger.warning("job %s is begun again: the ranks ended while it ran (%s)", job.id, words.why)
+                logger.warning(
+                    "job %s is begun again: the ranks ended while it ran (%s)", job.id, words.why
+                )
                 self._put_back(job)
         if self._waiting:
             logger.info("%d jobs were taken over from the store", len(self._waiting))
         self._forget_old()
 
     def _known(self, job: Job) -> Job | None:
-        """The job that this client has already sent under this key. RequestError if it asked for something else."""
+        """The job that this client has already sent under this key. RequestError if it asked for
+        something else.
+        """
         known = self._by_key.get((job.client, job.key)) if job.key is not None else None
         if known is not None and known.fingerprint != job.fingerprint:
             raise RequestError(
-                f"Idempotency-Key={job.key!r} belongs to job {known.id!r}, which asked for something else. Use a new key for a new job.",
+                f"Idempotency-Key={job.key!r} belongs to job {known.id!r}, which asked for "
+                "something else. Use a new key for a new job.",
                 field="Idempotency-Key",
             )
         return known
@@ -307,7 +372,9 @@ class JobQueue:
         if self._closed is not None:
             raise self._closed
         if len(self._waiting) >= self._capacity:
-            raise BusyError(f"the queue is full: {self._capacity} jobs are waiting. Try again when one is done.")
+            raise BusyError(
+                f"the queue is full: {self._capacity} jobs are waiting. Try again when one is done."
+            )
 
     def _keep(self, job: Job) -> None:
         if job.is_kept:
@@ -328,7 +395,9 @@ class JobQueue:
         self._changed.notify_all()
 
     def _save(self, job: Job, status: JobStatus | None = None) -> None:
-        """A change of a job that was accepted. If it cannot be written the job goes on: after a restart it may then run once more."""
+        """A change of a job that was accepted. If it cannot be written the job goes on: after a
+        restart it may then run once more.
+        """
         if not job.is_stored:
             return
         try:
@@ -339,14 +408,20 @@ class JobQueue:
     def _order(self) -> list[Job]:
         return self._turns.order(self._waiting)
 
-    def _settle(self, job: Job, *, result: GenerateResult | None = None, error: HostError | None = None) -> None:
+    def _settle(
+        self, job: Job, *, result: GenerateResult | None = None, error: HostError | None = None
+    ) -> None:
         if job.finished.is_set():
             return
         job.result, job.error = result, error
         job.ended_s = time.time()
-        ended = {True: JobStatus.CANCELLED, False: JobStatus.FAILED}[isinstance(error, CancelledError)]
+        ended = {True: JobStatus.CANCELLED, False: JobStatus.FAILED}[
+            isinstance(error, CancelledError)
+        ]
         status = JobStatus.DONE if error is None else ended
-        self._save(job, status)  # nobody is told of an outcome that could be another one after a restart
+        self._save(
+            job, status
+        )  # nobody is told of an outcome that could be another one after a restart
         job.status = status
         job.finished.set()
         for listener in self.on_end:
@@ -381,7 +456,8 @@ class JobQueue:
 def _too_late(job: Job) -> CancelledError:
     seconds = job.deadline_s - job.created_s
     return CancelledError(
-        f"the job was not done {seconds:g} s after it was sent, which is this host's limit (--max_job_seconds). Ask for less."
+        f"the job was not done {seconds:g} s after it was sent, which is this host's limit "
+        "(--max_job_seconds). Ask for less."
     )
 
 
@@ -391,6 +467,7 @@ def _cancelled(job: Job) -> CancelledError:
 
 def _gave_up(job: Job, ending: ExitReport) -> HostError:
     return HostError(
-        f"the ranks ended {job.attempts} times while this job ran, so it is not tried again. The last time: {ending.why}. "
+        f"the ranks ended {job.attempts} times while this job ran, so it is not tried again. The "
+        f"last time: {ending.why}. "
         f"Ask for less (size, frames), or see the host's log. {ending.last_lines(job.id)}".strip()
     )

@@ -1,4 +1,6 @@
-"""Requests, results and errors <-> JSON and named arrays: what a job store writes. No pickle; imports no torch."""
+"""Requests, results and errors <-> JSON and named arrays: what a job store writes. No pickle;
+imports no torch.
+"""
 
 import hashlib
 import json
@@ -13,7 +15,11 @@ from backends.errors import HostError, RankError, RequestError
 from backends.request import Array, GenerateRequest, GenerateResult
 
 Arrays = dict[str, Array]
-KINDS = {kind.__name__: kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, HostError)}
+KINDS = {
+    kind.__name__: kind
+    for kind in vars(errors).values()
+    if isinstance(kind, type) and issubclass(kind, HostError)
+}
 
 
 def pack_request(request: GenerateRequest) -> tuple[str, Arrays]:
@@ -33,11 +39,15 @@ def pack_request(request: GenerateRequest) -> tuple[str, Arrays]:
         else:
             plain[name] = value
     tensors = [name for name in arrays if name.partition(".")[0] not in images]
-    return json.dumps({"plain": plain, "tensors": tensors, "images": images}, sort_keys=True), arrays
+    return json.dumps(
+        {"plain": plain, "tensors": tensors, "images": images}, sort_keys=True
+    ), arrays
 
 
 def unpack_request(text: str, read: Callable[[str], Array] | None) -> GenerateRequest:
-    """The request again. read: gives the array of a name; None leaves arrays and images out, for a job that is over."""
+    """The request again. read: gives the array of a name; None leaves arrays and images out, for a
+    job that is over.
+    """
     packed = json.loads(text)
     values = dict(packed["plain"])
     if read is not None:
@@ -60,8 +70,14 @@ def fingerprint(request: GenerateRequest) -> str:
 
 
 def pack_result(result: GenerateResult) -> tuple[str, Arrays]:
-    facts = {name: getattr(result, name) for name in ("seed", "num_steps", "exactness", "seconds", "report", "resolved")}
-    arrays = {"frames": result.frames, **({"latents": result.latents} if result.latents is not None else {})}
+    facts = {
+        name: getattr(result, name)
+        for name in ("seed", "num_steps", "exactness", "seconds", "report", "resolved")
+    }
+    arrays = {
+        "frames": result.frames,
+        **({"latents": result.latents} if result.latents is not None else {}),
+    }
     return json.dumps({**facts, "arrays": list(arrays)}, default=str), arrays
 
 

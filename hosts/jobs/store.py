@@ -1,8 +1,10 @@
-"""Jobs on disk: what was accepted and what was made survive the death of every process. SQLite for the facts, .npy files for arrays.
+"""Jobs on disk: what was accepted and what was made survive the death of every process. SQLite for
+the facts, .npy files for arrays.
 
-Only the queue (hosts/jobs/queue.py) calls this, and under its lock, but for the two methods that write arrays before a row speaks of them.
-Order of writing: first a job's arrays, under another name and renamed when complete; then its row. Whatever is found without a row was
-never accepted, and is removed. Nothing is unpickled.
+Only the queue (hosts/jobs/queue.py) calls this, and under its lock, but for the two methods that
+write arrays before a row speaks of them.
+Order of writing: first a job's arrays, under another name and renamed when complete; then its row.
+Whatever is found without a row was never accepted, and is removed. Nothing is unpickled.
 """
 
 import contextlib
@@ -34,16 +36,20 @@ LOCK_PATIENCE_S = 5.0
 """The rank 0 before us may still be on its way out."""
 MAX_SALVAGED = 100_000
 COLUMNS = (
-    "id", "client", "key", "fingerprint", "state", "attempts", "cancel_requested", "cancel_reason", "deadline_s",
+    "id", "client", "key", "fingerprint", "state", "attempts", "cancel_requested", "cancel_reason",
+    "deadline_s",
     "created_s", "started_s", "ended_s", "step", "num_steps", "request", "result", "error",
 )  # fmt: skip
 SCHEMA = f"""
-CREATE TABLE IF NOT EXISTS jobs (number INTEGER PRIMARY KEY AUTOINCREMENT, {", ".join(COLUMNS)}, UNIQUE (id));
+CREATE TABLE IF NOT EXISTS jobs (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, {", ".join(COLUMNS)}, UNIQUE (id)
+);
 PRAGMA user_version = {VERSION};
 """
 SAVE = (
     f"INSERT INTO jobs ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))}) "
-    f"ON CONFLICT (id) DO UPDATE SET {', '.join(f'{name} = excluded.{name}' for name in COLUMNS[1:])}"
+    "ON CONFLICT (id) DO UPDATE SET "
+    f"{', '.join(f'{name} = excluded.{name}' for name in COLUMNS[1:])}"
 )
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, ValidationError)
 """What reading a damaged row or array can raise."""
@@ -89,7 +95,9 @@ class JobStore:
     """The jobs in one folder, which belongs to one process at a time."""
 
     def __init__(self, folder: Path) -> None:
-        """Open the folder's store, or begin one. ConfigError if it cannot be used; a damaged one is moved aside, less what can be read."""
+        """Open the folder's store, or begin one. ConfigError if it cannot be used; a damaged one is
+        moved aside, less what can be read.
+        """
         self._folder = folder
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -97,13 +105,19 @@ class JobStore:
             self._arrays.mkdir(mode=0o700, exist_ok=True)
             self._lock = (folder / "lock").open("w")
         except OSError as error:
-            raise ConfigError(f"--state_dir={folder} cannot be used ({error.strerror}). Give a folder that this user may write.") from error
+            raise ConfigError(
+                f"--state_dir={folder} cannot be used ({error.strerror}). Give a folder that this "
+                "user may write."
+            ) from error
         self._take_lock()
         self._database = folder / "jobs.sqlite"
         try:
             self._connection = _connect(self._database)
         except sqlite3.OperationalError as error:  # the disk, not the file
-            raise ConfigError(f"--state_dir={folder} cannot be used: {error}. Free some space, or give another folder.") from error
+            raise ConfigError(
+                f"--state_dir={folder} cannot be used: {error}. Free some space, or give another "
+                "folder."
+            ) from error
         except sqlite3.DatabaseError as error:
             self._connection = self._repaired(error)
 
@@ -115,16 +129,26 @@ class JobStore:
     def load(self) -> list[Job]:
         """Every row as a job. Arrays that belong to none are removed."""
         self._connection.row_factory = sqlite3.Row
-        jobs = [self._job(dict(row)) for row in self._connection.execute("SELECT * FROM jobs ORDER BY number")]
-        wanted = {f"{job.id}.request" for job in jobs if not job.finished.is_set()} | {f"{job.id}.result" for job in jobs}
+        jobs = [
+            self._job(dict(row))
+            for row in self._connection.execute("SELECT * FROM jobs ORDER BY number")
+        ]
+        wanted = {f"{job.id}.request" for job in jobs if not job.finished.is_set()} | {
+            f"{job.id}.result" for job in jobs
+        }
         for found in self._arrays.iterdir():
             if found.name not in wanted:
                 shutil.rmtree(found, ignore_errors=True)
         return jobs
 
     def note(self, ending: ExitReport) -> None:
-        """Leave word of why this process ends, for the next one. The first word counts: what follows from it may end others."""
-        with contextlib.suppress(OSError), (self._folder / "last_words").open("x", encoding="utf-8") as file:  # or a full disk
+        """Leave word of why this process ends, for the next one. The first word counts: what
+        follows from it may end others.
+        """
+        with (
+            contextlib.suppress(OSError),
+            (self._folder / "last_words").open("x", encoding="utf-8") as file,
+        ):  # or a full disk
             file.write(ending.to_text())
 
     def last_report(self) -> ExitReport:
@@ -136,18 +160,24 @@ class JobStore:
         return UNKNOWN
 
     def put_inputs(self, job: Job) -> None:
-        """The arrays of a job that is about to be accepted. UnavailableError if they cannot be written."""
+        """The arrays of a job that is about to be accepted. UnavailableError if they cannot be
+        written.
+        """
         arrays = serialization.pack_request(job.request)[1]
         if arrays:
             with self._writing():
                 self._write_arrays(f"{job.id}.request", arrays)
 
     def put_result(self, job: Job, result: GenerateResult) -> None:
-        """Write the result's arrays, if that can be done. The row that speaks of them is written by `save`."""
+        """Write the result's arrays, if that can be done. The row that speaks of them is written by
+        `save`.
+        """
         try:
             self._write_arrays(f"{job.id}.result", serialization.pack_result(result)[1])
         except OSError as error:
-            logger.error("the result of job %s stays in memory, it cannot be stored: %s", job.id, error)
+            logger.error(
+                "the result of job %s stays in memory, it cannot be stored: %s", job.id, error
+            )
 
     def save(self, job: Job, status: JobStatus) -> None:
         """The job as it is now, but with this status. UnavailableError if it cannot be written."""
@@ -177,7 +207,8 @@ class JobStore:
             yield
         except (OSError, sqlite3.Error) as error:
             raise UnavailableError(
-                f"the job cannot be stored: {error}. Try again later; the operator must look at the host's --state_dir."
+                f"the job cannot be stored: {error}. Try again later; the operator must look at "
+                "the host's --state_dir."
             ) from error
 
     def _take_lock(self) -> None:
@@ -190,12 +221,15 @@ class JobStore:
             except OSError as error:
                 if time.monotonic() > deadline:
                     raise ConfigError(
-                        f"--state_dir={self._folder} is in use by another host. Give each host a folder of its own."
+                        f"--state_dir={self._folder} is in use by another host. Give each host a "
+                        "folder of its own."
                     ) from error
                 time.sleep(0.1)
 
     def _repaired(self, error: sqlite3.DatabaseError) -> sqlite3.Connection:
-        """A fresh database with what can be read of the damaged one, which is kept in a folder beside it."""
+        """A fresh database with what can be read of the damaged one, which is kept in a folder
+        beside it.
+        """
         aside = self._folder / f"damaged-{time.strftime('%Y%m%d-%H%M%S')}"
         try:
             aside.mkdir(mode=0o700, exist_ok=True)
@@ -207,10 +241,17 @@ class JobStore:
             connection.executemany(SAVE, [[row[name] for name in COLUMNS] for row in rows])
         except (OSError, sqlite3.Error) as second:
             raise ConfigError(
-                f"--state_dir={self._folder} holds a damaged jobs.sqlite ({error}) that cannot be repaired ({second}). "
+                f"--state_dir={self._folder} holds a damaged jobs.sqlite ({error}) that cannot be "
+                f"repaired ({second}). "
                 "Move the folder away, or give another."
             ) from second
-        logger.error("%s was damaged (%s): it was moved to %s, and %d jobs in it could be read", self._database, error, aside, len(rows))
+        logger.error(
+            "%s was damaged (%s): it was moved to %s, and %d jobs in it could be read",
+            self._database,
+            error,
+            aside,
+            len(rows),
+        )
         return connection
 
     def _job(self, row: dict[str, Any]) -> Job:
@@ -225,13 +266,21 @@ class JobStore:
             **{name: row[name] for name in plain},
         )
         try:
-            job.request = serialization.unpack_request(row["request"], None if is_over else self._reader(f"{job.id}.request"))
-            job.result = serialization.unpack_result(row["result"], self._reader(f"{job.id}.result")) if row["result"] else None
+            job.request = serialization.unpack_request(
+                row["request"], None if is_over else self._reader(f"{job.id}.request")
+            )
+            job.result = (
+                serialization.unpack_result(row["result"], self._reader(f"{job.id}.result"))
+                if row["result"]
+                else None
+            )
             job.error = serialization.unpack_error(row["error"]) if row["error"] else None
         except UNREADABLE as error:
             logger.error("job %s in the store cannot be read: %s", job.id, error)
             job.status, job.result = JobStatus.FAILED, None
-            job.error = HostError("what was stored of this job cannot be read any more. Send it again.")
+            job.error = HostError(
+                "what was stored of this job cannot be read any more. Send it again."
+            )
             job.ended_s = job.ended_s or time.time()
             is_over = True
         if is_over:
@@ -262,15 +311,20 @@ class JobStore:
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    """A checked connection. sqlite3.DatabaseError if the file is damaged, ConfigError if a later version wrote it."""
+    """A checked connection. sqlite3.DatabaseError if the file is damaged, ConfigError if a later
+    version wrote it.
+    """
     connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     try:
         connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = FULL")  # 0.4 ms for each change on an SSD, and it survives a power cut
+        connection.execute(
+            "PRAGMA synchronous = FULL"
+        )  # 0.4 ms for each change on an SSD, and it survives a power cut
         version = connection.execute("PRAGMA user_version").fetchone()[0]
         if version > VERSION:
             raise ConfigError(
-                f"{path} was written by a later version of this program (tables {version}, here {VERSION}). Use another folder."
+                f"{path} was written by a later version of this program (tables {version}, here "
+                f"{VERSION}). Use another folder."
             )
         verdict = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
         if verdict != "ok":
@@ -279,7 +333,9 @@ def _connect(path: Path) -> sqlite3.Connection:
         columns = {row[1] for row in connection.execute("PRAGMA table_info(jobs)")}
         if columns != {"number", *COLUMNS}:
             raise sqlite3.DatabaseError("it holds other tables than this program's")
-    except BaseException:  # whatever it is: the file must be free for the repair, which moves it aside
+    except (
+        BaseException
+    ):  # whatever it is: the file must be free for the repair, which moves it aside
         connection.close()
         raise
     return connection
@@ -288,10 +344,17 @@ def _connect(path: Path) -> sqlite3.Connection:
 def _salvage(path: Path) -> list[dict[str, Any]]:
     """The rows that can be read, in their order."""
     found = []
-    with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(path)) as connection:
+    with (
+        contextlib.suppress(sqlite3.Error),
+        contextlib.closing(sqlite3.connect(path)) as connection,
+    ):
         connection.row_factory = sqlite3.Row
-        last = connection.execute("SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'jobs'").fetchone()[0]
-        for number in range(max(1, last - MAX_SALVAGED), last + 1):  # one by one: an error in one page ends a longer query
+        last = connection.execute(
+            "SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'jobs'"
+        ).fetchone()[0]
+        for number in range(
+            max(1, last - MAX_SALVAGED), last + 1
+        ):  # one by one: an error in one page ends a longer query
             with contextlib.suppress(sqlite3.Error):
                 row = connection.execute("SELECT * FROM jobs WHERE number = ?", [number]).fetchone()
                 if row is not None and _is_plausible(row):

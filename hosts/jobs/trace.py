@@ -1,4 +1,6 @@
-"""What every rank did when for one job, as a Chrome trace: open it in chrome://tracing or ui.perfetto.dev. Pure Python."""
+"""What every rank did when for one job, as a Chrome trace: open it in chrome://tracing or
+ui.perfetto.dev. Pure Python.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,21 +24,35 @@ def without_spans(figures: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def chrome_trace(job: Job) -> dict[str, Any]:
     """Trace event format; times are in microseconds. NotFoundError for a job that has none."""
     if not job.spans:
-        raise NotFoundError(f"job {job.id!r} has no trace. Only jobs that are done have one, and not after a restart.")
+        raise NotFoundError(
+            f"job {job.id!r} has no trace. Only jobs that are done have one, and not after a "
+            "restart."
+        )
     events: list[dict[str, Any]] = [_name("process_name", 0, f"job {job.id}")]
     if job.started_s is not None:
-        events.append(_event("queue", job.created_s, job.started_s - job.created_s, rank=min(job.spans)))
+        events.append(
+            _event("queue", job.created_s, job.started_s - job.created_s, rank=min(job.spans))
+        )
     for rank, spans in sorted(job.spans.items()):
         events.append(_name("thread_name", rank, f"rank {rank}"))
         number = 0
         for stage, start_s, seconds in spans:
             number += stage == "step"
-            events.append(_event(f"step {number}" if stage == "step" else stage, start_s, seconds, rank=rank))
+            events.append(
+                _event(f"step {number}" if stage == "step" else stage, start_s, seconds, rank=rank)
+            )
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
 def _event(name: str, start_s: float, seconds: float, *, rank: int) -> dict[str, Any]:
-    return {"name": name, "ph": "X", "ts": round(start_s * 1e6), "dur": round(seconds * 1e6), "pid": 0, "tid": rank}
+    return {
+        "name": name,
+        "ph": "X",
+        "ts": round(start_s * 1e6),
+        "dur": round(seconds * 1e6),
+        "pid": 0,
+        "tid": rank,
+    }
 
 
 def _name(kind: str, rank: int, text: str) -> dict[str, Any]:

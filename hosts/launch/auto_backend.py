@@ -1,7 +1,9 @@
-"""--backend=auto: which launches it is for, what it chose and why, and what they remember for the next launch. Imports no torch.
+"""--backend=auto: which launches it is for, what it chose and why, and what they remember for the
+next launch. Imports no torch.
 
-The launcher and `--check` choose by what an earlier launch has measured, or else by the configuration of the checkpoint; ranks that have
-loaded the model without such a memory measure (hosts/ranks/autotune.py) and choose again.
+The launcher and `--check` choose by what an earlier launch has measured, or else by the
+configuration of the checkpoint; ranks that have loaded the model without such a memory measure
+(hosts/ranks/autotune.py) and choose again.
 """
 
 import contextlib
@@ -29,8 +31,17 @@ from hosts.launch.settings import Settings, option_fields
 Recall = Callable[[str], Measured | None]
 """What an earlier launch with this key has measured."""
 COMPILES = ("compile_unet", "compile_vae", "compile_text_encoder")
-CHANGES_SIZES = ("gguf_model", "unet", "transformer", "quantize_to", "quantize_unet_to", "quantize_encoder_to", "enable_model_cpu_offload",
-                 "enable_sequential_cpu_offload", "enable_group_offload")  # fmt: skip
+CHANGES_SIZES = (
+    "gguf_model",
+    "unet",
+    "transformer",
+    "quantize_to",
+    "quantize_unet_to",
+    "quantize_encoder_to",
+    "enable_model_cpu_offload",
+    "enable_sequential_cpu_offload",
+    "enable_group_offload",
+)  # fmt: skip
 """Options with which the bytes of the checkpoint's files say nothing about the device's memory."""
 SECTIONS_IN_KEY = ("model", "adapters", "quantization", "memory")
 PACKAGES_IN_KEY = ("torch", "diffusers", "diffusion-launcher")
@@ -39,9 +50,11 @@ FOLDER = "plans"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackendChoice:
-    """The choice. rows: the table. job: what one image is made with. world: that of all ranks, the same unless fewer are quicker.
+    """The choice. rows: the table. job: what one image is made with. world: that of all ranks, the
+    same unless fewer are quicker.
 
-    teams: the quickest of each smaller number of ranks. measured: what it was chosen by. key: of the memory that fits this launch.
+    teams: the quickest of each smaller number of ranks. measured: what it was chosen by. key: of
+    the memory that fits this launch.
     """
 
     rows: tuple[Row, ...]
@@ -60,23 +73,33 @@ class BackendChoice:
 
     @property
     def reason(self) -> str:
-        return f"method={self.job.candidate.name}: {self.job.image_s:.3g} s for the steps of an image, {self.source}"
+        return (
+            f"method={self.job.candidate.name}: {self.job.image_s:.3g} s for the steps of an "
+            f"image, {self.source}"
+        )
 
     def facts(self) -> dict[str, Any]:
         return {
             "quality": self.quality,
             "source": self.source,
             "choice": self.job.candidate.name,
-            "link": {"latency_s": self.measured.link.latency_s, "bytes_per_s": self.measured.link.bytes_per_s},
+            "link": {
+                "latency_s": self.measured.link.latency_s,
+                "bytes_per_s": self.measured.link.bytes_per_s,
+            },
             "table": [row.facts() for row in self.rows],
         }
 
     def text(self) -> list[str]:
-        return [f"methods, {self.source} (--quality={self.quality}):", *as_text(self.rows, self.job)]
+        return [
+            f"methods, {self.source} (--quality={self.quality}):",
+            *as_text(self.rows, self.job),
+        ]
 
 
 def is_automatic(settings: Settings, spec: ModelSpec, world_size: int) -> bool:
-    """Whether this launch leaves the method to us: asked for, or nothing else was and there is something to choose.
+    """Whether this launch leaves the method to us: asked for, or nothing else was and there is
+    something to choose.
 
     ConfigError if it was asked for together with what it cannot be combined with.
     """
@@ -86,33 +109,63 @@ def is_automatic(settings: Settings, spec: ModelSpec, world_size: int) -> bool:
     compiled = [name for name in COMPILES if getattr(settings, name)]
     if asked and fixed:
         raise ConfigError(
-            f"--backend=auto chooses degrees and modes itself, but --{fixed[0]} was given. Leave it out, or name the backend: "
+            f"--backend=auto chooses degrees and modes itself, but --{fixed[0]} was given. Leave "
+            "it out, or name the backend: "
             f"{' or '.join(declared[fixed[0]].metadata['backends'])}."
         )
     if asked and compiled:
         raise ConfigError(
-            f"--backend=auto tries several methods on the loaded model, and with --{compiled[0]} each would compile it again. "
-            f"Leave it out, or name the backend: {' or '.join(name for name in spec.backends if name != 'single')}."
+            f"--backend=auto tries several methods on the loaded model, and with --{compiled[0]} "
+            "each would compile it again. "
+            "Leave it out, or name the backend: "
+            f"{' or '.join(name for name in spec.backends if name != 'single')}."
         )
-    num_backends = sum(row.cell.status != "unsupported" for name, row in spec.backends.items() if name != "single")
+    num_backends = sum(
+        row.cell.status != "unsupported" for name, row in spec.backends.items() if name != "single"
+    )
     is_open = settings.backend is None and not fixed and not compiled and num_backends > 1
     return world_size > 1 and settings.mode != "throughput" and (asked or is_open)
 
 
 def decide(
-    settings: Settings, spec: ModelSpec, *, checkpoint: Path, world_size: int, num_gpus: int, features: Sequence[str], recall: Recall
+    settings: Settings,
+    spec: ModelSpec,
+    *,
+    checkpoint: Path,
+    world_size: int,
+    num_gpus: int,
+    features: Sequence[str],
+    recall: Recall,
 ) -> BackendChoice:
-    """The choice for these settings. ConfigError, with everyone's reason, if nothing is left to choose."""
-    candidates = _candidates(settings, spec, checkpoint=checkpoint, world_size=world_size, features=features)
+    """The choice for these settings. ConfigError, with everyone's reason, if nothing is left to
+    choose.
+    """
+    candidates = _candidates(
+        settings, spec, checkpoint=checkpoint, world_size=world_size, features=features
+    )
     key = key_of(settings, spec, checkpoint=checkpoint, world_size=world_size, num_gpus=num_gpus)
-    measured = recall(key) or _estimate(settings, spec, checkpoint=checkpoint, world_size=world_size, num_gpus=num_gpus)
+    measured = recall(key) or _estimate(
+        settings, spec, checkpoint=checkpoint, world_size=world_size, num_gpus=num_gpus
+    )
     rows = rank(candidates, measured, quality=settings.quality, num_steps=spec.num_inference_steps)
     job = require_any(rows)
     world = choose(rows, ranks=world_size) or _refuse_ranks(rows, world_size)
     if settings.mode == "latency":
         job = world
-    teams = {size: best.candidate.plan for size in range(1, world_size) if (best := choose(rows, ranks=size)) is not None}
-    return BackendChoice(rows=tuple(rows), job=job, world=world, teams=teams, measured=measured, quality=settings.quality, key=key)
+    teams = {
+        size: best.candidate.plan
+        for size in range(1, world_size)
+        if (best := choose(rows, ranks=size)) is not None
+    }
+    return BackendChoice(
+        rows=tuple(rows),
+        job=job,
+        world=world,
+        teams=teams,
+        measured=measured,
+        quality=settings.quality,
+        key=key,
+    )
 
 
 def halves_of(spec: ModelSpec) -> int:
@@ -125,10 +178,16 @@ def candidates_of(auto: BackendChoice) -> list[Candidate]:
     return sorted((row.candidate for row in auto.rows), key=lambda candidate: candidate.name)
 
 
-def key_of(settings: Settings, spec: ModelSpec, *, checkpoint: Path, world_size: int, num_gpus: int) -> str:
+def key_of(
+    settings: Settings, spec: ModelSpec, *, checkpoint: Path, world_size: int, num_gpus: int
+) -> str:
     """Names everything that measured times depend on."""
     declared = option_fields()
-    options = {name: value for name, value in settings.given.items() if declared[name].metadata["section"] in SECTIONS_IN_KEY}
+    options = {
+        name: value
+        for name, value in settings.given.items()
+        if declared[name].metadata["section"] in SECTIONS_IN_KEY
+    }
     facts = {
         "type": spec.name,
         "files": _files(checkpoint, spec.denoiser),
@@ -157,7 +216,9 @@ def recall_from(folder: str | Path | None) -> Recall:
 
 
 def remember(folder: str | Path, key: str, measured: Measured) -> None:
-    """Keep it for the next launch. A folder that cannot be written is no reason to fail: then it is measured again."""
+    """Keep it for the next launch. A folder that cannot be written is no reason to fail: then it is
+    measured again.
+    """
     file = _file(folder, key)
     with contextlib.suppress(OSError):
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -170,7 +231,14 @@ def _file(folder: str | Path, key: str) -> Path:
     return Path(folder).expanduser().resolve() / FOLDER / f"{key}.json"
 
 
-def _candidates(settings: Settings, spec: ModelSpec, *, checkpoint: Path, world_size: int, features: Sequence[str]) -> list[Candidate]:
+def _candidates(
+    settings: Settings,
+    spec: ModelSpec,
+    *,
+    checkpoint: Path,
+    world_size: int,
+    features: Sequence[str],
+) -> list[Candidate]:
     cache = parse_step_cache(settings.step_cache, spec) if settings.step_cache is not None else None
 
     def check(plan: ParallelPlan) -> None:
@@ -178,10 +246,14 @@ def _candidates(settings: Settings, spec: ModelSpec, *, checkpoint: Path, world_
             require_step_cache(cache, plan)
 
     given = {**settings.given, "checkpoint": str(checkpoint)}
-    return list_candidates(spec, given, world_size, features=features, is_guided=halves_of(spec) == 2, check=check)
+    return list_candidates(
+        spec, given, world_size, features=features, is_guided=halves_of(spec) == 2, check=check
+    )
 
 
-def _estimate(settings: Settings, spec: ModelSpec, *, checkpoint: Path, world_size: int, num_gpus: int) -> Measured:
+def _estimate(
+    settings: Settings, spec: ModelSpec, *, checkpoint: Path, world_size: int, num_gpus: int
+) -> Measured:
     """A GPU's memory is not known without torch: then nothing is refused for it yet."""
     device = DEVICES["gpu" if num_gpus else "cpu"]
     work = estimate_checkpoint(
@@ -200,15 +272,22 @@ def _estimate(settings: Settings, spec: ModelSpec, *, checkpoint: Path, world_si
 
 def _refuse_ranks(rows: Sequence[Row], ranks: int) -> NoReturn:
     """ConfigError: the ranks meet in one plan before they may part."""
-    reasons = "; ".join(f"{row.candidate.name}: {row.refusal.rstrip('.')}" for row in rows if row.candidate.ranks == ranks)
+    reasons = "; ".join(
+        f"{row.candidate.name}: {row.refusal.rstrip('.')}"
+        for row in rows
+        if row.candidate.ranks == ranks
+    )
     raise ConfigError(
-        f"no method uses all {ranks} ranks ({reasons or 'there is none'}). Start fewer with --nproc_per_node, or name a --backend and "
+        f"no method uses all {ranks} ranks ({reasons or 'there is none'}). Start fewer with "
+        "--nproc_per_node, or name a --backend and "
         "its degrees."
     )
 
 
 def _files(checkpoint: Path, denoiser: str) -> list[tuple[str, int, int]]:
-    """Name, size and time of the denoiser's files: a checkpoint that was replaced is another one."""
+    """Name, size and time of the denoiser's files: a checkpoint that was replaced is another
+    one.
+    """
     folder = checkpoint / denoiser
     files = sorted(folder.iterdir()) if folder.is_dir() else [checkpoint]
     return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
@@ -220,5 +299,9 @@ def _device() -> list[str]:
     for source in (*sorted(glob.glob("/proc/driver/nvidia/gpus/*/information")), "/proc/cpuinfo"):
         with contextlib.suppress(OSError):
             text = Path(source).read_text(encoding="utf-8", errors="replace")
-            lines += [line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith(("Model", "model name"))][:1]
+            lines += [
+                line.split(":", 1)[1].strip()
+                for line in text.splitlines()
+                if line.startswith(("Model", "model name"))
+            ][:1]
     return [*lines, str(os.cpu_count())]

@@ -1,4 +1,6 @@
-"""The launcher's command line and --config file -> Settings, strictly. The arguments themselves are declared in hosts/launch/settings.py."""
+"""The launcher's command line and --config file -> Settings, strictly. The arguments themselves are
+declared in hosts/launch/settings.py.
+"""
 
 import argparse
 import difflib
@@ -14,7 +16,9 @@ from hosts.launch.settings import SECTIONS, Settings, canonical_names, option_fi
 
 
 def parse_command_line(argv: Sequence[str]) -> Settings:
-    """Strict: an unknown or malformed argument is a ConfigError that names the closest one. --help prints and exits."""
+    """Strict: an unknown or malformed argument is a ConfigError that names the closest one. --help
+    prints and exits.
+    """
     spoken = vars(_parser().parse_args([_underscored(token) for token in argv]))
     values = {name: value for name, value in spoken.items() if value is not None}
     if "config" in values:
@@ -27,16 +31,24 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
-        raise ConfigError(f"--config={path} cannot be read: {error.strerror}. Give a YAML file.") from error
+        raise ConfigError(
+            f"--config={path} cannot be read: {error.strerror}. Give a YAML file."
+        ) from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"--config={path} is not YAML: {' '.join(str(error).split())}.") from error
+        raise ConfigError(
+            f"--config={path} is not YAML: {' '.join(str(error).split())}."
+        ) from error
     if not isinstance(content, dict):
-        raise ConfigError(f"--config={path} must hold 'name: value' lines, not a {type(content).__name__}.")
+        raise ConfigError(
+            f"--config={path} must hold 'name: value' lines, not a {type(content).__name__}."
+        )
     return by_canonical_name(content, source=f"--config={path}")
 
 
 def by_canonical_name(content: Mapping[Any, Any], *, source: str) -> dict[str, Any]:
-    """The same values under the names of Settings. ConfigError names `source` and the first key that is none."""
+    """The same values under the names of Settings. ConfigError names `source` and the first key
+    that is none.
+    """
     names = canonical_names()
     values = {}
     for key, value in content.items():
@@ -67,7 +79,10 @@ class _Parser(argparse.ArgumentParser):
     def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:
         spoken, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            raise ConfigError(f"{unknown[0]} is not an argument of this command.{_closest(unknown[0].partition('=')[0].lstrip('-'))}")
+            raise ConfigError(
+                f"{unknown[0]} is not an argument of this "
+                f"command.{_closest(unknown[0].partition('=')[0].lstrip('-'))}"
+            )
         return spoken
 
 
@@ -76,16 +91,24 @@ def _parser() -> argparse.ArgumentParser:
         prog="launcher.py",
         allow_abbrev=False,
         description="Serve one diffusion model on several GPUs over HTTP.",
-        epilog="Example: python launcher.py --type=sdxl --port=6000. In names, '-' and '_' are the same.",
+        epilog=(
+            "Example: python launcher.py --type=sdxl --port=6000. In names, '-' and '_' are "
+            "the "
+            "same."
+        ),
     )
     groups = {section: parser.add_argument_group(section) for section in SECTIONS}
     for name, declared in option_fields().items():
         data = declared.metadata
         spellings = [f"--{spelling}" for spelling in (name, *data["aliases"])]
-        text = data["text"] + (f" Default: {declared.default}." if declared.default not in (None, False) else "")
+        text = data["text"] + (
+            f" Default: {declared.default}." if declared.default not in (None, False) else ""
+        )
         text += f" ({data['pending']})" if data["pending"] else ""
         value: dict[str, Any] = {"metavar": data["metavar"] or "VALUE"}
         if data["parse"] is parse_switch:
             value = {"nargs": "?", "const": "true", "metavar": "BOOL"}
-        groups[data["section"]].add_argument(*spellings, dest=name, default=None, help=text.replace("%", "%%"), **value)
+        groups[data["section"]].add_argument(
+            *spellings, dest=name, default=None, help=text.replace("%", "%%"), **value
+        )
     return parser

@@ -1,4 +1,6 @@
-"""Settings -> the part of the load request on quantising, compiling and memory. Imports no torch."""
+"""Settings -> the part of the load request on quantising, compiling and memory. Imports no
+torch.
+"""
 
 from typing import Any
 
@@ -9,22 +11,38 @@ from backends.request import CompileSettings
 from backends.step_cache_spec import StepCacheSpec, parse_step_cache
 from hosts.launch.settings import Settings
 
-OFFLOADS = {"enable_model_cpu_offload": "model", "enable_sequential_cpu_offload": "sequential", "enable_group_offload": "group"}
+OFFLOADS = {
+    "enable_model_cpu_offload": "model",
+    "enable_sequential_cpu_offload": "sequential",
+    "enable_group_offload": "group",
+}
 WITHOUT_SDPA = ("enable_attention_slicing", "xformers_efficient")
-"""Options that replace the attention operator through which some backends see the other ranks' tokens."""
+"""Options that replace the attention operator through which some backends see the other ranks'
+tokens.
+"""
 SEES_OPERATORS = ("distrifuser", "xdit")
 
 
-def treatments(settings: Settings, *, backend: str, reasons: list[str], num_gpus: int) -> dict[str, Any]:
-    """Fields of LoadRequest. Adds a sentence to `reasons` for each value that was chosen or has no effect. ConfigError for what clashes."""
+def treatments(
+    settings: Settings, *, backend: str, reasons: list[str], num_gpus: int
+) -> dict[str, Any]:
+    """Fields of LoadRequest. Adds a sentence to `reasons` for each value that was chosen or has no
+    effect. ConfigError for what clashes.
+    """
     compile_settings = _compile(settings, reasons)
     prewarm_steps = settings.warm_up_steps or 0
     if compile_settings is not None and not prewarm_steps:
         prewarm_steps = 1
-        reasons.append("warm_up_steps=1: compiling happens in the first image, so one is made before the host is ready")
+        reasons.append(
+            "warm_up_steps=1: compiling happens in the first image, so one is made before the host "
+            "is ready"
+        )
     if backend == "asyncdiff" and settings.warm_up_steps is None and not prewarm_steps:
         prewarm_steps = 1
-        reasons.append("warm_up_steps=1: the first image finds and times the denoiser's units, so one is made before the host is ready")
+        reasons.append(
+            "warm_up_steps=1: the first image finds and times the denoiser's units, so one is made "
+            "before the host is ready"
+        )
     return {
         "quantize": _quantize(settings, reasons),
         "compile": compile_settings,
@@ -34,11 +52,18 @@ def treatments(settings: Settings, *, backend: str, reasons: list[str], num_gpus
     }
 
 
-def step_cache(settings: Settings, spec: ModelSpec, *, backend: str, reasons: list[str]) -> StepCacheSpec | None:
-    """What --step_cache asks for, or the old clients' use_fbcache where that can be had; there it is not refused."""
+def step_cache(
+    settings: Settings, spec: ModelSpec, *, backend: str, reasons: list[str]
+) -> StepCacheSpec | None:
+    """What --step_cache asks for, or the old clients' use_fbcache where that can be had; there it
+    is not refused.
+    """
     if settings.step_cache is not None:
         cache = parse_step_cache(settings.step_cache, spec)
-        reasons.append(f"results are approximate: step_cache={cache} skips steps; a request with quality=exact skips none")
+        reasons.append(
+            f"results are approximate: step_cache={cache} skips steps; a request with "
+            "quality=exact skips none"
+        )
         return cache
     if not settings.use_fbcache or backend != "xdit":
         return None
@@ -63,20 +88,34 @@ def _quantize(settings: Settings, reasons: list[str]) -> dict[str, QuantizationS
             if chosen[group][1] is None:
                 chosen[group] = ("quantize_to", settings.quantize_to)
     if settings.gguf_model is not None and chosen["denoiser"][1] is not None:
-        raise ConfigError(f"--gguf_model and --{chosen['denoiser'][0]} were given, and both quantise the denoiser. Give one of them.")
+        raise ConfigError(
+            f"--gguf_model and --{chosen['denoiser'][0]} were given, and both quantise the "
+            "denoiser. Give one of them."
+        )
     for name in ("quantize_tokenizer", "quantize_scheduler"):
         if getattr(settings, name) is not None:
             reasons.append(f"--{name} has no effect: there are no weights in it")
-    return {group: parse_quantization(text, option=option) for group, (option, text) in chosen.items() if text is not None}
+    return {
+        group: parse_quantization(text, option=option)
+        for group, (option, text) in chosen.items()
+        if text is not None
+    }
 
 
 def _compile(settings: Settings, reasons: list[str]) -> CompileSettings | None:
-    wanted = {"denoiser": settings.compile_unet, "vae": settings.compile_vae, "encoders": settings.compile_text_encoder}
+    wanted = {
+        "denoiser": settings.compile_unet,
+        "vae": settings.compile_vae,
+        "encoders": settings.compile_text_encoder,
+    }
     targets = tuple(target for target, is_wanted in wanted.items() if is_wanted)
     if not targets:
         return None
     if settings.compile_mode is not None and settings.compile_options:
-        reasons.append("--compile_mode has no effect: --compile_options was given too, and torch takes one of them")
+        reasons.append(
+            "--compile_mode has no effect: --compile_options was given too, and torch takes one of "
+            "them"
+        )
     return CompileSettings(
         targets=targets,
         backend=settings.compile_backend,
@@ -92,15 +131,25 @@ def _compile(settings: Settings, reasons: list[str]) -> CompileSettings | None:
 def _offload(settings: Settings, reasons: list[str], *, num_gpus: int) -> str | None:
     wanted = [name for name in OFFLOADS if getattr(settings, name)]
     if len(wanted) > 1:
-        raise ConfigError(f"--{' and --'.join(wanted)} were given, and only one of them can be. Leave the others out.")
+        raise ConfigError(
+            f"--{' and --'.join(wanted)} were given, and only one of them can be. Leave the others "
+            "out."
+        )
     if wanted and not num_gpus:
-        reasons.append(f"--{wanted[0]} has no effect: there is no GPU, so all weights are in main memory")
+        reasons.append(
+            f"--{wanted[0]} has no effect: there is no GPU, so all weights are in main memory"
+        )
     return OFFLOADS[wanted[0]] if wanted else None
 
 
 def _lean_attention(settings: Settings, name: str, backend: str, reasons: list[str]) -> bool:
-    """Not refused where it cannot be: it changes no image, and existing clients send it to every backend."""
+    """Not refused where it cannot be: it changes no image, and existing clients send it to every
+    backend.
+    """
     if not getattr(settings, name) or backend not in SEES_OPERATORS:
         return getattr(settings, name)
-    reasons.append(f"--{name} has no effect: backend {backend!r} reaches the other ranks through torch's own attention")
+    reasons.append(
+        f"--{name} has no effect: backend {backend!r} reaches the other ranks through torch's own "
+        "attention"
+    )
     return False

@@ -1,4 +1,6 @@
-"""Parsers of single launch values: text -> value. A ValueError says what is allowed. Used by hosts/launch/settings.py."""
+"""Parsers of single launch values: text -> value. A ValueError says what is allowed. Used by
+hosts/launch/settings.py.
+"""
 
 import difflib
 import json
@@ -34,7 +36,9 @@ def secret(text: str) -> str:
 def whole(low: int, high: int = 2**31 - 1, *, multiple: int = 1) -> Callable[[str], int]:
     """A parser for whole numbers in a range."""
     allowed = (
-        f"a whole number from {low}" + (f" to {high}" if high < 2**31 - 1 else "") + (f", a multiple of {multiple}" if multiple > 1 else "")
+        f"a whole number from {low}"
+        + (f" to {high}" if high < 2**31 - 1 else "")
+        + (f", a multiple of {multiple}" if multiple > 1 else "")
     )
 
     def parse(text: str) -> int:
@@ -66,7 +70,9 @@ def one_of(*names: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if text not in names:
             close = difflib.get_close_matches(text, names, n=1)
-            raise ValueError("one of " + ", ".join(names) + (f" (did you mean {close[0]}?)" if close else ""))
+            raise ValueError(
+                "one of " + ", ".join(names) + (f" (did you mean {close[0]}?)" if close else "")
+            )
         return text
 
     return parse
@@ -99,7 +105,9 @@ def scales(text: str) -> dict[str, float]:
     value = _json_or_text(text)
     if isinstance(value, str):
         return {value: 1.0}
-    if not isinstance(value, dict) or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in value.values()):
+    if not isinstance(value, dict) or not all(
+        isinstance(v, int | float) and not isinstance(v, bool) for v in value.values()
+    ):
         raise ValueError('JSON such as {"path/to/file.safetensors": 0.8}')
     return {str(path): float(scale) for path, scale in value.items()}
 
@@ -110,7 +118,10 @@ def scheduler(text: str) -> dict[str, Any]:
     if isinstance(value, str):
         return {"scheduler": value}
     if not isinstance(value, dict):
-        raise ValueError('a name such as euler, or JSON such as {"scheduler": "euler", "timestep_spacing": "trailing"}')
+        raise ValueError(
+            'a name such as euler, or JSON such as {"scheduler": "euler", "timestep_spacing": '
+            '"trailing"}'
+        )
     return value
 
 
@@ -122,7 +133,9 @@ def json_object(text: str) -> dict[str, Any]:
 
 
 def _json_or_text(text: str) -> Any:
-    """JSON where the text looks like JSON (starts with a brace, bracket or quote), else the text itself."""
+    """JSON where the text looks like JSON (starts with a brace, bracket or quote), else the text
+    itself.
+    """
     if text.lstrip()[:1] not in ("{", "[", '"'):
         return text
     try:

@@ -1,4 +1,5 @@
-"""Settings + model table -> what will be started: model type, backend, plan, number of ranks, load request. Imports no torch.
+"""Settings + model table -> what will be started: model type, backend, plan, number of ranks, load
+request. Imports no torch.
 
 The launcher does this before any process starts, and every rank does it again with the same result.
 """
@@ -25,7 +26,15 @@ from hosts.supervision.rendezvous import parse_endpoint
 
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 REPOSITORY = Path(__file__).resolve().parents[2]
-PATH_OPTIONS = ("vae", "vae_config", "gguf_model", "motion_adapter", "motion_module", "motion_config", "control_net_config")
+PATH_OPTIONS = (
+    "vae",
+    "vae_config",
+    "gguf_model",
+    "motion_adapter",
+    "motion_module",
+    "motion_config",
+    "control_net_config",
+)
 SCALED_PATHS = ("lora", "motion_adapter_lora", "control_net", "ip_adapter")
 WEIGHT_FILES = (".safetensors", ".sft", ".bin", ".pt", ".pth", ".ckpt")
 FEATURE_OPTIONS = {
@@ -33,9 +42,19 @@ FEATURE_OPTIONS = {
     "controlnet": ("control_net",),
     "ip_adapter": ("ip_adapter",),
     "gguf": ("gguf_model",),
-    "quantization": ("quantize_to", "quantize_unet_to", "quantize_encoder_to", "quantize_misc_to", "quantize_vae"),
+    "quantization": (
+        "quantize_to",
+        "quantize_unet_to",
+        "quantize_encoder_to",
+        "quantize_misc_to",
+        "quantize_vae",
+    ),
     "compile": ("compile_unet", "compile_vae", "compile_text_encoder"),
-    "offload": ("enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_offload"),
+    "offload": (
+        "enable_model_cpu_offload",
+        "enable_sequential_cpu_offload",
+        "enable_group_offload",
+    ),
     "compel": ("compel",),
     "step_cache": ("step_cache",),
 }
@@ -45,7 +64,9 @@ MOTION_OPTIONS = ("motion_adapter", "motion_module", "motion_config", "motion_ad
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartPlan:
-    """Everything that is decided before a process starts. num_ranks: on this machine; reasons: why each automatic choice was made."""
+    """Everything that is decided before a process starts. num_ranks: on this machine; reasons: why
+    each automatic choice was made.
+    """
 
     spec: ModelSpec
     plan: ParallelPlan
@@ -66,12 +87,16 @@ class StartPlan:
         return {
             "type": self.spec.name,
             "backend": self.job_plan.method,
-            "exactness": "approximate" if self.load.step_cache is not None else self.job_plan.exactness,
+            "exactness": "approximate"
+            if self.load.step_cache is not None
+            else self.job_plan.exactness,
             "ranks": self.plan.world_size,
             "axes": dict(self.job_plan.axes),
             **self.teams.facts(),
             "max_batch": self.max_batch,
-            "options": {name: value for name, value in self.job_plan.options.items() if value is not None},
+            "options": {
+                name: value for name, value in self.job_plan.options.items() if value is not None
+            },
             "checkpoint": self.load.checkpoint,
             "variant": self.load.variant,
             "height": self.load.height or self.spec.height,
@@ -82,21 +107,45 @@ class StartPlan:
 
     def fingerprint(self, settings: Settings) -> dict[str, str]:
         """What must be the same on all machines of one host, by argument."""
-        own = {"--nnodes": settings.nnodes, "--nproc_per_node": self.num_ranks, "--mode": settings.mode, "the plan": self.plan.describe()}
-        return {name: str(value) for name, value in {**own, **{f"--{name}": value for name, value in asdict(self.load).items()}}.items()}
+        own = {
+            "--nnodes": settings.nnodes,
+            "--nproc_per_node": self.num_ranks,
+            "--mode": settings.mode,
+            "the plan": self.plan.describe(),
+        }
+        return {
+            name: str(value)
+            for name, value in {
+                **own,
+                **{f"--{name}": value for name, value in asdict(self.load).items()},
+            }.items()
+        }
 
     def describe(self) -> str:
-        lines = [f"{name:12} {value}" for name, value in self.facts().items() if name not in ("reasons", "planner")]
+        lines = [
+            f"{name:12} {value}"
+            for name, value in self.facts().items()
+            if name not in ("reasons", "planner")
+        ]
         table = self.auto.text() if self.auto is not None else []
-        return "\n".join([*lines, *(f"because      {reason}" for reason in self.facts()["reasons"]), *table])
+        return "\n".join(
+            [*lines, *(f"because      {reason}" for reason in self.facts()["reasons"]), *table]
+        )
 
 
 def plan_start(
-    settings: Settings, table: ModelTable, *, num_gpus: int, num_ranks: int | None = None, recall: Recall = lambda key: None
+    settings: Settings,
+    table: ModelTable,
+    *,
+    num_gpus: int,
+    num_ranks: int | None = None,
+    recall: Recall = lambda key: None,
 ) -> StartPlan:
-    """The resolved plan. ConfigError, UnsupportedError or PlanError for whatever the user must change.
+    """The resolved plan. ConfigError, UnsupportedError or PlanError for whatever the user must
+    change.
 
-    num_ranks: where it is known already (in a rank); else --nproc_per_node, the GPUs, or 1. recall: what --backend=auto goes by.
+    num_ranks: where it is known already (in a rank); else --nproc_per_node, the GPUs, or 1. recall:
+    what --backend=auto goes by.
     """
     refuse_pending(settings)
     _require_key(settings)
@@ -109,18 +158,36 @@ def plan_start(
         reasons.append(f"ranks={ranks}: {num_gpus} GPUs are visible")
     world_size = ranks * settings.nnodes
     if num_gpus and ranks > num_gpus:
-        raise ConfigError(f"--nproc_per_node={ranks} is more than the {num_gpus} visible GPUs. Use at most {num_gpus}.")
+        raise ConfigError(
+            f"--nproc_per_node={ranks} is more than the {num_gpus} visible GPUs. Use at most "
+            f"{num_gpus}."
+        )
     backend, auto = settings.backend, None
-    features = tuple(feature for feature, names in FEATURE_OPTIONS.items() if any(name in settings.given for name in names))
+    features = tuple(
+        feature
+        for feature, names in FEATURE_OPTIONS.items()
+        if any(name in settings.given for name in names)
+    )
     if is_automatic(settings, spec, world_size):
         checkpoint = Path(_checkpoint(settings, spec))
-        facts = {"world_size": world_size, "num_gpus": num_gpus, "features": features, "recall": recall}
+        facts = {
+            "world_size": world_size,
+            "num_gpus": num_gpus,
+            "features": features,
+            "recall": recall,
+        }
         auto = decide(settings, spec, checkpoint=checkpoint, **facts)
-        backend, settings = auto.world.candidate.backend, _for_any_method(replace(settings, **auto.world.candidate.options), reasons)
+        backend, settings = (
+            auto.world.candidate.backend,
+            _for_any_method(replace(settings, **auto.world.candidate.options), reasons),
+        )
         reasons.append(auto.reason)
     elif backend in (None, "auto"):
         backend = spec.default_backend(world_size)
-        reasons.append(f"backend={backend}: first choice of type {spec.name!r} on {world_size} rank{'s' if world_size > 1 else ''}")
+        reasons.append(
+            f"backend={backend}: first choice of type {spec.name!r} on {world_size} "
+            f"rank{'s' if world_size > 1 else ''}"
+        )
     elif world_size == 1 and backend != "single":
         reasons.append(f"one rank: backend {backend} computes what single does")
         spec.require(backend)
@@ -134,26 +201,40 @@ def plan_start(
     plan = require_world_size(planner(backend)(spec, options, world_size), world_size)
     if load.step_cache is not None:
         require_step_cache(load.step_cache, plan)
-    chosen = {"chosen": auto.teams, "quickest": auto.job.candidate.ranks} if auto is not None else {}
+    chosen = (
+        {"chosen": auto.teams, "quickest": auto.job.candidate.ranks} if auto is not None else {}
+    )
     teams = choose_teams(settings.mode, spec, plan, options, features=features, load=load, **chosen)
     max_batch, why_one = batch_limit(settings.max_batch, settings.mode, spec, plan, teams, load)
     reasons += [why_one] if why_one else []
-    told = {"num_ranks": ranks, "reasons": tuple(reasons), "teams": teams, "max_batch": max_batch, "auto": auto}
+    told = {
+        "num_ranks": ranks,
+        "reasons": tuple(reasons),
+        "teams": teams,
+        "max_batch": max_batch,
+        "auto": auto,
+    }
     return StartPlan(spec=spec, plan=plan, load=load, **told)
 
 
 def _for_any_method(settings: Settings, reasons: list[str]) -> Settings:
-    """Without what some methods cannot have: the choice is made again when the model is loaded, and teams may use others."""
+    """Without what some methods cannot have: the choice is made again when the model is loaded, and
+    teams may use others.
+    """
     for name in WITHOUT_SDPA:
         if getattr(settings, name):
-            reasons.append(f"--{name} has no effect with --backend=auto: most methods reach the other ranks through torch's own attention")
+            reasons.append(
+                f"--{name} has no effect with --backend=auto: most methods reach the other ranks "
+                "through torch's own attention"
+            )
     return replace(settings, **dict.fromkeys(WITHOUT_SDPA, False))
 
 
 def _require_key(settings: Settings) -> None:
     if settings.host not in LOOPBACK_NAMES and settings.api_key is None:
         raise ConfigError(
-            f"--host={settings.host} can be reached from other machines: give --api_key as well, which every request must then bring, "
+            f"--host={settings.host} can be reached from other machines: give --api_key as well, "
+            "which every request must then bring, "
             "or leave --host out."
         )
 
@@ -161,12 +242,16 @@ def _require_key(settings: Settings) -> None:
 def _require_machines(settings: Settings) -> None:
     if settings.node_rank >= settings.nnodes:
         raise ConfigError(
-            f"--node_rank={settings.node_rank} is not one of --nnodes={settings.nnodes} machines. Allowed: 0 to {settings.nnodes - 1}."
+            f"--node_rank={settings.node_rank} is not one of --nnodes={settings.nnodes} machines. "
+            f"Allowed: 0 to {settings.nnodes - 1}."
         )
     if settings.rdzv_endpoint is not None:
         parse_endpoint(settings.rdzv_endpoint)
     elif settings.nnodes > 1:
-        raise ConfigError(f"--nnodes={settings.nnodes} needs --rdzv_endpoint=HOST:PORT: the first machine's address and a free port there.")
+        raise ConfigError(
+            f"--nnodes={settings.nnodes} needs --rdzv_endpoint=HOST:PORT: the first machine's "
+            "address and a free port there."
+        )
 
 
 def refuse_pending(settings: Settings) -> None:
@@ -177,22 +262,36 @@ def refuse_pending(settings: Settings) -> None:
 
 
 def count_gpus(environment: Mapping[str, str]) -> int:
-    """GPUs that the ranks will see, without importing torch: NVIDIA's, less what CUDA_VISIBLE_DEVICES hides."""
+    """GPUs that the ranks will see, without importing torch: NVIDIA's, less what
+    CUDA_VISIBLE_DEVICES hides.
+    """
     present = len(glob.glob("/proc/driver/nvidia/gpus/*"))
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return present
-    return min(present, len([part for part in visible.split(",") if part.strip() and part.strip() != "-1"]))
+    return min(
+        present, len([part for part in visible.split(",") if part.strip() and part.strip() != "-1"])
+    )
 
 
 def _without_effect(settings: Settings, spec: ModelSpec, backend: str) -> list[str]:
-    """A sentence for each given option of another backend than the one that runs. Clients send them all along."""
+    """A sentence for each given option of another backend than the one that runs. Clients send them
+    all along.
+    """
     declared = option_fields()
-    idle = () if "motion_adapter" in spec.components else [name for name in MOTION_OPTIONS if name in settings.given]
-    return [f"--{name} has no effect: type {spec.name!r} has no motion adapter" for name in idle] + [
-        f"--{name} has no effect: it is for backend {' or '.join(declared[name].metadata['backends'])}"
+    idle = (
+        ()
+        if "motion_adapter" in spec.components
+        else [name for name in MOTION_OPTIONS if name in settings.given]
+    )
+    return [
+        f"--{name} has no effect: type {spec.name!r} has no motion adapter" for name in idle
+    ] + [
+        f"--{name} has no effect: it is for backend "
+        f"{' or '.join(declared[name].metadata['backends'])}"
         for name in settings.given
-        if declared[name].metadata["backends"] and backend not in declared[name].metadata["backends"]
+        if declared[name].metadata["backends"]
+        and backend not in declared[name].metadata["backends"]
     ]
 
 
@@ -203,16 +302,24 @@ def _model_spec(settings: Settings, table: ModelTable) -> ModelSpec:
     if settings.checkpoint is None and not spec.demo:
         with_demo = ", ".join(name for name, other in table.items() if other.demo)
         raise ConfigError(
-            f"--checkpoint is missing: type {spec.name!r} has no demo model. Give the folder of a {spec.title} model in diffusers layout "
+            f"--checkpoint is missing: type {spec.name!r} has no demo model. Give the folder of a "
+            f"{spec.title} model in diffusers layout "
             f"(a demo model comes with: {with_demo})."
         )
     if settings.checkpoint is None:
-        spec = replace(spec, **{name: value for name, value in spec.demo.items() if name != "checkpoint"})
+        spec = replace(
+            spec, **{name: value for name, value in spec.demo.items() if name != "checkpoint"}
+        )
     return spec
 
 
-def _load_request(settings: Settings, spec: ModelSpec, backend: str, *, num_gpus: int, reasons: list[str]) -> LoadRequest:
-    paths = {name: _existing_path(name, getattr(settings, name)) for name in ("checkpoint", *PATH_OPTIONS)}
+def _load_request(
+    settings: Settings, spec: ModelSpec, backend: str, *, num_gpus: int, reasons: list[str]
+) -> LoadRequest:
+    paths = {
+        name: _existing_path(name, getattr(settings, name))
+        for name in ("checkpoint", *PATH_OPTIONS)
+    }
     scaled = {name: _existing_files(name, getattr(settings, name)) for name in SCALED_PATHS}
     if settings.controlnet_scale is not None:
         scaled["control_net"] = dict.fromkeys(scaled["control_net"], settings.controlnet_scale)
@@ -250,7 +357,9 @@ def _load_request(settings: Settings, spec: ModelSpec, backend: str, *, num_gpus
 
 
 def _checkpoint(settings: Settings, spec: ModelSpec) -> str:
-    return _existing_path("checkpoint", settings.checkpoint) or str(REPOSITORY / spec.demo["checkpoint"])
+    return _existing_path("checkpoint", settings.checkpoint) or str(
+        REPOSITORY / spec.demo["checkpoint"]
+    )
 
 
 def _existing_path(name: str, value: str | None) -> str | None:
@@ -259,19 +368,28 @@ def _existing_path(name: str, value: str | None) -> str | None:
         return None
     path = Path(value).expanduser().resolve()
     if not path.exists():
-        raise ConfigError(f"--{name}={value} does not exist. Give the path of a file or folder on this machine.")
+        raise ConfigError(
+            f"--{name}={value} does not exist. Give the path of a file or folder on this machine."
+        )
     return str(path)
 
 
 def _existing_files(name: str, scales: Mapping[str, float] | None) -> dict[str, float]:
-    """The same with absolute paths, in the same order. A folder is allowed for a ControlNet only."""
+    """The same with absolute paths, in the same order. A folder is allowed for a ControlNet
+    only.
+    """
     found = {}
     for value, scale in (scales or {}).items():
         path = _existing_path(name, value)
         if Path(path).is_file() and Path(path).suffix not in WEIGHT_FILES:
-            raise ConfigError(f"--{name}={value} is no file of weights. Allowed: {', '.join(WEIGHT_FILES)}.")
+            raise ConfigError(
+                f"--{name}={value} is no file of weights. Allowed: {', '.join(WEIGHT_FILES)}."
+            )
         if Path(path).is_dir() and name != "control_net":
-            raise ConfigError(f"--{name}={value} is a folder. Give the file of weights in it ({', '.join(WEIGHT_FILES)}).")
+            raise ConfigError(
+                f"--{name}={value} is a folder. Give the file of weights in it "
+                f"({', '.join(WEIGHT_FILES)})."
+            )
         if not math.isfinite(scale):
             raise ConfigError(f"--{name}={value} has scale {scale}. Give a finite number.")
         found[path] = scale
@@ -284,9 +402,15 @@ def _denoiser(settings: Settings, spec: ModelSpec) -> dict[str, str | None]:
     paths = {"unet": settings.unet, "transformer": settings.transformer}
     configs = {"unet": settings.unet_config, "transformer": settings.transformer_config}
     if paths[other] is not None:
-        raise ConfigError(f"--{other} was given, but type {spec.name!r} has a {spec.denoiser}. Give --{spec.denoiser}.")
+        raise ConfigError(
+            f"--{other} was given, but type {spec.name!r} has a {spec.denoiser}. Give "
+            f"--{spec.denoiser}."
+        )
     if paths[spec.denoiser] is not None and settings.gguf_model is not None:
-        raise ConfigError(f"--{spec.denoiser} and --gguf_model were given, and both replace the {spec.denoiser}. Give one of them.")
+        raise ConfigError(
+            f"--{spec.denoiser} and --gguf_model were given, and both replace the {spec.denoiser}. "
+            "Give one of them."
+        )
     return {
         "denoiser": _existing_path(spec.denoiser, paths[spec.denoiser]),
         "denoiser_config": _existing_path(f"{spec.denoiser}_config", configs[spec.denoiser]),
@@ -296,13 +420,24 @@ def _denoiser(settings: Settings, spec: ModelSpec) -> dict[str, str | None]:
 def _require_components(spec: ModelSpec, paths: Mapping[str, str | None]) -> None:
     checkpoint = Path(paths["checkpoint"] or "")
     if checkpoint.is_dir() and not (checkpoint / "model_index.json").is_file():
-        raise ConfigError(f"--checkpoint={checkpoint} holds no model_index.json. Give a folder in diffusers layout.")
+        raise ConfigError(
+            f"--checkpoint={checkpoint} holds no model_index.json. Give a folder in diffusers "
+            "layout."
+        )
     if checkpoint.is_file() and not (spec.single_file and checkpoint.suffix == ".safetensors"):
-        raise ConfigError(f"--checkpoint={checkpoint} is a file, but type {spec.name!r} needs a folder in diffusers layout.")
+        raise ConfigError(
+            f"--checkpoint={checkpoint} is a file, but type {spec.name!r} needs a folder in "
+            "diffusers layout."
+        )
     for component in spec.components:
-        if paths.get(component) is None and paths.get("motion_module") is None and not (checkpoint / component).is_dir():
+        if (
+            paths.get(component) is None
+            and paths.get("motion_module") is None
+            and not (checkpoint / component).is_dir()
+        ):
             raise ConfigError(
-                f"type {spec.name!r} needs a {component}, and the checkpoint holds none. Give --{component}=FOLDER or --motion_module=FILE."
+                f"type {spec.name!r} needs a {component}, and the checkpoint holds none. Give "
+                f"--{component}=FOLDER or --motion_module=FILE."
             )
 
 

@@ -1,4 +1,6 @@
-"""--mode: whether the ranks may split into teams with a job each, and with which plans. Imports no torch."""
+"""--mode: whether the ranks may split into teams with a job each, and with which plans. Imports no
+torch.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,14 +19,19 @@ MODES = ("latency", "throughput", "auto")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Teams:
-    """How the ranks may work. plans: team size -> the plan of a team of that size, without that of all ranks together."""
+    """How the ranks may work. plans: team size -> the plan of a team of that size, without that of
+    all ranks together.
+    """
 
     mode: Mode = "latency"
     plans: Mapping[int, ParallelPlan] = field(default_factory=dict)
     reasons: tuple[str, ...] = ()
 
     def facts(self) -> dict[str, object]:
-        return {"mode": self.mode, "teams": {str(size): plan.describe() for size, plan in self.plans.items()}}
+        return {
+            "mode": self.mode,
+            "teams": {str(size): plan.describe() for size, plan in self.plans.items()},
+        }
 
 
 def choose_teams(
@@ -38,10 +45,13 @@ def choose_teams(
     chosen: Mapping[int, ParallelPlan] | None = None,
     quickest: int | None = None,
 ) -> Teams:
-    """The mode that was asked for, with the plans of its teams, or `latency` with the reason where `auto` can be nothing else.
+    """The mode that was asked for, with the plans of its teams, or `latency` with the reason where
+    `auto` can be nothing else.
 
-    plan: that of all ranks. features: of the model table, which the start asks for. ConfigError for a throughput mode that cannot be.
-    chosen: of --backend=auto: size of a team -> its plan. quickest: the number of ranks that make one image soonest, if not all do.
+    plan: that of all ranks. features: of the model table, which the start asks for. ConfigError for
+    a throughput mode that cannot be.
+    chosen: of --backend=auto: size of a team -> its plan. quickest: the number of ranks that make
+    one image soonest, if not all do.
     """
     if plan.world_size == 1:
         return Teams()
@@ -49,19 +59,30 @@ def choose_teams(
         return Teams(reasons=("mode=latency: as asked, all ranks work on each job",))
     if problem := _problem(spec, plan, features, load):
         if asked == "throughput":
-            raise ConfigError(f"--mode=throughput is not available: {problem}. Leave one of the two out.")
+            raise ConfigError(
+                f"--mode=throughput is not available: {problem}. Leave one of the two out."
+            )
         return Teams(reasons=(f"mode=latency: {problem}",))
     if asked == "throughput":
         return Teams(mode="throughput", plans={1: planner("single")(spec, options, 1)})
     if chosen is None:
-        chosen = {size: found for size in _team_sizes(plan.world_size) if (found := _team_plan(spec, plan, options, size)) is not None}
+        chosen = {
+            size: found
+            for size in _team_sizes(plan.world_size)
+            if (found := _team_plan(spec, plan, options, size)) is not None
+        }
     if quickest in chosen and quickest != plan.world_size:
-        why = f"mode=throughput: more than {quickest} of {plan.world_size} ranks are slower, so they work in teams of {quickest}"
+        why = (
+            f"mode=throughput: more than {quickest} of {plan.world_size} ranks are slower, so "
+            f"they work in teams of {quickest}"
+        )
         return Teams(mode="throughput", plans={quickest: chosen[quickest]}, reasons=(why,))
     return Teams(mode="auto", plans=chosen)
 
 
-def batch_limit(most: int, asked: Mode, spec: ModelSpec, plan: ParallelPlan, teams: Teams, load: LoadRequest) -> tuple[int, str]:
+def batch_limit(
+    most: int, asked: Mode, spec: ModelSpec, plan: ParallelPlan, teams: Teams, load: LoadRequest
+) -> tuple[int, str]:
     """How many jobs one rank may do in one batch, `most` at most, and why it is only one."""
     reason = why_alone(spec, load)
     if asked == "latency":
@@ -71,12 +92,17 @@ def batch_limit(most: int, asked: Mode, spec: ModelSpec, plan: ParallelPlan, tea
     return (1, f"max_batch=1: {reason}") if most > 1 and reason else (most, "")
 
 
-def _problem(spec: ModelSpec, plan: ParallelPlan, features: tuple[str, ...], load: LoadRequest) -> str:
+def _problem(
+    spec: ModelSpec, plan: ParallelPlan, features: tuple[str, ...], load: LoadRequest
+) -> str:
     """Why ranks cannot change between jobs from one team to another; empty if they can."""
     if setting := plan.splits_weights_by:
         return f"with {setting} each rank holds only a part of the weights"
     if load.compile is not None:
-        return "compiled models would be compiled again whenever ranks join or part (--compile_unet, --compile_vae, --compile_text_encoder)"
+        return (
+            "compiled models would be compiled again whenever ranks join or part "
+            "(--compile_unet, --compile_vae, --compile_text_encoder)"
+        )
     try:
         for feature in ("", *features):
             spec.require("single", *[feature] if feature else [])
@@ -89,7 +115,9 @@ def _team_sizes(world_size: int) -> list[int]:
     return [size for size in range(1, world_size) if world_size % size == 0]
 
 
-def _team_plan(spec: ModelSpec, plan: ParallelPlan, options: Mapping[str, object], size: int) -> ParallelPlan | None:
+def _team_plan(
+    spec: ModelSpec, plan: ParallelPlan, options: Mapping[str, object], size: int
+) -> ParallelPlan | None:
     """None where the options that were given for all ranks do not fit fewer."""
     try:
         return planner("single" if size == 1 else plan.method)(spec, options, size)

@@ -1,4 +1,6 @@
-"""On ranks that have met: the final choice of --backend=auto, by what an earlier launch has measured, or by measuring now."""
+"""On ranks that have met: the final choice of --backend=auto, by what an earlier launch has
+measured, or by measuring now.
+"""
 
 import gc
 import logging
@@ -21,7 +23,9 @@ from hosts.supervision.progress import LOAD_WITHIN_S, Activity
 logger = logging.getLogger(__name__)
 
 TRIAL_STEPS = 20
-"""Of the image whose first steps are timed: enough for its steps to be as alike as those of a real one."""
+"""Of the image whose first steps are timed: enough for its steps to be as alike as those of a real
+one.
+"""
 
 
 def tune(
@@ -34,9 +38,11 @@ def tune(
     device: torch.device,
     activity: Activity,
 ) -> tuple[StartPlan, LoadedPipeline | None]:
-    """The start as all ranks will make it, and the pipeline where measuring has loaded it. Every rank takes part.
+    """The start as all ranks will make it, and the pipeline where measuring has loaded it. Every
+    rank takes part.
 
-    plan: the start by what was measured. folder: rank 0's memory, if there is one. All ranks go by rank 0's figures.
+    plan: the start by what was measured. folder: rank 0's memory, if there is one. All ranks go by
+    rank 0's figures.
     activity: is told that this may take as long as loading.
     """
     if start.auto is None:
@@ -57,8 +63,12 @@ def tune(
     return settled, pipeline
 
 
-def _measure(start: StartPlan, *, rank: int, world_size: int, device: torch.device) -> tuple[LoadedPipeline | None, Measured | None]:
-    """Nothing, on all ranks, if one of them fails: what is wrong shows again, and is told, when the loop loads."""
+def _measure(
+    start: StartPlan, *, rank: int, world_size: int, device: torch.device
+) -> tuple[LoadedPipeline | None, Measured | None]:
+    """Nothing, on all ranks, if one of them fails: what is wrong shows again, and is told, when the
+    loop loads.
+    """
     pipeline = failure = measured = None
     try:
         pipeline = load_pipeline(start.spec, start.load, device=device)
@@ -68,15 +78,25 @@ def _measure(start: StartPlan, *, rank: int, world_size: int, device: torch.devi
         try:
             request = prewarm_request(start.spec, replace(start.load, prewarm_steps=TRIAL_STEPS))
             trials = Trials(
-                PipelineSubject(pipeline, request), spec=start.spec, rank=rank, world_size=world_size, halves=halves_of(start.spec)
+                PipelineSubject(pipeline, request),
+                spec=start.spec,
+                rank=rank,
+                world_size=world_size,
+                halves=halves_of(start.spec),
             )
-            measured = trials.measure(candidates_of(start.auto), quality=start.auto.quality, num_steps=start.spec.num_inference_steps)
+            measured = trials.measure(
+                candidates_of(start.auto),
+                quality=start.auto.quality,
+                num_steps=start.spec.num_inference_steps,
+            )
             measured = replace(measured, date=time.strftime("%Y-%m-%d"))
         except Exception as error:  # noqa: BLE001  as above
             failure = Failure.of(error, rank=rank)
         if (outcome := agree_on_outcome(failure)).failure is None:
             return pipeline, measured
-        logger.warning("no method could be tried, so the estimate decides: %s", outcome.failure.message)
+        logger.warning(
+            "no method could be tried, so the estimate decides: %s", outcome.failure.message
+        )
     del pipeline
     gc.collect()  # pipelines hold themselves in cycles
     return None, None

@@ -50,7 +50,9 @@ Command = Load | Generate | SplitIntoTeams | Rejoin | Stop
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """How a command ended on one rank that failed. time_s: wall clock, to find the first of several."""
+    """How a command ended on one rank that failed. time_s: wall clock, to find the first of
+    several.
+    """
 
     rank: int
     error: HostError | None
@@ -60,7 +62,9 @@ class Failure:
 
     @property
     def is_retryable(self) -> bool:
-        """Whether the same request may do well the next time: nobody's mistake, and not a lack of memory, which stays the same."""
+        """Whether the same request may do well the next time: nobody's mistake, and not a lack of
+        memory, which stays the same.
+        """
         return self.error is None and not self.message.startswith(OUT_OF_MEMORY)
 
     @classmethod
@@ -74,12 +78,17 @@ class Failure:
         )
 
     def as_error(self) -> HostError:
-        """What the client reads: a user's mistake as it is, anything else with the rank it happened on."""
-        return self.error or RankError(f"rank {self.rank} failed: {self.message}", rank=self.rank, trace=self.trace)
+        """What the client reads: a user's mistake as it is, anything else with the rank it happened
+        on.
+        """
+        return self.error or RankError(
+            f"rank {self.rank} failed: {self.message}", rank=self.rank, trace=self.trace
+        )
 
 
 def announce(command: Command | None, among: Axis | None = None) -> Command:
-    """The first rank gives a command, the others give None; all get it. Waits for as long as nobody asks for anything.
+    """The first rank gives a command, the others give None; all get it. Waits for as long as nobody
+    asks for anything.
 
     among: the control group of a team; None for all ranks.
     """
@@ -88,7 +97,8 @@ def announce(command: Command | None, among: Axis | None = None) -> Command:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What all ranks of a team agree on after a command. groups_are_broken: a rank closed its data groups to wake the others.
+    """What all ranks of a team agree on after a command. groups_are_broken: a rank closed its data
+    groups to wake the others.
 
     figures: each rank's, in rank order.
     """
@@ -98,17 +108,29 @@ class Outcome:
     figures: tuple[Mapping[str, Any], ...] = ()
 
 
-def agree_on_outcome(failure: Failure | None, figures: Mapping[str, Any] | None = None, among: Axis | None = None) -> Outcome:
-    """Every rank's failure, if any, and its figures -> the same verdict on every rank. among: as in `announce`."""
+def agree_on_outcome(
+    failure: Failure | None, figures: Mapping[str, Any] | None = None, among: Axis | None = None
+) -> Outcome:
+    """Every rank's failure, if any, and its figures -> the same verdict on every rank. among: as in
+    `announce`.
+    """
     outcomes = gather_outcomes((failure, figures or {}), among)
-    return replace(merge_outcomes([failure for failure, _ in outcomes]), figures=tuple(figures for _, figures in outcomes))
+    return replace(
+        merge_outcomes([failure for failure, _ in outcomes]),
+        figures=tuple(figures for _, figures in outcomes),
+    )
 
 
 def merge_outcomes(outcomes: Sequence[Failure | None]) -> Outcome:
-    """The failure that came first is the cause: a rank that fails closes its groups, so closed connections come after their reason."""
+    """The failure that came first is the cause: a rank that fails closes its groups, so closed
+    connections come after their reason.
+    """
     failures = [outcome for outcome in outcomes if outcome is not None]
     breaking = [failure for failure in failures if breaks_groups(failure)]
-    return Outcome(failure=min(breaking or failures, key=lambda failure: failure.time_s, default=None), groups_are_broken=bool(breaking))
+    return Outcome(
+        failure=min(breaking or failures, key=lambda failure: failure.time_s, default=None),
+        groups_are_broken=bool(breaking),
+    )
 
 
 def breaks_groups(failure: Failure) -> bool:
@@ -119,7 +141,8 @@ def breaks_groups(failure: Failure) -> bool:
 def _explain(error: BaseException) -> str:
     if type(error).__name__ == "OutOfMemoryError":
         return (
-            f"{OUT_OF_MEMORY}. Ask for a smaller image, start with --enable_vae_tiling, a smaller --variant, or more ranks. "
+            f"{OUT_OF_MEMORY}. Ask for a smaller image, start with --enable_vae_tiling, a smaller "
+            "--variant, or more ranks. "
             f"({str(error).splitlines()[0]})"
         )
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -1,8 +1,9 @@
 """Where the rank loop's commands come from and its results go to.
 
-The loop has no branch on its rank: what differs is in the desk it is given. Rank 0's takes jobs from the queue and answers them, a
-follower's does nothing. While the ranks are split into teams, the first rank of each has a desk too, which is rank 0's at the other end
-of a line (hosts/ranks/remote_dispatch.py).
+The loop has no branch on its rank: what differs is in the desk it is given. Rank 0's takes jobs
+from the queue and answers them, a follower's does nothing. While the ranks are split into teams,
+the first rank of each has a desk too, which is rank 0's at the other end of a line
+(hosts/ranks/remote_dispatch.py).
 """
 
 import logging
@@ -20,7 +21,16 @@ from hosts.jobs.decision import Choice, Choose
 from hosts.jobs.policy import Sharing, SplitPeriod
 from hosts.jobs.queue import Job, JobQueue
 from hosts.jobs.trace import spans_of, without_spans
-from hosts.ranks.commands import Command, Failure, Generate, Load, Outcome, Rejoin, SplitIntoTeams, Stop
+from hosts.ranks.commands import (
+    Command,
+    Failure,
+    Generate,
+    Load,
+    Outcome,
+    Rejoin,
+    SplitIntoTeams,
+    Stop,
+)
 from hosts.ranks.remote_dispatch import CANCEL, GO_ON, DispatchServer, RemoteDispatcher
 from hosts.supervision.host_state import HostState, Phase
 
@@ -36,16 +46,22 @@ class TeamDispatcher(Protocol):
     """What a team needs."""
 
     def next_command(self, check: Check) -> Command | None:
-        """The next command on the team's first rank, already checked; None on the others, which hear it from that one."""
+        """The next command on the team's first rank, already checked; None on the others, which
+        hear it from that one.
+        """
 
     def step_signal(self) -> int:
         """GO_ON or CANCEL, rank 0's word for this step."""
 
     def step_done(self, step: int, num_steps: int, preview: Preview) -> None:
-        """A step is done on all ranks of the team. `preview(row)` makes a small image of it, for whoever looks."""
+        """A step is done on all ranks of the team. `preview(row)` makes a small image of it, for
+        whoever looks.
+        """
 
     def generated(self, results: Sequence[GenerateResult], outcome: Outcome) -> None:
-        """How the last Generate ended: a result for each of its requests, or none and the verdict's failure."""
+        """How the last Generate ended: a result for each of its requests, or none and the verdict's
+        failure.
+        """
 
     def leave(self) -> None:
         """The team cannot go on by itself: it takes no more jobs before all ranks have met."""
@@ -57,7 +73,9 @@ class Dispatcher(TeamDispatcher, Protocol):
     def loaded(self, failure: Failure | None) -> None: ...
 
     def spread(self, team_size: int) -> AbstractContextManager[TeamDispatcher]:
-        """This rank's desk while the ranks are split. Leaving it waits until no other team's desk is in use."""
+        """This rank's desk while the ranks are split. Leaving it waits until no other team's desk
+        is in use.
+        """
 
 
 class FollowerDispatcher:
@@ -87,9 +105,13 @@ class FollowerDispatcher:
 
 
 class JobDispatcher:
-    """Takes jobs from the queue for so many ranks, and answers them. `choose`: whether to take one; see JobQueue.next."""
+    """Takes jobs from the queue for so many ranks, and answers them. `choose`: whether to take one;
+    see JobQueue.next.
+    """
 
-    def __init__(self, *, queue: JobQueue, state: HostState, sharing: Sharing, ranks: int, choose: Choose) -> None:
+    def __init__(
+        self, *, queue: JobQueue, state: HostState, sharing: Sharing, ranks: int, choose: Choose
+    ) -> None:
         self._queue = queue
         self._state = state
         self._sharing = sharing
@@ -104,17 +126,27 @@ class JobDispatcher:
             taken = [job, *self._queue.take_along(job, partial(self._sharing.num_companions, job))]
             if jobs := [job for job in taken if self._passes(job, check)]:
                 self._rows, self._batch = dict(enumerate(jobs)), len(jobs)
-                return Generate(job_ids=tuple(job.id for job in jobs), requests=tuple(job.request for job in jobs))
+                return Generate(
+                    job_ids=tuple(job.id for job in jobs),
+                    requests=tuple(job.request for job in jobs),
+                )
         return Rejoin()
 
     def step_signal(self) -> int:
-        """A job of a batch that is not wanted any more ends here, and its row is computed on, as long as there are others."""
+        """A job of a batch that is not wanted any more ends here, and its row is computed on, as
+        long as there are others.
+        """
         unwanted = [row for row, job in self._rows.items() if job.must_stop]
         if len(unwanted) == len(self._rows):
             return CANCEL if unwanted else GO_ON
         for row in unwanted:
             job = self._rows.pop(row)
-            self._queue.finish(job, error=CancelledError(f"the job was cancelled after step {job.step} of {job.num_steps}."))
+            self._queue.finish(
+                job,
+                error=CancelledError(
+                    f"the job was cancelled after step {job.step} of {job.num_steps}."
+                ),
+            )
         return GO_ON
 
     @property
@@ -123,7 +155,9 @@ class JobDispatcher:
 
     def step_done(self, step: int, num_steps: int, preview: Preview) -> None:
         for row, job in self._rows.items():
-            self._queue.record_step(job, step, num_steps, preview(row) if job.wants_preview else None)
+            self._queue.record_step(
+                job, step, num_steps, preview(row) if job.wants_preview else None
+            )
 
     def generated(self, results: Sequence[GenerateResult], outcome: Outcome) -> None:
         rows, self._rows = self._rows, {}
@@ -132,7 +166,10 @@ class JobDispatcher:
             job.spans = spans_of(outcome.figures)
         if outcome.failure is not None:
             return self._failed(rows, outcome.failure)
-        results = [replace(result, report={**result.report, "ranks": self._ranks, "batch": self._batch}) for result in results]
+        results = [
+            replace(result, report={**result.report, "ranks": self._ranks, "batch": self._batch})
+            for result in results
+        ]
         self._learn(next(iter(rows.values())), results[0])
         for row, job in rows.items():
             self._queue.finish(job, result=results[row])
@@ -151,7 +188,9 @@ class JobDispatcher:
         self._state.tell({"last_report": facts, **self._sharing.measured()})
 
     def _failed(self, rows: Mapping[int, Job], failure: Failure) -> None:
-        """A batch is tried again one by one, whatever ended it: what one job is to blame for should not be the others'."""
+        """A batch is tried again one by one, whatever ended it: what one job is to blame for should
+        not be the others'.
+        """
         is_of_batch = self._batch > 1 and not isinstance(failure.error, CancelledError)
         if is_of_batch:
             self._sharing.batch_failed(next(iter(rows.values())), batch=self._batch)
@@ -162,7 +201,9 @@ class JobDispatcher:
                 self._queue.finish(job, error=failure.as_error())
 
     def leave(self) -> None:
-        self._queue.next(lambda waiting, running: Choice.LEAVE)  # wakes the teams that wait for a job
+        self._queue.next(
+            lambda waiting, running: Choice.LEAVE
+        )  # wakes the teams that wait for a job
 
 
 class LeaderDispatcher(JobDispatcher):
@@ -178,7 +219,13 @@ class LeaderDispatcher(JobDispatcher):
         channels: Mapping[int, Channel] = MappingProxyType({}),
     ) -> None:
         """lines: to each other rank, where the ranks may split."""
-        super().__init__(queue=queue, state=state, sharing=sharing, ranks=sharing.world_size, choose=self._choose_size)
+        super().__init__(
+            queue=queue,
+            state=state,
+            sharing=sharing,
+            ranks=sharing.world_size,
+            choose=self._choose_size,
+        )
         self._load: LoadRequest | None = load
         self._channels = channels
         self._team_size = sharing.world_size
@@ -214,7 +261,13 @@ class LeaderDispatcher(JobDispatcher):
             service.join()
 
     def _dispatcher_of(self, period: SplitPeriod, team_size: int) -> JobDispatcher:
-        return JobDispatcher(queue=self._queue, state=self._state, sharing=self._sharing, ranks=team_size, choose=self._choose_in(period))
+        return JobDispatcher(
+            queue=self._queue,
+            state=self._state,
+            sharing=self._sharing,
+            ranks=team_size,
+            choose=self._choose_in(period),
+        )
 
     def _choose_in(self, period: SplitPeriod) -> Choose:
         """What a team goes by when it is free."""

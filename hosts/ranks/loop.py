@@ -1,6 +1,8 @@
-"""What every rank's main thread runs: next command -> do it -> agree on the outcome. The same code on all ranks.
+"""What every rank's main thread runs: next command -> do it -> agree on the outcome. The same code
+on all ranks.
 
-What differs between rank 0 and the others is settled once, in the Desk that the loop is given (hosts/ranks/dispatch.py).
+What differs between rank 0 and the others is settled once, in the Desk that the loop is given
+(hosts/ranks/dispatch.py).
 """
 
 import logging
@@ -22,7 +24,16 @@ from backends.parallel.base import Backend
 from backends.parallel.distributed import Axis, Mesh, control_axis, control_of_team
 from backends.plan import ParallelPlan
 from backends.request import GenerateRequest, GenerateResult, LoadRequest
-from hosts.ranks.commands import Failure, Generate, Outcome, SplitIntoTeams, Stop, agree_on_outcome, announce, breaks_groups
+from hosts.ranks.commands import (
+    Failure,
+    Generate,
+    Outcome,
+    SplitIntoTeams,
+    Stop,
+    agree_on_outcome,
+    announce,
+    breaks_groups,
+)
 from hosts.ranks.dispatch import CANCEL, Dispatcher, TeamDispatcher
 from hosts.ranks.warmup import prewarm_request
 from hosts.supervision.log import about_job
@@ -33,7 +44,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Team:
-    """The ranks that work on one job together, as this rank sees them. control: their group for commands and outcomes."""
+    """The ranks that work on one job together, as this rank sees them. control: their group for
+    commands and outcomes.
+    """
 
     mesh: Mesh
     control: Axis
@@ -41,7 +54,9 @@ class Team:
 
 
 class RankLoop:
-    """One rank's commands, one after the other, on its main thread: the only one that touches the device or a collective."""
+    """One rank's commands, one after the other, on its main thread: the only one that touches the
+    device or a collective.
+    """
 
     def __init__(
         self,
@@ -54,7 +69,8 @@ class RankLoop:
         activity: Activity | None = None,
         pipeline: LoadedPipeline | None = None,
     ) -> None:
-        """mesh: of all ranks. team_plans: size of the teams that the ranks may split into -> the plan of each. activity: is told of all.
+        """mesh: of all ranks. team_plans: size of the teams that the ranks may split into -> the
+        plan of each. activity: is told of all.
 
         pipeline: where it is loaded already.
         """
@@ -87,33 +103,50 @@ class RankLoop:
         failure = None
         self._activity.begin("loading", within_s=LOAD_WITHIN_S)
         try:
-            self._pipeline = self._pipeline or load_pipeline(self._spec, request, device=self._device)
+            self._pipeline = self._pipeline or load_pipeline(
+                self._spec, request, device=self._device
+            )
             self._pipeline.attach(self._all.backend)
         except Exception as error:  # noqa: BLE001  whatever it is, the other ranks must hear of it before anyone goes on
             failure = self._failed(error)
         failure = agree_on_outcome(failure).failure or self._form_teams()
         if failure is None and request.prewarm_steps:
-            failure = self._attempt([prewarm_request(self._spec, request)], "the first image")[1].failure
+            failure = self._attempt([prewarm_request(self._spec, request)], "the first image")[
+                1
+            ].failure
         self._activity.rest()
         if failure is None:
             self._activity.mark("ready")
             logger.info("loaded %s in %.1f s", request.checkpoint, time.perf_counter() - started)
         else:
-            self._pipeline = None  # frees the device: the host only answers with the reason from now on
+            self._pipeline = (
+                None  # frees the device: the host only answers with the reason from now on
+            )
             logger.error("loading failed: %s\n%s", failure.message, failure.trace)
         self._dispatcher.loaded(failure)
         return failure
 
     def _form_teams(self) -> Failure | None:
-        """The teams of all sizes, which then only wait to be attached. All ranks take part; a failure is the same on all."""
+        """The teams of all sizes, which then only wait to be attached. All ranks take part; a
+        failure is the same on all.
+        """
         failure = None
         world_size = self._all.control.size
         for size, plan in self._plans.items():
-            mesh = Mesh(plan, rank=self._rank % size, device=self._device, team=self._rank // size, num_teams=world_size // size)
+            mesh = Mesh(
+                plan,
+                rank=self._rank % size,
+                device=self._device,
+                team=self._rank // size,
+                num_teams=world_size // size,
+            )
             mesh.prepare()
             self._teams[size] = self._new_team(mesh, control_of_team(size))
         try:
-            for team in (*self._teams.values(), self._all):  # each once now, so that what a plan cannot do is known before any job
+            for team in (
+                *self._teams.values(),
+                self._all,
+            ):  # each once now, so that what a plan cannot do is known before any job
                 self._attach(team)
         except Exception as error:  # noqa: BLE001  whatever it is, the other ranks must hear of it before anyone goes on
             failure = Failure.of(error, rank=self._rank)
@@ -133,7 +166,8 @@ class RankLoop:
         self._join(self._teams[team_size])
         with self._dispatcher.spread(team_size) as self._team_desk:
             while not self._is_broken and isinstance(
-                command := announce(self._team_desk.next_command(self._check), self._team.control), Generate
+                command := announce(self._team_desk.next_command(self._check), self._team.control),
+                Generate,
             ):
                 self._generate(command)
             if self._is_broken:
@@ -142,7 +176,9 @@ class RankLoop:
         self._join(self._all)
 
     def _join(self, team: Team) -> None:
-        """All ranks go over to their teams, or come back. A failure here ends the rank, and the set is started again."""
+        """All ranks go over to their teams, or come back. A failure here ends the rank, and the set
+        is started again.
+        """
         failure = None
         self._activity.begin("changing teams")
         try:
@@ -169,20 +205,32 @@ class RankLoop:
         failure = outcome.failure
         if failure is not None:
             log = logger.info if failure.error is not None else logger.error
-            log("%s failed on rank %d: %s%s", what, failure.rank, failure.message, "" if failure.error else f"\n{failure.trace}")
+            log(
+                "%s failed on rank %d: %s%s",
+                what,
+                failure.rank,
+                failure.message,
+                "" if failure.error else f"\n{failure.trace}",
+            )
         else:
             logger.info("%s done in %.2f s", what, results[0].seconds)
             self._activity.mark("served")
         self._team_desk.generated(results, outcome)
 
-    def _attempt(self, requests: Sequence[GenerateRequest], what: str) -> tuple[Sequence[GenerateResult], Outcome]:
-        """The images, or none and the first failure of any rank of the team. what: they are called in the log.
+    def _attempt(
+        self, requests: Sequence[GenerateRequest], what: str
+    ) -> tuple[Sequence[GenerateResult], Outcome]:
+        """The images, or none and the first failure of any rank of the team. what: they are called
+        in the log.
 
-        Afterwards all are ready for the next command, unless a team's groups are broken: all ranks must meet to make new ones.
+        Afterwards all are ready for the next command, unless a team's groups are broken: all ranks
+        must meet to make new ones.
         """
         results: Sequence[GenerateResult] = ()
         failure = self._last_step = None
-        self._activity.begin(what, least_s=COMPILE_WITHIN_S if self._pipeline.load.compile is not None else 0.0)
+        self._activity.begin(
+            what, least_s=COMPILE_WITHIN_S if self._pipeline.load.compile is not None else 0.0
+        )
         try:
             results = self._pipeline.generate_together(requests, on_step=self._on_step)
         except Exception as error:  # noqa: BLE001  whatever it is, the other ranks must hear of it before anyone goes on
@@ -198,10 +246,18 @@ class RankLoop:
     def _figures(self, results: Sequence[GenerateResult]) -> dict[str, Any]:
         """This rank's, after an image or a batch: sizes in bytes, times in seconds."""
         is_cuda = self._device.type == "cuda"
-        memory = torch.cuda.max_memory_allocated(self._device) if is_cuda else psutil.Process().memory_info().rss
+        memory = (
+            torch.cuda.max_memory_allocated(self._device)
+            if is_cuda
+            else psutil.Process().memory_info().rss
+        )
         figures = {"rank": self._rank, "device": str(self._device), "memory_bytes": memory}
         for result in results[:1]:
-            kept = {name: result.report[name] for name in ("wait_s", "sent_bytes") if name in result.report}
+            kept = {
+                name: result.report[name]
+                for name in ("wait_s", "sent_bytes")
+                if name in result.report
+            }
             figures |= {"seconds": round(result.seconds, 4), "spans": self._pipeline.spans, **kept}
         return figures
 
@@ -216,7 +272,9 @@ class RankLoop:
         self._activity.step(is_last=step == num_steps)
 
     def _wait_for_device(self) -> None:
-        """The device works behind this thread: never by more than a step, or progress, cancelling and the watch would mean nothing."""
+        """The device works behind this thread: never by more than a step, or progress, cancelling
+        and the watch would mean nothing.
+        """
         if self._device.type == "cuda":
             if self._last_step is not None:
                 self._last_step.synchronize()
@@ -226,7 +284,9 @@ class RankLoop:
     def _failed(self, error: Exception) -> Failure:
         failure = Failure.of(error, rank=self._rank)
         if breaks_groups(failure):
-            traceback.clear_frames(error.__traceback__)  # they may hold a group, and only its last reference closes its connections
+            traceback.clear_frames(
+                error.__traceback__
+            )  # they may hold a group, and only its last reference closes its connections
             self._team.mesh.destroy()  # wakes the ranks that wait for this one in a collective
         if self._device.type == "cuda" and not isinstance(error, HostError):
             torch.cuda.empty_cache()

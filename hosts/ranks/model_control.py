@@ -1,6 +1,8 @@
-"""What HTTP threads ask of a host whose pipeline is chosen over HTTP: errands that all ranks run between two jobs. Imports no torch.
+"""What HTTP threads ask of a host whose pipeline is chosen over HTTP: errands that all ranks run
+between two jobs. Imports no torch.
 
-The errands are commands like those for jobs (hosts/ranks/commands.py): rank 0 announces one, every rank does it, all agree on the outcome.
+The errands are commands like those for jobs (hosts/ranks/commands.py): rank 0 announces one, every
+rank does it, all agree on the outcome.
 """
 
 import threading
@@ -18,7 +20,9 @@ from hosts.launch.start_plan import StartPlan
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Apply:
-    """Load the pipeline of these settings in the place of the one that is loaded, or none at all."""
+    """Load the pipeline of these settings in the place of the one that is loaded, or none at
+    all.
+    """
 
     settings: Settings | None
 
@@ -48,13 +52,23 @@ class PendingCommand:
 
 
 class ModelControl:
-    """The list between HTTP threads, which give errands and wait, and rank 0's main thread, which takes them.
+    """The list between HTTP threads, which give errands and wait, and rank 0's main thread, which
+    takes them.
 
-    base: the host's own settings. plan: what settings mean here, or why they cannot be. num_ranks: of the host.
-    applied: the configuration of the loaded pipeline, as it was sent; written by HTTP threads, one at a time (`lock`).
+    base: the host's own settings. plan: what settings mean here, or why they cannot be. num_ranks:
+    of the host.
+    applied: the configuration of the loaded pipeline, as it was sent; written by HTTP threads, one
+    at a time (`lock`).
     """
 
-    def __init__(self, queue: JobQueue, *, base: Settings, plan: Callable[[Settings], StartPlan], num_ranks: int) -> None:
+    def __init__(
+        self,
+        queue: JobQueue,
+        *,
+        base: Settings,
+        plan: Callable[[Settings], StartPlan],
+        num_ranks: int,
+    ) -> None:
         self.base = base
         self.plan = plan
         self.num_ranks = num_ranks
@@ -70,7 +84,9 @@ class ModelControl:
             raise UnavailableError("the host is stopping.")
         order = PendingCommand(command)
         self._orders.append(order)
-        self._queue.next(lambda waiting, running: Choice.LEAVE)  # wakes the main thread, which waits for a job
+        self._queue.next(
+            lambda waiting, running: Choice.LEAVE
+        )  # wakes the main thread, which waits for a job
         order.done.wait()
         if order.error is not None:
             raise order.error
@@ -85,7 +101,9 @@ class ModelControl:
         return bool(self._orders)
 
     def take(self) -> ModelCommand | None:
-        """The next errand, which `finish` must follow. Blocks until there is one; None once the host stops."""
+        """The next errand, which `finish` must follow. Blocks until there is one; None once the
+        host stops.
+        """
         self._queue.next(self.choose)
         if self._queue.is_closed or not self._orders:
             return None

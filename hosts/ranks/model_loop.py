@@ -1,7 +1,9 @@
-"""A host that is started without a model: its pipeline is loaded, changed and unloaded over HTTP, on all ranks, in the same processes.
+"""A host that is started without a model: its pipeline is loaded, changed and unloaded over HTTP,
+on all ranks, in the same processes.
 
-Around the rank loop (hosts/ranks/loop.py) there is one more: errands (hosts/ranks/model_control.py) are announced and done like jobs, and while a pipeline
-is loaded the inner loop serves jobs until the next errand.
+Around the rank loop (hosts/ranks/loop.py) there is one more: errands (hosts/ranks/model_control.py)
+are announced and done like jobs, and while a pipeline is loaded the inner loop serves jobs until
+the next errand.
 """
 
 import gc
@@ -35,7 +37,9 @@ PERCENT_BEGUN, PERCENT_PLANNED, PERCENT_LOADED = 10.0, 20.0, 100.0
 
 
 class ControlDispatcher(LeaderDispatcher):
-    """Rank 0's while a pipeline is loaded: jobs, until there is an errand. A pipeline that cannot be loaded leaves the host waiting."""
+    """Rank 0's while a pipeline is loaded: jobs, until there is an errand. A pipeline that cannot
+    be loaded leaves the host waiting.
+    """
 
     def __init__(
         self,
@@ -52,7 +56,9 @@ class ControlDispatcher(LeaderDispatcher):
 
     def next_command(self, check: Check) -> Command:
         command = super().next_command(check)
-        return Stop() if isinstance(command, SplitIntoTeams) and self._control.is_waiting else command
+        return (
+            Stop() if isinstance(command, SplitIntoTeams) and self._control.is_waiting else command
+        )
 
     def loaded(self, failure: Failure | None) -> None:
         if failure is None:
@@ -96,11 +102,22 @@ class LeaderControl:
     def nothing_is_loaded(self, why: str) -> None:
         self._state.become(Phase.EMPTY, why)
 
-    def dispatcher(self, start: StartPlan, sharing: Sharing, facts: dict[str, Any], channels: Mapping[int, Channel]) -> ControlDispatcher:
+    def dispatcher(
+        self,
+        start: StartPlan,
+        sharing: Sharing,
+        facts: dict[str, Any],
+        channels: Mapping[int, Channel],
+    ) -> ControlDispatcher:
         self._state.loading_percent = PERCENT_PLANNED
         self._state.tell(facts)
         return ControlDispatcher(
-            load=start.load, queue=self._queue, state=self._state, sharing=sharing, control=self._control, channels=channels
+            load=start.load,
+            queue=self._queue,
+            state=self._state,
+            sharing=sharing,
+            control=self._control,
+            channels=channels,
         )
 
     def close(self) -> None:
@@ -123,7 +140,9 @@ class _ServingLoop(RankLoop):
 
 
 class ModelLoop:
-    """One rank's. front: rank 0's side; None on the others, which hear what to do. plan: settings -> what they mean here."""
+    """One rank's. front: rank 0's side; None on the others, which hear what to do. plan: settings
+    -> what they mean here.
+    """
 
     def __init__(
         self,
@@ -147,7 +166,9 @@ class ModelLoop:
     def run(self) -> None:
         """Until the host stops."""
         try:
-            while not isinstance(command := announce(self._front.next() if self._front is not None else None), Stop):
+            while not isinstance(
+                command := announce(self._front.next() if self._front is not None else None), Stop
+            ):
                 self._do(command)
                 if self._loop is not None and (failure := self._loop.run()) is not None:
                     self._unload()
@@ -158,7 +179,9 @@ class ModelLoop:
             self._unload()
 
     def _do(self, command: ModelCommand) -> None:
-        """Afterwards all ranks agree on how it went, and rank 0 has told who asked; of a pipeline to load it tells when that is loaded."""
+        """Afterwards all ranks agree on how it went, and rank 0 has told who asked; of a pipeline
+        to load it tells when that is loaded.
+        """
         if self._front is not None:
             self._front.begun(command)
         failure = start = None
@@ -185,12 +208,23 @@ class ModelLoop:
         mesh = Mesh(start.plan, rank=self._rank, device=self._device)
         if start.teams.plans and not self._channels:
             self._channels = open_channels()
-        sharing = Sharing(spec=start.spec, load=start.load, teams=start.teams, world_size=self._world_size, max_batch=start.max_batch)
+        sharing = Sharing(
+            spec=start.spec,
+            load=start.load,
+            teams=start.teams,
+            world_size=self._world_size,
+            max_batch=start.max_batch,
+        )
         facts = {**start.facts(), "device": str(self._device)}
         dispatcher = self._dispatcher(start, sharing, facts)
         logger.info("%s on %s", start.plan.describe(), self._device)
         return _ServingLoop(
-            rank=self._rank, spec=start.spec, mesh=mesh, dispatcher=dispatcher, team_plans=start.teams.plans, activity=self._activity
+            rank=self._rank,
+            spec=start.spec,
+            mesh=mesh,
+            dispatcher=dispatcher,
+            team_plans=start.teams.plans,
+            activity=self._activity,
         )
 
     def _dispatcher(self, start: StartPlan, sharing: Sharing, facts: dict[str, Any]) -> Dispatcher:

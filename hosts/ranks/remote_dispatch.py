@@ -1,6 +1,8 @@
-"""The desk of a team that is led by another rank than 0: its first rank asks, and a thread on rank 0 answers, over a line of their own.
+"""The desk of a team that is led by another rank than 0: its first rank asks, and a thread on rank
+0 answers, over a line of their own.
 
-Jobs so stay in one queue, and progress, cancellation, previews and deadlines work for every job as if rank 0 did it.
+Jobs so stay in one queue, and progress, cancellation, previews and deadlines work for every job as
+if rank 0 did it.
 """
 
 import threading
@@ -22,7 +24,9 @@ class NextCommand:
 
 @dataclass(frozen=True, slots=True)
 class StepDone:
-    """Answered by the word for the next step, and the rows that somebody looks at. previews: of those rows."""
+    """Answered by the word for the next step, and the rows that somebody looks at. previews: of
+    those rows.
+    """
 
     step: int
     num_steps: int
@@ -43,8 +47,9 @@ class Leave:
 class RemoteDispatcher:
     """On the first rank of a team.
 
-    The word for a step was asked for when the step before was done: rank 0 computes too, and its thread that answers must wait for the
-    interpreter. So nobody waits for the word, and a cancelled job may make one step more.
+    The word for a step was asked for when the step before was done: rank 0 computes too, and its
+    thread that answers must wait for the interpreter. So nobody waits for the word, and a cancelled
+    job may make one step more.
     """
 
     def __init__(self, line: Channel, *, rank: int) -> None:
@@ -54,13 +59,17 @@ class RemoteDispatcher:
         self._word_is_due = False
 
     def next_command(self, check: Callable[[GenerateRequest], None]) -> Command:
-        """Generate or Gather. What `check` refuses is answered here, and the other ranks never see it."""
+        """Generate or Gather. What `check` refuses is answered here, and the other ranks never see
+        it.
+        """
         while isinstance(command := self._next(), Generate):
             try:
                 for request in command.requests:
                     check(request)
             except Exception as error:  # noqa: BLE001  the other ranks never see what is refused here, for whatever reason
-                self.generated([], Outcome(failure=Failure.of(error, rank=self._rank), groups_are_broken=False))
+                self.generated(
+                    [], Outcome(failure=Failure.of(error, rank=self._rank), groups_are_broken=False)
+                )
                 continue
             return command
         return command
@@ -73,7 +82,9 @@ class RemoteDispatcher:
         return word
 
     def step_done(self, step: int, num_steps: int, preview: Callable[[int], Array | None]) -> None:
-        self._line.send(StepDone(step, num_steps, {row: preview(row) for row in self._rows_in_view}))
+        self._line.send(
+            StepDone(step, num_steps, {row: preview(row) for row in self._rows_in_view})
+        )
         self._word_is_due = True
 
     def generated(self, results: Sequence[GenerateResult], outcome: Outcome) -> None:
@@ -88,7 +99,9 @@ class RemoteDispatcher:
         return self._line.receive()
 
     def _tell(self, message: Generated | Leave | NextCommand) -> None:
-        self.step_signal()  # of a step that will not come: a message gets through when the other end receives, and it still sends this one
+        # of a step that will not come: a message gets through when the other end receives, and it
+        # still sends this one
+        self.step_signal()
         self._line.send(message)
 
 
@@ -101,7 +114,9 @@ class LocalDispatcher(Protocol):
 
     def step_signal(self) -> int: ...
 
-    def step_done(self, step: int, num_steps: int, preview: Callable[[int], Array | None]) -> None: ...
+    def step_done(
+        self, step: int, num_steps: int, preview: Callable[[int], Array | None]
+    ) -> None: ...
 
     def generated(self, results: Sequence[GenerateResult], outcome: Outcome) -> None: ...
 
@@ -109,10 +124,16 @@ class LocalDispatcher(Protocol):
 
 
 class DispatchServer:
-    """A thread on rank 0 that lets another team's first rank use a desk, until that team gathers or leaves."""
+    """A thread on rank 0 that lets another team's first rank use a desk, until that team gathers or
+    leaves.
+    """
 
-    def __init__(self, line: Channel, dispatcher: LocalDispatcher, *, on_loss: Callable[[], None]) -> None:
-        """on_loss: called when the other end is gone or something here fails, so that no team takes a new job."""
+    def __init__(
+        self, line: Channel, dispatcher: LocalDispatcher, *, on_loss: Callable[[], None]
+    ) -> None:
+        """on_loss: called when the other end is gone or something here fails, so that no team takes
+        a new job.
+        """
         self._line = line
         self._dispatcher = dispatcher
         self._on_loss = on_loss
@@ -139,7 +160,9 @@ class DispatchServer:
         """Whether the team goes on."""
         match message:
             case NextCommand():
-                command = self._dispatcher.next_command(lambda request: None)  # the team's first rank checks
+                command = self._dispatcher.next_command(
+                    lambda request: None
+                )  # the team's first rank checks
                 self._line.send(command)
                 return not isinstance(command, Rejoin)
             case StepDone():

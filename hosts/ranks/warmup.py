@@ -7,9 +7,15 @@ from backends.request import GenerateRequest, LoadRequest
 
 
 def prewarm_request(spec: ModelSpec, load: LoadRequest) -> GenerateRequest:
-    """A request of `load.prewarm_steps` steps at the default size, with whatever inputs the type requires."""
+    """A request of `load.prewarm_steps` steps at the default size, with whatever inputs the type
+    requires.
+    """
     height, width = load.height or spec.height, load.width or spec.width
-    image = Image.new("RGB", (width // spec.upscale, height // spec.upscale), "gray") if "image" in spec.requires else None
+    image = (
+        Image.new("RGB", (width // spec.upscale, height // spec.upscale), "gray")
+        if "image" in spec.requires
+        else None
+    )
     gray = Image.new("RGB", (width, height), "gray")
     return GenerateRequest(
         prompt="warm-up",

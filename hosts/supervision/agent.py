@@ -1,7 +1,9 @@
-"""Supervises the ranks of this machine: torchelastic's agent, which also notes how ranks ended, and knows when to give up.
+"""Supervises the ranks of this machine: torchelastic's agent, which also notes how ranks ended, and
+knows when to give up.
 
-Run by launcher.py as its one child: launcher.py agent OPTIONS ARGUMENTS. torchelastic itself counts restarts from its start to its end;
-a host that runs for weeks must be allowed more of them, so the count begins anew whenever the set has proved itself.
+Run by launcher.py as its one child: launcher.py agent OPTIONS ARGUMENTS. torchelastic itself counts
+restarts from its start to its end; a host that runs for weeks must be allowed more of them, so the
+count begins anew whenever the set has proved itself.
 """
 
 import json
@@ -12,7 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
+from torch.distributed.elastic.agent.server.api import (
+    RunResult,
+    WorkerGroup,
+    WorkerSpec,
+    WorkerState,
+)
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.rendezvous import RendezvousParameters
@@ -28,7 +35,8 @@ LOOK_EVERY_S = 0.1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgentOptions:
-    """notes: folder for hosts/supervision/exit_reports.py. fatal: file for the reason for giving up. max_restarts: in a row. port: of the rendezvous.
+    """notes: folder for hosts/supervision/exit_reports.py. fatal: file for the reason for giving
+    up. max_restarts: in a row. port: of the rendezvous.
 
     first_rank: of this machine.
     """
@@ -62,7 +70,9 @@ class RankAgent(LocalElasticAgent):
         return result
 
     def _notes(self) -> RankNotes:
-        return RankNotes(Path(self._options.notes), attempt=self._attempt, first_rank=self._options.first_rank)
+        return RankNotes(
+            Path(self._options.notes), attempt=self._attempt, first_rank=self._options.first_rank
+        )
 
     def _ended(self, notes: RankNotes, result: RunResult) -> None:
         notes.put_exits({rank: failure.exitcode for rank, failure in result.failures.items()})
@@ -73,21 +83,31 @@ class RankAgent(LocalElasticAgent):
             times = f"{self._num_in_row} time{'s' if self._num_in_row > 1 else ''}"
             limit = self._options.max_restarts
             raise GaveUp(
-                f"the ranks ended {times} without an image in between (--max_restarts={limit}). The last time: {ending.why}. "
+                f"the ranks ended {times} without an image in between (--max_restarts={limit}). "
+                f"The last time: {ending.why}. "
                 f"{ending.last_lines('')}".strip()
             )
 
 
 def _has_proved_itself(notes: RankNotes) -> bool:
     ready_s = notes.marked_s("ready")
-    return notes.marked_s("served") is not None or (ready_s is not None and time.time() - ready_s > PROVED_AFTER_S)
+    return notes.marked_s("served") is not None or (
+        ready_s is not None and time.time() - ready_s > PROVED_AFTER_S
+    )
 
 
 def main(arguments: Sequence[str], *, program: Sequence[str]) -> int:
-    """OPTIONS, then arguments for every rank, which is a process of `program`. The exit code: 1 if the ranks could not be kept running."""
+    """OPTIONS, then arguments for every rank, which is a process of `program`. The exit code: 1 if
+    the ranks could not be kept running.
+    """
     options = AgentOptions(**json.loads(arguments[0]))
     rendezvous = RendezvousParameters(
-        backend="c10d", endpoint=f"127.0.0.1:{options.port}", run_id="ranks", min_nodes=1, max_nodes=1, local_addr="127.0.0.1"
+        backend="c10d",
+        endpoint=f"127.0.0.1:{options.port}",
+        run_id="ranks",
+        min_nodes=1,
+        max_nodes=1,
+        local_addr="127.0.0.1",
     )
     spec = WorkerSpec(
         role="ranks",

@@ -1,7 +1,8 @@
 """How a set of ranks ended: which one was lost, of what, and the last lines of its log.
 
-Ranks and their agent leave notes in a folder that outlives them (--state_dir or not, it is the launcher's own); the next rank 0 reads
-them when it takes over the jobs, so that a job that is given up says why. Imports no torch.
+Ranks and their agent leave notes in a folder that outlives them (--state_dir or not, it is the
+launcher's own); the next rank 0 reads them when it takes over the jobs, so that a job that is given
+up says why. Imports no torch.
 """
 
 import contextlib
@@ -24,12 +25,15 @@ CONSEQUENCES = (EXIT_LOST_RANK, -signal.SIGTERM)
 UNEXPLAINED = "rank 0 ended without a word"
 
 Lines = tuple[tuple[str | None, str], ...]
-"""Lines of a log, each with the job it is about, or the jobs of a batch with blanks between; None where it is about none."""
+"""Lines of a log, each with the job it is about, or the jobs of a batch with blanks between; None
+where it is about none.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExitReport:
-    """why: the beginning of a sentence. rank: who was lost, where that is known. lines: of that rank's log.
+    """why: the beginning of a sentence. rank: who was lost, where that is known. lines: of that
+    rank's log.
 
     is_seen_only: the rank was found to be gone, and its exit code, where there is one, says more.
     """
@@ -40,11 +44,16 @@ class ExitReport:
     is_seen_only: bool = False
 
     def last_lines(self, job_id: str) -> str:
-        """A sentence with the last lines, less those about other jobs; empty where there are none."""
+        """A sentence with the last lines, less those about other jobs; empty where there are
+        none.
+        """
         lines = [text for job, text in self.lines if job is None or job_id in job.split()]
         if not lines:
             return ""
-        return f"The last lines of the log of rank {self.rank}:\n" + "\n".join(lines[-MAX_LINES:])[-MAX_CHARS:]
+        return (
+            f"The last lines of the log of rank {self.rank}:\n"
+            + "\n".join(lines[-MAX_LINES:])[-MAX_CHARS:]
+        )
 
     def to_text(self) -> str:
         return json.dumps(asdict(self))
@@ -63,7 +72,9 @@ class RankNotes:
     """The notes of one attempt: of the ranks between one start of the set and the next."""
 
     def __init__(self, folder: Path, *, attempt: int, first_rank: int = 0) -> None:
-        """attempt: how often the set was started before. first_rank: of this machine; its agent counts from 0."""
+        """attempt: how often the set was started before. first_rank: of this machine; its agent
+        counts from 0.
+        """
         self._folder = folder
         self._attempt = attempt
         self._first_rank = first_rank
@@ -73,7 +84,9 @@ class RankNotes:
         return self._path(f"rank{rank}.log")
 
     def record_crash(self, rank: int) -> None:
-        """From now on a fatal signal of this process (a segmentation fault, an abort) leaves its Python stack here."""
+        """From now on a fatal signal of this process (a segmentation fault, an abort) leaves its
+        Python stack here.
+        """
         faulthandler.enable(self._path(f"rank{rank}.crash").open("w"), all_threads=False)
 
     def mark(self, what: str) -> None:
@@ -104,7 +117,9 @@ class RankNotes:
         found: list[tuple[str | None, str]] = []
         for path in (self._path(f"rank{rank}.log.1"), self.log_file(rank)):
             for line in _read(path):
-                with contextlib.suppress(ValueError, KeyError, TypeError):  # the last one may have been cut off
+                with contextlib.suppress(
+                    ValueError, KeyError, TypeError
+                ):  # the last one may have been cut off
                     record = json.loads(line)
                     found += [(record["job"], text) for text in record["text"].splitlines()]
         crash = [line for line in _read(self._path(f"rank{rank}.crash")) if line.strip()]
@@ -140,4 +155,6 @@ def _read(path: Path) -> list[str]:
 def _how(code: int) -> str:
     if code == -signal.SIGKILL:
         return "was ended by SIGKILL, as the kernel does when memory runs out"
-    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    return (
+        f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    )

@@ -1,4 +1,6 @@
-"""Signs of life between ranks: one that is lost, hangs, or gets on with nothing ends the set, which is then started again."""
+"""Signs of life between ranks: one that is lost, hangs, or gets on with nothing ends the set, which
+is then started again.
+"""
 
 import contextlib
 import json
@@ -22,17 +24,23 @@ logger = logging.getLogger(__name__)
 BEAT_S = 1.0
 STORE_RANK = 0
 STORE_RANK_FIRST_S = 5 * BEAT_S
-"""Rank 0 keeps the jobs and should say why they end; it would see no more than a closed connection if another rank left before it."""
+"""Rank 0 keeps the jobs and should say why they end; it would see no more than a closed connection
+if another rank left before it.
+"""
 NUM_FRAMES = 6
-COLLECTIVES = (str(Path("torch") / "distributed"), str(Path("backends") / "parallel" / "distributed.py"))
+COLLECTIVES = (
+    str(Path("torch") / "distributed"),
+    str(Path("backends") / "parallel" / "distributed.py"),
+)
 """In the path of every file in which a rank waits for others."""
 
 
 class Watch:
     """Beats over the rendezvous store, from a thread of its own on every rank.
 
-    A rank that is stopped gives none; one whose main thread hangs says so; after `timeout_s` the others leave, and torchelastic starts
-    the set again. The main thread cannot do this: it may be the one that waits in a collective.
+    A rank that is stopped gives none; one whose main thread hangs says so; after `timeout_s` the
+    others leave, and torchelastic starts the set again. The main thread cannot do this: it may be
+    the one that waits in a collective.
     """
 
     def __init__(
@@ -64,7 +72,9 @@ class Watch:
         has_started()
         threading.Thread(target=self._run, name="watch", daemon=True).start()
         if self._others:
-            threading.Thread(target=self._watch_store, name="watch of the store", daemon=True).start()
+            threading.Thread(
+                target=self._watch_store, name="watch of the store", daemon=True
+            ).start()
 
     def _run(self) -> None:
         self._store.set_timeout(timedelta(seconds=self._timeout_s))
@@ -76,11 +86,17 @@ class Watch:
                 ended = self._word_of_the_end()
                 stuck = self._activity.overdue(self._timeout_s)
                 ending = ended or (self._who_is_stuck(stuck) if stuck and not lost else None)
-            except (RuntimeError, OSError) as error:  # whoever holds the store is gone: rank 0, or torchelastic itself
+            except (
+                RuntimeError,
+                OSError,
+            ) as error:  # whoever holds the store is gone: rank 0, or torchelastic itself
                 self._leave(ExitReport(why=f"the rendezvous store does not answer: {error}"))
                 return
             if lost and ending is None:
-                ending = ExitReport(why=f"rank {lost[0]} has given no sign of life for {self._timeout_s:g} s", rank=lost[0])
+                ending = ExitReport(
+                    why=f"rank {lost[0]} has given no sign of life for {self._timeout_s:g} s",
+                    rank=lost[0],
+                )
             if ending is not None:
                 if stuck and self._rank != STORE_RANK:
                     time.sleep(STORE_RANK_FIRST_S)
@@ -90,14 +106,24 @@ class Watch:
             time.sleep(BEAT_S)
 
     def _word_of_the_end(self) -> ExitReport | None:
-        """Of a rank that was started again on another machine (hosts/supervision/rendezvous.py): its connections may not have told yet."""
-        return ExitReport.from_text(self._store.get("ended").decode()) if self._store.check(["ended"]) else None
+        """Of a rank that was started again on another machine (hosts/supervision/rendezvous.py):
+        its connections may not have told yet.
+        """
+        return (
+            ExitReport.from_text(self._store.get("ended").decode())
+            if self._store.check(["ended"])
+            else None
+        )
 
     def _watch_store(self) -> None:
-        """The store lives in rank 0. If that hangs, no answer ever comes, and the store's own time-out does not count for this."""
+        """The store lives in rank 0. If that hangs, no answer ever comes, and the store's own
+        time-out does not count for this.
+        """
         while time.monotonic() - self._answered_at < self._timeout_s + 2 * BEAT_S:
             time.sleep(BEAT_S)
-        why = f"the rendezvous store in rank {STORE_RANK} has not answered for {self._timeout_s:g} s"
+        why = (
+            f"the rendezvous store in rank {STORE_RANK} has not answered for {self._timeout_s:g} s"
+        )
         self._leave(ExitReport(why=why, rank=STORE_RANK))
 
     def _is_lost(self, other: int, seen: dict[int, tuple[bytes, float]]) -> bool:
@@ -109,11 +135,19 @@ class Watch:
         return now - seen[other][1] > self._timeout_s
 
     def _who_is_stuck(self, what: str) -> ExitReport:
-        """All ranks stand still when one does. The one that waits in no collective is the one to blame, if it is one."""
+        """All ranks stand still when one does. The one that waits in no collective is the one to
+        blame, if it is one.
+        """
         stack = traceback.extract_stack(sys._current_frames()[self._main])
         waits = any(place in frame.filename for frame in stack for place in COLLECTIVES)
         at = [f"{frame.filename}:{frame.lineno} in {frame.name}" for frame in stack[-NUM_FRAMES:]]
-        logger.error("rank %d has %s. It is %s, at\n  %s", self._rank, what, "waiting" if waits else "working", "\n  ".join(at))
+        logger.error(
+            "rank %d has %s. It is %s, at\n  %s",
+            self._rank,
+            what,
+            "waiting" if waits else "working",
+            "\n  ".join(at),
+        )
         self._store.set(f"stuck/{self._rank}", json.dumps(waits))
         working = [rank for rank in (self._rank, *self._others) if not self._waits(rank)]
         if len(working) != 1:
@@ -132,7 +166,11 @@ class Watch:
     def _leave(self, ending: ExitReport) -> None:
         logger.error("rank %d leaves: %s", self._rank, ending.why)
         self._on_leave(ending)
-        if ending.rank is not None and ending.rank != self._rank and ending.rank in self._local_ranks:
+        if (
+            ending.rank is not None
+            and ending.rank != self._rank
+            and ending.rank in self._local_ranks
+        ):
             kill_rank(ending.rank - self._local_ranks.start)
         with contextlib.suppress(Exception):  # whatever a handler does, this process must end now
             logging.shutdown()

@@ -1,4 +1,6 @@
-"""What the host is doing, for HTTP threads to read: waiting for other machines, loading, empty, ready, failed or stopping. Pure Python."""
+"""What the host is doing, for HTTP threads to read: waiting for other machines, loading, empty,
+ready, failed or stopping. Pure Python.
+"""
 
 import threading
 from collections.abc import Mapping, Sequence
@@ -18,7 +20,8 @@ class Phase(StrEnum):
 
 @dataclass(slots=True)
 class HostState:
-    """One per rank 0. `reason` says why the host failed, stops or has no pipeline; `facts` is what GET /settings shows.
+    """One per rank 0. `reason` says why the host failed, stops or has no pipeline; `facts` is what
+    GET /settings shows.
 
     loading_percent: how far loading is, on a host that loads its pipeline over HTTP.
     """

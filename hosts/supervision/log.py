@@ -1,4 +1,5 @@
-"""Logging of one rank: every line carries the rank, and the job where one is worked on; followers speak from WARNING up.
+"""Logging of one rank: every line carries the rank, and the job where one is worked on; followers
+speak from WARNING up.
 
 At INFO there are no prompts and no keys: a client's words appear in errors that it caused at most.
 """
@@ -19,14 +20,23 @@ Format = Literal["text", "json"]
 NOISY = ("diffusers", "transformers", "httpx", "urllib3", "PIL", "torch.distributed")
 
 KEPT_BYTES = 64 * 1024
-"""Of each rank's log on disk, twice: for the reason if the rank is lost (hosts/supervision/exit_reports.py)."""
+"""Of each rank's log on disk, twice: for the reason if the rank is lost
+(hosts/supervision/exit_reports.py).
+"""
 OWN_THREADS = ("watch", "watch of the store", "start", "stop", "team")
 
 _job: ContextVar[str | None] = ContextVar("job", default=None)
 
 
-def configure(*, rank: int, log_format: Format = "text", level: int = logging.INFO, kept_in: Path | None = None) -> None:
-    """Set up the root logger of this process. A closed pipe at the other end must neither stop nor block the host.
+def configure(
+    *,
+    rank: int,
+    log_format: Format = "text",
+    level: int = logging.INFO,
+    kept_in: Path | None = None,
+) -> None:
+    """Set up the root logger of this process. A closed pipe at the other end must neither stop nor
+    block the host.
 
     kept_in: a file for the last lines, of followers too.
     """
@@ -44,12 +54,18 @@ def configure(*, rank: int, log_format: Format = "text", level: int = logging.IN
 
 
 def _keeper(path: Path, rank: int) -> logging.Handler:
-    """Keeps what the rank itself says. What threads of the HTTP server say is about their clients, and no other client's business."""
+    """Keeps what the rank itself says. What threads of the HTTP server say is about their clients,
+    and no other client's business.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = RotatingFileHandler(path, maxBytes=KEPT_BYTES, backupCount=1, encoding="utf-8")
     handler.setFormatter(KeptFormatter(rank))
     handler.setLevel(logging.INFO)
-    handler.addFilter(lambda record: record.thread == threading.main_thread().ident or record.threadName in OWN_THREADS)
+    handler.addFilter(
+        lambda record: (
+            record.thread == threading.main_thread().ident or record.threadName in OWN_THREADS
+        )
+    )
     return handler
 
 
@@ -67,7 +83,9 @@ class TextFormatter(logging.Formatter):
     """For people: 12:34:56 rank0 I hosts.ranks.loop [job]: message."""
 
     def __init__(self, rank: int) -> None:
-        super().__init__(f"%(asctime)s rank{rank} %(levelname).1s %(name)s%(job)s: %(message)s", "%H:%M:%S")
+        super().__init__(
+            f"%(asctime)s rank{rank} %(levelname).1s %(name)s%(job)s: %(message)s", "%H:%M:%S"
+        )
 
     def format(self, record: logging.LogRecord) -> str:
         job_id = _job.get()
@@ -76,7 +94,9 @@ class TextFormatter(logging.Formatter):
 
 
 class KeptFormatter(logging.Formatter):
-    """For hosts/supervision/exit_reports.py: one object a line, with the text and the job it is about."""
+    """For hosts/supervision/exit_reports.py: one object a line, with the text and the job it is
+    about.
+    """
 
     def __init__(self, rank: int) -> None:
         super().__init__()
@@ -87,7 +107,9 @@ class KeptFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """For programs: one object a line, with time (UTC, ISO 8601), level, rank, logger, message, and job and trace where there are any."""
+    """For programs: one object a line, with time (UTC, ISO 8601), level, rank, logger, message, and
+    job and trace where there are any.
+    """
 
     def __init__(self, rank: int) -> None:
         super().__init__()

@@ -1,4 +1,6 @@
-"""Ends this process with its parent, whatever killed that: no rank may outlive its launcher and hold the port and the GPU."""
+"""Ends this process with its parent, whatever killed that: no rank may outlive its launcher and
+hold the port and the GPU.
+"""
 
 import contextlib
 import ctypes
@@ -19,15 +21,19 @@ _sign_s = time.monotonic()
 PR_SET_PDEATHSIG = 1
 POLL_S = 0.5
 START_WITHIN_S = 300.0
-"""From the start of a rank until all ranks have met. Imports take a minute on a machine that is very busy."""
+"""From the start of a rank until all ranks have met. Imports take a minute on a machine that is
+very busy.
+"""
 EXIT_LOST_RANK = 70
 """Exit code of a rank that lost a peer. torchelastic then starts the whole set again."""
 
 
 def die_with_parent(*, is_torchelastic: bool) -> None:
-    """Ask the kernel for SIGKILL at the parent's death, and watch the parent's pid as well (the signal is Linux only).
+    """Ask the kernel for SIGKILL at the parent's death, and watch the parent's pid as well (the
+    signal is Linux only).
 
-    is_torchelastic: the parent must be torchelastic's agent. If it is not, the agent died before this process came to ask: leave.
+    is_torchelastic: the parent must be torchelastic's agent. If it is not, the agent died before
+    this process came to ask: leave.
     """
     request_parent_death_signal()
     parent = os.getppid()
@@ -39,7 +45,9 @@ def die_with_parent(*, is_torchelastic: bool) -> None:
 
 
 def has_started() -> None:
-    """The ranks have met, or this one will never meet them: from now on somebody else notices if one hangs."""
+    """The ranks have met, or this one will never meet them: from now on somebody else notices if
+    one hangs.
+    """
     _started.set()
 
 
@@ -58,11 +66,13 @@ def request_parent_death_signal() -> None:
 
 
 def on_stop_signal(stop: Callable[[], None], *, drain_s: float, within_s: float) -> None:
-    """Call `stop`, which may take `drain_s`, at the first SIGTERM or SIGINT. If the process is still there `within_s` later, end it.
+    """Call `stop`, which may take `drain_s`, at the first SIGTERM or SIGINT. If the process is
+    still there `within_s` later, end it.
 
     For the main thread to call.
 
-    A Python handler would wait for the main thread, which may be in a collective; the wake-up descriptor is written at once.
+    A Python handler would wait for the main thread, which may be in a collective; the wake-up
+    descriptor is written at once.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -82,17 +92,25 @@ def on_stop_signal(stop: Callable[[], None], *, drain_s: float, within_s: float)
 
 
 def absent_ranks(local_ranks: range) -> list[int]:
-    """Which of the ranks that the same agent started on this machine have no living process. Empty where that cannot be told."""
+    """Which of the ranks that the same agent started on this machine have no living process. Empty
+    where that cannot be told.
+    """
     try:
         siblings = psutil.Process(os.getppid()).children()
     except psutil.Error:
         return []
     present = {rank for process in siblings if (rank := _local_rank_of(process)) is not None}
-    return [local_ranks[rank] for rank in range(len(local_ranks)) if rank not in present] if present else []
+    return (
+        [local_ranks[rank] for rank in range(len(local_ranks)) if rank not in present]
+        if present
+        else []
+    )
 
 
 def kill_rank(local_rank: int) -> None:
-    """SIGKILL for another rank of this machine. torchelastic would ask one that hangs to end, and wait half a minute for it."""
+    """SIGKILL for another rank of this machine. torchelastic would ask one that hangs to end, and
+    wait half a minute for it.
+    """
     with contextlib.suppress(psutil.Error):
         for process in psutil.Process(os.getppid()).children():
             if process.pid != os.getpid() and _local_rank_of(process) == local_rank:
@@ -108,9 +126,14 @@ def _local_rank_of(process: psutil.Process) -> int | None:
 
 
 def _is_agent(pid: int) -> bool:
-    """Whether this looks like what started us: torchrun, or anything that names our script. True where that cannot be read."""
+    """Whether this looks like what started us: torchrun, or anything that names our script. True
+    where that cannot be read.
+    """
     try:
-        return any("torch" in argument or argument == sys.argv[0] for argument in psutil.Process(pid).cmdline())
+        return any(
+            "torch" in argument or argument == sys.argv[0]
+            for argument in psutil.Process(pid).cmdline()
+        )
     except psutil.AccessDenied:
         return True
     except psutil.NoSuchProcess:
@@ -118,11 +141,16 @@ def _is_agent(pid: int) -> bool:
 
 
 def _limit_start() -> None:
-    """A rank that hangs before the ranks have met would be waited for half an hour. It is one of the others here, and they all go."""
+    """A rank that hangs before the ranks have met would be waited for half an hour. It is one of
+    the others here, and they all go.
+    """
     while time.monotonic() - _sign_s < START_WITHIN_S:
         if _started.wait(1.0):
             return
-    logger.error("the ranks have not met within %g s: one of them hangs, so all are started again", START_WITHIN_S)
+    logger.error(
+        "the ranks have not met within %g s: one of them hangs, so all are started again",
+        START_WITHIN_S,
+    )
     with contextlib.suppress(psutil.Error):
         for process in psutil.Process(os.getppid()).children():
             if process.pid != os.getpid() and _local_rank_of(process) is not None:

@@ -1,4 +1,6 @@
-"""What every feature of the model table means for every model type: launch values, request values, and how it shows."""
+"""What every feature of the model table means for every model type: launch values, request values,
+and how it shows.
+"""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,24 +18,38 @@ from backends.parallel.distributed import Mesh
 from backends.quantization_spec import parse_quantization
 from backends.request import CompileSettings, GenerateRequest, LoadRequest
 from backends.step_cache_spec import KINDS, parse_step_cache
-from tests.checkpoints import IP_ADAPTER_FILE, checkpoint, controlnet, gguf, ip_adapter, lora, sample_image
+from tests.checkpoints import (
+    IP_ADAPTER_FILE,
+    checkpoint,
+    controlnet,
+    gguf,
+    ip_adapter,
+    lora,
+    sample_image,
+)
 
 TABLE = read_table()
 CPU = torch.device("cpu")
 STEPS, HEIGHT, WIDTH = 2, 128, 64
 EXACT_OPTIONS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
     "asyncdiff": {"unet": {}, "transformer": {}},
-    "distrifuser": {mode: {"sync_mode": "full_sync", "no_split_batch": True} for mode in ("unet", "transformer")},
+    "distrifuser": {
+        mode: {"sync_mode": "full_sync", "no_split_batch": True} for mode in ("unet", "transformer")
+    },
     "xdit": {"unet": {"use_cfg_parallel": True}, "transformer": {"ulysses_degree": 2}},
 }
-"""Launch settings with which a backend computes what one device does, by kind of denoiser; a warm-up over all steps comes on top."""
+"""Launch settings with which a backend computes what one device does, by kind of denoiser; a
+warm-up over all steps comes on top.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Feature:
-    """load, request: what switches it on. changes_result: whether the image differs from one without it.
+    """load, request: what switches it on. changes_result: whether the image differs from one
+    without it.
 
-    visible: smallest change of any latent or pixel by which it is seen to act. steps: how many it needs for that.
+    visible: smallest change of any latent or pixel by which it is seen to act. steps: how many it
+    needs for that.
     """
 
     load: Mapping[str, Any] = field(default_factory=dict)
@@ -47,29 +63,45 @@ def feature(name: str, spec: ModelSpec) -> Feature:
     """How `spec` gets this feature in the tests."""
     match name:
         case "lora":
-            return Feature(load={"lora": {str(lora(spec.name)): 0.8, str(lora(spec.name, seed=1)): -0.5}})
+            return Feature(
+                load={"lora": {str(lora(spec.name)): 0.8, str(lora(spec.name, seed=1)): -0.5}}
+            )
         case "controlnet":
             net = str(controlnet("sd1" if spec.name == "ad" else spec.name))
-            return Feature(load={"control_net": {net: 0.9}}, request={"control_image": sample_image(48)})
+            return Feature(
+                load={"control_net": {net: 0.9}}, request={"control_image": sample_image(48)}
+            )
         case "ip_adapter":
             return Feature(
-                load={"ip_adapter": {str(ip_adapter(spec.name) / IP_ADAPTER_FILE): 0.7}}, request={"ip_adapter_image": sample_image(48)}
+                load={"ip_adapter": {str(ip_adapter(spec.name) / IP_ADAPTER_FILE): 0.7}},
+                request={"ip_adapter_image": sample_image(48)},
             )
         case "inpainting":
-            return Feature(request={"init_image": sample_image(48), "mask_image": half_mask(), "strength": 0.8})
+            return Feature(
+                request={"init_image": sample_image(48), "mask_image": half_mask(), "strength": 0.8}
+            )
         case "gguf":
             return Feature(load={"gguf_model": str(gguf(spec.name, "Q4_0"))})
         case "quantization":
             int4 = parse_quantization("int4", option="quantize_to")
             return Feature(load={"quantize": {"denoiser": int4, "encoders": int4}})
         case "compile":
-            return Feature(load={"compile": CompileSettings(targets=("denoiser",), backend="eager")}, changes_result=False)
+            return Feature(
+                load={"compile": CompileSettings(targets=("denoiser",), backend="eager")},
+                changes_result=False,
+            )
         case "offload":
             return Feature(changes_result=False)
         case "step_cache":
-            return Feature(load={"step_cache": parse_step_cache(KINDS[spec.denoiser][0] + ",4", spec)}, steps=4, visible=0.01)
+            return Feature(
+                load={"step_cache": parse_step_cache(KINDS[spec.denoiser][0] + ",4", spec)},
+                steps=4,
+                visible=0.01,
+            )
         case "compel":
-            return Feature(load={"compel": True}, request={"prompt": "a (red)1.6 photo of a (cat)0.5"})
+            return Feature(
+                load={"compel": True}, request={"prompt": "a (red)1.6 photo of a (cat)0.5"}
+            )
     raise ValueError(name)
 
 
@@ -100,13 +132,21 @@ def prepare(spec: ModelSpec, names: Iterator[str]) -> None:
 
 
 def loaded(spec: ModelSpec, **load: Any) -> LoadedPipeline:
-    request = LoadRequest(model_type=spec.name, checkpoint=str(checkpoint(spec.name)), variant="fp32", **load)
+    request = LoadRequest(
+        model_type=spec.name, checkpoint=str(checkpoint(spec.name)), variant="fp32", **load
+    )
     return load_pipeline(spec, request, device=CPU)
 
 
 def request_for(spec: ModelSpec, **fields: Any) -> GenerateRequest:
     """A short generation; its warm-up covers all steps, so that approximate methods are exact."""
-    base: dict[str, Any] = {"seed": 1, "num_inference_steps": STEPS, "height": HEIGHT, "width": WIDTH, "warmup_steps": STEPS}
+    base: dict[str, Any] = {
+        "seed": 1,
+        "num_inference_steps": STEPS,
+        "height": HEIGHT,
+        "width": WIDTH,
+        "warmup_steps": STEPS,
+    }
     if "prompt" in spec.requires:
         base["prompt"] = "a photo of a cat"
     if "image" in spec.requires:
@@ -119,7 +159,11 @@ def request_for(spec: ModelSpec, **fields: Any) -> GenerateRequest:
 def result(pipe: LoadedPipeline, asked: GenerateRequest) -> torch.Tensor:
     """The latents, or for types that give none the frames in 0..1, as float32."""
     made = pipe.generate(asked)
-    return torch.from_numpy(made.latents) if made.latents is not None else torch.from_numpy(made.frames).float() / 255
+    return (
+        torch.from_numpy(made.latents)
+        if made.latents is not None
+        else torch.from_numpy(made.frames).float() / 255
+    )
 
 
 def meshes(spec: ModelSpec, backends: Iterator[str], rank: int, world_size: int) -> dict[str, Mesh]:
@@ -145,4 +189,7 @@ def attached(pipe: LoadedPipeline, mesh: Mesh) -> Iterator[Backend]:
 
 def parameter_counts(hooks: Any, call: Any, layout: Any, device: torch.device) -> list[float]:
     """Segments by size, so that no clock decides where asyncdiff cuts."""
-    return [1.0 + sum(parameter.numel() for parameter in hooks.modules[unit.name].parameters()) for unit in layout.units]
+    return [
+        1.0 + sum(parameter.numel() for parameter in hooks.modules[unit.name].parameters())
+        for unit in layout.units
+    ]

@@ -1,4 +1,5 @@
-"""A denoiser that is never wrong: the data is a Gaussian, so the best prediction and the sampler's exact result are formulas.
+"""A denoiser that is never wrong: the data is a Gaussian, so the best prediction and the sampler's
+exact result are formulas.
 
 With it a test says where a sampler must end, whatever its scaling, order and count of timesteps.
 """
@@ -17,7 +18,9 @@ SHAPE = (1, 4, 16, 16)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """latents: the result. timesteps: as the denoiser was shown them. sigmas: the noise levels that stand for them."""
+    """latents: the result. timesteps: as the denoiser was shown them. sigmas: the noise levels that
+    stand for them.
+    """
 
     latents: Tensor
     num_steps: int
@@ -25,12 +28,22 @@ class Run:
     sigmas: list[float]
 
 
-def sample(scheduler, steps: int = 30, *, start: InitialLatents | None = None, mu: float | None = None, on_step=None, **window) -> Run:
+def sample(
+    scheduler,
+    steps: int = 30,
+    *,
+    start: InitialLatents | None = None,
+    mu: float | None = None,
+    on_step=None,
+    **window,
+) -> Run:
     """The loop of a pipeline. Without a start, from noise of seed 0."""
     generator = torch.Generator().manual_seed(0)
     schedule = Schedule(num_inference_steps=steps, **window)
     is_flow = samples_flow(scheduler)
-    with StepDriver(scheduler, schedule, start=start, on_step=on_step, generator=generator) as driver:
+    with StepDriver(
+        scheduler, schedule, start=start, on_step=on_step, generator=generator
+    ) as driver:
         scheduler.set_timesteps(num_inference_steps=schedule.num_inference_steps, mu=mu)
         latents = driver.latents if start else torch.randn(SHAPE, generator=generator)
         if not is_flow:
@@ -40,10 +53,14 @@ def sample(scheduler, steps: int = 30, *, start: InitialLatents | None = None, m
             if is_flow:
                 output = velocity(latents, float(timestep) / scheduler.config.num_train_timesteps)
             else:
-                output = _diffusion_output(scheduler, scheduler.scale_model_input(latents, timestep), float(timestep))
+                output = _diffusion_output(
+                    scheduler, scheduler.scale_model_input(latents, timestep), float(timestep)
+                )
             latents = scheduler.step(output, timestep, latents, return_dict=False)[0]
     shown = timesteps.tolist()
-    sigmas = [t / scheduler.config.num_train_timesteps if is_flow else _sigma(scheduler, t) for t in shown]
+    sigmas = [
+        t / scheduler.config.num_train_timesteps if is_flow else _sigma(scheduler, t) for t in shown
+    ]
     return Run(latents=latents, num_steps=driver.num_steps, timesteps=shown, sigmas=sigmas)
 
 
@@ -54,12 +71,16 @@ def samples_flow(scheduler) -> bool:
 
 def velocity(latents: Tensor, sigma: float) -> Tensor:
     """noise - clean, of latents = (1 - sigma) * clean + sigma * noise."""
-    clean = MEAN + STD**2 * (1 - sigma) * (latents - (1 - sigma) * MEAN) / (STD**2 * (1 - sigma) ** 2 + sigma**2)
+    clean = MEAN + STD**2 * (1 - sigma) * (latents - (1 - sigma) * MEAN) / (
+        STD**2 * (1 - sigma) ** 2 + sigma**2
+    )
     return (latents - clean) / sigma
 
 
 def _diffusion_output(scheduler, model_input: Tensor, timestep: float) -> Tensor:
-    """Noise or v, of a model input with unit variance of noise and data together (the variance-preserving scaling)."""
+    """Noise or v, of a model input with unit variance of noise and data together (the
+    variance-preserving scaling).
+    """
     sigma = _sigma(scheduler, timestep)
     noisy = model_input * (1 + sigma**2) ** 0.5
     clean = (STD**2 * noisy + sigma**2 * MEAN) / (STD**2 + sigma**2)
@@ -84,7 +105,9 @@ def noise() -> Tensor:
 
 
 def exact(clean: Tensor | float, noise: Tensor, sigma: float, *, is_flow: bool) -> Tensor:
-    """Where the probability flow leads from `clean` noised to level `sigma`: every quantile to its quantile of the data."""
+    """Where the probability flow leads from `clean` noised to level `sigma`: every quantile to its
+    quantile of the data.
+    """
     signal = 1 - sigma if is_flow else 1.0
     noisy = signal * clean + sigma * noise
     return MEAN + STD * (noisy - signal * MEAN) / (signal**2 * STD**2 + sigma**2) ** 0.5

@@ -35,7 +35,22 @@ def read(text: str, tmp_path: Path):
 
 
 def test_the_types_that_clients_offer_and_the_newer_ones_are_there() -> None:
-    offered = {"ad", "sd1", "sd2", "sd3", "sdup", "sdxl", "svd", "flux", "hy", "pixa", "pixs", "zimage", "flux2", "wan_t2v"}
+    offered = {
+        "ad",
+        "sd1",
+        "sd2",
+        "sd3",
+        "sdup",
+        "sdxl",
+        "svd",
+        "flux",
+        "hy",
+        "pixa",
+        "pixs",
+        "zimage",
+        "flux2",
+        "wan_t2v",
+    }
     assert set(read_table()) == offered | {"qwenimage"}
 
 
@@ -52,9 +67,15 @@ def test_absent_features_are_untested_and_reasons_reach_the_user(tmp_path: Path)
     spec = read(ROW, tmp_path)["sd1"]
     assert spec.supports("asyncdiff", "lora").status == "tested"
     assert spec.supports("asyncdiff", "compile").status == "untested"
-    with pytest.raises(UnsupportedError, match=r"gguf with backend 'asyncdiff' is not available for model type 'sd1': no loader"):
+    with pytest.raises(
+        UnsupportedError,
+        match=r"gguf with backend 'asyncdiff' is not available for model type 'sd1': no loader",
+    ):
         spec.require("asyncdiff", "gguf")
-    with pytest.raises(UnsupportedError, match=r"backend 'distrifuser' .* it cannot\. Works with: asyncdiff, single"):
+    with pytest.raises(
+        UnsupportedError,
+        match=r"backend 'distrifuser' .* it cannot\. Works with: asyncdiff, single",
+    ):
         spec.require("distrifuser")
     with pytest.raises(UnsupportedError, match="has no backend 'xdit'"):
         spec.require("xdit")
@@ -72,16 +93,28 @@ def test_an_unknown_type_lists_the_known_ones(tmp_path: Path) -> None:
 
 
 WRONG = [
-    ("denoiser: unet", "denoiser: net", "line 5: sd1.denoiser='net' is not allowed. Allowed: unet, transformer"),
+    (
+        "denoiser: unet",
+        "denoiser: net",
+        "line 5: sd1.denoiser='net' is not allowed. Allowed: unet, transformer",
+    ),
     ("height: 512", "height: tall", "line 9: sd1.height must be of type int, not 'tall'"),
     ("height: 512", "hight: 512", "line 9: sd1.hight is not a fact"),
     ("  height: 512\n", "", "line 3: sd1 lacks height"),
     ("status: tested\n", "status: probably\n", "line 16: sd1.backends.asyncdiff must say status"),
-    (", reason: no loader", "", "line 17: sd1.backends.asyncdiff.gguf is unsupported but gives no reason"),
+    (
+        ", reason: no loader",
+        "",
+        "line 17: sd1.backends.asyncdiff.gguf is unsupported but gives no reason",
+    ),
     ("lora: tested", "lara: tested", "line 17: sd1.backends.asyncdiff.features.lara is no feature"),
     ("    asyncdiff:", "    asyncdif:", "line 16: sd1.backends.asyncdif is no backend"),
     ("  width: 512", "  height: 512", "line 10: 'height' is there twice"),
-    ("title: Stable Diffusion", "title: [", "line 5: "),  # the rest is the words of the YAML parser that is there
+    (
+        "title: Stable Diffusion",
+        "title: [",
+        "line 5: ",
+    ),  # the rest is the words of the YAML parser that is there
 ]
 
 

@@ -7,7 +7,14 @@ import torch
 import torch.distributed as dist
 
 from backends.errors import PlanError
-from backends.parallel.distributed import Mesh, all_gather, broadcast_command, control_of_team, gather_outcomes, open_channels
+from backends.parallel.distributed import (
+    Mesh,
+    all_gather,
+    broadcast_command,
+    control_of_team,
+    gather_outcomes,
+    open_channels,
+)
 from backends.plan import ParallelPlan, require_world_size
 
 PLAN = ParallelPlan(method="test", axes=(("cfg", 2), ("patch", 2)))
@@ -38,19 +45,30 @@ def check_mesh(rank: int, world_size: int) -> None:
         cfg, patch = mesh.axis("cfg"), mesh.axis("patch")
         assert (cfg.rank, patch.rank) == (rank // 2, rank % 2)
         assert all_gather(torch.tensor([rank]), dim=0, axis=patch).tolist() == list(patch.ranks)
-        assert all_gather(torch.tensor([rank]), dim=0, axis=mesh.axis("cfg", "patch")).tolist() == [0, 1, 2, 3]
+        assert all_gather(torch.tensor([rank]), dim=0, axis=mesh.axis("cfg", "patch")).tolist() == [
+            0,
+            1,
+            2,
+            3,
+        ]
         assert mesh.broadcast_signal(7 if rank == 0 else 0) == 7
         mesh.rebuild()
     mesh.destroy()
 
 
-def test_mesh_gathers_along_its_axes_also_after_a_rebuild(run_on_ranks: Callable[..., None]) -> None:
+def test_mesh_gathers_along_its_axes_also_after_a_rebuild(
+    run_on_ranks: Callable[..., None],
+) -> None:
     run_on_ranks(check_mesh, 4)
 
 
 def check_kept_axis(rank: int, world_size: int) -> None:
-    """Both ranks keep an axis. Rank 1 closes its mesh, which must wake rank 0; after a rebuild the kept axis carries on."""
-    mesh = Mesh(ParallelPlan(method="test", axes=(("patch", 2),)), rank=rank, device=torch.device("cpu"))
+    """Both ranks keep an axis. Rank 1 closes its mesh, which must wake rank 0; after a rebuild the
+    kept axis carries on.
+    """
+    mesh = Mesh(
+        ParallelPlan(method="test", axes=(("patch", 2),)), rank=rank, device=torch.device("cpu")
+    )
     kept = mesh.axis("patch")
     if rank == 1:
         mesh.destroy()
@@ -65,12 +83,16 @@ def check_kept_axis(rank: int, world_size: int) -> None:
 
 
 @pytest.mark.timeout(60)
-def test_axis_that_is_kept_keeps_no_group_open_and_is_good_after_a_rebuild(run_on_ranks: Callable[..., None]) -> None:
+def test_axis_that_is_kept_keeps_no_group_open_and_is_good_after_a_rebuild(
+    run_on_ranks: Callable[..., None],
+) -> None:
     run_on_ranks(check_kept_axis, 2)
 
 
 def check_teams(rank: int, world_size: int) -> None:
-    """Two teams of two, of which only the second works, and a line from its first rank to rank 0."""
+    """Two teams of two, of which only the second works, and a line from its first rank to rank
+    0.
+    """
     team, first = rank // 2, rank - rank % 2
     plan = ParallelPlan(method="test", axes=(("cfg", 1), ("patch", 2)))
     mesh = Mesh(plan, rank=rank % 2, device=torch.device("cpu"), team=team, num_teams=2)
@@ -88,13 +110,19 @@ def check_teams(rank: int, world_size: int) -> None:
         mesh.rebuild()
     assert sorted(lines) == ([1, 2, 3] if rank == 0 else [0])
     if rank == 0:
-        assert [lines[other].receive() for other in (2, 1, 3)] == [{"from": 2}, {"from": 1}, {"from": 3}]
+        assert [lines[other].receive() for other in (2, 1, 3)] == [
+            {"from": 2},
+            {"from": 1},
+            {"from": 3},
+        ]
     else:
         lines[0].send({"from": rank})
     mesh.destroy()
 
 
-def test_team_works_alone_and_its_first_rank_talks_to_rank_0(run_on_ranks: Callable[..., None]) -> None:
+def test_team_works_alone_and_its_first_rank_talks_to_rank_0(
+    run_on_ranks: Callable[..., None],
+) -> None:
     run_on_ranks(check_teams, 4)
 
 
@@ -108,11 +136,17 @@ def check_failing_rank_wakes_the_others(rank: int, world_size: int) -> None:
     else:
         with pytest.raises(RuntimeError):
             dist.all_reduce(torch.ones(1), group=mesh.axis("patch").group)
-    assert gather_outcomes(failure) == [None, "rank 1 gave up", None]  # the control group is as good as before
+    assert gather_outcomes(failure) == [
+        None,
+        "rank 1 gave up",
+        None,
+    ]  # the control group is as good as before
     mesh.rebuild()
     assert all_gather(torch.tensor([rank]), dim=0, axis=mesh.axis("patch")).tolist() == [0, 1, 2]
     mesh.destroy()
 
 
-def test_a_rank_that_closes_its_groups_wakes_the_waiting_and_all_can_rebuild(run_on_ranks: Callable[..., None]) -> None:
+def test_a_rank_that_closes_its_groups_wakes_the_waiting_and_all_can_rebuild(
+    run_on_ranks: Callable[..., None],
+) -> None:
     run_on_ranks(check_failing_rank_wakes_the_others, 3)

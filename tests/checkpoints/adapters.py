@@ -1,6 +1,8 @@
-"""Adapters for the tiny checkpoints: ControlNet, IP-Adapter, motion adapter and motion LoRA. LoRA files are in lora.py.
+"""Adapters for the tiny checkpoints: ControlNet, IP-Adapter, motion adapter and motion LoRA. LoRA
+files are in lora.py.
 
-Weights that training starts at zero (a ControlNet's output convolutions) are random here, otherwise nothing would change.
+Weights that training starts at zero (a ControlNet's output convolutions) are random here, otherwise
+nothing would change.
 """
 
 from collections.abc import Callable
@@ -20,9 +22,15 @@ IP_TOKENS = 4  # per image
 
 
 def controlnet(name: str, *, seed: int = 0) -> Path:
-    """Return a folder with a ControlNet for checkpoint(name): sd1 (also for ad), sd2, sdxl, sd3, flux, hy, zimage or qwenimage."""
+    """Return a folder with a ControlNet for checkpoint(name): sd1 (also for ad), sd2, sdxl, sd3,
+    flux, hy, zimage or qwenimage.
+    """
     build = _one_of(CONTROLNETS, name, "ControlNet")
-    return cached(f"{name}-controlnet", {"seed": seed}, lambda folder: _build(lambda: build(load(name)), folder, seed, _fill_zeros))
+    return cached(
+        f"{name}-controlnet",
+        {"seed": seed},
+        lambda folder: _build(lambda: build(load(name)), folder, seed, _fill_zeros),
+    )
 
 
 def _controlnet_unet(pipe: "DiffusionPipeline") -> "ModelMixin":
@@ -31,21 +39,30 @@ def _controlnet_unet(pipe: "DiffusionPipeline") -> "ModelMixin":
     # Four widths make three halvings, the VAE's factor of 8.
     model = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(8, 8, 16, 16))
     for layer in (model.controlnet_cond_embedding.conv_in, *model.controlnet_cond_embedding.blocks):
-        layer.weight.data.mul_(2.5)  # at their initial size, seven layers each lose more than half of the hint
+        layer.weight.data.mul_(
+            2.5
+        )  # at their initial size, seven layers each lose more than half of the hint
     return model
 
 
 def _controlnet_sd3(pipe: "DiffusionPipeline") -> "ModelMixin":
     from diffusers import SD3ControlNetModel
 
-    return SD3ControlNetModel.from_transformer(pipe.transformer, num_layers=2, num_extra_conditioning_channels=0)
+    return SD3ControlNetModel.from_transformer(
+        pipe.transformer, num_layers=2, num_extra_conditioning_channels=0
+    )
 
 
 def _controlnet_flux(pipe: "DiffusionPipeline") -> "ModelMixin":
     from diffusers import FluxControlNetModel
 
-    heads = {field: pipe.transformer.config[field] for field in ("attention_head_dim", "num_attention_heads")}
-    return FluxControlNetModel.from_transformer(pipe.transformer, num_layers=2, num_single_layers=2, **heads)
+    heads = {
+        field: pipe.transformer.config[field]
+        for field in ("attention_head_dim", "num_attention_heads")
+    }
+    return FluxControlNetModel.from_transformer(
+        pipe.transformer, num_layers=2, num_single_layers=2, **heads
+    )
 
 
 def _controlnet_hunyuan(pipe: "DiffusionPipeline") -> "ModelMixin":
@@ -53,25 +70,50 @@ def _controlnet_hunyuan(pipe: "DiffusionPipeline") -> "ModelMixin":
     from diffusers import HunyuanDiT2DControlNetModel
 
     config = dict(pipe.transformer.config)
-    fields = ("num_attention_heads", "attention_head_dim", "in_channels", "patch_size", "activation_fn", "sample_size", "hidden_size")
-    fields += ("cross_attention_dim", "cross_attention_dim_t5", "pooled_projection_dim", "text_len", "text_len_t5")
+    fields = (
+        "num_attention_heads",
+        "attention_head_dim",
+        "in_channels",
+        "patch_size",
+        "activation_fn",
+        "sample_size",
+        "hidden_size",
+    )
+    fields += (
+        "cross_attention_dim",
+        "cross_attention_dim_t5",
+        "pooled_projection_dim",
+        "text_len",
+        "text_len_t5",
+    )
     fields += ("use_style_cond_and_image_meta_size", "mlp_ratio")
-    return HunyuanDiT2DControlNetModel(transformer_num_layers=config["num_layers"], **{field: config[field] for field in fields})
+    return HunyuanDiT2DControlNetModel(
+        transformer_num_layers=config["num_layers"], **{field: config[field] for field in fields}
+    )
 
 
 def _controlnet_zimage(pipe: "DiffusionPipeline") -> "ModelMixin":
-    """Holds the control's own layers; the pipeline lends it the transformer's embedders and refiners."""
+    """Holds the control's own layers; the pipeline lends it the transformer's embedders and
+    refiners.
+    """
     from diffusers import ZImageControlNetModel
 
     config = pipe.transformer.config
-    shared = {field: config[field] for field in ("dim", "n_refiner_layers", "n_heads", "n_kv_heads")}
-    return ZImageControlNetModel(control_layers_places=[0, 2], control_in_dim=config["in_channels"], **shared)
+    shared = {
+        field: config[field] for field in ("dim", "n_refiner_layers", "n_heads", "n_kv_heads")
+    }
+    return ZImageControlNetModel(
+        control_layers_places=[0, 2], control_in_dim=config["in_channels"], **shared
+    )
 
 
 def _controlnet_qwenimage(pipe: "DiffusionPipeline") -> "ModelMixin":
     from diffusers import QwenImageControlNetModel
 
-    heads = {field: pipe.transformer.config[field] for field in ("attention_head_dim", "num_attention_heads")}
+    heads = {
+        field: pipe.transformer.config[field]
+        for field in ("attention_head_dim", "num_attention_heads")
+    }
     return QwenImageControlNetModel.from_transformer(pipe.transformer, num_layers=2, **heads)
 
 
@@ -88,22 +130,36 @@ CONTROLNETS: dict[str, Callable[["DiffusionPipeline"], "ModelMixin"]] = {
 
 
 def motion_adapter(*, seed: int = 0) -> Path:
-    """Return a folder with a motion adapter that turns checkpoint("sd1") into an AnimateDiff pipeline."""
+    """Return a folder with a motion adapter that turns checkpoint("sd1") into an AnimateDiff
+    pipeline.
+    """
     from tests.checkpoints import denoisers
 
-    return cached("motion-adapter", {"seed": seed}, lambda folder: _build(denoisers.motion_adapter, folder, seed, _fill_zeros))
+    return cached(
+        "motion-adapter",
+        {"seed": seed},
+        lambda folder: _build(denoisers.motion_adapter, folder, seed, _fill_zeros),
+    )
 
 
 def motion_lora(*, seed: int = 0, rank: int = 4) -> Path:
-    """Return a .safetensors file for checkpoint("ad"): a LoRA on the motion modules alone, in the layout of the published ones."""
+    """Return a .safetensors file for checkpoint("ad"): a LoRA on the motion modules alone, in the
+    layout of the published ones.
+    """
 
     def build(folder: Path) -> None:
         from safetensors.torch import load_file, save_file
 
         from tests.checkpoints.lora import PROJECTION, factors
 
-        weights = load_file(checkpoint("ad") / "motion_adapter" / "diffusion_pytorch_model.safetensors")
-        targets = {key.removesuffix(".weight"): weight for key, weight in weights.items() if PROJECTION.search(key)}
+        weights = load_file(
+            checkpoint("ad") / "motion_adapter" / "diffusion_pytorch_model.safetensors"
+        )
+        targets = {
+            key.removesuffix(".weight"): weight
+            for key, weight in weights.items()
+            if PROJECTION.search(key)
+        }
         tensors = {}
         for name, (down, up) in factors(targets, seed=seed, rank=rank).items():
             attention, projection = name.removesuffix(".0").rsplit(".", 1)
@@ -117,8 +173,8 @@ def motion_lora(*, seed: int = 0, rank: int = 4) -> Path:
 def ip_adapter(name: str, *, seed: int = 0) -> Path:
     """Return a folder with an IP-Adapter for checkpoint(name): ad, sd1, sd2, sdxl, sd3 or flux.
 
-    The folder has the published layout: IP_ADAPTER_FILE and IP_ADAPTER_IMAGE_ENCODER below it. sd3 and flux want the image
-    encoder's whole path, the others the path within the folder.
+    The folder has the published layout: IP_ADAPTER_FILE and IP_ADAPTER_IMAGE_ENCODER below it. sd3
+    and flux want the image encoder's whole path, the others the path within the folder.
     """
     build = _one_of(IP_ADAPTERS, name, "IP-Adapter")
 
@@ -131,9 +187,16 @@ def ip_adapter(name: str, *, seed: int = 0) -> Path:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             tensors = build(load(name))
-            encoder, processor = parts.siglip_vision() if name == "sd3" else (parts.clip_vision(), parts.image_processor())
+            encoder, processor = (
+                parts.siglip_vision()
+                if name == "sd3"
+                else (parts.clip_vision(), parts.image_processor())
+            )
         (folder / IP_ADAPTER_FILE).parent.mkdir()
-        save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, folder / IP_ADAPTER_FILE)
+        save_file(
+            {key: tensor.detach().contiguous() for key, tensor in tensors.items()},
+            folder / IP_ADAPTER_FILE,
+        )
         saving.save(encoder, folder / IP_ADAPTER_IMAGE_ENCODER)
         processor.save_pretrained(folder / IP_ADAPTER_IMAGE_ENCODER)
 
@@ -141,16 +204,24 @@ def ip_adapter(name: str, *, seed: int = 0) -> Path:
 
 
 def _ip_adapter_unet(pipe: "DiffusionPipeline") -> dict[str, "Tensor"]:
-    """Keys and values for the cross-attention layers, numbered 1, 3, 5, ... in the order of the UNet's processors."""
+    """Keys and values for the cross-attention layers, numbered 1, 3, 5, ... in the order of the
+    UNet's processors.
+    """
     import torch
 
     cross = pipe.unet.config.cross_attention_dim
     tensors = _image_projection(cross)
-    layers = [name for name in pipe.unet.attn_processors if "attn2" in name and "motion_modules" not in name]
+    layers = [
+        name
+        for name in pipe.unet.attn_processors
+        if "attn2" in name and "motion_modules" not in name
+    ]
     for number, name in enumerate(layers):
         width = pipe.unet.get_submodule(name.removesuffix(".processor")).to_k.out_features
         for part in ("to_k_ip", "to_v_ip"):
-            tensors[f"ip_adapter.{2 * number + 1}.{part}.weight"] = 2 * torch.randn(width, cross) / cross**0.5
+            tensors[f"ip_adapter.{2 * number + 1}.{part}.weight"] = (
+                2 * torch.randn(width, cross) / cross**0.5
+            )
     return tensors
 
 
@@ -168,7 +239,9 @@ def _ip_adapter_flux(pipe: "DiffusionPipeline") -> dict[str, "Tensor"]:
 
 
 def _ip_adapter_sd3(pipe: "DiffusionPipeline") -> dict[str, "Tensor"]:
-    """A resampler that knows the timestep, and keys and values for every block. Its heads are 64 wide in code, so there is one."""
+    """A resampler that knows the timestep, and keys and values for every block. Its heads are 64
+    wide in code, so there is one.
+    """
     from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
     from diffusers.models.embeddings import IPAdapterTimeImageProjection
 
@@ -177,12 +250,21 @@ def _ip_adapter_sd3(pipe: "DiffusionPipeline") -> dict[str, "Tensor"]:
     config = pipe.transformer.config
     inner = config.num_attention_heads * config.attention_head_dim
     projection = IPAdapterTimeImageProjection(
-        embed_dim=WIDTH, output_dim=inner, hidden_dim=WIDTH, heads=1, num_queries=IP_TOKENS, timestep_in_dim=WIDTH
+        embed_dim=WIDTH,
+        output_dim=inner,
+        hidden_dim=WIDTH,
+        heads=1,
+        num_queries=IP_TOKENS,
+        timestep_in_dim=WIDTH,
     )
     tensors = {f"image_proj.{key}": tensor for key, tensor in projection.state_dict().items()}
     for number in range(config.num_layers):
-        processor = SD3IPAdapterJointAttnProcessor2_0(inner, inner, config.attention_head_dim, timesteps_emb_dim=WIDTH)
-        tensors |= {f"ip_adapter.{number}.{key}": tensor for key, tensor in processor.state_dict().items()}
+        processor = SD3IPAdapterJointAttnProcessor2_0(
+            inner, inner, config.attention_head_dim, timesteps_emb_dim=WIDTH
+        )
+        tensors |= {
+            f"ip_adapter.{number}.{key}": tensor for key, tensor in processor.state_dict().items()
+        }
     return tensors
 
 
@@ -216,7 +298,9 @@ def _one_of(builders: dict[str, Callable], name: str, what: str) -> Callable:
     return builders[name]
 
 
-def _build(make: Callable[[], "ModelMixin"], folder: Path, seed: int, change: Callable[["nn.Module"], None]) -> None:
+def _build(
+    make: Callable[[], "ModelMixin"], folder: Path, seed: int, change: Callable[["nn.Module"], None]
+) -> None:
     """Make a model from `seed` alone, change it and save it."""
     import torch
 

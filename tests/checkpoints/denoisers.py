@@ -1,6 +1,8 @@
-"""The denoiser of each model type: real block layout, four (or three) levels of 8 and 16 channels, or four blocks of 4 heads x 8.
+"""The denoiser of each model type: real block layout, four (or three) levels of 8 and 16 channels,
+or four blocks of 4 heads x 8.
 
-Keywords replace fields of the denoiser's config; a field that another one fixes follows it unless it is given too.
+Keywords replace fields of the denoiser's config; a field that another one fixes follows it unless
+it is given too.
 """
 
 from diffusers import (
@@ -34,11 +36,22 @@ def unet(**config: object) -> UNet2DConditionModel:
 
 
 def unet_sd2(**config: object) -> UNet2DConditionModel:
-    return unet(**({"attention_head_dim": (2, 4, 4, 4), "use_linear_projection": True, "upcast_attention": True} | config))
+    return unet(
+        **(
+            {
+                "attention_head_dim": (2, 4, 4, 4),
+                "use_linear_projection": True,
+                "upcast_attention": True,
+            }
+            | config
+        )
+    )
 
 
 def unet_sdxl(**config: object) -> UNet2DConditionModel:
-    """Three levels; takes both text encoders side by side, and the second one's pooled state and six sizes besides."""
+    """Three levels; takes both text encoders side by side, and the second one's pooled state and
+    six sizes besides.
+    """
     fields = {
         "block_out_channels": (8, 16, 16),
         "attention_head_dim": (2, 4, 4),
@@ -69,7 +82,9 @@ def unet_upscale(**config: object) -> UNet2DConditionModel:
 
 
 def unet_video(**config: object) -> UNetSpatioTemporalConditionModel:
-    """Stable Video Diffusion. Norms have 32 groups whatever the config says: every level is a multiple of 32 wide."""
+    """Stable Video Diffusion. Norms have 32 groups whatever the config says: every level is a
+    multiple of 32 wide.
+    """
     fields = {
         "sample_size": 16,
         "layers_per_block": 2,
@@ -97,7 +112,9 @@ def motion_adapter(block_out_channels: tuple[int, ...] = (8, 16, 16, 16)) -> Mot
 
 
 def transformer_sd3(**config: object) -> SD3Transformer2DModel:
-    """joint_attention_dim and pooled_projection_dim are those of the two CLIP encoders side by side."""
+    """joint_attention_dim and pooled_projection_dim are those of the two CLIP encoders side by
+    side.
+    """
     fields = _heads(config) | {
         "sample_size": 16,
         "patch_size": 2,
@@ -123,7 +140,11 @@ def transformer_flux(**config: object) -> FluxTransformer2DModel:
         "guidance_embeds": True,
     }
     quarter = fields["attention_head_dim"] // 4
-    fields["axes_dims_rope"] = (quarter, quarter, 2 * quarter)  # each even, together the head's width
+    fields["axes_dims_rope"] = (
+        quarter,
+        quarter,
+        2 * quarter,
+    )  # each even, together the head's width
     return FluxTransformer2DModel(**(fields | config))
 
 
@@ -161,4 +182,7 @@ def transformer_pixart(**config: object) -> PixArtTransformer2DModel:
 
 def _heads(config: dict[str, object]) -> dict[str, object]:
     """Number and width of the heads, from which the transformers' other widths follow."""
-    return {"num_attention_heads": config.get("num_attention_heads", 4), "attention_head_dim": config.get("attention_head_dim", 8)}
+    return {
+        "num_attention_heads": config.get("num_attention_heads", 4),
+        "attention_head_dim": config.get("attention_head_dim", 8),
+    }

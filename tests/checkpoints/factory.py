@@ -1,4 +1,6 @@
-"""The entry points: a checkpoint folder by name, the pipeline loaded from it, and arguments for a short generation. See the package."""
+"""The entry points: a checkpoint folder by name, the pipeline loaded from it, and arguments for a
+short generation. See the package.
+"""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,15 +11,36 @@ from tests.checkpoints.gain import default_gain, scale_attention
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-NAMES = ("ad", "sd1", "sd2", "sd3", "sdup", "sdxl", "svd", "flux", "hy", "pixa", "pixs", "zimage", "qwenimage", "flux2", "wan_t2v")
+NAMES = (
+    "ad",
+    "sd1",
+    "sd2",
+    "sd3",
+    "sdup",
+    "sdxl",
+    "svd",
+    "flux",
+    "hy",
+    "pixa",
+    "pixs",
+    "zimage",
+    "qwenimage",
+    "flux2",
+    "wan_t2v",
+)
 SD35_MEDIUM = {"qk_norm": "rms_norm", "dual_attention_layers": (0, 1)}
 
 
-def checkpoint(name: str, *, seed: int = 0, attention_gain: float | None = None, **denoiser: object) -> Path:
-    """Return the folder of a tiny checkpoint of type `name`, float32, in the layout save_pretrained writes.
+def checkpoint(
+    name: str, *, seed: int = 0, attention_gain: float | None = None, **denoiser: object
+) -> Path:
+    """Return the folder of a tiny checkpoint of type `name`, float32, in the layout save_pretrained
+    writes.
 
-    seed: of the weights. attention_gain: see gain.py, also for the default; 1.0 leaves the weights as the classes initialise them.
-    denoiser: fields of the UNet's or transformer's config that differ from the default (denoisers.py).
+    seed: of the weights. attention_gain: see gain.py, also for the default; 1.0 leaves the weights
+    as the classes initialise them.
+    denoiser: fields of the UNet's or transformer's config that differ from the default
+    (denoisers.py).
     """
     if name not in NAMES:
         raise ValueError(f"No tiny checkpoint named {name!r}. Allowed: {', '.join(NAMES)}.")
@@ -26,8 +49,12 @@ def checkpoint(name: str, *, seed: int = 0, attention_gain: float | None = None,
     return cached(name, recipe, lambda folder: _build(name, folder, **recipe))
 
 
-def _build(name: str, folder: Path, *, seed: int, attention_gain: float, denoiser: dict[str, object]) -> None:
-    """Make the pipeline from `seed` alone, without touching the caller's random state, and save it."""
+def _build(
+    name: str, folder: Path, *, seed: int, attention_gain: float, denoiser: dict[str, object]
+) -> None:
+    """Make the pipeline from `seed` alone, without touching the caller's random state, and save
+    it.
+    """
     import torch
 
     from tests.checkpoints.pipelines import BUILDERS
@@ -43,7 +70,9 @@ def _build(name: str, folder: Path, *, seed: int, attention_gain: float, denoise
 
 
 def load(name: str, **variant: object) -> "DiffusionPipeline":
-    """Load checkpoint(name, **variant) on the CPU in float32, as plain diffusers does, with its progress bar off."""
+    """Load checkpoint(name, **variant) on the CPU in float32, as plain diffusers does, with its
+    progress bar off.
+    """
     from diffusers import DiffusionPipeline
 
     pipe = DiffusionPipeline.from_pretrained(checkpoint(name, **variant), local_files_only=True)
@@ -52,11 +81,18 @@ def load(name: str, **variant: object) -> "DiffusionPipeline":
 
 
 def inputs(
-    name: str, *, prompt: str = "a photo of a cat", size: int = 64, num_inference_steps: int = 2, seed: int = 0
+    name: str,
+    *,
+    prompt: str = "a photo of a cat",
+    size: int = 64,
+    num_inference_steps: int = 2,
+    seed: int = 0,
 ) -> dict[str, object]:
-    """Return the arguments of a short generation with type `name`: square, `size` pixels, output as a numpy array in [0, 1].
+    """Return the arguments of a short generation with type `name`: square, `size` pixels, output as
+    a numpy array in [0, 1].
 
-    The upscaler starts from an image of a quarter of the size; svd takes an image and no prompt; both videos have 4 frames.
+    The upscaler starts from an image of a quarter of the size; svd takes an image and no prompt;
+    both videos have 4 frames.
     """
     import torch
 
@@ -79,12 +115,16 @@ def inputs(
     if name == "qwenimage":
         arguments |= {"negative_prompt": " "}  # guidance is off without one
     if name in ("hy", "pixa", "pixs"):
-        arguments |= {"use_resolution_binning": False}  # else the size becomes the nearest of a list that starts at 512
+        arguments |= {
+            "use_resolution_binning": False
+        }  # else the size becomes the nearest of a list that starts at 512
     return arguments
 
 
 def sample_image(size: int, *, seed: int = 0):
-    """An RGB image with coarse structure (not pixel noise), so that resizing keeps it: 8 x 8 random colours, enlarged."""
+    """An RGB image with coarse structure (not pixel noise), so that resizing keeps it: 8 x 8 random
+    colours, enlarged.
+    """
     import numpy
     from PIL import Image
 

@@ -1,7 +1,9 @@
-"""diffusers' weight names -> those of the original Stable Diffusion code (CompVis ldm, Stability sgm, OpenCLIP). Pure renaming.
+"""diffusers' weight names -> those of the original Stable Diffusion code (CompVis ldm, Stability
+sgm, OpenCLIP). Pure renaming.
 
-The original UNet counts all layers of one side in one list. With n layers per block, block i of the way down starts at number
-i * (n + 1) + 1 and its downsampler is the last of n + 1; block i of the way up starts at i * (n + 1) and its upsampler sits in the last.
+The original UNet counts all layers of one side in one list. With n layers per block, block i of the
+way down starts at number i * (n + 1) + 1 and its downsampler is the last of n + 1; block i of the
+way up starts at i * (n + 1) and its upsampler sits in the last.
 """
 
 import re
@@ -29,8 +31,20 @@ UNET_RESNET = {
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
 }
-VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-OPEN_CLIP = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "self_attn": "attn", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
+VAE_ATTENTION = {
+    "group_norm": "norm",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "proj_out",
+}
+OPEN_CLIP = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "self_attn": "attn",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+}
 OPEN_CLIP_TOP = {
     "embeddings.position_embedding.weight": "positional_embedding",
     "embeddings.token_embedding.weight": "token_embedding.weight",
@@ -41,21 +55,36 @@ OPEN_CLIP_TOP = {
 
 def unet(weights: Weights) -> Weights:
     """Rename the weights of a UNet2DConditionModel."""
-    num_layers = 1 + max(int(match[1]) for key in weights if (match := re.match(r"down_blocks\.0\.resnets\.(\d+)", key)))
-    attending = {match[1] for key in weights if (match := re.match(r"up_blocks\.(\d+)\.attentions", key))}
+    num_layers = 1 + max(
+        int(match[1])
+        for key in weights
+        if (match := re.match(r"down_blocks\.0\.resnets\.(\d+)", key))
+    )
+    attending = {
+        match[1] for key in weights if (match := re.match(r"up_blocks\.(\d+)\.attentions", key))
+    }
 
     def rename(key: str) -> str:
         match key.split("."):
             case ["down_blocks", block, kind, layer, *rest]:
-                number = int(block) * (num_layers + 1) + 1 + (num_layers if kind == "downsamplers" else int(layer))
+                number = (
+                    int(block) * (num_layers + 1)
+                    + 1
+                    + (num_layers if kind == "downsamplers" else int(layer))
+                )
                 return f"input_blocks.{number}.{int(kind == 'attentions')}.{_inside(kind, rest)}"
             case ["up_blocks", block, "upsamplers", _, *rest]:
-                position = 2 if block in attending else 1  # it comes after the resnet, and after the attention where there is one
-                return f"output_blocks.{int(block) * (num_layers + 1) + num_layers}.{position}.{_inside('upsamplers', rest)}"
+                position = (
+                    2 if block in attending else 1
+                )  # it comes after the resnet, and after the attention where there is one
+                number = int(block) * (num_layers + 1) + num_layers
+                return f"output_blocks.{number}.{position}.{_inside('upsamplers', rest)}"
             case ["up_blocks", block, kind, layer, *rest]:
-                return f"output_blocks.{int(block) * (num_layers + 1) + int(layer)}.{int(kind == 'attentions')}.{_inside(kind, rest)}"
+                number = int(block) * (num_layers + 1) + int(layer)
+                return f"output_blocks.{number}.{int(kind == 'attentions')}.{_inside(kind, rest)}"
             case ["mid_block", kind, layer, *rest]:
-                return f"middle_block.{1 if kind == 'attentions' else 2 * int(layer)}.{_inside(kind, rest)}"
+                number = 1 if kind == "attentions" else 2 * int(layer)
+                return f"middle_block.{number}.{_inside(kind, rest)}"
         top, _, tail = key.rpartition(".")
         return f"{UNET_TOP[top]}.{tail}"
 
@@ -63,7 +92,9 @@ def unet(weights: Weights) -> Weights:
 
 
 def _inside(kind: str, rest: list[str]) -> str:
-    """A name below one entry of the UNet's lists: attention keeps diffusers' names, resnets have others."""
+    """A name below one entry of the UNet's lists: attention keeps diffusers' names, resnets have
+    others.
+    """
     if kind == "resnets":
         return f"{UNET_RESNET[rest[0]]}.{rest[1]}"
     if kind == "downsamplers":
@@ -72,8 +103,12 @@ def _inside(kind: str, rest: list[str]) -> str:
 
 
 def vae(weights: Weights) -> Weights:
-    """Rename the weights of an AutoencoderKL. Its attention layers are 1 x 1 convolutions in the original."""
-    last = max(int(match[1]) for key in weights if (match := re.match(r"decoder\.up_blocks\.(\d+)", key)))
+    """Rename the weights of an AutoencoderKL. Its attention layers are 1 x 1 convolutions in the
+    original.
+    """
+    last = max(
+        int(match[1]) for key in weights if (match := re.match(r"decoder\.up_blocks\.(\d+)", key))
+    )
 
     def rename(key: str) -> str:
         match key.split("."):
@@ -92,7 +127,10 @@ def vae(weights: Weights) -> Weights:
         return key.replace("conv_norm_out", "norm_out")
 
     is_linear = re.compile(r"attentions\.0\.to_.*weight")
-    return {rename(key): tensor[:, :, None, None] if is_linear.search(key) else tensor for key, tensor in weights.items()}
+    return {
+        rename(key): tensor[:, :, None, None] if is_linear.search(key) else tensor
+        for key, tensor in weights.items()
+    }
 
 
 def _shortcut(*parts: str) -> str:
@@ -100,12 +138,18 @@ def _shortcut(*parts: str) -> str:
 
 
 def clip(weights: Weights) -> Weights:
-    """Name the weights of a CLIP text encoder as transformers 4 did, with a prefix that version 5 writes on some classes only."""
-    return {f"text_model.{key.removeprefix('text_model.')}": tensor for key, tensor in weights.items()}
+    """Name the weights of a CLIP text encoder as transformers 4 did, with a prefix that version 5
+    writes on some classes only.
+    """
+    return {
+        f"text_model.{key.removeprefix('text_model.')}": tensor for key, tensor in weights.items()
+    }
 
 
 def open_clip(weights: Weights) -> Weights:
-    """Rename the weights of a CLIP text encoder to OpenCLIP's; it keeps queries, keys and values in one layer, and its head transposed."""
+    """Rename the weights of a CLIP text encoder to OpenCLIP's; it keeps queries, keys and values in
+    one layer, and its head transposed.
+    """
     import torch
 
     plain = {key.removeprefix("text_model."): tensor for key, tensor in weights.items()}
@@ -117,7 +161,9 @@ def open_clip(weights: Weights) -> Weights:
         for new, old in OPEN_CLIP.items():
             name = name.replace(new, old)
         if ".q_proj." in name:
-            packed = torch.cat([plain[key.replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")])
+            packed = torch.cat(
+                [plain[key.replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")]
+            )
             renamed[name.replace("q_proj.", "in_proj_")] = packed
         elif ".k_proj." not in name and ".v_proj." not in name:
             renamed[name] = tensor

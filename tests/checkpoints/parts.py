@@ -1,4 +1,6 @@
-"""The parts that several model types share: text encoders, image encoder and VAE, each with its real layout at width 32 or less."""
+"""The parts that several model types share: text encoders, image encoder and VAE, each with its
+real layout at width 32 or less.
+"""
 
 from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder
 from transformers import (
@@ -26,7 +28,9 @@ HEADS = 4
 def clip_text(
     *, hidden_act: str = "quick_gelu", projection: bool = False, width: int = WIDTH
 ) -> CLIPTextModel | CLIPTextModelWithProjection:
-    """A CLIP text encoder; `projection` adds the pooled head of second encoders, which also use the exact gelu."""
+    """A CLIP text encoder; `projection` adds the pooled head of second encoders, which also use the
+    exact gelu.
+    """
     num_tokens = len(clip_tokenizer())
     config = CLIPTextConfig(
         vocab_size=num_tokens,
@@ -94,17 +98,28 @@ def clip_vision(*, image_size: int = 32, patch_size: int = 8) -> CLIPVisionModel
 def siglip_vision() -> tuple[SiglipVisionModel, SiglipImageProcessor]:
     """The image encoder of sd3's IP-Adapter, with its processor."""
     config = SiglipVisionConfig(
-        hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=2, num_attention_heads=HEADS, image_size=32, patch_size=8
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=HEADS,
+        image_size=32,
+        patch_size=8,
     )
     return SiglipVisionModel(config), SiglipImageProcessor(size={"height": 32, "width": 32})
 
 
 def image_processor(size: int = 32) -> CLIPImageProcessor:
-    return CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    return CLIPImageProcessor(
+        size={"shortest_edge": size}, crop_size={"height": size, "width": size}
+    )
 
 
-def vae(*, latent_channels: int = 4, channels: tuple[int, ...] = (8, 16, 16, 16), **config: object) -> AutoencoderKL:
-    """An image VAE that divides each side by 2 ** (number of channels - 1). The 16-channel ones (sd3, flux) have no quant convolutions."""
+def vae(
+    *, latent_channels: int = 4, channels: tuple[int, ...] = (8, 16, 16, 16), **config: object
+) -> AutoencoderKL:
+    """An image VAE that divides each side by 2 ** (number of channels - 1). The 16-channel ones
+    (sd3, flux) have no quant convolutions.
+    """
     has_quant_conv = latent_channels == 4
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * len(channels),
@@ -121,7 +136,9 @@ def vae(*, latent_channels: int = 4, channels: tuple[int, ...] = (8, 16, 16, 16)
 
 
 def video_vae() -> AutoencoderKLTemporalDecoder:
-    """The VAE of Stable Video Diffusion. Its norms have 32 groups whatever the config says, so no level is narrower."""
+    """The VAE of Stable Video Diffusion. Its norms have 32 groups whatever the config says, so no
+    level is narrower.
+    """
     return AutoencoderKLTemporalDecoder(
         down_block_types=("DownEncoderBlock2D",) * 4,
         block_out_channels=(32, 32, 32, 32),

@@ -1,4 +1,6 @@
-"""One builder per model type: denoiser config -> pipeline with random weights. Schedulers as in the published checkpoints."""
+"""One builder per model type: denoiser config -> pipeline with random weights. Schedulers as in the
+published checkpoints.
+"""
 
 from collections.abc import Callable
 
@@ -27,7 +29,11 @@ from tests.checkpoints.parts import clip_text, t5_text
 from tests.checkpoints.vocabulary import bert_tokenizer, clip_tokenizer, t5_tokenizer
 
 SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-NO_SAFETY_CHECKER = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+NO_SAFETY_CHECKER = {
+    "safety_checker": None,
+    "feature_extractor": None,
+    "requires_safety_checker": False,
+}
 
 
 def ad(**config: object) -> DiffusionPipeline:
@@ -39,7 +45,12 @@ def ad(**config: object) -> DiffusionPipeline:
         unet=unet,
         motion_adapter=denoisers.motion_adapter(tuple(unet.config.block_out_channels)),
         scheduler=DDIMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="linear", clip_sample=False, timestep_spacing="linspace", steps_offset=1
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="linear",
+            clip_sample=False,
+            timestep_spacing="linspace",
+            steps_offset=1,
         ),
     )
 
@@ -50,7 +61,9 @@ def sd1(**config: object) -> DiffusionPipeline:
         text_encoder=clip_text(),
         tokenizer=clip_tokenizer(),
         unet=denoisers.unet(**config),
-        scheduler=PNDMScheduler(**SD_BETAS, skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False),
+        scheduler=PNDMScheduler(
+            **SD_BETAS, skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False
+        ),
         **NO_SAFETY_CHECKER,
     )
 
@@ -61,7 +74,13 @@ def sd2(**config: object) -> DiffusionPipeline:
         text_encoder=clip_text(hidden_act="gelu"),
         tokenizer=clip_tokenizer("!"),
         unet=denoisers.unet_sd2(**config),
-        scheduler=DDIMScheduler(**SD_BETAS, prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False, steps_offset=1),
+        scheduler=DDIMScheduler(
+            **SD_BETAS,
+            prediction_type="v_prediction",
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
+        ),
         **NO_SAFETY_CHECKER,
     )
 
@@ -89,13 +108,21 @@ def sdup(**config: object) -> DiffusionPipeline:
         tokenizer=clip_tokenizer("!"),
         unet=denoisers.unet_upscale(**config),
         low_res_scheduler=DDPMScheduler(**betas),
-        scheduler=DDIMScheduler(**betas, prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False, steps_offset=1),
+        scheduler=DDIMScheduler(
+            **betas,
+            prediction_type="v_prediction",
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
+        ),
         max_noise_level=350,
     )
 
 
 def sdxl(**config: object) -> DiffusionPipeline:
-    """The second encoder is twice as wide as the first: in a single file, diffusers tells the two apart by their width."""
+    """The second encoder is twice as wide as the first: in a single file, diffusers tells the two
+    apart by their width.
+    """
     return StableDiffusionXLPipeline(
         vae=parts.vae(scaling_factor=0.13025),
         text_encoder=clip_text(),
@@ -168,17 +195,22 @@ def pixs(**config: object) -> DiffusionPipeline:
     return _pixart(PixArtSigmaPipeline, max_length=300, scaling_factor=0.13025, config=config)
 
 
-def _pixart(pipeline: type, *, max_length: int, scaling_factor: float, config: dict[str, object]) -> DiffusionPipeline:
+def _pixart(
+    pipeline: type, *, max_length: int, scaling_factor: float, config: dict[str, object]
+) -> DiffusionPipeline:
     return pipeline(
         tokenizer=t5_tokenizer(max_length),
         text_encoder=t5_text(),
         vae=parts.vae(scaling_factor=scaling_factor),
         transformer=denoisers.transformer_pixart(**config),
-        scheduler=DPMSolverMultistepScheduler(beta_schedule="linear", algorithm_type="dpmsolver++", solver_order=2),
+        scheduler=DPMSolverMultistepScheduler(
+            beta_schedule="linear", algorithm_type="dpmsolver++", solver_order=2
+        ),
     )
 
 
 MODERN = (modern.zimage, modern.qwenimage, modern.flux2, modern.wan_t2v)
 BUILDERS: dict[str, Callable[..., DiffusionPipeline]] = {
-    build.__name__: build for build in (ad, sd1, sd2, sd3, sdup, sdxl, svd, flux, hy, pixa, pixs, *MODERN)
+    build.__name__: build
+    for build in (ad, sd1, sd2, sd3, sdup, sdxl, svd, flux, hy, pixa, pixs, *MODERN)
 }

@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 def save(thing: DiffusionPipeline | ModelMixin | PreTrainedModel, folder: Path) -> None:
     """Write all of `thing` into `folder`, on any rank of a process group.
 
-    transformers 5 writes on rank 0 only, and silently; here the rank that asks first builds for all, and a checkpoint without
-    its text encoder would stay in the cache for everybody.
+    transformers 5 writes on rank 0 only, and silently; here the rank that asks first builds for
+    all, and a checkpoint without its text encoder would stay in the cache for everybody.
     """
     models = thing.components.values() if isinstance(thing, DiffusionPipeline) else [thing]
     for model in models:

@@ -1,4 +1,6 @@
-"""One-file checkpoints: whole pipelines in the layout of the original Stable Diffusion code, and quantised denoisers (GGUF)."""
+"""One-file checkpoints: whole pipelines in the layout of the original Stable Diffusion code, and
+quantised denoisers (GGUF).
+"""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,8 +12,28 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SINGLE_FILE_NAMES = ("sd1", "sd2", "sdxl", "flux")
-GGUF_NAMES = ("sd1", "sd2", "sdup", "sdxl", "sd3", "flux", "zimage", "qwenimage", "flux2", "wan_t2v")
-GGUF_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")  # what the gguf package can write
+GGUF_NAMES = (
+    "sd1",
+    "sd2",
+    "sdup",
+    "sdxl",
+    "sd3",
+    "flux",
+    "zimage",
+    "qwenimage",
+    "flux2",
+    "wan_t2v",
+)
+GGUF_TYPES = (
+    "F32",
+    "F16",
+    "BF16",
+    "Q8_0",
+    "Q5_1",
+    "Q5_0",
+    "Q4_1",
+    "Q4_0",
+)  # what the gguf package can write
 GGUF_BLOCK = 32  # weights that share a scale: narrower layers stay unquantised
 
 Weights = dict[str, "Tensor"]
@@ -20,12 +42,17 @@ Weights = dict[str, "Tensor"]
 def single_file(name: str, *, seed: int = 0) -> Path:
     """Return a .safetensors file with the weights of checkpoint(name, seed=seed).
 
-    sd1, sd2, sdxl: the whole pipeline in the original layout, for Pipeline.from_single_file(file, config=folder, local_files_only=True).
-    flux: the transformer alone with diffusers' keys, because diffusers converts the original ones at the published width only.
-        FluxTransformer2DModel.from_single_file loads it, and the pipeline does if it is handed both text encoders and the VAE.
+    sd1, sd2, sdxl: the whole pipeline in the original layout, for Pipeline.from_single_file(file,
+    config=folder, local_files_only=True).
+    flux: the transformer alone with diffusers' keys, because diffusers converts the original ones
+    at the published width only.
+        FluxTransformer2DModel.from_single_file loads it, and the pipeline does if it is handed both
+        text encoders and the VAE.
     """
     if name not in SINGLE_FILE_NAMES:
-        raise ValueError(f"There is no single file of type {name!r}. Allowed: {', '.join(SINGLE_FILE_NAMES)}.")
+        raise ValueError(
+            f"There is no single file of type {name!r}. Allowed: {', '.join(SINGLE_FILE_NAMES)}."
+        )
 
     def build(folder: Path) -> None:
         from safetensors.torch import load_file, save_file
@@ -35,17 +62,26 @@ def single_file(name: str, *, seed: int = 0) -> Path:
             weights = load_file(source / "transformer" / "diffusion_pytorch_model.safetensors")
         else:
             weights = _original_layout(name, source)
-        save_file({key: tensor.contiguous() for key, tensor in weights.items()}, folder / f"{name}.safetensors")
+        save_file(
+            {key: tensor.contiguous() for key, tensor in weights.items()},
+            folder / f"{name}.safetensors",
+        )
 
     return cached(f"{name}-single-file", {"seed": seed}, build) / f"{name}.safetensors"
 
 
 def gguf(name: str, quantization: str = "Q8_0", *, seed: int = 0) -> Path:
-    """Return a .gguf file of checkpoint(name)'s denoiser with diffusers' keys: linear weights quantised, all else float32."""
+    """Return a .gguf file of checkpoint(name)'s denoiser with diffusers' keys: linear weights
+    quantised, all else float32.
+    """
     if name not in GGUF_NAMES:
-        raise ValueError(f"diffusers reads no GGUF file of type {name!r}. Allowed: {', '.join(GGUF_NAMES)}.")
+        raise ValueError(
+            f"diffusers reads no GGUF file of type {name!r}. Allowed: {', '.join(GGUF_NAMES)}."
+        )
     if quantization not in GGUF_TYPES:
-        raise ValueError(f"quantization={quantization!r} cannot be written. Allowed: {', '.join(GGUF_TYPES)}.")
+        raise ValueError(
+            f"quantization={quantization!r} cannot be written. Allowed: {', '.join(GGUF_TYPES)}."
+        )
 
     def build(folder: Path) -> None:
         import torch
@@ -54,7 +90,11 @@ def gguf(name: str, quantization: str = "Q8_0", *, seed: int = 0) -> Path:
 
         parts = load(name, seed=seed).components
         denoiser = parts["transformer"] if "transformer" in parts else parts["unet"]
-        linear = {f"{path}.weight" for path, module in denoiser.named_modules() if isinstance(module, torch.nn.Linear)}
+        linear = {
+            f"{path}.weight"
+            for path, module in denoiser.named_modules()
+            if isinstance(module, torch.nn.Linear)
+        }
         kind = GGMLQuantizationType[quantization]
         writer = GGUFWriter(folder / f"{name}.gguf", name)
         for key, tensor in denoiser.state_dict().items():
@@ -68,7 +108,9 @@ def gguf(name: str, quantization: str = "Q8_0", *, seed: int = 0) -> Path:
         writer.write_tensors_to_file()
         writer.close()
 
-    return cached(f"{name}-gguf", {"quantization": quantization, "seed": seed}, build) / f"{name}.gguf"
+    return (
+        cached(f"{name}-gguf", {"quantization": quantization, "seed": seed}, build) / f"{name}.gguf"
+    )
 
 
 def _original_layout(name: str, source: Path) -> Weights:
@@ -80,7 +122,9 @@ def _original_layout(name: str, source: Path) -> Weights:
     unet = load_file(source / "unet" / "diffusion_pytorch_model.safetensors")
     vae = load_file(source / "vae" / "diffusion_pytorch_model.safetensors")
     first = load_file(source / "text_encoder" / "model.safetensors")
-    weights = _prefixed("model.diffusion_model.", original_names.unet(unet)) | _prefixed("first_stage_model.", original_names.vae(vae))
+    weights = _prefixed("model.diffusion_model.", original_names.unet(unet)) | _prefixed(
+        "first_stage_model.", original_names.vae(vae)
+    )
     if name == "sd1":
         return weights | _prefixed("cond_stage_model.transformer.", original_names.clip(first))
     if name == "sd2":

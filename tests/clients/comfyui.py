@@ -1,4 +1,6 @@
-"""As much of ComfyUI as a node meets: its two modules, how it imports a folder of custom_nodes, and how it runs a node."""
+"""As much of ComfyUI as a node meets: its two modules, how it imports a folder of custom_nodes, and
+how it runs a node.
+"""
 
 import importlib.util
 import sys
@@ -16,7 +18,9 @@ class InterruptProcessingException(Exception):
 
 
 class ComfyUI:
-    """One server with our nodes loaded. updates: what progress bars were told; interrupt: the cancel button."""
+    """One server with our nodes loaded. updates: what progress bars were told; interrupt: the
+    cancel button.
+    """
 
     def __init__(self, folder: Path = FOLDER) -> None:
         self.updates: list[tuple[int, int, Any]] = []
@@ -24,7 +28,9 @@ class ComfyUI:
         self.on_update: Callable[[int, int], None] = lambda value, total: None
         self._install()
         name = str(folder).replace(".", "_x_")  # ComfyUI names such modules by their path
-        spec = importlib.util.spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=[str(folder)])
+        spec = importlib.util.spec_from_file_location(
+            name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
         self.package = importlib.util.module_from_spec(spec)
         sys.modules[name] = self.package
         spec.loader.exec_module(self.package)
@@ -38,7 +44,9 @@ class ComfyUI:
             def __init__(self, total: int, node_id: str | None = None) -> None:
                 self.total, self.current = total, 0
 
-            def update_absolute(self, value: int, total: int | None = None, preview: Any = None) -> None:
+            def update_absolute(
+                self, value: int, total: int | None = None, preview: Any = None
+            ) -> None:
                 self.total = total or self.total
                 self.current = min(value, self.total)
                 comfy.updates.append((self.current, self.total, preview))
@@ -51,16 +59,28 @@ class ComfyUI:
 
         package = ModuleType("comfy")
         package.utils = SimpleNamespace(ProgressBar=ProgressBar)
-        package.model_management = SimpleNamespace(throw_exception_if_processing_interrupted=throw_exception_if_processing_interrupted)
-        sys.modules |= {"comfy": package, "comfy.utils": package.utils, "comfy.model_management": package.model_management}
+        package.model_management = SimpleNamespace(
+            throw_exception_if_processing_interrupted=throw_exception_if_processing_interrupted
+        )
+        sys.modules |= {
+            "comfy": package,
+            "comfy.utils": package.utils,
+            "comfy.model_management": package.model_management,
+        }
 
     def close(self) -> None:
         sys.modules[f"{self.name}.hosts"].stop_all()
-        for name in [name for name in sys.modules if name.split(".")[0] == "comfy" or name.startswith(self.name)]:
+        for name in [
+            name
+            for name in sys.modules
+            if name.split(".")[0] == "comfy" or name.startswith(self.name)
+        ]:
             del sys.modules[name]
 
     def run(self, node: str, **inputs: Any) -> tuple[Any, ...]:
-        """Check the inputs as ComfyUI does before it queues a workflow, call the node, and check what it gives."""
+        """Check the inputs as ComfyUI does before it queues a workflow, call the node, and check
+        what it gives.
+        """
         kind = self.package.NODE_CLASS_MAPPINGS[node]
         assert node in self.package.NODE_DISPLAY_NAME_MAPPINGS and isinstance(kind.CATEGORY, str)
         declared = kind.INPUT_TYPES()
@@ -79,7 +99,9 @@ class ComfyUI:
                 _check(name, values[name], wanted, options, is_free=name in checked_by_node)
         assert not inputs, f"{node} has no inputs {list(inputs)}"
         outputs = getattr(kind(), kind.FUNCTION)(**values)
-        assert isinstance(outputs, tuple) and len(outputs) == len(kind.RETURN_TYPES) == len(kind.RETURN_NAMES)
+        assert isinstance(outputs, tuple) and len(outputs) == len(kind.RETURN_TYPES) == len(
+            kind.RETURN_NAMES
+        )
         return outputs
 
 
@@ -92,4 +114,6 @@ def _check(name: str, value: Any, wanted: Any, options: dict[str, Any], *, is_fr
         assert is_free or value in wanted, f"{name}={value!r} is not in the list"
     elif wanted in PLAIN:
         assert isinstance(value, PLAIN[wanted]), f"{name}={value!r} is no {wanted}"
-        assert options.get("min", value) <= value <= options.get("max", value) or wanted == "STRING", f"{name}={value!r} is out of range"
+        assert (
+            options.get("min", value) <= value <= options.get("max", value) or wanted == "STRING"
+        ), f"{name}={value!r} is out of range"

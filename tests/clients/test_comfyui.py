@@ -17,7 +17,13 @@ from tests.hosts.client import decode, encode
 from tests.hosts.harness import REPOSITORY, assert_port_is_free, free_port, wait_until
 from tests.hosts.inprocess import InProcessHost
 
-INPUTS = {"prompt": "a red car", "negative_prompt": "blurry", "seed": 5, "steps": 4, "guidance": 6.0}
+INPUTS = {
+    "prompt": "a red car",
+    "negative_prompt": "blurry",
+    "seed": 5,
+    "steps": 4,
+    "guidance": 6.0,
+}
 BODY = {"positive": "a red car", "negative": "blurry", "seed": 5, "steps": 4, "cfg": 6.0}
 
 
@@ -53,13 +59,18 @@ def test_sampler_draws_what_the_host_draws_and_shows_its_steps(host, comfy):
     assert json.loads(settings)["num_inference_steps"] == 4
     assert comfy.updates[-1][:2] == (4, 4)
     previews = [preview for _, _, preview in comfy.updates if preview is not None]
-    assert {(kind, shown.size, limit) for kind, shown, limit in previews} == {("JPEG", (256, 256), 512)}
+    assert {(kind, shown.size, limit) for kind, shown, limit in previews} == {
+        ("JPEG", (256, 256), 512)
+    }
 
 
 def test_sampler_starts_from_a_image(host, comfy):
     (chosen,) = comfy.run("DiffusionHost", address=host.url(""))
     start = as_tensor(sample_image(64))
-    same, near = (comfy.run("DiffusionSampler", host=chosen, image=start, strength=strength, **INPUTS)[0] for strength in (0.0, 0.5))
+    same, near = (
+        comfy.run("DiffusionSampler", host=chosen, image=start, strength=strength, **INPUTS)[0]
+        for strength in (0.0, 0.5)
+    )
     assert same.shape == (1, 64, 64, 3) and not torch.equal(same, near)
     assert (near - same).abs().mean() < (drawn(host) - same).abs().mean()
 
@@ -69,9 +80,18 @@ def test_mask_says_what_may_change(host, comfy):
     start, mask = as_tensor(sample_image(64)), torch.zeros(1, 64, 64)
     mask[..., :32] = 1
     made, whole = (
-        comfy.run("DiffusionSampler", host=chosen, image=start, strength=0.7, **given, **INPUTS)[0] for given in ({"mask": mask}, {})
+        comfy.run("DiffusionSampler", host=chosen, image=start, strength=0.7, **given, **INPUTS)[0]
+        for given in ({"mask": mask}, {})
     )
-    assert torch.equal(made, drawn(host, init_image=encode(sample_image(64)), mask_image=encode(half_mask(64, 64)), strength=0.7))
+    assert torch.equal(
+        made,
+        drawn(
+            host,
+            init_image=encode(sample_image(64)),
+            mask_image=encode(half_mask(64, 64)),
+            strength=0.7,
+        ),
+    )
     assert not torch.equal(made, whole)
 
 
@@ -91,7 +111,9 @@ def test_cancel_in_comfyui_cancels_the_job_and_the_next_image_is_right(host, com
 
 
 def test_lists_come_from_the_host_and_are_short_while_none_runs(host, comfy, monkeypatch):
-    declared = {name: kind.INPUT_TYPES() for name, kind in comfy.package.NODE_CLASS_MAPPINGS.items()}
+    declared = {
+        name: kind.INPUT_TYPES() for name, kind in comfy.package.NODE_CLASS_MAPPINGS.items()
+    }
     nodes = sys.modules[f"{comfy.name}.nodes"]
     monkeypatch.setattr(nodes.hosts.models, "__defaults__", (host.url(""),))
     monkeypatch.setattr(nodes.hosts.schedulers, "__defaults__", (host.url(""),))
@@ -108,7 +130,11 @@ def test_lists_come_from_the_host_and_are_short_while_none_runs(host, comfy, mon
         ({"model": "flux"}, {}, "serves sdxl, not flux"),
         ({"address": "http://127.0.0.1:9"}, {}, "does not answer"),
         ({"address": "http://image.example:80", "start": True}, {}, "is not this machine"),
-        ({}, {"control_image": torch.zeros(1, 8, 8, 3)}, "takes no control_image. Start it with --control_net"),
+        (
+            {},
+            {"control_image": torch.zeros(1, 8, 8, 3)},
+            "takes no control_image. Start it with --control_net",
+        ),
         ({}, {"scheduler": "nonsense"}, "nonsense"),
         ({}, {"mask": torch.zeros(1, 8, 8)}, "a mask needs an image"),
     ],
@@ -122,7 +148,13 @@ def test_what_is_wrong_is_said_by_the_node(host, comfy, loader, sampler, message
 def test_frames_of_a_video_arrive_one_by_one(comfy):
     with InProcessHost(type="svd", checkpoint=str(checkpoint("svd"))) as host:
         (chosen,) = comfy.run("DiffusionHost", address=host.url(""))
-        inputs = {**INPUTS, "image": as_tensor(sample_image(64)), "frames": 3, "steps": 2, "guidance": -1.0}
+        inputs = {
+            **INPUTS,
+            "image": as_tensor(sample_image(64)),
+            "frames": 3,
+            "steps": 2,
+            "guidance": -1.0,
+        }
         frames, settings = comfy.run("DiffusionSampler", host=chosen, **inputs)
         assert frames.shape == (3, 64, 64, 3) and not torch.equal(frames[0], frames[2])
         assert json.loads(settings)["guidance_scale"] == 3.0
@@ -143,7 +175,9 @@ def test_loader_starts_a_host_keeps_it_and_replaces_it_when_told_otherwise(comfy
     assert image.shape == (1, 64, 64, 3)
     comfy.run("DiffusionHost", **given)
     assert started[given["address"]] is first and first.is_running
-    with pytest.raises(sys.modules["diffusion_client"].HostError, match="type='nonsense' is not a model type"):
+    with pytest.raises(
+        sys.modules["diffusion_client"].HostError, match="type='nonsense' is not a model type"
+    ):
         comfy.run("DiffusionHost", **{**given, "arguments": "--type=nonsense"})
     assert not first.is_running
     sys.modules[f"{comfy.name}.hosts"].stop_all()
@@ -160,9 +194,13 @@ def test_started_host_ends_with_the_program_that_started_it():
         "print(host._process.pid, flush=True)\n"
         "input()\n"
     )
-    parent = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     launcher = psutil.Process(int(parent.stdout.readline()))
-    wait_until(lambda: bool(launcher.children()), within_s=30, what="the launcher has started ranks")
+    wait_until(
+        lambda: bool(launcher.children()), within_s=30, what="the launcher has started ranks"
+    )
     family = [launcher, *launcher.children(recursive=True)]
     parent.send_signal(signal.SIGKILL)
     parent.wait(timeout=10)

@@ -1,4 +1,6 @@
-"""The host scripts as the existing clients start them: real torchrun, their command lines, their bodies, their kill."""
+"""The host scripts as the existing clients start them: real torchrun, their command lines, their
+bodies, their kill.
+"""
 
 import signal
 import threading
@@ -14,7 +16,8 @@ from tests.hosts.harness import free_port, is_port_free, start_client_host, wait
 
 GOLDEN = (
     "--variant=fp32", "--width=64", "--height=64", "--enable_vae_tiling", "--warm_up_steps=2",
-    '--scheduler={"scheduler": "dpmpp_2m", "use_karras_sigmas": true}', "--type=sdxl", "--model_n=2", "--stride=1",
+    '--scheduler={"scheduler": "dpmpp_2m", "use_karras_sigmas": true}', "--type=sdxl",
+    "--model_n=2", "--stride=1",
     "--left_over=from_another_node",
 )  # fmt: skip
 NUM_REQUESTS = 60
@@ -34,8 +37,14 @@ def test_asyncdiff_host_of_comfyui_from_start_to_kill():
         assert "left_over" in host.log and "is not an argument of this host: ignored" in host.log
 
         for _ in range(NUM_REQUESTS):
-            requests.get(host.url("/progress"), timeout=20)  # a connection each, as the clients make them
-        lingering = [c.status for c in psutil.net_connections("tcp") if c.laddr.port == host.port and c.status in _LINGERING]
+            requests.get(
+                host.url("/progress"), timeout=20
+            )  # a connection each, as the clients make them
+        lingering = [
+            c.status
+            for c in psutil.net_connections("tcp")
+            if c.laddr.port == host.port and c.status in _LINGERING
+        ]
         assert lingering == []
 
         family = host.tree()
@@ -44,7 +53,11 @@ def test_asyncdiff_host_of_comfyui_from_start_to_kill():
         wait_until(lambda: float(host.get("/progress").text) > 0, within_s=60, what="the job runs")
         host.session.close()
         assert host.signal_and_wait(signal.SIGKILL, within_s=3) < 3
-        assert not [process for process in family if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+        assert not [
+            process
+            for process in family
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        ]
         wait_until(lambda: is_port_free(host.port), within_s=4, what="the port can be bound")
         job.join(timeout=10)
 
@@ -55,7 +68,9 @@ _LINGERING = {psutil.CONN_TIME_WAIT, psutil.CONN_FIN_WAIT2}
 def test_host_that_cannot_load_says_why_to_every_request_and_the_next_one_waits_for_its_port():
     """The clients notice neither an exit nor a log, only answers."""
     port = free_port()
-    with start_client_host("host_xdit.py", "--type=flux", "--variant=fp32", "--checkpoint=/nowhere/flux", port=port) as first:
+    with start_client_host(
+        "host_xdit.py", "--type=flux", "--variant=fp32", "--checkpoint=/nowhere/flux", port=port
+    ) as first:
         first.wait_until_ready()
         arguments = ("--type=sdxl", "--variant=fp32", "--checkpoint=/nowhere/sdxl")
         with start_client_host("host_distrifuser.py", *arguments, port=port) as second:
@@ -64,7 +79,11 @@ def test_host_that_cannot_load_says_why_to_every_request_and_the_next_one_waits_
                 assert "/nowhere/flux does not exist" in message
             first.session.close()
             first.signal_and_wait(signal.SIGKILL, within_s=3)
-            wait_until(lambda: "listening on" in second.log, within_s=60, what="the second has taken over the port")
+            wait_until(
+                lambda: "listening on" in second.log,
+                within_s=60,
+                what="the second has taken over the port",
+            )
             assert second.status() == 200
             assert second.signal_and_wait(signal.SIGTERM, within_s=10) < 10
 

@@ -23,7 +23,9 @@ ANSWERS = {"Health": "Reply", "Status": "StatusResponse"}
 
 
 class LocalAI:
-    """What LocalAI does with a backend: calls by their full names, messages by their field numbers."""
+    """What LocalAI does with a backend: calls by their full names, messages by their field
+    numbers.
+    """
 
     def __init__(self, port, messages):
         self.pb = messages
@@ -39,7 +41,9 @@ class LocalAI:
         return call.future(request, timeout=120)
 
     def call(self, method, request=None):
-        return self.start(method, request if request is not None else self.pb.HealthMessage()).result()
+        return self.start(
+            method, request if request is not None else self.pb.HealthMessage()
+        ).result()
 
     def load(self, **fields):
         return self.call("LoadModel", self.pb.ModelOptions(**fields))
@@ -76,52 +80,94 @@ def host():
 
 @pytest.fixture
 def loaded(localai, host):
-    answer = localai.load(PipelineType="sdxl", CFGScale=6.0, Options=[f"url:{host.url('')}", "strength:0.5"])
+    answer = localai.load(
+        PipelineType="sdxl", CFGScale=6.0, Options=[f"url:{host.url('')}", "strength:0.5"]
+    )
     assert answer.success, answer.message
     return localai
 
 
 def drawn(host, **fields):
-    return np.asarray(decode(host.generate_image({"positive": "a red car", "seed": 5, "steps": 4, "cfg": 6.0, **fields})["output"]))
+    return np.asarray(
+        decode(
+            host.generate_image(
+                {"positive": "a red car", "seed": 5, "steps": 4, "cfg": 6.0, **fields}
+            )["output"]
+        )
+    )
 
 
 def test_messages_have_localais_field_numbers(backend):
     """Bytes as LocalAI's own stubs write them: field number * 8 + wire type, then the value."""
     image = backend.pb.GenerateImageRequest.FromString(
-        b"\x08\x40\x10\x48\x20\x04\x28\x05" + b"\x32\x01p\x3a\x01n\x42\x01d\x4a\x01s\x58\x02\x62\x01r"
+        b"\x08\x40\x10\x48\x20\x04\x28\x05"
+        + b"\x32\x01p\x3a\x01n\x42\x01d\x4a\x01s\x58\x02\x62\x01r"
     )
     assert (image.height, image.width, image.step, image.seed, image.CLIPSkip) == (64, 72, 4, 5, 2)
-    assert (image.positive_prompt, image.negative_prompt, image.dst, image.src, list(image.ref_images)) == ("p", "n", "d", "s", ["r"])
-    video = backend.pb.GenerateVideoRequest.FromString(b"\x0a\x01p\x1a\x01s\x38\x03\x40\x0a\x48\x05\x58\x02\x62\x01d")
-    assert (video.prompt, video.start_image, video.num_frames, video.fps, video.seed, video.step, video.dst) == ("p", "s", 3, 10, 5, 2, "d")
-    model = backend.pb.ModelOptions.FromString(b"\x0a\x01m\xaa\x01\x01f\xd2\x01\x01t\xda\x01\x01s\xda\x03\x01P\xf2\x03\x03a:b")
-    assert (model.Model, model.ModelFile, model.PipelineType, model.SchedulerType, model.ModelPath) == ("m", "f", "t", "s", "P")
+    assert (
+        image.positive_prompt,
+        image.negative_prompt,
+        image.dst,
+        image.src,
+        list(image.ref_images),
+    ) == ("p", "n", "d", "s", ["r"])
+    video = backend.pb.GenerateVideoRequest.FromString(
+        b"\x0a\x01p\x1a\x01s\x38\x03\x40\x0a\x48\x05\x58\x02\x62\x01d"
+    )
+    assert (
+        video.prompt,
+        video.start_image,
+        video.num_frames,
+        video.fps,
+        video.seed,
+        video.step,
+        video.dst,
+    ) == ("p", "s", 3, 10, 5, 2, "d")
+    model = backend.pb.ModelOptions.FromString(
+        b"\x0a\x01m\xaa\x01\x01f\xd2\x01\x01t\xda\x01\x01s\xda\x03\x01P\xf2\x03\x03a:b"
+    )
+    assert (
+        model.Model,
+        model.ModelFile,
+        model.PipelineType,
+        model.SchedulerType,
+        model.ModelPath,
+    ) == ("m", "f", "t", "s", "P")
     assert list(model.Options) == ["a:b"]
     assert backend.pb.Result(message="m", success=True).SerializeToString() == b"\x0a\x01m\x10\x01"
 
 
 def test_image_is_what_the_host_draws(loaded, host, tmp_path):
     dst = tmp_path / "image.png"
-    request = loaded.pb.GenerateImageRequest(positive_prompt="a red car", seed=5, step=4, width=64, height=64, dst=str(dst))
+    request = loaded.pb.GenerateImageRequest(
+        positive_prompt="a red car", seed=5, step=4, width=64, height=64, dst=str(dst)
+    )
     answer = loaded.call("GenerateImage", request)
     assert answer.success and answer.message.startswith("seed 5, ")
     assert (np.asarray(Image.open(dst)) == drawn(host)).all()
     state = loaded.call("Status")
-    assert state.state == loaded.pb.StatusResponse.READY and state.memory.total == state.memory.breakdown["rank 0"] > 1e8
+    assert (
+        state.state == loaded.pb.StatusResponse.READY
+        and state.memory.total == state.memory.breakdown["rank 0"] > 1e8
+    )
     assert loaded.call("Health").message == b"OK"
 
 
 def test_image_starts_from_the_callers_image(loaded, host, tmp_path):
     source, dst = tmp_path / "b64123456", tmp_path / "out.png"
     sample_image(64).save(source, format="PNG")
-    request = loaded.pb.GenerateImageRequest(positive_prompt="a red car", seed=5, step=4, src=str(source), dst=str(dst))
+    request = loaded.pb.GenerateImageRequest(
+        positive_prompt="a red car", seed=5, step=4, src=str(source), dst=str(dst)
+    )
     assert loaded.call("GenerateImage", request).success
     encoded = base64.b64encode(source.read_bytes()).decode()
     assert (np.asarray(Image.open(dst)) == drawn(host, init_image=encoded, strength=0.5)).all()
 
 
 def test_caller_that_gives_up_cancels_the_job(loaded, host, tmp_path):
-    request = loaded.pb.GenerateImageRequest(positive_prompt="a", step=900, dst=str(tmp_path / "x.png"))
+    request = loaded.pb.GenerateImageRequest(
+        positive_prompt="a", step=900, dst=str(tmp_path / "x.png")
+    )
     call = loaded.start("GenerateImage", request)
     wait_until(lambda: _running(host) is not None, within_s=30, what="it runs")
     job = _running(host)
@@ -131,12 +177,19 @@ def test_caller_that_gives_up_cancels_the_job(loaded, host, tmp_path):
 
 
 def _running(host):
-    return next((job for job in host.queue.jobs() if job.step > 0 and not job.finished.is_set()), None)
+    return next(
+        (job for job in host.queue.jobs() if job.step > 0 and not job.finished.is_set()), None
+    )
 
 
 def test_freed_model_draws_no_more(loaded):
     assert loaded.call("Free").success
-    assert "no model is loaded" in loaded.call("GenerateImage", loaded.pb.GenerateImageRequest(positive_prompt="a", dst="x")).message
+    assert (
+        "no model is loaded"
+        in loaded.call(
+            "GenerateImage", loaded.pb.GenerateImageRequest(positive_prompt="a", dst="x")
+        ).message
+    )
 
 
 @pytest.mark.parametrize(
@@ -159,7 +212,10 @@ def test_refusals_are_results_that_say_so(loaded, method, fields, message, tmp_p
     ("fields", "message"),
     [
         ({"Options": ["url:http://127.0.0.1:9"]}, "does not answer"),
-        ({"Model": "missing", "ModelPath": "/nowhere", "PipelineType": "sdxl"}, "/nowhere/missing does not exist"),
+        (
+            {"Model": "missing", "ModelPath": "/nowhere", "PipelineType": "sdxl"},
+            "/nowhere/missing does not exist",
+        ),
         ({"Options": ["strength:much"]}, "strength:much is no number"),
         ({"PipelineType": "nonsense"}, "type='nonsense' is not a model type"),
     ],
@@ -167,7 +223,9 @@ def test_refusals_are_results_that_say_so(loaded, method, fields, message, tmp_p
 def test_model_that_cannot_be_loaded_says_why(localai, fields, message):
     answer = localai.load(**fields)
     assert not answer.success and message in answer.message
-    nothing = localai.call("GenerateImage", localai.pb.GenerateImageRequest(positive_prompt="a", dst="x"))
+    nothing = localai.call(
+        "GenerateImage", localai.pb.GenerateImageRequest(positive_prompt="a", dst="x")
+    )
     assert not nothing.success and "no model is loaded" in nothing.message
     assert localai.call("Status").state == localai.pb.StatusResponse.UNINITIALIZED
 
@@ -182,12 +240,16 @@ def test_video_has_the_frames_and_the_speed_that_were_asked_for(localai, tmp_pat
         assert localai.load(Options=[f"url:{host.url('')}"]).success
         source, dst = tmp_path / "start.png", tmp_path / "out.mp4"
         sample_image(64).save(source)
-        request = localai.pb.GenerateVideoRequest(start_image=str(source), num_frames=3, step=2, seed=5, fps=12, dst=str(dst))
+        request = localai.pb.GenerateVideoRequest(
+            start_image=str(source), num_frames=3, step=2, seed=5, fps=12, dst=str(dst)
+        )
         answer = localai.call("GenerateVideo", request)
         assert answer.success, answer.message
         meta = imageio.immeta(dst, plugin="FFMPEG")
         assert meta["fps"] == 12 and len(imageio.imread(dst, plugin="FFMPEG")) == 3
-        refused = localai.call("GenerateVideo", localai.pb.GenerateVideoRequest(end_image="x", dst="y"))
+        refused = localai.call(
+            "GenerateVideo", localai.pb.GenerateVideoRequest(end_image="x", dst="y")
+        )
         assert not refused.success and "end_image is not available" in refused.message
 
 
@@ -196,7 +258,8 @@ def test_fields_of_localai_become_arguments_of_the_host(backend, tmp_path):
         (tmp_path / name).mkdir()
     choice = importlib.import_module("model").read_options(
         backend.pb.ModelOptions(
-            Model="model", ModelPath=str(tmp_path), PipelineType="sdxl", SchedulerType="euler", F16Memory=True, ControlNet="control",
+            Model="model", ModelPath=str(tmp_path), PipelineType="sdxl", SchedulerType="euler",
+            F16Memory=True, ControlNet="control",
             LoraAdapters=["a.safetensors"], LoraScales=[0.8], CFGScale=7.5, CLIPSkip=1,
             Options=["nproc-per-node:2", "compile_unet", "scheduler:ddim", 'lora_dir:/a:/b'],
         )
@@ -224,7 +287,10 @@ def test_backend_as_localai_starts_it_starts_a_host_and_takes_it_along(backend, 
         )
         assert answer.success, answer.message
         dst = tmp_path / "x.png"
-        made = client.call("GenerateImage", client.pb.GenerateImageRequest(positive_prompt="a", step=2, dst=str(dst)))
+        made = client.call(
+            "GenerateImage",
+            client.pb.GenerateImageRequest(positive_prompt="a", step=2, dst=str(dst)),
+        )
         assert made.success and Image.open(io.BytesIO(dst.read_bytes())).size == (64, 64)
     finally:
         client.close()

@@ -53,12 +53,20 @@ def test_client_cancels_and_raises_what_the_host_says(host, library):
 
 
 def generate(*arguments, **kwargs):
-    return subprocess.run([sys.executable, str(LAUNCHER), "generate", *arguments], capture_output=True, text=True, timeout=60, **kwargs)
+    return subprocess.run(
+        [sys.executable, str(LAUNCHER), "generate", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        **kwargs,
+    )
 
 
 def test_command_writes_the_image(host, tmp_path):
     file = tmp_path / "car.png"
-    done = generate("a red car", f"--url={host.url('')}", f"--out={file}", "--seed=5", "--num_inference_steps=3")
+    done = generate(
+        "a red car", f"--url={host.url('')}", f"--out={file}", "--seed=5", "--num_inference_steps=3"
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{file} (seed 5, ")
     assert Image.open(file).size == (64, 64)
@@ -70,17 +78,34 @@ def test_command_says_in_one_line_what_is_wrong(host, tmp_path):
         (["a", f"--url=http://127.0.0.1:{free_port()}"], "does not answer"),
     ):
         done = generate(*arguments, cwd=tmp_path)
-        assert (done.returncode, done.stdout) == (2, "") and said in done.stderr and done.stderr.count("\n") == 1
+        assert (
+            (done.returncode, done.stdout) == (2, "")
+            and said in done.stderr
+            and done.stderr.count("\n") == 1
+        )
 
 
 def test_interrupted_command_cancels_its_job(host, tmp_path):
     command = subprocess.Popen(
-        [sys.executable, str(LAUNCHER), "generate", "a", f"--url={host.url('')}", "--num_inference_steps=900"],
+        [
+            sys.executable,
+            str(LAUNCHER),
+            "generate",
+            "a",
+            f"--url={host.url('')}",
+            "--num_inference_steps=900",
+        ],
         cwd=tmp_path,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell ignores it for what it starts in the background
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # a shell ignores it for what it starts in the background
     )
     wait_until(
-        lambda: host.queue.jobs() and host.queue.jobs()[0].step > 0 and not host.queue.jobs()[0].finished.is_set(),
+        lambda: (
+            host.queue.jobs()
+            and host.queue.jobs()[0].step > 0
+            and not host.queue.jobs()[0].finished.is_set()
+        ),
         within_s=60,
         what="it runs",
     )

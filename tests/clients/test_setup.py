@@ -1,4 +1,6 @@
-"""setup.sh: asks nothing, finds its repository from wherever it is linked, and says what to do where there is none."""
+"""setup.sh: asks nothing, finds its repository from wherever it is linked, and says what to do
+where there is none.
+"""
 
 import os
 import shutil
@@ -10,8 +12,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "clients" / "multigpu_diffusion" / "setup.sh"
 
-# Stands in for the interpreter that makes the environment: notes the call and whatever it can read as an answer to a question,
-# and puts itself into the environment.
+# Stands in for the interpreter that makes the environment: notes the call and whatever it can read
+# as an answer to a question, and puts itself into the environment.
 PYTHON = """#!/bin/sh
 echo "$PWD: $*" >> "$CALLS"
 if read -r answer; then echo "read: $answer" >> "$CALLS"; fi
@@ -35,8 +37,21 @@ def repository(tmp_path):
 
 
 def run(script: Path, folder: Path, **variables: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHON": str(folder / "python"), "CALLS": str(folder / "calls"), **variables}
-    return subprocess.run([script], cwd=folder, env=environment, input="yes\n", capture_output=True, text=True, timeout=30)
+    environment = {
+        **os.environ,
+        "PYTHON": str(folder / "python"),
+        "CALLS": str(folder / "calls"),
+        **variables,
+    }
+    return subprocess.run(
+        [script],
+        cwd=folder,
+        env=environment,
+        input="yes\n",
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
 
 
 def test_linked_folder_installs_its_repository_without_a_question(repository):
@@ -72,14 +87,18 @@ def test_missing_make_is_named(repository):
     tools.mkdir()
     for tool in ("sh", "dirname"):
         (tools / tool).symlink_to(shutil.which(tool))
-    done = run(repository / "client" / "multigpu_diffusion" / "setup.sh", repository, PATH=str(tools))
+    done = run(
+        repository / "client" / "multigpu_diffusion" / "setup.sh", repository, PATH=str(tools)
+    )
     assert done.returncode == 2
     assert "make is not installed" in done.stderr
 
 
 def test_copied_folder_says_to_link_it(repository):
     (repository / "elsewhere" / "deeper").mkdir(parents=True)
-    copied = shutil.copytree(SCRIPT.parent, repository / "elsewhere" / "deeper" / "multigpu_diffusion")
+    copied = shutil.copytree(
+        SCRIPT.parent, repository / "elsewhere" / "deeper" / "multigpu_diffusion"
+    )
     done = run(copied / "setup.sh", repository)
     assert done.returncode == 2
     assert "was copied out of its repository" in done.stderr

@@ -1,4 +1,6 @@
-"""The module that the ComfyUI nodes import: alone, nested, and understood by the host's codec in both directions."""
+"""The module that the ComfyUI nodes import: alone, nested, and understood by the host's codec in
+both directions.
+"""
 
 import base64
 import importlib.util
@@ -27,7 +29,8 @@ FUNCTIONS = [
     "pickle_and_encode_b64",
 ]
 
-# A node pack as ComfyUI loads it: the star import is the last one, and must bring the five names and nothing else.
+# A node pack as ComfyUI loads it: the star import is the last one, and must bring the five names
+# and nothing else.
 NODE = """
 before = set(dir())
 from ..multigpu_diffusion.modules.utils import *
@@ -37,7 +40,8 @@ IMPORT_NODE = """
 import sys
 class Alone:
     def find_spec(self, name, path=None, target=None):
-        assert name.split(".")[0] not in ("hosts", "backends", "launcher", "torchvision", "diffusers"), name
+        top = name.split(".")[0]
+        assert top not in ("hosts", "backends", "launcher", "torchvision", "diffusers"), name
 sys.meta_path.insert(0, Alone())
 sys.path.insert(0, sys.argv[1])
 from node_pack.nodes import node
@@ -51,7 +55,9 @@ assert again.shape == (1, 3, 2, 3) and (again[0] - image).abs().max() <= 0.5 / 2
 
 @pytest.fixture(scope="module")
 def utils():
-    spec = importlib.util.spec_from_file_location("dropped_in_utils", FOLDER / "modules" / "utils.py")
+    spec = importlib.util.spec_from_file_location(
+        "dropped_in_utils", FOLDER / "modules" / "utils.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -64,7 +70,13 @@ def test_imports_as_a_nested_package_without_our_package_on_the_path(tmp_path):
     (tmp_path / "node_pack" / "nodes" / "node.py").write_text(NODE)
     (tmp_path / "node_pack" / "multigpu_diffusion").symlink_to(FOLDER)
     script = IMPORT_NODE.replace("{functions}", repr(FUNCTIONS))
-    done = subprocess.run([sys.executable, "-I", "-c", script, str(tmp_path)], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", script, str(tmp_path)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -93,23 +105,33 @@ def test_image_survives_the_way_there_and_back_bit_for_bit(utils, channels, mode
 
 
 def test_image_with_a_batch_of_one_is_taken(utils):
-    assert utils.convert_tensor_to_b64(sample_image(3)[None]) == utils.convert_tensor_to_b64(sample_image(3))
+    assert utils.convert_tensor_to_b64(sample_image(3)[None]) == utils.convert_tensor_to_b64(
+        sample_image(3)
+    )
 
 
 def test_values_outside_zero_to_one_are_clipped(utils):
-    back = utils.convert_b64_to_nhwc_tensor(utils.convert_tensor_to_b64(torch.tensor([[[-1.0], [2.0]]])))
+    back = utils.convert_b64_to_nhwc_tensor(
+        utils.convert_tensor_to_b64(torch.tensor([[[-1.0], [2.0]]]))
+    )
     assert back.flatten().tolist() == [0.0, 1.0]
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 4, 3), (4, 4), (4, 4, 2)])
 def test_image_of_another_shape_is_refused(utils, shape):
-    with pytest.raises(ValueError, match=r"Give \[height, width, channels\] with 1, 3 or 4 channels"):
+    with pytest.raises(
+        ValueError, match=r"Give \[height, width, channels\] with 1, 3 or 4 channels"
+    ):
         utils.convert_tensor_to_b64(torch.zeros(shape))
 
 
-@pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGB", 3), ("RGBA", 4), ("P", 3), ("1", 3), ("CMYK", 3)])
+@pytest.mark.parametrize(
+    ("mode", "channels"), [("L", 1), ("RGB", 3), ("RGBA", 4), ("P", 3), ("1", 3), ("CMYK", 3)]
+)
 def test_image_of_any_mode_becomes_a_tensor(utils, mode, channels):
-    tensor = utils.convert_image_to_hwc_tensor(Image.new("RGB", (3, 2), (255, 255, 255)).convert(mode))
+    tensor = utils.convert_image_to_hwc_tensor(
+        Image.new("RGB", (3, 2), (255, 255, 255)).convert(mode)
+    )
     assert (tensor.shape, tensor.dtype) == ((2, 3, channels), torch.float32)
     assert torch.equal(tensor, torch.ones(2, 3, channels))
 
@@ -123,21 +145,31 @@ def test_text_is_ascii_base64_of_protocol_4(utils):
 
 def test_plain_unpickling_reads_what_we_encode(utils):
     """An old checkout on the other side knows nothing but pickle.loads."""
-    value = pickle.loads(base64.b64decode(utils.pickle_and_encode_b64([torch.arange(3.0), {"a": None}])))
+    value = pickle.loads(
+        base64.b64decode(utils.pickle_and_encode_b64([torch.arange(3.0), {"a": None}]))
+    )
     assert torch.equal(value[0], torch.arange(3.0))
 
 
 def test_host_reads_the_images_that_nodes_send(utils):
     for channels in (1, 3, 4):
-        decoded = codec.decode_image(utils.convert_tensor_to_b64(sample_image(channels)), field="image")
-        np.testing.assert_array_equal(np.asarray(decoded), (sample_image(3) * 255).round().byte().numpy())
+        decoded = codec.decode_image(
+            utils.convert_tensor_to_b64(sample_image(channels)), field="image"
+        )
+        np.testing.assert_array_equal(
+            np.asarray(decoded), (sample_image(3) * 255).round().byte().numpy()
+        )
 
 
 def test_host_reads_the_tensors_and_conditionings_that_nodes_send(utils):
     latent = torch.randn(1, 4, 8, 8)
-    np.testing.assert_array_equal(codec.decode_tensor(utils.pickle_and_encode_b64(latent), field="latent"), latent.numpy())
+    np.testing.assert_array_equal(
+        codec.decode_tensor(utils.pickle_and_encode_b64(latent), field="latent"), latent.numpy()
+    )
     pair = [torch.randn(1, 7, 6), {"pooled_output": torch.randn(1, 5), "area": (1, 2)}]
-    conditioning = codec.decode_conditioning(utils.pickle_and_encode_b64([pair]), field="positive_embeds")
+    conditioning = codec.decode_conditioning(
+        utils.pickle_and_encode_b64([pair]), field="positive_embeds"
+    )
     np.testing.assert_array_equal(conditioning.embeds, pair[0].numpy())
     np.testing.assert_array_equal(conditioning.pooled, pair[1]["pooled_output"].numpy())
 
@@ -173,8 +205,14 @@ def test_image_that_was_opened_from_a_file_comes_back_as_a_plain_one(utils, tmp_
 
 def test_code_in_a_received_pickle_is_not_run(utils, tmp_path):
     target = tmp_path / "pwned"
-    for value in (Calls(os.system, f"touch {target}"), [Calls(open, str(target), "w")], Calls(eval, "1/0")):
-        with pytest.raises(pickle.UnpicklingError, match="only images, tensors and plain values are allowed"):
+    for value in (
+        Calls(os.system, f"touch {target}"),
+        [Calls(open, str(target), "w")],
+        Calls(eval, "1/0"),
+    ):
+        with pytest.raises(
+            pickle.UnpicklingError, match="only images, tensors and plain values are allowed"
+        ):
             utils.decode_b64_and_unpickle(pickled(value))
     assert not target.exists()
 
@@ -194,10 +232,14 @@ def test_received_pickle_cannot_encode_text_otherwise(utils):
 
 
 def test_received_pickle_cannot_change_a_function(utils):
-    data = PROTO + name("torch._utils", "_rebuild_tensor_v2") + b"}" + text("__defaults__") + b"Nsb."
+    data = (
+        PROTO + name("torch._utils", "_rebuild_tensor_v2") + b"}" + text("__defaults__") + b"Nsb."
+    )
     with pytest.raises(pickle.UnpicklingError, match="changes a function"):
         utils.decode_b64_and_unpickle(encoded(data))
 
 
 def test_config_names_the_default_ports():
-    assert json.loads((FOLDER / "config.json").read_text()) == {"global": {"port": 6000, "master_port": 29400}}
+    assert json.loads((FOLDER / "config.json").read_text()) == {
+        "global": {"port": 6000, "master_port": 29400}
+    }

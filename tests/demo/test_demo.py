@@ -19,7 +19,12 @@ CHECKPOINT = ROOT / "demo" / "checkpoint"
 
 def red_circle(*, colour: str = "red", shape: str = "circle", x: float = 0.5) -> Scene:
     thing = Thing(shape=shape, colour=colour, x=x, y=0.5, radius=0.24)
-    return Scene(caption="a red circle on a blue background", things=(thing,), background="blue", kind="single")
+    return Scene(
+        caption="a red circle on a blue background",
+        things=(thing,),
+        background="blue",
+        kind="single",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -70,14 +75,20 @@ def test_evaluation_captions_never_come_from_the_training_sampler():
 
 
 def test_evaluation_captions_are_of_the_grammar_and_would_be_drawn_without_the_exclusion():
-    singles = {data.caption_key(scene.caption) for scene in data.evaluation_scenes() if scene.kind == "single"}
+    singles = {
+        data.caption_key(scene.caption)
+        for scene in data.evaluation_scenes()
+        if scene.kind == "single"
+    }
     rng = random.Random(11)
     drawn = {data.caption_key(data.any_scene(rng).caption) for _ in range(20_000)}
     assert len(singles & drawn) > len(singles) / 2
 
 
 def test_both_ways_to_name_the_background_are_held_out_together():
-    assert data.caption_key("a red ring on an orange background") == data.caption_key("a red ring, orange background")
+    assert data.caption_key("a red ring on an orange background") == data.caption_key(
+        "a red ring, orange background"
+    )
 
 
 def test_linear_latents_keep_the_image():
@@ -89,19 +100,35 @@ def test_linear_latents_keep_the_image():
 
 def test_help_of_training_and_evaluation_imports_no_torch():
     for module in ("train", "evaluate"):
-        script = f"import sys; import demo.{module} as m; m.make_parser().format_help(); assert 'torch' not in sys.modules"
+        script = (
+            f"import sys; import demo.{module} as m; m.make_parser().format_help(); assert "
+            "'torch' not in sys.modules"
+        )
         subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, timeout=20)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A work folder and the checkpoint of a training of about a second, all stages, started from the repository's checkpoint."""
+    """A work folder and the checkpoint of a training of about a second, all stages, started from
+    the repository's checkpoint.
+    """
     folder = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_unet, "CHUNK", 20)
         patch.setattr(train_vae, "IMAGES", 32)
         patch.setattr(train_vae, "HELD_OUT_IMAGES", 2)
-        words = ["--minutes", "0.01", "--thousands", "1", "--start", str(CHECKPOINT), "--work", str(folder), "--out", str(folder / "out")]
+        words = [
+            "--minutes",
+            "0.01",
+            "--thousands",
+            "1",
+            "--start",
+            str(CHECKPOINT),
+            "--work",
+            str(folder),
+            "--out",
+            str(folder / "out"),
+        ]
         train.main(words)
     return folder
 
@@ -110,8 +137,12 @@ def test_training_stages_end_in_a_checkpoint_that_loads(trained):
     pipe = evaluate.load(trained / "out")
     assert pipe.default_sample_size * pipe.vae_scale_factor == 128
     assert (pipe.tokenizer.model_max_length, pipe.unet.config.attention_head_dim) == (77, [4, 8, 8])
-    assert not [file for file in (trained / "out").rglob("*.json") if str(trained) in file.read_text()]
-    assert evaluate.draw(pipe, ["a red circle"], seed=0, height=128, width=128, num_inference_steps=1)[0].shape == (128, 128, 3)
+    assert not [
+        file for file in (trained / "out").rglob("*.json") if str(trained) in file.read_text()
+    ]
+    assert evaluate.draw(
+        pipe, ["a red circle"], seed=0, height=128, width=128, num_inference_steps=1
+    )[0].shape == (128, 128, 3)
 
 
 def test_training_continues_from_the_saved_state(trained):
@@ -123,7 +154,9 @@ def test_training_continues_from_the_saved_state(trained):
 
 def test_assemble_refuses_a_checkpoint_over_the_limit_and_keeps_the_old_one(trained, monkeypatch):
     monkeypatch.setattr(assemble, "SIZE_LIMIT_BYTES", 1_000_000)
-    with pytest.raises(ValueError, match=r"At most 1000000 are allowed\. Make the model narrower\."):
+    with pytest.raises(
+        ValueError, match=r"At most 1000000 are allowed\. Make the model narrower\."
+    ):
         assemble.assemble(trained, trained / "out", size=128)
     assert (trained / "out" / "model_index.json").exists()
 
@@ -141,7 +174,12 @@ def test_narrowing_a_level_keeps_the_start_of_both_halves_of_a_skip_input():
 
 
 def test_added_text_positions_repeat_the_last_one():
-    assert model._fitted(torch.arange(32.0)[:, None], torch.Size([77, 1]))[30:34, 0].tolist() == [30, 31, 31, 31]
+    assert model._fitted(torch.arange(32.0)[:, None], torch.Size([77, 1]))[30:34, 0].tolist() == [
+        30,
+        31,
+        31,
+        31,
+    ]
 
 
 def test_checkpoint_is_under_16_megabytes():
@@ -153,7 +191,10 @@ def test_checkpoint_is_in_sdxl_layout(pipe):
     assert pipe.unet.config.addition_embed_type == "text_time"
     assert pipe.scheduler.config.prediction_type == "v_prediction"
     assert pipe.unet.config.attention_head_dim == [4, 8, 8]
-    assert (pipe.tokenizer.model_max_length, pipe.text_encoder.config.max_position_embeddings) == (77, 77)
+    assert (pipe.tokenizer.model_max_length, pipe.text_encoder.config.max_position_embeddings) == (
+        77,
+        77,
+    )
 
 
 def test_checkpoint_draws_a_red_circle_on_a_blue_background(pipe):
@@ -161,7 +202,13 @@ def test_checkpoint_draws_a_red_circle_on_a_blue_background(pipe):
     inputs = {"height": size, "width": size, "num_inference_steps": 20, "guidance_scale": 2.5}
     sample_image = evaluate.draw(pipe, ["a red circle on a blue background"], seed=0, **inputs)[0]
     assert sample_image.shape == (size, size, 3)
-    assert judge(sample_image, red_circle()) == {"colours": True, "shape": True, "count": True, "position": True, "all": True}
+    assert judge(sample_image, red_circle()) == {
+        "colours": True,
+        "shape": True,
+        "count": True,
+        "position": True,
+        "all": True,
+    }
 
 
 def test_contact_sheet_places_images_in_reading_order():

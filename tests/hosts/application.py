@@ -1,4 +1,6 @@
-"""The WSGI application in the test's own process: Flask's client, and a thread in place of the rank loop."""
+"""The WSGI application in the test's own process: Flask's client, and a thread in place of the rank
+loop.
+"""
 
 import base64
 import io
@@ -15,7 +17,12 @@ from hosts.launch.settings import Settings
 def make_client(queue, state, **settings):
     values = {"type": "sdxl", **settings}
     return create_app(
-        Host(settings=Settings.from_values(values), spec=read_table()[values["type"]], queue=queue, state=state)
+        Host(
+            settings=Settings.from_values(values),
+            spec=read_table()[values["type"]],
+            queue=queue,
+            state=state,
+        )
     ).test_client()
 
 

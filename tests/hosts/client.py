@@ -1,4 +1,6 @@
-"""What the existing clients do with a host's bodies: base64 of a pickle, both ways, without any of our code."""
+"""What the existing clients do with a host's bodies: base64 of a pickle, both ways, without any of
+our code.
+"""
 
 import base64
 import pickle

@@ -1,4 +1,6 @@
-"""Fixtures that several files share: the application over Flask's client, and queues with a store."""
+"""Fixtures that several files share: the application over Flask's client, and queues with a
+store.
+"""
 
 import pytest
 
@@ -31,7 +33,9 @@ def client(queue, state):
 
 @pytest.fixture
 def open_queue(tmp_path, monkeypatch):
-    """A queue on the store of one folder; opening the next one is the death of the one before, as the disk sees it."""
+    """A queue on the store of one folder; opening the next one is the death of the one before, as
+    the disk sees it.
+    """
     monkeypatch.setattr(store, "LOCK_PATIENCE_S", 0.0)
     opened = []
 

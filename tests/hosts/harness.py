@@ -1,4 +1,5 @@
-"""Real hosts for tests: start one as users or clients do, wait for it, end it in several ways, and see that nothing is left.
+"""Real hosts for tests: start one as users or clients do, wait for it, end it in several ways, and
+see that nothing is left.
 
 with start_launcher("--type=sdxl", f"--checkpoint={folder}") as host:
     host.wait_until_ready()
@@ -42,7 +43,9 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def wait_until(condition: Callable[[], bool], *, within_s: float, what: str, every_s: float = 0.05) -> float:
+def wait_until(
+    condition: Callable[[], bool], *, within_s: float, what: str, every_s: float = 0.05
+) -> float:
     """Seconds until `condition()` held; fails with `what` otherwise."""
     started = time.monotonic()
     while not condition():
@@ -108,19 +111,26 @@ class RunningHost:
     def _wait_for(self, condition: Callable[[], bool], what: str) -> None:
         deadline = time.monotonic() + READY_WITHIN_S
         while not condition():
-            assert self.process.poll() is None, f"the host ended with code {self.process.returncode} before it was {what}:\n{self.log}"
+            assert self.process.poll() is None, (
+                f"the host ended with code {self.process.returncode} before it was "
+                f"{what}:\n{self.log}"
+            )
             assert time.monotonic() < deadline, f"the host was not {what} in time:\n{self.log}"
             time.sleep(0.2)
 
     def signal_and_wait(self, number: int, *, within_s: float) -> float:
-        """Signal the started process alone; seconds until it and all below it are gone. Fails with the log if it takes longer."""
+        """Signal the started process alone; seconds until it and all below it are gone. Fails with
+        the log if it takes longer.
+        """
         family = self.tree()
         assert family, "nothing runs any more"
         started = time.monotonic()
         self.process.send_signal(number)
         _, left = psutil.wait_procs(family, timeout=within_s)
         seconds = time.monotonic() - started
-        assert not left, f"after {within_s:g} s still there: {[(p.pid, p.name()) for p in left]}\n{self.log}"
+        assert not left, (
+            f"after {within_s:g} s still there: {[(p.pid, p.name()) for p in left]}\n{self.log}"
+        )
         self.process.wait(timeout=1)
         return seconds
 
@@ -137,19 +147,30 @@ class RunningHost:
 
 @contextlib.contextmanager
 def start_launcher(
-    *arguments: str, environment: Mapping[str, str] | None = None, port: int | None = None, prefix: Sequence[str] = ()
+    *arguments: str,
+    environment: Mapping[str, str] | None = None,
+    port: int | None = None,
+    prefix: Sequence[str] = (),
 ) -> Iterator[RunningHost]:
     """`python launcher.py ARGUMENTS --port=P`. prefix: a command that runs another."""
     port = port or free_port()
-    with _started([*prefix, sys.executable, str(LAUNCHER), *arguments, f"--port={port}"], port, environment) as host:
+    with _started(
+        [*prefix, sys.executable, str(LAUNCHER), *arguments, f"--port={port}"], port, environment
+    ) as host:
         yield host
 
 
 @contextlib.contextmanager
 def start_client_host(
-    script: str, *arguments: str, num_ranks: int = 1, environment: Mapping[str, str] | None = None, port: int | None = None
+    script: str,
+    *arguments: str,
+    num_ranks: int = 1,
+    environment: Mapping[str, str] | None = None,
+    port: int | None = None,
 ) -> Iterator[RunningHost]:
-    """`torchrun ... clients/multigpu_diffusion/SCRIPT --port=P ARGUMENTS`, as the existing clients write it, also with their `/../`."""
+    """`torchrun ... clients/multigpu_diffusion/SCRIPT --port=P ARGUMENTS`, as the existing clients
+    write it, also with their `/../`.
+    """
     port = port or free_port()
     command = [
         str(Path(sys.executable).with_name("torchrun")),
@@ -164,13 +185,23 @@ def start_client_host(
 
 
 @contextlib.contextmanager
-def _started(command: list[str], port: int, environment: Mapping[str, str] | None) -> Iterator[RunningHost]:
+def _started(
+    command: list[str], port: int, environment: Mapping[str, str] | None
+) -> Iterator[RunningHost]:
     with tempfile.TemporaryDirectory(prefix="host-test-") as folder:
         log_file = Path(folder) / "log"
         with log_file.open("wb") as log:
-            # elsewhere than in the repository: nothing may be found relative to the working directory
-            surroundings = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(FAULTS), **(environment or {})}
-            process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=subprocess.STDOUT, env=surroundings)
+            # elsewhere than in the repository: nothing may be found relative to the working
+            # directory
+            surroundings = {
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": str(FAULTS),
+                **(environment or {}),
+            }
+            process = subprocess.Popen(
+                command, cwd=folder, stdout=log, stderr=subprocess.STDOUT, env=surroundings
+            )
         host = RunningHost(process=process, port=port, log_file=log_file)
         try:
             yield host
@@ -181,7 +212,11 @@ def _started(command: list[str], port: int, environment: Mapping[str, str] | Non
 def run_launcher(*arguments: str, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
     """The launcher for what ends by itself."""
     return subprocess.run(
-        [sys.executable, str(LAUNCHER), *arguments], capture_output=True, text=True, timeout=timeout_s, cwd=tempfile.gettempdir()
+        [sys.executable, str(LAUNCHER), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        cwd=tempfile.gettempdir(),
     )
 
 

@@ -1,4 +1,6 @@
-"""A whole host of one rank inside the test process: application, listener on a real socket, and rank loop in a thread."""
+"""A whole host of one rank inside the test process: application, listener on a real socket, and
+rank loop in a thread.
+"""
 
 import inspect
 import threading
@@ -29,18 +31,31 @@ class InProcessHost:
 
     def __init__(self, **settings: Any) -> None:
         self.port = free_port()
-        self.settings = Settings.from_values({"port": self.port, "height": 64, "width": 64, **settings})
+        self.settings = Settings.from_values(
+            {"port": self.port, "height": 64, "width": 64, **settings}
+        )
         start = plan_start(self.settings, read_table(), num_gpus=0, num_ranks=1)
         self.spec = start.spec
         self.state, self.queue = HostState(), JobQueue()
         self._listener = Listener(
-            create_app(Host(settings=self.settings, spec=start.spec, queue=self.queue, state=self.state)), host="127.0.0.1", port=self.port
+            create_app(
+                Host(settings=self.settings, spec=start.spec, queue=self.queue, state=self.state)
+            ),
+            host="127.0.0.1",
+            port=self.port,
         )
         mesh = Mesh(start.plan, rank=0, device=torch.device("cpu"))
         sharing = Sharing(spec=start.spec, load=start.load)
-        dispatcher = LeaderDispatcher(load=start.load, queue=self.queue, state=self.state, sharing=sharing)
-        self._loop = threading.Thread(target=RankLoop(rank=0, spec=start.spec, mesh=mesh, dispatcher=dispatcher).run, daemon=True)
-        self.parameters = inspect.signature(getattr(diffusers, start.spec.pipeline).__call__).parameters
+        dispatcher = LeaderDispatcher(
+            load=start.load, queue=self.queue, state=self.state, sharing=sharing
+        )
+        self._loop = threading.Thread(
+            target=RankLoop(rank=0, spec=start.spec, mesh=mesh, dispatcher=dispatcher).run,
+            daemon=True,
+        )
+        self.parameters = inspect.signature(
+            getattr(diffusers, start.spec.pipeline).__call__
+        ).parameters
         self._session = session()
 
     def __enter__(self) -> Self:
@@ -51,7 +66,12 @@ class InProcessHost:
         assert self.state.phase is Phase.READY, self.state.reason
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.queue.close(UnavailableError("the test is over"))
         self._loop.join(timeout=60)
         self._session.close()

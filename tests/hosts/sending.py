@@ -1,4 +1,6 @@
-"""Jobs sent to a running host one by one, and the images that one rank makes of them without a host."""
+"""Jobs sent to a running host one by one, and the images that one rank makes of them without a
+host.
+"""
 
 import base64
 import io
@@ -22,28 +24,43 @@ Facts = dict[str, Any]
 BODY: Body = {"positive": "a red car", "negative": "blurry", "steps": 4, "seed": 5, "cfg": 7.0}
 ARGUMENTS = ("--type=sdxl", f"--checkpoint={checkpoint('sdxl')}", "--height=64", "--width=64")
 """The launcher's, for a host that makes the images of OneRank."""
-NAMES = {"positive": "prompt", "negative": "negative_prompt", "steps": "num_inference_steps", "cfg": "guidance_scale"}
+NAMES = {
+    "positive": "prompt",
+    "negative": "negative_prompt",
+    "steps": "num_inference_steps",
+    "cfg": "guidance_scale",
+}
 
 
 class OneRank:
     """body -> its image by one pipeline in this process, [64, 64, 3] int; each is made once."""
 
     def __init__(self) -> None:
-        load = LoadRequest(model_type="sdxl", checkpoint=str(checkpoint("sdxl")), variant="fp32", height=64, width=64)
+        load = LoadRequest(
+            model_type="sdxl",
+            checkpoint=str(checkpoint("sdxl")),
+            variant="fp32",
+            height=64,
+            width=64,
+        )
         self._pipeline = load_pipeline(read_table()["sdxl"], load, device=torch.device("cpu"))
         self._made: dict[str, np.ndarray] = {}
 
     def __call__(self, body: Body) -> np.ndarray:
         key = json.dumps(body, sort_keys=True)
         if key not in self._made:
-            request = GenerateRequest(**{NAMES.get(name, name): value for name, value in body.items()})
+            request = GenerateRequest(
+                **{NAMES.get(name, name): value for name, value in body.items()}
+            )
             self._made[key] = self._pipeline.generate(request).frames[0].astype(int)
         return self._made[key]
 
 
 def send(host: RunningHost, body: Body, client: str = "me") -> str:
     """The id of the job."""
-    answer = requests.post(host.url("/v1/jobs"), json=body, headers={"Authorization": f"Bearer {client}"}, timeout=20)
+    answer = requests.post(
+        host.url("/v1/jobs"), json=body, headers={"Authorization": f"Bearer {client}"}, timeout=20
+    )
     assert answer.status_code == 202, answer.text
     return answer.json()["id"]
 
@@ -55,13 +72,19 @@ def show(host: RunningHost, job: str) -> Facts:
 def begun(host: RunningHost, body: Body) -> str:
     """A job that is being worked on: what comes now waits."""
     job = send(host, body)
-    wait_until(lambda: show(host, job)["state"] == "running", within_s=30, what="it runs", every_s=0.01)
+    wait_until(
+        lambda: show(host, job)["state"] == "running", within_s=30, what="it runs", every_s=0.01
+    )
     return job
 
 
 def over(host: RunningHost, *jobs: str, within_s: float = 120) -> list[Facts]:
     for job in jobs:
-        wait_until(lambda: show(host, job)["state"] in ("done", "failed", "cancelled"), within_s=within_s, what="it is over")  # noqa: B023
+        wait_until(
+            lambda: show(host, job)["state"] in ("done", "failed", "cancelled"),
+            within_s=within_s,
+            what="it is over",
+        )
     return [show(host, job) for job in jobs]
 
 
@@ -76,7 +99,9 @@ def both_run(host: RunningHost, jobs: list[str], *, within_s: float = 30) -> Non
 
 def follow(host: RunningHost, job: str, found: list[int]) -> None:
     """Add to `found` the step of each preview until the job is over."""
-    with requests.get(host.url(f"/v1/jobs/{job}/events?previews=1"), stream=True, timeout=60) as answer:
+    with requests.get(
+        host.url(f"/v1/jobs/{job}/events?previews=1"), stream=True, timeout=60
+    ) as answer:
         for line in answer.iter_lines():
             if line.startswith(b"data: ") and b'"image"' in line:
                 found.append(json.loads(line[6:])["step"])

@@ -1,7 +1,7 @@
 """Encodings that the ComfyUI nodes import from here: pickles of images and tensors as base64 text.
 
-This file must work alone: the nodes import it as a sub-package of theirs, without the rest of the project, and copy every
-public name into their own modules. Each function returns None for None.
+This file must work alone: the nodes import it as a sub-package of theirs, without the rest of the
+project, and copy every public name into their own modules. Each function returns None for None.
 """
 
 import base64
@@ -33,10 +33,11 @@ def pickle_and_encode_b64(obj: Any) -> str | None:
 
 
 def decode_b64_and_unpickle(text: str | None) -> Any:
-    """The inverse, for images, tensors, and lists, tuples and dicts of them, of numbers and of text.
+    """The inverse, for images, tensors, and lists, tuples and dicts of them, of numbers and of
+    text.
 
-    Tensors arrive on the CPU. Raises pickle.UnpicklingError for any other class: a host sends none, and
-    unpickling one would run code that somebody else chose.
+    Tensors arrive on the CPU. Raises pickle.UnpicklingError for any other class: a host sends none,
+    and unpickling one would run code that somebody else chose.
     """
     if text is None:
         return None
@@ -44,17 +45,33 @@ def decode_b64_and_unpickle(text: str | None) -> Any:
 
 
 def convert_tensor_to_b64(t: torch.Tensor | None) -> str | None:
-    """A float tensor [H, W, C] (or [1, H, W, C]) in [0, 1], C of 1, 3 or 4, as an encoded PIL image."""
+    """A float tensor [H, W, C] (or [1, H, W, C]) in [0, 1], C of 1, 3 or 4, as an encoded PIL
+    image.
+    """
     if t is None:
         return None
     if t.ndim == 4 and t.shape[0] == 1:
         t = t[0]
     if t.ndim != 3 or t.shape[2] not in _MODES:
-        raise ValueError(f"The image has shape {list(t.shape)}. Give [height, width, channels] with 1, 3 or 4 channels.")
+        raise ValueError(
+            f"The image has shape {list(t.shape)}. Give [height, width, channels] with 1, 3 or 4 "
+            "channels."
+        )
     height, width, channels = t.shape
-    # Rounded, not truncated: k / 255 * 255 may fall just below k, and an image must survive the way there and back.
-    pixels = t.detach().to("cpu", torch.float32).clamp(0, 1).mul(255).round().to(torch.uint8).contiguous()
-    return pickle_and_encode_b64(Image.frombytes(_MODES[channels], (width, height), pixels.numpy().tobytes()))
+    # Rounded, not truncated: k / 255 * 255 may fall just below k, and an image must survive the way
+    # there and back.
+    pixels = (
+        t.detach()
+        .to("cpu", torch.float32)
+        .clamp(0, 1)
+        .mul(255)
+        .round()
+        .to(torch.uint8)
+        .contiguous()
+    )
+    return pickle_and_encode_b64(
+        Image.frombytes(_MODES[channels], (width, height), pixels.numpy().tobytes())
+    )
 
 
 def convert_b64_to_nhwc_tensor(text: str | None) -> torch.Tensor | None:
@@ -65,7 +82,9 @@ def convert_b64_to_nhwc_tensor(text: str | None) -> torch.Tensor | None:
 
 
 def convert_image_to_hwc_tensor(img: Image.Image | None) -> torch.Tensor | None:
-    """A PIL image as a float32 tensor [H, W, C] in [0, 1]; L keeps one channel, RGBA four, all other modes become RGB."""
+    """A PIL image as a float32 tensor [H, W, C] in [0, 1]; L keeps one channel, RGBA four, all
+    other modes become RGB.
+    """
     if img is None:
         return None
     if img.mode not in _MODES.values():
@@ -80,12 +99,16 @@ def _load_storage(data: bytes) -> Any:
 
 def _encode(text: str, encoding: str) -> bytes:
     if encoding != "latin1":
-        raise pickle.UnpicklingError(f"The pickle encodes text as {encoding!r}; only latin1 is allowed.")
+        raise pickle.UnpicklingError(
+            f"The pickle encodes text as {encoding!r}; only latin1 is allowed."
+        )
     return text.encode("latin1")
 
 
 class _Callable:
-    """A function that a pickle may call but not change: BUILD sets the attributes of whatever find_class returns."""
+    """A function that a pickle may call but not change: BUILD sets the attributes of whatever
+    find_class returns.
+    """
 
     __slots__ = ("_function",)
 
@@ -117,5 +140,8 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         found = _ALLOWED.get((module, name))
         if found is None:
-            raise pickle.UnpicklingError(f"The pickle refers to {module}.{name}; only images, tensors and plain values are allowed.")
+            raise pickle.UnpicklingError(
+                f"The pickle refers to {module}.{name}; only images, tensors and plain values are "
+                "allowed."
+            )
         return found

@@ -57,11 +57,14 @@ class JobState:
 
     @classmethod
     def read(cls, body: dict[str, Any]) -> "JobState":
-        return cls(**{field.name: body[field.name] for field in fields(cls) if field.name != "preview"})
+        return cls(
+            **{field.name: body[field.name] for field in fields(cls) if field.name != "preview"}
+        )
 
 
 class Client:
-    """url: of the host. api_key: sent as a bearer token. timeout_s: for each answer to begin and go on; None waits.
+    """url: of the host. api_key: sent as a bearer token. timeout_s: for each answer to begin and go
+    on; None waits.
 
     uses_proxies: those of the environment.
     """
@@ -76,16 +79,25 @@ class Client:
     ) -> None:
         self.url = url.rstrip("/")
         self._timeout_s = timeout_s
-        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler(None if uses_proxies else {}))
+        self._opener = urllib.request.build_opener(
+            urllib.request.ProxyHandler(None if uses_proxies else {})
+        )
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
     def submit(self, *, idempotency_key: str | None = None, **fields: Any) -> "Job":
-        """Queue a job; the fields are those of the host's /openapi.json. HostError if it is refused.
+        """Queue a job; the fields are those of the host's /openapi.json. HostError if it is
+        refused.
 
-        idempotency_key: a name for the job; under the same name the same fields give the job that is there already.
+        idempotency_key: a name for the job; under the same name the same fields give the job that
+        is there already.
         """
         headers = {"Idempotency-Key": idempotency_key} if idempotency_key is not None else {}
-        return Job(self, JobState.read(json.loads(self.open("/v1/jobs", method="POST", body=fields, headers=headers))))
+        return Job(
+            self,
+            JobState.read(
+                json.loads(self.open("/v1/jobs", method="POST", body=fields, headers=headers))
+            ),
+        )
 
     def generate(self, **fields: Any) -> bytes:
         """The finished image (PNG) or video (MP4)."""
@@ -98,7 +110,9 @@ class Client:
         return Job(self, JobState.read(json.loads(self.open(f"/v1/jobs/{job_id}"))))
 
     def health(self) -> dict[str, Any]:
-        """Its phase (loading, ready, failed, stopping), the reason for it, and how many jobs wait."""
+        """Its phase (loading, ready, failed, stopping), the reason for it, and how many jobs
+        wait.
+        """
         try:
             return json.loads(self.open("/healthz"))
         except HostError as error:
@@ -116,8 +130,13 @@ class Client:
             return self.health()
 
     def jobs(self) -> list[JobState]:
-        """All jobs of the host, without their settings: the one that runs, those that wait, those that are over."""
-        return [JobState.read({"settings": None, **job}) for job in json.loads(self.open("/v1/jobs"))["jobs"]]
+        """All jobs of the host, without their settings: the one that runs, those that wait, those
+        that are over.
+        """
+        return [
+            JobState.read({"settings": None, **job})
+            for job in json.loads(self.open("/v1/jobs"))["jobs"]
+        ]
 
     def trace(self, job_id: str) -> dict[str, Any]:
         """What every rank did when, as a Chrome trace."""
@@ -140,28 +159,45 @@ class Client:
         return self.schema()["components"]["schemas"]["Request"]
 
     def open(
-        self, path: str, *, method: str = "GET", body: Any = None, accept: str = "*/*", headers: Mapping[str, str] | None = None
+        self,
+        path: str,
+        *,
+        method: str = "GET",
+        body: Any = None,
+        accept: str = "*/*",
+        headers: Mapping[str, str] | None = None,
     ) -> bytes:
         """One request; the answer's body. HostError for anything but success."""
         with self.stream(path, method=method, body=body, accept=accept, headers=headers) as answer:
             return answer.read()
 
     def stream(
-        self, path: str, *, method: str = "GET", body: Any = None, accept: str = "*/*", headers: Mapping[str, str] | None = None
+        self,
+        path: str,
+        *,
+        method: str = "GET",
+        body: Any = None,
+        accept: str = "*/*",
+        headers: Mapping[str, str] | None = None,
     ) -> Any:
         """The same, open for reading as it comes."""
         data = None if body is None else json.dumps(body).encode()
         kind = {"Content-Type": "application/json"} if data is not None else {}
         sent = {**self._headers, "Accept": accept, **kind, **(headers or {})}
         try:
-            return self._opener.open(urllib.request.Request(self.url + path, data, sent, method=method), timeout=self._timeout_s)
+            return self._opener.open(
+                urllib.request.Request(self.url + path, data, sent, method=method),
+                timeout=self._timeout_s,
+            )
         except urllib.error.HTTPError as error:
             body = _json_of(error)
             said = body.get("message") or body.get("error") or f"{error.code} {error.reason}"
             raise HostError(str(said), status=error.code, body=body) from error
         except (urllib.error.URLError, OSError) as error:
             reason = getattr(error, "reason", error)
-            raise HostError(f"{self.url} does not answer: {reason}. Is the host started?", status=0) from error
+            raise HostError(
+                f"{self.url} does not answer: {reason}. Is the host started?", status=0
+            ) from error
 
 
 class Job:
@@ -176,9 +212,13 @@ class Job:
         return self.state.id
 
     def follow(self, *, previews: bool = False) -> Iterator[JobState]:
-        """Its states, as they change, until it is over; with `previews` also small images of its steps."""
+        """Its states, as they change, until it is over; with `previews` also small images of its
+        steps.
+        """
         name = b""
-        with self._client.stream(f"/v1/jobs/{self.id}/events?previews={int(previews)}", accept="text/event-stream") as lines:
+        with self._client.stream(
+            f"/v1/jobs/{self.id}/events?previews={int(previews)}", accept="text/event-stream"
+        ) as lines:
             for line in lines:
                 if line.startswith(b"event: "):
                     name = line[7:].strip()

@@ -13,7 +13,11 @@ BAR_WIDTH = 30
 def main(argv: list[str]) -> int:
     """0 when the file is written, 2 with one line where the host refused or does not answer."""
     options = _parser().parse_args(argv)
-    given = {name: value for name, value in vars(options).items() if name not in ("url", "out", "api_key", "quiet") and value is not None}
+    given = {
+        name: value
+        for name, value in vars(options).items()
+        if name not in ("url", "out", "api_key", "quiet") and value is not None
+    }
     job: Job | None = None
     try:
         client = Client(options.url, api_key=options.api_key)
@@ -23,18 +27,22 @@ def main(argv: list[str]) -> int:
         job.wait()
         options.out.write_bytes(job.result())
     except HostError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         if job is not None:
             job.cancel()
         return 130
-    print(f"{options.out} (seed {job.state.seed}, {job.state.seconds:.1f} s, {job.state.exactness})")  # noqa: T201
+    print(
+        f"{options.out} (seed {job.state.seed}, {job.state.seconds:.1f} s, {job.state.exactness})"
+    )
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="diffusion-launcher generate", description="One image or video from a host that runs.")
+    parser = argparse.ArgumentParser(
+        prog="diffusion-launcher generate", description="One image or video from a host that runs."
+    )
     parser.add_argument("prompt")
     parser.add_argument("--url", default="http://127.0.0.1:6000", help="of the host")
     parser.add_argument("--out", type=Path, default=Path("image.png"), help="file to write")
@@ -53,6 +61,13 @@ def _show(state: JobState, *, quiet: bool) -> None:
     if quiet or not sys.stderr.isatty():
         return
     filled = BAR_WIDTH * state.step // state.steps if state.steps else 0
-    text = f"waiting, {state.position} before it" if state.state == "queued" else f"step {state.step} of {state.steps or '?'}"
-    sys.stderr.write(f"\r[{'#' * filled}{'.' * (BAR_WIDTH - filled)}] {text:30}" + ("\n" if state.is_over else ""))
+    text = (
+        f"waiting, {state.position} before it"
+        if state.state == "queued"
+        else f"step {state.step} of {state.steps or '?'}"
+    )
+    sys.stderr.write(
+        f"\r[{'#' * filled}{'.' * (BAR_WIDTH - filled)}] {text:30}"
+        + ("\n" if state.is_over else "")
+    )
     sys.stderr.flush()

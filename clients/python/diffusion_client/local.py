@@ -29,23 +29,33 @@ class LocalHost:
     """Started at once; ends with `stop`, or with this process however that ends.
 
     arguments: those of launcher.py; the port too, where it is not left to be chosen.
-    command: what to run in place of the launcher that lies beside this file, or of `diffusion-launcher`.
+    command: what to run in place of the launcher that lies beside this file, or of
+    `diffusion-launcher`.
     """
 
     def __init__(self, *arguments: str, command: Sequence[str] | None = None) -> None:
-        ports = [argument.partition("=")[2] for argument in arguments if argument.startswith("--port=")]
+        ports = [
+            argument.partition("=")[2] for argument in arguments if argument.startswith("--port=")
+        ]
         port = int(ports[-1]) if ports else _free_port()
         self.arguments = arguments
         self.client = Client(f"http://127.0.0.1:{port}")
         self._log = tempfile.NamedTemporaryFile(prefix="diffusion-host-", suffix=".log")  # noqa: SIM115  closed by stop
         given = [*arguments, *([] if ports else [f"--port={port}"]), "--exit_with_parent"]
-        self._process = subprocess.Popen([*(command or _launcher()), *given], stdout=self._log, stderr=subprocess.STDOUT)
+        self._process = subprocess.Popen(
+            [*(command or _launcher()), *given], stdout=self._log, stderr=subprocess.STDOUT
+        )
         atexit.register(self.stop)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.stop()
 
     @property
@@ -55,15 +65,24 @@ class LocalHost:
     @property
     def log(self) -> str:
         """The last lines that the host wrote."""
-        text = Path(self._log.name).read_text(encoding="utf-8", errors="replace") if not self._log.closed else ""
+        text = (
+            Path(self._log.name).read_text(encoding="utf-8", errors="replace")
+            if not self._log.closed
+            else ""
+        )
         return text[-LOG_TAIL:]
 
     def wait_until_ready(self, look: Callable[[], None] = lambda: None) -> None:
-        """Block while it loads. HostError with what it said, if it ended or cannot serve. `look` is called meanwhile, and may raise."""
+        """Block while it loads. HostError with what it said, if it ended or cannot serve. `look` is
+        called meanwhile, and may raise.
+        """
         while True:
             look()
             if not self.is_running:
-                raise HostError(f"the host ended with code {self._process.returncode}: {_last_line(self.log)}", status=0)
+                raise HostError(
+                    f"the host ended with code {self._process.returncode}: {_last_line(self.log)}",
+                    status=0,
+                )
             try:
                 health = self.client.health()
             except HostError as error:
@@ -90,14 +109,20 @@ class LocalHost:
 
 
 def _launcher() -> list[str]:
-    """The clone that this file is in, with the environment that make installs beside it; else what is installed."""
+    """The clone that this file is in, with the environment that make installs beside it; else what
+    is installed.
+    """
     clone = Path(__file__).resolve().parents[3]
     if (clone / "launcher.py").is_file():
         python = clone / ".venv" / "bin" / "python"
         return [str(python) if python.is_file() else sys.executable, str(clone / "launcher.py")]
     installed = shutil.which("diffusion-launcher")
     if installed is None:
-        raise HostError("diffusion-launcher is not installed. Install it, or give the address of a host that runs.", status=0)
+        raise HostError(
+            "diffusion-launcher is not installed. Install it, or give the address of a host that "
+            "runs.",
+            status=0,
+        )
     return [installed]
 
 

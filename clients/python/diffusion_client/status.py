@@ -1,4 +1,6 @@
-"""diffusion-launcher status --url http://127.0.0.1:6000: what a gateway's replicas do, or how a single host is."""
+"""diffusion-launcher status --url http://127.0.0.1:6000: what a gateway's replicas do, or how a
+single host is.
+"""
 
 import argparse
 import json
@@ -17,16 +19,24 @@ def main(argv: list[str]) -> int:
     client = Client(options.url, api_key=options.api_key, timeout_s=20)
     try:
         found = client.cluster()
-        text = json.dumps(found, indent=2) if options.json else _as_text(found) if "deployments" in found else _as_lines(found)
+        text = (
+            json.dumps(found, indent=2)
+            if options.json
+            else _as_text(found)
+            if "deployments" in found
+            else _as_lines(found)
+        )
     except HostError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
-    print(text)  # noqa: T201
+    print(text)
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="diffusion-launcher status", description="What runs behind an address.")
+    parser = argparse.ArgumentParser(
+        prog="diffusion-launcher status", description="What runs behind an address."
+    )
     parser.add_argument("--url", default="http://127.0.0.1:6000", help="of the gateway or host")
     parser.add_argument("--api_key", help="if it wants one")
     parser.add_argument("--json", action="store_true", help="everything there is, as JSON")
@@ -43,14 +53,23 @@ def _as_text(cluster: dict[str, Any]) -> str:
 
 def _model(deployment: dict[str, Any]) -> str:
     """A line for the model and a table of its replicas."""
-    counts = f"{deployment['target']} replicas wanted ({deployment['min_replicas']} to {deployment['max_replicas']})"
+    counts = (
+        f"{deployment['target']} replicas wanted ({deployment['min_replicas']} to "
+        f"{deployment['max_replicas']})"
+    )
     head = (
         f"{deployment['model']} (type {deployment['type']}): {deployment['phase']}, {counts}, "
         f"{deployment['waiting']} jobs wait, {deployment['lost']} replicas lost"
     )
-    rows = [COLUMNS, *(tuple(_cell(replica[name]) for name in COLUMNS) for replica in deployment["replicas"])]
+    rows = [
+        COLUMNS,
+        *(tuple(_cell(replica[name]) for name in COLUMNS) for replica in deployment["replicas"]),
+    ]
     widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
     return "\n  ".join([head, *lines])
 
 

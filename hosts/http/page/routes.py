@@ -1,4 +1,6 @@
-"""The pages at / and /docs with their files, and the schema. Nothing is fetched from anywhere else."""
+"""The pages at / and /docs with their files, and the schema. Nothing is fetched from anywhere
+else.
+"""
 
 import json
 from pathlib import Path
@@ -11,7 +13,8 @@ blueprint = Blueprint("pages", __name__)
 
 FOLDER = Path(__file__).resolve().parent
 POLICY = (
-    "default-src 'self'; img-src 'self' data: blob:; media-src 'self' blob:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+    "default-src 'self'; img-src 'self' data: blob:; media-src 'self' blob:; frame-ancestors "
+    "'none'; base-uri 'none'; form-action 'none'"
 )
 
 

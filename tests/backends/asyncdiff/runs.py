@@ -1,4 +1,6 @@
-"""Real generations with AsyncDiff attached, for the tests of this folder. Every rank calls these alike."""
+"""Real generations with AsyncDiff attached, for the tests of this folder. Every rank calls these
+alike.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,14 +27,24 @@ def prepare(*names: str) -> None:
 
 
 def loaded(name: str) -> LoadedPipeline:
-    """Every rank decodes alone: the patches of a decode by all sum in another order, and these tests are of the denoiser."""
-    load = LoadRequest(model_type=name, checkpoint=str(checkpoint(name)), variant="fp32", parallel_vae=False)
+    """Every rank decodes alone: the patches of a decode by all sum in another order, and these
+    tests are of the denoiser.
+    """
+    load = LoadRequest(
+        model_type=name, checkpoint=str(checkpoint(name)), variant="fp32", parallel_vae=False
+    )
     return load_pipeline(read_table()[name], load, device=torch.device("cpu"))
 
 
 def request(name: str, **fields: Any) -> GenerateRequest:
     """A short, small generation of this type."""
-    base: dict[str, Any] = {"seed": 1, "num_inference_steps": 4, "height": SIZE, "width": SIZE, "guidance_scale": 3.0}
+    base: dict[str, Any] = {
+        "seed": 1,
+        "num_inference_steps": 4,
+        "height": SIZE,
+        "width": SIZE,
+        "guidance_scale": 3.0,
+    }
     if name != "svd":
         base |= {"prompt": "a photo of a cat", "negative_prompt": "red"}
     if read_table()[name].guidance == "distilled":
@@ -47,8 +59,12 @@ def request(name: str, **fields: Any) -> GenerateRequest:
 
 
 @contextmanager
-def attached(pipe: LoadedPipeline, options: Mapping[str, object], *, rank: int, world_size: int) -> Iterator[AsyncDiffBackend]:
-    """The backend on this pipeline, cut by numbers of parameters so that no clock decides; detached afterwards."""
+def attached(
+    pipe: LoadedPipeline, options: Mapping[str, object], *, rank: int, world_size: int
+) -> Iterator[AsyncDiffBackend]:
+    """The backend on this pipeline, cut by numbers of parameters so that no clock decides; detached
+    afterwards.
+    """
     plan = make_plan(pipe.spec, options, world_size)
     mesh = Mesh(plan, rank=rank, device=torch.device("cpu"))
     backend = AsyncDiffBackend(spec=pipe.spec, plan=plan, mesh=mesh)
@@ -61,11 +77,20 @@ def attached(pipe: LoadedPipeline, options: Mapping[str, object], *, rank: int, 
         mesh.destroy()
 
 
-def parameter_counts(hooks: Any, call: Callable[[], Any], layout: Any, device: torch.device) -> list[float]:
-    return [1.0 + sum(parameter.numel() for parameter in hooks.modules[unit.name].parameters()) for unit in layout.units]
+def parameter_counts(
+    hooks: Any, call: Callable[[], Any], layout: Any, device: torch.device
+) -> list[float]:
+    return [
+        1.0 + sum(parameter.numel() for parameter in hooks.modules[unit.name].parameters())
+        for unit in layout.units
+    ]
 
 
 def result(pipe: LoadedPipeline, asked: GenerateRequest) -> torch.Tensor:
     """The latents, or for types that give none the frames in 0..1, as float32."""
     made = pipe.generate(asked)
-    return torch.from_numpy(made.latents) if made.latents is not None else torch.from_numpy(made.frames).float() / 255
+    return (
+        torch.from_numpy(made.latents)
+        if made.latents is not None
+        else torch.from_numpy(made.frames).float() / 255
+    )

@@ -1,7 +1,8 @@
-"""The stale schedule of docs/asyncdiff.md in one process, written down again without the backend: the exact answer for N ranks.
+"""The stale schedule of docs/asyncdiff.md in one process, written down again without the backend:
+the exact answer for N ranks.
 
-Every unit's result of the last turn is kept in a dictionary. To make one segment's part, the whole denoiser runs, and all units
-outside the segment return what is in the dictionary.
+Every unit's result of the last turn is kept in a dictionary. To make one segment's part, the whole
+denoiser runs, and all units outside the segment return what is in the dictionary.
 """
 
 import functools
@@ -14,7 +15,18 @@ class Simulation:
     timesteps: what the pipeline gives the denoiser in an undisturbed run, evaluation by evaluation.
     """
 
-    def __init__(self, denoiser, *, unit_names, bounds, stride, time_shift, num_synchronous, timesteps, extrapolate=False):
+    def __init__(
+        self,
+        denoiser,
+        *,
+        unit_names,
+        bounds,
+        stride,
+        time_shift,
+        num_synchronous,
+        timesteps,
+        extrapolate=False,
+    ):
         self.denoiser = denoiser
         self.modules = {name: denoiser.get_submodule(name) for name in unit_names}
         self.segments = [list(unit_names[a:b]) for a, b in itertools.pairwise(bounds)]
@@ -23,7 +35,10 @@ class Simulation:
         self.evaluation, self.turns, self.running, self.made, self.ahead = 0, [], None, {}, None
 
     def __enter__(self):
-        self.found = {module: module.__dict__.get("forward") for module in [self.denoiser, *self.modules.values()]}
+        self.found = {
+            module: module.__dict__.get("forward")
+            for module in [self.denoiser, *self.modules.values()]
+        }
         for name, module in self.modules.items():
             module.forward = functools.partial(self.unit, name, module.forward)
         self.original = self.denoiser.forward
@@ -57,7 +72,9 @@ class Simulation:
         return line(older[name], last[name])
 
     def run(self, segment, timestep, arguments):
-        """The denoiser with only this segment's units running -> its result, and what those units returned."""
+        """The denoiser with only this segment's units running -> its result, and what those units
+        returned.
+        """
         self.running, self.made = segment, {}
         with_timestep = ((*arguments[0][:1], timestep, *arguments[0][2:]), arguments[1])
         if "timestep" in arguments[1]:
@@ -80,7 +97,8 @@ class Simulation:
             return output
         if (evaluation - self.num_synchronous) % self.stride == 1:
             return self.ahead
-        # each segment works for the evaluation `target`; with stride 2 the last one also works for this one, on one more rank
+        # each segment works for the evaluation `target`; with stride 2 the last one also works for
+        # this one, on one more rank
         target = min(evaluation + self.stride - 1, len(self.timesteps) - 1)
         if self.stride == 2 and self.shift:
             target = evaluation + 1
@@ -90,6 +108,8 @@ class Simulation:
             made |= new
         if self.stride == 2:
             self.ahead = output
-            output, _ = self.run(self.segments[-1], self.timesteps[evaluation - self.shift], arguments)
+            output, _ = self.run(
+                self.segments[-1], self.timesteps[evaluation - self.shift], arguments
+            )
         self.turns.append((evaluation, made))
         return output

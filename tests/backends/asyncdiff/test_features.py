@@ -1,4 +1,6 @@
-"""Adapters, quantised weights and compiled units act in the stale steps too: the schedule with them equals its simulation with them."""
+"""Adapters, quantised weights and compiled units act in the stale steps too: the schedule with them
+equals its simulation with them.
+"""
 
 import pytest
 import torch
@@ -24,7 +26,9 @@ def check_features(rank, world_size, name, groups):
             got = result(pipe, asked)
             graphs = num_graphs()
             torch.testing.assert_close(result(pipe, asked), got, rtol=0, atol=0)
-            assert (num_graphs() > 0) == ("compile" in group) and num_graphs() == graphs, "the second image was compiled again"
+            assert (num_graphs() > 0) == ("compile" in group) and num_graphs() == graphs, (
+                "the second image was compiled again"
+            )
             segments = backend.segments
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()

@@ -13,7 +13,10 @@ def plan(world_size, name="sdxl", **options):
     return make_plan(TABLE[name], options, world_size)
 
 
-@pytest.mark.parametrize(("model_n", "stride", "world_size"), [(2, 1, 2), (2, 2, 3), (3, 1, 3), (3, 2, 4), (4, 1, 4), (4, 2, 5), (6, 1, 6)])
+@pytest.mark.parametrize(
+    ("model_n", "stride", "world_size"),
+    [(2, 1, 2), (2, 2, 3), (3, 1, 3), (3, 2, 4), (4, 1, 4), (4, 2, 5), (6, 1, 6)],
+)
 def test_allows_model_n_plus_stride_minus_one_ranks(model_n, stride, world_size):
     made = plan(world_size, model_n=model_n, stride=stride)
     assert made.degree("segment") == world_size and made.degree("cfg") == 1
@@ -22,7 +25,13 @@ def test_allows_model_n_plus_stride_minus_one_ranks(model_n, stride, world_size)
 
 
 def test_rejects_ranks_that_do_not_fit():
-    with pytest.raises(PlanError, match=r"model_n=3 and stride=2 need 4 ranks \(model_n \+ stride - 1\), but 2 are started. Start 4 with"):
+    with pytest.raises(
+        PlanError,
+        match=(
+            r"model_n=3 and stride=2 need 4 ranks \(model_n \+ stride - 1\), but 2 are started. "
+            r"Start 4 with"
+        ),
+    ):
         plan(2, model_n=3, stride=2)
 
 
@@ -46,10 +55,17 @@ def test_rejects_a_single_rank():
         plan(1)
 
 
-@pytest.mark.parametrize(("world_size", "cfg", "model_n"), [(2, 1, 2), (3, 1, 3), (4, 2, 2), (5, 1, 5), (6, 2, 3), (8, 2, 4)])
+@pytest.mark.parametrize(
+    ("world_size", "cfg", "model_n"),
+    [(2, 1, 2), (3, 1, 3), (4, 2, 2), (5, 1, 5), (6, 2, 3), (8, 2, 4)],
+)
 def test_without_degrees_the_ranks_decide_and_the_reason_is_told(world_size, cfg, model_n):
     made = plan(world_size)
-    assert (made.degree("cfg"), made.options["model_n"], made.options["stride"]) == (cfg, model_n, 1)
+    assert (made.degree("cfg"), made.options["model_n"], made.options["stride"]) == (
+        cfg,
+        model_n,
+        1,
+    )
     assert any(reason.startswith(f"model_n={model_n}") for reason in made.reasons)
     assert any("use_cfg_parallel" in reason for reason in made.reasons) == (cfg == 2)
 
@@ -71,12 +87,17 @@ def test_the_guidance_split_alone_is_exact():
 
 
 def test_rejects_the_guidance_split_on_an_odd_number_of_ranks():
-    with pytest.raises(PlanError, match=r"use_cfg_parallel needs an even number of ranks, but 3 are started"):
+    with pytest.raises(
+        PlanError, match=r"use_cfg_parallel needs an even number of ranks, but 3 are started"
+    ):
         plan(3, use_cfg_parallel=True)
 
 
 def test_rejects_the_guidance_split_for_distilled_guidance():
-    with pytest.raises(PlanError, match=r"use_cfg_parallel is not available for model type 'flux': its guidance is distilled"):
+    with pytest.raises(
+        PlanError,
+        match=r"use_cfg_parallel is not available for model type 'flux': its guidance is distilled",
+    ):
         plan(4, name="flux", use_cfg_parallel=True)
 
 
@@ -107,10 +128,14 @@ def test_segment_weights_are_read_from_text_or_a_list():
 
 
 def test_rejects_weights_for_another_number_of_segments():
-    with pytest.raises(PlanError, match=r"segment_weights='1,1,1' do not fit: 2 segments need 2 numbers above 0"):
+    with pytest.raises(
+        PlanError, match=r"segment_weights='1,1,1' do not fit: 2 segments need 2 numbers above 0"
+    ):
         plan(2, segment_weights="1,1,1")
 
 
 def test_rejects_weights_that_are_no_numbers():
-    with pytest.raises(PlanError, match=r"segment_weights='fast,slow' are not numbers. Give 2, such as 1,1"):
+    with pytest.raises(
+        PlanError, match=r"segment_weights='fast,slow' are not numbers. Give 2, such as 1,1"
+    ):
         plan(2, segment_weights="fast,slow")

@@ -1,4 +1,6 @@
-"""What requests vary: samplers, starts, ends, sizes, cancelling and failing. Nothing of one may be left in the next."""
+"""What requests vary: samplers, starts, ends, sizes, cancelling and failing. Nothing of one may be
+left in the next.
+"""
 
 import pytest
 import torch
@@ -24,12 +26,17 @@ def check_windows(rank, world_size, options):
     }
     for label, changed in fields.items():
         asked = request("sdxl", num_inference_steps=6, warmup_steps=6, **changed)
-        want = from_rank_zero(lambda: result(pipe, asked))  # noqa: B023
+        want = from_rank_zero(lambda: result(pipe, asked))
         with attached(pipe, options, rank=rank, world_size=world_size):
-            torch.testing.assert_close(result(pipe, asked), want, rtol=0, atol=0, msg=lambda text: f"{label}: {text}")  # noqa: B023
+            torch.testing.assert_close(
+                result(pipe, asked), want, rtol=0, atol=0, msg=lambda text: f"{label}: {text}"
+            )
 
 
-@pytest.mark.parametrize(("world_size", "options"), [(2, {}), pytest.param(3, {"model_n": 2, "stride": 2}, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("world_size", "options"),
+    [(2, {}), pytest.param(3, {"model_n": 2, "stride": 2}, marks=pytest.mark.slow)],
+)
 def test_full_warmup_matches_single_for_every_window_and_order(run_on_ranks, world_size, options):
     prepare("sdxl")
     run_on_ranks(check_windows, world_size, options)
@@ -39,24 +46,38 @@ def test_full_warmup_matches_single_for_every_window_and_order(run_on_ranks, wor
     "fields",
     [
         pytest.param(fields, marks=pytest.mark.slow)
-        for fields in ({"scheduler": {"scheduler": "heun"}}, {"denoising_end": 0.7, "num_inference_steps": 8})
+        for fields in (
+            {"scheduler": {"scheduler": "heun"}},
+            {"denoising_end": 0.7, "num_inference_steps": 8},
+        )
     ],
     ids=["heun", "denoising_end"],
 )
 def test_stale_schedule_of_second_order_and_windows_equals_its_simulation(run_on_ranks, fields):
     prepare("sdxl")
-    run_on_ranks(check_equals_simulation, 3, ["sdxl"], [{"model_n": 2, "stride": 2}, {"model_n": 3}], fields)
+    run_on_ranks(
+        check_equals_simulation, 3, ["sdxl"], [{"model_n": 2, "stride": 2}, {"model_n": 3}], fields
+    )
 
 
 def test_extrapolation_equals_its_simulation(run_on_ranks):
     prepare("sdxl")
-    options = [{"model_n": 3, "extrapolate": True}, {"model_n": 2, "stride": 2, "extrapolate": True}]
+    options = [
+        {"model_n": 3, "extrapolate": True},
+        {"model_n": 2, "stride": 2, "extrapolate": True},
+    ]
     run_on_ranks(check_equals_simulation, 3, ["sdxl"], options, {"num_inference_steps": 7})
 
 
 def test_guidance_halves_times_segments_equal_the_simulation(run_on_ranks):
     prepare("sdxl")
-    run_on_ranks(check_equals_simulation, 4, ["sdxl"], [{"model_n": 2, "stride": 1, "use_cfg_parallel": True}], {})
+    run_on_ranks(
+        check_equals_simulation,
+        4,
+        ["sdxl"],
+        [{"model_n": 2, "stride": 1, "use_cfg_parallel": True}],
+        {},
+    )
 
 
 def check_state_is_reset(rank, world_size):
@@ -70,11 +91,15 @@ def check_state_is_reset(rank, world_size):
     with attached(pipe, {}, rank=rank, world_size=world_size) as backend:
         want = result(pipe, asked)
         result(pipe, request("sdxl", warmup_steps=1, height=96, num_inference_steps=3))
-        torch.testing.assert_close(result(pipe, asked), want, rtol=0, atol=0)  # after another size and number of steps
+        torch.testing.assert_close(
+            result(pipe, asked), want, rtol=0, atol=0
+        )  # after another size and number of steps
 
         with pytest.raises(Cancelled):
             pipe.generate(asked, on_step=cancel)
-        torch.testing.assert_close(result(pipe, asked), want, rtol=0, atol=0)  # after a cancelled one
+        torch.testing.assert_close(
+            result(pipe, asked), want, rtol=0, atol=0
+        )  # after a cancelled one
 
         block = pipe.pipe.unet.mid_block.resnets[0] if rank == 0 else pipe.pipe.unet.conv_out
         handle = block.register_forward_pre_hook(fail_in_call(3))
@@ -82,7 +107,9 @@ def check_state_is_reset(rank, world_size):
             pipe.generate(asked)
         handle.remove()
         backend.mesh.rebuild()
-        torch.testing.assert_close(result(pipe, asked), want, rtol=0, atol=0)  # after all ranks failed, and new groups
+        torch.testing.assert_close(
+            result(pipe, asked), want, rtol=0, atol=0
+        )  # after all ranks failed, and new groups
 
 
 def fail_in_call(number):
@@ -103,7 +130,9 @@ def test_nothing_is_left_after_other_sizes_cancelling_and_failing(run_on_ranks):
 
 def check_synced_percent(rank, world_size):
     pipe = loaded("sdxl")
-    with attached(pipe, {"synced_percent": 60, "synced_steps": 1}, rank=rank, world_size=world_size) as backend:
+    with attached(
+        pipe, {"synced_percent": 60, "synced_steps": 1}, rank=rank, world_size=world_size
+    ) as backend:
         result(pipe, request("sdxl", num_inference_steps=7))
         assert backend.report()["stale_evaluations"] == 7 - 4  # floor(4.2)
         result(pipe, request("sdxl", num_inference_steps=7, warmup_steps=2))

@@ -46,11 +46,17 @@ def test_a_result_made_of_an_early_unit_is_imported_by_the_last_segment():
 
 
 def test_rejects_more_segments_than_units():
-    with pytest.raises(PlanError, match=r"model_n=5 is not possible: this model has 4 units. Use at most 4 segments."):
+    with pytest.raises(
+        PlanError,
+        match=r"model_n=5 is not possible: this model has 4 units. Use at most 4 segments.",
+    ):
         choose_segments(chain([8] * 4), [1.0] * 4, 5)
 
 
 def test_the_table_names_every_unit_and_the_share_of_every_segment():
     text = Segments(chain([8] * 4), (0, 1, 4)).table([0.003, 0.001, 0.001, 0.001])
     assert all(f"unit{index}" in text for index in range(4))
-    assert "segment 0: 1 units, 50.0% of the time" in text and "segment 1: 3 units, 50.0% of the time" in text
+    assert (
+        "segment 0: 1 units, 50.0% of the time" in text
+        and "segment 1: 3 units, 50.0% of the time" in text
+    )

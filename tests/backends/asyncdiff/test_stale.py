@@ -38,15 +38,25 @@ def check_equals_simulation(rank, world_size, names, many_options, fields):
             label = f"{name} {options}: "
             if options == many_options[-1]:
                 again = result(pipes[name], asked)
-                torch.testing.assert_close(again, got, rtol=0, atol=0, msg=lambda text: f"{label}state is left behind: {text}")  # noqa: B023
+                torch.testing.assert_close(
+                    again,
+                    got,
+                    rtol=0,
+                    atol=0,
+                    msg=lambda text: f"{label}state is left behind: {text}",
+                )
             segments = backend.segments
         compare_with_simulation(pipes[name], asked, backend.plan, segments, got, label)
 
 
 def compare_with_simulation(pipe, asked, plan, segments, got, label):
-    """got: what the ranks made of this request by this plan and these cuts, which are detached by now."""
+    """got: what the ranks made of this request by this plan and these cuts, which are detached by
+    now.
+    """
     want, plain = from_rank_zero(lambda: simulated(pipe, asked, plan.options, segments))
-    assert not torch.allclose(want, plain, rtol=0, atol=1e-3), f"{label}nothing is stale, so this test proves nothing"
+    assert not torch.allclose(want, plain, rtol=0, atol=1e-3), (
+        f"{label}nothing is stale, so this test proves nothing"
+    )
     # halves of the guidance batch: matrix products of other row counts sum in another order
     close = {"rtol": 0, "atol": 1e-4} if plan.degree("cfg") > 1 else {"rtol": 1e-5, "atol": 1e-5}
     torch.testing.assert_close(got, want, **close, msg=lambda text: label + text)
@@ -86,7 +96,9 @@ THREE = [{"model_n": 3}, {"model_n": 2, "stride": 2}]
         (2, [{"model_n": 2}], ["sdxl", "sd3", "flux"]),
         pytest.param(3, THREE, ["sdxl"], marks=pytest.mark.slow),
         pytest.param(3, THREE, ["sd3", "flux"], marks=pytest.mark.slow),
-        pytest.param(4, [{"model_n": 3, "stride": 2}], ["sdxl", "sd3", "flux"], marks=pytest.mark.slow),
+        pytest.param(
+            4, [{"model_n": 3, "stride": 2}], ["sdxl", "sd3", "flux"], marks=pytest.mark.slow
+        ),
         pytest.param(2, [{"model_n": 2}], ["zimage", "flux2"], marks=pytest.mark.slow),
     ],
     ids=["2 ranks", "3 ranks", "3 ranks, transformers", "4 ranks", "2 ranks, newer types"],

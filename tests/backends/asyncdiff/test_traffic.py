@@ -1,4 +1,6 @@
-"""Bytes across the cuts, against broadcasting what every unit returns: arithmetic on the benchmark's UNet, without its weights."""
+"""Bytes across the cuts, against broadcasting what every unit returns: arithmetic on the
+benchmark's UNet, without its weights.
+"""
 
 import pytest
 import torch
@@ -14,7 +16,9 @@ from benchmarks.models import sdxl_like_unet
 
 @pytest.fixture(scope="module")
 def benchmark_unet():
-    """(layout, operations of each unit, hooks, call) on the meta device: shapes are computed, numbers are not."""
+    """(layout, operations of each unit, hooks, call) on the meta device: shapes are computed,
+    numbers are not.
+    """
     with torch.device("meta"), torch.no_grad():
         subject = sdxl_like_unet()
         hooks = UnitHooks(subject.pipe.unet)
@@ -39,11 +43,19 @@ def benchmark_unet():
 LATE = [(3, 1), (4, 1), (2, 2)]
 
 
-@pytest.mark.parametrize(("model_n", "stride"), [(2, 1), (3, 2), *(pytest.param(*degrees, marks=pytest.mark.slow) for degrees in LATE)])
-def test_a_turn_sends_at_most_a_third_of_what_broadcasting_all_outputs_would(benchmark_unet, model_n, stride):
+@pytest.mark.parametrize(
+    ("model_n", "stride"),
+    [(2, 1), (3, 2), *(pytest.param(*degrees, marks=pytest.mark.slow) for degrees in LATE)],
+)
+def test_a_turn_sends_at_most_a_third_of_what_broadcasting_all_outputs_would(
+    benchmark_unet, model_n, stride
+):
     layout, operations, hooks, call = benchmark_unet
     segments = choose_segments(layout, operations, model_n)
-    shares = [sum(operations[unit] for unit in segments.units(segment)) / sum(operations) for segment in range(model_n)]
+    shares = [
+        sum(operations[unit] for unit in segments.units(segment)) / sum(operations)
+        for segment in range(model_n)
+    ]
     assert max(shares) < 1.25 / model_n, shares  # a cut that is no cut would send nothing
     place = RankRole(num_segments=model_n, stride=stride, rank=0)
     executor = SynchronousExecutor(segments, place)
@@ -51,5 +63,10 @@ def test_a_turn_sends_at_most_a_third_of_what_broadcasting_all_outputs_would(ben
         call()
     num_ranks = model_n + stride - 1
     prediction = 2 * 4 * 64 * 64 * 4 * stride * (num_ranks - 1)
-    sent, broadcast = executor.shapes.traffic(segments, place) + prediction, executor.shapes.num_bytes() * (num_ranks - 1) + prediction
-    assert 0 < prediction < sent <= broadcast / 3, f"{sent / 1e6:.1f} MB of {broadcast / 1e6:.1f} MB"
+    sent, broadcast = (
+        executor.shapes.traffic(segments, place) + prediction,
+        executor.shapes.num_bytes() * (num_ranks - 1) + prediction,
+    )
+    assert 0 < prediction < sent <= broadcast / 3, (
+        f"{sent / 1e6:.1f} MB of {broadcast / 1e6:.1f} MB"
+    )

@@ -19,10 +19,16 @@ class Recorded(Exception):
 
 
 def denoiser_call(name):
-    """The denoiser of this type, how the backend calls it, the arguments its pipeline gives it, and the name of its input."""
+    """The denoiser of this type, how the backend calls it, the arguments its pipeline gives it, and
+    the name of its input.
+    """
     pipe = loaded(name)
     denoiser = getattr(pipe.pipe, pipe.spec.denoiser)
-    names = [parameter for parameter in inspect.signature(type(denoiser).forward).parameters if parameter != "self"]
+    names = [
+        parameter
+        for parameter in inspect.signature(type(denoiser).forward).parameters
+        if parameter != "self"
+    ]
     seen = {}
 
     def record(*args, **kwargs):
@@ -41,9 +47,14 @@ def denoiser_call(name):
 LATE = ("sd1", "sd2", "sdup", "pixs", "qwenimage", "flux2")  # built of the same parts as others
 
 
-@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow) if name in LATE else name for name in NAMES], scope="module")
+@pytest.fixture(
+    params=[pytest.param(name, marks=pytest.mark.slow) if name in LATE else name for name in NAMES],
+    scope="module",
+)
 def traced(request):
-    """One call of each type's denoiser, followed; its hooks stay until the last test on it takes them off."""
+    """One call of each type's denoiser, followed; its hooks stay until the last test on it takes
+    them off.
+    """
     denoiser, call, arguments, input_name = denoiser_call(request.param)
     hooks = UnitHooks(denoiser)
     with torch.no_grad():
@@ -56,9 +67,17 @@ def traced(request):
 
 def test_units_hold_every_weight_that_works_on_the_image(traced):
     denoiser, _, hooks, layout, _ = traced
-    in_units = [id(parameter) for unit in layout.units for parameter in hooks.modules[unit.name].parameters()]
+    in_units = [
+        id(parameter)
+        for unit in layout.units
+        for parameter in hooks.modules[unit.name].parameters()
+    ]
     assert len(in_units) == len(set(in_units)), "a weight is in two units"
-    outside = [name for name, parameter in denoiser.named_parameters() if id(parameter) not in set(in_units)]
+    outside = [
+        name
+        for name, parameter in denoiser.named_parameters()
+        if id(parameter) not in set(in_units)
+    ]
     conditions = (
         "time",
         "add_embedding",
@@ -76,7 +95,11 @@ def test_units_hold_every_weight_that_works_on_the_image(traced):
         "t_embedder",
         "condition_embedder",
     )
-    by_size = ("all_x_embedder", "all_final_layer", "pad_token")  # Z-Image holds them by patch size: small, and computed on every rank
+    by_size = (
+        "all_x_embedder",
+        "all_final_layer",
+        "pad_token",
+    )  # Z-Image holds them by patch size: small, and computed on every rank
     assert all(any(word in name for word in (*conditions, *by_size)) for name in outside), outside
 
 
@@ -93,9 +116,13 @@ def test_a_unit_reads_only_units_before_it_and_all_are_read(traced):
     *_, layout, _ = traced
     for index, unit in enumerate(layout.units):
         assert all(source[0] < index for source in unit.reads), unit.name
-        is_first = not any(earlier.reads for earlier in layout.units[:index])  # some read nothing but the input
+        is_first = not any(
+            earlier.reads for earlier in layout.units[:index]
+        )  # some read nothing but the input
         assert is_first or unit.reads, f"{unit.name} reads nothing, though it follows others"
-    read = {source[0] for unit in layout.units for source in unit.reads} | {source[0] for source in layout.output_reads}
+    read = {source[0] for unit in layout.units for source in unit.reads} | {
+        source[0] for source in layout.output_reads
+    }
     assert read == set(range(len(layout.units)))
 
 
@@ -127,7 +154,10 @@ def test_units_of_a_unet_are_resnets_samplers_and_transformer_blocks():
         "conv_out",
     ):
         assert name in names
-    assert "mid_block.attentions.0" not in names and "mid_block.attentions.0.transformer_blocks.1.ff" not in names
+    assert (
+        "mid_block.attentions.0" not in names
+        and "mid_block.attentions.0.transformer_blocks.1.ff" not in names
+    )
 
 
 def test_replaced_modules_are_noticed():

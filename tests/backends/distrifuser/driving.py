@@ -1,4 +1,6 @@
-"""Drives a tiny pipeline under the backend, as the generation loop does: begin, a step_done after each scheduler step, end."""
+"""Drives a tiny pipeline under the backend, as the generation loop does: begin, a step_done after
+each scheduler step, end.
+"""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,7 +20,9 @@ from tests.checkpoints import checkpoint, inputs, load, sample_image
 
 PROMPTS = ("a photo of a cat", "two red squares under a tree")
 WIDE = 1e-7
-"""Allowed relative difference in float64: svd makes 1e-8 of 1e-15 within three steps, mistakes are above 1e-4."""
+"""Allowed relative difference in float64: svd makes 1e-8 of 1e-15 within three steps, mistakes are
+above 1e-4.
+"""
 
 
 @cache
@@ -33,7 +37,9 @@ def build(names: Iterable[str]) -> None:
 
 
 @contextmanager
-def attached(pipe: Any, name: str, rank: int, world_size: int, **options: object) -> Iterator[DistriFuserBackend]:
+def attached(
+    pipe: Any, name: str, rank: int, world_size: int, **options: object
+) -> Iterator[DistriFuserBackend]:
     """The backend attached to `pipe` on this rank."""
     plan = make_plan(table()[name], options, world_size)
     mesh = Mesh(plan, rank=rank, device=torch.device("cpu"))
@@ -47,15 +53,21 @@ def attached(pipe: Any, name: str, rank: int, world_size: int, **options: object
 
 
 def load_wide(name: str) -> Any:
-    """The tiny pipeline in float64, where the order of sums is lost in the seventh digit: what differs more than that is a mistake.
+    """The tiny pipeline in float64, where the order of sums is lost in the seventh digit: what
+    differs more than that is a mistake.
 
-    In float32 some of these networks of random weights (svd) blow rounding up until nothing can be told from it.
+    In float32 some of these networks of random weights (svd) blow rounding up until nothing can be
+    told from it.
     """
     return load(name).to(torch.float64)
 
 
-def arguments(name: str, *, rows: int = 16, columns: int = 8, steps: int = 2, prompts: int = 1, **changes: Any) -> dict[str, Any]:
-    """A short generation whose result is latents (or frames' latents) of `rows` x `columns`; the upscaler's are square."""
+def arguments(
+    name: str, *, rows: int = 16, columns: int = 8, steps: int = 2, prompts: int = 1, **changes: Any
+) -> dict[str, Any]:
+    """A short generation whose result is latents (or frames' latents) of `rows` x `columns`; the
+    upscaler's are square.
+    """
     given = inputs(name, size=8 * rows, num_inference_steps=steps) | {"output_type": "latent"}
     if name == "sdup":
         given["image"] = sample_image(rows)
@@ -64,7 +76,9 @@ def arguments(name: str, *, rows: int = 16, columns: int = 8, steps: int = 2, pr
     if prompts > 1:
         several = {
             "prompt": list(PROMPTS[:prompts]),
-            "image": [sample_image(rows if name == "sdup" else 8 * rows, seed=s) for s in range(prompts)],
+            "image": [
+                sample_image(rows if name == "sdup" else 8 * rows, seed=s) for s in range(prompts)
+            ],
         }
         given |= {key: value for key, value in several.items() if key in given}
     return given | changes
@@ -73,10 +87,19 @@ def arguments(name: str, *, rows: int = 16, columns: int = 8, steps: int = 2, pr
 def unguided(name: str) -> dict[str, float]:
     """Arguments that turn classifier-free guidance off."""
     guidance = table()[name].guidance
-    return {"cfg": {"guidance_scale": 1.0}, "frame_ramp": {"min_guidance_scale": 1.0, "max_guidance_scale": 1.0}}.get(guidance, {})
+    return {
+        "cfg": {"guidance_scale": 1.0},
+        "frame_ramp": {"min_guidance_scale": 1.0, "max_guidance_scale": 1.0},
+    }.get(guidance, {})
 
 
-def generate(pipe: Any, backend: DistriFuserBackend | None, given: dict[str, Any], *, warmup_steps: int | None = None) -> Tensor:
+def generate(
+    pipe: Any,
+    backend: DistriFuserBackend | None,
+    given: dict[str, Any],
+    *,
+    warmup_steps: int | None = None,
+) -> Tensor:
     """The latents of one generation; with no backend, plain diffusers."""
     given = given | {"generator": torch.Generator().manual_seed(0)}
     if backend is None:
@@ -93,7 +116,14 @@ def generate(pipe: Any, backend: DistriFuserBackend | None, given: dict[str, Any
 
     pipe.scheduler.step = step
     try:
-        backend.begin(RunInfo(request=request, height=given.get("height", 64), width=given.get("width", 64), num_inference_steps=steps))
+        backend.begin(
+            RunInfo(
+                request=request,
+                height=given.get("height", 64),
+                width=given.get("width", 64),
+                num_inference_steps=steps,
+            )
+        )
         return _output(pipe(**given))
     finally:
         pipe.scheduler.step = original
@@ -105,7 +135,9 @@ def _output(result: Any) -> Tensor:
 
 
 def assert_same(got: Tensor, want: Tensor, what: str = "") -> None:
-    """Equal but for the order of sums: within a share of the largest value of `want`, WIDE in float64 and 1e-5 in float32."""
+    """Equal but for the order of sums: within a share of the largest value of `want`, WIDE in
+    float64 and 1e-5 in float32.
+    """
     relative = WIDE if want.dtype == torch.float64 else 1e-5
     limit = relative * max(1.0, float(want.abs().max()))
     difference = float((got - want).abs().max())

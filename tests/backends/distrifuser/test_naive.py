@@ -17,7 +17,10 @@ def check_unet(rank: int, world_size: int) -> None:
     pipe = load_wide("sdxl")
     inputs, call = sdxl_call(pipe.unet)
     for scheme, dims in DIMS.items():
-        wanted = [torch.cat([call(part, step) for part in inputs[step].chunk(2, dim)], dim) for step, dim in enumerate(dims)]
+        wanted = [
+            torch.cat([call(part, step) for part in inputs[step].chunk(2, dim)], dim)
+            for step, dim in enumerate(dims)
+        ]
         with attached(pipe, "sdxl", rank, world_size, split_scheme=scheme, **NAIVE) as backend:
             backend.begin(RUN)
             for step, want in enumerate(wanted):

@@ -1,17 +1,34 @@
-"""Patches together with ControlNet, LoRA and torch.compile: the same as one rank with the same option."""
+"""Patches together with ControlNet, LoRA and torch.compile: the same as one rank with the same
+option.
+"""
 
 from typing import Any
 
 import pytest
 import torch
-from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, StableDiffusionXLControlNetPipeline
+from diffusers import (
+    ControlNetModel,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionXLControlNetPipeline,
+)
 
-from tests.backends.distrifuser.driving import PROMPTS, arguments, assert_same, attached, build, generate, load_wide
+from tests.backends.distrifuser.driving import (
+    PROMPTS,
+    arguments,
+    assert_same,
+    attached,
+    build,
+    generate,
+    load_wide,
+)
 from tests.backends.reference import from_rank_zero
 from tests.checkpoints import controlnet, load, lora, sample_image
 
 BANDS = {"sync_mode": "full_sync", "no_split_batch": True}
-WITH_CONTROLNET = {"sd1": StableDiffusionControlNetPipeline, "sdxl": StableDiffusionXLControlNetPipeline}
+WITH_CONTROLNET = {
+    "sd1": StableDiffusionControlNetPipeline,
+    "sdxl": StableDiffusionXLControlNetPipeline,
+}
 
 
 def load_controlled(name: str, rows: int) -> tuple[Any, dict[str, Any]]:
@@ -19,25 +36,36 @@ def load_controlled(name: str, rows: int) -> tuple[Any, dict[str, Any]]:
     pipe = load(name)
     net = ControlNetModel.from_pretrained(controlnet(name), local_files_only=True)
     unused = {"safety_checker": None, "requires_safety_checker": False} if name == "sd1" else {}
-    controlled = WITH_CONTROLNET[name](**{**pipe.components, **unused}, controlnet=net).to(torch.float64)
+    controlled = WITH_CONTROLNET[name](**{**pipe.components, **unused}, controlnet=net).to(
+        torch.float64
+    )
     controlled.set_progress_bar_config(disable=True)
     given = arguments(name, rows=rows)
     given["image"] = sample_image(64)
     return controlled, given
 
 
-def check_controlnet(rank: int, world_size: int, names: tuple[str, ...], option_sets: tuple[dict[str, Any], ...]) -> None:
+def check_controlnet(
+    rank: int, world_size: int, names: tuple[str, ...], option_sets: tuple[dict[str, Any], ...]
+) -> None:
     for name in names:
         pipe, given = load_controlled(name, 8 * max(2, world_size))
-        off = from_rank_zero(lambda: generate(pipe, None, given | {"controlnet_conditioning_scale": 0.0}))  # noqa: B023
+        off = from_rank_zero(
+            lambda: generate(pipe, None, given | {"controlnet_conditioning_scale": 0.0})
+        )
         cases = {
             "guided": given,
             "unguided": given | {"guidance_scale": 1.0},
             "guess mode": given | {"guess_mode": True},
-            "two prompts": given | {"prompt": list(PROMPTS), "image": [sample_image(64, seed=seed) for seed in (0, 1)]},
+            "two prompts": given
+            | {"prompt": list(PROMPTS), "image": [sample_image(64, seed=seed) for seed in (0, 1)]},
         }
-        wanted = from_rank_zero(lambda: {label: generate(pipe, None, case) for label, case in cases.items()})  # noqa: B023
-        assert float((wanted["guided"] - off).abs().max()) > 1e-2, "the ControlNet should have been visible"
+        wanted = from_rank_zero(
+            lambda: {label: generate(pipe, None, case) for label, case in cases.items()}
+        )
+        assert float((wanted["guided"] - off).abs().max()) > 1e-2, (
+            "the ControlNet should have been visible"
+        )
         for options in option_sets:
             with attached(pipe, name, rank, world_size, **options) as backend:
                 for label, case in cases.items():
@@ -58,7 +86,9 @@ def test_controlnet_under_bands_and_split_batch_matches_one_rank(run_on_ranks):
 def test_controlnet_of_every_unet_on_more_ranks_matches_one_rank(run_on_ranks, world_size):
     for name in WITH_CONTROLNET:
         controlnet(name)
-    run_on_ranks(check_controlnet, world_size, tuple(WITH_CONTROLNET), (BANDS, {}, {"no_split_batch": True}))
+    run_on_ranks(
+        check_controlnet, world_size, tuple(WITH_CONTROLNET), (BANDS, {}, {"no_split_batch": True})
+    )
 
 
 def check_lora(rank: int, world_size: int) -> None:

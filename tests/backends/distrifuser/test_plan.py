@@ -1,4 +1,6 @@
-"""What the plan of DistriFuser allows and refuses, and what a generation is refused for before anything is sent."""
+"""What the plan of DistriFuser allows and refuses, and what a generation is refused for before
+anything is sent.
+"""
 
 from typing import Any
 
@@ -50,15 +52,60 @@ def test_exactness_follows_the_mode(options, exactness):
 @pytest.mark.parametrize(
     ("name", "options", "world_size", "message"),
     [
-        ("sdxl", {"sync_mode": "sometimes"}, 2, r"sync_mode='sometimes' is not allowed. Allowed: corrected_async_gn, stale_gn, "),
-        ("sdxl", {"parallelism": "rows"}, 2, r"parallelism='rows' is not allowed. Allowed: patch, naive_patch, tensor"),
-        ("sdxl", {"split_scheme": "diagonal"}, 2, r"split_scheme='diagonal' is not allowed. Allowed: row, col, alternate"),
-        ("sdxl", {"warm_up_steps": -1}, 2, r"warm_up_steps=-1 is not allowed. Give a whole number from 0"),
-        ("sdxl", {"patch_weights": "1,-2"}, 2, r"patch_weights='1,-2' is not allowed. Give one positive number per rank"),
-        ("sdxl", {"patch_weights": "1,2"}, 2, r"patch_weights has 2 numbers, but each image is cut into 1 patches"),
-        ("sdxl", {"patch_weights": "1,2", "parallelism": "tensor"}, 4, r"patch_weights cannot be used with parallelism=tensor"),
-        ("sdxl", {"patch_weights": "1,2", "sync_mode": "rotate"}, 4, r"patch_weights cannot be used with sync_mode=rotate"),
-        ("flux", {"parallelism": "naive_patch", "split_scheme": "col"}, 2, r"split_scheme=col is not available for flux"),
+        (
+            "sdxl",
+            {"sync_mode": "sometimes"},
+            2,
+            r"sync_mode='sometimes' is not allowed. Allowed: corrected_async_gn, stale_gn, ",
+        ),
+        (
+            "sdxl",
+            {"parallelism": "rows"},
+            2,
+            r"parallelism='rows' is not allowed. Allowed: patch, naive_patch, tensor",
+        ),
+        (
+            "sdxl",
+            {"split_scheme": "diagonal"},
+            2,
+            r"split_scheme='diagonal' is not allowed. Allowed: row, col, alternate",
+        ),
+        (
+            "sdxl",
+            {"warm_up_steps": -1},
+            2,
+            r"warm_up_steps=-1 is not allowed. Give a whole number from 0",
+        ),
+        (
+            "sdxl",
+            {"patch_weights": "1,-2"},
+            2,
+            r"patch_weights='1,-2' is not allowed. Give one positive number per rank",
+        ),
+        (
+            "sdxl",
+            {"patch_weights": "1,2"},
+            2,
+            r"patch_weights has 2 numbers, but each image is cut into 1 patches",
+        ),
+        (
+            "sdxl",
+            {"patch_weights": "1,2", "parallelism": "tensor"},
+            4,
+            r"patch_weights cannot be used with parallelism=tensor",
+        ),
+        (
+            "sdxl",
+            {"patch_weights": "1,2", "sync_mode": "rotate"},
+            4,
+            r"patch_weights cannot be used with sync_mode=rotate",
+        ),
+        (
+            "flux",
+            {"parallelism": "naive_patch", "split_scheme": "col"},
+            2,
+            r"split_scheme=col is not available for flux",
+        ),
     ],
 )
 def test_rejects(name, options, world_size, message):
@@ -81,7 +128,13 @@ def test_says_what_it_chose_and_what_has_no_effect(options, reason):
 
 
 def run_of(height: int, width: int, *, order: int = 1, guidance: float = 5.0) -> RunInfo:
-    return RunInfo(request=GenerateRequest(guidance_scale=guidance), height=height, width=width, num_inference_steps=2, order=order)
+    return RunInfo(
+        request=GenerateRequest(guidance_scale=guidance),
+        height=height,
+        width=width,
+        num_inference_steps=2,
+        order=order,
+    )
 
 
 def check_refusals(rank: int, world_size: int) -> None:
@@ -91,10 +144,16 @@ def check_refusals(rank: int, world_size: int) -> None:
             "sdxl",
             patches,
             run_of(32, 512),
-            r"^4 latent rows cannot be cut into 2 patches: this model cuts at every 4, so at least 5",
+            r"^4 latent rows cannot be cut into 2 patches: this model cuts at every 4, so at least "
+            r"5",
         ),
         ("sdxl", {}, run_of(32, 512, guidance=1.0), "^4 latent rows cannot be cut into 2 patches"),
-        ("sdxl", patches | {"parallelism": "naive_patch", "split_scheme": "col"}, run_of(512, 32), "^4 latent columns cannot be cut"),
+        (
+            "sdxl",
+            patches | {"parallelism": "naive_patch", "split_scheme": "col"},
+            run_of(512, 32),
+            "^4 latent columns cannot be cut",
+        ),
         ("flux", {}, run_of(16, 16), "^1 tokens cannot be cut into 2 patches"),
         ("sd3", patches, run_of(16, 16), "^1 tokens cannot be cut into 2 patches"),
         ("sdup", patches, run_of(16, 64), "^4 latent rows cannot be cut into 2 patches"),
@@ -116,7 +175,10 @@ def check_refusals(rank: int, world_size: int) -> None:
     for name in ("sdxl", "flux", "sd3", "sdup"):
         pipe = load(name)
         for _, options, run, message in (case for case in refused if case[0] == name):
-            with attached(pipe, name, rank, world_size, **options) as backend, pytest.raises((PlanError, UnsupportedError), match=message):
+            with (
+                attached(pipe, name, rank, world_size, **options) as backend,
+                pytest.raises((PlanError, UnsupportedError), match=message),
+            ):
                 backend.check(run)
         for _, options, run in (case for case in allowed if case[0] == name):
             with attached(pipe, name, rank, world_size, **options) as backend:
@@ -124,7 +186,10 @@ def check_refusals(rank: int, world_size: int) -> None:
         if name == "sdxl":
             pipe.unet.compile()
             compiled = r"sync_mode=corrected_async_gn is not available with torch\.compile"
-            with attached(pipe, name, rank, world_size, **patches) as backend, pytest.raises(UnsupportedError, match=compiled):
+            with (
+                attached(pipe, name, rank, world_size, **patches) as backend,
+                pytest.raises(UnsupportedError, match=compiled),
+            ):
                 backend.check(run_of(512, 512))
 
 
@@ -147,14 +212,28 @@ def check_exactness(rank: int, world_size: int) -> None:
         (patches | {"parallelism": "naive_patch"}, {"quality": "exact"}, "approximate"),
     ]
     for options, fields, exactness in expected:
-        run = RunInfo(request=GenerateRequest(**fields), height=128, width=64, num_inference_steps=2)
-        with attached(pipe, "sdxl", rank, world_size, **({"warm_up_steps": 1} | options)) as backend:
+        run = RunInfo(
+            request=GenerateRequest(**fields), height=128, width=64, num_inference_steps=2
+        )
+        with attached(
+            pipe, "sdxl", rank, world_size, **({"warm_up_steps": 1} | options)
+        ) as backend:
             assert backend.exactness_of(run) == exactness, f"{options} {fields}"
     with attached(pipe, "sdxl", rank, world_size, **patches) as backend:
-        backend.begin(RunInfo(request=GenerateRequest(warmup_steps=1), height=128, width=64, num_inference_steps=3, order=2))
+        backend.begin(
+            RunInfo(
+                request=GenerateRequest(warmup_steps=1),
+                height=128,
+                width=64,
+                num_inference_steps=3,
+                order=2,
+            )
+        )
         for _ in range(5):
             backend.step_done()
-        assert backend.report()["synchronous_steps"] == 2, "one step of a sampler of order 2 is two evaluations"
+        assert backend.report()["synchronous_steps"] == 2, (
+            "one step of a sampler of order 2 is two evaluations"
+        )
         backend.end()
 
 
@@ -164,8 +243,15 @@ def test_a_run_says_how_close_it_comes_to_one_rank(run_on_ranks):
 
 
 def check_too_many_ranks_for_the_weights(rank: int, world_size: int) -> None:
-    message = "^parallelism=tensor cannot cut this model into 3 parts: neither its attention heads nor its feed-forward widths divide by 3"
-    with pytest.raises(PlanError, match=message), attached(load("sd1"), "sd1", rank, world_size, parallelism="tensor"):
+    message = (
+        "^parallelism=tensor cannot cut this model into 3 parts: neither its attention "
+        "heads "
+        "nor its feed-forward widths divide by 3"
+    )
+    with (
+        pytest.raises(PlanError, match=message),
+        attached(load("sd1"), "sd1", rank, world_size, parallelism="tensor"),
+    ):
         pass
 
 
@@ -175,5 +261,8 @@ def test_weights_that_do_not_divide_by_the_ranks_are_refused(run_on_ranks):
 
 
 def test_a_network_that_nobody_described_is_refused():
-    with pytest.raises(UnsupportedError, match="a AutoencoderKL cannot be cut into patches: it is neither a UNet nor one of"):
+    with pytest.raises(
+        UnsupportedError,
+        match="a AutoencoderKL cannot be cut into patches: it is neither a UNet nor one of",
+    ):
         cut_of(load("sd1").vae)

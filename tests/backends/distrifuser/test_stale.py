@@ -1,4 +1,6 @@
-"""Every stale mode equals the one-process simulation of its schedule, and equals one rank while all steps are synchronous."""
+"""Every stale mode equals the one-process simulation of its schedule, and equals one rank while all
+steps are synchronous.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,7 +13,15 @@ from torch import Tensor
 from backends.distrifuser.modes import SYNC_MODES
 from backends.parallel.base import RunInfo
 from backends.request import GenerateRequest
-from tests.backends.distrifuser.driving import arguments, assert_same, attached, build, generate, load_wide, table
+from tests.backends.distrifuser.driving import (
+    arguments,
+    assert_same,
+    attached,
+    build,
+    generate,
+    load_wide,
+    table,
+)
 from tests.backends.distrifuser.simulation import Simulation
 from tests.backends.reference import from_rank_zero
 
@@ -22,7 +32,9 @@ WIDE = {"dtype": torch.float64}
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """bounds: of the patches that the options are expected to give, in latent rows of a UNet or tokens of a transformer."""
+    """bounds: of the patches that the options are expected to give, in latent rows of a UNet or
+    tokens of a transformer.
+    """
 
     mode: str
     bounds: tuple[int, ...]
@@ -50,7 +62,11 @@ def sdxl_call(unet: Any) -> tuple[list[Tensor], Callable[[Tensor, int], Tensor]]
     def call(sample: Tensor, step: int) -> Tensor:
         many = len(sample)
         conditions = {"text_embeds": pooled.repeat(many, 1), "time_ids": sizes.repeat(many, 1)}
-        given = {"encoder_hidden_states": text.repeat(many, 1, 1), "added_cond_kwargs": conditions, "return_dict": False}
+        given = {
+            "encoder_hidden_states": text.repeat(many, 1, 1),
+            "added_cond_kwargs": conditions,
+            "return_dict": False,
+        }
         return unet(sample, timestep_of(step), **given)[0]
 
     return samples(1, 4, 16, 8), call
@@ -60,7 +76,9 @@ def flux_call(transformer: Any) -> tuple[list[Tensor], Callable[[Tensor, int], T
     config, generator = transformer.config, torch.Generator().manual_seed(2)
     text = torch.randn(1, 6, config.joint_attention_dim, generator=generator, **WIDE)
     pooled = torch.randn(1, config.pooled_projection_dim, generator=generator, **WIDE)
-    places = torch.stack([torch.zeros(32), torch.arange(32) // 4, torch.arange(32) % 4], dim=1).double()
+    places = torch.stack(
+        [torch.zeros(32), torch.arange(32) // 4, torch.arange(32) % 4], dim=1
+    ).double()
 
     def call(sample: Tensor, step: int, tokens: slice = slice(0, 32)) -> Tensor:
         many = len(sample)
@@ -85,8 +103,16 @@ def sd3_call(transformer: Any) -> tuple[list[Tensor], Callable[[Tensor, int], Te
 
     def call(sample: Tensor, step: int) -> Tensor:
         many = len(sample)
-        texts = {"encoder_hidden_states": text.repeat(many, 1, 1), "pooled_projections": pooled.repeat(many, 1)}
-        return transformer(hidden_states=sample, timestep=timestep_of(step).repeat(many), **texts, return_dict=False)[0]
+        texts = {
+            "encoder_hidden_states": text.repeat(many, 1, 1),
+            "pooled_projections": pooled.repeat(many, 1),
+        }
+        return transformer(
+            hidden_states=sample,
+            timestep=timestep_of(step).repeat(many),
+            **texts,
+            return_dict=False,
+        )[0]
 
     return samples(1, config.in_channels, 16, 8), call
 
@@ -108,7 +134,10 @@ def simulated(network: Any, name: str, case: Case) -> list[Tensor]:
     )
     inputs, call = CALLS[name](network)
     try:
-        return [simulation.run(lambda sample, step=step: call(sample, step), sample, dim=-2) for step, sample in enumerate(inputs)]
+        return [
+            simulation.run(lambda sample, step=step: call(sample, step), sample, dim=-2)
+            for step, sample in enumerate(inputs)
+        ]
     finally:
         simulation.close()
 
@@ -120,19 +149,40 @@ def check_simulation(rank: int, world_size: int, name: str, cases: tuple[Case, .
     inputs, call = CALLS[name](network)
     exact = from_rank_zero(lambda: [call(sample, step) for step, sample in enumerate(inputs)])
     for case in cases:
-        case = Case(mode=case.mode, bounds=case.bounds, options={"warm_up_steps": 2, "no_split_batch": True, **case.options})
-        want = from_rank_zero(lambda: simulated(network, name, case))  # noqa: B023
-        assert float((want[-1] - exact[-1]).abs().max()) > 1e-6, f"{case}: a stale step should have differed from an exact one"
+        case = Case(
+            mode=case.mode,
+            bounds=case.bounds,
+            options={"warm_up_steps": 2, "no_split_batch": True, **case.options},
+        )
+        want = from_rank_zero(lambda: simulated(network, name, case))
+        assert float((want[-1] - exact[-1]).abs().max()) > 1e-6, (
+            f"{case}: a stale step should have differed from an exact one"
+        )
         with attached(pipe, name, rank, world_size, sync_mode=case.mode, **case.options) as backend:
             sizes = []
-            for generation in range(2 if case.mode == "corrected_async_gn" else 1):  # the second one reuses the buffers of the first
-                backend.begin(RunInfo(request=GenerateRequest(), height=128, width=64, num_inference_steps=NUM_STEPS))
+            for generation in range(
+                2 if case.mode == "corrected_async_gn" else 1
+            ):  # the second one reuses the buffers of the first
+                backend.begin(
+                    RunInfo(
+                        request=GenerateRequest(),
+                        height=128,
+                        width=64,
+                        num_inference_steps=NUM_STEPS,
+                    )
+                )
                 for step, sample in enumerate(inputs):
-                    assert_same(call(sample, step), want[step], f"{name} {case} generation {generation} step {step}")
+                    assert_same(
+                        call(sample, step),
+                        want[step],
+                        f"{name} {case} generation {generation} step {step}",
+                    )
                     backend.step_done()
                 backend.end()
                 sizes.append(backend.report()["buffer_bytes"])
-            assert sizes[0] == sizes[-1] > 0, f"{name} {case}: the second generation should have found the buffers of the first"
+            assert sizes[0] == sizes[-1] > 0, (
+                f"{name} {case}: the second generation should have found the buffers of the first"
+            )
 
 
 def test_stale_unet_on_two_ranks_equals_the_simulation_in_every_mode(run_on_ranks):
@@ -148,7 +198,9 @@ def test_stale_unet_equals_the_simulation_with_and_without_extrapolation_and_war
     cases = (
         Case(mode="corrected_async_gn", bounds=(0, 8, 16), options={"extrapolate": False}),
         Case(mode="stale_gn", bounds=(0, 8, 16), options={"extrapolate": True}),
-        Case(mode="corrected_async_gn", bounds=(0, 8, 16), options={"warm_up_steps": 0}),  # the first step is synchronous all the same
+        Case(
+            mode="corrected_async_gn", bounds=(0, 8, 16), options={"warm_up_steps": 0}
+        ),  # the first step is synchronous all the same
     )
     run_on_ranks(check_simulation, 2, "sdxl", cases)
 
@@ -156,14 +208,18 @@ def test_stale_unet_equals_the_simulation_with_and_without_extrapolation_and_war
 @pytest.mark.slow
 def test_stale_unet_on_three_uneven_bands_equals_the_simulation(run_on_ranks):
     build(["sdxl"])
-    cases = tuple(Case(mode=mode, bounds=(0, 8, 12, 16)) for mode in ("corrected_async_gn", "rotate"))
+    cases = tuple(
+        Case(mode=mode, bounds=(0, 8, 12, 16)) for mode in ("corrected_async_gn", "rotate")
+    )
     run_on_ranks(check_simulation, 3, "sdxl", cases)
 
 
 @pytest.mark.parametrize("name", ["flux", pytest.param("sd3", marks=pytest.mark.slow)])
 def test_stale_transformer_on_two_ranks_equals_the_simulation(run_on_ranks, name):
     build([name])
-    cases = [Case(mode=mode, bounds=(0, 16, 32)) for mode in ("corrected_async_gn", "no_sync", "rotate")]
+    cases = [
+        Case(mode=mode, bounds=(0, 16, 32)) for mode in ("corrected_async_gn", "no_sync", "rotate")
+    ]
     cases += [Case(mode="stale_gn", bounds=(0, 16, 32), options={"extrapolate": True})]
     if name == "flux":
         cases += [Case(mode="stale_gn", bounds=(0, 20, 32), options={"patch_weights": "5,3"})]
@@ -173,20 +229,32 @@ def test_stale_transformer_on_two_ranks_equals_the_simulation(run_on_ranks, name
 @pytest.mark.slow
 def test_stale_transformer_on_three_ranks_equals_the_simulation(run_on_ranks):
     build(["flux"])
-    cases = tuple(Case(mode=mode, bounds=(0, 11, 22, 32)) for mode in ("corrected_async_gn", "no_sync", "rotate"))
+    cases = tuple(
+        Case(mode=mode, bounds=(0, 11, 22, 32))
+        for mode in ("corrected_async_gn", "no_sync", "rotate")
+    )
     run_on_ranks(check_simulation, 3, "flux", cases)
 
 
 def check_warmup_covers_all(rank: int, world_size: int, name: str, modes: tuple[str, ...]) -> None:
     pipe = load_wide(name)
-    given, other = arguments(name, steps=3), arguments(name, rows=12, steps=3)  # a second size in the same process
+    given, other = (
+        arguments(name, steps=3),
+        arguments(name, rows=12, steps=3),
+    )  # a second size in the same process
     want, want_other = generate(pipe, None, given), generate(pipe, None, other)
     for mode in modes:
         with attached(pipe, name, rank, world_size, sync_mode=mode, no_split_batch=True) as backend:
             assert_same(generate(pipe, backend, given, warmup_steps=3), want, f"{name} {mode}")
             stale = generate(pipe, backend, given, warmup_steps=1)
-            assert float((stale - want).abs().max()) > 1e-5, f"{name} {mode}: one synchronous step should have made a difference"
-            assert_same(generate(pipe, backend, other, warmup_steps=3), want_other, f"{name} {mode} after a stale generation")
+            assert float((stale - want).abs().max()) > 1e-5, (
+                f"{name} {mode}: one synchronous step should have made a difference"
+            )
+            assert_same(
+                generate(pipe, backend, other, warmup_steps=3),
+                want_other,
+                f"{name} {mode} after a stale generation",
+            )
 
 
 @pytest.mark.slow
@@ -196,7 +264,9 @@ def test_warmup_of_all_steps_matches_one_rank_before_and_after_a_stale_generatio
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sd1", "sd2", "sdup", "svd", "ad", "flux", "sd3", "pixa", "pixs", "hy"])
+@pytest.mark.parametrize(
+    "name", ["sd1", "sd2", "sdup", "svd", "ad", "flux", "sd3", "pixa", "pixs", "hy"]
+)
 def test_warmup_of_all_steps_matches_one_rank_for_every_type(run_on_ranks, name):
     build([name])
     run_on_ranks(check_warmup_covers_all, 2, name, ("corrected_async_gn", "rotate"))

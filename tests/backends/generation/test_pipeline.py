@@ -25,13 +25,21 @@ _LOADED: dict[str, LoadedPipeline] = {}
 def loaded(name: str) -> LoadedPipeline:
     """One pipeline per type for the whole file: loading costs more than drawing."""
     if name not in _LOADED:
-        request = LoadRequest(model_type=name, checkpoint=str(checkpoint(name)), variant="fp32", height=SIDE, width=SIDE)
+        request = LoadRequest(
+            model_type=name,
+            checkpoint=str(checkpoint(name)),
+            variant="fp32",
+            height=SIDE,
+            width=SIDE,
+        )
         _LOADED[name] = load_pipeline(TABLE[name], request, device=CPU)
     return _LOADED[name]
 
 
 def sample_image(seed: int = 0, side: int = SIDE) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (side, side, 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(0, 255, (side, side, 3), dtype=np.uint8)
+    )
 
 
 def request_for(name: str, **more: object) -> GenerateRequest:
@@ -90,7 +98,9 @@ def test_returned_latents_decode_to_the_returned_image_as_clients_decode(name: s
     result = loaded(name).generate(request_for(name))
     vae = load(name).vae
     with torch.no_grad():
-        image = vae.decode(torch.from_numpy(result.latents)).sample  # a client's VAE knows no scaling
+        image = vae.decode(
+            torch.from_numpy(result.latents)
+        ).sample  # a client's VAE knows no scaling
     pixels = ((image / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
     assert np.abs(pixels.astype(int) - result.frames).max() <= 1
 
@@ -107,7 +117,12 @@ def test_latents_at_strength_zero_come_back_with_the_same_image(name: str) -> No
 def test_more_strength_moves_further_from_the_given_latents(name: str) -> None:
     start = loaded(name).generate(request_for(name, seed=8)).latents
     distances = [
-        np.abs(loaded(name).generate(request_for(name, latents=start, strength=strength, num_inference_steps=10)).latents - start).mean()
+        np.abs(
+            loaded(name)
+            .generate(request_for(name, latents=start, strength=strength, num_inference_steps=10))
+            .latents
+            - start
+        ).mean()
         for strength in (0.2, 0.9)
     ]
     assert distances[0] < distances[1]
@@ -115,13 +130,17 @@ def test_more_strength_moves_further_from_the_given_latents(name: str) -> None:
 
 def test_latents_at_full_strength_only_set_the_size() -> None:
     text_only = loaded("sd1").generate(request_for("sd1", height=72, width=64))
-    with_latents = loaded("sd1").generate(request_for("sd1", latents=np.ones((1, 4, 9, 8), np.float32)))
+    with_latents = loaded("sd1").generate(
+        request_for("sd1", latents=np.ones((1, 4, 9, 8), np.float32))
+    )
     assert np.array_equal(text_only.frames, with_latents.frames)
 
 
 def test_progress_is_told_for_every_step_and_an_exception_from_it_ends_the_run() -> None:
     seen: list[tuple[int, int]] = []
-    loaded("pixa").generate(request_for("pixa"), on_step=lambda step, num_steps, _: seen.append((step, num_steps)))
+    loaded("pixa").generate(
+        request_for("pixa"), on_step=lambda step, num_steps, _: seen.append((step, num_steps))
+    )
     assert seen == [(1, 3), (2, 3), (3, 3)]
 
     def stop(step: int, num_steps: int, _: torch.Tensor) -> None:
@@ -129,7 +148,10 @@ def test_progress_is_told_for_every_step_and_an_exception_from_it_ends_the_run()
 
     with pytest.raises(KeyError, match="enough"):
         loaded("pixa").generate(request_for("pixa"), on_step=stop)
-    assert np.array_equal(loaded("pixa").generate(request_for("pixa")).frames, loaded("pixa").generate(request_for("pixa")).frames)
+    assert np.array_equal(
+        loaded("pixa").generate(request_for("pixa")).frames,
+        loaded("pixa").generate(request_for("pixa")).frames,
+    )
 
 
 def test_a_scheduler_of_one_request_does_not_leak_into_the_next() -> None:
@@ -149,15 +171,23 @@ def test_guidance_zero_is_guidance_off() -> None:
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
 def test_clip_skip_changes_the_image_and_zero_is_absent(name: str) -> None:
     plain = loaded(name).generate(request_for(name))
-    assert np.array_equal(loaded(name).generate(request_for(name, clip_skip=0)).frames, plain.frames)
-    assert not np.array_equal(loaded(name).generate(request_for(name, clip_skip=1)).frames, plain.frames)
-    assert not hasattr(loaded("sd1").pipe.text_encoder, "text_model")  # LoRA loading would take it for another layout
+    assert np.array_equal(
+        loaded(name).generate(request_for(name, clip_skip=0)).frames, plain.frames
+    )
+    assert not np.array_equal(
+        loaded(name).generate(request_for(name, clip_skip=1)).frames, plain.frames
+    )
+    assert not hasattr(
+        loaded("sd1").pipe.text_encoder, "text_model"
+    )  # LoRA loading would take it for another layout
 
 
 def test_embeddings_draw_what_their_prompt_draws() -> None:
     pipe = load("sdxl")
     with torch.no_grad():
-        positive, negative, pooled, negative_pooled = pipe.encode_prompt("a photo of a cat", negative_prompt="a dog", device=CPU)
+        positive, negative, pooled, negative_pooled = pipe.encode_prompt(
+            "a photo of a cat", negative_prompt="a dog", device=CPU
+        )
     given = {
         "prompt_embeds": positive.numpy(),
         "pooled_prompt_embeds": pooled.numpy(),
@@ -171,22 +201,51 @@ def test_embeddings_draw_what_their_prompt_draws() -> None:
 def test_embeddings_of_different_lengths_are_padded() -> None:
     rng = np.random.default_rng(0)
     long, short = (rng.standard_normal((1, length, 32)).astype(np.float32) for length in (154, 77))
-    result = loaded("sd1").generate(GenerateRequest(seed=3, num_inference_steps=2, prompt_embeds=long, negative_prompt_embeds=short))
+    result = loaded("sd1").generate(
+        GenerateRequest(
+            seed=3, num_inference_steps=2, prompt_embeds=long, negative_prompt_embeds=short
+        )
+    )
     assert result.frames.shape == (1, SIDE, SIDE, 3)
 
 
 def test_sizes_are_cut_down_to_what_the_type_allows() -> None:
-    assert loaded("sd3").generate(request_for("sd3", height=70, width=90)).frames.shape == (1, 64, 80, 3)
+    assert loaded("sd3").generate(request_for("sd3", height=70, width=90)).frames.shape == (
+        1,
+        64,
+        80,
+        3,
+    )
 
 
 REFUSALS = [
     ("sd1", {"prompt": None}, RequestError, "no prompt was given"),
     ("svd", {"image": None}, RequestError, "image is missing"),
-    ("sd1", {"prompt_embeds": np.ones((1, 77, 32), np.float32)}, RequestError, "both a prompt and prompt embeddings"),
-    ("sdxl", {"prompt": None, "prompt_embeds": np.ones((1, 77, 64), np.float32)}, RequestError, "has no pooled_output"),
-    ("hy", {"prompt": None, "prompt_embeds": np.ones((1, 77, 32), np.float32)}, UnsupportedError, "embeddings cannot be given"),
+    (
+        "sd1",
+        {"prompt_embeds": np.ones((1, 77, 32), np.float32)},
+        RequestError,
+        "both a prompt and prompt embeddings",
+    ),
+    (
+        "sdxl",
+        {"prompt": None, "prompt_embeds": np.ones((1, 77, 64), np.float32)},
+        RequestError,
+        "has no pooled_output",
+    ),
+    (
+        "hy",
+        {"prompt": None, "prompt_embeds": np.ones((1, 77, 32), np.float32)},
+        UnsupportedError,
+        "embeddings cannot be given",
+    ),
     ("sd1", {"sigmas": [1.0, 0.0], "timesteps": [3]}, RequestError, "both sigmas and timesteps"),
-    ("sd1", {"height": 8, "width": 8, "latents": np.ones((1, 3, 8, 8), np.float32), "strength": 0.5}, RequestError, "latent has shape"),
+    (
+        "sd1",
+        {"height": 8, "width": 8, "latents": np.ones((1, 3, 8, 8), np.float32), "strength": 0.5},
+        RequestError,
+        "latent has shape",
+    ),
     ("sd3", {"height": 8}, RequestError, "multiples of 16"),
     ("sd3", {"scheduler": "ddim"}, RequestError, "flow-matching"),
     ("sd1", {"scheduler": "no_such_sampler"}, RequestError, "no_such_sampler"),
@@ -203,32 +262,55 @@ def test_refuses(name: str, fields: dict[str, object], kind: type[Exception], me
 def test_single_file_checkpoint_draws_what_its_folder_draws(name: str, tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.symlink_to(single_file(name))
-    is_denoiser_only = name == "flux"  # its original layout has no text encoders and no VAE: they come from the folder
+    is_denoiser_only = (
+        name == "flux"
+    )  # its original layout has no text encoders and no VAE: they come from the folder
     ignored = () if is_denoiser_only else ("*.safetensors",)
     shutil.copytree(checkpoint(name), tmp_path / "model", ignore=shutil.ignore_patterns(*ignored))
-    request = LoadRequest(model_type=name, checkpoint=str(file), variant="fp32", height=SIDE, width=SIDE)
+    request = LoadRequest(
+        model_type=name, checkpoint=str(file), variant="fp32", height=SIDE, width=SIDE
+    )
     from_file = load_pipeline(TABLE[name], request, device=CPU).generate(request_for(name))
-    assert np.abs(from_file.frames.astype(int) - loaded(name).generate(request_for(name)).frames).max() <= 1
+    assert (
+        np.abs(from_file.frames.astype(int) - loaded(name).generate(request_for(name)).frames).max()
+        <= 1
+    )
 
 
 def test_a_single_file_without_its_configuration_says_what_to_put_beside_it(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.symlink_to(single_file("sd1"))
-    with pytest.raises(ConfigError, match=r"the folder .*model with its configuration .* is not there"):
-        load_pipeline(TABLE["sd1"], LoadRequest(model_type="sd1", checkpoint=str(file), variant="fp32"), device=CPU)
+    with pytest.raises(
+        ConfigError, match=r"the folder .*model with its configuration .* is not there"
+    ):
+        load_pipeline(
+            TABLE["sd1"],
+            LoadRequest(model_type="sd1", checkpoint=str(file), variant="fp32"),
+            device=CPU,
+        )
 
 
 def test_half_precision_files_alone_are_found(tmp_path: Path) -> None:
     load("sd1").save_pretrained(tmp_path / "sd1", variant="fp16")
-    request = LoadRequest(model_type="sd1", checkpoint=str(tmp_path / "sd1"), variant="fp32", height=SIDE, width=SIDE)
+    request = LoadRequest(
+        model_type="sd1", checkpoint=str(tmp_path / "sd1"), variant="fp32", height=SIDE, width=SIDE
+    )
     pipeline = load_pipeline(TABLE["sd1"], request, device=CPU)
-    assert np.array_equal(pipeline.generate(request_for("sd1")).frames, loaded("sd1").generate(request_for("sd1")).frames)
+    assert np.array_equal(
+        pipeline.generate(request_for("sd1")).frames,
+        loaded("sd1").generate(request_for("sd1")).frames,
+    )
 
 
 def test_a_replacement_vae_changes_the_image_and_not_the_latents() -> None:
     other = checkpoint("sd1", seed=5)
     request = LoadRequest(
-        model_type="sd1", checkpoint=str(checkpoint("sd1")), variant="fp32", vae=str(other / "vae"), height=SIDE, width=SIDE
+        model_type="sd1",
+        checkpoint=str(checkpoint("sd1")),
+        variant="fp32",
+        vae=str(other / "vae"),
+        height=SIDE,
+        width=SIDE,
     )
     with_other = load_pipeline(TABLE["sd1"], request, device=CPU).generate(request_for("sd1"))
     plain = loaded("sd1").generate(request_for("sd1"))
@@ -241,18 +323,30 @@ def test_a_broken_checkpoint_is_a_config_error_that_names_the_folder(tmp_path: P
     shutil.copytree(checkpoint("sd1"), folder)
     (folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"no weights")
     with pytest.raises(ConfigError, match="broken does not load as StableDiffusionPipeline"):
-        load_pipeline(TABLE["sd1"], LoadRequest(model_type="sd1", checkpoint=str(folder), variant="fp32"), device=CPU)
+        load_pipeline(
+            TABLE["sd1"],
+            LoadRequest(model_type="sd1", checkpoint=str(folder), variant="fp32"),
+            device=CPU,
+        )
 
 
 def test_vae_slicing_is_switched_on_and_tiling_refused_where_the_vae_has_none() -> None:
-    request = LoadRequest(model_type="sd1", checkpoint=str(checkpoint("sd1")), variant="fp32", enable_vae_slicing=True)
+    request = LoadRequest(
+        model_type="sd1", checkpoint=str(checkpoint("sd1")), variant="fp32", enable_vae_slicing=True
+    )
     assert load_pipeline(TABLE["sd1"], request, device=CPU).pipe.vae.use_slicing
-    request = LoadRequest(model_type="svd", checkpoint=str(checkpoint("svd")), variant="fp32", enable_vae_tiling=True)
+    request = LoadRequest(
+        model_type="svd", checkpoint=str(checkpoint("svd")), variant="fp32", enable_vae_tiling=True
+    )
     with pytest.raises(UnsupportedError, match="enable_tiling is not available"):
         load_pipeline(TABLE["svd"], request, device=CPU)
 
 
 def test_the_pristine_scheduler_config_is_untouched() -> None:
     config = json.loads((checkpoint("sdxl") / "scheduler" / "scheduler_config.json").read_text())
-    loaded("sdxl").generate(request_for("sdxl", scheduler={"scheduler": "euler", "timestep_spacing": "trailing"}))
-    assert loaded("sdxl")._pristine_scheduler.config["timestep_spacing"] == config["timestep_spacing"]
+    loaded("sdxl").generate(
+        request_for("sdxl", scheduler={"scheduler": "euler", "timestep_spacing": "trailing"})
+    )
+    assert (
+        loaded("sdxl")._pristine_scheduler.config["timestep_spacing"] == config["timestep_spacing"]
+    )

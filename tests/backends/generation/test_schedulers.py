@@ -13,28 +13,53 @@ import pytest
 import torch
 
 from backends.generation import schedulers
-from backends.generation.schedulers import ALIASES, SCHEDULERS, SchedulerChoice, SchedulerError, build_scheduler, parse_scheduler
+from backends.generation.schedulers import (
+    ALIASES,
+    SCHEDULERS,
+    SchedulerChoice,
+    SchedulerError,
+    build_scheduler,
+    parse_scheduler,
+)
 from backends.generation.step_driver import StepDriver
 from backends.generation.step_window import Schedule
 from tests.backends import gaussian
 from tests.checkpoints import inputs, load
 
 CONTRACT_NAMES = (
-    "ddim ddpm deis dpm_2 dpm_2_a dpm_sde dpmpp_2m dpmpp_2m_sde dpmpp_sde euler euler_a heun ipndm lms pndm tcd unipc fm_euler fm_heun lcm"
+    "ddim ddpm deis dpm_2 dpm_2_a dpm_sde dpmpp_2m dpmpp_2m_sde dpmpp_sde euler euler_a heun ipndm "
+    "lms pndm tcd unipc fm_euler fm_heun lcm"
 ).split()
 EPSILON_NAMES = [name for name, facts in SCHEDULERS.items() if not facts.flow]
-FLOW_NAMES = [name for name, facts in SCHEDULERS.items() if facts.flow or facts.flow_name or facts.flow_solver]
+FLOW_NAMES = [
+    name for name, facts in SCHEDULERS.items() if facts.flow or facts.flow_name or facts.flow_solver
+]
 STOCHASTIC = {"ddpm", "dpm_2_a", "dpm_sde", "dpmpp_2m_sde", "euler_a", "lcm", "fm_lcm", "tcd"}
 STEPS = 3
-SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1, "num_train_timesteps": 1000}
+SD = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+    "num_train_timesteps": 1000,
+}
 SD_CLIP = SD | {"set_alpha_to_one": False, "clip_sample": False}
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}
 CONFIGS = {
     "sd1": SD_CLIP | {"_class_name": "PNDMScheduler", "skip_prk_steps": True},
     "sd2": SD_CLIP | {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"},
     "svd": SD
-    | {"_class_name": "EulerDiscreteScheduler", "prediction_type": "v_prediction", "timestep_type": "continuous"}
-    | {"timestep_spacing": "leading", "sigma_min": 0.002, "sigma_max": 700.0, "use_karras_sigmas": True},
+    | {
+        "_class_name": "EulerDiscreteScheduler",
+        "prediction_type": "v_prediction",
+        "timestep_type": "continuous",
+    }
+    | {
+        "timestep_spacing": "leading",
+        "sigma_min": 0.002,
+        "sigma_max": 700.0,
+        "use_karras_sigmas": True,
+    },
     "sd3": FLOW | {"shift": 3.0},
     "flux": FLOW | {"shift": 3.0, "use_dynamic_shifting": True},
     "schnell": FLOW | {"shift": 1.0, "use_dynamic_shifting": False},
@@ -43,21 +68,33 @@ CONFIGS = {
 
 @functools.cache
 def pipeline(model_type):
-    """(pipeline, its scheduler's config as loaded), shared by all tests, which set the scheduler before each run."""
+    """(pipeline, its scheduler's config as loaded), shared by all tests, which set the scheduler
+    before each run.
+    """
     pipe = load(model_type)
     return pipe, dict(pipe.scheduler.config)
 
 
 def built(value, model_type):
-    return build_scheduler(parse_scheduler(value), CONFIGS[model_type], flow="Flow" in CONFIGS[model_type]["_class_name"])
+    return build_scheduler(
+        parse_scheduler(value),
+        CONFIGS[model_type],
+        flow="Flow" in CONFIGS[model_type]["_class_name"],
+    )
 
 
 def generate(model_type, name, *, steps=STEPS):
-    """(latents, scheduler steps, scheduler) of a run of `name` on the tiny pipeline, from seed 0."""
+    """(latents, scheduler steps, scheduler) of a run of `name` on the tiny pipeline, from seed
+    0.
+    """
     pipe, pristine = pipeline(model_type)
-    pipe.scheduler = scheduler = build_scheduler(parse_scheduler(name), pristine, flow=model_type in ("sd3", "flux"))
+    pipe.scheduler = scheduler = build_scheduler(
+        parse_scheduler(name), pristine, flow=model_type in ("sd3", "flux")
+    )
     arguments = inputs(model_type, num_inference_steps=steps) | {"output_type": "latent"}
-    with StepDriver(scheduler, Schedule(num_inference_steps=steps), generator=arguments["generator"]) as driver:
+    with StepDriver(
+        scheduler, Schedule(num_inference_steps=steps), generator=arguments["generator"]
+    ) as driver:
         latents = pipe(**arguments)[0]
     return latents, driver.num_steps, scheduler
 
@@ -76,12 +113,20 @@ def test_every_name_of_the_clients_is_known():
         ("", None, {}),
         ("euler", "euler", {}),
         (" k_dpmpp_2m ", "dpmpp_2m", {"use_karras_sigmas": True}),
-        ('{"scheduler": "dpmpp_2m", "use_karras_sigmas": true}', "dpmpp_2m", {"use_karras_sigmas": True}),
+        (
+            '{"scheduler": "dpmpp_2m", "use_karras_sigmas": true}',
+            "dpmpp_2m",
+            {"use_karras_sigmas": True},
+        ),
         ('"DPM++ 2M"', "dpmpp_2m", {}),
         ({"scheduler": ""}, None, {}),
         ({"timestep_spacing": "trailing"}, None, {"timestep_spacing": "trailing"}),
         ({"scheduler": "heun", "steps_offset": None}, "heun", {}),
-        ({"scheduler": "k_euler", "use_karras_sigmas": False}, "euler", {"use_karras_sigmas": False}),
+        (
+            {"scheduler": "k_euler", "use_karras_sigmas": False},
+            "euler",
+            {"use_karras_sigmas": False},
+        ),
         ("DPM++ 2M Karras", "dpmpp_2m", {"use_karras_sigmas": True}),
     ],
 )
@@ -122,21 +167,36 @@ def test_reading_does_not_change_the_dict_it_was_given():
 
 
 def test_reading_imports_no_torch():
-    code = "import sys, backends.generation.schedulers as s; s.parse_scheduler('k_euler'); sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
+    code = (
+        "import sys, backends.generation.schedulers as s; s.parse_scheduler('k_euler'); "
+        "sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
 
 
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("eular", r"scheduler='eular' is not a scheduler\. Did you mean 'euler'\? Allowed: ddim, .*unipc"),
+        (
+            "eular",
+            r"scheduler='eular' is not a scheduler\. Did you mean 'euler'\? Allowed: ddim, .*unipc",
+        ),
         ("zzz", r"scheduler='zzz' is not a scheduler\. Allowed: ddim"),
         ('{"scheduler": "euler"', r"is not valid JSON"),
         ({"scheduler": 3}, r"scheduler=3 is not a name"),
         ('["euler"]', r"scheduler=\['euler'\] is not a name"),
-        ({"use_karras_sigmas": True, "use_beta_sigmas": True}, r"use_karras_sigmas and use_beta_sigmas exclude each other"),
-        ({"scheduler": "euler", "use_karras_sigmas": "yes"}, r"use_karras_sigmas='yes' is not allowed\. Allowed: true, false"),
-        ({"timestep_spacing": "even"}, r"timestep_spacing='even' is not allowed\. Allowed: leading, linspace, trailing"),
+        (
+            {"use_karras_sigmas": True, "use_beta_sigmas": True},
+            r"use_karras_sigmas and use_beta_sigmas exclude each other",
+        ),
+        (
+            {"scheduler": "euler", "use_karras_sigmas": "yes"},
+            r"use_karras_sigmas='yes' is not allowed\. Allowed: true, false",
+        ),
+        (
+            {"timestep_spacing": "even"},
+            r"timestep_spacing='even' is not allowed\. Allowed: leading, linspace, trailing",
+        ),
     ],
 )
 def test_refuses_what_cannot_be_read(value, message):
@@ -157,7 +217,10 @@ def test_facts_are_those_of_the_class(name):
     assert facts.takes_timesteps == ("timesteps" in parameters)
     assert facts.takes_sigmas == ("sigmas" in parameters)
     assert facts.flow == hasattr(scheduler_class, "scale_noise")
-    assert not facts.flow_solver or "use_flow_sigmas" in inspect.signature(scheduler_class.__init__).parameters
+    assert (
+        not facts.flow_solver
+        or "use_flow_sigmas" in inspect.signature(scheduler_class.__init__).parameters
+    )
     assert facts.flow_name is None or SCHEDULERS[facts.flow_name].flow
 
 
@@ -186,7 +249,11 @@ def test_names_run_on_flow_matching_models(name, model_type):
 
 @pytest.mark.parametrize(
     ("name", "class_name"),
-    [("euler", "FlowMatchEulerDiscreteScheduler"), ("heun", "FlowMatchHeunDiscreteScheduler"), ("lcm", "FlowMatchLCMScheduler")],
+    [
+        ("euler", "FlowMatchEulerDiscreteScheduler"),
+        ("heun", "FlowMatchHeunDiscreteScheduler"),
+        ("lcm", "FlowMatchLCMScheduler"),
+    ],
 )
 def test_flow_matching_models_get_the_counterpart(name, class_name):
     assert type(built(name, "sd3")).__name__ == class_name
@@ -197,13 +264,20 @@ def test_flow_matching_models_get_the_counterpart(name, class_name):
 def test_sampler_ends_where_the_equation_does(name, model_type, prefix):
     scheduler = built(prefix + name, model_type)
     run = gaussian.sample(scheduler)
-    assert (run.latents - gaussian.exact(0, gaussian.noise(), 100, is_flow=False)).abs().mean() < 0.045
-    assert (run.timesteps[0] < 2) == (model_type == "svd")  # svd's denoiser counts ln(sigma) / 4, whatever the sampler counts
+    assert (
+        run.latents - gaussian.exact(0, gaussian.noise(), 100, is_flow=False)
+    ).abs().mean() < 0.045
+    assert (run.timesteps[0] < 2) == (
+        model_type == "svd"
+    )  # svd's denoiser counts ln(sigma) / 4, whatever the sampler counts
 
 
 def test_ipndm_comes_closer_than_euler():
     want = gaussian.exact(0, gaussian.noise(), 100, is_flow=False)
-    ipndm, euler = ((gaussian.sample(built(name, "sd2")).latents - want).abs().mean() for name in ("ipndm", "euler"))
+    ipndm, euler = (
+        (gaussian.sample(built(name, "sd2")).latents - want).abs().mean()
+        for name in ("ipndm", "euler")
+    )
     assert ipndm < 0.5 * euler
 
 
@@ -223,7 +297,9 @@ def test_stochastic_sampler_draws_the_right_distribution(name):
     scheduler = built(name, model_type)
     latents = gaussian.sample(scheduler).latents
     assert abs(latents.mean() - gaussian.MEAN) < 0.05
-    assert abs(latents.std() - gaussian.STD) < (0.14 if "lcm" in name else 0.08)  # LCM takes the mean of what it could be
+    assert abs(latents.std() - gaussian.STD) < (
+        0.14 if "lcm" in name else 0.08
+    )  # LCM takes the mean of what it could be
 
 
 @pytest.mark.parametrize("name", ["ddim", "euler_a", "heun", "dpmpp_2m"])
@@ -231,7 +307,10 @@ def test_other_classes_run_on_svd(name):
     assert torch.isfinite(generate("svd", name, steps=2)[0]).all()
 
 
-@pytest.mark.parametrize(("model_type", "name"), [("sd1", "dpm_sde"), ("sd1", "euler_a"), ("svd", "euler_a"), ("flux", "fm_lcm")])
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [("sd1", "dpm_sde"), ("sd1", "euler_a"), ("svd", "euler_a"), ("flux", "fm_lcm")],
+)
 def test_same_seed_same_latents_with_noise_in_every_step(model_type, name):
     once, again = (generate(model_type, name, steps=2)[0] for _ in range(2))
     assert torch.equal(once, again)
@@ -260,7 +339,10 @@ def test_settings_do_not_leak_into_the_next_scheduler():
 
 def test_a_flag_asked_for_replaces_the_flag_of_the_checkpoint():
     scheduler = built({"use_exponential_sigmas": True}, "svd")
-    assert (scheduler.config.use_exponential_sigmas, scheduler.config.use_karras_sigmas) == (True, False)
+    assert (scheduler.config.use_exponential_sigmas, scheduler.config.use_karras_sigmas) == (
+        True,
+        False,
+    )
 
 
 def test_latents_are_not_clipped_like_pixels():
@@ -269,15 +351,25 @@ def test_latents_are_not_clipped_like_pixels():
 
 
 def test_defaults_of_the_old_class_do_not_reach_another():
-    own = diffusers.PNDMScheduler(beta_end=0.012)  # its default spacing is "leading", Euler's "linspace"
+    own = diffusers.PNDMScheduler(
+        beta_end=0.012
+    )  # its default spacing is "leading", Euler's "linspace"
     chosen = diffusers.PNDMScheduler(beta_end=0.012, timestep_spacing="leading")
-    spacings = [build_scheduler(parse_scheduler("euler"), old, flow=False).config.timestep_spacing for old in (own, chosen)]
+    spacings = [
+        build_scheduler(parse_scheduler("euler"), old, flow=False).config.timestep_spacing
+        for old in (own, chosen)
+    ]
     assert spacings == ["linspace", "leading"]
 
 
 def test_settings_of_one_solver_do_not_reach_another():
-    config = SD | {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"}
-    assert build_scheduler(parse_scheduler("deis"), config, flow=False).config.algorithm_type == "deis"
+    config = SD | {
+        "_class_name": "DPMSolverMultistepScheduler",
+        "algorithm_type": "sde-dpmsolver++",
+    }
+    assert (
+        build_scheduler(parse_scheduler("deis"), config, flow=False).config.algorithm_type == "deis"
+    )
 
 
 def test_setting_that_the_class_lacks_is_ignored_with_a_warning(caplog):
@@ -288,24 +380,42 @@ def test_setting_that_the_class_lacks_is_ignored_with_a_warning(caplog):
 
 @pytest.mark.parametrize("name", ["ddim", "euler_a", "deis", "pndm", "lms", "tcd"])
 def test_refuses_an_epsilon_sampler_for_a_flow_matching_model(name):
-    with pytest.raises(SchedulerError, match=f"'{name}' cannot sample a flow-matching model. Allowed for this model: dpmpp_2m, .*fm_euler"):
+    with pytest.raises(
+        SchedulerError,
+        match=(
+            f"'{name}' cannot sample a flow-matching model. Allowed for this model: dpmpp_2m, "
+            ".*fm_euler"
+        ),
+    ):
         built(name, "sd3")
 
 
 def test_refuses_a_flow_sampler_for_an_epsilon_model():
-    with pytest.raises(SchedulerError, match=r"'fm_euler' is for flow-matching models only.*Allowed: ddim"):
+    with pytest.raises(
+        SchedulerError, match=r"'fm_euler' is for flow-matching models only.*Allowed: ddim"
+    ):
         built("fm_euler", "sd1")
 
 
 @pytest.mark.parametrize(
-    ("value", "package"), [("dpm_sde", "torchsde"), ("lms", "scipy"), ({"scheduler": "euler", "use_beta_sigmas": True}, "scipy")]
+    ("value", "package"),
+    [
+        ("dpm_sde", "torchsde"),
+        ("lms", "scipy"),
+        ({"scheduler": "euler", "use_beta_sigmas": True}, "scipy"),
+    ],
 )
 def test_refuses_what_needs_a_package_that_is_not_there(monkeypatch, value, package):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SchedulerError, match=f"needs the package {package}, which is not installed"):
+    with pytest.raises(
+        SchedulerError, match=f"needs the package {package}, which is not installed"
+    ):
         built(value, "sd1")
 
 
 def test_refuses_settings_that_the_class_refuses():
-    with pytest.raises(SchedulerError, match=r'EulerDiscreteScheduler refuses its settings {"beta_schedule": "odd"}'):
+    with pytest.raises(
+        SchedulerError,
+        match=r'EulerDiscreteScheduler refuses its settings {"beta_schedule": "odd"}',
+    ):
         built({"scheduler": "euler", "beta_schedule": "odd"}, "sd1")

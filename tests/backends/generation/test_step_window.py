@@ -1,4 +1,6 @@
-"""Runs that end early and go on later, latents as the denoiser has them, and weights that rest: what the later clients ask for."""
+"""Runs that end early and go on later, latents as the denoiser has them, and weights that rest:
+what the later clients ask for.
+"""
 
 import numpy as np
 import pytest
@@ -16,16 +18,23 @@ def test_run_goes_on_where_another_ended(name, space):
     whole = pipe.generate(request_for(spec, **FIELDS, latent_space=space)).latents
     half = pipe.generate(request_for(spec, **FIELDS, latent_space=space, stop_step=2))
     assert half.num_steps == 2 and np.abs(half.latents - whole).max() > 0.1
-    rest = pipe.generate(request_for(spec, **FIELDS, latent_space=space, first_step=2, latents=half.latents))
+    rest = pipe.generate(
+        request_for(spec, **FIELDS, latent_space=space, first_step=2, latents=half.latents)
+    )
     assert rest.num_steps == 2
     np.testing.assert_allclose(rest.latents, whole, rtol=0, atol=1e-4 * np.abs(whole).max())
 
 
 def test_latents_of_the_model_are_scaled_and_those_of_the_vae_are_not():
     pipe, spec = loaded(TABLE["flux"]), TABLE["flux"]
-    plain, scaled = (pipe.generate(request_for(spec, **FIELDS, latent_space=space)).latents for space in ("vae", "model"))
+    plain, scaled = (
+        pipe.generate(request_for(spec, **FIELDS, latent_space=space)).latents
+        for space in ("vae", "model")
+    )
     config = pipe.pipe.vae.config
-    np.testing.assert_allclose(scaled, (plain - config.shift_factor) * config.scaling_factor, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        scaled, (plain - config.shift_factor) * config.scaling_factor, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_weights_that_rest_draw_the_same_and_those_that_are_offloaded_do_not_rest():
@@ -33,7 +42,9 @@ def test_weights_that_rest_draw_the_same_and_those_that_are_offloaded_do_not_res
     before = pipe.generate(request_for(spec, **FIELDS)).latents
     pipe.rest()
     assert (pipe.generate(request_for(spec, **FIELDS)).latents == before).all()
-    with pytest.raises(UnsupportedError, match=r"cannot be kept in main memory: offloading \(model\)"):
+    with pytest.raises(
+        UnsupportedError, match=r"cannot be kept in main memory: offloading \(model\)"
+    ):
         loaded(TABLE["sdxl"], offload="model").rest()
 
 
@@ -43,5 +54,8 @@ def test_compel_is_refused_where_it_is_not_loaded_and_can_be_left_out_where_it_i
         pipe.check(request_for(spec, compel=True))
     asked = request_for(spec, **FIELDS, prompt="a (cat)1.7")
     reader = loaded(spec, compel=True)
-    plain, read = (reader.generate(asked.model_copy(update={"compel": value})).latents for value in (False, None))
+    plain, read = (
+        reader.generate(asked.model_copy(update={"compel": value})).latents
+        for value in (False, None)
+    )
     assert (pipe.generate(asked).latents == plain).all() and np.abs(read - plain).max() > 0.02

@@ -1,4 +1,6 @@
-"""LoRA, ControlNet and IP-Adapter on one device: scales, requests of their own, nothing left behind, clear refusals."""
+"""LoRA, ControlNet and IP-Adapter on one device: scales, requests of their own, nothing left
+behind, clear refusals.
+"""
 
 import shutil
 from pathlib import Path
@@ -11,7 +13,14 @@ from safetensors.torch import load_file, save_file
 from backends.errors import ConfigError, RequestError, UnsupportedError
 from backends.request import GenerateResult
 from tests.backends.features import TABLE, loaded, request_for
-from tests.checkpoints import IP_ADAPTER_FILE, controlnet, ip_adapter, lora, motion_lora, sample_image
+from tests.checkpoints import (
+    IP_ADAPTER_FILE,
+    controlnet,
+    ip_adapter,
+    lora,
+    motion_lora,
+    sample_image,
+)
 
 SMALL = {"height": 64, "width": 64}
 
@@ -28,12 +37,21 @@ def difference(one: np.ndarray, other: np.ndarray) -> int:
     return int(np.abs(one - other).max())
 
 
-def test_loras_act_together_in_any_order_and_a_request_replaces_them_for_itself_alone(tmp_path: Path) -> None:
+def test_loras_act_together_in_any_order_and_a_request_replaces_them_for_itself_alone(
+    tmp_path: Path,
+) -> None:
     """Both files have the same stem, with dots in it."""
     paths = []
     for folder, seed in (("a", 0), ("b", 1)):
         (tmp_path / folder).mkdir()
-        paths.append(str(shutil.copy(lora("sd1", seed=seed, style="kohya"), tmp_path / folder / "my.style.v1.safetensors")))
+        paths.append(
+            str(
+                shutil.copy(
+                    lora("sd1", seed=seed, style="kohya"),
+                    tmp_path / folder / "my.style.v1.safetensors",
+                )
+            )
+        )
     plain = draw(loaded(TABLE["sd1"]))
     pipe = loaded(TABLE["sd1"], lora={paths[0]: 0.5, paths[1]: -0.3})
     both = draw(pipe)
@@ -49,27 +67,46 @@ def test_loras_act_together_in_any_order_and_a_request_replaces_them_for_itself_
 def test_text_encoder_part_of_a_lora_acts(tmp_path: Path) -> None:
     weights = load_file(lora("sd1", style="kohya"))
     text_only = tmp_path / "text.safetensors"
-    save_file({key: tensor for key, tensor in weights.items() if key.startswith("lora_te")}, text_only)
-    assert difference(draw(loaded(TABLE["sd1"], lora={str(text_only): 1.0})), draw(loaded(TABLE["sd1"]))) > 5
+    save_file(
+        {key: tensor for key, tensor in weights.items() if key.startswith("lora_te")}, text_only
+    )
+    assert (
+        difference(
+            draw(loaded(TABLE["sd1"], lora={str(text_only): 1.0})), draw(loaded(TABLE["sd1"]))
+        )
+        > 5
+    )
 
 
 def kohya_names(weights: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """peft's keys -> kohya's, with alpha at half the rank and the factors doubled, so that the effect is the same."""
+    """peft's keys -> kohya's, with alpha at half the rank and the factors doubled, so that the
+    effect is the same.
+    """
     renamed = {}
     for key, tensor in weights.items():
         layer, factor = key.removeprefix(prefix + ".").removesuffix(".weight").rsplit(".", 1)
         flat = f"lora_unet_{layer.replace('.', '_')}"
-        renamed[f"{flat}.{'lora_down' if factor == 'lora_A' else 'lora_up'}.weight"] = tensor * (1 if factor == "lora_A" else 2)
+        renamed[f"{flat}.{'lora_down' if factor == 'lora_A' else 'lora_up'}.weight"] = tensor * (
+            1 if factor == "lora_A" else 2
+        )
         renamed[f"{flat}.alpha"] = torch.tensor(2.0)
     return renamed
 
 
 @pytest.mark.parametrize("style", ["peft folder", "kohya", "pickle"])
-def test_styles_of_keys_mean_the_same_where_diffusers_has_no_loader(tmp_path: Path, style: str) -> None:
+def test_styles_of_keys_mean_the_same_where_diffusers_has_no_loader(
+    tmp_path: Path, style: str
+) -> None:
     weights = load_file(lora("pixa"))
     path = tmp_path / ("lora.bin" if style == "pickle" else "lora.safetensors")
     if style == "peft folder":
-        save_file({f"base_model.model.{key.removeprefix('transformer.')}": tensor for key, tensor in weights.items()}, path)
+        save_file(
+            {
+                f"base_model.model.{key.removeprefix('transformer.')}": tensor
+                for key, tensor in weights.items()
+            },
+            path,
+        )
     elif style == "kohya":
         save_file(kohya_names(weights, "transformer"), path)
     else:
@@ -84,7 +121,11 @@ def test_factors_of_different_ranks_share_one_adapter(tmp_path: Path) -> None:
     half = {}
     for number, (key, tensor) in enumerate(sorted(weights.items())):
         is_narrow = number // 2 % 2 == 0
-        half[key] = (tensor[:2] if ".lora_A." in key else tensor[:, :2]).contiguous() if is_narrow else tensor
+        half[key] = (
+            (tensor[:2] if ".lora_A." in key else tensor[:, :2]).contiguous()
+            if is_narrow
+            else tensor
+        )
     save_file(half, tmp_path / "mixed.safetensors")
     mixed = draw(loaded(TABLE["pixa"], lora={str(tmp_path / "mixed.safetensors"): 1.0}))
     assert difference(mixed, draw(loaded(TABLE["pixa"]))) > 5
@@ -98,9 +139,16 @@ def test_motion_lora_acts_in_every_generation_whatever_lora_it_brings() -> None:
     assert difference(draw(pipe, **asked), draw(plain, **asked)) > 5
 
 
-@pytest.mark.parametrize(("name", "other", "count"), [("sdxl", "sd1", r"\d+ of \d+ keys"), ("pixa", "hy", r"\d+ of \d+ keys")])
-def test_a_lora_of_another_model_is_refused_with_the_number_of_strangers(name: str, other: str, count: str) -> None:
-    with pytest.raises(ConfigError, match=rf"does not fit {TABLE[name].title}: {count} are for layers"):
+@pytest.mark.parametrize(
+    ("name", "other", "count"),
+    [("sdxl", "sd1", r"\d+ of \d+ keys"), ("pixa", "hy", r"\d+ of \d+ keys")],
+)
+def test_a_lora_of_another_model_is_refused_with_the_number_of_strangers(
+    name: str, other: str, count: str
+) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"does not fit {TABLE[name].title}: {count} are for layers"
+    ):
         loaded(TABLE[name], lora={str(lora(other)): 1.0})
 
 
@@ -113,8 +161,13 @@ def test_a_request_whose_lora_does_not_fit_is_refused_and_leaves_nothing_behind(
     assert difference(draw(pipe), before) == 0
 
 
-@pytest.mark.parametrize(("content", "message"), [({"a.weight": torch.ones(1)}, "holds no LoRA weights"), (None, "cannot be read")])
-def test_a_file_without_lora_weights_is_refused(tmp_path: Path, content: dict[str, torch.Tensor] | None, message: str) -> None:
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [({"a.weight": torch.ones(1)}, "holds no LoRA weights"), (None, "cannot be read")],
+)
+def test_a_file_without_lora_weights_is_refused(
+    tmp_path: Path, content: dict[str, torch.Tensor] | None, message: str
+) -> None:
     path = tmp_path / "x.safetensors"
     save_file(content, path) if content else path.write_bytes(b"nothing")
     with pytest.raises(ConfigError, match=message):
@@ -131,7 +184,9 @@ def test_fused_loras_draw_the_same_and_leave_plain_layers() -> None:
     pipe = loaded(TABLE["sd1"], lora={str(lora("sd1", style="kohya")): 0.5})
     want = draw(pipe)
     pipe._loras.fuse()
-    assert not [name for name, _ in pipe.pipe.unet.named_modules() if "lora" in name or "base_layer" in name]
+    assert not [
+        name for name, _ in pipe.pipe.unet.named_modules() if "lora" in name or "base_layer" in name
+    ]
     assert difference(draw(pipe), want) <= 1
 
 
@@ -145,7 +200,10 @@ def test_control_images_scales_and_windows_are_the_requests() -> None:
     assert difference(draw(pipe, **hint, controlnet_conditioning_scale=0.0), plain) == 0
     two = loaded(TABLE["hy"], control_net={net: 1.0, other: 0.5})
     assert difference(draw(two, **hint), draw(pipe, **hint)) > 5
-    assert difference(draw(two, **hint, controlnet_conditioning_scale=[1.0, 0.0]), draw(pipe, **hint)) <= 1
+    assert (
+        difference(draw(two, **hint, controlnet_conditioning_scale=[1.0, 0.0]), draw(pipe, **hint))
+        <= 1
+    )
 
 
 def test_a_control_window_leaves_the_other_steps_alone() -> None:
@@ -160,10 +218,26 @@ def test_a_control_window_leaves_the_other_steps_alone() -> None:
     ("fields", "kind", "message"),
     [
         ({}, RequestError, "control_image is missing, but a ControlNet is loaded"),
-        ({"control_image": [sample_image(8)] * 3}, RequestError, "3 control images were sent for 1 ControlNets"),
-        ({"control_image": sample_image(8), "controlnet_conditioning_scale": [1.0, 2.0]}, RequestError, "2 scales were sent for 1"),
-        ({"control_image": sample_image(8), "control_guidance_end": 0.5}, UnsupportedError, "control_guidance_end is not available"),
-        ({"control_image": sample_image(8), "control_guidance_start": 1.0}, UnsupportedError, "control_guidance_start is not available"),
+        (
+            {"control_image": [sample_image(8)] * 3},
+            RequestError,
+            "3 control images were sent for 1 ControlNets",
+        ),
+        (
+            {"control_image": sample_image(8), "controlnet_conditioning_scale": [1.0, 2.0]},
+            RequestError,
+            "2 scales were sent for 1",
+        ),
+        (
+            {"control_image": sample_image(8), "control_guidance_end": 0.5},
+            UnsupportedError,
+            "control_guidance_end is not available",
+        ),
+        (
+            {"control_image": sample_image(8), "control_guidance_start": 1.0},
+            UnsupportedError,
+            "control_guidance_start is not available",
+        ),
     ],
 )
 def test_refuses_requests_that_do_not_fit_the_controlnet(
@@ -180,8 +254,15 @@ def controlled():
 
 def test_a_control_window_must_begin_before_it_ends() -> None:
     pipe = loaded(TABLE["sd1"], control_net={str(controlnet("sd1")): 1.0})
-    with pytest.raises(RequestError, match=r"control_guidance_start=0\.8 is not before control_guidance_end=0\.2"):
-        draw(pipe, control_image=sample_image(8), control_guidance_start=0.8, control_guidance_end=0.2)
+    with pytest.raises(
+        RequestError, match=r"control_guidance_start=0\.8 is not before control_guidance_end=0\.2"
+    ):
+        draw(
+            pipe,
+            control_image=sample_image(8),
+            control_guidance_start=0.8,
+            control_guidance_end=0.2,
+        )
 
 
 def test_ip_adapter_follows_its_images_and_the_requests_scale(tmp_path: Path) -> None:
@@ -192,15 +273,26 @@ def test_ip_adapter_follows_its_images_and_the_requests_scale(tmp_path: Path) ->
     assert difference(image, plain) > 5
     assert difference(image, draw(pipe, **asked, ip_adapter_scale=0.2)) > 5
     assert difference(draw(pipe, **asked, ip_adapter_scale=0.0), plain) <= 1
-    assert difference(draw(pipe, ip_adapter_image=[sample_image(40), sample_image(40, seed=1)]), image) > 5
+    assert (
+        difference(draw(pipe, ip_adapter_image=[sample_image(40), sample_image(40, seed=1)]), image)
+        > 5
+    )
     assert difference(draw(pipe, **asked), image) == 0
     with pytest.raises(RequestError, match="ip_image is missing, but an IP-Adapter is loaded"):
         draw(pipe)
-    assert difference(draw(loaded(TABLE["sd1"], ip_adapter={str(as_pickle(file, tmp_path)): 0.7}), **asked), image) == 0
+    assert (
+        difference(
+            draw(loaded(TABLE["sd1"], ip_adapter={str(as_pickle(file, tmp_path)): 0.7}), **asked),
+            image,
+        )
+        == 0
+    )
 
 
 def as_pickle(file: Path, folder: Path) -> Path:
-    """The same IP-Adapter as a .bin of two dictionaries, in the layout with the image encoder in a neighbouring folder."""
+    """The same IP-Adapter as a .bin of two dictionaries, in the layout with the image encoder in a
+    neighbouring folder.
+    """
     parts: dict[str, dict[str, torch.Tensor]] = {"image_proj": {}, "ip_adapter": {}}
     for key, tensor in load_file(file).items():
         part, _, name = key.partition(".")
@@ -223,7 +315,13 @@ def test_two_ip_adapters_act_together(tmp_path: Path) -> None:
 
 def test_an_ip_adapter_without_its_image_encoder_says_where_it_belongs(tmp_path: Path) -> None:
     shutil.copy(ip_adapter("sd1") / IP_ADAPTER_FILE, tmp_path / "ip.safetensors")
-    with pytest.raises(ConfigError, match=r"has no image encoder beside it. Put its folder with a config.json at one of: .*image_encoder"):
+    with pytest.raises(
+        ConfigError,
+        match=(
+            r"has no image encoder beside it. Put its folder with a config.json at one of: "
+            r".*image_encoder"
+        ),
+    ):
         loaded(TABLE["sd1"], ip_adapter={str(tmp_path / "ip.safetensors"): 1.0})
 
 
@@ -234,5 +332,8 @@ def test_a_file_that_is_no_ip_adapter_or_one_of_another_type_is_refused() -> Non
 
 def test_sd3_takes_one_image_only() -> None:
     pipe = loaded(TABLE["sd3"], ip_adapter={str(ip_adapter("sd3") / IP_ADAPTER_FILE): 1.0})
-    with pytest.raises(UnsupportedError, match=r"2 images as ip_image are too many for Stable Diffusion 3 and 3\.5\. Send 1"):
+    with pytest.raises(
+        UnsupportedError,
+        match=r"2 images as ip_image are too many for Stable Diffusion 3 and 3\.5\. Send 1",
+    ):
         draw(pipe, ip_adapter_image=[sample_image(8), sample_image(8)])

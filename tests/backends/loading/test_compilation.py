@@ -1,4 +1,6 @@
-"""torch.compile: equal images, one graph per size, the right parts, and LoRA made part of the weights first."""
+"""torch.compile: equal images, one graph per size, the right parts, and LoRA made part of the
+weights first.
+"""
 
 import shutil
 
@@ -20,7 +22,9 @@ from tests.checkpoints import load, lora
 
 
 def attached(name, *targets, load=None, **settings):
-    """A pipeline of this type on one device, to be compiled; eager keeps the arithmetic and traces all the same."""
+    """A pipeline of this type on one device, to be compiled; eager keeps the arithmetic and traces
+    all the same.
+    """
     compile_settings = CompileSettings(targets=targets, **{"backend": "eager", **settings})
     pipe = loaded(TABLE[name], compile=compile_settings, **(load or {}))
     plan = make_plan(TABLE[name], {}, 1)
@@ -86,12 +90,18 @@ def test_loras_are_fused_before_compiling_and_a_request_can_bring_none():
     pipe = attached("pixa", "denoiser", load={"lora": scales})
     assert not [name for name, _ in pipe.pipe.transformer.named_modules() if "lora" in name]
     assert difference(draw(pipe), want) <= 1
-    with pytest.raises(UnsupportedError, match="lora in a request is not available on a host that compiles its denoiser"):
+    with pytest.raises(
+        UnsupportedError,
+        match="lora in a request is not available on a host that compiles its denoiser",
+    ):
         draw(pipe, lora={})
 
 
 def test_loras_stay_beside_packed_weights_which_cannot_take_them_in():
-    extra = {"quantize": {"denoiser": QuantizationSpec(kind="int8")}, "lora": {str(lora("pixa")): 0.8}}
+    extra = {
+        "quantize": {"denoiser": QuantizationSpec(kind="int8")},
+        "lora": {str(lora("pixa")): 0.8},
+    }
     want = draw(loaded(TABLE["pixa"], **extra))
     pipe = attached("pixa", "denoiser", load=extra)
     assert [name for name, _ in pipe.pipe.transformer.named_modules() if "lora_A" in name]
@@ -102,7 +112,12 @@ def test_settings_reach_torch(monkeypatch):
     seen = {}
     monkeypatch.setattr(torch, "compile", lambda forward, **kwargs: seen.update(kwargs) or forward)
     draw(attached("pixa", "denoiser", backend=None, mode="max-autotune", fullgraph=False))
-    assert seen == {"backend": "inductor", "fullgraph": False, "dynamic": False, "mode": "max-autotune"}
+    assert seen == {
+        "backend": "inductor",
+        "fullgraph": False,
+        "dynamic": False,
+        "mode": "max-autotune",
+    }
     seen.clear()
     draw(attached("pixa", "denoiser", mode="max-autotune", options={"a": 1}))
     assert seen == {"backend": "eager", "fullgraph": True, "dynamic": False, "options": {"a": 1}}
@@ -112,9 +127,15 @@ def test_limits_are_dynamos(monkeypatch):
     config = torch._dynamo.config
     for name in ("recompile_limit", "accumulated_recompile_limit", "capture_scalar_outputs"):
         monkeypatch.setattr(config, name, getattr(config, name))
-    settings = CompileSettings(targets=(), cache_limit=3, accumulated_cache_limit=7, capture_scalar=True)
+    settings = CompileSettings(
+        targets=(), cache_limit=3, accumulated_cache_limit=7, capture_scalar=True
+    )
     Compilation(settings).attach(None, read_table()["pixa"], [])
-    assert (config.recompile_limit, config.accumulated_recompile_limit, config.capture_scalar_outputs) == (3, 7, True)
+    assert (
+        config.recompile_limit,
+        config.accumulated_recompile_limit,
+        config.capture_scalar_outputs,
+    ) == (3, 7, True)
 
 
 @pytest.mark.parametrize("name", ["flux", "sdxl"])

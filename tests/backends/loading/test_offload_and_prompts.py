@@ -29,19 +29,29 @@ def test_offloaded_pipelines_draw_the_same_again_and_again(kind):
     offload(pipe.pipe, TABLE["pixa"], kind, device=CPU)
     before = pipe.pipe.transformer.forward
     assert difference(draw(pipe), want) == 0
-    assert pipe.pipe.transformer.forward == before  # what a backend attaches around it is not lost after the first image
+    assert (
+        pipe.pipe.transformer.forward == before
+    )  # what a backend attaches around it is not lost after the first image
     assert difference(draw(pipe), want) == 0
 
 
 def test_group_offloading_is_refused_where_diffusers_has_none():
-    with pytest.raises(UnsupportedError, match=r"enable_group_offload is not available for HunyuanDiT: .* Use --enable_model_cpu_offload"):
+    with pytest.raises(
+        UnsupportedError,
+        match=(
+            r"enable_group_offload is not available for HunyuanDiT: .* Use "
+            r"--enable_model_cpu_offload"
+        ),
+    ):
         offload(loaded(TABLE["hy"]).pipe, TABLE["hy"], "group", device=CPU)
 
 
 def test_attention_slicing_draws_the_same_and_missing_xformers_only_warn(caplog):
     want = draw(loaded(TABLE["sd1"]))
     pipe = loaded(TABLE["sd1"], enable_attention_slicing=True)
-    assert {type(processor).__name__ for processor in pipe.pipe.unet.attn_processors.values()} == {"SlicedAttnProcessor"}
+    assert {type(processor).__name__ for processor in pipe.pipe.unet.attn_processors.values()} == {
+        "SlicedAttnProcessor"
+    }
     assert difference(draw(pipe), want) <= 1
     with caplog.at_level(logging.WARNING):
         loaded(TABLE["sd1"], xformers_efficient=True)
@@ -61,16 +71,28 @@ def test_long_prompts_are_read_to_their_end_by_compel_and_reported_without(name,
     beginning = "a photo of a cat, " * 40
     pipe, plain = loaded(TABLE[name], compel=True), loaded(TABLE[name])
     asked = {"prompt": beginning + "red", "negative_prompt": "blue"}
-    assert difference(draw(pipe, **asked), draw(pipe, **{**asked, "prompt": beginning + "blue car"})) > 0
-    assert difference(draw(plain, **asked), draw(plain, **{**asked, "prompt": beginning + "blue car"})) == 0
+    assert (
+        difference(draw(pipe, **asked), draw(pipe, **{**asked, "prompt": beginning + "blue car"}))
+        > 0
+    )
+    assert (
+        difference(draw(plain, **asked), draw(plain, **{**asked, "prompt": beginning + "blue car"}))
+        == 0
+    )
     report = plain.generate(request_for(TABLE[name], height=64, width=64, **asked)).report
     assert report["unread_tokens"] > 100
     assert "tokens of the prompt were not read; with --compel they would be" in caplog.text
-    assert "unread_tokens" not in pipe.generate(request_for(TABLE[name], height=64, width=64, **asked)).report
+    assert (
+        "unread_tokens"
+        not in pipe.generate(request_for(TABLE[name], height=64, width=64, **asked)).report
+    )
 
 
 def test_compel_and_clip_skip_do_not_go_together():
-    with pytest.raises(UnsupportedError, match="clip_skip=1 is not available on a host that was started with --compel"):
+    with pytest.raises(
+        UnsupportedError,
+        match="clip_skip=1 is not available on a host that was started with --compel",
+    ):
         draw(loaded(TABLE["sd1"], compel=True), clip_skip=1)
 
 
@@ -92,12 +114,16 @@ def test_a_replacement_denoiser_is_the_one_that_draws(source, tmp_path):
         torch.save(load_file(file), paths["pickle"])
     replaced = draw(loaded(TABLE["pixa"], denoiser=str(paths[source])))
     assert difference(replaced, draw(loaded(TABLE["pixa"]))) > 5
-    assert difference(replaced, draw(loaded(TABLE["pixa"], denoiser=str(other / "transformer")))) == 0
+    assert (
+        difference(replaced, draw(loaded(TABLE["pixa"], denoiser=str(other / "transformer")))) == 0
+    )
 
 
 def test_a_replacement_that_does_not_fit_its_configuration_counts_the_keys(tmp_path):
     file = checkpoint("hy") / "transformer" / "diffusion_pytorch_model.safetensors"
-    with pytest.raises(ConfigError, match=r"transformer=.* does not fit .*: \d+ keys are missing or unknown"):
+    with pytest.raises(
+        ConfigError, match=r"transformer=.* does not fit .*: \d+ keys are missing or unknown"
+    ):
         loaded(TABLE["pixa"], denoiser=str(file))
 
 
@@ -107,7 +133,9 @@ def test_a_motion_module_in_one_file_is_the_adapter(tmp_path):
     from_folder = draw(motion_pipe(motion_adapter=str(folder)), **asked)
     file = shutil.copy(folder / "diffusion_pytorch_model.safetensors", tmp_path / "mm.safetensors")
     config = {"motion_config": str(folder / "config.json")}
-    assert difference(draw(motion_pipe(motion_module=str(file), **config), **asked), from_folder) == 0
+    assert (
+        difference(draw(motion_pipe(motion_module=str(file), **config), **asked), from_folder) == 0
+    )
     shutil.copy(folder / "config.json", tmp_path)
     assert difference(draw(motion_pipe(motion_module=str(file)), **asked), from_folder) == 0
 
@@ -116,18 +144,35 @@ def motion_pipe(**load):
     from backends.generation.pipeline import load_pipeline
     from backends.request import LoadRequest
 
-    request = LoadRequest(model_type="ad", checkpoint=str(checkpoint("sd1")), variant="fp32", **load)
+    request = LoadRequest(
+        model_type="ad", checkpoint=str(checkpoint("sd1")), variant="fp32", **load
+    )
     return load_pipeline(TABLE["ad"], request, device=CPU)
 
 
 def test_a_controlnet_in_one_file_needs_its_configuration(tmp_path):
     folder = controlnet("hy")
-    file = str(shutil.copy(folder / "diffusion_pytorch_model.safetensors", tmp_path / "net.safetensors"))
-    with pytest.raises(ConfigError, match=r"is a file, so its configuration is needed too. Give --control_net_config=CONFIG.JSON"):
+    file = str(
+        shutil.copy(folder / "diffusion_pytorch_model.safetensors", tmp_path / "net.safetensors")
+    )
+    with pytest.raises(
+        ConfigError,
+        match=(
+            r"is a file, so its configuration is needed too. Give "
+            r"--control_net_config=CONFIG.JSON"
+        ),
+    ):
         loaded(TABLE["hy"], control_net={file: 1.0})
-    pipe = loaded(TABLE["hy"], control_net={file: 1.0}, control_net_config=str(folder / "config.json"))
+    pipe = loaded(
+        TABLE["hy"], control_net={file: 1.0}, control_net_config=str(folder / "config.json")
+    )
     asked = {"control_image": sample_image(40)}
-    assert difference(draw(pipe, **asked), draw(loaded(TABLE["hy"], control_net={str(folder): 1.0}), **asked)) == 0
+    assert (
+        difference(
+            draw(pipe, **asked), draw(loaded(TABLE["hy"], control_net={str(folder): 1.0}), **asked)
+        )
+        == 0
+    )
 
 
 def test_a_lora_acts_on_gguf_weights():

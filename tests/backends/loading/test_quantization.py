@@ -1,4 +1,6 @@
-"""Quantised weights: what is packed, what it saves, how far it is off, and what can be laid on top of it."""
+"""Quantised weights: what is packed, what it saves, how far it is off, and what can be laid on top
+of it.
+"""
 
 import logging
 
@@ -16,13 +18,17 @@ from tests.backends.loading.test_adapters import difference, draw
 from tests.checkpoints import controlnet, lora, sample_image
 
 LARGEST_ERROR = {"float8": 0.07, "int8": 0.006, "int4": 0.08, "int2": 0.4}
-"""Of a weight, as a share of the row's (or group's) range: half a step, for float8 half a step at 3 bits of mantissa."""
+"""Of a weight, as a share of the row's (or group's) range: half a step, for float8 half a step at 3
+bits of mantissa.
+"""
 BYTES = {"float8": 1.0, "int8": 1.0, "int4": 0.5, "int2": 0.25}
 """Per weight, without scales."""
 
 
 @pytest.mark.parametrize("kind", EVERYWHERE)
-@pytest.mark.parametrize("layer", [nn.Linear(100, 24), nn.Conv2d(8, 24, 3)], ids=["linear", "convolution"])
+@pytest.mark.parametrize(
+    "layer", [nn.Linear(100, 24), nn.Conv2d(8, 24, 3)], ids=["linear", "convolution"]
+)
 def test_a_packed_weight_is_close_small_and_still_a_layer_of_its_class(kind, layer):
     layer = type(layer)(*((100, 24) if isinstance(layer, nn.Linear) else (8, 24, 3)))
     weight = layer.weight.detach().clone()
@@ -32,7 +38,11 @@ def test_a_packed_weight_is_close_small_and_still_a_layer_of_its_class(kind, lay
     reach = weight.flatten(1).abs().amax(1).max()
     assert 0 < float((layer.weight - weight).abs().max()) <= LARGEST_ERROR[kind] * 2 * float(reach)
     values = layer.parametrizations["weight"].original0
-    padded = -(-weight[0].numel() // packed_weights.GROUP) * packed_weights.GROUP * 24 if kind in ("int4", "int2") else weight.numel()
+    padded = (
+        -(-weight[0].numel() // packed_weights.GROUP) * packed_weights.GROUP * 24
+        if kind in ("int4", "int2")
+        else weight.numel()
+    )
     assert values.numel() * values.element_size() == padded * BYTES[kind]
 
 
@@ -47,7 +57,11 @@ def test_packed_weights_survive_a_change_of_dtype():
 
 
 def quantized(name, **groups):
-    return {"quantize": {group: parse_quantization(text, option="quantize_to") for group, text in groups.items()}}
+    return {
+        "quantize": {
+            group: parse_quantization(text, option="quantize_to") for group, text in groups.items()
+        }
+    }
 
 
 @pytest.mark.parametrize("kind", [*EVERYWHERE, "bnb,int8", "bnb,int4,fp32,int8,nf4"])
@@ -59,7 +73,12 @@ def test_each_kind_changes_the_image_and_reports_what_it_saved(kind, caplog):
     saved = pipe._bytes_saved
     assert set(saved) == {"transformer", "text_encoder"}
     for component, count in saved.items():
-        assert count == weight_bytes(getattr(plain.pipe, component)) - weight_bytes(getattr(pipe.pipe, component)) > 0
+        assert (
+            count
+            == weight_bytes(getattr(plain.pipe, component))
+            - weight_bytes(getattr(pipe.pipe, component))
+            > 0
+        )
     assert pipe._report(draw_request(pipe))["bytes_saved"] == saved
     assert "quantised transformer to " in caplog.text
 
@@ -71,7 +90,11 @@ def draw_request(pipe):
 
 
 def test_groups_name_the_components_they_quantise():
-    pipe = loaded(TABLE["sd1"], control_net={str(controlnet("sd1")): 1.0}, **quantized("sd1", misc="int8", vae="int8"))
+    pipe = loaded(
+        TABLE["sd1"],
+        control_net={str(controlnet("sd1")): 1.0},
+        **quantized("sd1", misc="int8", vae="int8"),
+    )
     assert set(pipe._bytes_saved) == {"controlnet", "vae"}
     draw(pipe, control_image=sample_image(40))
     video = loaded(TABLE["ad"], **quantized("ad", misc="int8"))
@@ -94,13 +117,22 @@ def test_a_kernel_that_does_not_run_here_is_an_error_that_names_what_does(monkey
         raise RuntimeError("no kernel for this device")
 
     monkeypatch.setattr("bitsandbytes.nn.Linear8bitLt.forward", broken)
-    with pytest.raises(ConfigError, match=r"bnb_int8 does not run on this machine's cpu .*no kernel.* These run everywhere: float8, int8"):
+    with pytest.raises(
+        ConfigError,
+        match=(
+            r"bnb_int8 does not run on this machine's cpu .*no kernel.* These run everywhere: "
+            r"float8, int8"
+        ),
+    ):
         loaded(TABLE["pixa"], **quantized("pixa", denoiser="bnb,int8"))
 
 
 def test_a_missing_library_is_an_error_that_names_what_runs_without(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
-    with pytest.raises(ConfigError, match=r"needs the package bitsandbytes, which is not installed. These run everywhere"):
+    with pytest.raises(
+        ConfigError,
+        match=r"needs the package bitsandbytes, which is not installed. These run everywhere",
+    ):
         loaded(TABLE["pixa"], **quantized("pixa", denoiser="bnb,int8"))
 
 
@@ -108,8 +140,13 @@ def test_split_weights_and_packed_weights_do_not_go_together():
     from types import SimpleNamespace
 
     pipe = loaded(TABLE["pixa"], **quantized("pixa", denoiser="int8"))
-    backend = SimpleNamespace(has_whole_weights=False, plan=SimpleNamespace(describe=lambda: "distrifuser: patch 2"))
-    with pytest.raises(UnsupportedError, match="quantised weights are not available with distrifuser: patch 2 and split weights"):
+    backend = SimpleNamespace(
+        has_whole_weights=False, plan=SimpleNamespace(describe=lambda: "distrifuser: patch 2")
+    )
+    with pytest.raises(
+        UnsupportedError,
+        match="quantised weights are not available with distrifuser: patch 2 and split weights",
+    ):
         pipe.attach(backend)
 
 

@@ -1,4 +1,6 @@
-"""Step caches: how much is left out, that the next image knows nothing of it, and that ranks come to the same decisions."""
+"""Step caches: how much is left out, that the next image knows nothing of it, and that ranks come
+to the same decisions.
+"""
 
 import pytest
 import torch
@@ -20,22 +22,38 @@ def cached(name, text, **load):
 
 
 def asked(name, **fields):
-    return request_for(TABLE[name], **{"num_inference_steps": STEPS, "height": 64, "width": 64} | fields)
+    return request_for(
+        TABLE[name], **{"num_inference_steps": STEPS, "height": 64, "width": 64} | fields
+    )
 
 
 def counted(pipe):
-    """Name of each block (of a UNet: each module of the outermost level and inside) -> how often it runs."""
+    """Name of each block (of a UNet: each module of the outermost level and inside) -> how often it
+    runs.
+    """
     denoiser, counts = getattr(pipe.pipe, pipe.spec.denoiser), {}
     lists = pipe.spec.blocks or ("down_blocks", "mid_block", "up_blocks")
     for path, module in denoiser.named_modules():
-        if any(path == f"{name}.{index}" for name in lists for index in range(9)) or path == "mid_block":
+        if (
+            any(path == f"{name}.{index}" for name in lists for index in range(9))
+            or path == "mid_block"
+        ):
             counts[path] = 0
-            inside = next(child for child in module.modules() if isinstance(child, torch.nn.Linear | torch.nn.Conv2d))
-            inside.register_forward_pre_hook(lambda *_, path=path: counts.update({path: counts[path] + 1}))
+            inside = next(
+                child
+                for child in module.modules()
+                if isinstance(child, torch.nn.Linear | torch.nn.Conv2d)
+            )
+            inside.register_forward_pre_hook(
+                lambda *_, path=path: counts.update({path: counts[path] + 1})
+            )
     return counts
 
 
-@pytest.mark.parametrize(("name", "text", "full"), [("flux", "first_block,10", 1), ("pixa", "taylor,3", 2), ("flux2", "taylor,2", 3)])
+@pytest.mark.parametrize(
+    ("name", "text", "full"),
+    [("flux", "first_block,10", 1), ("pixa", "taylor,3", 2), ("flux2", "taylor,2", 3)],
+)
 def test_skipped_steps_run_the_first_block_only(name, text, full):
     pipe = cached(name, text)
     counts = counted(pipe)
@@ -52,21 +70,32 @@ def test_skipped_steps_run_the_outermost_level_of_a_unet_only():
     made = pipe.generate(asked("sd1", scheduler="ddim"))
     assert made.report["step_cache"] == {"calls": STEPS, "skipped": 4}
     outermost = {"down_blocks.0", "up_blocks.3"}
-    assert {name: count for name, count in counts.items() if name in outermost} == dict.fromkeys(outermost, STEPS)
+    assert {name: count for name, count in counts.items() if name in outermost} == dict.fromkeys(
+        outermost, STEPS
+    )
     assert {count for name, count in counts.items() if name not in outermost} == {2}
     assert len(inner_modules(pipe.pipe.unet)) == 7
 
 
-@pytest.mark.parametrize(("name", "text"), [("sd3", "first_block,0.6"), ("sd3", "taylor,2"), ("sd1", "deep,2")])
+@pytest.mark.parametrize(
+    ("name", "text"), [("sd3", "first_block,0.6"), ("sd3", "taylor,2"), ("sd1", "deep,2")]
+)
 def test_image_stays_close_and_the_next_one_is_not_changed_by_it(name, text):
-    """Bounds as measured, with a margin of two: random weights change much from step to step, so this is a hard case."""
+    """Bounds as measured, with a margin of two: random weights change much from step to step, so
+    this is a hard case.
+    """
     plain, pipe = loaded(TABLE[name]), cached(name, text)
     want, other = result(plain, asked(name)), result(plain, asked(name, prompt="a red car", seed=9))
     first = pipe.generate(asked(name))
     skipped = first.report["step_cache"]["skipped"]
     assert 0 < skipped < first.report["step_cache"]["calls"]
     got = torch.from_numpy(first.latents)
-    assert 0 < float((got - want).norm() / want.norm()) < 0.2 < float((other - want).norm() / want.norm())
+    assert (
+        0
+        < float((got - want).norm() / want.norm())
+        < 0.2
+        < float((other - want).norm() / want.norm())
+    )
     result(pipe, asked(name, prompt="a red car", seed=9, height=80, width=64))
     assert torch.equal(result(pipe, asked(name)), got), "something was left behind"
     assert torch.equal(result(pipe, asked(name, quality="exact")), want)
@@ -81,10 +110,19 @@ def test_threshold_zero_skips_nothing():
 
 
 @pytest.mark.parametrize(
-    "name", ["sd3", "flux", "hy", pytest.param("sd1", marks=pytest.mark.slow), pytest.param("zimage", marks=pytest.mark.slow)]
+    "name",
+    [
+        "sd3",
+        "flux",
+        "hy",
+        pytest.param("sd1", marks=pytest.mark.slow),
+        pytest.param("zimage", marks=pytest.mark.slow),
+    ],
 )
 def test_same_call_again_gives_the_same_prediction_also_with_a_controlnet(name):
-    """The remembered effect holds the ControlNet's residuals already, so that they must not come in again."""
+    """The remembered effect holds the ControlNet's residuals already, so that they must not come in
+    again.
+    """
     spec = TABLE[name]
     control = feature("controlnet", spec)
     text = "deep,2" if spec.denoiser == "unet" else "first_block,10"
@@ -93,11 +131,23 @@ def test_same_call_again_gives_the_same_prediction_also_with_a_controlnet(name):
     forward = denoiser.forward
 
     def twice(*args, **kwargs):
-        """Every call is made again a step later, with the same arguments. Some denoisers empty the lists they are given."""
-        output = forward(*args, **{key: list(value) if isinstance(value, list) else value for key, value in kwargs.items()})
+        """Every call is made again a step later, with the same arguments. Some denoisers empty the
+        lists they are given.
+        """
+        output = forward(
+            *args,
+            **{
+                key: list(value) if isinstance(value, list) else value
+                for key, value in kwargs.items()
+            },
+        )
         pipe._step_cache.step_done()
         again = forward(*args, **kwargs)
-        pairs = zip(output[0], again[0], strict=True) if isinstance(output[0], list) else [(output[0], again[0])]
+        pairs = (
+            zip(output[0], again[0], strict=True)
+            if isinstance(output[0], list)
+            else [(output[0], again[0])]
+        )
         predictions.extend((one, two) for one, two in pairs)
         return output
 
@@ -109,7 +159,9 @@ def test_same_call_again_gives_the_same_prediction_also_with_a_controlnet(name):
 
 
 def check_ranks_agree(rank, world_size, name, text, sets):
-    """At these thresholds halves of the batch and of the tokens, asked by themselves, would not agree."""
+    """At these thresholds halves of the batch and of the tokens, asked by themselves, would not
+    agree.
+    """
     pipe = cached(name, text)
     want = pipe.generate(asked(name))
     skipped = want.report["step_cache"]["skipped"]
@@ -133,7 +185,13 @@ ON_2 = ({"use_cfg_parallel": True}, {"ulysses_degree": 2}, {"ring_degree": 2})
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("sd3", "first_block,0.33"), *(pytest.param(name, "first_block,0.3", marks=pytest.mark.slow) for name in ("wan_t2v", "pixa"))],
+    [
+        ("sd3", "first_block,0.33"),
+        *(
+            pytest.param(name, "first_block,0.3", marks=pytest.mark.slow)
+            for name in ("wan_t2v", "pixa")
+        ),
+    ],
 )
 def test_two_ranks_skip_what_one_skips(run_on_ranks, name, text):
     checkpoint(name)
@@ -144,11 +202,23 @@ def test_two_ranks_skip_what_one_skips(run_on_ranks, name, text):
     ("name", "text", "message"),
     [
         ("sdxl", "first_block", r"type 'sdxl' has a unet. Allowed: deep,2\."),
-        ("flux", "deep,2", r"type 'flux' has a transformer. Allowed: first_block,0.08 or taylor,3\."),
+        (
+            "flux",
+            "deep,2",
+            r"type 'flux' has a transformer. Allowed: first_block,0.08 or taylor,3\.",
+        ),
         ("flux", "magic", r"--step_cache=magic is not allowed"),
-        ("flux", "first_block,-1", r"After first_block, comes a number from 0 to 10, such as first_block,0.08\."),
+        (
+            "flux",
+            "first_block,-1",
+            r"After first_block, comes a number from 0 to 10, such as first_block,0.08\.",
+        ),
         ("flux", "first_block,x", r"After first_block, comes a number from 0 to 10"),
-        ("flux", "taylor,1", r"After taylor, comes a whole number from 2 to 100, such as taylor,3\."),
+        (
+            "flux",
+            "taylor,1",
+            r"After taylor, comes a whole number from 2 to 100, such as taylor,3\.",
+        ),
         ("sd1", "deep,2.5", r"After deep, comes a whole number from 2 to 100"),
     ],
 )
@@ -165,8 +235,13 @@ def test_rejects_what_does_not_fit_the_type(name, text, message):
             r"step_cache=first_block,0.08 is not available with PipeFusion: .* Use Ulysses",
         ),
         (
-            ParallelPlan(method="distrifuser", axes=(("patch", 2),), options={"sync_mode": "corrected_async_gn"}),
-            r"not available with patches that take values of the step before, .* Use --sync_mode=full_sync",
+            ParallelPlan(
+                method="distrifuser",
+                axes=(("patch", 2),),
+                options={"sync_mode": "corrected_async_gn"},
+            ),
+            r"not available with patches that take values of the step before, .* Use "
+            r"--sync_mode=full_sync",
         ),
     ],
 )
@@ -177,6 +252,16 @@ def test_rejects_methods_that_take_values_of_the_step_before(plan, message):
 
 def test_allows_patches_that_exchange_in_each_step_and_the_cfg_split():
     cache = parse_step_cache("deep", TABLE["sdxl"])
-    require_step_cache(cache, ParallelPlan(method="distrifuser", axes=(("patch", 2),), options={"sync_mode": "full_sync"}))
-    require_step_cache(cache, ParallelPlan(method="distrifuser", axes=(("cfg", 2),), options={"sync_mode": "corrected_async_gn"}))
+    require_step_cache(
+        cache,
+        ParallelPlan(
+            method="distrifuser", axes=(("patch", 2),), options={"sync_mode": "full_sync"}
+        ),
+    )
+    require_step_cache(
+        cache,
+        ParallelPlan(
+            method="distrifuser", axes=(("cfg", 2),), options={"sync_mode": "corrected_async_gn"}
+        ),
+    )
     assert str(cache) == "deep,2"

@@ -23,27 +23,38 @@ TABLE = read_table()
 
 def check_cfg_split(rank: int, world_size: int, name: str) -> None:
     spec = TABLE[name]
-    load = LoadRequest(model_type=name, checkpoint=str(checkpoint(name)), variant="fp32", height=64, width=64)
+    load = LoadRequest(
+        model_type=name, checkpoint=str(checkpoint(name)), variant="fp32", height=64, width=64
+    )
     pipeline = load_pipeline(spec, load, device=torch.device("cpu"))
     requests = [
-        GenerateRequest(prompt="a photo of a cat", negative_prompt="a dog", seed=3, num_inference_steps=3),
-        GenerateRequest(prompt="a photo of a cat", seed=3, num_inference_steps=3, guidance_scale=1.0),  # a batch of one: not split
+        GenerateRequest(
+            prompt="a photo of a cat", negative_prompt="a dog", seed=3, num_inference_steps=3
+        ),
+        GenerateRequest(
+            prompt="a photo of a cat", seed=3, num_inference_steps=3, guidance_scale=1.0
+        ),  # a batch of one: not split
         GenerateRequest(prompt="a red car", seed=4, num_inference_steps=2, height=80, width=96),
     ]
     want = [pipeline.generate(request) for request in requests]
     plan = ParallelPlan(method="single", axes=(("cfg", 2),))
-    backend: Backend = SingleBackend(spec=spec, plan=plan, mesh=Mesh(plan, rank=rank, device=torch.device("cpu")))
+    backend: Backend = SingleBackend(
+        spec=spec, plan=plan, mesh=Mesh(plan, rank=rank, device=torch.device("cpu"))
+    )
     pipeline.attach(backend)
     rows: list[int] = []
     denoiser = getattr(pipeline.pipe, spec.denoiser)
     inner = denoiser.register_forward_pre_hook(
-        lambda module, args, kwargs: rows.append(len((*args, *kwargs.values())[0])), with_kwargs=True
+        lambda module, args, kwargs: rows.append(len((*args, *kwargs.values())[0])),
+        with_kwargs=True,
     )
     got = [pipeline.generate(request) for request in requests]
     inner.remove()
     for one, two in zip(want, got, strict=True):
         scale = np.abs(one.latents).max()
-        np.testing.assert_allclose(two.latents, one.latents, rtol=0, atol=1e-5 * max(scale, 1))  # batch 1 and 2 may sum in another order
+        np.testing.assert_allclose(
+            two.latents, one.latents, rtol=0, atol=1e-5 * max(scale, 1)
+        )  # batch 1 and 2 may sum in another order
     assert got[0].report["messages"] == got[0].num_steps
     assert got[1].report["messages"] == 0
     pipeline.detach()
@@ -51,7 +62,14 @@ def check_cfg_split(rank: int, world_size: int, name: str) -> None:
     assert "forward" not in denoiser.__dict__
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sd3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sd1", "sd2", "pixa"))])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sdxl",
+        "sd3",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("sd1", "sd2", "pixa")),
+    ],
+)
 def test_two_rank_cfg_split_equals_one_rank(run_on_ranks: Callable[..., None], name: str) -> None:
     run_on_ranks(check_cfg_split, 2, name)
 
@@ -59,9 +77,16 @@ def test_two_rank_cfg_split_equals_one_rank(run_on_ranks: Callable[..., None], n
 def check_pairs(rank: int, world_size: int, name: str) -> None:
     """The denoiser is called twice a step, and each rank's blocks run once."""
     spec = TABLE[name]
-    load = LoadRequest(model_type=name, checkpoint=str(checkpoint(name)), variant="fp32", height=64, width=64)
+    load = LoadRequest(
+        model_type=name, checkpoint=str(checkpoint(name)), variant="fp32", height=64, width=64
+    )
     pipeline = load_pipeline(spec, load, device=torch.device("cpu"))
-    fields = {"prompt": "a photo of a cat", "seed": 3, "num_inference_steps": 3, **({"num_frames": 5} if spec.output == "video" else {})}
+    fields = {
+        "prompt": "a photo of a cat",
+        "seed": 3,
+        "num_inference_steps": 3,
+        **({"num_frames": 5} if spec.output == "video" else {}),
+    }
     requests = [
         GenerateRequest(**fields, negative_prompt="a dog"),
         GenerateRequest(**fields, guidance_scale=1.0),
@@ -70,9 +95,15 @@ def check_pairs(rank: int, world_size: int, name: str) -> None:
     want = [pipeline.generate(request) for request in requests]
     assert (want[0].frames != want[2].frames).any()
     plan = ParallelPlan(method="single", axes=(("cfg", 2),))
-    pipeline.attach(SingleBackend(spec=spec, plan=plan, mesh=Mesh(plan, rank=rank, device=torch.device("cpu"))))
+    pipeline.attach(
+        SingleBackend(spec=spec, plan=plan, mesh=Mesh(plan, rank=rank, device=torch.device("cpu")))
+    )
     calls: list[int] = []
-    head = next(module for module in pipeline.pipe.transformer.modules() if isinstance(module, torch.nn.ModuleList))[0]
+    head = next(
+        module
+        for module in pipeline.pipe.transformer.modules()
+        if isinstance(module, torch.nn.ModuleList)
+    )[0]
     counter = head.register_forward_pre_hook(lambda *_: calls.append(1))
     for request, one, num_calls in zip(requests, want, (3, 3, 3), strict=True):
         calls.clear()
@@ -80,14 +111,18 @@ def check_pairs(rank: int, world_size: int, name: str) -> None:
         assert len(calls) == num_calls, "half of the calls with guidance, all of them without"
         assert np.abs(two.frames.astype(int) - one.frames).max() <= 1
         if one.latents is not None:
-            np.testing.assert_allclose(two.latents, one.latents, rtol=0, atol=1e-5 * np.abs(one.latents).max())
+            np.testing.assert_allclose(
+                two.latents, one.latents, rtol=0, atol=1e-5 * np.abs(one.latents).max()
+            )
     counter.remove()
     pipeline.detach()
     assert not hooks.attached(pipeline.pipe.transformer)
 
 
 @pytest.mark.parametrize("name", ["wan_t2v", pytest.param("qwenimage", marks=pytest.mark.slow)])
-def test_two_ranks_share_the_two_calls_of_a_step(run_on_ranks: Callable[..., None], name: str) -> None:
+def test_two_ranks_share_the_two_calls_of_a_step(
+    run_on_ranks: Callable[..., None], name: str
+) -> None:
     run_on_ranks(check_pairs, 2, name)
 
 
@@ -100,7 +135,12 @@ def test_a_step_with_one_call_where_two_were_expected_is_an_error() -> None:
     pairs.begin(is_on=True)
     layer(hidden_states=torch.ones(1, 4))
     with pytest.raises(
-        RuntimeError, match=r"its Sequential once in a step with guidance, where two calls were expected. Run it without --use"
+        RuntimeError,
+        match=(
+            r"its Sequential once in a step with guidance, where two calls were expected. Run "
+            r"it "
+            r"without --use"
+        ),
     ):
         pairs.step_done()
     pairs.begin(is_on=False)

@@ -1,4 +1,6 @@
-"""Trading through memory that ranks of one machine share: equal to messages, safe to use again, and gone with the ranks."""
+"""Trading through memory that ranks of one machine share: equal to messages, safe to use again, and
+gone with the ranks.
+"""
 
 import logging
 import os
@@ -21,18 +23,31 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
 def mesh_of(rank, world_size):
-    return Mesh(ParallelPlan(method="xdit", axes=(("ulysses", world_size),)), rank=rank, device=torch.device("cpu"))
+    return Mesh(
+        ParallelPlan(method="xdit", axes=(("ulysses", world_size),)),
+        rank=rank,
+        device=torch.device("cpu"),
+    )
 
 
 def tensors(sender, receiver, number, shape, count, dtype=torch.float32):
-    """`count` tensors, not contiguous, whose values say who sent them to whom in which trade, and where they stand."""
-    place = torch.arange(count * shape[0] * shape[1]).view(count, shape[1], shape[0]).transpose(1, 2)
+    """`count` tensors, not contiguous, whose values say who sent them to whom in which trade, and
+    where they stand.
+    """
+    place = (
+        torch.arange(count * shape[0] * shape[1]).view(count, shape[1], shape[0]).transpose(1, 2)
+    )
     return (((sender * 4 + receiver) * 1000 + number) * 64 + place % 64).to(dtype).unbind(0)
 
 
 def traded(way, rank, world_size, axis, number, shapes, count, dtype=torch.float32, traffic=None):
-    """This rank's side of a trade in which rank i sends rank j a tensor of shapes[i][j]. Returns what it got by `way`."""
-    outgoing = [tensors(rank, to, number, shapes[rank][to] if to != rank else (1, 1), count, dtype) for to in range(world_size)]
+    """This rank's side of a trade in which rank i sends rank j a tensor of shapes[i][j]. Returns
+    what it got by `way`.
+    """
+    outgoing = [
+        tensors(rank, to, number, shapes[rank][to] if to != rank else (1, 1), count, dtype)
+        for to in range(world_size)
+    ]
     wanted = [shapes[of][rank] if of != rank else (1, 1) for of in range(world_size)]
     got = way(outgoing, wanted, axis=axis, traffic=traffic or CommStats())
     assert got[rank][0].data_ptr() == outgoing[rank][0].data_ptr()  # our own are not copied
@@ -42,12 +57,17 @@ def traded(way, rank, world_size, axis, number, shapes, count, dtype=torch.float
 def assert_got(got, rank, number, shapes, count):
     for of, parts in enumerate(got):
         if of != rank:
-            for part, want in zip(parts, tensors(of, rank, number, shapes[of][rank], count), strict=True):
+            for part, want in zip(
+                parts, tensors(of, rank, number, shapes[of][rank], count), strict=True
+            ):
                 assert torch.equal(part, want), (of, rank, number)
 
 
 def any_shapes(chance, world_size, limit):
-    return [[(chance.randrange(limit), chance.randrange(limit)) for _ in range(world_size)] for _ in range(world_size)]
+    return [
+        [(chance.randrange(limit), chance.randrange(limit)) for _ in range(world_size)]
+        for _ in range(world_size)
+    ]
 
 
 def check_trades(rank, world_size, num_trades):
@@ -58,12 +78,16 @@ def check_trades(rank, world_size, num_trades):
         shapes[0][1] = shapes[1][0] = (0, 7)
         shared, sent = CommStats(), CommStats()
         got = traded(exchange._trade, rank, world_size, axis, 0, shapes, count, dtype, shared)
-        want = traded(exchange._trade_by_messages, rank, world_size, axis, 0, shapes, count, dtype, sent)
+        want = traded(
+            exchange._trade_by_messages, rank, world_size, axis, 0, shapes, count, dtype, sent
+        )
         for mine, theirs in zip(got, want, strict=True):
             torch.testing.assert_close(list(mine), list(theirs), rtol=0, atol=0)
         assert (shared.sent_bytes, shared.messages) == (sent.sent_bytes, sent.messages)
         assert axis.memory.is_open
-    for number in range(num_trades):  # a rank that is late must find what it was sent, however far the others are
+    for number in range(
+        num_trades
+    ):  # a rank that is late must find what it was sent, however far the others are
         shapes, count = any_shapes(chance, world_size, 3 + number % 40), 1 + number % 3
         got = traded(exchange._trade, rank, world_size, axis, number, shapes, count)
         if own_pace.random() < 0.1:
@@ -80,7 +104,9 @@ def test_trades_equal_messages_and_never_meet_the_next_ones(run_on_ranks, world_
 def held_memory():
     """Descriptors and mappings of shared files in this process."""
     links = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
-    return sum("memfd:rank" in link for link in links), Path("/proc/self/maps").read_text().count("memfd:rank")
+    return sum("memfd:rank" in link for link in links), Path("/proc/self/maps").read_text().count(
+        "memfd:rank"
+    )
 
 
 def check_nothing_is_left(rank, world_size):
@@ -88,8 +114,17 @@ def check_nothing_is_left(rank, world_size):
     axis = mesh.axis("ulysses")
     for number in range(3):
         for _ in range(TURNS):
-            assert_got(traded(exchange._trade, rank, world_size, axis, number, shapes, 2), rank, number, shapes, 2)
-        assert held_memory() == (2 * TURNS * world_size, TURNS * world_size)  # Python's mmap keeps a descriptor of its own
+            assert_got(
+                traded(exchange._trade, rank, world_size, axis, number, shapes, 2),
+                rank,
+                number,
+                shapes,
+                2,
+            )
+        assert held_memory() == (
+            2 * TURNS * world_size,
+            TURNS * world_size,
+        )  # Python's mmap keeps a descriptor of its own
         mesh.rebuild()
         assert held_memory() == (0, 0)
     mesh.destroy()
@@ -99,10 +134,14 @@ def check_survivor(rank, world_size):
     mesh, shapes = mesh_of(rank, world_size), [[(300, 400)] * world_size] * world_size
     axis = mesh.axis("ulysses")
     traded(exchange._trade, rank, world_size, axis, 0, shapes, 1)
-    assert not any(os.fstat(file.descriptor).st_nlink for file in axis.memory._own)  # no name by which one could be left behind
+    assert not any(
+        os.fstat(file.descriptor).st_nlink for file in axis.memory._own
+    )  # no name by which one could be left behind
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which torch sends to the ranks of one that ended so
+    signal.signal(
+        signal.SIGTERM, signal.SIG_IGN
+    )  # which torch sends to the ranks of one that ended so
     begun = time.monotonic()
     with pytest.raises(RuntimeError, match=r"(?i)connection|peer"):
         for _ in range(2):  # what was sent before the end may still arrive
@@ -145,15 +184,25 @@ def check_falls_back(rank, world_size):
     module.logger.addHandler(handler)
     assert_got(traded(exchange._trade, rank, world_size, axis, 0, small, 1), rank, 0, small, 1)
     if rank == 1:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        resource.setrlimit(
+            resource.RLIMIT_FSIZE, (100_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+        )
     for number in (1, 2):
         traffic = CommStats()
-        assert_got(traded(exchange._trade, rank, world_size, axis, number, large, 1, traffic=traffic), rank, number, large, 1)
+        assert_got(
+            traded(exchange._trade, rank, world_size, axis, number, large, 1, traffic=traffic),
+            rank,
+            number,
+            large,
+            1,
+        )
         assert (traffic.messages, traffic.sent_bytes) == (1, 800_000)
     assert shared_memory(axis) is None
     assert held_memory()[0] == 0
     assert len(records) == rank  # the rank that lacks the memory says so, once
-    assert not records or "no 0.8 MB of shared memory, so tensors go by gloo from now on" in records[0]
+    assert (
+        not records or "no 0.8 MB of shared memory, so tensors go by gloo from now on" in records[0]
+    )
     mesh.destroy()
 
 
@@ -167,11 +216,17 @@ def check_strangers(rank, world_size):
     for reason in ("machine", "file", "system"):
         if rank == 1:
             module._machine = (lambda: "another") if reason == "machine" else machine
-            os.memfd_create = (lambda name: os.open("/dev/null", os.O_RDWR)) if reason == "system" else make
-            module.SharedFile.identity = property(lambda file: (0, 0)) if reason == "file" else SharedFile.identity
+            os.memfd_create = (
+                (lambda name: os.open("/dev/null", os.O_RDWR)) if reason == "system" else make
+            )
+            module.SharedFile.identity = (
+                property(lambda file: (0, 0)) if reason == "file" else SharedFile.identity
+            )
         mesh = mesh_of(rank, world_size)
         axis = mesh.axis("ulysses")
-        assert_got(traded(exchange._trade, rank, world_size, axis, 0, shapes, 1), rank, 0, shapes, 1)
+        assert_got(
+            traded(exchange._trade, rank, world_size, axis, 0, shapes, 1), rank, 0, shapes, 1
+        )
         assert shared_memory(axis) is None, reason
         mesh.destroy()
 

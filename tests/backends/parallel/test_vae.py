@@ -1,4 +1,6 @@
-"""The patch decode equals the single decode: image and video VAEs, even and uneven patches, tiles, several sizes."""
+"""The patch decode equals the single decode: image and video VAEs, even and uneven patches, tiles,
+several sizes.
+"""
 
 import logging
 from dataclasses import replace
@@ -22,7 +24,9 @@ from tests.checkpoints import checkpoint, load, sample_image
 
 
 def decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
-    frames = {} if vae.config.get("norm_num_groups") else {"num_frames": latents.shape[0]}  # the video VAE has no such field
+    frames = (
+        {} if vae.config.get("norm_num_groups") else {"num_frames": latents.shape[0]}
+    )  # the video VAE has no such field
     return vae.decode(latents, return_dict=False, **frames)[0]
 
 
@@ -42,7 +46,9 @@ def check_decodes(rank: int, world_size: int) -> None:
             got = decode(vae, latents)
             detach_patch_decode(vae)
             assert mesh.traffic.messages > 0
-            torch.testing.assert_close(got, want, rtol=0, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                got, want, rtol=0, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}"
+            )
             mesh.traffic.reset()
     mesh.destroy()
 
@@ -87,8 +93,12 @@ CASES = {
 }
 
 
-def drawn(pipeline: LoadedPipeline, name: str, backend_name: str, options: dict[str, Any], rank: int) -> tuple[GenerateResult, bool]:
-    """An image under this backend, every step synchronous; and whether the ranks shared the decode."""
+def drawn(
+    pipeline: LoadedPipeline, name: str, backend_name: str, options: dict[str, Any], rank: int
+) -> tuple[GenerateResult, bool]:
+    """An image under this backend, every step synchronous; and whether the ranks shared the
+    decode.
+    """
     plan = planner(backend_name)(pipeline.spec, options, 2)
     mesh = Mesh(plan, rank=rank, device=torch.device("cpu"))
     pipeline.attach(backend_class(backend_name)(spec=pipeline.spec, plan=plan, mesh=mesh))
@@ -100,9 +110,13 @@ def drawn(pipeline: LoadedPipeline, name: str, backend_name: str, options: dict[
 
 
 def request_for(name: str) -> GenerateRequest:
-    fields = {"image": sample_image(16 if name == "sdup" else 128)} if name in ("sdup", "svd") else {}
+    fields = (
+        {"image": sample_image(16 if name == "sdup" else 128)} if name in ("sdup", "svd") else {}
+    )
     fields |= {"prompt": "a cat"} if name != "svd" else {"num_frames": 2}
-    return GenerateRequest(seed=1, num_inference_steps=2, warmup_steps=2, height=128, width=64, **fields)
+    return GenerateRequest(
+        seed=1, num_inference_steps=2, warmup_steps=2, height=128, width=64, **fields
+    )
 
 
 def check_backends(rank: int, world_size: int, name: str) -> None:
@@ -115,14 +129,23 @@ def check_backends(rank: int, world_size: int, name: str) -> None:
         pipeline.load = replace(pipeline.load, parallel_vae=False)
         alone, was_shared_too = drawn(pipeline, name, backend_name, options, rank)
         assert was_shared and not was_shared_too and not splits_decode(pipeline.pipe.vae)
-        assert shared.report["messages"] > alone.report["messages"], f"{name}: the decode was not shared"
-        assert shared.exactness != "exact", f"{name}: sums in another order are not the same arithmetic"
+        assert shared.report["messages"] > alone.report["messages"], (
+            f"{name}: the decode was not shared"
+        )
+        assert shared.exactness != "exact", (
+            f"{name}: sums in another order are not the same arithmetic"
+        )
         for result in (shared, alone):
-            assert abs(result.frames.astype(int) - want).max() <= 1, f"{name} on {backend_name}: more than rounding"
+            assert abs(result.frames.astype(int) - want).max() <= 1, (
+                f"{name} on {backend_name}: more than rounding"
+            )
         assert want.std() > 5, f"{name}: the image is flat, so this proves nothing"
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sd3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sdup", "svd"))])
+@pytest.mark.parametrize(
+    "name",
+    ["sdxl", "sd3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sdup", "svd"))],
+)
 def test_every_backend_shares_the_decode_unless_it_is_switched_off(run_on_ranks, name):
     checkpoint(name)
     run_on_ranks(check_backends, 2, name)
@@ -130,7 +153,12 @@ def test_every_backend_shares_the_decode_unless_it_is_switched_off(run_on_ranks,
 
 @pytest.mark.parametrize(
     ("argument", "is_wanted"),
-    [(None, True), ("--parallel_vae=false", False), ("--use-parallel-vae=false", False), ("--parallel_vae", True)],
+    [
+        (None, True),
+        ("--parallel_vae=false", False),
+        ("--use-parallel-vae=false", False),
+        ("--parallel_vae", True),
+    ],
 )
 def test_the_setting_and_its_older_name_decide(argument, is_wanted):
     settings = parse_command_line(["--type=sdxl", *([argument] if argument else [])])
@@ -141,7 +169,10 @@ def test_the_setting_and_its_older_name_decide(argument, is_wanted):
 def check_other_class(rank: int, world_size: int) -> None:
     mesh = mesh_of(rank, ("patch", 2))
     vae = AutoencoderTiny(
-        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
     )
     records: list[str] = []
     handler = logging.Handler()

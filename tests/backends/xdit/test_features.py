@@ -1,4 +1,6 @@
-"""Adapters, quantised weights, compiled parts and starts from an image under every method of xdit equal one device."""
+"""Adapters, quantised weights, compiled parts and starts from an image under every method of xdit
+equal one device.
+"""
 
 import pytest
 import torch._dynamo
@@ -29,12 +31,20 @@ def check_features(rank, world_size, name, groups):
         fields = {key: value for case in cases for key, value in case.request.items()}
         pipe = features.loaded(spec, **loading)
         if "start" in group:
-            clean = from_rank_zero(lambda: features.result(pipe, features.request_for(spec)))  # noqa: B023
-            fields |= {"latents": clean.numpy(), "strength": 0.7, "denoising_end": 0.8, "num_inference_steps": 5, "warmup_steps": 5}
+            clean = from_rank_zero(lambda: features.result(pipe, features.request_for(spec)))
+            fields |= {
+                "latents": clean.numpy(),
+                "strength": 0.7,
+                "denoising_end": 0.8,
+                "num_inference_steps": 5,
+                "warmup_steps": 5,
+            }
         asked = features.request_for(spec, **fields)
-        want = from_rank_zero(lambda: features.result(pipe, asked))  # noqa: B023
+        want = from_rank_zero(lambda: features.result(pipe, asked))
         for label, options in METHODS.items():
-            if (label == "cfg" and spec.guidance == "distilled") or (label == "stages" and name == "hy"):
+            if (label == "cfg" and spec.guidance == "distilled") or (
+                label == "stages" and name == "hy"
+            ):
                 continue
             with attached(pipe.pipe, name, rank, world_size, **options) as backend:
                 pipe._backend = backend
@@ -48,7 +58,11 @@ def check_features(rank, world_size, name, groups):
     ("name", "groups"),
     [
         ("sd3", [("lora", "controlnet"), ("ip_adapter",), ("quantization", "start")]),
-        pytest.param("flux", [("lora", "controlnet"), ("ip_adapter",), ("gguf", "start")], marks=pytest.mark.slow),
+        pytest.param(
+            "flux",
+            [("lora", "controlnet"), ("ip_adapter",), ("gguf", "start")],
+            marks=pytest.mark.slow,
+        ),
         pytest.param("hy", [("controlnet",), ("quantization", "start")], marks=pytest.mark.slow),
         pytest.param("pixs", [("quantization", "start")], marks=pytest.mark.slow),
     ],
@@ -60,7 +74,9 @@ def test_features_under_every_method_equal_one_device(run_on_ranks, name, groups
 
 
 def check_live_lora(rank, world_size, name):
-    """A LoRA that is loaded while the method is attached acts in it, stale steps included, and leaves nothing when it is unloaded."""
+    """A LoRA that is loaded while the method is attached acts in it, stale steps included, and
+    leaves nothing when it is unloaded.
+    """
 
     def reference(path):
         pipe = load(name)
@@ -73,7 +89,15 @@ def check_live_lora(rank, world_size, name):
     plain, changed = from_rank_zero(lambda: (reference(None), reference(path)))
     assert (plain - changed).abs().max() > 1e-2 * plain.abs().max()
     pipe = load(name)
-    with attached(pipe, name, rank, world_size, pipefusion_parallel_degree=2, num_pipeline_patch=3, warmup_steps=1) as backend:
+    with attached(
+        pipe,
+        name,
+        rank,
+        world_size,
+        pipefusion_parallel_degree=2,
+        num_pipeline_patch=3,
+        warmup_steps=1,
+    ) as backend:
         pipe.load_lora_weights(path)
         assert_close(generated(backend, pipe, name, steps=4), changed, "loaded")
         pipe.unload_lora_weights()

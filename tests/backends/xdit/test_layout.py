@@ -17,10 +17,20 @@ def tokens_of(spans):
 @pytest.mark.parametrize(("num_text", "num_image"), LENGTHS)
 @pytest.mark.parametrize(("num_patches", "num_shards"), itertools.product([1, 3], [1, 2, 4]))
 def test_shards_of_all_patches_cover_every_token_once(num_text, num_image, num_patches, num_shards):
-    layout = Layout(num_text=num_text, num_image=num_image, num_patches=num_patches, num_shards=num_shards)
-    shares = [layout.share(shard, patch=patch) for patch in range(num_patches) for shard in range(num_shards)]
-    assert sorted(token for share in shares for token in tokens_of(share.text)) == list(range(num_text))
-    assert sorted(token for share in shares for token in tokens_of(share.image)) == list(range(num_image))
+    layout = Layout(
+        num_text=num_text, num_image=num_image, num_patches=num_patches, num_shards=num_shards
+    )
+    shares = [
+        layout.share(shard, patch=patch)
+        for patch in range(num_patches)
+        for shard in range(num_shards)
+    ]
+    assert sorted(token for share in shares for token in tokens_of(share.text)) == list(
+        range(num_text)
+    )
+    assert sorted(token for share in shares for token in tokens_of(share.image)) == list(
+        range(num_image)
+    )
 
 
 @pytest.mark.parametrize(("num_text", "num_image"), LENGTHS)
@@ -28,7 +38,9 @@ def test_a_rank_has_the_same_shard_in_a_whole_pass_and_patch_by_patch(num_text, 
     layout = Layout(num_text=num_text, num_image=num_image, num_patches=3, num_shards=2)
     whole = layout.share(1)
     patches = [layout.share(1, patch=patch) for patch in range(3)]
-    assert tokens_of(whole.image) == [token for share in patches for token in tokens_of(share.image)]
+    assert tokens_of(whole.image) == [
+        token for share in patches for token in tokens_of(share.image)
+    ]
     assert tokens_of(whole.text) == [token for share in patches for token in tokens_of(share.text)]
 
 

@@ -25,14 +25,24 @@ TYPES = {
     "flux2": ("flux2", {}),
     "wan_t2v": ("wan_t2v", {}),
 }
-LONG = "a detailed painting of a small castle in the mountain forest at night, with snow, and a robot on a high red horse"
-ODD_TEXT = {  # 83, 13, 61 and 400 text tokens; the long one has more than its negative prompt, also when padded to a multiple of 32
+LONG = (
+    "a detailed painting of a small castle in the mountain forest at night, with snow, and a "
+    "robot on a high red horse"
+)
+# 83, 13, 61 and 400 text tokens; the long one has more than its negative prompt, also when padded
+# to a multiple of 32
+ODD_TEXT = {
     "sd3": {"max_sequence_length": 6},
     "flux": {"max_sequence_length": 13},
     "flux2": {"max_sequence_length": 401},
     "zimage": {"prompt": LONG, "guidance_scale": 3.0},
 }
-LATE = ("pixs", "qwenimage", "flux2", "wan_t2v")  # in the long tail: what they need is needed by others too, or tested for itself
+LATE = (
+    "pixs",
+    "qwenimage",
+    "flux2",
+    "wan_t2v",
+)  # in the long tail: what they need is needed by others too, or tested for itself
 RUNS = [
     {"size": 64},  # 16 image tokens
     {"size": 80, "num_images_per_prompt": 2, "steps": 2},  # 25: uneven shards
@@ -60,14 +70,19 @@ def check_matches_single(rank, world_size, name, variant, sets):
     assert_close(latents_of(pipe, name, **runs[0]), wanted[0], "detached", relative=1e-9)
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.slow) if case in LATE else case for case in TYPES])
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow) if case in LATE else case for case in TYPES]
+)
 def test_two_ranks_match_single(run_on_ranks, case):
     name, variant = TYPES[case]
     checkpoint(name, **variant)  # built here, since ranks save only a part
     run_on_ranks(check_matches_single, 2, name, variant, ON_2)
 
 
-@pytest.mark.parametrize("case", ["sd3", *(pytest.param(case, marks=pytest.mark.slow) for case in TYPES if case != "sd3")])
+@pytest.mark.parametrize(
+    "case",
+    ["sd3", *(pytest.param(case, marks=pytest.mark.slow) for case in TYPES if case != "sd3")],
+)
 def test_four_ranks_match_single(run_on_ranks, case):
     name, variant = TYPES[case]
     checkpoint(name, **variant)
@@ -81,12 +96,19 @@ def test_three_ranks_match_single_with_four_heads(run_on_ranks):
 
 
 def check_data_parallelism(rank, world_size, sets):
-    """Two prompts and two images of each, every one with a seed of its own, in the order in which they were asked for."""
+    """Two prompts and two images of each, every one with a seed of its own, in the order in which
+    they were asked for.
+    """
     pipe = load("sd3")
 
     def arguments():
         seeds = [torch.Generator().manual_seed(seed) for seed in (3, 5, 7, 11)]
-        return {"prompt": ["a red car", "a blue bird"], "negative_prompt": ["dark", ""], "num_images_per_prompt": 2, "generator": seeds}
+        return {
+            "prompt": ["a red car", "a blue bird"],
+            "negative_prompt": ["dark", ""],
+            "num_images_per_prompt": 2,
+            "generator": seeds,
+        }
 
     want = from_rank_zero(lambda: latents_of(pipe, "sd3", steps=2, **arguments()))
     assert all((want[0] - other).abs().max() > 1e-2 for other in want[1:])
@@ -105,18 +127,34 @@ def test_images_of_several_prompts_are_spread_and_gathered_in_order(run_on_ranks
 @pytest.mark.slow
 def test_data_parallelism_with_every_other_method_matches_single(run_on_ranks):
     checkpoint("sd3")
-    others = ({"use_cfg_parallel": True}, {"ulysses_degree": 2}, {"ring_degree": 2}, {"pipefusion_parallel_degree": 2, "warmup_steps": 2})
-    run_on_ranks(check_data_parallelism, 4, [{"data_parallel_degree": 2, **other} for other in others])
+    others = (
+        {"use_cfg_parallel": True},
+        {"ulysses_degree": 2},
+        {"ring_degree": 2},
+        {"pipefusion_parallel_degree": 2, "warmup_steps": 2},
+    )
+    run_on_ranks(
+        check_data_parallelism, 4, [{"data_parallel_degree": 2, **other} for other in others]
+    )
 
 
 def check_two_calls_a_step(rank, world_size):
-    """FLUX with true guidance calls its denoiser twice a step; what is remembered of one call is not for the other."""
+    """FLUX with true guidance calls its denoiser twice a step; what is remembered of one call is
+    not for the other.
+    """
     pipe = load("flux")
     run = {"true_cfg_scale": 3.0, "negative_prompt": "a dark house", "size": 64}
-    want, other = from_rank_zero(lambda: (latents_of(pipe, "flux", **run), latents_of(pipe, "flux", size=64)))
+    want, other = from_rank_zero(
+        lambda: (latents_of(pipe, "flux", **run), latents_of(pipe, "flux", size=64))
+    )
     assert (want - other).abs().max() > 1e-2
-    for options in ({"ulysses_degree": 2}, {"pipefusion_parallel_degree": 2, "num_pipeline_patch": 1, "warmup_steps": 1}):
-        with attached(pipe, "flux", rank, world_size, **options) as backend:  # one patch: nothing is stale
+    for options in (
+        {"ulysses_degree": 2},
+        {"pipefusion_parallel_degree": 2, "num_pipeline_patch": 1, "warmup_steps": 1},
+    ):
+        with attached(
+            pipe, "flux", rank, world_size, **options
+        ) as backend:  # one patch: nothing is stale
             assert_close(generated(backend, pipe, "flux", **run), want, options)
 
 
@@ -131,7 +169,13 @@ def test_rejects_a_timestep_for_each_token():
     transformer = load("wan_t2v").transformer
     parallel = SequenceParallel(transformer, Mesh(plan, rank=0, device=torch.device("cpu")))
     parallel.attach()
-    with pytest.raises(UnsupportedError, match=r"WanTransformer3DModel has a timestep for each token, .* Use --use_cfg_parallel alone"):
+    with pytest.raises(
+        UnsupportedError,
+        match=(
+            r"WanTransformer3DModel has a timestep for each token, .* Use --use_cfg_parallel "
+            r"alone"
+        ),
+    ):
         transformer(torch.zeros(1, 16, 2, 8, 8), torch.zeros(1, 32), torch.zeros(1, 4, 32))
     parallel.detach()
     assert not hooks.attached(transformer)

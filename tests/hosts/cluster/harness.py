@@ -32,7 +32,11 @@ class Cluster:
 
     def replicas(self, model: int = 0) -> list[dict[str, Any]]:
         """Those that are not on their way out."""
-        return [replica for replica in self.describe(model)["replicas"] if replica["state"] not in ("gone", "draining")]
+        return [
+            replica
+            for replica in self.describe(model)["replicas"]
+            if replica["state"] not in ("gone", "draining")
+        ]
 
     def num_ready(self, model: int = 0) -> int:
         return sum(replica["state"] == "ready" for replica in self.replicas(model))
@@ -45,12 +49,22 @@ class Cluster:
             assert self._host.process.poll() is None, self._host.log
             return self.num_ready(model) == number
 
-        wait_until(are_ready, within_s=READY_WITHIN_S, what=f"{number} replicas are ready", every_s=0.2)
+        wait_until(
+            are_ready, within_s=READY_WITHIN_S, what=f"{number} replicas are ready", every_s=0.2
+        )
 
     def status(self) -> "subprocess.CompletedProcess[str]":
         """`diffusion-launcher status`."""
-        command = [sys.executable, str(LAUNCHER), "status", f"--url={self._host.url('')}", f"--api_key={self._key}"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tempfile.gettempdir())
+        command = [
+            sys.executable,
+            str(LAUNCHER),
+            "status",
+            f"--url={self._host.url('')}",
+            f"--api_key={self._key}",
+        ]
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=60, cwd=tempfile.gettempdir()
+        )
 
 
 @contextlib.contextmanager

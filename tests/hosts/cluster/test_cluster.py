@@ -1,4 +1,6 @@
-"""A real gateway over a real Ray cluster with two replicas of one rank each, which all tests of this file share, the last one ending it."""
+"""A real gateway over a real Ray cluster with two replicas of one rank each, which all tests of
+this file share, the last one ending it.
+"""
 
 import io
 import signal
@@ -20,7 +22,14 @@ STEPS_OF_A_LONG_JOB = 300
 
 @pytest.fixture(scope="module")
 def cluster():
-    arguments = ("--type=sdxl", f"--checkpoint={checkpoint('sdxl')}", "--height=64", "--width=64", "--replicas=2", f"--api_key={KEY}")
+    arguments = (
+        "--type=sdxl",
+        f"--checkpoint={checkpoint('sdxl')}",
+        "--height=64",
+        "--width=64",
+        "--replicas=2",
+        f"--api_key={KEY}",
+    )
     with start_cluster(*arguments, key=KEY) as cluster:
         cluster.wait_for_replicas(2)
         yield cluster
@@ -32,9 +41,14 @@ def sample_image(data):
 
 def test_jobs_are_shared_out_evenly_and_their_images_are_the_replicas_own(cluster: Cluster):
     before = {replica["name"]: replica["done"] for replica in cluster.replicas()}
-    jobs = [cluster.client.submit(prompt="a red car", seed=seed % 2, num_inference_steps=2) for seed in range(8)]
+    jobs = [
+        cluster.client.submit(prompt="a red car", seed=seed % 2, num_inference_steps=2)
+        for seed in range(8)
+    ]
     assert {job.wait().state for job in jobs} == {"done"}
-    done = {replica["name"]: replica["done"] - before[replica["name"]] for replica in cluster.replicas()}
+    done = {
+        replica["name"]: replica["done"] - before[replica["name"]] for replica in cluster.replicas()
+    }
     assert sum(done.values()) == 8 and min(done.values()) >= 3, done
     sample_images = [sample_image(job.result()) for job in jobs]
     assert (
@@ -56,7 +70,11 @@ def test_a_job_can_be_followed_looked_at_and_cancelled(cluster: Cluster):
     for state in job.follow():
         last = state
     assert last.state == "cancelled" and 0 < last.step < STEPS_OF_A_LONG_JOB
-    wait_until(lambda: not any(replica["jobs"] for replica in cluster.replicas()), within_s=20, what="the replicas are idle")
+    wait_until(
+        lambda: not any(replica["jobs"] for replica in cluster.replicas()),
+        within_s=20,
+        what="the replicas are idle",
+    )
 
 
 def test_what_a_replica_refuses_is_the_clients_to_read(cluster: Cluster):
@@ -66,13 +84,27 @@ def test_what_a_replica_refuses_is_the_clients_to_read(cluster: Cluster):
 
 
 def test_metrics_are_those_of_every_replica(cluster: Cluster):
-    families = {family.name: family for family in text_string_to_metric_families(cluster.get("/metrics").text)}
-    ready = {sample.labels["replica"]: sample.value for sample in families["diffusion_ready"].samples}
+    families = {
+        family.name: family
+        for family in text_string_to_metric_families(cluster.get("/metrics").text)
+    }
+    ready = {
+        sample.labels["replica"]: sample.value for sample in families["diffusion_ready"].samples
+    }
     assert ready == {replica["name"]: 1.0 for replica in cluster.replicas()}
-    states = {sample.labels["state"]: sample.value for sample in families["diffusion_gateway_replicas"].samples}
+    states = {
+        sample.labels["state"]: sample.value
+        for sample in families["diffusion_gateway_replicas"].samples
+    }
     assert states["ready"] == 2
-    done = [sample for sample in families["diffusion_jobs"].samples if sample.labels.get("state") == "done" and "_total" in sample.name]
-    assert {sample.labels["replica"] for sample in done} == set(ready) and {sample.labels["model"] for sample in done} == {"sdxl"}
+    done = [
+        sample
+        for sample in families["diffusion_jobs"].samples
+        if sample.labels.get("state") == "done" and "_total" in sample.name
+    ]
+    assert {sample.labels["replica"] for sample in done} == set(ready) and {
+        sample.labels["model"] for sample in done
+    } == {"sdxl"}
 
 
 def test_status_shows_every_replica(cluster: Cluster):
@@ -85,19 +117,35 @@ def test_status_shows_every_replica(cluster: Cluster):
 
 def test_a_replica_that_is_killed_in_the_middle_loses_no_job(cluster: Cluster):
     answers = []
-    waiting = threading.Thread(target=lambda: answers.append(cluster.post({"positive": "a red car", "steps": 12, "seed": 3})))
+    waiting = threading.Thread(
+        target=lambda: answers.append(
+            cluster.post({"positive": "a red car", "steps": 12, "seed": 3})
+        )
+    )
     waiting.start()
-    jobs = [cluster.client.submit(prompt="a red car", seed=seed, num_inference_steps=12) for seed in range(4)]
-    wait_until(lambda: all(replica["jobs"] for replica in cluster.replicas()), within_s=30, what="both replicas work")
+    jobs = [
+        cluster.client.submit(prompt="a red car", seed=seed, num_inference_steps=12)
+        for seed in range(4)
+    ]
+    wait_until(
+        lambda: all(replica["jobs"] for replica in cluster.replicas()),
+        within_s=30,
+        what="both replicas work",
+    )
     victim = cluster.replicas()[0]
     psutil.Process(victim["pid"]).kill()
     assert {job.wait().state for job in jobs} == {"done"}
     waiting.join(timeout=60)
     assert answers[0].status_code == 200
     again = cluster.client.job(jobs[0].id)
-    assert again.state.state == "done" and (sample_image(again.result()) == sample_image(jobs[0].result())).all()
+    assert (
+        again.state.state == "done"
+        and (sample_image(again.result()) == sample_image(jobs[0].result())).all()
+    )
     assert victim["name"] not in [replica["name"] for replica in cluster.replicas()]
-    assert cluster.describe()["lost"] == 1 and len(cluster.replicas()) == 2, "another one takes its place"
+    assert cluster.describe()["lost"] == 1 and len(cluster.replicas()) == 2, (
+        "another one takes its place"
+    )
 
 
 def test_ray_is_reached_by_nobody_else(cluster: Cluster):

@@ -1,4 +1,6 @@
-"""The gateway's HTTP side with two models and no replicas: which model a request reaches, and what is refused before any does."""
+"""The gateway's HTTP side with two models and no replicas: which model a request reaches, and what
+is refused before any does.
+"""
 
 import base64
 import io
@@ -23,7 +25,10 @@ HEADERS = {"Authorization": f"Bearer {KEY}"}
 def deployments_of(**settings):
     both = {"fast": {"type": "sdxl", "max_steps": 10}, "fine": {"type": "sdxl", "max_steps": 50}}
     settings = Settings(engine="ray", deployments=both, api_key=KEY, **settings)
-    return [Deployment(plan, store=None) for plan in plan_deployments(settings, read_table(), num_gpus=0)]
+    return [
+        Deployment(plan, store=None)
+        for plan in plan_deployments(settings, read_table(), num_gpus=0)
+    ]
 
 
 @pytest.fixture
@@ -39,7 +44,10 @@ def client(deployments):
 
 
 def waiting(deployments):
-    return {deployment.name: [job.request.prompt for job in deployment.queue.jobs()] for deployment in deployments}
+    return {
+        deployment.name: [job.request.prompt for job in deployment.queue.jobs()]
+        for deployment in deployments
+    }
 
 
 @pytest.mark.parametrize(
@@ -52,7 +60,9 @@ def waiting(deployments):
     ],
     ids=str,
 )
-def test_a_job_reaches_the_model_that_it_names_and_else_the_first(client, deployments, path, body, reached):
+def test_a_job_reaches_the_model_that_it_names_and_else_the_first(
+    client, deployments, path, body, reached
+):
     answer = client.post(path, json=body)
     assert answer.status_code == 202, answer.text
     assert waiting(deployments) == {"fast": [], "fine": []} | {reached: ["a cat"]}
@@ -61,7 +71,14 @@ def test_a_job_reaches_the_model_that_it_names_and_else_the_first(client, deploy
 def answered_at_once(deployments, client, request):
     """The answer, with the first job of any model done as soon as it waits."""
     latents = np.zeros((1, 4, 1, 1), np.float32)
-    made = GenerateResult(frames=np.zeros((1, 8, 8, 3), np.uint8), latents=latents, seed=1, num_steps=1, exactness="exact", seconds=0.1)
+    made = GenerateResult(
+        frames=np.zeros((1, 8, 8, 3), np.uint8),
+        latents=latents,
+        seed=1,
+        num_steps=1,
+        exactness="exact",
+        seconds=0.1,
+    )
     for deployment in deployments:
         submit = deployment.queue.submit
 
@@ -77,13 +94,24 @@ def answered_at_once(deployments, client, request):
 PNG = io.BytesIO()
 Image.new("RGB", (8, 8)).save(PNG, format="PNG")
 DIALECTS = {
-    "generate": lambda client: client.post("/generate", json={"positive": "x", "model": "fine", "steps": 20}),
-    "openai": lambda client: client.post("/v1/images/generations", json={"prompt": "x", "model": "fine", "steps": 20}),
+    "generate": lambda client: client.post(
+        "/generate", json={"positive": "x", "model": "fine", "steps": 20}
+    ),
+    "openai": lambda client: client.post(
+        "/v1/images/generations", json={"prompt": "x", "model": "fine", "steps": 20}
+    ),
     "openai form": lambda client: client.post(
-        "/v1/images/edits", data={"prompt": "x", "model": "fine", "steps": "20", "image": (io.BytesIO(PNG.getvalue()), "a.png")}
+        "/v1/images/edits",
+        data={
+            "prompt": "x",
+            "model": "fine",
+            "steps": "20",
+            "image": (io.BytesIO(PNG.getvalue()), "a.png"),
+        },
     ),
     "a1111": lambda client: client.post(
-        "/sdapi/v1/txt2img", json={"prompt": "x", "steps": 20, "override_settings": {"sd_model_checkpoint": "fine"}}
+        "/sdapi/v1/txt2img",
+        json={"prompt": "x", "steps": 20, "override_settings": {"sd_model_checkpoint": "fine"}},
     ),
 }
 
@@ -96,20 +124,30 @@ def test_every_dialect_names_the_model_in_its_own_way(client, deployments, reque
 
 
 def test_what_a_model_refuses_is_answered_in_the_dialect_of_the_path(client):
-    refused = client.post("/v1/images/generations", json={"prompt": "x", "model": "fast", "steps": 20})
-    assert refused.status_code == 400 and "more than this host allows: 10 (--max_steps)" in refused.json["error"]["message"]
+    refused = client.post(
+        "/v1/images/generations", json={"prompt": "x", "model": "fast", "steps": 20}
+    )
+    assert (
+        refused.status_code == 400
+        and "more than this host allows: 10 (--max_steps)" in refused.json["error"]["message"]
+    )
 
 
 @pytest.mark.parametrize("path", ["/v1/jobs", "/generate", "/v1/images/generations"])
 def test_a_model_that_is_not_there_is_refused_with_those_that_are(client, path):
     answer = client.post(path, json={"prompt": "x", "model": "other"})
     assert answer.status_code == 404
-    message = answer.json["error"]["message"] if path.startswith("/v1/images") else answer.json["message"]
+    message = (
+        answer.json["error"]["message"] if path.startswith("/v1/images") else answer.json["message"]
+    )
     assert message == "there is no model 'other'. Allowed: fast, fine."
 
 
 def test_a_job_is_found_by_its_id_whatever_its_model(client, deployments):
-    sent = [client.post("/v1/jobs", json={"prompt": "x", "model": name}).json["id"] for name in ("fine", "fast")]
+    sent = [
+        client.post("/v1/jobs", json={"prompt": "x", "model": name}).json["id"]
+        for name in ("fine", "fast")
+    ]
     assert [client.get(f"/v1/jobs/{job_id}").json["id"] for job_id in sent] == sent
     assert {job["id"] for job in client.get("/v1/jobs").json["jobs"]} == set(sent)
     assert client.delete(f"/v1/jobs/{sent[0]}").json["state"] == "cancelled"
@@ -145,18 +183,26 @@ def test_a_body_that_is_too_large_is_refused_with_the_limit():
     client = create_gateway(deployments_of(max_body_mb=1)).test_client()
     body = json.dumps({"prompt": base64.b64encode(bytes(10**6)).decode()})
     answer = client.post("/v1/jobs", data=body, content_type="application/json", headers=HEADERS)
-    assert answer.status_code == 413 and "larger than this host allows: 1 MB (--max_body_mb)" in answer.json["message"]
+    assert (
+        answer.status_code == 413
+        and "larger than this host allows: 1 MB (--max_body_mb)" in answer.json["message"]
+    )
 
 
 def test_the_rate_of_a_client_is_counted_once_for_all_models():
     client = create_gateway(deployments_of(rate_limit=2)).test_client()
-    sent = [client.post("/v1/jobs", json={"prompt": "x", "model": name}, headers=HEADERS).status_code for name in ("fast", "fine", "fast")]
+    sent = [
+        client.post("/v1/jobs", json={"prompt": "x", "model": name}, headers=HEADERS).status_code
+        for name in ("fast", "fine", "fast")
+    ]
     assert sent == [202, 202, 429]
 
 
 def test_a_replica_that_is_not_there_cannot_be_drained(client):
     answer = client.delete("/cluster/replicas/fast-9")
-    assert answer.status_code == 404 and answer.json["message"].startswith("there is no replica 'fast-9'. Allowed: ")
+    assert answer.status_code == 404 and answer.json["message"].startswith(
+        "there is no replica 'fast-9'. Allowed: "
+    )
 
 
 def test_metrics_of_the_gateway_carry_the_model_and_a_name_of_their_own(client):

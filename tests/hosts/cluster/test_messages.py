@@ -18,11 +18,31 @@ from hosts.jobs.trace import chrome_trace
 
 RANDOM = np.random.default_rng(0)
 IMAGE = Image.fromarray(RANDOM.integers(0, 256, (24, 16, 3), dtype=np.uint8), mode="RGB")
-SPEC = next(spec for spec in read_table().values() if spec.returns_latents and "image" not in spec.requires)
+SPEC = next(
+    spec for spec in read_table().values() if spec.returns_latents and "image" not in spec.requires
+)
 REQUESTS = {
-    "plain": {"prompt": "a cat", "negative_prompt": "a dog", "seed": 7, "height": 64, "width": 72, "guidance_scale": 3.5, "strength": 0.4},
-    "numbers": {"sigmas": [1.5, 0.5, 0.0], "timesteps": [999, 500], "scheduler": {"scheduler": "euler"}, "quality": "exact"},
-    "images": {"init_image": IMAGE, "mask_image": IMAGE, "control_image": [IMAGE, IMAGE], "ip_adapter_image": IMAGE},
+    "plain": {
+        "prompt": "a cat",
+        "negative_prompt": "a dog",
+        "seed": 7,
+        "height": 64,
+        "width": 72,
+        "guidance_scale": 3.5,
+        "strength": 0.4,
+    },
+    "numbers": {
+        "sigmas": [1.5, 0.5, 0.0],
+        "timesteps": [999, 500],
+        "scheduler": {"scheduler": "euler"},
+        "quality": "exact",
+    },
+    "images": {
+        "init_image": IMAGE,
+        "mask_image": IMAGE,
+        "control_image": [IMAGE, IMAGE],
+        "ip_adapter_image": IMAGE,
+    },
     "arrays": {
         "latents": RANDOM.normal(size=(1, 4, 8, 8)).astype(np.float32),
         "prompt_embeds": RANDOM.normal(size=(1, 5, 8)).astype(np.float32),
@@ -50,7 +70,10 @@ def test_an_error_of_a_replica_is_the_same_error_at_the_gateway(kind):
 
 def test_spans_survive_a_trace():
     job = Job(id="a", request=GenerateRequest(), started_s=105.0, created_s=100.0)
-    job.spans = {0: [("encode", 105.0, 0.5), ("step", 105.5, 1.0), ("step", 106.5, 1.25)], 1: [("step", 105.5, 0.75)]}
+    job.spans = {
+        0: [("encode", 105.0, 0.5), ("step", 105.5, 1.0), ("step", 106.5, 1.25)],
+        1: [("step", 105.5, 0.75)],
+    }
     assert messages.spans_of(chrome_trace(job)) == job.spans
 
 

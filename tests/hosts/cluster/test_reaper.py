@@ -24,12 +24,20 @@ time.sleep(60)
 
 @pytest.mark.parametrize("when", ["complete", "while it is started"])
 def test_helpers_of_a_killed_gateway_are_killed(when):
-    with subprocess.Popen([sys.executable, "-c", GATEWAY, when], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as gateway:
-        helper, watcher = (psutil.Process(int(number)) for number in gateway.stdout.readline().split())
+    with subprocess.Popen(
+        [sys.executable, "-c", GATEWAY, when], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
+    ) as gateway:
+        helper, watcher = (
+            psutil.Process(int(number)) for number in gateway.stdout.readline().split()
+        )
         try:
             assert helper.is_running() and watcher.is_running()
             gateway.kill()
-            wait_until(lambda: not is_alive(helper) and not is_alive(watcher), within_s=10, what="both are gone")
+            wait_until(
+                lambda: not is_alive(helper) and not is_alive(watcher),
+                within_s=10,
+                what="both are gone",
+            )
         finally:
             for process in (helper, watcher):
                 with contextlib.suppress(psutil.NoSuchProcess):

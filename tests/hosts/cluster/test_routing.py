@@ -15,7 +15,11 @@ def load(name, work=0.0, taken_s=0.0, can_take=True):
 
 def taker(*loads):
     """Of all replicas exactly one takes the job, or none."""
-    found = [mine.name for mine in loads if is_next(mine, [other for other in loads if other is not mine])]
+    found = [
+        mine.name
+        for mine in loads
+        if is_next(mine, [other for other in loads if other is not mine])
+    ]
     assert len(found) <= 1
     return found[0] if found else None
 

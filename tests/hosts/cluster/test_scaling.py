@@ -15,7 +15,14 @@ def test_many_jobs_bring_as_many_replicas_as_they_need_at_once_but_not_more_than
 
 def test_replicas_go_one_by_one_after_fewer_were_enough_for_a_while():
     scale = Scale(RULE, first=4, now_s=0.0)
-    assert targets(scale, (5.0, 0), (10.0, 0), (15.0, 0), (20.0, 0), (30.0, 0), (50.0, 0)) == [4, 3, 3, 2, 1, 1]
+    assert targets(scale, (5.0, 0), (10.0, 0), (15.0, 0), (20.0, 0), (30.0, 0), (50.0, 0)) == [
+        4,
+        3,
+        3,
+        2,
+        1,
+        1,
+    ]
 
 
 def test_a_burst_starts_the_while_again():

@@ -1,4 +1,6 @@
-"""Builds pickles, honest and hostile, byte by byte or through __reduce__. Used by the codec tests."""
+"""Builds pickles, honest and hostile, byte by byte or through __reduce__. Used by the codec
+tests.
+"""
 
 import base64
 import collections
@@ -51,7 +53,14 @@ def storage_file(tensor: torch.Tensor) -> bytes:
 STORAGE = storage_file(torch.arange(6.0))
 
 
-def forged_tensor(*, storage=STORAGE, offset=0, size=(2, 3), stride=(3, 1), rest=(False, collections.OrderedDict())) -> Calls:
+def forged_tensor(
+    *,
+    storage=STORAGE,
+    offset=0,
+    size=(2, 3),
+    stride=(3, 1),
+    rest=(False, collections.OrderedDict()),
+) -> Calls:
     """A tensor whose parts need not fit together; `storage` may be bytes or any object."""
     part = Calls(torch.storage._load_from_bytes, storage) if isinstance(storage, bytes) else storage
     return Calls(torch._utils._rebuild_tensor_v2, part, offset, size, stride, *rest)
@@ -93,4 +102,8 @@ def forged_storage(
     """A storage file whose header may lie."""
     system = {"protocol_version": 1001, "little_endian": True} if system is None else system
     storage = _StorageId((kind, storage_type, "0", "cpu", count, view))
-    return b"".join(map(_part, (magic, version, system, storage, list(keys)))) + struct.pack("<q", written) + raw
+    return (
+        b"".join(map(_part, (magic, version, system, storage, list(keys))))
+        + struct.pack("<q", written)
+        + raw
+    )

@@ -1,4 +1,6 @@
-"""What the codec reads and writes. Refusals are in test_codec_refusals.py, random input in test_codec_fuzz.py."""
+"""What the codec reads and writes. Refusals are in test_codec_refusals.py, random input in
+test_codec_fuzz.py.
+"""
 
 import base64
 import io
@@ -80,18 +82,31 @@ def test_pickled_image_that_was_opened_from_a_file_is_read(kind):
 
 @pytest.mark.parametrize("header", ["", "data:image/png;base64,", "DATA:IMAGE/PNG;BASE64,"])
 def test_base64_of_a_png_file_is_read(header):
-    assert same(codec.decode_image(header + encoded(file_of(sample_image(), "PNG")), field="image"), sample_image())
+    assert same(
+        codec.decode_image(header + encoded(file_of(sample_image(), "PNG")), field="image"),
+        sample_image(),
+    )
 
 
-@pytest.mark.parametrize(("kind", "options"), [("JPEG", {}), ("JPEG", {"progressive": True}), ("WEBP", {"lossless": True})])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("JPEG", {}), ("JPEG", {"progressive": True}), ("WEBP", {"lossless": True})],
+)
 def test_base64_of_jpeg_and_webp_files_is_read(kind, options):
     data = file_of(sample_image(size=(64, 48)), kind, **options)
-    assert same(codec.decode_image(encoded(data), field="image"), Image.open(io.BytesIO(data)).convert("RGB"))
+    assert same(
+        codec.decode_image(encoded(data), field="image"),
+        Image.open(io.BytesIO(data)).convert("RGB"),
+    )
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "I;16"])
 def test_image_file_of_any_mode_becomes_rgb(mode):
-    image = Image.fromarray(np.arange(35, dtype=np.uint16).reshape(5, 7) * 1000) if mode == "I;16" else sample_image(mode)
+    image = (
+        Image.fromarray(np.arange(35, dtype=np.uint16).reshape(5, 7) * 1000)
+        if mode == "I;16"
+        else sample_image(mode)
+    )
     decoded = codec.decode_image(encoded(file_of(image, "PNG")), field="image")
     assert (decoded.mode, decoded.size) == ("RGB", (7, 5))
 
@@ -104,11 +119,18 @@ def test_photograph_is_turned_upright():
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64", "int64", "int32", "int16", "int8", "uint8"])
+@pytest.mark.parametrize(
+    "dtype",
+    ["float32", "float16", "bfloat16", "float64", "int64", "int32", "int16", "int8", "uint8"],
+)
 def test_tensor_of_every_type_and_protocol_becomes_float32(dtype, protocol):
     tensor = torch.linspace(0, 90, 48).reshape(1, 4, 3, 4).to(getattr(torch, dtype))
     array = codec.decode_tensor(pickled(tensor, protocol), field="latent")
-    assert (array.dtype, array.flags.c_contiguous, array.flags.writeable) == (np.float32, True, True)
+    assert (array.dtype, array.flags.c_contiguous, array.flags.writeable) == (
+        np.float32,
+        True,
+        True,
+    )
     np.testing.assert_array_equal(array, tensor.float().numpy())
 
 
@@ -141,17 +163,33 @@ def test_tensor_from_a_cuda_device_is_read_without_one():
     elsewhere = b"X\x06\x00\x00\x00cuda:0"
     assert data.count(location) == 1
     data = data.replace(location, elsewhere)
-    length = data.index(b"B") + 1  # BINBYTES: the storage file grew by three bytes, and so did the frame
+    length = (
+        data.index(b"B") + 1
+    )  # BINBYTES: the storage file grew by three bytes, and so did the frame
     grown = int.from_bytes(data[length : length + 4], "little") + 3
     frame = int.from_bytes(data[3:11], "little") + 3
-    data = data[:3] + frame.to_bytes(8, "little") + data[11:length] + grown.to_bytes(4, "little") + data[length + 4 :]
+    data = (
+        data[:3]
+        + frame.to_bytes(8, "little")
+        + data[11:length]
+        + grown.to_bytes(4, "little")
+        + data[length + 4 :]
+    )
     np.testing.assert_array_equal(codec.decode_tensor(encoded(data), field="latent"), [0, 1, 2])
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_conditioning_takes_the_first_pair_and_ignores_other_keys(protocol):
     embeds, pooled = torch.randn(1, 77, 8).half(), torch.randn(1, 6)
-    extra = {"guidance": 3.5, "mask": torch.ones(2), "area": (1, 2), "prompt": "x" * 5000, "none": None, "big": 2**40, "on": True}
+    extra = {
+        "guidance": 3.5,
+        "mask": torch.ones(2),
+        "area": (1, 2),
+        "prompt": "x" * 5000,
+        "none": None,
+        "big": 2**40,
+        "on": True,
+    }
     value = [[embeds, {"pooled_output": pooled, **extra}], [torch.zeros(1, 1, 1), {}]]
     conditioning = codec.decode_conditioning(pickled(value, protocol), field="positive_embeds")
     np.testing.assert_array_equal(conditioning.embeds, embeds.float().numpy())
@@ -204,7 +242,12 @@ def test_latents_are_sent_as_contiguous_float32_on_the_cpu(dtype):
     latents = np.random.default_rng(0).normal(size=(1, 6, 5, 4)).astype(dtype).transpose(0, 3, 2, 1)
     text = codec.encode_latents(latents)
     decoded = plainly(text)
-    assert (decoded.device.type, decoded.dtype, decoded.is_contiguous(), decoded.requires_grad) == ("cpu", torch.float32, True, False)
+    assert (decoded.device.type, decoded.dtype, decoded.is_contiguous(), decoded.requires_grad) == (
+        "cpu",
+        torch.float32,
+        True,
+        False,
+    )
     assert decoded.untyped_storage().nbytes() == decoded.numel() * 4
     np.testing.assert_array_equal(decoded.numpy(), latents.astype(np.float32))
     assert globals_in(text) <= WIRE_GLOBALS
@@ -212,7 +255,9 @@ def test_latents_are_sent_as_contiguous_float32_on_the_cpu(dtype):
 
 def test_latents_sent_and_received_again_are_the_same():
     latents = np.random.default_rng(0).normal(size=(1, 4, 8, 8)).astype(np.float32)
-    np.testing.assert_array_equal(codec.decode_tensor(codec.encode_latents(latents), field="latent"), latents)
+    np.testing.assert_array_equal(
+        codec.decode_tensor(codec.encode_latents(latents), field="latent"), latents
+    )
 
 
 def test_decoding_needs_no_torch():
@@ -236,19 +281,27 @@ def folder(tmp_path):
 
 
 def test_path_inside_an_allowed_folder_is_read_as_an_image(folder):
-    decoded = codec.decode_image_or_path(str(folder / "b64123"), field="image", allowed_dirs=["/nowhere", folder])
+    decoded = codec.decode_image_or_path(
+        str(folder / "b64123"), field="image", allowed_dirs=["/nowhere", folder]
+    )
     assert same(decoded, sample_image())
 
 
 def test_path_of_a_link_within_the_allowed_folder_is_read(folder):
     (folder / "link").symlink_to(folder / "b64123")
-    assert same(codec.decode_image_or_path(str(folder / "link"), field="image", allowed_dirs=[folder]), sample_image())
+    assert same(
+        codec.decode_image_or_path(str(folder / "link"), field="image", allowed_dirs=[folder]),
+        sample_image(),
+    )
 
 
 def test_allowed_folder_may_itself_be_a_link(folder, tmp_path):
     (tmp_path / "alias").symlink_to(folder)
     path = str(tmp_path / "alias" / "b64123")
-    assert same(codec.decode_image_or_path(path, field="image", allowed_dirs=[tmp_path / "alias"]), sample_image())
+    assert same(
+        codec.decode_image_or_path(path, field="image", allowed_dirs=[tmp_path / "alias"]),
+        sample_image(),
+    )
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
@@ -256,4 +309,6 @@ def test_base64_is_still_read_where_paths_are_allowed(folder, kind):
     data = file_of(sample_image(), kind)
     decoded = codec.decode_image_or_path(encoded(data), field="image", allowed_dirs=[folder])
     assert same(decoded, Image.open(io.BytesIO(data)).convert("RGB"))
-    assert codec.decode_image_or_path(pickled(sample_image()), field="image", allowed_dirs=[folder]).size == (7, 5)
+    assert codec.decode_image_or_path(
+        pickled(sample_image()), field="image", allowed_dirs=[folder]
+    ).size == (7, 5)

@@ -22,10 +22,18 @@ ROOT = Path(__file__).resolve().parents[3]
 
 def png(width: int, height: int, *, idat: bytes = b"", extra: bytes = b"") -> bytes:
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + extra + chunk(b"IDAT", idat) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + extra
+        + chunk(b"IDAT", idat)
+        + chunk(b"IEND", b"")
+    )
 
 
 @pytest.mark.parametrize("side", [6000, 60_000])
@@ -34,8 +42,15 @@ def test_image_file_that_unfolds_to_too_many_pixels_is_refused(side):
 
 
 def test_damaged_image_files_are_refused():
-    for data in (png(4, 4, idat=zlib.compress(b"")), b"\xff\xd8\xff\xe0junk", b"RIFF\x10\0\0\0WEBPVP8 junk", png(0, 0)):
-        assert "damaged or of a kind that cannot be read" in refusal(codec.decode_image, encoded(data))
+    for data in (
+        png(4, 4, idat=zlib.compress(b"")),
+        b"\xff\xd8\xff\xe0junk",
+        b"RIFF\x10\0\0\0WEBPVP8 junk",
+        png(0, 0),
+    ):
+        assert "damaged or of a kind that cannot be read" in refusal(
+            codec.decode_image, encoded(data)
+        )
 
 
 def test_jpeg_with_thousands_of_scans_is_refused():
@@ -43,7 +58,9 @@ def test_jpeg_with_thousands_of_scans_is_refused():
     Image.new("RGB", (64, 64)).save(file, "JPEG", progressive=True)
     data = file.getvalue()
     last_scan = data[data.rindex(b"\xff\xda") : -2]
-    assert "more than 32 scans" in refusal(codec.decode_image, encoded(data[:-2] + last_scan * 2000 + data[-2:]))
+    assert "more than 32 scans" in refusal(
+        codec.decode_image, encoded(data[:-2] + last_scan * 2000 + data[-2:])
+    )
 
 
 @pytest.fixture
@@ -105,7 +122,9 @@ def test_file_inside_that_holds_a_pickle_is_not_unpickled(folder):
 
 
 def test_file_larger_than_allowed_is_refused(folder):
-    assert "bytes; allowed are 10" in path_refusal(folder / "inside.png", [folder], limits=DecodeLimits(max_encoded_bytes=10))
+    assert "bytes; allowed are 10" in path_refusal(
+        folder / "inside.png", [folder], limits=DecodeLimits(max_encoded_bytes=10)
+    )
 
 
 @pytest.mark.parametrize("path", ["/a\0b", "/a\nb", "/" + "a" * 5000])
@@ -132,6 +151,11 @@ def test_image_for_which_there_is_no_memory_is_refused():
     file = io.BytesIO()
     Image.new("L", (5000, 5000)).save(file, "PNG")
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, input=encoded(file.getvalue()), capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        input=encoded(file.getvalue()),
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert "too large for this machine's memory" in done.stdout, done.stderr

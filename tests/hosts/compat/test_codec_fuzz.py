@@ -1,4 +1,5 @@
-"""Random damage and random malice: the codec answers with a value or a RequestError, executes nothing, and stays small.
+"""Random damage and random malice: the codec answers with a value or a RequestError, executes
+nothing, and stays small.
 
 CODEC_FUZZ_EXAMPLES sets the number of examples of each test (default 150).
 """
@@ -21,11 +22,21 @@ from PIL import Image
 from backends.errors import RequestError
 from hosts.compat import codec
 from hosts.compat.codec import DecodeLimits
-from tests.hosts.compat.forge import PROTO, STORAGE, encoded, forged_image, forged_storage, forged_tensor, name
+from tests.hosts.compat.forge import (
+    PROTO,
+    STORAGE,
+    encoded,
+    forged_image,
+    forged_storage,
+    forged_tensor,
+    name,
+)
 from tests.hosts.compat.test_codec import file_of, sample_image
 
 EXAMPLES = int(os.environ.get("CODEC_FUZZ_EXAMPLES", "150"))
-LIMITS = DecodeLimits(max_encoded_bytes=2**20, max_pixels=2**16, max_tensor_elements=2**16, max_opcodes=5000)
+LIMITS = DecodeLimits(
+    max_encoded_bytes=2**20, max_pixels=2**16, max_tensor_elements=2**16, max_opcodes=5000
+)
 LONGEST_S = 2.0
 LARGEST_GROWTH_MB = 300
 HARMLESS = {"builtins.id", "array.__new__"}  # the latter: quantisation tables of a JPEG
@@ -35,12 +46,18 @@ fuzz = settings(
     max_examples=EXAMPLES,
     database=None,  # the suite leaves nothing behind
     deadline=None,  # measured below, around the decoding alone
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
+    suppress_health_check=[
+        HealthCheck.too_slow,
+        HealthCheck.data_too_large,
+        HealthCheck.large_base_example,
+    ],
 )
 
 
 class Watch:
-    """An audit hook sees every import, file, process, socket, compilation and pickle lookup of the interpreter."""
+    """An audit hook sees every import, file, process, socket, compilation and pickle lookup of the
+    interpreter.
+    """
 
     def __init__(self) -> None:
         self.watching: int | None = None
@@ -70,7 +87,9 @@ def memory_stays_bounded():
 
 DECODERS = {
     "image": lambda text: codec.decode_image(text, field="f", limits=LIMITS),
-    "path": lambda text: codec.decode_image_or_path(text, field="f", allowed_dirs=[FOLDER], limits=LIMITS),
+    "path": lambda text: codec.decode_image_or_path(
+        text, field="f", allowed_dirs=[FOLDER], limits=LIMITS
+    ),
     "tensor": lambda text: codec.decode_tensor(text, field="f", limits=LIMITS),
     "conditioning": lambda text: codec.decode_conditioning(text, field="f", limits=LIMITS),
 }
@@ -103,7 +122,10 @@ def survives_text(text: str) -> int:
 
 
 def check_value(kind: str, value: object) -> None:
-    arrays = {"tensor": [value], "conditioning": [getattr(value, "embeds", None), getattr(value, "pooled", None)]}.get(kind)
+    arrays = {
+        "tensor": [value],
+        "conditioning": [getattr(value, "embeds", None), getattr(value, "pooled", None)],
+    }.get(kind)
     if arrays is None:
         assert type(value) is Image.Image
         assert value.mode == "RGB"
@@ -131,7 +153,10 @@ def honest_pickles() -> list[bytes]:
 
 PICKLES = honest_pickles()
 FILES = [file_of(sample_image("RGB", (40, 30)), kind) for kind in ("PNG", "JPEG", "WEBP")]
-FILES += [file_of(sample_image("P"), "PNG"), file_of(sample_image("RGB", (40, 30)), "JPEG", progressive=True)]
+FILES += [
+    file_of(sample_image("P"), "PNG"),
+    file_of(sample_image("RGB", (40, 30)), "JPEG", progressive=True),
+]
 CORPUS = PICKLES + FILES
 
 INTERESTING = [bytes([opcode]) for opcode in range(256)] + [
@@ -151,7 +176,9 @@ def damaged(draw, corpus: list[bytes]) -> bytes:
     for _ in range(draw(st.integers(1, 6))):
         at = draw(st.integers(0, len(data)))
         length = draw(st.integers(0, 12))
-        match draw(st.sampled_from(["flip", "replace", "insert", "remove", "repeat", "cut", "splice"])):
+        match draw(
+            st.sampled_from(["flip", "replace", "insert", "remove", "repeat", "cut", "splice"])
+        ):
             case "flip" if at < len(data):
                 data[at] ^= 1 << draw(st.integers(0, 7))
             case "replace":
@@ -195,15 +222,75 @@ NAMES = [
         ("torch.storage", "_load_from_bytes"),
     ]
 ]
-HOSTILE_NAMES = [name("os", "system"), name("builtins", "eval"), name("torch", "load"), name("PIL.Image", "open")]
-NUMBERS = [b"K\x00", b"K\x01", b"K\x03", b"J\xff\xff\xff\xff", b"M\xff\xff", b"\x8a\x05\x00\x00\x00\x00\x01", b"G" + bytes(8)]
-TEXTS = [b"\x8c\x06latin1", b"\x8c\x01a", b"\x8c\x03RGB", b"\x8c\x0dpooled_output", b"X\x88\x13\x00\x00" + b"a" * 5000]
-BLOBS = [b"C\x03abc", b"B" + len(STORAGE).to_bytes(4, "little") + STORAGE, b"\x96\x02\x00\x00\x00\x00\x00\x00\x00ab"]
+HOSTILE_NAMES = [
+    name("os", "system"),
+    name("builtins", "eval"),
+    name("torch", "load"),
+    name("PIL.Image", "open"),
+]
+NUMBERS = [
+    b"K\x00",
+    b"K\x01",
+    b"K\x03",
+    b"J\xff\xff\xff\xff",
+    b"M\xff\xff",
+    b"\x8a\x05\x00\x00\x00\x00\x01",
+    b"G" + bytes(8),
+]
+TEXTS = [
+    b"\x8c\x06latin1",
+    b"\x8c\x01a",
+    b"\x8c\x03RGB",
+    b"\x8c\x0dpooled_output",
+    b"X\x88\x13\x00\x00" + b"a" * 5000,
+]
+BLOBS = [
+    b"C\x03abc",
+    b"B" + len(STORAGE).to_bytes(4, "little") + STORAGE,
+    b"\x96\x02\x00\x00\x00\x00\x00\x00\x00ab",
+]
 MEMO = [b"\x94", b"q\x00", b"h\x00", b"h\x01", b"h\x02", b"r\xff\xff\xff\xff", b"j\xff\xff\xff\xff"]
-BUILD = [b"]", b"}", b")", b"(", b"a", b"e", b"s", b"u", b"t", b"\x85", b"\x86", b"\x87", b"R", b"\x81", b"b", b"N", b"\x88", b"\x89"]
-REFUSED = [b"Q", b"\x82\x01", b"o", b"i", b"0", b"1", b"2", b"\x92", b"\x97", b"\x98", b"\x8f", b"\x91", b"\x95" + bytes(8)]
-instructions = st.one_of(*(st.sampled_from(group) for group in (NAMES, NUMBERS, TEXTS, BLOBS, MEMO, BUILD, BUILD, BUILD)))
-rarely_refused = st.integers(0, 40).flatmap(lambda n: st.sampled_from(REFUSED + HOSTILE_NAMES) if n == 0 else instructions)
+BUILD = [
+    b"]",
+    b"}",
+    b")",
+    b"(",
+    b"a",
+    b"e",
+    b"s",
+    b"u",
+    b"t",
+    b"\x85",
+    b"\x86",
+    b"\x87",
+    b"R",
+    b"\x81",
+    b"b",
+    b"N",
+    b"\x88",
+    b"\x89",
+]
+REFUSED = [
+    b"Q",
+    b"\x82\x01",
+    b"o",
+    b"i",
+    b"0",
+    b"1",
+    b"2",
+    b"\x92",
+    b"\x97",
+    b"\x98",
+    b"\x8f",
+    b"\x91",
+    b"\x95" + bytes(8),
+]
+instructions = st.one_of(
+    *(st.sampled_from(group) for group in (NAMES, NUMBERS, TEXTS, BLOBS, MEMO, BUILD, BUILD, BUILD))
+)
+rarely_refused = st.integers(0, 40).flatmap(
+    lambda n: st.sampled_from(REFUSED + HOSTILE_NAMES) if n == 0 else instructions
+)
 
 
 @fuzz
@@ -213,15 +300,28 @@ def test_random_programs_are_decoded_or_refused(program, protocol):
 
 
 @fuzz
-@given(st.sampled_from(NAMES + HOSTILE_NAMES), st.lists(st.one_of(st.sampled_from(NUMBERS + TEXTS + BLOBS + NAMES)), max_size=8), st.data())
+@given(
+    st.sampled_from(NAMES + HOSTILE_NAMES),
+    st.lists(st.one_of(st.sampled_from(NUMBERS + TEXTS + BLOBS + NAMES)), max_size=8),
+    st.data(),
+)
 def test_calls_with_random_arguments_are_decoded_or_refused(function, args, data):
     call = data.draw(st.sampled_from([b"R", b"\x81", b"b", b"\x81]b", b"\x81}b"]))
     wrap = data.draw(st.sampled_from([b".", b"\x85.", b"}\x86\x85."]))
     survives(PROTO + function + b"(" + b"".join(args) + b"t" + call + wrap)
 
 
-numbers = st.one_of(st.integers(-3, 12), st.integers(-(2**63), 2**63 - 1), st.sampled_from([2**31, 2**40, 2**62, 2**100]))
-shapes = st.one_of(st.lists(numbers, max_size=9).map(tuple), st.lists(st.integers(0, 7), max_size=4).map(tuple), st.none(), numbers)
+numbers = st.one_of(
+    st.integers(-3, 12),
+    st.integers(-(2**63), 2**63 - 1),
+    st.sampled_from([2**31, 2**40, 2**62, 2**100]),
+)
+shapes = st.one_of(
+    st.lists(numbers, max_size=9).map(tuple),
+    st.lists(st.integers(0, 7), max_size=4).map(tuple),
+    st.none(),
+    numbers,
+)
 
 
 @fuzz
@@ -239,12 +339,22 @@ def test_tensors_of_any_shape_read_only_their_own_storage(offset, size, stride):
     count=numbers,
     written=st.integers(-(2**63), 2**63 - 1) | st.integers(0, 8),
     raw=st.binary(max_size=64),
-    storage_type=st.sampled_from([torch.FloatStorage, torch.BFloat16Storage, torch.DoubleStorage, torch.LongStorage, torch.Tensor]),
+    storage_type=st.sampled_from(
+        [
+            torch.FloatStorage,
+            torch.BFloat16Storage,
+            torch.DoubleStorage,
+            torch.LongStorage,
+            torch.Tensor,
+        ]
+    ),
     keys=st.lists(st.sampled_from(["0", "1", 0]), max_size=2),
     size=st.integers(0, 9),
 )
 def test_storages_that_lie_are_decoded_or_refused(count, written, raw, storage_type, keys, size):
-    storage = forged_storage(count=count, written=written, raw=raw, storage_type=storage_type, keys=keys)
+    storage = forged_storage(
+        count=count, written=written, raw=raw, storage_type=storage_type, keys=keys
+    )
     survives(pickle.dumps(forged_tensor(storage=storage, size=(size,), stride=(1,)), 4))
 
 
@@ -255,8 +365,17 @@ def test_damaged_storages_are_decoded_or_refused(storage):
 
 
 plain = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9) | st.binary(max_size=9),
-    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=3), inner, max_size=3) | st.tuples(inner, inner),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=9)
+    | st.binary(max_size=9),
+    lambda inner: (
+        st.lists(inner, max_size=5)
+        | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+        | st.tuples(inner, inner)
+    ),
     max_leaves=8,
 )
 

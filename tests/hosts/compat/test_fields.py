@@ -1,4 +1,6 @@
-"""The JSON of POST /generate -> GenerateRequest: names of all eras, and a message for everything that cannot be meant."""
+"""The JSON of POST /generate -> GenerateRequest: names of all eras, and a message for everything
+that cannot be meant.
+"""
 
 import numpy as np
 import pytest
@@ -20,17 +22,35 @@ def read(body, type_name="sdxl", image_dirs=()):
 
 def test_old_names_become_diffusers_names():
     request = read(
-        {"seed": 7, "steps": 30, "cfg": 7.0, "clip_skip": 2, "denoise": 0.5, "denoising_end": 0.9, "positive": "a dog", "negative": "fog"}
+        {
+            "seed": 7,
+            "steps": 30,
+            "cfg": 7.0,
+            "clip_skip": 2,
+            "denoise": 0.5,
+            "denoising_end": 0.9,
+            "positive": "a dog",
+            "negative": "fog",
+        }
     )
     assert request.model_dump(exclude_unset=True) == {
-        "prompt": "a dog", "negative_prompt": "fog", "seed": 7, "num_inference_steps": 30, "guidance_scale": 7.0, "clip_skip": 2,
+        "prompt": "a dog", "negative_prompt": "fog", "seed": 7, "num_inference_steps": 30,
+        "guidance_scale": 7.0, "clip_skip": 2,
         "strength": 0.5, "denoising_end": 0.9,
     }  # fmt: skip
 
 
 def test_new_names_mean_the_same():
     old = read({"positive": "a", "negative": "b", "steps": 3, "cfg": 2, "denoise": 0.5})
-    new = read({"prompt": "a", "negative_prompt": "b", "num_inference_steps": 3, "guidance_scale": 2, "strength": 0.5})
+    new = read(
+        {
+            "prompt": "a",
+            "negative_prompt": "b",
+            "num_inference_steps": 3,
+            "guidance_scale": 2,
+            "strength": 0.5,
+        }
+    )
     assert old == new
 
 
@@ -39,7 +59,9 @@ def test_denoising_start_is_another_name_for_denoise():
 
 
 def test_unknown_keys_are_ignored_and_null_and_empty_text_are_absent():
-    assert read({"positive": "a", "negative": "", "steps": None, "future": {"x": 1}}) == read({"positive": "a"})
+    assert read({"positive": "a", "negative": "", "steps": None, "future": {"x": 1}}) == read(
+        {"positive": "a"}
+    )
 
 
 @pytest.mark.parametrize("body", [[], "text", 5, None])
@@ -88,7 +110,14 @@ def test_field_out_of_range_is_refused_by_its_name_as_sent(field, value):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("frames", 0), ("frames", 10_000), ("decode_chunk_size", 0), ("motion_bucket_id", -1), ("noise_aug_strength", -1)]
+    ("field", "value"),
+    [
+        ("frames", 0),
+        ("frames", 10_000),
+        ("decode_chunk_size", 0),
+        ("motion_bucket_id", -1),
+        ("noise_aug_strength", -1),
+    ],
 )
 def test_video_field_out_of_range_is_refused_by_its_name(field, value):
     with pytest.raises(RequestError, match=f"{field}=.* is not allowed") as caught:
@@ -124,25 +153,35 @@ def test_latent_is_decoded_where_it_is_used_only():
 
 
 def test_images_for_adapters_that_are_not_loaded_are_left_alone():
-    request = read({"positive": "a", "ip_image": "not even base64", "control_image": 5, "image": "nothing"})
+    request = read(
+        {"positive": "a", "ip_image": "not even base64", "control_image": 5, "image": "nothing"}
+    )
     assert request == read({"positive": "a"})
 
 
 def test_embeds_bring_their_pooled_part():
     conditioning = [[torch.ones(1, 5, 32), {"pooled_output": torch.ones(1, 16), "guidance": 3.0}]]
-    request = read({"positive_embeds": encode(conditioning), "negative_embeds": encode(conditioning)})
+    request = read(
+        {"positive_embeds": encode(conditioning), "negative_embeds": encode(conditioning)}
+    )
     assert request.prompt_embeds.shape == request.negative_prompt_embeds.shape == (1, 5, 32)
-    assert request.pooled_prompt_embeds.shape == request.negative_pooled_prompt_embeds.shape == (1, 16)
+    assert (
+        request.pooled_prompt_embeds.shape == request.negative_pooled_prompt_embeds.shape == (1, 16)
+    )
 
 
-@pytest.mark.parametrize("sent", [[14.6, 3.0, 0.0], [14, 3, 0], encode(torch.tensor([14.6, 3.0, 0.0]))])
+@pytest.mark.parametrize(
+    "sent", [[14.6, 3.0, 0.0], [14, 3, 0], encode(torch.tensor([14.6, 3.0, 0.0]))]
+)
 def test_sigmas_come_as_a_list_or_as_a_tensor(sent):
     sigmas = read({"positive": "a", "sigmas": sent}).sigmas
     assert len(sigmas) == 3 and all(isinstance(sigma, float) for sigma in sigmas)
 
 
 def test_timesteps_become_whole_numbers():
-    assert read({"positive": "a", "timesteps": encode(torch.tensor([999.0, 500.0, 1.0]))}).timesteps == [999, 500, 1]
+    assert read(
+        {"positive": "a", "timesteps": encode(torch.tensor([999.0, 500.0, 1.0]))}
+    ).timesteps == [999, 500, 1]
 
 
 @pytest.mark.parametrize(
@@ -151,7 +190,10 @@ def test_timesteps_become_whole_numbers():
         ([1.0, "x"], "sigmas must be a list of numbers or an encoded 1-D tensor"),
         ([True], "sigmas must be a list of numbers"),
         (7, "sigmas must be a list of numbers"),
-        (encode(torch.zeros(2, 2)), "sigmas must be a list of numbers or a 1-D tensor, not of shape \\(2, 2\\)"),
+        (
+            encode(torch.zeros(2, 2)),
+            "sigmas must be a list of numbers or a 1-D tensor, not of shape \\(2, 2\\)",
+        ),
         ("garbage!", "sigmas: .*base64"),
     ],
 )
@@ -173,7 +215,9 @@ def test_image_scale_of_a_hundred_changes_nothing():
 
 @pytest.mark.parametrize("percent", [0, -5, 5000, "big", [1, 2], True, float("nan")])
 def test_image_scale_that_is_no_percentage_is_refused(percent):
-    with pytest.raises(RequestError, match=r"image_scale=.* is not allowed. Send a percentage from 1 to 1000.") as caught:
+    with pytest.raises(
+        RequestError, match=r"image_scale=.* is not allowed. Send a percentage from 1 to 1000."
+    ) as caught:
         read({"image": encode(IMAGE), "image_scale": percent}, "svd")
     assert caught.value.field == "image_scale"
 
@@ -183,7 +227,9 @@ def test_image_may_be_named_by_path_inside_the_allowed_folders_only(tmp_path):
     for folder in (allowed, other):
         folder.mkdir()
         IMAGE.save(folder / "b64123456", format="PNG")
-    assert read({"image": str(allowed / "b64123456")}, "svd", (str(allowed),)).image.size == IMAGE.size
+    assert (
+        read({"image": str(allowed / "b64123456")}, "svd", (str(allowed),)).image.size == IMAGE.size
+    )
     for path in (other / "b64123456", allowed / ".." / "other" / "b64123456"):
         with pytest.raises(RequestError) as caught:
             read({"image": str(path)}, "svd", (str(allowed),))
@@ -204,14 +250,22 @@ def test_loras_of_a_request_come_from_the_folders_that_it_may_use_only(tmp_path)
     accepted = Accepted(lora_dirs=(str(tmp_path / "loras"),))
 
     def loras(given, accepted=accepted):
-        return read_request({"positive": "a", "lora": given}, spec=TABLE["sdxl"], accepted=accepted).lora
+        return read_request(
+            {"positive": "a", "lora": given}, spec=TABLE["sdxl"], accepted=accepted
+        ).lora
 
     assert loras({"sub/b.safetensors": 1, str(tmp_path / "loras/a.v1.safetensors"): -0.5}) == {
         str(tmp_path / "loras/sub/b.safetensors"): 1.0,
         str(tmp_path / "loras/a.v1.safetensors"): -0.5,
     }
     assert loras({}) == {}
-    for name in ("../secret.safetensors", str(tmp_path / "secret.safetensors"), "/etc/passwd", "sub", "no.safetensors"):
+    for name in (
+        "../secret.safetensors",
+        str(tmp_path / "secret.safetensors"),
+        "/etc/passwd",
+        "sub",
+        "no.safetensors",
+    ):
         with pytest.raises(RequestError, match="is not a file that requests may use"):
             loras({name: 1.0})
     with pytest.raises(RequestError, match="no folder: the host was started without --lora_dir"):
@@ -235,7 +289,12 @@ def test_images_for_adapters_are_decoded_only_where_one_is_loaded():
 def test_images_for_adapters_may_be_several_and_scaled_and_in_the_oldest_place():
     one, other = encode(Image.new("RGB", (40, 40))), encode(Image.new("RGB", (20, 20)))
     accepted = Accepted(takes_control_image=True, takes_ip_image=True, image_scale=50.0)
-    body = {"positive": "a", "control_image": [one, other], "control_image_scale": 100.0, "image": one}
+    body = {
+        "positive": "a",
+        "control_image": [one, other],
+        "control_image_scale": 100.0,
+        "image": one,
+    }
     asked = read_request(body, spec=TABLE["sdxl"], accepted=accepted)
     assert [image.size for image in asked.control_image] == [(40, 40), (20, 20)]
     assert asked.ip_adapter_image.size == (20, 20)

@@ -1,4 +1,5 @@
-"""The clients' later protocol on real ranks: one host that is started without a model, then loads, changes and unloads it over HTTP.
+"""The clients' later protocol on real ranks: one host that is started without a model, then loads,
+changes and unloads it over HTTP.
 
 The tests of `host` use one host of two ranks, in this order.
 """
@@ -16,21 +17,35 @@ import torch
 from tests.backends.features import TABLE, loaded
 from tests.checkpoints import checkpoint
 from tests.hosts.client import assert_is_error, decode, encode
-from tests.hosts.harness import CLIENT_FOLDER, READY_WITHIN_S, _started, assert_port_is_free, free_port, start_client_host, wait_until
+from tests.hosts.harness import (
+    CLIENT_FOLDER,
+    READY_WITHIN_S,
+    _started,
+    assert_port_is_free,
+    free_port,
+    start_client_host,
+    wait_until,
+)
 
 STEPS = 4
 GENERATE = {
-    "width": 64, "height": 64, "seed": 7, "steps": STEPS, "cfg": 7.0, "clip_skip": 0, "denoising_start": 0, "denoising_end": 2**32 - 1,
+    "width": 64, "height": 64, "seed": 7, "steps": STEPS, "cfg": 7.0, "clip_skip": 0,
+    "denoising_start": 0, "denoising_end": 2**32 - 1,
     "positive": "a dog", "negative": "", "use_compel": False, "scheduler": '{"scheduler": "ddim"}',
 }  # fmt: skip
 
 
 def configuration(name, **others):
-    """What the client sends: its golden body, with as many synchronous steps as there are, so that AsyncDiff is exact."""
+    """What the client sends: its golden body, with as many synchronous steps as there are, so that
+    AsyncDiff is exact.
+    """
     return {
-        "backend_config": {"model_n": 2, "stride": 1, "time_shift": False, "synced_steps": 10, "synced_percent": 100.0},
-        "checkpoint": {"checkpoint": str(checkpoint(name))}, "pipeline_type": name, "variant": "fp32", "vae_fp16": False,
-        "enable_vae_tiling": False, "enable_vae_slicing": False, "enable_attention_slicing": False, "xformers_efficient": False, **others,
+        "backend_config": {"model_n": 2, "stride": 1, "time_shift": False, "synced_steps": 10,
+            "synced_percent": 100.0},
+        "checkpoint": {"checkpoint": str(checkpoint(name))}, "pipeline_type": name,
+        "variant": "fp32", "vae_fp16": False,
+        "enable_vae_tiling": False, "enable_vae_slicing": False, "enable_attention_slicing": False,
+        "xformers_efficient": False, **others,
     }  # fmt: skip
 
 
@@ -43,7 +58,9 @@ def host():
 
 def send(host, path, body=None, *, get=False, timeout=READY_WITHIN_S, **kwargs):
     call = requests.get if get else requests.post
-    return call(host.url(path), timeout=timeout, **({} if body is None else {"json": body}), **kwargs)
+    return call(
+        host.url(path), timeout=timeout, **({} if body is None else {"json": body}), **kwargs
+    )
 
 
 def apply(host, body):
@@ -64,7 +81,14 @@ def alone():
     from backends.request import GenerateRequest
 
     def draw(name):
-        fields = {"prompt": "a dog", "seed": 7, "num_inference_steps": STEPS, "guidance_scale": 7.0, "height": 64, "width": 64}
+        fields = {
+            "prompt": "a dog",
+            "seed": 7,
+            "num_inference_steps": STEPS,
+            "guidance_scale": 7.0,
+            "height": 64,
+            "width": 64,
+        }
         made = loaded(TABLE[name]).generate(GenerateRequest(**fields, scheduler="ddim"))
         return made.frames[0].astype(int), made.latents
 
@@ -78,8 +102,10 @@ def test_host_without_a_model_answers_at_once_and_says_what_it_needs(host):
     assert host.get("/v1/models").json()["data"] == []
     for path in ("/generate", "/v1/jobs"):
         answer = send(host, path, GENERATE)
-        assert answer.status_code == 503 and "no pipeline is loaded. Send its configuration to POST /apply" in assert_is_error(
-            answer.json()
+        assert (
+            answer.status_code == 503
+            and "no pipeline is loaded. Send its configuration to POST /apply"
+            in assert_is_error(answer.json())
         )
     answer = host.get("/offload")
     assert answer.status_code == 500 and "no pipeline is loaded" in assert_is_error(answer.json())
@@ -90,7 +116,10 @@ def test_host_without_a_model_answers_at_once_and_says_what_it_needs(host):
     [
         ({"pipeline_type": "nonsense"}, "type='nonsense' is not a model type"),
         ({"pipeline_type": "sdxl"}, "checkpoint is missing or no text"),
-        ({"pipeline_type": "sdxl", "checkpoint": {"checkpoint": "/nowhere"}}, "--checkpoint=/nowhere does not exist"),
+        (
+            {"pipeline_type": "sdxl", "checkpoint": {"checkpoint": "/nowhere"}},
+            "--checkpoint=/nowhere does not exist",
+        ),
         ({"text_encoder": {"checkpoint": "/x"}}, "text encoders of one's own are not available"),
         ({"quantization_config": {"transformer": {"backend": "sdnq"}}}, "asks for 'sdnq'"),
         ({"backend_config": {"model_n": 3}}, "model_n"),
@@ -111,7 +140,12 @@ def test_pipeline_is_loaded_and_both_ranks_draw_what_one_does(host, alone):
     assert host.get("/applied").json() == body and host.get("/progress").text == "100"
     assert host.get("/v1/models").json()["data"][0]["id"] == "sdxl"
     facts = host.get("/settings").json()
-    assert (facts["type"], facts["backend"], facts["ranks"], facts["checkpoint"]) == ("sdxl", "asyncdiff", 2, str(checkpoint("sdxl")))
+    assert (facts["type"], facts["backend"], facts["ranks"], facts["checkpoint"]) == (
+        "sdxl",
+        "asyncdiff",
+        2,
+        str(checkpoint("sdxl")),
+    )
     sample_image, latent = drawn(host)
     assert np.abs(sample_image - alone["sdxl"][0]).max() <= 1
     assert [rank["rank"] for rank in host.get("/settings").json()["ranks_now"]] == [0, 1]
@@ -130,7 +164,9 @@ def test_steps_are_counted_and_a_run_goes_on_where_another_ended(host):
     other, _ = drawn(host, denoising_start=2, latent=encode(torch.zeros_like(half)))
     assert np.abs(other - whole).max() > 5
     refused = host.post({**GENERATE, "denoising_start": 0.5})
-    assert refused.status_code == 400 and "denoising_start=0.5 is not allowed" in assert_is_error(refused.json())
+    assert refused.status_code == 400 and "denoising_start=0.5 is not allowed" in assert_is_error(
+        refused.json()
+    )
 
 
 def test_compel_is_used_by_the_requests_that_say_so(host):
@@ -140,7 +176,10 @@ def test_compel_is_used_by_the_requests_that_say_so(host):
 
 
 def test_offloaded_weights_come_back_for_the_next_image(host, alone):
-    assert (host.get("/offload").status_code, host.get("/offload").text) == (200, "the weights are in main memory")
+    assert (host.get("/offload").status_code, host.get("/offload").text) == (
+        200,
+        "the weights are in main memory",
+    )
     assert np.abs(drawn(host)[0] - alone["sdxl"][0]).max() <= 1
 
 
@@ -151,16 +190,22 @@ def test_sleeping_ranks_let_the_next_job_wait(host, alone):
     assert np.abs(drawn(host)[0] - alone["sdxl"][0]).max() <= 1
     assert time.monotonic() - started > 2
     refused = send(host, "/sleep", {"sleep": True, "time": -1})
-    assert refused.status_code == 400 and "time=-1 is not allowed" in assert_is_error(refused.json())
+    assert refused.status_code == 400 and "time=-1 is not allowed" in assert_is_error(
+        refused.json()
+    )
 
 
-def test_another_pipeline_takes_its_place_in_the_same_processes_after_the_jobs_that_run_on_a_rank_each(host, alone):
+def test_another_pipeline_takes_its_place_after_the_jobs_that_run_on_a_rank_each(host, alone):
     ranks = host.ranks()
     assert list(host.get("/settings").json()["teams"]) == ["1"]
     body = {"prompt": "a dog", "width": 64, "height": 64}
     jobs = [send(host, "/v1/jobs", {**body, "steps": steps}).json()["id"] for steps in (10, 40, 40)]
     of = lambda job: host.get(f"/v1/jobs/{job}").json()  # noqa: E731
-    wait_until(lambda: [of(job)["state"] for job in jobs] == ["done", "running", "running"], within_s=60, what="two run at once")
+    wait_until(
+        lambda: [of(job)["state"] for job in jobs] == ["done", "running", "running"],
+        within_s=60,
+        what="two run at once",
+    )
     apply(host, configuration("sd1"))
     assert [(of(job)["state"], of(job)["ranks"]) for job in jobs[1:]] == [("done", 1)] * 2
     assert np.abs(drawn(host)[0] - alone["sd1"][0]).max() <= 1
@@ -172,7 +217,9 @@ def test_weights_that_cannot_be_loaded_leave_the_host_empty_and_usable(host, alo
     shutil.copytree(checkpoint("sdxl"), broken)
     for file in (broken / "unet").glob("*.safetensors"):
         file.unlink()
-    answer = send(host, "/apply", {**configuration("sdxl"), "checkpoint": {"checkpoint": str(broken)}})
+    answer = send(
+        host, "/apply", {**configuration("sdxl"), "checkpoint": {"checkpoint": str(broken)}}
+    )
     assert answer.status_code == 500 and "unet" in assert_is_error(answer.json())
     assert host.get("/applied").text == "None"
     refused = host.post(GENERATE)
@@ -192,7 +239,9 @@ def test_empty_configuration_unloads(host):
 def test_browsers_cannot_change_the_host(host, path, header):
     own = host.url("").rstrip("/") if header == "Origin" else "same-origin"
     answer = send(host, path, get=True, headers={header: own})
-    assert answer.status_code == 400 and f"has the header {header}" in assert_is_error(answer.json())
+    assert answer.status_code == 400 and f"has the header {header}" in assert_is_error(
+        answer.json()
+    )
     assert send(host, path, get=True, headers={"Origin": "http://evil.example"}).status_code == 403
     assert send(host, path, get=True, headers={"Host": "evil.example"}).status_code == 400
 
@@ -203,7 +252,11 @@ def test_close_ends_the_host_and_frees_the_port(host):
     wait_until(lambda: host.process.poll() is not None, within_s=10, what="the host has ended")
     host.session.close()
     assert host.process.returncode == 0, host.log
-    wait_until(lambda: not any(process.is_running() for process in family), within_s=3, what="all ranks are gone")
+    wait_until(
+        lambda: not any(process.is_running() for process in family),
+        within_s=3,
+        what="all ranks are gone",
+    )
     assert_port_is_free(host.port)
 
 
@@ -211,12 +264,23 @@ def test_close_ends_the_host_and_frees_the_port(host):
 def test_single_host_is_one_process_of_the_same_kind():
     port = free_port()
     with _started(
-        [sys.executable, str(CLIENT_FOLDER / "host_single.py"), f"--port={port}", "--height=64", "--width=64"], port, None
+        [
+            sys.executable,
+            str(CLIENT_FOLDER / "host_single.py"),
+            f"--port={port}",
+            "--height=64",
+            "--width=64",
+        ],
+        port,
+        None,
     ) as host:
         host.wait_until_ready()
         apply(host, {**configuration("sd1"), "backend_config": {"device_id": 0}})
         assert drawn(host)[0].shape == (64, 64, 3)
         answer = send(host, "/sleep", {"sleep": True, "time": 1})
-        assert answer.status_code == 500 and "sleep is not available with one rank" in assert_is_error(answer.json())
+        assert (
+            answer.status_code == 500
+            and "sleep is not available with one rank" in assert_is_error(answer.json())
+        )
         assert send(host, "/close").status_code == 200
         wait_until(lambda: host.process.poll() is not None, within_s=10, what="the host has ended")

@@ -1,9 +1,11 @@
-"""For hosts started by a test with this folder on PYTHONPATH: raises, or hangs, in chosen places on chosen ranks.
+"""For hosts started by a test with this folder on PYTHONPATH: raises, or hangs, in chosen places on
+chosen ranks.
 
-Python imports this module in every process it starts. Nothing in the product knows of it. The file FAULT_FILE names holds lines
-"RANK PLACE"; each is taken out when it strikes, so it strikes once.
+Python imports this module in every process it starts. Nothing in the product knows of it. The file
+FAULT_FILE names holds lines "RANK PLACE"; each is taken out when it strikes, so it strikes once.
 
-Hosts run as where the extra `options` is not installed: importing bitsandbytes brings torch's compiler along, 2 CPU seconds per rank.
+Hosts run as where the extra `options` is not installed: importing bitsandbytes brings torch's
+compiler along, 2 CPU seconds per rank.
 """
 
 import importlib.abc
@@ -52,7 +54,11 @@ class Finder(importlib.abc.MetaPathFinder):
     """Lets the usual finders find, and wraps what a PLACES module has defined."""
 
     def find_spec(self, name, path, target=None):
-        here = [(place, owner, attribute) for place, (module, owner, attribute) in PLACES.items() if module == name]
+        here = [
+            (place, owner, attribute)
+            for place, (module, owner, attribute) in PLACES.items()
+            if module == name
+        ]
         if not here:
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)

@@ -1,4 +1,6 @@
-"""Who is served and how much one client may ask for, over Flask's client (tests/hosts/application.py)."""
+"""Who is served and how much one client may ask for, over Flask's client
+(tests/hosts/application.py).
+"""
 
 import pytest
 from PIL import Image
@@ -22,21 +24,33 @@ def test_body_that_is_too_large_is_answered_as_an_error(client, queue, state):
 @pytest.mark.parametrize(
     ("body", "limit", "said"),
     [
-        ({"steps": 31}, "max_steps", "num_inference_steps=31 is more than this host allows: 30 (--max_steps). Ask for less."),
-        ({"sigmas": [float(n) for n in range(31, -1, -1)]}, "max_steps", "num_inference_steps=31 is more than this host allows: 30"),
-        ({"timesteps": list(range(31, 0, -1))}, "max_steps", "num_inference_steps=31 is more than this host allows: 30 (--max_steps)"),
+        ({"steps": 31}, "max_steps", ("num_inference_steps=31 is more than this host allows: 30 "
+                                     "(--max_steps). Ask for less.")),
+        ({"sigmas": [float(n) for n in range(31, -1, -1)]}, "max_steps", ("num_inference_steps=31 "
+                                                                         "is more than this host "
+                                                                         "allows: 30")),
+        ({"timesteps": list(range(31, 0, -1))}, "max_steps", ("num_inference_steps=31 is more than "
+                                                             "this host allows: 30 (--max_steps)")),
         ({"width": 32}, "max_side", "width=32 is more than this host allows: 30 (--max_side)"),
         ({"height": 32}, "max_side", "height=32 is more than this host allows: 30 (--max_side)"),
-        ({"frames": 31}, "max_frames", "num_frames=31 is more than this host allows: 30 (--max_frames)"),
-        ({"positive": "a" * 31}, "max_prompt_chars", "prompt has 31 characters, more than this host allows: 30 (--max_prompt_chars)"),
-        ({"negative": "a" * 31}, "max_prompt_chars", "negative_prompt has 31 characters, more than this host allows: 30"),
+        ({"frames": 31}, "max_frames", ("num_frames=31 is more than this host allows: 30 "
+                                       "(--max_frames)")),
+        ({"positive": "a" * 31}, "max_prompt_chars", ("prompt has 31 characters, more than this "
+                                                     "host allows: 30 (--max_prompt_chars)")),
+        ({"negative": "a" * 31}, "max_prompt_chars", ("negative_prompt has 31 characters, more "
+                                                      "than "
+                                                     "this host allows: 30")),
     ],
 )  # fmt: skip
-def test_request_beyond_a_limit_of_the_operator_is_refused_and_one_within_is_not(body, limit, said, queue, state):
+def test_request_beyond_a_limit_of_the_operator_is_refused_and_one_within_is_not(
+    body, limit, said, queue, state
+):
     client = make_client(queue, state, type="ad", **{limit: 30})
     answer = client.post("/v1/jobs", json=body)
     assert answer.status_code == 400 and said in assert_is_error(answer.get_json())
-    smaller = {name: value - 2 if isinstance(value, int) else value[1:] for name, value in body.items()}
+    smaller = {
+        name: value - 2 if isinstance(value, int) else value[1:] for name, value in body.items()
+    }
     assert client.post("/v1/jobs", json=smaller).status_code == 202
     assert make_client(queue, state, type="ad").post("/v1/jobs", json=body).status_code == 202
 
@@ -47,41 +61,78 @@ def test_images_are_limited_in_size_and_number(queue, state):
     assert len(bomb) < 5000
     for name in ("init_image", "control_image"):
         answer = client.post("/generate", json={"positive": "a", name: bomb})
-        assert answer.status_code == 400 and "the image of 1001x1000 has more than 1000000 pixels" in assert_is_error(answer.get_json())
+        assert (
+            answer.status_code == 400
+            and "the image of 1001x1000 has more than 1000000 pixels"
+            in assert_is_error(answer.get_json())
+        )
     small = encode_file(Image.new("RGB", (200, 100)))
-    grown = client.post("/generate", json={"positive": "a", "init_image": small, "init_image_scale": 1000})
+    grown = client.post(
+        "/generate", json={"positive": "a", "init_image": small, "init_image_scale": 1000}
+    )
     assert grown.status_code == 400
-    assert "makes an image of 2000x1000, more than 1000000 pixels (--max_image_megapixels)" in assert_is_error(grown.get_json())
+    assert (
+        "makes an image of 2000x1000, more than 1000000 pixels (--max_image_megapixels)"
+        in assert_is_error(grown.get_json())
+    )
     many = client.post("/generate", json={"positive": "a", "control_image": [small] * 17})
-    assert many.status_code == 400 and "control_image holds 17 images. Allowed: 1 to 16." in assert_is_error(many.get_json())
+    assert (
+        many.status_code == 400
+        and "control_image holds 17 images. Allowed: 1 to 16." in assert_is_error(many.get_json())
+    )
     none = client.post("/generate", json={"positive": "a", "init_image": []})
-    assert none.status_code == 400 and "init_image holds 0 images. Allowed: 1 to 16." in assert_is_error(none.get_json())
+    assert (
+        none.status_code == 400
+        and "init_image holds 0 images. Allowed: 1 to 16." in assert_is_error(none.get_json())
+    )
 
 
 def test_number_of_images_of_one_request_is_limited(queue, state):
     client = make_client(queue, state, max_images=2)
     openai = client.post("/v1/images/generations", json={"prompt": "a", "n": 3})
-    assert openai.status_code == 400 and "n=3 is not allowed. Allowed: 1 to 2." in openai.get_json()["error"]["message"]
+    assert (
+        openai.status_code == 400
+        and "n=3 is not allowed. Allowed: 1 to 2." in openai.get_json()["error"]["message"]
+    )
     a1111 = client.post("/sdapi/v1/txt2img", json={"prompt": "a", "n_iter": 3})
-    assert a1111.status_code == 400 and "n_iter x batch_size is 3. Allowed: up to 2." in a1111.get_json()["detail"]
+    assert (
+        a1111.status_code == 400
+        and "n_iter x batch_size is 3. Allowed: up to 2." in a1111.get_json()["detail"]
+    )
 
 
 def test_client_that_sends_too_much_is_told_when_to_come_back(queue, state):
     client = make_client(queue, state, rate_limit=2, api_key="a-key-of-sixteen")
     key = {"Authorization": "Bearer a-key-of-sixteen"}
-    assert [client.post("/v1/jobs", json={"prompt": "a"}, headers=key).status_code for _ in range(3)] == [202, 202, 429]
+    assert [
+        client.post("/v1/jobs", json={"prompt": "a"}, headers=key).status_code for _ in range(3)
+    ] == [202, 202, 429]
     refused = client.post("/v1/jobs", json={"prompt": "a"}, headers=key)
-    assert "more than 2 requests in a minute from one client (--rate_limit). Try again in 30 s." in assert_is_error(refused.get_json())
+    assert (
+        "more than 2 requests in a minute from one client (--rate_limit). Try again in 30 s."
+        in assert_is_error(refused.get_json())
+    )
     assert refused.headers["Retry-After"] == "30"
     assert client.get("/v1/jobs", headers=key).status_code == 200
 
 
-@pytest.mark.parametrize("name", ["localhost", "127.0.0.1", "[::1]", "localhost:6000", "[::1]:6000", "LOCALHOST"])
+@pytest.mark.parametrize(
+    "name", ["localhost", "127.0.0.1", "[::1]", "localhost:6000", "[::1]:6000", "LOCALHOST"]
+)
 def test_own_names_are_served(name, client):
     assert client.get("/initialize", headers={"Host": name}).status_code == 200
 
 
-@pytest.mark.parametrize("name", ["evil.example", "127.0.0.1.evil.example", "10.0.0.7", "evil.example:6000", "localhost.evil.example"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "evil.example",
+        "127.0.0.1.evil.example",
+        "10.0.0.7",
+        "evil.example:6000",
+        "localhost.evil.example",
+    ],
+)
 def test_names_of_others_are_refused(name, client):
     """A page of another site may resolve its own name to this machine."""
     answer = client.get("/initialize", headers={"Host": name})
@@ -90,9 +141,24 @@ def test_names_of_others_are_refused(name, client):
 
 
 def test_address_given_at_launch_is_served_and_a_wildcard_allows_all(queue, state):
-    assert make_client(queue, state, host="10.0.0.7").get("/initialize", headers={"Host": "10.0.0.7:6000"}).status_code == 200
-    assert make_client(queue, state, host="10.0.0.7").get("/initialize", headers={"Host": "10.0.0.8"}).status_code == 400
-    assert make_client(queue, state, host="0.0.0.0").get("/initialize", headers={"Host": "any.example"}).status_code == 200
+    assert (
+        make_client(queue, state, host="10.0.0.7")
+        .get("/initialize", headers={"Host": "10.0.0.7:6000"})
+        .status_code
+        == 200
+    )
+    assert (
+        make_client(queue, state, host="10.0.0.7")
+        .get("/initialize", headers={"Host": "10.0.0.8"})
+        .status_code
+        == 400
+    )
+    assert (
+        make_client(queue, state, host="0.0.0.0")
+        .get("/initialize", headers={"Host": "any.example"})
+        .status_code
+        == 200
+    )
 
 
 KEY = "0123456789abcdef-secret"
@@ -101,15 +167,29 @@ KEY = "0123456789abcdef-secret"
 @pytest.fixture
 def guarded(queue, state):
     settings = Settings.from_values({"api_key": KEY, "host": "0.0.0.0"})
-    return create_app(Host(settings=settings, spec=read_table()["sdxl"], queue=queue, state=state)).test_client()
+    return create_app(
+        Host(settings=settings, spec=read_table()["sdxl"], queue=queue, state=state)
+    ).test_client()
 
 
-@pytest.mark.parametrize("header", [None, "Bearer wrong", f"Basic {KEY}", f"Bearer {KEY}x", "Bearer "])
+@pytest.mark.parametrize(
+    "header", [None, "Bearer wrong", f"Basic {KEY}", f"Bearer {KEY}x", "Bearer "]
+)
 def test_request_without_the_key_is_refused_and_not_queued(header, guarded, queue):
-    answer = guarded.post("/generate", json={"positive": "a"}, headers={"Authorization": header} if header else {})
+    answer = guarded.post(
+        "/generate", json={"positive": "a"}, headers={"Authorization": header} if header else {}
+    )
     assert answer.status_code == 401 and "wants its key" in assert_is_error(answer.get_json())
     assert queue.num_waiting == 0
-    for path in ("/settings", "/metrics", "/v1/jobs", "/initialize", "/progress", "/openapi.json", "/v1/models"):
+    for path in (
+        "/settings",
+        "/metrics",
+        "/v1/jobs",
+        "/initialize",
+        "/progress",
+        "/openapi.json",
+        "/v1/models",
+    ):
         assert guarded.get(path).status_code == 401, path
 
 
@@ -125,12 +205,26 @@ def test_page_and_probes_need_no_key(path, guarded):
     assert guarded.get(path).status_code == 200
 
 
-def test_host_that_waits_for_another_machine_keeps_jobs_and_refuses_what_would_wait(client, queue, state):
+def test_host_that_waits_for_another_machine_keeps_jobs_and_refuses_what_would_wait(
+    client, queue, state
+):
     state.become(Phase.WAITING, "waiting for machine 1 of 2 to come to 10.0.0.1:29500")
-    assert client.get("/readyz").get_data(as_text=True) == "waiting: waiting for machine 1 of 2 to come to 10.0.0.1:29500"
-    assert (client.get("/initialize").status_code, client.get("/healthz").status_code, client.get("/livez").status_code) == (503, 503, 200)
+    assert (
+        client.get("/readyz").get_data(as_text=True)
+        == "waiting: waiting for machine 1 of 2 to come to 10.0.0.1:29500"
+    )
+    assert (
+        client.get("/initialize").status_code,
+        client.get("/healthz").status_code,
+        client.get("/livez").status_code,
+    ) == (503, 503, 200)
     for path in ("/generate", "/v1/images/generations", "/sdapi/v1/txt2img"):
         answer = client.post(path, json={"prompt": "a"})
         assert (answer.status_code, answer.headers["Retry-After"]) == (503, "10"), path
-        assert "the host is waiting for machine 1 of 2 to come to 10.0.0.1:29500. Send the request again later" in answer.text
-    assert client.post("/v1/jobs", json={"prompt": "a"}).status_code == 202 and queue.num_waiting == 1
+        assert (
+            "the host is waiting for machine 1 of 2 to come to 10.0.0.1:29500. Send the request "
+            "again later" in answer.text
+        )
+    assert (
+        client.post("/v1/jobs", json={"prompt": "a"}).status_code == 202 and queue.num_waiting == 1
+    )

@@ -1,6 +1,8 @@
-"""The WSGI application over Flask's client: every answer that is an error has the four keys, and says what to do.
+"""The WSGI application over Flask's client: every answer that is an error has the four keys, and
+says what to do.
 
-The queue is real; a thread in place of the rank loop finishes its jobs with a grey image, or as the test says.
+The queue is real; a thread in place of the rank loop finishes its jobs with a grey image, or as the
+test says.
 """
 
 import json
@@ -9,7 +11,15 @@ import os
 import pytest
 from PIL import Image
 
-from backends.errors import BusyError, CancelledError, PlanError, RankError, RequestError, UnavailableError, UnsupportedError
+from backends.errors import (
+    BusyError,
+    CancelledError,
+    PlanError,
+    RankError,
+    RequestError,
+    UnavailableError,
+    UnsupportedError,
+)
 from backends.request import GenerateRequest
 from hosts.http import app as app_module
 from hosts.jobs.queue import JobQueue
@@ -25,7 +35,9 @@ def test_initialize_says_wait_then_ok(client, state):
     assert (client.get("/initialize").status_code, client.get("/initialize").text) == (200, "OK")
 
 
-def test_initialize_is_200_after_a_failed_load_so_that_clients_come_for_the_reason(client, state, queue):
+def test_initialize_is_200_after_a_failed_load_so_that_clients_come_for_the_reason(
+    client, state, queue
+):
     state.become(Phase.FAILED, "no such checkpoint")
     queue.close(UnavailableError("no such checkpoint"))
     assert client.get("/initialize").status_code == 200
@@ -51,19 +63,29 @@ def test_progress_is_a_bare_number(client, queue):
 def test_healthz_and_settings_tell_the_state(client, state):
     assert client.get("/healthz").get_json() == {"phase": "ready", "reason": "", "waiting": 0}
     state.tell({"backend": "single"})
-    assert client.get("/settings").get_json() == {"type": "sdxl", "given": {"type": "sdxl"}, "backend": "single"}
+    assert client.get("/settings").get_json() == {
+        "type": "sdxl",
+        "given": {"type": "sdxl"},
+        "backend": "single",
+    }
     state.become(Phase.FAILED, "why")
     answer = client.get("/healthz")
     assert (answer.status_code, answer.get_json()["reason"]) == (503, "why")
 
 
 @pytest.mark.parametrize(
-    ("type_name", "keys"), [("sdxl", {"message", "output", "is_image", "latent"}), ("sdup", {"message", "output", "is_image"})]
+    ("type_name", "keys"),
+    [
+        ("sdxl", {"message", "output", "is_image", "latent"}),
+        ("sdup", {"message", "output", "is_image"}),
+    ],
 )
 def test_image_answer_has_exactly_its_keys(type_name, keys, queue, state):
     client = make_client(queue, state, type=type_name)
     answer_jobs(queue, latents="latent" in keys)
-    body = client.post("/generate", json={"positive": "a", "image": encode(Image.new("RGB", (16, 16)))}).get_json()
+    body = client.post(
+        "/generate", json={"positive": "a", "image": encode(Image.new("RGB", (16, 16)))}
+    ).get_json()
     assert set(body) == keys
     assert (body["message"], body["is_image"]) == ("OK", True)
     assert decode(body["output"]).size == (24, 16)
@@ -86,9 +108,15 @@ def test_accept_chooses_the_kind_of_answer(accept, content_type, client, queue):
     assert (answer.headers.get("X-Seed") == "5") is (content_type != "application/json")
 
 
-@pytest.mark.parametrize(("type_name", "accept"), [("sdxl", "video/mp4"), ("ad", "image/png"), ("sdxl", "text/html")])
-def test_accept_of_what_this_host_does_not_make_is_refused_before_the_job(type_name, accept, queue, state):
-    answer = make_client(queue, state, type=type_name).post("/generate", json={"positive": "a"}, headers={"Accept": accept})
+@pytest.mark.parametrize(
+    ("type_name", "accept"), [("sdxl", "video/mp4"), ("ad", "image/png"), ("sdxl", "text/html")]
+)
+def test_accept_of_what_this_host_does_not_make_is_refused_before_the_job(
+    type_name, accept, queue, state
+):
+    answer = make_client(queue, state, type=type_name).post(
+        "/generate", json={"positive": "a"}, headers={"Accept": accept}
+    )
     assert answer.status_code == 400
     assert "Allowed: application/json" in assert_is_error(answer.get_json())
     assert queue.num_waiting == 0
@@ -114,7 +142,9 @@ def test_json_that_is_no_object_is_answered_as_an_error(data, client):
     assert "must be one JSON object" in assert_is_error(answer.get_json())
 
 
-@pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""])
+@pytest.mark.parametrize(
+    "content_type", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""]
+)
 def test_other_content_types_are_refused(content_type, client):
     answer = client.post("/generate", data=b"{}", content_type=content_type)
     assert answer.status_code == 415
@@ -124,7 +154,12 @@ def test_other_content_types_are_refused(content_type, client):
 def test_content_type_with_a_charset_is_fine(client, queue):
     answer_jobs(queue)
     data = json.dumps({"positive": "a"})
-    assert client.post("/generate", data=data, content_type="application/json; charset=utf-8").status_code == 200
+    assert (
+        client.post(
+            "/generate", data=data, content_type="application/json; charset=utf-8"
+        ).status_code
+        == 200
+    )
 
 
 @pytest.mark.parametrize("path", ["/favicon.ico", "/nothing", "/set_result", "/apply"])
@@ -135,7 +170,8 @@ def test_other_paths_are_answered_as_errors(path, client):
 
 
 @pytest.mark.parametrize(
-    ("method", "path"), [("GET", "/generate"), ("DELETE", "/generate"), ("PUT", "/initialize"), ("PATCH", "/progress")]
+    ("method", "path"),
+    [("GET", "/generate"), ("DELETE", "/generate"), ("PUT", "/initialize"), ("PATCH", "/progress")],
 )
 def test_other_methods_are_answered_as_errors(method, path, client):
     answer = client.open(path, method=method)
@@ -153,17 +189,23 @@ def test_refusals_that_pass_say_when_to_ask_again(client, queue, state):
 def test_idempotency_key_makes_one_job_of_many_requests(client, queue):
     headers = {"Idempotency-Key": "one"}
     answers = [client.post("/v1/jobs", json={"prompt": "a"}, headers=headers) for _ in range(3)]
-    assert {answer.status_code for answer in answers} == {202} and len({answer.get_json()["id"] for answer in answers}) == 1
+    assert {answer.status_code for answer in answers} == {202} and len(
+        {answer.get_json()["id"] for answer in answers}
+    ) == 1
     assert queue.num_waiting == 1
     other = client.post("/v1/jobs", json={"prompt": "b"}, headers=headers)
-    assert other.status_code == 400 and "which asked for something else" in assert_is_error(other.get_json())
+    assert other.status_code == 400 and "which asked for something else" in assert_is_error(
+        other.get_json()
+    )
 
 
 @pytest.mark.parametrize("key", ["", "a" * 256, "\xe9"])
 def test_idempotency_key_that_is_none_is_refused(key, client):
     answer = client.post("/v1/jobs", json={"prompt": "a"}, headers={"Idempotency-Key": key})
     assert answer.status_code == 400
-    assert "Idempotency-Key must have 1 to 255 printable ASCII characters" in assert_is_error(answer.get_json())
+    assert "Idempotency-Key must have 1 to 255 printable ASCII characters" in assert_is_error(
+        answer.get_json()
+    )
 
 
 def test_field_that_cannot_be_meant_is_answered_by_name_and_not_queued(client, queue):
@@ -214,7 +256,10 @@ def test_bug_in_a_route_is_answered_without_its_details(client, queue, monkeypat
     monkeypatch.setattr(queue, "submit", lambda request, **_: 1 / 0)
     answer = client.post("/generate", json={"positive": "a"})
     assert answer.status_code == 500
-    assert assert_is_error(answer.get_json()) == "internal error: ZeroDivisionError. The log of rank 0 says more."
+    assert (
+        assert_is_error(answer.get_json())
+        == "internal error: ZeroDivisionError. The log of rank 0 says more."
+    )
     assert "division by zero" in caplog.text
 
 
@@ -233,7 +278,14 @@ def test_ready_probe_follows_the_phase(client, state):
 
 
 def test_metrics_count_jobs_by_outcome_and_show_what_ranks_reported(client, queue, state):
-    state.tell({"ranks_now": [{"rank": 0, "memory_bytes": 5, "seconds": 1.5}, {"rank": 1, "memory_bytes": 7, "wait_s": 0.5}]})
+    state.tell(
+        {
+            "ranks_now": [
+                {"rank": 0, "memory_bytes": 5, "seconds": 1.5},
+                {"rank": 1, "memory_bytes": 7, "wait_s": 0.5},
+            ]
+        }
+    )
     answer_jobs(queue)
     assert client.post("/generate", json={"positive": "a"}).status_code == 200
     text = client.get("/metrics").get_data(as_text=True)

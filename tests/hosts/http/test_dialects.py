@@ -1,4 +1,6 @@
-"""The OpenAI and A1111 dialects on a real host, with OpenAI's own client and the published one of the other."""
+"""The OpenAI and A1111 dialects on a real host, with OpenAI's own client and the published one of
+the other.
+"""
 
 import base64
 import io
@@ -23,7 +25,9 @@ from tests.hosts.inprocess import InProcessHost
 def host(tmp_path_factory):
     folder = tmp_path_factory.mktemp("loras")
     (folder / "style.safetensors").write_bytes(b"")
-    with InProcessHost(type="sdxl", checkpoint=str(checkpoint("sdxl")), lora_dir=str(folder)) as running:
+    with InProcessHost(
+        type="sdxl", checkpoint=str(checkpoint("sdxl")), lora_dir=str(folder)
+    ) as running:
         yield running
 
 
@@ -42,18 +46,28 @@ def pixels(data):
 
 
 def generated(host, **fields):
-    return np.asarray(decode(host.generate_image({"positive": "a red car", "steps": 3, "seed": 5, "cfg": 5.0, **fields})["output"]))
+    return np.asarray(
+        decode(
+            host.generate_image(
+                {"positive": "a red car", "steps": 3, "seed": 5, "cfg": 5.0, **fields}
+            )["output"]
+        )
+    )
 
 
 def test_openai_client_draws_what_generate_draws(host):
     client = client_of(host)
     assert [model.id for model in client.models.list()] == ["sdxl"]
     extra = {"seed": 5, "steps": 3, "guidance": 5.0}
-    answer = client.images.generate(prompt="a red car", n=2, size="64x64", response_format="b64_json", extra_body=extra)
+    answer = client.images.generate(
+        prompt="a red car", n=2, size="64x64", response_format="b64_json", extra_body=extra
+    )
     assert len(answer.data) == 2
     for index, image in enumerate(answer.data):
         assert (pixels(base64.b64decode(image.b64_json)) == generated(host, seed=5 + index)).all()
-    linked = client.images.generate(prompt="a red car", model="sdxl", size="64x64", extra_body=extra)
+    linked = client.images.generate(
+        prompt="a red car", model="sdxl", size="64x64", extra_body=extra
+    )
     assert (pixels(requests.get(linked.data[0].url, timeout=20).content) == generated(host)).all()
 
 
@@ -69,7 +83,9 @@ def test_openai_client_changes_a_image(host):
         )
         for strength in ("0", "0.5", "1")
     ]
-    same, near, far = (pixels(base64.b64decode(answer.data[0].b64_json)).astype(int) for answer in answers)
+    same, near, far = (
+        pixels(base64.b64decode(answer.data[0].b64_json)).astype(int) for answer in answers
+    )
     assert same.shape == (64, 64, 3)
     assert 1 < np.abs(near - same).mean() < np.abs(far - same).mean()
 
@@ -94,18 +110,36 @@ def test_openai_client_gets_its_own_errors(host, fields, kind, message):
 def test_openai_client_changes_what_the_mask_leaves_open(host):
     extra = {"seed": "5", "steps": "4", "guidance": "5"}
     start, white = base64.b64encode(png(sample_image(64))).decode(), half_mask(64, 64)
-    wanted = generated(host, steps=4, init_image=start, mask_image=base64.b64encode(png(white)).decode())
-    see_through = Image.merge("RGBA", [*Image.new("RGB", (64, 64), "red").split(), ImageOps.invert(white)])
+    wanted = generated(
+        host, steps=4, init_image=start, mask_image=base64.b64encode(png(white)).decode()
+    )
+    see_through = Image.merge(
+        "RGBA", [*Image.new("RGB", (64, 64), "red").split(), ImageOps.invert(white)]
+    )
     for mask in (see_through, white):  # an image without alpha is a mask as others use it
-        files = {"image": ("a.png", png(sample_image(64)), "image/png"), "mask": ("m.png", png(mask), "image/png")}
-        answer = client_of(host).images.edit(**files, prompt="a red car", response_format="b64_json", extra_body=extra)
+        files = {
+            "image": ("a.png", png(sample_image(64)), "image/png"),
+            "mask": ("m.png", png(mask), "image/png"),
+        }
+        answer = client_of(host).images.edit(
+            **files, prompt="a red car", response_format="b64_json", extra_body=extra
+        )
         assert (pixels(base64.b64decode(answer.data[0].b64_json)) == wanted).all()
 
 
 def test_a1111_changes_what_the_mask_leaves_open(host):
-    start, white = (base64.b64encode(png(image)).decode() for image in (sample_image(64), half_mask(64, 64)))
+    start, white = (
+        base64.b64encode(png(image)).decode() for image in (sample_image(64), half_mask(64, 64))
+    )
     black = base64.b64encode(png(ImageOps.invert(half_mask(64, 64)))).decode()
-    body = {"prompt": "a red car", "seed": 5, "steps": 4, "cfg_scale": 5.0, "init_images": [start], "denoising_strength": 0.8}
+    body = {
+        "prompt": "a red car",
+        "seed": 5,
+        "steps": 4,
+        "cfg_scale": 5.0,
+        "init_images": [start],
+        "denoising_strength": 0.8,
+    }
     wanted = generated(host, steps=4, init_image=start, mask_image=white, strength=0.8)
     for mask in ({"mask": white}, {"mask": black, "inpainting_mask_invert": 1}):
         made = a1111(host, "img2img", {**body, **mask}).json()["images"][0]
@@ -121,10 +155,18 @@ def png(image):
 
 
 def test_openai_missing_images_and_broken_masks_are_refused(host):
-    answer = requests.post(host.url("/v1/images/edits"), data={"prompt": "a"}, files={"other": b"x"}, timeout=20)
+    answer = requests.post(
+        host.url("/v1/images/edits"), data={"prompt": "a"}, files={"other": b"x"}, timeout=20
+    )
     assert answer.status_code == 400 and "image is missing" in answer.json()["error"]["message"]
-    answer = requests.post(host.url("/v1/images/edits"), files={"image": png(sample_image(64)), "mask": b"x"}, timeout=20)
-    assert answer.status_code == 400 and answer.json()["error"]["message"].startswith("mask_image: ")
+    answer = requests.post(
+        host.url("/v1/images/edits"),
+        files={"image": png(sample_image(64)), "mask": b"x"},
+        timeout=20,
+    )
+    assert answer.status_code == 400 and answer.json()["error"]["message"].startswith(
+        "mask_image: "
+    )
 
 
 def test_openai_client_makes_a_video_as_a_job(video_host):
@@ -132,9 +174,15 @@ def test_openai_client_makes_a_video_as_a_job(video_host):
     buffer = io.BytesIO()
     sample_image(64).save(buffer, format="PNG")
     video = client.videos.create(
-        prompt="", input_reference=("a.png", buffer.getvalue(), "image/png"), extra_body={"num_frames": "2", "num_inference_steps": "2"}
+        prompt="",
+        input_reference=("a.png", buffer.getvalue(), "image/png"),
+        extra_body={"num_frames": "2", "num_inference_steps": "2"},
     )
-    wait_until(lambda: client.videos.retrieve(video.id).status == "completed", within_s=60, what="the video is done")
+    wait_until(
+        lambda: client.videos.retrieve(video.id).status == "completed",
+        within_s=60,
+        what="the video is done",
+    )
     assert client.videos.download_content(video.id).read()[4:8] == b"ftyp"
     with pytest.raises(openai.UnprocessableEntityError, match="makes videos"):
         client.images.generate(prompt="a")
@@ -142,33 +190,67 @@ def test_openai_client_makes_a_video_as_a_job(video_host):
 
 def a1111(host, path, body=None):
     call = requests.get if body is None else requests.post
-    return call(host.url(f"/sdapi/v1/{path}"), timeout=60, **({} if body is None else {"json": body}))
+    return call(
+        host.url(f"/sdapi/v1/{path}"), timeout=60, **({} if body is None else {"json": body})
+    )
 
 
 def test_a1111_draws_what_generate_draws(host):
-    body = {"prompt": "a red car", "steps": 3, "seed": 5, "cfg_scale": 5.0, "width": 64, "height": 64, "n_iter": 2}
+    body = {
+        "prompt": "a red car",
+        "steps": 3,
+        "seed": 5,
+        "cfg_scale": 5.0,
+        "width": 64,
+        "height": 64,
+        "n_iter": 2,
+    }
     answer = a1111(host, "txt2img", {**body, "sampler_name": "DPM++ 2M Karras"}).json()
     info = json.loads(answer["info"])
     assert info["all_seeds"] == [5, 6] and info["scheduler"] == "DPMSolverMultistepScheduler"
     scheduler = {"scheduler": "dpmpp_2m", "use_karras_sigmas": True}
     for index, image in enumerate(answer["images"]):
-        assert (pixels(base64.b64decode(image)) == generated(host, seed=5 + index, scheduler=scheduler)).all()
+        assert (
+            pixels(base64.b64decode(image)) == generated(host, seed=5 + index, scheduler=scheduler)
+        ).all()
 
 
 def test_published_a1111_client_draws_changes_and_asks_what_there_is(host):
     client = webuiapi.WebUIApi(host="127.0.0.1", port=host.port)
-    drawn = client.txt2img(prompt="a red car", steps=3, seed=5, cfg_scale=5.0, width=64, height=64, sampler_name="DPM++ 2M Karras")
+    drawn = client.txt2img(
+        prompt="a red car",
+        steps=3,
+        seed=5,
+        cfg_scale=5.0,
+        width=64,
+        height=64,
+        sampler_name="DPM++ 2M Karras",
+    )
     want = generated(host, scheduler={"scheduler": "dpmpp_2m", "use_karras_sigmas": True})
     assert drawn.info["seed"] == 5 and (np.asarray(drawn.image.convert("RGB")) == want).all()
     kept, changed = (
-        client.img2img(images=[drawn.image], prompt="a", seed=1, steps=4, denoising_strength=strength, width=64, height=64).image
+        client.img2img(
+            images=[drawn.image],
+            prompt="a",
+            seed=1,
+            steps=4,
+            denoising_strength=strength,
+            width=64,
+            height=64,
+        ).image
         for strength in (0.01, 0.9)
     )
-    distance = [np.abs(np.asarray(image.convert("RGB")).astype(int) - want).mean() for image in (kept, changed)]
+    distance = [
+        np.abs(np.asarray(image.convert("RGB")).astype(int) - want).mean()
+        for image in (kept, changed)
+    ]
     assert distance[0] < distance[1]
     assert client.util_get_current_model() == "sdxl" == client.util_get_model_names()[0]
     assert "dpmpp_2m" in [sampler["name"] for sampler in client.get_samplers()]
-    assert client.get_loras()[0]["name"] == "style.safetensors" and client.get_progress()["progress"] == 0
+    assert (
+        client.get_loras()[0]["name"] == "style.safetensors"
+        and client.get_progress()["progress"] == 0
+    )
     assert client.interrupt() == {}
 
 
@@ -177,22 +259,46 @@ def test_a1111_changes_a_image(host):
     sample_image(64).save(buffer, format="PNG")
     start = base64.b64encode(buffer.getvalue()).decode()
     made = [
-        a1111(host, "img2img", {"prompt": "a", "seed": 1, "steps": 4, "init_images": [start], "denoising_strength": strength}).json()[
-            "images"
-        ][0]
+        a1111(
+            host,
+            "img2img",
+            {
+                "prompt": "a",
+                "seed": 1,
+                "steps": 4,
+                "init_images": [start],
+                "denoising_strength": strength,
+            },
+        ).json()["images"][0]
         for strength in (0, 0.6)
     ]
-    assert np.abs(pixels(base64.b64decode(made[0])).astype(int) - pixels(base64.b64decode(made[1]))).mean() > 1
-    assert "init_images must hold one image" in a1111(host, "img2img", {"prompt": "a"}).json()["detail"]
+    assert (
+        np.abs(
+            pixels(base64.b64decode(made[0])).astype(int) - pixels(base64.b64decode(made[1]))
+        ).mean()
+        > 1
+    )
+    assert (
+        "init_images must hold one image"
+        in a1111(host, "img2img", {"prompt": "a"}).json()["detail"]
+    )
 
 
 def test_a1111_progress_and_interrupt_reach_the_running_job(host):
     answers = []
-    job = threading.Thread(target=lambda: answers.append(a1111(host, "txt2img", {"prompt": "a", "steps": 900})))
+    job = threading.Thread(
+        target=lambda: answers.append(a1111(host, "txt2img", {"prompt": "a", "steps": 900}))
+    )
     job.start()
-    wait_until(lambda: a1111(host, "progress").json()["current_image"], within_s=30, what="a preview")
+    wait_until(
+        lambda: a1111(host, "progress").json()["current_image"], within_s=30, what="a preview"
+    )
     now = a1111(host, "progress").json()
-    assert 0 < now["progress"] < 1 and now["state"]["sampling_steps"] == 900 and now["eta_relative"] > 0
+    assert (
+        0 < now["progress"] < 1
+        and now["state"]["sampling_steps"] == 900
+        and now["eta_relative"] > 0
+    )
     assert pixels(base64.b64decode(now["current_image"])).shape == (8, 8, 3)
     assert requests.post(host.url("/sdapi/v1/interrupt"), timeout=20).status_code == 200
     job.join(timeout=30)
@@ -202,11 +308,15 @@ def test_a1111_progress_and_interrupt_reach_the_running_job(host):
 
 def test_a1111_lists_tell_what_is_there(host):
     assert a1111(host, "sd-models").json()[0]["title"] == "sdxl"
-    assert {"name": "euler_a", "aliases": ["euler_a"], "options": {}} in a1111(host, "samplers").json()
+    assert {"name": "euler_a", "aliases": ["euler_a"], "options": {}} in a1111(
+        host, "samplers"
+    ).json()
     assert [lora["name"] for lora in a1111(host, "loras").json()] == ["style.safetensors"]
     assert a1111(host, "options").json()["sd_model_checkpoint"] == "sdxl"
     assert a1111(host, "options", {"sd_model_checkpoint": "sdxl"}).status_code == 200
-    assert "is not loaded" in a1111(host, "options", {"sd_model_checkpoint": "other"}).json()["detail"]
+    assert (
+        "is not loaded" in a1111(host, "options", {"sd_model_checkpoint": "other"}).json()["detail"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -225,7 +335,17 @@ def test_a1111_refuses_in_its_own_shape(host, body, message):
 
 def test_pages_of_other_sites_are_refused(host):
     for path in ("/generate", "/v1/jobs", "/v1/images/generations", "/sdapi/v1/interrupt"):
-        answer = requests.post(host.url(path), json={"prompt": "a"}, headers={"Origin": "http://evil.example"}, timeout=20)
+        answer = requests.post(
+            host.url(path),
+            json={"prompt": "a"},
+            headers={"Origin": "http://evil.example"},
+            timeout=20,
+        )
         assert answer.status_code == 403, path
     own = {"Origin": host.url("")}
-    assert requests.post(host.url("/generate"), json={"prompt": "a", "steps": 1}, headers=own, timeout=30).status_code == 200
+    assert (
+        requests.post(
+            host.url("/generate"), json={"prompt": "a", "steps": 1}, headers=own, timeout=30
+        ).status_code
+        == 200
+    )

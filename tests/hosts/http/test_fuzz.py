@@ -1,7 +1,8 @@
-"""Hostile and senseless requests against a real host: an answer in time, never a 5xx but 503, and the next image is right.
+"""Hostile and senseless requests against a real host: an answer in time, never a 5xx but 503, and
+the next image is right.
 
-FUZZ_EXAMPLES sets the number of bodies for /generate (default 120), FUZZ_SCHEMA_EXAMPLES of requests for each operation of
-/openapi.json (default 8).
+FUZZ_EXAMPLES sets the number of bodies for /generate (default 120), FUZZ_SCHEMA_EXAMPLES of
+requests for each operation of /openapi.json (default 8).
 """
 
 import base64
@@ -20,7 +21,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from schemathesis.checks import not_a_server_error
-from schemathesis.specs.openapi.checks import content_type_conformance, response_schema_conformance, status_code_conformance
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
 
 from hosts.compat.fields import PLAIN
 from tests.checkpoints import checkpoint
@@ -48,7 +53,13 @@ fuzz = settings(
 def host():
     """Small bounds, so that no request that is allowed takes long."""
     with InProcessHost(
-        type="sdxl", checkpoint=str(checkpoint("sdxl")), max_steps=3, max_side=128, max_prompt_chars=500, max_body_mb=2, queue_size=48
+        type="sdxl",
+        checkpoint=str(checkpoint("sdxl")),
+        max_steps=3,
+        max_side=128,
+        max_prompt_chars=500,
+        max_body_mb=2,
+        queue_size=48,
     ) as running:
         yield running
 
@@ -121,20 +132,53 @@ FIELDS = sorted(
     | {"image_scale", "init_image_scale", "lora", "keep", "unheard_of"}
 )
 numbers = st.one_of(
-    st.integers(-3, 200), st.integers(), st.floats(), st.sampled_from([0, -0.0, 1e308, 2**31, 2**63, 2**64, 8, 64, 65, 1.5, True])
+    st.integers(-3, 200),
+    st.integers(),
+    st.floats(),
+    st.sampled_from([0, -0.0, 1e308, 2**31, 2**63, 2**64, 8, 64, 65, 1.5, True]),
 )
 texts = st.one_of(
-    st.text(max_size=40), st.sampled_from(["euler", "dpmpp_2m", "ddim", "lcm", "", "exact", "a" * 501, "\x00", "\ud83d\ude00 cat", "7"])
+    st.text(max_size=40),
+    st.sampled_from(
+        [
+            "euler",
+            "dpmpp_2m",
+            "ddim",
+            "lcm",
+            "",
+            "exact",
+            "a" * 501,
+            "\x00",
+            "\ud83d\ude00 cat",
+            "7",
+        ]
+    ),
 )
 plain = st.one_of(st.none(), st.booleans(), numbers, texts)
 anything = st.recursive(
-    plain, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=3), max_leaves=8
+    plain,
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
+    max_leaves=8,
 )
 schedulers = st.dictionaries(
     st.sampled_from(
-        ["scheduler", "use_karras_sigmas", "timestep_spacing", "algorithm_type", "beta_start", "num_train_timesteps", "order", "x"]
+        [
+            "scheduler",
+            "use_karras_sigmas",
+            "timestep_spacing",
+            "algorithm_type",
+            "beta_start",
+            "num_train_timesteps",
+            "order",
+            "x",
+        ]
     ),
-    st.one_of(plain, st.sampled_from(["euler", "dpmpp_2m", "heun", "unipc", "trailing", "sde-dpmsolver++"])),
+    st.one_of(
+        plain,
+        st.sampled_from(["euler", "dpmpp_2m", "heun", "unipc", "trailing", "sde-dpmsolver++"]),
+    ),
     max_size=4,
 )
 broken = st.builds(
@@ -159,7 +203,9 @@ bodies = st.dictionaries(st.sampled_from(FIELDS), values, max_size=6)
 
 
 def ask(host, path="/generate", **kwargs):
-    """The answer, which must come in time, be none of the host's failures, and say what is wrong."""
+    """The answer, which must come in time, be none of the host's failures, and say what is
+    wrong.
+    """
     started = time.monotonic()
     answer = requests.post(host.url(path), timeout=LONGEST_S, **kwargs)
     assert time.monotonic() - started < LONGEST_S
@@ -171,13 +217,21 @@ def ask(host, path="/generate", **kwargs):
 
 
 def assert_draws(host, reference):
-    assert (np.asarray(decode(host.generate_image(BODY)["output"])) == reference).all(), "the image after it is another one"
+    assert (np.asarray(decode(host.generate_image(BODY)["output"])) == reference).all(), (
+        "the image after it is another one"
+    )
 
 
 @fuzz
 @given(given=bodies)
 def test_no_body_breaks_the_host(host, reference, given):
-    body = {**BODY, **{name: conditioning("sdxl", 1) if value == "CONDITIONING" else value for name, value in given.items()}}
+    body = {
+        **BODY,
+        **{
+            name: conditioning("sdxl", 1) if value == "CONDITIONING" else value
+            for name, value in given.items()
+        },
+    }
     answer = ask(host, data=json.dumps(body), headers={"Content-Type": "application/json"})
     if answer.status_code == 200:
         assert answer.json()["message"] == "OK"
@@ -187,9 +241,14 @@ def test_no_body_breaks_the_host(host, reference, given):
 @given(
     data=st.one_of(
         st.binary(max_size=200),
-        st.builds(lambda cut: json.dumps({**BODY, "latent": HONEST[0]}).encode()[: -cut or None], st.integers(0, 4000)),
         st.builds(
-            lambda text, encoding: json.dumps({"positive": text, "steps": 1}, ensure_ascii=False).encode(encoding, "ignore"),
+            lambda cut: json.dumps({**BODY, "latent": HONEST[0]}).encode()[: -cut or None],
+            st.integers(0, 4000),
+        ),
+        st.builds(
+            lambda text, encoding: json.dumps(
+                {"positive": text, "steps": 1}, ensure_ascii=False
+            ).encode(encoding, "ignore"),
             st.text(max_size=20),
             st.sampled_from(["utf-8", "utf-16", "utf-32", "latin-1", "utf-7", "utf-8-sig"]),
         ),
@@ -198,7 +257,8 @@ def test_no_body_breaks_the_host(host, reference, given):
         st.just(b'{"steps": ' + b"9" * 10_000 + b"}"),
     ),
     content_type=st.sampled_from(
-        ["application/json"] * 6 + ["text/plain", "application/json; charset=utf-16", "multipart/form-data; boundary=x", ""]
+        ["application/json"] * 6
+        + ["text/plain", "application/json; charset=utf-16", "multipart/form-data; boundary=x", ""]
     ),
     encoding=st.sampled_from([None, None, "gzip", "br", "identity"]),
     path=st.sampled_from(["/generate", "/generate", "/v1/jobs"]),
@@ -211,7 +271,12 @@ def test_no_bytes_break_the_host(host, reference, data, content_type, encoding, 
 def test_every_operation_of_the_schema_holds_what_it_promises(host, reference):
     document = requests.get(host.url("/openapi.json"), timeout=20).json()
     schema = schemathesis.openapi.from_dict(document)
-    checks = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
+    checks = [
+        not_a_server_error,
+        status_code_conformance,
+        content_type_conformance,
+        response_schema_conformance,
+    ]
     operations = [result.ok() for result in schema.get_all_operations()]
     assert len(operations) >= 14
 
@@ -231,5 +296,9 @@ def test_every_operation_of_the_schema_holds_what_it_promises(host, reference):
 
 def test_the_host_is_as_it_was(host, reference):
     """After all of the above: nothing waits, the loop lives, and the image is the same."""
-    wait_until(lambda: host.queue.num_waiting == 0 and not host.queue._running, within_s=60, what="the queue is empty")
+    wait_until(
+        lambda: host.queue.num_waiting == 0 and not host.queue._running,
+        within_s=60,
+        what="the queue is empty",
+    )
     assert_draws(host, reference)

@@ -1,4 +1,6 @@
-"""/generate of all model types over a real socket, with the bodies of the existing clients, read as they read them."""
+"""/generate of all model types over a real socket, with the bodies of the existing clients, read as
+they read them.
+"""
 
 import itertools
 import threading
@@ -16,7 +18,13 @@ from tests.hosts.client import assert_is_error, decode, encode
 from tests.hosts.inprocess import InProcessHost
 
 WITH_LATENTS = set(bodies.IMAGE_TYPES)
-LATE = ("qwenimage", "flux2", "sd2", "pixs", "zimage")  # in the long tail: others here get the same bodies
+LATE = (
+    "qwenimage",
+    "flux2",
+    "sd2",
+    "pixs",
+    "zimage",
+)  # in the long tail: others here get the same bodies
 VIDEOS = {"ad", "svd", "wan_t2v"}
 
 
@@ -25,10 +33,15 @@ def image_folder(tmp_path_factory):
     return tmp_path_factory.mktemp("generated")
 
 
-@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.slow) if name in LATE else name for name in NAMES])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.slow) if name in LATE else name for name in NAMES],
+)
 def host(request, image_folder):
     """One host at a time; pytest orders the tests so that each model is loaded once."""
-    with InProcessHost(type=request.param, checkpoint=str(checkpoint(request.param)), image_dirs=str(image_folder)) as running:
+    with InProcessHost(
+        type=request.param, checkpoint=str(checkpoint(request.param)), image_dirs=str(image_folder)
+    ) as running:
         yield running
 
 
@@ -41,13 +54,21 @@ def sdxl():
 def small_body(host, **fields):
     """A short text-to-image (or image-to-whatever) request of this type."""
     body = {"positive": "a red car", "steps": 2, "seed": 3, "frames": 2, **fields}
-    return {**body, "image": bodies.image(16 if host.spec.upscale > 1 else 64)} if "image" in host.spec.requires else body
+    return (
+        {**body, "image": bodies.image(16 if host.spec.upscale > 1 else 64)}
+        if "image" in host.spec.requires
+        else body
+    )
 
 
 def pixels(body):
     """The image, or the frames one below the other."""
     output = decode(body["output"])
-    return np.concatenate([np.asarray(frame) for frame in output]) if isinstance(output, list) else np.asarray(output)
+    return (
+        np.concatenate([np.asarray(frame) for frame in output])
+        if isinstance(output, list)
+        else np.asarray(output)
+    )
 
 
 def test_golden_bodies_are_answered_with_the_keys_of_their_type(host, image_folder):
@@ -60,7 +81,9 @@ def test_golden_bodies_are_answered_with_the_keys_of_their_type(host, image_fold
         assert (body["message"], body["is_image"]) == ("OK", name not in VIDEOS), sender
         output = decode(body["output"])
         frames = output if name in VIDEOS else [output]
-        assert [(type(frame), frame.mode, frame.size) for frame in frames] == [(Image.Image, "RGB", (64, 64))] * len(frames), sender
+        assert [(type(frame), frame.mode, frame.size) for frame in frames] == [
+            (Image.Image, "RGB", (64, 64))
+        ] * len(frames), sender
         assert len(frames) == (sent.get("frames", 16) if name in VIDEOS else 1), sender
         assert max(np.asarray(frame).std() for frame in frames) > 1, f"{sender}: a blank image"
 
@@ -71,7 +94,11 @@ def test_latent_is_what_comfyui_puts_into_its_graph(host):
     latent = decode(host.generate_image(small_body(host))["latent"])
     channels = 16 if host.spec.name in ("sd3", "flux", "zimage", "qwenimage") else 4
     assert type(latent) is torch.Tensor
-    assert (latent.dtype, latent.device.type, tuple(latent.shape)) == (torch.float32, "cpu", (1, channels, 8, 8))
+    assert (latent.dtype, latent.device.type, tuple(latent.shape)) == (
+        torch.float32,
+        "cpu",
+        (1, channels, 8, 8),
+    )
     assert latent.is_contiguous() and not latent.requires_grad and torch.isfinite(latent).all()
 
 
@@ -84,8 +111,15 @@ def test_same_seed_makes_the_same_image_and_minus_one_another_each_time(host):
 
 def test_prompt_or_image_decides_what_is_drawn(host):
     name = host.spec.name
-    other = {"image": encode(sample_image(16 if name == "sdup" else 64, seed=5))} if name == "svd" else {"positive": "blue sky"}
-    assert (pixels(host.generate_image(small_body(host))) != pixels(host.generate_image({**small_body(host), **other}))).any()
+    other = (
+        {"image": encode(sample_image(16 if name == "sdup" else 64, seed=5))}
+        if name == "svd"
+        else {"positive": "blue sky"}
+    )
+    assert (
+        pixels(host.generate_image(small_body(host)))
+        != pixels(host.generate_image({**small_body(host), **other}))
+    ).any()
 
 
 def test_latent_with_denoise_zero_gives_the_same_image_back(host):
@@ -104,10 +138,16 @@ def test_latent_decoded_by_the_clients_own_vae_is_the_output(host):
 
     body = host.generate_image(small_body(host))
     is_video = host.spec.name == "qwenimage"  # its VAE takes an image as a video of one frame
-    vae = (AutoencoderKLQwenImage if is_video else AutoencoderKL).from_pretrained(checkpoint(host.spec.name) / "vae")
+    vae = (AutoencoderKLQwenImage if is_video else AutoencoderKL).from_pretrained(
+        checkpoint(host.spec.name) / "vae"
+    )
     latent = decode(body["latent"])
     with torch.no_grad():  # ComfyUI: latents in unscaled VAE space, straight into the decoder
-        decoded = vae.decode(latent[:, :, None]).sample[:, :, 0] if is_video else vae.decode(latent).sample
+        decoded = (
+            vae.decode(latent[:, :, None]).sample[:, :, 0]
+            if is_video
+            else vae.decode(latent).sample
+        )
     image_of_client = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round()[0].permute(1, 2, 0).numpy()
     assert np.abs(image_of_client - pixels(body).astype(int)).max() <= 1
 
@@ -115,7 +155,10 @@ def test_latent_decoded_by_the_clients_own_vae_is_the_output(host):
 def test_denoising_end_stops_early(host):
     if host.spec.name not in WITH_LATENTS:
         pytest.skip("this type gives no latent")
-    whole, part = (decode(host.generate_image(small_body(host, steps=4, denoising_end=end))["latent"]) for end in (1.0, 0.3))
+    whole, part = (
+        decode(host.generate_image(small_body(host, steps=4, denoising_end=end))["latent"])
+        for end in (1.0, 0.3)
+    )
     assert not torch.equal(whole, part)
 
 
@@ -140,8 +183,16 @@ def test_host_goes_on_after_every_kind_of_refusal(host):
     if host.spec.name in WITH_LATENTS:
         refused += [
             ({"latent": "AAAA"}, 400, "latent: "),
-            ({"latent": encode(torch.zeros(1, 3, 8, 8)), "denoise": 0.5}, 400, "latent has shape (1, 3, 8, 8)"),
-            ({"latent": encode(torch.zeros(4, 8, 8)), "denoise": 0.5}, 400, "latent has shape (4, 8, 8)"),
+            (
+                {"latent": encode(torch.zeros(1, 3, 8, 8)), "denoise": 0.5},
+                400,
+                "latent has shape (1, 3, 8, 8)",
+            ),
+            (
+                {"latent": encode(torch.zeros(4, 8, 8)), "denoise": 0.5},
+                400,
+                "latent has shape (4, 8, 8)",
+            ),
         ]
     for change, status, message in refused:
         answer = host.post({**small_body(host), **change})
@@ -155,7 +206,10 @@ def test_clip_skip_beyond_the_text_encoder_is_refused_or_dropped(host):
     if "clip_skip" in host.parameters:
         assert answer.status_code == 400
         assert "clip_skip=12 is not allowed" in assert_is_error(answer.json())
-        assert (pixels(host.generate_image(small_body(host, clip_skip=1))) != pixels(host.generate_image(small_body(host)))).any()
+        assert (
+            pixels(host.generate_image(small_body(host, clip_skip=1)))
+            != pixels(host.generate_image(small_body(host)))
+        ).any()
     else:
         assert answer.status_code == 200
 
@@ -171,21 +225,27 @@ def test_embeds_of_another_model_are_refused_before_any_rank_sees_them(sdxl):
 
 
 def test_embeds_and_text_together_are_refused(sdxl):
-    answer = sdxl.post({"positive_embeds": bodies.conditioning("sdxl", 0), "positive": "a", "steps": 2})
+    answer = sdxl.post(
+        {"positive_embeds": bodies.conditioning("sdxl", 0), "positive": "a", "steps": 2}
+    )
     assert (answer.status_code, "Send one of them" in assert_is_error(answer.json())) == (400, True)
 
 
 def test_negative_embeds_change_the_image(sdxl):
     body = {"positive_embeds": bodies.conditioning("sdxl", 0), "steps": 2, "seed": 1, "cfg": 7.0}
     without, with_negative = (
-        pixels(sdxl.generate_image({**body, **extra})) for extra in ({}, {"negative_embeds": bodies.conditioning("sdxl", 1)})
+        pixels(sdxl.generate_image({**body, **extra}))
+        for extra in ({}, {"negative_embeds": bodies.conditioning("sdxl", 1)})
     )
     assert (without != with_negative).any()
 
 
 def test_negative_text_changes_the_image(sdxl):
     body = {"positive": "a cat", "steps": 2, "seed": 1, "cfg": 7.0}
-    assert (pixels(sdxl.generate_image(body)) != pixels(sdxl.generate_image({**body, "negative": "big red house"}))).any()
+    assert (
+        pixels(sdxl.generate_image(body))
+        != pixels(sdxl.generate_image({**body, "negative": "big red house"}))
+    ).any()
 
 
 def test_denoise_decides_how_much_of_the_latent_is_left(sdxl):
@@ -193,7 +253,15 @@ def test_denoise_decides_how_much_of_the_latent_is_left(sdxl):
     distance = []
     for denoise in (0.25, 0.5, 1.0):
         made = decode(
-            sdxl.generate_image({"positive": "a dog", "steps": 4, "seed": 2, "latent": encode(latent), "denoise": denoise})["latent"]
+            sdxl.generate_image(
+                {
+                    "positive": "a dog",
+                    "steps": 4,
+                    "seed": 2,
+                    "latent": encode(latent),
+                    "denoise": denoise,
+                }
+            )["latent"]
         )
         distance.append(float((made - latent).norm()))
     assert 0 < distance[0] < distance[1] < distance[2]
@@ -212,11 +280,16 @@ def test_size_comes_from_latent_then_request_then_launch(sdxl):
 
 
 def test_two_posts_at_once_are_made_one_after_the_other_and_not_swapped(sdxl):
-    alone = {seed: pixels(sdxl.generate_image({"positive": "a", "steps": 4, "seed": seed})) for seed in range(4)}
+    alone = {
+        seed: pixels(sdxl.generate_image({"positive": "a", "steps": 4, "seed": seed}))
+        for seed in range(4)
+    }
     together = {}
 
     def post(seed):
-        answer = requests.post(sdxl.url("/generate"), json={"positive": "a", "steps": 4, "seed": seed}, timeout=60)
+        answer = requests.post(
+            sdxl.url("/generate"), json={"positive": "a", "steps": 4, "seed": seed}, timeout=60
+        )
         together[seed] = pixels(answer.json())
 
     threads = [threading.Thread(target=post, args=(seed,)) for seed in alone]
@@ -230,7 +303,11 @@ def test_two_posts_at_once_are_made_one_after_the_other_and_not_swapped(sdxl):
 @pytest.mark.parametrize("scheduler", ["ddim", "euler", "heun", "dpmpp_2m"])
 def test_progress_never_falls_within_a_job_and_ends_at_a_hundred(scheduler, sdxl):
     answers = []
-    thread = threading.Thread(target=lambda: answers.append(sdxl.post({"positive": "a", "steps": 12, "scheduler": scheduler})))
+    thread = threading.Thread(
+        target=lambda: answers.append(
+            sdxl.post({"positive": "a", "steps": 12, "scheduler": scheduler})
+        )
+    )
     thread.start()
     seen = []
     while thread.is_alive():
@@ -239,7 +316,9 @@ def test_progress_never_falls_within_a_job_and_ends_at_a_hundred(scheduler, sdxl
         assert time.monotonic() - started < 2
     thread.join()
     assert answers[0].status_code == 200
-    running = list(itertools.dropwhile(lambda percent: percent == 100, seen))  # the last job's, until this one starts
+    running = list(
+        itertools.dropwhile(lambda percent: percent == 100, seen)
+    )  # the last job's, until this one starts
     assert running == sorted(running)
     assert len({percent for percent in running if 0 < percent < 100}) >= 2, seen
     assert float(requests.get(sdxl.url("/progress"), timeout=5).text) == 100
@@ -267,7 +346,10 @@ def test_client_that_goes_away_disturbs_nobody(sdxl):
     assert sdxl.generate_image({"positive": "a", "steps": 1})["message"] == "OK"
 
 
-@pytest.mark.parametrize(("accept", "first_bytes"), [("image/png", b"\x89PNG"), ("image/jpeg", b"\xff\xd8"), ("image/webp", b"RIFF")])
+@pytest.mark.parametrize(
+    ("accept", "first_bytes"),
+    [("image/png", b"\x89PNG"), ("image/jpeg", b"\xff\xd8"), ("image/webp", b"RIFF")],
+)
 def test_image_can_be_had_as_a_file(accept, first_bytes, sdxl):
     body = {"positive": "a", "steps": 2, "seed": 9}
     answer = sdxl.post(body, headers={"Accept": accept})
@@ -280,11 +362,22 @@ def test_local_image_path_is_read_from_the_allowed_folder_only(image_folder, tmp
         sample_image(16).save(folder / "b64777", format="PNG")
     (image_folder / "link").symlink_to(tmp_path / "b64777")
     (image_folder / "text").write_text("not an image")
-    with InProcessHost(type="sdup", checkpoint=str(checkpoint("sdup")), image_dirs=str(image_folder)) as host:
+    with InProcessHost(
+        type="sdup", checkpoint=str(checkpoint("sdup")), image_dirs=str(image_folder)
+    ) as host:
         body = {"positive": "sharp", "steps": 1, "seed": 1}
         by_path = host.generate_image({**body, "image": str(image_folder / "b64777")})
-        assert (pixels(by_path) == pixels(host.generate_image({**body, "image": encode(sample_image(16))}))).all()
-        for path in (tmp_path / "b64777", image_folder / "link", image_folder / "text", image_folder / "none", image_folder):
+        assert (
+            pixels(by_path)
+            == pixels(host.generate_image({**body, "image": encode(sample_image(16))}))
+        ).all()
+        for path in (
+            tmp_path / "b64777",
+            image_folder / "link",
+            image_folder / "text",
+            image_folder / "none",
+            image_folder,
+        ):
             answer = host.post({**body, "image": str(path)})
             assert answer.status_code == 400
             assert assert_is_error(answer.json()).startswith("image: ")

@@ -1,4 +1,6 @@
-"""/v1/jobs over a real socket and a real rank loop: send, follow, fetch, cancel, and clients that go away."""
+"""/v1/jobs over a real socket and a real rank loop: send, follow, fetch, cancel, and clients that
+go away.
+"""
 
 import base64
 import io
@@ -24,7 +26,9 @@ LONG = {**BODY, "num_inference_steps": 900}
 
 @pytest.fixture(scope="module")
 def host():
-    with InProcessHost(type="sdxl", checkpoint=str(checkpoint("sdxl")), disconnect_grace="1") as running:
+    with InProcessHost(
+        type="sdxl", checkpoint=str(checkpoint("sdxl")), disconnect_grace="1"
+    ) as running:
         yield running
 
 
@@ -39,7 +43,9 @@ def state(host, job_id):
 
 
 def wait_for(host, job_id, *states):
-    wait_until(lambda: state(host, job_id)["state"] in states, within_s=60, what=f"{job_id} is {states}")
+    wait_until(
+        lambda: state(host, job_id)["state"] in states, within_s=60, what=f"{job_id} is {states}"
+    )
     return state(host, job_id)
 
 
@@ -52,25 +58,46 @@ def test_job_is_accepted_followed_and_fetched_as_what_generate_gives(host):
     assert sent["state"] in ("queued", "running") and sent["seed"] == 5
     done = wait_for(host, sent["id"], "done")
     assert (done["step"], done["steps"], done["error"], done["exactness"]) == (4, 4, None, "exact")
-    assert (done["type"], done["backend"], done["ranks"], done["position"], done["attempts"]) == ("sdxl", None, 1, 0, 1)
-    schema = requests.get(host.url("/openapi.json"), timeout=20).json()["components"]["schemas"]["Job"]
+    assert (done["type"], done["backend"], done["ranks"], done["position"], done["attempts"]) == (
+        "sdxl",
+        None,
+        1,
+        0,
+        1,
+    )
+    schema = requests.get(host.url("/openapi.json"), timeout=20).json()["components"]["schemas"][
+        "Job"
+    ]
     assert set(schema["properties"]) == set(schema["required"]) == set(done)
-    assert (done["settings"]["height"], done["settings"]["num_inference_steps"], done["settings"]["prompt"]) == (64, 4, "a red car")
+    assert (
+        done["settings"]["height"],
+        done["settings"]["num_inference_steps"],
+        done["settings"]["prompt"],
+    ) == (64, 4, "a red car")
     png = requests.get(host.url(done["links"]["result"]), timeout=20)
     assert (png.headers["Content-Type"], png.headers["X-Seed"]) == ("image/png", "5")
     sample_image = Image.open(io.BytesIO(png.content))
     assert json.loads(sample_image.text["parameters"])["prompt"] == "a red car"
-    legacy = requests.get(host.url(done["links"]["result"]), headers={"Accept": "application/json"}, timeout=20).json()
+    legacy = requests.get(
+        host.url(done["links"]["result"]), headers={"Accept": "application/json"}, timeout=20
+    ).json()
     at_once = host.generate_image({"positive": "a red car", "seed": 5, "steps": 4, "cfg": 7.0})
     for body in (legacy, at_once):
         assert np.array_equal(np.asarray(decode(body["output"])), np.asarray(sample_image))
-    assert requests.get(host.url(done["links"]["result"]), headers={"Accept": "video/mp4"}, timeout=20).status_code == 400
+    assert (
+        requests.get(
+            host.url(done["links"]["result"]), headers={"Accept": "video/mp4"}, timeout=20
+        ).status_code
+        == 400
+    )
 
 
 def test_events_show_every_stage_and_previews_grow_into_the_image(host):
     sent = send(host, {**BODY, "num_inference_steps": 12})
     states, previews = [], []
-    with requests.get(host.url(sent["links"]["events"] + "?previews=1"), stream=True, timeout=60) as stream:
+    with requests.get(
+        host.url(sent["links"]["events"] + "?previews=1"), stream=True, timeout=60
+    ) as stream:
         assert stream.headers["Content-Type"].startswith("text/event-stream")
         name = None
         for line in stream.iter_lines(decode_unicode=True):
@@ -79,7 +106,9 @@ def test_events_show_every_stage_and_previews_grow_into_the_image(host):
             elif line.startswith("data: "):
                 (states if name == "status" else previews).append(json.loads(line[6:]))
     assert states[-1]["state"] == "done" and states[-1]["step"] == 12
-    assert previews and all(a["step"] < b["step"] for a, b in zip(previews, previews[1:], strict=False))
+    assert previews and all(
+        a["step"] < b["step"] for a, b in zip(previews, previews[1:], strict=False)
+    )
     header, _, data = previews[-1]["image"].partition(",")
     assert header == "data:image/jpeg;base64"
     small = Image.open(io.BytesIO(base64.b64decode(data)))
@@ -134,12 +163,22 @@ def test_clients_take_turns(host):
 
 
 def test_job_of_a_client_that_went_away_is_cancelled_and_a_kept_one_is_not(host):
-    for body, ended in ((LONG, JobStatus.CANCELLED), ({**BODY, "num_inference_steps": 150, "keep": True}, JobStatus.DONE)):
+    for body, ended in (
+        (LONG, JobStatus.CANCELLED),
+        ({**BODY, "num_inference_steps": 150, "keep": True}, JobStatus.DONE),
+    ):
         data = json.dumps(body).encode()
-        head = f"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+        head = (
+            "POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: "
+            f"application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+        )
         with socket.create_connection(("127.0.0.1", host.port)) as connection:
             connection.sendall(head.encode() + data)
-            wait_until(lambda: (job := host.queue.jobs()[0]).status is JobStatus.RUNNING and job.step > 0, within_s=60, what="it runs")
+            wait_until(
+                lambda: (job := host.queue.jobs()[0]).status is JobStatus.RUNNING and job.step > 0,
+                within_s=60,
+                what="it runs",
+            )
             job = host.queue.jobs()[0]
         assert job.finished.wait(60)
         assert job.status is ended
@@ -159,13 +198,18 @@ def test_unknown_job_is_answered_as_an_error(host):
 
 
 def test_bad_field_is_refused_before_the_queue(host):
-    answer = requests.post(host.url("/v1/jobs"), json={**BODY, "num_inference_steps": 0}, timeout=20)
+    answer = requests.post(
+        host.url("/v1/jobs"), json={**BODY, "num_inference_steps": 0}, timeout=20
+    )
     assert answer.status_code == 400 and "steps=0 is not allowed" in assert_is_error(answer.json())
 
 
 def test_streams_are_limited_and_given_back(host, monkeypatch):
     running = send(host, LONG)
-    streams = [requests.get(host.url(running["links"]["events"]), stream=True, timeout=20) for _ in range(jobs_api.MAX_STREAMS)]
+    streams = [
+        requests.get(host.url(running["links"]["events"]), stream=True, timeout=20)
+        for _ in range(jobs_api.MAX_STREAMS)
+    ]
     answer = requests.get(host.url(running["links"]["events"]), timeout=20)
     assert answer.status_code == 429 and "event streams are open" in assert_is_error(answer.json())
     cancel(host, running["id"])
@@ -187,12 +231,25 @@ def test_trace_tells_what_the_rank_did_when(host):
     cancel(host, running["id"])
     wait_for(host, running["id"], "cancelled")
     none = requests.get(host.url(f"/v1/jobs/{running['id']}/trace"), timeout=20)
-    assert none.status_code == 404 and "has no trace. Only jobs that are done have one" in assert_is_error(none.json())
+    assert (
+        none.status_code == 404
+        and "has no trace. Only jobs that are done have one" in assert_is_error(none.json())
+    )
     wait_for(host, sent["id"], "done")
     events = requests.get(host.url(path), timeout=20).json()["traceEvents"]
-    assert {"rank 0", f"job {sent['id']}"} == {event["args"]["name"] for event in events if event["ph"] == "M"}
+    assert {"rank 0", f"job {sent['id']}"} == {
+        event["args"]["name"] for event in events if event["ph"] == "M"
+    }
     spans = [event for event in events if event["ph"] == "X"]
-    assert [span["name"] for span in spans] == ["queue", "encode", "step 1", "step 2", "step 3", "step 4", "decode"]
+    assert [span["name"] for span in spans] == [
+        "queue",
+        "encode",
+        "step 1",
+        "step 2",
+        "step 3",
+        "step 4",
+        "decode",
+    ]
     for span, following in itertools.pairwise(spans[1:]):
         assert abs(span["ts"] + span["dur"] - following["ts"]) <= 2
     assert spans[0]["ts"] + spans[0]["dur"] <= spans[1]["ts"] + 1000
@@ -202,23 +259,33 @@ def test_figures_of_every_rank_are_told(host):
     host.generate_image(BODY)
     ranks = requests.get(host.url("/settings"), timeout=20).json()["ranks_now"]
     assert [rank["rank"] for rank in ranks] == [0]
-    assert ranks[0]["device"] == "cpu" and ranks[0]["memory_bytes"] > 1e8 and ranks[0]["seconds"] > 0
+    assert (
+        ranks[0]["device"] == "cpu" and ranks[0]["memory_bytes"] > 1e8 and ranks[0]["seconds"] > 0
+    )
 
 
 def test_speed_of_a_video_must_be_a_number(host):
     done = wait_for(host, send(host, BODY)["id"], "done")
     answer = requests.get(host.url(done["links"]["result"] + "?fps=fast"), timeout=20)
-    assert answer.status_code == 400 and "fps='fast' is not allowed" in assert_is_error(answer.json())
+    assert answer.status_code == 400 and "fps='fast' is not allowed" in assert_is_error(
+        answer.json()
+    )
 
 
 def test_stages_of_a_job_are_told_and_counted(host):
     sent = send(host, BODY)
     wait_for(host, sent["id"], "done")
     stages = requests.get(host.url("/settings"), timeout=20).json()["last_report"]["stages"]
-    assert set(stages) == {"encode", "step", "decode"} and all(seconds > 0 for seconds in stages.values())
+    assert set(stages) == {"encode", "step", "decode"} and all(
+        seconds > 0 for seconds in stages.values()
+    )
     requests.get(host.url(sent["links"]["result"]), timeout=20).raise_for_status()
     text = requests.get(host.url("/metrics"), timeout=20).text
     for stage in ("encode", "denoise", "decode", "serialise"):
-        count = next(line for line in text.splitlines() if line.startswith(f'diffusion_stage_seconds_count{{stage="{stage}"}}'))
+        count = next(
+            line
+            for line in text.splitlines()
+            if line.startswith(f'diffusion_stage_seconds_count{{stage="{stage}"}}')
+        )
         assert float(count.split()[-1]) >= 1
     assert "diffusion_restarts 0.0" in text

@@ -16,8 +16,17 @@ from hosts.http import media
 def result(num_frames=1, height=48, width=64):
     """Smooth frames, each of another shade, so that lossy formats keep them."""
     y, x = np.mgrid[0:height, 0:width]
-    frames = [np.stack([x * 3, y * 4, np.full_like(x, 40 + 60 * n)], axis=-1) for n in range(num_frames)]
-    return GenerateResult(frames=np.stack(frames).astype(np.uint8), latents=None, seed=1, num_steps=2, exactness="exact", seconds=0.1)
+    frames = [
+        np.stack([x * 3, y * 4, np.full_like(x, 40 + 60 * n)], axis=-1) for n in range(num_frames)
+    ]
+    return GenerateResult(
+        frames=np.stack(frames).astype(np.uint8),
+        latents=None,
+        seed=1,
+        num_steps=2,
+        exactness="exact",
+        seconds=0.1,
+    )
 
 
 def opened(data):
@@ -53,14 +62,22 @@ def test_mp4_holds_every_frame():
 
 
 def test_mp4_of_odd_size_loses_a_row_and_a_column_only():
-    frames = imageio.imread(media.encode(result(num_frames=2, height=49, width=63), "video/mp4"), extension=".mp4", plugin="FFMPEG")
+    frames = imageio.imread(
+        media.encode(result(num_frames=2, height=49, width=63), "video/mp4"),
+        extension=".mp4",
+        plugin="FFMPEG",
+    )
     assert frames.shape == (2, 48, 62, 3)
 
 
 @pytest.mark.parametrize("content_type", ["image/png", "image/jpeg", "image/webp"])
 def test_video_is_not_sent_as_one_image(content_type):
     with pytest.raises(
-        RequestError, match=r"does not fit a video\. Allowed: video/mp4, image/gif, application/x-npy, application/x-npz, application/json"
+        RequestError,
+        match=(
+            r"does not fit a video\. Allowed: video/mp4, image/gif, application/x-npy, "
+            r"application/x-npz, application/json"
+        ),
     ) as caught:
         media.encode(result(num_frames=2), content_type)
     assert caught.value.field == "Accept"
@@ -69,19 +86,33 @@ def test_video_is_not_sent_as_one_image(content_type):
 @pytest.mark.parametrize("num_frames", [1, 3])
 def test_array_holds_every_frame_as_it_is(num_frames):
     made = result(num_frames=num_frames)
-    assert (np.load(io.BytesIO(media.encode(made, "application/x-npy")), allow_pickle=False) == made.frames).all()
+    assert (
+        np.load(io.BytesIO(media.encode(made, "application/x-npy")), allow_pickle=False)
+        == made.frames
+    ).all()
 
 
-@pytest.mark.parametrize("latents", [None, np.arange(8, dtype=np.float32).reshape(1, 2, 2, 2)], ids=["without latents", "with latents"])
+@pytest.mark.parametrize(
+    "latents",
+    [None, np.arange(8, dtype=np.float32).reshape(1, 2, 2, 2)],
+    ids=["without latents", "with latents"],
+)
 def test_npz_holds_everything_there_is_of_a_result(latents):
-    made = replace(result(num_frames=2), latents=latents, report={"ranks": 2}, resolved={"prompt": "a cat"})
+    made = replace(
+        result(num_frames=2), latents=latents, report={"ranks": 2}, resolved={"prompt": "a cat"}
+    )
     data = media.encode(made, "application/x-npz")
     again = media.decode_whole(data)
     assert (again.frames == made.frames).all()
     assert again.latents is None if latents is None else (again.latents == latents).all()
     assert replace(again, frames=None, latents=None) == replace(made, frames=None, latents=None)
-    assert set(np.load(io.BytesIO(data), allow_pickle=False)) == {"frames", "facts"} | ({"latents"} if latents is not None else set())
+    assert set(np.load(io.BytesIO(data), allow_pickle=False)) == {"frames", "facts"} | (
+        {"latents"} if latents is not None else set()
+    )
 
 
 def test_video_plays_at_the_speed_that_was_asked_for():
-    assert opened(media.encode(result(num_frames=3), "image/gif", frames_per_s=20)).info["duration"] == 50
+    assert (
+        opened(media.encode(result(num_frames=3), "image/gif", frames_per_s=20)).info["duration"]
+        == 50
+    )

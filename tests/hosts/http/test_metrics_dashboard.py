@@ -21,7 +21,15 @@ def metrics_after_one_job(frames):
     metrics = Metrics(queue, state)
     queue.submit(GenerateRequest(prompt="a", seed=1))
     report = {"stages": {"encode": 0.1, "step": 0.5, "decode": 0.2}}
-    made = GenerateResult(frames=frames, latents=None, seed=1, num_steps=1, exactness="exact", seconds=1.0, report=report)
+    made = GenerateResult(
+        frames=frames,
+        latents=None,
+        seed=1,
+        num_steps=1,
+        exactness="exact",
+        seconds=1.0,
+        report=report,
+    )
     queue.finish(queue.next(), result=made)
     with metrics.serialising():
         pass
@@ -32,7 +40,12 @@ def test_every_figure_of_the_dashboard_is_measured():
     text = metrics_after_one_job(np.zeros((1, 8, 8, 3), dtype=np.uint8))
     measured = set(re.findall(r"^(diffusion_\w+)", text, re.MULTILINE))
     board = json.loads(DASHBOARD.read_text(encoding="utf-8"))
-    asked = {name for panel in board["panels"] for target in panel["targets"] for name in re.findall(r"diffusion_\w+", target["expr"])}
+    asked = {
+        name
+        for panel in board["panels"]
+        for target in panel["targets"]
+        for name in re.findall(r"diffusion_\w+", target["expr"])
+    }
     assert len(asked) >= 10 and not asked - measured, asked - measured
     stages = set(re.findall(r'diffusion_stage_seconds_count\{stage="(\w+)"\}', text))
     assert stages == {"encode", "denoise", "decode", "serialise"}

@@ -1,4 +1,6 @@
-"""The page in a real browser against a real host of two ranks: type, click, watch the preview, cancel, see the image."""
+"""The page in a real browser against a real host of two ranks: type, click, watch the preview,
+cancel, see the image.
+"""
 
 import io
 import json
@@ -13,9 +15,12 @@ from PIL import Image
 from tests.hosts.harness import start_launcher
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs Debian's chromium and chromium-driver")
+pytestmark = pytest.mark.skipif(
+    not (CHROMIUM and DRIVER), reason="needs Debian's chromium and chromium-driver"
+)
 FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
 )  # fmt: skip
 WAIT_S = 60
@@ -64,8 +69,12 @@ def find(browser, selector):
 
 
 def texts(browser, selector):
-    """The texts of all that match, read in one go: the page draws its tables anew several times a second."""
-    rows = browser.execute_script("return [...document.querySelectorAll(arguments[0])].map(row => row.innerText)", selector)
+    """The texts of all that match, read in one go: the page draws its tables anew several times a
+    second.
+    """
+    rows = browser.execute_script(
+        "return [...document.querySelectorAll(arguments[0])].map(row => row.innerText)", selector
+    )
     return [re.sub(r"\s+", " ", row).strip() for row in rows]
 
 
@@ -77,12 +86,16 @@ def until(browser, condition, within_s=WAIT_S):
 
 def size(browser, width, height):
     browser.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride", {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        "Emulation.setDeviceMetricsOverride",
+        {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600},
     )
 
 
 def scheme(browser, value):
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": value}]})
+    browser.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia",
+        {"features": [{"name": "prefers-color-scheme", "value": value}]},
+    )
 
 
 def fill(browser, name, value):
@@ -95,7 +108,9 @@ def caption(browser):
 
 
 def source(browser):
-    """Address of the image on show, or None; asked in one go, for a preview may be replaced between two questions."""
+    """Address of the image on show, or None; asked in one go, for a preview may be replaced between
+    two questions.
+    """
     return browser.execute_script("return document.querySelector('#canvas img')?.src")
 
 
@@ -112,16 +127,31 @@ def test_image_is_typed_drawn_previewed_and_kept_with_its_settings(page, host, s
     until(page, lambda: source(page) != first and source(page).startswith("data:"))
     until(page, lambda: source(page).startswith("blob:"))
     assert "128x128, 30 steps, guidance 2.5, EulerDiscreteScheduler, seed 1" in caption(page)
-    assert find(page, "#cancel").get_attribute("hidden") and not find(page, "#download").get_attribute("hidden")
+    assert find(page, "#cancel").get_attribute("hidden") and not find(
+        page, "#download"
+    ).get_attribute("hidden")
     name = find(page, "#download").get_attribute("download")
     png = requests.get(host.url(f"/v1/jobs/{name.removesuffix('.png')}/result"), timeout=20).content
     sample_image = Image.open(io.BytesIO(png))
-    centre, corner = np.asarray(sample_image)[64, 64].astype(int), np.asarray(sample_image)[4, 4].astype(int)
-    assert centre[0] > 150 and centre[0] > 2 * centre[2] and corner[2] > 120 and corner[2] > 2 * corner[0]
-    assert json.loads(sample_image.text["parameters"])["prompt"] == "a large red circle on a blue background"
+    centre, corner = (
+        np.asarray(sample_image)[64, 64].astype(int),
+        np.asarray(sample_image)[4, 4].astype(int),
+    )
+    assert (
+        centre[0] > 150
+        and centre[0] > 2 * centre[2]
+        and corner[2] > 120
+        and corner[2] > 2 * corner[0]
+    )
+    assert (
+        json.loads(sample_image.text["parameters"])["prompt"]
+        == "a large red circle on a blue background"
+    )
     until(page, lambda: len(texts(page, "#gallery li")) == 1)
     until(page, lambda: len(texts(page, "#ranks tr")) == 2)
-    for number, row in enumerate(texts(page, "#ranks tr")):  # device, memory, share of computing and of waiting
+    for number, row in enumerate(
+        texts(page, "#ranks tr")
+    ):  # device, memory, share of computing and of waiting
         assert re.match(rf"{number} cpu \d+ MB \d+ % \d+ %", row), row
     size(page, 1200, 1320)
     page.save_screenshot(screenshots / "light.png")
@@ -137,7 +167,9 @@ def test_long_job_is_cancelled_by_its_button_and_the_next_one_runs(page):
     fill(page, "num_inference_steps", 900)
     find(page, "#draw").click()
     until(page, lambda: "step" in caption(page))
-    assert "yours" in until(page, lambda: (text := find(page, "#queue").text) and "yours" in text and text)
+    assert "yours" in until(
+        page, lambda: (text := find(page, "#queue").text) and "yours" in text and text
+    )
     find(page, "#cancel").click()
     until(page, lambda: caption(page).startswith("cancelled: "))
     fill(page, "num_inference_steps", 2)
@@ -170,10 +202,17 @@ def test_schema_is_read_as_a_page_that_the_page_links_to(page, host, screenshots
     until(page, lambda: find(page, "#Request tbody tr"))
     document = requests.get(host.url("/openapi.json"), timeout=10).json()
     calls = [call.text for call in page.find_elements("css selector", "#calls summary code")]
-    assert calls == [f"{method.upper()} {path}" for path, methods in document["paths"].items() for method in methods]
+    assert calls == [
+        f"{method.upper()} {path}"
+        for path, methods in document["paths"].items()
+        for method in methods
+    ]
     fields = {row.split(" ")[0]: row for row in find(page, "#Request tbody").text.splitlines()}
     assert set(document["components"]["schemas"]["Request"]["properties"]) <= set(fields)
-    assert fields["num_inference_steps"] == "num_inference_steps integer from 1 to 1000 20 Sampling steps."
+    assert (
+        fields["num_inference_steps"]
+        == "num_inference_steps integer from 1 to 1000 20 Sampling steps."
+    )
     assert "euler_a" in fields["scheduler"]
     find(page, "#calls details[id='post/v1/jobs'] summary").click()
     assert f"curl -s {host.url('/v1/jobs')}" in find(page, "#calls details[open] pre").text
@@ -184,10 +223,16 @@ def test_schema_is_read_as_a_page_that_the_page_links_to(page, host, screenshots
 
 
 def test_page_asks_nobody_else_and_logs_no_error(page, host):
-    asked = page.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
+    asked = page.execute_script(
+        "return performance.getEntriesByType('resource').map(entry => entry.name)"
+    )
     assert asked and all(name.startswith(host.url("/")) for name in asked)
     # the browser also logs the refusal of the test before
-    messages = [entry for entry in page.get_log("browser") if entry["level"] == "SEVERE" and "v1/jobs" not in entry["message"]]
+    messages = [
+        entry
+        for entry in page.get_log("browser")
+        if entry["level"] == "SEVERE" and "v1/jobs" not in entry["message"]
+    ]
     assert not messages
     policy = requests.get(host.url("/"), timeout=10).headers["Content-Security-Policy"]
     assert policy.startswith("default-src 'self'")

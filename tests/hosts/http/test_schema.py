@@ -10,7 +10,9 @@ from hosts.http.schema import openapi
 from hosts.launch.settings import Settings
 from tests.checkpoints import NAMES
 
-EVERYTHING = Settings.from_values({"compel": "true", "control_net": "/c", "ip_adapter": '{"/i": 1}', "lora_dir": "/l"})
+EVERYTHING = Settings.from_values(
+    {"compel": "true", "control_net": "/c", "ip_adapter": '{"/i": 1}', "lora_dir": "/l"}
+)
 
 LISTS = ("sigmas", "timesteps")
 """Their range is the scheduler's."""
@@ -25,22 +27,43 @@ def test_schema_of_every_type_is_valid_and_has_its_defaults(name):
     assert fields["height"]["default"] == 64 and fields["width"]["default"] == spec.width
     assert all("description" in facts for facts in fields.values())
     assert ("num_frames" in fields) == (spec.output == "video")
-    assert "lora" not in fields and "control_image" not in fields and "control_guidance_end" not in fields
+    assert (
+        "lora" not in fields
+        and "control_image" not in fields
+        and "control_guidance_end" not in fields
+    )
     assert f"Multiples of {spec.size_multiple};" in fields["width"]["description"]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_field_has_a_description_a_type_a_default_and_every_number_a_range(name):
-    fields = openapi(read_table()[name], EVERYTHING)["components"]["schemas"]["Request"]["properties"]
+    fields = openapi(read_table()[name], EVERYTHING)["components"]["schemas"]["Request"][
+        "properties"
+    ]
     for field, facts in fields.items():
         assert facts["description"] and "default" in facts, field
         kinds = facts.get("anyOf", [facts])
         assert all("type" in kind for kind in kinds), field
-        for number in [each for kind in kinds for each in (kind, kind.get("items", {})) if each.get("type") in ("integer", "number")]:
+        for number in [
+            each
+            for kind in kinds
+            for each in (kind, kind.get("items", {}))
+            if each.get("type") in ("integer", "number")
+        ]:
             assert field in LISTS or number["minimum"] < number["maximum"], field
-    numbers = {"seed", "num_inference_steps", "guidance_scale", "height", "width", "strength", "controlnet_conditioning_scale"}
+    numbers = {
+        "seed",
+        "num_inference_steps",
+        "guidance_scale",
+        "height",
+        "width",
+        "strength",
+        "controlnet_conditioning_scale",
+    }
     assert numbers <= set(fields)
-    assert ("motion_bucket_id" in fields) == (name == "svd") and ("decode_chunk_size" in fields) == ("num_frames" in fields)
+    assert ("motion_bucket_id" in fields) == (name == "svd") and (
+        "decode_chunk_size" in fields
+    ) == ("num_frames" in fields)
 
 
 @pytest.mark.parametrize("name", ["sdxl", "svd"])

@@ -46,12 +46,17 @@ def test_localhost_is_served_by_both_its_addresses(address, listener):
 
 
 def test_nothing_listens_beyond_the_loopback(listener):
-    with pytest.raises(OSError), socket.create_connection((_own_address(), listener.port), timeout=2):
+    with (
+        pytest.raises(OSError),
+        socket.create_connection((_own_address(), listener.port), timeout=2),
+    ):
         pass
 
 
 def _own_address():
-    """An address of this machine other than the loopback; 127.0.0.2 stands in where there is none."""
+    """An address of this machine other than the loopback; 127.0.0.2 stands in where there is
+    none.
+    """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("192.0.2.1", 9))
@@ -62,7 +67,10 @@ def _own_address():
 
 def test_taken_port_is_refused_and_its_owner_undisturbed(listener):
     assert not is_port_free("127.0.0.1", listener.port)
-    with pytest.raises(ConfigError, match=f"--port={listener.port} cannot be bound: .* Stop it, or choose another port"):
+    with pytest.raises(
+        ConfigError,
+        match=f"--port={listener.port} cannot be bound: .* Stop it, or choose another port",
+    ):
         Listener(application(), host="127.0.0.1", port=listener.port).bind()
     assert session().get(f"http://127.0.0.1:{listener.port}/", timeout=5).text == "here"
 

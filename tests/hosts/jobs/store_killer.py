@@ -1,7 +1,10 @@
-"""python -m tests.hosts.jobs.store_killer FOLDER ROUNDS SEED: kill a process that uses a job store, again and again, at random moments.
+"""python -m tests.hosts.jobs.store_killer FOLDER ROUNDS SEED: kill users of a job store.
 
-Each round forks a victim with a queue on the same folder. One of its threads submits jobs, the other "draws" them; what it tells its
-clients (accepted, done, failed) goes through a pipe, and what is in the pipe has been told. The verdict is printed as JSON.
+Again and again, at random moments.
+
+Each round forks a victim with a queue on the same folder. One of its threads submits jobs, the
+other "draws" them; what it tells its clients (accepted, done, failed) goes through a pipe, and what
+is in the pipe has been told. The verdict is printed as JSON.
 """
 
 import hashlib
@@ -55,7 +58,15 @@ def victim(folder: Path, round_number: int, tell) -> None:
         tell(f"began {job.id}")
         frames = draw(job.request)
         queue.finish(
-            job, result=GenerateResult(frames=frames, latents=None, seed=job.request.seed, num_steps=1, exactness="exact", seconds=0)
+            job,
+            result=GenerateResult(
+                frames=frames,
+                latents=None,
+                seed=job.request.seed,
+                num_steps=1,
+                exactness="exact",
+                seconds=0,
+            ),
         )
         tell(f"done {job.id} {digest(job.wait().frames)}")
 
@@ -65,15 +76,23 @@ def submit_jobs(queue: JobQueue, round_number: int, tell) -> None:
     for number in range(1_000_000):
         while queue.num_waiting >= WAITING:
             time.sleep(0.001)
-        request = GenerateRequest(prompt=f"{round_number}", init_image=sample_image if number % 2 else None)
+        request = GenerateRequest(
+            prompt=f"{round_number}", init_image=sample_image if number % 2 else None
+        )
         key = f"{round_number}-{number}"
         job = queue.submit(request, is_stored=True, key=key)
         again = queue.submit(request, is_stored=True, key=key)
-        tell(f"accepted {job.id} {digest(draw(job.request))}" if again is job else f"twice {job.id} {again.id}")
+        tell(
+            f"accepted {job.id} {digest(draw(job.request))}"
+            if again is job
+            else f"twice {job.id} {again.id}"
+        )
 
 
 def one_round(folder: Path, round_number: int, *, channels: int, then_s: float) -> list[str]:
-    """What the victim told. It is killed `then_s` after it has told so many lines of its own; in the last round (-1) it is not."""
+    """What the victim told. It is killed `then_s` after it has told so many lines of its own; in
+    the last round (-1) it is not.
+    """
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -85,7 +104,11 @@ def one_round(folder: Path, round_number: int, *, channels: int, then_s: float) 
     os.close(writer)
     told, kill_at = b"", None
     while True:
-        if round_number >= 0 and kill_at is None and told.partition(b"open\n")[2].count(b"\n") >= channels:
+        if (
+            round_number >= 0
+            and kill_at is None
+            and told.partition(b"open\n")[2].count(b"\n") >= channels
+        ):
             kill_at = time.monotonic() + then_s
         left = None if kill_at is None else max(0.0, kill_at - time.monotonic())
         if not select.select([reader], [], [], left)[0]:
@@ -111,7 +134,10 @@ def main() -> None:
     for round_number in [*range(rounds), -1]:
         channels = chance.randint(0, MOST_LINES)
         for line in one_round(
-            folder, round_number, channels=channels, then_s=chance.uniform(0, LONGEST_S if channels else LONGEST_OPENING_S)
+            folder,
+            round_number,
+            channels=channels,
+            then_s=chance.uniform(0, LONGEST_S if channels else LONGEST_OPENING_S),
         ):
             what, job_id, *rest = f"{line} ".split(" ", 2)
             if what == "accepted":
@@ -129,12 +155,16 @@ def main() -> None:
         "accepted": len(wanted),
         "done": len(sample_images),
         "failed": len(failed),
-        "failed_with_other_reasons": sum("so it is not tried again" not in reason for reason in failed.values()),
+        "failed_with_other_reasons": sum(
+            "so it is not tried again" not in reason for reason in failed.values()
+        ),
         "begun_twice": sum(count == 2 for count in begun.values()),
         "begun_more_often": sum(count > 2 for count in begun.values()),
         "lost": len(set(wanted) - set(sample_images) - set(failed)),
         "done_and_failed": len(set(sample_images) & set(failed)),
-        "wrong_images": sum(seen != {wanted[job_id]} for job_id, seen in sample_images.items() if job_id in wanted),
+        "wrong_images": sum(
+            seen != {wanted[job_id]} for job_id, seen in sample_images.items() if job_id in wanted
+        ),
         "different_images": sum(len(seen) > 1 for seen in sample_images.values()),
         "same_key_twice": twice,
     }

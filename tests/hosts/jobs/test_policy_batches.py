@@ -46,12 +46,14 @@ def gain_of(seconds, *, max_batch=4, trials=2):
         ({1: 1.0, 2: math.inf}, 1),
     ],
 )
-def test_batch_is_tried_when_half_of_it_is_known_and_kept_where_a_image_costs_a_tenth_less(known, limit):
+def test_batch_is_tried_when_half_of_it_is_known_and_kept_where_a_image_costs_a_tenth_less(
+    known, limit
+):
     assert gain_of(known).limit("kind") == limit
     assert gain_of(known).limit("another kind") == 1
 
 
-def test_size_is_judged_by_the_better_of_two_trials_and_failures_count_only_when_there_is_nothing_else():
+def test_size_is_judged_by_the_better_of_two_trials_and_by_failures_only_without_any():
     gain = gain_of({1: 1.0})
     gain.learn("kind", batch=2, seconds=9.0)
     assert gain.limit("kind") == 2
@@ -76,7 +78,9 @@ def test_size_that_did_not_pay_is_tried_again_after_many_images_unless_it_could_
         assert (*found, gain.limit("kind")) == limits
 
 
-@pytest.mark.parametrize(("max_batch", "limits"), [(1, [1, 1, 1]), (2, [2, 2, 2]), (3, [2, 3, 3]), (8, [2, 4, 8])])
+@pytest.mark.parametrize(
+    ("max_batch", "limits"), [(1, [1, 1, 1]), (2, [2, 2, 2]), (3, [2, 3, 3]), (8, [2, 4, 8])]
+)
 def test_batches_double_up_to_the_most_that_is_allowed(max_batch, limits):
     known = [{1: 1.0}, {1: 1.0, 2: 1.4}, {1: 1.0, 2: 1.4, 3: 1.6, 4: 2.0}]
     assert [gain_of(each, max_batch=max_batch).limit("kind") for each in known] == limits
@@ -84,7 +88,9 @@ def test_batches_double_up_to_the_most_that_is_allowed(max_batch, limits):
 
 def test_share_is_that_of_the_best_batch_that_fits():
     gain = gain_of(SECONDS)
-    assert [gain.share("kind", batch) for batch in (1, 2, 3, 4)] == pytest.approx([1.0, 0.7, 0.7, 0.55])
+    assert [gain.share("kind", batch) for batch in (1, 2, 3, 4)] == pytest.approx(
+        [1.0, 0.7, 0.7, 0.55]
+    )
     assert gain_of(SECONDS, trials=1).share("kind", 4) == 1.0
 
 
@@ -98,7 +104,16 @@ def test_kinds_that_were_not_made_for_long_are_forgotten():
 
 
 def request(seed=1, **fields):
-    return GenerateRequest(**{"prompt": "a cat", "seed": seed, "num_inference_steps": 4, "height": 64, "width": 64, **fields})
+    return GenerateRequest(
+        **{
+            "prompt": "a cat",
+            "seed": seed,
+            "num_inference_steps": 4,
+            "height": 64,
+            "width": 64,
+            **fields,
+        }
+    )
 
 
 def sharing(*, known=SECONDS, ranks=1, max_batch=4):
@@ -116,7 +131,13 @@ def sharing(*, known=SECONDS, ranks=1, max_batch=4):
 def taken(queue, rules):
     """Seeds of the jobs that a free rank takes."""
     first = queue.next(take_or_leave, ranks=1)
-    return [job.request.seed for job in (first, *queue.take_along(first, lambda *jobs: rules.num_companions(first, *jobs)))]
+    return [
+        job.request.seed
+        for job in (
+            first,
+            *queue.take_along(first, lambda *jobs: rules.num_companions(first, *jobs)),
+        )
+    ]
 
 
 @pytest.mark.parametrize(
@@ -132,14 +153,18 @@ def taken(queue, rules):
         (4, 4, SECONDS, 5, [2, 1, 1, 1]),
     ],
 )
-def test_ranks_share_out_what_waits_before_one_of_them_takes_several(ranks, max_batch, known, num_jobs, batches):
+def test_ranks_share_out_what_waits_before_one_of_them_takes_several(
+    ranks, max_batch, known, num_jobs, batches
+):
     queue, rules = JobQueue(), sharing(ranks=ranks, known=known, max_batch=max_batch)
     for seed in range(num_jobs):
         queue.submit(request(seed))
     found = []
     while queue.num_waiting:
         found.append(taken(queue, rules))
-    assert [len(seeds) for seeds in found] == batches and [seed for seeds in found for seed in seeds] == list(range(num_jobs))
+    assert [len(seeds) for seeds in found] == batches and [
+        seed for seeds in found for seed in seeds
+    ] == list(range(num_jobs))
 
 
 def test_batch_holds_only_those_whose_turn_it_is():
@@ -165,7 +190,9 @@ def test_job_that_was_begun_before_goes_alone():
 def test_job_of_several_ranks_and_one_with_a_image_go_alone():
     queue, rules = JobQueue(), sharing(ranks=2)
     for seed in range(4):
-        queue.submit(request(seed, **({"latents": np.zeros((1, 4, 8, 8), np.float32)} if seed > 1 else {})))
+        queue.submit(
+            request(seed, **({"latents": np.zeros((1, 4, 8, 8), np.float32)} if seed > 1 else {}))
+        )
     both = queue.next(ranks=2)
     assert queue.take_along(both, lambda *jobs: rules.num_companions(both, *jobs)) == []
     assert [taken(queue, rules) for _ in range(3)] == [[1], [2], [3]]
@@ -185,7 +212,9 @@ def test_auto_mode_splits_where_batches_are_what_makes_one_rank_each_quicker():
     for known, size in (({1: 10.0}, 2), ({1: 10.0, 2: 12.0, 4: 16.0}, 1)):
         rules = sharing(ranks=2, known=known)
         waiting = [JobQueue().submit(request(seed)) for seed in range(8)]
-        rules.learn(waiting[0], ranks=2, seconds=4.5)  # eight jobs: 36 s together, 40 s one by one, 16 s in batches of four
+        rules.learn(
+            waiting[0], ranks=2, seconds=4.5
+        )  # eight jobs: 36 s together, 40 s one by one, 16 s in batches of four
         assert rules.team_size(waiting) == size
 
 
@@ -195,12 +224,18 @@ def test_team_is_free_when_its_batch_is_done_and_not_when_one_of_its_jobs_would_
     for seed in range(4):
         queue.submit(request(seed))
     assert taken(queue, rules) == [0, 1]
-    waiting, running = [job for job in queue.jobs() if job.status is JobStatus.QUEUED], [job for job in queue.jobs() if job.batch]
+    waiting, running = (
+        [job for job in queue.jobs() if job.status is JobStatus.QUEUED],
+        [job for job in queue.jobs() if job.batch],
+    )
     rules.learn(waiting[0], ranks=2, seconds=6.0)
-    assert len(running) == 2 and not rules.must_gather(waiting[:1], running, team_size=1), "the other rank is free"
+    assert len(running) == 2 and not rules.must_gather(waiting[:1], running, team_size=1), (
+        "the other rank is free"
+    )
     for job in running:
         job.started_s -= 11.5
-    # the batch needs 0.5 s more: two jobs are then 12 s for both ranks one after the other, as they are in one batch now
+    # the batch needs 0.5 s more: two jobs are then 12 s for both ranks one after the other, as they
+    # are in one batch now
     assert rules._left(running, 1) == pytest.approx(0.5, abs=0.2)
 
 
@@ -214,7 +249,9 @@ class Desk:
     def __init__(self, num_jobs, *, check=lambda request: None, **known):
         self.queue, self.state, self.rules = JobQueue(), HostState(), sharing(**known)
         self.jobs = [self.queue.submit(request(seed), is_kept=True) for seed in range(num_jobs)]
-        self.dispatcher = JobDispatcher(queue=self.queue, state=self.state, sharing=self.rules, ranks=1, choose=take_or_leave)
+        self.dispatcher = JobDispatcher(
+            queue=self.queue, state=self.state, sharing=self.rules, ranks=1, choose=take_or_leave
+        )
         self.command = self.dispatcher.next_command(check)
 
     def ids(self, *numbers):
@@ -224,43 +261,64 @@ class Desk:
         return "".join(job.status.value[0] for job in self.jobs)
 
     def done(self, num_results):
-        self.dispatcher.generated([result(seed) for seed in range(num_results)], Outcome(failure=None, groups_are_broken=False))
+        self.dispatcher.generated(
+            [result(seed) for seed in range(num_results)],
+            Outcome(failure=None, groups_are_broken=False),
+        )
 
     def failed(self, error):
-        self.dispatcher.generated((), Outcome(failure=Failure.of(error, rank=0), groups_are_broken=False))
+        self.dispatcher.generated(
+            (), Outcome(failure=Failure.of(error, rank=0), groups_are_broken=False)
+        )
 
 
 def result(seed):
     frames = np.full((1, 8, 8, 3), seed, dtype=np.uint8)
-    return GenerateResult(frames=frames, latents=None, seed=seed, num_steps=2, exactness="exact", seconds=0.1)
+    return GenerateResult(
+        frames=frames, latents=None, seed=seed, num_steps=2, exactness="exact", seconds=0.1
+    )
 
 
 def test_each_job_of_a_batch_gets_its_own_row_its_progress_and_its_preview():
     host = Desk(3)
-    assert host.command == Generate(job_ids=host.ids(0, 1, 2), requests=tuple(job.request for job in host.jobs))
+    assert host.command == Generate(
+        job_ids=host.ids(0, 1, 2), requests=tuple(job.request for job in host.jobs)
+    )
     host.jobs[1].wants_preview = True
     assert host.dispatcher.rows_in_view == (1,)
     host.dispatcher.step_done(1, 2, lambda row: np.full((2, 2, 3), row, dtype=np.uint8))
-    assert [(job.step, job.preview is not None) for job in host.jobs] == [(1, False), (1, True), (1, False)]
+    assert [(job.step, job.preview is not None) for job in host.jobs] == [
+        (1, False),
+        (1, True),
+        (1, False),
+    ]
     assert host.jobs[1].preview.max() == 1
     host.done(3)
     assert [job.wait().frames.max() for job in host.jobs] == [0, 1, 2]
-    assert {(job.result.report["ranks"], job.result.report["batch"]) for job in host.jobs} == {(1, 3)}
+    assert {(job.result.report["ranks"], job.result.report["batch"]) for job in host.jobs} == {
+        (1, 3)
+    }
     assert host.state.facts["last_report"]["batch"] == 3
-    assert host.state.facts["seconds_in_batches"]["64x64, 4 steps guided"][3] == pytest.approx(0.1 / 3, abs=1e-4)
+    assert host.state.facts["seconds_in_batches"]["64x64, 4 steps guided"][3] == pytest.approx(
+        0.1 / 3, abs=1e-4
+    )
 
 
 def test_cancelled_job_of_a_batch_ends_at_once_and_the_batch_when_nobody_wants_it():
     host = Desk(3)
     host.dispatcher.step_done(1, 4, lambda row: None)
     host.queue.cancel(host.jobs[0])
-    assert host.states() == "rrr" and host.dispatcher.step_signal() == GO_ON and host.states() == "crr"
+    assert (
+        host.states() == "rrr" and host.dispatcher.step_signal() == GO_ON and host.states() == "crr"
+    )
     with pytest.raises(CancelledError, match="the job was cancelled after step 1 of 4"):
         host.jobs[0].wait()
     host.dispatcher.step_done(2, 4, lambda row: None)
     assert [job.step for job in host.jobs] == [1, 2, 2]
     host.jobs[1].deadline_s = host.jobs[1].created_s
-    assert host.dispatcher.step_signal() == GO_ON and "not done 0 s after it was sent" in str(host.jobs[1].error)
+    assert host.dispatcher.step_signal() == GO_ON and "not done 0 s after it was sent" in str(
+        host.jobs[1].error
+    )
     host.queue.cancel(host.jobs[2], "its client has gone away")
     assert host.dispatcher.step_signal() == CANCEL and host.states() == "ccr"
     host.failed(CancelledError("the job was cancelled at step 3 of 4."))
@@ -276,7 +334,11 @@ def test_row_of_the_job_that_is_left_is_its_own():
     assert (host.states(), host.jobs[2].result.frames.max()) == ("dcd", 2)
 
 
-@pytest.mark.parametrize("error", [ArithmeticError("a fault"), MemoryError("out of memory"), PlanError("no"), RequestError("no")], ids=repr)
+@pytest.mark.parametrize(
+    "error",
+    [ArithmeticError("a fault"), MemoryError("out of memory"), PlanError("no"), RequestError("no")],
+    ids=repr,
+)
 def test_batch_that_fails_is_made_again_one_by_one_in_its_order(error):
     host = Desk(4)
     assert len(host.command.job_ids) == 4
@@ -321,13 +383,31 @@ def test_refused_job_does_not_enter_the_batch():
         ({"ranks": 2, "backend": "distrifuser"}, 4, ""),
         ({"ranks": 1, "max_batch": 7}, 7, ""),
         ({"ranks": 1, "max_batch": 1, "mode": "latency"}, 1, ""),
-        ({"ranks": 1, "mode": "latency"}, 1, "max_batch=1: mode=latency: each image is the same whatever the load"),
-        ({"ranks": 2, "backend": "asyncdiff", "shard_weights": True}, 1, "max_batch=1: no rank works alone"),
-        ({"ranks": 1, "step_cache": "deep,2"}, 1, "max_batch=1: --step_cache decides by all of a batch"),
-        ({"ranks": 1, "type_name": "zimage"}, 1, "max_batch=1: a row of a batch of Z-Image depends on the others"),
+        (
+            {"ranks": 1, "mode": "latency"},
+            1,
+            "max_batch=1: mode=latency: each image is the same whatever the load",
+        ),
+        (
+            {"ranks": 2, "backend": "asyncdiff", "shard_weights": True},
+            1,
+            "max_batch=1: no rank works alone",
+        ),
+        (
+            {"ranks": 1, "step_cache": "deep,2"},
+            1,
+            "max_batch=1: --step_cache decides by all of a batch",
+        ),
+        (
+            {"ranks": 1, "type_name": "zimage"},
+            1,
+            "max_batch=1: a row of a batch of Z-Image depends on the others",
+        ),
     ],
 )
 def test_start_says_how_many_jobs_fit_into_a_batch_and_why_only_one(options, max_batch, reason):
     facts = teams(**options).facts()
     assert facts["max_batch"] == max_batch
-    assert [said for said in facts["reasons"] if said.startswith("max_batch")] == ([reason] if reason else [])
+    assert [said for said in facts["reasons"] if said.startswith("max_batch")] == (
+        [reason] if reason else []
+    )

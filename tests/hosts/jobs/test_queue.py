@@ -18,7 +18,9 @@ def request(seed=1, **fields):
 
 def result(seed=1):
     frames = np.zeros((1, 8, 8, 3), dtype=np.uint8)
-    return GenerateResult(frames=frames, latents=None, seed=seed, num_steps=2, exactness="exact", seconds=0.1)
+    return GenerateResult(
+        frames=frames, latents=None, seed=seed, num_steps=2, exactness="exact", seconds=0.1
+    )
 
 
 def test_jobs_run_in_the_order_they_came():

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from backends.errors import CancelledError, HostError, NotFoundError, RankError, RequestError, UnavailableError
+from backends.errors import (
+    CancelledError,
+    HostError,
+    NotFoundError,
+    RankError,
+    RequestError,
+    UnavailableError,
+)
 from hosts.jobs import serialization
 from hosts.jobs.queue import JobStatus
 from hosts.jobs.store import JobStore
@@ -16,9 +23,12 @@ from tests.hosts.jobs.stored import request, result, send
 
 
 def test_request_comes_back_as_it_was():
-    sample_image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (5, 7, 3), dtype=np.uint8))
+    sample_image = Image.fromarray(
+        np.random.default_rng(0).integers(0, 255, (5, 7, 3), dtype=np.uint8)
+    )
     asked = request(
-        scheduler={"scheduler": "euler", "plain": {"tensors": []}}, latents=np.ones((1, 4, 2, 2), np.float32), init_image=sample_image,
+        scheduler={"scheduler": "euler", "plain": {"tensors": []}},
+        latents=np.ones((1, 4, 2, 2), np.float32), init_image=sample_image,
         control_image=[sample_image, sample_image.rotate(90)], sigmas=[1.0, 0.0], strength=0.5,
     )  # fmt: skip
     text, arrays = serialization.pack_request(asked)
@@ -28,16 +38,26 @@ def test_request_comes_back_as_it_was():
     assert back.scheduler == asked.scheduler and back.sigmas == asked.sigmas
     assert (np.asarray(back.control_image[1]) == np.asarray(asked.control_image[1])).all()
     assert serialization.fingerprint(request(2)) != serialization.fingerprint(request(1))
-    assert serialization.fingerprint(request(latents=np.zeros(3))) != serialization.fingerprint(request(latents=np.ones(3)))
+    assert serialization.fingerprint(request(latents=np.zeros(3))) != serialization.fingerprint(
+        request(latents=np.ones(3))
+    )
 
 
 @pytest.mark.parametrize(
-    "error", [RankError("rank 1 failed: x", rank=1), RequestError("no", field="steps"), CancelledError("c"), HostError("h")]
+    "error",
+    [
+        RankError("rank 1 failed: x", rank=1),
+        RequestError("no", field="steps"),
+        CancelledError("c"),
+        HostError("h"),
+    ],
 )
 def test_error_comes_back_as_it_was(error):
     back = serialization.unpack_error(serialization.pack_error(error))
     assert type(back) is type(error) and str(back) == str(error)
-    assert getattr(back, "rank", None) == getattr(error, "rank", None) and getattr(back, "field", None) == getattr(error, "field", None)
+    assert getattr(back, "rank", None) == getattr(error, "rank", None) and getattr(
+        back, "field", None
+    ) == getattr(error, "field", None)
 
 
 def test_waiting_jobs_run_after_a_restart_in_their_order_with_the_seeds_they_had(open_queue):
@@ -62,7 +82,11 @@ def test_job_that_ran_is_begun_again_before_all_others_and_only_once(open_queue)
     again = queue.find(jobs[0].id)
     assert again.status is JobStatus.FAILED and again.finished.is_set()
     with pytest.raises(
-        HostError, match=r"ended 2 times while this job ran, so it is not tried again. The last time: rank 1 was gone. Ask for"
+        HostError,
+        match=(
+            r"ended 2 times while this job ran, so it is not tried again. The last time: rank 1 "
+            r"was gone. Ask for"
+        ),
     ):
         again.wait()
     assert queue.next().id == jobs[1].id
@@ -90,7 +114,12 @@ def test_result_of_before_the_restart_is_the_same_and_is_not_made_again(open_que
     assert back.status is JobStatus.DONE and queue.num_waiting == 0
     made, want = back.wait(), result(5)
     assert (made.frames == want.frames).all() and (made.latents == want.latents).all()
-    assert (made.seed, made.report, made.resolved, made.exactness) == (5, want.report, want.resolved, "exact")
+    assert (made.seed, made.report, made.resolved, made.exactness) == (
+        5,
+        want.report,
+        want.resolved,
+        "exact",
+    )
     assert back.step == job.step and back.ended_s == job.ended_s
 
 
@@ -113,7 +142,11 @@ def test_failed_and_cancelled_jobs_stay_so(open_queue):
     queue.cancel(queue.next(), "changed my mind")  # and the ranks die before its next step
     queue = open_queue()
     assert queue.num_waiting == 0
-    for job, match in ((failed, "rank 1 failed: x"), (cancelled, "not wanted"), (stopped, "changed my mind")):
+    for job, match in (
+        (failed, "rank 1 failed: x"),
+        (cancelled, "not wanted"),
+        (stopped, "changed my mind"),
+    ):
         with pytest.raises(HostError, match=match):
             queue.find(job.id).wait()
     assert queue.find(stopped.id).status is JobStatus.CANCELLED
@@ -160,7 +193,9 @@ def test_ranks_that_are_lost_leave_the_running_job_running(open_queue):
     job, waiting = send(queue), send(queue)
     queue.next()
     queue.abandon(UnavailableError("lost"))
-    assert not job.finished.is_set() and not waiting.finished.is_set(), "a client that asks now would hear of a failure that is none"
+    assert not job.finished.is_set() and not waiting.finished.is_set(), (
+        "a client that asks now would hear of a failure that is none"
+    )
     queue = open_queue()
     assert [found.id for found in queue.jobs()] == [job.id, waiting.id]
 
@@ -186,7 +221,14 @@ def test_key_gives_the_same_job_also_after_a_restart(open_queue):
     queue = open_queue()
     again = send(queue, None, key="k", client="a")
     assert (again.id, again.request.seed) == (job.id, job.request.seed) and queue.num_waiting == 2
-    with pytest.raises(RequestError, match=f"Idempotency-Key='k' belongs to job '{job.id}', which asked for something else. Use a new key"):
+    with pytest.raises(
+        RequestError,
+        match=(
+            f"Idempotency-Key='k' belongs to job '{job.id}', which asked for something else. "
+            "Use "
+            "a new key"
+        ),
+    ):
         send(queue, 77, key="k", client="a")
 
 
@@ -207,7 +249,9 @@ def test_results_are_kept_within_bounds_and_their_files_go(bounds, open_queue, t
         queue.finish(queue.next(), result=result())
     queue = open_queue(**bounds)
     assert [job.id for job in reversed(queue.jobs())] == [job.id for job in jobs[2:]]
-    assert sorted(path.name for path in (tmp_path / "state" / "arrays").iterdir()) == sorted(f"{job.id}.result" for job in jobs[2:])
+    assert sorted(path.name for path in (tmp_path / "state" / "arrays").iterdir()) == sorted(
+        f"{job.id}.result" for job in jobs[2:]
+    )
     with pytest.raises(NotFoundError, match="there is no job"):
         queue.find(jobs[0].id)
 

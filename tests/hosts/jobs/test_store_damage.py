@@ -1,4 +1,6 @@
-"""The job store when the disk is full, or what is on it is damaged. Processes are killed for real in the last test."""
+"""The job store when the disk is full, or what is on it is damaged. Processes are killed for real
+in the last test.
+"""
 
 import json
 import sqlite3
@@ -30,9 +32,13 @@ def test_job_whose_images_are_gone_fails_and_the_others_run(open_queue, tmp_path
     bad = queue.submit(request(init_image=Image.new("RGB", (8, 8))), is_stored=True)
     good, done = send(queue), send(queue)
     queue.cancel(done)
-    (tmp_path / "state" / "arrays" / f"{bad.id}.request" / "init_image.npy").write_bytes(b"no array")
+    (tmp_path / "state" / "arrays" / f"{bad.id}.request" / "init_image.npy").write_bytes(
+        b"no array"
+    )
     queue = open_queue()
-    with pytest.raises(HostError, match=r"what was stored of this job cannot be read any more. Send it again."):
+    with pytest.raises(
+        HostError, match=r"what was stored of this job cannot be read any more. Send it again."
+    ):
         queue.find(bad.id).wait()
     assert queue.next().id == good.id
 
@@ -50,7 +56,11 @@ def test_truncated_result_is_an_error_and_no_crash(open_queue, tmp_path):
 def test_array_file_is_never_unpickled(open_queue, tmp_path):
     queue = open_queue()
     job = queue.submit(request(init_image=Image.new("RGB", (8, 8))), is_stored=True)
-    np.save(tmp_path / "state" / "arrays" / f"{job.id}.request" / "init_image.npy", np.array([{}], dtype=object), allow_pickle=True)
+    np.save(
+        tmp_path / "state" / "arrays" / f"{job.id}.request" / "init_image.npy",
+        np.array([{}], dtype=object),
+        allow_pickle=True,
+    )
     with pytest.raises(HostError, match="cannot be read any more"):
         open_queue().find(job.id).wait()
 
@@ -72,16 +82,24 @@ def _damage_tables(path):
         connection.execute("CREATE TABLE jobs (name)")
 
 
-@pytest.mark.parametrize(("damage", "at_least"), [(_damage_header, 0), (_damage_pages, 10), (_damage_tables, 0)])
-def test_damaged_store_is_moved_aside_and_what_can_be_read_goes_on(damage, at_least, open_queue, tmp_path, caplog):
+@pytest.mark.parametrize(
+    ("damage", "at_least"), [(_damage_header, 0), (_damage_pages, 10), (_damage_tables, 0)]
+)
+def test_damaged_store_is_moved_aside_and_what_can_be_read_goes_on(
+    damage, at_least, open_queue, tmp_path, caplog
+):
     queue = open_queue()
     sent = [send(queue, seed).id for seed in range(48)]
     queue._store.close()
     damage(tmp_path / "state" / "jobs.sqlite")
     queue = open_queue()
     left = [job.id for job in queue.jobs()]
-    assert at_least <= len(left) < len(sent) and left == [job_id for job_id in sent if job_id in left]
-    assert "was damaged" in caplog.text and f"and {len(left)} jobs in it could be read" in caplog.text
+    assert at_least <= len(left) < len(sent) and left == [
+        job_id for job_id in sent if job_id in left
+    ]
+    assert (
+        "was damaged" in caplog.text and f"and {len(left)} jobs in it could be read" in caplog.text
+    )
     assert [path.name for path in tmp_path.glob("state/damaged-*/jobs.sqlite")] == ["jobs.sqlite"]
     assert send(queue).id in [job.id for job in open_queue().jobs()]
 
@@ -90,29 +108,56 @@ def test_store_of_a_later_version_is_refused(open_queue, tmp_path):
     open_queue()._store.close()
     with sqlite3.connect(tmp_path / "state" / "jobs.sqlite") as connection:
         connection.execute("PRAGMA user_version = 2")
-    with pytest.raises(ConfigError, match=r"was written by a later version of this program \(tables 2, here 1\). Use another folder"):
+    with pytest.raises(
+        ConfigError,
+        match=(
+            r"was written by a later version of this program \(tables 2, here 1\). Use another "
+            r"folder"
+        ),
+    ):
         open_queue()
 
 
 def test_store_in_use_is_refused(open_queue, tmp_path):
     open_queue()
-    program = f"from hosts import store; store.LOCK_PATIENCE_S = 0; store.JobStore(store.Path({str(tmp_path / 'state')!r}))"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert "is in use by another host. Give each host a folder of its own." in done.stderr.splitlines()[-1]
+    program = (
+        "from hosts import store; store.LOCK_PATIENCE_S = 0; "
+        f"store.JobStore(store.Path({str(tmp_path / 'state')!r}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert (
+        "is in use by another host. Give each host a folder of its own."
+        in done.stderr.splitlines()[-1]
+    )
 
 
 def test_place_that_is_no_folder_is_refused(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"--state_dir=.*/file cannot be used \(File exists\). Give a folder that this user may write"):
+    with pytest.raises(
+        ConfigError,
+        match=(
+            r"--state_dir=.*/file cannot be used \(File exists\). Give a folder that this user "
+            r"may write"
+        ),
+    ):
         JobStore(tmp_path / "file")
 
 
 def test_full_disk_refuses_new_jobs_and_lets_accepted_ones_end(open_queue, caplog):
     queue = open_queue()
     job = send(queue)
-    queue._store._connection.execute(f"PRAGMA max_page_count = {queue._store._connection.execute('PRAGMA page_count').fetchone()[0]}")
+    queue._store._connection.execute(
+        "PRAGMA max_page_count = "
+        f"{queue._store._connection.execute('PRAGMA page_count').fetchone()[0]}"
+    )
     with pytest.raises(
-        UnavailableError, match=r"the job cannot be stored: database or disk is full. Try again later; the operator must look at"
+        UnavailableError,
+        match=(
+            r"the job cannot be stored: database or disk is full. Try again later; the operator "
+            r"must look at"
+        ),
     ):
         for _ in range(40):
             queue.submit(request(prompt_embeds=None, negative_prompt="x" * 4000), is_stored=True)
@@ -138,7 +183,14 @@ def test_folder_is_for_its_user_alone(open_queue, tmp_path):
 @pytest.mark.timeout(850)
 @pytest.mark.parametrize("rounds", [25, pytest.param(400, marks=pytest.mark.slow)])
 def test_killed_at_any_moment_no_job_is_lost_and_none_has_two_images(rounds, tmp_path):
-    command = [sys.executable, "-m", "tests.hosts.jobs.store_killer", str(tmp_path / "state"), str(rounds), "8"]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.hosts.jobs.store_killer",
+        str(tmp_path / "state"),
+        str(rounds),
+        "8",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stderr
     outcome = json.loads(done.stdout)

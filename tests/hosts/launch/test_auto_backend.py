@@ -1,4 +1,6 @@
-"""--backend=auto: when it is on, what it decides before anything is loaded, what it remembers; and on two ranks, from load to image."""
+"""--backend=auto: when it is on, what it decides before anything is loaded, what it remembers; and
+on two ranks, from load to image.
+"""
 
 import json
 from dataclasses import replace
@@ -30,13 +32,22 @@ TABLE = read_table()
 
 
 def start(type_name="sdxl", ranks=2, *, measured=None, num_gpus=0, **options):
-    settings = Settings.from_values({"type": type_name, "checkpoint": str(checkpoint(type_name)), **options})
-    return plan_start(settings, TABLE, num_gpus=num_gpus, num_ranks=ranks, recall=lambda key: measured)
+    settings = Settings.from_values(
+        {"type": type_name, "checkpoint": str(checkpoint(type_name)), **options}
+    )
+    return plan_start(
+        settings, TABLE, num_gpus=num_gpus, num_ranks=ranks, recall=lambda key: measured
+    )
 
 
 def with_steps(found, **changes):
     """What a launch would have measured: the estimate's work, and steps by name."""
-    known = {"work": found.auto.measured.work, "link": found.auto.measured.link, "steps": {}, "date": "2026-01-01"}
+    known = {
+        "work": found.auto.measured.work,
+        "link": found.auto.measured.link,
+        "steps": {},
+        "date": "2026-01-01",
+    }
     return Measured(**{**known, **changes})
 
 
@@ -44,7 +55,9 @@ def test_several_ranks_without_a_word_on_the_method_choose_it():
     found = start()
     assert found.auto is not None and found.plan == found.auto.world.candidate.plan
     assert found.reasons[0].startswith(f"method={found.auto.job.candidate.name}: ")
-    assert found.reasons[0].endswith("estimated from the checkpoint's configuration; measured when it is loaded")
+    assert found.reasons[0].endswith(
+        "estimated from the checkpoint's configuration; measured when it is loaded"
+    )
     assert found.facts()["planner"]["choice"] == found.auto.job.candidate.name
     assert json.loads(json.dumps(found.facts()))["planner"]["table"][0]["method"]
 
@@ -74,11 +87,13 @@ def test_what_settles_the_method_otherwise_leaves_nothing_to_choose(options):
     [
         (
             {"model_n": 2},
-            "--backend=auto chooses degrees and modes itself, but --model_n was given. Leave it out, or name the backend: asyncdiff.",
+            "--backend=auto chooses degrees and modes itself, but --model_n was given. Leave it "
+            "out, or name the backend: asyncdiff.",
         ),
         (
             {"compile_unet": True},
-            "--backend=auto tries several methods on the loaded model, and with --compile_unet each would compile it again. "
+            "--backend=auto tries several methods on the loaded model, and with --compile_unet "
+            "each would compile it again. "
             "Leave it out, or name the backend: distrifuser or asyncdiff or xdit.",
         ),
     ],
@@ -90,10 +105,22 @@ def test_auto_is_refused_together_with_what_it_decides(options, message):
 
 
 def test_measured_times_decide_the_plan_of_all_ranks_and_of_teams():
-    steps = {"single": 1.0, "distrifuser cfg 2": 0.9, "asyncdiff segment 4 stride 1": 0.3, "asyncdiff segment 2 stride 1": 0.6}
+    steps = {
+        "single": 1.0,
+        "distrifuser cfg 2": 0.9,
+        "asyncdiff segment 4 stride 1": 0.3,
+        "asyncdiff segment 2 stride 1": 0.6,
+    }
     found = start(ranks=4, measured=with_steps(start(ranks=4), steps=steps), quality="fast")
-    assert (found.plan.method, found.plan.degree("segment"), found.plan.options["model_n"]) == ("asyncdiff", 4, 4)
-    assert {size: plan.method for size, plan in found.teams.plans.items()} == {1: "single", 2: "asyncdiff"}
+    assert (found.plan.method, found.plan.degree("segment"), found.plan.options["model_n"]) == (
+        "asyncdiff",
+        4,
+        4,
+    )
+    assert {size: plan.method for size, plan in found.teams.plans.items()} == {
+        1: "single",
+        2: "asyncdiff",
+    }
     assert found.teams.mode == "auto" and found.load.prewarm_steps == 1
     assert found.auto.source == "measured 2026-01-01"
 
@@ -101,36 +128,69 @@ def test_measured_times_decide_the_plan_of_all_ranks_and_of_teams():
 def test_fewer_ranks_are_used_where_more_are_slower_and_the_others_take_jobs_of_their_own():
     steps = {"single": 1.0, "distrifuser cfg 2": 1.5, "asyncdiff segment 2 stride 1": 2.0}
     found = start(measured=with_steps(start(), steps=steps))
-    assert (found.teams.mode, {size: plan.method for size, plan in found.teams.plans.items()}) == ("throughput", {1: "single"})
-    assert (found.facts()["backend"], found.facts()["exactness"], found.plan.world_size) == ("single", "exact", 2)
-    assert "mode=throughput: more than 1 of 2 ranks are slower, so they work in teams of 1" in found.facts()["reasons"]
+    assert (found.teams.mode, {size: plan.method for size, plan in found.teams.plans.items()}) == (
+        "throughput",
+        {1: "single"},
+    )
+    assert (found.facts()["backend"], found.facts()["exactness"], found.plan.world_size) == (
+        "single",
+        "exact",
+        2,
+    )
+    assert (
+        "mode=throughput: more than 1 of 2 ranks are slower, so they work in teams of 1"
+        in found.facts()["reasons"]
+    )
     together = start(measured=with_steps(start(), steps=steps), mode="latency")
     assert together.auto.job.candidate.name == "distrifuser cfg 2" and not together.teams.plans
 
 
 def test_quality_and_features_limit_the_choice():
     steps = {"single": 1.0, "distrifuser cfg 2": 0.9, "asyncdiff segment 2 stride 1": 0.3}
-    assert start(measured=with_steps(start(), steps=steps), quality="exact").plan.describe() == "distrifuser: cfg 2 (exact)"
+    assert (
+        start(measured=with_steps(start(), steps=steps), quality="exact").plan.describe()
+        == "distrifuser: cfg 2 (exact)"
+    )
     cached = start(measured=with_steps(start(), steps=steps), step_cache="deep,2")
     refusals = {row.candidate.name: row.refusal for row in cached.auto.rows}
-    assert "step_cache with backend 'asyncdiff' is not available" in refusals["asyncdiff segment 2 stride 1"]
-    assert "step_cache" in refusals["distrifuser patch 2 corrected_async_gn"] and not refusals["distrifuser cfg 2"]
+    assert (
+        "step_cache with backend 'asyncdiff' is not available"
+        in refusals["asyncdiff segment 2 stride 1"]
+    )
+    assert (
+        "step_cache" in refusals["distrifuser patch 2 corrected_async_gn"]
+        and not refusals["distrifuser cfg 2"]
+    )
 
 
 def test_nothing_that_fits_is_one_error_with_everyones_reason():
-    said = r"no method is left for --backend=auto \(.*it needs about .* GB on each rank, and 0\.0 GB are there.*Ask for a smaller size"
+    said = (
+        r"no method is left for --backend=auto \(.*it needs about .* GB on each rank, and 0\.0 "
+        r"GB are there.*Ask for a smaller size"
+    )
     with pytest.raises(ConfigError, match=said):
         start(measured=with_steps(start(), memory_bytes=1000))
     failures = {"xdit ring 3": "PlanError: no", "xdit ulysses 3": "PlanError: no"}
-    said = r"no method uses all 3 ranks \(.*--quality=exact leaves it out.*Start fewer with --nproc_per_node"
+    said = (
+        r"no method uses all 3 ranks \(.*--quality=exact leaves it out.*Start fewer with "
+        r"--nproc_per_node"
+    )
     with pytest.raises(ConfigError, match=said):
-        start("zimage", ranks=3, quality="exact", measured=with_steps(start("zimage", ranks=3), failures=failures))
+        start(
+            "zimage",
+            ranks=3,
+            quality="exact",
+            measured=with_steps(start("zimage", ranks=3), failures=failures),
+        )
 
 
 def test_attention_that_replaces_torchs_own_has_no_effect_and_says_so():
     found = start(enable_attention_slicing=True)
     assert not found.load.enable_attention_slicing
-    assert any(reason.startswith("--enable_attention_slicing has no effect with --backend=auto") for reason in found.reasons)
+    assert any(
+        reason.startswith("--enable_attention_slicing has no effect with --backend=auto")
+        for reason in found.reasons
+    )
 
 
 def test_a_slow_link_makes_fewer_ranks_the_choice_before_anything_is_measured():
@@ -143,7 +203,14 @@ def test_memory_of_a_launch_fits_only_the_same_launch(tmp_path):
     remember(tmp_path, found.auto.key, found.auto.measured)
     assert recall_from(tmp_path)(found.auto.key) == found.auto.measured
     assert recall_from(None)(found.auto.key) is None
-    for other in (start(ranks=4), start(variant="bf16"), start(height=64), start(quality="exact"), start("sd1"), start(num_gpus=2)):
+    for other in (
+        start(ranks=4),
+        start(variant="bf16"),
+        start(height=64),
+        start(quality="exact"),
+        start("sd1"),
+        start(num_gpus=2),
+    ):
         assert other.auto.key != found.auto.key
     assert start(port=7001, mode="latency").auto.key == found.auto.key
     next((tmp_path / "plans").glob("*.json")).write_text('{"work": 1}')
@@ -156,19 +223,40 @@ def test_a_folder_that_cannot_be_written_is_no_reason_to_fail(tmp_path):
 
 
 def check_settling(rank, world_size, folder):
-    """Measured once, remembered then; and the chosen method draws what it draws when it is named."""
+    """Measured once, remembered then; and the chosen method draws what it draws when it is
+    named.
+    """
     options = {"height": 64, "width": 64, "mode": "latency", "quality": "exact"}
-    place = {"folder": folder, "rank": rank, "world_size": world_size, "device": torch.device("cpu"), "activity": Activity()}
-    settled, pipeline = tune(start(**options), lambda measured: start(measured=measured, **options), **place)
+    place = {
+        "folder": folder,
+        "rank": rank,
+        "world_size": world_size,
+        "device": torch.device("cpu"),
+        "activity": Activity(),
+    }
+    settled, pipeline = tune(
+        start(**options), lambda measured: start(measured=measured, **options), **place
+    )
     assert settled.auto.source.startswith("measured 20") and pipeline is not None
     tried = [row for row in settled.auto.rows if row.measured_s is not None]
-    assert {"single", "distrifuser cfg 2"} <= {row.candidate.name for row in tried} and settled.auto.job in tried
+    assert {"single", "distrifuser cfg 2"} <= {
+        row.candidate.name for row in tried
+    } and settled.auto.job in tried
     assert all(row.measured_s > 0 for row in tried)
-    again, nothing = tune(start(**options), lambda measured: start(measured=measured, **options), **place)
+    again, nothing = tune(
+        start(**options), lambda measured: start(measured=measured, **options), **place
+    )
     assert nothing is None and again.facts() == settled.facts()
     chosen = settled.auto.job.candidate
-    named = start(backend=chosen.backend, **options, **{name: value for name, value in chosen.options.items() if value is not False})
-    assert named.auto is None and (named.plan.axes, named.plan.options) == (settled.plan.axes, settled.plan.options)
+    named = start(
+        backend=chosen.backend,
+        **options,
+        **{name: value for name, value in chosen.options.items() if value is not False},
+    )
+    assert named.auto is None and (named.plan.axes, named.plan.options) == (
+        settled.plan.axes,
+        settled.plan.options,
+    )
     request = GenerateRequest(prompt="a red circle", seed=3, num_inference_steps=3)
     sample_images = []
     for plan in (settled.plan, named.plan):
@@ -180,15 +268,21 @@ def check_settling(rank, world_size, folder):
     assert np.array_equal(*sample_images) and sample_images[0].std() > 0
 
 
-def test_two_ranks_measure_once_then_remember_and_draw_what_the_named_method_draws(run_on_ranks, tmp_path):
+def test_two_ranks_measure_once_then_remember_and_draw_what_the_named_method_draws(
+    run_on_ranks, tmp_path
+):
     run_on_ranks(check_settling, 2, tmp_path)
 
 
 def check_failing_method(rank, world_size):
-    """A method that fails on one rank in a trial is left out with its reason, and the others are tried."""
+    """A method that fails on one rank in a trial is left out with its reason, and the others are
+    tried.
+    """
     found = start(height=64, width=64)
     pipeline = load_pipeline(found.spec, found.load, device=torch.device("cpu"))
-    subject = PipelineSubject(pipeline, prewarm_request(found.spec, replace(found.load, prewarm_steps=20)))
+    subject = PipelineSubject(
+        pipeline, prewarm_request(found.spec, replace(found.load, prewarm_steps=20))
+    )
     attach = subject.attach
 
     def fail_on_one_rank(backend):
@@ -201,7 +295,11 @@ def check_failing_method(rank, world_size):
     measured = trials.measure(candidates_of(found.auto), quality="exact", num_steps=20)
     assert measured.failures["distrifuser cfg 2"] == "RuntimeError: this rank cannot"
     assert "single" in measured.steps and "distrifuser cfg 2" not in measured.steps
-    other = next(candidate for candidate in candidates_of(found.auto) if candidate.name == "distrifuser patch 2 full_sync")
+    other = next(
+        candidate
+        for candidate in candidates_of(found.auto)
+        if candidate.name == "distrifuser patch 2 full_sync"
+    )
     step_s, failure = trials.trial(other)
     assert (failure, step_s > 0) == ("", True)
 
@@ -210,7 +308,14 @@ def test_a_method_that_fails_in_its_trial_is_left_out_with_the_reason(run_on_ran
     run_on_ranks(check_failing_method, 2)
 
 
-ARGUMENTS = ("--type=sdxl", "--nproc_per_node=2", "--height=64", "--width=64", "--mode=latency", "--quality=exact")
+ARGUMENTS = (
+    "--type=sdxl",
+    "--nproc_per_node=2",
+    "--height=64",
+    "--width=64",
+    "--mode=latency",
+    "--quality=exact",
+)
 
 
 @pytest.fixture
@@ -235,10 +340,20 @@ def test_host_tells_the_table_of_the_check_and_goes_by_it(measured_before):
     with start_launcher(*measured_before) as host:
         host.wait_until_ready()
         told = host.get("/settings").json()
-        assert told["planner"] == checked["planner"] and told["planner"]["source"] == "measured 2026-01-01"
-        assert (told["backend"], told["axes"], told["options"]["sync_mode"]) == ("distrifuser", {"patch": 2}, "full_sync")
+        assert (
+            told["planner"] == checked["planner"]
+            and told["planner"]["source"] == "measured 2026-01-01"
+        )
+        assert (told["backend"], told["axes"], told["options"]["sync_mode"]) == (
+            "distrifuser",
+            {"patch": 2},
+            "full_sync",
+        )
         assert host.post({"positive": "a red circle", "seed": 3, "steps": 3}).status_code == 200
-        assert "backends.autotune.trials" not in host.log and "* distrifuser patch 2 full_sync" in host.log
+        assert (
+            "backends.autotune.trials" not in host.log
+            and "* distrifuser patch 2 full_sync" in host.log
+        )
 
 
 @pytest.mark.slow
@@ -249,12 +364,22 @@ def test_a_host_measures_at_its_first_start_and_remembers_at_its_second(tmp_path
     with start_launcher(*arguments, f"--state_dir={tmp_path}") as host:
         host.wait_until_ready()
         told = host.get("/settings").json()
-        assert told["planner"]["source"].startswith("measured 20") and "backends.autotune.trials: tried single, " in host.log
+        assert (
+            told["planner"]["source"].startswith("measured 20")
+            and "backends.autotune.trials: tried single, " in host.log
+        )
         first = image_of(host)
     with start_launcher(*arguments, f"--state_dir={tmp_path}") as host:
         host.wait_until_ready()
-        assert host.get("/settings").json()["planner"] == told["planner"] and "backends.autotune.trials" not in host.log
-    named = ["--no_split_batch", f"--sync_mode={told['options']['sync_mode']}"] if "patch 2" in told["planner"]["choice"] else []
+        assert (
+            host.get("/settings").json()["planner"] == told["planner"]
+            and "backends.autotune.trials" not in host.log
+        )
+    named = (
+        ["--no_split_batch", f"--sync_mode={told['options']['sync_mode']}"]
+        if "patch 2" in told["planner"]["choice"]
+        else []
+    )
     with start_launcher(*arguments, f"--backend={told['backend']}", *named) as host:
         host.wait_until_ready()
         assert np.array_equal(image_of(host), first)

@@ -1,4 +1,6 @@
-"""Quantising, compiling and memory options at start: what they become, what they say, what they refuse."""
+"""Quantising, compiling and memory options at start: what they become, what they say, what they
+refuse.
+"""
 
 import pytest
 
@@ -12,14 +14,26 @@ INT8, INT4 = QuantizationSpec(kind="int8"), QuantizationSpec(kind="int4")
 
 def test_quantize_to_means_denoiser_and_encoders_and_the_split_forms_win():
     assert plan(quantize_to="int8").load.quantize == {"denoiser": INT8, "encoders": INT8}
-    start = plan(quantize_to="int8", quantize_unet_to="int4", quantize_vae="int8", quantize_misc_to="int4", quantize_tokenizer="int8")
+    start = plan(
+        quantize_to="int8",
+        quantize_unet_to="int4",
+        quantize_vae="int8",
+        quantize_misc_to="int4",
+        quantize_tokenizer="int8",
+    )
     assert start.load.quantize == {"denoiser": INT4, "encoders": INT8, "vae": INT8, "misc": INT4}
     assert "--quantize_tokenizer has no effect: there are no weights in it" in start.reasons
     assert plan().load.quantize == {}
 
 
 def test_compile_switches_become_targets_and_one_image_is_made_before_the_host_is_ready():
-    start = plan(compile_unet=True, compile_vae=True, compile_text_encoder=True, compile_mode="max-autotune", compile_fullgraph_off=True)
+    start = plan(
+        compile_unet=True,
+        compile_vae=True,
+        compile_text_encoder=True,
+        compile_mode="max-autotune",
+        compile_fullgraph_off=True,
+    )
     assert start.load.compile.targets == ("denoiser", "vae", "encoders")
     assert (start.load.compile.mode, start.load.compile.fullgraph) == ("max-autotune", False)
     assert start.load.prewarm_steps == 1
@@ -27,39 +41,73 @@ def test_compile_switches_become_targets_and_one_image_is_made_before_the_host_i
     assert plan(compile_unet=True, warm_up_steps=5).load.prewarm_steps == 5
     assert plan().load.prewarm_steps == 0
     assert plan(compile_backend="eager").load.compile is None
-    both = plan(compile_unet=True, compile_mode="max-autotune", compile_options={"a": True}, torch_cache_limit=3, torch_capture_scalar=True)
-    assert any(reason.startswith("--compile_mode has no effect: --compile_options") for reason in both.reasons)
-    assert (both.load.compile.options, both.load.compile.cache_limit, both.load.compile.capture_scalar) == ({"a": True}, 3, True)
+    both = plan(
+        compile_unet=True,
+        compile_mode="max-autotune",
+        compile_options={"a": True},
+        torch_cache_limit=3,
+        torch_capture_scalar=True,
+    )
+    assert any(
+        reason.startswith("--compile_mode has no effect: --compile_options")
+        for reason in both.reasons
+    )
+    assert (
+        both.load.compile.options,
+        both.load.compile.cache_limit,
+        both.load.compile.capture_scalar,
+    ) == ({"a": True}, 3, True)
 
 
 def test_asyncdiff_finds_its_units_before_the_host_is_ready():
     start = plan(num_ranks=2, backend="asyncdiff")
     assert start.load.prewarm_steps == 1
-    assert any(reason.startswith("warm_up_steps=1: the first image finds") for reason in start.reasons)
+    assert any(
+        reason.startswith("warm_up_steps=1: the first image finds") for reason in start.reasons
+    )
     assert plan(num_ranks=2, backend="asyncdiff", warm_up_steps=0).load.prewarm_steps == 0
     assert plan(num_ranks=1, backend="asyncdiff").load.prewarm_steps == 0
 
 
 @pytest.mark.parametrize(
     ("option", "kind"),
-    [("enable_model_cpu_offload", "model"), ("enable_sequential_cpu_offload", "sequential"), ("enable_group_offload", "group")],
+    [
+        ("enable_model_cpu_offload", "model"),
+        ("enable_sequential_cpu_offload", "sequential"),
+        ("enable_group_offload", "group"),
+    ],
 )
 def test_offloading_without_a_gpu_is_said_to_have_no_effect(option, kind):
     start = plan(**{option: True})
     assert start.load.offload == kind
-    assert f"--{option} has no effect: there is no GPU, so all weights are in main memory" in start.reasons
-    assert not [reason for reason in plan(num_gpus=1, **{option: True}).reasons if "no GPU" in reason]
+    assert (
+        f"--{option} has no effect: there is no GPU, so all weights are in main memory"
+        in start.reasons
+    )
+    assert not [
+        reason for reason in plan(num_gpus=1, **{option: True}).reasons if "no GPU" in reason
+    ]
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"quantize_to": "int3"}, "--quantize_to=int3 is not allowed. Allowed: float8, int8, int4, int2, bnb,int8"),
-        ({"quantize_unet_to": "tao,int5"}, "--quantize_unet_to=tao,int5 is not allowed. Allowed: tao,int8wo"),
-        ({"quantize_to": "int8", "gguf_model": __file__}, "--gguf_model and --quantize_to were given, and both quantise the denoiser."),
+        (
+            {"quantize_to": "int3"},
+            "--quantize_to=int3 is not allowed. Allowed: float8, int8, int4, int2, bnb,int8",
+        ),
+        (
+            {"quantize_unet_to": "tao,int5"},
+            "--quantize_unet_to=tao,int5 is not allowed. Allowed: tao,int8wo",
+        ),
+        (
+            {"quantize_to": "int8", "gguf_model": __file__},
+            "--gguf_model and --quantize_to were given, and both quantise the denoiser.",
+        ),
         (
             {"enable_model_cpu_offload": True, "enable_group_offload": True},
-            "--enable_model_cpu_offload and --enable_group_offload were given, and only one of them can be.",
+            "--enable_model_cpu_offload and --enable_group_offload were given, and only one of "
+            "them can be.",
         ),
     ],
 )
@@ -70,13 +118,18 @@ def test_what_does_not_go_together_is_refused(values, message):
 
 
 def test_lean_attention_is_for_the_backends_that_do_not_look_into_it():
-    assert plan(num_ranks=2, backend="asyncdiff", enable_attention_slicing=True).load.enable_attention_slicing
+    assert plan(
+        num_ranks=2, backend="asyncdiff", enable_attention_slicing=True
+    ).load.enable_attention_slicing
     assert plan(xformers_efficient=True).load.xformers_efficient
     for name in ("xformers_efficient", "enable_attention_slicing"):
         for backend in ("distrifuser", "xdit"):
             start = plan(num_ranks=2, backend=backend, **{name: True})
             assert not getattr(start.load, name)
-            assert f"--{name} has no effect: backend {backend!r} reaches the other ranks through torch's own attention" in start.reasons
+            assert (
+                f"--{name} has no effect: backend {backend!r} reaches the other ranks through "
+                "torch's own attention" in start.reasons
+            )
 
 
 @pytest.fixture
@@ -89,24 +142,38 @@ def test_step_cache_makes_the_plan_approximate_and_says_so(flux):
     start = plan(**flux, step_cache="first_block")
     assert start.load.step_cache == StepCacheSpec(kind="first_block", value=0.08)
     assert start.facts()["exactness"] == "approximate"
-    assert any(reason.startswith("results are approximate: step_cache=first_block,0.08 skips steps") for reason in start.reasons)
+    assert any(
+        reason.startswith("results are approximate: step_cache=first_block,0.08 skips steps")
+        for reason in start.reasons
+    )
     assert plan(**flux).load.step_cache is None
 
 
 def test_use_fbcache_of_old_clients_is_a_step_cache_where_there_can_be_one(flux):
     start = plan(**flux, use_fbcache=True)
     assert start.load.step_cache == StepCacheSpec(kind="first_block", value=0.08)
-    assert any(reason.startswith("step_cache=first_block,0.08: that is what --use_fbcache means") for reason in start.reasons)
+    assert any(
+        reason.startswith("step_cache=first_block,0.08: that is what --use_fbcache means")
+        for reason in start.reasons
+    )
     for other in (flux | {"pipefusion_parallel_degree": 2}, {"backend": "xdit", "num_ranks": 2}):
         start = plan(**other, use_fbcache=True)
         assert start.load.step_cache is None
-        assert "--use_fbcache has no effect: it is for transformers without PipeFusion" in start.reasons
+        assert (
+            "--use_fbcache has no effect: it is for transformers without PipeFusion"
+            in start.reasons
+        )
 
 
 def test_rejects_step_caches_where_a_step_takes_values_of_the_one_before(flux):
-    with pytest.raises(UnsupportedError, match=r"step_cache=first_block,0\.08 is not available with PipeFusion"):
+    with pytest.raises(
+        UnsupportedError, match=r"step_cache=first_block,0\.08 is not available with PipeFusion"
+    ):
         plan(**flux, step_cache="first_block", pipefusion_parallel_degree=2)
-    with pytest.raises(UnsupportedError, match=r"step_cache with backend 'asyncdiff' .* a skipped step makes nothing. Works with: "):
+    with pytest.raises(
+        UnsupportedError,
+        match=r"step_cache with backend 'asyncdiff' .* a skipped step makes nothing. Works with: ",
+    ):
         plan(num_ranks=2, backend="asyncdiff", step_cache="deep")
     with pytest.raises(UnsupportedError, match=r"step_cache=deep,2 is not available with patches"):
         plan(num_ranks=2, backend="distrifuser", step_cache="deep", no_split_batch=True)

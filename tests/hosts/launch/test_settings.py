@@ -1,4 +1,6 @@
-"""Launch arguments: the tolerant parser for the existing clients, and the strict one of the launcher."""
+"""Launch arguments: the tolerant parser for the existing clients, and the strict one of the
+launcher.
+"""
 
 import logging
 from pathlib import Path
@@ -15,41 +17,58 @@ from hosts.launch.start_plan import refuse_pending
 BACKENDS = ("asyncdiff", "distrifuser", "xdit")
 GOLDEN = {
     "ComfyUI asyncdiff": [
-        "--port=6000", "--variant=fp16", "--width=1024", "--height=1024", "--enable_vae_tiling", "--quantize_encoder_to=int8",
+        "--port=6000", "--variant=fp16", "--width=1024", "--height=1024", "--enable_vae_tiling",
+        "--quantize_encoder_to=int8",
         "--warm_up_steps=10", '--scheduler={"scheduler": "dpmpp_2m", "use_karras_sigmas": true}',
-        '--lora={"/c/custom_nodes/../models/loras/a.safetensors": 0.8}', "--checkpoint=/c/custom_nodes/../models/checkpoints/sdxl",
+        '--lora={"/c/custom_nodes/../models/loras/a.safetensors": 0.8}',
+        "--checkpoint=/c/custom_nodes/../models/checkpoints/sdxl",
         "--type=sdxl", "--model_n=2", "--stride=1",
     ],
     "ComfyUI distrifuser": [
-        "--port=6000", "--variant=fp16", "--width=1024", "--height=1024", "--warm_up_steps=10", "--checkpoint=/m/sdxl", "--type=sdxl",
-        "--model_n=2", "--stride=1", "--parallelism=patch", "--sync_mode=corrected_async_gn", "--no_cuda_graph",
+        "--port=6000", "--variant=fp16", "--width=1024", "--height=1024", "--warm_up_steps=10",
+        "--checkpoint=/m/sdxl", "--type=sdxl",
+        "--model_n=2", "--stride=1", "--parallelism=patch", "--sync_mode=corrected_async_gn",
+        "--no_cuda_graph",
     ],
     "ComfyUI xdit": [
-        "--port=6000", "--variant=bf16", "--width=1024", "--height=1024", "--warm_up_steps=10", "--checkpoint=/m/flux", "--type=flux",
-        "--pipefusion_parallel_degree=2", "--tensor_parallel_degree=1", "--data_parallel_degree=1", "--ulysses_degree=1",
+        "--port=6000", "--variant=bf16", "--width=1024", "--height=1024", "--warm_up_steps=10",
+        "--checkpoint=/m/flux", "--type=flux",
+        "--pipefusion_parallel_degree=2", "--tensor_parallel_degree=1", "--data_parallel_degree=1",
+        "--ulysses_degree=1",
         "--ring_degree=1", "--gguf_model=/m/flux-q8.gguf",
     ],
     "LocalAI bf13466": [
-        "--port=6000", "--checkpoint=/models/sdxl", "--type=sdxl", "--height=512", "--width=512", "--variant=fp16", "--model_n=3",
+        "--port=6000", "--checkpoint=/models/sdxl", "--type=sdxl", "--height=512", "--width=512",
+        "--variant=fp16", "--model_n=3",
         "--stride=2", '--lora={"/l/x.safetensors": 1.0}', '--scheduler={"scheduler": "ddim"}',
     ],
     "LocalAI 5fe46a1": [
-        "--port=51290", "--checkpoint=/models/sdxl", "--type=sdxl", "--enable_vae_tiling", "--enable_vae_slicing", "--variant=fp16",
+        "--port=51290", "--checkpoint=/models/sdxl", "--type=sdxl", "--enable_vae_tiling",
+        "--enable_vae_slicing", "--variant=fp16",
         "--time_shift", "--model_n=3", "--stride=2", "--synced_percent=12.5",
         '--scheduler={"scheduler": "heun", "timestep_spacing": "trailing"}',
     ],
 }  # fmt: skip
 EXPECTED = {
     "ComfyUI asyncdiff": {
-        "width": 1024, "height": 1024, "enable_vae_tiling": True, "quantize_encoder_to": "int8", "warm_up_steps": 10,
-        "scheduler": {"scheduler": "dpmpp_2m", "use_karras_sigmas": True}, "model_n": 2, "stride": 1, "variant": "fp16",
-        "lora": {"/c/custom_nodes/../models/loras/a.safetensors": 0.8}, "checkpoint": "/c/custom_nodes/../models/checkpoints/sdxl",
+        "width": 1024, "height": 1024, "enable_vae_tiling": True, "quantize_encoder_to": "int8",
+        "warm_up_steps": 10,
+        "scheduler": {"scheduler": "dpmpp_2m", "use_karras_sigmas": True}, "model_n": 2,
+        "stride": 1, "variant": "fp16",
+        "lora": {"/c/custom_nodes/../models/loras/a.safetensors": 0.8},
+        "checkpoint": "/c/custom_nodes/../models/checkpoints/sdxl",
     },
-    "ComfyUI distrifuser": {"parallelism": "patch", "sync_mode": "corrected_async_gn", "no_cuda_graph": True, "checkpoint": "/m/sdxl"},
-    "ComfyUI xdit": {"variant": "bf16", "type": "flux", "pipefusion_parallel_degree": 2, "ring_degree": 1, "gguf_model": "/m/flux-q8.gguf"},
-    "LocalAI bf13466": {"height": 512, "model_n": 3, "stride": 2, "lora": {"/l/x.safetensors": 1.0}, "scheduler": {"scheduler": "ddim"}},
+    "ComfyUI distrifuser": {"parallelism": "patch", "sync_mode": "corrected_async_gn",
+        "no_cuda_graph": True,
+        "checkpoint": "/m/sdxl"},
+    "ComfyUI xdit": {"variant": "bf16", "type": "flux", "pipefusion_parallel_degree": 2,
+        "ring_degree": 1,
+        "gguf_model": "/m/flux-q8.gguf"},
+    "LocalAI bf13466": {"height": 512, "model_n": 3, "stride": 2, "lora": {"/l/x.safetensors": 1.0},
+        "scheduler": {"scheduler": "ddim"}},
     "LocalAI 5fe46a1": {
-        "port": 51290, "enable_vae_tiling": True, "enable_vae_slicing": True, "time_shift": True, "synced_percent": 12.5,
+        "port": 51290, "enable_vae_tiling": True, "enable_vae_slicing": True, "time_shift": True,
+        "synced_percent": 12.5,
         "scheduler": {"scheduler": "heun", "timestep_spacing": "trailing"},
     },
 }  # fmt: skip
@@ -81,14 +100,32 @@ def test_client_arguments_that_mean_nothing_here_only_warn(token, warning, caplo
     assert caplog.records[0].levelno == logging.WARNING
 
 
-@pytest.mark.parametrize("token", ["--gguf_model", "--gguf_model=", "--lora=None", "--quantize_to=disabled", "--compile_mode=default"])
+@pytest.mark.parametrize(
+    "token",
+    [
+        "--gguf_model",
+        "--gguf_model=",
+        "--lora=None",
+        "--quantize_to=disabled",
+        "--compile_mode=default",
+    ],
+)
 def test_client_values_that_say_nothing_count_as_not_given(token):
     settings = parse_client_arguments(["--type=sdxl", token], backend="asyncdiff")
     assert set(settings.given) == {"type", "backend", "image_dirs"}
     refuse_pending(settings)
 
 
-@pytest.mark.parametrize("token", ["--time_shift", "--time_shift=true", "--time_shift=True", "--time_shift=1", "--time-shift=yes"])
+@pytest.mark.parametrize(
+    "token",
+    [
+        "--time_shift",
+        "--time_shift=true",
+        "--time_shift=True",
+        "--time_shift=1",
+        "--time-shift=yes",
+    ],
+)
 def test_client_switch_is_on(token):
     assert parse_client_arguments([token], backend="asyncdiff").time_shift is True
 
@@ -99,7 +136,10 @@ def test_client_switch_is_off(token):
 
 
 def test_client_arguments_take_older_names_and_dashes():
-    settings = parse_client_arguments(["--model=/m", "--warm-up-steps=3", "--synced_steps=5", "--compile_encoder"], backend="asyncdiff")
+    settings = parse_client_arguments(
+        ["--model=/m", "--warm-up-steps=3", "--synced_steps=5", "--compile_encoder"],
+        backend="asyncdiff",
+    )
     assert (settings.checkpoint, settings.warm_up_steps, settings.warm_up) == ("/m", 3, 5)
     assert settings.compile_text_encoder is True
 
@@ -110,15 +150,22 @@ def test_client_arguments_take_no_abbreviations(caplog):
 
 
 def test_client_control_net_as_bare_path_means_scale_one():
-    assert parse_client_arguments(["--control_net=/c/net"], backend="asyncdiff").control_net == {"/c/net": 1.0}
+    assert parse_client_arguments(["--control_net=/c/net"], backend="asyncdiff").control_net == {
+        "/c/net": 1.0
+    }
 
 
 def test_client_path_as_json_string_loses_its_quotes():
-    settings = parse_client_arguments(['--motion_adapter_lora="/p/x.safetensors"'], backend="asyncdiff")
+    settings = parse_client_arguments(
+        ['--motion_adapter_lora="/p/x.safetensors"'], backend="asyncdiff"
+    )
     assert settings.motion_adapter_lora == {"/p/x.safetensors": 1.0}
 
 
-@pytest.mark.parametrize("token", ["--variant=fp8", "--height=513", "--lora={broken", "--stride=3", "--time_shift=perhaps"])
+@pytest.mark.parametrize(
+    "token",
+    ["--variant=fp8", "--height=513", "--lora={broken", "--stride=3", "--time_shift=perhaps"],
+)
 def test_client_value_that_cannot_be_meant_keeps_the_port_and_the_reason(token):
     settings, problem = settings_or_problem(["--port=6123", "--type=flux", token], backend="xdit")
     assert (settings.port, settings.type, settings.backend) == (6123, "flux", "xdit")
@@ -137,7 +184,10 @@ def test_client_hosts_may_read_images_from_the_temporary_folder(tmp_path, monkey
 
 
 def test_unknown_argument_names_the_closest():
-    with pytest.raises(ConfigError, match=r"--chekpoint=/m is not an argument of this command\. Did you mean --checkpoint\?"):
+    with pytest.raises(
+        ConfigError,
+        match=r"--chekpoint=/m is not an argument of this command\. Did you mean --checkpoint\?",
+    ):
         parse_command_line(["--type=sdxl", "--chekpoint=/m"])
 
 
@@ -147,7 +197,9 @@ def test_abbreviated_argument_is_refused():
 
 
 def test_dashes_and_underscores_are_equal_in_names_and_kept_in_values():
-    assert parse_command_line(["--warm-up-steps=2", "--vae=/a-b/c_d"]) == Settings(warm_up_steps=2, vae="/a-b/c_d")
+    assert parse_command_line(["--warm-up-steps=2", "--vae=/a-b/c_d"]) == Settings(
+        warm_up_steps=2, vae="/a-b/c_d"
+    )
 
 
 def test_valued_argument_without_a_value_is_refused():
@@ -160,13 +212,26 @@ def test_valued_argument_without_a_value_is_refused():
     [
         ("--port=0", "--port=0 is not allowed. Allowed: a whole number from 1 to 65535."),
         ("--port=six", "--port=six is not allowed. Allowed: a whole number from 1 to 65535."),
-        ("--height=100", "--height=100 is not allowed. Allowed: a whole number from 8 to 8192, a multiple of 8."),
-        ("--warm_up_steps=-1", "--warm_up_steps=-1 is not allowed. Allowed: a whole number from 0 to 1000."),
-        ("--synced_percent=101", "--synced_percent=101 is not allowed. Allowed: a number from 0 to 100."),
-        ("--synced_percent=some", "--synced_percent=some is not allowed. Allowed: a number from 0 to 100."),
+        (
+            "--height=100",
+            "--height=100 is not allowed. Allowed: a whole number from 8 to 8192, a multiple of 8.",
+        ),
+        (
+            "--warm_up_steps=-1",
+            "--warm_up_steps=-1 is not allowed. Allowed: a whole number from 0 to 1000.",
+        ),
+        (
+            "--synced_percent=101",
+            "--synced_percent=101 is not allowed. Allowed: a number from 0 to 100.",
+        ),
+        (
+            "--synced_percent=some",
+            "--synced_percent=some is not allowed. Allowed: a number from 0 to 100.",
+        ),
         (
             "--backend=xdti",
-            "--backend=xdti is not allowed. Allowed: one of auto, single, asyncdiff, distrifuser, xdit (did you mean xdit?).",
+            "--backend=xdti is not allowed. Allowed: one of auto, single, asyncdiff, distrifuser, "
+            "xdit (did you mean xdit?).",
         ),
         ("--variant=int4", "--variant=int4 is not allowed. Allowed: one of fp16, bf16, fp32."),
         ("--check=perhaps", "--check=perhaps is not allowed. Allowed: true or false."),
@@ -175,10 +240,22 @@ def test_valued_argument_without_a_value_is_refused():
         ('--lora={"/a": "x"}', 'Allowed: JSON such as {"path/to/file.safetensors": 0.8}.'),
         ("--scheduler=[1]", "Allowed: a name such as euler, or JSON such as"),
         ("--compile_options=text", 'Allowed: JSON such as {"triton.cudagraphs": true}.'),
-        ("--patch_weights=1,-1", "Allowed: positive numbers with commas between them, such as 1,1,0.6."),
-        ("--patch_weights=a", "Allowed: positive numbers with commas between them, such as 1,1,0.6."),
-        ("--attn_layer_num_for_pp=2.5,1", "Allowed: whole numbers from 1 with commas between them, such as 10,9."),
-        ("--attn_layer_num_for_pp=2,0", "Allowed: whole numbers from 1 with commas between them, such as 10,9."),
+        (
+            "--patch_weights=1,-1",
+            "Allowed: positive numbers with commas between them, such as 1,1,0.6.",
+        ),
+        (
+            "--patch_weights=a",
+            "Allowed: positive numbers with commas between them, such as 1,1,0.6.",
+        ),
+        (
+            "--attn_layer_num_for_pp=2.5,1",
+            "Allowed: whole numbers from 1 with commas between them, such as 10,9.",
+        ),
+        (
+            "--attn_layer_num_for_pp=2,0",
+            "Allowed: whole numbers from 1 with commas between them, such as 10,9.",
+        ),
     ],
 )
 def test_value_is_refused_with_what_is_allowed(token, message):
@@ -195,7 +272,9 @@ def _parses(field, text):
         return False
 
 
-@pytest.mark.parametrize("name", [name for name, field in option_fields().items() if field.metadata["pending"]])
+@pytest.mark.parametrize(
+    "name", [name for name, field in option_fields().items() if field.metadata["pending"]]
+)
 def test_option_that_does_not_work_yet_is_refused_by_name(name):
     field = option_fields()[name]
     value = next(text for text in ("true", "5", '{"/a": 1}') if _parses(field, text))
@@ -205,10 +284,19 @@ def test_option_that_does_not_work_yet_is_refused_by_name(name):
 
 def test_config_file_gives_what_the_command_line_does_not(tmp_path):
     file = tmp_path / "host.yaml"
-    file.write_text("type: sdxl\nport: 6005\nwarm-up-steps: 4\ntime_shift: true\nscheduler: {scheduler: euler}\nlora: {/a: 0.5}\n")
+    file.write_text(
+        "type: sdxl\nport: 6005\nwarm-up-steps: 4\ntime_shift: true\nscheduler: {scheduler: "
+        "euler}\nlora: {/a: 0.5}\n"
+    )
     settings = parse_command_line([f"--config={file}", "--port=6006"])
     assert settings == Settings(
-        type="sdxl", port=6006, warm_up_steps=4, time_shift=True, scheduler={"scheduler": "euler"}, lora={"/a": 0.5}, config=str(file)
+        type="sdxl",
+        port=6006,
+        warm_up_steps=4,
+        time_shift=True,
+        scheduler={"scheduler": "euler"},
+        lora={"/a": 0.5},
+        config=str(file),
     )
 
 
@@ -235,7 +323,11 @@ def test_missing_config_file_is_refused(tmp_path):
 
 
 def test_every_spelling_belongs_to_one_option():
-    spellings = [spelling for name, field in option_fields().items() for spelling in (name, *field.metadata["aliases"])]
+    spellings = [
+        spelling
+        for name, field in option_fields().items()
+        for spelling in (name, *field.metadata["aliases"])
+    ]
     assert len(spellings) == len(set(spellings)) == len(canonical_names())
 
 
@@ -246,9 +338,15 @@ def test_argument_table_has_a_row_for_every_option():
 
 
 def test_every_option_is_read_somewhere():
-    """A flag that nothing reads must not exist: neither by the hosts and backends, nor refused as pending."""
+    """A flag that nothing reads must not exist: neither by the hosts and backends, nor refused as
+    pending.
+    """
     root = Path(settings_module.__file__).parents[2]
-    files = [root / "launcher.py", *(root / "hosts").rglob("*.py"), *(root / "backends").rglob("*.py")]
+    files = [
+        root / "launcher.py",
+        *(root / "hosts").rglob("*.py"),
+        *(root / "backends").rglob("*.py"),
+    ]
     source = "\n".join(file.read_text() for file in files if file.name != "settings.py")
     own = (root / "hosts" / "launch" / "settings.py").read_text()
     unread = [
@@ -280,7 +378,9 @@ def test_key_is_read_from_a_file_and_never_shown(tmp_path):
     assert "api_key" not in settings.given
 
 
-@pytest.mark.parametrize("value", ["short", "@/nowhere", "0123456789 abcdef", "0123456789abcdef\u00e9"])
+@pytest.mark.parametrize(
+    "value", ["short", "@/nowhere", "0123456789 abcdef", "0123456789abcdef\u00e9"]
+)
 def test_key_that_is_none_is_refused(value):
     with pytest.raises(ConfigError, match="a key of at least 16 characters"):
         Settings.from_values({"api_key": value})

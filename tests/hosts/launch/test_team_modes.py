@@ -10,7 +10,9 @@ from tests.checkpoints import checkpoint
 
 
 def teams(*, ranks=4, type_name="sdxl", **options):
-    settings = Settings.from_values({"type": type_name, "checkpoint": str(checkpoint(type_name)), **options})
+    settings = Settings.from_values(
+        {"type": type_name, "checkpoint": str(checkpoint(type_name)), **options}
+    )
     return plan_start(settings, read_table(), num_gpus=0, num_ranks=ranks)
 
 
@@ -20,7 +22,10 @@ def test_ranks_may_form_teams_of_each_size_that_divides_their_number(ranks, size
     assert start.teams.mode == "auto" and list(start.teams.plans) == sizes
     assert [plan.world_size for plan in start.teams.plans.values()] == sizes
     assert start.teams.plans[1].method == "single"
-    assert start.facts()["mode"] == "auto" and start.facts()["teams"]["1"] == "single: one rank (exact)"
+    assert (
+        start.facts()["mode"] == "auto"
+        and start.facts()["teams"]["1"] == "single: one rank (exact)"
+    )
 
 
 def test_degrees_that_were_given_for_all_ranks_leave_only_teams_of_one():
@@ -29,7 +34,10 @@ def test_degrees_that_were_given_for_all_ranks_leave_only_teams_of_one():
 
 def test_latency_mode_and_one_rank_have_no_teams():
     start = teams(backend="distrifuser", mode="latency")
-    assert not start.teams.plans and "mode=latency: as asked, all ranks work on each job" in start.facts()["reasons"]
+    assert (
+        not start.teams.plans
+        and "mode=latency: as asked, all ranks work on each job" in start.facts()["reasons"]
+    )
     assert not teams(ranks=1, mode="throughput").teams.plans
 
 
@@ -40,8 +48,14 @@ def test_throughput_mode_has_teams_of_one():
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ({"backend": "asyncdiff", "shard_weights": True}, "with --shard_weights each rank holds only a part of the weights"),
-        ({"backend": "distrifuser", "parallelism": "tensor"}, "with --parallelism=tensor each rank holds only a part of the weights"),
+        (
+            {"backend": "asyncdiff", "shard_weights": True},
+            "with --shard_weights each rank holds only a part of the weights",
+        ),
+        (
+            {"backend": "distrifuser", "parallelism": "tensor"},
+            "with --parallelism=tensor each rank holds only a part of the weights",
+        ),
         (
             {"backend": "xdit", "type_name": "flux", "pipefusion_parallel_degree": 4},
             "with --pipefusion_parallel_degree each rank holds only a part of the weights",
@@ -52,7 +66,8 @@ def test_throughput_mode_has_teams_of_one():
         ),
         (
             {"backend": "distrifuser", "compile_unet": True},
-            "compiled models would be compiled again whenever ranks join or part (--compile_unet, --compile_vae, --compile_text_encoder)",
+            "compiled models would be compiled again whenever ranks join or part (--compile_unet, "
+            "--compile_vae, --compile_text_encoder)",
         ),
     ],
 )
@@ -62,4 +77,7 @@ def test_what_ties_ranks_together_makes_auto_latency_and_refuses_throughput(opti
     assert f"mode=latency: {problem}" in start.facts()["reasons"]
     with pytest.raises(ConfigError) as caught:
         teams(mode="throughput", **options)
-    assert str(caught.value) == f"--mode=throughput is not available: {problem}. Leave one of the two out."
+    assert (
+        str(caught.value)
+        == f"--mode=throughput is not available: {problem}. Leave one of the two out."
+    )

@@ -1,4 +1,6 @@
-"""Jobs that are made in one batch: real hosts, real HTTP. The tests of one host run in this order; the last one kills it."""
+"""Jobs that are made in one batch: real hosts, real HTTP. The tests of one host run in this order;
+the last one kills it.
+"""
 
 import signal
 import threading
@@ -7,7 +9,18 @@ import pytest
 import requests
 
 from tests.hosts.harness import is_port_free, start_launcher, wait_until
-from tests.hosts.sending import ARGUMENTS, BODY, OneRank, begun, difference, follow, over, pixels, send, show
+from tests.hosts.sending import (
+    ARGUMENTS,
+    BODY,
+    OneRank,
+    begun,
+    difference,
+    follow,
+    over,
+    pixels,
+    send,
+    show,
+)
 
 LONG = {**BODY, "steps": 40}
 BLOCKER = {**BODY, "steps": 39}
@@ -21,7 +34,12 @@ def fault_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def host(fault_file):
-    with start_launcher(*ARGUMENTS, "--nproc_per_node=1", "--max_batch=3", environment={"FAULT_FILE": str(fault_file)}) as running:
+    with start_launcher(
+        *ARGUMENTS,
+        "--nproc_per_node=1",
+        "--max_batch=3",
+        environment={"FAULT_FILE": str(fault_file)},
+    ) as running:
         running.wait_until_ready()
         yield running
 
@@ -37,28 +55,49 @@ def assert_images(host, alone, bodies, jobs):
         assert difference(pixels(host, job["id"]), alone(body)) <= 1
 
 
-def test_jobs_of_two_clients_are_made_in_pairs_in_their_order_and_each_gets_its_own_image(host, alone):
+def test_jobs_of_two_clients_are_made_in_pairs_in_their_order_and_each_gets_its_own_image(
+    host, alone
+):
     for _ in range(2):
         (job,) = over(host, send(host, BODY))
         assert (job["state"], job["batch"]) == ("done", 1)
     blocker = begun(host, BLOCKER)
-    bodies = [{**BODY, "seed": seed, "positive": f"image {seed}", "negative": f"blurry {seed}"} for seed in range(5)]
+    bodies = [
+        {**BODY, "seed": seed, "positive": f"image {seed}", "negative": f"blurry {seed}"}
+        for seed in range(5)
+    ]
     wrong = send(host, {**BODY, "clip_skip": 12}, client="wrong")
     jobs = [send(host, body, client="ab"[number % 2]) for number, body in enumerate(bodies)]
     done = over(host, blocker, *jobs)[1:]
-    assert [job["batch"] for job in done] == [2, 2, 2, 2, 1] and {job["exactness"] for job in done} == {"reordered", "exact"}
+    assert [job["batch"] for job in done] == [2, 2, 2, 2, 1] and {
+        job["exactness"] for job in done
+    } == {"reordered", "exact"}
     assert_images(host, alone, bodies, done)
     refused = show(host, wrong)
-    assert refused["state"] == "failed" and refused["error"].startswith("clip_skip=12 is not allowed")
+    assert refused["state"] == "failed" and refused["error"].startswith(
+        "clip_skip=12 is not allowed"
+    )
     facts = host.get("/settings").json()
-    assert facts["max_batch"] == 3 and set(facts["seconds_in_batches"]["64x64, 4 steps guided"]) == {"1", "2"}
+    assert facts["max_batch"] == 3 and set(
+        facts["seconds_in_batches"]["64x64, 4 steps guided"]
+    ) == {"1", "2"}
     assert 'diffusion_batch_jobs_total{batch="2"} 4.0' in host.get("/metrics").text
 
 
 def test_images_of_one_request_share_a_batch(host, alone):
-    over(host, *[send(host, {**BODY, "steps": 5}) for _ in range(2)])  # a kind of its own: what is tried next is a matter of counting
-    fields = {"prompt": "a red car", "negative_prompt": "blurry", "steps": 5, "seed": 5, "guidance_scale": 7.0}
-    answer = host.session.post(host.url("/v1/images/generations"), json={**fields, "n": 4, "size": "64x64"}, timeout=60).json()
+    over(
+        host, *[send(host, {**BODY, "steps": 5}) for _ in range(2)]
+    )  # a kind of its own: what is tried next is a matter of counting
+    fields = {
+        "prompt": "a red car",
+        "negative_prompt": "blurry",
+        "steps": 5,
+        "seed": 5,
+        "guidance_scale": 7.0,
+    }
+    answer = host.session.post(
+        host.url("/v1/images/generations"), json={**fields, "n": 4, "size": "64x64"}, timeout=60
+    ).json()
     done = [show(host, made["url"].split("/")[-2]) for made in answer["data"]]
     assert [job["batch"] for job in done] == [2, 2, 2, 2]
     assert_images(host, alone, [{**BODY, "steps": 5, "seed": seed} for seed in (5, 6, 7, 8)], done)
@@ -75,7 +114,12 @@ def test_one_job_of_a_batch_is_watched_and_another_cancelled_in_the_middle(host,
     wait_until(lambda: len(previews) > 2, within_s=30, what="it has previews")
     assert [show(host, job)["state"] for job in jobs] == ["running"] * 2
     at = host.session.delete(host.url(f"/v1/jobs/{jobs[0]}"), timeout=20).json()["step"]
-    wait_until(lambda: show(host, jobs[0])["state"] == "cancelled", within_s=10, what="it is cancelled", every_s=0.01)
+    wait_until(
+        lambda: show(host, jobs[0])["state"] == "cancelled",
+        within_s=10,
+        what="it is cancelled",
+        every_s=0.01,
+    )
     assert show(host, jobs[1])["state"] == "running" and show(host, jobs[0])["step"] <= at + 2
     over(host, blocker)
     (done,) = over(host, jobs[1])
@@ -90,7 +134,12 @@ def test_batch_that_fails_is_made_one_by_one(host, alone, fault_file):
     bodies = [{**LONG, "seed": seed} for seed in range(2)]
     jobs = [send(host, body) for body in bodies]
     over(host, blocker)
-    wait_until(lambda: show(host, jobs[1])["state"] == "running", within_s=30, what="both run", every_s=0.01)
+    wait_until(
+        lambda: show(host, jobs[1])["state"] == "running",
+        within_s=30,
+        what="both run",
+        every_s=0.01,
+    )
     fault_file.write_text("0 decode")
     done = over(host, *jobs)
     assert [(job["batch"], job["attempts"]) for job in done] == [(1, 2)] * 2
@@ -117,7 +166,9 @@ def _post_and_lose(host):
 
 @pytest.mark.slow
 def test_ranks_of_their_own_make_batches_too(alone):
-    with start_launcher(*ARGUMENTS, "--backend=distrifuser", "--nproc_per_node=2", "--mode=throughput") as host:
+    with start_launcher(
+        *ARGUMENTS, "--backend=distrifuser", "--nproc_per_node=2", "--mode=throughput"
+    ) as host:
         host.wait_until_ready()
         over(host, *[send(host, body) for body in (BODY, BODY, LONG, LONG)])
         blockers = [begun(host, BLOCKER), begun(host, BLOCKER)]
@@ -134,6 +185,8 @@ def test_ranks_of_their_own_make_batches_too(alone):
         *done, cancelled, last = over(host, *blockers, *jobs)[2:]
         watcher.join(timeout=20)
         assert cancelled["state"] == "cancelled" and cancelled["step"] < 40
-        assert [job["batch"] for job in [*done, last]] == [2] * 7 and {job["ranks"] for job in done} == {1}
+        assert [job["batch"] for job in [*done, last]] == [2] * 7 and {
+            job["ranks"] for job in done
+        } == {1}
         assert_images(host, alone, [*bodies[:6], bodies[7]], [*done, last])
         assert "Traceback" not in host.log

@@ -5,7 +5,14 @@ import shutil
 import numpy as np
 import pytest
 
-from tests.checkpoints import IP_ADAPTER_FILE, checkpoint, controlnet, ip_adapter, lora, sample_image
+from tests.checkpoints import (
+    IP_ADAPTER_FILE,
+    checkpoint,
+    controlnet,
+    ip_adapter,
+    lora,
+    sample_image,
+)
 from tests.hosts.client import assert_is_error, decode, encode
 from tests.hosts.inprocess import InProcessHost
 
@@ -28,7 +35,14 @@ def host(tmp_path_factory):
 
 def body(**fields):
     hint = encode(sample_image(48))
-    return {"positive": "a red car", "steps": 2, "seed": 3, "control_image": hint, "ip_image": hint, **fields}
+    return {
+        "positive": "a red car",
+        "steps": 2,
+        "seed": 3,
+        "control_image": hint,
+        "ip_image": hint,
+        **fields,
+    }
 
 
 def pixels(host, **fields):
@@ -76,7 +90,11 @@ def test_what_does_not_fit_is_refused(host, change, message):
 
 
 def test_settings_tell_how_many_steps_the_cache_skipped():
-    with InProcessHost(type="pixa", checkpoint=str(checkpoint("pixa")), step_cache="first_block,10") as host:
-        assert host.generate_image({"positive": "a red car", "steps": 3, "seed": 3})["message"] == "OK"
+    with InProcessHost(
+        type="pixa", checkpoint=str(checkpoint("pixa")), step_cache="first_block,10"
+    ) as host:
+        assert (
+            host.generate_image({"positive": "a red car", "steps": 3, "seed": 3})["message"] == "OK"
+        )
         facts = host._session.get(host.url("/settings"), timeout=10).json()
         assert facts["last_report"]["step_cache"] == {"calls": 3, "skipped": 2}

@@ -1,7 +1,9 @@
-"""One real host of two ranks, from its first second to its end: launcher, torchelastic, both ranks, HTTP.
+"""One real host of two ranks, from its first second to its end: launcher, torchelastic, both ranks,
+HTTP.
 
-The tests use one host, in this order: it is loading, it is ready, its ranks split into teams when several jobs wait and meet again,
-ranks fail, a rank is killed, it is stopped in the middle of a job.
+The tests use one host, in this order: it is loading, it is ready, its ranks split into teams when
+several jobs wait and meet again, ranks fail, a rank is killed, it is stopped in the middle of a
+job.
 """
 
 import json
@@ -16,7 +18,20 @@ import requests
 
 from tests.hosts.client import assert_is_error, decode
 from tests.hosts.harness import READY_WITHIN_S, run_launcher, start_launcher, wait_until
-from tests.hosts.sending import ARGUMENTS, BODY, OneRank, begun, both_run, difference, follow, from_file, over, pixels, send, show
+from tests.hosts.sending import (
+    ARGUMENTS,
+    BODY,
+    OneRank,
+    begun,
+    both_run,
+    difference,
+    follow,
+    from_file,
+    over,
+    pixels,
+    send,
+    show,
+)
 
 LONG = {**BODY, "steps": 30}
 
@@ -28,7 +43,12 @@ def fault_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def host(fault_file):
-    with start_launcher(*ARGUMENTS, "--backend=distrifuser", "--nproc_per_node=2", environment={"FAULT_FILE": str(fault_file)}) as running:
+    with start_launcher(
+        *ARGUMENTS,
+        "--backend=distrifuser",
+        "--nproc_per_node=2",
+        environment={"FAULT_FILE": str(fault_file)},
+    ) as running:
         yield running
 
 
@@ -75,13 +95,21 @@ def test_second_host_on_the_port_ends_before_loading_and_disturbs_nothing(host, 
     started = time.monotonic()
     done = run_launcher("--type=sdxl", f"--port={host.port}")
     assert done.returncode == 2
-    assert done.stderr == f"error: --port={host.port} is in use on 127.0.0.1. Stop what listens there, or choose another port.\n"
+    assert (
+        done.stderr
+        == f"error: --port={host.port} is in use on 127.0.0.1. Stop what listens there, or choose "
+        "another port.\n"
+    )
     assert time.monotonic() - started < 10
     assert (drawn(host.post(BODY)) == reference).all()
 
 
-def test_job_alone_has_both_ranks_and_six_at_once_have_one_each_and_give_the_images_of_one_rank(host, alone):
-    """No job had one rank until now, so that an assumption decides for two teams, and no measurement on a busy machine."""
+def test_job_alone_has_both_ranks_and_six_at_once_have_one_each_and_give_the_images_of_one_rank(
+    host, alone
+):
+    """No job had one rank until now, so that an assumption decides for two teams, and no
+    measurement on a busy machine.
+    """
     (single,) = over(host, send(host, BODY))
     assert (single["state"], single["ranks"]) == ("done", 2)
     blocker = begun(host, LONG)
@@ -89,7 +117,11 @@ def test_job_alone_has_both_ranks_and_six_at_once_have_one_each_and_give_the_ima
     both_run(host, jobs)
     done = over(host, blocker, *jobs)
     assert [job["state"] for job in done] == ["done"] * 7
-    assert [job["ranks"] for job in done[:3]] == [2, 1, 1]  # the last ones may be for both again, if that looked quicker
+    assert [job["ranks"] for job in done[:3]] == [
+        2,
+        1,
+        1,
+    ]  # the last ones may be for both again, if that looked quicker
     for seed, job in enumerate(done[1:]):
         allowed = 0 if (job["ranks"], job["batch"]) == (1, 1) else 1
         assert difference(pixels(host, job["id"]), alone({**BODY, "seed": seed})) <= allowed
@@ -99,9 +131,13 @@ def test_job_alone_has_both_ranks_and_six_at_once_have_one_each_and_give_the_ima
 
 
 def test_ten_clients_at_once_are_served_in_turns_and_get_their_own_images(host, alone):
-    blocker = begun(host, {**BODY, "steps": 100})  # until all have been sent, also on a busy machine
+    blocker = begun(
+        host, {**BODY, "steps": 100}
+    )  # until all have been sent, also on a busy machine
     greedy = [send(host, {**BODY, "seed": seed}, client="greedy") for seed in range(4)]
-    others = [send(host, {**BODY, "seed": seed}, client=f"client {seed % 3}") for seed in range(4, 10)]
+    others = [
+        send(host, {**BODY, "seed": seed}, client=f"client {seed % 3}") for seed in range(4, 10)
+    ]
     assert show(host, others[2])["position"] < show(host, greedy[1])["position"]
     done = over(host, blocker, *greedy, *others)
     assert [job["state"] for job in done] == ["done"] * 11
@@ -109,26 +145,50 @@ def test_ten_clients_at_once_are_served_in_turns_and_get_their_own_images(host, 
     events = host.get(f"/v1/jobs/{blocker}/trace").json()["traceEvents"]
     assert {event["tid"] for event in events if event["name"] == "step 1"} == {0, 1}
     for seed in (0, 7):
-        assert difference(pixels(host, done[1 + seed]["id"]), alone({**BODY, "seed": seed})) <= 1  # on one rank or on both
+        assert (
+            difference(pixels(host, done[1 + seed]["id"]), alone({**BODY, "seed": seed})) <= 1
+        )  # on one rank or on both
 
 
-def test_images_of_one_request_are_shared_out_among_the_ranks_and_come_back_in_their_order(host, alone):
+def test_images_of_one_request_are_shared_out_among_the_ranks_and_come_back_in_their_order(
+    host, alone
+):
     over(host, send(host, BODY))  # the ranks are together
-    fields = {"prompt": "a red car", "negative_prompt": "blurry", "steps": 4, "seed": 5, "guidance_scale": 7.0}
-    answer = requests.post(host.url("/v1/images/generations"), json={**fields, "n": 4, "size": "64x64"}, timeout=60).json()
+    fields = {
+        "prompt": "a red car",
+        "negative_prompt": "blurry",
+        "steps": 4,
+        "seed": 5,
+        "guidance_scale": 7.0,
+    }
+    answer = requests.post(
+        host.url("/v1/images/generations"), json={**fields, "n": 4, "size": "64x64"}, timeout=60
+    ).json()
     assert [made["seed"] for made in answer["data"]] == [5, 6, 7, 8]
     jobs = [made["url"].split("/")[-2] for made in answer["data"]]
     assert [show(host, job)["ranks"] for job in jobs][:2] == [1, 1]
     for seed, job in enumerate(jobs, start=5):
         assert difference(pixels(host, job), alone({**BODY, "seed": seed})) <= 1
-    asked = {"prompt": "a red car", "negative_prompt": "blurry", "steps": 4, "seed": 5, "cfg_scale": 7.0, "width": 64, "height": 64}
-    answer = requests.post(host.url("/sdapi/v1/txt2img"), json={**asked, "n_iter": 2, "batch_size": 2}, timeout=60).json()
+    asked = {
+        "prompt": "a red car",
+        "negative_prompt": "blurry",
+        "steps": 4,
+        "seed": 5,
+        "cfg_scale": 7.0,
+        "width": 64,
+        "height": 64,
+    }
+    answer = requests.post(
+        host.url("/sdapi/v1/txt2img"), json={**asked, "n_iter": 2, "batch_size": 2}, timeout=60
+    ).json()
     assert json.loads(answer["info"])["all_seeds"] == [5, 6, 7, 8]
     for seed, image in enumerate(answer["images"], start=5):
         assert difference(from_file(image), alone({**BODY, "seed": seed})) <= 1
 
 
-def test_split_jobs_have_previews_and_one_is_cancelled_and_one_refused_without_touching_the_others(host, alone):
+def test_split_jobs_have_previews_and_one_is_cancelled_and_one_refused_without_touching_the_others(
+    host, alone
+):
     blocker = begun(host, LONG)
     jobs = [send(host, {**LONG, "steps": 100, "seed": seed}) for seed in range(2)]
     wrong = send(host, {**BODY, "clip_skip": 12})
@@ -138,13 +198,19 @@ def test_split_jobs_have_previews_and_one_is_cancelled_and_one_refused_without_t
     threads = [threading.Thread(target=follow, args=(host, job, previews[job])) for job in jobs]
     for thread in threads:
         thread.start()
-    wait_until(lambda: all(len(found) > 2 for found in previews.values()), within_s=30, what="both have previews")
+    wait_until(
+        lambda: all(len(found) > 2 for found in previews.values()),
+        within_s=30,
+        what="both have previews",
+    )
     at = host.session.delete(host.url(f"/v1/jobs/{jobs[1]}"), timeout=20).json()["step"]
     (cancelled,) = over(host, jobs[1])
     assert cancelled["state"] == "cancelled" and cancelled["step"] <= at + 2
     assert show(host, jobs[0])["state"] == "running"
     refused, good = over(host, wrong, last)
-    assert refused["state"] == "failed" and refused["error"].startswith("clip_skip=12 is not allowed")
+    assert refused["state"] == "failed" and refused["error"].startswith(
+        "clip_skip=12 is not allowed"
+    )
     assert difference(pixels(host, good["id"]), alone({**BODY, "seed": 3})) <= 1
     first, _ = over(host, jobs[0], blocker)
     assert (first["state"], first["ranks"], first["step"]) == ("done", 1, 100)
@@ -161,7 +227,10 @@ def test_failure_of_a_rank_in_its_team_costs_no_other_job(host, alone, fault_fil
     fault_file.write_text("1 decode")
     done = over(host, blocker, *long, *jobs)
     assert fault_file.read_text() == ""
-    assert all(job["state"] == "done" for job in done) and sum(job["attempts"] for job in done) == len(done) + 1
+    assert (
+        all(job["state"] == "done" for job in done)
+        and sum(job["attempts"] for job in done) == len(done) + 1
+    )
     for seed, job in enumerate(done[3:]):
         assert difference(pixels(host, job["id"]), alone({**BODY, "seed": seed})) <= 1
     (after,) = over(host, send(host, BODY))
@@ -173,14 +242,18 @@ def test_images_asked_for_at_once_are_not_swapped(host, alone):
     together = {}
 
     def post(seed):
-        together[seed] = drawn(requests.post(host.url("/generate"), json={**BODY, "seed": seed}, timeout=60))
+        together[seed] = drawn(
+            requests.post(host.url("/generate"), json={**BODY, "seed": seed}, timeout=60)
+        )
 
     threads = [threading.Thread(target=post, args=(seed,)) for seed in (5, 6)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(timeout=60)
-    assert all(difference(together[seed], alone({**BODY, "seed": seed})) <= 1 for seed in (5, 6))  # on one rank or on both
+    assert all(
+        difference(together[seed], alone({**BODY, "seed": seed})) <= 1 for seed in (5, 6)
+    )  # on one rank or on both
     assert (alone(BODY) != alone({**BODY, "seed": 6})).any()
 
 
@@ -196,9 +269,15 @@ def test_cancelled_job_ends_on_both_ranks_within_two_steps_and_the_next_is_right
 
 @pytest.mark.parametrize(
     ("rank", "place"),
-    [(0, "denoiser"), (1, "decode"), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, "denoiser"), (0, "decode")))],
+    [
+        (0, "denoiser"),
+        (1, "decode"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, "denoiser"), (0, "decode"))),
+    ],
 )
-def test_failure_of_one_rank_is_tried_again_then_answered_by_name_and_the_next_image_is_right(rank, place, host, reference, fault_file):
+def test_failure_of_one_rank_is_tried_again_then_answered_by_name_and_the_next_image_is_right(
+    rank, place, host, reference, fault_file
+):
     ranks = host.ranks()
     fault_file.write_text(f"{rank} {place}")
     assert (drawn(host.post(BODY)) == reference).all(), "the second attempt drew something else"
@@ -206,7 +285,10 @@ def test_failure_of_one_rank_is_tried_again_then_answered_by_name_and_the_next_i
     fault_file.write_text(f"{rank} {place}\n{rank} {place}")
     answer = host.post(BODY, timeout=60)
     assert answer.status_code == 500
-    assert assert_is_error(answer.json()) == f"rank {rank} failed: ArithmeticError: a fault of the test in {place}"
+    assert (
+        assert_is_error(answer.json())
+        == f"rank {rank} failed: ArithmeticError: a fault of the test in {place}"
+    )
     assert host.get("/progress").text == "0"
     assert (drawn(host.post(BODY)) == reference).all()
     assert host.ranks() == ranks, "the host was started again"
@@ -238,8 +320,14 @@ def test_killed_rank_is_replaced_and_no_job_is_lost(rank, host, reference):
     client.join(timeout=30)
     assert not client.is_alive(), "the client was left waiting"
     assert answers == ["connection lost"] or "the ranks are started again" in answers[0], answers
-    wait_until(lambda: not any(process.is_running() for process in old.values()), within_s=20, what="the old ranks are gone")
-    wait_until(lambda: host.status() == 200, within_s=READY_WITHIN_S, what="ready again", every_s=0.2)
+    wait_until(
+        lambda: not any(process.is_running() for process in old.values()),
+        within_s=20,
+        what="the old ranks are gone",
+    )
+    wait_until(
+        lambda: host.status() == 200, within_s=READY_WITHIN_S, what="ready again", every_s=0.2
+    )
     for job in over(host, *waiting):
         assert job["state"] == "done"
         assert difference(pixels(host, job["id"]), reference) <= 1  # on one rank or on both
@@ -251,7 +339,8 @@ def test_killed_rank_is_replaced_and_no_job_is_lost(rank, host, reference):
 
 def _outcome(host, body):
     try:
-        return f"error: {assert_is_error(requests.post(host.url('/generate'), json=body, timeout=120).json())}"
+        answer = requests.post(host.url("/generate"), json=body, timeout=120).json()
+        return f"error: {assert_is_error(answer)}"
     except requests.ConnectionError:
         return "connection lost"
 
@@ -261,13 +350,19 @@ def test_stop_signal_during_a_job_ends_everything_and_answers_the_client(host, r
     answers = []
     job = threading.Thread(target=lambda: answers.append(_outcome(host, {**BODY, "steps": 900})))
     job.start()
-    wait_until(lambda: 0 < float(host.get("/progress").text) < 100, within_s=30, what="the job runs")
+    wait_until(
+        lambda: 0 < float(host.get("/progress").text) < 100, within_s=30, what="the job runs"
+    )
     host.session.close()
     seconds = host.signal_and_wait(signal.SIGINT, within_s=10)
     job.join(timeout=10)
     assert seconds < 3.5, host.log
     assert answers and answers[0].startswith("error: "), answers
-    assert not [process for process in family if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    assert not [
+        process
+        for process in family
+        if process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    ]
     assert host.process.returncode == 0
     assert "Traceback" not in host.log.split("stopping")[-1]
 

@@ -1,4 +1,6 @@
-"""torchelastic's agent over real processes: how often it starts a set again, and what it says when it gives up."""
+"""torchelastic's agent over real processes: how often it starts a set again, and what it says when
+it gives up.
+"""
 
 import json
 import subprocess
@@ -25,9 +27,24 @@ def test_restarts_are_counted_from_the_last_image_and_the_reason_for_giving_up_i
     notes.mkdir()
     served = RankNotes(notes, attempt=1)
     script.write_text(RANK.format(served=str(served._path("served"))))
-    options = {"num_ranks": 2, "max_restarts": 1, "port": free_port(), "notes": str(notes), "fatal": str(fatal)}
-    program = f"import sys; from hosts.supervision.agent import main; sys.exit(main(sys.argv[1:], program=[{str(script)!r}]))"
-    done = subprocess.run([sys.executable, "-c", program, json.dumps(options)], cwd=ROOT, capture_output=True, text=True, timeout=90)
+    options = {
+        "num_ranks": 2,
+        "max_restarts": 1,
+        "port": free_port(),
+        "notes": str(notes),
+        "fatal": str(fatal),
+    }
+    program = (
+        "import sys; from hosts.supervision.agent import main; sys.exit(main(sys.argv[1:], "
+        f"program=[{str(script)!r}]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, json.dumps(options)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
     assert done.returncode == 1, done.stderr
     # started; again (1 in a row); served, then again (1 in a row); given up
     assert RankNotes(notes, attempt=2).exits()[1] == -9 and not RankNotes(notes, attempt=3).exits()

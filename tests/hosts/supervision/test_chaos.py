@@ -11,7 +11,10 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("rounds", "seed", "kinds"), [(3, 6, {"kill", "exception in the denoiser"}), (8, 11, {"kill", "stop"})])
+@pytest.mark.parametrize(
+    ("rounds", "seed", "kinds"),
+    [(3, 6, {"kill", "exception in the denoiser"}), (8, 11, {"kill", "stop"})],
+)
 @pytest.mark.timeout(900)
 def test_faults_at_random_moments_lose_no_job_and_spoil_no_image(rounds, seed, kinds):
     command = [sys.executable, "-m", "benchmarks.chaos", f"--rounds={rounds}", f"--seed={seed}"]

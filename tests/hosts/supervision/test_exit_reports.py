@@ -1,4 +1,6 @@
-"""The reason of a lost rank: who it was, what ended it, and the last lines of its log, without anybody else's."""
+"""The reason of a lost rank: who it was, what ended it, and the last lines of its log, without
+anybody else's.
+"""
 
 import logging
 import re
@@ -38,20 +40,37 @@ def rank_log(notes):
 @pytest.mark.parametrize(
     ("exits", "seen", "why", "rank"),
     [
-        ({1: -9, 0: EXIT_LOST_RANK}, UNKNOWN, "rank 1 was ended by SIGKILL, as the kernel does when memory runs out", 1),
+        (
+            {1: -9, 0: EXIT_LOST_RANK},
+            UNKNOWN,
+            "rank 1 was ended by SIGKILL, as the kernel does when memory runs out",
+            1,
+        ),
         ({0: -11}, UNKNOWN, "rank 0 was ended by SIGSEGV", 0),
-        ({1: 3}, ExitReport(why="rank 1 was gone", rank=1, is_seen_only=True), "rank 1 ended with exit code 3", 1),
+        (
+            {1: 3},
+            ExitReport(why="rank 1 was gone", rank=1, is_seen_only=True),
+            "rank 1 ended with exit code 3",
+            1,
+        ),
         (
             {1: -9, 0: 70},
             ExitReport(why="rank 1 has given no sign of life for 10 s", rank=1),
             "rank 1 has given no sign of life for 10 s",
             1,
         ),
-        ({1: 70}, ExitReport(why="rank 1 was gone", rank=1, is_seen_only=True), "rank 1 was gone", 1),
+        (
+            {1: 70},
+            ExitReport(why="rank 1 was gone", rank=1, is_seen_only=True),
+            "rank 1 was gone",
+            1,
+        ),
         ({}, UNKNOWN, "rank 0 ended without a word", 0),
     ],
 )
-def test_exit_code_says_more_than_that_a_rank_was_gone_and_less_than_who_saw_it_hang(exits, seen, why, rank, notes):
+def test_exit_code_says_more_than_that_a_rank_was_gone_and_less_than_who_saw_it_hang(
+    exits, seen, why, rank, notes
+):
     notes.put_exits(exits)
     ending = notes.complete(seen)
     assert (ending.why, ending.rank) == (why, rank)
@@ -63,7 +82,9 @@ def test_last_lines_are_those_of_the_lost_rank_about_this_job_or_none(notes, ran
         rank_log.info("somebody else's")
     with log.about_job("a-2"):
         rank_log.error("trace\nof two lines")
-    http = threading.Thread(target=lambda: rank_log.info("what a client sent"), name="CP Server Thread-5")
+    http = threading.Thread(
+        target=lambda: rank_log.info("what a client sent"), name="CP Server Thread-5"
+    )
     http.start()
     http.join()
     ending = notes.complete(ExitReport(why="rank 1 was gone", rank=1))
@@ -102,7 +123,9 @@ in_a_kernel()
 
 
 def test_ending_survives_being_written_and_damaged_notes_are_no_reason_to_fail(notes):
-    ending = ExitReport(why="rank 1 was gone", rank=1, channels=(("a", "one"), (None, "two")), is_seen_only=True)
+    ending = ExitReport(
+        why="rank 1 was gone", rank=1, channels=(("a", "one"), (None, "two")), is_seen_only=True
+    )
     assert ExitReport.from_text(ending.to_text()) == ending
     notes.log_file(1).write_text('{"job": null, "text": "whole"}\n{"job": nu')
     assert notes.channels(1) == ((None, "whole"),)
@@ -114,5 +137,9 @@ def test_notes_of_older_attempts_are_removed_and_no_others(notes, tmp_path):
         each.mark("served")
     (tmp_path / "jobs.sqlite-wal").touch()
     notes.forget_older()
-    assert [each.marked_s("served") is not None for each in (old, notes, new)] == [False, True, True]
+    assert [each.marked_s("served") is not None for each in (old, notes, new)] == [
+        False,
+        True,
+        True,
+    ]
     assert (tmp_path / "jobs.sqlite-wal").exists()

@@ -1,4 +1,6 @@
-"""Ranks that hang: stopped for real, noticed by the one that is left, which ends with the reason and takes the hanging one with it."""
+"""Ranks that hang: stopped for real, noticed by the one that is left, which ends with the reason
+and takes the hanging one with it.
+"""
 
 import os
 import signal
@@ -18,7 +20,9 @@ from torch.distributed import PrefixStore, TCPStore
 from hosts.supervision.progress import Activity
 from hosts.supervision.heartbeat import Watch
 rank, port = int(os.environ["RANK"]), int(sys.argv[1])
-store = TCPStore("127.0.0.1", port, 2, is_master=rank == 0, timeout=timedelta(seconds=60), wait_for_workers=False)
+store = TCPStore(
+    "127.0.0.1", port, 2, is_master=rank == 0, timeout=timedelta(seconds=60), wait_for_workers=False
+)
 beats = PrefixStore("watch", store.clone())
 activity = Activity()
 def leave(ending):
@@ -82,7 +86,12 @@ def test_rank_whose_job_makes_no_step_while_its_threads_run_is_found_and_named()
     try:
         ended = [rank.communicate(timeout=40) for rank in ranks]
         assert [rank.returncode for rank in ranks] == [70, -signal.SIGKILL], ended
-        said = {line.rpartition(" for ")[0] for out, _ in ended for line in out.splitlines() if line != "watching"}
+        said = {
+            line.rpartition(" for ")[0]
+            for out, _ in ended
+            for line in out.splitlines()
+            if line != "watching"
+        }
         assert said == {"1: rank 1 has made no step of job 7 after step 3"}
     finally:
         for rank in ranks:

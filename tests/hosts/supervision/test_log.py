@@ -26,7 +26,11 @@ def test_text_line_names_rank_and_job(written):
         logger.info("%s done", "it")
     logger.info("after")
     channels = [line.split(" ", 1)[1] for line in written()]
-    assert channels == ["rank0 I hosts.test: before", "rank0 I hosts.test [ab-1]: it done", "rank0 I hosts.test: after"]
+    assert channels == [
+        "rank0 I hosts.test: before",
+        "rank0 I hosts.test [ab-1]: it done",
+        "rank0 I hosts.test: after",
+    ]
 
 
 def test_json_line_is_one_object_with_the_trace_in_it(written):
@@ -39,7 +43,13 @@ def test_json_line_is_one_object_with_the_trace_in_it(written):
     (line,) = written()
     facts = json.loads(line)
     assert facts.pop("time").endswith("Z") and "ArithmeticError: two\nlines" in facts.pop("trace")
-    assert facts == {"level": "error", "rank": 3, "logger": "hosts.test", "message": "it failed", "job": "ab-1"}
+    assert facts == {
+        "level": "error",
+        "rank": 3,
+        "logger": "hosts.test",
+        "message": "it failed",
+        "job": "ab-1",
+    }
 
 
 def test_followers_speak_from_warning_up(written):

@@ -1,4 +1,6 @@
-"""When work that makes no step counts as a hang: by the job's own step times, generous where nothing is known."""
+"""When work that makes no step counts as a hang: by the job's own step times, generous where
+nothing is known.
+"""
 
 import pytest
 
@@ -46,16 +48,23 @@ def test_first_step_and_what_follows_the_last_have_much_time(clock):
 
 
 @pytest.mark.parametrize(
-    ("took", "floor", "allowed"), [((60, 2, 3, 2), 10, 30), ((60, 0.1, 0.1), 10, 10), ((5,), 10, 50)], ids=["slow", "quick", "one step"]
+    ("took", "floor", "allowed"),
+    [((60, 2, 3, 2), 10, 30), ((60, 0.1, 0.1), 10, 10), ((5,), 10, 50)],
+    ids=["slow", "quick", "one step"],
 )
-def test_further_steps_have_ten_times_the_longest_but_the_first_and_never_less_than_the_floor(took, floor, allowed, clock):
+def test_further_steps_have_ten_times_the_longest_but_the_first_and_never_less_than_the_floor(
+    took, floor, allowed, clock
+):
     activity = Activity(clock=clock)
     activity.begin("job 1")
     steps(activity, clock, *took)
     clock.now += allowed
     assert activity.overdue(floor) is None
     clock.now += 1
-    assert activity.overdue(floor) == f"made no step of job 1 after step {len(took)} for {allowed + 1} s"
+    assert (
+        activity.overdue(floor)
+        == f"made no step of job 1 after step {len(took)} for {allowed + 1} s"
+    )
 
 
 def test_compiled_pipeline_may_compile_at_any_step(clock):

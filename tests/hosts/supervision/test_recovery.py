@@ -1,4 +1,6 @@
-"""What is left of a host's jobs when the whole host goes: killed, told to stop, started again with the same --state_dir."""
+"""What is left of a host's jobs when the whole host goes: killed, told to stop, started again with
+the same --state_dir.
+"""
 
 import fcntl
 import io
@@ -17,7 +19,13 @@ BODY = {"positive": "a red car", "steps": 2, "seed": 5}
 
 
 def start(folder):
-    return start_launcher("--type=sdxl", f"--checkpoint={checkpoint('sdxl')}", "--height=64", "--width=64", f"--state_dir={folder}")
+    return start_launcher(
+        "--type=sdxl",
+        f"--checkpoint={checkpoint('sdxl')}",
+        "--height=64",
+        "--width=64",
+        f"--state_dir={folder}",
+    )
 
 
 def send(host, body, **headers):
@@ -29,7 +37,9 @@ def state(host, job):
 
 
 def wait_for(host, job, name):
-    wait_until(lambda: state(host, job)["state"] == name, within_s=60, what=f"job {job['id']} is {name}")
+    wait_until(
+        lambda: state(host, job)["state"] == name, within_s=60, what=f"job {job['id']} is {name}"
+    )
     return state(host, job)
 
 
@@ -62,7 +72,9 @@ def test_jobs_outlive_a_killed_and_a_stopped_host(tmp_path):
     with start(folder) as host:
         host.wait_until_listening()
         facts = state(host, running)
-        assert (facts["state"], facts["attempts"], facts["seconds"]) == ("queued", 1, None), "stopping the host cost it an attempt"
+        assert (facts["state"], facts["attempts"], facts["seconds"]) == ("queued", 1, None), (
+            "stopping the host cost it an attempt"
+        )
         host.session.delete(host.url(f"/v1/jobs/{running['id']}"), timeout=20)
         assert wait_for(host, waiting, "done")["attempts"] == 1
         assert state(host, running)["state"] == "cancelled"
@@ -79,4 +91,8 @@ def test_folders_of_dead_launchers_are_removed_and_no_others(tmp_path):
     with (tmp_path / f"{PREFIX}alive" / ALIVE).open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         remove_leftovers(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{PREFIX}alive", f"{PREFIX}young", "somebody-elses"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"{PREFIX}alive",
+        f"{PREFIX}young",
+        "somebody-elses",
+    ]

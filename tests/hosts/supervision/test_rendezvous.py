@@ -1,4 +1,6 @@
-"""Two machines make one image: two launchers in two network namespaces with a cable between them (two loopback addresses elsewhere)."""
+"""Two machines make one image: two launchers in two network namespaces with a cable between them
+(two loopback addresses elsewhere).
+"""
 
 import contextlib
 import os
@@ -15,12 +17,21 @@ from tests.hosts.client import assert_is_error, decode
 from tests.hosts.harness import READY_WITHIN_S, free_port, run_launcher, start_launcher, wait_until
 
 BODY = {"positive": "a red car", "steps": 4, "seed": 5, "cfg": 7.0}
-MODEL = ("--type=sdxl", f"--checkpoint={checkpoint('sdxl')}", "--height=64", "--width=64", "--mode=latency", "--backend=distrifuser")
+MODEL = (
+    "--type=sdxl",
+    f"--checkpoint={checkpoint('sdxl')}",
+    "--height=64",
+    "--width=64",
+    "--mode=latency",
+    "--backend=distrifuser",
+)
 
 
 @dataclass(frozen=True)
 class Network:
-    """first: address of machine 0. second: what machine 1's commands begin with. cable: its end on machine 0, if it can be pulled."""
+    """first: address of machine 0. second: what machine 1's commands begin with. cable: its end on
+    machine 0, if it can be pulled.
+    """
 
     first: str
     second: tuple[str, ...] = ()
@@ -33,7 +44,10 @@ class Network:
 @pytest.fixture(scope="module")
 def network():
     name, number = f"nodes{os.getpid()}", os.getpid() % 250
-    if shutil.which("ip") is None or subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode:
+    if (
+        shutil.which("ip") is None
+        or subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode
+    ):
         yield Network(first="127.0.0.2")
         return
     try:
@@ -53,7 +67,14 @@ def network():
 
 
 def arguments(network, port, rank, *more):
-    return (*MODEL, "--nnodes=2", f"--node_rank={rank}", f"--rdzv_endpoint={network.first}:{port}", "--node_timeout=170", *more)
+    return (
+        *MODEL,
+        "--nnodes=2",
+        f"--node_rank={rank}",
+        f"--rdzv_endpoint={network.first}:{port}",
+        "--node_timeout=170",
+        *more,
+    )
 
 
 @dataclass
@@ -67,14 +88,23 @@ class Pair:
     second: object = None
 
     def start_second(self):
-        self.second = self.stack.enter_context(start_launcher(*arguments(self.network, self.port, 1), prefix=self.network.second))
+        self.second = self.stack.enter_context(
+            start_launcher(*arguments(self.network, self.port, 1), prefix=self.network.second)
+        )
 
     def wait_until_ready(self):
-        wait_until(lambda: self.first.status() == 200, within_s=READY_WITHIN_S, what="ready", every_s=0.2)
+        wait_until(
+            lambda: self.first.status() == 200, within_s=READY_WITHIN_S, what="ready", every_s=0.2
+        )
 
     def waits(self):
         """What it says while it waits for machine 1."""
-        wait_until(lambda: "waiting for machine 1" in self.said(), within_s=60, what="it waits", every_s=0.2)
+        wait_until(
+            lambda: "waiting for machine 1" in self.said(),
+            within_s=60,
+            what="it waits",
+            every_s=0.2,
+        )
         return self.said()
 
     def said(self):
@@ -85,7 +115,9 @@ class Pair:
 def pair(network):
     with contextlib.ExitStack() as stack:
         running = Pair(network, free_port(), stack)
-        running.first = stack.enter_context(start_launcher(*arguments(network, running.port, 0, "--failure_timeout=5")))
+        running.first = stack.enter_context(
+            start_launcher(*arguments(network, running.port, 0, "--failure_timeout=5"))
+        )
         running.start_second()
         yield running
 
@@ -127,7 +159,9 @@ def test_two_machines_draw_what_two_ranks_of_one_machine_draw(reference, pair):
     ],
 )
 def test_second_machine_refuses_what_cannot_be_before_it_starts_a_rank(given, said):
-    done = run_launcher("--type=sdxl", "--nnodes=2", "--node_rank=1", "--rdzv_endpoint=127.0.0.1:29500", *given)
+    done = run_launcher(
+        "--type=sdxl", "--nnodes=2", "--node_rank=1", "--rdzv_endpoint=127.0.0.1:29500", *given
+    )
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert said in done.stderr
 
@@ -135,18 +169,31 @@ def test_second_machine_refuses_what_cannot_be_before_it_starts_a_rank(given, sa
 def test_several_machines_need_an_endpoint():
     done = run_launcher("--type=sdxl", "--nnodes=2", "--node_rank=1")
     assert done.returncode == 2
-    assert "--nnodes=2 needs --rdzv_endpoint=HOST:PORT: the first machine's address and a free port there." in done.stderr
+    assert (
+        "--nnodes=2 needs --rdzv_endpoint=HOST:PORT: the first machine's address and a free port "
+        "there." in done.stderr
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("rank", "whom"), [(0, "machine 1 of 2 to come to 127.0.0.1:{}"), (1, "machine 0 at 127.0.0.1:{}")])
+@pytest.mark.parametrize(
+    ("rank", "whom"),
+    [(0, "machine 1 of 2 to come to 127.0.0.1:{}"), (1, "machine 0 at 127.0.0.1:{}")],
+)
 def test_machine_whose_partner_never_comes_ends_after_its_limit_and_says_who_is_missing(rank, whom):
     port = free_port()
-    start = (f"--node_rank={rank}", f"--rdzv_endpoint=127.0.0.1:{port}", "--node_timeout=5", f"--port={free_port()}")
+    start = (
+        f"--node_rank={rank}",
+        f"--rdzv_endpoint=127.0.0.1:{port}",
+        "--node_timeout=5",
+        f"--port={free_port()}",
+    )
     done = run_launcher(*MODEL, "--nnodes=2", *start, timeout_s=170)
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith(f"error: waited 5 s for {whom.format(port)} (--node_timeout). Start every machine")
+    assert last.startswith(
+        f"error: waited 5 s for {whom.format(port)} (--node_timeout). Start every machine"
+    )
 
 
 def send(host, **more):
@@ -160,7 +207,12 @@ def state(host, job):
 
 
 def over(host, job):
-    wait_until(lambda: host.status() and state(host, job)["state"] in ("done", "failed"), within_s=60, what="the job is over", every_s=0.2)
+    wait_until(
+        lambda: host.status() and state(host, job)["state"] in ("done", "failed"),
+        within_s=60,
+        what="the job is over",
+        every_s=0.2,
+    )
     return state(host, job)
 
 
@@ -180,12 +232,18 @@ def assert_all_is_as_before(pair, reference, job, waiting):
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("machine", [1, 0])
-def test_rank_that_is_killed_on_one_machine_starts_both_again_and_loses_no_job(machine, reference, pair):
+def test_rank_that_is_killed_on_one_machine_starts_both_again_and_loses_no_job(
+    machine, reference, pair
+):
     pair.wait_until_ready()
     old = [pair.first.ranks()[0], pair.second.ranks()[0]]
     job, waiting = running_job(pair.first), send(pair.first)
     old[machine].kill()
-    wait_until(lambda: not any(process.is_running() for process in old), within_s=30, what="the old ranks are gone")
+    wait_until(
+        lambda: not any(process.is_running() for process in old),
+        within_s=30,
+        what="the old ranks are gone",
+    )
     assert_all_is_as_before(pair, reference, job, waiting)
 
 
@@ -196,7 +254,9 @@ def test_machine_that_is_lost_is_waited_for_and_jobs_go_on_when_it_is_back(refer
     job = running_job(pair.first)
     pair.second.signal_and_wait(signal.SIGKILL, within_s=3)
     said = pair.waits()
-    assert said == f"waiting: waiting for machine 1 of 2 to come to {pair.network.first}:{pair.port}"
+    assert (
+        said == f"waiting: waiting for machine 1 of 2 to come to {pair.network.first}:{pair.port}"
+    )
     assert pair.first.get("/initialize").status_code == 503
     refused = pair.first.post(BODY)
     assert (refused.status_code, refused.headers["Retry-After"]) == (503, "10")

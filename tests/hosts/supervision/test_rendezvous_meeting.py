@@ -1,4 +1,6 @@
-"""How ranks of several machines meet over a real store: who is waited for, who is refused, who has come before."""
+"""How ranks of several machines meet over a real store: who is waited for, who is refused, who has
+come before.
+"""
 
 import threading
 
@@ -20,7 +22,14 @@ def endpoint(monkeypatch):
 
 
 def machines(endpoint, rank, *, within_s=20.0, **facts):
-    return Machines(endpoint=endpoint, rank=rank, world_size=4, local_world_size=2, within_s=within_s, facts=facts)
+    return Machines(
+        endpoint=endpoint,
+        rank=rank,
+        world_size=4,
+        local_world_size=2,
+        within_s=within_s,
+        facts=facts,
+    )
 
 
 class Coming(threading.Thread):
@@ -42,29 +51,47 @@ class Coming(threading.Thread):
 def test_all_go_on_when_the_last_has_come_and_not_before(endpoint):
     host, port = endpoint
     ranks = [Coming(endpoint, 2)]
-    wait_until(lambda: ranks[0].told == [f"waiting for machine 0 at {host}:{port}"], within_s=20, what="0 is missed")
+    wait_until(
+        lambda: ranks[0].told == [f"waiting for machine 0 at {host}:{port}"],
+        within_s=20,
+        what="0 is missed",
+    )
     ranks.append(Coming(endpoint, 0))
-    wait_until(lambda: f"waiting for machines 0, 1 of 2 to come to {host}:{port}" in ranks[1].told, within_s=20, what="0 and 1 are missed")
+    wait_until(
+        lambda: f"waiting for machines 0, 1 of 2 to come to {host}:{port}" in ranks[1].told,
+        within_s=20,
+        what="0 and 1 are missed",
+    )
     ranks.append(Coming(endpoint, 1))
-    wait_until(lambda: ranks[1].told[-1] == f"waiting for machine 1 of 2 to come to {host}:{port}", within_s=20, what="one rank is missed")
+    wait_until(
+        lambda: ranks[1].told[-1] == f"waiting for machine 1 of 2 to come to {host}:{port}",
+        within_s=20,
+        what="one rank is missed",
+    )
     assert not any(rank.store for rank in ranks)
     ranks.append(Coming(endpoint, 3))
     for rank in ranks:
         rank.join(timeout=20)
     assert all(rank.store for rank in ranks)
-    # one of them is started again: it tells the others through this store, and waits for the next one
+    # one of them is started again: it tells the others through this store, and waits for the next
+    # one
     again = Coming(endpoint, 3)
-    wait_until(lambda: ranks[1].store.check(["watch/ended"]), within_s=20, what="the others are told")
+    wait_until(
+        lambda: ranks[1].store.check(["watch/ended"]), within_s=20, what="the others are told"
+    )
     assert ExitReport.from_text(ranks[1].store.get("watch/ended").decode()) == ENDING
     assert again.is_alive() and again.store is None
 
 
-@pytest.mark.parametrize(("rank", "whom"), [(0, "machines 0, 1 of 2 to come to {}:{}"), (2, "machine 0 at {}:{}")])
+@pytest.mark.parametrize(
+    ("rank", "whom"), [(0, "machines 0, 1 of 2 to come to {}:{}"), (2, "machine 0 at {}:{}")]
+)
 def test_nobody_waits_longer_than_the_limit(rank, whom, endpoint):
     coming = Coming(endpoint, rank, within_s=0.5)
     coming.join(timeout=20)
     assert coming.error.startswith(
-        f"waited 0.5 s for {whom.format(*endpoint)} (--node_timeout). Start every machine with its own --node_rank"
+        f"waited 0.5 s for {whom.format(*endpoint)} (--node_timeout). Start every machine with its "
+        "own --node_rank"
     )
 
 
@@ -72,8 +99,13 @@ def test_machine_with_other_arguments_is_refused_and_the_right_one_can_still_com
     first = Coming(endpoint, 0, **{"--height": "64", "--checkpoint": "/m"})
     wrong = Coming(endpoint, 2, **{"--height": "128", "--checkpoint": "/m"})
     wrong.join(timeout=20)
-    assert wrong.error.startswith("--height is 128 on this machine and 64 on machine 0. Start all machines with the same arguments")
-    right = [Coming(endpoint, rank, **{"--height": "64", "--checkpoint": "/m"}) for rank in (1, 2, 3)]
+    assert wrong.error.startswith(
+        "--height is 128 on this machine and 64 on machine 0. Start all machines with the same "
+        "arguments"
+    )
+    right = [
+        Coming(endpoint, rank, **{"--height": "64", "--checkpoint": "/m"}) for rank in (1, 2, 3)
+    ]
     for rank in (first, *right):
         rank.join(timeout=20)
         assert rank.store
