@@ -9,7 +9,6 @@ import importlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -151,7 +150,6 @@ def _agent_command(
     options = {
         "num_ranks": num_ranks,
         "max_restarts": settings.max_restarts,
-        "port": settings.master_port or _free_port(),
         "notes": str(folder / "notes"),
         "fatal": str(fatal_file),
         "first_rank": settings.node_rank * num_ranks,
@@ -162,18 +160,9 @@ def _agent_command(
 def _environment(folder: Path, fatal_file: Path, *, num_ranks: int) -> dict[str, str]:
     threads = max(1, (os.cpu_count() or 1) // num_ranks)
     defaults = {"OMP_NUM_THREADS": str(threads), "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    # a store of their own for ranks that are started again: in the shared one they find the
-    # addresses of those that died
-    defaults["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     own = {"DIFFUSION_FATAL_FILE": str(fatal_file), "DIFFUSION_STATE_FOLDER": str(folder / "state")}
     own["DIFFUSION_NOTES_FOLDER"] = str(folder / "notes")
     return {**defaults, **os.environ, **own}
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 if __name__ == "__main__":

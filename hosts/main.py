@@ -305,9 +305,7 @@ def _meet_machines(settings: Settings, start: StartPlan, place: Place, state: Ho
     from backends.parallel.distributed import open_store
 
     endpoint = parse_endpoint(settings.rdzv_endpoint)
-    if (interface := interface_towards(endpoint)) is not None:
-        for library in ("GLOO", "NCCL"):
-            os.environ.setdefault(f"{library}_SOCKET_IFNAME", interface)
+    _use_interface_towards(endpoint)
     machines = Machines(
         endpoint=endpoint,
         rank=place.rank,
@@ -329,6 +327,13 @@ def _meet_machines(settings: Settings, start: StartPlan, place: Place, state: Ho
     return store
 
 
+def _use_interface_towards(endpoint: tuple[str, int]) -> None:
+    """Unless the user has chosen another one."""
+    if (interface := interface_towards(endpoint)) is not None:
+        for library in ("GLOO", "NCCL"):
+            os.environ.setdefault(f"{library}_SOCKET_IFNAME", interface)
+
+
 def _meet(
     settings: Settings, place: Place, store: JobStore | None, activity: Activity, others: Any = None
 ) -> Any:
@@ -338,8 +343,17 @@ def _meet(
     from backends.parallel import distributed
     from hosts.supervision.heartbeat import Watch
 
+    if place.world_size == place.local_world_size:
+        _use_interface_towards(
+            ("127.0.0.1", 1)
+        )  # else gloo and NCCL listen where the machine's name leads, which others may reach
     device = distributed.select_device(place.local_rank)
+    notes = _notes(place) if others is None else None
+    if notes is not None:
+        others = distributed.open_file_store(notes.meeting, world_size=place.world_size)
     beats = distributed.initialize(rank=place.rank, world_size=place.world_size, store=others)
+    if notes is not None:
+        beats = notes.board
     Watch(
         beats,
         rank=place.rank,

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,6 +54,13 @@ def open_store(host: str, port: int, *, is_here: bool, timeout_s: float) -> dist
     return dist.TCPStore(
         host, port, is_master=is_here, timeout=timedelta(seconds=timeout_s), wait_for_workers=False
     )
+
+
+def open_file_store(file: Path, *, world_size: int) -> dist.Store:
+    """The store of one machine's ranks, which opens no port: whoever may read and write this file
+    may use it.
+    """
+    return dist.FileStore(str(file), world_size)
 
 
 def initialize(*, rank: int, world_size: int, store: dist.Store | None = None) -> dist.Store:

@@ -123,7 +123,7 @@ class Settings:
     master_port: int | None = _option(
         None,
         "start",
-        "Port for the ranks' rendezvous; without it a free one.",
+        "Accepted for old clients: the ranks meet without a port.",
         parse=whole(1, 65535),
     )
     max_restarts: int = _option(

@@ -284,15 +284,22 @@ def _without_effect(settings: Settings, spec: ModelSpec, backend: str) -> list[s
         if "motion_adapter" in spec.components
         else [name for name in MOTION_OPTIONS if name in settings.given]
     )
-    return [
-        f"--{name} has no effect: type {spec.name!r} has no motion adapter" for name in idle
-    ] + [
-        f"--{name} has no effect: it is for backend "
-        f"{' or '.join(declared[name].metadata['backends'])}"
-        for name in settings.given
-        if declared[name].metadata["backends"]
-        and backend not in declared[name].metadata["backends"]
-    ]
+    port = (
+        ["--master_port has no effect: ranks meet in a private folder"]
+        if settings.master_port is not None
+        else []
+    )
+    return (
+        port
+        + [f"--{name} has no effect: type {spec.name!r} has no motion adapter" for name in idle]
+        + [
+            f"--{name} has no effect: it is for backend "
+            f"{' or '.join(declared[name].metadata['backends'])}"
+            for name in settings.given
+            if declared[name].metadata["backends"]
+            and backend not in declared[name].metadata["backends"]
+        ]
+    )
 
 
 def _model_spec(settings: Settings, table: ModelTable) -> ModelSpec:

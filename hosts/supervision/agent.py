@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch.distributed import HashStore
 from torch.distributed.elastic.agent.server.api import (
     RunResult,
     WorkerGroup,
@@ -22,8 +23,11 @@ from torch.distributed.elastic.agent.server.api import (
 )
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-from torch.distributed.elastic.rendezvous import RendezvousParameters
-from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+from torch.distributed.elastic.rendezvous.api import (
+    RendezvousHandler,
+    RendezvousInfo,
+    RendezvousStoreInfo,
+)
 
 from hosts.supervision.exit_reports import UNKNOWN, RankNotes
 
@@ -36,17 +40,48 @@ LOOK_EVERY_S = 0.1
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgentOptions:
     """notes: folder for hosts/supervision/exit_reports.py. fatal: file for the reason for giving
-    up. max_restarts: in a row. port: of the rendezvous.
-
-    first_rank: of this machine.
+    up. max_restarts: in a row. first_rank: of this machine.
     """
 
     num_ranks: int
     max_restarts: int
-    port: int
     notes: str
     fatal: str
     first_rank: int = 0
+
+
+class OneMachine(RendezvousHandler):
+    """Torchelastic's rendezvous for the one machine that takes part.
+
+    It meets nobody, so its store stays in this process. Torchelastic's own handlers open a port on
+    all addresses and unpickle what anybody writes there.
+    """
+
+    def __init__(self) -> None:
+        self._store = HashStore()
+
+    def get_backend(self) -> str:
+        return "none"
+
+    def get_run_id(self) -> str:
+        return "ranks"
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        nowhere = RendezvousStoreInfo(
+            master_addr="127.0.0.1", master_port=0
+        )  # the ranks meet by themselves (hosts/main.py)
+        return RendezvousInfo(self._store, 0, 1, nowhere)
+
+    def num_nodes_waiting(self) -> int:
+        return 0
+
+    def is_closed(self) -> bool:
+        return False
+
+    def set_closed(self) -> None: ...
+
+    def shutdown(self) -> bool:
+        return True
 
 
 class GaveUp(Exception):
@@ -101,20 +136,12 @@ def main(arguments: Sequence[str], *, program: Sequence[str]) -> int:
     the ranks could not be kept running.
     """
     options = AgentOptions(**json.loads(arguments[0]))
-    rendezvous = RendezvousParameters(
-        backend="c10d",
-        endpoint=f"127.0.0.1:{options.port}",
-        run_id="ranks",
-        min_nodes=1,
-        max_nodes=1,
-        local_addr="127.0.0.1",
-    )
     spec = WorkerSpec(
         role="ranks",
         local_world_size=options.num_ranks,
         entrypoint=sys.executable,
         args=(*program, *arguments[1:]),
-        rdzv_handler=get_rendezvous_handler(rendezvous),
+        rdzv_handler=OneMachine(),
         max_restarts=ANY_NUMBER,
         monitor_interval=LOOK_EVERY_S,
         local_addr="127.0.0.1",

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from hosts.supervision.board import Board
 from hosts.supervision.parent_watch import EXIT_LOST_RANK
 
 MAX_LINES = 10
@@ -88,6 +89,16 @@ class RankNotes:
         Python stack here.
         """
         faulthandler.enable(self._path(f"rank{rank}.crash").open("w"), all_threads=False)
+
+    @property
+    def board(self) -> Board:
+        """Where the ranks of this machine give signs of life."""
+        return Board(self._path("said"))
+
+    @property
+    def meeting(self) -> Path:
+        """File in which the ranks of this machine find each other."""
+        return self._path("meeting")
 
     def mark(self, what: str) -> None:
         """That the set is 'ready', or has 'served'."""

@@ -8,6 +8,8 @@ job.
 
 import json
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -89,6 +91,51 @@ def test_two_ranks_draw_what_one_rank_draws(host, reference, alone):
     assert difference(alone(BODY), reference) <= 1
     assert len(host.ranks()) == 2
     assert host.get("/settings").json()["axes"]["cfg"] == 2
+
+
+STRANGER = """
+import base64, os, pickle, sys, threading, time
+from datetime import timedelta
+from torch.distributed import TCPStore
+class Attack:
+    def __reduce__(self):
+        return os.mkdir, (sys.argv[2],)
+attack = base64.b64encode(pickle.dumps(Attack()))
+def put(port):
+    store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=1), wait_for_workers=False)
+    store.set("torch.rendezvous.ranks", attack)
+    print(f"port {port} took it", flush=True)
+for port in sys.argv[1].split(","):
+    threading.Thread(target=put, args=(int(port),), daemon=True).start()
+time.sleep(6)  # torchelastic's own rendezvous reads its store every five seconds
+os._exit(0)
+"""
+
+
+def test_only_this_machine_reaches_any_process_of_the_host_and_no_store_takes_a_strangers_pickle(
+    host, reference, tmp_path
+):
+    ranks = host.ranks()
+    bound = [
+        found.laddr
+        for process in host.tree()
+        for found in process.net_connections("inet")
+        if found.status == psutil.CONN_LISTEN
+    ]
+    assert host.port in {address.port for address in bound} and {
+        address.ip for address in bound
+    } <= {"127.0.0.1", "::1"}, bound
+    ports = ",".join(str(address.port) for address in bound)
+    tried = subprocess.run(
+        [sys.executable, "-c", STRANGER, ports, tmp_path / "in"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (tried.returncode, tried.stdout) == (0, ""), tried
+    assert not (tmp_path / "in").exists()
+    assert (drawn(host.post(BODY)) == reference).all()
+    assert host.ranks() == ranks, "the host was started again"
 
 
 def test_second_host_on_the_port_ends_before_loading_and_disturbs_nothing(host, reference):

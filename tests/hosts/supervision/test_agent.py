@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 from hosts.supervision.exit_reports import RankNotes
-from tests.hosts.harness import free_port
 
 ROOT = Path(__file__).resolve().parents[3]
 RANK = """
@@ -27,13 +26,7 @@ def test_restarts_are_counted_from_the_last_image_and_the_reason_for_giving_up_i
     notes.mkdir()
     served = RankNotes(notes, attempt=1)
     script.write_text(RANK.format(served=str(served._path("served"))))
-    options = {
-        "num_ranks": 2,
-        "max_restarts": 1,
-        "port": free_port(),
-        "notes": str(notes),
-        "fatal": str(fatal),
-    }
+    options = {"num_ranks": 2, "max_restarts": 1, "notes": str(notes), "fatal": str(fatal)}
     program = (
         "import sys; from hosts.supervision.agent import main; sys.exit(main(sys.argv[1:], "
         f"program=[{str(script)!r}]))"
