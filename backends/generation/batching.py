@@ -39,7 +39,11 @@ def batch_key(request: GenerateRequest, load: LoadRequest) -> str | None:
     }
     try:
         return json.dumps({**shared, "has_negative": bool(request.negative_prompt)}, sort_keys=True)
-    except TypeError:  # an image or an array
+    except (
+        TypeError,
+        ValueError,
+        RecursionError,
+    ):  # an image or an array, or values that no JSON can hold
         return None
 
 

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+MAX_SHOWN = 80
+"""Characters of a value in a message."""
+
 SIGMA_FLAGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
 
@@ -200,7 +203,7 @@ def parse_scheduler(value: str | Mapping[str, Any] | None) -> SchedulerChoice:
     if name is not None:
         if not isinstance(name, str):
             raise SchedulerError(
-                f"scheduler={name!r} is not a name. Give one of: {', '.join(SCHEDULERS)}."
+                f"scheduler={_shown(name)} is not a name. Give one of: {', '.join(SCHEDULERS)}."
             )
         name, is_karras = _canonical(name)
         if is_karras:
@@ -219,12 +222,23 @@ def _settings(value: str | Mapping[str, Any] | None) -> dict[str, Any]:
         return {"scheduler": text}
     try:
         decoded = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # also numbers with too many digits, and lists in lists without end
         raise SchedulerError(
-            f"scheduler={text!r} is not valid JSON: {error}. Give a name, or JSON such as "
+            f"scheduler={_shown(text)} is not valid JSON: {error}. Give a name, or JSON such as "
             f'{{"scheduler": "euler"}}.'
         ) from error
     return dict(decoded) if isinstance(decoded, dict) else {"scheduler": decoded}
+
+
+def _shown(value: Any) -> str:
+    """What was given, in a message that everybody may see."""
+    try:
+        return repr(value)[:MAX_SHOWN]
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__} that is too deep or too long"
 
 
 def _canonical(name: str) -> tuple[str, bool]:
@@ -234,11 +248,11 @@ def _canonical(name: str) -> tuple[str, bool]:
     stem = ALIASES.get(stem, stem)
     if stem in SCHEDULERS:
         return stem, plain.startswith("k_") or plain.endswith("_karras")
-    closest = difflib.get_close_matches(stem, SCHEDULERS, n=1)
+    closest = difflib.get_close_matches(stem[:MAX_SHOWN], SCHEDULERS, n=1)
     advice = f" Did you mean {closest[0]!r}?" if closest else ""
     raise SchedulerError(
-        f"scheduler={name!r} is not a scheduler.{advice} Allowed: {', '.join(SCHEDULERS)}, or "
-        "k_NAME for Karras sigmas."
+        f"scheduler={_shown(name)} is not a scheduler.{advice} Allowed: {', '.join(SCHEDULERS)}, "
+        "or k_NAME for Karras sigmas."
     )
 
 

@@ -183,6 +183,10 @@ def test_reading_imports_no_torch():
         ),
         ("zzz", r"scheduler='zzz' is not a scheduler\. Allowed: ddim"),
         ('{"scheduler": "euler"', r"is not valid JSON"),
+        ("[" * 5000, r"is not valid JSON"),
+        ('{"a":' * 5000, r"is not valid JSON"),
+        ('{"shift": ' + "1" * 5000 + "}", r"is not valid JSON"),
+        ("x" * 5000, r"^scheduler='x{79} is not a scheduler"),
         ({"scheduler": 3}, r"scheduler=3 is not a name"),
         ('["euler"]', r"scheduler=\['euler'\] is not a name"),
         (

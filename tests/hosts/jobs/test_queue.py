@@ -57,6 +57,18 @@ def test_running_job_takes_no_place_in_the_queue():
     assert queue.num_waiting == 1
 
 
+def test_jobs_that_cannot_be_compared_are_taken_in_their_order_and_one_by_one():
+    queue = JobQueue()
+    submitted = [queue.submit(request()) for _ in range(2)]
+
+    def fails(waiting, running):
+        raise RecursionError("of a request")
+
+    assert queue.next(fails) is submitted[0]
+    assert queue.take_along(submitted[0], fails) == []
+    assert queue.next(fails) is submitted[1]
+
+
 def test_next_waits_for_a_job():
     queue = JobQueue()
     taken = []

@@ -84,6 +84,26 @@ def test_jobs_of_two_clients_are_made_in_pairs_in_their_order_and_each_gets_its_
     assert 'diffusion_batch_jobs_total{batch="2"} 4.0' in host.get("/metrics").text
 
 
+@pytest.mark.parametrize(
+    "scheduler", ["[" * 5000, '{"a": ' + "1" * 5000 + "}"], ids=["deep", "long"]
+)
+def test_scheduler_that_cannot_be_read_is_refused_and_ends_no_rank(host, alone, scheduler):
+    ranks = host.ranks()
+    blocker = begun(host, BLOCKER)
+    waiting = send(host, {**BODY, "seed": 6})
+    answers = [
+        host.session.post(host.url("/v1/jobs"), json={**BODY, "scheduler": scheduler}, timeout=20)
+        for _ in range(2)
+    ]
+    ended = [
+        answer.json() if answer.status_code == 400 else over(host, answer.json()["id"])[0]
+        for answer in answers
+    ]
+    assert all("is not valid JSON" in (one.get("message") or one["error"]) for one in ended)
+    assert_images(host, alone, [{**BODY, "seed": 6}], over(host, blocker, waiting)[1:])
+    assert host.ranks() == ranks, "the host was started again"
+
+
 def test_images_of_one_request_share_a_batch(host, alone):
     over(
         host, *[send(host, {**BODY, "steps": 5}) for _ in range(2)]
