@@ -275,7 +275,7 @@ def _serve(
         front if place.rank == 0 else FollowerDispatcher(rank=place.rank, line=channels.get(0))
     )
     try:
-        told = {"desk": dispatcher, "activity": activity, "team_plans": start.teams.plans}
+        told = {"dispatcher": dispatcher, "activity": activity, "team_plans": start.teams.plans}
         failure = RankLoop(
             rank=place.rank, spec=start.spec, mesh=mesh, pipeline=pipeline, **told
         ).run()

@@ -1,5 +1,4 @@
-"""ModelSpec + LoadRequest -> a diffusers pipeline on this rank's device, and one generation with
-it.
+"""Load a diffusers pipeline on this rank's device, and run it again and again.
 
 Used by hosts/ranks/loop.py on every rank, and by benchmarks. Nothing here knows HTTP or which rank
 it is on.
@@ -9,13 +8,12 @@ import copy
 import inspect
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
 
 import diffusers
-import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
@@ -24,24 +22,17 @@ from backends.errors import ConfigError, RequestError, UnsupportedError
 from backends.generation import latents as latent_space
 from backends.generation.batching import require_one_batch
 from backends.generation.call_arguments import (
-    call_arguments,
-    generator,
-    own_arguments,
     require_clip_layers,
     require_embeds_support,
     resolve,
-    visible_clip_layers,
 )
 from backends.generation.previews import Previewer
 from backends.generation.prompts import WeightedPrompts, unread_tokens
+from backends.generation.run import Generation, OnStep, PreparedRequest
 from backends.generation.schedulers import build_scheduler, parse_scheduler
-from backends.generation.step_driver import InitialLatents, StepDriver
-from backends.generation.step_window import schedule_of
-from backends.generation.timeline import StageClock
 from backends.loading.compilation import Compilation, quiet_regions
-from backends.loading.controlnet import control_arguments, require_control
+from backends.loading.controlnet import require_control
 from backends.loading.ip_adapter import (
-    image_arguments,
     load_ip_adapters,
     require_images,
     use_scales,
@@ -62,11 +53,6 @@ logger = logging.getLogger(__name__)
 # a bar per component belongs to a terminal, not into a server's log
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
-
-OnStep = Callable[[int, int, Tensor], None]
-"""on_step(steps done, steps in all, latents in model space): after each scheduler step, on every
-rank. An exception ends the run.
-"""
 
 
 def load_pipeline(spec: ModelSpec, load: LoadRequest, *, device: torch.device) -> "LoadedPipeline":
@@ -89,9 +75,7 @@ def load_pipeline(spec: ModelSpec, load: LoadRequest, *, device: torch.device) -
 
 
 class LoadedPipeline:
-    """A diffusers pipeline with a backend attached, and what is needed to run it again and again
-    the same way.
-    """
+    """A diffusers pipeline with a backend attached. Each call of it is a Generation (run.py)."""
 
     def __init__(
         self,
@@ -112,12 +96,11 @@ class LoadedPipeline:
         self._pristine_scheduler = copy.deepcopy(pipe.scheduler)
         self._backend: Backend | None = None
         self._previewer = Previewer(pipe, spec=spec)
-        self._run_now: RunInfo | None = None
         self._is_resting = False
-        self._clock = StageClock()
+        self._generation: Generation | None = None
         self._loras = LoraSet(pipe, spec)
         self._loras.use({**load.lora, **load.motion_lora})
-        self._prompts = WeightedPrompts(pipe, spec) if load.compel else None
+        self.weighted_prompts = WeightedPrompts(pipe, spec) if load.compel else None
         self._compilation = Compilation(load.compile) if load.compile is not None else None
         self._step_cache: StepCache | None = None
         if load.step_cache is not None:
@@ -220,63 +203,79 @@ class LoadedPipeline:
         """
         started = time.perf_counter()
         prepared = [self._prepare(request) for request in requests]
-        resolved = [request for request, _, _ in prepared]
-        first, scheduler, run = prepared[0]
         if len(requests) > 1:
-            require_one_batch(
-                requests,
-                self.spec,
-                self.load,
-                scheduler,
-                self._backend.plan if self._backend is not None else None,
+            plan = self._backend.plan if self._backend is not None else None
+            require_one_batch(requests, self.spec, self.load, prepared[0].scheduler, plan)
+        with self._begun(prepared[0]):
+            generation = Generation(self, prepared, on_step=self._step_reporter(on_step))
+            self._generation = generation
+            rows = generation.run()
+        generation.clock.end()
+        seconds = time.perf_counter() - started
+        return [
+            GenerateResult(
+                frames=frames,
+                latents=self._to_client_space(latents, one.request),
+                seed=one.request.seed,
+                resolved=one.described(),
+                num_steps=generation.num_steps,
+                exactness=self._exactness(one.run, num_rows=len(requests)),
+                seconds=seconds,
+                report=self._report(one.request),
             )
-        self._run_now = run
+            for one, (frames, latents) in zip(prepared, rows, strict=True)
+        ]
+
+    @contextmanager
+    def _begun(self, prepared: PreparedRequest) -> Iterator[None]:
+        """Weights, adapters, backend and step cache are ready for this run, and told of its end."""
         if self._is_resting:
             self.pipe.to(self.device)
             self._is_resting = False
-        self._use_loras(first)
-        use_scales(self.pipe, self.load, first)
+        self._use_loras(prepared.request)
+        use_scales(self.pipe, self.load, prepared.request)
         if self._backend is not None:
             self._backend.mesh.traffic.reset()
-            self._backend.begin(run)
+            self._backend.begin(prepared.run)
         if self._step_cache is not None:
-            self._step_cache.begin(is_on=first.quality != "exact")
+            self._step_cache.begin(is_on=prepared.request.quality != "exact")
         try:
-            made, num_steps = self._run(resolved, scheduler, on_step)
+            yield
         finally:
             if self._backend is not None:
                 self._backend.end()
             if self._step_cache is not None:
                 self._step_cache.end()
             self.pipe.maybe_free_model_hooks()
-        self._clock.end()
-        seconds = time.perf_counter() - started
-        return [
-            GenerateResult(
-                frames=frames,
-                latents=None
-                if latents is None
-                else latent_space.to_latent_space(latents, request.latent_space, vae=self.pipe.vae),
-                seed=request.seed,
-                resolved=_plain(request, scheduler),
-                num_steps=num_steps,
-                exactness=self._exactness(run, num_rows=len(requests)),
-                seconds=seconds,
-                report=self._report(request),
-            )
-            for request, (frames, latents) in zip(resolved, made, strict=True)
-        ]
+
+    def _step_reporter(self, on_step: OnStep | None) -> OnStep:
+        def report(step: int, num_steps: int, sample: Tensor) -> None:
+            if self._backend is not None:
+                self._backend.step_done()
+            if self._step_cache is not None:
+                self._step_cache.step_done()
+            if on_step is not None:
+                on_step(step, num_steps, sample)
+
+        return report
+
+    def _to_client_space(self, latents: Array | None, request: GenerateRequest) -> Array | None:
+        if latents is None:
+            return None
+        return latent_space.to_latent_space(latents, request.latent_space, vae=self.pipe.vae)
 
     def _report(self, request: GenerateRequest) -> dict[str, Any]:
         report = dict(self._backend.report()) if self._backend is not None else {}
-        report["stages"] = {
-            stage: round(seconds, 4) for stage, seconds in self._clock.seconds().items()
-        }
+        stages = self._generation.clock.seconds()
+        report["stages"] = {stage: round(seconds, 4) for stage, seconds in stages.items()}
         if self._step_cache is not None:
             report["step_cache"] = self._step_cache.report()
         if self._bytes_saved:
             report["bytes_saved"] = self._bytes_saved
-        if self._prompts is None and (unread := unread_tokens(self.pipe, self.spec, request)) > 0:
+        if (
+            self.weighted_prompts is None
+            and (unread := unread_tokens(self.pipe, self.spec, request)) > 0
+        ):
             logger.warning(
                 "the last %d tokens of the prompt were not read; with --compel they would be",
                 unread,
@@ -287,23 +286,22 @@ class LoadedPipeline:
     @property
     def spans(self) -> list[tuple[str, float, float]]:
         """What the last generation did when: see StageClock."""
-        return self._clock.spans
+        return self._generation.clock.spans if self._generation is not None else []
 
     def preview(self, latents: Tensor, row: int = 0) -> Array | None:
         """uint8 (h, w, 3) of one image that is made now, from what `on_step` was given. None for a
         VAE that cannot tell.
         """
-        return self._previewer.image(
-            latents[row : row + 1], height=self._run_now.height, width=self._run_now.width
-        )
+        run = self._generation.run_info
+        return self._previewer.image(latents[row : row + 1], height=run.height, width=run.width)
 
-    def _prepare(self, request: GenerateRequest) -> tuple[GenerateRequest, Any, RunInfo]:
+    def _prepare(self, request: GenerateRequest) -> PreparedRequest:
         require_embeds_support(request, self.spec, self.pipe, self.signature)
         require_clip_layers(request, self.pipe, self.signature)
         require_control(request, self.load, self.spec, self.signature)
         require_images(request, self.load, self.spec)
         self._require_changeable_loras(request)
-        if request.compel and self._prompts is None:
+        if request.compel and self.weighted_prompts is None:
             raise UnsupportedError(
                 "compel is not loaded on this host. Leave it out, or start the host with --compel."
             )
@@ -336,7 +334,7 @@ class LoadedPipeline:
                     "Leave the field out, or start the host with an exact method."
                 )
             self._backend.check(run)
-        return resolved, scheduler, run
+        return PreparedRequest(request=resolved, scheduler=scheduler, run=run)
 
     def _require_changeable_loras(self, request: GenerateRequest) -> None:
         if request.lora is not None and self._loras.is_fused:
@@ -379,143 +377,6 @@ class LoadedPipeline:
             name: getattr(self.load, name)
             for name in ("height", "width", "num_inference_steps", "guidance_scale")
         }
-
-    def _run(
-        self, requests: Sequence[GenerateRequest], scheduler: Any, on_step: OnStep | None
-    ) -> tuple[list[tuple[Array, Array | None]], int]:
-        """Of each request its uint8 frames and its latents in client space (or None); scheduler
-        steps made.
-        """
-        clock = self._clock = StageClock()
-        request = requests[0]  # in what follows the others are the same, but for texts and noise
-        if request.init_image is not None:
-            start = latent_space.encode(
-                request.init_image, pipe=self.pipe, height=request.height, width=request.width
-            )
-            request = request.model_copy(update={"latents": start})
-        elif request.latents is not None and self.spec.returns_latents:
-            start = latent_space.from_latent_space(
-                request.latents, request.latent_space, vae=self.pipe.vae
-            )
-            request = request.model_copy(update={"latents": start})
-        if request.latents is not None and self.spec.returns_latents and request.strength == 0:
-            clean = request.latents[:1]
-            latent_space.to_model_space(
-                clean, pipe=self.pipe, spec=self.spec, device=self.device, dtype=self.dtype
-            )  # checks it
-            return [(latent_space.decode(clean, pipe=self.pipe), clean)], 0
-        self.pipe.scheduler = scheduler
-        schedule = schedule_of(request)
-        arguments = call_arguments(
-            request, self.spec, self.signature, device=self.device, dtype=self.dtype
-        )
-        if (
-            self._prompts is not None
-            and request.prompt_embeds is None
-            and request.compel is not False
-        ):
-            texts = self._prompts.arguments(request)
-            arguments = {
-                name: value
-                for name, value in arguments.items()
-                if name not in ("prompt", "negative_prompt")
-            } | texts
-        if len(requests) > 1:
-            arguments |= own_arguments(requests, arguments)
-        added = {
-            **control_arguments(request, self.load, self.spec),
-            **image_arguments(request, self.load),
-        }
-        arguments |= {
-            name: value for name, value in added.items() if name in self.signature.parameters
-        }
-        start = self._start(request)
-        driver = StepDriver(
-            scheduler,
-            schedule,
-            start=start,
-            on_step=self._step_reporter(on_step),
-            generator=arguments["generator"],
-        )
-        driver.on_start = lambda: clock.next("step")
-        with driver, visible_clip_layers(self.pipe, request), self._seeded(request):
-            if driver.latents is not None:
-                arguments["latents"] = driver.latents
-            output = self.pipe(
-                **arguments, output_type="latent" if self.spec.returns_latents else "np"
-            )
-            output = output.frames if self.spec.output == "video" else output.images
-        if not self.spec.returns_latents:
-            pixels = output[0] if self.spec.output == "video" else output[:1]
-            return [(latent_space.to_uint8(pixels), None)], driver.num_steps
-        size = {"height": request.height, "width": request.width}
-        latents = latent_space.to_client_space(
-            output[: len(requests)], pipe=self.pipe, spec=self.spec, **size
-        )
-        rows = np.split(latents, len(requests))  # decoded one by one, in the memory that one needs
-        return [(latent_space.decode(row, pipe=self.pipe), row) for row in rows], driver.num_steps
-
-    @contextmanager
-    def _seeded(self, request: GenerateRequest) -> Iterator[None]:
-        """torch's global random numbers from the seed too: HunyuanDiT's ControlNet draws from them,
-        and all ranks must draw the same.
-        """
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(request.seed)
-            yield
-
-    def _start(self, request: GenerateRequest) -> InitialLatents | None:
-        """Where an image-to-image or inpainting run begins; None for text to image (latents at full
-        strength only set the size).
-        """
-        is_whole = request.strength == 1 and request.first_step == 0 and request.mask_image is None
-        if request.latents is None or not self.spec.returns_latents or is_whole:
-            return None
-        mask = None
-        if request.mask_image is not None:
-            size = {"height": request.height, "width": request.width}
-            mask = latent_space.mask(request.mask_image, pipe=self.pipe, spec=self.spec, **size).to(
-                self.device
-            )
-        clean = latent_space.to_model_space(
-            request.latents, pipe=self.pipe, spec=self.spec, device=self.device, dtype=self.dtype
-        )
-        noise = torch.randn(
-            request.latents[:1].shape, generator=generator(request), dtype=self.dtype
-        ).to(self.device)
-        is_noisy = request.first_step > 0 and request.init_image is None
-        return InitialLatents(
-            latents=clean,
-            noise=None if is_noisy else latent_space.pack(noise, spec=self.spec),
-            mask=mask,
-            is_scaled_by_pipeline=self.spec.scales_initial_latents,
-        )
-
-    def _step_reporter(self, on_step: OnStep | None) -> OnStep:
-        def report(index: int, num_steps: int, sample: Tensor) -> None:
-            if self._backend is not None:
-                self._backend.step_done()
-            if self._step_cache is not None:
-                self._step_cache.step_done()
-            if on_step is not None:
-                on_step(index + 1, num_steps, sample)
-            self._clock.next("decode" if index + 1 == num_steps else "step")
-
-        return report
-
-
-def _plain(resolved: GenerateRequest, scheduler: Any) -> dict[str, Any]:
-    """What was really used, for people to read: no images, no arrays."""
-    values = {name: getattr(resolved, name) for name in GenerateRequest.model_fields}
-    plain = {
-        name: value for name, value in values.items() if isinstance(value, str | int | float | dict)
-    }
-    plain = {
-        name: value
-        for name, value in plain.items()
-        if value != GenerateRequest.model_fields[name].default
-    }
-    return {**plain, "scheduler": type(scheduler).__name__}
 
 
 def _apply_vae_options(pipe: Any, load: LoadRequest) -> None:

@@ -13,7 +13,7 @@ from transformers import BertTokenizer, CLIPTokenizer, Qwen2Tokenizer, T5Tokeniz
 WORDS = [
     "a", "an", "the", "of", "in", "on", "and", "with", "at", "cat", "dog", "car", "tree", "house",
     "red", "green", "blue", "photo",
-    "image", "painting", "portrait", "landscape", "woman", "man", "child", "city", "night", "day",
+    "picture", "painting", "portrait", "landscape", "woman", "man", "child", "city", "night", "day",
     "sky", "sea",
     "mountain", "river", "light", "dark", "small", "big", "high", "low", "quality", "detailed",
     "blurry", "best", "worst",

@@ -1,0 +1,200 @@
+"""One generation: a call of a loaded diffusers pipeline for requests that fit into one batch."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from backends.generation import latents as latent_space
+from backends.generation.call_arguments import (
+    call_arguments,
+    generator,
+    own_arguments,
+    visible_clip_layers,
+)
+from backends.generation.step_driver import InitialLatents, StepDriver
+from backends.generation.step_window import schedule_of
+from backends.generation.timeline import StageClock
+from backends.loading.controlnet import control_arguments
+from backends.loading.ip_adapter import image_arguments
+from backends.parallel.base import RunInfo
+from backends.request import Array, GenerateRequest
+
+if TYPE_CHECKING:
+    from backends.generation.pipeline import LoadedPipeline
+
+OnStep = Callable[[int, int, Tensor], None]
+"""on_step(steps done, steps in all, latents in model space), after each scheduler step on every
+rank. An exception ends the run.
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedRequest:
+    """A request that was checked, with everything that its run needs."""
+
+    request: GenerateRequest
+    """All defaults are filled in."""
+    scheduler: Any
+    """A diffusers scheduler of its own."""
+    run: RunInfo
+    """The same for the backend."""
+
+    def described(self) -> dict[str, Any]:
+        """What was really used, for people to read: no images, no arrays."""
+        fields = GenerateRequest.model_fields
+        values = {name: getattr(self.request, name) for name in fields}
+        readable = {
+            name: value
+            for name, value in values.items()
+            if isinstance(value, str | int | float | dict) and value != fields[name].default
+        }
+        return {**readable, "scheduler": type(self.scheduler).__name__}
+
+
+class Generation:
+    """The state of one call. The first request stands for all but for texts and noise."""
+
+    def __init__(
+        self, loaded: "LoadedPipeline", prepared: Sequence[PreparedRequest], *, on_step: OnStep
+    ) -> None:
+        self._loaded = loaded
+        self._pipe, self._spec = loaded.pipe, loaded.spec
+        self._requests = [one.request for one in prepared]
+        self._scheduler = prepared[0].scheduler
+        self._on_step = on_step
+        self.run_info = prepared[0].run
+        self.clock = StageClock()
+        self.num_steps = 0
+        """Scheduler steps made."""
+
+    def run(self) -> list[tuple[Array, Array | None]]:
+        """Return for each request its uint8 frames, and its latents in client space or None."""
+        request = self._with_initial_latents(self._requests[0])
+        has_latents = request.latents is not None and self._spec.returns_latents
+        if has_latents and request.strength == 0:
+            return [self._decoded(request)]
+        output = self._call(request)
+        if not self._spec.returns_latents:
+            pixels = output[0] if self._spec.output == "video" else output[:1]
+            return [(latent_space.to_uint8(pixels), None)]
+        latents = latent_space.to_client_space(
+            output[: len(self._requests)], pipe=self._pipe, spec=self._spec, **_size(request)
+        )
+        # decoded one by one, in the memory that one needs
+        rows = np.split(latents, len(self._requests))
+        return [(latent_space.decode(row, pipe=self._pipe), row) for row in rows]
+
+    def _with_initial_latents(self, request: GenerateRequest) -> GenerateRequest:
+        """Encode an initial image, or take latents from the client's space to the model's."""
+        if request.init_image is not None:
+            start = latent_space.encode(request.init_image, pipe=self._pipe, **_size(request))
+        elif request.latents is not None and self._spec.returns_latents:
+            start = latent_space.from_latent_space(
+                request.latents, request.latent_space, vae=self._pipe.vae
+            )
+        else:
+            return request
+        return request.model_copy(update={"latents": start})
+
+    def _decoded(self, request: GenerateRequest) -> tuple[Array, Array]:
+        """At strength 0 nothing is denoised: return the pixels of the initial latents."""
+        clean = request.latents[:1]
+        self._to_model_space(clean)  # checks the shape
+        return latent_space.decode(clean, pipe=self._pipe), clean
+
+    def _call(self, request: GenerateRequest) -> Any:
+        """Run the diffusers pipeline; its latents, or pixels where it returns no latents."""
+        self._pipe.scheduler = self._scheduler
+        arguments = self._arguments(request)
+        driver = StepDriver(
+            self._scheduler,
+            schedule_of(request),
+            start=self._initial_latents(request),
+            on_step=self._step_done,
+            generator=arguments["generator"],
+        )
+        driver.on_start = lambda: self.clock.next("step")
+        with driver, visible_clip_layers(self._pipe, request), self._seeded(request):
+            if driver.latents is not None:
+                arguments["latents"] = driver.latents
+            kind = "latent" if self._spec.returns_latents else "np"
+            output = self._pipe(**arguments, output_type=kind)
+        self.num_steps = driver.num_steps
+        return output.frames if self._spec.output == "video" else output.images
+
+    def _arguments(self, request: GenerateRequest) -> dict[str, Any]:
+        loaded = self._loaded
+        arguments = call_arguments(
+            request, self._spec, loaded.signature, device=loaded.device, dtype=loaded.dtype
+        )
+        prompts = loaded.weighted_prompts
+        if prompts is not None and request.prompt_embeds is None and request.compel is not False:
+            for name in ("prompt", "negative_prompt"):
+                arguments.pop(name, None)
+            arguments |= prompts.arguments(request)
+        if len(self._requests) > 1:
+            arguments |= own_arguments(self._requests, arguments)
+        added = {
+            **control_arguments(request, loaded.load, self._spec),
+            **image_arguments(request, loaded.load),
+        }
+        accepted = loaded.signature.parameters
+        return arguments | {name: value for name, value in added.items() if name in accepted}
+
+    @contextmanager
+    def _seeded(self, request: GenerateRequest) -> Iterator[None]:
+        """Seed torch's global random numbers too: HunyuanDiT's ControlNet draws from them, and all
+        ranks must draw the same.
+        """
+        device = self._loaded.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(request.seed)
+            yield
+
+    def _initial_latents(self, request: GenerateRequest) -> InitialLatents | None:
+        """Where an image-to-image or inpainting run begins; None for text to image, where latents
+        at full strength only set the size.
+        """
+        is_whole = request.strength == 1 and request.first_step == 0 and request.mask_image is None
+        if request.latents is None or not self._spec.returns_latents or is_whole:
+            return None
+        noise = torch.randn(
+            request.latents[:1].shape, generator=generator(request), dtype=self._loaded.dtype
+        ).to(self._loaded.device)
+        is_noisy = request.first_step > 0 and request.init_image is None
+        return InitialLatents(
+            latents=self._to_model_space(request.latents),
+            noise=None if is_noisy else latent_space.pack(noise, spec=self._spec),
+            mask=self._mask(request),
+            is_scaled_by_pipeline=self._spec.scales_initial_latents,
+        )
+
+    def _mask(self, request: GenerateRequest) -> Tensor | None:
+        if request.mask_image is None:
+            return None
+        mask = latent_space.mask(
+            request.mask_image, pipe=self._pipe, spec=self._spec, **_size(request)
+        )
+        return mask.to(self._loaded.device)
+
+    def _to_model_space(self, latents: Array) -> Tensor:
+        return latent_space.to_model_space(
+            latents,
+            pipe=self._pipe,
+            spec=self._spec,
+            device=self._loaded.device,
+            dtype=self._loaded.dtype,
+        )
+
+    def _step_done(self, index: int, num_steps: int, sample: Tensor) -> None:
+        self._on_step(index + 1, num_steps, sample)
+        self.clock.next("decode" if index + 1 == num_steps else "step")
+
+
+def _size(request: GenerateRequest) -> dict[str, int]:
+    return {"height": request.height, "width": request.width}
