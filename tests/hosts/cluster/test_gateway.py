@@ -207,7 +207,7 @@ def test_a_replica_that_is_not_there_cannot_be_drained(client):
 
 def test_metrics_of_the_gateway_carry_the_model_and_a_name_of_their_own(client):
     client.post("/v1/jobs", json={"prompt": "x", "model": "fine"})
-    channels = client.get("/metrics").text.splitlines()
-    assert 'diffusion_gateway_jobs_waiting{model="fine"} 1.0' in channels
-    assert 'diffusion_gateway_jobs_waiting{model="fast"} 0.0' in channels
-    assert 'diffusion_gateway_replicas{model="fast",state="ready"} 0.0' in channels
+    lines = client.get("/metrics").text.splitlines()
+    assert 'diffusion_gateway_jobs_waiting{model="fine"} 1.0' in lines
+    assert 'diffusion_gateway_jobs_waiting{model="fast"} 0.0' in lines
+    assert 'diffusion_gateway_replicas{model="fast",state="ready"} 0.0' in lines

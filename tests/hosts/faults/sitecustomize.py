@@ -30,10 +30,10 @@ PLACES = {
 def strike(place):
     path = Path(os.environ["FAULT_FILE"])
     line = f"{os.environ['RANK']} {place}"
-    channels = path.read_text().splitlines() if path.exists() else []
-    if line in channels:
-        channels.remove(line)
-        path.write_text("\n".join(channels))
+    lines = path.read_text().splitlines() if path.exists() else []
+    if line in lines:
+        lines.remove(line)
+        path.write_text("\n".join(lines))
         if place == "hang":
             threading.Event().wait()
         raise ArithmeticError(f"a fault of the test in {place}")

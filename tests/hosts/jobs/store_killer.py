@@ -89,7 +89,7 @@ def submit_jobs(queue: JobQueue, round_number: int, tell) -> None:
         )
 
 
-def one_round(folder: Path, round_number: int, *, channels: int, then_s: float) -> list[str]:
+def one_round(folder: Path, round_number: int, *, lines: int, then_s: float) -> list[str]:
     """What the victim told. It is killed `then_s` after it has told so many lines of its own; in
     the last round (-1) it is not.
     """
@@ -107,7 +107,7 @@ def one_round(folder: Path, round_number: int, *, channels: int, then_s: float) 
         if (
             round_number >= 0
             and kill_at is None
-            and told.partition(b"open\n")[2].count(b"\n") >= channels
+            and told.partition(b"open\n")[2].count(b"\n") >= lines
         ):
             kill_at = time.monotonic() + then_s
         left = None if kill_at is None else max(0.0, kill_at - time.monotonic())
@@ -132,12 +132,12 @@ def main() -> None:
     begun: Counter[str] = Counter()
     twice = 0
     for round_number in [*range(rounds), -1]:
-        channels = chance.randint(0, MOST_LINES)
+        lines = chance.randint(0, MOST_LINES)
         for line in one_round(
             folder,
             round_number,
-            channels=channels,
-            then_s=chance.uniform(0, LONGEST_S if channels else LONGEST_OPENING_S),
+            lines=lines,
+            then_s=chance.uniform(0, LONGEST_S if lines else LONGEST_OPENING_S),
         ):
             what, job_id, *rest = f"{line} ".split(" ", 2)
             if what == "accepted":

@@ -121,7 +121,7 @@ def test_store_of_a_later_version_is_refused(open_queue, tmp_path):
 def test_store_in_use_is_refused(open_queue, tmp_path):
     open_queue()
     program = (
-        "from hosts import store; store.LOCK_PATIENCE_S = 0; "
+        "from hosts.jobs import store; store.LOCK_PATIENCE_S = 0; "
         f"store.JobStore(store.Path({str(tmp_path / 'state')!r}))"
     )
     done = subprocess.run(

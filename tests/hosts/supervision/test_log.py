@@ -25,8 +25,8 @@ def test_text_line_names_rank_and_job(written):
     with log.about_job("ab-1"):
         logger.info("%s done", "it")
     logger.info("after")
-    channels = [line.split(" ", 1)[1] for line in written()]
-    assert channels == [
+    lines = [line.split(" ", 1)[1] for line in written()]
+    assert lines == [
         "rank0 I hosts.test: before",
         "rank0 I hosts.test [ab-1]: it done",
         "rank0 I hosts.test: after",
