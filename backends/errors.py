@@ -27,6 +27,10 @@ class RequestError(HostError):
         self.field = field
 
 
+class UnsendableError(RequestError):
+    """A message between ranks cannot be written down; nothing of it was sent."""
+
+
 class UnsupportedError(HostError):
     """A combination of model type, backend and feature that the model table rules out; the reason
     is the table's.

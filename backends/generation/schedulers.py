@@ -250,9 +250,9 @@ def _canonical(name: str) -> tuple[str, bool]:
         return stem, plain.startswith("k_") or plain.endswith("_karras")
     closest = difflib.get_close_matches(stem[:MAX_SHOWN], SCHEDULERS, n=1)
     advice = f" Did you mean {closest[0]!r}?" if closest else ""
+    allowed = f"{', '.join(SCHEDULERS)}, or k_NAME for Karras sigmas"
     raise SchedulerError(
-        f"scheduler={_shown(name)} is not a scheduler.{advice} Allowed: {', '.join(SCHEDULERS)}, "
-        "or k_NAME for Karras sigmas."
+        f"scheduler={_shown(name)} is not a scheduler.{advice} Allowed: {allowed}."
     )
 
 

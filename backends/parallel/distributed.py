@@ -9,6 +9,7 @@ without touching the control group or reloading weights.
 import itertools
 import logging
 import math
+import pickle
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.distributed import _functional_collectives as functional_collectives
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
+from backends.errors import UnsendableError
 from backends.plan import ParallelPlan
 
 if TYPE_CHECKING:
@@ -365,13 +367,29 @@ def close(axis: Axis) -> None:
 def broadcast_command(command: object, among: Axis | None = None) -> object:
     """The first rank's command to every rank of a control group (all ranks', if none is named);
     others pass anything and get that.
+
+    UnsendableError on the first rank, before the others hear of anything.
     """
     axis = among or control_axis()
     if axis.group is None:
         return command
-    box = [command]
+    box = [_packed(command) if axis.rank == 0 else None]
     dist.broadcast_object_list(box, src=axis.ranks[0], group=axis.group)
-    return box[0]
+    return command if axis.rank == 0 else _unpacked(box[0])
+
+
+def _packed(message: object) -> bytes:
+    try:
+        return pickle.dumps(message)
+    except Exception as error:  # whatever the values in it raise
+        raise UnsendableError(
+            f"the request cannot be sent to the other ranks ({type(error).__name__}: {error}). "
+            "Send plain values, not nested ones."
+        ) from error
+
+
+def _unpacked(message: bytes) -> Any:
+    return pickle.loads(message)  # noqa: S301  of another rank, which torch's own collectives trust in the same way
 
 
 def gather_outcomes(outcome: object, among: Axis | None = None) -> list[Any]:
@@ -396,14 +414,14 @@ class Channel:
         self._other = other
 
     def send(self, message: object) -> None:
-        """RuntimeError if the other end is gone."""
-        dist.send_object_list([message], dst=self._other, group=self._group)
+        """RuntimeError if the other end is gone; UnsendableError before it hears of anything."""
+        dist.send_object_list([_packed(message)], dst=self._other, group=self._group)
 
     def receive(self) -> Any:
         """RuntimeError if the other end is gone."""
         box: list[Any] = [None]
         dist.recv_object_list(box, src=self._other, group=self._group)
-        return box[0]
+        return _unpacked(box[0])
 
 
 def open_channels() -> dict[int, Channel]:

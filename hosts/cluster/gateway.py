@@ -193,7 +193,10 @@ def _named_model(body: bytes) -> str | None:
         return Request({**request.environ, "wsgi.input": io.BytesIO(body)}).form.get("model")
     if request.mimetype != "application/json" or not body:
         return None
-    content = request.get_json(silent=True)
+    try:
+        content = request.get_json(silent=True)
+    except RecursionError:
+        return None  # as below
     if not isinstance(content, dict):
         return None  # the model's own application says what is wrong with it
     override = content.get("override_settings")

@@ -20,6 +20,7 @@ from backends.request import GenerateRequest
 from hosts.compat.fields import Accepted, read_request
 from hosts.http import media
 from hosts.http.jobs_api import file_response
+from hosts.http.plain_json import require_plain
 from hosts.http.request_io import client, json_object, submit_all, wait_for_all
 from hosts.jobs.queue import Job, JobStatus
 from hosts.supervision.host_state import Phase
@@ -200,6 +201,7 @@ def _body() -> dict[str, Any]:
         name: _number(name, value) if name in NUMBERS else value
         for name, value in request.form.items()
     }
+    require_plain(body)
     for name, file in request.files.items():
         body[name.removesuffix("[]")] = base64.b64encode(file.read()).decode("ascii")
     return body

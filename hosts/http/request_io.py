@@ -13,6 +13,7 @@ from werkzeug.exceptions import BadRequest
 from backends.errors import HostError, RequestError
 from backends.request import GenerateRequest, GenerateResult
 from hosts.http import media
+from hosts.http.plain_json import require_few_values, require_plain
 from hosts.http.server import CONNECTION, is_gone
 from hosts.jobs.queue import Job
 
@@ -21,7 +22,8 @@ MAX_KEY = 255
 
 
 def json_object() -> Mapping[str, Any]:
-    """The body. RequestError if it is not one JSON object."""
+    """The body. RequestError if it is not one JSON object, or holds values beyond all bounds."""
+    require_few_values(request.get_data())
     try:
         body = request.get_json()
     except BadRequest as error:
@@ -33,6 +35,7 @@ def json_object() -> Mapping[str, Any]:
         ) from error
     if not isinstance(body, Mapping):
         raise RequestError(f"the body must be one JSON object, not {type(body).__name__}.")
+    require_plain(body)
     return body
 
 

@@ -2,14 +2,15 @@
 
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
-from backends.errors import CancelledError, HostError, RankError
+from backends.errors import CancelledError, HostError, RankError, UnsendableError
 from backends.parallel.distributed import Axis, broadcast_command, gather_outcomes
 from backends.request import GenerateRequest, LoadRequest
 
+T = TypeVar("T")
 OUT_OF_MEMORY = "out of memory"
 
 
@@ -106,6 +107,24 @@ class Outcome:
     failure: Failure | None
     groups_are_broken: bool
     figures: tuple[Mapping[str, Any], ...] = ()
+
+
+def give_next(
+    take: Callable[[], Command | None],
+    send: Callable[[Command | None], T],
+    refuse: Callable[[Outcome], None],
+    *,
+    rank: int,
+) -> T:
+    """Take commands until one can be sent; what `send` returns. refuse: hears why one could not be,
+    before the next is taken.
+    """
+    while True:
+        command = take()
+        try:
+            return send(command)
+        except UnsendableError as error:
+            refuse(Outcome(failure=Failure.of(error, rank=rank), groups_are_broken=False))
 
 
 def agree_on_outcome(

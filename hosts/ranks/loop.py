@@ -25,6 +25,7 @@ from backends.parallel.distributed import Axis, Mesh, control_axis, control_of_t
 from backends.plan import ParallelPlan
 from backends.request import GenerateRequest, GenerateResult, LoadRequest
 from hosts.ranks.commands import (
+    Command,
     Failure,
     Generate,
     Outcome,
@@ -33,6 +34,7 @@ from hosts.ranks.commands import (
     agree_on_outcome,
     announce,
     breaks_groups,
+    give_next,
 )
 from hosts.ranks.dispatch import CANCEL, Dispatcher, TeamDispatcher
 from hosts.ranks.warmup import prewarm_request
@@ -89,7 +91,7 @@ class RankLoop:
 
     def run(self) -> Failure | None:
         """Until Stop, or until loading failed: its Failure, else None."""
-        while not isinstance(command := announce(self._dispatcher.next_command(self._check)), Stop):
+        while not isinstance(command := self._next_command(), Stop):
             if isinstance(command, Generate):
                 self._generate(command)
             elif isinstance(command, SplitIntoTeams):
@@ -97,6 +99,18 @@ class RankLoop:
             elif (failure := self._load(command.request)) is not None:
                 return failure
         return None
+
+    def _next_command(self) -> Command:
+        """The team's next one. A request that cannot be sent to its other ranks fails, and they
+        never hear of it.
+        """
+        dispatcher, control = self._team_desk, self._team.control
+        return give_next(
+            take=lambda: dispatcher.next_command(self._check),
+            send=lambda command: announce(command, control),
+            refuse=lambda outcome: dispatcher.generated([], outcome),
+            rank=self._rank,
+        )
 
     def _load(self, request: LoadRequest) -> Failure | None:
         started = time.perf_counter()
@@ -165,10 +179,7 @@ class RankLoop:
         """Jobs for this rank's team, until all teams gather."""
         self._join(self._teams[team_size])
         with self._dispatcher.spread(team_size) as self._team_desk:
-            while not self._is_broken and isinstance(
-                command := announce(self._team_desk.next_command(self._check), self._team.control),
-                Generate,
-            ):
+            while not self._is_broken and isinstance(command := self._next_command(), Generate):
                 self._generate(command)
             if self._is_broken:
                 self._team_desk.leave()

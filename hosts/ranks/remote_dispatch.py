@@ -8,11 +8,12 @@ if rank 0 did it.
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from backends.parallel.distributed import Channel
 from backends.request import Array, GenerateRequest, GenerateResult
-from hosts.ranks.commands import Command, Failure, Generate, Outcome, Rejoin
+from hosts.ranks.commands import Command, Failure, Generate, Outcome, Rejoin, give_next
 
 GO_ON, CANCEL = 0, 1
 
@@ -156,15 +157,23 @@ class DispatchServer:
             self._on_loss()
             self._dispatcher.leave()
 
+    def _give_command(self) -> Command:
+        def send(command: Command) -> Command:
+            self._line.send(command)
+            return command
+
+        take = partial(
+            self._dispatcher.next_command, lambda request: None
+        )  # the team's first rank checks
+        return give_next(
+            take, send, lambda outcome: self._dispatcher.generated([], outcome), rank=0
+        )
+
     def _serve(self, message: object) -> bool:
         """Whether the team goes on."""
         match message:
             case NextCommand():
-                command = self._dispatcher.next_command(
-                    lambda request: None
-                )  # the team's first rank checks
-                self._line.send(command)
-                return not isinstance(command, Rejoin)
+                return not isinstance(self._give_command(), Rejoin)
             case StepDone():
                 self._dispatcher.step_done(message.step, message.num_steps, message.previews.get)
                 self._line.send((self._dispatcher.step_signal(), self._dispatcher.rows_in_view))

@@ -1,12 +1,13 @@
 """Plans and the groups made from them."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from backends.errors import PlanError
+from backends.errors import PlanError, UnsendableError
 from backends.parallel.distributed import (
     Mesh,
     all_gather,
@@ -89,6 +90,14 @@ def test_axis_that_is_kept_keeps_no_group_open_and_is_good_after_a_rebuild(
     run_on_ranks(check_kept_axis, 2)
 
 
+def nested() -> list[Any]:
+    """What JSON may hold and pickle cannot write."""
+    value: list[Any] = []
+    for _ in range(5000):
+        value = [value]
+    return value
+
+
 def check_teams(rank: int, world_size: int) -> None:
     """Two teams of two, of which only the second works, and a line from its first rank to rank
     0.
@@ -106,6 +115,10 @@ def check_teams(rank: int, world_size: int) -> None:
             assert all_gather(torch.tensor([rank]), dim=0, axis=patch).tolist() == [2, 3]
             assert mesh.broadcast_signal(7 if rank == 2 else 0) == 7
             assert broadcast_command(f"from {rank}", control) == "from 2"
+            if rank == 2:
+                with pytest.raises(UnsendableError, match="cannot be sent to the other ranks"):
+                    broadcast_command(nested(), control)
+            assert broadcast_command(f"again from {rank}", control) == "again from 2"
             assert gather_outcomes(rank, control) == [2, 3]
         mesh.rebuild()
     assert sorted(lines) == ([1, 2, 3] if rank == 0 else [0])
@@ -116,6 +129,8 @@ def check_teams(rank: int, world_size: int) -> None:
             {"from": 3},
         ]
     else:
+        with pytest.raises(UnsendableError, match="cannot be sent to the other ranks"):
+            lines[0].send(nested())
         lines[0].send({"from": rank})
     mesh.destroy()
 

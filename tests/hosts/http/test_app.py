@@ -135,6 +135,42 @@ def test_json_that_is_nested_too_deeply_is_answered_as_an_error(client):
     assert "nested too deeply" in assert_is_error(answer.get_json())
 
 
+NESTED = '{"a": ' * 500 + "1" + "}" * 500
+
+
+@pytest.mark.parametrize(
+    "path", ["/generate", "/v1/jobs", "/v1/images/generations", "/sdapi/v1/txt2img"]
+)
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (NESTED, "nested deeper than 16 lists and objects"),
+        ("[" * 500 + "]" * 500, "nested deeper than 16 lists and objects"),
+        ("[" + "0," * 300_000 + "0]", "holds more than 200000 values"),
+        ("NaN", "Send a finite number"),
+        ("[1, -Infinity]", "Send a finite number"),
+        ("1" + "0" * 400, "Send a finite number"),
+        ("1e400", "Send a finite number"),
+        ('"\\ud800"', "half a character"),
+        ('{"\\ud800": 1}', "half a character"),
+        ('{"a\\u0000b": 1}', "is not allowed as a name"),
+        ('{"a\\nb": 1}', "is not allowed as a name"),
+        (f'{{"{"a" * 2000}": 1}}', "is not allowed as a name"),
+    ],
+    ids=lambda value: value[:20],
+)
+@pytest.mark.parametrize("field", ["scheduler", "prompt", "lora", "sigmas", "unheard_of"])
+def test_json_beyond_all_bounds_is_refused_wherever_it_is(path, field, value, said, client, queue):
+    answer = client.post(
+        path,
+        data=f'{{"prompt": "a", "{field}": {value}}}'.encode(),
+        content_type="application/json",
+    )
+    assert answer.status_code == 400
+    assert said in answer.get_data(as_text=True)
+    assert queue.num_waiting == 0
+
+
 @pytest.mark.parametrize("data", [b"[]", b'"text"', b"5", b"null"])
 def test_json_that_is_no_object_is_answered_as_an_error(data, client):
     answer = client.post("/generate", data=data, content_type="application/json")

@@ -1,0 +1,85 @@
+"""Bounds for the JSON of requests, whatever the field: how many values, how deep, and what numbers
+and texts. Imports no torch.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from backends.errors import RequestError
+
+MAX_VALUES = 200_000
+"""In one body. Each takes up to a hundred bytes of memory for the two that it may have had in the
+body.
+"""
+MAX_DEPTH = 16
+"""Lists and objects in each other, the body not counted. What reads or sends a value may call
+itself for each level.
+"""
+MAX_NAME = 1024
+"""Characters of an object's key: some are paths."""
+MAX_NUMBER = 2**64
+MARKS = (b",", b"[", b"{")
+"""One of these begins every value but the first."""
+
+
+def require_few_values(body: bytes) -> None:
+    """RequestError for a body that may hold more values than any request needs, before it is read.
+    Marks within texts count too.
+    """
+    if sum(body.count(mark) for mark in MARKS) > MAX_VALUES:
+        raise RequestError(
+            f"the body holds more than {MAX_VALUES} values. Send large data as base64 text, and "
+            "prompts with fewer commas."
+        )
+
+
+def require_plain(body: Mapping[str, Any]) -> None:
+    """RequestError, with its field, for the first value that is nested too deeply, or a number or
+    text that nothing can be done with.
+    """
+    for name, value in body.items():
+        _require_name(name)
+        _require_plain(value, name, depth=0)
+
+
+def _require_plain(value: Any, field: str, *, depth: int) -> None:
+    if isinstance(value, dict | list):
+        if depth == MAX_DEPTH:
+            raise RequestError(
+                f"{field} is nested deeper than {MAX_DEPTH} lists and objects. Send a flatter "
+                "value.",
+                field=field,
+            )
+        for name in value if isinstance(value, dict) else ():
+            _require_name(name)
+        for part in value.values() if isinstance(value, dict) else value:
+            _require_plain(part, field, depth=depth + 1)
+    elif isinstance(value, str):
+        _require_text(value, field)
+    elif isinstance(value, int | float) and not abs(value) <= MAX_NUMBER:
+        raise RequestError(
+            f"{field} holds a number beyond 2^64, or none at all. Send a finite number.",
+            field=field,
+        )
+
+
+def _require_name(name: str) -> None:
+    if len(name) > MAX_NAME or any(ord(character) < 32 for character in name):
+        raise RequestError(
+            f"{name[:40]!r} is not allowed as a name. Allowed: up to {MAX_NAME} characters, none "
+            "of them a control character."
+        )
+    _require_text(name, "a name")
+
+
+def _require_text(text: str, field: str) -> None:
+    """Halves of surrogate pairs are no text: neither tokenizers nor files take them."""
+    if text.isascii():
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"{field} holds {text[error.start]!r}, half a character. Send text as UTF-8.",
+            field=field,
+        ) from error
