@@ -349,11 +349,9 @@ def _meet(
         )  # else gloo and NCCL listen where the machine's name leads, which others may reach
     device = distributed.select_device(place.local_rank)
     notes = _notes(place) if others is None else None
-    if notes is not None:
-        others = distributed.open_file_store(notes.meeting, world_size=place.world_size)
-    beats = distributed.initialize(rank=place.rank, world_size=place.world_size, store=others)
-    if notes is not None:
-        beats = notes.board
+    meeting = notes.meeting if notes is not None else others
+    beats = distributed.initialize(rank=place.rank, world_size=place.world_size, store=meeting)
+    beats = notes.board if notes is not None else beats
     Watch(
         beats,
         rank=place.rank,

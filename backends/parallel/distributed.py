@@ -9,7 +9,6 @@ without touching the control group or reloading weights.
 import itertools
 import logging
 import math
-import pickle
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from torch import Tensor
 from torch.distributed import _functional_collectives as functional_collectives
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from backends.errors import UnsendableError
+from backends.parallel.message import pack, unpack
 from backends.plan import ParallelPlan
 
 if TYPE_CHECKING:
@@ -58,22 +57,19 @@ def open_store(host: str, port: int, *, is_here: bool, timeout_s: float) -> dist
     )
 
 
-def open_file_store(file: Path, *, world_size: int) -> dist.Store:
-    """The store of one machine's ranks, which opens no port: whoever may read and write this file
-    may use it.
-    """
-    return dist.FileStore(str(file), world_size)
+def initialize(*, rank: int, world_size: int, store: dist.Store | Path | None = None) -> dist.Store:
+    """Open the control group over `store` (or a file, which opens no port), or else over
+    torchelastic's rendezvous (env://).
 
-
-def initialize(*, rank: int, world_size: int, store: dist.Store | None = None) -> dist.Store:
-    """Open the control group over `store`, or else over torchelastic's rendezvous (env://). Returns
-    a store client for the watch thread of its own: a client is one connection, and one that waits
-    would hold up the other.
+    Returns a store client for the watch thread of its own: a client is one connection, and one that
+    waits would hold up the other.
     """
     if world_size == 1:
         store = dist.HashStore()
         dist.init_process_group("gloo", rank=0, world_size=1, store=store, timeout=IDLE_TIMEOUT)
         return store
+    if isinstance(store, Path):
+        store = dist.FileStore(str(store), world_size)
     if store is None:
         store, rank, world_size = next(dist.rendezvous("env://", rank, world_size))
     else:
@@ -368,28 +364,14 @@ def broadcast_command(command: object, among: Axis | None = None) -> object:
     """The first rank's command to every rank of a control group (all ranks', if none is named);
     others pass anything and get that.
 
-    UnsendableError on the first rank, before the others hear of anything.
+    UnsendableError on the first rank, before others hear of it.
     """
     axis = among or control_axis()
     if axis.group is None:
         return command
-    box = [_packed(command) if axis.rank == 0 else None]
+    box = [pack(command) if axis.rank == 0 else None]
     dist.broadcast_object_list(box, src=axis.ranks[0], group=axis.group)
-    return command if axis.rank == 0 else _unpacked(box[0])
-
-
-def _packed(message: object) -> bytes:
-    try:
-        return pickle.dumps(message)
-    except Exception as error:  # whatever the values in it raise
-        raise UnsendableError(
-            f"the request cannot be sent to the other ranks ({type(error).__name__}: {error}). "
-            "Send plain values, not nested ones."
-        ) from error
-
-
-def _unpacked(message: bytes) -> Any:
-    return pickle.loads(message)  # noqa: S301  of another rank, which torch's own collectives trust in the same way
+    return command if axis.rank == 0 else unpack(box[0])
 
 
 def gather_outcomes(outcome: object, among: Axis | None = None) -> list[Any]:
@@ -415,13 +397,13 @@ class Channel:
 
     def send(self, message: object) -> None:
         """RuntimeError if the other end is gone; UnsendableError before it hears of anything."""
-        dist.send_object_list([_packed(message)], dst=self._other, group=self._group)
+        dist.send_object_list([pack(message)], dst=self._other, group=self._group)
 
     def receive(self) -> Any:
         """RuntimeError if the other end is gone."""
         box: list[Any] = [None]
         dist.recv_object_list(box, src=self._other, group=self._group)
-        return _unpacked(box[0])
+        return unpack(box[0])
 
 
 def open_channels() -> dict[int, Channel]:

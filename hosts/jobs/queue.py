@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from backends.errors import BusyError, CancelledError, HostError, NotFoundError, RequestError
 from backends.request import Array, GenerateRequest, GenerateResult
 from hosts.jobs import serialization
-from hosts.jobs.decision import LINGER_S, Choice, Choose, take_first
+from hosts.jobs.decision import LINGER_S, Choice, Choose, choose_or_take, count_or_none, take_first
 from hosts.jobs.fair_share import Turns
 from hosts.jobs.job import Job, JobStatus
 from hosts.jobs.store import NoStore, Store
@@ -151,17 +151,10 @@ class JobQueue:
     ) -> list[Job]:
         """The jobs whose turn it is next, now running in one batch with this one: count(waiting,
         running) of them, arithmetic only.
-
-        None if they cannot be counted: what is wrong with one of them is found when it is that
-        one's turn.
         """
         with self._changed:
             waiting = self._order() if self._closed is None else []
-            try:
-                taken = waiting[: count(waiting, self._running)]
-            except Exception:  # whatever it is: the rank loop must go on
-                logger.exception("job %s goes alone: its companions cannot be counted", job.id)
-                taken = []
+            taken = waiting[: count_or_none(count, waiting, self._running)]
             for other in taken:
                 self._begin(other, ranks=job.ranks, batch=job.batch)
             return taken
@@ -322,13 +315,11 @@ class JobQueue:
         for job in [job for job in self._waiting if job.is_late]:
             self._waiting.remove(job)
             self._settle(job, error=_too_late(job))
-        if self._closed is not None:
-            return Choice.LEAVE
-        try:
-            return choose(self._order(), self._running)
-        except Exception:  # whatever it is: the rank loop must go on, and finds what is wrong with a job when it is that one's turn
-            logger.exception("the jobs that wait cannot be compared: the first is taken")
-            return take_first(self._order(), self._running)
+        return (
+            Choice.LEAVE
+            if self._closed is not None
+            else choose_or_take(choose, self._order(), self._running)
+        )
 
     def _begin(self, job: Job, *, ranks: int | None, batch: str) -> None:
         self._waiting.remove(job)
