@@ -1,0 +1,386 @@
+"""What a weight file is, from the names and shapes of its tensors: which family, and which part of
+a pipeline. Imports no torch.
+
+The names are those that diffusers tells families apart by (`infer_diffusers_model_type`), without
+the published widths, so that a file in diffusers' own names, one without the prefix
+`model.diffusion_model.` and a GGUF file are told apart too.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from backends.loading.weight_headers import Header, Shape
+
+Part = Literal[
+    "checkpoint",
+    "denoiser",
+    "vae",
+    "controlnet",
+    "ip_adapter",
+    "motion",
+    "lora",
+    "encoder",
+    "embedding",
+    "other",
+]
+DENOISER_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "net.")
+VAE_PREFIXES = ("first_stage_model.", "vae.")
+TEXT_PREFIXES = ("cond_stage_model.", "conditioner.embedders.", "text_encoders.")
+OPTIONS = {
+    "checkpoint": "--checkpoint",
+    "vae": "--vae",
+    "controlnet": "--control_net",
+    "ip_adapter": "--ip_adapter",
+    "motion": "--motion_module",
+    "lora": "--lora",
+}
+"""Part -> the option that takes it. A denoiser has two, by its kind."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """What a file was found to be."""
+
+    title: str
+    """In words, with an article: 'a ControlNet of Stable Diffusion XL'."""
+    part: Part
+    types: tuple[str, ...] = ()
+    """Rows of the model table that run it; none where the product does not."""
+    denoiser: str = ""
+    """'unet' or 'transformer', of a denoiser."""
+    reason: str = ""
+    """Why no type runs it, where that is known."""
+
+    @property
+    def option(self) -> str:
+        """The option that takes such a file; empty where none does."""
+        if self.part == "denoiser":
+            return f"--{self.denoiser}" if self.types else ""
+        return OPTIONS.get(self.part, "")
+
+
+def recognize(header: Header) -> Found | None:
+    """Return what the file is; None for names that no known format has."""
+    return next(
+        (
+            found
+            for look in (_adapter, _checkpoint, _denoiser, _vae, _encoder)
+            if (found := look(header))
+        ),
+        None,
+    )
+
+
+def recognize_denoiser(header: Header) -> Found | None:
+    """Return what the denoiser in this file is, whatever else the file holds."""
+    return _denoiser(header)
+
+
+def has_text_encoders(header: Header) -> bool:
+    return any(name.startswith(TEXT_PREFIXES) for name in header.shapes)
+
+
+def has_vae(header: Header) -> bool:
+    return any(name.startswith(VAE_PREFIXES) for name in header.shapes)
+
+
+def _adapter(header: Header) -> Found | None:
+    """Files that are added to a model. Those first whose names would pass for something else
+    further on.
+    """
+    for title, part, reason, is_one in _ADAPTERS:
+        if is_one(header):
+            return Found(title=title, part=part, reason=reason)
+    return None
+
+
+def _is_lora(header: Header) -> bool:
+    endings = (
+        ".lora_down.weight",
+        ".lora_A.weight",
+        ".lora_up.weight",
+        ".lora.down.weight",
+        ".lora_A.default.weight",
+    )
+    others = (
+        ".hada_w1_a",
+        ".lokr_w1",
+        ".lokr_w1_a",
+        ".diff",
+        ".diff_b",
+        ".oft_blocks",
+        "_lora.down.weight",
+    )
+    return any(name.endswith(endings + others) for name in header.shapes)
+
+
+def _is_ip_adapter(header: Header) -> bool:
+    return header.has_part("ip_adapter.", "ip_adapter_double_stream", "ip_adapter_proj_model")
+
+
+def _is_face_id(header: Header) -> bool:
+    """Its projection takes the identity vectors of a face recogniser in place of an image encoder's
+    output.
+    """
+    names = header.shapes
+    has_own_layers = any(
+        name.startswith("image_proj.proj.0.") for name in names
+    ) and not header.has("image_proj.proj.3.weight")
+    return (
+        header.has_part("perceiver_resampler")
+        or any("ip_adapter." in name and "_lora." in name for name in names)
+        or has_own_layers
+    )
+
+
+def _is_t2i_adapter(header: Header) -> bool:
+    is_original = (
+        header.has("conv_in.weight", "adapter.conv_in.weight")
+        and header.has_part("body.0.")
+        and not header.has_part("down_blocks")
+    )
+    return is_original or any(name.startswith("adapter.body.") for name in header.shapes)
+
+
+def _is_union(header: Header) -> bool:
+    return header.has_part(
+        "task_embedding", "controlnet_mode_embedder", "control_add_embedding", "spatial_ch_projs"
+    )
+
+
+def _is_sparse(header: Header) -> bool:
+    return header.has("controlnet_cond_embedding.weight") or (
+        header.has_part("motion_modules.") and header.has_part("controlnet_")
+    )
+
+
+def _is_controlnet(header: Header) -> bool:
+    return header.has_part("control_model.", "controlnet_cond_embedding", "controlnet_x_embedder", "controlnet_blocks.", "control_layers.",
+                           "controlnet_down_blocks.")  # fmt: skip
+
+
+def _is_taesd(header: Header) -> bool:
+    is_original = bool(header.shapes) and all(
+        name.split(".")[0].isdigit() for name in header.shapes
+    )
+    return is_original or (
+        header.has_part("decoder.layers.", "encoder.layers.0.conv")
+        and not header.has_part("text_model", "self_attn")
+    )
+
+
+def _is_motion(header: Header) -> bool:
+    return header.has_part("motion_modules.") and not header.has_part("resnets.", "conv_in.")
+
+
+def _is_embedding(header: Header) -> bool:
+    return len(header.shapes) <= 4 and header.has(
+        "emb_params", "string_to_param", "clip_l", "clip_g", "<concept>"
+    )
+
+
+_NO_UNION = "a union ControlNet needs the kind of each control image, which requests cannot give"
+_ADAPTERS: tuple[tuple[str, Part, str, Callable[[Header], bool]], ...] = (
+    ("a FaceID IP-Adapter", "other", ("it needs the identity vectors of a face recogniser, which "
+                                     "are not computed here"),
+     lambda header: _is_ip_adapter(header) and _is_face_id(header)),
+    ("an IP-Adapter", "ip_adapter", "", _is_ip_adapter),
+    ("a control-LoRA", "other", "it is a low-rank ControlNet, which diffusers cannot load", lambda header: header.has("lora_controlnet")),
+    ("a union ControlNet", "other", _NO_UNION, _is_union),
+    ("a ControlNetXS", "other", "its layers run inside the UNet's, and no type has that pipeline",
+     lambda header: header.has_part("ctrl_cross_attn", "ctrl_to_base", "base_to_ctrl", "down_connections.", "enc_zero_convs", "c_to_base")),
+    ("a SparseCtrl ControlNet", "other", ("it is for AnimateDiff's sparse control, which no type "
+                                         "runs"), _is_sparse),
+    ("a ControlNet", "controlnet", "", _is_controlnet),
+    ("a LoRA", "lora", "", _is_lora),
+    ("a T2I-Adapter", "other", "it is not a ControlNet, and no type has its pipeline", _is_t2i_adapter),
+    ("a motion module of AnimateDiff", "motion", "", _is_motion),
+    ("a textual inversion", "embedding", "it is a prompt's embedding, not a part of a pipeline", _is_embedding),
+    ("a tiny VAE (TAESD)", "other", "its latents have no mean and no scale as this pipeline's have", _is_taesd),
+)  # fmt: skip
+
+
+def _checkpoint(header: Header) -> Found | None:
+    """A denoiser with other parts beside it."""
+    if not (has_text_encoders(header) or has_vae(header)):
+        return None
+    found = _denoiser(header)
+    if found is None:
+        what = "text encoders" if has_text_encoders(header) else "a VAE"
+        return Found(
+            title=f"a file with {what} and no denoiser",
+            part="vae" if what == "a VAE" else "encoder",
+        )
+    if not found.types:
+        return found
+    is_open_clip = any(name.startswith("cond_stage_model.model.") for name in header.shapes)
+    is_both = found.types[:1] in (("sd1",), ("sd2",))
+    types = (("sd2", "sd1") if is_open_clip else ("sd1", "sd2")) if is_both else found.types
+    return replace(
+        found,
+        title=found.title.replace("a denoiser", "a checkpoint"),
+        part="checkpoint",
+        types=types,
+    )
+
+
+def _denoiser(header: Header) -> Found | None:
+    inner = header.without(*DENOISER_PREFIXES)
+    return next((found for found in _denoisers(inner) if found is not None), None)
+
+
+def _denoisers(header: Header) -> Iterator[Found | None]:
+    yield _unet(header)
+    for title, types, reason, names in _TRANSFORMERS:
+        if header.has(*names):
+            yield _of_transformer(header, title, types, reason)
+
+
+def _of_transformer(header: Header, title: str, types: tuple[str, ...], reason: str) -> Found:
+    described = f"a denoiser of {title}"
+    about = " ".join(
+        header.metadata.get(key, "")
+        for key in ("modelspec.architecture", "modelspec.title", "general.name")
+    ).lower()
+    for name, why in _SPECIAL.items():
+        if name in about and types:
+            return Found(
+                title=f"{described} ({name})", part="denoiser", denoiser="transformer", reason=why
+            )
+    return Found(
+        title=described, part="denoiser", types=types, denoiser="transformer", reason=reason
+    )
+
+
+_SPECIAL = {
+    "kontext": "it edits a reference image, and no type has its pipeline",
+    "qwen-image-edit": "it edits a reference image, and no type has its pipeline",
+    "layered": "it makes layers, and no type has its pipeline",
+}
+"""Words in the metadata of files that have the names and shapes of a type's own -> why it is not
+that type.
+"""
+
+_NOT_RUN = "no type runs this family"
+_TRANSFORMERS: tuple[tuple[str, tuple[str, ...], str, tuple[str, ...]], ...] = (
+    ("FLUX.2", ("flux2",), "", ("single_stream_modulation.lin.weight", "single_stream_modulation.linear.weight")),
+    ("FLUX.3", (), _NOT_RUN, ("early_stream_modulations.image.lin.weight",)),
+    ("Chroma", (), _NOT_RUN, ("distilled_guidance_layer.in_proj.bias",)),
+    ("FLUX.1", ("flux",), "", ("double_blocks.0.img_attn.norm.key_norm.scale", "double_blocks.0.img_attn.qkv.weight",
+                               "single_transformer_blocks.0.proj_mlp.weight")),
+    ("Stable Diffusion 3", ("sd3",), "",
+     ("joint_blocks.0.context_block.adaLN_modulation.1.bias", "transformer_blocks.0.norm1_context.linear.weight")),
+    ("Z-Image", ("zimage",), "", ("layers.0.adaLN_modulation.0.weight",)),
+    ("Lumina 2", (), _NOT_RUN, ("cap_embedder.0.weight", "time_caption_embed.caption_embedder.0.weight")),
+    ("Qwen-Image 2.1", (), _NOT_RUN, ("txt_in.text_norm.weight",)),
+    ("Qwen-Image", ("qwenimage",), "", ("transformer_blocks.0.img_mod.1.weight",)),
+    ("Wan VACE", (), "no type has its pipeline", ("vace_blocks.0.after_proj.bias", "vace_blocks.0.proj_out.bias")),
+    ("Wan Animate", (), "no type has its pipeline", ("motion_encoder.dec.direction.weight",)),
+    ("Wan image to video", (), "it needs a first frame, and no type has its pipeline",
+     ("img_emb.proj.0.bias", "img_emb.proj.0.weight", "condition_embedder.image_embedder.norm1.weight")),
+    ("Wan", ("wan_t2v",), "", ("head.modulation", "condition_embedder.text_embedder.linear_1.weight")),
+    ("HunyuanDiT", ("hy",), "", ("mlp_t5.0.weight", "time_extra_emb.pooler.positional_embedding")),
+    ("PixArt", ("pixs", "pixa"), "", ("y_embedder.y_proj.fc1.weight", "caption_projection.linear_1.weight")),
+    ("LTX-Video", (), _NOT_RUN, ("patchify_proj.weight",)),
+    ("HunyuanVideo", (), _NOT_RUN, ("txt_in.individual_token_refiner.blocks.0.adaLN_modulation.1.bias",)),
+    ("AuraFlow", (), _NOT_RUN, ("double_layers.0.attn.w2q.weight",)),
+    ("Mochi", (), _NOT_RUN, ("blocks.0.attn.qkv_x.weight",)),
+    ("Sana", (), _NOT_RUN, ("blocks.0.cross_attn.q_linear.weight",)),
+    ("HiDream", (), _NOT_RUN, ("double_stream_blocks.0.block.adaLN_modulation.1.bias",)),
+    ("Cosmos", (), _NOT_RUN, ("x_embedder.proj.1.weight",)),
+    ("Krea 2", (), _NOT_RUN, ("txtfusion.projector.weight",)),
+    ("MiniMax", (), _NOT_RUN, ("token_refiner.blocks.0.attn.qkv_proj.weight",)),
+    ("Stable Cascade", (), _NOT_RUN, ("clip_txt_mapper.weight", "down_blocks.1.0.channelwise.0.weight")),
+)  # fmt: skip
+"""Title, types that run it, why none does, and tensors of which one is there. The first that fits
+counts.
+"""
+
+
+def _unet(header: Header) -> Found | None:
+    """A UNet in the original names (input_blocks) or in diffusers' (down_blocks)."""
+    first = header.shape_of("input_blocks.0.0.weight", "conv_in.weight")
+    is_unet = header.has_part("input_blocks.1.", "down_blocks.0.resnets.") and header.has(
+        "time_embed.0.weight", "time_embedding.linear_1.weight"
+    )
+    if first is None or not is_unet:
+        return None
+    title, types = _unet_family(header)
+    reason = (
+        _REFUSED_CHANNELS.get(first[1], "") if "sdup" not in types and "svd" not in types else ""
+    )
+    if title == "the Stable Diffusion XL refiner":
+        reason = "it continues another model's latents, and no type has that"
+    if reason:
+        return Found(
+            title=f"a denoiser of {title} with {first[1]} channels in",
+            part="denoiser",
+            denoiser="unet",
+            reason=reason,
+        )
+    return Found(title=f"a denoiser of {title}", part="denoiser", types=types, denoiser="unet")
+
+
+_REFUSED_CHANNELS = {
+    9: (
+        "it is made for inpainting and also takes a mask and the masked image; inpaint with an "
+        "ordinary checkpoint and mask_image"
+    ),
+    8: (
+        "it is made for editing (InstructPix2Pix) and also takes an image, and no type has its "
+        "pipeline"
+    ),
+    5: "it is made for depth maps and also takes one, and no type has its pipeline",
+}
+"""Channels in of a UNet with four latent channels -> why no type runs it."""
+
+
+def _unet_family(header: Header) -> tuple[str, tuple[str, ...]]:
+    if header.has_part("time_stack.", "temporal_transformer_blocks."):
+        return "Stable Video Diffusion", ("svd",)
+    if header.has("label_emb.0.0.weight", "add_embedding.linear_1.weight"):
+        is_refiner = header.has_part("input_blocks.9.", "down_blocks.3.")
+        return (
+            ("the Stable Diffusion XL refiner", ())
+            if is_refiner
+            else ("Stable Diffusion XL", ("sdxl",))
+        )
+    if header.has("label_emb.weight", "class_embedding.weight"):
+        return "the Stable Diffusion x4 upscaler", ("sdup",)
+    is_second = _is_second_generation(
+        header.first_shape("attn2.to_k.weight"), header.first_shape(".proj_in.weight")
+    )
+    return (
+        ("Stable Diffusion 2", ("sd2", "sd1"))
+        if is_second
+        else ("Stable Diffusion 1", ("sd1", "sd2"))
+    )
+
+
+def _is_second_generation(key: Shape | None, projection: Shape | None) -> bool:
+    """OpenCLIP is 1024 wide, and the second generation's projections are linear."""
+    if key is not None and key[1] in (768, 1024):
+        return key[1] == 1024
+    return projection is not None and len(projection) == 2
+
+
+def _vae(header: Header) -> Found | None:
+    inner = header.without(*VAE_PREFIXES)
+    if inner.has_part("decoder.up_blocks.", "decoder.up.", "decoder.upsamples.", "decoder.middle."):
+        return Found(title="a VAE", part="vae")
+    return None
+
+
+def _encoder(header: Header) -> Found | None:
+    if header.has_part("vision_model.encoder", "visual.transformer"):
+        return Found(title="an image encoder", part="encoder")
+    is_text = header.has_part(
+        "text_model.encoder",
+        "token_embd",
+        "encoder.block.0.layer.0",
+        "layers.0.self_attn",
+        "embeddings.token_embedding",
+        "encoder.layer.0.attention",
+    )
+    return Found(title="a text encoder or language model", part="encoder") if is_text else None

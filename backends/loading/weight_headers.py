@@ -1,0 +1,181 @@
+"""Names, shapes and metadata of weight files, from their headers alone: no weights are read.
+Imports no torch.
+
+A torch pickle (.bin, .pt, .ckpt) has no header that can be read without torch:
+backends/loading/weights.py reads those.
+"""
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from backends.errors import ConfigError
+
+SAFETENSORS = (".safetensors", ".sft")
+MAX_HEADER_BYTES = 100_000_000
+"""The limit of the safetensors format itself."""
+ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
+"""Prefix of GGUF metadata that gives the shape of a tensor that was stored as rows of 256."""
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Header:
+    """What a weight file says about its tensors.
+
+    shapes: name -> shape in torch's order. dtypes: name -> the format's own name of the type.
+    metadata: the text values of a safetensors header or of a GGUF file.
+    """
+
+    shapes: Mapping[str, Shape]
+    dtypes: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def has(self, *names: str) -> bool:
+        """Return whether one of these tensors is there."""
+        return any(name in self.shapes for name in names)
+
+    def has_part(self, *parts: str) -> bool:
+        """Return whether the name of a tensor contains one of these texts."""
+        return any(part in name for name in self.shapes for part in parts)
+
+    def shape_of(self, *names: str) -> Shape | None:
+        """Return the shape of the first of these tensors that is there."""
+        return next((self.shapes[name] for name in names if name in self.shapes), None)
+
+    def first_shape(self, *endings: str) -> Shape | None:
+        """Return the shape of the first tensor whose name ends in one of these texts."""
+        return next((shape for name, shape in self.shapes.items() if name.endswith(endings)), None)
+
+    def without(self, *prefixes: str) -> "Header":
+        """Return the header with the first of these prefixes that any name has taken off."""
+        for prefix in prefixes:
+            named = {
+                name: name.removeprefix(prefix) for name in self.shapes if name.startswith(prefix)
+            }
+            if named:
+                shapes = {short: self.shapes[name] for name, short in named.items()}
+                dtypes = {
+                    short: self.dtypes[name] for name, short in named.items() if name in self.dtypes
+                }
+                return Header(shapes=shapes, dtypes=dtypes, metadata=self.metadata)
+        return self
+
+
+def read_header(path: str | Path, *, option: str) -> Header | None:
+    """Return the header of a .safetensors or .gguf file; None for a torch pickle. ConfigError names
+    the option.
+    """
+    path = Path(path)
+    try:
+        if path.suffix in SAFETENSORS:
+            return _safetensors(path)
+        return _gguf(path) if path.suffix == ".gguf" else None
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        IndexError,
+        TypeError,
+        AttributeError,
+        struct.error,
+    ) as error:
+        kind = path.suffix.removeprefix(".")
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"{option}={path} cannot be read ({kind}): {reason}. The file is damaged or "
+            "incomplete: download it again."
+        ) from error
+
+
+def read_folder_header(
+    folder: str | Path, *, option: str, variant: str | None = None
+) -> Header | None:
+    """Return the header of all safetensors of one component's folder together; None where there are
+    none.
+
+    variant: 'fp16' reads files such as diffusion_pytorch_model.fp16.safetensors in place of the
+    plain ones.
+    """
+    files = _of_variant(sorted(Path(folder).glob("*.safetensors")), variant)
+    headers = [header for file in files if (header := read_header(file, option=option)) is not None]
+    if not headers:
+        return None
+    return Header(
+        shapes={name: shape for header in headers for name, shape in header.shapes.items()},
+        dtypes={name: dtype for header in headers for name, dtype in header.dtypes.items()},
+        metadata={key: value for header in headers for key, value in header.metadata.items()},
+    )
+
+
+def _of_variant(files: list[Path], variant: str | None) -> list[Path]:
+    """A name with two dots holds a variant: model.fp16.safetensors,
+    model.fp16-00001-of-00002.safetensors.
+    """
+    plain = [file for file in files if file.name.count(".") == 1]
+    marked = [file for file in files if file.name.count(".") > 1]
+    wanted = [
+        file
+        for file in marked
+        if variant is not None and file.name.split(".")[1].startswith(variant)
+    ]
+    return wanted or plain or marked
+
+
+def _safetensors(path: Path) -> Header:
+    with path.open("rb") as file:
+        size = path.stat().st_size
+        (length,) = struct.unpack("<Q", file.read(8))
+        if length > min(size - 8, MAX_HEADER_BYTES):
+            raise ValueError(f"its header claims {length} bytes of a file of {size}")
+        content = json.loads(file.read(length))
+    metadata = content.pop("__metadata__", None) or {}
+    end = 8 + length + max((int(entry["data_offsets"][1]) for entry in content.values()), default=0)
+    if end > size:
+        raise ValueError(f"its tensors end at byte {end} of a file of {size}")
+    return Header(
+        shapes={name: tuple(entry["shape"]) for name, entry in content.items()},
+        dtypes={name: entry["dtype"] for name, entry in content.items()},
+        metadata={str(key): str(value) for key, value in metadata.items()},
+    )
+
+
+def _gguf(path: Path) -> Header:
+    """Numbers of a GGUF file come in reverse order; a shape in the metadata is already in
+    torch's.
+    """
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+    shapes = {
+        tensor.name: tuple(int(size) for size in reversed(tensor.shape))
+        for tensor in reader.tensors
+    }
+    shapes |= {name: shape for name, shape in original_shapes(reader).items() if name in shapes}
+    return Header(
+        shapes=shapes,
+        dtypes={tensor.name: tensor.tensor_type.name for tensor in reader.tensors},
+        metadata={
+            key: text
+            for key, entry in reader.fields.items()
+            if isinstance(text := _value(entry), str)
+        },
+    )
+
+
+def original_shapes(reader: Any) -> dict[str, Shape]:
+    """Return the shapes that a GGUF file gives for tensors that it stores as plain rows."""
+    return {
+        key.removeprefix(ORIGINAL_SHAPE): tuple(int(size) for size in _value(entry))
+        for key, entry in reader.fields.items()
+        if key.startswith(ORIGINAL_SHAPE)
+    }
+
+
+def _value(entry: Any) -> Any:
+    """Long arrays, such as the words of a tokenizer, are not unpacked."""
+    return entry.contents() if len(entry.data) <= 8 else None
