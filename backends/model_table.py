@@ -71,6 +71,12 @@ class ModelSpec:
     blocks: lists of a transformer's blocks, in the order in which they run.
     requires: inputs that every request must bring. call: fixed extra arguments of the pipeline
     call.
+    also: other pipeline classes with the same parts, whose checkpoints this row runs as well.
+    fits: what a checkpoint must be like (backends/loading/fit.py). denoiser, vae: their classes;
+    channels: how many times the latents, and how many more, the denoiser takes in; text: a field of
+    the denoiser's configuration -> widths of encoders that it is the sum of; is: fields with one
+    right value; sign: a field that tells it from another type of the same class; optional: parts
+    that may be left out.
     components: what must be loaded besides the checkpoint folder, unless the folder holds it.
     controlnet: pipeline and model class to use, and the call's argument for the image. ip_adapter:
     class of its image encoder.
@@ -107,6 +113,8 @@ class ModelSpec:
     requires: tuple[str, ...] = ("prompt",)
     call: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     components: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
+    fits: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     single_file: bool = False
     controlnet: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     compel: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))

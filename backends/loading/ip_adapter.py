@@ -11,12 +11,10 @@ import transformers
 from torch import Tensor
 
 from backends.errors import ConfigError, RequestError, UnsupportedError
+from backends.loading.adapter_fit import find_encoder
 from backends.loading.weights import DTYPES, LOADING_ERRORS, read_weights
 from backends.model_table import ModelSpec
 from backends.request import GenerateRequest, LoadRequest
-
-ENCODER_FOLDERS = ("image_encoder", "../models/image_encoder", "../image_encoder")
-"""Where published IP-Adapters keep their image encoder, seen from the folder of the weights."""
 
 _PARTS = {
     "image_proj": "image_proj",
@@ -124,14 +122,7 @@ def _load_encoder(pipe: Any, spec: ModelSpec, load: LoadRequest, weights: Path) 
     """The image encoder that comes with the weights, and its image processor, registered with the
     pipeline.
     """
-    folders = [weights.parent / name for name in ENCODER_FOLDERS]
-    folder = next((folder for folder in folders if (folder / "config.json").is_file()), None)
-    if folder is None:
-        looked = ", ".join(str(folder.resolve()) for folder in folders)
-        raise ConfigError(
-            f"ip_adapter={weights} has no image encoder beside it. Put its folder with a "
-            f"config.json at one of: {looked}."
-        )
+    folder = find_encoder(weights)
     options = {"local_files_only": True}
     try:
         encoder = getattr(transformers, spec.ip_adapter["image_encoder"]).from_pretrained(

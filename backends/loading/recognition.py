@@ -164,9 +164,9 @@ def _is_taesd(header: Header) -> bool:
     is_original = bool(header.shapes) and all(
         name.split(".")[0].isdigit() for name in header.shapes
     )
+    is_text = header.has_part("text_model", "self_attn")
     return is_original or (
-        header.has_part("decoder.layers.", "encoder.layers.0.conv")
-        and not header.has_part("text_model", "self_attn")
+        header.has_part("decoder.layers.", "encoder.layers.0.conv") and not is_text
     )
 
 
@@ -215,8 +215,9 @@ def _checkpoint(header: Header) -> Found | None:
     if not found.types:
         return found
     is_open_clip = any(name.startswith("cond_stage_model.model.") for name in header.shapes)
-    is_both = found.types[:1] in (("sd1",), ("sd2",))
-    types = (("sd2", "sd1") if is_open_clip else ("sd1", "sd2")) if is_both else found.types
+    types = (
+        tuple(sorted(found.types, key=lambda name: name != "sd2")) if is_open_clip else found.types
+    )
     return replace(
         found,
         title=found.title.replace("a denoiser", "a checkpoint"),
@@ -351,11 +352,9 @@ def _unet_family(header: Header) -> tuple[str, tuple[str, ...]]:
     is_second = _is_second_generation(
         header.first_shape("attn2.to_k.weight"), header.first_shape(".proj_in.weight")
     )
-    return (
-        ("Stable Diffusion 2", ("sd2", "sd1"))
-        if is_second
-        else ("Stable Diffusion 1", ("sd1", "sd2"))
-    )
+    if is_second:
+        return "Stable Diffusion 2", ("sd2", "sd1", "ad")
+    return "Stable Diffusion 1", ("sd1", "sd2", "ad")
 
 
 def _is_second_generation(key: Shape | None, projection: Shape | None) -> bool:

@@ -14,6 +14,8 @@ from typing import Any
 from backends import planner
 from backends.errors import ConfigError, HostError, RequestError
 from backends.generation.schedulers import parse_scheduler, require_family
+from backends.loading.adapter_fit import require_fit
+from backends.loading.checkpoint import infer_type, open_checkpoint
 from backends.model_table import ModelSpec, ModelTable
 from backends.plan import ParallelPlan, require_world_size
 from backends.request import LoadRequest
@@ -150,8 +152,11 @@ def plan_start(
     refuse_pending(settings)
     _require_key(settings)
     _require_machines(settings)
-    spec = _model_spec(settings, table)
-    reasons = []
+    reasons: list[str] = []
+    spec = _model_spec(settings, table, reasons)
+    open_checkpoint(
+        spec, _checkpoint(settings, spec)
+    )  # before anything is planned by its configuration
     ranks = num_ranks or settings.nproc_per_node
     if ranks is None:
         ranks = max(num_gpus, 1)
@@ -196,6 +201,7 @@ def plan_start(
     for feature in features:
         spec.require(backend, feature)
     load = _load_request(settings, spec, backend, num_gpus=num_gpus, reasons=reasons)
+    require_fit(spec, load)
     reasons += _without_effect(settings, spec, backend)
     options = {**settings.given, "checkpoint": load.checkpoint}
     plan = require_world_size(planner(backend)(spec, options, world_size), world_size)
@@ -302,10 +308,21 @@ def _without_effect(settings: Settings, spec: ModelSpec, backend: str) -> list[s
     )
 
 
-def _model_spec(settings: Settings, table: ModelTable) -> ModelSpec:
-    if settings.type is None:
-        raise ConfigError(f"--type is missing. Allowed: {', '.join(table)}.")
-    spec = table[settings.type]
+def _model_spec(settings: Settings, table: ModelTable, reasons: list[str]) -> ModelSpec:
+    """The row of --type, or of what the checkpoint is."""
+    name = settings.type
+    if name is None and settings.checkpoint is None:
+        raise ConfigError(
+            "--type is missing. Give it, or a --checkpoint that says what it is. Allowed: "
+            f"{', '.join(table)}."
+        )
+    if name is None:
+        has_motion = settings.motion_adapter is not None or settings.motion_module is not None
+        name, reason = infer_type(
+            Path(_existing_path("checkpoint", settings.checkpoint)), table, has_motion=has_motion
+        )
+        reasons.append(reason)
+    spec = table[name]
     if settings.checkpoint is None and not spec.demo:
         with_demo = ", ".join(name for name, other in table.items() if other.demo)
         raise ConfigError(

@@ -1,0 +1,284 @@
+"""Whether ControlNets, IP-Adapters and motion modules fit the checkpoint, from configurations and
+headers alone. Imports no torch.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from backends.errors import ConfigError
+from backends.loading.checkpoint import (
+    Checkpoint,
+    Config,
+    component_folder,
+    open_checkpoint,
+    read_component_header,
+    read_config,
+    refuse,
+    with_article,
+)
+from backends.loading.fit import require_files
+from backends.loading.recognition import recognize
+from backends.loading.weight_headers import Header, read_header
+from backends.model_table import ModelSpec
+from backends.request import LoadRequest
+
+ENCODER_FOLDERS = ("image_encoder", "../models/image_encoder", "../image_encoder")
+"""Where published IP-Adapters keep their image encoder, seen from the folder of the weights."""
+SAME_WIDTHS = (
+    "cross_attention_dim",
+    "cross_attention_dim_t5",
+    "joint_attention_dim",
+    "pooled_projection_dim",
+    "block_out_channels",
+    "layers_per_block",
+    "in_channels",
+    "hidden_size",
+    "dim",
+)
+"""Fields that a ControlNet shares with the denoiser whose layers it adds to."""
+
+
+def require_fit(spec: ModelSpec, load: LoadRequest) -> None:
+    """ConfigError for the first file of a load request that does not fit the type or the
+    checkpoint.
+    """
+    checkpoint = open_checkpoint(spec, load.checkpoint)
+    require_files(spec, load, checkpoint)
+    require_adapters(spec, load, checkpoint)
+
+
+def require_adapters(spec: ModelSpec, load: LoadRequest, checkpoint: Checkpoint) -> None:
+    """ConfigError for the first ControlNet, IP-Adapter or motion module that does not fit the
+    checkpoint's denoiser.
+    """
+    denoiser = _denoiser_config(spec, load, checkpoint)
+    for path in load.control_net:
+        _require_controlnet(path, load.control_net_config, spec, denoiser)
+    for path in load.ip_adapter:
+        if (header := read_header(path, option="--ip_adapter")) is not None:
+            require_ip_adapter(
+                path, header, spec, denoiser, encoder=_encoder(path, load, checkpoint)
+            )
+    if spec.components and load.motion_adapter is not None:
+        _require_motion(load.motion_adapter, "motion_adapter", load.motion_config, spec, denoiser)
+    if spec.components and load.motion_module is not None:
+        _require_motion(load.motion_module, "motion_module", load.motion_config, spec, denoiser)
+
+
+def _denoiser_config(spec: ModelSpec, load: LoadRequest, checkpoint: Checkpoint) -> Config:
+    if load.denoiser is not None and Path(load.denoiser).is_dir():
+        return read_config(component_folder(load.denoiser, spec.denoiser))
+    if load.denoiser_config is not None:
+        return read_config(load.denoiser_config)
+    return checkpoint.config(spec.denoiser)
+
+
+def _require_controlnet(
+    path: str, config_path: str | None, spec: ModelSpec, denoiser: Config
+) -> None:
+    given, needed = f"--control_net={path}", with_article(spec.controlnet["model"])
+    is_folder = Path(path).is_dir()
+    header = read_component_header(path, option="control_net")
+    found = recognize(header) if header is not None else None
+    if found is not None and found.part != "controlnet":
+        raise refuse(given, found, spec, needed)
+    own = component_folder(path, "control_net") if is_folder else config_path
+    if own is None:
+        raise ConfigError(
+            f"{given} is a file, so its configuration is needed too. Give "
+            "--control_net_config=CONFIG.JSON."
+        )
+    config = read_config(own)
+    if not config:
+        raise ConfigError(
+            f"{given} has no config.json in {own}. Give a ControlNet's folder in diffusers layout."
+        )
+    _require_class(given, config, spec)
+    _require_no_mode(given, config, spec)
+    _require_widths(given, config, denoiser, spec)
+    width = header.first_shape("attn2.to_k.weight") if header is not None else None
+    wanted = denoiser.get("cross_attention_dim")
+    if width is not None and isinstance(wanted, int) and width[1] != wanted:
+        raise _other_width(given, "cross_attention_dim", width[1], wanted, spec)
+
+
+def _require_class(given: str, config: Config, spec: ModelSpec) -> None:
+    wanted, name = spec.controlnet["model"], config.get("_class_name")
+    if name is not None and name != wanted:
+        raise ConfigError(
+            f"{given} is {with_article(name)}, but --type={spec.name} needs "
+            f"{with_article(wanted)}. "
+            f"Give a ControlNet made for {spec.title}."
+        )
+
+
+def _require_no_mode(given: str, config: Config, spec: ModelSpec) -> None:
+    """Union ControlNets are told the kind of each image, and those for inpainting a mask beside
+    it.
+    """
+    if config.get("num_mode"):
+        raise ConfigError(
+            f"{given} is a union ControlNet of {config['num_mode']} kinds of images, and requests "
+            "cannot say which kind theirs is. "
+            f"Give a ControlNet of one kind made for {spec.title}."
+        )
+    for key in ("extra_conditioning_channels", "extra_condition_channels"):
+        if config.get(key):
+            raise ConfigError(
+                f"{given} takes {config[key]} more channels than an image ({key}), which a mask is "
+                "for, and no type gives it one. "
+                f"Give a ControlNet made for {spec.title}."
+            )
+
+
+def _require_widths(given: str, config: Config, denoiser: Config, spec: ModelSpec) -> None:
+    for key in SAME_WIDTHS:
+        own, wanted = config.get(key), denoiser.get(key)
+        if own is not None and wanted is not None and own != wanted:
+            raise _other_width(given, key, own, wanted, spec)
+    for own, wanted in zip(_inner_width(config), _inner_width(denoiser), strict=False):
+        if own != wanted:
+            raise _other_width(given, "num_attention_heads * attention_head_dim", own, wanted, spec)
+    if denoiser and config.get("addition_embed_type") != denoiser.get("addition_embed_type"):
+        raise _other_width(
+            given,
+            "addition_embed_type",
+            config.get("addition_embed_type"),
+            denoiser.get("addition_embed_type"),
+            spec,
+        )
+
+
+def _inner_width(config: Config) -> Iterator[int]:
+    """Of a transformer. UNets write something else into the same fields."""
+    heads, width = config.get("num_attention_heads"), config.get("attention_head_dim")
+    if isinstance(heads, int) and isinstance(width, int) and "block_out_channels" not in config:
+        yield heads * width
+
+
+def _other_width(given: str, key: str, own: object, wanted: object, spec: ModelSpec) -> ConfigError:
+    return ConfigError(
+        f"{given} has {key}={own}, but the {spec.denoiser} of --type={spec.name} that it is for "
+        f"has {wanted}. "
+        f"Give one made for this checkpoint of {spec.title}."
+    )
+
+
+def find_encoder(weights: Path) -> Path:
+    """Return the folder of the image encoder that comes with an IP-Adapter. ConfigError lists where
+    it was looked for.
+    """
+    folders = [weights.parent / name for name in ENCODER_FOLDERS]
+    found = next((folder for folder in folders if (folder / "config.json").is_file()), None)
+    if found is None:
+        looked = ", ".join(str(folder.resolve()) for folder in folders)
+        raise ConfigError(
+            f"ip_adapter={weights} has no image encoder beside it. Put its folder with a "
+            f"config.json at one of: {looked}."
+        )
+    return found
+
+
+def _encoder(path: str, load: LoadRequest, checkpoint: Checkpoint) -> Path:
+    """The checkpoint's own image encoder is used where it has one; else that of the first
+    IP-Adapter, for all.
+    """
+    if checkpoint.index.get("image_encoder") is not None and checkpoint.has("image_encoder"):
+        return checkpoint.folder / "image_encoder"
+    return find_encoder(Path(next(iter(load.ip_adapter), path)))
+
+
+def require_ip_adapter(
+    path: str, header: Header, spec: ModelSpec, denoiser: Config, *, encoder: Path
+) -> None:
+    """ConfigError for a file that is no IP-Adapter, or one for another denoiser or image
+    encoder.
+    """
+    given = f"--ip_adapter={path}"
+    found = recognize(header)
+    if found is None or found.part != "ip_adapter":
+        if found is not None:
+            raise refuse(given, found, spec, "an IP-Adapter")
+        raise ConfigError(
+            f"{given} holds no IP-Adapter: keys with image_proj and ip_adapter are missing. Give "
+            "another file."
+        )
+    _require_encoder(given, header, spec, encoder)
+    wanted, width = (
+        denoiser.get(spec.ip_adapter["width"]),
+        header.first_shape("to_k_ip.weight", "k_proj.weight"),
+    )
+    if width is not None and isinstance(wanted, int) and width[1] != wanted:
+        raise _other_width(
+            given, f"keys of width {spec.ip_adapter['width']}", width[1], wanted, spec
+        )
+
+
+def _require_encoder(given: str, header: Header, spec: ModelSpec, encoder: Path) -> None:
+    """The projection must take what the encoder gives: its embedding, or its last hidden states."""
+    config, wanted = read_config(encoder), spec.ip_adapter["image_encoder"]
+    if ("siglip" in str(config.get("model_type"))) != wanted.startswith("Siglip"):
+        raise ConfigError(
+            f"{given} comes with the image encoder {encoder} of kind {config.get('model_type')}, "
+            f"but {spec.title} needs a {wanted}. "
+            f"Give an IP-Adapter made for {spec.title}."
+        )
+    for key, name in _PROJECTIONS.items():
+        shape, width = header.first_shape(key), config.get(name)
+        if shape is not None and isinstance(width, int) and shape[-1] != width:
+            raise ConfigError(
+                f"{given} takes image embeddings of width {shape[-1]}, but the image encoder "
+                f"{encoder} gives {width} ({name}). "
+                "Put the encoder that it was made with there: published ones name it (ViT-H has "
+                "1024 and 1280, ViT-bigG 1280 and 1664)."
+            )
+
+
+_PROJECTIONS = {
+    "image_proj.proj.weight": "projection_dim",
+    "ip_adapter_proj_model.proj.weight": "projection_dim",
+    "image_proj.proj.0.weight": "hidden_size",
+    "image_proj.proj_in.weight": "hidden_size",
+}
+"""First layer of an IP-Adapter's projection -> the field of the encoder's configuration that says
+how wide its input is.
+"""
+
+
+def _require_motion(
+    path: str, option: str, config_path: str | None, spec: ModelSpec, denoiser: Config
+) -> None:
+    given = f"--{option}={path}"
+    header = read_component_header(path, option=option)
+    found = recognize(header) if header is not None else None
+    if found is not None and found.part != "motion":
+        raise refuse(given, found, spec, "a motion module of AnimateDiff")
+    own = component_folder(path, option) if Path(path).is_dir() else config_path
+    config = read_config(own) if own is not None else {}
+    if config.get("_class_name", "MotionAdapter") != "MotionAdapter":
+        raise ConfigError(
+            f"{given} is a {config['_class_name']}, but --type={spec.name} needs a MotionAdapter. "
+            "Give its folder."
+        )
+    if config.get("conv_in_channels"):
+        raise ConfigError(
+            f"{given} brings a first layer for {config['conv_in_channels']} channels (PIA), and no "
+            "type has its pipeline. "
+            "Give an ordinary motion adapter."
+        )
+    _require_levels(given, config, header, spec, denoiser)
+
+
+def _require_levels(
+    given: str, config: Config, header: Header | None, spec: ModelSpec, denoiser: Config
+) -> None:
+    levels, wanted = config.get("block_out_channels"), denoiser.get("block_out_channels")
+    if levels is not None and wanted is not None and levels != wanted:
+        raise _other_width(given, "block_out_channels", levels, wanted, spec)
+    first = (
+        header.first_shape("down_blocks.0.motion_modules.0.temporal_transformer.norm.weight")
+        if header is not None
+        else None
+    )
+    if first is not None and wanted is not None and first[0] != wanted[0]:
+        raise _other_width(given, "block_out_channels[0]", first[0], wanted[0], spec)

@@ -1,0 +1,257 @@
+"""A checkpoint without its weights: which pipeline it is, which type runs it, and what its
+configurations say. Imports no torch.
+
+A folder in diffusers layout, or a single file with the folder of its configuration beside it.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from backends.errors import ConfigError
+from backends.loading.recognition import Found, has_text_encoders, recognize
+from backends.loading.weight_headers import Header, read_folder_header, read_header
+from backends.model_table import ModelSpec, ModelTable, read_table
+
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A folder in diffusers layout, or a single file with the folder of its configuration beside
+    it.
+    """
+
+    spec: ModelSpec
+    path: Path
+    folder: Path
+    index: Config = field(default_factory=dict)
+    header: Header | None = None
+    """Of a single file."""
+
+    def config(self, component: str) -> Config:
+        return read_config(self.folder / component) if self.has(component) else {}
+
+    def class_of(self, component: str) -> str | None:
+        entry = self.index.get(component)
+        return entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+
+    def has(self, component: str) -> bool:
+        """Return whether the index does not leave the component out. One that it does not name is
+        looked for as a folder.
+        """
+        if component in self.index:
+            return self.class_of(component) is not None
+        return (self.folder / component).is_dir()
+
+
+def open_checkpoint(spec: ModelSpec, path: str) -> Checkpoint:
+    """Return what can be said of a checkpoint without its weights. ConfigError if it is of another
+    type.
+    """
+    found = Path(path)
+    if found.is_dir():
+        checkpoint = Checkpoint(spec=spec, path=found, folder=found, index=_read_index(found))
+        _require_class(checkpoint)
+        return checkpoint
+    header, folder = read_header(found, option="--checkpoint"), found.with_suffix("")
+    checkpoint = Checkpoint(
+        spec=spec, path=found, folder=folder, index=_read_index(folder), header=header
+    )
+    if header is not None:
+        _require_single_file(checkpoint)
+    _require_class(checkpoint)
+    return checkpoint
+
+
+def infer_type(path: Path, table: ModelTable, *, has_motion: bool = False) -> tuple[str, str]:
+    """Return the type that runs this checkpoint, and why. has_motion: AnimateDiff's motion modules
+    were given. ConfigError if none does.
+    """
+    if path.is_dir():
+        name = str(_read_index(path).get("_class_name"))
+        types, what = (
+            types_of_class(name, table, folder=path, has_motion=has_motion),
+            with_article(name),
+        )
+        return _first_type(path, types, what, table)
+    found = (
+        recognize(header)
+        if (header := read_header(path, option="--checkpoint")) is not None
+        else None
+    )
+    if found is None:
+        raise ConfigError(
+            f"--type is missing, and --checkpoint={path} does not say what it is. Allowed: "
+            f"{', '.join(table)}."
+        )
+    singles = [name for name in found.types if table[name].single_file]
+    if found.types and not singles:
+        raise ConfigError(
+            f"--checkpoint={path} is {found.title}, which loads from a folder in diffusers layout "
+            "only. "
+            f"Give such a folder, and this file with --{found.denoiser or 'transformer'}."
+        )
+    return _first_type(path, singles, found.title, table, reason=found.reason)
+
+
+def types_of_class(
+    name: str, table: ModelTable, *, folder: Path | None = None, has_motion: bool = False
+) -> list[str]:
+    """Return the types whose pipeline this class is, or whose parts it has; the best first."""
+    own = [spec for spec in table.values() if spec.pipeline == name]
+    shared = [spec for spec in table.values() if name in spec.also]
+    if has_motion:
+        own, shared = [spec for spec in shared if spec.components] + own, shared
+    ordered = [spec for spec in own if folder is None or _has_signs(spec, folder)] + own + shared
+    return list(dict.fromkeys(spec.name for spec in ordered))
+
+
+def read_config(path: str | Path) -> Config:
+    """Return a config.json, or that of a folder; empty where there is none. ConfigError for one
+    that is not JSON.
+    """
+    file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
+    return read_json(file)
+
+
+def component_folder(path: str | Path, option: str) -> Path:
+    """Return the folder of a component: this one, or that of its name in a whole checkpoint."""
+    folder = Path(path)
+    if (folder / "config.json").is_file():
+        return folder
+    inner = (
+        folder / name
+        for name in (option, "controlnet")
+        if (folder / name / "config.json").is_file()
+    )
+    return next(inner, folder)
+
+
+def read_component_header(path: str | Path, *, option: str) -> Header | None:
+    """Return the header of a component given as a file or a folder; None where only torch could
+    read it.
+    """
+    if Path(path).is_dir():
+        return read_folder_header(component_folder(path, option), option=f"--{option}")
+    return read_header(path, option=f"--{option}")
+
+
+def refuse(given: str, found: Found, spec: ModelSpec, needed: str) -> ConfigError:
+    """Return the error for a file of a known kind in the wrong place."""
+    reason = f": {found.reason}" if found.reason else ""
+    types = [name for name in found.types if name in read_table()]
+    if types and spec.name not in types:
+        advice = f"Give {types_as_text(types)}, or {needed} made for {spec.title}."
+    elif found.option and found.option != given.partition("=")[0]:
+        advice = f"Give it with {found.option}, or {needed} here."
+    else:
+        advice = f"Give {needed} made for {spec.title}."
+    return ConfigError(
+        f"{given} is {found.title}{reason}; --type={spec.name} needs {needed} here. {advice}"
+    )
+
+
+def with_article(name: str) -> str:
+    return f"an {name}" if name[:1] in "AEIO" else f"a {name}"
+
+
+def types_as_text(types: Sequence[str]) -> str:
+    return " or ".join(f"--type={name}" for name in types)
+
+
+def width_of(path: str, checkpoint: Checkpoint) -> int | None:
+    """Return the number that a path such as '3 * text_encoder.hidden_size' names; None where a
+    configuration does not say it.
+
+    Some published configurations of models with a part for text keep that part's fields one level
+    higher.
+    """
+    times, _, name = path.rpartition(" * ")
+    component, *fields = name.split(".")
+    config: Any = checkpoint.config(component)
+    value = config
+    for key in fields:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    value = config.get(fields[-1]) if value is None else value
+    return int(times or 1) * value if isinstance(value, int) else None
+
+
+def _require_class(checkpoint: Checkpoint) -> None:
+    """The pipeline class that the folder names must be one that the row really runs: others draw
+    something else from the same parts.
+    """
+    spec, name = checkpoint.spec, checkpoint.index.get("_class_name")
+    if not isinstance(name, str) or name in (spec.pipeline, *spec.also):
+        return
+    types = types_of_class(name, read_table(), folder=checkpoint.folder)
+    advice = (
+        f"Give {types_as_text(types)}."
+        if types
+        else f"No type runs {with_article(name)}. Give a checkpoint of {spec.title}."
+    )
+    raise ConfigError(
+        f"--checkpoint={checkpoint.path} is {with_article(name)}, but --type={spec.name} needs "
+        f"{with_article(spec.pipeline)}. {advice}"
+    )
+
+
+def _require_single_file(checkpoint: Checkpoint) -> None:
+    spec, header = checkpoint.spec, checkpoint.header
+    given = f"--checkpoint={checkpoint.path}"
+    found = recognize(header)
+    if found is not None and (
+        found.part not in ("checkpoint", "denoiser") or spec.name not in found.types
+    ):
+        raise refuse(given, found, spec, f"a checkpoint with a {spec.denoiser}")
+    has_encoders = has_text_encoders(header) or any(
+        checkpoint.folder.glob("text_encoder*/*.safetensors")
+    )
+    if checkpoint.index and not has_encoders:
+        raise ConfigError(
+            f"{given} holds no text encoders, and neither does {checkpoint.folder}. Put the "
+            f"folders text_encoder* of {spec.title} there "
+            "with their weights, or give a diffusers folder as --checkpoint and this file as "
+            f"--{spec.denoiser}."
+        )
+
+
+def _has_signs(spec: ModelSpec, folder: Path) -> bool:
+    """Whether the folder has what tells this type from another of the same class."""
+    for path, wanted in spec.fits.get("sign", {}).items():
+        component, key = path.split(".")
+        if read_config(folder / component).get(key) != wanted:
+            return False
+    return bool(spec.fits.get("sign"))
+
+
+def _first_type(
+    path: Path, types: Sequence[str], what: str, table: ModelTable, reason: str = ""
+) -> tuple[str, str]:
+    if types:
+        return types[0], f"type={types[0]}: the checkpoint is {what}"
+    why = f": {reason}" if reason else ""
+    raise ConfigError(
+        f"--checkpoint={path} is {what}, which no type runs{why}. Allowed types: "
+        f"{', '.join(table)}."
+    )
+
+
+def _read_index(folder: Path) -> Config:
+    return read_json(folder / "model_index.json")
+
+
+def read_json(file: Path) -> Config:
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{file} is not JSON ({error}). Download it again.") from error
+    if not isinstance(content, dict):
+        raise ConfigError(
+            f"{file} holds {type(content).__name__} in place of an object. Download it again."
+        )
+    return content

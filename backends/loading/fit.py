@@ -1,0 +1,387 @@
+"""Whether a checkpoint and its replaced parts fit the model type, from configurations and headers:
+no weights are read. No torch.
+
+The launcher asks before any process starts, so that `--check` tells too; ranks ask again before
+they load, with what only torch reads. Adapters are in backends/loading/adapter_fit.py.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from backends.errors import ConfigError
+from backends.loading.checkpoint import (
+    Checkpoint,
+    Config,
+    component_folder,
+    read_component_header,
+    read_config,
+    read_json,
+    refuse,
+    width_of,
+    with_article,
+)
+from backends.loading.recognition import (
+    DENOISER_PREFIXES,
+    VAE_PREFIXES,
+    has_vae,
+    recognize,
+    recognize_denoiser,
+)
+from backends.loading.weight_headers import Header, read_folder_header, read_header
+from backends.model_table import ModelSpec
+from backends.request import LoadRequest
+
+SCALES = (".scale_weight", ".weight_scale", ".scale_input", ".input_scale", ".comfy_quant")
+MARKER = "scaled_fp8"
+"""Names beside the weights in files of 8 bits: what a weight is multiplied by, and notes for the
+arithmetic.
+"""
+UNKNOWN_SCALES = (
+    ".weight_scale_2",
+    ".weight_scale_inv",
+    ".smooth_factor",
+    ".qweight",
+    ".absmax",
+    ".quant_state",
+)
+"""Names of other packed formats: 4 bits of several makers, and scales by blocks."""
+
+
+def require_files(spec: ModelSpec, load: LoadRequest, checkpoint: Checkpoint) -> None:
+    """ConfigError for the first file of the checkpoint, VAE or denoiser that does not fit the
+    type.
+    """
+    _require_components(checkpoint, load)
+    denoiser = _Part.denoiser(checkpoint, load)
+    vae = _Part.vae(checkpoint, load)
+    _require_denoiser(denoiser, checkpoint)
+    _require_vae(vae, checkpoint)
+    _require_channels(denoiser, vae, checkpoint)
+    _require_texts(denoiser, checkpoint)
+
+
+def without_scales(header: Header) -> Header:
+    """Return the header without what belongs to 8-bit weights rather than to the model."""
+    shapes = {
+        name: shape
+        for name, shape in header.shapes.items()
+        if not name.endswith(SCALES) and name != MARKER
+    }
+    return Header(shapes=shapes, dtypes=header.dtypes, metadata=header.metadata)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """A denoiser or VAE as it will be used: the checkpoint's, or one that replaces it. name: the
+    component's.
+    """
+
+    name: str
+    given: str
+    config: Config
+    header: Header | None = None
+    has_own_config: bool = False
+    is_replaced: bool = False
+
+    @classmethod
+    def denoiser(cls, checkpoint: Checkpoint, load: LoadRequest) -> "_Part":
+        name = checkpoint.spec.denoiser
+        if load.gguf_model is not None:
+            header = read_header(load.gguf_model, option="--gguf_model")
+            return cls(
+                name=name,
+                given=f"--gguf_model={load.gguf_model}",
+                config=checkpoint.config(name),
+                header=header,
+                is_replaced=True,
+            )
+        return cls._of(name, checkpoint, load.denoiser, load.denoiser_config)
+
+    @classmethod
+    def vae(cls, checkpoint: Checkpoint, load: LoadRequest) -> "_Part":
+        return cls._of("vae", checkpoint, load.vae, load.vae_config)
+
+    @classmethod
+    def _of(
+        cls, name: str, checkpoint: Checkpoint, path: str | None, config: str | None
+    ) -> "_Part":
+        if path is None:
+            header = None
+            if checkpoint.header is None:
+                header = read_folder_header(checkpoint.folder / name, option="--checkpoint")
+            return cls(
+                name=name,
+                given=f"--checkpoint={checkpoint.path}",
+                config=checkpoint.config(name),
+                header=header,
+            )
+        own = component_folder(path, name) if Path(path).is_dir() else config
+        return cls(
+            name=name,
+            given=f"--{name}={path}",
+            config=read_config(own) if own is not None else checkpoint.config(name),
+            header=read_component_header(path, option=name),
+            has_own_config=own is not None,
+            is_replaced=True,
+        )
+
+
+def _require_components(checkpoint: Checkpoint, load: LoadRequest) -> None:
+    """What the pipeline needs must be there: in a folder, with weights unless it is replaced."""
+    spec = checkpoint.spec
+    replaced = {"vae": load.vae, spec.denoiser: load.denoiser or load.gguf_model}
+    if not checkpoint.index:
+        return
+    if checkpoint.index.get("requires_aesthetics_score"):
+        raise ConfigError(
+            f"--checkpoint={checkpoint.path} is the refiner of {spec.title}: it continues another "
+            "model's latents, and no type has that. "
+            f"Give the base checkpoint."
+        )
+    for component in _needed_components(spec):
+        if replaced.get(component) is not None:
+            continue
+        if not checkpoint.has(component):
+            raise ConfigError(
+                f"--checkpoint={checkpoint.path} has no {component}, which --type={spec.name} "
+                "needs. "
+                f"Give a whole checkpoint of {spec.title}."
+            )
+        if checkpoint.header is None:
+            _require_complete(checkpoint, component)
+
+
+def _needed_components(spec: ModelSpec) -> list[str]:
+    """The denoiser, the VAE, the scheduler and the encoders that the table names, with their
+    tokenizers.
+    """
+    paths = [
+        path.rpartition(" * ")[2] for paths in spec.fits.get("text", {}).values() for path in paths
+    ]
+    encoders = [name for path in paths if "encoder" in (name := path.partition(".")[0])]
+    tokenizers = [
+        name.replace("text_encoder", "tokenizer")
+        for name in encoders
+        if name.startswith("text_encoder")
+    ]
+    optional = spec.fits.get("optional", [])
+    names = dict.fromkeys([spec.denoiser, "vae", "scheduler", *encoders, *tokenizers])
+    return [name for name in names if name not in optional]
+
+
+def _require_complete(checkpoint: Checkpoint, component: str) -> None:
+    """The folder is there, and every weight file that it needs: a download that broke off has some
+    of them.
+    """
+    folder, given = checkpoint.folder / component, f"--checkpoint={checkpoint.path}"
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{given} names a {component}, but the folder {folder} is missing. Download the "
+            "checkpoint again."
+        )
+    if component == "scheduler" or component.startswith("tokenizer"):
+        return
+    for index in folder.glob("*.index*.json"):
+        for name in sorted(set(read_json(index).get("weight_map", {}).values())):
+            if not (folder / name).is_file():
+                raise ConfigError(
+                    f"{given} lacks {component}/{name}, which {index.name} names. Download the "
+                    "checkpoint again."
+                )
+    if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+        raise ConfigError(
+            f"{given} holds no weights of its {component} in {folder}. Download the checkpoint "
+            "again."
+        )
+
+
+def _require_denoiser(part: _Part, checkpoint: Checkpoint) -> None:
+    """Of the class that the type needs, and of its family."""
+    spec = checkpoint.spec
+    classes = spec.fits.get("denoiser", [])
+    name = part.config.get("_class_name")
+    if isinstance(name, str) and classes and name not in classes:
+        needed = " or ".join(map(with_article, classes))
+        raise ConfigError(
+            f"{part.given} has a {spec.denoiser} of class {name}, but --type={spec.name} needs "
+            f"{needed}. Give one made for {spec.title}."
+        )
+    if part.header is not None:
+        _require_family(part, spec)
+    for key, wanted in spec.fits.get("is", {}).items():
+        if part.config and part.config.get(key) != wanted:
+            raise ConfigError(
+                f"{part.given} has a {spec.denoiser} with {key}={part.config.get(key)!r}, but "
+                f"--type={spec.name} needs {wanted!r}. "
+                f"Give one made for {spec.title}."
+            )
+    if part.header is not None and part.is_replaced and not part.has_own_config:
+        require_same_weights(part.given, part.header, checkpoint, part.name)
+
+
+def _require_family(part: _Part, spec: ModelSpec) -> None:
+    """By the names of its weights. A checkpoint's own denoiser that no table entry knows is judged
+    by its configuration alone.
+    """
+    found = recognize_denoiser(part.header)
+    if found is None:
+        if (other := recognize(part.header)) is not None:
+            raise refuse(part.given, other, spec, f"a {spec.denoiser}")
+        return
+    if spec.name not in found.types and (part.is_replaced or found.types):
+        raise refuse(part.given, found, spec, f"a {spec.denoiser}")
+
+
+def _require_vae(part: _Part, checkpoint: Checkpoint) -> None:
+    spec = checkpoint.spec
+    wanted, name = spec.fits.get("vae"), part.config.get("_class_name")
+    needed = f"a VAE ({wanted})"
+    if isinstance(name, str) and wanted is not None and name != wanted:
+        raise ConfigError(
+            f"{part.given} has a VAE of class {name}, but --type={spec.name} needs "
+            f"{with_article(wanted)}. Give one made for {spec.title}."
+        )
+    if part.header is None:
+        return
+    found = recognize(part.header)
+    if found is not None and found.part not in ("vae", "checkpoint") and not has_vae(part.header):
+        raise refuse(part.given, found, spec, needed)
+    inner = part.header.without(*VAE_PREFIXES)
+    for half, other in (("encoder", "decoder"), ("decoder", "encoder")):
+        if not any(key.startswith(f"{half}.") for key in inner.shapes):
+            raise ConfigError(
+                f"{part.given} is a VAE with no {half}, only its {other}; --type={spec.name} "
+                f"needs both. Give a whole VAE made for {spec.title}."
+            )
+    if part.is_replaced and not part.has_own_config:
+        require_same_weights(part.given, inner, checkpoint, part.name)
+
+
+def require_same_weights(
+    given: str, header: Header, checkpoint: Checkpoint, component: str
+) -> None:
+    """Compare a file in diffusers' names with the checkpoint's own part, whose configuration it is
+    loaded by.
+
+    A file in other names is compared when ranks have converted the names
+    (backends/loading/key_check.py).
+    """
+    own = read_folder_header(checkpoint.folder / component, option="--checkpoint")
+    shapes = without_scales(header.without(*DENOISER_PREFIXES)).shapes
+    if own is None or len(own.shapes.keys() & shapes.keys()) * 2 < len(own.shapes):
+        return
+    advice = (
+        f"Give --{component}_config=CONFIG.JSON if the file has its own, or a file made for "
+        "this checkpoint."
+    )
+    if given.startswith("--gguf_model"):
+        advice = "Give a file made for this checkpoint."
+    require_same_shapes(given, shapes, own.shapes, advice)
+
+
+def require_same_shapes(
+    given: str,
+    shapes: Mapping[str, Sequence[int]],
+    wanted: Mapping[str, Sequence[int]],
+    advice: str,
+) -> None:
+    """ConfigError that counts the missing, unknown and wrong tensors, with the first of each."""
+    missing = [name for name in wanted if name not in shapes]
+    unknown = [name for name in shapes if name not in wanted]
+    wrong = [
+        f"{name} is {list(shapes[name])} and not {list(size)}"
+        for name, size in wanted.items()
+        if name in shapes and not _is_same_shape(shapes[name], size)
+    ]
+    problems = [
+        _listed("is missing", "are missing", missing),
+        _listed("is unknown", "are unknown", unknown),
+        _listed("has", "have", wrong),
+    ]
+    if missing or unknown or wrong:
+        raise ConfigError(
+            f"{given} does not fit: {'; '.join(text for text in problems if text)}. {advice}"
+        )
+
+
+def _is_same_shape(shape: Sequence[int], wanted: Sequence[int]) -> bool:
+    """Layers of 1 x 1 may be written as matrices, and GGUF files keep what does not divide into
+    blocks as rows of 256.
+    """
+    if [size for size in shape if size != 1] == [size for size in wanted if size != 1]:
+        return True
+    return len(shape) == 2 and shape[1] == 256 and math.prod(shape) == math.prod(wanted)
+
+
+def _listed(one: str, several: str, names: Sequence[str]) -> str:
+    if not names:
+        return ""
+    if one == "has":
+        return f"{len(names)} tensor{'s' if len(names) > 1 else ''} of another shape ({names[0]})"
+    return (
+        f"{len(names)} tensor{'s' if len(names) > 1 else ''} "
+        f"{several if len(names) > 1 else one} ({names[0]})"
+    )
+
+
+def latent_channels(config: Config) -> int | None:
+    """Return the channels of a VAE's latents."""
+    value = config.get("latent_channels", config.get("z_dim"))
+    return value if isinstance(value, int) else None
+
+
+def _require_channels(denoiser: _Part, vae: _Part, checkpoint: Checkpoint) -> None:
+    """The denoiser takes the VAE's latents, some times over, and the channels of an image beside
+    them.
+    """
+    spec = checkpoint.spec
+    times, more = spec.fits.get("channels", (1, 0))
+    latents, channels = latent_channels(vae.config), denoiser.config.get("in_channels")
+    if latents is None or not isinstance(channels, int) or channels == times * latents + more:
+        return
+    if vae.is_replaced and not denoiser.is_replaced:
+        wanted = (channels - more) // times
+        raise ConfigError(
+            f"{vae.given} has {latents} latent channels, but the checkpoint's {spec.denoiser} "
+            f"needs {wanted}. "
+            f"Give a VAE made for {spec.title}."
+        )
+    special = _special_channels(channels, latents)
+    raise ConfigError(
+        f"{denoiser.given} has a {spec.denoiser} with {channels} channels in, but "
+        f"--type={spec.name} "
+        f"needs {times * latents + more}{special}. "
+        f"Give a {spec.denoiser} made for {spec.title}."
+    )
+
+
+def _special_channels(channels: int, latents: int) -> str:
+    reasons = {
+        2 * latents + 1: (
+            "it is made for inpainting and also takes a mask and the masked image; mask_image "
+            "works with ordinary checkpoints"
+        ),
+        2 * latents: (
+            "it is made for editing an image, or for starting from one, and no type has "
+            "its "
+            "pipeline"
+        ),
+    }
+    return f": {reasons[channels]}" if channels in reasons else ""
+
+
+def _require_texts(denoiser: _Part, checkpoint: Checkpoint) -> None:
+    """The denoiser takes conditioning of the width that the encoders give."""
+    spec = checkpoint.spec
+    for key, paths in spec.fits.get("text", {}).items():
+        wanted, widths = denoiser.config.get(key), [width_of(path, checkpoint) for path in paths]
+        if not isinstance(wanted, int) or None in widths or sum(widths) == wanted:
+            continue
+        raise ConfigError(
+            f"{denoiser.given} has a {spec.denoiser} with {key}={wanted}, but the checkpoint's "
+            f"parts give {sum(widths)} "
+            f"({' + '.join(paths)}). Give a {spec.denoiser} and encoders that were made for each "
+            "other."
+        )
