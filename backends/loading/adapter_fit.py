@@ -18,7 +18,7 @@ from backends.loading.checkpoint import (
 )
 from backends.loading.fit import require_files
 from backends.loading.recognition import recognize
-from backends.loading.weight_headers import Header, read_header
+from backends.loading.weight_headers import Header, ReadHeader, read_header
 from backends.model_table import ModelSpec
 from backends.request import LoadRequest
 
@@ -38,13 +38,16 @@ SAME_WIDTHS = (
 """Fields that a ControlNet shares with the denoiser whose layers it adds to."""
 
 
-def require_fit(spec: ModelSpec, load: LoadRequest) -> None:
-    """ConfigError for the first file of a load request that does not fit the type or the
-    checkpoint.
+def require_fit(
+    spec: ModelSpec, load: LoadRequest, *, read: ReadHeader = read_header
+) -> Checkpoint:
+    """Return the checkpoint of a load request. ConfigError for its first file that does not fit the
+    type or the others.
     """
-    checkpoint = open_checkpoint(spec, load.checkpoint)
+    checkpoint = open_checkpoint(spec, load.checkpoint, read=read)
     require_files(spec, load, checkpoint)
     require_adapters(spec, load, checkpoint)
+    return checkpoint
 
 
 def require_adapters(spec: ModelSpec, load: LoadRequest, checkpoint: Checkpoint) -> None:
@@ -53,16 +56,25 @@ def require_adapters(spec: ModelSpec, load: LoadRequest, checkpoint: Checkpoint)
     """
     denoiser = _denoiser_config(spec, load, checkpoint)
     for path in load.control_net:
-        _require_controlnet(path, load.control_net_config, spec, denoiser)
+        _require_controlnet(path, load.control_net_config, spec, denoiser, read=checkpoint.read)
     for path in load.ip_adapter:
-        if (header := read_header(path, option="--ip_adapter")) is not None:
+        if (header := checkpoint.read(path, option="--ip_adapter")) is not None:
             require_ip_adapter(
                 path, header, spec, denoiser, encoder=_encoder(path, load, checkpoint)
             )
     if spec.components and load.motion_adapter is not None:
-        _require_motion(load.motion_adapter, "motion_adapter", load.motion_config, spec, denoiser)
+        _require_motion(
+            load.motion_adapter, "motion_adapter", None, spec, denoiser, read=checkpoint.read
+        )
     if spec.components and load.motion_module is not None:
-        _require_motion(load.motion_module, "motion_module", load.motion_config, spec, denoiser)
+        _require_motion(
+            load.motion_module,
+            "motion_module",
+            load.motion_config,
+            spec,
+            denoiser,
+            read=checkpoint.read,
+        )
 
 
 def _denoiser_config(spec: ModelSpec, load: LoadRequest, checkpoint: Checkpoint) -> Config:
@@ -74,11 +86,11 @@ def _denoiser_config(spec: ModelSpec, load: LoadRequest, checkpoint: Checkpoint)
 
 
 def _require_controlnet(
-    path: str, config_path: str | None, spec: ModelSpec, denoiser: Config
+    path: str, config_path: str | None, spec: ModelSpec, denoiser: Config, *, read: ReadHeader
 ) -> None:
     given, needed = f"--control_net={path}", with_article(spec.controlnet["model"])
     is_folder = Path(path).is_dir()
-    header = read_component_header(path, option="control_net")
+    header = read_component_header(path, option="control_net", read=read)
     found = recognize(header) if header is not None else None
     if found is not None and found.part != "controlnet":
         raise refuse(given, found, spec, needed)
@@ -209,9 +221,7 @@ def require_ip_adapter(
         header.first_shape("to_k_ip.weight", "k_proj.weight"),
     )
     if width is not None and isinstance(wanted, int) and width[1] != wanted:
-        raise _other_width(
-            given, f"keys of width {spec.ip_adapter['width']}", width[1], wanted, spec
-        )
+        raise _other_width(given, spec.ip_adapter["width"], width[1], wanted, spec)
 
 
 def _require_encoder(given: str, header: Header, spec: ModelSpec, encoder: Path) -> None:
@@ -246,10 +256,16 @@ how wide its input is.
 
 
 def _require_motion(
-    path: str, option: str, config_path: str | None, spec: ModelSpec, denoiser: Config
+    path: str,
+    option: str,
+    config_path: str | None,
+    spec: ModelSpec,
+    denoiser: Config,
+    *,
+    read: ReadHeader,
 ) -> None:
     given = f"--{option}={path}"
-    header = read_component_header(path, option=option)
+    header = read_component_header(path, option=option, read=read)
     found = recognize(header) if header is not None else None
     if found is not None and found.part != "motion":
         raise refuse(given, found, spec, "a motion module of AnimateDiff")

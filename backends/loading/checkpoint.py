@@ -12,7 +12,7 @@ from typing import Any
 
 from backends.errors import ConfigError
 from backends.loading.recognition import Found, has_text_encoders, recognize
-from backends.loading.weight_headers import Header, read_folder_header, read_header
+from backends.loading.weight_headers import Header, ReadHeader, read_folder_header, read_header
 from backends.model_table import ModelSpec, ModelTable, read_table
 
 Config = Mapping[str, Any]
@@ -30,6 +30,7 @@ class Checkpoint:
     index: Config = field(default_factory=dict)
     header: Header | None = None
     """Of a single file."""
+    read: ReadHeader = read_header
 
     def config(self, component: str) -> Config:
         return read_config(self.folder / component) if self.has(component) else {}
@@ -47,18 +48,20 @@ class Checkpoint:
         return (self.folder / component).is_dir()
 
 
-def open_checkpoint(spec: ModelSpec, path: str) -> Checkpoint:
+def open_checkpoint(spec: ModelSpec, path: str, *, read: ReadHeader = read_header) -> Checkpoint:
     """Return what can be said of a checkpoint without its weights. ConfigError if it is of another
     type.
     """
     found = Path(path)
     if found.is_dir():
-        checkpoint = Checkpoint(spec=spec, path=found, folder=found, index=_read_index(found))
+        checkpoint = Checkpoint(
+            spec=spec, path=found, folder=found, index=_read_index(found), read=read
+        )
         _require_class(checkpoint)
         return checkpoint
-    header, folder = read_header(found, option="--checkpoint"), found.with_suffix("")
+    header, folder = read(found, option="--checkpoint"), found.with_suffix("")
     checkpoint = Checkpoint(
-        spec=spec, path=found, folder=folder, index=_read_index(folder), header=header
+        spec=spec, path=found, folder=folder, index=_read_index(folder), header=header, read=read
     )
     if header is not None:
         _require_single_file(checkpoint)
@@ -130,13 +133,15 @@ def component_folder(path: str | Path, option: str) -> Path:
     return next(inner, folder)
 
 
-def read_component_header(path: str | Path, *, option: str) -> Header | None:
+def read_component_header(
+    path: str | Path, *, option: str, read: ReadHeader = read_header
+) -> Header | None:
     """Return the header of a component given as a file or a folder; None where only torch could
     read it.
     """
     if Path(path).is_dir():
-        return read_folder_header(component_folder(path, option), option=f"--{option}")
-    return read_header(path, option=f"--{option}")
+        return read_folder_header(component_folder(path, option), option=f"--{option}", read=read)
+    return read(path, option=f"--{option}")
 
 
 def refuse(given: str, found: Found, spec: ModelSpec, needed: str) -> ConfigError:

@@ -26,10 +26,11 @@ from backends.loading.recognition import (
     DENOISER_PREFIXES,
     VAE_PREFIXES,
     has_vae,
+    prediction_of,
     recognize,
     recognize_denoiser,
 )
-from backends.loading.weight_headers import Header, read_folder_header, read_header
+from backends.loading.weight_headers import Header, read_folder_header
 from backends.model_table import ModelSpec
 from backends.request import LoadRequest
 
@@ -89,7 +90,7 @@ class _Part:
     def denoiser(cls, checkpoint: Checkpoint, load: LoadRequest) -> "_Part":
         name = checkpoint.spec.denoiser
         if load.gguf_model is not None:
-            header = read_header(load.gguf_model, option="--gguf_model")
+            header = checkpoint.read(load.gguf_model, option="--gguf_model")
             return cls(
                 name=name,
                 given=f"--gguf_model={load.gguf_model}",
@@ -110,7 +111,9 @@ class _Part:
         if path is None:
             header = None
             if checkpoint.header is None:
-                header = read_folder_header(checkpoint.folder / name, option="--checkpoint")
+                header = read_folder_header(
+                    checkpoint.folder / name, option="--checkpoint", read=checkpoint.read
+                )
             return cls(
                 name=name,
                 given=f"--checkpoint={checkpoint.path}",
@@ -122,7 +125,7 @@ class _Part:
             name=name,
             given=f"--{name}={path}",
             config=read_config(own) if own is not None else checkpoint.config(name),
-            header=read_component_header(path, option=name),
+            header=read_component_header(path, option=name, read=checkpoint.read),
             has_own_config=own is not None,
             is_replaced=True,
         )
@@ -385,3 +388,17 @@ def _require_texts(denoiser: _Part, checkpoint: Checkpoint) -> None:
             f"({' + '.join(paths)}). Give a {spec.denoiser} and encoders that were made for each "
             "other."
         )
+
+
+def prediction_settings(
+    spec: ModelSpec, load: LoadRequest, checkpoint: Checkpoint
+) -> dict[str, object]:
+    """Return the scheduler's settings that the denoiser's file asks for; none for a folder, whose
+    scheduler says it.
+    """
+    header = checkpoint.header
+    replaced = load.gguf_model or load.denoiser
+    if replaced is not None:
+        option = spec.denoiser if load.gguf_model is None else "gguf_model"
+        header = read_component_header(replaced, option=option, read=checkpoint.read)
+    return prediction_of(header) if header is not None and not spec.flow_matching else {}

@@ -25,6 +25,8 @@ Part = Literal[
     "other",
 ]
 DENOISER_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "net.")
+NOTES = ("v_pred", "ztsnr", "edm_mean", "edm_std")
+"""Tensors beside the weights that say how a model is sampled."""
 VAE_PREFIXES = ("first_stage_model.", "vae.")
 TEXT_PREFIXES = ("cond_stage_model.", "conditioner.embedders.", "text_encoders.")
 OPTIONS = {
@@ -215,9 +217,7 @@ def _checkpoint(header: Header) -> Found | None:
     if not found.types:
         return found
     is_open_clip = any(name.startswith("cond_stage_model.model.") for name in header.shapes)
-    types = (
-        tuple(sorted(found.types, key=lambda name: name != "sd2")) if is_open_clip else found.types
-    )
+    types = _SD2.types if is_open_clip and found.types == _SD1.types else found.types
     return replace(
         found,
         title=found.title.replace("a denoiser", "a checkpoint"),
@@ -239,21 +239,46 @@ def _denoisers(header: Header) -> Iterator[Found | None]:
 
 
 def _of_transformer(header: Header, title: str, types: tuple[str, ...], reason: str) -> Found:
-    described = f"a denoiser of {title}"
-    about = " ".join(
-        header.metadata.get(key, "")
-        for key in ("modelspec.architecture", "modelspec.title", "general.name")
-    ).lower()
-    for name, why in _SPECIAL.items():
-        if name in about and types:
-            return Found(
-                title=f"{described} ({name})", part="denoiser", denoiser="transformer", reason=why
-            )
+    """Some take more channels in, or are told apart by their metadata alone; then no type runs
+    them.
+    """
+    first = header.shape_of("img_in.weight", "x_embedder.weight", "patch_embedding.weight") or (
+        0,
+        0,
+    )
+    keys = ("modelspec.architecture", "modelspec.title", "general.name")
+    about = " ".join(header.metadata.get(key, "") for key in keys).lower()
+    names = [name for name in _SPECIAL if name in about]
+    title = f"{title} ({names[0]})" if names else title
+    special = _SPECIAL[names[0]] if names else _WIDER.get((title, first[1]), "")
+    types = () if special else types
     return Found(
-        title=described, part="denoiser", types=types, denoiser="transformer", reason=reason
+        title=f"a denoiser of {title}",
+        part="denoiser",
+        types=types,
+        denoiser="transformer",
+        reason=special or reason,
     )
 
 
+_WIDER = {
+    (
+        "FLUX.1",
+        384,
+    ): (
+        "it is made for inpainting (Fill) and also takes a mask; mask_image works with ordinary "
+        "checkpoints"
+    ),
+    (
+        "FLUX.1",
+        128,
+    ): (
+        "it is made for a control image (Depth, Canny) beside the latents, and no type has its "
+        "pipeline"
+    ),
+    ("Wan", 36): "it needs a first frame, and no type has its pipeline",
+}
+"""Title and channels in -> why it is not the type that has the same names."""
 _SPECIAL = {
     "kontext": "it edits a reference image, and no type has its pipeline",
     "qwen-image-edit": "it edits a reference image, and no type has its pipeline",
@@ -299,34 +324,34 @@ counts.
 """
 
 
-def _unet(header: Header) -> Found | None:
-    """A UNet in the original names (input_blocks) or in diffusers' (down_blocks)."""
-    first = header.shape_of("input_blocks.0.0.weight", "conv_in.weight")
-    is_unet = header.has_part("input_blocks.1.", "down_blocks.0.resnets.") and header.has(
-        "time_embed.0.weight", "time_embedding.linear_1.weight"
-    )
-    if first is None or not is_unet:
-        return None
-    title, types = _unet_family(header)
-    reason = (
-        _REFUSED_CHANNELS.get(first[1], "") if "sdup" not in types and "svd" not in types else ""
-    )
-    if title == "the Stable Diffusion XL refiner":
-        reason = "it continues another model's latents, and no type has that"
-    if reason:
-        return Found(
-            title=f"a denoiser of {title} with {first[1]} channels in",
-            part="denoiser",
-            denoiser="unet",
-            reason=reason,
-        )
-    return Found(title=f"a denoiser of {title}", part="denoiser", types=types, denoiser="unet")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _UNetFamily:
+    """One architecture of UNets. has_only_latents: it takes no image beside them in its ordinary
+    form.
+    """
+
+    title: str
+    types: tuple[str, ...]
+    reason: str = ""
+    has_only_latents: bool = True
 
 
-_REFUSED_CHANNELS = {
+_SD1 = _UNetFamily(title="Stable Diffusion 1", types=("sd1", "sd2", "ad"))
+_SD2 = _UNetFamily(title="Stable Diffusion 2", types=("sd2", "sd1", "ad"))
+_SDXL = _UNetFamily(title="Stable Diffusion XL", types=("sdxl",))
+_REFINER = _UNetFamily(
+    title="the Stable Diffusion XL refiner",
+    types=(),
+    reason="it continues another model's latents, and no type has that",
+)
+_UPSCALER = _UNetFamily(
+    title="the Stable Diffusion x4 upscaler", types=("sdup",), has_only_latents=False
+)
+_VIDEO = _UNetFamily(title="Stable Video Diffusion", types=("svd",), has_only_latents=False)
+_MORE_CHANNELS = {
     9: (
-        "it is made for inpainting and also takes a mask and the masked image; inpaint with an "
-        "ordinary checkpoint and mask_image"
+        "it is made for inpainting and also takes a mask and the masked image; mask_image works "
+        "with ordinary checkpoints"
     ),
     8: (
         "it is made for editing (InstructPix2Pix) and also takes an image, and no type has its "
@@ -337,24 +362,35 @@ _REFUSED_CHANNELS = {
 """Channels in of a UNet with four latent channels -> why no type runs it."""
 
 
-def _unet_family(header: Header) -> tuple[str, tuple[str, ...]]:
-    if header.has_part("time_stack.", "temporal_transformer_blocks."):
-        return "Stable Video Diffusion", ("svd",)
-    if header.has("label_emb.0.0.weight", "add_embedding.linear_1.weight"):
-        is_refiner = header.has_part("input_blocks.9.", "down_blocks.3.")
-        return (
-            ("the Stable Diffusion XL refiner", ())
-            if is_refiner
-            else ("Stable Diffusion XL", ("sdxl",))
-        )
-    if header.has("label_emb.weight", "class_embedding.weight"):
-        return "the Stable Diffusion x4 upscaler", ("sdup",)
-    is_second = _is_second_generation(
-        header.first_shape("attn2.to_k.weight"), header.first_shape(".proj_in.weight")
+def _unet(header: Header) -> Found | None:
+    """A UNet in the original names (input_blocks) or in diffusers' (down_blocks)."""
+    first = header.shape_of("input_blocks.0.0.weight", "conv_in.weight")
+    has_blocks = header.has_part("input_blocks.1.", "down_blocks.0.resnets.")
+    if (
+        first is None
+        or not has_blocks
+        or not header.has("time_embed.0.weight", "time_embedding.linear_1.weight")
+    ):
+        return None
+    family = _unet_family(header)
+    title = f"a denoiser of {family.title}"
+    if family.has_only_latents and first[1] in _MORE_CHANNELS:
+        title, reason = f"{title} with {first[1]} channels in", _MORE_CHANNELS[first[1]]
+        return Found(title=title, part="denoiser", denoiser="unet", reason=reason)
+    return Found(
+        title=title, part="denoiser", types=family.types, denoiser="unet", reason=family.reason
     )
-    if is_second:
-        return "Stable Diffusion 2", ("sd2", "sd1", "ad")
-    return "Stable Diffusion 1", ("sd1", "sd2", "ad")
+
+
+def _unet_family(header: Header) -> _UNetFamily:
+    if header.has_part("time_stack.", "temporal_transformer_blocks."):
+        return _VIDEO
+    if header.has("label_emb.0.0.weight", "add_embedding.linear_1.weight"):
+        return _REFINER if header.has_part("input_blocks.9.", "down_blocks.3.") else _SDXL
+    if header.has("label_emb.weight", "class_embedding.weight"):
+        return _UPSCALER
+    widths = header.first_shape("attn2.to_k.weight"), header.first_shape(".proj_in.weight")
+    return _SD2 if _is_second_generation(*widths) else _SD1
 
 
 def _is_second_generation(key: Shape | None, projection: Shape | None) -> bool:
@@ -383,3 +419,15 @@ def _encoder(header: Header) -> Found | None:
         "encoder.layer.0.attention",
     )
     return Found(title="a text encoder or language model", part="encoder") if is_text else None
+
+
+def prediction_of(header: Header) -> dict[str, object]:
+    """Return the scheduler's settings that the file itself asks for: by empty tensors, or by the
+    metadata that trainers write.
+    """
+    if header.has("v_pred"):
+        settings: dict[str, object] = {"prediction_type": "v_prediction"}
+        return settings | ({"rescale_betas_zero_snr": True} if header.has("ztsnr") else {})
+    told = header.metadata.get("modelspec.prediction_type", "").lower()
+    name = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}.get(told)
+    return {"prediction_type": name} if name is not None else {}

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from backends.errors import ConfigError
 
@@ -21,6 +21,14 @@ ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
 """Prefix of GGUF metadata that gives the shape of a tensor that was stored as rows of 256."""
 
 Shape = tuple[int, ...]
+
+
+class ReadHeader(Protocol):
+    """Reads the header of one file; None where it cannot. Ranks have one that knows torch's pickles
+    (backends/loading/plain_weights.py).
+    """
+
+    def __call__(self, path: str | Path, *, option: str) -> "Header | None": ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +83,8 @@ def read_header(path: str | Path, *, option: str) -> Header | None:
         if path.suffix in SAFETENSORS:
             return _safetensors(path)
         return _gguf(path) if path.suffix == ".gguf" else None
+    except ImportError:
+        return None
     except (
         OSError,
         ValueError,
@@ -93,16 +103,17 @@ def read_header(path: str | Path, *, option: str) -> Header | None:
 
 
 def read_folder_header(
-    folder: str | Path, *, option: str, variant: str | None = None
+    folder: str | Path, *, option: str, variant: str | None = None, read: ReadHeader = read_header
 ) -> Header | None:
-    """Return the header of all safetensors of one component's folder together; None where there are
-    none.
+    """Return the header of all weight files of one component's folder; None where there are none
+    that can be read.
 
     variant: 'fp16' reads files such as diffusion_pytorch_model.fp16.safetensors in place of the
     plain ones.
     """
-    files = _of_variant(sorted(Path(folder).glob("*.safetensors")), variant)
-    headers = [header for file in files if (header := read_header(file, option=option)) is not None]
+    files = sorted(Path(folder).glob("*.safetensors")) or sorted(Path(folder).glob("*.bin"))
+    found = [read(file, option=option) for file in _of_variant(files, variant)]
+    headers = [header for header in found if header is not None]
     if not headers:
         return None
     return Header(

@@ -4,6 +4,7 @@ elsewhere. Never asks a hub.
 
 import inspect
 import json
+import logging
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,12 +14,28 @@ import diffusers
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from backends.errors import ConfigError
+from backends.loading.adapter_fit import require_fit
+from backends.loading.checkpoint import Checkpoint, component_folder
+from backends.loading.fit import prediction_settings
+from backends.loading.key_check import require_weights
+from backends.loading.plain_weights import (
+    is_plain,
+    plain_file,
+    plain_weights,
+    read_any_header,
+    read_gguf,
+    require_finite,
+    unpack_beside_linears,
+)
+from backends.loading.recognition import DENOISER_PREFIXES, VAE_PREFIXES, has_vae
+from backends.loading.weight_headers import SAFETENSORS, Header, read_folder_header
 from backends.model_table import ModelSpec
 from backends.request import LoadRequest
 
+logger = logging.getLogger(__name__)
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 LOADING_ERRORS = (
     OSError,
@@ -28,6 +45,7 @@ LOADING_ERRORS = (
     RuntimeError,
     AttributeError,
     TypeError,
+    ZeroDivisionError,
 )
 """What diffusers and transformers raise for files that are not what they should be."""
 
@@ -37,7 +55,22 @@ Weights = dict[str, Tensor]
 def load_pipe(spec: ModelSpec, load: LoadRequest) -> Any:
     """The pipeline of this type, or its ControlNet variant. ConfigError names the component at
     fault.
+
+    All files are compared with what they are for before the first weight is read.
     """
+    checkpoint = require_fit(spec, load, read=read_any_header)
+    _require_checkpoint_weights(checkpoint, load)
+    pipe = _load_pipe(spec, load)
+    require_finite(
+        pipe.vae, f"--vae={load.vae}" if load.vae is not None else f"--checkpoint={load.checkpoint}"
+    )
+    if settings := prediction_settings(spec, load, checkpoint):
+        logger.info("the scheduler has %s: the checkpoint says so", settings)
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **settings)
+    return pipe
+
+
+def _load_pipe(spec: ModelSpec, load: LoadRequest) -> Any:
     path = Path(load.checkpoint)
     pipeline_class = getattr(
         diffusers, spec.controlnet["pipeline"] if load.control_net else spec.pipeline
@@ -59,6 +92,67 @@ def load_pipe(spec: ModelSpec, load: LoadRequest) -> Any:
         f"checkpoint={path} is a file, but type {spec.name!r} loads from a diffusers folder only. "
         "Give the folder."
     )
+
+
+def _require_checkpoint_weights(checkpoint: Checkpoint, load: LoadRequest) -> None:
+    """Each model of diffusers in the checkpoint has all its weights and no others, but for those
+    that are replaced.
+    """
+    spec = checkpoint.spec
+    replaced = {
+        "vae": load.vae,
+        spec.denoiser: load.denoiser or load.gguf_model,
+        "motion_adapter": load.motion_adapter or load.motion_module,
+    }
+    given, advice = (
+        f"--checkpoint={checkpoint.path}",
+        "Download the checkpoint again, or give another one.",
+    )
+    for component, entry in checkpoint.index.items():
+        if (
+            not isinstance(entry, list)
+            or entry[:1] != ["diffusers"]
+            or replaced.get(component) is not None
+        ):
+            continue
+        model = _model_class(entry[1], spec)
+        header, prefixes = _checkpoint_header(checkpoint, component)
+        if isinstance(model, type) and issubclass(model, nn.Module) and header is not None:
+            folder = checkpoint.folder / component
+            require_weights(
+                model,
+                folder,
+                header,
+                given=f"{given} ({component})",
+                advice=advice,
+                prefixes=prefixes,
+            )
+
+
+def _model_class(name: str, spec: ModelSpec) -> Any:
+    """Old PixArt checkpoints name the class that theirs was split from."""
+    return getattr(
+        diffusers, spec.fits["denoiser"][0] if name == "Transformer2DModel" else name, None
+    )
+
+
+def _checkpoint_header(
+    checkpoint: Checkpoint, component: str
+) -> tuple[Header | None, tuple[str, ...]]:
+    """Of a component's own folder, or its part of a single file."""
+    if checkpoint.header is None:
+        variant = _file_variant(checkpoint.folder, checkpoint.spec)
+        return read_folder_header(
+            checkpoint.folder / component,
+            option="--checkpoint",
+            variant=variant,
+            read=checkpoint.read,
+        ), ()
+    if component == checkpoint.spec.denoiser:
+        return checkpoint.header, DENOISER_PREFIXES
+    return (
+        checkpoint.header if component == "vae" and has_vae(checkpoint.header) else None
+    ), VAE_PREFIXES
 
 
 def read_weights(path: str | Path, *, option: str) -> Weights:
@@ -147,24 +241,25 @@ def _component(
     """
     source = Path(path)
     options = {"dtype": DTYPES[load.variant], "local_files_only": True}
+    given, advice = f"--{option}={path}", f"Give a {model.__name__} made for this checkpoint."
     try:
         if source.is_dir():
-            inner = [
-                source / name
-                for name in (option, "controlnet")
-                if (source / name / "config.json").is_file()
-            ]
-            return model.from_pretrained(
-                inner[0] if inner and not (source / "config.json").is_file() else source, **options
-            )
-        if config is None:
+            folder = component_folder(source, option)
+            header = read_folder_header(folder, option=f"--{option}", read=read_any_header)
+            if header is not None:
+                require_weights(model, folder, header, given=given, advice=advice)
+            found = model.from_pretrained(folder, **options)
+        elif config is None:
             raise ConfigError(
                 f"--{option}={path} is a file, so its configuration is needed too. Give "
                 f"--{option}_config=CONFIG.JSON."
             )
-        return _from_file(model, source, Path(config), options, option=option)
+        else:
+            found = _from_file(model, source, Path(config), options, option=option)
     except LOADING_ERRORS as error:
         raise ConfigError(f"{option}={path} does not load as {model.__name__}: {error}") from error
+    require_finite(found, given)
+    return found
 
 
 def _from_file(
@@ -174,31 +269,31 @@ def _from_file(
     ones.
     """
     config = config if config.is_file() else config / "config.json"
+    given, prefixes = f"--{option}={source}", VAE_PREFIXES if option == "vae" else DENOISER_PREFIXES
+    header = read_any_header(source, option=f"--{option}")
+    advice = (
+        f"Give the file's own configuration with --{option}_config=CONFIG.JSON, or a file "
+        "made for this checkpoint."
+    )
+    has_own_names = require_weights(
+        model, config, header, given=given, advice=advice, prefixes=prefixes
+    )
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").symlink_to(config)
         weights = Path(folder) / "diffusion_pytorch_model.safetensors"
-        if source.suffix == ".safetensors":
+        if has_own_names and is_plain(header) and source.suffix in SAFETENSORS:
             weights.symlink_to(source)
-        else:
-            save_file(
-                {
-                    key: tensor.contiguous()
-                    for key, tensor in read_weights(source, option=option).items()
-                },
-                weights,
-            )
-        found, info = model.from_pretrained(folder, output_loading_info=True, **options)
-        strangers = (
-            len(info["missing_keys"]) + len(info["unexpected_keys"]) + len(info["mismatched_keys"])
+            return model.from_pretrained(folder, **options)
+        tensors = plain_weights(
+            read_weights(source, option=option),
+            given=given,
+            dtype=options["dtype"],
+            prefixes=prefixes,
         )
-        if not strangers:
-            return found
-        if hasattr(model, "from_single_file"):
-            return model.from_single_file(str(weights), config=folder, **options)
-    raise ConfigError(
-        f"{option}={source} does not fit {config}: {strangers} keys are missing or unknown. Give "
-        "the file's own config.json."
-    )
+        if not has_own_names:
+            return model.from_single_file(tensors, config=folder, **options)
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, weights)
+        return model.from_pretrained(folder, **options)
 
 
 def _motion_module(load: LoadRequest) -> Any:
@@ -228,18 +323,23 @@ def _motion_module(load: LoadRequest) -> Any:
 def _from_gguf(spec: ModelSpec, load: LoadRequest) -> Any:
     """The denoiser with its linear weights kept in GGUF's blocks and unpacked as they are used."""
     model = _class_of(spec.denoiser, load)
-    if not hasattr(model, "from_single_file"):
-        raise ConfigError(
-            f"gguf_model={load.gguf_model} cannot be read: diffusers has no GGUF loader for "
-            f"{model.__name__}. Leave it out."
-        )
-    dtype = DTYPES[load.variant]
+    dtype, folder = DTYPES[load.variant], _configuration_folder(load)
+    given, options = f"--gguf_model={load.gguf_model}", {"prefixes": DENOISER_PREFIXES}
+    header = read_any_header(load.gguf_model, option="--gguf_model")
+    require_weights(
+        model,
+        folder / spec.denoiser,
+        header,
+        given=given,
+        advice="Give a file made for this checkpoint.",
+        **options,
+    )
     try:
-        return model.from_single_file(
-            load.gguf_model,
+        denoiser = model.from_single_file(
+            plain_weights(read_gguf(load.gguf_model), given=given, dtype=dtype, **options),
             quantization_config=diffusers.GGUFQuantizationConfig(compute_dtype=dtype),
             dtype=dtype,
-            config=str(_configuration_folder(load)),
+            config=str(folder),
             subfolder=spec.denoiser,
             local_files_only=True,
         )
@@ -247,6 +347,8 @@ def _from_gguf(spec: ModelSpec, load: LoadRequest) -> Any:
         raise ConfigError(
             f"gguf_model={load.gguf_model} does not load as {model.__name__}: {error}"
         ) from error
+    unpack_beside_linears(denoiser, dtype)
+    return denoiser
 
 
 def _from_single_file(
@@ -266,18 +368,23 @@ def _from_single_file(
             "config.json files; no weights needed) is not there. Put it beside the file, or give a "
             "diffusers folder."
         )
+    given, dtype = f"--checkpoint={path}", arguments["dtype"]
+    header = read_any_header(path, option="--checkpoint")
     if not any(folder.glob("text_encoder*/*.safetensors")):
-        return pipeline_class.from_single_file(str(path), config=str(folder), **arguments)
+        with plain_file(path, header, given=given, dtype=dtype) as plain:
+            return pipeline_class.from_single_file(str(plain), config=str(folder), **arguments)
     if spec.denoiser not in arguments:
         class_name = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))[
             spec.denoiser
         ][1]
+        tensors = plain_weights(
+            read_weights(path, option="checkpoint"),
+            given=given,
+            dtype=dtype,
+            prefixes=DENOISER_PREFIXES,
+        )
         arguments[spec.denoiser] = getattr(diffusers, class_name).from_single_file(
-            str(path),
-            config=str(folder),
-            subfolder=spec.denoiser,
-            dtype=arguments["dtype"],
-            local_files_only=True,
+            tensors, config=str(folder), subfolder=spec.denoiser, dtype=dtype, local_files_only=True
         )
     return pipeline_class.from_pretrained(folder, **arguments)
 

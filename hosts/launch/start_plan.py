@@ -16,6 +16,7 @@ from backends.errors import ConfigError, HostError, RequestError
 from backends.generation.schedulers import parse_scheduler, require_family
 from backends.loading.adapter_fit import require_fit
 from backends.loading.checkpoint import infer_type, open_checkpoint
+from backends.loading.fit import prediction_settings
 from backends.model_table import ModelSpec, ModelTable
 from backends.plan import ParallelPlan, require_world_size
 from backends.request import LoadRequest
@@ -201,7 +202,10 @@ def plan_start(
     for feature in features:
         spec.require(backend, feature)
     load = _load_request(settings, spec, backend, num_gpus=num_gpus, reasons=reasons)
-    require_fit(spec, load)
+    prediction = prediction_settings(spec, load, require_fit(spec, load))
+    reasons += [
+        f"{name}={value}: the checkpoint's file says so" for name, value in prediction.items()
+    ]
     reasons += _without_effect(settings, spec, backend)
     options = {**settings.given, "checkpoint": load.checkpoint}
     plan = require_world_size(planner(backend)(spec, options, world_size), world_size)

@@ -120,9 +120,10 @@ def test_a_replacement_denoiser_is_the_one_that_draws(source, tmp_path):
 
 
 def test_a_replacement_that_does_not_fit_its_configuration_counts_the_keys(tmp_path):
-    file = checkpoint("hy") / "transformer" / "diffusion_pytorch_model.safetensors"
+    file = checkpoint("pixa", num_layers=3) / "transformer" / "diffusion_pytorch_model.safetensors"
     with pytest.raises(
-        ConfigError, match=r"transformer=.* does not fit .*: \d+ keys are missing or unknown"
+        ConfigError,
+        match=r"transformer=.* does not fit: \d+ tensors are missing \(transformer_blocks\.3",
     ):
         loaded(TABLE["pixa"], denoiser=str(file))
 
@@ -183,9 +184,9 @@ def test_a_lora_acts_on_gguf_weights():
     assert difference(draw(pipe, lora={}), base) == 0
 
 
-def test_gguf_of_a_class_without_a_loader_or_a_broken_file_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="diffusers has no GGUF loader for HunyuanDiT2DModel"):
-        loaded(TABLE["hy"], gguf_model=str(gguf("flux")))
+def test_a_broken_gguf_is_refused(tmp_path):
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ConfigError, match="does not load as FluxTransformer2DModel"):
+    with pytest.raises(
+        ConfigError, match=r"--gguf_model=.*x\.gguf cannot be read \(gguf\): .*download it again"
+    ):
         loaded(TABLE["flux"], gguf_model=str(tmp_path / "x.gguf"))

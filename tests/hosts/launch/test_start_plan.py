@@ -10,7 +10,7 @@ from backends.errors import ConfigError, PlanError, UnsupportedError
 from backends.model_table import read_table
 from hosts.launch.settings import Settings
 from hosts.launch.start_plan import count_gpus, plan_start
-from tests.checkpoints import checkpoint
+from tests.checkpoints import checkpoint, controlnet
 from tests.hosts.harness import REPOSITORY
 
 TABLE = read_table()
@@ -84,7 +84,11 @@ def test_gpus_are_counted_without_torch_and_as_the_environment_hides_them(monkey
 @pytest.mark.parametrize(
     ("values", "kind", "message"),
     [
-        ({"type": None}, ConfigError, "--type is missing. Allowed: "),
+        (
+            {"type": None},
+            ConfigError,
+            "--type is missing. Give it, or a --checkpoint that says what it is. Allowed: ",
+        ),
         (
             {"type": "sdxl", "host": "0.0.0.0"},
             ConfigError,
@@ -190,17 +194,18 @@ def test_facts_are_json():
 
 
 def adapters(tmp_path):
-    """Files that exist; nothing is read at start."""
+    """Files whose weights nobody reads at start."""
     for name in ("a.safetensors", "b.v2.safetensors", "ip.bin"):
         (tmp_path / name).write_bytes(b"")
-    (tmp_path / "net").mkdir()
+    (tmp_path / "net").symlink_to(controlnet("sdxl"))
     return tmp_path
 
 
 def test_adapters_are_found_in_the_order_given_and_with_their_scales(tmp_path):
-    folder = adapters(tmp_path)
+    folder, model = adapters(tmp_path), str(checkpoint("sdxl"))
     load = plan(
-        lora={f"{folder}/net/../b.v2.safetensors": -0.5, f"{folder}/a.safetensors": 0.8},
+        checkpoint=model,
+        lora={f"{folder}/./b.v2.safetensors": -0.5, f"{folder}/a.safetensors": 0.8},
         control_net=str(folder / "net"),
         ip_adapter={f"{folder}/ip.bin": 0.6},
     ).load
@@ -208,11 +213,12 @@ def test_adapters_are_found_in_the_order_given_and_with_their_scales(tmp_path):
         (f"{folder}/b.v2.safetensors", -0.5),
         (f"{folder}/a.safetensors", 0.8),
     ]
-    assert load.control_net == {f"{folder}/net": 1.0}
+    assert load.control_net == {str(controlnet("sdxl")): 1.0}
     assert load.ip_adapter == {f"{folder}/ip.bin": 0.6}
-    assert plan(control_net=str(folder / "net"), controlnet_scale=0.3).load.control_net == {
-        f"{folder}/net": 0.3
-    }
+    scaled = plan(
+        checkpoint=model, control_net=str(folder / "net"), controlnet_scale=0.3
+    ).load.control_net
+    assert scaled == {str(controlnet("sdxl")): 0.3}
 
 
 def test_motion_options_of_a_type_without_motion_have_no_effect_and_say_so(tmp_path):

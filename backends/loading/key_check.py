@@ -1,0 +1,119 @@
+"""Whether weights are those of a model: names and shapes of their headers against the empty
+model's. No weights are read.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers.loaders import single_file_model
+from torch import Tensor
+
+from backends.errors import ConfigError
+from backends.loading.checkpoint import read_config
+from backends.loading.fit import require_same_shapes, without_scales
+from backends.loading.plain_weights import LDM_PREFIX, LDM_UNET
+from backends.loading.recognition import DENOISER_PREFIXES, NOTES
+from backends.loading.weight_headers import Header
+
+CONVERSION_ERRORS = (
+    KeyError,
+    ValueError,
+    IndexError,
+    AttributeError,
+    TypeError,
+    RuntimeError,
+    StopIteration,
+)
+"""What diffusers' conversions of names raise for names that they do not know."""
+
+
+def require_weights(
+    model: Any,
+    config: str | Path,
+    header: Header,
+    *,
+    given: str,
+    advice: str,
+    prefixes: tuple[str, ...] = (),
+) -> bool:
+    """Return whether the weights fill the class with this config.json under diffusers' own names,
+    or under names to be converted.
+
+    ConfigError with the missing, unknown and wrong tensors, unless they fill it exactly. Names are
+    converted as the loader will do it, by tensors that have a shape and no content. prefixes: see
+    plain_weights.
+    """
+    settings = dict(read_config(config))
+    with init_empty_weights():
+        empty = model.from_config(settings)
+    wanted = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
+    weights = _named(without_scales(header), wanted, prefixes)
+    empty._fix_state_dict_keys_on_load(weights)
+    own_names = weights.keys()
+    if own_names != wanted.keys() and (convert := _conversion(model)) is not None:
+        weights = _converted(
+            convert, weights, settings, wanted, given=given, model=model, advice=advice
+        )
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    shapes = {
+        name: tuple(tensor.shape)
+        for name, tensor in weights.items()
+        if name in wanted or not any(pattern.search(name) for pattern in ignored)
+    }
+    require_same_shapes(given, shapes, wanted, advice)
+    return weights.keys() == own_names
+
+
+def _named(
+    header: Header, wanted: Mapping[str, Any], prefixes: tuple[str, ...]
+) -> dict[str, Tensor]:
+    """Empty tensors of the file, without a prefix; a UNet in the original names gets the one that
+    is expected.
+    """
+    if not header.shapes.keys() & wanted.keys():
+        header = header.without(*prefixes)
+    shapes = {name: shape for name, shape in header.shapes.items() if name not in NOTES}
+    if prefixes == DENOISER_PREFIXES and any(name.startswith(LDM_UNET[0]) for name in shapes):
+        shapes = {
+            LDM_PREFIX + name: shape for name, shape in shapes.items() if name.startswith(LDM_UNET)
+        }
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
+def _conversion(model: Any) -> Callable[..., dict[str, Tensor]] | None:
+    """diffusers' function from the original names to its own, for the classes that have one."""
+    name = single_file_model._get_single_file_loadable_mapping_class(model)
+    return (
+        single_file_model.SINGLE_FILE_LOADABLE_CLASSES[name]["checkpoint_mapping_fn"]
+        if name is not None
+        else None
+    )
+
+
+def _converted(
+    convert: Callable[..., dict[str, Tensor]],
+    weights: dict[str, Tensor],
+    settings: dict[str, Any],
+    wanted: Mapping[str, Any],
+    *,
+    given: str,
+    model: Any,
+    advice: str,
+) -> dict[str, Tensor]:
+    """Names that are diffusers' for the most part are left as they are: then the difference says
+    more than a failed conversion.
+    """
+    if len(weights.keys() & wanted.keys()) * 2 > len(wanted):
+        return weights
+    try:
+        converted = convert(config=settings, checkpoint=dict(weights))
+    except CONVERSION_ERRORS as error:
+        raise ConfigError(
+            f"{given} does not hold the weights of a {model.__name__}: its {len(weights)} tensors "
+            f"({next(iter(weights), 'none')}, ...) cannot be converted ({error}). {advice}"
+        ) from error
+    return converted

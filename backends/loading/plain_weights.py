@@ -1,0 +1,211 @@
+"""Weights as diffusers takes them: 8-bit ones multiplied by their scales, names without a foreign
+prefix, GGUF in its own shapes.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from backends.errors import ConfigError
+from backends.loading.fit import MARKER, SCALES, UNKNOWN_SCALES
+from backends.loading.recognition import DENOISER_PREFIXES, NOTES
+from backends.loading.weight_headers import SAFETENSORS, Header, Shape, original_shapes, read_header
+
+Weights = dict[str, Tensor]
+SCALE_ENDINGS = ((".scale_weight", ".weight"), (".weight_scale", ".weight"))
+"""Ending of a scale's name -> that of the weight that it is for."""
+LDM_UNET = ("input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "label_emb.", "out.")
+LDM_PREFIX = "model.diffusion_model."
+
+
+def read_any_header(path: str | Path, *, option: str) -> Header | None:
+    """Return the header of any weight file; of a torch pickle, by torch, whose tensors stay in the
+    file.
+    """
+    path = Path(path)
+    if path.suffix in (*SAFETENSORS, ".gguf"):
+        return read_header(path, option=option)
+    try:
+        content = torch.load(path, map_location="meta", weights_only=True, mmap=_is_zip(path))
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"{option}={path} cannot be read ({type(error).__name__}): {reason}. Give a "
+            ".safetensors file."
+        ) from error
+    return Header(
+        shapes={
+            name: tuple(tensor.shape) for name, tensor in _flat(content.get("state_dict", content))
+        }
+    )
+
+
+def _is_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(2) == b"PK"
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """An IP-Adapter's pickle holds one dictionary for each of its parts."""
+    for name, value in content.items():
+        if isinstance(value, Tensor):
+            yield prefix + name, value
+        elif isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+
+
+def is_plain(header: Header) -> bool:
+    """Return whether a file in diffusers' names can be loaded as it is."""
+    is_scaled = any(name.endswith(SCALES) or name == MARKER for name in header.shapes)
+    return (
+        not is_scaled
+        and not header.has(*NOTES)
+        and not any(name.startswith(DENOISER_PREFIXES) for name in header.shapes)
+    )
+
+
+def plain_weights(
+    weights: Weights, *, given: str, dtype: torch.dtype, prefixes: tuple[str, ...]
+) -> Weights:
+    """Return the weights of one model without scales, notes and what stands before their names.
+
+    prefixes: of a denoiser or a VAE; of a file with several models, those with the prefix are
+    taken. A UNet in the original names gets the prefix that diffusers expects there.
+    """
+    scaled = scaled_weights(weights, given=given, dtype=dtype)
+    prefix = next((text for text in prefixes if any(name.startswith(text) for name in scaled)), "")
+    inner = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in scaled.items()
+        if name.startswith(prefix)
+    }
+    inner = {name: tensor for name, tensor in inner.items() if name not in NOTES}
+    if any(name.startswith(LDM_UNET[0]) for name in inner):
+        return {
+            LDM_PREFIX + name: tensor for name, tensor in inner.items() if name.startswith(LDM_UNET)
+        }
+    return inner
+
+
+def scaled_weights(weights: Weights, *, given: str, dtype: torch.dtype) -> Weights:
+    """Return the weights multiplied by their scales, without these. ConfigError for scales of
+    another kind.
+    """
+    if not any(name.endswith((*SCALES, *UNKNOWN_SCALES)) or name == MARKER for name in weights):
+        return weights
+    refuse_unknown_scales(weights, given)
+    plain = {
+        name: tensor
+        for name, tensor in weights.items()
+        if not name.endswith(SCALES) and name != MARKER
+    }
+    for ending, target in SCALE_ENDINGS:
+        for name in [name for name in weights if name.endswith(ending)]:
+            weight_name = name.removesuffix(ending) + target
+            if weight_name not in plain:
+                raise ConfigError(
+                    f"{given} has the scale {name} and no {weight_name}. The file is incomplete: "
+                    "download it again."
+                )
+            plain[weight_name] = _multiplied(
+                weight_name, plain[weight_name], weights[name], given=given, dtype=dtype
+            )
+    return plain
+
+
+def refuse_unknown_scales(names: Mapping[str, Any], given: str) -> None:
+    strange = [name for name in names if name.endswith(UNKNOWN_SCALES)]
+    if strange:
+        raise ConfigError(
+            f"{given} holds packed weights of a kind that is not read ({strange[0]}, "
+            f"{len(strange)} such tensors). "
+            "Allowed: float8 with one scale for each weight or row, and GGUF. Give such a file, or "
+            "the original and --quantize_to."
+        )
+
+
+def _multiplied(
+    name: str, weight: Tensor, scale: Tensor, *, given: str, dtype: torch.dtype
+) -> Tensor:
+    """One scale for all, or one for each row; in float32, and rounded once."""
+    is_for_rows = scale.numel() == weight.shape[0]
+    if (scale.numel() != 1 and not is_for_rows) or weight.dtype == torch.uint8:
+        raise ConfigError(
+            f"{given} scales {name} of shape {list(weight.shape)} by blocks ({list(scale.shape)}), "
+            "which is not read. "
+            "Allowed: one scale for each weight or row. Give such a file, or the original and "
+            "--quantize_to."
+        )
+    factors = (
+        scale.float().reshape(-1, *(1,) * (weight.ndim - 1))
+        if is_for_rows
+        else scale.float().reshape(())
+    )
+    return (weight.float() * factors).to(dtype)
+
+
+@contextmanager
+def plain_file(path: Path, header: Header, *, given: str, dtype: torch.dtype) -> Iterator[Path]:
+    """Lend a file of the same weights without scales: the file itself where there are none."""
+    refuse_unknown_scales(header.shapes, given)
+    if not any(name.endswith(SCALES) or name == MARKER for name in header.shapes):
+        yield path
+        return
+    with TemporaryDirectory() as folder:
+        plain = Path(folder) / path.name
+        weights = scaled_weights(load_file(path), given=given, dtype=dtype)
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, plain)
+        yield plain
+
+
+def read_gguf(path: str) -> Weights:
+    """Return the tensors of a GGUF file as diffusers reads them, those that were stored as rows of
+    256 in their own shapes again.
+    """
+    from diffusers.models.model_loading_utils import load_gguf_checkpoint
+    from gguf import GGUFReader
+
+    weights = load_gguf_checkpoint(path)
+    for name, shape in original_shapes(GGUFReader(path)).items():
+        if name in weights:
+            weights[name] = _reshaped(weights[name], shape)
+    return weights
+
+
+def _reshaped(tensor: Tensor, shape: Shape) -> Tensor:
+    from diffusers.quantizers.gguf.utils import dequantize_gguf_tensor
+
+    plain = dequantize_gguf_tensor(tensor)
+    return plain.reshape(shape) if plain.numel() == math.prod(shape) else tensor
+
+
+def unpack_beside_linears(model: nn.Module, dtype: torch.dtype) -> None:
+    """Unpack GGUF blocks in layers that cannot compute with them: all but linear ones."""
+    from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter, dequantize_gguf_tensor
+
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if isinstance(parameter, GGUFParameter) and not isinstance(module, GGUFLinear):
+                plain = dequantize_gguf_tensor(parameter).to(dtype)
+                module.register_parameter(name, nn.Parameter(plain, requires_grad=False))
+
+
+def require_finite(model: nn.Module, given: str) -> None:
+    """ConfigError for weights that are not numbers: every image would be black."""
+    for name, parameter in model.named_parameters():
+        if (
+            parameter.is_floating_point()
+            and parameter.element_size() > 1
+            and not torch.isfinite(parameter).all()
+        ):
+            raise ConfigError(
+                f"{given} holds weights that are not finite ({name}): every image would be black. "
+                "The file is damaged, or was saved at too low a precision: give another one."
+            )
