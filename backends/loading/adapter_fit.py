@@ -59,9 +59,8 @@ def require_adapters(spec: ModelSpec, load: LoadRequest, checkpoint: Checkpoint)
         _require_controlnet(path, load.control_net_config, spec, denoiser, read=checkpoint.read)
     for path in load.ip_adapter:
         if (header := checkpoint.read(path, option="--ip_adapter")) is not None:
-            require_ip_adapter(
-                path, header, spec, denoiser, encoder=_encoder(path, load, checkpoint)
-            )
+            _require_ip_adapter(f"--ip_adapter={path}", header, spec, denoiser)
+            _require_encoder(f"--ip_adapter={path}", header, spec, _encoder(path, load, checkpoint))
     if spec.components and load.motion_adapter is not None:
         _require_motion(
             load.motion_adapter, "motion_adapter", None, spec, denoiser, read=checkpoint.read
@@ -200,28 +199,20 @@ def _encoder(path: str, load: LoadRequest, checkpoint: Checkpoint) -> Path:
     return find_encoder(Path(next(iter(load.ip_adapter), path)))
 
 
-def require_ip_adapter(
-    path: str, header: Header, spec: ModelSpec, denoiser: Config, *, encoder: Path
-) -> None:
-    """ConfigError for a file that is no IP-Adapter, or one for another denoiser or image
-    encoder.
-    """
-    given = f"--ip_adapter={path}"
+def _require_ip_adapter(given: str, header: Header, spec: ModelSpec, denoiser: Config) -> None:
+    """An IP-Adapter, with keys for this denoiser."""
     found = recognize(header)
-    if found is None or found.part != "ip_adapter":
-        if found is not None:
-            raise refuse(given, found, spec, "an IP-Adapter")
+    if found is None:
         raise ConfigError(
             f"{given} holds no IP-Adapter: keys with image_proj and ip_adapter are missing. Give "
             "another file."
         )
-    _require_encoder(given, header, spec, encoder)
-    wanted, width = (
-        denoiser.get(spec.ip_adapter["width"]),
-        header.first_shape("to_k_ip.weight", "k_proj.weight"),
-    )
+    if found.part != "ip_adapter":
+        raise refuse(given, found, spec, "an IP-Adapter")
+    key = spec.ip_adapter["width"]
+    wanted, width = denoiser.get(key), header.first_shape("to_k_ip.weight", "k_proj.weight")
     if width is not None and isinstance(wanted, int) and width[1] != wanted:
-        raise _other_width(given, spec.ip_adapter["width"], width[1], wanted, spec)
+        raise _other_width(given, key, width[1], wanted, spec)
 
 
 def _require_encoder(given: str, header: Header, spec: ModelSpec, encoder: Path) -> None:

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from backends.denoiser_families import Found
 from backends.errors import ConfigError
-from backends.loading.recognition import Found, has_text_encoders, recognize
+from backends.loading.recognition import has_text_encoders, recognize
 from backends.loading.weight_headers import Header, ReadHeader, read_folder_header, read_header
 from backends.model_table import ModelSpec, ModelTable, read_table
 
@@ -106,10 +107,9 @@ def types_of_class(
     """Return the types whose pipeline this class is, or whose parts it has; the best first."""
     own = [spec for spec in table.values() if spec.pipeline == name]
     shared = [spec for spec in table.values() if name in spec.also]
-    if has_motion:
-        own, shared = [spec for spec in shared if spec.components] + own, shared
-    ordered = [spec for spec in own if folder is None or _has_signs(spec, folder)] + own + shared
-    return list(dict.fromkeys(spec.name for spec in ordered))
+    first = [spec for spec in shared if spec.components] if has_motion else []
+    signed = [spec for spec in own if folder is not None and _has_signs(spec, folder)]
+    return list(dict.fromkeys(spec.name for spec in [*first, *signed, *own, *shared]))
 
 
 def read_config(path: str | Path) -> Config:
@@ -160,7 +160,7 @@ def refuse(given: str, found: Found, spec: ModelSpec, needed: str) -> ConfigErro
 
 
 def with_article(name: str) -> str:
-    return f"an {name}" if name[:1] in "AEIO" else f"a {name}"
+    return f"an {name}" if name.startswith(("A", "E", "I", "O", "SD")) else f"a {name}"
 
 
 def types_as_text(types: Sequence[str]) -> str:

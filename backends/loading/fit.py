@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from backends.denoiser_families import DENOISER_PREFIXES, recognize_denoiser
 from backends.errors import ConfigError
 from backends.loading.checkpoint import (
     Checkpoint,
@@ -22,14 +23,7 @@ from backends.loading.checkpoint import (
     width_of,
     with_article,
 )
-from backends.loading.recognition import (
-    DENOISER_PREFIXES,
-    VAE_PREFIXES,
-    has_vae,
-    prediction_of,
-    recognize,
-    recognize_denoiser,
-)
+from backends.loading.recognition import VAE_PREFIXES, has_vae, prediction_of, recognize
 from backends.loading.weight_headers import Header, read_folder_header
 from backends.model_table import ModelSpec
 from backends.request import LoadRequest

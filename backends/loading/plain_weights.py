@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from backends.denoiser_families import DENOISER_PREFIXES
 from backends.errors import ConfigError
 from backends.loading.fit import MARKER, SCALES, UNKNOWN_SCALES
-from backends.loading.recognition import DENOISER_PREFIXES, NOTES
+from backends.loading.recognition import NOTES
 from backends.loading.weight_headers import SAFETENSORS, Header, Shape, original_shapes, read_header
 
 Weights = dict[str, Tensor]

@@ -1,65 +1,23 @@
-"""What a weight file is, from the names and shapes of its tensors: which family, and which part of
-a pipeline. Imports no torch.
-
-The names are those that diffusers tells families apart by (`infer_diffusers_model_type`), without
-the published widths, so that a file in diffusers' own names, one without the prefix
-`model.diffusion_model.` and a GGUF file are told apart too.
+"""What a weight file is, from the names and shapes of its tensors: which part of a pipeline, or
+which kind of adapter. Imports no torch.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import replace
 
-from backends.loading.weight_headers import Header, Shape
+from backends.denoiser_families import (
+    FIRST_GENERATION,
+    SECOND_GENERATION,
+    Found,
+    Part,
+    recognize_denoiser,
+)
+from backends.loading.weight_headers import Header
 
-Part = Literal[
-    "checkpoint",
-    "denoiser",
-    "vae",
-    "controlnet",
-    "ip_adapter",
-    "motion",
-    "lora",
-    "encoder",
-    "embedding",
-    "other",
-]
-DENOISER_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "net.")
 NOTES = ("v_pred", "ztsnr", "edm_mean", "edm_std")
 """Tensors beside the weights that say how a model is sampled."""
 VAE_PREFIXES = ("first_stage_model.", "vae.")
 TEXT_PREFIXES = ("cond_stage_model.", "conditioner.embedders.", "text_encoders.")
-OPTIONS = {
-    "checkpoint": "--checkpoint",
-    "vae": "--vae",
-    "controlnet": "--control_net",
-    "ip_adapter": "--ip_adapter",
-    "motion": "--motion_module",
-    "lora": "--lora",
-}
-"""Part -> the option that takes it. A denoiser has two, by its kind."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
-    """What a file was found to be."""
-
-    title: str
-    """In words, with an article: 'a ControlNet of Stable Diffusion XL'."""
-    part: Part
-    types: tuple[str, ...] = ()
-    """Rows of the model table that run it; none where the product does not."""
-    denoiser: str = ""
-    """'unet' or 'transformer', of a denoiser."""
-    reason: str = ""
-    """Why no type runs it, where that is known."""
-
-    @property
-    def option(self) -> str:
-        """The option that takes such a file; empty where none does."""
-        if self.part == "denoiser":
-            return f"--{self.denoiser}" if self.types else ""
-        return OPTIONS.get(self.part, "")
 
 
 def recognize(header: Header) -> Found | None:
@@ -67,16 +25,11 @@ def recognize(header: Header) -> Found | None:
     return next(
         (
             found
-            for look in (_adapter, _checkpoint, _denoiser, _vae, _encoder)
+            for look in (_adapter, _checkpoint, recognize_denoiser, _vae, _encoder)
             if (found := look(header))
         ),
         None,
     )
-
-
-def recognize_denoiser(header: Header) -> Found | None:
-    """Return what the denoiser in this file is, whatever else the file holds."""
-    return _denoiser(header)
 
 
 def has_text_encoders(header: Header) -> bool:
@@ -207,7 +160,7 @@ def _checkpoint(header: Header) -> Found | None:
     """A denoiser with other parts beside it."""
     if not (has_text_encoders(header) or has_vae(header)):
         return None
-    found = _denoiser(header)
+    found = recognize_denoiser(header)
     if found is None:
         what = "text encoders" if has_text_encoders(header) else "a VAE"
         return Found(
@@ -217,187 +170,17 @@ def _checkpoint(header: Header) -> Found | None:
     if not found.types:
         return found
     is_open_clip = any(name.startswith("cond_stage_model.model.") for name in header.shapes)
-    types = _SD2.types if is_open_clip and found.types == _SD1.types else found.types
+    types = (
+        SECOND_GENERATION.types
+        if is_open_clip and found.types == FIRST_GENERATION.types
+        else found.types
+    )
     return replace(
         found,
         title=found.title.replace("a denoiser", "a checkpoint"),
         part="checkpoint",
         types=types,
     )
-
-
-def _denoiser(header: Header) -> Found | None:
-    inner = header.without(*DENOISER_PREFIXES)
-    return next((found for found in _denoisers(inner) if found is not None), None)
-
-
-def _denoisers(header: Header) -> Iterator[Found | None]:
-    yield _unet(header)
-    for title, types, reason, names in _TRANSFORMERS:
-        if header.has(*names):
-            yield _of_transformer(header, title, types, reason)
-
-
-def _of_transformer(header: Header, title: str, types: tuple[str, ...], reason: str) -> Found:
-    """Some take more channels in, or are told apart by their metadata alone; then no type runs
-    them.
-    """
-    first = header.shape_of("img_in.weight", "x_embedder.weight", "patch_embedding.weight") or (
-        0,
-        0,
-    )
-    keys = ("modelspec.architecture", "modelspec.title", "general.name")
-    about = " ".join(header.metadata.get(key, "") for key in keys).lower()
-    names = [name for name in _SPECIAL if name in about]
-    title = f"{title} ({names[0]})" if names else title
-    special = _SPECIAL[names[0]] if names else _WIDER.get((title, first[1]), "")
-    types = () if special else types
-    return Found(
-        title=f"a denoiser of {title}",
-        part="denoiser",
-        types=types,
-        denoiser="transformer",
-        reason=special or reason,
-    )
-
-
-_WIDER = {
-    (
-        "FLUX.1",
-        384,
-    ): (
-        "it is made for inpainting (Fill) and also takes a mask; mask_image works with ordinary "
-        "checkpoints"
-    ),
-    (
-        "FLUX.1",
-        128,
-    ): (
-        "it is made for a control image (Depth, Canny) beside the latents, and no type has its "
-        "pipeline"
-    ),
-    ("Wan", 36): "it needs a first frame, and no type has its pipeline",
-}
-"""Title and channels in -> why it is not the type that has the same names."""
-_SPECIAL = {
-    "kontext": "it edits a reference image, and no type has its pipeline",
-    "qwen-image-edit": "it edits a reference image, and no type has its pipeline",
-    "layered": "it makes layers, and no type has its pipeline",
-}
-"""Words in the metadata of files that have the names and shapes of a type's own -> why it is not
-that type.
-"""
-
-_NOT_RUN = "no type runs this family"
-_TRANSFORMERS: tuple[tuple[str, tuple[str, ...], str, tuple[str, ...]], ...] = (
-    ("FLUX.2", ("flux2",), "", ("single_stream_modulation.lin.weight", "single_stream_modulation.linear.weight")),
-    ("FLUX.3", (), _NOT_RUN, ("early_stream_modulations.image.lin.weight",)),
-    ("Chroma", (), _NOT_RUN, ("distilled_guidance_layer.in_proj.bias",)),
-    ("FLUX.1", ("flux",), "", ("double_blocks.0.img_attn.norm.key_norm.scale", "double_blocks.0.img_attn.qkv.weight",
-                               "single_transformer_blocks.0.proj_mlp.weight")),
-    ("Stable Diffusion 3", ("sd3",), "",
-     ("joint_blocks.0.context_block.adaLN_modulation.1.bias", "transformer_blocks.0.norm1_context.linear.weight")),
-    ("Z-Image", ("zimage",), "", ("layers.0.adaLN_modulation.0.weight",)),
-    ("Lumina 2", (), _NOT_RUN, ("cap_embedder.0.weight", "time_caption_embed.caption_embedder.0.weight")),
-    ("Qwen-Image 2.1", (), _NOT_RUN, ("txt_in.text_norm.weight",)),
-    ("Qwen-Image", ("qwenimage",), "", ("transformer_blocks.0.img_mod.1.weight",)),
-    ("Wan VACE", (), "no type has its pipeline", ("vace_blocks.0.after_proj.bias", "vace_blocks.0.proj_out.bias")),
-    ("Wan Animate", (), "no type has its pipeline", ("motion_encoder.dec.direction.weight",)),
-    ("Wan image to video", (), "it needs a first frame, and no type has its pipeline",
-     ("img_emb.proj.0.bias", "img_emb.proj.0.weight", "condition_embedder.image_embedder.norm1.weight")),
-    ("Wan", ("wan_t2v",), "", ("head.modulation", "condition_embedder.text_embedder.linear_1.weight")),
-    ("HunyuanDiT", ("hy",), "", ("mlp_t5.0.weight", "time_extra_emb.pooler.positional_embedding")),
-    ("PixArt", ("pixs", "pixa"), "", ("y_embedder.y_proj.fc1.weight", "caption_projection.linear_1.weight")),
-    ("LTX-Video", (), _NOT_RUN, ("patchify_proj.weight",)),
-    ("HunyuanVideo", (), _NOT_RUN, ("txt_in.individual_token_refiner.blocks.0.adaLN_modulation.1.bias",)),
-    ("AuraFlow", (), _NOT_RUN, ("double_layers.0.attn.w2q.weight",)),
-    ("Mochi", (), _NOT_RUN, ("blocks.0.attn.qkv_x.weight",)),
-    ("Sana", (), _NOT_RUN, ("blocks.0.cross_attn.q_linear.weight",)),
-    ("HiDream", (), _NOT_RUN, ("double_stream_blocks.0.block.adaLN_modulation.1.bias",)),
-    ("Cosmos", (), _NOT_RUN, ("x_embedder.proj.1.weight",)),
-    ("Krea 2", (), _NOT_RUN, ("txtfusion.projector.weight",)),
-    ("MiniMax", (), _NOT_RUN, ("token_refiner.blocks.0.attn.qkv_proj.weight",)),
-    ("Stable Cascade", (), _NOT_RUN, ("clip_txt_mapper.weight", "down_blocks.1.0.channelwise.0.weight")),
-)  # fmt: skip
-"""Title, types that run it, why none does, and tensors of which one is there. The first that fits
-counts.
-"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _UNetFamily:
-    """One architecture of UNets. has_only_latents: it takes no image beside them in its ordinary
-    form.
-    """
-
-    title: str
-    types: tuple[str, ...]
-    reason: str = ""
-    has_only_latents: bool = True
-
-
-_SD1 = _UNetFamily(title="Stable Diffusion 1", types=("sd1", "sd2", "ad"))
-_SD2 = _UNetFamily(title="Stable Diffusion 2", types=("sd2", "sd1", "ad"))
-_SDXL = _UNetFamily(title="Stable Diffusion XL", types=("sdxl",))
-_REFINER = _UNetFamily(
-    title="the Stable Diffusion XL refiner",
-    types=(),
-    reason="it continues another model's latents, and no type has that",
-)
-_UPSCALER = _UNetFamily(
-    title="the Stable Diffusion x4 upscaler", types=("sdup",), has_only_latents=False
-)
-_VIDEO = _UNetFamily(title="Stable Video Diffusion", types=("svd",), has_only_latents=False)
-_MORE_CHANNELS = {
-    9: (
-        "it is made for inpainting and also takes a mask and the masked image; mask_image works "
-        "with ordinary checkpoints"
-    ),
-    8: (
-        "it is made for editing (InstructPix2Pix) and also takes an image, and no type has its "
-        "pipeline"
-    ),
-    5: "it is made for depth maps and also takes one, and no type has its pipeline",
-}
-"""Channels in of a UNet with four latent channels -> why no type runs it."""
-
-
-def _unet(header: Header) -> Found | None:
-    """A UNet in the original names (input_blocks) or in diffusers' (down_blocks)."""
-    first = header.shape_of("input_blocks.0.0.weight", "conv_in.weight")
-    has_blocks = header.has_part("input_blocks.1.", "down_blocks.0.resnets.")
-    if (
-        first is None
-        or not has_blocks
-        or not header.has("time_embed.0.weight", "time_embedding.linear_1.weight")
-    ):
-        return None
-    family = _unet_family(header)
-    title = f"a denoiser of {family.title}"
-    if family.has_only_latents and first[1] in _MORE_CHANNELS:
-        title, reason = f"{title} with {first[1]} channels in", _MORE_CHANNELS[first[1]]
-        return Found(title=title, part="denoiser", denoiser="unet", reason=reason)
-    return Found(
-        title=title, part="denoiser", types=family.types, denoiser="unet", reason=family.reason
-    )
-
-
-def _unet_family(header: Header) -> _UNetFamily:
-    if header.has_part("time_stack.", "temporal_transformer_blocks."):
-        return _VIDEO
-    if header.has("label_emb.0.0.weight", "add_embedding.linear_1.weight"):
-        return _REFINER if header.has_part("input_blocks.9.", "down_blocks.3.") else _SDXL
-    if header.has("label_emb.weight", "class_embedding.weight"):
-        return _UPSCALER
-    widths = header.first_shape("attn2.to_k.weight"), header.first_shape(".proj_in.weight")
-    return _SD2 if _is_second_generation(*widths) else _SD1
-
-
-def _is_second_generation(key: Shape | None, projection: Shape | None) -> bool:
-    """OpenCLIP is 1024 wide, and the second generation's projections are linear."""
-    if key is not None and key[1] in (768, 1024):
-        return key[1] == 1024
-    return projection is not None and len(projection) == 2
 
 
 def _vae(header: Header) -> Found | None:

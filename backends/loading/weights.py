@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from backends.denoiser_families import DENOISER_PREFIXES
 from backends.errors import ConfigError
 from backends.loading.adapter_fit import require_fit
 from backends.loading.checkpoint import Checkpoint, component_folder
@@ -30,7 +31,7 @@ from backends.loading.plain_weights import (
     require_finite,
     unpack_beside_linears,
 )
-from backends.loading.recognition import DENOISER_PREFIXES, VAE_PREFIXES, has_vae
+from backends.loading.recognition import VAE_PREFIXES, has_vae
 from backends.loading.weight_headers import SAFETENSORS, Header, read_folder_header
 from backends.model_table import ModelSpec
 from backends.request import LoadRequest

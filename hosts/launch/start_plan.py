@@ -6,6 +6,7 @@ The launcher does this before any process starts, and every rank does it again w
 
 import glob
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -391,10 +392,13 @@ def _checkpoint(settings: Settings, spec: ModelSpec) -> str:
 
 
 def _existing_path(name: str, value: str | None) -> str | None:
-    """Absolute and normalised: clients send paths such as <root>/custom_nodes/../models/x."""
+    """Absolute and normalised: clients send paths such as <root>/custom_nodes/../models/x.
+
+    Links are kept: those in a cache of downloads lead to files whose names say nothing.
+    """
     if value is None:
         return None
-    path = Path(value).expanduser().resolve()
+    path = Path(os.path.abspath(Path(value).expanduser()))
     if not path.exists():
         raise ConfigError(
             f"--{name}={value} does not exist. Give the path of a file or folder on this machine."

@@ -205,7 +205,7 @@ def test_adapters_are_found_in_the_order_given_and_with_their_scales(tmp_path):
     folder, model = adapters(tmp_path), str(checkpoint("sdxl"))
     load = plan(
         checkpoint=model,
-        lora={f"{folder}/./b.v2.safetensors": -0.5, f"{folder}/a.safetensors": 0.8},
+        lora={f"{folder}/net/../b.v2.safetensors": -0.5, f"{folder}/a.safetensors": 0.8},
         control_net=str(folder / "net"),
         ip_adapter={f"{folder}/ip.bin": 0.6},
     ).load
@@ -213,12 +213,12 @@ def test_adapters_are_found_in_the_order_given_and_with_their_scales(tmp_path):
         (f"{folder}/b.v2.safetensors", -0.5),
         (f"{folder}/a.safetensors", 0.8),
     ]
-    assert load.control_net == {str(controlnet("sdxl")): 1.0}
+    assert load.control_net == {f"{folder}/net": 1.0}
     assert load.ip_adapter == {f"{folder}/ip.bin": 0.6}
     scaled = plan(
         checkpoint=model, control_net=str(folder / "net"), controlnet_scale=0.3
     ).load.control_net
-    assert scaled == {str(controlnet("sdxl")): 0.3}
+    assert scaled == {f"{folder}/net": 0.3}
 
 
 def test_motion_options_of_a_type_without_motion_have_no_effect_and_say_so(tmp_path):
