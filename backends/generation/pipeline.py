@@ -98,8 +98,8 @@ class LoadedPipeline:
         self._previewer = Previewer(pipe, spec=spec)
         self._is_resting = False
         self._generation: Generation | None = None
-        self._loras = LoraSet(pipe, spec)
-        self._loras.use({**load.lora, **load.motion_lora})
+        self.loras = LoraSet(pipe, spec)
+        self.loras.use({**load.lora, **load.motion_lora})
         self.weighted_prompts = WeightedPrompts(pipe, spec) if load.compel else None
         self._compilation = Compilation(load.compile) if load.compile is not None else None
         self._step_cache: StepCache | None = None
@@ -140,6 +140,7 @@ class LoadedPipeline:
             detach_patch_decode(self.pipe.vae)
             self._backend.detach(self.pipe)
             self._backend = None
+            self.loras.measure_again()
         if self._compilation is not None:
             self._compilation.detach()
 
@@ -151,7 +152,7 @@ class LoadedPipeline:
         a LoRA in.
         """
         if self._compiles("denoiser") and not self.load.quantize and self.load.gguf_model is None:
-            self._loras.fuse()
+            self.loras.fuse()
 
     def _require_plain_weights(self, backend: Backend) -> None:
         if not backend.has_whole_weights and (
@@ -337,7 +338,7 @@ class LoadedPipeline:
         return PreparedRequest(request=resolved, scheduler=scheduler, run=run)
 
     def _require_changeable_loras(self, request: GenerateRequest) -> None:
-        if request.lora is not None and self._loras.is_fused:
+        if request.lora is not None and self.loras.is_fused:
             raise UnsupportedError(
                 "lora in a request is not available on a host that compiles its denoiser: LoRAs "
                 "given at launch are part of the weights. "
@@ -358,7 +359,7 @@ class LoadedPipeline:
         """Exactly the LoRAs of this generation: what an earlier one used is switched off."""
         asked = self.load.lora if request.lora is None else request.lora
         try:
-            self._loras.use({**asked, **self.load.motion_lora})
+            self.loras.use({**asked, **self.load.motion_lora})
         except ConfigError as error:
             raise RequestError(str(error), field="lora") from error
 

@@ -3,6 +3,7 @@ it reads of which text encoder.
 """
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,11 +51,15 @@ class WeightedPrompts:
                 or not hasattr(encoder.config, "max_position_embeddings"),
                 device=pipe._execution_device,
             )
-            self._readers.append((reader, kind))
+            self._readers.append((name, reader, kind))
 
-    def arguments(self, request: GenerateRequest) -> dict[str, Tensor]:
+    def arguments(
+        self, request: GenerateRequest, *, read: Callable[[str, str], str]
+    ) -> dict[str, Tensor]:
         """Embeddings of both prompts, (1, T, D) of one length, in place of their texts.
         UnsupportedError with clip_skip.
+
+        read: text, name of a text encoder -> the text as that one is to read it.
         """
         if request.clip_skip:
             raise UnsupportedError(
@@ -66,10 +71,10 @@ class WeightedPrompts:
             del texts["negative_prompt"]  # the pipeline takes zeros for it, which no text gives
         embeds: dict[str, list[Tensor]] = {name: [] for name in texts}
         arguments = {}
-        for reader, kind in self._readers:
+        for encoder, reader, kind in self._readers:
             pair = {}
             for name, text in texts.items():
-                result = reader(text)
+                result = reader(read(text, encoder))
                 if isinstance(result, tuple):
                     result, arguments[_POOLED[name]] = result
                 pair[name] = result

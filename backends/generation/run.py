@@ -132,13 +132,14 @@ class Generation:
         arguments = call_arguments(
             request, self._spec, loaded.signature, device=loaded.device, dtype=loaded.dtype
         )
-        prompts = loaded.weighted_prompts
+        prompts, embeddings = loaded.weighted_prompts, loaded.loras.embeddings
         if prompts is not None and request.prompt_embeds is None and request.compel is not False:
             for name in ("prompt", "negative_prompt"):
                 arguments.pop(name, None)
-            arguments |= prompts.arguments(request)
+            arguments |= prompts.arguments(request, read=embeddings.in_words)
         if len(self._requests) > 1:
             arguments |= own_arguments(self._requests, arguments)
+        arguments = embeddings.arguments(arguments, loaded.signature.parameters)
         added = {
             **control_arguments(request, loaded.load, self._spec),
             **image_arguments(request, loaded.load),

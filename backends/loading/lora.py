@@ -1,44 +1,67 @@
 """LoRA files on a loaded pipeline: any number at any scale, changed between generations without
 touching the base weights.
 
-diffusers converts and loads the file where the pipeline has a loader; elsewhere (HunyuanDiT,
-PixArt, Stable Video Diffusion) peft is used directly. Scales are always set on peft's layers, so
-that all model types behave alike.
+A file's keys are split by layer (`lora_formats`), its names looked up (`lora_names`), everything
+compared with the model, and only then each change becomes an adapter of peft on its layer
+(`lora_layers`), the same way for all model types. Embeddings beside them or in files of their own
+are words of the prompt (`embeddings`).
 """
 
-import inspect
+import json
 import logging
+import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
-from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import get_pattern_key
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from backends.errors import ConfigError
-from backends.loading.weights import Weights, read_weights
+from backends.loading.embeddings import Embeddings, Words, split_embeddings
+from backends.loading.lora_formats import (
+    PARAMETERS,
+    Parts,
+    Update,
+    family_of,
+    kinds_of,
+    missing_parts,
+    split_keys,
+    update_of,
+)
+from backends.loading.lora_layers import (
+    ParameterDifferences,
+    fits,
+    install,
+    merged_weight,
+    set_adapters,
+)
+from backends.loading.lora_names import LayerNames, Place, plain_layers
+from backends.loading.weights import read_weights
 from backends.model_table import ModelSpec
 
 logger = logging.getLogger(__name__)
-logging.getLogger("diffusers.loaders").setLevel(
-    logging.ERROR
-)  # it warns of every text encoder that a LoRA does not touch
-warnings.filterwarnings(
-    "ignore", message="Already found a `peft_config`"
-)  # several LoRAs at once are what this file is for
 
 MAX_KEPT = 8
 """LoRAs of earlier requests that stay in memory; the longest unused goes first."""
 
-_FACTOR = re.compile(
-    r"^(?P<layer>.+)\.(?P<factor>lora_A|lora_B|lora_down|lora_up|lora_linear_layer\.down|lora_linear_layer\.up)\.weight$"
-)
-_DOWN = frozenset({"lora_A", "lora_down", "lora_linear_layer.down"})
-_PREFIXES = ("base_model.model.", "transformer.", "unet.", "lora_unet_", "lora_transformer_")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What one file changes in a pipeline."""
+
+    updates: dict[Place, Update] = field(default_factory=dict)
+    parameters: dict[tuple[nn.Module, str], Tensor] = field(default_factory=dict)
+    words: Words = field(default_factory=dict)
 
 
 class LoraSet:
@@ -50,6 +73,8 @@ class LoraSet:
         self._names: dict[str, str] = {}  # path -> adapter name, the longest unused first
         self._active: dict[str, float] | None = {}
         self._num_loaded = 0
+        self._differences = ParameterDifferences()
+        self.embeddings = Embeddings(pipe)
         self.is_fused = False
 
     def use(self, scales: Mapping[str, float]) -> None:
@@ -68,17 +93,20 @@ class LoraSet:
             name = self._names.pop(path, None) or self._load(path)
             self._names[path] = name
         self._forget({path for path in list(self._names)[:-MAX_KEPT] if path not in scales})
-        active = {self._names[path]: scale for path, scale in scales.items()}
+        active = {self._names[path]: scale for path, scale in scales.items() if scale}
         if active == self._active:
             return
         for layer in self._layers():
-            present = [name for name in active if name in layer.scaling]
-            layer.enable_adapters(bool(present))
-            if present:
-                layer.set_adapter(present)
-            for name in present:
-                layer.set_scale(name, active[name])
+            set_adapters(layer, active)
+        self._differences.use(active)
+        self.embeddings.use(list(active))
         self._active = active
+
+    def measure_again(self) -> None:
+        """Call it when the base weights were elsewhere in the meantime: the next `use` sets
+        everything anew.
+        """
+        self._active = None
 
     def fuse(self) -> None:
         """Add what acts now to the base weights for good and leave plain layers behind: nothing of
@@ -90,13 +118,13 @@ class LoraSet:
                 for name, layer in module.named_modules()
                 if isinstance(layer, BaseTunerLayer)
             ]:
+                weight = layer.get_base_layer().weight
                 if not layer.disable_adapters:
-                    layer.merge()
+                    weight.data = merged_weight(layer).to(weight.dtype)
                 parent, _, attribute = name.rpartition(".")
                 setattr(module.get_submodule(parent), attribute, layer.get_base_layer())
             if hasattr(module, "peft_config"):
                 del module.peft_config
-                module._hf_peft_config_loaded = False
         self._names.clear()
         self.is_fused = True
 
@@ -105,6 +133,8 @@ class LoraSet:
             name = self._names.pop(path)
             for layer in self._layers():
                 layer.delete_adapter(name)
+            self._differences.forget(name)
+            self.embeddings.forget(name)
 
     def _modules(self) -> Iterator[nn.Module]:
         return (
@@ -123,152 +153,272 @@ class LoraSet:
         """The name of a new adapter. Unique, because files may share a stem, and free of dots,
         which torch allows in no module's name.
         """
+        name = f"lora_{self._num_loaded + 1}"
+        plan = LoraFile(path).plan(self._pipe, self._spec)
+        self.embeddings.add(name, path, plan.words)
         self._num_loaded += 1
-        name = f"lora_{self._num_loaded}"
-        weights = read_weights(path, option="lora")
-        try:
-            if hasattr(self._pipe, "load_lora_weights"):
-                require_fit(path, self._converted(weights), dict(self._pipe.components), self._spec)
-                self._pipe.load_lora_weights(weights, adapter_name=name)
-            else:
-                self._inject(path, weights, name)
-        except (
-            ValueError,
-            RuntimeError,
-            KeyError,
-            IndexError,
-            AssertionError,
-            TypeError,
-        ) as error:  # however diffusers says no
-            raise ConfigError(
-                f"lora={path} does not fit {self._spec.title}: {error}. Give a LoRA made for this "
-                "model type."
-            ) from error
-        logger.info("loaded LoRA %s", path)
+        for component in dict.fromkeys(place.component for place in plan.updates):
+            self._inject(
+                name,
+                component,
+                {
+                    place.layer: update
+                    for place, update in plan.updates.items()
+                    if place.component == component
+                },
+            )
+        self._differences.add(name, plan.parameters)
+        logger.info(
+            "loaded LoRA %s: %d layers, %d parameters, %d embeddings",
+            path,
+            *map(len, (plan.updates, plan.parameters, plan.words)),
+        )
         return name
 
-    def _converted(self, weights: Weights) -> Weights:
-        """diffusers' names, beginning with the component's."""
-        arguments = {"unet_config": self._pipe.unet.config} if hasattr(self._pipe, "unet") else {}
-        if "return_alphas" in inspect.signature(self._pipe.lora_state_dict).parameters:
-            arguments["return_alphas"] = True
-        result = self._pipe.lora_state_dict(dict(weights), **arguments)
-        return result[0] if isinstance(result, tuple) else result
-
-    def _inject(self, path: str, weights: Weights, name: str) -> None:
-        """Put the LoRA into a denoiser for which diffusers has no loader."""
-        denoiser = getattr(self._pipe, self._spec.denoiser)
-        factors = factors_of(weights, denoiser)
-        prefixed = {f"{self._spec.denoiser}.{key}": tensor for key, tensor in factors.items()}
-        require_fit(path, prefixed, {self._spec.denoiser: denoiser}, self._spec)
-        layers = sorted({key.rpartition(".lora_")[0] for key in factors})
-        rank = factors[f"{layers[0]}.lora_A.weight"].shape[0]
-        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=layers, init_lora_weights=False)
-        inject_adapter_in_model(config, denoiser, adapter_name=name)
-        set_peft_model_state_dict(denoiser, factors, adapter_name=name)
-
-
-def factors_of(weights: Weights, denoiser: nn.Module) -> Weights:
-    """Keys in any of the usual styles -> LAYER.lora_A.weight (rank, in) and LAYER.lora_B.weight
-    (out, rank) with the alphas worked in.
-
-    One rank for all: narrower factors get rows and columns of zeros, which change nothing.
-    """
-    flat_names = {name.replace(".", "_"): name for name, _ in denoiser.named_modules()}
-    alphas = {
-        _layer_name(key.removesuffix(".alpha"), flat_names): float(value)
-        for key, value in weights.items()
-        if key.endswith(".alpha")
-    }
-    found: dict[str, dict[bool, Tensor]] = {}
-    for key, tensor in convert_unet_state_dict_to_peft(weights).items():
-        if match := _FACTOR.match(key):
-            found.setdefault(_layer_name(match["layer"], flat_names), {})[
-                match["factor"] in _DOWN
-            ] = tensor
-    pairs = {layer: (pair[True], pair[False]) for layer, pair in found.items() if len(pair) == 2}
-    rank = max((down.shape[0] for down, _ in pairs.values()), default=0)
-    factors = {}
-    for layer, (down, up) in pairs.items():
-        factors[f"{layer}.lora_A.weight"] = _padded(down, 0, rank)
-        factors[f"{layer}.lora_B.weight"] = _padded(
-            up * (alphas.get(layer, down.shape[0]) / down.shape[0]), 1, rank
+    def _inject(self, name: str, component: str, updates: Mapping[str, Update]) -> None:
+        module = self._pipe.components[component]
+        names = "|".join(re.escape(layer) for layer in updates)
+        config = LoraConfig(
+            r=1, lora_alpha=1, target_modules=f"(?:{names})", init_lora_weights=False
         )
-    return factors
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", message="Already found a `peft_config`"
+            )  # several at once are what this file is for
+            inject_adapter_in_model(config, module, adapter_name=name)
+        dtype = next(
+            (tensor.dtype for tensor in module.parameters() if tensor.dtype in FLOATS),
+            torch.float32,
+        )
+        for layer, update in updates.items():
+            install(
+                module.get_submodule(layer),
+                name,
+                update,
+                device=self._pipe._execution_device,
+                dtype=dtype,
+            )
 
 
-def _layer_name(name: str, flat_names: Mapping[str, str]) -> str:
-    for prefix in _PREFIXES:
-        name = name.removeprefix(prefix)
-    return flat_names.get(name, name)
+class LoraFile:
+    """One file: its keys and its header."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        weights = read_weights(path, option="lora")
+        self._header = _header(path)
+        self._words, self._weights = split_embeddings(weights, Path(path).stem)
+        self._scales = AdapterScales(path, self._header)
+
+    def plan(self, pipe: Any, spec: ModelSpec) -> Plan:
+        """What the file changes in this pipeline. ConfigError unless every key has its place in
+        it.
+        """
+        layers, strangers = split_keys(self._weights)
+        if not layers and not self._words:
+            raise ConfigError(
+                f"lora={self._path} holds no LoRA weights{self._looks()}. {self._advice(spec)}"
+            )
+        if strangers:
+            raise ConfigError(
+                f"lora={self._path} holds {len(strangers)} keys beside its LoRA's that mean "
+                f"nothing here (the first: {strangers[0]})"
+                f"{self._looks()}. Give a file of LoRA, LoCon, LoHa, LoKr, DoRA or an embedding."
+            )
+        self._require_whole(layers)
+        return self._placed(layers, pipe, spec)
+
+    def _require_whole(self, layers: Mapping[str, Parts]) -> None:
+        halves = {
+            layer: missing for layer, parts in layers.items() if (missing := missing_parts(parts))
+        }
+        if halves:
+            layer, missing = next(iter(halves.items()))
+            raise ConfigError(
+                f"lora={self._path} is incomplete: {len(halves)} of {len(layers)} layers lack a "
+                f"part (the first: {layer} has "
+                f"{', '.join(sorted(layers[layer]))}, but no {' and no '.join(missing)}). Save or "
+                "download the file again."
+            )
+
+    def _placed(self, layers: Mapping[str, Parts], pipe: Any, spec: ModelSpec) -> Plan:
+        names = LayerNames(pipe.components, spec.denoiser)
+        modules = {
+            Place(component, name): getattr(layer, "base_layer", layer)
+            if isinstance(layer, BaseTunerLayer)
+            else layer
+            for component in dict.fromkeys((spec.denoiser, *pipe.components))
+            if isinstance(module := pipe.components[component], nn.Module)
+            for name, layer in plain_layers(module)
+        }
+        plan, strangers = Plan(words=self._words), []
+        for layer, parts in layers.items():
+            if not self._add(plan, layer, parts, names.places(layer), modules):
+                strangers.append(layer)
+        if strangers:
+            raise ConfigError(
+                f"lora={self._path} does not fit {spec.title}: {self._num_keys(layers, strangers)} "
+                f"of {len(self._weights)} keys are for "
+                "layers that the model does not have or has in another size (the first: "
+                f"{self._first_key(strangers[0])})"
+                f"{self._looks()}. "
+                "Give a LoRA made for this model type."
+            )
+        return plan
+
+    def _add(
+        self,
+        plan: Plan,
+        name: str,
+        parts: Parts,
+        places: Sequence[Place],
+        modules: Mapping[Place, nn.Module],
+    ) -> bool:
+        """Whether everything that the file has for one of its layers has a place in the model."""
+        if not places:
+            return False
+        found = [modules[Place(place.component, place.layer)] for place in places]
+        update = update_of(parts, lambda rank: self._scales.scale(places[0], name, rank))
+        if update is not None and not self._add_update(plan, update, places, found):
+            return False
+        return all(
+            self._add_parameter(plan, parts[role].float(), attribute, places, found)
+            for role, attribute in PARAMETERS.items()
+            if role in parts and not (role == "diff" and update is not None)
+        )
+
+    def _add_update(
+        self, plan: Plan, update: Update, places: Sequence[Place], found: Sequence[nn.Module]
+    ) -> bool:
+        pieces = _pieces(update.shape[0], found)
+        if pieces is None or (update.by_column and len(found) > 1):
+            return False
+        for place, layer, rows in zip(places, found, pieces, strict=True):
+            is_whole = len(found) == 1 and not place.is_swapped
+            piece = (
+                update if is_whole else update.rows(_swapped(rows) if place.is_swapped else rows)
+            )
+            key = Place(place.component, place.layer)
+            if key in plan.updates:
+                raise ConfigError(
+                    f"lora={self._path} changes the layer {place.layer} of the {place.component} "
+                    "twice, under different names. "
+                    "Remove one of them from the file."
+                )
+            if not fits(piece, layer):
+                return False
+            plan.updates[key] = piece
+        return True
+
+    def _add_parameter(
+        self,
+        plan: Plan,
+        change: Tensor,
+        attribute: str,
+        places: Sequence[Place],
+        found: Sequence[nn.Module],
+    ) -> bool:
+        parameters = [getattr(layer, attribute, None) for layer in found]
+        if not all(
+            isinstance(parameter, nn.Parameter) and not parameter.is_meta
+            for parameter in parameters
+        ):
+            return False
+        if sum(parameter.numel() for parameter in parameters) != change.numel():
+            return False
+        pieces = change.flatten().split([parameter.numel() for parameter in parameters])
+        for place, layer, piece in zip(places, found, pieces, strict=True):
+            plan.parameters[layer, attribute] = (
+                torch.cat(piece.chunk(2)[::-1]) if place.is_swapped else piece
+            )
+        return True
+
+    def _num_keys(self, layers: Mapping[str, Parts], strangers: Sequence[str]) -> int:
+        return sum(len(layers[name]) for name in strangers)
+
+    def _first_key(self, layer: str) -> str:
+        return next((key for key in self._weights if key.startswith(layer)), layer)
+
+    def _looks(self) -> str:
+        """What the file seems to be, for messages."""
+        kinds, family = kinds_of(self._weights), family_of(self._weights, self._header)
+        says = [f"it holds {', '.join(kinds)}"] if kinds else []
+        says += [f"it was made for {family[:60]}, it seems"] if family else []
+        return f"; {' and '.join(says)}" if says else ""
+
+    def _advice(self, spec: ModelSpec) -> str:
+        kinds = kinds_of(self._weights)
+        options = {
+            "a checkpoint": "--checkpoint",
+            "a ControlNet": "--control_net",
+            "an IP-Adapter": "--ip_adapter",
+            "a VAE": "--vae",
+        }
+        option = next((options[kind] for kind in kinds if kind in options), None)
+        if option:
+            return f"Give it as {option}, or a LoRA made for {spec.title} here."
+        return (
+            "Give a file with lora_A and lora_B (or lora_down and lora_up) keys, with LoHa, "
+            "LoKr or DoRA, or an embedding."
+        )
 
 
-def _padded(tensor: Tensor, dim: int, size: int) -> Tensor:
-    missing = list(tensor.shape)
-    missing[dim] = size - tensor.shape[dim]
-    return torch.cat([tensor, tensor.new_zeros(missing)], dim) if missing[dim] else tensor
-
-
-def require_fit(
-    path: str, weights: Weights, components: Mapping[str, Any], spec: ModelSpec
-) -> None:
-    """ConfigError unless every factor has a layer of its size. Keys begin with the component's
-    name, layers follow.
+class AdapterScales:
+    """alpha / rank where the file does not have an alpha for each layer, but a configuration of
+    peft in its header or beside it.
     """
-    shapes = {}
-    for component, module in components.items():
-        if isinstance(module, nn.Module):
-            shapes |= {
-                f"{component}.{_plain(name)}": _features(layer)
-                for name, layer in module.named_modules()
-            }
-    keys, strangers = 0, []
-    for key, tensor in convert_unet_state_dict_to_peft(
-        {_text_layer(key): tensor for key, tensor in weights.items()}
-    ).items():
-        if match := _FACTOR.match(key):
-            keys += 1
-            component, _, layer = match["layer"].partition(".")
-            features = shapes.get(f"{component}.{_plain(layer)}")
-            is_down = match["factor"] in _DOWN
-            if (
-                features is None
-                or tensor.shape[1 if is_down else 0] != features[0 if is_down else 1]
-            ):
-                strangers.append(key)
-    if not keys and not any(".lokr_" in key for key in weights):
+
+    def __init__(self, path: str, header: Mapping[str, str]) -> None:
+        self._settings: dict[str, Any] = _json(path, header.get("lora_adapter_metadata") or "{}")
+        beside = Path(path).with_name("adapter_config.json")
+        if Path(path).stem == "adapter_model" and beside.is_file():
+            self._settings |= _json(path, beside.read_text(encoding="utf-8"))
+
+    def scale(self, place: Place, name: str, rank: int) -> float:
+        """name: the layer's in the file, where a pattern may be written for that."""
+        alpha = self._setting(place.component, "lora_alpha")
+        patterns = self._setting(place.component, "alpha_pattern") or {}
+        for layer in (place.layer, name):
+            if (key := get_pattern_key(patterns, layer)) in patterns:
+                alpha = patterns[key]
+                break
+        if alpha is None:
+            return 1.0
+        return float(alpha) / (
+            math.sqrt(rank) if self._setting(place.component, "use_rslora") else rank
+        )
+
+    def _setting(self, component: str, name: str) -> Any:
+        """diffusers prefixes the component's name; peft's own files have one component."""
+        return self._settings.get(f"{component}.{name}", self._settings.get(name))
+
+
+def _json(path: str, text: str) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except ValueError as error:
         raise ConfigError(
-            f"lora={path} holds no LoRA weights. Give a file with lora_A and lora_B (or lora_down "
-            "and lora_up) keys."
-        )
-    if strangers:
-        raise ConfigError(
-            f"lora={path} does not fit {spec.title}: {len(strangers)} of {keys} keys are for "
-            "layers that the model does not have or has in "
-            f"another size (the first: {strangers[0]}). Give a LoRA made for this model type."
-        )
+            f"lora={path} has a configuration (lora_adapter_metadata) that is no JSON: {error}. "
+            "Save the file again."
+        ) from error
+    return content if isinstance(content, dict) else {}
 
 
-def _text_layer(key: str) -> str:
-    """diffusers converts a text encoder's keys to names that its layers have only after a second
-    conversion: the latter.
-    """
-    if not key.startswith("text_encoder"):
-        return key
-    return re.sub(r"\.to_(q|k|v|out)_lora\.", r".\1_proj.lora_linear_layer.", key)
+def _header(path: str) -> dict[str, str]:
+    if Path(path).suffix not in (".safetensors", ".sft"):
+        return {}
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}
 
 
-def _plain(name: str) -> str:
-    """A layer's name without what peft and some versions of transformers put into it."""
-    return name.replace("text_model.", "").removesuffix(".base_layer")
+def _pieces(num_rows: int, layers: Sequence[nn.Module]) -> list[Tensor] | None:
+    """The rows of each layer in a weight that is all of them. None if there are more or fewer."""
+    sizes = [
+        getattr(layer, "out_features", None) or getattr(layer, "out_channels", 0)
+        for layer in layers
+    ]
+    return list(torch.arange(num_rows).split(sizes)) if sum(sizes) == num_rows else None
 
 
-def _features(layer: nn.Module) -> tuple[int, int] | None:
-    """(in, out) of a layer that a LoRA can act on; asked of the layer, because packed weights have
-    other shapes.
-    """
-    layer = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
-    for one, other in (("in_features", "out_features"), ("in_channels", "out_channels")):
-        if isinstance(layer, nn.Linear | nn.Conv2d) and hasattr(layer, one):
-            return getattr(layer, one), getattr(layer, other)
-    return None
+def _swapped(rows: Tensor) -> Tensor:
+    return torch.cat(rows.chunk(2)[::-1])
