@@ -1,0 +1,60 @@
+"""Every model type and feature on one GPU of two, rehearsed: it runs by CUDA's rules, and the image
+is the CPU's.
+"""
+
+import pytest
+import torch
+
+from backends.model_table import FEATURES
+from tests.backends.features import TABLE, prepare
+from tests.rehearsal.cases import NOT_REHEARSED, OneRank, cases_on_one_rank, offloads
+from tests.rehearsal.runs import rehearse_one
+
+SECOND = torch.device("cuda", 1)
+SAME = {"fp32": 0.1, "fp16": 3.0}
+"""Of 255 on average. In half precision the CPU's kernels round at other places; what is black or
+noise is further away.
+"""
+SHORT = ("sd2", "sdxl", "sd3")
+
+
+def _rehearse(rank, world_size, name, cases, variant):
+    failed = []
+    for case in cases:
+        try:
+            off, _ = rehearse_one(name, case, variant=variant, device=SECOND)
+            print(f"{name} {case.label} {variant}: off {off:.3f}", flush=True)
+        except BaseException as error:
+            raise AssertionError(f"{name}, {case.label}, {variant}: {error}") from error
+        if off > SAME[variant]:
+            failed.append(f"{name}, {case.label}, {variant}: {off:.3f} of 255 away from the CPU")
+    assert not failed, failed
+
+
+def _prepare(name):
+    spec = TABLE[name]
+    known = [what for what in FEATURES if what not in (*NOT_REHEARSED, "offload")]
+    prepare(spec, [what for what in known if spec.supports("single", what).status != "unsupported"])
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_type_in_half_precision_with_previews_and_group_offload(run_on_ranks, name):
+    _prepare(name)
+    cases = [OneRank(label="plain", previews=True), *list(offloads())[-1:]]
+    run_on_ranks(_rehearse, 1, name, cases, "fp16")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", list(TABLE))
+def test_everything_that_one_rank_can_do(run_on_ranks, name):
+    _prepare(name)
+    run_on_ranks(_rehearse, 1, name, list(cases_on_one_rank(TABLE[name])), "fp32")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", list(TABLE))
+def test_offloading_in_half_precision(run_on_ranks, name):
+    _prepare(name)
+    run_on_ranks(_rehearse, 1, name, [OneRank(label="plain"), *offloads()], "fp16")
