@@ -246,8 +246,8 @@ def _serve(
 
     activity = _activity(place)
     others = _meet_machines(settings, start, place, state) if place.is_one_of_several else None
-    device = _meet(settings, place, store, activity, others)
-    ranks = {"rank": place.rank, "world_size": place.world_size, "device": device}
+    device, alarm = _meet(settings, place, store, activity, others)
+    ranks = {"rank": place.rank, "world_size": place.world_size, "device": device, "alarm": alarm}
     start, pipeline = tune(
         start,
         partial(_plan, settings, place=place),
@@ -255,7 +255,7 @@ def _serve(
         activity=activity,
         **ranks,
     )
-    mesh = distributed.Mesh(start.plan, rank=place.rank, device=device)
+    mesh = distributed.Mesh(start.plan, rank=place.rank, device=device, alarm=alarm)
     state.tell({**start.facts(), "device": str(device)})
     logger.info("%s on %s", start.plan.describe(), device)
     for reason in start.facts()["reasons"]:
@@ -337,9 +337,12 @@ def _use_interface_towards(endpoint: tuple[str, int]) -> None:
 def _meet(
     settings: Settings, place: Place, store: JobStore | None, activity: Activity, others: Any = None
 ) -> Any:
-    """This rank's device, once all ranks have met and watch each other. others: the store of
-    several machines.
+    """This rank's device and alarm, once all ranks have met and watch each other. others: the store
+    of several machines.
     """
+    from backends.parallel.alarm import Alarm
+    from backends.parallel.links import is_busy
+
     from backends.parallel import distributed
     from hosts.supervision.heartbeat import Watch
 
@@ -360,8 +363,9 @@ def _meet(
         activity=activity,
         local_ranks=place.local_ranks,
         on_leave=store.note if store is not None else lambda ending: None,
+        is_device_busy=partial(is_busy, device),
     ).start()
-    return device
+    return device, Alarm(beats)
 
 
 def import_bitsandbytes() -> None:
@@ -392,17 +396,16 @@ def _serve_errands(
     from hosts.ranks.model_loop import LeaderControl, ModelLoop
 
     activity = _activity(place)
-    device = _meet(settings, place, store, activity)
+    device, alarm = _meet(settings, place, store, activity)
     front = LeaderControl(control=control, queue=queue, state=state) if place.rank == 0 else None
     try:
-        loop = ModelLoop(
-            rank=place.rank,
-            world_size=place.world_size,
-            device=device,
-            plan=control.plan,
-            front=front,
-            activity=activity,
-        )
+        ranks = {
+            "rank": place.rank,
+            "world_size": place.world_size,
+            "device": device,
+            "alarm": alarm,
+        }
+        loop = ModelLoop(**ranks, plan=control.plan, front=front, activity=activity)
         loop.run()
     finally:
         distributed.shutdown()

@@ -38,6 +38,7 @@ class Exchange:
 
     def __init__(self, mesh: Mesh) -> None:
         self.axis: Axis = mesh.axis("segment")
+        self.device = mesh.device
         self._traffic = mesh.traffic
         self._sends: list[tuple[Any, Tensor]] = []
         self._receives: list[Arrival] = []

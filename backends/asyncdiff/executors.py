@@ -55,11 +55,23 @@ class Shapes:
         ]
         return sum(num_bytes(self.of(source)) * copies for source, copies in wanted)
 
-    def take(self, units: range, forms: list[Any]) -> None:
-        self._forms |= dict(zip(units, forms, strict=True))
+    def take(self, units: range, forms: list[Any], device: torch.device) -> None:
+        """What another rank's `give` returned; its stand-ins are to be on this rank's device."""
+        for unit, (leaves, form) in zip(units, forms, strict=True):
+            self._forms[unit] = (
+                [_stand_in(leaf, device) if isinstance(leaf, Tensor) else leaf for leaf in leaves],
+                form,
+            )
 
     def give(self, units: range) -> list[Any]:
-        return [self._forms[unit] for unit in units]
+        """To be sent to other ranks, so without a device: a pickled tensor would be on the sender's
+        there too.
+        """
+        forms = [self._forms[unit] for unit in units]
+        return [
+            ([leaf.to("meta") if isinstance(leaf, Tensor) else leaf for leaf in leaves], form)
+            for leaves, form in forms
+        ]
 
     def of(self, source: Source) -> Tensor:
         return self._forms[source[0]][0][source[1]]
@@ -167,6 +179,7 @@ class SequentialExecutor:
         self._imports = segments.imports(place.segment)
         self._exchange = exchange
         self._num_done = 0
+        self._results: list[tuple[Any, tuple[int, ...]]] = []
 
     def play(
         self, name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -185,10 +198,17 @@ class SequentialExecutor:
 
     def _compute(self, unit: int, result: Any) -> Any:
         self.shapes.remember(unit, result)
-        for position, leaf in enumerate(pytree.tree_leaves(result)):
-            self._exchange.send(leaf, to=self._readers.get((unit, position), ()))
+        self._results += [
+            (leaf, self._readers.get((unit, position), ()))
+            for position, leaf in enumerate(pytree.tree_leaves(result))
+        ]
         if unit == self._segments.units(self._place.segment)[-1]:
             self._hear_of(self._place.segment)
+            # not before: on a GPU the readers, who wait to hear of them first, could not receive
+            # them
+            while self._results:
+                leaf, readers_of = self._results.pop(0)
+                self._exchange.send(leaf, to=readers_of)
         return result
 
     def _hear_of(self, segment: int) -> None:
@@ -197,7 +217,7 @@ class SequentialExecutor:
         """
         units = self._segments.units(segment)
         mine = self.shapes.give(units) if segment == self._place.segment else None
-        self.shapes.take(units, self._exchange.share(mine, source=segment))
+        self.shapes.take(units, self._exchange.share(mine, source=segment), self._exchange.device)
         arrivals = [
             (source, self._exchange.receive(self.shapes.of(source), source=segment))
             for source in self._imports
@@ -224,5 +244,5 @@ def _index(segments: Segments) -> dict[str, int]:
     return {unit.name: index for index, unit in enumerate(segments.layout.units)}
 
 
-def _stand_in(leaf: Tensor) -> Tensor:
-    return torch.zeros((), dtype=leaf.dtype, device=leaf.device).expand(leaf.shape)
+def _stand_in(leaf: Tensor, device: torch.device | None = None) -> Tensor:
+    return torch.zeros((), dtype=leaf.dtype, device=device or leaf.device).expand(leaf.shape)

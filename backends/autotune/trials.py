@@ -24,6 +24,7 @@ from backends.autotune.step_profile import bytes_of, surveyed
 from backends.errors import CancelledError
 from backends.generation.pipeline import LoadedPipeline, OnStep
 from backends.model_table import ModelSpec
+from backends.parallel.alarm import Alarm
 from backends.parallel.base import Backend
 from backends.parallel.distributed import Axis, Mesh, begin_gather, gather_outcomes
 from backends.plan import ParallelPlan
@@ -123,14 +124,22 @@ class Trials:
     """
 
     def __init__(
-        self, subject: Subject, *, spec: ModelSpec, rank: int, world_size: int, halves: int
+        self,
+        subject: Subject,
+        *,
+        spec: ModelSpec,
+        rank: int,
+        world_size: int,
+        halves: int,
+        alarm: Alarm | None = None,
     ) -> None:
-        """halves: of guidance, 1 or 2."""
+        """halves: of guidance, 1 or 2. alarm: see Mesh."""
         self._subject = subject
         self._spec = spec
         self._rank = rank
         self._world_size = world_size
         self._halves = halves
+        self._alarm = alarm
 
     def measure(
         self, candidates: Sequence[Candidate], *, quality: Quality, num_steps: int
@@ -176,11 +185,8 @@ class Trials:
         """Seconds of a small message and bytes per second of a large one, all ranks sending to
         all.
         """
-        mesh = Mesh(
-            ParallelPlan(method="probe", axes=(("data", self._world_size),)),
-            rank=self._rank,
-            device=self._subject.device,
-        )
+        plan = ParallelPlan(method="probe", axes=(("data", self._world_size),))
+        mesh = Mesh(plan, rank=self._rank, device=self._subject.device, alarm=self._alarm)
         try:
             axis = mesh.axis("data")
             latency_s = statistics.median(_exchange(axis, mesh, 4) for _ in range(LINK_MESSAGES))
@@ -213,7 +219,13 @@ class Trials:
         assert candidate.plan is not None
         ranks = candidate.ranks
         teams = {"team": self._rank // ranks, "num_teams": self._world_size // ranks}
-        mesh = Mesh(candidate.plan, rank=self._rank % ranks, device=self._subject.device, **teams)
+        mesh = Mesh(
+            candidate.plan,
+            rank=self._rank % ranks,
+            device=self._subject.device,
+            alarm=self._alarm,
+            **teams,
+        )
         mesh.prepare()
         watch, failure, is_attached = _Stopwatch(NUM_STEPS, self._subject.device), None, False
         try:
@@ -226,10 +238,12 @@ class Trials:
                 _run(self._subject, watch)
         except Exception as error:  # noqa: BLE001  whatever it is, this method is not to be had, and the others are still there
             failure = (time.time(), f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
-            mesh.destroy()  # wakes the ranks that wait for this one
+            mesh.fail()  # wakes the ranks that wait for this one
         failures = sorted(
             found for found in gather_outcomes(failure) if found is not None
         )  # closed connections come after their reason
+        if failures:
+            mesh.rebuild()  # detaching may have to fetch weights from other ranks
         if is_attached:
             self._subject.detach()
         mesh.destroy()

@@ -162,10 +162,16 @@ class CallBuffers(Exchange):
         self._num_steps = 0
 
     def drain(self) -> None:
-        """Wait for what is under way; RuntimeError if a peer does not answer."""
+        """Wait for all that is under way; RuntimeError afterwards, if a peer did not answer."""
         self._complete = None
+        errors = []
         for message in self._messages:
-            message.wait(DRAIN_TIMEOUT)
+            try:
+                message.wait(DRAIN_TIMEOUT)
+            except RuntimeError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
     def gather(self, kind: Kind, own: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
         action = self._mode.action(kind)

@@ -18,7 +18,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from backends.errors import ConfigError, RequestError, UnsupportedError
+from backends.errors import ConfigError, HostError, RequestError, UnsupportedError
 from backends.generation import latents as latent_space
 from backends.generation.batching import require_one_batch
 from backends.generation.call_arguments import (
@@ -242,6 +242,11 @@ class LoadedPipeline:
             self._step_cache.begin(is_on=prepared.request.quality != "exact")
         try:
             yield
+        except Exception as error:
+            # the others did not all raise the same
+            if self._backend is not None and not isinstance(error, HostError):
+                self._backend.mesh.groups.give_up()
+            raise
         finally:
             if self._backend is not None:
                 self._backend.end()

@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.distributed import _functional_collectives as functional_collectives
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
+from backends.parallel import links
+from backends.parallel.alarm import Alarm
 from backends.parallel.message import pack, unpack
 from backends.plan import ParallelPlan
 
@@ -32,8 +34,13 @@ logger = logging.getLogger(__name__)
 
 IDLE_TIMEOUT = timedelta(days=3650)
 """Followers wait in a broadcast until somebody asks for an image, and nobody may for weeks. A dead
-peer is noticed by its closed connection and a hanging one by the watch in hosts/ranks/commands.py,
-so this wait needs no end."""
+peer is noticed by its closed connection and a hanging one by hosts/supervision/heartbeat.py, so
+this wait needs no end."""
+
+DATA_TIMEOUT = timedelta(hours=3)
+"""For one operation of a data group: longer than hosts/supervision/progress.py allows a rank to
+compile, since the watch decides who hangs.
+"""
 
 MEET_WITHIN = timedelta(minutes=5)
 """From when all ranks are there until their connections stand."""
@@ -134,6 +141,17 @@ class Axis:
     def size(self) -> int:
         return len(self.ranks)
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether there is no other rank to ask. RuntimeError if there is and the mesh is closed:
+        what came out would be wrong.
+        """
+        if self.group is None and self.size > 1:
+            raise RuntimeError(
+                f"axis {self.name!r} of {self.size} ranks was used while its mesh is closed"
+            )
+        return self.group is None
+
 
 class Mesh:
     """The data groups of a plan on this rank. Every rank must build, use and rebuild its mesh in
@@ -152,16 +170,21 @@ class Mesh:
         device: torch.device,
         team: int = 0,
         num_teams: int = 1,
+        alarm: Alarm | None = None,
     ) -> None:
-        """rank: this rank's number within its team."""
+        """rank: this rank's number within its team. alarm: by which ranks on GPUs hear of another's
+        failure.
+
+        ConfigError if the GPUs do not reach each other.
+        """
         self.plan = plan
         self.rank = rank
         self.device = device
+        self.groups = links.OpenGroups(device, alarm)
         self._first = team * plan.world_size
         self._num_teams = num_teams
         self.traffic = CommStats()
         self._axes: dict[tuple[str, ...], Axis] = {}
-        self._open_groups: list[dist.ProcessGroup] = []
         self._step_group: dist.ProcessGroup | None = None
         self._last_word: tuple[dist.Work, Tensor] | None = None
         self._open()
@@ -202,22 +225,19 @@ class Mesh:
         work.wait()
         return int(message.item())
 
+    def fail(self) -> None:
+        """This rank has failed: close the data groups, and let the others know first, who may wait
+        for their devices.
+        """
+        self.groups.sound_alarm()
+        self.destroy()
+
     def destroy(self) -> None:
         """Close the data groups. Peers that wait in one of them fail at once (gloo: connection
         closed by peer).
         """
         self._last_word = None
-        for group in reversed(
-            self._open_groups
-        ):  # that of the words last: closing it waits for who has not heard one
-            try:
-                if self.device.type == "cuda":
-                    # a rank that waits inside a CUDA kernel is not woken by a closed socket
-                    group.abort()
-                dist.destroy_process_group(group)
-            except (RuntimeError, ValueError) as error:
-                logger.warning("closing a data group failed: %s", error)
-        self._open_groups.clear()
+        self.groups.close()
         for axis in self._axes.values():
             axis.group = axis.reverse_group = axis.memory = None
         self._step_group = None
@@ -239,6 +259,7 @@ class Mesh:
             self._step_group = self._new_groups(
                 [tuple(range(self.plan.world_size))], backend="gloo"
             )
+            self.groups.watch(self._step_group)
         for name, _ in self.plan.axes:
             self.axis(name)
 
@@ -256,25 +277,24 @@ class Mesh:
             }
             reverse_group = self._new_groups(parts, backend=backend) if is_way_back else None
         ranks = tuple(self._first + rank for rank in mine)
-        return Axis(
+        axis = Axis(
             name="x".join(names),
             ranks=ranks,
             rank=mine.index(self.rank),
             group=group,
             reverse_group=reverse_group,
         )
+        self.groups.open_links(axis, num_stages=self.plan.degree("stage"))
+        return axis
 
     def _new_groups(self, parts: Sequence[tuple[int, ...]], *, backend: str) -> dist.ProcessGroup:
         """This rank's of the groups that the ranks of each team, numbered within it, are parted
         into.
         """
         teams = range(0, self._num_teams * self.plan.world_size, self.plan.world_size)
-        group = _new_groups(
-            [[first + rank for rank in part] for first in teams for part in parts],
-            self._first + self.rank,
-            backend,
-        )
-        self._open_groups.append(group)
+        everybody = [[first + rank for rank in part] for first in teams for part in parts]
+        group = _new_groups(everybody, self._first + self.rank, backend, DATA_TIMEOUT)
+        self.groups.add(group)
         return group
 
 
@@ -303,7 +323,7 @@ def all_gather(tensor: Tensor, *, dim: int, axis: Axis, traffic: CommStats | Non
         return handle_torch_function(
             all_gather, (tensor,), tensor, dim=dim, axis=axis, traffic=traffic
         )
-    if axis.group is None:
+    if axis.is_alone:
         return tensor
     if traffic is not None:
         traffic.add(tensor, peers=axis.size - 1)
@@ -315,7 +335,7 @@ def all_gather(tensor: Tensor, *, dim: int, axis: Axis, traffic: CommStats | Non
 
 def all_sum(tensor: Tensor, *, axis: Axis) -> Tensor:
     """The ranks' tensors of one shape, added up, on every rank."""
-    if axis.group is None:
+    if axis.is_alone:
         return tensor
     total = tensor.contiguous().clone()
     dist.all_reduce(total, group=axis.group)
@@ -326,7 +346,7 @@ def broadcast(tensor: Tensor, *, source: int, axis: Axis) -> None:
     """Rank `source` of the axis overwrites everyone's tensor with its own. Blocks until this rank's
     is complete.
     """
-    if axis.group is not None:
+    if not axis.is_alone:
         dist.broadcast(tensor, src=axis.ranks[source], group=axis.group)
 
 
@@ -463,7 +483,7 @@ def begin_gather(
     piece: Tensor, shapes: Sequence[Sequence[int]], *, axis: Axis, traffic: CommStats
 ) -> Callable[[], list[Tensor]]:
     """The same in the background. What it returns waits for the pieces, and must be called."""
-    if axis.group is None:
+    if axis.is_alone:
         return lambda: [piece]
     if torch.compiler.is_compiling():
         pieces = _gather_padded(piece, shapes, axis)

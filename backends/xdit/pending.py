@@ -340,7 +340,9 @@ def _plain(value: Any) -> Any:
 
 
 def _meta(value: Any) -> Any:
-    """Of the same shape and dtype, without memory."""
-    if not isinstance(value, Tensor) or value.dim() == 0:
+    """Of the same shape and dtype, without memory. A number may stay where torch lets it meet any
+    device: on the CPU.
+    """
+    if not isinstance(value, Tensor) or (value.dim() == 0 and value.device.type == "cpu"):
         return value
     return torch.empty(value.shape, dtype=value.dtype, device="meta")

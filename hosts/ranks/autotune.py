@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from backends.parallel.alarm import Alarm
 
 from backends.autotune.ranking import Measured
 from backends.autotune.trials import PipelineSubject, Trials
@@ -37,6 +38,7 @@ def tune(
     world_size: int,
     device: torch.device,
     activity: Activity,
+    alarm: Alarm | None = None,
 ) -> tuple[StartPlan, LoadedPipeline | None]:
     """The start as all ranks will make it, and the pipeline where measuring has loaded it. Every
     rank takes part.
@@ -51,7 +53,9 @@ def tune(
     measured = announce(recall_from(folder)(start.auto.key) if rank == 0 else None)
     if measured is None:
         activity.begin("loading and trying methods", within_s=LOAD_WITHIN_S)
-        pipeline, measured = _measure(start, rank=rank, world_size=world_size, device=device)
+        pipeline, measured = _measure(
+            start, rank=rank, world_size=world_size, device=device, alarm=alarm
+        )
         activity.rest()
         if measured is not None and rank == 0 and folder is not None:
             remember(folder, start.auto.key, measured)
@@ -64,7 +68,7 @@ def tune(
 
 
 def _measure(
-    start: StartPlan, *, rank: int, world_size: int, device: torch.device
+    start: StartPlan, *, rank: int, world_size: int, device: torch.device, alarm: Alarm | None
 ) -> tuple[LoadedPipeline | None, Measured | None]:
     """Nothing, on all ranks, if one of them fails: what is wrong shows again, and is told, when the
     loop loads.
@@ -77,13 +81,11 @@ def _measure(
     if agree_on_outcome(failure).failure is None:
         try:
             request = prewarm_request(start.spec, replace(start.load, prewarm_steps=TRIAL_STEPS))
-            trials = Trials(
+            subject, ranks = (
                 PipelineSubject(pipeline, request),
-                spec=start.spec,
-                rank=rank,
-                world_size=world_size,
-                halves=halves_of(start.spec),
+                {"rank": rank, "world_size": world_size, "alarm": alarm},
             )
+            trials = Trials(subject, spec=start.spec, halves=halves_of(start.spec), **ranks)
             measured = trials.measure(
                 candidates_of(start.auto),
                 quality=start.auto.quality,

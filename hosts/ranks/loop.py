@@ -147,13 +147,12 @@ class RankLoop:
         failure = None
         world_size = self._all.control.size
         for size, plan in self._plans.items():
-            mesh = Mesh(
-                plan,
-                rank=self._rank % size,
-                device=self._device,
-                team=self._rank // size,
-                num_teams=world_size // size,
-            )
+            place = {
+                "rank": self._rank % size,
+                "team": self._rank // size,
+                "num_teams": world_size // size,
+            }
+            mesh = Mesh(plan, device=self._device, alarm=self._all.mesh.groups.alarm, **place)
             mesh.prepare()
             self._teams[size] = self._new_team(mesh, control_of_team(size))
         try:
@@ -276,9 +275,9 @@ class RankLoop:
         self._pipeline.check(request)
 
     def _on_step(self, step: int, num_steps: int, latents: torch.Tensor) -> None:
-        self._wait_for_device()
         if self._team.mesh.broadcast_signal(self._team_desk.step_signal()) == CANCEL:
             raise CancelledError(f"the job was cancelled at step {step} of {num_steps}.")
+        self._wait_for_device()
         self._team_desk.step_done(step, num_steps, lambda row: self._pipeline.preview(latents, row))
         self._activity.step(is_last=step == num_steps)
 
@@ -288,7 +287,7 @@ class RankLoop:
         """
         if self._device.type == "cuda":
             if self._last_step is not None:
-                self._last_step.synchronize()
+                self._team.mesh.groups.wait_for(self._last_step)
             self._last_step = torch.cuda.Event()
             self._last_step.record()
 
@@ -298,7 +297,7 @@ class RankLoop:
             traceback.clear_frames(
                 error.__traceback__
             )  # they may hold a group, and only its last reference closes its connections
-            self._team.mesh.destroy()  # wakes the ranks that wait for this one in a collective
+            self._team.mesh.fail()  # wakes the ranks that wait for this one in a collective
         if self._device.type == "cuda" and not isinstance(error, HostError):
             torch.cuda.empty_cache()
         return failure

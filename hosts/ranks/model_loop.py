@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from backends.parallel.alarm import Alarm
 
 from backends.errors import UnavailableError
 from backends.parallel.distributed import Channel, Mesh, close, open_channels
@@ -153,8 +154,10 @@ class ModelLoop:
         plan: Callable[[Settings], StartPlan],
         front: LeaderControl | None,
         activity: Activity | None = None,
+        alarm: Alarm | None = None,
     ) -> None:
         self._rank = rank
+        self._alarm = alarm
         self._world_size = world_size
         self._device = device
         self._plan = plan
@@ -205,7 +208,7 @@ class ModelLoop:
             time.sleep(command.seconds)
 
     def _loop_of(self, start: StartPlan) -> _ServingLoop:
-        mesh = Mesh(start.plan, rank=self._rank, device=self._device)
+        mesh = Mesh(start.plan, rank=self._rank, device=self._device, alarm=self._alarm)
         if start.teams.plans and not self._channels:
             self._channels = open_channels()
         sharing = Sharing(

@@ -31,6 +31,7 @@ NUM_FRAMES = 6
 COLLECTIVES = (
     str(Path("torch") / "distributed"),
     str(Path("backends") / "parallel" / "distributed.py"),
+    str(Path("backends") / "links.py"),
 )
 """In the path of every file in which a rank waits for others."""
 
@@ -53,13 +54,18 @@ class Watch:
         activity: Activity | None = None,
         local_ranks: range | None = None,
         on_leave: Callable[[ExitReport], None] = lambda ending: None,
+        is_device_busy: Callable[[], bool] = lambda: False,
     ) -> None:
         """activity: of this rank's main thread. local_ranks: on this machine; all if not given.
+
+        is_device_busy: on a GPU a rank waits for others in a kernel, wherever its main thread waits
+        for that.
 
         on_leave: is told why this process ends, just before it does.
         """
         self._store = store
         self._on_leave = on_leave
+        self._is_device_busy = is_device_busy
         self._activity = activity or Activity()
         self._rank = rank
         self._others = [other for other in range(world_size) if other != rank]
@@ -135,11 +141,13 @@ class Watch:
         return now - seen[other][1] > self._timeout_s
 
     def _who_is_stuck(self, what: str) -> ExitReport:
-        """All ranks stand still when one does. The one that waits in no collective is the one to
-        blame, if it is one.
+        """All ranks stand still when one does. The one that waits in no collective or kernel is the
+        one to blame, if it is one.
         """
         stack = traceback.extract_stack(sys._current_frames()[self._main])
-        waits = any(place in frame.filename for frame in stack for place in COLLECTIVES)
+        waits = self._is_device_busy() or any(
+            place in frame.filename for frame in stack for place in COLLECTIVES
+        )
         at = [f"{frame.filename}:{frame.lineno} in {frame.name}" for frame in stack[-NUM_FRAMES:]]
         logger.error(
             "rank %d has %s. It is %s, at\n  %s",

@@ -251,8 +251,8 @@ class Groups:
         """Do what waits for peers. A lost peer leaves a kernel running, and nothing tells the
         host.
         """
-        if self._rehearsal.stuck_behind is not None:
-            return None  # it is queued behind that kernel
+        if self._rehearsal.stuck_behind is not None or id(group) in self._aborted:
+            return None  # it is queued behind that kernel, or has been ended
         try:
             with torch._C.DisableTorchFunction():  # modes of the program have seen the call already
                 return call()
@@ -271,6 +271,7 @@ class Groups:
             return
         self._aborted.add(id(group))
         self._rehearsal.abort(group)
+        REAL_ABORT(group)
 
     def _device_of_objects(self, group: Any = None) -> Any:
         return (

@@ -93,7 +93,7 @@ class Rehearsal:
         self._mode = _Mode(self.placement)
 
     def __enter__(self) -> Self:
-        import torch._dynamo
+        import torch._dynamo  # while it still sees that there is no GPU
 
         CudaTensor.rehearsal = self
         _lend_device_guard()

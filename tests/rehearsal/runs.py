@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from backends.parallel.alarm import Alarm
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -121,7 +123,12 @@ class Rank:
             spec, {**case.options, "checkpoint": str(checkpoint(case.type))}, case.ranks
         )
         self.desk = Desk()
-        self.mesh = Mesh(plan, rank=rank, device=device)
+        self.mesh = Mesh(
+            plan,
+            rank=rank,
+            device=device,
+            alarm=Alarm(dist.distributed_c10d._get_default_store().clone()),
+        )
         self.loop = RankLoop(
             rank=rank, spec=spec, mesh=self.mesh, desk=self.desk, pipeline=self.pipe
         )
