@@ -72,7 +72,7 @@ class ModelSpec:
     requires: inputs that every request must bring. call: fixed extra arguments of the pipeline
     call.
     also: other pipeline classes with the same parts, whose checkpoints this row runs as well.
-    fits: what a checkpoint must be like (backends/loading/fit.py). denoiser, vae: their classes;
+    fits: what a checkpoint must be like (backends/files/fit.py). denoiser, vae: their classes;
     channels: how many times the latents, and how many more, the denoiser takes in; text: a field of
     the denoiser's configuration -> widths of encoders that it is the sum of; is: fields with one
     right value; sign: a field that tells it from another type of the same class; optional: parts

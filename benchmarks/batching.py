@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from backends.generation.pipeline import LoadedPipeline, load_pipeline
+from backends.groups.mesh import select_device
 from backends.model_table import read_table
-from backends.parallel.distributed import select_device
 from backends.request import GenerateRequest, LoadRequest
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from backends.parallel.distributed import Mesh, gather_outcomes
+from backends.groups.control_group import gather_outcomes
+from backends.groups.mesh import Mesh
 from backends.parallel.vae import attach_patch_decode, detach_patch_decode
 from backends.plan import ParallelPlan
 from benchmarks.closeness import psnr

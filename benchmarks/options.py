@@ -80,9 +80,9 @@ def measure(row: Mapping[str, Any], *, steps: int, images: int, side: int) -> di
 
     from backends import backend_class
     from backends.generation.pipeline import load_pipeline
+    from backends.groups.mesh import Mesh
     from backends.loading.quantization import weight_bytes
     from backends.model_table import read_table
-    from backends.parallel.distributed import Mesh
     from backends.request import GenerateRequest
     from benchmarks import option_files as files
     from hosts.launch.command_line import parse_command_line

@@ -31,9 +31,9 @@ from backends.autotune.cost import as_json
 from backends.autotune.ranking import Measured, Row, choose, rank
 from backends.autotune.trials import WARMUP_STEPS, Trials
 from backends.generation.pipeline import OnStep
+from backends.groups.control_group import gather_outcomes
 from backends.model_table import read_table
 from backends.parallel.base import Backend, RunInfo
-from backends.parallel.distributed import gather_outcomes
 from backends.request import GenerateRequest
 from benchmarks.models import GUIDANCE, SUBJECTS, Subject, num_parameters
 

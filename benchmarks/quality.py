@@ -31,9 +31,10 @@ from torch import Tensor
 
 from backends import BACKEND_NAMES, backend_class, planner
 from backends.errors import HostError
+from backends.groups.control_group import gather_outcomes
+from backends.groups.mesh import Mesh
 from backends.model_table import read_table
 from backends.parallel.base import RunInfo
-from backends.parallel.distributed import Mesh, gather_outcomes
 from backends.request import GenerateRequest
 from benchmarks.closeness import psnr
 from benchmarks.settings import SETTINGS

@@ -239,7 +239,8 @@ def _serve(
     is bound.
     """
     import_bitsandbytes()
-    from backends.parallel import distributed
+    from backends.groups import control_group
+    from backends.groups.mesh import Mesh
     from hosts.ranks.autotune import tune
     from hosts.ranks.dispatch import FollowerDispatcher, LeaderDispatcher
     from hosts.ranks.loop import RankLoop
@@ -255,12 +256,12 @@ def _serve(
         activity=activity,
         **ranks,
     )
-    mesh = distributed.Mesh(start.plan, rank=place.rank, device=device, alarm=alarm)
+    mesh = Mesh(start.plan, rank=place.rank, device=device, alarm=alarm)
     state.tell({**start.facts(), "device": str(device)})
     logger.info("%s on %s", start.plan.describe(), device)
     for reason in start.facts()["reasons"]:
         logger.info("chosen: %s", reason)
-    channels = distributed.open_channels() if start.teams.plans else {}
+    channels = control_group.open_channels() if start.teams.plans else {}
     sharing = Sharing(
         spec=start.spec,
         load=start.load,
@@ -281,7 +282,7 @@ def _serve(
         ).run()
     finally:
         mesh.destroy()
-        distributed.shutdown()
+        control_group.shutdown()
     return failure.as_error() if failure is not None else None
 
 
@@ -302,7 +303,7 @@ def _activity(place: Place) -> Activity:
 
 def _meet_machines(settings: Settings, start: StartPlan, place: Place, state: HostState) -> Any:
     """The store over which the ranks of all machines talk, once they are all there."""
-    from backends.parallel.distributed import open_store
+    from backends.groups.control_group import open_store
 
     endpoint = parse_endpoint(settings.rdzv_endpoint)
     _use_interface_towards(endpoint)
@@ -340,20 +341,20 @@ def _meet(
     """This rank's device and alarm, once all ranks have met and watch each other. others: the store
     of several machines.
     """
-    from backends.parallel.alarm import Alarm
-    from backends.parallel.links import is_busy
-
-    from backends.parallel import distributed
+    from backends.groups import control_group
+    from backends.groups.alarm import Alarm
+    from backends.groups.links import is_busy
+    from backends.groups.mesh import select_device
     from hosts.supervision.heartbeat import Watch
 
     if place.world_size == place.local_world_size:
         _use_interface_towards(
             ("127.0.0.1", 1)
         )  # else gloo and NCCL listen where the machine's name leads, which others may reach
-    device = distributed.select_device(place.local_rank)
+    device = select_device(place.local_rank)
     notes = _notes(place) if others is None else None
     meeting = notes.meeting if notes is not None else others
-    beats = distributed.initialize(rank=place.rank, world_size=place.world_size, store=meeting)
+    beats = control_group.initialize(rank=place.rank, world_size=place.world_size, store=meeting)
     beats = notes.board if notes is not None else beats
     Watch(
         beats,
@@ -392,7 +393,7 @@ def _serve_errands(
 ) -> None:
     """The same for a host that waits for its pipeline: until told to stop."""
     import_bitsandbytes()
-    from backends.parallel import distributed
+    from backends.groups import control_group
     from hosts.ranks.model_loop import LeaderControl, ModelLoop
 
     activity = _activity(place)
@@ -408,7 +409,7 @@ def _serve_errands(
         loop = ModelLoop(**ranks, plan=control.plan, front=front, activity=activity)
         loop.run()
     finally:
-        distributed.shutdown()
+        control_group.shutdown()
 
 
 def _listen(

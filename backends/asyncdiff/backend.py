@@ -25,10 +25,10 @@ from backends.asyncdiff.schedule import (
 from backends.asyncdiff.segments import Segments, choose_segments
 from backends.asyncdiff.trace import time_units, trace
 from backends.asyncdiff.units import Layout, UnitHooks, find_units
+from backends.groups.mesh import Mesh
 from backends.model_table import ModelSpec
 from backends.parallel import hooks
 from backends.parallel.base import Backend, RunInfo
-from backends.parallel.distributed import Mesh
 from backends.parallel.weight_shards import KeptWeights, weight_bytes
 from backends.plan import ParallelPlan
 

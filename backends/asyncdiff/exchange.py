@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from backends.parallel.distributed import Axis, Mesh
+from backends.groups.mesh import Axis, Mesh
 
 
 class Arrival:

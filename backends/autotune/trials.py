@@ -23,10 +23,12 @@ from backends.autotune.ranking import NUM_TRIED, Measured, contenders, next_to_t
 from backends.autotune.step_profile import bytes_of, surveyed
 from backends.errors import CancelledError
 from backends.generation.pipeline import LoadedPipeline, OnStep
+from backends.groups.alarm import Alarm
+from backends.groups.collectives import begin_gather
+from backends.groups.control_group import gather_outcomes
+from backends.groups.mesh import Axis, Mesh
 from backends.model_table import ModelSpec
-from backends.parallel.alarm import Alarm
 from backends.parallel.base import Backend
-from backends.parallel.distributed import Axis, Mesh, begin_gather, gather_outcomes
 from backends.plan import ParallelPlan
 from backends.request import GenerateRequest
 

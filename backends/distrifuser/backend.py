@@ -15,10 +15,10 @@ from backends.distrifuser.networks import PatchedNetwork
 from backends.distrifuser.step_clock import StepClock
 from backends.distrifuser.tensor import attach_shards, detach_shards
 from backends.errors import UnsupportedError
+from backends.groups.mesh import Axis
 from backends.parallel import hooks
 from backends.parallel.base import Backend, RunInfo
 from backends.parallel.cfg_split import cut_batch
-from backends.parallel.distributed import Axis
 from backends.plan import Exactness
 from backends.request import GenerateRequest
 

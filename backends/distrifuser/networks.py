@@ -19,8 +19,9 @@ from backends.distrifuser.cuts import (
 from backends.distrifuser.modes import SyncMode
 from backends.distrifuser.stale import CallBuffers
 from backends.distrifuser.step_clock import StepClock
+from backends.groups.collectives import gather_pieces
+from backends.groups.mesh import Axis, Mesh
 from backends.parallel import hooks
-from backends.parallel.distributed import Axis, Mesh, gather_pieces
 from backends.parallel.patch_bounds import Grid, Line, PatchBounds
 from backends.parallel.patch_mode import (
     Exchange,

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from backends.distrifuser.modes import SyncMode
-from backends.parallel.distributed import AsyncAllToAll, Axis, CommStats, gather_pieces
+from backends.groups.collectives import AsyncAllToAll, gather_pieces
+from backends.groups.mesh import Axis, CommStats
 from backends.parallel.patch_mode import Exchange, Kind, combine
 
 NUM_MESSAGES = 8  # per step: enough that nearly all of the sending overlaps with computing

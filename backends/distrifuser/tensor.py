@@ -18,8 +18,9 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from backends.errors import PlanError, UnsupportedError
+from backends.groups.collectives import all_gather
+from backends.groups.mesh import Mesh
 from backends.parallel import hooks
-from backends.parallel.distributed import Mesh, all_gather
 
 NAME = "weight shards"
 AXIS = "tensor"

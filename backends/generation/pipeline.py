@@ -37,7 +37,7 @@ from backends.loading.ip_adapter import (
     require_images,
     use_scales,
 )
-from backends.loading.lora import LoraSet
+from backends.loading.lora.lora_set import LoraSet
 from backends.loading.offload import place, use_lean_attention
 from backends.loading.quantization import quantize
 from backends.loading.step_cache import StepCache

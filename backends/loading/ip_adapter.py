@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor
 
 from backends.errors import ConfigError, RequestError, UnsupportedError
-from backends.loading.adapter_fit import find_encoder
+from backends.files.adapter_fit import find_encoder
 from backends.loading.weights import DTYPES, LOADING_ERRORS, read_weights
 from backends.model_table import ModelSpec
 from backends.request import GenerateRequest, LoadRequest

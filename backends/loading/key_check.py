@@ -12,13 +12,13 @@ from accelerate import init_empty_weights
 from diffusers.loaders import single_file_model
 from torch import Tensor
 
-from backends.denoiser_families import DENOISER_PREFIXES
 from backends.errors import ConfigError
-from backends.loading.checkpoint import read_config
-from backends.loading.fit import require_same_shapes, without_scales
+from backends.files.checkpoint import read_config
+from backends.files.denoiser_families import DENOISER_PREFIXES
+from backends.files.fit import require_same_shapes, without_scales
+from backends.files.recognition import NOTES
+from backends.files.weight_headers import Header
 from backends.loading.plain_weights import LDM_PREFIX, LDM_UNET
-from backends.loading.recognition import NOTES
-from backends.loading.weight_headers import Header
 
 CONVERSION_ERRORS = (
     KeyError,

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from backends.denoiser_families import DENOISER_PREFIXES
 from backends.errors import ConfigError
-from backends.loading.fit import MARKER, SCALES, UNKNOWN_SCALES
-from backends.loading.recognition import NOTES
-from backends.loading.weight_headers import SAFETENSORS, Header, Shape, original_shapes, read_header
+from backends.files.denoiser_families import DENOISER_PREFIXES
+from backends.files.fit import MARKER, SCALES, UNKNOWN_SCALES
+from backends.files.recognition import NOTES
+from backends.files.weight_headers import SAFETENSORS, Header, Shape, original_shapes, read_header
 
 Weights = dict[str, Tensor]
 SCALE_ENDINGS = ((".scale_weight", ".weight"), (".weight_scale", ".weight"))

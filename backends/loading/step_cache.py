@@ -25,9 +25,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from backends.groups.collectives import all_sum
+from backends.groups.mesh import Mesh
 from backends.model_table import ModelSpec
 from backends.parallel import hooks
-from backends.parallel.distributed import Mesh, all_sum
 from backends.step_cache_spec import StepCacheSpec
 
 NAME = "step cache"

@@ -16,11 +16,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from backends.denoiser_families import DENOISER_PREFIXES
 from backends.errors import ConfigError
-from backends.loading.adapter_fit import require_fit
-from backends.loading.checkpoint import Checkpoint, component_folder
-from backends.loading.fit import prediction_settings
+from backends.files.adapter_fit import require_fit
+from backends.files.checkpoint import Checkpoint, component_folder
+from backends.files.denoiser_families import DENOISER_PREFIXES
+from backends.files.fit import prediction_settings
+from backends.files.recognition import VAE_PREFIXES, has_vae
+from backends.files.weight_headers import SAFETENSORS, Header, read_folder_header
 from backends.loading.key_check import require_weights
 from backends.loading.plain_weights import (
     is_plain,
@@ -31,8 +33,6 @@ from backends.loading.plain_weights import (
     require_finite,
     unpack_beside_linears,
 )
-from backends.loading.recognition import VAE_PREFIXES, has_vae
-from backends.loading.weight_headers import SAFETENSORS, Header, read_folder_header
 from backends.model_table import ModelSpec
 from backends.request import LoadRequest
 

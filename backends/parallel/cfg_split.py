@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from backends.groups.collectives import all_gather
+from backends.groups.mesh import Axis, Mesh
 from backends.parallel import hooks
-from backends.parallel.distributed import Axis, Mesh, all_gather
 
 NAME = "cfg split"
 """What the split over the `cfg` axis is called among the hooks of a denoiser; over another axis

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from backends.groups.collectives import all_gather
+from backends.groups.mesh import Mesh
 from backends.parallel import hooks
-from backends.parallel.distributed import Mesh, all_gather
 
 NAME = "cfg pairs"
 

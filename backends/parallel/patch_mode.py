@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from backends.errors import UnsupportedError
+from backends.groups.collectives import begin_gather, gather_pieces
+from backends.groups.mesh import Axis, CommStats
 from backends.parallel import hooks
-from backends.parallel.distributed import Axis, CommStats, begin_gather, gather_pieces
 from backends.parallel.patch_bounds import Grid, Line, PatchBounds
 
 Kind = Literal["halo", "statistics", "attention"]

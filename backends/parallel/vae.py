@@ -14,8 +14,9 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLTemporalDecoder
 from torch import Tensor, nn
 
+from backends.groups.collectives import gather_pieces
+from backends.groups.mesh import Axis, Mesh
 from backends.parallel import hooks
-from backends.parallel.distributed import Axis, Mesh, gather_pieces
 from backends.parallel.patch_bounds import Grid, PatchBounds, cut
 from backends.parallel.patch_mode import (
     FreshExchange,

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from backends.parallel.distributed import Axis, broadcast
+from backends.groups.collectives import broadcast
+from backends.groups.mesh import Axis
 
 
 class KeptWeights:

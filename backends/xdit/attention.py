@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from backends.errors import UnsupportedError
+from backends.groups.mesh import Axis, Mesh
 from backends.parallel import hooks
-from backends.parallel.distributed import Axis, Mesh
 from backends.xdit.exchange import (
     heads_for_tokens,
     own_heads,

@@ -14,8 +14,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from backends.parallel.distributed import Axis, CommStats
-from backends.parallel.shared_memory import shared_memory
+from backends.groups.mesh import Axis, CommStats
+from backends.groups.shared_memory import shared_memory
 from backends.xdit.layout import sizes
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from backends.parallel.distributed import Mesh
+from backends.groups.mesh import Mesh
 from backends.xdit.pending import Deferred
 
 

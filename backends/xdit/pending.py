@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from backends.parallel.distributed import all_gather
+from backends.groups.collectives import all_gather
 from backends.xdit.layout import Span
 
 aten = torch.ops.aten

@@ -25,9 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from backends.errors import HostError, PlanError, UnsupportedError
+from backends.groups.collectives import broadcast
+from backends.groups.mesh import Mesh
 from backends.parallel import hooks
 from backends.parallel.cfg_split import cut_batch
-from backends.parallel.distributed import Mesh, broadcast
 from backends.parallel.weight_shards import KeptWeights
 from backends.xdit.attention import Pass
 from backends.xdit.layout import Layout, sizes

@@ -17,8 +17,9 @@ from diffusers.hooks.tensor_parallel import TPShardSpec, resolve_tp_shard_specs
 from torch import Tensor, nn
 
 from backends.errors import PlanError, UnsupportedError
+from backends.groups.collectives import gather_pieces
+from backends.groups.mesh import Mesh
 from backends.parallel import hooks
-from backends.parallel.distributed import Mesh, gather_pieces
 
 NAME = "xdit weight shares"
 

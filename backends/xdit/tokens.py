@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from backends.errors import UnsupportedError
+from backends.groups.mesh import Mesh
 from backends.parallel import hooks
 from backends.parallel.cfg_split import cut_batch
-from backends.parallel.distributed import Mesh
 from backends.xdit.attention import Pass, SpreadAttention
 from backends.xdit.exchange import gather_tokens
 from backends.xdit.layout import Layout, Shard, Span, count, take

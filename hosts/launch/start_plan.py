@@ -14,10 +14,10 @@ from typing import Any
 
 from backends import planner
 from backends.errors import ConfigError, HostError, RequestError
+from backends.files.adapter_fit import require_fit
+from backends.files.checkpoint import infer_type, open_checkpoint
+from backends.files.fit import prediction_settings
 from backends.generation.schedulers import parse_scheduler, require_family
-from backends.loading.adapter_fit import require_fit
-from backends.loading.checkpoint import infer_type, open_checkpoint
-from backends.loading.fit import prediction_settings
 from backends.model_table import ModelSpec, ModelTable
 from backends.plan import ParallelPlan, require_world_size
 from backends.request import LoadRequest

@@ -10,11 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from backends.parallel.alarm import Alarm
 
 from backends.autotune.ranking import Measured
 from backends.autotune.trials import PipelineSubject, Trials
 from backends.generation.pipeline import LoadedPipeline, load_pipeline
+from backends.groups.alarm import Alarm
 from hosts.launch.auto_backend import candidates_of, halves_of, recall_from, remember
 from hosts.launch.start_plan import StartPlan
 from hosts.ranks.commands import Failure, agree_on_outcome, announce

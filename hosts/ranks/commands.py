@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from backends.errors import CancelledError, HostError, RankError, UnsendableError
-from backends.parallel.distributed import Axis, broadcast_command, gather_outcomes
+from backends.groups.control_group import broadcast_command, gather_outcomes
+from backends.groups.mesh import Axis
 from backends.request import GenerateRequest, LoadRequest
 
 T = TypeVar("T")

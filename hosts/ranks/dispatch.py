@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Protocol
 
 from backends.errors import CancelledError
-from backends.parallel.distributed import Channel
+from backends.groups.control_group import Channel
 from backends.request import Array, GenerateRequest, GenerateResult, LoadRequest
 from hosts.jobs.decision import Choice, Choose
 from hosts.jobs.policy import Sharing, SplitPeriod

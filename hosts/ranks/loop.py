@@ -19,9 +19,10 @@ import torch
 from backends import backend_class
 from backends.errors import CancelledError, HostError
 from backends.generation.pipeline import LoadedPipeline, load_pipeline
+from backends.groups.control_group import control_axis, control_of_team
+from backends.groups.mesh import Axis, Mesh
 from backends.model_table import ModelSpec
 from backends.parallel.base import Backend
-from backends.parallel.distributed import Axis, Mesh, control_axis, control_of_team
 from backends.plan import ParallelPlan
 from backends.request import GenerateRequest, GenerateResult, LoadRequest
 from hosts.ranks.commands import (

@@ -13,10 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from backends.parallel.alarm import Alarm
 
 from backends.errors import UnavailableError
-from backends.parallel.distributed import Channel, Mesh, close, open_channels
+from backends.groups.alarm import Alarm
+from backends.groups.control_group import Channel, close, open_channels
+from backends.groups.mesh import Mesh
 from backends.request import LoadRequest
 from hosts.jobs.decision import Choice, Choose
 from hosts.jobs.policy import Sharing, SplitPeriod

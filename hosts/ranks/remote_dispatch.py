@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from backends.parallel.distributed import Channel
+from backends.groups.control_group import Channel
 from backends.request import Array, GenerateRequest, GenerateResult
 from hosts.ranks.commands import Command, Failure, Generate, Outcome, Rejoin, give_next
 

@@ -28,11 +28,7 @@ STORE_RANK_FIRST_S = 5 * BEAT_S
 if another rank left before it.
 """
 NUM_FRAMES = 6
-COLLECTIVES = (
-    str(Path("torch") / "distributed"),
-    str(Path("backends") / "parallel" / "distributed.py"),
-    str(Path("backends") / "links.py"),
-)
+COLLECTIVES = (str(Path("torch") / "distributed"), str(Path("backends") / "groups"))
 """In the path of every file in which a rank waits for others."""
 
 

@@ -12,9 +12,9 @@ from PIL import Image
 
 from backends import backend_class, planner
 from backends.generation.pipeline import LoadedPipeline, load_pipeline
+from backends.groups.mesh import Mesh
 from backends.model_table import ModelSpec, read_table
 from backends.parallel.base import Backend
-from backends.parallel.distributed import Mesh
 from backends.quantization_spec import parse_quantization
 from backends.request import CompileSettings, GenerateRequest, LoadRequest
 from backends.step_cache_spec import KINDS, parse_step_cache

@@ -8,14 +8,14 @@ import torch
 import torch.distributed as dist
 
 from backends.errors import PlanError, UnsendableError
-from backends.parallel.distributed import (
-    Mesh,
-    all_gather,
+from backends.groups.collectives import all_gather
+from backends.groups.control_group import (
     broadcast_command,
     control_of_team,
     gather_outcomes,
     open_channels,
 )
+from backends.groups.mesh import Mesh
 from backends.plan import ParallelPlan, require_world_size
 
 PLAN = ParallelPlan(method="test", axes=(("cfg", 2), ("patch", 2)))

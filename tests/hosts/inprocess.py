@@ -12,8 +12,8 @@ import requests
 import torch
 
 from backends.errors import UnavailableError
+from backends.groups.mesh import Mesh
 from backends.model_table import read_table
-from backends.parallel.distributed import Mesh
 from hosts.http.app import Host, create_app
 from hosts.http.server import Listener
 from hosts.jobs.policy import Sharing

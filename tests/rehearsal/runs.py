@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from backends.parallel.alarm import Alarm
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from backends import planner
 from backends.generation.pipeline import LoadedPipeline, load_pipeline
+from backends.groups.alarm import Alarm
+from backends.groups.control_group import gather_outcomes
+from backends.groups.mesh import Mesh
 from backends.model_table import ModelSpec
-from backends.parallel.distributed import Mesh, gather_outcomes
 from backends.request import GenerateRequest, LoadRequest
 from hosts.ranks.commands import Outcome
 from hosts.ranks.dispatch import CANCEL, GO_ON, FollowerDispatcher

@@ -11,8 +11,8 @@ import torch
 from backends.asyncdiff.backend import AsyncDiffBackend
 from backends.asyncdiff.plan import make_plan
 from backends.generation.pipeline import LoadedPipeline, load_pipeline
+from backends.groups.mesh import Mesh
 from backends.model_table import read_table
-from backends.parallel.distributed import Mesh
 from backends.request import GenerateRequest, LoadRequest
 from tests.checkpoints import checkpoint
 from tests.checkpoints.factory import sample_image

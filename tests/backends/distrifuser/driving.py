@@ -12,9 +12,9 @@ from torch import Tensor
 
 from backends.distrifuser.backend import DistriFuserBackend
 from backends.distrifuser.plan import make_plan
+from backends.groups.mesh import Mesh
 from backends.model_table import ModelTable, read_table
 from backends.parallel.base import RunInfo
-from backends.parallel.distributed import Mesh
 from backends.request import GenerateRequest
 from tests.checkpoints import checkpoint, inputs, load, sample_image
 

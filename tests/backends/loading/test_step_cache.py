@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from backends.errors import ConfigError, UnsupportedError
+from backends.groups.mesh import Mesh
 from backends.loading.step_cache import inner_modules
-from backends.parallel.distributed import Mesh
 from backends.plan import ParallelPlan
 from backends.step_cache_spec import parse_step_cache, require_step_cache
 from backends.xdit.plan import make_plan

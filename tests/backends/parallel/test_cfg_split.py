@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from backends.generation.pipeline import load_pipeline
+from backends.groups.mesh import Mesh
 from backends.model_table import read_table
 from backends.parallel import hooks
 from backends.parallel.base import Backend
 from backends.parallel.cfg_split import NAME
 from backends.parallel.cfg_two_calls import PairSplit
-from backends.parallel.distributed import Mesh
 from backends.plan import ParallelPlan
 from backends.request import GenerateRequest, LoadRequest
 from backends.single.backend import SingleBackend

@@ -12,9 +12,9 @@ from diffusers import AutoencoderTiny
 
 from backends import backend_class, planner
 from backends.generation.pipeline import LoadedPipeline, load_pipeline
+from backends.groups.mesh import Mesh
 from backends.model_table import read_table
 from backends.parallel import hooks
-from backends.parallel.distributed import Mesh
 from backends.parallel.vae import attach_patch_decode, detach_patch_decode, splits_decode
 from backends.plan import ParallelPlan
 from backends.request import GenerateRequest, GenerateResult, LoadRequest

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from backends.groups.mesh import Mesh
 from backends.model_table import read_table
 from backends.parallel.base import RunInfo
-from backends.parallel.distributed import Mesh
 from backends.request import GenerateRequest
 from backends.xdit.backend import XDiTBackend
 from backends.xdit.plan import make_plan

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from backends.parallel.distributed import Axis, all_gather
+from backends.groups.collectives import all_gather
+from backends.groups.mesh import Axis
 from backends.xdit.pending import Deferred, PatchGrid, PendingTensor
 
 SPANS = ((0, 5), (5, 11), (11, 24))

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from backends.errors import UnsupportedError
+from backends.groups.mesh import Mesh
 from backends.model_table import read_table
 from backends.parallel import hooks
-from backends.parallel.distributed import Mesh
 from backends.plan import ParallelPlan
 from backends.xdit.tokens import SequenceParallel
 from tests.backends.reference import from_rank_zero

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from backends.errors import CancelledError, PlanError, RequestError, UnsupportedError
+from backends.groups.mesh import Mesh
 from backends.parallel import hooks
-from backends.parallel.distributed import Mesh
 from backends.parallel.weight_shards import weight_bytes
 from backends.xdit.stages import PipeFusion, stage_bounds
 from tests.backends.reference import from_rank_zero

@@ -15,8 +15,8 @@ from backends.autotune.ranking import Measured
 from backends.autotune.trials import PipelineSubject, Trials
 from backends.errors import ConfigError
 from backends.generation.pipeline import load_pipeline
+from backends.groups.mesh import Mesh
 from backends.model_table import read_table
-from backends.parallel.distributed import Mesh
 from backends.request import GenerateRequest
 from hosts.launch.auto_backend import candidates_of, recall_from, remember
 from hosts.launch.settings import Settings

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from backends.errors import ConfigError
-from backends.parallel.distributed import open_store
+from backends.groups.control_group import open_store
 from hosts.supervision.exit_reports import ExitReport
 from hosts.supervision.rendezvous import Machines, interface_towards, parse_endpoint
 from tests.hosts.harness import free_port, wait_until

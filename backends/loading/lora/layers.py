@@ -17,7 +17,7 @@ from peft.tuners.lora.layer import LoraVariant
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
-from backends.loading.lora_formats import Update
+from backends.loading.lora.formats import Update
 
 _CONVOLUTIONS = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from backends.parallel.alarm import Alarm
-from backends.parallel.distributed import Mesh, all_gather, all_sum, broadcast, gather_pieces
+from backends.groups.alarm import Alarm
+from backends.groups.collectives import all_gather, all_sum, broadcast, gather_pieces
+from backends.groups.links import abort_all, pairs_of, pairs_to_last
+from backends.groups.mesh import Mesh
 from backends.parallel.weight_shards import move
-from backends.parallel.links import abort_all, pairs_of, pairs_to_last
 from backends.plan import ParallelPlan
 
 CPU = torch.device("cpu")

@@ -25,8 +25,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from backends.errors import ConfigError
-from backends.loading.embeddings import Embeddings, Words, split_embeddings
-from backends.loading.lora_formats import (
+from backends.loading.lora.embeddings import Embeddings, Words, split_embeddings
+from backends.loading.lora.formats import (
     PARAMETERS,
     Parts,
     Update,
@@ -36,14 +36,14 @@ from backends.loading.lora_formats import (
     split_keys,
     update_of,
 )
-from backends.loading.lora_layers import (
+from backends.loading.lora.layers import (
     ParameterDifferences,
     fits,
     install,
     merged_weight,
     set_adapters,
 )
-from backends.loading.lora_names import LayerNames, Place, plain_layers
+from backends.loading.lora.names import LayerNames, Place, plain_layers
 from backends.loading.weights import read_weights
 from backends.model_table import ModelSpec
 

@@ -19,7 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from backends.parallel.distributed import AsyncAllToAll, Axis, CommStats, gather_outcomes
+from backends.groups.collectives import AsyncAllToAll
+from backends.groups.control_group import gather_outcomes
+from backends.groups.mesh import Axis, CommStats
 
 logger = logging.getLogger(__name__)
 

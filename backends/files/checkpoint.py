@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from backends.denoiser_families import Found
 from backends.errors import ConfigError
-from backends.loading.recognition import has_text_encoders, recognize
-from backends.loading.weight_headers import Header, ReadHeader, read_folder_header, read_header
+from backends.files.denoiser_families import Found
+from backends.files.recognition import has_text_encoders, recognize
+from backends.files.weight_headers import Header, ReadHeader, read_folder_header, read_header
 from backends.model_table import ModelSpec, ModelTable, read_table
 
 Config = Mapping[str, Any]

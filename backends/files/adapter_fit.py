@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from backends.errors import ConfigError
-from backends.loading.checkpoint import (
+from backends.files.checkpoint import (
     Checkpoint,
     Config,
     component_folder,
@@ -16,9 +16,9 @@ from backends.loading.checkpoint import (
     refuse,
     with_article,
 )
-from backends.loading.fit import require_files
-from backends.loading.recognition import recognize
-from backends.loading.weight_headers import Header, ReadHeader, read_header
+from backends.files.fit import require_files
+from backends.files.recognition import recognize
+from backends.files.weight_headers import Header, ReadHeader, read_header
 from backends.model_table import ModelSpec
 from backends.request import LoadRequest
 

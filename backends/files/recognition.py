@@ -5,14 +5,14 @@ which kind of adapter. Imports no torch.
 from collections.abc import Callable
 from dataclasses import replace
 
-from backends.denoiser_families import (
+from backends.files.denoiser_families import (
     FIRST_GENERATION,
     SECOND_GENERATION,
     Found,
     Part,
     recognize_denoiser,
 )
-from backends.loading.weight_headers import Header
+from backends.files.weight_headers import Header
 
 NOTES = ("v_pred", "ztsnr", "edm_mean", "edm_std")
 """Tensors beside the weights that say how a model is sampled."""

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from backends.parallel.alarm import Alarm
 from backends.errors import ConfigError
+from backends.groups.alarm import Alarm
 
 if TYPE_CHECKING:
-    from backends.parallel.distributed import Axis
+    from backends.groups.mesh import Axis
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from backends.loading.weight_headers import Header, Shape
+from backends.files.weight_headers import Header, Shape
 
 DENOISER_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "net.")
 Part = Literal[

@@ -2,7 +2,7 @@
 no weights are read. No torch.
 
 The launcher asks before any process starts, so that `--check` tells too; ranks ask again before
-they load, with what only torch reads. Adapters are in backends/loading/adapter_fit.py.
+they load, with what only torch reads. Adapters are in backends/files/adapter_fit.py.
 """
 
 import math
@@ -10,9 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from backends.denoiser_families import DENOISER_PREFIXES, recognize_denoiser
 from backends.errors import ConfigError
-from backends.loading.checkpoint import (
+from backends.files.checkpoint import (
     Checkpoint,
     Config,
     component_folder,
@@ -23,8 +22,9 @@ from backends.loading.checkpoint import (
     width_of,
     with_article,
 )
-from backends.loading.recognition import VAE_PREFIXES, has_vae, prediction_of, recognize
-from backends.loading.weight_headers import Header, read_folder_header
+from backends.files.denoiser_families import DENOISER_PREFIXES, recognize_denoiser
+from backends.files.recognition import VAE_PREFIXES, has_vae, prediction_of, recognize
+from backends.files.weight_headers import Header, read_folder_header
 from backends.model_table import ModelSpec
 from backends.request import LoadRequest
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from backends.groups.mesh import CommStats, Mesh
+from backends.groups.shared_memory import TURNS, SharedFile, shared_memory
 from backends.parallel import shared_memory as module
-from backends.parallel.distributed import CommStats, Mesh
-from backends.parallel.shared_memory import TURNS, SharedFile, shared_memory
 from backends.plan import ParallelPlan
 from backends.xdit import exchange
 

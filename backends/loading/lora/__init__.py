@@ -1,0 +1,1 @@
+"""LoRAs of every trainer, and embeddings that come with them."""
