@@ -1,5 +1,6 @@
 """Installation: `pip install -c constraints.txt -e .` into an environment of its own."""
 
+import runpy
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -21,7 +22,7 @@ class BuildWithTable(build_py):
 
 setup(
     name="diffusion-launcher",
-    version="0.1.0",
+    version=runpy.run_path(str(Path(__file__).parent / "hosts" / "__init__.py"))["VERSION"],
     description="Serve one diffusion model on several GPUs over HTTP",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

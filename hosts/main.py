@@ -405,12 +405,13 @@ def _listen(
     *,
     patience_s: float,
 ) -> "object":
-    from hosts.http.app import Host, create_app
+    from hosts.dialects.catalogue import application
+    from hosts.http.app import Host
     from hosts.http.server import Listener
 
     spec = start.spec if start is not None else _any_spec(settings)
     host = Host(settings=settings, spec=spec, queue=queue, state=state, control=control)
-    listener = Listener(create_app(host), host=settings.host, port=settings.port)
+    listener = Listener(application(host), host=settings.host, port=settings.port)
     listener.bind(patience_s=patience_s)
     listener.serve()
     logger.info("listening on http://%s:%d", settings.host, settings.port)

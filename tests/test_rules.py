@@ -18,7 +18,7 @@ BACKENDS = [path.parent for path in sorted((ROOT / "backends").glob("*/backend.p
 SHARED = [path for path in sorted((ROOT / "backends").rglob("*.py")) if path.parent not in BACKENDS]
 HOSTS = sorted((ROOT / "hosts").rglob("*.py"))
 PRODUCT = [ROOT / "launcher.py", *HOSTS, *sorted((ROOT / "backends").rglob("*.py"))]
-TORCH_FREE_FOLDERS = ("launch", "http", "jobs", "supervision", "compat", "cluster")
+TORCH_FREE_FOLDERS = ("launch", "http", "dialects", "jobs", "supervision", "compat", "cluster")
 NEEDS_TORCH = {"hosts.supervision.agent", "hosts.cluster.reaper"}
 """torchelastic is in torch; the reaper is a program of its own."""
 

@@ -14,7 +14,8 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from hosts.compat.limits import DecodeLimits
+from hosts.http.images import Unreadable
+from hosts.http.limits import DecodeLimits
 
 # bytes; longer text stays undecoded, because one wide character makes str four times as large
 _LONGEST_TEXT = 4096
@@ -23,7 +24,7 @@ _LONGEST_INTEGER = 16  # bytes; torch's magic number has 10
 _ENCODE_CHUNK = 2**20  # bytes
 
 
-class MalformedPickle(ValueError):
+class MalformedPickle(Unreadable):
     """The pickle is damaged, hostile, too large, or holds something outside the contract."""
 
 

@@ -10,13 +10,14 @@ import numpy as np
 
 from backends.model_table import read_table
 from backends.request import GenerateResult
-from hosts.http.app import Host, create_app
+from hosts.dialects.catalogue import application
+from hosts.http.app import Host
 from hosts.launch.settings import Settings
 
 
 def make_client(queue, state, **settings):
     values = {"type": "sdxl", **settings}
-    return create_app(
+    return application(
         Host(
             settings=Settings.from_values(values),
             spec=read_table()[values["type"]],

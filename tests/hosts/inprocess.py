@@ -14,7 +14,8 @@ import torch
 from backends.errors import UnavailableError
 from backends.model_table import read_table
 from backends.parallel.distributed import Mesh
-from hosts.http.app import Host, create_app
+from hosts.dialects.catalogue import application
+from hosts.http.app import Host
 from hosts.http.server import Listener
 from hosts.jobs.policy import Sharing
 from hosts.jobs.queue import JobQueue
@@ -38,7 +39,7 @@ class InProcessHost:
         self.spec = start.spec
         self.state, self.queue = HostState(), JobQueue()
         self._listener = Listener(
-            create_app(
+            application(
                 Host(settings=self.settings, spec=start.spec, queue=self.queue, state=self.state)
             ),
             host="127.0.0.1",
@@ -83,7 +84,7 @@ class InProcessHost:
     def post(self, body: Any, **kwargs: Any) -> requests.Response:
         return self._session.post(self.url("/generate"), json=body, timeout=120, **kwargs)
 
-    def sample_image(self, body: Any) -> dict[str, Any]:
+    def generate_image(self, body: Any) -> dict[str, Any]:
         """The answer's body, which must be a success."""
         answer = self.post(body)
         assert answer.status_code == 200, answer.json()["message"]

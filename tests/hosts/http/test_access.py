@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 from backends.model_table import read_table
-from hosts.http.app import Host, create_app
+from hosts.dialects.catalogue import application
+from hosts.http.app import Host
 from hosts.launch.settings import Settings
 from hosts.supervision.host_state import Phase
 from tests.hosts.application import answer_jobs, encode_file, make_client
@@ -24,8 +25,8 @@ def test_body_that_is_too_large_is_answered_as_an_error(client, queue, state):
 @pytest.mark.parametrize(
     ("body", "limit", "said"),
     [
-        ({"steps": 31}, "max_steps", ("num_inference_steps=31 is more than this host allows: 30 "
-                                     "(--max_steps). Ask for less.")),
+        ({"num_inference_steps": 31}, "max_steps", ("num_inference_steps=31 is more than this host "
+                                                    "allows: 30 (--max_steps). Ask for less.")),
         ({"sigmas": [float(n) for n in range(31, -1, -1)]}, "max_steps", ("num_inference_steps=31 "
                                                                          "is more than this host "
                                                                          "allows: 30")),
@@ -33,13 +34,12 @@ def test_body_that_is_too_large_is_answered_as_an_error(client, queue, state):
                                                              "this host allows: 30 (--max_steps)")),
         ({"width": 32}, "max_side", "width=32 is more than this host allows: 30 (--max_side)"),
         ({"height": 32}, "max_side", "height=32 is more than this host allows: 30 (--max_side)"),
-        ({"frames": 31}, "max_frames", ("num_frames=31 is more than this host allows: 30 "
+        ({"num_frames": 31}, "max_frames", ("num_frames=31 is more than this host allows: 30 "
                                        "(--max_frames)")),
-        ({"positive": "a" * 31}, "max_prompt_chars", ("prompt has 31 characters, more than this "
+        ({"prompt": "a" * 31}, "max_prompt_chars", ("prompt has 31 characters, more than this "
                                                      "host allows: 30 (--max_prompt_chars)")),
-        ({"negative": "a" * 31}, "max_prompt_chars", ("negative_prompt has 31 characters, more "
-                                                      "than "
-                                                     "this host allows: 30")),
+        ({"negative_prompt": "a" * 31}, "max_prompt_chars", ("negative_prompt has 31 characters, "
+                                                             "more than this host allows: 30")),
     ],
 )  # fmt: skip
 def test_request_beyond_a_limit_of_the_operator_is_refused_and_one_within_is_not(
@@ -167,7 +167,7 @@ KEY = "0123456789abcdef-secret"
 @pytest.fixture
 def guarded(queue, state):
     settings = Settings.from_values({"api_key": KEY, "host": "0.0.0.0"})
-    return create_app(
+    return application(
         Host(settings=settings, spec=read_table()["sdxl"], queue=queue, state=state)
     ).test_client()
 

@@ -16,7 +16,7 @@ from tests.checkpoints import checkpoint
 from tests.hosts.client import assert_is_error, decode
 from tests.hosts.harness import READY_WITHIN_S, free_port, run_launcher, start_launcher, wait_until
 
-BODY = {"positive": "a red car", "steps": 4, "seed": 5, "cfg": 7.0}
+BODY = {"prompt": "a red car", "num_inference_steps": 4, "seed": 5, "guidance_scale": 7.0}
 MODEL = (
     "--type=sdxl",
     f"--checkpoint={checkpoint('sdxl')}",
