@@ -16,13 +16,12 @@ from typing import Any
 
 from flask import Blueprint, Response, current_app, jsonify, request
 
-from backends.errors import HostError, RequestError, UnavailableError, UnsupportedError
+from backends.errors import HostError, RequestError, UnsupportedError
 from backends.model_table import read_table
 from hosts.compat.v2_config import read_configuration
 from hosts.http.request_io import json_object
 from hosts.launch.settings import Settings
 from hosts.ranks.model_control import Apply, ModelControl, Offload, Sleep
-from hosts.supervision.host_state import Phase
 
 logger = logging.getLogger(__name__)
 blueprint = Blueprint("later", __name__)
@@ -123,17 +122,7 @@ def close() -> str:
     return "stopping"
 
 
-def refuse_without_pipeline() -> None:
-    """Before a job is made: what the host would draw with must be there."""
-    host = current_app.extensions["host"]
-    if host.control is None or host.state.phase is Phase.READY:
-        return
-    raise UnavailableError(
-        host.state.reason or "no pipeline is ready. Send its configuration to POST /apply."
-    )
-
-
-def later_fields(body: Mapping[str, Any]) -> dict[str, Any]:
+def v1_fields(body: Mapping[str, Any]) -> dict[str, Any]:
     """The body of a later /generate in the names of the earlier one. Steps are counted, not shares,
     and latents are the model's own.
     """
@@ -168,4 +157,4 @@ def _with_compel(settings: Settings) -> Settings:
 
 
 def _control() -> ModelControl:
-    return current_app.extensions["host"].control
+    return current_app.extensions["host"].protocol.control

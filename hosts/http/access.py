@@ -55,7 +55,8 @@ def refuse_strangers() -> None:
     if request.method == "POST" and request.blueprint not in KEEPING:
         _require_all_machines()
     if request.method == "POST" and request.blueprint != v2_routes.blueprint.name:
-        v2_routes.refuse_without_pipeline()
+        host = current_app.extensions["host"]
+        host.protocol.require_pipeline(host.state)
 
 
 def refuse_unknown(settings: Settings) -> None:

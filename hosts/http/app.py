@@ -4,9 +4,11 @@ imports no torch.
 
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Protocol
 
-from flask import Flask, Response, current_app, jsonify, request
+from flask import Blueprint, Flask, Response, current_app, jsonify, request
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from backends.errors import (
@@ -21,15 +23,12 @@ from backends.errors import (
     UnsupportedError,
 )
 from backends.model_table import ModelSpec
-from hosts.compat import routes as compat_routes
-from hosts.compat import v2_routes
 from hosts.http import a1111, access, health, jobs_api, openai
 from hosts.http.limits import RateLimit
 from hosts.http.metrics import Metrics
 from hosts.http.page import routes as page_routes
 from hosts.jobs.queue import JobQueue
 from hosts.launch.settings import Settings
-from hosts.ranks.model_control import ModelControl
 from hosts.supervision.host_state import HostState
 
 logger = logging.getLogger(__name__)
@@ -51,12 +50,23 @@ queue to move on.
 """
 
 
+class ClientProtocol(Protocol):
+    """What the existing clients may ask of this host (hosts/compat/protocol.py)."""
+
+    blueprints: tuple[Blueprint, ...]
+
+    def fields(self, body: Mapping[str, Any]) -> Mapping[str, Any]: ...
+
+    def percent(self, queue: JobQueue, state: HostState) -> float: ...
+
+    def require_pipeline(self, state: HostState) -> None: ...
+
+
 @dataclass(slots=True, kw_only=True)
 class Host:
-    """What routes may touch: `current_app.extensions["host"]`.
+    """What routes may touch: `current_app.extensions["host"]`. Settings and spec change where the
+    pipeline is loaded over HTTP.
 
-    errands: of a host whose pipeline is loaded and changed over HTTP, and settings and spec with
-    it; None where they are fixed.
     name: of the model for clients that name one; its type if empty.
     """
 
@@ -64,7 +74,7 @@ class Host:
     spec: ModelSpec
     queue: JobQueue
     state: HostState
-    control: ModelControl | None = None
+    protocol: ClientProtocol
     name: str = ""
 
     @property
@@ -79,10 +89,10 @@ def create_app(host: Host) -> Flask:
     app.extensions["rate"] = RateLimit(host.settings.rate_limit)
     app.extensions["host"] = host
     app.extensions["metrics"] = Metrics(host.queue, host.state)
-    for dialect in (health, jobs_api, page_routes, openai, a1111, compat_routes):
+    for dialect in (health, jobs_api, page_routes, openai, a1111):
         app.register_blueprint(dialect.blueprint)
-    if host.control is not None:
-        app.register_blueprint(v2_routes.blueprint)
+    for blueprint in host.protocol.blueprints:
+        app.register_blueprint(blueprint)
     app.before_request(access.refuse_strangers)
     handle_errors(app)
     return app

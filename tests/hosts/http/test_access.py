@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from backends.model_table import read_table
+from hosts.compat.protocol import FixedModel
 from hosts.http.app import Host, create_app
 from hosts.launch.settings import Settings
 from hosts.supervision.host_state import Phase
@@ -168,7 +169,13 @@ KEY = "0123456789abcdef-secret"
 def guarded(queue, state):
     settings = Settings.from_values({"api_key": KEY, "host": "0.0.0.0"})
     return create_app(
-        Host(settings=settings, spec=read_table()["sdxl"], queue=queue, state=state)
+        Host(
+            settings=settings,
+            spec=read_table()["sdxl"],
+            queue=queue,
+            state=state,
+            protocol=FixedModel(),
+        )
     ).test_client()
 
 
@@ -208,10 +215,10 @@ def test_page_and_probes_need_no_key(path, guarded):
 def test_host_that_waits_for_another_machine_keeps_jobs_and_refuses_what_would_wait(
     client, queue, state
 ):
-    state.become(Phase.WAITING, "waiting for machine 1 of 2 to come to 10.0.0.1:29500")
+    state.become(Phase.WAITING, "waiting for machine 1 of 2 to join 10.0.0.1:29500")
     assert (
         client.get("/readyz").get_data(as_text=True)
-        == "waiting: waiting for machine 1 of 2 to come to 10.0.0.1:29500"
+        == "waiting: waiting for machine 1 of 2 to join 10.0.0.1:29500"
     )
     assert (
         client.get("/initialize").status_code,
@@ -222,7 +229,7 @@ def test_host_that_waits_for_another_machine_keeps_jobs_and_refuses_what_would_w
         answer = client.post(path, json={"prompt": "a"})
         assert (answer.status_code, answer.headers["Retry-After"]) == (503, "10"), path
         assert (
-            "the host is waiting for machine 1 of 2 to come to 10.0.0.1:29500. Send the request "
+            "the host is waiting for machine 1 of 2 to join 10.0.0.1:29500. Send the request "
             "again later" in answer.text
         )
     assert (
