@@ -14,8 +14,8 @@ from hosts.cluster.config import DeploymentPlan
 from hosts.cluster.nodes import Nodes
 from hosts.cluster.replica import Replica, ReplicaState
 from hosts.cluster.scaling import Rule, Scale
-from hosts.dialects.catalogue import application
-from hosts.http.app import Host
+from hosts.compat.protocol import FixedModel
+from hosts.http.app import Host, create_app
 from hosts.http.limits import queue_within
 from hosts.jobs.store import JobStore
 from hosts.supervision.host_state import HostState, Phase
@@ -51,12 +51,13 @@ class Deployment:
         self.queue = queue_within(settings, store)
         self.state = HostState()
         self.state.tell({**plan.start.facts(), "restarts": 0})
-        self.app: Flask = application(
+        self.app: Flask = create_app(
             Host(
                 settings=settings,
                 spec=plan.start.spec,
                 queue=self.queue,
                 state=self.state,
+                protocol=FixedModel(),
                 name=plan.name,
             )
         )

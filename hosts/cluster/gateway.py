@@ -14,9 +14,9 @@ from werkzeug import Request
 from backends.errors import NotFoundError
 from hosts.cluster.deployment import Deployment
 from hosts.cluster.metrics import merged
+from hosts.compat.protocol import FixedModel
 from hosts.compat.routes import initialized
 from hosts.dialects import openai
-from hosts.dialects.catalogue import EVERYWHERE
 from hosts.http import access, jobs_api
 from hosts.http.app import OWN
 from hosts.http.errors import handle_errors
@@ -73,7 +73,7 @@ def create_gateway(deployments: Sequence[Deployment]) -> Flask:
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body_mb * 10**6
     app.extensions["gateway"] = Gateway(deployments)
     app.extensions["host"] = deployments[0].app.extensions["host"]
-    app.extensions["dialects"] = (*OWN, *EVERYWHERE)
+    app.extensions["dialects"] = (*OWN, *FixedModel.dialects)
     shared = RateLimit(settings.rate_limit)
     for deployment in deployments:
         deployment.app.extensions["rate"] = shared

@@ -9,7 +9,6 @@ from backends.model_table import ModelSpec
 from backends.request import GenerateResult
 from hosts.compat import codec
 from hosts.compat.fields import read_request
-from hosts.compat.v2_fields import v2_fields
 from hosts.http import media
 from hosts.http.decode import Accepted
 from hosts.http.dialect import Dialect
@@ -45,9 +44,7 @@ def initialized(phase: Phase, reason: str = "") -> tuple[str, int]:
 def progress() -> Response:
     """0 to 100 as text: of the job, or of loading on a host that loads over HTTP."""
     host = current_app.extensions["host"]
-    percent = host.queue.percent
-    if host.control is not None and (host.state.phase is not Phase.READY or not host.queue.jobs()):
-        percent = host.state.loading_percent
+    percent = host.protocol.percent(host.queue, host.state)
     return Response(f"{percent:g}", mimetype="text/plain")
 
 
@@ -59,7 +56,7 @@ def generate() -> Response:
     The job of a client that goes away is cancelled, unless the body says "keep": true.
     """
     host = current_app.extensions["host"]
-    body = json_object() if host.control is None else v2_fields(json_object())
+    body = host.protocol.fields(json_object())
     asked = read_request(body, spec=host.spec, accepted=Accepted.by(host.settings))
     content_type = wanted_type(host.spec.output, default="application/json")
     result = wait_for(host.queue.submit(asked, client=client()), is_kept=body.get("keep") is True)

@@ -9,7 +9,7 @@ NO_END = 2**31
 """The clients' number for a last step that is none is 2**32 - 1."""
 
 
-def v2_fields(body: Mapping[str, Any]) -> dict[str, Any]:
+def v1_fields(body: Mapping[str, Any]) -> dict[str, Any]:
     """Return the body of a v2 /generate in the names of v1. Steps are counted, not shares, and
     latents are the model's own.
     """

@@ -126,4 +126,4 @@ def _with_compel(settings: Settings) -> Settings:
 
 
 def _control() -> ModelControl:
-    return current_app.extensions["host"].control
+    return current_app.extensions["host"].protocol.control

@@ -77,10 +77,8 @@ def _require_model(dialect: Dialect) -> None:
             f"the host is {host.state.reason}. Send the request again later, or send it to "
             "/v1/jobs, which keeps it."
         )
-    if host.control is not None and host.state.phase is not Phase.READY and dialect.needs_model:
-        raise UnavailableError(
-            host.state.reason or "no pipeline is ready. Send its configuration to POST /apply."
-        )
+    if dialect.needs_model:
+        host.protocol.require_pipeline(host.state)
 
 
 def _require_name(allowed: frozenset[str]) -> None:

@@ -2,8 +2,9 @@
 imports no torch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from flask import Flask
 
@@ -16,7 +17,6 @@ from hosts.http.metrics import Metrics
 from hosts.http.page import routes as page
 from hosts.jobs.queue import JobQueue
 from hosts.launch.settings import Settings
-from hosts.ranks.model_control import ModelControl
 from hosts.supervision.host_state import HostState
 
 OWN = (
@@ -28,20 +28,32 @@ OWN = (
 """What every host speaks."""
 
 
+class ClientProtocol(Protocol):
+    """What others than our own clients may ask of this host (hosts/compat/protocol.py)."""
+
+    dialects: tuple[Dialect, ...]
+
+    def fields(self, body: Mapping[str, Any]) -> Mapping[str, Any]: ...
+
+    def percent(self, queue: JobQueue, state: HostState) -> float: ...
+
+    def require_pipeline(self, state: HostState) -> None: ...
+
+
 @dataclass(slots=True, kw_only=True)
 class Host:
     """What routes may touch: `current_app.extensions["host"]`."""
 
     settings: Settings
-    """The launch arguments; with `control`, those of the model that is loaded now."""
+    """The launch arguments, or those of the model that was loaded over HTTP."""
     spec: ModelSpec
     """The type of the model."""
     queue: JobQueue
     """The jobs that wait, run and are over."""
     state: HostState
     """The phase of the host."""
-    control: ModelControl | None = None
-    """Loads and changes the model over HTTP; None where it is fixed at launch."""
+    protocol: ClientProtocol
+    """What others than our own clients may ask."""
     name: str = ""
     """The model's name for clients that name one; its type if empty."""
 
@@ -50,14 +62,14 @@ class Host:
         return self.name or self.spec.name
 
 
-def create_app(host: Host, dialects: Sequence[Dialect]) -> Flask:
-    """Return the WSGI application of rank 0. dialects: those that it speaks beside its own."""
+def create_app(host: Host) -> Flask:
+    """Return the WSGI application of rank 0."""
     app = Flask("hosts", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = host.settings.max_body_mb * 10**6
     app.extensions["rate"] = RateLimit(host.settings.rate_limit)
     app.extensions["host"] = host
     app.extensions["metrics"] = Metrics(host.queue, host.state)
-    app.extensions["dialects"] = (*OWN, *dialects)
+    app.extensions["dialects"] = (*OWN, *host.protocol.dialects)
     for dialect in app.extensions["dialects"]:
         app.register_blueprint(dialect.blueprint)
     app.before_request(access.refuse_strangers)

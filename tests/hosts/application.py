@@ -10,19 +10,20 @@ import numpy as np
 
 from backends.model_table import read_table
 from backends.request import GenerateResult
-from hosts.dialects.catalogue import application
-from hosts.http.app import Host
+from hosts.compat.protocol import FixedModel
+from hosts.http.app import Host, create_app
 from hosts.launch.settings import Settings
 
 
 def make_client(queue, state, **settings):
     values = {"type": "sdxl", **settings}
-    return application(
+    return create_app(
         Host(
             settings=Settings.from_values(values),
             spec=read_table()[values["type"]],
             queue=queue,
             state=state,
+            protocol=FixedModel(),
         )
     ).test_client()
 

@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 
 from backends.model_table import read_table
-from hosts.dialects.catalogue import application
-from hosts.http.app import Host
+from hosts.compat.protocol import FixedModel
+from hosts.http.app import Host, create_app
 from hosts.launch.settings import Settings
 from hosts.supervision.host_state import Phase
 from tests.hosts.application import answer_jobs, encode_file, make_client
@@ -167,8 +167,14 @@ KEY = "0123456789abcdef-secret"
 @pytest.fixture
 def guarded(queue, state):
     settings = Settings.from_values({"api_key": KEY, "host": "0.0.0.0"})
-    return application(
-        Host(settings=settings, spec=read_table()["sdxl"], queue=queue, state=state)
+    return create_app(
+        Host(
+            settings=settings,
+            spec=read_table()["sdxl"],
+            queue=queue,
+            state=state,
+            protocol=FixedModel(),
+        )
     ).test_client()
 
 
@@ -208,10 +214,10 @@ def test_page_and_probes_need_no_key(path, guarded):
 def test_host_that_waits_for_another_machine_keeps_jobs_and_refuses_what_would_wait(
     client, queue, state
 ):
-    state.become(Phase.WAITING, "waiting for machine 1 of 2 to come to 10.0.0.1:29500")
+    state.become(Phase.WAITING, "waiting for machine 1 of 2 to join 10.0.0.1:29500")
     assert (
         client.get("/readyz").get_data(as_text=True)
-        == "waiting: waiting for machine 1 of 2 to come to 10.0.0.1:29500"
+        == "waiting: waiting for machine 1 of 2 to join 10.0.0.1:29500"
     )
     assert (
         client.get("/initialize").status_code,
@@ -222,7 +228,7 @@ def test_host_that_waits_for_another_machine_keeps_jobs_and_refuses_what_would_w
         answer = client.post(path, json={"prompt": "a"})
         assert (answer.status_code, answer.headers["Retry-After"]) == (503, "10"), path
         assert (
-            "the host is waiting for machine 1 of 2 to come to 10.0.0.1:29500. Send the request "
+            "the host is waiting for machine 1 of 2 to join 10.0.0.1:29500. Send the request "
             "again later" in answer.text
         )
     assert (

@@ -96,9 +96,8 @@ def test_second_host_on_the_port_ends_before_loading_and_disturbs_nothing(host, 
     done = run_launcher("--type=sdxl", f"--port={host.port}")
     assert done.returncode == 2
     assert (
-        done.stderr
-        == f"error: --port={host.port} is in use on 127.0.0.1. Stop what listens there, or choose "
-        "another port.\n"
+        done.stderr == f"error: --port={host.port} is in use on 127.0.0.1. Stop the program that "
+        "listens there, or choose another port.\n"
     )
     assert time.monotonic() - started < 10
     assert (drawn(host.post(BODY)) == reference).all()
