@@ -124,6 +124,21 @@ def test_a_backend_is_reached_through_the_registry_only():
     )
 
 
+def test_only_the_existing_clients_routes_can_reach_the_pickle_reader():
+    """Neither /v1, nor the other dialects, nor what a gateway and its replicas say to each other."""
+    modern = [
+        *(ROOT / "hosts" / "http").rglob("*.py"),
+        *(ROOT / "hosts" / "dialects").rglob("*.py"),
+        *(ROOT / "hosts" / "jobs").rglob("*.py"),
+        ROOT / "hosts" / "cluster" / "messages.py",
+        ROOT / "hosts" / "cluster" / "replica_slot.py",
+    ]
+    assert not offenders(modern, "hosts.compat", "pickle")
+    program = "import sys, hosts.http.app, hosts.cluster.messages, hosts.dialects.openai\n"
+    program += "assert not [name for name in sys.modules if name.startswith('hosts.compat')]"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=60)
+
+
 def test_ray_is_an_extra_that_two_files_import_when_they_need_it():
     for path in PRODUCT:
         top_level = {

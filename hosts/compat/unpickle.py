@@ -1,12 +1,11 @@
 """Read a pickle as data: build plain values and inert nodes, import nothing, call nothing.
 
 The existing clients put pickles on the wire. Python's own Unpickler is not used to read them, not
-even with a restricted
-`find_class`: a memo index can make it allocate gigabytes, BUILD can change the classes it was
-allowed to find, and hashing a deeply nested key overflows the C stack. This reader knows only the
-instructions that pickle protocols 2 to 5 emit for the images, tensors and plain containers of the
-contract, and turns each object into a node that `images.py` or `tensors.py` examines afterwards.
-Called by those two files and by `codec.py`.
+even with a restricted `find_class`: a memo index can make it allocate gigabytes, BUILD can change
+the classes it was allowed to find, and hashing a deeply nested key overflows the C stack. This
+reader knows only the instructions that pickle protocols 2 to 5 emit for the images, tensors and
+plain containers that these clients send. It turns each object into a node, which `images.py` or
+`tensors.py` examines afterwards. Called by those two files and by `codec.py`.
 """
 
 import codecs
@@ -25,7 +24,7 @@ _ENCODE_CHUNK = 2**20  # bytes
 
 
 class MalformedPickle(Unreadable):
-    """The pickle is damaged, hostile, too large, or holds something outside the contract."""
+    """The pickle is damaged, hostile, too large, or holds something that clients do not send."""
 
 
 @dataclass(frozen=True, slots=True)

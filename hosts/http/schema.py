@@ -14,8 +14,7 @@ from pydantic_core import core_schema
 from backends.generation.schedulers import SCHEDULERS
 from backends.model_table import ModelSpec
 from backends.request import CALL_DEFAULTS, GenerateRequest
-from hosts import VERSION
-from hosts.http import media
+from hosts.http import VERSION, media
 from hosts.http.dialect import error_body
 from hosts.http.jobs_api import JobView
 from hosts.http.limits import BOUNDS

@@ -60,7 +60,7 @@ def test_job_is_accepted_followed_and_fetched_as_what_generate_gives(host):
     assert (done["step"], done["steps"], done["error"], done["exactness"]) == (4, 4, None, "exact")
     assert (done["type"], done["backend"], done["ranks"], done["position"], done["attempts"]) == (
         "sdxl",
-        None,
+        "single",
         1,
         0,
         1,
