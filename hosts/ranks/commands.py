@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from backends.errors import CancelledError, HostError, RankError, UnsendableError
-from backends.groups.control_group import broadcast_command, gather_outcomes
+from backends.groups.control_group import gather_outcomes
 from backends.groups.mesh import Axis
 from backends.request import GenerateRequest, LoadRequest
 
@@ -88,15 +88,6 @@ class Failure:
         )
 
 
-def announce(command: Command | None, among: Axis | None = None) -> Command:
-    """The first rank gives a command, the others give None; all get it. Waits for as long as nobody
-    asks for anything.
-
-    among: the control group of a team; None for all ranks.
-    """
-    return broadcast_command(command, among)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """What all ranks of a team agree on after a command. groups_are_broken: a rank closed its data
@@ -131,8 +122,9 @@ def give_next(
 def agree_on_outcome(
     failure: Failure | None, figures: Mapping[str, Any] | None = None, among: Axis | None = None
 ) -> Outcome:
-    """Every rank's failure, if any, and its figures -> the same verdict on every rank. among: as in
-    `announce`.
+    """Every rank's failure, if any, and its figures -> the same outcome on every rank.
+
+    among: the control group of a team; None for all ranks.
     """
     outcomes = gather_outcomes((failure, figures or {}), among)
     return replace(

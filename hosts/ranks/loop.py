@@ -19,7 +19,7 @@ import torch
 from backends import backend_class
 from backends.errors import CancelledError, HostError
 from backends.generation.pipeline import LoadedPipeline, load_pipeline
-from backends.groups.control_group import control_axis, control_of_team
+from backends.groups.control_group import broadcast_command, close, control_axis, control_of_team
 from backends.groups.mesh import Axis, Mesh
 from backends.model_table import ModelSpec
 from backends.parallel.base import Backend
@@ -33,7 +33,6 @@ from hosts.ranks.commands import (
     SplitIntoTeams,
     Stop,
     agree_on_outcome,
-    announce,
     breaks_groups,
     give_next,
 )
@@ -108,10 +107,22 @@ class RankLoop:
         dispatcher, control = self._team_desk, self._team.control
         return give_next(
             take=lambda: dispatcher.next_command(self._check),
-            send=lambda command: announce(command, control),
+            send=lambda command: broadcast_command(command, control),
             refuse=lambda outcome: dispatcher.generated([], outcome),
             rank=self._rank,
         )
+
+    def offload(self) -> None:
+        """Keep the weights in main memory until the next job."""
+        self._pipeline.rest()
+
+    def unload(self) -> None:
+        """Release the pipeline as it is, hooks and all, and close the groups."""
+        self._pipeline = None
+        for team in (*self._teams.values(), self._all):
+            team.mesh.destroy()
+        for team in self._teams.values():
+            close(team.control)
 
     def _load(self, request: LoadRequest) -> Failure | None:
         started = time.perf_counter()

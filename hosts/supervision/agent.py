@@ -6,11 +6,9 @@ restarts from its start to its end; a host that runs for weeks must be allowed m
 count begins anew whenever the set has proved itself.
 """
 
-import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,25 +27,13 @@ from torch.distributed.elastic.rendezvous.api import (
     RendezvousStoreInfo,
 )
 
+from hosts.supervision.agent_process import AgentOptions
 from hosts.supervision.exit_reports import UNKNOWN, RankNotes
 
 PROVED_AFTER_S = 600.0
 """Being ready for so long counts as a proof, like an image does."""
 ANY_NUMBER = 10**9
 LOOK_EVERY_S = 0.1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AgentOptions:
-    """notes: folder for hosts/supervision/exit_reports.py. fatal: file for the reason for giving
-    up. max_restarts: in a row. first_rank: of this machine.
-    """
-
-    num_ranks: int
-    max_restarts: int
-    notes: str
-    fatal: str
-    first_rank: int = 0
 
 
 class OneMachine(RendezvousHandler):
@@ -67,9 +53,8 @@ class OneMachine(RendezvousHandler):
         return "ranks"
 
     def next_rendezvous(self) -> RendezvousInfo:
-        nowhere = RendezvousStoreInfo(
-            master_addr="127.0.0.1", master_port=0
-        )  # the ranks meet by themselves (hosts/main.py)
+        # the ranks connect by themselves (hosts/ranks/rank_process.py)
+        nowhere = RendezvousStoreInfo(master_addr="127.0.0.1", master_port=0)
         return RendezvousInfo(self._store, 0, 1, nowhere)
 
     def num_nodes_waiting(self) -> int:
@@ -135,7 +120,7 @@ def main(arguments: Sequence[str], *, program: Sequence[str]) -> int:
     """OPTIONS, then arguments for every rank, which is a process of `program`. The exit code: 1 if
     the ranks could not be kept running.
     """
-    options = AgentOptions(**json.loads(arguments[0]))
+    options = AgentOptions.from_text(arguments[0])
     spec = WorkerSpec(
         role="ranks",
         local_world_size=options.num_ranks,

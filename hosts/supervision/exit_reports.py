@@ -8,6 +8,7 @@ up says why. Imports no torch.
 import contextlib
 import faulthandler
 import json
+import os
 import signal
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -80,7 +81,7 @@ class RankNotes:
         self._attempt = attempt
         self._first_rank = first_rank
 
-    def log_file(self, rank: int) -> Path:
+    def log_file(self, rank: int) -> Path | None:
         """Where this rank's log is kept (hosts/supervision/log.py)."""
         return self._path(f"rank{rank}.log")
 
@@ -91,12 +92,12 @@ class RankNotes:
         faulthandler.enable(self._path(f"rank{rank}.crash").open("w"), all_threads=False)
 
     @property
-    def board(self) -> Board:
+    def board(self) -> Board | None:
         """Where the ranks of this machine give signs of life."""
         return Board(self._path("said"))
 
     @property
-    def meeting(self) -> Path:
+    def meeting(self) -> Path | None:
         """File in which the ranks of this machine find each other."""
         return self._path("meeting")
 
@@ -126,7 +127,7 @@ class RankNotes:
     def lines(self, rank: int) -> Lines:
         """The last lines of this rank's log, and where it crashed."""
         found: list[tuple[str | None, str]] = []
-        for path in (self._path(f"rank{rank}.log.1"), self.log_file(rank)):
+        for path in (self._path(f"rank{rank}.log.1"), self._path(f"rank{rank}.log")):
             for line in _read(path):
                 with contextlib.suppress(
                     ValueError, KeyError, TypeError
@@ -155,6 +156,31 @@ class RankNotes:
 
     def _path(self, name: str) -> Path:
         return self._folder / f"{self._attempt}-{name}"
+
+
+class NoNotes(RankNotes):
+    """Of ranks without a launcher: nothing is kept."""
+
+    def __init__(self) -> None:
+        super().__init__(Path(os.devnull), attempt=0)
+
+    def log_file(self, rank: int) -> Path | None:
+        return None
+
+    def record_crash(self, rank: int) -> None: ...
+
+    @property
+    def board(self) -> None:
+        return None
+
+    @property
+    def meeting(self) -> None:
+        return None
+
+    def mark(self, what: str) -> None: ...
+
+    def complete(self, ending: ExitReport) -> ExitReport:
+        return ending
 
 
 def _read(path: Path) -> list[str]:

@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 
 from backends.errors import UnavailableError
+from backends.groups.control_group import broadcast_command
 from backends.model_table import read_table
 from backends.request import GenerateRequest, LoadRequest
 from hosts.jobs.decision import take_first
 from hosts.jobs.policy import Sharing
 from hosts.jobs.queue import JobQueue, JobStatus
-from hosts.ranks.commands import announce, give_next
+from hosts.ranks.commands import give_next
 from hosts.ranks.dispatch import FollowerDispatcher, JobDispatcher
 from hosts.supervision.host_state import HostState
 
@@ -39,7 +40,7 @@ def check_requests(rank: int, world_size: int) -> None:
     dispatcher = front if rank == 0 else FollowerDispatcher()
     command = give_next(
         lambda: dispatcher.next_command(lambda request: None),
-        announce,
+        broadcast_command,
         lambda outcome: dispatcher.generated([], outcome),
         rank=rank,
     )
