@@ -230,7 +230,7 @@ class Mesh:
         self.groups.open_links(axis, num_stages=self.plan.degree("stage"))
         return axis
 
-    def new_groups(self, parts: Sequence[tuple[int, ...]], *, backend: str) -> dist.ProcessGroup:
+    def _new_groups(self, parts: Sequence[tuple[int, ...]], *, backend: str) -> dist.ProcessGroup:
         """This rank's of the groups that the ranks of each team, numbered within it, are parted
         into.
         """
