@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,7 +26,8 @@ from backends.errors import ConfigError
 from backends.model_table import ModelSpec
 from backends.plan import ParallelPlan
 from backends.step_cache_spec import parse_step_cache, require_step_cache
-from hosts.launch.settings import Settings, option_fields
+from hosts.launch.load_options import WITHOUT_SDPA
+from hosts.launch.settings import Settings, options
 
 Recall = Callable[[str], Measured | None]
 """What an earlier launch with this key has measured."""
@@ -43,7 +44,7 @@ CHANGES_SIZES = (
     "enable_group_offload",
 )  # fmt: skip
 """Options with which the bytes of the checkpoint's files say nothing about the device's memory."""
-SECTIONS_IN_KEY = ("model", "adapters", "quantization", "memory")
+SECTIONS_IN_KEY = ("model", "adapters", "quantization", "memory", "old")
 PACKAGES_IN_KEY = ("torch", "diffusers", "diffusion-launcher")
 FOLDER = "plans"
 
@@ -97,6 +98,72 @@ class BackendChoice:
         ]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolvedBackend:
+    """The backend of all ranks together, and the settings with the options of that choice."""
+
+    backend: str
+    settings: Settings
+    auto: BackendChoice | None = None
+    reasons: tuple[str, ...] = ()
+
+
+def resolve_backend(
+    settings: Settings,
+    spec: ModelSpec,
+    world_size: int,
+    *,
+    checkpoint: Path,
+    num_gpus: int,
+    features: tuple[str, ...],
+    recall: Recall,
+) -> ResolvedBackend:
+    """The named backend, the choice of --backend=auto, or the model type's first one."""
+    backend = settings.backend
+    if is_automatic(settings, spec, world_size):
+        auto = decide(
+            settings,
+            spec,
+            checkpoint=checkpoint,
+            world_size=world_size,
+            num_gpus=num_gpus,
+            features=features,
+            recall=recall,
+        )
+        chosen, reasons = _for_any_method(replace(settings, **auto.world.candidate.options))
+        return ResolvedBackend(
+            backend=auto.world.candidate.backend,
+            settings=chosen,
+            auto=auto,
+            reasons=(*reasons, auto.reason),
+        )
+    if backend in (None, "auto"):
+        backend = spec.default_backend(world_size)
+        reason = (
+            f"backend={backend}: first choice of type {spec.name!r} on {world_size} "
+            f"rank{'s' if world_size > 1 else ''}"
+        )
+        return ResolvedBackend(backend=backend, settings=settings, reasons=(reason,))
+    if world_size == 1 and backend != "single":
+        spec.require(backend)
+        reason = f"one rank: backend {backend} computes what single does"
+        return ResolvedBackend(backend="single", settings=settings, reasons=(reason,))
+    return ResolvedBackend(backend=backend, settings=settings)
+
+
+def _for_any_method(settings: Settings) -> tuple[Settings, tuple[str, ...]]:
+    """Without the options that some methods cannot have: the choice is made again when the model is
+    loaded, and teams may use other methods.
+    """
+    reasons = tuple(
+        f"--{name} has no effect with --backend=auto: most methods reach the other ranks through "
+        "torch's own attention"
+        for name in WITHOUT_SDPA
+        if getattr(settings, name)
+    )
+    return replace(settings, **dict.fromkeys(WITHOUT_SDPA, False)), reasons
+
+
 def is_automatic(settings: Settings, spec: ModelSpec, world_size: int) -> bool:
     """Whether this launch leaves the method to us: asked for, or nothing else was and there is
     something to choose.
@@ -104,14 +171,13 @@ def is_automatic(settings: Settings, spec: ModelSpec, world_size: int) -> bool:
     ConfigError if it was asked for together with what it cannot be combined with.
     """
     asked = settings.backend == "auto"
-    declared = option_fields()
-    fixed = [name for name in settings.given if declared[name].metadata["backends"]]
+    fixed = [name for name in settings.given if options()[name].backends]
     compiled = [name for name in COMPILES if getattr(settings, name)]
     if asked and fixed:
         raise ConfigError(
             f"--backend=auto chooses degrees and modes itself, but --{fixed[0]} was given. Leave "
             "it out, or name the backend: "
-            f"{' or '.join(declared[fixed[0]].metadata['backends'])}."
+            f"{' or '.join(options()[fixed[0]].backends)}."
         )
     if asked and compiled:
         raise ConfigError(
@@ -182,17 +248,16 @@ def key_of(
     settings: Settings, spec: ModelSpec, *, checkpoint: Path, world_size: int, num_gpus: int
 ) -> str:
     """Names everything that measured times depend on."""
-    declared = option_fields()
-    options = {
+    given = {
         name: value
         for name, value in settings.given.items()
-        if declared[name].metadata["section"] in SECTIONS_IN_KEY
+        if options()[name].section in SECTIONS_IN_KEY
     }
     facts = {
         "type": spec.name,
         "files": _files(checkpoint, spec.denoiser),
         "size": (spec.height, spec.width, spec.num_inference_steps),
-        "options": options,
+        "options": given,
         "quality": settings.quality,
         "ranks": (world_size, settings.nnodes, num_gpus),
         "device": _device(),

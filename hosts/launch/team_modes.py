@@ -14,7 +14,6 @@ from backends.plan import ParallelPlan
 from backends.request import LoadRequest
 
 Mode = Literal["latency", "throughput", "auto"]
-MODES = ("latency", "throughput", "auto")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -89,7 +89,7 @@ class InProcessHost:
     def post(self, body: Any, **kwargs: Any) -> requests.Response:
         return self._session.post(self.url("/generate"), json=body, timeout=120, **kwargs)
 
-    def sample_image(self, body: Any) -> dict[str, Any]:
+    def generate_image(self, body: Any) -> dict[str, Any]:
         """The answer's body, which must be a success."""
         answer = self.post(body)
         assert answer.status_code == 200, answer.json()["message"]

@@ -88,9 +88,9 @@ def test_last_lines_are_those_of_the_lost_rank_about_this_job_or_none(notes, ran
     http.start()
     http.join()
     ending = notes.complete(ExitReport(why="rank 1 was gone", rank=1))
-    first, *channels = ending.last_lines("a-2").splitlines()
+    first, *lines = ending.last_lines("a-2").splitlines()
     assert first == "The last lines of the log of rank 1:"
-    assert [re.sub(r"^\d\d:\d\d:\d\d ", "", line) for line in channels] == [
+    assert [re.sub(r"^\d\d:\d\d:\d\d ", "", line) for line in lines] == [
         "rank1 I hosts.test: loaded",
         "rank1 E hosts.test [a-2]: trace",
         "of two lines",
@@ -128,7 +128,7 @@ def test_ending_survives_being_written_and_damaged_notes_are_no_reason_to_fail(n
     )
     assert ExitReport.from_text(ending.to_text()) == ending
     notes.log_file(1).write_text('{"job": null, "text": "whole"}\n{"job": nu')
-    assert notes.channels(1) == ((None, "whole"),)
+    assert notes.lines(1) == ((None, "whole"),)
 
 
 def test_notes_of_older_attempts_are_removed_and_no_others(notes, tmp_path):
