@@ -1,7 +1,7 @@
-"""Settings + model table -> what will be started: model type, backend, plan, number of ranks, load
-request. Imports no torch.
+"""Settings + model table -> StartPlan: model type, backend, plan, number of ranks, load request.
+Imports no torch.
 
-The launcher does this before any process starts, and every rank does it again with the same result.
+The launcher resolves this before any process starts, and every rank again, with the same result.
 """
 
 import glob
@@ -68,7 +68,7 @@ class StartPlan:
 
     @property
     def job_plan(self) -> ParallelPlan:
-        """What an image is made with that comes alone."""
+        """The plan for a job that arrives alone."""
         return min(self.teams.plans.items())[1] if self.teams.mode == "throughput" else self.plan
 
     def facts(self) -> dict[str, Any]:
@@ -95,7 +95,7 @@ class StartPlan:
         }
 
     def fingerprint(self, settings: Settings) -> dict[str, str]:
-        """What must be the same on all machines of one host, by argument."""
+        """Return what must be the same on all machines of one host, by argument."""
         own = {
             "--nnodes": settings.nnodes,
             "--nproc_per_node": self.num_ranks,
@@ -202,9 +202,8 @@ def _ranks(
 def _require_key(settings: Settings) -> None:
     if settings.host not in LOOPBACK_NAMES and settings.api_key is None:
         raise ConfigError(
-            f"--host={settings.host} can be reached from other machines: give --api_key as well, "
-            "which every request must then bring, "
-            "or leave --host out."
+            f"--host={settings.host} can be reached from other machines, so requests need a key. "
+            "Give --api_key as well, or leave --host out."
         )
 
 
@@ -216,13 +215,13 @@ def _require_machines(settings: Settings) -> None:
         )
     if settings.rdzv_endpoint is None and settings.nnodes > 1:
         raise ConfigError(
-            f"--nnodes={settings.nnodes} needs --rdzv_endpoint=HOST:PORT: the first machine's "
-            "address and a free port there."
+            f"--nnodes={settings.nnodes} needs --rdzv_endpoint. Give HOST:PORT, the address of the "
+            "first machine and a free port there."
         )
 
 
 def count_gpus(environment: Mapping[str, str]) -> int:
-    """GPUs that the ranks will see, without importing torch: NVIDIA's, less what
+    """Count the GPUs that the ranks will see, without torch: NVIDIA's, without those that
     CUDA_VISIBLE_DEVICES hides.
     """
     present = len(glob.glob("/proc/driver/nvidia/gpus/*"))
@@ -319,7 +318,7 @@ def _checkpoint(settings: Settings, spec: ModelSpec) -> str:
 
 
 def _existing_path(name: str, value: str | None) -> str | None:
-    """Absolute and normalised: clients send paths such as <root>/custom_nodes/../models/x."""
+    """Return the path absolute and normalized: clients send <root>/custom_nodes/../models/x."""
     if value is None:
         return None
     path = Path(value).expanduser().resolve()
@@ -331,15 +330,15 @@ def _existing_path(name: str, value: str | None) -> str | None:
 
 
 def _existing_files(name: str, scales: Mapping[str, float] | None) -> dict[str, float]:
-    """The same with absolute paths, in the same order. A folder is allowed for a ControlNet
-    only.
+    """Return the files with absolute paths, in the same order. Only a ControlNet may be a
+    folder.
     """
     found = {}
     for value, scale in (scales or {}).items():
         path = _existing_path(name, value)
         if Path(path).is_file() and Path(path).suffix not in WEIGHT_FILES:
             raise ConfigError(
-                f"--{name}={value} is no file of weights. Allowed: {', '.join(WEIGHT_FILES)}."
+                f"--{name}={value} is not a file of weights. Allowed: {', '.join(WEIGHT_FILES)}."
             )
         if Path(path).is_dir() and name != "control_net":
             raise ConfigError(

@@ -18,13 +18,13 @@ Mode = Literal["latency", "throughput", "auto"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Teams:
-    """How the ranks may work. plans: team size -> the plan of a team of that size, without that of
-    all ranks together.
-    """
+    """How the ranks may split."""
 
     mode: Mode = "latency"
     plans: Mapping[int, ParallelPlan] = field(default_factory=dict)
+    """Team size -> the plan of such a team, without the plan of all ranks together."""
     reasons: tuple[str, ...] = ()
+    """Why the mode was chosen."""
 
     def facts(self) -> dict[str, object]:
         return {
@@ -44,22 +44,20 @@ def choose_teams(
     chosen: Mapping[int, ParallelPlan] | None = None,
     quickest: int | None = None,
 ) -> Teams:
-    """The mode that was asked for, with the plans of its teams, or `latency` with the reason where
-    `auto` can be nothing else.
+    """Return the mode with the plans of its teams, or `latency` with the reason if `auto` has no
+    other choice. ConfigError for `throughput` where it is not available.
 
-    plan: that of all ranks. features: of the model table, which the start asks for. ConfigError for
-    a throughput mode that cannot be.
-    chosen: of --backend=auto: size of a team -> its plan. quickest: the number of ranks that make
-    one image soonest, if not all do.
+    plan: of all ranks. features: of the model table, which the launch needs. chosen: team size ->
+    its plan, by --backend=auto. quickest: the number of ranks that finish one image soonest.
     """
     if plan.world_size == 1:
         return Teams()
     if asked == "latency":
-        return Teams(reasons=("mode=latency: as asked, all ranks work on each job",))
+        return Teams(reasons=("mode=latency: all ranks work on each job, as requested",))
     if problem := _problem(spec, plan, features, load):
         if asked == "throughput":
             raise ConfigError(
-                f"--mode=throughput is not available: {problem}. Leave one of the two out."
+                f"--mode=throughput is not available: {problem}. Leave out one of the two."
             )
         return Teams(reasons=(f"mode=latency: {problem}",))
     if asked == "throughput":
@@ -82,7 +80,7 @@ def choose_teams(
 def batch_limit(
     most: int, asked: Mode, spec: ModelSpec, plan: ParallelPlan, teams: Teams, load: LoadRequest
 ) -> tuple[int, str]:
-    """How many jobs one rank may do in one batch, `most` at most, and why it is only one."""
+    """Return the largest batch of one rank, `most` at most, and the reason if it is 1."""
     reason = why_alone(spec, load)
     if asked == "latency":
         reason = "mode=latency: each image is the same whatever the load"
@@ -94,19 +92,19 @@ def batch_limit(
 def _problem(
     spec: ModelSpec, plan: ParallelPlan, features: tuple[str, ...], load: LoadRequest
 ) -> str:
-    """Why ranks cannot change between jobs from one team to another; empty if they can."""
+    """Return why ranks cannot change teams between jobs; empty if they can."""
     if setting := plan.splits_weights_by:
         return f"with {setting} each rank holds only a part of the weights"
     if load.compile is not None:
         return (
-            "compiled models would be compiled again whenever ranks join or part "
+            "compiled models would be compiled again whenever ranks split or rejoin "
             "(--compile_unet, --compile_vae, --compile_text_encoder)"
         )
     try:
         for feature in ("", *features):
             spec.require("single", *[feature] if feature else [])
     except HostError as error:
-        return f"one rank alone cannot do it: {error}".rstrip(".")
+        return f"one rank alone cannot run it: {error}".rstrip(".")
     return ""
 
 
@@ -117,7 +115,7 @@ def _team_sizes(world_size: int) -> list[int]:
 def _team_plan(
     spec: ModelSpec, plan: ParallelPlan, options: Mapping[str, object], size: int
 ) -> ParallelPlan | None:
-    """None where the options that were given for all ranks do not fit fewer."""
+    """None if the options for all ranks do not fit fewer."""
     try:
         return planner("single" if size == 1 else plan.method)(spec, options, size)
     except HostError:

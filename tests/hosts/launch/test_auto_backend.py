@@ -92,8 +92,8 @@ def test_what_settles_the_method_otherwise_leaves_nothing_to_choose(options):
         ),
         (
             {"compile_unet": True},
-            "--backend=auto tries several methods on the loaded model, and with --compile_unet "
-            "each would compile it again. "
+            "--backend=auto benchmarks several methods on the loaded model, and with "
+            "--compile_unet each would compile it again. "
             "Leave it out, or name the backend: distrifuser or asyncdiff or xdit.",
         ),
     ],

@@ -280,7 +280,7 @@ def test_failure_of_one_rank_is_tried_again_then_answered_by_name_and_the_next_i
     ranks = host.ranks()
     fault_file.write_text(f"{rank} {place}")
     assert (drawn(host.post(BODY)) == reference).all(), "the second attempt drew something else"
-    assert fault_file.read_text() == "" and "is begun again" in host.log
+    assert fault_file.read_text() == "" and "is retried" in host.log
     fault_file.write_text(f"{rank} {place}\n{rank} {place}")
     answer = host.post(BODY, timeout=60)
     assert answer.status_code == 500
@@ -332,7 +332,7 @@ def test_killed_rank_is_replaced_and_no_job_is_lost(rank, host, reference):
         assert difference(pixels(host, job["id"]), reference) <= 1  # on one rank or on both
     (ended,) = over(host, running)
     assert (ended["state"], ended["attempts"], ended["step"]) == ("done", 2, 40)
-    assert f"job {running} is begun again" in host.log
+    assert f"job {running} is retried" in host.log
     assert not set(host.ranks().values()) & set(old.values())
 
 
