@@ -282,10 +282,10 @@ class Settings:
     model_n: int | None = _asyncdiff(
         None, _degree, "Segments of the denoiser. Default: one per rank.")
     stride: int | None = _asyncdiff(
-        None, whole(1, 2), "Steps from one run of a segment to the next: 1 or 2. Default: what "
-        "fits the ranks.")
+        None, whole(1, 2), "Steps per turn of the segments: 1, or 2 with one more rank. Default: "
+        "what fits the ranks.")
     time_shift: bool = _asyncdiff(
-        False, _switch, "Give segments that run on stale activations the timestep of those.")
+        False, _switch, "Give each segment the timestep of its stale input instead of its own.")
     synced_percent: float | None = _asyncdiff(
         None, number(0, 100), "Synchronous steps as a percentage of all steps. Above 0 it replaces "
         "--warmup_steps.")
@@ -329,7 +329,8 @@ class Settings:
         None, counts, "Transformer blocks of each PipeFusion stage, such as 10,9. Default: an even "
         "cut.", metavar="N,N")
     data_parallel_degree: int | None = _xdit(
-        None, _degree, "Groups of ranks that each make an image of their own. Default: 1.")
+        None, _degree, "Groups of ranks with the whole model, which share the images of a batch. "
+        "Default: 1.")
     tensor_parallel_degree: int | None = _xdit(
         None, _degree, "Ranks that share each layer's weights. Default: 1.")
     use_fbcache: bool = _xdit(

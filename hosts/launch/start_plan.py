@@ -158,6 +158,7 @@ def plan_start(
     plan = require_world_size(planner(backend)(spec, options, world_size), world_size)
     if load.step_cache is not None:
         require_step_cache(load.step_cache, plan)
+    auto = choice.auto
     teams = choose_teams(
         settings.mode,
         spec,
@@ -165,8 +166,8 @@ def plan_start(
         options,
         features=features,
         load=load,
-        chosen=choice.auto.teams if choice.auto is not None else None,
-        quickest=choice.auto.job.candidate.ranks if choice.auto is not None else None,
+        chosen=auto.teams if auto is not None else None,
+        fastest=auto.job.candidate.ranks if auto is not None else None,
     )
     max_batch, why_one = batch_limit(settings.max_batch, settings.mode, spec, plan, teams, load)
     idle = idle_reasons(settings, spec, backend, plan)
@@ -179,7 +180,7 @@ def plan_start(
         reasons=tuple(filter(None, reasons)),
         teams=teams,
         max_batch=max_batch,
-        auto=choice.auto,
+        auto=auto,
     )
 
 

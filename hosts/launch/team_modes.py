@@ -42,13 +42,13 @@ def choose_teams(
     features: tuple[str, ...],
     load: LoadRequest,
     chosen: Mapping[int, ParallelPlan] | None = None,
-    quickest: int | None = None,
+    fastest: int | None = None,
 ) -> Teams:
     """Return the mode with the plans of its teams, or `latency` with the reason if `auto` has no
     other choice. ConfigError for `throughput` where it is not available.
 
     plan: of all ranks. features: of the model table, which the launch needs. chosen: team size ->
-    its plan, by --backend=auto. quickest: the number of ranks that finish one image soonest.
+    its plan, by --backend=auto. fastest: the number of ranks that finish one image soonest.
     """
     if plan.world_size == 1:
         return Teams()
@@ -68,12 +68,12 @@ def choose_teams(
             for size in _team_sizes(plan.world_size)
             if (found := _team_plan(spec, plan, options, size)) is not None
         }
-    if quickest in chosen and quickest != plan.world_size:
+    if fastest in chosen and fastest != plan.world_size:
         why = (
-            f"mode=throughput: more than {quickest} of {plan.world_size} ranks are slower, so "
-            f"they work in teams of {quickest}"
+            f"mode=throughput: more than {fastest} of {plan.world_size} ranks are slower, so "
+            f"they work in teams of {fastest}"
         )
-        return Teams(mode="throughput", plans={quickest: chosen[quickest]}, reasons=(why,))
+        return Teams(mode="throughput", plans={fastest: chosen[fastest]}, reasons=(why,))
     return Teams(mode="auto", plans=chosen)
 
 
