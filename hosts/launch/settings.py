@@ -293,7 +293,7 @@ class Settings:
         None, weights, "Relative speed of each segment's rank, such as 1,0.6. Default: equal.",
         metavar="W,W")
     shard_weights: bool = _asyncdiff(
-        False, _switch, "Keep only the own segment's weights on each rank.")
+        False, _switch, "Keep only its segment's weights on each rank.")
     extrapolate: bool | None = _asyncdiff(
         None, _switch, "Extrapolate stale values from the last two steps (also distrifuser). "
         "Default: where it comes closer to the exact image.", also=("distrifuser",))
@@ -302,8 +302,8 @@ class Settings:
         None, one_of("patch", "naive_patch", "tensor"), "`patch` (default): ranks exchange the "
         "values around their patches. `naive_patch`: no exchange. `tensor`: split weights.")
     sync_mode: str | None = _distrifuser(
-        None, one_of(*_SYNC_MODES), "How patches exchange values, and how stale those are. "
-        "Default: corrected_async_gn.")
+        None, one_of(*_SYNC_MODES), "How patches exchange values: corrected_async_gn (default), "
+        "stale_gn, separate_gn, sync_gn, full_sync, no_sync or rotate (docs/distrifuser.md).")
     split_scheme: str | None = _distrifuser(
         None, one_of("row", "col", "alternate"), "Cut of naive patches: row, col or alternate. "
         "Default: row.")

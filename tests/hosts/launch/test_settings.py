@@ -296,7 +296,7 @@ def test_config_file_gives_what_the_command_line_does_not(tmp_path):
     ("text", "message"),
     [
         ("porrt: 1\n", "has an unknown name 'porrt'. Did you mean --port?"),
-        ("- a\n", "must hold 'name: value' lines, not a list"),
+        ("- a\n", "must hold lines of 'name: value', not a list"),
         ("a: [\n", "is not YAML"),
         ("port: many\n", "--port=many is not allowed"),
     ],

@@ -79,5 +79,5 @@ def test_what_ties_ranks_together_makes_auto_latency_and_refuses_throughput(opti
         teams(mode="throughput", **options)
     assert (
         str(caught.value)
-        == f"--mode=throughput is not available: {problem}. Leave one of the two out."
+        == f"--mode=throughput is not available: {problem}. Leave out one of the two."
     )
