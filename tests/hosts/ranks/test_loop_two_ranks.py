@@ -332,7 +332,7 @@ def test_killed_rank_is_replaced_and_no_job_is_lost(rank, host, reference):
         assert difference(pixels(host, job["id"]), reference) <= 1  # on one rank or on both
     (ended,) = over(host, running)
     assert (ended["state"], ended["attempts"], ended["step"]) == ("done", 2, 40)
-    assert f"job {running} is retried" in host.log
+    assert f"job {running} is begun again" in host.log
     assert not set(host.ranks().values()) & set(old.values())
 
 
