@@ -75,7 +75,7 @@ class Dispatcher(TeamDispatcher, Protocol):
     def loaded(self, failure: Failure | None) -> None:
         """Report that the pipeline is loaded, or why it is not."""
 
-    def spread(self, team_size: int) -> AbstractContextManager[TeamDispatcher]:
+    def split(self, team_size: int) -> AbstractContextManager[TeamDispatcher]:
         """Return this rank's dispatcher while the ranks are split. Leaving the context waits until
         no other team uses its own.
         """
@@ -103,7 +103,7 @@ class FollowerDispatcher:
 
     def leave(self) -> None: ...
 
-    def spread(self, team_size: int) -> AbstractContextManager[TeamDispatcher]:
+    def split(self, team_size: int) -> AbstractContextManager[TeamDispatcher]:
         is_first = self._channel is not None and self._rank % team_size == 0
         return nullcontext(RemoteDispatcher(self._channel, rank=self._rank) if is_first else self)
 
@@ -257,7 +257,7 @@ class LeaderDispatcher(JobDispatcher):
             self._control.finish(None)
 
     @contextmanager
-    def spread(self, team_size: int) -> Iterator[TeamDispatcher]:
+    def split(self, team_size: int) -> Iterator[TeamDispatcher]:
         """Serve each other team in a thread of its own, and raise the error of any of them."""
         period = SplitPeriod(self._sharing, team_size=team_size)
         services = [

@@ -95,7 +95,7 @@ class RankLoop:
             if isinstance(command, Generate):
                 self._generate(command)
             elif isinstance(command, SplitIntoTeams):
-                self._spread(command.team_size)
+                self._split(command.team_size)
             elif (failure := self._load(command.request)) is not None:
                 return failure
         return None
@@ -176,10 +176,10 @@ class RankLoop:
         self._pipeline.detach()
         self._pipeline.attach(team.backend)
 
-    def _spread(self, team_size: int) -> None:
+    def _split(self, team_size: int) -> None:
         """Run jobs of this rank's team until all teams rejoin."""
         self._join(self._teams[team_size])
-        with self._dispatcher.spread(team_size) as self._team_dispatcher:
+        with self._dispatcher.split(team_size) as self._team_dispatcher:
             while not self._is_broken and isinstance(
                 command := self._next(self._team_dispatcher), Generate
             ):
