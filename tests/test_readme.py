@@ -3,14 +3,15 @@
 import re
 from pathlib import Path
 
-from hosts.launch.readme import README, with_generated_parts
+from hosts.launch.readme import ARGUMENTS, README, arguments_page, with_generated_parts
 
 ROOT = README.parent
 TEXT = README.read_text(encoding="utf-8")
 
 
-def test_matrix_and_argument_table_equal_their_sources() -> None:
+def test_matrix_and_tables_of_arguments_equal_their_sources() -> None:
     assert with_generated_parts(TEXT) == TEXT, "run `make docs`"
+    assert ARGUMENTS.read_text(encoding="utf-8") == arguments_page(), "run `make docs`"
 
 
 def test_every_file_that_the_readme_and_the_architecture_name_exists() -> None:

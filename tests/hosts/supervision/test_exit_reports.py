@@ -43,10 +43,10 @@ def rank_log(notes):
         (
             {1: -9, 0: EXIT_LOST_RANK},
             UNKNOWN,
-            "rank 1 was ended by SIGKILL, as the kernel does when memory runs out",
+            "rank 1 was killed by SIGKILL, which the kernel sends when memory runs out",
             1,
         ),
-        ({0: -11}, UNKNOWN, "rank 0 was ended by SIGSEGV", 0),
+        ({0: -11}, UNKNOWN, "rank 0 was killed by SIGSEGV", 0),
         (
             {1: 3},
             ExitReport(why="rank 1 was gone", rank=1, is_seen_only=True),
@@ -55,8 +55,8 @@ def rank_log(notes):
         ),
         (
             {1: -9, 0: 70},
-            ExitReport(why="rank 1 has given no sign of life for 10 s", rank=1),
-            "rank 1 has given no sign of life for 10 s",
+            ExitReport(why="rank 1 has sent no heartbeat for 10 s", rank=1),
+            "rank 1 has sent no heartbeat for 10 s",
             1,
         ),
         (
@@ -65,7 +65,7 @@ def rank_log(notes):
             "rank 1 was gone",
             1,
         ),
-        ({}, UNKNOWN, "rank 0 ended without a word", 0),
+        ({}, UNKNOWN, "rank 0 ended without a reason", 0),
     ],
 )
 def test_exit_code_says_more_than_that_a_rank_was_gone_and_less_than_who_saw_it_hang(
