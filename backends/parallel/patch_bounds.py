@@ -130,7 +130,7 @@ class Line:
         if length < self._patches.size(self.patch):
             raise PlanError(
                 f"an attention has {length} tokens, fewer than this rank's "
-                f"{self._bands.size(self.patch)}. It cannot be cut."
+                f"{self._patches.size(self.patch)}. It cannot be cut."
             )
         return self._patches
 
