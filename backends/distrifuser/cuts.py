@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from backends.errors import UnsupportedError
-from backends.parallel.patch_bounds import Grid, Line, PatchBounds, cut
+from backends.parallel.patch_bounds import PatchBounds, RowLayout, TokenLayout, cut
 from backends.parallel.patch_mode import ImageTokens
 
 
@@ -40,9 +40,9 @@ class RowCut:
     image_tokens: ImageTokens = "all"
 
     def patches(self, sample: Tensor, weights: tuple[float, ...], dim: int = -2) -> PatchBounds:
-        return self.bands_of(*sample.shape[-2:], weights, dim)
+        return self.patches_of(*sample.shape[-2:], weights, dim)
 
-    def bands_of(
+    def patches_of(
         self, height: int, width: int, weights: tuple[float, ...], dim: int = -2
     ) -> PatchBounds:
         """Of latents of this size. PlanError if there are too few rows (columns) for the ranks."""
@@ -53,8 +53,8 @@ class RowCut:
             what="latent rows" if dim == -2 else "latent columns",
         )
 
-    def grid(self, sample: Tensor, patches: PatchBounds, patch: int, dim: int = -2) -> Grid:
-        return Grid(
+    def layout(self, sample: Tensor, patches: PatchBounds, patch: int, dim: int = -2) -> RowLayout:
+        return RowLayout(
             patches,
             sample.shape[_other(dim)],
             patch=patch,
@@ -63,19 +63,19 @@ class RowCut:
         )
 
     def arguments(
-        self, arguments: Mapping[str, Any], grid: Grid, patches: PatchBounds, dim: int = -2
+        self, arguments: Mapping[str, Any], layout: RowLayout, patches: PatchBounds, dim: int = -2
     ) -> dict[str, Any]:
         """The network's arguments for this patch of rows; of columns, with dim -1."""
         mine = dict(arguments)
         first = next(iter(arguments))
-        mine[first] = part_of(arguments[first], patches, grid.patch, dim)
+        mine[first] = part_of(arguments[first], patches, layout.patch, dim)
         if self.hint is not None:
             mine[self.hint] = part_of(
-                arguments[self.hint], patches.scaled(2**self.hint_doublings), grid.patch, dim
+                arguments[self.hint], patches.scaled(2**self.hint_doublings), layout.patch, dim
             )
         for name in self.residuals:
             if mine.get(name) is not None:
-                mine[name] = _cut_residuals(mine[name], grid, dim)
+                mine[name] = _cut_residuals(mine[name], layout, dim)
         return mine
 
 
@@ -83,11 +83,15 @@ def _other(dim: int) -> int:
     return -1 if dim == -2 else -2
 
 
-def _cut_residuals(value: Any, grid: Grid, dim: int) -> Any:
+def _cut_residuals(value: Any, layout: RowLayout, dim: int) -> Any:
     if isinstance(value, Tensor):
         size = value.shape[dim], value.shape[_other(dim)]
-        return value if grid.is_part(*size) else part_of(value, grid.whole(*size), grid.patch, dim)
-    return type(value)(_cut_residuals(item, grid, dim) for item in value)
+        return (
+            value
+            if layout.is_part(*size)
+            else part_of(value, layout.whole(*size), layout.patch, dim)
+        )
+    return type(value)(_cut_residuals(item, layout, dim) for item in value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,20 +116,20 @@ class TokenCut:
         """Of the image's tokens; any number of them may be in a patch."""
         if self.embedding is None:
             return cut(sample.shape[1], weights, what="tokens")
-        return self.bands_of(*sample.shape[-2:], weights, patch_size)
+        return self.patches_of(*sample.shape[-2:], weights, patch_size)
 
-    def bands_of(
+    def patches_of(
         self, height: int, width: int, weights: tuple[float, ...], patch_size: int
     ) -> PatchBounds:
         """Of latents of this size. PlanError if there are fewer tokens than ranks."""
         return cut((height // patch_size) * (width // patch_size), weights, what="tokens")
 
     def arguments(
-        self, arguments: Mapping[str, Any], line: Line, patches: PatchBounds
+        self, arguments: Mapping[str, Any], layout: TokenLayout, patches: PatchBounds
     ) -> dict[str, Any]:
         """The network's arguments for this patch."""
         return {
-            name: _cut_tokens(value, patches, line.patch, self.argument_dims[name])
+            name: _cut_tokens(value, patches, layout.patch, self.argument_dims[name])
             if name in self.argument_dims
             else value
             for name, value in arguments.items()

@@ -187,10 +187,10 @@ class SpreadAttention:
         """
         assert self.current is not None
         patch = None if all_patches and self.current.stale is not None else self.current.patch
-        shards = range(ring_rank * ulysses.size, (ring_rank + 1) * ulysses.size)
+        indices = range(ring_rank * ulysses.size, (ring_rank + 1) * ulysses.size)
         return [
-            self.current.layout.share(shard, patch=patch).count(with_text=is_joint)
-            for shard in shards
+            self.current.layout.shard(index, patch=patch).count(with_text=is_joint)
+            for index in indices
         ]
 
     def _with_stale(
@@ -215,14 +215,14 @@ class SpreadAttention:
             self._mesh.axis("ring"),
         )
         labels: list[int] = []
-        for shard in range(ring.rank * ulysses.size, (ring.rank + 1) * ulysses.size):
-            share = layout.share(shard)
+        for index in range(ring.rank * ulysses.size, (ring.rank + 1) * ulysses.size):
+            shard = layout.shard(index)
             streams = (
-                [share.text, share.image]
+                [shard.text, shard.image]
                 if self._family.is_text_first
-                else [share.image, share.text]
+                else [shard.image, shard.text]
             )
-            for spans in streams if is_joint else [share.image]:
+            for spans in streams if is_joint else [shard.image]:
                 labels += [
                     patch for patch, (start, stop) in enumerate(spans) for _ in range(stop - start)
                 ]

@@ -90,10 +90,10 @@ class TokenCut:
         finally:
             self.attention.current = None
 
-    def share(self) -> Shard:
+    def shard(self) -> Shard:
         """This rank's tokens in the pass under way."""
         this = self.current
-        return this.layout.share(self._mesh.axis("ring", "ulysses").rank, patch=this.patch)
+        return this.layout.shard(self._mesh.axis("ring", "ulysses").rank, patch=this.patch)
 
     @property
     def current(self) -> Pass:
@@ -102,12 +102,12 @@ class TokenCut:
         return self.attention.current
 
     def _cut_arguments(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        share = self.share()
+        shard = self.shard()
         cuts: dict[str, tuple[tuple[Span, ...], int]] = {}
         if self.family.text is not None:
-            cuts[self.family.text] = (share.text, 1)
-        cuts |= {name: (share.text, dim) for name, dim in self.family.text_arguments.items()}
-        cuts |= {name: (share.image, dim) for name, dim in self.family.image_arguments.items()}
+            cuts[self.family.text] = (shard.text, 1)
+        cuts |= {name: (shard.text, dim) for name, dim in self.family.text_arguments.items()}
+        cuts |= {name: (shard.image, dim) for name, dim in self.family.image_arguments.items()}
         return {
             name: _cut(value, *cuts[name]) if name in cuts else _own(value)
             for name, value in arguments.items()
@@ -119,8 +119,8 @@ class TokenCut:
             return tokens
         # (B, D, n): the class flattens what comes after dim 1, and there is nothing left to flatten
         if self.family.embeds_map:
-            return take(tokens.flatten(2), self.share().image, dim=2)
-        return take(tokens, self.share().image, dim=1)
+            return take(tokens.flatten(2), self.shard().image, dim=2)
+        return take(tokens, self.shard().image, dim=1)
 
     def _cut_positions(self, streams: tuple[tuple[str, int], ...]) -> hooks.Around:
         def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -128,9 +128,9 @@ class TokenCut:
                 return forward(*args, **kwargs)
             if self.family.text_length is not None:
                 kwargs = {**kwargs, self.family.text_length: self.current.layout.num_text}
-            positions, share = forward(*args, **kwargs), self.share()
+            positions, shard = forward(*args, **kwargs), self.shard()
             return tuple(
-                take(tensor, share.image if stream == "image" else share.text, dim=dim)
+                take(tensor, shard.image if stream == "image" else shard.text, dim=dim)
                 for tensor, (stream, dim) in zip(positions, streams, strict=True)
             )
 
@@ -147,7 +147,7 @@ class TokenCut:
             if self.attention.current is not None:
                 for name in [tokens, *others] if is_first else others:
                     arguments[name] = take(
-                        arguments[name], self.share().image, dim=self.family.cut_in_blocks[name]
+                        arguments[name], self.shard().image, dim=self.family.cut_in_blocks[name]
                     )
             return forward(**arguments)
 
@@ -164,14 +164,14 @@ class TokenCut:
     def gather(self, tokens: Tensor) -> Tensor:
         """All image tokens of the pass under way, in their natural order."""
         this, axis = self.current, self._mesh.axis("ring", "ulysses")
-        shares = [this.layout.share(shard, patch=this.patch) for shard in range(axis.size)]
+        shards = [this.layout.shard(index, patch=this.patch) for index in range(axis.size)]
         if axis.size > 1:
-            lengths = [count(share.image) for share in shares]
+            lengths = [count(shard.image) for shard in shards]
             tokens = gather_tokens(tokens, lengths=lengths, axis=axis, traffic=self._mesh.traffic)
         if (
-            len(shares) > 1 and len(shares[0].image) > 1
+            len(shards) > 1 and len(shards[0].image) > 1
         ):  # shards interleave: each holds a part of every patch
-            positions = [torch.arange(*span) for share in shares for span in share.image]
+            positions = [torch.arange(*span) for shard in shards for span in shard.image]
             tokens = tokens[:, torch.argsort(torch.cat(positions)).to(tokens.device)]
         return tokens
 

@@ -40,9 +40,9 @@ def check_matches_single(rank, world_size, name, sets):
                     generated(backend, pipe, name, size=size, steps=2), latents, (options, size)
                 )
             assert not backend.has_whole_weights
-            share = weight_bytes(pipe.transformer) / whole
-            assert share < {2: 0.75, 4: 0.65}[degree], (
-                f"rank {rank} keeps {share:.0%} of the weights"
+            shard = weight_bytes(pipe.transformer) / whole
+            assert shard < {2: 0.75, 4: 0.65}[degree], (
+                f"rank {rank} keeps {shard:.0%} of the weights"
             )
         assert all(
             torch.equal(tensor, state[name])
