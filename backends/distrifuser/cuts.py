@@ -1,14 +1,14 @@
 """How each kind of network is cut: which arguments are cut where, and how the output is put
 together again.
 
-Rows for UNets and their ControlNets, tokens (after the position embedding) for transformers. Facts
-about a class are data here.
+Rows for UNets and their ControlNets, tokens (after the position embedding) for transformers, by
+their rows in backends/parallel/transformers.py.
 """
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from backends.errors import UnsupportedError
 from backends.parallel.patch_bounds import PatchBounds, RowLayout, TokenLayout, cut
 from backends.parallel.patch_mode import ImageTokens
+from backends.parallel.transformers import TransformerSpec, names_with, transformer_of
 
 
 def part_of(tensor: Tensor, patches: PatchBounds, patch: int, dim: int) -> Tensor:
@@ -96,21 +97,24 @@ def _cut_residuals(value: Any, layout: RowLayout, dim: int) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenCut:
-    """A transformer: the image's tokens are cut, the text's are every rank's own.
+    """A transformer: the image's tokens are cut, the text's are every rank's own."""
 
-    embedding: module whose output tokens are cut; None if they arrive as the first argument. head:
-    module whose output is gathered.
-    argument_dims: arguments with one entry per token of the image, and their token dim.
-    image_tokens: their place beside the text's.
-    prompt_follows_image: an IP-Adapter's attention sees the image's tokens, then those of its own
-    image.
-    """
+    transformer: TransformerSpec
+    head: ClassVar[str] = "proj_out"  # module whose output is gathered
 
-    embedding: str | None = None
-    head: str = "proj_out"
-    argument_dims: Mapping[str, int] = field(default_factory=dict)
-    image_tokens: ImageTokens = "all"
-    prompt_follows_image: bool = False
+    @property
+    def embedding(self) -> str | None:
+        """Module whose output tokens are cut; None if they arrive as the first argument."""
+        return self.transformer.embed
+
+    @property
+    def image_tokens(self) -> ImageTokens:
+        return self.transformer.image_tokens
+
+    @property
+    def prompt_follows_image(self) -> bool:
+        """Whether an IP-Adapter's attention sees the image's tokens before those of its own."""
+        return self.transformer.image_prompt_keys == "after image"
 
     def patches(self, sample: Tensor, weights: tuple[float, ...], patch_size: int) -> PatchBounds:
         """Of the image's tokens; any number of them may be in a patch."""
@@ -128,10 +132,9 @@ class TokenCut:
         self, arguments: Mapping[str, Any], layout: TokenLayout, patches: PatchBounds
     ) -> dict[str, Any]:
         """The network's arguments for this patch."""
+        dims = self.transformer.image_arguments
         return {
-            name: _cut_tokens(value, patches, layout.patch, self.argument_dims[name])
-            if name in self.argument_dims
-            else value
+            name: _cut_tokens(value, patches, layout.patch, dims[name]) if name in dims else value
             for name, value in arguments.items()
         }
 
@@ -152,39 +155,17 @@ _CONTROL = (
     "down_intrablock_additional_residuals",
 )
 
-_TOKEN_CUTS = {
-    "FluxTransformer2DModel": TokenCut(
-        argument_dims={
-            "hidden_states": 1,
-            "img_ids": -2,
-            "controlnet_block_samples": 1,
-            "controlnet_single_block_samples": 1,
-        },
-        image_tokens="last",
-    ),
-    "SD3Transformer2DModel": TokenCut(
-        embedding="pos_embed",
-        argument_dims={"block_controlnet_hidden_states": 1},
-        image_tokens="first",
-        prompt_follows_image=True,
-    ),
-    "PixArtTransformer2DModel": TokenCut(embedding="pos_embed"),
-    "HunyuanDiT2DModel": TokenCut(
-        embedding="pos_embed", argument_dims={"image_rotary_emb": -2, "controlnet_block_samples": 1}
-    ),
-}
-
 
 def cut_of(network: nn.Module) -> RowCut | TokenCut:
     """How this network is cut. UnsupportedError for one that nobody has described."""
-    name = type(network).__name__
-    if name in _TOKEN_CUTS:
-        return _TOKEN_CUTS[name]
+    transformer = transformer_of(network)
+    if transformer is not None and transformer.has_patches:
+        return TokenCut(transformer=transformer)
     parameters = inspect.signature(type(network).forward).parameters
     if not hasattr(network, "down_blocks") or "sample" not in parameters:
         raise UnsupportedError(
-            f"a {name} cannot be cut into patches: it is neither a UNet nor one of "
-            f"{', '.join(_TOKEN_CUTS)}."
+            f"a {type(network).__name__} cannot be cut into patches: it is neither a UNet nor one "
+            f"of {', '.join(names_with('has_patches'))}."
         )
     halvings = sum(1 for block in network.down_blocks if getattr(block, "downsamplers", None))
     if "controlnet_cond" in parameters:

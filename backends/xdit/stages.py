@@ -77,21 +77,21 @@ class PipeFusion:
         self._denoiser = denoiser
         self._mesh = mesh
         self._num_patches = num_patches
-        if self._cut.family.crosses_skips:
+        if self._cut.transformer.crosses_skips:
             raise UnsupportedError(
                 f"pipefusion_parallel_degree is not available for {type(denoiser).__name__}: its "
                 "late blocks take in what early ones gave "
                 "out. Use --ulysses_degree or --ring_degree."
             )
-        if not self._cut.family.has_stages:
+        if not self._cut.transformer.has_stages:
             raise UnsupportedError(
                 f"pipefusion_parallel_degree is not available for {type(denoiser).__name__}. Use "
                 "--ulysses_degree or --ring_degree."
             )
         self._blocks = [
-            block for name in self._cut.family.blocks for block in getattr(denoiser, name)
+            block for name in self._cut.transformer.blocks for block in getattr(denoiser, name)
         ]
-        embed = self._cut.family.embed
+        embed = self._cut.transformer.embed
         self._embedding = getattr(denoiser, embed) if embed is not None else None
         self._patchless = _patchless(denoiser, self._embedding)
         self._bounds = stage_bounds(len(self._blocks), mesh.axis("stage").size, blocks_per_stage)
@@ -198,7 +198,7 @@ class PipeFusion:
             cut_batch(arguments, batch, parts=num_parts, part=part) for part in range(num_parts)
         ]
         own = self._mesh.axis("ring", "ulysses").rank
-        has_text = self._cut.family.text is not None
+        has_text = self._cut.transformer.text is not None
         counts = [layout.shard(own, patch=patch).count(with_text=has_text) for patch in patches]
         self._link = StageLink(self._mesh, [count for count in counts for _ in parts])
         self._prediction_link = PredictionLink(self._mesh)
@@ -320,7 +320,7 @@ class PipeFusion:
         hidden = args[0] if args else kwargs["hidden_states"]
         return hidden, kwargs[
             "encoder_hidden_states"
-        ] if self._cut.family.text is not None else None
+        ] if self._cut.transformer.text is not None else None
 
     def _collect(self, tokens: Tensor) -> Tensor:
         """All image tokens (B, N, D) for the output layers: real on the last stage after its last
