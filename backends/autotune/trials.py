@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from backends import backend_class
-from backends.autotune.candidates import Candidate, Quality
+from backends.autotune.candidates import Candidate
 from backends.autotune.cost import Link, Work
 from backends.autotune.ranking import NUM_TRIED, Measured, contenders, next_to_try, rank
 from backends.autotune.step_profile import bytes_of, surveyed
@@ -26,7 +26,7 @@ from backends.generation.pipeline import LoadedPipeline, OnStep
 from backends.model_table import ModelSpec
 from backends.parallel.base import Backend
 from backends.parallel.distributed import Axis, Mesh, begin_gather, gather_outcomes
-from backends.plan import ParallelPlan
+from backends.plan import ParallelPlan, Quality
 from backends.request import GenerateRequest
 
 logger = logging.getLogger(__name__)

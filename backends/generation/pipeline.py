@@ -178,7 +178,7 @@ class LoadedPipeline:
             raise UnsupportedError(
                 f"quantised weights are not available with {backend.plan.describe()} and split "
                 "weights: packed weights cannot be cut. "
-                "Leave out --parallelism=tensor or --shard_weights, or the quantisation."
+                f"Leave out {backend.plan.splits_weights_by}, or the quantisation."
             )
 
     def rest(self) -> None:

@@ -74,10 +74,7 @@ class Backend(ABC):
         """Whether this rank keeps all layers at their full size, so that a LoRA can be loaded after
         attaching.
         """
-        return (
-            not self.plan.options.get("shard_weights")
-            and self.plan.options.get("parallelism") != "tensor"
-        )
+        return not self.plan.splits_weights_by
 
     def denoiser_of(self, pipe: Any) -> nn.Module:
         return getattr(pipe, self.spec.denoiser)

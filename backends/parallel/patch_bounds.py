@@ -2,7 +2,6 @@
 and no communication.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -133,20 +132,3 @@ class TokenLayout:
                 f"{self._patches.size(self.patch)}. It cannot be cut."
             )
         return self._patches
-
-
-def parse_weights(text: str | Sequence[float]) -> tuple[float, ...]:
-    """'1.0,0.6' or a list of numbers -> relative speeds of the ranks. PlanError if one is not a
-    positive number.
-    """
-    parts = text.split(",") if isinstance(text, str) else text
-    try:
-        weights = tuple(float(part) for part in parts)
-    except ValueError:
-        weights = ()
-    if not weights or any(not 0 < weight < float("inf") for weight in weights):
-        raise PlanError(
-            f"patch_weights={text!r} is not allowed. Give one positive number per rank of an "
-            "image, such as 1.0,0.6."
-        )
-    return weights

@@ -80,8 +80,8 @@ class PipeFusion:
         if self._cut.transformer.crosses_skips:
             raise UnsupportedError(
                 f"pipefusion_parallel_degree is not available for {type(denoiser).__name__}: its "
-                "late blocks take in what early ones gave "
-                "out. Use --ulysses_degree or --ring_degree."
+                "later blocks read skip connections from earlier ones. Use --ulysses_degree or "
+                "--ring_degree."
             )
         if not self._cut.transformer.has_stages:
             raise UnsupportedError(
@@ -102,7 +102,7 @@ class PipeFusion:
         self._parts: dict[tuple[int, int, int], _Part] = {}
         self._part: _Part | None = None
         self._link: StageLink | None = None
-        self._prediction_link: PredictionLink | None = None
+        self._link_back: PredictionLink | None = None
         self._under_way: list[StageLink | PredictionLink] = []
         self._input: PendingTensor | None = None
 
@@ -158,7 +158,7 @@ class PipeFusion:
             self._step = self._calls = 0
             self._parts.clear()
             self._under_way.clear()
-            self._part = self._link = self._prediction_link = self._input = None
+            self._part = self._link = self._link_back = self._input = None
 
     def _finish(self, *, but: int) -> None:
         """Wait for all messages but those of the last calls."""
@@ -201,7 +201,7 @@ class PipeFusion:
         has_text = self._cut.transformer.text is not None
         counts = [layout.shard(own, patch=patch).count(with_text=has_text) for patch in patches]
         self._link = StageLink(self._mesh, [count for count in counts for _ in parts])
-        self._prediction_link = PredictionLink(self._mesh)
+        self._link_back = PredictionLink(self._mesh)
         outputs: list[Any] = [None] * num_parts
         for patch in patches:
             if self._input is not None and self._is_first_stage:
@@ -213,11 +213,9 @@ class PipeFusion:
                 )
                 part.is_filled = True
             if grid is not None and self._is_last_stage:
-                self._prediction_link.send(
-                    torch.cat([grid.take(output[0], patch) for output in outputs])
-                )
+                self._link_back.send(torch.cat([grid.take(output[0], patch) for output in outputs]))
         prediction = self._from_last_stage(torch.cat([output[0] for output in outputs]), grid)
-        self._under_way += [self._prediction_link, self._link]
+        self._under_way += [self._link_back, self._link]
         return (
             (prediction, *outputs[0][1:])
             if isinstance(outputs[0], tuple)
@@ -354,11 +352,11 @@ class PipeFusion:
             broadcast(prediction, source=stage.size - 1, axis=stage)
             traffic.wait_s += time.perf_counter() - started
         elif not self._is_last_stage:
-            assert self._prediction_link is not None
+            assert self._link_back is not None
             shapes = [
                 grid.piece_shape(prediction.shape, patch) for patch in range(self._num_patches)
             ]
-            pieces = [self._prediction_link.receive(shape, prediction) for shape in shapes]
+            pieces = [self._link_back.receive(shape, prediction) for shape in shapes]
             halves = [
                 PendingTensor(of_half, grid, prediction, prediction.device)
                 for of_half in zip(*pieces, strict=True)

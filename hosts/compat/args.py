@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Sequence
 
 from backends.errors import ConfigError
-from hosts.launch.parsers import parse_switch
+from backends.options import parse_switch
 from hosts.launch.settings import Settings, canonical_names, option_fields
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import yaml
 
 from backends.errors import ConfigError
-from hosts.launch.parsers import parse_switch
+from backends.options import parse_switch
 from hosts.launch.settings import SECTIONS, Settings, canonical_names, option_fields
 
 

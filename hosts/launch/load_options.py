@@ -6,6 +6,7 @@ from typing import Any
 
 from backends.errors import ConfigError
 from backends.model_table import ModelSpec
+from backends.plan import ParallelPlan
 from backends.quantization_spec import QuantizationSpec, parse_quantization
 from backends.request import CompileSettings
 from backends.step_cache_spec import StepCacheSpec, parse_step_cache
@@ -20,11 +21,10 @@ WITHOUT_SDPA = ("enable_attention_slicing", "xformers_efficient")
 """Options that replace the attention operator through which some backends see the other ranks'
 tokens.
 """
-SEES_OPERATORS = ("distrifuser", "xdit")
 
 
 def treatments(
-    settings: Settings, *, backend: str, reasons: list[str], num_gpus: int
+    settings: Settings, *, plan: ParallelPlan, reasons: list[str], num_gpus: int
 ) -> dict[str, Any]:
     """Fields of LoadRequest. Adds a sentence to `reasons` for each value that was chosen or has no
     effect. ConfigError for what clashes.
@@ -37,27 +37,24 @@ def treatments(
             "warm_up_steps=1: compiling happens in the first image, so one is made before the host "
             "is ready"
         )
-    if backend == "asyncdiff" and settings.warm_up_steps is None and not prewarm_steps:
+    if plan.needs_prewarm and settings.warm_up_steps is None and not prewarm_steps:
         prewarm_steps = 1
         reasons.append(
-            "warm_up_steps=1: the first image finds and times the denoiser's units, so one is made "
-            "before the host is ready"
+            f"warm_up_steps=1: {plan.needs_prewarm}, so one is made before the host is ready"
         )
     return {
         "quantize": _quantize(settings, reasons),
         "compile": compile_settings,
         "offload": _offload(settings, reasons, num_gpus=num_gpus),
         "prewarm_steps": prewarm_steps,
-        **{name: _lean_attention(settings, name, backend, reasons) for name in WITHOUT_SDPA},
+        **{name: _lean_attention(settings, name, plan, reasons) for name in WITHOUT_SDPA},
     }
 
 
 def step_cache(
-    settings: Settings, spec: ModelSpec, *, backend: str, reasons: list[str]
+    settings: Settings, spec: ModelSpec, *, plan: ParallelPlan, reasons: list[str]
 ) -> StepCacheSpec | None:
-    """What --step_cache asks for, or the old clients' use_fbcache where that can be had; there it
-    is not refused.
-    """
+    """What --step_cache asks for, or else the method's own options."""
     if settings.step_cache is not None:
         cache = parse_step_cache(settings.step_cache, spec)
         reasons.append(
@@ -65,14 +62,7 @@ def step_cache(
             "quality=exact skips none"
         )
         return cache
-    if not settings.use_fbcache or backend != "xdit":
-        return None
-    if spec.denoiser != "transformer" or (settings.pipefusion_parallel_degree or 1) > 1:
-        reasons.append("--use_fbcache has no effect: it is for transformers without PipeFusion")
-        return None
-    cache = parse_step_cache("first_block", spec)
-    reasons.append(f"step_cache={cache}: that is what --use_fbcache means; results are approximate")
-    return cache
+    return parse_step_cache(plan.step_cache, spec) if plan.step_cache else None
 
 
 def _quantize(settings: Settings, reasons: list[str]) -> dict[str, QuantizationSpec]:
@@ -142,14 +132,14 @@ def _offload(settings: Settings, reasons: list[str], *, num_gpus: int) -> str | 
     return OFFLOADS[wanted[0]] if wanted else None
 
 
-def _lean_attention(settings: Settings, name: str, backend: str, reasons: list[str]) -> bool:
+def _lean_attention(settings: Settings, name: str, plan: ParallelPlan, reasons: list[str]) -> bool:
     """Not refused where it cannot be: it changes no image, and existing clients send it to every
     backend.
     """
-    if not getattr(settings, name) or backend not in SEES_OPERATORS:
+    if not getattr(settings, name) or not plan.intercepts_sdpa:
         return getattr(settings, name)
     reasons.append(
-        f"--{name} has no effect: backend {backend!r} reaches the other ranks through torch's own "
-        "attention"
+        f"--{name} has no effect: backend {plan.method!r} reaches the other ranks through torch's "
+        "own attention"
     )
     return False

@@ -7,24 +7,14 @@ hosts/launch/start_plan.py.
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import Field, asdict, dataclass, field, fields
+from dataclasses import Field, asdict, dataclass, field, fields, make_dataclass
 from typing import Any
 
-from backends import BACKEND_NAMES
-from backends.autotune.candidates import QUALITIES
+from backends import BACKEND_NAMES, plan_module
 from backends.errors import ConfigError
-from hosts.launch.parsers import (
-    counts,
-    json_object,
-    number,
-    one_of,
-    parse_switch,
-    scales,
-    scheduler,
-    secret,
-    weights,
-    whole,
-)
+from backends.options import Option, number, one_of, parse_switch, whole
+from backends.plan import QUALITIES
+from hosts.launch.parsers import json_object, scales, scheduler, secret
 
 SECTIONS = (
     "start",
@@ -34,9 +24,7 @@ SECTIONS = (
     "quantization",
     "compile",
     "memory",
-    "asyncdiff",
-    "distrifuser",
-    "xdit",
+    *(name for name in BACKEND_NAMES if plan_module(name).OPTIONS),
     "several machines",
     "cluster",
 )
@@ -51,12 +39,12 @@ def _option(
     aliases: Sequence[str] = (),
     pending: str = "",
     metavar: str = "",
-    also: Sequence[str] = (),
+    backends: Sequence[str] = (),
 ) -> Any:
     """One launch argument. `pending`: why giving it is refused for now; `aliases`: further names,
     the clients' older ones.
 
-    `also`: backends that read it besides the one its section is named after.
+    `backends`: those that read it; none for the host's own.
     """
     metadata = {
         "section": section,
@@ -65,22 +53,48 @@ def _option(
         "aliases": tuple(aliases),
         "pending": pending,
         "metavar": metavar,
+        "backends": tuple(backends),
     }
-    backends = (section, *also) if section in BACKEND_NAMES else ()
-    return field(default=default, metadata={**metadata, "backends": backends})
+    return field(default=default, metadata=metadata)
 
 
 def _switch(section: str, text: str, *, aliases: Sequence[str] = (), pending: str = "") -> Any:
     return _option(False, section, text, parse=parse_switch, aliases=aliases, pending=pending)
 
 
+def _backend_option(backend: str, option: Option) -> Any:
+    """A field for an option that a backend declares."""
+    also = [name for name in BACKEND_NAMES if option.name in plan_module(name).READS]
+    text = f"{option.text.removesuffix('.')} (also {', '.join(also)})." if also else option.text
+    return _option(
+        option.default,
+        backend,
+        text,
+        parse=option.parse,
+        aliases=option.aliases,
+        metavar=option.metavar,
+        backends=(backend, *also),
+    )
+
+
+_BackendOptions: Any = make_dataclass(
+    "_BackendOptions",
+    [
+        (option.name, Any, _backend_option(backend, option))
+        for backend in BACKEND_NAMES
+        for option in plan_module(backend).OPTIONS
+    ],
+    frozen=True,
+    slots=True,
+    kw_only=True,
+)
 _PATHS: Callable[[str], str] = str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
+class Settings(_BackendOptions):
     """Everything that is fixed at launch. None means not given. Names are the customer's; '-' and
-    '_' are equal.
+    '_' are equal. The options of single backends are inherited: only their own folder reads them.
     """
 
     type: str | None = _option(None, "start", "Model type, a row of model_table.yaml.", parse=str)
@@ -451,117 +465,6 @@ class Settings:
         "memory", "Keep idle layers in main memory and fetch them ahead."
     )
 
-    model_n: int | None = _option(
-        None, "asyncdiff", "Number of denoiser segments.", parse=whole(1, 64)
-    )
-    stride: int | None = _option(
-        None, "asyncdiff", "Run the denoiser every 1 or 2 steps.", parse=whole(1, 2)
-    )
-    time_shift: bool = _switch("asyncdiff", "Shift the timestep of stale segments.")
-    warm_up: int | None = _option(
-        None,
-        "asyncdiff",
-        "Synchronous steps at the start of each image (default 3).",
-        parse=whole(0, 1000),
-        aliases=("synced_steps",),
-    )
-    synced_percent: float | None = _option(
-        None,
-        "asyncdiff",
-        "The same as a share of the steps; wins when above 0.",
-        parse=number(0, 100),
-    )
-    segment_weights: tuple[float, ...] | None = _option(
-        None, "asyncdiff", "Relative speed of each segment's rank.", parse=weights, metavar="W,W"
-    )
-    shard_weights: bool = _switch("asyncdiff", "Each rank keeps only its own segment's weights.")
-    extrapolate: bool | None = _option(
-        None,
-        "asyncdiff",
-        "Extrapolate stale values from the last two steps; on if not given where it comes closer "
-        "(also distrifuser).",
-        parse=parse_switch,
-        also=("distrifuser",),
-    )
-
-    parallelism: str | None = _option(
-        None,
-        "distrifuser",
-        "patch (default), naive_patch or tensor.",
-        parse=one_of("patch", "naive_patch", "tensor"),
-    )
-    sync_mode: str | None = _option(
-        None, "distrifuser", "How patches exchange (default corrected_async_gn).",
-        parse=one_of(
-            "corrected_async_gn", "stale_gn", "separate_gn", "sync_gn", "full_sync", "no_sync",
-            "rotate",
-        ),
-    )  # fmt: skip
-    split_scheme: str | None = _option(
-        None, "distrifuser", "row, col or alternate.", parse=one_of("row", "col", "alternate")
-    )
-    patch_weights: tuple[float, ...] | None = _option(
-        None, "distrifuser", "Relative speed of each patch's rank.", parse=weights, metavar="W,W"
-    )
-    no_cuda_graph: bool = _switch(
-        "distrifuser", "Accepted for old clients; no CUDA graphs are used."
-    )
-    no_split_batch: bool = _switch("distrifuser", "Patches instead of the CFG split.")
-
-    use_cfg_parallel: bool | None = _option(
-        None,
-        "xdit",
-        "The two halves of guidance on two halves of the ranks (also asyncdiff).",
-        parse=parse_switch,
-        also=("asyncdiff",),
-    )
-    ulysses_degree: int | None = _option(
-        None, "xdit", "Ranks over attention heads.", parse=whole(1, 64)
-    )
-    ring_degree: int | None = _option(
-        None, "xdit", "Ranks in a ring over the sequence.", parse=whole(1, 64)
-    )
-    pipefusion_parallel_degree: int | None = _option(
-        None, "xdit", "Stages of the denoiser.", parse=whole(1, 64)
-    )
-    num_pipeline_patch: int | None = _option(None, "xdit", "Patches in flight.", parse=whole(1, 64))
-    attn_layer_num_for_pp: tuple[int, ...] | None = _option(
-        None, "xdit", "Blocks of each stage.", parse=counts, metavar="N,N"
-    )
-    warmup_steps: int | None = _option(
-        None,
-        "xdit",
-        "Synchronous steps of PipeFusion at the start of each image (default 1).",
-        parse=whole(1, 1000),
-    )
-    data_parallel_degree: int | None = _option(
-        None, "xdit", "Groups of ranks for several images.", parse=whole(1, 64)
-    )
-    tensor_parallel_degree: int | None = _option(
-        None, "xdit", "Ranks over split weights.", parse=whole(1, 64)
-    )
-    use_teacache: bool = _switch("xdit", "Accepted for old clients; no cache is used.")
-    use_fbcache: bool = _switch("xdit", "--step_cache=first_block by its older name.")
-    use_fast_attn: bool = _switch("xdit", "Accepted for old clients; attention is always whole.")
-    use_fp8_t5_encoder: bool = _switch(
-        "xdit", "Accepted for old clients; --quantize_encoder_to does this."
-    )
-    no_use_resolution_binning: bool = _switch(
-        "xdit", "Accepted for old clients; sizes are never changed."
-    )
-    max_sequence_length: int | None = _option(
-        None,
-        "xdit",
-        "Accepted for old clients; prompts are as long as the pipeline allows.",
-        parse=whole(1, 4096),
-    )
-    vae_parallel_size: int | None = _option(
-        None,
-        "xdit",
-        "Accepted for old clients; all ranks decode, or each the whole.",
-        parse=whole(0, 64),
-    )
-
     nnodes: int = _option(1, "several machines", "Number of machines.", parse=whole(1, 64))
     node_rank: int = _option(0, "several machines", "Number of this machine.", parse=whole(0, 63))
     rdzv_endpoint: str | None = _option(
@@ -630,9 +533,9 @@ class Settings:
     def given(self) -> dict[str, Any]:
         """What differs from the defaults, without secrets."""
         return {
-            f.name: getattr(self, f.name)
-            for f in fields(self)
-            if getattr(self, f.name) != f.default and f.name != "api_key"
+            name: getattr(self, name)
+            for name, declared in option_fields().items()
+            if getattr(self, name) != declared.default and name != "api_key"
         }
 
     def options(self) -> dict[str, Any]:
@@ -641,8 +544,9 @@ class Settings:
 
 
 def option_fields() -> dict[str, Field[Any]]:
-    """Canonical name -> declaration, in the order of the table."""
-    return {f.name: f for f in fields(Settings)}
+    """Canonical name -> declaration, in the order of the sections."""
+    declared = sorted(fields(Settings), key=lambda f: SECTIONS.index(f.metadata["section"]))
+    return {f.name: f for f in declared}
 
 
 def canonical_names() -> dict[str, str]:

@@ -195,10 +195,10 @@ def plan_start(
     spec.require(backend)
     for feature in features:
         spec.require(backend, feature)
-    load = _load_request(settings, spec, backend, num_gpus=num_gpus, reasons=reasons)
-    reasons += _without_effect(settings, spec, backend)
-    options = {**settings.given, "checkpoint": load.checkpoint}
+    options = {**settings.given, "checkpoint": _checkpoint(settings, spec)}
     plan = require_world_size(planner(backend)(spec, options, world_size), world_size)
+    load = _load_request(settings, spec, plan, num_gpus=num_gpus, reasons=reasons)
+    reasons += _without_effect(settings, spec, backend)
     if load.step_cache is not None:
         require_step_cache(load.step_cache, plan)
     chosen = (
@@ -314,7 +314,7 @@ def _model_spec(settings: Settings, table: ModelTable) -> ModelSpec:
 
 
 def _load_request(
-    settings: Settings, spec: ModelSpec, backend: str, *, num_gpus: int, reasons: list[str]
+    settings: Settings, spec: ModelSpec, plan: ParallelPlan, *, num_gpus: int, reasons: list[str]
 ) -> LoadRequest:
     paths = {
         name: _existing_path(name, getattr(settings, name))
@@ -349,8 +349,8 @@ def _load_request(
         control_net=scaled["control_net"],
         ip_adapter=scaled["ip_adapter"],
         compel=settings.compel,
-        step_cache=step_cache(settings, spec, backend=backend, reasons=reasons),
-        **treatments(settings, backend=backend, reasons=reasons, num_gpus=num_gpus),
+        step_cache=step_cache(settings, spec, plan=plan, reasons=reasons),
+        **treatments(settings, plan=plan, reasons=reasons, num_gpus=num_gpus),
         **_denoiser(settings, spec),
         **paths,
     )
