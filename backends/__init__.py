@@ -3,12 +3,15 @@ late.
 """
 
 import importlib
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
 
 from backends.errors import ConfigError
 
 if TYPE_CHECKING:
+    from backends.autotune.cost import MethodCost, RankWork
+    from backends.model_table import ModelSpec
+    from backends.options import Option
     from backends.parallel.base import Backend
     from backends.plan import ParallelPlan
 
@@ -25,17 +28,42 @@ torch.
 BACKEND_NAMES = tuple(_BACKENDS)
 
 
+class PlanModule(Protocol):
+    """What the plan.py of each backend exports."""
+
+    OPTIONS: "tuple[Option, ...]"
+    """The launch options that are the backend's own."""
+    READS: tuple[str, ...]
+    """Options that another backend declares and this one reads too."""
+
+    def make_plan(
+        self, spec: "ModelSpec", options: Mapping[str, object], world_size: int
+    ) -> "ParallelPlan":
+        """Return the plan for these launch options. PlanError where nothing fits."""
+
+    def candidates(
+        self, spec: "ModelSpec", ranks: int, *, is_guided: bool
+    ) -> Iterable[tuple[str, dict[str, object]]]:
+        """Return name and launch options of each way to generate one image that is worth trying."""
+
+    def cost(self, plan: "ParallelPlan", part: "RankWork") -> "MethodCost":
+        """Return what a step of such a plan costs, within one half of the CFG split."""
+
+
 def backend_class(name: str) -> "type[Backend]":
     """The class of a backend; imports torch."""
     return getattr(importlib.import_module(f"backends.{_known(name)}.backend"), _BACKENDS[name])
 
 
 def planner(name: str) -> "Callable[..., ParallelPlan]":
-    """`make_plan(spec, options, world_size)` of a backend; imports no torch. Raises PlanError where
-    nothing fits.
-    """
+    """Return the `make_plan` of a backend."""
+    return plan_module(name).make_plan
+
+
+def plan_module(name: str) -> PlanModule:
+    """Return the plan.py of a backend; imports no torch."""
     module: Any = importlib.import_module(f"backends.{_known(name)}.plan")
-    return module.make_plan
+    return module
 
 
 def _known(name: str) -> str:

@@ -13,24 +13,37 @@ Exactness = Literal["exact", "reordered", "approximate"]
 """exact: same arithmetic order up to collectives; reordered: same mathematics, sums in another
 order; approximate: stale values.
 """
+Quality = Literal["exact", "high", "fast"]
+QUALITIES: tuple[Quality, ...] = ("exact", "high", "fast")
+"""From the strictest: an image like one rank's; one that was measured to come close
+(docs/quality.md); any.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelPlan:
     """The degrees of one method on `world_size` ranks, checked once; the only source of process
-    groups (distributed.Mesh).
-
-    axes: (name, degree) outermost first, so the last axis has neighbouring ranks. Names in use:
-    data, cfg, patch, segment, stage, ulysses, ring, tensor. Axes of degree 1 may be left out.
-    options: what the method's own code reads, already resolved (`warmup_steps`, `sync_mode`, ...).
-    reasons: one sentence for each value that was chosen automatically; logged at start and printed
-    by --check.
+    groups (parallel/distributed.py). Shared code asks its facts and never its options.
     """
 
-    method: str
+    method: str  # name of the backend
+    # (name, degree), outermost first: the last axis has neighbouring ranks. Names in use: data,
+    # cfg, patch, segment, stage, ulysses, ring, tensor. Axes of degree 1 may be left out.
     axes: tuple[tuple[str, int], ...] = ()
     exactness: Exactness = "exact"
+    is_close: bool = False  # approximate, but measured to come close (docs/quality.md)
+    # The launch option by which each rank keeps only a part of the weights; empty if it keeps all.
+    splits_weights_by: str = ""
+    # What the ranks read of the previous step, and what to use where there is none: ends in an
+    # advice. Empty if every step stands alone.
+    reads_previous_step: str = ""
+    intercepts_sdpa: bool = False  # reaches other ranks' tokens through torch's attention operator
+    # Why an image is to be generated before the host is ready; empty if it need not.
+    needs_prewarm: str = ""
+    step_cache: str = ""  # kind of step cache that the method's own options ask for
+    # What the method's own code reads, resolved.
     options: Mapping[str, object] = field(default_factory=dict)
+    # A sentence for each value that was chosen automatically, for the log and --check.
     reasons: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -52,17 +65,11 @@ class ParallelPlan:
         return math.prod(degree for _, degree in self.axes)
 
     @property
-    def splits_weights_by(self) -> str:
-        """The setting by which each rank keeps only a part of the weights; empty where each keeps
-        all of them.
-        """
-        settings = {
-            "--shard_weights": bool(self.options.get("shard_weights")),
-            "--parallelism=tensor": self.options.get("parallelism") == "tensor",
-            "--pipefusion_parallel_degree": self.degree("stage") > 1,
-            "--tensor_parallel_degree": self.method == "xdit" and self.degree("tensor") > 1,
-        }
-        return next((name for name, is_so in settings.items() if is_so), "")
+    def quality(self) -> Quality:
+        """The strictest quality that the plan meets."""
+        if self.exactness != "approximate":
+            return "exact"
+        return "high" if self.is_close else "fast"
 
     def degree(self, name: str) -> int:
         """Degree of an axis; 1 where the plan does not have it."""
@@ -89,10 +96,21 @@ class ParallelPlan:
 
     def describe(self) -> str:
         """One line for logs: 'distrifuser: cfg 2 x patch 2 (exact)'."""
-        axes = (
-            " x ".join(f"{name} {degree}" for name, degree in self.axes if degree > 1) or "one rank"
-        )
-        return f"{self.method}: {axes} ({self.exactness})"
+        return f"{self.method}: {times(**dict(self.axes)) or 'one rank'} ({self.exactness})"
+
+
+def divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def cfg_degrees(ranks: int, *, has_halves: bool) -> list[int]:
+    """Return the degrees of the CFG split that this many ranks can have, the largest first."""
+    return [2, 1] if has_halves and ranks % 2 == 0 else [1]
+
+
+def times(**degrees: int) -> str:
+    """Return the degrees above 1 as text: 'cfg 2 x patch 2'."""
+    return " x ".join(f"{name} {degree}" for name, degree in degrees.items() if degree > 1)
 
 
 def require_world_size(plan: ParallelPlan, world_size: int) -> ParallelPlan:

@@ -14,8 +14,6 @@ KINDS: dict[str, tuple[Kind, ...]] = {"transformer": ("first_block", "taylor"), 
 """Kind of denoiser -> the caches that fit it, the default first."""
 
 DEFAULTS: dict[str, float] = {"first_block": 0.08, "taylor": 3, "deep": 2}
-STALE_PATCH_MODES = ("full_sync", "no_sync")
-"""Of distrifuser's ways to exchange, those that use nothing of the step before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,15 +59,8 @@ def require_step_cache(cache: StepCacheSpec, plan: ParallelPlan) -> None:
     """UnsupportedError where a skipped step would leave the next one without the values that the
     method takes from it.
     """
-    if plan.degree("stage") > 1:
+    if plan.reads_previous_step:
         raise UnsupportedError(
-            f"step_cache={cache} is not available with PipeFusion: its patches attend to keys and "
-            "values of the step before, and a skipped "
-            "step has none. Use Ulysses, ring or the CFG split, or leave out --step_cache."
-        )
-    if plan.degree("patch") > 1 and plan.options.get("sync_mode") not in STALE_PATCH_MODES:
-        raise UnsupportedError(
-            f"step_cache={cache} is not available with patches that take values of the step "
-            "before, because a skipped step has none. "
-            "Use --sync_mode=full_sync or the CFG split alone, or leave out --step_cache."
+            f"step_cache={cache} is not available with {plan.reads_previous_step}, or leave out "
+            "--step_cache."
         )

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from backends.autotune.candidates import QUALITIES, list_candidates
+from backends.autotune.candidates import list_candidates
 from backends.autotune.cost import as_json
 from backends.autotune.ranking import Measured, Row, choose, rank
 from backends.autotune.trials import WARMUP_STEPS, Trials
@@ -34,6 +34,7 @@ from backends.generation.pipeline import OnStep
 from backends.groups.control_group import gather_outcomes
 from backends.model_table import read_table
 from backends.parallel.base import Backend, RunInfo
+from backends.plan import QUALITIES
 from backends.request import GenerateRequest
 from benchmarks.models import GUIDANCE, SUBJECTS, Subject, num_parameters
 

@@ -14,11 +14,12 @@ import json
 from dataclasses import replace
 from typing import Any
 
-from backends.autotune.candidates import QUALITIES, list_candidates
+from backends.autotune.candidates import list_candidates
 from backends.autotune.cost import Link, Work
 from backends.autotune.estimate import DEVICES, ELEMENT_BYTES, Device, estimate_config
 from backends.autotune.ranking import Measured, Row, choose, rank
 from backends.model_table import ModelSpec, read_table
+from backends.plan import QUALITIES
 from hosts.launch.auto_backend import halves_of
 
 PUBLISHED: dict[str, dict[str, Any]] = {

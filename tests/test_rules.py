@@ -3,6 +3,7 @@ ast.
 """
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -11,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from backends import plan_module
 from backends.model_table import read_table
+from backends.request import GenerateRequest
 
 ROOT = Path(__file__).resolve().parent.parent
 BACKENDS = [path.parent for path in sorted((ROOT / "backends").glob("*/backend.py"))]
@@ -43,8 +46,11 @@ WITHOUT_TORCH = [
     ),
     *(
         f"backends.{name}"
-        for name in "request model_table errors plan quantization_spec step_cache_spec".split()
+        for name in (
+            "request model_table errors options plan quantization_spec step_cache_spec".split()
+        )
     ),
+    "backends.parallel.transformers",
     *(f"backends.autotune.{name}" for name in "candidates cost estimate ranking".split()),
     *(f"backends.generation.{name}" for name in "schedulers step_window batching".split()),
     *(f"backends.{folder.name}.plan" for folder in BACKENDS),
@@ -215,6 +221,74 @@ def _never_decides_by_a_type(path: Path) -> None:
             assert not texts & MODEL_TYPES, f"{name(path)}:{node.lineno}: {ast.unparse(node)}"
         if isinstance(node, ast.MatchValue) and isinstance(node.value, ast.Constant):
             assert node.value.value not in MODEL_TYPES, f"{name(path)}:{node.lineno}"
+
+
+def _private_options() -> set[str]:
+    """Spellings of the options of single backends; requests may have a field of the same name."""
+    modules = [plan_module(folder.name) for folder in BACKENDS]
+    own = {
+        spelling
+        for module in modules
+        for option in module.OPTIONS
+        for spelling in (option.name, *option.aliases)
+    }
+    shared = {name for module in modules for name in module.READS}
+    return own - shared - set(GenerateRequest.model_fields)
+
+
+def _names_options(node: ast.AST, options: set[str]) -> set[str]:
+    """The options that a string, an attribute or an argument names. A plain word, such as stride,
+    has other meanings too: it counts where it is the whole string, a flag or a setting.
+    """
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        words = set(re.findall(r"(?<!-)\b\w+\b", node.value)) & {o for o in options if "_" in o}
+        flags = {flag.replace("-", "_") for flag in re.findall(r"--([\w-]+)", node.value)}
+        return words | (flags | {node.value}) & options
+    if isinstance(node, ast.Attribute):
+        is_setting = "_" in node.attr or ast.unparse(node.value).endswith(("settings", "options"))
+        return {node.attr} & options if is_setting else set()
+    if isinstance(node, ast.keyword) and "_" in (node.arg or ""):
+        return {node.arg} & options
+    return set()
+
+
+COMPAT = ROOT / "hosts" / "compat"
+KNOWN_TO_NO_SINGLE_BACKEND = [
+    path for path in [*SHARED, *HOSTS, ROOT / "launcher.py"] if path.parent != COMPAT
+]
+"""hosts/compat holds the names that old clients send."""
+
+
+def test_options_of_single_backends_are_known_in_their_folders_only():
+    options = _private_options()
+    assert {"sync_mode", "model_n", "ulysses_degree", "parallelism", "stride"} <= options
+    found = {
+        f"{name(path)}:{getattr(node, 'lineno', 0)}": named
+        for path in KNOWN_TO_NO_SINGLE_BACKEND
+        for node in ast.walk(tree(path))
+        if (named := _names_options(node, options))
+    }
+    assert not found
+
+
+def test_shared_code_asks_the_facts_of_a_plan_and_not_its_options():
+    readers = [name(path) for path in KNOWN_TO_NO_SINGLE_BACKEND if _reads_options(path)]
+    assert readers == ["hosts/launch/start_plan.py"]  # which prints them all
+
+
+def _reads_options(path: Path) -> bool:
+    return any(attribute.endswith("plan.options") for attribute in attributes(path))
+
+
+def test_shared_code_names_a_backend_in_the_registry_only():
+    names = {folder.name for folder in BACKENDS} - {"single"}
+    found = {
+        name(path)
+        for path in KNOWN_TO_NO_SINGLE_BACKEND
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.Constant) and node.value in names
+    }
+    assert found == {"backends/__init__.py"}
 
 
 def test_file_has_a_docstring_and_under_500_lines():

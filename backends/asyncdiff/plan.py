@@ -2,15 +2,28 @@
 torch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from backends.asyncdiff.cost import cost
+from backends.asyncdiff.options import OPTIONS, READS
 from backends.errors import PlanError
 from backends.model_table import ModelSpec
-from backends.plan import ParallelPlan, require_world_size
+from backends.plan import ParallelPlan, cfg_degrees, require_world_size, times
+
+__all__ = ["OPTIONS", "READS", "candidates", "cost", "make_plan"]
 
 DEFAULT_WARMUP_STEPS = 3
 STRIDES = (1, 2)
+CLOSE_SEGMENTS = 2
+"""Values grow a step older with each further segment, and only two were measured
+(docs/quality.md).
+"""
+READS_PREVIOUS_STEP = (
+    "segments that read the activations of the step before, because a skipped step has none. Use "
+    "another backend"
+)
+NEEDS_PREWARM = "the first image finds and times the denoiser's units"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +51,10 @@ def make_plan(spec: ModelSpec, options: Mapping[str, object], world_size: int) -
         method="asyncdiff",
         axes=(("cfg", degrees.cfg), ("segment", degrees.segment)),
         exactness="approximate" if degrees.segment > 1 else "exact",
+        is_close=degrees.model_n == CLOSE_SEGMENTS and degrees.stride == 1,
+        splits_weights_by="--shard_weights" if options.get("shard_weights") else "",
+        reads_previous_step=READS_PREVIOUS_STEP if degrees.segment > 1 else "",
+        needs_prewarm=NEEDS_PREWARM,
         options={
             "model_n": degrees.model_n,
             "stride": degrees.stride,
@@ -51,6 +68,24 @@ def make_plan(spec: ModelSpec, options: Mapping[str, object], world_size: int) -
         reasons=degrees.reasons,
     )
     return require_world_size(plan, world_size)
+
+
+def candidates(
+    spec: ModelSpec, ranks: int, *, is_guided: bool
+) -> Iterator[tuple[str, dict[str, object]]]:
+    """Segments of either stride, within each half of guidance or over all ranks."""
+    if ranks == 1:
+        return
+    for cfg in cfg_degrees(ranks, has_halves=is_guided and spec.guidance != "distilled"):
+        shared: dict[str, object] = {"use_cfg_parallel": cfg == 2}
+        if cfg == ranks:
+            yield "cfg 2", shared
+            continue
+        for stride in STRIDES:
+            model_n = ranks // cfg - stride + 1
+            if model_n >= 2:
+                name = f"{times(cfg=cfg, segment=model_n)} stride {stride}"
+                yield name, shared | {"model_n": model_n, "stride": stride}
 
 
 def _degrees(spec: ModelSpec, options: Mapping[str, object], world_size: int) -> _Degrees:

@@ -24,8 +24,8 @@ Source = tuple[int, int]
 INPUT: Source = (-1, 0)
 """The denoiser's own input. It is on every rank, so it is never sent."""
 
-Player = Callable[[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
-"""player(unit name, forward, args, kwargs): decides what a unit's call does on this rank."""
+Executor = Callable[[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+"""executor(unit name, forward, args, kwargs): decides what a unit's call does on this rank."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,12 +58,12 @@ class Layout:
 
 
 class UnitHooks:
-    """One hook on each possible unit of a denoiser. Does nothing until a player is set."""
+    """One hook on each possible unit of a denoiser. Does nothing until an executor is set."""
 
     def __init__(self, denoiser: nn.Module) -> None:
         self._denoiser = denoiser
         self._modules = find_units(denoiser)
-        self._executor: Player | None = None
+        self._executor: Executor | None = None
         for name, module in self._modules.items():
             hooks.attach(module, NAME, self._around(name))
 
@@ -72,8 +72,8 @@ class UnitHooks:
         return self._modules
 
     @contextmanager
-    def run_with(self, executor: Player) -> Iterator[None]:
-        """All unit calls inside go through `player`."""
+    def run_with(self, executor: Executor) -> Iterator[None]:
+        """All unit calls inside go through `executor`."""
         self._executor = executor
         try:
             yield

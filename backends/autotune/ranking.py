@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from backends.autotune.candidates import QUALITIES, Candidate, Quality, meets
+from backends.autotune.candidates import Candidate
 from backends.autotune.cost import Estimate, Link, Work, as_json, predict
 from backends.errors import ConfigError
+from backends.plan import QUALITIES, Quality
 
 CLOSE_CALL = 1.04
 """A candidate must be this much quicker to be preferred to one that is stricter in quality, or has
@@ -105,7 +106,7 @@ def _row(candidate: Candidate, measured: Measured, quality: Quality, num_steps: 
         measured_s=step_s,
         image_s=estimate.image_s(num_steps, step_s=step_s),
     )
-    if not meets(candidate.plan, quality):
+    if QUALITIES.index(candidate.quality) > QUALITIES.index(quality):
         return replace(row, refusal=f"--quality={quality} leaves it out: it is {candidate.quality}")
     if measured.memory_bytes is not None and estimate.memory_bytes > measured.memory_bytes:
         needed, present = (

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from backends import backend_class
-from backends.autotune.candidates import Candidate, Quality
+from backends.autotune.candidates import Candidate
 from backends.autotune.cost import Link, Work
 from backends.autotune.ranking import NUM_TRIED, Measured, contenders, next_to_try, rank
 from backends.autotune.step_profile import bytes_of, surveyed
@@ -29,7 +29,7 @@ from backends.groups.control_group import gather_outcomes
 from backends.groups.mesh import Axis, Mesh
 from backends.model_table import ModelSpec
 from backends.parallel.base import Backend
-from backends.plan import ParallelPlan
+from backends.plan import ParallelPlan, Quality
 from backends.request import GenerateRequest
 
 logger = logging.getLogger(__name__)

@@ -31,6 +31,11 @@ class SyncMode:
         return getattr(self, kind)
 
     @property
+    def reads_previous_step(self) -> bool:
+        """Whether a step needs what the ranks exchanged in the one before it."""
+        return self not in (SYNC_MODES["full_sync"], SYNC_MODES["no_sync"])
+
+    @property
     def exactness(self) -> Exactness:
         return "reordered" if self == SYNC_MODES["full_sync"] else "approximate"
 

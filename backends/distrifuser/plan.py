@@ -2,18 +2,27 @@
 which mode. Imports no torch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from backends.distrifuser.cost import cost
 from backends.distrifuser.modes import SYNC_MODES
+from backends.distrifuser.options import OPTIONS, PARALLELISMS, READS, SPLIT_SCHEMES
 from backends.errors import PlanError
 from backends.model_table import ModelSpec
-from backends.parallel.patch_bounds import parse_weights
-from backends.plan import ParallelPlan
+from backends.plan import ParallelPlan, cfg_degrees, times
 
-PARALLELISMS = ("patch", "naive_patch", "tensor")
-SPLIT_SCHEMES = ("row", "col", "alternate")
+__all__ = ["OPTIONS", "READS", "candidates", "cost", "make_plan"]
+
 DEFAULT_WARMUP_STEPS = 4
+CLOSE_MODES = ("corrected_async_gn", "sync_gn")
+"""The approximate modes above 45 dB in docs/quality.md. Their values are one step old, whatever the
+number of ranks.
+"""
+READS_PREVIOUS_STEP = (
+    "patches that take values of the step before, because a skipped step has none. Use "
+    "--sync_mode=full_sync or the CFG split alone"
+)
 
 
 def make_plan(spec: ModelSpec, options: Mapping[str, object], world_size: int) -> ParallelPlan:
@@ -39,7 +48,9 @@ def make_plan(spec: ModelSpec, options: Mapping[str, object], world_size: int) -
         and not given.get("no_split_batch")
     )
     degree = world_size // 2 if splits_batch else world_size
-    weights = parse_weights(given["patch_weights"]) if "patch_weights" in given else (1.0,) * degree
+    weights = (
+        _patch_weights(given["patch_weights"]) if "patch_weights" in given else (1.0,) * degree
+    )
     if parallelism == "naive_patch" and scheme != "row" and spec.denoiser == "transformer":
         raise PlanError(
             f"split_scheme={scheme} is not available for {spec.name}: a transformer's tokens are "
@@ -52,6 +63,14 @@ def make_plan(spec: ModelSpec, options: Mapping[str, object], world_size: int) -
         method="distrifuser",
         axes=axes,
         exactness=_exactness(parallelism, sync_mode, degree),
+        is_close=parallelism == "patch" and sync_mode in CLOSE_MODES,
+        splits_weights_by="--parallelism=tensor" if parallelism == "tensor" else "",
+        reads_previous_step=(
+            READS_PREVIOUS_STEP
+            if axis == "patch" and degree > 1 and SYNC_MODES[sync_mode].reads_previous_step
+            else ""
+        ),
+        intercepts_sdpa=True,
         options={
             "parallelism": parallelism,
             "sync_mode": sync_mode,
@@ -62,6 +81,22 @@ def make_plan(spec: ModelSpec, options: Mapping[str, object], world_size: int) -
         },
         reasons=tuple(_reasons(given, splits_batch, world_size, spec)),
     )
+
+
+def candidates(
+    spec: ModelSpec, ranks: int, *, is_guided: bool
+) -> Iterator[tuple[str, dict[str, object]]]:
+    """Patches, displaced and synchronous, within each half of guidance or over all ranks."""
+    if ranks == 1:
+        return
+    for cfg in cfg_degrees(ranks, has_halves=is_guided and spec.guidance == "cfg"):
+        whole: dict[str, object] = {} if cfg == 2 else {"no_split_batch": True}
+        if cfg == ranks:
+            yield "cfg 2", whole
+            continue
+        for sync_mode in ("corrected_async_gn", "full_sync"):
+            name = f"{times(cfg=cfg, patch=ranks // cfg)} {sync_mode}"
+            yield name, whole | {"sync_mode": sync_mode}
 
 
 def _exactness(parallelism: str, sync_mode: str, degree: int) -> Any:
@@ -135,3 +170,20 @@ def _count(name: str, value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise PlanError(f"{name}={value!r} is not allowed. Give a whole number from 0.")
     return value
+
+
+def _patch_weights(text: object) -> tuple[float, ...]:
+    """'1.0,0.6' or a list of numbers -> relative speeds of the ranks. PlanError if one is not a
+    positive number.
+    """
+    parts = text.split(",") if isinstance(text, str) else text
+    try:
+        weights = tuple(float(part) for part in parts)
+    except ValueError:
+        weights = ()
+    if not weights or any(not 0 < weight < float("inf") for weight in weights):
+        raise PlanError(
+            f"patch_weights={text!r} is not allowed. Give one positive number per rank of an "
+            "image, such as 1.0,0.6."
+        )
+    return weights

@@ -27,7 +27,7 @@ class StepClock:
         self._calls.clear()
 
     def next_call(self, network: str) -> tuple[str, int]:
-        """The network's name and which call of this step begins now: names its memory."""
+        """The network's name and which call of this step begins now: names its buffers."""
         self._calls[network] += 1
         return network, self._calls[network] - 1
 

@@ -30,7 +30,7 @@ from backends.generation.previews import Previewer
 from backends.generation.prompts import WeightedPrompts, unread_tokens
 from backends.generation.run import Generation, OnStep, PreparedRequest
 from backends.generation.schedulers import build_scheduler, parse_scheduler
-from backends.loading.compilation import Compilation, quiet_regions
+from backends.loading.compilation import Compilation
 from backends.loading.controlnet import require_control
 from backends.loading.ip_adapter import (
     load_ip_adapters,
@@ -44,6 +44,7 @@ from backends.loading.step_cache import StepCache
 from backends.loading.weights import DTYPES, load_pipe
 from backends.model_table import ModelSpec
 from backends.parallel.base import Backend, RunInfo
+from backends.parallel.regions import quiet_regions
 from backends.parallel.vae import attach_patch_decode, detach_patch_decode, splits_decode
 from backends.plan import Exactness
 from backends.request import Array, GenerateRequest, GenerateResult, LoadRequest
@@ -161,7 +162,7 @@ class LoadedPipeline:
             raise UnsupportedError(
                 f"quantised weights are not available with {backend.plan.describe()} and split "
                 "weights: packed weights cannot be cut. "
-                "Leave out --parallelism=tensor or --shard_weights, or the quantisation."
+                f"Leave out {backend.plan.splits_weights_by}, or the quantisation."
             )
 
     def rest(self) -> None:

@@ -14,10 +14,10 @@ from typing import Any, ClassVar
 from torch import nn
 
 from backends.groups.mesh import Mesh
-from backends.loading.compilation import quiet_regions
 from backends.model_table import ModelSpec
 from backends.parallel.cfg_split import attach_batch_split, detach_batch_split
 from backends.parallel.cfg_two_calls import PairSplit
+from backends.parallel.regions import quiet_regions
 from backends.plan import Exactness, ParallelPlan
 from backends.request import GenerateRequest
 
@@ -74,10 +74,7 @@ class Backend(ABC):
         """Whether this rank keeps all layers at their full size, so that a LoRA can be loaded after
         attaching.
         """
-        return (
-            not self.plan.options.get("shard_weights")
-            and self.plan.options.get("parallelism") != "tensor"
-        )
+        return not self.plan.splits_weights_by
 
     def denoiser_of(self, pipe: Any) -> nn.Module:
         return getattr(pipe, self.spec.denoiser)

@@ -2,7 +2,6 @@
 and no communication.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -67,7 +66,7 @@ def cut(
     return PatchBounds((0, *(min(total, end * unit) for end in accumulate(sizes))))
 
 
-class Grid:
+class RowLayout:
     """Finds the patches that belong to a tensor inside a network, from the shape of this rank's
     part of it.
 
@@ -118,7 +117,7 @@ class Grid:
         return patches
 
 
-class Line:
+class TokenLayout:
     """The same for a transformer: one token sequence, one resolution."""
 
     def __init__(self, patches: PatchBounds, *, patch: int) -> None:
@@ -130,23 +129,6 @@ class Line:
         if length < self._patches.size(self.patch):
             raise PlanError(
                 f"an attention has {length} tokens, fewer than this rank's "
-                f"{self._bands.size(self.patch)}. It cannot be cut."
+                f"{self._patches.size(self.patch)}. It cannot be cut."
             )
         return self._patches
-
-
-def parse_weights(text: str | Sequence[float]) -> tuple[float, ...]:
-    """'1.0,0.6' or a list of numbers -> relative speeds of the ranks. PlanError if one is not a
-    positive number.
-    """
-    parts = text.split(",") if isinstance(text, str) else text
-    try:
-        weights = tuple(float(part) for part in parts)
-    except ValueError:
-        weights = ()
-    if not weights or any(not 0 < weight < float("inf") for weight in weights):
-        raise PlanError(
-            f"patch_weights={text!r} is not allowed. Give one positive number per rank of an "
-            "image, such as 1.0,0.6."
-        )
-    return weights

@@ -23,7 +23,7 @@ class XDiTBackend(Backend):
 
     @property
     def has_whole_weights(self) -> bool:
-        """PipeFusion's layers keep their widths, so a LoRA finds its place in them; shares of
+        """PipeFusion's layers keep their widths, so a LoRA finds its place in them; shards of
         tensor parallelism do not.
         """
         return self.plan.degree("tensor") == 1

@@ -10,35 +10,23 @@ from pathlib import Path
 
 from backends.errors import PlanError
 from backends.model_table import ModelSpec
-from backends.plan import Exactness, ParallelPlan, require_world_size
+from backends.parallel.transformers import TRANSFORMERS, TransformerSpec, names_with
+from backends.plan import Exactness, ParallelPlan, divisors, require_world_size
+from backends.step_cache_spec import parse_step_cache
+from backends.xdit.cost import cost
+from backends.xdit.options import OPTIONS, READS, SETTINGS, candidates
 
-SETTINGS = {
-    "data": "data_parallel_degree",
-    "cfg": "use_cfg_parallel",
-    "stage": "pipefusion_parallel_degree",
-    "ring": "ring_degree",
-    "ulysses": "ulysses_degree",
-    "tensor": "tensor_parallel_degree",
-}
-"""Axis, outermost first -> the setting that gives its degree. Ulysses talks most, so its ranks are
-neighbours.
-"""
-
-TENSOR_PLANS = frozenset(
-    {"FluxTransformer2DModel", "Flux2Transformer2DModel", "QwenImageTransformer2DModel"}
-)
-"""Denoiser classes of the model table that diffusers has a tensor plan (`_tp_plan`) for; a test
-compares.
-"""
-
-STAGED = frozenset({"SD3Transformer2DModel", "FluxTransformer2DModel", "PixArtTransformer2DModel"})
-"""Denoiser classes that PipeFusion cuts into stages; a test compares with transformers.py."""
+__all__ = ["OPTIONS", "READS", "candidates", "cost", "make_plan"]
 
 PATCHES_PER_STAGE = 2
 """Half as many where the halves of guidance fill the stages too: every pass reads all weights of
 its stage once more.
 """
 DEFAULT_WARMUP_STEPS = 1
+READS_PREVIOUS_STEP = (
+    "PipeFusion: its patches attend to keys and values of the step before, and a skipped step has "
+    "none. Use Ulysses, ring or the CFG split"
+)
 
 
 def make_plan(spec: ModelSpec, options: Mapping[str, object], world_size: int) -> ParallelPlan:
@@ -49,17 +37,21 @@ def make_plan(spec: ModelSpec, options: Mapping[str, object], world_size: int) -
     type or each other.
     """
     shape = _Shape.of(spec, options)
-    reasons: list[str] = []
-    degrees = _given(options)
+    degrees, why_degrees = _given(options), []
     if degrees is None:
-        degrees = _chosen(spec, shape, world_size, reasons)
-    plan_options = _method_options(spec, options, degrees, shape, reasons)
+        degrees, why_degrees = _chosen(spec, shape, world_size)
+    plan_options, why_options = _method_options(spec, options, degrees, shape)
+    step_cache, why_cache = _step_cache(spec, options, degrees)
     plan = ParallelPlan(
         method="xdit",
         axes=tuple((axis, degrees[axis]) for axis in SETTINGS if degrees[axis] > 1),
         exactness=_exactness(degrees),
+        splits_weights_by=_splits_weights_by(degrees),
+        reads_previous_step=READS_PREVIOUS_STEP if degrees["stage"] > 1 else "",
+        intercepts_sdpa=True,
+        step_cache=step_cache,
         options=plan_options,
-        reasons=tuple(reasons),
+        reasons=(*why_degrees, *why_options, *why_cache),
     )
     _check_product(spec, shape, degrees, world_size)
     _check_fit(spec, shape, degrees)
@@ -68,15 +60,19 @@ def make_plan(spec: ModelSpec, options: Mapping[str, object], world_size: int) -
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Shape:
-    """What limits the degrees: counts of the checkpoint's transformer, None where it is not known
-    yet.
-    """
+    """Facts of the checkpoint's transformer that limit the degrees; None: not known yet."""
 
     num_heads: int | None = None
     num_blocks: int | None = None
-    crosses_skips: bool = False
     class_name: str | None = None
-    has_tensor_plan: bool | None = None
+
+    @property
+    def row(self) -> TransformerSpec | None:
+        return TRANSFORMERS.get(self.class_name) if self.class_name is not None else None
+
+    def lacks(self, fact: str) -> bool:
+        """Whether the class is known, and not to have this fact of TransformerSpec."""
+        return self.class_name is not None and not getattr(self.row, fact, False)
 
     @classmethod
     def of(cls, spec: ModelSpec, options: Mapping[str, object]) -> "_Shape":
@@ -90,11 +86,7 @@ class _Shape:
             num_blocks=config.get("num_layers", config.get("n_layers", 0))
             + config.get("num_single_layers", 0)
             or None,
-            crosses_skips=config.get("_class_name") == "HunyuanDiT2DModel",
             class_name=config.get("_class_name"),
-            has_tensor_plan=config["_class_name"] in TENSOR_PLANS
-            if "_class_name" in config
-            else None,
         )
 
 
@@ -120,11 +112,11 @@ def _degree(setting: str, value: object) -> int:
     return value
 
 
-def _chosen(spec: ModelSpec, shape: _Shape, world_size: int, reasons: list[str]) -> dict[str, int]:
-    """CFG first where there are two halves, then Ulysses as far as the heads divide, ring for the
-    rest.
+def _chosen(spec: ModelSpec, shape: _Shape, world_size: int) -> tuple[dict[str, int], list[str]]:
+    """Choose CFG first where there are two halves, then Ulysses as far as the heads divide, and
+    ring for the rest. Return the reasons too.
     """
-    degrees = dict.fromkeys(SETTINGS, 1)
+    degrees, reasons = dict.fromkeys(SETTINGS, 1), []
     rest = world_size
     if spec.guidance == "cfg" and spec.guidance_scale > 1 and world_size % 2 == 0:
         degrees["cfg"], rest = 2, world_size // 2
@@ -133,7 +125,7 @@ def _chosen(spec: ModelSpec, shape: _Shape, world_size: int, reasons: list[str])
             "and ranks are even."
         )
     if rest == 1 or spec.denoiser != "transformer":
-        return degrees
+        return degrees, reasons
     degrees["ulysses"] = rest if shape.num_heads is None else math.gcd(shape.num_heads, rest)
     degrees["ring"] = rest // degrees["ulysses"]
     if degrees["ulysses"] > 1:
@@ -143,7 +135,7 @@ def _chosen(spec: ModelSpec, shape: _Shape, world_size: int, reasons: list[str])
             f"ring_degree={degrees['ring']}: {shape.num_heads} heads do not divide by {rest}, and "
             "ring needs no division."
         )
-    return degrees
+    return degrees, reasons
 
 
 def _method_options(
@@ -151,11 +143,11 @@ def _method_options(
     options: Mapping[str, object],
     degrees: Mapping[str, int],
     shape: _Shape,
-    reasons: list[str],
-) -> dict[str, object]:
-    """What PipeFusion reads, resolved."""
+) -> tuple[dict[str, object], list[str]]:
+    """Resolve what PipeFusion reads. Return the reasons too."""
     if degrees["stage"] == 1:
-        return {}
+        return {}, []
+    reasons = []
     num_patches = options.get("num_pipeline_patch")
     if num_patches is None:
         per_stage = PATCHES_PER_STAGE // (
@@ -169,13 +161,32 @@ def _method_options(
     warmup_steps = options.get("warmup_steps")
     if warmup_steps is None:
         warmup_steps = DEFAULT_WARMUP_STEPS
+    blocks = _blocks_per_stage(options.get("attn_layer_num_for_pp"), degrees["stage"], shape)
     return {
         "num_pipeline_patch": _degree("num_pipeline_patch", num_patches),
         "warmup_steps": _degree("warmup_steps", warmup_steps),
-        "attn_layer_num_for_pp": _blocks_per_stage(
-            options.get("attn_layer_num_for_pp"), degrees["stage"], shape
-        ),
-    }
+        "attn_layer_num_for_pp": blocks,
+    }, reasons
+
+
+def _step_cache(
+    spec: ModelSpec, options: Mapping[str, object], degrees: Mapping[str, int]
+) -> tuple[str, list[str]]:
+    """Return the cache that use_fbcache, the old clients' option, stands for. Where there can be
+    none it is not refused.
+    """
+    if not options.get("use_fbcache") or options.get("step_cache") is not None:
+        return "", []
+    if spec.denoiser != "transformer" or degrees["stage"] > 1:
+        return "", ["--use_fbcache has no effect: it is for transformers without PipeFusion"]
+    cache = parse_step_cache("first_block", spec)
+    reason = f"step_cache={cache}: that is what --use_fbcache means; results are approximate"
+    return cache.kind, [reason]
+
+
+def _splits_weights_by(degrees: Mapping[str, int]) -> str:
+    axis = next((axis for axis in ("stage", "tensor") if degrees[axis] > 1), None)
+    return _flag(axis) if axis is not None else ""
 
 
 def _blocks_per_stage(value: object, num_stages: int, shape: _Shape) -> tuple[int, ...] | None:
@@ -249,7 +260,7 @@ def _problem(spec: ModelSpec, shape: _Shape, degrees: Mapping[str, int]) -> str 
             f"use_cfg_parallel is not available for type {spec.name!r}: its guidance is "
             f"{spec.guidance}, there are no two halves."
         )
-    if degrees["tensor"] > 1 and shape.has_tensor_plan is False:
+    if degrees["tensor"] > 1 and shape.lacks("has_tensor_plan"):
         return (
             f"tensor_parallel_degree is not available for type {spec.name!r}: diffusers has no "
             "tensor plan for its transformer."
@@ -273,15 +284,15 @@ def _problem(spec: ModelSpec, shape: _Shape, degrees: Mapping[str, int]) -> str 
             "heads: "
             "ranks would have nothing to do."
         )
-    if degrees["stage"] > 1 and shape.crosses_skips:
+    if degrees["stage"] > 1 and shape.row is not None and shape.row.crosses_skips:
         return (
-            f"pipefusion_parallel_degree is not available for type {spec.name!r}: its late "
-            "blocks take in what early ones gave out."
+            f"pipefusion_parallel_degree is not available for type {spec.name!r}: its "
+            "later blocks read skip connections from earlier ones."
         )
-    if degrees["stage"] > 1 and shape.class_name is not None and shape.class_name not in STAGED:
+    if degrees["stage"] > 1 and shape.lacks("has_stages"):
         return (
             f"pipefusion_parallel_degree is not available for a {shape.class_name}: PipeFusion "
-            f"cuts {', '.join(sorted(STAGED))} only."
+            f"cuts {', '.join(names_with('has_stages'))} only."
         )
     if shape.num_blocks is not None and degrees["stage"] > shape.num_blocks:
         return (
@@ -298,8 +309,8 @@ def _valid_sets(spec: ModelSpec, shape: _Shape, world_size: int) -> list[dict[st
     """
     found = []
     for cfg in (1, 2):
-        for ulysses in _divisors(world_size // cfg if world_size % cfg == 0 else 0):
-            for ring in _divisors(world_size // cfg // ulysses):
+        for ulysses in divisors(world_size // cfg if world_size % cfg == 0 else 0):
+            for ring in divisors(world_size // cfg // ulysses):
                 degrees = dict.fromkeys(SETTINGS, 1) | {
                     "cfg": cfg,
                     "ulysses": ulysses,
@@ -311,10 +322,6 @@ def _valid_sets(spec: ModelSpec, shape: _Shape, world_size: int) -> list[dict[st
     return sorted(
         found, key=lambda degrees: (degrees["stage"] > 1, degrees["ring"] > 1, -degrees["cfg"])
     )[:8]
-
-
-def _divisors(number: int) -> list[int]:
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
 def _flag(axis: str) -> str:

@@ -1,4 +1,4 @@
-"""Tensor parallelism for the transformers that diffusers has a plan for: each rank has a share of
+"""Tensor parallelism for the transformers that diffusers has a plan for: each rank has a shard of
 every planned linear layer.
 
 The plan (`_tp_plan` of the class) says which layers are cut by outputs and which by inputs; one sum
@@ -21,7 +21,7 @@ from backends.groups.collectives import gather_pieces
 from backends.groups.mesh import Mesh
 from backends.parallel import hooks
 
-NAME = "xdit weight shares"
+NAME = "xdit weight shards"
 
 
 @dataclass(slots=True)
@@ -54,7 +54,7 @@ class TensorParallel:
             path, _, kind = name.rpartition(".")
             linear = self._denoiser.get_submodule(path)
             parameter = getattr(linear, kind)
-            parameter.data = _share(parameter.data, spec, axis.size, axis.rank)
+            parameter.data = _shard(parameter.data, spec, axis.size, axis.rank)
             self._cuts.append(_Cut(parameter, spec))
             if kind == "weight" and spec.dim == 1:
                 hooks.attach(linear, NAME, self._sum)
@@ -99,11 +99,11 @@ class TensorParallel:
 
     def _whole(self, own: Tensor, spec: TPShardSpec) -> Tensor:
         axis = self._mesh.axis("tensor")
-        shares = gather_pieces(own, [own.shape] * axis.size, axis=axis, traffic=self._mesh.traffic)
+        shards = gather_pieces(own, [own.shape] * axis.size, axis=axis, traffic=self._mesh.traffic)
         if spec.dim is None:
-            return shares[0].clone()
+            return shards[0].clone()
         widths = [size // axis.size for size in spec.block_sizes]
-        blocks = zip(*(share.split(widths, dim=spec.dim) for share in shares), strict=True)
+        blocks = zip(*(shard.split(widths, dim=spec.dim) for shard in shards), strict=True)
         return torch.cat([part for block in blocks for part in block], dim=spec.dim)
 
 
@@ -116,7 +116,7 @@ def _require_plain(name: str, linear: nn.Module) -> None:
         )
 
 
-def _share(tensor: Tensor, spec: TPShardSpec, size: int, rank: int) -> Tensor:
+def _shard(tensor: Tensor, spec: TPShardSpec, size: int, rank: int) -> Tensor:
     """This rank's part of every block, as memory of its own. What is added after the sum counts on
     rank 0 only.
     """

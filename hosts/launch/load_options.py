@@ -24,7 +24,6 @@ WITHOUT_SDPA = ("enable_attention_slicing", "xformers_efficient")
 """Options that replace the attention operator in which some backends reach the other ranks'
 tokens.
 """
-SEES_OPERATORS = ("distrifuser", "xdit")
 
 FEATURE_OPTIONS = {
     "lora": ("lora", "lora_dir", "motion_adapter_lora"),
@@ -58,46 +57,31 @@ def asked_prewarm_steps(settings: Settings) -> int | None:
     return settings.warm_up_steps
 
 
-def prewarm_steps(settings: Settings, backend: str) -> tuple[int, str]:
+def prewarm_steps(settings: Settings, plan: ParallelPlan) -> tuple[int, str]:
     """Steps of the throw-away image after loading, and why if nobody asked for them."""
     asked = asked_prewarm_steps(settings)
     if compile_settings(settings) is not None and not asked:
-        return 1, (
-            "prewarm_steps=1: the first image compiles the model, so one is generated before the "
-            "host is ready"
-        )
-    if backend == "asyncdiff" and asked is None:
-        return 1, (
-            "prewarm_steps=1: the first image finds and times the denoiser's units, so one is "
-            "generated before the host is ready"
-        )
-    return asked or 0, ""
+        reason = "the first image compiles the model"
+    elif plan.needs_prewarm and asked is None:
+        reason = plan.needs_prewarm
+    else:
+        return asked or 0, ""
+    return 1, f"prewarm_steps=1: {reason}, so one is generated before the host is ready"
 
 
-def step_cache(settings: Settings, spec: ModelSpec, *, backend: str) -> StepCacheSpec | None:
-    """The cache of --step_cache, or of --use_fbcache where that can be had."""
-    if settings.step_cache is not None:
-        return parse_step_cache(settings.step_cache, spec)
-    is_old = settings.use_fbcache and backend == "xdit" and _can_use_fbcache(settings, spec)
-    return parse_step_cache("first_block", spec) if is_old else None
+def step_cache(settings: Settings, spec: ModelSpec, plan: ParallelPlan) -> StepCacheSpec | None:
+    """The cache of --step_cache, or else of the method's own options."""
+    asked = settings.step_cache or plan.step_cache
+    return parse_step_cache(asked, spec) if asked else None
 
 
-def step_cache_reason(settings: Settings, spec: ModelSpec, *, backend: str) -> str:
-    cache = step_cache(settings, spec, backend=backend)
-    if settings.step_cache is not None:
-        return (
-            f"results are approximate: step_cache={cache} skips steps; a request with "
-            "quality=exact skips none"
-        )
-    if cache is not None:
-        return f"step_cache={cache}: the meaning of --use_fbcache; results are approximate"
-    if settings.use_fbcache and backend == "xdit":
-        return "--use_fbcache has no effect: it is for transformers without PipeFusion"
-    return ""
-
-
-def _can_use_fbcache(settings: Settings, spec: ModelSpec) -> bool:
-    return spec.denoiser == "transformer" and (settings.pipefusion_parallel_degree or 1) == 1
+def step_cache_reason(settings: Settings, spec: ModelSpec, plan: ParallelPlan) -> str:
+    if settings.step_cache is None:
+        return ""
+    return (
+        f"results are approximate: step_cache={step_cache(settings, spec, plan)} skips steps; a "
+        "request with quality=exact skips none"
+    )
 
 
 def quantization(settings: Settings) -> dict[str, QuantizationSpec]:
@@ -157,18 +141,11 @@ def offload(settings: Settings) -> str | None:
     return OFFLOADS[wanted[0]] if wanted else None
 
 
-def can_replace_attention(backend: str) -> bool:
-    """Whether WITHOUT_SDPA act. They change no image, and the existing clients send them to every
-    backend, so they are not refused.
-    """
-    return backend not in SEES_OPERATORS
-
-
 def load_reasons(
-    settings: Settings, spec: ModelSpec, *, backend: str, num_gpus: int
+    settings: Settings, spec: ModelSpec, plan: ParallelPlan, *, num_gpus: int
 ) -> Iterator[str]:
     """A sentence for each value that was chosen here, and each argument without effect."""
-    if reason := step_cache_reason(settings, spec, backend=backend):
+    if reason := step_cache_reason(settings, spec, plan):
         yield reason
     compiled = compile_settings(settings) is not None
     if compiled and settings.compile_mode is not None and settings.compile_options:
@@ -176,23 +153,22 @@ def load_reasons(
             "--compile_mode has no effect: --compile_options was given too, and torch takes one of "
             "them"
         )
-    if reason := prewarm_steps(settings, backend)[1]:
+    if reason := prewarm_steps(settings, plan)[1]:
         yield reason
     if not num_gpus:
         for name in OFFLOADS:
             if getattr(settings, name):
                 yield f"--{name} has no effect: there is no GPU, so all weights are in main memory"
     for name in WITHOUT_SDPA:
-        if getattr(settings, name) and not can_replace_attention(backend):
+        # not refused: it changes no image, and the existing clients send it to every backend
+        if getattr(settings, name) and plan.intercepts_sdpa:
             yield (
-                f"--{name} has no effect: backend {backend!r} reaches the other ranks through "
+                f"--{name} has no effect: backend {plan.method!r} reaches the other ranks through "
                 "torch's own attention"
             )
 
 
-def idle_reasons(
-    settings: Settings, spec: ModelSpec, backend: str, plan: ParallelPlan
-) -> Iterator[str]:
+def idle_reasons(settings: Settings, spec: ModelSpec, plan: ParallelPlan) -> Iterator[str]:
     """A sentence for each given option that this launch does not use. The existing clients send
     those of all backends.
     """
@@ -205,7 +181,7 @@ def idle_reasons(
         yield "--master_port has no effect: the ranks of a machine connect in a private folder"
     for name in settings.given:
         readers = options()[name].backends
-        if readers and backend not in readers:
+        if readers and plan.method not in readers:
             yield f"--{name} has no effect: it is for backend {' or '.join(readers)}"
 
 

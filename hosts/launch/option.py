@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from backends import BACKEND_NAMES
-from hosts.launch.parsers import parse_switch
+from backends import BACKEND_NAMES, plan_module
+from backends.options import Option as BackendOption
+from backends.options import parse_switch
 
 SECTIONS = {
     "common": "The ten that people use first",
@@ -19,9 +20,7 @@ SECTIONS = {
     "quantization": "Quantization",
     "compile": "torch.compile",
     "memory": "Memory",
-    "asyncdiff": "Backend asyncdiff",
-    "distrifuser": "Backend distrifuser",
-    "xdit": "Backend xdit",
+    **{name: f"Backend {name}" for name in BACKEND_NAMES if plan_module(name).OPTIONS},
     "machines": "Several machines",
     "cluster": "Several hosts behind a gateway",
     "old": "Old spellings",
@@ -61,9 +60,9 @@ def declare(
     *,
     metavar: str = "VALUE",
     aliases: tuple[str, ...] = (),
-    also: tuple[str, ...] = (),
+    backends: tuple[str, ...] = (),
 ) -> Any:
-    """A field of Settings. also: backends that read it besides the one that the section is for."""
+    """A field of Settings. backends: those that read it; none for the host's own."""
     option = Option(
         section=section,
         default=default,
@@ -71,6 +70,20 @@ def declare(
         text=text,
         metavar=metavar,
         aliases=aliases,
-        backends=(section, *also) if section in BACKEND_NAMES else (),
+        backends=backends,
     )
     return field(default=default, metadata={"option": option})
+
+
+def declare_backend_option(backend: str, option: BackendOption) -> Any:
+    """A field of Settings for an option that a backend declares in its own folder."""
+    also = [name for name in BACKEND_NAMES if option.name in plan_module(name).READS]
+    return declare(
+        backend,
+        option.default,
+        option.parse,
+        option.text,
+        metavar=option.metavar or "VALUE",
+        aliases=option.aliases,
+        backends=(backend, *also),
+    )

@@ -1,22 +1,12 @@
-"""Parsers of single launch values: text -> value. A ValueError says what is allowed. Imports no
-torch.
+"""Parsers of the host's own launch values: text -> value. A ValueError says what is allowed.
+backends/options.py has those that the backends' options need too.
 """
 
-import difflib
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 MIN_KEY = 16
-
-
-def parse_switch(text: str) -> bool:
-    if text.strip().lower() in ("", "1", "true", "yes", "on"):
-        return True
-    if text.strip().lower() in ("0", "false", "no", "off", "none"):
-        return False
-    raise ValueError("true or false")
 
 
 def secret(text: str) -> str:
@@ -33,51 +23,6 @@ def secret(text: str) -> str:
     return text
 
 
-def whole(low: int, high: int = 2**31 - 1, *, multiple: int = 1) -> Callable[[str], int]:
-    """Return a parser for whole numbers in a range."""
-    allowed = (
-        f"a whole number from {low}"
-        + (f" to {high}" if high < 2**31 - 1 else "")
-        + (f", a multiple of {multiple}" if multiple > 1 else "")
-    )
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError as error:
-            raise ValueError(allowed) from error
-        if not low <= value <= high or value % multiple:
-            raise ValueError(allowed)
-        return value
-
-    return parse
-
-
-def number(low: float, high: float) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError as error:
-            raise ValueError(f"a number from {low:g} to {high:g}") from error
-        if not low <= value <= high:
-            raise ValueError(f"a number from {low:g} to {high:g}")
-        return value
-
-    return parse
-
-
-def one_of(*names: str) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        if text not in names:
-            close = difflib.get_close_matches(text, names, n=1)
-            raise ValueError(
-                "one of " + ", ".join(names) + (f" (did you mean {close[0]}?)" if close else "")
-            )
-        return text
-
-    return parse
-
-
 def endpoint(text: str) -> str:
     """'10.0.0.1:29500' or '[fd00::1]:29500', as it is."""
     split_endpoint(text)
@@ -91,28 +36,6 @@ def split_endpoint(text: str) -> tuple[str, int]:
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
         raise ValueError("HOST:PORT, the address of the first machine and a free port there")
     return host, int(port)
-
-
-def weights(text: str) -> tuple[float, ...]:
-    """'1,1,0.6' or '[1, 1, 0.6]' -> (1.0, 1.0, 0.6)."""
-    try:
-        values = tuple(float(part) for part in text.strip("[] ").split(","))
-    except ValueError as error:
-        raise ValueError("positive numbers with commas between them, such as 1,1,0.6") from error
-    if not values or min(values) <= 0:
-        raise ValueError("positive numbers with commas between them, such as 1,1,0.6")
-    return values
-
-
-def counts(text: str) -> tuple[int, ...]:
-    """'10,9', '10 9' or '[10, 9]' -> (10, 9)."""
-    try:
-        values = tuple(int(part) for part in text.strip("[] ").replace(",", " ").split())
-    except ValueError as error:
-        raise ValueError("whole numbers from 1 with commas between them, such as 10,9") from error
-    if not values or min(values) < 1:
-        raise ValueError("whole numbers from 1 with commas between them, such as 10,9")
-    return values
 
 
 def scales(text: str) -> dict[str, float]:

@@ -7,27 +7,16 @@ torch.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, make_dataclass, replace
 from functools import cache, partial
 from typing import Any
 
-from backends import BACKEND_NAMES
-from backends.autotune.candidates import QUALITIES
+from backends import BACKEND_NAMES, plan_module
 from backends.errors import ConfigError
-from hosts.launch.option import SECTIONS, Option, declare
-from hosts.launch.parsers import (
-    counts,
-    endpoint,
-    json_object,
-    number,
-    one_of,
-    parse_switch,
-    scales,
-    scheduler,
-    secret,
-    weights,
-    whole,
-)
+from backends.options import number, one_of, parse_switch, whole
+from backends.plan import QUALITIES
+from hosts.launch.option import SECTIONS, Option, declare, declare_backend_option
+from hosts.launch.parsers import endpoint, json_object, scales, scheduler, secret
 
 _common, _jobs, _process, _limit = (
     partial(declare, name) for name in ("common", "jobs", "process", "limits")
@@ -36,19 +25,28 @@ _model, _adapter, _quantize, _compile, _memory = (
     partial(declare, name) for name in ("model", "adapters", "quantization", "compile", "memory")
 )
 _machines, _cluster, _old = (partial(declare, name) for name in ("machines", "cluster", "old"))
-_asyncdiff, _distrifuser, _xdit = (
-    partial(declare, name) for name in ("asyncdiff", "distrifuser", "xdit")
+_switch = parse_switch
+
+_BackendOptions: Any = make_dataclass(
+    "_BackendOptions",
+    [
+        (option.name, Any, declare_backend_option(backend, option))
+        for backend in BACKEND_NAMES
+        for option in plan_module(backend).OPTIONS
+    ],
+    frozen=True,
+    slots=True,
+    kw_only=True,
 )
-_switch, _degree = parse_switch, whole(1, 64)
-_SYNC_MODES = (
-    "corrected_async_gn", "stale_gn", "separate_gn", "sync_gn", "full_sync", "no_sync", "rotate",
-)  # fmt: skip
 
 
 # fmt: off
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """Everything that is fixed at launch. None means not given. In names, '-' equals '_'."""
+class Settings(_BackendOptions):
+    """Everything that is fixed at launch. None means not given. In names, '-' equals '_'.
+
+    The options of single backends are inherited: they are declared and read in their own folders.
+    """
 
     type: str | None = _common(None, str, "Model type: a row of model_table.yaml.")
     checkpoint: str | None = _common(
@@ -276,65 +274,6 @@ class Settings:
         None, json_object, "Several models, best given in --config: name -> arguments. Requests "
         "name one as `model`.", metavar="JSON")
 
-    # Private options of the backends
-
-    model_n: int | None = _asyncdiff(
-        None, _degree, "Segments of the denoiser. Default: one per rank.")
-    stride: int | None = _asyncdiff(
-        None, whole(1, 2), "Steps per turn of the segments: 1, or 2 with one more rank. Default: "
-        "what fits the ranks.")
-    time_shift: bool = _asyncdiff(
-        False, _switch, "Give each segment the timestep of its stale input instead of its own.")
-    synced_percent: float | None = _asyncdiff(
-        None, number(0, 100), "Synchronous steps as a percentage of all steps. Above 0 it replaces "
-        "--warmup_steps.")
-    segment_weights: tuple[float, ...] | None = _asyncdiff(
-        None, weights, "Relative speed of each segment's rank, such as 1,0.6. Default: equal.",
-        metavar="W,W")
-    shard_weights: bool = _asyncdiff(
-        False, _switch, "Keep only its segment's weights on each rank.")
-    extrapolate: bool | None = _asyncdiff(
-        None, _switch, "Extrapolate stale values from the last two steps (also distrifuser). "
-        "Default: where it comes closer to the exact image.", also=("distrifuser",))
-
-    parallelism: str | None = _distrifuser(
-        None, one_of("patch", "naive_patch", "tensor"), "`patch` (default): ranks exchange the "
-        "values around their patches. `naive_patch`: no exchange. `tensor`: split weights.")
-    sync_mode: str | None = _distrifuser(
-        None, one_of(*_SYNC_MODES), "How patches exchange values: corrected_async_gn (default), "
-        "stale_gn, separate_gn, sync_gn, full_sync, no_sync or rotate (docs/distrifuser.md).")
-    split_scheme: str | None = _distrifuser(
-        None, one_of("row", "col", "alternate"), "Cut of naive patches: row, col or alternate. "
-        "Default: row.")
-    patch_weights: tuple[float, ...] | None = _distrifuser(
-        None, weights, "Relative speed of each patch's rank, such as 1,0.6. Default: equal.",
-        metavar="W,W")
-    no_split_batch: bool = _distrifuser(
-        False, _switch, "Use all ranks for patches, instead of splitting the halves of guidance.")
-
-    use_cfg_parallel: bool | None = _xdit(
-        None, _switch, "Compute the two halves of guidance on two halves of the ranks (also "
-        "asyncdiff). Default: where the ranks allow it.", also=("asyncdiff",))
-    ulysses_degree: int | None = _xdit(
-        None, _degree, "Ranks that share the attention heads. Default: as many as divide them.")
-    ring_degree: int | None = _xdit(
-        None, _degree, "Ranks that pass keys and values round a ring. Default: what Ulysses "
-        "leaves.")
-    pipefusion_parallel_degree: int | None = _xdit(
-        None, _degree, "PipeFusion stages of the denoiser. Default: 1.")
-    num_pipeline_patch: int | None = _xdit(
-        None, _degree, "PipeFusion patches in flight. Default: 1 or 2 per stage.")
-    attn_layer_num_for_pp: tuple[int, ...] | None = _xdit(
-        None, counts, "Transformer blocks of each PipeFusion stage, such as 10,9. Default: an even "
-        "cut.", metavar="N,N")
-    data_parallel_degree: int | None = _xdit(
-        None, _degree, "Groups of ranks with the whole model, which share the images of a batch. "
-        "Default: 1.")
-    tensor_parallel_degree: int | None = _xdit(
-        None, _degree, "Ranks that share each layer's weights. Default: 1.")
-    use_fbcache: bool = _xdit(
-        False, _switch, "Older name of --step_cache=first_block; has no effect where that cannot "
-        "be.")
 
     # Spellings with a meaning of their own; others are aliases
 

@@ -24,7 +24,6 @@ from backends.request import LoadRequest
 from backends.step_cache_spec import require_step_cache
 from hosts.launch.auto_backend import BackendChoice, Recall, resolve_backend
 from hosts.launch.load_options import (
-    can_replace_attention,
     compile_settings,
     features_of,
     idle_reasons,
@@ -159,11 +158,11 @@ def plan_start(
     backend, settings = choice.backend, choice.settings
     for feature in ("", *features):
         spec.require(backend, feature or None)
-    load, why_load = _load_request(settings, spec, backend, num_gpus=num_gpus)
+    options = {**settings.given, "checkpoint": _checkpoint(settings, spec)}
+    plan = require_world_size(planner(backend)(spec, options, world_size), world_size)
+    load, why_load = _load_request(settings, spec, plan, num_gpus=num_gpus)
     prediction = prediction_settings(spec, load, require_fit(spec, load))
     why_prediction = (f"{name}={value}: the file says so" for name, value in prediction.items())
-    options = {**settings.given, "checkpoint": load.checkpoint}
-    plan = require_world_size(planner(backend)(spec, options, world_size), world_size)
     if load.step_cache is not None:
         require_step_cache(load.step_cache, plan)
     auto = choice.auto
@@ -178,7 +177,7 @@ def plan_start(
         fastest=auto.job.candidate.ranks if auto is not None else None,
     )
     max_batch, why_one = batch_limit(settings.max_batch, settings.mode, spec, plan, teams, load)
-    idle = idle_reasons(settings, spec, backend, plan)
+    idle = idle_reasons(settings, spec, plan)
     reasons = (
         why_type, *why_ranks, *choice.reasons, *why_load, *why_prediction, *idle, why_one
     )  # fmt: skip
@@ -272,7 +271,7 @@ def _model_spec(settings: Settings, table: ModelTable) -> tuple[ModelSpec, str]:
 
 
 def _load_request(
-    settings: Settings, spec: ModelSpec, backend: str, *, num_gpus: int
+    settings: Settings, spec: ModelSpec, plan: ParallelPlan, *, num_gpus: int
 ) -> tuple[LoadRequest, list[str]]:
     reasons = []
     paths = {
@@ -295,7 +294,6 @@ def _load_request(
     except RequestError as error:
         raise ConfigError(f"--scheduler: {error}") from error
     denoiser, denoiser_config = _denoiser(settings, spec)
-    keeps_attention = not can_replace_attention(backend)
     load = LoadRequest(
         model_type=spec.name,
         checkpoint=paths["checkpoint"],
@@ -317,18 +315,18 @@ def _load_request(
         quantize=quantization(settings),
         compile=compile_settings(settings),
         compel=settings.compel,
-        step_cache=step_cache(settings, spec, backend=backend),
+        step_cache=step_cache(settings, spec, plan),
         offload=offload(settings),
-        enable_attention_slicing=settings.enable_attention_slicing and not keeps_attention,
-        xformers_efficient=settings.xformers_efficient and not keeps_attention,
+        enable_attention_slicing=settings.enable_attention_slicing and not plan.intercepts_sdpa,
+        xformers_efficient=settings.xformers_efficient and not plan.intercepts_sdpa,
         enable_vae_tiling=settings.enable_vae_tiling,
         enable_vae_slicing=settings.enable_vae_slicing,
         parallel_vae=settings.parallel_vae is not False,
         height=settings.height,
         width=settings.width,
-        prewarm_steps=prewarm_steps(settings, backend)[0],
+        prewarm_steps=prewarm_steps(settings, plan)[0],
     )
-    return load, [*reasons, *load_reasons(settings, spec, backend=backend, num_gpus=num_gpus)]
+    return load, [*reasons, *load_reasons(settings, spec, plan, num_gpus=num_gpus)]
 
 
 def _checkpoint(settings: Settings, spec: ModelSpec) -> str:

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from backends.autotune.candidates import list_candidates, quality_of
+from backends import planner
+from backends.autotune.candidates import list_candidates
 from backends.autotune.cost import CFG_LOSS, Link, Work, predict
 from backends.autotune.ranking import (
     CLOSE_CALL,
@@ -87,7 +88,10 @@ def test_what_a_backend_or_the_table_refuses_stays_in_the_list_with_its_reason()
         for candidate in candidates("hy", 2, {"checkpoint": str(checkpoint("hy"))})
     }
     assert found["xdit pipefusion 2"].plan is None
-    assert "its late blocks take in what early ones gave out" in found["xdit pipefusion 2"].refusal
+    assert (
+        "its later blocks read skip connections from earlier ones"
+        in found["xdit pipefusion 2"].refusal
+    )
     found = {candidate.name: candidate for candidate in candidates(features=("step_cache",))}
     assert (
         "step_cache with backend 'asyncdiff' is not available"
@@ -108,12 +112,8 @@ def test_what_a_backend_or_the_table_refuses_stays_in_the_list_with_its_reason()
     ],
 )
 def test_quality_of_a_method_is_what_was_measured_of_it(name, quality):
-    assert (
-        quality_of(
-            next(candidate.plan for candidate in candidates(ranks=4) if candidate.name == name)
-        )
-        == quality
-    )
+    plans = {candidate.name: candidate.plan for candidate in candidates(ranks=4)}
+    assert plans[name].quality == quality
 
 
 def test_quality_leaves_out_what_is_less_strict_and_says_so():
@@ -283,7 +283,7 @@ def test_table_explains_the_choice_and_every_refusal():
         "2",
     ]
     assert "measured" in text[1] and any("predicted" in line for line in text)
-    assert any("its late blocks take in" in line for line in text)
+    assert any("its later blocks read skip connections" in line for line in text)
     facts = [row.facts() for row in rows]
     assert json.loads(json.dumps(facts)) == facts
     assert {
@@ -309,14 +309,10 @@ def test_stages_keep_a_part_of_the_weights_but_load_all_of_them():
     estimate = predict(plan, UNET, FAST_LINK)
     assert estimate.load_bytes == UNET.weight_bytes + UNET.other_bytes
     assert estimate.run_bytes < predict(ParallelPlan(method="single"), UNET, FAST_LINK).run_bytes
-    options = {"model_n": 2, "stride": 1}
+    segments = planner("asyncdiff")
     whole, sharded = (
-        predict(
-            ParallelPlan(method="asyncdiff", axes=(("segment", 2),), options=options | more),
-            UNET,
-            FAST_LINK,
-        ).run_bytes
-        for more in ({}, {"shard_weights": True})
+        predict(segments(TABLE["sd1"], {"shard_weights": shards}, 2), UNET, FAST_LINK).run_bytes
+        for shards in (False, True)
     )
     assert whole - sharded == UNET.weight_bytes / 2
 

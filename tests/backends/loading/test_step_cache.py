@@ -5,10 +5,10 @@ to the same decisions.
 import pytest
 import torch
 
+from backends import planner
 from backends.errors import ConfigError, UnsupportedError
 from backends.groups.mesh import Mesh
 from backends.loading.step_cache import inner_modules
-from backends.plan import ParallelPlan
 from backends.step_cache_spec import parse_step_cache, require_step_cache
 from backends.xdit.plan import make_plan
 from tests.backends.features import CPU, TABLE, attached, feature, loaded, request_for, result
@@ -228,40 +228,32 @@ def test_rejects_what_does_not_fit_the_type(name, text, message):
 
 
 @pytest.mark.parametrize(
-    ("plan", "message"),
+    ("backend", "options", "message"),
     [
         (
-            ParallelPlan(method="xdit", axes=(("stage", 2),)),
+            "xdit",
+            {"pipefusion_parallel_degree": 2},
             r"step_cache=first_block,0.08 is not available with PipeFusion: .* Use Ulysses",
         ),
         (
-            ParallelPlan(
-                method="distrifuser",
-                axes=(("patch", 2),),
-                options={"sync_mode": "corrected_async_gn"},
-            ),
+            "distrifuser",
+            {},
             r"not available with patches that take values of the step before, .* Use "
             r"--sync_mode=full_sync",
         ),
+        ("asyncdiff", {}, r"not available with segments that read .* Use another backend"),
     ],
 )
-def test_rejects_methods_that_take_values_of_the_step_before(plan, message):
+def test_rejects_methods_that_take_values_of_the_step_before(backend, options, message):
+    plan = planner(backend)(TABLE["flux"], options, 2)
     with pytest.raises(UnsupportedError, match=message):
         require_step_cache(parse_step_cache("first_block", TABLE["flux"]), plan)
 
 
 def test_allows_patches_that_exchange_in_each_step_and_the_cfg_split():
     cache = parse_step_cache("deep", TABLE["sdxl"])
-    require_step_cache(
-        cache,
-        ParallelPlan(
-            method="distrifuser", axes=(("patch", 2),), options={"sync_mode": "full_sync"}
-        ),
-    )
-    require_step_cache(
-        cache,
-        ParallelPlan(
-            method="distrifuser", axes=(("cfg", 2),), options={"sync_mode": "corrected_async_gn"}
-        ),
-    )
+    make_plan = planner("distrifuser")
+    patches = {"sync_mode": "full_sync", "no_split_batch": True}
+    require_step_cache(cache, make_plan(TABLE["sdxl"], patches, 2))
+    require_step_cache(cache, make_plan(TABLE["sdxl"], {}, 2))
     assert str(cache) == "deep,2"
