@@ -101,8 +101,8 @@ def test_rank_whose_job_makes_no_step_while_its_threads_run_is_found_and_named()
 STARTING = """
 import threading, time
 from hosts.supervision import parent_watch
-lifeline.START_WITHIN_S = 1.5
-threading.Thread(target=lifeline._limit_start, daemon=True).start()
+parent_watch.START_WITHIN_S = 1.5
+threading.Thread(target=parent_watch._limit_start, daemon=True).start()
 print("starting", flush=True)
 time.sleep(100)
 """
