@@ -1,4 +1,5 @@
-# make demo: one image from two ranks on this machine. make test: the tests. Each sets up .venv by itself.
+# make install: set up .venv. make demo: one image from two ranks on this machine. make test: the tests.
+# Each sets up .venv by itself.
 PYTHON ?= python3
 PORT ?= 6000
 BIN := .venv/bin
@@ -6,7 +7,9 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 # else every process of every host under test would compile our sources anew
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-all lint docs audit clean
+.PHONY: install demo test test-all lint docs audit clean
+
+install: .venv/installed
 
 demo: .venv/installed
 	$(BIN)/python -m demo --port=$(PORT) $(if $(ONCE),--once)
