@@ -308,7 +308,7 @@ def check_refusals(rank, world_size):
         mesh: Mesh = backend.mesh
         with pytest.raises(
             UnsupportedError,
-            match=r"not available for HunyuanDiT2DModel: its late blocks .* Use --ulysses_degree",
+            match=r"not available for HunyuanDiT2DModel: its later blocks .* Use --ulysses_degree",
         ):
             PipeFusion(load("hy").transformer, mesh, num_patches=2, blocks_per_stage=None)
 
