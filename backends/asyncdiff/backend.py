@@ -41,7 +41,7 @@ CostsOf = Callable[[UnitHooks, Callable[[], Any], Layout, torch.device], list[fl
 
 
 class AsyncDiffBackend(Backend):
-    """The backend. `costs_of` weighs the units for the cuts: measured times, unless it is replaced."""
+    """`costs_of` weighs the units for the cuts: measured times, unless it is replaced."""
 
     name: ClassVar[str] = "asyncdiff"
 
@@ -189,7 +189,7 @@ class AsyncDiffBackend(Backend):
         return KeptWeights(parts, kept=self._place().segment)
 
     def _costs(self, call: Callable[[], Any], layout: Layout) -> list[float]:
-        """Return bytes where weights are sharded, because memory must then be even; else seconds."""
+        """Return seconds; bytes where weights are sharded, because memory must then be even."""
         if self.plan.options["shard_weights"]:
             return [float(weight_bytes(self._hooks.modules[unit.name])) for unit in layout.units]
         return self.costs_of(self._hooks, call, layout, self.mesh.device)

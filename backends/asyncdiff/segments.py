@@ -20,7 +20,7 @@ to call. Among equal cuts the fewest bytes win.
 
 @dataclass(frozen=True, slots=True)
 class Segments:
-    """Segment s has the units bounds[s] .. bounds[s + 1] - 1. Every unit is in exactly one segment."""
+    """Segment s has the units bounds[s] .. bounds[s + 1] - 1. Every unit is in exactly one."""
 
     layout: Layout
     bounds: tuple[int, ...]

@@ -52,7 +52,7 @@ class DistriFuserBackend(Backend):
         super().detach(pipe)
 
     def attach_denoiser(self, pipe: Any, denoiser: nn.Module) -> None:
-        """Attach patches to the denoiser and its ControlNets, or cut weights (parallelism=tensor)."""
+        """Attach patches to the denoiser and its ControlNets, or cut weights (tensor)."""
         if self.plan.options["parallelism"] == "tensor":
             attach_shards(denoiser, self.mesh)
             return
@@ -214,7 +214,7 @@ class DistriFuserBackend(Backend):
         return self.mesh.axis("patch"), self.plan.options["patch_weights"]
 
     def _all_ranks(self) -> tuple[Axis, tuple[float, ...]]:
-        """Return the ranks of both halves of the CFG split, for a call whose batch cannot be split."""
+        """Return the ranks of both halves of the CFG split, for a batch that cannot be split."""
         return self.mesh.axis("cfg", "patch"), self.plan.options["patch_weights"] * self.mesh.axis(
             "cfg"
         ).size

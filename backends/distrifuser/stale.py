@@ -100,7 +100,7 @@ class Message:
             self._older.copy_(self._received)
 
     def wait(self, timeout: timedelta | None = None) -> None:
-        """Wait until the values of the last `start` have arrived. Do nothing if none is under way."""
+        """Wait until the values of the last `start` have arrived, if there was one."""
         if self._swap is not None:
             swap, self._swap = self._swap, None
             started = time.perf_counter()
@@ -112,7 +112,7 @@ class CallBuffers(Exchange):
     """The exchange of one call of one network, from step to step."""
 
     def __init__(self, mode: SyncMode, *, keeps_older: bool, traffic: CommStats) -> None:
-        """keeps_older: keep the values of the last two steps, so that a generation can extrapolate."""
+        """keeps_older: keep the values of two steps, so that a generation can extrapolate."""
         self._mode = mode
         self._keeps_older = keeps_older
         self._extrapolates = False
@@ -311,7 +311,7 @@ def _or_own(moments: Tensor, own: Tensor) -> Tensor:
 
 
 def _groups(slots: list[Slot]) -> list[list[Slot]]:
-    """Return consecutive slots in NUM_MESSAGES groups of about equal size; the same on all ranks."""
+    """Divide the slots into NUM_MESSAGES groups of about equal size, the same on all ranks."""
     sizes = [
         sum(slot.spec.num_bytes(patch) for patch in range(len(slot.spec.shapes))) for slot in slots
     ]

@@ -199,7 +199,7 @@ class SpreadAttention:
     def _with_stale(
         self, stale: StaleKVCache, path: str, is_joint: bool, key: Tensor, value: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Store these keys and values, and return them with the stored ones of the other patches."""
+        """Store these keys and values. Return them with the stored ones of other patches."""
         assert self.current is not None
         if self.current.patch is None:
             return stale.remember_all(path, key, value, labels=self._patch_labels(is_joint))

@@ -121,7 +121,7 @@ def _trade_by_messages(
 def gather_tokens(
     tokens: Tensor, *, lengths: Sequence[int], axis: Axis, traffic: CommStats
 ) -> Tensor:
-    """Return every rank's tokens (B, lengths[rank], D), concatenated in rank order, on every rank."""
+    """Return the tokens (B, lengths[rank], D) of all ranks in rank order, on every rank."""
     shapes = [(tokens.shape[0], length, tokens.shape[2]) for length in lengths]
     incoming = _trade([(tokens,)] * axis.size, shapes, axis=axis, traffic=traffic)
     return torch.cat([part for (part,) in incoming], dim=1)

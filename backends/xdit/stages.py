@@ -142,7 +142,7 @@ class PipeFusion:
             self._weights = None
 
     def begin(self, warmup_steps: int) -> None:
-        """Start a generation. warmup_steps: number of synchronous denoiser evaluations, at least 1."""
+        """Start a generation. warmup_steps: synchronous denoiser evaluations, at least 1."""
         self.end()
         self._warmup_steps = warmup_steps
 
@@ -243,7 +243,8 @@ class PipeFusion:
         call uses.
         """
         self._finish(but=2)
-        # the first stage needs the complete input; on others deferred arithmetic would pile up
+        # complete the last input: the first stage has used it, and on the other stages deferred
+        # arithmetic would pile up
         if self._input is not None:
             self._input.whole()
         self._input = (
@@ -319,7 +320,7 @@ class PipeFusion:
     def _streams(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
-        """Return what runs through the blocks: image tokens, and text tokens where they run along."""
+        """Return the tokens that run through the blocks: image, and text where it does too."""
         hidden = args[0] if args else kwargs["hidden_states"]
         return hidden, kwargs[
             "encoder_hidden_states"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Buffer:
-    """Keys and values of one attention module, (B, H, tokens of all patches, D), patch after patch."""
+    """Keys and values of one attention module: (B, H, tokens of all patches, D)."""
 
     keys: Tensor
     values: Tensor
