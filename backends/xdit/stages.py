@@ -400,6 +400,6 @@ def stage_bounds(
         raise PlanError(
             f"attn_layer_num_for_pp={list(per_stage)} does not divide {num_blocks} transformer "
             f"blocks among {num_stages} stages. Allowed: {num_stages} numbers from 1 with the sum "
-            f"{num_blocks}. Change them, or leave them out for an even cut."
+            f"{num_blocks}. Change them, or use fewer stages."
         )
     return tuple(sum(per_stage[:stage]) for stage in range(num_stages + 1))
