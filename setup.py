@@ -1,11 +1,13 @@
 """Installation: `pip install -c constraints.txt -e .` into an environment of its own."""
 
+import runpy
 from pathlib import Path
 
 from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 TOP_LEVEL_FILES = ("model_table.yaml",)
+VERSION_FILE = Path(__file__).parent / "hosts" / "http" / "__init__.py"
 
 
 class BuildWithTable(build_py):
@@ -21,7 +23,9 @@ class BuildWithTable(build_py):
 
 setup(
     name="diffusion-launcher",
-    version="0.1.0",
+    version=runpy.run_path(str(Path(__file__).parent / "hosts" / "http" / "__init__.py"))[
+        "VERSION"
+    ],
     description="Serve one diffusion model on several GPUs over HTTP",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

@@ -1,5 +1,5 @@
-"""The errors a user can cause or must read. Knows nothing of HTTP: hosts/http/app.py maps types to
-status codes.
+"""The errors a user can cause or must read. Knows nothing of HTTP: hosts/http/errors.py maps types
+to status codes.
 
 Every message says what was given, what is allowed, and what to do.
 """

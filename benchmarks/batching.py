@@ -48,7 +48,7 @@ def main() -> None:
         json.dumps(
             {
                 "device": str(device),
-                "steps": options.steps,
+                "num_inference_steps": options.steps,
                 "rounds": options.rounds,
                 "sizes": found,
             },

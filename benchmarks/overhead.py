@@ -5,7 +5,7 @@ call inside it.
 
 Starts a real host with the demo model and prints JSON. The pipeline's seconds are those that rank 0
 measured around the call and the decoding; what is left is HTTP, queue, broadcast, outcome exchange
-and encoding (as PNG, and as the contract's JSON).
+and encoding (as PNG, and as the JSON of the existing clients).
 """
 
 import argparse

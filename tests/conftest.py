@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from hosts.main import import_bitsandbytes
+from hosts.ranks.libraries import import_bitsandbytes
 
-import_bitsandbytes()
+import_bitsandbytes(os.environ)
 torch.set_num_threads(1)
 multiprocessing.set_forkserver_preload(["tests.conftest", "tests.preload"])
 

@@ -18,7 +18,7 @@ BACKENDS = [path.parent for path in sorted((ROOT / "backends").glob("*/backend.p
 SHARED = [path for path in sorted((ROOT / "backends").rglob("*.py")) if path.parent not in BACKENDS]
 HOSTS = sorted((ROOT / "hosts").rglob("*.py"))
 PRODUCT = [ROOT / "launcher.py", *HOSTS, *sorted((ROOT / "backends").rglob("*.py"))]
-TORCH_FREE_FOLDERS = ("launch", "http", "jobs", "supervision", "compat", "cluster")
+TORCH_FREE_FOLDERS = ("launch", "http", "dialects", "jobs", "supervision", "compat", "cluster")
 NEEDS_TORCH = {"hosts.supervision.agent", "hosts.cluster.reaper"}
 """torchelastic is in torch; the reaper is a program of its own."""
 
@@ -124,6 +124,21 @@ def test_a_backend_is_reached_through_the_registry_only():
     )
 
 
+def test_only_the_existing_clients_routes_can_reach_the_pickle_reader():
+    """Neither /v1, nor the other dialects, nor what a gateway and its replicas say to each other."""
+    modern = [
+        *(ROOT / "hosts" / "http").rglob("*.py"),
+        *(ROOT / "hosts" / "dialects").rglob("*.py"),
+        *(ROOT / "hosts" / "jobs").rglob("*.py"),
+        ROOT / "hosts" / "cluster" / "messages.py",
+        ROOT / "hosts" / "cluster" / "replica_slot.py",
+    ]
+    assert not offenders(modern, "hosts.compat", "pickle")
+    program = "import sys, hosts.http.app, hosts.cluster.messages, hosts.dialects.openai\n"
+    program += "assert not [name for name in sys.modules if name.startswith('hosts.compat')]"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=60)
+
+
 def test_ray_is_an_extra_that_two_files_import_when_they_need_it():
     for path in PRODUCT:
         top_level = {
@@ -170,10 +185,8 @@ def test_launcher_imports_only_what_it_needs_before_it_knows_what_to_do():
         "hosts.launch",
         "hosts.launch.command_line",
         "hosts.launch.settings",
-        "hosts.supervision.parent_watch",
-        "hosts.supervision.temp_folder",
     }
-    assert len((ROOT / "launcher.py").read_text().splitlines()) < 190
+    assert len((ROOT / "launcher.py").read_text().splitlines()) < 150
 
 
 def test_environment_is_read_at_the_entries_only():

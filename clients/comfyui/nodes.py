@@ -23,8 +23,11 @@ LOOK_EVERY_S = 0.1
 PREVIEW_SIDE = 512
 ARRAY_TYPE = "application/x-npy"
 MAX_SEED = 2**63 - 1
-IMAGES = {"control_image": "--control_net", "ip_image": "--ip_adapter"}
-"""Images that a host takes only if it was started with this argument."""
+IMAGES = {
+    "control_image": ("control_image", "--control_net"),
+    "ip_image": ("ip_adapter_image", "--ip_adapter"),
+}
+"""Input -> the field of an image that a host takes only if it was started with this argument."""
 
 
 def _look() -> None:
@@ -197,13 +200,13 @@ def _fields(inputs: dict[str, Any], taken: dict[str, Any]) -> dict[str, Any]:
                 status=0,
             )
         fields["mask_image"] = encode_mask(inputs["mask"])
-    for name, argument in IMAGES.items():
-        if inputs.get(name) is not None and name not in taken:
+    for name, (field, argument) in IMAGES.items():
+        if inputs.get(name) is not None and field not in taken:
             raise HostError(
                 f"this host takes no {name}. Start it with {argument}, or disconnect it.", status=0
             )
         if inputs.get(name) is not None:
-            fields[name] = encode_image(inputs[name])
+            fields[field] = encode_image(inputs[name])
     return fields
 
 

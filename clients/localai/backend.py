@@ -131,14 +131,14 @@ class Backend:
             "seed": _seed(request.seed),
         }
         taken = self._taken()
-        if request.ref_images and "ip_image" not in taken:
+        if request.ref_images and "ip_adapter_image" not in taken:
             raise HostError(
                 "this host takes no reference images. Give the option ip_adapter, or leave them "
                 "out.",
                 status=0,
             )
         if request.ref_images:
-            fields["ip_image"] = [_image(image) for image in request.ref_images]
+            fields["ip_adapter_image"] = [_image(image) for image in request.ref_images]
         return fields | self._start(request.src, ("control_image", "image", "init_image"), taken)
 
     def _video_fields(self, request: Any) -> dict[str, Any]:

@@ -1,5 +1,5 @@
-"""Started by Python, by path, from the later clients: the same as host_single.py: one process has
-one device here.
+"""Started by Python, by path, by clients of the v2 protocol: the same as host_single.py, because
+one process has one device here.
 """
 
 import sys

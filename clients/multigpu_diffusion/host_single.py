@@ -1,5 +1,5 @@
-"""Started by Python, by path, from the later clients: a host on one device, which waits for its
-pipeline.
+"""Started by Python, by path, by clients of the v2 protocol: a host on one device, which waits for
+its pipeline.
 """
 
 import sys

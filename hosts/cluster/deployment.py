@@ -14,6 +14,7 @@ from hosts.cluster.config import DeploymentPlan
 from hosts.cluster.nodes import Nodes
 from hosts.cluster.replica import Replica, ReplicaState
 from hosts.cluster.scaling import Rule, Scale
+from hosts.compat.protocol import FixedModel
 from hosts.http.app import Host, create_app
 from hosts.http.limits import queue_within
 from hosts.jobs.store import JobStore
@@ -56,6 +57,7 @@ class Deployment:
                 spec=plan.start.spec,
                 queue=self.queue,
                 state=self.state,
+                protocol=FixedModel(),
                 name=plan.name,
             )
         )

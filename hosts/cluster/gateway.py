@@ -8,15 +8,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flask import Blueprint, Flask, Response, current_app, jsonify, make_response, request
+from flask import Blueprint, Flask, Response, current_app, jsonify, request
 from werkzeug import Request
 
 from backends.errors import NotFoundError
 from hosts.cluster.deployment import Deployment
 from hosts.cluster.metrics import merged
+from hosts.compat.protocol import FixedModel
 from hosts.compat.routes import initialized
-from hosts.http import a1111, access, jobs_api, openai
-from hosts.http.app import error_body, handle_errors
+from hosts.dialects import openai
+from hosts.http import access, jobs_api
+from hosts.http.app import OWN
+from hosts.http.errors import handle_errors
 from hosts.http.limits import RateLimit
 from hosts.http.metrics import CONTENT_TYPE
 from hosts.supervision.host_state import Phase
@@ -25,12 +28,6 @@ blueprint = Blueprint("gateway", __name__)
 
 METHODS = ("GET", "POST", "PUT", "DELETE", "OPTIONS")
 BY_ID = ("/v1/jobs/", "/v1/videos/")
-DIALECTS = {
-    "/v1/images/": openai.error_body,
-    "/v1/videos": openai.error_body,
-    "/sdapi/": a1111.error_body,
-}
-"""Begin of a path -> how its errors look, where not as everywhere."""
 SERVING = (Phase.LOADING, Phase.READY)
 WORST_FIRST = (Phase.STOPPING, Phase.FAILED, Phase.LOADING, Phase.EMPTY, Phase.READY)
 
@@ -76,6 +73,7 @@ def create_gateway(deployments: Sequence[Deployment]) -> Flask:
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body_mb * 10**6
     app.extensions["gateway"] = Gateway(deployments)
     app.extensions["host"] = deployments[0].app.extensions["host"]
+    app.extensions["dialects"] = (*OWN, *FixedModel.dialects)
     shared = RateLimit(settings.rate_limit)
     for deployment in deployments:
         deployment.app.extensions["rate"] = shared
@@ -171,15 +169,7 @@ def forward(path: str) -> Response:
         return Response.from_app(gateway.of_job(request.path.split("/")[3]).app, environ)
     body = request.get_data(parse_form_data=False) if request.method == "POST" else b""
     name = _named_model(body)
-    try:
-        deployment = gateway.of_model(name) if name else gateway.deployments[0]
-    except NotFoundError as error:
-        shape = next(
-            (shape for start, shape in DIALECTS.items() if request.path.startswith(start)), None
-        )
-        return make_response(
-            jsonify(shape(str(error), 404) if shape else error_body(str(error))), 404
-        )
+    deployment = gateway.of_model(name) if name else gateway.deployments[0]
     return Response.from_app(deployment.app, {**environ, "wsgi.input": io.BytesIO(body)})
 
 

@@ -10,65 +10,21 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from backends.errors import (
-    BusyError,
-    CancelledError,
-    HostError,
-    NotFoundError,
-    RequestError,
-    UnavailableError,
-    UnsupportedError,
-)
 from backends.request import GenerateRequest
-from hosts.compat import codec
+from hosts.http import media
 
-SENT_AS = {"ip_adapter_image": "ip_image"}
-"""Request field -> the name of an image that is sent under another."""
-KINDS: dict[int, type[HostError]] = {
-    400: RequestError,
-    404: NotFoundError,
-    409: CancelledError,
-    422: UnsupportedError,
-    429: BusyError,
-    503: UnavailableError,
-}
-"""The reverse of hosts/http/app.py's table."""
 ELSEWHERE = frozenset({0, 404, 429, 503})
 """Status of an answer after which another replica may do the job: nobody there, job forgotten, no
 room, not ready.
 """
-EMBEDS = (
-    "prompt_embeds",
-    "pooled_prompt_embeds",
-    "negative_prompt_embeds",
-    "negative_pooled_prompt_embeds",
-)
 
 
 def fields_of(request: GenerateRequest) -> dict[str, Any]:
-    """The JSON of POST /v1/jobs from which a host reads the same request. Images travel as PNG, so
-    every pixel stays.
+    """Return the JSON of POST /v1/jobs from which a host reads the same request. Images travel as
+    PNG, so every pixel stays.
     """
-    fields: dict[str, Any] = {}
-    for name in sorted(request.model_fields_set - set(EMBEDS)):
-        value = getattr(request, name)
-        if isinstance(value, Image.Image):
-            value = _png(value)
-        elif isinstance(value, list) and value and isinstance(value[0], Image.Image):
-            value = [_png(image) for image in value]
-        if name == "latents" and value is not None:
-            fields["latent"] = codec.encode_latents(value)
-        elif value is not None:
-            fields[SENT_AS.get(name, name)] = value
-    for side, prefix in (("positive", ""), ("negative", "negative_")):
-        if (embeds := getattr(request, f"{prefix}prompt_embeds")) is not None:
-            fields[f"{side}_embeds"] = codec.encode_conditioning(embeds, _pooled(request, prefix))
-    return fields
-
-
-def as_error(status: int, message: str) -> HostError:
-    """What a host said, as the error that it was there."""
-    return KINDS.get(status, HostError)(message)
+    values = {name: getattr(request, name) for name in sorted(request.model_fields_set)}
+    return {name: _packed(value) for name, value in values.items() if value is not None}
 
 
 def preview(jpeg: bytes) -> np.ndarray:
@@ -91,8 +47,14 @@ def spans_of(trace: Mapping[str, Any]) -> dict[int, list[tuple[str, float, float
     return spans
 
 
-def _pooled(request: GenerateRequest, prefix: str) -> np.ndarray | None:
-    return request.negative_pooled_prompt_embeds if prefix else request.pooled_prompt_embeds
+def _packed(value: Any) -> Any:
+    if isinstance(value, Image.Image):
+        return _png(value)
+    if isinstance(value, np.ndarray):
+        return media.npy(value)
+    if isinstance(value, list):
+        return [_packed(each) for each in value]
+    return value
 
 
 def _png(image: Image.Image) -> str:

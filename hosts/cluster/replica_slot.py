@@ -16,6 +16,7 @@ from diffusion_client import Job as RemoteJob
 from backends.errors import CancelledError, HostError
 from hosts.cluster import messages
 from hosts.http import media
+from hosts.http.errors import error_of
 from hosts.jobs.decision import Choice
 from hosts.jobs.queue import Job, JobQueue
 
@@ -85,7 +86,7 @@ class ReplicaSlot:
             if error.status in messages.ELSEWHERE:
                 self._give_back(job, error, was_begun=was_begun)
             else:
-                self._queue.finish(job, error=messages.as_error(error.status, str(error)))
+                self._queue.finish(job, error=error_of(error.status, str(error)))
         except BROKEN as error:
             self._give_back(job, error, was_begun=was_begun)
         except Exception as error:  # whatever it is: a job must have an end, and a lane must go on

@@ -1,25 +1,30 @@
-"""The base64(pickle) fields of the existing clients <-> plain objects (HTTP_CONTRACT 2.7), eras A
-and B.
+"""The base64(pickle) fields of the existing clients <-> plain objects (docs/compat.md).
 
-Pure functions. Called by the compat routes with one field at a time; nothing received is executed,
-and each failure is a RequestError naming the field.
+Pure functions. The compat routes call them with one field at a time. Nothing received is executed,
+and each failure is a RequestError that names the field.
 """
 
 import base64
-import binascii
 import pickle
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from PIL import Image
 
-from backends.errors import RequestError
 from hosts.compat import images, tensors
-from hosts.compat.limits import DecodeLimits
 from hosts.compat.unpickle import ImageNode, MalformedPickle, PickleReader, TensorNode
+from hosts.http.decode import decoded
+from hosts.http.images import (
+    bytes_from_text,
+    from_file_bytes,
+    from_text,
+    is_image_file,
+    is_path,
+    without_data_header,
+)
+from hosts.http.limits import DecodeLimits
 
 __all__ = [
     "Conditioning",
@@ -34,10 +39,7 @@ __all__ = [
     "encode_latents",
 ]
 
-T = TypeVar("T")
-
 _PROTOCOL = 4  # the newest that every client's Python reads
-_LONGEST_DATA_HEADER = 100
 _DEFAULT_LIMITS = DecodeLimits()
 
 _IMAGE_WANTED = "Send base64 of a PNG, JPEG or WebP file, or base64 of a pickled PIL image"
@@ -64,7 +66,7 @@ def decode_image(
     the latter also after `data:image/...;base64,`; which of them is seen from the content. Alpha is
     dropped, EXIF rotation applied. Raises RequestError.
     """
-    return _decoded(lambda: _image_from_text(text, limits), field=field, wanted=_IMAGE_WANTED)
+    return decoded(lambda: _image_from_text(text, limits), field=field, wanted=_IMAGE_WANTED)
 
 
 def decode_image_or_path(
@@ -75,20 +77,11 @@ def decode_image_or_path(
     limits: DecodeLimits = _DEFAULT_LIMITS,
 ) -> Image.Image:
     """Like decode_image, but `text` may also be the absolute path of an image file inside one of
-    `allowed_dirs`.
-
-    LocalAI writes the image of its caller to a temporary file on the same machine and sends the
-    name (contract 2.3). A text that begins with "/" is a path, except "/9j/", with which the base64
-    of every JPEG begins. Outside the folders the message does not tell whether the file exists.
-    Raises RequestError.
+    `allowed_dirs`. Raises RequestError.
     """
-    if not isinstance(text, str) or not text.startswith("/") or text.startswith("/9j/"):
+    if not is_path(text):
         return decode_image(text, field=field, limits=limits)
-
-    def read() -> Image.Image:
-        return images.from_file_bytes(images.read_allowed_file(text, allowed_dirs, limits), limits)
-
-    return _decoded(read, field=field, wanted=_IMAGE_WANTED)
+    return decoded(lambda: from_text(text, allowed_dirs, limits), field=field, wanted=_IMAGE_WANTED)
 
 
 def decode_tensor(
@@ -106,7 +99,7 @@ def decode_tensor(
             raise MalformedPickle("the pickle holds something other than a tensor")
         return tensors.to_array(node, limits)
 
-    return _decoded(read, field=field, wanted=_TENSOR_WANTED)
+    return decoded(read, field=field, wanted=_TENSOR_WANTED)
 
 
 def decode_conditioning(
@@ -128,7 +121,7 @@ def decode_conditioning(
             else _shaped(pooled, "pooled_output", dims=2, limits=limits),
         )
 
-    return _decoded(read, field=field, wanted=_CONDITIONING_WANTED)
+    return decoded(read, field=field, wanted=_CONDITIONING_WANTED)
 
 
 def encode_image(image: Image.Image) -> str:
@@ -166,28 +159,10 @@ def encode_conditioning(embeds: np.ndarray, pooled: np.ndarray | None) -> str:
     return _encoded([[torch.tensor(np.ascontiguousarray(embeds)), options]])
 
 
-def _decoded(read: Callable[[], T], *, field: str, wanted: str) -> T:
-    """The result of `read`, its refusals turned into a RequestError that says what to send
-    instead.
-    """
-    try:
-        return read()
-    except (MalformedPickle, images.UnreadableImage, _NotBase64) as error:
-        raise RequestError(f"{field}: {error}. {wanted}.", field=field) from error
-    except MemoryError as error:
-        raise RequestError(
-            f"{field}: too large for this machine's memory. Send less data.", field=field
-        ) from error
-
-
-class _NotBase64(ValueError):
-    """The field is not the base64 text it should be."""
-
-
 def _image_from_text(text: object, limits: DecodeLimits) -> Image.Image:
-    data = _bytes_from_text(_without_data_header(text), limits)
-    if images.is_image_file(data):
-        return images.from_file_bytes(data, limits)
+    data = bytes_from_text(without_data_header(text), limits)
+    if is_image_file(data):
+        return from_file_bytes(data, limits)
     if data[:1] != b"\x80":
         raise MalformedPickle("the data is neither an image file of an allowed format nor a pickle")
     node = _value_from_bytes(data, limits)
@@ -196,34 +171,8 @@ def _image_from_text(text: object, limits: DecodeLimits) -> Image.Image:
     return images.from_node(node, limits)
 
 
-def _without_data_header(text: object) -> object:
-    """`text` after "data:image/png;base64,", if it begins so."""
-    if not isinstance(text, str) or text[:5].lower() != "data:":
-        return text
-    header, comma, _ = text[:_LONGEST_DATA_HEADER].partition(",")
-    kind = header.lower()
-    if not comma or not kind.startswith("data:image/") or not kind.endswith(";base64"):
-        raise _NotBase64("a data URL must begin with data:image/<format>;base64,")
-    return text[len(header) + 1 :]
-
-
-def _bytes_from_text(text: object, limits: DecodeLimits) -> bytes:
-    if not isinstance(text, str):
-        raise _NotBase64(f"the value must be base64 text, not JSON of type {type(text).__name__}")
-    if len(text) > limits.max_encoded_bytes:
-        raise _NotBase64(
-            f"the text has {len(text)} characters; allowed are {limits.max_encoded_bytes}"
-        )
-    try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError) as error:  # ValueError: characters beyond ASCII
-        raise _NotBase64(
-            "the text is not base64 (standard alphabet, padded, no line breaks)"
-        ) from error
-
-
 def _value_from_text(text: object, limits: DecodeLimits) -> object:
-    return _value_from_bytes(_bytes_from_text(text, limits), limits)
+    return _value_from_bytes(bytes_from_text(text, limits), limits)
 
 
 def _value_from_bytes(data: bytes, limits: DecodeLimits) -> object:

@@ -7,7 +7,9 @@ import sys
 from dataclasses import replace
 
 from hosts.compat.args import settings_or_problem
-from hosts.main import end_rank, is_rank, run_rank
+from hosts.compat.protocol import FixedModel, ModelOverHttp
+from hosts.main import is_rank, run_rank
+from hosts.supervision.parent_watch import end_process
 
 BIND_PATIENCE_S = 30.0
 """A client may start the next host while the port of the last one, which it killed, is not free
@@ -22,15 +24,16 @@ def serve(backend: str) -> None:
     if not is_rank():
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
     settings, problem = settings_or_problem(sys.argv[1:], backend=backend)
-    waits = settings.checkpoint is None and settings.type is None
-    if waits and not any(argument.startswith("--mode") for argument in sys.argv[1:]):
+    starts_empty = settings.checkpoint is None and settings.type is None
+    if starts_empty and not any(argument.startswith("--mode") for argument in sys.argv[1:]):
         settings = replace(settings, mode="latency")  # its clients send one job at a time
-    end_rank(
+    end_process(
         run_rank(
             settings,
+            protocol=ModelOverHttp if starts_empty else FixedModel,
             after_failed_load="answer",
             bind_patience_s=BIND_PATIENCE_S,
             problem=problem,
-            waits=waits,
+            starts_empty=starts_empty,
         )
     )

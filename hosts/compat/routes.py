@@ -1,4 +1,4 @@
-"""The door for existing clients: GET /initialize, GET /progress, POST /generate."""
+"""The v1 protocol of the existing clients: GET /initialize, GET /progress, POST /generate."""
 
 import logging
 from typing import Any
@@ -8,14 +8,16 @@ from flask import Blueprint, Response, current_app, jsonify
 from backends.model_table import ModelSpec
 from backends.request import GenerateResult
 from hosts.compat import codec
-from hosts.compat.fields import Accepted, read_request
-from hosts.compat.v2_routes import later_fields
+from hosts.compat.fields import read_request
 from hosts.http import media
+from hosts.http.decode import Accepted
+from hosts.http.dialect import Dialect
 from hosts.http.request_io import client, json_object, wait_for, wanted_type
 from hosts.supervision.host_state import Phase
 
 logger = logging.getLogger(__name__)
 blueprint = Blueprint("compat", __name__)
+DIALECT = Dialect(blueprint=blueprint)
 
 
 @blueprint.get("/initialize")
@@ -42,21 +44,19 @@ def initialized(phase: Phase, reason: str = "") -> tuple[str, int]:
 def progress() -> Response:
     """0 to 100 as text: of the job, or of loading on a host that loads over HTTP."""
     host = current_app.extensions["host"]
-    percent = host.queue.percent
-    if host.control is not None and (host.state.phase is not Phase.READY or not host.queue.jobs()):
-        percent = host.state.loading_percent
+    percent = host.protocol.percent(host.queue, host.state)
     return Response(f"{percent:g}", mimetype="text/plain")
 
 
 @blueprint.post("/generate")
 def generate() -> Response:
-    """One image or video; waits its turn. The answer is the contract's JSON, or the file itself if
-    Accept asks for one.
+    """One image or video; waits its turn. The answer is the JSON that the existing clients read,
+    or the file itself if Accept asks for one.
 
     The job of a client that goes away is cancelled, unless the body says "keep": true.
     """
     host = current_app.extensions["host"]
-    body = json_object() if host.control is None else later_fields(json_object())
+    body = host.protocol.fields(json_object())
     asked = read_request(body, spec=host.spec, accepted=Accepted.by(host.settings))
     content_type = wanted_type(host.spec.output, default="application/json")
     result = wait_for(host.queue.submit(asked, client=client()), is_kept=body.get("keep") is True)

@@ -11,7 +11,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from hosts.compat.limits import DecodeLimits
 from hosts.compat.unpickle import (
     GlobalName,
     MalformedPickle,
@@ -20,6 +19,7 @@ from hosts.compat.unpickle import (
     StorageNode,
     TensorNode,
 )
+from hosts.http.limits import DecodeLimits
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _VERSION = 1001

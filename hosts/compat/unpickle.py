@@ -1,12 +1,11 @@
 """Read a pickle as data: build plain values and inert nodes, import nothing, call nothing.
 
 The existing clients put pickles on the wire. Python's own Unpickler is not used to read them, not
-even with a restricted
-`find_class`: a memo index can make it allocate gigabytes, BUILD can change the classes it was
-allowed to find, and hashing a deeply nested key overflows the C stack. This reader knows only the
-instructions that pickle protocols 2 to 5 emit for the images, tensors and plain containers of the
-contract, and turns each object into a node that `images.py` or `tensors.py` examines afterwards.
-Called by those two files and by `codec.py`.
+even with a restricted `find_class`: a memo index can make it allocate gigabytes, BUILD can change
+the classes it was allowed to find, and hashing a deeply nested key overflows the C stack. This
+reader knows only the instructions that pickle protocols 2 to 5 emit for the images, tensors and
+plain containers that these clients send. It turns each object into a node, which `images.py` or
+`tensors.py` examines afterwards. Called by those two files and by `codec.py`.
 """
 
 import codecs
@@ -14,7 +13,8 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from hosts.compat.limits import DecodeLimits
+from hosts.http.images import Unreadable
+from hosts.http.limits import DecodeLimits
 
 # bytes; longer text stays undecoded, because one wide character makes str four times as large
 _LONGEST_TEXT = 4096
@@ -23,8 +23,8 @@ _LONGEST_INTEGER = 16  # bytes; torch's magic number has 10
 _ENCODE_CHUNK = 2**20  # bytes
 
 
-class MalformedPickle(ValueError):
-    """The pickle is damaged, hostile, too large, or holds something outside the contract."""
+class MalformedPickle(Unreadable):
+    """The pickle is damaged, hostile, too large, or holds something that clients do not send."""
 
 
 @dataclass(frozen=True, slots=True)

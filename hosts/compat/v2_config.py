@@ -1,4 +1,4 @@
-"""The pipeline configuration of POST /apply (the clients' later protocol) -> the same Settings as a
+"""The pipeline configuration of POST /apply (v2 protocol, docs/compat.md) -> the same Settings as a
 command line's. Imports no torch.
 
 What is given is either used or refused with the reason; only what cannot change an image is
@@ -86,9 +86,7 @@ def read_configuration(body: Mapping[str, Any], *, base: Settings, table: ModelT
 
 
 def _sections(body: Mapping[str, Any]) -> Values:
-    """The keys of the nested objects. Nested compile keys of the later server: `fullgraph` is the
-    opposite of ours.
-    """
+    """The keys of the nested objects. In compile_config, `fullgraph` is the opposite of ours."""
     found: Values = {}
     for section, keys in SECTIONS.items():
         given = _mapping(body, section)

@@ -1,8 +1,7 @@
-"""The clients' later protocol: /apply, /applied, /offload, /sleep and /close of a host that was
-started without a model.
+"""The v2 protocol of the existing clients: /apply, /applied, /offload, /sleep and /close of a host
+that was started without a model.
 
-The answers are the contract's: short texts, 200 or 500. What a later /generate says differently is
-translated here too.
+The answers are short texts, 200 or 500 (docs/compat.md).
 """
 
 import importlib.util
@@ -10,29 +9,26 @@ import logging
 import math
 import os
 import signal
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from flask import Blueprint, Response, current_app, jsonify, request
 
-from backends.errors import HostError, RequestError, UnavailableError, UnsupportedError
+from backends.errors import HostError, RequestError, UnsupportedError
 from backends.model_table import read_table
 from hosts.compat.v2_config import read_configuration
+from hosts.http.dialect import Dialect, error_body
 from hosts.http.request_io import json_object
 from hosts.launch.settings import Settings
 from hosts.ranks.model_control import Apply, ModelControl, Offload, Sleep
-from hosts.supervision.host_state import Phase
 
 logger = logging.getLogger(__name__)
-blueprint = Blueprint("later", __name__)
+blueprint = Blueprint("compat_v2", __name__)
+DIALECT = Dialect(blueprint=blueprint, is_body_optional=True, needs_model=False)
 
 BROWSER_HEADERS = ("Origin", "Referer", "Sec-Fetch-Site")
 """At least one of them comes with whatever a page makes a browser ask, also with an image's
 address.
 """
-NO_END = 2**31
-"""The clients' number for a last step that is none is 2**32 - 1."""
 MAX_SLEEP_S = 3600.0
 
 
@@ -49,8 +45,8 @@ def _refuse_browsers() -> None:
 @blueprint.errorhandler(HostError)
 def _failed(error: HostError) -> tuple[Response, int]:
     """The clients know 200 and 500; the reason is for people."""
-    body = {"message": str(error), "output": None, "latent": None, "is_image": False}
-    return jsonify(body), 400 if isinstance(error, RequestError) else 500
+    status = 400 if isinstance(error, RequestError) else 500
+    return jsonify(error_body(str(error), status)), status
 
 
 @blueprint.post("/apply")
@@ -123,44 +119,6 @@ def close() -> str:
     return "stopping"
 
 
-def refuse_without_pipeline() -> None:
-    """Before a job is made: what the host would draw with must be there."""
-    host = current_app.extensions["host"]
-    if host.control is None or host.state.phase is Phase.READY:
-        return
-    raise UnavailableError(
-        host.state.reason or "no pipeline is ready. Send its configuration to POST /apply."
-    )
-
-
-def later_fields(body: Mapping[str, Any]) -> dict[str, Any]:
-    """The body of a later /generate in the names of the earlier one. Steps are counted, not shares,
-    and latents are the model's own.
-    """
-    fields = {
-        name: value
-        for name, value in body.items()
-        if name not in ("denoise", "denoising_start", "denoising_end")
-    }
-    first, stop = _step(body, "denoising_start"), _step(body, "denoising_end")
-    if first:
-        fields["first_step"] = first
-    if stop is not None and stop < NO_END:
-        fields["stop_step"] = stop
-    return {"use_compel": False, **fields, "latent_space": "model"}
-
-
-def _step(body: Mapping[str, Any], name: str) -> int | None:
-    value = body.get(name)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise RequestError(
-            f"{name}={value!r} is not allowed. Send the number of a step, from 0.", field=name
-        )
-    return value
-
-
 def _with_compel(settings: Settings) -> Settings:
     """Requests say whether they use it, so it is loaded wherever it can be."""
     is_supported = read_table()[settings.type].supports("single", "compel").status != "unsupported"
@@ -168,4 +126,4 @@ def _with_compel(settings: Settings) -> Settings:
 
 
 def _control() -> ModelControl:
-    return current_app.extensions["host"].control
+    return current_app.extensions["host"].protocol.control

@@ -9,8 +9,7 @@ from flask import current_app, request
 from werkzeug.exceptions import HTTPException
 
 from backends.errors import RequestError, UnavailableError
-from hosts.compat import v2_routes
-from hosts.http import a1111, jobs_api, openai
+from hosts.http.dialect import Dialect
 from hosts.http.request_io import client
 from hosts.launch.settings import Settings
 from hosts.launch.start_plan import LOOPBACK_NAMES
@@ -23,9 +22,6 @@ WITHOUT_KEY = frozenset(
 """The pages must load before they can ask for the key; probes have none. Neither tells anything
 about jobs.
 """
-
-KEEPING = frozenset({jobs_api.blueprint.name})
-"""Blueprints whose jobs are kept until they can be done."""
 
 
 class ForeignOrigin(HTTPException):
@@ -51,11 +47,10 @@ def refuse_strangers() -> None:
     refuse_unknown(current_app.extensions["host"].settings)
     if request.method == "POST":
         current_app.extensions["rate"].take(client())
-    _require_content_type()
-    if request.method == "POST" and request.blueprint not in KEEPING:
-        _require_all_machines()
-    if request.method == "POST" and request.blueprint != v2_routes.blueprint.name:
-        v2_routes.refuse_without_pipeline()
+    if request.method == "POST" and request.url_rule is not None:  # else 404 or 405 comes next
+        dialect = _dialect()
+        _require_content_type(dialect)
+        _require_model(dialect)
 
 
 def refuse_unknown(settings: Settings) -> None:
@@ -66,16 +61,24 @@ def refuse_unknown(settings: Settings) -> None:
         _require_key(settings.api_key)
 
 
-def _require_all_machines() -> None:
-    """A machine may be away for long. Jobs that are kept can wait for it, clients that hold a
-    connection should not.
+def _dialect() -> Dialect:
+    """The dialect of the route."""
+    dialects: tuple[Dialect, ...] = current_app.extensions["dialects"]
+    return next(each for each in dialects if each.blueprint.name == request.blueprint)
+
+
+def _require_model(dialect: Dialect) -> None:
+    """Refuse what would wait for a machine, which may be away for long, or for a model that nobody
+    has chosen. Jobs that are kept can wait for a machine.
     """
-    state = current_app.extensions["host"].state
-    if state.phase is Phase.WAITING:
+    host = current_app.extensions["host"]
+    if host.state.phase is Phase.WAITING and not dialect.keeps_jobs:
         raise UnavailableError(
-            f"the host is {state.reason}. Send the request again later, or send it to /v1/jobs, "
-            "which keeps it."
+            f"the host is {host.state.reason}. Send the request again later, or send it to "
+            "/v1/jobs, which keeps it."
         )
+    if dialect.needs_model:
+        host.protocol.require_pipeline(host.state)
 
 
 def _require_name(allowed: frozenset[str]) -> None:
@@ -105,20 +108,10 @@ def _require_key(key: str) -> None:
         raise KeyMissing("this host wants its key. Send it as 'Authorization: Bearer KEY'.")
 
 
-def _require_content_type() -> None:
-    kinds = (
-        openai.FORM_TYPES if request.blueprint == openai.blueprint.name else ("application/json",)
-    )
-    if request.method == "POST" and request.mimetype not in kinds and not _has_no_body():
+def _require_content_type(dialect: Dialect) -> None:
+    has_no_body = dialect.is_body_optional and request.content_length in (0, None)
+    if request.mimetype not in dialect.media_types and not has_no_body:
         raise UnsupportedMediaType(
             f"Content-Type {request.mimetype or '(none)'!r} is not allowed. Send "
-            f"{' or '.join(kinds)}."
+            f"{' or '.join(dialect.media_types)}."
         )
-
-
-def _has_no_body() -> bool:
-    """Some POSTs of other dialects say everything in their path."""
-    return request.content_length in (0, None) and request.blueprint in (
-        a1111.blueprint.name,
-        v2_routes.blueprint.name,
-    )

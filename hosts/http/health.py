@@ -2,10 +2,12 @@
 
 from flask import Blueprint, Response, current_app, jsonify
 
+from hosts.http.dialect import Dialect
 from hosts.http.metrics import CONTENT_TYPE
 from hosts.supervision.host_state import Phase
 
 blueprint = Blueprint("api", __name__)
+DIALECT = Dialect(blueprint=blueprint)
 
 
 @blueprint.get("/healthz")

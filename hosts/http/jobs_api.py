@@ -1,6 +1,4 @@
-"""Jobs over HTTP: send one, follow it, fetch it, cancel it. The same fields as POST /generate, by
-diffusers' names or the old ones.
-"""
+"""Jobs over HTTP: send one, follow it, fetch it, cancel it. Fields have diffusers' names."""
 
 import base64
 import io
@@ -9,20 +7,23 @@ import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from flask import Blueprint, Response, current_app, jsonify, request
 from PIL import Image
+from pydantic import BaseModel, Field
 
 from backends.errors import BusyError, RequestError
-from hosts.compat.fields import Accepted, read_request
-from hosts.compat.routes import legacy_body
+from backends.plan import Exactness
 from hosts.http import media
+from hosts.http.decode import Accepted, read_request
+from hosts.http.dialect import Dialect
 from hosts.http.request_io import client, idempotency_key, json_object, wanted_type
 from hosts.jobs.queue import Job, JobQueue, JobStatus
 from hosts.jobs.trace import chrome_trace
 
 blueprint = Blueprint("jobs", __name__)
+DIALECT = Dialect(blueprint=blueprint, paths=("/v1/jobs",), keeps_jobs=True)
 
 HEARTBEAT_S = 10.0
 MIN_INTERVAL_S = 0.1
@@ -70,7 +71,7 @@ def cancel(job_id: str) -> tuple[Response, int]:
 
 @blueprint.get("/v1/jobs/<job_id>/result")
 def result(job_id: str) -> Response | tuple[Response, int, dict[str, str]]:
-    """The file, by Accept, or the contract's JSON. 409 while it is not done; a failed job's error
+    """The file, by Accept, or JSON that holds it. 409 while it is not done; a failed job's error
     as it was. ?fps= is a video's speed.
     """
     host = current_app.extensions["host"]
@@ -80,7 +81,7 @@ def result(job_id: str) -> Response | tuple[Response, int, dict[str, str]]:
     made = job.wait()
     content_type = wanted_type(host.spec.output, default=media.content_types(host.spec.output)[0])
     if content_type == "application/json":
-        return jsonify(legacy_body(made, spec=host.spec))
+        return jsonify(media.as_json(made, host.spec.output, frames_per_s=_frames_per_s()))
     return file_response(job, content_type, frames_per_s=_frames_per_s())
 
 
@@ -139,36 +140,67 @@ def without_settings(jobs: Sequence[Job]) -> list[dict[str, Any]]:
     ]
 
 
+class JobView(BaseModel):
+    """What clients are told of a job: the answer of GET /v1/jobs/<id>, and its schema."""
+
+    id: str
+    state: JobStatus
+    position: Annotated[int, Field(description="Jobs before it in the queue.")]
+    step: int
+    steps: int
+    seconds: Annotated[float | None, Field(description="How long it has run.")]
+    eta: Annotated[float | None, Field(description="Seconds that it still needs.")]
+    attempts: Annotated[int, Field(description="How often it was begun.")]
+    created: Annotated[float, Field(description="Seconds since 1970.")]
+    seed: int
+    type: str
+    backend: str | None
+    ranks: Annotated[int | None, Field(description="How many work on it.")]
+    batch: Annotated[
+        int | None, Field(description="Jobs that were made in one batch, this one included.")
+    ]
+    exactness: Exactness | None
+    settings: Annotated[
+        dict[str, Any] | None,
+        Field(description="The request with every default filled in, once it is done."),
+    ]
+    error: str | None
+    links: dict[str, str]
+
+
 def describe(job: Job) -> dict[str, Any]:
-    """What clients are told of a job. Times in seconds since 1970 or as durations."""
+    """Return what clients are told of a job, as JSON."""
     host = current_app.extensions["host"]
     seconds = None if job.started_s is None else (job.ended_s or time.time()) - job.started_s
     is_running = job.status is JobStatus.RUNNING and job.step > 0
-    facts = host.state.facts
-    return {
-        "id": job.id,
-        "state": job.status,
-        "position": host.queue.position(job),
-        "step": job.step,
-        "steps": job.num_steps,
-        "seconds": None if seconds is None else round(seconds, 3),
-        "eta": round(seconds / job.step * (job.num_steps - job.step), 3) if is_running else None,
-        "attempts": job.attempts,
-        "created": round(job.created_s, 3),
-        "seed": job.request.seed,
-        "type": host.spec.name,
-        "backend": facts.get("backend"),
-        "ranks": (job.result.report.get("ranks") if job.result is not None else job.ranks)
-        or facts.get("ranks"),
-        "batch": job.result.report.get("batch") if job.result is not None else None,
-        "exactness": job.result.exactness if job.result is not None else facts.get("exactness"),
-        "settings": job.result.resolved if job.result is not None else None,
-        "error": str(job.error) if job.error is not None else None,
-        "links": {
-            name: f"/v1/jobs/{job.id}{path}"
-            for name, path in (("self", ""), ("events", "/events"), ("result", "/result"))
-        },
-    }
+    facts, result = host.state.facts, job.result
+    report = result.report if result is not None else {}
+    view = JobView(
+        id=job.id,
+        state=job.status,
+        position=host.queue.position(job),
+        step=job.step,
+        steps=job.num_steps,
+        seconds=None if seconds is None else round(seconds, 3),
+        eta=round(seconds / job.step * (job.num_steps - job.step), 3) if is_running else None,
+        attempts=job.attempts,
+        created=round(job.created_s, 3),
+        seed=job.request.seed,
+        type=host.spec.name,
+        backend=facts.get("backend"),
+        ranks=(report.get("ranks") if result is not None else job.ranks) or facts.get("ranks"),
+        batch=report.get("batch"),
+        exactness=result.exactness if result is not None else facts.get("exactness"),
+        settings=result.resolved if result is not None else None,
+        error=str(job.error) if job.error is not None else None,
+        links=_links(job.id),
+    )
+    return view.model_dump()
+
+
+def _links(job_id: str) -> dict[str, str]:
+    paths = {"self": "", "events": "/events", "result": "/result"}
+    return {name: f"/v1/jobs/{job_id}{path}" for name, path in paths.items()}
 
 
 def _frames_per_s() -> float:

@@ -5,8 +5,8 @@ of what can be meant at all.
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 
 from backends.errors import BusyError, RequestError
 from backends.request import GenerateRequest
@@ -20,6 +20,17 @@ MAX_IMAGES = 16
 MAX_CLIENTS = 10_000
 """Clients whose rates are remembered; the one that was silent longest is forgotten."""
 TEXTS = ("prompt", "negative_prompt")
+BOUNDS = {
+    "num_inference_steps": "max_steps",
+    "first_step": "max_steps",
+    "stop_step": "max_steps",
+    "warmup_steps": "max_steps",
+    "height": "max_side",
+    "width": "max_side",
+    "num_frames": "max_frames",
+    **dict.fromkeys(TEXTS, "max_prompt_chars"),
+}
+"""Request field -> the launch argument that bounds it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,21 +47,21 @@ class Limits:
     def by(cls, settings: Settings) -> "Limits":
         return cls(**{name: getattr(settings, name) for name in cls.__slots__})
 
-    def check(self, request: GenerateRequest) -> None:
+    def check(self, request: GenerateRequest, names: Mapping[str, str]) -> None:
         """RequestError for the first value that is too large. What is left to a default is the
-        operator's own choice.
+        operator's own choice. names: field -> the name by which the client sent it.
         """
         steps = max(
             request.num_inference_steps or 0,
             len(request.sigmas or ()) - 1,
             len(request.timesteps or ()),
         )
-        self._require(steps, "max_steps", "num_inference_steps")
-        for name in ("height", "width"):
-            self._require(getattr(request, name) or 0, "max_side", name)
-        self._require(request.num_frames or 0, "max_frames", "num_frames")
-        for name in TEXTS:
-            if (given := len(getattr(request, name) or "")) > self.max_prompt_chars:
+        found = {field: getattr(request, field) or 0 for field in BOUNDS if field not in TEXTS}
+        for field, given in {**found, "num_inference_steps": steps}.items():
+            self._require(given, BOUNDS[field], names.get(field, field))
+        for field in TEXTS:
+            name = names.get(field, field)
+            if (given := len(getattr(request, field) or "")) > self.max_prompt_chars:
                 raise RequestError(
                     f"{name} has {given} characters, more than this host allows: "
                     f"{self.max_prompt_chars} (--max_prompt_chars). Send less.",
@@ -68,6 +79,35 @@ class Limits:
 
 
 DEFAULT_LIMITS = Limits.by(Settings())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeLimits:
+    """Upper bounds for one field; every one is a positive integer.
+
+    The defaults admit what the clients send at the largest sizes the models make (a 4096 x 4096
+    image or its latents, embeds of 512 tokens) with room to spare, and no more than a request body
+    may hold.
+    """
+
+    max_encoded_bytes: int = 256 * 2**20
+    """Characters of base64, or bytes of an image file."""
+    max_pixels: int = 24 * 2**20
+    """Width times height of one image. Decoding takes up to 20 bytes per pixel for a moment."""
+    max_tensor_elements: int = 32 * 2**20
+    """Elements of one tensor after its strides are applied."""
+    max_depth: int = 32
+    """Containers inside containers."""
+    max_opcodes: int = 100_000
+    """Pickle instructions; an image takes about 25, with a palette 800."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if type(value) is not int or value < 1:
+                raise ValueError(
+                    f"DecodeLimits.{field.name}={value!r} is not allowed. Give a positive integer."
+                )
 
 
 class RateLimit:

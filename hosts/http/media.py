@@ -2,7 +2,9 @@
 functions; imports no torch.
 """
 
+import base64
 import io
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -68,6 +70,32 @@ def encode(
         f"Accept: {content_type} does not fit a video. Allowed: {allowed}, application/json.",
         field="Accept",
     )
+
+
+def as_json(
+    result: GenerateResult, output: str, *, frames_per_s: float = FRAMES_PER_S
+) -> dict[str, Any]:
+    """Return the result as JSON: `output` is base64 of the file of the best type, `latents` of a
+    .npy file.
+    """
+    content_type = content_types(output)[0]
+    data = encode(result, content_type, frames_per_s=frames_per_s)
+    body: dict[str, Any] = {
+        "message": "OK",
+        "output": base64.b64encode(data).decode("ascii"),
+        "content_type": content_type,
+        "is_image": output == "image",
+    }
+    if result.latents is not None:
+        body["latents"] = npy(result.latents)
+    return body
+
+
+def npy(array: np.ndarray) -> str:
+    """Return base64 of the array's .npy file, as requests bring arrays."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def _encode_array(result: GenerateResult) -> bytes:

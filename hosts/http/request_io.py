@@ -75,6 +75,12 @@ def wanted_type(output: str, *, default: str) -> str:
     return best or default
 
 
+def seeds_from(seed: Any, number: int) -> list[Any]:
+    """Return the seeds of several images: they count up from one that was chosen."""
+    is_chosen = isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0
+    return [seed + index if is_chosen else seed for index in range(number)]
+
+
 def submit_all(requests: Sequence[GenerateRequest], *, is_kept: bool = False) -> list[Job]:
     """A job for each of them, which the ranks see at once and can share out; or none, if the queue
     has no room for all.

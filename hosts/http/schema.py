@@ -2,9 +2,11 @@
 say anything else than the code.
 """
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
+from flask import Blueprint, Response, current_app
 from PIL import Image
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
@@ -12,28 +14,18 @@ from pydantic_core import core_schema
 from backends.generation.schedulers import SCHEDULERS
 from backends.model_table import ModelSpec
 from backends.request import CALL_DEFAULTS, GenerateRequest
-from hosts.http import media
+from hosts.http import VERSION, media
+from hosts.http.dialect import error_body
+from hosts.http.jobs_api import JobView
+from hosts.http.limits import BOUNDS
 from hosts.launch.settings import Settings
 
-VERSION = "0.1.0"
-ENCODED = (
-    "base64 of a PNG, JPEG or WebP file, with or without a data: header; old clients send "
-    "base64 of a pickle."
-)
+blueprint = Blueprint("schema", __name__)
+
+ENCODED = "base64 of a PNG, JPEG or WebP file, with or without a data: header."
+ARRAY = "base64 of a .npy file."
 EVENTS = "text/event-stream"
 
-LIMITED = {
-    "num_inference_steps": "max_steps",
-    "first_step": "max_steps",
-    "stop_step": "max_steps",
-    "warmup_steps": "max_steps",
-    "height": "max_side",
-    "width": "max_side",
-    "num_frames": "max_frames",
-    "prompt": "max_prompt_chars",
-    "negative_prompt": "max_prompt_chars",
-}
-"""Request field -> the launch argument that bounds it."""
 BOUND = {"integer": "maximum", "string": "maxLength"}
 JOB_ID = {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
 IDEMPOTENCY_KEY = {
@@ -50,15 +42,6 @@ CONTROL = (
     "control_guidance_end",
 )
 IP_ADAPTER = ("ip_adapter_image", "ip_adapter_scale")
-SENT_AS = {
-    "latents": "latent",
-    "prompt_embeds": "positive_embeds",
-    "negative_prompt_embeds": "negative_embeds",
-    "ip_adapter_image": "ip_image",
-}
-"""Request field -> the name it is sent under, where it is another. Pooled embeddings travel with
-the others.
-"""
 
 
 class _Schema(GenerateJsonSchema):
@@ -69,8 +52,15 @@ class _Schema(GenerateJsonSchema):
         return {
             "type": "string",
             "contentEncoding": "base64",
-            "description": ENCODED if is_image else "base64 of a pickled torch or numpy array.",
+            "description": ENCODED if is_image else ARRAY,
         }
+
+
+@blueprint.get("/openapi.json")
+def serve() -> Response:
+    """OpenAPI 3.1 of what this host serves, in the order in which people read it."""
+    host = current_app.extensions["host"]
+    return Response(json.dumps(openapi(host.spec, host.settings)), mimetype="application/json")
 
 
 def openapi(spec: ModelSpec, settings: Settings) -> dict[str, Any]:
@@ -184,11 +174,7 @@ def openapi(spec: ModelSpec, settings: Settings) -> dict[str, Any]:
 def _schemas(spec: ModelSpec, settings: Settings) -> dict[str, Any]:
     request = GenerateRequest.model_json_schema(schema_generator=_Schema)
     unused = _unused(spec, settings)
-    fields = {
-        SENT_AS.get(name, name): facts
-        for name, facts in request["properties"].items()
-        if name not in unused
-    }
+    fields = {name: facts for name, facts in request["properties"].items() if name not in unused}
     request |= {"title": "Request", "additionalProperties": True, "properties": fields}
     request["required"] = [
         name for name in spec.requires if name in fields and name != "prompt"
@@ -203,43 +189,14 @@ def _schemas(spec: ModelSpec, settings: Settings) -> dict[str, Any]:
         fields[name]["description"] = (
             f"Pixels. Multiples of {spec.size_multiple}; others are cut down to one."
         )
-    for name, limit in LIMITED.items():
+    for name, limit in BOUNDS.items():
         _bound(fields.get(name, {}), settings, limit)
     fields["scheduler"]["examples"] = [
         name for name, facts in SCHEDULERS.items() if facts.flow == spec.flow_matching
     ]
-    job = {
-        "id": {"type": "string"},
-        "state": {"enum": ["queued", "running", "done", "failed", "cancelled"]},
-        "position": {"type": "integer"},
-        "attempts": {"type": "integer"},
-        "step": {"type": "integer"},
-        "steps": {"type": "integer"},
-        "seconds": {"type": ["number", "null"]},
-        "eta": {"type": ["number", "null"]},
-        "created": {"type": "number", "description": "Seconds since 1970."},
-        "seed": {"type": "integer"},
-        "type": {"type": "string"},
-        "backend": {"type": ["string", "null"]},
-        "ranks": {"type": ["integer", "null"], "description": "How many work on it."},
-        "batch": {
-            "type": ["integer", "null"],
-            "description": "How many jobs were made in one batch, this one included.",
-        },
-        "exactness": {"enum": ["exact", "reordered", "approximate", None]},
-        "settings": {
-            "type": ["object", "null"],
-            "description": "The request with every default filled in, once it is done.",
-        },
-        "error": {"type": ["string", "null"]},
-        "links": {"type": "object", "additionalProperties": {"type": "string"}},
-    }
-    error = {
-        "message": {"type": "string"},
-        "output": {"type": "null"},
-        "latent": {"type": "null"},
-        "is_image": {"const": False},
-    }
+    job = JobView.model_json_schema(ref_template="#/components/schemas/{model}")
+    error = {name: _constant(value) for name, value in error_body("", 400).items()}
+    error["message"] = {"type": "string"}
     generated = {
         "message": {"const": "OK"},
         "output": {"type": "string"},
@@ -249,7 +206,8 @@ def _schemas(spec: ModelSpec, settings: Settings) -> dict[str, Any]:
         generated["latent"] = {"type": "string"}
     return {
         "Request": request,
-        "Job": {"type": "object", "properties": job, "required": list(job)},
+        **job.pop("$defs"),
+        "Job": job,
         "Jobs": {
             "type": "object",
             "properties": {"jobs": {"type": "array", "items": {"type": "object"}}},
@@ -286,10 +244,11 @@ def _unused(spec: ModelSpec, settings: Settings) -> set[str]:
         **dict.fromkeys(IP_ADAPTER, bool(settings.ip_adapter)),
         "lora": bool(settings.lora_dir),
     }
-    return {name for name, used in is_used.items() if not used} | {
-        "pooled_prompt_embeds",
-        "negative_pooled_prompt_embeds",
-    }
+    return {name for name, used in is_used.items() if not used}
+
+
+def _constant(value: object) -> dict[str, Any]:
+    return {"type": "null"} if value is None else {"const": value}
 
 
 def _operation(

@@ -20,49 +20,64 @@ class JobStatus(StrEnum):
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Job:
-    """One request. Written by the queue's methods only.
-
-    client: who asked, for fairness. is_kept: can be asked for by id. is_stored: outlives the ranks,
-    if the queue has a store.
-    key, fingerprint: the client's own name for the job, and what it asked for under that name.
-    attempts: how often it was begun.
-    percent: of its steps that are done. ranks: how many work on it. batch: the first of the jobs
-    that are made together, by its id.
-    deadline_s: wall clock after which it is cancelled.
-    preview: uint8 (h, w, 3) of the last step, made only once somebody has asked (wants_preview).
-    is_interrupted: the host stops it, not its client.
-    spans: what each rank did when (hosts/jobs/trace.py). version: counts changes, for those who
-    follow the job.
-    """
+    """One request. Only the queue's methods write it."""
 
     id: str
+    """Names the job in the API."""
     request: GenerateRequest
+    """What to make."""
     client: str = ""
+    """Who asked, so that clients take turns."""
     is_kept: bool = False
+    """Whether it can be asked for by id."""
     is_stored: bool = False
+    """Whether it outlives the ranks, if the queue has a store."""
     key: str | None = None
+    """The client's own name for it (Idempotency-Key)."""
     fingerprint: str = ""
+    """What the client asked for under that name."""
     attempts: int = 0
+    """How often it was begun."""
     deadline_s: float | None = None
+    """Wall clock after which it is cancelled."""
     status: JobStatus = JobStatus.QUEUED
+    """Where it is on its way."""
     step: int = 0
+    """Steps that are done."""
     num_steps: int = 0
+    """Steps in all, once that is known."""
     percent: float = 0.0
+    """Share of the steps that are done."""
     ranks: int | None = None
+    """How many ranks work on it."""
     batch: str = ""
+    """Id of the first of the jobs that are generated in one batch with it."""
     result: GenerateResult | None = None
+    """The images, once it is done."""
     spans: dict[int, Any] = field(default_factory=dict)
+    """What each rank did when (hosts/jobs/trace.py)."""
     error: HostError | None = None
+    """Why it failed or was cancelled."""
     cancel_requested: bool = False
+    """Whether its client, or a limit, wants it to end."""
     cancel_reason: str = ""
+    """What its client is told then."""
     is_interrupted: bool = False
+    """Whether the host stops it, not its client."""
     wants_preview: bool = False
+    """Whether somebody has asked for previews; without that none are made."""
     preview: Array | None = None
+    """uint8 (h, w, 3) of the last step."""
     version: int = 0
+    """Counts changes, for those who follow the job."""
     created_s: float = field(default_factory=time.time)
+    """Wall clock of its arrival."""
     started_s: float | None = None
+    """Wall clock of its last beginning."""
     ended_s: float | None = None
+    """Wall clock of its end."""
     finished: threading.Event = field(default_factory=threading.Event)
+    """Set at its end."""
 
     def wait(self, timeout_s: float | None = None) -> GenerateResult | None:
         """Block until the job is over; its result, or its error raised. None if it is not over

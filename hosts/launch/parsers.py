@@ -78,6 +78,21 @@ def one_of(*names: str) -> Callable[[str], str]:
     return parse
 
 
+def endpoint(text: str) -> str:
+    """'10.0.0.1:29500' or '[fd00::1]:29500', as it is."""
+    split_endpoint(text)
+    return text
+
+
+def split_endpoint(text: str) -> tuple[str, int]:
+    """Host and port of an `endpoint`."""
+    host, _, port = text.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ValueError("HOST:PORT, the address of the first machine and a free port there")
+    return host, int(port)
+
+
 def weights(text: str) -> tuple[float, ...]:
     """'1,1,0.6' or '[1, 1, 0.6]' -> (1.0, 1.0, 0.6)."""
     try:

@@ -15,6 +15,7 @@ from backends.autotune.candidates import QUALITIES
 from backends.errors import ConfigError
 from hosts.launch.parsers import (
     counts,
+    endpoint,
     json_object,
     number,
     one_of,
@@ -568,7 +569,7 @@ class Settings:
         None,
         "several machines",
         "Address of the first machine, as all reach it, and a free port there.",
-        parse=str,
+        parse=endpoint,
         metavar="HOST:PORT",
     )
     node_timeout: int = _option(

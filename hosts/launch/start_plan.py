@@ -22,7 +22,6 @@ from hosts.launch.auto_backend import BackendChoice, Recall, decide, is_automati
 from hosts.launch.load_options import WITHOUT_SDPA, step_cache, treatments
 from hosts.launch.settings import Settings, option_fields
 from hosts.launch.team_modes import Teams, batch_limit, choose_teams
-from hosts.supervision.rendezvous import parse_endpoint
 
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -245,9 +244,7 @@ def _require_machines(settings: Settings) -> None:
             f"--node_rank={settings.node_rank} is not one of --nnodes={settings.nnodes} machines. "
             f"Allowed: 0 to {settings.nnodes - 1}."
         )
-    if settings.rdzv_endpoint is not None:
-        parse_endpoint(settings.rdzv_endpoint)
-    elif settings.nnodes > 1:
+    if settings.rdzv_endpoint is None and settings.nnodes > 1:
         raise ConfigError(
             f"--nnodes={settings.nnodes} needs --rdzv_endpoint=HOST:PORT: the first machine's "
             "address and a free port there."

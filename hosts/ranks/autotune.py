@@ -14,9 +14,10 @@ import torch
 from backends.autotune.ranking import Measured
 from backends.autotune.trials import PipelineSubject, Trials
 from backends.generation.pipeline import LoadedPipeline, load_pipeline
+from backends.parallel.distributed import broadcast_command
 from hosts.launch.auto_backend import candidates_of, halves_of, recall_from, remember
 from hosts.launch.start_plan import StartPlan
-from hosts.ranks.commands import Failure, agree_on_outcome, announce
+from hosts.ranks.commands import Failure, agree_on_outcome
 from hosts.ranks.warmup import prewarm_request
 from hosts.supervision.progress import LOAD_WITHIN_S, Activity
 
@@ -48,7 +49,7 @@ def tune(
     if start.auto is None:
         return start, None
     pipeline = None
-    measured = announce(recall_from(folder)(start.auto.key) if rank == 0 else None)
+    measured = broadcast_command(recall_from(folder)(start.auto.key) if rank == 0 else None)
     if measured is None:
         activity.begin("loading and trying methods", within_s=LOAD_WITHIN_S)
         pipeline, measured = _measure(start, rank=rank, world_size=world_size, device=device)
@@ -56,7 +57,7 @@ def tune(
         if measured is not None and rank == 0 and folder is not None:
             remember(folder, start.auto.key, measured)
     if measured is None:
-        measured = announce(start.auto.measured if rank == 0 else None)
+        measured = broadcast_command(start.auto.measured if rank == 0 else None)
     settled = plan(measured)
     for line in settled.auto.text():
         logger.info("%s", line)

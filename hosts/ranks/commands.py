@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from backends.errors import CancelledError, HostError, RankError
-from backends.parallel.distributed import Axis, broadcast_command, gather_outcomes
+from backends.parallel.distributed import Axis, gather_outcomes
 from backends.request import GenerateRequest, LoadRequest
 
 OUT_OF_MEMORY = "out of memory"
@@ -86,15 +86,6 @@ class Failure:
         )
 
 
-def announce(command: Command | None, among: Axis | None = None) -> Command:
-    """The first rank gives a command, the others give None; all get it. Waits for as long as nobody
-    asks for anything.
-
-    among: the control group of a team; None for all ranks.
-    """
-    return broadcast_command(command, among)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """What all ranks of a team agree on after a command. groups_are_broken: a rank closed its data
@@ -111,8 +102,9 @@ class Outcome:
 def agree_on_outcome(
     failure: Failure | None, figures: Mapping[str, Any] | None = None, among: Axis | None = None
 ) -> Outcome:
-    """Every rank's failure, if any, and its figures -> the same verdict on every rank. among: as in
-    `announce`.
+    """Every rank's failure, if any, and its figures -> the same outcome on every rank.
+
+    among: the control group of a team; None for all ranks.
     """
     outcomes = gather_outcomes((failure, figures or {}), among)
     return replace(

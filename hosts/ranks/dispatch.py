@@ -31,6 +31,7 @@ from hosts.ranks.commands import (
     SplitIntoTeams,
     Stop,
 )
+from hosts.ranks.model_control import ModelControl
 from hosts.ranks.remote_dispatch import CANCEL, GO_ON, DispatchServer, RemoteDispatcher
 from hosts.supervision.host_state import HostState, Phase
 
@@ -38,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 Check = Callable[[GenerateRequest], None]
 """Raises the HostError of a request that cannot be done; arithmetic only."""
+PERCENT_LOADED = 100.0
+"""What GET /progress shows of a loaded pipeline."""
 Preview = Callable[[int], Array | None]
 """A small image of one row of what is made now."""
 
@@ -207,7 +210,9 @@ class JobDispatcher:
 
 
 class LeaderDispatcher(JobDispatcher):
-    """Rank 0's: first the load, then jobs for all ranks or the word to split, then stop."""
+    """Rank 0's: first the load, then jobs for all ranks or the command to split. Stop when the host
+    stops or the pipeline is to be changed.
+    """
 
     def __init__(
         self,
@@ -216,9 +221,12 @@ class LeaderDispatcher(JobDispatcher):
         queue: JobQueue,
         state: HostState,
         sharing: Sharing,
+        control: ModelControl,
         channels: Mapping[int, Channel] = MappingProxyType({}),
     ) -> None:
-        """lines: to each other rank, where the ranks may split."""
+        """control: its commands come before the next job. channels: to each other rank, where the
+        ranks may split.
+        """
         super().__init__(
             queue=queue,
             state=state,
@@ -227,6 +235,7 @@ class LeaderDispatcher(JobDispatcher):
             choose=self._choose_size,
         )
         self._load: LoadRequest | None = load
+        self._control = control
         self._channels = channels
         self._team_size = sharing.world_size
 
@@ -237,15 +246,16 @@ class LeaderDispatcher(JobDispatcher):
         command = super().next_command(check)
         if not isinstance(command, Rejoin):
             return command
-        return Stop() if self._queue.is_closed else SplitIntoTeams(team_size=self._team_size)
+        if self._queue.is_closed or self._control.is_waiting:
+            return Stop()
+        return SplitIntoTeams(team_size=self._team_size)
 
     def loaded(self, failure: Failure | None) -> None:
+        """A failure is the model loop's to answer (hosts/ranks/model_loop.py)."""
         if failure is None:
+            self._state.loading_percent = PERCENT_LOADED
             self._state.become(Phase.READY)
-            return
-        error = failure.as_error()
-        self._state.become(Phase.FAILED, str(error))
-        self._queue.close(error)
+            self._control.finish(None)
 
     @contextmanager
     def spread(self, team_size: int) -> Iterator[TeamDispatcher]:
@@ -270,10 +280,18 @@ class LeaderDispatcher(JobDispatcher):
         )
 
     def _choose_in(self, period: SplitPeriod) -> Choose:
-        """What a team goes by when it is free."""
-        return period.choose
+        """What a free team does: the period's choice, unless all ranks are needed for a command."""
+
+        def choose(waiting: Sequence[Job], running: Sequence[Job]) -> Choice:
+            if self._control.is_waiting:
+                period.end()
+            return period.choose(waiting, running)
+
+        return choose
 
     def _choose_size(self, waiting: Sequence[Job], running: Sequence[Job]) -> Choice:
+        if self._control.is_waiting:
+            return Choice.LEAVE
         if not waiting:
             return Choice.WAIT
         if self._sharing.may_get_company(waiting):

@@ -21,17 +21,24 @@ from backends.errors import CancelledError, HostError
 from backends.generation.pipeline import LoadedPipeline, load_pipeline
 from backends.model_table import ModelSpec
 from backends.parallel.base import Backend
-from backends.parallel.distributed import Axis, Mesh, control_axis, control_of_team
+from backends.parallel.distributed import (
+    Axis,
+    Mesh,
+    broadcast_command,
+    close,
+    control_axis,
+    control_of_team,
+)
 from backends.plan import ParallelPlan
 from backends.request import GenerateRequest, GenerateResult, LoadRequest
 from hosts.ranks.commands import (
+    Command,
     Failure,
     Generate,
     Outcome,
     SplitIntoTeams,
     Stop,
     agree_on_outcome,
-    announce,
     breaks_groups,
 )
 from hosts.ranks.dispatch import CANCEL, Dispatcher, TeamDispatcher
@@ -89,7 +96,7 @@ class RankLoop:
 
     def run(self) -> Failure | None:
         """Until Stop, or until loading failed: its Failure, else None."""
-        while not isinstance(command := announce(self._dispatcher.next_command(self._check)), Stop):
+        while not isinstance(command := self._next(self._dispatcher), Stop):
             if isinstance(command, Generate):
                 self._generate(command)
             elif isinstance(command, SplitIntoTeams):
@@ -97,6 +104,23 @@ class RankLoop:
             elif (failure := self._load(command.request)) is not None:
                 return failure
         return None
+
+    def offload(self) -> None:
+        """Keep the weights in main memory until the next job."""
+        self._pipeline.rest()
+
+    def unload(self) -> None:
+        """Release the pipeline as it is, hooks and all, and close the groups."""
+        self._pipeline = None
+        for team in (*self._teams.values(), self._all):
+            team.mesh.destroy()
+        for team in self._teams.values():
+            close(team.control)
+
+    def _next(self, dispatcher: TeamDispatcher) -> Command:
+        """The first rank's next command, on every rank of its team. Waits without a limit."""
+        command = dispatcher.next_command(self._check)
+        return broadcast_command(command, self._team.control)
 
     def _load(self, request: LoadRequest) -> Failure | None:
         started = time.perf_counter()
@@ -166,8 +190,7 @@ class RankLoop:
         self._join(self._teams[team_size])
         with self._dispatcher.spread(team_size) as self._team_desk:
             while not self._is_broken and isinstance(
-                command := announce(self._team_desk.next_command(self._check), self._team.control),
-                Generate,
+                command := self._next(self._team_desk), Generate
             ):
                 self._generate(command)
             if self._is_broken:

@@ -6,11 +6,9 @@ restarts from its start to its end; a host that runs for weeks must be allowed m
 count begins anew whenever the set has proved itself.
 """
 
-import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,28 +23,13 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
+from hosts.supervision.agent_process import AgentOptions
 from hosts.supervision.exit_reports import UNKNOWN, RankNotes
 
 PROVED_AFTER_S = 600.0
 """Being ready for so long counts as a proof, like an image does."""
 ANY_NUMBER = 10**9
 LOOK_EVERY_S = 0.1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AgentOptions:
-    """notes: folder for hosts/supervision/exit_reports.py. fatal: file for the reason for giving
-    up. max_restarts: in a row. port: of the rendezvous.
-
-    first_rank: of this machine.
-    """
-
-    num_ranks: int
-    max_restarts: int
-    port: int
-    notes: str
-    fatal: str
-    first_rank: int = 0
 
 
 class GaveUp(Exception):
@@ -100,7 +83,7 @@ def main(arguments: Sequence[str], *, program: Sequence[str]) -> int:
     """OPTIONS, then arguments for every rank, which is a process of `program`. The exit code: 1 if
     the ranks could not be kept running.
     """
-    options = AgentOptions(**json.loads(arguments[0]))
+    options = AgentOptions.from_text(arguments[0])
     rendezvous = RendezvousParameters(
         backend="c10d",
         endpoint=f"127.0.0.1:{options.port}",

@@ -8,6 +8,7 @@ up says why. Imports no torch.
 import contextlib
 import faulthandler
 import json
+import os
 import signal
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -79,7 +80,7 @@ class RankNotes:
         self._attempt = attempt
         self._first_rank = first_rank
 
-    def log_file(self, rank: int) -> Path:
+    def log_file(self, rank: int) -> Path | None:
         """Where this rank's log is kept (hosts/supervision/log.py)."""
         return self._path(f"rank{rank}.log")
 
@@ -115,7 +116,7 @@ class RankNotes:
     def lines(self, rank: int) -> Lines:
         """The last lines of this rank's log, and where it crashed."""
         found: list[tuple[str | None, str]] = []
-        for path in (self._path(f"rank{rank}.log.1"), self.log_file(rank)):
+        for path in (self._path(f"rank{rank}.log.1"), self._path(f"rank{rank}.log")):
             for line in _read(path):
                 with contextlib.suppress(
                     ValueError, KeyError, TypeError
@@ -144,6 +145,23 @@ class RankNotes:
 
     def _path(self, name: str) -> Path:
         return self._folder / f"{self._attempt}-{name}"
+
+
+class NoNotes(RankNotes):
+    """Of ranks without a launcher: nothing is kept."""
+
+    def __init__(self) -> None:
+        super().__init__(Path(os.devnull), attempt=0)
+
+    def log_file(self, rank: int) -> Path | None:
+        return None
+
+    def record_crash(self, rank: int) -> None: ...
+
+    def mark(self, what: str) -> None: ...
+
+    def complete(self, ending: ExitReport) -> ExitReport:
+        return ending
 
 
 def _read(path: Path) -> list[str]:

@@ -1,10 +1,10 @@
-"""Several machines as one host: where their ranks meet, and how to reach each other. Imports no
-torch.
+"""Ranks of one machine or several: this rank's place among them, and how several machines
+rendezvous. Imports no torch.
 
-Each machine's launcher supervises its own ranks. Rank 0 opens a store at --rdzv_endpoint, to which
-all ranks come; whoever is missing is waited for in the ranks themselves, so that rank 0 can answer
-meanwhile. One store is for one meeting: a rank that comes a second time was started again, which
-ends the set on all machines, and all meet anew.
+Each machine's launcher supervises its own ranks. Rank 0 opens a store at --rdzv_endpoint, which all
+ranks join. The ranks themselves wait for missing ones, so rank 0 can answer HTTP meanwhile. A store
+is for one rendezvous: a rank that joins it twice was restarted, which ends the set on all machines,
+and all rendezvous again.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import json
 import logging
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Protocol
@@ -21,6 +21,8 @@ from typing import Any, Protocol
 import psutil
 
 from backends.errors import ConfigError
+from hosts.launch.parsers import split_endpoint
+from hosts.launch.settings import Settings
 from hosts.supervision.exit_reports import ExitReport
 
 logger = logging.getLogger(__name__)
@@ -29,9 +31,61 @@ LOOK_EVERY_S = 0.3
 CONNECT_WITHIN_S = 5.0
 """For one attempt to reach the store; there are many."""
 ENDED = "watch/ended"
-"""Key under which a rank that was started again says why; the watch
-(hosts/supervision/heartbeat.py) of every rank looks at it.
+"""Key under which a restarted rank writes why it ended. Every rank's watch
+(hosts/supervision/heartbeat.py) looks at it.
 """
+INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """This rank among the others."""
+
+    rank: int
+    """Among the ranks of all machines."""
+    local_rank: int
+    world_size: int
+    local_world_size: int
+    attempt: int = 0
+    """How often torchelastic has restarted this set of ranks."""
+    is_one_of_several: bool = False
+    """Whether torchelastic knows only this machine's ranks, which rendezvous with those of other
+    machines by themselves.
+    """
+
+    @classmethod
+    def of(cls, settings: Settings, environ: Mapping[str, str]) -> "Place":
+        """The place that torchelastic wrote into the environment."""
+        rank, local_rank = int(environ.get("RANK", 0)), int(environ.get("LOCAL_RANK", 0))
+        world_size = int(environ.get("WORLD_SIZE", 1))
+        local_world_size = int(environ.get("LOCAL_WORLD_SIZE", world_size))
+        # else a torchrun that was started by hand over all machines
+        is_one_of_several = settings.nnodes > 1 and world_size == local_world_size
+        return cls(
+            rank=rank + (settings.node_rank * local_world_size if is_one_of_several else 0),
+            local_rank=local_rank,
+            world_size=world_size * (settings.nnodes if is_one_of_several else 1),
+            local_world_size=local_world_size,
+            attempt=int(environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
+            is_one_of_several=is_one_of_several,
+        )
+
+    @property
+    def local_ranks(self) -> range:
+        """The ranks of this machine, as numbers among all ranks."""
+        first = self.rank - self.local_rank
+        return range(first, first + self.local_world_size)
+
+    def exit_report(self, gone: Sequence[int], error: Exception | None) -> ExitReport:
+        """Why this rank ends. gone: ranks of this machine that have ended before it."""
+        if gone:
+            why = f"rank {', '.join(map(str, gone))} was gone"
+            return ExitReport(why=why, rank=gone[0], is_seen_only=True)
+        cause = f"{type(error).__name__}: {str(error)[:500]}"
+        if self.is_one_of_several:
+            why = f"rank {self.rank} lost a rank on another machine, or failed: {cause}"
+            return ExitReport(why=why)
+        return ExitReport(why=f"rank {self.rank} failed: {cause}", rank=self.rank)
 
 
 class Store(Protocol):
@@ -49,23 +103,39 @@ class Store(Protocol):
 
 
 class RendezvousStale(Exception):
-    """This store belongs to a meeting that is over."""
+    """This store belongs to a rendezvous that is over."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machines:
-    """Of one host. endpoint: where rank 0's store is. rank, local_world_size: of the rank that
-    meets the others.
-
-    facts: what must be the same on all machines, by argument.
-    """
+    """The machines of one host, as one of their ranks sees them."""
 
     endpoint: tuple[str, int]
+    """Host and port of rank 0's store."""
     rank: int
     world_size: int
     local_world_size: int
     within_s: float
+    """Longest wait for the others."""
     facts: Mapping[str, str] = field(default_factory=dict)
+    """What must be the same on all machines, by argument."""
+
+    @classmethod
+    def of(cls, settings: Settings, place: Place, facts: Mapping[str, str]) -> "Machines":
+        return cls(
+            endpoint=split_endpoint(settings.rdzv_endpoint or ""),
+            rank=place.rank,
+            world_size=place.world_size,
+            local_world_size=place.local_world_size,
+            within_s=settings.node_timeout,
+            facts=facts,
+        )
+
+    def restarted(self, machine: int) -> ExitReport:
+        """What the other ranks read when this one joins a rendezvous twice."""
+        return ExitReport(
+            why=f"machine {machine} was started again", rank=self.rank, is_seen_only=True
+        )
 
     def meet(
         self,
@@ -75,21 +145,19 @@ class Machines:
         tell: Callable[[str], None] = lambda waiting_for: None,
         still_waiting: Callable[[], None] = lambda: None,
     ) -> Store:
-        """The store, once every rank is there. ConfigError if one does not come in time, or was
-        started with other arguments.
+        """Return the store once every rank has joined. ConfigError if one does not join in time, or
+        was started with other arguments.
 
         open_store(host, port, is_here=, timeout_s=): RuntimeError if it cannot be reached. ending:
-        of this rank's last life.
-        tell: hears what is waited for, whenever that changes. still_waiting: is called all the
-        time.
+        why this rank's last process ended. tell: called with what is missing, whenever that
+        changes. still_waiting: called in every round.
         """
         deadline = time.monotonic() + self.within_s
         told = ""
         while True:
             waiting_for = f"machine 0 at {self._address}"
-            with contextlib.suppress(
-                RendezvousStale, RuntimeError, OSError
-            ):  # nobody there yet, or gone while we asked
+            # nobody is there yet, or left while we asked
+            with contextlib.suppress(RendezvousStale, RuntimeError, OSError):
                 store = self._open(open_store)
                 self._join(store, ending)
                 while waiting_for := self._missing(store):
@@ -120,13 +188,13 @@ class Machines:
             if (mine := self.facts.get(name)) != theirs:
                 raise ConfigError(
                     f"{name} is {mine} on this machine and {theirs} on machine 0. Start all "
-                    "machines with the same arguments "
-                    "but for --node_rank, and with the same files at the same paths."
+                    "machines with the same arguments except --node_rank, and with the same files "
+                    "at the same paths."
                 )
 
     def _missing(self, store: Store) -> str:
-        """Who is waited for; empty once all have come. RendezvousStale if one was started again
-        meanwhile.
+        """The machines that have not joined; empty once all have. RendezvousStale if a rank was
+        restarted meanwhile.
         """
         if store.check([ENDED]):
             raise RendezvousStale
@@ -137,7 +205,7 @@ class Machines:
         names = ", ".join(map(str, numbers))
         return (
             f"machine{'s' if len(numbers) > 1 else ''} {names} of "
-            f"{self.world_size // self.local_world_size} to come to {self._address}"
+            f"{self.world_size // self.local_world_size} to join {self._address}"
         )
 
     def _go_on_waiting(
@@ -147,8 +215,8 @@ class Machines:
         if time.monotonic() > deadline:
             raise ConfigError(
                 f"waited {self.within_s:g} s for {waiting_for} (--node_timeout). Start every "
-                "machine with its own --node_rank, "
-                "see that they reach each other, or start with fewer (--nnodes)."
+                "machine with its own --node_rank, check that they can reach each other, or use "
+                "fewer (--nnodes)."
             )
         time.sleep(LOOK_EVERY_S)
 
@@ -165,25 +233,18 @@ def _tell(tell: Callable[[str], None], now: str, before: str) -> str:
     return now
 
 
-def parse_endpoint(text: str) -> tuple[str, int]:
-    """'10.0.0.1:29500' or '[fd00::1]:29500'. ConfigError for anything else."""
-    host, _, port = text.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise ConfigError(
-            f"--rdzv_endpoint={text} is not allowed. Give HOST:PORT, an address of the first "
-            "machine and a free port there."
-        )
-    return host, int(port)
+def choose_interface(endpoint: tuple[str, int], environ: MutableMapping[str, str]) -> None:
+    """Let gloo and NCCL use the interface towards an address, unless the user chose one.
+
+    By default they use the interface of the machine's own name, which is often the loopback.
+    """
+    if (interface := interface_towards(endpoint)) is not None:
+        for name in INTERFACE_VARIABLES:
+            environ.setdefault(name, interface)
 
 
 def interface_towards(endpoint: tuple[str, int]) -> str | None:
-    """The network interface by which this machine reaches an address (or has it); None if it cannot
-    be told.
-
-    gloo and NCCL would otherwise take the interface of the machine's own name, which often is the
-    loopback.
-    """
+    """The network interface that leads to an address; None if that is unknown."""
     with contextlib.suppress(OSError, ValueError):
         family, kind, protocol, _, address = socket.getaddrinfo(*endpoint, type=socket.SOCK_DGRAM)[
             0

@@ -10,6 +10,7 @@ import numpy as np
 
 from backends.model_table import read_table
 from backends.request import GenerateResult
+from hosts.compat.protocol import FixedModel
 from hosts.http.app import Host, create_app
 from hosts.launch.settings import Settings
 
@@ -22,6 +23,7 @@ def make_client(queue, state, **settings):
             spec=read_table()[values["type"]],
             queue=queue,
             state=state,
+            protocol=FixedModel(),
         )
     ).test_client()
 

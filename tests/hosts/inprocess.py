@@ -1,5 +1,5 @@
 """A whole host of one rank inside the test process: application, listener on a real socket, and
-rank loop in a thread.
+model loop in a thread.
 """
 
 import inspect
@@ -13,15 +13,14 @@ import torch
 
 from backends.errors import UnavailableError
 from backends.model_table import read_table
-from backends.parallel.distributed import Mesh
+from hosts.compat.protocol import FixedModel
 from hosts.http.app import Host, create_app
 from hosts.http.server import Listener
-from hosts.jobs.policy import Sharing
 from hosts.jobs.queue import JobQueue
 from hosts.launch.settings import Settings
 from hosts.launch.start_plan import plan_start
-from hosts.ranks.dispatch import LeaderDispatcher
-from hosts.ranks.loop import RankLoop
+from hosts.ranks.model_control import Apply, ModelControl
+from hosts.ranks.model_loop import LeaderControl, ModelLoop
 from hosts.supervision.host_state import HostState, Phase
 from tests.hosts.harness import free_port, session, wait_until
 
@@ -37,21 +36,28 @@ class InProcessHost:
         start = plan_start(self.settings, read_table(), num_gpus=0, num_ranks=1)
         self.spec = start.spec
         self.state, self.queue = HostState(), JobQueue()
-        self._listener = Listener(
-            create_app(
-                Host(settings=self.settings, spec=start.spec, queue=self.queue, state=self.state)
-            ),
-            host="127.0.0.1",
-            port=self.port,
+        host = Host(
+            settings=self.settings,
+            spec=start.spec,
+            queue=self.queue,
+            state=self.state,
+            protocol=FixedModel(),
         )
-        mesh = Mesh(start.plan, rank=0, device=torch.device("cpu"))
-        sharing = Sharing(spec=start.spec, load=start.load)
-        dispatcher = LeaderDispatcher(
-            load=start.load, queue=self.queue, state=self.state, sharing=sharing
+        self._listener = Listener(create_app(host), host="127.0.0.1", port=self.port)
+        control = ModelControl(
+            self.queue, base=self.settings, plan=lambda settings: start, num_ranks=1
+        )
+        loop = ModelLoop(
+            rank=0,
+            world_size=1,
+            device=torch.device("cpu"),
+            plan=lambda settings, measured: start,
+            control=LeaderControl(
+                control=control, queue=self.queue, state=self.state, is_fixed=True
+            ),
         )
         self._loop = threading.Thread(
-            target=RankLoop(rank=0, spec=start.spec, mesh=mesh, dispatcher=dispatcher).run,
-            daemon=True,
+            target=loop.run, args=(Apply(settings=self.settings),), daemon=True
         )
         self.parameters = inspect.signature(
             getattr(diffusers, start.spec.pipeline).__call__
@@ -83,7 +89,7 @@ class InProcessHost:
     def post(self, body: Any, **kwargs: Any) -> requests.Response:
         return self._session.post(self.url("/generate"), json=body, timeout=120, **kwargs)
 
-    def sample_image(self, body: Any) -> dict[str, Any]:
+    def generate_image(self, body: Any) -> dict[str, Any]:
         """The answer's body, which must be a success."""
         answer = self.post(body)
         assert answer.status_code == 200, answer.json()["message"]

@@ -21,14 +21,20 @@ from tests.hosts.harness import RunningHost, wait_until
 
 Body = Mapping[str, Any]
 Facts = dict[str, Any]
-BODY: Body = {"positive": "a red car", "negative": "blurry", "steps": 4, "seed": 5, "cfg": 7.0}
+BODY: Body = {
+    "prompt": "a red car",
+    "negative_prompt": "blurry",
+    "num_inference_steps": 4,
+    "seed": 5,
+    "guidance_scale": 7.0,
+}
 ARGUMENTS = ("--type=sdxl", f"--checkpoint={checkpoint('sdxl')}", "--height=64", "--width=64")
 """The launcher's, for a host that makes the images of OneRank."""
 NAMES = {
-    "positive": "prompt",
-    "negative": "negative_prompt",
-    "steps": "num_inference_steps",
-    "cfg": "guidance_scale",
+    "prompt": "prompt",
+    "negative_prompt": "negative_prompt",
+    "num_inference_steps": "num_inference_steps",
+    "guidance_scale": "guidance_scale",
 }
 
 

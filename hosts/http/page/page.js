@@ -2,10 +2,10 @@
 "use strict";
 
 const byId = (id) => document.getElementById(id);
-const FIRST = ["prompt", "negative_prompt", "image", "init_image", "mask_image", "ip_image", "control_image", "width", "height", "num_inference_steps", "guidance_scale", "num_frames", "seed", "scheduler"];
+const FIRST = ["prompt", "negative_prompt", "image", "init_image", "mask_image", "ip_adapter_image", "control_image", "width", "height", "num_inference_steps", "guidance_scale", "num_frames", "seed", "scheduler"];
 const MORE = ["strength", "clip_skip", "warmup_steps", "controlnet_conditioning_scale", "motion_bucket_id", "noise_aug_strength", "lora"];
 const LONG = ["prompt", "negative_prompt"];
-const IMAGES = ["image", "init_image", "mask_image", "ip_image", "control_image"];
+const IMAGES = ["image", "init_image", "mask_image", "ip_adapter_image", "control_image"];
 const POLL_MS = 2000;
 const sessionJobs = new Map(); // id -> {settings, url, job}
 let shown = null; // the job on the stage

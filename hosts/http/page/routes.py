@@ -1,13 +1,8 @@
-"""The pages at / and /docs with their files, and the schema. Nothing is fetched from anywhere
-else.
-"""
+"""The pages at / and /docs with their files. Nothing is fetched from anywhere else."""
 
-import json
 from pathlib import Path
 
-from flask import Blueprint, Response, current_app, send_from_directory
-
-from hosts.http.schema import openapi
+from flask import Blueprint, Response, send_from_directory
 
 blueprint = Blueprint("pages", __name__)
 
@@ -43,13 +38,6 @@ def docs() -> Response:
 @blueprint.get("/docs.js")
 def docs_script() -> Response:
     return _file("docs.js")
-
-
-@blueprint.get("/openapi.json")
-def schema() -> Response:
-    """OpenAPI 3.1 of what this host serves, in the order in which people read it."""
-    host = current_app.extensions["host"]
-    return Response(json.dumps(openapi(host.spec, host.settings)), mimetype="application/json")
 
 
 def _file(name: str) -> Response:

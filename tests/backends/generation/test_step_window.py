@@ -1,5 +1,5 @@
 """Runs that end early and go on later, latents as the denoiser has them, and weights that rest:
-what the later clients ask for.
+what clients of the v2 protocol ask for.
 """
 
 import numpy as np

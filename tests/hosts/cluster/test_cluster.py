@@ -79,7 +79,7 @@ def test_a_job_can_be_followed_looked_at_and_cancelled(cluster: Cluster):
 
 def test_what_a_replica_refuses_is_the_clients_to_read(cluster: Cluster):
     """The gateway reads requests, and does not know what a pipeline can do."""
-    refused = cluster.post({"positive": "x", "steps": 2, "scheduler": "unheard_of"})
+    refused = cluster.post({"prompt": "x", "num_inference_steps": 2, "scheduler": "unheard_of"})
     assert refused.status_code == 400 and "'unheard_of'" in refused.json()["message"]
 
 
@@ -119,7 +119,7 @@ def test_a_replica_that_is_killed_in_the_middle_loses_no_job(cluster: Cluster):
     answers = []
     waiting = threading.Thread(
         target=lambda: answers.append(
-            cluster.post({"positive": "a red car", "steps": 12, "seed": 3})
+            cluster.post({"prompt": "a red car", "num_inference_steps": 12, "seed": 3})
         )
     )
     waiting.start()

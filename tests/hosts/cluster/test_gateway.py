@@ -95,23 +95,27 @@ PNG = io.BytesIO()
 Image.new("RGB", (8, 8)).save(PNG, format="PNG")
 DIALECTS = {
     "generate": lambda client: client.post(
-        "/generate", json={"positive": "x", "model": "fine", "steps": 20}
+        "/generate", json={"prompt": "x", "model": "fine", "num_inference_steps": 20}
     ),
     "openai": lambda client: client.post(
-        "/v1/images/generations", json={"prompt": "x", "model": "fine", "steps": 20}
+        "/v1/images/generations", json={"prompt": "x", "model": "fine", "num_inference_steps": 20}
     ),
     "openai form": lambda client: client.post(
         "/v1/images/edits",
         data={
             "prompt": "x",
             "model": "fine",
-            "steps": "20",
+            "num_inference_steps": "20",
             "image": (io.BytesIO(PNG.getvalue()), "a.png"),
         },
     ),
     "a1111": lambda client: client.post(
         "/sdapi/v1/txt2img",
-        json={"prompt": "x", "steps": 20, "override_settings": {"sd_model_checkpoint": "fine"}},
+        json={
+            "prompt": "x",
+            "num_inference_steps": 20,
+            "override_settings": {"sd_model_checkpoint": "fine"},
+        },
     ),
 }
 
@@ -125,7 +129,7 @@ def test_every_dialect_names_the_model_in_its_own_way(client, deployments, reque
 
 def test_what_a_model_refuses_is_answered_in_the_dialect_of_the_path(client):
     refused = client.post(
-        "/v1/images/generations", json={"prompt": "x", "model": "fast", "steps": 20}
+        "/v1/images/generations", json={"prompt": "x", "model": "fast", "num_inference_steps": 20}
     )
     assert (
         refused.status_code == 400

@@ -10,8 +10,8 @@ from backends import errors
 from backends.model_table import read_table
 from backends.request import GenerateRequest
 from hosts.cluster import messages
-from hosts.compat.fields import Accepted, read_request
-from hosts.http.app import status_of
+from hosts.http.decode import Accepted, read_request
+from hosts.http.errors import KINDS, error_of, status_of
 from hosts.jobs.job import Job
 from hosts.jobs.serialization import fingerprint
 from hosts.jobs.trace import chrome_trace
@@ -62,9 +62,9 @@ def test_a_host_reads_what_the_gateway_read(values):
     assert fingerprint(read) == fingerprint(asked)
 
 
-@pytest.mark.parametrize("kind", sorted(messages.KINDS.values(), key=str))
+@pytest.mark.parametrize("kind", sorted(KINDS.values(), key=str))
 def test_an_error_of_a_replica_is_the_same_error_at_the_gateway(kind):
-    said = messages.as_error(status_of(kind("no")), "no")
+    said = error_of(status_of(kind("no")), "no")
     assert type(said) is kind and str(said) == "no"
 
 
@@ -78,4 +78,4 @@ def test_spans_survive_a_trace():
 
 
 def test_any_other_error_is_a_failure():
-    assert type(messages.as_error(500, "rank 0 failed")) is errors.HostError
+    assert type(error_of(500, "rank 0 failed")) is errors.HostError

@@ -140,12 +140,13 @@ def test_relative_path_is_not_a_path(folder, monkeypatch):
 def test_image_for_which_there_is_no_memory_is_refused():
     script = (
         "import resource, sys\n"
+        "from backends.errors import RequestError\n"
         "from hosts.compat import codec\n"
         "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + 20 * 2**20,) * 2)\n"
         "try:\n"
         "    codec.decode_image(sys.stdin.read(), field='image')\n"
-        "except codec.RequestError as error:\n"
+        "except RequestError as error:\n"
         "    print(error)\n"
     )
     file = io.BytesIO()

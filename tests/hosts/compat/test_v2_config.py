@@ -1,4 +1,4 @@
-"""The later clients' configuration of a pipeline -> our settings, for every key that changes
+"""The v2 configuration of a pipeline -> our settings, for every key that changes
 anything.
 """
 

@@ -1,4 +1,4 @@
-"""The clients' later protocol on real ranks: one host that is started without a model, then loads,
+"""The v2 protocol on real ranks: one host that is started without a model, then loads,
 changes and unloads it over HTTP.
 
 The tests of `host` use one host of two ranks, in this order.

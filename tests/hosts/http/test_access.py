@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from backends.model_table import read_table
+from hosts.compat.protocol import FixedModel
 from hosts.http.app import Host, create_app
 from hosts.launch.settings import Settings
 from hosts.supervision.host_state import Phase
@@ -24,8 +25,8 @@ def test_body_that_is_too_large_is_answered_as_an_error(client, queue, state):
 @pytest.mark.parametrize(
     ("body", "limit", "said"),
     [
-        ({"steps": 31}, "max_steps", ("num_inference_steps=31 is more than this host allows: 30 "
-                                     "(--max_steps). Ask for less.")),
+        ({"num_inference_steps": 31}, "max_steps", ("num_inference_steps=31 is more than this host "
+                                                    "allows: 30 (--max_steps). Ask for less.")),
         ({"sigmas": [float(n) for n in range(31, -1, -1)]}, "max_steps", ("num_inference_steps=31 "
                                                                          "is more than this host "
                                                                          "allows: 30")),
@@ -33,13 +34,12 @@ def test_body_that_is_too_large_is_answered_as_an_error(client, queue, state):
                                                              "this host allows: 30 (--max_steps)")),
         ({"width": 32}, "max_side", "width=32 is more than this host allows: 30 (--max_side)"),
         ({"height": 32}, "max_side", "height=32 is more than this host allows: 30 (--max_side)"),
-        ({"frames": 31}, "max_frames", ("num_frames=31 is more than this host allows: 30 "
+        ({"num_frames": 31}, "max_frames", ("num_frames=31 is more than this host allows: 30 "
                                        "(--max_frames)")),
-        ({"positive": "a" * 31}, "max_prompt_chars", ("prompt has 31 characters, more than this "
+        ({"prompt": "a" * 31}, "max_prompt_chars", ("prompt has 31 characters, more than this "
                                                      "host allows: 30 (--max_prompt_chars)")),
-        ({"negative": "a" * 31}, "max_prompt_chars", ("negative_prompt has 31 characters, more "
-                                                      "than "
-                                                     "this host allows: 30")),
+        ({"negative_prompt": "a" * 31}, "max_prompt_chars", ("negative_prompt has 31 characters, "
+                                                             "more than this host allows: 30")),
     ],
 )  # fmt: skip
 def test_request_beyond_a_limit_of_the_operator_is_refused_and_one_within_is_not(
@@ -168,7 +168,13 @@ KEY = "0123456789abcdef-secret"
 def guarded(queue, state):
     settings = Settings.from_values({"api_key": KEY, "host": "0.0.0.0"})
     return create_app(
-        Host(settings=settings, spec=read_table()["sdxl"], queue=queue, state=state)
+        Host(
+            settings=settings,
+            spec=read_table()["sdxl"],
+            queue=queue,
+            state=state,
+            protocol=FixedModel(),
+        )
     ).test_client()
 
 
@@ -208,10 +214,10 @@ def test_page_and_probes_need_no_key(path, guarded):
 def test_host_that_waits_for_another_machine_keeps_jobs_and_refuses_what_would_wait(
     client, queue, state
 ):
-    state.become(Phase.WAITING, "waiting for machine 1 of 2 to come to 10.0.0.1:29500")
+    state.become(Phase.WAITING, "waiting for machine 1 of 2 to join 10.0.0.1:29500")
     assert (
         client.get("/readyz").get_data(as_text=True)
-        == "waiting: waiting for machine 1 of 2 to come to 10.0.0.1:29500"
+        == "waiting: waiting for machine 1 of 2 to join 10.0.0.1:29500"
     )
     assert (
         client.get("/initialize").status_code,
@@ -222,7 +228,7 @@ def test_host_that_waits_for_another_machine_keeps_jobs_and_refuses_what_would_w
         answer = client.post(path, json={"prompt": "a"})
         assert (answer.status_code, answer.headers["Retry-After"]) == (503, "10"), path
         assert (
-            "the host is waiting for machine 1 of 2 to come to 10.0.0.1:29500. Send the request "
+            "the host is waiting for machine 1 of 2 to join 10.0.0.1:29500. Send the request "
             "again later" in answer.text
         )
     assert (

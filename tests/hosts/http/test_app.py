@@ -21,7 +21,7 @@ from backends.errors import (
     UnsupportedError,
 )
 from backends.request import GenerateRequest
-from hosts.http import app as app_module
+from hosts.http.errors import status_of
 from hosts.jobs.queue import JobQueue
 from hosts.supervision.host_state import Phase
 from tests.hosts.application import answer_jobs, make_client
@@ -249,7 +249,7 @@ def test_full_queue_answers_429(state):
     answer = make_client(queue, state).post("/generate", json={"positive": "a"})
     assert answer.status_code == 429
     assert "the queue is full" in assert_is_error(answer.get_json())
-    assert app_module.status_of(BusyError("full")) == 429
+    assert status_of(BusyError("full")) == 429
 
 
 def test_bug_in_a_route_is_answered_without_its_details(client, queue, monkeypatch, caplog):

@@ -27,7 +27,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from hosts.compat.fields import PLAIN
+from hosts.compat.fields import NAMES
 from tests.checkpoints import checkpoint
 from tests.hosts.bodies import SIDE, conditioning, tensor
 from tests.hosts.client import FOUR_KEYS, decode, encode
@@ -116,7 +116,7 @@ HOSTILE = [
     "A" * 5000,
 ]
 FIELDS = sorted(
-    {name for names in PLAIN.values() for name in names}
+    {name for names in NAMES.values() for name in names}
     | {
         "latent",
         "sigmas",

@@ -60,7 +60,7 @@ def test_job_is_accepted_followed_and_fetched_as_what_generate_gives(host):
     assert (done["step"], done["steps"], done["error"], done["exactness"]) == (4, 4, None, "exact")
     assert (done["type"], done["backend"], done["ranks"], done["position"], done["attempts"]) == (
         "sdxl",
-        None,
+        "single",
         1,
         0,
         1,
@@ -78,12 +78,15 @@ def test_job_is_accepted_followed_and_fetched_as_what_generate_gives(host):
     assert (png.headers["Content-Type"], png.headers["X-Seed"]) == ("image/png", "5")
     sample_image = Image.open(io.BytesIO(png.content))
     assert json.loads(sample_image.text["parameters"])["prompt"] == "a red car"
-    legacy = requests.get(
+    as_json = requests.get(
         host.url(done["links"]["result"]), headers={"Accept": "application/json"}, timeout=20
     ).json()
+    in_json = Image.open(io.BytesIO(base64.b64decode(as_json["output"])))
     at_once = host.generate_image({"positive": "a red car", "seed": 5, "steps": 4, "cfg": 7.0})
-    for body in (legacy, at_once):
-        assert np.array_equal(np.asarray(decode(body["output"])), np.asarray(sample_image))
+    for image in (in_json, decode(at_once["output"])):
+        assert np.array_equal(np.asarray(image), np.asarray(sample_image))
+    latents = np.load(io.BytesIO(base64.b64decode(as_json["latents"])), allow_pickle=False)
+    assert latents.shape == (1, 4, 8, 8) and as_json["content_type"] == "image/png"
     assert (
         requests.get(
             host.url(done["links"]["result"]), headers={"Accept": "video/mp4"}, timeout=20

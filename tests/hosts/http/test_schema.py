@@ -5,7 +5,7 @@ from openapi_spec_validator import validate
 
 from backends.errors import RequestError
 from backends.model_table import read_table
-from hosts.compat.fields import Accepted, read_request
+from hosts.http.decode import Accepted, read_request
 from hosts.http.schema import openapi
 from hosts.launch.settings import Settings
 from tests.checkpoints import NAMES

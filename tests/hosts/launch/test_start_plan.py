@@ -281,10 +281,10 @@ def test_rank_imports_bitsandbytes_without_inductor_and_leaves_torchs_switch_as_
     pytest.importorskip("bitsandbytes")
     script = """
 import os, sys
-from hosts.main import DISABLES_DYNAMO, import_bitsandbytes
+from hosts.ranks.libraries import DISABLES_DYNAMO, import_bitsandbytes
 for given in (None, "0"):
     os.environ.update({} if given is None else {DISABLES_DYNAMO: given})
-    import_bitsandbytes()
+    import_bitsandbytes(os.environ)
     assert os.environ.get(DISABLES_DYNAMO) == given
 assert "bitsandbytes" in sys.modules and "torch._inductor.compile_fx" not in sys.modules
 """

@@ -22,8 +22,8 @@ from tests.hosts.sending import (
     show,
 )
 
-LONG = {**BODY, "steps": 40}
-BLOCKER = {**BODY, "steps": 39}
+LONG = {**BODY, "num_inference_steps": 40}
+BLOCKER = {**BODY, "num_inference_steps": 39}
 """A job that runs while the others are sent, of a kind of its own."""
 
 
@@ -63,7 +63,7 @@ def test_jobs_of_two_clients_are_made_in_pairs_in_their_order_and_each_gets_its_
         assert (job["state"], job["batch"]) == ("done", 1)
     blocker = begun(host, BLOCKER)
     bodies = [
-        {**BODY, "seed": seed, "positive": f"image {seed}", "negative": f"blurry {seed}"}
+        {**BODY, "seed": seed, "prompt": f"image {seed}", "negative_prompt": f"blurry {seed}"}
         for seed in range(5)
     ]
     wrong = send(host, {**BODY, "clip_skip": 12}, client="wrong")
@@ -86,12 +86,12 @@ def test_jobs_of_two_clients_are_made_in_pairs_in_their_order_and_each_gets_its_
 
 def test_images_of_one_request_share_a_batch(host, alone):
     over(
-        host, *[send(host, {**BODY, "steps": 5}) for _ in range(2)]
+        host, *[send(host, {**BODY, "num_inference_steps": 5}) for _ in range(2)]
     )  # a kind of its own: what is tried next is a matter of counting
     fields = {
         "prompt": "a red car",
         "negative_prompt": "blurry",
-        "steps": 5,
+        "num_inference_steps": 5,
         "seed": 5,
         "guidance_scale": 7.0,
     }
@@ -100,7 +100,12 @@ def test_images_of_one_request_share_a_batch(host, alone):
     ).json()
     done = [show(host, made["url"].split("/")[-2]) for made in answer["data"]]
     assert [job["batch"] for job in done] == [2, 2, 2, 2]
-    assert_images(host, alone, [{**BODY, "steps": 5, "seed": seed} for seed in (5, 6, 7, 8)], done)
+    assert_images(
+        host,
+        alone,
+        [{**BODY, "num_inference_steps": 5, "seed": seed} for seed in (5, 6, 7, 8)],
+        done,
+    )
 
 
 def test_one_job_of_a_batch_is_watched_and_another_cancelled_in_the_middle(host, alone):
@@ -161,7 +166,9 @@ def test_killed_launcher_takes_every_process_with_it_and_frees_the_port(host):
 
 def _post_and_lose(host):
     with pytest.raises(requests.ConnectionError):
-        requests.post(host.url("/generate"), json={"positive": "a dog", "steps": 900}, timeout=60)
+        requests.post(
+            host.url("/generate"), json={"prompt": "a dog", "num_inference_steps": 900}, timeout=60
+        )
 
 
 @pytest.mark.slow
@@ -173,7 +180,7 @@ def test_ranks_of_their_own_make_batches_too(alone):
         over(host, *[send(host, body) for body in (BODY, BODY, LONG, LONG)])
         blockers = [begun(host, BLOCKER), begun(host, BLOCKER)]
         bodies = [
-            *[{**BODY, "seed": seed, "positive": f"image {seed}"} for seed in range(4)],
+            *[{**BODY, "seed": seed, "prompt": f"image {seed}"} for seed in range(4)],
             *[{**LONG, "seed": seed} for seed in range(4)],
         ]
         jobs = [send(host, body) for body in bodies]

@@ -36,8 +36,8 @@ def host(tmp_path_factory):
 def body(**fields):
     hint = encode(sample_image(48))
     return {
-        "positive": "a red car",
-        "steps": 2,
+        "prompt": "a red car",
+        "num_inference_steps": 2,
         "seed": 3,
         "control_image": hint,
         "ip_image": hint,
@@ -94,7 +94,10 @@ def test_settings_tell_how_many_steps_the_cache_skipped():
         type="pixa", checkpoint=str(checkpoint("pixa")), step_cache="first_block,10"
     ) as host:
         assert (
-            host.generate_image({"positive": "a red car", "steps": 3, "seed": 3})["message"] == "OK"
+            host.generate_image({"prompt": "a red car", "num_inference_steps": 3, "seed": 3})[
+                "message"
+            ]
+            == "OK"
         )
         facts = host._session.get(host.url("/settings"), timeout=10).json()
         assert facts["last_report"]["step_cache"] == {"calls": 3, "skipped": 2}

@@ -12,7 +12,13 @@ from tests.hosts.client import decode
 from tests.hosts.harness import READY_WITHIN_S, start_launcher, wait_until
 from tests.hosts.sending import follow, over, send, show
 
-BODY = {"positive": "a red car", "negative": "blurry", "steps": 6, "seed": 5, "cfg": 7.0}
+BODY = {
+    "prompt": "a red car",
+    "negative_prompt": "blurry",
+    "num_inference_steps": 6,
+    "seed": 5,
+    "guidance_scale": 7.0,
+}
 STAGES = (
     "--backend=xdit",
     "--pipefusion_parallel_degree=2",
@@ -69,7 +75,7 @@ def runs(host, job, attempt):
 
 def test_previews_and_cancelled_jobs_leave_the_next_image_as_it_was(host, reference):
     for steps_before in (1, 4, 9):
-        sent, found = send(host, {**BODY, "steps": 200}), []
+        sent, found = send(host, {**BODY, "num_inference_steps": 200}), []
         watching = threading.Thread(target=follow, args=(host, sent, found))
         watching.start()
         wait_until(
@@ -95,7 +101,7 @@ def test_failure_of_each_rank_is_answered_by_name_and_the_next_image_is_right(
 ):
     ranks = host.ranks()
     for rank in range(num_ranks):
-        sent = send(host, {**BODY, "steps": 200})
+        sent = send(host, {**BODY, "num_inference_steps": 200})
         for attempt in (1, 2):
             wait_until(
                 lambda: runs(host, sent, attempt), within_s=30, what=f"attempt {attempt} runs"
@@ -111,7 +117,7 @@ def test_failure_of_each_rank_is_answered_by_name_and_the_next_image_is_right(
 
 
 def test_a_killed_rank_is_replaced_and_its_job_is_done(host, reference, num_ranks):
-    sent = send(host, {**BODY, "steps": 60})
+    sent = send(host, {**BODY, "num_inference_steps": 60})
     wait_until(lambda: show(host, sent)["step"] > 3, within_s=30, what="the job runs")
     host.ranks()[num_ranks - 1].kill()
     wait_until(lambda: host.status() != 200, within_s=30, what="the ranks end")

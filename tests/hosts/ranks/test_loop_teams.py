@@ -20,7 +20,7 @@ from tests.hosts.sending import (
     send,
 )
 
-LONG = {**BODY, "steps": 30}
+LONG = {**BODY, "num_inference_steps": 30}
 
 pytestmark = pytest.mark.slow
 
@@ -41,7 +41,7 @@ def test_rank_that_dies_while_the_ranks_are_split_costs_no_job(host, alone):
     old = host.ranks()
     blocker = begun(host, LONG)
     jobs = [
-        send(host, {**BODY, "seed": seed, "steps": steps})
+        send(host, {**BODY, "seed": seed, "num_inference_steps": steps})
         for seed, steps in ((0, 300), (1, 300), (2, 4), (3, 4))
     ]
     both_run(host, jobs)
@@ -63,7 +63,7 @@ def test_rank_that_dies_while_the_ranks_are_split_costs_no_job(host, alone):
 def test_host_that_is_stopped_while_its_ranks_are_split_ends_at_once(host):
     family = host.tree()
     blocker = begun(host, LONG)
-    jobs = [send(host, {**LONG, "steps": 900, "seed": seed}) for seed in range(3)]
+    jobs = [send(host, {**LONG, "num_inference_steps": 900, "seed": seed}) for seed in range(3)]
     over(host, blocker)
     both_run(host, jobs)
     host.session.close()

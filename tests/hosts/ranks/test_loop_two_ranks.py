@@ -33,7 +33,7 @@ from tests.hosts.sending import (
     show,
 )
 
-LONG = {**BODY, "steps": 30}
+LONG = {**BODY, "num_inference_steps": 30}
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +96,8 @@ def test_second_host_on_the_port_ends_before_loading_and_disturbs_nothing(host, 
     done = run_launcher("--type=sdxl", f"--port={host.port}")
     assert done.returncode == 2
     assert (
-        done.stderr
-        == f"error: --port={host.port} is in use on 127.0.0.1. Stop what listens there, or choose "
-        "another port.\n"
+        done.stderr == f"error: --port={host.port} is in use on 127.0.0.1. Stop the program that "
+        "listens there, or choose another port.\n"
     )
     assert time.monotonic() - started < 10
     assert (drawn(host.post(BODY)) == reference).all()
@@ -132,7 +131,7 @@ def test_job_alone_has_both_ranks_and_six_at_once_have_one_each_and_give_the_ima
 
 def test_ten_clients_at_once_are_served_in_turns_and_get_their_own_images(host, alone):
     blocker = begun(
-        host, {**BODY, "steps": 100}
+        host, {**BODY, "num_inference_steps": 100}
     )  # until all have been sent, also on a busy machine
     greedy = [send(host, {**BODY, "seed": seed}, client="greedy") for seed in range(4)]
     others = [
@@ -157,7 +156,7 @@ def test_images_of_one_request_are_shared_out_among_the_ranks_and_come_back_in_t
     fields = {
         "prompt": "a red car",
         "negative_prompt": "blurry",
-        "steps": 4,
+        "num_inference_steps": 4,
         "seed": 5,
         "guidance_scale": 7.0,
     }
@@ -172,7 +171,7 @@ def test_images_of_one_request_are_shared_out_among_the_ranks_and_come_back_in_t
     asked = {
         "prompt": "a red car",
         "negative_prompt": "blurry",
-        "steps": 4,
+        "num_inference_steps": 4,
         "seed": 5,
         "cfg_scale": 7.0,
         "width": 64,
@@ -190,7 +189,7 @@ def test_split_jobs_have_previews_and_one_is_cancelled_and_one_refused_without_t
     host, alone
 ):
     blocker = begun(host, LONG)
-    jobs = [send(host, {**LONG, "steps": 100, "seed": seed}) for seed in range(2)]
+    jobs = [send(host, {**LONG, "num_inference_steps": 100, "seed": seed}) for seed in range(2)]
     wrong = send(host, {**BODY, "clip_skip": 12})
     last = send(host, {**BODY, "seed": 3})
     both_run(host, jobs)
@@ -258,7 +257,7 @@ def test_images_asked_for_at_once_are_not_swapped(host, alone):
 
 
 def test_cancelled_job_ends_on_both_ranks_within_two_steps_and_the_next_is_right(host, reference):
-    sent = send(host, {**BODY, "steps": 100})
+    sent = send(host, {**BODY, "num_inference_steps": 100})
     wait_until(lambda: show(host, sent)["step"] > 3, within_s=30, what="it runs")
     at = host.session.delete(host.url(f"/v1/jobs/{sent}"), timeout=20).json()["step"]
     (ended,) = over(host, sent)
@@ -311,9 +310,11 @@ def test_bad_request_reaches_no_rank(host, reference):
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_rank_is_replaced_and_no_job_is_lost(rank, host, reference):
     old = host.ranks()
-    running, *waiting = [send(host, {**BODY, "steps": steps}) for steps in (40, 4, 4)]
+    running, *waiting = [send(host, {**BODY, "num_inference_steps": steps}) for steps in (40, 4, 4)]
     answers = []
-    client = threading.Thread(target=lambda: answers.append(_outcome(host, {**BODY, "steps": 4})))
+    client = threading.Thread(
+        target=lambda: answers.append(_outcome(host, {**BODY, "num_inference_steps": 4}))
+    )
     client.start()
     wait_until(lambda: show(host, running)["step"] > 3, within_s=30, what="the job runs")
     old[rank].kill()
@@ -348,7 +349,9 @@ def _outcome(host, body):
 def test_stop_signal_during_a_job_ends_everything_and_answers_the_client(host, reference):
     family = host.tree()
     answers = []
-    job = threading.Thread(target=lambda: answers.append(_outcome(host, {**BODY, "steps": 900})))
+    job = threading.Thread(
+        target=lambda: answers.append(_outcome(host, {**BODY, "num_inference_steps": 900}))
+    )
     job.start()
     wait_until(
         lambda: 0 < float(host.get("/progress").text) < 100, within_s=30, what="the job runs"

@@ -109,8 +109,8 @@ def test_rank_that_crashes_leaves_its_stack(notes):
     program = f"""
 import faulthandler, os, signal
 from pathlib import Path
-from hosts.supervision.exit_reports import Notes
-Notes(Path({str(notes.log_file(0).parent)!r}), attempt=2).record_crash(0)
+from hosts.supervision.exit_reports import RankNotes
+RankNotes(Path({str(notes.log_file(0).parent)!r}), attempt=2).record_crash(0)
 def in_a_kernel():
     os.kill(os.getpid(), signal.SIGSEGV)
 in_a_kernel()
@@ -124,7 +124,7 @@ in_a_kernel()
 
 def test_ending_survives_being_written_and_damaged_notes_are_no_reason_to_fail(notes):
     ending = ExitReport(
-        why="rank 1 was gone", rank=1, channels=(("a", "one"), (None, "two")), is_seen_only=True
+        why="rank 1 was gone", rank=1, lines=(("a", "one"), (None, "two")), is_seen_only=True
     )
     assert ExitReport.from_text(ending.to_text()) == ending
     notes.log_file(1).write_text('{"job": null, "text": "whole"}\n{"job": nu')

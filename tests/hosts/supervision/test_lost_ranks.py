@@ -8,7 +8,7 @@ from tests.checkpoints import checkpoint
 from tests.hosts.harness import start_launcher, wait_until
 
 PROMPT = "a most secret castle"
-BODY = {"positive": PROMPT, "steps": 900, "seed": 5, "scheduler": "euler"}
+BODY = {"prompt": PROMPT, "num_inference_steps": 900, "seed": 5, "scheduler": "euler"}
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
 
@@ -46,7 +46,9 @@ def wait_for(host, job, condition, what):
 
 
 def send(host, steps):
-    return host.session.post(host.url("/v1/jobs"), json={**BODY, "steps": steps}, timeout=20).json()
+    return host.session.post(
+        host.url("/v1/jobs"), json={**BODY, "num_inference_steps": steps}, timeout=20
+    ).json()
 
 
 def test_step_that_never_ends_while_all_threads_run_is_noticed_and_its_job_runs_again(
@@ -108,7 +110,7 @@ def test_failure_of_the_middle_one_of_three_ranks_is_answered_by_name_and_the_ne
         environment={"FAULT_FILE": str(fault_file)},
     ) as host:
         host.wait_until_ready()
-        body = {**BODY, "steps": 4}
+        body = {**BODY, "num_inference_steps": 4}
         want = host.post(body).json()["output"]
         fault_file.write_text("1 denoiser\n1 denoiser")
         answer = host.post(body)

@@ -15,7 +15,7 @@ from hosts.supervision.temp_folder import ALIVE, PREFIX, remove_leftovers
 from tests.checkpoints import checkpoint
 from tests.hosts.harness import start_launcher, wait_until
 
-BODY = {"positive": "a red car", "steps": 2, "seed": 5}
+BODY = {"prompt": "a red car", "num_inference_steps": 2, "seed": 5}
 
 
 def start(folder):
@@ -56,8 +56,8 @@ def test_jobs_outlive_a_killed_and_a_stopped_host(tmp_path):
         done = send(host, BODY, **{"Idempotency-Key": "mine"})
         wait_for(host, done, "done")
         drawn = sample_image(host, done)
-        running = send(host, {**BODY, "steps": 900})
-        waiting = send(host, {**BODY, "positive": "a blue car"})
+        running = send(host, {**BODY, "num_inference_steps": 900})
+        waiting = send(host, {**BODY, "prompt": "a blue car"})
         wait_for(host, running, "running")
         host.session.close()
         host.signal_and_wait(signal.SIGKILL, within_s=3)

@@ -16,7 +16,7 @@ from tests.checkpoints import checkpoint
 from tests.hosts.client import assert_is_error, decode
 from tests.hosts.harness import READY_WITHIN_S, free_port, run_launcher, start_launcher, wait_until
 
-BODY = {"positive": "a red car", "steps": 4, "seed": 5, "cfg": 7.0}
+BODY = {"prompt": "a red car", "num_inference_steps": 4, "seed": 5, "guidance_scale": 7.0}
 MODEL = (
     "--type=sdxl",
     f"--checkpoint={checkpoint('sdxl')}",
@@ -153,7 +153,10 @@ def test_two_machines_draw_what_two_ranks_of_one_machine_draw(reference, pair):
     ("given", "said"),
     [
         (["--checkpoint=/nowhere/model"], "--checkpoint=/nowhere/model does not exist."),
-        (["--rdzv_endpoint=somewhere"], "--rdzv_endpoint=somewhere is not allowed. Give HOST:PORT"),
+        (
+            ["--rdzv_endpoint=somewhere"],
+            "--rdzv_endpoint=somewhere is not allowed. Allowed: HOST:PORT",
+        ),
         (["--node_rank=2"], "--node_rank=2 is not one of --nnodes=2 machines. Allowed: 0 to 1."),
         (["--backend=asyncdiff", "--model_n=4"], "model_n=4 and stride=1 need 4 ranks"),
     ],
@@ -178,7 +181,7 @@ def test_several_machines_need_an_endpoint():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("rank", "whom"),
-    [(0, "machine 1 of 2 to come to 127.0.0.1:{}"), (1, "machine 0 at 127.0.0.1:{}")],
+    [(0, "machine 1 of 2 to join 127.0.0.1:{}"), (1, "machine 0 at 127.0.0.1:{}")],
 )
 def test_machine_whose_partner_never_comes_ends_after_its_limit_and_says_who_is_missing(rank, whom):
     port = free_port()
@@ -254,9 +257,7 @@ def test_machine_that_is_lost_is_waited_for_and_jobs_go_on_when_it_is_back(refer
     job = running_job(pair.first)
     pair.second.signal_and_wait(signal.SIGKILL, within_s=3)
     said = pair.waits()
-    assert (
-        said == f"waiting: waiting for machine 1 of 2 to come to {pair.network.first}:{pair.port}"
-    )
+    assert said == f"waiting: waiting for machine 1 of 2 to join {pair.network.first}:{pair.port}"
     assert pair.first.get("/initialize").status_code == 503
     refused = pair.first.post(BODY)
     assert (refused.status_code, refused.headers["Retry-After"]) == (503, "10")

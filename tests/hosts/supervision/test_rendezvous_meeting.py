@@ -8,8 +8,10 @@ import pytest
 
 from backends.errors import ConfigError
 from backends.parallel.distributed import open_store
+from hosts.launch.parsers import split_endpoint
+from hosts.launch.settings import Settings
 from hosts.supervision.exit_reports import ExitReport
-from hosts.supervision.rendezvous import Machines, interface_towards, parse_endpoint
+from hosts.supervision.rendezvous import Machines, interface_towards
 from tests.hosts.harness import free_port, wait_until
 
 ENDING = ExitReport(why="rank 1 was ended by SIGSEGV", rank=1)
@@ -58,13 +60,13 @@ def test_all_go_on_when_the_last_has_come_and_not_before(endpoint):
     )
     ranks.append(Coming(endpoint, 0))
     wait_until(
-        lambda: f"waiting for machines 0, 1 of 2 to come to {host}:{port}" in ranks[1].told,
+        lambda: f"waiting for machines 0, 1 of 2 to join {host}:{port}" in ranks[1].told,
         within_s=20,
         what="0 and 1 are missed",
     )
     ranks.append(Coming(endpoint, 1))
     wait_until(
-        lambda: ranks[1].told[-1] == f"waiting for machine 1 of 2 to come to {host}:{port}",
+        lambda: ranks[1].told[-1] == f"waiting for machine 1 of 2 to join {host}:{port}",
         within_s=20,
         what="one rank is missed",
     )
@@ -84,7 +86,7 @@ def test_all_go_on_when_the_last_has_come_and_not_before(endpoint):
 
 
 @pytest.mark.parametrize(
-    ("rank", "whom"), [(0, "machines 0, 1 of 2 to come to {}:{}"), (2, "machine 0 at {}:{}")]
+    ("rank", "whom"), [(0, "machines 0, 1 of 2 to join {}:{}"), (2, "machine 0 at {}:{}")]
 )
 def test_nobody_waits_longer_than_the_limit(rank, whom, endpoint):
     coming = Coming(endpoint, rank, within_s=0.5)
@@ -113,10 +115,10 @@ def test_machine_with_other_arguments_is_refused_and_the_right_one_can_still_com
 
 @pytest.mark.parametrize("text", ["somewhere", ":29500", "host:", "host:99999", "host:x"])
 def test_endpoint_is_a_host_and_a_port(text):
-    with pytest.raises(ConfigError, match=r"is not allowed\. Give HOST:PORT"):
-        parse_endpoint(text)
-    assert parse_endpoint("10.0.0.1:29500") == ("10.0.0.1", 29500)
-    assert parse_endpoint("[fd00::1]:29500") == ("fd00::1", 29500)
+    with pytest.raises(ConfigError, match=r"is not allowed\. Allowed: HOST:PORT"):
+        Settings.from_values({"rdzv_endpoint": text})
+    assert split_endpoint("10.0.0.1:29500") == ("10.0.0.1", 29500)
+    assert split_endpoint("[fd00::1]:29500") == ("fd00::1", 29500)
 
 
 def test_interface_is_the_one_that_leads_to_the_first_machine():

@@ -14,10 +14,10 @@ from PIL import Image, ImageOps
 
 from backends.errors import RequestError, UnsupportedError
 from backends.generation.schedulers import SCHEDULERS
-from hosts.compat.codec import decode_image
-from hosts.compat.fields import Accepted, read_request
 from hosts.http import media
-from hosts.http.request_io import json_object, submit_all, wait_for_all
+from hosts.http.decode import Accepted, read_image, read_request
+from hosts.http.dialect import Dialect
+from hosts.http.request_io import json_object, seeds_from, submit_all, wait_for_all
 from hosts.jobs.queue import Job, JobStatus
 
 blueprint = Blueprint("a1111", __name__)
@@ -34,6 +34,11 @@ KARRAS = re.compile(r"[ _]karras$", re.IGNORECASE)
 
 def error_body(message: str, status: int) -> dict[str, Any]:
     return {"error": "HTTPException", "detail": message, "body": "", "errors": message}
+
+
+DIALECT = Dialect(
+    blueprint=blueprint, paths=("/sdapi/",), error_body=error_body, is_body_optional=True
+)
 
 
 @blueprint.post("/sdapi/v1/txt2img")
@@ -157,7 +162,7 @@ def samplers() -> Response:
 @blueprint.get("/sdapi/v1/loras")
 def loras() -> Response:
     """The files that requests may name in `lora`."""
-    folders = Accepted.by(current_app.extensions["host"].settings).lora_dirs
+    folders = _accepted().lora_dirs
     files = sorted(path for folder in folders for path in Path(folder).glob("*.safetensors"))
     return jsonify(
         [
@@ -187,11 +192,10 @@ def _images(body: Mapping[str, Any], sources: Mapping[str, str]) -> Response:
         fields.pop("strength", None)
     if sampler := body.get("sampler_name") or body.get("sampler_index"):
         fields["scheduler"] = _sampler(str(sampler), str(body.get("scheduler") or ""))
-    requests = []
-    for index in range(number):
-        seed = fields.get("seed", -1)
-        asked = {**fields, "seed": seed + index if isinstance(seed, int) and seed >= 0 else seed}
-        requests.append(read_request(asked, spec=host.spec, accepted=Accepted.by(host.settings)))
+    requests = [
+        read_request({**fields, "seed": seed}, spec=host.spec, accepted=_accepted())
+        for seed in seeds_from(fields.get("seed"), number)
+    ]
     results = wait_for_all(submit_all(requests))
     seeds = [result.seed for result in results]
     info = {
@@ -219,7 +223,9 @@ def _mask(data: Any, *, is_inverted: bool) -> Any:
     if not is_inverted:
         return data
     buffer = io.BytesIO()
-    ImageOps.invert(decode_image(data, field="mask").convert("L")).save(buffer, format="PNG")
+    ImageOps.invert(read_image(data, field="mask", accepted=_accepted()).convert("L")).save(
+        buffer, format="PNG"
+    )
     return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
@@ -250,6 +256,10 @@ def _state(job: Job | None) -> dict[str, Any]:
         "sampling_step": step,
         "sampling_steps": steps,
     }
+
+
+def _accepted() -> Accepted:
+    return Accepted.by(current_app.extensions["host"].settings)
 
 
 def _title() -> str:

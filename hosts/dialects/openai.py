@@ -17,16 +17,16 @@ from PIL import Image
 
 from backends.errors import NotFoundError, RequestError, UnsupportedError
 from backends.request import GenerateRequest
-from hosts.compat.fields import Accepted, read_request
 from hosts.http import media
+from hosts.http.decode import Accepted, read_request
+from hosts.http.dialect import Dialect
 from hosts.http.jobs_api import file_response
-from hosts.http.request_io import client, json_object, submit_all, wait_for_all
+from hosts.http.request_io import client, json_object, seeds_from, submit_all, wait_for_all
 from hosts.jobs.queue import Job, JobStatus
 from hosts.supervision.host_state import Phase
 
 blueprint = Blueprint("openai", __name__)
 
-FORM_TYPES = ("application/json", "multipart/form-data")
 MAX_IMAGES = 10
 ALIASES = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
 FORMATS = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
@@ -56,6 +56,14 @@ NUMBERS = frozenset(
 def error_body(message: str, status: int) -> dict[str, Any]:
     kind = "invalid_request_error" if status < 500 else "server_error"
     return {"error": {"message": message, "type": kind, "param": None, "code": None}}
+
+
+DIALECT = Dialect(
+    blueprint=blueprint,
+    paths=("/v1/",),
+    error_body=error_body,
+    media_types=("application/json", "multipart/form-data"),
+)
 
 
 @blueprint.get("/v1/models")
@@ -145,10 +153,7 @@ def _images(body: Mapping[str, Any]) -> Response:
     kind = _choice(body, "response_format", {"url": "url", "b64_json": "b64_json"}, "url")
     content_type = _choice(body, "output_format", FORMATS, "image/png")
     fields = _fields(body)
-    seed = fields.get("seed")
-    seeds = [
-        seed + index if isinstance(seed, int) and seed >= 0 else seed for index in range(number)
-    ]
+    seeds = seeds_from(fields.get("seed"), number)
     jobs = submit_all([_read({**fields, "seed": seed}) for seed in seeds], is_kept=True)
     results = wait_for_all(jobs)
     if kind == "url":

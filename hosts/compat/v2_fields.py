@@ -1,0 +1,37 @@
+"""What a v2 POST /generate says differently from a v1 one."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from backends.errors import RequestError
+
+NO_END = 2**31
+"""The clients' number for a last step that is none is 2**32 - 1."""
+
+
+def v1_fields(body: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the body of a v2 /generate in the names of v1. Steps are counted, not shares, and
+    latents are the model's own.
+    """
+    fields = {
+        name: value
+        for name, value in body.items()
+        if name not in ("denoise", "denoising_start", "denoising_end")
+    }
+    first, stop = _step(body, "denoising_start"), _step(body, "denoising_end")
+    if first:
+        fields["first_step"] = first
+    if stop is not None and stop < NO_END:
+        fields["stop_step"] = stop
+    return {"use_compel": False, **fields, "latent_space": "model"}
+
+
+def _step(body: Mapping[str, Any], name: str) -> int | None:
+    value = body.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise RequestError(
+            f"{name}={value!r} is not allowed. Send the number of a step, from 0.", field=name
+        )
+    return value

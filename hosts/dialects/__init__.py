@@ -1,0 +1,3 @@
+"""What programs that speak other APIs send and expect: OpenAI's and that of the A1111 web
+interface.
+"""

@@ -1,0 +1,311 @@
+"""The fields of a request, by diffusers' names, -> GenerateRequest.
+
+Images travel as base64 of a file, arrays as base64 of a .npy file. Nothing is unpickled: the
+pickles of existing clients are read in hosts/compat only. Imports no torch.
+"""
+
+import io
+import math
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from PIL import Image
+from pydantic import ValidationError
+
+from backends.errors import RequestError
+from backends.model_table import ModelSpec
+from backends.request import GenerateRequest
+from hosts.http import images
+from hosts.http.limits import DEFAULT_LIMITS, MAX_IMAGES, DecodeLimits, Limits
+from hosts.launch.settings import Settings
+
+IMAGES = ("image", "init_image", "mask_image", "control_image", "ip_adapter_image")
+SINGLE = ("image", "init_image", "mask_image")
+"""Images of which a request has one at most."""
+ARRAYS = (
+    "latents",
+    "prompt_embeds",
+    "pooled_prompt_embeds",
+    "negative_prompt_embeds",
+    "negative_pooled_prompt_embeds",
+)
+LISTS = ("sigmas", "timesteps")
+MAX_DIMS = 8
+IMAGE_WANTED = "Send base64 of a PNG, JPEG or WebP file"
+ARRAY_WANTED = "Send base64 of a .npy file of numbers"
+_decoding = threading.BoundedSemaphore(4)
+"""Values that are decoded at the same time: an image takes 20 bytes per pixel for a moment."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accepted:
+    """What this host lets requests bring, and from where."""
+
+    image_dirs: tuple[str, ...] = ()
+    """Folders from which requests may name image files."""
+    lora_dirs: tuple[str, ...] = ()
+    """Folders from which requests may name LoRA files."""
+    image_scale: float | None = None
+    """Percent by which images are scaled that bring no percentage of their own."""
+    takes_control_image: bool = False
+    """Whether a ControlNet is loaded, which uses such an image."""
+    takes_ip_image: bool = False
+    """Whether an IP-Adapter is loaded, which uses such an image."""
+    limits: Limits = DEFAULT_LIMITS
+    """The operator's bounds."""
+
+    @classmethod
+    def by(cls, settings: Settings) -> "Accepted":
+        return cls(
+            image_dirs=_folders(settings.image_dirs),
+            lora_dirs=_folders(settings.lora_dir),
+            image_scale=settings.image_scale,
+            takes_control_image=bool(settings.control_net),
+            takes_ip_image=bool(settings.ip_adapter),
+            limits=Limits.by(settings),
+        )
+
+    @property
+    def decode_limits(self) -> DecodeLimits:
+        return DecodeLimits(max_pixels=self.limits.max_image_megapixels * 10**6)
+
+    def uses(self, field: str, spec: ModelSpec) -> bool:
+        """Whether this host's model reads the image or array."""
+        is_used = {
+            "image": "image" in spec.requires,
+            "control_image": self.takes_control_image,
+            "ip_adapter_image": self.takes_ip_image,
+            "latents": spec.returns_latents,
+        }
+        return is_used.get(field, True)
+
+
+def _folders(text: str | None) -> tuple[str, ...]:
+    return tuple(filter(None, (text or "").split(":")))
+
+
+def read_request(
+    fields: Mapping[str, Any],
+    *,
+    spec: ModelSpec,
+    accepted: Accepted,
+    sent_as: Mapping[str, str] | None = None,
+) -> GenerateRequest:
+    """Return the request. null and "" are absent; what this host cannot use stays undecoded.
+
+    sent_as: field -> the name by which the client sent it, for messages. Raises RequestError, which
+    says what was sent, what is allowed and what to do.
+    """
+    names = sent_as or {}
+    given = {key: value for key, value in fields.items() if not _is_absent(value)}
+    values = {key: given[key] for key in _PLAIN if key in given}
+    if spec.output == "image":
+        values.pop("num_frames", None)
+    for field in IMAGES:
+        if field in given and accepted.uses(field, spec):
+            name = names.get(field, field)
+            values[field] = _images(given[field], field, name=name, accepted=accepted)
+    for field in ARRAYS:
+        if field in given and accepted.uses(field, spec):
+            values[field] = read_array(given[field], field=names.get(field, field))
+    for field in LISTS:
+        if field in given:
+            values[field] = _numbers(given[field], field, name=names.get(field, field))
+    if "lora" in given:
+        values["lora"] = _loras(given["lora"], accepted.lora_dirs)
+    try:
+        request = GenerateRequest(**values)
+    except ValidationError as error:
+        raise _as_request_error(error, names) from error
+    accepted.limits.check(request, names)
+    return request
+
+
+_PLAIN = tuple(
+    name for name in GenerateRequest.model_fields if name not in (*IMAGES, *ARRAYS, *LISTS, "lora")
+)
+
+
+def read_image(value: object, *, field: str, accepted: Accepted) -> Image.Image:
+    """Return an image in mode RGB: of base64, of an allowed path, or `value` where it is one."""
+    if isinstance(value, Image.Image):
+        return value
+    limits = accepted.decode_limits
+    image = decoded(
+        lambda: images.from_text(value, accepted.image_dirs, limits),
+        field=field,
+        wanted=IMAGE_WANTED,
+    )
+    if accepted.image_scale is None:
+        return image
+    return scaled(image, accepted.image_scale, field="--image_scale", limits=limits)
+
+
+def read_array(value: object, *, field: str) -> np.ndarray:
+    """Return a float32 array of base64 of a .npy file, finite and not empty, or `value` where it is
+    an array.
+    """
+    if isinstance(value, np.ndarray):
+        return value
+    return decoded(
+        lambda: _array_from_file(images.bytes_from_text(value, DecodeLimits()), DecodeLimits()),
+        field=field,
+        wanted=ARRAY_WANTED,
+    )
+
+
+def decoded(read: Callable[[], T], *, field: str, wanted: str) -> T:
+    """Return the result of `read`, one of four at a time; its refusals become a RequestError that
+    says what to send instead.
+    """
+    try:
+        with _decoding:
+            return read()
+    except MemoryError as error:
+        raise RequestError(
+            f"{field}: too large for this machine's memory. Send less data.", field=field
+        ) from error
+    except images.Unreadable as error:
+        raise RequestError(f"{field}: {error}. {wanted}.", field=field) from error
+
+
+def scaled(image: Image.Image, percent: float, *, field: str, limits: DecodeLimits) -> Image.Image:
+    """Return the image at this percentage of its size. RequestError if that has too many pixels."""
+    if percent == 100:
+        return image
+    width, height = (max(1, round(side * percent / 100)) for side in image.size)
+    if width * height > limits.max_pixels:
+        raise RequestError(
+            f"{field}={percent:g} makes an image of {width}x{height}, more than "
+            f"{limits.max_pixels} pixels (--max_image_megapixels). Send a smaller one.",
+            field=field,
+        )
+    return image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def _is_absent(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and value == "")
+
+
+def _images(value: Any, field: str, *, name: str, accepted: Accepted) -> Any:
+    """Return the image of a field, or the list of them where one was sent."""
+    many = value if isinstance(value, list) else [value]
+    if not 1 <= len(many) <= MAX_IMAGES:
+        raise RequestError(
+            f"{name} holds {len(many)} images. Allowed: 1 to {MAX_IMAGES}.", field=name
+        )
+    found = [read_image(one, field=name, accepted=accepted) for one in many]
+    return found if isinstance(value, list) and field not in SINGLE else found[0]
+
+
+def _array_from_file(data: bytes, limits: DecodeLimits) -> np.ndarray:
+    """The values of a .npy file. Its header is checked before anything is allocated."""
+    file = io.BytesIO(data)
+    try:
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise images.Unreadable("version")
+        shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    except Exception as error:  # the header is read as Python, with a dozen kinds of failure
+        raise images.Unreadable("the data is not a .npy file") from error
+    if dtype.kind not in "fiu" or len(shape) > MAX_DIMS:
+        raise images.Unreadable(f"the array has type {dtype} and {len(shape)} dimensions")
+    count = math.prod(shape)
+    if not 1 <= count <= limits.max_tensor_elements:
+        raise images.Unreadable(
+            f"the array of shape {shape} has {count} elements; allowed are 1 to "
+            f"{limits.max_tensor_elements}"
+        )
+    body = data[file.tell() :]
+    if len(body) != count * dtype.itemsize:
+        raise images.Unreadable(
+            f"the array of shape {shape} does not have the bytes that it announces"
+        )
+    with np.errstate(over="ignore"):  # what is beyond float32 is refused below
+        values = np.frombuffer(body, dtype).astype(np.float32)
+    if not np.isfinite(values).all():
+        raise images.Unreadable("the array holds NaN or infinity, or values beyond float32")
+    return np.ascontiguousarray(values.reshape(shape, order="F" if is_fortran else "C"))
+
+
+def _loras(given: Any, folders: tuple[str, ...]) -> dict[str, float]:
+    """Return {"path": scale} with the paths inside the folders that requests may use; a relative
+    path is looked up in them.
+    """
+    if not isinstance(given, Mapping) or not all(map(_is_number, given.values())):
+        raise RequestError(
+            'lora must be an object such as {"style.safetensors": 0.8}.', field="lora"
+        )
+    found = {}
+    for name, scale in given.items():
+        path = _lora_file(name, folders)
+        if path is None:
+            where = ", ".join(folders) or "no folder: the host was started without --lora_dir"
+            raise RequestError(
+                f"lora={name[:200]!r} is not a file that requests may use. Allowed: files in "
+                f"{where}.",
+                field="lora",
+            )
+        if not _is_finite(scale):
+            raise RequestError(
+                f"lora={name!r} has scale {str(scale)[:80]}. Send a finite number.", field="lora"
+            )
+        found[str(path)] = float(scale)
+    return found
+
+
+def _lora_file(name: str, folders: tuple[str, ...]) -> Path | None:
+    if not name.isprintable() or len(name) > 4096:  # half a character, NUL: no name of a file
+        return None
+    for folder in folders:
+        inside = Path(folder).resolve()
+        path = (Path(folder) / name).resolve()
+        try:
+            if path.is_relative_to(inside) and path.is_file():
+                return path
+        except OSError:  # a part of the name is too long for the file system
+            continue
+    return None
+
+
+def _numbers(value: Any, field: str, *, name: str) -> list[float] | list[int]:
+    """Return the numbers of a JSON list, or of a 1-D array."""
+    if isinstance(value, str | np.ndarray):
+        array = read_array(value, field=name)
+        if array.ndim != 1:
+            raise RequestError(
+                f"{name} must be a list of numbers or a 1-D tensor, not of shape {array.shape}.",
+                field=name,
+            )
+        value = array.tolist()
+    if not isinstance(value, list) or not all(_is_number(v) and _is_finite(v) for v in value):
+        raise RequestError(
+            f"{name} must be a list of numbers or an encoded 1-D tensor, all of them finite.",
+            field=name,
+        )
+    return [round(v) for v in value] if field == "timesteps" else [float(v) for v in value]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_finite(value: int | float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond float
+        return False
+
+
+def _as_request_error(error: ValidationError, names: Mapping[str, str]) -> RequestError:
+    """The first thing wrong, in the words of the client."""
+    first = error.errors()[0]
+    field = str(first["loc"][0]) if first["loc"] else ""
+    name = names.get(field, field)
+    given = repr(first["input"])
+    return RequestError(f"{name}={given[:80]} is not allowed: {first['msg']}.", field=name)

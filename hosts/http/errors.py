@@ -1,0 +1,89 @@
+"""Errors as HTTP answers: the status of each kind, in the body of each dialect."""
+
+import logging
+import math
+
+from flask import Flask, Response, current_app, jsonify, request
+from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
+
+from backends.errors import (
+    BusyError,
+    CancelledError,
+    ConfigError,
+    HostError,
+    NotFoundError,
+    PlanError,
+    RequestError,
+    UnavailableError,
+    UnsupportedError,
+)
+from hosts.http.dialect import dialect_of
+
+logger = logging.getLogger(__name__)
+
+STATUS: dict[type[HostError], int] = {
+    RequestError: 400,
+    UnsupportedError: 422,
+    PlanError: 422,
+    UnavailableError: 503,
+    ConfigError: 503,
+    NotFoundError: 404,
+    BusyError: 429,
+    CancelledError: 409,
+}
+"""Of two kinds with one status, the first is what a gateway makes of it (KINDS)."""
+KINDS: dict[int, type[HostError]] = {
+    status: kind for kind, status in reversed(list(STATUS.items()))
+}
+RETRY_AFTER_S = {429: 5, 503: 10}
+"""Status of a refusal that passes -> seconds after which to ask again. Loading takes longer than a
+queue to move on.
+"""
+
+
+def handle_errors(app: Flask) -> None:
+    """Answer every error with its message and its status, in the dialect of the path."""
+    app.register_error_handler(HostError, _host_error)
+    app.register_error_handler(HTTPException, _http_error)
+    app.register_error_handler(Exception, _unexpected_error)
+
+
+def status_of(error: HostError) -> int:
+    return next((code for kind, code in STATUS.items() if isinstance(error, kind)), 500)
+
+
+def error_of(status: int, message: str) -> HostError:
+    """The error that another host answered with this status."""
+    return KINDS.get(status, HostError)(message)
+
+
+def answer_error(message: str, status: int) -> tuple[Response, int]:
+    """The answer in the dialect of the path that was asked."""
+    dialect = dialect_of(request.path, current_app.extensions["dialects"])
+    return jsonify(dialect.error_body(message, status)), status
+
+
+def _host_error(error: HostError) -> tuple[Response, int]:
+    answer, status = answer_error(str(error), status_of(error))
+    wait_s = getattr(error, "retry_after_s", None) or RETRY_AFTER_S.get(status)
+    if wait_s is not None:
+        answer.headers["Retry-After"] = str(math.ceil(wait_s))
+    return answer, status
+
+
+def _http_error(error: HTTPException) -> tuple[Response, int]:
+    if isinstance(error, RequestEntityTooLarge):
+        megabytes = current_app.config["MAX_CONTENT_LENGTH"] // 10**6
+        return answer_error(
+            f"the body is larger than this host allows: {megabytes} MB (--max_body_mb). Send less.",
+            413,
+        )
+    message = f"{error.name}: {error.description}" if error.name else str(error.description)
+    return answer_error(message, error.code or 500)
+
+
+def _unexpected_error(error: Exception) -> tuple[Response, int]:
+    logger.exception("a request failed")
+    return answer_error(
+        f"internal error: {type(error).__name__}. The log of rank 0 says more.", 500
+    )

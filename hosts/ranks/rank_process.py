@@ -1,0 +1,179 @@
+"""What one rank holds from its first line to its exit code: rendezvous, loop, stop and failure.
+
+The HTTP side is hosts/main.py's. Torch is imported in `run`, after rank 0's port is bound.
+"""
+
+import logging
+import time
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from backends.autotune.ranking import Measured
+from backends.errors import HostError, UnavailableError
+from hosts.jobs.queue import JobQueue
+from hosts.jobs.store import JobStore
+from hosts.launch.settings import Settings
+from hosts.launch.start_plan import StartPlan
+from hosts.ranks.libraries import import_bitsandbytes
+from hosts.ranks.model_control import Apply, ModelControl
+from hosts.supervision import parent_watch
+from hosts.supervision.exit_reports import ExitReport, RankNotes
+from hosts.supervision.host_state import HostState, Phase
+from hosts.supervision.progress import Activity
+from hosts.supervision.rendezvous import Machines, Place, choose_interface
+
+logger = logging.getLogger(__name__)
+
+STOP_WITHIN_S = 1.5
+"""Time for everything but the running job, which has --drain_seconds."""
+ANSWER_WITHIN_S = 0.3
+"""Time for waiting clients to read why their jobs end before the ranks restart."""
+STOPPING = "the host is stopping. Try again when it has started."
+
+
+@dataclass(slots=True, kw_only=True)
+class RankProcess:
+    """One rank. Its main thread calls the methods; signals are handled in threads."""
+
+    settings: Settings
+    place: Place
+    environ: MutableMapping[str, str]
+    """This process's environment, for torch, gloo and NCCL."""
+    plan: Callable[[Settings, Measured | None], StartPlan]
+    """What settings mean on these ranks, by what --backend=auto has measured."""
+    state: HostState
+    queue: JobQueue
+    """Rank 0's jobs; empty on the others."""
+    store: JobStore | None
+    """Rank 0's jobs on disk. None on the others, and where a gateway keeps the jobs."""
+    state_folder: Path | None
+    """Where measured plans are kept for the next launch."""
+    notes: RankNotes
+    """For the process that takes over from this one."""
+    notes_before: RankNotes
+    """Of the process that this one takes over from."""
+
+    def control(self) -> ModelControl:
+        """Commands of HTTP threads for the model loop."""
+        return ModelControl(
+            self.queue,
+            base=self.settings,
+            plan=lambda settings: self.plan(settings, None),
+            num_ranks=self.place.world_size,
+        )
+
+    def run(
+        self, control: ModelControl, first: Apply | None, start: StartPlan | None
+    ) -> HostError | None:
+        """Rendezvous with the other ranks and run the loop until told to stop.
+
+        first: the pipeline to load at once; None waits for one from `control`. start: what `first`
+        means here. Return the error if that pipeline cannot be loaded.
+        """
+        import_bitsandbytes(self.environ)
+        from backends.parallel import distributed
+        from hosts.ranks.model_loop import FollowerControl, LeaderControl, ModelLoop
+
+        activity = Activity(mark=self.notes.mark)
+        device = self._rendezvous(activity, start)
+        leader = LeaderControl(
+            control=control, queue=self.queue, state=self.state, is_fixed=first is not None
+        )
+        loop = ModelLoop(
+            rank=self.place.rank,
+            world_size=self.place.world_size,
+            device=device,
+            plan=self.plan,
+            control=FollowerControl(self.place.rank) if self.place.rank else leader,
+            activity=activity,
+            memory=self.state_folder,
+        )
+        try:
+            failure = loop.run(first)
+        finally:
+            distributed.shutdown()
+        return failure.as_error() if failure is not None else None
+
+    def _rendezvous(self, activity: Activity, start: StartPlan | None) -> Any:
+        """This rank's device, once all ranks are connected and watch each other."""
+        from backends.parallel import distributed
+        from hosts.supervision.heartbeat import Watch
+
+        place = self.place
+        store = self._meet_machines(start) if place.is_one_of_several else None
+        device = distributed.select_device(place.local_rank)
+        Watch(
+            distributed.initialize(rank=place.rank, world_size=place.world_size, store=store),
+            rank=place.rank,
+            world_size=place.world_size,
+            timeout_s=self.settings.failure_timeout,
+            activity=activity,
+            local_ranks=place.local_ranks,
+            on_leave=self._note_end,
+        ).start()
+        return device
+
+    def _meet_machines(self, start: StartPlan | None) -> Any:
+        """The store through which the ranks of all machines connect, once all are there."""
+        from backends.parallel.distributed import open_store
+
+        facts = start.fingerprint(self.settings) if start is not None else {}
+        machines = Machines.of(self.settings, self.place, facts)
+        choose_interface(machines.endpoint, self.environ)
+        store = machines.meet(
+            open_store,
+            ending=self.notes_before.complete(machines.restarted(self.settings.node_rank)),
+            tell=partial(self.state.become, Phase.WAITING),
+            still_waiting=parent_watch.still_waiting,
+        )
+        self.state.become(Phase.LOADING)
+        return store
+
+    def stop_when_told(self) -> None:
+        """At SIGTERM or SIGINT the running job has --drain_seconds to end. Followers wait for rank
+        0, which tells them to stop.
+        """
+        drain_s = float(self.settings.drain_seconds)
+        stop = partial(time.sleep, drain_s) if self.place.rank else self._stop
+        parent_watch.on_stop_signal(stop, drain_s=drain_s + ANSWER_WITHIN_S, within_s=STOP_WITHIN_S)
+
+    def _stop(self) -> None:
+        if parent_watch.absent_ranks(self.place.local_ranks):
+            # the agent stops us because another rank died, and will start all ranks again
+            parent_watch.end_process(self.leave(None))
+        logger.info("stopping")
+        self.state.become(Phase.STOPPING, "the host is stopping")
+        self.queue.close(UnavailableError(STOPPING), finish_running=True)
+        self.queue.wait_until_idle(float(self.settings.drain_seconds))
+        self.queue.interrupt()
+
+    def leave(self, error: Exception | None) -> int:
+        """Note why this rank ends, answer waiting clients, and return the exit code with which
+        torchelastic restarts all ranks.
+        """
+        gone = parent_watch.absent_ranks(self.place.local_ranks)
+        report = self.place.exit_report(gone, error)
+        logger.error(
+            "rank %d leaves: %s", self.place.rank, report.why, exc_info=None if gone else error
+        )
+        self._note_end(report)
+        why = f"the ranks are started again ({report.why}). Send the request again."
+        self.queue.abandon(UnavailableError(why))
+        if self.place.rank == 0:
+            time.sleep(ANSWER_WITHIN_S)
+        return parent_watch.EXIT_LOST_RANK
+
+    def _note_end(self, report: ExitReport) -> None:
+        if self.store is not None:
+            self.store.note(report)
+
+    def answer_only(self, problem: HostError) -> None:
+        """Answer every request with the reason until the client ends the host."""
+        parent_watch.has_started()
+        self.state.become(Phase.FAILED, str(problem))
+        self.queue.close(UnavailableError(str(problem)))
+        logger.error("cannot serve: %s", problem)
+        self.state.wait_for_stop()

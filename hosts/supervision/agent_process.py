@@ -1,0 +1,159 @@
+"""The launcher's one child: starts the agent (hosts/supervision/agent.py), waits for it and stops
+its ranks. Imports no torch.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from hosts.launch.settings import Settings
+from hosts.supervision.parent_watch import request_parent_death_signal
+from hosts.supervision.temp_folder import scratch_folder
+
+FATAL_FILE = "DIFFUSION_FATAL_FILE"
+"""Environment variable: the file in which a rank leaves a reason that a restart cannot cure."""
+STATE_FOLDER = "DIFFUSION_STATE_FOLDER"
+"""Environment variable: where jobs outlive the ranks without --state_dir. Removed with the
+launcher.
+"""
+NOTES_FOLDER = "DIFFUSION_NOTES_FOLDER"
+"""Environment variable: where ranks leave notes for their successors
+(hosts/supervision/exit_reports.py). Removed with the launcher.
+"""
+STOP_WITHIN_S = 10.0
+"""Time for the ranks to stop, on top of --drain_seconds."""
+POLL_S = 0.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentOptions:
+    """What the launcher tells the agent, as the first argument of its command line."""
+
+    num_ranks: int
+    max_restarts: int
+    """Consecutive restarts before giving up."""
+    port: int
+    """Of torchelastic's rendezvous."""
+    notes: str
+    """Folder for hosts/supervision/exit_reports.py."""
+    fatal: str
+    """File for the reason for giving up."""
+    first_rank: int = 0
+    """The first rank of this machine."""
+
+    def to_text(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_text(cls, text: str) -> "AgentOptions":
+        return cls(**json.loads(text))
+
+
+def run_agent(
+    settings: Settings,
+    argv: Sequence[str],
+    *,
+    num_ranks: int,
+    script: Path,
+    environment: Mapping[str, str],
+) -> tuple[int, str]:
+    """Run the agent until it ends or a signal stops it. Return the exit code, and the reason if the
+    host could not serve.
+
+    script: starts the agent with `agent OPTIONS ARGV`, and a rank with ARGV alone.
+    """
+    parent = os.getppid()
+    with scratch_folder() as folder:
+        options = _agent_options(settings, folder, num_ranks=num_ranks)
+        # a session of its own, so that Ctrl-C reaches it once and through us; it dies with us,
+        # whatever kills us
+        agent = subprocess.Popen(
+            [sys.executable, str(script), "agent", options.to_text(), *argv],
+            env=_environment(environment, folder, options),
+            start_new_session=True,
+            preexec_fn=request_parent_death_signal,
+        )
+        code = _wait(
+            agent,
+            parent=parent if settings.exit_with_parent else None,
+            within_s=settings.drain_seconds + STOP_WITHIN_S,
+        )
+        fatal_file = Path(options.fatal)
+        if fatal_file.is_file():
+            return 1, fatal_file.read_text(encoding="utf-8")
+    return code, ""
+
+
+def _wait(agent: subprocess.Popen[bytes], *, parent: int | None, within_s: float) -> int:
+    """Return the agent's exit code, or 0 once a signal or the end of `parent` has stopped it.
+
+    The ranks get `within_s` to stop; a second signal ends them at once.
+    """
+    stopped: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: stopped.append(number))
+    while not stopped and parent in (None, os.getppid()):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return agent.wait(timeout=POLL_S)
+    _stop_ranks(agent.pid, stopped, within_s=within_s)
+    # the agent has nothing left to do; what is left of its ranks follows it. Its own way out is
+    # slow and ends in a traceback
+    agent.kill()
+    agent.wait()
+    return 0
+
+
+def _stop_ranks(agent: int, stopped: Sequence[int], *, within_s: float) -> None:
+    """SIGTERM to all ranks, then wait until they are gone, time is up or a second signal came."""
+    ranks = psutil.Process(agent).children()
+    for process in ranks:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    deadline = time.monotonic() + within_s
+    while psutil.wait_procs(ranks, timeout=POLL_S / 2)[1]:
+        if time.monotonic() >= deadline or len(stopped) > 1:
+            return
+
+
+def _agent_options(settings: Settings, folder: Path, *, num_ranks: int) -> AgentOptions:
+    return AgentOptions(
+        num_ranks=num_ranks,
+        max_restarts=settings.max_restarts,
+        port=settings.master_port or _free_port(),
+        notes=str(folder / "notes"),
+        fatal=str(folder / "fatal"),
+        first_rank=settings.node_rank * num_ranks,
+    )
+
+
+def _environment(
+    environment: Mapping[str, str], folder: Path, options: AgentOptions
+) -> dict[str, str]:
+    """The environment of the agent and its ranks. What the user has set stays."""
+    threads = max(1, (os.cpu_count() or 1) // options.num_ranks)
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        # a store of their own for restarted ranks: the shared one has the addresses of dead ones
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        **environment,
+        FATAL_FILE: options.fatal,
+        NOTES_FOLDER: options.notes,
+        STATE_FOLDER: str(folder / "state"),
+    }
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
