@@ -93,7 +93,7 @@ class AsyncDiffBackend(Backend):
             self._hooks = UnitHooks(self._denoiser)
         steps = num_synchronous_steps(self.plan.options, run.request, run.num_inference_steps)
         self._generation = Generation(
-            place=self._place(),
+            role=self._role(),
             options={
                 **self.plan.options,
                 "extrapolate": extrapolates(self.plan.options, order=run.order),
@@ -124,7 +124,7 @@ class AsyncDiffBackend(Backend):
         figures = self._figures(self._generation) if self._generation is not None else self._report
         return {**super().report(), **figures}
 
-    def _place(self) -> RankRole:
+    def _role(self) -> RankRole:
         options = self.plan.options
         return RankRole(
             num_segments=int(options["model_n"]),
@@ -186,7 +186,7 @@ class AsyncDiffBackend(Backend):
             [self._hooks.modules[units[unit].name] for unit in segments.units(segment)]
             for segment in range(segments.num_segments)
         ]
-        return KeptWeights(parts, kept=self._place().segment)
+        return KeptWeights(parts, kept=self._role().segment)
 
     def _costs(self, call: Callable[[], Any], layout: Layout) -> list[float]:
         """Return seconds; bytes where weights are sharded, because memory must then be even."""
@@ -201,9 +201,9 @@ class AsyncDiffBackend(Backend):
         shapes = generation.last_shapes()
         if shapes is None or self.segments is None:
             return {}
-        place = self._place()
+        role = self._role()
         crossing, everything, prediction = (
-            shapes.traffic(self.segments, place),
+            shapes.traffic(self.segments, role),
             shapes.num_bytes(),
             generation.prediction_bytes,
         )
@@ -211,9 +211,9 @@ class AsyncDiffBackend(Backend):
         return {
             "segment_bounds": self.segments.bounds,
             "stale_evaluations": generation.num_stale,
-            "turn_bytes": crossing + prediction * others * place.stride,
+            "turn_bytes": crossing + prediction * others * role.stride,
             "turn_bytes_if_all_outputs_were_broadcast": everything * others
-            + prediction * others * place.stride,
+            + prediction * others * role.stride,
         }
 
 

@@ -60,7 +60,7 @@ class Generation:
     def __init__(
         self,
         *,
-        place: RankRole,
+        role: RankRole,
         options: Mapping[str, Any],
         exchange: Exchange,
         num_synchronous: int,
@@ -71,12 +71,12 @@ class Generation:
         self.num_stale = 0
         self.prediction_bytes = 0
         self.has_failed = False
-        self._place = place
+        self._role = role
         self._options = options
         self._num_synchronous = num_synchronous
         self._scheduler = scheduler
         self._timesteps: Timesteps | None = None
-        self._lanes: dict[int, CallState] = {}
+        self._calls: dict[int, CallState] = {}
         self._call = 0
 
     def step_done(self) -> None:
@@ -86,7 +86,7 @@ class Generation:
 
     def last_shapes(self) -> Shapes | None:
         """Return the shapes of the first call of a step; None before there was one."""
-        return next((lane.shapes for lane in self._lanes.values()), None)
+        return next((call.shapes for call in self._calls.values()), None)
 
     def evaluate(
         self,
@@ -97,23 +97,23 @@ class Generation:
         input_name: str,
     ) -> Any:
         """Return the denoiser's result for these arguments, on every rank of the segment axis."""
-        if self._timesteps is None and self._place.stride == 2:
+        if self._timesteps is None and self._role.stride == 2:
             self._timesteps = Timesteps(self._scheduler(), arguments["timestep"])
         number, self._call = self._call, self._call + 1
-        lane = self._lanes.get(number)
+        call = self._calls.get(number)
         signature = _signature(arguments[input_name])
         phase = phase_of(
-            self.evaluation, num_synchronous=self._num_synchronous, stride=self._place.stride
+            self.evaluation, num_synchronous=self._num_synchronous, stride=self._role.stride
         )
         self.has_failed = True
-        if lane is None or lane.signature != signature or phase is Phase.SYNCHRONOUS:
+        if call is None or call.signature != signature or phase is Phase.SYNCHRONOUS:
             result = self._synchronous(number, signature, hooks, segments, forward, arguments)
-        elif phase is Phase.STALE or lane.ahead is None:
-            result = self._stale(lane, hooks, segments, forward, arguments)
+        elif phase is Phase.STALE or call.ahead is None:
+            result = self._stale(call, hooks, segments, forward, arguments)
         else:
-            result = _with_prediction(lane.output, lane.ahead.wait())
-            lane.ahead = None
-        self._lanes[number].timestep = arguments["timestep"]
+            result = _with_prediction(call.output, call.ahead.wait())
+            call.ahead = None
+        self._calls[number].timestep = arguments["timestep"]
         self.has_failed = False
         return result
 
@@ -128,19 +128,19 @@ class Generation:
     ) -> Any:
         is_sharded = self._options["shard_weights"]
         executor = (
-            SequentialExecutor(segments, self._place, self.exchange)
+            SequentialExecutor(segments, self._role, self.exchange)
             if is_sharded
-            else SynchronousExecutor(segments, self._place)
+            else SynchronousExecutor(segments, self._role)
         )
-        with hooks.run_with(executor.play):
+        with hooks.run_with(executor.run):
             output = forward(**arguments)
         if is_sharded:
-            prediction = self.exchange.broadcast(output[0], source=self._place.num_segments - 1)
+            prediction = self.exchange.broadcast(output[0], source=self._role.num_segments - 1)
             output = _with_prediction(output, prediction.wait())
             self.exchange.forget_sent()
-        last = self._lanes.get(number)
+        last = self._calls.get(number)
         keeps = last is not None and last.signature == signature
-        self._lanes[number] = CallState(
+        self._calls[number] = CallState(
             signature=signature,
             shapes=executor.shapes,
             output=output,
@@ -156,7 +156,7 @@ class Generation:
 
     def _stale(
         self,
-        lane: CallState,
+        call: CallState,
         hooks: UnitHooks,
         segments: Segments,
         forward: Forward,
@@ -166,50 +166,50 @@ class Generation:
         received meanwhile, for the next turn.
         """
         self.num_stale += 1
-        inbox = Inbox(lane.arrivals, self._extrapolation(lane))
+        inbox = Inbox(call.arrivals, self._extrapolation(call))
         coming = {
             source: self.exchange.receive(
-                lane.shapes.of(source), source=segments.segment_of(source[0])
+                call.shapes.of(source), source=segments.segment_of(source[0])
             )
-            for source in lane.arrivals
+            for source in call.arrivals
         }
         self.exchange.forget_sent()
         executor = SegmentExecutor(
-            segments, self._place, shapes=lane.shapes, inbox=inbox, exchange=self.exchange
+            segments, self._role, shapes=call.shapes, inbox=inbox, exchange=self.exchange
         )
-        with hooks.run_with(executor.play):
+        with hooks.run_with(executor.run):
             output = forward(
-                **{**arguments, "timestep": self._timestep(lane, arguments["timestep"])}
+                **{**arguments, "timestep": self._timestep(call, arguments["timestep"])}
             )
         self.prediction_bytes = num_bytes(output[0])
-        prediction = self.exchange.broadcast(output[0], source=self._place.predictor)
-        if self._place.stride == 2:
-            lane.ahead = self.exchange.broadcast(output[0], source=self._place.num_segments - 1)
-        lane.older, lane.older_at = (
-            (inbox.values(), lane.made_at) if self._options["extrapolate"] else ({}, None)
+        prediction = self.exchange.broadcast(output[0], source=self._role.predictor)
+        if self._role.stride == 2:
+            call.ahead = self.exchange.broadcast(output[0], source=self._role.num_segments - 1)
+        call.older, call.older_at = (
+            (inbox.values(), call.made_at) if self._options["extrapolate"] else ({}, None)
         )
-        lane.arrivals, lane.made_at = coming, self.evaluation
+        call.arrivals, call.made_at = coming, self.evaluation
         return _with_prediction(output, prediction.wait())
 
-    def _timestep(self, lane: CallState, current: Tensor) -> Tensor:
+    def _timestep(self, call: CallState, current: Tensor) -> Tensor:
         """Return the timestep with which this rank's segment computes.
 
         Each rank works for one evaluation: the present one, or with stride 2 the next one. With
         `time_shift` it uses the timestep of the evaluation before that, in which the values that it
         reads were computed.
         """
-        if self._place.is_nearer:
-            return lane.timestep if self._options["time_shift"] else current
+        if self._role.is_nearer:
+            return call.timestep if self._options["time_shift"] else current
         if self._options["time_shift"]:
             return current
         return self._timesteps.after(self.evaluation, current)
 
-    def _extrapolation(self, lane: CallState) -> Callable[[Source, Tensor], Tensor] | None:
+    def _extrapolation(self, call: CallState) -> Callable[[Source, Tensor], Tensor] | None:
         """Return the extrapolation along the line through the last two turns to this evaluation."""
-        if not self._options["extrapolate"] or lane.older_at is None:
+        if not self._options["extrapolate"] or call.older_at is None:
             return None
-        reach = (self.evaluation - lane.made_at) / (lane.made_at - lane.older_at)
-        return lambda source, value: torch.lerp(lane.older[source], value, 1.0 + reach)
+        reach = (self.evaluation - call.made_at) / (call.made_at - call.older_at)
+        return lambda source, value: torch.lerp(call.older[source], value, 1.0 + reach)
 
 
 def _with_prediction(output: Any, prediction: Tensor) -> Any:

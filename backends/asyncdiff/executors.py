@@ -49,10 +49,10 @@ class Shapes:
         """Return the bytes of everything that all units return in one evaluation."""
         return sum(num_bytes(leaf) for leaves, _ in self._forms.values() for leaf in leaves)
 
-    def traffic(self, segments: Segments, place: RankRole) -> int:
+    def traffic(self, segments: Segments, role: RankRole) -> int:
         """Return the bytes that all ranks together send across the cuts in one turn."""
         wanted = [
-            (source, len(place.ranks_of(segment)))
+            (source, len(role.ranks_of(segment)))
             for segment in range(segments.num_segments)
             for source in segments.imports(segment)
         ]
@@ -102,13 +102,13 @@ class Inbox:
 class SynchronousExecutor:
     """Run every unit, and keep what the first stale evaluation will read."""
 
-    def __init__(self, segments: Segments, place: RankRole) -> None:
+    def __init__(self, segments: Segments, role: RankRole) -> None:
         self.shapes = Shapes()
         self.values: Values = {}
         self._index = _index(segments)
-        self._imports = frozenset(segments.imports(place.segment))
+        self._imports = frozenset(segments.imports(role.segment))
 
-    def play(
+    def run(
         self, name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run the unit and store its shapes."""
@@ -130,20 +130,20 @@ class SegmentExecutor:
     def __init__(
         self,
         segments: Segments,
-        place: RankRole,
+        role: RankRole,
         *,
         shapes: Shapes,
         inbox: Inbox,
         exchange: Exchange,
     ) -> None:
         self._index = _index(segments)
-        self._mine = segments.units(place.segment)
-        self._readers = readers(segments, place) if place.is_sender else {}
+        self._mine = segments.units(role.segment)
+        self._readers = readers(segments, role) if role.is_sender else {}
         self._shapes = shapes
         self._inbox = inbox
         self._exchange = exchange
 
-    def play(
+    def run(
         self, name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run the unit if it is this rank's, else return what arrived."""
@@ -166,18 +166,18 @@ class SequentialExecutor:
     tensors to the ranks that read them.
     """
 
-    def __init__(self, segments: Segments, place: RankRole, exchange: Exchange) -> None:
+    def __init__(self, segments: Segments, role: RankRole, exchange: Exchange) -> None:
         self.shapes = Shapes()
         self.values: Values = {}
         self._segments = segments
         self._index = _index(segments)
-        self._place = place
-        self._readers = readers(segments, place) if place.is_sender else {}
-        self._imports = segments.imports(place.segment)
+        self._role = role
+        self._readers = readers(segments, role) if role.is_sender else {}
+        self._imports = segments.imports(role.segment)
         self._exchange = exchange
         self._num_done = 0
 
-    def play(
+    def run(
         self, name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run the unit if it is this rank's, else wait for its segment and return what arrived."""
@@ -185,11 +185,11 @@ class SequentialExecutor:
         if unit is None:
             return forward(*args, **kwargs)
         segment = self._segments.segment_of(unit)
-        if segment == self._place.segment:
+        if segment == self._role.segment:
             result = self._compute(unit, forward(*args, **kwargs))
         else:
             if segment == self._num_done:
-                self._hear_of(segment)
+                self._receive_from(segment)
             result = self.shapes.fill(unit, self.values.get)
         return result
 
@@ -197,16 +197,16 @@ class SequentialExecutor:
         self.shapes.remember(unit, result)
         for position, leaf in enumerate(pytree.tree_leaves(result)):
             self._exchange.send(leaf, to=self._readers.get((unit, position), ()))
-        if unit == self._segments.units(self._place.segment)[-1]:
-            self._hear_of(self._place.segment)
+        if unit == self._segments.units(self._role.segment)[-1]:
+            self._receive_from(self._role.segment)
         return result
 
-    def _hear_of(self, segment: int) -> None:
+    def _receive_from(self, segment: int) -> None:
         """Share the shapes of a finished segment with all ranks, and receive the tensors that this
         rank's segment reads.
         """
         units = self._segments.units(segment)
-        mine = self.shapes.give(units) if segment == self._place.segment else None
+        mine = self.shapes.give(units) if segment == self._role.segment else None
         self.shapes.take(units, self._exchange.share(mine, source=segment))
         arrivals = [
             (source, self._exchange.receive(self.shapes.of(source), source=segment))
@@ -217,16 +217,16 @@ class SequentialExecutor:
         self._num_done += 1
 
 
-def readers(segments: Segments, place: RankRole) -> dict[Source, tuple[int, ...]]:
+def readers(segments: Segments, role: RankRole) -> dict[Source, tuple[int, ...]]:
     """Return, for each tensor of this rank's segment that other segments read, the ranks of the
     axis that need it.
     """
-    mine = segments.units(place.segment)
+    mine = segments.units(role.segment)
     found: dict[Source, tuple[int, ...]] = {}
-    for segment in range(place.segment + 1, segments.num_segments):
+    for segment in range(role.segment + 1, segments.num_segments):
         for source in segments.imports(segment):
             if source[0] in mine:
-                found[source] = found.get(source, ()) + place.ranks_of(segment)
+                found[source] = found.get(source, ()) + role.ranks_of(segment)
     return found
 
 

@@ -38,7 +38,7 @@ def trace(hooks: UnitHooks, call: Callable[[], Any], model_input: Tensor) -> tup
     repeated: frozenset[str] = frozenset()
     while True:
         tracer = _Tracer(model_input, ignored=repeated)
-        with hooks.run_with(tracer.play), tracer.flow:
+        with hooks.run_with(tracer.run), tracer.flow:
             result = call()
         again = frozenset(name for name, count in tracer.num_calls.items() if count > 1) - repeated
         if not again:
@@ -54,7 +54,7 @@ def time_units(
     """
     fastest = dict.fromkeys((unit.name for unit in layout.units), float("inf"))
 
-    def play(
+    def run(
         name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         started = _now(device)
@@ -63,7 +63,7 @@ def time_units(
             fastest[name] = min(fastest[name], _now(device) - started)
         return result
 
-    with hooks.run_with(play):
+    with hooks.run_with(run):
         for _ in range(TIMED_CALLS):
             call()
     return list(fastest.values())
@@ -122,7 +122,7 @@ class _Tracer:
         self.num_calls: Counter[str] = Counter()
         self._ignored = ignored
 
-    def play(
+    def run(
         self, name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         if name in self._ignored:

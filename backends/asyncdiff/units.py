@@ -23,7 +23,7 @@ Source = tuple[int, int]
 INPUT: Source = (-1, 0)
 """The denoiser's own input. It is on every rank, so it is never sent."""
 
-Player = Callable[[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+Executor = Callable[[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 """executor(unit name, forward, args, kwargs): what a unit's call does on this rank."""
 
 
@@ -62,7 +62,7 @@ class UnitHooks:
     def __init__(self, denoiser: nn.Module) -> None:
         self._denoiser = denoiser
         self._modules = find_units(denoiser)
-        self._executor: Player | None = None
+        self._executor: Executor | None = None
         for name, module in self._modules.items():
             hooks.attach(module, NAME, self._around(name))
 
@@ -71,7 +71,7 @@ class UnitHooks:
         return self._modules
 
     @contextmanager
-    def run_with(self, executor: Player) -> Iterator[None]:
+    def run_with(self, executor: Executor) -> Iterator[None]:
         """Pass every unit call inside the context to `executor`."""
         self._executor = executor
         try:

@@ -35,7 +35,7 @@ class DistriFuserBackend(Backend):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._schedule = StepClock()
+        self._clock = StepClock()
         self._networks: list[PatchedNetwork] = []
         self._batch = 0
         self._is_halved = False
@@ -98,7 +98,7 @@ class DistriFuserBackend(Backend):
             )
         factor = self._latent_factor * (2 if self.spec.latents == "packed" else 1)
         self._networks[-1].require_size(
-            run.height // factor, run.width // factor, self._most_bands(run.request)
+            run.height // factor, run.width // factor, self._most_patches(run.request)
         )
 
     def detach_denoiser(self, pipe: Any, denoiser: nn.Module) -> None:
@@ -119,7 +119,7 @@ class DistriFuserBackend(Backend):
         """
         if not self._networks or self.plan.options["parallelism"] == "naive_patch":
             return self.plan.exactness
-        if len(self._most_bands(run.request)) == 1:
+        if len(self._most_patches(run.request)) == 1:
             return "exact"
         is_stale = (
             self._is_displaced(run) and self._synchronous_steps(run) < run.num_inference_steps
@@ -134,14 +134,14 @@ class DistriFuserBackend(Backend):
         covers_all = (
             steps >= run.num_inference_steps
         )  # PNDM makes more evaluations than it has steps
-        self._schedule.start(
+        self._clock.start(
             synchronous_steps=sys.maxsize if covers_all else steps * run.order,
             extrapolates=self._extrapolates(run),
         )
 
     def step_done(self) -> None:
         """Count one step."""
-        self._schedule.step_done()
+        self._clock.step_done()
 
     def end(self) -> None:
         """Wait for exchanges under way, and forget the values."""
@@ -159,7 +159,7 @@ class DistriFuserBackend(Backend):
         return {
             **super().report(),
             "buffer_bytes": buffers,
-            "synchronous_steps": min(self._schedule.synchronous_steps, self._schedule.step),
+            "synchronous_steps": min(self._clock.synchronous_steps, self._clock.step),
         }
 
     def _is_displaced(self, run: RunInfo) -> bool:
@@ -167,7 +167,7 @@ class DistriFuserBackend(Backend):
         this is also true under the CFG split, which then has no halves.
         """
         return (
-            len(self._most_bands(run.request)) > 1
+            len(self._most_patches(run.request)) > 1
             and SYNC_MODES[str(self.plan.options["sync_mode"])].exactness == "approximate"
         )
 
@@ -197,7 +197,7 @@ class DistriFuserBackend(Backend):
             module,
             mesh=self.mesh,
             mode=SYNC_MODES[str(options["sync_mode"])],
-            schedule=self._schedule,
+            clock=self._clock,
             keeps_older=self._may_extrapolate,
             naive_scheme=str(options["split_scheme"])
             if options["parallelism"] == "naive_patch"
@@ -249,7 +249,7 @@ class DistriFuserBackend(Backend):
             named = {**cut_batch(named, batch, parts=parts, part=part), "controlnet_cond": hint}
         return forward(**named)
 
-    def _most_bands(self, request: GenerateRequest) -> tuple[float, ...]:
+    def _most_patches(self, request: GenerateRequest) -> tuple[float, ...]:
         """Return the weights of the ranks that share a call: those of both halves of the CFG split
         if guidance is off.
         """

@@ -1,21 +1,22 @@
 """How each kind of network is cut: which arguments are cut where, and how the output is put
 together again.
 
-Rows for UNets and their ControlNets, tokens (after the position embedding) for transformers. Facts
-about a class are data here.
+Rows for UNets and their ControlNets, tokens (after the position embedding) for transformers, by
+their rows in backends/parallel/transformers.py.
 """
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from backends.errors import UnsupportedError
-from backends.parallel.patch_bounds import Grid, Line, PatchBounds, cut
+from backends.parallel.patch_bounds import PatchBounds, RowLayout, TokenLayout, cut
 from backends.parallel.patch_mode import ImageTokens
+from backends.parallel.transformers import TransformerSpec, names_with, transformer_of
 
 
 def part_of(tensor: Tensor, patches: PatchBounds, patch: int, dim: int) -> Tensor:
@@ -40,9 +41,9 @@ class RowCut:
     image_tokens: ImageTokens = "all"
 
     def patches(self, sample: Tensor, weights: tuple[float, ...], dim: int = -2) -> PatchBounds:
-        return self.bands_of(*sample.shape[-2:], weights, dim)
+        return self.patches_of(*sample.shape[-2:], weights, dim)
 
-    def bands_of(
+    def patches_of(
         self, height: int, width: int, weights: tuple[float, ...], dim: int = -2
     ) -> PatchBounds:
         """Of latents of this size. PlanError if there are too few rows (columns) for the ranks."""
@@ -53,8 +54,8 @@ class RowCut:
             what="latent rows" if dim == -2 else "latent columns",
         )
 
-    def grid(self, sample: Tensor, patches: PatchBounds, patch: int, dim: int = -2) -> Grid:
-        return Grid(
+    def layout(self, sample: Tensor, patches: PatchBounds, patch: int, dim: int = -2) -> RowLayout:
+        return RowLayout(
             patches,
             sample.shape[_other(dim)],
             patch=patch,
@@ -63,19 +64,19 @@ class RowCut:
         )
 
     def arguments(
-        self, arguments: Mapping[str, Any], grid: Grid, patches: PatchBounds, dim: int = -2
+        self, arguments: Mapping[str, Any], layout: RowLayout, patches: PatchBounds, dim: int = -2
     ) -> dict[str, Any]:
         """The network's arguments for this patch of rows; of columns, with dim -1."""
         mine = dict(arguments)
         first = next(iter(arguments))
-        mine[first] = part_of(arguments[first], patches, grid.patch, dim)
+        mine[first] = part_of(arguments[first], patches, layout.patch, dim)
         if self.hint is not None:
             mine[self.hint] = part_of(
-                arguments[self.hint], patches.scaled(2**self.hint_doublings), grid.patch, dim
+                arguments[self.hint], patches.scaled(2**self.hint_doublings), layout.patch, dim
             )
         for name in self.residuals:
             if mine.get(name) is not None:
-                mine[name] = _cut_residuals(mine[name], grid, dim)
+                mine[name] = _cut_residuals(mine[name], layout, dim)
         return mine
 
 
@@ -83,51 +84,57 @@ def _other(dim: int) -> int:
     return -1 if dim == -2 else -2
 
 
-def _cut_residuals(value: Any, grid: Grid, dim: int) -> Any:
+def _cut_residuals(value: Any, layout: RowLayout, dim: int) -> Any:
     if isinstance(value, Tensor):
         size = value.shape[dim], value.shape[_other(dim)]
-        return value if grid.is_part(*size) else part_of(value, grid.whole(*size), grid.patch, dim)
-    return type(value)(_cut_residuals(item, grid, dim) for item in value)
+        return (
+            value
+            if layout.is_part(*size)
+            else part_of(value, layout.whole(*size), layout.patch, dim)
+        )
+    return type(value)(_cut_residuals(item, layout, dim) for item in value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenCut:
-    """A transformer: the image's tokens are cut, the text's are every rank's own.
+    """A transformer: the image's tokens are cut, the text's are every rank's own."""
 
-    embedding: module whose output tokens are cut; None if they arrive as the first argument. head:
-    module whose output is gathered.
-    argument_dims: arguments with one entry per token of the image, and their token dim.
-    image_tokens: their place beside the text's.
-    prompt_follows_image: an IP-Adapter's attention sees the image's tokens, then those of its own
-    image.
-    """
+    transformer: TransformerSpec
+    head: ClassVar[str] = "proj_out"  # module whose output is gathered
 
-    embedding: str | None = None
-    head: str = "proj_out"
-    argument_dims: Mapping[str, int] = field(default_factory=dict)
-    image_tokens: ImageTokens = "all"
-    prompt_follows_image: bool = False
+    @property
+    def embedding(self) -> str | None:
+        """Module whose output tokens are cut; None if they arrive as the first argument."""
+        return self.transformer.embed
+
+    @property
+    def image_tokens(self) -> ImageTokens:
+        return self.transformer.image_tokens
+
+    @property
+    def prompt_follows_image(self) -> bool:
+        """Whether an IP-Adapter's attention sees the image's tokens before those of its own."""
+        return self.transformer.image_prompt_keys == "after image"
 
     def patches(self, sample: Tensor, weights: tuple[float, ...], patch_size: int) -> PatchBounds:
         """Of the image's tokens; any number of them may be in a patch."""
         if self.embedding is None:
             return cut(sample.shape[1], weights, what="tokens")
-        return self.bands_of(*sample.shape[-2:], weights, patch_size)
+        return self.patches_of(*sample.shape[-2:], weights, patch_size)
 
-    def bands_of(
+    def patches_of(
         self, height: int, width: int, weights: tuple[float, ...], patch_size: int
     ) -> PatchBounds:
         """Of latents of this size. PlanError if there are fewer tokens than ranks."""
         return cut((height // patch_size) * (width // patch_size), weights, what="tokens")
 
     def arguments(
-        self, arguments: Mapping[str, Any], line: Line, patches: PatchBounds
+        self, arguments: Mapping[str, Any], layout: TokenLayout, patches: PatchBounds
     ) -> dict[str, Any]:
         """The network's arguments for this patch."""
+        dims = self.transformer.image_arguments
         return {
-            name: _cut_tokens(value, patches, line.patch, self.argument_dims[name])
-            if name in self.argument_dims
-            else value
+            name: _cut_tokens(value, patches, layout.patch, dims[name]) if name in dims else value
             for name, value in arguments.items()
         }
 
@@ -148,39 +155,17 @@ _CONTROL = (
     "down_intrablock_additional_residuals",
 )
 
-_TOKEN_CUTS = {
-    "FluxTransformer2DModel": TokenCut(
-        argument_dims={
-            "hidden_states": 1,
-            "img_ids": -2,
-            "controlnet_block_samples": 1,
-            "controlnet_single_block_samples": 1,
-        },
-        image_tokens="last",
-    ),
-    "SD3Transformer2DModel": TokenCut(
-        embedding="pos_embed",
-        argument_dims={"block_controlnet_hidden_states": 1},
-        image_tokens="first",
-        prompt_follows_image=True,
-    ),
-    "PixArtTransformer2DModel": TokenCut(embedding="pos_embed"),
-    "HunyuanDiT2DModel": TokenCut(
-        embedding="pos_embed", argument_dims={"image_rotary_emb": -2, "controlnet_block_samples": 1}
-    ),
-}
-
 
 def cut_of(network: nn.Module) -> RowCut | TokenCut:
     """How this network is cut. UnsupportedError for one that nobody has described."""
-    name = type(network).__name__
-    if name in _TOKEN_CUTS:
-        return _TOKEN_CUTS[name]
+    transformer = transformer_of(network)
+    if transformer is not None and transformer.has_patches:
+        return TokenCut(transformer=transformer)
     parameters = inspect.signature(type(network).forward).parameters
     if not hasattr(network, "down_blocks") or "sample" not in parameters:
         raise UnsupportedError(
-            f"a {name} cannot be cut into patches: it is neither a UNet nor one of "
-            f"{', '.join(_TOKEN_CUTS)}."
+            f"a {type(network).__name__} cannot be cut into patches: it is neither a UNet nor one "
+            f"of {', '.join(names_with('has_patches'))}."
         )
     halvings = sum(1 for block in network.down_blocks if getattr(block, "downsamplers", None))
     if "controlnet_cond" in parameters:

@@ -21,7 +21,7 @@ from backends.distrifuser.stale import CallBuffers
 from backends.distrifuser.step_clock import StepClock
 from backends.parallel import hooks
 from backends.parallel.distributed import Axis, Mesh, gather_pieces
-from backends.parallel.patch_bounds import Grid, Line, PatchBounds
+from backends.parallel.patch_bounds import PatchBounds, RowLayout, TokenLayout
 from backends.parallel.patch_mode import (
     Exchange,
     FreshExchange,
@@ -50,38 +50,38 @@ class PatchedNetwork:
         name: str,
         mesh: Mesh,
         mode: SyncMode,
-        schedule: StepClock,
+        clock: StepClock,
         choose_axis: ChooseAxis,
         keeps_older: bool = False,
         naive_scheme: str | None = None,
         gathers_output: bool = True,
     ) -> None:
-        """schedule: the step clock. keeps_older: keep two steps, to extrapolate from. naive_scheme:
+        """clock: the step clock. keeps_older: keep two steps, to extrapolate from. naive_scheme:
         exchange nothing, and cut by row, col or alternate. gathers_output: False leaves the output
         as patches.
         """
         self.network = network
         self.name = name
-        self._mesh, self._mode, self._schedule, self._choose_axis = (
+        self._mesh, self._mode, self._clock, self._choose_axis = (
             mesh,
             mode,
-            schedule,
+            clock,
             choose_axis,
         )
         self._keeps_older = keeps_older
         self._naive_scheme = naive_scheme
         self._gathers_output = gathers_output
         self._cut = cut_of(network)
-        self._band_mode = PatchMode(
+        self._patch_mode = PatchMode(
             image_tokens=self._cut.image_tokens,
             prompt_follows_image=isinstance(self._cut, TokenCut) and self._cut.prompt_follows_image,
         )
-        self._memories: dict[tuple[str, int], CallBuffers] = {}
+        self._buffers: dict[tuple[str, int], CallBuffers] = {}
         self._call: _Call | None = None
 
     def attach(self) -> None:
         """Hook the network, its attention and (for a transformer) its embedding and head."""
-        attach_attention(self.network, self._band_mode)
+        attach_attention(self.network, self._patch_mode)
         if isinstance(self._cut, TokenCut):
             if self._cut.embedding is not None:
                 hooks.attach(
@@ -104,21 +104,21 @@ class PatchedNetwork:
         latent rows and columns.
         """
         if isinstance(self._cut, TokenCut):
-            self._cut.bands_of(height, width, weights, self.network.config.patch_size)
+            self._cut.patches_of(height, width, weights, self.network.config.patch_size)
             return
         for dim in _DIMS[self._naive_scheme or "row"]:
-            self._cut.bands_of(height, width, weights, dim)
+            self._cut.patches_of(height, width, weights, dim)
 
     def reset(self) -> None:
         """Before and after a generation: wait for what is under way, and forget all values."""
         self._call = None
-        for memory in self._memories.values():
-            memory.reset()
+        for buffers in self._buffers.values():
+            buffers.reset()
 
     @property
     def buffer_bytes(self) -> int:
         """Return the memory of all buffers."""
-        return sum(memory.num_bytes for memory in self._memories.values())
+        return sum(buffers.num_bytes for buffers in self._buffers.values())
 
     def _around(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         arguments = named_arguments(self.network, args, kwargs)
@@ -129,7 +129,7 @@ class PatchedNetwork:
         if self._naive_scheme is not None:
             return self._run_alone(forward, arguments, axis, weights)
         call = self._open(sample, axis, weights)
-        with self._band_mode.on(call.layout, call.exchange):
+        with self._patch_mode.on(call.layout, call.exchange):
             output = forward(**self._cut.arguments(arguments, call.layout, call.patches))
         self._close(call)
         if isinstance(self._cut, TokenCut) or not self._gathers_output:
@@ -151,40 +151,40 @@ class PatchedNetwork:
                 axis=axis,
                 patches=patches,
                 turn=0,
-                layout=Line(patches, patch=axis.rank),
+                layout=TokenLayout(patches, patch=axis.rank),
                 exchange=None,
             )
             output = forward(**self._cut.arguments(arguments, call.layout, patches))
             self._call = None
             return output
-        dim = self._schedule.dim(self._naive_scheme)
+        dim = self._clock.dim(self._naive_scheme)
         patches = self._cut.patches(sample, weights, dim)
-        grid = self._cut.grid(sample, patches, axis.rank, dim)
-        output = forward(**self._cut.arguments(arguments, grid, patches, dim))
+        layout = self._cut.layout(sample, patches, axis.rank, dim)
+        output = forward(**self._cut.arguments(arguments, layout, patches, dim))
         if not self._gathers_output:
             return output
-        call = _Call(axis=axis, patches=patches, turn=0, layout=grid, exchange=None)
+        call = _Call(axis=axis, patches=patches, turn=0, layout=layout, exchange=None)
         return with_first(output, self._gather(output[0], call, dim=dim))
 
     def _open(self, sample: Tensor, axis: Axis, weights: tuple[float, ...]) -> "_Call":
         patches = self._patches(sample, weights)
-        memory = self._memory() if self._mode.exactness == "approximate" else None
-        turn, is_fresh = self._schedule.turn(self._mode), self._schedule.is_synchronous
+        buffers = self._call_buffers() if self._mode.exactness == "approximate" else None
+        turn, is_fresh = self._clock.turn(self._mode), self._clock.is_synchronous
         exchange: Exchange = FreshExchange(axis=axis, traffic=self._mesh.traffic)
-        if memory is not None:
+        if buffers is not None:
             # a call without older values exchanges at once, and each rank then has the patch of its
             # own number
-            is_fresh = memory.is_fresh(is_fresh, geometry=(axis.ranks, sample.shape, sample.dtype))
+            is_fresh = buffers.is_fresh(is_fresh, geometry=(axis.ranks, sample.shape, sample.dtype))
             turn = 0 if is_fresh else turn
-            exchange = memory
+            exchange = buffers
         layout = self._layout(sample, patches, (axis.rank + turn) % axis.size)
         call = _Call(axis=axis, patches=patches, turn=turn, layout=layout, exchange=exchange)
-        if memory is not None:
-            memory.open(
+        if buffers is not None:
+            buffers.open(
                 is_fresh=is_fresh,
                 patch=call.layout.patch,
                 axis=axis,
-                extrapolates=self._schedule.extrapolates,
+                extrapolates=self._clock.extrapolates,
             )
         self._call = call
         return call
@@ -194,24 +194,24 @@ class PatchedNetwork:
             call.exchange.close()
         self._call = None
 
-    def _memory(self) -> CallBuffers:
-        key = self._schedule.next_call(self.name)
-        if key not in self._memories:
-            self._memories[key] = CallBuffers(
+    def _call_buffers(self) -> CallBuffers:
+        key = self._clock.next_call(self.name)
+        if key not in self._buffers:
+            self._buffers[key] = CallBuffers(
                 self._mode, keeps_older=self._keeps_older, traffic=self._mesh.traffic
             )
-        return self._memories[key]
+        return self._buffers[key]
 
     def _patches(self, sample: Tensor, weights: tuple[float, ...]) -> PatchBounds:
         if isinstance(self._cut, RowCut):
             return self._cut.patches(sample, weights)
         return self._cut.patches(sample, weights, self.network.config.patch_size)
 
-    def _layout(self, sample: Tensor, patches: PatchBounds, patch: int) -> Grid | Line:
+    def _layout(self, sample: Tensor, patches: PatchBounds, patch: int) -> RowLayout | TokenLayout:
         return (
-            self._cut.grid(sample, patches, patch)
+            self._cut.layout(sample, patches, patch)
             if isinstance(self._cut, RowCut)
-            else Line(patches, patch=patch)
+            else TokenLayout(patches, patch=patch)
         )
 
     def _gather(self, part: Tensor, call: "_Call", *, dim: int) -> Tensor:
@@ -248,7 +248,7 @@ class _Call:
         axis: Axis,
         patches: PatchBounds,
         turn: int,
-        layout: Grid | Line,
+        layout: RowLayout | TokenLayout,
         exchange: Exchange | None,
     ) -> None:
         self.axis, self.patches, self.turn, self.layout, self.exchange = (

@@ -67,7 +67,7 @@ class Message:
             sum(self.sizes) - self.sizes[axis.rank], dtype=torch.uint8, device=device
         )
         self._older = torch.empty_like(self._received) if keeps_older else None
-        self._swap: AsyncAllToAll | None = None
+        self._transfer: AsyncAllToAll | None = None
         offset = 0
         for patch in range(axis.size):
             buffer, start = (self._sent, 0) if patch == axis.rank else (self._received, offset)
@@ -91,7 +91,7 @@ class Message:
         replaced by those of the other patches.
         """
         self.remember()
-        self._swap = AsyncAllToAll(self._sent, self._received, self.sizes, axis=self._axis)
+        self._transfer = AsyncAllToAll(self._sent, self._received, self.sizes, axis=self._axis)
         self._traffic.add(self._sent, peers=self._axis.size - 1)
 
     def remember(self) -> None:
@@ -101,10 +101,10 @@ class Message:
 
     def wait(self, timeout: timedelta | None = None) -> None:
         """Wait until the values of the last `start` have arrived, if there was one."""
-        if self._swap is not None:
-            swap, self._swap = self._swap, None
+        if self._transfer is not None:
+            transfer, self._transfer = self._transfer, None
             started = time.perf_counter()
-            swap.wait(timeout)
+            transfer.wait(timeout)
             self._traffic.wait_s += time.perf_counter() - started
 
 

@@ -52,10 +52,10 @@ def attach_shards(network: nn.Module, mesh: Mesh) -> None:
             "attention heads nor its feed-forward widths "
             f"divide by {axis.size}. Use another number of ranks, or parallelism=patch."
         )
-    for module, shares in shared:
-        for share in shares:
-            _require_plain(share.linear)
-            _shrink(share, axis.size, axis.rank)
+    for module, shards in shared:
+        for shard in shards:
+            _require_plain(shard.linear)
+            _shrink(shard, axis.size, axis.rank)
         if hasattr(module, "heads"):
             module.heads //= axis.size
         hooks.attach(module, NAME, _summing(mesh))
@@ -69,8 +69,8 @@ def detach_shards(network: nn.Module, mesh: Mesh) -> None:
             hooks.detach(module, NAME)
             if hasattr(module, "heads"):
                 module.heads *= size
-            for share in _shares(module):
-                _restore(share, mesh)
+            for shard in _shards(module):
+                _restore(shard, mesh)
 
 
 def _shared_modules(network: nn.Module, size: int) -> Iterator[tuple[nn.Module, list[WeightShard]]]:
@@ -82,7 +82,7 @@ def _shared_modules(network: nn.Module, size: int) -> Iterator[tuple[nn.Module, 
         if is_attention or (
             isinstance(module, FeedForward) and module.net[2].in_features % size == 0
         ):
-            yield module, _shares(module)
+            yield module, _shards(module)
 
 
 def _heads_divide(module: Any, size: int) -> bool:
@@ -109,7 +109,7 @@ def _head_width(module: Any) -> int:
     return module.to_q.out_features // module.heads
 
 
-def _shares(module: Any) -> list[WeightShard]:
+def _shards(module: Any) -> list[WeightShard]:
     if isinstance(module, FeedForward):
         first, last = module.net[0].proj, module.net[2]
         return [
@@ -128,12 +128,12 @@ def _shares(module: Any) -> list[WeightShard]:
         )
     columns = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
     rows = [module.to_out[0], getattr(module, "to_add_out", None)]
-    shares = [
+    shards = [
         WeightShard(getattr(module, name), 0)
         for name in columns
         if getattr(module, name, None) is not None
     ]
-    return shares + [WeightShard(linear, 1) for linear in rows if linear is not None]
+    return shards + [WeightShard(linear, 1) for linear in rows if linear is not None]
 
 
 def _require_plain(linear: nn.Module) -> None:
@@ -145,11 +145,11 @@ def _require_plain(linear: nn.Module) -> None:
         )
 
 
-def _shrink(share: WeightShard, size: int, rank: int) -> None:
-    linear = share.linear
-    linear.weight = nn.Parameter(_block(linear.weight.data, share, size, rank), requires_grad=False)
-    if linear.bias is not None and share.dim == 0:
-        linear.bias = nn.Parameter(_block(linear.bias.data, share, size, rank), requires_grad=False)
+def _shrink(shard: WeightShard, size: int, rank: int) -> None:
+    linear = shard.linear
+    linear.weight = nn.Parameter(_block(linear.weight.data, shard, size, rank), requires_grad=False)
+    if linear.bias is not None and shard.dim == 0:
+        linear.bias = nn.Parameter(_block(linear.bias.data, shard, size, rank), requires_grad=False)
     elif (
         linear.bias is not None and rank != 0
     ):  # added once: by rank 0, whose result is summed with the others'
@@ -157,16 +157,16 @@ def _shrink(share: WeightShard, size: int, rank: int) -> None:
     _set_widths(linear)
 
 
-def _block(tensor: Tensor, share: WeightShard, size: int, rank: int) -> Tensor:
-    blocks = tensor.unflatten(share.dim, (share.parts, size, -1))
-    return blocks.select(share.dim + 1, rank).flatten(share.dim, share.dim + 1).clone()
+def _block(tensor: Tensor, shard: WeightShard, size: int, rank: int) -> Tensor:
+    blocks = tensor.unflatten(shard.dim, (shard.parts, size, -1))
+    return blocks.select(shard.dim + 1, rank).flatten(shard.dim, shard.dim + 1).clone()
 
 
-def _restore(share: WeightShard, mesh: Mesh) -> None:
-    linear, axis = share.linear, mesh.axis(AXIS)
-    linear.weight = nn.Parameter(_whole(linear.weight.data, share, mesh), requires_grad=False)
-    if linear.bias is not None and share.dim == 0:
-        linear.bias = nn.Parameter(_whole(linear.bias.data, share, mesh), requires_grad=False)
+def _restore(shard: WeightShard, mesh: Mesh) -> None:
+    linear, axis = shard.linear, mesh.axis(AXIS)
+    linear.weight = nn.Parameter(_whole(linear.weight.data, shard, mesh), requires_grad=False)
+    if linear.bias is not None and shard.dim == 0:
+        linear.bias = nn.Parameter(_whole(linear.bias.data, shard, mesh), requires_grad=False)
     elif linear.bias is not None:
         bias = linear.bias.data.clone()
         dist.all_reduce(bias, group=axis.group)
@@ -174,10 +174,10 @@ def _restore(share: WeightShard, mesh: Mesh) -> None:
     _set_widths(linear)
 
 
-def _whole(tensor: Tensor, share: WeightShard, mesh: Mesh) -> Tensor:
-    blocks = tensor.unflatten(share.dim, (share.parts, 1, -1))
-    return all_gather(blocks, dim=share.dim + 1, axis=mesh.axis(AXIS)).flatten(
-        share.dim, share.dim + 2
+def _whole(tensor: Tensor, shard: WeightShard, mesh: Mesh) -> Tensor:
+    blocks = tensor.unflatten(shard.dim, (shard.parts, 1, -1))
+    return all_gather(blocks, dim=shard.dim + 1, axis=mesh.axis(AXIS)).flatten(
+        shard.dim, shard.dim + 2
     )
 
 

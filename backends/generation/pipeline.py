@@ -38,7 +38,7 @@ from backends.generation.schedulers import build_scheduler, parse_scheduler
 from backends.generation.step_driver import InitialLatents, StepDriver
 from backends.generation.step_window import schedule_of
 from backends.generation.timeline import StageClock
-from backends.loading.compilation import Compilation, quiet_regions
+from backends.loading.compilation import Compilation
 from backends.loading.controlnet import control_arguments, require_control
 from backends.loading.ip_adapter import (
     image_arguments,
@@ -53,6 +53,7 @@ from backends.loading.step_cache import StepCache
 from backends.loading.weights import DTYPES, load_pipe
 from backends.model_table import ModelSpec
 from backends.parallel.base import Backend, RunInfo
+from backends.parallel.regions import quiet_regions
 from backends.parallel.vae import attach_patch_decode, detach_patch_decode, splits_decode
 from backends.plan import Exactness
 from backends.request import Array, GenerateRequest, GenerateResult, LoadRequest

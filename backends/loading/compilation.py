@@ -12,8 +12,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from diffusers.models.attention import AttentionModuleMixin
-from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from backends.model_table import ModelSpec
@@ -27,8 +25,6 @@ MANY_SIZES = 64
 """Graphs that torch keeps per function unless told otherwise; its own 8 would be used up by eight
 image sizes.
 """
-
-_LOOKS_AROUND = (Attention, AttentionModuleMixin, nn.modules.conv._ConvNd, nn.GroupNorm)
 
 
 class Compilation:
@@ -122,25 +118,3 @@ def _blocks(encoder: nn.Module) -> Iterator[nn.Module]:
             yield from child
         else:
             yield from _blocks(child)
-
-
-def quiet_regions(module: nn.Module) -> list[nn.Module]:
-    """The largest parts that work on single rows or tokens: no attention, convolution or group norm
-    in them, and more than one layer.
-    """
-    return list(_visit(module))
-
-
-def _visit(module: nn.Module) -> Iterator[nn.Module]:
-    for child in module.children():
-        if isinstance(child, Attention | AttentionModuleMixin):
-            continue
-        is_quiet = not any(isinstance(part, _LOOKS_AROUND) for part in child.modules())
-        if (
-            is_quiet
-            and not isinstance(child, nn.ModuleList)
-            and sum(1 for part in child.modules() if isinstance(part, nn.Linear)) > 1
-        ):
-            yield child
-        else:
-            yield from _visit(child)

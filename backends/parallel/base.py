@@ -13,11 +13,11 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from backends.loading.compilation import quiet_regions
 from backends.model_table import ModelSpec
 from backends.parallel.cfg_split import attach_batch_split, detach_batch_split
 from backends.parallel.cfg_two_calls import PairSplit
 from backends.parallel.distributed import Mesh
+from backends.parallel.regions import quiet_regions
 from backends.plan import Exactness, ParallelPlan
 from backends.request import GenerateRequest
 

@@ -67,7 +67,7 @@ def cut(
     return PatchBounds((0, *(min(total, end * unit) for end in accumulate(sizes))))
 
 
-class Grid:
+class RowLayout:
     """Finds the patches that belong to a tensor inside a network, from the shape of this rank's
     part of it.
 
@@ -118,7 +118,7 @@ class Grid:
         return patches
 
 
-class Line:
+class TokenLayout:
     """The same for a transformer: one token sequence, one resolution."""
 
     def __init__(self, patches: PatchBounds, *, patch: int) -> None:
@@ -130,7 +130,7 @@ class Line:
         if length < self._patches.size(self.patch):
             raise PlanError(
                 f"an attention has {length} tokens, fewer than this rank's "
-                f"{self._bands.size(self.patch)}. It cannot be cut."
+                f"{self._patches.size(self.patch)}. It cannot be cut."
             )
         return self._patches
 

@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from backends.errors import UnsupportedError
 from backends.parallel import hooks
 from backends.parallel.distributed import Axis, CommStats, begin_gather, gather_pieces
-from backends.parallel.patch_bounds import Grid, Line, PatchBounds
+from backends.parallel.patch_bounds import PatchBounds, RowLayout, TokenLayout
 
 Kind = Literal["halo", "statistics", "attention"]
 ImageTokens = Literal["all", "first", "last"]
@@ -109,20 +109,20 @@ class PatchMode(TorchFunctionMode):
         super().__init__()
         self.image_tokens = image_tokens
         self.prompt_follows_image = prompt_follows_image
-        self._grid: Grid | Line | None = None
+        self._layout: RowLayout | TokenLayout | None = None
         self._exchange: Exchange | None = None
         self._attends_to_all = False
         self._attends_to_prompt = False
 
     @contextmanager
-    def on(self, grid: Grid | Line, exchange: Exchange) -> Any:
-        """Run the enclosed forward as patch `grid.patch`."""
-        self._grid, self._exchange = grid, exchange
+    def on(self, layout: RowLayout | TokenLayout, exchange: Exchange) -> Any:
+        """Run the enclosed forward as patch `layout.patch`."""
+        self._layout, self._exchange = layout, exchange
         try:
             with self:
                 yield
         finally:
-            self._grid = self._exchange = None
+            self._layout = self._exchange = None
             self._attends_to_all = self._attends_to_prompt = False
 
     def __torch_function__(
@@ -131,7 +131,7 @@ class PatchMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return self._attention(*args, **kwargs)
-        if isinstance(self._grid, Grid):
+        if isinstance(self._layout, RowLayout):
             if func is F.conv2d:
                 return self._conv2d(*args, **kwargs)
             if func is F.group_norm:
@@ -149,7 +149,7 @@ class PatchMode(TorchFunctionMode):
         encoder_hidden_states = kwargs.get(
             "encoder_hidden_states", args[1] if len(args) > 1 else None
         )
-        if self._grid is None or not (encoder_hidden_states is None or is_joint):
+        if self._layout is None or not (encoder_hidden_states is None or is_joint):
             return forward(*args, **kwargs)
         self._attends_to_all = True
         output = forward(*args, **kwargs)
@@ -184,7 +184,7 @@ class PatchMode(TorchFunctionMode):
         if rows == 1:
             return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
         above, below = pad, (rows - 1) * spread - pad - (step - 1)
-        patches = self._grid.rows(x.shape[-2], x.shape[-1])
+        patches = self._layout.rows(x.shape[-2], x.shape[-1])
 
         def conv(part: Tensor, zero_rows: int) -> Tensor:
             return F.conv2d(part, weight, bias, stride, (zero_rows, pad_width), dilation, groups)
@@ -204,7 +204,7 @@ class PatchMode(TorchFunctionMode):
         """
         arrived = self._begin_halo(x, patches, pad, pad)
         output = conv(x, pad)
-        pieces, patch = arrived(), self._grid.patch
+        pieces, patch = arrived(), self._layout.patch
         if patch > 0:
             output[..., :pad, :] = conv(
                 torch.cat((_last_rows(pieces[patch - 1], pad), x[..., : 2 * pad, :]), dim=-2), 0
@@ -221,7 +221,7 @@ class PatchMode(TorchFunctionMode):
         """The patch with `above` rows of the patch over it and `below` rows of the one under it;
         `beyond` zero rows at the image's ends.
         """
-        patch, last = self._grid.patch, len(patches) - 1
+        patch, last = self._layout.patch, len(patches) - 1
         pieces = self._begin_halo(x, patches, above, below)()
         top = (
             x.new_zeros(*x.shape[:-2], beyond[0], x.shape[-1])
@@ -242,7 +242,7 @@ class PatchMode(TorchFunctionMode):
         for the one under it.
         """
         last = len(patches) - 1
-        own = torch.cat(_border(x, self._grid.patch, last, above, below), dim=-2)
+        own = torch.cat(_border(x, self._layout.patch, last, above, below), dim=-2)
         heights = [
             (below if i > 0 else 0) + (above if i < last else 0) for i in range(len(patches))
         ]
@@ -262,9 +262,9 @@ class PatchMode(TorchFunctionMode):
         whole image.
         """
         patches = (
-            self._grid.tokens(x.shape[-1])
+            self._layout.tokens(x.shape[-1])
             if x.dim() == 3
-            else self._grid.rows(x.shape[-2], x.shape[-1])
+            else self._layout.rows(x.shape[-2], x.shape[-1])
         )
         grouped = x.reshape(x.shape[0], num_groups, -1).to(
             torch.promote_types(x.dtype, torch.float32)
@@ -296,8 +296,8 @@ class PatchMode(TorchFunctionMode):
                 "a self-attention with a mask cannot be cut into patches. Use another parallel "
                 "method for this model."
             )
-        patches = self._grid.tokens(key.shape[-2])
-        own = patches.size(self._grid.patch)
+        patches = self._layout.tokens(key.shape[-2])
+        own = patches.size(self._layout.patch)
         before, after = _text_tokens(key.shape[-2] - own, self.image_tokens)
         both = torch.stack((key, value))
         pieces = self._exchange.gather(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from backends.parallel import hooks
 from backends.parallel.distributed import Axis, Mesh, gather_pieces
-from backends.parallel.patch_bounds import Grid, PatchBounds, cut
+from backends.parallel.patch_bounds import PatchBounds, RowLayout, cut
 from backends.parallel.patch_mode import (
     FreshExchange,
     PatchMode,
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 NAME = "patch decode"
 SHARED = (AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLTemporalDecoder)
-"""The VAEs whose decoders look beyond their rows only through the operators that band_mode
+"""The VAEs whose decoders look beyond their rows only through the operators that patch_mode
 knows.
 """
 MIN_ROWS = 8
@@ -83,9 +83,9 @@ def _band_call(
         if sample.shape[-2] < MIN_ROWS * axis.size:
             return forward(sample, *args, **kwargs)
         rows = cut(sample.shape[-2], (1.0,) * axis.size)
-        grid = Grid(rows, sample.shape[-1], patch=axis.rank, doublings=doublings)
+        layout = RowLayout(rows, sample.shape[-1], patch=axis.rank, doublings=doublings)
         mine = sample.narrow(-2, rows.bounds[axis.rank], rows.size(axis.rank)).contiguous()
-        with mode.on(grid, FreshExchange(axis=axis, traffic=mesh.traffic)):
+        with mode.on(layout, FreshExchange(axis=axis, traffic=mesh.traffic)):
             pixels = forward(mine, *args, **kwargs)
         return _join(pixels, rows.scaled(2**doublings), axis, mesh)
 

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from backends.errors import UnsupportedError
 from backends.parallel import hooks
 from backends.parallel.distributed import Axis, Mesh
+from backends.parallel.transformers import TransformerSpec
 from backends.xdit.exchange import (
     heads_for_tokens,
     own_heads,
@@ -27,7 +28,6 @@ from backends.xdit.exchange import (
 )
 from backends.xdit.layout import Layout
 from backends.xdit.stale import StaleKVCache
-from backends.xdit.transformers import TransformerSpec
 
 NAME = "xdit attention"
 
@@ -49,20 +49,20 @@ class SpreadAttention:
     leaves attention alone.
     """
 
-    def __init__(self, family: TransformerSpec, mesh: Mesh) -> None:
+    def __init__(self, transformer: TransformerSpec, mesh: Mesh) -> None:
         self.current: Pass | None = None
-        self._family = family
+        self._transformer = transformer
         self._mesh = mesh
         self._modules: list[nn.Module] = []
 
     def attach(self, denoiser: nn.Module) -> None:
         """Wrap every attention module of the blocks except cross-attention."""
-        for path, module in attention_modules(denoiser, self._family):
-            if path.rpartition(".")[2] in self._family.cross_attention:
+        for path, module in attention_modules(denoiser, self._transformer):
+            if path.rpartition(".")[2] in self._transformer.cross_attention:
                 continue
             is_joint = (
-                self._family.text is not None
-                and path.rpartition(".")[2] not in self._family.image_attention
+                self._transformer.text is not None
+                and path.rpartition(".")[2] not in self._transformer.image_attention
             )
             hooks.attach(module, NAME, self._around(module, path, is_joint))
             self._modules.append(module)
@@ -119,7 +119,7 @@ class SpreadAttention:
         """Return the second attention of an IP-Adapter: to its keys, which are whole on every rank,
         and in some families also to all image tokens before them.
         """
-        if self._family.image_prompt_keys == "alone":
+        if self._transformer.image_prompt_keys == "alone":
             return plain_attention(query, key, value, scale=scale)
         own, prompt = zip(
             *(tensor.tensor_split([query.shape[2]], dim=2) for tensor in (key, value)), strict=True
@@ -190,10 +190,10 @@ class SpreadAttention:
         """
         assert self.current is not None
         patch = None if all_patches and self.current.stale is not None else self.current.patch
-        shards = range(ring_rank * ulysses.size, (ring_rank + 1) * ulysses.size)
+        indices = range(ring_rank * ulysses.size, (ring_rank + 1) * ulysses.size)
         return [
-            self.current.layout.share(shard, patch=patch).count(with_text=is_joint)
-            for shard in shards
+            self.current.layout.shard(index, patch=patch).count(with_text=is_joint)
+            for index in indices
         ]
 
     def _with_stale(
@@ -216,27 +216,29 @@ class SpreadAttention:
             self._mesh.axis("ring"),
         )
         labels: list[int] = []
-        for shard in range(ring.rank * ulysses.size, (ring.rank + 1) * ulysses.size):
-            share = layout.share(shard)
+        for index in range(ring.rank * ulysses.size, (ring.rank + 1) * ulysses.size):
+            shard = layout.shard(index)
             streams = (
-                [share.text, share.image]
-                if self._family.is_text_first
-                else [share.image, share.text]
+                [shard.text, shard.image]
+                if self._transformer.is_text_first
+                else [shard.image, shard.text]
             )
-            for spans in streams if is_joint else [share.image]:
+            for spans in streams if is_joint else [shard.image]:
                 labels += [
                     patch for patch, (start, stop) in enumerate(spans) for _ in range(stop - start)
                 ]
         return torch.tensor(labels, device=self._mesh.device)
 
 
-def attention_modules(denoiser: nn.Module, family: TransformerSpec) -> list[tuple[str, nn.Module]]:
+def attention_modules(
+    denoiser: nn.Module, transformer: TransformerSpec
+) -> list[tuple[str, nn.Module]]:
     """Return (path, module) of every attention module in the blocks: the modules that hold a
     processor.
     """
     return [
         (f"{blocks}.{path}", module)
-        for blocks in family.blocks
+        for blocks in transformer.blocks
         for path, module in getattr(denoiser, blocks).named_modules()
         if hasattr(module, "processor")
     ]

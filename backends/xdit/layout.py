@@ -78,13 +78,13 @@ class Layout:
             max(stop, self.num_text) - self.num_text,
         )
 
-    def share(self, shard: int, *, patch: int | None = None) -> Shard:
+    def shard(self, index: int, *, patch: int | None = None) -> Shard:
         """Return a rank's shard of one patch, or of all. Text and image are each cut evenly,
         because a text token may cost another amount of work than an image token.
         """
         patches = range(self.num_patches) if patch is None else (patch,)
-        spans = [self.patch(index) for index in patches]
+        spans = [self.patch(number) for number in patches]
         return Shard(
-            text=tuple(split(text, parts=self.num_shards, index=shard) for text, _ in spans),
-            image=tuple(split(image, parts=self.num_shards, index=shard) for _, image in spans),
+            text=tuple(split(text, parts=self.num_shards, index=index) for text, _ in spans),
+            image=tuple(split(image, parts=self.num_shards, index=index) for _, image in spans),
         )

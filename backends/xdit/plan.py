@@ -10,6 +10,7 @@ from pathlib import Path
 
 from backends.errors import PlanError
 from backends.model_table import ModelSpec
+from backends.parallel.transformers import TRANSFORMERS, TransformerSpec, names_with
 from backends.plan import Exactness, ParallelPlan, require_world_size
 
 SETTINGS = {
@@ -23,16 +24,6 @@ SETTINGS = {
 """Axis, outermost first -> the setting that gives its degree. Ulysses talks most, so its ranks are
 neighbours.
 """
-
-TENSOR_PLANS = frozenset(
-    {"FluxTransformer2DModel", "Flux2Transformer2DModel", "QwenImageTransformer2DModel"}
-)
-"""Denoiser classes of the model table that diffusers has a tensor plan (`_tp_plan`) for; a test
-compares.
-"""
-
-STAGED = frozenset({"SD3Transformer2DModel", "FluxTransformer2DModel", "PixArtTransformer2DModel"})
-"""Denoiser classes that PipeFusion cuts into stages; a test compares with transformers.py."""
 
 PATCHES_PER_STAGE = 2
 """Half as many where the halves of guidance fill the stages too: every pass reads all weights of
@@ -91,9 +82,15 @@ class _Shape:
 
     num_heads: int | None = None
     num_blocks: int | None = None
-    crosses_skips: bool = False
     class_name: str | None = None
-    has_tensor_plan: bool | None = None
+
+    @property
+    def row(self) -> TransformerSpec | None:
+        return TRANSFORMERS.get(self.class_name) if self.class_name is not None else None
+
+    def lacks(self, fact: str) -> bool:
+        """Whether the class is known, and not to have this fact of TransformerSpec."""
+        return self.class_name is not None and not getattr(self.row, fact, False)
 
     @classmethod
     def of(cls, spec: ModelSpec, options: Mapping[str, object]) -> "_Shape":
@@ -107,11 +104,7 @@ class _Shape:
             num_blocks=config.get("num_layers", config.get("n_layers", 0))
             + config.get("num_single_layers", 0)
             or None,
-            crosses_skips=config.get("_class_name") == "HunyuanDiT2DModel",
             class_name=config.get("_class_name"),
-            has_tensor_plan=config["_class_name"] in TENSOR_PLANS
-            if "_class_name" in config
-            else None,
         )
 
 
@@ -272,7 +265,7 @@ def _problem(spec: ModelSpec, shape: _Shape, degrees: Mapping[str, int]) -> str 
             f"use_cfg_parallel is not available for type {spec.name!r}: its guidance is "
             f"{spec.guidance}, there are no two halves."
         )
-    if degrees["tensor"] > 1 and shape.has_tensor_plan is False:
+    if degrees["tensor"] > 1 and shape.lacks("has_tensor_plan"):
         return (
             f"tensor_parallel_degree is not available for type {spec.name!r}: diffusers has no "
             "tensor plan for its transformer."
@@ -296,15 +289,15 @@ def _problem(spec: ModelSpec, shape: _Shape, degrees: Mapping[str, int]) -> str 
             "heads: "
             "ranks would have nothing to do."
         )
-    if degrees["stage"] > 1 and shape.crosses_skips:
+    if degrees["stage"] > 1 and shape.row is not None and shape.row.crosses_skips:
         return (
             f"pipefusion_parallel_degree is not available for type {spec.name!r}: its late "
             "blocks take in what early ones gave out."
         )
-    if degrees["stage"] > 1 and shape.class_name is not None and shape.class_name not in STAGED:
+    if degrees["stage"] > 1 and shape.lacks("has_stages"):
         return (
             f"pipefusion_parallel_degree is not available for a {shape.class_name}: PipeFusion "
-            f"cuts {', '.join(sorted(STAGED))} only."
+            f"cuts {', '.join(names_with('has_stages'))} only."
         )
     if shape.num_blocks is not None and degrees["stage"] > shape.num_blocks:
         return (

@@ -82,21 +82,21 @@ class PipeFusion:
         self._denoiser = denoiser
         self._mesh = mesh
         self._num_patches = num_patches
-        if self._cut.family.crosses_skips:
+        if self._cut.transformer.crosses_skips:
             raise UnsupportedError(
                 f"pipefusion_parallel_degree is not available for {type(denoiser).__name__}: its "
                 "later blocks read skip connections from earlier ones. Use --ulysses_degree or "
                 "--ring_degree."
             )
-        if not self._cut.family.has_stages:
+        if not self._cut.transformer.has_stages:
             raise UnsupportedError(
                 f"pipefusion_parallel_degree is not available for {type(denoiser).__name__}. Use "
                 "--ulysses_degree or --ring_degree."
             )
         self._blocks = [
-            block for name in self._cut.family.blocks for block in getattr(denoiser, name)
+            block for name in self._cut.transformer.blocks for block in getattr(denoiser, name)
         ]
-        embed = self._cut.family.embed
+        embed = self._cut.transformer.embed
         self._embedding = getattr(denoiser, embed) if embed is not None else None
         self._patchless = _patchless(denoiser, self._embedding)
         self._bounds = stage_bounds(len(self._blocks), mesh.axis("stage").size, blocks_per_stage)
@@ -107,7 +107,7 @@ class PipeFusion:
         self._parts: dict[tuple[int, int, int], _Part] = {}
         self._part: _Part | None = None
         self._link: StageLink | None = None
-        self._way_back: PredictionLink | None = None
+        self._prediction_link: PredictionLink | None = None
         self._under_way: list[StageLink | PredictionLink] = []
         self._input: PendingTensor | None = None
 
@@ -165,7 +165,7 @@ class PipeFusion:
             self._step = self._calls = 0
             self._parts.clear()
             self._under_way.clear()
-            self._part = self._link = self._way_back = self._input = None
+            self._part = self._link = self._prediction_link = self._input = None
 
     def _finish(self, *, but: int) -> None:
         """Wait for all messages except those of the last `but` links."""
@@ -205,10 +205,10 @@ class PipeFusion:
             cut_batch(arguments, batch, parts=num_parts, part=part) for part in range(num_parts)
         ]
         own = self._mesh.axis("ring", "ulysses").rank
-        has_text = self._cut.family.text is not None
-        counts = [layout.share(own, patch=patch).count(with_text=has_text) for patch in patches]
+        has_text = self._cut.transformer.text is not None
+        counts = [layout.shard(own, patch=patch).count(with_text=has_text) for patch in patches]
         self._link = StageLink(self._mesh, [count for count in counts for _ in parts])
-        self._way_back = PredictionLink(self._mesh)
+        self._prediction_link = PredictionLink(self._mesh)
         outputs: list[Any] = [None] * num_parts
         for patch in patches:
             if self._input is not None and self._is_first_stage:
@@ -220,9 +220,11 @@ class PipeFusion:
                 )
                 part.is_filled = True
             if grid is not None and self._is_last_stage:
-                self._way_back.send(torch.cat([grid.take(output[0], patch) for output in outputs]))
+                self._prediction_link.send(
+                    torch.cat([grid.take(output[0], patch) for output in outputs])
+                )
         prediction = self._from_last_stage(torch.cat([output[0] for output in outputs]), grid)
-        self._under_way += [self._way_back, self._link]
+        self._under_way += [self._prediction_link, self._link]
         return (
             (prediction, *outputs[0][1:])
             if isinstance(outputs[0], tuple)
@@ -324,7 +326,7 @@ class PipeFusion:
         hidden = args[0] if args else kwargs["hidden_states"]
         return hidden, kwargs[
             "encoder_hidden_states"
-        ] if self._cut.family.text is not None else None
+        ] if self._cut.transformer.text is not None else None
 
     def _collect(self, tokens: Tensor) -> Tensor:
         """Return all image tokens (B, N, D) for the output layers: the real ones on the last stage
@@ -358,11 +360,11 @@ class PipeFusion:
             broadcast(prediction, source=stage.size - 1, axis=stage)
             traffic.wait_s += time.perf_counter() - started
         elif not self._is_last_stage:
-            assert self._way_back is not None
+            assert self._prediction_link is not None
             shapes = [
                 grid.piece_shape(prediction.shape, patch) for patch in range(self._num_patches)
             ]
-            pieces = [self._way_back.receive(shape, prediction) for shape in shapes]
+            pieces = [self._prediction_link.receive(shape, prediction) for shape in shapes]
             halves = [
                 PendingTensor(of_half, grid, prediction, prediction.device)
                 for of_half in zip(*pieces, strict=True)

@@ -19,7 +19,7 @@ from backends.errors import PlanError, UnsupportedError
 from backends.parallel import hooks
 from backends.parallel.distributed import Mesh, gather_pieces
 
-NAME = "xdit weight shares"
+NAME = "xdit weight shards"
 
 
 @dataclass(slots=True)
@@ -55,7 +55,7 @@ class TensorParallel:
             path, _, kind = name.rpartition(".")
             linear = self._denoiser.get_submodule(path)
             parameter = getattr(linear, kind)
-            parameter.data = _share(parameter.data, spec, axis.size, axis.rank)
+            parameter.data = _shard(parameter.data, spec, axis.size, axis.rank)
             self._cuts.append(_Cut(parameter, spec))
             if kind == "weight" and spec.dim == 1:
                 hooks.attach(linear, NAME, self._sum)
@@ -100,11 +100,11 @@ class TensorParallel:
 
     def _whole(self, own: Tensor, spec: TPShardSpec) -> Tensor:
         axis = self._mesh.axis("tensor")
-        shares = gather_pieces(own, [own.shape] * axis.size, axis=axis, traffic=self._mesh.traffic)
+        shards = gather_pieces(own, [own.shape] * axis.size, axis=axis, traffic=self._mesh.traffic)
         if spec.dim is None:
-            return shares[0].clone()
+            return shards[0].clone()
         widths = [size // axis.size for size in spec.block_sizes]
-        blocks = zip(*(share.split(widths, dim=spec.dim) for share in shares), strict=True)
+        blocks = zip(*(shard.split(widths, dim=spec.dim) for shard in shards), strict=True)
         return torch.cat([part for block in blocks for part in block], dim=spec.dim)
 
 
@@ -117,7 +117,7 @@ def _require_plain(name: str, linear: nn.Module) -> None:
         )
 
 
-def _share(tensor: Tensor, spec: TPShardSpec, size: int, rank: int) -> Tensor:
+def _shard(tensor: Tensor, spec: TPShardSpec, size: int, rank: int) -> Tensor:
     """Return this rank's part of every block, in its own memory. What is added after the sum counts
     on rank 0 only.
     """

@@ -18,10 +18,10 @@ from backends.errors import UnsupportedError
 from backends.parallel import hooks
 from backends.parallel.cfg_split import cut_batch
 from backends.parallel.distributed import Mesh
+from backends.parallel.transformers import TRANSFORMERS, TransformerSpec, transformer_of
 from backends.xdit.attention import Pass, SpreadAttention
 from backends.xdit.exchange import gather_tokens
 from backends.xdit.layout import Layout, Shard, Span, count, take
-from backends.xdit.transformers import TransformerSpec, family_of
 
 NAME = "xdit tokens"
 
@@ -37,8 +37,8 @@ class TokenCut:
         """collect: converts this rank's tokens to the input of the output layers; by default
         `gather`.
         """
-        self.family: TransformerSpec = family_of(denoiser)
-        self.attention = SpreadAttention(self.family, mesh)
+        self.transformer: TransformerSpec = _require_row(denoiser)
+        self.attention = SpreadAttention(self.transformer, mesh)
         self._denoiser = denoiser
         self._mesh = mesh
         self._collect = collect or self.gather
@@ -48,17 +48,17 @@ class TokenCut:
     def attach(self) -> None:
         """Hook the embedding, positions, blocks, output norm and attention of the denoiser."""
         self.attention.attach(self._denoiser)
-        if self.family.embed is not None:
-            self._attach(getattr(self._denoiser, self.family.embed), self._cut_embedding)
-        for name, streams in self.family.positions.items():
+        if self.transformer.embed is not None:
+            self._attach(getattr(self._denoiser, self.transformer.embed), self._cut_embedding)
+        for name, streams in self.transformer.positions.items():
             self._attach(getattr(self._denoiser, name), self._cut_positions(streams))
-        if self.family.cut_in_blocks:
+        if self.transformer.cut_in_blocks:
             blocks = [
-                block for name in self.family.blocks for block in getattr(self._denoiser, name)
+                block for name in self.transformer.blocks for block in getattr(self._denoiser, name)
             ]
             for block in blocks:
                 self._attach(block, self._cut_block(_names(block), is_first=block is blocks[0]))
-        tail = getattr(self._denoiser, self.family.tail)
+        tail = getattr(self._denoiser, self.transformer.tail)
         for module in tail.values() if isinstance(tail, nn.ModuleDict) else [tail]:
             self._attach(module, self._gather)
 
@@ -79,8 +79,8 @@ class TokenCut:
 
     def layout(self, arguments: dict[str, Any], *, num_patches: int = 1) -> Layout:
         """Return how the tokens of this call are cut."""
-        text = arguments[self.family.text].shape[1] if self.family.text is not None else 0
-        image = self.family.num_image_tokens(self._denoiser, arguments)
+        text = arguments[self.transformer.text].shape[1] if self.transformer.text is not None else 0
+        image = self.transformer.num_image_tokens(self._denoiser.config, arguments)
         shards = self._mesh.axis("ring", "ulysses").size
         return Layout(num_text=text, num_image=image, num_patches=num_patches, num_shards=shards)
 
@@ -92,10 +92,10 @@ class TokenCut:
         finally:
             self.attention.current = None
 
-    def share(self) -> Shard:
+    def shard(self) -> Shard:
         """Return this rank's tokens in the pass under way."""
         this = self.current
-        return this.layout.share(self._mesh.axis("ring", "ulysses").rank, patch=this.patch)
+        return this.layout.shard(self._mesh.axis("ring", "ulysses").rank, patch=this.patch)
 
     @property
     def current(self) -> Pass:
@@ -104,12 +104,12 @@ class TokenCut:
         return self.attention.current
 
     def _cut_arguments(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        share = self.share()
+        shard = self.shard()
         cuts: dict[str, tuple[tuple[Span, ...], int]] = {}
-        if self.family.text is not None:
-            cuts[self.family.text] = (share.text, 1)
-        cuts |= {name: (share.text, dim) for name, dim in self.family.text_arguments.items()}
-        cuts |= {name: (share.image, dim) for name, dim in self.family.image_arguments.items()}
+        if self.transformer.text is not None:
+            cuts[self.transformer.text] = (shard.text, 1)
+        cuts |= {name: (shard.text, dim) for name, dim in self.transformer.text_arguments.items()}
+        cuts |= {name: (shard.image, dim) for name, dim in self.transformer.image_arguments.items()}
         return {
             name: _cut(value, *cuts[name]) if name in cuts else _own(value)
             for name, value in arguments.items()
@@ -120,19 +120,19 @@ class TokenCut:
         if self.attention.current is None:
             return tokens
         # (B, D, n): the class flattens the dims after dim 1, of which one is left
-        if self.family.embeds_map:
-            return take(tokens.flatten(2), self.share().image, dim=2)
-        return take(tokens, self.share().image, dim=1)
+        if self.transformer.embeds_map:
+            return take(tokens.flatten(2), self.shard().image, dim=2)
+        return take(tokens, self.shard().image, dim=1)
 
     def _cut_positions(self, streams: tuple[tuple[str, int], ...]) -> hooks.Around:
         def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             if self.attention.current is None:
                 return forward(*args, **kwargs)
-            if self.family.text_length is not None:
-                kwargs = {**kwargs, self.family.text_length: self.current.layout.num_text}
-            positions, share = forward(*args, **kwargs), self.share()
+            if self.transformer.text_length is not None:
+                kwargs = {**kwargs, self.transformer.text_length: self.current.layout.num_text}
+            positions, shard = forward(*args, **kwargs), self.shard()
             return tuple(
-                take(tensor, share.image if stream == "image" else share.text, dim=dim)
+                take(tensor, shard.image if stream == "image" else shard.text, dim=dim)
                 for tensor, (stream, dim) in zip(positions, streams, strict=True)
             )
 
@@ -142,14 +142,17 @@ class TokenCut:
         """Return a hook for a block whose arguments are still whole. Tokens from the block before
         are cut already.
         """
-        tokens, *others = self.family.cut_in_blocks
+        dims = self.transformer.cut_in_blocks
+        tokens, *others = dims
 
         def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             arguments = {**dict(zip(names, args, strict=False)), **kwargs}
             if self.attention.current is not None:
                 for name in [tokens, *others] if is_first else others:
                     arguments[name] = take(
-                        arguments[name], self.share().image, dim=self.family.cut_in_blocks[name]
+                        arguments[name],
+                        self.shard().image,
+                        dim=self.transformer.cut_in_blocks[name],
                     )
             return forward(**arguments)
 
@@ -168,16 +171,28 @@ class TokenCut:
     def gather(self, tokens: Tensor) -> Tensor:
         """Return all image tokens (B, N, D) of the pass under way, in their natural order."""
         this, axis = self.current, self._mesh.axis("ring", "ulysses")
-        shares = [this.layout.share(shard, patch=this.patch) for shard in range(axis.size)]
+        shards = [this.layout.shard(index, patch=this.patch) for index in range(axis.size)]
         if axis.size > 1:
-            lengths = [count(share.image) for share in shares]
+            lengths = [count(shard.image) for shard in shards]
             tokens = gather_tokens(tokens, lengths=lengths, axis=axis, traffic=self._mesh.traffic)
         if (
-            len(shares) > 1 and len(shares[0].image) > 1
+            len(shards) > 1 and len(shards[0].image) > 1
         ):  # shards interleave: each has a part of every patch
-            positions = [torch.arange(*span) for share in shares for span in share.image]
+            positions = [torch.arange(*span) for shard in shards for span in shard.image]
             tokens = tokens[:, torch.argsort(torch.cat(positions)).to(tokens.device)]
         return tokens
+
+
+def _require_row(denoiser: nn.Module) -> TransformerSpec:
+    """Return the facts of this denoiser's class. UnsupportedError if nobody has described it."""
+    row = transformer_of(denoiser)
+    if row is None:
+        raise UnsupportedError(
+            f"backend 'xdit' cannot spread the tokens of {type(denoiser).__name__}. Allowed: "
+            f"{', '.join(TRANSFORMERS)}. "
+            "Use CFG parallelism alone (--use_cfg_parallel on 2 ranks), or another backend."
+        )
+    return row
 
 
 def _cut(value: Any, spans: tuple[Span, ...], dim: int) -> Any:

@@ -59,7 +59,7 @@ def test_a_turn_sends_at_most_a_third_of_what_broadcasting_all_outputs_would(
     assert max(shares) < 1.25 / model_n, shares  # a cut that is no cut would send nothing
     place = RankRole(num_segments=model_n, stride=stride, rank=0)
     executor = SynchronousExecutor(segments, place)
-    with hooks.run_with(executor.play), torch.device("meta"), torch.no_grad():
+    with hooks.run_with(executor.run), torch.device("meta"), torch.no_grad():
         call()
     num_ranks = model_n + stride - 1
     prediction = 2 * 4 * 64 * 64 * 4 * stride * (num_ranks - 1)

@@ -11,6 +11,7 @@ from backends.distrifuser.plan import make_plan
 from backends.errors import PlanError, UnsupportedError
 from backends.model_table import read_table
 from backends.parallel.base import RunInfo
+from backends.parallel.patch_bounds import PatchBounds, TokenLayout
 from backends.request import GenerateRequest
 from tests.backends.distrifuser.driving import attached, build
 from tests.checkpoints import load
@@ -266,3 +267,10 @@ def test_a_network_that_nobody_described_is_refused():
         match="a AutoencoderKL cannot be cut into patches: it is neither a UNet nor one of",
     ):
         cut_of(load("sd1").vae)
+
+
+def test_an_attention_over_fewer_tokens_than_the_patch_is_refused():
+    layout = TokenLayout(PatchBounds((0, 6, 10)), patch=0)
+    assert layout.tokens(6).sizes == (6, 4)
+    with pytest.raises(PlanError, match="an attention has 5 tokens, fewer than this rank's 6"):
+        layout.tokens(5)

@@ -9,9 +9,10 @@ import torch
 import torch._dynamo
 
 from backends.errors import UnsupportedError
-from backends.loading.compilation import Compilation, quiet_regions
+from backends.loading.compilation import Compilation
 from backends.model_table import read_table
 from backends.parallel.distributed import Mesh
+from backends.parallel.regions import quiet_regions
 from backends.quantization_spec import QuantizationSpec
 from backends.request import CompileSettings
 from backends.single.backend import SingleBackend

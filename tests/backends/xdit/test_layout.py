@@ -20,15 +20,15 @@ def test_shards_of_all_patches_cover_every_token_once(num_text, num_image, num_p
     layout = Layout(
         num_text=num_text, num_image=num_image, num_patches=num_patches, num_shards=num_shards
     )
-    shares = [
-        layout.share(shard, patch=patch)
+    shards = [
+        layout.shard(index, patch=patch)
         for patch in range(num_patches)
-        for shard in range(num_shards)
+        for index in range(num_shards)
     ]
-    assert sorted(token for share in shares for token in tokens_of(share.text)) == list(
+    assert sorted(token for shard in shards for token in tokens_of(shard.text)) == list(
         range(num_text)
     )
-    assert sorted(token for share in shares for token in tokens_of(share.image)) == list(
+    assert sorted(token for shard in shards for token in tokens_of(shard.image)) == list(
         range(num_image)
     )
 
@@ -36,12 +36,12 @@ def test_shards_of_all_patches_cover_every_token_once(num_text, num_image, num_p
 @pytest.mark.parametrize(("num_text", "num_image"), LENGTHS)
 def test_a_rank_has_the_same_shard_in_a_whole_pass_and_patch_by_patch(num_text, num_image):
     layout = Layout(num_text=num_text, num_image=num_image, num_patches=3, num_shards=2)
-    whole = layout.share(1)
-    patches = [layout.share(1, patch=patch) for patch in range(3)]
+    whole = layout.shard(1)
+    patches = [layout.shard(1, patch=patch) for patch in range(3)]
     assert tokens_of(whole.image) == [
-        token for share in patches for token in tokens_of(share.image)
+        token for shard in patches for token in tokens_of(shard.image)
     ]
-    assert tokens_of(whole.text) == [token for share in patches for token in tokens_of(share.text)]
+    assert tokens_of(whole.text) == [token for shard in patches for token in tokens_of(shard.text)]
 
 
 def test_text_comes_with_the_first_patches_and_patches_are_even():

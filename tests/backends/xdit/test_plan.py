@@ -9,8 +9,7 @@ import pytest
 
 from backends.errors import PlanError
 from backends.model_table import read_table
-from backends.xdit.plan import IGNORED, STAGED, make_plan
-from backends.xdit.transformers import FAMILIES
+from backends.xdit.plan import IGNORED, make_plan
 
 TABLE = read_table()
 
@@ -132,10 +131,6 @@ def test_rejects_pipefusion_for_classes_that_it_does_not_cut(tmp_path):
         ),
     ):
         make_plan(TABLE["wan_t2v"], options, 2)
-
-
-def test_planner_and_families_agree_on_what_has_stages():
-    assert {name for name, family in FAMILIES.items() if family.has_stages} == STAGED
 
 
 def test_no_cfg_split_by_default_where_guidance_is_off_by_default():

@@ -10,8 +10,8 @@ import torch
 
 from backends.errors import PlanError, UnsupportedError
 from backends.model_table import read_table
+from backends.parallel.transformers import TRANSFORMERS
 from backends.parallel.weight_shards import weight_bytes
-from backends.xdit.plan import TENSOR_PLANS
 from backends.xdit.tensor import TensorParallel
 from tests.backends.reference import from_rank_zero
 from tests.backends.xdit.ranks import assert_close, attached, generated, latents_of
@@ -40,9 +40,9 @@ def check_matches_single(rank, world_size, name, sets):
                     generated(backend, pipe, name, size=size, steps=2), latents, (options, size)
                 )
             assert not backend.has_whole_weights
-            share = weight_bytes(pipe.transformer) / whole
-            assert share < {2: 0.75, 4: 0.65}[degree], (
-                f"rank {rank} keeps {share:.0%} of the weights"
+            shard = weight_bytes(pipe.transformer) / whole
+            assert shard < {2: 0.75, 4: 0.65}[degree], (
+                f"rank {rank} keeps {shard:.0%} of the weights"
             )
         assert all(
             torch.equal(tensor, state[name])
@@ -73,7 +73,8 @@ def test_planner_knows_which_classes_diffusers_has_a_tensor_plan_for():
     for spec in read_table().values():
         if spec.denoiser == "transformer":
             name = type_of_transformer(spec)
-            assert (getattr(diffusers, name)._tp_plan is not None) == (name in TENSOR_PLANS), name
+            has_plan = getattr(diffusers, name)._tp_plan is not None
+            assert has_plan == TRANSFORMERS[name].has_tensor_plan, name
 
 
 def type_of_transformer(spec):
