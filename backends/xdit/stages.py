@@ -46,11 +46,9 @@ class _Part:
     """One half of the guidance batch (or the whole batch) of one denoiser call of each step."""
 
     layout: Layout
-    """How its tokens are cut."""
     batch: int
     """Batch size of the whole call."""
     stale: StaleKVCache = field(default_factory=StaleKVCache)
-    """Keys and values of all patches."""
     is_filled: bool = False
     """Whether `stale` has the keys and values of a whole pass."""
     tokens: Tensor | None = None
@@ -232,18 +230,14 @@ class PipeFusion:
         )
 
     def _grid(self, latents: Tensor, layout: Layout) -> PatchGrid | None:
-        """Return where the patches of a prediction are; None if it cannot be passed on patch by
-        patch.
-        """
+        """Return where the patches of a prediction are; None if all must travel together."""
         if self._mesh.axis("data").size > 1:  # its collective needs the whole
             return None
         spans = [layout.patch(patch)[1] for patch in range(self._num_patches)]
         return PatchGrid.of(latents, spans, self._denoiser.config.patch_size)
 
     def _take_in(self, latents: Tensor, grid: PatchGrid | None) -> None:
-        """Keep the latents of this call if they are still arriving, in the same patches as this
-        call uses.
-        """
+        """Keep the latents of this call if they are still arriving in the patches of this call."""
         self._finish(but=2)
         # complete the last input: the first stage has used it, and on the other stages deferred
         # arithmetic would pile up
@@ -278,8 +272,8 @@ class PipeFusion:
         return [None] if is_whole else list(range(self._num_patches))
 
     def _once(self, module: nn.Module) -> hooks.Around:
-        """Return a hook for a module whose result is the same for every patch: it runs in the first
-        pass of each step, and later passes get the same tensors.
+        """Return a hook that runs a module in the first pass of each step and repeats its result
+        later.
         """
 
         def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -348,9 +342,7 @@ class PipeFusion:
         return part.tokens
 
     def _from_last_stage(self, prediction: Tensor, grid: PatchGrid | None) -> Tensor:
-        """Return the last stage's prediction on every stage: complete, or with patches that are
-        under way.
-        """
+        """Return the last stage's prediction on every stage: complete, or still under way."""
         stage, traffic = self._mesh.axis("stage"), self._mesh.traffic
         if grid is None:
             prediction = prediction.contiguous()
