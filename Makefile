@@ -1,5 +1,5 @@
 # make install: set up .venv. make demo: one image from two ranks on this machine. make test: the tests.
-# Each sets up .venv by itself.
+# Each target sets up .venv by itself.
 PYTHON ?= python3
 PORT ?= 6000
 BIN := .venv/bin
@@ -24,7 +24,7 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# the generated parts of the README
+# docs/arguments.md, and the generated parts of the README
 docs: .venv/installed
 	$(BIN)/python -m hosts.launch.readme
 

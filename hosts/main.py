@@ -55,15 +55,7 @@ def run_rank(
     else. problem: one that the arguments already had. starts_empty: the pipeline comes over HTTP
     instead of from the settings.
     """
-    parent_watch.die_with_parent(is_torchelastic="TORCHELASTIC_RUN_ID" in os.environ)
-    place = Place.of(settings, os.environ)
-    notes = _notes(place)
-    log.configure(
-        rank=place.rank, log_format=settings.log_format, kept_in=notes.log_file(place.rank)
-    )
-    notes.record_crash(place.rank)
-    set_library_defaults(os.environ)
-    start = None
+    place, start, listener = _set_up(settings), None, None
     try:
         if problem is None and not starts_empty:
             start = _plan(settings, place=place)
@@ -71,9 +63,8 @@ def run_rank(
         problem = error
     if problem is not None and after_failed_load == "exit":
         return _fatal(problem)
-    listener = None
     try:
-        process = _open(settings, place, notes)
+        process = _open(settings, place)
         process.stop_when_told()
         control = process.control()
         if place.rank == 0:
@@ -99,7 +90,20 @@ def run_rank(
     return 0
 
 
-def _open(settings: Settings, place: Place, notes: RankNotes) -> RankProcess:
+def _set_up(settings: Settings) -> Place:
+    """Tie this process to its parent, and set up its log and its libraries."""
+    parent_watch.die_with_parent(is_torchelastic="TORCHELASTIC_RUN_ID" in os.environ)
+    place = Place.of(settings, os.environ)
+    notes = _notes(place)
+    log.configure(
+        rank=place.rank, log_format=settings.log_format, kept_in=notes.log_file(place.rank)
+    )
+    notes.record_crash(place.rank)
+    set_library_defaults(os.environ)
+    return place
+
+
+def _open(settings: Settings, place: Place) -> RankProcess:
     """ConfigError if the folder of jobs cannot be used."""
     folder = _state_folder(settings)
     keeps_jobs = place.rank == 0 and not settings.no_job_store and folder is not None
@@ -116,7 +120,7 @@ def _open(settings: Settings, place: Place, notes: RankNotes) -> RankProcess:
         queue=queue_within(settings, store, complete=notes_before.complete),
         store=store,
         state_folder=folder,
-        notes=notes,
+        notes=_notes(place),
         notes_before=notes_before,
     )
 

@@ -133,5 +133,6 @@ def test_checkpoint_that_does_not_load_ends_the_host_with_its_reason_and_is_not_
     assert done.stderr.count("listening on") == 1
 
 
-def test_makefile_and_ci_run_the_same_tests():
-    assert "make test" in (REPOSITORY / ".ci" / "run").read_text()
+def test_continuous_integration_runs_the_linter_and_then_the_tests():
+    steps = (REPOSITORY / ".ci" / "run").read_text().split()
+    assert steps.index("lint") < steps.index("test")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from hosts.launch.readme import README, with_generated_parts
-from hosts.launch.settings import option_fields
+from hosts.launch.readme import ARGUMENTS, README, arguments_page, with_generated_parts
+from hosts.launch.settings import options
 
 ROOT = README.parent
 PAGES = [README, ROOT / "SECURITY.md", ROOT / "demo" / "README.md", *ROOT.glob("docs/*.md")]
@@ -30,8 +30,9 @@ def anchors(page: Path) -> set[str]:
     }
 
 
-def test_matrix_and_argument_table_equal_their_sources() -> None:
+def test_matrix_and_tables_of_arguments_equal_their_sources() -> None:
     assert with_generated_parts(TEXT[README]) == TEXT[README], "run `make docs`"
+    assert TEXT[ARGUMENTS] == arguments_page(), "run `make docs`"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
@@ -61,8 +62,8 @@ def test_modules_and_targets_of_commands_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_arguments_in_command_lines_of_the_launcher_exist(page: Path) -> None:
-    known = set(option_fields()) | OWN_ARGUMENTS
-    known |= {alias for field in option_fields().values() for alias in field.metadata["aliases"]}
+    known = set(options()) | OWN_ARGUMENTS
+    known |= {alias for option in options().values() for alias in option.aliases}
     for line in re.findall(r"python launcher\.py (?!generate|status)(.+)", TEXT[page]):
         for argument in re.findall(r"(?<!\S)--(\w+)", line.split(" # ")[0]):
             assert argument in known, f"--{argument} in: {line}"

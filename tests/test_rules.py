@@ -187,6 +187,7 @@ def test_launcher_imports_only_what_it_needs_before_it_knows_what_to_do():
         "hosts.launch.settings",
     }
     assert len((ROOT / "launcher.py").read_text().splitlines()) < 150
+    assert len((ROOT / "hosts" / "main.py").read_text().splitlines()) < 200
 
 
 def test_environment_is_read_at_the_entries_only():

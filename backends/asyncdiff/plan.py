@@ -133,17 +133,11 @@ def _whole(options: Mapping[str, object], name: str) -> int | None:
 
 
 def _warmup_steps(options: Mapping[str, object]) -> int:
-    """`warm_up`, or its newer name `synced_steps`, which wins. Both count synchronous steps
-    exactly.
-    """
-    given = next(
-        (options[name] for name in ("synced_steps", "warm_up") if options.get(name) is not None),
-        DEFAULT_WARMUP_STEPS,
-    )
-    steps = int(str(given))
+    given = options.get("warmup_steps")
+    steps = DEFAULT_WARMUP_STEPS if given is None else int(str(given))
     if steps < 0:
         raise PlanError(
-            f"synced_steps={steps} is not allowed. Allowed: 0 and more synchronous steps. Use "
+            f"warmup_steps={steps} is not allowed. Allowed: 0 and more synchronous steps. Use "
             f"{DEFAULT_WARMUP_STEPS}."
         )
     return steps
@@ -154,7 +148,7 @@ def _synced_percent(options: Mapping[str, object]) -> float:
     if not 0 <= percent <= 100:
         raise PlanError(
             f"synced_percent={percent:g} is not allowed. Allowed: 0 to 100. Use 0 to count by "
-            "synced_steps."
+            "warmup_steps."
         )
     return percent
 

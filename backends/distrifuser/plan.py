@@ -20,9 +20,9 @@ def make_plan(spec: ModelSpec, options: Mapping[str, object], world_size: int) -
     """CFG split first where the world is even and the type has guidance, patches (or weight shards)
     within each half.
 
-    options: parallelism, sync_mode, split_scheme, no_split_batch, patch_weights, warm_up_steps,
-    extrapolate; None or absent is unset, others are ignored. PlanError if they contradict each
-    other or the number of ranks.
+    options: parallelism, sync_mode, split_scheme, no_split_batch, patch_weights, warmup_steps (by
+    its older name warm_up_steps), extrapolate; None or absent is unset, others are ignored.
+    PlanError if they contradict each other or the number of ranks.
     """
     given = {name: value for name, value in options.items() if value is not None}
     parallelism = _choice("parallelism", given.get("parallelism", "patch"), PARALLELISMS)
@@ -30,7 +30,8 @@ def make_plan(spec: ModelSpec, options: Mapping[str, object], world_size: int) -
         "sync_mode", given.get("sync_mode", "corrected_async_gn"), tuple(SYNC_MODES)
     )
     scheme = _choice("split_scheme", given.get("split_scheme", "row"), SPLIT_SCHEMES)
-    warmup_steps = _count("warm_up_steps", given.get("warm_up_steps", DEFAULT_WARMUP_STEPS))
+    old_spelling = given.get("warm_up_steps", DEFAULT_WARMUP_STEPS)
+    warmup_steps = _count("warmup_steps", given.get("warmup_steps", old_spelling))
     splits_batch = (
         world_size > 1
         and world_size % 2 == 0
@@ -102,9 +103,9 @@ def _reasons(
             f"cfg=2: {world_size} ranks are even and {spec.name} has guidance; no_split_batch uses "
             "patches only"
         )
-    if "warm_up_steps" not in given:
+    if not given.keys() & {"warmup_steps", "warm_up_steps"}:
         reasons.append(
-            f"warm_up_steps={DEFAULT_WARMUP_STEPS}: the default of synchronous steps at the start"
+            f"warmup_steps={DEFAULT_WARMUP_STEPS}: the default of synchronous steps at the start"
         )
     if given.get("split_scheme", "row") != "row" and given.get("parallelism") != "naive_patch":
         reasons.append(
@@ -117,8 +118,6 @@ def _reasons(
         reasons.append(
             "extrapolate has no effect: no values of the step before are received in this mode"
         )
-    if given.get("no_cuda_graph"):
-        reasons.append("no_cuda_graph has no effect: no CUDA graphs are used")
     return reasons
 
 

@@ -4,7 +4,7 @@ before anything loads.
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,23 +31,6 @@ its stage once more.
 """
 DEFAULT_WARMUP_STEPS = 1
 
-IGNORED = {
-    "use_teacache": (
-        "it needs coefficients fitted to each model; --step_cache=first_block follows "
-        "the same idea without them"
-    ),
-    "use_fast_attn": "it needs a calibration for each model",
-    "use_fp8_t5_encoder": "text encoders are quantised by --quantize_encoder_to=float8",
-    "no_use_resolution_binning": "sizes are never changed to those of a list",
-    "max_sequence_length": (
-        "prompts may be as long as the pipeline allows, so that all backends give the same image"
-    ),
-    "vae_parallel_size": "an image is decoded by all ranks or by each whole, never by some",
-}
-"""xFuser arguments that old clients may pass and that are no choice here: accepted, without effect,
-and said so.
-"""
-
 
 def make_plan(spec: ModelSpec, options: Mapping[str, object], world_size: int) -> ParallelPlan:
     """The degrees that were asked for, or, if none was, a choice with its reasons.
@@ -67,7 +50,7 @@ def make_plan(spec: ModelSpec, options: Mapping[str, object], world_size: int) -
         axes=tuple((axis, degrees[axis]) for axis in SETTINGS if degrees[axis] > 1),
         exactness=_exactness(degrees),
         options=plan_options,
-        reasons=(*reasons, *_warnings(options)),
+        reasons=tuple(reasons),
     )
     _check_product(spec, shape, degrees, world_size)
     _check_fit(spec, shape, degrees)
@@ -211,12 +194,6 @@ def _blocks_per_stage(value: object, num_stages: int, shape: _Shape) -> tuple[in
             f"from 1{total}."
         )
     return blocks
-
-
-def _warnings(options: Mapping[str, object]) -> Iterator[str]:
-    for setting, why in IGNORED.items():
-        if options.get(setting):
-            yield f"{setting} has no effect: {why}."
 
 
 def _exactness(degrees: Mapping[str, int]) -> Exactness:

@@ -10,7 +10,7 @@ from typing import Any
 from backends.errors import ConfigError, HostError
 from backends.model_table import ModelTable
 from hosts.launch.command_line import by_canonical_name
-from hosts.launch.settings import Settings, option_fields
+from hosts.launch.settings import Settings, options
 from hosts.launch.start_plan import StartPlan, plan_start
 
 OF_A_DEPLOYMENT = frozenset(
@@ -168,10 +168,7 @@ def _plan(name: str, settings: Settings, table: ModelTable, *, local_gpus: int) 
 
 def refuse_without_engine(settings: Settings) -> None:
     """An argument of several hosts that one host would ignore is an error."""
-    declared = option_fields()
-    if given := [
-        name for name in settings.given if declared[name].metadata["section"] == "cluster"
-    ]:
+    if given := [name for name in settings.given if options()[name].section == "cluster"]:
         raise ConfigError(
             f"--{given[0]} was given, but it is for --engine=ray. Give that too, or leave it out."
         )

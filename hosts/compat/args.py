@@ -11,15 +11,28 @@ import tempfile
 from collections.abc import Sequence
 
 from backends.errors import ConfigError
-from hosts.launch.parsers import parse_switch
-from hosts.launch.settings import Settings, canonical_names, option_fields
+from hosts.launch.settings import Settings, canonical_names, options
 
 logger = logging.getLogger(__name__)
 
 OFF_VALUES = frozenset({"", "none", "disabled", "default", "null"})
 """Texts by which clients say that nothing was chosen."""
-MEANS_OFF = {"quantize_tokenizer", "quantize_scheduler"}
-"""There is nothing to quantise in these: clients may say so, and it changes nothing."""
+_NO_WEIGHTS = "there are no weights in it"
+NO_EFFECT = {
+    "quantize_tokenizer": _NO_WEIGHTS,
+    "quantize_scheduler": _NO_WEIGHTS,
+    "max_sequence_length": "prompts may be as long as the pipeline allows",
+    "vae_parallel_size": "an image is decoded by all ranks together, or whole by each",
+    "no_cuda_graph": "no CUDA graphs are used",
+    "use_teacache": "it needs coefficients fitted to each model; use --step_cache=first_block",
+    "use_fast_attn": "it needs a calibration for each model",
+    "use_fp8_t5_encoder": "text encoders are quantized by --quantize_encoder_to=float8",
+    "no_use_resolution_binning": "sizes are never changed to those of a list",
+}
+"""Arguments of the existing clients that change nothing here -> why."""
+MEANT_FOR = {"warm_up": "asyncdiff", "synced_steps": "asyncdiff", "warmup_steps": "xdit"}
+"""Arguments of one backend, which is the only one that they act on when these clients send them."""
+OLD_SWITCHES = frozenset(name for name in NO_EFFECT if name.startswith(("no_", "use_")))
 
 
 def parse_client_arguments(argv: Sequence[str], *, backend: str) -> Settings:
@@ -29,13 +42,18 @@ def parse_client_arguments(argv: Sequence[str], *, backend: str) -> Settings:
     names = canonical_names()
     values: dict[str, str] = {}
     for spelling, value in _pairs(argv):
+        if spelling in NO_EFFECT:
+            logger.warning("--%s has no effect: %s", spelling, NO_EFFECT[spelling])
+            continue
         if spelling not in names:
             logger.warning("--%s is not an argument of this host: ignored", spelling)
             continue
-        name = names[spelling]
-        if name in MEANS_OFF:
-            logger.warning("--%s has no effect: there are no weights in it", spelling)
+        if MEANT_FOR.get(spelling, backend) != backend:
+            logger.warning(
+                "--%s has no effect: it is for backend %s", spelling, MEANT_FOR[spelling]
+            )
             continue
+        name = names[spelling]
         text = "true" if value is None and _is_switch(name) else value
         if text is not None and text.strip().lower() not in OFF_VALUES:
             values[name] = text
@@ -52,7 +70,7 @@ def _pairs(argv: Sequence[str]) -> list[tuple[str, str | None]]:
         elif (
             pairs
             and pairs[-1][1] is None
-            and not _is_switch(canonical_names().get(pairs[-1][0], ""))
+            and not _is_switch(canonical_names().get(pairs[-1][0], pairs[-1][0]))
         ):
             pairs[-1] = (pairs[-1][0], token)
         else:
@@ -61,7 +79,7 @@ def _pairs(argv: Sequence[str]) -> list[tuple[str, str | None]]:
 
 
 def _is_switch(name: str) -> bool:
-    return name in option_fields() and option_fields()[name].metadata["parse"] is parse_switch
+    return name in OLD_SWITCHES or (name in options() and options()[name].is_switch)
 
 
 def settings_or_problem(

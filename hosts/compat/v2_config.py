@@ -42,7 +42,7 @@ SECTIONS = {
     "compile_config": COMPILE_CONFIG,
 }
 NAMES = {
-    "synced_steps": "warm_up",
+    "synced_steps": "warmup_steps",
     "compile_transformer": "compile_unet",
     "compile_encoder": "compile_text_encoder",
     "torch_accumlated_cache_limit": "torch_accumulated_cache_limit",

@@ -1,9 +1,9 @@
-"""--backend=auto: which launches it is for, what it chose and why, and what they remember for the
-next launch. Imports no torch.
+"""Which backend a launch uses. --backend=auto: its choice, the reasons, and the measurements kept
+for the next launch. Imports no torch.
 
-The launcher and `--check` choose by what an earlier launch has measured, or else by the
-configuration of the checkpoint; ranks that have loaded the model without such a memory measure
-(hosts/ranks/autotune.py) and choose again.
+The launcher and `--check` choose by the measurements of an earlier launch, or else by the
+checkpoint's configuration. Without such measurements the ranks benchmark the candidates once the
+model is loaded (hosts/ranks/autotune.py), and choose again.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,10 +26,11 @@ from backends.errors import ConfigError
 from backends.model_table import ModelSpec
 from backends.plan import ParallelPlan
 from backends.step_cache_spec import parse_step_cache, require_step_cache
-from hosts.launch.settings import Settings, option_fields
+from hosts.launch.load_options import WITHOUT_SDPA
+from hosts.launch.settings import Settings, options
 
 Recall = Callable[[str], Measured | None]
-"""What an earlier launch with this key has measured."""
+"""Return what an earlier launch with this key has measured."""
 COMPILES = ("compile_unet", "compile_vae", "compile_text_encoder")
 CHANGES_SIZES = (
     "gguf_model",
@@ -42,34 +43,35 @@ CHANGES_SIZES = (
     "enable_sequential_cpu_offload",
     "enable_group_offload",
 )  # fmt: skip
-"""Options with which the bytes of the checkpoint's files say nothing about the device's memory."""
-SECTIONS_IN_KEY = ("model", "adapters", "quantization", "memory")
+"""Options with which the sizes of the checkpoint's files do not predict the device's memory."""
+SECTIONS_IN_KEY = ("model", "adapters", "quantization", "memory", "old")
 PACKAGES_IN_KEY = ("torch", "diffusers", "diffusion-launcher")
 FOLDER = "plans"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackendChoice:
-    """The choice. rows: the table. job: what one image is made with. world: that of all ranks, the
-    same unless fewer are quicker.
-
-    teams: the quickest of each smaller number of ranks. measured: what it was chosen by. key: of
-    the memory that fits this launch.
-    """
+    """The choice of --backend=auto."""
 
     rows: tuple[Row, ...]
+    """All candidates, as a table."""
     job: Row
+    """The one for an image that arrives alone."""
     world: Row
+    """The one of all ranks: the same, unless fewer ranks are faster."""
     teams: Mapping[int, ParallelPlan] = field(default_factory=dict)
+    """Each smaller number of ranks -> its fastest plan."""
     measured: Measured
+    """The figures behind the choice."""
     quality: str
     key: str
+    """Names the kept measurements that fit this launch."""
 
     @property
     def source(self) -> str:
         if self.measured.steps:
             return f"measured {self.measured.date}".strip()
-        return "estimated from the checkpoint's configuration; measured when it is loaded"
+        return "estimated from the checkpoint's configuration; measured once it is loaded"
 
     @property
     def reason(self) -> str:
@@ -97,27 +99,91 @@ class BackendChoice:
         ]
 
 
-def is_automatic(settings: Settings, spec: ModelSpec, world_size: int) -> bool:
-    """Whether this launch leaves the method to us: asked for, or nothing else was and there is
-    something to choose.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolvedBackend:
+    """The backend of all ranks together, and the settings with the options of that choice."""
 
-    ConfigError if it was asked for together with what it cannot be combined with.
+    backend: str
+    settings: Settings
+    auto: BackendChoice | None = None
+    reasons: tuple[str, ...] = ()
+
+
+def resolve_backend(
+    settings: Settings,
+    spec: ModelSpec,
+    world_size: int,
+    *,
+    checkpoint: Path,
+    num_gpus: int,
+    features: tuple[str, ...],
+    recall: Recall,
+) -> ResolvedBackend:
+    """The named backend, the choice of --backend=auto, or the model type's first one."""
+    backend = settings.backend
+    if is_automatic(settings, spec, world_size):
+        auto = decide(
+            settings,
+            spec,
+            checkpoint=checkpoint,
+            world_size=world_size,
+            num_gpus=num_gpus,
+            features=features,
+            recall=recall,
+        )
+        chosen, reasons = _for_any_method(replace(settings, **auto.world.candidate.options))
+        return ResolvedBackend(
+            backend=auto.world.candidate.backend,
+            settings=chosen,
+            auto=auto,
+            reasons=(*reasons, auto.reason),
+        )
+    if backend in (None, "auto"):
+        backend = spec.default_backend(world_size)
+        reason = (
+            f"backend={backend}: first choice of type {spec.name!r} on {world_size} "
+            f"rank{'s' if world_size > 1 else ''}"
+        )
+        return ResolvedBackend(backend=backend, settings=settings, reasons=(reason,))
+    if world_size == 1 and backend != "single":
+        spec.require(backend)
+        reason = f"one rank: backend {backend} computes what single does"
+        return ResolvedBackend(backend="single", settings=settings, reasons=(reason,))
+    return ResolvedBackend(backend=backend, settings=settings)
+
+
+def _for_any_method(settings: Settings) -> tuple[Settings, tuple[str, ...]]:
+    """Without the options that some methods cannot have: the choice is made again when the model is
+    loaded, and teams may use other methods.
+    """
+    reasons = tuple(
+        f"--{name} has no effect with --backend=auto: most methods reach the other ranks through "
+        "torch's own attention"
+        for name in WITHOUT_SDPA
+        if getattr(settings, name)
+    )
+    return replace(settings, **dict.fromkeys(WITHOUT_SDPA, False)), reasons
+
+
+def is_automatic(settings: Settings, spec: ModelSpec, world_size: int) -> bool:
+    """Whether this launch leaves the method open: --backend=auto was given, or neither a backend
+    nor an option of one, and there are several.
+
+    ConfigError if --backend=auto was given with an option that it excludes.
     """
     asked = settings.backend == "auto"
-    declared = option_fields()
-    fixed = [name for name in settings.given if declared[name].metadata["backends"]]
+    fixed = [name for name in settings.given if options()[name].backends]
     compiled = [name for name in COMPILES if getattr(settings, name)]
     if asked and fixed:
         raise ConfigError(
             f"--backend=auto chooses degrees and modes itself, but --{fixed[0]} was given. Leave "
-            "it out, or name the backend: "
-            f"{' or '.join(declared[fixed[0]].metadata['backends'])}."
+            "that out, or name the backend: "
+            f"{' or '.join(options()[fixed[0]].backends)}."
         )
     if asked and compiled:
         raise ConfigError(
-            f"--backend=auto tries several methods on the loaded model, and with --{compiled[0]} "
-            "each would compile it again. "
-            "Leave it out, or name the backend: "
+            f"--backend=auto benchmarks several methods on the loaded model, and with "
+            f"--{compiled[0]} each would compile it again. Leave it out, or name the backend: "
             f"{' or '.join(name for name in spec.backends if name != 'single')}."
         )
     num_backends = sum(
@@ -137,8 +203,8 @@ def decide(
     features: Sequence[str],
     recall: Recall,
 ) -> BackendChoice:
-    """The choice for these settings. ConfigError, with everyone's reason, if nothing is left to
-    choose.
+    """Return the choice for these settings. ConfigError, with the reason of each candidate, if none
+    is left.
     """
     candidates = _candidates(
         settings, spec, checkpoint=checkpoint, world_size=world_size, features=features
@@ -169,30 +235,29 @@ def decide(
 
 
 def halves_of(spec: ModelSpec) -> int:
-    """Of guidance at the type's defaults."""
+    """Return the number of guidance halves at the type's defaults."""
     return 2 if spec.guidance != "distilled" and spec.guidance_scale > 1 else 1
 
 
 def candidates_of(auto: BackendChoice) -> list[Candidate]:
-    """Those of the table, in an order that is the same on every machine."""
+    """Return the candidates in an order that is the same on every machine."""
     return sorted((row.candidate for row in auto.rows), key=lambda candidate: candidate.name)
 
 
 def key_of(
     settings: Settings, spec: ModelSpec, *, checkpoint: Path, world_size: int, num_gpus: int
 ) -> str:
-    """Names everything that measured times depend on."""
-    declared = option_fields()
-    options = {
+    """Return a name for everything that measured times depend on."""
+    given = {
         name: value
         for name, value in settings.given.items()
-        if declared[name].metadata["section"] in SECTIONS_IN_KEY
+        if options()[name].section in SECTIONS_IN_KEY
     }
     facts = {
         "type": spec.name,
         "files": _files(checkpoint, spec.denoiser),
         "size": (spec.height, spec.width, spec.num_inference_steps),
-        "options": options,
+        "options": given,
         "quality": settings.quality,
         "ranks": (world_size, settings.nnodes, num_gpus),
         "device": _device(),
@@ -202,7 +267,9 @@ def key_of(
 
 
 def recall_from(folder: str | Path | None) -> Recall:
-    """The memory in a state folder; none if there is no folder, or nothing readable in it."""
+    """Return the reader of measurements in a state folder. Without a folder, or with an unreadable
+    file, there are none.
+    """
 
     def recall(key: str) -> Measured | None:
         if folder is None:
@@ -216,8 +283,8 @@ def recall_from(folder: str | Path | None) -> Recall:
 
 
 def remember(folder: str | Path, key: str, measured: Measured) -> None:
-    """Keep it for the next launch. A folder that cannot be written is no reason to fail: then it is
-    measured again.
+    """Keep measurements for the next launch. If the folder cannot be written, that launch measures
+    again.
     """
     file = _file(folder, key)
     with contextlib.suppress(OSError):
@@ -254,7 +321,9 @@ def _candidates(
 def _estimate(
     settings: Settings, spec: ModelSpec, *, checkpoint: Path, world_size: int, num_gpus: int
 ) -> Measured:
-    """A GPU's memory is not known without torch: then nothing is refused for it yet."""
+    """Estimate the figures. A GPU's memory is unknown without torch, so it refuses no candidate
+    yet.
+    """
     device = DEVICES["gpu" if num_gpus else "cpu"]
     work = estimate_checkpoint(
         spec,
@@ -271,7 +340,7 @@ def _estimate(
 
 
 def _refuse_ranks(rows: Sequence[Row], ranks: int) -> NoReturn:
-    """ConfigError: the ranks meet in one plan before they may part."""
+    """ConfigError: the ranks need a plan for all of them before they may split."""
     reasons = "; ".join(
         f"{row.candidate.name}: {row.refusal.rstrip('.')}"
         for row in rows
@@ -279,13 +348,12 @@ def _refuse_ranks(rows: Sequence[Row], ranks: int) -> NoReturn:
     )
     raise ConfigError(
         f"no method uses all {ranks} ranks ({reasons or 'there is none'}). Start fewer with "
-        "--nproc_per_node, or name a --backend and "
-        "its degrees."
+        "--nproc_per_node, or name a --backend and its degrees."
     )
 
 
 def _files(checkpoint: Path, denoiser: str) -> list[tuple[str, int, int]]:
-    """Name, size and time of the denoiser's files: a checkpoint that was replaced is another
+    """Name, size and time of the denoiser's files: a replaced checkpoint counts as another
     one.
     """
     folder = checkpoint / denoiser
@@ -294,7 +362,7 @@ def _files(checkpoint: Path, denoiser: str) -> list[tuple[str, int, int]]:
 
 
 def _device() -> list[str]:
-    """What the driver or the kernel calls it."""
+    """The names of the devices, by the driver or the kernel."""
     lines = []
     for source in (*sorted(glob.glob("/proc/driver/nvidia/gpus/*/information")), "/proc/cpuinfo"):
         with contextlib.suppress(OSError):

@@ -1,5 +1,5 @@
-"""The launcher's command line and --config file -> Settings, strictly. The arguments themselves are
-declared in hosts/launch/settings.py.
+"""The launcher's command line and --config file -> Settings, strictly. hosts/launch/settings.py
+declares the arguments. Imports no torch.
 """
 
 import argparse
@@ -11,16 +11,16 @@ from typing import Any, NoReturn
 import yaml
 
 from backends.errors import ConfigError
-from hosts.launch.parsers import parse_switch
-from hosts.launch.settings import SECTIONS, Settings, canonical_names, option_fields
+from hosts.launch.option import SECTIONS, Option
+from hosts.launch.settings import Settings, canonical_names, options
 
 
 def parse_command_line(argv: Sequence[str]) -> Settings:
-    """Strict: an unknown or malformed argument is a ConfigError that names the closest one. --help
-    prints and exits.
+    """ConfigError for an unknown or malformed argument, with the closest name. --help prints and
+    exits.
     """
-    spoken = vars(_parser().parse_args([_underscored(token) for token in argv]))
-    values = {name: value for name, value in spoken.items() if value is not None}
+    parsed = vars(_parser().parse_args([_underscored(token) for token in argv]))
+    values = {name: value for name, value in parsed.items() if value is not None}
     if "config" in values:
         values = {**read_config(Path(values["config"])), **values}
     return Settings.from_values(values)
@@ -36,18 +36,18 @@ def read_config(path: Path) -> dict[str, Any]:
         ) from error
     except yaml.YAMLError as error:
         raise ConfigError(
-            f"--config={path} is not YAML: {' '.join(str(error).split())}."
+            f"--config={path} is not YAML: {' '.join(str(error).split())}. Correct the file."
         ) from error
     if not isinstance(content, dict):
         raise ConfigError(
-            f"--config={path} must hold 'name: value' lines, not a {type(content).__name__}."
+            f"--config={path} must hold lines of 'name: value', not a {type(content).__name__}."
         )
     return by_canonical_name(content, source=f"--config={path}")
 
 
 def by_canonical_name(content: Mapping[Any, Any], *, source: str) -> dict[str, Any]:
-    """The same values under the names of Settings. ConfigError names `source` and the first key
-    that is none.
+    """The same values under the names of Settings. ConfigError names `source` and the first unknown
+    key.
     """
     names = canonical_names()
     values = {}
@@ -77,38 +77,42 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}. See --help.")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:
-        spoken, unknown = self.parse_known_args(args, namespace)
+        parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             raise ConfigError(
                 f"{unknown[0]} is not an argument of this "
                 f"command.{_closest(unknown[0].partition('=')[0].lstrip('-'))}"
             )
-        return spoken
+        return parsed
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="launcher.py",
         allow_abbrev=False,
+        usage="launcher.py --type=TYPE [--checkpoint=PATH] [ARGUMENT ...]",
         description="Serve one diffusion model on several GPUs over HTTP.",
-        epilog=(
-            "Example: python launcher.py --type=sdxl --port=6000. In names, '-' and '_' are "
-            "the "
-            "same."
-        ),
+        epilog="Example: python launcher.py --type=sdxl --port=6000. In names, '-' equals '_'.",
     )
-    groups = {section: parser.add_argument_group(section) for section in SECTIONS}
-    for name, declared in option_fields().items():
-        data = declared.metadata
-        spellings = [f"--{spelling}" for spelling in (name, *data["aliases"])]
-        text = data["text"] + (
-            f" Default: {declared.default}." if declared.default not in (None, False) else ""
-        )
-        text += f" ({data['pending']})" if data["pending"] else ""
-        value: dict[str, Any] = {"metavar": data["metavar"] or "VALUE"}
-        if data["parse"] is parse_switch:
-            value = {"nargs": "?", "const": "true", "metavar": "BOOL"}
-        groups[data["section"]].add_argument(
-            *spellings, dest=name, default=None, help=text.replace("%", "%%"), **value
-        )
+    groups = {section: parser.add_argument_group(title) for section, title in SECTIONS.items()}
+    for option in options().values():
+        _add(groups[option.section], option)
     return parser
+
+
+def _add(group: argparse._ArgumentGroup, option: Option) -> None:
+    """Add the option under its name and, without help, under its other spellings."""
+    text = option.text
+    if option.default not in (None, False):
+        text += f" Default: {option.default}."
+    help_text = argparse.SUPPRESS if option.section == "old" else text.replace("%", "%%")
+    for spelling in (option.name, *option.aliases):
+        group.add_argument(
+            f"--{spelling}",
+            dest=option.name,
+            default=None,
+            help=help_text if spelling == option.name else argparse.SUPPRESS,
+            nargs="?" if option.is_switch else None,
+            const="true" if option.is_switch else None,
+            metavar="BOOL" if option.is_switch else option.metavar,
+        )

@@ -1,5 +1,5 @@
-"""Parsers of single launch values: text -> value. A ValueError says what is allowed. Used by
-hosts/launch/settings.py.
+"""Parsers of single launch values: text -> value. A ValueError says what is allowed. Imports no
+torch.
 """
 
 import difflib
@@ -20,7 +20,7 @@ def parse_switch(text: str) -> bool:
 
 
 def secret(text: str) -> str:
-    """The key itself, or @FILE that holds it: a file is not shown by tools that list processes."""
+    """Return the key, or read it from @FILE: process listings do not show a file."""
     allowed = f"a key of at least {MIN_KEY} characters, or @FILE with one in its first line"
     if text.startswith("@"):
         try:
@@ -34,7 +34,7 @@ def secret(text: str) -> str:
 
 
 def whole(low: int, high: int = 2**31 - 1, *, multiple: int = 1) -> Callable[[str], int]:
-    """A parser for whole numbers in a range."""
+    """Return a parser for whole numbers in a range."""
     allowed = (
         f"a whole number from {low}"
         + (f" to {high}" if high < 2**31 - 1 else "")

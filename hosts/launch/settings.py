@@ -1,18 +1,20 @@
-"""Every launch argument, declared once: the parser (hosts/launch/command_line.py), the README's
-table and GET /settings come from these fields.
+"""Every launch argument, declared once as a line of a table: section, default, parser, text.
 
-Imports no torch. Values are checked one by one here; what depends on several of them is checked in
-hosts/launch/start_plan.py.
+The command line's parser, docs/arguments.md and GET /settings derive from it. Values are checked
+one by one here; hosts/launch/start_plan.py checks what depends on several of them. Imports no
+torch.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import Field, asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from functools import cache, partial
 from typing import Any
 
 from backends import BACKEND_NAMES
 from backends.autotune.candidates import QUALITIES
 from backends.errors import ConfigError
+from hosts.launch.option import SECTIONS, Option, declare
 from hosts.launch.parsers import (
     counts,
     endpoint,
@@ -27,657 +29,360 @@ from hosts.launch.parsers import (
     whole,
 )
 
-SECTIONS = (
-    "start",
-    "limits",
-    "model",
-    "adapters",
-    "quantization",
-    "compile",
-    "memory",
-    "asyncdiff",
-    "distrifuser",
-    "xdit",
-    "several machines",
-    "cluster",
+_common, _jobs, _process, _limit = (
+    partial(declare, name) for name in ("common", "jobs", "process", "limits")
 )
+_model, _adapter, _quantize, _compile, _memory = (
+    partial(declare, name) for name in ("model", "adapters", "quantization", "compile", "memory")
+)
+_machines, _cluster, _old = (partial(declare, name) for name in ("machines", "cluster", "old"))
+_asyncdiff, _distrifuser, _xdit = (
+    partial(declare, name) for name in ("asyncdiff", "distrifuser", "xdit")
+)
+_switch, _degree = parse_switch, whole(1, 64)
+_SYNC_MODES = (
+    "corrected_async_gn", "stale_gn", "separate_gn", "sync_gn", "full_sync", "no_sync", "rotate",
+)  # fmt: skip
 
 
-def _option(
-    default: Any,
-    section: str,
-    text: str,
-    *,
-    parse: Callable[[str], Any],
-    aliases: Sequence[str] = (),
-    pending: str = "",
-    metavar: str = "",
-    also: Sequence[str] = (),
-) -> Any:
-    """One launch argument. `pending`: why giving it is refused for now; `aliases`: further names,
-    the clients' older ones.
-
-    `also`: backends that read it besides the one its section is named after.
-    """
-    metadata = {
-        "section": section,
-        "text": text,
-        "parse": parse,
-        "aliases": tuple(aliases),
-        "pending": pending,
-        "metavar": metavar,
-    }
-    backends = (section, *also) if section in BACKEND_NAMES else ()
-    return field(default=default, metadata={**metadata, "backends": backends})
-
-
-def _switch(section: str, text: str, *, aliases: Sequence[str] = (), pending: str = "") -> Any:
-    return _option(False, section, text, parse=parse_switch, aliases=aliases, pending=pending)
-
-
-_PATHS: Callable[[str], str] = str
-
-
+# fmt: off
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """Everything that is fixed at launch. None means not given. Names are the customer's; '-' and
-    '_' are equal.
-    """
+    """Everything that is fixed at launch. None means not given. In names, '-' equals '_'."""
 
-    type: str | None = _option(None, "start", "Model type, a row of model_table.yaml.", parse=str)
-    port: int = _option(6000, "start", "HTTP port.", parse=whole(1, 65535))
-    checkpoint: str | None = _option(
-        None, "start", ("Folder in diffusers layout, or x.safetensors with its configuration in x/ "
-                       "(sd1, sd2, sdxl, flux). None: the demo."),
-        parse=_PATHS, aliases=("model",), metavar="PATH",
-    )  # fmt: skip
-    backend: str | None = _option(
-        None, "start", ("Backend; auto predicts and tries, and is the default where several could "
-                       "run and no option of one is given."),
-        parse=one_of("auto", *BACKEND_NAMES),
-    )  # fmt: skip
-    quality: str = _option(
-        "high", "start", ("For --backend=auto. exact: images as one rank makes them; high: or very "
-                         "close; fast: any."),
-        parse=one_of(*QUALITIES),
-    )  # fmt: skip
-    mode: str = _option(
-        "auto", "start", ("latency: all ranks on each job; throughput: a job on each rank; auto: "
-                          "by "
-                         "the number of jobs that wait."),
-        parse=one_of("latency", "throughput", "auto"),
-    )  # fmt: skip
-    max_batch: int = _option(
-        4,
-        "start",
-        "Jobs that one rank does in one batch where that is quicker; 1 never, and neither does "
-        "--mode=latency.",
-        parse=whole(1, 64),
-    )
-    nproc_per_node: int | None = _option(
-        None,
-        "start",
-        "Ranks on this machine; without it the visible GPUs, else 1.",
-        parse=whole(1, 64),
-    )
-    host: str = _option("127.0.0.1", "start", "Address to listen on.", parse=str)
-    master_port: int | None = _option(
-        None,
-        "start",
-        "Port for the ranks' rendezvous; without it a free one.",
-        parse=whole(1, 65535),
-    )
-    max_restarts: int = _option(
-        3,
-        "start",
-        "How often in a row the ranks are started again; an image ends the row.",
-        parse=whole(0, 1000),
-    )
-    state_dir: str | None = _option(
-        None, "start", ("Folder where jobs and their images outlive the host; without it they "
-                       "outlive only its ranks."),
-        parse=_PATHS, metavar="DIR",
-    )  # fmt: skip
-    no_job_store: bool = _switch(
-        "start", "Keep no jobs on disk: for a replica, whose gateway keeps them."
-    )
-    keep_results: int = _option(
-        64,
-        "start",
-        "Jobs of POST /v1/jobs that are kept when they are over.",
-        parse=whole(1, 100_000),
-    )
-    keep_results_mb: int = _option(
-        256, "start", "Megabytes of images that are kept of them.", parse=whole(1, 10_000_000)
-    )
-    keep_results_hours: int = _option(
-        0, "start", "Hours for which they are kept; 0 is any time.", parse=whole(0, 100_000)
-    )
-    drain_seconds: int = _option(
-        1, "start", ("Seconds that the running job still has when the host is told to stop; those "
-                    "that wait stay in --state_dir."),
-        parse=whole(0, 86_400),
-    )  # fmt: skip
-    config: str | None = _option(
-        None,
-        "start",
-        "YAML file with the same names; the command line wins.",
-        parse=_PATHS,
-        metavar="FILE",
-    )
-    image_dirs: str | None = _option(
-        None,
-        "start",
-        "Folders, with ':' between, from which requests may name image files by path.",
-        parse=_PATHS,
-        metavar="DIR:DIR",
-    )
-    failure_timeout: int = _option(
-        10,
-        "start",
-        "Seconds without a sign of life after which a rank counts as lost.",
-        parse=whole(2, 3600),
-    )
-    api_key: str | None = _option(
-        None, "start", ("Key that every request must bring as a bearer token; needed where --host "
-                       "is not this machine alone."),
-        parse=secret, metavar="KEY|@FILE",
-    )  # fmt: skip
-    queue_size: int = _option(
-        48, "start", "Jobs that may wait; more are refused with 429.", parse=whole(1, 48)
-    )
-    max_job_seconds: int = _option(
-        0,
-        "start",
-        "Longest time from a job's arrival to its end; 0 is any.",
-        parse=whole(0, 1_000_000),
-    )
-    disconnect_grace: int = _option(
-        5,
-        "start",
-        "Seconds after which the job of a client that went away is cancelled; 0 keeps it.",
-        parse=whole(0, 86_400),
-    )
-    exit_with_parent: bool = _switch(
-        "start", "End with the process that started this one, for programs that start a host."
-    )
-    log_format: str = _option(
-        "text", "start", "Lines of the log: text or json.", parse=one_of("text", "json")
-    )
-    check: bool = _switch("start", "Print the resolved plan and exit without loading weights.")
-    json: bool = _switch("start", "With --check or --list: print JSON.")
-    list: bool = _switch("start", "Print the matrix of model types and backends and exit.")
-    features: bool = _switch("start", "With --list: print the features of every combination too.")
+    type: str | None = _common(None, str, "Model type: a row of model_table.yaml.")
+    checkpoint: str | None = _common(
+        None, str, "Model: a folder in diffusers layout, or NAME.safetensors with its "
+        "configuration in the folder NAME beside it (sd1, sd2, sdxl, flux). Default: the demo "
+        "model.", metavar="PATH", aliases=("model",))
+    port: int = _common(6000, whole(1, 65535), "HTTP port.")
+    host: str = _common(
+        "127.0.0.1", str, "Address to listen on. Any but this machine's own needs --api_key.")
+    nproc_per_node: int | None = _common(
+        None, whole(1, 64), "Ranks on this machine, one per GPU. Default: all visible GPUs, or 1 "
+        "on the CPU.")
+    backend: str | None = _common(
+        None, one_of("auto", *BACKEND_NAMES), "Parallel method. `auto` (default) estimates and "
+        "benchmarks the candidates at load time and takes the fastest.")
+    quality: str = _common(
+        "high", one_of(*QUALITIES), "How close --backend=auto must stay to the image of one GPU: "
+        "`exact`, `high` (very close) or `fast` (any method).")
+    api_key: str | None = _common(
+        None, secret, "Key that every request must bring as a bearer token, or @FILE that holds "
+        "it. Default: none.", metavar="KEY|@FILE")
+    lora_dir: str | None = _common(
+        None, str, "Folders, separated by ':', from which requests may choose LoRAs. Default: "
+        "none.", metavar="DIR:DIR")
+    state_dir: str | None = _common(
+        None, str, "Folder where jobs, their images and measured plans survive the host. Default: "
+        "a temporary folder that survives only the ranks.", metavar="DIR")
 
-    max_body_mb: int = _option(512, "limits", "Megabytes of one request.", parse=whole(1, 100_000))
-    max_image_megapixels: int = _option(
-        25, "limits", "Millions of pixels of one image in a request.", parse=whole(1, 178)
-    )
-    max_steps: int = _option(1000, "limits", "Sampling steps.", parse=whole(1, 1000))
-    max_side: int = _option(8192, "limits", "Height and width in pixels.", parse=whole(8, 8192))
-    max_frames: int = _option(512, "limits", "Frames of one video.", parse=whole(1, 512))
-    max_images: int = _option(
-        16,
-        "limits",
-        "Images that one request of OpenAI's or A1111's API may ask for.",
-        parse=whole(1, 16),
-    )
-    max_prompt_chars: int = _option(
-        20_000,
-        "limits",
-        "Characters of a prompt, and of a negative one.",
-        parse=whole(1, 1_000_000),
-    )
-    rate_limit: int = _option(
-        0,
-        "limits",
-        "POST requests in a minute from one client (one key, else one address); 0 is any number.",
-        parse=whole(0, 1_000_000),
-    )
+    mode: str = _jobs(
+        "auto", one_of("latency", "throughput", "auto"), "`latency`: all ranks work on each job. "
+        "`throughput`: each rank has a job of its own. `auto`: by the number of waiting jobs.")
+    max_batch: int = _jobs(
+        4, whole(1, 64), "Largest batch a rank may form from waiting jobs, when batching is "
+        "faster. 1 disables it, and so does --mode=latency.")
+    queue_size: int = _jobs(48, whole(1, 48), "Waiting jobs above which new ones get HTTP 429.")
+    max_job_seconds: int = _jobs(
+        0, whole(0, 1_000_000), "Seconds from a job's arrival until it is cancelled. 0: no limit.")
+    disconnect_grace: int = _jobs(
+        5, whole(0, 86_400), "Seconds until the job of a disconnected client is cancelled. 0 keeps "
+        "the job.")
+    drain_seconds: int = _jobs(
+        1, whole(0, 86_400), "Seconds the running job may go on after a stop signal. Waiting jobs "
+        "stay in --state_dir.")
+    no_job_store: bool = _jobs(
+        False, _switch, "Keep no jobs on disk, for a replica whose gateway keeps them.")
+    keep_results: int = _jobs(64, whole(1, 100_000), "Finished jobs of POST /v1/jobs to keep.")
+    keep_results_mb: int = _jobs(
+        256, whole(1, 10_000_000), "Megabytes of images of finished jobs to keep.")
+    keep_results_hours: int = _jobs(
+        0, whole(0, 100_000), "Hours to keep finished jobs. 0: no limit.")
+    image_dirs: str | None = _jobs(
+        None, str, "Folders, separated by ':', whose image files requests may name by path. "
+        "Default: none.", metavar="DIR:DIR")
 
-    variant: str | None = _option(
-        None,
-        "model",
-        "Compute type: fp16, bf16 or fp32; fp16 on CUDA and fp32 on the CPU without it.",
-        parse=one_of("fp16", "bf16", "fp32"),
-    )
-    height: int | None = _option(
-        None, "model", "Default height in pixels.", parse=whole(8, 8192, multiple=8)
-    )
-    width: int | None = _option(
-        None, "model", "Default width in pixels.", parse=whole(8, 8192, multiple=8)
-    )
-    warm_up_steps: int | None = _option(
-        None,
-        "model",
-        "Steps of a throw-away image after loading; for distrifuser also its synchronous steps "
-        "(default 4).",
-        parse=whole(0, 1000),
-    )
-    scheduler: dict[str, Any] | None = _option(
-        None,
-        "model",
-        "Sampler: a name, or JSON with its settings.",
-        parse=scheduler,
-        metavar="NAME|JSON",
-    )
-    vae: str | None = _option(
-        None, "model", "Replacement VAE: file or folder.", parse=_PATHS, metavar="PATH"
-    )
-    vae_config: str | None = _option(
-        None,
-        "model",
-        "config.json of --vae; without it the checkpoint's.",
-        parse=_PATHS,
-        metavar="PATH",
-    )
-    unet: str | None = _option(
-        None, "model", "Replacement UNet: file or folder.", parse=_PATHS, metavar="PATH"
-    )
-    unet_config: str | None = _option(
-        None, "model", "config.json of --unet.", parse=_PATHS, metavar="PATH"
-    )
-    transformer: str | None = _option(
-        None, "model", "Replacement transformer: file or folder.", parse=_PATHS, metavar="PATH"
-    )
-    transformer_config: str | None = _option(
-        None, "model", "config.json of --transformer.", parse=_PATHS, metavar="PATH"
-    )
-    gguf_model: str | None = _option(
-        None, "model", "Denoiser weights in GGUF.", parse=_PATHS, metavar="PATH"
-    )
-    compel: bool = _switch("model", "Prompt weights such as (red)1.3.")
-    step_cache: str | None = _option(
-        None,
-        "model",
-        "Skip parts of steps: first_block,0.08 or taylor,3 (transformers), deep,2 (UNets).",
-        parse=str,
-        metavar="KIND,N",
-    )
+    config: str | None = _process(
+        None, str, "YAML file with arguments by name. The command line wins.", metavar="FILE")
+    check: bool = _process(False, _switch, "Print the resolved plan and exit; load no weights.")
+    list: bool = _process(False, _switch, "Print the matrix of model types and backends and exit.")
+    features: bool = _process(
+        False, _switch, "With --list: also print the features of each combination.")
+    json: bool = _process(False, _switch, "With --check or --list: print JSON.")
+    master_port: int | None = _process(
+        None, whole(1, 65535), "Port for the rendezvous of this machine's ranks. Default: a free "
+        "one.")
+    max_restarts: int = _process(
+        3, whole(0, 1000), "Consecutive restarts before giving up. A finished image resets the "
+        "count.")
+    failure_timeout: int = _process(
+        10, whole(2, 3600), "Seconds without a heartbeat after which a rank counts as lost.")
+    exit_with_parent: bool = _process(
+        False, _switch, "End when the parent process ends, for programs that start a host.")
+    log_format: str = _process("text", one_of("text", "json"), "Format of log lines: text or json.")
 
-    lora: dict[str, float] | None = _option(
-        None, "adapters", 'LoRA files, JSON {"path": scale}.', parse=scales, metavar="JSON"
-    )
-    lora_dir: str | None = _option(
-        None,
-        "adapters",
-        "Folders, with ':' between, from which requests may choose LoRAs.",
-        parse=_PATHS,
-        metavar="DIR:DIR",
-    )
-    control_net: dict[str, float] | None = _option(
-        None,
-        "adapters",
-        'ControlNet folders or files, JSON {"path": scale}, or a path.',
-        parse=scales,
-        metavar="JSON|PATH",
-    )
-    control_net_config: str | None = _option(
-        None, "adapters", "config.json of --control_net.", parse=_PATHS, metavar="PATH"
-    )
-    controlnet_scale: float | None = _option(
-        None,
-        "adapters",
-        "Weight of every --control_net, in place of its own.",
-        parse=number(-10, 10),
-    )
-    ip_adapter: dict[str, float] | None = _option(
-        None,
-        "adapters",
-        'IP-Adapter files, JSON {"path": scale}; image_encoder/ beside them.',
-        parse=scales,
-        metavar="JSON",
-    )
-    image_scale: float | None = _option(
-        None,
-        "adapters",
-        "Percent by which requests' images are scaled, unless they say it.",
-        parse=number(1, 1000),
-    )
-    motion_adapter: str | None = _option(
-        None, "adapters", "AnimateDiff motion adapter folder (ad).", parse=_PATHS, metavar="DIR"
-    )
-    motion_module: str | None = _option(
-        None, "adapters", "AnimateDiff motion weights, one file (ad).", parse=_PATHS, metavar="PATH"
-    )
-    motion_config: str | None = _option(
-        None, "adapters", "config.json of --motion_module.", parse=_PATHS, metavar="PATH"
-    )
-    motion_adapter_lora: dict[str, float] | None = _option(
-        None,
-        "adapters",
-        "LoRA for the motion adapter.",
-        parse=scales,
-        aliases=("motion_lora",),
-        metavar="JSON|PATH",
-    )
+    max_body_mb: int = _limit(512, whole(1, 100_000), "Megabytes of a request body.")
+    max_image_megapixels: int = _limit(25, whole(1, 178), "Megapixels of an image in a request.")
+    max_steps: int = _limit(1000, whole(1, 1000), "Sampling steps.")
+    max_side: int = _limit(8192, whole(8, 8192), "Pixels of height and of width.")
+    max_frames: int = _limit(512, whole(1, 512), "Frames of a video.")
+    max_images: int = _limit(16, whole(1, 16), "Images per request of the OpenAI and A1111 APIs.")
+    max_prompt_chars: int = _limit(
+        20_000, whole(1, 1_000_000), "Characters of a prompt, and of a negative prompt.")
+    rate_limit: int = _limit(
+        0, whole(0, 1_000_000), "POST requests per minute from one client (one key, else one "
+        "address). 0: no limit.")
 
-    quantize_to: str | None = _option(
-        None,
-        "quantization",
-        "Denoiser and text encoders: float8, int8, int4, int2, or bnb,int8 and the like.",
-        parse=str,
-        metavar="KIND",
-    )
-    quantize_unet_to: str | None = _option(
-        None,
-        "quantization",
-        "Denoiser only.",
-        parse=str,
-        aliases=("quantize_unet", "quantize_transformer"),
-        metavar="KIND",
-    )
-    quantize_encoder_to: str | None = _option(
-        None,
-        "quantization",
-        "Text and image encoders only.",
-        parse=str,
-        aliases=("quantize_encoder",),
-        metavar="KIND",
-    )
-    quantize_misc_to: str | None = _option(
-        None,
-        "quantization",
-        "ControlNet and motion adapter only.",
-        parse=str,
-        aliases=("quantize_misc",),
-        metavar="KIND",
-    )
-    quantize_vae: str | None = _option(
-        None, "quantization", "VAE only.", parse=str, aliases=("quantize_vae_to",), metavar="KIND"
-    )
-    quantize_tokenizer: str | None = _option(
-        None, "quantization", "Accepted: there is nothing to quantise.", parse=str, metavar="KIND"
-    )
-    quantize_scheduler: str | None = _option(
-        None, "quantization", "Accepted: there is nothing to quantise.", parse=str, metavar="KIND"
-    )
+    variant: str | None = _model(
+        None, one_of("fp16", "bf16", "fp32"), "Compute dtype: fp16, bf16 or fp32. Default: fp16 on "
+        "CUDA, fp32 on the CPU.")
+    height: int | None = _model(
+        None, whole(8, 8192, multiple=8), "Image height in pixels where a request has none. "
+        "Default: the model type's.")
+    width: int | None = _model(
+        None, whole(8, 8192, multiple=8), "Image width in pixels where a request has none. "
+        "Default: the model type's.")
+    scheduler: dict[str, Any] | None = _model(
+        None, scheduler, "Sampler: a name such as euler, or JSON with its settings. Default: the "
+        "checkpoint's.", metavar="NAME|JSON")
+    prewarm_steps: int | None = _model(
+        None, whole(0, 1000), "Steps of a throw-away image after loading, which pays for first-use "
+        "costs. Default: 1 with torch.compile or asyncdiff, else 0.")
+    warmup_steps: int | None = _model(
+        None, whole(0, 1000), "Synchronous steps at the start of each image, for methods that "
+        "reuse values of the previous step. Default: 3 (asyncdiff), 4 (distrifuser), 1 "
+        "(PipeFusion, at least 1).", aliases=("synced_steps", "warm_up"))
+    vae: str | None = _model(None, str, "Replacement VAE: a file or a folder.", metavar="PATH")
+    vae_config: str | None = _model(
+        None, str, "config.json of a --vae file. Default: the checkpoint's.", metavar="PATH")
+    unet: str | None = _model(None, str, "Replacement UNet: a file or a folder.", metavar="PATH")
+    unet_config: str | None = _model(
+        None, str, "config.json of a --unet file. Default: the checkpoint's.", metavar="PATH")
+    transformer: str | None = _model(
+        None, str, "Replacement transformer: a file or a folder.", metavar="PATH")
+    transformer_config: str | None = _model(
+        None, str, "config.json of a --transformer file. Default: the checkpoint's.",
+        metavar="PATH")
+    gguf_model: str | None = _model(
+        None, str, "Replacement denoiser weights in GGUF format.", metavar="PATH")
+    compel: bool = _model(False, _switch, "Read weights in prompts, such as (red)1.3, with Compel.")
+    step_cache: str | None = _model(
+        None, str, "Skip parts of some steps: `first_block,0.08` (relative change) or `taylor,3` "
+        "(every 3rd step whole) for transformers, `deep,2` for UNets. Default: off.",
+        metavar="KIND,N")
 
-    compile_unet: bool = _switch(
-        "compile", "Compile the denoiser.", aliases=("compile_transformer",)
-    )
-    compile_vae: bool = _switch(
-        "compile", "Compile the VAE's decoder; every rank then decodes the whole image."
-    )
-    compile_text_encoder: bool = _switch(
-        "compile", "Compile the text encoders.", aliases=("compile_encoder",)
-    )
-    compile_backend: str | None = _option(
-        None, "compile", "Backend of torch.compile (inductor).", parse=str
-    )
-    compile_mode: str | None = _option(
-        None,
-        "compile",
-        "Mode of torch.compile: reduce-overhead, max-autotune, max-autotune-no-cudagraphs.",
-        parse=str,
-    )
-    compile_options: dict[str, Any] | None = _option(
-        None,
-        "compile",
-        "Options of torch.compile; they win over a mode.",
-        parse=json_object,
-        metavar="JSON",
-    )
-    compile_fullgraph_off: bool = _switch("compile", "Allow graph breaks.")
-    torch_cache_limit: int | None = _option(
-        None, "compile", "Graphs kept per function (default 64).", parse=whole(0)
-    )
-    torch_accumulated_cache_limit: int | None = _option(
-        None,
-        "compile",
-        "Graphs kept in all.",
-        parse=whole(0),
-        aliases=("torch_accumlated_cache_limit",),
-    )
-    torch_capture_scalar: bool = _switch("compile", "Capture scalar outputs.")
+    lora: dict[str, float] | None = _adapter(
+        None, scales, 'LoRA files to load: JSON {"path": scale}.', metavar="JSON")
+    control_net: dict[str, float] | None = _adapter(
+        None, scales, 'ControlNets: JSON {"file or folder": scale}, or one path.',
+        metavar="JSON|PATH")
+    control_net_config: str | None = _adapter(
+        None, str, "config.json of a --control_net file.", metavar="PATH")
+    controlnet_scale: float | None = _adapter(
+        None, number(-10, 10), "Scale of every ControlNet, instead of the one beside its path.")
+    ip_adapter: dict[str, float] | None = _adapter(
+        None, scales, 'IP-Adapter files: JSON {"path": scale}, with image_encoder/ beside them.',
+        metavar="JSON")
+    image_scale: float | None = _adapter(
+        None, number(1, 1000), "Size in percent to which input images are scaled, unless the "
+        "request says one. Default: 100.")
+    motion_adapter: str | None = _adapter(
+        None, str, "AnimateDiff motion adapter: a folder (ad).", metavar="DIR")
+    motion_module: str | None = _adapter(
+        None, str, "AnimateDiff motion weights: one file (ad).", metavar="PATH")
+    motion_config: str | None = _adapter(
+        None, str, "config.json of --motion_module (ad).", metavar="PATH")
+    motion_adapter_lora: dict[str, float] | None = _adapter(
+        None, scales, 'LoRA of the motion adapter: JSON {"path": scale}, or one path (ad).',
+        metavar="JSON|PATH", aliases=("motion_lora",))
 
-    enable_vae_tiling: bool = _switch("memory", "Decode large images in tiles.")
-    enable_vae_slicing: bool = _switch("memory", "Decode batches one by one.")
-    parallel_vae: bool | None = _option(
-        None,
-        "memory",
-        "Decode each image on all ranks together; on if not given.",
-        parse=parse_switch,
-        aliases=("use_parallel_vae",),
-    )
-    enable_attention_slicing: bool = _switch(
-        "memory", "Compute attention in slices (backends single and asyncdiff)."
-    )
-    xformers_efficient: bool = _switch(
-        "memory", "xformers attention, if it is installed (backends single and asyncdiff)."
-    )
-    enable_model_cpu_offload: bool = _switch("memory", "Keep idle models in main memory.")
-    enable_sequential_cpu_offload: bool = _switch("memory", "Keep idle layers in main memory.")
-    enable_group_offload: bool = _switch(
-        "memory", "Keep idle layers in main memory and fetch them ahead."
-    )
+    quantize_to: str | None = _quantize(
+        None, str, "Weights of denoiser and text encoders: float8, int8, int4, int2, `bnb,int8` or "
+        "`bnb,int4,COMPUTE,STORAGE,nf4`. Default: --variant.", metavar="KIND")
+    quantize_unet_to: str | None = _quantize(None, str, "The same for the denoiser alone.",
+        metavar="KIND", aliases=("quantize_unet", "quantize_transformer"))
+    quantize_encoder_to: str | None = _quantize(
+        None, str, "The same for text and image encoders alone.",
+        metavar="KIND", aliases=("quantize_encoder",))
+    quantize_misc_to: str | None = _quantize(
+        None, str, "The same for ControlNet and motion adapter.",
+        metavar="KIND", aliases=("quantize_misc",))
+    quantize_vae: str | None = _quantize(
+        None, str, "The same for the VAE.", metavar="KIND", aliases=("quantize_vae_to",))
 
-    model_n: int | None = _option(
-        None, "asyncdiff", "Number of denoiser segments.", parse=whole(1, 64)
-    )
-    stride: int | None = _option(
-        None, "asyncdiff", "Run the denoiser every 1 or 2 steps.", parse=whole(1, 2)
-    )
-    time_shift: bool = _switch("asyncdiff", "Shift the timestep of stale segments.")
-    warm_up: int | None = _option(
-        None,
-        "asyncdiff",
-        "Synchronous steps at the start of each image (default 3).",
-        parse=whole(0, 1000),
-        aliases=("synced_steps",),
-    )
-    synced_percent: float | None = _option(
-        None,
-        "asyncdiff",
-        "The same as a share of the steps; wins when above 0.",
-        parse=number(0, 100),
-    )
-    segment_weights: tuple[float, ...] | None = _option(
-        None, "asyncdiff", "Relative speed of each segment's rank.", parse=weights, metavar="W,W"
-    )
-    shard_weights: bool = _switch("asyncdiff", "Each rank keeps only its own segment's weights.")
-    extrapolate: bool | None = _option(
-        None,
-        "asyncdiff",
-        "Extrapolate stale values from the last two steps; on if not given where it comes closer "
-        "(also distrifuser).",
-        parse=parse_switch,
-        also=("distrifuser",),
-    )
+    compile_unet: bool = _compile(
+        False, _switch, "Compile the denoiser.", aliases=("compile_transformer",))
+    compile_vae: bool = _compile(
+        False, _switch, "Compile the VAE decoder. Each rank then decodes the whole image.")
+    compile_text_encoder: bool = _compile(
+        False, _switch, "Compile the text encoders.", aliases=("compile_encoder",))
+    compile_backend: str | None = _compile(
+        None, str, "Backend of torch.compile. Default: inductor.")
+    compile_mode: str | None = _compile(
+        None, str, "Mode of torch.compile: reduce-overhead, max-autotune or "
+        "max-autotune-no-cudagraphs. Default: torch's.")
+    compile_options: dict[str, Any] | None = _compile(
+        None, json_object, "Options of torch.compile, as JSON. They replace --compile_mode.",
+        metavar="JSON")
+    compile_fullgraph_off: bool = _compile(False, _switch, "Allow graph breaks.")
+    torch_cache_limit: int | None = _compile(
+        None, whole(0), "Compiled graphs to keep per function. Default: 64.")
+    torch_accumulated_cache_limit: int | None = _compile(
+        None, whole(0), "Compiled graphs to keep in all. Default: torch's.",
+        aliases=("torch_accumlated_cache_limit",))
+    torch_capture_scalar: bool = _compile(False, _switch, "Capture scalar outputs in graphs.")
 
-    parallelism: str | None = _option(
-        None,
-        "distrifuser",
-        "patch (default), naive_patch or tensor.",
-        parse=one_of("patch", "naive_patch", "tensor"),
-    )
-    sync_mode: str | None = _option(
-        None, "distrifuser", "How patches exchange (default corrected_async_gn).",
-        parse=one_of(
-            "corrected_async_gn", "stale_gn", "separate_gn", "sync_gn", "full_sync", "no_sync",
-            "rotate",
-        ),
-    )  # fmt: skip
-    split_scheme: str | None = _option(
-        None, "distrifuser", "row, col or alternate.", parse=one_of("row", "col", "alternate")
-    )
-    patch_weights: tuple[float, ...] | None = _option(
-        None, "distrifuser", "Relative speed of each patch's rank.", parse=weights, metavar="W,W"
-    )
-    no_cuda_graph: bool = _switch(
-        "distrifuser", "Accepted for old clients; no CUDA graphs are used."
-    )
-    no_split_batch: bool = _switch("distrifuser", "Patches instead of the CFG split.")
+    enable_vae_tiling: bool = _memory(False, _switch, "Decode large images in tiles.")
+    enable_vae_slicing: bool = _memory(False, _switch, "Decode the images of a batch one by one.")
+    parallel_vae: bool | None = _memory(
+        None, _switch, "Decode each image on all ranks together. Default: on.",
+        aliases=("use_parallel_vae",))
+    enable_attention_slicing: bool = _memory(
+        False, _switch, "Compute attention in slices (backends single and asyncdiff).")
+    xformers_efficient: bool = _memory(
+        False, _switch, "Use xformers attention if it is installed (backends single and "
+        "asyncdiff).")
+    enable_model_cpu_offload: bool = _memory(False, _switch, "Keep idle components in main memory.")
+    enable_sequential_cpu_offload: bool = _memory(
+        False, _switch, "Keep idle layers in main memory: least GPU memory, slowest.")
+    enable_group_offload: bool = _memory(
+        False, _switch, "Keep idle layers in main memory and prefetch them.")
 
-    use_cfg_parallel: bool | None = _option(
-        None,
-        "xdit",
-        "The two halves of guidance on two halves of the ranks (also asyncdiff).",
-        parse=parse_switch,
-        also=("asyncdiff",),
-    )
-    ulysses_degree: int | None = _option(
-        None, "xdit", "Ranks over attention heads.", parse=whole(1, 64)
-    )
-    ring_degree: int | None = _option(
-        None, "xdit", "Ranks in a ring over the sequence.", parse=whole(1, 64)
-    )
-    pipefusion_parallel_degree: int | None = _option(
-        None, "xdit", "Stages of the denoiser.", parse=whole(1, 64)
-    )
-    num_pipeline_patch: int | None = _option(None, "xdit", "Patches in flight.", parse=whole(1, 64))
-    attn_layer_num_for_pp: tuple[int, ...] | None = _option(
-        None, "xdit", "Blocks of each stage.", parse=counts, metavar="N,N"
-    )
-    warmup_steps: int | None = _option(
-        None,
-        "xdit",
-        "Synchronous steps of PipeFusion at the start of each image (default 1).",
-        parse=whole(1, 1000),
-    )
-    data_parallel_degree: int | None = _option(
-        None, "xdit", "Groups of ranks for several images.", parse=whole(1, 64)
-    )
-    tensor_parallel_degree: int | None = _option(
-        None, "xdit", "Ranks over split weights.", parse=whole(1, 64)
-    )
-    use_teacache: bool = _switch("xdit", "Accepted for old clients; no cache is used.")
-    use_fbcache: bool = _switch("xdit", "--step_cache=first_block by its older name.")
-    use_fast_attn: bool = _switch("xdit", "Accepted for old clients; attention is always whole.")
-    use_fp8_t5_encoder: bool = _switch(
-        "xdit", "Accepted for old clients; --quantize_encoder_to does this."
-    )
-    no_use_resolution_binning: bool = _switch(
-        "xdit", "Accepted for old clients; sizes are never changed."
-    )
-    max_sequence_length: int | None = _option(
-        None,
-        "xdit",
-        "Accepted for old clients; prompts are as long as the pipeline allows.",
-        parse=whole(1, 4096),
-    )
-    vae_parallel_size: int | None = _option(
-        None,
-        "xdit",
-        "Accepted for old clients; all ranks decode, or each the whole.",
-        parse=whole(0, 64),
-    )
+    nnodes: int = _machines(1, whole(1, 64), "Number of machines.")
+    node_rank: int = _machines(0, whole(0, 63), "Index of this machine, from 0.")
+    rdzv_endpoint: str | None = _machines(
+        None, endpoint, "Address of machine 0 as all machines reach it, and a free port there.",
+        metavar="HOST:PORT")
+    node_timeout: int = _machines(
+        600, whole(5, 1_000_000), "Seconds to wait for missing machines, at start and after a "
+        "failure.")
 
-    nnodes: int = _option(1, "several machines", "Number of machines.", parse=whole(1, 64))
-    node_rank: int = _option(0, "several machines", "Number of this machine.", parse=whole(0, 63))
-    rdzv_endpoint: str | None = _option(
-        None,
-        "several machines",
-        "Address of the first machine, as all reach it, and a free port there.",
-        parse=endpoint,
-        metavar="HOST:PORT",
-    )
-    node_timeout: int = _option(
-        600,
-        "several machines",
-        "Seconds for which a machine waits for the others, at start and later.",
-        parse=whole(5, 1_000_000),
-    )
+    engine: str = _cluster(
+        "local", one_of("local", "ray"), "`local`: one host. `ray`: replicas of the host on the "
+        "nodes of a Ray cluster, behind one gateway.")
+    replicas: int | None = _cluster(
+        None, whole(1, 1000), "Replicas at start. Default: --min_replicas, or 1.")
+    min_replicas: int | None = _cluster(
+        None, whole(1, 1000), "Fewest replicas. Default: --replicas.")
+    max_replicas: int | None = _cluster(None, whole(1, 1000), "Most replicas. Default: --replicas.")
+    jobs_per_replica: int = _cluster(
+        4, whole(1, 1000), "Waiting and running jobs per replica above which one more is started.")
+    idle_seconds: int = _cluster(
+        300, whole(0, 1_000_000), "Seconds a replica must have been dispensable before it is "
+        "stopped.")
+    ray_address: str | None = _cluster(
+        None, str, "Ray cluster to join. Default: start one on this machine.", metavar="HOST:PORT")
+    deployments: dict[str, Any] | None = _cluster(
+        None, json_object, "Several models, best given in --config: name -> arguments. Requests "
+        "name one as `model`.", metavar="JSON")
 
-    engine: str = _option(
-        "local", "cluster", ("ray: replicas of the host, on any node of a Ray cluster, behind one "
-                            "gateway; local: one host."),
-        parse=one_of("local", "ray"),
-    )  # fmt: skip
-    replicas: int | None = _option(
-        None, "cluster", "Replicas at start; 1 if not given.", parse=whole(1, 1000)
-    )
-    min_replicas: int | None = _option(
-        None, "cluster", "Fewest replicas; without it --replicas.", parse=whole(1, 1000)
-    )
-    max_replicas: int | None = _option(
-        None, "cluster", "Most replicas; without it --replicas.", parse=whole(1, 1000)
-    )
-    jobs_per_replica: int = _option(
-        4,
-        "cluster",
-        "Jobs for each replica, waiting and running, above which one more is started.",
-        parse=whole(1, 1000),
-    )
-    idle_seconds: int = _option(
-        300,
-        "cluster",
-        "Seconds for which fewer replicas must have been enough before one is stopped.",
-        parse=whole(0, 1_000_000),
-    )
-    ray_address: str | None = _option(
-        None,
-        "cluster",
-        "host:port of a Ray cluster to join; without it one is started on this machine.",
-        parse=str,
-        metavar="HOST:PORT",
-    )
-    deployments: dict[str, Any] | None = _option(
-        None, "cluster", ("Several models, best in --config: name -> arguments. Requests say which "
-                         "as `model`."),
-        parse=json_object, metavar="JSON",
-    )  # fmt: skip
+    # Private options of the backends
+
+    model_n: int | None = _asyncdiff(
+        None, _degree, "Segments of the denoiser. Default: one per rank.")
+    stride: int | None = _asyncdiff(
+        None, whole(1, 2), "Steps per turn of the segments: 1, or 2 with one more rank. Default: "
+        "what fits the ranks.")
+    time_shift: bool = _asyncdiff(
+        False, _switch, "Give each segment the timestep of its stale input instead of its own.")
+    synced_percent: float | None = _asyncdiff(
+        None, number(0, 100), "Synchronous steps as a percentage of all steps. Above 0 it replaces "
+        "--warmup_steps.")
+    segment_weights: tuple[float, ...] | None = _asyncdiff(
+        None, weights, "Relative speed of each segment's rank, such as 1,0.6. Default: equal.",
+        metavar="W,W")
+    shard_weights: bool = _asyncdiff(
+        False, _switch, "Keep only its segment's weights on each rank.")
+    extrapolate: bool | None = _asyncdiff(
+        None, _switch, "Extrapolate stale values from the last two steps (also distrifuser). "
+        "Default: where it comes closer to the exact image.", also=("distrifuser",))
+
+    parallelism: str | None = _distrifuser(
+        None, one_of("patch", "naive_patch", "tensor"), "`patch` (default): ranks exchange the "
+        "values around their patches. `naive_patch`: no exchange. `tensor`: split weights.")
+    sync_mode: str | None = _distrifuser(
+        None, one_of(*_SYNC_MODES), "How patches exchange values: corrected_async_gn (default), "
+        "stale_gn, separate_gn, sync_gn, full_sync, no_sync or rotate (docs/distrifuser.md).")
+    split_scheme: str | None = _distrifuser(
+        None, one_of("row", "col", "alternate"), "Cut of naive patches: row, col or alternate. "
+        "Default: row.")
+    patch_weights: tuple[float, ...] | None = _distrifuser(
+        None, weights, "Relative speed of each patch's rank, such as 1,0.6. Default: equal.",
+        metavar="W,W")
+    no_split_batch: bool = _distrifuser(
+        False, _switch, "Use all ranks for patches, instead of splitting the halves of guidance.")
+
+    use_cfg_parallel: bool | None = _xdit(
+        None, _switch, "Compute the two halves of guidance on two halves of the ranks (also "
+        "asyncdiff). Default: where the ranks allow it.", also=("asyncdiff",))
+    ulysses_degree: int | None = _xdit(
+        None, _degree, "Ranks that share the attention heads. Default: as many as divide them.")
+    ring_degree: int | None = _xdit(
+        None, _degree, "Ranks that pass keys and values round a ring. Default: what Ulysses "
+        "leaves.")
+    pipefusion_parallel_degree: int | None = _xdit(
+        None, _degree, "PipeFusion stages of the denoiser. Default: 1.")
+    num_pipeline_patch: int | None = _xdit(
+        None, _degree, "PipeFusion patches in flight. Default: 1 or 2 per stage.")
+    attn_layer_num_for_pp: tuple[int, ...] | None = _xdit(
+        None, counts, "Transformer blocks of each PipeFusion stage, such as 10,9. Default: an even "
+        "cut.", metavar="N,N")
+    data_parallel_degree: int | None = _xdit(
+        None, _degree, "Groups of ranks with the whole model, which share the images of a batch. "
+        "Default: 1.")
+    tensor_parallel_degree: int | None = _xdit(
+        None, _degree, "Ranks that share each layer's weights. Default: 1.")
+    use_fbcache: bool = _xdit(
+        False, _switch, "Older name of --step_cache=first_block; has no effect where that cannot "
+        "be.")
+
+    # Spellings with a meaning of their own; others are aliases
+
+    warm_up_steps: int | None = _old(
+        None, whole(0, 1000), "--prewarm_steps, and with distrifuser also --warmup_steps.")
+    # fmt: on
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> "Settings":
         """Settings from texts (command line) or YAML values, by canonical name. ConfigError names
         the argument and what is allowed.
         """
-        return cls(
-            **{name: _convert(option_fields()[name], value) for name, value in values.items()}
-        )
+        return cls(**{name: _convert(options()[name], value) for name, value in values.items()})
 
     @property
     def given(self) -> dict[str, Any]:
         """What differs from the defaults, without secrets."""
         return {
-            f.name: getattr(self, f.name)
-            for f in fields(self)
-            if getattr(self, f.name) != f.default and f.name != "api_key"
+            name: getattr(self, name)
+            for name, option in options().items()
+            if getattr(self, name) != option.default and name != "api_key"
         }
 
-    def options(self) -> dict[str, Any]:
-        """All values by name, as the backends' planners take them."""
-        return asdict(self)
+
+@cache
+def options() -> Mapping[str, Option]:
+    """Canonical name -> declaration, in the order of --help."""
+    order = list(SECTIONS)
+    found = {f.name: replace(f.metadata["option"], name=f.name) for f in fields(Settings)}
+    return dict(sorted(found.items(), key=lambda item: order.index(item[1].section)))
 
 
-def option_fields() -> dict[str, Field[Any]]:
-    """Canonical name -> declaration, in the order of the table."""
-    return {f.name: f for f in fields(Settings)}
-
-
-def canonical_names() -> dict[str, str]:
+@cache
+def canonical_names() -> Mapping[str, str]:
     """Every accepted spelling with '_' -> canonical name."""
     return {
         spelling: name
-        for name, f in option_fields().items()
-        for spelling in (name, *f.metadata["aliases"])
+        for name, option in options().items()
+        for spelling in (name, *option.aliases)
     }
 
 
-def _convert(declared: Field[Any], value: Any) -> Any:
+def _convert(option: Option, value: Any) -> Any:
     if value is None:
-        return declared.default
+        return option.default
     text = value if isinstance(value, str) else json.dumps(value)
     try:
-        return declared.metadata["parse"](text)
+        return option.parse(text)
     except ValueError as error:
-        raise ConfigError(f"--{declared.name}={value} is not allowed. Allowed: {error}.") from error
-
-
-def table() -> str:
-    """The README's argument table, in Markdown."""
-    lines = ["| argument | default | meaning |", "|---|---|---|"]
-    for name, declared in option_fields().items():
-        data = declared.metadata
-        names = ", ".join(f"`--{spelling}`" for spelling in (name, *data["aliases"]))
-        default = (
-            "off"
-            if declared.default is False
-            else ""
-            if declared.default is None
-            else f"`{declared.default}`"
-        )
-        pending = f" Refused for now: {data['pending']}." if data["pending"] else ""
-        lines.append(f"| {names} | {default} | {data['text'].replace('|', '/')}{pending} |")
-    return "\n".join(lines) + "\n"
+        raise ConfigError(f"--{option.name}={value} is not allowed. Allowed: {error}.") from error

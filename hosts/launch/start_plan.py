@@ -1,7 +1,7 @@
-"""Settings + model table -> what will be started: model type, backend, plan, number of ranks, load
-request. Imports no torch.
+"""Settings + model table -> StartPlan: model type, backend, plan, number of ranks, load request.
+Imports no torch.
 
-The launcher does this before any process starts, and every rank does it again with the same result.
+The launcher resolves this before any process starts, and every rank again, with the same result.
 """
 
 import glob
@@ -12,15 +12,25 @@ from pathlib import Path
 from typing import Any
 
 from backends import planner
-from backends.errors import ConfigError, HostError, RequestError
+from backends.errors import ConfigError, RequestError
 from backends.generation.schedulers import parse_scheduler, require_family
 from backends.model_table import ModelSpec, ModelTable
 from backends.plan import ParallelPlan, require_world_size
 from backends.request import LoadRequest
 from backends.step_cache_spec import require_step_cache
-from hosts.launch.auto_backend import BackendChoice, Recall, decide, is_automatic
-from hosts.launch.load_options import WITHOUT_SDPA, step_cache, treatments
-from hosts.launch.settings import Settings, option_fields
+from hosts.launch.auto_backend import BackendChoice, Recall, resolve_backend
+from hosts.launch.load_options import (
+    can_replace_attention,
+    compile_settings,
+    features_of,
+    idle_reasons,
+    load_reasons,
+    offload,
+    prewarm_steps,
+    quantization,
+    step_cache,
+)
+from hosts.launch.settings import Settings
 from hosts.launch.team_modes import Teams, batch_limit, choose_teams
 
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
@@ -36,49 +46,29 @@ PATH_OPTIONS = (
 )
 SCALED_PATHS = ("lora", "motion_adapter_lora", "control_net", "ip_adapter")
 WEIGHT_FILES = (".safetensors", ".sft", ".bin", ".pt", ".pth", ".ckpt")
-FEATURE_OPTIONS = {
-    "lora": ("lora", "lora_dir", "motion_adapter_lora"),
-    "controlnet": ("control_net",),
-    "ip_adapter": ("ip_adapter",),
-    "gguf": ("gguf_model",),
-    "quantization": (
-        "quantize_to",
-        "quantize_unet_to",
-        "quantize_encoder_to",
-        "quantize_misc_to",
-        "quantize_vae",
-    ),
-    "compile": ("compile_unet", "compile_vae", "compile_text_encoder"),
-    "offload": (
-        "enable_model_cpu_offload",
-        "enable_sequential_cpu_offload",
-        "enable_group_offload",
-    ),
-    "compel": ("compel",),
-    "step_cache": ("step_cache",),
-}
-"""Feature of the model table -> the options that ask for it."""
-MOTION_OPTIONS = ("motion_adapter", "motion_module", "motion_config", "motion_adapter_lora")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartPlan:
-    """Everything that is decided before a process starts. num_ranks: on this machine; reasons: why
-    each automatic choice was made.
-    """
+    """Everything that is decided before a process starts."""
 
     spec: ModelSpec
     plan: ParallelPlan
+    """Of all ranks together."""
     load: LoadRequest
     num_ranks: int
+    """On this machine."""
     reasons: tuple[str, ...]
+    """Why each automatic choice was made, and which arguments have no effect."""
     teams: Teams
     max_batch: int = 1
+    """The most jobs that one rank may do in one batch."""
     auto: BackendChoice | None = None
+    """The choice of --backend=auto."""
 
     @property
     def job_plan(self) -> ParallelPlan:
-        """What an image is made with that comes alone."""
+        """The plan for a job that arrives alone."""
         return min(self.teams.plans.items())[1] if self.teams.mode == "throughput" else self.plan
 
     def facts(self) -> dict[str, Any]:
@@ -105,7 +95,7 @@ class StartPlan:
         }
 
     def fingerprint(self, settings: Settings) -> dict[str, str]:
-        """What must be the same on all machines of one host, by argument."""
+        """Return what must be the same on all machines of one host, by argument."""
         own = {
             "--nnodes": settings.nnodes,
             "--nproc_per_node": self.num_ranks,
@@ -140,101 +130,81 @@ def plan_start(
     num_ranks: int | None = None,
     recall: Recall = lambda key: None,
 ) -> StartPlan:
-    """The resolved plan. ConfigError, UnsupportedError or PlanError for whatever the user must
-    change.
+    """Resolve the plan. ConfigError, UnsupportedError or PlanError for what the user must change.
 
     num_ranks: where it is known already (in a rank); else --nproc_per_node, the GPUs, or 1. recall:
-    what --backend=auto goes by.
+    what --backend=auto has measured before.
     """
-    refuse_pending(settings)
     _require_key(settings)
     _require_machines(settings)
     spec = _model_spec(settings, table)
-    reasons = []
-    ranks = num_ranks or settings.nproc_per_node
+    ranks, why_ranks = _ranks(settings, num_ranks=num_ranks, num_gpus=num_gpus)
+    world_size = ranks * settings.nnodes
+    features = features_of(settings)
+    choice = resolve_backend(
+        settings,
+        spec,
+        world_size,
+        checkpoint=Path(_checkpoint(settings, spec)),
+        num_gpus=num_gpus,
+        features=features,
+        recall=recall,
+    )
+    backend, settings = choice.backend, choice.settings
+    for feature in ("", *features):
+        spec.require(backend, feature or None)
+    load, why_load = _load_request(settings, spec, backend, num_gpus=num_gpus)
+    options = {**settings.given, "checkpoint": load.checkpoint}
+    plan = require_world_size(planner(backend)(spec, options, world_size), world_size)
+    if load.step_cache is not None:
+        require_step_cache(load.step_cache, plan)
+    auto = choice.auto
+    teams = choose_teams(
+        settings.mode,
+        spec,
+        plan,
+        options,
+        features=features,
+        load=load,
+        chosen=auto.teams if auto is not None else None,
+        fastest=auto.job.candidate.ranks if auto is not None else None,
+    )
+    max_batch, why_one = batch_limit(settings.max_batch, settings.mode, spec, plan, teams, load)
+    idle = idle_reasons(settings, spec, backend, plan)
+    reasons = (*why_ranks, *choice.reasons, *why_load, *idle, why_one)
+    return StartPlan(
+        spec=spec,
+        plan=plan,
+        load=load,
+        num_ranks=ranks,
+        reasons=tuple(filter(None, reasons)),
+        teams=teams,
+        max_batch=max_batch,
+        auto=auto,
+    )
+
+
+def _ranks(
+    settings: Settings, *, num_ranks: int | None, num_gpus: int
+) -> tuple[int, tuple[str, ...]]:
+    """The number of ranks on this machine, with the reason if it was chosen."""
+    ranks, reasons = num_ranks or settings.nproc_per_node, ()
     if ranks is None:
         ranks = max(num_gpus, 1)
-        reasons.append(f"ranks={ranks}: {num_gpus} GPUs are visible")
-    world_size = ranks * settings.nnodes
+        reasons = (f"ranks={ranks}: {num_gpus} GPUs are visible",)
     if num_gpus and ranks > num_gpus:
         raise ConfigError(
             f"--nproc_per_node={ranks} is more than the {num_gpus} visible GPUs. Use at most "
             f"{num_gpus}."
         )
-    backend, auto = settings.backend, None
-    features = tuple(
-        feature
-        for feature, names in FEATURE_OPTIONS.items()
-        if any(name in settings.given for name in names)
-    )
-    if is_automatic(settings, spec, world_size):
-        checkpoint = Path(_checkpoint(settings, spec))
-        facts = {
-            "world_size": world_size,
-            "num_gpus": num_gpus,
-            "features": features,
-            "recall": recall,
-        }
-        auto = decide(settings, spec, checkpoint=checkpoint, **facts)
-        backend, settings = (
-            auto.world.candidate.backend,
-            _for_any_method(replace(settings, **auto.world.candidate.options), reasons),
-        )
-        reasons.append(auto.reason)
-    elif backend in (None, "auto"):
-        backend = spec.default_backend(world_size)
-        reasons.append(
-            f"backend={backend}: first choice of type {spec.name!r} on {world_size} "
-            f"rank{'s' if world_size > 1 else ''}"
-        )
-    elif world_size == 1 and backend != "single":
-        reasons.append(f"one rank: backend {backend} computes what single does")
-        spec.require(backend)
-        backend = "single"
-    spec.require(backend)
-    for feature in features:
-        spec.require(backend, feature)
-    load = _load_request(settings, spec, backend, num_gpus=num_gpus, reasons=reasons)
-    reasons += _without_effect(settings, spec, backend)
-    options = {**settings.given, "checkpoint": load.checkpoint}
-    plan = require_world_size(planner(backend)(spec, options, world_size), world_size)
-    if load.step_cache is not None:
-        require_step_cache(load.step_cache, plan)
-    chosen = (
-        {"chosen": auto.teams, "quickest": auto.job.candidate.ranks} if auto is not None else {}
-    )
-    teams = choose_teams(settings.mode, spec, plan, options, features=features, load=load, **chosen)
-    max_batch, why_one = batch_limit(settings.max_batch, settings.mode, spec, plan, teams, load)
-    reasons += [why_one] if why_one else []
-    told = {
-        "num_ranks": ranks,
-        "reasons": tuple(reasons),
-        "teams": teams,
-        "max_batch": max_batch,
-        "auto": auto,
-    }
-    return StartPlan(spec=spec, plan=plan, load=load, **told)
-
-
-def _for_any_method(settings: Settings, reasons: list[str]) -> Settings:
-    """Without what some methods cannot have: the choice is made again when the model is loaded, and
-    teams may use others.
-    """
-    for name in WITHOUT_SDPA:
-        if getattr(settings, name):
-            reasons.append(
-                f"--{name} has no effect with --backend=auto: most methods reach the other ranks "
-                "through torch's own attention"
-            )
-    return replace(settings, **dict.fromkeys(WITHOUT_SDPA, False))
+    return ranks, reasons
 
 
 def _require_key(settings: Settings) -> None:
     if settings.host not in LOOPBACK_NAMES and settings.api_key is None:
         raise ConfigError(
-            f"--host={settings.host} can be reached from other machines: give --api_key as well, "
-            "which every request must then bring, "
-            "or leave --host out."
+            f"--host={settings.host} can be reached from other machines, so requests need a key. "
+            "Give --api_key as well, or leave --host out."
         )
 
 
@@ -246,20 +216,13 @@ def _require_machines(settings: Settings) -> None:
         )
     if settings.rdzv_endpoint is None and settings.nnodes > 1:
         raise ConfigError(
-            f"--nnodes={settings.nnodes} needs --rdzv_endpoint=HOST:PORT: the first machine's "
-            "address and a free port there."
+            f"--nnodes={settings.nnodes} needs --rdzv_endpoint. Give HOST:PORT, the address of the "
+            "first machine and a free port there."
         )
 
 
-def refuse_pending(settings: Settings) -> None:
-    """An option that does not work yet is an error, never ignored."""
-    for name in settings.given:
-        if reason := option_fields()[name].metadata["pending"]:
-            raise ConfigError(f"--{name} was given, but {reason}. Leave it out.")
-
-
 def count_gpus(environment: Mapping[str, str]) -> int:
-    """GPUs that the ranks will see, without importing torch: NVIDIA's, less what
+    """Count the GPUs that the ranks will see, without torch: NVIDIA's, without those that
     CUDA_VISIBLE_DEVICES hides.
     """
     present = len(glob.glob("/proc/driver/nvidia/gpus/*"))
@@ -269,27 +232,6 @@ def count_gpus(environment: Mapping[str, str]) -> int:
     return min(
         present, len([part for part in visible.split(",") if part.strip() and part.strip() != "-1"])
     )
-
-
-def _without_effect(settings: Settings, spec: ModelSpec, backend: str) -> list[str]:
-    """A sentence for each given option of another backend than the one that runs. Clients send them
-    all along.
-    """
-    declared = option_fields()
-    idle = (
-        ()
-        if "motion_adapter" in spec.components
-        else [name for name in MOTION_OPTIONS if name in settings.given]
-    )
-    return [
-        f"--{name} has no effect: type {spec.name!r} has no motion adapter" for name in idle
-    ] + [
-        f"--{name} has no effect: it is for backend "
-        f"{' or '.join(declared[name].metadata['backends'])}"
-        for name in settings.given
-        if declared[name].metadata["backends"]
-        and backend not in declared[name].metadata["backends"]
-    ]
 
 
 def _model_spec(settings: Settings, table: ModelTable) -> ModelSpec:
@@ -311,8 +253,9 @@ def _model_spec(settings: Settings, table: ModelTable) -> ModelSpec:
 
 
 def _load_request(
-    settings: Settings, spec: ModelSpec, backend: str, *, num_gpus: int, reasons: list[str]
-) -> LoadRequest:
+    settings: Settings, spec: ModelSpec, backend: str, *, num_gpus: int
+) -> tuple[LoadRequest, list[str]]:
+    reasons = []
     paths = {
         name: _existing_path(name, getattr(settings, name))
         for name in ("checkpoint", *PATH_OPTIONS)
@@ -322,35 +265,51 @@ def _load_request(
         scaled["control_net"] = dict.fromkeys(scaled["control_net"], settings.controlnet_scale)
     paths["checkpoint"] = _checkpoint(settings, spec)
     if settings.checkpoint is None:
-        reasons.append("checkpoint: none was given, so the demo model")
+        reasons.append("checkpoint: the demo model, because none was given")
     _require_components(spec, paths)
     variant = settings.variant
     if variant is None:
         variant = "fp16" if num_gpus else "fp32"
-        reasons.append(f"variant={variant}: {'GPUs are there' if num_gpus else 'no GPU'}")
+        reasons.append(f"variant={variant}: {'there are GPUs' if num_gpus else 'no GPU'}")
     try:
         require_family(parse_scheduler(settings.scheduler), flow=spec.flow_matching)
     except RequestError as error:
         raise ConfigError(f"--scheduler: {error}") from error
-    return LoadRequest(
+    denoiser, denoiser_config = _denoiser(settings, spec)
+    keeps_attention = not can_replace_attention(backend)
+    load = LoadRequest(
         model_type=spec.name,
+        checkpoint=paths["checkpoint"],
         variant=variant,
         scheduler=settings.scheduler,
-        height=settings.height,
-        width=settings.width,
+        vae=paths["vae"],
+        vae_config=paths["vae_config"],
+        denoiser=denoiser,
+        denoiser_config=denoiser_config,
+        gguf_model=paths["gguf_model"],
+        motion_adapter=paths["motion_adapter"],
+        motion_module=paths["motion_module"],
+        motion_config=paths["motion_config"],
+        control_net=scaled["control_net"],
+        control_net_config=paths["control_net_config"],
+        ip_adapter=scaled["ip_adapter"],
+        lora=scaled["lora"],
+        motion_lora=scaled["motion_adapter_lora"] if "motion_adapter" in spec.components else {},
+        quantize=quantization(settings),
+        compile=compile_settings(settings),
+        compel=settings.compel,
+        step_cache=step_cache(settings, spec, backend=backend),
+        offload=offload(settings),
+        enable_attention_slicing=settings.enable_attention_slicing and not keeps_attention,
+        xformers_efficient=settings.xformers_efficient and not keeps_attention,
         enable_vae_tiling=settings.enable_vae_tiling,
         enable_vae_slicing=settings.enable_vae_slicing,
         parallel_vae=settings.parallel_vae is not False,
-        lora=scaled["lora"],
-        motion_lora=scaled["motion_adapter_lora"] if "motion_adapter" in spec.components else {},
-        control_net=scaled["control_net"],
-        ip_adapter=scaled["ip_adapter"],
-        compel=settings.compel,
-        step_cache=step_cache(settings, spec, backend=backend, reasons=reasons),
-        **treatments(settings, backend=backend, reasons=reasons, num_gpus=num_gpus),
-        **_denoiser(settings, spec),
-        **paths,
+        height=settings.height,
+        width=settings.width,
+        prewarm_steps=prewarm_steps(settings, backend)[0],
     )
+    return load, [*reasons, *load_reasons(settings, spec, backend=backend, num_gpus=num_gpus)]
 
 
 def _checkpoint(settings: Settings, spec: ModelSpec) -> str:
@@ -360,7 +319,7 @@ def _checkpoint(settings: Settings, spec: ModelSpec) -> str:
 
 
 def _existing_path(name: str, value: str | None) -> str | None:
-    """Absolute and normalised: clients send paths such as <root>/custom_nodes/../models/x."""
+    """Return the path absolute and normalized: clients send <root>/custom_nodes/../models/x."""
     if value is None:
         return None
     path = Path(value).expanduser().resolve()
@@ -372,15 +331,15 @@ def _existing_path(name: str, value: str | None) -> str | None:
 
 
 def _existing_files(name: str, scales: Mapping[str, float] | None) -> dict[str, float]:
-    """The same with absolute paths, in the same order. A folder is allowed for a ControlNet
-    only.
+    """Return the files with absolute paths, in the same order. Only a ControlNet may be a
+    folder.
     """
     found = {}
     for value, scale in (scales or {}).items():
         path = _existing_path(name, value)
         if Path(path).is_file() and Path(path).suffix not in WEIGHT_FILES:
             raise ConfigError(
-                f"--{name}={value} is no file of weights. Allowed: {', '.join(WEIGHT_FILES)}."
+                f"--{name}={value} is not a file of weights. Allowed: {', '.join(WEIGHT_FILES)}."
             )
         if Path(path).is_dir() and name != "control_net":
             raise ConfigError(
@@ -393,8 +352,10 @@ def _existing_files(name: str, scales: Mapping[str, float] | None) -> dict[str, 
     return found
 
 
-def _denoiser(settings: Settings, spec: ModelSpec) -> dict[str, str | None]:
-    """The replacement for the type's own kind of denoiser, which may not come from two places."""
+def _denoiser(settings: Settings, spec: ModelSpec) -> tuple[str | None, str | None]:
+    """The denoiser that replaces the checkpoint's, and its configuration. It may not come from two
+    places.
+    """
     other = "transformer" if spec.denoiser == "unet" else "unet"
     paths = {"unet": settings.unet, "transformer": settings.transformer}
     configs = {"unet": settings.unet_config, "transformer": settings.transformer_config}
@@ -408,10 +369,10 @@ def _denoiser(settings: Settings, spec: ModelSpec) -> dict[str, str | None]:
             f"--{spec.denoiser} and --gguf_model were given, and both replace the {spec.denoiser}. "
             "Give one of them."
         )
-    return {
-        "denoiser": _existing_path(spec.denoiser, paths[spec.denoiser]),
-        "denoiser_config": _existing_path(f"{spec.denoiser}_config", configs[spec.denoiser]),
-    }
+    return (
+        _existing_path(spec.denoiser, paths[spec.denoiser]),
+        _existing_path(f"{spec.denoiser}_config", configs[spec.denoiser]),
+    )
 
 
 def _require_components(spec: ModelSpec, paths: Mapping[str, str | None]) -> None:
@@ -436,8 +397,3 @@ def _require_components(spec: ModelSpec, paths: Mapping[str, str | None]) -> Non
                 f"type {spec.name!r} needs a {component}, and the checkpoint holds none. Give "
                 f"--{component}=FOLDER or --motion_module=FILE."
             )
-
-
-def as_config_error(error: HostError) -> ConfigError:
-    """Whatever was wrong at start is the user's to change there."""
-    return error if isinstance(error, ConfigError) else ConfigError(str(error))

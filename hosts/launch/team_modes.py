@@ -14,18 +14,17 @@ from backends.plan import ParallelPlan
 from backends.request import LoadRequest
 
 Mode = Literal["latency", "throughput", "auto"]
-MODES = ("latency", "throughput", "auto")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Teams:
-    """How the ranks may work. plans: team size -> the plan of a team of that size, without that of
-    all ranks together.
-    """
+    """How the ranks may split."""
 
     mode: Mode = "latency"
     plans: Mapping[int, ParallelPlan] = field(default_factory=dict)
+    """Team size -> the plan of such a team, without the plan of all ranks together."""
     reasons: tuple[str, ...] = ()
+    """Why the mode was chosen."""
 
     def facts(self) -> dict[str, object]:
         return {
@@ -43,24 +42,22 @@ def choose_teams(
     features: tuple[str, ...],
     load: LoadRequest,
     chosen: Mapping[int, ParallelPlan] | None = None,
-    quickest: int | None = None,
+    fastest: int | None = None,
 ) -> Teams:
-    """The mode that was asked for, with the plans of its teams, or `latency` with the reason where
-    `auto` can be nothing else.
+    """Return the mode with the plans of its teams, or `latency` with the reason if `auto` has no
+    other choice. ConfigError for `throughput` where it is not available.
 
-    plan: that of all ranks. features: of the model table, which the start asks for. ConfigError for
-    a throughput mode that cannot be.
-    chosen: of --backend=auto: size of a team -> its plan. quickest: the number of ranks that make
-    one image soonest, if not all do.
+    plan: of all ranks. features: of the model table, which the launch needs. chosen: team size ->
+    its plan, by --backend=auto. fastest: the number of ranks that finish one image soonest.
     """
     if plan.world_size == 1:
         return Teams()
     if asked == "latency":
-        return Teams(reasons=("mode=latency: as asked, all ranks work on each job",))
+        return Teams(reasons=("mode=latency: all ranks work on each job, as requested",))
     if problem := _problem(spec, plan, features, load):
         if asked == "throughput":
             raise ConfigError(
-                f"--mode=throughput is not available: {problem}. Leave one of the two out."
+                f"--mode=throughput is not available: {problem}. Leave out one of the two."
             )
         return Teams(reasons=(f"mode=latency: {problem}",))
     if asked == "throughput":
@@ -71,19 +68,19 @@ def choose_teams(
             for size in _team_sizes(plan.world_size)
             if (found := _team_plan(spec, plan, options, size)) is not None
         }
-    if quickest in chosen and quickest != plan.world_size:
+    if fastest in chosen and fastest != plan.world_size:
         why = (
-            f"mode=throughput: more than {quickest} of {plan.world_size} ranks are slower, so "
-            f"they work in teams of {quickest}"
+            f"mode=throughput: more than {fastest} of {plan.world_size} ranks are slower, so "
+            f"they work in teams of {fastest}"
         )
-        return Teams(mode="throughput", plans={quickest: chosen[quickest]}, reasons=(why,))
+        return Teams(mode="throughput", plans={fastest: chosen[fastest]}, reasons=(why,))
     return Teams(mode="auto", plans=chosen)
 
 
 def batch_limit(
     most: int, asked: Mode, spec: ModelSpec, plan: ParallelPlan, teams: Teams, load: LoadRequest
 ) -> tuple[int, str]:
-    """How many jobs one rank may do in one batch, `most` at most, and why it is only one."""
+    """Return the largest batch of one rank, `most` at most, and the reason if it is 1."""
     reason = why_alone(spec, load)
     if asked == "latency":
         reason = "mode=latency: each image is the same whatever the load"
@@ -95,19 +92,19 @@ def batch_limit(
 def _problem(
     spec: ModelSpec, plan: ParallelPlan, features: tuple[str, ...], load: LoadRequest
 ) -> str:
-    """Why ranks cannot change between jobs from one team to another; empty if they can."""
+    """Return why ranks cannot change teams between jobs; empty if they can."""
     if setting := plan.splits_weights_by:
         return f"with {setting} each rank holds only a part of the weights"
     if load.compile is not None:
         return (
-            "compiled models would be compiled again whenever ranks join or part "
+            "compiled models would be compiled again whenever ranks split or rejoin "
             "(--compile_unet, --compile_vae, --compile_text_encoder)"
         )
     try:
         for feature in ("", *features):
             spec.require("single", *[feature] if feature else [])
     except HostError as error:
-        return f"one rank alone cannot do it: {error}".rstrip(".")
+        return f"one rank alone cannot run it: {error}".rstrip(".")
     return ""
 
 
@@ -118,7 +115,7 @@ def _team_sizes(world_size: int) -> list[int]:
 def _team_plan(
     spec: ModelSpec, plan: ParallelPlan, options: Mapping[str, object], size: int
 ) -> ParallelPlan | None:
-    """None where the options that were given for all ranks do not fit fewer."""
+    """None if the options for all ranks do not fit fewer."""
     try:
         return planner("single" if size == 1 else plan.method)(spec, options, size)
     except HostError:

@@ -1,5 +1,5 @@
-"""On ranks that have met: the final choice of --backend=auto, by what an earlier launch has
-measured, or by measuring now.
+"""--backend=auto once the ranks are connected: the final choice, by the measurements of an earlier
+launch or by measuring now.
 """
 
 import gc
@@ -24,7 +24,7 @@ from hosts.supervision.progress import LOAD_WITHIN_S, Activity
 logger = logging.getLogger(__name__)
 
 TRIAL_STEPS = 20
-"""Of the image whose first steps are timed: enough for its steps to be as alike as those of a real
+"""Steps of the image whose first steps are timed: enough for them to resemble those of a real
 one.
 """
 
@@ -39,19 +39,19 @@ def tune(
     device: torch.device,
     activity: Activity,
 ) -> tuple[StartPlan, LoadedPipeline | None]:
-    """The start as all ranks will make it, and the pipeline where measuring has loaded it. Every
-    rank takes part.
+    """Return the start plan that all ranks will use, and the pipeline if measuring has loaded it.
+    Every rank must call this.
 
-    plan: the start by what was measured. folder: rank 0's memory, if there is one. All ranks go by
-    rank 0's figures.
-    activity: is told that this may take as long as loading.
+    plan: the start plan by measured figures; all ranks use rank 0's. folder: where rank 0 keeps
+    figures for the next launch, if anywhere. activity: learns that this may take as long as
+    loading.
     """
     if start.auto is None:
         return start, None
     pipeline = None
     measured = broadcast_command(recall_from(folder)(start.auto.key) if rank == 0 else None)
     if measured is None:
-        activity.begin("loading and trying methods", within_s=LOAD_WITHIN_S)
+        activity.begin("loading and benchmarking methods", within_s=LOAD_WITHIN_S)
         pipeline, measured = _measure(start, rank=rank, world_size=world_size, device=device)
         activity.rest()
         if measured is not None and rank == 0 and folder is not None:
@@ -67,13 +67,13 @@ def tune(
 def _measure(
     start: StartPlan, *, rank: int, world_size: int, device: torch.device
 ) -> tuple[LoadedPipeline | None, Measured | None]:
-    """Nothing, on all ranks, if one of them fails: what is wrong shows again, and is told, when the
-    loop loads.
+    """Return the loaded pipeline and the figures, or nothing if any rank fails: the loop then loads
+    again and reports the problem.
     """
     pipeline = failure = measured = None
     try:
         pipeline = load_pipeline(start.spec, start.load, device=device)
-    except Exception as error:  # noqa: BLE001  whatever it is, the other ranks must hear of it before anyone goes on
+    except Exception as error:  # noqa: BLE001  the other ranks must learn of any error before they continue
         failure = Failure.of(error, rank=rank)
     if agree_on_outcome(failure).failure is None:
         try:
@@ -96,7 +96,7 @@ def _measure(
         if (outcome := agree_on_outcome(failure)).failure is None:
             return pipeline, measured
         logger.warning(
-            "no method could be tried, so the estimate decides: %s", outcome.failure.message
+            "benchmarking the methods failed, so the estimate decides: %s", outcome.failure.message
         )
     del pipeline
     gc.collect()  # pipelines hold themselves in cycles

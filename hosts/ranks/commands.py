@@ -1,4 +1,4 @@
-"""What ranks say to each other between images: commands from rank 0, and outcomes from all."""
+"""What ranks exchange between images: commands from rank 0, and outcomes from all."""
 
 import time
 import traceback
@@ -22,7 +22,7 @@ class Load:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generate:
-    """Make these images, in one batch if there are several. Each request's seed is drawn."""
+    """Generate these images, in one batch if there are several. Each request has its seed."""
 
     job_ids: tuple[str, ...]
     requests: tuple[GenerateRequest, ...]
@@ -30,14 +30,15 @@ class Generate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitIntoTeams:
-    """Split into teams of so many ranks, each with jobs of its own, until all gather."""
+    """Split into teams, each with jobs of its own, until all rejoin."""
 
     team_size: int
+    """Ranks of each team."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rejoin:
-    """To a team: meet the others."""
+    """Tell a team to join the other ranks again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,21 +51,19 @@ Command = Load | Generate | SplitIntoTeams | Rejoin | Stop
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """How a command ended on one rank that failed. time_s: wall clock, to find the first of
-    several.
-    """
+    """How a command failed on one rank."""
 
     rank: int
     error: HostError | None
+    """The client's error or the cancellation; None for a fault of this program or the machine."""
     message: str
     trace: str
     time_s: float
+    """Wall clock, to find the first of several failures."""
 
     @property
     def is_retryable(self) -> bool:
-        """Whether the same request may do well the next time: nobody's mistake, and not a lack of
-        memory, which stays the same.
-        """
+        """Whether a retry may succeed: not a client error and not out of memory."""
         return self.error is None and not self.message.startswith(OUT_OF_MEMORY)
 
     @classmethod
@@ -78,8 +77,8 @@ class Failure:
         )
 
     def as_error(self) -> HostError:
-        """What the client reads: a user's mistake as it is, anything else with the rank it happened
-        on.
+        """Return what the client reads: its own error as it is, any other with the rank that
+        failed.
         """
         return self.error or RankError(
             f"rank {self.rank} failed: {self.message}", rank=self.rank, trace=self.trace
@@ -88,21 +87,19 @@ class Failure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What all ranks of a team agree on after a command. groups_are_broken: a rank closed its data
-    groups to wake the others.
-
-    figures: each rank's, in rank order.
-    """
+    """What all ranks of a team agree on after a command."""
 
     failure: Failure | None
     groups_are_broken: bool
+    """Whether a rank closed its data groups, to wake ranks that waited for it."""
     figures: tuple[Mapping[str, Any], ...] = ()
+    """Each rank's, in rank order."""
 
 
 def agree_on_outcome(
     failure: Failure | None, figures: Mapping[str, Any] | None = None, among: Axis | None = None
 ) -> Outcome:
-    """Every rank's failure, if any, and its figures -> the same outcome on every rank.
+    """Gather every rank's failure and figures, and return the same outcome on every rank.
 
     among: the control group of a team; None for all ranks.
     """
@@ -114,8 +111,8 @@ def agree_on_outcome(
 
 
 def merge_outcomes(outcomes: Sequence[Failure | None]) -> Outcome:
-    """The failure that came first is the cause: a rank that fails closes its groups, so closed
-    connections come after their reason.
+    """Take the earliest failure as the cause. A failing rank closes its groups, so the others'
+    closed connections are later.
     """
     failures = [outcome for outcome in outcomes if outcome is not None]
     breaking = [failure for failure in failures if breaks_groups(failure)]
@@ -126,7 +123,9 @@ def merge_outcomes(outcomes: Sequence[Failure | None]) -> Outcome:
 
 
 def breaks_groups(failure: Failure) -> bool:
-    """Not after a cancellation: there all ranks stopped at the same place by agreement."""
+    """Whether the rank closes its groups. After a cancellation all ranks stop at the same step, so
+    none does.
+    """
     return not isinstance(failure.error, CancelledError)
 
 

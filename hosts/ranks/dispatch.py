@@ -1,9 +1,8 @@
 """Where the rank loop's commands come from and its results go to.
 
-The loop has no branch on its rank: what differs is in the desk it is given. Rank 0's takes jobs
-from the queue and answers them, a follower's does nothing. While the ranks are split into teams,
-the first rank of each has a desk too, which is rank 0's at the other end of a line
-(hosts/ranks/remote_dispatch.py).
+The loop has no branch on its rank: what differs is its dispatcher. Rank 0's takes jobs from the
+queue and answers them, a follower's does nothing. While the ranks are split into teams, the first
+rank of each team has a dispatcher that asks rank 0 over a channel (hosts/ranks/remote_dispatch.py).
 """
 
 import logging
@@ -38,55 +37,57 @@ from hosts.supervision.host_state import HostState, Phase
 logger = logging.getLogger(__name__)
 
 Check = Callable[[GenerateRequest], None]
-"""Raises the HostError of a request that cannot be done; arithmetic only."""
+"""Raises a HostError for a request that cannot be done; arithmetic only."""
 PERCENT_LOADED = 100.0
 """What GET /progress shows of a loaded pipeline."""
 Preview = Callable[[int], Array | None]
-"""A small image of one row of what is made now."""
+"""Return a small image of one row of the running batch."""
 
 
 class TeamDispatcher(Protocol):
-    """What a team needs."""
+    """What a team of ranks needs."""
 
     def next_command(self, check: Check) -> Command | None:
-        """The next command on the team's first rank, already checked; None on the others, which
-        hear it from that one.
+        """Return the next command on the team's first rank, already checked; None on the others,
+        which receive it.
         """
 
     def step_signal(self) -> int:
-        """GO_ON or CANCEL, rank 0's word for this step."""
+        """Return GO_ON or CANCEL, rank 0's signal for this step."""
 
     def step_done(self, step: int, num_steps: int, preview: Preview) -> None:
-        """A step is done on all ranks of the team. `preview(row)` makes a small image of it, for
-        whoever looks.
+        """Record that all ranks of the team have done a step. `preview(row)` returns a small image
+        of it, for clients that watch.
         """
 
     def generated(self, results: Sequence[GenerateResult], outcome: Outcome) -> None:
-        """How the last Generate ended: a result for each of its requests, or none and the verdict's
+        """Answer the last Generate: a result for each of its requests, or none and the outcome's
         failure.
         """
 
     def leave(self) -> None:
-        """The team cannot go on by itself: it takes no more jobs before all ranks have met."""
+        """Take no more jobs for this team, because its groups are broken: all ranks must rejoin."""
 
 
 class Dispatcher(TeamDispatcher, Protocol):
     """What all ranks together need."""
 
-    def loaded(self, failure: Failure | None) -> None: ...
+    def loaded(self, failure: Failure | None) -> None:
+        """Report that the pipeline is loaded, or why it is not."""
 
-    def spread(self, team_size: int) -> AbstractContextManager[TeamDispatcher]:
-        """This rank's desk while the ranks are split. Leaving it waits until no other team's desk
-        is in use.
+    def split(self, team_size: int) -> AbstractContextManager[TeamDispatcher]:
+        """Return this rank's dispatcher while the ranks are split. Leaving the context waits until
+        no other team uses its own.
         """
 
 
 class FollowerDispatcher:
-    """A rank without clients. line: to rank 0, where there are teams that it may lead."""
+    """Of a rank without clients."""
 
-    def __init__(self, *, rank: int = 0, line: Channel | None = None) -> None:
+    def __init__(self, *, rank: int = 0, channel: Channel | None = None) -> None:
+        """channel: to rank 0, if this rank may lead a team."""
         self._rank = rank
-        self._line = line
+        self._channel = channel
 
     def next_command(self, check: Check) -> Command | None:
         return None
@@ -102,19 +103,18 @@ class FollowerDispatcher:
 
     def leave(self) -> None: ...
 
-    def spread(self, team_size: int) -> AbstractContextManager[TeamDispatcher]:
-        is_first = self._line is not None and self._rank % team_size == 0
-        return nullcontext(RemoteDispatcher(self._line, rank=self._rank) if is_first else self)
+    def split(self, team_size: int) -> AbstractContextManager[TeamDispatcher]:
+        is_first = self._channel is not None and self._rank % team_size == 0
+        return nullcontext(RemoteDispatcher(self._channel, rank=self._rank) if is_first else self)
 
 
 class JobDispatcher:
-    """Takes jobs from the queue for so many ranks, and answers them. `choose`: whether to take one;
-    see JobQueue.next.
-    """
+    """Takes jobs from the queue for a number of ranks, and answers them."""
 
     def __init__(
         self, *, queue: JobQueue, state: HostState, sharing: Sharing, ranks: int, choose: Choose
     ) -> None:
+        """choose: whether to take a job; see JobQueue.next."""
         self._queue = queue
         self._state = state
         self._sharing = sharing
@@ -124,7 +124,7 @@ class JobDispatcher:
         self._batch = 0
 
     def next_command(self, check: Check) -> Command:
-        """Generate, or Gather when there is nothing to take."""
+        """Return Generate, or Rejoin when there is no job to take."""
         while (job := self._queue.next(self._choose, ranks=self._ranks)) is not None:
             taken = [job, *self._queue.take_along(job, partial(self._sharing.num_companions, job))]
             if jobs := [job for job in taken if self._passes(job, check)]:
@@ -136,8 +136,8 @@ class JobDispatcher:
         return Rejoin()
 
     def step_signal(self) -> int:
-        """A job of a batch that is not wanted any more ends here, and its row is computed on, as
-        long as there are others.
+        """Return CANCEL once no job of the batch is wanted. An unwanted job among others ends here,
+        and its row is computed to the end.
         """
         unwanted = [row for row, job in self._rows.items() if job.must_stop]
         if len(unwanted) == len(self._rows):
@@ -180,7 +180,7 @@ class JobDispatcher:
     def _passes(self, job: Job, check: Check) -> bool:
         try:
             check(job.request)
-        except Exception as error:  # noqa: BLE001  the other ranks never see what is refused here, for whatever reason
+        except Exception as error:  # noqa: BLE001  the other ranks never see a request that is refused here
             self._queue.finish(job, error=Failure.of(error, rank=0).as_error())
             return False
         return True
@@ -191,22 +191,21 @@ class JobDispatcher:
         self._state.tell({"last_report": facts, **self._sharing.measured()})
 
     def _failed(self, rows: Mapping[int, Job], failure: Failure) -> None:
-        """A batch is tried again one by one, whatever ended it: what one job is to blame for should
-        not be the others'.
+        """Retry the jobs of a batch one by one, whatever ended it: a fault of one job must not fail
+        the others.
         """
         is_of_batch = self._batch > 1 and not isinstance(failure.error, CancelledError)
         if is_of_batch:
             self._sharing.batch_failed(next(iter(rows.values())), batch=self._batch)
-        for job in reversed(rows.values()):  # the first of them back in front
+        for job in reversed(rows.values()):  # so that the first is in front again
             if (is_of_batch or failure.is_retryable) and self._queue.retry(job):
-                logger.warning("job %s is begun again", job.id)
+                logger.warning("job %s is retried", job.id)
             else:
                 self._queue.finish(job, error=failure.as_error())
 
     def leave(self) -> None:
-        self._queue.next(
-            lambda waiting, running: Choice.LEAVE
-        )  # wakes the teams that wait for a job
+        # wakes the teams that wait for a job
+        self._queue.next(lambda waiting, running: Choice.LEAVE)
 
 
 class LeaderDispatcher(JobDispatcher):
@@ -258,12 +257,12 @@ class LeaderDispatcher(JobDispatcher):
             self._control.finish(None)
 
     @contextmanager
-    def spread(self, team_size: int) -> Iterator[TeamDispatcher]:
-        """One thread serves each other team. Whatever ended one is raised here."""
+    def split(self, team_size: int) -> Iterator[TeamDispatcher]:
+        """Serve each other team in a thread of its own, and raise the error of any of them."""
         period = SplitPeriod(self._sharing, team_size=team_size)
         services = [
-            DispatchServer(line, self._dispatcher_of(period, team_size), on_loss=period.end)
-            for rank, line in self._channels.items()
+            DispatchServer(channel, self._dispatcher_of(period, team_size), on_loss=period.end)
+            for rank, channel in self._channels.items()
             if rank % team_size == 0
         ]
         yield self._dispatcher_of(period, team_size)

@@ -1,8 +1,6 @@
-"""What every rank's main thread runs: next command -> do it -> agree on the outcome. The same code
-on all ranks.
+"""One pipeline on every rank's main thread: take the next command, run it, agree on the outcome.
 
-What differs between rank 0 and the others is settled once, in the Desk that the loop is given
-(hosts/ranks/dispatch.py).
+The code is the same on all ranks; what differs is in the dispatcher (hosts/ranks/dispatch.py).
 """
 
 import logging
@@ -51,18 +49,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Team:
-    """The ranks that work on one job together, as this rank sees them. control: their group for
-    commands and outcomes.
-    """
+    """The ranks that work on one job together, as this rank sees them."""
 
     mesh: Mesh
     control: Axis
+    """Their group for commands and outcomes."""
     backend: Backend
 
 
 class RankLoop:
-    """One rank's commands, one after the other, on its main thread: the only one that touches the
-    device or a collective.
+    """One rank's commands. Its main thread runs them: no other thread touches the device or a
+    collective.
     """
 
     def __init__(
@@ -76,17 +73,15 @@ class RankLoop:
         activity: Activity | None = None,
         pipeline: LoadedPipeline | None = None,
     ) -> None:
-        """mesh: of all ranks. team_plans: size of the teams that the ranks may split into -> the
-        plan of each. activity: is told of all.
-
-        pipeline: where it is loaded already.
+        """mesh: of all ranks. team_plans: size of a team -> its plan, for each size into which the
+        ranks may split. activity: of this thread, for the watch. pipeline: if it is loaded already.
         """
         self._rank = rank
         self._spec = spec
         self._device = mesh.device
         self._dispatcher = dispatcher
         self._activity = activity or Activity()
-        self._team_desk: TeamDispatcher = dispatcher
+        self._team_dispatcher: TeamDispatcher = dispatcher
         self._all = self._team = self._new_team(mesh, control_axis())
         self._plans = team_plans
         self._teams: dict[int, Team] = {}
@@ -95,12 +90,12 @@ class RankLoop:
         self._pipeline = pipeline
 
     def run(self) -> Failure | None:
-        """Until Stop, or until loading failed: its Failure, else None."""
+        """Run commands until Stop. Return the Failure if loading failed."""
         while not isinstance(command := self._next(self._dispatcher), Stop):
             if isinstance(command, Generate):
                 self._generate(command)
             elif isinstance(command, SplitIntoTeams):
-                self._spread(command.team_size)
+                self._split(command.team_size)
             elif (failure := self._load(command.request)) is not None:
                 return failure
         return None
@@ -131,7 +126,7 @@ class RankLoop:
                 self._spec, request, device=self._device
             )
             self._pipeline.attach(self._all.backend)
-        except Exception as error:  # noqa: BLE001  whatever it is, the other ranks must hear of it before anyone goes on
+        except Exception as error:  # noqa: BLE001  the other ranks must learn of any error before they continue
             failure = self._failed(error)
         failure = agree_on_outcome(failure).failure or self._form_teams()
         if failure is None and request.prewarm_steps:
@@ -143,16 +138,14 @@ class RankLoop:
             self._activity.mark("ready")
             logger.info("loaded %s in %.1f s", request.checkpoint, time.perf_counter() - started)
         else:
-            self._pipeline = (
-                None  # frees the device: the host only answers with the reason from now on
-            )
+            self._pipeline = None  # frees the device
             logger.error("loading failed: %s\n%s", failure.message, failure.trace)
         self._dispatcher.loaded(failure)
         return failure
 
     def _form_teams(self) -> Failure | None:
-        """The teams of all sizes, which then only wait to be attached. All ranks take part; a
-        failure is the same on all.
+        """Make the teams of all sizes, ready to be attached. Every rank must call this; the failure
+        is the same on all.
         """
         failure = None
         world_size = self._all.control.size
@@ -167,12 +160,10 @@ class RankLoop:
             mesh.prepare()
             self._teams[size] = self._new_team(mesh, control_of_team(size))
         try:
-            for team in (
-                *self._teams.values(),
-                self._all,
-            ):  # each once now, so that what a plan cannot do is known before any job
+            # each once, so that a plan that does not work is found before the first job
+            for team in (*self._teams.values(), self._all):
                 self._attach(team)
-        except Exception as error:  # noqa: BLE001  whatever it is, the other ranks must hear of it before anyone goes on
+        except Exception as error:  # noqa: BLE001  the other ranks must learn of any error before they continue
             failure = Failure.of(error, rank=self._rank)
         return agree_on_outcome(failure).failure
 
@@ -181,38 +172,38 @@ class RankLoop:
         return Team(mesh=mesh, control=control, backend=backend)
 
     def _attach(self, team: Team) -> None:
-        """Hooks only: no weights move, and the team's groups are there already."""
+        """Replace the hooks. No weights move, and the team's groups exist."""
         self._pipeline.detach()
         self._pipeline.attach(team.backend)
 
-    def _spread(self, team_size: int) -> None:
-        """Jobs for this rank's team, until all teams gather."""
+    def _split(self, team_size: int) -> None:
+        """Run jobs of this rank's team until all teams rejoin."""
         self._join(self._teams[team_size])
-        with self._dispatcher.spread(team_size) as self._team_desk:
+        with self._dispatcher.split(team_size) as self._team_dispatcher:
             while not self._is_broken and isinstance(
-                command := self._next(self._team_desk), Generate
+                command := self._next(self._team_dispatcher), Generate
             ):
                 self._generate(command)
             if self._is_broken:
-                self._team_desk.leave()
-        self._team_desk = self._dispatcher
+                self._team_dispatcher.leave()
+        self._team_dispatcher = self._dispatcher
         self._join(self._all)
 
     def _join(self, team: Team) -> None:
-        """All ranks go over to their teams, or come back. A failure here ends the rank, and the set
-        is started again.
+        """Switch all ranks to their teams, or back. A failure ends the rank, and all ranks
+        restart.
         """
         failure = None
         self._activity.begin("changing teams")
         try:
             self._attach(team)
-        except Exception as error:  # noqa: BLE001  whatever it is, the other ranks must hear of it before anyone goes on
+        except Exception as error:  # noqa: BLE001  the other ranks must learn of any error before they continue
             failure = Failure.of(error, rank=self._rank)
         outcome = agree_on_outcome(failure, {"is_broken": self._is_broken})
         if outcome.failure is not None:
             raise outcome.failure.as_error()
         if any(figures["is_broken"] for figures in outcome.figures):
-            self._team.mesh.rebuild()  # of all teams: torch wants every rank to take part
+            self._team.mesh.rebuild()  # in all teams: torch makes groups with all ranks only
         self._is_broken = False
         self._team = team
         self._activity.rest()
@@ -238,16 +229,15 @@ class RankLoop:
         else:
             logger.info("%s done in %.2f s", what, results[0].seconds)
             self._activity.mark("served")
-        self._team_desk.generated(results, outcome)
+        self._team_dispatcher.generated(results, outcome)
 
     def _attempt(
         self, requests: Sequence[GenerateRequest], what: str
     ) -> tuple[Sequence[GenerateResult], Outcome]:
-        """The images, or none and the first failure of any rank of the team. what: they are called
-        in the log.
+        """Return the results, or none and the first failure of any rank of the team.
 
-        Afterwards all are ready for the next command, unless a team's groups are broken: all ranks
-        must meet to make new ones.
+        what: the job's name in the log. Afterwards all are ready for the next command, unless a
+        team's groups are broken: all ranks must rejoin to make new ones.
         """
         results: Sequence[GenerateResult] = ()
         failure = self._last_step = None
@@ -256,7 +246,7 @@ class RankLoop:
         )
         try:
             results = self._pipeline.generate_together(requests, on_step=self._on_step)
-        except Exception as error:  # noqa: BLE001  whatever it is, the other ranks must hear of it before anyone goes on
+        except Exception as error:  # noqa: BLE001  the other ranks must learn of any error before they continue
             failure = self._failed(error)
         outcome = agree_on_outcome(failure, self._figures(results), self._team.control)
         if outcome.groups_are_broken and self._team is self._all:
@@ -267,7 +257,7 @@ class RankLoop:
         return (results if outcome.failure is None else ()), outcome
 
     def _figures(self, results: Sequence[GenerateResult]) -> dict[str, Any]:
-        """This rank's, after an image or a batch: sizes in bytes, times in seconds."""
+        """Return this rank's figures after an image or a batch, in bytes and seconds."""
         is_cuda = self._device.type == "cuda"
         memory = (
             torch.cuda.max_memory_allocated(self._device)
@@ -289,14 +279,16 @@ class RankLoop:
 
     def _on_step(self, step: int, num_steps: int, latents: torch.Tensor) -> None:
         self._wait_for_device()
-        if self._team.mesh.broadcast_signal(self._team_desk.step_signal()) == CANCEL:
+        if self._team.mesh.broadcast_signal(self._team_dispatcher.step_signal()) == CANCEL:
             raise CancelledError(f"the job was cancelled at step {step} of {num_steps}.")
-        self._team_desk.step_done(step, num_steps, lambda row: self._pipeline.preview(latents, row))
+        self._team_dispatcher.step_done(
+            step, num_steps, lambda row: self._pipeline.preview(latents, row)
+        )
         self._activity.step(is_last=step == num_steps)
 
     def _wait_for_device(self) -> None:
-        """The device works behind this thread: never by more than a step, or progress, cancelling
-        and the watch would mean nothing.
+        """Let the device lag behind this thread by one step at most: else progress, cancelling and
+        the watch would mean nothing.
         """
         if self._device.type == "cuda":
             if self._last_step is not None:
@@ -307,9 +299,8 @@ class RankLoop:
     def _failed(self, error: Exception) -> Failure:
         failure = Failure.of(error, rank=self._rank)
         if breaks_groups(failure):
-            traceback.clear_frames(
-                error.__traceback__
-            )  # they may hold a group, and only its last reference closes its connections
+            # frames may hold a group, and only its last reference closes its connections
+            traceback.clear_frames(error.__traceback__)
             self._team.mesh.destroy()  # wakes the ranks that wait for this one in a collective
         if self._device.type == "cuda" and not isinstance(error, HostError):
             torch.cuda.empty_cache()

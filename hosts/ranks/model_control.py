@@ -1,8 +1,8 @@
-"""What HTTP threads ask of a host whose pipeline is chosen over HTTP: errands that all ranks run
-between two jobs. Imports no torch.
+"""Commands about the model, which all ranks run between two jobs: load, change, unload, offload or
+pause. HTTP threads give them. Imports no torch.
 
-The errands are commands like those for jobs (hosts/ranks/commands.py): rank 0 announces one, every
-rank does it, all agree on the outcome.
+They work like the commands for jobs (hosts/ranks/commands.py): rank 0 broadcasts one, every rank
+runs it, and all agree on the outcome.
 """
 
 import threading
@@ -20,11 +20,10 @@ from hosts.launch.start_plan import StartPlan
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Apply:
-    """Load the pipeline of these settings in the place of the one that is loaded, or none at
-    all.
-    """
+    """Unload the pipeline, and load another."""
 
     settings: Settings | None
+    """Of the pipeline to load; None loads none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +33,7 @@ class Offload:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sleep:
-    """All ranks but the first do nothing for so long. A job that comes meanwhile waits for them."""
+    """Pause all ranks but the first. A job that arrives meanwhile waits for them."""
 
     seconds: float
 
@@ -44,22 +43,16 @@ ModelCommand = Apply | Offload | Sleep
 
 @dataclass(slots=True, eq=False)
 class PendingCommand:
-    """An errand on its way, and how it ended."""
+    """A command that an HTTP thread waits for."""
 
     command: ModelCommand
     error: HostError | None = None
+    """Why it failed, once `done` is set."""
     done: threading.Event = field(default_factory=threading.Event)
 
 
 class ModelControl:
-    """The list between HTTP threads, which give errands and wait, and rank 0's main thread, which
-    takes them.
-
-    base: the host's own settings. plan: what settings mean here, or why they cannot be. num_ranks:
-    of the host.
-    applied: the configuration of the loaded pipeline, as it was sent; written by HTTP threads, one
-    at a time (`lock`).
-    """
+    """The queue of commands between HTTP threads and rank 0's main thread."""
 
     def __init__(
         self,
@@ -69,58 +62,63 @@ class ModelControl:
         plan: Callable[[Settings], StartPlan],
         num_ranks: int,
     ) -> None:
+        """base: the host's own settings. plan: what settings mean here; HostError if they cannot
+        be. num_ranks: of the host.
+        """
         self.base = base
         self.plan = plan
         self.num_ranks = num_ranks
         self.lock = threading.Lock()
         self.applied: dict[str, Any] | None = None
+        """The configuration of the loaded pipeline, as it was sent. HTTP threads write it under
+        `lock`.
+        """
         self._queue = queue
-        self._orders: deque[PendingCommand] = deque()
-        self._now: PendingCommand | None = None
+        self._pending: deque[PendingCommand] = deque()
+        self._current: PendingCommand | None = None
 
     def run(self, command: ModelCommand) -> None:
-        """Give an errand and wait until all ranks are through with it. HostError if it failed."""
+        """Give a command and wait until all ranks have run it. HostError if it failed."""
         if self._queue.is_closed:
-            raise UnavailableError("the host is stopping.")
-        order = PendingCommand(command)
-        self._orders.append(order)
-        self._queue.next(
-            lambda waiting, running: Choice.LEAVE
-        )  # wakes the main thread, which waits for a job
-        order.done.wait()
-        if order.error is not None:
-            raise order.error
+            raise UnavailableError("the host is stopping. Try again when it has started.")
+        pending = PendingCommand(command)
+        self._pending.append(pending)
+        # wakes the main thread, which waits for a job
+        self._queue.next(lambda waiting, running: Choice.LEAVE)
+        pending.done.wait()
+        if pending.error is not None:
+            raise pending.error
 
     def choose(self, waiting: Sequence[Job], running: Sequence[Job]) -> Choice:
-        """For JobQueue.next where nothing is loaded: wait for an errand."""
-        return Choice.LEAVE if self._orders else Choice.WAIT
+        """For JobQueue.next while no pipeline is loaded: wait for a command."""
+        return Choice.LEAVE if self._pending else Choice.WAIT
 
     @property
     def is_waiting(self) -> bool:
-        """Whether an errand should come before the next job."""
-        return bool(self._orders)
+        """Whether a command should run before the next job."""
+        return bool(self._pending)
 
     def take(self) -> ModelCommand | None:
-        """The next errand, which `finish` must follow. Blocks until there is one; None once the
-        host stops.
+        """Take the next command, which `finish` must answer. Block until there is one; None once
+        the host stops.
         """
         self._queue.next(self.choose)
-        if self._queue.is_closed or not self._orders:
+        if self._queue.is_closed or not self._pending:
             return None
-        self._now = self._orders.popleft()
-        return self._now.command
+        self._current = self._pending.popleft()
+        return self._current.command
 
     def finish(self, error: HostError | None) -> None:
-        """The errand that was taken is over; does nothing if its end was told before."""
-        if self._now is not None:
-            order, self._now = self._now, None
-            order.error = error
-            order.done.set()
+        """Answer the command that was taken last, unless it has been answered."""
+        if self._current is not None:
+            current, self._current = self._current, None
+            current.error = error
+            current.done.set()
 
     def abandon(self, error: HostError) -> None:
-        """The host stops: answer whoever waits."""
+        """Answer all commands with an error, because the host stops."""
         self.finish(error)
-        while self._orders:
-            order = self._orders.popleft()
-            order.error = error
-            order.done.set()
+        while self._pending:
+            pending = self._pending.popleft()
+            pending.error = error
+            pending.done.set()

@@ -138,7 +138,7 @@ class FollowerControl:
         facts: Mapping[str, Any],
         channels: Mapping[int, Channel],
     ) -> FollowerDispatcher:
-        return FollowerDispatcher(rank=self._rank, line=channels.get(0))
+        return FollowerDispatcher(rank=self._rank, channel=channels.get(0))
 
     def finish(self, failure: Failure | None) -> None: ...
 
@@ -222,7 +222,7 @@ class ModelLoop:
                 start = self._plan(command.settings, None) if command.settings else None
             elif isinstance(command, Offload):
                 self._offload()
-        except Exception as error:  # noqa: BLE001  whatever it is, the other ranks must hear of it before anyone goes on
+        except Exception as error:  # noqa: BLE001  the other ranks must learn of any error before they continue
             failure = Failure.of(error, rank=self._rank)
         failure = agree_on_outcome(failure).failure
         if failure is None and start is not None:

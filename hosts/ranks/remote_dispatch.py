@@ -1,8 +1,8 @@
-"""The desk of a team that is led by another rank than 0: its first rank asks, and a thread on rank
-0 answers, over a line of their own.
+"""The dispatcher of a team that does not include rank 0: the team's first rank asks, and a thread
+on rank 0 answers, over a channel of their own.
 
-Jobs so stay in one queue, and progress, cancellation, previews and deadlines work for every job as
-if rank 0 did it.
+So all jobs stay in one queue, and progress, cancellation, previews and deadlines work as if rank 0
+ran the job.
 """
 
 import threading
@@ -24,49 +24,50 @@ class NextCommand:
 
 @dataclass(frozen=True, slots=True)
 class StepDone:
-    """Answered by the word for the next step, and the rows that somebody looks at. previews: of
-    those rows.
-    """
+    """Answered by the signal for the next step, and the rows that clients watch."""
 
     step: int
     num_steps: int
     previews: Mapping[int, Array | None]
+    """Row that is watched -> its preview."""
 
 
 @dataclass(frozen=True, slots=True)
 class Generated:
+    """How a Generate ended. Not answered."""
+
     results: Sequence[GenerateResult]
     outcome: Outcome
 
 
 @dataclass(frozen=True, slots=True)
 class Leave:
-    """The team takes no more jobs."""
+    """The team takes no more jobs. Not answered."""
 
 
 class RemoteDispatcher:
     """On the first rank of a team.
 
-    The word for a step was asked for when the step before was done: rank 0 computes too, and its
-    thread that answers must wait for the interpreter. So nobody waits for the word, and a cancelled
-    job may make one step more.
+    The signal for a step is requested when the step before is done: rank 0 computes too, and its
+    answering thread must wait for the interpreter. So the team never waits for the signal, and a
+    cancelled job may run one step more.
     """
 
-    def __init__(self, line: Channel, *, rank: int) -> None:
-        self._line = line
+    def __init__(self, channel: Channel, *, rank: int) -> None:
+        self._channel = channel
         self._rank = rank
         self._rows_in_view: tuple[int, ...] = ()
-        self._word_is_due = False
+        self._signal_is_due = False
 
     def next_command(self, check: Callable[[GenerateRequest], None]) -> Command:
-        """Generate or Gather. What `check` refuses is answered here, and the other ranks never see
-        it.
+        """Return Generate or Rejoin. A request that `check` refuses is answered here, and the other
+        ranks never see it.
         """
         while isinstance(command := self._next(), Generate):
             try:
                 for request in command.requests:
                     check(request)
-            except Exception as error:  # noqa: BLE001  the other ranks never see what is refused here, for whatever reason
+            except Exception as error:  # noqa: BLE001  the other ranks never see a request that is refused here
                 self.generated(
                     [], Outcome(failure=Failure.of(error, rank=self._rank), groups_are_broken=False)
                 )
@@ -75,17 +76,17 @@ class RemoteDispatcher:
         return command
 
     def step_signal(self) -> int:
-        if not self._word_is_due:
+        if not self._signal_is_due:
             return GO_ON
-        self._word_is_due = False
-        word, self._rows_in_view = self._line.receive()
-        return word
+        self._signal_is_due = False
+        signal, self._rows_in_view = self._channel.receive()
+        return signal
 
     def step_done(self, step: int, num_steps: int, preview: Callable[[int], Array | None]) -> None:
-        self._line.send(
+        self._channel.send(
             StepDone(step, num_steps, {row: preview(row) for row in self._rows_in_view})
         )
-        self._word_is_due = True
+        self._signal_is_due = True
 
     def generated(self, results: Sequence[GenerateResult], outcome: Outcome) -> None:
         self._tell(Generated(results, outcome))
@@ -96,17 +97,17 @@ class RemoteDispatcher:
 
     def _next(self) -> Command:
         self._tell(NextCommand())
-        return self._line.receive()
+        return self._channel.receive()
 
     def _tell(self, message: Generated | Leave | NextCommand) -> None:
-        # of a step that will not come: a message gets through when the other end receives, and it
-        # still sends this one
+        # receive the signal that is still on its way: the other end reads a message only after it
+        # has sent that
         self.step_signal()
-        self._line.send(message)
+        self._channel.send(message)
 
 
 class LocalDispatcher(Protocol):
-    """What a service needs of rank 0's own end."""
+    """What a server needs of rank 0's own dispatcher."""
 
     rows_in_view: tuple[int, ...]
 
@@ -124,17 +125,17 @@ class LocalDispatcher(Protocol):
 
 
 class DispatchServer:
-    """A thread on rank 0 that lets another team's first rank use a desk, until that team gathers or
-    leaves.
+    """A thread on rank 0 that lets another team's first rank use a dispatcher, until that team
+    rejoins or leaves.
     """
 
     def __init__(
-        self, line: Channel, dispatcher: LocalDispatcher, *, on_loss: Callable[[], None]
+        self, channel: Channel, dispatcher: LocalDispatcher, *, on_loss: Callable[[], None]
     ) -> None:
-        """on_loss: called when the other end is gone or something here fails, so that no team takes
-        a new job.
+        """on_loss: called when the other end is gone or this end fails, so that no team takes a new
+        job.
         """
-        self._line = line
+        self._channel = channel
         self._dispatcher = dispatcher
         self._on_loss = on_loss
         self._error: Exception | None = None
@@ -142,32 +143,31 @@ class DispatchServer:
         self._thread.start()
 
     def join(self) -> None:
-        """Wait until the team has left; raise whatever ended its service before."""
+        """Wait until the team has left; raise the error that ended this thread before."""
         self._thread.join()
         if self._error is not None:
             raise self._error
 
     def _run(self) -> None:
         try:
-            while self._serve(self._line.receive()):
+            while self._serve(self._channel.receive()):
                 pass
-        except Exception as error:  # noqa: BLE001  the main thread raises it when the teams meet, and the ranks are started again
+        except Exception as error:  # noqa: BLE001  the main thread raises it when the teams rejoin, and the ranks restart
             self._error = error
             self._on_loss()
             self._dispatcher.leave()
 
     def _serve(self, message: object) -> bool:
-        """Whether the team goes on."""
+        """Answer one message. Return whether the team goes on."""
         match message:
             case NextCommand():
-                command = self._dispatcher.next_command(
-                    lambda request: None
-                )  # the team's first rank checks
-                self._line.send(command)
+                # the team's first rank checks the requests
+                command = self._dispatcher.next_command(lambda request: None)
+                self._channel.send(command)
                 return not isinstance(command, Rejoin)
             case StepDone():
                 self._dispatcher.step_done(message.step, message.num_steps, message.previews.get)
-                self._line.send((self._dispatcher.step_signal(), self._dispatcher.rows_in_view))
+                self._channel.send((self._dispatcher.step_signal(), self._dispatcher.rows_in_view))
             case Generated():
                 self._dispatcher.generated(message.results, message.outcome)
             case Leave():

@@ -1,4 +1,4 @@
-"""The throw-away image after loading, which pays for first-use costs before anyone waits."""
+"""The throw-away image after loading, which pays for first-use costs before a client waits."""
 
 from PIL import Image
 
@@ -7,8 +7,8 @@ from backends.request import GenerateRequest, LoadRequest
 
 
 def prewarm_request(spec: ModelSpec, load: LoadRequest) -> GenerateRequest:
-    """A request of `load.prewarm_steps` steps at the default size, with whatever inputs the type
-    requires.
+    """Return a request of `load.prewarm_steps` steps at the default size, with the inputs that the
+    type requires.
     """
     height, width = load.height or spec.height, load.width or spec.width
     image = (

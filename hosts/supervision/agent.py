@@ -1,9 +1,9 @@
-"""Supervises the ranks of this machine: torchelastic's agent, which also notes how ranks ended, and
+"""Supervises the ranks of this machine: torchelastic's agent, which also notes how ranks ended and
 knows when to give up.
 
-Run by launcher.py as its one child: launcher.py agent OPTIONS ARGUMENTS. torchelastic itself counts
-restarts from its start to its end; a host that runs for weeks must be allowed more of them, so the
-count begins anew whenever the set has proved itself.
+launcher.py runs it as its one child: launcher.py agent OPTIONS ARGUMENTS. torchelastic counts
+restarts over its whole life. A host that runs for weeks needs more of them, so the count begins
+anew once the ranks have proved that they work.
 """
 
 import sys
@@ -27,13 +27,13 @@ from hosts.supervision.agent_process import AgentOptions
 from hosts.supervision.exit_reports import UNKNOWN, RankNotes
 
 PROVED_AFTER_S = 600.0
-"""Being ready for so long counts as a proof, like an image does."""
+"""Being ready for this long proves that the ranks work, like a finished image does."""
 ANY_NUMBER = 10**9
 LOOK_EVERY_S = 0.1
 
 
 class GaveUp(Exception):
-    """The ranks end again and again."""
+    """The ranks have failed too many times in a row."""
 
 
 class RankAgent(LocalElasticAgent):
@@ -66,8 +66,8 @@ class RankAgent(LocalElasticAgent):
             times = f"{self._num_in_row} time{'s' if self._num_in_row > 1 else ''}"
             limit = self._options.max_restarts
             raise GaveUp(
-                f"the ranks ended {times} without an image in between (--max_restarts={limit}). "
-                f"The last time: {ending.why}. "
+                f"the ranks failed {times} without a finished image in between "
+                f"(--max_restarts={limit}). The last time: {ending.why}. "
                 f"{ending.last_lines('')}".strip()
             )
 
@@ -80,8 +80,10 @@ def _has_proved_itself(notes: RankNotes) -> bool:
 
 
 def main(arguments: Sequence[str], *, program: Sequence[str]) -> int:
-    """OPTIONS, then arguments for every rank, which is a process of `program`. The exit code: 1 if
-    the ranks could not be kept running.
+    """Run the ranks, each a process of `program`. Return the exit code: 1 if they could not be kept
+    running.
+
+    arguments: AgentOptions as text, then the arguments of every rank.
     """
     options = AgentOptions.from_text(arguments[0])
     rendezvous = RendezvousParameters(

@@ -1,8 +1,7 @@
-"""How a set of ranks ended: which one was lost, of what, and the last lines of its log.
+"""How the ranks ended: which one was lost, why, and the last lines of its log.
 
-Ranks and their agent leave notes in a folder that outlives them (--state_dir or not, it is the
-launcher's own); the next rank 0 reads them when it takes over the jobs, so that a job that is given
-up says why. Imports no torch.
+Ranks and their agent leave notes in a folder of the launcher, which outlives them. The next rank 0
+reads them when it takes over the jobs, so that a job that is given up says why. Imports no torch.
 """
 
 import contextlib
@@ -18,34 +17,34 @@ from hosts.supervision.parent_watch import EXIT_LOST_RANK
 
 MAX_LINES = 10
 MAX_CHARS = 2000
-"""Of a log in a reason."""
+"""Lines and characters of a log in a reason."""
 KEPT_LINES = 100
-"""Of a log in a note: some may be about other jobs."""
+"""Lines of a log in a note: some may be about other jobs."""
 CONSEQUENCES = (EXIT_LOST_RANK, -signal.SIGTERM)
-"""Exit codes of ranks that end because another one did: by themselves, or told by the agent."""
-UNEXPLAINED = "rank 0 ended without a word"
+"""Exit codes of ranks that end because another one did: by themselves, or by the agent."""
+UNEXPLAINED = "rank 0 ended without a reason"
 
 Lines = tuple[tuple[str | None, str], ...]
-"""Lines of a log, each with the job it is about, or the jobs of a batch with blanks between; None
-where it is about none.
+"""Lines of a log, each with its job, or the jobs of a batch separated by blanks; None for a line
+about no job.
 """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExitReport:
-    """why: the beginning of a sentence. rank: who was lost, where that is known. lines: of that
-    rank's log.
-
-    is_seen_only: the rank was found to be gone, and its exit code, where there is one, says more.
-    """
+    """Why the ranks ended."""
 
     why: str
+    """The beginning of a sentence."""
     rank: int | None = None
+    """The lost rank, if it is known."""
     lines: Lines = ()
+    """The last lines of that rank's log."""
     is_seen_only: bool = False
+    """Whether the rank was only found to be gone, so that its exit code says more."""
 
     def last_lines(self, job_id: str) -> str:
-        """A sentence with the last lines, less those about other jobs; empty where there are
+        """Return a sentence with the last lines, without those about other jobs; empty if there are
         none.
         """
         lines = [text for job, text in self.lines if job is None or job_id in job.split()]
@@ -61,7 +60,7 @@ class ExitReport:
 
     @classmethod
     def from_text(cls, text: str) -> "ExitReport":
-        """ValueError, TypeError or KeyError if it is none."""
+        """ValueError, TypeError or KeyError if the text is not a report."""
         facts = json.loads(text)
         return cls(**{**facts, "lines": tuple((job, line) for job, line in facts["lines"])})
 
@@ -70,11 +69,11 @@ UNKNOWN = ExitReport(why=UNEXPLAINED, rank=0, is_seen_only=True)
 
 
 class RankNotes:
-    """The notes of one attempt: of the ranks between one start of the set and the next."""
+    """The notes of one attempt: of all ranks between one start and the next."""
 
     def __init__(self, folder: Path, *, attempt: int, first_rank: int = 0) -> None:
-        """attempt: how often the set was started before. first_rank: of this machine; its agent
-        counts from 0.
+        """attempt: number of restarts before. first_rank: of this machine; its agent counts from
+        0.
         """
         self._folder = folder
         self._attempt = attempt
@@ -85,24 +84,24 @@ class RankNotes:
         return self._path(f"rank{rank}.log")
 
     def record_crash(self, rank: int) -> None:
-        """From now on a fatal signal of this process (a segmentation fault, an abort) leaves its
-        Python stack here.
+        """Write this process's Python stack here if a fatal signal ends it, such as a segmentation
+        fault.
         """
         faulthandler.enable(self._path(f"rank{rank}.crash").open("w"), all_threads=False)
 
     def mark(self, what: str) -> None:
-        """That the set is 'ready', or has 'served'."""
+        """Note that the ranks are 'ready', or have 'served' an image."""
         with contextlib.suppress(OSError):
             self._path(what).touch()
 
     def marked_s(self, what: str) -> float | None:
-        """When it was marked first, wall clock; None if never."""
+        """Return when it was marked first, by the wall clock; None if never."""
         with contextlib.suppress(OSError):
             return self._path(what).stat().st_mtime
         return None
 
     def put_exits(self, exits: Mapping[int, int]) -> None:
-        """Rank as the agent counts -> exit code, negative for a signal."""
+        """Note exit codes, negative for a signal, by rank as the agent counts."""
         with contextlib.suppress(OSError):
             self._path("exits").write_text(json.dumps(exits), encoding="utf-8")
 
@@ -114,20 +113,19 @@ class RankNotes:
         return {}
 
     def lines(self, rank: int) -> Lines:
-        """The last lines of this rank's log, and where it crashed."""
+        """Return the last lines of this rank's log, and the stack of a crash."""
         found: list[tuple[str | None, str]] = []
         for path in (self._path(f"rank{rank}.log.1"), self._path(f"rank{rank}.log")):
             for line in _read(path):
-                with contextlib.suppress(
-                    ValueError, KeyError, TypeError
-                ):  # the last one may have been cut off
+                # the last one may have been cut off
+                with contextlib.suppress(ValueError, KeyError, TypeError):
                     record = json.loads(line)
                     found += [(record["job"], text) for text in record["text"].splitlines()]
         crash = [line for line in _read(self._path(f"rank{rank}.crash")) if line.strip()]
         return (*found[-KEPT_LINES:], *((None, line) for line in crash[: MAX_LINES - 2]))
 
     def complete(self, ending: ExitReport) -> ExitReport:
-        """The same with what the agent saw, and with the lines."""
+        """Return the report with what the agent saw, and with the last lines of the log."""
         exits = {rank: code for rank, code in self.exits().items() if code not in CONSEQUENCES}
         if ending.is_seen_only and exits:
             rank = ending.rank if ending.rank in exits else min(exits)
@@ -172,7 +170,9 @@ def _read(path: Path) -> list[str]:
 
 def _how(code: int) -> str:
     if code == -signal.SIGKILL:
-        return "was ended by SIGKILL, as the kernel does when memory runs out"
+        return "was killed by SIGKILL, which the kernel sends when memory runs out"
     return (
-        f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        f"was killed by {signal.Signals(-code).name}"
+        if code < 0
+        else f"ended with exit code {code}"
     )

@@ -1,5 +1,5 @@
-"""Signs of life between ranks: one that is lost, hangs, or gets on with nothing ends the set, which
-is then started again.
+"""Heartbeats between ranks: a rank that is lost, hangs or makes no progress ends all ranks, which
+then restart.
 """
 
 import contextlib
@@ -24,23 +24,23 @@ logger = logging.getLogger(__name__)
 BEAT_S = 1.0
 STORE_RANK = 0
 STORE_RANK_FIRST_S = 5 * BEAT_S
-"""Rank 0 keeps the jobs and should say why they end; it would see no more than a closed connection
-if another rank left before it.
+"""How much sooner rank 0 leaves. It keeps the jobs and should note why they end; if another rank
+left before it, it would see a closed connection only.
 """
 NUM_FRAMES = 6
 COLLECTIVES = (
     str(Path("torch") / "distributed"),
     str(Path("backends") / "parallel" / "distributed.py"),
 )
-"""In the path of every file in which a rank waits for others."""
+"""Parts of the paths of all files in which a rank waits for others."""
 
 
 class Watch:
-    """Beats over the rendezvous store, from a thread of its own on every rank.
+    """Sends heartbeats over the rendezvous store, from a thread of its own on every rank.
 
-    A rank that is stopped gives none; one whose main thread hangs says so; after `timeout_s` the
-    others leave, and torchelastic starts the set again. The main thread cannot do this: it may be
-    the one that waits in a collective.
+    A stopped rank sends none, and one whose main thread hangs reports that. After `timeout_s` the
+    others leave, and torchelastic restarts all. The main thread cannot do this: it may wait in a
+    collective.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Watch:
     ) -> None:
         """activity: of this rank's main thread. local_ranks: on this machine; all if not given.
 
-        on_leave: is told why this process ends, just before it does.
+        on_leave: called with the reason just before this process ends.
         """
         self._store = store
         self._on_leave = on_leave
@@ -83,18 +83,16 @@ class Watch:
             try:
                 self._store.set(f"beat/{self._rank}", str(beat))
                 lost = [other for other in self._others if self._is_lost(other, seen)]
-                ended = self._word_of_the_end()
+                ended = self._end_on_another_machine()
                 stuck = self._activity.overdue(self._timeout_s)
                 ending = ended or (self._who_is_stuck(stuck) if stuck and not lost else None)
-            except (
-                RuntimeError,
-                OSError,
-            ) as error:  # whoever holds the store is gone: rank 0, or torchelastic itself
+            except (RuntimeError, OSError) as error:
+                # the process that holds the store is gone: rank 0, or torchelastic's agent
                 self._leave(ExitReport(why=f"the rendezvous store does not answer: {error}"))
                 return
             if lost and ending is None:
                 ending = ExitReport(
-                    why=f"rank {lost[0]} has given no sign of life for {self._timeout_s:g} s",
+                    why=f"rank {lost[0]} has sent no heartbeat for {self._timeout_s:g} s",
                     rank=lost[0],
                 )
             if ending is not None:
@@ -105,9 +103,9 @@ class Watch:
             self._answered_at = time.monotonic()
             time.sleep(BEAT_S)
 
-    def _word_of_the_end(self) -> ExitReport | None:
-        """Of a rank that was started again on another machine (hosts/supervision/rendezvous.py):
-        its connections may not have told yet.
+    def _end_on_another_machine(self) -> ExitReport | None:
+        """Return the report of a rank that restarted on another machine
+        (hosts/supervision/rendezvous.py). Its closed connections may not be visible yet.
         """
         return (
             ExitReport.from_text(self._store.get("ended").decode())
@@ -116,8 +114,8 @@ class Watch:
         )
 
     def _watch_store(self) -> None:
-        """The store lives in rank 0. If that hangs, no answer ever comes, and the store's own
-        time-out does not count for this.
+        """Leave if rank 0, which holds the store, hangs: then no answer comes, and the store's own
+        time-out does not apply.
         """
         while time.monotonic() - self._answered_at < self._timeout_s + 2 * BEAT_S:
             time.sleep(BEAT_S)
@@ -135,8 +133,8 @@ class Watch:
         return now - seen[other][1] > self._timeout_s
 
     def _who_is_stuck(self, what: str) -> ExitReport:
-        """All ranks stand still when one does. The one that waits in no collective is the one to
-        blame, if it is one.
+        """Return which rank hangs: all make no progress, but only the cause waits in no
+        collective.
         """
         stack = traceback.extract_stack(sys._current_frames()[self._main])
         waits = any(place in frame.filename for frame in stack for place in COLLECTIVES)
@@ -155,7 +153,7 @@ class Watch:
         return ExitReport(why=f"rank {working[0]} has {what}", rank=working[0])
 
     def _waits(self, rank: int) -> bool:
-        """Whether that rank says that it waits for others. It has two beats to say so."""
+        """Whether that rank reports that it waits for others. It has two heartbeats to do so."""
         key = f"stuck/{rank}"
         for _ in range(20):
             if self._store.check([key]):

@@ -1,4 +1,4 @@
-"""What the host is doing, for HTTP threads to read: waiting for other machines, loading, empty,
+"""The phase of the host, for HTTP threads to read: waiting for other machines, loading, empty,
 ready, failed or stopping. Pure Python.
 """
 
@@ -20,16 +20,15 @@ class Phase(StrEnum):
 
 @dataclass(slots=True)
 class HostState:
-    """One per rank 0. `reason` says why the host failed, stops or has no pipeline; `facts` is what
-    GET /settings shows.
-
-    loading_percent: how far loading is, on a host that loads its pipeline over HTTP.
-    """
+    """The state that rank 0 shows."""
 
     phase: Phase = Phase.LOADING
     reason: str = ""
+    """Why the host waits, failed, stops or has no pipeline."""
     facts: dict[str, Any] = field(default_factory=dict)
+    """What GET /settings shows."""
     loading_percent: float = 0.0
+    """Progress of loading, for hosts that load their pipeline over HTTP."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _stopping: threading.Event = field(default_factory=threading.Event)
 
@@ -49,7 +48,7 @@ class HostState:
             self.facts = {**self.facts, **facts}
 
     def tell_ranks(self, figures: Sequence[Mapping[str, Any]]) -> None:
-        """What some ranks report of their last job; the others' stay."""
+        """Replace the figures of the ranks that report their last job; the others' stay."""
         with self._lock:
             known = {rank["rank"]: rank for rank in [*self.facts.get("ranks_now", []), *figures]}
             self.facts = {**self.facts, "ranks_now": [known[rank] for rank in sorted(known)]}

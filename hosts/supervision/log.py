@@ -1,7 +1,7 @@
-"""Logging of one rank: every line carries the rank, and the job where one is worked on; followers
-speak from WARNING up.
+"""Logging of one rank: every line carries the rank, and the running job if there is one. Followers
+print from WARNING up.
 
-At INFO there are no prompts and no keys: a client's words appear in errors that it caused at most.
+INFO lines hold no prompts and no keys; text of a client appears at most in errors that it caused.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ Format = Literal["text", "json"]
 NOISY = ("diffusers", "transformers", "httpx", "urllib3", "PIL", "torch.distributed")
 
 KEPT_BYTES = 64 * 1024
-"""Of each rank's log on disk, twice: for the reason if the rank is lost
+"""Bytes of each of the two log files that a rank keeps on disk, for the reason if it is lost
 (hosts/supervision/exit_reports.py).
 """
 OWN_THREADS = ("watch", "watch of the store", "start", "stop", "team")
@@ -38,7 +38,7 @@ def configure(
     """Set up the root logger of this process. A closed pipe at the other end must neither stop nor
     block the host.
 
-    kept_in: a file for the last lines, of followers too.
+    kept_in: file for the last lines, on followers too.
     """
     logging.raiseExceptions = False
     handler = logging.StreamHandler(sys.stderr)
@@ -54,8 +54,8 @@ def configure(
 
 
 def _keeper(path: Path, rank: int) -> logging.Handler:
-    """Keeps what the rank itself says. What threads of the HTTP server say is about their clients,
-    and no other client's business.
+    """Return the handler that keeps lines of the rank's own threads. Lines of HTTP threads are
+    about one client, and another must not read them.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = RotatingFileHandler(path, maxBytes=KEPT_BYTES, backupCount=1, encoding="utf-8")
@@ -71,7 +71,7 @@ def _keeper(path: Path, rank: int) -> logging.Handler:
 
 @contextlib.contextmanager
 def about_job(job_id: str) -> Iterator[None]:
-    """Lines that this thread writes meanwhile carry the job's id, or those of a batch."""
+    """Let the lines of this thread carry the job's id, or those of a batch."""
     token = _job.set(job_id)
     try:
         yield

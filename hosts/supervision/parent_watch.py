@@ -1,5 +1,5 @@
-"""Ends this process with its parent, whatever killed that: no rank may outlive its launcher and
-hold the port and the GPU.
+"""Ends this process with its parent, however that died: no rank may outlive its launcher and hold
+the port and the GPU.
 """
 
 import contextlib
@@ -22,9 +22,7 @@ _sign_s = time.monotonic()
 PR_SET_PDEATHSIG = 1
 POLL_S = 0.5
 START_WITHIN_S = 300.0
-"""From the start of a rank until all ranks have met. Imports take a minute on a machine that is
-very busy.
-"""
+"""From the start of a rank until all are connected. Imports take a minute on a busy machine."""
 EXIT_LOST_RANK = 70
 """Exit code of a rank that lost a peer. torchelastic then starts the whole set again."""
 
@@ -34,7 +32,7 @@ def die_with_parent(*, is_torchelastic: bool) -> None:
     signal is Linux only).
 
     is_torchelastic: the parent must be torchelastic's agent. If it is not, the agent died before
-    this process came to ask: leave.
+    this call, and this process exits.
     """
     request_parent_death_signal()
     parent = os.getppid()
@@ -46,20 +44,20 @@ def die_with_parent(*, is_torchelastic: bool) -> None:
 
 
 def has_started() -> None:
-    """The ranks have met, or this one will never meet them: from now on somebody else notices if
-    one hangs.
+    """End the time limit of the start: the ranks are connected and watch each other, or this one
+    only answers HTTP.
     """
     _started.set()
 
 
 def still_waiting() -> None:
-    """This rank does not hang: it waits for other machines."""
+    """Restart the time limit of the start, because this rank waits for other machines."""
     global _sign_s
     _sign_s = time.monotonic()
 
 
 def request_parent_death_signal() -> None:
-    """Also usable between fork and exec."""
+    """Ask the kernel for SIGKILL when the parent dies. Safe between fork and exec."""
     try:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
     except (AttributeError, OSError):
@@ -76,10 +74,8 @@ def end_process(code: int) -> NoReturn:
 
 
 def on_stop_signal(stop: Callable[[], None], *, drain_s: float, within_s: float) -> None:
-    """Call `stop`, which may take `drain_s`, at the first SIGTERM or SIGINT. If the process is
-    still there `within_s` later, end it.
-
-    For the main thread to call.
+    """Call `stop`, which may take `drain_s`, at the first SIGTERM or SIGINT, and end the process
+    `within_s` later. The main thread must call this.
 
     A Python handler would wait for the main thread, which may be in a collective; the wake-up
     descriptor is written at once.
@@ -102,9 +98,7 @@ def on_stop_signal(stop: Callable[[], None], *, drain_s: float, within_s: float)
 
 
 def absent_ranks(local_ranks: range) -> list[int]:
-    """Which of the ranks that the same agent started on this machine have no living process. Empty
-    where that cannot be told.
-    """
+    """Return the ranks of this machine whose process is gone; none if that is unknown."""
     try:
         siblings = psutil.Process(os.getppid()).children()
     except psutil.Error:
@@ -118,8 +112,8 @@ def absent_ranks(local_ranks: range) -> list[int]:
 
 
 def kill_rank(local_rank: int) -> None:
-    """SIGKILL for another rank of this machine. torchelastic would ask one that hangs to end, and
-    wait half a minute for it.
+    """Send SIGKILL to another rank of this machine. torchelastic would send a hanging rank SIGTERM
+    and wait half a minute.
     """
     with contextlib.suppress(psutil.Error):
         for process in psutil.Process(os.getppid()).children():
@@ -128,7 +122,7 @@ def kill_rank(local_rank: int) -> None:
 
 
 def _local_rank_of(process: psutil.Process) -> int | None:
-    """None for a process that is no rank, or is dead and not yet collected."""
+    """None for a process that is not a rank, or is a zombie."""
     try:
         return int(process.environ()["LOCAL_RANK"])
     except (psutil.Error, KeyError, ValueError):
@@ -136,8 +130,8 @@ def _local_rank_of(process: psutil.Process) -> int | None:
 
 
 def _is_agent(pid: int) -> bool:
-    """Whether this looks like what started us: torchrun, or anything that names our script. True
-    where that cannot be read.
+    """Whether a process may be our agent: torchrun, or any command with our script. True if its
+    command line cannot be read.
     """
     try:
         return any(
@@ -151,14 +145,14 @@ def _is_agent(pid: int) -> bool:
 
 
 def _limit_start() -> None:
-    """A rank that hangs before the ranks have met would be waited for half an hour. It is one of
-    the others here, and they all go.
+    """End all ranks of this machine if they do not connect in time: torchelastic would wait half an
+    hour for a hanging one.
     """
     while time.monotonic() - _sign_s < START_WITHIN_S:
         if _started.wait(1.0):
             return
     logger.error(
-        "the ranks have not met within %g s: one of them hangs, so all are started again",
+        "the ranks did not connect within %g s: one of them hangs, so all restart",
         START_WITHIN_S,
     )
     with contextlib.suppress(psutil.Error):

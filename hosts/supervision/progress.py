@@ -1,8 +1,8 @@
-"""What this rank's main thread is at, for the watch thread (hosts/supervision/heartbeat.py): a
-thread can give signs of life while the work hangs.
+"""Progress of this rank's main thread, for the watch (hosts/supervision/heartbeat.py), whose own
+thread sends heartbeats even while the work hangs.
 
-A job that makes no step for several times as long as its steps take hangs, in a kernel, a lock or a
-file system. Written by the main thread, read by the watch. Imports no torch.
+A job hangs, in a kernel, a lock or a file system, when it makes no step for several times as long
+as its steps take. The main thread writes, the watch reads. Imports no torch.
 """
 
 import time
@@ -10,35 +10,36 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 PATIENCE = 10
-"""Times the longest step of this job so far: steps differ, by caches that fill, by other
-programs.
-"""
+"""Multiple of the job's longest step so far. Steps vary with filling caches and other programs."""
 BEGIN_WITHIN_S = 900.0
-"""For everything of a job that is no step: encoding, the first step with what it allocates,
-decoding.
+"""Seconds for the parts of a job that are not steps: encoding, the first step with its
+allocations, decoding.
 """
 COMPILE_WITHIN_S = 3600.0
-"""For any step of a compiled pipeline: a new shape compiles again."""
+"""Seconds for any step of a compiled pipeline: a new shape compiles again."""
 LOAD_WITHIN_S = 3600.0
-"""For loading, which may read hundreds of gigabytes over a network."""
+"""Seconds for loading, which may read hundreds of gigabytes over a network."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Work:
-    """what: for the reason. since_s: of its last sign. within_s: until the next one. longest_s: of
-    its steps but the first.
-    """
+    """The work in progress."""
 
     what: str
+    """Its name in the reason, such as 'job 7'."""
     since_s: float
+    """When it made progress last."""
     within_s: float
+    """Seconds within which it must make progress again."""
     least_s: float
+    """Lower bound of `within_s`."""
     longest_s: float = 0.0
+    """Its longest step, without the first."""
     num_steps: int = 0
 
 
 class Activity:
-    """One rank's. Nothing is expected while it rests."""
+    """One rank's progress. Nothing is expected while it rests."""
 
     def __init__(
         self,
@@ -46,28 +47,29 @@ class Activity:
         mark: Callable[[str], None] = lambda what: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """mark: is told once that the pipeline is 'ready', and once that a job was 'served'."""
+        """mark: called once with 'ready' and once with 'served', when those are true first."""
         self._mark = mark
         self._clock = clock
         self._marked: set[str] = set()
         self._work: _Work | None = None
 
     def begin(self, what: str, *, within_s: float = BEGIN_WITHIN_S, least_s: float = 0.0) -> None:
-        """what: such as 'loading'. within_s: until its first step, and after its last. least_s:
-        between steps, at least.
+        """Begin work such as 'loading'. within_s: limit until its first step and after its last.
+        least_s: lower bound of the limit between steps.
         """
         self._work = _Work(what=what, since_s=self._clock(), within_s=within_s, least_s=least_s)
 
     def step(self, *, is_last: bool) -> None:
-        """A step is done."""
+        """Record a step."""
         work = self._work
         if work is None:
             return
         now = self._clock()
         took_s = now - work.since_s
         longest_s = (
+            # the first step allocates, and may compile
             max(work.longest_s, took_s) if work.num_steps != 1 else took_s
-        )  # the first one allocates, and may compile
+        )
         within_s = BEGIN_WITHIN_S if is_last else PATIENCE * longest_s
         self._work = replace(
             work,
@@ -78,7 +80,7 @@ class Activity:
         )
 
     def rest(self) -> None:
-        """It is over, whatever its end."""
+        """End the work, however it went."""
         self._work = None
 
     def mark(self, what: str) -> None:
@@ -87,8 +89,8 @@ class Activity:
             self._mark(what)
 
     def overdue(self, floor_s: float) -> str | None:
-        """What the main thread should have got on with by now, and did not; None if all is well.
-        floor_s: never sooner than that.
+        """Return which work has stopped making progress; None if all is well. floor_s: shortest
+        limit.
         """
         work = self._work
         if work is None:

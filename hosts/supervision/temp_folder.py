@@ -1,4 +1,4 @@
-"""The launcher's own temporary folder, and what launchers that were killed have left of theirs.
+"""The launcher's temporary folder, and the removal of those that killed launchers have left.
 Imports no torch.
 """
 
@@ -12,17 +12,16 @@ from pathlib import Path
 
 PREFIX = "diffusion-launcher-"
 ALIVE = "alive"
-"""A file that the launcher has locked for as long as it lives: nothing can be left locked, whatever
-kills it.
-"""
+"""A file that the launcher keeps locked. The kernel releases the lock when the launcher dies."""
 
 YOUNG_S = 60
+"""Age below which a folder without a lock may belong to a launcher that is just starting."""
 
 
 @contextlib.contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """A fresh folder for this user alone, gone at the end. Those of launchers that ended without
-    removing theirs go now.
+    """Make a folder for this user alone and remove it at the end. Also remove those of dead
+    launchers.
     """
     remove_leftovers(Path(tempfile.gettempdir()))
     with (
@@ -34,9 +33,7 @@ def scratch_folder() -> Iterator[Path]:
 
 
 def remove_leftovers(parent: Path) -> None:
-    """Folders whose launcher is dead. Those of other users stay, and those that may not be locked
-    yet.
-    """
+    """Remove the folders of dead launchers, but not those of other users, nor young ones."""
     for folder in parent.glob(f"{PREFIX}*"):
         with contextlib.suppress(OSError), (folder / ALIVE).open("r") as alive:
             fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)

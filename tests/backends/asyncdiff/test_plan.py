@@ -105,15 +105,14 @@ def test_distilled_guidance_is_never_split_by_itself():
     assert plan(4, name="flux").axes == (("cfg", 1), ("segment", 4))
 
 
-def test_synchronous_steps_have_two_names_and_a_default():
+def test_synchronous_steps_have_a_default():
     assert plan(2).options["warmup_steps"] == 3
-    assert plan(2, warm_up=5).options["warmup_steps"] == 5
-    assert plan(2, warm_up=5, synced_steps=0).options["warmup_steps"] == 0
+    assert plan(2, warmup_steps=0).options["warmup_steps"] == 0
 
 
 def test_rejects_negative_synchronous_steps():
-    with pytest.raises(PlanError, match=r"synced_steps=-1 is not allowed"):
-        plan(2, synced_steps=-1)
+    with pytest.raises(PlanError, match=r"warmup_steps=-1 is not allowed"):
+        plan(2, warmup_steps=-1)
 
 
 def test_rejects_a_percentage_above_a_hundred():

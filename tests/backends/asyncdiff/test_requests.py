@@ -131,7 +131,7 @@ def test_nothing_is_left_after_other_sizes_cancelling_and_failing(run_on_ranks):
 def check_synced_percent(rank, world_size):
     pipe = loaded("sdxl")
     with attached(
-        pipe, {"synced_percent": 60, "synced_steps": 1}, rank=rank, world_size=world_size
+        pipe, {"synced_percent": 60, "warmup_steps": 1}, rank=rank, world_size=world_size
     ) as backend:
         result(pipe, request("sdxl", num_inference_steps=7))
         assert backend.report()["stale_evaluations"] == 7 - 4  # floor(4.2)

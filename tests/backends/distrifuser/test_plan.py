@@ -75,7 +75,7 @@ def test_exactness_follows_the_mode(options, exactness):
             "sdxl",
             {"warm_up_steps": -1},
             2,
-            r"warm_up_steps=-1 is not allowed. Give a whole number from 0",
+            r"warmup_steps=-1 is not allowed. Give a whole number from 0",
         ),
         (
             "sdxl",
@@ -118,10 +118,9 @@ def test_rejects(name, options, world_size, message):
     ("options", "reason"),
     [
         ({"split_scheme": "col"}, "split_scheme=col has no effect"),
-        ({"no_cuda_graph": True}, "no_cuda_graph has no effect"),
         ({"extrapolate": True, "sync_mode": "rotate"}, "extrapolate has no effect"),
         ({"extrapolate": True, "parallelism": "tensor"}, "extrapolate has no effect"),
-        ({}, "warm_up_steps=4: the default"),
+        ({}, "warmup_steps=4: the default"),
     ],
 )
 def test_says_what_it_chose_and_what_has_no_effect(options, reason):

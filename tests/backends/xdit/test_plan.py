@@ -9,7 +9,7 @@ import pytest
 
 from backends.errors import PlanError
 from backends.model_table import read_table
-from backends.xdit.plan import IGNORED, make_plan
+from backends.xdit.plan import make_plan
 
 TABLE = read_table()
 
@@ -243,12 +243,3 @@ def test_rejects_blocks_per_stage_that_are_no_numbers():
         PlanError, match="attn_layer_num_for_pp='many' is not a list of whole numbers"
     ):
         make_plan(TABLE["sd3"], options, 2)
-
-
-@pytest.mark.parametrize("setting", IGNORED)
-def test_switches_of_old_clients_without_effect_are_said_so(setting):
-    plan = make_plan(TABLE["sd3"], {setting: True}, 2)
-    assert any(reason.startswith(f"{setting} has no effect: ") for reason in plan.reasons)
-    assert not any(
-        "no effect" in reason for reason in make_plan(TABLE["sd3"], {setting: False}, 2).reasons
-    )

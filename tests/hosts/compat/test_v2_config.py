@@ -61,7 +61,7 @@ def test_every_key_becomes_its_argument():
         "compile_fullgraph_off": True, "torch_cache_limit": 32,
         "torch_accumulated_cache_limit": 256, "torch_capture_scalar": True,
         "enable_vae_tiling": True, "xformers_efficient": True, "enable_group_offload": True,
-        "model_n": 3, "stride": 2, "time_shift": True, "warm_up": 0, "synced_percent": 12.5,
+        "model_n": 3, "stride": 2, "time_shift": True, "warmup_steps": 0, "synced_percent": 12.5,
     }  # fmt: skip
 
 

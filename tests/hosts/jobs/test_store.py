@@ -102,7 +102,7 @@ def test_last_words_are_those_of_the_last_process(open_queue):
     queue = open_queue()
     queue.next()
     queue = open_queue()
-    assert "rank 0 ended without a word" in str(queue.jobs()[0].error)
+    assert "rank 0 ended without a reason" in str(queue.jobs()[0].error)
 
 
 def test_result_of_before_the_restart_is_the_same_and_is_not_made_again(open_queue):

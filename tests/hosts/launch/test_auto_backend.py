@@ -56,7 +56,7 @@ def test_several_ranks_without_a_word_on_the_method_choose_it():
     assert found.auto is not None and found.plan == found.auto.world.candidate.plan
     assert found.reasons[0].startswith(f"method={found.auto.job.candidate.name}: ")
     assert found.reasons[0].endswith(
-        "estimated from the checkpoint's configuration; measured when it is loaded"
+        "estimated from the checkpoint's configuration; measured once it is loaded"
     )
     assert found.facts()["planner"]["choice"] == found.auto.job.candidate.name
     assert json.loads(json.dumps(found.facts()))["planner"]["table"][0]["method"]
@@ -87,13 +87,13 @@ def test_what_settles_the_method_otherwise_leaves_nothing_to_choose(options):
     [
         (
             {"model_n": 2},
-            "--backend=auto chooses degrees and modes itself, but --model_n was given. Leave it "
-            "out, or name the backend: asyncdiff.",
+            "--backend=auto chooses degrees and modes itself, but --model_n was given. Leave "
+            "that out, or name the backend: asyncdiff.",
         ),
         (
             {"compile_unet": True},
-            "--backend=auto tries several methods on the loaded model, and with --compile_unet "
-            "each would compile it again. "
+            "--backend=auto benchmarks several methods on the loaded model, and with "
+            "--compile_unet each would compile it again. "
             "Leave it out, or name the backend: distrifuser or asyncdiff or xdit.",
         ),
     ],

@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 
 from backends.errors import ConfigError
-from hosts.compat.args import parse_client_arguments, settings_or_problem
+from hosts.compat.args import NO_EFFECT, parse_client_arguments, settings_or_problem
 from hosts.launch import settings as settings_module
 from hosts.launch.command_line import parse_command_line
-from hosts.launch.settings import Settings, canonical_names, option_fields, table
-from hosts.launch.start_plan import refuse_pending
+from hosts.launch.option import SECTIONS
+from hosts.launch.readme import arguments_page
+from hosts.launch.settings import Settings, canonical_names, options
+from tests.checkpoints import checkpoint
+from tests.hosts.launch.test_start_plan import plan
 
 BACKENDS = ("asyncdiff", "distrifuser", "xdit")
 GOLDEN = {
@@ -59,8 +62,7 @@ EXPECTED = {
         "checkpoint": "/c/custom_nodes/../models/checkpoints/sdxl",
     },
     "ComfyUI distrifuser": {"parallelism": "patch", "sync_mode": "corrected_async_gn",
-        "no_cuda_graph": True,
-        "checkpoint": "/m/sdxl"},
+        "warm_up_steps": 10, "checkpoint": "/m/sdxl"},
     "ComfyUI xdit": {"variant": "bf16", "type": "flux", "pipefusion_parallel_degree": 2,
         "ring_degree": 1,
         "gguf_model": "/m/flux-q8.gguf"},
@@ -74,13 +76,18 @@ EXPECTED = {
 }  # fmt: skip
 
 
+def parse_for_asyncdiff(argv):
+    return parse_client_arguments(argv, backend="asyncdiff")
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", GOLDEN)
 def test_golden_command_line_parses_on_each_backend(name, backend, caplog):
     settings = parse_client_arguments(GOLDEN[name], backend=backend)
     assert settings.backend == backend
     assert {key: getattr(settings, key) for key in EXPECTED[name]} == EXPECTED[name]
-    assert not caplog.records  # all of these are arguments that we know
+    said = [record.getMessage() for record in caplog.records]
+    assert all(text.startswith("--no_cuda_graph has no effect: ") for text in said)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +97,10 @@ def test_golden_command_line_parses_on_each_backend(name, backend, caplog):
         ("--dit_parallel_size=2", "--dit_parallel_size is not an argument"),
         ("stray", "'stray' is not an argument"),
         ("--check_nothing=1", "--check_nothing is not an argument"),
+        *[(f"--{name}=1", f"--{name} has no effect: ") for name in NO_EFFECT],
         ("--quantize_tokenizer=bnb,int8", "--quantize_tokenizer has no effect"),
+        ("--no_cuda_graph", "--no_cuda_graph has no effect"),
+        ("--warm_up=2", "--warm_up has no effect: it is for backend asyncdiff"),
     ],
 )
 def test_client_arguments_that_mean_nothing_here_only_warn(token, warning, caplog):
@@ -113,7 +123,6 @@ def test_client_arguments_that_mean_nothing_here_only_warn(token, warning, caplo
 def test_client_values_that_say_nothing_count_as_not_given(token):
     settings = parse_client_arguments(["--type=sdxl", token], backend="asyncdiff")
     assert set(settings.given) == {"type", "backend", "image_dirs"}
-    refuse_pending(settings)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +149,7 @@ def test_client_arguments_take_older_names_and_dashes():
         ["--model=/m", "--warm-up-steps=3", "--synced_steps=5", "--compile_encoder"],
         backend="asyncdiff",
     )
-    assert (settings.checkpoint, settings.warm_up_steps, settings.warm_up) == ("/m", 3, 5)
+    assert (settings.checkpoint, settings.warm_up_steps, settings.warmup_steps) == ("/m", 3, 5)
     assert settings.compile_text_encoder is True
 
 
@@ -265,23 +274,6 @@ def test_value_is_refused_with_what_is_allowed(token, message):
     assert token.partition("=")[0] in str(caught.value)
 
 
-def _parses(field, text):
-    try:
-        return field.metadata["parse"](text) not in (None, False)
-    except ValueError:
-        return False
-
-
-@pytest.mark.parametrize(
-    "name", [name for name, field in option_fields().items() if field.metadata["pending"]]
-)
-def test_option_that_does_not_work_yet_is_refused_by_name(name):
-    field = option_fields()[name]
-    value = next(text for text in ("true", "5", '{"/a": 1}') if _parses(field, text))
-    with pytest.raises(ConfigError, match=f"--{name} was given, but .* Leave it out"):
-        refuse_pending(Settings.from_values({name: value}))
-
-
 def test_config_file_gives_what_the_command_line_does_not(tmp_path):
     file = tmp_path / "host.yaml"
     file.write_text(
@@ -304,7 +296,7 @@ def test_config_file_gives_what_the_command_line_does_not(tmp_path):
     ("text", "message"),
     [
         ("porrt: 1\n", "has an unknown name 'porrt'. Did you mean --port?"),
-        ("- a\n", "must hold 'name: value' lines, not a list"),
+        ("- a\n", "must hold lines of 'name: value', not a list"),
         ("a: [\n", "is not YAML"),
         ("port: many\n", "--port=many is not allowed"),
     ],
@@ -324,23 +316,27 @@ def test_missing_config_file_is_refused(tmp_path):
 
 def test_every_spelling_belongs_to_one_option():
     spellings = [
-        spelling
-        for name, field in option_fields().items()
-        for spelling in (name, *field.metadata["aliases"])
+        spelling for option in options().values() for spelling in (option.name, *option.aliases)
     ]
     assert len(spellings) == len(set(spellings)) == len(canonical_names())
 
 
-def test_argument_table_has_a_row_for_every_option():
-    rows = [line for line in table().splitlines()[2:] if line]
-    assert len(rows) == len(option_fields())
-    assert all(f"`--{spelling}`" in table() for spelling in canonical_names())
+def test_page_of_arguments_has_a_row_for_every_option():
+    page = arguments_page()
+    assert page.count("\n| `--") == len(options())
+    assert all(f"`--{spelling}`" in page for spelling in canonical_names())
+    assert all(f"## {title}\n" in page for title in SECTIONS.values())
+
+
+def test_ten_arguments_come_first():
+    assert {name for name, option in options().items() if option.section == "common"} == {
+        "type", "checkpoint", "port", "host", "nproc_per_node", "backend", "quality", "api_key",
+        "lora_dir", "state_dir",
+    }  # fmt: skip
 
 
 def test_every_option_is_read_somewhere():
-    """A flag that nothing reads must not exist: neither by the hosts and backends, nor refused as
-    pending.
-    """
+    """An argument that nothing reads must not exist."""
     root = Path(settings_module.__file__).parents[2]
     files = [
         root / "launcher.py",
@@ -348,13 +344,51 @@ def test_every_option_is_read_somewhere():
         *(root / "backends").rglob("*.py"),
     ]
     source = "\n".join(file.read_text() for file in files if file.name != "settings.py")
-    own = (root / "hosts" / "launch" / "settings.py").read_text()
-    unread = [
-        name
-        for name, field in option_fields().items()
-        if not field.metadata["pending"] and name not in source and f'"{name}" in values' not in own
-    ]
-    assert unread == []
+    assert [name for name in options() if name not in source] == []
+
+
+def test_steps_before_and_at_the_start_of_an_image_are_two_arguments():
+    start = plan(backend="distrifuser", num_ranks=2, prewarm_steps=2, warmup_steps=6)
+    assert (start.load.prewarm_steps, start.plan.options["warmup_steps"]) == (2, 6)
+
+
+@pytest.mark.parametrize("parse", [parse_command_line, parse_for_asyncdiff])
+@pytest.mark.parametrize("spelling", ["warmup_steps", "warm_up", "synced_steps", "synced-steps"])
+def test_older_spellings_of_warmup_steps(spelling, parse):
+    """Synchronous steps at the start of each image, and no throw-away image."""
+    settings = parse([f"--{spelling}=5"])
+    start = plan(**settings.given | {"backend": "asyncdiff", "type": "sdxl"}, num_ranks=2)
+    is_new = spelling == "warmup_steps" and parse is not parse_command_line
+    assert start.plan.options["warmup_steps"] == (3 if is_new else 5)
+
+
+@pytest.mark.parametrize("backend", ["distrifuser", "asyncdiff", None])
+def test_warm_up_steps_prewarm_and_are_synchronous_steps_of_distrifuser(backend):
+    """Its first meaning is for all backends, the second for distrifuser, named or chosen."""
+    settings = parse_command_line(["--warm_up_steps=7"])
+    values = {**settings.given, "mode": "throughput", "backend": backend}
+    start = plan(**{name: value for name, value in values.items() if value}, num_ranks=2)
+    assert start.load.prewarm_steps == 7
+    is_distrifuser = start.plan.method == "distrifuser"
+    assert is_distrifuser is (backend != "asyncdiff")
+    assert start.plan.options["warmup_steps"] == (7 if is_distrifuser else 3)
+
+
+def test_newer_names_win_over_warm_up_steps():
+    start = plan(
+        backend="distrifuser", num_ranks=2, warm_up_steps=7, prewarm_steps=1, warmup_steps=2
+    )
+    assert (start.load.prewarm_steps, start.plan.options["warmup_steps"]) == (1, 2)
+
+
+def test_warmup_steps_of_pipefusion_and_where_there_are_none(tmp_path):
+    sd3 = {"type": "sd3", "checkpoint": str(checkpoint("sd3")), "backend": "xdit"}
+    start = plan(**sd3, num_ranks=2, pipefusion_parallel_degree=2, warmup_steps=2)
+    assert start.plan.options["warmup_steps"] == 2
+    idle = "--warmup_steps has no effect: this plan uses no values of the previous step"
+    assert idle not in start.reasons
+    assert idle in plan(**sd3, num_ranks=2, ulysses_degree=2, warmup_steps=2).reasons
+    assert idle in plan(warmup_steps=2).reasons
 
 
 @pytest.mark.parametrize("value", ["10,9", "10 9", "[10, 9]"])

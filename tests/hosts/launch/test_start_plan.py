@@ -88,7 +88,7 @@ def test_gpus_are_counted_without_torch_and_as_the_environment_hides_them(monkey
         (
             {"type": "sdxl", "host": "0.0.0.0"},
             ConfigError,
-            "--host=0.0.0.0 can be reached from other machines: give --api_key as well",
+            "--host=0.0.0.0 can be reached from other machines, so requests need a key. Give ",
         ),
         ({"type": "sdxxl"}, ConfigError, "type='sdxxl' is not a model type. Allowed: "),
         ({"type": "flux"}, ConfigError, "--checkpoint is missing: type 'flux' has no demo model."),
@@ -234,7 +234,7 @@ def test_motion_options_of_a_type_without_motion_have_no_effect_and_say_so(tmp_p
         (
             {"lora": "readme.txt"},
             ConfigError,
-            "is no file of weights. Allowed: .safetensors, .sft, .bin, .pt, .pth, .ckpt.",
+            "is not a file of weights. Allowed: .safetensors, .sft, .bin, .pt, .pth, .ckpt.",
         ),
         (
             {"lora": {"a.safetensors": float("inf")}},

@@ -36,7 +36,7 @@ def test_latency_mode_and_one_rank_have_no_teams():
     start = teams(backend="distrifuser", mode="latency")
     assert (
         not start.teams.plans
-        and "mode=latency: as asked, all ranks work on each job" in start.facts()["reasons"]
+        and "mode=latency: all ranks work on each job, as requested" in start.facts()["reasons"]
     )
     assert not teams(ranks=1, mode="throughput").teams.plans
 
@@ -66,8 +66,8 @@ def test_throughput_mode_has_teams_of_one():
         ),
         (
             {"backend": "distrifuser", "compile_unet": True},
-            "compiled models would be compiled again whenever ranks join or part (--compile_unet, "
-            "--compile_vae, --compile_text_encoder)",
+            "compiled models would be compiled again whenever ranks split or rejoin "
+            "(--compile_unet, --compile_vae, --compile_text_encoder)",
         ),
     ],
 )
@@ -79,5 +79,5 @@ def test_what_ties_ranks_together_makes_auto_latency_and_refuses_throughput(opti
         teams(mode="throughput", **options)
     assert (
         str(caught.value)
-        == f"--mode=throughput is not available: {problem}. Leave one of the two out."
+        == f"--mode=throughput is not available: {problem}. Leave out one of the two."
     )

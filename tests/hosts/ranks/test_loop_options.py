@@ -27,7 +27,7 @@ def host(tmp_path_factory):
         "control_net": str(controlnet("sd1")),
         "ip_adapter": {str(ip_adapter("sd1") / IP_ADAPTER_FILE): 0.6},
         "quantize_encoder_to": "int8",
-        "warm_up_steps": 1,
+        "prewarm_steps": 1,
     }
     with InProcessHost(type="sd1", checkpoint=str(checkpoint("sd1")), **options) as running:
         yield running

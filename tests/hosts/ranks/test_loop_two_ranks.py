@@ -280,7 +280,7 @@ def test_failure_of_one_rank_is_tried_again_then_answered_by_name_and_the_next_i
     ranks = host.ranks()
     fault_file.write_text(f"{rank} {place}")
     assert (drawn(host.post(BODY)) == reference).all(), "the second attempt drew something else"
-    assert fault_file.read_text() == "" and "is begun again" in host.log
+    assert fault_file.read_text() == "" and "is retried" in host.log
     fault_file.write_text(f"{rank} {place}\n{rank} {place}")
     answer = host.post(BODY, timeout=60)
     assert answer.status_code == 500

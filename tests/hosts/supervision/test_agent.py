@@ -49,6 +49,6 @@ def test_restarts_are_counted_from_the_last_image_and_the_reason_for_giving_up_i
     # started; again (1 in a row); served, then again (1 in a row); given up
     assert RankNotes(notes, attempt=2).exits()[1] == -9 and not RankNotes(notes, attempt=3).exits()
     assert fatal.read_text() == (
-        "the ranks ended 2 times without an image in between (--max_restarts=1). "
-        "The last time: rank 1 was ended by SIGKILL, as the kernel does when memory runs out."
+        "the ranks failed 2 times without a finished image in between (--max_restarts=1). "
+        "The last time: rank 1 was killed by SIGKILL, which the kernel sends when memory runs out."
     )

@@ -43,10 +43,10 @@ def rank_log(notes):
         (
             {1: -9, 0: EXIT_LOST_RANK},
             UNKNOWN,
-            "rank 1 was ended by SIGKILL, as the kernel does when memory runs out",
+            "rank 1 was killed by SIGKILL, which the kernel sends when memory runs out",
             1,
         ),
-        ({0: -11}, UNKNOWN, "rank 0 was ended by SIGSEGV", 0),
+        ({0: -11}, UNKNOWN, "rank 0 was killed by SIGSEGV", 0),
         (
             {1: 3},
             ExitReport(why="rank 1 was gone", rank=1, is_seen_only=True),
@@ -55,8 +55,8 @@ def rank_log(notes):
         ),
         (
             {1: -9, 0: 70},
-            ExitReport(why="rank 1 has given no sign of life for 10 s", rank=1),
-            "rank 1 has given no sign of life for 10 s",
+            ExitReport(why="rank 1 has sent no heartbeat for 10 s", rank=1),
+            "rank 1 has sent no heartbeat for 10 s",
             1,
         ),
         (
@@ -65,7 +65,7 @@ def rank_log(notes):
             "rank 1 was gone",
             1,
         ),
-        ({}, UNKNOWN, "rank 0 ended without a word", 0),
+        ({}, UNKNOWN, "rank 0 ended without a reason", 0),
     ],
 )
 def test_exit_code_says_more_than_that_a_rank_was_gone_and_less_than_who_saw_it_hang(
@@ -88,9 +88,9 @@ def test_last_lines_are_those_of_the_lost_rank_about_this_job_or_none(notes, ran
     http.start()
     http.join()
     ending = notes.complete(ExitReport(why="rank 1 was gone", rank=1))
-    first, *channels = ending.last_lines("a-2").splitlines()
+    first, *lines = ending.last_lines("a-2").splitlines()
     assert first == "The last lines of the log of rank 1:"
-    assert [re.sub(r"^\d\d:\d\d:\d\d ", "", line) for line in channels] == [
+    assert [re.sub(r"^\d\d:\d\d:\d\d ", "", line) for line in lines] == [
         "rank1 I hosts.test: loaded",
         "rank1 E hosts.test [a-2]: trace",
         "of two lines",
@@ -128,7 +128,7 @@ def test_ending_survives_being_written_and_damaged_notes_are_no_reason_to_fail(n
     )
     assert ExitReport.from_text(ending.to_text()) == ending
     notes.log_file(1).write_text('{"job": null, "text": "whole"}\n{"job": nu')
-    assert notes.channels(1) == ((None, "whole"),)
+    assert notes.lines(1) == ((None, "whole"),)
 
 
 def test_notes_of_older_attempts_are_removed_and_no_others(notes, tmp_path):

@@ -62,7 +62,7 @@ def start_two(program, *arguments):
     ("stopped", "said"),
     [
         (0, "0: the rendezvous store in rank 0 has not answered for 2 s"),
-        pytest.param(1, "1: rank 1 has given no sign of life for 2 s", marks=pytest.mark.slow),
+        pytest.param(1, "1: rank 1 has sent no heartbeat for 2 s", marks=pytest.mark.slow),
     ],
 )
 def test_rank_that_hangs_is_noticed_by_the_other(stopped, said):

@@ -82,7 +82,7 @@ def test_job_whose_rank_is_killed_twice_fails_with_the_signal_and_the_last_lines
     over = wait_for(host, sent, lambda job: job["state"] == "failed", "it is given up")
     assert over["error"].startswith(
         "the ranks ended 2 times while this job ran, so it is not tried again. The last time: rank "
-        "1 was ended by SIGKILL"
+        "1 was killed by SIGKILL"
     )
     assert (
         "The last lines of the log of rank 1:\n" in over["error"]

@@ -173,8 +173,8 @@ def test_several_machines_need_an_endpoint():
     done = run_launcher("--type=sdxl", "--nnodes=2", "--node_rank=1")
     assert done.returncode == 2
     assert (
-        "--nnodes=2 needs --rdzv_endpoint=HOST:PORT: the first machine's address and a free port "
-        "there." in done.stderr
+        "--nnodes=2 needs --rdzv_endpoint. Give HOST:PORT, the address of the first machine and a "
+        "free port there." in done.stderr
     )
 
 

@@ -14,7 +14,7 @@ from hosts.supervision.exit_reports import ExitReport
 from hosts.supervision.rendezvous import Machines, interface_towards
 from tests.hosts.harness import free_port, wait_until
 
-ENDING = ExitReport(why="rank 1 was ended by SIGSEGV", rank=1)
+ENDING = ExitReport(why="rank 1 was killed by SIGSEGV", rank=1)
 
 
 @pytest.fixture
