@@ -28,7 +28,7 @@ class Subject:
 
 
 def sdxl_like_unet(*, side: int = 64, is_guided: bool = True) -> Subject:
-    """110 M parameters; latents of side x side; with guidance the batch has two halves."""
+    """116 M parameters; latents of side x side; with guidance the batch has two halves."""
     torch.manual_seed(SEED)
     unet = UNet2DConditionModel(
         sample_size=64,

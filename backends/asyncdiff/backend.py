@@ -1,5 +1,5 @@
-"""AsyncDiff: the denoiser in segments of consecutive units, one per rank, all of them busy at once
-on values one turn old.
+"""AsyncDiff: the denoiser in segments of consecutive units, one per rank. All segments run at once,
+on values that are one turn old.
 
 Source: Chen et al., NeurIPS 2024, arXiv:2406.06911. Cuts and communication are our own:
 docs/asyncdiff.md.
@@ -37,13 +37,11 @@ logger = logging.getLogger(__name__)
 NAME = "segments"
 
 CostsOf = Callable[[UnitHooks, Callable[[], Any], Layout, torch.device], list[float]]
-"""costs of the units in the layout's order; asked on rank 0 only."""
+"""Return the costs of the units in the layout's order. Called on rank 0 only."""
 
 
 class AsyncDiffBackend(Backend):
-    """costs_of: how units are weighed for the cuts; measured times, unless something sets
-    another.
-    """
+    """`costs_of` weighs the units for the cuts: measured times, unless it is replaced."""
 
     name: ClassVar[str] = "asyncdiff"
 
@@ -57,6 +55,7 @@ class AsyncDiffBackend(Backend):
         self._report: dict[str, object] = {}
 
     def attach_denoiser(self, pipe: Any, denoiser: nn.Module) -> None:
+        """Hook the units and the denoiser. The cuts are chosen in its first call."""
         if self.mesh.axis("segment").size == 1:
             return
         self.mesh.axis("cfg", "segment")  # the first use is collective
@@ -66,7 +65,7 @@ class AsyncDiffBackend(Backend):
         hooks.attach(denoiser, NAME, self._around(denoiser))
 
     def compile_regions(self, denoiser: nn.Module) -> list[nn.Module]:
-        """Units are computed whole or not at all, so each may be a graph of its own."""
+        """Return the units: each runs whole or not at all, so each can be one graph."""
         if self.mesh.axis("segment").size == 1:
             return super().compile_regions(denoiser)
         return [
@@ -74,6 +73,7 @@ class AsyncDiffBackend(Backend):
         ]
 
     def detach_denoiser(self, pipe: Any, denoiser: nn.Module) -> None:
+        """Remove the hooks, and fetch back the weights of other segments."""
         if self._hooks is None:
             return
         hooks.detach(denoiser, NAME)
@@ -84,6 +84,7 @@ class AsyncDiffBackend(Backend):
         self._hooks, self.segments = None, None
 
     def begin(self, run: RunInfo) -> None:
+        """Start the state of one generation."""
         super().begin(run)
         if self._hooks is None:
             return
@@ -103,11 +104,13 @@ class AsyncDiffBackend(Backend):
         )
 
     def step_done(self) -> None:
+        """Count one evaluation."""
         super().step_done()
         if self._generation is not None:
             self._generation.step_done()
 
     def end(self) -> None:
+        """Wait for messages under way, unless the generation failed, and drop its state."""
         super().end()
         generation, self._generation = self._generation, None
         if generation is None:
@@ -117,7 +120,7 @@ class AsyncDiffBackend(Backend):
             generation.exchange.settle()
 
     def report(self) -> Mapping[str, object]:
-        """While a generation runs, its figures so far; else the last one's."""
+        """Return the figures of the running generation so far, else those of the last one."""
         figures = self._figures(self._generation) if self._generation is not None else self._report
         return {**super().report(), **figures}
 
@@ -160,8 +163,8 @@ class AsyncDiffBackend(Backend):
         return self._generation.evaluate(self._hooks, self.segments, forward, arguments, input_name)
 
     def _learn(self, call: Callable[[], Any], model_input: torch.Tensor) -> Segments:
-        """Find the units in a real call, weigh them, and cut. Rank 0 weighs and decides; all ranks
-        get its cuts.
+        """Find the units in a real call, weigh them and cut. Rank 0 weighs and decides; all ranks
+        receive its cuts.
         """
         layout, _ = trace(self._hooks, call, model_input)
         num_segments = int(self.plan.options["model_n"])
@@ -186,13 +189,13 @@ class AsyncDiffBackend(Backend):
         return KeptWeights(parts, kept=self._role().segment)
 
     def _costs(self, call: Callable[[], Any], layout: Layout) -> list[float]:
-        """Sharded weights are there to fit: then it is bytes that must be even."""
+        """Return seconds; bytes where weights are sharded, because memory must then be even."""
         if self.plan.options["shard_weights"]:
             return [float(weight_bytes(self._hooks.modules[unit.name])) for unit in layout.units]
         return self.costs_of(self._hooks, call, layout, self.mesh.device)
 
     def _figures(self, generation: Generation) -> dict[str, object]:
-        """Bytes of one turn are those of all ranks together; with stride 2 a turn serves two
+        """Return bytes of one turn for all ranks together. With stride 2 a turn serves two
         evaluations.
         """
         shapes = generation.last_shapes()
@@ -215,8 +218,8 @@ class AsyncDiffBackend(Backend):
 
 
 def _copy_lists(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Some denoisers take items off a list they are given (ControlNet residuals of HunyuanDiT), and
-    this call is made several times.
+    """Copy the lists among the arguments. Some denoisers take items off a list (ControlNet
+    residuals of HunyuanDiT), and this call is made several times.
     """
     return {
         name: list(value) if isinstance(value, list) else value for name, value in arguments.items()
@@ -224,8 +227,8 @@ def _copy_lists(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_tensors(arguments: dict[str, Any], names: list[str]) -> dict[str, Any]:
-    """Of a denoiser that takes its images as a list, first, and the timestep second: one tensor (B,
-    ...), and `timestep`.
+    """Convert the arguments of a denoiser that takes a list of images first and the timestep
+    second: one tensor (B, ...), and `timestep`.
     """
     images, timestep, *_ = names
     others = {name: value for name, value in arguments.items() if name not in (images, timestep)}
@@ -233,7 +236,7 @@ def as_tensors(arguments: dict[str, Any], names: list[str]) -> dict[str, Any]:
 
 
 def from_tensors(forward: Callable[..., Any], names: list[str]) -> Callable[..., Any]:
-    """`forward` for such arguments; its prediction is one tensor too."""
+    """Wrap such a `forward` so that it takes and returns one tensor."""
     images, timestep, *_ = names
 
     def call(**arguments: Any) -> Any:

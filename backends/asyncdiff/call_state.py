@@ -1,4 +1,4 @@
-"""One generation on this rank: every evaluation of the denoiser goes through here and follows the
+"""One generation on this rank: every evaluation of the denoiser passes through here and follows the
 schedule.
 """
 
@@ -28,29 +28,33 @@ Forward = Callable[..., Any]
 
 @dataclass(slots=True, kw_only=True)
 class CallState:
-    """What is kept from one step to the next for the n-th denoiser call of every step (true
-    guidance of flux makes two calls a step).
-
-    arrivals: what this rank reads of other segments in its next turn, made at evaluation `made_at`.
-    older: the same, one turn before.
-    ahead: the prediction of the next evaluation (stride 2). timestep: of the last evaluation, as
-    the pipeline gave it.
+    """State that is kept from step to step for the n-th denoiser call of every step. True guidance
+    of flux makes two calls per step.
     """
 
     signature: tuple[Any, ...]
+    """Shape and dtype of the denoiser's input."""
     shapes: Shapes
+    """Shapes of all units' results."""
     output: Any
+    """The last synchronous result of the denoiser."""
     arrivals: dict[Source, Arrival]
+    """What this rank reads from other segments in its next turn."""
     made_at: int
+    """Evaluation in which `arrivals` were computed."""
     timestep: Tensor
+    """Timestep of the last evaluation, as the pipeline gave it."""
     older: Values = field(default_factory=dict)
+    """The same as `arrivals`, one turn earlier."""
     older_at: int | None = None
+    """Evaluation in which `older` was computed."""
     ahead: Arrival | None = None
+    """The prediction of the next evaluation (stride 2)."""
 
 
 class Generation:
-    """State of one generation. `evaluate` is called for every denoiser call, `step_done` after
-    every scheduler step.
+    """State of one generation. Call `evaluate` for every denoiser call and `step_done` after every
+    scheduler step.
     """
 
     def __init__(
@@ -76,10 +80,12 @@ class Generation:
         self._call = 0
 
     def step_done(self) -> None:
+        """Count one evaluation."""
         self.evaluation += 1
         self._call = 0
 
     def last_shapes(self) -> Shapes | None:
+        """Return the shapes of the first call of a step; None before there was one."""
         return next((call.shapes for call in self._calls.values()), None)
 
     def evaluate(
@@ -90,7 +96,7 @@ class Generation:
         arguments: dict[str, Any],
         input_name: str,
     ) -> Any:
-        """The denoiser's result for these arguments, on every rank of the segment axis."""
+        """Return the denoiser's result for these arguments, on every rank of the segment axis."""
         if self._timesteps is None and self._role.stride == 2:
             self._timesteps = Timesteps(self._scheduler(), arguments["timestep"])
         number, self._call = self._call, self._call + 1
@@ -156,8 +162,8 @@ class Generation:
         forward: Forward,
         arguments: dict[str, Any],
     ) -> Any:
-        """This rank's segment, on what arrived from the others; theirs of this turn are received
-        meanwhile, for the next.
+        """Run this rank's segment on what arrived from the others. Their results of this turn are
+        received meanwhile, for the next turn.
         """
         self.num_stale += 1
         inbox = Inbox(call.arrivals, self._extrapolation(call))
@@ -186,11 +192,11 @@ class Generation:
         return _with_prediction(output, prediction.wait())
 
     def _timestep(self, call: CallState, current: Tensor) -> Tensor:
-        """The timestep that this rank's segment computes with.
+        """Return the timestep with which this rank's segment computes.
 
-        Each rank works for one evaluation: the one at hand, or with stride 2 the one after it.
-        `time_shift` takes the timestep of the evaluation before that one, which is when the values
-        that the segment reads were made.
+        Each rank works for one evaluation: the present one, or with stride 2 the next one. With
+        `time_shift` it uses the timestep of the evaluation before that, in which the values that it
+        reads were computed.
         """
         if self._role.is_nearer:
             return call.timestep if self._options["time_shift"] else current
@@ -199,7 +205,7 @@ class Generation:
         return self._timesteps.after(self.evaluation, current)
 
     def _extrapolation(self, call: CallState) -> Callable[[Source, Tensor], Tensor] | None:
-        """Along the line through the last two turns, to this evaluation."""
+        """Return the extrapolation along the line through the last two turns to this evaluation."""
         if not self._options["extrapolate"] or call.older_at is None:
             return None
         reach = (self.evaluation - call.made_at) / (call.made_at - call.older_at)
@@ -207,7 +213,7 @@ class Generation:
 
 
 def _with_prediction(output: Any, prediction: Tensor) -> Any:
-    """The denoiser's own kind of result, with this prediction in it."""
+    """Return the denoiser's own kind of result with this prediction in it."""
     return (
         (prediction, *output[1:]) if isinstance(output, tuple) else type(output)(sample=prediction)
     )

@@ -1,5 +1,5 @@
-"""Point to point between the ranks of the segment axis, in the background: what is sent is kept
-alive, what comes is awaited where used.
+"""Messages between the ranks of the segment axis, in the background. Sent tensors are kept alive
+until they have left, and received ones are awaited where they are used.
 """
 
 import time
@@ -14,7 +14,7 @@ from backends.groups.mesh import Axis, Mesh
 
 
 class Arrival:
-    """A tensor that is here, or on its way."""
+    """A tensor that is here or under way."""
 
     def __init__(self, tensor: Tensor, work: Any = None, traffic: Any = None) -> None:
         self._tensor = tensor
@@ -22,7 +22,7 @@ class Arrival:
         self._traffic = traffic
 
     def wait(self) -> Tensor:
-        """The tensor, once it is complete."""
+        """Return the tensor once it is complete."""
         if self._work is not None:
             started = time.perf_counter()
             self._work.wait()
@@ -32,7 +32,7 @@ class Arrival:
 
 
 class Exchange:
-    """The traffic of one generation on this rank. Between two ranks messages arrive in the order in
+    """The messages of one generation on this rank. Between two ranks they arrive in the order in
     which they were sent.
     """
 
@@ -55,8 +55,8 @@ class Exchange:
             )
 
     def receive(self, template: Tensor, *, source: int) -> Arrival:
-        """Announce room for a tensor like `template` from this rank of the axis, without
-        waiting.
+        """Post a receive for a tensor like `template` (shape, dtype, device) from this rank of the
+        axis, without waiting.
         """
         room = torch.empty(template.shape, dtype=template.dtype, device=template.device)
         work = dist.irecv(room, self.axis.ranks[source], group=self.axis.group)
@@ -65,8 +65,8 @@ class Exchange:
         return arrival
 
     def broadcast(self, tensor: Tensor, *, source: int) -> Arrival:
-        """One rank's tensor to all, in the background; the others give one of the same shape, whose
-        content does not matter.
+        """Broadcast one rank's tensor in the background. The others pass a tensor of the same
+        shape, whose content does not matter.
         """
         if self.axis.rank == source:
             tensor = tensor.contiguous()
@@ -81,14 +81,14 @@ class Exchange:
         return arrival
 
     def share(self, value: Any, *, source: int) -> Any:
-        """One rank's small Python value on all ranks. Blocks until it is there."""
+        """Return one rank's small Python value on all ranks. Blocks until it has arrived."""
         box = [value]
         dist.broadcast_object_list(box, src=self.axis.ranks[source], group=self.axis.group)
         return box[0]
 
     def settle(self) -> None:
-        """Wait for everything that is still under way. Every rank has made the same evaluations, so
-        all of it has a partner.
+        """Wait for everything that is under way. All ranks have made the same evaluations, so every
+        message has a partner.
         """
         for arrival in self._receives:
             arrival.wait()
@@ -96,8 +96,8 @@ class Exchange:
         self.forget_sent()
 
     def forget_sent(self) -> None:
-        """Let go of what was sent one evaluation ago: its receiver has had a whole evaluation to
-        take it.
+        """Release what was sent one evaluation ago: its receiver has had a whole evaluation to take
+        it.
         """
         for work, _ in self._sends:
             work.wait()

@@ -1,4 +1,4 @@
-"""What a unit's call does on this rank: run and be remembered, run and be sent, or be left out and
+"""What a unit's call does on this rank: run and keep the result, run and send it, or be skipped and
 return what arrived.
 """
 
@@ -18,15 +18,16 @@ Values = dict[Source, Tensor]
 
 
 class Shapes:
-    """What each unit returned last time, without the numbers: enough to stand in for it.
+    """The shape of each unit's last result, without the numbers, so that a stand-in can be built.
 
-    A stand-in is a zero of the right shape and type that takes no memory (all strides are 0).
+    A stand-in is a zero of the right shape and dtype that takes no memory (all strides are 0).
     """
 
     def __init__(self) -> None:
         self._forms: dict[int, tuple[list[Any], Any]] = {}
 
     def remember(self, unit: int, result: Any) -> None:
+        """Store the shapes of a unit's result."""
         leaves, form = pytree.tree_flatten(result)
         self._forms[unit] = (
             [_stand_in(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves],
@@ -34,7 +35,9 @@ class Shapes:
         )
 
     def fill(self, unit: int, value_of: Callable[[Source], Tensor | None]) -> Any:
-        """A result of this unit made of known values where there are any, else of stand-ins."""
+        """Return a result of this unit, made of known values where there are any, else of
+        stand-ins.
+        """
         leaves, form = self._forms[unit]
         known = [value_of((unit, position)) for position in range(len(leaves))]
         return pytree.tree_unflatten(
@@ -43,11 +46,11 @@ class Shapes:
         )
 
     def num_bytes(self) -> int:
-        """Everything that all units return in one evaluation."""
+        """Return the bytes of everything that all units return in one evaluation."""
         return sum(num_bytes(leaf) for leaves, _ in self._forms.values() for leaf in leaves)
 
     def traffic(self, segments: Segments, role: RankRole) -> int:
-        """What all ranks together send to each other across the cuts in one turn."""
+        """Return the bytes that all ranks together send across the cuts in one turn."""
         wanted = [
             (source, len(role.ranks_of(segment)))
             for segment in range(segments.num_segments)
@@ -56,7 +59,7 @@ class Shapes:
         return sum(num_bytes(self.of(source)) * copies for source, copies in wanted)
 
     def take(self, units: range, forms: list[Any], device: torch.device) -> None:
-        """What another rank's `give` returned; its stand-ins are to be on this rank's device."""
+        """Store the shapes of these units, as another rank's `give` returned them."""
         for unit, (leaves, form) in zip(units, forms, strict=True):
             self._forms[unit] = (
                 [_stand_in(leaf, device) if isinstance(leaf, Tensor) else leaf for leaf in leaves],
@@ -64,8 +67,8 @@ class Shapes:
             )
 
     def give(self, units: range) -> list[Any]:
-        """To be sent to other ranks, so without a device: a pickled tensor would be on the sender's
-        there too.
+        """Return the shapes of these units for another rank's `take`, without a device: a pickled
+        tensor would be on the sender's there too.
         """
         forms = [self._forms[unit] for unit in units]
         return [
@@ -74,11 +77,12 @@ class Shapes:
         ]
 
     def of(self, source: Source) -> Tensor:
+        """Return the stand-in of one tensor."""
         return self._forms[source[0]][0][source[1]]
 
 
 class Inbox:
-    """The other segments' tensors that this rank reads in one evaluation; each is awaited when it
+    """The tensors of other segments that this rank reads in one evaluation. Each is awaited when it
     is first used.
     """
 
@@ -92,6 +96,7 @@ class Inbox:
         self._used: Values = {}
 
     def get(self, source: Source) -> Tensor | None:
+        """Return the tensor, extrapolated if that is on; None if this rank does not receive it."""
         if source not in self._arrivals:
             return None
         if source not in self._used:
@@ -100,12 +105,12 @@ class Inbox:
         return self._used[source]
 
     def values(self) -> Values:
-        """What arrived, as it came."""
+        """Return the tensors as they arrived, without extrapolation."""
         return {source: arrival.wait() for source, arrival in self._arrivals.items()}
 
 
 class SynchronousExecutor:
-    """Runs every unit, and keeps what the first stale evaluation will read."""
+    """Run every unit, and keep what the first stale evaluation will read."""
 
     def __init__(self, segments: Segments, role: RankRole) -> None:
         self.shapes = Shapes()
@@ -116,6 +121,7 @@ class SynchronousExecutor:
     def run(
         self, name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        """Run the unit and store its shapes."""
         result = forward(*args, **kwargs)
         unit = self._index.get(name)
         if unit is not None:
@@ -127,7 +133,7 @@ class SynchronousExecutor:
 
 
 class SegmentExecutor:
-    """Runs this rank's units and sends what others read of them; all other units return what
+    """Run this rank's units and send what other ranks read of them. All other units return what
     arrived from their ranks.
     """
 
@@ -150,6 +156,7 @@ class SegmentExecutor:
     def run(
         self, name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        """Run the unit if it is this rank's, else return what arrived."""
         unit = self._index.get(name)
         if unit is None:
             return forward(*args, **kwargs)
@@ -165,8 +172,8 @@ class SequentialExecutor:
     """A synchronous evaluation where each rank has the weights of its own segment only: the ranks
     work one after the other.
 
-    When a segment is done, its rank tells all others what its units returned (the shapes), and its
-    readers receive the tensors.
+    When a segment is done, its rank sends the shapes of its units' results to all others, and the
+    tensors to the ranks that read them.
     """
 
     def __init__(self, segments: Segments, role: RankRole, exchange: Exchange) -> None:
@@ -184,6 +191,7 @@ class SequentialExecutor:
     def run(
         self, name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        """Run the unit if it is this rank's, else wait for its segment and return what arrived."""
         unit = self._index.get(name)
         if unit is None:
             return forward(*args, **kwargs)
@@ -212,8 +220,8 @@ class SequentialExecutor:
         return result
 
     def _receive_from(self, segment: int) -> None:
-        """All ranks learn the shapes of a finished segment; this one also gets the tensors that its
-        own segment reads.
+        """Share the shapes of a finished segment with all ranks, and receive the tensors that this
+        rank's segment reads.
         """
         units = self._segments.units(segment)
         mine = self.shapes.give(units) if segment == self._role.segment else None
@@ -228,8 +236,8 @@ class SequentialExecutor:
 
 
 def readers(segments: Segments, role: RankRole) -> dict[Source, tuple[int, ...]]:
-    """For each tensor of this rank's segment that others read: the ranks of the axis that need
-    it.
+    """Return, for each tensor of this rank's segment that other segments read, the ranks of the
+    axis that need it.
     """
     mine = segments.units(role.segment)
     found: dict[Source, tuple[int, ...]] = {}

@@ -1,8 +1,7 @@
-"""Which evaluation does what: synchronous at the start, then every segment at once, or two
-evaluations at a time (stride 2).
+"""The schedule: which evaluation of the denoiser is synchronous, which runs every segment at once,
+and which was predicted one turn before (stride 2).
 
-Pure arithmetic; docs/asyncdiff.md has the same in words. Source: AsyncDiff, arXiv:2406.06911,
-method section.
+Pure arithmetic; docs/asyncdiff.md explains it. Source: AsyncDiff, arXiv:2406.06911, section 3.
 """
 
 import math
@@ -16,17 +15,19 @@ from backends.request import GenerateRequest
 
 
 class Phase(Enum):
-    """What one evaluation of the denoiser is."""
+    """The kind of one evaluation of the denoiser."""
 
     SYNCHRONOUS = "every unit runs on this evaluation's values"
-    STALE = "every segment runs once, on what the others made one turn ago"
-    AHEAD = "nothing runs: the turn before has predicted this evaluation as well"
+    STALE = "every segment runs once, on the values of the turn before"
+    AHEAD = "nothing runs: the turn before has predicted this evaluation too"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankRole:
-    """This rank's part: the segment it computes. With stride 2 one more rank computes the last
-    segment, for the nearer evaluation.
+    """This rank's role: the segment that it computes.
+
+    With stride 2 an additional rank also computes the last segment, for the present evaluation,
+    while the others compute for the next one.
     """
 
     num_segments: int
@@ -35,28 +36,30 @@ class RankRole:
 
     @property
     def segment(self) -> int:
+        """Return the segment that this rank computes."""
         return min(self.rank, self.num_segments - 1)
 
     @property
     def is_nearer(self) -> bool:
-        """Whether this rank computes for the evaluation at hand; with stride 2 the others compute
-        for the one after it.
+        """Return whether this rank computes for the present evaluation. With stride 2 the other
+        ranks compute for the next one.
         """
         return self.stride == 1 or self.rank == self.num_segments
 
     @property
     def is_sender(self) -> bool:
-        """The additional rank of stride 2 repeats the last segment, which no other segment
-        reads.
+        """Return whether another segment may read this rank's units. The last segment is read by
+        none, and neither is its copy on the additional rank of stride 2.
         """
         return self.rank < self.num_segments - 1
 
     @property
     def predictor(self) -> int:
-        """The rank whose result is the prediction of the evaluation at hand."""
+        """Return the rank whose result is the prediction of the present evaluation."""
         return self.num_segments if self.stride == 2 else self.num_segments - 1
 
     def ranks_of(self, segment: int) -> tuple[int, ...]:
+        """Return the ranks of the segment axis that compute this segment."""
         return tuple(
             rank
             for rank in range(self.num_segments + self.stride - 1)
@@ -65,7 +68,7 @@ class RankRole:
 
 
 def phase_of(evaluation: int, *, num_synchronous: int, stride: int) -> Phase:
-    """evaluation: counted from 0 within one generation."""
+    """Return the phase of an evaluation, counted from 0 within one generation."""
     if evaluation < num_synchronous:
         return Phase.SYNCHRONOUS
     return Phase.STALE if (evaluation - num_synchronous) % stride == 0 else Phase.AHEAD
@@ -74,10 +77,10 @@ def phase_of(evaluation: int, *, num_synchronous: int, stride: int) -> Phase:
 def num_synchronous_steps(
     options: Mapping[str, Any], request: GenerateRequest, num_inference_steps: int
 ) -> int:
-    """Sampling steps at the start that are exact: the request's, else `synced_percent` of the
-    steps, else `warmup_steps`; at least 1.
+    """Return the number of exact sampling steps at the start: the request's `warmup_steps`, else
+    `synced_percent` of the steps, else the plan's `warmup_steps`; at least 1.
 
-    One is needed because the first stale evaluation reads the values of the one before it.
+    One is needed because the first stale evaluation reads the values of the evaluation before it.
     """
     steps = options["warmup_steps"]
     if options["synced_percent"] > 0:
@@ -88,12 +91,12 @@ def num_synchronous_steps(
 
 
 def extrapolates(options: Mapping[str, Any], *, order: int) -> bool:
-    """Whether stale values are continued along a line: as asked, else where turns are evenly spaced
-    and the timestep is the present one.
+    """Return whether stale values are extrapolated: as asked, else where turns are evenly spaced
+    and each segment has its own evaluation's timestep.
 
-    order: evaluations per step of the sampler. Two of them do not lie on one line in time, and with
-    stride 2 or a shifted timestep the values are not meant for the evaluation at hand.
-    docs/quality.md has what it brings.
+    order: evaluations per step of the sampler. Two evaluations of one step are not on one line in
+    time, and with stride 2 or a shifted timestep the values are not for the present evaluation.
+    docs/quality.md has the gain.
     """
     if options["extrapolate"] is not None:
         return bool(options["extrapolate"])
@@ -101,7 +104,7 @@ def extrapolates(options: Mapping[str, Any], *, order: int) -> bool:
 
 
 def num_synchronous_evaluations(steps: int, num_inference_steps: int, order: int) -> int:
-    """The same in evaluations. A warm-up of all steps covers every evaluation: PNDM makes one more
-    than it has steps.
+    """Convert synchronous steps to evaluations. A warm-up of all steps covers every evaluation,
+    because PNDM makes one more than it has steps.
     """
     return sys.maxsize if steps >= num_inference_steps else steps * order

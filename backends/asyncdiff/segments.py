@@ -1,4 +1,4 @@
-"""Where to cut: segments of consecutive units, the largest of which takes as little time as
+"""Where to cut: consecutive units in segments, so that the slowest segment takes as little time as
 possible, and what crosses the cuts.
 """
 
@@ -13,14 +13,14 @@ from backends.errors import PlanError
 logger = logging.getLogger(__name__)
 
 TOLERANCE = 0.02
-"""Cuts this much slower than the best are as good: measured times differ more from call to call.
-Among them the fewest bytes win.
+"""Cuts this much slower than the best count as equal, because measured times differ more from call
+to call. Among equal cuts the fewest bytes win.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Segments:
-    """Segment s holds the units bounds[s] .. bounds[s + 1] - 1. Every unit is in exactly one."""
+    """Segment s has the units bounds[s] .. bounds[s + 1] - 1. Every unit is in exactly one."""
 
     layout: Layout
     bounds: tuple[int, ...]
@@ -36,14 +36,16 @@ class Segments:
         return len(self.bounds) - 1
 
     def units(self, segment: int) -> range:
+        """Return the units of a segment."""
         return range(self.bounds[segment], self.bounds[segment + 1])
 
     def segment_of(self, unit: int) -> int:
+        """Return the segment of a unit."""
         return next(segment for segment in range(self.num_segments) if unit in self.units(segment))
 
     def imports(self, segment: int) -> tuple[Source, ...]:
-        """Tensors that this segment reads and others make. The last segment also makes the
-        denoiser's result.
+        """Return the tensors of other segments that this segment reads. The last segment also
+        computes the denoiser's result.
         """
         mine = self.units(segment)
         reads = set().union(*(self.layout.units[unit].reads for unit in mine))
@@ -52,8 +54,8 @@ class Segments:
         return tuple(sorted(source for source in reads if source[0] not in mine))
 
     def table(self, seconds: Sequence[float]) -> str:
-        """One line for each unit: name, milliseconds, segment, share of the whole; then one for
-        each segment.
+        """Return one line for each unit (name, milliseconds, segment, part of the whole), then one
+        for each segment.
         """
         total = sum(seconds) or 1.0
         lines = [f"{'unit':56} {'ms':>9} segment   share"]
@@ -66,7 +68,7 @@ class Segments:
             received = sum(self.layout.num_bytes(source) for source in self.imports(segment))
             lines.append(
                 f"segment {segment}: {len(self.units(segment))} units, {share:.1%} of the time, "
-                f"reads {received / 1e6:.3f} MB of others"
+                f"reads {received / 1e6:.3f} MB of other segments"
             )
         return "\n".join(lines)
 
@@ -77,11 +79,11 @@ def choose_segments(
     num_segments: int,
     weights: Sequence[float] | None = None,
 ) -> Segments:
-    """The contiguous cuts with the smallest largest segment (cost / weight), and among near equals
-    the fewest bytes across cuts.
+    """Return the contiguous cuts whose largest segment (cost / weight) is smallest, and among near
+    equals those with the fewest bytes across the cuts.
 
-    costs: of each unit, any unit of measure. weights: relative speed of each segment's rank.
-    Raises PlanError if there are more segments than units.
+    costs: of each unit, in any unit of measure. weights: relative speed of each segment's rank.
+    PlanError if there are more segments than units.
     """
     if num_segments > len(layout.units):
         raise PlanError(
@@ -95,8 +97,8 @@ def choose_segments(
 
 
 def _live_bytes(layout: Layout) -> list[int]:
-    """Bytes made before unit p and read at p or later, for each p: what a cut in front of p makes
-    the ranks send.
+    """Return for each p the bytes that are computed before unit p and read at p or later: what the
+    ranks send if there is a cut before p.
     """
     num_units = len(layout.units)
     last_reader: dict[Source, int] = {}
@@ -124,8 +126,8 @@ class _Costs:
         self._live_bytes = live_bytes
 
     def best_cuts(self, *, limit: float, by_bytes: bool) -> tuple[float, tuple[int, ...]]:
-        """(value, bounds) with the smallest largest segment, or with the fewest bytes where no
-        segment costs more than `limit`.
+        """Return (value, bounds) with the smallest largest segment, or with the fewest bytes if no
+        segment may cost more than `limit`.
         """
         num_units = len(self._total) - 1
         best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, (0,))}

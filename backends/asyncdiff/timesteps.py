@@ -1,6 +1,4 @@
-"""The timesteps ahead: with stride 2 the segments compute for the evaluation after the one at
-hand.
-"""
+"""Timesteps ahead: with stride 2 the segments compute for the evaluation after the present one."""
 
 from typing import Any
 
@@ -8,15 +6,14 @@ import torch
 from torch import Tensor
 
 CLOSE = 0.01
-"""Relative. Half precision rounds timesteps by up to 0.4 %."""
+"""Relative tolerance. Half precision rounds timesteps by up to 0.4 %."""
 
 
 class Timesteps:
-    """What the pipeline will give the denoiser as timestep, evaluation by evaluation, read off the
-    scheduler's list.
+    """The timesteps that the pipeline will give to the denoiser, read from the scheduler's list.
 
-    first: the first evaluation's timestep as the pipeline gave it. It says where in the list the
-    run starts (image to image starts late) and in which unit the pipeline counts (flux divides by
+    first: the first evaluation's timestep as the pipeline gave it. It shows where in the list the
+    run starts (image-to-image starts late) and in which unit the pipeline counts (flux divides by
     the number of training steps).
     """
 
@@ -29,8 +26,8 @@ class Timesteps:
         )
 
     def after(self, evaluation: int, current: Tensor) -> Tensor:
-        """The timestep of the evaluation after this one, shaped like `current`; `current` itself at
-        the end of the list.
+        """Return the timestep of the evaluation after this one, with the shape of `current`;
+        `current` itself at the end of the list.
         """
         index = self._start + evaluation + 1
         return (
@@ -41,8 +38,8 @@ class Timesteps:
 
 
 def _find(values: list[float], first: float, num_train_timesteps: int) -> tuple[int, float]:
-    """(index, unit) of the first timestep. The list's own start comes before all other places: the
-    units can be confused elsewhere.
+    """Return (index, unit) of the first timestep. The start of the list is tried first, because
+    elsewhere a value may fit in both units.
     """
     scales = (1.0, 1.0 / num_train_timesteps)
     for index, value in enumerate(values):

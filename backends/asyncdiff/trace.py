@@ -1,5 +1,5 @@
-"""Learns a denoiser's units from real calls: their order, what each reads of the others, and how
-long each takes.
+"""Learn a denoiser's units from real calls: their order, what they read from each other, and their
+time.
 """
 
 import time
@@ -28,12 +28,12 @@ TIMED_CALLS = 3
 
 
 def trace(hooks: UnitHooks, call: Callable[[], Any], model_input: Tensor) -> tuple[Layout, Any]:
-    """Run `call` once and note which units depend on `model_input`, in which order, and through
-    which tensors.
+    """Run `call` once. Return the units that depend on `model_input`, with their order and the
+    tensors between them, and the result of the call.
 
-    What runs outside the units (additions, concatenations, reshapes) is followed tensor by tensor.
-    Modules that do not depend on the input (time and text embeddings) or that run more than once
-    are no units: every rank computes them. Returns the layout and the call's own result.
+    Operations outside the units (additions, concatenations, reshapes) are followed tensor by
+    tensor. Modules that do not depend on the input (time and text embeddings) or that run more than
+    once are not units: every rank computes them.
     """
     repeated: frozenset[str] = frozenset()
     while True:
@@ -49,8 +49,8 @@ def trace(hooks: UnitHooks, call: Callable[[], Any], model_input: Tensor) -> tup
 def time_units(
     hooks: UnitHooks, call: Callable[[], Any], layout: Layout, device: torch.device
 ) -> list[float]:
-    """Seconds of each unit, in the layout's order: the fastest of a few calls, so that first-call
-    costs do not count.
+    """Return the seconds of each unit, in the layout's order: the fastest of three calls, so that
+    the costs of a first call do not count.
     """
     fastest = dict.fromkeys((unit.name for unit in layout.units), float("inf"))
 
@@ -76,7 +76,7 @@ def _now(device: torch.device) -> float:
 
 
 class _Dataflow(TorchFunctionMode):
-    """Follows tensors: what an operation returns comes from the sources of all its arguments."""
+    """Follow tensors: the result of an operation depends on the sources of all its arguments."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class _Dataflow(TorchFunctionMode):
         if sources:
             changed = (
                 tensors(result) if result is not None else tensors(args[:1])
-            )  # x[...] = y returns nothing and changes x
+            )  # x[...] = y returns None and changes x
             for tensor in changed:
                 self.mark(tensor, sources)
         return result
@@ -106,7 +106,7 @@ class _Dataflow(TorchFunctionMode):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Inside a unit nothing is followed, and a compiled unit must not see the mode."""
+        """Follow nothing inside a unit. A compiled unit must not see this mode."""
         self.__exit__(None, None, None)
         try:
             yield

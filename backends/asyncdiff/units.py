@@ -1,9 +1,8 @@
-"""The units of a denoiser: the smallest pieces a cut may fall between, found from the outside, and
-the hooks on them.
+"""The units of a denoiser, the smallest pieces between which it can be cut, and the hooks on them.
 
-A unit is a resnet, a sampler, a transformer block, or a layer that stands beside such blocks
-(conv_in, proj_out, ...). There is no list
-per model: a module is taken apart only if it holds a list of blocks, else it is a unit whole.
+A unit is a resnet, a sampler, a transformer block, or a layer beside such blocks (conv_in,
+proj_out, ...). There is no list per model: a module is opened only if it contains a list of blocks,
+and is otherwise one unit.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,46 +18,46 @@ from backends.parallel import hooks
 NAME = "segment unit"
 
 Source = tuple[int, int]
-"""(unit, leaf): one tensor that a unit returns."""
+"""(unit, leaf): one of the tensors that a unit returns."""
 
 INPUT: Source = (-1, 0)
 """The denoiser's own input. It is on every rank, so it is never sent."""
 
 Executor = Callable[[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
-"""executor(unit name, forward, args, kwargs): decides what a unit's call does on this rank."""
+"""executor(unit name, forward, args, kwargs): what a unit's call does on this rank."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
-    """One unit, as one call of the denoiser met it.
-
-    reads: the tensors of other units that reach its arguments. leaf_bytes: size of each leaf it
-    returns (0 for what is no tensor).
-    """
+    """One unit, as seen in one call of the denoiser."""
 
     name: str
     reads: frozenset[Source]
+    """Tensors of other units that reach its arguments."""
     leaf_bytes: tuple[int, ...]
+    """Size of each leaf that it returns; 0 for a leaf that is no tensor."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """All units in the order in which they run, and what the denoiser's result is made of."""
+    """All units in the order in which they run."""
 
     units: tuple[Unit, ...]
     output_reads: frozenset[Source]
+    """Tensors of which the denoiser's result is made."""
 
     def num_bytes(self, source: Source) -> int:
+        """Return the size of one tensor."""
         return self.units[source[0]].leaf_bytes[source[1]]
 
     @property
     def output_bytes(self) -> int:
-        """Bytes of everything that all units return in one evaluation."""
+        """Return the bytes of everything that all units return in one evaluation."""
         return sum(sum(unit.leaf_bytes) for unit in self.units)
 
 
 class UnitHooks:
-    """One hook on each possible unit of a denoiser. Does nothing until an executor is set."""
+    """One hook on each unit of a denoiser. It has no effect until an executor is set."""
 
     def __init__(self, denoiser: nn.Module) -> None:
         self._denoiser = denoiser
@@ -73,7 +72,7 @@ class UnitHooks:
 
     @contextmanager
     def run_with(self, executor: Executor) -> Iterator[None]:
-        """All unit calls inside go through `executor`."""
+        """Pass every unit call inside the context to `executor`."""
         self._executor = executor
         try:
             yield
@@ -81,8 +80,8 @@ class UnitHooks:
             self._executor = None
 
     def is_current(self) -> bool:
-        """False after something replaced modules (peft puts LoRA layers in the place of plain
-        ones): attach again then.
+        """Return False if modules were replaced since (peft replaces plain layers by LoRA layers).
+        Attach again then.
         """
         found = find_units(self._denoiser)
         return found.keys() == self._modules.keys() and all(
@@ -90,6 +89,7 @@ class UnitHooks:
         )
 
     def detach(self) -> None:
+        """Remove all hooks."""
         for module in self._modules.values():
             hooks.detach(module, NAME)
         self._modules = {}
@@ -104,8 +104,8 @@ class UnitHooks:
 
 
 def find_units(denoiser: nn.Module) -> dict[str, nn.Module]:
-    """Modules that may be units, by name: every module outside the blocks, and every block that
-    holds no list of blocks itself.
+    """Return the modules that may be units, by name: every module outside the blocks, and every
+    block that contains no list of blocks itself.
     """
     blocks = {id(block) for module in denoiser.modules() for block in _blocks_of(module)}
     return dict(_visit(denoiser, "", blocks))
@@ -120,8 +120,8 @@ def _visit(module: nn.Module, prefix: str, blocks: set[int]) -> Iterator[tuple[s
 
 
 def _blocks_of(module: nn.Module) -> list[nn.Module]:
-    """The elements of a list of blocks. A list of bare layers (`to_out` = Linear, Dropout) is no
-    list of blocks.
+    """Return the elements of a list of blocks; nothing for a list of bare layers (`to_out` =
+    Linear, Dropout).
     """
     if not isinstance(module, nn.ModuleList) or not all(
         any(element.children()) for element in module
@@ -131,13 +131,15 @@ def _blocks_of(module: nn.Module) -> list[nn.Module]:
 
 
 def leaves(value: Any) -> list[Any]:
-    """Everything inside nested tuples, lists, dicts and diffusers outputs."""
+    """Return everything inside nested tuples, lists, dicts and diffusers outputs."""
     return pytree.tree_leaves(value)
 
 
 def tensors(value: Any) -> list[Tensor]:
+    """Return the tensors among the leaves."""
     return [leaf for leaf in leaves(value) if isinstance(leaf, Tensor)]
 
 
 def num_bytes(leaf: Any) -> int:
+    """Return the bytes of a tensor; 0 for anything else."""
     return leaf.numel() * leaf.element_size() if isinstance(leaf, Tensor) else 0

@@ -1,6 +1,4 @@
-"""DistriFuser: attaches patches to the denoiser and its ControlNets, and drives their step
-clock.
-"""
+"""DistriFuser: attach patches to the denoiser and its ControlNets, and run their step clock."""
 
 import inspect
 import logging
@@ -29,7 +27,9 @@ OWN_HALF = "own half"
 
 
 class DistriFuserBackend(Backend):
-    """Patch parallelism on the `patch` axis of the mesh, under the shared CFG split."""
+    """Patch parallelism on the `patch` axis of the mesh, inside the shared CFG split. Source:
+    DistriFusion, arXiv:2402.19481.
+    """
 
     name: ClassVar[str] = "distrifuser"
 
@@ -42,14 +42,17 @@ class DistriFuserBackend(Backend):
         self._latent_factor = 8
 
     def attach(self, pipe: Any) -> None:
+        """Attach, and note the batch size of every call before the CFG split halves it."""
         super().attach(pipe)
         hooks.attach(self.denoiser_of(pipe), WHOLE_BATCH, self._note_batch)
 
     def detach(self, pipe: Any) -> None:
+        """Leave the pipeline as it was found."""
         hooks.detach(self.denoiser_of(pipe), WHOLE_BATCH)
         super().detach(pipe)
 
     def attach_denoiser(self, pipe: Any, denoiser: nn.Module) -> None:
+        """Attach patches to the denoiser and its ControlNets, or cut weights (tensor)."""
         if self.plan.options["parallelism"] == "tensor":
             attach_shards(denoiser, self.mesh)
             return
@@ -75,8 +78,8 @@ class DistriFuserBackend(Backend):
         self._networks.append(denoiser_network)
 
     def check(self, run: RunInfo) -> None:
-        """PlanError for a size that cannot be cut, UnsupportedError for what a stale mode cannot
-        follow.
+        """Raise PlanError for a size that cannot be cut, and UnsupportedError for what a stale mode
+        cannot follow.
         """
         if not self._networks:
             return
@@ -89,10 +92,9 @@ class DistriFuserBackend(Backend):
             )
         if self.plan.options["extrapolate"] and run.order > 1 and self._is_displaced(run):
             raise UnsupportedError(
-                f"extrapolate=true cannot follow a sampler that asks the model {run.order} times "
-                "per step, because its questions do not "
-                "follow one line in time. Use a sampler with one evaluation per step, or start the "
-                "host without extrapolate."
+                f"extrapolate=true is not available with a sampler of {run.order} evaluations per "
+                "step, because they are not on one line in time. Use a sampler with one evaluation "
+                "per step, or start the host without extrapolate."
             )
         factor = self._latent_factor * (2 if self.spec.latents == "packed" else 1)
         self._networks[-1].require_size(
@@ -100,6 +102,7 @@ class DistriFuserBackend(Backend):
         )
 
     def detach_denoiser(self, pipe: Any, denoiser: nn.Module) -> None:
+        """Remove them in reverse order."""
         if self.plan.options["parallelism"] == "tensor":
             detach_shards(denoiser, self.mesh)
         for network in reversed(self._networks):
@@ -109,8 +112,10 @@ class DistriFuserBackend(Backend):
         self._networks = []
 
     def exactness_of(self, run: RunInfo) -> Exactness:
-        """With enough synchronous steps, or quality='exact', a displaced run is one of full_sync;
-        with the batch split it has no patches.
+        """Return how close this run comes to one rank.
+
+        With enough synchronous steps, or quality='exact', a displaced run equals full_sync. With
+        only the CFG split there are no patches.
         """
         if not self._networks or self.plan.options["parallelism"] == "naive_patch":
             return self.plan.exactness
@@ -122,21 +127,24 @@ class DistriFuserBackend(Backend):
         return "approximate" if is_stale else "reordered"
 
     def begin(self, run: RunInfo) -> None:
+        """Reset the networks and start the step clock."""
         for network in self._networks:
             network.reset()
         steps = self._synchronous_steps(run)
         covers_all = (
             steps >= run.num_inference_steps
-        )  # some samplers (PNDM) evaluate more often than they have steps
+        )  # PNDM makes more evaluations than it has steps
         self._clock.start(
             synchronous_steps=sys.maxsize if covers_all else steps * run.order,
             extrapolates=self._extrapolates(run),
         )
 
     def step_done(self) -> None:
+        """Count one step."""
         self._clock.step_done()
 
     def end(self) -> None:
+        """Wait for exchanges under way, and forget the values."""
         for network in self._networks:
             try:
                 network.reset()
@@ -146,6 +154,7 @@ class DistriFuserBackend(Backend):
                 logger.warning("an exchange of the last generation did not finish: %s", error)
 
     def report(self) -> Mapping[str, object]:
+        """Return the shared figures, the buffers' bytes and the number of synchronous steps."""
         buffers = sum(network.buffer_bytes for network in self._networks)
         return {
             **super().report(),
@@ -154,8 +163,8 @@ class DistriFuserBackend(Backend):
         }
 
     def _is_displaced(self, run: RunInfo) -> bool:
-        """Whether the run has patches that keep values from step to step: also guidance off under
-        the CFG split, which then has no halves.
+        """Return whether the run has patches that keep values from step to step. Without guidance
+        this is also true under the CFG split, which then has no halves.
         """
         return (
             len(self._most_patches(run.request)) > 1
@@ -164,7 +173,7 @@ class DistriFuserBackend(Backend):
 
     @property
     def _may_extrapolate(self) -> bool:
-        """As asked; otherwise in the mode where it was measured to come closer
+        """Return what was asked for; by default True in the mode that it was measured for
         (docs/quality.md).
         """
         asked = self.plan.options["extrapolate"]
@@ -173,7 +182,7 @@ class DistriFuserBackend(Backend):
         )
 
     def _extrapolates(self, run: RunInfo) -> bool:
-        """Not with two questions per step: they do not follow one line in time."""
+        """Return False with two evaluations per step: they are not on one line in time."""
         return self._may_extrapolate and run.order == 1
 
     def _synchronous_steps(self, run: RunInfo) -> int:
@@ -205,7 +214,7 @@ class DistriFuserBackend(Backend):
         return self.mesh.axis("patch"), self.plan.options["patch_weights"]
 
     def _all_ranks(self) -> tuple[Axis, tuple[float, ...]]:
-        """Of both halves of the CFG split, for a call whose batch cannot be split."""
+        """Return the ranks of both halves of the CFG split, for a batch that cannot be split."""
         return self.mesh.axis("cfg", "patch"), self.plan.options["patch_weights"] * self.mesh.axis(
             "cfg"
         ).size
@@ -219,17 +228,17 @@ class DistriFuserBackend(Backend):
         )
 
     def _controlnet_axis(self, arguments: Mapping[str, Any]) -> tuple[Axis, tuple[float, ...]]:
-        """The ranks that the denoiser's call will have, which takes the residuals as patches."""
+        """Return the ranks of the denoiser's call, which takes the residuals as patches."""
         splits_batch = self.mesh.axis("cfg").size > 1
         if arguments.get("guess_mode") or (splits_batch and self.spec.output == "video"):
             return self.mesh.axis(), (
                 1.0,
-            )  # its batch (one half, or frames) does not tell the denoiser's: whole on every rank
+            )  # its batch (one half, or frames) does not show the denoiser's: whole on every rank
         return self._all_ranks() if splits_batch and not self._is_halved else self._patch_axis()
 
     def _own_half(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Around a ControlNet: where the denoiser's batch will be split, only the residuals of this
-        rank's half are needed.
+        """Compute a ControlNet's residuals of this rank's half only, where the denoiser's batch
+        will be split.
         """
         named = inspect.signature(forward).bind(*args, **kwargs).arguments
         parts, batch = self.mesh.axis("cfg").size, _batch_of(named)
@@ -241,8 +250,8 @@ class DistriFuserBackend(Backend):
         return forward(**named)
 
     def _most_patches(self, request: GenerateRequest) -> tuple[float, ...]:
-        """Weights of the ranks that share a call: those of both halves of the CFG split, if
-        guidance is off.
+        """Return the weights of the ranks that share a call: those of both halves of the CFG split
+        if guidance is off.
         """
         is_guided = self.spec.guidance == "cfg" and (
             request.guidance_scale is None or request.guidance_scale > 1
@@ -256,8 +265,8 @@ def _batch_of(arguments: Mapping[str, Any]) -> int:
 
 
 def _controlnets(pipe: Any) -> list[nn.Module]:
-    """The pipeline's UNet ControlNets, each by itself. A transformer's runs whole on every rank:
-    the denoiser cuts its residuals.
+    """Return the pipeline's UNet ControlNets, one by one. A transformer's ControlNet runs whole on
+    every rank, and the denoiser cuts its residuals.
     """
     controlnet = getattr(pipe, "controlnet", None)
     nets = [] if controlnet is None else list(getattr(controlnet, "nets", [controlnet]))

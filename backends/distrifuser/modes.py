@@ -1,5 +1,5 @@
-"""The synchronisation modes by name: what each operator does once the synchronous steps are over.
-Imports no torch.
+"""The synchronisation modes by name: what each operator does after the synchronous steps. Imports
+no torch.
 """
 
 from dataclasses import dataclass
@@ -8,26 +8,29 @@ from typing import Literal
 from backends.plan import Exactness
 
 Action = Literal["now", "later", "keep", "local"]
-"""now: exchange and wait. later: use the values of the step before, send this step's in the
-background. keep: exchange nothing, use what was last seen of the others. local: this patch's own
-values only (group norm)."""
+"""now: exchange and wait. later: use the values of the step before, and send this step's in the
+background. keep: exchange nothing, and use the last known values of the other patches. local: use
+this patch's own values only (group norm).
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SyncMode:
-    """halo: convolution borders; attention: keys and values; statistics: group norm.
-
-    is_corrected: stale global statistics are moved by the change of the local ones. takes_turns:
-    the ranks change patches every step.
-    """
+    """What each operator does in a stale step."""
 
     halo: Action = "later"
+    """Border rows of convolutions."""
     attention: Action = "later"
+    """Keys and values of self-attention."""
     statistics: Action = "later"
+    """Mean and variance of group norms."""
     is_corrected: bool = False
+    """Whether stale global statistics are moved by the change of the local ones."""
     takes_turns: bool = False
+    """Whether the ranks exchange patches every step."""
 
     def action(self, kind: str) -> Action:
+        """Return the action for a kind of operator."""
         return getattr(self, kind)
 
     @property
@@ -37,6 +40,7 @@ class SyncMode:
 
     @property
     def exactness(self) -> Exactness:
+        """Return how close an image with stale steps is to one rank's."""
         return "reordered" if self == SYNC_MODES["full_sync"] else "approximate"
 
 

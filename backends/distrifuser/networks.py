@@ -1,4 +1,4 @@
-"""One network of a pipeline under patch parallelism: a denoiser, or a ControlNet that gives it its
+"""One network of a pipeline under patch parallelism: a denoiser, or a ControlNet that computes its
 residuals.
 """
 
@@ -33,14 +33,15 @@ from backends.parallel.patch_mode import (
 
 _DIMS = {"row": (-2,), "col": (-1,), "alternate": (-2, -1)}
 ChooseAxis = Callable[[Mapping[str, Any]], tuple[Axis, tuple[float, ...]]]
+"""A call's arguments by name -> the ranks that share the call, and their weights."""
 
 NAME = "patches"
 TOKENS = "patch tokens"
 
 
 class PatchedNetwork:
-    """Attached to a network: each call computes this rank's patch and puts the patches of all ranks
-    together.
+    """Attached to a network. Each call computes this rank's patch and gathers the patches of all
+    ranks.
     """
 
     def __init__(
@@ -56,11 +57,9 @@ class PatchedNetwork:
         naive_scheme: str | None = None,
         gathers_output: bool = True,
     ) -> None:
-        """choose_axis: a call's arguments by name -> the ranks that share the call, and their
-        weights. keeps_older: to extrapolate from.
-
-        naive_scheme: exchange nothing at all, and cut in this way (row, col, alternate).
-        gathers_output: False leaves the output as patches.
+        """clock: the step clock. keeps_older: keep two steps, to extrapolate from. naive_scheme:
+        exchange nothing, and cut by row, col or alternate. gathers_output: False leaves the output
+        as patches.
         """
         self.network = network
         self.name = name
@@ -82,6 +81,7 @@ class PatchedNetwork:
         self._call: _Call | None = None
 
     def attach(self) -> None:
+        """Hook the network, its attention and (for a transformer) its embedding and head."""
         attach_attention(self.network, self._patch_mode)
         if isinstance(self._cut, TokenCut):
             if self._cut.embedding is not None:
@@ -92,6 +92,7 @@ class PatchedNetwork:
         hooks.attach(self.network, NAME, self._around)
 
     def detach(self) -> None:
+        """Remove the hooks."""
         hooks.detach(self.network, NAME)
         if isinstance(self._cut, TokenCut):
             hooks.detach(getattr(self.network, self._cut.head), TOKENS)
@@ -100,8 +101,8 @@ class PatchedNetwork:
         detach_attention(self.network)
 
     def require_size(self, height: int, width: int, weights: tuple[float, ...]) -> None:
-        """PlanError if latents of this size cannot be cut for these ranks. height, width: of what
-        the network patches.
+        """Raise PlanError if latents of this size cannot be cut for these ranks. height, width: in
+        latent rows and columns.
         """
         if isinstance(self._cut, TokenCut):
             self._cut.patches_of(height, width, weights, self.network.config.patch_size)
@@ -110,13 +111,14 @@ class PatchedNetwork:
             self._cut.patches_of(height, width, weights, dim)
 
     def reset(self) -> None:
-        """A generation begins or ends: wait for what is under way, forget all values."""
+        """Before and after a generation: wait for what is under way, and forget all values."""
         self._call = None
         for buffers in self._buffers.values():
             buffers.reset()
 
     @property
     def buffer_bytes(self) -> int:
+        """Return the memory of all buffers."""
         return sum(buffers.num_bytes for buffers in self._buffers.values())
 
     def _around(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -142,7 +144,7 @@ class PatchedNetwork:
         axis: Axis,
         weights: tuple[float, ...],
     ) -> Any:
-        """naive_patch: this rank's patch as if it were an image of its own."""
+        """Compute this rank's patch as an image of its own (naive_patch)."""
         sample = next(iter(arguments.values()))
         if isinstance(self._cut, TokenCut):
             patches = self._patches(sample, weights)
@@ -171,8 +173,8 @@ class PatchedNetwork:
         turn, is_fresh = self._clock.turn(self._mode), self._clock.is_synchronous
         exchange: Exchange = FreshExchange(axis=axis, traffic=self._mesh.traffic)
         if buffers is not None:
-            # a call without a past exchanges at once, and then every rank has the patch of its own
-            # number
+            # a call without older values exchanges at once, and each rank then has the patch of its
+            # own number
             is_fresh = buffers.is_fresh(is_fresh, geometry=(axis.ranks, sample.shape, sample.dtype))
             turn = 0 if is_fresh else turn
             exchange = buffers
@@ -214,7 +216,7 @@ class PatchedNetwork:
         )
 
     def _gather(self, part: Tensor, call: "_Call", *, dim: int) -> Tensor:
-        """All patches of the output, on every rank."""
+        """Return all patches of the output, on every rank."""
         order = [(rank + call.turn) % call.axis.size for rank in range(call.axis.size)]
         shapes = [list(part.shape) for _ in order]
         for shape, patch in zip(shapes, order, strict=True):
@@ -224,7 +226,7 @@ class PatchedNetwork:
         )
 
     def _around_embedding(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """All tokens of the image -> this patch's."""
+        """Cut the image's tokens to those of this patch."""
         tokens = forward(*args, **kwargs)
         return (
             tokens
@@ -233,13 +235,13 @@ class PatchedNetwork:
         )
 
     def _around_head(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """This patch's output tokens -> those of all patches."""
+        """Gather the output tokens of all patches."""
         tokens = forward(*args, **kwargs)
         return tokens if self._call is None else self._gather(tokens, self._call, dim=1)
 
 
 class _Call:
-    """One call of the network on its way."""
+    """One call of the network while it runs."""
 
     def __init__(
         self,

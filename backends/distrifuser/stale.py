@@ -1,10 +1,11 @@
-"""What the patches know of each other between two steps: buffers, and the messages that refill them
-in the background.
+"""Values of the other patches that are kept between steps: buffers, and the messages that refill
+them in the background.
 
-One CallBuffers belongs to one call of one network within a step. Its n-th operator of a kind that
-is not exchanged at once has a slot with the last known value of every patch. Slots are packed into
-a few messages; a message starts when its last operator of the step has run, and is awaited when its
-first operator of the next step needs it.
+One CallBuffers belongs to one call of one network within a step. Each operator that does not
+exchange at once has a slot with the last known value of every patch, numbered in the order of the
+operators. Slots are packed into a few messages. A message starts when its last operator of the step
+has run, and is awaited when its first operator of the next step needs it. Source: DistriFusion,
+arXiv:2402.19481, section 4.
 """
 
 import math
@@ -28,20 +29,19 @@ DRAIN_TIMEOUT = timedelta(seconds=10)
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """Shape of an operator's value for each patch, and dtype."""
+    """Kind, dtype and shape (one per patch) of an operator's value."""
 
     kind: Kind
     dtype: torch.dtype
     shapes: tuple[tuple[int, ...], ...]
 
     def num_bytes(self, patch: int) -> int:
+        """Return the size of one patch's value."""
         return math.prod(self.shapes[patch]) * self.dtype.itemsize
 
 
 class Slot:
-    """The last known value of every patch for one operator; `older` are those of the step before,
-    where they are kept.
-    """
+    """The last known value of every patch for one operator."""
 
     def __init__(self, spec: Spec, pieces: list[Tensor]) -> None:
         self.spec = spec
@@ -51,7 +51,7 @@ class Slot:
 
 
 class Message:
-    """The slots that travel together: one byte buffer to send, one to receive."""
+    """Slots that travel together: one byte buffer to send, one to receive."""
 
     def __init__(
         self, slots: Sequence[Slot], *, axis: Axis, traffic: CommStats, keeps_older: bool
@@ -80,6 +80,7 @@ class Message:
 
     @property
     def num_bytes(self) -> int:
+        """Return the memory of the buffers."""
         return sum(
             buffer.numel()
             for buffer in (self._sent, self._received, self._older)
@@ -87,20 +88,20 @@ class Message:
         )
 
     def start(self) -> None:
-        """Send this rank's values of the step that has just been computed; the others' replace the
-        received ones.
+        """Send this rank's values of the step that has just been computed. The received values are
+        replaced by those of the other patches.
         """
         self.remember()
         self._transfer = AsyncAllToAll(self._sent, self._received, self.sizes, axis=self._axis)
         self._traffic.add(self._sent, peers=self._axis.size - 1)
 
     def remember(self) -> None:
-        """The received values are about to be replaced: keep them as the older ones."""
+        """Keep the received values as the older ones before they are replaced."""
         if self._older is not None:
             self._older.copy_(self._received)
 
     def wait(self, timeout: timedelta | None = None) -> None:
-        """Until the values of the last `start` are here. Does nothing if none is under way."""
+        """Wait until the values of the last `start` have arrived, if there was one."""
         if self._transfer is not None:
             transfer, self._transfer = self._transfer, None
             started = time.perf_counter()
@@ -112,9 +113,7 @@ class CallBuffers(Exchange):
     """The exchange of one call of one network, from step to step."""
 
     def __init__(self, mode: SyncMode, *, keeps_older: bool, traffic: CommStats) -> None:
-        """keeps_older: remember the values of the last two steps, so that a generation can
-        extrapolate.
-        """
+        """keeps_older: keep the values of two steps, so that a generation can extrapolate."""
         self._mode = mode
         self._keeps_older = keeps_older
         self._extrapolates = False
@@ -126,10 +125,10 @@ class CallBuffers(Exchange):
         self._complete: Message | None = None
 
     def is_fresh(self, is_asked: bool, *, geometry: object) -> bool:
-        """Whether the next call must exchange everything at once: asked to, or nothing older is
-        known that fits.
+        """Return whether the next call must exchange everything at once: because it is asked to, or
+        because no older values fit.
 
-        geometry: what must not change from step to step for the older values to fit.
+        geometry: what must be the same in two steps for the older values to fit.
         """
         if geometry != self._geometry:
             self.reset()
@@ -137,15 +136,15 @@ class CallBuffers(Exchange):
         return is_asked or self._num_steps == 0
 
     def open(self, *, is_fresh: bool, patch: int, axis: Axis, extrapolates: bool = False) -> None:
-        """A call begins, of this patch."""
+        """Begin a call for this patch."""
         self._extrapolates = extrapolates and self._keeps_older
         self._is_fresh, self._patch, self._axis = is_fresh, patch, axis
         self._index = 0
         self._held: list[Slot] | None = None
 
     def close(self) -> None:
-        """The call is over: start what has not been started, lay the buffers out if the operators
-        were new.
+        """End the call: start the last message, and create buffers if the operators were new.
+        RuntimeError if other operators ran than in the step before.
         """
         self._start_complete()
         self._num_steps += 1
@@ -158,7 +157,7 @@ class CallBuffers(Exchange):
             self._lay_out((self._held or self._slots)[: self._index])
 
     def reset(self) -> None:
-        """Forget the values, keep the buffers."""
+        """Forget the values and keep the buffers."""
         self.drain()
         self._num_steps = 0
 
@@ -175,6 +174,9 @@ class CallBuffers(Exchange):
             raise errors[0]
 
     def gather(self, kind: Kind, own: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Return the value of every patch: this step's, or in a stale step those of the step
+        before.
+        """
         action = self._mode.action(kind)
         if action in ("now", "local") or self._is_fresh:
             self._start_complete()
@@ -189,12 +191,13 @@ class CallBuffers(Exchange):
         return pieces
 
     def moments(self, own: Tensor, shares: Sequence[float]) -> Tensor:
-        """Of the whole image; in stale steps as the mode says. Source: DistriFusion, section 4
-        (corrected asynchronous group norm).
+        """Return the moments (2, N, G: mean, variance) of the whole image; in stale steps as the
+        mode says. Source: DistriFusion, arXiv:2402.19481, section 4 (corrected asynchronous group
+        norm).
 
-        Corrected statistics start from the last step's also where the rest is extrapolated:
-        corrected from extrapolated ones, the change of the other patches would count twice, and
-        extrapolated without a correction they were further from the exact ones.
+        Corrected statistics start from the last step's values also where everything else is
+        extrapolated. If they started from extrapolated ones, the change of the other patches would
+        count twice. Extrapolated statistics without a correction were further from the exact ones.
         """
         if self._is_fresh or self._mode.statistics == "now":
             return super().moments(own, shares)
@@ -211,12 +214,12 @@ class CallBuffers(Exchange):
 
     @property
     def _can_extrapolate(self) -> bool:
-        """Two earlier steps are known."""
+        """Return whether two earlier steps are known."""
         return self._extrapolates and self._num_steps >= 2
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the buffers."""
+        """Return the memory of the buffers."""
         kept = [piece for slot in self._slots if slot.message is None for piece in slot.pieces]
         return sum(message.num_bytes for message in self._messages) + sum(
             piece.numel() * piece.element_size() for piece in kept
@@ -241,8 +244,8 @@ class CallBuffers(Exchange):
             old.copy_(piece)
 
     def _lay_out(self, slots: list[Slot]) -> None:
-        """Buffers for these operators: a few messages for what is sent later, single tensors for
-        what is only kept.
+        """Create buffers for these operators: a few messages for values that are sent later, single
+        tensors for values that are only kept.
         """
         self._slots = slots
         later = [slot for slot in slots if self._mode.action(slot.spec.kind) == "later"]
@@ -252,7 +255,9 @@ class CallBuffers(Exchange):
         ]
 
     def _next_slot(self, kind: Kind, own: Tensor) -> Slot:
-        """The slot of the operator that runs now, with its values of the step before at hand."""
+        """Return the slot of the present operator with its values of the step before. RuntimeError
+        if another operator ran there.
+        """
         self._start_complete()
         slot = self._slots[self._index] if self._index < len(self._slots) else None
         if (
@@ -270,8 +275,8 @@ class CallBuffers(Exchange):
         return slot
 
     def _expected(self, slot: Slot) -> list[Tensor]:
-        """The other patches' values as far as they are known: of the step before, or continued from
-        the last two steps.
+        """Return the other patches' values: those of the step before, or extrapolated from the last
+        two steps.
         """
         if not self._can_extrapolate:
             return list(slot.pieces)
@@ -286,8 +291,8 @@ class CallBuffers(Exchange):
             self._complete = slot.message
 
     def _start_complete(self) -> None:
-        """Start the message whose last operator has run. Not earlier: until then its received
-        values are in use.
+        """Start the message whose last operator has run. Not earlier, because until then its
+        received values are in use.
         """
         if self._complete is not None:
             self._complete.start()
@@ -296,9 +301,9 @@ class CallBuffers(Exchange):
 
 def correct(stale: Tensor, *, before: Tensor, own: Tensor) -> Tensor:
     """Move the stale global moments by the change of the local ones, in means and means of squares.
-    All (2, N, G): mean, variance.
+    All are (2, N, G): mean, variance.
 
-    A variance that comes out negative is replaced by the local one.
+    A negative variance is replaced by the local one.
     """
     mean = stale[0] + own[0] - before[0]
     square = (stale[1] + stale[0] ** 2) + (own[1] + own[0] ** 2) - (before[1] + before[0] ** 2)
@@ -306,16 +311,14 @@ def correct(stale: Tensor, *, before: Tensor, own: Tensor) -> Tensor:
 
 
 def _or_own(moments: Tensor, own: Tensor) -> Tensor:
-    """The moments with this patch's variance where theirs is negative, which no whole image's can
-    be.
+    """Return the moments, with this patch's variance where theirs is negative, which is impossible
+    for a whole image.
     """
     return torch.stack((moments[0], torch.where(moments[1] < 0, own[1], moments[1])))
 
 
 def _groups(slots: list[Slot]) -> list[list[Slot]]:
-    """Consecutive slots, cut into NUM_MESSAGES groups of about equal size; the same on all
-    ranks.
-    """
+    """Divide the slots into NUM_MESSAGES groups of about equal size, the same on all ranks."""
     sizes = [
         sum(slot.spec.num_bytes(patch) for patch in range(len(slot.spec.shapes))) for slot in slots
     ]
@@ -333,9 +336,7 @@ def _groups(slots: list[Slot]) -> list[list[Slot]]:
 def _place(
     slots: Sequence[Slot], patch: int, buffer: Tensor, offset: int, older: Tensor | None
 ) -> None:
-    """Make the slots' values of this patch views of `buffer`, one behind the other from
-    `offset`.
-    """
+    """Make the slots' values of this patch views of `buffer`, one after the other from `offset`."""
     for slot in slots:
         size = slot.spec.num_bytes(patch)
         view = _view(buffer, offset, slot.spec, patch)

@@ -1,5 +1,5 @@
-"""Where a generation stands: which steps are synchronous, which patch this rank has, how often each
-network has been called.
+"""The position within a generation: whether the step is synchronous, which patch this rank has, how
+often each network has been called.
 """
 
 from collections import Counter
@@ -8,39 +8,45 @@ from backends.distrifuser.modes import SyncMode
 
 
 class StepClock:
-    """The step clock of one generation, the same on every rank. A step is one denoiser evaluation
-    of the sampler.
+    """The step clock of one generation, the same on every rank. A step is one evaluation of the
+    denoiser by the sampler.
     """
 
     def __init__(self) -> None:
         self.start(synchronous_steps=0)
 
     def start(self, *, synchronous_steps: int, extrapolates: bool = False) -> None:
-        """extrapolates: stale values are continued along the line of the last two steps."""
+        """Start a generation. extrapolates: stale values are continued along the line through the
+        last two steps.
+        """
         self.synchronous_steps = synchronous_steps
         self.extrapolates = extrapolates
         self.step = 0
         self._calls: Counter[str] = Counter()
 
     def step_done(self) -> None:
+        """Count one step."""
         self.step += 1
         self._calls.clear()
 
     def next_call(self, network: str) -> tuple[str, int]:
-        """The network's name and which call of this step begins now: names its buffers."""
+        """Return the network's name and the number of the call that begins now, as a key for its
+        buffers.
+        """
         self._calls[network] += 1
         return network, self._calls[network] - 1
 
     @property
     def is_synchronous(self) -> bool:
+        """Return whether the present step exchanges everything at once."""
         return self.step < self.synchronous_steps
 
     def dim(self, split_scheme: str) -> int:
-        """Which dim of an image is cut in this step: rows (-2) or columns (-1)."""
+        """Return the dim of an image that is cut in this step: rows (-2) or columns (-1)."""
         if split_scheme == "alternate":
             return -2 if self.step % 2 == 0 else -1
         return -1 if split_scheme == "col" else -2
 
     def turn(self, mode: SyncMode) -> int:
-        """By how many patches the ranks have moved on."""
+        """Return by how many patches the ranks have moved on (mode `rotate`)."""
         return self.step if mode.takes_turns and not self.is_synchronous else 0

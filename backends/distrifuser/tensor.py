@@ -1,10 +1,9 @@
-"""parallelism=tensor: each rank holds a shard of the weights of the linear layers and of the
-attention heads.
+"""parallelism=tensor: each rank holds a part of the weights of linear layers and attention heads.
 
-Feed-forward: the first layer is cut by outputs, the second by inputs; attention: queries, keys and
-values by heads, the output projection by inputs (Shoeybi et al., Megatron-LM, arXiv:1909.08053,
-section 3). One sum over the ranks after each. Convolutions, norms and layers whose heads or widths
-do not divide by the ranks stay whole.
+Feed-forward: the first layer is cut by outputs, the second by inputs. Attention: queries, keys and
+values are cut by heads, the output projection by inputs. One sum over the ranks follows each.
+Convolutions, norms and layers whose heads or widths the number of ranks does not divide stay whole.
+Source: Shoeybi et al., Megatron-LM, arXiv:1909.08053, section 3.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,17 +27,22 @@ AXIS = "tensor"
 
 @dataclass(frozen=True, slots=True)
 class WeightShard:
-    """One linear layer's part: cut along `dim` of its weight (0: outputs, 1: inputs), each of
-    `parts` equal blocks by itself.
-    """
+    """One linear layer's part."""
 
     linear: nn.Linear
+    """The layer."""
     dim: int
+    """Dim of its weight that is cut: 0 for outputs, 1 for inputs."""
     parts: int = 1
+    """Number of equal blocks along `dim`, each of which is cut by itself."""
 
 
 def attach_shards(network: nn.Module, mesh: Mesh) -> None:
-    """Keep only this rank's shard of the weights, and add the ranks' results up where they meet."""
+    """Keep only this rank's part of the weights, and sum the ranks' results where they are joined.
+
+    PlanError if nothing can be cut into this number of parts; UnsupportedError for layers that are
+    not plain linear ones.
+    """
     axis = mesh.axis(AXIS)
     if axis.size == 1:
         return
@@ -71,7 +75,7 @@ def detach_shards(network: nn.Module, mesh: Mesh) -> None:
 
 
 def _shared_modules(network: nn.Module, size: int) -> Iterator[tuple[nn.Module, list[WeightShard]]]:
-    """The modules that can be cut into `size`, with their layers."""
+    """Yield the modules that can be cut into `size` parts, with their layers."""
     for module in network.modules():
         is_attention = isinstance(module, Attention | AttentionModuleMixin) and _heads_divide(
             module, size
@@ -83,8 +87,8 @@ def _shared_modules(network: nn.Module, size: int) -> Iterator[tuple[nn.Module, 
 
 
 def _heads_divide(module: Any, size: int) -> bool:
-    """Its heads can be given to `size` ranks, and its output is a projection of its own (flux's
-    single blocks project elsewhere).
+    """Return whether the heads can be divided among `size` ranks and the module has its own output
+    projection (flux's single blocks project elsewhere).
     """
     has_output = getattr(module, "to_out", None) is not None and not getattr(
         module, "pre_only", False

@@ -1,4 +1,4 @@
-"""Plain diffusers: attaches nothing."""
+"""Plain diffusers on one rank. Attaches nothing."""
 
 from typing import Any, ClassVar
 
@@ -8,10 +8,12 @@ from backends.parallel.base import Backend
 
 
 class SingleBackend(Backend):
+    """One rank alone: the reference for every other backend."""
+
     name: ClassVar[str] = "single"
 
     def attach_denoiser(self, pipe: Any, denoiser: nn.Module) -> None:
-        """Nothing to attach: one rank computes everything."""
+        """Do nothing: one rank computes everything."""
 
     def detach_denoiser(self, pipe: Any, denoiser: nn.Module) -> None:
-        """Nothing was attached."""
+        """Do nothing: nothing was attached."""

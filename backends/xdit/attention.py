@@ -1,9 +1,9 @@
-"""Joint and self-attention over tokens that are spread over ranks (Ulysses, ring) and over time
-(PipeFusion's stale patches).
+"""Joint and self-attention over tokens that are distributed over ranks (Ulysses, ring) and over
+time (PipeFusion's stale patches).
 
 Each attention module of the blocks is wrapped. While a wrapped module runs, the torch operator
-scaled_dot_product_attention is intercepted, so that processors, LoRA layers, quantised layers and
-norms stay diffusers' own. Cross-attention is left alone.
+scaled_dot_product_attention is intercepted, so processors, LoRA layers, quantised layers and norms
+stay diffusers' own. Cross-attention is left alone.
 """
 
 from collections.abc import Callable
@@ -34,18 +34,19 @@ NAME = "xdit attention"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pass:
-    """One run through the blocks: the tokens of one patch, or of all (patch=None); `stale`
-    remembers keys where there are patches.
-    """
+    """One run through the blocks."""
 
     layout: Layout
+    """How the tokens are cut."""
     patch: int | None = None
+    """The patch that is computed; None for all tokens at once."""
     stale: StaleKVCache | None = None
+    """Keys and values of all patches; None where there are no patches."""
 
 
 class SpreadAttention:
-    """Attaches to the attention modules of one denoiser. `current` says what pass is under way;
-    None: leave attention alone.
+    """Attaches to the attention modules of one denoiser. `current` is the pass under way; None
+    leaves attention alone.
     """
 
     def __init__(self, transformer: TransformerSpec, mesh: Mesh) -> None:
@@ -55,6 +56,7 @@ class SpreadAttention:
         self._modules: list[nn.Module] = []
 
     def attach(self, denoiser: nn.Module) -> None:
+        """Wrap every attention module of the blocks except cross-attention."""
         for path, module in attention_modules(denoiser, self._transformer):
             if path.rpartition(".")[2] in self._transformer.cross_attention:
                 continue
@@ -66,13 +68,14 @@ class SpreadAttention:
             self._modules.append(module)
 
     def detach(self) -> None:
+        """Remove the hooks."""
         while self._modules:
             hooks.detach(self._modules.pop(), NAME)
 
     def _around(self, module: nn.Module, path: str, is_joint: bool) -> Callable[..., Any]:
         crosses = (
             getattr(module, "added_kv_proj_dim", None) is None
-        )  # has no projections of its own for a second stream
+        )  # has no projections for a second stream
 
         def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             other = kwargs.get("encoder_hidden_states", args[1] if len(args) > 1 else None)
@@ -85,8 +88,8 @@ class SpreadAttention:
             if intercept.num_calls == 0:
                 raise UnsupportedError(
                     f"{path} did not compute its attention with scaled_dot_product_attention, so "
-                    "its tokens on other ranks would be "
-                    "left out. Reset the attention processor or backend to diffusers' default."
+                    "tokens on other ranks would be left out. Reset the attention processor or "
+                    "backend to diffusers' default."
                 )
             return output
 
@@ -103,8 +106,8 @@ class SpreadAttention:
         value: Tensor,
         scale: float | None,
     ) -> Tensor:
-        """Attention of this rank's tokens (B, H, S, D) to the tokens of all ranks and patches.
-        Returns (B, H, S, D).
+        """Return the attention of this rank's tokens (B, H, S, D) to the tokens of all ranks and
+        patches, as (B, H, S, D).
         """
         if index > 0:
             return self._attend_to_image_prompt(path, query, key, value, scale)
@@ -113,8 +116,8 @@ class SpreadAttention:
     def _attend_to_image_prompt(
         self, path: str, query: Tensor, key: Tensor, value: Tensor, scale: float | None
     ) -> Tensor:
-        """The second attention of an IP-Adapter: to its keys, whole on every rank, and in some
-        families to all image tokens before them.
+        """Return the second attention of an IP-Adapter: to its keys, which are whole on every rank,
+        and in some families also to all image tokens before them.
         """
         if self._transformer.image_prompt_keys == "alone":
             return plain_attention(query, key, value, scale=scale)
@@ -133,7 +136,7 @@ class SpreadAttention:
         scale: float | None,
         whole: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """whole: further keys and values (B, H, K, D) that are not spread over ranks."""
+        """Attend to all tokens. whole: further keys and values (B, H, K, D) that every rank has."""
         assert self.current is not None
         ulysses, ring, traffic = (
             self._mesh.axis("ulysses"),
@@ -177,13 +180,13 @@ class SpreadAttention:
             )
         return (
             output.transpose(1, 2).contiguous().transpose(1, 2)
-        )  # laid out as torch's operator does it: some processors view it so
+        )  # in the layout of torch's operator, because some processors view it so
 
     def _lengths(
         self, is_joint: bool, ulysses: Axis, ring_rank: int, *, all_patches: bool = False
     ) -> list[int]:
-        """Tokens of each Ulysses rank beside ring rank `ring_rank`: in this pass, or of all patches
-        that are remembered.
+        """Return the number of tokens of each Ulysses rank beside ring rank `ring_rank`: in this
+        pass, or of all patches whose keys are kept.
         """
         assert self.current is not None
         patch = None if all_patches and self.current.stale is not None else self.current.patch
@@ -196,17 +199,15 @@ class SpreadAttention:
     def _with_stale(
         self, stale: StaleKVCache, path: str, is_joint: bool, key: Tensor, value: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Remember these keys and values; return them with what is remembered of the other
-        patches.
-        """
+        """Store these keys and values. Return them with the stored ones of other patches."""
         assert self.current is not None
         if self.current.patch is None:
             return stale.remember_all(path, key, value, labels=self._patch_labels(is_joint))
         return stale.remember_patch(path, key, value, patch=self.current.patch)
 
     def _patch_labels(self, is_joint: bool) -> Tensor:
-        """For a whole pass: the patch of each token, in the order in which this rank holds them
-        after the exchange of heads.
+        """Return, for a whole pass, the patch of each token, in the order in which this rank has
+        them after the exchange of heads.
         """
         assert self.current is not None
         layout, ulysses, ring = (
@@ -232,7 +233,7 @@ class SpreadAttention:
 def attention_modules(
     denoiser: nn.Module, transformer: TransformerSpec
 ) -> list[tuple[str, nn.Module]]:
-    """(path, module) of every attention module in the blocks; they are the modules that hold a
+    """Return (path, module) of every attention module in the blocks: the modules that hold a
     processor.
     """
     return [
@@ -244,7 +245,7 @@ def attention_modules(
 
 
 class _Intercept(TorchFunctionMode):
-    """Hands every scaled_dot_product_attention of a `with` block to `attend(index, query=, key=,
+    """Pass every scaled_dot_product_attention of a `with` block to `attend(index, query=, key=,
     value=, scale=)`.
     """
 
@@ -281,13 +282,12 @@ def _plain_arguments(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> dict[str, Any]:
-    """The arguments of an attention without mask or dropout; anything else is refused rather than
-    computed wrongly.
+    """Return the arguments of an attention without mask or dropout. UnsupportedError for anything
+    else, which would be computed wrongly.
     """
     if attn_mask is not None or is_causal or dropout_p or enable_gqa:
         raise UnsupportedError(
-            "attention with a mask, dropout or grouped heads cannot be spread over ranks by "
-            "backend 'xdit'. "
-            "Use --use_cfg_parallel alone, or another backend."
+            "backend 'xdit' cannot distribute attention with a mask, dropout or grouped heads over "
+            "ranks. Use --use_cfg_parallel alone, or another backend."
         )
     return {"query": query, "key": key, "value": value, "scale": scale}

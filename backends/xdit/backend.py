@@ -1,4 +1,4 @@
-"""XDiTBackend: attaches what the plan asks for to a transformer pipeline."""
+"""xDiT: attach what the plan asks for to a transformer pipeline."""
 
 from typing import Any, ClassVar
 
@@ -13,8 +13,8 @@ from backends.xdit.tokens import SequenceParallel
 
 
 class XDiTBackend(Backend):
-    """Ulysses, ring, PipeFusion and data parallelism on the denoiser; the CFG split comes around
-    them from the base class.
+    """Ulysses, ring, PipeFusion, tensor and data parallelism on the denoiser. The base class adds
+    the CFG split around them.
     """
 
     name: ClassVar[str] = "xdit"
@@ -23,12 +23,13 @@ class XDiTBackend(Backend):
 
     @property
     def has_whole_weights(self) -> bool:
-        """PipeFusion's layers keep their widths, so a LoRA finds its place in them; shards of
-        tensor parallelism do not.
+        """Return False under tensor parallelism only. PipeFusion's layers keep their widths, so a
+        LoRA fits them.
         """
         return self.plan.degree("tensor") == 1
 
     def attach_denoiser(self, pipe: Any, denoiser: nn.Module) -> None:
+        """Attach from the inside outwards: tensor, then stages or sequence, then data."""
         if self.plan.degree("tensor") > 1:
             self._tensor = TensorParallel(denoiser, self.mesh)
             self._tensor.attach()
@@ -47,6 +48,7 @@ class XDiTBackend(Backend):
         attach_batch_split(denoiser, self.mesh, axis="data")
 
     def detach_denoiser(self, pipe: Any, denoiser: nn.Module) -> None:
+        """Remove them in reverse order."""
         detach_batch_split(denoiser, axis="data")
         if self._method is not None:
             self._method.detach()
@@ -56,6 +58,7 @@ class XDiTBackend(Backend):
             self._tensor = None
 
     def check(self, run: RunInfo) -> None:
+        """Raise RequestError for PipeFusion without a synchronous step."""
         if isinstance(self._method, PipeFusion) and run.request.warmup_steps == 0:
             raise RequestError(
                 "warmup_steps=0 is not available with PipeFusion: the first step has no earlier "
@@ -64,6 +67,7 @@ class XDiTBackend(Backend):
             )
 
     def begin(self, run: RunInfo) -> None:
+        """Start a generation."""
         super().begin(run)
         if isinstance(self._method, PipeFusion):
             asked = run.request.warmup_steps
@@ -72,11 +76,13 @@ class XDiTBackend(Backend):
             )
 
     def step_done(self) -> None:
+        """Count one step."""
         super().step_done()
         if isinstance(self._method, PipeFusion):
             self._method.step_done()
 
     def end(self) -> None:
+        """Wait for messages under way, and forget the stale values."""
         super().end()
         if isinstance(self._method, PipeFusion):
             self._method.end()

@@ -1,7 +1,7 @@
-"""How the ranks of a sequence group trade tokens: Ulysses' heads for tokens, ring attention, and
+"""Exchanges between the ranks of a sequence group: Ulysses' heads for tokens, ring attention, and
 the gathering at the end.
 
-Shards may differ in length, and heads need not divide by the number of ranks: all sizes are known
+Shards may differ in length, and the number of ranks need not divide the heads. All sizes are known
 on every rank beforehand.
 """
 
@@ -22,12 +22,12 @@ from backends.xdit.layout import sizes
 def tokens_for_heads(
     tensors: Sequence[Tensor], *, lengths: Sequence[int], axis: Axis, traffic: CommStats
 ) -> tuple[Tensor, ...]:
-    """Give away most heads of this rank's tokens and get its own heads of all tokens, for several
+    """Send most heads of this rank's tokens and receive its own heads of all tokens, for several
     tensors in one message.
 
     tensors: each (B, H, lengths[axis.rank], D). Returns as many of (B, H_own, sum(lengths), D),
-    tokens in rank order.
-    Source: DeepSpeed-Ulysses, arXiv:2309.14509, section 3 (all-to-all before attention).
+    tokens in rank order. Source: DeepSpeed-Ulysses, arXiv:2309.14509, section 3 (all-to-all before
+    attention).
     """
     batch, num_heads, _, dim = tensors[0].shape
     heads = sizes(num_heads, axis.size)
@@ -38,8 +38,8 @@ def tokens_for_heads(
 
 
 def own_heads(tensors: Sequence[Tensor], *, axis: Axis) -> tuple[Tensor, ...]:
-    """The heads that this rank has after `tokens_for_heads`, of tensors (B, H, S, D) that are whole
-    on every rank.
+    """Return the heads that this rank has after `tokens_for_heads`, of tensors (B, H, S, D) that
+    are whole on every rank.
     """
     return tuple(
         tensor.split(sizes(tensor.shape[1], axis.size), dim=1)[axis.rank] for tensor in tensors
@@ -49,8 +49,8 @@ def own_heads(tensors: Sequence[Tensor], *, axis: Axis) -> tuple[Tensor, ...]:
 def heads_for_tokens(
     tensor: Tensor, *, num_heads: int, lengths: Sequence[int], axis: Axis, traffic: CommStats
 ) -> Tensor:
-    """The way back. tensor: (B, H_own, sum(lengths), D). Returns (B, num_heads, lengths[axis.rank],
-    D), in memory as (B, S, H, D).
+    """Undo `tokens_for_heads`. tensor: (B, H_own, sum(lengths), D). Returns (B, num_heads,
+    lengths[axis.rank], D), in memory as (B, S, H, D).
     """
     outgoing = [(part,) for part in tensor.transpose(1, 2).split(list(lengths), dim=1)]
     shapes = [
@@ -68,11 +68,11 @@ def _trade(
     axis: Axis,
     traffic: CommStats,
 ) -> list[Sequence[Tensor]]:
-    """Send the tensors outgoing[i] (of one shape) to rank i of the axis; receive as many of
+    """Send the tensors outgoing[i] (of one shape) to rank i of the axis, and receive as many of
     shapes[i] from it.
 
-    Our own are not copied, and the others' must be read before this rank's next trade: they may be
-    where their ranks wrote them.
+    This rank's own tensors are not copied. Those of other ranks may be in the memory where their
+    ranks wrote them, so they must be read before this rank's next exchange.
     """
     memory = shared_memory(axis) if outgoing[0][0].device.type == "cpu" else None
     incoming = memory.trade(outgoing, shapes, traffic=traffic) if memory is not None else None
@@ -90,7 +90,7 @@ def _trade_by_messages(
     axis: Axis,
     traffic: CommStats,
 ) -> list[Sequence[Tensor]]:
-    """The same for ranks that share no memory."""
+    """Do the same for ranks that share no memory."""
     count = len(outgoing[axis.rank])
     out_sizes = [
         0 if rank == axis.rank else count * parts[0].numel() for rank, parts in enumerate(outgoing)
@@ -121,7 +121,7 @@ def _trade_by_messages(
 def gather_tokens(
     tokens: Tensor, *, lengths: Sequence[int], axis: Axis, traffic: CommStats
 ) -> Tensor:
-    """Concatenate every rank's tokens (B, lengths[rank], D) in rank order, on every rank."""
+    """Return the tokens (B, lengths[rank], D) of all ranks in rank order, on every rank."""
     shapes = [(tokens.shape[0], length, tokens.shape[2]) for length in lengths]
     incoming = _trade([(tokens,)] * axis.size, shapes, axis=axis, traffic=traffic)
     return torch.cat([part for (part,) in incoming], dim=1)
@@ -138,13 +138,12 @@ def ring_attention(
     scale: float | None,
     whole: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """Attention of this rank's queries (B, H, S, D) to the keys and values of all ranks, which
-    travel around the ring.
+    """Return the attention (B, H, S, D) of this rank's queries (B, H, S, D) to the keys and values
+    of all ranks, which travel around the ring.
 
     key, value: (B, H, lengths[axis.rank], D). whole: further keys and values, the same on every
-    rank. Returns (B, H, S, D). The next block is on its way while this one is computed; parts are
-    merged in float32 by their log-sum-exp.
-    Source: Ring Attention, arXiv:2310.01889, section 3.
+    rank. The next block is under way while this one is computed. Parts are merged in float32 by
+    their log-sum-exp. Source: Ring Attention, arXiv:2310.01889, section 3.
     """
     block = torch.stack((key, value))
     merged = attention_with_lse(query, *whole, scale=scale) if whole else None
@@ -180,7 +179,9 @@ def _pass_on(block: Tensor, arriving: Tensor, *, axis: Axis, traffic: CommStats)
 def attention_with_lse(
     query: Tensor, key: Tensor, value: Tensor, *, scale: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Attention (B, H, S, D) and the log of its softmax denominators (B, H, S) in float32."""
+    """Return the attention (B, H, S, D) and the log of its softmax denominators (B, H, S), in
+    float32.
+    """
     if query.shape[1] == 0 or query.shape[2] == 0:
         return torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
     if query.device.type == "cpu":
@@ -199,7 +200,7 @@ def attention_with_lse(
 
 
 def _merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Two parts of the same softmax, each normalised over its own keys, as one."""
+    """Merge two parts of one softmax, each normalised over its own keys."""
     lse = torch.logaddexp(first[1], second[1])
     output = (
         first[0] * (first[1] - lse).exp()[..., None]
@@ -209,7 +210,7 @@ def _merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple
 
 
 def plain_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float | None) -> Tensor:
-    """torch's own attention; empty where this rank has no head (more ranks than heads) or no
+    """Return torch's own attention; empty where this rank has no head (more ranks than heads) or no
     query.
     """
     if query.shape[1] == 0 or query.shape[2] == 0:

@@ -1,7 +1,7 @@
 """Which tokens a rank computes: the arithmetic of shards (parts of the sequence on ranks) and
 patches (parts in time, PipeFusion).
 
-Pure Python but for `take`. A span is (start, stop).
+Pure Python except `take`. A span is (start, stop).
 """
 
 from collections.abc import Sequence
@@ -14,35 +14,37 @@ Span = tuple[int, int]
 
 
 def split(span: Span, *, parts: int, index: int) -> Span:
-    """Part `index` of an even cut; lengths differ by at most one, and may be 0."""
+    """Return part `index` of an even cut. Lengths differ by at most one, and may be 0."""
     start, length = span[0], span[1] - span[0]
     return start + length * index // parts, start + length * (index + 1) // parts
 
 
 def sizes(length: int, parts: int) -> list[int]:
-    """Lengths of the parts of an even cut."""
+    """Return the lengths of the parts of an even cut."""
     spans = [split((0, length), parts=parts, index=index) for index in range(parts)]
     return [stop - start for start, stop in spans]
 
 
 def count(spans: Sequence[Span]) -> int:
+    """Return the number of tokens in the spans."""
     return sum(stop - start for start, stop in spans)
 
 
 def take(tensor: Tensor, spans: Sequence[Span], *, dim: int) -> Tensor:
-    """The entries of `tensor` in these spans, concatenated along `dim`."""
+    """Return the entries of `tensor` in these spans, concatenated along `dim`."""
     parts = [tensor.narrow(dim, start, stop - start) for start, stop in spans]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
-    """The tokens that one rank computes in one pass through the blocks; one span per patch."""
+    """The tokens that one rank computes in one pass through the blocks, one span per patch."""
 
     text: tuple[Span, ...]
     image: tuple[Span, ...]
 
     def count(self, *, with_text: bool) -> int:
+        """Return the number of tokens, of the image alone or with the text."""
         return count(self.image) + (count(self.text) if with_text else 0)
 
 
@@ -50,9 +52,9 @@ class Shard:
 class Layout:
     """How the tokens of one denoiser call are cut: first into patches, then each patch into shards.
 
-    A pass computes one patch, or (patch=None) all of them at once. A rank has the same shard of
-    every patch in both cases, so that the keys and values it remembers from a whole pass are those
-    it will refresh patch by patch.
+    A pass computes one patch, or all of them at once (patch=None). In both cases a rank has the
+    same shard of every patch, so the keys and values that it stores in a whole pass are those that
+    it later replaces patch by patch.
     """
 
     num_text: int
@@ -61,10 +63,11 @@ class Layout:
     num_shards: int = 1
 
     def patch(self, index: int) -> tuple[Span, Span]:
-        """Text span and image span of a patch: an even cut of the text followed by the image.
+        """Return the text span and the image span of a patch: an even cut of the text followed by
+        the image.
 
-        Text comes first so that it is computed in the first patch(es) of a step, and every later
-        one meets it fresh.
+        Text comes first, so it is computed in the first patch or patches of a step, and every later
+        patch reads fresh text.
         """
         start, stop = split(
             (0, self.num_text + self.num_image), parts=self.num_patches, index=index
@@ -76,8 +79,8 @@ class Layout:
         )
 
     def shard(self, index: int, *, patch: int | None = None) -> Shard:
-        """Text and image are cut apart, each evenly, because a text token may cost another amount
-        of work than an image token.
+        """Return a rank's shard of one patch, or of all. Text and image are each cut evenly,
+        because a text token may cost another amount of work than an image token.
         """
         patches = range(self.num_patches) if patch is None else (patch,)
         spans = [self.patch(number) for number in patches]

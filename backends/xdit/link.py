@@ -1,5 +1,5 @@
-"""The messages between the stages of a pipeline, in order and in the background: tokens to the next
-stage, predictions from the last.
+"""Messages between the stages of a pipeline, in order and in the background: tokens to the next
+stage, predictions from the last stage.
 """
 
 import time
@@ -14,12 +14,12 @@ from backends.xdit.pending import Deferred
 
 
 class StageLink:
-    """One denoiser call's way from the stage before and to the stage after. Every message is one
-    pass's tokens.
+    """The messages of one denoiser call from the stage before and to the stage after. Each has the
+    tokens of one pass.
 
-    num_tokens: how many tokens each message has, in order. Receives are posted one message ahead,
-    so that it travels while the one before is worked on; sends are kept until they are done,
-    because gloo drops one whose handle is gone.
+    num_tokens: the number of tokens of each message, in order. Each receive is posted one message
+    ahead, so that the message travels while the one before is processed. Sends are kept until they
+    are done, because gloo drops a send whose handle is gone.
     """
 
     def __init__(self, mesh: Mesh, num_tokens: Sequence[int]) -> None:
@@ -30,14 +30,18 @@ class StageLink:
         self._sent: list[tuple[dist.Work, Tensor]] = []
 
     def send(self, hidden: Tensor, text: Tensor | None) -> None:
-        """hidden: (B, n, D); text: (B, t, D) where it runs through the blocks too."""
+        """Send to the next stage. hidden: (B, n, D); text: (B, t, D) where it runs through the
+        blocks too.
+        """
         message = hidden.contiguous() if text is None else torch.cat([hidden, text], dim=1)
         self._traffic.add(message)
         work = dist.isend(message, self._stage.ranks[self._stage.rank + 1], group=self._stage.group)
         self._sent.append((work, message))
 
     def receive(self, hidden: Tensor, text: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The next message, in the shapes and dtype of this rank's own `hidden` and `text`."""
+        """Return the next message, with the shapes and dtype of this rank's own `hidden` and
+        `text`.
+        """
         if self._arriving is None:
             self._post(hidden)
         assert self._arriving is not None
@@ -68,12 +72,12 @@ class StageLink:
 
 
 class PredictionLink:
-    """What the last stage predicts for each patch of a denoiser call, to all other stages.
+    """The last stage's prediction for each patch of a denoiser call, sent to all other stages.
 
-    Under a CFG split each half of guidance has stages of its own. The last stage of either then
-    sends to both halves' other stages, which
-    need both predictions for the next step: to ask each other for them, patch by patch, they would
-    have to ask in the same order.
+    Under a CFG split each half of guidance has its own stages. The last stage of each half then
+    sends to the other stages of both halves, which need both predictions for the next step. If the
+    stages requested them from each other, patch by patch, all would have to make their requests in
+    the same order.
     """
 
     def __init__(self, mesh: Mesh) -> None:
@@ -84,7 +88,7 @@ class PredictionLink:
         self._under_way: list[Deferred] = []
 
     def send(self, piece: Tensor) -> None:
-        """From a last stage."""
+        """Send a patch of the prediction, on a last stage."""
         piece = piece.contiguous()
         others = [rank for rank in self._axis.ranks if rank not in self._last]
         self._traffic.add(piece, peers=len(others))
@@ -92,8 +96,8 @@ class PredictionLink:
             self._add(dist.isend(piece, rank, group=self._axis.reverse_group), piece)
 
     def receive(self, shape: Sequence[int], like: Tensor) -> list[Deferred]:
-        """On another stage: begin to receive the next piece from each last stage, in the order of
-        the halves.
+        """Start receiving the next patch from each last stage, in the order of the halves, on any
+        other stage. shape: of one patch; like: its dtype and device.
         """
         pieces = [like.new_empty(tuple(shape)) for _ in self._last]
         works = [
@@ -103,17 +107,17 @@ class PredictionLink:
         return [self._add(work, piece) for work, piece in zip(works, pieces, strict=True)]
 
     def finish(self) -> None:
-        """Wait until everything has arrived, here and there."""
+        """Wait until everything has arrived, on this rank and on the others."""
         for piece in self._under_way:
             piece.get()
         self._under_way.clear()
 
     def _add(self, work: dist.Work, piece: Tensor) -> Deferred:
-        # and not self: in a cycle they would keep their group open when it is closed, and others
-        # wait in it
+        # not self: a reference cycle would keep the group open after it is closed, while other
+        # ranks wait in it
         traffic = self._traffic
 
-        def arrived() -> Tensor:  # asked once: gloo's receives must not be waited for twice
+        def arrived() -> Tensor:  # called once: a receive of gloo must not be awaited twice
             started = time.perf_counter()
             work.wait()
             traffic.wait_s += time.perf_counter() - started

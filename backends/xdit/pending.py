@@ -1,10 +1,10 @@
-"""A prediction whose patches are still on their way, and what a pipeline makes of it meanwhile,
-patch by patch.
+"""A prediction whose patches are still under way, and the arithmetic of a pipeline on it, patch by
+patch.
 
-Guidance and most schedulers work pixel by pixel, so that the first patch of the next latents is
-known as soon as the first patch of this prediction is there. `Arriving` stands for the whole tensor
-in the pipeline's untouched loop: arithmetic on it is written down for each patch and done when
-somebody asks for that patch; anything else waits for all patches and goes on with a plain tensor.
+Guidance and most schedulers work pixel by pixel, so the first patch of the next latents is known as
+soon as the first patch of this prediction has arrived. A `PendingTensor` stands for the whole
+tensor in the pipeline's unchanged loop. Arithmetic on it is recorded for each patch, and done when
+that patch is needed. Any other operation waits for all patches and continues with a plain tensor.
 
 Source: PipeFusion, arXiv:2405.14430, section 4.1: patch 0 enters the first stage for the next step
 while later patches are under way.
@@ -44,29 +44,29 @@ PIXELWISE = frozenset(
         *(aten._to_copy.default, aten.cat.default, aten.split.Tensor),
     }
 )
-"""Operators whose result at one pixel depends on that pixel alone, if they cut or join along
-another dimension.
+"""Operators whose result at a pixel depends on that pixel only, if they cut or join along another
+dimension.
 """
 CUTS = frozenset({aten.split.Tensor, aten.detach.default})
-"""Those whose results are views of what they are given."""
+"""Operators among them whose results are views of their input."""
 
 
 @dataclass(frozen=True, slots=True)
 class PatchGrid:
-    """Where the patches of an image are. spans: image tokens of each; side: pixels of a token's
-    side.
-
-    side=None: tensors (B, N, C) of tokens, else maps (B, C, H, W) with the tokens in rows. width:
-    tokens in a row.
-    """
+    """Where the patches of an image are."""
 
     spans: tuple[Span, ...]
+    """Image tokens of each patch."""
     side: int | None
+    """Pixels of a token's side: tensors are maps (B, C, H, W) with the tokens in rows. None:
+    tensors are (B, N, C) of tokens.
+    """
     width: int
+    """Tokens in a row."""
 
     @classmethod
     def of(cls, latents: Tensor, spans: Sequence[Span], patch_size: int) -> "PatchGrid | None":
-        """That of a denoiser's input; None if its tokens are not those that the spans tell of."""
+        """Return the grid of a denoiser's input; None if its tokens are not those of the spans."""
         is_map = latents.dim() == 4
         grid = cls(
             tuple(spans),
@@ -76,7 +76,7 @@ class PatchGrid:
         return grid if grid.fits(latents) else None
 
     def fits(self, tensor: Tensor) -> bool:
-        """Whether this is a tensor of the whole image."""
+        """Return whether this is a tensor of the whole image."""
         if self.side is None:
             return tensor.dim() == 3 and tensor.shape[1] == self.spans[-1][1]
         if tensor.dim() != 4 or tensor.shape[3] != self.width * self.side:
@@ -88,17 +88,17 @@ class PatchGrid:
 
     @property
     def free_dims(self) -> tuple[int, int]:
-        """Dimensions in which a tensor can be cut or joined patch by patch."""
+        """Return the dimensions in which a tensor can be cut or joined patch by patch."""
         return (0, 2) if self.side is None else (0, 1)
 
     def take(self, tensor: Tensor, patch: int) -> Tensor:
-        """A copy of a patch: (B, n, C), or (B, C, n, side, side)."""
+        """Return a copy of a patch: (B, n, C), or (B, C, n, side, side)."""
         if self.side is None:
             return tensor[:, slice(*self.spans[patch])].clone()
         return self._tokens(tensor)[(slice(None), slice(None), *self._cells(patch, tensor.device))]
 
     def put(self, tensor: Tensor, patch: int, piece: Tensor) -> None:
-        """The reverse, into a whole tensor."""
+        """Write a patch into a whole tensor."""
         if self.side is None:
             tensor[:, slice(*self.spans[patch])] = piece
         else:
@@ -107,6 +107,7 @@ class PatchGrid:
             )
 
     def piece_shape(self, whole: torch.Size, patch: int) -> tuple[int, ...]:
+        """Return the shape of a patch of a tensor with shape `whole`."""
         count = self.spans[patch][1] - self.spans[patch][0]
         return (
             (whole[0], count, whole[2])
@@ -115,7 +116,7 @@ class PatchGrid:
         )
 
     def _tokens(self, tensor: Tensor) -> Tensor:
-        """(B, C, H, W) as (B, C, rows, columns, side, side), in the same memory."""
+        """Return (B, C, H, W) as (B, C, rows, columns, side, side), in the same memory."""
         assert self.side is not None
         return tensor.unflatten(3, (-1, self.side)).unflatten(2, (-1, self.side)).transpose(3, 4)
 
@@ -125,27 +126,28 @@ class PatchGrid:
 
 
 class Deferred:
-    """One patch, made when it is first asked for and kept."""
+    """A value that is computed when it is first needed, and kept."""
 
     def __init__(self, make: Callable[[], Any]) -> None:
         self._make: Callable[[], Any] | None = make
         self._value: Any = None
 
     def get(self) -> Any:
+        """Return the value."""
         if self._make is not None:
             self._value, self._make = self._make(), None
         return self._value
 
 
 class PendingTensor(Tensor):
-    """A tensor of which each patch is a Piece. `shape`, `dtype` and `device` are those of the
+    """A tensor of which each patch is a `Deferred`. `shape`, `dtype` and `device` are those of the
     whole.
     """
 
     grid: PatchGrid
     gathered: "PendingTensor | None"
-    """Both halves of guidance, where this is one of them and the other's patches are on their way
-    here too: what `all_gather` gives.
+    """Both halves of guidance, if this is one half and the other half's patches are under way to
+    this rank too: the result of `all_gather`.
     """
     _pieces: list[Deferred]
     _buffer: Tensor | None
@@ -162,8 +164,8 @@ class PendingTensor(Tensor):
         *,
         is_cut: bool = False,
     ) -> Self:
-        """like: of the whole's shape and dtype, on any device. is_cut: torch would make this a view
-        of what it was cut from.
+        """like: has the whole's shape and dtype, on any device. is_cut: torch would make this a
+        view of the tensor that it was cut from.
         """
         made = Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=device)
         made.grid, made._pieces, made._buffer, made._filled, made._is_cut = (
@@ -178,39 +180,41 @@ class PendingTensor(Tensor):
 
     @property
     def buffer(self) -> Tensor:
-        """The plain tensor of the whole, zero where no patch has been filled in."""
+        """Return the plain tensor of the whole, with zeros where no patch has been filled in."""
         if self._buffer is None:
             self._buffer = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
         return self._buffer
 
     @property
     def is_whole(self) -> bool:
+        """Return whether all patches have been filled in."""
         return len(self._filled) == len(self.grid.spans)
 
     def fill(self, patch: int) -> None:
-        """Wait for a patch and put it into the buffer."""
+        """Wait for a patch and write it into the buffer."""
         if patch not in self._filled:
             self.grid.put(self.buffer, patch, self._pieces[patch].get())
             self._filled.add(patch)
 
     def whole(self) -> Tensor:
-        """Wait for all patches: the plain tensor, which is this one's memory from now on."""
+        """Wait for all patches. Return the plain tensor, which is this one's memory from now on."""
         for patch in range(len(self.grid.spans)):
             self.fill(patch)
         return self.buffer
 
     def pieces(self) -> list[Deferred]:
-        """Of this tensor as it is now."""
+        """Return the patches of this tensor as it is now."""
         if not self.is_whole:
             return self._pieces
         return [_ready(self.grid.take(self.buffer, patch)) for patch in range(len(self.grid.spans))]
 
     def numpy(self, *, force: bool = False) -> Any:
+        """Wait for all patches."""
         return self.whole().numpy(force=force)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return (
-            f"Arriving({tuple(self.shape)}, {self.dtype}, {len(self._filled)} of "
+            f"PendingTensor({tuple(self.shape)}, {self.dtype}, {len(self._filled)} of "
             f"{len(self.grid.spans)} patches)"
         )
 
@@ -222,7 +226,7 @@ class PendingTensor(Tensor):
             return args[0].gathered
         with (
             torch._C.DisableTorchFunctionSubclass()
-        ):  # Tensor's own would make plain results Arriving again
+        ):  # Tensor's own would make plain results PendingTensors again
             return func(*args, **(kwargs or {}))
 
     @classmethod
@@ -235,8 +239,8 @@ class PendingTensor(Tensor):
         changed = args[0] if func._schema.is_mutable and args and isinstance(args[0], cls) else None
         if changed is not None and changed._is_cut:
             raise RuntimeError(
-                f"{func} would change a part of a prediction in place, and the whole not with it. "
-                "Clone the part first."
+                f"{func} would change a part of a prediction in place, but not the whole. Clone "
+                "the part first."
             )
         args, kwargs = tree_map(_plain, call)
         result = func(*args, **kwargs)
@@ -244,8 +248,8 @@ class PendingTensor(Tensor):
 
 
 def _by_patch(func: Any, call: Any) -> Any:
-    """The call written down for each patch; None if it cannot be, or all patches are there
-    anyway.
+    """Record the call for each patch. Return None if that is impossible, or if all patches have
+    arrived anyway.
     """
     values, structure = tree_flatten(call)
     arriving = [value for value in values if isinstance(value, PendingTensor)]
@@ -262,7 +266,7 @@ def _by_patch(func: Any, call: Any) -> Any:
         return None
     if func in (aten.cat.default, aten.split.Tensor) and _dim(func, call) not in grid.free_dims:
         return None
-    # plain operands may be changed before a patch is asked for, so theirs are taken now
+    # plain operands may change before a patch is needed, so their patches are copied now
     spread = [
         value.pieces() if isinstance(value, PendingTensor) else _spread(value, grid)
         for value in values
@@ -311,7 +315,7 @@ class _Item:
 
 
 def _has_patches(value: Any, grid: PatchGrid) -> bool:
-    """Whether an operand is the same for all patches, or can be cut into them."""
+    """Return whether an operand is the same for all patches or can be cut into them."""
     if isinstance(value, PendingTensor):
         return value.grid == grid
     return not isinstance(value, Tensor) or value.dim() == 0 or grid.fits(value)
@@ -325,7 +329,7 @@ def _spread(value: Any, grid: PatchGrid) -> list[Deferred]:
 
 
 def _dim(func: Any, call: Any) -> int:
-    """Along which dimension an operator cuts or joins."""
+    """Return the dimension along which an operator cuts or joins."""
     args, kwargs = call
     place = 1 if func is aten.cat.default else 2
     return args[place] if len(args) > place else kwargs.get("dim", 0)
@@ -340,8 +344,8 @@ def _plain(value: Any) -> Any:
 
 
 def _meta(value: Any) -> Any:
-    """Of the same shape and dtype, without memory. A number may stay where torch lets it meet any
-    device: on the CPU.
+    """Return a tensor of the same shape and dtype without memory. A number may stay on the CPU, where
+    torch combines it with any device.
     """
     if not isinstance(value, Tensor) or (value.dim() == 0 and value.device.type == "cpu"):
         return value

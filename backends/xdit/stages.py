@@ -1,15 +1,16 @@
-"""PipeFusion: consecutive blocks on different ranks, through which the image flows in patches.
+"""PipeFusion: consecutive blocks on different ranks (stages), through which the image passes in
+patches.
 
 In each denoiser call the first `warmup_steps` steps send all tokens through the stages at once.
-Later ones send patch after patch, so that all stages work at the same time; a patch attends to the
-keys and values of this step where they are there already and of the step before where they are not.
-The last stage has the whole prediction at the end of the call; the others get one whose patches are
-still on their way (pending.py), go on with guidance and scheduler, and the first stage begins the
-next step with the patches that are there. So the stages never wait for each other between steps if
+Later steps send patch after patch, so that all stages work at the same time. A patch attends to
+keys and values of this step where they are computed already, and of the step before where they are
+not. The last stage has the whole prediction at the end of the call. The other stages have one whose
+patches are under way (pending.py) and continue with guidance and scheduler, and the first stage
+begins the next step with the patches that have arrived. So stages do not wait between steps if
 there are enough patches, and the pipeline need not know.
 
-The two halves of a guidance batch follow each other through the stages as well. They share nothing,
-so that they fill the stages without making anything staler.
+The two halves of a guidance batch follow each other through the stages. They share nothing, so they
+fill the stages without making any value older.
 
 Source: PipeFusion, arXiv:2405.14430, sections 4.1 and 4.2.
 """
@@ -43,27 +44,29 @@ ONCE = "xdit once per step"
 
 @dataclass(slots=True)
 class _Part:
-    """One half of the guidance batch (or the whole batch) of one denoiser call of each step.
-
-    batch: of the whole call. is_filled: `stale` holds keys and values of a whole pass. tokens: (B,
-    N, D), the last stage's results so far.
-    once: what modules gave in this step that give the same for every patch.
-    """
+    """One half of the guidance batch (or the whole batch) of one denoiser call of each step."""
 
     layout: Layout
     batch: int
+    """Batch size of the whole call."""
     stale: StaleKVCache = field(default_factory=StaleKVCache)
     is_filled: bool = False
+    """Whether `stale` has the keys and values of a whole pass."""
     tokens: Tensor | None = None
+    """The last stage's results so far, (B, N, D)."""
     once: dict[nn.Module, Any] = field(default_factory=dict)
+    """Results of this step by modules that give the same for every patch."""
 
     def fits(self, layout: Layout, batch: int) -> bool:
         return self.layout == layout and self.batch == batch
 
 
 class PipeFusion:
-    """Attached to one denoiser; until it is detached this rank keeps the weights of its own stage's
-    blocks only.
+    """Attached to one denoiser. Until it is detached, this rank keeps the weights of its own
+    stage's blocks only.
+
+    UnsupportedError for denoisers that cannot be cut into stages, PlanError if the blocks do not
+    fit the stages.
     """
 
     def __init__(
@@ -108,6 +111,7 @@ class PipeFusion:
         self._input: PendingTensor | None = None
 
     def attach(self) -> None:
+        """Hook blocks and denoiser, and drop the other stages' weights."""
         for module in self._patchless:
             hooks.attach(module, ONCE, self._once(module))
         self._cut.attach()
@@ -124,7 +128,7 @@ class PipeFusion:
         hooks.attach(self._denoiser, NAME, self._call)
 
     def detach(self) -> None:
-        """Take the hooks off and fetch the other stages' weights. Collective, like attach."""
+        """Remove the hooks and fetch the other stages' weights. Collective, like attach."""
         hooks.detach(self._denoiser, NAME)
         for block in self._blocks:
             if NAME in hooks.attached(block):
@@ -137,21 +141,22 @@ class PipeFusion:
             self._weights = None
 
     def begin(self, warmup_steps: int) -> None:
-        """warmup_steps: denoiser evaluations to run synchronously, at least 1."""
+        """Start a generation. warmup_steps: synchronous denoiser evaluations, at least 1."""
         self.end()
         self._warmup_steps = warmup_steps
 
     def step_done(self) -> None:
+        """Count one step."""
         self._step += 1
         self._calls = 0
 
     def end(self) -> None:
-        """Forget everything. What is still under way is waited for, unless this rank alone has
-        failed: the groups are then rebuilt.
+        """Forget everything. Wait for what is under way, unless this rank alone has failed: the
+        groups are then rebuilt.
         """
         failure = (
             sys.exception()
-        )  # an error of the host is raised on all ranks alike, after the same messages
+        )  # a HostError is raised on all ranks alike, after the same messages
         try:
             if failure is None or isinstance(failure, HostError):
                 self._finish(but=0)
@@ -162,7 +167,7 @@ class PipeFusion:
             self._part = self._link = self._link_back = self._input = None
 
     def _finish(self, *, but: int) -> None:
-        """Wait for all messages but those of the last calls."""
+        """Wait for all messages except those of the last `but` links."""
         while len(self._under_way) > but:
             self._under_way.pop(0).finish()
 
@@ -174,14 +179,14 @@ class PipeFusion:
         try:
             return self._predict(forward, self._cut.bind(args, kwargs))
         except HostError as error:
-            # a HostError means that all ranks refused alike, but here the other stages may wait for
-            # this one: the groups must be closed
+            # a HostError means that all ranks refuse alike, but here other stages may wait for this
+            # one, so the groups must be closed
             raise RuntimeError(str(error)) from error
         finally:
             self._part = self._link = None
 
     def _predict(self, forward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-        """The denoiser's output for the whole batch, on every stage."""
+        """Return the denoiser's output for the whole batch, on every stage."""
         layout = self._cut.layout(arguments, num_patches=self._num_patches)
         name, latents = next(iter(arguments.items()))
         batch = latents.shape[0]
@@ -224,18 +229,17 @@ class PipeFusion:
         )
 
     def _grid(self, latents: Tensor, layout: Layout) -> PatchGrid | None:
-        """Where the patches of a prediction are, if it can be handed on patch by patch."""
-        if self._mesh.axis("data").size > 1:  # its collective wants the whole
+        """Return where the patches of a prediction are; None if all must travel together."""
+        if self._mesh.axis("data").size > 1:  # its collective needs the whole
             return None
         spans = [layout.patch(patch)[1] for patch in range(self._num_patches)]
         return PatchGrid.of(latents, spans, self._denoiser.config.patch_size)
 
     def _take_in(self, latents: Tensor, grid: PatchGrid | None) -> None:
-        """Keep the latents of this call if they are still arriving in the patches in which it takes
-        them.
-        """
+        """Keep the latents of this call if they are still arriving in the patches of this call."""
         self._finish(but=2)
-        # what the first stage used must be complete; elsewhere deferred arithmetic would pile up
+        # complete the last input: the first stage has used it, and on the other stages deferred
+        # arithmetic would pile up
         if self._input is not None:
             self._input.whole()
         self._input = (
@@ -251,8 +255,8 @@ class PipeFusion:
         return self._mesh.axis("stage").rank == self._mesh.axis("stage").size - 1
 
     def _remembered(self, part: int, num_parts: int, layout: Layout, batch: int) -> _Part:
-        """What this part of the call left behind in the step before; made anew where the shape has
-        changed.
+        """Return the state of this part of the call from the step before; a new one if the shape
+        has changed.
         """
         key = (self._calls, part, num_parts)
         if key not in self._parts or not self._parts[key].fits(layout, batch):
@@ -260,22 +264,22 @@ class PipeFusion:
         return self._parts[key]
 
     def _patches(self, parts: list[_Part]) -> list[int | None]:
-        """The passes of this call: all tokens at once during warm-up and where nothing is
-        remembered, else patch by patch.
+        """Return the passes of this call: all tokens at once (None) during warm-up or if nothing is
+        stored, else patch by patch.
         """
         is_whole = self._step < self._warmup_steps or not all(part.is_filled for part in parts)
         return [None] if is_whole else list(range(self._num_patches))
 
     def _once(self, module: nn.Module) -> hooks.Around:
-        """Around a module that does not see the patch: it runs in the first pass of each step,
-        later passes get the same tensors.
+        """Return a hook that runs a module in the first pass of each step and repeats its result
+        later.
         """
 
         def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             if self._part is None or (
                 module is self._embedding and self._input is not None and self._is_first_stage
             ):
-                return forward(*args, **kwargs)  # of latents that have grown by a patch since
+                return forward(*args, **kwargs)  # its latents have grown by a patch since
             if module not in self._part.once:
                 self._part.once[module] = forward(*args, **kwargs)
             return self._part.once[module]
@@ -283,9 +287,7 @@ class PipeFusion:
         return around
 
     def _receive_then_run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The first block of this stage: on what the stage before made of the tokens, not on this
-        rank's embedding of them.
-        """
+        """Run the first block of this stage on the tokens of the stage before."""
         assert self._link is not None
         hidden, text = self._link.receive(*self._streams(args, kwargs))
         streams = (
@@ -300,30 +302,28 @@ class PipeFusion:
         )
 
     def _send_and_skip(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The first block of the next stage: its inputs, ControlNet residuals included, go
-        there.
-        """
+        """Send the inputs of the next stage's first block there, ControlNet residuals included."""
         assert self._link is not None
         self._link.send(*self._streams(args, kwargs))
         return self._skip(forward, *args, **kwargs)
 
     def _skip(self, _forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """A block of another stage: in goes out."""
+        """Return the inputs of another stage's block unchanged."""
         hidden, text = self._streams(args, kwargs)
         return hidden if text is None else (text, hidden)
 
     def _streams(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
-        """What runs through the blocks: image tokens, and text tokens where they run along."""
+        """Return the tokens that run through the blocks: image, and text where it does too."""
         hidden = args[0] if args else kwargs["hidden_states"]
         return hidden, kwargs[
             "encoder_hidden_states"
         ] if self._cut.transformer.text is not None else None
 
     def _collect(self, tokens: Tensor) -> Tensor:
-        """All image tokens (B, N, D) for the output layers: real on the last stage after its last
-        patch, of the right shape elsewhere.
+        """Return all image tokens (B, N, D) for the output layers: the real ones on the last stage
+        after its last patch, a stand-in of the right shape elsewhere.
         """
         this, part = self._cut.current, self._part
         assert part is not None
@@ -341,9 +341,7 @@ class PipeFusion:
         return part.tokens
 
     def _from_last_stage(self, prediction: Tensor, grid: PatchGrid | None) -> Tensor:
-        """The last stage's prediction, on every stage: at once, or with patches that are on their
-        way.
-        """
+        """Return the last stage's prediction on every stage: complete, or still under way."""
         stage, traffic = self._mesh.axis("stage"), self._mesh.traffic
         if grid is None:
             prediction = prediction.contiguous()
@@ -369,11 +367,11 @@ class PipeFusion:
 
 
 def _patchless(denoiser: nn.Module, embedding: nn.Module | None) -> list[nn.Module]:
-    """Modules whose result is the same for every patch of a step: the embedding of the whole image,
-    and what modulates the norms.
+    """Return the modules whose result is the same for every patch of a step: the embedding of the
+    whole image, and the modulation of the norms.
 
-    A norm's modulation is a matrix times one vector: all its weights are read for next to no
-    arithmetic, and that once per patch.
+    A norm's modulation is a matrix times one vector. It reads all its weights for almost no
+    arithmetic, and would do so once per patch.
     """
     norms = [
         module
@@ -387,14 +385,14 @@ def _patchless(denoiser: nn.Module, embedding: nn.Module | None) -> list[nn.Modu
 def stage_bounds(
     num_blocks: int, num_stages: int, blocks_per_stage: tuple[int, ...] | None
 ) -> tuple[int, ...]:
-    """Where each stage begins, and the end: (0, ..., num_blocks). PlanError if the blocks do not
-    fit the stages.
+    """Return where each stage begins, and the end: (0, ..., num_blocks). PlanError if the blocks do
+    not fit the stages.
     """
     per_stage = blocks_per_stage if blocks_per_stage is not None else sizes(num_blocks, num_stages)
     if len(per_stage) != num_stages or sum(per_stage) != num_blocks or min(per_stage) < 1:
         raise PlanError(
-            f"attn_layer_num_for_pp={list(per_stage)} does not spread {num_blocks} transformer "
-            f"blocks over {num_stages} stages. "
-            f"Allowed: {num_stages} numbers from 1, together {num_blocks}."
+            f"attn_layer_num_for_pp={list(per_stage)} does not divide {num_blocks} transformer "
+            f"blocks among {num_stages} stages. Allowed: {num_stages} numbers from 1 with the sum "
+            f"{num_blocks}. Change them, or use fewer stages."
         )
     return tuple(sum(per_stage[:stage]) for stage in range(num_stages + 1))

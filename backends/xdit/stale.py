@@ -1,8 +1,8 @@
-"""Keys and values of all patches, of which only the current one is fresh. Used by attention.py
+"""Keys and values of all patches, of which only the present patch is fresh. Used by attention.py
 under PipeFusion.
 
 Source: PipeFusion, arXiv:2405.14430, section 4: patches attend to the previous step's activations
-of those not yet computed.
+of patches that are not computed yet.
 """
 
 from collections.abc import Mapping
@@ -14,18 +14,17 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Buffer:
-    """keys, values: (B, H, tokens of all patches, D), patch after patch; offsets[p]: where patch p
-    begins.
-    """
+    """Keys and values of one attention module: (B, H, tokens of all patches, D)."""
 
     keys: Tensor
     values: Tensor
     offsets: tuple[int, ...]
+    """offsets[p] is where patch p begins."""
 
 
 @dataclass(slots=True)
 class StaleKVCache:
-    """What one denoiser call remembers for the same call of the next step: one buffer per attention
+    """What one denoiser call stores for the same call of the next step: one buffer per attention
     module.
     """
 
@@ -34,8 +33,8 @@ class StaleKVCache:
     def remember_all(
         self, path: str, key: Tensor, value: Tensor, *, labels: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """A whole pass: key, value (B, H, S, D) of every patch, labels (S,) their patches. Returns
-        both, patch after patch.
+        """Store a whole pass. key, value: (B, H, S, D) of every patch; labels: (S,), the patch of
+        each token. Returns both, sorted patch after patch.
         """
         order = torch.argsort(labels, stable=True)
         counts = torch.bincount(labels).tolist()
@@ -51,7 +50,9 @@ class StaleKVCache:
     def remember_patch(
         self, path: str, key: Tensor, value: Tensor, *, patch: int
     ) -> tuple[Tensor, Tensor]:
-        """One patch: overwrite its part, return fresh and stale together."""
+        """Store one patch, (B, H, n, D). Returns the keys and values of all patches, fresh and
+        stale.
+        """
         buffer = self._buffers[path]
         start, stop = buffer.offsets[patch], buffer.offsets[patch] + key.shape[2]
         buffer.keys[:, :, start:stop] = key
@@ -60,7 +61,7 @@ class StaleKVCache:
 
     @property
     def num_bytes(self) -> Mapping[str, int]:
-        """Memory held, per attention module."""
+        """Return the memory held, per attention module."""
         return {
             path: 2 * buffer.keys.numel() * buffer.keys.element_size()
             for path, buffer in self._buffers.items()

@@ -1,10 +1,9 @@
-"""Tensor parallelism for the transformers that diffusers has a plan for: each rank has a shard of
+"""Tensor parallelism for the transformers that diffusers has a plan for: each rank has a part of
 every planned linear layer.
 
-The plan (`_tp_plan` of the class) says which layers are cut by outputs and which by inputs; one sum
+The plan (`_tp_plan` of the class) says which layers are cut by outputs and which by inputs. One sum
 over the ranks follows each of the latter. diffusers' own `enable_parallelism` is not used: it
-cannot be taken back, and runs on accelerators only.
-Source: Megatron-LM, arXiv:1909.08053, section 3.
+cannot be undone, and runs on accelerators only. Source: Megatron-LM, arXiv:1909.08053, section 3.
 """
 
 from collections.abc import Callable
@@ -26,8 +25,8 @@ NAME = "xdit weight shards"
 
 @dataclass(slots=True)
 class _Cut:
-    """A parameter that was cut along `dim`, each of its blocks by itself; dim None: only rank 0 has
-    it, the others zeros.
+    """A parameter that was cut along `spec.dim`, each of its blocks by itself. With dim None only
+    rank 0 has it, and the others have zeros.
     """
 
     parameter: nn.Parameter
@@ -35,7 +34,7 @@ class _Cut:
 
 
 class TensorParallel:
-    """Attached to one denoiser: it keeps 1 / degree of the planned weights and attention heads
+    """Attached to one denoiser, which keeps 1 / degree of the planned weights and attention heads
     until it is detached.
     """
 
@@ -46,6 +45,9 @@ class TensorParallel:
         self._summing: list[nn.Module] = []
 
     def attach(self) -> None:
+        """Cut the planned parameters and hook the layers that need a sum. UnsupportedError for
+        layers that are not plain linear ones, PlanError for a degree that does not fit.
+        """
         axis = self._mesh.axis("tensor")
         specs = self._specs(axis.size)
         for name in specs:
@@ -61,7 +63,7 @@ class TensorParallel:
                 self._summing.append(linear)
 
     def detach(self) -> None:
-        """Take the hooks off and gather the whole weights again. Collective, like attach."""
+        """Remove the hooks and gather the whole weights again. Collective, like attach."""
         while self._summing:
             hooks.detach(self._summing.pop(), NAME)
         for cut in self._cuts:
@@ -90,7 +92,7 @@ class TensorParallel:
             ) from error
 
     def _sum(self, forward: Callable[..., Any], tokens: Tensor) -> Tensor:
-        """The ranks' parts of a layer that is cut by inputs, added up."""
+        """Sum the ranks' parts of a layer that is cut by inputs."""
         part = forward(tokens).contiguous()
         axis = self._mesh.axis("tensor")
         self._mesh.traffic.add(part, peers=axis.size - 1)
@@ -117,8 +119,8 @@ def _require_plain(name: str, linear: nn.Module) -> None:
 
 
 def _shard(tensor: Tensor, spec: TPShardSpec, size: int, rank: int) -> Tensor:
-    """This rank's part of every block, as memory of its own. What is added after the sum counts on
-    rank 0 only.
+    """Return this rank's part of every block, in its own memory. What is added after the sum counts
+    on rank 0 only.
     """
     if spec.dim is None:
         return tensor.clone() if rank == 0 else torch.zeros_like(tensor)

@@ -1,9 +1,9 @@
-"""Spreads the tokens of a denoiser over the ranks of a sequence group: cut them going in, gather
-them before the output layer.
+"""Distribute the tokens of a denoiser over the ranks of a sequence group: cut them on the way in,
+gather them before the output layer.
 
-Attached around a few places of an untouched diffusers transformer: its forward (arguments are cut),
-its patch embedding or first block (image tokens are cut), what makes its positions, and its output
-norm (tokens are gathered). Attention in between is attention.py's; everything else works token by
+Attached at a few places of an unchanged diffusers transformer: its forward (arguments are cut), its
+patch embedding or first block (image tokens are cut), its position embeddings, and its output norm
+(tokens are gathered). The attention between them is in attention.py; everything else works token by
 token.
 """
 
@@ -34,7 +34,7 @@ class TokenCut:
     def __init__(
         self, denoiser: nn.Module, mesh: Mesh, *, collect: Callable[[Tensor], Tensor] | None = None
     ) -> None:
-        """collect: turns this rank's tokens into what the output layers get; by default
+        """collect: converts this rank's tokens to the input of the output layers; by default
         `gather`.
         """
         self.transformer: TransformerSpec = _require_row(denoiser)
@@ -46,6 +46,7 @@ class TokenCut:
         self._places: list[nn.Module] = []
 
     def attach(self) -> None:
+        """Hook the embedding, positions, blocks, output norm and attention of the denoiser."""
         self.attention.attach(self._denoiser)
         if self.transformer.embed is not None:
             self._attach(getattr(self._denoiser, self.transformer.embed), self._cut_embedding)
@@ -62,6 +63,7 @@ class TokenCut:
             self._attach(module, self._gather)
 
     def detach(self) -> None:
+        """Remove the hooks."""
         while self._places:
             hooks.detach(self._places.pop(), NAME)
         self.attention.detach()
@@ -71,19 +73,19 @@ class TokenCut:
         self._places.append(module)
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """A call's arguments by name, in the order of the signature."""
+        """Return a call's arguments by name, in the order of the signature."""
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         return {name: given[name] for name in self._names if name in given}
 
     def layout(self, arguments: dict[str, Any], *, num_patches: int = 1) -> Layout:
-        """How the tokens of this call are cut."""
+        """Return how the tokens of this call are cut."""
         text = arguments[self.transformer.text].shape[1] if self.transformer.text is not None else 0
         image = self.transformer.num_image_tokens(self._denoiser.config, arguments)
         shards = self._mesh.axis("ring", "ulysses").size
         return Layout(num_text=text, num_image=image, num_patches=num_patches, num_shards=shards)
 
     def run(self, forward: Callable[..., Any], arguments: dict[str, Any], this: Pass) -> Any:
-        """One pass: `forward` of the whole denoiser on this rank's tokens."""
+        """Run one pass: `forward` of the whole denoiser on this rank's tokens."""
         self.attention.current = this
         try:
             return forward(**self._cut_arguments(arguments))
@@ -91,13 +93,13 @@ class TokenCut:
             self.attention.current = None
 
     def shard(self) -> Shard:
-        """This rank's tokens in the pass under way."""
+        """Return this rank's tokens in the pass under way."""
         this = self.current
         return this.layout.shard(self._mesh.axis("ring", "ulysses").rank, patch=this.patch)
 
     @property
     def current(self) -> Pass:
-        """The pass under way."""
+        """Return the pass under way."""
         assert self.attention.current is not None
         return self.attention.current
 
@@ -117,7 +119,7 @@ class TokenCut:
         tokens = forward(*args, **kwargs)
         if self.attention.current is None:
             return tokens
-        # (B, D, n): the class flattens what comes after dim 1, and there is nothing left to flatten
+        # (B, D, n): the class flattens the dims after dim 1, of which one is left
         if self.transformer.embeds_map:
             return take(tokens.flatten(2), self.shard().image, dim=2)
         return take(tokens, self.shard().image, dim=1)
@@ -137,7 +139,7 @@ class TokenCut:
         return around
 
     def _cut_block(self, names: list[str], *, is_first: bool) -> hooks.Around:
-        """Around a block whose arguments are still whole; tokens that come out of the block before
+        """Return a hook for a block whose arguments are still whole. Tokens from the block before
         are cut already.
         """
         dims = self.transformer.cut_in_blocks
@@ -159,13 +161,15 @@ class TokenCut:
     def _gather(
         self, forward: Callable[..., Any], tokens: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
-        """tokens: (B, this rank's, D). The output norm, and what comes after it, get (B, N, D)."""
+        """Pass all image tokens to the output norm and the layers after it. tokens: (B, n, D), of
+        this rank; passed on as (B, N, D).
+        """
         return forward(
             tokens if self.attention.current is None else self._collect(tokens), *args, **kwargs
         )
 
     def gather(self, tokens: Tensor) -> Tensor:
-        """All image tokens of the pass under way, in their natural order."""
+        """Return all image tokens (B, N, D) of the pass under way, in their natural order."""
         this, axis = self.current, self._mesh.axis("ring", "ulysses")
         shards = [this.layout.shard(index, patch=this.patch) for index in range(axis.size)]
         if axis.size > 1:
@@ -173,7 +177,7 @@ class TokenCut:
             tokens = gather_tokens(tokens, lengths=lengths, axis=axis, traffic=self._mesh.traffic)
         if (
             len(shards) > 1 and len(shards[0].image) > 1
-        ):  # shards interleave: each holds a part of every patch
+        ):  # shards interleave: each has a part of every patch
             positions = [torch.arange(*span) for shard in shards for span in shard.image]
             tokens = tokens[:, torch.argsort(torch.cat(positions)).to(tokens.device)]
         return tokens
@@ -192,7 +196,7 @@ def _require_row(denoiser: nn.Module) -> TransformerSpec:
 
 
 def _cut(value: Any, spans: tuple[Span, ...], dim: int) -> Any:
-    """Every tensor in `value`, cut along `dim`."""
+    """Cut every tensor in `value` along `dim`."""
     if torch.is_tensor(value):
         return take(value, spans, dim=dim if dim < value.dim() else 0)
     if isinstance(value, list | tuple):
@@ -203,13 +207,13 @@ def _cut(value: Any, spans: tuple[Span, ...], dim: int) -> Any:
 
 
 def _names(module: nn.Module) -> list[str]:
-    """Arguments of a module's class, in order."""
+    """Return the arguments of a module's class, in order."""
     return [name for name in inspect.signature(type(module).forward).parameters if name != "self"]
 
 
 def _own(value: Any) -> Any:
-    """A copy of containers, because some denoisers take entries out of theirs and a call may
-    consist of several passes.
+    """Copy a dict, because some denoisers take entries out of it and a call may consist of several
+    passes.
     """
     return dict(value) if isinstance(value, dict) else value
 
@@ -222,10 +226,12 @@ class SequenceParallel:
         self._denoiser = denoiser
 
     def attach(self) -> None:
+        """Hook the denoiser and its tokens."""
         self._cut.attach()
         hooks.attach(self._denoiser, NAME, self._call)
 
     def detach(self) -> None:
+        """Remove the hooks."""
         hooks.detach(self._denoiser, NAME)
         self._cut.detach()
 
@@ -234,8 +240,7 @@ class SequenceParallel:
         if torch.is_tensor(arguments.get("timestep")) and arguments["timestep"].dim() > 1:
             raise UnsupportedError(
                 f"this {type(self._denoiser).__name__} has a timestep for each token, which "
-                "Ulysses and ring do not cut. "
-                "Use --use_cfg_parallel alone."
+                "Ulysses and ring do not cut. Use --use_cfg_parallel alone."
             )
         first = next(iter(arguments.values()))
         if not isinstance(first, list):
@@ -246,8 +251,8 @@ class SequenceParallel:
         ]
         if len({self._cut.layout(part) for part in parts}) == 1:
             return self._pass(forward, arguments)
-        # images with texts of other lengths would be padded to one, with a mask in every attention:
-        # one pass for each needs none
+        # images with texts of different lengths would be padded to one length, with a mask in every
+        # attention; one pass for each image needs no mask
         outputs = [self._pass(forward, part) for part in parts]
         samples = [sample for output in outputs for sample in output[0]]
         return (samples,) if isinstance(outputs[0], tuple) else type(outputs[0])(sample=samples)

@@ -19,7 +19,7 @@ MAP, TOKENS = (
 
 
 class Source:
-    """An Arriving of random numbers; `asked`: the patches that somebody has waited for."""
+    """A PendingTensor of random numbers; `asked`: the patches that were waited for."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.whole = torch.randn(shape, generator=torch.Generator().manual_seed(0))

@@ -317,14 +317,13 @@ def test_rejects_a_request_without_synchronous_steps_and_models_with_long_skips(
     run_on_ranks(check_refusals, 2)
 
 
-def test_rejects_blocks_that_do_not_spread_over_the_stages():
+def test_rejects_blocks_that_the_stages_do_not_divide():
     assert stage_bounds(5, 2, None) == (0, 2, 5)
     with pytest.raises(
         PlanError,
         match=(
-            r"\[3, 1\] does not spread 5 transformer blocks over 2 stages. Allowed: 2 numbers "
-            r".* "
-            r"together 5"
+            r"\[3, 1\] does not divide 5 transformer blocks among 2 stages. Allowed: 2 numbers "
+            r"from 1 with the sum 5. Change them"
         ),
     ):
         stage_bounds(5, 2, (3, 1))
