@@ -23,7 +23,7 @@ QUALITIES: tuple[Quality, ...] = ("exact", "high", "fast")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelPlan:
     """The degrees of one method on `world_size` ranks, checked once; the only source of process
-    groups (parallel/distributed.py). Shared code asks its facts and never its options.
+    groups (groups/mesh.py). Shared code asks its facts and never its options.
     """
 
     method: str  # name of the backend
