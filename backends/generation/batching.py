@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from backends.errors import RequestError, UnsupportedError
-from backends.generation.schedulers import SCHEDULERS, parse_scheduler
+from backends.generation.schedulers import SCHEDULERS, choose_scheduler
 from backends.model_table import ModelSpec
 from backends.plan import ParallelPlan
 from backends.request import GenerateRequest, LoadRequest
@@ -107,9 +107,7 @@ def _draws_for_all(request: GenerateRequest, load: LoadRequest) -> bool:
     looks at it.
     """
     try:
-        choice = parse_scheduler(
-            request.scheduler if request.scheduler is not None else load.scheduler
-        )
+        choice = choose_scheduler(request.scheduler, load.scheduler)
     except RequestError:
         return True  # it will be refused, alone
     return draws_for_all(

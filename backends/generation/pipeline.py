@@ -29,7 +29,7 @@ from backends.generation.call_arguments import (
 from backends.generation.previews import Previewer
 from backends.generation.prompts import WeightedPrompts, unread_tokens
 from backends.generation.run import Generation, OnStep, PreparedRequest
-from backends.generation.schedulers import build_scheduler, parse_scheduler
+from backends.generation.schedulers import build_scheduler, choose_scheduler
 from backends.loading.compilation import Compilation
 from backends.loading.controlnet import require_control
 from backends.loading.ip_adapter import (
@@ -322,9 +322,7 @@ class LoadedPipeline:
             defaults=self._defaults(),
             vae_scale_factor=getattr(self.pipe, "vae_scale_factor", 8),
         )
-        choice = parse_scheduler(
-            resolved.scheduler if resolved.scheduler is not None else self.load.scheduler
-        )
+        choice = choose_scheduler(resolved.scheduler, self.load.scheduler)
         scheduler = build_scheduler(choice, self._pristine_scheduler, flow=self.spec.flow_matching)
         run = RunInfo(
             request=resolved,

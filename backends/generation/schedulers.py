@@ -19,6 +19,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from backends.errors import RequestError
+from backends.generation.scheduler_settings import why_refused, why_unknown
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 MAX_SHOWN = 80
 """Characters of a value in a message."""
+MAX_TEXT = 20_000
+"""Characters of a scheduler that is given as text."""
 
 SIGMA_FLAGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
@@ -76,6 +79,10 @@ READ_BY_OTHERS = (
 """Config fields that pipelines or the step driver read from any scheduler, whether its class knows
 them or not.
 """
+
+
+WITHOUT_ZERO_SNR = ("LCMScheduler", "TCDScheduler")
+"""Classes that divide by the signal that the last timestep then lacks."""
 
 
 class SchedulerError(RequestError):
@@ -212,11 +219,33 @@ def parse_scheduler(value: str | Mapping[str, Any] | None) -> SchedulerChoice:
     return SchedulerChoice(name=name, overrides=overrides)
 
 
+def parse_requested(value: str | Mapping[str, Any] | None) -> SchedulerChoice:
+    """The same for a request, which may change some settings only (backends/generation/scheduler_settings.py).
+    Raises SchedulerError.
+    """
+    choice = parse_scheduler(value)
+    if problem := why_refused(choice.overrides):
+        raise SchedulerError(problem)
+    return choice
+
+
+def choose_scheduler(
+    requested: str | Mapping[str, Any] | None, at_launch: str | Mapping[str, Any] | None
+) -> SchedulerChoice:
+    """The request's, if it names one. Raises SchedulerError."""
+    return parse_requested(requested) if requested is not None else parse_scheduler(at_launch)
+
+
 def _settings(value: str | Mapping[str, Any] | None) -> dict[str, Any]:
     if value is None:
         return {}
     if isinstance(value, Mapping):
         return dict(value)
+    if isinstance(value, str) and len(value) > MAX_TEXT:
+        raise SchedulerError(
+            f"scheduler has {len(value)} characters. Allowed: {MAX_TEXT}. Give a name, and the "
+            "settings that differ."
+        )
     text = value.strip() if isinstance(value, str) else value
     if not isinstance(text, str) or not text.startswith(("{", "[", '"')):
         return {"scheduler": text}
@@ -257,6 +286,8 @@ def _canonical(name: str) -> tuple[str, bool]:
 
 
 def _check_overrides(overrides: Mapping[str, Any]) -> None:
+    if problem := why_unknown(overrides):
+        raise SchedulerError(problem)
     for key in (*SIGMA_FLAGS, "rescale_betas_zero_snr"):
         if not isinstance(overrides.get(key, False), bool):
             raise SchedulerError(
@@ -302,6 +333,11 @@ def build_scheduler(
         )  # the flag asked for takes the place of the checkpoint's
     accepted = set(inspect.signature(scheduler_class.__init__).parameters)
     wanted = _usable(choice.overrides, accepted - set(flow_extra), facts.class_name)
+    if facts.class_name in WITHOUT_ZERO_SNR and wanted.get("rescale_betas_zero_snr"):
+        raise SchedulerError(
+            "scheduler setting rescale_betas_zero_snr=true gives no image with "
+            f"{facts.class_name}. Leave it out."
+        )
     settings = {
         key: setting
         for key, setting in (fields | dict(facts.extra) | wanted | flow_extra).items()
@@ -372,7 +408,7 @@ def _facts_for_model(
         shift = config.get("shift", config.get("flow_shift", 1.0))
         # the sigma flags take over from use_flow_sigmas in these classes, with levels up to 14
         # where 1 is the most
-        straight = dict.fromkeys(SIGMA_FLAGS, False)
+        straight = dict.fromkeys((*SIGMA_FLAGS, "use_lu_lambdas"), False)
         return facts, {
             "use_flow_sigmas": True,
             "prediction_type": "flow_prediction",

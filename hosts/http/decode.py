@@ -17,6 +17,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from backends.errors import RequestError
+from backends.generation.schedulers import parse_requested
 from backends.model_table import ModelSpec
 from backends.request import GenerateRequest
 from hosts.http import images
@@ -119,6 +120,9 @@ def read_request(
             values[field] = _numbers(given[field], field, name=names.get(field, field))
     if "lora" in given:
         values["lora"] = _loras(given["lora"], accepted.lora_dirs)
+    scheduler = values.get("scheduler")
+    if isinstance(scheduler, str | Mapping):  # another type is refused below
+        parse_requested(scheduler)
     try:
         request = GenerateRequest(**values)
     except ValidationError as error:

@@ -11,6 +11,7 @@ from PIL import Image
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
+from backends.generation.scheduler_settings import RequestedSettings
 from backends.generation.schedulers import SCHEDULERS
 from backends.model_table import ModelSpec
 from backends.request import CALL_DEFAULTS, GenerateRequest
@@ -191,6 +192,16 @@ def _schemas(spec: ModelSpec, settings: Settings) -> dict[str, Any]:
         )
     for name, limit in BOUNDS.items():
         _bound(fields.get(name, {}), settings, limit)
+    settings_of = RequestedSettings.model_json_schema(schema_generator=_Schema)["properties"]
+    named = {
+        "type": "object",
+        "properties": {"scheduler": {"type": "string"}, **settings_of},
+        "additionalProperties": False,
+    }
+    fields["scheduler"]["anyOf"] = [
+        named,
+        *(kind for kind in fields["scheduler"]["anyOf"] if kind.get("type") != "object"),
+    ]
     fields["scheduler"]["examples"] = [
         name for name, facts in SCHEDULERS.items() if facts.flow == spec.flow_matching
     ]

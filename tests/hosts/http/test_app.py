@@ -135,6 +135,31 @@ def test_json_that_is_nested_too_deeply_is_answered_as_an_error(client):
     assert "nested too deeply" in assert_is_error(answer.get_json())
 
 
+@pytest.mark.parametrize("path", ["/generate", "/v1/jobs", "/v1/images/generations"])
+@pytest.mark.parametrize("as_text", [False, True])
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"num_train_timesteps": 10**8}, "num_train_timesteps is not for requests"),
+        ({"solver_order": 10**8}, "solver_order=100000000 is not allowed"),
+        ({"use_karas_sigmas": True}, "Did you mean 'use_karras_sigmas'"),
+        ({"a": {"a": 1}}, "is not a setting of any scheduler"),
+    ],
+    ids=str,
+)
+def test_scheduler_setting_that_is_not_for_requests_is_refused_before_the_job(
+    path, as_text, setting, said, client, queue
+):
+    scheduler = {"scheduler": "ddim", **setting}
+    answer = client.post(
+        path, json={"prompt": "a", "scheduler": json.dumps(scheduler) if as_text else scheduler}
+    )
+    assert answer.status_code == 400 and said in answer.get_data(as_text=True).encode().decode(
+        "unicode_escape"
+    )
+    assert queue.num_waiting == 0
+
+
 NESTED = '{"a": ' * 500 + "1" + "}" * 500
 
 
