@@ -81,8 +81,8 @@ them or not.
 """
 
 
-WITHOUT_ZERO_SNR = ("LCMScheduler", "TCDScheduler")
-"""Classes that divide by the signal that the last timestep then lacks."""
+FROM_LAST_TIMESTEP = ("LCMScheduler", "TCDScheduler")
+"""Classes that begin at the last timestep whatever timestep_spacing says."""
 
 
 class SchedulerError(RequestError):
@@ -333,11 +333,6 @@ def build_scheduler(
         )  # the flag asked for takes the place of the checkpoint's
     accepted = set(inspect.signature(scheduler_class.__init__).parameters)
     wanted = _usable(choice.overrides, accepted - set(flow_extra), facts.class_name)
-    if facts.class_name in WITHOUT_ZERO_SNR and wanted.get("rescale_betas_zero_snr"):
-        raise SchedulerError(
-            "scheduler setting rescale_betas_zero_snr=true gives no image with "
-            f"{facts.class_name}. Leave it out."
-        )
     settings = {
         key: setting
         for key, setting in (fields | dict(facts.extra) | wanted | flow_extra).items()
@@ -356,6 +351,7 @@ def build_scheduler(
             f"{facts.class_name} refuses its settings {given}: {error} Leave out or correct the "
             "setting."
         ) from error
+    _require_signal(scheduler)
     scheduler.register_to_config(
         **{
             key: config[key]
@@ -364,6 +360,28 @@ def build_scheduler(
         }
     )
     return scheduler
+
+
+def _require_signal(scheduler: "SchedulerMixin") -> None:
+    """SchedulerError if the first step divides by the signal in the last timestep, of which there
+    is none.
+    """
+    config = scheduler.config
+    begins_last = (
+        config.get("timestep_spacing") != "leading"
+        or type(scheduler).__name__ in FROM_LAST_TIMESTEP
+    )
+    divides = (
+        config.get("rescale_betas_zero_snr")
+        and config.get("prediction_type") == "epsilon"
+        and begins_last
+    )
+    if divides and scheduler.alphas_cumprod[-1] == 0:
+        raise SchedulerError(
+            "scheduler setting rescale_betas_zero_snr=true gives no image with "
+            f"{type(scheduler).__name__} and this model. "
+            "Leave it out, or choose euler."
+        )
 
 
 def require_family(choice: SchedulerChoice, *, flow: bool) -> None:
