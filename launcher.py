@@ -55,7 +55,7 @@ def _run(settings: Settings, argv: list[str]) -> int:
     from hosts.http.server import is_port_free
     from hosts.launch.auto_backend import recall_from
     from hosts.launch.start_plan import count_gpus, plan_start
-    from hosts.main import is_rank, run_rank
+    from hosts.main import is_rank, require_store, run_rank
     from hosts.supervision.parent_watch import end_process
 
     if is_rank():
@@ -81,6 +81,8 @@ def _run(settings: Settings, argv: list[str]) -> int:
             f"--port={settings.port} is in use on {settings.host}. Stop the program that listens "
             "there, or choose another port."
         )
+    if settings.node_rank == 0:
+        require_store(settings)
     return _start_ranks(settings, argv, num_ranks=start.num_ranks)
 
 

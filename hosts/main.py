@@ -106,8 +106,7 @@ def _set_up(settings: Settings) -> Place:
 def _open(settings: Settings, place: Place) -> RankProcess:
     """ConfigError if the folder of jobs cannot be used."""
     folder = _state_folder(settings)
-    keeps_jobs = place.rank == 0 and not settings.no_job_store and folder is not None
-    store = JobStore(folder) if keeps_jobs else None
+    store = _open_store(settings) if place.rank == 0 else None
     notes_before = _notes(place, attempts_ago=1)
     state = HostState()
     state.tell({"restarts": place.attempt})
@@ -165,6 +164,18 @@ def _state_folder(settings: Settings) -> Path | None:
     return Path(folder).expanduser().resolve() if folder else None
 
 
+def require_store(settings: Settings) -> None:
+    """For the launcher: ConfigError if rank 0 could not open its job store."""
+    if (store := _open_store(settings)) is not None:
+        store.close()
+
+
+def _open_store(settings: Settings) -> JobStore | None:
+    """None where jobs are kept in memory only."""
+    folder = _state_folder(settings)
+    return JobStore(folder) if folder is not None and not settings.no_job_store else None
+
+
 def _notes(place: Place, *, attempts_ago: int = 0) -> RankNotes:
     """Of this set of ranks, or of an earlier one. Without a launcher nothing is noted."""
     if NOTES_FOLDER not in os.environ:
@@ -182,7 +193,10 @@ def _fatal(error: HostError) -> int:
     """
     logger.error("%s", error)
     if path := os.environ.get(FATAL_FILE):
-        Path(path).write_text(str(error), encoding="utf-8")
+        # whole at once: the launcher polls for it, and then ends the ranks that wait for this one
+        unfinished = Path(f"{path}.new")
+        unfinished.write_text(str(error), encoding="utf-8")
+        unfinished.rename(path)
         return 0
     print(f"error: {error}", file=sys.stderr)  # noqa: T201  the user's only line
     return 2

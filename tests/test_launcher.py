@@ -3,13 +3,18 @@ nothing before it has to.
 """
 
 import json
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 import launcher
+from hosts.jobs.store import JobStore
+from hosts.launch.command_line import parse_command_line
 from tests.checkpoints import checkpoint
 from tests.hosts.harness import LAUNCHER, REPOSITORY, free_port, run_launcher
 
@@ -136,3 +141,54 @@ def test_checkpoint_that_does_not_load_ends_the_host_with_its_reason_and_is_not_
 def test_continuous_integration_runs_the_linter_and_then_the_tests():
     steps = (REPOSITORY / ".ci" / "run").read_text().split()
     assert steps.index("lint") < steps.index("test")
+
+
+@pytest.mark.parametrize(
+    "folder", ["/dev/null", "/dev/null/below", "/proc/none", "/" + "x" * 300, "FILE"]
+)
+def test_state_dir_that_cannot_be_used_is_a_users_mistake_before_any_rank_starts(
+    folder, tmp_path, capsys
+):
+    (tmp_path / "file").touch()
+    folder = str(tmp_path / "file") if folder == "FILE" else folder
+    code = launcher.main(
+        ["--type=sdxl", "--nproc_per_node=2", f"--port={free_port()}", f"--state_dir={folder}"]
+    )
+    told = capsys.readouterr().err
+    assert (
+        code == 2 and told.startswith(f"error: --state_dir={folder[:20]}") and told.count("\n") == 1
+    )
+
+
+def test_second_host_on_a_state_dir_is_a_users_mistake(tmp_path):
+    held = JobStore(tmp_path)
+    try:
+        done = run_launcher(
+            "--type=sdxl", "--nproc_per_node=2", f"--port={free_port()}", f"--state_dir={tmp_path}"
+        )
+    finally:
+        held.close()
+    assert (done.returncode, done.stderr.count("\n")) == (
+        2,
+        1,
+    ) and "is in use by another host" in done.stderr
+
+
+def test_rank_that_says_why_none_can_go_on_ends_those_that_wait_for_it(capsys):
+    """The port is taken only once the launcher has looked at it, as somebody may do between a kill
+    and the restart.
+    """
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        argv = ["--type=sdxl", "--nproc_per_node=2", "--backend=distrifuser", f"--port={port}"]
+        started = time.monotonic()
+        try:
+            code = launcher._start_ranks(parse_command_line(argv), argv, num_ranks=2)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    assert code == 1 and f"error: --port={port} cannot be bound" in capsys.readouterr().err
+    assert time.monotonic() - started < 120

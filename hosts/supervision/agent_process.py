@@ -80,26 +80,30 @@ def run_agent(
             start_new_session=True,
             preexec_fn=request_parent_death_signal,
         )
+        fatal_file = Path(options.fatal)
         code = _wait(
             agent,
+            fatal_file,
             parent=parent if settings.exit_with_parent else None,
             within_s=settings.drain_seconds + STOP_WITHIN_S,
         )
-        fatal_file = Path(options.fatal)
         if fatal_file.is_file():
             return 1, fatal_file.read_text(encoding="utf-8")
     return code, ""
 
 
-def _wait(agent: subprocess.Popen[bytes], *, parent: int | None, within_s: float) -> int:
-    """Return the agent's exit code, or 0 once a signal or the end of `parent` has stopped it.
+def _wait(
+    agent: subprocess.Popen[bytes], fatal_file: Path, *, parent: int | None, within_s: float
+) -> int:
+    """Return the agent's exit code, or 0 once it was stopped: by a signal, by the end of `parent`, or
+    because a rank wrote into `fatal_file` why no rank can go on.
 
     The ranks get `within_s` to stop; a second signal ends them at once.
     """
     stopped: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: stopped.append(number))
-    while not stopped and parent in (None, os.getppid()):
+    while not stopped and parent in (None, os.getppid()) and not fatal_file.is_file():
         with contextlib.suppress(subprocess.TimeoutExpired):
             return agent.wait(timeout=POLL_S)
     _stop_ranks(agent.pid, stopped, within_s=within_s)
