@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import re
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from hosts.http import media
 from hosts.http.decode import Accepted, read_image, read_request
 from hosts.http.dialect import Dialect
 from hosts.http.request_io import json_object, seeds_from, submit_all, wait_for_all
+from hosts.jobs.clock import now
 from hosts.jobs.queue import Job, JobStatus
 
 blueprint = Blueprint("a1111", __name__)
@@ -86,7 +86,7 @@ def progress() -> Response:
     job.wants_preview = True
     share = job.step / job.num_steps if job.num_steps else 0.0
     left = (1 - share) / share if share else 0.0
-    seconds = (time.time() - (job.started_s or time.time())) * left
+    seconds = (now() - (job.started_s or now())) * left
     return jsonify(
         {
             "progress": share,

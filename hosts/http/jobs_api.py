@@ -5,7 +5,6 @@ import io
 import json
 import re
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
@@ -19,6 +18,7 @@ from hosts.http import media
 from hosts.http.decode import Accepted, read_request
 from hosts.http.dialect import Dialect
 from hosts.http.request_io import client, idempotency_key, json_object, wanted_type
+from hosts.jobs.clock import now
 from hosts.jobs.queue import Job, JobQueue, JobStatus
 from hosts.jobs.trace import chrome_trace
 
@@ -171,7 +171,7 @@ class JobView(BaseModel):
 def describe(job: Job) -> dict[str, Any]:
     """Return what clients are told of a job, as JSON."""
     host = current_app.extensions["host"]
-    seconds = None if job.started_s is None else (job.ended_s or time.time()) - job.started_s
+    seconds = None if job.started_s is None else (job.ended_s or now()) - job.started_s
     is_running = job.status is JobStatus.RUNNING and job.step > 0
     facts, result = host.state.facts, job.result
     report = result.report if result is not None else {}

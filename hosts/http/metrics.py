@@ -95,9 +95,9 @@ class Metrics:
     def _ended(self, job: Job) -> None:
         self._jobs.labels(state=job.status.value).inc()
         if job.started_s is not None:
-            self._waited.observe(job.started_s - job.created_s)
+            self._waited.observe(max(0.0, job.started_s - job.created_s))
             if job.result is not None:
-                self._worked.observe(job.ended_s - job.started_s)
+                self._worked.observe(max(0.0, job.ended_s - job.started_s))
                 self._batches.labels(batch=str(job.result.report.get("batch", 1))).inc()
                 for stage, seconds in job.result.report.get("stages", {}).items():
                     self._stages.labels(stage=STAGES.get(stage, stage)).observe(seconds)

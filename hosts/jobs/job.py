@@ -1,13 +1,13 @@
 """One request on its way from HTTP to an image. Pure Python."""
 
 import threading
-import time
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
 from backends.errors import HostError
 from backends.request import Array, GenerateRequest, GenerateResult
+from hosts.jobs.clock import now
 
 
 class JobStatus(StrEnum):
@@ -39,7 +39,7 @@ class Job:
     attempts: int = 0
     """How often it was begun."""
     deadline_s: float | None = None
-    """Wall clock after which it is cancelled."""
+    """When it is cancelled."""
     status: JobStatus = JobStatus.QUEUED
     """Where it is on its way."""
     step: int = 0
@@ -70,12 +70,12 @@ class Job:
     """uint8 (h, w, 3) of the last step."""
     version: int = 0
     """Counts changes, for those who follow the job."""
-    created_s: float = field(default_factory=time.time)
-    """Wall clock of its arrival."""
+    created_s: float = field(default_factory=now)
+    """Its arrival, by hosts/jobs/clock.py, as all its times."""
     started_s: float | None = None
-    """Wall clock of its last beginning."""
+    """Its last beginning."""
     ended_s: float | None = None
-    """Wall clock of its end."""
+    """Its end."""
     finished: threading.Event = field(default_factory=threading.Event)
     """Set at its end."""
 
@@ -97,7 +97,7 @@ class Job:
 
     @property
     def is_late(self) -> bool:
-        return self.deadline_s is not None and time.time() > self.deadline_s
+        return self.deadline_s is not None and now() > self.deadline_s
 
     @property
     def num_bytes(self) -> int:

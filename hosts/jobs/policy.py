@@ -4,7 +4,6 @@ again. Imports no torch.
 
 import itertools
 import math
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from backends.generation.batching import batch_key
 from backends.model_table import ModelSpec
 from backends.request import GenerateRequest, LoadRequest
 from hosts.jobs.batch_size import BatchGain
+from hosts.jobs.clock import now
 from hosts.jobs.decision import Choice
 from hosts.jobs.job import Job
 from hosts.jobs.speed import Speed, best_size, gathering_is_quicker
@@ -62,8 +62,10 @@ class Sharing:
         if self._mode != "auto" or len(waiting) > 1:
             return False
         (job,) = waiting
-        return time.time() - job.created_s < min(
-            PATIENCE_S, PATIENCE * self._seconds(job)[self.world_size]
+        return (
+            0
+            <= now() - job.created_s
+            < min(PATIENCE_S, PATIENCE * self._seconds(job)[self.world_size])
         )
 
     def must_gather(
@@ -137,7 +139,7 @@ class Sharing:
     def _left(self, jobs: Sequence[Job], team_size: int) -> float:
         """Seconds until the jobs of one team are done."""
         job = jobs[0]
-        spent = time.time() - (job.started_s or time.time())
+        spent = max(0.0, now() - (job.started_s or now()))
         if job.step:
             return spent / job.step * (job.num_steps - job.step)
         share = (

@@ -6,13 +6,13 @@ import itertools
 import logging
 import secrets
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from backends.errors import BusyError, CancelledError, HostError, NotFoundError, RequestError
 from backends.request import Array, GenerateRequest, GenerateResult
 from hosts.jobs import serialization
+from hosts.jobs.clock import now
 from hosts.jobs.decision import LINGER_S, Choice, Choose, choose_or_take, count_or_none, take_first
 from hosts.jobs.fair_share import Turns
 from hosts.jobs.job import Job, JobStatus
@@ -324,7 +324,7 @@ class JobQueue:
     def _begin(self, job: Job, *, ranks: int | None, batch: str) -> None:
         self._waiting.remove(job)
         job.ranks, job.batch = ranks, batch
-        job.status, job.started_s = JobStatus.RUNNING, time.time()
+        job.status, job.started_s = JobStatus.RUNNING, now()
         job.attempts += 1
         self._save(job)
         self._turns.begin(job)
@@ -418,7 +418,7 @@ class JobQueue:
         if job.finished.is_set():
             return
         job.result, job.error = result, error
-        job.ended_s = time.time()
+        job.ended_s = now()
         ended = {True: JobStatus.CANCELLED, False: JobStatus.FAILED}[
             isinstance(error, CancelledError)
         ]
@@ -435,7 +435,7 @@ class JobQueue:
 
     def _forget_old(self) -> None:
         over = [job for job in self._kept.values() if job.finished.is_set()]
-        oldest = time.time() - self._kept_seconds if self._kept_seconds else 0.0
+        oldest = now() - self._kept_seconds if self._kept_seconds else 0.0
         while over and (over[0].ended_s < oldest or (len(over) > 1 and self._are_too_many(over))):
             job = over.pop(0)
             del self._kept[job.id]

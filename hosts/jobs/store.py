@@ -25,6 +25,7 @@ from pydantic import ValidationError
 from backends.errors import ConfigError, HostError, UnavailableError
 from backends.request import Array, GenerateRequest, GenerateResult
 from hosts.jobs import serialization
+from hosts.jobs.clock import now
 from hosts.jobs.job import Job, JobStatus
 from hosts.supervision.exit_reports import UNKNOWN, ExitReport
 
@@ -281,7 +282,7 @@ class JobStore:
             job.error = HostError(
                 "what was stored of this job cannot be read any more. Send it again."
             )
-            job.ended_s = job.ended_s or time.time()
+            job.ended_s = job.ended_s or now()
             is_over = True
         if is_over:
             job.finished.set()

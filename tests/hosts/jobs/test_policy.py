@@ -1,7 +1,5 @@
 """When the ranks split, which team takes a job, and when all meet again."""
 
-from types import SimpleNamespace
-
 import pytest
 
 from backends.model_table import read_table
@@ -58,15 +56,14 @@ def test_team_size_follows_the_mode_and_in_auto_the_number_of_jobs(mode, sizes):
             ("auto", 2.0, 0.021, False),
         ),
         *(("latency", 6.0, 0.0, False), ("throughput", 6.0, 0.0, False)),
+        ("auto", 6.0, -600.0, False),  # of a host that was started again with its clock set back
     ],
 )
 def test_job_that_comes_alone_waits_for_others_a_hundredth_of_its_time(
     monkeypatch, mode, seconds_of_both, age_s, waits
 ):
     alone, ranks = job(), sharing(mode, seconds=(10.0, seconds_of_both))
-    monkeypatch.setattr(
-        "hosts.jobs.policy.time", SimpleNamespace(time=lambda: alone.created_s + age_s)
-    )
+    monkeypatch.setattr("hosts.jobs.policy.now", lambda: alone.created_s + age_s)
     assert ranks.may_get_company([alone]) is waits
     assert not ranks.may_get_company([alone, job()])
 

@@ -69,6 +69,23 @@ def test_jobs_that_cannot_be_compared_are_taken_in_their_order_and_one_by_one():
     assert queue.next(fails) is submitted[1]
 
 
+@pytest.mark.parametrize("jump_s", [86400.0, -86400.0])
+def test_clock_of_the_machine_that_jumps_neither_cancels_nor_forgets_a_job(jump_s, monkeypatch):
+    queue = JobQueue(max_seconds=600, kept_seconds=3600)
+    jobs = [queue.submit(request(), is_kept=True) for _ in range(2)]
+    queue.next()
+    queue.finish(jobs[0], result=result())
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + jump_s)
+    assert queue.find(jobs[0].id) is jobs[0]
+    assert queue.next() is jobs[1]
+    queue.finish(jobs[1], result=result())
+    assert [job.status for job in jobs] == [JobStatus.DONE] * 2
+    assert all(
+        0 <= job.started_s - job.created_s <= job.ended_s - job.created_s < 60 for job in jobs
+    )
+
+
 def test_next_waits_for_a_job():
     queue = JobQueue()
     taken = []
