@@ -6,7 +6,7 @@ they load, with what only torch reads. Adapters are in backends/files/adapter_fi
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from backends.files.checkpoint import (
     with_article,
 )
 from backends.files.denoiser_families import DENOISER_PREFIXES, recognize_denoiser
-from backends.files.recognition import VAE_PREFIXES, has_vae, prediction_of, recognize
+from backends.files.recognition import NOTES, VAE_PREFIXES, has_vae, prediction_of, recognize
 from backends.files.weight_headers import Header, read_folder_header
 from backends.model_table import ModelSpec
 from backends.request import LoadRequest
@@ -48,6 +48,8 @@ def require_files(spec: ModelSpec, load: LoadRequest, checkpoint: Checkpoint) ->
     """ConfigError for the first file of the checkpoint, VAE or denoiser that does not fit the
     type.
     """
+    if checkpoint.header is not None:
+        refuse_unknown_scales(checkpoint.header.shapes, f"--checkpoint={checkpoint.path}")
     _require_components(checkpoint, load)
     denoiser = _Part.denoiser(checkpoint, load)
     vae = _Part.vae(checkpoint, load)
@@ -57,12 +59,26 @@ def require_files(spec: ModelSpec, load: LoadRequest, checkpoint: Checkpoint) ->
     _require_texts(denoiser, checkpoint)
 
 
+def refuse_unknown_scales(names: Iterable[str], given: str) -> None:
+    """ConfigError for packed weights that nobody here can unpack."""
+    strange = [name for name in names if name.endswith(UNKNOWN_SCALES)]
+    if strange:
+        raise ConfigError(
+            f"{given} holds packed weights of a kind that is not read ({strange[0]}, "
+            f"{len(strange)} such tensors). Allowed: float8 with "
+            "one scale for each weight or row, and GGUF. Give such a file, or the original and "
+            "--quantize_to."
+        )
+
+
 def without_scales(header: Header) -> Header:
-    """Return the header without what belongs to 8-bit weights rather than to the model."""
+    """Return the header without what belongs to 8-bit weights or to sampling rather than to the
+    model.
+    """
     shapes = {
         name: shape
         for name, shape in header.shapes.items()
-        if not name.endswith(SCALES) and name != MARKER
+        if not name.endswith(SCALES) and name not in (MARKER, *NOTES)
     }
     return Header(shapes=shapes, dtypes=header.dtypes, metadata=header.metadata)
 
@@ -222,6 +238,7 @@ def _require_family(part: _Part, spec: ModelSpec) -> None:
     """By the names of its weights. A checkpoint's own denoiser that no table entry knows is judged
     by its configuration alone.
     """
+    refuse_unknown_scales(part.header.shapes, part.given)
     found = recognize_denoiser(part.header)
     if found is None:
         if (other := recognize(part.header)) is not None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from backends.errors import ConfigError
 from backends.files.denoiser_families import DENOISER_PREFIXES
-from backends.files.fit import MARKER, SCALES, UNKNOWN_SCALES
+from backends.files.fit import MARKER, SCALES, UNKNOWN_SCALES, refuse_unknown_scales
 from backends.files.recognition import NOTES
 from backends.files.weight_headers import SAFETENSORS, Header, Shape, original_shapes, read_header
 
@@ -119,17 +119,6 @@ def scaled_weights(weights: Weights, *, given: str, dtype: torch.dtype) -> Weigh
                 weight_name, plain[weight_name], weights[name], given=given, dtype=dtype
             )
     return plain
-
-
-def refuse_unknown_scales(names: Mapping[str, Any], given: str) -> None:
-    strange = [name for name in names if name.endswith(UNKNOWN_SCALES)]
-    if strange:
-        raise ConfigError(
-            f"{given} holds packed weights of a kind that is not read ({strange[0]}, "
-            f"{len(strange)} such tensors). "
-            "Allowed: float8 with one scale for each weight or row, and GGUF. Give such a file, or "
-            "the original and --quantize_to."
-        )
 
 
 def _multiplied(

@@ -67,8 +67,17 @@ def load_pipe(spec: ModelSpec, load: LoadRequest) -> Any:
     )
     if settings := prediction_settings(spec, load, checkpoint):
         logger.info("the scheduler has %s: the checkpoint says so", settings)
-        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **settings)
+        pipe.scheduler = _scheduler_with(pipe.scheduler, settings)
     return pipe
+
+
+def _scheduler_with(scheduler: Any, settings: Mapping[str, object]) -> Any:
+    """The same with these settings. One that cannot start from pure noise gives way to Euler's,
+    which can.
+    """
+    knows_all = settings.keys() <= inspect.signature(type(scheduler).__init__).parameters.keys()
+    scheduler_class = type(scheduler) if knows_all else diffusers.EulerDiscreteScheduler
+    return scheduler_class.from_config(scheduler.config, **settings)
 
 
 def _load_pipe(spec: ModelSpec, load: LoadRequest) -> Any:
