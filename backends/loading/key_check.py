@@ -20,6 +20,10 @@ from backends.files.recognition import NOTES
 from backends.files.weight_headers import Header
 from backends.loading.plain_weights import LDM_PREFIX, LDM_UNET
 
+TEXT_MODEL = "text_model."
+"""Stands before the names of CLIP's text encoder in some versions of transformers and not in
+others.
+"""
 CONVERSION_ERRORS = (
     KeyError,
     ValueError,
@@ -118,3 +122,24 @@ def _converted(
             f"({next(iter(weights), 'none')}, ...) cannot be converted ({error}). {advice}"
         ) from error
     return converted
+
+
+def require_encoder(model: Any, folder: Path, header: Header, *, given: str, advice: str) -> None:
+    """The same for a text or image encoder of transformers: layers that are missing would be
+    random, and nobody would be told.
+
+    Weights under an older version's names are left to transformers, which renames them; more
+    weights than needed do no harm.
+    """
+    with init_empty_weights():
+        empty = model(model.config_class.from_pretrained(folder, local_files_only=True))
+    tied = getattr(empty, "all_tied_weights_keys", None) or {}
+    wanted = {
+        name.removeprefix(TEXT_MODEL): tuple(tensor.shape)
+        for name, tensor in empty.state_dict().items()
+        if name not in tied and "pooler." not in name
+    }
+    shapes = {name.removeprefix(TEXT_MODEL): shape for name, shape in header.shapes.items()}
+    shapes = {name: shape for name, shape in shapes.items() if name in wanted}
+    if len(shapes) * 2 > len(wanted):
+        require_same_shapes(given, shapes, wanted, advice)

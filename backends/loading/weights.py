@@ -12,9 +12,10 @@ from typing import Any
 
 import diffusers
 import torch
+import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from backends.errors import ConfigError
 from backends.files.adapter_fit import require_fit
@@ -23,7 +24,7 @@ from backends.files.denoiser_families import DENOISER_PREFIXES
 from backends.files.fit import prediction_settings
 from backends.files.recognition import VAE_PREFIXES, has_vae
 from backends.files.weight_headers import SAFETENSORS, Header, read_folder_header
-from backends.loading.key_check import require_weights
+from backends.loading.key_check import require_encoder, require_weights
 from backends.loading.plain_weights import (
     is_plain,
     plain_file,
@@ -119,30 +120,24 @@ def _require_checkpoint_weights(checkpoint: Checkpoint, load: LoadRequest) -> No
         "Download the checkpoint again, or give another one.",
     )
     for component, entry in checkpoint.index.items():
-        if (
-            not isinstance(entry, list)
-            or entry[:1] != ["diffusers"]
-            or replaced.get(component) is not None
-        ):
+        if not isinstance(entry, list) or entry[0] is None or replaced.get(component) is not None:
             continue
-        model = _model_class(entry[1], spec)
         header, prefixes = _checkpoint_header(checkpoint, component)
-        if isinstance(model, type) and issubclass(model, nn.Module) and header is not None:
-            folder = checkpoint.folder / component
-            require_weights(
-                model,
-                folder,
-                header,
-                given=f"{given} ({component})",
-                advice=advice,
-                prefixes=prefixes,
-            )
+        folder = checkpoint.folder / component
+        if header is None or not (folder / "config.json").is_file():
+            continue
+        model, named = _model_class(entry, spec), f"{given} ({component})"
+        if isinstance(model, type) and issubclass(model, diffusers.ModelMixin):
+            require_weights(model, folder, header, given=named, advice=advice, prefixes=prefixes)
+        elif isinstance(model, type) and issubclass(model, transformers.PreTrainedModel):
+            require_encoder(model, folder, header, given=named, advice=advice)
 
 
-def _model_class(name: str, spec: ModelSpec) -> Any:
+def _model_class(entry: list[str], spec: ModelSpec) -> Any:
     """Old PixArt checkpoints name the class that theirs was split from."""
+    library = {"diffusers": diffusers, "transformers": transformers}.get(entry[0])
     return getattr(
-        diffusers, spec.fits["denoiser"][0] if name == "Transformer2DModel" else name, None
+        library, spec.fits["denoiser"][0] if entry[1] == "Transformer2DModel" else entry[1], None
     )
 
 

@@ -305,6 +305,35 @@ def test_a_checkpoint_with_missing_or_unknown_weights_is_refused(
     )
 
 
+@pytest.mark.parametrize(
+    "name", ["sd1", "sdxl", "sd3", "flux", "hy", "pixa", "zimage", "wan_t2v", "svd"]
+)
+def test_an_encoder_with_missing_weights_is_refused(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(
+        checkpoint(name), folder, copy_function=lambda old, new: Path(new).symlink_to(old)
+    )
+    for component in (part for part in folder.iterdir() if "encoder" in part.name):
+        file = component / "model.safetensors"
+        weights = load_file(file)
+        missing = next(
+            key
+            for key in weights
+            if ".layers.1." in key
+            or ".block.1." in key
+            or ".layer.1." in key
+            or key.startswith("layers.1.")
+        )
+        file.unlink()
+        save_file(
+            {key: tensor for key, tensor in weights.items() if key != missing},
+            file,
+            metadata={"format": "pt"},
+        )
+        assert f"({component.name}) does not fit: 1 tensor is missing" in refusal(name, folder)
+        save_file(weights, file, metadata={"format": "pt"})
+
+
 @pytest.mark.parametrize("name", list(CONTROLNETS))
 def test_a_controlnet_with_missing_or_unknown_weights_is_refused(name: str, tmp_path: Path) -> None:
     shutil.copytree(controlnet(name), tmp_path / "net")
