@@ -5,9 +5,11 @@ one is launched. Imports no torch.
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from backends.errors import ConfigError, HostError
+from backends.files.checkpoint import infer_type
 from backends.model_table import ModelTable
 from hosts.launch.command_line import by_canonical_name
 from hosts.launch.settings import Settings, options
@@ -123,12 +125,12 @@ def _deployments(settings: Settings, table: ModelTable) -> Mapping[str, Any]:
                 "its model."
             )
         return settings.deployments
-    if settings.type is None:
+    if settings.type is None and settings.checkpoint is None:
         raise ConfigError(
             f"--type is missing. Allowed: {', '.join(table)}; or describe several models in "
             "--config, under deployments."
         )
-    return {settings.type: {}}
+    return {settings.type or infer_type(Path(settings.checkpoint).expanduser(), table)[0]: {}}
 
 
 def _merged(settings: Settings, name: str, values: Any) -> Settings:
