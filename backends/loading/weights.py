@@ -51,6 +51,9 @@ LOADING_ERRORS = (
 )
 """What diffusers and transformers raise for files that are not what they should be."""
 
+PREFIXES = {"vae": VAE_PREFIXES, "unet": DENOISER_PREFIXES, "transformer": DENOISER_PREFIXES}
+"""Option -> what stands before the names of such a model in files of several."""
+
 Weights = dict[str, Tensor]
 
 
@@ -274,7 +277,7 @@ def _from_file(
     ones.
     """
     config = config if config.is_file() else config / "config.json"
-    given, prefixes = f"--{option}={source}", VAE_PREFIXES if option == "vae" else DENOISER_PREFIXES
+    given, prefixes = f"--{option}={source}", PREFIXES.get(option, ())
     header = read_any_header(source, option=f"--{option}")
     advice = (
         f"Give the file's own configuration with --{option}_config=CONFIG.JSON, or a file "

@@ -5,7 +5,6 @@ The tests of `host` use one host of two ranks, in this order.
 """
 
 import json
-import shutil
 import sys
 import time
 
@@ -14,6 +13,7 @@ import pytest
 import requests
 import torch
 
+from tests.altered import without_a_weight
 from tests.backends.features import TABLE, loaded
 from tests.checkpoints import checkpoint
 from tests.hosts.client import assert_is_error, decode, encode
@@ -212,11 +212,23 @@ def test_another_pipeline_takes_its_place_after_the_jobs_that_run_on_a_rank_each
     assert host.get("/v1/models").json()["data"][0]["id"] == "sd1" and host.ranks() == ranks
 
 
+def test_files_that_do_not_fit_leave_the_host_as_it_was(host, alone, tmp_path):
+    apply(host, configuration("sd1"))
+    before = host.get("/applied").text
+    answer = send(
+        host,
+        "/apply",
+        {**configuration("sdxl"), "checkpoint": {"checkpoint": str(checkpoint("sd1"))}},
+    )
+    assert (
+        "is a StableDiffusionPipeline, but --type=sdxl needs a StableDiffusionXLPipeline"
+        in assert_is_error(answer.json())
+    )
+    assert host.get("/applied").text == before
+
+
 def test_weights_that_cannot_be_loaded_leave_the_host_empty_and_usable(host, alone, tmp_path):
-    broken = tmp_path / "broken"
-    shutil.copytree(checkpoint("sdxl"), broken)
-    for file in (broken / "unet").glob("*.safetensors"):
-        file.unlink()
+    broken = without_a_weight(checkpoint("sdxl"), tmp_path / "broken")
     answer = send(
         host, "/apply", {**configuration("sdxl"), "checkpoint": {"checkpoint": str(broken)}}
     )
