@@ -18,13 +18,13 @@ from backends.errors import ConfigError
 from backends.generation.pipeline import LoadedPipeline, load_pipeline
 from backends.model_table import read_table
 from backends.request import GenerateRequest, LoadRequest
+from tests.altered import WEIGHTS, linked, without_a_weight
 from tests.checkpoints import checkpoint, controlnet, ip_adapter, lora, motion_adapter, single_file
 from tests.checkpoints.adapters import CONTROLNETS, IP_ADAPTER_FILE
 from tests.checkpoints.original_names import unet as original_unet
 
 TABLE = read_table()
 CPU = torch.device("cpu")
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 PREFIX = "model.diffusion_model."
 SPELLINGS = (".scale_weight", ".weight_scale")
 UNETS = ("sd1", "sd2", "sdxl", "sdup")
@@ -285,19 +285,9 @@ def test_a_checkpoint_with_missing_or_unknown_weights_is_refused(
     name: str, component: str, tmp_path: Path
 ) -> None:
     component = TABLE[name].denoiser if component == "denoiser" else component
-    folder = tmp_path / "model"
-    shutil.copytree(
-        checkpoint(name), folder, copy_function=lambda old, new: Path(new).symlink_to(old)
-    )
-    file = folder / component / WEIGHTS
-    weights = load_file(file)
-    missing = max(weights)
-    file.unlink()
-    save_file(
-        {key: tensor for key, tensor in weights.items() if key != missing}
-        | {"more.weight": torch.zeros(1)},
-        file,
-    )
+    file = f"{component}/{WEIGHTS}"
+    missing = max(load_file(checkpoint(name) / file))
+    folder = without_a_weight(checkpoint(name), tmp_path / "model", file, unknown=("more.weight",))
     message = refusal(name, folder)
     assert (
         f"({component}) does not fit: 1 tensor is missing ({missing}); 1 tensor is unknown "
@@ -310,9 +300,7 @@ def test_a_checkpoint_with_missing_or_unknown_weights_is_refused(
 )
 def test_an_encoder_with_missing_weights_is_refused(name: str, tmp_path: Path) -> None:
     folder = tmp_path / "model"
-    shutil.copytree(
-        checkpoint(name), folder, copy_function=lambda old, new: Path(new).symlink_to(old)
-    )
+    linked(checkpoint(name), folder)
     for component in (part for part in folder.iterdir() if "encoder" in part.name):
         file = component / "model.safetensors"
         weights = load_file(file)
@@ -336,15 +324,9 @@ def test_an_encoder_with_missing_weights_is_refused(name: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("name", list(CONTROLNETS))
 def test_a_controlnet_with_missing_or_unknown_weights_is_refused(name: str, tmp_path: Path) -> None:
-    shutil.copytree(controlnet(name), tmp_path / "net")
-    weights = load_file(tmp_path / "net" / WEIGHTS)
-    missing = max(weights)
-    save_file(
-        {key: tensor for key, tensor in weights.items() if key != missing}
-        | {"more": torch.zeros(1)},
-        tmp_path / "net" / WEIGHTS,
-    )
-    message = refusal(name, control_net={str(tmp_path / "net"): 1.0})
+    missing = max(load_file(controlnet(name) / WEIGHTS))
+    folder = without_a_weight(controlnet(name), tmp_path / "net", WEIGHTS, unknown=("more",))
+    message = refusal(name, control_net={str(folder): 1.0})
     assert f"1 tensor is missing ({missing}); 1 tensor is unknown (more)" in message
 
 
