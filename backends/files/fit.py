@@ -71,6 +71,10 @@ def refuse_unknown_scales(names: Iterable[str], given: str) -> None:
         )
 
 
+def has_scales(header: Header) -> bool:
+    return any(name.endswith(SCALES) or name == MARKER for name in header.shapes)
+
+
 def without_scales(header: Header) -> Header:
     """Return the header without what belongs to 8-bit weights or to sampling rather than to the
     model.
@@ -196,18 +200,31 @@ def _require_complete(checkpoint: Checkpoint, component: str) -> None:
         )
     if component == "scheduler" or component.startswith("tokenizer"):
         return
-    for index in folder.glob("*.index*.json"):
-        for name in sorted(set(read_json(index).get("weight_map", {}).values())):
-            if not (folder / name).is_file():
-                raise ConfigError(
-                    f"{given} lacks {component}/{name}, which {index.name} names. Download the "
-                    "checkpoint again."
-                )
+    missing = [_missing_shards(folder, index) for index in sorted(folder.glob("*.index*.json"))]
+    is_whole = [
+        file
+        for kind in ("*.safetensors", "*.bin")
+        for file in folder.glob(kind)
+        if "-of-" not in file.name
+    ]
+    if missing and all(missing) and not is_whole:
+        raise ConfigError(
+            f"{given} lacks {component}/{missing[0][0]}, which its index names. Download the "
+            "checkpoint again."
+        )
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         raise ConfigError(
             f"{given} holds no weights of its {component} in {folder}. Download the checkpoint "
             "again."
         )
+
+
+def _missing_shards(folder: Path, index: Path) -> list[str]:
+    """Return the files that an index names and that are not there. One of another precision may
+    have been left out on purpose.
+    """
+    names = sorted(set(read_json(index).get("weight_map", {}).values()))
+    return [name for name in names if not (folder / name).is_file()]
 
 
 def _require_denoiser(part: _Part, checkpoint: Checkpoint) -> None:
@@ -239,6 +256,12 @@ def _require_family(part: _Part, spec: ModelSpec) -> None:
     by its configuration alone.
     """
     refuse_unknown_scales(part.header.shapes, part.given)
+    if has_scales(part.header) and not part.is_replaced:
+        raise ConfigError(
+            f"{part.given} holds 8-bit weights with scales in its folder {part.name}, where they "
+            "would be left out. "
+            f"Give that file as --{part.name}=FILE."
+        )
     found = recognize_denoiser(part.header)
     if found is None:
         if (other := recognize(part.header)) is not None:
@@ -269,6 +292,17 @@ def _require_vae(part: _Part, checkpoint: Checkpoint) -> None:
                 f"{part.given} is a VAE with no {half}, only its {other}; --type={spec.name} "
                 f"needs both. Give a whole VAE made for {spec.title}."
             )
+    latents, shape = (
+        latent_channels(part.config),
+        inner.shape_of("decoder.conv_in.weight", "decoder.conv1.weight"),
+    )
+    if latents is not None and shape is not None and shape[1] != latents:
+        raise ConfigError(
+            f"{part.given} has {shape[1]} latent channels in its weights, but {latents} by its "
+            "configuration. "
+            f"Give a VAE made for {spec.title}, or --vae_config=CONFIG.JSON if the file has its "
+            "own."
+        )
     if part.is_replaced and not part.has_own_config:
         require_same_weights(part.given, inner, checkpoint, part.name)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from backends.errors import ConfigError
 from backends.files.denoiser_families import DENOISER_PREFIXES
-from backends.files.fit import MARKER, SCALES, UNKNOWN_SCALES, refuse_unknown_scales
+from backends.files.fit import MARKER, SCALES, UNKNOWN_SCALES, has_scales, refuse_unknown_scales
 from backends.files.recognition import NOTES
 from backends.files.weight_headers import SAFETENSORS, Header, Shape, original_shapes, read_header
 
@@ -64,7 +64,7 @@ def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, T
 
 def is_plain(header: Header) -> bool:
     """Return whether a file in diffusers' names can be loaded as it is."""
-    is_scaled = any(name.endswith(SCALES) or name == MARKER for name in header.shapes)
+    is_scaled = has_scales(header)
     return (
         not is_scaled
         and not header.has(*NOTES)
@@ -145,7 +145,7 @@ def _multiplied(
 def plain_file(path: Path, header: Header, *, given: str, dtype: torch.dtype) -> Iterator[Path]:
     """Lend a file of the same weights without scales: the file itself where there are none."""
     refuse_unknown_scales(header.shapes, given)
-    if not any(name.endswith(SCALES) or name == MARKER for name in header.shapes):
+    if not has_scales(header):
         yield path
         return
     with TemporaryDirectory() as folder:

@@ -21,7 +21,7 @@ from backends.errors import ConfigError
 from backends.files.adapter_fit import require_fit
 from backends.files.checkpoint import Checkpoint, component_folder
 from backends.files.denoiser_families import DENOISER_PREFIXES
-from backends.files.fit import prediction_settings
+from backends.files.fit import has_scales, prediction_settings
 from backends.files.recognition import VAE_PREFIXES, has_vae
 from backends.files.weight_headers import SAFETENSORS, Header, read_folder_header
 from backends.loading.key_check import require_encoder, require_weights
@@ -256,7 +256,11 @@ def _component(
             header = read_folder_header(folder, option=f"--{option}", read=read_any_header)
             if header is not None:
                 require_weights(model, folder, header, given=given, advice=advice)
-            found = model.from_pretrained(folder, **options)
+            files = sorted(folder.glob("*.safetensors"))
+            if header is not None and has_scales(header) and len(files) == 1:
+                found = _from_file(model, files[0], folder, options, option=option)
+            else:
+                found = model.from_pretrained(folder, **options)
         elif config is None:
             raise ConfigError(
                 f"--{option}={path} is a file, so its configuration is needed too. Give "

@@ -103,6 +103,21 @@ def test_float8_weights_are_multiplied_by_their_scales(
     require_same({key: found[key] for key in plain}, plain)
 
 
+@pytest.mark.parametrize("name", ["sd1", "flux", "zimage"])
+def test_float8_weights_with_scales_in_a_folder_are_read_or_refused(
+    name: str, tmp_path: Path
+) -> None:
+    denoiser = TABLE[name].denoiser
+    packed, plain = scaled(load_file(denoiser_file(name, seed=1)), ".scale_weight")
+    folder = linked(checkpoint(name), tmp_path / "model")
+    (folder / denoiser / WEIGHTS).unlink()
+    save_file(packed, folder / denoiser / WEIGHTS)
+    assert f"holds 8-bit weights with scales in its folder {denoiser}" in refusal(name, folder)
+    for given in (folder / denoiser, folder / denoiser / WEIGHTS):
+        found = denoiser_of(loaded(name, denoiser=str(given))).state_dict()
+        require_same({key: found[key] for key in plain}, plain)
+
+
 @pytest.mark.parametrize("spelling", SPELLINGS)
 @pytest.mark.parametrize("name", ["sd1", "sdxl", "flux"])
 def test_float8_weights_of_a_single_file_are_multiplied_by_their_scales(

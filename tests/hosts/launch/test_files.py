@@ -206,12 +206,19 @@ def test_a_download_that_broke_off_is_refused(tmp_path: Path) -> None:
     (folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json").write_text(
         json.dumps(index)
     )
+    assert plan("flux", folder).spec.name == "flux"  # the index of a precision that was left out
+    (folder / "transformer" / "diffusion_pytorch_model.safetensors").rename(
+        folder / "transformer" / "x-00001-of-00002.safetensors"
+    )
     assert "lacks transformer/diffusion_pytorch_model-00002-of-00002.safetensors" in refusal(
         "flux", folder
     )
     shutil.copy(checkpoint("flux") / "vae" / "diffusion_pytorch_model.safetensors", tmp_path / "x")
     content = (tmp_path / "x").read_bytes()
     (folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json").unlink()
+    (folder / "transformer" / "x-00001-of-00002.safetensors").rename(
+        folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    )
     (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     (folder / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(
         content[: len(content) // 2]
@@ -249,7 +256,10 @@ def test_a_vae_of_another_type_is_refused_as_a_folder_and_as_a_file(name: str) -
                 name, vae=str(folder)
             )
             message = refusal(name, vae=str(folder / "diffusion_pytorch_model.safetensors"))
-            assert "does not fit" in message and "--vae_config=CONFIG.JSON" in message
+            assert (
+                f"has {config['latent_channels']} latent channels" in message
+                and "--vae_config=CONFIG.JSON" in message
+            )
 
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl", "flux", "wan_t2v"])
