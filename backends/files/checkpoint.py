@@ -75,17 +75,16 @@ def infer_type(path: Path, table: ModelTable, *, has_motion: bool = False) -> tu
     were given. ConfigError if none does.
     """
     if path.is_dir():
-        name = str(_read_index(path).get("_class_name"))
-        types, what = (
-            types_of_class(name, table, folder=path, has_motion=has_motion),
-            with_article(name),
-        )
-        return _first_type(path, types, what, table)
-    found = (
-        recognize(header)
-        if (header := read_header(path, option="--checkpoint")) is not None
-        else None
-    )
+        name = _read_index(path).get("_class_name")
+        if not isinstance(name, str):
+            raise ConfigError(
+                f"--checkpoint={path} holds no model_index.json that names a pipeline. Give a "
+                "folder in diffusers layout."
+            )
+        types = types_of_class(name, table, folder=path, has_motion=has_motion)
+        return _first_type(path, types, with_article(name), table)
+    header = read_header(path, option="--checkpoint")
+    found = recognize(header) if header is not None else None
     if found is None:
         raise ConfigError(
             f"--type is missing, and --checkpoint={path} does not say what it is. Allowed: "
@@ -167,16 +166,18 @@ def types_as_text(types: Sequence[str]) -> str:
     return " or ".join(f"--type={name}" for name in types)
 
 
-def width_of(path: str, checkpoint: Checkpoint) -> int | None:
+def width_of(path: str, checkpoint: Checkpoint, denoiser: Config) -> int | None:
     """Return the number that a path such as '3 * text_encoder.hidden_size' names; None where a
     configuration does not say it.
 
-    Some published configurations of models with a part for text keep that part's fields one level
-    higher.
+    denoiser: the configuration of the denoiser in use. Some published configurations of models with
+    a part for text keep that part's fields one level higher.
     """
     times, _, name = path.rpartition(" * ")
     component, *fields = name.split(".")
-    config: Any = checkpoint.config(component)
+    config: Any = (
+        denoiser if component == checkpoint.spec.denoiser else checkpoint.config(component)
+    )
     value = config
     for key in fields:
         value = value.get(key) if isinstance(value, Mapping) else None

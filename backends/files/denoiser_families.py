@@ -179,10 +179,7 @@ _UPSCALER = _UNetFamily(
 )
 _VIDEO = _UNetFamily(title="Stable Video Diffusion", types=("svd",), has_only_latents=False)
 _MORE_CHANNELS = {
-    9: (
-        "it is made for inpainting and also takes a mask and the masked image; mask_image works "
-        "with ordinary checkpoints"
-    ),
+    9: "it is made for inpainting and also takes a mask; mask_image works with ordinary checkpoints",
     8: (
         "it is made for editing (InstructPix2Pix) and also takes an image, and no type has its "
         "pipeline"

@@ -292,10 +292,8 @@ def _require_vae(part: _Part, checkpoint: Checkpoint) -> None:
                 f"{part.given} is a VAE with no {half}, only its {other}; --type={spec.name} "
                 f"needs both. Give a whole VAE made for {spec.title}."
             )
-    latents, shape = (
-        latent_channels(part.config),
-        inner.shape_of("decoder.conv_in.weight", "decoder.conv1.weight"),
-    )
+    latents = latent_channels(part.config)
+    shape = inner.shape_of("decoder.conv_in.weight", "decoder.conv1.weight")
     if latents is not None and shape is not None and shape[1] != latents:
         raise ConfigError(
             f"{part.given} has {shape[1]} latent channels in its weights, but {latents} by its "
@@ -406,25 +404,27 @@ def _require_channels(denoiser: _Part, vae: _Part, checkpoint: Checkpoint) -> No
 
 
 def _special_channels(channels: int, latents: int) -> str:
-    reasons = {
-        2 * latents + 1: (
-            "it is made for inpainting and also takes a mask and the masked image; mask_image "
-            "works with ordinary checkpoints"
-        ),
-        2 * latents: (
-            "it is made for editing an image, or for starting from one, and no type has "
-            "its "
-            "pipeline"
-        ),
-    }
-    return f": {reasons[channels]}" if channels in reasons else ""
+    """Why a denoiser that takes an image beside the latents is not run."""
+    if channels == 2 * latents + 1:
+        return (
+            ": it is made for inpainting and also takes a mask; mask_image works with ordinary "
+            "checkpoints"
+        )
+    if channels == 2 * latents:
+        return (
+            ": it also takes an image, to edit it or to start from it, and no type has its pipeline"
+        )
+    return ""
 
 
 def _require_texts(denoiser: _Part, checkpoint: Checkpoint) -> None:
     """The denoiser takes conditioning of the width that the encoders give."""
     spec = checkpoint.spec
     for key, paths in spec.fits.get("text", {}).items():
-        wanted, widths = denoiser.config.get(key), [width_of(path, checkpoint) for path in paths]
+        wanted, widths = (
+            denoiser.config.get(key),
+            [width_of(path, checkpoint, denoiser.config) for path in paths],
+        )
         if not isinstance(wanted, int) or None in widths or sum(widths) == wanted:
             continue
         raise ConfigError(

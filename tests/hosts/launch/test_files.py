@@ -630,6 +630,12 @@ def test_a_file_that_does_not_say_what_it_is_needs_a_type(tmp_path: Path) -> Non
     )
 
 
+def test_a_folder_that_is_no_checkpoint_says_so(tmp_path: Path) -> None:
+    assert f"--checkpoint={tmp_path} holds no model_index.json that names a pipeline" in refusal(
+        None, tmp_path
+    )
+
+
 def test_the_launcher_refuses_in_one_line_with_exit_code_2() -> None:
     done = run_launcher("--type=sdxl", f"--checkpoint={checkpoint('sd1')}", "--check")
     assert done.returncode == 2
