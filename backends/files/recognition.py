@@ -142,6 +142,8 @@ _ADAPTERS: tuple[tuple[str, Part, str, Callable[[Header], bool]], ...] = (
      lambda header: _is_ip_adapter(header) and _is_face_id(header)),
     ("an IP-Adapter", "ip_adapter", "", _is_ip_adapter),
     ("a control-LoRA", "other", "it is a low-rank ControlNet, which diffusers cannot load", lambda header: header.has("lora_controlnet")),
+    ("a ControlNet-LLLite", "other", "it changes the UNet's own layers, and no type loads that",
+     lambda header: header.has_part("lllite_")),
     ("a union ControlNet", "other", _NO_UNION, _is_union),
     ("a ControlNetXS", "other", "its layers run inside the UNet's, and no type has that pipeline",
      lambda header: header.has_part("ctrl_cross_attn", "ctrl_to_base", "base_to_ctrl", "down_connections.", "enc_zero_convs", "c_to_base")),

@@ -340,6 +340,7 @@ NO_CONTROLNET = {
         "controlnet_cond_embedding.weight": (8, 4, 1, 1),
         "down_blocks.0.motion_modules.0.norm.weight": (8,),
     },
+    "a ControlNet-LLLite": {"lllite_unet_down_blocks.conditioning1.0.weight": (8, 3, 4, 4)},
     "a LoRA": {"lora_unet_x.lora_down.weight": (4, 8), "lora_unet_x.lora_up.weight": (8, 4)},
     "an IP-Adapter": {"image_proj.proj.weight": (8, 8), "ip_adapter.1.to_k_ip.weight": (8, 8)},
     "a denoiser of Stable Diffusion 1": {
