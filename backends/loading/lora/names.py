@@ -287,11 +287,7 @@ def plain_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _table(component: str, module: nn.Module) -> dict[str, tuple[Place, ...]]:
     """A name, or a name with underscores for all its dots -> the layers."""
-    names = [
-        name
-        for name, layer in plain_layers(module)
-        if any(True for _ in layer.parameters(recurse=isinstance(layer, BaseTunerLayer)))
-    ]
+    names = [name for name, layer in plain_layers(module) if _has_weights(layer)]
     table: dict[str, tuple[Place, ...]] = {}
     for theirs, ours in _other_names(module, names):
         places = tuple(
@@ -301,6 +297,15 @@ def _table(component: str, module: nn.Module) -> dict[str, tuple[Place, ...]]:
     for name in names:
         table[name] = table[name.replace(".", "_")] = (Place(component, name),)
     return table
+
+
+def _has_weights(layer: nn.Module) -> bool:
+    """Of its own, plain or packed."""
+    return (
+        isinstance(layer, BaseTunerLayer)
+        or hasattr(layer, "weight")
+        or any(True for _ in layer.parameters(recurse=False))
+    )
 
 
 def _other_names(module: nn.Module, names: Sequence[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
