@@ -203,7 +203,7 @@ def test_biases_and_norms_change_too(sd1: LoadedPipeline, tmp_path: Path) -> Non
     keys = {
         f"{kohya(CONV)}.diff_b": bias,
         f"{kohya(norm)}.w_norm": weight,
-        f"{kohya(norm)}.b_norm": weight,
+        f"{kohya(norm)}.b_norm": weight.clone(),
     }
     changes = {f"{CONV}:bias": bias, f"{norm}:weight": weight, f"{norm}:bias": weight}
     require_same(sd1, write(tmp_path / "x.safetensors", keys), changes)

@@ -74,9 +74,13 @@ class Embeddings:
 
     def add(self, name: str, path: str, words: Words) -> None:
         """ConfigError for vectors that no text encoder of the pipeline reads."""
-        self._words[name] = {
-            word: self._by_encoder(path, word, parts) for word, parts in words.items()
-        }
+        if words:
+            self._words[name] = {
+                word: self._by_encoder(path, word, parts) for word, parts in words.items()
+            }
+
+    def has(self, name: str) -> bool:
+        return name in self._words
 
     def forget(self, name: str) -> None:
         self._words.pop(name, None)

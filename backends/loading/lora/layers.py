@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import align_module_device
 from diffusers.quantizers.gguf.utils import dequantize_gguf_tensor
 from peft.tuners.lora.layer import LoraVariant
-from peft.utils.integrations import dequantize_module_weight
+from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
 
 from backends.loading.lora.formats import Update
@@ -220,7 +220,8 @@ def plain_weight(layer: nn.Module) -> Tensor:
         weight = layer.weight
         if hasattr(weight, "quant_type"):
             return dequantize_gguf_tensor(weight).float()
-        weight = dequantize_module_weight(layer) if isinstance(weight, nn.Parameter) else weight
+        if type(weight).__name__ in ("Params4bit", "Int8Params"):
+            return dequantize_bnb_weight(weight, state=getattr(layer, "state", None)).float()
         return weight.detach().float().clone()
 
 
@@ -245,9 +246,13 @@ class ParameterDifferences:
         self._differences: dict[str, dict[tuple[nn.Module, str], Tensor]] = {}
 
     def add(self, name: str, differences: dict[tuple[nn.Module, str], Tensor]) -> None:
-        self._differences[name] = differences
+        if differences:
+            self._differences[name] = differences
         for module, attribute in differences:
             self._originals.setdefault((module, attribute), getattr(module, attribute))
+
+    def has(self, name: str) -> bool:
+        return name in self._differences
 
     def forget(self, name: str) -> None:
         self._differences.pop(name, None)

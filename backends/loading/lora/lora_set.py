@@ -93,6 +93,7 @@ class LoraSet:
             name = self._names.pop(path, None) or self._load(path)
             self._names[path] = name
         self._forget({path for path in list(self._names)[:-MAX_KEPT] if path not in scales})
+        self._require_strengths(scales)
         active = {self._names[path]: scale for path, scale in scales.items() if scale}
         if active == self._active:
             return
@@ -101,6 +102,22 @@ class LoraSet:
         self._differences.use(active)
         self.embeddings.use(list(active))
         self._active = active
+
+    def _require_strengths(self, scales: Mapping[str, float]) -> None:
+        for path, scale in scales.items():
+            if scale not in (0, 1) and self._is_embedding(self._names[path]):
+                raise ConfigError(
+                    f"lora={path} is an embedding, which a word of the prompt switches on, and has "
+                    f"scale {scale}. Give 1, or 0 to leave it out."
+                )
+
+    def _is_embedding(self, name: str) -> bool:
+        """And nothing else."""
+        return (
+            self.embeddings.has(name)
+            and not self._differences.has(name)
+            and all(name not in layer.scaling for layer in self._layers())
+        )
 
     def measure_again(self) -> None:
         """Call it when the base weights were elsewhere in the meantime: the next `use` sets
