@@ -64,7 +64,12 @@ def feature(name: str, spec: ModelSpec) -> Feature:
     match name:
         case "lora":
             return Feature(
-                load={"lora": {str(lora(spec.name)): 0.8, str(lora(spec.name, seed=1)): -0.5}}
+                load={
+                    "lora": {
+                        str(lora(spec.name)): 0.8,
+                        str(lora(spec.name, seed=1, style="dora")): -0.5,
+                    }
+                }
             )
         case "controlnet":
             net = str(controlnet("sd1" if spec.name == "ad" else spec.name))

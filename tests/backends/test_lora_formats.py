@@ -378,7 +378,7 @@ def test_dora_and_lokr_act_on_packed_weights(tmp_path: Path, kind: str) -> None:
 )
 def test_formats_are_fused_into_plain_layers(sd1: LoadedPipeline, tmp_path: Path, make) -> None:
     name = CONV if make in (locon, full_difference) else LINEAR
-    keys, change = make(sd1)
+    keys, _ = make(sd1)
     weight = layer_of(sd1, name).weight
     magnitude = torch.linspace(0.5, 3, weight.shape[0]).view(-1, *[1] * (weight.dim() - 1))
     path = write(

@@ -28,6 +28,7 @@ MMDIT = "transformer.transformer_blocks.0"
 SINGLE = "transformer.single_transformer_blocks.0"
 WAN = "transformer.blocks.0"
 Z = "transformer.layers.0.attention"
+POOLER = "transformer.time_extra_emb.pooler"
 CLIP = "text_encoder.encoder.layers.0.self_attn"
 
 NAMES: list[tuple[str, str, str, dict[str, list[str]]]] = [
@@ -222,6 +223,12 @@ NAMES: list[tuple[str, str, str, dict[str, list[str]]]] = [
             "lora_unet_blocks_0_attn1_Wqkv": [f"{WAN}.attn1.{name}" for name in (Q, K, V)],
             "lora_unet_blocks_0_mlp_fc2": [f"{WAN}.ff.net.2"],
         },
+    ),
+    (
+        "hy",
+        "whose pooling reads weights",
+        "peft",
+        {"transformer.time_extra_emb.pooler.v_proj": ["transformer.time_extra_emb.pooler.v_proj"]},
     ),
     (
         "pixs",

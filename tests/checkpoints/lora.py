@@ -23,18 +23,23 @@ Factors = dict[str, tuple["Tensor", "Tensor"]]
 
 
 def lora(
-    name: str, *, style: Literal["diffusers", "kohya"] = "diffusers", seed: int = 0, rank: int = 4
+    name: str,
+    *,
+    style: Literal["diffusers", "kohya", "dora"] = "diffusers",
+    seed: int = 0,
+    rank: int = 4,
 ) -> Path:
     """Return a .safetensors file with a LoRA on every attention projection of checkpoint(name),
     motion modules apart.
 
     "diffusers": keys as peft names them, for all types (hy, pixa, pixs and svd have no loader for
-    it in diffusers itself). "kohya": keys as the common training scripts write them, with alpha =
-    rank / 2, for KOHYA_NAMES. Includes the text encoders, except on flux, where it covers the
-    double blocks (diffusers converts single blocks at the published width only).
+    it in diffusers itself). "dora": the same with a magnitude for each row (dora_scale), which
+    diffusers' own loaders leave out. "kohya": keys as the common training scripts write them, with
+    alpha = rank / 2, for KOHYA_NAMES. Includes the text encoders, except on flux, where it covers
+    the double blocks (diffusers converts single blocks at the published width only).
     """
-    if style not in ("diffusers", "kohya"):
-        raise ValueError(f"style={style!r} is not a LoRA layout. Allowed: diffusers, kohya.")
+    if style not in ("diffusers", "kohya", "dora"):
+        raise ValueError(f"style={style!r} is not a LoRA layout. Allowed: diffusers, kohya, dora.")
     if style == "kohya" and name not in KOHYA_NAMES:
         raise ValueError(
             f"There is no kohya layout for type {name!r}. Allowed: {', '.join(KOHYA_NAMES)}."
@@ -43,7 +48,11 @@ def lora(
     def build(folder: Path) -> None:
         from safetensors.torch import save_file
 
-        tensors = _diffusers(name, seed, rank) if style == "diffusers" else _kohya(name, seed, rank)
+        tensors = (
+            _kohya(name, seed, rank)
+            if style == "kohya"
+            else _diffusers(name, seed, rank, has_magnitudes=style == "dora")
+        )
         save_file(tensors, folder / "lora.safetensors")
 
     return (
@@ -65,12 +74,16 @@ def factors(weights: dict[str, "Tensor"], *, seed: int, rank: int) -> Factors:
     return made
 
 
-def _diffusers(name: str, seed: int, rank: int) -> dict[str, "Tensor"]:
+def _diffusers(name: str, seed: int, rank: int, *, has_magnitudes: bool) -> dict[str, "Tensor"]:
     part, weights = _denoiser(name)
     tensors = {}
     for layer, (down, up) in factors(weights, seed=seed, rank=rank).items():
         tensors[f"{part}.{layer}.lora_A.weight"] = down
         tensors[f"{part}.{layer}.lora_B.weight"] = up
+        if has_magnitudes:
+            tensors[f"{part}.{layer}.dora_scale"] = 1.3 * weights[layer].flatten(1).norm(
+                dim=1, keepdim=True
+            )
     return tensors
 
 

@@ -35,7 +35,7 @@ Words = dict[str, dict[str, Tensor]]
 def split_embeddings(content: Mapping[str, Any], stem: str) -> tuple[Words, dict[str, Any]]:
     """The embeddings of a file, and the rest of it."""
     if isinstance(content.get("string_to_param"), Mapping):
-        return {stem: {"any": _rows(content["string_to_param"]["*"])}}, {}
+        return {stem: {"any": _rows(next(iter(content["string_to_param"].values())))}}, {}
     words: Words = {}
     rest = {}
     for key, value in content.items():

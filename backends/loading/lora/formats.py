@@ -145,7 +145,7 @@ def split_keys(keys: Mapping[str, Tensor]) -> tuple[dict[str, Parts], list[str]]
     strangers = []
     for key, tensor in keys.items():
         layer, role = _role_of(key)
-        if role is None or role in layers.get(layer, {}):
+        if role is None or role in layers.get(layer, {}) or not isinstance(tensor, Tensor):
             strangers.append(key)
         else:
             layers.setdefault(layer, {})[role] = tensor

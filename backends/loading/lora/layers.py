@@ -100,7 +100,7 @@ class _Decomposed(LoraVariant):
 def fits(update: Update, layer: nn.Module) -> bool:
     """Whether the update is for a weight of the layer's size."""
     size = weight_size(layer)
-    if size is None:
+    if size is None or (update.up is not None and update.up.shape[1] != update.down.shape[0]):
         return False
     num_lines = (
         size[1] // math.prod(getattr(layer, "kernel_size", ())) if update.by_column else size[0]

@@ -44,6 +44,7 @@ from backends.loading.lora.layers import (
     set_adapters,
 )
 from backends.loading.lora.names import LayerNames, Place, plain_layers
+from backends.loading.quantization import POOLING
 from backends.loading.weights import read_weights
 from backends.model_table import ModelSpec
 
@@ -97,6 +98,7 @@ class LoraSet:
         active = {self._names[path]: scale for path, scale in scales.items() if scale}
         if active == self._active:
             return
+        self._active = None
         for layer in self._layers():
             set_adapters(layer, active)
         self._differences.use(active)
@@ -108,7 +110,8 @@ class LoraSet:
             if scale not in (0, 1) and self._is_embedding(self._names[path]):
                 raise ConfigError(
                     f"lora={path} is an embedding, which a word of the prompt switches on, and has "
-                    f"scale {scale}. Give 1, or 0 to leave it out."
+                    f"scale {scale:g}. "
+                    "Give 1, or 0 to leave it out."
                 )
 
     def _is_embedding(self, name: str) -> bool:
@@ -150,6 +153,8 @@ class LoraSet:
             name = self._names.pop(path)
             for layer in self._layers():
                 layer.delete_adapter(name)
+            for module in self._modules():
+                getattr(module, "peft_config", {}).pop(name, None)
             self._differences.forget(name)
             self.embeddings.forget(name)
 
@@ -223,6 +228,11 @@ class LoraFile:
     def __init__(self, path: str) -> None:
         self._path = path
         weights = read_weights(path, option="lora")
+        if not isinstance(weights, Mapping):
+            raise ConfigError(
+                f"lora={path} holds no LoRA weights, but a {type(weights).__name__}. Give a file "
+                "of tensors by name."
+            )
         self._header = _header(path)
         self._words, self._weights = split_embeddings(weights, Path(path).stem)
         self._scales = AdapterScales(path, self._header)
@@ -295,7 +305,15 @@ class LoraFile:
         if not places:
             return False
         found = [modules[Place(place.component, place.layer)] for place in places]
-        update = update_of(parts, lambda rank: self._scales.scale(places[0], name, rank))
+        try:
+            update = update_of(parts, lambda rank: self._scales.scale(places[0], name, rank))
+        except (
+            RuntimeError,
+            ValueError,
+            IndexError,
+            ZeroDivisionError,
+        ):  # torch's words for factors that do not go together
+            return False
         if update is not None and not self._add_update(plan, update, places, found):
             return False
         return all(
@@ -324,6 +342,11 @@ class LoraFile:
                 )
             if not fits(piece, layer):
                 return False
+            if key.layer.startswith(POOLING):
+                return (
+                    self._add_parameter(plan, piece.dense(), "weight", [key], [layer])
+                    and piece.magnitude is None
+                )
             plan.updates[key] = piece
         return True
 
