@@ -182,13 +182,12 @@ def _factor_roles(roles: Iterable[str], name: str) -> list[str]:
     )
 
 
-def update_of(parts: Parts, scale_of: Callable[[int], float]) -> Update | None:
-    """The change that complete parts make, alpha included; None where they change single parameters
-    only.
+def scale_of(parts: Parts, from_header: Callable[[int], float]) -> float:
+    """alpha / rank. from_header: rank -> scale, for files that do not keep an alpha beside each
+    layer.
 
-    scale_of: rank -> scale, for files that keep their alphas in the header.
+    A LoKr of two whole factors has no rank, and its alpha means nothing.
     """
-    parts = {role: tensor.float() for role, tensor in parts.items()}
     rank = next(
         (
             parts[role].shape[0]
@@ -197,13 +196,18 @@ def update_of(parts: Parts, scale_of: Callable[[int], float]) -> Update | None:
         ),
         None,
     )
-    scale = 1.0 if rank is None else _scale(parts, rank, scale_of)
+    if rank is None:
+        return 1.0
+    return float(parts["alpha"]) / rank if "alpha" in parts else from_header(rank)
+
+
+def update_of(parts: Parts, scale: float) -> Update | None:
+    """The change that complete parts make at this scale; None where they change single parameters
+    only.
+    """
+    parts = {role: tensor.float() for role, tensor in parts.items()}
     update = _change(parts, scale)
     return None if update is None else replace(update, **_decomposition(parts, update))
-
-
-def _scale(parts: Parts, rank: int, scale_of: Callable[[int], float]) -> float:
-    return float(parts["alpha"]) / rank if "alpha" in parts else scale_of(rank)
 
 
 def _change(parts: Parts, scale: float) -> Update | None:

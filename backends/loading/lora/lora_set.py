@@ -33,6 +33,7 @@ from backends.loading.lora.formats import (
     family_of,
     kinds_of,
     missing_parts,
+    scale_of,
     split_keys,
     update_of,
 )
@@ -283,12 +284,12 @@ class LoraFile:
             if not self._add(plan, layer, parts, names.places(layer), modules):
                 strangers.append(layer)
         if strangers:
+            num_keys = sum(len(layers[name]) for name in strangers)
             raise ConfigError(
-                f"lora={self._path} does not fit {spec.title}: {self._num_keys(layers, strangers)} "
-                f"of {len(self._weights)} keys are for "
-                "layers that the model does not have or has in another size (the first: "
-                f"{self._first_key(strangers[0])})"
-                f"{self._looks()}. "
+                f"lora={self._path} does not fit {spec.title}: {num_keys} of {len(self._weights)} "
+                "keys are for layers that the model does "
+                "not have or has in another size (the first: "
+                f"{self._first_key(strangers[0])}){self._looks()}. "
                 "Give a LoRA made for this model type."
             )
         return plan
@@ -306,7 +307,8 @@ class LoraFile:
             return False
         found = [modules[Place(place.component, place.layer)] for place in places]
         try:
-            update = update_of(parts, lambda rank: self._scales.scale(places[0], name, rank))
+            scale = scale_of(parts, lambda rank: self._scales.scale(places[0], name, rank))
+            update = update_of(parts, scale)
         except (
             RuntimeError,
             ValueError,
@@ -317,7 +319,13 @@ class LoraFile:
         if update is not None and not self._add_update(plan, update, places, found):
             return False
         return all(
-            self._add_parameter(plan, parts[role].float(), attribute, places, found)
+            self._add_parameter(
+                plan,
+                parts[role].float() * (scale if role == "up_bias" else 1),
+                attribute,
+                places,
+                found,
+            )
             for role, attribute in PARAMETERS.items()
             if role in parts and not (role == "diff" and update is not None)
         )
@@ -335,11 +343,7 @@ class LoraFile:
             )
             key = Place(place.component, place.layer)
             if key in plan.updates:
-                raise ConfigError(
-                    f"lora={self._path} changes the layer {place.layer} of the {place.component} "
-                    "twice, under different names. "
-                    "Remove one of them from the file."
-                )
+                raise self._twice(key)
             if not fits(piece, layer):
                 return False
             if key.layer.startswith(POOLING):
@@ -368,16 +372,24 @@ class LoraFile:
             return False
         pieces = change.flatten().split([parameter.numel() for parameter in parameters])
         for place, layer, piece in zip(places, found, pieces, strict=True):
+            if (layer, attribute) in plan.parameters:
+                raise self._twice(place)
             plan.parameters[layer, attribute] = (
                 torch.cat(piece.chunk(2)[::-1]) if place.is_swapped else piece
             )
         return True
 
-    def _num_keys(self, layers: Mapping[str, Parts], strangers: Sequence[str]) -> int:
-        return sum(len(layers[name]) for name in strangers)
+    def _twice(self, place: Place) -> ConfigError:
+        return ConfigError(
+            f"lora={self._path} changes the layer {place.layer} of the {place.component} twice, "
+            "under different names. "
+            "Remove one of them from the file."
+        )
 
     def _first_key(self, layer: str) -> str:
-        return next((key for key in self._weights if key.startswith(layer)), layer)
+        return next(
+            (key for key in self._weights if key.startswith((f"{layer}.", f"{layer}_lora"))), layer
+        )
 
     def _looks(self) -> str:
         """What the file seems to be, for messages."""
