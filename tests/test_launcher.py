@@ -14,6 +14,7 @@ import pytest
 import launcher
 from hosts.jobs.store import JobStore
 from hosts.launch.command_line import parse_command_line
+from tests.altered import without_a_weight
 from tests.checkpoints import checkpoint
 from tests.hosts.harness import LAUNCHER, REPOSITORY, free_port, run_launcher
 

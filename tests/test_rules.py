@@ -131,7 +131,7 @@ def test_a_backend_is_reached_through_the_registry_only():
 
 
 def test_only_the_existing_clients_routes_can_reach_the_pickle_reader():
-    """Neither /v1, nor the other dialects, nor what a gateway and its replicas say to each other."""
+    """Neither /v1, nor the other dialects, nor what a gateway and its replicas exchange."""
     modern = [
         *(ROOT / "hosts" / "http").rglob("*.py"),
         *(ROOT / "hosts" / "dialects").rglob("*.py"),

@@ -120,26 +120,79 @@ that type.
 
 _NOT_RUN = "no type runs this family"
 _TRANSFORMERS: tuple[tuple[str, tuple[str, ...], str, tuple[str, ...]], ...] = (
-    ("FLUX.2", ("flux2",), "", ("single_stream_modulation.lin.weight", "single_stream_modulation.linear.weight")),
+    (
+        "FLUX.2",
+        ("flux2",),
+        "",
+        ("single_stream_modulation.lin.weight", "single_stream_modulation.linear.weight"),
+    ),
     ("FLUX.3", (), _NOT_RUN, ("early_stream_modulations.image.lin.weight",)),
     ("Chroma", (), _NOT_RUN, ("distilled_guidance_layer.in_proj.bias",)),
-    ("FLUX.1", ("flux",), "", ("double_blocks.0.img_attn.norm.key_norm.scale", "double_blocks.0.img_attn.qkv.weight",
-                               "single_transformer_blocks.0.proj_mlp.weight")),
-    ("Stable Diffusion 3", ("sd3",), "",
-     ("joint_blocks.0.context_block.adaLN_modulation.1.bias", "transformer_blocks.0.norm1_context.linear.weight")),
+    (
+        "FLUX.1",
+        ("flux",),
+        "",
+        (
+            "double_blocks.0.img_attn.norm.key_norm.scale",
+            "double_blocks.0.img_attn.qkv.weight",
+            "single_transformer_blocks.0.proj_mlp.weight",
+        ),
+    ),
+    (
+        "Stable Diffusion 3",
+        ("sd3",),
+        "",
+        (
+            "joint_blocks.0.context_block.adaLN_modulation.1.bias",
+            "transformer_blocks.0.norm1_context.linear.weight",
+        ),
+    ),
     ("Z-Image", ("zimage",), "", ("layers.0.adaLN_modulation.0.weight",)),
-    ("Lumina 2", (), _NOT_RUN, ("cap_embedder.0.weight", "time_caption_embed.caption_embedder.0.weight")),
+    (
+        "Lumina 2",
+        (),
+        _NOT_RUN,
+        ("cap_embedder.0.weight", "time_caption_embed.caption_embedder.0.weight"),
+    ),
     ("Qwen-Image 2.1", (), _NOT_RUN, ("txt_in.text_norm.weight",)),
     ("Qwen-Image", ("qwenimage",), "", ("transformer_blocks.0.img_mod.1.weight",)),
-    ("Wan VACE", (), "no type has its pipeline", ("vace_blocks.0.after_proj.bias", "vace_blocks.0.proj_out.bias")),
+    (
+        "Wan VACE",
+        (),
+        "no type has its pipeline",
+        ("vace_blocks.0.after_proj.bias", "vace_blocks.0.proj_out.bias"),
+    ),
     ("Wan Animate", (), "no type has its pipeline", ("motion_encoder.dec.direction.weight",)),
-    ("Wan image to video", (), "it needs a first frame, and no type has its pipeline",
-     ("img_emb.proj.0.bias", "img_emb.proj.0.weight", "condition_embedder.image_embedder.norm1.weight")),
-    ("Wan", ("wan_t2v",), "", ("head.modulation", "condition_embedder.text_embedder.linear_1.weight")),
+    (
+        "Wan image to video",
+        (),
+        "it needs a first frame, and no type has its pipeline",
+        (
+            "img_emb.proj.0.bias",
+            "img_emb.proj.0.weight",
+            "condition_embedder.image_embedder.norm1.weight",
+        ),
+    ),
+    (
+        "Wan",
+        ("wan_t2v",),
+        "",
+        ("head.modulation", "condition_embedder.text_embedder.linear_1.weight"),
+    ),
     ("HunyuanDiT", ("hy",), "", ("mlp_t5.0.weight", "time_extra_emb.pooler.positional_embedding")),
-    ("PixArt", ("pixs", "pixa"), "", ("y_embedder.y_proj.fc1.weight", "caption_projection.linear_1.weight")),
+    (
+        "PixArt",
+        ("pixs", "pixa"),
+        "",
+        ("y_embedder.y_proj.fc1.weight", "caption_projection.linear_1.weight"),
+    ),
     ("LTX-Video", (), _NOT_RUN, ("patchify_proj.weight",)),
-    ("HunyuanVideo", (), _NOT_RUN, ("txt_in.individual_token_refiner.blocks.0.adaLN_modulation.1.bias",)),
+    (
+        "HunyuanVideo",
+        (),
+        _NOT_RUN,
+        ("txt_in.individual_token_refiner.blocks.0.adaLN_modulation.1.bias",),
+    ),
     ("AuraFlow", (), _NOT_RUN, ("double_layers.0.attn.w2q.weight",)),
     ("Mochi", (), _NOT_RUN, ("blocks.0.attn.qkv_x.weight",)),
     ("Sana", (), _NOT_RUN, ("blocks.0.cross_attn.q_linear.weight",)),
@@ -147,8 +200,13 @@ _TRANSFORMERS: tuple[tuple[str, tuple[str, ...], str, tuple[str, ...]], ...] = (
     ("Cosmos", (), _NOT_RUN, ("x_embedder.proj.1.weight",)),
     ("Krea 2", (), _NOT_RUN, ("txtfusion.projector.weight",)),
     ("MiniMax", (), _NOT_RUN, ("token_refiner.blocks.0.attn.qkv_proj.weight",)),
-    ("Stable Cascade", (), _NOT_RUN, ("clip_txt_mapper.weight", "down_blocks.1.0.channelwise.0.weight")),
-)  # fmt: skip
+    (
+        "Stable Cascade",
+        (),
+        _NOT_RUN,
+        ("clip_txt_mapper.weight", "down_blocks.1.0.channelwise.0.weight"),
+    ),
+)
 """Title, types that run it, why none does, and tensors of which one is there. The first that fits
 counts.
 """
@@ -179,7 +237,10 @@ _UPSCALER = _UNetFamily(
 )
 _VIDEO = _UNetFamily(title="Stable Video Diffusion", types=("svd",), has_only_latents=False)
 _MORE_CHANNELS = {
-    9: "it is made for inpainting and also takes a mask; mask_image works with ordinary checkpoints",
+    9: (
+        "it is made for inpainting and also takes a mask; mask_image works with ordinary "
+        "checkpoints"
+    ),
     8: (
         "it is made for editing (InstructPix2Pix) and also takes an image, and no type has its "
         "pipeline"

@@ -111,8 +111,14 @@ def _is_sparse(header: Header) -> bool:
 
 
 def _is_controlnet(header: Header) -> bool:
-    return header.has_part("control_model.", "controlnet_cond_embedding", "controlnet_x_embedder", "controlnet_blocks.", "control_layers.",
-                           "controlnet_down_blocks.")  # fmt: skip
+    return header.has_part(
+        "control_model.",
+        "controlnet_cond_embedding",
+        "controlnet_x_embedder",
+        "controlnet_blocks.",
+        "control_layers.",
+        "controlnet_down_blocks.",
+    )
 
 
 def _is_taesd(header: Header) -> bool:
@@ -137,25 +143,67 @@ def _is_embedding(header: Header) -> bool:
 
 _NO_UNION = "a union ControlNet needs the kind of each control image, which requests cannot give"
 _ADAPTERS: tuple[tuple[str, Part, str, Callable[[Header], bool]], ...] = (
-    ("a FaceID IP-Adapter", "other", ("it needs the identity vectors of a face recogniser, which "
-                                     "are not computed here"),
-     lambda header: _is_ip_adapter(header) and _is_face_id(header)),
+    (
+        "a FaceID IP-Adapter",
+        "other",
+        ("it needs the identity vectors of a face recogniser, which are not computed here"),
+        lambda header: _is_ip_adapter(header) and _is_face_id(header),
+    ),
     ("an IP-Adapter", "ip_adapter", "", _is_ip_adapter),
-    ("a control-LoRA", "other", "it is a low-rank ControlNet, which diffusers cannot load", lambda header: header.has("lora_controlnet")),
-    ("a ControlNet-LLLite", "other", "it changes the UNet's own layers, and no type loads that",
-     lambda header: header.has_part("lllite_")),
+    (
+        "a control-LoRA",
+        "other",
+        "it is a low-rank ControlNet, which diffusers cannot load",
+        lambda header: header.has("lora_controlnet"),
+    ),
+    (
+        "a ControlNet-LLLite",
+        "other",
+        "it changes the UNet's own layers, and no type loads that",
+        lambda header: header.has_part("lllite_"),
+    ),
     ("a union ControlNet", "other", _NO_UNION, _is_union),
-    ("a ControlNetXS", "other", "its layers run inside the UNet's, and no type has that pipeline",
-     lambda header: header.has_part("ctrl_cross_attn", "ctrl_to_base", "base_to_ctrl", "down_connections.", "enc_zero_convs", "c_to_base")),
-    ("a SparseCtrl ControlNet", "other", ("it is for AnimateDiff's sparse control, which no type "
-                                         "runs"), _is_sparse),
+    (
+        "a ControlNetXS",
+        "other",
+        "its layers run inside the UNet's, and no type has that pipeline",
+        lambda header: header.has_part(
+            "ctrl_cross_attn",
+            "ctrl_to_base",
+            "base_to_ctrl",
+            "down_connections.",
+            "enc_zero_convs",
+            "c_to_base",
+        ),
+    ),
+    (
+        "a SparseCtrl ControlNet",
+        "other",
+        ("it is for AnimateDiff's sparse control, which no type runs"),
+        _is_sparse,
+    ),
     ("a ControlNet", "controlnet", "", _is_controlnet),
     ("a LoRA", "lora", "", _is_lora),
-    ("a T2I-Adapter", "other", "it is not a ControlNet, and no type has its pipeline", _is_t2i_adapter),
+    (
+        "a T2I-Adapter",
+        "other",
+        "it is not a ControlNet, and no type has its pipeline",
+        _is_t2i_adapter,
+    ),
     ("a motion module of AnimateDiff", "motion", "", _is_motion),
-    ("a textual inversion", "embedding", "it is a prompt's embedding, not a part of a pipeline", _is_embedding),
-    ("a tiny VAE (TAESD)", "other", "its latents have no mean and no scale as this pipeline's have", _is_taesd),
-)  # fmt: skip
+    (
+        "a textual inversion",
+        "embedding",
+        "it is a prompt's embedding, not a part of a pipeline",
+        _is_embedding,
+    ),
+    (
+        "a tiny VAE (TAESD)",
+        "other",
+        "its latents have no mean and no scale as this pipeline's have",
+        _is_taesd,
+    ),
+)
 
 
 def _checkpoint(header: Header) -> Found | None:

@@ -220,8 +220,8 @@ def parse_scheduler(value: str | Mapping[str, Any] | None) -> SchedulerChoice:
 
 
 def parse_requested(value: str | Mapping[str, Any] | None) -> SchedulerChoice:
-    """The same for a request, which may change some settings only (backends/generation/scheduler_settings.py).
-    Raises SchedulerError.
+    """The same for a request, which may change some settings only (scheduler_settings.py). Raises
+    SchedulerError.
     """
     choice = parse_scheduler(value)
     if problem := why_refused(choice.overrides):

@@ -344,8 +344,8 @@ def _plain(value: Any) -> Any:
 
 
 def _meta(value: Any) -> Any:
-    """Return a tensor of the same shape and dtype without memory. A number may stay on the CPU, where
-    torch combines it with any device.
+    """Return a tensor of the same shape and dtype without memory. A number may stay on the CPU,
+    where torch combines it with any device.
     """
     if not isinstance(value, Tensor) or (value.dim() == 0 and value.device.type == "cpu"):
         return value

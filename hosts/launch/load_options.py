@@ -175,7 +175,7 @@ def idle_reasons(settings: Settings, spec: ModelSpec, plan: ParallelPlan) -> Ite
     for name in MOTION_OPTIONS if "motion_adapter" not in spec.components else ():
         if name in settings.given:
             yield f"--{name} has no effect: type {spec.name!r} has no motion adapter"
-    if settings.warmup_steps is not None and "warmup_steps" not in plan.options:
+    if settings.warmup_steps is not None and not plan.reads_previous_step:
         yield "--warmup_steps has no effect: this plan uses no values of the previous step"
     if settings.master_port is not None:
         yield "--master_port has no effect: the ranks of a machine connect in a private folder"

@@ -95,8 +95,8 @@ def run_agent(
 def _wait(
     agent: subprocess.Popen[bytes], fatal_file: Path, *, parent: int | None, within_s: float
 ) -> int:
-    """Return the agent's exit code, or 0 once it was stopped: by a signal, by the end of `parent`, or
-    because a rank wrote into `fatal_file` why no rank can go on.
+    """Return the agent's exit code, or 0 once it was stopped: by a signal, by the end of `parent`,
+    or because a rank wrote into `fatal_file` why no rank can go on.
 
     The ranks get `within_s` to stop; a second signal ends them at once.
     """

@@ -4,6 +4,7 @@ kernels that never end.
 
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -103,8 +104,8 @@ class Groups:
         group_src: Any = None,
     ) -> Any:
         own = self._plain(tensor, group)
-        run = lambda: REAL["broadcast"](
-            own, src=src, group=group, async_op=async_op, group_src=group_src
+        run = partial(
+            REAL["broadcast"], own, src=src, group=group, async_op=async_op, group_src=group_src
         )
         return self._collective("broadcast", tensor, group, run, async_op, source=src)
 
@@ -118,8 +119,14 @@ class Groups:
         async_op: bool = False,
     ) -> Any:
         to, of = self._plain(output, group), self._plain(input, group)
-        run = lambda: REAL["all_to_all_single"](
-            to, of, output_split_sizes, input_split_sizes, group, async_op
+        run = partial(
+            REAL["all_to_all_single"],
+            to,
+            of,
+            output_split_sizes,
+            input_split_sizes,
+            group,
+            async_op,
         )
         sizes = {
             "received": tuple(output_split_sizes or ()),

@@ -1,9 +1,9 @@
 """Rehearsal: this process from now on sees GPUs, until `uninstall`.
 
 rehearsal = Rehearsal(num_devices=2, index=rank)
-with rehearsal:                       # before the program under test touches torch.cuda; once per process, main thread
-    ...                               # the program, with device torch.device("cuda", rank)
-rehearsal.journal                     # where the host waited, and what went over which group
+with rehearsal:        # once per process, in the main thread, before the program uses torch.cuda
+    ...                # the program, with device torch.device("cuda", rank)
+rehearsal.journal      # where the host waited, and what went over which group
 """
 
 import ctypes
@@ -197,9 +197,10 @@ def _of_tensors() -> Any:
     yield Tensor, "__new__", new_plain
     yield torch, "tensor", lambda data, **kwargs: tensor(read_scalars(data), **kwargs)
     # where they do not fit nn.Module.to makes a new parameter: a plain one cannot become a wrapper
-    alike = lambda one, other: (
-        isinstance(one, CudaTensor) == isinstance(other, CudaTensor) and fits(one, other)
-    )
+
+    def alike(one: Any, other: Any) -> bool:
+        return isinstance(one, CudaTensor) == isinstance(other, CudaTensor) and fits(one, other)
+
     yield torch, "_has_compatible_shallow_copy_type", alike
 
 

@@ -147,9 +147,16 @@ def _layer_like(base: nn.Module, matrix: Tensor) -> nn.Module:
     if isinstance(base, nn.Linear):
         return _with_weight(nn.Linear(*reversed(matrix.shape), bias=False, device="meta"), matrix)
     weight = matrix.view(matrix.shape[0], -1, *base.kernel_size)
-    walk = {name: getattr(base, name) for name in ("stride", "padding", "dilation", "padding_mode")}
     convolution = _CONVOLUTIONS[weight.dim()](
-        weight.shape[1], weight.shape[0], base.kernel_size, bias=False, device="meta", **walk
+        weight.shape[1],
+        weight.shape[0],
+        base.kernel_size,
+        stride=base.stride,
+        padding=base.padding,
+        dilation=base.dilation,
+        padding_mode=base.padding_mode,
+        bias=False,
+        device="meta",
     )
     return _with_weight(convolution, weight)
 

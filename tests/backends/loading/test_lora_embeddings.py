@@ -11,7 +11,7 @@ from torch import Tensor
 from backends.errors import RequestError
 from backends.generation.pipeline import LoadedPipeline
 from tests.backends.features import TABLE, loaded
-from tests.backends.lora_files import SAME, VISIBLE, difference, factors, generate, write
+from tests.backends.loading.lora_files import SAME, VISIBLE, difference, factors, generate, write
 
 PROMPT = "a photo of Easy-Style, a cat"
 

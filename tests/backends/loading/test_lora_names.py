@@ -12,7 +12,7 @@ from torch import Tensor
 from backends.errors import ConfigError
 from backends.generation.pipeline import LoadedPipeline
 from tests.backends.features import TABLE, loaded
-from tests.backends.lora_files import Keys, factors, layer_of, require_same, write
+from tests.backends.loading.lora_files import Keys, factors, layer_of, require_same, write
 
 STYLES = {
     "kohya": ("lora_down.weight", "lora_up.weight"),

@@ -12,7 +12,7 @@ from torch import Tensor
 from backends.generation.pipeline import LoadedPipeline
 from backends.quantization_spec import parse_quantization
 from tests.backends.features import TABLE, loaded
-from tests.backends.lora_files import (
+from tests.backends.loading.lora_files import (
     SAME,
     VISIBLE,
     Keys,
