@@ -31,6 +31,8 @@ EXTENSIONS = {
     ARRAY_TYPE: "npy",
     WHOLE_TYPE: "npz",
 }
+QUALITY = 95
+"""Of JPEG and WebP files, where no other is asked for."""
 FRAMES_PER_S = 7
 """What both existing clients play videos at."""
 
@@ -51,16 +53,17 @@ def encode(
     *,
     metadata: str = "",
     frames_per_s: float = FRAMES_PER_S,
+    quality: int | None = None,
 ) -> bytes:
-    """The result as one file of this type; a PNG holds `metadata` as its text `parameters`.
-    RequestError if the type does not fit.
+    """The result as one file of this type; a PNG holds `metadata` as its text `parameters`, JPEG
+    and WebP have `quality` (0 to 100). RequestError if the type does not fit.
     """
     if content_type == ARRAY_TYPE:
         return _encode_array(result)
     if content_type == WHOLE_TYPE:
         return _encode_whole(result)
     if content_type in IMAGE_TYPES and len(result.frames) == 1:
-        return _encode_image(images(result)[0], IMAGE_TYPES[content_type], metadata)
+        return _encode_image(images(result)[0], IMAGE_TYPES[content_type], metadata, quality)
     if content_type == "image/gif":
         return _encode_gif(images(result), frames_per_s)
     if content_type == "video/mp4":
@@ -119,7 +122,9 @@ def decode_whole(data: bytes) -> GenerateResult:
         return serialization.unpack_result(arrays["facts"].tobytes().decode(), arrays.__getitem__)
 
 
-def _encode_image(image: Image.Image, file_format: str, metadata: str) -> bytes:
+def _encode_image(
+    image: Image.Image, file_format: str, metadata: str, quality: int | None
+) -> bytes:
     buffer = io.BytesIO()
     if file_format == "PNG":
         texts = PngInfo()
@@ -127,7 +132,7 @@ def _encode_image(image: Image.Image, file_format: str, metadata: str) -> bytes:
             texts.add_itxt("parameters", metadata)
         image.save(buffer, format=file_format, pnginfo=texts)
     else:
-        image.save(buffer, format=file_format, quality=95)
+        image.save(buffer, format=file_format, quality=QUALITY if quality is None else quality)
     return buffer.getvalue()
 
 

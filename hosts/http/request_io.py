@@ -3,12 +3,13 @@ wait for the job.
 """
 
 import hashlib
+import json
+import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flask import current_app, request
-from werkzeug.exceptions import BadRequest
 
 from backends.errors import HostError, RequestError
 from backends.request import GenerateRequest, GenerateResult
@@ -18,18 +19,21 @@ from hosts.jobs.queue import Job
 
 LOOK_EVERY_S = 0.5
 MAX_KEY = 255
+MAX_SEED = 2**63 - 1
 
 
 def json_object() -> Mapping[str, Any]:
-    """The body. RequestError if it is not one JSON object."""
+    """Return the body. RequestError if it is not one JSON object."""
     try:
-        body = request.get_json()
-    except BadRequest as error:
-        raise RequestError(f"the body is not valid JSON: {error.description}") from error
+        body = json.loads(request.get_data())
     except RecursionError as error:
         raise RequestError(
             "the body is not valid JSON: its lists and objects are nested too deeply. Send a flat "
             "object."
+        ) from error
+    except ValueError as error:  # also text that is not UTF-8, and numbers of thousands of digits
+        raise RequestError(
+            f"the body is not valid JSON: {error}. Send one JSON object, as UTF-8."
         ) from error
     if not isinstance(body, Mapping):
         raise RequestError(f"the body must be one JSON object, not {type(body).__name__}.")
@@ -76,9 +80,30 @@ def wanted_type(output: str, *, default: str) -> str:
 
 
 def seeds_from(seed: Any, number: int) -> list[Any]:
-    """Return the seeds of several images: they count up from one that was chosen."""
-    is_chosen = isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0
-    return [seed + index if is_chosen else seed for index in range(number)]
+    """Return the seeds of several images: they count up from one that was chosen, also as text.
+    RequestError if there are not so many.
+    """
+    first = _whole(seed)
+    if first is None or first < 0:
+        return [seed] * number
+    if first <= MAX_SEED < first + number - 1:
+        raise RequestError(
+            f"seed={first} leaves no seeds for {number} images. Allowed for them: up to "
+            f"{MAX_SEED - number + 1}.",
+            field="seed",
+        )
+    return [first + index for index in range(number)]
+
+
+def _whole(value: Any) -> int | None:
+    """The number of a seed such as 5, 5.0 or "5"; None for anything else, which is refused where
+    requests are read.
+    """
+    if isinstance(value, str) and re.fullmatch(r"\s*\d{1,20}(\.0*)?\s*", value, re.ASCII):
+        return int(value.partition(".")[0])
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def submit_all(requests: Sequence[GenerateRequest], *, is_kept: bool = False) -> list[Job]:

@@ -15,6 +15,7 @@ from backends.generation.schedulers import SCHEDULERS
 from backends.model_table import ModelSpec
 from backends.request import CALL_DEFAULTS, GenerateRequest
 from hosts.http import VERSION, media
+from hosts.http.decode import Accepted
 from hosts.http.dialect import error_body
 from hosts.http.jobs_api import JobView
 from hosts.http.limits import BOUNDS
@@ -34,14 +35,6 @@ IDEMPOTENCY_KEY = {
     "description": "The client's own name for the job: sending it again creates no second one.",
     "schema": {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[ -~]+$"},
 }
-
-CONTROL = (
-    "control_image",
-    "controlnet_conditioning_scale",
-    "control_guidance_start",
-    "control_guidance_end",
-)
-IP_ADAPTER = ("ip_adapter_image", "ip_adapter_scale")
 
 
 class _Schema(GenerateJsonSchema):
@@ -173,9 +166,9 @@ def openapi(spec: ModelSpec, settings: Settings) -> dict[str, Any]:
 
 def _schemas(spec: ModelSpec, settings: Settings) -> dict[str, Any]:
     request = GenerateRequest.model_json_schema(schema_generator=_Schema)
-    unused = _unused(spec, settings)
+    unused = Accepted.by(settings).unused(spec)
     fields = {name: facts for name, facts in request["properties"].items() if name not in unused}
-    request |= {"title": "Request", "additionalProperties": True, "properties": fields}
+    request |= {"title": "Request", "additionalProperties": False, "properties": fields}
     request["required"] = [
         name for name in spec.requires if name in fields and name != "prompt"
     ]  # embeddings may stand for it
@@ -186,9 +179,7 @@ def _schemas(spec: ModelSpec, settings: Settings) -> dict[str, Any]:
         if name in fields:
             fields[name]["default"] = default
     for name in ("height", "width"):
-        fields[name]["description"] = (
-            f"Pixels. Multiples of {spec.size_multiple}; others are cut down to one."
-        )
+        fields[name]["description"] = f"Pixels. Multiples of {spec.size_multiple}."
     for name, limit in BOUNDS.items():
         _bound(fields.get(name, {}), settings, limit)
     fields["scheduler"]["examples"] = [
@@ -224,27 +215,6 @@ def _bound(field: dict[str, Any], settings: Settings, limit: str) -> None:
     for kind in field.get("anyOf", [field]):
         if kind.get("type") in BOUND:
             kind[BOUND[kind["type"]]] = getattr(settings, limit)
-
-
-def _unused(spec: ModelSpec, settings: Settings) -> set[str]:
-    """Request fields that this host does not read: nothing is loaded that could use them."""
-    is_used = {
-        "num_frames": spec.output == "video",
-        "decode_chunk_size": spec.output == "video",
-        "motion_bucket_id": spec.guidance == "frame_ramp",
-        "noise_aug_strength": spec.guidance == "frame_ramp",
-        "latents": spec.returns_latents,
-        "latent_space": spec.returns_latents,
-        "first_step": spec.returns_latents,
-        "compel": settings.compel,
-        "init_image": spec.returns_latents,
-        "mask_image": spec.supports("single", "inpainting").status != "unsupported",
-        "image": "image" in spec.requires,
-        **dict.fromkeys(CONTROL, bool(settings.control_net)),
-        **dict.fromkeys(IP_ADAPTER, bool(settings.ip_adapter)),
-        "lora": bool(settings.lora_dir),
-    }
-    return {name for name, used in is_used.items() if not used}
 
 
 def _constant(value: object) -> dict[str, Any]:

@@ -32,8 +32,8 @@ def test_body_that_is_too_large_is_answered_as_an_error(client, queue, state):
                                                                          "allows: 30")),
         ({"timesteps": list(range(31, 0, -1))}, "max_steps", ("num_inference_steps=31 is more than "
                                                              "this host allows: 30 (--max_steps)")),
-        ({"width": 32}, "max_side", "width=32 is more than this host allows: 30 (--max_side)"),
-        ({"height": 32}, "max_side", "height=32 is more than this host allows: 30 (--max_side)"),
+        ({"width": 32}, "max_side", "width=32 is more than this host allows: 24 (--max_side)"),
+        ({"height": 32}, "max_side", "height=32 is more than this host allows: 24 (--max_side)"),
         ({"num_frames": 31}, "max_frames", ("num_frames=31 is more than this host allows: 30 "
                                        "(--max_frames)")),
         ({"prompt": "a" * 31}, "max_prompt_chars", ("prompt has 31 characters, more than this "
@@ -45,11 +45,11 @@ def test_body_that_is_too_large_is_answered_as_an_error(client, queue, state):
 def test_request_beyond_a_limit_of_the_operator_is_refused_and_one_within_is_not(
     body, limit, said, queue, state
 ):
-    client = make_client(queue, state, type="ad", **{limit: 30})
+    client = make_client(queue, state, type="ad", **{limit: 24 if limit == "max_side" else 30})
     answer = client.post("/v1/jobs", json=body)
     assert answer.status_code == 400 and said in assert_is_error(answer.get_json())
     smaller = {
-        name: value - 2 if isinstance(value, int) else value[1:] for name, value in body.items()
+        name: value - 8 if isinstance(value, int) else value[1:] for name, value in body.items()
     }
     assert client.post("/v1/jobs", json=smaller).status_code == 202
     assert make_client(queue, state, type="ad").post("/v1/jobs", json=body).status_code == 202
