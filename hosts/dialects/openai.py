@@ -19,9 +19,16 @@ from hosts.dialects.openai_fields import Asked
 from hosts.dialects.openai_stream import image_events
 from hosts.http import media
 from hosts.http.decode import Accepted, read_request
-from hosts.http.dialect import Dialect, is_strict, require_known
+from hosts.http.dialect import Dialect, Operation, is_strict, require_known
 from hosts.http.jobs_api import event_stream, file_response
-from hosts.http.request_io import client, json_object, seeds_from, submit_all, wait_for_all
+from hosts.http.request_io import (
+    client,
+    json_object,
+    seeds_from,
+    submit_all,
+    wait_for_all,
+    whole,
+)
 from hosts.jobs.queue import Job, JobStatus
 from hosts.supervision.host_state import Phase
 
@@ -46,6 +53,37 @@ DIALECT = Dialect(
     paths=("/v1/",),
     error_body=error_body,
     media_types=("application/json", "multipart/form-data"),
+    operations=(
+        Operation(
+            method="post",
+            path="/v1/images/generations",
+            summary="OpenAI: text to image; with `stream` as server-sent events.",
+            rules=protocol.IMAGES,
+        ),
+        Operation(
+            method="post",
+            path="/v1/images/edits",
+            summary="OpenAI: image to image, as JSON or as a form.",
+            rules=protocol.EDITS,
+        ),
+        Operation(
+            method="post",
+            path="/v1/videos",
+            summary="OpenAI: queue a video.",
+            rules=protocol.VIDEOS,
+        ),
+        Operation(method="get", path="/v1/videos", summary="OpenAI: all videos."),
+        Operation(method="get", path="/v1/videos/{id}", summary="OpenAI: a video's state."),
+        Operation(method="delete", path="/v1/videos/{id}", summary="OpenAI: delete a video."),
+        Operation(
+            method="get",
+            path="/v1/videos/{id}/content",
+            summary="OpenAI: the video.",
+            media_type="video/mp4",
+        ),
+        Operation(method="get", path="/v1/models", summary="OpenAI: the model that is loaded."),
+        Operation(method="get", path="/v1/models/{id}", summary="OpenAI: the same by its name."),
+    ),
 )
 
 
@@ -98,7 +136,7 @@ def videos() -> Response:
     ids = [job.id for job in jobs]
     if (after := request.args.get("after")) in ids:
         jobs = jobs[ids.index(after) + 1 :]
-    limit = protocol.whole(request.args, "limit", len(jobs), low=1, high=1000)
+    limit = whole(request.args, "limit", len(jobs), low=1, high=1000)
     return jsonify(
         {
             "object": "list",
@@ -149,10 +187,10 @@ def delete_video(job_id: str) -> Response:
 
 def _images(body: Mapping[str, Any], asked: Asked, *, kind: str) -> Response:
     most = min(protocol.MAX_IMAGES, _host().settings.max_images)
-    number = protocol.whole(body, "n", 1, low=1, high=most)
+    number = whole(body, "n", 1, low=1, high=most)
     urls = {"url": "url", "b64_json": "b64_json"}
     form = protocol.choice(body, "response_format", urls, "url")
-    num_partial = protocol.whole(body, "partial_images", 0, low=0, high=protocol.MAX_PARTIAL)
+    num_partial = whole(body, "partial_images", 0, low=0, high=protocol.MAX_PARTIAL)
     is_streamed = protocol.switch(body, "stream")
     encode = _encoder(body)
     seeds = seeds_from(asked.fields.get("seed"), number)
@@ -183,7 +221,7 @@ def _images(body: Mapping[str, Any], asked: Asked, *, kind: str) -> Response:
 def _encoder(body: Mapping[str, Any]) -> Callable[[GenerateResult], bytes]:
     """What makes a file of a result: of output_format, with output_compression."""
     content_type = protocol.choice(body, "output_format", protocol.FORMATS, "image/png")
-    quality = protocol.whole(body, "output_compression", 100, low=0, high=100)
+    quality = whole(body, "output_compression", 100, low=0, high=100)
     if content_type == "image/png" and quality != 100:
         raise RequestError(
             f"output_compression={quality} is not for PNG, which loses nothing. Send "

@@ -161,20 +161,6 @@ def filmed(body: Mapping[str, Any], asked: Asked) -> Asked:
     return Asked(fields=fields, sent_as=sent_as)
 
 
-def whole(body: Mapping[str, Any], name: str, default: int, *, low: int, high: int) -> int:
-    """The whole number of a field, within its bounds."""
-    value = body.get(name)
-    if is_empty(value):
-        return default
-    if isinstance(value, str) and re.fullmatch(r"\d{1,9}", value, re.ASCII):
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise RequestError(
-            f"{name}={shown(value)} is not allowed. Allowed: {low} to {high}.", field=name
-        )
-    return value
-
-
 def choice(body: Mapping[str, Any], name: str, allowed: Mapping[str, str], default: str) -> str:
     """What the text of a field means."""
     value = body.get(name)

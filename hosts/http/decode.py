@@ -4,7 +4,6 @@ Images travel as base64 of a file, arrays as base64 of a .npy file. Nothing is u
 pickles of existing clients are read in hosts/compat only. Imports no torch.
 """
 
-import io
 import math
 import threading
 from collections.abc import Callable, Mapping
@@ -20,7 +19,7 @@ from pydantic import ValidationError
 from backends.errors import RequestError, UnsupportedError
 from backends.model_table import ModelSpec
 from backends.request import GenerateRequest
-from hosts.http import images
+from hosts.http import images, media
 from hosts.http.dialect import is_empty
 from hosts.http.limits import DEFAULT_LIMITS, MAX_IMAGES, DecodeLimits, Limits
 from hosts.launch.settings import Settings
@@ -36,7 +35,6 @@ ARRAYS = (
     "negative_pooled_prompt_embeds",
 )
 LISTS = ("sigmas", "timesteps")
-MAX_DIMS = 8
 MIN_SIDE = 8
 IMAGE_WANTED = "Send base64 of a PNG, JPEG or WebP file"
 ARRAY_WANTED = "Send base64 of a .npy file of numbers"
@@ -86,8 +84,7 @@ class Accepted:
         no_image = f"{spec.title} starts from no image of this kind"
         no_control = "no ControlNet is loaded (--control_net)"
         no_adapter = "no IP-Adapter is loaded (--ip_adapter)"
-        no_frames = f"{spec.title} makes one image"
-        no_ramp = f"{spec.title} has no such setting"
+        no_frames, no_ramp = f"{spec.title} makes one image", f"{spec.title} has no such setting"
         is_video, is_ramp = spec.output == "video", spec.guidance == "frame_ramp"
         inpaints = spec.supports("single", "inpainting").status != "unsupported"
         facts = {
@@ -270,7 +267,7 @@ def read_array(value: object, *, field: str) -> np.ndarray:
     if isinstance(value, np.ndarray):
         return value
     return decoded(
-        lambda: _array_from_file(images.bytes_from_text(value, DecodeLimits()), DecodeLimits()),
+        lambda: media.from_npy(images.bytes_from_text(value, DecodeLimits()), DecodeLimits()),
         field=field,
         wanted=ARRAY_WANTED,
     )
@@ -325,35 +322,6 @@ def _images(value: Any, field: str, *, name: str, accepted: Accepted) -> Any:
     read = read_mask if field == "mask_image" else read_image
     found = [read(one, field=name, accepted=accepted) for one in many]
     return found if isinstance(value, list) and field not in SINGLE else found[0]
-
-
-def _array_from_file(data: bytes, limits: DecodeLimits) -> np.ndarray:
-    """The values of a .npy file. Its header is checked before anything is allocated."""
-    file = io.BytesIO(data)
-    try:
-        if np.lib.format.read_magic(file) != (1, 0):
-            raise images.Unreadable("version")
-        shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
-    except Exception as error:  # the header is read as Python, with a dozen kinds of failure
-        raise images.Unreadable("the data is not a .npy file") from error
-    if dtype.kind not in "fiu" or len(shape) > MAX_DIMS:
-        raise images.Unreadable(f"the array has type {dtype} and {len(shape)} dimensions")
-    count = math.prod(shape)
-    if not 1 <= count <= limits.max_tensor_elements:
-        raise images.Unreadable(
-            f"the array of shape {shape} has {count} elements; allowed are 1 to "
-            f"{limits.max_tensor_elements}"
-        )
-    body = data[file.tell() :]
-    if len(body) != count * dtype.itemsize:
-        raise images.Unreadable(
-            f"the array of shape {shape} does not have the bytes that it announces"
-        )
-    with np.errstate(over="ignore"):  # what is beyond float32 is refused below
-        values = np.frombuffer(body, dtype).astype(np.float32)
-    if not np.isfinite(values).all():
-        raise images.Unreadable("the array holds NaN or infinity, or values beyond float32")
-    return np.ascontiguousarray(values.reshape(shape, order="F" if is_fortran else "C"))
 
 
 def _loras(given: Any, folders: tuple[str, ...]) -> dict[str, float]:

@@ -123,6 +123,22 @@ def error_body(message: str, status: int) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Operation:
+    """One call of an API, for GET /openapi.json."""
+
+    method: str
+    """In small letters."""
+    path: str
+    """With its parameters in braces."""
+    summary: str
+    """What it does."""
+    rules: Mapping[str, Rule] | None = None
+    """The fields of its body, where it has one."""
+    media_type: str = "application/json"
+    """Of its answer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Dialect:
     """One API that the host speaks."""
 
@@ -140,6 +156,8 @@ class Dialect:
     """Whether its jobs wait until they can be done, also for a machine that is away."""
     needs_model: bool = True
     """Whether its POSTs are refused while no model is loaded."""
+    operations: tuple[Operation, ...] = ()
+    """Its calls, where /openapi.json does not say more of them."""
 
 
 OURS = Dialect(blueprint=Blueprint("none", __name__))

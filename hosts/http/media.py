@@ -4,6 +4,7 @@ functions; imports no torch.
 
 import base64
 import io
+import math
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from backends.errors import RequestError
 from backends.request import GenerateResult
+from hosts.http.images import Unreadable
+from hosts.http.limits import DecodeLimits
 from hosts.jobs import serialization
 
 IMAGE_TYPES = {"image/png": "PNG", "image/jpeg": "JPEG", "image/webp": "WEBP"}
@@ -31,6 +34,8 @@ EXTENSIONS = {
     ARRAY_TYPE: "npy",
     WHOLE_TYPE: "npz",
 }
+MAX_DIMS = 8
+"""Of an array in a request."""
 QUALITY = 95
 """Of JPEG and WebP files, where no other is asked for."""
 FRAMES_PER_S = 7
@@ -99,6 +104,36 @@ def npy(array: np.ndarray) -> str:
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def from_npy(data: bytes, limits: DecodeLimits) -> np.ndarray:
+    """Return the values of a .npy file as float32, finite and not empty. Raises Unreadable.
+
+    Its header is checked before anything is allocated.
+    """
+    file = io.BytesIO(data)
+    try:
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise Unreadable("version")
+        shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    except Exception as error:  # the header is read as Python, with a dozen kinds of failure
+        raise Unreadable("the data is not a .npy file") from error
+    if dtype.kind not in "fiu" or len(shape) > MAX_DIMS:
+        raise Unreadable(f"the array has type {dtype} and {len(shape)} dimensions")
+    count = math.prod(shape)
+    if not 1 <= count <= limits.max_tensor_elements:
+        raise Unreadable(
+            f"the array of shape {shape} has {count} elements; allowed are 1 to "
+            f"{limits.max_tensor_elements}"
+        )
+    body = data[file.tell() :]
+    if len(body) != count * dtype.itemsize:
+        raise Unreadable(f"the array of shape {shape} does not have the bytes that it announces")
+    with np.errstate(over="ignore"):  # what is beyond float32 is refused below
+        values = np.frombuffer(body, dtype).astype(np.float32)
+    if not np.isfinite(values).all():
+        raise Unreadable("the array holds NaN or infinity, or values beyond float32")
+    return np.ascontiguousarray(values.reshape(shape, order="F" if is_fortran else "C"))
 
 
 def _encode_array(result: GenerateResult) -> bytes:

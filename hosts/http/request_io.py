@@ -14,7 +14,8 @@ from flask import current_app, request
 from backends.errors import HostError, RequestError
 from backends.request import GenerateRequest, GenerateResult
 from hosts.http import media
-from hosts.http.server import CONNECTION, is_gone
+from hosts.http.dialect import is_empty, shown
+from hosts.http.server import CONNECTION, Peer
 from hosts.jobs.queue import Job
 
 LOOK_EVERY_S = 0.5
@@ -25,7 +26,7 @@ MAX_SEED = 2**63 - 1
 def json_object() -> Mapping[str, Any]:
     """Return the body. RequestError if it is not one JSON object."""
     try:
-        body = json.loads(request.get_data())
+        body = json.loads(_data())
     except RecursionError as error:
         raise RequestError(
             "the body is not valid JSON: its lists and objects are nested too deeply. Send a flat "
@@ -38,6 +39,16 @@ def json_object() -> Mapping[str, Any]:
     if not isinstance(body, Mapping):
         raise RequestError(f"the body must be one JSON object, not {type(body).__name__}.")
     return body
+
+
+def _data() -> bytes:
+    """Return the bytes of the body. RequestError if its chunks cannot be read."""
+    try:
+        return request.get_data()
+    except (ValueError, OverflowError, MemoryError) as error:
+        raise RequestError(
+            f"the body cannot be read: {error}. Send it with a Content-Length."
+        ) from error
 
 
 def client() -> str:
@@ -77,6 +88,20 @@ def wanted_type(output: str, *, default: str) -> str:
             field="Accept",
         )
     return best or default
+
+
+def whole(body: Mapping[str, Any], name: str, default: int, *, low: int, high: int) -> int:
+    """The whole number of a field, within its bounds."""
+    value = body.get(name)
+    if is_empty(value):
+        return default
+    if isinstance(value, str) and re.fullmatch(r"\d{1,9}", value, re.ASCII):
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise RequestError(
+            f"{name}={shown(value)} is not allowed. Allowed: {low} to {high}.", field=name
+        )
+    return value
 
 
 def seeds_from(seed: Any, number: int) -> list[Any]:
@@ -131,9 +156,10 @@ def wait_for(job: Job, *, is_kept: bool = False) -> GenerateResult:
     connection, grace_s = request.environ.get(CONNECTION), host.settings.disconnect_grace
     if connection is None or grace_s == 0 or is_kept:
         return job.wait()
+    peer = Peer(connection, takes_interim=request.environ["SERVER_PROTOCOL"] == "HTTP/1.1")
     gone_at: float | None = None
     while (result := job.wait(LOOK_EVERY_S)) is None:
-        if not is_gone(connection):
+        if not peer.is_gone():
             continue
         gone_at = gone_at or time.monotonic()
         if time.monotonic() - gone_at >= grace_s:
