@@ -109,7 +109,7 @@ def asked_for(body: Mapping[str, Any]) -> Asked:
     fields, sent_as = {}, {}
     for name, value in body.items():
         field = ALIASES.get(name, name)
-        if field in GenerateRequest.model_fields and not is_empty(value):
+        if field in OWN and not is_empty(value):
             fields[field], sent_as[field] = value, name
     if fields.get("quality") in QUALITIES:
         del fields["quality"]

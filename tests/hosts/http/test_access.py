@@ -4,6 +4,7 @@
 
 import pytest
 from PIL import Image
+from werkzeug.test import EnvironBuilder
 
 from backends.model_table import read_table
 from hosts.compat.protocol import FixedModel
@@ -234,3 +235,34 @@ def test_host_that_waits_for_another_machine_keeps_jobs_and_refuses_what_would_w
     assert (
         client.post("/v1/jobs", json={"prompt": "a"}).status_code == 202 and queue.num_waiting == 1
     )
+
+
+def test_probes_need_no_host(client):
+    """HAProxy's default check is HTTP/1.0 without one; browsers always send one."""
+    environ = EnvironBuilder(path="/healthz").get_environ()
+    del environ["HTTP_HOST"]
+    environ["SERVER_NAME"] = "diffusion"
+    assert client.open(environ).status_code == 200
+
+
+@pytest.mark.parametrize("host", ["localhost", "localhost.", "127.0.0.1:99", "[::1]:99"])
+def test_names_of_this_host_are_served(client, host):
+    assert client.get("/healthz", headers={"Host": host}).status_code == 200
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "evil.example", "localhost.evil.example", "[", "[x"])
+def test_other_names_are_refused_with_the_way_out(client, host):
+    answer = client.get("/healthz", headers={"Host": host})
+    assert answer.status_code == 400 and "--host" in answer.get_data(as_text=True)
+
+
+@pytest.mark.parametrize("origin", ["http://[", "http://evil.example", "null", "//["])
+def test_origins_that_are_none_are_foreign(client, origin):
+    answer = client.post("/v1/jobs", json={"prompt": "a"}, headers={"Origin": origin})
+    assert answer.status_code == 403
+
+
+def test_unknown_paths_are_404_whatever_is_sent(client):
+    for path in ("/nothing", "/v1/nothing", "/sdapi/v1/nothing"):
+        assert client.post(path, data={"a": "b"}).status_code == 404
+        assert client.post(path, data=b"x", content_type="text/plain").status_code == 404
