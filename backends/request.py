@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from backends.plan import Exactness
 from backends.quantization_spec import QuantizationSpec
@@ -20,6 +20,8 @@ Array = np.ndarray
 MAX_SIDE = 8192
 MAX_STEPS = 1000
 Weight = Annotated[float, Field(ge=-10, le=10)]
+IMAGE_STRENGTH = 0.8
+"""How much of init_image may change if a request does not say it: 1 would not show the image."""
 CALL_DEFAULTS = {"decode_chunk_size": 8, "motion_bucket_id": 127, "noise_aug_strength": 0.02}
 """What pipelines that have these arguments are given when a request leaves them out."""
 
@@ -139,7 +141,10 @@ class GenerateRequest(BaseModel):
         Field(
             ge=0,
             le=1,
-            description="How much of latents or init_image may change: 1 is all, 0 nothing.",
+            description=(
+                "How much of latents or init_image may change: 1 is all, 0 nothing. Absent: 0.8 "
+                "with init_image, else 1."
+            ),
         ),
     ] = 1.0
     denoising_end: Annotated[
@@ -231,6 +236,13 @@ class GenerateRequest(BaseModel):
     quality: Annotated[
         Literal["exact"] | None, Field(description="'exact': no approximate method or step cache.")
     ] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_strength(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("init_image") is not None:
+            return {"strength": IMAGE_STRENGTH, **values}
+        return values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -48,7 +48,7 @@ def main() -> None:
         json.dumps(
             {
                 "device": str(device),
-                "num_inference_steps": options.steps,
+                "steps": options.steps,
                 "rounds": options.rounds,
                 "sizes": found,
             },

@@ -4,6 +4,7 @@ hands it to that model's application.
 
 import contextlib
 import io
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -184,9 +185,9 @@ def _named_model(body: bytes) -> str | None:
     if request.mimetype != "application/json" or not body:
         return None
     try:
-        content = request.get_json(silent=True)
-    except RecursionError:
-        return None  # as below
+        content = json.loads(body)
+    except (ValueError, RecursionError):
+        content = None
     if not isinstance(content, dict):
         return None  # the model's own application says what is wrong with it
     override = content.get("override_settings")

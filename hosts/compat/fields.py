@@ -11,7 +11,7 @@ from backends.errors import RequestError
 from backends.model_table import ModelSpec
 from backends.request import GenerateRequest
 from hosts.compat import codec
-from hosts.http import decode
+from hosts.http import decode, dialect
 from hosts.http.decode import Accepted
 
 __all__ = ["Accepted", "read_request"]
@@ -35,48 +35,77 @@ EMBEDS = {
     "negative_embeds": ("negative_prompt_embeds", "negative_pooled_prompt_embeds"),
 }
 """Name of a conditioning -> the fields of its two parts."""
-NPY = "k05VTVBZ"
-"""The base64 text of every .npy file begins so."""
+NPY, PICKLE = "k05VTVBZ", "gA"
+"""How base64 text of a .npy file begins, and of a pickle."""
 MAX_IMAGE_SCALE = 1000.0
+SCALES = {f"{name}_scale" for name in (*decode.IMAGES, "ip_image")}
+RULES = dict.fromkeys(
+    {name for names in NAMES.values() for name in names} | set(EMBEDS) | SCALES | {"keep"},
+    dialect.DONE,
+)
+"""The fields of POST /generate, which every client but the existing ones must keep to."""
 
 
 def read_request(body: Any, *, spec: ModelSpec, accepted: Accepted) -> GenerateRequest:
-    """Return the request. Unknown keys are ignored, null is absent, and what this host cannot use
-    is left undecoded.
+    """Return the request. null is absent. An existing client's unknown keys are ignored, and what
+    this host cannot use is left undecoded; another client's are errors.
 
     RequestError names the client's field, what was sent and what is allowed.
     """
     if not isinstance(body, Mapping):
         raise RequestError(f"the body must be one JSON object, not {type(body).__name__}.")
     given = {key: value for key, value in body.items() if value is not None and value != ""}
-    sent_as = _names(given, spec)
+    is_strict = not is_existing_client(body) and dialect.is_strict(body)
+    if is_strict:
+        dialect.require_known(body, RULES)
+    sent_as = _names(given)
+    if not is_strict and "image" not in spec.requires:
+        _find_oldest(sent_as)
     fields = {field: given[name] for field, name in sent_as.items()}
+    unused = accepted.unused(spec)
     for field in (*decode.IMAGES, *decode.ARRAYS, *decode.LISTS):
-        if field in fields and accepted.uses(field, spec):
+        if field in fields and field not in unused:
             fields[field] = _decoded(fields[field], field, sent_as[field], given, accepted)
     for name, parts in EMBEDS.items():
         if name in given:
             conditioning = codec.decode_conditioning(given[name], field=name)
             fields |= dict(zip(parts, (conditioning.embeds, conditioning.pooled), strict=True))
-    return decode.read_request(fields, spec=spec, accepted=accepted, sent_as=sent_as)
+    return decode.read_request(
+        fields, spec=spec, accepted=accepted, sent_as=sent_as, is_strict=is_strict
+    )
 
 
-def _names(given: Mapping[str, Any], spec: ModelSpec) -> dict[str, str]:
+def is_existing_client(body: Mapping[str, Any]) -> bool:
+    """Whether the body is of an existing client: it has names of theirs, and none of diffusers'
+    for the same.
+    """
+    old = {name for names in OLD_NAMES.values() for name in names} | set(EMBEDS)
+    new = set(OLD_NAMES) | {field for fields in EMBEDS.values() for field in fields}
+    return bool(old & body.keys()) and not new & body.keys()
+
+
+def _names(given: Mapping[str, Any]) -> dict[str, str]:
     """Return the request fields that are there, and the name each was sent under."""
     found: dict[str, str] = {}
     for field, names in NAMES.items():
         name = next((name for name in names if name in given), None)
         if name is not None:
             found[field] = name
-    if "image" in found and "ip_adapter_image" not in found and "image" not in spec.requires:
-        found["ip_adapter_image"] = "image"  # where the oldest clients put it
     return found
+
+
+def _find_oldest(sent_as: dict[str, str]) -> None:
+    """The oldest clients send the IP-Adapter's image as `image`."""
+    if "image" in sent_as and "ip_adapter_image" not in sent_as:
+        sent_as["ip_adapter_image"] = sent_as.pop("image")
 
 
 def _decoded(
     value: Any, field: str, name: str, given: Mapping[str, Any], accepted: Accepted
 ) -> Any:
     """Return the value with its pickles read; what is no pickle is left to hosts/http/decode.py."""
+    if field == "mask_image" and isinstance(value, str) and not value.startswith(PICKLE):
+        return value  # its alpha channel says what may change
     if field in decode.IMAGES:
         key = "ip_image_scale" if field == "ip_adapter_image" else f"{field}_scale"
         percent = _percent(given[key], key) if key in given else accepted.image_scale

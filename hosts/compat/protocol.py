@@ -18,7 +18,7 @@ from hosts.supervision.host_state import HostState, Phase
 class FixedModel:
     """v1: the model is named on the command line, and stays."""
 
-    dialects: tuple[Dialect, ...] = (openai.DIALECT, a1111.DIALECT, routes.DIALECT)
+    dialects: tuple[Dialect, ...] = (openai.DIALECT, *a1111.DIALECTS, routes.DIALECT)
 
     def __init__(self, control: ModelControl | None = None) -> None:
         """control: left alone, so that both protocols are made alike."""

@@ -1,98 +1,103 @@
-"""The API of the A1111 web interface (/sdapi/v1), as far as a host with one loaded model has it."""
+"""The API of the A1111 web interface (/sdapi/v1): txt2img, img2img and what runs.
+
+Lists and options are in a1111_lists.py, what becomes of each field in a1111_fields.py.
+"""
 
 import base64
 import io
 import json
-import re
+import logging
 from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 from flask import Blueprint, Response, current_app, jsonify
-from PIL import Image, ImageOps
+from PIL import Image
 
-from backends.errors import RequestError, UnsupportedError
-from backends.generation.schedulers import SCHEDULERS
+from backends.errors import UnsupportedError
+from backends.request import GenerateResult
+from hosts.dialects import a1111_fields as protocol
+from hosts.dialects import a1111_lists
+from hosts.dialects.a1111_fields import Asked
+from hosts.dialects.a1111_info import info, infotext
 from hosts.http import media
-from hosts.http.decode import Accepted, read_image, read_request
-from hosts.http.dialect import Dialect
+from hosts.http.decode import Accepted, read_request
+from hosts.http.dialect import Dialect, Operation, is_strict, require_known
 from hosts.http.request_io import json_object, seeds_from, submit_all, wait_for_all
-from hosts.jobs.clock import now
 from hosts.jobs.queue import Job, JobStatus
 
+logger = logging.getLogger(__name__)
 blueprint = Blueprint("a1111", __name__)
 
-SENT_AS = {
-    "steps": "num_inference_steps",
-    "cfg_scale": "guidance_scale",
-    "denoising_strength": "strength",
-}
-PLAIN = ("prompt", "negative_prompt", "seed", "width", "height", "lora")
-UNSUPPORTED = ("enable_hr", "script_name", "refiner_checkpoint", "tiling", "restore_faces")
-KARRAS = re.compile(r"[ _]karras$", re.IGNORECASE)
+IMAGE_STRENGTH = 0.75
+"""A1111's own default of denoising_strength."""
+HINTS = {"negative": "negative_prompt", "guidance_scale": "cfg_scale", "sampler": "sampler_name"}
 
 
 def error_body(message: str, status: int) -> dict[str, Any]:
     return {"error": "HTTPException", "detail": message, "body": "", "errors": message}
 
 
+OPERATIONS = (
+    Operation(
+        method="post",
+        path="/sdapi/v1/txt2img",
+        summary="A1111: text to image.",
+        rules=protocol.TXT2IMG,
+    ),
+    Operation(
+        method="post",
+        path="/sdapi/v1/img2img",
+        summary="A1111: image to image.",
+        rules=protocol.IMG2IMG,
+    ),
+    Operation(method="get", path="/sdapi/v1/progress", summary="A1111: of the job that runs."),
+    Operation(method="post", path="/sdapi/v1/interrupt", summary="A1111: cancel that job."),
+)
 DIALECT = Dialect(
-    blueprint=blueprint, paths=("/sdapi/",), error_body=error_body, is_body_optional=True
+    blueprint=blueprint,
+    paths=("/sdapi/",),
+    error_body=error_body,
+    is_body_optional=True,
+    operations=OPERATIONS,
+)
+DIALECTS = (
+    DIALECT,
+    replace(DIALECT, blueprint=a1111_lists.blueprint, operations=a1111_lists.OPERATIONS),
 )
 
 
 @blueprint.post("/sdapi/v1/txt2img")
 def txt2img() -> Response:
-    return _images(json_object(), {})
+    body = json_object()
+    require_known(body, protocol.TXT2IMG, HINTS)
+    return _images(body, {})
 
 
 @blueprint.post("/sdapi/v1/img2img")
 def img2img() -> Response:
-    """With a mask, its white parts change; the whole image is drawn at once, whatever
+    """With a mask, its white parts change; the whole image is generated at once, whatever
     inpaint_full_res says.
     """
     body = json_object()
-    sources = body.get("init_images")
-    if not isinstance(sources, list) or len(sources) != 1:
-        raise RequestError(
-            "init_images must hold one image, base64 of a PNG, JPEG or WebP file.",
-            field="init_images",
-        )
-    spec = current_app.extensions["host"].spec
-    name = "image" if "image" in spec.requires else "init_image"
-    mask = (
-        {"mask_image": _mask(body["mask"], is_inverted=bool(body.get("inpainting_mask_invert")))}
-        if body.get("mask")
-        else {}
-    )
-    return _images({"denoising_strength": 0.75, **body}, {name: sources[0], **mask})
+    require_known(body, protocol.IMG2IMG, HINTS)
+    start = protocol.start_fields(body, spec=_host().spec, accepted=_accepted())
+    return _images({"denoising_strength": IMAGE_STRENGTH, **body}, start)
 
 
 @blueprint.get("/sdapi/v1/progress")
 def progress() -> Response:
     """Of the job that runs; `current_image` is its preview, from the second call on."""
-    queue = current_app.extensions["host"].queue
-    job = next((job for job in queue.jobs() if job.status is JobStatus.RUNNING), None)
-    if job is None:
-        return jsonify(
-            {
-                "progress": 0.0,
-                "eta_relative": 0.0,
-                "state": _state(None),
-                "current_image": None,
-                "textinfo": None,
-            }
-        )
-    job.wants_preview = True
-    share = job.step / job.num_steps if job.num_steps else 0.0
-    left = (1 - share) / share if share else 0.0
-    seconds = (now() - (job.started_s or now())) * left
+    job = next((job for job in _host().queue.jobs() if job.status is JobStatus.RUNNING), None)
+    share = job.step / job.num_steps if job and job.num_steps else 0.0
+    if job is not None:
+        job.wants_preview = True
     return jsonify(
         {
             "progress": share,
-            "eta_relative": seconds,
+            "eta_relative": _seconds_left(job, share),
             "state": _state(job),
-            "current_image": _png(job.preview) if job.preview is not None else None,
+            "current_image": _png(job.preview) if job and job.preview is not None else None,
             "textinfo": None,
         }
     )
@@ -101,148 +106,60 @@ def progress() -> Response:
 @blueprint.post("/sdapi/v1/interrupt")
 def interrupt() -> Response:
     """Cancel the job that runs."""
-    queue = current_app.extensions["host"].queue
+    queue = _host().queue
     for job in queue.jobs():
         if job.status is JobStatus.RUNNING:
             queue.cancel(job, "the job was interrupted.")
     return jsonify({})
 
 
-@blueprint.get("/sdapi/v1/options")
-def options() -> Response:
-    return jsonify({"sd_model_checkpoint": _title(), "samples_format": "png"})
-
-
-@blueprint.post("/sdapi/v1/options")
-def set_options() -> Response:
-    """Only what is so already can be set: the model is fixed at start."""
-    body = json_object()
-    wrong = {
-        name: value
-        for name, value in body.items()
-        if name == "sd_model_checkpoint" and value != _title()
-    }
-    if wrong:
-        raise UnsupportedError(
-            f"sd_model_checkpoint={wrong['sd_model_checkpoint']!r} is not loaded. Allowed: "
-            f"{_title()!r}; start another host."
-        )
-    return jsonify({})
-
-
-@blueprint.get("/sdapi/v1/sd-models")
-def sd_models() -> Response:
-    name = _title()
-    return jsonify(
-        [
-            {
-                "title": name,
-                "model_name": name,
-                "hash": None,
-                "sha256": None,
-                "filename": name,
-                "config": None,
-            }
-        ]
-    )
-
-
-@blueprint.get("/sdapi/v1/samplers")
-def samplers() -> Response:
-    flow = current_app.extensions["host"].spec.flow_matching
-    return jsonify(
-        [
-            {"name": name, "aliases": [name], "options": {}}
-            for name, facts in SCHEDULERS.items()
-            if facts.flow == flow
-        ]
-    )
-
-
-@blueprint.get("/sdapi/v1/loras")
-def loras() -> Response:
-    """The files that requests may name in `lora`."""
-    folders = _accepted().lora_dirs
-    files = sorted(path for folder in folders for path in Path(folder).glob("*.safetensors"))
-    return jsonify(
-        [
-            {"name": path.name, "alias": path.stem, "path": path.name, "metadata": {}}
-            for path in files
-        ]
-    )
-
-
-def _images(body: Mapping[str, Any], sources: Mapping[str, str]) -> Response:
-    host = current_app.extensions["host"]
+def _images(body: Mapping[str, Any], start: Mapping[str, Any]) -> Response:
+    host = _host()
     if host.spec.output != "image":
         raise UnsupportedError(f"{host.spec.title} makes videos. Use POST /v1/jobs.")
-    if given := [name for name in UNSUPPORTED if body.get(name)]:
-        raise UnsupportedError(f"{given[0]} is not available on this host. Leave it out.")
-    number = _count(body, "n_iter") * _count(body, "batch_size")
-    if number > host.settings.max_images:
-        raise RequestError(
-            f"n_iter x batch_size is {number}. Allowed: up to {host.settings.max_images}.",
-            field="n_iter",
-        )
-    fields = {name: body[name] for name in PLAIN if body.get(name) is not None} | sources
-    fields |= {
-        ours: body[theirs] for theirs, ours in SENT_AS.items() if body.get(theirs) is not None
-    }
-    if not sources:
+    asked = protocol.asked_for(
+        body,
+        spec=host.spec,
+        accepted=_accepted(),
+        title=host.model,
+        most=host.settings.max_images,
+    )
+    fields = {**asked.fields, **start}
+    if not start:
         fields.pop("strength", None)
-    if sampler := body.get("sampler_name") or body.get("sampler_index"):
-        fields["scheduler"] = _sampler(str(sampler), str(body.get("scheduler") or ""))
     requests = [
-        read_request({**fields, "seed": seed}, spec=host.spec, accepted=_accepted())
-        for seed in seeds_from(fields.get("seed"), number)
-    ]
-    results = wait_for_all(submit_all(requests))
-    seeds = [result.seed for result in results]
-    info = {
-        "prompt": body.get("prompt", ""),
-        "seed": seeds[0],
-        "all_seeds": seeds,
-        "sd_model_name": _title(),
-        **results[0].resolved,
-    }
-    images = [
-        base64.b64encode(
-            media.encode(result, "image/png", metadata=json.dumps(result.resolved))
-        ).decode("ascii")
-        for result in results
-    ]
-    return jsonify(
-        {"images": images, "parameters": {**body, "init_images": None}, "info": json.dumps(info)}
-    )
-
-
-def _mask(data: Any, *, is_inverted: bool) -> Any:
-    """base64 of an image, black and white exchanged where that was asked for. RequestError if it is
-    none.
-    """
-    if not is_inverted:
-        return data
-    buffer = io.BytesIO()
-    ImageOps.invert(read_image(data, field="mask", accepted=_accepted()).convert("L")).save(
-        buffer, format="PNG"
-    )
-    return base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
-def _count(body: Mapping[str, Any], name: str) -> int:
-    value = body.get(name) or 1
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise RequestError(
-            f"{name}={value!r} is not allowed. Send a whole number from 1.", field=name
+        read_request(
+            {**fields, "seed": seed},
+            spec=host.spec,
+            accepted=_accepted(),
+            sent_as=asked.sent_as,
+            is_strict=is_strict(body),
         )
-    return value
+        for seed in seeds_from(fields.get("seed"), asked.number)
+    ]
+    for note in asked.notes:
+        logger.warning("%s", note)
+    return _answer(body, asked, wait_for_all(submit_all(requests)))
 
 
-def _sampler(name: str, schedule: str) -> dict[str, Any]:
-    """'DPM++ 2M Karras' -> {"scheduler": "dpmpp_2m", "use_karras_sigmas": true}."""
-    plain = KARRAS.sub("", name).lower().replace("++", "pp").replace(" ", "_")
-    is_karras = KARRAS.search(name) is not None or schedule.lower() == "karras"
-    return {"scheduler": plain, **({"use_karras_sigmas": True} if is_karras else {})}
+def _answer(body: Mapping[str, Any], asked: Asked, results: list[GenerateResult]) -> Response:
+    model = _host().model
+    images = [_file(body, asked, result) for result in results]
+    has_start = protocol.truth(body, "include_init_images", False)
+    parameters = body if has_start else {**body, "init_images": None, "mask": None}
+    return jsonify(
+        {
+            "images": images if protocol.truth(body, "send_images", True) else [],
+            "parameters": parameters,
+            "info": json.dumps(info(body, asked, results, model=model)),
+        }
+    )
+
+
+def _file(body: Mapping[str, Any], asked: Asked, result: GenerateResult) -> str:
+    text = infotext(body, asked, result, model=_host().model)
+    data = media.encode(result, asked.content_type, metadata=text)
+    return base64.b64encode(data).decode("ascii")
 
 
 def _state(job: Job | None) -> dict[str, Any]:
@@ -258,15 +175,21 @@ def _state(job: Job | None) -> dict[str, Any]:
     }
 
 
-def _accepted() -> Accepted:
-    return Accepted.by(current_app.extensions["host"].settings)
-
-
-def _title() -> str:
-    return current_app.extensions["host"].model
+def _seconds_left(job: Job | None, share: float) -> float:
+    if job is None or not share:
+        return 0.0
+    return (now() - (job.started_s or now())) * (1 - share) / share
 
 
 def _png(preview: Any) -> str:
     buffer = io.BytesIO()
     Image.fromarray(preview).save(buffer, format="PNG")
     return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _accepted() -> Accepted:
+    return Accepted.by(_host().settings)
+
+
+def _host() -> Any:
+    return current_app.extensions["host"]

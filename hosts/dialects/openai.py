@@ -1,36 +1,39 @@
 """OpenAI's images and videos API, for programs that speak nothing else. Its names, its answers and
 its error shape.
 
-Beside OpenAI's fields, requests may hold those of POST /generate by diffusers' names: seed,
-negative_prompt, num_inference_steps, ...
+Beside OpenAI's fields, requests may hold those of /v1/jobs: seed, negative_prompt, ...
 """
 
 import base64
-import io
-import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from flask import Blueprint, Response, current_app, jsonify, request
-from PIL import Image
 
 from backends.errors import NotFoundError, RequestError, UnsupportedError
-from backends.request import GenerateRequest
+from backends.request import GenerateRequest, GenerateResult
+from hosts.dialects import openai_fields as protocol
+from hosts.dialects.openai_fields import Asked
+from hosts.dialects.openai_stream import image_events
 from hosts.http import media
 from hosts.http.decode import Accepted, read_request
-from hosts.http.dialect import Dialect
-from hosts.http.jobs_api import file_response
-from hosts.http.plain_json import require_plain
-from hosts.http.request_io import client, json_object, seeds_from, submit_all, wait_for_all
+from hosts.http.dialect import Dialect, Operation, is_strict, require_known
+from hosts.http.jobs_api import event_stream, file_response
+from hosts.http.request_io import (
+    client,
+    json_object,
+    seeds_from,
+    submit_all,
+    wait_for_all,
+    whole,
+)
 from hosts.jobs.queue import Job, JobStatus
 from hosts.supervision.host_state import Phase
 
 blueprint = Blueprint("openai", __name__)
 
-MAX_IMAGES = 10
-ALIASES = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
-FORMATS = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 STATUS = {
     JobStatus.QUEUED: "queued",
     JobStatus.RUNNING: "in_progress",
@@ -38,20 +41,6 @@ STATUS = {
     JobStatus.FAILED: "failed",
     JobStatus.CANCELLED: "failed",
 }
-NUMBERS = frozenset(
-    {
-        "n",
-        "seed",
-        "steps",
-        "num_inference_steps",
-        "guidance",
-        "guidance_scale",
-        "strength",
-        "clip_skip",
-        "seconds",
-        "num_frames",
-    }
-)
 
 
 def error_body(message: str, status: int) -> dict[str, Any]:
@@ -64,6 +53,37 @@ DIALECT = Dialect(
     paths=("/v1/",),
     error_body=error_body,
     media_types=("application/json", "multipart/form-data"),
+    operations=(
+        Operation(
+            method="post",
+            path="/v1/images/generations",
+            summary="OpenAI: text to image; with `stream` as server-sent events.",
+            rules=protocol.IMAGES,
+        ),
+        Operation(
+            method="post",
+            path="/v1/images/edits",
+            summary="OpenAI: image to image, as JSON or as a form.",
+            rules=protocol.EDITS,
+        ),
+        Operation(
+            method="post",
+            path="/v1/videos",
+            summary="OpenAI: queue a video.",
+            rules=protocol.VIDEOS,
+        ),
+        Operation(method="get", path="/v1/videos", summary="OpenAI: all videos."),
+        Operation(method="get", path="/v1/videos/{id}", summary="OpenAI: a video's state."),
+        Operation(method="delete", path="/v1/videos/{id}", summary="OpenAI: delete a video."),
+        Operation(
+            method="get",
+            path="/v1/videos/{id}/content",
+            summary="OpenAI: the video.",
+            media_type="video/mp4",
+        ),
+        Operation(method="get", path="/v1/models", summary="OpenAI: the model that is loaded."),
+        Operation(method="get", path="/v1/models/{id}", summary="OpenAI: the same by its name."),
+    ),
 )
 
 
@@ -89,37 +109,52 @@ def model(name: str) -> Response:
 def generations() -> Response:
     """Text to image."""
     _require_output("image")
-    return _images(json_object())
+    body = dict(json_object())
+    require_known(body, protocol.IMAGES, protocol.HINTS)
+    return _images(body, protocol.asked_for(body), kind="image_generation")
 
 
 @blueprint.post("/v1/images/edits")
 def edits() -> Response:
-    """Image to image: `strength` says how much may change, 0.8 by default; with a mask only its
-    transparent parts, by default wholly.
+    """Image to image: `strength` says how much may change; with a mask only its transparent
+    parts.
     """
     _require_output("image")
-    body = _body()
-    if "image" not in body:
-        raise RequestError("image is missing. Send the image to change.", field="image")
-    sent_as = "image" if "image" in _spec().requires else "init_image"
-    rest = {name: value for name, value in body.items() if name not in ("image", "mask")}
-    mask = {"mask_image": _mask(body["mask"])} if body.get("mask") else {}
-    return _images({"strength": 1.0 if mask else 0.8, **rest, **mask, sent_as: body["image"]})
+    body = protocol.body_of_request()
+    require_known(body, protocol.EDITS, protocol.HINTS)
+    start = "image" if "image" in _spec().requires else "init_image"
+    asked = protocol.edited(body, protocol.asked_for(body), _accepted(), start=start)
+    return _images(body, asked, kind="image_edit")
+
+
+@blueprint.get("/v1/videos")
+def videos() -> Response:
+    """All of them, newest first; after=ID and limit=N as OpenAI has them."""
+    _require_output("video")
+    jobs = [job for job in _host().queue.jobs() if job.is_kept]
+    jobs.sort(key=lambda job: job.created_s, reverse=request.args.get("order") != "asc")
+    ids = [job.id for job in jobs]
+    if (after := request.args.get("after")) in ids:
+        jobs = jobs[ids.index(after) + 1 :]
+    limit = whole(request.args, "limit", len(jobs), low=1, high=1000)
+    return jsonify(
+        {
+            "object": "list",
+            "data": [_video(job) for job in jobs[:limit]],
+            "has_more": limit < len(jobs),
+        }
+    )
 
 
 @blueprint.post("/v1/videos")
 def create_video() -> Response:
     """A job; ask GET /v1/videos/<id> for its state and /content for the file."""
     _require_output("video")
-    body = _body()
-    fields = _fields(body)
-    if "input_reference" in body:
-        fields["image"] = body["input_reference"]
-    if "seconds" in body and "num_frames" not in body:
-        fields["num_frames"] = round(float(body["seconds"]) * media.FRAMES_PER_S)
-    return jsonify(
-        _video(_host().queue.submit(_read(fields), client=client(), is_kept=True, is_stored=True))
-    )
+    body = protocol.body_of_request()
+    require_known(body, protocol.VIDEOS, protocol.HINTS)
+    asked = protocol.filmed(body, protocol.asked_for(body))
+    job = _host().queue.submit(_read(asked, body), client=client(), is_kept=True, is_stored=True)
+    return jsonify(_video(job))
 
 
 @blueprint.get("/v1/videos/<job_id>")
@@ -130,6 +165,10 @@ def show_video(job_id: str) -> Response:
 @blueprint.get("/v1/videos/<job_id>/content")
 def video_content(job_id: str) -> Response:
     """MP4."""
+    if request.args.get("variant", "video") != "video":
+        raise UnsupportedError(
+            f"variant={request.args['variant']!r} is not available. Allowed: video."
+        )
     job = _host().queue.find(job_id)
     if not job.finished.is_set():
         raise RequestError(
@@ -141,116 +180,74 @@ def video_content(job_id: str) -> Response:
 
 @blueprint.delete("/v1/videos/<job_id>")
 def delete_video(job_id: str) -> Response:
-    """Cancel it."""
-    _host().queue.cancel(_host().queue.find(job_id))
+    """Cancel it, and forget it."""
+    _host().queue.forget(_host().queue.find(job_id))
     return jsonify({"id": job_id, "object": "video.deleted", "deleted": True})
 
 
-def _images(body: Mapping[str, Any]) -> Response:
-    number = body.get("n", 1)
-    most = min(MAX_IMAGES, _host().settings.max_images)
-    if not isinstance(number, int) or isinstance(number, bool) or not 1 <= number <= most:
-        raise RequestError(f"n={number!r} is not allowed. Allowed: 1 to {most}.", field="n")
-    kind = _choice(body, "response_format", {"url": "url", "b64_json": "b64_json"}, "url")
-    content_type = _choice(body, "output_format", FORMATS, "image/png")
-    fields = _fields(body)
-    seeds = seeds_from(fields.get("seed"), number)
-    jobs = submit_all([_read({**fields, "seed": seed}) for seed in seeds], is_kept=True)
-    results = wait_for_all(jobs)
-    if kind == "url":
-        data = [
-            {"url": f"{request.host_url}v1/jobs/{job.id}/result", "seed": job.request.seed}
-            for job in jobs
-        ]
-    else:
-        files = [
-            base64.b64encode(media.encode(result, content_type)).decode("ascii")
-            for result in results
-        ]
-        data = [
-            {"b64_json": file, "seed": job.request.seed}
-            for file, job in zip(files, jobs, strict=True)
-        ]
-    return jsonify({"created": int(time.time()), "data": data})
-
-
-def _fields(body: Mapping[str, Any]) -> dict[str, Any]:
-    """OpenAI's fields -> those of /generate. `model` must be the one that is loaded, or be left
-    out.
-    """
-    named = body.get("model")
-    if named not in (None, "", _host().model):
-        raise NotFoundError(f"there is no model {named!r}. Allowed: {_host().model}.")
-    fields = {
-        ALIASES.get(name, name): value
-        for name, value in body.items()
-        if name not in ("model", "n", "size", "user", "seconds")
-    }
-    size = body.get("size")
-    if size not in (None, "", "auto"):
-        match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", str(size))
-        if match is None:
-            raise RequestError(
-                f"size={size!r} is not allowed. Send WIDTHxHEIGHT, such as 1024x1024, or auto.",
-                field="size",
+def _images(body: Mapping[str, Any], asked: Asked, *, kind: str) -> Response:
+    most = min(protocol.MAX_IMAGES, _host().settings.max_images)
+    number = whole(body, "n", 1, low=1, high=most)
+    urls = {"url": "url", "b64_json": "b64_json"}
+    form = protocol.choice(body, "response_format", urls, "url")
+    num_partial = whole(body, "partial_images", 0, low=0, high=protocol.MAX_PARTIAL)
+    is_streamed = protocol.switch(body, "stream")
+    encode = _encoder(body)
+    seeds = seeds_from(asked.fields.get("seed"), number)
+    jobs = submit_all([_read(asked, body, seed=seed) for seed in seeds], is_kept=True)
+    if is_streamed:
+        return event_stream(
+            image_events(
+                jobs,
+                encode,
+                kind=kind,
+                output_format=str(body.get("output_format") or "png"),
+                num_partial=num_partial,
+                error_body=error_body,
             )
-        fields["width"], fields["height"] = int(match[1]), int(match[2])
-    return fields
-
-
-def _body() -> dict[str, Any]:
-    """JSON, or a form with files, whose texts are turned into numbers where numbers are meant."""
-    if request.mimetype == "application/json":
-        return dict(json_object())
-    body: dict[str, Any] = {
-        name: _number(name, value) if name in NUMBERS else value
-        for name, value in request.form.items()
-    }
-    require_plain(body)
-    for name, file in request.files.items():
-        body[name.removesuffix("[]")] = base64.b64encode(file.read()).decode("ascii")
-    return body
-
-
-def _mask(data: Any) -> Any:
-    """base64 of an image whose transparent parts are to be changed -> of one in which these are
-    white. One without alpha is such a one.
-    """
-    try:
-        with Image.open(
-            io.BytesIO(base64.b64decode(str(data).rpartition(",")[2], validate=True)),
-            formats=["PNG", "WEBP"],
-        ) as image:
-            if not image.has_transparency_data:
-                return data
-            alpha = image.convert("RGBA").getchannel("A")
-    except (OSError, ValueError, Image.DecompressionBombError):
-        return data  # what is wrong with it is said where all images are read
-    buffer = io.BytesIO()
-    alpha.point(lambda value: 255 - value).save(buffer, format="PNG")
-    return base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
-def _number(name: str, text: str) -> float | int:
-    try:
-        return int(text) if re.fullmatch(r"-?\d+", text) else float(text)
-    except ValueError as error:
-        raise RequestError(f"{name}={text!r} is not a number.", field=name) from error
-
-
-def _choice(body: Mapping[str, Any], name: str, allowed: Mapping[str, str], default: str) -> str:
-    value = body.get(name)
-    if value is None:
-        return default
-    if value not in allowed:
-        raise RequestError(
-            f"{name}={value!r} is not allowed. Allowed: {', '.join(allowed)}.", field=name
         )
-    return allowed[value]
+    results = wait_for_all(jobs)
+    return jsonify(
+        {
+            "created": int(time.time()),
+            "data": [
+                {**_content(job, result, encode, form), "seed": job.request.seed}
+                for job, result in zip(jobs, results, strict=True)
+            ],
+        }
+    )
 
 
-def _read(fields: Mapping[str, Any]) -> GenerateRequest:
-    return read_request(fields, spec=_spec(), accepted=Accepted.by(_host().settings))
+def _encoder(body: Mapping[str, Any]) -> Callable[[GenerateResult], bytes]:
+    """What makes a file of a result: of output_format, with output_compression."""
+    content_type = protocol.choice(body, "output_format", protocol.FORMATS, "image/png")
+    quality = whole(body, "output_compression", 100, low=0, high=100)
+    if content_type == "image/png" and quality != 100:
+        raise RequestError(
+            f"output_compression={quality} is not for PNG, which loses nothing. Send "
+            "output_format jpeg or webp, or leave it out.",
+            field="output_compression",
+        )
+    given = quality if body.get("output_compression") is not None else None
+    return partial(media.encode, content_type=content_type, quality=given)
+
+
+def _content(
+    job: Job, result: GenerateResult, encode: Callable[[GenerateResult], bytes], form: str
+) -> dict[str, str]:
+    if form == "url":
+        return {"url": f"{request.host_url}v1/jobs/{job.id}/result"}
+    return {"b64_json": base64.b64encode(encode(result)).decode("ascii")}
+
+
+def _read(asked: Asked, body: Mapping[str, Any], **others: Any) -> GenerateRequest:
+    return read_request(
+        {**asked.fields, **others},
+        spec=_spec(),
+        accepted=_accepted(),
+        sent_as=asked.sent_as,
+        is_strict=is_strict(body),
+    )
 
 
 def _video(job: Job) -> dict[str, Any]:
@@ -263,6 +260,9 @@ def _video(job: Job) -> dict[str, Any]:
         if job.error
         else None
     )
+    spec = _spec()
+    frames = job.request.num_frames or spec.num_frames or 1
+    size = f"{job.request.width or spec.width}x{job.request.height or spec.height}"
     return {
         "id": job.id,
         "object": "video",
@@ -271,6 +271,10 @@ def _video(job: Job) -> dict[str, Any]:
         "progress": percent,
         "created_at": int(job.created_s),
         "completed_at": int(job.ended_s) if job.ended_s else None,
+        "expires_at": None,
+        "prompt": job.request.prompt,
+        "seconds": f"{frames / media.FRAMES_PER_S:g}",
+        "size": size,
         "error": error,
     }
 
@@ -283,6 +287,10 @@ def _require_output(output: str) -> None:
     if _spec().output != output:
         other = "/v1/videos" if output == "image" else "/v1/images/generations"
         raise UnsupportedError(f"{_spec().title} makes {_spec().output}s. Use {other}.")
+
+
+def _accepted() -> Accepted:
+    return Accepted.by(_host().settings)
 
 
 def _host() -> Any:

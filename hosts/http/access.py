@@ -83,22 +83,39 @@ def _require_model(dialect: Dialect) -> None:
 
 def _require_name(allowed: frozenset[str]) -> None:
     """A page of another site may resolve its own name to this address (DNS rebinding): only names
-    of this host are served.
+    of this host are served. A request without any name comes from no browser.
     """
-    name = urlsplit(f"//{request.host}").hostname or ""
-    if name not in allowed and not allowed & WILDCARDS:
+    if "Host" not in request.headers or allowed & WILDCARDS:
+        return
+    given = request.headers["Host"]
+    if _name_of(given) not in allowed:
         raise RequestError(
-            f"Host {name!r} is not served here. Allowed: {', '.join(sorted(allowed))}.",
+            f"Host {given[:200]!r} is not served here. Allowed: {', '.join(sorted(allowed))}. A "
+            "proxy must send one of them, or start the host with the name as --host.",
             field="Host",
         )
 
 
+def _name_of(host: str) -> str:
+    """The name without its port, and without the dot that ends a full one; empty if it is none."""
+    try:
+        return (urlsplit(f"//{host}").hostname or "").removesuffix(".")
+    except ValueError:  # brackets that hold no address
+        return ""
+
+
 def _require_own_origin() -> None:
     origin = request.headers.get("Origin")
-    if origin is not None and urlsplit(origin).netloc != request.host:
+    if origin is None:
+        return
+    try:
+        is_own = urlsplit(origin).netloc == request.host
+    except ValueError:  # brackets that hold no address
+        is_own = False
+    if not is_own:
         raise ForeignOrigin(
-            f"Origin {origin!r} is not served here. Allowed: this host's own page, and clients "
-            "that are no browsers."
+            f"Origin {origin[:200]!r} is not served here. Allowed: this host's own page, and "
+            "clients that are no browsers."
         )
 
 

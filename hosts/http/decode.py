@@ -4,23 +4,24 @@ Images travel as base64 of a file, arrays as base64 of a .npy file. Nothing is u
 pickles of existing clients are read in hosts/compat only. Imports no torch.
 """
 
-import io
 import math
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from PIL import Image
 from pydantic import ValidationError
 
-from backends.errors import RequestError
+from backends.errors import RequestError, UnsupportedError
 from backends.generation.schedulers import parse_requested
 from backends.model_table import ModelSpec
 from backends.request import GenerateRequest
-from hosts.http import images
+from hosts.http import images, media
+from hosts.http.dialect import is_empty
 from hosts.http.limits import DEFAULT_LIMITS, MAX_IMAGES, DecodeLimits, Limits
 from hosts.launch.settings import Settings
 
@@ -35,7 +36,7 @@ ARRAYS = (
     "negative_pooled_prompt_embeds",
 )
 LISTS = ("sigmas", "timesteps")
-MAX_DIMS = 8
+MIN_SIDE = 8
 IMAGE_WANTED = "Send base64 of a PNG, JPEG or WebP file"
 ARRAY_WANTED = "Send base64 of a .npy file of numbers"
 _decoding = threading.BoundedSemaphore(4)
@@ -58,6 +59,8 @@ class Accepted:
     """Whether a ControlNet is loaded, which uses such an image."""
     takes_ip_image: bool = False
     """Whether an IP-Adapter is loaded, which uses such an image."""
+    takes_compel: bool = False
+    """Whether Compel can read prompts."""
     limits: Limits = DEFAULT_LIMITS
     """The operator's bounds."""
 
@@ -69,6 +72,7 @@ class Accepted:
             image_scale=settings.image_scale,
             takes_control_image=bool(settings.control_net),
             takes_ip_image=bool(settings.ip_adapter),
+            takes_compel=settings.compel,
             limits=Limits.by(settings),
         )
 
@@ -76,15 +80,39 @@ class Accepted:
     def decode_limits(self) -> DecodeLimits:
         return DecodeLimits(max_pixels=self.limits.max_image_megapixels * 10**6)
 
-    def uses(self, field: str, spec: ModelSpec) -> bool:
-        """Whether this host's model reads the image or array."""
-        is_used = {
-            "image": "image" in spec.requires,
-            "control_image": self.takes_control_image,
-            "ip_adapter_image": self.takes_ip_image,
-            "latents": spec.returns_latents,
+    def unused(self, spec: ModelSpec) -> dict[str, str]:
+        """Return the request fields that this host does not read, and why."""
+        no_image = f"{spec.title} starts from no image of this kind"
+        no_control = "no ControlNet is loaded (--control_net)"
+        no_adapter = "no IP-Adapter is loaded (--ip_adapter)"
+        no_frames, no_ramp = f"{spec.title} makes one image", f"{spec.title} has no such setting"
+        is_video, is_ramp = spec.output == "video", spec.guidance == "frame_ramp"
+        inpaints = spec.supports("single", "inpainting").status != "unsupported"
+        facts = {
+            "image": ("image" in spec.requires, no_image),
+            "init_image": (spec.returns_latents, no_image),
+            "latents": (spec.returns_latents, no_image),
+            "latent_space": (spec.returns_latents, no_image),
+            "first_step": (spec.returns_latents, no_image),
+            "mask_image": (inpaints, f"{spec.title} cannot inpaint"),
+            "control_image": (self.takes_control_image, no_control),
+            "controlnet_conditioning_scale": (self.takes_control_image, no_control),
+            "control_guidance_start": (self.takes_control_image, no_control),
+            "control_guidance_end": (self.takes_control_image, no_control),
+            "ip_adapter_image": (self.takes_ip_image, no_adapter),
+            "ip_adapter_scale": (self.takes_ip_image, no_adapter),
+            "num_frames": (is_video, no_frames),
+            "decode_chunk_size": (is_video, no_frames),
+            "motion_bucket_id": (is_ramp, no_ramp),
+            "noise_aug_strength": (is_ramp, no_ramp),
+            "compel": (self.takes_compel, "the host was started without --compel"),
+            "lora": (bool(self.lora_dirs), "the host was started without --lora_dir"),
+            "negative_prompt": (
+                spec.guidance != "distilled",
+                f"{spec.title} is distilled and follows the prompt only",
+            ),
         }
-        return is_used.get(field, True)
+        return {field: reason for field, (is_used, reason) in facts.items() if not is_used}
 
 
 def _folders(text: str | None) -> tuple[str, ...]:
@@ -97,29 +125,25 @@ def read_request(
     spec: ModelSpec,
     accepted: Accepted,
     sent_as: Mapping[str, str] | None = None,
+    is_strict: bool = True,
 ) -> GenerateRequest:
-    """Return the request. null and "" are absent; what this host cannot use stays undecoded.
+    """Return the request. null and "" are absent.
 
-    sent_as: field -> the name by which the client sent it, for messages. Raises RequestError, which
-    says what was sent, what is allowed and what to do.
+    sent_as: field -> the name by which the client sent it, for messages. is_strict: refuse what
+    this host cannot use, and sizes that the model does not have; else such fields stay undecoded.
+    Raises RequestError or UnsupportedError, which say what was sent, what is allowed and what to
+    do.
     """
     names = sent_as or {}
     given = {key: value for key, value in fields.items() if not _is_absent(value)}
-    values = {key: given[key] for key in _PLAIN if key in given}
-    if spec.output == "image":
-        values.pop("num_frames", None)
-    for field in IMAGES:
-        if field in given and accepted.uses(field, spec):
-            name = names.get(field, field)
-            values[field] = _images(given[field], field, name=name, accepted=accepted)
-    for field in ARRAYS:
-        if field in given and accepted.uses(field, spec):
-            values[field] = read_array(given[field], field=names.get(field, field))
-    for field in LISTS:
-        if field in given:
-            values[field] = _numbers(given[field], field, name=names.get(field, field))
-    if "lora" in given:
-        values["lora"] = _loras(given["lora"], accepted.lora_dirs)
+    unused = accepted.unused(spec)
+    if is_strict:
+        _require_used(given, unused, names)
+        _require_size(given, spec, names)
+    values = {}
+    for field in GenerateRequest.model_fields:
+        if field in given and (field not in unused or field in _READ_ANYWHERE):
+            values[field] = _value(field, given[field], names.get(field, field), accepted)
     scheduler = values.get("scheduler")
     if isinstance(scheduler, str | Mapping):  # another type is refused below
         parse_requested(scheduler)
@@ -131,24 +155,113 @@ def read_request(
     return request
 
 
-_PLAIN = tuple(
-    name for name in GenerateRequest.model_fields if name not in (*IMAGES, *ARRAYS, *LISTS, "lora")
-)
+_READ_ANYWHERE = {name for name in GenerateRequest.model_fields if name not in (*IMAGES, *ARRAYS)}
+_READ_ANYWHERE -= {"num_frames"}
+"""Fields whose values are checked also where they have no effect: existing clients send them."""
+
+
+def _value(field: str, value: Any, name: str, accepted: Accepted) -> Any:
+    if field in IMAGES:
+        return _images(value, field, name=name, accepted=accepted)
+    if field in ARRAYS:
+        return read_array(value, field=name)
+    if field in LISTS:
+        return _numbers(value, field, name=name)
+    if field == "lora":
+        return _loras(value, accepted.lora_dirs)
+    _require_text(value, name)
+    return value
+
+
+def _require_used(
+    given: Mapping[str, Any], unused: Mapping[str, str], names: Mapping[str, str]
+) -> None:
+    """Refuse what would have no effect. Defaults ask for nothing."""
+    for field, value in given.items():
+        default = _NEUTRAL.get(field, GenerateRequest.model_fields[field].default)
+        name = names.get(field, field)
+        is_neutral = is_empty(value) or _is_default(value, default) or field in _HARMLESS
+        if field in unused and not is_neutral:
+            raise UnsupportedError(f"{name} is not available: {unused[field]}. Leave it out.")
+        if isinstance(value, bool) and field != "compel":
+            raise RequestError(f"{name}={value} is not allowed. Send no truth value.", field=name)
+
+
+_NEUTRAL = {"num_frames": 1, "compel": False}
+"""Values that ask for nothing beside the fields' defaults."""
+_HARMLESS = {"latent_space"}
+"""Fields that say only how another one is meant."""
+
+
+def _is_default(value: Any, default: Any) -> bool:
+    return isinstance(value, int | float | str) and value == default
+
+
+def _require_size(given: Mapping[str, Any], spec: ModelSpec, names: Mapping[str, str]) -> None:
+    """Refuse a size that the model does not have, with the two nearest."""
+    multiple = spec.size_multiple
+    for side in ("height", "width"):
+        value = given.get(side)
+        if isinstance(value, int) and value > 0 and value % multiple:
+            below = value // multiple * multiple
+            nearest = [str(size) for size in (below, below + multiple) if size >= MIN_SIDE]
+            name = names.get(side, side)
+            where = "" if name == side else f"{name}: "
+            raise RequestError(
+                f"{where}{side}={value} is not a size of {spec.title}. Allowed: multiples of "
+                f"{multiple}; the nearest are {' and '.join(nearest)}.",
+                field=name,
+            )
+
+
+def _require_text(value: Any, name: str) -> None:
+    """Refuse text that cannot be encoded: half of a surrogate pair is no character."""
+    if isinstance(value, Mapping):
+        for key, each in value.items():
+            _require_text(key, name)
+            _require_text(each, name)
+    elif isinstance(value, str) and not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                f"{name} holds {value[error.start]!r}, half of a character. Send whole characters.",
+                field=name,
+            ) from error
 
 
 def read_image(value: object, *, field: str, accepted: Accepted) -> Image.Image:
     """Return an image in mode RGB: of base64, of an allowed path, or `value` where it is one."""
+    return value if isinstance(value, Image.Image) else _read(value, field, accepted, images.as_rgb)
+
+
+def read_mask(
+    value: object,
+    *,
+    field: str,
+    accepted: Accepted,
+    changes: Literal["opaque", "transparent"] = "opaque",
+) -> Image.Image:
+    """Return a mask in mode RGB, white where the image may change. changes: the parts of an alpha
+    channel that say so.
+    """
     if isinstance(value, Image.Image):
         return value
-    limits = accepted.decode_limits
-    image = decoded(
-        lambda: images.from_text(value, accepted.image_dirs, limits),
-        field=field,
-        wanted=IMAGE_WANTED,
-    )
-    if accepted.image_scale is None:
+    return _read(value, field, accepted, partial(images.as_mask, changes=changes))
+
+
+def _read(
+    value: object, field: str, accepted: Accepted, convert: Callable[[Image.Image], Image.Image]
+) -> Image.Image:
+    limits, percent = accepted.decode_limits, accepted.image_scale
+
+    def read() -> Image.Image:
+        return convert(images.from_text(value, accepted.image_dirs, limits))
+
+    image = decoded(read, field=field, wanted=IMAGE_WANTED)
+    if percent is None:
         return image
-    return scaled(image, accepted.image_scale, field="--image_scale", limits=limits)
+    return scaled(image, percent, field="--image_scale", limits=limits)
 
 
 def read_array(value: object, *, field: str) -> np.ndarray:
@@ -158,7 +271,7 @@ def read_array(value: object, *, field: str) -> np.ndarray:
     if isinstance(value, np.ndarray):
         return value
     return decoded(
-        lambda: _array_from_file(images.bytes_from_text(value, DecodeLimits()), DecodeLimits()),
+        lambda: media.from_npy(images.bytes_from_text(value, DecodeLimits()), DecodeLimits()),
         field=field,
         wanted=ARRAY_WANTED,
     )
@@ -204,37 +317,15 @@ def _images(value: Any, field: str, *, name: str, accepted: Accepted) -> Any:
         raise RequestError(
             f"{name} holds {len(many)} images. Allowed: 1 to {MAX_IMAGES}.", field=name
         )
-    found = [read_image(one, field=name, accepted=accepted) for one in many]
+    if field in SINGLE and len(many) > 1:
+        raise RequestError(
+            f"{name} holds {len(many)} images. Allowed: one. Images for an IP-Adapter are "
+            "ip_adapter_image.",
+            field=name,
+        )
+    read = read_mask if field == "mask_image" else read_image
+    found = [read(one, field=name, accepted=accepted) for one in many]
     return found if isinstance(value, list) and field not in SINGLE else found[0]
-
-
-def _array_from_file(data: bytes, limits: DecodeLimits) -> np.ndarray:
-    """The values of a .npy file. Its header is checked before anything is allocated."""
-    file = io.BytesIO(data)
-    try:
-        if np.lib.format.read_magic(file) != (1, 0):
-            raise images.Unreadable("version")
-        shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
-    except Exception as error:  # the header is read as Python, with a dozen kinds of failure
-        raise images.Unreadable("the data is not a .npy file") from error
-    if dtype.kind not in "fiu" or len(shape) > MAX_DIMS:
-        raise images.Unreadable(f"the array has type {dtype} and {len(shape)} dimensions")
-    count = math.prod(shape)
-    if not 1 <= count <= limits.max_tensor_elements:
-        raise images.Unreadable(
-            f"the array of shape {shape} has {count} elements; allowed are 1 to "
-            f"{limits.max_tensor_elements}"
-        )
-    body = data[file.tell() :]
-    if len(body) != count * dtype.itemsize:
-        raise images.Unreadable(
-            f"the array of shape {shape} does not have the bytes that it announces"
-        )
-    with np.errstate(over="ignore"):  # what is beyond float32 is refused below
-        values = np.frombuffer(body, dtype).astype(np.float32)
-    if not np.isfinite(values).all():
-        raise images.Unreadable("the array holds NaN or infinity, or values beyond float32")
-    return np.ascontiguousarray(values.reshape(shape, order="F" if is_fortran else "C"))
 
 
 def _loras(given: Any, folders: tuple[str, ...]) -> dict[str, float]:

@@ -4,7 +4,12 @@ import logging
 import math
 
 from flask import Flask, Response, current_app, jsonify, request
-from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
+from werkzeug.exceptions import (
+    HTTPException,
+    MethodNotAllowed,
+    NotFound,
+    RequestEntityTooLarge,
+)
 
 from backends.errors import (
     BusyError,
@@ -77,6 +82,12 @@ def _http_error(error: HTTPException) -> tuple[Response, int]:
         return answer_error(
             f"the body is larger than this host allows: {megabytes} MB (--max_body_mb). Send less.",
             413,
+        )
+    if isinstance(error, NotFound | MethodNotAllowed):
+        return answer_error(
+            f"there is no {request.method} {request.path[:200]} here. GET /docs lists what there "
+            "is.",
+            error.code,
         )
     message = f"{error.name}: {error.description}" if error.name else str(error.description)
     return answer_error(message, error.code or 500)

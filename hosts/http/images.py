@@ -7,7 +7,9 @@ import os
 import stat
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 from PIL import Image, ImageOps
 
 from hosts.http.limits import DecodeLimits
@@ -16,6 +18,9 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 _LONGEST_DATA_HEADER = 100
 _MAX_JPEG_SCANS = 32
 """A usual progressive JPEG has 10; each further one decodes the whole image again."""
+_START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
+_WITHOUT_LENGTH = frozenset({0x00, 0x01, *range(0xD0, 0xD9)})
+"""Second bytes of JPEG markers that no segment follows; 0 is a byte of the image."""
 
 
 class Unreadable(ValueError):
@@ -33,14 +38,15 @@ class NotBase64(Unreadable):
 def from_text(
     text: object, allowed_dirs: Iterable[Path | str], limits: DecodeLimits
 ) -> Image.Image:
-    """The image of base64 text, or of a path inside one of the folders.
+    """The image of base64 text, or of a path inside one of the folders, upright and in the mode of
+    its file.
 
     LocalAI writes the image of its caller to a temporary file on the same machine and sends the
     name. Raises UnreadableImage or NotBase64.
     """
     if is_path(text):
-        return from_file_bytes(read_allowed_file(text, allowed_dirs, limits), limits)
-    return from_file_bytes(bytes_from_text(without_data_header(text), limits), limits)
+        return open_file(read_allowed_file(text, allowed_dirs, limits), limits)
+    return open_file(bytes_from_text(without_data_header(text), limits), limits)
 
 
 def is_path(text: object) -> bool:
@@ -87,9 +93,14 @@ def is_image_file(data: bytes | memoryview) -> bool:
 
 def from_file_bytes(data: bytes | memoryview, limits: DecodeLimits) -> Image.Image:
     """The first frame of a PNG, JPEG or WebP file as RGB, upright. Raises UnreadableImage."""
+    return as_rgb(open_file(data, limits))
+
+
+def open_file(data: bytes | memoryview, limits: DecodeLimits) -> Image.Image:
+    """The first frame of a PNG, JPEG or WebP file, upright and in the mode of the file."""
     if not is_image_file(data):
         raise UnreadableImage("the data is not a PNG, JPEG or WebP image")
-    if bytes(data[:3]) == b"\xff\xd8\xff" and bytes(data).count(b"\xff\xda") > _MAX_JPEG_SCANS:
+    if bytes(data[:3]) == b"\xff\xd8\xff" and _num_scans(bytes(data)) > _MAX_JPEG_SCANS:
         raise UnreadableImage(f"the JPEG has more than {_MAX_JPEG_SCANS} scans")
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
@@ -99,17 +110,50 @@ def from_file_bytes(data: bytes | memoryview, limits: DecodeLimits) -> Image.Ima
                     "pixels"
                 )
             ImageOps.exif_transpose(image, in_place=True)
-            return image.convert("RGB")
+            image.load()
+            return image.copy()
     except (UnreadableImage, MemoryError):
         raise
     except Image.DecompressionBombError as error:  # PIL's own bound, met while the header is read
         raise UnreadableImage(f"the image has more than {limits.max_pixels} pixels") from error
-    except (
-        Exception
-    ) as error:  # PIL's readers raise a dozen types on damaged files, SyntaxError among them
+    except Exception as error:  # a dozen types on damaged files, SyntaxError among them
         raise UnreadableImage(
             "the image file is damaged or of a kind that cannot be read"
         ) from error
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """The image in mode RGB: alpha is dropped, and 16 bits of grey become 8."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def as_mask(image: Image.Image, *, changes: Literal["opaque", "transparent"]) -> Image.Image:
+    """The mask in mode RGB, white where the image may change: those parts of the alpha channel
+    where it has one that is not full, else the white parts of the image.
+    """
+    if not image.has_transparency_data:
+        return as_rgb(image)
+    alpha = image.convert("RGBA").getchannel("A")
+    if alpha.getextrema()[0] == 255:
+        return as_rgb(image)
+    return (alpha if changes == "opaque" else ImageOps.invert(alpha)).convert("RGB")
+
+
+def _num_scans(data: bytes) -> int:
+    """Scans of the first image of a JPEG file. Phones append videos to it, which do not count."""
+    position, scans = 2, 0
+    while 0 <= (position := data.find(b"\xff", position)) < len(data) - 3:
+        marker = data[position + 1]
+        if marker == _END_OF_IMAGE or scans > _MAX_JPEG_SCANS:
+            break
+        if marker == 0xFF or marker in _WITHOUT_LENGTH:
+            position += 1 if marker == 0xFF else 2
+            continue
+        scans += marker == _START_OF_SCAN
+        position += 2 + max(2, int.from_bytes(data[position + 2 : position + 4]))
+    return scans
 
 
 def read_allowed_file(path: str, allowed_dirs: Iterable[Path | str], limits: DecodeLimits) -> bytes:

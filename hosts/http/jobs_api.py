@@ -12,11 +12,12 @@ from flask import Blueprint, Response, current_app, jsonify, request
 from PIL import Image
 from pydantic import BaseModel, Field
 
-from backends.errors import BusyError, RequestError
+from backends.errors import BusyError, NotFoundError, RequestError
 from backends.plan import Exactness
+from backends.request import GenerateRequest
 from hosts.http import media
 from hosts.http.decode import Accepted, read_request
-from hosts.http.dialect import Dialect
+from hosts.http.dialect import DONE, Dialect, is_strict, require_known
 from hosts.http.request_io import client, idempotency_key, json_object, wanted_type
 from hosts.jobs.clock import now
 from hosts.jobs.queue import Job, JobQueue, JobStatus
@@ -25,6 +26,20 @@ from hosts.jobs.trace import chrome_trace
 blueprint = Blueprint("jobs", __name__)
 DIALECT = Dialect(blueprint=blueprint, paths=("/v1/jobs",), keeps_jobs=True)
 
+RULES = dict.fromkeys((*GenerateRequest.model_fields, "model"), DONE)
+"""The fields of POST /v1/jobs."""
+OLD_NAMES = {
+    "positive": "prompt",
+    "negative": "negative_prompt",
+    "steps": "num_inference_steps",
+    "cfg": "guidance_scale",
+    "denoise": "strength",
+    "frames": "num_frames",
+    "latent": "latents",
+    "ip_image": "ip_adapter_image",
+    "sampler": "scheduler",
+}
+"""Names of other APIs -> the field here, for messages."""
 HEARTBEAT_S = 10.0
 MIN_INTERVAL_S = 0.1
 MAX_STREAMS = 12
@@ -41,8 +56,16 @@ def create() -> tuple[Response, int, dict[str, str]]:
     """202 with the job's id and its place in the queue. The same Idempotency-Key and body give the
     job that is there already.
     """
-    host = current_app.extensions["host"]
-    asked = read_request(json_object(), spec=host.spec, accepted=Accepted.by(host.settings))
+    host, body = current_app.extensions["host"], json_object()
+    require_known(body, RULES, OLD_NAMES)
+    if body.get("model") not in (None, "", host.model):
+        raise NotFoundError(f"there is no model {body['model']!r}. Allowed: {host.model}.")
+    asked = read_request(
+        body,
+        spec=host.spec,
+        accepted=Accepted.by(host.settings),
+        is_strict=is_strict(body),
+    )
     job = host.queue.submit(asked, client=client(), is_stored=True, key=idempotency_key())
     return jsonify(describe(job)), 202, {"Location": f"/v1/jobs/{job.id}"}
 
@@ -91,20 +114,9 @@ def events(job_id: str) -> Response:
     with ?previews=1.
     """
     job = _queue().find(job_id)
-    if not _streams.acquire(blocking=False):
-        raise BusyError(
-            f"{MAX_STREAMS} event streams are open, which is all this host serves. Ask GET "
-            f"/v1/jobs/{job_id} now and then."
-        )
     with_previews = request.args.get("previews", "0") == "1"
     job.wants_preview = job.wants_preview or with_previews
-    answer = Response(
-        _follow(_queue(), job, describe, with_previews),
-        mimetype="text/event-stream",
-        headers={"Cache-Control": "no-store"},
-    )
-    answer.call_on_close(_streams.release)
-    return answer
+    return event_stream(_follow(_queue(), job, with_previews))
 
 
 @blueprint.get("/v1/jobs/<job_id>/trace")
@@ -114,6 +126,18 @@ def trace(job_id: str) -> Response | tuple[Response, int, dict[str, str]]:
     if not job.finished.is_set():
         return jsonify(describe(job)), 409, {"Retry-After": "1"}
     return jsonify(chrome_trace(job))
+
+
+def event_stream(events: Iterator[str]) -> Response:
+    """Return server-sent events as they come. BusyError if too many streams are open."""
+    if not _streams.acquire(blocking=False):
+        raise BusyError(
+            f"{MAX_STREAMS} event streams are open, which is all this host serves. Ask GET "
+            "/v1/jobs/<id> for a job's state instead."
+        )
+    answer = Response(events, mimetype="text/event-stream", headers={"Cache-Control": "no-store"})
+    answer.call_on_close(_streams.release)
+    return answer
 
 
 def file_response(
@@ -217,7 +241,7 @@ def _queue() -> JobQueue:
     return current_app.extensions["host"].queue
 
 
-def _follow(queue: JobQueue, job: Job, describe: Any, with_previews: bool) -> Iterator[str]:
+def _follow(queue: JobQueue, job: Job, with_previews: bool) -> Iterator[str]:
     app = current_app._get_current_object()
     seen, shown = -1, None
 
@@ -231,11 +255,11 @@ def _follow(queue: JobQueue, job: Job, describe: Any, with_previews: bool) -> It
             seen, preview, step = version, job.preview, job.step
             is_over = job.finished.is_set()
             with app.app_context():
-                event = _event("status", describe(job))
-            yield event
+                status = event("status", describe(job))
+            yield status
             if with_previews and preview is not None and preview is not shown:
                 shown = preview
-                yield _event("preview", {"step": step, "image": _data_url(preview)})
+                yield event("preview", {"step": step, "image": _data_url(preview)})
             if is_over:
                 return
             job.finished.wait(MIN_INTERVAL_S)  # its end is told at once
@@ -243,7 +267,8 @@ def _follow(queue: JobQueue, job: Job, describe: Any, with_previews: bool) -> It
     return stream()
 
 
-def _event(name: str, data: dict[str, Any]) -> str:
+def event(name: str, data: dict[str, Any]) -> str:
+    """One server-sent event."""
     return f"event: {name}\ndata: {json.dumps(data)}\n\n"
 
 

@@ -4,6 +4,7 @@ functions; imports no torch.
 
 import base64
 import io
+import math
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from backends.errors import RequestError
 from backends.request import GenerateResult
+from hosts.http.images import Unreadable
+from hosts.http.limits import DecodeLimits
 from hosts.jobs import serialization
 
 IMAGE_TYPES = {"image/png": "PNG", "image/jpeg": "JPEG", "image/webp": "WEBP"}
@@ -31,6 +34,10 @@ EXTENSIONS = {
     ARRAY_TYPE: "npy",
     WHOLE_TYPE: "npz",
 }
+MAX_DIMS = 8
+"""Of an array in a request."""
+QUALITY = 95
+"""Of JPEG and WebP files, where no other is asked for."""
 FRAMES_PER_S = 7
 """What both existing clients play videos at."""
 
@@ -51,16 +58,17 @@ def encode(
     *,
     metadata: str = "",
     frames_per_s: float = FRAMES_PER_S,
+    quality: int | None = None,
 ) -> bytes:
-    """The result as one file of this type; a PNG holds `metadata` as its text `parameters`.
-    RequestError if the type does not fit.
+    """The result as one file of this type; a PNG holds `metadata` as its text `parameters`, JPEG
+    and WebP have `quality` (0 to 100). RequestError if the type does not fit.
     """
     if content_type == ARRAY_TYPE:
         return _encode_array(result)
     if content_type == WHOLE_TYPE:
         return _encode_whole(result)
     if content_type in IMAGE_TYPES and len(result.frames) == 1:
-        return _encode_image(images(result)[0], IMAGE_TYPES[content_type], metadata)
+        return _encode_image(images(result)[0], IMAGE_TYPES[content_type], metadata, quality)
     if content_type == "image/gif":
         return _encode_gif(images(result), frames_per_s)
     if content_type == "video/mp4":
@@ -98,6 +106,36 @@ def npy(array: np.ndarray) -> str:
     return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
+def from_npy(data: bytes, limits: DecodeLimits) -> np.ndarray:
+    """Return the values of a .npy file as float32, finite and not empty. Raises Unreadable.
+
+    Its header is checked before anything is allocated.
+    """
+    file = io.BytesIO(data)
+    try:
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise Unreadable("version")
+        shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    except Exception as error:  # the header is read as Python, with a dozen kinds of failure
+        raise Unreadable("the data is not a .npy file") from error
+    if dtype.kind not in "fiu" or len(shape) > MAX_DIMS:
+        raise Unreadable(f"the array has type {dtype} and {len(shape)} dimensions")
+    count = math.prod(shape)
+    if not 1 <= count <= limits.max_tensor_elements:
+        raise Unreadable(
+            f"the array of shape {shape} has {count} elements; allowed are 1 to "
+            f"{limits.max_tensor_elements}"
+        )
+    body = data[file.tell() :]
+    if len(body) != count * dtype.itemsize:
+        raise Unreadable(f"the array of shape {shape} does not have the bytes that it announces")
+    with np.errstate(over="ignore"):  # what is beyond float32 is refused below
+        values = np.frombuffer(body, dtype).astype(np.float32)
+    if not np.isfinite(values).all():
+        raise Unreadable("the array holds NaN or infinity, or values beyond float32")
+    return np.ascontiguousarray(values.reshape(shape, order="F" if is_fortran else "C"))
+
+
 def _encode_array(result: GenerateResult) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, result.frames, allow_pickle=False)
@@ -119,7 +157,9 @@ def decode_whole(data: bytes) -> GenerateResult:
         return serialization.unpack_result(arrays["facts"].tobytes().decode(), arrays.__getitem__)
 
 
-def _encode_image(image: Image.Image, file_format: str, metadata: str) -> bytes:
+def _encode_image(
+    image: Image.Image, file_format: str, metadata: str, quality: int | None
+) -> bytes:
     buffer = io.BytesIO()
     if file_format == "PNG":
         texts = PngInfo()
@@ -127,7 +167,7 @@ def _encode_image(image: Image.Image, file_format: str, metadata: str) -> bytes:
             texts.add_itxt("parameters", metadata)
         image.save(buffer, format=file_format, pnginfo=texts)
     else:
-        image.save(buffer, format=file_format, quality=95)
+        image.save(buffer, format=file_format, quality=QUALITY if quality is None else quality)
     return buffer.getvalue()
 
 

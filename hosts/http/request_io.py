@@ -3,40 +3,58 @@ wait for the job.
 """
 
 import hashlib
+import json
+import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flask import current_app, request
-from werkzeug.exceptions import BadRequest
 
 from backends.errors import HostError, RequestError
 from backends.request import GenerateRequest, GenerateResult
 from hosts.http import media
+from hosts.http.dialect import is_empty, shown
 from hosts.http.plain_json import require_few_values, require_plain
-from hosts.http.server import CONNECTION, is_gone
+from hosts.http.server import CONNECTION, Peer
 from hosts.jobs.queue import Job
 
 LOOK_EVERY_S = 0.5
 MAX_KEY = 255
+MAX_SEED = 2**63 - 1
 
 
 def json_object() -> Mapping[str, Any]:
-    """The body. RequestError if it is not one JSON object, or holds values beyond all bounds."""
-    require_few_values(request.get_data())
+    """Return the body. RequestError if it is not one JSON object, or holds values beyond all
+    bounds.
+    """
+    data = _data()
+    require_few_values(data)
     try:
-        body = request.get_json()
-    except BadRequest as error:
-        raise RequestError(f"the body is not valid JSON: {error.description}") from error
+        body = json.loads(data)
     except RecursionError as error:
         raise RequestError(
             "the body is not valid JSON: its lists and objects are nested too deeply. Send a flat "
             "object."
         ) from error
+    except ValueError as error:  # also text that is not UTF-8, and numbers of thousands of digits
+        raise RequestError(
+            f"the body is not valid JSON: {error}. Send one JSON object, as UTF-8."
+        ) from error
     if not isinstance(body, Mapping):
         raise RequestError(f"the body must be one JSON object, not {type(body).__name__}.")
     require_plain(body)
     return body
+
+
+def _data() -> bytes:
+    """Return the bytes of the body. RequestError if its chunks cannot be read."""
+    try:
+        return request.get_data()
+    except (ValueError, OverflowError, MemoryError) as error:
+        raise RequestError(
+            f"the body cannot be read: {error}. Send it with a Content-Length."
+        ) from error
 
 
 def client() -> str:
@@ -78,10 +96,45 @@ def wanted_type(output: str, *, default: str) -> str:
     return best or default
 
 
+def whole(body: Mapping[str, Any], name: str, default: int, *, low: int, high: int) -> int:
+    """The whole number of a field, within its bounds."""
+    value = body.get(name)
+    if is_empty(value):
+        return default
+    if isinstance(value, str) and re.fullmatch(r"\d{1,9}", value, re.ASCII):
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise RequestError(
+            f"{name}={shown(value)} is not allowed. Allowed: {low} to {high}.", field=name
+        )
+    return value
+
+
 def seeds_from(seed: Any, number: int) -> list[Any]:
-    """Return the seeds of several images: they count up from one that was chosen."""
-    is_chosen = isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0
-    return [seed + index if is_chosen else seed for index in range(number)]
+    """Return the seeds of several images: they count up from one that was chosen, also as text.
+    RequestError if there are not so many.
+    """
+    first = _whole(seed)
+    if first is None or first < 0:
+        return [seed] * number
+    if first <= MAX_SEED < first + number - 1:
+        raise RequestError(
+            f"seed={first} leaves no seeds for {number} images. Allowed for them: up to "
+            f"{MAX_SEED - number + 1}.",
+            field="seed",
+        )
+    return [first + index for index in range(number)]
+
+
+def _whole(value: Any) -> int | None:
+    """The number of a seed such as 5, 5.0 or "5"; None for anything else, which is refused where
+    requests are read.
+    """
+    if isinstance(value, str) and re.fullmatch(r"\s*\d{1,20}(\.0*)?\s*", value, re.ASCII):
+        return int(value.partition(".")[0])
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def submit_all(requests: Sequence[GenerateRequest], *, is_kept: bool = False) -> list[Job]:
@@ -109,9 +162,10 @@ def wait_for(job: Job, *, is_kept: bool = False) -> GenerateResult:
     connection, grace_s = request.environ.get(CONNECTION), host.settings.disconnect_grace
     if connection is None or grace_s == 0 or is_kept:
         return job.wait()
+    peer = Peer(connection, takes_interim=request.environ["SERVER_PROTOCOL"] == "HTTP/1.1")
     gone_at: float | None = None
     while (result := job.wait(LOOK_EVERY_S)) is None:
-        if not is_gone(connection):
+        if not peer.is_gone():
             continue
         gone_at = gone_at or time.monotonic()
         if time.monotonic() - gone_at >= grace_s:

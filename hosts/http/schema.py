@@ -3,7 +3,7 @@ say anything else than the code.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from flask import Blueprint, Response, current_app
@@ -14,9 +14,10 @@ from pydantic_core import core_schema
 from backends.generation.scheduler_settings import RequestedSettings
 from backends.generation.schedulers import SCHEDULERS
 from backends.model_table import ModelSpec
-from backends.request import CALL_DEFAULTS, GenerateRequest
+from backends.request import CALL_DEFAULTS, IMAGE_STRENGTH, GenerateRequest
 from hosts.http import VERSION, media
-from hosts.http.dialect import error_body
+from hosts.http.decode import Accepted
+from hosts.http.dialect import JSON, Dialect, Operation, Rule, error_body
 from hosts.http.jobs_api import JobView
 from hosts.http.limits import BOUNDS
 from hosts.launch.settings import Settings
@@ -36,14 +37,6 @@ IDEMPOTENCY_KEY = {
     "schema": {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[ -~]+$"},
 }
 
-CONTROL = (
-    "control_image",
-    "controlnet_conditioning_scale",
-    "control_guidance_start",
-    "control_guidance_end",
-)
-IP_ADAPTER = ("ip_adapter_image", "ip_adapter_scale")
-
 
 class _Schema(GenerateJsonSchema):
     """Images and arrays travel as text."""
@@ -60,12 +53,64 @@ class _Schema(GenerateJsonSchema):
 @blueprint.get("/openapi.json")
 def serve() -> Response:
     """OpenAPI 3.1 of what this host serves, in the order in which people read it."""
-    host = current_app.extensions["host"]
-    return Response(json.dumps(openapi(host.spec, host.settings)), mimetype="application/json")
+    host, dialects = current_app.extensions["host"], current_app.extensions["dialects"]
+    document = openapi(host.spec, host.settings, dialects)
+    return Response(json.dumps(document), mimetype="application/json")
 
 
-def openapi(spec: ModelSpec, settings: Settings) -> dict[str, Any]:
-    """OpenAPI 3.1 of this host."""
+def openapi(
+    spec: ModelSpec, settings: Settings, dialects: Iterable[Dialect] = ()
+) -> dict[str, Any]:
+    """OpenAPI 3.1 of this host, and of what it speaks beside its own API."""
+    document = _own(spec, settings)
+    request = document["components"]["schemas"]["Request"]["properties"]
+    for dialect in dialects:
+        for operation in dialect.operations:
+            calls = document["paths"].setdefault(operation.path, {})
+            calls[operation.method] = _foreign(operation, dialect, request)
+    return document
+
+
+def _foreign(operation: Operation, dialect: Dialect, request: Mapping[str, Any]) -> dict[str, Any]:
+    """A call of another API. request: the fields of /v1/jobs, which some of its fields are."""
+    answer = {"type": "string"} if operation.media_type != JSON[0] else {}
+    contents = {operation.media_type: {"schema": answer}}
+    if operation.rules is not None and "stream" in operation.rules:
+        contents[EVENTS] = {"schema": {"type": "string"}}
+    shape = {name: _kind(value) for name, value in dialect.error_body("", 400).items()}
+    error = {"type": "object", "properties": shape, "required": list(shape)}
+    found: dict[str, Any] = {
+        "summary": operation.summary,
+        "responses": {
+            "200": {"description": "Done.", "content": contents},
+            "default": {"description": "An error.", "content": {JSON[0]: {"schema": error}}},
+        },
+    }
+    if "{id}" in operation.path:
+        found["parameters"] = [JOB_ID]
+    if operation.rules is not None:
+        fields = {name: _field(rule, request.get(name)) for name, rule in operation.rules.items()}
+        body = {"type": "object", "properties": fields, "additionalProperties": False}
+        found["requestBody"] = {"required": True, "content": {JSON[0]: {"schema": body}}}
+    return found
+
+
+def _field(rule: Rule, own: dict[str, Any] | None) -> dict[str, Any]:
+    """What a field of another API may be. own: the facts of the same field of /v1/jobs."""
+    if rule.kind == "done":
+        return own or {}
+    if rule.accepted is None:
+        return {"description": f"Accepted, and without effect: {rule.reason}."}
+    accepted = ", ".join(json.dumps(value) for value in rule.accepted)
+    says = f"Accepted: {accepted}. Others are refused" if accepted else "Refused"
+    return {"description": f"{says}: {rule.reason}."}
+
+
+def _kind(value: Any) -> dict[str, Any]:
+    return {"type": "object"} if isinstance(value, dict) else {"type": "string"}
+
+
+def _own(spec: ModelSpec, settings: Settings) -> dict[str, Any]:
     files = {
         kind: {"schema": {"type": "string", "contentMediaType": kind}}
         for kind in media.content_types(spec.output)
@@ -174,12 +219,14 @@ def openapi(spec: ModelSpec, settings: Settings) -> dict[str, Any]:
 
 def _schemas(spec: ModelSpec, settings: Settings) -> dict[str, Any]:
     request = GenerateRequest.model_json_schema(schema_generator=_Schema)
-    unused = _unused(spec, settings)
+    unused = Accepted.by(settings).unused(spec)
     fields = {name: facts for name, facts in request["properties"].items() if name not in unused}
-    request |= {"title": "Request", "additionalProperties": True, "properties": fields}
+    request |= {"title": "Request", "additionalProperties": False, "properties": fields}
     request["required"] = [
         name for name in spec.requires if name in fields and name != "prompt"
     ]  # embeddings may stand for it
+    if "strength" in fields and "init_image" in fields:
+        fields["strength"]["default"] = IMAGE_STRENGTH
     for name in ("height", "width", "num_inference_steps", "guidance_scale", "num_frames"):
         if name in fields:
             fields[name]["default"] = getattr(settings, name, None) or getattr(spec, name)
@@ -187,9 +234,7 @@ def _schemas(spec: ModelSpec, settings: Settings) -> dict[str, Any]:
         if name in fields:
             fields[name]["default"] = default
     for name in ("height", "width"):
-        fields[name]["description"] = (
-            f"Pixels. Multiples of {spec.size_multiple}; others are cut down to one."
-        )
+        fields[name]["description"] = f"Pixels. Multiples of {spec.size_multiple}."
     for name, limit in BOUNDS.items():
         _bound(fields.get(name, {}), settings, limit)
     settings_of = RequestedSettings.model_json_schema(schema_generator=_Schema)["properties"]
@@ -235,27 +280,6 @@ def _bound(field: dict[str, Any], settings: Settings, limit: str) -> None:
     for kind in field.get("anyOf", [field]):
         if kind.get("type") in BOUND:
             kind[BOUND[kind["type"]]] = getattr(settings, limit)
-
-
-def _unused(spec: ModelSpec, settings: Settings) -> set[str]:
-    """Request fields that this host does not read: nothing is loaded that could use them."""
-    is_used = {
-        "num_frames": spec.output == "video",
-        "decode_chunk_size": spec.output == "video",
-        "motion_bucket_id": spec.guidance == "frame_ramp",
-        "noise_aug_strength": spec.guidance == "frame_ramp",
-        "latents": spec.returns_latents,
-        "latent_space": spec.returns_latents,
-        "first_step": spec.returns_latents,
-        "compel": settings.compel,
-        "init_image": spec.returns_latents,
-        "mask_image": spec.supports("single", "inpainting").status != "unsupported",
-        "image": "image" in spec.requires,
-        **dict.fromkeys(CONTROL, bool(settings.control_net)),
-        **dict.fromkeys(IP_ADAPTER, bool(settings.ip_adapter)),
-        "lora": bool(settings.lora_dir),
-    }
-    return {name for name, used in is_used.items() if not used}
 
 
 def _constant(value: object) -> dict[str, Any]:

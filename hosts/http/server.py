@@ -5,6 +5,7 @@ close).
 import contextlib
 import errno
 import logging
+import re
 import select
 import socket
 import struct
@@ -33,8 +34,41 @@ CONNECTION = "hosts.connection"
 """WSGI environment: the client's socket, for who must know whether the client is still there."""
 
 
+INTERIM = b"HTTP/1.1 100 Continue\r\n\r\n"
+"""An answer that says nothing yet, which every client of HTTP/1.1 skips."""
+
+
 class _Request(HTTPRequest):
     close_connection = True
+
+    def parse_request(self) -> None:
+        """What cheroot cannot read is the client's mistake, not a failure of the server."""
+        try:
+            super().parse_request()
+        except (ValueError, LookupError, NameError, OverflowError, MemoryError) as error:
+            self.simple_response("400 Bad Request", f"the request cannot be read: {error}")
+
+    def read_request_line(self) -> bool:
+        """Read the line; of slashes before the path one counts, as in base URLs that end in one."""
+        self.rfile = _OneSlash(self.rfile)
+        try:
+            return super().read_request_line()
+        finally:
+            self.rfile = self.rfile.wrapped
+
+
+class _OneSlash:
+    """A file whose first line is a request line: `POST //generate` becomes `POST /generate`."""
+
+    def __init__(self, wrapped: Any) -> None:
+        self.wrapped = wrapped
+
+    def readline(self, *size: int) -> bytes:
+        method, space, rest = self.wrapped.readline(*size).partition(b" ")
+        return method + space + re.sub(rb"\A/{2,}", b"/", rest)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.wrapped, name)
 
 
 class _Gateway(Gateway_10):
@@ -126,14 +160,37 @@ class Listener:
         return server
 
 
-def is_gone(connection: socket.socket) -> bool:
-    """Whether the other side has closed. Reads nothing and does not wait."""
-    ready = select.poll()
-    ready.register(connection, select.POLLIN)
-    try:  # asked first: recv on a socket with a time-out waits for it, whatever the flags say
-        return bool(ready.poll(0)) and connection.recv(1, socket.MSG_PEEK) == b""
-    except OSError:
-        return True
+class Peer:
+    """The client at the other end of a connection, while its job runs."""
+
+    def __init__(self, connection: socket.socket, *, takes_interim: bool) -> None:
+        """takes_interim: whether it may be sent an interim answer, as in HTTP/1.1."""
+        self._connection = connection
+        self._takes_interim = takes_interim
+        self._is_asked = False
+
+    def is_gone(self) -> bool:
+        """Whether it has gone away. Reads nothing and does not wait.
+
+        A client may close its sending side and still wait for the answer (RFC 9112, 9.6). Both look
+        alike until something is sent: a client that is gone answers that with a reset, which the
+        next call sees.
+        """
+        ready = select.poll()
+        ready.register(self._connection, select.POLLIN)
+        try:
+            events = sum(event for _, event in ready.poll(0))
+            if events & (select.POLLERR | select.POLLHUP | select.POLLNVAL):
+                return True
+            # asked first: recv on a socket with a time-out waits for it, whatever the flags say
+            if not events or self._connection.recv(1, socket.MSG_PEEK) != b"":
+                return False
+            if self._takes_interim and not self._is_asked:
+                self._connection.send(INTERIM)
+                self._is_asked = True
+            return not self._takes_interim
+        except OSError:
+            return True
 
 
 def is_port_free(host: str, port: int) -> bool:

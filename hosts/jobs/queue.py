@@ -223,6 +223,13 @@ class JobQueue:
             else:
                 self._save(job)
 
+    def forget(self, job: Job) -> None:
+        """Cancel the job, and forget it where it is over: a running one ends at its next step."""
+        self.cancel(job)
+        with self._changed:
+            if job.finished.is_set():
+                self._forget(job)
+
     def find(self, job_id: str) -> Job:
         """A job that was submitted to be kept, at any stage. NotFoundError if it is not known, or
         not known any more.
@@ -437,16 +444,16 @@ class JobQueue:
         over = [job for job in self._kept.values() if job.finished.is_set()]
         oldest = now() - self._kept_seconds if self._kept_seconds else 0.0
         while over and (over[0].ended_s < oldest or (len(over) > 1 and self._are_too_many(over))):
-            job = over.pop(0)
-            del self._kept[job.id]
-            self._by_key.pop((job.client, job.key), None)
-            if job.is_stored:
-                self._forget(job)
+            self._forget(over.pop(0))
 
     def _are_too_many(self, over: list[Job]) -> bool:
         return len(over) > self._num_kept or sum(job.num_bytes for job in over) > self._kept_bytes
 
     def _forget(self, job: Job) -> None:
+        self._kept.pop(job.id, None)
+        self._by_key.pop((job.client, job.key), None)
+        if not job.is_stored:
+            return
         try:
             self._store.forget(job)
         except HostError as error:

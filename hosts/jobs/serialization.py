@@ -88,7 +88,8 @@ def unpack_result(text: str, read: Callable[[str], Array]) -> GenerateResult:
 
 
 def pack_error(error: HostError) -> str:
-    facts: dict[str, Any] = {"kind": type(error).__name__, "message": str(error)}
+    kind = next(each for each in type(error).__mro__ if each.__name__ in KINDS)
+    facts: dict[str, Any] = {"kind": kind.__name__, "message": str(error)}
     if isinstance(error, RankError):
         facts["rank"] = error.rank
     if isinstance(error, RequestError):
@@ -99,8 +100,9 @@ def pack_error(error: HostError) -> str:
 def unpack_error(text: str) -> HostError:
     facts: Mapping[str, Any] = json.loads(text)
     kind = KINDS.get(facts["kind"], HostError)
-    extra = {name: facts[name] for name in ("rank", "field") if name in facts}
-    return kind(facts["message"], **extra)
+    extras = {RankError: "rank", RequestError: "field"}
+    names = [name for of, name in extras.items() if issubclass(kind, of) and name in facts]
+    return kind(facts["message"], **{name: facts[name] for name in names})
 
 
 def _pixels(image: Image.Image) -> Array:

@@ -56,14 +56,16 @@ function call(path, method, operation, document) {
     const line = content(`${status === "default" ? "otherwise" : status}, ${answer.description.replace(/\.$/, "")}`, answer.content || {});
     lines.push(line);
   }
-  if (operation.requestBody) lines.push(make("li", {}, make("pre", { textContent: example(path, document) })));
+  if (operation.requestBody) lines.push(make("li", {}, make("pre", { textContent: example(path, operation, document) })));
   const head = make("summary", {}, make("code", { textContent: `${method.toUpperCase()} ${path}` }), ` ${operation.summary}`);
   return make("details", { id: `${method}${path}` }, head, make("ul", {}, ...lines));
 }
 
-function example(path, document) {
-  const fields = document.components.schemas.Request;
-  const body = { ...(fields.properties.prompt ? { prompt: "a red circle on a blue background" } : {}), seed: 1 };
+function example(path, operation, document) {
+  const schema = operation.requestBody.content["application/json"].schema;
+  const fields = schema.$ref ? document.components.schemas.Request : schema;
+  const usual = { prompt: "a red circle on a blue background", seed: 1 };
+  const body = Object.fromEntries(Object.entries(usual).filter(([name]) => name in fields.properties));
   for (const name of fields.required || []) body[name] = "<base64>";
   return `curl -s ${new URL(path.slice(1), location.href)} -H 'Content-Type: application/json' -d '${JSON.stringify(body)}'`;
 }

@@ -104,6 +104,7 @@ async function formValues() {
       values[field.name] = field.type === "number" ? Number(field.value) : field.name === "lora" ? JSON.parse(field.value) : field.value;
     }
   }
+  if (!values.init_image) delete values.strength;
   return values;
 }
 

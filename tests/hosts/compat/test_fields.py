@@ -17,8 +17,12 @@ TABLE = read_table()
 IMAGE = Image.new("RGB", (16, 8), "red")
 
 
-def read(body, type_name="sdxl", image_dirs=()):
-    return read_request(body, spec=TABLE[type_name], accepted=Accepted(image_dirs=image_dirs))
+EVERYTHING = Accepted(takes_control_image=True, takes_ip_image=True, takes_compel=True)
+
+
+def read(body, type_name="sdxl", image_dirs=(), accepted=None):
+    accepted = accepted or Accepted(image_dirs=image_dirs)
+    return read_request(body, spec=TABLE[type_name], accepted=accepted)
 
 
 def test_old_names_become_diffusers_names():
@@ -141,7 +145,8 @@ def test_every_plain_field_can_be_sent():
     for field in plain:
         for name in NAMES[field]:
             value = values.get(field, 1)
-            assert getattr(read({name: value}, "ad"), field) == value
+            read_field = getattr(read({name: value}, "ad", accepted=EVERYTHING), field)
+            assert read_field == value
 
 
 def test_frames_are_ignored_where_a_image_is_made():

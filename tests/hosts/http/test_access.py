@@ -4,6 +4,7 @@
 
 import pytest
 from PIL import Image
+from werkzeug.test import EnvironBuilder
 
 from backends.model_table import read_table
 from hosts.compat.protocol import FixedModel
@@ -32,8 +33,8 @@ def test_body_that_is_too_large_is_answered_as_an_error(client, queue, state):
                                                                          "allows: 30")),
         ({"timesteps": list(range(31, 0, -1))}, "max_steps", ("num_inference_steps=31 is more than "
                                                              "this host allows: 30 (--max_steps)")),
-        ({"width": 32}, "max_side", "width=32 is more than this host allows: 30 (--max_side)"),
-        ({"height": 32}, "max_side", "height=32 is more than this host allows: 30 (--max_side)"),
+        ({"width": 32}, "max_side", "width=32 is more than this host allows: 24 (--max_side)"),
+        ({"height": 32}, "max_side", "height=32 is more than this host allows: 24 (--max_side)"),
         ({"num_frames": 31}, "max_frames", ("num_frames=31 is more than this host allows: 30 "
                                        "(--max_frames)")),
         ({"prompt": "a" * 31}, "max_prompt_chars", ("prompt has 31 characters, more than this "
@@ -45,11 +46,11 @@ def test_body_that_is_too_large_is_answered_as_an_error(client, queue, state):
 def test_request_beyond_a_limit_of_the_operator_is_refused_and_one_within_is_not(
     body, limit, said, queue, state
 ):
-    client = make_client(queue, state, type="ad", **{limit: 30})
+    client = make_client(queue, state, type="ad", **{limit: 24 if limit == "max_side" else 30})
     answer = client.post("/v1/jobs", json=body)
     assert answer.status_code == 400 and said in assert_is_error(answer.get_json())
     smaller = {
-        name: value - 2 if isinstance(value, int) else value[1:] for name, value in body.items()
+        name: value - 8 if isinstance(value, int) else value[1:] for name, value in body.items()
     }
     assert client.post("/v1/jobs", json=smaller).status_code == 202
     assert make_client(queue, state, type="ad").post("/v1/jobs", json=body).status_code == 202
@@ -234,3 +235,34 @@ def test_host_that_waits_for_another_machine_keeps_jobs_and_refuses_what_would_w
     assert (
         client.post("/v1/jobs", json={"prompt": "a"}).status_code == 202 and queue.num_waiting == 1
     )
+
+
+def test_probes_need_no_host(client):
+    """HAProxy's default check is HTTP/1.0 without one; browsers always send one."""
+    environ = EnvironBuilder(path="/healthz").get_environ()
+    del environ["HTTP_HOST"]
+    environ["SERVER_NAME"] = "diffusion"
+    assert client.open(environ).status_code == 200
+
+
+@pytest.mark.parametrize("host", ["localhost", "localhost.", "127.0.0.1:99", "[::1]:99"])
+def test_names_of_this_host_are_served(client, host):
+    assert client.get("/healthz", headers={"Host": host}).status_code == 200
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "evil.example", "localhost.evil.example", "[", "[x"])
+def test_other_names_are_refused_with_the_way_out(client, host):
+    answer = client.get("/healthz", headers={"Host": host})
+    assert answer.status_code == 400 and "--host" in answer.get_data(as_text=True)
+
+
+@pytest.mark.parametrize("origin", ["http://[", "http://evil.example", "null", "//["])
+def test_origins_that_are_none_are_foreign(client, origin):
+    answer = client.post("/v1/jobs", json={"prompt": "a"}, headers={"Origin": origin})
+    assert answer.status_code == 403
+
+
+def test_unknown_paths_are_404_whatever_is_sent(client):
+    for path in ("/nothing", "/v1/nothing", "/sdapi/v1/nothing"):
+        assert client.post(path, data={"a": "b"}).status_code == 404
+        assert client.post(path, data=b"x", content_type="text/plain").status_code == 404

@@ -32,7 +32,7 @@ def test_schema_of_every_type_is_valid_and_has_its_defaults(name):
         and "control_image" not in fields
         and "control_guidance_end" not in fields
     )
-    assert f"Multiples of {spec.size_multiple};" in fields["width"]["description"]
+    assert f"Multiples of {spec.size_multiple}." in fields["width"]["description"]
 
 
 @pytest.mark.parametrize("name", NAMES)

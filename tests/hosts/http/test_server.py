@@ -1,5 +1,7 @@
 """The listener: taking the port, and how connections end."""
 
+import contextlib
+import select
 import socket
 import threading
 import time
@@ -11,7 +13,7 @@ from flask import Flask
 from backends.errors import ConfigError
 from hosts.http import server
 from hosts.http.server import Listener, is_port_free
-from tests.hosts.harness import free_port, session
+from tests.hosts.harness import free_port, session, wait_until
 
 
 def application(content="here"):
@@ -153,3 +155,63 @@ def test_clients_that_hold_their_connection_do_not_block_others(listener):
     finally:
         for connection in idle:
             connection.close()
+
+
+def raw(port, data, *, half_closed=False):
+    """What the server answers to these bytes."""
+    with socket.create_connection(("127.0.0.1", port)) as client:
+        client.sendall(data)
+        if half_closed:
+            client.shutdown(socket.SHUT_WR)
+        client.settimeout(20)
+        answer = b""
+        while part := client.recv(65536):
+            answer += part
+    return answer
+
+
+@pytest.mark.parametrize("path", [b"/", b"//", b"///"])
+def test_slashes_before_the_path_count_once(listener, path):
+    answer = raw(listener.port, b"GET " + path + b" HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 200") and answer.endswith(b"here")
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"GET //[ HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET http://[ HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET / HTTP/1.1\r\n folded\r\n\r\n",
+        b"GET\r\n\r\n",
+    ],
+)
+def test_requests_that_cannot_be_read_are_the_clients_mistake(listener, head, caplog):
+    assert raw(listener.port, head)[9:12] in (b"400", b"404")
+    assert "Traceback" not in caplog.text
+
+
+@pytest.mark.parametrize("protocol", ["HTTP/1.1", "HTTP/1.0"])
+def test_client_that_closes_its_sending_side_is_not_gone_but_one_that_leaves_is(protocol):
+    with socket.create_server(("127.0.0.1", 0)) as accepting:
+        client = socket.create_connection(accepting.getsockname())
+        connection, _ = accepting.accept()
+        with connection:
+            peer = server.Peer(connection, takes_interim=protocol == "HTTP/1.1")
+            assert not peer.is_gone()
+            client.shutdown(socket.SHUT_WR)
+            wait_until(
+                lambda: select.select([connection], [], [], 0)[0], within_s=5, what="it is seen"
+            )
+            looks = [peer.is_gone() for _ in range(3)]
+            assert looks == [protocol == "HTTP/1.0"] * 3  # HTTP/1.0 has no interim answers
+            if protocol == "HTTP/1.1":
+                assert client.recv(4096) == server.INTERIM
+            client.close()
+            wait_until(lambda: _is_gone(peer, connection), within_s=5, what="it is gone")
+
+
+def _is_gone(peer, connection):
+    """Whether it is seen to be gone; what an interim answer would do is done by hand here."""
+    with contextlib.suppress(OSError):
+        connection.send(b" ")
+    return peer.is_gone()

@@ -15,6 +15,7 @@ from backends.errors import (
     RequestError,
     UnavailableError,
 )
+from backends.generation.schedulers import SchedulerError
 from hosts.jobs import serialization
 from hosts.jobs.queue import JobStatus
 from hosts.jobs.store import JobStore
@@ -58,6 +59,14 @@ def test_error_comes_back_as_it_was(error):
     assert getattr(back, "rank", None) == getattr(error, "rank", None) and getattr(
         back, "field", None
     ) == getattr(error, "field", None)
+
+
+def test_error_of_a_kind_that_is_defined_elsewhere_comes_back_as_the_kind_that_it_is():
+    packed = serialization.pack_error(SchedulerError("scheduler='x' is not a scheduler."))
+    back = serialization.unpack_error(packed)
+    assert (type(back), back.field) == (RequestError, "scheduler")
+    left = packed.replace('"RequestError"', '"SchedulerError"')  # of an earlier version
+    assert str(serialization.unpack_error(left)) == "scheduler='x' is not a scheduler."
 
 
 def test_waiting_jobs_run_after_a_restart_in_their_order_with_the_seeds_they_had(open_queue):

@@ -95,7 +95,8 @@ def test_openai_client_changes_a_image(host):
     [
         ({"size": "big"}, openai.BadRequestError, "size='big' is not allowed"),
         ({"n": 11}, openai.BadRequestError, "n=11 is not allowed"),
-        ({"model": "dall-e-3"}, openai.NotFoundError, "there is no model 'dall-e-3'"),
+        ({"background": "transparent"}, openai.UnprocessableEntityError, "background="),
+        ({"extra_body": {"seeed": 1}}, openai.BadRequestError, "The nearest one is seed"),
         ({"output_format": "tiff"}, openai.BadRequestError, "output_format='tiff' is not allowed"),
         ({"extra_body": {"steps": 0}}, openai.BadRequestError, "steps=0 is not allowed"),
     ],
@@ -105,6 +106,37 @@ def test_openai_client_gets_its_own_errors(host, fields, kind, message):
         client_of(host).images.generate(**{"prompt": "a", **fields})
     assert message in caught.value.body["message"]
     assert caught.value.body["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("num_partial", [0, 2])
+def test_openai_client_sees_images_on_their_way(host, num_partial):
+    client, extra = client_of(host), {"seed": 5, "steps": 30, "guidance": 5.0}
+    wanted = generated(host, steps=30)
+    events = list(
+        client.images.generate(
+            prompt="a red car", stream=True, partial_images=num_partial, extra_body=extra
+        )
+    )
+    kinds = [event.type for event in events]
+    assert kinds[-1] == "image_generation.completed" and len(events) <= num_partial + 1
+    assert (len(events) > 1) == (num_partial > 0)
+    assert (pixels(base64.b64decode(events[-1].b64_json)) == wanted).all()
+    for index, event in enumerate(events[:-1]):
+        assert event.type == "image_generation.partial_image"
+        assert event.partial_image_index == index
+        assert pixels(base64.b64decode(event.b64_json)).shape == (64, 64, 3)
+
+
+def test_openai_client_sees_edits_on_their_way_and_errors_of_streams(host):
+    image = ("a.png", png(sample_image(64)), "image/png")
+    extra = {"seed": "5", "steps": "30"}
+    asked = {"image": image, "prompt": "a", "extra_body": extra, "stream": True}
+    events = list(client_of(host).images.edit(**asked, partial_images=1))
+    assert events[-1].type == "image_edit.completed" and events[-1].usage.total_tokens == 0
+    assert {event.type for event in events[:-1]} == {"image_edit.partial_image"}
+    failing = {**asked, "extra_body": {**extra, "scheduler": "unheard_of"}}
+    with pytest.raises(openai.APIError, match="unheard_of"):
+        list(client_of(host).images.edit(**failing))
 
 
 def test_openai_client_changes_what_the_mask_leaves_open(host):
@@ -164,9 +196,7 @@ def test_openai_missing_images_and_broken_masks_are_refused(host):
         files={"image": png(sample_image(64)), "mask": b"x"},
         timeout=20,
     )
-    assert answer.status_code == 400 and answer.json()["error"]["message"].startswith(
-        "mask_image: "
-    )
+    assert answer.status_code == 400 and answer.json()["error"]["message"].startswith("mask: ")
 
 
 def test_openai_client_makes_a_video_as_a_job(video_host):
@@ -246,11 +276,9 @@ def test_published_a1111_client_draws_changes_and_asks_what_there_is(host):
     ]
     assert distance[0] < distance[1]
     assert client.util_get_current_model() == "sdxl" == client.util_get_model_names()[0]
-    assert "dpmpp_2m" in [sampler["name"] for sampler in client.get_samplers()]
-    assert (
-        client.get_loras()[0]["name"] == "style.safetensors"
-        and client.get_progress()["progress"] == 0
-    )
+    assert "DPM++ 2M" in [sampler["name"] for sampler in client.get_samplers()]
+    assert client.get_schedulers()[0]["label"] == "Automatic" and client.get_upscalers() == []
+    assert client.get_loras()[0]["name"] == "style" and client.get_progress()["progress"] == 0
     assert client.interrupt() == {}
 
 
@@ -308,10 +336,10 @@ def test_a1111_progress_and_interrupt_reach_the_running_job(host):
 
 def test_a1111_lists_tell_what_is_there(host):
     assert a1111(host, "sd-models").json()[0]["title"] == "sdxl"
-    assert {"name": "euler_a", "aliases": ["euler_a"], "options": {}} in a1111(
+    assert {"name": "Euler a", "aliases": ["euler_a", "k_euler_a"], "options": {}} in a1111(
         host, "samplers"
     ).json()
-    assert [lora["name"] for lora in a1111(host, "loras").json()] == ["style.safetensors"]
+    assert [lora["name"] for lora in a1111(host, "loras").json()] == ["style"]
     assert a1111(host, "options").json()["sd_model_checkpoint"] == "sdxl"
     assert a1111(host, "options", {"sd_model_checkpoint": "sdxl"}).status_code == 200
     assert (
@@ -323,7 +351,7 @@ def test_a1111_lists_tell_what_is_there(host):
     ("body", "message"),
     [
         ({"enable_hr": True}, "enable_hr is not available"),
-        ({"sampler_name": "Magic"}, "magic"),
+        ({"sampler_name": "Magic"}, "sampler_name='Magic'"),
         ({"n_iter": 99}, "n_iter x batch_size is 99"),
         ({"batch_size": "x"}, "batch_size='x' is not allowed"),
     ],

@@ -1,0 +1,141 @@
+"""A1111's alwayson_scripts: units of its ControlNet extension become our fields, others are
+refused.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from backends.errors import RequestError, UnsupportedError
+from hosts.http.decode import Accepted
+from hosts.http.dialect import (
+    DONE,
+    OFF,
+    Rule,
+    harmless,
+    is_empty,
+    neutral,
+    refused,
+    require_known,
+    shown,
+)
+
+NO_PREPROCESSOR = "images are used as they are. Send the map itself, with module none"
+ONLY_PREPROCESSOR = "only preprocessors read it"
+NAMES = ("controlnet", "sd_forge_controlnet", "controlnetforforgeofficial")
+UNIT: dict[str, Rule] = {
+    "enabled": DONE,
+    "image": DONE,
+    "input_image": DONE,
+    "weight": DONE,
+    "guidance_start": DONE,
+    "guidance_end": DONE,
+    "module": neutral("none", reason=NO_PREPROCESSOR),
+    "model": harmless("the ControlNet that is loaded is used"),
+    "mask": refused("masks of a unit are not read"),
+    "mask_image": refused("masks of a unit are not read"),
+    "effective_region_mask": refused("masks of a unit are not read"),
+    "control_mode": neutral(0, "balanced", reason="prompt and map weigh the same"),
+    "resize_mode": neutral(
+        0, 1, "just resize", "crop and resize", reason="maps are scaled to the size"
+    ),
+    "inpaint_crop_input_image": harmless("only inpainting preprocessors read it"),
+    "hr_option": harmless("only hires fix reads it"),
+    "low_vram": harmless("it changes memory only"),
+    "lowvram": harmless("it changes memory only"),
+    "pixel_perfect": harmless(ONLY_PREPROCESSOR),
+    "processor_res": harmless(ONLY_PREPROCESSOR),
+    "threshold_a": harmless(ONLY_PREPROCESSOR),
+    "threshold_b": harmless(ONLY_PREPROCESSOR),
+    "guessmode": neutral(*OFF, reason="prompt and map weigh the same"),
+    "save_detected_map": harmless(ONLY_PREPROCESSOR),
+    "advanced_weighting": refused("one weight is for all layers"),
+    "ipadapter_input": refused("use the field ip_adapter_image of /v1/jobs"),
+    "pulid_mode": harmless(ONLY_PREPROCESSOR),
+    "union_control_type": neutral("unknown", "all", reason="union ControlNets are not loaded"),
+    "batch_images": refused("send the image of the unit"),
+    "input_mode": neutral("simple", reason="send the image of the unit"),
+    "use_preview_as_input": harmless(ONLY_PREPROCESSOR),
+    "generated_image": harmless(ONLY_PREPROCESSOR),
+}
+"""The fields of one unit."""
+
+
+def control_fields(
+    scripts: Mapping[str, Any], accepted: Accepted
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The fields of /v1/jobs for the units, and the names they were sent under."""
+    units: list[Mapping[str, Any]] = []
+    for name, script in scripts.items():
+        args = _args(script)
+        if name.lower() in NAMES:
+            units += [_unit(each) for each in args if _is_on(each)]
+        elif any(args):
+            raise UnsupportedError(
+                f"alwayson_scripts.{name[:80]} is not available: scripts of the web interface do "
+                "not run here. Leave it out."
+            )
+    if not units:
+        return {}, {}
+    if not accepted.takes_control_image:
+        raise UnsupportedError(
+            "alwayson_scripts.controlnet is not available: no ControlNet is loaded "
+            "(--control_net). Leave it out."
+        )
+    return _fields(units)
+
+
+def _fields(units: list[Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, str]]:
+    fields: dict[str, Any] = {"control_image": [_image(unit) for unit in units]}
+    weights = [unit.get("weight", 1.0) for unit in units]
+    fields["controlnet_conditioning_scale"] = weights if len(weights) > 1 else weights[0]
+    for ours, theirs, default in (
+        ("control_guidance_start", "guidance_start", 0.0),
+        ("control_guidance_end", "guidance_end", 1.0),
+    ):
+        values = [unit.get(theirs, default) for unit in units]
+        if any(value != values[0] for value in values):
+            raise UnsupportedError(
+                f"alwayson_scripts.controlnet: {theirs} differs between units, which is not "
+                "available. Send the same."
+            )
+        fields[ours] = values[0]
+    sent_as = dict.fromkeys(fields, "alwayson_scripts.controlnet")
+    return fields, sent_as
+
+
+def _args(script: Any) -> list[Any]:
+    args = script.get("args") if isinstance(script, Mapping) else script
+    if isinstance(args, Mapping):
+        args = list(args.values())
+    return args if isinstance(args, list) else [] if is_empty(args) else [args]
+
+
+def _is_on(unit: Any) -> bool:
+    """Whether a unit does something: it is enabled, and has an image or names what it wants."""
+    if not isinstance(unit, Mapping):
+        return bool(unit)
+    is_enabled = str(unit.get("enabled", True)).lower() not in ("false", "0")
+    return is_enabled and not is_empty(_source(unit))
+
+
+def _unit(unit: Any) -> Mapping[str, Any]:
+    if not isinstance(unit, Mapping):
+        raise RequestError(
+            f"alwayson_scripts.controlnet={shown(unit)} is not a unit. Send objects.",
+            field="alwayson_scripts",
+        )
+    require_known(unit, UNIT)
+    return {name: value for name, value in unit.items() if value is not None}
+
+
+def _source(unit: Mapping[str, Any]) -> Any:
+    image = unit.get("image")
+    return unit.get("input_image") if is_empty(image) else image
+
+
+def _image(unit: Mapping[str, Any]) -> Any:
+    image = _source(unit)
+    if isinstance(image, Mapping):
+        require_known(image, {"image": DONE, "mask": refused("masks of a unit are not read")})
+        return image.get("image")
+    return image

@@ -1,0 +1,277 @@
+"""The fields of A1111's txt2img and img2img -> those of /v1/jobs, and what becomes of each."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image, ImageFilter, ImageOps
+
+from backends.errors import RequestError, UnsupportedError
+from backends.model_table import ModelSpec
+from hosts.dialects.a1111_control import control_fields
+from hosts.dialects.a1111_prompt import without_loras
+from hosts.dialects.a1111_samplers import scheduler_of
+from hosts.http.decode import Accepted, read_mask
+from hosts.http.dialect import (
+    DONE,
+    OFF,
+    Rule,
+    harmless,
+    is_empty,
+    is_strict,
+    neutral,
+    refused,
+    require_known,
+    shown,
+)
+from hosts.http.request_io import whole
+
+MAX_BLUR = 64
+ON = (True, "true", "on", "yes", "1")
+NO_HIRES = "there is no second pass here. Ask for the size itself, or send the image to img2img"
+NO_SCRIPT = "scripts of the web interface do not run here"
+NO_CHURN = "samplers add no noise of their own here"
+NOT_SAVED = "images are only answered, never saved here"
+ONLY_HIRES = "only hires fix reads it"
+ONLY_PIX2PIX = "only InstructPix2Pix models read it"
+COMMON: dict[str, Rule] = {
+    "prompt": DONE,
+    "negative_prompt": DONE,
+    "seed": DONE,
+    "steps": DONE,
+    "cfg_scale": DONE,
+    "distilled_cfg_scale": DONE,
+    "width": DONE,
+    "height": DONE,
+    "sampler_name": DONE,
+    "sampler_index": DONE,
+    "scheduler": DONE,
+    "batch_size": DONE,
+    "n_iter": DONE,
+    "lora": DONE,
+    "alwayson_scripts": DONE,
+    "override_settings": DONE,
+    "disable_extra_networks": DONE,
+    "send_images": DONE,
+    "styles": refused("there are no styles here. Write them into the prompt"),
+    "subseed": harmless("subseed_strength says whether it is read"),
+    "subseed_strength": neutral(0, reason="seeds are not mixed here"),
+    "seed_resize_from_h": neutral(-1, 0, reason="noise is made for the size that is asked for"),
+    "seed_resize_from_w": neutral(-1, 0, reason="noise is made for the size that is asked for"),
+    "restore_faces": neutral(*OFF, reason="there is no face restoration here"),
+    "tiling": neutral(*OFF, reason="images do not tile here"),
+    "do_not_save_samples": harmless(NOT_SAVED),
+    "do_not_save_grid": harmless(NOT_SAVED),
+    "save_images": harmless(NOT_SAVED),
+    "eta": neutral(0, 1, reason="samplers have their own eta"),
+    "s_min_uncond": neutral(0, reason="guidance is computed at every step"),
+    "s_churn": neutral(0, reason=NO_CHURN),
+    "s_tmax": neutral(0, reason=NO_CHURN),
+    "s_tmin": neutral(0, reason=NO_CHURN),
+    "s_noise": neutral(1, reason=NO_CHURN),
+    "override_settings_restore_afterwards": harmless("settings act for one request only"),
+    "refiner_checkpoint": neutral("none", reason="one model is loaded"),
+    "refiner_switch_at": harmless("there is no refiner, so it is not read"),
+    "comments": harmless("they are notes"),
+    "force_task_id": harmless("it names the task"),
+    "script_name": neutral("none", reason=NO_SCRIPT),
+    "script_args": harmless("script_name says whether they are read"),
+    "infotext": refused("send the fields themselves"),
+    "clip_skip": neutral(
+        0, 1, reason='send override_settings {"CLIP_stop_at_last_layers": N} in its place'
+    ),
+}
+HIRES = (
+    "hr_scale", "hr_upscaler", "hr_second_pass_steps", "hr_resize_x", "hr_resize_y",
+    "hr_checkpoint_name", "hr_sampler_name", "hr_scheduler", "hr_prompt", "hr_negative_prompt",
+    "hr_cfg", "hr_distilled_cfg", "hr_additional_modules",
+)  # fmt: skip
+TXT2IMG: dict[str, Rule] = {
+    **COMMON,
+    "denoising_strength": harmless(ONLY_HIRES),
+    "enable_hr": neutral(*OFF, reason=NO_HIRES),
+    **dict.fromkeys(HIRES, harmless(ONLY_HIRES)),
+    "firstphase_width": neutral(0, reason=NO_HIRES),
+    "firstphase_height": neutral(0, reason=NO_HIRES),
+    "firstpass_image": refused(NO_HIRES),
+}
+IMG2IMG: dict[str, Rule] = {
+    **COMMON,
+    "denoising_strength": DONE,
+    "init_images": DONE,
+    "include_init_images": DONE,
+    "mask": DONE,
+    "mask_blur": DONE,
+    "mask_blur_x": DONE,
+    "mask_blur_y": DONE,
+    "inpainting_mask_invert": DONE,
+    "mask_round": neutral(*ON, reason="masks are black and white here"),
+    "resize_mode": neutral(0, reason="images are scaled to the size"),
+    "image_cfg_scale": harmless(ONLY_PIX2PIX),
+    "inpainting_fill": neutral(0, 1, reason="masked parts start from the image"),
+    "inpaint_full_res": harmless("the image is generated as a whole, its size is exact"),
+    "inpaint_full_res_padding": harmless("the image is generated as a whole, its size is exact"),
+    "initial_noise_multiplier": neutral(1, reason="noise has the sampler's strength"),
+    "latent_mask": refused("send mask in its place"),
+}
+OVERRIDES: dict[str, Rule] = {
+    "sd_model_checkpoint": DONE,
+    "CLIP_stop_at_last_layers": DONE,
+    "samples_format": DONE,
+    "sd_vae": neutral("automatic", "none", reason="the VAE is fixed at start (--vae)"),
+    "eta_noise_seed_delta": neutral(0, reason="noise depends on the seed only"),
+    "randn_source": neutral("cpu", reason="noise is made on the CPU"),
+    "img2img_color_correction": neutral(*OFF, reason="colours are not changed afterwards"),
+    "enable_pnginfo": harmless("PNG files always hold their settings"),
+    **dict.fromkeys(("samples_save", "grid_save", "return_grid", "do_not_add_watermark"),
+                    harmless(NOT_SAVED)),
+}  # fmt: skip
+FORMATS = {"png": "image/png", "jpg": "image/jpeg", "jpeg": "image/jpeg", "webp": "image/webp"}
+SENT_AS = {
+    "steps": "num_inference_steps",
+    "cfg_scale": "guidance_scale",
+    "denoising_strength": "strength",
+}
+PLAIN = ("prompt", "negative_prompt", "seed", "width", "height")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What a request asks for."""
+
+    fields: dict[str, Any]
+    """By the names of /v1/jobs."""
+    sent_as: dict[str, str]
+    """Field -> A1111's name, where it is another."""
+    number: int
+    """How many images."""
+    batch_size: int
+    """Images of one batch, as the client counts them."""
+    content_type: str = "image/png"
+    """Of the images in the answer."""
+    notes: list[str] = field(default_factory=list)
+    """What the client should know of how its request was read."""
+
+
+def asked_for(
+    body: Mapping[str, Any], *, spec: ModelSpec, accepted: Accepted, title: str, most: int
+) -> Asked:
+    """The fields that txt2img and img2img share. title: of the model. most: images of a request."""
+    overrides = _mapping(body, "override_settings")
+    if is_strict(body):
+        require_known(overrides, OVERRIDES)
+        require_model(overrides.get("sd_model_checkpoint"), title)
+    fields = {name: body[name] for name in PLAIN if not is_empty(body.get(name))}
+    sent_as = {ours: theirs for theirs, ours in SENT_AS.items() if not is_empty(body.get(theirs))}
+    fields |= {ours: body[theirs] for ours, theirs in sent_as.items()}
+    prompt = without_loras(body, accepted.lora_dirs)
+    fields |= {"prompt": prompt.text} if "prompt" in fields else {}
+    fields |= {"lora": prompt.loras} if prompt.loras else {}
+    if (scheduler := scheduler_of(body)) is not None:
+        fields["scheduler"] = scheduler
+    _choose_guidance(fields, sent_as, body, spec)
+    control, control_sent_as = control_fields(_mapping(body, "alwayson_scripts"), accepted)
+    batch_size = whole(body, "batch_size", 1, low=1, high=10**6)
+    number = whole(body, "n_iter", 1, low=1, high=10**6) * batch_size
+    if number > most:
+        raise RequestError(
+            f"n_iter x batch_size is {number}. Allowed: up to {most}.", field="n_iter"
+        )
+    return Asked(
+        fields={**fields, **control, **_clip_skip(overrides)},
+        sent_as={**sent_as, **control_sent_as},
+        number=number,
+        batch_size=batch_size,
+        content_type=_content_type(overrides),
+        notes=prompt.notes,
+    )
+
+
+def require_model(name: Any, title: str) -> None:
+    """UnsupportedError if another model than the one that is loaded is named."""
+    if not is_empty(name) and name != title:
+        raise UnsupportedError(
+            f"sd_model_checkpoint={shown(name)} is not loaded. Allowed: {title!r}; start another "
+            "host."
+        )
+
+
+def start_fields(body: Mapping[str, Any], *, spec: ModelSpec, accepted: Accepted) -> dict[str, Any]:
+    """The image of img2img, and its mask."""
+    sources = body.get("init_images")
+    if not isinstance(sources, list) or len(sources) != 1:
+        raise RequestError(
+            "init_images must hold one image, base64 of a PNG, JPEG or WebP file.",
+            field="init_images",
+        )
+    name = "image" if "image" in spec.requires else "init_image"
+    if is_empty(body.get("mask")):
+        return {name: sources[0]}
+    mask = read_mask(body["mask"], field="mask", accepted=accepted)
+    if truth(body, "inpainting_mask_invert", False):
+        mask = ImageOps.invert(mask)
+    return {name: sources[0], "mask_image": _blurred(mask, body)}
+
+
+def truth(body: Mapping[str, Any], name: str, default: bool) -> bool:
+    """The truth value of a field, which clients also send as a number or as text."""
+    value = body.get(name)
+    if is_empty(value):
+        return default
+    text = str(value).strip().lower()
+    if text not in ("true", "false", "1", "0", "1.0", "0.0", "on", "off", "yes", "no"):
+        raise RequestError(
+            f"{name}={shown(value)} is not allowed. Allowed: true, false.", field=name
+        )
+    return text in ("true", "1", "1.0", "on", "yes")
+
+
+def _blurred(mask: Image.Image, body: Mapping[str, Any]) -> Image.Image:
+    both = whole(body, "mask_blur", 0, low=0, high=MAX_BLUR)
+    radius = [whole(body, f"mask_blur_{axis}", both, low=0, high=MAX_BLUR) for axis in "xy"]
+    return mask.filter(ImageFilter.GaussianBlur(radius)) if any(radius) else mask
+
+
+def _choose_guidance(
+    fields: dict[str, Any], sent_as: dict[str, str], body: Mapping[str, Any], spec: ModelSpec
+) -> None:
+    """Forge's clients send the guidance of a distilled model as distilled_cfg_scale; their
+    cfg_scale of 1 says that there is no other.
+    """
+    if spec.guidance != "distilled":
+        return
+    distilled, plain = body.get("distilled_cfg_scale"), body.get("cfg_scale")
+    if not is_empty(distilled) and plain not in (None, "", 1, "1"):
+        raise UnsupportedError(
+            f"cfg_scale={shown(plain)} is not available beside distilled_cfg_scale: {spec.title} "
+            "has one guidance. Send cfg_scale 1."
+        )
+    if not is_empty(distilled):
+        fields["guidance_scale"], sent_as["guidance_scale"] = distilled, "distilled_cfg_scale"
+    elif plain in (1, "1"):
+        fields.pop("guidance_scale")
+
+
+def _clip_skip(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A1111 counts layers from 1: its 1 skips none."""
+    layers = whole(overrides, "CLIP_stop_at_last_layers", 1, low=1, high=12)
+    return {"clip_skip": layers - 1} if layers > 1 else {}
+
+
+def _content_type(overrides: Mapping[str, Any]) -> str:
+    name = overrides.get("samples_format") or "png"
+    if not isinstance(name, str) or name.lower() not in FORMATS:
+        raise RequestError(
+            f"samples_format={shown(name)} is not allowed. Allowed: {', '.join(FORMATS)}.",
+            field="samples_format",
+        )
+    return FORMATS[name.lower()]
+
+
+def _mapping(body: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    value = body.get(name)
+    if is_empty(value):
+        return {}
+    if not isinstance(value, Mapping):
+        raise RequestError(f"{name}={shown(value)} is not allowed. Send an object.", field=name)
+    return value

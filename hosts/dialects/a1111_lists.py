@@ -1,0 +1,149 @@
+"""What A1111's clients ask before they generate: models, samplers, schedules, LoRAs, options, and
+lists of things that this host does not have.
+"""
+
+from typing import Any
+
+from flask import Blueprint, Response, current_app, jsonify
+
+from hosts.dialects.a1111_fields import require_model
+from hosts.dialects.a1111_prompt import alias_of, lora_files
+from hosts.dialects.a1111_samplers import SCHEDULE_LABELS, labels
+from hosts.http.decode import Accepted
+from hosts.http.dialect import (
+    DONE,
+    Operation,
+    Rule,
+    harmless,
+    is_strict,
+    neutral,
+    require_known,
+)
+from hosts.http.request_io import json_object
+
+blueprint = Blueprint("a1111_lists", __name__)
+
+EMPTY: dict[str, Any] = {
+    "sd-vae": [],
+    "sd-modules": [],
+    "upscalers": [],
+    "latent-upscale-modes": [],
+    "hypernetworks": [],
+    "face-restorers": [],
+    "realesrgan-models": [],
+    "prompt-styles": [],
+    "script-info": [],
+    "extensions": [],
+    "scripts": {"txt2img": [], "img2img": []},
+    "embeddings": {"loaded": {}, "skipped": {}},
+    "cmd-flags": {},
+    "memory": {"ram": {}, "cuda": {}},
+}
+"""Lists of what is not here: clients ask for them, and fail without an answer."""
+FIXED = "options are fixed while the host runs. Send it in override_settings of a request"
+
+
+@blueprint.get("/sdapi/v1/<any({}):name>".format(", ".join(f"'{name}'" for name in EMPTY)))
+def nothing(name: str) -> Response:
+    """An empty list of its kind."""
+    return jsonify(EMPTY[name])
+
+
+@blueprint.get("/internal/ping")
+def ping() -> Response:
+    """Whether the host answers."""
+    return jsonify({})
+
+
+@blueprint.post("/sdapi/v1/<any('refresh-checkpoints', 'refresh-loras', 'refresh-vae'):name>")
+def refresh(name: str) -> Response:
+    """Lists are read each time they are asked for, so there is nothing to do."""
+    return jsonify({})
+
+
+@blueprint.get("/sdapi/v1/options")
+def options() -> Response:
+    return jsonify(_options())
+
+
+@blueprint.post("/sdapi/v1/options")
+def set_options() -> Response:
+    """Only what is so already can be set: options are fixed at start."""
+    body = json_object()
+    if is_strict(body):
+        require_model(body.get("sd_model_checkpoint"), _title())
+        require_known(body, _rules())
+    return jsonify({})
+
+
+@blueprint.get("/sdapi/v1/sd-models")
+def sd_models() -> Response:
+    name = _title()
+    facts = {"title": name, "model_name": name, "filename": name}
+    return jsonify([{**facts, "hash": None, "sha256": None, "config": None}])
+
+
+@blueprint.get("/sdapi/v1/samplers")
+def samplers() -> Response:
+    found = labels(flow=current_app.extensions["host"].spec.flow_matching)
+    return jsonify(
+        [
+            {"name": label, "aliases": [name, f"k_{name}"], "options": {}}
+            for label, name in found.items()
+        ]
+    )
+
+
+@blueprint.get("/sdapi/v1/schedulers")
+def schedulers() -> Response:
+    facts = {"aliases": None, "default_rho": -1, "need_inner_model": False}
+    return jsonify(
+        [{"name": name, "label": label, **facts} for name, label in SCHEDULE_LABELS.items()]
+    )
+
+
+@blueprint.get("/sdapi/v1/loras")
+def loras() -> Response:
+    """The files that requests may name in their prompt, or in `lora`."""
+    folders = Accepted.by(current_app.extensions["host"].settings).lora_dirs
+    return jsonify(
+        [
+            {"name": path.stem, "alias": alias_of(path), "path": inside, "metadata": {}}
+            for path, inside in lora_files(folders)
+        ]
+    )
+
+
+LISTS = ("options", "sd-models", "samplers", "schedulers", "loras", *EMPTY)
+OPERATIONS = (
+    *(
+        Operation(method="get", path=f"/sdapi/v1/{name}", summary=f"A1111: {name}.")
+        for name in LISTS
+    ),
+    Operation(
+        method="post",
+        path="/sdapi/v1/options",
+        summary="A1111: options are fixed; only what is so already can be set.",
+        rules={"sd_model_checkpoint": DONE},
+    ),
+)
+
+
+def _options() -> dict[str, Any]:
+    return {
+        "sd_model_checkpoint": _title(),
+        "sd_vae": "Automatic",
+        "samples_format": "png",
+        "CLIP_stop_at_last_layers": 1,
+        "eta_noise_seed_delta": 0,
+        "enable_pnginfo": True,
+    }
+
+
+def _rules() -> dict[str, Rule]:
+    same = {name: neutral(value, reason=FIXED) for name, value in _options().items()}
+    return {**same, "sd_checkpoint_hash": harmless("the model is named by its checkpoint")}
+
+
+def _title() -> str:
+    return current_app.extensions["host"].model

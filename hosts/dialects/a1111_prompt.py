@@ -1,0 +1,131 @@
+"""A1111's prompt language: LoRA tags are taken out of the prompt; what else it has is told."""
+
+import json
+import re
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from backends.errors import RequestError, UnsupportedError
+from hosts.http.dialect import is_empty, shown
+
+TAG = re.compile(r"<(lora|lyco|hypernet):([^:<>]*)((?::[^:<>]*)*)>", re.IGNORECASE)
+WEIGHTS = re.compile(r"\([^()]*:\s*[\d.]+\s*\)|\(\(|\[[^\]]*\]|\\[()\[\]]|\b(?:BREAK|AND)\b")
+"""Emphasis, scheduled words, escapes and composition."""
+NOTE = (
+    "the prompt has A1111's emphasis or composition (such as (word:1.2), [word], BREAK, AND), "
+    "which is read as plain text here"
+)
+MAX_HEADER = 100 * 2**20
+MAX_NAMES = 20
+ENDING = ".safetensors"
+
+
+@dataclass(slots=True, kw_only=True)
+class Prompt:
+    """A prompt without its tags."""
+
+    text: str
+    """What is left of it."""
+    loras: dict[str, Any] = field(default_factory=dict)
+    """File -> weight."""
+    notes: list[str] = field(default_factory=list)
+    """What is read otherwise than A1111 reads it."""
+
+
+def without_loras(body: Mapping[str, Any], folders: Sequence[str]) -> Prompt:
+    """The prompt of a request, with the LoRAs of its tags beside those of its field `lora`."""
+    given = body.get("lora")
+    loras = dict(given) if isinstance(given, Mapping) else {}
+    text, negative = body.get("prompt"), body.get("negative_prompt")
+    if not is_empty(given) and not loras:
+        raise RequestError(
+            f'lora={shown(given)} is not allowed. Send {{"file": weight}}.', field="lora"
+        )
+    if isinstance(negative, str) and TAG.search(negative):
+        raise RequestError(
+            "negative_prompt has a LoRA tag, which acts in prompt only. Put it there.",
+            field="negative_prompt",
+        )
+    if not isinstance(text, str):
+        return Prompt(text=text or "", loras=loras)  # refused where requests are read
+    is_off = str(body.get("disable_extra_networks")).lower() in ("true", "1")
+    for match in () if is_off else TAG.finditer(text):
+        loras[_file(match[1], match[2], folders)] = _weight(match[0], match[3])
+    rest = re.sub(r" {2,}", " ", TAG.sub("", text)).strip() if TAG.search(text) else text
+    has_weights = any(isinstance(each, str) and WEIGHTS.search(each) for each in (rest, negative))
+    return Prompt(text=rest, loras=loras, notes=[NOTE] if has_weights else [])
+
+
+def lora_files(folders: Sequence[str]) -> list[tuple[Path, str]]:
+    """The files that requests may use, each with its path inside its folder."""
+    return [
+        (path, str(path.relative_to(folder)))
+        for folder in folders
+        for path in sorted(Path(folder).rglob(f"*{ENDING}"))
+    ]
+
+
+def alias_of(path: Path) -> str:
+    """The name that the file was trained under, or that of the file."""
+    return _trained_name(path) or path.stem
+
+
+def _file(kind: str, name: str, folders: Sequence[str]) -> str:
+    """The path, inside its folder, of the file that a tag names."""
+    if kind.lower() == "hypernet":
+        raise UnsupportedError(f"hypernet:{shown(name)} is not available. Leave the tag out.")
+    files = lora_files(folders)
+    wanted = name.strip().removesuffix(ENDING)
+    for names in (_paths(files), _stems(files), _trained(files)):
+        for known, inside in names:
+            if known == wanted:
+                return inside
+    listed = ", ".join(path.stem for path, _ in files[:MAX_NAMES]) or "none (--lora_dir)"
+    raise RequestError(
+        f"prompt names the LoRA {shown(name)}, which is not here. Allowed: {listed}.",
+        field="prompt",
+    )
+
+
+def _paths(files: Sequence[tuple[Path, str]]) -> Iterator[tuple[str, str]]:
+    return ((inside.removesuffix(ENDING), inside) for _, inside in files)
+
+
+def _stems(files: Sequence[tuple[Path, str]]) -> Iterator[tuple[str, str]]:
+    return ((path.stem, inside) for path, inside in files)
+
+
+def _trained(files: Sequence[tuple[Path, str]]) -> Iterator[tuple[str, str]]:
+    return ((_trained_name(path), inside) for path, inside in files)
+
+
+def _trained_name(path: Path) -> str:
+    """ss_output_name of the file's header; empty if it has none."""
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length)) if length <= MAX_HEADER else {}
+        return str(header.get("__metadata__", {}).get("ss_output_name") or "")
+    except (OSError, ValueError, struct.error, AttributeError, RecursionError):
+        return ""
+
+
+def _weight(tag: str, text: str) -> float:
+    """The weight of '<lora:name:0.8>'; 1 without one. Weights of parts must be equal."""
+    parts = [part.partition("=")[2] or part for part in text.split(":")[1:] if part.strip()]
+    try:
+        weights = {float(part) for part in parts} or {1.0}
+    except ValueError as error:
+        raise RequestError(
+            f"prompt has the tag {shown(tag)}, whose weight is no number. Send <lora:name:1>.",
+            field="prompt",
+        ) from error
+    if len(weights) > 1:
+        raise UnsupportedError(
+            f"prompt has the tag {shown(tag)}: one weight for all parts of the model is available. "
+            "Send one."
+        )
+    return weights.pop()

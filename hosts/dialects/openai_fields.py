@@ -1,0 +1,241 @@
+"""OpenAI's fields of images and videos -> those of /v1/jobs, and what becomes of each."""
+
+import base64
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flask import request
+
+from backends.errors import RequestError, UnsupportedError
+from backends.request import GenerateRequest
+from hosts.http import media
+from hosts.http.decode import Accepted, read_mask
+from hosts.http.dialect import DONE, Rule, harmless, is_empty, neutral, refused, shown
+from hosts.http.plain_json import require_plain
+from hosts.http.request_io import json_object
+
+ALIASES = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
+FORMATS = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
+QUALITIES = ("auto", "standard", "hd", "low", "medium", "high", "xhigh", "max")
+"""OpenAI's values of `quality`. Steps say it here; 'exact' is our own."""
+MAX_IMAGES = 10
+MAX_PARTIAL = 3
+MAX_SECONDS = 3600
+OWN = dict.fromkeys((*(set(GenerateRequest.model_fields) - {"image"}), *ALIASES), DONE)
+"""Fields of /v1/jobs, which requests may have beside OpenAI's."""
+NO_TRACKING = "nothing is moderated and nobody is tracked here"
+ONE_MODEL = "the model that is loaded is used, whatever the name"
+NO_SVG = "images are pixels here"
+IMAGES: dict[str, Rule] = {
+    **OWN,
+    "model": harmless(ONE_MODEL),
+    "n": DONE,
+    "size": DONE,
+    "response_format": DONE,
+    "output_format": DONE,
+    "output_compression": DONE,
+    "stream": DONE,
+    "partial_images": DONE,
+    "quality": neutral(*QUALITIES, "exact", reason="it is no quality of OpenAI's"),
+    "background": neutral("auto", "opaque", reason="images here have no transparent parts"),
+    "style": neutral("vivid", "natural", reason="the prompt says the style"),
+    "moderation": harmless(NO_TRACKING),
+    "user": harmless(NO_TRACKING),
+    "safety_identifier": harmless(NO_TRACKING),
+    "complexity": refused(NO_SVG),
+    "svg": refused(NO_SVG),
+    "frame_count": neutral(1, reason="one image has one frame; videos are at /v1/videos"),
+    "frame_duration_ms": refused("one image has no duration; videos are at /v1/videos"),
+}
+"""POST /v1/images/generations."""
+EDITS: dict[str, Rule] = {
+    **IMAGES,
+    "image": DONE,
+    "images": DONE,
+    "mask": DONE,
+    "markup": refused("only a mask can say what to change"),
+    "input_fidelity": neutral("low", reason="strength says how much of the image may change"),
+}
+"""POST /v1/images/edits."""
+VIDEOS: dict[str, Rule] = {
+    **OWN,
+    "model": harmless(ONE_MODEL),
+    "input_reference": DONE,
+    "image": DONE,
+    "seconds": DONE,
+    "size": DONE,
+    "user": harmless(NO_TRACKING),
+}
+"""POST /v1/videos."""
+HINTS = {"negative": "negative_prompt", "cfg_scale": "guidance_scale", "num_images": "n"}
+NUMBERS = {
+    name
+    for name, field in GenerateRequest.model_fields.items()
+    if "int" in str(field.annotation) or "float" in str(field.annotation)
+} | {*ALIASES, "n", "output_compression", "partial_images", "seconds"}
+NUMBERS -= {"lora", "sigmas", "timesteps"}
+SWITCHES = {"stream", "compel"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What a request asks for beside the images themselves."""
+
+    fields: dict[str, Any]
+    """By the names of /v1/jobs."""
+    sent_as: dict[str, str]
+    """Field -> OpenAI's name, where it is another."""
+
+
+def body_of_request() -> dict[str, Any]:
+    """JSON, or a form with files, whose texts become numbers where numbers are meant."""
+    if request.mimetype == "application/json":
+        return dict(json_object())
+    body: dict[str, Any] = {
+        name: _of_form(name, value) for name, value in request.form.items() if value != ""
+    }
+    require_plain(body)
+    for name in request.files:
+        many = [
+            base64.b64encode(file.read()).decode("ascii") for file in request.files.getlist(name)
+        ]
+        key = name.removesuffix("[]")
+        body[key] = [*_list(body.get(key)), *many]
+    return body
+
+
+def asked_for(body: Mapping[str, Any]) -> Asked:
+    """OpenAI's fields -> those of /v1/jobs."""
+    fields, sent_as = {}, {}
+    for name, value in body.items():
+        field = ALIASES.get(name, name)
+        if field in OWN and not is_empty(value):
+            fields[field], sent_as[field] = value, name
+    if fields.get("quality") in QUALITIES:
+        del fields["quality"]
+    if size := _size(body.get("size")):
+        fields["width"], fields["height"] = size
+        sent_as |= {"width": "size", "height": "size"}
+    return Asked(fields=fields, sent_as=sent_as)
+
+
+def edited(body: Mapping[str, Any], asked: Asked, accepted: Accepted, *, start: str) -> Asked:
+    """Add the image to edit, as the field `start`, and the mask. Further images are the
+    IP-Adapter's, where there is one.
+    """
+    name = "image" if not is_empty(body.get("image")) else "images"
+    first, *others = [_image(each, name) for each in _list(body.get(name))] or [None]
+    if first is None:
+        raise RequestError("image is missing. Send the image to change.", field="image")
+    fields, sent_as = {**asked.fields, start: first}, {**asked.sent_as, start: name}
+    if others and not accepted.takes_ip_image:
+        raise UnsupportedError(
+            f"{name} holds {1 + len(others)} images, and no IP-Adapter is loaded (--ip_adapter) "
+            "that could use more than one. Send one image."
+        )
+    if others:
+        fields["ip_adapter_image"], sent_as["ip_adapter_image"] = others, name
+    if not is_empty(body.get("mask")):
+        masks = _list(body["mask"])
+        if len(masks) > 1:
+            raise RequestError(f"mask holds {len(masks)} images. Send one.", field="mask")
+        fields["mask_image"] = read_mask(
+            _image(masks[0], "mask"), field="mask", accepted=accepted, changes="transparent"
+        )
+    return Asked(fields=fields, sent_as=sent_as)
+
+
+def filmed(body: Mapping[str, Any], asked: Asked) -> Asked:
+    """Add the image to begin with, and the number of frames of so many seconds."""
+    fields, sent_as = dict(asked.fields), dict(asked.sent_as)
+    for name in ("input_reference", "image"):
+        if not is_empty(body.get(name)):
+            images = _list(body[name])
+            if len(images) > 1:
+                raise RequestError(f"{name} holds {len(images)} images. Send one.", field=name)
+            fields["image"], sent_as["image"] = _image(images[0], name), name
+            break
+    if not is_empty(body.get("seconds")) and "num_frames" not in fields:
+        frames = round(_seconds(body["seconds"]) * media.FRAMES_PER_S)
+        fields["num_frames"], sent_as["num_frames"] = max(1, frames), "seconds"
+    return Asked(fields=fields, sent_as=sent_as)
+
+
+def choice(body: Mapping[str, Any], name: str, allowed: Mapping[str, str], default: str) -> str:
+    """What the text of a field means."""
+    value = body.get(name)
+    if is_empty(value):
+        return default
+    if not isinstance(value, str) or value not in allowed:
+        raise RequestError(
+            f"{name}={shown(value)} is not allowed. Allowed: {', '.join(allowed)}.", field=name
+        )
+    return allowed[value]
+
+
+def switch(body: Mapping[str, Any], name: str) -> bool:
+    value = body.get(name)
+    if not isinstance(value, bool) and not is_empty(value):
+        raise RequestError(
+            f"{name}={shown(value)} is not allowed. Allowed: true, false.", field=name
+        )
+    return value is True
+
+
+def _size(value: Any) -> tuple[int, int] | None:
+    if is_empty(value) or value == "auto":
+        return None
+    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", str(value), re.ASCII)
+    if match is None:
+        raise RequestError(
+            f"size={shown(value)} is not allowed. Send WIDTHxHEIGHT, such as 1024x1024, or auto.",
+            field="size",
+        )
+    return int(match[1]), int(match[2])
+
+
+def _seconds(value: Any) -> float:
+    try:
+        seconds = float(value) if not isinstance(value, bool) else -1.0
+    except (TypeError, ValueError, OverflowError):
+        seconds = -1.0
+    if not 0 < seconds <= MAX_SECONDS:
+        raise RequestError(
+            f"seconds={shown(value)} is not allowed. Send a number of seconds up to {MAX_SECONDS}.",
+            field="seconds",
+        )
+    return seconds
+
+
+def _image(value: Any, name: str) -> Any:
+    """base64, or the object {"image_url": "data:..."} around it."""
+    if not isinstance(value, Mapping):
+        return value
+    url = value.get("image_url")
+    url = url.get("url") if isinstance(url, Mapping) else url
+    if not isinstance(url, str) or not url[:5].lower() == "data:":
+        raise UnsupportedError(
+            f"{name} names an image elsewhere, and this host fetches nothing. Send a data: URL as "
+            "image_url, or the file itself."
+        )
+    return url
+
+
+def _list(value: Any) -> list[Any]:
+    if is_empty(value):
+        return []
+    return value if isinstance(value, list) else [value]
+
+
+def _of_form(name: str, text: str) -> Any:
+    """A form's text as the number or truth value that is meant."""
+    if name in SWITCHES and text.strip().lower() in ("true", "false", "1", "0"):
+        return text.strip().lower() in ("true", "1")
+    if name not in NUMBERS:
+        return text
+    try:
+        return int(text) if re.fullmatch(r"-?\d{1,30}", text, re.ASCII) else float(text)
+    except ValueError as error:
+        raise RequestError(f"{name}={shown(text)} is not a number.", field=name) from error

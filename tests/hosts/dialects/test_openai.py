@@ -1,0 +1,173 @@
+"""OpenAI's images and videos: each field as its protocol means it, streams and errors included."""
+
+import base64
+import io
+
+import pytest
+from PIL import Image
+
+from hosts.jobs.serialization import fingerprint
+from tests.checkpoints import sample_image
+from tests.hosts.application import encode_file
+from tests.hosts.dialects.reading import ReadingHost, message_of
+
+IMAGE = encode_file(sample_image(16))
+GENERATE, EDIT, VIDEO = "/v1/images/generations", "/v1/images/edits", "/v1/videos"
+
+
+@pytest.fixture(scope="module")
+def host():
+    with ReadingHost() as running:
+        yield running
+
+
+@pytest.mark.parametrize("quality", ["auto", "standard", "hd", "low", "medium", "high", None, ""])
+def test_quality_of_openai_asks_for_nothing(host, quality):
+    wanted = {"prompt": "a", "seed": 1}
+    assert host.is_same(GENERATE, {**wanted, "quality": quality}, wanted)
+    edit = {**wanted, "image": IMAGE, "quality": quality}
+    assert host.is_same(EDIT, edit, {**wanted, "init_image": IMAGE})
+    form = {"prompt": "a", "seed": "1", "quality": quality or "", "image": file_of(IMAGE)}
+    assert host.client.post(EDIT, data=form).status_code == 200
+    assert host.is_same(GENERATE, {**wanted, "quality": "exact"}, {**wanted, "quality": "exact"})
+
+
+def file_of(data, name="a.png"):
+    return (io.BytesIO(base64.b64decode(data)), name)
+
+
+@pytest.mark.parametrize("name", ["dall-e-2", "dall-e-3", "gpt-image-1", "sdxl", "", None])
+def test_any_model_name_is_served_by_the_one_that_is_loaded(host, name):
+    assert host.post(GENERATE, {"prompt": "a", "model": name}).status_code == 200
+
+
+@pytest.mark.parametrize("seed", ["5", 5, 5.0, " 5 "])
+def test_seeds_count_up_however_they_are_sent(host, seed):
+    for path, number in ((GENERATE, "n"), ("/sdapi/v1/txt2img", "n_iter")):
+        found = host.reads(path, {"prompt": "a", number: 2, "seed": seed})
+        assert [request.seed for request in found] == [5, 6]
+
+
+def test_seeds_beyond_the_last_are_refused_as_they_were_sent(host):
+    for path, number in ((GENERATE, "n"), ("/sdapi/v1/txt2img", "batch_size")):
+        answer = host.post(path, {"prompt": "a", number: 2, "seed": 2**63 - 1})
+        assert answer.status_code == 400
+        assert message_of(answer).startswith("seed=9223372036854775807 leaves no seeds for 2")
+        found = host.reads(path, {"prompt": "a", number: 1, "seed": 2**63 - 1})
+        assert found[0].seed == 2**63 - 1
+
+
+@pytest.mark.parametrize("value", ["abc", [1], {"a": 1}, float("inf"), float("nan"), 1e308, -1, 0])
+def test_seconds_that_are_none_are_refused(value):
+    with ReadingHost(type="svd") as videos:
+        answer = videos.post(VIDEO, {"input_reference": IMAGE, "seconds": value})
+        assert answer.status_code == 400 and message_of(answer).startswith("seconds=")
+
+
+def test_seconds_become_frames():
+    with ReadingHost(type="svd") as videos:
+        for value in (2, "2", 2.0):
+            found = videos.reads(VIDEO, {"input_reference": IMAGE, "seconds": value})
+            assert found[0].num_frames == 14
+        for value in (None, []):
+            assert (
+                videos.post(VIDEO, {"input_reference": IMAGE, "seconds": value}).status_code == 200
+            )
+
+
+def test_videos_are_listed_told_and_deleted():
+    with ReadingHost(type="svd") as videos:
+        made = videos.post(
+            VIDEO, {"input_reference": IMAGE, "seconds": 1, "prompt": "a"}
+        ).get_json()
+        assert (made["seconds"], made["prompt"]) == ("1", "a") and "x" in made["size"]
+        videos.queue.find(made["id"]).wait(20)
+        assert [each["id"] for each in videos.client.get(VIDEO).get_json()["data"]] == [made["id"]]
+        answer = videos.client.get(f"{VIDEO}/{made['id']}/content?variant=thumbnail")
+        assert answer.status_code == 422 and "variant='thumbnail'" in message_of(answer)
+        assert videos.client.delete(f"{VIDEO}/{made['id']}").get_json()["deleted"]
+        assert videos.client.get(f"{VIDEO}/{made['id']}").status_code == 404
+
+
+def test_unknown_paths_are_answered_in_openais_shape(host):
+    for answer in (
+        host.client.get("/v1/nothing"),
+        host.client.post("/v1/images/variations", data={"image": file_of(IMAGE)}),
+        host.client.put("/v1/models"),
+    ):
+        assert answer.status_code in (404, 405) and set(answer.get_json()) == {"error"}
+    assert "message" in host.client.get("/v1/jobs/none").get_json()
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        {"image": IMAGE},
+        {"image": [IMAGE]},
+        {"images": [{"image_url": f"data:image/png;base64,{IMAGE}"}]},
+        {"image": {"image_url": {"url": f"data:image/png;base64,{IMAGE}"}}},
+    ],
+)
+def test_image_of_an_edit_may_be_sent_in_each_published_form(host, image):
+    wanted = {"prompt": "a", "seed": 1, "init_image": IMAGE}
+    assert host.is_same(EDIT, {"prompt": "a", "seed": 1, **image}, wanted)
+
+
+def test_images_elsewhere_are_refused(host):
+    for image in ({"image_url": "https://example.org/a.png"}, {"file_id": "file-1"}):
+        answer = host.post(EDIT, {"prompt": "a", "images": [image]})
+        assert answer.status_code == 422 and "fetches nothing" in message_of(answer)
+
+
+def test_further_images_are_the_ip_adapters_or_refused(host):
+    form = {"prompt": "a", "image[]": [file_of(IMAGE, "a.png"), file_of(IMAGE, "b.png")]}
+    answer = host.client.post(EDIT, data=form)
+    assert answer.status_code == 422 and "image holds 2 images" in message_of(answer)
+    with ReadingHost(ip_adapter='{"/i": 1}') as other:
+        found = other.reads(EDIT, {"prompt": "a", "image": [IMAGE, IMAGE]})[0]
+        assert found.init_image is not None and len(found.ip_adapter_image) == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "said"),
+    [
+        ({"background": "transparent"}, 422, "background='transparent' is not available"),
+        ({"output_compression": 101, "output_format": "webp"}, 400, "output_compression=101"),
+        ({"output_compression": 50}, 400, "output_compression=50 is not for PNG"),
+        ({"output_format": {}}, 200, ""),
+        ({"output_format": ["png"]}, 400, "output_format=['png'] is not allowed"),
+        ({"response_format": {"a": 1}}, 400, "response_format="),
+        ({"stream": "yes"}, 400, "stream='yes' is not allowed"),
+        ({"partial_images": 4, "stream": True}, 400, "partial_images=4"),
+        ({"n": None}, 200, ""),
+        ({"size": [64, 64]}, 400, "size=[64, 64] is not allowed"),
+    ],
+)
+def test_fields_are_read_or_refused(host, fields, status, said):
+    answer = host.post(GENERATE, {"prompt": "a", **fields})
+    assert answer.status_code == status, answer.get_data(as_text=True)
+    assert not said or message_of(answer).startswith(said)
+
+
+def test_compression_makes_smaller_files(host):
+    sizes = []
+    for quality in (1, 100):
+        body = {"prompt": "a", "output_format": "jpeg", "output_compression": quality,
+            "response_format": "b64_json"}  # fmt: skip
+        data = host.post(GENERATE, body).get_json()["data"][0]["b64_json"]
+        assert Image.open(io.BytesIO(base64.b64decode(data))).format == "JPEG"
+        sizes.append(len(data))
+    assert sizes[0] < sizes[1]
+
+
+def test_forms_are_read_as_json_is(host):
+    form = {"prompt": "a", "seed": "1", "steps": "3", "guidance": "2.5", "n": "1", "width": "64",
+        "image": file_of(IMAGE)}  # fmt: skip
+    before = len(host.requests)
+    assert host.client.post(EDIT, data=form).status_code == 200
+    wanted = {"prompt": "a", "seed": 1, "num_inference_steps": 3, "guidance_scale": 2.5,
+        "width": 64, "init_image": IMAGE}  # fmt: skip
+    ours = host.reads("/v1/jobs", wanted)[0]
+    assert fingerprint(host.requests[before]) == fingerprint(ours)
+    answer = host.client.post(EDIT, data={**form, "image": file_of(IMAGE), "steps": "many"})
+    assert answer.status_code == 400 and message_of(answer).startswith("steps='many'")
