@@ -54,7 +54,7 @@ def _run(settings: Settings, argv: list[str]) -> int:
     from hosts.cluster.config import refuse_without_engine
     from hosts.http.server import is_port_free
     from hosts.launch.auto_backend import recall_from
-    from hosts.launch.start_plan import count_gpus, plan_start
+    from hosts.launch.start_plan import gpu_facts, plan_start
     from hosts.main import is_rank, require_store, run_rank
     from hosts.supervision.parent_watch import end_process
 
@@ -68,10 +68,7 @@ def _run(settings: Settings, argv: list[str]) -> int:
         end_process(run_gateway(settings, os.environ))
     refuse_without_engine(settings)
     start = plan_start(
-        settings,
-        read_table(),
-        num_gpus=count_gpus(os.environ),
-        recall=recall_from(settings.state_dir),
+        settings, read_table(), recall=recall_from(settings.state_dir), **gpu_facts(os.environ)
     )
     if settings.check:
         print(json.dumps(start.facts(), indent=2) if settings.json else start.describe())

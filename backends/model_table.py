@@ -69,6 +69,8 @@ class ModelSpec:
     batch: 'list' where pipeline and denoiser take a list with one entry per image instead of one
     tensor.
     blocks: lists of a transformer's blocks, in the order in which they run.
+    variant: numbers to compute in on a GPU that has them; vae_variant: those of the VAE, where they
+    are always others.
     requires: inputs that every request must bring. call: fixed extra arguments of the pipeline
     call.
     also: other pipeline classes with the same parts, whose checkpoints this row runs as well.
@@ -110,6 +112,8 @@ class ModelSpec:
     batch: Literal["tensor", "list"] = "tensor"
     batches: bool = False
     num_frames: int = 1
+    variant: Literal["fp16", "bf16"] = "fp16"
+    vae_variant: Literal["", "fp32"] = ""
     requires: tuple[str, ...] = ("prompt",)
     call: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     components: tuple[str, ...] = ()

@@ -42,6 +42,10 @@ class CompileSettings:
     capture_scalar: bool = False
 
 
+WITH_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
+"""Modes of torch.compile that record CUDA graphs -> the same without."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadRequest:
     """Everything that is fixed when the weights are loaded. Paths are absolute; None means the

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from backends.generation.pipeline import LoadedPipeline, load_pipeline
-from backends.groups.mesh import select_device
+from backends.groups.devices import select_device
 from backends.model_table import read_table
 from backends.request import GenerateRequest, LoadRequest
 

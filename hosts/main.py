@@ -16,8 +16,9 @@ from backends.errors import ConfigError, HostError, UnavailableError
 from backends.model_table import ModelSpec, read_table
 from hosts.http.limits import queue_within
 from hosts.jobs.store import JobStore
+from hosts.launch.gpus import require_queues
 from hosts.launch.settings import Settings
-from hosts.launch.start_plan import StartPlan, count_gpus, plan_start
+from hosts.launch.start_plan import StartPlan, gpu_facts, plan_start
 from hosts.ranks.libraries import set_library_defaults
 from hosts.ranks.model_control import Apply, ModelControl
 from hosts.ranks.rank_process import STOPPING, RankProcess
@@ -144,13 +145,15 @@ def _listen(
 
 def _plan(settings: Settings, measured: Measured | None = None, *, place: Place) -> StartPlan:
     """What settings mean on these ranks. measured: for --backend=auto."""
-    return plan_start(
+    start = plan_start(
         settings,
         read_table(),
-        num_gpus=count_gpus(os.environ),
         num_ranks=place.local_world_size,
         recall=lambda key: measured,
+        **gpu_facts(os.environ),
     )
+    require_queues(start.plan, os.environ)
+    return start
 
 
 def _any_spec(settings: Settings) -> ModelSpec:

@@ -53,6 +53,9 @@ WITHOUT_TORCH = [
     "backends.parallel.transformers",
     *(f"backends.autotune.{name}" for name in "candidates cost estimate ranking".split()),
     *(f"backends.generation.{name}" for name in "schedulers step_window batching".split()),
+    "backends.groups.alarm",
+    "backends.groups.message",
+    *modules(ROOT / "backends" / "files"),
     *(f"backends.{folder.name}.plan" for folder in BACKENDS),
 ]
 MAY_READ_ENVIRONMENT = {

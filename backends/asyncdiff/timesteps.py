@@ -18,7 +18,9 @@ class Timesteps:
     """
 
     def __init__(self, scheduler: Any, first: Tensor) -> None:
-        self._values = [float(value) for value in scheduler.timesteps]
+        self._values = [
+            float(value) for value in scheduler.timesteps.tolist()
+        ]  # once: the host waits for it
         self._start, self._scale = _find(
             self._values,
             float(first.flatten()[0]),

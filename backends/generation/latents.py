@@ -125,7 +125,7 @@ def unpack(x: Tensor, *, pipe: Any, spec: ModelSpec, height: int, width: int) ->
 @torch.no_grad()
 def decode(client_latents: np.ndarray, *, pipe: Any) -> np.ndarray:
     """float32 (B, C, h, w) in client space -> uint8 (B, H, W, 3)."""
-    with _without_overflow(pipe.vae) as vae:
+    with without_overflow(pipe.vae) as vae:
         x = torch.from_numpy(client_latents).to(device=pipe._execution_device, dtype=vae.dtype)
         image = (
             vae.decode(x.unsqueeze(2), return_dict=False)[0].squeeze(2)
@@ -141,7 +141,7 @@ def encode(image: Image.Image, *, pipe: Any, height: int, width: int) -> np.ndar
     of what the VAE sees in it.
     """
     pixels = np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS))
-    with _without_overflow(pipe.vae) as vae:
+    with without_overflow(pipe.vae) as vae:
         x = (
             torch.from_numpy(pixels.copy())
             .permute(2, 0, 1)[None]
@@ -170,11 +170,18 @@ def mask(image: Image.Image, *, pipe: Any, spec: ModelSpec, height: int, width: 
     return pack(small.expand(1, num_channels(pipe.vae), *small.shape), spec=spec)
 
 
+def overflows(vae: Any) -> bool:
+    """Whether it must not compute in its float16. The class says so of every VAE: only a checkpoint
+    that says it itself is meant.
+    """
+    is_said = "force_upcast" not in (vae.config.get("_use_default_values") or ())
+    return vae.dtype == torch.float16 and is_said and bool(vae.config.get("force_upcast", False))
+
+
 @contextmanager
-def _without_overflow(vae: Any) -> Iterator[Any]:
+def without_overflow(vae: Any) -> Iterator[Any]:
     """A VAE that overflows in float16 (SDXL's) works in float32 meanwhile, as in diffusers."""
-    dtype = vae.dtype
-    needs_upcast = dtype == torch.float16 and vae.config.get("force_upcast", False)
+    dtype, needs_upcast = vae.dtype, overflows(vae)
     if needs_upcast:
         vae.to(torch.float32)
     try:

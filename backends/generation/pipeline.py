@@ -46,6 +46,7 @@ from backends.model_table import ModelSpec
 from backends.parallel.base import Backend, RunInfo
 from backends.parallel.regions import quiet_regions
 from backends.parallel.vae import attach_patch_decode, detach_patch_decode, splits_decode
+from backends.parallel.weight_shards import move
 from backends.plan import Exactness
 from backends.request import Array, GenerateRequest, GenerateResult, LoadRequest
 from backends.step_cache_spec import require_step_cache
@@ -174,10 +175,8 @@ class LoadedPipeline:
                 f"the weights cannot be kept in main memory: offloading ({self.load.offload}) "
                 "moves them already."
             )
-        self.pipe.to("cpu")
+        move(self.pipe, torch.device("cpu"))
         self._is_resting = True
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
 
     def check(self, request: GenerateRequest) -> None:
         """Refuse what cannot be done, before any rank starts: RequestError, PlanError or
@@ -232,7 +231,7 @@ class LoadedPipeline:
     def _begun(self, prepared: PreparedRequest) -> Iterator[None]:
         """Weights, adapters, backend and step cache are ready for this run, and told of its end."""
         if self._is_resting:
-            self.pipe.to(self.device)
+            move(self.pipe, self.device)
             self._is_resting = False
         self._use_loras(prepared.request)
         use_scales(self.pipe, self.load, prepared.request)
@@ -362,10 +361,18 @@ class LoadedPipeline:
     def _use_loras(self, request: GenerateRequest) -> None:
         """Exactly the LoRAs of this generation: what an earlier one used is switched off."""
         asked = self.load.lora if request.lora is None else request.lora
+        is_new = self.load.offload is not None and not self.loras.has(asked)
+        backend = self._backend if is_new else None
+        # diffusers may take offloading off and on: what is attached around it would be lost
+        if backend is not None:
+            self.detach()
         try:
             self.loras.use({**asked, **self.load.motion_lora})
         except ConfigError as error:
             raise RequestError(str(error), field="lora") from error
+        finally:
+            if backend is not None:
+                self.attach(backend)
 
     def _exactness(self, run: RunInfo, *, num_rows: int) -> Exactness:
         method = self._backend.exactness_of(run) if self._backend is not None else "exact"

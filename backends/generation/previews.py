@@ -67,12 +67,16 @@ def _fit(pipe: Any) -> Tensor | None:
     """(C + 1, 3): client-space latents, and a constant, to RGB in 0..1."""
     fields = _colour_fields()
     try:
-        vae = pipe.vae
-        encoded = (
-            latent_space.encoded((fields * 2 - 1).to(device=vae.device, dtype=vae.dtype), vae=vae)
-            .float()
-            .cpu()
-        )
+        with latent_space.without_overflow(
+            pipe.vae
+        ) as vae:  # it may be offloaded: then its hooks bring it to the device
+            encoded = (
+                latent_space.encoded(
+                    (fields * 2 - 1).to(pipe._execution_device, vae.dtype), vae=vae
+                )
+                .float()
+                .cpu()
+            )
     except (RuntimeError, NotImplementedError, AttributeError) as error:
         logger.warning("no previews: the VAE cannot encode (%s)", error)
         return None
@@ -80,7 +84,9 @@ def _fit(pipe: Any) -> Tensor | None:
     x = encoded.permute(0, 2, 3, 1).reshape(-1, encoded.shape[1])
     y = small.permute(0, 2, 3, 1).reshape(-1, 3)
     if not torch.isfinite(x).all():
-        logger.warning("no previews: the VAE gives numbers that are not finite in %s", vae.dtype)
+        logger.warning(
+            "no previews: the VAE gives numbers that are not finite in %s", pipe.vae.dtype
+        )
         return None
     return torch.linalg.lstsq(
         torch.cat((x, torch.ones_like(x[:, :1])), dim=1), y, driver="gelsd"

@@ -100,6 +100,7 @@ class StepDriver:
         self._takes_generator = "generator" in inspect.signature(self._class.step).parameters
         self._all_timesteps = torch.empty(0)
         self._own_timesteps = torch.empty(0)
+        self._host_timesteps = torch.empty(0)
         self._offset = 0
         self._done = 0
 
@@ -204,6 +205,9 @@ class StepDriver:
             self._offset = steps.start * order
             self._own_timesteps = scheduler.timesteps[self._offset : steps.stop * order]
         self.num_steps = len(self._own_timesteps)
+        self._host_timesteps = (
+            self._own_timesteps.cpu()
+        )  # once: many classes look up tables by a timestep, for which the host would wait
         self._set_begin_index(0)
         scheduler.timesteps = _as_model_counts(scheduler, self._own_timesteps)
 
@@ -222,9 +226,8 @@ class StepDriver:
     ) -> Any:
         if self._done == 0:
             self._check_start_used(sample)
-            self._scheduler.timesteps = (
-                self._all_timesteps
-            )  # multistep and distilled ones look up their neighbours in it
+            # multistep and distilled ones look up their neighbours in it, DDPM the host's timestep
+            self._scheduler.timesteps = self._all_timesteps.cpu()
         if self._takes_generator and kwargs.get("generator") is None:
             kwargs["generator"] = self._generator
         if self._class.__name__ == "LMSDiscreteScheduler":
@@ -232,7 +235,7 @@ class StepDriver:
                 self._done + 1, LMS_ORDER
             )  # it takes the order from the position, not from the steps it has seen
         output = self._class.step(
-            self._scheduler, model_output, self._own_timesteps[self._done], sample, *args, **kwargs
+            self._scheduler, model_output, self._host_timesteps[self._done], sample, *args, **kwargs
         )
         self._done += 1
         if self._start is not None and self._start.mask is not None:

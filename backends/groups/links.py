@@ -10,7 +10,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 WITHIN_S = 60.0
+ABORT_WITHIN_S = 30.0
 LOOK_EVERY_S = 0.0005
 """While the host waits for its device."""
 Pairs = Sequence[tuple[int, int]]
@@ -34,18 +34,22 @@ ranks.
 
 
 class OpenGroups:
-    """The groups of one mesh on this rank, and how they end together. is_aborted: another rank has
-    failed, or the mesh is closed.
+    """The groups of one mesh on this rank, and how they end together.
+
+    is_aborted: a rank has failed, or the mesh is closed. failed_s: when this rank gave up
+    (time.time), if it did.
     """
 
     def __init__(self, device: torch.device, alarm: Alarm | None) -> None:
         """alarm: by which ranks on GPUs hear of another's failure."""
         self.alarm = alarm
         self.is_aborted = False
+        self.failed_s: float | None = None
         self._device = device
         self._groups: list[dist.ProcessGroup] = []
         self.step_group: dist.ProcessGroup | None = None
         self._lock = threading.Lock()
+        self._have_worked = False
 
     def add(self, group: dist.ProcessGroup) -> None:
         self._groups.append(group)
@@ -54,7 +58,7 @@ class OpenGroups:
         """From now on a failure of another rank aborts the groups. step_group: on the CPU; its name
         is that of the mesh.
         """
-        self.step_group, self.is_aborted = step_group, False
+        self.step_group, self.is_aborted, self.failed_s = step_group, False, None
         if self.alarm is not None and self._device.type == "cuda":
             self.alarm.watch(step_group.group_name, self.abort)
 
@@ -62,7 +66,8 @@ class OpenGroups:
         """This rank has failed on its GPU: tell the others, and end what is under way, so that
         nothing here waits for them.
         """
-        if self._device.type == "cuda":
+        if self._device.type == "cuda" and self.step_group is not None:
+            self.failed_s = time.time()
             self.sound_alarm()
             self.abort()
 
@@ -71,20 +76,23 @@ class OpenGroups:
             self.alarm.sound(self.step_group.group_name)
 
     def abort(self) -> None:
-        """End what waits in the data groups on this rank's GPU. From any thread."""
+        """End what waits in the data groups on this rank's GPU. From any thread. A rank by itself
+        has none.
+        """
         with self._lock:
-            if not self.is_aborted and self._device.type == "cuda":
-                abort_all([group for group in self._groups if group is not self.step_group])
+            if self.step_group is None or self.is_aborted:
+                return
             self.is_aborted = True
+            if self._device.type == "cuda":
+                abort_all([group for group in self._groups if group is not self.step_group])
 
     def close(self) -> None:
         """Peers that wait in a gloo group fail at once."""
         if self.alarm is not None and self.step_group is not None:
             self.alarm.forget(self.step_group.group_name)
         self.abort()
-        for group in reversed(
-            self._groups
-        ):  # that of the words last: closing it waits for who has not heard one
+        # that of the words last: closing it waits for ranks that have not heard one
+        for group in reversed(self._groups):
             try:
                 dist.destroy_process_group(group)
             except (RuntimeError, ValueError) as error:
@@ -106,7 +114,16 @@ class OpenGroups:
         pairs = pairs_of(axis.name, axis.size), pairs_to_last(axis.size, num_stages)
         for group, who in zip((axis.group, axis.reverse_group), pairs, strict=True):
             if group is not None and self._device.type == "cuda":
-                open_links(group, axis.ranks, axis.rank, device=self._device, pairs=who)
+                self._open_group(group, axis, who)
+
+    def _open_group(self, group: dist.ProcessGroup, axis: "Axis", pairs: Pairs) -> None:
+        try:
+            open_links(group, axis.ranks, axis.rank, device=self._device, pairs=pairs)
+        except ConfigError as error:
+            if self._have_worked:  # then starting again may help, and another configuration not
+                raise RuntimeError(str(error)) from error
+            raise
+        self._have_worked = True
 
 
 def pairs_of(name: str, size: int) -> Pairs:
@@ -133,7 +150,10 @@ def is_busy(device: torch.device) -> bool:
     """Whether the device has work that is not done: its own, or waiting for other ranks. From any
     thread; never of a CPU.
     """
-    return device.type == "cuda" and not torch.cuda.default_stream(device).query()
+    try:
+        return device.type == "cuda" and not torch.cuda.default_stream(device).query()
+    except RuntimeError:  # an error of some kernel, which is told where it was started
+        return False
 
 
 def open_links(
@@ -202,9 +222,21 @@ def abort_all(groups: Sequence[dist.ProcessGroup]) -> None:
     All at once: NCCL ends a communicator only when what is before it on the device has ended, which
     may be another group's kernel.
     """
-    if not groups:
-        return
-    with ThreadPoolExecutor(len(groups)) as pool:
-        for outcome in [pool.submit(group.abort) for group in groups]:
-            if (error := outcome.exception()) is not None:
-                logger.warning("aborting a data group failed: %s", error)
+    threads = [
+        threading.Thread(target=_abort, args=(group,), name="abort", daemon=True)
+        for group in groups
+    ]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + ABORT_WITHIN_S
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    if any(thread.is_alive() for thread in threads):
+        logger.error("the data groups could not be aborted within %g s", ABORT_WITHIN_S)
+
+
+def _abort(group: dist.ProcessGroup) -> None:
+    try:
+        group.abort()
+    except RuntimeError as error:
+        logger.warning("aborting a data group failed: %s", error)

@@ -1,6 +1,6 @@
 """The data groups of a plan on one rank: NCCL on CUDA, gloo on the CPU.
 
-A mesh can be closed and opened again within milliseconds after a failure, without touching the
+A mesh can be closed and opened again within milliseconds after a failure (seconds, with NCCL), without touching the
 control group (control_group.py) or loading weights again.
 """
 
@@ -31,15 +31,6 @@ compile, since the watch decides who hangs.
 """
 
 
-def select_device(local_rank: int) -> torch.device:
-    """The device of this rank: its own CUDA device where there is one, else the CPU."""
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
-        torch.cuda.set_device(device)
-        return device
-    return torch.device("cpu")
-
-
 @dataclass(slots=True)
 class CommStats:
     """What the data groups of this rank carried since the last reset."""
@@ -59,26 +50,25 @@ class CommStats:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Axis:
-    """This rank's place along one axis of the mesh (or several, flattened). No groups when size is
-    1, or while the mesh is closed.
+    """This rank's place along one axis of the mesh, or several axes flattened.
 
-    Only the mesh changes it: whoever keeps an axis must not keep a group open that others wait in,
-    and has the new one after a rebuild.
-
-    ranks: as the world counts them, which is how torch names peers, whatever the group. rank: this
-    one's place among them.
-    way_back: of an axis of stages, with those of the other half of guidance, a second group of the
-    same ranks, for what goes against the stream. NCCL does what one group is asked in the order in
-    which it is asked, so that in one group the ranks could wait for each other.
-    memory: what backends/groups/shared_memory.py keeps for as long as the group is open.
+    Only the mesh changes it. Whoever keeps an axis keeps no group open that others wait in, and has
+    the new group after a rebuild.
     """
 
     name: str
     ranks: tuple[int, ...]
+    """Global ranks, by which torch names peers in every group."""
     rank: int
+    """This rank's index in `ranks`."""
     group: dist.ProcessGroup | None
+    """None when size is 1, and while the mesh is closed."""
     reverse_group: dist.ProcessGroup | None = None
+    """A second group of the same ranks for predictions sent backwards. NCCL runs one group's calls
+    in order, so one group for both directions could deadlock.
+    """
     memory: "SharedMemory | None" = None
+    """What shared_memory.py keeps for as long as the group is open."""
 
     @property
     def size(self) -> int:
@@ -128,7 +118,6 @@ class Mesh:
         self._num_teams = num_teams
         self.traffic = CommStats()
         self._axes: dict[tuple[str, ...], Axis] = {}
-        self._step_group: dist.ProcessGroup | None = None
         self._last_word: tuple[dist.Work, Tensor] | None = None
         self._open()
 
@@ -156,12 +145,12 @@ class Mesh:
         The first rank does not wait until the others have come so far: in a pipeline of stages it
         is ahead of them, by a step at most.
         """
-        if self._step_group is None:
+        if self.groups.step_group is None:
             return word
         if self._last_word is not None:
             self._last_word[0].wait()
         message = torch.tensor([word], dtype=torch.int64)
-        work = dist.broadcast(message, src=self._first, group=self._step_group, async_op=True)
+        work = dist.broadcast(message, src=self._first, group=self.groups.step_group, async_op=True)
         if self.rank == 0:
             self._last_word = work, message
             return word
@@ -183,7 +172,6 @@ class Mesh:
         self.groups.close()
         for axis in self._axes.values():
             axis.group = axis.reverse_group = axis.memory = None
-        self._step_group = None
 
     def rebuild(self) -> None:
         """Close and open all data groups again, on all ranks, for the axes that were handed out
@@ -199,10 +187,9 @@ class Mesh:
 
     def _open(self) -> None:
         if self.plan.world_size > 1:
-            self._step_group = self._new_groups(
-                [tuple(range(self.plan.world_size))], backend="gloo"
+            self.groups.watch(
+                self._new_groups([tuple(range(self.plan.world_size))], backend="gloo")
             )
-            self.groups.watch(self._step_group)
         for name, _ in self.plan.axes:
             self.axis(name)
 
@@ -215,10 +202,10 @@ class Mesh:
             )
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             group = self._new_groups(parts, backend=backend)
-            is_way_back = "stage" in names and set(names) == {
+            is_reverse = "stage" in names and set(names) == {
                 name for name in ("cfg", "stage") if self.plan.degree(name) > 1
             }
-            reverse_group = self._new_groups(parts, backend=backend) if is_way_back else None
+            reverse_group = self._new_groups(parts, backend=backend) if is_reverse else None
         ranks = tuple(self._first + rank for rank in mine)
         axis = Axis(
             name="x".join(names),

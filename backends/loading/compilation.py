@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from backends.model_table import ModelSpec
 from backends.parallel import hooks
-from backends.request import CompileSettings
+from backends.request import WITH_GRAPHS, CompileSettings
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,14 @@ class Compilation:
         """
         settings = self._settings
         _set_limits(settings)
+        has_graphs = len(regions) == 1 and settings.targets == ("denoiser",)
+        if settings.mode in WITH_GRAPHS and not has_graphs:
+            # each call of a recorded graph frees what the last one returned, whichever that was,
+            # and a VAE's change of dtype records anew
+            logger.warning(
+                "several parts are compiled, so mode %s is used without CUDA graphs", settings.mode
+            )
+            self._settings = settings = replace(settings, mode=WITH_GRAPHS[settings.mode])
         if "denoiser" in settings.targets:
             self._compile(regions)
             logger.info(
@@ -91,7 +100,12 @@ def _compiled(settings: CompileSettings) -> hooks.Around:
         with (
             torch._C.DisableTorchFunction()
         ):  # a backend may intercept operators around this call; here is nothing for it
-            return compiled[0](*args, **kwargs)
+            if settings.mode not in WITH_GRAPHS:
+                return compiled[0](*args, **kwargs)
+            torch.compiler.cudagraph_mark_step_begin()
+            return tree_map_only(
+                torch.Tensor, torch.clone, compiled[0](*args, **kwargs)
+            )  # the next call overwrites what this returns
 
     return around
 

@@ -8,6 +8,9 @@ from typing import Any, Literal
 import torch
 
 from backends.errors import UnsupportedError
+from backends.generation.latents import overflows
+from backends.gguf_constants import keep_constants
+from backends.groups.control_group import control_axis
 from backends.model_table import ModelSpec
 from backends.request import LoadRequest
 
@@ -28,14 +31,21 @@ def place(pipe: Any, spec: ModelSpec, load: LoadRequest, *, device: torch.device
         )
     if load.offload is None or device.type == "cpu":
         pipe.to(device)
+        if load.gguf_model is not None and device.type == "cuda" and load.compile is None:
+            keep_constants(getattr(pipe, spec.denoiser))
     else:
-        offload(pipe, spec, load.offload, device=device)
+        prefetches = control_axis().size == 1 and load.compile is None and load.step_cache is None
+        offload(pipe, spec, load.offload, device=device, prefetches=prefetches)
 
 
-def offload(pipe: Any, spec: ModelSpec, kind: Offload, *, device: torch.device) -> None:
-    """model: whole components are moved; sequential: single layers; group: groups of layers,
-    prefetched where the device has streams.
+def offload(
+    pipe: Any, spec: ModelSpec, kind: Offload, *, device: torch.device, prefetches: bool = False
+) -> None:
+    """model: whole components are moved; sequential: single layers; group: groups of layers.
 
+    prefetches: the next group while one computes. To find out their order diffusers watches the
+    first call with hooks that it then takes off, and with them all that was attached around them:
+    so only where nothing will be.
     Call it before anything is attached: what comes later wraps the hooks that move the weights.
     """
     if kind == "model":
@@ -43,20 +53,24 @@ def offload(pipe: Any, spec: ModelSpec, kind: Offload, *, device: torch.device) 
     elif kind == "sequential":
         pipe.enable_sequential_cpu_offload(device=device)
     else:
-        _offload_groups(pipe, spec, device)
+        _offload_groups(pipe, spec, device, prefetches=prefetches)
     if kind != "group":
         # diffusers' own method takes the hooks off and puts them on again, and what was attached
         # around them would be lost with them
         pipe.maybe_free_model_hooks = lambda: [hook.offload() for hook in pipe._all_hooks]
 
 
-def _offload_groups(pipe: Any, spec: ModelSpec, device: torch.device) -> None:
+def _offload_groups(pipe: Any, spec: ModelSpec, device: torch.device, *, prefetches: bool) -> None:
+    """But for a VAE that works in float32 now and then: offloading gives it back the weights as
+    they were loaded.
+    """
     try:
         pipe.enable_group_offload(
             onload_device=device,
             offload_device=torch.device("cpu"),
             offload_type="leaf_level",
-            use_stream=device.type == "cuda",
+            use_stream=prefetches and device.type == "cuda",
+            exclude_modules=["vae"] if overflows(pipe.vae) else None,
         )
     except ValueError as error:
         raise UnsupportedError(

@@ -93,8 +93,9 @@ def _load_pipe(spec: ModelSpec, load: LoadRequest) -> Any:
     arguments: dict[str, Any] = {"dtype": DTYPES[load.variant], "local_files_only": True, **given}
     try:
         if path.is_dir():
+            arguments["dtype"] = {"default": DTYPES[load.variant], "vae": vae_dtype(spec, load)}
             return pipeline_class.from_pretrained(
-                path, variant=_file_variant(path, spec), **arguments
+                path, variant=_file_variant(path, spec, load.variant), **arguments
             )
         if spec.single_file:
             return _from_single_file(spec, pipeline_class, path, arguments)
@@ -125,7 +126,7 @@ def _require_checkpoint_weights(checkpoint: Checkpoint, load: LoadRequest) -> No
     for component, entry in checkpoint.index.items():
         if not isinstance(entry, list) or entry[0] is None or replaced.get(component) is not None:
             continue
-        header, prefixes = _checkpoint_header(checkpoint, component)
+        header, prefixes = _checkpoint_header(checkpoint, component, load)
         folder = checkpoint.folder / component
         if header is None or not (folder / "config.json").is_file():
             continue
@@ -145,11 +146,11 @@ def _model_class(entry: list[str], spec: ModelSpec) -> Any:
 
 
 def _checkpoint_header(
-    checkpoint: Checkpoint, component: str
+    checkpoint: Checkpoint, component: str, load: LoadRequest
 ) -> tuple[Header | None, tuple[str, ...]]:
     """Of a component's own folder, or its part of a single file."""
     if checkpoint.header is None:
-        variant = _file_variant(checkpoint.folder, checkpoint.spec)
+        variant = _file_variant(checkpoint.folder, checkpoint.spec, load.variant)
         return read_folder_header(
             checkpoint.folder / component,
             option="--checkpoint",
@@ -161,6 +162,10 @@ def _checkpoint_header(
     return (
         checkpoint.header if component == "vae" and has_vae(checkpoint.header) else None
     ), VAE_PREFIXES
+
+
+def vae_dtype(spec: ModelSpec, load: LoadRequest) -> torch.dtype:
+    return DTYPES[spec.vae_variant or load.variant]
 
 
 def read_weights(path: str | Path, *, option: str) -> Weights:
@@ -203,7 +208,12 @@ def _replaced_components(spec: ModelSpec, load: LoadRequest) -> dict[str, Any]:
     if load.vae is not None:
         config = load.vae_config or str(_configuration_folder(load) / "vae")
         components["vae"] = _component(
-            _class_of("vae", load), load.vae, load, option="vae", config=config
+            _class_of("vae", load),
+            load.vae,
+            load,
+            option="vae",
+            config=config,
+            dtype=vae_dtype(spec, load),
         )
     if load.denoiser is not None:
         config = load.denoiser_config or str(_configuration_folder(load) / spec.denoiser)
@@ -242,13 +252,19 @@ def _class_of(component: str, load: LoadRequest) -> Any:
 
 
 def _component(
-    model: Any, path: str, load: LoadRequest, *, option: str, config: str | None = None
+    model: Any,
+    path: str,
+    load: LoadRequest,
+    *,
+    option: str,
+    config: str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Any:
     """A model from its folder, from that folder in a whole checkpoint, or from one file and a
     configuration. ConfigError if it does not.
     """
     source = Path(path)
-    options = {"dtype": DTYPES[load.variant], "local_files_only": True}
+    options = {"dtype": dtype or DTYPES[load.variant], "local_files_only": True}
     given, advice = f"--{option}={path}", f"Give a {model.__name__} made for this checkpoint."
     try:
         if source.is_dir():
@@ -401,16 +417,20 @@ def _from_single_file(
     return pipeline_class.from_pretrained(folder, **arguments)
 
 
-def _file_variant(path: Path, spec: ModelSpec) -> str | None:
-    """'fp16' where the folder holds only files such as diffusion_pytorch_model.fp16.safetensors."""
+def _file_variant(path: Path, spec: ModelSpec, wanted: str) -> str | None:
+    """The variant of the files to load, such as 'fp16' of diffusion_pytorch_model.fp16.safetensors;
+    None for those without one.
+
+    The wanted one where it is there: others would be converted, in memory that ranks do not share.
+    Else one that is there alone.
+    """
     folder = path / spec.denoiser
     names = [file.name for file in folder.glob("*.safetensors")] or [
         file.name for file in folder.glob("*.bin")
     ]
-    variants = {name.split(".")[1] for name in names if name.count(".") >= 2}
-    is_only_variants = bool(names) and all(name.count(".") >= 2 for name in names)
-    return (
-        sorted(variants)[0]
-        if is_only_variants and not any("-of-" in variant for variant in variants)
-        else None
-    )
+    variants = {
+        name.split(".")[1].partition("-")[0] if name.count(".") >= 2 else None for name in names
+    }
+    if wanted in variants:
+        return wanted
+    return None if None in variants else min(variants, default=None)

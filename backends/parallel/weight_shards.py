@@ -6,6 +6,7 @@ The shapes are what loaders of LoRAs look at.
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,9 @@ class KeptWeights:
                     )
 
     def restore(self, axis: Axis) -> None:
-        """Every rank holds everything again. Part p is kept by rank p of the axis."""
+        """Every rank holds everything again. Part p is kept by rank p of the axis. RuntimeError if
+        the mesh is closed.
+        """
         for part, tensors in enumerate(self._tensors):
             for tensor in tensors:
                 is_here = part == self._kept
@@ -42,6 +45,39 @@ class KeptWeights:
                 )
                 broadcast(data, source=part, axis=axis)
                 tensor.data = data
+
+
+def move(pipe: Any, device: torch.device) -> None:
+    """A whole pipeline. Meanwhile the tensors of other parts are single numbers: moved as they are
+    they would become whole tensors.
+    """
+    modules = [
+        module
+        for part in pipe.components.values()
+        if isinstance(part, nn.Module)
+        for module in part.modules()
+    ]
+    places = [
+        (tensors, name)
+        for module in modules
+        for tensors in (module._parameters, module._buffers)
+        for name in tensors
+    ]
+    found = [
+        (tensors, name, tensors[name].shape)
+        for tensors, name in places
+        if _is_stand_in(tensors[name])
+    ]
+    for tensors, name, shape in found:
+        tensors[name].data = tensors[name].data[(0,) * len(shape)]
+    pipe.to(device)
+    torch.cuda.empty_cache()  # for others, of what has left it
+    for tensors, name, shape in found:
+        tensors[name].data = tensors[name].data.expand(shape)
+
+
+def _is_stand_in(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.numel() > 1 and not any(tensor.stride())
 
 
 def weight_bytes(module: nn.Module) -> int:

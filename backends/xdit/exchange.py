@@ -18,6 +18,9 @@ from backends.groups.mesh import Axis, CommStats
 from backends.groups.shared_memory import shared_memory
 from backends.xdit.layout import sizes
 
+HAS_FLASH = (8, 0)
+"""Compute capability from which torch has FlashAttention's kernel."""
+
 
 def tokens_for_heads(
     tensors: Sequence[Tensor], *, lengths: Sequence[int], axis: Axis, traffic: CommStats
@@ -188,11 +191,14 @@ def attention_with_lse(
         output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, scale=scale
         )
-    elif query.dtype in (torch.float16, torch.bfloat16):
+    elif (
+        query.dtype in (torch.float16, torch.bfloat16)
+        and torch.cuda.get_device_capability(query.device) >= HAS_FLASH
+    ):
         output, lse = torch.ops.aten._scaled_dot_product_flash_attention(
             query, key, value, scale=scale
         )[:2]
-    else:  # the flash kernel takes no float32
+    else:  # the flash kernel takes no float32, and Turing has none
         output, lse = torch.ops.aten._scaled_dot_product_efficient_attention(
             query, key, value, None, True, scale=scale
         )[:2]

@@ -12,6 +12,7 @@ from backends.errors import ConfigError, HostError
 from backends.files.checkpoint import infer_type
 from backends.model_table import ModelTable
 from hosts.launch.command_line import by_canonical_name
+from hosts.launch.gpus import lowest_capability
 from hosts.launch.settings import Settings, options
 from hosts.launch.start_plan import StartPlan, plan_start
 
@@ -151,7 +152,12 @@ def _merged(settings: Settings, name: str, values: Any) -> Settings:
 def _plan(name: str, settings: Settings, table: ModelTable, *, local_gpus: int) -> DeploymentPlan:
     settings = replace(settings, nproc_per_node=settings.nproc_per_node or 1, deployments=None)
     try:
-        start = plan_start(settings, table, num_gpus=local_gpus)
+        start = plan_start(
+            settings,
+            table,
+            num_gpus=local_gpus,
+            capability=lowest_capability() if local_gpus else None,
+        )
     except HostError as error:
         raise ConfigError(f"deployment {name!r}: {error}") from error
     first = settings.replicas or settings.min_replicas or 1

@@ -26,7 +26,8 @@ from backends.errors import ConfigError
 from backends.model_table import ModelSpec
 from backends.plan import ParallelPlan
 from backends.step_cache_spec import parse_step_cache, require_step_cache
-from hosts.launch.load_options import WITHOUT_SDPA
+from hosts.launch.gpus import default_variant
+from hosts.launch.load_options import OFFLOADS, WITHOUT_SDPA
 from hosts.launch.settings import Settings, options
 
 Recall = Callable[[str], Measured | None]
@@ -116,6 +117,7 @@ def resolve_backend(
     *,
     checkpoint: Path,
     num_gpus: int,
+    capability: tuple[int, int] | None,
     features: tuple[str, ...],
     recall: Recall,
 ) -> ResolvedBackend:
@@ -128,6 +130,7 @@ def resolve_backend(
             checkpoint=checkpoint,
             world_size=world_size,
             num_gpus=num_gpus,
+            capability=capability,
             features=features,
             recall=recall,
         )
@@ -200,6 +203,7 @@ def decide(
     checkpoint: Path,
     world_size: int,
     num_gpus: int,
+    capability: tuple[int, int] | None,
     features: Sequence[str],
     recall: Recall,
 ) -> BackendChoice:
@@ -210,8 +214,9 @@ def decide(
         settings, spec, checkpoint=checkpoint, world_size=world_size, features=features
     )
     key = key_of(settings, spec, checkpoint=checkpoint, world_size=world_size, num_gpus=num_gpus)
+    gpus = {"num_gpus": num_gpus, "capability": capability}
     measured = recall(key) or _estimate(
-        settings, spec, checkpoint=checkpoint, world_size=world_size, num_gpus=num_gpus
+        settings, spec, checkpoint=checkpoint, world_size=world_size, **gpus
     )
     rows = rank(candidates, measured, quality=settings.quality, num_steps=spec.num_inference_steps)
     job = require_any(rows)
@@ -311,6 +316,10 @@ def _candidates(
     def check(plan: ParallelPlan) -> None:
         if cache is not None:
             require_step_cache(cache, plan)
+        if (setting := plan.splits_weights_by) and any(
+            getattr(settings, name) for name in OFFLOADS
+        ):
+            raise ConfigError(f"weights that are offloaded cannot be split, as {setting} does.")
 
     given = {**settings.given, "checkpoint": str(checkpoint)}
     return list_candidates(
@@ -319,7 +328,13 @@ def _candidates(
 
 
 def _estimate(
-    settings: Settings, spec: ModelSpec, *, checkpoint: Path, world_size: int, num_gpus: int
+    settings: Settings,
+    spec: ModelSpec,
+    *,
+    checkpoint: Path,
+    world_size: int,
+    num_gpus: int,
+    capability: tuple[int, int] | None,
 ) -> Measured:
     """Estimate the figures. A GPU's memory is unknown without torch, so it refuses no candidate
     yet.
@@ -330,7 +345,8 @@ def _estimate(
         checkpoint,
         height=settings.height or spec.height,
         width=settings.width or spec.width,
-        variant=settings.variant or ("fp16" if num_gpus else "fp32"),
+        variant=settings.variant
+        or default_variant(spec, num_gpus=num_gpus, capability=capability)[0],
         halves=halves_of(spec),
         device=device,
     )

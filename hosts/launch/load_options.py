@@ -11,7 +11,7 @@ from backends.errors import ConfigError
 from backends.model_table import ModelSpec
 from backends.plan import ParallelPlan
 from backends.quantization_spec import QuantizationSpec, parse_quantization
-from backends.request import CompileSettings
+from backends.request import WITH_GRAPHS, CompileSettings, LoadRequest
 from backends.step_cache_spec import StepCacheSpec, parse_step_cache
 from hosts.launch.settings import Settings, options
 
@@ -55,6 +55,16 @@ def asked_prewarm_steps(settings: Settings) -> int | None:
     if settings.prewarm_steps is not None:
         return settings.prewarm_steps
     return settings.warm_up_steps
+
+
+def require_whole_weights(plan: ParallelPlan, load: LoadRequest) -> None:
+    """ConfigError where offloading would move weights of which each rank keeps only a part."""
+    if load.offload is not None and (setting := plan.splits_weights_by):
+        option = next(name for name, kind in OFFLOADS.items() if kind == load.offload)
+        raise ConfigError(
+            f"--{option} is not available with {setting}, with which each rank keeps a part of the "
+            "weights on its device. Leave out one of them, or use --quantize_to."
+        )
 
 
 def prewarm_steps(settings: Settings, plan: ParallelPlan) -> tuple[int, str]:
@@ -152,6 +162,11 @@ def load_reasons(
         yield (
             "--compile_mode has no effect: --compile_options was given too, and torch takes one of "
             "them"
+        )
+    if compiled and settings.compile_mode in WITH_GRAPHS and not settings.compile_options:
+        yield (
+            f"--compile_mode={settings.compile_mode}: CUDA graphs are used where the denoiser "
+            "alone is compiled, as a whole"
         )
     if reason := prewarm_steps(settings, plan)[1]:
         yield reason

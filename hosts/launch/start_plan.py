@@ -4,7 +4,6 @@ Imports no torch.
 The launcher resolves this before any process starts, and every rank again, with the same result.
 """
 
-import glob
 import math
 import os
 from collections.abc import Mapping
@@ -23,6 +22,7 @@ from backends.plan import ParallelPlan, require_world_size
 from backends.request import LoadRequest
 from backends.step_cache_spec import require_step_cache
 from hosts.launch.auto_backend import BackendChoice, Recall, resolve_backend
+from hosts.launch.gpus import count_present, count_visible, default_variant, lowest_capability
 from hosts.launch.load_options import (
     compile_settings,
     features_of,
@@ -31,6 +31,7 @@ from hosts.launch.load_options import (
     offload,
     prewarm_steps,
     quantization,
+    require_whole_weights,
     step_cache,
 )
 from hosts.launch.settings import Settings
@@ -131,12 +132,13 @@ def plan_start(
     *,
     num_gpus: int,
     num_ranks: int | None = None,
+    capability: tuple[int, int] | None = None,
     recall: Recall = lambda key: None,
 ) -> StartPlan:
     """Resolve the plan. ConfigError, UnsupportedError or PlanError for what the user must change.
 
     num_ranks: where it is known already (in a rank); else --nproc_per_node, the GPUs, or 1. recall:
-    what --backend=auto has measured before.
+    what --backend=auto has measured before. capability: of the oldest GPU, if it is known.
     """
     _require_key(settings)
     _require_machines(settings)
@@ -152,6 +154,7 @@ def plan_start(
         world_size,
         checkpoint=Path(_checkpoint(settings, spec)),
         num_gpus=num_gpus,
+        capability=capability,
         features=features,
         recall=recall,
     )
@@ -160,7 +163,8 @@ def plan_start(
         spec.require(backend, feature or None)
     options = {**settings.given, "checkpoint": _checkpoint(settings, spec)}
     plan = require_world_size(planner(backend)(spec, options, world_size), world_size)
-    load, why_load = _load_request(settings, spec, plan, num_gpus=num_gpus)
+    load, why_load = _load_request(settings, spec, plan, num_gpus=num_gpus, capability=capability)
+    require_whole_weights(plan, load)
     prediction = prediction_settings(spec, load, require_fit(spec, load))
     why_prediction = (f"{name}={value}: the file says so" for name, value in prediction.items())
     if load.step_cache is not None:
@@ -234,13 +238,12 @@ def count_gpus(environment: Mapping[str, str]) -> int:
     """Count the GPUs that the ranks will see, without torch: NVIDIA's, without those that
     CUDA_VISIBLE_DEVICES hides.
     """
-    present = len(glob.glob("/proc/driver/nvidia/gpus/*"))
-    visible = environment.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return present
-    return min(
-        present, len([part for part in visible.split(",") if part.strip() and part.strip() != "-1"])
-    )
+    return count_visible(count_present(), environment.get("CUDA_VISIBLE_DEVICES"))
+
+
+def gpu_facts(environment: Mapping[str, str]) -> dict[str, Any]:
+    """What `plan_start` must know of this machine."""
+    return {"num_gpus": count_gpus(environment), "capability": lowest_capability()}
 
 
 def _model_spec(settings: Settings, table: ModelTable) -> tuple[ModelSpec, str]:
@@ -271,7 +274,12 @@ def _model_spec(settings: Settings, table: ModelTable) -> tuple[ModelSpec, str]:
 
 
 def _load_request(
-    settings: Settings, spec: ModelSpec, plan: ParallelPlan, *, num_gpus: int
+    settings: Settings,
+    spec: ModelSpec,
+    plan: ParallelPlan,
+    *,
+    num_gpus: int,
+    capability: tuple[int, int] | None,
 ) -> tuple[LoadRequest, list[str]]:
     reasons = []
     paths = {
@@ -287,8 +295,8 @@ def _load_request(
     _require_components(spec, paths)
     variant = settings.variant
     if variant is None:
-        variant = "fp16" if num_gpus else "fp32"
-        reasons.append(f"variant={variant}: {'there are GPUs' if num_gpus else 'no GPU'}")
+        variant, why = default_variant(spec, num_gpus=num_gpus, capability=capability)
+        reasons.append(f"variant={variant}: {why}")
     try:
         require_family(parse_scheduler(settings.scheduler), flow=spec.flow_matching)
     except RequestError as error:

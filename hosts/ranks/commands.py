@@ -69,13 +69,14 @@ class Failure:
         return self.error is None and not self.message.startswith(OUT_OF_MEMORY)
 
     @classmethod
-    def of(cls, error: BaseException, *, rank: int) -> "Failure":
+    def of(cls, error: BaseException, *, rank: int, time_s: float | None = None) -> "Failure":
+        """time_s: of the failure, where it was a while ago."""
         return cls(
             rank=rank,
             error=error if isinstance(error, HostError) else None,
             message=_explain(error),
             trace=traceback.format_exc(),
-            time_s=time.time(),
+            time_s=time.time() if time_s is None else time_s,
         )
 
     def as_error(self) -> HostError:
@@ -153,7 +154,8 @@ def _explain(error: BaseException) -> str:
     if type(error).__name__ == "OutOfMemoryError":
         return (
             f"{OUT_OF_MEMORY}. Ask for a smaller image, start with --enable_vae_tiling, a smaller "
-            "--variant, or more ranks. "
+            "--variant, more ranks, "
+            "--quantize_to=int8 or --enable_model_cpu_offload. "
             f"({str(error).splitlines()[0]})"
         )
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -5,6 +5,8 @@ itself.
 from collections.abc import MutableMapping
 from contextlib import suppress
 
+from hosts.launch.gpus import RANK_ENVIRONMENT
+
 DEFAULTS = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
@@ -22,7 +24,7 @@ DISABLES_DYNAMO = "TORCHDYNAMO_DISABLE"
 
 def set_library_defaults(environ: MutableMapping[str, str]) -> None:
     """Set the defaults that the user has not set."""
-    for name, value in DEFAULTS.items():
+    for name, value in {**DEFAULTS, **RANK_ENVIRONMENT}.items():
         environ.setdefault(name, value)
 
 
@@ -32,7 +34,8 @@ def import_bitsandbytes(environ: MutableMapping[str, str]) -> None:
     """
     given = environ.get(DISABLES_DYNAMO)
     environ[DISABLES_DYNAMO] = "1"
-    with suppress(ImportError):
+    # a broken CUDA installation shows in it as an error of any kind
+    with suppress(Exception):
         import bitsandbytes  # noqa: F401
     if given is None:
         del environ[DISABLES_DYNAMO]

@@ -296,7 +296,7 @@ class RankLoop:
             self._last_step.record()
 
     def _failed(self, error: Exception) -> Failure:
-        failure = Failure.of(error, rank=self._rank)
+        failure = Failure.of(error, rank=self._rank, time_s=self._team.mesh.groups.failed_s)
         if breaks_groups(failure):
             # frames may hold a group, and only its last reference closes its connections
             traceback.clear_frames(error.__traceback__)

@@ -15,8 +15,9 @@ from backends.autotune.ranking import Measured
 from backends.errors import HostError, UnavailableError
 from hosts.jobs.queue import JobQueue
 from hosts.jobs.store import JobStore
+from hosts.launch.gpus import driver_version
 from hosts.launch.settings import Settings
-from hosts.launch.start_plan import StartPlan
+from hosts.launch.start_plan import StartPlan, count_gpus
 from hosts.ranks.libraries import import_bitsandbytes
 from hosts.ranks.model_control import Apply, ModelControl
 from hosts.supervision import parent_watch
@@ -103,8 +104,8 @@ class RankProcess:
         """This rank's device and alarm, once all ranks are connected and watch each other."""
         from backends.groups import control_group
         from backends.groups.alarm import Alarm
+        from backends.groups.devices import select_device
         from backends.groups.links import is_busy
-        from backends.groups.mesh import select_device
         from hosts.supervision.heartbeat import Watch
 
         place = self.place
@@ -112,7 +113,12 @@ class RankProcess:
             # else gloo and NCCL listen where the machine's name leads, which others may reach
             choose_interface(LOOPBACK, self.environ)
         meeting = self._meet_machines(start) if place.is_one_of_several else self.notes.meeting
-        device = select_device(place.local_rank)
+        device = select_device(
+            place.local_rank,
+            local_world_size=place.local_world_size,
+            num_gpus=count_gpus(self.environ),
+            driver=driver_version(),
+        )
         store = control_group.initialize(
             rank=place.rank, world_size=place.world_size, store=meeting
         )

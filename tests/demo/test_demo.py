@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from demo import assemble, data, evaluate, latents, model, train, train_unet, train_vae
+from demo.__main__ import num_ranks
 from demo.data import Scene, Thing
 from demo.judge import judge
 
@@ -25,6 +26,11 @@ def red_circle(*, colour: str = "red", shape: str = "circle", x: float = 0.5) ->
         background="blue",
         kind="single",
     )
+
+
+@pytest.mark.parametrize(("gpus", "ranks"), [(0, 2), (1, 1), (2, 2), (8, 2)])
+def test_demo_runs_on_as_many_ranks_as_there_are_gpus(gpus, ranks):
+    assert num_ranks(gpus) == ranks
 
 
 @pytest.fixture(scope="module")

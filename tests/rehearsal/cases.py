@@ -29,7 +29,8 @@ class Ranks:
     """A method on several GPUs. feature: of the model table, switched on for the launch and the
     request.
 
-    load, request: further fields. fails_in: the part of the pipeline that one rank fails in.
+    load, request: further fields. asks_for_lora: the request brings one. fails_in: the part of the
+    pipeline that one rank fails in.
     """
 
     label: str
@@ -40,6 +41,7 @@ class Ranks:
     feature: str = ""
     load: Mapping[str, Any] = field(default_factory=dict)
     request: Mapping[str, Any] = field(default_factory=dict)
+    asks_for_lora: bool = False
     fails_in: str = "denoiser"
 
 
@@ -278,6 +280,14 @@ LONG = (
             load={"offload": kind},
         )
         for kind in ("model", "sequential", "group")
+    ),
+    Ranks(
+        label="ulysses, offload model, lora in a request",
+        type="sd3",
+        backend="xdit",
+        options={"ulysses_degree": 2},
+        load={"offload": "model"},
+        asks_for_lora=True,
     ),
 )
 """All methods, and what goes through other code on the way to the device."""

@@ -104,9 +104,8 @@ class Groups:
         group_src: Any = None,
     ) -> Any:
         own = self._plain(tensor, group)
-        run = partial(
-            REAL["broadcast"], own, src=src, group=group, async_op=async_op, group_src=group_src
-        )
+        where = {"src": src, "group": group, "group_src": group_src}
+        run = partial(REAL["broadcast"], own, async_op=async_op, **where)
         return self._collective("broadcast", tensor, group, run, async_op, source=src)
 
     def all_to_all_single(
@@ -119,15 +118,8 @@ class Groups:
         async_op: bool = False,
     ) -> Any:
         to, of = self._plain(output, group), self._plain(input, group)
-        run = partial(
-            REAL["all_to_all_single"],
-            to,
-            of,
-            output_split_sizes,
-            input_split_sizes,
-            group,
-            async_op,
-        )
+        arguments = (to, of, output_split_sizes, input_split_sizes, group, async_op)
+        run = partial(REAL["all_to_all_single"], *arguments)
         sizes = {
             "received": tuple(output_split_sizes or ()),
             "sent": tuple(input_split_sizes or ()),

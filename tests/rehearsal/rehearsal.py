@@ -1,9 +1,10 @@
-"""Rehearsal: this process from now on sees GPUs, until `uninstall`.
+"""Rehearsal: within it this process sees GPUs.
 
-rehearsal = Rehearsal(num_devices=2, index=rank)
-with rehearsal:        # once per process, in the main thread, before the program uses torch.cuda
-    ...                # the program, with device torch.device("cuda", rank)
-rehearsal.journal      # where the host waited, and what went over which group
+    with Rehearsal(num_devices=2, index=rank) as rehearsal:
+        ...  # the program, with device torch.device("cuda", rank)
+    rehearsal.journal  # where the host waited, and what went over which group
+
+Begin it before the program touches torch.cuda, in the main thread.
 """
 
 import ctypes
@@ -196,12 +197,12 @@ def _of_tensors() -> Any:
     yield Tensor, "_make_subclass", staticmethod(Subclasses().make)
     yield Tensor, "__new__", new_plain
     yield torch, "tensor", lambda data, **kwargs: tensor(read_scalars(data), **kwargs)
-    # where they do not fit nn.Module.to makes a new parameter: a plain one cannot become a wrapper
 
-    def alike(one: Any, other: Any) -> bool:
+    def fits_too(one: Tensor, other: Tensor) -> bool:
+        """Where not, nn.Module.to makes a new parameter: a plain one cannot become a wrapper."""
         return isinstance(one, CudaTensor) == isinstance(other, CudaTensor) and fits(one, other)
 
-    yield torch, "_has_compatible_shallow_copy_type", alike
+    yield torch, "_has_compatible_shallow_copy_type", fits_too
 
 
 def _lend_device_guard() -> None:

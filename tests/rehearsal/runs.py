@@ -120,6 +120,8 @@ class Rank:
             fields.pop("offload", None)
         self.pipe = load(spec, device, variant=variant, **fields)
         self._request = {**(switched_on.request if switched_on else {}), **case.request}
+        if case.asks_for_lora:
+            self._request["lora"] = combined(["lora"], spec).load["lora"]
         plan = planner(case.backend)(
             spec, {**case.options, "checkpoint": str(checkpoint(case.type))}, case.ranks
         )

@@ -143,7 +143,8 @@ class Subclasses:
     def make(self, cls: type, data: Tensor, requires_grad: bool = False, **kwargs: Any) -> Tensor:
         """In the place of Tensor._make_subclass."""
         if not isinstance(data, CudaTensor):
-            return PLAIN_SUBCLASS(cls, data, requires_grad, **kwargs)
+            plain = cls.__bases__[0] if issubclass(cls, CudaTensor) else cls
+            return PLAIN_SUBCLASS(plain, data, requires_grad, **kwargs)
         if cls is Tensor:
             return CudaTensor(data.inner, data.device)
         mixed = cls if issubclass(cls, CudaTensor) else self._of(cls)

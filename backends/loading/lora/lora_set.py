@@ -12,7 +12,7 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -128,6 +128,10 @@ class LoraSet:
         everything anew.
         """
         self._active = None
+
+    def has(self, paths: Iterable[str]) -> bool:
+        """Whether all these files are loaded already."""
+        return all(path in self._names for path in paths)
 
     def fuse(self) -> None:
         """Add what acts now to the base weights for good and leave plain layers behind: nothing of

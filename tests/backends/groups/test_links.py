@@ -99,6 +99,12 @@ def _see_that_a_closed_mesh_is_refused(rank, world_size):
     mesh.destroy()
 
 
+def test_rank_by_itself_goes_on_after_a_failure():
+    mesh = Mesh(ParallelPlan(method="test"), rank=0, device=CPU)
+    mesh.fail()
+    assert not mesh.groups.is_aborted
+
+
 def test_closed_mesh_gives_no_wrong_numbers(run_on_ranks):
     run_on_ranks(_see_that_a_closed_mesh_is_refused, 2)
 

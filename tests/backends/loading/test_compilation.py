@@ -147,3 +147,20 @@ def test_quiet_regions_hold_no_operator_that_sees_other_ranks(name):
     kinds = {type(part).__name__ for region in regions for part in region.modules()}
     assert len(regions) > 4 and "FeedForward" in kinds
     assert not kinds & {"Attention", "FluxAttention", "Conv2d", "GroupNorm"}
+
+
+@pytest.mark.parametrize(
+    ("targets", "has_graphs"),
+    [
+        (("denoiser",), True),
+        (("denoiser", "vae"), False),
+        (("vae",), False),
+        (("encoders",), False),
+    ],
+)
+def test_cuda_graphs_are_for_a_whole_denoiser_alone(targets, has_graphs, caplog):
+    """On a CPU there are none; what differs is the mode that torch is given."""
+    want = draw(loaded(TABLE["pixa"]))
+    pipe = attached("pixa", *targets, mode="reduce-overhead")
+    assert difference(draw(pipe), want) <= 1
+    assert ("is used without CUDA graphs" in caplog.text) != has_graphs

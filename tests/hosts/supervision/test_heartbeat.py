@@ -6,10 +6,13 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from torch.distributed import HashStore
 
+from hosts.supervision.heartbeat import Watch
 from tests.hosts.harness import free_port
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -119,3 +122,23 @@ def test_rank_that_hangs_before_the_ranks_have_met_is_ended_by_the_other():
         for rank in ranks:
             rank.kill()
             rank.communicate()
+
+
+def test_rank_whose_gpu_is_busy_waits_for_others_and_the_idle_one_is_named():
+    """On GPUs ranks wait in kernels, wherever their main threads are: here in this test, which is
+    no file of collectives.
+    """
+    store = HashStore()
+    busy, idle = (
+        Watch(
+            store, rank=rank, world_size=2, timeout_s=5, is_device_busy=lambda rank=rank: rank == 0
+        )
+        for rank in range(2)
+    )
+    with ThreadPoolExecutor(2) as pool:
+        endings = list(
+            pool.map(lambda watch: watch._who_is_stuck("made no step of job 7"), (busy, idle))
+        )
+    assert {(ending.rank, ending.why) for ending in endings} == {
+        (1, "rank 1 has made no step of job 7")
+    }
