@@ -1,7 +1,7 @@
 """The data groups of a plan on one rank: NCCL on CUDA, gloo on the CPU.
 
-A mesh can be closed and opened again within milliseconds after a failure (seconds, with NCCL), without touching the
-control group (control_group.py) or loading weights again.
+A mesh can be closed and opened again after a failure, within milliseconds (seconds, with NCCL),
+without touching the control group (control_group.py) or loading weights again.
 """
 
 import itertools

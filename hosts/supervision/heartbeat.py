@@ -22,6 +22,10 @@ from hosts.supervision.progress import Activity
 logger = logging.getLogger(__name__)
 
 BEAT_S = 1.0
+PAUSE_S = 3 * BEAT_S
+"""A thread that had no turn for so long was paused with all of its machine (a virtual machine, a
+laptop's lid), or is kept from running.
+"""
 STORE_RANK = 0
 STORE_RANK_FIRST_S = 5 * BEAT_S
 """How much sooner rank 0 leaves. It keeps the jobs and should note why they end; if another rank
@@ -66,7 +70,7 @@ class Watch:
         self._others = [other for other in range(world_size) if other != rank]
         self._local_ranks = local_ranks if local_ranks is not None else range(world_size)
         self._timeout_s = timeout_s
-        self._answered_at = time.monotonic()
+        self._num_answers = 0
         self._main = threading.main_thread().ident
 
     def start(self) -> None:
@@ -79,13 +83,17 @@ class Watch:
 
     def _run(self) -> None:
         self._store.set_timeout(timedelta(seconds=self._timeout_s))
-        seen: dict[int, tuple[bytes, float]] = {}
+        seen: dict[int, tuple[bytes, int]] = {}
+        awake_since = turn_at = time.monotonic()
         for beat in range(1, 2**62):
+            last_turn_at, turn_at = turn_at, time.monotonic()
+            if turn_at - last_turn_at > PAUSE_S:
+                awake_since = turn_at
             try:
                 self._store.set(f"beat/{self._rank}", str(beat))
-                lost = [other for other in self._others if self._is_lost(other, seen)]
+                lost = [other for other in self._others if self._is_lost(other, beat, seen)]
                 ended = self._end_on_another_machine()
-                stuck = self._activity.overdue(self._timeout_s)
+                stuck = self._activity.overdue(self._timeout_s, awake_since_s=awake_since)
                 ending = ended or (self._who_is_stuck(stuck) if stuck and not lost else None)
             except (RuntimeError, OSError) as error:
                 # the process that holds the store is gone: rank 0, or torchelastic's agent
@@ -101,7 +109,7 @@ class Watch:
                     time.sleep(STORE_RANK_FIRST_S)
                 self._leave(ending)
                 return
-            self._answered_at = time.monotonic()
+            self._num_answers += 1
             time.sleep(BEAT_S)
 
     def _end_on_another_machine(self) -> ExitReport | None:
@@ -118,20 +126,25 @@ class Watch:
         """Leave if rank 0, which holds the store, hangs: then no answer comes, and the store's own
         time-out does not apply.
         """
-        while time.monotonic() - self._answered_at < self._timeout_s + 2 * BEAT_S:
+        num_answers = num_silent = 0
+        while num_silent * BEAT_S < self._timeout_s + 2 * BEAT_S:
             time.sleep(BEAT_S)
+            num_silent = num_silent + 1 if self._num_answers == num_answers else 0
+            num_answers = self._num_answers
         why = (
             f"the rendezvous store in rank {STORE_RANK} has not answered for {self._timeout_s:g} s"
         )
         self._leave(ExitReport(why=why, rank=STORE_RANK))
 
-    def _is_lost(self, other: int, seen: dict[int, tuple[bytes, float]]) -> bool:
+    def _is_lost(self, other: int, turn: int, seen: dict[int, tuple[bytes, int]]) -> bool:
+        """Silence is counted in turns of this thread, not in time: all of the machine may have been
+        paused.
+        """
         key = f"beat/{other}"
         beat = self._store.get(key) if self._store.check([key]) else b""
-        now = time.monotonic()
         if other not in seen or seen[other][0] != beat:
-            seen[other] = (beat, now)
-        return now - seen[other][1] > self._timeout_s
+            seen[other] = (beat, turn)
+        return (turn - seen[other][1]) * BEAT_S > self._timeout_s
 
     def _who_is_stuck(self, what: str) -> ExitReport:
         """Return which rank hangs: all make no progress, but only the cause waits in no collective

@@ -5,6 +5,7 @@ A job hangs, in a kernel, a lock or a file system, when it makes no step for sev
 as its steps take. The main thread writes, the watch reads. Imports no torch.
 """
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -88,14 +89,15 @@ class Activity:
             self._marked.add(what)
             self._mark(what)
 
-    def overdue(self, floor_s: float) -> str | None:
+    def overdue(self, floor_s: float, *, awake_since_s: float = -math.inf) -> str | None:
         """Return which work has stopped making progress; None if all is well. floor_s: shortest
-        limit.
+        limit. awake_since_s: when this process was last found to have been paused, by the same
+        clock; nothing before counts.
         """
         work = self._work
         if work is None:
             return None
-        idle_s = self._clock() - work.since_s
+        idle_s = self._clock() - max(work.since_s, awake_since_s)
         if idle_s <= max(floor_s, work.within_s):
             return None
         at = f" after step {work.num_steps}" if work.num_steps else ""

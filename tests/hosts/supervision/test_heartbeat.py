@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -78,6 +79,24 @@ def test_rank_that_hangs_is_noticed_by_the_other(stopped, said):
         assert ranks[1 - stopped].wait(timeout=20) == 70
         assert ranks[1 - stopped].stdout.read().strip() == said
         assert ranks[stopped].wait(timeout=5) == -signal.SIGKILL
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+
+
+def test_machine_that_is_paused_loses_no_rank():
+    ranks = start_two(PROGRAM, str(free_port()))
+    try:
+        assert [rank.stdout.readline() for rank in ranks] == ["watching\n"] * 2
+        time.sleep(2)
+        for number, pause_s in ((signal.SIGSTOP, 8), (signal.SIGCONT, 0)):
+            for rank in ranks:
+                rank.send_signal(number)
+            time.sleep(pause_s)
+        for rank in ranks:
+            with pytest.raises(subprocess.TimeoutExpired):
+                rank.wait(timeout=3)
     finally:
         for rank in ranks:
             rank.kill()

@@ -47,6 +47,16 @@ def test_first_step_and_what_follows_the_last_have_much_time(clock):
     assert activity.overdue(10) is None
 
 
+def test_time_before_a_pause_of_the_machine_does_not_count(clock):
+    activity = Activity(clock=clock)
+    activity.begin("job 1", within_s=5)
+    clock.now += 1000
+    assert activity.overdue(10) == "made no step of job 1 for 1000 s"
+    assert activity.overdue(10, awake_since_s=clock.now - 3) is None
+    clock.now += 8
+    assert activity.overdue(10, awake_since_s=clock.now - 11) == "made no step of job 1 for 11 s"
+
+
 @pytest.mark.parametrize(
     ("took", "floor", "allowed"),
     [((60, 2, 3, 2), 10, 30), ((60, 0.1, 0.1), 10, 10), ((5,), 10, 50)],
