@@ -112,16 +112,22 @@ class JobQueue:
             self._require_room()
         if job.is_stored:
             self._store.put_inputs(job)  # may be megabytes: not while the queue is locked
-        with self._changed:
-            if known := self._known(job):
-                return known
-            self._require_room()
-            if job.is_stored:
-                self._store.save(job, job.status)
-            self._turns.join(client, self._waiting)
-            self._waiting.append(job)
-            self._keep(job)
-            self._tell(job)
+        try:
+            with self._changed:
+                if known := self._known(job):
+                    return known
+                self._require_room()
+                if job.is_stored:
+                    self._store.save(job, job.status)
+                self._turns.join(client, self._waiting)
+                self._waiting.append(job)
+                self._keep(job)
+                self._tell(job)
+        finally:
+            if (
+                job.is_stored and job.version == 0
+            ):  # not accepted: another one was quicker, or it cannot be written
+                self._store.drop_inputs(job)
         return job
 
     @contextmanager

@@ -67,6 +67,8 @@ class Store(Protocol):
 
     def put_inputs(self, job: Job) -> None: ...
 
+    def drop_inputs(self, job: Job) -> None: ...
+
     def put_result(self, job: Job, result: GenerateResult) -> None: ...
 
     def save(self, job: Job, status: JobStatus) -> None: ...
@@ -84,6 +86,8 @@ class NoStore:
         return UNKNOWN
 
     def put_inputs(self, job: Job) -> None: ...
+
+    def drop_inputs(self, job: Job) -> None: ...
 
     def put_result(self, job: Job, result: GenerateResult) -> None: ...
 
@@ -168,6 +172,10 @@ class JobStore:
         if arrays:
             with self._writing():
                 self._write_arrays(f"{job.id}.request", arrays)
+
+    def drop_inputs(self, job: Job) -> None:
+        """The same of one that is not accepted after all."""
+        shutil.rmtree(self._arrays / f"{job.id}.request", ignore_errors=True)
 
     def put_result(self, job: Job, result: GenerateResult) -> None:
         """Write the result's arrays, if that can be done. The row that speaks of them is written by
@@ -298,17 +306,25 @@ class JobStore:
         shutil.rmtree(unfinished, ignore_errors=True)
         shutil.rmtree(target, ignore_errors=True)  # of an attempt whose row was never written
         unfinished.mkdir(mode=0o700)
-        for array_name, array in arrays.items():
-            with (unfinished / f"{array_name}.npy").open("wb") as file:
-                np.save(file, array, allow_pickle=False)
-                file.flush()
-                os.fsync(file.fileno())
-        unfinished.rename(target)
+        try:
+            for array_name, array in arrays.items():
+                _write_array(unfinished / f"{array_name}.npy", array)
+            unfinished.rename(target)
+        except BaseException:  # a full disk gets its room back
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
         descriptor = os.open(self._arrays, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _write_array(path: Path, array: Array) -> None:
+    with path.open("wb") as file:
+        np.save(file, array, allow_pickle=False)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _connect(path: Path) -> sqlite3.Connection:

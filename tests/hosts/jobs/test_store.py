@@ -1,5 +1,8 @@
 """The job store: what a queue leaves on disk, and what the next one makes of it."""
 
+import contextlib
+import resource
+import threading
 import time
 from pathlib import Path
 
@@ -8,6 +11,7 @@ import pytest
 from PIL import Image
 
 from backends.errors import (
+    BusyError,
     CancelledError,
     HostError,
     NotFoundError,
@@ -284,3 +288,43 @@ def test_images_of_a_waiting_job_are_stored_and_go_when_it_is_over(open_queue, t
     assert queue.find(job.id).request.init_image.getpixel((0, 0)) == (1, 2, 3)
     queue.finish(queue.next(), result=result())
     assert [path.name for path in (tmp_path / "state" / "arrays").iterdir()] == [f"{job.id}.result"]
+
+
+def test_refused_jobs_leave_no_arrays(open_queue, tmp_path):
+    """All of them write theirs before the last place is taken."""
+    queue = open_queue(capacity=1)
+    sample_image = Image.fromarray(
+        np.random.default_rng(0).integers(0, 255, (500, 500, 3), dtype=np.uint8)
+    )
+    accepted = []
+
+    def submit(number):
+        with contextlib.suppress(BusyError):
+            accepted.append(
+                queue.submit(request(number, init_image=sample_image), is_stored=True).id
+            )
+
+    threads = [threading.Thread(target=submit, args=(number,)) for number in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=20)
+    assert [path.name for path in (tmp_path / "state" / "arrays").iterdir()] == [
+        f"{job_id}.request" for job_id in accepted
+    ]
+    assert len(accepted) == 1
+
+
+def test_disk_that_was_full_has_its_room_back(open_queue, tmp_path):
+    queue = open_queue()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (10_000, before[1])
+    )  # larger files fail in the middle, as on a full disk
+    try:
+        with pytest.raises(UnavailableError, match="cannot be stored"):
+            queue.submit(request(init_image=Image.new("RGB", (500, 500))), is_stored=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list((tmp_path / "state" / "arrays").iterdir())
+    assert queue.submit(request(init_image=Image.new("RGB", (500, 500))), is_stored=True).id
