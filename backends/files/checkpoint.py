@@ -22,8 +22,7 @@ Config = Mapping[str, Any]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
     """A folder in diffusers layout, or a single file with the folder of its configuration beside
-    it.
-    """
+    it."""
 
     spec: ModelSpec
     path: Path
@@ -42,8 +41,7 @@ class Checkpoint:
 
     def has(self, component: str) -> bool:
         """Return whether the index does not leave the component out. One that it does not name is
-        looked for as a folder.
-        """
+        looked for as a folder."""
         if component in self.index:
             return self.class_of(component) is not None
         return (self.folder / component).is_dir()
@@ -51,8 +49,7 @@ class Checkpoint:
 
 def open_checkpoint(spec: ModelSpec, path: str, *, read: ReadHeader = read_header) -> Checkpoint:
     """Return what can be said of a checkpoint without its weights. ConfigError if it is of another
-    type.
-    """
+    type."""
     found = Path(path)
     if found.is_dir():
         checkpoint = Checkpoint(
@@ -72,8 +69,7 @@ def open_checkpoint(spec: ModelSpec, path: str, *, read: ReadHeader = read_heade
 
 def infer_type(path: Path, table: ModelTable, *, has_motion: bool = False) -> tuple[str, str]:
     """Return the type that runs this checkpoint, and why. has_motion: AnimateDiff's motion modules
-    were given. ConfigError if none does.
-    """
+    were given. ConfigError if none does."""
     if path.is_dir():
         name = _read_index(path).get("_class_name")
         if not isinstance(name, str):
@@ -113,8 +109,7 @@ def types_of_class(
 
 def read_config(path: str | Path) -> Config:
     """Return a config.json, or that of a folder; empty where there is none. ConfigError for one
-    that is not JSON.
-    """
+    that is not JSON."""
     file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
     return read_json(file)
 
@@ -136,8 +131,7 @@ def read_component_header(
     path: str | Path, *, option: str, read: ReadHeader = read_header
 ) -> Header | None:
     """Return the header of a component given as a file or a folder; None where only torch could
-    read it.
-    """
+    read it."""
     if Path(path).is_dir():
         return read_folder_header(component_folder(path, option), option=f"--{option}", read=read)
     return read(path, option=f"--{option}")
@@ -187,8 +181,7 @@ def width_of(path: str, checkpoint: Checkpoint, denoiser: Config) -> int | None:
 
 def _require_class(checkpoint: Checkpoint) -> None:
     """The pipeline class that the folder names must be one that the row really runs: others draw
-    something else from the same parts.
-    """
+    something else from the same parts."""
     spec, name = checkpoint.spec, checkpoint.index.get("_class_name")
     if not isinstance(name, str) or name in (spec.pipeline, *spec.also):
         return

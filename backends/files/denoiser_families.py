@@ -60,8 +60,7 @@ class Found:
 
 def recognize_denoiser(header: Header) -> Found | None:
     """Return what the denoiser in this file is, whatever else the file holds; None for names that
-    no known family has.
-    """
+    no known family has."""
     inner = header.without(*DENOISER_PREFIXES)
     return next((found for found in _denoisers(inner) if found is not None), None)
 
@@ -75,8 +74,7 @@ def _denoisers(header: Header) -> Iterator[Found | None]:
 
 def _of_transformer(header: Header, title: str, types: tuple[str, ...], reason: str) -> Found:
     """Some take more channels in, or are told apart by their metadata alone; then no type runs
-    them.
-    """
+    them."""
     first = header.shape_of("img_in.weight", "x_embedder.weight", "patch_embedding.weight") or (
         0,
         0,
@@ -115,8 +113,7 @@ _SPECIAL = {
     "qwen-image-layered": "it makes layers, and no type has its pipeline",
 }
 """Words in the metadata of files that have the names and shapes of a type's own -> why it is not
-that type.
-"""
+that type."""
 
 _NOT_RUN = "no type runs this family"
 _TRANSFORMERS: tuple[tuple[str, tuple[str, ...], str, tuple[str, ...]], ...] = (
@@ -208,15 +205,13 @@ _TRANSFORMERS: tuple[tuple[str, tuple[str, ...], str, tuple[str, ...]], ...] = (
     ),
 )
 """Title, types that run it, why none does, and tensors of which one is there. The first that fits
-counts.
-"""
+counts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _UNetFamily:
     """One architecture of UNets. has_only_latents: it takes no image beside them in its ordinary
-    form.
-    """
+    form."""
 
     title: str
     types: tuple[str, ...]

@@ -5,8 +5,7 @@ The launcher asks before any process starts, so that `--check` tells too; ranks 
 they load, with what only torch reads. Adapters are in backends/files/adapter_fit.py.
 """
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,15 +23,14 @@ from backends.files.checkpoint import (
 )
 from backends.files.denoiser_families import DENOISER_PREFIXES, recognize_denoiser
 from backends.files.recognition import NOTES, VAE_PREFIXES, has_vae, prediction_of, recognize
-from backends.files.weight_headers import Header, read_folder_header
+from backends.files.weight_headers import Header, read_folder_header, require_same_shapes
 from backends.model_table import ModelSpec
 from backends.request import LoadRequest
 
 SCALES = (".scale_weight", ".weight_scale", ".scale_input", ".input_scale", ".comfy_quant")
 MARKER = "scaled_fp8"
 """Names beside the weights in files of 8 bits: what a weight is multiplied by, and notes for the
-arithmetic.
-"""
+arithmetic."""
 UNKNOWN_SCALES = (
     ".weight_scale_2",
     ".weight_scale_inv",
@@ -77,8 +75,7 @@ def has_scales(header: Header) -> bool:
 
 def without_scales(header: Header) -> Header:
     """Return the header without what belongs to 8-bit weights or to sampling rather than to the
-    model.
-    """
+    model."""
     shapes = {
         name: shape
         for name, shape in header.shapes.items()
@@ -90,8 +87,7 @@ def without_scales(header: Header) -> Header:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Part:
     """A denoiser or VAE as it will be used: the checkpoint's, or one that replaces it. name: the
-    component's.
-    """
+    component's."""
 
     name: str
     given: str
@@ -172,8 +168,7 @@ def _require_components(checkpoint: Checkpoint, load: LoadRequest) -> None:
 
 def _needed_components(spec: ModelSpec) -> list[str]:
     """The denoiser, the VAE, the scheduler and the encoders that the table names, with their
-    tokenizers.
-    """
+    tokenizers."""
     paths = [
         path.rpartition(" * ")[2] for paths in spec.fits.get("text", {}).values() for path in paths
     ]
@@ -190,8 +185,7 @@ def _needed_components(spec: ModelSpec) -> list[str]:
 
 def _require_complete(checkpoint: Checkpoint, component: str) -> None:
     """The folder is there, and every weight file that it needs: a download that broke off has some
-    of them.
-    """
+    of them."""
     folder, given = checkpoint.folder / component, f"--checkpoint={checkpoint.path}"
     if not folder.is_dir():
         raise ConfigError(
@@ -221,8 +215,7 @@ def _require_complete(checkpoint: Checkpoint, component: str) -> None:
 
 def _missing_shards(folder: Path, index: Path) -> list[str]:
     """Return the files that an index names and that are not there. One of another precision may
-    have been left out on purpose.
-    """
+    have been left out on purpose."""
     names = sorted(set(read_json(index).get("weight_map", {}).values()))
     return [name for name in names if not (folder / name).is_file()]
 
@@ -253,8 +246,7 @@ def _require_denoiser(part: _Part, checkpoint: Checkpoint) -> None:
 
 def _require_family(part: _Part, spec: ModelSpec) -> None:
     """By the names of its weights. A checkpoint's own denoiser that no table entry knows is judged
-    by its configuration alone.
-    """
+    by its configuration alone."""
     refuse_unknown_scales(part.header.shapes, part.given)
     if has_scales(part.header) and not part.is_replaced:
         raise ConfigError(
@@ -327,51 +319,6 @@ def require_same_weights(
     require_same_shapes(given, shapes, own.shapes, advice)
 
 
-def require_same_shapes(
-    given: str,
-    shapes: Mapping[str, Sequence[int]],
-    wanted: Mapping[str, Sequence[int]],
-    advice: str,
-) -> None:
-    """ConfigError that counts the missing, unknown and wrong tensors, with the first of each."""
-    missing = [name for name in wanted if name not in shapes]
-    unknown = [name for name in shapes if name not in wanted]
-    wrong = [
-        f"{name} is {list(shapes[name])} and not {list(size)}"
-        for name, size in wanted.items()
-        if name in shapes and not _is_same_shape(shapes[name], size)
-    ]
-    problems = [
-        _listed("is missing", "are missing", missing),
-        _listed("is unknown", "are unknown", unknown),
-        _listed("has", "have", wrong),
-    ]
-    if missing or unknown or wrong:
-        raise ConfigError(
-            f"{given} does not fit: {'; '.join(text for text in problems if text)}. {advice}"
-        )
-
-
-def _is_same_shape(shape: Sequence[int], wanted: Sequence[int]) -> bool:
-    """Layers of 1 x 1 may be written as matrices, and GGUF files keep what does not divide into
-    blocks as rows of 256.
-    """
-    if [size for size in shape if size != 1] == [size for size in wanted if size != 1]:
-        return True
-    return len(shape) == 2 and shape[1] == 256 and math.prod(shape) == math.prod(wanted)
-
-
-def _listed(one: str, several: str, names: Sequence[str]) -> str:
-    if not names:
-        return ""
-    if one == "has":
-        return f"{len(names)} tensor{'s' if len(names) > 1 else ''} of another shape ({names[0]})"
-    return (
-        f"{len(names)} tensor{'s' if len(names) > 1 else ''} "
-        f"{several if len(names) > 1 else one} ({names[0]})"
-    )
-
-
 def latent_channels(config: Config) -> int | None:
     """Return the channels of a VAE's latents."""
     value = config.get("latent_channels", config.get("z_dim"))
@@ -380,8 +327,7 @@ def latent_channels(config: Config) -> int | None:
 
 def _require_channels(denoiser: _Part, vae: _Part, checkpoint: Checkpoint) -> None:
     """The denoiser takes the VAE's latents, some times over, and the channels of an image beside
-    them.
-    """
+    them."""
     spec = checkpoint.spec
     times, more = spec.fits.get("channels", (1, 0))
     latents, channels = latent_channels(vae.config), denoiser.config.get("in_channels")
@@ -439,8 +385,7 @@ def prediction_settings(
     spec: ModelSpec, load: LoadRequest, checkpoint: Checkpoint
 ) -> dict[str, object]:
     """Return the scheduler's settings that the denoiser's file asks for; none for a folder, whose
-    scheduler says it.
-    """
+    scheduler says it."""
     header = checkpoint.header
     replaced = load.gguf_model or load.denoiser
     if replaced is not None:

@@ -1,6 +1,5 @@
 """What a weight file is, from the names and shapes of its tensors: which part of a pipeline, or
-which kind of adapter. Imports no torch.
-"""
+which kind of adapter. Imports no torch."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -42,8 +41,7 @@ def has_vae(header: Header) -> bool:
 
 def _adapter(header: Header) -> Found | None:
     """Files that are added to a model. Those first whose names would pass for something else
-    further on.
-    """
+    further on."""
     for title, part, reason, is_one in _ADAPTERS:
         if is_one(header):
             return Found(title=title, part=part, reason=reason)
@@ -76,8 +74,7 @@ def _is_ip_adapter(header: Header) -> bool:
 
 def _is_face_id(header: Header) -> bool:
     """Its projection takes the identity vectors of a face recogniser in place of an image encoder's
-    output.
-    """
+    output."""
     names = header.shapes
     has_own_layers = any(
         name.startswith("image_proj.proj.0.") for name in names
@@ -256,8 +253,7 @@ def _encoder(header: Header) -> Found | None:
 
 def prediction_of(header: Header) -> dict[str, object]:
     """Return the scheduler's settings that the file itself asks for: by empty tensors, or by the
-    metadata that trainers write.
-    """
+    metadata that trainers write."""
     if header.has("v_pred"):
         settings: dict[str, object] = {"prediction_type": "v_prediction"}
         return settings | ({"rescale_betas_zero_snr": True} if header.has("ztsnr") else {})

@@ -6,8 +6,9 @@ backends/loading/weights.py reads those.
 """
 
 import json
+import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,8 +26,7 @@ Shape = tuple[int, ...]
 
 class ReadHeader(Protocol):
     """Reads the header of one file; None where it cannot. Ranks have one that knows torch's pickles
-    (backends/loading/plain_weights.py).
-    """
+    (backends/loading/plain_weights.py)."""
 
     def __call__(self, path: str | Path, *, option: str) -> "Header | None": ...
 
@@ -76,8 +76,7 @@ class Header:
 
 def read_header(path: str | Path, *, option: str) -> Header | None:
     """Return the header of a .safetensors or .gguf file; None for a torch pickle. ConfigError names
-    the option.
-    """
+    the option."""
     path = Path(path)
     try:
         if path.suffix in SAFETENSORS:
@@ -125,8 +124,7 @@ def read_folder_header(
 
 def _of_variant(files: list[Path], variant: str | None) -> list[Path]:
     """A name with two dots holds a variant: model.fp16.safetensors,
-    model.fp16-00001-of-00002.safetensors.
-    """
+    model.fp16-00001-of-00002.safetensors."""
     plain = [file for file in files if file.name.count(".") == 1]
     marked = [file for file in files if file.name.count(".") > 1]
     wanted = [
@@ -190,3 +188,47 @@ def original_shapes(reader: Any) -> dict[str, Shape]:
 def _value(entry: Any) -> Any:
     """Long arrays, such as the words of a tokenizer, are not unpacked."""
     return entry.contents() if len(entry.data) <= 8 else None
+
+
+def require_same_shapes(
+    given: str,
+    shapes: Mapping[str, Sequence[int]],
+    wanted: Mapping[str, Sequence[int]],
+    advice: str,
+) -> None:
+    """ConfigError that counts the missing, unknown and wrong tensors, with the first of each."""
+    missing = [name for name in wanted if name not in shapes]
+    unknown = [name for name in shapes if name not in wanted]
+    wrong = [
+        f"{name} is {list(shapes[name])} and not {list(size)}"
+        for name, size in wanted.items()
+        if name in shapes and not _is_same_shape(shapes[name], size)
+    ]
+    problems = [
+        _listed("is missing", "are missing", missing),
+        _listed("is unknown", "are unknown", unknown),
+        _listed("has", "have", wrong),
+    ]
+    if missing or unknown or wrong:
+        raise ConfigError(
+            f"{given} does not fit: {'; '.join(text for text in problems if text)}. {advice}"
+        )
+
+
+def _is_same_shape(shape: Sequence[int], wanted: Sequence[int]) -> bool:
+    """Layers of 1 x 1 may be written as matrices, and GGUF files keep what does not divide into
+    blocks as rows of 256."""
+    if [size for size in shape if size != 1] == [size for size in wanted if size != 1]:
+        return True
+    return len(shape) == 2 and shape[1] == 256 and math.prod(shape) == math.prod(wanted)
+
+
+def _listed(one: str, several: str, names: Sequence[str]) -> str:
+    if not names:
+        return ""
+    if one == "has":
+        return f"{len(names)} tensor{'s' if len(names) > 1 else ''} of another shape ({names[0]})"
+    return (
+        f"{len(names)} tensor{'s' if len(names) > 1 else ''} "
+        f"{several if len(names) > 1 else one} ({names[0]})"
+    )

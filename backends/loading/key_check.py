@@ -1,6 +1,5 @@
 """Whether weights are those of a model: names and shapes of their headers against the empty
-model's. No weights are read.
-"""
+model's. No weights are read."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -15,15 +14,14 @@ from torch import Tensor
 from backends.errors import ConfigError
 from backends.files.checkpoint import read_config
 from backends.files.denoiser_families import DENOISER_PREFIXES
-from backends.files.fit import require_same_shapes, without_scales
+from backends.files.fit import without_scales
 from backends.files.recognition import NOTES
-from backends.files.weight_headers import Header
+from backends.files.weight_headers import Header, require_same_shapes
 from backends.loading.plain_weights import LDM_PREFIX, LDM_UNET
 
 TEXT_MODEL = "text_model."
 """Stands before the names of CLIP's text encoder in some versions of transformers and not in
-others.
-"""
+others."""
 CONVERSION_ERRORS = (
     KeyError,
     ValueError,
@@ -77,8 +75,7 @@ def _named(
     header: Header, wanted: Mapping[str, Any], prefixes: tuple[str, ...]
 ) -> dict[str, Tensor]:
     """Empty tensors of the file, without a prefix; a UNet in the original names gets the one that
-    is expected.
-    """
+    is expected."""
     if not header.shapes.keys() & wanted.keys():
         header = header.without(*prefixes)
     shapes = {name: shape for name, shape in header.shapes.items() if name not in NOTES}
@@ -110,8 +107,7 @@ def _converted(
     advice: str,
 ) -> dict[str, Tensor]:
     """Names that are diffusers' for the most part are left as they are: then the difference says
-    more than a failed conversion.
-    """
+    more than a failed conversion."""
     if len(weights.keys() & wanted.keys()) * 2 > len(wanted):
         return weights
     try:

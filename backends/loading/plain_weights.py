@@ -1,6 +1,5 @@
 """Weights as diffusers takes them: 8-bit ones multiplied by their scales, names without a foreign
-prefix, GGUF in its own shapes.
-"""
+prefix, GGUF in its own shapes."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -28,8 +27,7 @@ LDM_PREFIX = "model.diffusion_model."
 
 def read_any_header(path: str | Path, *, option: str) -> Header | None:
     """Return the header of any weight file; of a torch pickle, by torch, whose tensors stay in the
-    file.
-    """
+    file."""
     path = Path(path)
     if path.suffix in (*SAFETENSORS, ".gguf"):
         return read_header(path, option=option)
@@ -97,8 +95,7 @@ def plain_weights(
 
 def scaled_weights(weights: Weights, *, given: str, dtype: torch.dtype) -> Weights:
     """Return the weights multiplied by their scales, without these. ConfigError for scales of
-    another kind.
-    """
+    another kind."""
     if not any(name.endswith((*SCALES, *UNKNOWN_SCALES)) or name == MARKER for name in weights):
         return weights
     refuse_unknown_scales(weights, given)
@@ -157,8 +154,7 @@ def plain_file(path: Path, header: Header, *, given: str, dtype: torch.dtype) ->
 
 def read_gguf(path: str) -> Weights:
     """Return the tensors of a GGUF file as diffusers reads them, those that were stored as rows of
-    256 in their own shapes again.
-    """
+    256 in their own shapes again."""
     from diffusers.models.model_loading_utils import load_gguf_checkpoint
     from gguf import GGUFReader
 
