@@ -2,6 +2,8 @@
 was tried leaves whole weights.
 """
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -37,6 +39,23 @@ def _fail_and_go_on(rank, world_size, mode):
 )
 def test_job_after_a_failure_in_a_displaced_mode_does_well(run_on_ranks, mode):
     run_on_ranks(_fail_and_go_on, 2, mode)
+
+
+def _fail_on_four(rank, world_size):
+    case = Ranks(label="cfg x patch", type="sdxl", backend="distrifuser", ranks=4)
+    here = Rank(case, rank, CPU)
+    before = here.image()
+    with here.failing("denoiser") if rank == 3 else nullcontext():
+        _, outcome = here.attempt()
+    assert (outcome.failure.rank, "out of luck" in outcome.failure.message) == (3, True)
+    assert distance(here.image(), before) <= 0.01
+    here.mesh.destroy()
+
+
+@pytest.mark.slow
+def test_failure_reaches_ranks_that_share_no_group_with_the_one_that_failed(run_on_ranks):
+    """On CPUs: in the rehearsal gloo, which carries the messages, would wait for itself here."""
+    run_on_ranks(_fail_on_four, 4)
 
 
 def _try_what_fails(rank, world_size, name, backend, options):

@@ -306,7 +306,6 @@ FAILING_LONG = (
         ranks=3,
         request={"height": 192},
     ),
-    Ranks(label="cfg x patch", type="sdxl", backend="distrifuser", ranks=4),
     Ranks(
         label="tensor of a unet",
         type="sdxl",

@@ -16,10 +16,16 @@ NOISE = "copy from the CPU"
 """It is drawn on the CPU, so that a seed gives the same image everywhere."""
 
 
-def _rehearse(rank, world_size, names):
+NEEDS_A_GPU = ("dpm_sde",)
+"""It draws with a generator of the GPU."""
+
+
+def _rehearse(rank, world_size, type_name, names):
     for name in names:
         case = OneRank(label=name, request={"scheduler": {"scheduler": name}})
-        off, rehearsal = rehearse_one("sd2", case, variant="fp32", device=torch.device("cuda", 1))
+        off, rehearsal = rehearse_one(
+            type_name, case, variant="fp32", device=torch.device("cuda", 1)
+        )
         waits = {
             where: count
             for where, count in rehearsal.journal.waits_in(MIDDLE).items()
@@ -31,7 +37,7 @@ def _rehearse(rank, world_size, names):
 
 def test_schedulers_do_not_make_the_host_wait(run_on_ranks):
     prepare(TABLE["sd2"], [])
-    run_on_ranks(_rehearse, 1, SHORT)
+    run_on_ranks(_rehearse, 1, "sd2", SHORT)
 
 
 def _rehearse_gguf(rank, world_size):
@@ -48,7 +54,10 @@ def test_gguf_layers_do_not_make_the_host_wait(run_on_ranks):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in SCHEDULERS if name not in SHORT])
+@pytest.mark.parametrize(
+    "name", [name for name in SCHEDULERS if name not in (*SHORT, *NEEDS_A_GPU)]
+)
 def test_every_scheduler_on_a_gpu(run_on_ranks, name):
-    prepare(TABLE["sd2"], [])
-    run_on_ranks(_rehearse, 1, (name,))
+    type_name = "sd3" if SCHEDULERS[name].flow else "sd2"
+    prepare(TABLE[type_name], [])
+    run_on_ranks(_rehearse, 1, type_name, (name,))
