@@ -9,8 +9,8 @@ import torch
 
 from backends.errors import UnsupportedError
 from backends.generation.latents import overflows
-from backends.gguf_constants import keep_constants
 from backends.groups.control_group import control_axis
+from backends.loading.gguf_constants import keep_constants
 from backends.model_table import ModelSpec
 from backends.request import LoadRequest
 
