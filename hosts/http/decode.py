@@ -354,9 +354,8 @@ def _lora_file(name: str, folders: tuple[str, ...]) -> Path | None:
     if not name.isprintable() or len(name) > 4096:  # half a character, NUL: no name of a file
         return None
     for folder in folders:
-        inside = Path(folder).resolve()
-        path = (Path(folder) / name).resolve()
         try:
+            inside, path = Path(folder).resolve(), (Path(folder) / name).resolve()
             if path.is_relative_to(inside) and path.is_file():
                 return path
         except OSError:  # a part of the name is too long for the file system
