@@ -134,15 +134,17 @@ def read_request(
     do.
     """
     names = sent_as or {}
-    given = {key: value for key, value in fields.items() if not _is_absent(value)}
+    known = (name for name in GenerateRequest.model_fields if name in fields)
+    given = {name: fields[name] for name in known if not _is_absent(fields[name])}
     unused = accepted.unused(spec)
     if is_strict:
         _require_used(given, unused, names)
         _require_size(given, spec, names)
-    values = {}
-    for field in GenerateRequest.model_fields:
-        if field in given and (field not in unused or field in _READ_ANYWHERE):
-            values[field] = _value(field, given[field], names.get(field, field), accepted)
+    values = {
+        field: _value(field, value, names.get(field, field), accepted)
+        for field, value in given.items()
+        if field not in unused or field in _READ_ANYWHERE
+    }
     try:
         request = GenerateRequest(**values)
     except ValidationError as error:
