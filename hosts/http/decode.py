@@ -35,9 +35,9 @@ ARRAYS = (
     "negative_pooled_prompt_embeds",
 )
 LISTS = ("sigmas", "timesteps")
-MIN_SIDE = 8
-IMAGE_WANTED = "Send base64 of a PNG, JPEG or WebP file"
-ARRAY_WANTED = "Send base64 of a .npy file of numbers"
+CONTROL = ("control_image", "controlnet_conditioning_scale", "control_guidance_start")
+CONTROL += ("control_guidance_end",)
+"""Fields that only a ControlNet reads."""
 _decoding = threading.BoundedSemaphore(4)
 """Values that are decoded at the same time: an image takes 20 bytes per pixel for a moment."""
 
@@ -94,10 +94,7 @@ class Accepted:
             "latent_space": (spec.returns_latents, no_image),
             "first_step": (spec.returns_latents, no_image),
             "mask_image": (inpaints, f"{spec.title} cannot inpaint"),
-            "control_image": (self.takes_control_image, no_control),
-            "controlnet_conditioning_scale": (self.takes_control_image, no_control),
-            "control_guidance_start": (self.takes_control_image, no_control),
-            "control_guidance_end": (self.takes_control_image, no_control),
+            **dict.fromkeys(CONTROL, (self.takes_control_image, no_control)),
             "ip_adapter_image": (self.takes_ip_image, no_adapter),
             "ip_adapter_scale": (self.takes_ip_image, no_adapter),
             "num_frames": (is_video, no_frames),
@@ -202,9 +199,9 @@ def _require_size(given: Mapping[str, Any], spec: ModelSpec, names: Mapping[str,
         value = given.get(side)
         if isinstance(value, int) and value > 0 and value % multiple:
             below = value // multiple * multiple
-            nearest = [str(size) for size in (below, below + multiple) if size >= MIN_SIDE]
+            nearest = [str(size) for size in (below, below + multiple) if size]
             name = names.get(side, side)
-            where = "" if name == side else f"{name}: "
+            where = "" if name == side else f"{name}: "  # OpenAI's size has both
             raise RequestError(
                 f"{where}{side}={value} is not a size of {spec.title}. Allowed: multiples of "
                 f"{multiple}; the nearest are {' and '.join(nearest)}.",
@@ -256,7 +253,7 @@ def _read(
     def read() -> Image.Image:
         return convert(images.from_text(value, accepted.image_dirs, limits))
 
-    image = decoded(read, field=field, wanted=IMAGE_WANTED)
+    image = decoded(read, field=field, wanted="Send base64 of a PNG, JPEG or WebP file")
     if percent is None:
         return image
     return scaled(image, percent, field="--image_scale", limits=limits)
@@ -271,7 +268,7 @@ def read_array(value: object, *, field: str) -> np.ndarray:
     return decoded(
         lambda: media.from_npy(images.bytes_from_text(value, DecodeLimits()), DecodeLimits()),
         field=field,
-        wanted=ARRAY_WANTED,
+        wanted="Send base64 of a .npy file of numbers",
     )
 
 
