@@ -40,7 +40,7 @@ NPY, PICKLE = "k05VTVBZ", "gA"
 MAX_IMAGE_SCALE = 1000.0
 SCALES = {f"{name}_scale" for name in (*decode.IMAGES, "ip_image")}
 RULES = dict.fromkeys(
-    {name for names in NAMES.values() for name in names} | set(EMBEDS) | SCALES | {"keep"},
+    {name for names in NAMES.values() for name in names} | set(EMBEDS) | SCALES | {"keep", "model"},
     dialect.DONE,
 )
 """The fields of POST /generate, which every client but the existing ones must keep to."""

@@ -8,10 +8,11 @@ from flask import Blueprint, Response, current_app, jsonify
 from backends.model_table import ModelSpec
 from backends.request import GenerateResult
 from hosts.compat import codec
-from hosts.compat.fields import read_request
+from hosts.compat.fields import is_existing_client, read_request
 from hosts.http import media
 from hosts.http.decode import Accepted
 from hosts.http.dialect import Dialect
+from hosts.http.jobs_api import require_model
 from hosts.http.request_io import client, json_object, wait_for, wanted_type
 from hosts.supervision.host_state import Phase
 
@@ -56,7 +57,10 @@ def generate() -> Response:
     The job of a client that goes away is cancelled, unless the body says "keep": true.
     """
     host = current_app.extensions["host"]
-    body = host.protocol.fields(json_object())
+    sent = json_object()
+    if not is_existing_client(sent):
+        require_model(sent)
+    body = host.protocol.fields(sent)
     asked = read_request(body, spec=host.spec, accepted=Accepted.by(host.settings))
     content_type = wanted_type(host.spec.output, default="application/json")
     result = wait_for(host.queue.submit(asked, client=client()), is_kept=body.get("keep") is True)

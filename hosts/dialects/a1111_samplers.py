@@ -72,7 +72,8 @@ def scheduler_of(body: Mapping[str, Any]) -> dict[str, Any] | None:
         )
     name, ending = _split(named.strip().lower())
     schedule = body.get("scheduler")
-    curve = _schedule(ending if is_empty(schedule) else schedule)
+    curve = _schedule(schedule if not is_empty(schedule) else "automatic")
+    curve = curve or _schedule(ending or "automatic")
     sampler = _sampler(name, named) if name not in ("", "automatic") else None
     if sampler in FIXED_SIGMAS and any(key.endswith("_sigmas") for key in curve):
         raise UnsupportedError(

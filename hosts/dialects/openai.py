@@ -6,13 +6,13 @@ Beside OpenAI's fields, requests may hold those of /v1/jobs: seed, negative_prom
 
 import base64
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from flask import Blueprint, Response, current_app, jsonify, request
 
-from backends.errors import NotFoundError, RequestError, UnsupportedError
+from backends.errors import BusyError, NotFoundError, RequestError, UnsupportedError
 from backends.request import GenerateRequest, GenerateResult
 from hosts.dialects import openai_fields as protocol
 from hosts.dialects.openai_fields import Asked
@@ -196,16 +196,15 @@ def _images(body: Mapping[str, Any], asked: Asked, *, kind: str) -> Response:
     seeds = seeds_from(asked.fields.get("seed"), number)
     jobs = submit_all([_read(asked, body, seed=seed) for seed in seeds], is_kept=True)
     if is_streamed:
-        return event_stream(
-            image_events(
-                jobs,
-                encode,
-                kind=kind,
-                output_format=str(body.get("output_format") or "png"),
-                num_partial=num_partial,
-                error_body=error_body,
-            )
+        events = image_events(
+            jobs,
+            encode,
+            kind=kind,
+            output_format=str(body.get("output_format") or "png"),
+            num_partial=num_partial,
+            error_body=error_body,
         )
+        return _streamed(events, jobs)
     results = wait_for_all(jobs)
     return jsonify(
         {
@@ -216,6 +215,15 @@ def _images(body: Mapping[str, Any], asked: Asked, *, kind: str) -> Response:
             ],
         }
     )
+
+
+def _streamed(events: Iterator[str], jobs: Sequence[Job]) -> Response:
+    try:
+        return event_stream(events)
+    except BusyError:
+        for job in jobs:
+            _host().queue.cancel(job)
+        raise
 
 
 def _encoder(body: Mapping[str, Any]) -> Callable[[GenerateResult], bytes]:

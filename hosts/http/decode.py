@@ -36,9 +36,9 @@ ARRAYS = (
     "negative_pooled_prompt_embeds",
 )
 LISTS = ("sigmas", "timesteps")
-MIN_SIDE = 8
-IMAGE_WANTED = "Send base64 of a PNG, JPEG or WebP file"
-ARRAY_WANTED = "Send base64 of a .npy file of numbers"
+CONTROL = ("control_image", "controlnet_conditioning_scale", "control_guidance_start")
+CONTROL += ("control_guidance_end",)
+"""Fields that only a ControlNet reads."""
 _decoding = threading.BoundedSemaphore(4)
 """Values that are decoded at the same time: an image takes 20 bytes per pixel for a moment."""
 
@@ -95,10 +95,7 @@ class Accepted:
             "latent_space": (spec.returns_latents, no_image),
             "first_step": (spec.returns_latents, no_image),
             "mask_image": (inpaints, f"{spec.title} cannot inpaint"),
-            "control_image": (self.takes_control_image, no_control),
-            "controlnet_conditioning_scale": (self.takes_control_image, no_control),
-            "control_guidance_start": (self.takes_control_image, no_control),
-            "control_guidance_end": (self.takes_control_image, no_control),
+            **dict.fromkeys(CONTROL, (self.takes_control_image, no_control)),
             "ip_adapter_image": (self.takes_ip_image, no_adapter),
             "ip_adapter_scale": (self.takes_ip_image, no_adapter),
             "num_frames": (is_video, no_frames),
@@ -135,15 +132,17 @@ def read_request(
     do.
     """
     names = sent_as or {}
-    given = {key: value for key, value in fields.items() if not _is_absent(value)}
+    known = (name for name in GenerateRequest.model_fields if name in fields)
+    given = {name: fields[name] for name in known if not _is_absent(fields[name])}
     unused = accepted.unused(spec)
     if is_strict:
         _require_used(given, unused, names)
         _require_size(given, spec, names)
-    values = {}
-    for field in GenerateRequest.model_fields:
-        if field in given and (field not in unused or field in _READ_ANYWHERE):
-            values[field] = _value(field, given[field], names.get(field, field), accepted)
+    values = {
+        field: _value(field, value, names.get(field, field), accepted)
+        for field, value in given.items()
+        if field not in unused or field in _READ_ANYWHERE
+    }
     scheduler = values.get("scheduler")
     if isinstance(scheduler, str | Mapping):  # another type is refused below
         parse_requested(scheduler)
@@ -204,9 +203,9 @@ def _require_size(given: Mapping[str, Any], spec: ModelSpec, names: Mapping[str,
         value = given.get(side)
         if isinstance(value, int) and value > 0 and value % multiple:
             below = value // multiple * multiple
-            nearest = [str(size) for size in (below, below + multiple) if size >= MIN_SIDE]
+            nearest = [str(size) for size in (below, below + multiple) if size]
             name = names.get(side, side)
-            where = "" if name == side else f"{name}: "
+            where = "" if name == side else f"{name}: "  # OpenAI's size has both
             raise RequestError(
                 f"{where}{side}={value} is not a size of {spec.title}. Allowed: multiples of "
                 f"{multiple}; the nearest are {' and '.join(nearest)}.",
@@ -258,7 +257,7 @@ def _read(
     def read() -> Image.Image:
         return convert(images.from_text(value, accepted.image_dirs, limits))
 
-    image = decoded(read, field=field, wanted=IMAGE_WANTED)
+    image = decoded(read, field=field, wanted="Send base64 of a PNG, JPEG or WebP file")
     if percent is None:
         return image
     return scaled(image, percent, field="--image_scale", limits=limits)
@@ -273,7 +272,7 @@ def read_array(value: object, *, field: str) -> np.ndarray:
     return decoded(
         lambda: media.from_npy(images.bytes_from_text(value, DecodeLimits()), DecodeLimits()),
         field=field,
-        wanted=ARRAY_WANTED,
+        wanted="Send base64 of a .npy file of numbers",
     )
 
 
@@ -358,9 +357,8 @@ def _lora_file(name: str, folders: tuple[str, ...]) -> Path | None:
     if not name.isprintable() or len(name) > 4096:  # half a character, NUL: no name of a file
         return None
     for folder in folders:
-        inside = Path(folder).resolve()
-        path = (Path(folder) / name).resolve()
         try:
+            inside, path = Path(folder).resolve(), (Path(folder) / name).resolve()
             if path.is_relative_to(inside) and path.is_file():
                 return path
         except OSError:  # a part of the name is too long for the file system

@@ -5,7 +5,7 @@ import io
 import json
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 from flask import Blueprint, Response, current_app, jsonify, request
@@ -17,7 +17,7 @@ from backends.plan import Exactness
 from backends.request import GenerateRequest
 from hosts.http import media
 from hosts.http.decode import Accepted, read_request
-from hosts.http.dialect import DONE, Dialect, is_strict, require_known
+from hosts.http.dialect import DONE, Dialect, is_strict, require_known, shown
 from hosts.http.request_io import client, idempotency_key, json_object, wanted_type
 from hosts.jobs.clock import now
 from hosts.jobs.queue import Job, JobQueue, JobStatus
@@ -58,8 +58,7 @@ def create() -> tuple[Response, int, dict[str, str]]:
     """
     host, body = current_app.extensions["host"], json_object()
     require_known(body, RULES, OLD_NAMES)
-    if body.get("model") not in (None, "", host.model):
-        raise NotFoundError(f"there is no model {body['model']!r}. Allowed: {host.model}.")
+    require_model(body)
     asked = read_request(
         body,
         spec=host.spec,
@@ -126,6 +125,13 @@ def trace(job_id: str) -> Response | tuple[Response, int, dict[str, str]]:
     if not job.finished.is_set():
         return jsonify(describe(job)), 409, {"Retry-After": "1"}
     return jsonify(chrome_trace(job))
+
+
+def require_model(body: Mapping[str, Any]) -> None:
+    """NotFoundError if the request names another model than the one that is loaded."""
+    model = current_app.extensions["host"].model
+    if is_strict(body) and body.get("model") not in (None, "", model):
+        raise NotFoundError(f"there is no model {shown(body['model'])}. Allowed: {model}.")
 
 
 def event_stream(events: Iterator[str]) -> Response:

@@ -113,7 +113,7 @@ DIALECTS = {
         "/sdapi/v1/txt2img",
         json={
             "prompt": "x",
-            "num_inference_steps": 20,
+            "steps": 20,
             "override_settings": {"sd_model_checkpoint": "fine"},
         },
     ),

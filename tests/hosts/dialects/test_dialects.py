@@ -188,7 +188,7 @@ def png(image):
 
 def test_openai_missing_images_and_broken_masks_are_refused(host):
     answer = requests.post(
-        host.url("/v1/images/edits"), data={"prompt": "a"}, files={"other": b"x"}, timeout=20
+        host.url("/v1/images/edits"), data={"prompt": "a"}, files={"mask": b"x"}, timeout=20
     )
     assert answer.status_code == 400 and "image is missing" in answer.json()["error"]["message"]
     answer = requests.post(
@@ -350,7 +350,7 @@ def test_a1111_lists_tell_what_is_there(host):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ({"enable_hr": True}, "enable_hr is not available"),
+        ({"enable_hr": True}, "enable_hr=True is not available"),
         ({"sampler_name": "Magic"}, "sampler_name='Magic'"),
         ({"n_iter": 99}, "n_iter x batch_size is 99"),
         ({"batch_size": "x"}, "batch_size='x' is not allowed"),

@@ -4,7 +4,7 @@
 
 import pytest
 from PIL import Image
-from werkzeug.test import EnvironBuilder
+from werkzeug.test import EnvironBuilder, run_wsgi_app
 
 from backends.model_table import read_table
 from hosts.compat.protocol import FixedModel
@@ -242,7 +242,8 @@ def test_probes_need_no_host(client):
     environ = EnvironBuilder(path="/healthz").get_environ()
     del environ["HTTP_HOST"]
     environ["SERVER_NAME"] = "diffusion"
-    assert client.open(environ).status_code == 200
+    _, status, _ = run_wsgi_app(client.application, environ)
+    assert status.startswith("200")
 
 
 @pytest.mark.parametrize("host", ["localhost", "localhost.", "127.0.0.1:99", "[::1]:99"])
