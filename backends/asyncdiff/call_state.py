@@ -30,22 +30,17 @@ Forward = Callable[..., Any]
 class CallState:
     """What is kept from one step to the next for the n-th denoiser call of every step (true
     guidance of flux makes two calls a step).
-
-    arrivals: what this rank reads of other segments in its next turn, made at evaluation `made_at`.
-    older: the same, one turn before.
-    ahead: the prediction of the next evaluation (stride 2). timestep: of the last evaluation, as
-    the pipeline gave it.
     """
 
-    signature: tuple[Any, ...]
+    signature: tuple[Any, ...]  # of the input; another one needs a synchronous step
     shapes: Shapes
-    output: Any
-    arrivals: dict[Source, Arrival]
-    made_at: int
-    timestep: Tensor
-    older: Values = field(default_factory=dict)
+    output: Any  # of the denoiser
+    arrivals: dict[Source, Arrival]  # what this rank reads of other segments in its next turn
+    made_at: int  # the evaluation that computed them
+    timestep: Tensor  # of the last evaluation, as the pipeline passed it
+    older: Values = field(default_factory=dict)  # the arrivals of one turn before
     older_at: int | None = None
-    ahead: Arrival | None = None
+    ahead: Arrival | None = None  # the prediction of the next evaluation (stride 2)
 
 
 class Generation:

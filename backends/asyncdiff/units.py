@@ -30,15 +30,11 @@ Executor = Callable[[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
-    """One unit, as one call of the denoiser met it.
-
-    reads: the tensors of other units that reach its arguments. leaf_bytes: size of each leaf it
-    returns (0 for what is no tensor).
-    """
+    """One unit, as one call of the denoiser ran it."""
 
     name: str
-    reads: frozenset[Source]
-    leaf_bytes: tuple[int, ...]
+    reads: frozenset[Source]  # tensors of other units that reach its arguments
+    leaf_bytes: tuple[int, ...]  # of each leaf that it returns; 0 for what is no tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,11 +46,6 @@ class Layout:
 
     def num_bytes(self, source: Source) -> int:
         return self.units[source[0]].leaf_bytes[source[1]]
-
-    @property
-    def output_bytes(self) -> int:
-        """Bytes of everything that all units return in one evaluation."""
-        return sum(sum(unit.leaf_bytes) for unit in self.units)
 
 
 class UnitHooks:

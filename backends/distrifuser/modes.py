@@ -15,17 +15,13 @@ values only (group norm)."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SyncMode:
-    """halo: convolution borders; attention: keys and values; statistics: group norm.
+    """What one mode does by kind of operator."""
 
-    is_corrected: stale global statistics are moved by the change of the local ones. takes_turns:
-    the ranks change patches every step.
-    """
-
-    halo: Action = "later"
-    attention: Action = "later"
-    statistics: Action = "later"
-    is_corrected: bool = False
-    takes_turns: bool = False
+    halo: Action = "later"  # convolution borders
+    attention: Action = "later"  # keys and values
+    statistics: Action = "later"  # group norms
+    is_corrected: bool = False  # stale statistics are moved by the change of the local ones
+    takes_turns: bool = False  # the ranks change patches every step
 
     def action(self, kind: str) -> Action:
         return getattr(self, kind)

@@ -42,18 +42,14 @@ ONCE = "xdit once per step"
 
 @dataclass(slots=True)
 class _Part:
-    """One half of the guidance batch (or the whole batch) of one denoiser call of each step.
-
-    batch: of the whole call. is_filled: `stale` holds keys and values of a whole pass. tokens: (B,
-    N, D), the last stage's results so far.
-    once: what modules gave in this step that give the same for every patch.
-    """
+    """One half of the guidance batch (or the whole batch) of one denoiser call of each step."""
 
     layout: Layout
-    batch: int
+    batch: int  # of the whole call
     stale: StaleKVCache = field(default_factory=StaleKVCache)
-    is_filled: bool = False
-    tokens: Tensor | None = None
+    is_filled: bool = False  # `stale` holds keys and values of a whole pass
+    tokens: Tensor | None = None  # (B, N, D), the last stage's results so far
+    # What modules returned in this step that return the same for every patch.
     once: dict[nn.Module, Any] = field(default_factory=dict)
 
     def fits(self, layout: Layout, batch: int) -> bool:

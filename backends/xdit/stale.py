@@ -5,7 +5,6 @@ Source: PipeFusion, arXiv:2405.14430, section 4: patches attend to the previous 
 of those not yet computed.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -14,13 +13,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Buffer:
-    """keys, values: (B, H, tokens of all patches, D), patch after patch; offsets[p]: where patch p
-    begins.
-    """
+    """What one attention module remembers, patch after patch."""
 
-    keys: Tensor
-    values: Tensor
-    offsets: tuple[int, ...]
+    keys: Tensor  # (B, H, tokens of all patches, D)
+    values: Tensor  # the same
+    offsets: tuple[int, ...]  # where each patch begins
 
 
 @dataclass(slots=True)
@@ -57,11 +54,3 @@ class StaleKVCache:
         buffer.keys[:, :, start:stop] = key
         buffer.values[:, :, start:stop] = value
         return buffer.keys, buffer.values
-
-    @property
-    def num_bytes(self) -> Mapping[str, int]:
-        """Memory held, per attention module."""
-        return {
-            path: 2 * buffer.keys.numel() * buffer.keys.element_size()
-            for path, buffer in self._buffers.items()
-        }
