@@ -4,7 +4,7 @@ torch.
 A wrong table is a ConfigError that names the line.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
@@ -50,79 +50,60 @@ class BackendSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """Facts about one model type. Code asks these instead of comparing names.
-
-    pipeline: diffusers class; denoiser: its attribute on the pipeline; output: kind of result;
-    returns_latents: whether clients get them.
-    latents: layout during denoising; scales_initial_latents: the pipeline multiplies given latents
-    by scheduler.init_noise_sigma.
-    flow_matching: family of samplers; size_multiple: pixels that height and width must divide by;
-    upscale: output side / input side.
-    guidance: 'cfg' runs two halves, 'distilled' feeds the scale to the model, 'frame_ramp' is svd's
-    per-frame scale.
-    guidance_calls: of the denoiser per step with guidance on: 1 takes both halves as one batch, 2
-    one after the other.
-    guidance_argument: the call's argument for the scale. empty_negative: what stands for no
-    negative prompt where the call needs one.
-    batches: a row of a batch equals the image alone, so that several jobs may share a call (a test
-    shows it).
-    batch: 'list' where pipeline and denoiser take a list with one entry per image instead of one
-    tensor.
-    blocks: lists of a transformer's blocks, in the order in which they run.
-    variant: numbers to compute in on a GPU that has them; vae_variant: those of the VAE, where they
-    are always others.
-    requires: inputs that every request must bring. call: fixed extra arguments of the pipeline
-    call.
-    also: other pipeline classes with the same parts, whose checkpoints this row runs as well.
-    fits: what a checkpoint must be like (backends/files/fit.py). denoiser, vae: their classes;
-    channels: how many times the latents, and how many more, the denoiser takes in; text: a field of
-    the denoiser's configuration -> widths of encoders that it is the sum of; is: fields with one
-    right value; sign: a field that tells it from another type of the same class; optional: parts
-    that may be left out.
-    components: what must be loaded besides the checkpoint folder, unless the folder holds it.
-    controlnet: pipeline and model class to use, and the call's argument for the image. ip_adapter:
-    class of its image encoder.
-    compel: text encoder -> what Compel takes of it: 'last' or 'penultimate' states (and '+
-    pooled'), or 'pooled' alone.
-    demo: checkpoint below the repository for starting without --checkpoint, and its own default
-    size, steps and guidance.
-    """
+    """Facts about one model type. Code asks these instead of comparing names."""
 
     name: str
-    title: str
-    pipeline: str
-    denoiser: Literal["unet", "transformer"]
+    title: str  # for people
+    pipeline: str  # diffusers class
+    denoiser: Literal["unet", "transformer"]  # its attribute on the pipeline
     output: Literal["image", "video"]
-    returns_latents: bool
-    latents: Literal["spatial", "packed", "video"]
-    height: int
+    returns_latents: bool  # clients get the latents too
+    latents: Literal["spatial", "packed", "video"]  # layout during denoising
+    height: int  # default size in pixels of the result
     width: int
-    num_inference_steps: int
-    guidance_scale: float
-    backends: Mapping[str, BackendSpec]
-    blocks: tuple[str, ...] = ()
+    num_inference_steps: int  # default
+    guidance_scale: float  # default
+    backends: Mapping[str, BackendSpec]  # in order of preference
+    blocks: tuple[str, ...] = ()  # a transformer's lists of blocks, in the order in which they run
+    # The pipeline multiplies given latents by scheduler.init_noise_sigma.
     scales_initial_latents: bool = True
-    flow_matching: bool = False
-    size_multiple: int = 8
-    upscale: int = 1
+    flow_matching: bool = False  # family of samplers
+    size_multiple: int = 8  # pixels that height and width must divide by
+    upscale: int = 1  # output side / input side
+    # cfg: two halves; distilled: the scale is fed to the model; frame_ramp: svd's scale per frame.
     guidance: Literal["cfg", "distilled", "frame_ramp"] = "cfg"
+    # Denoiser calls per step with guidance on. 1: both halves as one batch; 2: one after the other.
     guidance_calls: int = 1
-    guidance_argument: str = "guidance_scale"
-    empty_negative: str = ""
-    batch: Literal["tensor", "list"] = "tensor"
-    batches: bool = False
-    num_frames: int = 1
+    guidance_argument: str = "guidance_scale"  # the call's argument for the scale
+    empty_negative: str = ""  # stands for no negative prompt where the call needs one
+    # list: pipeline and denoiser take a list with one entry per image instead of one tensor.
+    input_layout: Literal["tensor", "list"] = "tensor"
+    # A row of a batch equals the image alone, so several jobs may share a call (a test shows it).
+    is_batchable: bool = False
+    num_frames: int = 1  # default
+    # Dtype to compute in on a GPU that has it, and the VAE's where that is always another.
     variant: Literal["fp16", "bf16"] = "fp16"
     vae_variant: Literal["", "fp32"] = ""
-    requires: tuple[str, ...] = ("prompt",)
+    requires: tuple[str, ...] = ("prompt",)  # inputs that every request must bring
+    # Fixed extra arguments of the pipeline call.
     call: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
-    components: tuple[str, ...] = ()
+    components: tuple[str, ...] = ()  # to be loaded too, unless the checkpoint folder holds them
+    # Other pipeline classes with the same parts, whose checkpoints this row runs as well.
     also: tuple[str, ...] = ()
+    # What a checkpoint must be like (backends/files/fit.py). denoiser, vae: their classes; channels:
+    # how many times the latents, and how many more, the denoiser takes; text: a field of its
+    # configuration -> widths of encoders that it is the sum of; is: fields with one right value;
+    # sign: a field that tells it from another type of the same class; optional: parts that may be
+    # left out.
     fits: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
-    single_file: bool = False
+    single_file: bool = False  # the checkpoint may be one .safetensors file
+    # Pipeline and model class, and the call's argument for the image.
     controlnet: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    # Text encoder -> what Compel takes of it: last or penultimate states (+ pooled), or pooled.
     compel: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    # Class of the image encoder and of its processor.
     ip_adapter: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    # Checkpoint below the repository for a start without --checkpoint, and its own defaults.
     demo: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
     def supports(self, backend: str, feature: str | None = None) -> Cell:
@@ -212,6 +193,10 @@ def _parse(text: str, name: str) -> ModelTable:
     return ModelTable(dict(_Reader(name).table(root)))
 
 
+Defaults = Mapping[str, Mapping[str, Cell]]
+"""Backend -> feature -> its cell, where a type's row says nothing else."""
+
+
 class _Reader:
     """Walks the YAML nodes, which know their lines."""
 
@@ -223,12 +208,40 @@ class _Reader:
             raise ConfigError(
                 f"{self._file_name}, line 1: the table must map model type names to their facts."
             )
-        for name, node in self._items(root).items():
-            yield name, self._spec(name, node)
+        items = self._items(root)
+        defaults = self._defaults(items.pop("defaults", None))
+        for name, node in items.items():
+            yield name, self._spec(name, node, defaults)
 
-    def _spec(self, name: str, node: yaml.Node) -> ModelSpec:
+    def _defaults(self, node: yaml.Node | None) -> Defaults:
+        """Read the `defaults` row: `features` for all backends, `backends` for single ones."""
+        items = self._items(node) if node is not None else {}
+        self._require_keys(items, "defaults", ("features", "backends"))
+        shared = self._cells(items.get("features"), "defaults.features")
+        defaults = dict.fromkeys(BACKEND_NAMES, shared)
+        rows = self._items(items["backends"]) if "backends" in items else {}
+        self._require_keys(rows, "defaults.backends", BACKEND_NAMES)
+        for backend, row in rows.items():
+            where = f"defaults.backends.{backend}"
+            cells = self._items(row)
+            self._require_keys(cells, where, ("features",))
+            own = self._cells(cells.get("features"), f"{where}.features")
+            defaults[backend] = {**shared, **own}
+        return defaults
+
+    def _require_keys(
+        self, items: Mapping[str, yaml.Node], where: str, allowed: Sequence[str]
+    ) -> None:
+        for key, node in items.items():
+            if key not in allowed:
+                raise self._error(
+                    node, f"{where}.{key} is not known. Allowed: {', '.join(allowed)}"
+                )
+
+    def _spec(self, name: str, node: yaml.Node, defaults: Defaults) -> ModelSpec:
         items = self._items(node)
-        shared = self._features(items.pop("features", None), f"{name}.features")
+        shared = self._cells(items.pop("features", None), f"{name}.features")
+        cells = {backend: {**row, **shared} for backend, row in defaults.items()}
         known = {fact.name: fact for fact in fields(ModelSpec)}
         values: dict[str, Any] = {"name": name}
         for key, value in items.items():
@@ -240,7 +253,7 @@ class _Reader:
             if key != "backends":
                 values[key] = self._fact(f"{name}.{key}", known[key].type, value)
         values["backends"] = (
-            self._backends(name, items["backends"], shared) if "backends" in items else None
+            self._backends(name, items["backends"], cells) if "backends" in items else None
         )
         needed = [
             key
@@ -252,10 +265,8 @@ class _Reader:
             raise self._error(node, f"{name} lacks {', '.join(missing)}. Add it")
         return ModelSpec(**values)
 
-    def _backends(
-        self, name: str, node: yaml.Node, shared: Mapping[str, yaml.Node]
-    ) -> Mapping[str, BackendSpec]:
-        """Rows of a type. shared: cells that hold for every backend whose row says nothing else."""
+    def _backends(self, name: str, node: yaml.Node, shared: Defaults) -> Mapping[str, BackendSpec]:
+        """Read the rows of a type. shared: the cells where a row says nothing else."""
         rows = {}
         for backend, row_node in self._items(node).items():
             if backend not in BACKEND_NAMES:
@@ -263,44 +274,27 @@ class _Reader:
                     row_node,
                     f"{name}.backends.{backend} is no backend. Allowed: {', '.join(BACKEND_NAMES)}",
                 )
-            items = self._items(row_node)
-            nodes = {
-                **shared,
-                **self._features(
-                    items.pop("features", None), f"{name}.backends.{backend}.features"
-                ),
-            }
-            features = {
-                feature: self._cell(
-                    nodes.get(feature), row_node, f"{name}.backends.{backend}.{feature}"
-                )
-                for feature in FEATURES
-            }
+            items, where = self._items(row_node), f"{name}.backends.{backend}"
+            own = self._cells(items.pop("features", None), f"{where}.features")
+            untested = dict.fromkeys(FEATURES, Cell(status="untested"))
             rows[backend] = BackendSpec(
-                cell=self._status(items, row_node, f"{name}.backends.{backend}"),
-                features=MappingProxyType(features),
+                cell=self._status(items, row_node, where),
+                features=MappingProxyType({**untested, **shared[backend], **own}),
             )
         return MappingProxyType(rows)
 
-    def _features(self, node: yaml.Node | None, where: str) -> dict[str, yaml.Node]:
-        """Feature -> its cell's node."""
-        items = self._items(node) if node is not None else {}
-        for feature, feature_node in items.items():
+    def _cells(self, node: yaml.Node | None, where: str) -> dict[str, Cell]:
+        """Feature -> its cell: `tested`, `untested`, or a mapping with status and reason."""
+        cells = {}
+        for feature, value in (self._items(node) if node is not None else {}).items():
             if feature not in FEATURES:
                 raise self._error(
-                    feature_node, f"{where}.{feature} is no feature. Allowed: {', '.join(FEATURES)}"
+                    value, f"{where}.{feature} is no feature. Allowed: {', '.join(FEATURES)}"
                 )
-        return items
-
-    def _cell(self, node: yaml.Node | None, parent: yaml.Node, where: str) -> Cell:
-        """A feature is `tested`, `untested`, or `unsupported: reason` written as a mapping; absent
-        means untested.
-        """
-        if node is None:
-            return Cell(status="untested")
-        if isinstance(node, yaml.ScalarNode):
-            return self._status({"status": node}, node, where)
-        return self._status(self._items(node), node, where)
+            is_word = isinstance(value, yaml.ScalarNode)
+            items = {"status": value} if is_word else self._items(value)
+            cells[feature] = self._status(items, value, f"{where}.{feature}")
+        return cells
 
     def _status(self, items: dict[str, yaml.Node], node: yaml.Node, where: str) -> Cell:
         values = {key: self._value(value) for key, value in items.items()}

@@ -28,13 +28,11 @@ ALLOWED = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizationSpec:
-    """How the weights of a component are kept. qtype, compute: of bitsandbytes' 4 bits ('nf4' or
-    'fp4'; a dtype's short name).
-    """
+    """How the weights of a component are kept."""
 
     kind: Kind
-    qtype: str = "nf4"
-    compute: str | None = None
+    qtype: str = "nf4"  # of bitsandbytes' 4 bits: nf4 or fp4
+    compute: str | None = None  # of bitsandbytes' 4 bits: a dtype's short name
 
 
 def parse_quantization(text: str, *, option: str) -> QuantizationSpec:

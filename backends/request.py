@@ -28,18 +28,16 @@ CALL_DEFAULTS = {"decode_chunk_size": 8, "motion_bucket_id": 127, "noise_aug_str
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompileSettings:
-    """What torch.compile is to compile, and how. None is torch's own default; options come before a
-    mode.
-    """
+    """What torch.compile is to compile, and how. None is torch's own default."""
 
     targets: tuple[Literal["denoiser", "vae", "encoders"], ...]
     backend: str | None = None
     mode: str | None = None
-    options: dict[str, Any] | None = None
-    fullgraph: bool = True
-    cache_limit: int | None = None
-    accumulated_cache_limit: int | None = None
-    capture_scalar: bool = False
+    options: dict[str, Any] | None = None  # win over a mode: torch takes one of the two
+    fullgraph: bool = True  # refuse graph breaks
+    cache_limit: int | None = None  # graphs kept per function
+    accumulated_cache_limit: int | None = None  # graphs kept in all
+    capture_scalar: bool = False  # capture scalar outputs in the graph
 
 
 WITH_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
@@ -49,48 +47,46 @@ WITH_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cu
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadRequest:
     """Everything that is fixed when the weights are loaded. Paths are absolute; None means the
-    checkpoint's own.
-
-    denoiser: a folder or file in place of the checkpoint's UNet or transformer; gguf_model: the
-    same in GGUF.
-    control_net, ip_adapter: folder or file -> scale, which a request may change.
-    quantize: group of components (quantization_spec.GROUPS) -> how their weights are kept.
-    lora, motion_lora: file -> scale; the latter act in every generation, the former unless a
-    request brings its own.
+    checkpoint's own, or the model table's default.
     """
 
-    model_type: str
-    checkpoint: str
-    variant: Literal["fp16", "bf16", "fp32"]
-    scheduler: dict[str, Any] | None = None
-    vae: str | None = None
+    model_type: str  # a row of the model table
+    checkpoint: str  # folder in diffusers layout, or one file
+    variant: Literal["fp16", "bf16", "fp32"]  # dtype of weights and arithmetic
+    scheduler: dict[str, Any] | None = None  # name and settings
+    vae: str | None = None  # folder or file
     vae_config: str | None = None
-    denoiser: str | None = None
+    denoiser: str | None = None  # folder or file in place of the UNet or transformer
     denoiser_config: str | None = None
-    gguf_model: str | None = None
-    motion_adapter: str | None = None
-    motion_module: str | None = None
+    gguf_model: str | None = None  # the same in GGUF
+    motion_adapter: str | None = None  # folder
+    motion_module: str | None = None  # the same as one file
     motion_config: str | None = None
+    # Folder or file -> scale, which a request may change.
     control_net: dict[str, float] = field(default_factory=dict)
     control_net_config: str | None = None
+    # File -> scale, which a request may change.
     ip_adapter: dict[str, float] = field(default_factory=dict)
+    # File -> scale, unless a request brings its own.
     lora: dict[str, float] = field(default_factory=dict)
+    # File -> scale, in every generation.
     motion_lora: dict[str, float] = field(default_factory=dict)
+    # Group of components (quantization_spec.GROUPS) -> how their weights are kept.
     quantize: dict[str, QuantizationSpec] = field(default_factory=dict)
-    compile: CompileSettings | None = None
-    compel: bool = False
-    step_cache: StepCacheSpec | None = None
-    offload: Literal["model", "sequential", "group"] | None = None
+    compile: CompileSettings | None = None  # None: nothing is compiled
+    compel: bool = False  # Compel reads the prompts
+    step_cache: StepCacheSpec | None = None  # None: all steps are computed in full
+    offload: Literal["model", "sequential", "group"] | None = None  # None: weights stay on the GPU
     enable_attention_slicing: bool = False
-    xformers_efficient: bool = False
+    xformers_efficient: bool = False  # attention by xformers
     enable_vae_tiling: bool = False
     enable_vae_slicing: bool = False
-    parallel_vae: bool = True
-    height: int | None = None
+    parallel_vae: bool = True  # all ranks decode an image together
+    height: int | None = None  # defaults of requests, as the three below
     width: int | None = None
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
-    prewarm_steps: int = 0
+    prewarm_steps: int = 0  # of an image that is thrown away before the host is ready
 
 
 class GenerateRequest(BaseModel):
@@ -251,19 +247,15 @@ class GenerateRequest(BaseModel):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateResult:
-    """Images on the CPU.
+    """One image or video, on the CPU."""
 
-    frames: uint8 (N, H, W, 3); N is 1 for an image, the number of frames for a video.
-    latents: float32 (1, C, h, w) in unscaled VAE space, or None for types that do not give them.
-    num_steps: scheduler steps really executed.
-    resolved: the request with every default filled in, images and arrays left out.
-    """
-
-    frames: Array
+    frames: Array  # uint8 (N, H, W, 3); N is 1 for an image, the number of frames for a video
+    # float32 (1, C, h, w) in unscaled VAE space; None for types that do not return them.
     latents: Array | None
     seed: int
-    num_steps: int
+    num_steps: int  # scheduler steps that were executed
     exactness: Exactness
-    seconds: float
-    report: dict[str, Any] = field(default_factory=dict)
+    seconds: float  # of the whole generation
+    report: dict[str, Any] = field(default_factory=dict)  # figures for logs and benchmarks
+    # The request with every default filled in, without images and arrays.
     resolved: dict[str, Any] = field(default_factory=dict)

@@ -18,13 +18,11 @@ DEFAULTS: dict[str, float] = {"first_block": 0.08, "taylor": 3, "deep": 2}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepCacheSpec:
-    """first_block: `value` is the relative change of the first block's effect up to which a step is
-    skipped.
-
-    taylor, deep: every `value`-th step is computed in full.
-    """
+    """A step cache that was asked for."""
 
     kind: Kind
+    # first_block: the relative change of the first block's effect up to which a step is skipped.
+    # taylor, deep: every value-th step is computed in full.
     value: float
 
     def __str__(self) -> str:

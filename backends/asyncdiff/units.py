@@ -50,11 +50,6 @@ class Layout:
         """Return the size of one tensor."""
         return self.units[source[0]].leaf_bytes[source[1]]
 
-    @property
-    def output_bytes(self) -> int:
-        """Return the bytes of everything that all units return in one evaluation."""
-        return sum(sum(unit.leaf_bytes) for unit in self.units)
-
 
 class UnitHooks:
     """One hook on each unit of a denoiser. It has no effect until an executor is set."""

@@ -19,16 +19,14 @@ Check = Callable[[ParallelPlan], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """One way. options: the launch options that ask for it. plan: None where `refusal` says why it
-    cannot be.
-    """
+    """One way to generate an image."""
 
-    name: str
+    name: str  # for people, unique
     backend: str
     ranks: int
-    options: Mapping[str, object] = field(default_factory=dict)
-    plan: ParallelPlan | None = None
-    refusal: str = ""
+    options: Mapping[str, object] = field(default_factory=dict)  # launch options that ask for it
+    plan: ParallelPlan | None = None  # None where it cannot be had
+    refusal: str = ""  # why not
 
     @property
     def quality(self) -> Quality:

@@ -25,37 +25,30 @@ thread, and lie between those of small latents (16 to 32) and of 64 (docs/planne
 class Work:
     """What one sampling step does on one rank. Bytes are of whole images and of both halves of
     guidance, in the compute type.
-
-    halves: 2 where guidance makes two predictions. kv_bytes: keys and values of all
-    self-attentions. halo_bytes: rows that the convolutions see beyond the border of a patch.
-    skip_bytes: what a UNet keeps for its way up. hidden_bytes: what passes from block to block.
-    latent_bytes: the prediction. weight_bytes: of the denoiser; other_bytes: of all else that is
-    loaded.
     """
 
     step_s: float
-    halves: int
-    weight_bytes: int
-    other_bytes: int
-    activation_bytes: int
-    latent_bytes: int
-    kv_bytes: int
-    hidden_bytes: int
+    halves: int  # 2 where guidance makes two predictions
+    weight_bytes: int  # of the denoiser
+    other_bytes: int  # of all else that is loaded
+    activation_bytes: int  # at the peak of a step
+    latent_bytes: int  # of the prediction
+    kv_bytes: int  # keys and values of all self-attentions
+    hidden_bytes: int  # what passes from block to block
     num_attentions: int
-    halo_bytes: int = 0
-    skip_bytes: int = 0
+    halo_bytes: int = 0  # rows that the convolutions see beyond the border of a patch
+    skip_bytes: int = 0  # what a UNet keeps for its way up
     num_convolutions: int = 0
     num_norms: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
-    """Between ranks. hides: share of the computing time behind which messages can be sent; ranks on
-    CPUs share cores with what sends.
-    """
+    """The connection between ranks."""
 
     latency_s: float
     bytes_per_s: float
+    # Part of a message's time that computing hides; ranks on CPUs share cores with what sends.
     hides: float = 1.0
 
     def seconds(self, num_bytes: float, messages: float) -> float:
@@ -64,19 +57,14 @@ class Link:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """Of one plan. step_s: a step after the synchronous ones, of which there are `num_synchronous`
-    of `synchronous_s` each.
+    """What one plan is predicted to cost."""
 
-    sent_bytes: by one rank in a step. run_bytes: memory of one rank; load_bytes: while it loads,
-    when it still has all weights.
-    """
-
-    step_s: float
-    synchronous_s: float
+    step_s: float  # a step after the synchronous ones
+    synchronous_s: float  # one of those
     num_synchronous: int
-    sent_bytes: float
-    run_bytes: float
-    load_bytes: float
+    sent_bytes: float  # by one rank in a step
+    run_bytes: float  # memory of one rank
+    load_bytes: float  # the same while it loads, with all weights
 
     @property
     def memory_bytes(self) -> float:
@@ -94,16 +82,15 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankWork:
-    """One rank's part, after the CFG split. compute_s: of one pass over the image; the others as in
-    Work.
-    """
+    """The work of one rank after the CFG split, before the method divides it."""
 
-    compute_s: float
-    fraction: float
+    compute_s: float  # of one pass over the image
+    fraction: float  # of the batch: 0.5 where the CFG split takes one half away
     work: Work
     link: Link
 
     def of(self, num_bytes: float) -> float:
+        """Return the bytes of this rank's part of the batch."""
         return self.fraction * num_bytes
 
     def shown(self, num_bytes: float, messages: float, compute_s: float) -> float:
@@ -117,13 +104,15 @@ class RankWork:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MethodCost:
+    """What a step costs one rank by a method, within one half of the CFG split."""
+
     step_s: float
     sent_bytes: float = 0.0
-    synchronous_s: float | None = None
+    synchronous_s: float | None = None  # a synchronous step; None: as any other
     num_synchronous: int = 0
-    kept_weights: float = 1.0
-    activations: float = 1.0
-    buffer_bytes: float = 0.0
+    kept_weights: float = 1.0  # part of the denoiser's weights
+    activations: float = 1.0  # part of the activations
+    buffer_bytes: float = 0.0  # values of the previous step
 
 
 def predict(plan: ParallelPlan, work: Work, link: Link) -> Estimate:

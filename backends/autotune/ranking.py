@@ -25,18 +25,14 @@ tried.
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """What a launch has found out, kept for the next one. steps: name of a candidate -> seconds per
-    step; failures: -> why it could not be.
-
-    memory_bytes: of the smallest device; None where it is not known. date: of the measurement.
-    """
+    """What a launch has measured, kept for the next one."""
 
     work: Work
     link: Link
-    memory_bytes: int | None = None
-    steps: Mapping[str, float] = field(default_factory=dict)
-    failures: Mapping[str, str] = field(default_factory=dict)
-    date: str = ""
+    memory_bytes: int | None = None  # of the smallest device; None: not known
+    steps: Mapping[str, float] = field(default_factory=dict)  # candidate's name -> seconds per step
+    failures: Mapping[str, str] = field(default_factory=dict)  # candidate's name -> why it failed
+    date: str = ""  # of the measurement
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -56,13 +52,13 @@ class Measured:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One candidate in the table. refusal: why it is not to be had; estimate is None only then."""
+    """One candidate in the table."""
 
     candidate: Candidate
-    estimate: Estimate | None = None
-    measured_s: float | None = None
-    image_s: float = float("inf")
-    refusal: str = ""
+    estimate: Estimate | None = None  # None only for a candidate that is refused
+    measured_s: float | None = None  # seconds per step
+    image_s: float = float("inf")  # seconds for all steps of an image
+    refusal: str = ""  # why it cannot be chosen
 
     @property
     def step_s(self) -> float:

@@ -220,13 +220,14 @@ class Trials:
         """
         assert candidate.plan is not None
         ranks = candidate.ranks
-        teams = {"team": self._rank // ranks, "num_teams": self._world_size // ranks}
+        team, rank = divmod(self._rank, ranks)
         mesh = Mesh(
             candidate.plan,
-            rank=self._rank % ranks,
+            rank=rank,
             device=self._subject.device,
             alarm=self._alarm,
-            **teams,
+            team=team,
+            num_teams=self._world_size // ranks,
         )
         mesh.prepare()
         watch, failure, is_attached = _Stopwatch(NUM_STEPS, self._subject.device), None, False
@@ -236,7 +237,7 @@ class Trials:
             )
             is_attached = True
             self._subject.attach(backend)
-            if teams["team"] == 0:
+            if team == 0:
                 _run(self._subject, watch)
         except Exception as error:  # noqa: BLE001  whatever it is, this method is not to be had, and the others are still there
             failure = (time.time(), f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
@@ -252,7 +253,7 @@ class Trials:
         if failures:
             logger.info("%s failed when it was tried: %s", candidate.name, failures[0][1])
             return 0.0, failures[0][1]
-        return gather_outcomes(watch.step_s if teams["team"] == 0 else 0.0)[0], ""
+        return gather_outcomes(watch.step_s if team == 0 else 0.0)[0], ""
 
     def _survey(self) -> Work | Exception:
         device = self._subject.device

@@ -26,18 +26,14 @@ def part_of(tensor: Tensor, patches: PatchBounds, patch: int, dim: int) -> Tenso
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowCut:
-    """A UNet or ControlNet: rows are dim -2 of every spatial tensor (also of videos). The
-    resolution is halved `halvings` times.
+    """A UNet or ControlNet: rows are dim -2 of every spatial tensor (also of videos)."""
 
-    residuals: arguments holding ControlNet residuals, one tensor (or a list) at any of the
-    resolutions, whole or patches already.
-    hint_doublings: how often the ControlNet's image is twice as large as the latents.
-    """
-
-    halvings: int
+    halvings: int  # how often the resolution is halved
+    # Arguments with ControlNet residuals: a tensor (or a list) at any of the resolutions, whole or
+    # cut already.
     residuals: tuple[str, ...] = ()
-    hint: str | None = None
-    hint_doublings: int = 0
+    hint: str | None = None  # argument with the ControlNet's image
+    hint_doublings: int = 0  # how often that image is twice as large as the latents
     image_tokens: ImageTokens = "all"
 
     def patches(self, sample: Tensor, weights: tuple[float, ...], dim: int = -2) -> PatchBounds:

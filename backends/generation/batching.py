@@ -51,7 +51,7 @@ def why_alone(spec: ModelSpec, load: LoadRequest) -> str:
     """Why a pipeline that is loaded like this makes one image at a time; empty if it can make
     several.
     """
-    if not spec.batches:
+    if not spec.is_batchable:
         return f"a row of a batch of {spec.title} depends on the others"
     reasons = {
         "--step_cache decides by all of a batch": load.step_cache is not None,

@@ -257,7 +257,7 @@ def _texts(
         name: torch.from_numpy(np.ascontiguousarray(value)).to(device=device, dtype=dtype)
         for name, value in given.items()
     }
-    if spec.batch == "list":
+    if spec.input_layout == "list":
         return {
             **{name: list(tensor) for name, tensor in tensors.items()},
             "negative_prompt": negative,

@@ -94,28 +94,19 @@ class SchedulerError(RequestError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerFacts:
-    """What one name means.
-
-    class_name: in `module`. extra: config that makes the class this sampler. order: denoiser calls
-    per step, but for the last step.
-    takes_timesteps, takes_sigmas: the class accepts a list of one's own. needs: a package that is
-    not always there.
-    flow: made for flow-matching models. flow_name: what such a model gets in its place.
-    flow_solver: solves them with use_flow_sigmas.
-    draws_for_all: its noise is of the whole batch, not of each row's generator.
-    """
+    """What one name means."""
 
     class_name: str
-    module: str = "diffusers"
-    extra: Mapping[str, Any] = field(default_factory=dict)
-    order: int = 1
-    takes_timesteps: bool = False
-    takes_sigmas: bool = False
-    needs: str | None = None
-    flow: bool = False
-    flow_name: str | None = None
-    flow_solver: bool = False
-    draws_for_all: bool = False
+    module: str = "diffusers"  # that has the class
+    extra: Mapping[str, Any] = field(default_factory=dict)  # config that makes it this sampler
+    order: int = 1  # denoiser calls per step, but for the last step
+    takes_timesteps: bool = False  # the class accepts a list of timesteps
+    takes_sigmas: bool = False  # the class accepts a list of sigmas
+    needs: str | None = None  # a package that is not always installed
+    flow: bool = False  # made for flow-matching models
+    flow_name: str | None = None  # what such a model gets in its place
+    flow_solver: bool = False  # solves them with use_flow_sigmas
+    draws_for_all: bool = False  # its noise is of the whole batch, not of each row's generator
 
 
 SCHEDULERS: Mapping[str, SchedulerFacts] = MappingProxyType(

@@ -49,18 +49,13 @@ LMS_ORDER = 4
 class InitialLatents:
     """What the run begins from, in model space and in the layout, dtype and device of the
     pipeline's own latents.
-
-    latents: clean, with `noise` of the same shape to be added up to the level of the first step;
-    or, without `noise`, already at that level (the output of a run that ended there).
-    is_scaled_by_pipeline: the pipeline multiplies given latents by scheduler.init_noise_sigma
-    (ModelSpec.scales_initial_latents).
-    mask: 1 where the run may change `latents`, 0 where it must come back to them (inpainting);
-    needs `noise`.
     """
 
-    latents: Tensor
-    noise: Tensor | None = None
+    latents: Tensor  # clean; without `noise` already at the level of the first step
+    noise: Tensor | None = None  # to be added up to that level, of the same shape
+    # 1 where the run may change `latents`, 0 where it must return to them (inpainting, with noise).
     mask: Tensor | None = None
+    # The pipeline multiplies given latents by scheduler.init_noise_sigma.
     is_scaled_by_pipeline: bool = True
 
 

@@ -16,23 +16,16 @@ from backends.request import GenerateRequest
 class Schedule:
     """A list of steps and the window of it that is run. Raises RequestError on values that cannot
     be meant.
-
-    num_inference_steps: length of the whole list; a list of one's own overrides it.
-    strength: begin at step floor(steps * (1 - strength)). first_step: begin no earlier than this
-    step.
-    denoising_end: leave out the timesteps below round(T * (1 - end)), T training timesteps.
-    stop_step: end before this step.
-    sigmas: noise levels, not increasing; the last is where the run ends, usually 0. timesteps:
-    decreasing.
     """
 
-    num_inference_steps: int
-    strength: float = 1.0
-    denoising_end: float = 1.0
-    first_step: int = 0
-    stop_step: int | None = None
+    num_inference_steps: int  # length of the whole list, unless it is given
+    strength: float = 1.0  # begin at step floor(steps * (1 - strength))
+    denoising_end: float = 1.0  # leave out timesteps below round(T * (1 - end)), of T in training
+    first_step: int = 0  # begin no earlier than here
+    stop_step: int | None = None  # end before here
+    # The list as noise levels, not increasing; the last is where the run ends, usually 0.
     sigmas: Sequence[float] | None = None
-    timesteps: Sequence[float] | None = None
+    timesteps: Sequence[float] | None = None  # the list as timesteps, decreasing
 
     def __post_init__(self) -> None:
         for name in ("strength", "denoising_end"):

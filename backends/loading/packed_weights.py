@@ -31,12 +31,6 @@ def pack_layer(layer: nn.Module, kind: Packed) -> None:
     parametrize.register_parametrization(layer, "weight", unpack, unsafe=True)
 
 
-def is_packed(layer: nn.Module) -> bool:
-    return parametrize.is_parametrized(layer, "weight") and isinstance(
-        layer.parametrizations["weight"][0], RowScaled | Grouped
-    )
-
-
 class RowScaled(nn.Module):
     """8 bits per weight and one scale per row (output channel): float8 e4m3 or symmetric int8."""
 

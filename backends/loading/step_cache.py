@@ -59,18 +59,15 @@ class _Residual:
 class _Call:
     """What is kept from step to step for the n-th call of the denoiser in each step (some pipelines
     make two, one per half of guidance).
-
-    effect: what the first block added at the last full step. kept: of a UNet's inner modules, what
-    they returned then.
     """
 
-    is_full: bool = True
-    image: Tensor | None = None
-    text: Tensor | None = None
-    effect: Tensor | None = None
-    residual: _Residual | None = None
-    kept: dict[int, Any] | None = None
-    shape: tuple[int, ...] = ()
+    is_full: bool = True  # this step is computed in full
+    image: Tensor | None = None  # tokens after the first block
+    text: Tensor | None = None  # the same
+    effect: Tensor | None = None  # what the first block added at the last full step
+    residual: _Residual | None = None  # what the other blocks added then
+    kept: dict[int, Any] | None = None  # what a UNet's inner modules returned then
+    shape: tuple[int, ...] = ()  # of the denoiser's input
 
 
 class StepCache:
@@ -83,7 +80,6 @@ class StepCache:
         self._spec = spec
         self._denoiser = denoiser
         self._mesh: Mesh | None = None
-        self._hooked: list[nn.Module] = []
         self._forms: dict[int, bool] = {}
         self._is_on = False
         self._calls: dict[int, _Call] = {}
@@ -116,10 +112,6 @@ class StepCache:
                 )
         self._hook(self._denoiser, self._around_denoiser)
 
-    def detach(self) -> None:
-        while self._hooked:
-            hooks.detach(self._hooked.pop(), NAME)
-
     def share(self, mesh: Mesh | None) -> None:
         """From now on these ranks decide together: `attach` and `detach` of a backend.
         Collective.
@@ -150,7 +142,6 @@ class StepCache:
 
     def _hook(self, module: nn.Module, around: hooks.Around) -> None:
         hooks.attach(module, NAME, around)
-        self._hooked.append(module)
 
     def _around_denoiser(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not self._is_on:

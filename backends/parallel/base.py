@@ -24,17 +24,13 @@ from backends.request import GenerateRequest
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunInfo:
-    """One generation, as the backends need to know it. Sizes are in pixels of the result.
-
-    num_inference_steps: sampling steps asked for (before a window cuts some off).
-    order: denoiser evaluations per sampling step (2 for heun, dpm_2, ...); each evaluation ends in
-    one `step_done`.
-    """
+    """One generation, as the backends need to know it."""
 
     request: GenerateRequest
-    height: int
+    height: int  # pixels of the result
     width: int
-    num_inference_steps: int
+    num_inference_steps: int  # sampling steps asked for, before a window cuts some off
+    # Denoiser evaluations per sampling step (2 for heun, dpm_2, ...); each ends in one `step_done`.
     order: int = 1
 
 

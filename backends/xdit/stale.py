@@ -5,7 +5,6 @@ Source: PipeFusion, arXiv:2405.14430, section 4: patches attend to the previous 
 of patches that are not computed yet.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -58,11 +57,3 @@ class StaleKVCache:
         buffer.keys[:, :, start:stop] = key
         buffer.values[:, :, start:stop] = value
         return buffer.keys, buffer.values
-
-    @property
-    def num_bytes(self) -> Mapping[str, int]:
-        """Return the memory held, per attention module."""
-        return {
-            path: 2 * buffer.keys.numel() * buffer.keys.element_size()
-            for path, buffer in self._buffers.items()
-        }

@@ -92,6 +92,44 @@ def test_an_unknown_type_lists_the_known_ones(tmp_path: Path) -> None:
         read(ROW, tmp_path)["sd9"]
 
 
+DEFAULTS = """
+defaults:
+  features: {lora: tested, compile: tested}
+  backends:
+    asyncdiff: {features: {compile: {status: unsupported, reason: it cannot}}}
+"""
+
+
+def test_defaults_hold_where_a_type_says_nothing_else(tmp_path: Path) -> None:
+    table = read(DEFAULTS + ROW.replace("lora: tested, ", ""), tmp_path)
+    assert list(table) == ["sd1"]
+    spec = table["sd1"]
+    assert spec.supports("single", "lora").status == "tested"
+    assert spec.supports("single", "compile").status == "tested"
+    assert spec.supports("asyncdiff", "compile").reason == "it cannot"
+    assert spec.supports("asyncdiff", "gguf").reason == "no loader"
+    assert spec.supports("single", "gguf").status == "untested"
+    own = ROW.replace("  backends:", "  features: {compile: untested}\n  backends:")
+    assert read(DEFAULTS + own, tmp_path)["sd1"].supports("asyncdiff", "compile").reason == ""
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "message"),
+    [
+        ("lora: tested", "lara: tested", "line 3: defaults.features.lara is no feature"),
+        ("lora: tested", "lora: maybe", "line 3: defaults.features.lora must say status"),
+        ("    asyncdiff", "    asyncdif", "line 5: defaults.backends.asyncdif is not known"),
+        ("  features: {lora", "  futures: {lora", "line 3: defaults.futures is not known"),
+        (", reason: it cannot", "", "line 5: .*asyncdiff.features.compile is unsupported but"),
+    ],
+)
+def test_wrong_defaults_name_their_line(
+    right: str, wrong: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read(DEFAULTS.replace(right, wrong) + ROW, tmp_path)
+
+
 WRONG = [
     (
         "denoiser: unet",
@@ -105,7 +143,7 @@ WRONG = [
     (
         ", reason: no loader",
         "",
-        "line 17: sd1.backends.asyncdiff.gguf is unsupported but gives no reason",
+        "line 17: sd1.backends.asyncdiff.features.gguf is unsupported but gives no reason",
     ),
     ("lora: tested", "lara: tested", "line 17: sd1.backends.asyncdiff.features.lara is no feature"),
     ("    asyncdiff:", "    asyncdif:", "line 16: sd1.backends.asyncdif is no backend"),

@@ -22,7 +22,7 @@ from tests.checkpoints import checkpoint
 
 TABLE = read_table()
 SIDE = 64
-OTHERS = [name for name, spec in TABLE.items() if spec.batches and name != "sdxl"]
+OTHERS = [name for name, spec in TABLE.items() if spec.is_batchable and name != "sdxl"]
 PROMPTS = ("a cat", "a photo of a red car in front of a small house by the sea", "snow")
 _LOADED: dict[str, LoadedPipeline] = {}
 

@@ -7,10 +7,12 @@ import logging
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
+from backends import planner
 from backends.errors import ConfigError, UnsupportedError
 from backends.loading import packed_weights, quantization
-from backends.loading.packed_weights import is_packed, pack_layer
+from backends.loading.packed_weights import pack_layer
 from backends.loading.quantization import weight_bytes
 from backends.quantization_spec import EVERYWHERE, QuantizationSpec, parse_quantization
 from tests.backends.features import TABLE, loaded
@@ -33,7 +35,7 @@ def test_a_packed_weight_is_close_small_and_still_a_layer_of_its_class(kind, lay
     layer = type(layer)(*((100, 24) if isinstance(layer, nn.Linear) else (8, 24, 3)))
     weight = layer.weight.detach().clone()
     pack_layer(layer, kind)
-    assert is_packed(layer) and isinstance(layer, nn.Linear | nn.Conv2d)
+    assert is_parametrized(layer, "weight") and isinstance(layer, nn.Linear | nn.Conv2d)
     assert layer.weight.shape == weight.shape and layer.weight.dtype == weight.dtype
     reach = weight.flatten(1).abs().amax(1).max()
     assert 0 < float((layer.weight - weight).abs().max()) <= LARGEST_ERROR[kind] * 2 * float(reach)
@@ -99,7 +101,9 @@ def test_groups_name_the_components_they_quantise():
     draw(pipe, control_image=sample_image(40))
     video = loaded(TABLE["ad"], **quantized("ad", misc="int8"))
     assert set(video._bytes_saved) == {"motion_modules"}
-    packed = [name for name, layer in video.pipe.unet.named_modules() if is_packed(layer)]
+    packed = [
+        name for name, layer in video.pipe.unet.named_modules() if is_parametrized(layer, "weight")
+    ]
     assert packed and all("motion_modules" in name for name in packed)
 
 
@@ -140,12 +144,14 @@ def test_split_weights_and_packed_weights_do_not_go_together():
     from types import SimpleNamespace
 
     pipe = loaded(TABLE["pixa"], **quantized("pixa", denoiser="int8"))
-    backend = SimpleNamespace(
-        has_whole_weights=False, plan=SimpleNamespace(describe=lambda: "distrifuser: patch 2")
-    )
+    plan = planner("distrifuser")(TABLE["pixa"], {"parallelism": "tensor"}, 2)
+    backend = SimpleNamespace(has_whole_weights=False, plan=plan)
     with pytest.raises(
         UnsupportedError,
-        match="quantised weights are not available with distrifuser: patch 2 and split weights",
+        match=(
+            r"quantised weights are not available with distrifuser: .* and split weights: "
+            r".*\. Leave out --parallelism=tensor, or the quantisation"
+        ),
     ):
         pipe.attach(backend)
 
