@@ -263,7 +263,7 @@ def test_second_rank_builds_whole_checkpoints(run_on_ranks, tmp_path):
     [
         (
             lambda: lora("sd1", style="peft"),
-            "style='peft' is not a LoRA layout. Allowed: diffusers, kohya.",
+            "style='peft' is not a LoRA layout. Allowed: diffusers, kohya, dora.",
         ),
         (
             lambda: lora("hy", style="kohya"),

@@ -303,7 +303,7 @@ def _has_weights(layer: nn.Module) -> bool:
     """Of its own, plain or packed."""
     return (
         isinstance(layer, BaseTunerLayer)
-        or hasattr(layer, "weight")
+        or getattr(layer, "weight", None) is not None
         or any(True for _ in layer.parameters(recurse=False))
     )
 

@@ -62,7 +62,7 @@ def merged(pipe: LoadedPipeline, changes: Mapping[str, Tensor]) -> Iterator[None
         yield
     finally:
         for parameter, data in kept.items():
-            parameter.data = data
+            parameter.data.copy_(data)  # in its own memory, whose alignment decides the last bit
 
 
 def factors(seed: int, out: int, num_in: int, rank: int) -> tuple[Tensor, Tensor]:
