@@ -90,11 +90,11 @@ class ModelSpec:
     components: tuple[str, ...] = ()  # to be loaded too, unless the checkpoint folder holds them
     # Other pipeline classes with the same parts, whose checkpoints this row runs as well.
     also: tuple[str, ...] = ()
-    # What a checkpoint must be like (backends/files/fit.py). denoiser, vae: their classes; channels:
-    # how many times the latents, and how many more, the denoiser takes; text: a field of its
-    # configuration -> widths of encoders that it is the sum of; is: fields with one right value;
-    # sign: a field that tells it from another type of the same class; optional: parts that may be
-    # left out.
+    # What a checkpoint must be like (backends/files/fit.py). denoiser, vae: their classes.
+    # channels: how many times the latents, and how many more, the denoiser takes. text: a field of
+    # its configuration -> widths of encoders that it is the sum of. is: fields with one right
+    # value. sign: a field that tells it from another type of the same class. optional: parts that
+    # may be left out.
     fits: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     single_file: bool = False  # the checkpoint may be one .safetensors file
     # Pipeline and model class, and the call's argument for the image.

@@ -6,8 +6,6 @@ is scaled and shifted by the VAE's configuration and, for packed layouts, folded
 2 latent pixels.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -16,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from backends.errors import RequestError
+from backends.loading.offload import without_overflow
 from backends.model_table import ModelSpec
 
 
@@ -168,27 +167,6 @@ def mask(image: Image.Image, *, pipe: Any, spec: ModelSpec, height: int, width: 
     step = pipe.vae_scale_factor
     small = torch.from_numpy((pixels >= 128)[::step, ::step].astype(np.float32))
     return pack(small.expand(1, num_channels(pipe.vae), *small.shape), spec=spec)
-
-
-def overflows(vae: Any) -> bool:
-    """Whether it must not compute in its float16. The class says so of every VAE: only a checkpoint
-    that says it itself is meant.
-    """
-    is_said = "force_upcast" not in (vae.config.get("_use_default_values") or ())
-    return vae.dtype == torch.float16 and is_said and bool(vae.config.get("force_upcast", False))
-
-
-@contextmanager
-def without_overflow(vae: Any) -> Iterator[Any]:
-    """A VAE that overflows in float16 (SDXL's) works in float32 meanwhile, as in diffusers."""
-    dtype, needs_upcast = vae.dtype, overflows(vae)
-    if needs_upcast:
-        vae.to(torch.float32)
-    try:
-        yield vae
-    finally:
-        if needs_upcast:
-            vae.to(dtype)
 
 
 def to_uint8(pixels: np.ndarray) -> np.ndarray:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backends.generation import latents as latent_space
+from backends.loading.offload import without_overflow
 from backends.model_table import ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ def _fit(pipe: Any) -> Tensor | None:
     """(C + 1, 3): client-space latents, and a constant, to RGB in 0..1."""
     fields = _colour_fields()
     try:
-        with latent_space.without_overflow(
+        with without_overflow(
             pipe.vae
         ) as vae:  # it may be offloaded: then its hooks bring it to the device
             encoded = (

@@ -3,12 +3,13 @@ needed.
 """
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 
 from backends.errors import UnsupportedError
-from backends.generation.latents import overflows
 from backends.groups.control_group import control_axis
 from backends.loading.gguf_constants import keep_constants
 from backends.model_table import ModelSpec
@@ -93,3 +94,24 @@ def use_lean_attention(pipe: Any, load: LoadRequest) -> None:
                 "xformers_efficient has no effect: xformers is not installed, and torch's own "
                 "attention is used"
             )
+
+
+def overflows(vae: Any) -> bool:
+    """Whether it must not compute in its float16. The class says so of every VAE: only a checkpoint
+    that says it itself is meant.
+    """
+    is_said = "force_upcast" not in (vae.config.get("_use_default_values") or ())
+    return vae.dtype == torch.float16 and is_said and bool(vae.config.get("force_upcast", False))
+
+
+@contextmanager
+def without_overflow(vae: Any) -> Iterator[Any]:
+    """A VAE that overflows in float16 (SDXL's) works in float32 meanwhile, as in diffusers."""
+    dtype, needs_upcast = vae.dtype, overflows(vae)
+    if needs_upcast:
+        vae.to(torch.float32)
+    try:
+        yield vae
+    finally:
+        if needs_upcast:
+            vae.to(dtype)

@@ -8,9 +8,9 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
-from backends.generation.latents import overflows, without_overflow
 from backends.generation.pipeline import load_pipeline
 from backends.generation.previews import Previewer
+from backends.loading.offload import overflows, without_overflow
 from backends.request import LoadRequest
 from tests.backends.features import CPU, TABLE
 from tests.checkpoints import checkpoint
