@@ -40,7 +40,11 @@ def split_embeddings(content: Mapping[str, Any], stem: str) -> tuple[Words, dict
     rest = {}
     for key, value in content.items():
         bundled = _BUNDLED.fullmatch(key)
-        if bundled or key in ("emb_params", *_ENCODERS):
+        if (
+            isinstance(value, Tensor)
+            and value.dim()
+            and (bundled or key in ("emb_params", *_ENCODERS))
+        ):
             word, part = (bundled["word"], bundled["part"]) if bundled else (stem, key)
             words.setdefault(word, {})[part if part in _ENCODERS else "any"] = _rows(value)
         else:
@@ -49,7 +53,7 @@ def split_embeddings(content: Mapping[str, Any], stem: str) -> tuple[Words, dict
         ((word, vectors),) = rest.items()
         if (
             isinstance(vectors, Tensor)
-            and vectors.dim() <= 2
+            and 1 <= vectors.dim() <= 2
             and vectors.shape[-1] > 1
             and "." not in word
         ):
