@@ -94,7 +94,7 @@ def locon_with_middle(pipe: LoadedPipeline) -> tuple[Keys, Tensor]:
 
 def loha(pipe: LoadedPipeline, name: str = LINEAR, rank: int = 2) -> tuple[Keys, Tensor]:
     (b1, a1), (b2, a2) = pair(pipe, name, rank, 1), pair(pipe, name, rank, 2)
-    a2 = a2 * 8
+    a2 = a2 * 24
     keys = {
         "hada_w1_a": a1,
         "hada_w1_b": b1,
@@ -133,7 +133,7 @@ def lokr(pipe: LoadedPipeline, name: str = LINEAR) -> tuple[Keys, Tensor]:
     out, num_in = layer_of(pipe, name).weight.flatten(1).shape
     w2, w1 = (
         factors(0, out // 4, num_in // 2, 4),
-        torch.tensor([[1.0, -0.5], [0.3, 0.2], [0.1, 0.4], [-0.2, 0.7]]),
+        3 * torch.tensor([[1.0, -0.5], [0.3, 0.2], [0.1, 0.4], [-0.2, 0.7]]),
     )
     return {"lokr_w1": w1, "lokr_w2": w2[1] @ w2[0], "alpha": torch.tensor(1e9)}, torch.kron(
         w1, w2[1] @ w2[0]
