@@ -19,7 +19,7 @@ from tests.hosts.harness import free_port, session, wait_until
 def application(content="here"):
     app = Flask("test")
     app.get("/")(lambda: content)
-    app.get("/here")(lambda: content)
+    app.get("/here", endpoint="here")(lambda: content)
     return app
 
 
