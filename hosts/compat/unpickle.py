@@ -86,13 +86,8 @@ _ORDERED_DICT = GlobalName("collections", "OrderedDict")
 _REBUILD_TENSOR = GlobalName("torch._utils", "_rebuild_tensor_v2")
 _REBUILD_PARAMETER = GlobalName("torch._utils", "_rebuild_parameter")
 _LOAD_STORAGE = GlobalName("torch.storage", "_load_from_bytes")
-REQUEST_GLOBALS = IMAGE_GLOBALS | {
-    _ENCODE,
-    _ORDERED_DICT,
-    _REBUILD_TENSOR,
-    _REBUILD_PARAMETER,
-    _LOAD_STORAGE,
-}
+_REBUILDERS = frozenset({_REBUILD_TENSOR, _REBUILD_PARAMETER, _LOAD_STORAGE})
+REQUEST_GLOBALS = IMAGE_GLOBALS | _REBUILDERS | {_ENCODE, _ORDERED_DICT}
 
 _NO_PERSISTENT_IDS = (
     "the pickle refers to objects outside itself; only images, tensors and plain values are allowed"
@@ -244,9 +239,7 @@ class PickleReader:
         if type(target) is not dict or len(items) % 2:
             raise MalformedPickle("the pickle stores items in something that is not a dict")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            if (
-                type(key) is not str
-            ):  # text only: other hashes can be made to collide, or to recurse
+            if type(key) is not str:  # other hashes can be made to collide, or to recurse
                 raise MalformedPickle("the pickle holds a dict with a key that is not short text")
             target[key] = value
 
@@ -277,21 +270,15 @@ class PickleReader:
     def _new_object(self) -> None:
         args, target = self._pop(), self._pop()
         # Types first: comparing or hashing a hostile nested value would recurse in C.
-        if (
-            type(target) is not GlobalName
-            or target not in IMAGE_GLOBALS
-            or type(args) is not tuple
-            or args
-        ):
+        is_image = type(target) is GlobalName and target in IMAGE_GLOBALS
+        if not is_image or type(args) is not tuple or args:
             raise MalformedPickle("the pickle creates an object that is not an image")
         self._push(ImageNode())
 
     def _build(self) -> None:
         state, target = self._pop(), self._top()
         if type(target) is not ImageNode or target.state is not None or type(state) is not list:
-            raise MalformedPickle(
-                "the pickle changes the state of something that is not a new image"
-            )
+            raise MalformedPickle("the pickle changes the state of what is not a new image")
         target.state = state
 
     def _reduce(self) -> None:
@@ -317,9 +304,8 @@ class PickleReader:
 
     def _encode(self, text: str | LongText) -> memoryview:
         """Bytes that protocol 2 wrote as text of the characters 0 to 255."""
-        self._encoded_left -= len(
-            text if type(text) is str else text.data
-        )  # the memo offers one text any number of times
+        # counted, because the memo offers one text any number of times
+        self._encoded_left -= len(text if type(text) is str else text.data)
         if self._encoded_left < 0:
             raise MalformedPickle(
                 f"the pickle unfolds to more than {self._limits.max_encoded_bytes} bytes"
@@ -329,9 +315,8 @@ class PickleReader:
         decoder = codecs.getincrementaldecoder("utf-8")()
         encoded = bytearray()
         for start in range(0, len(text.data), _ENCODE_CHUNK):
-            encoded += decoder.decode(bytes(text.data[start : start + _ENCODE_CHUNK])).encode(
-                "latin1"
-            )
+            chunk = bytes(text.data[start : start + _ENCODE_CHUNK])
+            encoded += decoder.decode(chunk).encode("latin1")
         decoder.decode(b"", final=True)
         return memoryview(encoded)
 

@@ -199,7 +199,8 @@ def test_another_pipeline_takes_its_place_after_the_jobs_that_run_on_a_rank_each
     ranks = host.ranks()
     assert list(host.get("/settings").json()["teams"]) == ["1"]
     body = {"prompt": "a dog", "width": 64, "height": 64}
-    jobs = [send(host, "/v1/jobs", {**body, "steps": steps}).json()["id"] for steps in (10, 40, 40)]
+    bodies = [{**body, "num_inference_steps": steps} for steps in (10, 40, 40)]
+    jobs = [send(host, "/v1/jobs", each).json()["id"] for each in bodies]
     of = lambda job: host.get(f"/v1/jobs/{job}").json()  # noqa: E731
     wait_until(
         lambda: [of(job)["state"] for job in jobs] == ["done", "running", "running"],

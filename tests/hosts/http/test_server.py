@@ -19,6 +19,7 @@ from tests.hosts.harness import free_port, session, wait_until
 def application(content="here"):
     app = Flask("test")
     app.get("/")(lambda: content)
+    app.get("/here", endpoint="here")(lambda: content)
     return app
 
 
@@ -170,7 +171,7 @@ def raw(port, data, *, half_closed=False):
     return answer
 
 
-@pytest.mark.parametrize("path", [b"/", b"//", b"///"])
+@pytest.mark.parametrize("path", [b"/", b"//", b"/here", b"//here", b"///here"])
 def test_slashes_before_the_path_count_once(listener, path):
     answer = raw(listener.port, b"GET " + path + b" HTTP/1.1\r\nHost: localhost\r\n\r\n")
     assert answer.startswith(b"HTTP/1.1 200") and answer.endswith(b"here")
