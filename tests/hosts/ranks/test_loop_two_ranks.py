@@ -219,7 +219,7 @@ def test_images_of_one_request_are_shared_out_among_the_ranks_and_come_back_in_t
     asked = {
         "prompt": "a red car",
         "negative_prompt": "blurry",
-        "num_inference_steps": 4,
+        "steps": 4,
         "seed": 5,
         "cfg_scale": 7.0,
         "width": 64,
