@@ -1,7 +1,4 @@
-"""Entry of one rank's process: arguments and environment in, exit code out.
-
-The only file that reads a rank's environment.
-"""
+"""Entry of one rank's process: arguments and environment in, exit code out."""
 
 import logging
 import os
@@ -23,7 +20,7 @@ from hosts.ranks.libraries import set_library_defaults
 from hosts.ranks.model_control import Apply, ModelControl
 from hosts.ranks.rank_process import STOPPING, RankProcess
 from hosts.supervision import log, parent_watch
-from hosts.supervision.agent_process import FATAL_FILE, NOTES_FOLDER, STATE_FOLDER
+from hosts.supervision.agent_process import FATAL_FILE, NOTES_FOLDER, STATE_FOLDER, report_fatal
 from hosts.supervision.exit_reports import NoNotes, RankNotes
 from hosts.supervision.host_state import HostState
 from hosts.supervision.rendezvous import Place
@@ -106,7 +103,6 @@ def _set_up(settings: Settings) -> Place:
 
 def _open(settings: Settings, place: Place) -> RankProcess:
     """ConfigError if the folder of jobs cannot be used."""
-    folder = _state_folder(settings)
     store = _open_store(settings) if place.rank == 0 else None
     notes_before = _notes(place, attempts_ago=1)
     state = HostState()
@@ -119,7 +115,7 @@ def _open(settings: Settings, place: Place) -> RankProcess:
         state=state,
         queue=queue_within(settings, store, complete=notes_before.complete),
         store=store,
-        state_folder=folder,
+        state_folder=_state_folder(settings),
         notes=_notes(place),
         notes_before=notes_before,
     )
@@ -139,7 +135,6 @@ def _listen(
     listener = Listener(create_app(host), host=settings.host, port=settings.port)
     listener.bind(patience_s=patience_s)
     listener.serve()
-    logger.info("listening on http://%s:%d", settings.host, settings.port)
     return listener
 
 
@@ -196,10 +191,7 @@ def _fatal(error: HostError) -> int:
     """
     logger.error("%s", error)
     if path := os.environ.get(FATAL_FILE):
-        # whole at once: the launcher polls for it, and then ends the ranks that wait for this one
-        unfinished = Path(f"{path}.new")
-        unfinished.write_text(str(error), encoding="utf-8")
-        unfinished.rename(path)
+        report_fatal(Path(path), str(error))
         return 0
     print(f"error: {error}", file=sys.stderr)  # noqa: T201  the user's only line
     return 2

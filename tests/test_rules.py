@@ -6,9 +6,12 @@ import ast
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,6 +60,9 @@ WITHOUT_TORCH = [
     "backends.groups.message",
     *modules(ROOT / "backends" / "files"),
     *(f"backends.{folder.name}.plan" for folder in BACKENDS),
+]
+TESTS_OF_THE_TREE = [
+    path for top in ("backends", "hosts") for path in (ROOT / "tests" / top).rglob("test_*.py")
 ]
 MAY_READ_ENVIRONMENT = {
     ROOT / "hosts" / "main.py",
@@ -112,6 +118,131 @@ def offenders(paths: Iterable[Path], *packages: str) -> dict[str, set[str]]:
         for path in paths
     }
     return {path: names for path, names in found.items() if names}
+
+
+MOST_FILES_IN_A_FOLDER = 14
+MOST_ARROWS_BETWEEN_ROOMS = 30
+SHARED_ROOMS = {"backends", "backends.groups", "backends.parallel"}
+METHOD_MAY = {*SHARED_ROOMS, "backends.autotune"}
+"""For the shared half of its cost.py."""
+MAY_IMPORT = {
+    "launcher": {
+        "backends",
+        *(f"hosts.{room}" for room in "main launch http supervision compat cluster".split()),
+    },
+    "hosts.main": {
+        "backends",
+        "backends.autotune",
+        *(f"hosts.{room}" for room in "launch http jobs ranks supervision".split()),
+    },
+    "hosts.launch": {"backends", "backends.autotune", "backends.files", "backends.generation"},
+    "hosts.supervision": {"backends", "hosts.launch"},
+    "hosts.jobs": {"backends", "backends.generation", "hosts.launch", "hosts.supervision"},
+    "hosts.http": {
+        "backends",
+        "backends.generation",
+        *(f"hosts.{room}" for room in "launch jobs supervision".split()),
+    },
+    "hosts.dialects": {
+        "backends",
+        "backends.generation",
+        *(f"hosts.{room}" for room in "http jobs supervision".split()),
+    },
+    "hosts.ranks": {
+        *(SHARED_ROOMS | {"backends.autotune", "backends.generation"}),
+        *(f"hosts.{room}" for room in "launch jobs supervision".split()),
+    },
+    "hosts.compat": {
+        "backends",
+        *(f"hosts.{room}" for room in "main launch http dialects jobs ranks supervision".split()),
+    },
+    "hosts.cluster": {
+        "backends",
+        "backends.files",
+        *(f"hosts.{room}" for room in "launch http dialects compat jobs supervision".split()),
+    },
+    "backends": set(),
+    "backends.files": {"backends"},
+    "backends.groups": {"backends"},
+    "backends.parallel": {"backends", "backends.groups"},
+    "backends.loading": SHARED_ROOMS | {"backends.files"},
+    "backends.generation": SHARED_ROOMS | {"backends.loading"},
+    "backends.autotune": SHARED_ROOMS | {"backends.generation"},
+    **{f"backends.{folder.name}": METHOD_MAY for folder in BACKENDS},
+}
+"""Room -> the rooms that it may import; the table of docs/architecture.md says why."""
+
+
+@cache
+def imported_files(path: Path) -> frozenset[Path]:
+    """The files of the product that a file imports."""
+    candidates = (ROOT / dotted.replace(".", "/") for dotted in imported(path))
+    files = {
+        file for each in candidates for file in (each.with_suffix(".py"), each / "__init__.py")
+    }
+    return frozenset(files & set(PRODUCT) - {path})
+
+
+def room(path: Path) -> str:
+    """hosts/http/page/routes.py -> hosts.http; hosts/main.py and launcher.py are rooms themselves,
+    and the files of backends/ are one.
+    """
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    if parts[0] == "backends" and len(parts) == 2:
+        return "backends"
+    return ".".join(parts[:2])
+
+
+def arrows(group_of: Callable[[Path], Any]) -> dict[Any, set[Any]]:
+    """Which groups of files import which others."""
+    found: dict[Any, set[Any]] = {group_of(path): set() for path in PRODUCT}
+    for path in PRODUCT:
+        found[group_of(path)] |= {group_of(file) for file in imported_files(path)}
+    return {group: others - {group} for group, others in found.items()}
+
+
+def circle(graph: Mapping[Any, set[Any]]) -> list[Any]:
+    """A circle of imports, if there is one."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_a_room_imports_the_rooms_below_it_only():
+    found = {room: others - MAY_IMPORT.get(room, set()) for room, others in arrows(room).items()}
+    assert not {room: others for room, others in found.items() if others}
+
+
+def test_rooms_of_hosts_are_joined_by_few_arrows():
+    between = [
+        (one, other)
+        for one, others in arrows(room).items()
+        for other in others
+        if one.startswith("hosts.") and other.startswith("hosts.")
+    ]
+    assert len(between) <= MOST_ARROWS_BETWEEN_ROOMS, sorted(between)
+
+
+def test_no_circle_of_imports_between_files():
+    assert [name(path) for path in circle(arrows(lambda path: path))] == []
+
+
+def test_no_circle_of_imports_between_folders():
+    assert [name(folder) for folder in circle(arrows(lambda path: path.parent))] == []
+
+
+def test_no_folder_of_code_is_crowded():
+    counts = Counter(path.parent for path in PRODUCT if path.stem != "__init__")
+    crowded = {name(folder): n for folder, n in counts.items() if n > MOST_FILES_IN_A_FOLDER}
+    assert not crowded
+
+
+def test_tests_mirror_the_tree():
+    """A folder of tests is named after the folder that it tests."""
+    folders = {path.parent.relative_to(ROOT / "tests") for path in TESTS_OF_THE_TREE}
+    assert not [str(folder) for folder in folders if not (ROOT / folder).is_dir()]
 
 
 def test_backends_know_nothing_of_hosts_or_http():

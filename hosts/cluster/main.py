@@ -58,7 +58,6 @@ def run_gateway(settings: Settings, environ: MutableMapping[str, str]) -> int:
     listener = Listener(create_gateway(deployments), host=settings.host, port=settings.port)
     listener.bind()
     listener.serve()
-    logger.info("listening on http://%s:%d", settings.host, settings.port)
     try:
         with scratch_folder() as folder:
             nodes = _nodes(settings, plans, folder, num_gpus=num_gpus)

@@ -111,7 +111,7 @@ class Listener:
 
     def __init__(self, app: Callable[..., Any], *, host: str, port: int) -> None:
         self._servers = [self._server(app, address, port) for address in _addresses(host)]
-        self.port = port
+        self.host, self.port = host, port
 
     def bind(self, *, patience_s: float = 0.0) -> None:
         """Take the port. ConfigError if it is still taken after `patience_s`."""
@@ -132,10 +132,12 @@ class Listener:
                 ) from error
 
     def serve(self) -> None:
+        """Answer requests, in threads."""
         for server in self._servers:
             threading.Thread(
                 target=server.serve, name=f"http-{server.bind_addr[0]}", daemon=True
             ).start()
+        logger.info("listening on http://%s:%d", self.host, self.port)
 
     def stop(self) -> None:
         """Finish the answers under way (a second at most) and close."""

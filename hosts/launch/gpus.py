@@ -111,9 +111,9 @@ def require_queues(plan: ParallelPlan, environment: Mapping[str, str]) -> None:
     """ConfigError where stages would wait for each other in one hardware queue."""
     if plan.degree("stage") > 1 and environment.get(QUEUES) == "1":
         raise ConfigError(
-            f"{QUEUES}=1 is set, with which --pipefusion_parallel_degree={plan.degree('stage')} "
-            "would hang: its kernels wait for each "
-            f"other. Unset it, or use --ulysses_degree or --ring_degree."
+            f"{QUEUES}=1 is set, with which the {plan.degree('stage')} stages of {plan.method} "
+            "would hang: their kernels wait for each other. Allowed: 2 and more. Unset it, or "
+            "choose a method without stages."
         )
 
 

@@ -27,7 +27,7 @@ from torch.distributed.elastic.rendezvous.api import (
     RendezvousStoreInfo,
 )
 
-from hosts.supervision.agent_process import AgentOptions
+from hosts.supervision.agent_process import AgentOptions, report_fatal
 from hosts.supervision.exit_reports import UNKNOWN, RankNotes
 
 PROVED_AFTER_S = 600.0
@@ -136,6 +136,6 @@ def main(arguments: Sequence[str], *, program: Sequence[str]) -> int:
     try:
         result: Any = RankAgent(spec, options).run()
     except GaveUp as reason:
-        Path(options.fatal).write_text(str(reason), encoding="utf-8")
+        report_fatal(Path(options.fatal), str(reason))
         return 1
     return int(result.is_failed())

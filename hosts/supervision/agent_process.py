@@ -92,6 +92,15 @@ def run_agent(
     return code, ""
 
 
+def report_fatal(fatal_file: Path, reason: str) -> None:
+    """Tell the launcher why no rank can go on. The file appears with its whole text: the launcher
+    polls for it, and then ends the ranks that wait for this one.
+    """
+    unfinished = fatal_file.with_suffix(".new")
+    unfinished.write_text(reason, encoding="utf-8")
+    unfinished.rename(fatal_file)
+
+
 def _wait(
     agent: subprocess.Popen[bytes], fatal_file: Path, *, parent: int | None, within_s: float
 ) -> int:

@@ -132,10 +132,7 @@ def test_one_hardware_queue_is_refused_where_stages_would_hang_and_set_wider_by_
     stages = ParallelPlan(method="xdit", axes=(("stage", 2),))
     with pytest.raises(
         ConfigError,
-        match=(
-            "CUDA_DEVICE_MAX_CONNECTIONS=1 is set, with which --pipefusion_parallel_degree=2 would "
-            "hang"
-        ),
+        match=("CUDA_DEVICE_MAX_CONNECTIONS=1 is set, with which the 2 stages of xdit would hang"),
     ):
         require_queues(stages, {"CUDA_DEVICE_MAX_CONNECTIONS": "1"})
     require_queues(stages, RANK_ENVIRONMENT)

@@ -94,7 +94,7 @@ def _on_gpu(pipe: LoadedPipeline) -> Iterator[nn.Parameter]:
     )
 
 
-class Desk(FollowerDispatcher):
+class CancellingDispatcher(FollowerDispatcher):
     """Goes on, or cancels at a step."""
 
     def __init__(self) -> None:
@@ -125,7 +125,7 @@ class Rank:
         plan = planner(case.backend)(
             spec, {**case.options, "checkpoint": str(checkpoint(case.type))}, case.ranks
         )
-        self.desk = Desk()
+        self.dispatcher = CancellingDispatcher()
         self.mesh = Mesh(
             plan,
             rank=rank,
@@ -133,7 +133,7 @@ class Rank:
             alarm=Alarm(dist.distributed_c10d._get_default_store().clone()),
         )
         self.loop = RankLoop(
-            rank=rank, spec=spec, mesh=self.mesh, desk=self.desk, pipeline=self.pipe
+            rank=rank, spec=spec, mesh=self.mesh, dispatcher=self.dispatcher, pipeline=self.pipe
         )
         backend: Any = self.loop._all.backend
         if hasattr(backend, "costs_of"):
@@ -145,19 +145,19 @@ class Rank:
         asked = request_for(
             self._spec, **{"num_inference_steps": RANK_STEPS, "warmup_steps": 1, **self._request}
         )
-        results, verdict = self.loop._attempt([asked], "a rehearsed job")
-        return (torch.from_numpy(results[0].frames).float() if results else None), verdict
+        results, outcome = self.loop._attempt([asked], "a rehearsed job")
+        return (torch.from_numpy(results[0].frames).float() if results else None), outcome
 
     def image(self) -> Tensor:
-        found, verdict = self.attempt()
-        assert verdict.failure is None, f"{verdict.failure.message}\n{verdict.failure.trace}"
+        found, outcome = self.attempt()
+        assert outcome.failure is None, f"{outcome.failure.message}\n{outcome.failure.trace}"
         return found
 
     def cancelled(self) -> Outcome:
-        self.desk.cancels = True
-        _, verdict = self.attempt()
-        self.desk.cancels = False
-        return verdict
+        self.dispatcher.cancels = True
+        _, outcome = self.attempt()
+        self.dispatcher.cancels = False
+        return outcome
 
     def alone(self) -> Tensor:
         """After detaching: what this rank computes by itself."""
@@ -234,12 +234,12 @@ def fail_on_last_rank(case: Ranks, rank: int) -> float:
         is_last = rank == case.ranks - 1
         if is_last:
             with rehearsed.failing(case.fails_in):
-                _, verdict = rehearsed.attempt()
+                _, outcome = rehearsed.attempt()
         else:
-            _, verdict = rehearsed.attempt()
-        took_s = time.time() - verdict.failure.time_s
-        assert verdict.failure.rank == case.ranks - 1, verdict.failure
-        assert "out of luck" in verdict.failure.message
+            _, outcome = rehearsed.attempt()
+        took_s = time.time() - outcome.failure.time_s
+        assert outcome.failure.rank == case.ranks - 1, outcome.failure
+        assert "out of luck" in outcome.failure.message
         assert distance(rehearsed.image(), before) <= 0.01, "the job after the failure differs"
         rehearsed.mesh.destroy()
     return took_s

@@ -243,7 +243,7 @@ def take_or_leave(waiting, running):
     return Choice.TAKE if waiting else Choice.LEAVE
 
 
-class Desk:
+class OneRank:
     """Rank 0's end for one rank, with everything around it real but for the pipeline."""
 
     def __init__(self, num_jobs, *, check=lambda request: None, **known):
@@ -280,7 +280,7 @@ def result(seed):
 
 
 def test_each_job_of_a_batch_gets_its_own_row_its_progress_and_its_preview():
-    host = Desk(3)
+    host = OneRank(3)
     assert host.command == Generate(
         job_ids=host.ids(0, 1, 2), requests=tuple(job.request for job in host.jobs)
     )
@@ -305,7 +305,7 @@ def test_each_job_of_a_batch_gets_its_own_row_its_progress_and_its_preview():
 
 
 def test_cancelled_job_of_a_batch_ends_at_once_and_the_batch_when_nobody_wants_it():
-    host = Desk(3)
+    host = OneRank(3)
     host.dispatcher.step_done(1, 4, lambda row: None)
     host.queue.cancel(host.jobs[0])
     assert (
@@ -327,7 +327,7 @@ def test_cancelled_job_of_a_batch_ends_at_once_and_the_batch_when_nobody_wants_i
 
 
 def test_row_of_the_job_that_is_left_is_its_own():
-    host = Desk(3)
+    host = OneRank(3)
     host.queue.cancel(host.jobs[1])
     host.dispatcher.step_signal()
     host.done(3)
@@ -340,7 +340,7 @@ def test_row_of_the_job_that_is_left_is_its_own():
     ids=repr,
 )
 def test_batch_that_fails_is_made_again_one_by_one_in_its_order(error):
-    host = Desk(4)
+    host = OneRank(4)
     assert len(host.command.job_ids) == 4
     host.failed(error)
     assert host.states() == "qqqq"
@@ -352,7 +352,7 @@ def test_batch_that_fails_is_made_again_one_by_one_in_its_order(error):
 
 
 def test_batch_that_cannot_be_made_is_not_tried_for_ever():
-    host = Desk(2, known={1: 1.0})
+    host = OneRank(2, known={1: 1.0})
     for _ in range(2):
         host.failed(MemoryError("out of memory"))
         for _ in range(2):
@@ -368,7 +368,7 @@ def test_refused_job_does_not_enter_the_batch():
         if asked.seed in (0, 2):
             raise PlanError("it does not fit")
 
-    host = Desk(4, check=check)
+    host = OneRank(4, check=check)
     assert host.command.job_ids == host.ids(1, 3) and host.states() == "frfr"
     host.done(2)
     assert (host.states(), host.jobs[3].result.frames.max()) == ("fdfd", 1)
