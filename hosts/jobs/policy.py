@@ -15,6 +15,7 @@ from hosts.jobs.clock import now
 from hosts.jobs.decision import Choice
 from hosts.jobs.job import Job
 from hosts.jobs.speed import Speed, best_size, gathering_is_quicker
+from hosts.jobs.work import work_of
 from hosts.launch.team_modes import Teams
 
 PATIENCE = 0.01
@@ -150,13 +151,11 @@ class Sharing:
         return max(0.0, share * self._pace.seconds(team_size, self._work(job.request)) - spent)
 
     def _work(self, request: GenerateRequest) -> float:
-        """Pixels times steps, as far as they are known before a job has begun."""
-        height, width, steps = self._size(request)
-        return float(height * width * steps * (request.num_frames or self._spec.num_frames))
+        return work_of(request, self._spec, self._load).pixel_steps
 
     def _kind(self, request: GenerateRequest) -> str:
         """What decides how much a batch of such images saves, in words."""
-        height, width, steps = self._size(request)
+        work = work_of(request, self._spec, self._load)
         scale = (
             request.guidance_scale
             if request.guidance_scale is not None
@@ -164,21 +163,8 @@ class Sharing:
         )
         guided = " guided" if (self._spec.guidance_scale if scale is None else scale) > 1 else ""
         scheduler = request.scheduler if request.scheduler is not None else self._load.scheduler
-        return f"{width}x{height}, {steps} steps{guided}{f' of {scheduler}' if scheduler else ''}"
-
-    def _size(self, request: GenerateRequest) -> tuple[int, int, int]:
-        """Height, width, steps."""
-        height = request.height or self._load.height or self._spec.height
-        width = request.width or self._load.width or self._spec.width
-        own = len(request.timesteps or ()) or max(0, len(request.sigmas or ()) - 1)
-        return (
-            height,
-            width,
-            own
-            or request.num_inference_steps
-            or self._load.num_inference_steps
-            or self._spec.num_inference_steps,
-        )
+        size = f"{work.width}x{work.height}, {work.num_steps} steps"
+        return f"{size}{guided}{f' of {scheduler}' if scheduler else ''}"
 
 
 def _batches(running: Sequence[Job]) -> list[list[Job]]:
