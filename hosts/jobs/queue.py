@@ -17,6 +17,7 @@ from hosts.jobs.decision import LINGER_S, Choice, Choose, choose_or_take, count_
 from hosts.jobs.fair_share import Turns
 from hosts.jobs.job import Job, JobStatus
 from hosts.jobs.store import NoStore, Store
+from hosts.launch.settings import Settings
 from hosts.supervision.exit_reports import ExitReport
 
 __all__ = ["Job", "JobQueue", "JobStatus"]
@@ -468,6 +469,24 @@ class JobQueue:
     def _tell(self, job: Job) -> None:
         job.version += 1
         self._changed.notify_all()
+
+
+def queue_within(
+    settings: Settings,
+    store: Store | None,
+    *,
+    complete: Callable[[ExitReport], ExitReport] = lambda report: report,
+) -> JobQueue:
+    """Return a queue with the operator's limits. complete: see JobQueue."""
+    return JobQueue(
+        capacity=settings.queue_size,
+        max_seconds=settings.max_job_seconds,
+        num_kept=settings.keep_results,
+        kept_bytes=settings.keep_results_mb * 10**6,
+        kept_seconds=settings.keep_results_hours * 3600,
+        store=store,
+        complete=complete,
+    )
 
 
 def _too_late(job: Job) -> CancelledError:
