@@ -57,7 +57,10 @@ UNREADABLE = (OSError, ValueError, KeyError, TypeError, ValidationError)
 
 
 class Store(Protocol):
-    """What a queue wants of its store."""
+    """Where a queue writes its jobs."""
+
+    is_durable: bool
+    """Whether jobs can be found again after a restart."""
 
     def load(self) -> list[Job]:
         """All jobs, in the order in which they were accepted; those that ran say so."""
@@ -77,7 +80,9 @@ class Store(Protocol):
 
 
 class NoStore:
-    """Jobs in memory only: they are lost with rank 0."""
+    """No store: jobs are in memory only and lost with rank 0."""
+
+    is_durable = False
 
     def load(self) -> list[Job]:
         return []
@@ -98,6 +103,8 @@ class NoStore:
 
 class JobStore:
     """The jobs in one folder, which belongs to one process at a time."""
+
+    is_durable = True
 
     def __init__(self, folder: Path) -> None:
         """Open the folder's store, or begin one. ConfigError if it cannot be used; a damaged one is

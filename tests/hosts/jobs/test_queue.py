@@ -23,6 +23,16 @@ def result(seed=1):
     )
 
 
+class Clock:
+    """Stands still until it is moved."""
+
+    def __init__(self):
+        self.now_s = 1e9
+
+    def __call__(self):
+        return self.now_s
+
+
 def test_jobs_run_in_the_order_they_came():
     queue = JobQueue()
     submitted = [queue.submit(request()) for _ in range(3)]
@@ -236,14 +246,15 @@ def test_job_that_is_over_keeps_its_first_outcome():
 
 
 def test_job_that_is_too_late_ends_as_cancelled_before_or_while_it_runs():
-    queue = JobQueue(max_seconds=0.05)
+    clock = Clock()
+    queue = JobQueue(max_seconds=0.05, now=clock)
     waiting, running = queue.submit(request()), None
-    time.sleep(0.1)
+    clock.now_s += 0.1
     running = queue.submit(request())
     assert queue.next() is running
     assert waiting.status is JobStatus.CANCELLED and "--max_job_seconds" in str(waiting.error)
     assert not running.must_stop
-    time.sleep(0.1)
+    clock.now_s += 0.1
     assert running.must_stop
     queue.finish(running, error=CancelledError("at step 3 of 9"))
     assert "was not done 0.05 s after it was sent" in str(running.error)
