@@ -396,7 +396,7 @@ class JobQueue:
         for job in found.queued:
             job.step, job.started_s = 0, None
             self._waiting.append(job)
-        for job in found.interrupted:
+        for job in reversed(found.interrupted):  # so that the first is in front
             self._put_back(job)
         for job, error in found.failed:
             self._end(job, error=error)

@@ -10,6 +10,7 @@ from backends.errors import BusyError, CancelledError, NotFoundError, RankError,
 from backends.request import GenerateRequest, GenerateResult
 from hosts.jobs.decision import Choice
 from hosts.jobs.queue import JobQueue, JobStatus
+from tests.hosts.jobs.stored import StoppedClock
 
 
 def request(seed=1, **fields):
@@ -21,16 +22,6 @@ def result(seed=1):
     return GenerateResult(
         frames=frames, latents=None, seed=seed, num_steps=2, exactness="exact", seconds=0.1
     )
-
-
-class Clock:
-    """Stands still until it is moved."""
-
-    def __init__(self):
-        self.now_s = 1e9
-
-    def __call__(self):
-        return self.now_s
 
 
 def test_jobs_run_in_the_order_they_came():
@@ -246,7 +237,7 @@ def test_job_that_is_over_keeps_its_first_outcome():
 
 
 def test_job_that_is_too_late_ends_as_cancelled_before_or_while_it_runs():
-    clock = Clock()
+    clock = StoppedClock()
     queue = JobQueue(max_seconds=0.05, now=clock)
     waiting, running = queue.submit(request()), None
     clock.now_s += 0.1
