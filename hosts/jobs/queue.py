@@ -17,7 +17,7 @@ from backends.request import Array, GenerateRequest, GenerateResult
 from hosts.jobs import clock, serialization
 from hosts.jobs.archive import Archive
 from hosts.jobs.decision import LINGER_S, Choice, Choose, choose_or_take, count_or_none, take_first
-from hosts.jobs.fair_share import Turns
+from hosts.jobs.fair_share import WaitingJobs
 from hosts.jobs.job import Job, JobStatus, cancelled_before_it_ran
 from hosts.jobs.recovery import Recovery, recover
 from hosts.jobs.store import NoStore, Store
@@ -68,9 +68,8 @@ class JobQueue:
         )
         self._changed = threading.Condition()
         """The lock of all that follows, notified at each change."""
-        self._waiting: list[Job] = []
+        self._waiting = WaitingJobs()
         self._running: list[Job] = []
-        self._turns = Turns()
         self._closed: HostError | None = None
         """Why nothing is accepted any more."""
         self._percent = 0.0
@@ -139,7 +138,7 @@ class JobQueue:
             if choice is Choice.LEAVE:
                 self._changed.notify_all()  # other teams may have to leave too
                 return None
-            job = self._order()[0]
+            job = self._waiting.in_order()[0]
             self._begin(job, ranks=ranks, batch=job.id)
             return job
 
@@ -150,7 +149,7 @@ class JobQueue:
         how many; arithmetic only, since the queue is locked.
         """
         with self._changed:
-            waiting = self._order() if self._closed is None else []
+            waiting = self._waiting.in_order() if self._closed is None else []
             taken = waiting[: count_or_none(count, waiting, self._running)]
             for other in taken:
                 self._begin(other, ranks=job.ranks, batch=job.batch)
@@ -193,7 +192,7 @@ class JobQueue:
             if not job.may_start_again or job.must_stop or self._closed is not None:
                 return False
             self._remove_running(job)
-            self._turns.give_back(job)
+            self._waiting.give_back_turn(job)
             self._put_back(job)
             return True
 
@@ -228,12 +227,15 @@ class JobQueue:
         finished ones that are kept, newest first.
         """
         with self._changed:
-            return [*self._running, *self._order(), *reversed(self._archive.finished())]
+            finished = reversed(self._archive.finished())
+            return [*self._running, *self._waiting.in_order(), *finished]
 
     def position(self, job: Job) -> int:
         """Return how many jobs are ahead of this one; 0 once it runs or is over."""
         with self._changed:
-            return self._order().index(job) + len(self._running) if job in self._waiting else 0
+            if job not in self._waiting:
+                return 0
+            return len(self._running) + self._waiting.in_order().index(job)
 
     def wait_for_change(self, job: Job, version: int, timeout_s: float) -> int:
         """Block until the job's version is not `version` any more, or until the timeout. Return its
@@ -249,9 +251,10 @@ class JobQueue:
         """
         with self._changed:
             self._closed = self._closed or reason
-            for job in [job for job in self._waiting if not job.is_stored]:
-                self._waiting.remove(job)
-                self._end(job, error=reason)
+            for job in self._waiting:
+                if not job.is_stored:
+                    self._waiting.remove(job)
+                    self._end(job, error=reason)
             self._changed.notify_all()
         if not finish_running:
             self.interrupt()
@@ -334,8 +337,7 @@ class JobQueue:
         self._require_room()
         if job.is_stored:
             self._store.save(job, job.status)
-        self._turns.join(job.client, self._waiting)
-        self._waiting.append(job)
+        self._waiting.add(job)
         self._archive.add(job)
         self._notify(job)
         return job
@@ -351,24 +353,20 @@ class JobQueue:
 
     def _choice(self, choose: Choose) -> Choice:
         """Return what a rank does now, after the late jobs are cancelled."""
-        for job in [job for job in self._waiting if job.is_late]:
-            self._waiting.remove(job)
-            self._end(job, error=_too_late(job))
+        for job in self._waiting:
+            if job.is_late:
+                self._waiting.remove(job)
+                self._end(job, error=_too_late(job))
         if self._closed is not None:
             return Choice.LEAVE
-        return choose_or_take(choose, self._order(), self._running)
-
-    def _order(self) -> list[Job]:
-        """Return the waiting jobs in the order in which they will run."""
-        return self._turns.order(self._waiting)
+        return choose_or_take(choose, self._waiting.in_order(), self._running)
 
     def _begin(self, job: Job, *, ranks: int | None, batch: str) -> None:
-        self._waiting.remove(job)
+        self._waiting.begin(job)
         job.ranks, job.batch = ranks, batch
         job.status, job.started_s = JobStatus.RUNNING, self._now()
         job.attempts += 1
         self._save(job)
-        self._turns.begin(job)
         self._running.append(job)
         self._notify(job)
 
@@ -379,7 +377,7 @@ class JobQueue:
     def _put_back(self, job: Job) -> None:
         """Let the job wait in front of all others, with its progress at 0."""
         job.status, job.step, job.percent, job.started_s = JobStatus.QUEUED, 0, 0.0, None
-        self._waiting.insert(0, job)
+        self._waiting.put_in_front(job)
         self._save(job)
         self._notify(job)
 
@@ -395,7 +393,7 @@ class JobQueue:
             self._archive.add(job)
         for job in found.queued:
             job.step, job.started_s = 0, None
-            self._waiting.append(job)
+            self._waiting.add(job)
         for job in reversed(found.interrupted):  # so that the first is in front
             self._put_back(job)
         for job, error in found.failed:
