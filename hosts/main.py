@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from backends.autotune.ranking import Measured
 from backends.errors import ConfigError, HostError, UnavailableError
 from backends.model_table import ModelSpec, read_table
-from hosts.http.limits import queue_within
+from hosts.jobs.queue import queue_within
 from hosts.jobs.store import JobStore
 from hosts.launch.gpus import require_queues
 from hosts.launch.settings import Settings

@@ -16,7 +16,7 @@ from hosts.cluster.replica import Replica, ReplicaState
 from hosts.cluster.scaling import Rule, Scale
 from hosts.compat.protocol import FixedModel
 from hosts.http.app import Host, create_app
-from hosts.http.limits import queue_within
+from hosts.jobs.queue import queue_within
 from hosts.jobs.store import JobStore
 from hosts.supervision.host_state import HostState, Phase
 

@@ -21,6 +21,7 @@ from hosts.cluster.replica_host import ReplicaAddress
 from hosts.cluster.replica_slot import ReplicaSlot
 from hosts.jobs.decision import Choice
 from hosts.jobs.queue import JobQueue
+from hosts.jobs.work import work_of
 
 logger = logging.getLogger(__name__)
 
@@ -111,8 +112,9 @@ class Replica:
     @property
     def load(self) -> routing.Load:
         jobs = [slot.job for slot in self._slots if slot.job is not None]
+        start = self._plan.start
         work = sum(
-            routing.work_of(job.request, self._plan.start.spec) * (1 - job.percent / 100)
+            work_of(job.request, start.spec, start.load).pixel_steps * (1 - job.percent / 100)
             for job in jobs
         )
         can_take = self.state is ReplicaState.READY and len(jobs) < len(self._slots)

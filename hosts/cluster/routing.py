@@ -3,25 +3,24 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from backends.model_table import ModelSpec
-from backends.request import GenerateRequest
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """What one replica has to do. work: of the jobs it has, as far as they are not done; taken_s:
-    when it took the last one.
-    """
+    """What one replica has to do."""
 
     name: str
+    """Of the replica."""
     work: float
+    """Pixel steps that its jobs still need."""
     taken_s: float
+    """When it took the last one."""
     can_take: bool = True
+    """Whether it is ready and has a free slot."""
 
 
 def is_next(mine: Load, others: Iterable[Load]) -> bool:
-    """Whether the next job is this replica's: nobody who can take one has less to do, or has waited
-    longer for one with as little.
+    """Return whether the next job is this replica's: no other that can take one has less to do, or
+    has waited longer with as little to do.
     """
     return mine.can_take and not any(
         other.can_take and _rank(other) < _rank(mine) for other in others
@@ -32,21 +31,8 @@ def _rank(load: Load) -> tuple[float, float, str]:
     return load.work, load.taken_s, load.name
 
 
-def work_of(request: GenerateRequest, spec: ModelSpec) -> float:
-    """How much a job asks for, in megapixel steps: what is left out of the request is the model
-    type's default.
-    """
-    size = (request.height or spec.height) * (request.width or spec.width)
-    steps = (
-        len(request.timesteps or request.sigmas or ())
-        or request.num_inference_steps
-        or spec.num_inference_steps
-    )
-    return size * 1e-6 * steps * (request.num_frames or spec.num_frames)
-
-
 def capacity(ranks: int, mode: str) -> int:
-    """How many jobs a replica works on at the same time: one for each rank where its ranks may
-    split, else one.
+    """Return how many jobs a replica works on at once: one per rank if its ranks may split, else
+    one.
     """
     return 1 if mode == "latency" else ranks

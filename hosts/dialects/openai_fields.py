@@ -13,7 +13,7 @@ from backends.request import GenerateRequest
 from hosts.http import media
 from hosts.http.decode import Accepted, read_mask
 from hosts.http.dialect import DONE, Rule, harmless, is_empty, neutral, refused, shown
-from hosts.http.plain_json import require_plain
+from hosts.http.limits import require_plain
 from hosts.http.request_io import json_object
 
 ALIASES = {"steps": "num_inference_steps", "guidance": "guidance_scale"}

@@ -1,5 +1,5 @@
-"""How much one request may ask for, and how many one client may send: the operator's bounds, on top
-of what can be meant at all.
+"""Bounds: how much one request may ask for, how many values its JSON may hold, how many requests
+one client may send. Imports no torch.
 """
 
 import threading
@@ -7,18 +7,27 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 from backends.errors import BusyError, RequestError
 from backends.request import GenerateRequest
-from hosts.jobs.queue import JobQueue
-from hosts.jobs.store import Store
 from hosts.launch.settings import Settings
-from hosts.supervision.exit_reports import ExitReport
 
 MAX_IMAGES = 16
 """Images in one field. Each may be small to send and large to hold."""
 MAX_CLIENTS = 10_000
-"""Clients whose rates are remembered; the one that was silent longest is forgotten."""
+"""Clients whose rates are remembered. Beyond that the least recent one is forgotten."""
+MAX_JSON_VALUES = 200_000
+"""Values in one body. Each takes up to a hundred bytes of memory for its two bytes in the body."""
+MAX_JSON_DEPTH = 16
+"""Lists and objects inside each other, without the body. Code that reads or sends a value may
+recurse once per level.
+"""
+MAX_JSON_NAME = 1024
+"""Characters of an object's key: some are paths."""
+MAX_JSON_NUMBER = 2**64
+VALUE_MARKS = (b",", b"[", b"{")
+"""Every value but the first begins after one of these."""
 TEXTS = ("prompt", "negative_prompt")
 BOUNDS = {
     "num_inference_steps": "max_steps",
@@ -35,7 +44,7 @@ BOUNDS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Each is one launch argument of the same name."""
+    """The operator's bounds. Each field is the launch argument of the same name."""
 
     max_steps: int
     max_side: int
@@ -48,8 +57,8 @@ class Limits:
         return cls(**{name: getattr(settings, name) for name in cls.__slots__})
 
     def check(self, request: GenerateRequest, names: Mapping[str, str]) -> None:
-        """RequestError for the first value that is too large. What is left to a default is the
-        operator's own choice. names: field -> the name by which the client sent it.
+        """RequestError for the first value that is too large. Defaults are the operator's choice
+        and are not checked. names: field -> the name by which the client sent it.
         """
         steps = max(
             request.num_inference_steps or 0,
@@ -111,8 +120,8 @@ class DecodeLimits:
 
 
 class RateLimit:
-    """So many requests a minute from each client: a bucket that holds a minute's worth and fills up
-    again evenly.
+    """Limit the requests per minute of each client: a bucket holds a minute's worth and refills
+    evenly.
     """
 
     def __init__(self, per_minute: int, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -125,7 +134,7 @@ class RateLimit:
         )  # client -> requests left, as of when
 
     def take(self, client: str) -> None:
-        """One request of this client. BusyError, with the seconds to wait, if it has none left."""
+        """Count one request of the client. BusyError, with the seconds to wait, if none is left."""
         if self._per_minute == 0:
             return
         with self._lock:
@@ -144,19 +153,64 @@ class RateLimit:
             )
 
 
-def queue_within(
-    settings: Settings,
-    store: Store | None,
-    *,
-    complete: Callable[[ExitReport], ExitReport] = lambda ending: ending,
-) -> JobQueue:
-    """The queue that takes, and keeps, as much as the operator allows. complete: see JobQueue."""
-    return JobQueue(
-        capacity=settings.queue_size,
-        max_seconds=settings.max_job_seconds,
-        num_kept=settings.keep_results,
-        kept_bytes=settings.keep_results_mb * 10**6,
-        kept_seconds=settings.keep_results_hours * 3600,
-        store=store,
-        complete=complete,
-    )
+def require_few_values(body: bytes) -> None:
+    """RequestError if a body, which is not parsed yet, may hold more values than any request needs.
+    Marks within texts count too.
+    """
+    if sum(body.count(mark) for mark in VALUE_MARKS) > MAX_JSON_VALUES:
+        raise RequestError(
+            f"the body holds more than {MAX_JSON_VALUES} values. Send large data as base64 text, "
+            "and prompts with fewer commas."
+        )
+
+
+def require_plain(body: Mapping[str, Any]) -> None:
+    """RequestError, with its field, for the first value that is nested too deeply, is no finite
+    number within bounds, or is no text that can be encoded.
+    """
+    for name, value in body.items():
+        _require_name(name)
+        _require_plain(value, name, depth=0)
+
+
+def _require_plain(value: Any, field: str, *, depth: int) -> None:
+    if isinstance(value, dict | list):
+        if depth == MAX_JSON_DEPTH:
+            raise RequestError(
+                f"{field} is nested deeper than {MAX_JSON_DEPTH} lists and objects. Send a flatter "
+                "value.",
+                field=field,
+            )
+        for name in value if isinstance(value, dict) else ():
+            _require_name(name)
+        for part in value.values() if isinstance(value, dict) else value:
+            _require_plain(part, field, depth=depth + 1)
+    elif isinstance(value, str):
+        _require_text(value, field)
+    elif isinstance(value, int | float) and not abs(value) <= MAX_JSON_NUMBER:
+        raise RequestError(
+            f"{field} holds a number beyond 2^64, or none at all. Send a finite number.",
+            field=field,
+        )
+
+
+def _require_name(name: str) -> None:
+    if len(name) > MAX_JSON_NAME or any(ord(character) < 32 for character in name):
+        raise RequestError(
+            f"{name[:40]!r} is not allowed as a name. Allowed: up to {MAX_JSON_NAME} characters, "
+            "none of them a control character."
+        )
+    _require_text(name, "a name")
+
+
+def _require_text(text: str, field: str) -> None:
+    """RequestError for half a surrogate pair: neither tokenizers nor files accept one."""
+    if text.isascii():
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"{field} holds {text[error.start]!r}, half a character. Send text as UTF-8.",
+            field=field,
+        ) from error

@@ -15,7 +15,7 @@ from backends.errors import HostError, RequestError
 from backends.request import GenerateRequest, GenerateResult
 from hosts.http import media
 from hosts.http.dialect import is_empty, shown
-from hosts.http.plain_json import require_few_values, require_plain
+from hosts.http.limits import require_few_values, require_plain
 from hosts.http.server import CONNECTION, Peer
 from hosts.jobs.queue import Job
 

@@ -1,8 +1,8 @@
-"""How many images to make in one batch: decided from measured times. Pure arithmetic; imports no
-torch.
+"""How many images to generate in one batch, decided from measured times. Pure arithmetic; imports
+no torch.
 
-A batch pays where an image alone leaves the device idle. So it is tried: two, then twice as many,
-as long as each image gets cheaper.
+A batch pays if a single image leaves the device partly idle. So batches are tried: two images, then
+twice as many, as long as the time per image falls.
 """
 
 from collections import deque
@@ -11,34 +11,34 @@ from dataclasses import dataclass, field
 from math import inf
 
 WORTH_BATCHING = 0.9
-"""A batch pays if each of its images takes less than this share of the time in a batch half as
-large: all of them end with the last.
+"""A batch pays if the time per image is below this share of that in a batch half as large. The rest
+makes up for the wait: all images of a batch end with the last.
 """
 NUM_TRIALS = 2
-"""Before a size is judged: the first of a kind pays for caches."""
+"""Batches of one size before the size is judged: the first one fills caches."""
 NUM_REMEMBERED = 4
+"""Batches of one size whose times are kept."""
 TRIED_AGAIN_AFTER = 100
-"""Images of a kind, before a size that did not pay is tried once more: another program may have
+"""Images of a kind until a size that did not pay is tried once more: another program may have
 slowed its trials down.
 """
 NUM_KINDS = 64
-"""Kinds of image that are remembered; the one that was not made for longest is forgotten."""
+"""Kinds of image that are remembered. Beyond that the least recent one is forgotten."""
 
 
 @dataclass(slots=True)
 class _Kind:
-    """num_made: images. seconds: size of batch -> of one image, in the last few batches. made_by:
-    num_made after the last of them.
-    """
-
     num_made: int = 0
+    """Images of this kind so far."""
     seconds: dict[int, deque[float]] = field(default_factory=dict)
+    """Batch size -> seconds per image in the last few batches."""
     made_by: dict[int, int] = field(default_factory=dict)
+    """Batch size -> `num_made` after the last such batch."""
 
 
 class BatchGain:
-    """Seconds per image that batches of each size have needed, for each kind of image. The best of
-    the last few counts.
+    """Measured seconds per image for each kind of image and batch size. The best of the last few
+    batches counts.
     """
 
     def __init__(self, max_batch: int) -> None:
@@ -49,7 +49,7 @@ class BatchGain:
         self._measured: dict[Hashable, _Kind] = {}
 
     def learn(self, kind: Hashable, *, batch: int, seconds: float) -> None:
-        """A batch of so many images took so long; inf if it could not be made."""
+        """Record the time of one batch of `batch` images; inf if it failed."""
         known = self._measured[kind] = self._measured.pop(kind, _Kind())
         known.num_made += batch
         known.seconds.setdefault(batch, deque(maxlen=NUM_REMEMBERED)).append(seconds / batch)
@@ -58,7 +58,7 @@ class BatchGain:
             del self._measured[next(iter(self._measured))]
 
     def limit(self, kind: Hashable) -> int:
-        """The largest batch to make of this kind: one that pays, or the next one to be tried."""
+        """Return the largest batch to form of this kind: one that pays, or the next one to try."""
         best = 1
         for size in self._sizes[1:]:
             if not self._is_tried(kind, best):
@@ -71,8 +71,8 @@ class BatchGain:
         return best
 
     def share(self, kind: Hashable, batch: int) -> float:
-        """What an image costs in a batch of this size, as a share of what it costs alone; as far as
-        it was measured.
+        """Return the time per image in a batch of this size as a share of that of a single image;
+        1 if it was not measured.
         """
         if not self._is_tried(kind, 1):
             return 1.0
@@ -80,7 +80,7 @@ class BatchGain:
         return min(self._seconds(kind, size) for size in tried) / self._seconds(kind, 1)
 
     def measured(self) -> dict[str, dict[int, float | None]]:
-        """Kind -> size of batch -> seconds per image; None for one that could not be made."""
+        """Return kind -> batch size -> seconds per image, or None if the batch failed."""
         return {
             str(kind): {
                 size: None if min(found) == inf else round(min(found), 4)
@@ -96,7 +96,9 @@ class BatchGain:
         )
 
     def _is_due_again(self, kind: Hashable, batch: int) -> bool:
-        """Not where it could not be made: that takes as long, and is made again one by one."""
+        """Return whether to try a size again. Never one that failed: its images had to run once
+        more, singly.
+        """
         known = self._measured[kind]
         return (
             self._seconds(kind, batch) < inf

@@ -6,10 +6,9 @@ _START = time.time() - time.monotonic()
 
 
 def now() -> float:
-    """Seconds since 1970 by this process's own clock, which was right when it started and never
-    jumps.
+    """Return the seconds since 1970 by a clock that agreed with the machine's when this process
+    started, and never jumps.
 
-    The machine's may be set forward or back at any time: by that a job would be late, or wait, or
-    be forgotten.
+    The machine's clock may be set at any time. A jump would make jobs late, or forget them.
     """
     return _START + time.monotonic()

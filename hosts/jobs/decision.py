@@ -1,4 +1,4 @@
-"""What somebody who asks the queue for a job may do instead of taking the first. Pure Python."""
+"""How a team answers when the queue asks whether it takes the next job. Pure Python."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -9,33 +9,34 @@ from hosts.jobs.job import Job
 logger = logging.getLogger(__name__)
 
 LINGER_S = 0.003
+"""Time after which a team that lingers is asked again."""
 
 
 class Choice(Enum):
-    """Take the first job that waits, wait for a change, choose again in a moment (LINGER_S), or
-    leave without one.
-    """
-
     TAKE = "take"
+    """Start the first waiting job."""
     WAIT = "wait"
+    """Ask again at the next change of the queue."""
     LINGER = "linger"
+    """Ask again after LINGER_S, or at a change before that."""
     LEAVE = "leave"
+    """Return without a job."""
 
 
 Choose = Callable[[Sequence[Job], Sequence[Job]], Choice]
-"""choose(waiting jobs in their order, running jobs): arithmetic only, since the queue is locked.
-TAKE only if one waits.
+"""choose(waiting jobs in their order, running jobs). Arithmetic only, since the queue is locked.
+TAKE is allowed only if a job waits.
 """
 
 
 def take_first(waiting: Sequence[Job], running: Sequence[Job]) -> Choice:
-    """As soon as there is one."""
+    """Take a job as soon as one waits."""
     return Choice.TAKE if waiting else Choice.WAIT
 
 
 def choose_or_take(choose: Choose, waiting: Sequence[Job], running: Sequence[Job]) -> Choice:
-    """What `choose` says. The first job, if it raises: the rank loop goes on, and finds what is
-    wrong with a job when its turn comes.
+    """Return what `choose` returns. If it raises, take the first job: the rank loop must go on, and
+    a faulty job fails when it runs.
     """
     try:
         return choose(waiting, running)
@@ -49,7 +50,7 @@ def count_or_none(
     waiting: Sequence[Job],
     running: Sequence[Job],
 ) -> int:
-    """How many `count` says. None, if it raises, for the same reason."""
+    """Return what `count` returns, or 0 if it raises, for the same reason."""
     try:
         return count(waiting, running)
     except Exception:

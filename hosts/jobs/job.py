@@ -1,13 +1,17 @@
 """One request on its way from HTTP to an image. Pure Python."""
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from backends.errors import HostError
+from backends.errors import CancelledError, HostError
 from backends.request import Array, GenerateRequest, GenerateResult
 from hosts.jobs.clock import now
+
+MAX_ATTEMPTS = 2
+"""How often a job is started, if its client could do nothing about the failures before."""
 
 
 class JobStatus(StrEnum):
@@ -20,68 +24,70 @@ class JobStatus(StrEnum):
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Job:
-    """One request. Only the queue's methods write it."""
+    """One request. Only the queue writes to it."""
 
     id: str
-    """Names the job in the API."""
+    """Its name in the API."""
     request: GenerateRequest
-    """What to make."""
+    """What to generate."""
     client: str = ""
-    """Who asked, so that clients take turns."""
+    """The sender, so that clients take turns."""
     is_kept: bool = False
-    """Whether it can be asked for by id."""
+    """Whether clients can look it up by id."""
     is_stored: bool = False
-    """Whether it outlives the ranks, if the queue has a store."""
+    """Whether it is in the store, and so outlives the ranks."""
     key: str | None = None
     """The client's own name for it (Idempotency-Key)."""
     fingerprint: str = ""
-    """What the client asked for under that name."""
+    """Hash of the request, if there is a key."""
     attempts: int = 0
-    """How often it was begun."""
+    """How often it was started."""
     deadline_s: float | None = None
-    """When it is cancelled."""
+    """When it is cancelled; None for never."""
     status: JobStatus = JobStatus.QUEUED
-    """Where it is on its way."""
+    """Its state in the API."""
     step: int = 0
-    """Steps that are done."""
+    """Finished scheduler steps."""
     num_steps: int = 0
-    """Steps in all, once that is known."""
+    """Scheduler steps in all; 0 until it is known."""
     percent: float = 0.0
-    """Share of the steps that are done."""
+    """Progress, 0 to 100."""
     ranks: int | None = None
-    """How many ranks work on it."""
+    """Number of ranks that work on it."""
     batch: str = ""
-    """Id of the first of the jobs that are generated in one batch with it."""
+    """Id of the first job of its batch."""
     result: GenerateResult | None = None
     """The images, once it is done."""
     spans: dict[int, Any] = field(default_factory=dict)
-    """What each rank did when (hosts/jobs/trace.py)."""
+    """Rank -> its timed stages (hosts/jobs/trace.py)."""
     error: HostError | None = None
     """Why it failed or was cancelled."""
     cancel_requested: bool = False
-    """Whether its client, or a limit, wants it to end."""
+    """Whether it was cancelled. A running job then ends at its next step."""
     cancel_reason: str = ""
-    """What its client is told then."""
+    """The error text for its client, if it was cancelled for a special reason."""
     is_interrupted: bool = False
-    """Whether the host stops it, not its client."""
+    """Whether it must end because the host stops."""
     wants_preview: bool = False
-    """Whether somebody has asked for previews; without that none are made."""
+    """Whether a client has asked for previews. Otherwise none are computed."""
     preview: Array | None = None
     """uint8 (h, w, 3) of the last step."""
     version: int = 0
-    """Counts changes, for those who follow the job."""
+    """Number of changes so far, for clients that follow the job."""
+    clock: Callable[[], float] = field(default=now, repr=False)
+    """Returns the time in seconds since 1970. All times of the job are by this clock."""
     created_s: float = field(default_factory=now)
-    """Its arrival, by hosts/jobs/clock.py, as all its times."""
+    """When it was submitted."""
     started_s: float | None = None
-    """Its last beginning."""
+    """When it was started last."""
     ended_s: float | None = None
-    """Its end."""
+    """When it finished, failed or was cancelled."""
     finished: threading.Event = field(default_factory=threading.Event)
-    """Set at its end."""
+    """Set once it is done, failed or cancelled."""
 
     def wait(self, timeout_s: float | None = None) -> GenerateResult | None:
-        """Block until the job is over; its result, or its error raised. None if it is not over
-        after `timeout_s`.
+        """Block until the job is over. Return its result, or raise its error. Return None if it is
+        not over after `timeout_s`.
         """
         if not self.finished.wait(timeout_s):
             return None
@@ -92,18 +98,26 @@ class Job:
 
     @property
     def must_stop(self) -> bool:
-        """Whether the running job should end at its next step."""
+        """Whether the running job must end at its next step."""
         return self.cancel_requested or self.is_interrupted or self.is_late
 
     @property
     def is_late(self) -> bool:
-        return self.deadline_s is not None and now() > self.deadline_s
+        return self.deadline_s is not None and self.clock() > self.deadline_s
+
+    @property
+    def may_start_again(self) -> bool:
+        return self.attempts < MAX_ATTEMPTS
 
     @property
     def num_bytes(self) -> int:
-        """Of its images."""
+        """Size of its result in memory."""
         if self.result is None:
             return 0
         return self.result.frames.nbytes + (
             self.result.latents.nbytes if self.result.latents is not None else 0
         )
+
+
+def cancelled_before_it_ran(job: Job) -> CancelledError:
+    return CancelledError(job.cancel_reason or "the job was cancelled before it ran.")

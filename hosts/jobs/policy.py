@@ -1,5 +1,5 @@
-"""Decides for rank 0 when the ranks split into teams, which team takes a job, and when all meet
-again. Imports no torch.
+"""Decides for rank 0 when the ranks split into teams, which team takes a job, and when all rejoin.
+Imports no torch.
 """
 
 import itertools
@@ -15,17 +15,18 @@ from hosts.jobs.clock import now
 from hosts.jobs.decision import Choice
 from hosts.jobs.job import Job
 from hosts.jobs.speed import Speed, best_size, gathering_is_quicker
+from hosts.jobs.work import work_of
 from hosts.launch.team_modes import Teams
 
 PATIENCE = 0.01
-"""A job that comes alone waits so much of the time that it will take, and PATIENCE_S at most, for
-others: a burst comes one request at a time, and the first of it would have all ranks while the
-others wait."""
+"""Hold a lone job for this share of its expected duration (at most PATIENCE_S): a burst arrives one
+request at a time, and its first job would get all ranks while the others wait.
+"""
 PATIENCE_S = 0.05
 
 
 class Sharing:
-    """The rules of a mode, and the times they go by."""
+    """The rules of a mode, and the measured times on which they depend."""
 
     def __init__(
         self,
@@ -36,7 +37,7 @@ class Sharing:
         world_size: int = 1,
         max_batch: int = 1,
     ) -> None:
-        """max_batch: the most jobs that one rank may do in one batch."""
+        """max_batch: the most jobs that one rank may run in one batch."""
         teams = teams or Teams()
         self._spec = spec
         self._load = load
@@ -47,8 +48,8 @@ class Sharing:
         self._gain = BatchGain(max_batch)
 
     def team_size(self, waiting: Sequence[Job]) -> int:
-        """With how many ranks to begin on these jobs, of which there is at least one, while nothing
-        runs.
+        """Return how many ranks should start on each of these jobs while nothing runs. At least one
+        job waits.
         """
         if self._mode == "throughput":
             return min(self._sizes)
@@ -58,7 +59,7 @@ class Sharing:
         )
 
     def may_get_company(self, waiting: Sequence[Job]) -> bool:
-        """Whether to see first whether another job follows the only one, while nothing runs."""
+        """Return whether to hold a lone job for others that may follow, while nothing runs."""
         if self._mode != "auto" or len(waiting) > 1:
             return False
         (job,) = waiting
@@ -71,8 +72,8 @@ class Sharing:
     def must_gather(
         self, waiting: Sequence[Job], running: Sequence[Job], *, team_size: int
     ) -> bool:
-        """Whether a team that is free should take no job, so that all ranks meet when the running
-        ones are done.
+        """Return whether a free team should take no job, so that all ranks rejoin when the running
+        jobs are done.
         """
         if self._mode == "throughput":
             return False
@@ -85,11 +86,11 @@ class Sharing:
         )
 
     def num_companions(self, job: Job, waiting: Sequence[Job], running: Sequence[Job]) -> int:
-        """How many of the next jobs to make in one batch with this one, which a team has just
+        """Return how many of the next jobs to run in one batch with this one, which a team has just
         taken.
 
-        Those whose turn it is only, and each free team gets its share of them. What was begun
-        before goes alone: it may be to blame.
+        Jobs are never taken out of turn, and each free team gets its share. A job that was started
+        before runs alone, because it may have caused the failure.
         """
         if (
             job.ranks != 1
@@ -109,25 +110,25 @@ class Sharing:
         return len(list(fitting))
 
     def learn(self, job: Job, *, ranks: int, seconds: float, batch: int = 1) -> None:
-        """A job was done by that many ranks, or a batch by one."""
+        """Record the time of a job on `ranks` ranks, or of a batch on one."""
         if batch == 1:
             self._pace.learn(ranks=ranks, work=self._work(job.request), seconds=seconds)
         if ranks == 1:
             self._gain.learn(self._kind(job.request), batch=batch, seconds=seconds)
 
     def batch_failed(self, job: Job, *, batch: int) -> None:
-        """So many jobs like this one could not be made together."""
+        """Record that a batch of `batch` jobs like this one failed."""
         self._gain.learn(self._kind(job.request), batch=batch, seconds=math.inf)
 
     def measured(self) -> dict[str, Any]:
-        """For GET /settings."""
+        """Return the measured times for GET /settings."""
         return {
             "seconds_per_megapixel_step": self._pace.measured(),
             "seconds_in_batches": self._gain.measured(),
         }
 
     def _seconds(self, job: Job, *, num_waiting: int = 1) -> dict[int, float]:
-        """Team size -> seconds for this job, as one of so many that are shared out."""
+        """Return team size -> seconds for this job, as one of `num_waiting` that wait."""
         seconds = {size: self._pace.seconds(size, self._work(job.request)) for size in self._sizes}
         if 1 in seconds:
             kind = self._kind(job.request)
@@ -137,7 +138,7 @@ class Sharing:
         return seconds
 
     def _left(self, jobs: Sequence[Job], team_size: int) -> float:
-        """Seconds until the jobs of one team are done."""
+        """Return the seconds until the jobs of one team are done."""
         job = jobs[0]
         spent = max(0.0, now() - (job.started_s or now()))
         if job.step:
@@ -150,13 +151,11 @@ class Sharing:
         return max(0.0, share * self._pace.seconds(team_size, self._work(job.request)) - spent)
 
     def _work(self, request: GenerateRequest) -> float:
-        """Pixels times steps, as far as they are known before a job has begun."""
-        height, width, steps = self._size(request)
-        return float(height * width * steps * (request.num_frames or self._spec.num_frames))
+        return work_of(request, self._spec, self._load).pixel_steps
 
     def _kind(self, request: GenerateRequest) -> str:
-        """What decides how much a batch of such images saves, in words."""
-        height, width, steps = self._size(request)
+        """Return a name for the images for which batches save the same share of time."""
+        work = work_of(request, self._spec, self._load)
         scale = (
             request.guidance_scale
             if request.guidance_scale is not None
@@ -164,25 +163,12 @@ class Sharing:
         )
         guided = " guided" if (self._spec.guidance_scale if scale is None else scale) > 1 else ""
         scheduler = request.scheduler if request.scheduler is not None else self._load.scheduler
-        return f"{width}x{height}, {steps} steps{guided}{f' of {scheduler}' if scheduler else ''}"
-
-    def _size(self, request: GenerateRequest) -> tuple[int, int, int]:
-        """Height, width, steps."""
-        height = request.height or self._load.height or self._spec.height
-        width = request.width or self._load.width or self._spec.width
-        own = len(request.timesteps or ()) or max(0, len(request.sigmas or ()) - 1)
-        return (
-            height,
-            width,
-            own
-            or request.num_inference_steps
-            or self._load.num_inference_steps
-            or self._spec.num_inference_steps,
-        )
+        size = f"{work.width}x{work.height}, {work.num_steps} steps"
+        return f"{size}{guided}{f' of {scheduler}' if scheduler else ''}"
 
 
 def _batches(running: Sequence[Job]) -> list[list[Job]]:
-    """The running jobs of each team."""
+    """Return the running jobs of each team."""
     found: dict[str, list[Job]] = {}
     for job in running:
         found.setdefault(job.batch, []).append(job)
@@ -190,8 +176,8 @@ def _batches(running: Sequence[Job]) -> list[list[Job]]:
 
 
 class SplitPeriod:
-    """One time in which the ranks are split: from when they part until they meet again. Shared by
-    the desks of all teams.
+    """One period in which the ranks are split into teams, until they rejoin. The dispatchers of all
+    teams share it.
     """
 
     def __init__(self, sharing: Sharing, *, team_size: int) -> None:
@@ -201,10 +187,11 @@ class SplitPeriod:
         self._is_over = False
 
     def choose(self, waiting: Sequence[Job], running: Sequence[Job]) -> Choice:
-        """What a free team does now. Once one team has left all will, each when its job is done.
+        """Return what a free team does now. Once one team has left, the others leave after their
+        jobs.
 
-        The first takes a job in any case: the ranks have just split for these jobs, and must not
-        meet and split again for ever.
+        The first team takes a job in any case: the ranks have just split for these jobs, and must
+        not rejoin and split again endlessly.
         """
         if waiting and not self._has_begun and not self._is_over:
             self._has_begun = True
@@ -217,5 +204,5 @@ class SplitPeriod:
         return Choice.TAKE if waiting else Choice.WAIT
 
     def end(self) -> None:
-        """A team has left for a reason of its own."""
+        """End the period, because a team has left for another reason."""
         self._is_over = True

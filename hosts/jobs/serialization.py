@@ -1,4 +1,4 @@
-"""Requests, results and errors <-> JSON and named arrays: what a job store writes. No pickle;
+"""Requests, results and errors <-> JSON and named arrays, as the job store writes them. No pickle;
 imports no torch.
 """
 
@@ -23,7 +23,7 @@ KINDS = {
 
 
 def pack_request(request: GenerateRequest) -> tuple[str, Arrays]:
-    """JSON of the plain fields, and the arrays and images by name."""
+    """Return JSON of the plain fields, and the arrays and images by name."""
     plain: dict[str, Any] = {}
     images: dict[str, int | None] = {}
     arrays: Arrays = {}
@@ -45,8 +45,8 @@ def pack_request(request: GenerateRequest) -> tuple[str, Arrays]:
 
 
 def unpack_request(text: str, read: Callable[[str], Array] | None) -> GenerateRequest:
-    """The request again. read: gives the array of a name; None leaves arrays and images out, for a
-    job that is over.
+    """Return the packed request. read: returns the array of a name; None leaves arrays and images
+    out, for a job that is over.
     """
     packed = json.loads(text)
     values = dict(packed["plain"])
@@ -60,7 +60,7 @@ def unpack_request(text: str, read: Callable[[str], Array] | None) -> GenerateRe
 
 
 def fingerprint(request: GenerateRequest) -> str:
-    """Equal exactly for requests that ask for the same."""
+    """Return a hash that is equal exactly for equal requests."""
     text, arrays = pack_request(request)
     digest = hashlib.sha256(text.encode())
     for name, array in sorted(arrays.items()):
@@ -106,5 +106,5 @@ def unpack_error(text: str) -> HostError:
 
 
 def _pixels(image: Image.Image) -> Array:
-    """uint8 (h, w, 3). Images of requests are RGB."""
+    """Return uint8 (h, w, 3). Images of requests are RGB."""
     return np.asarray(image.convert("RGB"))

@@ -1,4 +1,4 @@
-"""How many ranks should work on each job: decided from measured times. Pure arithmetic; imports no
+"""How many ranks should work on each job, decided from measured times. Pure arithmetic; imports no
 torch.
 """
 
@@ -7,39 +7,40 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 
 ASSUMED_GAIN = 1.7
-"""How many times faster twice as many ranks are, until both sizes were measured."""
+"""Speed-up with twice as many ranks, until both sizes are measured."""
 ASSUMED_SECONDS = 1e-5
-"""Per pixel and step on one rank, until anything was measured. Only ratios of times decide, so its
-size hardly matters.
+"""Per pixel step on one rank, until anything is measured. Only ratios of times decide, so the value
+hardly matters.
 """
 NUM_REMEMBERED = 4
+"""Jobs of one team size whose times are kept."""
 WAIT_COUNTS = 1e-4
-"""Of two equally quick ways the one in which the jobs' own waits are shorter: what a second of one
-job's wait adds to the time of all.
+"""Weight of one second of one job's wait against the total time. It decides between plans that are
+equally fast in favour of shorter waits.
 """
 WORTH_GATHERING = 0.98
-"""Teams gather only if that ends the work in less than this share of the time: changing to and fro
-costs a little too.
+"""Teams gather only if the work then ends in less than this share of the time: gathering and
+splitting cost a little too.
 """
 
 
 class Speed:
-    """Seconds per unit of work (one pixel in one step) that teams of each size have needed.
+    """Measured seconds per pixel step for teams of each size.
 
-    The best of the last few jobs counts: the first one pays for caches, and another program may
-    have slowed one down.
+    The best of the last few jobs counts: the first one fills caches, and another program may have
+    slowed one down.
     """
 
     def __init__(self) -> None:
         self._measured: dict[int, deque[float]] = {}
 
     def learn(self, *, ranks: int, work: float, seconds: float) -> None:
-        """`ranks` ranks did `work` in `seconds`."""
+        """Record the time of one job. work: in pixel steps."""
         self._measured.setdefault(ranks, deque(maxlen=NUM_REMEMBERED)).append(seconds / work)
 
     def seconds(self, ranks: int, work: float) -> float:
-        """How long `ranks` ranks will take: as measured, or else as the nearest measured size tells
-        with ASSUMED_GAIN.
+        """Return how long `ranks` ranks take: as measured, else estimated from the nearest measured
+        size with ASSUMED_GAIN.
         """
         best = {size: min(found) for size, found in list(self._measured.items())} or {
             1: ASSUMED_SECONDS
@@ -48,16 +49,15 @@ class Speed:
         return work * best[nearest] * ASSUMED_GAIN ** math.log2(nearest / ranks)
 
     def measured(self) -> dict[int, float]:
-        """Team size -> seconds per million units of work."""
+        """Return team size -> seconds per million pixel steps."""
         return {size: round(1e6 * min(found), 4) for size, found in sorted(self._measured.items())}
 
 
 def best_size(num_jobs: int, seconds: Mapping[int, float]) -> int:
-    """The team size to begin with, so that `num_jobs` equal jobs that nobody has begun are done
-    first.
+    """Return the team size with which `num_jobs` equal jobs are done soonest, if none has started.
 
-    seconds: team size -> time for one job; the largest is that of all ranks. One job is always for
-    all of them.
+    seconds: team size -> time for one job. The largest size is all ranks, and a single job always
+    gets all of them.
     """
     return _plan(num_jobs, seconds)[num_jobs][1] if num_jobs > 1 else max(seconds)
 
@@ -65,12 +65,13 @@ def best_size(num_jobs: int, seconds: Mapping[int, float]) -> int:
 def gathering_is_quicker(
     waiting: Sequence[Mapping[int, float]], busy: Sequence[float], *, team_size: int
 ) -> bool:
-    """Whether a free team should leave the next job, so that all ranks meet when the busy teams are
-    done, and share the rest anew.
+    """Return whether a free team should leave the next job, so that all ranks gather when the busy
+    teams are done and then share the rest.
 
-    waiting: for each job that waits, in order: team size -> seconds. busy: seconds that each busy
-    team still needs. Taking jobs is judged by the best number of them that the teams may take
-    before all gather.
+    waiting: team size -> seconds, for each waiting job in order.
+    busy: seconds that each busy team still needs.
+    The alternative is that the teams take some of the jobs before all gather; the best number of
+    them is compared.
     """
     world = max(waiting[0])
     mean = {size: sum(job[size] for job in waiting) / len(waiting) for size in waiting[0]}
@@ -86,8 +87,8 @@ def gathering_is_quicker(
 
 
 def _plan(num_jobs: int, seconds: Mapping[int, float]) -> list[tuple[float, int]]:
-    """For 0, 1, ... `num_jobs` equal jobs: the time to do them all, and the size of teams to begin
-    with, chosen anew for each round.
+    """Return for 0, 1, ... `num_jobs` equal jobs the time of them all and the first team size. The
+    size is chosen anew for each round.
     """
     world = max(seconds)
     plan = [(0.0, world)]

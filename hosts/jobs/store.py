@@ -1,10 +1,10 @@
-"""Jobs on disk: what was accepted and what was made survive the death of every process. SQLite for
-the facts, .npy files for arrays.
+"""Jobs on disk: accepted jobs and their results survive the death of every process. SQLite for the
+facts, .npy files for arrays.
 
-Only the queue (hosts/jobs/queue.py) calls this, and under its lock, but for the two methods that
-write arrays before a row speaks of them.
-Order of writing: first a job's arrays, under another name and renamed when complete; then its row.
-Whatever is found without a row was never accepted, and is removed. Nothing is unpickled.
+The queue (hosts/jobs/queue.py) and its archive call this with the queue locked, except for the two
+methods that write arrays before a row refers to them.
+A job's arrays are written first, under another name, and renamed when they are complete; then its
+row. Arrays without a row were never accepted and are removed. Nothing is unpickled.
 """
 
 import contextlib
@@ -32,10 +32,11 @@ from hosts.supervision.exit_reports import UNKNOWN, ExitReport
 logger = logging.getLogger(__name__)
 
 VERSION = 1
-"""Of the tables. A store of a later version is refused."""
+"""Version of the tables. A store of a later version is refused."""
 LOCK_PATIENCE_S = 5.0
-"""The rank 0 before us may still be on its way out."""
+"""Time to wait for the lock: the previous rank 0 may not have ended yet."""
 MAX_SALVAGED = 100_000
+"""Newest rows that are read out of a damaged database."""
 COLUMNS = (
     "id", "client", "key", "fingerprint", "state", "attempts", "cancel_requested", "cancel_reason",
     "deadline_s",
@@ -53,17 +54,22 @@ SAVE = (
     f"{', '.join(f'{name} = excluded.{name}' for name in COLUMNS[1:])}"
 )
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, ValidationError)
-"""What reading a damaged row or array can raise."""
+"""Exceptions of reading a damaged row or array."""
 
 
 class Store(Protocol):
-    """What a queue wants of its store."""
+    """Where a queue writes its jobs."""
+
+    is_durable: bool
+    """Whether jobs can be found again after a restart."""
 
     def load(self) -> list[Job]:
-        """All jobs, in the order in which they were accepted; those that ran say so."""
+        """Return all jobs, in the order in which they were accepted. Status and attempts are those
+        of the last `save`.
+        """
 
     def last_report(self) -> ExitReport:
-        """Why the last process that used the store ended, as far as it could say."""
+        """Return why the last process that used the store ended, as far as it left a report."""
 
     def put_inputs(self, job: Job) -> None: ...
 
@@ -77,7 +83,9 @@ class Store(Protocol):
 
 
 class NoStore:
-    """Jobs in memory only: they are lost with rank 0."""
+    """No store: jobs are in memory only and lost with rank 0."""
+
+    is_durable = False
 
     def load(self) -> list[Job]:
         return []
@@ -99,9 +107,11 @@ class NoStore:
 class JobStore:
     """The jobs in one folder, which belongs to one process at a time."""
 
+    is_durable = True
+
     def __init__(self, folder: Path) -> None:
-        """Open the folder's store, or begin one. ConfigError if it cannot be used; a damaged one is
-        moved aside, less what can be read.
+        """Open the folder's store, or create one. ConfigError if it cannot be used. A damaged one
+        is moved aside, and what can be read of it is kept.
         """
         self._folder = folder
         try:
@@ -127,12 +137,12 @@ class JobStore:
             self._connection = self._repaired(error)
 
     def close(self) -> None:
-        """Give the folder free."""
+        """Release the folder."""
         self._connection.close()
         self._lock.close()
 
     def load(self) -> list[Job]:
-        """Every row as a job. Arrays that belong to none are removed."""
+        """Return every row as a job. Arrays that belong to no job are removed."""
         self._connection.row_factory = sqlite3.Row
         jobs = [
             self._job(dict(row))
@@ -147,8 +157,8 @@ class JobStore:
         return jobs
 
     def note(self, ending: ExitReport) -> None:
-        """Leave word of why this process ends, for the next one. The first word counts: what
-        follows from it may end others.
+        """Write for the next process why this one ends. The first report counts: later ones may be
+        its consequences.
         """
         with (
             contextlib.suppress(OSError),
@@ -165,8 +175,8 @@ class JobStore:
         return UNKNOWN
 
     def put_inputs(self, job: Job) -> None:
-        """The arrays of a job that is about to be accepted. UnavailableError if they cannot be
-        written.
+        """Write the arrays of a job that is about to be accepted. UnavailableError if that
+        fails.
         """
         arrays = serialization.pack_request(job.request)[1]
         if arrays:
@@ -174,12 +184,12 @@ class JobStore:
                 self._write_arrays(f"{job.id}.request", arrays)
 
     def drop_inputs(self, job: Job) -> None:
-        """The same of one that is not accepted after all."""
+        """Remove the arrays of a job that was not accepted after all."""
         shutil.rmtree(self._arrays / f"{job.id}.request", ignore_errors=True)
 
     def put_result(self, job: Job, result: GenerateResult) -> None:
-        """Write the result's arrays, if that can be done. The row that speaks of them is written by
-        `save`.
+        """Write the result's arrays, if that is possible. `save` writes the row that refers to
+        them.
         """
         try:
             self._write_arrays(f"{job.id}.result", serialization.pack_result(result)[1])
@@ -189,7 +199,7 @@ class JobStore:
             )
 
     def save(self, job: Job, status: JobStatus) -> None:
-        """The job as it is now, but with this status. UnavailableError if it cannot be written."""
+        """Write the job as it is now, with this status. UnavailableError if that fails."""
         text, _ = serialization.pack_request(job.request)
         row = {
             **{name: getattr(job, name) for name in COLUMNS if hasattr(job, name)},
@@ -221,7 +231,9 @@ class JobStore:
             ) from error
 
     def _take_lock(self) -> None:
-        """A POSIX lock: the kernel gives it free with this process, and no child inherits it."""
+        """Lock the folder. The kernel releases a POSIX lock with this process, and no child
+        inherits it.
+        """
         deadline = time.monotonic() + LOCK_PATIENCE_S
         while True:
             try:
@@ -236,7 +248,7 @@ class JobStore:
                 time.sleep(0.1)
 
     def _repaired(self, error: sqlite3.DatabaseError) -> sqlite3.Connection:
-        """A fresh database with what can be read of the damaged one, which is kept in a folder
+        """Return a new database with what can be read of the damaged one, which is kept in a folder
         beside it.
         """
         aside = self._folder / f"damaged-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -301,7 +313,7 @@ class JobStore:
         return lambda array: np.load(folder / f"{array}.npy", allow_pickle=False)
 
     def _write_arrays(self, name: str, arrays: serialization.Arrays) -> None:
-        """All of them or none, and on the disk when this returns."""
+        """Write all arrays or none. They are on the disk when this returns."""
         target, unfinished = self._arrays / name, self._arrays / f"{name}.new"
         shutil.rmtree(unfinished, ignore_errors=True)
         shutil.rmtree(target, ignore_errors=True)  # of an attempt whose row was never written
@@ -328,8 +340,8 @@ def _write_array(path: Path, array: Array) -> None:
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    """A checked connection. sqlite3.DatabaseError if the file is damaged, ConfigError if a later
-    version wrote it.
+    """Return a checked connection. sqlite3.DatabaseError if the file is damaged, ConfigError if a
+    later version wrote it.
     """
     connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     try:
@@ -359,7 +371,7 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 
 def _salvage(path: Path) -> list[dict[str, Any]]:
-    """The rows that can be read, in their order."""
+    """Return the rows that can be read, in their order."""
     found = []
     with (
         contextlib.suppress(sqlite3.Error),

@@ -1,4 +1,4 @@
-"""What every rank did when for one job, as a Chrome trace: open it in chrome://tracing or
+"""The timed stages of one job on every rank, as a Chrome trace for chrome://tracing or
 ui.perfetto.dev. Pure Python.
 """
 
@@ -9,11 +9,11 @@ from backends.errors import NotFoundError
 from hosts.jobs.job import Job
 
 Spans = Mapping[int, Sequence[tuple[str, float, float]]]
-"""Rank -> (stage, when it began in seconds since 1970, how long it took in seconds)."""
+"""Rank -> (stage, start in seconds since 1970, duration in seconds)."""
 
 
 def spans_of(figures: Sequence[Mapping[str, Any]]) -> dict[int, Sequence[tuple[str, float, float]]]:
-    """From the figures that the ranks exchange after a job."""
+    """Return the spans in the figures that the ranks exchange after a job."""
     return {each["rank"]: each["spans"] for each in figures if "spans" in each}
 
 
@@ -22,7 +22,7 @@ def without_spans(figures: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def chrome_trace(job: Job) -> dict[str, Any]:
-    """Trace event format; times are in microseconds. NotFoundError for a job that has none."""
+    """Return the job's trace events, in microseconds. NotFoundError if there are none."""
     if not job.spans:
         raise NotFoundError(
             f"job {job.id!r} has no trace. Only jobs that are done have one, and not after a "

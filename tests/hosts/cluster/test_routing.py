@@ -1,12 +1,6 @@
 """Which replica takes the next job, by arithmetic alone."""
 
-import pytest
-
-from backends.model_table import read_table
-from backends.request import GenerateRequest
-from hosts.cluster.routing import Load, capacity, is_next, work_of
-
-SDXL = read_table()["sdxl"]
+from hosts.cluster.routing import Load, capacity, is_next
 
 
 def load(name, work=0.0, taken_s=0.0, can_take=True):
@@ -39,20 +33,6 @@ def test_equal_replicas_do_not_wait_for_each_other():
 def test_a_replica_that_can_take_none_is_passed_over():
     assert taker(load("a", work=0.0, can_take=False), load("b", work=9.0)) == "b"
     assert taker(load("a", can_take=False), load("b", can_take=False)) is None
-
-
-@pytest.mark.parametrize(
-    ("asked", "work"),
-    [
-        ({"width": 1000, "height": 500, "num_inference_steps": 4}, 2.0),
-        ({"width": 1000, "height": 500, "num_inference_steps": 4, "num_frames": 3}, 6.0),
-        ({"width": 1000, "height": 500, "timesteps": [999, 500]}, 1.0),
-        ({}, SDXL.width * SDXL.height * 1e-6 * SDXL.num_inference_steps),
-    ],
-    ids=["image", "video", "timesteps", "defaults"],
-)
-def test_work_is_pixels_times_steps(asked, work):
-    assert work_of(GenerateRequest(**asked), SDXL) == pytest.approx(work)
 
 
 def test_only_ranks_that_may_split_take_a_job_each():

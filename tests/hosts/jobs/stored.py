@@ -1,8 +1,18 @@
-"""Jobs and results for tests of the job store."""
+"""Jobs, results and a clock for tests of the queue and its store."""
 
 import numpy as np
 
 from backends.request import GenerateRequest, GenerateResult
+
+
+class StoppedClock:
+    """A clock for JobQueue that moves only when a test moves it."""
+
+    def __init__(self) -> None:
+        self.now_s = 1e9
+
+    def __call__(self) -> float:
+        return self.now_s
 
 
 def request(seed=1, **fields):

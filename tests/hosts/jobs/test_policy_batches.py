@@ -183,7 +183,8 @@ def test_job_that_was_begun_before_goes_alone():
     queue.retry(jobs[2])
     queue.submit(request(4))
     queue.submit(request(5))
-    queue._waiting.append(queue._waiting.pop(0))  # behind the others
+    queue._waiting.remove(jobs[2])
+    queue._waiting.add(jobs[2])  # behind the others
     assert taken(queue, rules) == [4, 5]
 
 

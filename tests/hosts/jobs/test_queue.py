@@ -10,6 +10,7 @@ from backends.errors import BusyError, CancelledError, NotFoundError, RankError,
 from backends.request import GenerateRequest, GenerateResult
 from hosts.jobs.decision import Choice
 from hosts.jobs.queue import JobQueue, JobStatus
+from tests.hosts.jobs.stored import StoppedClock
 
 
 def request(seed=1, **fields):
@@ -236,14 +237,15 @@ def test_job_that_is_over_keeps_its_first_outcome():
 
 
 def test_job_that_is_too_late_ends_as_cancelled_before_or_while_it_runs():
-    queue = JobQueue(max_seconds=0.05)
+    clock = StoppedClock()
+    queue = JobQueue(max_seconds=0.05, now=clock)
     waiting, running = queue.submit(request()), None
-    time.sleep(0.1)
+    clock.now_s += 0.1
     running = queue.submit(request())
     assert queue.next() is running
     assert waiting.status is JobStatus.CANCELLED and "--max_job_seconds" in str(waiting.error)
     assert not running.must_stop
-    time.sleep(0.1)
+    clock.now_s += 0.1
     assert running.must_stop
     queue.finish(running, error=CancelledError("at step 3 of 9"))
     assert "was not done 0.05 s after it was sent" in str(running.error)

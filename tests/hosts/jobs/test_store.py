@@ -3,7 +3,6 @@
 import contextlib
 import resource
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,7 @@ from hosts.jobs import serialization
 from hosts.jobs.queue import JobStatus
 from hosts.jobs.store import JobStore
 from hosts.supervision.exit_reports import ExitReport
-from tests.hosts.jobs.stored import request, result, send
+from tests.hosts.jobs.stored import StoppedClock, request, result, send
 
 
 def test_request_comes_back_as_it_was():
@@ -105,6 +104,15 @@ def test_job_that_ran_is_begun_again_before_all_others_and_only_once(open_queue)
     assert queue.next().id == jobs[1].id
     queue = open_queue()
     assert queue.find(jobs[0].id).status is JobStatus.FAILED
+
+
+def test_jobs_that_ran_at_once_are_begun_again_in_their_order(open_queue):
+    queue = open_queue()
+    jobs = [send(queue, seed) for seed in range(3)]
+    for _ in range(2):
+        queue.next(ranks=1)
+    queue = open_queue()
+    assert [queue.next().id for _ in jobs] == [job.id for job in jobs]
 
 
 def test_last_words_are_those_of_the_last_process(open_queue):
@@ -270,11 +278,12 @@ def test_results_are_kept_within_bounds_and_their_files_go(bounds, open_queue, t
 
 
 def test_results_are_kept_for_their_time(open_queue):
-    queue = open_queue(kept_seconds=0.2)
+    clock = StoppedClock()
+    queue = open_queue(kept_seconds=3600, now=clock)
     job = send(queue)
     queue.finish(queue.next(), result=result())
     assert queue.find(job.id) is job
-    time.sleep(0.25)
+    clock.now_s += 3601
     with pytest.raises(NotFoundError):
         queue.find(job.id)
     assert open_queue().jobs() == []
