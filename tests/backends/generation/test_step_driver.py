@@ -500,7 +500,7 @@ def test_refuses_part_of_a_pndm_run_with_runge_kutta_steps():
 
 def test_refuses_more_steps_than_the_scheduler_has():
     with pytest.raises(
-        RequestError, match=r"LCMScheduler cannot make this schedule: .*50"
+        RequestError, match=r"LCMScheduler cannot follow this schedule: .*50"
     ) as refusal:
         gaussian.sample(scheduler_for("sd1", "lcm"), 60)
     assert refusal.value.field == "num_inference_steps"

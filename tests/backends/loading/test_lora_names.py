@@ -346,12 +346,12 @@ REFUSALS = [
     (
         "OFT",
         {"transformer.layers.0.attention.to_k.oft_blocks": DOWN},
-        r"1 keys beside its LoRA's .*oft_blocks\); it holds OFT",
+        r"1 keys that are not a LoRA's .*oft_blocks\); it holds OFT",
     ),
     (
         "an unknown key",
         {"transformer.layers.0.attention.to_k.scalar": DOWN},
-        r"1 keys beside its LoRA's that mean nothing here \(the first: \S+scalar\)",
+        r"1 keys that are not a LoRA's \(the first: \S+scalar\)",
     ),
     (
         "another size",

@@ -311,11 +311,9 @@ def test_a_controlnet_of_another_type_is_refused(name: str) -> None:
 
 def test_controlnets_of_the_same_class_are_told_apart_by_their_widths() -> None:
     message = refusal("sdxl", control_net=str(controlnet("sd1")))
-    assert (
-        "has cross_attention_dim=32, but the unet of --type=sdxl that it is for has 96" in message
-    )
+    assert "has cross_attention_dim=32, but the unet of --type=sdxl has 96" in message
     message = refusal("sd1", control_net=str(controlnet("sdxl")))
-    assert "has cross_attention_dim=96, but the unet of --type=sd1 that it is for has 32" in message
+    assert "has cross_attention_dim=96, but the unet of --type=sd1 has 32" in message
 
 
 NO_CONTROLNET = {
@@ -398,7 +396,7 @@ def test_what_is_no_controlnet_is_refused_by_its_name(kind: str, name: str, tmp_
         (
             "zimage",
             {"dim": 64},
-            "has dim=64, but the transformer of --type=zimage that it is for has 32",
+            "has dim=64, but the transformer of --type=zimage has 32",
         ),
         ("hy", {"cross_attention_dim_t5": 64}, "has cross_attention_dim_t5=64"),
         ("flux", {"num_attention_heads": 8}, "has num_attention_heads * attention_head_dim=64"),
