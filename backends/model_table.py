@@ -187,7 +187,7 @@ def _parse(text: str, name: str) -> ModelTable:
         root = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 0
-        raise ConfigError(f"{name}, line {line}: {error.problem}. Mend the YAML there.") from error
+        raise ConfigError(f"{name}, line {line}: {error.problem}. Fix the YAML there.") from error
     return ModelTable(dict(_Reader(name).table(root)))
 
 
@@ -270,7 +270,8 @@ class _Reader:
             if backend not in BACKEND_NAMES:
                 raise self._error(
                     row_node,
-                    f"{name}.backends.{backend} is no backend. Allowed: {', '.join(BACKEND_NAMES)}",
+                    f"{name}.backends.{backend} is not a backend. Allowed: "
+                    f"{', '.join(BACKEND_NAMES)}",
                 )
             items, where = self._items(row_node), f"{name}.backends.{backend}"
             own = self._cells(items.pop("features", None), f"{where}.features")
@@ -287,7 +288,7 @@ class _Reader:
         for feature, value in (self._items(node) if node is not None else {}).items():
             if feature not in FEATURES:
                 raise self._error(
-                    value, f"{where}.{feature} is no feature. Allowed: {', '.join(FEATURES)}"
+                    value, f"{where}.{feature} is not a feature. Allowed: {', '.join(FEATURES)}"
                 )
             is_word = isinstance(value, yaml.ScalarNode)
             items = {"status": value} if is_word else self._items(value)
@@ -339,7 +340,7 @@ class _Reader:
         for key_node, value_node in node.value:
             key = self._value(key_node)
             if key in items:
-                raise self._error(key_node, f"{key!r} is there twice. Keep one")
+                raise self._error(key_node, f"{key!r} occurs twice. Keep one")
             items[str(key)] = value_node
         return items
 

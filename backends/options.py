@@ -30,6 +30,7 @@ def switch(name: str, text: str) -> Option:
 
 
 def parse_switch(text: str) -> bool:
+    """Parse 'true', 'on', 'no', '0' and the like; the empty text is true."""
     if text.strip().lower() in ("", "1", "true", "yes", "on"):
         return True
     if text.strip().lower() in ("0", "false", "no", "off", "none"):
@@ -58,6 +59,8 @@ def whole(low: int, high: int = 2**31 - 1, *, multiple: int = 1) -> Callable[[st
 
 
 def number(low: float, high: float) -> Callable[[str], float]:
+    """Return a parser for numbers from `low` to `high`."""
+
     def parse(text: str) -> float:
         try:
             value = float(text)
@@ -71,6 +74,8 @@ def number(low: float, high: float) -> Callable[[str], float]:
 
 
 def one_of(*names: str) -> Callable[[str], str]:
+    """Return a parser for one of these names."""
+
     def parse(text: str) -> str:
         if text not in names:
             close = difflib.get_close_matches(text, names, n=1)

@@ -13,9 +13,7 @@ order. approximate: uses stale values.
 """
 Quality = Literal["exact", "high", "fast"]
 QUALITIES: tuple[Quality, ...] = ("exact", "high", "fast")
-"""Strictest first. exact: equal to one rank's image. high: measured to be close to it
-(docs/quality.md). fast: no promise.
-"""
+"""Strictest first: an image like one rank's; one measured to be close (docs/quality.md); any."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +60,7 @@ class ParallelPlan:
 
     @property
     def world_size(self) -> int:
+        """The number of ranks: the product of all degrees."""
         return math.prod(degree for _, degree in self.axes)
 
     @property
@@ -76,11 +75,7 @@ class ParallelPlan:
         return dict(self.axes).get(name, 1)
 
     def ranks(self, *names: str, of_rank: int) -> tuple[int, ...]:
-        """Return the ranks that share all coordinates of `of_rank` except those of the axes
-        `names`.
-
-        In rank order, `of_rank` included.
-        """
+        """Return the ranks that differ from `of_rank` only along the axes `names`, and itself."""
         here = self._coordinates(of_rank)
         fixed = [name for name, _ in self.axes if name not in names]
         return tuple(
@@ -102,6 +97,7 @@ class ParallelPlan:
 
 
 def divisors(number: int) -> list[int]:
+    """Return the divisors of a positive number, in ascending order."""
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 

@@ -34,8 +34,9 @@ class QuantizationSpec:
 
 
 def parse_quantization(text: str, *, option: str) -> QuantizationSpec:
-    """Parse the value of `--option`. torchao's names map to our own kinds. ConfigError if not
-    allowed.
+    """Parse the value of `--option`. ConfigError if it is not allowed.
+
+    torchao's names map to our own kinds.
     """
     parts = [part.strip().lower() for part in text.split(",")]
     if len(parts) == 1 and parts[0] in EVERYWHERE:

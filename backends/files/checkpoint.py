@@ -1,6 +1,4 @@
-"""A checkpoint without its weights: its pipeline, its type, and its configurations. Imports no
-torch.
-"""
+"""A checkpoint without its weights: pipeline, type and configurations. Imports no torch."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -30,16 +28,16 @@ class Checkpoint:
     read: ReadHeader = read_header
 
     def config(self, component: str) -> Config:
+        """Return a component's configuration; empty if the checkpoint lacks the component."""
         return read_config(self.folder / component) if self.has(component) else {}
 
     def class_of(self, component: str) -> str | None:
+        """Return the class name that the index gives for a component; None if it gives none."""
         entry = self.index.get(component)
         return entry[1] if isinstance(entry, list) and len(entry) == 2 else None
 
     def has(self, component: str) -> bool:
-        """Return whether the index has the component, or, if it does not name it, the folder
-        exists.
-        """
+        """Return whether the index names the component with a class, or else its folder exists."""
         if component in self.index:
             return self.class_of(component) is not None
         return (self.folder / component).is_dir()
@@ -152,10 +150,12 @@ def refuse(given: str, found: Found, spec: ModelSpec, needed: str) -> ConfigErro
 
 
 def with_article(name: str) -> str:
+    """Prefix a class name with 'a' or 'an'."""
     return f"an {name}" if name.startswith(("A", "E", "I", "O", "SD")) else f"a {name}"
 
 
 def types_as_text(types: Sequence[str]) -> str:
+    """Return '--type=sd1 or --type=sd2'."""
     return " or ".join(f"--type={name}" for name in types)
 
 
@@ -163,8 +163,7 @@ def width_of(path: str, checkpoint: Checkpoint, denoiser: Config) -> int | None:
     """Return the number that a path such as '3 * text_encoder.hidden_size' names; None if unknown.
 
     denoiser: configuration of the denoiser in use. Some published configurations of multimodal
-    models
-    keep the text model's fields one level higher.
+    models keep the text model's fields one level higher.
     """
     times, _, name = path.rpartition(" * ")
     component, *fields = name.split(".")
@@ -243,6 +242,7 @@ def _read_index(folder: Path) -> Config:
 
 
 def read_json(file: Path) -> Config:
+    """Return a JSON object; empty if there is no such file. ConfigError if it is not one."""
     if not file.is_file():
         return {}
     try:

@@ -219,7 +219,7 @@ _SDXL = _UNetFamily(title="Stable Diffusion XL", types=("sdxl",))
 _REFINER = _UNetFamily(
     title="the Stable Diffusion XL refiner",
     types=(),
-    reason="it continues another model's latents, and no type has that",
+    reason="it continues another model's latents, and no type does that",
 )
 _UPSCALER = _UNetFamily(
     title="the Stable Diffusion x4 upscaler", types=("sdup",), has_only_latents=False
@@ -252,7 +252,7 @@ def _unet(header: Header) -> Found | None:
     family = _unet_family(header)
     title = f"a denoiser of {family.title}"
     if family.has_only_latents and first[1] in _MORE_CHANNELS:
-        title, reason = f"{title} with {first[1]} channels in", _MORE_CHANNELS[first[1]]
+        title, reason = f"{title} with {first[1]} input channels", _MORE_CHANNELS[first[1]]
         return Found(title=title, part="denoiser", denoiser="unet", reason=reason)
     return Found(
         title=title, part="denoiser", types=family.types, denoiser="unet", reason=family.reason

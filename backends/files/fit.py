@@ -66,6 +66,7 @@ def refuse_unknown_scales(names: Iterable[str], given: str) -> None:
 
 
 def has_scales(header: Header) -> bool:
+    """Return whether the file holds 8-bit weights with scales."""
     return any(name.endswith(SCALES) or name == MARKER for name in header.shapes)
 
 
@@ -92,6 +93,7 @@ class _Part:
 
     @classmethod
     def denoiser(cls, checkpoint: Checkpoint, load: LoadRequest) -> "_Part":
+        """Return the denoiser that the load request will use."""
         name = checkpoint.spec.denoiser
         if load.gguf_model is not None:
             header = checkpoint.read(load.gguf_model, option="--gguf_model")
@@ -106,6 +108,7 @@ class _Part:
 
     @classmethod
     def vae(cls, checkpoint: Checkpoint, load: LoadRequest) -> "_Part":
+        """Return the VAE that the load request will use."""
         return cls._of("vae", checkpoint, load.vae, load.vae_config)
 
     @classmethod
@@ -291,7 +294,7 @@ def _require_vae(part: _Part, checkpoint: Checkpoint) -> None:
 def require_same_weights(
     given: str, header: Header, checkpoint: Checkpoint, component: str
 ) -> None:
-    """Compare a file in diffusers' names with the checkpoint's component, whose config it will use.
+    """Compare a file in diffusers' names with the checkpoint's component, whose config it uses.
 
     Files in other names are compared by the ranks, after conversion
     (backends/loading/key_check.py).
@@ -330,7 +333,7 @@ def _require_channels(denoiser: _Part, vae: _Part, checkpoint: Checkpoint) -> No
         )
     special = _special_channels(channels, latents)
     raise ConfigError(
-        f"{denoiser.given} has a {spec.denoiser} with {channels} channels in, but "
+        f"{denoiser.given} has a {spec.denoiser} with {channels} input channels, but "
         f"--type={spec.name} needs {times * latents + more}{special}. Give a {spec.denoiser} made "
         f"for {spec.title}."
     )
@@ -370,8 +373,9 @@ def _require_texts(denoiser: _Part, checkpoint: Checkpoint) -> None:
 def prediction_settings(
     spec: ModelSpec, load: LoadRequest, checkpoint: Checkpoint
 ) -> dict[str, object]:
-    """Return the scheduler settings in the denoiser's file; none for a folder, which has a
-    scheduler.
+    """Return the scheduler settings in the denoiser's file; none for a folder.
+
+    A folder has a scheduler of its own.
     """
     header = checkpoint.header
     replaced = load.gguf_model or load.denoiser

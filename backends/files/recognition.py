@@ -31,10 +31,12 @@ def recognize(header: Header) -> Found | None:
 
 
 def has_text_encoders(header: Header) -> bool:
+    """Return whether the file holds text encoders beside a denoiser."""
     return any(name.startswith(TEXT_PREFIXES) for name in header.shapes)
 
 
 def has_vae(header: Header) -> bool:
+    """Return whether the file holds a VAE beside a denoiser."""
     return any(name.startswith(VAE_PREFIXES) for name in header.shapes)
 
 
@@ -188,13 +190,13 @@ _ADAPTERS: tuple[tuple[str, Part, str, Callable[[Header], bool]], ...] = (
     (
         "a textual inversion",
         "embedding",
-        "it is a prompt's embedding, not a part of a pipeline",
+        "it is an embedding for prompts, not a component of a pipeline",
         _is_embedding,
     ),
     (
         "a tiny VAE (TAESD)",
         "other",
-        "its latents have no mean and no scale as this pipeline's have",
+        "its latents lack the mean and scale that this pipeline uses",
         _is_taesd,
     ),
 )

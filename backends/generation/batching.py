@@ -1,5 +1,4 @@
-"""Which requests may share one batch, so that one pipeline call serves several jobs. Imports no
-torch.
+"""Which requests may share a batch, and so one pipeline call. Imports no torch.
 
 A row equals the result of its request alone, up to the order of sums. So everything that makes a
 row depend on the others is excluded: noise that is not drawn from each request's own seed,
@@ -24,8 +23,7 @@ OWN = ("prompt", "negative_prompt", "seed")
 
 
 def batch_key(request: GenerateRequest, load: LoadRequest) -> str | None:
-    """Return a key that is equal for requests that fit into one batch; None for one that must run
-    alone.
+    """Return a key, equal for requests that fit into one batch; None if it must run alone.
 
     Alone: requests with images, latents or embeddings, with quality='exact', or without a prompt.
     """

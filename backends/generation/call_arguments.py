@@ -34,8 +34,7 @@ def resolve(
     """Return the request with every default filled in and its size fixed.
 
     defaults: height, width, num_inference_steps and guidance_scale given at launch; they override
-    the
-    model table's. RequestError for inputs that are missing or contradict each other.
+    the model table's. RequestError for inputs that are missing or contradict each other.
     """
     _require_inputs(request, spec)
     height, width = _size(request, spec, defaults, vae_scale_factor)
@@ -64,9 +63,7 @@ def call_arguments(
     device: torch.device,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
-    """Return the keyword arguments for a resolved request; the caller adds latents and the
-    schedule.
-    """
+    """Return the call's arguments for a resolved request, but for latents and the schedule."""
     arguments = {
         **_texts(request, spec, device=device, dtype=dtype),
         **_guidance(request, spec),
@@ -290,7 +287,7 @@ def require_clip_layers(request: GenerateRequest, pipe: Any, signature: Signatur
     if request.clip_skip > most:
         raise RequestError(
             f"clip_skip={request.clip_skip} is not allowed: the text encoder allows 0 to {most}. "
-            "Send less.",
+            "Send a value in that range.",
             field="clip_skip",
         )
 
@@ -340,9 +337,7 @@ def require_embeds_support(
 
 
 def _embeds_widths(config: Mapping[str, Any]) -> tuple[int | None, int | None]:
-    """Return the channels of prompt and pooled embeddings from a denoiser's config; None if
-    unknown.
-    """
+    """Return the channels of prompt and pooled embeddings from a denoiser's config, or None."""
     width = _first(
         *(
             config.get(name)

@@ -1,8 +1,8 @@
 """Conversion between clients' and the denoiser's latents, and from latents to pixels.
 
 Client space is what a VAE encodes to and decodes from: float32 (1, C, h, w), unscaled. Model space
-is scaled and shifted by the VAE's configuration and, for packed layouts, folded into tokens of
-2 x 2 latent pixels.
+is scaled and shifted by the VAE's configuration and, for packed layouts, folded into tokens of 2 x
+2 latent pixels.
 """
 
 from typing import Any

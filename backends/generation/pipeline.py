@@ -62,6 +62,7 @@ def load_pipeline(spec: ModelSpec, load: LoadRequest, *, device: torch.device) -
 
     Downloads nothing: everything must be in the checkpoint. ConfigError names the component at
     fault.
+
     The order matters: replace weights, quantise, place on the device, load LoRAs (LoadedPipeline),
     compile, and attach the backend last (`attach`).
     """
@@ -137,6 +138,7 @@ class LoadedPipeline:
         )
 
     def detach(self) -> None:
+        """Detach the backend and undo compilation."""
         if self._step_cache is not None:
             self._step_cache.share(None)
         if self._backend is not None:
@@ -179,8 +181,9 @@ class LoadedPipeline:
         self._is_resting = True
 
     def check(self, request: GenerateRequest) -> None:
-        """Raise RequestError, PlanError or UnsupportedError for a bad request, before any rank
-        starts.
+        """Raise RequestError, PlanError or UnsupportedError for a bad request.
+
+        Called before any rank starts on it.
         """
         self._prepare(request)
 
@@ -197,8 +200,8 @@ class LoadedPipeline:
         """Return the result of each request; several run as rows of one batch.
 
         A row equals the result of its request alone, up to the order of sums. `seconds` of each
-        result is
-        the duration of the whole batch. UnsupportedError if the requests do not fit into one batch.
+        result is the duration of the whole batch. UnsupportedError if the requests do not fit into
+        one batch.
         """
         started = time.perf_counter()
         prepared = [self._prepare(request) for request in requests]
@@ -241,7 +244,7 @@ class LoadedPipeline:
         try:
             yield
         except Exception as error:
-            # not raised on every rank, so the others would wait for this one
+            # other ranks may not have raised it, and would wait for this one
             if self._backend is not None and not isinstance(error, HostError):
                 self._backend.mesh.groups.give_up()
             raise
@@ -293,8 +296,7 @@ class LoadedPipeline:
         return self._generation.clock.spans if self._generation is not None else []
 
     def preview(self, latents: Tensor, row: int = 0) -> Array | None:
-        """Return uint8 (h, w, 3) of one image of the current run, from the latents given to
-        `on_step`.
+        """Return uint8 (h, w, 3) of one image of the current run, from `on_step`'s latents.
 
         None if the VAE cannot be fitted.
         """

@@ -25,10 +25,9 @@ _POOLED = {"prompt": "pooled_prompt_embeds", "negative_prompt": "negative_pooled
 
 
 class WeightedPrompts:
-    """Turns a request's prompts into embeddings: (red)1.3 sets a weight, ++ and -- change it by
-    1.1.
+    """Turns a request's prompts into embeddings.
 
-    Long prompts are encoded in chunks.
+    (red)1.3 sets a weight, ++ and -- change it by steps of 1.1. Long prompts are encoded in chunks.
     """
 
     def __init__(self, pipe: Any, spec: ModelSpec) -> None:
@@ -59,12 +58,10 @@ class WeightedPrompts:
     def arguments(
         self, request: GenerateRequest, *, read: Callable[[str, str], str]
     ) -> dict[str, Tensor]:
-        """Return embeddings of both prompts, (1, T, D) of equal length, to pass instead of the
-        texts.
+        """Return embeddings of both prompts, (1, T, D) of equal length, instead of the texts.
 
         read: (text, name of a text encoder) -> the text as that encoder reads it. UnsupportedError
-        with
-        clip_skip.
+        with clip_skip.
         """
         if request.clip_skip:
             raise UnsupportedError(

@@ -108,9 +108,7 @@ class Generation:
         return latent_space.decode(clean, pipe=self._pipe), clean
 
     def _call(self, request: GenerateRequest) -> Any:
-        """Run the diffusers pipeline. Return latents, or pixels if the type does not return
-        latents.
-        """
+        """Run the diffusers pipeline. Return latents, or pixels if the type returns no latents."""
         self._pipe.scheduler = self._scheduler
         arguments = self._arguments(request)
         driver = StepDriver(
@@ -151,9 +149,7 @@ class Generation:
 
     @contextmanager
     def _seeded(self, request: GenerateRequest) -> Iterator[None]:
-        """Seed torch's global generators: HunyuanDiT's ControlNet uses them, and all ranks must
-        agree.
-        """
+        """Seed torch's global generators, which HunyuanDiT's ControlNet uses, on every rank."""
         device = self._loaded.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(request.seed)

@@ -61,8 +61,7 @@ FLOW_FIELDS = (
 FLOW_FIELDS += ("invert_sigmas", "time_shift_type")
 MODEL_FIELDS = (*NOISE_FIELDS, "prediction_type", *SAMPLE_FIELDS, *SPACING_FIELDS, *FLOW_FIELDS)
 """Config fields that describe the model. Only they are copied from the checkpoint's scheduler to
-one
-of another class.
+one of another class.
 
 The others belong to one solver and break another: algorithm_type="sde-dpmsolver++" raises in DEIS,
 svd's sigma_max=700 gives NaN.
@@ -76,9 +75,7 @@ READ_BY_OTHERS = (
     "base_image_seq_len",
     "max_image_seq_len",
 )
-"""Config fields that pipelines or the step driver read from any scheduler, even if its class lacks
-them.
-"""
+"""Config fields that pipelines or the step driver read from any scheduler, of whatever class."""
 
 
 FROM_LAST_TIMESTEP = ("LCMScheduler", "TCDScheduler")
@@ -98,7 +95,7 @@ class SchedulerFacts:
 
     class_name: str
     module: str = "diffusers"  # where the class is defined
-    extra: Mapping[str, Any] = field(default_factory=dict)  # config that makes it this sampler
+    extra: Mapping[str, Any] = field(default_factory=dict)  # config that selects this sampler
     order: int = 1  # denoiser calls per step; the last step has one
     takes_timesteps: bool = False  # the class accepts a list of timesteps
     takes_sigmas: bool = False  # the class accepts a list of sigmas
@@ -190,10 +187,10 @@ class SchedulerChoice:
 
 
 def parse_scheduler(value: str | Mapping[str, Any] | None) -> SchedulerChoice:
-    """Parse a name ("euler", "k_euler", "DPM++ 2M Karras"), {"scheduler": name, ...overrides} or
-    its JSON.
+    """Parse a scheduler's name, a dict {"scheduler": name, ...overrides}, or its JSON.
 
-    No name, or an empty one, keeps the checkpoint's class. Raises SchedulerError.
+    Names may be spelled "euler", "k_euler" or "DPM++ 2M Karras". No name, or an empty one, keeps
+    the checkpoint's class. Raises SchedulerError.
     """
     settings = _settings(value)
     name = settings.pop("scheduler", None) or None
@@ -224,9 +221,7 @@ def parse_requested(value: str | Mapping[str, Any] | None) -> SchedulerChoice:
 def choose_scheduler(
     requested: str | Mapping[str, Any] | None, at_launch: str | Mapping[str, Any] | None
 ) -> SchedulerChoice:
-    """Return the request's scheduler if it has one, else the launch option's. Raises
-    SchedulerError.
-    """
+    """Return the request's scheduler, else the launch option's. Raises SchedulerError."""
     return parse_requested(requested) if requested is not None else parse_scheduler(at_launch)
 
 
@@ -303,10 +298,8 @@ def build_scheduler(
     """Return a new scheduler for one generation.
 
     pristine: the checkpoint's scheduler, or its config with `_class_name`; it is not modified.
-    flow:
-    ModelSpec.flow_matching; such a model gets the flow-matching counterpart of the name, if there
-    is
-    one. Raises SchedulerError.
+    flow: ModelSpec.flow_matching; such a model gets the flow-matching counterpart of the name, if
+    there is one. Raises SchedulerError.
     """
     config = (
         dict(pristine)
@@ -392,9 +385,7 @@ def _usable(overrides: Mapping[str, Any], accepted: set[str], class_name: str) -
 def _facts_for_model(
     name: str | None, config: Mapping[str, Any], *, flow: bool
 ) -> tuple[SchedulerFacts, dict[str, Any]]:
-    """Return the facts of `name` for this family of models, and the config fields that it needs
-    there.
-    """
+    """Return the facts of `name` for this family of models, and config fields needed there."""
     if name is None:
         return SchedulerFacts(class_name=config["_class_name"]), {}
     facts = SCHEDULERS[name]

@@ -34,8 +34,7 @@ if TYPE_CHECKING:
 
 OnStep = Callable[[int, int, Tensor], None]
 """on_step(index, num_steps, sample): scheduler step `index` of `num_steps` is done; `sample` is in
-the
-pipeline's layout.
+the pipeline's layout.
 """
 
 REPLACED = ("set_timesteps", "set_begin_index", "step")
@@ -117,9 +116,7 @@ class StepDriver:
             vars(self._scheduler).pop(name, None)
 
     def _replacement(self, name: str) -> Callable[..., Any]:
-        """Return our method with the class's signature, which pipelines inspect for arguments like
-        `eta`.
-        """
+        """Return our method with the class's signature, which pipelines inspect."""
         ours = {
             "set_timesteps": self._set_timesteps,
             "set_begin_index": self._set_begin_index,
@@ -171,9 +168,7 @@ class StepDriver:
     def _list_arguments(
         self, num_inference_steps: int | None, sigmas: Sequence[float] | None
     ) -> dict[str, Any]:
-        """Return set_timesteps arguments for the schedule's own list, else for the pipeline's
-        default.
-        """
+        """Return set_timesteps arguments: the schedule's own list, else the pipeline's default."""
         if self._schedule.sigmas is not None or self._schedule.timesteps is not None:
             return _own_list(self._scheduler, self._schedule)
         if sigmas is None:
@@ -273,8 +268,7 @@ def noised_start(
     """Return the pipeline's `latents` argument for a run that begins at this schedule's first step.
 
     scheduler: after set_timesteps and set_begin_index. timestep: (1,), where the run begins.
-    Returns
-    the shape of start.latents, float32.
+    Returns the shape of start.latents, float32.
     """
     is_flow = hasattr(scheduler, "scale_noise")
     initial_sigma = 1.0 if is_flow else float(scheduler.init_noise_sigma)
@@ -310,9 +304,7 @@ def _takes(scheduler: "SchedulerMixin", what: str) -> bool:
 
 
 def _is_flow_list(scheduler: "SchedulerMixin") -> bool:
-    """Return whether a list of sigmas is a flow-matching one: from 1, without the final 0, to be
-    shifted.
-    """
+    """Return whether sigmas are flow-matching: from 1, without the final 0, to be shifted."""
     return hasattr(scheduler, "scale_noise") or bool(scheduler.config.get("use_flow_sigmas"))
 
 
@@ -326,8 +318,8 @@ def _check_lists(scheduler: "SchedulerMixin", schedule: Schedule) -> None:
                 name for name, facts in SCHEDULERS.items() if getattr(facts, f"takes_{what}")
             )
             raise RequestError(
-                f"{type(scheduler).__name__} takes no list of {what} for this model. Schedulers "
-                f"that may: {able}.",
+                f"{type(scheduler).__name__} does not accept a list of {what} for this model. "
+                f"Schedulers that may: {able}.",
                 field=what,
             )
         highest = scheduler.config.num_train_timesteps - (0 if _is_flow_list(scheduler) else 1)
@@ -343,8 +335,9 @@ def _check_lists(scheduler: "SchedulerMixin", schedule: Schedule) -> None:
 
 
 def _own_list(scheduler: "SchedulerMixin", schedule: Schedule) -> dict[str, Any]:
-    """Return set_timesteps arguments for a list to be used unchanged, and switch off what would
-    alter it.
+    """Return set_timesteps arguments for a list to be used unchanged.
+
+    Config fields that would alter it are switched off.
     """
     bends = {flag: False for flag in SIGMA_FLAGS if flag in scheduler.config}
     if not _is_flow_list(scheduler):
@@ -402,7 +395,7 @@ def _pndm_window(scheduler: "SchedulerMixin", schedule: Schedule) -> Tensor:
         if schedule.is_partial:
             raise RequestError(
                 "scheduler 'pndm' with skip_prk_steps=false cannot begin or end part-way. Set "
-                "skip_prk_steps=true, or take another.",
+                "skip_prk_steps=true, or choose another scheduler.",
                 field="scheduler",
             )
         return scheduler.timesteps
@@ -419,8 +412,8 @@ def _knows_timestep_type(scheduler: "SchedulerMixin") -> bool:
 def _as_model_counts(scheduler: "SchedulerMixin", timesteps: Tensor) -> Tensor:
     """Return the timesteps for the denoiser, whose convention may differ from the scheduler's.
 
-    With timestep_type "continuous" it takes ln(sigma) / 4 (Karras et al., arXiv:2206.00364, table
-    1).
+    With timestep_type "continuous" it takes ln(sigma) / 4: Karras et al., arXiv:2206.00364, table
+    1.
     """
     if scheduler.config.get("timestep_type") != "continuous" or _knows_timestep_type(scheduler):
         return timesteps

@@ -1,7 +1,7 @@
-"""Which steps of the noise schedule one generation runs. Imports no torch.
+"""Which steps of the noise schedule one generation runs.
 
-So rank 0 can refuse a bad request early. backends/generation/step_driver.py makes a scheduler
-follow the schedule.
+Imports no torch, so that rank 0 can refuse a bad request early. backends/generation/step_driver.py
+makes a scheduler follow the schedule.
 """
 
 import math

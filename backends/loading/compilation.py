@@ -67,6 +67,7 @@ class Compilation:
             )
 
     def detach(self) -> None:
+        """Undo compilation."""
         while self._modules:
             hooks.detach(self._modules.pop(), NAME)
 
@@ -92,7 +93,7 @@ def _compiled(settings: CompileSettings) -> hooks.Around:
     def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not compiled:
             compiled.append(torch.compile(forward, **arguments))
-        # a backend may intercept operators around this call, but none of them is in here
+        # a backend may intercept operators around this call; none of those is inside it
         with torch._C.DisableTorchFunction():
             if settings.mode not in WITH_GRAPHS:
                 return compiled[0](*args, **kwargs)

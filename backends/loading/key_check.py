@@ -41,13 +41,11 @@ def require_weights(
     advice: str,
     prefixes: tuple[str, ...] = (),
 ) -> bool:
-    """Return whether the weights already have diffusers' own names; False if they must be
-    converted.
+    """Return whether the weights have diffusers' own names; False if they must be converted.
 
     ConfigError with the missing, unknown and wrong tensors, unless they fill the class with this
     config.json exactly. Names are converted by the loader's own function, on meta tensors.
-    prefixes:
-    see plain_weights.
+    prefixes: see plain_weights.
     """
     settings = dict(read_config(config))
     with init_empty_weights():
@@ -110,8 +108,7 @@ def _converted(
     """Convert the original names.
 
     If most names already are diffusers', leave them: the list of differences says more than a
-    failed
-    conversion.
+    failed conversion.
     """
     if len(weights.keys() & wanted.keys()) * 2 > len(wanted):
         return weights
@@ -126,8 +123,7 @@ def _converted(
 
 
 def require_encoder(model: Any, folder: Path, header: Header, *, given: str, advice: str) -> None:
-    """Check a text or image encoder of transformers, which would initialise missing layers at
-    random.
+    """Check a transformers encoder, in which missing layers would be initialised at random.
 
     Names of older versions are left to transformers, which renames them. Extra weights do no harm.
     """

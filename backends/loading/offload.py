@@ -37,14 +37,12 @@ def place(pipe: Any, spec: ModelSpec, load: LoadRequest, *, device: torch.device
 def offload(
     pipe: Any, spec: ModelSpec, kind: Offload, *, device: torch.device, prefetches: bool = False
 ) -> None:
-    """Set up offloading of whole components (model), single layers (sequential) or groups of
-    layers.
+    """Offload whole components (model), single layers (sequential) or groups of layers (group).
 
     Call it before anything is attached: later hooks must wrap those that move the weights.
-    prefetches:
-    load the next group while one computes. diffusers learns the order in the first call with hooks
-    that
-    it then removes, and with them everything attached later; so only if nothing will be attached.
+    prefetches: load the next group while one computes. diffusers learns the order in the first call
+    with hooks that it then removes, and with them everything attached later; so only if nothing
+    will be attached.
     """
     if kind == "model":
         pipe.enable_model_cpu_offload(device=device)
@@ -59,8 +57,9 @@ def offload(
 
 
 def _offload_groups(pipe: Any, spec: ModelSpec, device: torch.device, *, prefetches: bool) -> None:
-    """Offload groups of layers, but not a VAE that is upcast: offloading would restore its old
-    dtype.
+    """Offload groups of layers, except a VAE that is upcast.
+
+    Offloading would restore the VAE's old dtype.
     """
     try:
         pipe.enable_group_offload(
@@ -78,9 +77,7 @@ def _offload_groups(pipe: Any, spec: ModelSpec, device: torch.device, *, prefetc
 
 
 def use_lean_attention(pipe: Any, load: LoadRequest) -> None:
-    """Slice attention or use xformers. Both replace processors, so call it before attaching
-    anything.
-    """
+    """Slice attention or use xformers. Both replace processors, so call it first."""
     if load.enable_attention_slicing:
         pipe.enable_attention_slicing()
     if load.xformers_efficient:

@@ -44,6 +44,7 @@ class RowScaled(nn.Module):
         return values.to(scale.dtype) * scale
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Pack the weight (out, ...) to (values, scale)."""
         top = FLOAT8_MAX if self._is_float else 127.0
         largest = (
             weight.float()
@@ -83,6 +84,7 @@ class Grouped(nn.Module):
         return weight.flatten(1)[:, : self._row].reshape(self._shape)
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Pack the weight (out, ...) to (packed, step, lowest)."""
         rows = weight.float().flatten(1)
         padding = -rows.shape[1] % GROUP
         groups = nn.functional.pad(rows, (0, padding), mode="constant", value=0.0).unflatten(

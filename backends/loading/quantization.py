@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 MOTION = "motion_modules"
 POOLING = "time_extra_emb.pooler"
-"""Attention pooling passes its layers' weights to a function instead of calling the layers.
-bitsandbytes works in calls only.
+"""Attention pooling uses its layers' weights without calling the layers. bitsandbytes needs the
+calls.
 """
 
 

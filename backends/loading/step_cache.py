@@ -87,6 +87,7 @@ class StepCache:
         self._step = self._number = self.num_calls = self.num_skipped = 0
 
     def attach(self) -> None:
+        """Hook the denoiser and its blocks."""
         if self._cache.kind == "deep":
             inner = inner_modules(self._denoiser)
             for index, module in enumerate(inner):
@@ -119,15 +120,18 @@ class StepCache:
             mesh.axis(*self._axes(mesh))
 
     def begin(self, *, is_on: bool) -> None:
+        """Begin a generation. is_on: whether steps may be skipped."""
         self.end()
         self._is_on = is_on
         self.num_calls = self.num_skipped = 0
 
     def step_done(self) -> None:
+        """Count a finished step."""
         self._step += 1
         self._number = 0
 
     def end(self) -> None:
+        """Drop everything that is kept between steps."""
         self._calls.clear()
         self._call, self._is_on = None, False
         self._step = self._number = 0
@@ -161,8 +165,8 @@ class StepCache:
                 return output
             call.text, call.image = output if isinstance(output, tuple) else (None, output)
             effect = call.image - (args[0] if args else kwargs[first_name])
-            is_first = call.residual is None or call.residual.last.shape != effect.shape
-            if is_first:  # or the size has changed
+            # the first step, or the size has changed
+            if call.residual is None or call.residual.last.shape != effect.shape:
                 call.is_full, call.residual, call.effect = True, None, None
             elif self._cache.kind == "first_block":
                 call.is_full = self._change(effect, call.effect) > self._cache.value
@@ -197,9 +201,7 @@ class StepCache:
         return around
 
     def _remember(self, call: _Call, tokens: Tensor) -> None:
-        """Store the residual of the blocks. tokens: (B, N, D), or (B, T + N, D) with the text
-        first.
-        """
+        """Store the blocks' residual. tokens: (B, N, D), or (B, T + N, D) with the text first."""
         residual = tokens[:, -call.image.shape[1] :] - call.image
         call.residual = (
             _Residual(last=residual, at=self._step)

@@ -164,12 +164,12 @@ def _checkpoint_header(
 
 
 def vae_dtype(spec: ModelSpec, load: LoadRequest) -> torch.dtype:
+    """Return the dtype of the VAE's weights."""
     return DTYPES[spec.vae_variant or load.variant]
 
 
 def read_weights(path: str | Path, *, option: str) -> Weights:
-    """Return the tensors of a .safetensors file or a torch pickle, without executing any code in
-    it.
+    """Return the tensors of a .safetensors file or a torch pickle, whose code is not executed.
 
     ConfigError names the option.
     """
@@ -384,11 +384,10 @@ def _from_gguf(spec: ModelSpec, load: LoadRequest) -> Any:
 def _from_single_file(
     spec: ModelSpec, pipeline_class: Any, path: Path, arguments: dict[str, Any]
 ) -> Any:
-    """Load a single .safetensors in its original layout, with the folder of the same name beside
-    it.
+    """Load a single .safetensors in its original layout, with its configuration folder.
 
-    The folder holds the configuration, so that diffusers stays offline. If it also has text encoder
-    weights, the file is read as the denoiser alone, as FLUX is published.
+    The folder beside the file, of the same name, keeps diffusers offline. If it also has text
+    encoder weights, the file is read as the denoiser alone, as FLUX is published.
     """
     folder = path.with_suffix("")
     if not (folder / "model_index.json").is_file():
@@ -422,6 +421,7 @@ def _file_variant(path: Path, spec: ModelSpec, wanted: str) -> str | None:
     """Return the variant of the files to load, such as 'fp16'; None for files without one.
 
     The requested one if it exists: others would be converted, in memory that ranks do not share.
+    Otherwise files without a variant, or else the first variant.
     """
     folder = path / spec.denoiser
     names = [file.name for file in folder.glob("*.safetensors")] or [

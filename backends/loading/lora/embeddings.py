@@ -1,4 +1,4 @@
-"""Textual inversion: learned vectors for a word of the prompt, in own files or beside a LoRA.
+"""Textual inversion: learned vectors for a word of the prompt, in separate files or beside a LoRA.
 
 The word is the file's name, or the token that the file names. Each vector gets a private-use
 Unicode character, which the tokenizer reads as one token, and prompts get these characters in place
@@ -75,18 +75,18 @@ class Embeddings:
         self._texts: dict[str, dict[str, str]] = {}
 
     def add(self, name: str, path: str, words: Words) -> None:
-        """Add a file's embeddings. ConfigError for vectors that fit no text encoder of the
-        pipeline.
-        """
+        """Add a file's embeddings. ConfigError for vectors that fit no text encoder."""
         if words:
             self._words[name] = {
                 word: self._by_encoder(path, word, parts) for word, parts in words.items()
             }
 
     def has(self, name: str) -> bool:
+        """Return whether this adapter's file holds embeddings."""
         return name in self._words
 
     def forget(self, name: str) -> None:
+        """Remove a file's embeddings."""
         self._words.pop(name, None)
 
     def use(self, names: Sequence[str]) -> None:
@@ -129,9 +129,7 @@ class Embeddings:
         )
 
     def in_words(self, text: str, encoder: str) -> str:
-        """Return the prompt rewritten for this text encoder. `embedding:word`, as in ComfyUI, works
-        too.
-        """
+        """Return the prompt rewritten for this text encoder. ComfyUI's `embedding:word` works."""
         texts = self._texts.get(encoder, {})
         if not texts:
             return text

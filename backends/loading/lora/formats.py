@@ -51,9 +51,7 @@ _KEY = re.compile(
     + ")"
 )
 _OLD_KEY = re.compile(r"(?P<layer>.+)_lora(?P<number>\d*)\.(?P<role>down|up)\.weight")
-"""diffusers' first layout, and XLabs' for FLUX, whose numbers distinguish image (1) and text (2)
-layers.
-"""
+"""diffusers' first layout, and XLabs' for FLUX: its number is 1 for image and 2 for text layers."""
 
 PARAMETERS: Mapping[str, str] = {
     "diff": "weight",
@@ -153,7 +151,7 @@ def _role_of(key: str) -> tuple[str, str | None]:
 
 
 def missing_parts(parts: Parts) -> list[str]:
-    """Return the roles that are missing beside these."""
+    """Return the roles that a layer with these parts lacks."""
     roles = parts.keys()
     if roles & {"down", "up", "mid"}:
         needed = ["down", "up"]
@@ -251,9 +249,7 @@ def _tucker(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def _decomposition(parts: Parts, update: Update) -> dict[str, object]:
-    """Return DoRA's fields. peft stores a magnitude per row; LyCORIS per row or column, by its
-    shape.
-    """
+    """Return DoRA's fields. peft's magnitude is per row; LyCORIS' per row or column."""
     if "magnitude" in parts:
         return {"magnitude": parts["magnitude"].flatten(), "scales_norm": True}
     if "dora_scale" in parts:

@@ -1,9 +1,8 @@
-"""One LoRA on one layer, as a peft adapter: all forms of factors, and DoRA. Base weights stay as
-is.
+"""One LoRA on one layer, as a peft adapter: factors of any form, and DoRA.
 
-peft's own DoRA recomputes the norms at each call and counts another adapter's effect as the base
-layer's. Here norms are computed when a scale is set, and all adapters see the base layer alone, so
-their order does not matter.
+Base weights are not modified. peft's own DoRA recomputes the norms at each call and counts another
+adapter's effect as the base layer's. Here norms are computed when a scale is set, and all adapters
+see the base layer alone, so their order does not matter.
 """
 
 import math
@@ -249,15 +248,18 @@ class ParameterDifferences:
         self._differences: dict[str, dict[tuple[nn.Module, str], Tensor]] = {}
 
     def add(self, name: str, differences: dict[tuple[nn.Module, str], Tensor]) -> None:
+        """Add a file's changes: (module, attribute) -> difference."""
         if differences:
             self._differences[name] = differences
         for module, attribute in differences:
             self._originals.setdefault((module, attribute), getattr(module, attribute))
 
     def has(self, name: str) -> bool:
+        """Return whether this adapter's file changes single parameters."""
         return name in self._differences
 
     def forget(self, name: str) -> None:
+        """Remove a file's changes."""
         self._differences.pop(name, None)
 
     def use(self, scales: dict[str, float]) -> None:

@@ -57,7 +57,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The changes that one file makes to a pipeline."""
+    """The changes of one file to a pipeline."""
 
     updates: dict[Place, Update] = field(default_factory=dict)
     parameters: dict[tuple[nn.Module, str], Tensor] = field(default_factory=dict)

@@ -206,8 +206,7 @@ _ORIGINALS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "PixArtTransformer2DModel": _PIXART,
 }
 """Class -> name in the original model -> names in diffusers. #: a number. ~: the halves (shift,
-scale)
-are swapped.
+scale) are swapped.
 """
 
 _RESNET = {
@@ -251,9 +250,7 @@ class LayerNames:
         }
 
     def places(self, name: str) -> tuple[Place, ...]:
-        """Return the layers that a name in a file refers to; none if the pipeline has no such
-        layer.
-        """
+        """Return the layers that a name in a file refers to; none if there is no such layer."""
         component, rest = self._component(name)
         table = self._tables.get(component, {})
         while True:

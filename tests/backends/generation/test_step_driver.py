@@ -453,26 +453,26 @@ def test_refuses_a_window_without_steps(window, field):
             "sd1",
             "ddim",
             {"sigmas": [5.0, 0.0]},
-            r"DDIMScheduler takes no list of sigmas for this model. Schedulers that may: euler, "
+            r"DDIMScheduler does not accept a list of sigmas for this model. Schedulers that may: euler, "
             r"ipndm",
         ),
         (
             "sd1",
             "unipc",
             {"sigmas": [5.0, 0.0]},
-            "UniPCMultistepScheduler takes no list of sigmas for this model",
+            "UniPCMultistepScheduler does not accept a list of sigmas for this model",
         ),
         (
             "sd1",
             "euler_a",
             {"timesteps": [5]},
-            "EulerAncestralDiscreteScheduler takes no list of timesteps",
+            "EulerAncestralDiscreteScheduler does not accept a list of timesteps",
         ),
         (
             "sd3",
             "dpmpp_2m",
             {"timesteps": [5]},
-            "DPMSolverMultistepScheduler takes no list of timesteps",
+            "DPMSolverMultistepScheduler does not accept a list of timesteps",
         ),
         ("sd1", "euler", {"timesteps": [1000, 5]}, "timesteps begin at 1000. Allowed: at most 999"),
         (

@@ -143,7 +143,8 @@ def test_a_denoiser_with_other_channels_is_refused(
     )
     message = refusal(name, folder)
     assert (
-        f"has a {denoiser} with {channels} channels in, but --type={name} needs {right}" in message
+        f"has a {denoiser} with {channels} input channels, but --type={name} needs {right}"
+        in message
     )
     if channels == 9 and right == 4:
         assert "it is made for inpainting and also takes a mask" in message
@@ -616,7 +617,7 @@ def test_a_single_file_for_inpainting_is_refused_with_the_reason(name: str, tmp_
     save_file(tensors, file)
     for message in (refusal(name, file), refusal(None, file)):
         assert (
-            "with 9 channels in" in message
+            "with 9 input channels" in message
             and "it is made for inpainting and also takes a mask" in message
         )
 
