@@ -45,7 +45,7 @@ def parse_step_cache(text: str, spec: ModelSpec) -> StepCacheSpec:
     if not (0 <= number <= 10 if is_threshold else 2 <= number <= 100 and number == int(number)):
         limits = "a number from 0 to 10" if is_threshold else "a whole number from 2 to 100"
         raise ConfigError(
-            f"--step_cache={text} is not allowed. After {kind}, comes {limits}, such as "
+            f"--step_cache={text} is not allowed. After '{kind},' give {limits}, such as "
             f"{kind},{DEFAULTS[kind]:g}."
         )
     return StepCacheSpec(kind=kind, value=number)

@@ -154,8 +154,9 @@ class Embeddings:
                     or "there is no text encoder to read them"
                 )
                 raise ConfigError(
-                    f"lora={path} holds the embedding {word!r} with vectors of {vectors.shape[-1]} "
-                    f"numbers ({part}), but {readers}. Give an embedding made for this model type."
+                    f"lora={path} holds the embedding {word!r} with vectors of width "
+                    f"{vectors.shape[-1]} ({part}), but {readers}. Give an embedding made for this "
+                    "model type."
                 )
             found[names[0]] = vectors
         return found

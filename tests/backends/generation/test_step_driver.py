@@ -453,8 +453,8 @@ def test_refuses_a_window_without_steps(window, field):
             "sd1",
             "ddim",
             {"sigmas": [5.0, 0.0]},
-            r"DDIMScheduler does not accept a list of sigmas for this model. Schedulers that may: euler, "
-            r"ipndm",
+            r"DDIMScheduler does not accept a list of sigmas for this model. Schedulers that may: "
+            r"euler, ipndm",
         ),
         (
             "sd1",
