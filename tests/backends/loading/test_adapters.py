@@ -183,7 +183,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
 def test_fused_loras_draw_the_same_and_leave_plain_layers() -> None:
     pipe = loaded(TABLE["sd1"], lora={str(lora("sd1", style="kohya")): 0.5})
     want = draw(pipe)
-    pipe._loras.fuse()
+    pipe.loras.fuse()
     assert not [
         name for name, _ in pipe.pipe.unet.named_modules() if "lora" in name or "base_layer" in name
     ]

@@ -388,9 +388,9 @@ def test_what_does_not_fit_is_refused_by_its_name(
         {key: tensor.clone() for key, tensor in {**WHOLE, **keys}.items()},
     )
     with pytest.raises(ConfigError, match=message) as caught:
-        pipes("zimage")._loras.use({path: 1.0})
+        pipes("zimage").loras.use({path: 1.0})
     assert len(str(caught.value)) < 600
-    pipes("zimage")._loras.use({})
+    pipes("zimage").loras.use({})
 
 
 @pytest.mark.parametrize(
@@ -423,4 +423,4 @@ def test_a_refusal_says_what_the_file_is(
         tmp_path / "x.safetensors", {key: tensor.clone() for key, tensor in keys.items()}, header
     )
     with pytest.raises(ConfigError, match=message):
-        pipes("zimage")._loras.use({path: 1.0})
+        pipes("zimage").loras.use({path: 1.0})

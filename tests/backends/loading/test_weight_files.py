@@ -152,7 +152,7 @@ def beside(
         ),
         (
             {"nothing.scale_weight": torch.ones(1)},
-            "has the scale nothing.scale_weight and no nothing.weight",
+            "has the scale nothing.scale_weight, but no nothing.weight",
         ),
     ],
 )

@@ -432,7 +432,7 @@ def test_an_ip_adapter_of_another_type_or_encoder_is_refused(name: str, tmp_path
     message = refusal(name, ip_adapter=str(narrow / IP_ADAPTER_FILE))
     assert (
         "takes image embeddings of width 32, but the image encoder" in message
-        and "gives 40" in message
+        and "has 40" in message
     )
 
 
