@@ -398,7 +398,7 @@ def test_pixart_alpha_runs_a_single_step():
 
 def test_scheduler_cannot_be_driven_twice_at_once():
     scheduler = scheduler_for("sd1", "euler")
-    with StepDriver(scheduler, steps(2)), pytest.raises(RuntimeError, match="is driven already"):
+    with StepDriver(scheduler, steps(2)), pytest.raises(RuntimeError, match="already has a driver"):
         StepDriver(scheduler, steps(2)).__enter__()
 
 
