@@ -1,6 +1,4 @@
-"""Parallel backends, by the customer's names. Naming one does not import torch; using it does,
-late.
-"""
+"""The parallel backends by name. torch is imported only when a backend's class is asked for."""
 
 import importlib
 from collections.abc import Callable, Iterable, Mapping
@@ -21,37 +19,35 @@ _BACKENDS = {
     "distrifuser": "DistriFuserBackend",
     "xdit": "XDiTBackend",
 }
-"""Folder below backends/ -> class in its backend.py. Each folder also has a plan.py that imports no
-torch.
-"""
+"""Folder below backends/ -> class in its backend.py. Each folder also has a torch-free plan.py."""
 
 BACKEND_NAMES = tuple(_BACKENDS)
 
 
 class PlanModule(Protocol):
-    """What the plan.py of each backend exports."""
+    """The contents of each backend's plan.py."""
 
     OPTIONS: "tuple[Option, ...]"
-    """The launch options that are the backend's own."""
+    """The backend's own launch options."""
     READS: tuple[str, ...]
     """Options that another backend declares and this one reads too."""
 
     def make_plan(
         self, spec: "ModelSpec", options: Mapping[str, object], world_size: int
     ) -> "ParallelPlan":
-        """Return the plan for these launch options. PlanError where nothing fits."""
+        """Return the plan for these launch options. PlanError if they do not fit together."""
 
     def candidates(
         self, spec: "ModelSpec", ranks: int, *, is_guided: bool
     ) -> Iterable[tuple[str, dict[str, object]]]:
-        """Return name and launch options of each way to generate one image that is worth trying."""
+        """Yield (name, launch options) of each way to run one image that is worth trying."""
 
     def cost(self, plan: "ParallelPlan", part: "RankWork") -> "MethodCost":
-        """Return what a step of such a plan costs, within one half of the CFG split."""
+        """Return the cost of one step of this plan, within one half of the CFG split."""
 
 
 def backend_class(name: str) -> "type[Backend]":
-    """The class of a backend; imports torch."""
+    """Return the class of a backend; imports torch."""
     return getattr(importlib.import_module(f"backends.{_known(name)}.backend"), _BACKENDS[name])
 
 

@@ -1,26 +1,19 @@
-"""The errors a user can cause or must read. Knows nothing of HTTP: hosts/http/errors.py maps types
-to status codes.
+"""Errors that users cause or read. hosts/http/errors.py maps the types to HTTP status codes.
 
 Every message says what was given, what is allowed, and what to do.
 """
 
 
 class HostError(Exception):
-    """Base of all errors whose message is meant for the person who sent the request or started the
-    host.
-    """
+    """Base of all errors whose message is written for the client or the operator."""
 
 
 class ConfigError(HostError):
-    """A launch argument, a configuration file or the model table is wrong. Exit code 2 on the
-    command line.
-    """
+    """A wrong launch argument, configuration file or model table. Exit code 2."""
 
 
 class RequestError(HostError):
-    """A request says something that cannot be meant. `field` names the field at fault, where one
-    is.
-    """
+    """A request with a missing or invalid value. `field` names the field at fault, if known."""
 
     def __init__(self, message: str, *, field: str | None = None) -> None:
         super().__init__(message)
@@ -28,13 +21,11 @@ class RequestError(HostError):
 
 
 class UnsendableError(RequestError):
-    """A message between ranks cannot be written down; nothing of it was sent."""
+    """A message between ranks cannot be serialised. No part of it was sent."""
 
 
 class UnsupportedError(HostError):
-    """A combination of model type, backend and feature that the model table rules out; the reason
-    is the table's.
-    """
+    """A combination of model type, backend and feature that is not available."""
 
 
 class PlanError(HostError):
@@ -42,13 +33,11 @@ class PlanError(HostError):
 
 
 class NotFoundError(HostError):
-    """What was asked for by name is not here (any more)."""
+    """The named thing does not exist, or no longer."""
 
 
 class BusyError(HostError):
-    """The queue is full, or the client sent too much; try again after `retry_after_s`, where that
-    is known.
-    """
+    """The queue is full or the client is over its limit. Retry after `retry_after_s`, if known."""
 
     def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
         super().__init__(message)
@@ -56,7 +45,7 @@ class BusyError(HostError):
 
 
 class UnavailableError(HostError):
-    """The host cannot take jobs: loading failed, or it is stopping."""
+    """The host cannot take jobs: loading failed, or it is shutting down."""
 
 
 class CancelledError(HostError):
@@ -64,9 +53,7 @@ class CancelledError(HostError):
 
 
 class RankError(HostError):
-    """A rank failed while it worked on a job. `rank` is the first that did, `trace` its traceback
-    (for the log).
-    """
+    """A rank failed during a job. `rank` failed first; `trace` is its traceback, for the log."""
 
     def __init__(self, message: str, *, rank: int, trace: str = "") -> None:
         super().__init__(message)

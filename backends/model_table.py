@@ -1,7 +1,6 @@
-"""Reads and checks model_table.yaml, the only list of what is supported -> ModelSpec. Imports no
-torch.
+"""Read and check model_table.yaml, the only list of what is supported. Imports no torch.
 
-A wrong table is a ConfigError that names the line.
+A wrong table raises a ConfigError that names the line.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,7 +33,7 @@ Status = Literal["tested", "untested", "unsupported"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """Whether one combination works. `reason` says why not, and is the text that the user reads."""
+    """Whether one combination works. `reason` says why not, in words for the user."""
 
     status: Status
     reason: str = ""
@@ -42,7 +41,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackendSpec:
-    """One backend's row of a model type: its own status, and one cell per feature."""
+    """One backend of a model type: its own status, and one cell per feature."""
 
     cell: Cell
     features: Mapping[str, Cell]
@@ -50,10 +49,10 @@ class BackendSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """Facts about one model type. Code asks these instead of comparing names."""
+    """Facts about one model type. Code reads these instead of comparing names."""
 
     name: str
-    title: str  # for people
+    title: str  # for messages and docs
     pipeline: str  # diffusers class
     denoiser: Literal["unet", "transformer"]  # its attribute on the pipeline
     output: Literal["image", "video"]
@@ -64,50 +63,49 @@ class ModelSpec:
     num_inference_steps: int  # default
     guidance_scale: float  # default
     backends: Mapping[str, BackendSpec]  # in order of preference
-    blocks: tuple[str, ...] = ()  # a transformer's lists of blocks, in the order in which they run
+    blocks: tuple[str, ...] = ()  # a transformer's ModuleLists of blocks, in order of execution
     # The pipeline multiplies given latents by scheduler.init_noise_sigma.
     scales_initial_latents: bool = True
-    flow_matching: bool = False  # family of samplers
-    size_multiple: int = 8  # pixels that height and width must divide by
+    flow_matching: bool = False  # takes flow-matching samplers
+    size_multiple: int = 8  # height and width must be multiples of this, in pixels
     upscale: int = 1  # output side / input side
-    # cfg: two halves; distilled: the scale is fed to the model; frame_ramp: svd's scale per frame.
+    # cfg: two halves; distilled: the scale is an input of the model; frame_ramp: svd's, per frame.
     guidance: Literal["cfg", "distilled", "frame_ramp"] = "cfg"
     # Denoiser calls per step with guidance on. 1: both halves as one batch; 2: one after the other.
     guidance_calls: int = 1
     guidance_argument: str = "guidance_scale"  # the call's argument for the scale
-    empty_negative: str = ""  # stands for no negative prompt where the call needs one
+    empty_negative: str = ""  # passed when the call needs a negative prompt and none was given
     # list: pipeline and denoiser take a list with one entry per image instead of one tensor.
     input_layout: Literal["tensor", "list"] = "tensor"
-    # A row of a batch equals the image alone, so several jobs may share a call (a test shows it).
+    # A row of a batch equals the same image alone (tested), so several jobs may share a call.
     is_batchable: bool = False
     num_frames: int = 1  # default
-    # Dtype to compute in on a GPU that has it, and the VAE's where that is always another.
+    # Default dtype on a GPU that supports it, and the VAE's if it always differs.
     variant: Literal["fp16", "bf16"] = "fp16"
     vae_variant: Literal["", "fp32"] = ""
     requires: tuple[str, ...] = ("prompt",)  # inputs that every request must bring
     # Fixed extra arguments of the pipeline call.
     call: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
-    components: tuple[str, ...] = ()  # to be loaded too, unless the checkpoint folder holds them
-    # Other pipeline classes with the same parts, whose checkpoints this row runs as well.
+    components: tuple[str, ...] = ()  # loaded separately unless the checkpoint folder holds them
+    # Other pipeline classes with the same components, whose checkpoints this row also runs.
     also: tuple[str, ...] = ()
-    # What a checkpoint must be like (backends/files/fit.py). denoiser, vae: their classes.
-    # channels: how many times the latents, and how many more, the denoiser takes. text: a field of
-    # its configuration -> widths of encoders that it is the sum of. is: fields with one right
-    # value. sign: a field that tells it from another type of the same class. optional: parts that
-    # may be left out.
+    # What a checkpoint must match (backends/files/fit.py). denoiser, vae: class names.
+    # channels: [n, m], the denoiser has n * latent channels + m inputs. text: config field ->
+    # text encoder widths that add up to it. is: config fields with one allowed value. sign: a field
+    # that distinguishes types of the same class. optional: components that may be absent.
     fits: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     single_file: bool = False  # the checkpoint may be one .safetensors file
     # Pipeline and model class, and the call's argument for the image.
     controlnet: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
-    # Text encoder -> what Compel takes of it: last or penultimate states (+ pooled), or pooled.
+    # Text encoder -> the states that Compel reads: last or penultimate (+ pooled), or pooled.
     compel: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
-    # Class of the image encoder and of its processor.
+    # Classes of the image encoder and its processor.
     ip_adapter: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
-    # Checkpoint below the repository for a start without --checkpoint, and its own defaults.
+    # Checkpoint inside the repository, used without --checkpoint, and its own defaults.
     demo: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
     def supports(self, backend: str, feature: str | None = None) -> Cell:
-        """Whether `backend` can run this type, or this feature of it."""
+        """Return whether `backend` can run this type, or one feature of it."""
         row = self.backends.get(backend)
         if row is None:
             known = ", ".join(self.backends)
@@ -120,7 +118,7 @@ class ModelSpec:
         return row.features[feature]
 
     def require(self, backend: str, feature: str | None = None) -> None:
-        """UnsupportedError with the table's reason, unless the combination is there."""
+        """Raise UnsupportedError with the table's reason, unless the combination is available."""
         cell = self.supports(backend, feature)
         if cell.status == "unsupported":
             what = f"{feature} with backend {backend!r}" if feature else f"backend {backend!r}"
@@ -135,7 +133,7 @@ class ModelSpec:
             )
 
     def default_backend(self, world_size: int) -> str:
-        """`single` on one rank, else the first backend of the row that can run the type."""
+        """Return `single` for one rank, else the first backend of the row that can run the type."""
         if world_size == 1:
             return "single"
         for name, row in self.backends.items():
@@ -171,7 +169,7 @@ class ModelTable(Mapping[str, ModelSpec]):
 
 
 def read_table(path: Path = TABLE_PATH) -> ModelTable:
-    """The checked table. ConfigError('model_table.yaml, line 12: ...') if it is wrong."""
+    """Return the checked table. ConfigError('model_table.yaml, line 12: ...') if it is wrong."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -184,21 +182,21 @@ def read_table(path: Path = TABLE_PATH) -> ModelTable:
 
 @lru_cache(maxsize=1)
 def _parse(text: str, name: str) -> ModelTable:
-    """libyaml's parser where PyYAML was built with it: ten times as fast."""
+    """Parse with libyaml if PyYAML was built with it: ten times as fast."""
     try:
         root = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 0
-        raise ConfigError(f"{name}, line {line}: {error.problem}. Mend the YAML there.") from error
+        raise ConfigError(f"{name}, line {line}: {error.problem}. Fix the YAML there.") from error
     return ModelTable(dict(_Reader(name).table(root)))
 
 
 Defaults = Mapping[str, Mapping[str, Cell]]
-"""Backend -> feature -> its cell, where a type's row says nothing else."""
+"""Backend -> feature -> its cell, unless a type's row overrides it."""
 
 
 class _Reader:
-    """Walks the YAML nodes, which know their lines."""
+    """Converts YAML nodes to specs; nodes know their line numbers."""
 
     def __init__(self, file_name: str) -> None:
         self._file_name = file_name
@@ -266,13 +264,14 @@ class _Reader:
         return ModelSpec(**values)
 
     def _backends(self, name: str, node: yaml.Node, shared: Defaults) -> Mapping[str, BackendSpec]:
-        """Read the rows of a type. shared: the cells where a row says nothing else."""
+        """Read the rows of a type. shared: the cells that a row may override."""
         rows = {}
         for backend, row_node in self._items(node).items():
             if backend not in BACKEND_NAMES:
                 raise self._error(
                     row_node,
-                    f"{name}.backends.{backend} is no backend. Allowed: {', '.join(BACKEND_NAMES)}",
+                    f"{name}.backends.{backend} is not a backend. Allowed: "
+                    f"{', '.join(BACKEND_NAMES)}",
                 )
             items, where = self._items(row_node), f"{name}.backends.{backend}"
             own = self._cells(items.pop("features", None), f"{where}.features")
@@ -284,12 +283,12 @@ class _Reader:
         return MappingProxyType(rows)
 
     def _cells(self, node: yaml.Node | None, where: str) -> dict[str, Cell]:
-        """Feature -> its cell: `tested`, `untested`, or a mapping with status and reason."""
+        """Read feature -> cell: `tested`, `untested`, or a mapping with status and reason."""
         cells = {}
         for feature, value in (self._items(node) if node is not None else {}).items():
             if feature not in FEATURES:
                 raise self._error(
-                    value, f"{where}.{feature} is no feature. Allowed: {', '.join(FEATURES)}"
+                    value, f"{where}.{feature} is not a feature. Allowed: {', '.join(FEATURES)}"
                 )
             is_word = isinstance(value, yaml.ScalarNode)
             items = {"status": value} if is_word else self._items(value)
@@ -341,7 +340,7 @@ class _Reader:
         for key_node, value_node in node.value:
             key = self._value(key_node)
             if key in items:
-                raise self._error(key_node, f"{key!r} is there twice. Keep one")
+                raise self._error(key_node, f"{key!r} occurs twice. Keep one")
             items[str(key)] = value_node
         return items
 

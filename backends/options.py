@@ -1,8 +1,7 @@
-"""Launch options as data, and parsers of single values: text -> value, or a ValueError that says
-what is allowed. Imports no torch.
+"""Launch options as data, and parsers of single values. Imports no torch.
 
-Each backend declares its own options in its plan.py; hosts/launch/settings.py adds them to those of
-the host.
+A parser turns text into a value, or raises ValueError with the allowed values as its message. Each
+backend declares its options in its plan.py; hosts/launch/settings.py adds them to the host's.
 """
 
 import difflib
@@ -20,17 +19,18 @@ class Option:
     name: str  # as on the command line, with underscores
     text: str  # for --help and docs
     parse: Parser
-    default: Any = None  # None: not given, the backend chooses
+    default: Any = None  # None: the backend chooses
     aliases: tuple[str, ...] = ()  # further spellings
     metavar: str = ""
 
 
 def switch(name: str, text: str) -> Option:
-    """Declare an option that is off unless it is given."""
+    """Declare a boolean option that is off by default."""
     return Option(name=name, text=text, parse=parse_switch, default=False)
 
 
 def parse_switch(text: str) -> bool:
+    """Parse 'true', 'on', 'no', '0' and the like; the empty text is true."""
     if text.strip().lower() in ("", "1", "true", "yes", "on"):
         return True
     if text.strip().lower() in ("0", "false", "no", "off", "none"):
@@ -39,7 +39,7 @@ def parse_switch(text: str) -> bool:
 
 
 def whole(low: int, high: int = 2**31 - 1, *, multiple: int = 1) -> Callable[[str], int]:
-    """A parser for whole numbers in a range."""
+    """Return a parser for whole numbers from `low` to `high`."""
     allowed = (
         f"a whole number from {low}"
         + (f" to {high}" if high < 2**31 - 1 else "")
@@ -59,6 +59,8 @@ def whole(low: int, high: int = 2**31 - 1, *, multiple: int = 1) -> Callable[[st
 
 
 def number(low: float, high: float) -> Callable[[str], float]:
+    """Return a parser for numbers from `low` to `high`."""
+
     def parse(text: str) -> float:
         try:
             value = float(text)
@@ -72,6 +74,8 @@ def number(low: float, high: float) -> Callable[[str], float]:
 
 
 def one_of(*names: str) -> Callable[[str], str]:
+    """Return a parser for one of these names."""
+
     def parse(text: str) -> str:
         if text not in names:
             close = difflib.get_close_matches(text, names, n=1)
@@ -84,7 +88,7 @@ def one_of(*names: str) -> Callable[[str], str]:
 
 
 def weights(text: str) -> tuple[float, ...]:
-    """'1,1,0.6' or '[1, 1, 0.6]' -> (1.0, 1.0, 0.6)."""
+    """Parse '1,1,0.6' or '[1, 1, 0.6]' into (1.0, 1.0, 0.6)."""
     try:
         values = tuple(float(part) for part in text.strip("[] ").split(","))
     except ValueError as error:
@@ -95,7 +99,7 @@ def weights(text: str) -> tuple[float, ...]:
 
 
 def counts(text: str) -> tuple[int, ...]:
-    """'10,9', '10 9' or '[10, 9]' -> (10, 9)."""
+    """Parse '10,9', '10 9' or '[10, 9]' into (10, 9)."""
     try:
         values = tuple(int(part) for part in text.strip("[] ").replace(",", " ").split())
     except ValueError as error:

@@ -1,6 +1,4 @@
-"""Which rank does what: named axes and their degrees. Imports no torch, so that the launcher can
-check a plan first.
-"""
+"""Which rank does what: named axes and their degrees. Imports no torch."""
 
 import math
 from collections.abc import Mapping
@@ -10,40 +8,40 @@ from typing import Literal
 from backends.errors import PlanError
 
 Exactness = Literal["exact", "reordered", "approximate"]
-"""exact: same arithmetic order up to collectives; reordered: same mathematics, sums in another
-order; approximate: stale values.
+"""exact: same order of arithmetic, up to collectives. reordered: same mathematics, sums in another
+order. approximate: uses stale values.
 """
 Quality = Literal["exact", "high", "fast"]
 QUALITIES: tuple[Quality, ...] = ("exact", "high", "fast")
-"""From the strictest: an image like one rank's; one that was measured to come close
-(docs/quality.md); any.
-"""
+"""Strictest first: an image like one rank's; one measured to be close (docs/quality.md); any."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelPlan:
-    """The degrees of one method on `world_size` ranks, checked once; the only source of process
-    groups (groups/mesh.py). Shared code asks its facts and never its options.
+    """The degrees of one method on `world_size` ranks, validated on construction.
+
+    The only source of process groups (groups/mesh.py). Shared code reads the facts, never
+    `options`.
     """
 
     method: str  # name of the backend
-    # (name, degree), outermost first: the last axis has neighbouring ranks. Names in use: data,
+    # (name, degree), outermost first: the last axis joins neighbouring ranks. Names in use: data,
     # cfg, patch, segment, stage, ulysses, ring, tensor. Axes of degree 1 may be left out.
     axes: tuple[tuple[str, int], ...] = ()
     exactness: Exactness = "exact"
     is_close: bool = False  # approximate, but measured to come close (docs/quality.md)
-    # The launch option by which each rank keeps only a part of the weights; empty if it keeps all.
+    # The launch option that shards the weights; empty if every rank keeps all of them.
     splits_weights_by: str = ""
-    # What the ranks read of the previous step, and what to use where there is none: ends in an
-    # advice. Empty if every step stands alone.
+    # Which values of the previous step are reused, and what to run instead: part of an error text.
+    # Empty if every step is independent.
     reads_previous_step: str = ""
     intercepts_sdpa: bool = False  # reaches other ranks' tokens through torch's attention operator
-    # Why an image is to be generated before the host is ready; empty if it need not.
+    # Why an image must be generated before the host is ready; empty if none is needed.
     needs_prewarm: str = ""
     step_cache: str = ""  # kind of step cache that the method's own options ask for
-    # What the method's own code reads, resolved.
+    # The method's own options, with every default resolved.
     options: Mapping[str, object] = field(default_factory=dict)
-    # A sentence for each value that was chosen automatically, for the log and --check.
+    # One sentence per automatically chosen value, for the log and --check.
     reasons: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -62,6 +60,7 @@ class ParallelPlan:
 
     @property
     def world_size(self) -> int:
+        """The number of ranks: the product of all degrees."""
         return math.prod(degree for _, degree in self.axes)
 
     @property
@@ -72,13 +71,11 @@ class ParallelPlan:
         return "high" if self.is_close else "fast"
 
     def degree(self, name: str) -> int:
-        """Degree of an axis; 1 where the plan does not have it."""
+        """Return the degree of an axis; 1 if the plan does not have it."""
         return dict(self.axes).get(name, 1)
 
     def ranks(self, *names: str, of_rank: int) -> tuple[int, ...]:
-        """The ranks that differ from `of_rank` only along the axes `names`, in rank order (itself
-        included).
-        """
+        """Return the ranks that differ from `of_rank` only along the axes `names`, and itself."""
         here = self._coordinates(of_rank)
         fixed = [name for name, _ in self.axes if name not in names]
         return tuple(
@@ -95,16 +92,17 @@ class ParallelPlan:
         return coordinates
 
     def describe(self) -> str:
-        """One line for logs: 'distrifuser: cfg 2 x patch 2 (exact)'."""
+        """Return one line for logs: 'distrifuser: cfg 2 x patch 2 (exact)'."""
         return f"{self.method}: {times(**dict(self.axes)) or 'one rank'} ({self.exactness})"
 
 
 def divisors(number: int) -> list[int]:
+    """Return the divisors of a positive number, in ascending order."""
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
 def cfg_degrees(ranks: int, *, has_halves: bool) -> list[int]:
-    """Return the degrees of the CFG split that this many ranks can have, the largest first."""
+    """Return the possible degrees of the CFG split on `ranks` ranks, the largest first."""
     return [2, 1] if has_halves and ranks % 2 == 0 else [1]
 
 
@@ -114,7 +112,7 @@ def times(**degrees: int) -> str:
 
 
 def require_world_size(plan: ParallelPlan, world_size: int) -> ParallelPlan:
-    """The plan itself, or PlanError if its degrees do not multiply to the number of ranks."""
+    """Return the plan. PlanError if its degrees do not multiply to the number of ranks."""
     if plan.world_size != world_size:
         given = " x ".join(f"{name} {degree}" for name, degree in plan.axes) or "1"
         raise PlanError(

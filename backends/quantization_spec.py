@@ -1,6 +1,4 @@
-"""What `--quantize_to` and its split forms may say -> a checked choice. Imports no torch: wrong
-ones are refused before anything loads.
-"""
+"""Parse `--quantize_to` and its per-component forms before anything loads. Imports no torch."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -28,16 +26,17 @@ ALLOWED = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizationSpec:
-    """How the weights of a component are kept."""
+    """How the weights of a component are stored."""
 
     kind: Kind
-    qtype: str = "nf4"  # of bitsandbytes' 4 bits: nf4 or fp4
-    compute: str | None = None  # of bitsandbytes' 4 bits: a dtype's short name
+    qtype: str = "nf4"  # bnb_int4 only: nf4 or fp4
+    compute: str | None = None  # bnb_int4 only: fp32, fp16 or bf16
 
 
 def parse_quantization(text: str, *, option: str) -> QuantizationSpec:
-    """ConfigError names the option and what is allowed. torchao's names are understood; the work is
-    done by our own kinds.
+    """Parse the value of `--option`. ConfigError if it is not allowed.
+
+    torchao's names map to our own kinds.
     """
     parts = [part.strip().lower() for part in text.split(",")]
     if len(parts) == 1 and parts[0] in EVERYWHERE:

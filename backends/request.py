@@ -1,8 +1,7 @@
-"""What is asked of a loaded pipeline and what it gives back. Names are diffusers'. Imports no
-torch.
+"""What a loaded pipeline is asked for and returns, in diffusers' names. Imports no torch.
 
-Requests travel from rank 0 to all ranks as they are, so they hold plain values, numpy arrays and
-PIL images only.
+Rank 0 sends requests to all ranks as they are, so they hold only plain values, numpy arrays and PIL
+images.
 """
 
 from dataclasses import dataclass, field
@@ -21,33 +20,34 @@ MAX_SIDE = 8192
 MAX_STEPS = 1000
 Weight = Annotated[float, Field(ge=-10, le=10)]
 IMAGE_STRENGTH = 0.8
-"""How much of init_image may change if a request does not say it: 1 would not show the image."""
+"""Default `strength` with init_image. At 1 nothing of the image would remain."""
 CALL_DEFAULTS = {"decode_chunk_size": 8, "motion_bucket_id": 127, "noise_aug_strength": 0.02}
-"""What pipelines that have these arguments are given when a request leaves them out."""
+"""Arguments for pipelines that accept them, if a request leaves them out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompileSettings:
-    """What torch.compile is to compile, and how. None is torch's own default."""
+    """Settings of torch.compile. None leaves torch's default."""
 
     targets: tuple[Literal["denoiser", "vae", "encoders"], ...]
     backend: str | None = None
     mode: str | None = None
-    options: dict[str, Any] | None = None  # win over a mode: torch takes one of the two
+    options: dict[str, Any] | None = None  # override `mode`: torch takes only one of the two
     fullgraph: bool = True  # refuse graph breaks
     cache_limit: int | None = None  # graphs kept per function
-    accumulated_cache_limit: int | None = None  # graphs kept in all
+    accumulated_cache_limit: int | None = None  # graphs kept in total
     capture_scalar: bool = False  # capture scalar outputs in the graph
 
 
 WITH_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
-"""Modes of torch.compile that record CUDA graphs -> the same without."""
+"""torch.compile modes that record CUDA graphs -> the same mode without them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadRequest:
-    """Everything that is fixed when the weights are loaded. Paths are absolute; None means the
-    checkpoint's own, or the model table's default.
+    """Everything that is fixed at load time. Paths are absolute.
+
+    None means the checkpoint's own value, or the model table's default.
     """
 
     model_type: str  # a row of the model table
@@ -62,37 +62,35 @@ class LoadRequest:
     motion_adapter: str | None = None  # folder
     motion_module: str | None = None  # the same as one file
     motion_config: str | None = None
-    # Folder or file -> scale, which a request may change.
+    # Folder or file -> scale; a request may change the scale.
     control_net: dict[str, float] = field(default_factory=dict)
     control_net_config: str | None = None
-    # File -> scale, which a request may change.
+    # File -> scale; a request may change the scale.
     ip_adapter: dict[str, float] = field(default_factory=dict)
-    # File -> scale, unless a request brings its own.
+    # File -> scale; a request may replace the whole set.
     lora: dict[str, float] = field(default_factory=dict)
     # File -> scale, in every generation.
     motion_lora: dict[str, float] = field(default_factory=dict)
-    # Group of components (quantization_spec.GROUPS) -> how their weights are kept.
+    # Group of components (quantization_spec.GROUPS) -> how their weights are stored.
     quantize: dict[str, QuantizationSpec] = field(default_factory=dict)
     compile: CompileSettings | None = None  # None: nothing is compiled
     compel: bool = False  # Compel reads the prompts
-    step_cache: StepCacheSpec | None = None  # None: all steps are computed in full
+    step_cache: StepCacheSpec | None = None  # None: every step is computed in full
     offload: Literal["model", "sequential", "group"] | None = None  # None: weights stay on the GPU
     enable_attention_slicing: bool = False
     xformers_efficient: bool = False  # attention by xformers
     enable_vae_tiling: bool = False
     enable_vae_slicing: bool = False
     parallel_vae: bool = True  # all ranks decode an image together
-    height: int | None = None  # defaults of requests, as the three below
+    height: int | None = None  # this and the next three: defaults for requests
     width: int | None = None
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
-    prewarm_steps: int = 0  # of an image that is thrown away before the host is ready
+    prewarm_steps: int = 0  # steps of a throw-away image before the host is ready; 0: none
 
 
 class GenerateRequest(BaseModel):
-    """One image (or one video) to make. A field left out takes the model type's default from the
-    model table.
-    """
+    """One image (or one video) to generate. Fields left out take the model table's defaults."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
@@ -103,7 +101,7 @@ class GenerateRequest(BaseModel):
         Field(
             ge=-(2**63),
             le=2**63 - 1,
-            description="Same seed, same image. Absent or negative: drawn at random.",
+            description="Same seed, same image. Absent or negative: chosen at random.",
         ),
     ] = None
     num_inference_steps: Annotated[
@@ -253,9 +251,9 @@ class GenerateResult:
     # float32 (1, C, h, w) in unscaled VAE space; None for types that do not return them.
     latents: Array | None
     seed: int
-    num_steps: int  # scheduler steps that were executed
+    num_steps: int  # scheduler steps executed
     exactness: Exactness
     seconds: float  # of the whole generation
-    report: dict[str, Any] = field(default_factory=dict)  # figures for logs and benchmarks
+    report: dict[str, Any] = field(default_factory=dict)  # statistics for logs and benchmarks
     # The request with every default filled in, without images and arrays.
     resolved: dict[str, Any] = field(default_factory=dict)

@@ -1,6 +1,4 @@
-"""What --step_cache may be, and where it may not: checked before anything loads. Imports no
-torch.
-"""
+"""Parse --step_cache and refuse it where it cannot work. Imports no torch."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,17 +9,17 @@ from backends.plan import ParallelPlan
 
 Kind = Literal["first_block", "taylor", "deep"]
 KINDS: dict[str, tuple[Kind, ...]] = {"transformer": ("first_block", "taylor"), "unet": ("deep",)}
-"""Kind of denoiser -> the caches that fit it, the default first."""
+"""Kind of denoiser -> the caches that it can use, the default first."""
 
 DEFAULTS: dict[str, float] = {"first_block": 0.08, "taylor": 3, "deep": 2}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepCacheSpec:
-    """A step cache that was asked for."""
+    """A validated --step_cache."""
 
     kind: Kind
-    # first_block: the relative change of the first block's effect up to which a step is skipped.
+    # first_block: a step is skipped if the first block's residual changed relatively by less.
     # taylor, deep: every value-th step is computed in full.
     value: float
 
@@ -30,7 +28,7 @@ class StepCacheSpec:
 
 
 def parse_step_cache(text: str, spec: ModelSpec) -> StepCacheSpec:
-    """KIND or KIND,VALUE. ConfigError for what does not fit this model type."""
+    """Parse KIND or KIND,VALUE. ConfigError if it does not fit this model type."""
     kind, _, value = text.replace(" ", "").partition(",")
     allowed = KINDS[spec.denoiser]
     if kind not in allowed:
@@ -47,16 +45,14 @@ def parse_step_cache(text: str, spec: ModelSpec) -> StepCacheSpec:
     if not (0 <= number <= 10 if is_threshold else 2 <= number <= 100 and number == int(number)):
         limits = "a number from 0 to 10" if is_threshold else "a whole number from 2 to 100"
         raise ConfigError(
-            f"--step_cache={text} is not allowed. After {kind}, comes {limits}, such as "
+            f"--step_cache={text} is not allowed. After '{kind},' give {limits}, such as "
             f"{kind},{DEFAULTS[kind]:g}."
         )
     return StepCacheSpec(kind=kind, value=number)
 
 
 def require_step_cache(cache: StepCacheSpec, plan: ParallelPlan) -> None:
-    """UnsupportedError where a skipped step would leave the next one without the values that the
-    method takes from it.
-    """
+    """Raise UnsupportedError if the method reuses activations that a skipped step would lack."""
     if plan.reads_previous_step:
         raise UnsupportedError(
             f"step_cache={cache} is not available with {plan.reads_previous_step}, or leave out "

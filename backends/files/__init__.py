@@ -1,1 +1,1 @@
-"""What files of weights are, read from headers and configurations. Imports no torch."""
+"""What weight files contain, read from headers and configurations. Imports no torch."""

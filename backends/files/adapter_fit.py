@@ -1,5 +1,6 @@
-"""Whether ControlNets, IP-Adapters and motion modules fit the checkpoint, from configurations and
-headers alone. Imports no torch.
+"""Whether ControlNets, IP-Adapters and motion modules fit the checkpoint. Imports no torch.
+
+Only configurations and headers are read.
 """
 
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from backends.model_table import ModelSpec
 from backends.request import LoadRequest
 
 ENCODER_FOLDERS = ("image_encoder", "../models/image_encoder", "../image_encoder")
-"""Where published IP-Adapters keep their image encoder, seen from the folder of the weights."""
+"""Where published IP-Adapters keep their image encoder, relative to the weights' folder."""
 SAME_WIDTHS = (
     "cross_attention_dim",
     "cross_attention_dim_t5",
@@ -35,15 +36,13 @@ SAME_WIDTHS = (
     "hidden_size",
     "dim",
 )
-"""Fields that a ControlNet shares with the denoiser whose layers it adds to."""
+"""Config fields that must be equal in a ControlNet and its denoiser."""
 
 
 def require_fit(
     spec: ModelSpec, load: LoadRequest, *, read: ReadHeader = read_header
 ) -> Checkpoint:
-    """Return the checkpoint of a load request. ConfigError for its first file that does not fit the
-    type or the others.
-    """
+    """Return the checkpoint of a load request. ConfigError for the first file that does not fit."""
     checkpoint = open_checkpoint(spec, load.checkpoint, read=read)
     require_files(spec, load, checkpoint)
     require_adapters(spec, load, checkpoint)
@@ -51,9 +50,7 @@ def require_fit(
 
 
 def require_adapters(spec: ModelSpec, load: LoadRequest, checkpoint: Checkpoint) -> None:
-    """ConfigError for the first ControlNet, IP-Adapter or motion module that does not fit the
-    checkpoint's denoiser.
-    """
+    """Raise ConfigError for the first adapter that does not fit the checkpoint's denoiser."""
     denoiser = _denoiser_config(spec, load, checkpoint)
     for path in load.control_net:
         _require_controlnet(path, load.control_net_config, spec, denoiser, read=checkpoint.read)
@@ -118,27 +115,22 @@ def _require_class(given: str, config: Config, spec: ModelSpec) -> None:
     if name is not None and name != wanted:
         raise ConfigError(
             f"{given} is {with_article(name)}, but --type={spec.name} needs "
-            f"{with_article(wanted)}. "
-            f"Give a ControlNet made for {spec.title}."
+            f"{with_article(wanted)}. Give a ControlNet made for {spec.title}."
         )
 
 
 def _require_no_mode(given: str, config: Config, spec: ModelSpec) -> None:
-    """Union ControlNets are told the kind of each image, and those for inpainting a mask beside
-    it.
-    """
+    """Refuse union ControlNets, which need the kind of each image, and those that need a mask."""
     if config.get("num_mode"):
         raise ConfigError(
             f"{given} is a union ControlNet of {config['num_mode']} kinds of images, and requests "
-            "cannot say which kind theirs is. "
-            f"Give a ControlNet of one kind made for {spec.title}."
+            f"have no field for the kind. Give a ControlNet of one kind made for {spec.title}."
         )
     for key in ("extra_conditioning_channels", "extra_condition_channels"):
         if config.get(key):
             raise ConfigError(
-                f"{given} takes {config[key]} more channels than an image ({key}), which a mask is "
-                "for, and no type gives it one. "
-                f"Give a ControlNet made for {spec.title}."
+                f"{given} takes {config[key]} more channels than an image ({key}), for a mask, "
+                f"which no type passes to it. Give a ControlNet made for {spec.title}."
             )
 
 
@@ -161,7 +153,7 @@ def _require_widths(given: str, config: Config, denoiser: Config, spec: ModelSpe
 
 
 def _inner_width(config: Config) -> Iterator[int]:
-    """Of a transformer. UNets write something else into the same fields."""
+    """Yield a transformer's attention width. UNets use these config fields for something else."""
     heads, width = config.get("num_attention_heads"), config.get("attention_head_dim")
     if isinstance(heads, int) and isinstance(width, int) and "block_out_channels" not in config:
         yield heads * width
@@ -169,16 +161,13 @@ def _inner_width(config: Config) -> Iterator[int]:
 
 def _other_width(given: str, key: str, own: object, wanted: object, spec: ModelSpec) -> ConfigError:
     return ConfigError(
-        f"{given} has {key}={own}, but the {spec.denoiser} of --type={spec.name} that it is for "
-        f"has {wanted}. "
+        f"{given} has {key}={own}, but the {spec.denoiser} of --type={spec.name} has {wanted}. "
         f"Give one made for this checkpoint of {spec.title}."
     )
 
 
 def find_encoder(weights: Path) -> Path:
-    """Return the folder of the image encoder that comes with an IP-Adapter. ConfigError lists where
-    it was looked for.
-    """
+    """Return the folder of an IP-Adapter's image encoder. ConfigError lists those searched."""
     folders = [weights.parent / name for name in ENCODER_FOLDERS]
     found = next((folder for folder in folders if (folder / "config.json").is_file()), None)
     if found is None:
@@ -191,16 +180,14 @@ def find_encoder(weights: Path) -> Path:
 
 
 def _encoder(path: str, load: LoadRequest, checkpoint: Checkpoint) -> Path:
-    """The checkpoint's own image encoder is used where it has one; else that of the first
-    IP-Adapter, for all.
-    """
+    """Return the folder of the checkpoint's image encoder, else that of the first IP-Adapter."""
     if checkpoint.index.get("image_encoder") is not None and checkpoint.has("image_encoder"):
         return checkpoint.folder / "image_encoder"
     return find_encoder(Path(next(iter(load.ip_adapter), path)))
 
 
 def _require_ip_adapter(given: str, header: Header, spec: ModelSpec, denoiser: Config) -> None:
-    """An IP-Adapter, with keys for this denoiser."""
+    """Raise ConfigError unless the file is an IP-Adapter for this denoiser."""
     found = recognize(header)
     if found is None:
         raise ConfigError(
@@ -216,22 +203,20 @@ def _require_ip_adapter(given: str, header: Header, spec: ModelSpec, denoiser: C
 
 
 def _require_encoder(given: str, header: Header, spec: ModelSpec, encoder: Path) -> None:
-    """The projection must take what the encoder gives: its embedding, or its last hidden states."""
+    """Raise ConfigError unless the projection's input is as wide as the encoder's output."""
     config, wanted = read_config(encoder), spec.ip_adapter["image_encoder"]
     if ("siglip" in str(config.get("model_type"))) != wanted.startswith("Siglip"):
         raise ConfigError(
             f"{given} comes with the image encoder {encoder} of kind {config.get('model_type')}, "
-            f"but {spec.title} needs a {wanted}. "
-            f"Give an IP-Adapter made for {spec.title}."
+            f"but {spec.title} needs a {wanted}. Give an IP-Adapter made for {spec.title}."
         )
     for key, name in _PROJECTIONS.items():
         shape, width = header.first_shape(key), config.get(name)
         if shape is not None and isinstance(width, int) and shape[-1] != width:
             raise ConfigError(
                 f"{given} takes image embeddings of width {shape[-1]}, but the image encoder "
-                f"{encoder} gives {width} ({name}). "
-                "Put the encoder that it was made with there: published ones name it (ViT-H has "
-                "1024 and 1280, ViT-bigG 1280 and 1664)."
+                f"{encoder} has {width} ({name}). Put the encoder that it was trained with there "
+                "(ViT-H has 1024 and 1280, ViT-bigG 1280 and 1664)."
             )
 
 
@@ -241,9 +226,7 @@ _PROJECTIONS = {
     "image_proj.proj.0.weight": "hidden_size",
     "image_proj.proj_in.weight": "hidden_size",
 }
-"""First layer of an IP-Adapter's projection -> the field of the encoder's configuration that says
-how wide its input is.
-"""
+"""First layer of an IP-Adapter's projection -> the encoder's config field with its input width."""
 
 
 def _require_motion(
@@ -270,8 +253,7 @@ def _require_motion(
     if config.get("conv_in_channels"):
         raise ConfigError(
             f"{given} brings a first layer for {config['conv_in_channels']} channels (PIA), and no "
-            "type has its pipeline. "
-            "Give an ordinary motion adapter."
+            "type has its pipeline. Give an ordinary motion adapter."
         )
     _require_levels(given, config, header, spec, denoiser)
 

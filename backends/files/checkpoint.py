@@ -1,8 +1,4 @@
-"""A checkpoint without its weights: which pipeline it is, which type runs it, and what its
-configurations say. Imports no torch.
-
-A folder in diffusers layout, or a single file with the folder of its configuration beside it.
-"""
+"""A checkpoint without its weights: pipeline, type and configurations. Imports no torch."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -21,35 +17,34 @@ Config = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """A folder in diffusers layout, or a single file with the folder of its configuration beside
-    it."""
+    """A folder in diffusers layout, or a single file with its configuration folder beside it."""
 
     spec: ModelSpec
     path: Path
     folder: Path
     index: Config = field(default_factory=dict)
     header: Header | None = None
-    """Of a single file."""
+    """Of a single file; None for a folder."""
     read: ReadHeader = read_header
 
     def config(self, component: str) -> Config:
+        """Return a component's configuration; empty if the checkpoint lacks the component."""
         return read_config(self.folder / component) if self.has(component) else {}
 
     def class_of(self, component: str) -> str | None:
+        """Return the class name that the index gives for a component; None if it gives none."""
         entry = self.index.get(component)
         return entry[1] if isinstance(entry, list) and len(entry) == 2 else None
 
     def has(self, component: str) -> bool:
-        """Return whether the index does not leave the component out. One that it does not name is
-        looked for as a folder."""
+        """Return whether the index names the component with a class, or else its folder exists."""
         if component in self.index:
             return self.class_of(component) is not None
         return (self.folder / component).is_dir()
 
 
 def open_checkpoint(spec: ModelSpec, path: str, *, read: ReadHeader = read_header) -> Checkpoint:
-    """Return what can be said of a checkpoint without its weights. ConfigError if it is of another
-    type."""
+    """Return the checkpoint without its weights. ConfigError if it is of another type."""
     found = Path(path)
     if found.is_dir():
         checkpoint = Checkpoint(
@@ -68,8 +63,10 @@ def open_checkpoint(spec: ModelSpec, path: str, *, read: ReadHeader = read_heade
 
 
 def infer_type(path: Path, table: ModelTable, *, has_motion: bool = False) -> tuple[str, str]:
-    """Return the type that runs this checkpoint, and why. has_motion: AnimateDiff's motion modules
-    were given. ConfigError if none does."""
+    """Return the type that runs this checkpoint, and why. ConfigError if none does.
+
+    has_motion: motion modules of AnimateDiff were given.
+    """
     if path.is_dir():
         name = _read_index(path).get("_class_name")
         if not isinstance(name, str):
@@ -90,8 +87,7 @@ def infer_type(path: Path, table: ModelTable, *, has_motion: bool = False) -> tu
     if found.types and not singles:
         raise ConfigError(
             f"--checkpoint={path} is {found.title}, which loads from a folder in diffusers layout "
-            "only. "
-            f"Give such a folder, and this file with --{found.denoiser or 'transformer'}."
+            f"only. Give such a folder, and this file with --{found.denoiser or 'transformer'}."
         )
     return _first_type(path, singles, found.title, table, reason=found.reason)
 
@@ -99,7 +95,7 @@ def infer_type(path: Path, table: ModelTable, *, has_motion: bool = False) -> tu
 def types_of_class(
     name: str, table: ModelTable, *, folder: Path | None = None, has_motion: bool = False
 ) -> list[str]:
-    """Return the types whose pipeline this class is, or whose parts it has; the best first."""
+    """Return the types whose pipeline is this class or has its components; the best first."""
     own = [spec for spec in table.values() if spec.pipeline == name]
     shared = [spec for spec in table.values() if name in spec.also]
     first = [spec for spec in shared if spec.components] if has_motion else []
@@ -108,14 +104,16 @@ def types_of_class(
 
 
 def read_config(path: str | Path) -> Config:
-    """Return a config.json, or that of a folder; empty where there is none. ConfigError for one
-    that is not JSON."""
+    """Return a config.json, given the file or its folder; empty if there is none.
+
+    ConfigError if it is not JSON.
+    """
     file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
     return read_json(file)
 
 
 def component_folder(path: str | Path, option: str) -> Path:
-    """Return the folder of a component: this one, or that of its name in a whole checkpoint."""
+    """Return the folder of a component: this one, or its subfolder in a whole checkpoint."""
     folder = Path(path)
     if (folder / "config.json").is_file():
         return folder
@@ -130,8 +128,7 @@ def component_folder(path: str | Path, option: str) -> Path:
 def read_component_header(
     path: str | Path, *, option: str, read: ReadHeader = read_header
 ) -> Header | None:
-    """Return the header of a component given as a file or a folder; None where only torch could
-    read it."""
+    """Return the header of a component's file or folder; None if only torch could read it."""
     if Path(path).is_dir():
         return read_folder_header(component_folder(path, option), option=f"--{option}", read=read)
     return read(path, option=f"--{option}")
@@ -153,19 +150,20 @@ def refuse(given: str, found: Found, spec: ModelSpec, needed: str) -> ConfigErro
 
 
 def with_article(name: str) -> str:
+    """Prefix a class name with 'a' or 'an'."""
     return f"an {name}" if name.startswith(("A", "E", "I", "O", "SD")) else f"a {name}"
 
 
 def types_as_text(types: Sequence[str]) -> str:
+    """Return '--type=sd1 or --type=sd2'."""
     return " or ".join(f"--type={name}" for name in types)
 
 
 def width_of(path: str, checkpoint: Checkpoint, denoiser: Config) -> int | None:
-    """Return the number that a path such as '3 * text_encoder.hidden_size' names; None where a
-    configuration does not say it.
+    """Return the number that a path such as '3 * text_encoder.hidden_size' names; None if unknown.
 
-    denoiser: the configuration of the denoiser in use. Some published configurations of models with
-    a part for text keep that part's fields one level higher.
+    denoiser: configuration of the denoiser in use. Some published configurations of multimodal
+    models keep the text model's fields one level higher.
     """
     times, _, name = path.rpartition(" * ")
     component, *fields = name.split(".")
@@ -180,8 +178,10 @@ def width_of(path: str, checkpoint: Checkpoint, denoiser: Config) -> int | None:
 
 
 def _require_class(checkpoint: Checkpoint) -> None:
-    """The pipeline class that the folder names must be one that the row really runs: others draw
-    something else from the same parts."""
+    """Raise ConfigError unless the type runs the folder's pipeline class.
+
+    Other pipelines generate something else from the same components.
+    """
     spec, name = checkpoint.spec, checkpoint.index.get("_class_name")
     if not isinstance(name, str) or name in (spec.pipeline, *spec.also):
         return
@@ -211,14 +211,13 @@ def _require_single_file(checkpoint: Checkpoint) -> None:
     if checkpoint.index and not has_encoders:
         raise ConfigError(
             f"{given} holds no text encoders, and neither does {checkpoint.folder}. Put the "
-            f"folders text_encoder* of {spec.title} there "
-            "with their weights, or give a diffusers folder as --checkpoint and this file as "
-            f"--{spec.denoiser}."
+            f"folders text_encoder* of {spec.title} there with their weights, or give a diffusers "
+            f"folder as --checkpoint and this file as --{spec.denoiser}."
         )
 
 
 def _has_signs(spec: ModelSpec, folder: Path) -> bool:
-    """Whether the folder has what tells this type from another of the same class."""
+    """Return whether the folder has what distinguishes this type from others of the same class."""
     for path, wanted in spec.fits.get("sign", {}).items():
         component, key = path.split(".")
         if read_config(folder / component).get(key) != wanted:
@@ -243,6 +242,7 @@ def _read_index(folder: Path) -> Config:
 
 
 def read_json(file: Path) -> Config:
+    """Return a JSON object; empty if there is no such file. ConfigError if it is not one."""
     if not file.is_file():
         return {}
     try:
@@ -251,6 +251,6 @@ def read_json(file: Path) -> Config:
         raise ConfigError(f"{file} is not JSON ({error}). Download it again.") from error
     if not isinstance(content, dict):
         raise ConfigError(
-            f"{file} holds {type(content).__name__} in place of an object. Download it again."
+            f"{file} holds a {type(content).__name__} instead of an object. Download it again."
         )
     return content

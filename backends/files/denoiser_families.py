@@ -1,9 +1,8 @@
-"""What a denoiser is, from the names and shapes of its tensors: which family, and which types run
-it. Imports no torch.
+"""Recognise a denoiser's family by the names and shapes of its tensors. Imports no torch.
 
-The names are those that diffusers tells families apart by (`infer_diffusers_model_type`), without
-the published widths, so that a file in diffusers' own names, one without the prefix
-`model.diffusion_model.` and a GGUF file are told apart too.
+The names are those by which diffusers distinguishes families (`infer_diffusers_model_type`), but
+not the published widths. So files in diffusers' own names, files without the prefix
+`model.diffusion_model.` and GGUF files are recognised too.
 """
 
 from collections.abc import Iterator
@@ -33,34 +32,33 @@ OPTIONS = {
     "motion": "--motion_module",
     "lora": "--lora",
 }
-"""Part -> the option that takes it. A denoiser has two, by its kind."""
+"""Part -> the option that takes it. A denoiser's depends on its kind."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """What a file was found to be."""
+    """What a file was recognised as."""
 
     title: str
     """In words, with an article: 'a ControlNet of Stable Diffusion XL'."""
     part: Part
     types: tuple[str, ...] = ()
-    """Rows of the model table that run it; none where the product does not."""
+    """Rows of the model table that run it; empty if none does."""
     denoiser: str = ""
-    """'unet' or 'transformer', of a denoiser."""
+    """'unet' or 'transformer', for a denoiser."""
     reason: str = ""
-    """Why no type runs it, where that is known."""
+    """Why no type runs it, if known."""
 
     @property
     def option(self) -> str:
-        """The option that takes such a file; empty where none does."""
+        """The option that takes such a file; empty if there is none."""
         if self.part == "denoiser":
             return f"--{self.denoiser}" if self.types else ""
         return OPTIONS.get(self.part, "")
 
 
 def recognize_denoiser(header: Header) -> Found | None:
-    """Return what the denoiser in this file is, whatever else the file holds; None for names that
-    no known family has."""
+    """Return the family of the denoiser in this file; None for unknown names."""
     inner = header.without(*DENOISER_PREFIXES)
     return next((found for found in _denoisers(inner) if found is not None), None)
 
@@ -73,8 +71,7 @@ def _denoisers(header: Header) -> Iterator[Found | None]:
 
 
 def _of_transformer(header: Header, title: str, types: tuple[str, ...], reason: str) -> Found:
-    """Some take more channels in, or are told apart by their metadata alone; then no type runs
-    them."""
+    """Describe a transformer. No type runs variants with more input channels or other metadata."""
     first = header.shape_of("img_in.weight", "x_embedder.weight", "patch_embedding.weight") or (
         0,
         0,
@@ -98,22 +95,21 @@ _WIDER = {
     (
         "FLUX.1",
         384,
-    ): "it is made for inpainting (Fill) and takes a mask too, and no type has its pipeline",
+    ): "it is made for inpainting (Fill) and also takes a mask, and no type has its pipeline",
     (
         "FLUX.1",
         128,
     ): "it is made for depth or edges beside the latents, and no type has its pipeline",
     ("Wan", 36): "it needs a first frame, and no type has its pipeline",
 }
-"""Title and channels in -> why it is not the type that has the same names."""
+"""(title, input channels) -> why the type with the same tensor names does not run it."""
 
 _SPECIAL = {
     "kontext": "it edits a reference image, and no type has its pipeline",
     "qwen-image-edit": "it edits a reference image, and no type has its pipeline",
-    "qwen-image-layered": "it makes layers, and no type has its pipeline",
+    "qwen-image-layered": "it generates layers, and no type has its pipeline",
 }
-"""Words in the metadata of files that have the names and shapes of a type's own -> why it is not
-that type."""
+"""Word in the metadata -> why the type with the same names and shapes does not run the file."""
 
 _NOT_RUN = "no type runs this family"
 _TRANSFORMERS: tuple[tuple[str, tuple[str, ...], str, tuple[str, ...]], ...] = (
@@ -204,19 +200,17 @@ _TRANSFORMERS: tuple[tuple[str, tuple[str, ...], str, tuple[str, ...]], ...] = (
         ("clip_txt_mapper.weight", "down_blocks.1.0.channelwise.0.weight"),
     ),
 )
-"""Title, types that run it, why none does, and tensors of which one is there. The first that fits
-counts."""
+"""(title, types that run it, why none does, tensors of which one must exist). First match wins."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _UNetFamily:
-    """One architecture of UNets. has_only_latents: it takes no image beside them in its ordinary
-    form."""
+    """One architecture of UNets."""
 
     title: str
     types: tuple[str, ...]
     reason: str = ""
-    has_only_latents: bool = True
+    has_only_latents: bool = True  # the ordinary form takes no image beside the latents
 
 
 FIRST_GENERATION = _UNetFamily(title="Stable Diffusion 1", types=("sd1", "sd2", "ad"))
@@ -225,7 +219,7 @@ _SDXL = _UNetFamily(title="Stable Diffusion XL", types=("sdxl",))
 _REFINER = _UNetFamily(
     title="the Stable Diffusion XL refiner",
     types=(),
-    reason="it continues another model's latents, and no type has that",
+    reason="it continues another model's latents, and no type does that",
 )
 _UPSCALER = _UNetFamily(
     title="the Stable Diffusion x4 upscaler", types=("sdup",), has_only_latents=False
@@ -242,11 +236,11 @@ _MORE_CHANNELS = {
     ),
     5: "it is made for depth maps and also takes one, and no type has its pipeline",
 }
-"""Channels in of a UNet with four latent channels -> why no type runs it."""
+"""Input channels of a UNet with four latent channels -> why no type runs it."""
 
 
 def _unet(header: Header) -> Found | None:
-    """A UNet in the original names (input_blocks) or in diffusers' (down_blocks)."""
+    """Recognise a UNet in the original names (input_blocks) or diffusers' (down_blocks)."""
     first = header.shape_of("input_blocks.0.0.weight", "conv_in.weight")
     has_blocks = header.has_part("input_blocks.1.", "down_blocks.0.resnets.")
     if (
@@ -258,7 +252,7 @@ def _unet(header: Header) -> Found | None:
     family = _unet_family(header)
     title = f"a denoiser of {family.title}"
     if family.has_only_latents and first[1] in _MORE_CHANNELS:
-        title, reason = f"{title} with {first[1]} channels in", _MORE_CHANNELS[first[1]]
+        title, reason = f"{title} with {first[1]} input channels", _MORE_CHANNELS[first[1]]
         return Found(title=title, part="denoiser", denoiser="unet", reason=reason)
     return Found(
         title=title, part="denoiser", types=family.types, denoiser="unet", reason=family.reason
@@ -277,7 +271,7 @@ def _unet_family(header: Header) -> _UNetFamily:
 
 
 def _is_second_generation(key: Shape | None, projection: Shape | None) -> bool:
-    """OpenCLIP is 1024 wide, and the second generation's projections are linear."""
+    """Return whether the text encoder is OpenCLIP, 1024 wide, or the projections are linear."""
     if key is not None and key[1] in (768, 1024):
         return key[1] == 1024
     return projection is not None and len(projection) == 2

@@ -1,8 +1,8 @@
-"""Whether a checkpoint and its replaced parts fit the model type, from configurations and headers:
-no weights are read. No torch.
+"""Whether a checkpoint and replaced components fit the model type. Imports no torch.
 
-The launcher asks before any process starts, so that `--check` tells too; ranks ask again before
-they load, with what only torch reads. Adapters are in backends/files/adapter_fit.py.
+Only configurations and headers are read. The launcher checks before it starts any process, so
+`--check` reports it too. Ranks check again before loading, with torch's files. Adapters are in
+backends/files/adapter_fit.py.
 """
 
 from collections.abc import Iterable
@@ -29,8 +29,7 @@ from backends.request import LoadRequest
 
 SCALES = (".scale_weight", ".weight_scale", ".scale_input", ".input_scale", ".comfy_quant")
 MARKER = "scaled_fp8"
-"""Names beside the weights in files of 8 bits: what a weight is multiplied by, and notes for the
-arithmetic."""
+"""Names beside the weights in 8-bit files: scales of weights, and notes for the arithmetic."""
 UNKNOWN_SCALES = (
     ".weight_scale_2",
     ".weight_scale_inv",
@@ -39,13 +38,11 @@ UNKNOWN_SCALES = (
     ".absmax",
     ".quant_state",
 )
-"""Names of other packed formats: 4 bits of several makers, and scales by blocks."""
+"""Names in other packed formats: several 4-bit ones, and scales by blocks."""
 
 
 def require_files(spec: ModelSpec, load: LoadRequest, checkpoint: Checkpoint) -> None:
-    """ConfigError for the first file of the checkpoint, VAE or denoiser that does not fit the
-    type.
-    """
+    """Raise ConfigError for the first checkpoint, VAE or denoiser file that does not fit."""
     if checkpoint.header is not None:
         refuse_unknown_scales(checkpoint.header.shapes, f"--checkpoint={checkpoint.path}")
     _require_components(checkpoint, load)
@@ -58,24 +55,23 @@ def require_files(spec: ModelSpec, load: LoadRequest, checkpoint: Checkpoint) ->
 
 
 def refuse_unknown_scales(names: Iterable[str], given: str) -> None:
-    """ConfigError for packed weights that nobody here can unpack."""
+    """Raise ConfigError for packed weights that cannot be unpacked here."""
     strange = [name for name in names if name.endswith(UNKNOWN_SCALES)]
     if strange:
         raise ConfigError(
-            f"{given} holds packed weights of a kind that is not read ({strange[0]}, "
-            f"{len(strange)} such tensors). Allowed: float8 with "
-            "one scale for each weight or row, and GGUF. Give such a file, or the original and "
-            "--quantize_to."
+            f"{given} holds packed weights of an unsupported kind ({strange[0]}, {len(strange)} "
+            "such tensors). Allowed: float8 with one scale for each weight or row, and GGUF. Give "
+            "such a file, or the original and --quantize_to."
         )
 
 
 def has_scales(header: Header) -> bool:
+    """Return whether the file holds 8-bit weights with scales."""
     return any(name.endswith(SCALES) or name == MARKER for name in header.shapes)
 
 
 def without_scales(header: Header) -> Header:
-    """Return the header without what belongs to 8-bit weights or to sampling rather than to the
-    model."""
+    """Return the header without the tensors of 8-bit scales and of sampling."""
     shapes = {
         name: shape
         for name, shape in header.shapes.items()
@@ -86,11 +82,10 @@ def without_scales(header: Header) -> Header:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Part:
-    """A denoiser or VAE as it will be used: the checkpoint's, or one that replaces it. name: the
-    component's."""
+    """A denoiser or VAE as it will be used: the checkpoint's own, or its replacement."""
 
-    name: str
-    given: str
+    name: str  # of the component
+    given: str  # the option and its value, for messages
     config: Config
     header: Header | None = None
     has_own_config: bool = False
@@ -98,6 +93,7 @@ class _Part:
 
     @classmethod
     def denoiser(cls, checkpoint: Checkpoint, load: LoadRequest) -> "_Part":
+        """Return the denoiser that the load request will use."""
         name = checkpoint.spec.denoiser
         if load.gguf_model is not None:
             header = checkpoint.read(load.gguf_model, option="--gguf_model")
@@ -112,6 +108,7 @@ class _Part:
 
     @classmethod
     def vae(cls, checkpoint: Checkpoint, load: LoadRequest) -> "_Part":
+        """Return the VAE that the load request will use."""
         return cls._of("vae", checkpoint, load.vae, load.vae_config)
 
     @classmethod
@@ -142,7 +139,7 @@ class _Part:
 
 
 def _require_components(checkpoint: Checkpoint, load: LoadRequest) -> None:
-    """What the pipeline needs must be there: in a folder, with weights unless it is replaced."""
+    """Raise ConfigError unless every needed component exists, with weights unless replaced."""
     spec = checkpoint.spec
     replaced = {"vae": load.vae, spec.denoiser: load.denoiser or load.gguf_model}
     if not checkpoint.index:
@@ -150,8 +147,7 @@ def _require_components(checkpoint: Checkpoint, load: LoadRequest) -> None:
     if checkpoint.index.get("requires_aesthetics_score"):
         raise ConfigError(
             f"--checkpoint={checkpoint.path} is the refiner of {spec.title}: it continues another "
-            "model's latents, and no type has that. "
-            f"Give the base checkpoint."
+            "model's latents, and no type does that. Give the base checkpoint."
         )
     for component in _needed_components(spec):
         if replaced.get(component) is not None:
@@ -159,16 +155,14 @@ def _require_components(checkpoint: Checkpoint, load: LoadRequest) -> None:
         if not checkpoint.has(component):
             raise ConfigError(
                 f"--checkpoint={checkpoint.path} has no {component}, which --type={spec.name} "
-                "needs. "
-                f"Give a whole checkpoint of {spec.title}."
+                f"needs. Give a whole checkpoint of {spec.title}."
             )
         if checkpoint.header is None:
             _require_complete(checkpoint, component)
 
 
 def _needed_components(spec: ModelSpec) -> list[str]:
-    """The denoiser, the VAE, the scheduler and the encoders that the table names, with their
-    tokenizers."""
+    """Return the denoiser, the VAE, the scheduler, and the encoders with their tokenizers."""
     paths = [
         path.rpartition(" * ")[2] for paths in spec.fits.get("text", {}).values() for path in paths
     ]
@@ -184,8 +178,10 @@ def _needed_components(spec: ModelSpec) -> list[str]:
 
 
 def _require_complete(checkpoint: Checkpoint, component: str) -> None:
-    """The folder is there, and every weight file that it needs: a download that broke off has some
-    of them."""
+    """Raise ConfigError unless the component's folder and all its weight files exist.
+
+    An interrupted download leaves only some of them.
+    """
     folder, given = checkpoint.folder / component, f"--checkpoint={checkpoint.path}"
     if not folder.is_dir():
         raise ConfigError(
@@ -214,14 +210,13 @@ def _require_complete(checkpoint: Checkpoint, component: str) -> None:
 
 
 def _missing_shards(folder: Path, index: Path) -> list[str]:
-    """Return the files that an index names and that are not there. One of another precision may
-    have been left out on purpose."""
+    """Return the files that an index names and that do not exist."""
     names = sorted(set(read_json(index).get("weight_map", {}).values()))
     return [name for name in names if not (folder / name).is_file()]
 
 
 def _require_denoiser(part: _Part, checkpoint: Checkpoint) -> None:
-    """Of the class that the type needs, and of its family."""
+    """Raise ConfigError unless the denoiser has the type's class and family."""
     spec = checkpoint.spec
     classes = spec.fits.get("denoiser", [])
     name = part.config.get("_class_name")
@@ -237,22 +232,22 @@ def _require_denoiser(part: _Part, checkpoint: Checkpoint) -> None:
         if part.config and part.config.get(key) != wanted:
             raise ConfigError(
                 f"{part.given} has a {spec.denoiser} with {key}={part.config.get(key)!r}, but "
-                f"--type={spec.name} needs {wanted!r}. "
-                f"Give one made for {spec.title}."
+                f"--type={spec.name} needs {wanted!r}. Give one made for {spec.title}."
             )
     if part.header is not None and part.is_replaced and not part.has_own_config:
         require_same_weights(part.given, part.header, checkpoint, part.name)
 
 
 def _require_family(part: _Part, spec: ModelSpec) -> None:
-    """By the names of its weights. A checkpoint's own denoiser that no table entry knows is judged
-    by its configuration alone."""
+    """Check the names of the weights.
+
+    A checkpoint's own denoiser of an unknown family is checked by its configuration alone.
+    """
     refuse_unknown_scales(part.header.shapes, part.given)
     if has_scales(part.header) and not part.is_replaced:
         raise ConfigError(
-            f"{part.given} holds 8-bit weights with scales in its folder {part.name}, where they "
-            "would be left out. "
-            f"Give that file as --{part.name}=FILE."
+            f"{part.given} holds 8-bit weights with scales in its folder {part.name}, where the "
+            f"scales would be ignored. Give that file as --{part.name}=FILE."
         )
     found = recognize_denoiser(part.header)
     if found is None:
@@ -289,9 +284,8 @@ def _require_vae(part: _Part, checkpoint: Checkpoint) -> None:
     if latents is not None and shape is not None and shape[1] != latents:
         raise ConfigError(
             f"{part.given} has {shape[1]} latent channels in its weights, but {latents} by its "
-            "configuration. "
-            f"Give a VAE made for {spec.title}, or --vae_config=CONFIG.JSON if the file has its "
-            "own."
+            f"configuration. Give a VAE made for {spec.title}, or --vae_config=CONFIG.JSON if the "
+            "file has its own."
         )
     if part.is_replaced and not part.has_own_config:
         require_same_weights(part.given, inner, checkpoint, part.name)
@@ -300,10 +294,9 @@ def _require_vae(part: _Part, checkpoint: Checkpoint) -> None:
 def require_same_weights(
     given: str, header: Header, checkpoint: Checkpoint, component: str
 ) -> None:
-    """Compare a file in diffusers' names with the checkpoint's own part, whose configuration it is
-    loaded by.
+    """Compare a file in diffusers' names with the checkpoint's component, whose config it uses.
 
-    A file in other names is compared when ranks have converted the names
+    Files in other names are compared by the ranks, after conversion
     (backends/loading/key_check.py).
     """
     own = read_folder_header(checkpoint.folder / component, option="--checkpoint")
@@ -326,8 +319,7 @@ def latent_channels(config: Config) -> int | None:
 
 
 def _require_channels(denoiser: _Part, vae: _Part, checkpoint: Checkpoint) -> None:
-    """The denoiser takes the VAE's latents, some times over, and the channels of an image beside
-    them."""
+    """Raise ConfigError unless the denoiser's input channels match the VAE's latents."""
     spec = checkpoint.spec
     times, more = spec.fits.get("channels", (1, 0))
     latents, channels = latent_channels(vae.config), denoiser.config.get("in_channels")
@@ -337,20 +329,18 @@ def _require_channels(denoiser: _Part, vae: _Part, checkpoint: Checkpoint) -> No
         wanted = (channels - more) // times
         raise ConfigError(
             f"{vae.given} has {latents} latent channels, but the checkpoint's {spec.denoiser} "
-            f"needs {wanted}. "
-            f"Give a VAE made for {spec.title}."
+            f"needs {wanted}. Give a VAE made for {spec.title}."
         )
     special = _special_channels(channels, latents)
     raise ConfigError(
-        f"{denoiser.given} has a {spec.denoiser} with {channels} channels in, but "
-        f"--type={spec.name} "
-        f"needs {times * latents + more}{special}. "
-        f"Give a {spec.denoiser} made for {spec.title}."
+        f"{denoiser.given} has a {spec.denoiser} with {channels} input channels, but "
+        f"--type={spec.name} needs {times * latents + more}{special}. Give a {spec.denoiser} made "
+        f"for {spec.title}."
     )
 
 
 def _special_channels(channels: int, latents: int) -> str:
-    """Why a denoiser that takes an image beside the latents is not run."""
+    """Return why a denoiser that takes an image beside the latents is refused; empty if unknown."""
     if channels == 2 * latents + 1:
         return (
             ": it is made for inpainting and also takes a mask; mask_image works with ordinary "
@@ -364,7 +354,7 @@ def _special_channels(channels: int, latents: int) -> str:
 
 
 def _require_texts(denoiser: _Part, checkpoint: Checkpoint) -> None:
-    """The denoiser takes conditioning of the width that the encoders give."""
+    """Raise ConfigError unless the denoiser's conditioning is as wide as the encoders' outputs."""
     spec = checkpoint.spec
     for key, paths in spec.fits.get("text", {}).items():
         wanted, widths = (
@@ -375,17 +365,18 @@ def _require_texts(denoiser: _Part, checkpoint: Checkpoint) -> None:
             continue
         raise ConfigError(
             f"{denoiser.given} has a {spec.denoiser} with {key}={wanted}, but the checkpoint's "
-            f"parts give {sum(widths)} "
-            f"({' + '.join(paths)}). Give a {spec.denoiser} and encoders that were made for each "
-            "other."
+            f"parts give {sum(widths)} ({' + '.join(paths)}). Give a {spec.denoiser} and encoders "
+            "that were made for each other."
         )
 
 
 def prediction_settings(
     spec: ModelSpec, load: LoadRequest, checkpoint: Checkpoint
 ) -> dict[str, object]:
-    """Return the scheduler's settings that the denoiser's file asks for; none for a folder, whose
-    scheduler says it."""
+    """Return the scheduler settings in the denoiser's file; none for a folder.
+
+    A folder has a scheduler of its own.
+    """
     header = checkpoint.header
     replaced = load.gguf_model or load.denoiser
     if replaced is not None:

@@ -1,5 +1,4 @@
-"""What a weight file is, from the names and shapes of its tensors: which part of a pipeline, or
-which kind of adapter. Imports no torch."""
+"""Recognise a weight file by the names and shapes of its tensors. Imports no torch."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,13 +13,13 @@ from backends.files.denoiser_families import (
 from backends.files.weight_headers import Header
 
 NOTES = ("v_pred", "ztsnr", "edm_mean", "edm_std")
-"""Tensors beside the weights that say how a model is sampled."""
+"""Tensors beside the weights that say how to sample the model."""
 VAE_PREFIXES = ("first_stage_model.", "vae.")
 TEXT_PREFIXES = ("cond_stage_model.", "conditioner.embedders.", "text_encoders.")
 
 
 def recognize(header: Header) -> Found | None:
-    """Return what the file is; None for names that no known format has."""
+    """Return what the file is; None for unknown names."""
     return next(
         (
             found
@@ -32,16 +31,17 @@ def recognize(header: Header) -> Found | None:
 
 
 def has_text_encoders(header: Header) -> bool:
+    """Return whether the file holds text encoders beside a denoiser."""
     return any(name.startswith(TEXT_PREFIXES) for name in header.shapes)
 
 
 def has_vae(header: Header) -> bool:
+    """Return whether the file holds a VAE beside a denoiser."""
     return any(name.startswith(VAE_PREFIXES) for name in header.shapes)
 
 
 def _adapter(header: Header) -> Found | None:
-    """Files that are added to a model. Those first whose names would pass for something else
-    further on."""
+    """Recognise adapters, in an order in which no pattern hides a later one."""
     for title, part, reason, is_one in _ADAPTERS:
         if is_one(header):
             return Found(title=title, part=part, reason=reason)
@@ -73,8 +73,7 @@ def _is_ip_adapter(header: Header) -> bool:
 
 
 def _is_face_id(header: Header) -> bool:
-    """Its projection takes the identity vectors of a face recogniser in place of an image encoder's
-    output."""
+    """Return whether the projection takes a face recogniser's vectors."""
     names = header.shapes
     has_own_layers = any(
         name.startswith("image_proj.proj.0.") for name in names
@@ -191,20 +190,20 @@ _ADAPTERS: tuple[tuple[str, Part, str, Callable[[Header], bool]], ...] = (
     (
         "a textual inversion",
         "embedding",
-        "it is a prompt's embedding, not a part of a pipeline",
+        "it is an embedding for prompts, not a component of a pipeline",
         _is_embedding,
     ),
     (
         "a tiny VAE (TAESD)",
         "other",
-        "its latents have no mean and no scale as this pipeline's have",
+        "its latents lack the mean and scale that this pipeline uses",
         _is_taesd,
     ),
 )
 
 
 def _checkpoint(header: Header) -> Found | None:
-    """A denoiser with other parts beside it."""
+    """Recognise a denoiser with other components beside it."""
     if not (has_text_encoders(header) or has_vae(header)):
         return None
     found = recognize_denoiser(header)
@@ -252,11 +251,10 @@ def _encoder(header: Header) -> Found | None:
 
 
 def prediction_of(header: Header) -> dict[str, object]:
-    """Return the scheduler's settings that the file itself asks for: by empty tensors, or by the
-    metadata that trainers write."""
+    """Return the file's own scheduler settings, from empty tensors or trainers' metadata."""
     if header.has("v_pred"):
         settings: dict[str, object] = {"prediction_type": "v_prediction"}
         return settings | ({"rescale_betas_zero_snr": True} if header.has("ztsnr") else {})
-    told = header.metadata.get("modelspec.prediction_type", "").lower()
-    name = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}.get(told)
+    text = header.metadata.get("modelspec.prediction_type", "").lower()
+    name = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}.get(text)
     return {"prediction_type": name} if name is not None else {}

@@ -1,8 +1,7 @@
-"""Names, shapes and metadata of weight files, from their headers alone: no weights are read.
-Imports no torch.
+"""Names, shapes and metadata of weight files, from their headers alone. Imports no torch.
 
 A torch pickle (.bin, .pt, .ckpt) has no header that can be read without torch:
-backends/loading/weights.py reads those.
+backends/loading/plain_weights.py reads those.
 """
 
 import json
@@ -19,40 +18,38 @@ SAFETENSORS = (".safetensors", ".sft")
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors format itself."""
 ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
-"""Prefix of GGUF metadata that gives the shape of a tensor that was stored as rows of 256."""
+"""Prefix of GGUF metadata with the shape of a tensor that is stored as rows of 256."""
 
 Shape = tuple[int, ...]
 
 
 class ReadHeader(Protocol):
-    """Reads the header of one file; None where it cannot. Ranks have one that knows torch's pickles
-    (backends/loading/plain_weights.py)."""
+    """Reads the header of one file; None if it cannot.
+
+    Ranks use one that also reads torch pickles (backends/loading/plain_weights.py).
+    """
 
     def __call__(self, path: str | Path, *, option: str) -> "Header | None": ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Header:
-    """What a weight file says about its tensors.
+    """The tensors that a weight file lists."""
 
-    shapes: name -> shape in torch's order. dtypes: name -> the format's own name of the type.
-    metadata: the text values of a safetensors header or of a GGUF file.
-    """
-
-    shapes: Mapping[str, Shape]
-    dtypes: Mapping[str, str] = field(default_factory=dict)
-    metadata: Mapping[str, str] = field(default_factory=dict)
+    shapes: Mapping[str, Shape]  # by name, in torch's order
+    dtypes: Mapping[str, str] = field(default_factory=dict)  # by name, in the format's terms
+    metadata: Mapping[str, str] = field(default_factory=dict)  # text values only
 
     def has(self, *names: str) -> bool:
-        """Return whether one of these tensors is there."""
+        """Return whether one of these tensors exists."""
         return any(name in self.shapes for name in names)
 
     def has_part(self, *parts: str) -> bool:
-        """Return whether the name of a tensor contains one of these texts."""
+        """Return whether a tensor's name contains one of these texts."""
         return any(part in name for name in self.shapes for part in parts)
 
     def shape_of(self, *names: str) -> Shape | None:
-        """Return the shape of the first of these tensors that is there."""
+        """Return the shape of the first of these tensors that exists."""
         return next((self.shapes[name] for name in names if name in self.shapes), None)
 
     def first_shape(self, *endings: str) -> Shape | None:
@@ -60,7 +57,10 @@ class Header:
         return next((shape for name, shape in self.shapes.items() if name.endswith(endings)), None)
 
     def without(self, *prefixes: str) -> "Header":
-        """Return the header with the first of these prefixes that any name has taken off."""
+        """Return the tensors with the first prefix that occurs, their names without it.
+
+        If no prefix occurs, return the header itself.
+        """
         for prefix in prefixes:
             named = {
                 name: name.removeprefix(prefix) for name in self.shapes if name.startswith(prefix)
@@ -75,8 +75,10 @@ class Header:
 
 
 def read_header(path: str | Path, *, option: str) -> Header | None:
-    """Return the header of a .safetensors or .gguf file; None for a torch pickle. ConfigError names
-    the option."""
+    """Return the header of a .safetensors or .gguf file; None for a torch pickle.
+
+    ConfigError names the option.
+    """
     path = Path(path)
     try:
         if path.suffix in SAFETENSORS:
@@ -104,11 +106,10 @@ def read_header(path: str | Path, *, option: str) -> Header | None:
 def read_folder_header(
     folder: str | Path, *, option: str, variant: str | None = None, read: ReadHeader = read_header
 ) -> Header | None:
-    """Return the header of all weight files of one component's folder; None where there are none
-    that can be read.
+    """Return the header of all weight files in a component's folder; None if none can be read.
 
-    variant: 'fp16' reads files such as diffusion_pytorch_model.fp16.safetensors in place of the
-    plain ones.
+    variant: 'fp16' reads files such as diffusion_pytorch_model.fp16.safetensors instead of plain
+    ones.
     """
     files = sorted(Path(folder).glob("*.safetensors")) or sorted(Path(folder).glob("*.bin"))
     found = [read(file, option=option) for file in _of_variant(files, variant)]
@@ -123,8 +124,7 @@ def read_folder_header(
 
 
 def _of_variant(files: list[Path], variant: str | None) -> list[Path]:
-    """A name with two dots holds a variant: model.fp16.safetensors,
-    model.fp16-00001-of-00002.safetensors."""
+    """Return the files of a variant. Names with two dots have one: model.fp16.safetensors."""
     plain = [file for file in files if file.name.count(".") == 1]
     marked = [file for file in files if file.name.count(".") > 1]
     wanted = [
@@ -154,9 +154,7 @@ def _safetensors(path: Path) -> Header:
 
 
 def _gguf(path: Path) -> Header:
-    """Numbers of a GGUF file come in reverse order; a shape in the metadata is already in
-    torch's.
-    """
+    """Read a GGUF header. Its shapes are reversed, those in its metadata are not."""
     from gguf import GGUFReader
 
     reader = GGUFReader(path)
@@ -177,7 +175,7 @@ def _gguf(path: Path) -> Header:
 
 
 def original_shapes(reader: Any) -> dict[str, Shape]:
-    """Return the shapes that a GGUF file gives for tensors that it stores as plain rows."""
+    """Return the original shapes that a GGUF file gives for tensors stored as plain rows."""
     return {
         key.removeprefix(ORIGINAL_SHAPE): tuple(int(size) for size in _value(entry))
         for key, entry in reader.fields.items()
@@ -186,7 +184,7 @@ def original_shapes(reader: Any) -> dict[str, Shape]:
 
 
 def _value(entry: Any) -> Any:
-    """Long arrays, such as the words of a tokenizer, are not unpacked."""
+    """Return a metadata value; None for long arrays, such as a tokenizer's vocabulary."""
     return entry.contents() if len(entry.data) <= 8 else None
 
 
@@ -196,7 +194,7 @@ def require_same_shapes(
     wanted: Mapping[str, Sequence[int]],
     advice: str,
 ) -> None:
-    """ConfigError that counts the missing, unknown and wrong tensors, with the first of each."""
+    """Raise ConfigError that counts missing, unknown and wrong tensors, with the first of each."""
     missing = [name for name in wanted if name not in shapes]
     unknown = [name for name in shapes if name not in wanted]
     wrong = [
@@ -216,8 +214,7 @@ def require_same_shapes(
 
 
 def _is_same_shape(shape: Sequence[int], wanted: Sequence[int]) -> bool:
-    """Layers of 1 x 1 may be written as matrices, and GGUF files keep what does not divide into
-    blocks as rows of 256."""
+    """Return whether the shapes are equal up to dims of size 1, or rows of 256 in GGUF files."""
     if [size for size in shape if size != 1] == [size for size in wanted if size != 1]:
         return True
     return len(shape) == 2 and shape[1] == 256 and math.prod(shape) == math.prod(wanted)

@@ -1,1 +1,1 @@
-"""One run of a loaded pipeline."""
+"""Running a loaded pipeline."""

@@ -1,10 +1,8 @@
-"""Which requests may be rows of one batch, so that one call of a pipeline makes the images of
-several jobs. Imports no torch.
+"""Which requests may share a batch, and so one pipeline call. Imports no torch.
 
-A row equals what its request gives alone, but for the order of sums. So everything is left out
-whose result for one row depends on the
-others: noise that is not drawn from each request's own seed, decisions by a mean over the batch,
-weights of texts.
+A row equals the result of its request alone, up to the order of sums. So everything that makes a
+row depend on the others is excluded: noise that is not drawn from each request's own seed,
+decisions by a mean over the batch, prompt weights.
 """
 
 import json
@@ -25,10 +23,9 @@ OWN = ("prompt", "negative_prompt", "seed")
 
 
 def batch_key(request: GenerateRequest, load: LoadRequest) -> str | None:
-    """Requests with the same key fit into one batch; None for one that must be alone.
+    """Return a key, equal for requests that fit into one batch; None if it must run alone.
 
-    Alone: what brings images, latents or embeddings, what asks for quality='exact', and what has no
-    prompt.
+    Alone: requests with images, latents or embeddings, with quality='exact', or without a prompt.
     """
     if not request.prompt or request.quality == "exact" or _draws_for_all(request, load):
         return None
@@ -39,28 +36,22 @@ def batch_key(request: GenerateRequest, load: LoadRequest) -> str | None:
     }
     try:
         return json.dumps({**shared, "has_negative": bool(request.negative_prompt)}, sort_keys=True)
-    except (
-        TypeError,
-        ValueError,
-        RecursionError,
-    ):  # an image or an array, or values that no JSON can hold
-        return None
+    except (TypeError, ValueError, RecursionError):
+        return None  # an image, an array, or a value that JSON cannot hold
 
 
 def why_alone(spec: ModelSpec, load: LoadRequest) -> str:
-    """Why a pipeline that is loaded like this makes one image at a time; empty if it can make
-    several.
-    """
+    """Return why a pipeline loaded like this runs one image at a time; empty if it can batch."""
     if not spec.is_batchable:
         return f"a row of a batch of {spec.title} depends on the others"
     reasons = {
-        "--step_cache decides by all of a batch": load.step_cache is not None,
+        "--step_cache decides once for a whole batch": load.step_cache is not None,
         "--compel weights one prompt at a time": load.compel,
-        "a ControlNet or an IP-Adapter takes an image with each job": bool(
+        "a ControlNet or an IP-Adapter needs an image with each job": bool(
             load.control_net or load.ip_adapter
         ),
-        "compiled models would be compiled again for each size of batch": load.compile is not None,
-        "bitsandbytes' int8 looks for outliers in all of a batch": any(
+        "compiled models would be recompiled for each batch size": load.compile is not None,
+        "bitsandbytes' int8 looks for outliers across the whole batch": any(
             spec.kind == "bnb_int8" for spec in load.quantize.values()
         ),
     }
@@ -74,17 +65,18 @@ def require_one_batch(
     scheduler: "SchedulerMixin",
     plan: ParallelPlan | None,
 ) -> None:
-    """UnsupportedError unless these may be rows of one batch. scheduler: as it was built for them.
-    plan: of a backend, if there is one.
+    """Raise UnsupportedError unless these requests may be rows of one batch.
+
+    scheduler: the one built for them. plan: the attached backend's, if there is one.
     """
     keys = {batch_key(request, load) for request in requests}
     reason = why_alone(spec, load)
     if plan is not None and plan.world_size > 1:
-        reason = f"{plan.describe()} works on one image at a time"
+        reason = f"{plan.describe()} generates one image at a time"
     elif None in keys:
-        reason = "one of them must be alone"
+        reason = "one of them must run alone"
     elif len(keys) > 1:
-        reason = "they differ in more than texts and seed"
+        reason = "they differ in more than prompts and seed"
     elif draws_for_all(type(scheduler).__name__, scheduler.config):
         reason = f"{type(scheduler).__name__} draws noise for the whole batch"
     if reason:
@@ -95,21 +87,20 @@ def require_one_batch(
 
 
 def draws_for_all(class_name: str, config: Any) -> bool:
-    """Whether a scheduler's noise is drawn for the whole batch, and not from a generator for each
-    row.
-    """
+    """Return whether a scheduler draws noise for the whole batch, not per row."""
     names = {facts.class_name for facts in SCHEDULERS.values() if facts.draws_for_all}
     return class_name in names or bool(config.get("stochastic_sampling"))
 
 
 def _draws_for_all(request: GenerateRequest, load: LoadRequest) -> bool:
-    """The same by a request's words. A checkpoint's own scheduler is not known here: the pipeline
-    looks at it.
+    """Return the same for a request whose scheduler is not built yet.
+
+    The checkpoint's own scheduler is not known here; require_one_batch checks it.
     """
     try:
         choice = choose_scheduler(request.scheduler, load.scheduler)
     except RequestError:
-        return True  # it will be refused, alone
+        return True  # it will be refused on its own
     return draws_for_all(
         SCHEDULERS[choice.name].class_name if choice.name is not None else "", choice.overrides
     )

@@ -1,8 +1,7 @@
-"""GenerateRequest -> the keyword arguments of one diffusers pipeline call, from the request and the
-call's own signature.
+"""GenerateRequest -> keyword arguments of one diffusers pipeline call.
 
-Nothing is written per model type: an argument is passed when the signature has it, and the model
-table supplies the defaults.
+Nothing here is specific to a model type: an argument is passed if the call's signature has it, and
+the model table supplies the defaults.
 """
 
 import logging
@@ -32,11 +31,10 @@ _PROMPT_INPUTS = (
 def resolve(
     request: GenerateRequest, spec: ModelSpec, *, defaults: Mapping[str, Any], vae_scale_factor: int
 ) -> GenerateRequest:
-    """The request with every default filled in and its size settled. RequestError for what is
-    missing or cannot be meant.
+    """Return the request with every default filled in and its size fixed.
 
-    defaults: height, width, num_inference_steps, guidance_scale as fixed at launch; they come
-    before the model table's.
+    defaults: height, width, num_inference_steps and guidance_scale given at launch; they override
+    the model table's. RequestError for inputs that are missing or contradict each other.
     """
     _require_inputs(request, spec)
     height, width = _size(request, spec, defaults, vae_scale_factor)
@@ -65,9 +63,7 @@ def call_arguments(
     device: torch.device,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
-    """Keyword arguments of the pipeline call for a resolved request. Latents, timesteps and sigmas
-    are the caller's.
-    """
+    """Return the call's arguments for a resolved request, but for latents and the schedule."""
     arguments = {
         **_texts(request, spec, device=device, dtype=dtype),
         **_guidance(request, spec),
@@ -93,8 +89,9 @@ def call_arguments(
 def own_arguments(
     requests: Sequence[GenerateRequest], arguments: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What differs between requests of one batch: lists, in place of the first one's. `arguments`:
-    all of the first.
+    """Return the arguments that differ between the requests of one batch, as lists.
+
+    arguments: those of the first request.
     """
     own = {
         "prompt": [request.prompt for request in requests],
@@ -108,17 +105,16 @@ def own_arguments(
 
 
 def generator(request: GenerateRequest) -> torch.Generator:
-    """The noise of a seed, on the CPU: the same on every device and every rank."""
+    """Return a CPU generator for the request's seed: the same noise on every device and rank."""
     return torch.Generator("cpu").manual_seed(request.seed)
 
 
 @contextmanager
 def visible_clip_layers(pipe: Any, request: GenerateRequest) -> Iterator[None]:
-    """Let diffusers 0.42 find the layers of a flat CLIPTextModel for clip_skip (transformers >= 5.6
-    dropped `.text_model`).
+    """Let diffusers 0.42 find the layers of a flat CLIPTextModel for clip_skip.
 
-    Only during the call: LoRA loading tests whether the attribute exists. Not a normal assignment,
-    which would register the module as its own child.
+    transformers >= 5.6 dropped `.text_model`. Set only during the call, because LoRA loading tests
+    whether the attribute exists. A normal assignment would register the module as its own child.
     """
     encoder = getattr(pipe, "text_encoder", None)
     if (
@@ -163,7 +159,7 @@ def _require_inputs(request: GenerateRequest, spec: ModelSpec) -> None:
         )
     if request.init_image is not None and request.latents is not None:
         raise RequestError(
-            "both a latent and init_image were given. Send one of them.", field="init_image"
+            "both latents and init_image were given. Send one of them.", field="init_image"
         )
     if request.init_image is not None and not spec.returns_latents:
         raise UnsupportedError(f"{spec.title} cannot start from init_image. Leave it out.")
@@ -199,7 +195,7 @@ def _size(
         height, width = (side * vae_scale_factor for side in request.latents.shape[-2:])
         if (request.height, request.width) not in ((None, None), (height, width)):
             logger.info(
-                "size %sx%s given, but the latent is of %dx%d: the latent wins",
+                "the requested size %sx%s is ignored: the latents are for %dx%d",
                 request.width,
                 request.height,
                 width,
@@ -219,7 +215,7 @@ def _size(
         )
     if rounded != [height, width]:
         logger.info(
-            "size %dx%d cut down to %dx%d: multiples of %d only",
+            "size %dx%d reduced to %dx%d: both sides must be multiples of %d",
             width,
             height,
             rounded[1],
@@ -271,13 +267,13 @@ def _texts(
 
 
 def _same_length(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pad the shorter of two (1, T, D) with zeros at its end."""
+    """Pad the shorter of two (1, T, D) tensors with zeros at its end."""
     length = max(a.shape[1], b.shape[1])
     return tuple(torch.nn.functional.pad(x, (0, 0, 0, length - x.shape[1])) for x in (a, b))
 
 
 def require_clip_layers(request: GenerateRequest, pipe: Any, signature: Signature) -> None:
-    """RequestError where clip_skip leaves no layer of a CLIP text encoder."""
+    """Raise RequestError if clip_skip leaves no layer of a CLIP text encoder."""
     if not request.clip_skip or "clip_skip" not in signature.parameters:
         return
     encoders = [getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2")]
@@ -291,7 +287,7 @@ def require_clip_layers(request: GenerateRequest, pipe: Any, signature: Signatur
     if request.clip_skip > most:
         raise RequestError(
             f"clip_skip={request.clip_skip} is not allowed: the text encoder allows 0 to {most}. "
-            "Send less.",
+            "Send a value in that range.",
             field="clip_skip",
         )
 
@@ -299,9 +295,7 @@ def require_clip_layers(request: GenerateRequest, pipe: Any, signature: Signatur
 def require_embeds_support(
     request: GenerateRequest, spec: ModelSpec, pipe: Any, signature: Signature
 ) -> None:
-    """UnsupportedError or RequestError where the request's embeddings do not suffice for this
-    pipeline or do not fit it.
-    """
+    """Raise UnsupportedError or RequestError if the request's embeddings do not fit."""
     if request.prompt_embeds is None and request.negative_prompt_embeds is None:
         return
     needs = [
@@ -343,9 +337,7 @@ def require_embeds_support(
 
 
 def _embeds_widths(config: Mapping[str, Any]) -> tuple[int | None, int | None]:
-    """Channels of the prompt's embeddings and of their pooled part, as a denoiser's config tells
-    them; None where it does not.
-    """
+    """Return the channels of prompt and pooled embeddings from a denoiser's config, or None."""
     width = _first(
         *(
             config.get(name)
@@ -353,9 +345,8 @@ def _embeds_widths(config: Mapping[str, Any]) -> tuple[int | None, int | None]:
         )
     )
     pooled = config.get("pooled_projection_dim")
-    if (
-        config.get("addition_embed_type") == "text_time"
-    ):  # SDXL: six sizes are embedded beside the pooled text
+    if config.get("addition_embed_type") == "text_time":
+        # SDXL concatenates six embedded sizes with the pooled text
         pooled = (
             config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
         )

@@ -1,6 +1,4 @@
-"""The sampler `ipndm`: linear multistep of up to fourth order over noise levels. Built by
-backends/generation/schedulers.py.
-"""
+"""The sampler `ipndm`: linear multistep of up to fourth order in sigma."""
 
 import torch
 from diffusers import EulerDiscreteScheduler
@@ -12,12 +10,11 @@ ADAMS_BASHFORTH = (
     (23 / 12, -16 / 12, 5 / 12),
     (55 / 24, -59 / 24, 37 / 24, -9 / 24),
 )
-"""Weights of the newest slope, the one before, and so on, by the number of slopes known."""
+"""Weights per number of known slopes, the newest slope first."""
 
 
 class IPNDMSigmaScheduler(EulerDiscreteScheduler):
-    """Euler's schedule and scaling, with the slopes of the last steps combined by Adams-Bashforth
-    weights.
+    """Euler's schedule and scaling, with the last slopes combined by Adams-Bashforth weights.
 
     The first steps use the lower orders, as in "improved PNDM": Zhang & Chen, arXiv:2204.13902,
     section 4.
@@ -34,9 +31,7 @@ class IPNDMSigmaScheduler(EulerDiscreteScheduler):
         sample: torch.Tensor,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[torch.Tensor]:
-        """Move `sample` from this noise level to the next. Same shape in and out; float32
-        inside.
-        """
+        """Move `sample` to the next noise level. Same shape in and out; computed in float32."""
         if self.step_index is None:
             self._init_step_index(timestep)
         sigma, next_sigma = self.sigmas[self.step_index : self.step_index + 2].tolist()
@@ -51,7 +46,7 @@ class IPNDMSigmaScheduler(EulerDiscreteScheduler):
     def _slope(
         self, model_output: torch.Tensor, sample: torch.Tensor, sigma: float
     ) -> torch.Tensor:
-        """d sample / d sigma, which is the noise in the sample."""
+        """Return d sample / d sigma, the noise in the sample."""
         match self.config.prediction_type:
             case "epsilon":
                 return model_output

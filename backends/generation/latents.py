@@ -1,5 +1,4 @@
-"""Between the latents that clients hold and those that a denoiser works on, and from latents to
-pixels.
+"""Conversion between clients' and the denoiser's latents, and from latents to pixels.
 
 Client space is what a VAE encodes to and decodes from: float32 (1, C, h, w), unscaled. Model space
 is scaled and shifted by the VAE's configuration and, for packed layouts, folded into tokens of 2 x
@@ -21,15 +20,15 @@ from backends.model_table import ModelSpec
 def to_model_space(
     latents: np.ndarray, *, pipe: Any, spec: ModelSpec, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    """(1, C, h, w) as a client sends them -> what the pipeline takes as `latents`. RequestError on
-    a wrong channel count or size.
+    """Convert a client's (1, C, h, w) latents to the pipeline's `latents` argument.
+
+    RequestError if the channel count or the number of dims is wrong.
     """
     channels = num_channels(pipe.vae)
     if latents.ndim != 4 or latents.shape[1] != channels:
         raise RequestError(
-            f"latent has shape {latents.shape}, but {spec.title} works on (1, {channels}, height / "
-            "8, width / 8). "
-            "Send latents of this model's own VAE, or leave the field out.",
+            f"latent has shape {latents.shape}, but {spec.title} takes (1, {channels}, height / 8, "
+            "width / 8). Send latents of this model's own VAE, or leave the field out.",
             field="latent",
         )
     x = torch.from_numpy(latents[:1]).to(device=device, dtype=torch.float32)
@@ -40,24 +39,24 @@ def to_model_space(
 def to_client_space(
     latents: Tensor, *, pipe: Any, spec: ModelSpec, height: int, width: int
 ) -> np.ndarray:
-    """Model space -> float32 (1, C, h, w) on the CPU, as a client's VAE decodes it."""
+    """Convert model space to float32 (1, C, h, w) on the CPU, as a client's VAE decodes it."""
     x = unpack(latents.float(), pipe=pipe, spec=spec, height=height, width=width)
     return np.ascontiguousarray(unscaled(x, vae=pipe.vae).detach().cpu().numpy())
 
 
 def unscaled(x: Tensor, *, vae: Any) -> Tensor:
-    """(B, C, h, w) as a denoiser sees it -> as the VAE decodes it."""
+    """Convert (B, C, h, w) from the denoiser's scale to the VAE's."""
     shift, scale = _normalisation(vae, x)
     return x / scale + shift
 
 
 def from_latent_space(latents: np.ndarray, space: str, *, vae: Any) -> np.ndarray:
-    """(B, C, h, w) as a client means it ('vae' or 'model') -> as the VAE decodes it."""
+    """Convert a client's (B, C, h, w) in `space` ('vae' or 'model') to the VAE's scale."""
     return latents if space == "vae" else unscaled(torch.from_numpy(latents), vae=vae).numpy()
 
 
 def to_latent_space(latents: np.ndarray, space: str, *, vae: Any) -> np.ndarray:
-    """The inverse."""
+    """Convert (B, C, h, w) from the VAE's scale to `space`: the inverse of from_latent_space."""
     if space == "vae":
         return latents
     shift, scale = _normalisation(vae, torch.from_numpy(latents))
@@ -65,13 +64,14 @@ def to_latent_space(latents: np.ndarray, space: str, *, vae: Any) -> np.ndarray:
 
 
 def num_channels(vae: Any) -> int:
-    """Channels of its latents. VAEs of videos call them otherwise."""
+    """Return the VAE's latent channels. Video VAEs use another config field."""
     return vae.config.get("latent_channels") or vae.config.z_dim
 
 
 def _normalisation(vae: Any, like: Tensor) -> tuple[Any, Any]:
-    """(shift, scale) of model space = (x - shift) * scale: one for all channels, one for each, or
-    one for each of 2 x 2 pixels of each.
+    """Return (shift, scale) of model space = (x - shift) * scale.
+
+    One value for all channels, one per channel, or one per channel and position in a 2 x 2 tile.
     """
     if hasattr(vae, "bn"):  # statistics of (4 C) channels, which are C x 2 x 2
         tiles = [
@@ -89,17 +89,17 @@ def _normalisation(vae: Any, like: Tensor) -> tuple[Any, Any]:
 
 
 def _moments(vae: Any) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of a VAE that keeps them in a batch norm."""
+    """Return mean and standard deviation of a VAE that keeps them in a batch norm."""
     return vae.bn.running_mean, (vae.bn.running_var + vae.config.batch_norm_eps).sqrt()
 
 
 def _counts_frames(vae: Any) -> bool:
-    """Whether it takes images as videos of one frame, (B, C, 1, h, w)."""
+    """Return whether the VAE takes images as videos of one frame, (B, C, 1, h, w)."""
     return "temperal_downsample" in vae.config
 
 
 def pack(x: Tensor, *, spec: ModelSpec) -> Tensor:
-    """(B, C, h, w) -> (B, h/2 * w/2, 4 C) for packed layouts; else unchanged."""
+    """Fold (B, C, h, w) into (B, h/2 * w/2, 4 C) for packed layouts; return others unchanged."""
     if spec.latents != "packed":
         return x
     b, c, h, w = x.shape
@@ -111,7 +111,7 @@ def pack(x: Tensor, *, spec: ModelSpec) -> Tensor:
 
 
 def unpack(x: Tensor, *, pipe: Any, spec: ModelSpec, height: int, width: int) -> Tensor:
-    """The inverse of pack; height and width are those of the image in pixels."""
+    """Invert pack. height and width are the image's, in pixels."""
     if spec.latents != "packed":
         return x
     h, w = height // (2 * pipe.vae_scale_factor), width // (2 * pipe.vae_scale_factor)
@@ -123,7 +123,7 @@ def unpack(x: Tensor, *, pipe: Any, spec: ModelSpec, height: int, width: int) ->
 
 @torch.no_grad()
 def decode(client_latents: np.ndarray, *, pipe: Any) -> np.ndarray:
-    """float32 (B, C, h, w) in client space -> uint8 (B, H, W, 3)."""
+    """Decode float32 (B, C, h, w) in client space to uint8 (B, H, W, 3)."""
     with without_overflow(pipe.vae) as vae:
         x = torch.from_numpy(client_latents).to(device=pipe._execution_device, dtype=vae.dtype)
         image = (
@@ -136,8 +136,9 @@ def decode(client_latents: np.ndarray, *, pipe: Any) -> np.ndarray:
 
 @torch.no_grad()
 def encode(image: Image.Image, *, pipe: Any, height: int, width: int) -> np.ndarray:
-    """An image, scaled to this size in pixels -> float32 (1, C, h, w) in client space: the middle
-    of what the VAE sees in it.
+    """Resize an image to this size in pixels and encode it.
+
+    Returns float32 (1, C, h, w) in client space, the mode of the VAE's distribution.
     """
     pixels = np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS))
     with without_overflow(pipe.vae) as vae:
@@ -150,18 +151,17 @@ def encode(image: Image.Image, *, pipe: Any, height: int, width: int) -> np.ndar
 
 
 def encoded(pixels: Tensor, *, vae: Any) -> Tensor:
-    """(B, 3, H, W) in -1..1 -> (B, C, h, w): the middle of what the VAE sees in it."""
+    """Encode (B, 3, H, W) in -1..1 to (B, C, h, w): the mode of the VAE's distribution."""
     if _counts_frames(vae):
         return vae.encode(pixels.unsqueeze(2)).latent_dist.mode().squeeze(2)
     return vae.encode(pixels).latent_dist.mode()
 
 
 def mask(image: Image.Image, *, pipe: Any, spec: ModelSpec, height: int, width: int) -> Tensor:
-    """A mask, scaled to this size in pixels -> float32 in the layout of the denoiser's latents: 1
-    where they may change, else 0.
+    """Resize a mask to this size in pixels and convert it to the layout of the denoiser's latents.
 
-    (1, C, h, w) before packing. As in diffusers' inpainting, a latent pixel follows the image's
-    pixel in its corner.
+    float32, (1, C, h, w) before packing: 1 where latents may change, else 0. As in diffusers'
+    inpainting, a latent pixel takes the value of the image pixel in its corner.
     """
     pixels = np.asarray(image.convert("L").resize((width, height), Image.Resampling.LANCZOS))
     step = pipe.vae_scale_factor
@@ -170,7 +170,5 @@ def mask(image: Image.Image, *, pipe: Any, spec: ModelSpec, height: int, width: 
 
 
 def to_uint8(pixels: np.ndarray) -> np.ndarray:
-    """float (..., 3) in [0, 1] -> uint8, rounded as diffusers does for PIL images. Not-a-number
-    becomes black.
-    """
+    """Convert float (..., 3) in [0, 1] to uint8, rounded as in diffusers. NaN becomes black."""
     return np.nan_to_num(pixels * 255.0).round().clip(0, 255).astype(np.uint8)

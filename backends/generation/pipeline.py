@@ -1,7 +1,7 @@
-"""Load a diffusers pipeline on this rank's device, and run it again and again.
+"""Load a diffusers pipeline on this rank's device and run it repeatedly.
 
-Used by hosts/ranks/loop.py on every rank, and by benchmarks. Nothing here knows HTTP or which rank
-it is on.
+Used by hosts/ranks/loop.py on every rank, and by benchmarks. Nothing here knows about HTTP or its
+own rank.
 """
 
 import copy
@@ -52,19 +52,19 @@ from backends.request import Array, GenerateRequest, GenerateResult, LoadRequest
 from backends.step_cache_spec import require_step_cache
 
 logger = logging.getLogger(__name__)
-# a bar per component belongs to a terminal, not into a server's log
+# progress bars per component would clutter a server's log
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
 
 
 def load_pipeline(spec: ModelSpec, load: LoadRequest, *, device: torch.device) -> "LoadedPipeline":
-    """Weights from a diffusers folder (or a single file where the type has one), on the device,
-    ready to attach a backend to.
+    """Load a diffusers folder, or a single file if the type allows it, onto the device.
 
-    Never asks a hub: everything must be in the checkpoint. Raises ConfigError with the component at
+    Downloads nothing: everything must be in the checkpoint. ConfigError names the component at
     fault.
-    The order matters: replaced weights, then quantised, then placed on the device, then LoRA
-    (LoadedPipeline), then compiled, and the backend last (`attach`).
+
+    The order matters: replace weights, quantise, place on the device, load LoRAs (LoadedPipeline),
+    compile, and attach the backend last (`attach`).
     """
     pipe = load_pipe(spec, load)
     load_ip_adapters(pipe, spec, load)
@@ -88,7 +88,7 @@ class LoadedPipeline:
         device: torch.device,
         bytes_saved: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
-        """bytes_saved: component -> bytes that quantising it saved."""
+        """bytes_saved: component -> bytes that quantisation saved."""
         self.pipe = pipe
         self.spec = spec
         self.load = load
@@ -111,7 +111,7 @@ class LoadedPipeline:
         self._bytes_saved = dict(bytes_saved)
 
     def attach(self, backend: Backend) -> None:
-        """Compile what is to be compiled, and put the backend around it."""
+        """Compile the requested models, then attach the backend."""
         self._require_plain_weights(backend)
         if self._step_cache is not None:
             require_step_cache(self.load.step_cache, backend.plan)
@@ -125,7 +125,9 @@ class LoadedPipeline:
             attach_patch_decode(self.pipe.vae, backend.mesh)
 
     def _compile_regions(self, backend: Backend) -> list[nn.Module]:
-        """A step cache decides between blocks, which no graph can hold: then what lies between
+        """Return the modules to compile.
+
+        A step cache decides between blocks, which no graph can hold: then only the regions between
         attentions.
         """
         denoiser = backend.denoiser_of(self.pipe)
@@ -136,6 +138,7 @@ class LoadedPipeline:
         )
 
     def detach(self) -> None:
+        """Detach the backend and undo compilation."""
         if self._step_cache is not None:
             self._step_cache.share(None)
         if self._backend is not None:
@@ -150,9 +153,7 @@ class LoadedPipeline:
         return self.load.compile is not None and target in self.load.compile.targets
 
     def _fuse_loras(self) -> None:
-        """A compiled denoiser is fastest without LoRA layers; packed weights, however, cannot take
-        a LoRA in.
-        """
+        """Fuse LoRAs into a denoiser that is to be compiled. Packed weights cannot take them in."""
         if self._compiles("denoiser") and not self.load.quantize and self.load.gguf_model is None:
             self.loras.fuse()
 
@@ -161,14 +162,15 @@ class LoadedPipeline:
             self.load.quantize or self.load.gguf_model is not None
         ):
             raise UnsupportedError(
-                f"quantised weights are not available with {backend.plan.describe()} and split "
-                "weights: packed weights cannot be cut. "
-                f"Leave out {backend.plan.splits_weights_by}, or the quantisation."
+                f"quantised weights are not available with {backend.plan.describe()} and sharded "
+                "weights: packed weights cannot be cut. Leave out "
+                f"{backend.plan.splits_weights_by}, or the quantisation."
             )
 
     def rest(self) -> None:
-        """Keep the weights in main memory, and the device free for others, until the next
-        generation. UnsupportedError where they move.
+        """Move the weights to main memory until the next generation, to free the device.
+
+        UnsupportedError with offloading, which moves them itself.
         """
         if self.load.offload is not None:
             raise UnsupportedError(
@@ -179,28 +181,27 @@ class LoadedPipeline:
         self._is_resting = True
 
     def check(self, request: GenerateRequest) -> None:
-        """Refuse what cannot be done, before any rank starts: RequestError, PlanError or
-        UnsupportedError.
+        """Raise RequestError, PlanError or UnsupportedError for a bad request.
+
+        Called before any rank starts on it.
         """
         self._prepare(request)
 
     def generate(
         self, request: GenerateRequest, *, on_step: OnStep | None = None
     ) -> GenerateResult:
-        """One image or video. `request.seed` must be drawn already, so that all ranks have the
-        same.
-        """
+        """Return one image or video. `request.seed` must be set, so that all ranks use the same."""
         return self.generate_together([request], on_step=on_step)[0]
 
     @torch.no_grad()
     def generate_together(
         self, requests: Sequence[GenerateRequest], *, on_step: OnStep | None = None
     ) -> list[GenerateResult]:
-        """The result of each request, as rows of one batch if there are several. UnsupportedError
-        where they cannot be.
+        """Return the result of each request; several run as rows of one batch.
 
-        A row is what its request gives alone, but for the order of sums. Each result's seconds are
-        those of all.
+        A row equals the result of its request alone, up to the order of sums. `seconds` of each
+        result is the duration of the whole batch. UnsupportedError if the requests do not fit into
+        one batch.
         """
         started = time.perf_counter()
         prepared = [self._prepare(request) for request in requests]
@@ -229,7 +230,7 @@ class LoadedPipeline:
 
     @contextmanager
     def _begun(self, prepared: PreparedRequest) -> Iterator[None]:
-        """Weights, adapters, backend and step cache are ready for this run, and told of its end."""
+        """Prepare weights, adapters, backend and step cache for a run, and end it on exit."""
         if self._is_resting:
             move(self.pipe, self.device)
             self._is_resting = False
@@ -243,7 +244,7 @@ class LoadedPipeline:
         try:
             yield
         except Exception as error:
-            # the others did not all raise the same
+            # other ranks may not have raised it, and would wait for this one
             if self._backend is not None and not isinstance(error, HostError):
                 self._backend.mesh.groups.give_up()
             raise
@@ -283,7 +284,7 @@ class LoadedPipeline:
             and (unread := unread_tokens(self.pipe, self.spec, request)) > 0
         ):
             logger.warning(
-                "the last %d tokens of the prompt were not read; with --compel they would be",
+                "the last %d tokens of the prompt were ignored; --compel would read them",
                 unread,
             )
             report["unread_tokens"] = unread
@@ -291,12 +292,13 @@ class LoadedPipeline:
 
     @property
     def spans(self) -> list[tuple[str, float, float]]:
-        """What the last generation did when: see StageClock."""
+        """The stages of the last generation: see StageClock."""
         return self._generation.clock.spans if self._generation is not None else []
 
     def preview(self, latents: Tensor, row: int = 0) -> Array | None:
-        """uint8 (h, w, 3) of one image that is made now, from what `on_step` was given. None for a
-        VAE that cannot tell.
+        """Return uint8 (h, w, 3) of one image of the current run, from `on_step`'s latents.
+
+        None if the VAE cannot be fitted.
         """
         run = self._generation.run_info
         return self._previewer.image(latents[row : row + 1], height=run.height, width=run.width)
@@ -334,8 +336,8 @@ class LoadedPipeline:
             if resolved.quality == "exact" and self._backend.exactness_of(run) == "approximate":
                 raise UnsupportedError(
                     "quality='exact' was asked for, but this host runs "
-                    f"{self._backend.plan.describe()}. "
-                    "Leave the field out, or start the host with an exact method."
+                    f"{self._backend.plan.describe()}. Leave the field out, or start the host with "
+                    "an exact method."
                 )
             self._backend.check(run)
         return PreparedRequest(request=resolved, scheduler=scheduler, run=run)
@@ -344,8 +346,8 @@ class LoadedPipeline:
         if request.lora is not None and self.loras.is_fused:
             raise UnsupportedError(
                 "lora in a request is not available on a host that compiles its denoiser: LoRAs "
-                "given at launch are part of the weights. "
-                "Leave it out, or start the host without --compile_unet."
+                "given at launch are part of the weights. Leave it out, or start the host without "
+                "--compile_unet."
             )
         if (
             request.lora is not None
@@ -354,16 +356,16 @@ class LoadedPipeline:
         ):
             raise UnsupportedError(
                 "lora in a request is not available on a host that runs "
-                f"{self._backend.plan.describe()} with split weights. "
-                "Give the LoRA at launch, or start the host without splitting weights."
+                f"{self._backend.plan.describe()} with sharded weights. Give the LoRA at launch, "
+                "or start the host without sharding."
             )
 
     def _use_loras(self, request: GenerateRequest) -> None:
-        """Exactly the LoRAs of this generation: what an earlier one used is switched off."""
+        """Use exactly this request's LoRAs, and switch off those of earlier ones."""
         asked = self.load.lora if request.lora is None else request.lora
         is_new = self.load.offload is not None and not self.loras.has(asked)
         backend = self._backend if is_new else None
-        # diffusers may take offloading off and on: what is attached around it would be lost
+        # diffusers may remove offloading hooks and add them again, which would drop the backend's
         if backend is not None:
             self.detach()
         try:

@@ -1,10 +1,8 @@
-"""Small images of a generation under way: latents to RGB by one matrix, fitted to the loaded
-model's own VAE.
+"""Small previews during a generation: latents to RGB by one matrix, fitted to the loaded VAE.
 
-A decoder costs as much as a denoising step or more; the matrix costs nothing and shows composition
-and colours at latent resolution.
-Nothing is written down per model family: a few smooth colour fields are encoded once, and least
-squares does the rest.
+A decoder costs as much as a denoising step or more. The matrix costs next to nothing and shows
+composition and colours at latent resolution. It needs no constants per model family: a few smooth
+colour fields are encoded once, and least squares finds the matrix.
 """
 
 import logging
@@ -27,7 +25,7 @@ FIELD_PIXELS = 128
 
 
 class Previewer:
-    """Made once per loaded pipeline; fits its matrix at the first preview."""
+    """Previews of one loaded pipeline. The matrix is fitted at the first preview."""
 
     def __init__(self, pipe: Any, *, spec: ModelSpec) -> None:
         self._pipe = pipe
@@ -37,8 +35,9 @@ class Previewer:
 
     @torch.no_grad()
     def image(self, latents: Tensor, *, height: int, width: int) -> np.ndarray | None:
-        """Model-space latents of a run of this size -> uint8 (h, w, 3), of a video its middle
-        frame. None if the VAE cannot be fitted.
+        """Return uint8 (h, w, 3) of model-space latents of a run of this size in pixels.
+
+        Of a video, its middle frame. None if the VAE cannot be fitted.
         """
         if not self._is_fitted:
             self._matrix, self._is_fitted = _fit(self._pipe), True
@@ -52,7 +51,7 @@ class Previewer:
         return latent_space.to_uint8(pixels.clamp(0, 1).numpy())
 
     def _one_frame(self, latents: Tensor, height: int, width: int) -> Tensor:
-        """(C, h, w) of the first image, or of the middle frame."""
+        """Return (C, h, w) of the first image, or of the middle frame."""
         x = latent_space.unpack(
             latents, pipe=self._pipe, spec=self._spec, height=height, width=width
         )[0]
@@ -65,12 +64,11 @@ class Previewer:
 
 
 def _fit(pipe: Any) -> Tensor | None:
-    """(C + 1, 3): client-space latents, and a constant, to RGB in 0..1."""
+    """Return the (C + 1, 3) matrix from client-space latents and a constant 1 to RGB in 0..1."""
     fields = _colour_fields()
     try:
-        with without_overflow(
-            pipe.vae
-        ) as vae:  # it may be offloaded: then its hooks bring it to the device
+        # an offloaded VAE is moved to the device by its own hooks
+        with without_overflow(pipe.vae) as vae:
             encoded = (
                 latent_space.encoded(
                     (fields * 2 - 1).to(pipe._execution_device, vae.dtype), vae=vae
@@ -86,7 +84,7 @@ def _fit(pipe: Any) -> Tensor | None:
     y = small.permute(0, 2, 3, 1).reshape(-1, 3)
     if not torch.isfinite(x).all():
         logger.warning(
-            "no previews: the VAE gives numbers that are not finite in %s", pipe.vae.dtype
+            "no previews: the VAE returns values that are not finite in %s", pipe.vae.dtype
         )
         return None
     return torch.linalg.lstsq(
@@ -95,9 +93,7 @@ def _fit(pipe: Any) -> Tensor | None:
 
 
 def _colour_fields() -> Tensor:
-    """(NUM_FIELDS, 3, FIELD_PIXELS, FIELD_PIXELS) in 0..1: smooth random colours, always the
-    same.
-    """
+    """Return fixed smooth colours in 0..1: (NUM_FIELDS, 3, FIELD_PIXELS, FIELD_PIXELS)."""
     cells = torch.rand(
         NUM_FIELDS, 3, FIELD_CELLS, FIELD_CELLS, generator=torch.Generator().manual_seed(0)
     )

@@ -1,5 +1,6 @@
-"""Prompt weights, and prompts longer than CLIP reads at once, by Compel. The model table says what
-it reads of which text encoder.
+"""Prompt weights, and prompts longer than CLIP's 77 tokens, by Compel.
+
+The model table says which states Compel reads of which text encoder.
 """
 
 import logging
@@ -24,8 +25,9 @@ _POOLED = {"prompt": "pooled_prompt_embeds", "negative_prompt": "negative_pooled
 
 
 class WeightedPrompts:
-    """Turns the texts of a request into embeddings: (red)1.3 weighs, ++ and -- do in steps of 1.1,
-    long prompts are read in pieces.
+    """Turns a request's prompts into embeddings.
+
+    (red)1.3 sets a weight, ++ and -- change it by steps of 1.1. Long prompts are encoded in chunks.
     """
 
     def __init__(self, pipe: Any, spec: ModelSpec) -> None:
@@ -56,10 +58,10 @@ class WeightedPrompts:
     def arguments(
         self, request: GenerateRequest, *, read: Callable[[str, str], str]
     ) -> dict[str, Tensor]:
-        """Embeddings of both prompts, (1, T, D) of one length, in place of their texts.
-        UnsupportedError with clip_skip.
+        """Return embeddings of both prompts, (1, T, D) of equal length, instead of the texts.
 
-        read: text, name of a text encoder -> the text as that one is to read it.
+        read: (text, name of a text encoder) -> the text as that encoder reads it. UnsupportedError
+        with clip_skip.
         """
         if request.clip_skip:
             raise UnsupportedError(
@@ -68,7 +70,7 @@ class WeightedPrompts:
             )
         texts = {"prompt": request.prompt or "", "negative_prompt": request.negative_prompt or ""}
         if not self._has_negative or (not texts["negative_prompt"] and self._zeros_for_nothing):
-            del texts["negative_prompt"]  # the pipeline takes zeros for it, which no text gives
+            del texts["negative_prompt"]  # the pipeline uses zeros, which no text encodes to
         embeds: dict[str, list[Tensor]] = {name: [] for name in texts}
         arguments = {}
         for encoder, reader, kind in self._readers:
@@ -90,16 +92,18 @@ class WeightedPrompts:
 
 
 def _side_by_side(tensors: list[Tensor]) -> Tensor:
-    """What several encoders made of one text, along the last dim; all read the same number of
-    pieces.
+    """Concatenate several encoders' (1, T, D) embeddings of one text along the last dim.
+
+    All are cut to the shortest T.
     """
     length = min(tensor.shape[1] for tensor in tensors)
     return torch.cat([tensor[:, :length] for tensor in tensors], dim=-1)
 
 
 def unread_tokens(pipe: Any, spec: ModelSpec, request: GenerateRequest) -> int:
-    """Tokens of the longer prompt that CLIP will not see, because it reads 77 at most. 0 where
-    something else reads the prompt too.
+    """Return how many tokens of the longer prompt CLIP drops beyond its 77.
+
+    0 if another text encoder also reads the prompt.
     """
     if spec.compel.get("text_encoder", "pooled") == "pooled":
         return 0

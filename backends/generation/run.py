@@ -28,24 +28,24 @@ if TYPE_CHECKING:
     from backends.generation.pipeline import LoadedPipeline
 
 OnStep = Callable[[int, int, Tensor], None]
-"""on_step(steps done, steps in all, latents in model space), after each scheduler step on every
-rank. An exception ends the run.
+"""on_step(steps done, steps in total, latents in model space), called after each scheduler step on
+every rank. An exception ends the run.
 """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedRequest:
-    """A request that was checked, with everything that its run needs."""
+    """A checked request with everything that its run needs."""
 
     request: GenerateRequest
-    """All defaults are filled in."""
+    """With all defaults filled in."""
     scheduler: Any
-    """A diffusers scheduler of its own."""
+    """A diffusers scheduler that no other run uses."""
     run: RunInfo
-    """The same for the backend."""
+    """The request as the backend sees it."""
 
     def described(self) -> dict[str, Any]:
-        """What was really used, for people to read: no images, no arrays."""
+        """Return the values that were used, without images and arrays."""
         fields = GenerateRequest.model_fields
         values = {name: getattr(self.request, name) for name in fields}
         readable = {
@@ -57,7 +57,7 @@ class PreparedRequest:
 
 
 class Generation:
-    """The state of one call. The first request stands for all but for texts and noise."""
+    """The state of one call. All settings except prompts and noise are the first request's."""
 
     def __init__(
         self, loaded: "LoadedPipeline", prepared: Sequence[PreparedRequest], *, on_step: OnStep
@@ -70,10 +70,10 @@ class Generation:
         self.run_info = prepared[0].run
         self.clock = StageClock()
         self.num_steps = 0
-        """Scheduler steps made."""
+        """Scheduler steps executed."""
 
     def run(self) -> list[tuple[Array, Array | None]]:
-        """Return for each request its uint8 frames, and its latents in client space or None."""
+        """Return (uint8 frames, latents in client space or None) for each request."""
         request = self._with_initial_latents(self._requests[0])
         has_latents = request.latents is not None and self._spec.returns_latents
         if has_latents and request.strength == 0:
@@ -85,12 +85,12 @@ class Generation:
         latents = latent_space.to_client_space(
             output[: len(self._requests)], pipe=self._pipe, spec=self._spec, **_size(request)
         )
-        # decoded one by one, in the memory that one needs
+        # one by one: decoding the whole batch would need more memory
         rows = np.split(latents, len(self._requests))
         return [(latent_space.decode(row, pipe=self._pipe), row) for row in rows]
 
     def _with_initial_latents(self, request: GenerateRequest) -> GenerateRequest:
-        """Encode an initial image, or take latents from the client's space to the model's."""
+        """Encode init_image, or convert the request's latents to the VAE's scale."""
         if request.init_image is not None:
             start = latent_space.encode(request.init_image, pipe=self._pipe, **_size(request))
         elif request.latents is not None and self._spec.returns_latents:
@@ -102,13 +102,13 @@ class Generation:
         return request.model_copy(update={"latents": start})
 
     def _decoded(self, request: GenerateRequest) -> tuple[Array, Array]:
-        """At strength 0 nothing is denoised: return the pixels of the initial latents."""
+        """Return pixels and latents at strength 0, where nothing is denoised."""
         clean = request.latents[:1]
         self._to_model_space(clean)  # checks the shape
         return latent_space.decode(clean, pipe=self._pipe), clean
 
     def _call(self, request: GenerateRequest) -> Any:
-        """Run the diffusers pipeline; its latents, or pixels where it returns no latents."""
+        """Run the diffusers pipeline. Return latents, or pixels if the type returns no latents."""
         self._pipe.scheduler = self._scheduler
         arguments = self._arguments(request)
         driver = StepDriver(
@@ -149,17 +149,16 @@ class Generation:
 
     @contextmanager
     def _seeded(self, request: GenerateRequest) -> Iterator[None]:
-        """Seed torch's global random numbers too: HunyuanDiT's ControlNet draws from them, and all
-        ranks must draw the same.
-        """
+        """Seed torch's global generators, which HunyuanDiT's ControlNet uses, on every rank."""
         device = self._loaded.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(request.seed)
             yield
 
     def _initial_latents(self, request: GenerateRequest) -> InitialLatents | None:
-        """Where an image-to-image or inpainting run begins; None for text to image, where latents
-        at full strength only set the size.
+        """Return where an image-to-image or inpainting run begins.
+
+        None for text to image, where latents at full strength only set the size.
         """
         is_whole = request.strength == 1 and request.first_step == 0 and request.mask_image is None
         if request.latents is None or not self._spec.returns_latents or is_whole:

@@ -1,8 +1,7 @@
-"""Which settings of a scheduler a request may change, and in which bounds. Imports no torch.
+"""Scheduler settings that a request may change, and their bounds. Imports no torch.
 
-A request may change how a sampler works. What the model was trained with (noise levels, kind of
-prediction) and what decides how much memory a scheduler takes is the operator's: --scheduler takes
-every setting that a scheduler has.
+A request may change how a sampler works. Only the operator, with --scheduler, may set what the
+model was trained with (noise levels, prediction type) and what decides a scheduler's memory.
 """
 
 import difflib
@@ -17,7 +16,7 @@ AttentionShift = Annotated[float | None, Field(ge=0, le=10)]
 
 
 class RequestedSettings(BaseModel):
-    """Names are diffusers'. None is absent."""
+    """Settings allowed in requests, in diffusers' names. None means not given."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -59,11 +58,11 @@ OF_OPERATORS = (
     "skip_prk_steps", "predict_x0", "lower_order_final", "solver_p", "scale_factors",
     "upscale_mode",
 )  # fmt: skip
-"""Settings that schedulers have beside these."""
+"""Further scheduler settings, allowed in --scheduler only."""
 
 
 def why_unknown(names: Mapping[str, Any]) -> str | None:
-    """What is wrong with the first name that no scheduler has; None if there is none."""
+    """Return what is wrong with the first name that no scheduler has; None if all are known."""
     known = (*OF_REQUESTS, *OF_OPERATORS)
     for name in names:
         if name not in known:
@@ -77,15 +76,12 @@ def why_unknown(names: Mapping[str, Any]) -> str | None:
 
 
 def why_refused(overrides: Mapping[str, Any]) -> str | None:
-    """What is wrong with the first setting that a request may not have, or not so; None if there is
-    none.
-    """
+    """Return why the first setting is not allowed in a request; None if all are."""
     for name in overrides:
         if name in OF_OPERATORS:
             return (
                 f"scheduler setting {name} is not for requests: it belongs to the model. Leave it "
-                "out, or start the host with "
-                f"it in --scheduler. Allowed in requests: {_allowed()}."
+                f"out, or start the host with it in --scheduler. Allowed in requests: {_allowed()}."
             )
     try:
         RequestedSettings.model_validate(overrides)

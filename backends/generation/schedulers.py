@@ -1,5 +1,4 @@
-"""Schedulers by name: reads what users and clients write, and builds a fresh diffusers scheduler
-for each generation.
+"""Schedulers by name: parse users' spellings and build a new diffusers scheduler per generation.
 
 parse_scheduler imports neither torch nor diffusers, so the launcher can refuse a bad `--scheduler`
 at once. SCHEDULERS is the only list of names. backends/generation/step_driver.py runs a built
@@ -27,9 +26,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_SHOWN = 80
-"""Characters of a value in a message."""
+"""Characters of a value shown in a message."""
 MAX_TEXT = 20_000
-"""Characters of a scheduler that is given as text."""
+"""Most characters of a scheduler given as text."""
 
 SIGMA_FLAGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
@@ -61,10 +60,10 @@ FLOW_FIELDS = (
 )
 FLOW_FIELDS += ("invert_sigmas", "time_shift_type")
 MODEL_FIELDS = (*NOISE_FIELDS, "prediction_type", *SAMPLE_FIELDS, *SPACING_FIELDS, *FLOW_FIELDS)
-"""Config fields that describe the model. Only they go from the checkpoint's scheduler to one of
-another class.
+"""Config fields that describe the model. Only they are copied from the checkpoint's scheduler to
+one of another class.
 
-The rest belongs to one solver and stops another: algorithm_type="sde-dpmsolver++" raises in DEIS,
+The others belong to one solver and break another: algorithm_type="sde-dpmsolver++" raises in DEIS,
 svd's sigma_max=700 gives NaN.
 """
 
@@ -76,17 +75,15 @@ READ_BY_OTHERS = (
     "base_image_seq_len",
     "max_image_seq_len",
 )
-"""Config fields that pipelines or the step driver read from any scheduler, whether its class knows
-them or not.
-"""
+"""Config fields that pipelines or the step driver read from any scheduler, of whatever class."""
 
 
 FROM_LAST_TIMESTEP = ("LCMScheduler", "TCDScheduler")
-"""Classes that begin at the last timestep whatever timestep_spacing says."""
+"""Classes that begin at the last timestep and ignore timestep_spacing."""
 
 
 class SchedulerError(RequestError):
-    """A scheduler that cannot be had. At launch, raise it again as ConfigError."""
+    """A scheduler that is unknown or cannot be used. At launch, raise it again as ConfigError."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, field="scheduler")
@@ -94,27 +91,27 @@ class SchedulerError(RequestError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerFacts:
-    """What one name means."""
+    """The diffusers class behind one name, and what it can do."""
 
     class_name: str
-    module: str = "diffusers"  # that has the class
-    extra: Mapping[str, Any] = field(default_factory=dict)  # config that makes it this sampler
-    order: int = 1  # denoiser calls per step, but for the last step
+    module: str = "diffusers"  # where the class is defined
+    extra: Mapping[str, Any] = field(default_factory=dict)  # config that selects this sampler
+    order: int = 1  # denoiser calls per step; the last step has one
     takes_timesteps: bool = False  # the class accepts a list of timesteps
     takes_sigmas: bool = False  # the class accepts a list of sigmas
-    needs: str | None = None  # a package that is not always installed
-    flow: bool = False  # made for flow-matching models
-    flow_name: str | None = None  # what such a model gets in its place
-    flow_solver: bool = False  # solves them with use_flow_sigmas
-    draws_for_all: bool = False  # its noise is of the whole batch, not of each row's generator
+    needs: str | None = None  # an optional package
+    flow: bool = False  # for flow-matching models only
+    flow_name: str | None = None  # the name used instead for a flow-matching model
+    flow_solver: bool = False  # can solve flow-matching models with use_flow_sigmas
+    draws_for_all: bool = False  # draws noise for the whole batch, not with a generator per row
 
 
 SCHEDULERS: Mapping[str, SchedulerFacts] = MappingProxyType(
     {
         "ddim": SchedulerFacts(class_name="DDIMScheduler"),
         "ddpm": SchedulerFacts(class_name="DDPMScheduler", takes_timesteps=True),
-        # with use_flow_sigmas it never takes its last step: a tenth of the noise is left after 30
-        # steps, so no flow_solver
+        # no flow_solver: with use_flow_sigmas it skips its last step, and a tenth of the noise is
+        # left after 30 steps
         "deis": SchedulerFacts(class_name="DEISMultistepScheduler"),
         "dpm_2": SchedulerFacts(class_name="KDPM2DiscreteScheduler", order=2),
         "dpm_2_a": SchedulerFacts(class_name="KDPM2AncestralDiscreteScheduler", order=2),
@@ -149,8 +146,8 @@ SCHEDULERS: Mapping[str, SchedulerFacts] = MappingProxyType(
         "heun": SchedulerFacts(
             class_name="HeunDiscreteScheduler", order=2, takes_timesteps=True, flow_name="fm_heun"
         ),
-        # diffusers' own IPNDMScheduler gives the denoiser times from 0 to 1 and takes its answer
-        # for v: no latent model draws with it
+        # diffusers' own IPNDMScheduler passes times from 0 to 1 and reads the output as v, which
+        # suits no latent diffusion model
         "ipndm": SchedulerFacts(
             class_name="IPNDMSigmaScheduler",
             module="backends.generation.ipndm",
@@ -159,7 +156,7 @@ SCHEDULERS: Mapping[str, SchedulerFacts] = MappingProxyType(
         ),
         "lcm": SchedulerFacts(class_name="LCMScheduler", takes_timesteps=True, flow_name="fm_lcm"),
         "lms": SchedulerFacts(class_name="LMSDiscreteScheduler", needs="scipy"),
-        # without skip_prk_steps the first three steps cost twelve denoiser calls, and a run cannot
+        # without skip_prk_steps the first three steps need twelve denoiser calls, and a run cannot
         # start part-way
         "pndm": SchedulerFacts(class_name="PNDMScheduler", extra={"skip_prk_steps": True}),
         "tcd": SchedulerFacts(class_name="TCDScheduler", takes_timesteps=True),
@@ -190,10 +187,10 @@ class SchedulerChoice:
 
 
 def parse_scheduler(value: str | Mapping[str, Any] | None) -> SchedulerChoice:
-    """Read a name ("euler", "k_euler", "DPM++ 2M Karras"), a dict {"scheduler": name, ...overrides}
-    or its JSON text.
+    """Parse a scheduler's name, a dict {"scheduler": name, ...overrides}, or its JSON.
 
-    No name, or an empty one, keeps the checkpoint's class. Raises SchedulerError.
+    Names may be spelled "euler", "k_euler" or "DPM++ 2M Karras". No name, or an empty one, keeps
+    the checkpoint's class. Raises SchedulerError.
     """
     settings = _settings(value)
     name = settings.pop("scheduler", None) or None
@@ -211,8 +208,9 @@ def parse_scheduler(value: str | Mapping[str, Any] | None) -> SchedulerChoice:
 
 
 def parse_requested(value: str | Mapping[str, Any] | None) -> SchedulerChoice:
-    """The same for a request, which may change some settings only (scheduler_settings.py). Raises
-    SchedulerError.
+    """Parse a request's scheduler, which may set only the fields of scheduler_settings.py.
+
+    Raises SchedulerError.
     """
     choice = parse_scheduler(value)
     if problem := why_refused(choice.overrides):
@@ -223,7 +221,7 @@ def parse_requested(value: str | Mapping[str, Any] | None) -> SchedulerChoice:
 def choose_scheduler(
     requested: str | Mapping[str, Any] | None, at_launch: str | Mapping[str, Any] | None
 ) -> SchedulerChoice:
-    """The request's, if it names one. Raises SchedulerError."""
+    """Return the request's scheduler, else the launch option's. Raises SchedulerError."""
     return parse_requested(requested) if requested is not None else parse_scheduler(at_launch)
 
 
@@ -242,10 +240,7 @@ def _settings(value: str | Mapping[str, Any] | None) -> dict[str, Any]:
         return {"scheduler": text}
     try:
         decoded = json.loads(text)
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # also numbers with too many digits, and lists in lists without end
+    except (ValueError, RecursionError) as error:  # numbers too long or lists nested too deeply
         raise SchedulerError(
             f"scheduler={_shown(text)} is not valid JSON: {error}. Give a name, or JSON such as "
             f'{{"scheduler": "euler"}}.'
@@ -254,7 +249,7 @@ def _settings(value: str | Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _shown(value: Any) -> str:
-    """What was given, in a message that everybody may see."""
+    """Return the start of a value's repr, for a message."""
     try:
         return repr(value)[:MAX_SHOWN]
     except (ValueError, RecursionError):
@@ -262,7 +257,7 @@ def _shown(value: Any) -> str:
 
 
 def _canonical(name: str) -> tuple[str, bool]:
-    """(name in SCHEDULERS, whether the spelling asks for Karras sigmas)."""
+    """Return (name in SCHEDULERS, whether the spelling asks for Karras sigmas)."""
     plain = re.sub(r"[\s\-]+", "_", name.strip().lower().replace("++", "pp"))
     stem = plain.removeprefix("k_").removesuffix("_karras")
     stem = ALIASES.get(stem, stem)
@@ -300,11 +295,11 @@ def _check_overrides(overrides: Mapping[str, Any]) -> None:
 def build_scheduler(
     choice: SchedulerChoice, pristine: "Mapping[str, Any] | SchedulerMixin", *, flow: bool
 ) -> "SchedulerMixin":
-    """Return a new scheduler for one generation; `pristine` is only read.
+    """Return a new scheduler for one generation.
 
-    pristine: the checkpoint's scheduler, or its config with `_class_name`. flow:
-    ModelSpec.flow_matching; such a model gets the flow-matching counterpart of the name, if there
-    is one. Raises SchedulerError.
+    pristine: the checkpoint's scheduler, or its config with `_class_name`; it is not modified.
+    flow: ModelSpec.flow_matching; such a model gets the flow-matching counterpart of the name, if
+    there is one. Raises SchedulerError.
     """
     config = (
         dict(pristine)
@@ -319,9 +314,8 @@ def build_scheduler(
     else:
         fields = _model_fields(config)
     if any(choice.overrides.get(flag) for flag in SIGMA_FLAGS):
-        fields |= dict.fromkeys(
-            SIGMA_FLAGS, False
-        )  # the flag asked for takes the place of the checkpoint's
+        # the requested flag replaces the checkpoint's
+        fields |= dict.fromkeys(SIGMA_FLAGS, False)
     accepted = set(inspect.signature(scheduler_class.__init__).parameters)
     wanted = _usable(choice.overrides, accepted - set(flow_extra), facts.class_name)
     settings = {
@@ -331,12 +325,7 @@ def build_scheduler(
     }
     try:
         scheduler = scheduler_class(**settings)
-    except (
-        ValueError,
-        TypeError,
-        NotImplementedError,
-        RuntimeError,
-    ) as error:  # whatever the class says of a setting
+    except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
         given = json.dumps(choice.overrides, default=str)
         raise SchedulerError(
             f"{facts.class_name} refuses its settings {given}: {error} Leave out or correct the "
@@ -354,9 +343,7 @@ def build_scheduler(
 
 
 def _require_signal(scheduler: "SchedulerMixin") -> None:
-    """SchedulerError if the first step divides by the signal in the last timestep, of which there
-    is none.
-    """
+    """Raise SchedulerError if the first step would divide by a signal level of zero."""
     config = scheduler.config
     begins_last = (
         config.get("timestep_spacing") != "leading"
@@ -376,8 +363,9 @@ def _require_signal(scheduler: "SchedulerMixin") -> None:
 
 
 def require_family(choice: SchedulerChoice, *, flow: bool) -> None:
-    """SchedulerError if a model of this family cannot be sampled with the name. Imports no
-    diffusers, for the launcher to ask.
+    """Raise SchedulerError if this sampler cannot be used for this family of models.
+
+    Imports no diffusers, so that the launcher can call it.
     """
     if choice.name is not None:
         _facts_for_model(choice.name, {}, flow=flow)
@@ -397,9 +385,7 @@ def _usable(overrides: Mapping[str, Any], accepted: set[str], class_name: str) -
 def _facts_for_model(
     name: str | None, config: Mapping[str, Any], *, flow: bool
 ) -> tuple[SchedulerFacts, dict[str, Any]]:
-    """The facts of `name` for this family of models, and config fields that make the class solve
-    it.
-    """
+    """Return the facts of `name` for this family of models, and config fields needed there."""
     if name is None:
         return SchedulerFacts(class_name=config["_class_name"]), {}
     facts = SCHEDULERS[name]
@@ -415,8 +401,8 @@ def _facts_for_model(
         return SCHEDULERS[facts.flow_name], {}
     if facts.flow_solver:
         shift = config.get("shift", config.get("flow_shift", 1.0))
-        # the sigma flags take over from use_flow_sigmas in these classes, with levels up to 14
-        # where 1 is the most
+        # the sigma flags override use_flow_sigmas in these classes, with sigmas up to 14 instead
+        # of 1
         straight = dict.fromkeys((*SIGMA_FLAGS, "use_lu_lambdas"), False)
         return facts, {
             "use_flow_sigmas": True,
@@ -450,13 +436,9 @@ def _class(module: str, class_name: str) -> "type[SchedulerMixin]":
 
 
 def _model_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a scheduler of another class must know of the model, from the checkpoint's scheduler
-    config.
-    """
-    implicit = config.get(
-        "_use_default_values", ()
-    )  # the old class's defaults, not the checkpoint's choice
+    """Return the fields of the checkpoint's scheduler config that describe the model."""
+    # defaults of the checkpoint's class, not settings of the checkpoint
+    implicit = config.get("_use_default_values", ())
     carried = {key: config[key] for key in MODEL_FIELDS if key in config and key not in implicit}
-    # DDIM, DDPM, LCM and TCD clip the clean sample to [-1, 1] unless told otherwise; latents are
-    # larger than that
+    # DDIM, DDPM, LCM and TCD clip the clean sample to [-1, 1] by default; latents exceed that
     return {"clip_sample": False} | carried

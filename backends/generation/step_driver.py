@@ -1,21 +1,17 @@
-"""Runs any diffusers pipeline over a chosen window of steps, and tells after each step how far it
-is.
+"""Run any diffusers pipeline over a chosen window of steps, and report after each step.
 
-Used by backends/generation/pipeline.py, on every rank alike:
+Used by backends/generation/run.py, on every rank alike:
 
     pipe.scheduler = build_scheduler(choice, pristine, flow=spec.flow_matching)
     schedule = Schedule(num_inference_steps=20, strength=0.6)
-    # None: text to image
-    start = InitialLatents(latents=clean, noise=noise, is_scaled_by_pipeline=...)
-    with StepDriver(pipe.scheduler, schedule, start=start, on_step=report, generator=generator) as
-    driver:
+    start = InitialLatents(latents=clean, noise=noise)  # None: text to image
+    with StepDriver(pipe.scheduler, schedule, start=start, generator=generator) as driver:
         pipe(num_inference_steps=schedule.num_inference_steps, latents=driver.latents, ...)
 
-Do not give the pipeline `sigmas`, `timesteps` or `denoising_end`: the driver does these for all
-pipelines, also those without the argument. It replaces set_timesteps, set_begin_index and step of
-the one scheduler instance inside the `with` and nothing after it, so a pipeline needs no callback
-support: an exception from `on_step` passes through every pipeline. One driver is for one
-generation.
+Do not pass `sigmas`, `timesteps` or `denoising_end` to the pipeline: the driver implements them for
+all pipelines, even those without the argument. Inside the `with` it replaces set_timesteps,
+set_begin_index and step of this one scheduler instance. So a pipeline needs no callback support: an
+exception from `on_step` ends the call of any pipeline. Use one driver per generation.
 """
 
 import functools
@@ -47,12 +43,13 @@ LMS_ORDER = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InitialLatents:
-    """What the run begins from, in model space and in the layout, dtype and device of the
-    pipeline's own latents.
+    """Where a run begins, in model space.
+
+    Layout, dtype and device are those of the pipeline's own latents.
     """
 
-    latents: Tensor  # clean; without `noise` already at the level of the first step
-    noise: Tensor | None = None  # to be added up to that level, of the same shape
+    latents: Tensor  # clean; if `noise` is None, already at the first step's noise level
+    noise: Tensor | None = None  # the noise to add up to that level, same shape
     # 1 where the run may change `latents`, 0 where it must return to them (inpainting, with noise).
     mask: Tensor | None = None
     # The pipeline multiplies given latents by scheduler.init_noise_sigma.
@@ -60,16 +57,9 @@ class InitialLatents:
 
 
 class StepDriver:
-    """Makes one scheduler instance follow a Schedule while attached. See the module's text.
+    """Makes one scheduler instance follow a Schedule while attached. See the module's docstring.
 
-    num_steps: scheduler steps that will be run, known once the pipeline has called set_timesteps (0
-    before). At second order a step of the schedule is two of them, the last one excepted; PNDM
-    needs one more than the schedule has steps.
-    latents: what the pipeline must be given as `latents`; None without a start. It is filled in
-    when set_timesteps is called.
-    generator: for schedulers that draw noise in step; used where the pipeline passes none.
-    on_start: is called when the pipeline has chosen its timesteps, which is between encoding and
-    denoising. Raises RequestError if this scheduler cannot follow this schedule: here for lists, in
+    RequestError if this scheduler cannot follow this schedule: raised by __init__ for lists, by
     set_timesteps for windows.
     """
 
@@ -82,14 +72,19 @@ class StepDriver:
         on_step: OnStep | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
+        """generator: for schedulers that draw noise in `step`, if the pipeline passes none."""
         _check_lists(scheduler, schedule)
+        # Scheduler steps to run; 0 until the pipeline calls set_timesteps. At second order each
+        # step of the schedule is two of them except the last; PNDM needs one more in all.
         self.num_steps = 0
+        # The pipeline's `latents` argument, filled in by set_timesteps. None without a start.
         self.latents = None if start is None else start.latents.clone()
         self._scheduler = scheduler
         self._class = type(scheduler)
         self._schedule = schedule
         self._start = start
         self._on_step = on_step
+        # Called once the timesteps are chosen, between encoding and denoising.
         self.on_start: Callable[[], None] = lambda: None
         self._generator = generator
         self._takes_generator = "generator" in inspect.signature(self._class.step).parameters
@@ -102,16 +97,15 @@ class StepDriver:
     def __enter__(self) -> Self:
         if any(name in vars(self._scheduler) for name in REPLACED):
             raise RuntimeError(
-                f"this {self._class.__name__} is driven already. Build a scheduler for each "
+                f"this {self._class.__name__} already has a driver. Build a scheduler for each "
                 "generation."
             )
         if (
             self._generator is not None
             and getattr(self._scheduler, "noise_sampler_seed", 0) is None
         ):
-            self._scheduler.noise_sampler_seed = (
-                self._generator.initial_seed()
-            )  # DPMSolverSDE draws from a seed, not from a generator
+            # DPMSolverSDE takes a seed instead of a generator
+            self._scheduler.noise_sampler_seed = self._generator.initial_seed()
         for name in REPLACED:
             if hasattr(self._class, name):
                 setattr(self._scheduler, name, self._replacement(name))
@@ -122,7 +116,7 @@ class StepDriver:
             vars(self._scheduler).pop(name, None)
 
     def _replacement(self, name: str) -> Callable[..., Any]:
-        """Ours, under the class's signature: pipelines look for arguments such as `eta` in it."""
+        """Return our method with the class's signature, which pipelines inspect."""
         ours = {
             "set_timesteps": self._set_timesteps,
             "set_begin_index": self._set_begin_index,
@@ -133,9 +127,8 @@ class StepDriver:
         def replacement(*args: Any, **kwargs: Any) -> Any:
             return ours(*args, **kwargs)
 
-        if (
-            name == "set_timesteps"
-        ):  # also for a class that takes no sigmas: flux passes its default ones to every scheduler
+        if name == "set_timesteps":
+            # flux passes default sigmas to every scheduler, even to a class that takes none
             replacement.__signature__ = inspect.signature(self._set_timesteps)
         return replacement
 
@@ -147,9 +140,7 @@ class StepDriver:
         sigmas: Sequence[float] | None = None,
         mu: float | None = None,
     ) -> None:
-        """Let the class make its whole list, then show the pipeline the part of it that is in the
-        window.
-        """
+        """Let the class compute its whole list, then show the pipeline only the window."""
         if timesteps is not None or not _is_default(sigmas):
             what = "sigmas" if timesteps is None else "timesteps"
             raise RequestError(
@@ -163,7 +154,7 @@ class StepDriver:
             self._class.set_timesteps(self._scheduler, device=device, **arguments)
         except ValueError as error:  # such as LCM's limit of 50 steps
             raise RequestError(
-                f"{self._class.__name__} cannot make this schedule: {error}",
+                f"{self._class.__name__} cannot follow this schedule: {error}",
                 field="num_inference_steps",
             ) from error
         self._show_window()
@@ -177,9 +168,7 @@ class StepDriver:
     def _list_arguments(
         self, num_inference_steps: int | None, sigmas: Sequence[float] | None
     ) -> dict[str, Any]:
-        """The list of the schedule, else the pipeline's own default, in the arguments this class
-        has.
-        """
+        """Return set_timesteps arguments: the schedule's own list, else the pipeline's default."""
         if self._schedule.sigmas is not None or self._schedule.timesteps is not None:
             return _own_list(self._scheduler, self._schedule)
         if sigmas is None:
@@ -200,14 +189,13 @@ class StepDriver:
             self._offset = steps.start * order
             self._own_timesteps = scheduler.timesteps[self._offset : steps.stop * order]
         self.num_steps = len(self._own_timesteps)
-        self._host_timesteps = (
-            self._own_timesteps.cpu()
-        )  # once: many classes look up tables by a timestep, for which the host would wait
+        # copied once: many classes index tables by timestep, which would synchronise at every step
+        self._host_timesteps = self._own_timesteps.cpu()
         self._set_begin_index(0)
         scheduler.timesteps = _as_model_counts(scheduler, self._own_timesteps)
 
     def _set_begin_index(self, begin_index: int = 0) -> None:
-        """Pipelines mean the first timestep they see."""
+        """Shift the index by the window: pipelines count from the first timestep that they see."""
         if hasattr(self._class, "set_begin_index"):
             self._class.set_begin_index(self._scheduler, begin_index + self._offset)
 
@@ -221,14 +209,14 @@ class StepDriver:
     ) -> Any:
         if self._done == 0:
             self._check_start_used(sample)
-            # multistep and distilled ones look up their neighbours in it, DDPM the host's timestep
+            # multistep and distilled schedulers look up neighbouring timesteps, DDPM the current
+            # one; on the CPU like _host_timesteps
             self._scheduler.timesteps = self._all_timesteps.cpu()
         if self._takes_generator and kwargs.get("generator") is None:
             kwargs["generator"] = self._generator
         if self._class.__name__ == "LMSDiscreteScheduler":
-            kwargs["order"] = min(
-                self._done + 1, LMS_ORDER
-            )  # it takes the order from the position, not from the steps it has seen
+            # LMS would derive its order from the position in the list, not from the steps done
+            kwargs["order"] = min(self._done + 1, LMS_ORDER)
         output = self._class.step(
             self._scheduler, model_output, self._host_timesteps[self._done], sample, *args, **kwargs
         )
@@ -238,32 +226,30 @@ class StepDriver:
         if self._on_step is not None:
             self._on_step(self._done - 1, self.num_steps, output[0])
         if isinstance(output, tuple) and len(output) == 1 and self.num_steps == 1:
-            return (
-                output[0],
-                output[0],
-            )  # in a run of one step PixArt-alpha reads item 1, the clean sample, which this is
+            # in a run of one step PixArt-alpha reads item 1, the clean sample, which is item 0 here
+            return output[0], output[0]
         return output
 
     def _with_kept_parts(self, sample: Tensor) -> Tensor:
-        """Outside the mask the start's own latents, with its noise up to the level of the next
-        step; none after the last one.
+        """Put the initial latents back outside the mask, noised to the next step's level.
+
+        After the last step they are clean.
         """
         start, left = self._start, self._timesteps_left()
         kept = add_noise(self._scheduler, start, left[:1]) if len(left) else start.latents.float()
         return (start.mask * sample.float() + (1 - start.mask) * kept).to(sample.dtype)
 
     def _timesteps_left(self) -> Tensor:
-        """Those after the steps that are done, of the whole list: a run that ends early leaves
-        some, and its result is noisy.
+        """Return the timesteps after those done, also beyond the window.
+
+        A run that ends early leaves some, and its result is noisy.
         """
         if self._done < self.num_steps or _is_pndm(self._scheduler):
             return self._own_timesteps[self._done :]
         return self._all_timesteps[self._offset + self._done :]
 
     def _check_start_used(self, sample: Tensor) -> None:
-        """A pipeline that takes latents as they are must have taken ours, not a copy from before
-        they were filled in.
-        """
+        """Raise RuntimeError if the pipeline copied `latents` before they were filled in."""
         if (
             self._start is not None
             and not self._start.is_scaled_by_pipeline
@@ -271,20 +257,18 @@ class StepDriver:
         ):
             raise RuntimeError(
                 f"the pipeline copied its initial latents ({self.latents.dtype}, "
-                f"{self.latents.device}) "
-                f"to {sample.dtype}, {sample.device}. Give Start latents of the pipeline's dtype "
-                "and device."
+                f"{self.latents.device}) to {sample.dtype}, {sample.device}. Pass InitialLatents "
+                "of the pipeline's dtype and device."
             )
 
 
 def noised_start(
     scheduler: "SchedulerMixin", start: InitialLatents, schedule: Schedule, timestep: Tensor
 ) -> Tensor:
-    """Return what the pipeline must be given as latents, so that the run continues rightly from its
-    first step.
+    """Return the pipeline's `latents` argument for a run that begins at this schedule's first step.
 
     scheduler: after set_timesteps and set_begin_index. timestep: (1,), where the run begins.
-    Returns start.latents' shape, float32.
+    Returns the shape of start.latents, float32.
     """
     is_flow = hasattr(scheduler, "scale_noise")
     initial_sigma = 1.0 if is_flow else float(scheduler.init_noise_sigma)
@@ -298,9 +282,7 @@ def noised_start(
 
 
 def add_noise(scheduler: "SchedulerMixin", start: InitialLatents, timestep: Tensor) -> Tensor:
-    """The start's latents with its noise up to the level of `timestep` (1,): float32, the sample's
-    own scale.
-    """
+    """Return the start's latents, noised up to the level of `timestep` (1,), in float32."""
     if hasattr(scheduler, "scale_noise"):
         return scheduler.scale_noise(
             start.latents.float(), timestep=timestep, noise=start.noise.float()
@@ -309,24 +291,20 @@ def add_noise(scheduler: "SchedulerMixin", start: InitialLatents, timestep: Tens
 
 
 def _is_default(sigmas: Sequence[float] | None) -> bool:
-    """None, or the even levels that flux gives when its caller gave none."""
+    """Return whether these are None or flux's default: evenly spaced levels."""
     return sigmas is None or np.allclose(sigmas, np.linspace(1, 1 / len(sigmas), len(sigmas)))
 
 
 def _takes(scheduler: "SchedulerMixin", what: str) -> bool:
-    """Whether set_timesteps accepts a list of `sigmas` or `timesteps` with this config."""
+    """Return whether set_timesteps accepts a list of `sigmas` or `timesteps` with this config."""
     if what not in inspect.signature(type(scheduler).set_timesteps).parameters:
         return False
-    with_flow_sigmas = scheduler.config.get(
-        "use_flow_sigmas"
-    )  # None: a class that has no such field
+    with_flow_sigmas = scheduler.config.get("use_flow_sigmas")  # None: the class lacks the field
     return with_flow_sigmas is None or with_flow_sigmas == (what == "sigmas")
 
 
 def _is_flow_list(scheduler: "SchedulerMixin") -> bool:
-    """Whether a list of sigmas is one of a flow-matching schedule: from 1, without the last 0, to
-    be shifted.
-    """
+    """Return whether sigmas are flow-matching: from 1, without the final 0, to be shifted."""
     return hasattr(scheduler, "scale_noise") or bool(scheduler.config.get("use_flow_sigmas"))
 
 
@@ -340,8 +318,8 @@ def _check_lists(scheduler: "SchedulerMixin", schedule: Schedule) -> None:
                 name for name, facts in SCHEDULERS.items() if getattr(facts, f"takes_{what}")
             )
             raise RequestError(
-                f"{type(scheduler).__name__} takes no list of {what} for this model. Schedulers "
-                f"that may: {able}.",
+                f"{type(scheduler).__name__} does not accept a list of {what} for this model. "
+                f"Schedulers that may: {able}.",
                 field=what,
             )
         highest = scheduler.config.num_train_timesteps - (0 if _is_flow_list(scheduler) else 1)
@@ -357,8 +335,9 @@ def _check_lists(scheduler: "SchedulerMixin", schedule: Schedule) -> None:
 
 
 def _own_list(scheduler: "SchedulerMixin", schedule: Schedule) -> dict[str, Any]:
-    """set_timesteps arguments for a list that is meant as it stands: nothing in the config may bend
-    it.
+    """Return set_timesteps arguments for a list to be used unchanged.
+
+    Config fields that would alter it are switched off.
     """
     bends = {flag: False for flag in SIGMA_FLAGS if flag in scheduler.config}
     if not _is_flow_list(scheduler):
@@ -374,36 +353,32 @@ def _own_list(scheduler: "SchedulerMixin", schedule: Schedule) -> dict[str, Any]
     )
     if hasattr(scheduler, "set_shift"):
         scheduler.set_shift(1.0)
-    if (
-        schedule.timesteps is not None
-    ):  # as sigmas, since given timesteps would be used beside sigmas that do not belong to them
+    if schedule.timesteps is not None:
+        # passed as sigmas: with `timesteps` the class would keep sigmas that do not match them
         return {"sigmas": np.array(schedule.timesteps) / scheduler.config.num_train_timesteps}
-    # these classes append the last 0 themselves; a list that ends higher is cut by the window, one
-    # step before that 0
+    # these classes append the final 0; if the list ends higher, the window stops before that 0
     return {
         "sigmas": np.array(schedule.sigmas[:-1] if schedule.sigmas[-1] == 0 else schedule.sigmas)
     }
 
 
 def _shift_arguments(scheduler: "SchedulerMixin", mu: float | None) -> dict[str, float]:
-    """The pipeline's resolution-dependent shift `mu`, as this class takes it."""
+    """Return the pipeline's resolution-dependent shift `mu` as this class takes it."""
     if mu is None or not scheduler.config.get("use_dynamic_shifting"):
         return {}
     if "mu" in inspect.signature(type(scheduler).set_timesteps).parameters:
         return {"mu": mu}
     is_linear = scheduler.config.get("time_shift_type") == "linear"
-    scheduler.register_to_config(
-        shift=mu if is_linear else math.exp(mu)
-    )  # the same curve, written as a static shift
+    # the same curve as a static shift
+    scheduler.register_to_config(shift=mu if is_linear else math.exp(mu))
     return {}
 
 
 def _window(scheduler: "SchedulerMixin", schedule: Schedule, starts: Tensor) -> range:
-    """Steps of the schedule to run. starts: (steps,), the timestep at which each begins."""
+    """Return the steps to run. starts: (steps,), the timestep at which each begins."""
     num_train_timesteps = scheduler.config.num_train_timesteps
     if scheduler.config.get("timestep_type") == "continuous" and _knows_timestep_type(scheduler):
-        # such timesteps are noise levels: go by position in the list, as if it were spread evenly
-        # from T - 1
+        # continuous timesteps are noise levels: use positions, as if spaced evenly from T - 1
         starts = torch.linspace(num_train_timesteps, 0, len(starts) + 1)[:-1] - 1
     if schedule.sigmas is not None:
         starts = starts[: schedule.num_inference_steps]
@@ -415,14 +390,12 @@ def _is_pndm(scheduler: "SchedulerMixin") -> bool:
 
 
 def _pndm_window(scheduler: "SchedulerMixin", schedule: Schedule) -> Tensor:
-    """PNDM's list for the window. It repeats its second timestep, where the first step is
-    corrected, wherever it begins.
-    """
+    """Return PNDM's timesteps for the window. The second is repeated to correct the first step."""
     if len(scheduler.prk_timesteps):
         if schedule.is_partial:
             raise RequestError(
                 "scheduler 'pndm' with skip_prk_steps=false cannot begin or end part-way. Set "
-                "skip_prk_steps=true, or take another.",
+                "skip_prk_steps=true, or choose another scheduler.",
                 field="scheduler",
             )
         return scheduler.timesteps
@@ -437,11 +410,10 @@ def _knows_timestep_type(scheduler: "SchedulerMixin") -> bool:
 
 
 def _as_model_counts(scheduler: "SchedulerMixin", timesteps: Tensor) -> Tensor:
-    """The timesteps to show the denoiser, which may count otherwise than a scheduler of another
-    class than its own.
+    """Return the timesteps for the denoiser, whose convention may differ from the scheduler's.
 
-    With timestep_type "continuous" it wants ln(sigma) / 4 (Karras et al., arXiv:2206.00364, table
-    1).
+    With timestep_type "continuous" it takes ln(sigma) / 4: Karras et al., arXiv:2206.00364, table
+    1.
     """
     if scheduler.config.get("timestep_type") != "continuous" or _knows_timestep_type(scheduler):
         return timesteps

@@ -1,7 +1,7 @@
-"""Which steps of the noise schedule one generation runs. Imports no torch, so that rank 0 can
-refuse a bad request early.
+"""Which steps of the noise schedule one generation runs.
 
-backends/generation/step_driver.py makes a scheduler follow it.
+Imports no torch, so that rank 0 can refuse a bad request early. backends/generation/step_driver.py
+makes a scheduler follow the schedule.
 """
 
 import math
@@ -14,16 +14,14 @@ from backends.request import GenerateRequest
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """A list of steps and the window of it that is run. Raises RequestError on values that cannot
-    be meant.
-    """
+    """A list of steps and the window of it to run. RequestError for values that make no sense."""
 
-    num_inference_steps: int  # length of the whole list, unless it is given
+    num_inference_steps: int  # length of the whole list, unless sigmas or timesteps give it
     strength: float = 1.0  # begin at step floor(steps * (1 - strength))
     denoising_end: float = 1.0  # leave out timesteps below round(T * (1 - end)), of T in training
     first_step: int = 0  # begin no earlier than here
     stop_step: int | None = None  # end before here
-    # The list as noise levels, not increasing; the last is where the run ends, usually 0.
+    # The list as noise levels, non-increasing; the last is where the run ends, usually 0.
     sigmas: Sequence[float] | None = None
     timesteps: Sequence[float] | None = None  # the list as timesteps, decreasing
 
@@ -52,7 +50,7 @@ class Schedule:
 
     @property
     def is_partial(self) -> bool:
-        """Whether a window smaller than the whole list may be asked for."""
+        """Whether the window may be smaller than the whole list."""
         return (
             self.strength < 1
             or self.denoising_end < 1
@@ -62,18 +60,16 @@ class Schedule:
 
     @property
     def starts_from_noise(self) -> bool:
-        """Whether the run begins at the very top, where nothing is left of the latents it was
-        given.
-        """
+        """Whether the run begins at full noise, where nothing of the given latents remains."""
         return self.strength == 1 and self.first_step == 0
 
     def window(self, timesteps: Sequence[float], num_train_timesteps: int) -> range:
-        """The steps to run, given the timestep at which each step of the whole list begins.
-        RequestError if there are none.
+        """Return the steps to run. RequestError if there are none.
+
+        timesteps: where each step of the whole list begins.
         """
         count = len(timesteps)
-        # the rounding keeps 10 * (1 - 0.9) = 0.9999999999999998 and float32's 0.3 on the step that
-        # was meant
+        # rounding keeps 10 * (1 - 0.9) = 0.9999999999999998 and float32's 0.3 on the intended step
         first = max(self.first_step, math.floor(round(count * (1 - self.strength), 5)))
         stop = count if self.stop_step is None else min(count, self.stop_step)
         if self.denoising_end < 1:
@@ -129,7 +125,7 @@ def _check_timesteps(timesteps: Sequence[float]) -> None:
 
 
 def schedule_of(request: GenerateRequest) -> Schedule:
-    """What a resolved request asks for. Without latents it begins at the first step."""
+    """Return the schedule of a resolved request. Without latents it begins at the first step."""
     return Schedule(
         num_inference_steps=request.num_inference_steps,
         strength=request.strength if request.latents is not None else 1.0,

@@ -1,1 +1,1 @@
-"""What is done to a pipeline once, when it is loaded."""
+"""What is done to a pipeline once, at load time."""

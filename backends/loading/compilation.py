@@ -1,9 +1,9 @@
-"""torch.compile for the parts of a pipeline in which no rank waits for another, chosen before a
-backend is attached.
+"""torch.compile for the parts of a pipeline that exchange nothing between ranks.
 
-Exchanges inside a compiled graph would tie it to one kind of step; so the backend's hooks stay
-outside: whole denoisers on one rank or under the CFG split, single units under AsyncDiff, and what
-lies between attentions and convolutions elsewhere.
+An exchange inside a compiled graph would tie the graph to one kind of step, so the backend's hooks
+stay outside. The units are: the whole denoiser on one rank or under the CFG split, single units
+under AsyncDiff, and the regions between attentions and convolutions elsewhere. They are chosen
+before the backend is attached.
 """
 
 import logging
@@ -23,28 +23,24 @@ logger = logging.getLogger(__name__)
 
 NAME = "compiled"
 MANY_SIZES = 64
-"""Graphs that torch keeps per function unless told otherwise; its own 8 would be used up by eight
-image sizes.
-"""
+"""Graphs per function unless the user sets a limit. torch's default is 8: eight image sizes."""
 
 
 class Compilation:
-    """What was compiled, so that it can be undone."""
+    """The compiled modules of a pipeline, so that compilation can be undone."""
 
     def __init__(self, settings: CompileSettings) -> None:
         self._settings = settings
         self._modules: list[nn.Module] = []
 
     def attach(self, pipe: Any, spec: ModelSpec, regions: list[nn.Module]) -> None:
-        """Compile the regions of the denoiser and the other targets of the settings. Nothing is
-        traced before the first call.
-        """
+        """Compile the denoiser's regions and the other targets. The first call traces them."""
         settings = self._settings
         _set_limits(settings)
         has_graphs = len(regions) == 1 and settings.targets == ("denoiser",)
         if settings.mode in WITH_GRAPHS and not has_graphs:
-            # each call of a recorded graph frees what the last one returned, whichever that was,
-            # and a VAE's change of dtype records anew
+            # replaying one graph frees the outputs of the previous one, and a VAE that changes its
+            # dtype would be recorded again
             logger.warning(
                 "several parts are compiled, so mode %s is used without CUDA graphs", settings.mode
             )
@@ -57,21 +53,21 @@ class Compilation:
                 type(getattr(pipe, spec.denoiser)).__name__,
             )
         if "vae" in settings.targets:
-            self._compile(
-                [pipe.vae.decoder]
-            )  # pipelines call vae.decode, so compiling the VAE itself would compile nothing
+            # pipelines call vae.decode, so compiling the VAE's own forward has no effect
+            self._compile([pipe.vae.decoder])
         if "encoders" in settings.targets:
             encoders = [
                 module
                 for name, module in pipe.components.items()
                 if "text_encoder" in name and isinstance(module, nn.Module)
             ]
-            # inside them it records through hooks: the graph breaks there
+            # hooks that record hidden states break the graph
             self._compile(
                 [block for encoder in encoders for block in _blocks(encoder)], fullgraph=False
             )
 
     def detach(self) -> None:
+        """Undo compilation."""
         while self._modules:
             hooks.detach(self._modules.pop(), NAME)
 
@@ -97,21 +93,19 @@ def _compiled(settings: CompileSettings) -> hooks.Around:
     def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not compiled:
             compiled.append(torch.compile(forward, **arguments))
-        with (
-            torch._C.DisableTorchFunction()
-        ):  # a backend may intercept operators around this call; here is nothing for it
+        # a backend may intercept operators around this call; none of those is inside it
+        with torch._C.DisableTorchFunction():
             if settings.mode not in WITH_GRAPHS:
                 return compiled[0](*args, **kwargs)
             torch.compiler.cudagraph_mark_step_begin()
-            return tree_map_only(
-                torch.Tensor, torch.clone, compiled[0](*args, **kwargs)
-            )  # the next call overwrites what this returns
+            # clone, because the next call overwrites these outputs
+            return tree_map_only(torch.Tensor, torch.clone, compiled[0](*args, **kwargs))
 
     return around
 
 
 def _set_limits(settings: CompileSettings) -> None:
-    """Process-wide: torch keeps these in one place."""
+    """Set torch's limits, which hold for the whole process."""
     config = torch._dynamo.config
     config.recompile_limit = MANY_SIZES if settings.cache_limit is None else settings.cache_limit
     if settings.accumulated_cache_limit is not None:
@@ -124,8 +118,9 @@ def _set_limits(settings: CompileSettings) -> None:
 
 
 def _blocks(encoder: nn.Module) -> Iterator[nn.Module]:
-    """The repeated layers of a text encoder. Around them transformers records hidden states behind
-    a lock, which no graph can hold.
+    """Yield the repeated layers of a text encoder.
+
+    transformers records hidden states around them behind a lock, which no graph can hold.
     """
     for child in encoder.children():
         if isinstance(child, nn.ModuleList):

@@ -1,6 +1,4 @@
-"""The ControlNet part of one generation: images brought to the output's size, scales, and when the
-control begins and ends.
-"""
+"""ControlNet arguments of one generation: resized images, scales, and the window of steps."""
 
 from inspect import Signature
 from typing import Any
@@ -17,15 +15,13 @@ _WINDOW = {"control_guidance_start": 0.0, "control_guidance_end": 1.0}
 def require_control(
     request: GenerateRequest, load: LoadRequest, spec: ModelSpec, signature: Signature
 ) -> None:
-    """RequestError or UnsupportedError where the request does not fit the ControlNets that were
-    loaded; nothing without any.
-    """
+    """Raise RequestError or UnsupportedError if the request does not fit the loaded ControlNets."""
     if not load.control_net:
         return
     number = len(load.control_net)
     if request.control_image is None:
         raise RequestError(
-            "control_image is missing, but a ControlNet is loaded. Send the image to follow.",
+            "control_image is missing, but a ControlNet is loaded. Send a control image.",
             field="control_image",
         )
     images = _listed(request.control_image)
@@ -45,14 +41,12 @@ def require_control(
         if getattr(request, name) != default and name not in signature.parameters:
             raise UnsupportedError(
                 f"{name} is not available for {spec.title}: diffusers' "
-                f"{spec.controlnet['pipeline']} applies its ControlNet at every step. "
-                "Leave it out."
+                f"{spec.controlnet['pipeline']} applies its ControlNet at every step. Leave it out."
             )
     if request.control_guidance_start >= request.control_guidance_end:
         raise RequestError(
             f"control_guidance_start={request.control_guidance_start} is not before "
-            f"control_guidance_end={request.control_guidance_end}. "
-            "Send 0 <= start < end <= 1.",
+            f"control_guidance_end={request.control_guidance_end}. Send 0 <= start < end <= 1.",
             field="control_guidance_start",
         )
 
@@ -60,9 +54,7 @@ def require_control(
 def control_arguments(
     request: GenerateRequest, load: LoadRequest, spec: ModelSpec
 ) -> dict[str, Any]:
-    """Keyword arguments of the pipeline call for a resolved request that `require_control` let
-    pass.
-    """
+    """Return the pipeline call's arguments for a resolved request that passed require_control."""
     if not load.control_net:
         return {}
     number = len(load.control_net)
@@ -92,7 +84,7 @@ def control_arguments(
 
 
 def _listed(value: Any) -> list[Any]:
-    """None -> [], one -> [one]."""
+    """Return None as [], and a single value as [value]."""
     if value is None:
         return []
     return list(value) if isinstance(value, list | tuple) else [value]

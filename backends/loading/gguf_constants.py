@@ -1,8 +1,7 @@
-"""GGUF layers without waiting for the device: diffusers makes the constants of its unpacking anew
-in each call of each layer.
+"""Keep the constants of GGUF layers on the device.
 
-Each is a copy from pageable memory, for which the host waits until all that is enqueued before it
-is done.
+diffusers creates the constants of its unpacking again in every call of every layer. Each is a copy
+from pageable memory, which blocks the host until all enqueued work is done.
 """
 
 from typing import Any
@@ -19,7 +18,7 @@ MAKES_CONSTANTS = torch.tensor
 
 
 class _Constants(TorchFunctionMode):
-    """Each tensor that is made of numbers is made once."""
+    """Creates each tensor of given numbers once and reuses it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +35,7 @@ class _Constants(TorchFunctionMode):
 
 
 def keep_constants(network: nn.Module) -> None:
-    """In all GGUF layers of a network that is on its device, and not to be compiled."""
+    """Keep the constants of all GGUF layers in a network that is on its device and not compiled."""
     constants = _Constants()
 
     def around(forward: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,6 +1,4 @@
-"""IP-Adapters: images as prompts. Loading them into a pipeline, and their part of one
-generation.
-"""
+"""IP-Adapters, images as prompts: loading them, and their arguments of one generation."""
 
 import inspect
 from collections.abc import Mapping
@@ -31,9 +29,7 @@ _RENAMED = {
 
 
 def load_ip_adapters(pipe: Any, spec: ModelSpec, load: LoadRequest) -> None:
-    """All IP-Adapters of the load request, with one image encoder for them. ConfigError for what
-    does not load.
-    """
+    """Load all IP-Adapters of the load request and one image encoder. ConfigError if one fails."""
     if not load.ip_adapter:
         return
     paths = [Path(path) for path in load.ip_adapter]
@@ -56,7 +52,7 @@ def load_ip_adapters(pipe: Any, spec: ModelSpec, load: LoadRequest) -> None:
 
 
 def use_scales(pipe: Any, load: LoadRequest, request: GenerateRequest) -> None:
-    """The request's scale for this generation, else those of the launch."""
+    """Set the request's scale for this generation, else the scales given at launch."""
     if not load.ip_adapter:
         return
     asked = request.ip_adapter_scale
@@ -65,12 +61,10 @@ def use_scales(pipe: Any, load: LoadRequest, request: GenerateRequest) -> None:
 
 
 def require_images(request: GenerateRequest, load: LoadRequest, spec: ModelSpec) -> None:
-    """RequestError or UnsupportedError where the images do not do for the loaded IP-Adapters;
-    nothing without any.
-    """
+    """Raise RequestError or UnsupportedError if the images do not fit the loaded IP-Adapters."""
     if load.ip_adapter and not request.ip_adapter_image:
         raise RequestError(
-            "ip_image is missing, but an IP-Adapter is loaded. Send the image to be like.",
+            "ip_image is missing, but an IP-Adapter is loaded. Send a reference image.",
             field="ip_image",
         )
     most = spec.ip_adapter.get("max_images")
@@ -82,7 +76,7 @@ def require_images(request: GenerateRequest, load: LoadRequest, spec: ModelSpec)
 
 
 def image_arguments(request: GenerateRequest, load: LoadRequest) -> dict[str, Any]:
-    """Keyword arguments of the pipeline call. Several images act together, in every adapter."""
+    """Return the pipeline call's arguments. Several images are combined in every adapter."""
     if not load.ip_adapter:
         return {}
     image = request.ip_adapter_image
@@ -94,9 +88,7 @@ def image_arguments(request: GenerateRequest, load: LoadRequest) -> dict[str, An
 
 
 def _parts(path: Path) -> dict[str, Mapping[str, Tensor]]:
-    """The file's tensors as diffusers takes them: of the projection of the image, and of the
-    attention layers.
-    """
+    """Return the file's tensors as diffusers takes them: image projection and attention layers."""
     weights = read_weights(path, option="ip_adapter")
     if all(isinstance(part, Mapping) for part in weights.values()):  # a .bin holds two dictionaries
         return {
@@ -119,9 +111,7 @@ def _parts(path: Path) -> dict[str, Mapping[str, Tensor]]:
 
 
 def _load_encoder(pipe: Any, spec: ModelSpec, load: LoadRequest, weights: Path) -> None:
-    """The image encoder that comes with the weights, and its image processor, registered with the
-    pipeline.
-    """
+    """Load the image encoder beside the weights and its processor, and register both."""
     folder = find_encoder(weights)
     options = {"local_files_only": True}
     try:

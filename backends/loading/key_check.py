@@ -1,5 +1,4 @@
-"""Whether weights are those of a model: names and shapes of their headers against the empty
-model's. No weights are read."""
+"""Compare the names and shapes in weight files with an empty model. Reads no weights."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -20,8 +19,7 @@ from backends.files.weight_headers import Header, require_same_shapes
 from backends.loading.plain_weights import LDM_PREFIX, LDM_UNET
 
 TEXT_MODEL = "text_model."
-"""Stands before the names of CLIP's text encoder in some versions of transformers and not in
-others."""
+"""A prefix of CLIP text encoders' names in some versions of transformers."""
 CONVERSION_ERRORS = (
     KeyError,
     ValueError,
@@ -31,7 +29,7 @@ CONVERSION_ERRORS = (
     RuntimeError,
     StopIteration,
 )
-"""What diffusers' conversions of names raise for names that they do not know."""
+"""Exceptions that diffusers' name conversions raise for unknown names."""
 
 
 def require_weights(
@@ -43,12 +41,11 @@ def require_weights(
     advice: str,
     prefixes: tuple[str, ...] = (),
 ) -> bool:
-    """Return whether the weights fill the class with this config.json under diffusers' own names,
-    or under names to be converted.
+    """Return whether the weights have diffusers' own names; False if they must be converted.
 
-    ConfigError with the missing, unknown and wrong tensors, unless they fill it exactly. Names are
-    converted as the loader will do it, by tensors that have a shape and no content. prefixes: see
-    plain_weights.
+    ConfigError with the missing, unknown and wrong tensors, unless they fill the class with this
+    config.json exactly. Names are converted by the loader's own function, on meta tensors.
+    prefixes: see plain_weights.
     """
     settings = dict(read_config(config))
     with init_empty_weights():
@@ -74,8 +71,10 @@ def require_weights(
 def _named(
     header: Header, wanted: Mapping[str, Any], prefixes: tuple[str, ...]
 ) -> dict[str, Tensor]:
-    """Empty tensors of the file, without a prefix; a UNet in the original names gets the one that
-    is expected."""
+    """Return the file's tensors on the meta device, without a prefix.
+
+    A UNet in the original names gets the prefix that diffusers expects.
+    """
     if not header.shapes.keys() & wanted.keys():
         header = header.without(*prefixes)
     shapes = {name: shape for name, shape in header.shapes.items() if name not in NOTES}
@@ -87,7 +86,7 @@ def _named(
 
 
 def _conversion(model: Any) -> Callable[..., dict[str, Tensor]] | None:
-    """diffusers' function from the original names to its own, for the classes that have one."""
+    """Return diffusers' function from the original names to its own, for classes that have one."""
     name = single_file_model._get_single_file_loadable_mapping_class(model)
     return (
         single_file_model.SINGLE_FILE_LOADABLE_CLASSES[name]["checkpoint_mapping_fn"]
@@ -106,8 +105,11 @@ def _converted(
     model: Any,
     advice: str,
 ) -> dict[str, Tensor]:
-    """Names that are diffusers' for the most part are left as they are: then the difference says
-    more than a failed conversion."""
+    """Convert the original names.
+
+    If most names already are diffusers', leave them: the list of differences says more than a
+    failed conversion.
+    """
     if len(weights.keys() & wanted.keys()) * 2 > len(wanted):
         return weights
     try:
@@ -121,11 +123,9 @@ def _converted(
 
 
 def require_encoder(model: Any, folder: Path, header: Header, *, given: str, advice: str) -> None:
-    """The same for a text or image encoder of transformers: layers that are missing would be
-    random, and nobody would be told.
+    """Check a transformers encoder, in which missing layers would be initialised at random.
 
-    Weights under an older version's names are left to transformers, which renames them; more
-    weights than needed do no harm.
+    Names of older versions are left to transformers, which renames them. Extra weights do no harm.
     """
     with init_empty_weights():
         empty = model(model.config_class.from_pretrained(folder, local_files_only=True))

@@ -1,6 +1,4 @@
-"""Where a pipeline's weights live: on the device, or in main memory and moved when they are
-needed.
-"""
+"""Where a pipeline's weights are: on the device, or in main memory and moved when needed."""
 
 import logging
 from collections.abc import Iterator
@@ -21,13 +19,10 @@ Offload = Literal["model", "sequential", "group"]
 
 
 def place(pipe: Any, spec: ModelSpec, load: LoadRequest, *, device: torch.device) -> None:
-    """Put the pipeline on its device, or prepare its weights for being moved there piece by
-    piece.
-    """
+    """Move the pipeline to its device, or set up offloading."""
     if load.offload is not None and device.type == "cpu":
         logger.warning(
-            "offload=%s has no effect: there is no accelerator, so everything is in main memory "
-            "already",
+            "offload=%s has no effect: there is no accelerator, so all weights are in main memory",
             load.offload,
         )
     if load.offload is None or device.type == "cpu":
@@ -42,12 +37,12 @@ def place(pipe: Any, spec: ModelSpec, load: LoadRequest, *, device: torch.device
 def offload(
     pipe: Any, spec: ModelSpec, kind: Offload, *, device: torch.device, prefetches: bool = False
 ) -> None:
-    """model: whole components are moved; sequential: single layers; group: groups of layers.
+    """Offload whole components (model), single layers (sequential) or groups of layers (group).
 
-    prefetches: the next group while one computes. To find out their order diffusers watches the
-    first call with hooks that it then takes off, and with them all that was attached around them:
-    so only where nothing will be.
-    Call it before anything is attached: what comes later wraps the hooks that move the weights.
+    Call it before anything is attached: later hooks must wrap those that move the weights.
+    prefetches: load the next group while one computes. diffusers learns the order in the first call
+    with hooks that it then removes, and with them everything attached later; so only if nothing
+    will be attached.
     """
     if kind == "model":
         pipe.enable_model_cpu_offload(device=device)
@@ -56,14 +51,15 @@ def offload(
     else:
         _offload_groups(pipe, spec, device, prefetches=prefetches)
     if kind != "group":
-        # diffusers' own method takes the hooks off and puts them on again, and what was attached
-        # around them would be lost with them
+        # diffusers' own method removes its hooks and adds them again, which would drop everything
+        # attached around them
         pipe.maybe_free_model_hooks = lambda: [hook.offload() for hook in pipe._all_hooks]
 
 
 def _offload_groups(pipe: Any, spec: ModelSpec, device: torch.device, *, prefetches: bool) -> None:
-    """But for a VAE that works in float32 now and then: offloading gives it back the weights as
-    they were loaded.
+    """Offload groups of layers, except a VAE that is upcast.
+
+    Offloading would restore the VAE's old dtype.
     """
     try:
         pipe.enable_group_offload(
@@ -81,9 +77,7 @@ def _offload_groups(pipe: Any, spec: ModelSpec, device: torch.device, *, prefetc
 
 
 def use_lean_attention(pipe: Any, load: LoadRequest) -> None:
-    """Attention in slices, or by xformers: both replace the attention processors, so they come
-    before everything that is attached.
-    """
+    """Slice attention or use xformers. Both replace processors, so call it first."""
     if load.enable_attention_slicing:
         pipe.enable_attention_slicing()
     if load.xformers_efficient:
@@ -91,14 +85,15 @@ def use_lean_attention(pipe: Any, load: LoadRequest) -> None:
             pipe.enable_xformers_memory_efficient_attention()
         except ModuleNotFoundError:
             logger.warning(
-                "xformers_efficient has no effect: xformers is not installed, and torch's own "
-                "attention is used"
+                "xformers_efficient has no effect: xformers is not installed. Using torch's own "
+                "attention"
             )
 
 
 def overflows(vae: Any) -> bool:
-    """Whether it must not compute in its float16. The class says so of every VAE: only a checkpoint
-    that says it itself is meant.
+    """Return whether the VAE must not compute in its float16.
+
+    Only if the checkpoint sets force_upcast: the class default is true for every VAE.
     """
     is_said = "force_upcast" not in (vae.config.get("_use_default_values") or ())
     return vae.dtype == torch.float16 and is_said and bool(vae.config.get("force_upcast", False))
@@ -106,7 +101,7 @@ def overflows(vae: Any) -> bool:
 
 @contextmanager
 def without_overflow(vae: Any) -> Iterator[Any]:
-    """A VAE that overflows in float16 (SDXL's) works in float32 meanwhile, as in diffusers."""
+    """Run a VAE that overflows in float16 (SDXL's) in float32, as diffusers does."""
     dtype, needs_upcast = vae.dtype, overflows(vae)
     if needs_upcast:
         vae.to(torch.float32)

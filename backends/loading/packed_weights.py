@@ -1,8 +1,7 @@
-"""Weights kept in 8, 4 or 2 bits and unpacked as a layer uses them. Weight-only: what the layer
-computes stays in its own dtype.
+"""Weights stored in 8, 4 or 2 bits and unpacked when a layer runs. Activations keep their dtype.
 
-A parametrization of the layer, so that the layer remains an nn.Linear or nn.Conv2d to everything
-that looks at it: LoRA, the parallel methods, torch.compile.
+Implemented as a parametrization, so the layer is still an nn.Linear or nn.Conv2d for LoRA, the
+parallel methods and torch.compile.
 """
 
 from typing import Literal
@@ -19,15 +18,13 @@ Packed = Literal["float8", "int8", "int4", "int2"]
 
 
 def pack_layer(layer: nn.Module, kind: Packed) -> None:
-    """Replace `layer.weight` by its packed form. The layer must be frozen: nothing flows back to
-    the packed weight.
-    """
+    """Replace `layer.weight` by its packed form and freeze it, as gradients cannot reach it."""
     layer.weight.requires_grad_(False)
     is_row_scaled = kind in ("float8", "int8")
     unpack = (
         RowScaled(kind) if is_row_scaled else Grouped(int(kind.removeprefix("int")), layer.weight)
     )
-    # unsafe: torch would compare the unpacked weight with the original, and they differ on purpose
+    # unsafe: skip torch's check that unpacking restores the weight; quantisation changes it
     parametrize.register_parametrization(layer, "weight", unpack, unsafe=True)
 
 
@@ -39,13 +36,15 @@ class RowScaled(nn.Module):
         self._is_float = kind == "float8"
 
     def forward(self, values: Tensor, scale: Tensor) -> Tensor:
-        """values (out, ...) in 8 bits, scale (out, 1, ...) -> weight (out, ...) in the dtype of the
-        scale.
+        """Return the weight (out, ...) in the dtype of `scale`.
+
+        values: (out, ...) in 8 bits. scale: (out, 1, ...).
         """
         values = values.view(torch.float8_e4m3fn) if self._is_float else values
         return values.to(scale.dtype) * scale
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Pack the weight (out, ...) to (values, scale)."""
         top = FLOAT8_MAX if self._is_float else 127.0
         largest = (
             weight.float()
@@ -54,7 +53,7 @@ class RowScaled(nn.Module):
             .clamp(min=1e-12)
         )
         scaled = weight.float() / largest * top
-        # as plain bytes: module.to(dtype) converts whatever is a floating type, float8 too
+        # as plain bytes: module.to(dtype) would convert float8, which is a floating type
         values = (
             scaled.to(torch.float8_e4m3fn).view(torch.uint8)
             if self._is_float
@@ -73,8 +72,9 @@ class Grouped(nn.Module):
         self._row = weight[0].numel()
 
     def forward(self, packed: Tensor, step: Tensor, lowest: Tensor) -> Tensor:
-        """packed uint8 (out, groups, GROUP * bits / 8), step and lowest (out, groups, 1) -> weight
-        (out, ...).
+        """Return the weight (out, ...).
+
+        packed: uint8 (out, groups, GROUP * bits / 8). step, lowest: (out, groups, 1).
         """
         mask = 2**self._bits - 1
         codes = torch.stack(
@@ -84,6 +84,7 @@ class Grouped(nn.Module):
         return weight.flatten(1)[:, : self._row].reshape(self._shape)
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Pack the weight (out, ...) to (packed, step, lowest)."""
         rows = weight.float().flatten(1)
         padding = -rows.shape[1] % GROUP
         groups = nn.functional.pad(rows, (0, padding), mode="constant", value=0.0).unflatten(

@@ -1,5 +1,4 @@
-"""Weights as diffusers takes them: 8-bit ones multiplied by their scales, names without a foreign
-prefix, GGUF in its own shapes."""
+"""Convert weights to what diffusers loads: no 8-bit scales or prefixes, original GGUF shapes."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -20,14 +19,13 @@ from backends.files.weight_headers import SAFETENSORS, Header, Shape, original_s
 
 Weights = dict[str, Tensor]
 SCALE_ENDINGS = ((".scale_weight", ".weight"), (".weight_scale", ".weight"))
-"""Ending of a scale's name -> that of the weight that it is for."""
+"""Suffix of a scale's name -> suffix of its weight's name."""
 LDM_UNET = ("input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "label_emb.", "out.")
 LDM_PREFIX = "model.diffusion_model."
 
 
 def read_any_header(path: str | Path, *, option: str) -> Header | None:
-    """Return the header of any weight file; of a torch pickle, by torch, whose tensors stay in the
-    file."""
+    """Return the header of any weight file. torch pickles are read on the meta device."""
     path = Path(path)
     if path.suffix in (*SAFETENSORS, ".gguf"):
         return read_header(path, option=option)
@@ -52,7 +50,7 @@ def _is_zip(path: Path) -> bool:
 
 
 def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """An IP-Adapter's pickle holds one dictionary for each of its parts."""
+    """Yield the tensors of nested dictionaries: an IP-Adapter's pickle has one per part."""
     for name, value in content.items():
         if isinstance(value, Tensor):
             yield prefix + name, value
@@ -61,7 +59,7 @@ def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, T
 
 
 def is_plain(header: Header) -> bool:
-    """Return whether a file in diffusers' names can be loaded as it is."""
+    """Return whether a file in diffusers' names can be loaded unchanged."""
     is_scaled = has_scales(header)
     return (
         not is_scaled
@@ -73,10 +71,11 @@ def is_plain(header: Header) -> bool:
 def plain_weights(
     weights: Weights, *, given: str, dtype: torch.dtype, prefixes: tuple[str, ...]
 ) -> Weights:
-    """Return the weights of one model without scales, notes and what stands before their names.
+    """Return one model's weights without scales, notes and the prefix of their names.
 
-    prefixes: of a denoiser or a VAE; of a file with several models, those with the prefix are
-    taken. A UNet in the original names gets the prefix that diffusers expects there.
+    prefixes: possible prefixes of a denoiser or VAE. In a file with several models only the weights
+    with the prefix are returned. A UNet in the original names gets the prefix that diffusers
+    expects.
     """
     scaled = scaled_weights(weights, given=given, dtype=dtype)
     prefix = next((text for text in prefixes if any(name.startswith(text) for name in scaled)), "")
@@ -94,8 +93,7 @@ def plain_weights(
 
 
 def scaled_weights(weights: Weights, *, given: str, dtype: torch.dtype) -> Weights:
-    """Return the weights multiplied by their scales, without these. ConfigError for scales of
-    another kind."""
+    """Return the weights multiplied by their scales. ConfigError for unknown kinds of scales."""
     if not any(name.endswith((*SCALES, *UNKNOWN_SCALES)) or name == MARKER for name in weights):
         return weights
     refuse_unknown_scales(weights, given)
@@ -109,7 +107,7 @@ def scaled_weights(weights: Weights, *, given: str, dtype: torch.dtype) -> Weigh
             weight_name = name.removesuffix(ending) + target
             if weight_name not in plain:
                 raise ConfigError(
-                    f"{given} has the scale {name} and no {weight_name}. The file is incomplete: "
+                    f"{given} has the scale {name}, but no {weight_name}. The file is incomplete: "
                     "download it again."
                 )
             plain[weight_name] = _multiplied(
@@ -121,14 +119,13 @@ def scaled_weights(weights: Weights, *, given: str, dtype: torch.dtype) -> Weigh
 def _multiplied(
     name: str, weight: Tensor, scale: Tensor, *, given: str, dtype: torch.dtype
 ) -> Tensor:
-    """One scale for all, or one for each row; in float32, and rounded once."""
+    """Multiply by one scale, or one per row. Computed in float32 and rounded once."""
     is_for_rows = scale.numel() == weight.shape[0]
     if (scale.numel() != 1 and not is_for_rows) or weight.dtype == torch.uint8:
         raise ConfigError(
             f"{given} scales {name} of shape {list(weight.shape)} by blocks ({list(scale.shape)}), "
-            "which is not read. "
-            "Allowed: one scale for each weight or row. Give such a file, or the original and "
-            "--quantize_to."
+            "which is not supported. Allowed: one scale for each weight or row. Give such a file, "
+            "or the original and --quantize_to."
         )
     factors = (
         scale.float().reshape(-1, *(1,) * (weight.ndim - 1))
@@ -140,7 +137,7 @@ def _multiplied(
 
 @contextmanager
 def plain_file(path: Path, header: Header, *, given: str, dtype: torch.dtype) -> Iterator[Path]:
-    """Lend a file of the same weights without scales: the file itself where there are none."""
+    """Yield a file of the weights without scales: `path` itself, or a temporary one."""
     refuse_unknown_scales(header.shapes, given)
     if not has_scales(header):
         yield path
@@ -153,8 +150,7 @@ def plain_file(path: Path, header: Header, *, given: str, dtype: torch.dtype) ->
 
 
 def read_gguf(path: str) -> Weights:
-    """Return the tensors of a GGUF file as diffusers reads them, those that were stored as rows of
-    256 in their own shapes again."""
+    """Return a GGUF file's tensors as diffusers reads them, stored rows of 256 reshaped."""
     from diffusers.models.model_loading_utils import load_gguf_checkpoint
     from gguf import GGUFReader
 
@@ -173,7 +169,7 @@ def _reshaped(tensor: Tensor, shape: Shape) -> Tensor:
 
 
 def unpack_beside_linears(model: nn.Module, dtype: torch.dtype) -> None:
-    """Unpack GGUF blocks in layers that cannot compute with them: all but linear ones."""
+    """Unpack GGUF weights in all layers that cannot compute with them: all but nn.Linear."""
     from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter, dequantize_gguf_tensor
 
     for module in model.modules():
@@ -184,7 +180,7 @@ def unpack_beside_linears(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def require_finite(model: nn.Module, given: str) -> None:
-    """ConfigError for weights that are not numbers: every image would be black."""
+    """Raise ConfigError for weights that are NaN or infinite: every image would be black."""
     for name, parameter in model.named_parameters():
         if (
             parameter.is_floating_point()

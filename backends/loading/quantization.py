@@ -1,4 +1,4 @@
-"""Quantises the weights of a loaded pipeline, component by component, and says what that saved."""
+"""Quantise the weights of a loaded pipeline, component by component."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -19,16 +19,17 @@ logger = logging.getLogger(__name__)
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 MOTION = "motion_modules"
 POOLING = "time_extra_emb.pooler"
-"""Attention pools hand their layers' weights to a function instead of calling the layers, and
-bitsandbytes works in calls only.
+"""Attention pooling uses its layers' weights without calling the layers. bitsandbytes needs the
+calls.
 """
 
 
 def quantize(
     pipe: Any, spec: ModelSpec, load: LoadRequest, *, device: torch.device
 ) -> dict[str, int]:
-    """Component -> bytes saved. ConfigError for what this machine cannot run, naming what it
-    can.
+    """Quantise the requested components. Return component -> bytes saved.
+
+    ConfigError if this machine cannot run the kind; it lists those that run everywhere.
     """
     saved = {}
     for group, choice in load.quantize.items():
@@ -58,7 +59,7 @@ def quantize(
 
 
 def weight_bytes(module: nn.Module) -> int:
-    """Bytes of all parameters and buffers as they are kept."""
+    """Return the bytes of all parameters and buffers as stored."""
     tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
@@ -66,8 +67,9 @@ def weight_bytes(module: nn.Module) -> int:
 def _targets(
     pipe: Any, spec: ModelSpec, group: str
 ) -> Iterator[tuple[str, nn.Module, tuple[bool, ...]]]:
-    """(component, module, which layers: (False,) all but motion modules, (True,) these alone,
-    both).
+    """Yield (component, module, layers to quantise).
+
+    Layers: (False,) all but motion modules, (True,) only these, (False, True) all.
     """
     everything = (False, True)
     wanted = {
@@ -94,8 +96,9 @@ def _to_bitsandbytes(
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
-    """Linear layers -> bitsandbytes' own, on their device at once, because that is where it packs
-    them. It has no convolutions.
+    """Replace linear layers by bitsandbytes' own, moved to the device, where they are packed.
+
+    bitsandbytes has no convolutions.
     """
     advice = f"These run everywhere: {', '.join(EVERYWHERE)}."
     try:
@@ -114,13 +117,11 @@ def _to_bitsandbytes(
         setattr(module.get_submodule(parent), attribute, replaced)
         try:
             replaced(torch.zeros(1, layer.in_features, dtype=dtype, device=device))
-        except (
-            Exception
-        ) as error:  # its kernels fail in ways of their own: asserts, shape errors, missing symbols
+        except Exception as error:  # its kernels fail with asserts, shape errors, missing symbols
             raise ConfigError(
                 f"quantising to {choice.kind} does not run on this machine's {device.type} for a "
-                f"layer of {layer.in_features} inputs "
-                f"({' '.join(str(error).split())[:120]}). {advice}"
+                f"layer of {layer.in_features} inputs ({' '.join(str(error).split())[:120]}). "
+                f"{advice}"
             ) from error
 
 

@@ -1,19 +1,19 @@
-"""Step caches: steps that run little of the denoiser and take the rest from an earlier step. Off
-unless asked for (--step_cache).
+"""Step caches (--step_cache): run little of the denoiser in some steps and reuse an earlier step.
 
-first_block  A step runs the first block. If its effect is nearly what it was at the last full step,
-the others are taken to have theirs
-             again: ParaAttention's first-block cache, after TeaCache (arXiv:2411.19108, section 3).
-taylor       Every n-th step is full; between, what the blocks add is continued along the line
-             through the last two full steps:
-             TaylorSeer, arXiv:2503.06923, section 3, first order, for all blocks after the first
-             together.
-deep         Every n-th step is full; between, a UNet runs its outermost level only:
-             DeepCache, arXiv:2312.00858, section 3.
+first_block: each step runs the first block. If its residual is close to that of the last full step,
+the other blocks' residual is reused. ParaAttention's first-block cache, after TeaCache
+(arXiv:2411.19108, section 3).
 
-diffusers' own hooks (diffusers.hooks) are not used: they decide on each rank by what that rank has,
-so ranks would disagree; they count a ControlNet's residuals twice in a skipped step; they do not
-know HunyuanDiT's and PixArt's blocks, and fail on FLUX.2's.
+taylor: every n-th step is full. In between, the residual of all blocks after the first is
+extrapolated linearly from the last two full steps. TaylorSeer (arXiv:2503.06923, section 3), first
+order.
+
+deep: every n-th step is full. In between, a UNet runs only its outermost level. DeepCache
+(arXiv:2312.00858, section 3).
+
+diffusers' own hooks (diffusers.hooks) are not used. They decide on each rank by that rank's data,
+so ranks would disagree; they add a ControlNet's residuals twice in a skipped step; they do not
+support HunyuanDiT's and PixArt's blocks, and fail on FLUX.2's.
 """
 
 import inspect
@@ -36,9 +36,7 @@ NAME = "step cache"
 
 @dataclass(slots=True)
 class _Residual:
-    """What the blocks after the first add to its result: a full step's, the one's before it, and at
-    which steps these were.
-    """
+    """What the blocks after the first added to its output, at the last two full steps."""
 
     last: Tensor
     at: int
@@ -49,7 +47,7 @@ class _Residual:
         return _Residual(last=last, at=at, older=self.last, older_at=self.at)
 
     def continued(self, step: int) -> Tensor:
-        """Along the line through both, to this step."""
+        """Extrapolate linearly to this step."""
         if self.older is None:
             return self.last
         return torch.lerp(self.older, self.last, 1.0 + (step - self.at) / (self.at - self.older_at))
@@ -57,22 +55,24 @@ class _Residual:
 
 @dataclass(slots=True)
 class _Call:
-    """What is kept from step to step for the n-th call of the denoiser in each step (some pipelines
-    make two, one per half of guidance).
+    """The state of the n-th denoiser call of each step, kept between steps.
+
+    Some pipelines make two calls per step, one per half of guidance.
     """
 
     is_full: bool = True  # this step is computed in full
     image: Tensor | None = None  # tokens after the first block
     text: Tensor | None = None  # the same
-    effect: Tensor | None = None  # what the first block added at the last full step
-    residual: _Residual | None = None  # what the other blocks added then
-    kept: dict[int, Any] | None = None  # what a UNet's inner modules returned then
+    effect: Tensor | None = None  # residual of the first block at the last full step
+    residual: _Residual | None = None  # residual of the other blocks at that step
+    kept: dict[int, Any] | None = None  # outputs of a UNet's inner modules at that step
     shape: tuple[int, ...] = ()  # of the denoiser's input
 
 
 class StepCache:
-    """Attached to one denoiser, innermost, so that it sees what this rank computes. Forgets
-    everything between generations.
+    """The cache of one denoiser. Its hooks are innermost, so that they see this rank's computation.
+
+    Cleared after every generation.
     """
 
     def __init__(self, cache: StepCacheSpec, spec: ModelSpec, denoiser: nn.Module) -> None:
@@ -87,6 +87,7 @@ class StepCache:
         self._step = self._number = self.num_calls = self.num_skipped = 0
 
     def attach(self) -> None:
+        """Hook the denoiser and its blocks."""
         if self._cache.kind == "deep":
             inner = inner_modules(self._denoiser)
             for index, module in enumerate(inner):
@@ -113,31 +114,30 @@ class StepCache:
         self._hook(self._denoiser, self._around_denoiser)
 
     def share(self, mesh: Mesh | None) -> None:
-        """From now on these ranks decide together: `attach` and `detach` of a backend.
-        Collective.
-        """
+        """Let all ranks of a mesh decide together; None: alone. Collective."""
         self._mesh = mesh
         if mesh is not None:
             mesh.axis(*self._axes(mesh))
 
     def begin(self, *, is_on: bool) -> None:
+        """Begin a generation. is_on: whether steps may be skipped."""
         self.end()
         self._is_on = is_on
         self.num_calls = self.num_skipped = 0
 
     def step_done(self) -> None:
+        """Count a finished step."""
         self._step += 1
         self._number = 0
 
     def end(self) -> None:
+        """Drop everything that is kept between steps."""
         self._calls.clear()
         self._call, self._is_on = None, False
         self._step = self._number = 0
 
     def report(self) -> Mapping[str, int]:
-        """Of the last generation, on this rank: how many calls of the denoiser there were, and how
-        many of them ran little of it.
-        """
+        """Return this rank's denoiser calls of the last generation, and how many were skipped."""
         return {"calls": self.num_calls, "skipped": self.num_skipped}
 
     def _hook(self, module: nn.Module, around: hooks.Around) -> None:
@@ -165,9 +165,8 @@ class StepCache:
                 return output
             call.text, call.image = output if isinstance(output, tuple) else (None, output)
             effect = call.image - (args[0] if args else kwargs[first_name])
-            if (
-                call.residual is None or call.residual.last.shape != effect.shape
-            ):  # the first step, or the size has changed
+            # the first step, or the size has changed
+            if call.residual is None or call.residual.last.shape != effect.shape:
                 call.is_full, call.residual, call.effect = True, None, None
             elif self._cache.kind == "first_block":
                 call.is_full = self._change(effect, call.effect) > self._cache.value
@@ -189,8 +188,7 @@ class StepCache:
                     self._remember(call, output[1] if isinstance(output, tuple) else output)
                 return output
             tokens = args[0] if args else kwargs[first_name]
-            # what came through, residuals of a ControlNet among it, is in the remembered effect
-            # already
+            # the cached residual already includes a ControlNet's
             if is_last:
                 image = call.image + call.residual.continued(
                     self._step if self._cache.kind == "taylor" else call.residual.at
@@ -203,7 +201,7 @@ class StepCache:
         return around
 
     def _remember(self, call: _Call, tokens: Tensor) -> None:
-        """tokens: (B, N, D), or with the text before the image (B, T + N, D)."""
+        """Store the blocks' residual. tokens: (B, N, D), or (B, T + N, D) with the text first."""
         residual = tokens[:, -call.image.shape[1] :] - call.image
         call.residual = (
             _Residual(last=residual, at=self._step)
@@ -214,9 +212,7 @@ class StepCache:
             call.residual.older = None
 
     def _around_inner(self, index: int, *, is_last: bool) -> hooks.Around:
-        """Of a UNet's inner modules only the last one's result is used again; of the others,
-        shapes.
-        """
+        """Reuse the last inner module's output; of the others only the shapes matter."""
 
         def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             call = self._call
@@ -237,9 +233,7 @@ class StepCache:
         return around
 
     def _change(self, effect: Tensor, before: Tensor) -> float:
-        """Mean absolute change relative to the mean absolute value, over all that one call of the
-        pipeline computes.
-        """
+        """Return mean absolute change / mean absolute value, over all ranks of a call."""
         sums = torch.stack(
             [
                 (effect - before).abs().sum(dtype=torch.float32),
@@ -251,8 +245,9 @@ class StepCache:
         return float(sums[0] / sums[1])
 
     def _axes(self, mesh: Mesh) -> tuple[str, ...]:
-        """Axes over which one call is spread. The two calls of pipelines that make one for each
-        half of guidance decide each for itself.
+        """Return the axes over which one denoiser call is spread.
+
+        Pipelines with one call per half of guidance decide separately for each.
         """
         return tuple(
             name for name, _ in mesh.plan.axes if name != "cfg" or self._spec.guidance_calls == 1
@@ -260,11 +255,11 @@ class StepCache:
 
 
 def inner_modules(unet: nn.Module) -> list[nn.Module]:
-    """All of a UNet but its outermost level, in the order in which it runs."""
+    """Return all blocks of a UNet except its outermost level, in order of execution."""
     middle = [unet.mid_block] if unet.mid_block is not None else []
     return [*unet.down_blocks[1:], *middle, *unet.up_blocks[:-1]]
 
 
 def _stand_in(tensor: Tensor) -> Tensor:
-    """A zero of the same shape that takes no memory: nothing that runs reads it."""
+    """Return a tensor of the same shape that takes no memory. Nothing reads its values."""
     return tensor.new_zeros(()).expand(tensor.shape)

@@ -1,6 +1,4 @@
-"""Weights -> a diffusers pipeline in main memory: the checkpoint, and the components that come from
-elsewhere. Never asks a hub.
-"""
+"""Load a diffusers pipeline into main memory: the checkpoint and replaced components. Offline."""
 
 import inspect
 import json
@@ -49,19 +47,18 @@ LOADING_ERRORS = (
     TypeError,
     ZeroDivisionError,
 )
-"""What diffusers and transformers raise for files that are not what they should be."""
+"""Exceptions that diffusers and transformers raise for broken or wrong files."""
 
 PREFIXES = {"vae": VAE_PREFIXES, "unet": DENOISER_PREFIXES, "transformer": DENOISER_PREFIXES}
-"""Option -> what stands before the names of such a model in files of several."""
+"""Option -> prefixes of such a model's tensors in files with several models."""
 
 Weights = dict[str, Tensor]
 
 
 def load_pipe(spec: ModelSpec, load: LoadRequest) -> Any:
-    """The pipeline of this type, or its ControlNet variant. ConfigError names the component at
-    fault.
+    """Return the pipeline of this type, or its ControlNet variant. ConfigError names the component.
 
-    All files are compared with what they are for before the first weight is read.
+    All files are checked against their purpose before any weight is read.
     """
     checkpoint = require_fit(spec, load, read=read_any_header)
     _require_checkpoint_weights(checkpoint, load)
@@ -70,14 +67,15 @@ def load_pipe(spec: ModelSpec, load: LoadRequest) -> Any:
         pipe.vae, f"--vae={load.vae}" if load.vae is not None else f"--checkpoint={load.checkpoint}"
     )
     if settings := prediction_settings(spec, load, checkpoint):
-        logger.info("the scheduler has %s: the checkpoint says so", settings)
+        logger.info("scheduler settings from the checkpoint: %s", settings)
         pipe.scheduler = _scheduler_with(pipe.scheduler, settings)
     return pipe
 
 
 def _scheduler_with(scheduler: Any, settings: Mapping[str, object]) -> Any:
-    """The same with these settings. One that cannot start from pure noise gives way to Euler's,
-    which can.
+    """Return the scheduler with these settings.
+
+    A class that lacks one of them, and so cannot start from pure noise, is replaced by Euler's.
     """
     knows_all = settings.keys() <= inspect.signature(type(scheduler).__init__).parameters.keys()
     scheduler_class = type(scheduler) if knows_all else diffusers.EulerDiscreteScheduler
@@ -110,8 +108,9 @@ def _load_pipe(spec: ModelSpec, load: LoadRequest) -> Any:
 
 
 def _require_checkpoint_weights(checkpoint: Checkpoint, load: LoadRequest) -> None:
-    """Each model of diffusers in the checkpoint has all its weights and no others, but for those
-    that are replaced.
+    """Raise ConfigError unless every diffusers model in the checkpoint has exactly its weights.
+
+    Replaced components are skipped.
     """
     spec = checkpoint.spec
     replaced = {
@@ -138,7 +137,7 @@ def _require_checkpoint_weights(checkpoint: Checkpoint, load: LoadRequest) -> No
 
 
 def _model_class(entry: list[str], spec: ModelSpec) -> Any:
-    """Old PixArt checkpoints name the class that theirs was split from."""
+    """Return a component's class. Old PixArt checkpoints name the predecessor of theirs."""
     library = {"diffusers": diffusers, "transformers": transformers}.get(entry[0])
     return getattr(
         library, spec.fits["denoiser"][0] if entry[1] == "Transformer2DModel" else entry[1], None
@@ -148,7 +147,7 @@ def _model_class(entry: list[str], spec: ModelSpec) -> Any:
 def _checkpoint_header(
     checkpoint: Checkpoint, component: str, load: LoadRequest
 ) -> tuple[Header | None, tuple[str, ...]]:
-    """Of a component's own folder, or its part of a single file."""
+    """Return a component's header, from its own folder or its part of a single file."""
     if checkpoint.header is None:
         variant = _file_variant(checkpoint.folder, checkpoint.spec, load.variant)
         return read_folder_header(
@@ -165,18 +164,20 @@ def _checkpoint_header(
 
 
 def vae_dtype(spec: ModelSpec, load: LoadRequest) -> torch.dtype:
+    """Return the dtype of the VAE's weights."""
     return DTYPES[spec.vae_variant or load.variant]
 
 
 def read_weights(path: str | Path, *, option: str) -> Weights:
-    """The tensors of a .safetensors file or of a torch pickle (tensors only: nothing in it is
-    executed). ConfigError names the option.
+    """Return the tensors of a .safetensors file or a torch pickle, whose code is not executed.
+
+    ConfigError names the option.
     """
     try:
         if Path(path).suffix in (".safetensors", ".sft"):
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch and safetensors raise a dozen kinds, pickle's own among them
+    except Exception as error:  # torch, safetensors and pickle raise a dozen types
         kind = "safetensors" if isinstance(error, SafetensorError) else type(error).__name__
         raise ConfigError(
             f"{option}={path} cannot be read ({kind}): {' '.join(str(error).split())[:200]}"
@@ -185,8 +186,9 @@ def read_weights(path: str | Path, *, option: str) -> Weights:
 
 
 def _without_safety_checker(pipeline_class: type) -> dict[str, Any]:
-    """Results are latents as well as images, so a checker at the end of the pipeline would see
-    nothing: do not load it.
+    """Return arguments that leave out the safety checker.
+
+    The pipeline returns latents, so a checker at its end would see no image.
     """
     parameters = inspect.signature(pipeline_class.__init__).parameters
     return {
@@ -197,7 +199,7 @@ def _without_safety_checker(pipeline_class: type) -> dict[str, Any]:
 
 
 def _replaced_components(spec: ModelSpec, load: LoadRequest) -> dict[str, Any]:
-    """Components that come from elsewhere than the checkpoint."""
+    """Load the components that do not come from the checkpoint."""
     components: dict[str, Any] = {}
     if load.motion_adapter is not None and "motion_adapter" in spec.components:
         components["motion_adapter"] = _component(
@@ -234,13 +236,13 @@ def _replaced_components(spec: ModelSpec, load: LoadRequest) -> dict[str, Any]:
 
 
 def _configuration_folder(load: LoadRequest) -> Path:
-    """The folder with model_index.json: the checkpoint, or the folder beside a single file."""
+    """Return the folder with model_index.json: the checkpoint, or the one beside a single file."""
     path = Path(load.checkpoint)
     return path if path.is_dir() else path.with_suffix("")
 
 
 def _class_of(component: str, load: LoadRequest) -> Any:
-    """The class that the checkpoint names for this component."""
+    """Return the class that the checkpoint names for this component."""
     index = _configuration_folder(load) / "model_index.json"
     try:
         return getattr(diffusers, json.loads(index.read_text(encoding="utf-8"))[component][1])
@@ -260,8 +262,9 @@ def _component(
     config: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Any:
-    """A model from its folder, from that folder in a whole checkpoint, or from one file and a
-    configuration. ConfigError if it does not.
+    """Load a model from its folder, a whole checkpoint's folder, or a file and its config.
+
+    ConfigError if it does not load.
     """
     source = Path(path)
     options = {"dtype": dtype or DTYPES[load.variant], "local_files_only": True}
@@ -293,9 +296,7 @@ def _component(
 def _from_file(
     model: Any, source: Path, config: Path, options: Mapping[str, Any], *, option: str
 ) -> Any:
-    """One file of weights, in diffusers' names or, where diffusers can convert them, the original
-    ones.
-    """
+    """Load one file of weights, in diffusers' names or original ones that diffusers can convert."""
     config = config if config.is_file() else config / "config.json"
     given, prefixes = f"--{option}={source}", PREFIXES.get(option, ())
     header = read_any_header(source, option=f"--{option}")
@@ -325,8 +326,9 @@ def _from_file(
 
 
 def _motion_module(load: LoadRequest) -> Any:
-    """AnimateDiff's motion weights in one file. Without a configuration, the one that the file's
-    keys and the published models imply.
+    """Load AnimateDiff's motion weights from one file.
+
+    Without a configuration, derive it from the file's keys and the published models.
     """
     path = Path(load.motion_module)
     beside = path.with_name("config.json")
@@ -349,7 +351,7 @@ def _motion_module(load: LoadRequest) -> Any:
 
 
 def _from_gguf(spec: ModelSpec, load: LoadRequest) -> Any:
-    """The denoiser with its linear weights kept in GGUF's blocks and unpacked as they are used."""
+    """Load the denoiser with linear weights kept in GGUF blocks and unpacked when used."""
     model = _class_of(spec.denoiser, load)
     dtype, folder = DTYPES[load.variant], _configuration_folder(load)
     given, options = f"--gguf_model={load.gguf_model}", {"prefixes": DENOISER_PREFIXES}
@@ -382,19 +384,17 @@ def _from_gguf(spec: ModelSpec, load: LoadRequest) -> Any:
 def _from_single_file(
     spec: ModelSpec, pipeline_class: Any, path: Path, arguments: dict[str, Any]
 ) -> Any:
-    """A single .safetensors in its original layout, and beside it the folder of its name that keeps
-    diffusers offline.
+    """Load a single .safetensors in its original layout, with its configuration folder.
 
-    The folder holds the configuration. If it has weights of the text encoders too, the file is
-    taken for the denoiser alone, as FLUX is published, and the rest comes from the folder.
+    The folder beside the file, of the same name, keeps diffusers offline. If it also has text
+    encoder weights, the file is read as the denoiser alone, as FLUX is published.
     """
     folder = path.with_suffix("")
     if not (folder / "model_index.json").is_file():
         raise ConfigError(
             f"checkpoint={path} is a single file, and the folder {folder} with its configuration "
-            "(model_index.json, tokenizers, "
-            "config.json files; no weights needed) is not there. Put it beside the file, or give a "
-            "diffusers folder."
+            "(model_index.json, tokenizers, config.json files; no weights needed) is not there. "
+            "Put it beside the file, or give a diffusers folder."
         )
     given, dtype = f"--checkpoint={path}", arguments["dtype"]
     header = read_any_header(path, option="--checkpoint")
@@ -418,11 +418,10 @@ def _from_single_file(
 
 
 def _file_variant(path: Path, spec: ModelSpec, wanted: str) -> str | None:
-    """The variant of the files to load, such as 'fp16' of diffusion_pytorch_model.fp16.safetensors;
-    None for those without one.
+    """Return the variant of the files to load, such as 'fp16'; None for files without one.
 
-    The wanted one where it is there: others would be converted, in memory that ranks do not share.
-    Else one that is there alone.
+    The requested one if it exists: others would be converted, in memory that ranks do not share.
+    Otherwise files without a variant, or else the first variant.
     """
     folder = path / spec.denoiser
     names = [file.name for file in folder.glob("*.safetensors")] or [

@@ -116,7 +116,7 @@ def test_defaults_hold_where_a_type_says_nothing_else(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("right", "wrong", "message"),
     [
-        ("lora: tested", "lara: tested", "line 3: defaults.features.lara is no feature"),
+        ("lora: tested", "lara: tested", "line 3: defaults.features.lara is not a feature"),
         ("lora: tested", "lora: maybe", "line 3: defaults.features.lora must say status"),
         ("    asyncdiff", "    asyncdif", "line 5: defaults.backends.asyncdif is not known"),
         ("  features: {lora", "  futures: {lora", "line 3: defaults.futures is not known"),
@@ -145,9 +145,13 @@ WRONG = [
         "",
         "line 17: sd1.backends.asyncdiff.features.gguf is unsupported but gives no reason",
     ),
-    ("lora: tested", "lara: tested", "line 17: sd1.backends.asyncdiff.features.lara is no feature"),
-    ("    asyncdiff:", "    asyncdif:", "line 16: sd1.backends.asyncdif is no backend"),
-    ("  width: 512", "  height: 512", "line 10: 'height' is there twice"),
+    (
+        "lora: tested",
+        "lara: tested",
+        "line 17: sd1.backends.asyncdiff.features.lara is not a feature",
+    ),
+    ("    asyncdiff:", "    asyncdif:", "line 16: sd1.backends.asyncdif is not a backend"),
+    ("  width: 512", "  height: 512", "line 10: 'height' occurs twice"),
     (
         "title: Stable Diffusion",
         "title: [",

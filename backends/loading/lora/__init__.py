@@ -1,1 +1,1 @@
-"""LoRAs of every trainer, and embeddings that come with them."""
+"""LoRA files of all trainers, and the embeddings bundled with them."""

@@ -1,10 +1,9 @@
-"""Textual inversion: learned vectors that a word of the prompt stands for, in files of their own or
-beside a LoRA.
+"""Textual inversion: learned vectors for a word of the prompt, in separate files or beside a LoRA.
 
-The word is the file's name, or the token that the file names. Each vector gets a character that no
-keyboard has; the text encoders read it as one token, and prompts have these characters in the place
-of the word. So a word may be any, and whatever reads prompts needs to know nothing of this. While
-no embedding acts, the text encoders have the very modules that they were loaded with.
+The word is the file's name, or the token that the file names. Each vector gets a private-use
+Unicode character, which the tokenizer reads as one token, and prompts get these characters in place
+of the word. So any word works, and no other code that reads prompts needs to know. While no
+embedding is active, the text encoders keep their original modules.
 """
 
 import re
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from backends.errors import ConfigError
 
 FIRST_CHARACTER = 0xE000
-"""Of Unicode's private use: one character for each vector that acts at once."""
+"""Start of Unicode's private use area: one character per active vector."""
 
 _BUNDLED = re.compile(
     r"bundle_emb\.(?P<word>.+)\.(?P<part>string_to_param\.\*|emb_params|clip_l|clip_g|t5xxl|t5)"
@@ -33,7 +32,7 @@ Words = dict[str, dict[str, Tensor]]
 
 
 def split_embeddings(content: Mapping[str, Any], stem: str) -> tuple[Words, dict[str, Any]]:
-    """The embeddings of a file, and the rest of it."""
+    """Return the embeddings of a file, and the rest of it."""
     if isinstance(content.get("string_to_param"), Mapping):
         return {stem: {"any": _rows(next(iter(content["string_to_param"].values())))}}, {}
     words: Words = {}
@@ -66,31 +65,32 @@ def _rows(vectors: Tensor) -> Tensor:
 
 
 class Embeddings:
-    """The embeddings of one pipeline. `use` decides which of them act."""
+    """The embeddings of one pipeline. `use` selects the active ones."""
 
     def __init__(self, pipe: Any) -> None:
         self._pipe = pipe
         self._words: dict[str, Words] = {}  # name of the file's adapter -> its words, by encoder
         self._originals: dict[str, tuple[nn.Module, Any]] = {}
-        self._texts: dict[
-            str, dict[str, str]
-        ] = {}  # encoder -> word in lower case -> what prompts have for it
+        # Encoder -> word in lower case -> the characters that replace it in prompts.
+        self._texts: dict[str, dict[str, str]] = {}
 
     def add(self, name: str, path: str, words: Words) -> None:
-        """ConfigError for vectors that no text encoder of the pipeline reads."""
+        """Add a file's embeddings. ConfigError for vectors that fit no text encoder."""
         if words:
             self._words[name] = {
                 word: self._by_encoder(path, word, parts) for word, parts in words.items()
             }
 
     def has(self, name: str) -> bool:
+        """Return whether this adapter's file holds embeddings."""
         return name in self._words
 
     def forget(self, name: str) -> None:
+        """Remove a file's embeddings."""
         self._words.pop(name, None)
 
     def use(self, names: Sequence[str]) -> None:
-        """Let exactly these act."""
+        """Activate exactly these."""
         self._restore()
         self._texts = {}
         number = 0
@@ -108,9 +108,7 @@ class Embeddings:
             self._extend(encoder, rows_of_encoder)
 
     def arguments(self, arguments: Mapping[str, Any], parameters: Container[str]) -> dict[str, Any]:
-        """The arguments of a pipeline call with the prompts as each text encoder is to read
-        them.
-        """
+        """Return the pipeline call's arguments with the prompts rewritten for each text encoder."""
         changed = dict(arguments)
         if not self._texts:
             return changed
@@ -131,9 +129,7 @@ class Embeddings:
         )
 
     def in_words(self, text: str, encoder: str) -> str:
-        """The prompt as this text encoder is to read it. ComfyUI's `embedding:word` is the word
-        too.
-        """
+        """Return the prompt rewritten for this text encoder. ComfyUI's `embedding:word` works."""
         texts = self._texts.get(encoder, {})
         if not texts:
             return text
@@ -155,12 +151,12 @@ class Embeddings:
             if not names:
                 readers = (
                     ", ".join(f"{name} reads {width}" for name, width in widths.items())
-                    or "no text encoder takes any"
+                    or "there is no text encoder to read them"
                 )
                 raise ConfigError(
-                    f"lora={path} holds the embedding {word!r} with vectors of {vectors.shape[-1]} "
-                    f"numbers ({part}), but {readers}. "
-                    "Give an embedding made for this model type."
+                    f"lora={path} holds the embedding {word!r} with vectors of width "
+                    f"{vectors.shape[-1]} ({part}), but {readers}. Give an embedding made for this "
+                    "model type."
                 )
             found[names[0]] = vectors
         return found
@@ -178,14 +174,14 @@ class Embeddings:
         return getattr(self._pipe, encoder.replace("text_encoder", "tokenizer"), None)
 
     def _extend(self, name: str, vectors: Mapping[str, Tensor]) -> None:
-        """Give the encoder's vocabulary one token for each vector, by its character."""
+        """Add one token per vector to the encoder's vocabulary."""
         encoder, tokenizer = getattr(self._pipe, name), self._tokenizer(name)
         original = encoder.get_input_embeddings()
         if original.weight.is_meta:
             raise ConfigError(
                 "embeddings are not available with --enable_sequential_cpu_offload, which keeps "
-                "the vocabulary elsewhere. "
-                "Leave out the embedding, or use --enable_model_cpu_offload."
+                "the vocabulary elsewhere. Leave out the embedding, or use "
+                "--enable_model_cpu_offload."
             )
         tokenizer.add_tokens(
             [
@@ -204,11 +200,8 @@ class Embeddings:
             nn.Embedding.from_pretrained(extended, padding_idx=original.padding_idx)
         )
         if hasattr(_reader(encoder), "eos_token_id"):
-            _reader(
-                encoder
-            ).eos_token_id = (
-                tokenizer.eos_token_id
-            )  # old CLIPs take the highest token for the end of the text
+            # old CLIP configurations find the end of the text by the highest token
+            _reader(encoder).eos_token_id = tokenizer.eos_token_id
 
     def _restore(self) -> None:
         for name, (original, end) in self._originals.items():

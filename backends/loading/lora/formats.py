@@ -1,10 +1,9 @@
-"""LoRA files as trainers write them: which keys belong to one layer, and what they change its
-weight by.
+"""LoRA file formats: which keys belong to one layer, and how they change its weight.
 
-LoRA and LoCon hold a product of two factors, LoHa (LyCORIS) the elementwise product of two such
-products, LoKr a Kronecker product, and full differences are kept as they are. DoRA adds a magnitude
-for each row (or, in files of old LyCORIS, each column) of the weight.
-Knows nothing of models: `lora_names` says which layer a name means.
+LoRA and LoCon store a product of two factors, LoHa (LyCORIS) the elementwise product of two such
+products, LoKr a Kronecker product, and some files the full difference. DoRA adds a magnitude for
+each row (in files of old LyCORIS: each column) of the weight. Knows nothing about models: `names`
+maps a name to a layer.
 """
 
 import re
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 Parts = dict[str, Tensor]
-"""What a file holds for one layer: role -> tensor."""
+"""One layer's tensors in a file: role -> tensor."""
 
 _ADAPTER = r"(?:\.[^.]+)?"
 _ROLES: Mapping[str, str] = {
@@ -52,9 +51,7 @@ _KEY = re.compile(
     + ")"
 )
 _OLD_KEY = re.compile(r"(?P<layer>.+)_lora(?P<number>\d*)\.(?P<role>down|up)\.weight")
-"""diffusers' first layout, and XLabs' for FLUX, whose numbers tell the image's layers (1) from the
-text's (2).
-"""
+"""diffusers' first layout, and XLabs' for FLUX: its number is 1 for image and 2 for text layers."""
 
 PARAMETERS: Mapping[str, str] = {
     "diff": "weight",
@@ -96,37 +93,32 @@ _HEADER_KEYS = ("modelspec.architecture", "ss_base_model_version", "baseModel", 
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """The change of one layer's weight (out, in, ...): up @ down, or left (x) down as a Kronecker
-    product, or down itself.
+    """The change of a layer's weight (out, in, ...): up @ down, kron(left, down) or down."""
 
-    down, up, left: matrices; what a convolution's kernel adds lies in the columns of down.
-    magnitude: of DoRA, for each row, or for each column where `by_column`.
-    scales_norm: whether the scale acts inside of DoRA's norm, as in peft, or on the whole change,
-    as in A1111 and ComfyUI.
-    """
-
-    down: Tensor
-    up: Tensor | None = None
-    left: Tensor | None = None
-    magnitude: Tensor | None = None
+    down: Tensor  # matrix; a convolution's kernel is flattened into its columns
+    up: Tensor | None = None  # matrix
+    left: Tensor | None = None  # matrix
+    magnitude: Tensor | None = None  # DoRA's, one per row, or per column with `by_column`
     by_column: bool = False
+    # Whether the scale acts inside DoRA's norm, as in peft, or on the whole change, as in A1111
+    # and ComfyUI.
     scales_norm: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in times the kernel) of the weight that this is for."""
+        """(out, in * kernel size) of the weight that it changes."""
         if self.left is not None:
             return self.left.shape[0] * self.down.shape[0], self.left.shape[1] * self.down.shape[1]
         return (self.down if self.up is None else self.up).shape[0], self.down.shape[1]
 
     def dense(self) -> Tensor:
-        """The change without DoRA, as a matrix."""
+        """Return the change without DoRA, as a matrix."""
         if self.left is not None:
             return torch.kron(self.left, self.down)
         return self.down if self.up is None else self.up @ self.down
 
     def rows(self, index: Tensor) -> "Update":
-        """The change of these rows of the weight alone."""
+        """Return the change of these rows of the weight."""
         magnitude = (
             self.magnitude[index]
             if self.magnitude is not None and not self.by_column
@@ -138,9 +130,7 @@ class Update:
 
 
 def split_keys(keys: Mapping[str, Tensor]) -> tuple[dict[str, Parts], list[str]]:
-    """Layer's name as in the file -> what the file holds for it; and the keys that are none of a
-    LoRA's.
-    """
+    """Return (layer's name in the file -> its parts, keys that are not a LoRA's)."""
     layers: dict[str, Parts] = {}
     strangers = []
     for key, tensor in keys.items():
@@ -161,7 +151,7 @@ def _role_of(key: str) -> tuple[str, str | None]:
 
 
 def missing_parts(parts: Parts) -> list[str]:
-    """The roles without which these parts mean nothing."""
+    """Return the roles that a layer with these parts lacks."""
     roles = parts.keys()
     if roles & {"down", "up", "mid"}:
         needed = ["down", "up"]
@@ -183,8 +173,7 @@ def _factor_roles(roles: Iterable[str], name: str) -> list[str]:
 
 
 def scale_of(parts: Parts, from_header: Callable[[int], float]) -> float:
-    """alpha / rank. from_header: rank -> scale, for files that do not keep an alpha beside each
-    layer.
+    """Return alpha / rank. from_header: rank -> scale, for files without an alpha per layer.
 
     A LoKr of two whole factors has no rank, and its alpha means nothing.
     """
@@ -202,9 +191,7 @@ def scale_of(parts: Parts, from_header: Callable[[int], float]) -> float:
 
 
 def update_of(parts: Parts, scale: float) -> Update | None:
-    """The change that complete parts make at this scale; None where they change single parameters
-    only.
-    """
+    """Return the change at this scale; None if the parts change only single parameters."""
     parts = {role: tensor.float() for role, tensor in parts.items()}
     update = _change(parts, scale)
     return None if update is None else replace(update, **_decomposition(parts, update))
@@ -226,9 +213,7 @@ def _change(parts: Parts, scale: float) -> Update | None:
 
 
 def _down(parts: Parts) -> Tensor:
-    """(rank, in times the kernel). A LoCon of CP decomposition keeps its kernel between the
-    factors.
-    """
+    """Return (rank, in * kernel size). A LoCon in CP form keeps its kernel between the factors."""
     down = parts["down"].flatten(1)
     if "mid" not in parts:
         return down
@@ -236,7 +221,7 @@ def _down(parts: Parts) -> Tensor:
 
 
 def _hadamard(parts: Parts, scale: float) -> Update:
-    """(w1_a @ w1_b) * (w2_a @ w2_b), as factors of rank r * r where that is less than the whole."""
+    """Return (w1_a @ w1_b) * (w2_a @ w2_b), as factors of rank r * r if that is smaller."""
     if "hada_t1" in parts:
         one, other = (
             _tucker(parts[f"hada_t{n}"], parts[f"hada_w{n}_a"], parts[f"hada_w{n}_b"]) for n in "12"
@@ -259,14 +244,12 @@ def _kronecker_factor(parts: Parts, name: str) -> Tensor:
 
 
 def _tucker(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """core (i, j, ...), a (i, out), b (j, in) -> (out, in, ...)."""
+    """Contract core (i, j, ...), a (i, out) and b (j, in) to (out, in, ...)."""
     return torch.einsum("i j ..., j r, i p -> p r ...", core, b, a)
 
 
 def _decomposition(parts: Parts, update: Update) -> dict[str, object]:
-    """peft keeps a magnitude for each row; LyCORIS for each row, or for each column, which the
-    shape tells.
-    """
+    """Return DoRA's fields. peft's magnitude is per row; LyCORIS' per row or column."""
     if "magnitude" in parts:
         return {"magnitude": parts["magnitude"].flatten(), "scales_norm": True}
     if "dora_scale" in parts:
@@ -279,13 +262,13 @@ def _decomposition(parts: Parts, update: Update) -> dict[str, object]:
 
 
 def kinds_of(keys: Iterable[str]) -> list[str]:
-    """What the keys look like: LoHa, DoRA, a checkpoint, ..."""
+    """Return what the keys look like: LoHa, DoRA, a checkpoint, ..."""
     text = "\n".join(keys)
     return [kind for kind, mark in _MARKS.items() if mark in text]
 
 
 def family_of(keys: Iterable[str], header: Mapping[str, str]) -> str | None:
-    """What the file was made for: what its header says, or else what its names look like."""
+    """Return the model family from the file's header, or else from its names."""
     for key in _HEADER_KEYS:
         if header.get(key):
             return header[key]

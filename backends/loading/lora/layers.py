@@ -1,9 +1,8 @@
-"""One LoRA on one layer, as an adapter of peft: factors of any form, and DoRA's magnitudes. The
-base weights stay as they are.
+"""One LoRA on one layer, as a peft adapter: factors of any form, and DoRA.
 
-peft's own DoRA measures the weight anew at each call and takes the effect of another adapter for
-the base layer's. Here the norms are measured when a scale is set, and all adapters see the base
-layer alone, so that their order does not matter.
+Base weights are not modified. peft's own DoRA recomputes the norms at each call and counts another
+adapter's effect as the base layer's. Here norms are computed when a scale is set, and all adapters
+see the base layer alone, so their order does not matter.
 """
 
 import math
@@ -23,7 +22,7 @@ _CONVOLUTIONS = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 
 
 class Kronecker(nn.Module):
-    """Multiplies with left (x) weight, which is never made."""
+    """Multiplies by left (x) weight without materialising it."""
 
     def __init__(self, left: Tensor, weight: Tensor) -> None:
         super().__init__()
@@ -31,15 +30,13 @@ class Kronecker(nn.Module):
         self.weight = nn.Parameter(weight, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out)."""
+        """Map x (..., in) to (..., out)."""
         grid = x.unflatten(-1, (self.left.shape[1], self.weight.shape[1]))
         return (self.left @ nn.functional.linear(grid, self.weight)).flatten(-2)
 
 
 class Decomposition(nn.Module):
-    """DoRA: the weight and its change together, scaled to a magnitude in each row or column (Liu et
-    al., arXiv:2402.09353).
-    """
+    """DoRA: weight plus change, rescaled to a magnitude per row or column (arXiv:2402.09353)."""
 
     def __init__(self, update: Update, *, device: torch.device) -> None:
         super().__init__()
@@ -50,9 +47,7 @@ class Decomposition(nn.Module):
         self.register_buffer("change_share", torch.zeros_like(self.magnitude))
 
     def set_scale(self, weight: Tensor, change: Tensor, scale: float) -> None:
-        """Measure the norms. weight, change: (out, in, ...) in float32, the latter without its
-        scale.
-        """
+        """Compute the norms. weight, change: (out, in, ...), float32, `change` not yet scaled."""
         merged = weight + (scale if self._scales_norm else 1.0) * change
         lines = merged.transpose(0, 1) if self._by_column else merged
         gain = self.magnitude / lines.flatten(1).norm(dim=1).clamp(
@@ -62,15 +57,13 @@ class Decomposition(nn.Module):
         self.change_share = scale * gain
 
     def merged(self, weight: Tensor, change: Tensor) -> Tensor:
-        """What this adds to the weight at the scale that was set."""
+        """Return the change of the weight at the current scale."""
         shape = [1] * weight.dim()
         shape[1 if self._by_column else 0] = -1
         return self.base_share.view(shape) * weight + self.change_share.view(shape) * change
 
     def forward(self, layer: Any, name: str, x: Tensor, base: Tensor) -> Tensor:
-        """What the adapter adds to the layer's output. base: the base layer's output without its
-        bias.
-        """
+        """Return the adapter's part of the layer's output. base: the base layer's, without bias."""
         base_share, change_share = (
             _along_channels(share.to(x.dtype), layer)
             for share in (self.base_share, self.change_share)
@@ -84,7 +77,7 @@ class Decomposition(nn.Module):
 
 
 class _Decomposed(LoraVariant):
-    """Tells peft to ask the decompositions of a layer, all of them at the first one's turn."""
+    """Makes peft call a layer's decompositions, all of them when the first is due."""
 
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
@@ -98,7 +91,7 @@ class _Decomposed(LoraVariant):
 
 
 def fits(update: Update, layer: nn.Module) -> bool:
-    """Whether the update is for a weight of the layer's size."""
+    """Return whether the update matches the size of the layer's weight."""
     size = weight_size(layer)
     if size is None or (update.up is not None and update.up.shape[1] != update.down.shape[0]):
         return False
@@ -111,8 +104,9 @@ def fits(update: Update, layer: nn.Module) -> bool:
 
 
 def weight_size(layer: nn.Module) -> tuple[int, int] | None:
-    """(out, in times the kernel) of a layer that a LoRA can act on; asked of the layer, because
-    packed weights have other shapes.
+    """Return (out, in * kernel size) of a layer that a LoRA can change, else None.
+
+    Read from the layer's attributes, because packed weights have other shapes.
     """
     if isinstance(layer, nn.Linear):
         return layer.out_features, layer.in_features
@@ -124,7 +118,7 @@ def weight_size(layer: nn.Module) -> tuple[int, int] | None:
 def install(
     layer: Any, name: str, update: Update, *, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Put the update in the place of the empty adapter `name` of a peft layer."""
+    """Replace the empty adapter `name` of a peft layer by the update."""
     base = layer.get_base_layer()
     if isinstance(base, nn.Linear) and update.left is not None:
         first: nn.Module = Kronecker(update.left.to(device, dtype), update.down.to(device, dtype))
@@ -143,7 +137,7 @@ def install(
 
 
 def _layer_like(base: nn.Module, matrix: Tensor) -> nn.Module:
-    """A layer without bias that walks over its input as the base layer does."""
+    """Return a layer without bias, with the base layer's stride and padding."""
     if isinstance(base, nn.Linear):
         return _with_weight(nn.Linear(*reversed(matrix.shape), bias=False, device="meta"), matrix)
     weight = matrix.view(matrix.shape[0], -1, *base.kernel_size)
@@ -177,7 +171,7 @@ def _with_weight(layer: nn.Module, weight: Tensor) -> nn.Module:
 
 
 def set_adapters(layer: Any, scales: dict[str, float]) -> None:
-    """Let exactly these adapters of a peft layer act."""
+    """Activate exactly these adapters of a peft layer."""
     present = sorted(
         (name for name in scales if name in layer.scaling),
         key=lambda name: name not in layer.lora_magnitude_vector,
@@ -196,7 +190,7 @@ def set_adapters(layer: Any, scales: dict[str, float]) -> None:
 
 
 def merged_weight(layer: Any) -> Tensor:
-    """The base weight with all adapters that act, in float32."""
+    """Return the base weight plus all active adapters, in float32."""
     weight = plain_weight(layer.get_base_layer())
     changes = []
     for name in () if layer.disable_adapters else layer.active_adapters:
@@ -211,7 +205,7 @@ def merged_weight(layer: Any) -> Tensor:
 
 
 def _change(layer: Any, name: str, weight: Tensor) -> Tensor:
-    """The adapter's change of the weight, without its scale."""
+    """Return the adapter's change of the weight, without its scale."""
     first, second = layer.lora_A[name], layer.lora_B[name]
     change = first.weight.float().flatten(1)
     if isinstance(first, Kronecker):
@@ -222,7 +216,7 @@ def _change(layer: Any, name: str, weight: Tensor) -> Tensor:
 
 
 def plain_weight(layer: nn.Module) -> Tensor:
-    """The weight in float32, unpacked, and fetched where offloading keeps it elsewhere."""
+    """Return the weight in float32, unpacked, also if it is offloaded."""
     with align_module_device(layer):
         weight = layer.weight
         if hasattr(weight, "quant_type"):
@@ -238,14 +232,15 @@ def _without_bias(result: Tensor, layer: Any) -> Tensor:
 
 
 def _along_channels(values: Tensor, layer: Any) -> Tensor:
-    """One value per channel, in a shape that goes with the layer's inputs and outputs."""
+    """Reshape one value per channel so that it broadcasts with the layer's inputs and outputs."""
     base = layer.get_base_layer()
     return values if isinstance(base, nn.Linear) else values.view(-1, *(1,) * len(base.kernel_size))
 
 
 class ParameterDifferences:
-    """Changes of single parameters (biases, norms, modulations): while they act, another parameter
-    stands in the original's place.
+    """Changes of single parameters (biases, norms, modulations).
+
+    Active ones replace the module's parameter.
     """
 
     def __init__(self) -> None:
@@ -253,19 +248,22 @@ class ParameterDifferences:
         self._differences: dict[str, dict[tuple[nn.Module, str], Tensor]] = {}
 
     def add(self, name: str, differences: dict[tuple[nn.Module, str], Tensor]) -> None:
+        """Add a file's changes: (module, attribute) -> difference."""
         if differences:
             self._differences[name] = differences
         for module, attribute in differences:
             self._originals.setdefault((module, attribute), getattr(module, attribute))
 
     def has(self, name: str) -> bool:
+        """Return whether this adapter's file changes single parameters."""
         return name in self._differences
 
     def forget(self, name: str) -> None:
+        """Remove a file's changes."""
         self._differences.pop(name, None)
 
     def use(self, scales: dict[str, float]) -> None:
-        """Let exactly these act. Without any, each module has its own parameter again."""
+        """Activate exactly these. Without any, each module gets its own parameter back."""
         for (module, attribute), original in self._originals.items():
             key = (module, attribute)
             acting = [

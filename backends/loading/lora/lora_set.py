@@ -1,10 +1,8 @@
-"""LoRA files on a loaded pipeline: any number at any scale, changed between generations without
-touching the base weights.
+"""The LoRA files of a loaded pipeline: any number, at any scale, without changing base weights.
 
-A file's keys are split by layer (`lora_formats`), its names looked up (`lora_names`), everything
-compared with the model, and only then each change becomes an adapter of peft on its layer
-(`lora_layers`), the same way for all model types. Embeddings beside them or in files of their own
-are words of the prompt (`embeddings`).
+A file's keys are grouped by layer (formats.py), its names looked up (names.py), and everything is
+compared with the model. Only then does each change become a peft adapter of its layer (layers.py),
+the same way for all model types. Embeddings become words of the prompt (embeddings.py).
 """
 
 import json
@@ -52,14 +50,14 @@ from backends.model_table import ModelSpec
 logger = logging.getLogger(__name__)
 
 MAX_KEPT = 8
-"""LoRAs of earlier requests that stay in memory; the longest unused goes first."""
+"""LoRAs of earlier requests kept in memory; the least recently used is dropped first."""
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What one file changes in a pipeline."""
+    """The changes of one file to a pipeline."""
 
     updates: dict[Place, Update] = field(default_factory=dict)
     parameters: dict[tuple[nn.Module, str], Tensor] = field(default_factory=dict)
@@ -67,12 +65,12 @@ class Plan:
 
 
 class LoraSet:
-    """The LoRAs of one pipeline. `use` decides which of them act."""
+    """The LoRAs of one pipeline. `use` selects the active ones."""
 
     def __init__(self, pipe: Any, spec: ModelSpec) -> None:
         self._pipe = pipe
         self._spec = spec
-        self._names: dict[str, str] = {}  # path -> adapter name, the longest unused first
+        self._names: dict[str, str] = {}  # path -> adapter name, the least recently used first
         self._active: dict[str, float] | None = {}
         self._num_loaded = 0
         self._differences = ParameterDifferences()
@@ -80,17 +78,15 @@ class LoraSet:
         self.is_fused = False
 
     def use(self, scales: Mapping[str, float]) -> None:
-        """Let exactly these files act, at these scales; files that are not loaded yet are.
-        ConfigError for one that does not fit.
+        """Activate exactly these files at these scales, and load those that are new.
 
-        After `fuse` nothing changes any more.
+        ConfigError for a file that does not fit. No effect after `fuse`.
         """
         if self.is_fused:
             return
         if scales.keys() - self._names.keys():
-            self._active = (
-                None  # a newly loaded LoRA acts at once, even if the next one does not load
-            )
+            # a newly loaded LoRA is active at once, even if loading the next one fails
+            self._active = None
         for path in scales:
             name = self._names.pop(path, None) or self._load(path)
             self._names[path] = name
@@ -110,13 +106,12 @@ class LoraSet:
         for path, scale in scales.items():
             if scale not in (0, 1) and self._is_embedding(self._names[path]):
                 raise ConfigError(
-                    f"lora={path} is an embedding, which a word of the prompt switches on, and has "
-                    f"scale {scale:g}. "
-                    "Give 1, or 0 to leave it out."
+                    f"lora={path} has scale {scale:g}, but it is an embedding, which a word of the "
+                    "prompt switches on. Give 1, or 0 to leave it out."
                 )
 
     def _is_embedding(self, name: str) -> bool:
-        """And nothing else."""
+        """Return whether the file holds embeddings and nothing else."""
         return (
             self.embeddings.has(name)
             and not self._differences.has(name)
@@ -124,19 +119,15 @@ class LoraSet:
         )
 
     def measure_again(self) -> None:
-        """Call it when the base weights were elsewhere in the meantime: the next `use` sets
-        everything anew.
-        """
+        """Make the next `use` set everything again. Call it after the base weights were moved."""
         self._active = None
 
     def has(self, paths: Iterable[str]) -> bool:
-        """Whether all these files are loaded already."""
+        """Return whether all these files are loaded."""
         return all(path in self._names for path in paths)
 
     def fuse(self) -> None:
-        """Add what acts now to the base weights for good and leave plain layers behind: nothing of
-        peft slows the model down.
-        """
+        """Merge the active LoRAs into the base weights for good, and remove peft's layers."""
         for module in self._modules():
             for name, layer in [
                 (name, layer)
@@ -177,8 +168,9 @@ class LoraSet:
         )
 
     def _load(self, path: str) -> str:
-        """The name of a new adapter. Unique, because files may share a stem, and free of dots,
-        which torch allows in no module's name.
+        """Load a file and return the name of its new adapter.
+
+        Names are numbered, because files may share a stem and module names must not contain dots.
         """
         name = f"lora_{self._num_loaded + 1}"
         plan = LoraFile(path).plan(self._pipe, self._spec)
@@ -209,9 +201,8 @@ class LoraSet:
             r=1, lora_alpha=1, target_modules=f"(?:{names})", init_lora_weights=False
         )
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", message="Already found a `peft_config`"
-            )  # several at once are what this file is for
+            # several adapters at once are intended
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
             inject_adapter_in_model(config, module, adapter_name=name)
         dtype = next(
             (tensor.dtype for tensor in module.parameters() if tensor.dtype in FLOATS),
@@ -243,9 +234,7 @@ class LoraFile:
         self._scales = AdapterScales(path, self._header)
 
     def plan(self, pipe: Any, spec: ModelSpec) -> Plan:
-        """What the file changes in this pipeline. ConfigError unless every key has its place in
-        it.
-        """
+        """Return the file's changes to this pipeline. ConfigError unless every key fits."""
         layers, strangers = split_keys(self._weights)
         if not layers and not self._words:
             raise ConfigError(
@@ -253,9 +242,9 @@ class LoraFile:
             )
         if strangers:
             raise ConfigError(
-                f"lora={self._path} holds {len(strangers)} keys beside its LoRA's that mean "
-                f"nothing here (the first: {strangers[0]})"
-                f"{self._looks()}. Give a file of LoRA, LoCon, LoHa, LoKr, DoRA or an embedding."
+                f"lora={self._path} holds {len(strangers)} keys that are not a LoRA's (the first: "
+                f"{strangers[0]}){self._looks()}. Give a file of LoRA, LoCon, LoHa, LoKr, DoRA or "
+                "an embedding."
             )
         self._require_whole(layers)
         return self._placed(layers, pipe, spec)
@@ -268,9 +257,8 @@ class LoraFile:
             layer, missing = next(iter(halves.items()))
             raise ConfigError(
                 f"lora={self._path} is incomplete: {len(halves)} of {len(layers)} layers lack a "
-                f"part (the first: {layer} has "
-                f"{', '.join(sorted(layers[layer]))}, but no {' and no '.join(missing)}). Save or "
-                "download the file again."
+                f"part (the first: {layer} has {', '.join(sorted(layers[layer]))}, but no "
+                f"{' and no '.join(missing)}). Save or download the file again."
             )
 
     def _placed(self, layers: Mapping[str, Parts], pipe: Any, spec: ModelSpec) -> Plan:
@@ -291,10 +279,9 @@ class LoraFile:
             num_keys = sum(len(layers[name]) for name in strangers)
             raise ConfigError(
                 f"lora={self._path} does not fit {spec.title}: {num_keys} of {len(self._weights)} "
-                "keys are for layers that the model does "
-                "not have or has in another size (the first: "
-                f"{self._first_key(strangers[0])}){self._looks()}. "
-                "Give a LoRA made for this model type."
+                "keys are for layers that the model does not have or has in another size (the "
+                f"first: {self._first_key(strangers[0])}){self._looks()}. Give a LoRA made for "
+                "this model type."
             )
         return plan
 
@@ -306,20 +293,15 @@ class LoraFile:
         places: Sequence[Place],
         modules: Mapping[Place, nn.Module],
     ) -> bool:
-        """Whether everything that the file has for one of its layers has a place in the model."""
+        """Add one layer of the file to the plan. Return whether all of it fits the model."""
         if not places:
             return False
         found = [modules[Place(place.component, place.layer)] for place in places]
         try:
             scale = scale_of(parts, lambda rank: self._scales.scale(places[0], name, rank))
             update = update_of(parts, scale)
-        except (
-            RuntimeError,
-            ValueError,
-            IndexError,
-            ZeroDivisionError,
-        ):  # torch's words for factors that do not go together
-            return False
+        except (RuntimeError, ValueError, IndexError, ZeroDivisionError):
+            return False  # factors whose shapes do not match
         if update is not None and not self._add_update(plan, update, places, found):
             return False
         return all(
@@ -386,8 +368,7 @@ class LoraFile:
     def _twice(self, place: Place) -> ConfigError:
         return ConfigError(
             f"lora={self._path} changes the layer {place.layer} of the {place.component} twice, "
-            "under different names. "
-            "Remove one of them from the file."
+            "under different names. Remove one of them from the file."
         )
 
     def _first_key(self, layer: str) -> str:
@@ -396,10 +377,10 @@ class LoraFile:
         )
 
     def _looks(self) -> str:
-        """What the file seems to be, for messages."""
+        """Return what the file seems to be, for error messages."""
         kinds, family = kinds_of(self._weights), family_of(self._weights, self._header)
         says = [f"it holds {', '.join(kinds)}"] if kinds else []
-        says += [f"it was made for {family[:60]}, it seems"] if family else []
+        says += [f"it seems to be made for {family[:60]}"] if family else []
         return f"; {' and '.join(says)}" if says else ""
 
     def _advice(self, spec: ModelSpec) -> str:
@@ -420,8 +401,9 @@ class LoraFile:
 
 
 class AdapterScales:
-    """alpha / rank where the file does not have an alpha for each layer, but a configuration of
-    peft in its header or beside it.
+    """alpha / rank from a peft configuration, in the file's header or beside it.
+
+    For files without an alpha per layer.
     """
 
     def __init__(self, path: str, header: Mapping[str, str]) -> None:
@@ -431,7 +413,7 @@ class AdapterScales:
             self._settings |= _json(path, beside.read_text(encoding="utf-8"))
 
     def scale(self, place: Place, name: str, rank: int) -> float:
-        """name: the layer's in the file, where a pattern may be written for that."""
+        """Return alpha / rank of a layer. name: the layer's in the file, for patterns."""
         alpha = self._setting(place.component, "lora_alpha")
         patterns = self._setting(place.component, "alpha_pattern") or {}
         for layer in (place.layer, name):
@@ -445,7 +427,7 @@ class AdapterScales:
         )
 
     def _setting(self, component: str, name: str) -> Any:
-        """diffusers prefixes the component's name; peft's own files have one component."""
+        """Return a setting. diffusers prefixes the component; peft's files have one."""
         return self._settings.get(f"{component}.{name}", self._settings.get(name))
 
 
@@ -454,7 +436,7 @@ def _json(path: str, text: str) -> dict[str, Any]:
         content = json.loads(text)
     except ValueError as error:
         raise ConfigError(
-            f"lora={path} has a configuration (lora_adapter_metadata) that is no JSON: {error}. "
+            f"lora={path} has a configuration (lora_adapter_metadata) that is not JSON: {error}. "
             "Save the file again."
         ) from error
     return content if isinstance(content, dict) else {}
@@ -468,7 +450,7 @@ def _header(path: str) -> dict[str, str]:
 
 
 def _pieces(num_rows: int, layers: Sequence[nn.Module]) -> list[Tensor] | None:
-    """The rows of each layer in a weight that is all of them. None if there are more or fewer."""
+    """Split the rows of a fused weight among its layers. None if the sizes do not add up."""
     sizes = [
         getattr(layer, "out_features", None) or getattr(layer, "out_channels", 0)
         for layer in layers

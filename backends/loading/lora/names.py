@@ -1,8 +1,7 @@
-"""Which layers of a pipeline a LoRA's names mean: diffusers' own names, dotted or with underscores,
-and those of the original models.
+"""Which layers of a pipeline a LoRA's names refer to.
 
-A layer of the original may be several of diffusers' (queries, keys and values in one), whose rows
-follow each other.
+Names may be diffusers' own, dotted or with underscores, or those of the original models. One layer
+of an original may be several of diffusers' (fused queries, keys and values), in order of rows.
 """
 
 import re
@@ -32,7 +31,7 @@ _TEXT_ENCODERS: Mapping[str, Sequence[str]] = {
         "text_encoder_2",
     ),
 }
-"""Prefix -> the component; of several the first that the pipeline has."""
+"""Prefix -> component; of several, the first that the pipeline has."""
 
 _QKV = ("to_q", "to_k", "to_v")
 _ADDED = ("add_q_proj", "add_k_proj", "add_v_proj")
@@ -206,8 +205,8 @@ _ORIGINALS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "HunyuanDiT2DModel": _HUNYUAN,
     "PixArtTransformer2DModel": _PIXART,
 }
-"""Class -> name in the original model -> names in diffusers, # being a number. ~: the halves
-(shift, scale) are in the other order.
+"""Class -> name in the original model -> names in diffusers. #: a number. ~: the halves (shift,
+scale) are swapped.
 """
 
 _RESNET = {
@@ -231,17 +230,15 @@ _UNET = {
 
 @dataclass(frozen=True)
 class Place:
-    """A layer of a component. is_swapped: the halves of its rows are in the other order in the
-    file.
-    """
+    """A layer of a component."""
 
     component: str
     layer: str
-    is_swapped: bool = False
+    is_swapped: bool = False  # the halves of its rows are in the other order in the file
 
 
 class LayerNames:
-    """The names of one pipeline's layers in every style."""
+    """The names of one pipeline's layers in every naming scheme."""
 
     def __init__(self, components: Mapping[str, Any], denoiser: str) -> None:
         self._denoiser = denoiser
@@ -253,7 +250,7 @@ class LayerNames:
         }
 
     def places(self, name: str) -> tuple[Place, ...]:
-        """The layers that a name in a file means; none if the pipeline has no such layer."""
+        """Return the layers that a name in a file refers to; none if there is no such layer."""
         component, rest = self._component(name)
         table = self._tables.get(component, {})
         while True:
@@ -276,7 +273,7 @@ class LayerNames:
 
 
 def plain_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """All modules by name, without what peft put into them."""
+    """Yield (name, module) of all modules, without those that peft added."""
     inside: str | None = None
     for name, layer in module.named_modules():
         if inside is not None and name.startswith(inside):
@@ -286,7 +283,7 @@ def plain_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _table(component: str, module: nn.Module) -> dict[str, tuple[Place, ...]]:
-    """A name, or a name with underscores for all its dots -> the layers."""
+    """Return name, dotted or with underscores -> layers."""
     names = [name for name, layer in plain_layers(module) if _has_weights(layer)]
     table: dict[str, tuple[Place, ...]] = {}
     for theirs, ours in _other_names(module, names):
@@ -300,7 +297,7 @@ def _table(component: str, module: nn.Module) -> dict[str, tuple[Place, ...]]:
 
 
 def _has_weights(layer: nn.Module) -> bool:
-    """Of its own, plain or packed."""
+    """Return whether the layer itself has weights, plain or packed."""
     return (
         isinstance(layer, BaseTunerLayer)
         or getattr(layer, "weight", None) is not None
@@ -327,9 +324,7 @@ def _other_names(module: nn.Module, names: Sequence[str]) -> Iterator[tuple[str,
 def _swapped_where_last(
     module: nn.Module, theirs: str, targets: tuple[str, ...]
 ) -> tuple[str, ...]:
-    """The last block of Stable Diffusion 3 ends its text stream in a norm that has the two halves
-    in the other order.
-    """
+    """Mark swapped halves in the last block of Stable Diffusion 3, whose text norm differs."""
     if theirs != "joint_blocks.#.context_block.adaLN_modulation.1":
         return targets
     norm = module.get_submodule(targets[0].removesuffix(".linear"))
@@ -337,7 +332,7 @@ def _swapped_where_last(
 
 
 def _aliases(name: str) -> Iterator[str]:
-    """Other spellings of a name in diffusers and transformers."""
+    """Yield other spellings of a name in diffusers and transformers."""
     if name.endswith(".to_out.0"):
         yield name.removesuffix(".0")
     for one in (name, name.removeprefix("text_model.")):
@@ -354,7 +349,7 @@ def _aliases(name: str) -> Iterator[str]:
 
 
 def _unet_names(unet: Any, names: Sequence[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """The names of the original Stable Diffusion, whose blocks are counted through."""
+    """Yield the original Stable Diffusion names, which number all blocks consecutively."""
     blocks = dict(_unet_blocks(unet))
     for theirs, ours in _UNET.items():
         if ours in names:

@@ -256,15 +256,15 @@ def test_request_whose_scheduler_draws_for_the_batch_or_will_be_refused_goes_alo
         (
             "sdxl",
             {"step_cache": StepCacheSpec(kind="deep", value=2)},
-            "--step_cache decides by all",
+            "--step_cache decides once for a whole",
         ),
         ("sdxl", {"compel": True}, "--compel weights one prompt at a time"),
-        ("sdxl", {"control_net": {"x": 1.0}}, "takes an image with each job"),
-        ("sdxl", {"compile": CompileSettings(targets=("denoiser",))}, "would be compiled again"),
+        ("sdxl", {"control_net": {"x": 1.0}}, "needs an image with each job"),
+        ("sdxl", {"compile": CompileSettings(targets=("denoiser",))}, "would be recompiled"),
         (
             "sdxl",
             {"quantize": {"denoiser": QuantizationSpec(kind="bnb_int8")}},
-            "int8 looks for outliers in all of a batch",
+            "int8 looks for outliers across the whole batch",
         ),
         (
             "sdxl",
@@ -289,9 +289,9 @@ def test_pipeline_makes_one_image_at_a_time_where_rows_would_depend_on_each_othe
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ([{}, {"height": 72}], "they differ in more than texts and seed"),
-        ([{"quality": "exact"}] * 2, "one of them must be alone"),
-        ([{"scheduler": {"stochastic_sampling": True}}] * 2, "one of them must be alone"),
+        ([{}, {"height": 72}], "they differ in more than prompts and seed"),
+        ([{"quality": "exact"}] * 2, "one of them must run alone"),
+        ([{"scheduler": {"stochastic_sampling": True}}] * 2, "one of them must run alone"),
     ],
 )
 def test_requests_that_do_not_fit_together_are_refused(fields: list[dict], reason: str) -> None:

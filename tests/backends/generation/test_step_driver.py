@@ -398,7 +398,7 @@ def test_pixart_alpha_runs_a_single_step():
 
 def test_scheduler_cannot_be_driven_twice_at_once():
     scheduler = scheduler_for("sd1", "euler")
-    with StepDriver(scheduler, steps(2)), pytest.raises(RuntimeError, match="is driven already"):
+    with StepDriver(scheduler, steps(2)), pytest.raises(RuntimeError, match="already has a driver"):
         StepDriver(scheduler, steps(2)).__enter__()
 
 
@@ -453,26 +453,26 @@ def test_refuses_a_window_without_steps(window, field):
             "sd1",
             "ddim",
             {"sigmas": [5.0, 0.0]},
-            r"DDIMScheduler takes no list of sigmas for this model. Schedulers that may: euler, "
-            r"ipndm",
+            r"DDIMScheduler does not accept a list of sigmas for this model. Schedulers that may: "
+            r"euler, ipndm",
         ),
         (
             "sd1",
             "unipc",
             {"sigmas": [5.0, 0.0]},
-            "UniPCMultistepScheduler takes no list of sigmas for this model",
+            "UniPCMultistepScheduler does not accept a list of sigmas for this model",
         ),
         (
             "sd1",
             "euler_a",
             {"timesteps": [5]},
-            "EulerAncestralDiscreteScheduler takes no list of timesteps",
+            "EulerAncestralDiscreteScheduler does not accept a list of timesteps",
         ),
         (
             "sd3",
             "dpmpp_2m",
             {"timesteps": [5]},
-            "DPMSolverMultistepScheduler takes no list of timesteps",
+            "DPMSolverMultistepScheduler does not accept a list of timesteps",
         ),
         ("sd1", "euler", {"timesteps": [1000, 5]}, "timesteps begin at 1000. Allowed: at most 999"),
         (
@@ -500,7 +500,7 @@ def test_refuses_part_of_a_pndm_run_with_runge_kutta_steps():
 
 def test_refuses_more_steps_than_the_scheduler_has():
     with pytest.raises(
-        RequestError, match=r"LCMScheduler cannot make this schedule: .*50"
+        RequestError, match=r"LCMScheduler cannot follow this schedule: .*50"
     ) as refusal:
         gaussian.sample(scheduler_for("sd1", "lcm"), 60)
     assert refusal.value.field == "num_inference_steps"

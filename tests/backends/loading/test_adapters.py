@@ -183,7 +183,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
 def test_fused_loras_draw_the_same_and_leave_plain_layers() -> None:
     pipe = loaded(TABLE["sd1"], lora={str(lora("sd1", style="kohya")): 0.5})
     want = draw(pipe)
-    pipe._loras.fuse()
+    pipe.loras.fuse()
     assert not [
         name for name, _ in pipe.pipe.unet.named_modules() if "lora" in name or "base_layer" in name
     ]
@@ -328,7 +328,7 @@ def test_an_ip_adapter_without_its_image_encoder_says_where_it_belongs(tmp_path:
 def test_a_file_that_is_no_ip_adapter_or_one_of_another_type_is_refused() -> None:
     with pytest.raises(
         ConfigError,
-        match=r"has cross_attention_dim=32, but the unet of --type=sdxl that it is for has 96",
+        match=r"has cross_attention_dim=32, but the unet of --type=sdxl has 96",
     ):
         loaded(TABLE["sdxl"], ip_adapter={str(ip_adapter("sd1") / IP_ADAPTER_FILE): 1.0})
 

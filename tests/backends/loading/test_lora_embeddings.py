@@ -156,7 +156,7 @@ def test_an_embedding_is_read_with_compel_too(sd1: LoadedPipeline, tmp_path: Pat
         (
             "sd1",
             {"emb_params": torch.ones(2, 77)},
-            r"vectors of 77 numbers \(any\), but text_encoder reads 32",
+            r"vectors of width 77 \(any\), but text_encoder reads 32",
         ),
         ("sd1", {"clip_g": torch.ones(2, 32)}, "clip_g"),
     ],

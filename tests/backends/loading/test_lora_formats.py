@@ -390,7 +390,7 @@ def test_formats_are_fused_into_plain_layers(sd1: LoadedPipeline, tmp_path: Path
     )
     pipe = loaded(TABLE["sd1"], lora={path: 0.6, str(lora("sd1", style="kohya")): 0.3})
     want = generate(pipe)
-    pipe._loras.fuse()
+    pipe.loras.fuse()
     assert not [
         name for name, _ in pipe.pipe.unet.named_modules() if "lora" in name or "base_layer" in name
     ]

@@ -346,12 +346,12 @@ REFUSALS = [
     (
         "OFT",
         {"transformer.layers.0.attention.to_k.oft_blocks": DOWN},
-        r"1 keys beside its LoRA's .*oft_blocks\); it holds OFT",
+        r"1 keys that are not a LoRA's .*oft_blocks\); it holds OFT",
     ),
     (
         "an unknown key",
         {"transformer.layers.0.attention.to_k.scalar": DOWN},
-        r"1 keys beside its LoRA's that mean nothing here \(the first: \S+scalar\)",
+        r"1 keys that are not a LoRA's \(the first: \S+scalar\)",
     ),
     (
         "another size",
@@ -388,9 +388,9 @@ def test_what_does_not_fit_is_refused_by_its_name(
         {key: tensor.clone() for key, tensor in {**WHOLE, **keys}.items()},
     )
     with pytest.raises(ConfigError, match=message) as caught:
-        pipes("zimage")._loras.use({path: 1.0})
+        pipes("zimage").loras.use({path: 1.0})
     assert len(str(caught.value)) < 600
-    pipes("zimage")._loras.use({})
+    pipes("zimage").loras.use({})
 
 
 @pytest.mark.parametrize(
@@ -423,4 +423,4 @@ def test_a_refusal_says_what_the_file_is(
         tmp_path / "x.safetensors", {key: tensor.clone() for key, tensor in keys.items()}, header
     )
     with pytest.raises(ConfigError, match=message):
-        pipes("zimage")._loras.use({path: 1.0})
+        pipes("zimage").loras.use({path: 1.0})

@@ -149,7 +149,7 @@ def test_split_weights_and_packed_weights_do_not_go_together():
     with pytest.raises(
         UnsupportedError,
         match=(
-            r"quantised weights are not available with distrifuser: .* and split weights: "
+            r"quantised weights are not available with distrifuser: .* and sharded weights: "
             r".*\. Leave out --parallelism=tensor, or the quantisation"
         ),
     ):

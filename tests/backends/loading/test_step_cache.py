@@ -211,15 +211,15 @@ def test_two_ranks_skip_what_one_skips(run_on_ranks, name, text):
         (
             "flux",
             "first_block,-1",
-            r"After first_block, comes a number from 0 to 10, such as first_block,0.08\.",
+            r"After 'first_block,' give a number from 0 to 10, such as first_block,0.08\.",
         ),
-        ("flux", "first_block,x", r"After first_block, comes a number from 0 to 10"),
+        ("flux", "first_block,x", r"After 'first_block,' give a number from 0 to 10"),
         (
             "flux",
             "taylor,1",
-            r"After taylor, comes a whole number from 2 to 100, such as taylor,3\.",
+            r"After 'taylor,' give a whole number from 2 to 100, such as taylor,3\.",
         ),
-        ("sd1", "deep,2.5", r"After deep, comes a whole number from 2 to 100"),
+        ("sd1", "deep,2.5", r"After 'deep,' give a whole number from 2 to 100"),
     ],
 )
 def test_rejects_what_does_not_fit_the_type(name, text, message):

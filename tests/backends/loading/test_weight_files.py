@@ -148,11 +148,11 @@ def beside(
     [
         (
             {"a.weight_scale_2": torch.ones(1)},
-            "holds packed weights of a kind that is not read (a.weight_scale_2, 1 such tensors)",
+            "holds packed weights of an unsupported kind (a.weight_scale_2, 1 such tensors)",
         ),
         (
             {"nothing.scale_weight": torch.ones(1)},
-            "has the scale nothing.scale_weight and no nothing.weight",
+            "has the scale nothing.scale_weight, but no nothing.weight",
         ),
     ],
 )
@@ -165,7 +165,7 @@ def test_scales_by_blocks_are_refused(tmp_path: Path) -> None:
     packed, _ = scaled(load_file(denoiser_file("sd1")), ".weight_scale")
     key = next(key for key in packed if key.endswith(".weight_scale"))
     save_file(packed | {key: torch.ones(3, 5)}, tmp_path / "x.safetensors")
-    assert "by blocks ([3, 5]), which is not read" in refusal(
+    assert "by blocks ([3, 5]), which is not supported" in refusal(
         "sd1", denoiser=str(tmp_path / "x.safetensors")
     )
 

@@ -397,7 +397,7 @@ def test_refused_job_does_not_enter_the_batch():
         (
             {"ranks": 1, "step_cache": "deep,2"},
             1,
-            "max_batch=1: --step_cache decides by all of a batch",
+            "max_batch=1: --step_cache decides once for a whole batch",
         ),
         (
             {"ranks": 1, "type_name": "zimage"},

@@ -143,7 +143,8 @@ def test_a_denoiser_with_other_channels_is_refused(
     )
     message = refusal(name, folder)
     assert (
-        f"has a {denoiser} with {channels} channels in, but --type={name} needs {right}" in message
+        f"has a {denoiser} with {channels} input channels, but --type={name} needs {right}"
+        in message
     )
     if channels == 9 and right == 4:
         assert "it is made for inpainting and also takes a mask" in message
@@ -311,11 +312,9 @@ def test_a_controlnet_of_another_type_is_refused(name: str) -> None:
 
 def test_controlnets_of_the_same_class_are_told_apart_by_their_widths() -> None:
     message = refusal("sdxl", control_net=str(controlnet("sd1")))
-    assert (
-        "has cross_attention_dim=32, but the unet of --type=sdxl that it is for has 96" in message
-    )
+    assert "has cross_attention_dim=32, but the unet of --type=sdxl has 96" in message
     message = refusal("sd1", control_net=str(controlnet("sdxl")))
-    assert "has cross_attention_dim=96, but the unet of --type=sd1 that it is for has 32" in message
+    assert "has cross_attention_dim=96, but the unet of --type=sd1 has 32" in message
 
 
 NO_CONTROLNET = {
@@ -398,7 +397,7 @@ def test_what_is_no_controlnet_is_refused_by_its_name(kind: str, name: str, tmp_
         (
             "zimage",
             {"dim": 64},
-            "has dim=64, but the transformer of --type=zimage that it is for has 32",
+            "has dim=64, but the transformer of --type=zimage has 32",
         ),
         ("hy", {"cross_attention_dim_t5": 64}, "has cross_attention_dim_t5=64"),
         ("flux", {"num_attention_heads": 8}, "has num_attention_heads * attention_head_dim=64"),
@@ -433,7 +432,7 @@ def test_an_ip_adapter_of_another_type_or_encoder_is_refused(name: str, tmp_path
     message = refusal(name, ip_adapter=str(narrow / IP_ADAPTER_FILE))
     assert (
         "takes image embeddings of width 32, but the image encoder" in message
-        and "gives 40" in message
+        and "has 40" in message
     )
 
 
@@ -618,7 +617,7 @@ def test_a_single_file_for_inpainting_is_refused_with_the_reason(name: str, tmp_
     save_file(tensors, file)
     for message in (refusal(name, file), refusal(None, file)):
         assert (
-            "with 9 channels in" in message
+            "with 9 input channels" in message
             and "it is made for inpainting and also takes a mask" in message
         )
 
