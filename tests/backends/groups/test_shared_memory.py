@@ -15,7 +15,7 @@ import torch
 
 from backends.groups.mesh import CommStats, Mesh
 from backends.groups.shared_memory import TURNS, SharedFile, shared_memory
-from backends.parallel import shared_memory as module
+from backends.groups import shared_memory as module
 from backends.plan import ParallelPlan
 from backends.xdit import exchange
 
@@ -201,7 +201,8 @@ def check_falls_back(rank, world_size):
     assert held_memory()[0] == 0
     assert len(records) == rank  # the rank that lacks the memory says so, once
     assert (
-        not records or "no 0.8 MB of shared memory, so tensors go by gloo from now on" in records[0]
+        not records
+        or "no 0.8 MB of shared memory left, so tensors use gloo from now on" in records[0]
     )
     mesh.destroy()
 
