@@ -1,5 +1,5 @@
-"""How much one request may ask for, and how many one client may send: the operator's bounds, on top
-of what can be meant at all.
+"""The operator's limits: how much one request may ask for, and how many requests a client may
+send.
 """
 
 import threading
@@ -16,9 +16,9 @@ from hosts.launch.settings import Settings
 from hosts.supervision.exit_reports import ExitReport
 
 MAX_IMAGES = 16
-"""Images in one field. Each may be small to send and large to hold."""
+"""Images in one field: each may be small to send and large in memory."""
 MAX_CLIENTS = 10_000
-"""Clients whose rates are remembered; the one that was silent longest is forgotten."""
+"""Clients whose rates are remembered. The longest inactive one is forgotten first."""
 TEXTS = ("prompt", "negative_prompt")
 BOUNDS = {
     "num_inference_steps": "max_steps",
@@ -30,12 +30,12 @@ BOUNDS = {
     "num_frames": "max_frames",
     **dict.fromkeys(TEXTS, "max_prompt_chars"),
 }
-"""Request field -> the launch argument that bounds it."""
+"""Request field -> the launch argument that limits it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Each is one launch argument of the same name."""
+    """Each field is the launch argument of the same name."""
 
     max_steps: int
     max_side: int
@@ -48,8 +48,10 @@ class Limits:
         return cls(**{name: getattr(settings, name) for name in cls.__slots__})
 
     def check(self, request: GenerateRequest, names: Mapping[str, str]) -> None:
-        """RequestError for the first value that is too large. What is left to a default is the
-        operator's own choice. names: field -> the name by which the client sent it.
+        """Raise RequestError for the first value that is too large.
+
+        Defaults are not checked: they are the operator's choice. names: field -> name that the
+        client used.
         """
         steps = max(
             request.num_inference_steps or 0,
@@ -83,23 +85,23 @@ DEFAULT_LIMITS = Limits.by(Settings())
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeLimits:
-    """Upper bounds for one field; every one is a positive integer.
+    """Upper limits for one field. Every limit is a positive integer.
 
-    The defaults admit what the clients send at the largest sizes the models make (a 4096 x 4096
-    image or its latents, embeds of 512 tokens) with room to spare, and no more than a request body
+    The defaults admit what clients send at the largest sizes that models generate (a 4096 x 4096
+    image or its latents, embeds of 512 tokens), with room to spare, and no more than a request body
     may hold.
     """
 
     max_encoded_bytes: int = 256 * 2**20
     """Characters of base64, or bytes of an image file."""
     max_pixels: int = 24 * 2**20
-    """Width times height of one image. Decoding takes up to 20 bytes per pixel for a moment."""
+    """Width times height of one image. Decoding briefly takes up to 20 bytes per pixel."""
     max_tensor_elements: int = 32 * 2**20
     """Elements of one tensor after its strides are applied."""
     max_depth: int = 32
-    """Containers inside containers."""
+    """Nesting depth of containers."""
     max_opcodes: int = 100_000
-    """Pickle instructions; an image takes about 25, with a palette 800."""
+    """Pickle instructions: an image takes about 25, or 800 with a palette."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -111,21 +113,22 @@ class DecodeLimits:
 
 
 class RateLimit:
-    """So many requests a minute from each client: a bucket that holds a minute's worth and fills up
-    again evenly.
+    """Limits the requests per minute of each client.
+
+    A token bucket: it holds one minute's requests and refills evenly.
     """
 
     def __init__(self, per_minute: int, *, clock: Callable[[], float] = time.monotonic) -> None:
-        """per_minute: 0 for any number."""
+        """per_minute: 0 for no limit."""
         self._per_minute = per_minute
         self._clock = clock
         self._lock = threading.Lock()
         self._buckets: OrderedDict[str, tuple[float, float]] = (
             OrderedDict()
-        )  # client -> requests left, as of when
+        )  # client -> (requests left, time)
 
     def take(self, client: str) -> None:
-        """One request of this client. BusyError, with the seconds to wait, if it has none left."""
+        """Count one request of this client. BusyError with the seconds to wait if none is left."""
         if self._per_minute == 0:
             return
         with self._lock:
@@ -150,7 +153,7 @@ def queue_within(
     *,
     complete: Callable[[ExitReport], ExitReport] = lambda ending: ending,
 ) -> JobQueue:
-    """The queue that takes, and keeps, as much as the operator allows. complete: see JobQueue."""
+    """Return a queue with the operator's limits. complete: see JobQueue."""
     return JobQueue(
         capacity=settings.queue_size,
         max_seconds=settings.max_job_seconds,

@@ -1,6 +1,4 @@
-"""Bounds for the JSON of requests, whatever the field: how many values, how deep, and what numbers
-and texts. Imports no torch.
-"""
+"""Limits for the JSON of requests: number of values, depth, numbers and texts. Imports no torch."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,23 +6,22 @@ from typing import Any
 from backends.errors import RequestError
 
 MAX_VALUES = 200_000
-"""In one body. Each takes up to a hundred bytes of memory for the two that it may have had in the
-body.
-"""
+"""In one body. A value of two bytes in the body can take a hundred bytes of memory."""
 MAX_DEPTH = 16
-"""Lists and objects in each other, the body not counted. What reads or sends a value may call
-itself for each level.
+"""Nested lists and objects, without the body itself. Code that reads or sends a value may
+recurse at each level.
 """
 MAX_NAME = 1024
-"""Characters of an object's key: some are paths."""
+"""Characters of an object key. Some keys are paths."""
 MAX_NUMBER = 2**64
 MARKS = (b",", b"[", b"{")
-"""One of these begins every value but the first."""
+"""One of these precedes every value but the first."""
 
 
 def require_few_values(body: bytes) -> None:
-    """RequestError for a body that may hold more values than any request needs, before it is read.
-    Marks within texts count too.
+    """Raise RequestError for a body that may hold too many values, before it is parsed.
+
+    Marks inside texts count, too.
     """
     if sum(body.count(mark) for mark in MARKS) > MAX_VALUES:
         raise RequestError(
@@ -34,8 +31,9 @@ def require_few_values(body: bytes) -> None:
 
 
 def require_plain(body: Mapping[str, Any]) -> None:
-    """RequestError, with its field, for the first value that is nested too deeply, or a number or
-    text that nothing can be done with.
+    """Raise RequestError for the first value that is nested too deeply or cannot be used.
+
+    The message names its field.
     """
     for name, value in body.items():
         _require_name(name)
@@ -73,7 +71,7 @@ def _require_name(name: str) -> None:
 
 
 def _require_text(text: str, field: str) -> None:
-    """Halves of surrogate pairs are no text: neither tokenizers nor files take them."""
+    """Refuse lone surrogates, which neither tokenizers nor files accept."""
     if text.isascii():
         return
     try:

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from backends.groups import shared_memory as module
 from backends.groups.mesh import CommStats, Mesh
 from backends.groups.shared_memory import TURNS, SharedFile, shared_memory
-from backends.groups import shared_memory as module
 from backends.plan import ParallelPlan
 from backends.xdit import exchange
 
