@@ -1,8 +1,7 @@
-"""One replica: a launcher with its ranks, started by a Ray actor on whatever node Ray has put it.
-Runs in the actor's process.
+"""One replica: a launcher with its ranks, started by a Ray actor on the node that Ray chose.
 
-The launcher ends with the actor's process (--exit_with_parent), and that with its node or with the
-gateway, whatever kills them.
+Runs in the actor's process. The launcher ends with that process (--exit_with_parent), which ends
+with its node or with the gateway, however they end.
 """
 
 import contextlib
@@ -23,7 +22,7 @@ from hosts.supervision.temp_folder import scratch_folder
 LAUNCHER = Path(__file__).resolve().parents[2] / "launcher.py"
 KEPT_LINES = 20
 ERROR = "error: "
-"""How the launcher begins the one line that says why it ended."""
+"""Start of the line in which the launcher says why it ended."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,10 +55,9 @@ class ReplicaExit:
 
     @property
     def is_final(self) -> bool:
-        """Whether starting it again would end in the same way: it said what is wrong with its
-        arguments or its checkpoint.
+        """Whether a restart would end in the same way, as for wrong arguments or a bad checkpoint.
 
-        A port that was free when it was chosen is not among these.
+        A chosen port that is no longer free is not final.
         """
         return (
             self.code in (1, 2) and self.reason.startswith(ERROR) and "--port=" not in self.reason
@@ -67,7 +65,7 @@ class ReplicaExit:
 
 
 class ReplicaHost:
-    """The actor. `start` once; `wait` blocks until the launcher has ended; `stop` ends it."""
+    """The actor. Call `start` once. `wait` blocks until the launcher has ended; `stop` ends it."""
 
     def __init__(self, order: ReplicaSpec) -> None:
         self._order = order
@@ -76,7 +74,7 @@ class ReplicaHost:
         self._process: subprocess.Popen[str] | None = None
 
     def start(self) -> ReplicaAddress:
-        """Begin; the host then loads."""
+        """Start the launcher. The host then loads its model."""
         import ray.util
 
         node = ray.util.get_node_ip_address()
@@ -106,7 +104,7 @@ class ReplicaHost:
         return ReplicaAddress(url=f"http://{address}:{port}", node=node, pid=self._process.pid)
 
     def wait(self) -> ReplicaExit:
-        """Until the launcher has ended."""
+        """Block until the launcher has ended."""
         code = self._process.wait()
         self._reader.join(timeout=1)
         self._open.close()
@@ -117,7 +115,7 @@ class ReplicaHost:
         return ReplicaExit(code=code, reason=said)
 
     def stop(self, within_s: float) -> None:
-        """Tell the launcher to end, and end it if it is not gone in time."""
+        """Ask the launcher to stop, and kill it if it is not gone in time."""
         self._process.terminate()
         try:
             self._process.wait(timeout=within_s)
@@ -125,7 +123,7 @@ class ReplicaHost:
             self._process.kill()
 
     def _pass_on(self, process: subprocess.Popen[str]) -> None:
-        """The launcher's log is the actor's, which Ray brings to the gateway's."""
+        """Forward the launcher's log to the actor's, which Ray forwards to the gateway."""
         for line in process.stdout:
             self._lines.append(line.rstrip())
             sys.stderr.write(line)

@@ -1,4 +1,4 @@
-"""Which replica takes the next job: the one with the least outstanding work. Pure Python."""
+"""Chooses the replica for the next job: the one with the least outstanding work. Pure Python."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,8 +20,9 @@ class Load:
 
 
 def is_next(mine: Load, others: Iterable[Load]) -> bool:
-    """Whether the next job is this replica's: nobody who can take one has less to do, or has waited
-    longer for one with as little.
+    """Whether this replica takes the next job.
+
+    No other available replica has less work, or the same amount and has waited longer.
     """
     return mine.can_take and not any(
         other.can_take and _rank(other) < _rank(mine) for other in others
@@ -33,9 +34,7 @@ def _rank(load: Load) -> tuple[float, float, str]:
 
 
 def work_of(request: GenerateRequest, spec: ModelSpec) -> float:
-    """How much a job asks for, in megapixel steps: what is left out of the request is the model
-    type's default.
-    """
+    """Return the work of a request in megapixel steps, with the model type's defaults."""
     size = (request.height or spec.height) * (request.width or spec.width)
     steps = (
         len(request.timesteps or request.sigmas or ())
@@ -46,7 +45,8 @@ def work_of(request: GenerateRequest, spec: ModelSpec) -> float:
 
 
 def capacity(ranks: int, mode: str) -> int:
-    """How many jobs a replica works on at the same time: one for each rank where its ranks may
-    split, else one.
+    """Return the number of jobs that a replica runs at once.
+
+    One per rank if its ranks may split into teams, else one.
     """
     return 1 if mode == "latency" else ranks

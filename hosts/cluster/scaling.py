@@ -1,6 +1,4 @@
-"""How many replicas a model should have: up at once when jobs wait, down one by one when fewer were
-enough for a while. Pure Python.
-"""
+"""Number of replicas of a model: raised at once when jobs wait, lowered one by one. Pure Python."""
 
 import math
 from dataclasses import dataclass
@@ -18,12 +16,12 @@ class Rule:
     idle_s: float
 
     def enough(self, num_jobs: int) -> int:
-        """Replicas for so many jobs."""
+        """Return the number of replicas for this number of jobs."""
         return min(self.maximum, max(self.minimum, math.ceil(num_jobs / self.jobs_per_replica)))
 
 
 class Scale:
-    """One model's. `target` is the number of replicas there should be."""
+    """Scaling of one model. `target` is the wanted number of replicas."""
 
     def __init__(self, rule: Rule, *, first: int, now_s: float) -> None:
         self._rule = rule
@@ -31,8 +29,9 @@ class Scale:
         self._needed_s = now_s
 
     def look(self, *, num_jobs: int, now_s: float) -> int:
-        """The target, now that so many jobs wait or run. now_s: of any clock that only goes
-        forward.
+        """Return the target for this number of waiting and running jobs.
+
+        now_s: from any monotonic clock.
         """
         enough = self._rule.enough(num_jobs)
         if enough >= self.target:

@@ -1,6 +1,4 @@
-"""A1111's alwayson_scripts: units of its ControlNet extension become our fields, others are
-refused.
-"""
+"""A1111's alwayson_scripts: ControlNet units become our fields, other scripts are refused."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -63,7 +61,7 @@ UNIT: dict[str, Rule] = {
 def control_fields(
     scripts: Mapping[str, Any], accepted: Accepted
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """The fields of /v1/jobs for the units, and the names they were sent under."""
+    """Return the /v1/jobs fields of the units, and the names under which they were sent."""
     units: list[Mapping[str, Any]] = []
     for name, script in scripts.items():
         args = _args(script)
@@ -111,7 +109,7 @@ def _args(script: Any) -> list[Any]:
 
 
 def _is_on(unit: Any) -> bool:
-    """Whether a unit does something: it is enabled, and has an image or names what it wants."""
+    """Whether a unit has an effect: it is enabled and has an image or names a module or model."""
     if not isinstance(unit, Mapping):
         return bool(unit)
     is_enabled = str(unit.get("enabled", True)).lower() not in ("false", "0")

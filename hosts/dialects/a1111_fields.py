@@ -1,4 +1,4 @@
-"""The fields of A1111's txt2img and img2img -> those of /v1/jobs, and what becomes of each."""
+"""The fields of A1111's txt2img and img2img: their /v1/jobs counterparts and their rules."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -137,26 +137,29 @@ PLAIN = ("prompt", "negative_prompt", "seed", "width", "height")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """What a request asks for."""
+    """The contents of a request."""
 
     fields: dict[str, Any]
-    """By the names of /v1/jobs."""
+    """With the names of /v1/jobs."""
     sent_as: dict[str, str]
-    """Field -> A1111's name, where it is another."""
+    """Field -> A1111's name, where it differs."""
     number: int
-    """How many images."""
+    """Number of images."""
     batch_size: int
-    """Images of one batch, as the client counts them."""
+    """Images per batch, as the client counts them."""
     content_type: str = "image/png"
-    """Of the images in the answer."""
+    """Of the images in the response."""
     notes: list[str] = field(default_factory=list)
-    """What the client should know of how its request was read."""
+    """Remarks for the client on how its request was read."""
 
 
 def asked_for(
     body: Mapping[str, Any], *, spec: ModelSpec, accepted: Accepted, title: str, most: int
 ) -> Asked:
-    """The fields that txt2img and img2img share. title: of the model. most: images of a request."""
+    """Return the fields that txt2img and img2img share.
+
+    title: the model's title. most: largest number of images in a request.
+    """
     overrides = _mapping(body, "override_settings")
     if is_strict(body):
         require_known(overrides, OVERRIDES)
@@ -188,7 +191,7 @@ def asked_for(
 
 
 def require_model(name: Any, title: str) -> None:
-    """UnsupportedError if another model than the one that is loaded is named."""
+    """Raise UnsupportedError if the request names a model that is not loaded."""
     if not is_empty(name) and name != title:
         raise UnsupportedError(
             f"sd_model_checkpoint={shown(name)} is not loaded. Allowed: {title!r}; start another "
@@ -197,7 +200,7 @@ def require_model(name: Any, title: str) -> None:
 
 
 def start_fields(body: Mapping[str, Any], *, spec: ModelSpec, accepted: Accepted) -> dict[str, Any]:
-    """The image of img2img, and its mask."""
+    """Return the image of img2img and its mask."""
     sources = body.get("init_images")
     if not isinstance(sources, list) or len(sources) != 1:
         raise RequestError(
@@ -214,7 +217,7 @@ def start_fields(body: Mapping[str, Any], *, spec: ModelSpec, accepted: Accepted
 
 
 def truth(body: Mapping[str, Any], name: str, default: bool) -> bool:
-    """The truth value of a field, which clients also send as a number or as text."""
+    """Return the boolean of a field, which clients also send as a number or text."""
     value = body.get(name)
     if is_empty(value):
         return default
@@ -235,8 +238,9 @@ def _blurred(mask: Image.Image, body: Mapping[str, Any]) -> Image.Image:
 def _choose_guidance(
     fields: dict[str, Any], sent_as: dict[str, str], body: Mapping[str, Any], spec: ModelSpec
 ) -> None:
-    """Forge's clients send the guidance of a distilled model as distilled_cfg_scale; their
-    cfg_scale of 1 says that there is no other.
+    """Set the guidance of a distilled model.
+
+    Forge's clients send it as distilled_cfg_scale, with a cfg_scale of 1 for no further guidance.
     """
     if spec.guidance != "distilled":
         return
@@ -253,7 +257,7 @@ def _choose_guidance(
 
 
 def _clip_skip(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """A1111 counts layers from 1: its 1 skips none."""
+    """Convert CLIP skip: A1111 counts from 1, so its 1 skips no layer."""
     layers = whole(overrides, "CLIP_stop_at_last_layers", 1, low=1, high=12)
     return {"clip_skip": layers - 1} if layers > 1 else {}
 
