@@ -46,16 +46,14 @@ SEVERAL_MACHINES = ("nnodes", "node_rank", "rdzv_endpoint", "master_port")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeploymentPlan:
-    """One model. settings: as if a host served it here; first: replicas at start; minimum, maximum:
-    between which their number moves.
-    """
+    """One model and its replicas."""
 
     name: str
-    settings: Settings
+    settings: Settings  # as for a host on this machine
     start: StartPlan
-    first: int
-    minimum: int
-    maximum: int
+    first: int  # replicas at start
+    minimum: int  # replicas
+    maximum: int  # replicas
 
     @property
     def ranks(self) -> int:

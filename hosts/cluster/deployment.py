@@ -36,11 +36,7 @@ NOT_SHOWN = (
 
 
 class Deployment:
-    """To HTTP clients it is a host; in the place of ranks it has replicas.
-
-    problem: why no replica of it can ever serve; empty as far as is known. num_lost: replicas that
-    ended by themselves.
-    """
+    """A model with its replicas. HTTP clients see it as a host."""
 
     def __init__(self, plan: DeploymentPlan, *, store: JobStore | None) -> None:
         settings = plan.settings
@@ -60,8 +56,8 @@ class Deployment:
             )
         )
         self.replicas: list[Replica] = []
-        self.problem = ""
-        self.num_lost = 0
+        self.problem = ""  # why no replica can ever serve, if known
+        self.num_lost = 0  # replicas that ended by themselves
         self._nodes: Nodes | None = None
         self._numbers = itertools.count(1)
         self._was_ready = False

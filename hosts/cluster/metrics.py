@@ -14,9 +14,7 @@ from hosts.cluster.deployment import Deployment
 from hosts.cluster.replica import ReplicaState
 
 OURS, GATEWAYS = "diffusion_", "diffusion_gateway_"
-"""A job is counted by its replica and by the gateway, which also knows its whole time: not under
-one name, or sums would be wrong.
-"""
+"""Prefixes. Replica and gateway both count a job, so they need different names for correct sums."""
 
 
 def merged(deployments: Sequence[Deployment]) -> bytes:

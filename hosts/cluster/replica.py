@@ -40,12 +40,7 @@ class ReplicaState(StrEnum):
 
 
 class Replica:
-    """One replica of a deployment.
-
-    reason: why it is not ready, or gone. is_failure: whether it is gone by itself; is_final:
-    whether another one would end alike.
-    taken_s: when it took a job for the last time. num_done: jobs that it has done.
-    """
+    """One replica of a deployment."""
 
     def __init__(
         self,
@@ -59,10 +54,11 @@ class Replica:
         self.name = name
         self.ranks = plan.ranks
         self.state = ReplicaState.PLACING
-        self.reason = ""
-        self.is_failure = self.is_final = False
-        self.taken_s = 0.0
-        self.num_done = 0
+        self.reason = ""  # why it is not ready, or gone
+        self.is_failure = False  # it ended by itself
+        self.is_final = False  # another one would end in the same way
+        self.taken_s = 0.0  # when it last took a job
+        self.num_done = 0  # finished jobs
         self.place: ReplicaAddress | None = None
         self.facts: dict[str, Any] = {}
         self.client = Client(uses_proxies=False)

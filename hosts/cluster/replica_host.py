@@ -27,31 +27,29 @@ ERROR = "error: "
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaSpec:
-    """What to start. values: launch arguments; address: to listen on, None for the node's own;
-    folder: to start in, if the node has it.
-    """
+    """What to start."""
 
-    values: Mapping[str, Any]
-    address: str | None
-    key: str
-    folder: str
+    values: Mapping[str, Any]  # launch arguments
+    address: str | None  # to listen on; None: the node's own
+    key: str  # API key
+    folder: str  # to start in, if the node has it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaAddress:
-    """Where the replica listens, on which node, and the launcher's process there."""
+    """Where the replica runs."""
 
     url: str
     node: str
-    pid: int
+    pid: int  # of the launcher
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaExit:
-    """How the launcher ended. reason: its own words, where it had any."""
+    """How the launcher ended."""
 
     code: int
-    reason: str
+    reason: str  # its last error line, if any
 
     @property
     def is_final(self) -> bool:
@@ -67,8 +65,8 @@ class ReplicaExit:
 class ReplicaHost:
     """The actor. Call `start` once. `wait` blocks until the launcher has ended; `stop` ends it."""
 
-    def __init__(self, order: ReplicaSpec) -> None:
-        self._order = order
+    def __init__(self, spec: ReplicaSpec) -> None:
+        self._spec = spec
         self._open = contextlib.ExitStack()
         self._lines: deque[str] = deque(maxlen=KEPT_LINES)
         self._process: subprocess.Popen[str] | None = None
@@ -78,11 +76,11 @@ class ReplicaHost:
         import ray.util
 
         node = ray.util.get_node_ip_address()
-        address = self._order.address or node
+        address = self._spec.address or node
         folder = self._open.enter_context(scratch_folder())
-        (folder / "key").write_text(self._order.key, encoding="utf-8")
+        (folder / "key").write_text(self._spec.key, encoding="utf-8")
         (folder / "config.yaml").write_text(
-            yaml.safe_dump(dict(self._order.values)), encoding="utf-8"
+            yaml.safe_dump(dict(self._spec.values)), encoding="utf-8"
         )
         port = _free_port(address)
         self._process = subprocess.Popen(
@@ -91,7 +89,7 @@ class ReplicaHost:
                 f"--host={address}", f"--port={port}",
                 f"--api_key=@{folder / 'key'}", "--exit_with_parent",
             ],
-            cwd=self._order.folder if Path(self._order.folder).is_dir() else None,
+            cwd=self._spec.folder if Path(self._spec.folder).is_dir() else None,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -9,13 +9,11 @@ from backends.request import GenerateRequest
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """What one replica has to do. work: of the jobs it has, as far as they are not done; taken_s:
-    when it took the last one.
-    """
+    """Outstanding work of one replica."""
 
     name: str
-    work: float
-    taken_s: float
+    work: float  # megapixel steps left in its jobs
+    taken_s: float  # when it last took a job
     can_take: bool = True
 
 

@@ -6,14 +6,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """jobs_per_replica: waiting and running, above which there should be one more. idle_s: for
-    which fewer must have been enough.
-    """
+    """When to add and remove replicas."""
 
     minimum: int
     maximum: int
-    jobs_per_replica: int
-    idle_s: float
+    jobs_per_replica: int  # waiting and running; more jobs need another replica
+    idle_s: float  # how long fewer must have been enough before one is removed
 
     def enough(self, num_jobs: int) -> int:
         """Return the number of replicas for this number of jobs."""

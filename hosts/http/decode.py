@@ -155,7 +155,7 @@ def read_request(
 
 _READ_ANYWHERE = {name for name in GenerateRequest.model_fields if name not in (*IMAGES, *ARRAYS)}
 _READ_ANYWHERE -= {"num_frames"}
-"""Fields whose values are checked also where they have no effect: existing clients send them."""
+"""Fields that are validated even without effect, since existing clients send them."""
 
 
 def _value(field: str, value: Any, name: str, accepted: Accepted) -> Any:
