@@ -12,7 +12,8 @@ NO_END = 2**31
 def v1_fields(body: Mapping[str, Any]) -> dict[str, Any]:
     """Return the body of a v2 /generate in v1's names.
 
-    v2 counts steps instead of giving fractions, and its latents are in the model's own scale.
+    v2 counts steps instead of giving fractions, and its latents are in the model's own latent
+    space.
     """
     fields = {
         name: value

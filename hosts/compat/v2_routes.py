@@ -65,9 +65,8 @@ def apply() -> str:
             if body
             else None
         )
-        start = (
-            _control().plan(settings) if settings is not None else None
-        )  # errors are refused before anything changes
+        # Plan first: errors are refused before anything changes.
+        start = _control().plan(settings) if settings is not None else None
         _control().applied = None
         _control().run(Apply(settings=settings))
         if start is not None:
