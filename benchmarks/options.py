@@ -1,4 +1,4 @@
-"""What each option costs in memory and time, on one rank: prints JSON.
+"""Memory and time of each option on one rank. Prints JSON.
 
     python -m benchmarks.options [--steps 4] [--images 3] [--only lora,quantize_int8] [--compile]
         [--side 512]
@@ -26,8 +26,9 @@ COMPILE = ("compile_text_encoder", "compile_vae", "compile_unet")
 
 
 def rows(folder: Path, *, with_compile: bool) -> dict[str, dict[str, Any]]:
-    """Name -> type, launch arguments besides --type and --checkpoint, and request fields. Builds
-    the files in `folder`.
+    """Return name -> type, launch arguments (besides --type and --checkpoint) and request fields.
+
+    Builds the files in `folder`.
     """
     from benchmarks import option_files as files
 
@@ -75,7 +76,7 @@ def rows(folder: Path, *, with_compile: bool) -> dict[str, dict[str, Any]]:
 
 
 def measure(row: Mapping[str, Any], *, steps: int, images: int, side: int) -> dict[str, Any]:
-    """One row, in this process: seconds of CPU to load and to draw, and memory."""
+    """Measure one row in this process: CPU seconds to load and to generate, and memory."""
     import torch
 
     from backends import backend_class
@@ -138,7 +139,7 @@ def measure(row: Mapping[str, Any], *, steps: int, images: int, side: int) -> di
 
 
 def in_a_process(row: Mapping[str, Any], options: argparse.Namespace) -> dict[str, Any]:
-    """`measure` in a process of its own; what it refuses is a result too."""
+    """Run `measure` in a process of its own. A refusal is a result, too."""
     command = [
         sys.executable,
         "-m",
@@ -189,7 +190,7 @@ def main() -> None:
             results[name] = in_a_process(wanted[name], options)
             print(
                 name, json.dumps(results[name]), file=sys.stderr, flush=True
-            )  # so that a run cut short is not lost
+            )  # so that an interrupted run is not lost
     for name, result in results.items():
         plain = results.get("sd3_plain" if name.startswith("sd3_") else "plain")
         if plain and "image_cpu_s" in result:

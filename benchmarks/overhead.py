@@ -40,7 +40,7 @@ def main() -> None:
     host = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:
         wait_until_ready(url)
-        ask(url, options.steps, "image/png")  # the first image pays for first-use costs
+        ask(url, options.steps, "image/png")  # the first image includes first-use costs
         kinds = {"png": "image/png", "json": "application/json"}
         result = {
             kind: measure(url, options.requests, options.steps, accept)
@@ -63,9 +63,7 @@ def main() -> None:
 
 
 def measure(url: str, count: int, steps: int, accept: str) -> dict[str, float]:
-    """Milliseconds: medians of the whole request, of the pipeline inside it, and of the
-    difference.
-    """
+    """Return milliseconds: medians of the request, of the pipeline in it, and of the difference."""
     whole, inside = [], []
     for _ in range(count):
         started = time.perf_counter()

@@ -32,14 +32,14 @@ def main() -> None:
 
 @torch.no_grad()
 def measure(rounds: int) -> dict[str, float]:
-    """Medians over the rounds, in seconds; shares of a step in percent."""
+    """Return medians over the rounds in seconds, and shares of a step in percent."""
     torch.set_num_threads(1)
     subject = sdxl_like_unet()
     subject.pipe.vae = sdxl_like_vae()
     previewer = Previewer(subject.pipe, spec=read_table()[subject.model_type])
     side = 8 * subject.sample.shape[-1]
     fit_s, _ = _timed(lambda: previewer.image(subject.sample, height=side, width=side))
-    subject.predict(subject.sample, TIMESTEP)  # the first call pays for first-use costs
+    subject.predict(subject.sample, TIMESTEP)  # the first call includes first-use costs
     steps, images, files = [], [], []
     for _ in range(rounds):
         steps.append(_timed(lambda: subject.predict(subject.sample, TIMESTEP))[0])

@@ -69,8 +69,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "other_weights": 8_400_000_000,
     },
 }
-"""Denoisers of the sizes that their authors publish; other_weights: text encoders and VAE.
-qwenimage's two calls count as two halves.
+"""Denoisers of published sizes. other_weights: text encoders and VAE. qwenimage's two calls
+count as two halves.
 """
 
 
@@ -105,8 +105,9 @@ def _arguments() -> argparse.Namespace:
 
 
 def simulate(arguments: argparse.Namespace) -> dict[str, Any]:
-    """For each number of ranks and link: the choice, and the best method of each smaller number of
-    ranks too.
+    """Return, for each number of ranks and each link, the choice and the best method.
+
+    Also the best method of each smaller number of ranks.
     """
     spec = read_table()[arguments.model]
     work = _work(spec, arguments)

@@ -43,7 +43,7 @@ class DiffusionHost:
     FUNCTION = "choose"
     RETURN_TYPES = ("DIFFUSION_HOST",)
     RETURN_NAMES = ("host",)
-    DESCRIPTION = "The diffusion-launcher host that generates: a running one, or one to start on this machine."
+    DESCRIPTION = "A diffusion-launcher host: a running one, or one to start on this machine."
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
