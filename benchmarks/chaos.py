@@ -4,7 +4,7 @@ Counts what is lost.
 
 Each round strikes one rank at a random moment (idle, in a step, in a decode, while it loads after
 the round before): SIGKILL, SIGSTOP (a rank that hangs), or an exception. Then it waits until the
-host draws again. At the end every job that the host has accepted must be done with the image it
+host generates again. At the end every job that the host has accepted must be done with the image it
 would have been without faults, or failed with a reason. Prints JSON; lost and wrong_images must be
 0.
 """
@@ -144,8 +144,8 @@ def one_round(
         wait_until(
             host, lambda: host.status() == 200, "the model was loaded again"
         )  # until then, images may be from before the fault
-    drawn = load.num_over
-    wait_until(host, lambda: load.num_over > drawn, "an image was drawn after the fault")
+    num_over = load.num_over
+    wait_until(host, lambda: load.num_over > num_over, "an image was generated after the fault")
     return time.monotonic() - since
 
 

@@ -16,9 +16,9 @@ from tests.checkpoints import (
     IP_ADAPTER_FILE,
     IP_ADAPTER_IMAGE_ENCODER,
     checkpoint,
-    image,
     ip_adapter,
     load,
+    sample_image,
 )
 from tests.checkpoints.adapters import IP_ADAPTERS
 from tests.checkpoints.lora import PROJECTION, factors
@@ -107,4 +107,4 @@ def gguf_file(name: str, folder: Path, kind: str) -> Path:
 
 
 def hint():
-    return image(512)
+    return sample_image(512)

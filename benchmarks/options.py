@@ -4,7 +4,7 @@
         [--side 512]
 
 Each row is a process of its own that takes the row's command-line arguments as launcher.py does,
-loads a checkpoint of random weights (option_files.py) and draws images. Plain rows are measured
+loads a checkpoint of random weights (option_files.py) and generates images. Plain rows are measured
 first and again at the end: their spread says how quiet the machine was. CPU seconds of one thread
 are compared, because wall time on a busy machine says nothing. --compile adds what inductor needs
 minutes for.
@@ -117,11 +117,11 @@ def measure(row: Mapping[str, Any], *, steps: int, images: int, side: int) -> di
         "height": side,
         "width": side,
     } | fields
-    drawn, report = [], {}
+    clocks, report = [], {}
     for _ in range(images):
         began = Clock.now()
         report = pipe.generate(GenerateRequest(**fields)).report
-        drawn.append(Clock.now().since(began))
+        clocks.append(Clock.now().since(began))
     modules = {
         name: part
         for name, part in pipe.pipe.components.items()
@@ -130,8 +130,8 @@ def measure(row: Mapping[str, Any], *, steps: int, images: int, side: int) -> di
     return {
         "arguments": list(row.get("arguments", ())),
         "load_cpu_s": round(loading.cpu_s, 2),
-        "first_cpu_s": round(drawn[0].cpu_s, 2),
-        "image_cpu_s": round(min(clock.cpu_s for clock in drawn[1:] or drawn), 2),
+        "first_cpu_s": round(clocks[0].cpu_s, 2),
+        "image_cpu_s": round(min(clock.cpu_s for clock in clocks[1:] or clocks), 2),
         "weights_mb": round(sum(weight_bytes(part) for part in modules.values()) / 1e6, 1),
         "peak_mb": peak_memory_mb(),
         **({"step_cache": report["step_cache"]} if "step_cache" in report else {}),

@@ -92,7 +92,7 @@ class Cache:
                 self.latents.append(chunk["latents"])
                 self.ids.append(token_ids(self.tokenizer, chunk["captions"]))
 
-    def draw(self, count: int) -> tuple[Tensor, Tensor]:
+    def sample(self, count: int) -> tuple[Tensor, Tensor]:
         """Return (count, 16, h, w) float32 latents and (count, 77) token ids, with replacement."""
         picks = [
             divmod(i, CHUNK) for i in torch.randint(len(self.files) * CHUNK, (count,)).tolist()
@@ -211,7 +211,7 @@ class UnetTraining:
         batch = BATCH[cache.size]
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
-        loss = self.loss(*cache.draw(batch), cache.size)
+        loss = self.loss(*cache.sample(batch), cache.size)
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
@@ -248,8 +248,8 @@ def sample(
             pooled,
             pixels,
         )
-        without, told = both.chunk(2)
-        v = without + GUIDANCE * (told - without)
+        without, guided = both.chunk(2)
+        v = without + GUIDANCE * (guided - without)
         clean = training.signal[now] * latents - training.noise[now] * v
         epsilon = training.signal[now] * v + training.noise[now] * latents
         latents = (

@@ -121,7 +121,7 @@ def interrupt() -> Response:
 def _images(body: Mapping[str, Any], start: Mapping[str, Any]) -> Response:
     host = _host()
     if host.spec.output != "image":
-        raise UnsupportedError(f"{host.spec.title} makes videos. Use POST /v1/jobs.")
+        raise UnsupportedError(f"{host.spec.title} generates videos. Use POST /v1/jobs.")
     asked = protocol.asked_for(
         body,
         spec=host.spec,

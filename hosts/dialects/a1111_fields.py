@@ -28,12 +28,12 @@ from hosts.http.request_io import whole
 
 MAX_BLUR = 64
 ON = (True, "true", "on", "yes", "1")
-NO_HIRES = "there is no second pass here. Ask for the size itself, or send the image to img2img"
-NO_SCRIPT = "scripts of the web interface do not run here"
+NO_HIRES = "there is no second pass here. Request the final size, or send the image to img2img"
+NO_SCRIPT = "scripts of the web interface cannot run here"
 NO_CHURN = "samplers add no noise of their own here"
-NOT_SAVED = "images are only answered, never saved here"
-ONLY_HIRES = "only hires fix reads it"
-ONLY_PIX2PIX = "only InstructPix2Pix models read it"
+NOT_SAVED = "images are returned and never saved here"
+ONLY_HIRES = "only hires fix uses it"
+ONLY_PIX2PIX = "only InstructPix2Pix models use it"
 COMMON: dict[str, Rule] = {
     "prompt": DONE,
     "negative_prompt": DONE,
@@ -53,13 +53,13 @@ COMMON: dict[str, Rule] = {
     "override_settings": DONE,
     "disable_extra_networks": DONE,
     "send_images": DONE,
-    "styles": refused("there are no styles here. Write them into the prompt"),
-    "subseed": harmless("subseed_strength says whether it is read"),
+    "styles": refused("styles are not supported. Write them into the prompt"),
+    "subseed": harmless("subseed_strength decides whether it is used"),
     "subseed_strength": neutral(0, reason="seeds are not mixed here"),
-    "seed_resize_from_h": neutral(-1, 0, reason="noise is made for the size that is asked for"),
-    "seed_resize_from_w": neutral(-1, 0, reason="noise is made for the size that is asked for"),
-    "restore_faces": neutral(*OFF, reason="there is no face restoration here"),
-    "tiling": neutral(*OFF, reason="images do not tile here"),
+    "seed_resize_from_h": neutral(-1, 0, reason="noise is generated for the requested size"),
+    "seed_resize_from_w": neutral(-1, 0, reason="noise is generated for the requested size"),
+    "restore_faces": neutral(*OFF, reason="face restoration is not supported"),
+    "tiling": neutral(*OFF, reason="tiling images are not supported"),
     "do_not_save_samples": harmless(NOT_SAVED),
     "do_not_save_grid": harmless(NOT_SAVED),
     "save_images": harmless(NOT_SAVED),
@@ -71,11 +71,11 @@ COMMON: dict[str, Rule] = {
     "s_noise": neutral(1, reason=NO_CHURN),
     "override_settings_restore_afterwards": harmless("settings act for one request only"),
     "refiner_checkpoint": neutral("none", reason="one model is loaded"),
-    "refiner_switch_at": harmless("there is no refiner, so it is not read"),
+    "refiner_switch_at": harmless("there is no refiner"),
     "comments": harmless("they are notes"),
     "force_task_id": harmless("it names the task"),
     "script_name": neutral("none", reason=NO_SCRIPT),
-    "script_args": harmless("script_name says whether they are read"),
+    "script_args": harmless("script_name decides whether they are used"),
     "infotext": refused("send the fields themselves"),
     "clip_skip": neutral(
         0, 1, reason='send override_settings {"CLIP_stop_at_last_layers": N} in its place'

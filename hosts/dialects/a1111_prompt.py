@@ -85,7 +85,7 @@ def _file(kind: str, name: str, folders: Sequence[str]) -> str:
                 return inside
     listed = ", ".join(path.stem for path, _ in files[:MAX_NAMES]) or "none (--lora_dir)"
     raise RequestError(
-        f"prompt names the LoRA {shown(name)}, which is not here. Allowed: {listed}.",
+        f"prompt names the LoRA {shown(name)}, which does not exist here. Allowed: {listed}.",
         field="prompt",
     )
 
@@ -123,7 +123,7 @@ def _weight(tag: str, text: str) -> float:
         weights = {float(part) for part in parts} or {1.0}
     except ValueError as error:
         raise RequestError(
-            f"prompt has the tag {shown(tag)}, whose weight is no number. Send <lora:name:1>.",
+            f"prompt has the tag {shown(tag)}, whose weight is not a number. Send <lora:name:1>.",
             field="prompt",
         ) from error
     if len(weights) > 1:

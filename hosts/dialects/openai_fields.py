@@ -25,9 +25,9 @@ MAX_PARTIAL = 3
 MAX_SECONDS = 3600
 OWN = dict.fromkeys((*(set(GenerateRequest.model_fields) - {"image"}), *ALIASES), DONE)
 """Fields of /v1/jobs that requests may have besides OpenAI's."""
-NO_TRACKING = "nothing is moderated and nobody is tracked here"
-ONE_MODEL = "the model that is loaded is used, whatever the name"
-NO_SVG = "images are pixels here"
+NO_TRACKING = "this host neither moderates nor tracks"
+ONE_MODEL = "the loaded model is used, whatever its name"
+NO_SVG = "only raster images are available"
 IMAGES: dict[str, Rule] = {
     **OWN,
     "model": harmless(ONE_MODEL),
@@ -38,9 +38,9 @@ IMAGES: dict[str, Rule] = {
     "output_compression": DONE,
     "stream": DONE,
     "partial_images": DONE,
-    "quality": neutral(*QUALITIES, "exact", reason="it is no quality of OpenAI's"),
-    "background": neutral("auto", "opaque", reason="images here have no transparent parts"),
-    "style": neutral("vivid", "natural", reason="the prompt says the style"),
+    "quality": neutral(*QUALITIES, "exact", reason="OpenAI has no such quality"),
+    "background": neutral("auto", "opaque", reason="images have no transparent parts here"),
+    "style": neutral("vivid", "natural", reason="the prompt sets the style"),
     "moderation": harmless(NO_TRACKING),
     "user": harmless(NO_TRACKING),
     "safety_identifier": harmless(NO_TRACKING),
@@ -55,8 +55,8 @@ EDITS: dict[str, Rule] = {
     "image": DONE,
     "images": DONE,
     "mask": DONE,
-    "markup": refused("only a mask can say what to change"),
-    "input_fidelity": neutral("low", reason="strength says how much of the image may change"),
+    "markup": refused("only a mask can select what to change"),
+    "input_fidelity": neutral("low", reason="strength sets how much of the image may change"),
 }
 """POST /v1/images/edits."""
 VIDEOS: dict[str, Rule] = {

@@ -182,7 +182,9 @@ def _require_used(
         if field in unused and not is_neutral:
             raise UnsupportedError(f"{name} is not available: {unused[field]}. Leave it out.")
         if isinstance(value, bool) and field != "compel":
-            raise RequestError(f"{name}={value} is not allowed. Send no truth value.", field=name)
+            raise RequestError(
+                f"{name}={value} is not allowed. Send a value that is not a boolean.", field=name
+            )
 
 
 _NEUTRAL = {"num_frames": 1, "compel": False}
@@ -223,7 +225,7 @@ def _require_text(value: Any, name: str) -> None:
             value.encode()
         except UnicodeEncodeError as error:
             raise RequestError(
-                f"{name} holds {value[error.start]!r}, half of a character. Send whole characters.",
+                f"{name} holds {value[error.start]!r}, half of a surrogate pair. Send whole characters.",
                 field=name,
             ) from error
 
@@ -300,7 +302,7 @@ def scaled(image: Image.Image, percent: float, *, field: str, limits: DecodeLimi
     width, height = (max(1, round(side * percent / 100)) for side in image.size)
     if width * height > limits.max_pixels:
         raise RequestError(
-            f"{field}={percent:g} makes an image of {width}x{height}, more than "
+            f"{field}={percent:g} gives an image of {width}x{height}, more than "
             f"{limits.max_pixels} pixels (--max_image_megapixels). Send a smaller one.",
             field=field,
         )
@@ -356,7 +358,9 @@ def _loras(given: Any, folders: tuple[str, ...]) -> dict[str, float]:
 
 
 def _lora_file(name: str, folders: tuple[str, ...]) -> Path | None:
-    if not name.isprintable() or len(name) > 4096:  # half a character, NUL: no name of a file
+    if (
+        not name.isprintable() or len(name) > 4096
+    ):  # lone surrogates and NUL cannot be in a file name
         return None
     for folder in folders:
         try:

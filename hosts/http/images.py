@@ -185,11 +185,11 @@ def read_allowed_file(path: str, allowed_dirs: Iterable[Path | str], limits: Dec
         # a pipe must not block
         descriptor = os.open(resolved, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
-        raise UnreadableImage(f"the path is no readable file in {allowed}") from error
+        raise UnreadableImage(f"the path is not a readable file in {allowed}") from error
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise UnreadableImage(f"the path is no readable file in {allowed}")
+            raise UnreadableImage(f"the path is not a readable file in {allowed}")
         if status.st_size > limits.max_encoded_bytes:
             raise UnreadableImage(
                 f"the file has {status.st_size} bytes; allowed are {limits.max_encoded_bytes}"
