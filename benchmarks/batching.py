@@ -2,9 +2,9 @@
 
     python -m benchmarks.batching [--sizes 128,256] [--batches 1,2,4] [--steps 12] [--rounds 3]
 
-Loads the model once, in this process, with one thread on a CPU. Makes batches of each size in turns
-and prints JSON: the median seconds per image of each, and as a share of an image alone.
-hosts/jobs/batch_size.py finds the same out while a host serves.
+Loads the model once, in this process, with one thread on a CPU. Runs batches of each size in turn
+and prints JSON: the median seconds per image, also relative to a single image.
+hosts/jobs/batch_size.py learns the same while a host serves.
 """
 
 import argparse

@@ -1,6 +1,4 @@
-"""python -m benchmarks.chaos --rounds=100: break a host of two ranks while clients want images.
-
-Counts what is lost.
+"""python -m benchmarks.chaos --rounds=100: break a host of two ranks under load and count losses.
 
 Each round strikes one rank at a random moment (idle, in a step, in a decode, while it loads after
 the round before): SIGKILL, SIGSTOP (a rank that hangs), or an exception. Then it waits until the

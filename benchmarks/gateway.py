@@ -1,14 +1,13 @@
-"""What the gateway of --engine=ray costs and does, with two demo replicas of one rank and one
-thread each: prints JSON.
+"""Cost and behaviour of the --engine=ray gateway with two single-threaded demo replicas. Prints JSON.
 
     python -m benchmarks.gateway [--requests 20] [--jobs 20] [--steps 12] [--size 128]
 
 1. Milliseconds that the gateway adds to a small image, sent in turns to it and to a host of its
 own: the difference of the medians. 2. How many of `--jobs` jobs, sent at once, each replica does.
 3. One replica's launcher is killed (SIGKILL) in the middle of `--jobs` jobs: jobs that are lost,
-seconds until the replica's job is begun
-   again, and until there are two replicas again. Every image is compared with that of the same seed
-   from before.
+seconds until the replica's job is started
+   again, and until there are two replicas again. Every image is compared with the earlier one of
+   the same seed.
 4. One replica, two at most: seconds until a burst of jobs has brought the second, and until
 idleness has taken one away. Needs two free cores, and about 5 GB.
 """

@@ -1,13 +1,11 @@
-"""The first ten minutes on a machine with a GPU: does what the tests only rehearse hold there? One
-JSON object a line.
+"""Checks on a real GPU what the tests only rehearse, in ten minutes. One JSON object per line.
 
     python -m benchmarks.gpu                       # all sections
     python -m benchmarks.gpu facts speed           # some of them
     python -m benchmarks.gpu --device=cpu ranks    # without a GPU, for the logic of this file
 
-Two ranks share the one GPU. NCCL refuses that unless each claims to be another host; then messages
-go through sockets, so that the order of kernels, hangs and aborts are real, and the speed of links
-is not.
+Two ranks share the one GPU. NCCL refuses that unless each claims to be another host. Messages then
+go through sockets: the order of kernels, hangs and aborts are real, the speed of links is not.
 """
 
 import argparse

@@ -5,9 +5,9 @@
 
 Each row is a process of its own that takes the row's command-line arguments as launcher.py does,
 loads a checkpoint of random weights (option_files.py) and generates images. Plain rows are measured
-first and again at the end: their spread says how quiet the machine was. CPU seconds of one thread
-are compared, because wall time on a busy machine says nothing. --compile adds what inductor needs
-minutes for.
+first and again at the end: their spread shows how quiet the machine was. CPU seconds of one thread
+are compared, because wall time on a busy machine is meaningless. --compile adds the rows that take
+inductor minutes.
 """
 
 import argparse

@@ -1,11 +1,10 @@
-"""What the server costs: seconds of a POST /generate over HTTP less the seconds of the pipeline
-call inside it.
+"""Overhead of the server: seconds of POST /generate over HTTP minus those of the pipeline call.
 
     python benchmarks/overhead.py [--requests 20] [--steps 4]
 
-Starts a real host with the demo model and prints JSON. The pipeline's seconds are those that rank 0
-measured around the call and the decoding; what is left is HTTP, queue, broadcast, outcome exchange
-and encoding (as PNG, and as the JSON of the existing clients).
+Starts a real host with the demo model and prints JSON. The pipeline's seconds are measured
+on rank 0 around call and decoding. The rest is HTTP, queue, broadcast, outcome exchange and encoding
+ (as PNG, and as the JSON of the existing clients).
 """
 
 import argparse

@@ -3,12 +3,12 @@ against one rank in the same run.
 
     python -m benchmarks.parallel --backend distrifuser --model unet --blocks 4 > result.json
 
-In each round the first rank runs the loop alone while the others wait, which the results are
-compared with, then every setting runs on all ranks. Between its steady steps one rank alone makes
-steps of its own (benchmarks/neighbour.py), so that `step_ratio` compares neighbours in time. The
-VAE decode is timed against one rank in the same round. `busy_cores` is what all processes of the
-machine used: with more than the ranks' own, figures are disturbed, and `cpu_ratio` (CPU seconds of
-one rank over those of one of several) says what they would be.
+In each round the first rank runs the loop alone as the reference, while the others wait. Then every
+setting runs on all ranks. Between its steady steps a single rank runs steps of its own
+(benchmarks/neighbour.py), so `step_ratio` compares adjacent steps. The VAE decode is timed against
+one rank in the same round. `busy_cores` counts all processes of the machine. If it exceeds the
+ranks' own, the figures are disturbed; `cpu_ratio` (CPU seconds of one rank alone over those of one of
+several) estimates undisturbed ones.
 """
 
 import argparse

@@ -1,12 +1,11 @@
-"""What `--backend=auto` predicts, tries and chooses for the benchmark networks, against the
-measured time of every method.
+"""Compares the choice of `--backend=auto` for the benchmark networks with all measured methods.
 
     python -m benchmarks.planner --sides 32,48,64 > planner.json
 
 For each network (unet, dit), size of the latents, with and without guidance, on 1 and 2 ranks of
 one thread: the planner does what it does when a host loads (backends/autotune/trials.py: survey one
-rank, predict, try the best predicted). Then every method is measured in the same way, the quickest
-ones `--rounds` times, and the planner's choice is compared with the quickest (`ratio`, by seconds
+rank, predict, try the best predicted). Then every method is measured in the same way, the fastest
+ones `--rounds` times, and the planner's choice is compared with the fastest (`ratio`, by seconds
 per image of `--image_steps` steps; `ratio_of_prediction`: had it chosen by prediction alone).
 """
 

@@ -1,10 +1,9 @@
-"""What previews cost: seconds for the small image of a step, and for its JPEG, as shares of a step
-of the benchmark's UNet.
+"""Cost of previews: seconds for a step's small image and its JPEG, relative to a UNet step.
 
     python -m benchmarks.previews [--rounds 5]
 
-One thread, random weights, 64 x 64 latents. Steps and previews take turns, so that both meet the
-same machine. Prints JSON; the fit is made once per loaded model, at the first preview.
+One thread, random weights, 64 x 64 latents. Steps and previews take turns, so that the load
+affects both alike. Prints JSON. The fit runs once per loaded model, at the first preview.
 """
 
 import argparse

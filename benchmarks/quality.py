@@ -1,11 +1,10 @@
-"""How far a backend's settings are from one rank on the demo model: PSNR of the final latents per
-prompt, and a sheet of the images.
+"""Closeness of a backend's settings to one rank on the demo model: PSNR of the latents, and a sheet.
 
     python -m benchmarks.quality --backend distrifuser --prompts 20 \\
         --sheet docs/quality_distrifuser.png > result.json
 
-Every rank makes every image; rank 0 makes the reference first, while the others wait. Same seeds,
-the sampler of the checkpoint.
+All ranks generate every image. Rank 0 generates the reference first, while the others wait. Both
+use the same seeds and the scheduler of the checkpoint.
 """
 
 import argparse

@@ -1,9 +1,8 @@
-"""What more ranks would bring than this machine has: the planner's model for published models, at
-given link speeds.
+"""Predicts speed-ups for more ranks than this machine has, for published models and link speeds.
 
     python -m benchmarks.simulate --model sdxl --ranks 4,8,16 --link_gbps 25,200,900
 
-Nothing is run. Bytes follow from the models' published configurations; seconds of one rank from
+Nothing runs. Bytes follow from the models' published configurations; seconds of one rank from
 `--tflops`, or from a measured step (`--step_s`). `--link_gbps` is in gigabits per second and
 direction, of each rank: 25 is Ethernet, 200 InfiniBand, 900 a link within a machine. Prints the
 best method of each number of ranks that divides the given one; --json prints everything.

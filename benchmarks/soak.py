@@ -1,4 +1,4 @@
-"""python -m benchmarks.soak --jobs=1000: is anything left behind after many images of mixed sizes?
+"""python -m benchmarks.soak --jobs=1000: find leaks after many images of mixed sizes.
 
 Samples each rank's memory, open files and threads, and the number of processes below the launcher.
 The slope is a straight line fitted to the memory after the first fifth of the jobs, in which caches

@@ -1,10 +1,9 @@
-"""Many jobs at once and one at a time: two ranks against one, and --mode=auto against
---mode=latency.
+"""Throughput and latency of two ranks against one, and of --mode=auto against --mode=latency.
 
     python benchmarks/throughput.py [--jobs 12] [--rounds 3] [--alone 5] [--steps 12] [--size 256]
         [--backend distrifuser]
 
-Starts four real hosts with the demo model, each rank with one thread: one rank that makes one image
+Starts four real hosts with the demo model, each rank with one thread: one rank that runs one image
 after the other (--max_batch=1); one rank that batches; two ranks; two ranks with --mode=latency.
 Only one of them works at a time. Prints JSON: jobs per second for `--jobs` jobs sent at once to
 each of the first three, in turns, and the median seconds of jobs sent singly, in turns, to the

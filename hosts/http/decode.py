@@ -225,7 +225,8 @@ def _require_text(value: Any, name: str) -> None:
             value.encode()
         except UnicodeEncodeError as error:
             raise RequestError(
-                f"{name} holds {value[error.start]!r}, half of a surrogate pair. Send whole characters.",
+                f"{name} holds {value[error.start]!r}, half of a surrogate pair. "
+                "Send whole characters.",
                 field=name,
             ) from error
 
