@@ -1,4 +1,4 @@
-"""Cost and behaviour of the --engine=ray gateway with two single-threaded demo replicas. Prints JSON.
+"""Cost and behaviour of the --engine=ray gateway with two demo replicas. Prints JSON.
 
     python -m benchmarks.gateway [--requests 20] [--jobs 20] [--steps 12] [--size 128]
 

@@ -3,8 +3,8 @@
     python benchmarks/overhead.py [--requests 20] [--steps 4]
 
 Starts a real host with the demo model and prints JSON. The pipeline's seconds are measured
-on rank 0 around call and decoding. The rest is HTTP, queue, broadcast, outcome exchange and encoding
- (as PNG, and as the JSON of the existing clients).
+on rank 0 around call and decoding. The rest is HTTP, queue, broadcast, outcome exchange
+and encoding (as PNG, and as the JSON of the existing clients).
 """
 
 import argparse

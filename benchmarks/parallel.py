@@ -7,8 +7,8 @@ In each round the first rank runs the loop alone as the reference, while the oth
 setting runs on all ranks. Between its steady steps a single rank runs steps of its own
 (benchmarks/neighbour.py), so `step_ratio` compares adjacent steps. The VAE decode is timed against
 one rank in the same round. `busy_cores` counts all processes of the machine. If it exceeds the
-ranks' own, the figures are disturbed; `cpu_ratio` (CPU seconds of one rank alone over those of one of
-several) estimates undisturbed ones.
+ranks' own, the figures are disturbed; `cpu_ratio` (CPU seconds of one rank alone over those of
+one of several) estimates undisturbed ones.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Closeness of a backend's settings to one rank on the demo model: PSNR of the latents, and a sheet.
+"""Closeness of a backend's settings to one rank on the demo model: PSNR and a sheet.
 
     python -m benchmarks.quality --backend distrifuser --prompts 20 \\
         --sheet docs/quality_distrifuser.png > result.json
