@@ -1,10 +1,10 @@
-"""What an image costs in a batch, against alone: one rank, the demo model.
+"""Time per image in a batch compared with a single image: one rank, the demo model.
 
     python -m benchmarks.batching [--sizes 128,256] [--batches 1,2,4] [--steps 12] [--rounds 3]
 
-Loads the model once, in this process, with one thread on a CPU. Makes batches of each size in turns
-and prints JSON: the median seconds per image of each, and as a share of an image alone.
-hosts/jobs/batch_size.py finds the same out while a host serves.
+Loads the model once, in this process, with one thread on a CPU. Runs batches of each size in turn
+and prints JSON: the median seconds per image, also relative to a single image.
+hosts/jobs/batch_size.py learns the same while a host serves.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def main() -> None:
 def measured(
     pipeline: LoadedPipeline, side: int, batches: list[int], *, steps: int, rounds: int
 ) -> dict[str, dict[int, float]]:
-    """Of images of side x side pixels."""
+    """Return the seconds per image for images of side x side pixels."""
     made: dict[int, list[float]] = {batch: [] for batch in batches}
     for number in range(rounds + 1):
         for batch, seconds in made.items():
@@ -77,7 +77,7 @@ def measured(
             ]
             started = time.perf_counter()
             pipeline.generate_together(requests)
-            if number:  # the first round pays for first-use costs
+            if number:  # the first round includes first-use costs
                 seconds.append((time.perf_counter() - started) / batch)
     medians = {batch: statistics.median(seconds) for batch, seconds in made.items()}
     return {

@@ -1,10 +1,8 @@
-"""python -m benchmarks.chaos --rounds=100: break a host of two ranks while clients want images.
-
-Counts what is lost.
+"""python -m benchmarks.chaos --rounds=100: break a host of two ranks under load and count losses.
 
 Each round strikes one rank at a random moment (idle, in a step, in a decode, while it loads after
 the round before): SIGKILL, SIGSTOP (a rank that hangs), or an exception. Then it waits until the
-host draws again. At the end every job that the host has accepted must be done with the image it
+host generates again. At the end every job that the host has accepted must be done with the image it
 would have been without faults, or failed with a reason. Prints JSON; lost and wrong_images must be
 0.
 """
@@ -32,18 +30,20 @@ from tests.hosts.harness import RunningHost, session, start_launcher
 
 FAULTS_FOLDER = Path(__file__).resolve().parent.parent / "tests" / "hosts" / "faults"
 KINDS = {"kill": 4, "stop": 2, "exception in the denoiser": 2, "exception in the decoder": 2}
-"""Fault -> how often it is drawn."""
+"""Fault -> relative frequency."""
 PLACES = {"exception in the denoiser": "denoiser", "exception in the decoder": "decode"}
 PROMPTS = ("a red circle on a blue background", "a yellow star", "a green square")
 SEEDS = (1, 2)
 OUTSTANDING = 3
 Pixels = np.ndarray
 ROUNDING_LEVELS = 2
-"""Of 255, by which two images of one seed may differ: jobs that wait are drawn by one rank each,
-which sums in another order than two.
+"""Of 255, by which two images of one seed may differ: a waiting job runs on one rank, which sums
+in a different order from two.
 """
 AGAIN_SHARE = 0.2
-"""Of the rounds in which a second rank is killed while the host still recovers from the first."""
+"""Fraction of the rounds in which a second rank is killed while the host recovers from the
+first.
+"""
 RECOVERED_WITHIN_S = 420
 
 
@@ -88,7 +88,7 @@ def main() -> None:
 def run(host: RunningHost, fault_file: Path, options: argparse.Namespace) -> dict[str, Any]:
     host.wait_until_ready()
     load = Load(host, steps=options.steps)
-    load.draw_references()
+    load.generate_references()
     load.start()
     chance = random.Random(options.seed)
     struck: list[tuple[str, float]] = []
@@ -124,7 +124,7 @@ def one_round(
     rank: int,
     chance: random.Random,
 ) -> float:
-    """Seconds from the fault until the host has drawn another image."""
+    """Return the seconds from the fault until the host has generated another image."""
     time.sleep(chance.uniform(0, 0.6))
     if kind in PLACES:
         since = time.monotonic()
@@ -136,19 +136,19 @@ def one_round(
         old[rank].send_signal(signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
         new = wait_for_ranks(host, set(old.values()))
         if chance.random() < AGAIN_SHARE:
-            time.sleep(chance.uniform(0, 3))  # somewhere in the load
+            time.sleep(chance.uniform(0, 3))  # at some point of loading
             new[chance.randrange(2)].kill()
             wait_for_ranks(host, set(old.values()) | set(new.values()))
         wait_until(
             host, lambda: host.status() == 200, "the model was loaded again"
-        )  # until then, images are those of before
-    drawn = load.num_over
-    wait_until(host, lambda: load.num_over > drawn, "an image was drawn after the fault")
+        )  # until then, images may be from before the fault
+    num_over = load.num_over
+    wait_until(host, lambda: load.num_over > num_over, "an image was generated after the fault")
     return time.monotonic() - since
 
 
 def wait_for_ranks(host: RunningHost, old: set[Any]) -> dict[int, Any]:
-    """Both ranks, once both are there and neither is one of `old`."""
+    """Return both ranks once both run and neither is one of `old`."""
     found: dict[int, Any] = {}
 
     def are_there() -> bool:
@@ -176,7 +176,7 @@ class Stuck(Exception):
 
 
 class Load(threading.Thread):
-    """A client that always wants some images, and remembers what it was promised."""
+    """A client that always has a few jobs and remembers which ones were accepted."""
 
     def __init__(self, host: RunningHost, *, steps: int) -> None:
         super().__init__(daemon=True)
@@ -190,14 +190,14 @@ class Load(threading.Thread):
         self.over: dict[str, dict[str, Any]] = {}
         self.images: dict[str, Pixels] = {}
         self.num_changed = 0
-        """Jobs whose image was another one when it was fetched again."""
+        """Jobs whose image differed when it was fetched again."""
 
     @property
     def num_over(self) -> int:
         return len(self.over)
 
-    def draw_references(self) -> None:
-        """Every image once, before anything goes wrong."""
+    def generate_references(self) -> None:
+        """Generate every image once, before any fault."""
         for prompt in PROMPTS:
             for seed in SEEDS:
                 answer = self._host.post(self._body(prompt, seed), headers={"Accept": "image/png"})
@@ -212,7 +212,7 @@ class Load(threading.Thread):
             time.sleep(0.05)
 
     def stop(self) -> None:
-        """Send no more, and wait for what was accepted. What is not over then is lost."""
+        """Send no more jobs and wait for the accepted ones. Any that do not end are lost."""
         self._stopping.set()
         self.join(timeout=RECOVERED_WITHIN_S)
 
@@ -220,8 +220,9 @@ class Load(threading.Thread):
         return {"prompt": prompt, "seed": seed, "num_inference_steps": self._steps}
 
     def _send(self) -> None:
-        """One job; the same key until it is accepted, so that an answer that was lost makes no
-        second job.
+        """Send one job, with the same key until it is accepted.
+
+        A lost response then creates no second job.
         """
         prompt, seed = (
             PROMPTS[self._number % len(PROMPTS)],
@@ -262,20 +263,20 @@ class Load(threading.Thread):
         return True
 
     def fetch_again(self) -> None:
-        """Every image once more: it must be the one that was delivered."""
+        """Fetch every image again: it must equal the one that was delivered."""
         for job_id, facts in self.over.items():
             if facts["state"] == "done" and not self._fetch(job_id):
                 facts["state"] = "lost"
 
     def _ask(self, method: str, path: str, **kwargs: Any) -> requests.Response | None:
-        """None while nobody answers."""
+        """Return the response, or None while the host does not answer."""
         with contextlib.suppress(requests.RequestException):
             return self._session.request(method, self._host.url(path), timeout=20, **kwargs)
         return None
 
 
 def pixels(png: bytes) -> Pixels:
-    """int16 (height, width, 3)."""
+    """Return int16 (height, width, 3)."""
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(np.int16)
 
 

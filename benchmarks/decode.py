@@ -1,5 +1,6 @@
-"""Times the VAE decode: one rank against all ranks together (backends/parallel/vae.py), as a part
-of benchmarks/parallel.py.
+"""Times the VAE decode on one rank and on all ranks together (backends/parallel/vae.py).
+
+A part of benchmarks/parallel.py.
 """
 
 import statistics
@@ -19,8 +20,10 @@ from benchmarks.models import SEED, sdxl_like_vae
 
 
 def measure_decode(rank: int, world_size: int, *, side: int, rounds: int) -> dict[str, Any]:
-    """Seconds per decode of `side` x `side` latents, alone and together in turn; ratios are medians
-    over the rounds. On every rank.
+    """Return seconds per decode of `side` x `side` latents, alone and together in turn, on every
+    rank.
+
+    Ratios are medians over the rounds.
     """
     vae = sdxl_like_vae()
     latents = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(SEED))

@@ -1,14 +1,13 @@
-"""What the gateway of --engine=ray costs and does, with two demo replicas of one rank and one
-thread each: prints JSON.
+"""Cost and behaviour of the --engine=ray gateway with two demo replicas. Prints JSON.
 
     python -m benchmarks.gateway [--requests 20] [--jobs 20] [--steps 12] [--size 128]
 
 1. Milliseconds that the gateway adds to a small image, sent in turns to it and to a host of its
 own: the difference of the medians. 2. How many of `--jobs` jobs, sent at once, each replica does.
 3. One replica's launcher is killed (SIGKILL) in the middle of `--jobs` jobs: jobs that are lost,
-seconds until the replica's job is begun
-   again, and until there are two replicas again. Every image is compared with that of the same seed
-   from before.
+seconds until the replica's job is started
+   again, and until there are two replicas again. Every image is compared with the earlier one of
+   the same seed.
 4. One replica, two at most: seconds until a burst of jobs has brought the second, and until
 idleness has taken one away. Needs two free cores, and about 5 GB.
 """
@@ -56,10 +55,10 @@ def main() -> None:
         wait_until(lambda: num_ready(gateway) == 2)
         with started(options.port + 1) as host:
             wait_until(lambda: host.health()["phase"] == "ready")
-            figures["overhead"] = tell(overhead(gateway, host, options.requests))
+            figures["overhead"] = report_progress(overhead(gateway, host, options.requests))
         figures["routing"], images = routing(gateway, body, options.jobs)
         figures["kill"] = kill(gateway, body, images)
-        tell([figures["routing"], figures["kill"]])
+        report_progress([figures["routing"], figures["kill"]])
     with started(
         options.port,
         "--engine=ray",
@@ -72,14 +71,14 @@ def main() -> None:
     print(json.dumps(figures, indent=2))
 
 
-def tell(figures: Any) -> Any:
-    """So far, on stderr: it takes minutes."""
+def report_progress(figures: Any) -> Any:
+    """Print figures so far on stderr, since the run takes minutes."""
     print(json.dumps(figures), file=sys.stderr, flush=True)
     return figures
 
 
 def overhead(gateway: Client, host: Client, number: int) -> dict[str, float]:
-    """Medians over `number` requests each, in turns, after some that pay for first use."""
+    """Return medians over `number` requests each, in turns, after warm-up requests."""
     body = {"prompt": PROMPT, "num_inference_steps": 1, "height": 64, "width": 64, "seed": 1}
 
     def seconds(client: Client) -> float:
@@ -101,7 +100,7 @@ def overhead(gateway: Client, host: Client, number: int) -> dict[str, float]:
 def routing(
     gateway: Client, body: dict[str, Any], number: int
 ) -> tuple[dict[str, Any], list[bytes]]:
-    """Share of jobs that were sent at once, and their images by seed."""
+    """Return each replica's share of jobs that were sent at once, and their images by seed."""
     before = done(gateway)
     begun = time.perf_counter()
     jobs = [gateway.submit(**body, seed=seed) for seed in range(number)]
@@ -119,7 +118,7 @@ def routing(
 
 
 def kill(gateway: Client, body: dict[str, Any], images: list[bytes]) -> dict[str, Any]:
-    """Lost are jobs that end in anything but their image."""
+    """Kill a replica during jobs. A job is lost if it ends in anything but its image."""
     before = sum(done(gateway).values())
     jobs = [gateway.submit(**body, seed=seed) for seed in range(len(images))]
     wait_until(
@@ -151,7 +150,9 @@ def scaling(gateway: Client, body: dict[str, Any], number: int) -> dict[str, Any
     asked_s = time.perf_counter() - begun
 
     def is_second_ready() -> bool:
-        """While the load goes on: a replica that is not needed any more is not waited for."""
+        """Whether the second replica is ready while the load goes on. A superfluous one never
+        is.
+        """
         if gateway.cluster()["deployments"][0]["waiting"] < number // 2:
             jobs.append(gateway.submit(**body, seed=len(jobs)))
         return num_ready(gateway) == 2
@@ -202,7 +203,7 @@ def busy(gateway: Client) -> list[bool]:
 def wait_until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + WITHIN_S
     while time.monotonic() < deadline:
-        with contextlib.suppress(HostError):  # it does not listen yet
+        with contextlib.suppress(HostError):  # not listening yet
             if condition():
                 return
         time.sleep(0.05)
@@ -211,7 +212,10 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 @contextlib.contextmanager
 def started(port: int, *arguments: str) -> Iterator[Client]:
-    """A launcher with the demo model, ended with the block. Its log is shown if it ended before."""
+    """Start a launcher with the demo model for the block.
+
+    Its log is shown if it ends early.
+    """
     command = [
         sys.executable,
         str(ROOT / "launcher.py"),

@@ -1,13 +1,11 @@
-"""The first ten minutes on a machine with a GPU: does what the tests only rehearse hold there? One
-JSON object a line.
+"""Checks on a real GPU what the tests only rehearse, in ten minutes. One JSON object per line.
 
     python -m benchmarks.gpu                       # all sections
     python -m benchmarks.gpu facts speed           # some of them
     python -m benchmarks.gpu --device=cpu ranks    # without a GPU, for the logic of this file
 
-Two ranks share the one GPU. NCCL refuses that unless each claims to be another host; then messages
-go through sockets, so that the order of kernels, hangs and aborts are real, and the speed of links
-is not.
+Two ranks share the one GPU. NCCL refuses that unless each claims to be another host. Messages then
+go through sockets: the order of kernels, hangs and aborts are real, the speed of links is not.
 """
 
 import argparse
@@ -73,7 +71,7 @@ METHOD_WITHIN_S = 90.0
 STEPS = 3
 REPEATS = 6
 ROWS = (128, 64)
-"""Of the latents of 1024 x 1024 pixels: the whole image, and the half that one of two ranks has."""
+"""Latent rows of a 1024 x 1024 image: the whole, and the half of one of two ranks."""
 SDXL = {
     "sample_size": 128,
     "block_out_channels": (320, 640, 1280),
@@ -92,7 +90,7 @@ SMALL = {
     "transformer_layers_per_block": 1,
     "attention_head_dim": 8,
 }
-"""For a CPU."""
+"""Sizes for a CPU."""
 
 
 def say(section: str, **facts: Any) -> None:
@@ -100,7 +98,7 @@ def say(section: str, **facts: Any) -> None:
 
 
 def facts(device: torch.device) -> None:
-    """What the launcher believes, and what is so."""
+    """Report what the launcher detects, and what is true."""
     memory = os.statvfs("/dev/shm")
     say(
         "facts",
@@ -123,14 +121,15 @@ def facts(device: torch.device) -> None:
 
 
 def types(device: torch.device) -> None:
-    """Every type, with previews and from an image: does it run, are its numbers finite, how far is
-    it from fp32 on the CPU?
+    """Test every model type with previews and image-to-image.
+
+    Does it run, are its numbers finite, how far is it from fp32 on the CPU?
     """
     for name, spec in TABLE.items():
         asked = request_for(spec, num_inference_steps=STEPS)
         expected = pixels(load(spec, torch.device("cpu"), variant="fp32"), asked)
         for variant in ("fp16", "bf16") if device.type == "cuda" else ("fp32",):
-            with telling("types", type=name, variant=variant) as found:
+            with reporting("types", type=name, variant=variant) as found:
                 pipe = load(spec, device, variant=variant)
                 image, has_previews = _with_previews(pipe, asked)
                 found["off"] = round(distance(image, expected), 3)
@@ -147,10 +146,10 @@ def _with_previews(pipe: LoadedPipeline, asked: GenerateRequest) -> tuple[torch.
 
 
 def offload(device: torch.device) -> None:
-    """Every way to keep weights in main memory, in half precision."""
+    """Test every way to keep weights in main memory, in half precision."""
     for case in offloads():
         for name in ("sdxl", "flux", "wan_t2v"):
-            with telling("offload", case=case.label, type=name):
+            with reporting("offload", case=case.label, type=name):
                 pipe = load(
                     TABLE[name],
                     device,
@@ -161,19 +160,25 @@ def offload(device: torch.device) -> None:
 
 
 def ranks(device: torch.device) -> None:
-    """Every kind of method on two ranks: does it run over NCCL, and is the image one rank's?"""
+    """Test every kind of method on two ranks.
+
+    Does it run over NCCL, and does the image match one rank's?
+    """
     for case in METHODS:
         _on_two_ranks(_method, case, device)
 
 
 def failures(device: torch.device) -> None:
-    """One rank fails: after how many seconds do both know, and does the next job do well?"""
+    """Let one rank fail.
+
+    After how many seconds do both know, and does the next job succeed?
+    """
     for case in FAILING:
         _on_two_ranks(_failure, case, device)
 
 
 def _method(case: Ranks, rank: int, device: torch.device) -> None:
-    with telling("ranks", rank=rank, case=case.label, type=case.type) as found:
+    with reporting("ranks", rank=rank, case=case.label, type=case.type) as found:
         here = Rank(case, rank, device)
         image = here.image()
         assert not here.cancelled().groups_are_broken
@@ -182,7 +187,7 @@ def _method(case: Ranks, rank: int, device: torch.device) -> None:
 
 
 def _failure(case: Ranks, rank: int, device: torch.device) -> None:
-    with telling("failures", rank=rank, case=case.label, type=case.type) as found:
+    with reporting("failures", rank=rank, case=case.label, type=case.type) as found:
         here = Rank(case, rank, device)
         image = here.image()
         with here.failing(case.fails_in) if rank == 1 else contextlib.nullcontext():
@@ -231,12 +236,13 @@ def _rank(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=within
     )
     check(case, rank, device)
-    os._exit(0)  # a hung kernel would hold up any other way out
+    os._exit(0)  # a hung kernel would block any other exit
 
 
 def speed(device: torch.device) -> None:
-    """Is a step of SDXL's UNet bound by the host? The same under the kind of mode that patches are
-    computed in.
+    """Is a step of SDXL's UNet bound by the host?
+
+    Times it also under a mode like the one that patches use.
     """
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     unet = _unet(device, dtype)
@@ -256,7 +262,7 @@ def speed(device: torch.device) -> None:
 
 
 class _Passing(TorchFunctionMode):
-    """Sees every operator and changes none."""
+    """Intercepts every operator and changes none."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **(kwargs or {}))
@@ -286,7 +292,7 @@ def _inputs(rows: int, device: torch.device, dtype: torch.dtype) -> dict[str, An
 def _timed(
     unet: nn.Module, given: dict[str, Any], context: Any, device: torch.device
 ) -> tuple[float, float]:
-    """Seconds of a call, and until the host has given all of it to the device."""
+    """Return the seconds of a call, and those until the host has queued all of it on the device."""
     started = time.perf_counter()
     with context():
         unet(**given)
@@ -297,13 +303,13 @@ def _timed(
 
 
 @contextlib.contextmanager
-def telling(section: str, **labels: Any) -> Iterator[dict[str, Any]]:
-    """Say what was found and how long it took, or what went wrong: one case stops no other."""
+def reporting(section: str, **labels: Any) -> Iterator[dict[str, Any]]:
+    """Report the findings and time of a case, or its error. No case stops the others."""
     found: dict[str, Any] = {}
     started = time.perf_counter()
     try:
         yield found
-    except Exception as error:  # noqa: BLE001  whatever it is, it is what was to be found out
+    except Exception as error:  # noqa: BLE001  any error is a finding
         found["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         found["at"] = [line.strip() for line in traceback.format_exc().splitlines()[-5:-1]]
     say(section, **labels, **found, seconds=round(time.perf_counter() - started, 1))
@@ -331,7 +337,7 @@ def main() -> int:
         )
     device = torch.device("cuda", 0) if options.device == "cuda" else torch.device("cpu")
     for name in options.sections or SECTIONS:
-        with telling(name, whole_section=True):
+        with reporting(name, whole_section=True):
             SECTIONS[name](device)
     return 0
 

@@ -1,4 +1,4 @@
-"""What the machine says about a measurement: CPU time of this process and of others, peak memory.
+"""The machine's state during a measurement: CPU time of this process and others, peak memory.
 Linux.
 """
 
@@ -13,7 +13,9 @@ TICKS = os.sysconf("SC_CLK_TCK")
 
 @dataclass(frozen=True, slots=True)
 class Clock:
-    """Wall and CPU seconds since `start`; `busy_s` is what all processes of the machine used."""
+    """Wall and CPU seconds since `start`. `busy_s` is the CPU time of all processes of the
+    machine.
+    """
 
     wall_s: float
     cpu_s: float
@@ -34,7 +36,10 @@ class Clock:
 
 
 def reset_peak_memory() -> None:
-    """Forget the peak so far (needs the right to write clear_refs; without it peaks only grow)."""
+    """Reset the peak.
+
+    This needs the right to write clear_refs; without it peaks only grow.
+    """
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -42,6 +47,6 @@ def reset_peak_memory() -> None:
 
 
 def peak_memory_mb() -> float:
-    """Resident memory at its highest since the last reset, in MB of 10^6 bytes."""
+    """Return the peak resident memory since the last reset, in MB of 10^6 bytes."""
     match = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     return round(int(match[1]) * 1024 / 1e6, 1) if match else 0.0

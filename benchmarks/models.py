@@ -1,5 +1,6 @@
-"""The networks that are timed: random weights of a fixed seed, at sizes where one step takes about
-two seconds of one CPU core.
+"""The networks that are timed: random weights with a fixed seed.
+
+Their sizes let one step take about two seconds of one CPU core.
 """
 
 from collections.abc import Callable
@@ -17,8 +18,9 @@ GUIDANCE = 5.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """A denoiser as its backend meets it: `pipe` has what a diffusers pipeline of `model_type` has;
-    `predict` is one guided step.
+    """A denoiser in the form that backends expect.
+
+    `pipe` has what a diffusers pipeline of `model_type` has; `predict` runs one guided step.
     """
 
     model_type: str
@@ -28,7 +30,10 @@ class Subject:
 
 
 def sdxl_like_unet(*, side: int = 64, is_guided: bool = True) -> Subject:
-    """116 M parameters; latents of side x side; with guidance the batch has two halves."""
+    """Return a UNet of 116 M parameters for latents of side x side.
+
+    With guidance the batch has two halves.
+    """
     torch.manual_seed(SEED)
     unet = UNet2DConditionModel(
         sample_size=64,
@@ -68,8 +73,9 @@ def sdxl_like_unet(*, side: int = 64, is_guided: bool = True) -> Subject:
 
 
 def sd3_like_transformer(*, side: int = 64, is_guided: bool = True) -> Subject:
-    """8 layers of 8 heads of 64, a token for 2x2 latents, 64 text tokens; with guidance the batch
-    has two halves.
+    """Return a transformer: 8 layers of 8 heads of 64, one token per 2x2 latents, 64 text tokens.
+
+    With guidance the batch has two halves.
     """
     torch.manual_seed(SEED)
     transformer = SD3Transformer2DModel(
@@ -105,7 +111,7 @@ def sd3_like_transformer(*, side: int = 64, is_guided: bool = True) -> Subject:
 
 
 def sdxl_like_vae() -> AutoencoderKL:
-    """A decoder of half of SDXL's width."""
+    """Return a VAE whose decoder has half of SDXL's width."""
     torch.manual_seed(SEED)
     channels = (64, 128, 256, 256)
     return AutoencoderKL(

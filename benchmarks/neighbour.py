@@ -1,9 +1,7 @@
-"""One rank alone, in a process of its own that makes a step when it is asked to: what a step of
-several ranks is compared with.
+"""A single rank in a process of its own that runs a step on request, as the reference for others.
 
-A shared machine's speed changes by a tenth within a minute. So the single rank's step is not taken
-from a loop of its own, but made between the steps of the others, which wait meanwhile and use no
-CPU.
+A shared machine's speed changes by a tenth within a minute. So the single rank's steps run between
+those of the other ranks, which wait without using the CPU, instead of in a loop of their own.
 """
 
 import statistics
@@ -15,20 +13,23 @@ from benchmarks.machine import Clock
 from benchmarks.models import SUBJECTS
 
 BLOCK = 5
-"""Steps that follow one another between two of the neighbour's. The first is not counted: messages
-that displaced methods leave under way have had the neighbour's time to arrive, and a pipeline of
-stages has to fill."""
+"""Consecutive steps between two reference steps. The first is not counted: pending messages of
+displaced methods had the time of the reference step to arrive, and a pipeline of stages has to
+fill.
+"""
 
 
 def serve(model: str, connection: Connection) -> None:
-    """The process: a step for each message, answered with its (wall, CPU) seconds; until None."""
+    """Run the process: one step per message, answered with its (wall, CPU) seconds. None ends
+    it.
+    """
     torch.set_num_threads(1)
     subject = SUBJECTS[model]()
     scheduler = subject.pipe.scheduler
     scheduler.set_timesteps(10)
     timestep = scheduler.timesteps[0]
     with torch.no_grad():
-        subject.predict(subject.sample, timestep)  # the first one pays for first-use costs
+        subject.predict(subject.sample, timestep)  # the first one includes first-use costs
         while connection.recv() is not None:
             start = Clock.now()
             scheduler.step(
@@ -42,7 +43,7 @@ def serve(model: str, connection: Connection) -> None:
 
 
 class Neighbour:
-    """Rank 0's end: asks for steps between the others' and keeps what they took."""
+    """Rank 0's end: requests steps between the others' and records their times."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -53,10 +54,11 @@ class Neighbour:
         self._alone.append(self._connection.recv())
 
     def ratios(self, steps: list[tuple[float, float]]) -> dict[str, float]:
-        """The neighbour's seconds over the ranks' own, by wall and by CPU: medians over the blocks.
+        """Return the reference seconds over the ranks' own, by wall and CPU: medians over the
+        blocks.
 
-        steps: (wall, CPU) seconds of each step of whole blocks, with a step of the neighbour before
-        each block and after the last.
+        steps: (wall, CPU) seconds of each step of whole blocks, with a reference step before each
+        block and after the last.
         """
         alone, self._alone = self._alone, []
         ratios = []

@@ -1,8 +1,7 @@
-"""Checkpoints of a size at which options cost something, and files that go with them: random
-weights, built once in the tests' cache.
+"""Checkpoints large enough for options to show a cost, with files that go with them.
 
-sdxl: a UNet of 110 M parameters; sd3: a transformer of 74 M. Text encoders and VAE are the tests'
-tiny ones.
+Random weights, built once in the tests' cache. sdxl: a UNet of 110 M parameters; sd3: a transformer
+of 74 M. Text encoders and VAE are the tests' tiny ones.
 """
 
 from pathlib import Path
@@ -52,7 +51,7 @@ def weights_of(name: str) -> dict[str, torch.Tensor]:
 
 
 def lora_file(name: str, folder: Path, *, seed: int) -> Path:
-    """Rank 16, on every attention projection."""
+    """Write a LoRA of rank 16 on every attention projection."""
     targets = {
         key.removesuffix(".weight"): weight
         for key, weight in weights_of(name).items()
@@ -76,7 +75,7 @@ def controlnet_folder(folder: Path) -> Path:
 
 
 def ip_adapter_file(folder: Path) -> Path:
-    """For the larger UNet, with the image encoder of the tests' own beside it."""
+    """Write an IP-Adapter for the larger UNet, with the tests' image encoder beside it."""
     tensors = IP_ADAPTERS["sdxl"](load("sdxl", **DENOISERS["sdxl"]))
     path = folder / "ip" / IP_ADAPTER_FILE
     path.parent.mkdir(parents=True)
@@ -88,7 +87,7 @@ def ip_adapter_file(folder: Path) -> Path:
 
 
 def gguf_file(name: str, folder: Path, kind: str) -> Path:
-    """Matrices whose width divides by 32 in blocks of `kind`, all else in float32."""
+    """Write matrices whose width is a multiple of 32 as blocks of `kind`, the rest as float32."""
     path = folder / f"{kind}.gguf"
     writer = GGUFWriter(path, name)
     packed = GGMLQuantizationType[kind]

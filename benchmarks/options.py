@@ -1,13 +1,13 @@
-"""What each option costs in memory and time, on one rank: prints JSON.
+"""Memory and time of each option on one rank. Prints JSON.
 
     python -m benchmarks.options [--steps 4] [--images 3] [--only lora,quantize_int8] [--compile]
         [--side 512]
 
 Each row is a process of its own that takes the row's command-line arguments as launcher.py does,
-loads a checkpoint of random weights (option_files.py) and draws images. Plain rows are measured
-first and again at the end: their spread says how quiet the machine was. CPU seconds of one thread
-are compared, because wall time on a busy machine says nothing. --compile adds what inductor needs
-minutes for.
+loads a checkpoint of random weights (option_files.py) and generates images. Plain rows are measured
+first and again at the end: their spread shows how quiet the machine was. CPU seconds of one thread
+are compared, because wall time on a busy machine is meaningless. --compile adds the rows that take
+inductor minutes.
 """
 
 import argparse
@@ -26,8 +26,9 @@ COMPILE = ("compile_text_encoder", "compile_vae", "compile_unet")
 
 
 def rows(folder: Path, *, with_compile: bool) -> dict[str, dict[str, Any]]:
-    """Name -> type, launch arguments besides --type and --checkpoint, and request fields. Builds
-    the files in `folder`.
+    """Return name -> type, launch arguments (besides --type and --checkpoint) and request fields.
+
+    Builds the files in `folder`.
     """
     from benchmarks import option_files as files
 
@@ -75,7 +76,7 @@ def rows(folder: Path, *, with_compile: bool) -> dict[str, dict[str, Any]]:
 
 
 def measure(row: Mapping[str, Any], *, steps: int, images: int, side: int) -> dict[str, Any]:
-    """One row, in this process: seconds of CPU to load and to draw, and memory."""
+    """Measure one row in this process: CPU seconds to load and to generate, and memory."""
     import torch
 
     from backends import backend_class
@@ -116,11 +117,11 @@ def measure(row: Mapping[str, Any], *, steps: int, images: int, side: int) -> di
         "height": side,
         "width": side,
     } | fields
-    drawn, report = [], {}
+    clocks, report = [], {}
     for _ in range(images):
         began = Clock.now()
         report = pipe.generate(GenerateRequest(**fields)).report
-        drawn.append(Clock.now().since(began))
+        clocks.append(Clock.now().since(began))
     modules = {
         name: part
         for name, part in pipe.pipe.components.items()
@@ -129,8 +130,8 @@ def measure(row: Mapping[str, Any], *, steps: int, images: int, side: int) -> di
     return {
         "arguments": list(row.get("arguments", ())),
         "load_cpu_s": round(loading.cpu_s, 2),
-        "first_cpu_s": round(drawn[0].cpu_s, 2),
-        "image_cpu_s": round(min(clock.cpu_s for clock in drawn[1:] or drawn), 2),
+        "first_cpu_s": round(clocks[0].cpu_s, 2),
+        "image_cpu_s": round(min(clock.cpu_s for clock in clocks[1:] or clocks), 2),
         "weights_mb": round(sum(weight_bytes(part) for part in modules.values()) / 1e6, 1),
         "peak_mb": peak_memory_mb(),
         **({"step_cache": report["step_cache"]} if "step_cache" in report else {}),
@@ -138,7 +139,7 @@ def measure(row: Mapping[str, Any], *, steps: int, images: int, side: int) -> di
 
 
 def in_a_process(row: Mapping[str, Any], options: argparse.Namespace) -> dict[str, Any]:
-    """`measure` in a process of its own; what it refuses is a result too."""
+    """Run `measure` in a process of its own. A refusal is a result, too."""
     command = [
         sys.executable,
         "-m",
@@ -189,7 +190,7 @@ def main() -> None:
             results[name] = in_a_process(wanted[name], options)
             print(
                 name, json.dumps(results[name]), file=sys.stderr, flush=True
-            )  # so that a run cut short is not lost
+            )  # so that an interrupted run is not lost
     for name, result in results.items():
         plain = results.get("sd3_plain" if name.startswith("sd3_") else "plain")
         if plain and "image_cpu_s" in result:

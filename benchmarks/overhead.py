@@ -1,10 +1,9 @@
-"""What the server costs: seconds of a POST /generate over HTTP less the seconds of the pipeline
-call inside it.
+"""Overhead of the server: seconds of POST /generate over HTTP minus those of the pipeline call.
 
     python benchmarks/overhead.py [--requests 20] [--steps 4]
 
-Starts a real host with the demo model and prints JSON. The pipeline's seconds are those that rank 0
-measured around the call and the decoding; what is left is HTTP, queue, broadcast, outcome exchange
+Starts a real host with the demo model and prints JSON. The pipeline's seconds are measured
+on rank 0 around call and decoding. The rest is HTTP, queue, broadcast, outcome exchange
 and encoding (as PNG, and as the JSON of the existing clients).
 """
 
@@ -40,7 +39,7 @@ def main() -> None:
     host = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:
         wait_until_ready(url)
-        ask(url, options.steps, "image/png")  # the first image pays for first-use costs
+        ask(url, options.steps, "image/png")  # the first image includes first-use costs
         kinds = {"png": "image/png", "json": "application/json"}
         result = {
             kind: measure(url, options.requests, options.steps, accept)
@@ -63,9 +62,7 @@ def main() -> None:
 
 
 def measure(url: str, count: int, steps: int, accept: str) -> dict[str, float]:
-    """Milliseconds: medians of the whole request, of the pipeline inside it, and of the
-    difference.
-    """
+    """Return milliseconds: medians of the request, of the pipeline in it, and of the difference."""
     whole, inside = [], []
     for _ in range(count):
         started = time.perf_counter()

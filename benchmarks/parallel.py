@@ -3,12 +3,12 @@ against one rank in the same run.
 
     python -m benchmarks.parallel --backend distrifuser --model unet --blocks 4 > result.json
 
-In each round the first rank runs the loop alone while the others wait, which the results are
-compared with, then every setting runs on all ranks. Between its steady steps one rank alone makes
-steps of its own (benchmarks/neighbour.py), so that `step_ratio` compares neighbours in time. The
-VAE decode is timed against one rank in the same round. `busy_cores` is what all processes of the
-machine used: with more than the ranks' own, figures are disturbed, and `cpu_ratio` (CPU seconds of
-one rank over those of one of several) says what they would be.
+In each round the first rank runs the loop alone as the reference, while the others wait. Then every
+setting runs on all ranks. Between its steady steps a single rank runs steps of its own
+(benchmarks/neighbour.py), so `step_ratio` compares adjacent steps. The VAE decode is timed against
+one rank in the same round. `busy_cores` counts all processes of the machine. If it exceeds the
+ranks' own, the figures are disturbed; `cpu_ratio` (CPU seconds of one rank alone over those of
+one of several) estimates undisturbed ones.
 """
 
 import argparse
@@ -124,7 +124,7 @@ def _rank(rank: int, arguments: argparse.Namespace, folder: str, connection: Con
 def measure(
     rank: int, arguments: argparse.Namespace, neighbour: Neighbour | None
 ) -> dict[str, Any]:
-    """All rounds; the same on every rank. neighbour: on rank 0."""
+    """Run all rounds and return the same result on every rank. neighbour: on rank 0."""
     subject = SUBJECTS[arguments.model]()
     settings = SETTINGS[arguments.backend]
     names = arguments.settings or list(settings)
@@ -156,8 +156,9 @@ def measure(
 def _alone(
     rank: int, subject: Subject, arguments: argparse.Namespace
 ) -> tuple[dict[str, Any], Tensor | None]:
-    """Rank 0 runs the loop; the others wait without using the CPU. Every rank gets the figures, and
-    rank 0 the latents.
+    """Run the loop on rank 0 while the others wait without using the CPU.
+
+    Every rank gets the figures, rank 0 also the latents.
     """
     result = _loop(subject, arguments, step_done=lambda: None) if rank == 0 else None
     figures = gather_outcomes(result[0] if result else None)[0]
@@ -172,7 +173,7 @@ def _together(
     reference: Tensor | None,
     neighbour: Neighbour | None,
 ) -> dict[str, Any]:
-    """One setting on all ranks. Its plan may refuse; that is a result too."""
+    """Run one setting on all ranks. A refusal of its plan is a result, too."""
     spec = read_table()[subject.model_type]
     try:
         plan = planner(arguments.backend)(
@@ -233,14 +234,15 @@ def _loop(
     traffic: CommStats | None = None,
     neighbour: Neighbour | None = None,
 ) -> tuple[dict[str, Any], Tensor]:
-    """One generation. Figures of the steady steps (after the synchronous ones) are medians over
-    steps. traffic: on several ranks.
+    """Run one generation. Figures are medians over the steady steps, after the synchronous ones.
+
+    traffic: with several ranks.
     """
     scheduler, sample = subject.pipe.scheduler, subject.sample
     scheduler.set_timesteps(arguments.steps)
     is_shared, traffic = traffic is not None, traffic or CommStats()
     reset_peak_memory()
-    first_steady = arguments.warmup_steps + 1  # the step before may still lay out buffers
+    first_steady = arguments.warmup_steps + 1  # the step before may still allocate buffers
     steps: list[dict[str, float]] = []
     for number, timestep in enumerate(scheduler.timesteps):
         if is_shared and (
@@ -253,7 +255,7 @@ def _loop(
         )[0]
         step_done()
         if (number - first_steady) % BLOCK == BLOCK - 1 or number + 1 == first_steady:
-            # the block ends when all of it is there: some methods hand out what is still on its way
+            # a block ends when all its data has arrived; some methods return pending tensors
             sample.isfinite().all().item()
         used = Clock.now().since(before)
         steps.append(
@@ -290,7 +292,7 @@ def _loop(
 
 
 def _let_neighbour_step(neighbour: Neighbour | None) -> None:
-    """Rank 0 has the neighbour; all ranks go on together afterwards."""
+    """Run a reference step on rank 0, then let all ranks go on together."""
     if neighbour is not None:
         neighbour.step()
     dist.barrier()
@@ -301,7 +303,7 @@ def _median(steps: list[dict[str, float]], key: str) -> float:
 
 
 def _summary(rounds: list[dict[str, Any]], name: str) -> dict[str, Any]:
-    """Medians over the rounds."""
+    """Return medians over the rounds."""
     rows = [(row[name], row["single"]) for row in rounds if "refused" not in row[name]]
     if not rows:
         return {"refused": rounds[0][name]["refused"]}

@@ -1,12 +1,11 @@
-"""What `--backend=auto` predicts, tries and chooses for the benchmark networks, against the
-measured time of every method.
+"""Compares the choice of `--backend=auto` for the benchmark networks with all measured methods.
 
     python -m benchmarks.planner --sides 32,48,64 > planner.json
 
 For each network (unet, dit), size of the latents, with and without guidance, on 1 and 2 ranks of
 one thread: the planner does what it does when a host loads (backends/autotune/trials.py: survey one
-rank, predict, try the best predicted). Then every method is measured in the same way, the quickest
-ones `--rounds` times, and the planner's choice is compared with the quickest (`ratio`, by seconds
+rank, predict, try the best predicted). Then every method is measured in the same way, the fastest
+ones `--rounds` times, and the planner's choice is compared with the fastest (`ratio`, by seconds
 per image of `--image_steps` steps; `ratio_of_prediction`: had it chosen by prediction alone).
 """
 
@@ -40,9 +39,7 @@ from benchmarks.models import GUIDANCE, SUBJECTS, Subject, num_parameters
 
 LOOP_STEPS = 20
 CLOSE = 1.3
-"""After the first round only methods that take at most this much longer than the quickest are
-measured again.
-"""
+"""After the first round, only methods within this factor of the fastest are measured again."""
 
 
 def main() -> None:
@@ -52,7 +49,7 @@ def main() -> None:
             mp.start_processes(
                 _rank, (arguments, folder), nprocs=arguments.ranks, start_method="spawn"
             )
-        finally:  # also what there is when it is interrupted
+        finally:  # partial results, too, if it is interrupted
             print(Path(folder, "result.json").read_text())
 
 
@@ -105,8 +102,9 @@ def _rank(number: int, arguments: argparse.Namespace, folder: str) -> None:
 
 
 class BenchmarkSubject:
-    """A benchmark network as backends/autotune/trials.py takes it: a loop of guided steps in place
-    of a pipeline.
+    """A benchmark network for backends/autotune/trials.py.
+
+    A loop of guided steps replaces the pipeline.
     """
 
     def __init__(self, subject: Subject, *, is_guided: bool) -> None:
@@ -153,7 +151,7 @@ class BenchmarkSubject:
 def measure(
     number: int, arguments: argparse.Namespace, *, model: str, side: int, is_guided: bool
 ) -> dict[str, Any]:
-    """One network at one size; the same on every rank."""
+    """Measure one network at one size. Every rank returns the same."""
     subject = SUBJECTS[model](side=side, is_guided=is_guided)
     spec = read_table()[subject.model_type]
     candidates = list_candidates(spec, {}, arguments.ranks, is_guided=is_guided)
@@ -199,7 +197,7 @@ def _compare(
     measured: Measured,
     truth: dict[str, float],
 ) -> dict[str, Any]:
-    """The choice and the best, by seconds per image."""
+    """Return the choice and the best method, by seconds per image."""
     options = {"quality": arguments.quality, "num_steps": arguments.image_steps}
     by_planner = rank(candidates, measured, **options)
     predicted = rank(candidates, Measured(work=measured.work, link=measured.link), **options)
@@ -228,7 +226,7 @@ def _compare(
 
 
 def _method(row: Row, measured: Measured) -> dict[str, Any]:
-    """A line of the result: what the planner knew, and the truth."""
+    """Return a row of the result: prediction and measurement."""
     tried_s, predicted_s = measured.steps.get(row.candidate.name), row.estimate.step_s
     return {
         "method": row.candidate.name,

@@ -1,10 +1,9 @@
-"""What previews cost: seconds for the small image of a step, and for its JPEG, as shares of a step
-of the benchmark's UNet.
+"""Cost of previews: seconds for a step's small image and its JPEG, relative to a UNet step.
 
     python -m benchmarks.previews [--rounds 5]
 
-One thread, random weights, 64 x 64 latents. Steps and previews take turns, so that both meet the
-same machine. Prints JSON; the fit is made once per loaded model, at the first preview.
+One thread, random weights, 64 x 64 latents. Steps and previews take turns, so that the load
+affects both alike. Prints JSON. The fit runs once per loaded model, at the first preview.
 """
 
 import argparse
@@ -32,14 +31,14 @@ def main() -> None:
 
 @torch.no_grad()
 def measure(rounds: int) -> dict[str, float]:
-    """Medians over the rounds, in seconds; shares of a step in percent."""
+    """Return medians over the rounds in seconds, and shares of a step in percent."""
     torch.set_num_threads(1)
     subject = sdxl_like_unet()
     subject.pipe.vae = sdxl_like_vae()
     previewer = Previewer(subject.pipe, spec=read_table()[subject.model_type])
     side = 8 * subject.sample.shape[-1]
     fit_s, _ = _timed(lambda: previewer.image(subject.sample, height=side, width=side))
-    subject.predict(subject.sample, TIMESTEP)  # the first call pays for first-use costs
+    subject.predict(subject.sample, TIMESTEP)  # the first call includes first-use costs
     steps, images, files = [], [], []
     for _ in range(rounds):
         steps.append(_timed(lambda: subject.predict(subject.sample, TIMESTEP))[0])

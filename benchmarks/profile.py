@@ -1,6 +1,4 @@
-"""Where the time of one step goes, by class of operator (torch's profiler), and what threads beside
-the main one used.
-"""
+"""Time of one step by class of operator (torch's profiler), and CPU time of other threads."""
 
 import time
 from collections import defaultdict
@@ -19,12 +17,13 @@ CLASSES = (
         ("copy_", "aten::cat", "aten::stack", "aten::clone", "aten::contiguous", "aten::fill_"),
     ),
 )
-"""Class -> parts of the operator names that belong to it; the first that fits."""
+"""Class -> parts of the operator names in it. The first match counts."""
 
 
 def profiled(step: Callable[[], object]) -> dict[str, float]:
-    """Run `step`; milliseconds of the main thread by class (with waiting, where a class waits), and
-    of CPU time by thread.
+    """Run `step` and return milliseconds: of the main thread by class, and CPU time by thread.
+
+    A class that waits includes its waiting time.
     """
     threads_before, main_before = time.process_time(), time.thread_time()
     with profile(activities=[ProfilerActivity.CPU]) as profiler:

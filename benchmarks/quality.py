@@ -1,11 +1,10 @@
-"""How far a backend's settings are from one rank on the demo model: PSNR of the final latents per
-prompt, and a sheet of the images.
+"""Closeness of a backend's settings to one rank on the demo model: PSNR and a sheet.
 
     python -m benchmarks.quality --backend distrifuser --prompts 20 \\
         --sheet docs/quality_distrifuser.png > result.json
 
-Every rank makes every image; rank 0 makes the reference first, while the others wait. Same seeds,
-the sampler of the checkpoint.
+All ranks generate every image. Rank 0 generates the reference first, while the others wait. Both
+use the same seeds and the scheduler of the checkpoint.
 """
 
 import argparse
@@ -141,7 +140,7 @@ def _setting(
     warmup_steps: int,
     arguments: argparse.Namespace,
 ) -> list[Tensor] | dict[str, str]:
-    """The final latents of every prompt under one setting, or why it was refused."""
+    """Return the final latents of every prompt under one setting, or why it was refused."""
     spec = read_table()[MODEL_TYPE]
     try:
         plan = planner(arguments.backend)(spec, options, arguments.ranks)
@@ -174,7 +173,7 @@ def _latents(
     backend: Any = None,
     warmup_steps: int | None = None,
 ) -> Tensor:
-    """The final latents of one prompt; on one rank without a backend."""
+    """Return the final latents of one prompt. Without a backend it runs on one rank."""
     request = GenerateRequest(
         prompt=prompt,
         num_inference_steps=arguments.steps,
@@ -219,7 +218,7 @@ def _figures(latents: list[Tensor], wanted: list[Tensor]) -> dict[str, float]:
 
 
 def _sheet(pipe: Any, prompts: list[str], columns: dict[str, list[Tensor]]) -> Image.Image:
-    """One row per prompt, one column per setting, names on top."""
+    """Return a contact sheet: one row per prompt, one named column per setting."""
     side, rows = SIDE, min(SHEET_ROWS, len(prompts))
     sheet = Image.new("RGB", (side * len(columns), LABEL_HEIGHT + side * rows), "white")
     draw = ImageDraw.Draw(sheet)

@@ -1,5 +1,4 @@
-"""The option sets that are measured, by backend: name -> launch options, as `make_plan` of the
-backend takes them.
+"""The measured option sets by backend: name -> launch options for the backend's `make_plan`.
 
 Each name is a row of the result. A setting that does not fit the number of ranks or the model is
 reported with its refusal.

@@ -1,9 +1,8 @@
-"""What more ranks would bring than this machine has: the planner's model for published models, at
-given link speeds.
+"""Predicts speed-ups for more ranks than this machine has, for published models and link speeds.
 
     python -m benchmarks.simulate --model sdxl --ranks 4,8,16 --link_gbps 25,200,900
 
-Nothing is run. Bytes follow from the models' published configurations; seconds of one rank from
+Nothing runs. Bytes follow from the models' published configurations; seconds of one rank from
 `--tflops`, or from a measured step (`--step_s`). `--link_gbps` is in gigabits per second and
 direction, of each rank: 25 is Ethernet, 200 InfiniBand, 900 a link within a machine. Prints the
 best method of each number of ranks that divides the given one; --json prints everything.
@@ -69,8 +68,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "other_weights": 8_400_000_000,
     },
 }
-"""Denoisers of the sizes that their authors publish; other_weights: text encoders and VAE.
-qwenimage's two calls count as two halves.
+"""Denoisers of published sizes. other_weights: text encoders and VAE. qwenimage's two calls
+count as two halves.
 """
 
 
@@ -105,8 +104,9 @@ def _arguments() -> argparse.Namespace:
 
 
 def simulate(arguments: argparse.Namespace) -> dict[str, Any]:
-    """For each number of ranks and link: the choice, and the best method of each smaller number of
-    ranks too.
+    """Return, for each number of ranks and each link, the choice and the best method.
+
+    Also the best method of each smaller number of ranks.
     """
     spec = read_table()[arguments.model]
     work = _work(spec, arguments)

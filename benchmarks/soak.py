@@ -1,4 +1,4 @@
-"""python -m benchmarks.soak --jobs=1000: is anything left behind after many images of mixed sizes?
+"""python -m benchmarks.soak --jobs=1000: find leaks after many images of mixed sizes.
 
 Samples each rank's memory, open files and threads, and the number of processes below the launcher.
 The slope is a straight line fitted to the memory after the first fifth of the jobs, in which caches
@@ -52,7 +52,7 @@ def run(host: RunningHost, options: argparse.Namespace) -> dict[str, Any]:
     while done < options.jobs and not (
         options.give_up_at is not None and options.give_up_at.exists()
     ):
-        draw(host, chance, number=done)
+        generate(host, chance, number=done)
         done += 1
         if done % EVERY == 0:
             samples.append(sample(host) | {"jobs": done})
@@ -69,8 +69,8 @@ def run(host: RunningHost, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def draw(host: RunningHost, chance: random.Random, *, number: int) -> None:
-    """One image, every third time through the job API, and every tenth of those cancelled."""
+def generate(host: RunningHost, chance: random.Random, *, number: int) -> None:
+    """Generate one image: every third through the job API, and every tenth of those cancelled."""
     body = {
         "prompt": f"a red circle {number}",
         "num_inference_steps": chance.choice(STEPS),
@@ -105,7 +105,7 @@ def facts(process: psutil.Process) -> dict[str, int]:
 
 
 def of_rank(samples: list[dict[str, Any]], rank: int) -> dict[str, Any]:
-    """First and last value of each figure, and how fast memory grows."""
+    """Return first and last value of each figure, and the slope of memory."""
     warm = [one for one in samples if one["jobs"] >= WARM_SHARE * samples[-1]["jobs"]]
     jobs = [one["jobs"] for one in warm]
     memory = [one["ranks"][rank]["memory"] / 1e6 for one in warm]

@@ -1,10 +1,9 @@
-"""Many jobs at once and one at a time: two ranks against one, and --mode=auto against
---mode=latency.
+"""Throughput and latency of two ranks against one, and of --mode=auto against --mode=latency.
 
     python benchmarks/throughput.py [--jobs 12] [--rounds 3] [--alone 5] [--steps 12] [--size 256]
         [--backend distrifuser]
 
-Starts four real hosts with the demo model, each rank with one thread: one rank that makes one image
+Starts four real hosts with the demo model, each rank with one thread: one rank that runs one image
 after the other (--max_batch=1); one rank that batches; two ranks; two ranks with --mode=latency.
 Only one of them works at a time. Prints JSON: jobs per second for `--jobs` jobs sent at once to
 each of the first three, in turns, and the median seconds of jobs sent singly, in turns, to the
@@ -36,14 +35,14 @@ READY_WITHIN_S = 300
 AT_ONCE = ("one", "one_batching", "auto")
 WARM_BURSTS = 2
 POLL_S = 0.2
-"""Between questions about a burst: seldom, since they cost rank 0 a millisecond each."""
+"""Interval between status requests during a burst: each costs rank 0 a millisecond."""
 
 
 class Host:
-    """One that answers at this port. `body` is what its jobs ask for, but for the seed."""
+    """A host that answers at this port. `body`: fields of its jobs except for the seed."""
 
     def __init__(self, port: int, body: dict[str, Any], launcher: int) -> None:
-        """launcher: its process."""
+        """launcher: its process id."""
         self.url = f"http://127.0.0.1:{port}"
         self._body = body
         self._launcher = psutil.Process(launcher)
@@ -76,7 +75,7 @@ class Host:
         return shown
 
     def burst(self, count: int) -> dict[str, Any]:
-        """`count` jobs at once."""
+        """Send `count` jobs at once and wait for them."""
         cpu_before, started = self._cpu_seconds(), time.perf_counter()
         jobs = [self.send(seed) for seed in range(count)]
         done = [self.wait(job) for job in jobs]
@@ -89,14 +88,14 @@ class Host:
         }
 
     def _cpu_seconds(self) -> float:
-        """Of the launcher and its ranks."""
+        """CPU seconds of the launcher and its ranks."""
         processes = [self._launcher, *self._launcher.children(recursive=True)]
         return sum(
             times.user + times.system for times in (process.cpu_times() for process in processes)
         )
 
     def alone(self, seed: int) -> float:
-        """Seconds of one image, from asking for it to having it."""
+        """Return the seconds of one image, from request to result."""
         body = json.dumps({**self._body, "seed": seed}).encode()
         request = urllib.request.Request(
             f"{self.url}/generate",
@@ -137,9 +136,9 @@ def main() -> None:
         hosts = {}
         for number, (name, arguments) in enumerate(kinds.items()):
             hosts[name] = stack.enter_context(started(options.port + number, body, *arguments))
-            hosts[name].alone(0)  # the first image pays for first-use costs
+            hosts[name].alone(0)  # the first image includes first-use costs
         for name in AT_ONCE:
-            for _ in range(WARM_BURSTS):  # to learn which batches pay
+            for _ in range(WARM_BURSTS):  # to learn which batches are worthwhile
                 hosts[name].burst(options.jobs)
         rounds = [
             {name: hosts[name].burst(options.jobs) for name in AT_ONCE}
@@ -179,7 +178,7 @@ def _faster(rounds: list[dict[str, Any]], than: str, what: str) -> float:
 
 @contextlib.contextmanager
 def started(port: int, body: dict[str, Any], *arguments: str) -> Iterator[Host]:
-    """A host of the demo model that is ready."""
+    """Start a host with the demo model, ready to use."""
     command = [
         sys.executable,
         str(ROOT / "launcher.py"),

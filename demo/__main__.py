@@ -1,7 +1,8 @@
-"""`make demo`: start the demo model on two ranks (one, where there is one GPU), ask for an image
-over HTTP, write it, keep serving.
+"""`make demo`: serve the demo model on two ranks, request an image over HTTP, write it, keep
+serving.
 
-Uses the launcher and the HTTP API as any user would; the standard library is enough.
+On a machine with one GPU there is one rank. Uses the launcher and the HTTP API like any user; needs
+only the standard library.
 """
 
 import argparse
@@ -31,7 +32,7 @@ def main() -> int:
     parser.add_argument("--once", action="store_true", help="exit after the image")
     options = parser.parse_args()
     address = f"http://127.0.0.1:{options.port}"
-    # one method by name: for so small a model on a busy machine, measuring might find that one rank
+    # name one method: with a model this small on a busy machine, measuring might find that one rank
     # is as quick
     ranks = num_ranks(count_gpus(os.environ))
     method = ("--backend=distrifuser", f"--nproc_per_node={ranks}")
@@ -66,13 +67,14 @@ def main() -> int:
 
 
 def num_ranks(num_gpus: int) -> int:
-    """Two, also without a GPU; one where there is one."""
+    """Return two, also without a GPU, or one if there is one GPU."""
     return min(2, num_gpus or 2)
 
 
 def wait_until_ready(address: str, host: subprocess.Popen[bytes]) -> None:
-    """Poll /initialize until it answers 200. Exits if the host ends before, or is not ready in
-    time.
+    """Poll /initialize until it answers 200.
+
+    Exits if the host ends first or is not ready in time.
     """
     deadline = time.monotonic() + READY_WITHIN_S
     while time.monotonic() < deadline:
@@ -89,7 +91,7 @@ def wait_until_ready(address: str, host: subprocess.Popen[bytes]) -> None:
 
 
 def fetch_image(address: str, prompt: str) -> bytes:
-    """One image as PNG."""
+    """Return one image as PNG."""
     body = json.dumps({"prompt": prompt, "seed": 1}).encode()
     headers = {"Content-Type": "application/json", "Accept": "image/png"}
     try:

@@ -1,6 +1,4 @@
-"""Training stage `assemble`: averaged weights and VAE -> a diffusers folder in SDXL layout, fp16
-safetensors.
-"""
+"""Training stage `assemble`: writes averaged weights and VAE as a diffusers folder (SDXL, fp16)."""
 
 import logging
 import shutil
@@ -17,11 +15,10 @@ SIZE_LIMIT_BYTES = 16_000_000
 
 
 def assemble(folder: Path, out: Path, *, size: int) -> None:
-    """Write the checkpoint from the states in `folder`; `size` becomes the default height and width
-    in pixels.
+    """Write the checkpoint from the states in `folder`.
 
-    The old content of `out` is replaced only after the new one is complete and small enough.
-    Raises ValueError if the new checkpoint is over 16 MB.
+    `size` becomes the default height and width in pixels. The old content of `out` is replaced only
+    once the new one is complete. ValueError if that exceeds 16 MB.
     """
     tokenizer = load_tokenizer(folder)
     net = TextToLatents(len(tokenizer))

@@ -28,7 +28,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "black": (30, 30, 36),
 }
 SHAPES = ("circle", "square", "triangle", "star", "heart", "diamond", "cross", "ring")
-UNNAMED_BACKGROUND = "white"  # drawn when the caption names no background
+UNNAMED_BACKGROUND = "white"  # if the caption names no background
 NAMED_BACKGROUND_SHARE = 0.85
 KIND_SHARES = {"single": 0.5, "count": 0.18, "pair": 0.32}
 HELD_OUT_SHARE = 0.05
@@ -49,7 +49,7 @@ PLACES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Thing:
-    """One shape; x, y (centre) and radius are fractions of the side, y grows downwards."""
+    """One shape. x, y (centre) and radius are fractions of the side; y grows downwards."""
 
     shape: str
     colour: str
@@ -60,7 +60,7 @@ class Thing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scene:
-    """What a caption says: the things to draw, the background's colour, and the kind of caption."""
+    """Content of a caption: its shapes, the background's colour and the kind of caption."""
 
     caption: str
     things: tuple[Thing, ...]
@@ -137,7 +137,7 @@ _KINDS: dict[str, Callable[[random.Random, list[str]], tuple[str, tuple[Thing, .
 
 
 def any_scene(rng: random.Random, *, kind: str | None = None) -> Scene:
-    """Draw a scene of the grammar, held out or not; `kind` fixes the kind of caption."""
+    """Return a random scene of the grammar, held out or not. `kind` fixes the kind of caption."""
     named = rng.random() < NAMED_BACKGROUND_SHARE
     background = rng.choice(list(COLOURS)) if named else UNNAMED_BACKGROUND
     kind = kind or rng.choices(list(KIND_SHARES), list(KIND_SHARES.values()))[0]
@@ -150,16 +150,15 @@ def any_scene(rng: random.Random, *, kind: str | None = None) -> Scene:
 
 
 def caption_key(caption: str) -> str:
-    """The caption with its two ways to name the background made one: both are held out, or
-    neither.
+    """Return the caption in one of its two forms of naming the background.
+
+    So both forms are held out, or neither.
     """
     return re.sub(r"(?:,| on an?) (\w+) background$", r" @ \1", caption)
 
 
 def is_held_out(caption: str) -> bool:
-    """Whether training never sees this caption: decided by a hash of its key, so no list can go
-    stale.
-    """
+    """Whether training never sees this caption. A hash of its key decides, so no list is needed."""
     digest = hashlib.sha256(caption_key(caption).encode()).digest()
     return int.from_bytes(digest[:4], "big") < HELD_OUT_SHARE * 2**32
 
@@ -171,7 +170,7 @@ def training_scene(rng: random.Random) -> Scene:
 
 
 def held_out_scenes(count: int, *, seed: int) -> list[Scene]:
-    """`count` different held-out captions, the kinds in the shares of the training data."""
+    """Return `count` different held-out scenes, with kinds in the proportions of training."""
     rng, scenes, keys = random.Random(seed), [], set()
     bounds = {
         "single": KIND_SHARES["single"],
@@ -189,7 +188,7 @@ def held_out_scenes(count: int, *, seed: int) -> list[Scene]:
 
 
 def evaluation_scenes(count: int = 100) -> list[Scene]:
-    """The fixed evaluation set: 100 held-out captions (50 single, 18 count, 32 pair)."""
+    """Return the fixed evaluation set: 100 held-out captions (50 single, 18 count, 32 pair)."""
     return held_out_scenes(count, seed=EVALUATION_SEED)
 
 
@@ -232,7 +231,7 @@ OUTLINES: dict[
 
 
 def coverage(thing: Thing, size: int, *, oversample: int = 2) -> np.ndarray:
-    """How much of each pixel the shape covers: (size, size) float32 in [0, 1]."""
+    """Return the fraction of each pixel that the shape covers: (size, size) float32 in [0, 1]."""
     side = size * oversample
     canvas = Image.new("L", (side, side), 0)
     draw = ImageDraw.Draw(canvas)
@@ -253,7 +252,7 @@ def coverage(thing: Thing, size: int, *, oversample: int = 2) -> np.ndarray:
 
 
 def _shadow(mask: np.ndarray, size: int) -> np.ndarray:
-    """The mask blurred and moved down right by 3/128 of the side."""
+    """Return the mask, blurred and moved down and right by 3/128 of the side."""
     reach = 3 * size / 128
     blurred = Image.fromarray((mask * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(reach))
     offset = max(1, int(reach))
@@ -261,8 +260,9 @@ def _shadow(mask: np.ndarray, size: int) -> np.ndarray:
 
 
 def render(scene: Scene, size: int, rng: random.Random) -> np.ndarray:
-    """Draw the scene: (size, size, 3) uint8. `rng` chooses the direction of the background's
-    gradient only.
+    """Return the scene as (size, size, 3) uint8.
+
+    `rng` only chooses the direction of the background's gradient.
     """
     line = np.linspace(-1, 1, size, dtype=np.float32)
     x, y = line[None, :], line[:, None]
@@ -274,7 +274,7 @@ def render(scene: Scene, size: int, rng: random.Random) -> np.ndarray:
     image = np.array(COLOURS[scene.background], np.float32) + light[..., None]
     for thing in scene.things:
         mask = coverage(thing, size)
-        if not dark:  # a shadow on black cannot be seen
+        if not dark:  # a shadow on black is invisible
             image *= 1 - 0.22 * _shadow(mask, size)[..., None]
         dx, dy, radius = (x + 1) / 2 - thing.x, (y + 1) / 2 - thing.y, thing.radius
         highlight = 26 * np.exp(
@@ -289,7 +289,7 @@ def render(scene: Scene, size: int, rng: random.Random) -> np.ndarray:
 
 
 def training_images(count: int, *, seed: int, size: int) -> tuple[np.ndarray, list[str]]:
-    """`count` training images, (count, size, size, 3) uint8, and their captions."""
+    """Return `count` training images, (count, size, size, 3) uint8, and their captions."""
     rng = random.Random(seed)
     images, captions = np.empty((count, size, size, 3), np.uint8), []
     for i in range(count):

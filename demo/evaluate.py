@@ -62,11 +62,12 @@ def load(checkpoint: Path) -> "StableDiffusionXLPipeline":
     return pipe
 
 
-def draw(
+def generate(
     pipe: "StableDiffusionXLPipeline", captions: list[str], *, seed: int, **inputs: float
 ) -> list[np.ndarray]:
-    """One (H, W, 3) uint8 image per caption, in one batch; the i-th starts from noise of seed +
-    i.
+    """Return one (H, W, 3) uint8 image per caption, generated in one batch.
+
+    Image i starts from noise with seed + i.
     """
     import torch
 
@@ -75,9 +76,7 @@ def draw(
 
 
 def summary(scenes: list[Scene], verdicts: list[dict[str, bool]]) -> dict[str, object]:
-    """Share of right images for each measure, `all` for each kind of caption, and what went wrong
-    where.
-    """
+    """Return the share of right images per measure and kind of caption, and what went wrong."""
     by_kind: dict[str, list[bool]] = defaultdict(list)
     wrong = {}
     for scene, verdict in zip(scenes, verdicts, strict=True):
@@ -95,7 +94,7 @@ def summary(scenes: list[Scene], verdicts: list[dict[str, bool]]) -> dict[str, o
 
 
 def contact_sheet(images: list[np.ndarray]) -> Image.Image:
-    """The images in reading order, SHEET_COLUMNS in a row."""
+    """Return the images in reading order, SHEET_COLUMNS per row."""
     rows = -(-len(images) // SHEET_COLUMNS)
     pitch = SHEET_TILE + 2
     sheet = Image.new("RGB", (SHEET_COLUMNS * pitch, rows * pitch), (128, 128, 128))
@@ -125,7 +124,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, object]:
     images: list[np.ndarray] = []
     began = time.monotonic()
     for at in range(0, len(scenes), args.batch):
-        images += draw(
+        images += generate(
             pipe, [scene.caption for scene in scenes[at : at + args.batch]], seed=at, **inputs
         )
     seconds = time.monotonic() - began

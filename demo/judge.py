@@ -1,7 +1,6 @@
-"""The programmatic judge: does an image show what its scene says? Pure numpy and PIL.
+"""The programmatic judge: does an image show its scene? Pure numpy and PIL.
 
-Every image is judged at 128x128 (larger ones are box-filtered down), so figures of different sizes
-compare.
+Larger images are box-filtered to 128x128, so that the figures of different sizes are comparable.
 """
 
 import math
@@ -14,7 +13,7 @@ from demo.data import COLOURS, SHAPES, Scene, Thing, coverage
 SIDE = 128
 TEMPLATE_SIDE = 32
 POSITION_TOLERANCE = 0.14  # of the side
-MIN_COMPONENT = 0.006  # of the image's area: smaller spots are fringes, not things
+MIN_COMPONENT = 0.006  # of the image's area: smaller spots are fringes, not shapes
 MIN_COLOUR = 0.012  # of the image's area
 MEASURES = ("colours", "shape", "count", "position", "all")
 
@@ -29,7 +28,7 @@ def nearest_colours(image: np.ndarray) -> np.ndarray:
 
 
 def _normalised(mask: np.ndarray) -> np.ndarray:
-    """The mask's bounding box, centred in a square and scaled to (32, 32) float32 in [0, 1]."""
+    """Return the mask's bounding box, centred in a square, as (32, 32) float32 in [0, 1]."""
     rows, columns = np.where(mask)
     top, bottom, left, right = rows.min(), rows.max() + 1, columns.min(), columns.max() + 1
     height, width = bottom - top, right - left
@@ -54,7 +53,9 @@ _TEMPLATES = {
 
 
 def nearest_shape(mask: np.ndarray) -> str:
-    """The shape whose template has the largest soft intersection over union with the mask."""
+    """Return the shape whose template has the largest soft intersection over union with the
+    mask.
+    """
     seen = _normalised(mask)
     return max(
         _TEMPLATES,
@@ -65,7 +66,9 @@ def nearest_shape(mask: np.ndarray) -> str:
 
 
 def components(mask: np.ndarray, min_pixels: int) -> list[np.ndarray]:
-    """4-connected components of at least `min_pixels`, as (H, W) bool masks, biggest first."""
+    """Return 4-connected components of at least `min_pixels` as (H, W) bool masks, largest
+    first.
+    """
     height, width = mask.shape
     left, found = set(np.flatnonzero(mask.ravel()).tolist()), []
     while left:
@@ -88,8 +91,8 @@ def components(mask: np.ndarray, min_pixels: int) -> list[np.ndarray]:
 
 
 def _colours_right(labels: np.ndarray, scene: Scene) -> bool:
-    """The border shows the background's colour, and the commonest other colours are those of the
-    things.
+    """Whether the border shows the background's colour and the other main colours are the
+    shapes'.
     """
     rim = SIDE // 20
     inside = np.zeros_like(labels, bool)
@@ -105,8 +108,9 @@ def _colours_right(labels: np.ndarray, scene: Scene) -> bool:
 
 
 def _of_colour(labels: np.ndarray, colour: str, wanted: list[Thing]) -> dict[str, bool]:
-    """Shape, count and position of the things of one colour; nothing else of that colour may be in
-    the image.
+    """Judge shape, count and position of the shapes of one colour.
+
+    Nothing else of that colour may be in the image.
     """
     found = components(labels == _NAMES.index(colour), int(MIN_COMPONENT * labels.size))
     if len(found) < len(wanted):
@@ -126,8 +130,9 @@ def _of_colour(labels: np.ndarray, colour: str, wanted: list[Thing]) -> dict[str
 
 
 def judge(image: np.ndarray, scene: Scene) -> dict[str, bool]:
-    """What is right in the image, (H, W, 3) uint8: the keys of MEASURES, where `all` is all four of
-    the others.
+    """Return what is right in the image, (H, W, 3) uint8.
+
+    The keys are MEASURES; `all` combines the other four.
     """
     if image.shape[:2] != (SIDE, SIDE):
         image = np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.BOX))

@@ -1,9 +1,8 @@
-"""The fixed linear latent: 16 coefficients of an 8x8 block DCT in an opponent colour basis, softly
-whitened.
+"""The fixed linear latent: 16 coefficients of an 8x8 block DCT in an opponent colour basis.
 
-Defined instead of learned, so the UNet trains without a VAE and can be judged through the exact
-linear inverse; the AutoencoderKL of the checkpoint is then trained to map images to these latents
-and back.
+The coefficients are softly whitened. A fixed definition lets the UNet train without a VAE and be
+judged through the exact linear inverse. The checkpoint's AutoencoderKL is then trained to map
+images to these latents and back.
 """
 
 import math

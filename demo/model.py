@@ -1,6 +1,4 @@
-"""The parts of the demo model in SDXL layout: configurations, tokenizer, and a start from an
-earlier checkpoint.
-"""
+"""The parts of the demo model in SDXL layout: configurations, tokenizer, and a warm start."""
 
 import json
 import random
@@ -94,8 +92,8 @@ class TextToLatents(nn.Module):
                 nn.init.normal_(parameter, 0, 0.2)
 
     def encode(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Token ids (B, 77) -> prompt_embeds (B, 77, 128) and pooled embeds (B, 64), as SDXL makes
-        them.
+        """Return prompt_embeds (B, 77, 128) and pooled embeds (B, 64) of token ids (B, 77), as
+        in SDXL.
         """
         first = self.text_encoder(ids, output_hidden_states=True).hidden_states[-2]
         second = self.text_encoder_2(ids, output_hidden_states=True)
@@ -104,7 +102,9 @@ class TextToLatents(nn.Module):
     def forward(
         self, latents: Tensor, timestep: Tensor, prompt_embeds: Tensor, pooled: Tensor, pixels: int
     ) -> Tensor:
-        """v for latents (B, 16, h, w) of images of `pixels` x `pixels`; timestep (B,) int64."""
+        """Return v for latents (B, 16, h, w) of `pixels` x `pixels` images. timestep: (B,)
+        int64.
+        """
         time_ids = torch.tensor(
             [[pixels, pixels, 0, 0, pixels, pixels]], dtype=latents.dtype
         ).expand(len(latents), -1)
@@ -113,7 +113,9 @@ class TextToLatents(nn.Module):
 
 
 def make_vae() -> AutoencoderKL:
-    """An untrained AutoencoderKL whose posterior variance is fixed and tiny (log-variance -12)."""
+    """Return an untrained AutoencoderKL with a fixed, tiny posterior variance (log-variance
+    -12).
+    """
     vae = AutoencoderKL(**VAE)
     with torch.no_grad():
         vae.quant_conv.weight[CHANNELS:].zero_()
@@ -126,8 +128,9 @@ def make_scheduler() -> EulerDiscreteScheduler:
 
 
 def train_tokenizer(captions: int = 4000, *, seed: int = 5) -> CLIPTokenizer:
-    """A CLIP byte-pair tokenizer in which every word of the grammar is one token; other words split
-    into bytes.
+    """Return a CLIP byte-pair tokenizer in which every word of the grammar is one token.
+
+    Other words split into bytes.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
@@ -151,19 +154,19 @@ def train_tokenizer(captions: int = 4000, *, seed: int = 5) -> CLIPTokenizer:
 
 
 def token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
-    """(B, 77) int64, padded with the end token."""
+    """Return (B, 77) int64 ids, padded with the end token."""
     encoded = tokenizer(captions, padding="max_length", truncation=True, max_length=TEXT_POSITIONS)
     return torch.tensor(encoded.input_ids)
 
 
 def load_tokenizer(checkpoint: Path) -> CLIPTokenizer:
-    """The tokenizer of an earlier checkpoint, with 77 positions whatever that one had."""
+    """Return the tokenizer of an earlier checkpoint, always with 77 positions."""
     saved = (checkpoint / "tokenizer" / "tokenizer.json").read_text()
     return _clip_tokenizer(json.loads(saved)["model"]["vocab"], _merges(saved))
 
 
 def _merges(saved: str) -> list[tuple[str, str]]:
-    """The merges of a tokenizer.json; releases of tokenizers differ in how they spell a pair."""
+    """Return the merges of a tokenizer.json. Versions of tokenizers write pairs differently."""
     pairs = json.loads(saved)["model"]["merges"]
     return [tuple(pair) if isinstance(pair, list) else tuple(pair.split(" ")) for pair in pairs]
 

@@ -1,7 +1,7 @@
 """Training stage `unet`: the UNet and both text encoders, jointly, on cached latents.
 
-The schedule runs in wall time, so it ends when it should on a machine of any speed; a state is
-saved every few minutes and a restart continues from it.
+The schedule runs in wall time, so that it ends on time on any machine. The state is saved every few
+minutes, and a restart continues from it.
 """
 
 import copy
@@ -42,13 +42,13 @@ NOISE_BIAS = {
 CHUNK = 1000
 SAVE_EVERY_S = 180.0
 EVALUATE_EVERY_S = 900.0
-VALIDATION_SEED = 77  # other held-out captions than the evaluation set's
+VALIDATION_SEED = 77  # different held-out captions from the evaluation set's
 GUIDANCE = 2.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """When the stage ends and how it divides its time between image sizes."""
+    """Duration of the stage and the division of its time between image sizes."""
 
     seconds: float
     folder: Path
@@ -60,7 +60,7 @@ class Plan:
 
 
 def write_latents(folder: Path, *, size: int, chunks: int, seed: int) -> None:
-    """Cache the latents of `chunks` thousand training images; chunks that exist are kept."""
+    """Cache the latents of `chunks` thousand training images. Existing chunks are kept."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(chunks):
         target = folder / f"latents_{size}_{number:03d}.pt"
@@ -73,8 +73,9 @@ def write_latents(folder: Path, *, size: int, chunks: int, seed: int) -> None:
 
 
 class Cache:
-    """The cached latents of one size with their token ids; picks up chunks that are still being
-    written.
+    """The cached latents of one size with their token ids.
+
+    Picks up chunks that are still being written.
     """
 
     def __init__(self, folder: Path, size: int, tokenizer: CLIPTokenizer) -> None:
@@ -91,8 +92,8 @@ class Cache:
                 self.latents.append(chunk["latents"])
                 self.ids.append(token_ids(self.tokenizer, chunk["captions"]))
 
-    def draw(self, count: int) -> tuple[Tensor, Tensor]:
-        """(count, 16, h, w) float32 latents and (count, 77) token ids, with replacement."""
+    def sample(self, count: int) -> tuple[Tensor, Tensor]:
+        """Return (count, 16, h, w) float32 latents and (count, 77) token ids, with replacement."""
         picks = [
             divmod(i, CHUNK) for i in torch.randint(len(self.files) * CHUNK, (count,)).tolist()
         ]
@@ -103,8 +104,9 @@ class Cache:
 
 
 def signal_and_noise() -> tuple[Tensor, Tensor]:
-    """sqrt(alpha_bar) and sqrt(1 - alpha_bar), each (1000,), of the saved scheduler (zero terminal
-    SNR).
+    """Return sqrt(alpha_bar) and sqrt(1 - alpha_bar), each (1000,), of the saved scheduler.
+
+    It has zero terminal SNR.
     """
     alphas = make_scheduler().alphas_cumprod.clone()
     alphas[-1] = 0.0  # the scheduler keeps a tiny value there for its own division
@@ -112,15 +114,15 @@ def signal_and_noise() -> tuple[Tensor, Tensor]:
 
 
 def channel_weights() -> Tensor:
-    """Loss weights of the DC, first-order and second-order coefficients, (1, 16, 1, 1), mean 1."""
+    """Return the loss weights of the DC, first- and second-order coefficients: (1, 16, 1, 1),
+    mean 1.
+    """
     weights = torch.tensor([2.0] * 3 + [1.2] * 6 + [0.8] * 7)[None, :, None, None]
     return weights / weights.mean()
 
 
 class UnetTraining:
-    """Model, averaged model, optimizer and counters of the stage, saved and restored as one
-    file.
-    """
+    """Model, averaged model, optimizer and counters, saved and restored as one file."""
 
     def __init__(self, plan: Plan) -> None:
         torch.manual_seed(plan.seed)
@@ -154,8 +156,8 @@ class UnetTraining:
         torch.manual_seed(self.plan.seed + self.step)
 
     def save(self) -> None:
-        """Write the whole state, then put it in place at once: a killed run leaves the last good
-        state.
+        """Write the whole state, then replace the old one atomically, so a killed run keeps a
+        good state.
         """
         counters = {"step": self.step, "spent": self.spent, "samples": self.samples}
         models = {
@@ -172,7 +174,7 @@ class UnetTraining:
         return sum(self.spent.values()) / self.plan.seconds
 
     def next_size(self) -> int:
-        """The image size that is behind its share of the time."""
+        """Return the image size that is most behind its share of the time."""
         return 256 if self.spent[256] < self.plan.large_share * sum(self.spent.values()) else 128
 
     def learning_rate(self) -> float:
@@ -184,8 +186,9 @@ class UnetTraining:
         )
 
     def loss(self, latents: Tensor, ids: Tensor, pixels: int) -> Tensor:
-        """Weighted v-prediction error; 5 % of captions are empty and 7 % of embeddings zero, for
-        guidance.
+        """Return the weighted v-prediction error.
+
+        For guidance, 5 % of captions are empty and 7 % of embeddings zero.
         """
         count = len(latents)
         chance = torch.rand(count)
@@ -204,11 +207,11 @@ class UnetTraining:
         return ((guess - (signal * epsilon - noise * latents)).pow(2) * self.weights).mean()
 
     def update(self, cache: Cache) -> float:
-        """One optimizer step on a batch of this cache's size; returns the loss."""
+        """Run one optimizer step on a batch of this cache's size and return the loss."""
         batch = BATCH[cache.size]
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
-        loss = self.loss(*cache.draw(batch), cache.size)
+        loss = self.loss(*cache.sample(batch), cache.size)
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
@@ -224,7 +227,7 @@ class UnetTraining:
 def sample(
     training: UnetTraining, captions: list[str], *, pixels: int, steps: int = 12, seed: int = 0
 ) -> Tensor:
-    """DDIM with guidance on the averaged model: (B, 16, h, w) latents, without a VAE or a
+    """Sample (B, 16, h, w) latents from the averaged model: DDIM with guidance, no VAE, no
     pipeline.
     """
     embeds, pooled = training.average.encode(token_ids(training.tokenizer, captions))
@@ -245,8 +248,8 @@ def sample(
             pooled,
             pixels,
         )
-        without, told = both.chunk(2)
-        v = without + GUIDANCE * (told - without)
+        without, guided = both.chunk(2)
+        v = without + GUIDANCE * (guided - without)
         clean = training.signal[now] * latents - training.noise[now] * v
         epsilon = training.signal[now] * v + training.noise[now] * latents
         latents = (
@@ -258,8 +261,9 @@ def sample(
 
 
 def validate(training: UnetTraining, *, pixels: int, count: int = 20) -> dict[str, float]:
-    """The judge's measures on held-out captions (not the evaluation set), decoded by the linear
-    inverse.
+    """Return the judge's measures on held-out captions, decoded by the linear inverse.
+
+    They differ from the evaluation set's.
     """
     scenes = held_out_scenes(count, seed=VALIDATION_SEED)
     images = to_uint8(
@@ -273,9 +277,7 @@ def validate(training: UnetTraining, *, pixels: int, count: int = 20) -> dict[st
 
 
 def train_unet(plan: Plan) -> None:
-    """Train until `plan.seconds` of wall time are spent, earlier runs of the same state
-    included.
-    """
+    """Train until `plan.seconds` of wall time have passed, including earlier runs of this state."""
     training = UnetTraining(plan)
     random.seed(plan.seed)
     sizes = (128, 256) if plan.large_share else (128,)

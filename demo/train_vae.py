@@ -33,7 +33,7 @@ LOG_EVERY_S = 60.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Which half is trained, for how long, and where its weights are."""
+    """The half to train, for how long, and where its weights are."""
 
     half: Literal["decoder", "encoder"]
     seconds: float
@@ -45,15 +45,16 @@ class Plan:
 
 
 def crop_size(progress: float) -> tuple[int, int]:
-    """(batch, side in pixels): small crops first, whole images in the last quarter."""
+    """Return (batch, side in pixels): small crops first, whole images in the last quarter."""
     if progress < 0.2:
         return 32, 32
     return (16, 64) if progress < 0.75 else (5, IMAGE_SIZE)
 
 
 def crops(images: Tensor, count: int, side: int) -> Tensor:
-    """(count, 3, side, side) float32 in [-1, 1]; of four places on the 8-pixel grid, the
-    busiest.
+    """Return (count, 3, side, side) float32 in [-1, 1].
+
+    Each is the busiest of four places on the 8-pixel grid.
     """
     chosen = []
     for i in torch.randint(len(images), (count,)).tolist():
@@ -64,7 +65,9 @@ def crops(images: Tensor, count: int, side: int) -> Tensor:
 
 
 def _differences(pixels: Tensor, target: Tensor) -> Tensor:
-    """Mean error of horizontal and vertical differences: edges in the right place."""
+    """Return the mean error of horizontal and vertical differences, which measures edge
+    positions.
+    """
     return sum((pixels.diff(dim=dim) - target.diff(dim=dim)).abs().mean() for dim in (2, 3))
 
 
@@ -86,8 +89,8 @@ def encoder_loss(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def measure(vae: AutoencoderKL, pixels: Tensor) -> dict[str, float]:
-    """PSNR in dB of decoded exact and noised (sigma 0.15) latents, and the rms error of the
-    encoder.
+    """Return PSNR in dB of decoded exact and noised (sigma 0.15) latents, and the encoder's rms
+    error.
     """
     latents = to_latents(pixels)
     noised = latents + 0.15 * torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
@@ -105,7 +108,7 @@ def _psnr(decoded: Tensor, pixels: Tensor) -> float:
 
 
 def load_vae(plan: Plan) -> AutoencoderKL:
-    """This run's VAE if there is one, else the earlier checkpoint's, else an untrained one."""
+    """Return this run's VAE if it exists, else the earlier checkpoint's, else an untrained one."""
     for folder in (plan.folder, plan.start):
         if folder and (folder / "config.json").exists():
             return AutoencoderKL.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
@@ -113,8 +116,9 @@ def load_vae(plan: Plan) -> AutoencoderKL:
 
 
 def train_vae(plan: Plan) -> None:
-    """Train one half for `plan.seconds` of wall time (cosine schedule) and save the VAE in
-    `plan.folder`.
+    """Train one half for `plan.seconds` of wall time and save the VAE in `plan.folder`.
+
+    The learning rate follows a cosine schedule.
     """
     torch.manual_seed(plan.seed)
     images, _ = training_images(IMAGES, seed=50_000, size=IMAGE_SIZE)

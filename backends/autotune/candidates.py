@@ -1,8 +1,7 @@
-"""Every way in which some number of ranks can make one image of a model type: what `--backend=auto`
-chooses from. Imports no torch.
+"""Candidates of `--backend=auto`: every way to run a model type on some number of ranks. No torch.
 
-A way is a backend with degrees and modes. Whether it can be is the backend's own `make_plan` to
-say; what it refuses stays in the list with its reason, so that the table of the choice tells it.
+A candidate is a backend with degrees and modes. The backend's own `make_plan` decides whether it is
+possible. Refused candidates stay in the list with their reason, so that the table can show it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,19 +13,19 @@ from backends.model_table import ModelSpec
 from backends.plan import ParallelPlan, Quality, divisors
 
 Check = Callable[[ParallelPlan], None]
-"""Raises the HostError of a plan that other options of the launch rule out."""
+"""Raises a HostError for a plan that other launch options rule out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
     """One way to generate an image."""
 
-    name: str  # for people, unique
+    name: str  # unique, shown to users
     backend: str
     ranks: int
-    options: Mapping[str, object] = field(default_factory=dict)  # launch options that ask for it
-    plan: ParallelPlan | None = None  # None where it cannot be had
-    refusal: str = ""  # why not
+    options: Mapping[str, object] = field(default_factory=dict)  # launch options that select it
+    plan: ParallelPlan | None = None  # None if it was refused
+    refusal: str = ""  # why it was refused
 
     @property
     def quality(self) -> Quality:
@@ -42,13 +41,14 @@ def list_candidates(
     is_guided: bool = True,
     check: Check = lambda plan: None,
 ) -> list[Candidate]:
-    """All ways with every number of ranks that divides `world_size`, fewest ranks first, then in
-    the table's order of backends.
+    """Return all candidates for every number of ranks that divides `world_size`.
 
-    given: launch options, with `checkpoint`, so that heads and blocks can be counted. features: of
-    the model table, which the launch asks for. is_guided: images have two halves of guidance;
-    without them nothing is gained by splitting them. check: see Check. Ways that come to the same
-    thing (the CFG split alone is shared code) appear once, under the first backend.
+    Order: fewest ranks first, then the backends of the model table. Candidates that amount to the
+    same (the CFG split alone is shared code) appear once, under the first backend.
+
+    given: launch options, including `checkpoint`, from which heads and blocks are counted.
+    features: features of the model table that the launch asks for. is_guided: whether guidance is
+    on; otherwise splitting its halves gains nothing. check: see Check.
     """
     found: dict[object, Candidate] = {}
     for ranks in divisors(world_size):

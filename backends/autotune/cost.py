@@ -1,11 +1,10 @@
-"""Seconds per step and bytes per rank of a plan, predicted from one rank's step and the link
-between ranks. Imports no torch.
+"""Predicts seconds per step and bytes per rank of a plan. Imports no torch.
 
-Used by `--backend=auto` (hosts/launch/auto_backend.py) and by benchmarks/planner.py and
-benchmarks/simulate.py. docs/planner.md says how far to trust it. What one rank's step does is
-measured (backends/autotune/step_profile.py) or estimated (backends/autotune/estimate.py); how the
-methods divide it is arithmetic over the papers' schedules; what they lose beside it are the
-constants below, taken from measurements.
+Inputs are one rank's step, measured (step_profile.py) or estimated (estimate.py), and the link
+between ranks. The division of that step among ranks follows the papers' schedules. Losses come from
+the measured constants in this file and in backends/<name>/cost.py. Used by `--backend=auto`
+(hosts/launch/auto_backend.py), benchmarks/planner.py and benchmarks/simulate.py; docs/planner.md
+says how accurate it is.
 """
 
 from dataclasses import dataclass, fields
@@ -15,29 +14,31 @@ from backends import plan_module
 from backends.plan import ParallelPlan
 
 CFG_LOSS = 1.10
-"""A step on half of the batch, over half of a step. Those of the methods (backends/<name>/cost.py)
-are likewise over the even part, without what is sent; all were measured with two CPU ranks of one
-thread, and lie between those of small latents (16 to 32) and of 64 (docs/planner.md).
+"""Step time on half of the batch, relative to half of a full step. The losses of the methods
+(backends/<name>/cost.py) are relative to an even division, too, without communication. All were
+measured with two CPU ranks of one thread and lie between the values for small latents (16 to 32)
+and for 64 (docs/planner.md).
 """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What one sampling step does on one rank. Bytes are of whole images and of both halves of
-    guidance, in the compute type.
+    """Work of one sampling step on one rank.
+
+    Bytes are in the compute dtype, for whole images and both halves of guidance.
     """
 
     step_s: float
-    halves: int  # 2 where guidance makes two predictions
-    weight_bytes: int  # of the denoiser
-    other_bytes: int  # of all else that is loaded
-    activation_bytes: int  # at the peak of a step
-    latent_bytes: int  # of the prediction
-    kv_bytes: int  # keys and values of all self-attentions
-    hidden_bytes: int  # what passes from block to block
+    halves: int  # predictions per step: 2 with guidance
+    weight_bytes: int  # denoiser
+    other_bytes: int  # all other components
+    activation_bytes: int  # peak during a step
+    latent_bytes: int  # prediction
+    kv_bytes: int  # keys and values of all self-attention layers
+    hidden_bytes: int  # hidden states between blocks
     num_attentions: int
-    halo_bytes: int = 0  # rows that the convolutions see beyond the border of a patch
-    skip_bytes: int = 0  # what a UNet keeps for its way up
+    halo_bytes: int = 0  # rows that convolutions read beyond the border of a patch
+    skip_bytes: int = 0  # skip connections of a UNet
     num_convolutions: int = 0
     num_norms: int = 0
 
@@ -48,7 +49,7 @@ class Link:
 
     latency_s: float
     bytes_per_s: float
-    # Part of a message's time that computing hides; ranks on CPUs share cores with what sends.
+    # Fraction of a message's time that overlaps with computing. On CPUs both share the cores.
     hides: float = 1.0
 
     def seconds(self, num_bytes: float, messages: float) -> float:
@@ -57,22 +58,23 @@ class Link:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """What one plan is predicted to cost."""
+    """Predicted cost of one plan."""
 
     step_s: float  # a step after the synchronous ones
-    synchronous_s: float  # one of those
+    synchronous_s: float  # a synchronous step
     num_synchronous: int
     sent_bytes: float  # by one rank in a step
     run_bytes: float  # memory of one rank
-    load_bytes: float  # the same while it loads, with all weights
+    load_bytes: float  # memory of one rank while it loads, with all weights
 
     @property
     def memory_bytes(self) -> float:
         return max(self.run_bytes, self.load_bytes)
 
     def image_s(self, num_steps: int, *, step_s: float | None = None) -> float:
-        """Seconds of all steps of an image; without text encoders and decoder. step_s: in place of
-        the predicted one.
+        """Return the seconds of all steps of an image, without text encoders and VAE.
+
+        step_s: replaces the predicted seconds of a step.
         """
         synchronous = min(self.num_synchronous, num_steps)
         return synchronous * self.synchronous_s + (num_steps - synchronous) * (
@@ -82,20 +84,21 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankWork:
-    """The work of one rank after the CFG split, before the method divides it."""
+    """Work of one rank after the CFG split, before the method divides it."""
 
-    compute_s: float  # of one pass over the image
-    fraction: float  # of the batch: 0.5 where the CFG split takes one half away
+    compute_s: float  # seconds of one pass over the image
+    fraction: float  # of the batch: 0.5 with a CFG split
     work: Work
     link: Link
 
     def of(self, num_bytes: float) -> float:
-        """Return the bytes of this rank's part of the batch."""
+        """Return the bytes of this rank's fraction of the batch."""
         return self.fraction * num_bytes
 
     def shown(self, num_bytes: float, messages: float, compute_s: float) -> float:
-        """Seconds by which messages sent in the background lengthen a step that computes for so
-        long.
+        """Return the seconds that background messages add to a step.
+
+        compute_s: seconds of computing that can hide them.
         """
         needed = self.link.seconds(num_bytes, messages)
         hidden = min(needed * self.link.hides, compute_s)
@@ -104,20 +107,21 @@ class RankWork:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MethodCost:
-    """What a step costs one rank by a method, within one half of the CFG split."""
+    """Cost of a step for one rank under a method, within one half of the CFG split."""
 
     step_s: float
     sent_bytes: float = 0.0
-    synchronous_s: float | None = None  # a synchronous step; None: as any other
+    synchronous_s: float | None = None  # a synchronous step; None: like any other
     num_synchronous: int = 0
-    kept_weights: float = 1.0  # part of the denoiser's weights
-    activations: float = 1.0  # part of the activations
-    buffer_bytes: float = 0.0  # values of the previous step
+    kept_weights: float = 1.0  # fraction of the denoiser's weights that a rank keeps
+    activations: float = 1.0  # fraction of the activations
+    buffer_bytes: float = 0.0  # stored values of the previous step
 
 
 def predict(plan: ParallelPlan, work: Work, link: Link) -> Estimate:
-    """What a step of the plan will take. Axes multiply: the CFG split first, the method within each
-    half.
+    """Return the predicted cost of a plan.
+
+    Axes multiply: the CFG split first, then the method within each half.
     """
     cfg = plan.degree("cfg")
     is_split = cfg == 2 and work.halves == 2
@@ -149,5 +153,5 @@ def predict(plan: ParallelPlan, work: Work, link: Link) -> Estimate:
 
 
 def as_json(record: Work | Link) -> dict[str, Any]:
-    """Field -> value, as the cache keeps it; `Work(**...)` reads it back."""
+    """Return field -> value for the cache. `Work(**...)` reads it back."""
     return {item.name: getattr(record, item.name) for item in fields(record)}

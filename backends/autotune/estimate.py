@@ -1,8 +1,7 @@
-"""What a step of a model would do, from its configuration alone: for `--check` and simulations,
-before anything is loaded. No torch.
+"""Estimates the work of a step from a model's configuration alone, without loading it. No torch.
 
-Bytes follow from the shapes and are close; seconds are operations over an assumed speed, and only
-their ratio to what is sent matters.
+For `--check` and simulations. Bytes follow from shapes and are close. Seconds are operations over
+an assumed speed; only their ratio to communication matters.
 """
 
 import json
@@ -19,18 +18,15 @@ from backends.model_table import ModelSpec
 ELEMENT_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
 TEXT_TOKENS = 256
 PIXELS_PER_TOKEN = 16
-"""Side in pixels of what a transformer's token stands for: 8 of the VAE, 2 of the patches."""
+"""Side in pixels of one transformer token: 8 from the VAE times 2 from the patch size."""
 UNET_REUSE = 10
-"""Latent pixels for which one weight of a UNet is used once: most weights are at its lower
-resolutions (SD1 8.8, SDXL 14).
+"""Latent pixels per use of one UNet weight. Most weights are at low resolutions (SD1 8.8, SDXL 14).
 """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """What is assumed of a kind of device and the link between two of them, where nothing was
-    measured.
-    """
+    """Assumed speed of a kind of device and of the link between two, without measurements."""
 
     operations_per_s: float
     link: Link
@@ -40,7 +36,7 @@ DEVICES = {
     "cpu": Device(operations_per_s=5e10, link=Link(latency_s=3e-4, bytes_per_s=1e9, hides=0.5)),
     "gpu": Device(operations_per_s=1.5e14, link=Link(latency_s=3e-5, bytes_per_s=2e10, hides=0.9)),
 }
-"""One thread of a CPU with gloo; a data-centre GPU at half precision with NCCL over PCIe."""
+"""One CPU thread with gloo; a data-centre GPU in half precision with NCCL over PCIe."""
 
 
 def estimate_checkpoint(
@@ -53,8 +49,10 @@ def estimate_checkpoint(
     halves: int,
     device: Device,
 ) -> Work:
-    """Of a folder in diffusers layout, or of a single file with such a folder beside it. What it
-    does not say is taken to be small.
+    """Return the estimated work of a step for a checkpoint.
+
+    checkpoint: a folder in diffusers layout, or a single file beside such a folder. Missing facts
+    are assumed to be small.
     """
     folder = checkpoint.with_suffix("") if checkpoint.is_file() else checkpoint
     config_file = folder / spec.denoiser / "config.json"
@@ -94,7 +92,10 @@ def estimate_config(
     device: Device,
     num_frames: int = 1,
 ) -> Work:
-    """config: of the denoiser. height, width: pixels of the image."""
+    """Return the estimated work of a step.
+
+    config: the denoiser's configuration. height, width: pixels of the image.
+    """
     batch_bytes = halves * num_frames * element_bytes
     pixels = (height // 8) * (width // 8)
     shape = (
@@ -120,8 +121,9 @@ def estimate_config(
 
 
 def count_weights(folder: Path) -> int:
-    """Numbers in a component's safetensors, of its plain files where there are others at half
-    precision too.
+    """Return the number of weights in a component's safetensors files.
+
+    Of several precisions only the plain files count.
     """
     files = sorted(folder.glob("*.safetensors"))
     plain = [file for file in files if not {".fp16", ".bf16"} & set(file.suffixes)]
@@ -129,7 +131,7 @@ def count_weights(folder: Path) -> int:
 
 
 def _numbers_in(file: Path) -> int:
-    """From the header (eight bytes of length, then JSON); 0 for a file that has none."""
+    """Return the weights listed in the header (8 bytes of length, then JSON); 0 without one."""
     try:
         with file.open("rb") as opened:
             header = json.loads(opened.read(struct.unpack("<Q", opened.read(8))[0]))
@@ -139,7 +141,7 @@ def _numbers_in(file: Path) -> int:
 
 
 def _transformer(config: Mapping[str, Any], height: int, width: int) -> dict[str, float]:
-    """Bytes are for elements of one byte."""
+    """Return the facts of a transformer, in elements instead of bytes."""
     heads = config.get("num_attention_heads") or config.get("n_heads") or 16
     hidden = config.get("dim") or heads * (config.get("attention_head_dim") or 64)
     layers = (config.get("num_layers") or config.get("n_layers") or 24) + (
@@ -155,8 +157,9 @@ def _transformer(config: Mapping[str, Any], height: int, width: int) -> dict[str
 
 
 def _unet(config: Mapping[str, Any], rows: int, columns: int) -> dict[str, float]:
-    """The same for the levels of a UNet: on each some resnets, with attention where the block's
-    name says so, down and up again.
+    """Return the facts of a UNet, in elements instead of bytes.
+
+    Each level has resnets on the way down and up, with attention if the block's name says so.
     """
     channels = list(config["block_out_channels"])
     layers = config.get("layers_per_block", 2)
@@ -180,5 +183,5 @@ def _unet(config: Mapping[str, Any], rows: int, columns: int) -> dict[str, float
 
 
 def _at(value: Any, level: int) -> int:
-    """Configurations give one number for all levels, or one for each."""
+    """Return a setting at one level: configurations give one number, or one per level."""
     return int(value[level] if isinstance(value, list | tuple) else value)

@@ -1,6 +1,4 @@
-"""Candidates with their predicted and measured times, in one table: which one `--backend=auto`
-takes, and why. Imports no torch.
-"""
+"""Ranks candidates by predicted and measured times, and chooses for `--backend=auto`. No torch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,27 +10,25 @@ from backends.errors import ConfigError
 from backends.plan import QUALITIES, Quality
 
 CLOSE_CALL = 1.04
-"""A candidate must be this much quicker to be preferred to one that is stricter in quality, or has
-fewer ranks: measuring is no finer.
+"""A candidate must be faster by this factor to win over one with stricter quality or fewer ranks.
+Measurements are no more precise.
 """
 NUM_TRIED = 3
-"""Candidates that are tried at most, beside one rank."""
+"""Largest number of candidates that are tried, besides one rank."""
 HOPELESS = 1.3
-"""A candidate that is predicted to take this much longer than the quickest measured one is not
-tried.
-"""
+"""A candidate is not tried if its prediction exceeds the fastest measurement by this factor."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """What a launch has measured, kept for the next one."""
+    """Measurements of a launch, cached for the next one."""
 
     work: Work
     link: Link
-    memory_bytes: int | None = None  # of the smallest device; None: not known
+    memory_bytes: int | None = None  # of the smallest device; None if unknown
     steps: Mapping[str, float] = field(default_factory=dict)  # candidate's name -> seconds per step
     failures: Mapping[str, str] = field(default_factory=dict)  # candidate's name -> why it failed
-    date: str = ""  # of the measurement
+    date: str = ""  # when it was measured
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -46,7 +42,7 @@ class Measured:
 
     @classmethod
     def from_json(cls, kept: Mapping[str, Any]) -> "Measured":
-        """TypeError or KeyError if it is not what `to_json` makes."""
+        """Read what `to_json` returned. TypeError or KeyError for anything else."""
         return cls(**{**kept, "work": Work(**kept["work"]), "link": Link(**kept["link"])})
 
 
@@ -55,19 +51,19 @@ class Row:
     """One candidate in the table."""
 
     candidate: Candidate
-    estimate: Estimate | None = None  # None only for a candidate that is refused
+    estimate: Estimate | None = None  # None only for a refused candidate
     measured_s: float | None = None  # seconds per step
     image_s: float = float("inf")  # seconds for all steps of an image
     refusal: str = ""  # why it cannot be chosen
 
     @property
     def step_s(self) -> float:
-        """Measured, or else predicted."""
+        """Seconds per step: measured if available, else predicted."""
         assert self.estimate is not None
         return self.estimate.step_s if self.measured_s is None else self.measured_s
 
     def facts(self) -> dict[str, Any]:
-        """For GET /settings and --check --json."""
+        """Return the row as JSON for GET /settings and --check --json."""
         facts: dict[str, Any] = {"method": self.candidate.name, "ranks": self.candidate.ranks}
         if self.candidate.plan is not None:
             facts["quality"] = self.candidate.quality
@@ -84,9 +80,7 @@ class Row:
 def rank(
     candidates: Sequence[Candidate], measured: Measured, *, quality: Quality, num_steps: int
 ) -> list[Row]:
-    """The table: candidates that can be had from the quickest on, then the others with their
-    reasons.
-    """
+    """Return one row per candidate: possible ones, fastest first, then refused ones."""
     rows = [_row(candidate, measured, quality, num_steps) for candidate in candidates]
     return sorted(rows, key=lambda row: (bool(row.refusal), row.image_s))
 
@@ -103,13 +97,13 @@ def _row(candidate: Candidate, measured: Measured, quality: Quality, num_steps: 
         image_s=estimate.image_s(num_steps, step_s=step_s),
     )
     if QUALITIES.index(candidate.quality) > QUALITIES.index(quality):
-        return replace(row, refusal=f"--quality={quality} leaves it out: it is {candidate.quality}")
+        return replace(row, refusal=f"--quality={quality} excludes it: it is {candidate.quality}")
     if measured.memory_bytes is not None and estimate.memory_bytes > measured.memory_bytes:
         needed, present = (
             f"{value / 1e9:.1f} GB" for value in (estimate.memory_bytes, measured.memory_bytes)
         )
         return replace(
-            row, refusal=f"it needs about {needed} on each rank, and {present} are there"
+            row, refusal=f"it needs about {needed} on each rank, but only {present} are available"
         )
     if candidate.name in measured.failures:
         return replace(row, refusal=f"it was tried and failed: {measured.failures[candidate.name]}")
@@ -117,8 +111,9 @@ def _row(candidate: Candidate, measured: Measured, quality: Quality, num_steps: 
 
 
 def next_to_try(rows: Sequence[Row]) -> Candidate | None:
-    """The best predicted candidate that is not measured, unless it has no hope of being the
-    quickest.
+    """Return the candidate with the best prediction that is not measured yet.
+
+    None if none has a chance of being the fastest.
     """
     able = [row for row in rows if not row.refusal]
     best_s = min((row.image_s for row in able if row.measured_s is not None), default=float("inf"))
@@ -133,8 +128,9 @@ def next_to_try(rows: Sequence[Row]) -> Candidate | None:
 
 
 def contenders(rows: Sequence[Row]) -> list[Candidate]:
-    """The quickest by their measured times, if several are close: what disturbed one trial may not
-    decide between them.
+    """Return the fastest measured candidates if several are close, else an empty list.
+
+    They are measured again, so that a disturbance of one trial does not decide.
     """
     able = [row for row in rows if not row.refusal and row.measured_s is not None]
     close = [row.candidate for row in able if row.image_s <= HOPELESS * able[0].image_s]
@@ -142,11 +138,12 @@ def contenders(rows: Sequence[Row]) -> list[Candidate]:
 
 
 def choose(rows: Sequence[Row], *, ranks: int | None = None) -> Row | None:
-    """The quickest that can be had; None if nothing can. ranks: only of that number.
+    """Return the fastest possible row; None if there is none. ranks: consider only this number of
+    ranks.
 
-    Where methods were tried only those are chosen: a measured time beats a predicted one. Among
-    those within CLOSE_CALL of the quickest the strictest in quality wins, then the one with the
-    fewest ranks, then the quickest.
+    Once a multi-rank method has been measured, only measured rows count. Among rows within
+    CLOSE_CALL of the fastest, the strictest quality wins, then the fewest ranks, then the shortest
+    time.
     """
     able = [row for row in rows if not row.refusal and ranks in (None, row.candidate.ranks)]
     if any(row.measured_s is not None and row.candidate.ranks > 1 for row in able):
@@ -162,7 +159,7 @@ def choose(rows: Sequence[Row], *, ranks: int | None = None) -> Row | None:
 
 
 def require_any(rows: Sequence[Row]) -> Row:
-    """The choice, or ConfigError with everyone's reason."""
+    """Return the chosen row. ConfigError with the reason of every candidate if there is none."""
     if (chosen := choose(rows)) is not None:
         return chosen
     reasons = "; ".join(f"{row.candidate.name}: {row.refusal.rstrip('.')}" for row in rows)
@@ -175,7 +172,7 @@ def require_any(rows: Sequence[Row]) -> Row:
 
 
 def as_text(rows: Sequence[Row], chosen: Row | None) -> list[str]:
-    """The table for people, one line each."""
+    """Return the table as text lines. The chosen row is marked with *."""
     lines = [
         "  method                                         ranks quality  s/step            s/image "
         " MB/rank"

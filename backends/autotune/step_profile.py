@@ -1,5 +1,6 @@
-"""What one step of a loaded denoiser does, read off while it runs on one rank: the Work that
-backends/autotune/cost.py predicts from.
+"""Measures one step of a loaded denoiser on one rank.
+
+The result is the Work from which backends/autotune/cost.py predicts.
 """
 
 import time
@@ -17,13 +18,13 @@ from backends.parallel import hooks
 
 NAME = "survey"
 WORKSPACE = 6
-"""Activations that live at the same time in one block, in tensors of the largest size; where the
+"""Activations alive at the same time in one block, as a multiple of the largest tensor. Used if the
 device does not count memory itself.
 """
 
 
 class Survey(TorchFunctionMode):
-    """Counts, over one step, what the parallel methods would have to send."""
+    """Counts during one step what the parallel methods would have to send."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,9 +59,8 @@ class Survey(TorchFunctionMode):
 
     def _attention(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         self.largest_bytes = max(self.largest_bytes, query.nbytes)
-        if (
-            query.shape[-2] == key.shape[-2]
-        ):  # else it is attention to the text, of which every rank has all
+        # Otherwise it is cross-attention to text, which every rank has in full.
+        if query.shape[-2] == key.shape[-2]:
             self.num_attentions += 1
             self.kv_bytes += key.nbytes + value.nbytes
             self.hidden_bytes = max(self.hidden_bytes, query.nbytes)
@@ -72,7 +72,7 @@ class Survey(TorchFunctionMode):
             self.halo_bytes += 2 * (weight.shape[-2] // 2) * image.nbytes // image.shape[-2]
 
     def _join(self, tensors: Any, dim: int) -> None:
-        """A UNet joins what it kept on the way down to what comes up, along the channels."""
+        """Count skip connections, which a UNet concatenates along the channels."""
         if dim == 1 and len(tensors) == 2 and tensors[0].ndim == 4:
             self.skip_bytes += tensors[1].nbytes
 
@@ -85,8 +85,9 @@ class Survey(TorchFunctionMode):
         other_bytes: int,
         activation_bytes: int | None,
     ) -> Work:
-        """With what only the caller knows. activation_bytes: as the device counted them; None where
-        it does not.
+        """Return the Work, completed with facts that only the caller knows.
+
+        activation_bytes: as counted by the device, or None.
         """
         if activation_bytes is None:
             activation_bytes = self.skip_bytes + WORKSPACE * self.largest_bytes
@@ -109,7 +110,7 @@ class Survey(TorchFunctionMode):
 
 @contextmanager
 def surveyed(denoiser: nn.Module) -> Iterator[Survey]:
-    """While `denoiser` runs in this context it is counted. Leave after one step."""
+    """Count what `denoiser` does within this context. Leave it after one step."""
     survey = Survey()
 
     def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -129,4 +130,5 @@ def surveyed(denoiser: nn.Module) -> Iterator[Survey]:
 
 
 def bytes_of(module: nn.Module) -> int:
+    """Return the bytes of a module's parameters."""
     return sum(parameter.nbytes for parameter in module.parameters())

@@ -1,8 +1,7 @@
-"""Tries methods on a loaded model: seconds per step of the most promising ones, and the link
-between the ranks. Runs on every rank.
+"""Tries methods on a loaded model and measures the link between the ranks. Runs on every rank.
 
-Nothing is loaded again: a method is attached, makes the first steps of an image and is detached.
-Used for `--backend=auto` (hosts/launch/auto_backend.py) and by benchmarks/planner.py.
+Nothing is reloaded: each method is attached, runs the first steps of an image and is detached. Used
+for `--backend=auto` (hosts/launch/auto_backend.py) and by benchmarks/planner.py.
 """
 
 import logging
@@ -35,20 +34,20 @@ from backends.request import GenerateRequest
 logger = logging.getLogger(__name__)
 
 SECONDS = 60.0
-"""After this long no further method is tried."""
+"""No further method is tried after this time."""
 SLOW_STEP_S = 10.0
-"""A step that takes longer on one rank is not repeated there."""
+"""A single-rank step that takes longer is not repeated."""
 NUM_STEPS = 6
-"""Of each trial: a synchronous one, one that still lays out buffers, and two pairs (stride 2 works
-every other step).
+"""Steps of each trial: a synchronous one, one that still allocates buffers, and two pairs (stride 2
+communicates every other step).
 """
 ALONE_STEPS = 4
 WARMUP_STEPS = 1
 LINK_MESSAGES = 20
 LINK_BYTES = 4_000_000
 HIDES = {"cuda": 0.9, "cpu": 0.5}
-"""Share of a message's time behind computing: on a CPU the thread that sends takes time from those
-that compute.
+"""Fraction of a message's time that overlaps with computing. On a CPU the sending thread takes time
+from the computing ones.
 """
 
 
@@ -64,13 +63,14 @@ class Subject(Protocol):
     def detach(self) -> None: ...
 
     def run(self, on_step: OnStep) -> None:
-        """Begin an image with WARMUP_STEPS synchronous steps; `on_step` ends it with
-        CancelledError.
+        """Start an image with WARMUP_STEPS synchronous steps.
+
+        `on_step` ends it with CancelledError.
         """
 
 
 class PipelineSubject:
-    """A loaded pipeline and the image to try it on."""
+    """A loaded pipeline and the request to try it with."""
 
     def __init__(self, pipeline: LoadedPipeline, request: GenerateRequest) -> None:
         self._pipeline = pipeline
@@ -96,7 +96,7 @@ class PipelineSubject:
 
 @dataclass(slots=True)
 class _Stopwatch:
-    """Ends a trial after so many steps, and knows how long they took."""
+    """Ends a trial after `num_steps` steps and measures them."""
 
     num_steps: int
     device: torch.device
@@ -107,12 +107,13 @@ class _Stopwatch:
             torch.cuda.synchronize(self.device)
         self.marks.append(time.perf_counter())
         if len(self.marks) >= min(self.num_steps, num_steps):
-            raise CancelledError("that was enough of a trial")
+            raise CancelledError("the trial is complete")
 
     @property
     def step_s(self) -> float:
-        """Of the quicker pair of steady steps, as another program may slow one down; of what there
-        is where an image has few steps.
+        """Seconds per step, from the faster pair of steady steps.
+
+        Another program may slow one pair down. Images with few steps use the steps that exist.
         """
         steps = [after - before for before, after in zip(self.marks, self.marks[1:], strict=False)]
         steady = steps[WARMUP_STEPS:] or steps
@@ -121,9 +122,7 @@ class _Stopwatch:
 
 
 class Trials:
-    """All ranks' part in finding the quickest method. Every rank makes the same calls in the same
-    order.
-    """
+    """Finds the fastest method. All ranks make the same calls in the same order."""
 
     def __init__(
         self,
@@ -135,7 +134,7 @@ class Trials:
         halves: int,
         alarm: Alarm | None = None,
     ) -> None:
-        """halves: of guidance, 1 or 2. alarm: see Mesh."""
+        """halves: predictions per step, 2 with guidance. alarm: see Mesh."""
         self._subject = subject
         self._spec = spec
         self._rank = rank
@@ -146,8 +145,9 @@ class Trials:
     def measure(
         self, candidates: Sequence[Candidate], *, quality: Quality, num_steps: int
     ) -> Measured:
-        """The same on all ranks. Why a method failed is in the result; what fails on one rank alone
-        is raised.
+        """Return the measurements, equal on all ranks.
+
+        A failed method is recorded with its reason. A failure of the single-rank step is raised.
         """
         started = time.perf_counter()
         link = self.link()
@@ -184,8 +184,8 @@ class Trials:
         return measured
 
     def link(self) -> Link:
-        """Seconds of a small message and bytes per second of a large one, all ranks sending to
-        all.
+        """Return the latency of a small message and the bandwidth of large ones, all ranks sending
+        to all.
         """
         plan = ParallelPlan(method="probe", axes=(("data", self._world_size),))
         mesh = Mesh(plan, rank=self._rank, device=self._subject.device, alarm=self._alarm)
@@ -205,8 +205,9 @@ class Trials:
         )[0]
 
     def alone(self) -> Work:
-        """One rank's step, counted and timed on rank 0 while the others wait. Raises on all ranks
-        what failed there.
+        """Return one rank's Work, measured on rank 0 while the others wait.
+
+        An error on rank 0 is raised on all ranks.
         """
         outcome = self._survey() if self._rank == 0 else None
         work = gather_outcomes(outcome)[0]
@@ -215,8 +216,9 @@ class Trials:
         return work
 
     def trial(self, candidate: Candidate) -> tuple[float, str]:
-        """Seconds per step of one method, by the first ranks while the others wait; or why it
-        failed.
+        """Return (seconds per step, "") of one method, or (0.0, reason) if it failed.
+
+        The first ranks run it while the others wait.
         """
         assert candidate.plan is not None
         ranks = candidate.ranks
@@ -239,12 +241,11 @@ class Trials:
             self._subject.attach(backend)
             if team == 0:
                 _run(self._subject, watch)
-        except Exception as error:  # noqa: BLE001  whatever it is, this method is not to be had, and the others are still there
+        except Exception as error:  # noqa: BLE001  any error rules out this method only
             failure = (time.time(), f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
             mesh.fail()  # wakes the ranks that wait for this one
-        failures = sorted(
-            found for found in gather_outcomes(failure) if found is not None
-        )  # closed connections come after their reason
+        # By time: errors about closed connections come after their cause.
+        failures = sorted(found for found in gather_outcomes(failure) if found is not None)
         if failures:
             mesh.rebuild()  # detaching may have to fetch weights from other ranks
         if is_attached:
@@ -273,7 +274,7 @@ class Trials:
                 _run(self._subject, watch := _Stopwatch(ALONE_STEPS, device))
                 step_s = watch.step_s
             self._subject.detach()
-        except Exception as error:  # noqa: BLE001  the other ranks wait to hear of it
+        except Exception as error:  # noqa: BLE001  reported to the other ranks, which wait
             return error
         return survey.work(
             step_s=step_s,
@@ -294,7 +295,7 @@ def _run(subject: Subject, watch: _Stopwatch) -> None:
 
 
 def _exchange(axis: Axis, mesh: Mesh, num_bytes: int) -> float:
-    """Seconds until every rank has every other's bytes."""
+    """Return the seconds until every rank has the bytes of every other."""
     piece = torch.zeros(num_bytes // 4, device=mesh.device)
     started = time.perf_counter()
     begin_gather(piece, [piece.shape] * axis.size, axis=axis, traffic=mesh.traffic)()
@@ -304,7 +305,7 @@ def _exchange(axis: Axis, mesh: Mesh, num_bytes: int) -> float:
 
 
 def _memory_bytes(device: torch.device, world_size: int) -> Any:
-    """Of this rank's device. Ranks on CPUs share what there is."""
+    """Return the memory of this rank's device. Ranks on CPUs divide the machine's memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
     return psutil.virtual_memory().total // world_size

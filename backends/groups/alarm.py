@@ -1,8 +1,8 @@
-"""How a rank that fails tells the others, whatever they wait in: a key in the ranks' store, and a
-thread on every rank that looks for it.
+"""Failure notification between ranks: a key in their store, and a thread on every rank that polls
+it.
 
-With gloo a closed connection tells them. With NCCL nothing does: their hosts go on, or wait for a
-kernel that never ends. Imports no torch.
+With gloo, a closed connection reports the failure. NCCL reports nothing: the other hosts go on, or
+wait for a kernel that never ends. Imports no torch.
 """
 
 import logging
@@ -13,12 +13,13 @@ from typing import Protocol
 
 logger = logging.getLogger(__name__)
 
-LOOK_EVERY_S = 0.2
+POLL_EVERY_S = 0.2
 
 
 class Store(Protocol):
-    """What is used of torch.distributed.Store. No call may wait for another rank: the client may be
-    shared with other threads.
+    """The part of torch.distributed.Store that is used.
+
+    No call may wait for another rank, because other threads may share the client.
     """
 
     def set(self, key: str, value: str) -> None: ...
@@ -27,8 +28,9 @@ class Store(Protocol):
 
 
 class Alarm:
-    """One rank's. A mesh is known by a name that is the same on all its ranks, and new after each
-    rebuild.
+    """Failure alarm of one rank.
+
+    A mesh is identified by a name that is the same on all its ranks and changes with each rebuild.
     """
 
     def __init__(self, store: Store) -> None:
@@ -46,24 +48,21 @@ class Alarm:
                 self._thread.start()
 
     def forget(self, name: str) -> None:
-        """The mesh is closed."""
+        """Stop watching a mesh that is closed."""
         with self._lock:
             self._watched.pop(name, None)
 
     def sound(self, name: str) -> None:
-        """This rank failed: let all others of the mesh know, now."""
+        """Tell the other ranks of the mesh that this rank failed."""
         try:
             self._store.set(f"failed/{name}", "yes")
-        except (
-            RuntimeError,
-            OSError,
-        ) as error:  # without a store the watch ends this process anyway
-            logger.warning("the other ranks could not be told of a failure: %s", error)
+        except (RuntimeError, OSError) as error:  # without a store the watch ends this process
+            logger.warning("could not report the failure to the other ranks: %s", error)
 
     def _look(self) -> None:
-        """As long as there is a mesh to watch."""
+        """Poll the store as long as there is a mesh to watch."""
         while True:
-            time.sleep(LOOK_EVERY_S)
+            time.sleep(POLL_EVERY_S)
             with self._lock:
                 if not self._watched:
                     self._thread = None

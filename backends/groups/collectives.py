@@ -1,4 +1,4 @@
-"""Collectives on one axis of a mesh. Like torch's own, they are called by all its ranks."""
+"""Collectives on one axis of a mesh. As with torch's own, all ranks of the axis must call them."""
 
 import logging
 import math
@@ -21,11 +21,10 @@ logger = logging.getLogger(__name__)
 
 
 def all_gather(tensor: Tensor, *, dim: int, axis: Axis, traffic: CommStats | None = None) -> Tensor:
-    """Concatenate equal shards along `dim` in rank order. Blocks until every rank of the axis has
-    sent its shard.
+    """Concatenate equal shards along `dim` in rank order.
 
-    Like torch's own functions it leaves the work to a tensor whose class has a __torch_function__
-    that knows better.
+    Blocks until every rank of the axis has sent its shard. A tensor subclass can override it with
+    __torch_function__.
     """
     if has_torch_function_unary(tensor):
         return handle_torch_function(
@@ -42,7 +41,7 @@ def all_gather(tensor: Tensor, *, dim: int, axis: Axis, traffic: CommStats | Non
 
 
 def all_sum(tensor: Tensor, *, axis: Axis) -> Tensor:
-    """The ranks' tensors of one shape, added up, on every rank."""
+    """Return the sum of the ranks' tensors, all of one shape, on every rank."""
     if axis.is_alone:
         return tensor
     total = tensor.contiguous().clone()
@@ -51,35 +50,36 @@ def all_sum(tensor: Tensor, *, axis: Axis) -> Tensor:
 
 
 def broadcast(tensor: Tensor, *, source: int, axis: Axis) -> None:
-    """Rank `source` of the axis overwrites everyone's tensor with its own. Blocks until this rank's
-    is complete.
+    """Overwrite `tensor` on every rank with the one of rank `source` of the axis.
+
+    Blocks until this rank has the data.
     """
     if not axis.is_alone:
         dist.broadcast(tensor, src=axis.ranks[source], group=axis.group)
 
 
 class AsyncAllToAll:
-    """An exchange of byte strings among the ranks of an axis that runs in the background."""
+    """A background exchange of bytes among the ranks of an axis."""
 
     def __init__(self, sent: Tensor, received: Tensor, sizes: Sequence[int], *, axis: Axis) -> None:
-        """Send the bytes `sent` to every other rank; theirs arrive in `received`, one after the
-        other in rank order.
+        """Send `sent` to every other rank; `received` gets theirs, concatenated in rank order.
 
-        sent, received: uint8, 1-D, not to be touched until `wait` returns. sizes: bytes that each
-        rank of the axis sends.
+        sent, received: uint8, 1-D; do not touch them until `wait` returns. sizes: number of bytes
+        that each rank of the axis sends.
         """
         copies = sent.repeat(axis.size - 1) if axis.size > 2 else sent
         to = [0 if rank == axis.rank else sent.numel() for rank in range(axis.size)]
         of = [0 if rank == axis.rank else size for rank, size in enumerate(sizes)]
-        # far quicker than an all_gather on gloo, and a group of sends and receives on NCCL
+        # much faster than all_gather on gloo; NCCL runs it as grouped sends and receives
         self._work = dist.all_to_all_single(
             received, copies, of, to, group=axis.group, async_op=True
         )
         self._held = (sent, copies, received)
 
     def wait(self, timeout: timedelta | None = None) -> None:
-        """Until `received` is filled and `sent` may change. RuntimeError if a peer is gone (or,
-        with a timeout, late).
+        """Wait until `received` is filled and `sent` may change.
+
+        RuntimeError if a peer is gone or the timeout passes.
         """
         if timeout is None:
             self._work.wait()
@@ -90,10 +90,9 @@ class AsyncAllToAll:
 def gather_pieces(
     piece: Tensor, shapes: Sequence[Sequence[int]], *, axis: Axis, traffic: CommStats
 ) -> list[Tensor]:
-    """Every rank's piece, in rank order; shapes may differ, the dtype is one. Blocks until all have
-    arrived.
+    """Return every rank's piece, in rank order. Blocks until all have arrived.
 
-    shapes: of the piece of each rank of the axis.
+    shapes: the shape of each rank's piece. Shapes may differ, the dtype may not.
     """
     return begin_gather(piece, shapes, axis=axis, traffic=traffic)()
 
@@ -101,7 +100,10 @@ def gather_pieces(
 def begin_gather(
     piece: Tensor, shapes: Sequence[Sequence[int]], *, axis: Axis, traffic: CommStats
 ) -> Callable[[], list[Tensor]]:
-    """The same in the background. What it returns waits for the pieces, and must be called."""
+    """Start `gather_pieces` in the background.
+
+    Returns a function that waits for the pieces. The caller must call it.
+    """
     if axis.is_alone:
         return lambda: [piece]
     if torch.compiler.is_compiling():
@@ -110,12 +112,12 @@ def begin_gather(
     own = piece.contiguous()
     sizes = [math.prod(shape) * own.element_size() for shape in shapes]
     received = torch.empty(sum(sizes) - sizes[axis.rank], dtype=torch.uint8, device=own.device)
-    swap = AsyncAllToAll(own.view(-1).view(torch.uint8), received, sizes, axis=axis)
+    exchange = AsyncAllToAll(own.view(-1).view(torch.uint8), received, sizes, axis=axis)
     traffic.add(own, peers=axis.size - 1)
 
     def finish() -> list[Tensor]:
         started = time.perf_counter()
-        swap.wait()
+        exchange.wait()
         traffic.wait_s += time.perf_counter() - started
         others = iter(
             received.split([size for rank, size in enumerate(sizes) if rank != axis.rank])
@@ -129,8 +131,9 @@ def begin_gather(
 
 
 def _gather_padded(piece: Tensor, shapes: Sequence[Sequence[int]], axis: Axis) -> list[Tensor]:
-    """The same by one functional all-gather of equal lengths, which torch.compile can trace into
-    its graph. Not counted.
+    """Gather pieces with one functional all-gather of equal lengths.
+
+    torch.compile can trace it into its graph. Its traffic is not counted.
     """
     lengths = [math.prod(shape) for shape in shapes]
     padded = torch.nn.functional.pad(piece.reshape(-1), (0, max(lengths) - piece.numel()))

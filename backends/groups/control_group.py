@@ -1,5 +1,6 @@
-"""The control group: torch's default group, gloo on every machine. It carries commands and outcomes
-only, and waits for as long as nobody asks for anything.
+"""The control group: torch's default group, always on gloo.
+
+It carries only commands and outcomes, and waits as long as there are no requests.
 """
 
 import logging
@@ -19,18 +20,20 @@ logger = logging.getLogger(__name__)
 
 
 IDLE_TIMEOUT = timedelta(days=3650)
-"""Followers wait in a broadcast until somebody asks for an image, and nobody may for weeks. A dead
-peer is noticed by its closed connection and a hanging one by hosts/supervision/heartbeat.py, so
-this wait needs no end."""
+"""Followers wait in a broadcast for the next request, perhaps for weeks. A closed connection
+reveals a dead peer, and hosts/supervision/heartbeat.py detects a hanging one, so this wait needs no
+limit.
+"""
 
 
-MEET_WITHIN = timedelta(minutes=5)
-"""From when all ranks are there until their connections stand."""
+CONNECT_WITHIN = timedelta(minutes=5)
+"""Limit for connecting the ranks, once all of them are running."""
 
 
 def open_store(host: str, port: int, *, is_here: bool, timeout_s: float) -> dist.Store:
-    """The store of several machines; it lives in the process that says it is here. RuntimeError if
-    it cannot be reached in time.
+    """Return the store of several machines. The process with `is_here` hosts it.
+
+    RuntimeError if the store cannot be reached within `timeout_s`.
     """
     return dist.TCPStore(
         host, port, is_master=is_here, timeout=timedelta(seconds=timeout_s), wait_for_workers=False
@@ -38,11 +41,10 @@ def open_store(host: str, port: int, *, is_here: bool, timeout_s: float) -> dist
 
 
 def initialize(*, rank: int, world_size: int, store: dist.Store | Path | None = None) -> dist.Store:
-    """Open the control group over `store` (or a file, which opens no port), or else over
-    torchelastic's rendezvous (env://).
+    """Open the control group over `store`, or over torchelastic's rendezvous (env://) if None.
 
-    Returns a store client for the watch thread of its own: a client is one connection, and one that
-    waits would hold up the other.
+    A path means a FileStore, which opens no port. Returns a separate store client for the watch
+    thread: a client is one connection, and a blocking call on it would hold up other threads.
     """
     if world_size == 1:
         store = dist.HashStore()
@@ -53,7 +55,7 @@ def initialize(*, rank: int, world_size: int, store: dist.Store | Path | None = 
     if store is None:
         store, rank, world_size = next(dist.rendezvous("env://", rank, world_size))
     else:
-        store.set_timeout(MEET_WITHIN)
+        store.set_timeout(CONNECT_WITHIN)
     dist.init_process_group(
         "gloo",
         rank=rank,
@@ -65,13 +67,13 @@ def initialize(*, rank: int, world_size: int, store: dist.Store | Path | None = 
 
 
 def shutdown() -> None:
-    """Close whatever is open. Peers that still wait see a closed connection."""
+    """Close the control group. Peers that still wait in it see a closed connection."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def control_axis() -> Axis:
-    """All ranks, on the control group."""
+    """Return the axis of all ranks on the control group."""
     if not dist.is_initialized():
         return Axis(name="control", ranks=(0,), rank=0, group=None)
     size, rank = dist.get_world_size(), dist.get_rank()
@@ -84,8 +86,9 @@ def control_axis() -> Axis:
 
 
 def control_of_team(size: int) -> Axis:
-    """A control group for each team of `size` neighbours, made by all ranks together; this
-    rank's.
+    """Return the control axis of this rank's team of `size` neighbouring ranks.
+
+    Collective: all ranks create the groups of all teams together.
     """
     world = control_axis()
     teams = [world.ranks[first : first + size] for first in range(0, world.size, size)]
@@ -101,10 +104,10 @@ def close(axis: Axis) -> None:
 
 
 def broadcast_command(command: object, among: Axis | None = None) -> object:
-    """The first rank's command to every rank of a control group (all ranks', if none is named);
-    others pass anything and get that.
+    """Return the first rank's command on every rank of a control group (default: all ranks).
 
-    UnsendableError on the first rank, before others hear of it.
+    The value that other ranks pass is ignored. UnsendableError on the first rank, before anything
+    is sent.
     """
     axis = among or control_axis()
     if axis.group is None:
@@ -115,8 +118,8 @@ def broadcast_command(command: object, among: Axis | None = None) -> object:
 
 
 def gather_outcomes(outcome: object, among: Axis | None = None) -> list[Any]:
-    """Every rank's outcome, in rank order, on every rank of a control group (all ranks', if none is
-    named).
+    """Return the outcomes of a control group (default: all ranks) on each of its ranks, in rank
+    order.
     """
     axis = among or control_axis()
     if axis.group is None:
@@ -127,8 +130,9 @@ def gather_outcomes(outcome: object, among: Axis | None = None) -> list[Any]:
 
 
 class Channel:
-    """Objects between rank 0 and one other rank, on a group of their own: one thread at each end,
-    which waits as long as it takes.
+    """A two-way connection for objects between rank 0 and one other rank, on a group of its own.
+
+    Each end has one thread, which waits without limit.
     """
 
     def __init__(self, group: dist.ProcessGroup, *, other: int) -> None:
@@ -136,24 +140,27 @@ class Channel:
         self._other = other
 
     def send(self, message: object) -> None:
-        """RuntimeError if the other end is gone; UnsendableError before it hears of anything."""
+        """Send a message. RuntimeError if the peer is gone; UnsendableError before anything is
+        sent.
+        """
         dist.send_object_list([pack(message)], dst=self._other, group=self._group)
 
     def receive(self) -> Any:
-        """RuntimeError if the other end is gone."""
+        """Return the next message. RuntimeError if the peer is gone."""
         box: list[Any] = [None]
         dist.recv_object_list(box, src=self._other, group=self._group)
         return unpack(box[0])
 
 
 def open_channels() -> dict[int, Channel]:
-    """A line between rank 0 and each other rank, made by all ranks together: rank 0 has all of
-    them, another rank its own, called 0.
+    """Open a channel between rank 0 and each other rank. Collective.
+
+    Returns peer rank -> channel: all of them on rank 0, only key 0 on the others.
     """
-    world, lines = control_axis(), {}
+    world, channels = control_axis(), {}
     for rank in world.ranks[1:]:
         group = dist.new_group([0, rank], backend="gloo", timeout=IDLE_TIMEOUT)
         if world.rank in (0, rank):
             other = rank if world.rank == 0 else 0
-            lines[other] = Channel(group, other=other)
-    return lines
+            channels[other] = Channel(group, other=other)
+    return channels

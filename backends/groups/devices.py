@@ -1,5 +1,6 @@
-"""Which device a rank computes on. A GPU that is there and cannot be used is an error, never a
-silent run on the CPU.
+"""Selects the device of a rank.
+
+A GPU that is present but unusable is an error: a rank never falls back to the CPU silently.
 """
 
 import logging
@@ -11,16 +12,16 @@ from backends.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 OLDER_CUDA = "https://download.pytorch.org/whl/cu126"
-"""torch for drivers from 560 and cards from compute capability 5.0."""
+"""torch build for drivers from 560 and GPUs from compute capability 5.0."""
 
 
 def select_device(
     local_rank: int, *, local_world_size: int = 1, num_gpus: int = 0, driver: str = "unknown"
 ) -> torch.device:
-    """This rank's own CUDA device where there are GPUs, else the CPU.
+    """Return this rank's CUDA device, or the CPU on a machine without GPUs.
 
-    num_gpus: that the driver shows to the ranks of this machine. ConfigError if torch cannot use as
-    many as there are ranks.
+    num_gpus: number of GPUs that the driver shows to the ranks of this machine. ConfigError if
+    torch can use fewer GPUs than there are ranks.
     """
     usable = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if num_gpus and not usable:
@@ -34,7 +35,7 @@ def select_device(
         return torch.device("cpu")
     if local_world_size > usable:
         raise ConfigError(
-            f"{local_world_size} ranks are started on this machine, and torch sees {usable} "
+            f"{local_world_size} ranks are started on this machine, but torch sees {usable} "
             f"GPU{'s' if usable > 1 else ''} (a process sees "
             f"one MIG slice at most). Start --nproc_per_node={usable}."
         )
@@ -45,7 +46,7 @@ def select_device(
 
 
 def _require_kernels(device: torch.device, driver: str) -> None:
-    """ConfigError for a card that is older than all that this torch was compiled for."""
+    """Raise ConfigError if the GPU is older than every architecture of this torch build."""
     built_for = [
         int(arch.removeprefix("sm_"))
         for arch in torch.cuda.get_arch_list()
@@ -54,7 +55,7 @@ def _require_kernels(device: torch.device, driver: str) -> None:
     major, minor = torch.cuda.get_device_capability(device)
     if built_for and torch.version.hip is None and major * 10 + minor < min(built_for):
         raise ConfigError(
-            f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, and "
+            f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, but "
             f"torch {torch.__version__} has kernels from "
             f"{min(built_for) / 10:g} on (driver {driver}). {_advice()}"
         )
@@ -63,13 +64,12 @@ def _require_kernels(device: torch.device, driver: str) -> None:
 def _advice() -> str:
     if torch.version.cuda is None and torch.version.hip is None:
         return (
-            "Install torch with CUDA (pip install torch, driver 580 or newer), or hide the "
-            "GPUs "
+            "Install torch with CUDA (pip install torch, driver 580 or newer), or hide the GPUs "
             "with CUDA_VISIBLE_DEVICES= ."
         )
     return (
-        "Update the driver (CUDA 13 needs 580 or newer), or install a torch for older drivers and "
-        "cards: pip install torch --index-url "
+        "Update the driver (CUDA 13 needs 580 or newer), or install torch for older drivers and "
+        "GPUs: pip install torch --index-url "
         f"{OLDER_CUDA}. To use the CPU, hide the GPUs with CUDA_VISIBLE_DEVICES= ."
     )
 
@@ -78,7 +78,7 @@ def _warn_of_other_accelerators() -> None:
     if torch.accelerator.is_available():
         kind = torch.accelerator.current_accelerator()
         logger.warning(
-            "the %s device of this machine is not used: only CUDA (and ROCm) is supported, so the "
-            "CPU computes",
+            "the %s device of this machine is not used: only CUDA and ROCm are supported, so the "
+            "ranks run on the CPU",
             kind,
         )

@@ -1,8 +1,8 @@
-"""The links between the GPUs of a group: made and tried out when the group is opened, and ended all
-at once. NCCL only; gloo needs neither.
+"""Links between the GPUs of a group: opened and tested with the group, and aborted together.
 
-torch makes NCCL's communicators at their first use, which is a meeting of hosts: in the middle of a
-job it could wait for ranks that wait for something else, or that have failed.
+For NCCL only; gloo needs neither. torch creates NCCL communicators at first use, which blocks until
+all hosts take part. In the middle of a job a host could wait there for ranks that are busy
+elsewhere or have failed.
 """
 
 import itertools
@@ -25,26 +25,22 @@ logger = logging.getLogger(__name__)
 
 WITHIN_S = 60.0
 ABORT_WITHIN_S = 30.0
-LOOK_EVERY_S = 0.0005
-"""While the host waits for its device."""
+POLL_EVERY_S = 0.0005
+"""Interval at which the host polls its device."""
 Pairs = Sequence[tuple[int, int]]
-"""Places in a group of ranks that send to each other outside of collectives; the same order on all
-ranks.
+"""Pairs of positions in a group whose ranks send to each other outside of collectives. All ranks
+list them in the same order.
 """
 
 
 class OpenGroups:
-    """The groups of one mesh on this rank, and how they end together.
-
-    is_aborted: a rank has failed, or the mesh is closed. failed_s: when this rank gave up
-    (time.time), if it did.
-    """
+    """The groups of one mesh on this rank, which are aborted together."""
 
     def __init__(self, device: torch.device, alarm: Alarm | None) -> None:
-        """alarm: by which ranks on GPUs hear of another's failure."""
+        """alarm: notifies ranks on GPUs of failures on other ranks."""
         self.alarm = alarm
-        self.is_aborted = False
-        self.failed_s: float | None = None
+        self.is_aborted = False  # a rank failed, or the mesh is closed
+        self.failed_s: float | None = None  # time.time() at which this rank gave up
         self._device = device
         self._groups: list[dist.ProcessGroup] = []
         self.step_group: dist.ProcessGroup | None = None
@@ -55,16 +51,18 @@ class OpenGroups:
         self._groups.append(group)
 
     def watch(self, step_group: dist.ProcessGroup) -> None:
-        """From now on a failure of another rank aborts the groups. step_group: on the CPU; its name
-        is that of the mesh.
+        """Abort the groups from now on when another rank fails.
+
+        step_group: a CPU group, whose name identifies the mesh.
         """
         self.step_group, self.is_aborted, self.failed_s = step_group, False, None
         if self.alarm is not None and self._device.type == "cuda":
             self.alarm.watch(step_group.group_name, self.abort)
 
     def give_up(self) -> None:
-        """This rank has failed on its GPU: tell the others, and end what is under way, so that
-        nothing here waits for them.
+        """Report that this rank failed on its GPU, and abort pending work.
+
+        Nothing on this rank then waits for the others.
         """
         if self._device.type == "cuda" and self.step_group is not None:
             self.failed_s = time.time()
@@ -76,8 +74,9 @@ class OpenGroups:
             self.alarm.sound(self.step_group.group_name)
 
     def abort(self) -> None:
-        """End what waits in the data groups on this rank's GPU. From any thread. A rank by itself
-        has none.
+        """Abort pending work of the data groups on this rank's GPU. Callable from any thread.
+
+        A single rank has no groups.
         """
         with self._lock:
             if self.step_group is None or self.is_aborted:
@@ -87,11 +86,11 @@ class OpenGroups:
                 abort_all([group for group in self._groups if group is not self.step_group])
 
     def close(self) -> None:
-        """Peers that wait in a gloo group fail at once."""
+        """Close all groups. Peers that wait in a gloo group fail at once."""
         if self.alarm is not None and self.step_group is not None:
             self.alarm.forget(self.step_group.group_name)
         self.abort()
-        # that of the words last: closing it waits for ranks that have not heard one
+        # the step group last: closing it waits for ranks that have not received a signal
         for group in reversed(self._groups):
             try:
                 dist.destroy_process_group(group)
@@ -101,16 +100,17 @@ class OpenGroups:
         self.step_group = None
 
     def wait_for(self, event: torch.cuda.Event) -> None:
-        """Until the device has come so far. RuntimeError once another rank has failed: then the
-        rest of the work is for nothing.
+        """Wait until the device has reached `event`.
+
+        RuntimeError once another rank has failed: the rest of the work is then useless.
         """
         while not event.query() and not self.is_aborted:
-            time.sleep(LOOK_EVERY_S)
+            time.sleep(POLL_EVERY_S)
         if self.is_aborted:
             raise RuntimeError("another rank failed, and the data groups were aborted")
 
     def open_links(self, axis: "Axis", *, num_stages: int) -> None:
-        """See below. Nothing to do on CPUs, or for an axis without groups."""
+        """Open the links of an axis. Does nothing on CPUs or for an axis without groups."""
         pairs = pairs_of(axis.name, axis.size), pairs_to_last(axis.size, num_stages)
         for group, who in zip((axis.group, axis.reverse_group), pairs, strict=True):
             if group is not None and self._device.type == "cuda":
@@ -120,22 +120,25 @@ class OpenGroups:
         try:
             open_links(group, axis.ranks, axis.rank, device=self._device, pairs=pairs)
         except ConfigError as error:
-            if self._have_worked:  # then starting again may help, and another configuration not
+            if (
+                self._have_worked
+            ):  # it worked before, so a restart may help; a configuration change would not
                 raise RuntimeError(str(error)) from error
             raise
         self._have_worked = True
 
 
 def pairs_of(name: str, size: int) -> Pairs:
-    """Of an axis: segments may read from any other, a stage sends to the next."""
+    """Return the pairs of an axis: any two segments, or a stage and the next one."""
     if name == "segment":
         return list(itertools.combinations(range(size), 2))
     return list(itertools.pairwise(range(size))) if name == "stage" else []
 
 
 def pairs_to_last(size: int, num_stages: int) -> Pairs:
-    """Of the group for predictions: the last stage of each half of guidance sends to all stages but
-    the last ones.
+    """Return the pairs of the reverse group.
+
+    The last stage of each half of guidance sends predictions to all stages but the last ones.
     """
     last = range(num_stages - 1, size, num_stages)
     return sorted(
@@ -147,12 +150,13 @@ def pairs_to_last(size: int, num_stages: int) -> Pairs:
 
 
 def is_busy(device: torch.device) -> bool:
-    """Whether the device has work that is not done: its own, or waiting for other ranks. From any
-    thread; never of a CPU.
+    """Whether the device has unfinished work, including waits for other ranks.
+
+    Callable from any thread. Always false for a CPU.
     """
     try:
         return device.type == "cuda" and not torch.cuda.default_stream(device).query()
-    except RuntimeError:  # an error of some kernel, which is told where it was started
+    except RuntimeError:  # a kernel failed; the code that launched it reports the error
         return False
 
 
@@ -165,15 +169,15 @@ def open_links(
     pairs: Pairs,
     within_s: float = WITHIN_S,
 ) -> None:
-    """Make all communicators of a group and use each once. ConfigError with advice if that fails or
-    does not end in time.
+    """Create all communicators of a group and use each one once. Collective.
 
-    rank: this one's place among `ranks`. Collective.
+    rank: position of this rank in `ranks`. ConfigError with advice if it fails or exceeds
+    `within_s`.
     """
     ones, byte = torch.ones(1, device=device), torch.zeros(1, dtype=torch.uint8, device=device)
 
     def use() -> None:
-        torch.cuda.set_device(device)  # of this thread
+        torch.cuda.set_device(device)  # per thread
         dist.all_reduce(ones, group=group)
         for low, high in pairs:
             if rank == low:
@@ -184,26 +188,28 @@ def open_links(
 
     problem = _problem_of(use, within_s)
     if problem is None and ones.item() != len(ranks):
-        problem = f"a sum of {len(ranks)} ones was {ones.item():g}"
+        problem = f"the sum of {len(ranks)} ones was {ones.item():g}"
     if problem is not None:
         raise ConfigError(
-            f"the GPUs of ranks {', '.join(map(str, ranks))} do not reach each other: {problem}. "
-            "Try NCCL_P2P_DISABLE=1 (boards whose "
-            "peer-to-peer access does not work), in a container --ipc=host or --shm-size=8g, and "
-            "NCCL_DEBUG=WARN for NCCL's own reasons."
+            f"the GPUs of ranks {', '.join(map(str, ranks))} cannot reach each other: "
+            f"{problem}. "
+            "Try NCCL_P2P_DISABLE=1 (for boards with broken peer-to-peer access), --ipc=host or "
+            "--shm-size=8g in a container, and NCCL_DEBUG=WARN for the reasons that NCCL gives."
         )
 
 
 def _problem_of(use: Callable[[], None], within_s: float) -> str | None:
-    """Why it failed. In a thread of its own: neither a kernel nor a meeting of hosts can be given a
-    time limit.
+    """Return why `use` failed, or None.
+
+    It runs in a thread of its own, because neither a kernel nor a communicator set-up has a time
+    limit.
     """
     errors: list[Exception] = []
 
     def run() -> None:
         try:
             use()
-        except Exception as error:  # noqa: BLE001  NCCL's and torch's kinds; each is told
+        except Exception as error:  # noqa: BLE001  torch and NCCL raise many types; all are reported
             errors.append(error)
 
     thread = threading.Thread(target=run, name="trying links", daemon=True)
@@ -217,10 +223,10 @@ def _problem_of(use: Callable[[], None], within_s: float) -> str | None:
 
 
 def abort_all(groups: Sequence[dist.ProcessGroup]) -> None:
-    """End whatever runs or waits in these groups, from any thread.
+    """Abort whatever runs or waits in these groups. Callable from any thread.
 
-    All at once: NCCL ends a communicator only when what is before it on the device has ended, which
-    may be another group's kernel.
+    All groups at once: NCCL ends a communicator only after earlier work on the device, which may be
+    a kernel of another group.
     """
     threads = [
         threading.Thread(target=_abort, args=(group,), name="abort", daemon=True)

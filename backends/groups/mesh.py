@@ -1,7 +1,7 @@
 """The data groups of a plan on one rank: NCCL on CUDA, gloo on the CPU.
 
-A mesh can be closed and opened again after a failure, within milliseconds (seconds, with NCCL),
-without touching the control group (control_group.py) or loading weights again.
+After a failure, a mesh can be closed and opened again within milliseconds (seconds with NCCL). That
+neither touches the control group (control_group.py) nor reloads weights.
 """
 
 import itertools
@@ -26,18 +26,18 @@ logger = logging.getLogger(__name__)
 
 
 DATA_TIMEOUT = timedelta(hours=3)
-"""For one operation of a data group: longer than hosts/supervision/progress.py allows a rank to
-compile, since the watch decides who hangs.
+"""Limit for one operation of a data group. It exceeds the compile time that
+hosts/supervision/progress.py allows, since the watch decides which rank hangs.
 """
 
 
 @dataclass(slots=True)
 class CommStats:
-    """What the data groups of this rank carried since the last reset."""
+    """Traffic of this rank's data groups since the last reset."""
 
     sent_bytes: int = 0
     messages: int = 0
-    wait_s: float = 0.0
+    wait_s: float = 0.0  # seconds that the host waited for other ranks
 
     def reset(self) -> None:
         self.sent_bytes, self.messages, self.wait_s = 0, 0, 0.0
@@ -50,10 +50,10 @@ class CommStats:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Axis:
-    """This rank's place along one axis of the mesh, or several axes flattened.
+    """This rank's position on one axis of the mesh, or on several axes flattened into one.
 
-    Only the mesh changes it. Whoever keeps an axis keeps no group open that others wait in, and has
-    the new group after a rebuild.
+    Only the mesh changes it. Code may keep an axis: that does not keep its group open after the
+    mesh is closed, and a rebuild puts the new group in.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Axis:
     in order, so one group for both directions could deadlock.
     """
     memory: "SharedMemory | None" = None
-    """What shared_memory.py keeps for as long as the group is open."""
+    """State of shared_memory.py for as long as the group is open."""
 
     @property
     def size(self) -> int:
@@ -76,8 +76,9 @@ class Axis:
 
     @property
     def is_alone(self) -> bool:
-        """Whether there is no other rank to ask. RuntimeError if there is and the mesh is closed:
-        what came out would be wrong.
+        """Whether the axis has no other rank.
+
+        RuntimeError if it has and the mesh is closed, because the result would be wrong.
         """
         if self.group is None and self.size > 1:
             raise RuntimeError(
@@ -87,12 +88,12 @@ class Axis:
 
 
 class Mesh:
-    """The data groups of a plan on this rank. Every rank must build, use and rebuild its mesh in
-    the same order.
+    """The data groups of a plan on this rank. All ranks build, use and rebuild theirs in the same
+    order.
 
-    The plan may be that of a team: the world's ranks are then cut into `num_teams` such teams of
-    neighbours, and this rank is one of team `team`. All ranks of all teams take part wherever
-    groups are made, and nowhere else.
+    The plan may be that of a team. The world's ranks then form `num_teams` teams of neighbours, and
+    this rank belongs to team `team`. All ranks of all teams take part in creating groups, and in
+    nothing else.
     """
 
     def __init__(
@@ -105,10 +106,9 @@ class Mesh:
         num_teams: int = 1,
         alarm: Alarm | None = None,
     ) -> None:
-        """rank: this rank's number within its team. alarm: by which ranks on GPUs hear of another's
-        failure.
+        """rank: index of this rank in its team. alarm: reports failures between ranks on GPUs.
 
-        ConfigError if the GPUs do not reach each other.
+        ConfigError if the GPUs cannot reach each other.
         """
         self.plan = plan
         self.rank = rank
@@ -118,12 +118,13 @@ class Mesh:
         self._num_teams = num_teams
         self.traffic = CommStats()
         self._axes: dict[tuple[str, ...], Axis] = {}
-        self._last_word: tuple[dist.Work, Tensor] | None = None
+        self._last_signal: tuple[dist.Work, Tensor] | None = None
         self._open()
 
     def axis(self, *names: str) -> Axis:
-        """One axis, or several flattened into one (outermost first). The first use of a combination
-        is collective.
+        """Return one axis, or several flattened into one (outermost first).
+
+        The first use of a combination is collective.
         """
         names = tuple(name for name in names if self.plan.degree(name) > 1)  # others add no rank
         key = tuple(sorted(names))
@@ -132,50 +133,51 @@ class Mesh:
         return self._axes[key]
 
     def prepare(self) -> None:
-        """Make the groups of all combinations of axes now: later the other teams are busy."""
+        """Create the groups of all combinations of axes now. Later the other teams are busy."""
         names = [name for name, degree in self.plan.axes if degree > 1]
         for count in range(2, len(names) + 1):
             for combination in itertools.combinations(names, count):
                 self.axis(*combination)
 
-    def broadcast_signal(self, word: int) -> int:
-        """The first rank's word to all ranks, on a CPU group of its own: once per denoising step
-        (go on, or cancel).
+    def broadcast_signal(self, signal: int) -> int:
+        """Return the first rank's signal on all ranks: once per denoising step (go on, or cancel).
 
-        The first rank does not wait until the others have come so far: in a pipeline of stages it
-        is ahead of them, by a step at most.
+        It has a CPU group of its own. The first rank does not wait for the others to reach this
+        point: in a pipeline of stages it is up to one step ahead.
         """
         if self.groups.step_group is None:
-            return word
-        if self._last_word is not None:
-            self._last_word[0].wait()
-        message = torch.tensor([word], dtype=torch.int64)
+            return signal
+        if self._last_signal is not None:
+            self._last_signal[0].wait()
+        message = torch.tensor([signal], dtype=torch.int64)
         work = dist.broadcast(message, src=self._first, group=self.groups.step_group, async_op=True)
         if self.rank == 0:
-            self._last_word = work, message
-            return word
+            self._last_signal = work, message
+            return signal
         work.wait()
         return int(message.item())
 
     def fail(self) -> None:
-        """This rank has failed: close the data groups, and let the others know first, who may wait
-        for their devices.
+        """Close the data groups after a failure of this rank.
+
+        The other ranks are notified first, since they may be waiting for their devices.
         """
         self.groups.sound_alarm()
         self.destroy()
 
     def destroy(self) -> None:
-        """Close the data groups. Peers that wait in one of them fail at once (gloo: connection
-        closed by peer).
+        """Close the data groups. Peers that wait in one fail at once (gloo: connection closed by
+        peer).
         """
-        self._last_word = None
+        self._last_signal = None
         self.groups.close()
         for axis in self._axes.values():
             axis.group = axis.reverse_group = axis.memory = None
 
     def rebuild(self) -> None:
-        """Close and open all data groups again, on all ranks, for the axes that were handed out
-        before too.
+        """Close all data groups and open them again, on all ranks.
+
+        Axes that were returned before get the new groups.
         """
         self.destroy()
         handed_out, self._axes = self._axes, {}
@@ -218,8 +220,9 @@ class Mesh:
         return axis
 
     def _new_groups(self, parts: Sequence[tuple[int, ...]], *, backend: str) -> dist.ProcessGroup:
-        """This rank's of the groups that the ranks of each team, numbered within it, are parted
-        into.
+        """Return this rank's group. All ranks of all teams create all groups.
+
+        parts: the ranks of each group, numbered within a team.
         """
         teams = range(0, self._num_teams * self.plan.world_size, self.plan.world_size)
         everybody = [[first + rank for rank in part] for first in teams for part in parts]
@@ -231,8 +234,9 @@ class Mesh:
 def new_groups(
     parts: Sequence[Sequence[int]], rank: int, backend: str, timeout: timedelta | None = None
 ) -> dist.ProcessGroup:
-    """The group of the part that holds `rank`. torch wants every rank to take part in the making of
-    every group, its own or not.
+    """Return the group of the part that contains `rank`.
+
+    torch requires every rank to take part in creating every group, including those of other ranks.
     """
     mine = None
     for ranks in parts:

@@ -1,4 +1,4 @@
-"""What ranks send each other, as bytes: packed whole before any of it is sent. Imports no torch."""
+"""Messages between ranks as bytes, complete before any of them is sent. Imports no torch."""
 
 import pickle
 from typing import Any
@@ -7,10 +7,10 @@ from backends.errors import UnsendableError
 
 
 def pack(message: object) -> bytes:
-    """UnsendableError for what cannot be written down."""
+    """Return the pickled message. UnsendableError if it cannot be pickled."""
     try:
         return pickle.dumps(message)
-    except Exception as error:  # whatever the values in it raise
+    except Exception as error:  # the values may raise anything
         raise UnsendableError(
             f"the request cannot be sent to the other ranks ({type(error).__name__}: {error}). "
             "Send plain values, not nested ones."
@@ -18,5 +18,5 @@ def pack(message: object) -> bytes:
 
 
 def unpack(message: bytes) -> Any:
-    """What another rank of the same host packed; nothing else may come here."""
-    return pickle.loads(message)  # noqa: S301  torch's own collectives trust ranks in the same way
+    """Return a message that another rank of this host packed. Never for other input."""
+    return pickle.loads(message)  # noqa: S301  torch's own collectives trust ranks alike

@@ -1,9 +1,8 @@
-"""Ranks on one machine trade CPU tensors through memory that they all map; only a few numbers
-travel by gloo, to say that it is there.
+"""Exchange of CPU tensors between ranks on one machine through memory that all of them map.
 
-gloo carries a tensor through two sockets of the kernel and threads of its own, which take time of
-the cores that compute. Here a tensor is copied once, into the sender's memory, and read where it
-is. Used by backends whose ranks wait for each other's tensors (xdit's Ulysses).
+gloo carries a tensor through two sockets and threads of its own, which take time from the cores
+that compute. Here a tensor is copied once, into the sender's memory, and read in place. Only its
+offset travels by gloo. For backends whose ranks wait for each other's tensors (xdit's Ulysses).
 """
 
 import logging
@@ -27,77 +26,74 @@ logger = logging.getLogger(__name__)
 
 TURNS = 2
 ALIGNMENT = 64
-"""Bytes: a line of the processor's cache, so that no two ranks' tensors share one; a multiple of
-every dtype's size.
+"""Bytes of a cache line, so that no two ranks' tensors share one. A multiple of every dtype's size.
 """
 NO_ROOM = -1
 
 
 class SharedFile:
-    """Memory that other processes can map too. It has no name in any file system, so that it is
-    gone with the last process that has it open, whatever ends that; and the size of /dev/shm does
-    not limit it.
+    """Memory that other processes can map.
+
+    It has no name in any file system, so it disappears with the last process that has it open, even
+    after a crash. The size of /dev/shm does not limit it.
     """
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
         self.close = weakref.finalize(self, os.close, descriptor)
-        """No more views from now on. Those that exist keep what they map."""
+        """Closes the file. Existing views stay valid; new ones are impossible."""
         self._bytes = torch.empty(0, dtype=torch.uint8)
 
     @property
     def identity(self) -> tuple[int, int]:
-        """The same for two descriptors of one file."""
+        """Device and inode: equal for two descriptors of one file."""
         status = os.fstat(self.descriptor)
         return status.st_dev, status.st_ino
 
     def grow(self, num_bytes: int) -> None:
-        """At least so many bytes from now on; earlier views stay good. OSError if the machine has
-        not got them: it must give them now, since a page that it has not got when it is written is
-        a SIGBUS.
+        """Make the file at least `num_bytes` long. Earlier views stay valid.
+
+        OSError if there is not enough memory. Pages are allocated here, because writing to a page
+        that the machine cannot supply raises SIGBUS.
         """
         if num_bytes > os.fstat(self.descriptor).st_size:
             os.posix_fallocate(self.descriptor, 0, num_bytes)
 
     def view(self, start: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """The tensor that begins at byte `start`."""
+        """Return a tensor of this shape and dtype that starts at byte `start`."""
         stop = start + math.prod(shape) * dtype.itemsize
         if stop > self._bytes.numel():
-            with torch.inference_mode(
-                False
-            ):  # a tensor made in inference mode could be written nowhere else
+            # A tensor created in inference mode could not be written outside of it.
+            with torch.inference_mode(False):
                 self._bytes = torch.frombuffer(mmap.mmap(self.descriptor, 0), dtype=torch.uint8)
         return self._bytes[start:stop].view(dtype).view(*shape)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Address:
-    """Where processes of the same machine find a rank's files. files: (descriptor, identity) of
-    each turn's.
-    """
+    """Where processes on the same machine find a rank's files."""
 
     machine: str
     process: int
-    files: tuple[tuple[int, tuple[int, int]], ...]
+    files: tuple[tuple[int, tuple[int, int]], ...]  # (descriptor, identity) for each turn
 
 
 class SharedMemory:
-    """What the ranks of one axis trade through. Every rank has a file for each of two turns, writes
-    its own and reads the others'.
+    """Shared memory of the ranks of one axis. Each rank has one file for each of two turns.
 
-    Order: a rank writes, then sends where; it hears where, then reads. Both go through a socket,
-    whose locks in the kernel see to it that what was written before the sending is there after the
-    hearing.
+    A rank writes its own files and reads those of the others. It writes, then sends the offsets;
+    the receiver gets the offsets, then reads. The offsets pass through a socket, whose kernel locks
+    make sure that earlier writes are visible after the receive.
 
-    Why two turns are enough: for trade n + 2 a rank writes where it wrote for trade n. By then it
-    has heard every rank in trade n + 1, and a rank speaks there after it is done with what trade n
-    brought it (which the caller of `trade` promises).
+    Two turns are enough. For exchange n + 2 a rank overwrites its data of exchange n. By then it
+    has received a message of exchange n + 1 from every rank, and a rank sends that only after it
+    has read the data of exchange n (the caller of `trade` guarantees this).
     """
 
     def __init__(
         self, axis: Axis, own: Sequence[SharedFile], others: dict[int, list[SharedFile]]
     ) -> None:
-        """The files of each turn: this rank's, and those of each other rank of the axis."""
+        """own, others: the files of each turn, of this rank and of each other rank of the axis."""
         self._axis = axis
         self._own = own
         self._others = others
@@ -111,18 +107,19 @@ class SharedMemory:
         *,
         traffic: CommStats,
     ) -> list[Sequence[Tensor]] | None:
-        """Give the tensors outgoing[i] (of one shape) to rank i of the axis; get as many of
-        shapes[i] from it. Our own are not copied.
+        """Send the tensors outgoing[i] (all of one shape) to rank i; return those received from
+        each.
 
-        What is got may be read until this rank's next trade, and not be written. None, on every
-        rank, if one of them cannot get the memory; now and from now on the tensors must go another
-        way. RuntimeError if a peer is gone.
+        shapes[i]: shape of the tensors from rank i; their number is the same everywhere. This
+        rank's own tensors are not copied. Received tensors are read-only and valid until this
+        rank's next call. Returns None on every rank, from now on, if one rank cannot get the
+        memory; use gloo then. RuntimeError if a peer is gone.
         """
         axis, mine = self._axis, outgoing[self._axis.rank]
         starts = self._write(outgoing)
-        begun = time.perf_counter()
+        started = time.perf_counter()
         table = _swap_rows(starts, axis=axis)
-        traffic.wait_s += time.perf_counter() - begun
+        traffic.wait_s += time.perf_counter() - started
         if any(NO_ROOM in row for row in table):
             self.close()
             return None
@@ -145,9 +142,7 @@ class SharedMemory:
         return incoming
 
     def _write(self, outgoing: Sequence[Sequence[Tensor]]) -> list[int]:
-        """Copy the other ranks' tensors into this turn's file. Returns the byte at which each
-        rank's begin.
-        """
+        """Copy the other ranks' tensors into this turn's file. Return the byte offset of each."""
         starts, end = [], 0
         for rank, tensors in enumerate(outgoing):
             starts.append(end)
@@ -158,25 +153,27 @@ class SharedMemory:
             file.grow(end)
         except OSError as error:
             logger.warning(
-                "%s: no %.1f MB of shared memory, so tensors go by gloo from now on: %s",
+                "%s: no %.1f MB of shared memory left, so tensors use gloo from now on: %s",
                 self._axis.name,
                 end / 1e6,
                 error,
             )
             return [NO_ROOM] * len(starts)
         for rank in self._others:
-            places = file.view(
+            targets = file.view(
                 starts[rank],
                 (len(outgoing[rank]), *outgoing[rank][0].shape),
                 outgoing[rank][0].dtype,
             )
-            for place, tensor in zip(places, outgoing[rank], strict=True):
-                place.copy_(tensor)
+            for target, tensor in zip(targets, outgoing[rank], strict=True):
+                target.copy_(tensor)
         return starts
 
     def close(self) -> None:
-        """The kernel frees the memory when all ranks have closed theirs, and nothing got through it
-        is left.
+        """Close this rank's files.
+
+        The kernel frees the memory when all ranks have closed theirs and no received tensor is
+        left.
         """
         self.is_open = False
         for file in (*self._own, *(file for files in self._others.values() for file in files)):
@@ -185,17 +182,19 @@ class SharedMemory:
 
 
 def shared_memory(axis: Axis) -> SharedMemory | None:
-    """What the ranks of the axis trade through; None, on every rank, where they cannot. The first
-    call is collective.
+    """Return the shared memory of the axis; None, on every rank, if there is none.
+
+    The first call is collective.
     """
     if axis.memory is None:
-        axis.memory = _meet(axis)
+        axis.memory = _share(axis)
     return axis.memory if axis.memory.is_open else None
 
 
-def _meet(axis: Axis) -> SharedMemory:
-    """Make files and find the other ranks'. The outcomes are exchanged, so that either all ranks
-    share or none does.
+def _share(axis: Axis) -> SharedMemory:
+    """Create this rank's files and open those of the others.
+
+    The outcomes are exchanged, so that either all ranks share memory or none does.
     """
     own, others, refusal = [], {}, ""
     try:
@@ -205,7 +204,7 @@ def _meet(axis: Axis) -> SharedMemory:
             process=os.getpid(),
             files=tuple((file.descriptor, file.identity) for file in own),
         )
-    except (OSError, AttributeError) as error:  # AttributeError: this system has no such call
+    except (OSError, AttributeError) as error:  # AttributeError: no memfd_create on this system
         address, refusal = None, f"rank {axis.rank}: {error}"
     addresses = gather_outcomes(address, among=axis)
     try:
@@ -219,13 +218,14 @@ def _meet(axis: Axis) -> SharedMemory:
     memory = SharedMemory(axis, own, others)
     if refusals := [text for text in gather_outcomes(refusal, among=axis) if text]:
         memory.close()
-        logger.info("%s: no memory is shared, so tensors go by gloo: %s", axis.name, refusals[0])
+        logger.info("%s: memory cannot be shared, so tensors use gloo: %s", axis.name, refusals[0])
     return memory
 
 
 def _open(address: Address) -> list[SharedFile]:
-    """The files of a rank. OSError if it is on another machine, or this process may not have
-    them.
+    """Return the files of another rank.
+
+    OSError if it runs on another machine or this process may not open them.
     """
     if address.machine != _machine():
         raise OSError("another rank is on another machine, or in another container")
@@ -234,13 +234,14 @@ def _open(address: Address) -> list[SharedFile]:
         for descriptor, _ in address.files
     ]
     if [file.identity for file in files] != [identity for _, identity in address.files]:
-        raise OSError(f"process {address.process} has not the files that it said")
+        raise OSError(f"process {address.process} does not have the files of its address")
     return files
 
 
 def _machine() -> str:
-    """The same in processes that know each other by number: of one start of one kernel, and one
-    name space of processes.
+    """Return an id that is equal in processes which see each other's process ids.
+
+    It combines the boot of the kernel and the PID namespace.
     """
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink(
         "/proc/self/ns/pid"
@@ -248,9 +249,7 @@ def _machine() -> str:
 
 
 def _swap_rows(row: Sequence[int], *, axis: Axis) -> list[list[int]]:
-    """Every rank's row of as many numbers as there are ranks. Blocks until all ranks of the axis
-    have given theirs.
-    """
+    """Return every rank's row of one number per rank. Blocks until all ranks have sent theirs."""
     sent = torch.tensor(row, dtype=torch.int64)
     received = torch.empty(axis.size - 1, axis.size, dtype=torch.int64)
     AsyncAllToAll(

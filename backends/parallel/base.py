@@ -1,9 +1,9 @@
-"""Backend: what every parallel method must offer. Attached from outside to a loaded diffusers
-pipeline, and detachable.
+"""Backend: the interface of every parallel method.
 
-Life: `attach(pipe)` once after loading; then for each generation `begin(run)`, the pipeline runs
-(with `step_done` after each scheduler step), and `end()`, also when it failed. All calls are made
-on every rank, in the same order, with the same arguments.
+A backend is attached from outside to a loaded diffusers pipeline and can be detached.
+`attach(pipe)` is called once after loading. Each generation calls `begin(run)`, runs the pipeline
+with `step_done()` after each scheduler step, and calls `end()`, also after a failure. Every rank
+makes all calls in the same order with the same arguments.
 """
 
 from abc import ABC, abstractmethod
@@ -24,12 +24,12 @@ from backends.request import GenerateRequest
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunInfo:
-    """One generation, as the backends need to know it."""
+    """Facts about one generation that the backends need."""
 
     request: GenerateRequest
     height: int  # pixels of the result
     width: int
-    num_inference_steps: int  # sampling steps asked for, before a window cuts some off
+    num_inference_steps: int  # requested sampling steps, before a step window removes some
     # Denoiser evaluations per sampling step (2 for heun, dpm_2, ...); each ends in one `step_done`.
     order: int = 1
 
@@ -46,8 +46,9 @@ class Backend(ABC):
         self._pairs: PairSplit | None = None
 
     def attach(self, pipe: Any) -> None:
-        """Parallelise this pipeline instance: the method's own part first, the shared CFG split
-        around it.
+        """Parallelise this pipeline instance.
+
+        The method's own hooks go on first, the shared CFG split around them.
         """
         denoiser = self.denoiser_of(pipe)
         self.attach_denoiser(pipe, denoiser)
@@ -58,7 +59,7 @@ class Backend(ABC):
             attach_batch_split(denoiser, self.mesh)
 
     def detach(self, pipe: Any) -> None:
-        """Leave the pipeline as it was found."""
+        """Restore the pipeline to its state before `attach`."""
         if self._pairs is not None:
             self._pairs.detach()
             self._pairs = None
@@ -67,8 +68,9 @@ class Backend(ABC):
 
     @property
     def has_whole_weights(self) -> bool:
-        """Whether this rank keeps all layers at their full size, so that a LoRA can be loaded after
-        attaching.
+        """Whether this rank keeps all layers at full size.
+
+        If so, a LoRA can be loaded after attaching.
         """
         return not self.plan.splits_weights_by
 
@@ -76,58 +78,59 @@ class Backend(ABC):
         return getattr(pipe, self.spec.denoiser)
 
     def compile_regions(self, denoiser: nn.Module) -> list[nn.Module]:
-        """The parts of the denoiser that may be compiled: nothing in them waits for another rank.
-        All of it, if only the batch is split.
+        """Return the parts of the denoiser that may be compiled: none of them waits for another
+        rank.
+
+        If only the batch is split, this is the whole denoiser.
         """
         is_whole = all(degree == 1 or axis in ("cfg", "data") for axis, degree in self.plan.axes)
         return [denoiser] if is_whole else quiet_regions(denoiser)
 
     @abstractmethod
     def attach_denoiser(self, pipe: Any, denoiser: nn.Module) -> None:
-        """Attach the method to the denoiser (and to a ControlNet or VAE of `pipe`, where the method
-        covers them).
+        """Attach the method to the denoiser, and to a ControlNet or VAE of `pipe` if it covers
+        them.
         """
 
     @abstractmethod
     def detach_denoiser(self, pipe: Any, denoiser: nn.Module) -> None:
-        """Undo attach_denoiser."""
+        """Undo `attach_denoiser`."""
 
     def check(self, run: RunInfo) -> None:
-        """Refuse, before anything is sent, a run that the method cannot follow (PlanError,
-        UnsupportedError). Arithmetic only.
+        """Raise PlanError or UnsupportedError for a run that this method cannot do.
 
-        Called on rank 0 before the broadcast and again on every rank: it must come to the same
-        result everywhere.
+        Called on rank 0 before the broadcast and again on every rank. It only computes with numbers
+        and must give the same result everywhere.
         """
 
     def exactness_of(self, run: RunInfo) -> Exactness:
-        """How close this run comes to one rank: as the plan says, unless a method depends on the
-        request.
+        """Return how closely this run matches one rank.
+
+        The plan says so, unless the method depends on the request.
         """
         return self.plan.exactness
 
     def begin(self, run: RunInfo) -> None:
-        """A generation starts: forget everything of the last one. To be called by what overrides
-        it, as `step_done` and `end`.
+        """Start a generation and forget the state of the previous one.
+
+        Overrides must call it, and likewise `step_done` and `end`.
         """
         if self._pairs is not None:
             scale = run.request.guidance_scale
             self._pairs.begin(is_on=(self.spec.guidance_scale if scale is None else scale) > 1)
 
     def step_done(self) -> None:
-        """A scheduler step (one denoiser evaluation) has been made on this rank."""
+        """Note that this rank has finished a scheduler step (one denoiser evaluation)."""
         if self._pairs is not None:
             self._pairs.step_done()
 
     def end(self) -> None:
-        """The generation is over, well or not: wait for what is still under way and drop its
-        state.
-        """
+        """End a generation, successful or not: wait for pending transfers and drop its state."""
         if self._pairs is not None:
             self._pairs.end()
 
     def report(self) -> Mapping[str, object]:
-        """Figures of the last generation for logs, settings and benchmarks: bytes sent, seconds
+        """Return figures of the last generation for logs and benchmarks: bytes sent, seconds
         waited, ...
         """
         traffic = self.mesh.traffic

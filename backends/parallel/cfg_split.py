@@ -1,10 +1,9 @@
-"""CFG split: the negative and the positive half of a batch on two halves of the ranks. Exact, and
-shared by all backends.
+"""CFG split: the negative and the positive half of a batch run on two halves of the ranks.
 
-The denoiser's batch is cut along dim 0 and the halves' outputs are gathered, so guidance needs no
-change in any pipeline. A batch of several prompts is split the same way; an odd batch (guidance
-off, one image) is computed whole on every rank. Pipelines that call their denoiser once for each
-half are cfg_two_calls.py's.
+The split is exact and shared by all backends. It cuts the denoiser's batch along dim 0 and gathers
+the outputs, so no pipeline's guidance code has to change. A batch of several prompts is split the
+same way. An odd batch (one image without guidance) is computed whole on every rank.
+cfg_two_calls.py covers pipelines that call their denoiser once for each half.
 """
 
 import inspect
@@ -19,9 +18,7 @@ from backends.groups.mesh import Axis, Mesh
 from backends.parallel import hooks
 
 NAME = "cfg split"
-"""What the split over the `cfg` axis is called among the hooks of a denoiser; over another axis
-likewise.
-"""
+"""Hook name of the split over the `cfg` axis. Other axes use `<axis> split`."""
 
 _BATCHED = frozenset(
     "sample timestep class_labels timestep_cond encoder_hidden_states attention_mask "
@@ -41,14 +38,16 @@ image_rotary_emb, ...) do not.
 
 
 def attach_batch_split(denoiser: nn.Module, mesh: Mesh, *, axis: str = "cfg") -> None:
-    """Split every call of this denoiser over an axis of the mesh. Attach last: it must see the
-    whole batch.
+    """Split every call of this denoiser over an axis of the mesh.
+
+    Attach it last: it must see the whole batch.
     """
     if mesh.axis(axis).size > 1:
         hooks.attach(denoiser, _name(axis), _split_call(denoiser, mesh, axis))
 
 
 def detach_batch_split(denoiser: nn.Module, *, axis: str = "cfg") -> None:
+    """Remove the split over `axis`, if there is one."""
     if _name(axis) in hooks.attached(denoiser):
         hooks.detach(denoiser, _name(axis))
 
@@ -76,9 +75,9 @@ def _split_call(denoiser: nn.Module, mesh: Mesh, axis_name: str) -> Callable[...
 
 
 def cut_batch(arguments: Mapping[str, Any], batch: int, *, parts: int, part: int) -> dict[str, Any]:
-    """A denoiser call's arguments by name -> those of one of `parts` equal parts of its batch.
+    """Return the denoiser arguments for part `part` of `parts` equal parts of the batch.
 
-    Where the first argument is a list, it and others like it hold one entry per image.
+    If the first argument is a list, it and the other list arguments hold one entry per image.
     """
     samples = slice(part * batch // parts, (part + 1) * batch // parts)
     is_listed = isinstance(next(iter(arguments.values())), list)
@@ -94,7 +93,7 @@ def cut_batch(arguments: Mapping[str, Any], batch: int, *, parts: int, part: int
 
 
 def _cut(value: Any, batch: int, parts: int, part: int) -> Any:
-    """One part of every tensor in `value` that has the batch (or batch x frames) in dim 0."""
+    """Return one part of each tensor in `value` with the batch (or batch x frames) in dim 0."""
     if torch.is_tensor(value):
         is_batched = value.dim() > 0 and value.shape[0] >= batch and value.shape[0] % batch == 0
         return value.chunk(parts)[part] if is_batched else value

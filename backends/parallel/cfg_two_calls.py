@@ -1,9 +1,8 @@
-"""CFG split for pipelines that call their denoiser twice a step, once for each half of guidance: a
-rank makes one of the two calls.
+"""CFG split for pipelines that call their denoiser once for each half of guidance.
 
-The pipeline puts the halves together only after both calls. So each rank of the pair computes its
-own call, leaves the other one's result open, and at the second call the results are exchanged and
-the open one is filled in.
+Each rank makes one of a step's two calls. The pipeline combines the halves only after both calls,
+so each rank of a pair computes its own call and returns an empty tensor for the other. At the
+second call the ranks exchange results and fill that tensor in.
 """
 
 from collections.abc import Callable
@@ -20,9 +19,7 @@ NAME = "cfg pairs"
 
 
 class PairSplit:
-    """Attached to one denoiser. While a generation has guidance on, its calls are taken two by
-    two.
-    """
+    """Splits the two calls of each step of one denoiser, while guidance is on."""
 
     def __init__(self, denoiser: nn.Module, mesh: Mesh) -> None:
         self._denoiser = denoiser
@@ -40,14 +37,11 @@ class PairSplit:
         self._is_on, self._first = is_on, None
 
     def step_done(self) -> None:
-        """RuntimeError if a pair was not complete, because the step has then used a result that was
-        not there.
-        """
+        """Raise RuntimeError if the step made only one call, since it then used an empty result."""
         if self._first is not None:
             raise RuntimeError(
                 f"the pipeline called its {type(self._denoiser).__name__} once in a step with "
-                "guidance, where two calls were expected. "
-                "Run it without --use_cfg_parallel."
+                "guidance, but two calls were expected. Run it without --use_cfg_parallel."
             )
 
     def end(self) -> None:

@@ -1,8 +1,7 @@
-"""Attach behaviour to one module instance, and take it off again: the only code that replaces a
-module's forward.
+"""Attach behaviour to one module instance and remove it again.
 
-diffusers' own HookRegistry is not used because removing one of two `new_forward` hooks drops the
-other (0.42.1).
+No other code replaces a module's forward. diffusers' HookRegistry is not used because removing one
+of two `new_forward` hooks also drops the other (0.42.1).
 """
 
 import functools
@@ -12,14 +11,15 @@ from typing import Any
 from torch import nn
 
 Around = Callable[..., Any]
-"""around(forward, *args, **kwargs): called in place of the module's forward, which it may call."""
+"""around(forward, *args, **kwargs): called instead of the module's forward, which it may call."""
 
 _STACK = "_attached_forwards"
 
 
 def attach(module: nn.Module, name: str, around: Around) -> None:
-    """Run `around(forward, *args, **kwargs)` instead of this instance's forward; the last attached
-    is the outermost.
+    """Run `around(forward, *args, **kwargs)` instead of this instance's forward.
+
+    The last hook attached is the outermost. ValueError if `name` is already attached.
     """
     stack = module.__dict__.setdefault(_STACK, [])
     if name in attached(module):
@@ -37,8 +37,9 @@ def attach(module: nn.Module, name: str, around: Around) -> None:
 
 
 def detach(module: nn.Module, name: str) -> None:
-    """Give the instance back the forward it had before `attach(module, name, ...)`. Last on, first
-    off.
+    """Restore the forward from before `attach(module, name, ...)`.
+
+    ValueError unless `name` is the outermost hook.
     """
     stack = module.__dict__.get(_STACK, [])
     if not stack or stack[-1][0] != name or module.__dict__.get("forward") is not stack[-1][2]:
@@ -56,5 +57,5 @@ def detach(module: nn.Module, name: str) -> None:
 
 
 def attached(module: nn.Module) -> list[str]:
-    """Names attached to this instance, innermost first."""
+    """Return the names of the hooks on this instance, innermost first."""
     return [name for name, _, _ in module.__dict__.get(_STACK, [])]

@@ -1,6 +1,4 @@
-"""How an image (or a token sequence) is cut into patches, one per rank: arithmetic only, no torch
-and no communication.
-"""
+"""Bounds of the patches of an image or token sequence, one per rank. Arithmetic only, no torch."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,8 +9,9 @@ from backends.errors import PlanError
 
 @dataclass(frozen=True, slots=True)
 class PatchBounds:
-    """Consecutive parts of `total` rows (or tokens): patch i is bounds[i] to bounds[i + 1]. No
-    patch is empty.
+    """Consecutive parts of `total` rows (or tokens).
+
+    Patch i spans bounds[i] to bounds[i + 1]. No patch is empty.
     """
 
     bounds: tuple[int, ...]
@@ -35,8 +34,9 @@ class PatchBounds:
         return PatchBounds(tuple(bound * factor for bound in self.bounds))
 
     def reduced(self, factor: int) -> "PatchBounds":
-        """The patches after reducing the resolution by `factor`; only the last bound may not divide
-        by it, and is rounded up.
+        """Return the patches after reducing the resolution by `factor`.
+
+        Only the last bound may not be a multiple of `factor`; it is rounded up.
         """
         return PatchBounds(tuple(-(-bound // factor) for bound in self.bounds))
 
@@ -45,19 +45,17 @@ class PatchBounds:
 def cut(
     total: int, weights: tuple[float, ...], unit: int = 1, *, what: str = "latent rows"
 ) -> PatchBounds:
-    """Cut `total` rows into len(weights) patches whose sizes are near the weights' shares and whose
-    inner bounds divide by `unit`.
+    """Cut `total` rows into len(weights) patches with sizes nearly proportional to the weights.
 
-    unit: a network that halves its resolution k times needs 2 ** k. PlanError if there are fewer
-    units than patches; `what` names them.
+    Inner bounds are multiples of `unit`; a network that halves its resolution k times needs 2 ** k.
+    PlanError, which names the rows `what`, if there are fewer units than patches.
     """
     units = -(-total // unit)
     if units < len(weights):
         raise PlanError(
-            f"{total} {what} cannot be cut into {len(weights)} patches: this model cuts at every "
-            f"{unit}, so at least "
-            f"{(len(weights) - 1) * unit + 1} are needed. Make a larger image, or use fewer ranks "
-            "for patches."
+            f"{total} {what} cannot be cut into {len(weights)} patches: this model cuts at "
+            f"multiples of {unit}, so at least {(len(weights) - 1) * unit + 1} are needed. "
+            "Generate a larger image, or use fewer ranks for patches."
         )
     sizes = [1] * len(weights)
     for _ in range(units - len(weights)):
@@ -67,11 +65,11 @@ def cut(
 
 
 class RowLayout:
-    """Finds the patches that belong to a tensor inside a network, from the shape of this rank's
-    part of it.
+    """Finds the patches of a tensor inside a network from the shape of this rank's part.
 
-    The network gets `rows` x `width` and works at that resolution, at 1/2, 1/4, ... (`halvings` of
-    them, rounding up as a convolution of stride 2 does) and at 2, 4, ... times (`doublings`).
+    The network gets `rows` x `width` latents. It works at that resolution, at 1/2, 1/4, ...
+    (`halvings` levels, rounded up as by a stride-2 convolution) and at 2, 4, ... times (`doublings`
+    levels).
     """
 
     def __init__(
@@ -92,19 +90,19 @@ class RowLayout:
             )
 
     def rows(self, height: int, width: int) -> PatchBounds:
-        """Patches of rows of a (..., height, width) part."""
+        """Return the row patches for a part of shape (..., height, width). PlanError if unknown."""
         return self._found(self._parts.get((height, width)), f"{height} x {width}")
 
     def tokens(self, length: int) -> PatchBounds:
-        """Patches of tokens of a part with `length` tokens, row after row."""
+        """Return the token patches for a part of `length` tokens in row order."""
         return self._found(self._tokens.get(length), f"{length} tokens")
 
     def is_part(self, height: int, width: int) -> bool:
-        """Whether a (..., height, width) tensor is this rank's patch already."""
+        """Whether a (..., height, width) tensor is already this rank's patch."""
         return (height, width) in self._parts
 
     def whole(self, height: int, width: int) -> PatchBounds:
-        """Patches of rows of a whole (..., height, width) tensor, not cut yet."""
+        """Return the row patches of a whole (..., height, width) tensor that is not cut yet."""
         return self._found(self._wholes.get((height, width)), f"{height} x {width}")
 
     def _found(self, patches: PatchBounds | None, what: str) -> PatchBounds:
@@ -118,17 +116,17 @@ class RowLayout:
 
 
 class TokenLayout:
-    """The same for a transformer: one token sequence, one resolution."""
+    """The counterpart of RowLayout for a transformer: one token sequence, one resolution."""
 
     def __init__(self, patches: PatchBounds, *, patch: int) -> None:
         self.patch = patch
         self._patches = patches
 
     def tokens(self, length: int) -> PatchBounds:
-        """Patches of the image's tokens; `length` includes text tokens beside them."""
+        """Return the patches of the image tokens. `length` also counts text tokens beside them."""
         if length < self._patches.size(self.patch):
             raise PlanError(
-                f"an attention has {length} tokens, fewer than this rank's "
+                f"an attention layer has {length} tokens, fewer than this rank's "
                 f"{self._patches.size(self.patch)}. It cannot be cut."
             )
         return self._patches

@@ -1,12 +1,11 @@
-"""Runs a network on one patch of an image: the three operators that look beyond their own rows get
-what they need from the other patches.
+"""Runs a network on one patch of an image and supplies what three operators need from the others.
 
-Li et al., DistriFusion (CVPR 2024, arXiv:2402.19481), section 4: convolutions need their
-neighbours' border rows, group norms the statistics and self-attention the keys and values of all
-patches; everything else works on single rows or tokens. A TorchFunctionMode intercepts these
-operators while the network runs, so model code, LoRA layers and quantised linears stay as they are.
-What the other patches' values are (of this step, or of the step before) is the business of an
-Exchange.
+Li et al., DistriFusion (CVPR 2024, arXiv:2402.19481), section 4: convolutions need the border rows
+of their neighbours, group norms need the statistics of all patches, and self-attention needs the
+keys and values of all patches. Everything else works on single rows or tokens. A TorchFunctionMode
+intercepts the three operators while the network runs, so model code, LoRA layers and quantised
+linears stay as they are. An Exchange decides whether the other patches' values are from this step
+or the previous one.
 """
 
 from abc import ABC, abstractmethod
@@ -33,43 +32,44 @@ Kind = Literal["halo", "statistics", "attention"]
 ImageTokens = Literal["all", "first", "last"]
 NAME = "patch attention"
 STRIPS_FROM = 48
-"""Rows of a patch (per row of padding) from which computing the border rows of a convolution twice
-is cheaper than copying the patch.
+"""Rows of a patch (per row of padding) from which it is cheaper to compute a convolution's border
+rows twice than to copy the patch.
 """
 
 _TEMPORAL = (TransformerTemporalModel, AnimateDiffTransformer3D, TemporalBasicTransformerBlock)
-"""Modules whose attention runs over frames: each pixel's column of time lies in one patch as a
-whole.
-"""
+"""Modules whose attention runs over frames. Each pixel's frames all lie in one patch."""
 
 
 class Exchange(ABC):
-    """Where the other patches' values come from."""
+    """Source of the other patches' values."""
 
     @abstractmethod
     def gather(self, kind: Kind, own: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
-        """One value per patch, in patch order; `own` is this patch's, `shapes` are those of all
-        patches.
+        """Return one value per patch, in patch order.
+
+        own: this patch's value. shapes: the shapes of all patches' values.
         """
 
     def begin(
         self, kind: Kind, own: Tensor, shapes: Sequence[Sequence[int]]
     ) -> Callable[[], list[Tensor]]:
-        """The same, while something else is computed: what it returns waits for the values, and
-        must be called.
+        """Start `gather` in the background.
+
+        Returns a function that waits for the values. The caller must call it.
         """
         pieces = self.gather(kind, own, shapes)
         return lambda: pieces
 
     def moments(self, own: Tensor, shares: Sequence[float]) -> Tensor:
-        """Mean and variance (2, N, G) of the whole image from those of this patch; `shares` are the
-        patches' parts of it.
+        """Return the mean and variance (2, N, G) of the whole image.
+
+        own: those of this patch. shares: each patch's fraction of the image.
         """
         return combine(self.gather("statistics", own, [own.shape] * len(shares)), shares)
 
 
 class FreshExchange(Exchange):
-    """All values of this step: every operator waits for the other ranks. Exact."""
+    """Values of the current step: every operator waits for the other ranks. Exact."""
 
     def __init__(self, *, axis: Axis, traffic: CommStats) -> None:
         self.axis = axis
@@ -85,8 +85,9 @@ class FreshExchange(Exchange):
 
 
 def combine(moments: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
-    """Mean and variance of a whole from those of its parts (Chan's formula: no cancellation of
-    large squares).
+    """Return mean and variance of a whole from those of its parts.
+
+    Chan's formula avoids cancellation between large squares.
     """
     mean = sum(share * part[0] for share, part in zip(shares, moments, strict=True))
     var = sum(
@@ -97,15 +98,16 @@ def combine(moments: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
 
 
 class PatchMode(TorchFunctionMode):
-    """Active while a network runs on this rank's patch; `on` says which patch of what, and where
-    other patches' values come from.
+    """Intercepts operators while a network runs on this rank's patch.
+
+    `on` sets the patch and the source of the other patches' values.
     """
 
     def __init__(
         self, *, image_tokens: ImageTokens = "all", prompt_follows_image: bool = False
     ) -> None:
-        """prompt_follows_image: an IP-Adapter's own attention sees the image's keys too, before
-        those of its image prompt.
+        """prompt_follows_image: an IP-Adapter's own attention also sees the image's keys, before
+        the keys of its image prompt.
         """
         super().__init__()
         self.image_tokens = image_tokens
@@ -144,8 +146,10 @@ class PatchMode(TorchFunctionMode):
     def around_attention(
         self, forward: Callable[..., Any], *args: Any, is_joint: bool = False, **kwargs: Any
     ) -> Any:
-        """Around one spatial attention module. What it was given decides: with a text to look at it
-        is a cross-attention.
+        """Run one spatial attention module.
+
+        Its arguments decide: with text states, and not joint, it is a cross-attention and stays
+        local.
         """
         encoder_hidden_states = kwargs.get(
             "encoder_hidden_states", args[1] if len(args) > 1 else None
@@ -157,8 +161,8 @@ class PatchMode(TorchFunctionMode):
         self._attends_to_prompt = False
         if self._attends_to_all:
             raise UnsupportedError(
-                "an attention of this model does not use torch's scaled_dot_product_attention, so "
-                "it cannot see the other ranks' patches. "
+                "an attention layer of this model does not use torch's "
+                "scaled_dot_product_attention, so it cannot see the other ranks' patches. "
                 "Use the native attention backend, without slicing, or another parallel method."
             )
         return output
@@ -173,8 +177,9 @@ class PatchMode(TorchFunctionMode):
         dilation: Any = 1,
         groups: int = 1,
     ) -> Tensor:
-        """conv2d of a patch (B, C, h, W) with the border rows of the patches above and below; zero
-        rows beyond the image.
+        """Convolve a patch (B, C, h, W) with the border rows of its neighbours.
+
+        Rows beyond the image are zero.
         """
         rows, (step, _), (pad, pad_width), (spread, _) = (
             weight.shape[2],
@@ -197,11 +202,10 @@ class PatchMode(TorchFunctionMode):
     def _conv_with_strips(
         self, x: Tensor, patches: PatchBounds, conv: Callable[[Tensor, int], Tensor], pad: int
     ) -> Tensor:
-        """A convolution that keeps the height: of the patch alone while the neighbours' rows are on
-        their way, then its outer rows again.
+        """Convolve without changing the height: the patch first, then its outer rows again.
 
-        Not a copy of the whole patch with two rows more, which on large images costs as much as the
-        exchange.
+        The patch alone is computed while the neighbours' rows arrive. Copying the whole patch with
+        two more rows would cost as much as the exchange on large images.
         """
         arrived = self._begin_halo(x, patches, pad, pad)
         output = conv(x, pad)
@@ -219,8 +223,10 @@ class PatchMode(TorchFunctionMode):
     def _with_halo(
         self, x: Tensor, patches: PatchBounds, above: int, below: int, *, beyond: tuple[int, int]
     ) -> Tensor:
-        """The patch with `above` rows of the patch over it and `below` rows of the one under it;
-        `beyond` zero rows at the image's ends.
+        """Return the patch with `above` rows of the patch above it and `below` rows of the one
+        below.
+
+        At the ends of the image, `beyond` rows of zeros take their place.
         """
         patch, last = self._layout.patch, len(patches) - 1
         pieces = self._begin_halo(x, patches, above, below)()
@@ -239,8 +245,10 @@ class PatchMode(TorchFunctionMode):
     def _begin_halo(
         self, x: Tensor, patches: PatchBounds, above: int, below: int
     ) -> Callable[[], list[Tensor]]:
-        """Of each patch its first `below` rows, for the patch over it, then its last `above` rows,
-        for the one under it.
+        """Start the exchange of border rows.
+
+        Each patch sends its first `below` rows to the patch above it, then its last `above` rows to
+        the patch below it.
         """
         last = len(patches) - 1
         own = torch.cat(_border(x, self._layout.patch, last, above, below), dim=-2)
@@ -259,9 +267,7 @@ class PatchMode(TorchFunctionMode):
         bias: Tensor | None = None,
         eps: float = 1e-5,
     ) -> Tensor:
-        """group_norm of a patch (N, C, ..., h, W) or (N, C, tokens) with the statistics of the
-        whole image.
-        """
+        """Normalise a patch (N, C, ..., h, W) or (N, C, tokens) with the image's statistics."""
         patches = (
             self._layout.tokens(x.shape[-1])
             if x.dim() == 3
@@ -283,8 +289,9 @@ class PatchMode(TorchFunctionMode):
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        """Attention of this patch's queries (B, H, L, D) to the keys and values of all patches;
-        text tokens are every rank's own.
+        """Attend from this patch's queries (B, H, L, D) to the keys and values of all patches.
+
+        Text tokens are not exchanged, since every rank has them all.
         """
         if not self._attends_to_all and not self._attends_to_prompt:
             return F.scaled_dot_product_attention(query, key, value, attn_mask, *args, **kwargs)
@@ -294,8 +301,8 @@ class PatchMode(TorchFunctionMode):
         )
         if attn_mask is not None:
             raise UnsupportedError(
-                "a self-attention with a mask cannot be cut into patches. Use another parallel "
-                "method for this model."
+                "a self-attention layer with a mask cannot be cut into patches. "
+                "Use another parallel method for this model."
             )
         patches = self._layout.tokens(key.shape[-2])
         own = patches.size(self._layout.patch)
@@ -312,7 +319,9 @@ class PatchMode(TorchFunctionMode):
 
 
 def attach_attention(network: nn.Module, mode: PatchMode) -> None:
-    """Tell `mode`, whenever one of the network's spatial attentions runs, what it was given."""
+    """Hook every spatial attention of the network, so that `mode` can tell self- from
+    cross-attention.
+    """
     for module, is_joint in _spatial_attentions(network):
         hooks.attach(module, NAME, _around(mode, is_joint))
 
@@ -331,8 +340,9 @@ def _around(mode: PatchMode, is_joint: bool) -> hooks.Around:
 
 
 def _spatial_attentions(network: nn.Module) -> list[tuple[nn.Module, bool]]:
-    """The attention modules that work on one image's tokens, and whether text and image share the
-    sequence.
+    """Return the attention modules over one image's tokens, each with whether it is joint.
+
+    Joint attention has text and image in one sequence.
     """
     temporal = {
         id(part)
@@ -353,8 +363,8 @@ def _pair(value: Any) -> tuple[int, int]:
 
 
 def _border(x: Tensor, patch: int, last: int, above: int, below: int) -> list[Tensor]:
-    """What the neighbours need of this patch: its first rows for the patch over it, its last rows
-    for the one under it.
+    """Return the rows that the neighbours need: the first for the patch above, the last for the one
+    below.
     """
     first = x[..., : below if patch > 0 else 0, :]
     return [first, _last_rows(x, above if patch < last else 0)]
@@ -365,24 +375,25 @@ def _last_rows(x: Tensor, rows: int) -> Tensor:
 
 
 def _text_tokens(count: int, image_tokens: ImageTokens) -> tuple[int, int]:
-    """Tokens before and behind the image's in a sequence with `count` others."""
+    """Return the numbers of text tokens before and after the image tokens."""
     return (count, 0) if image_tokens == "last" else (0, count)
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and (biased) variance over the last dimension."""
+    """Return mean and biased variance over the last dimension."""
     if x.device.type != "cpu":
         var, mean = torch.var_mean(x, dim=-1, correction=0)
         return mean, var
-    mean = x.mean(dim=-1)  # torch's var_mean takes ten times as long here
+    mean = x.mean(dim=-1)  # on a CPU torch.var_mean takes ten times as long
     return mean, (x - mean[..., None]).square_().mean(dim=-1)
 
 
 def _normalize(
     x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
-    """(x - mean) / sqrt(var + eps) * weight + bias, in one pass over x. mean, var: float32 (or
-    float64, as x), (N, G).
+    """Return (x - mean) / sqrt(var + eps) * weight + bias in one pass over x.
+
+    mean, var: (N, G), float32, or float64 if x is.
     """
     channels = x.shape[1] // mean.shape[1]
     scale = torch.rsqrt(var + eps).repeat_interleave(channels, dim=1)
@@ -391,8 +402,8 @@ def _normalize(
         scale, shift = scale * weight, shift * weight
     if bias is not None:
         shift = shift + bias
-    places = (*scale.shape, *[1] * (x.dim() - 2))
-    return torch.addcmul(shift.view(places), x, scale.view(places)).to(x.dtype)
+    shape = (*scale.shape, *[1] * (x.dim() - 2))
+    return torch.addcmul(shift.view(shape), x, scale.view(shape)).to(x.dtype)
 
 
 def _require_one_row(x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> None:

@@ -1,6 +1,4 @@
-"""Parts of a denoiser in which no rank waits for another, so that each may become one compiled
-graph.
-"""
+"""Parts of a denoiser in which no rank waits for another: each can be one compiled graph."""
 
 from collections.abc import Iterator
 
@@ -12,8 +10,9 @@ _LOOKS_AROUND = (Attention, AttentionModuleMixin, nn.modules.conv._ConvNd, nn.Gr
 
 
 def quiet_regions(module: nn.Module) -> list[nn.Module]:
-    """Return the largest parts that work on single rows or tokens: no attention, convolution or
-    group norm in them, and more than one layer.
+    """Return the largest modules that work on single rows or tokens.
+
+    They contain no attention, convolution or group norm, and more than one linear layer.
     """
     return list(_visit(module))
 

@@ -1,7 +1,7 @@
-"""The diffusers transformers that the backends can split: one row per class. Imports no torch, so
-that a plan is checked by the same facts as it is carried out.
+"""Facts about the diffusers transformers that the backends can split: one row per class.
 
-A model whose class has a row needs no code; docs/xdit.md says how to add one.
+Imports no torch, so that plans are checked with the same facts that execution uses. A model whose
+class has a row needs no code; docs/xdit.md explains how to add one.
 """
 
 import math
@@ -10,16 +10,16 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Arguments = Mapping[str, Any]
-"""A call's arguments by name, in the order of the signature."""
+"""Arguments of a call by name, in the order of the signature."""
 ZIMAGE_MULTIPLE = 32
-"""Z-Image pads image and text each to a multiple of this many tokens; a test compares it with
+"""Z-Image pads image and text tokens each to a multiple of this number. A test compares it with
 diffusers' SEQ_MULTI_OF.
 """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransformerSpec:
-    """Facts about one denoiser class. "Image" tokens are those that become the image."""
+    """Facts about one denoiser class. "Image" tokens are the ones that become the image."""
 
     # Lists of transformer blocks, in the order in which they run.
     blocks: tuple[str, ...]
@@ -32,10 +32,10 @@ class TransformerSpec:
     positions: Mapping[str, tuple[tuple[Literal["image", "text"], int], ...]] = field(
         default_factory=dict
     )
-    # Argument of that module for the number of text tokens, if the class passes this rank's alone.
+    # Argument of that module with the number of text tokens, if the class counts this rank's only.
     text_length: str | None = None
-    # Arguments of the blocks that are cut at the first block (the first argument: the tokens) or at
-    # every block (the others) -> token dim; for a class that joins its tokens just before them.
+    # Block arguments -> token dim, for a class that joins its tokens just before the blocks. The
+    # first argument (the tokens) is cut at the first block, the others at every block.
     cut_in_blocks: Mapping[str, int] = field(default_factory=dict)
     # Argument with the text tokens (B, T, D) that run through the blocks beside the image. None:
     # the text is read by cross-attention only.
@@ -47,14 +47,14 @@ class TransformerSpec:
     image_arguments: Mapping[str, int] = field(default_factory=dict)
     # The same for text tokens.
     text_arguments: Mapping[str, int] = field(default_factory=dict)
-    # Attention modules over image tokens alone; the others see the text too, if it runs along.
+    # Attention modules over image tokens only. The others also see text tokens, if there are any.
     image_attention: frozenset[str] = frozenset()
-    # Attention modules over the text alone, of which every rank has all tokens.
+    # Attention modules over text tokens only. Every rank has all of these.
     cross_attention: frozenset[str] = frozenset()
-    # How image prompt tokens (IP-Adapter) are attended to: in a call of their own, or in one after
+    # Attention to image prompt tokens (IP-Adapter): in a separate call, or in the same call after
     # the image tokens.
     image_prompt_keys: Literal["alone", "after image"] = "alone"
-    # Module (or ModuleDict of modules) after the last block, the first one that needs all tokens.
+    # Module (or ModuleDict) after the last block: the first one that needs all tokens.
     tail: str = "norm_out"
     # Number of tokens of a call, where it does not follow from the first argument's shape.
     num_tokens: Callable[[Arguments], int] | None = None
@@ -69,13 +69,13 @@ class TransformerSpec:
 
     @property
     def image_tokens(self) -> Literal["all", "first", "last"]:
-        """Where image tokens are among those that an attention sees."""
+        """Position of the image tokens in the sequence that an attention layer sees."""
         if self.text is None:
             return "all"
         return "last" if self.is_text_first else "first"
 
     def num_image_tokens(self, config: Any, arguments: Arguments) -> int:
-        """Return the number of image tokens of a call. config: the denoiser's."""
+        """Return the number of image tokens of a call. config: the denoiser's configuration."""
         if self.num_tokens is not None:
             return self.num_tokens(arguments)
         latents = next(iter(arguments.values()))
@@ -89,8 +89,9 @@ class TransformerSpec:
 
 
 def _num_zimage_tokens(arguments: Arguments) -> int:
-    """Return the number of padded image and text tokens, of a call for images of one text
-    length.
+    """Return the number of padded image and text tokens of a call.
+
+    All images of the call have prompts of the same length.
     """
     latents, text = arguments["x"][0], arguments["cap_feats"][0]
     side, frames = arguments.get("patch_size", 2), arguments.get("f_patch_size", 1)
@@ -174,11 +175,11 @@ TRANSFORMERS = {
 
 
 def transformer_of(model: object) -> TransformerSpec | None:
-    """Return the row of a model's class or of one that it inherits from; None if there is none."""
+    """Return the row of the model's class or of a base class; None if there is none."""
     names = [base.__name__ for base in type(model).__mro__]
     return next((TRANSFORMERS[name] for name in names if name in TRANSFORMERS), None)
 
 
 def names_with(fact: str) -> list[str]:
-    """Return the classes whose rows have this fact, such as `has_stages`."""
+    """Return the names of the classes whose rows have this fact, such as `has_stages`."""
     return sorted(name for name, row in TRANSFORMERS.items() if getattr(row, fact))

@@ -1,9 +1,8 @@
-"""Parallel VAE decode: every rank decodes one patch of the rows. Exact, and the same for all
-backends.
+"""Parallel VAE decode: every rank decodes one patch of rows. Exact, and the same for all backends.
 
-The decoder's convolutions, group norms and attention get what they need from the other patches at
-once (patch_mode.py), so the image equals the single decode up to the order of sums. Tiled decoding
-keeps its tiles; each of them is shared by the ranks.
+The decoder's convolutions, group norms and attention exchange data with the other patches as they
+run (patch_mode.py), so the image equals a single-rank decode up to summation order. Tiled decoding
+keeps its tiles, and the ranks share each tile.
 """
 
 import logging
@@ -29,36 +28,34 @@ logger = logging.getLogger(__name__)
 
 NAME = "patch decode"
 SHARED = (AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLTemporalDecoder)
-"""The VAEs whose decoders look beyond their rows only through the operators that patch_mode
-knows.
+"""VAE classes whose decoders look beyond their rows only through operators that patch_mode handles.
 """
 MIN_ROWS = 8
-"""Latent rows per rank below which every rank decodes the whole image: the exchange would cost what
-it saves.
+"""Smallest number of latent rows per rank for splitting. Below it every rank decodes the whole
+image, because the exchange would cost what it saves.
 """
 
 
 def attach_patch_decode(vae: nn.Module, mesh: Mesh, *axes: str) -> None:
-    """Share every call of this VAE's decoder among the ranks of these axes of the mesh; all axes of
-    the plan if none is named.
+    """Split every call of this VAE's decoder among the ranks of these axes (default: all axes).
 
-    Afterwards all these ranks must decode together, and each gets the whole image. With one rank
-    nothing is attached, nor to a VAE of another class, which every rank then decodes as a whole;
-    the log says so.
+    Afterwards all these ranks must decode together, and each gets the whole image. Nothing is
+    attached for a single rank. A VAE of another class stays whole on every rank, with a warning in
+    the log.
     """
     names = axes or tuple(name for name, _ in mesh.plan.axes)
     if not names or mesh.axis(*names).size == 1:
         return
     if not isinstance(vae, SHARED):
         logger.warning(
-            "parallel_vae has no effect: a %s cannot be cut into patches, so every rank decodes "
+            "parallel_vae has no effect: %s cannot be cut into patches, so every rank decodes "
             "the whole image",
             type(vae).__name__,
         )
         return
     mode = PatchMode()
     attach_attention(vae.decoder, mode)
-    hooks.attach(vae.decoder, NAME, _band_call(vae, mesh, names, mode))
+    hooks.attach(vae.decoder, NAME, _patch_call(vae, mesh, names, mode))
 
 
 def splits_decode(vae: nn.Module) -> bool:
@@ -67,13 +64,13 @@ def splits_decode(vae: nn.Module) -> bool:
 
 
 def detach_patch_decode(vae: nn.Module) -> None:
-    """Leave the VAE as it was found. Does nothing if it is not attached."""
+    """Undo `attach_patch_decode`. Does nothing if it is not attached."""
     if splits_decode(vae):
         hooks.detach(vae.decoder, NAME)
         detach_attention(vae.decoder)
 
 
-def _band_call(
+def _patch_call(
     vae: nn.Module, mesh: Mesh, names: tuple[str, ...], mode: PatchMode
 ) -> Callable[..., Tensor]:
     doublings = len(vae.config.block_out_channels) - 1

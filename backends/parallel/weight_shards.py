@@ -1,7 +1,6 @@
-"""Each rank keeps the weights of its own part of a denoiser only. The others' tensors keep their
-shapes and take no memory.
+"""Keeps only this rank's part of a denoiser's weights in memory.
 
-The shapes are what loaders of LoRAs look at.
+Tensors of other parts keep their shapes, which LoRA loaders read, but take no memory.
 """
 
 import math
@@ -16,12 +15,13 @@ from backends.groups.mesh import Axis
 
 
 class KeptWeights:
-    """Drops the other parts' weights when made; `restore` fetches them from the ranks that kept
-    them. Both on all ranks alike.
+    """Drops the weights of the other parts on creation; `restore` fetches them again.
+
+    Both are collective: all ranks call them in the same order.
     """
 
     def __init__(self, parts: Sequence[Sequence[nn.Module]], *, kept: int) -> None:
-        """parts: the modules of each part. kept: the part that this rank keeps."""
+        """parts: the modules of each part. kept: index of the part that this rank keeps."""
         self._kept = kept
         self._tensors = [list(_tensors(modules)) for modules in parts]
         for part, tensors in enumerate(self._tensors):
@@ -32,8 +32,9 @@ class KeptWeights:
                     )
 
     def restore(self, axis: Axis) -> None:
-        """Every rank holds everything again. Part p is kept by rank p of the axis. RuntimeError if
-        the mesh is closed.
+        """Fetch all weights, so that every rank holds the whole model again.
+
+        Rank p of the axis keeps part p. RuntimeError if the mesh is closed.
         """
         for part, tensors in enumerate(self._tensors):
             for tensor in tensors:
@@ -48,8 +49,10 @@ class KeptWeights:
 
 
 def move(pipe: Any, device: torch.device) -> None:
-    """A whole pipeline. Meanwhile the tensors of other parts are single numbers: moved as they are
-    they would become whole tensors.
+    """Move a whole pipeline to a device.
+
+    Placeholder tensors of other parts are reduced to single numbers first: `.to()` would expand
+    them to full size.
     """
     modules = [
         module
@@ -66,27 +69,27 @@ def move(pipe: Any, device: torch.device) -> None:
     found = [
         (tensors, name, tensors[name].shape)
         for tensors, name in places
-        if _is_stand_in(tensors[name])
+        if _is_placeholder(tensors[name])
     ]
     for tensors, name, shape in found:
         tensors[name].data = tensors[name].data[(0,) * len(shape)]
     pipe.to(device)
-    torch.cuda.empty_cache()  # for others, of what has left it
+    torch.cuda.empty_cache()  # gives the freed memory to other processes
     for tensors, name, shape in found:
         tensors[name].data = tensors[name].data.expand(shape)
 
 
-def _is_stand_in(tensor: Tensor | None) -> bool:
+def _is_placeholder(tensor: Tensor | None) -> bool:
     return tensor is not None and tensor.numel() > 1 and not any(tensor.stride())
 
 
 def weight_bytes(module: nn.Module) -> int:
-    """Memory of this module's weights on this rank."""
+    """Return the bytes that this module's weights take on this rank."""
     return sum(_num_bytes(tensor) for tensor in _tensors([module]))
 
 
 def _num_bytes(tensor: Tensor) -> int:
-    """What is repeated along a dim (stride 0) is there once."""
+    """Return the bytes of a tensor. Dims with stride 0 are stored once."""
     return tensor.element_size() * math.prod(
         size if stride else min(size, 1)
         for size, stride in zip(tensor.shape, tensor.stride(), strict=True)

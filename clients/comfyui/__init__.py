@@ -7,7 +7,7 @@ _CLIENT = Path(__file__).resolve().parents[1] / "python"
 if str(_CLIENT) not in sys.path:
     sys.path.append(
         str(_CLIENT)
-    )  # the client library lies beside this folder, wherever the link to it is
+    )  # the client library is beside this folder, even if the folder is linked
 
 from .nodes import DiffusionHost, DiffusionSampler  # noqa: E402  after the path is set
 

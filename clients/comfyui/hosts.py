@@ -1,6 +1,4 @@
-"""Which host a workflow uses: one at an address, or one that is started here when an image is asked
-for.
-"""
+"""The host of a workflow: one at an address, or one that is started here when it is needed."""
 
 import shlex
 from collections.abc import Callable, Sequence
@@ -12,27 +10,26 @@ from diffusion_client.local import LocalHost
 
 DEFAULT_ADDRESS = "http://127.0.0.1:6000"
 LOOK_TIMEOUT_S = 0.5
-"""ComfyUI asks for the lists each time its page loads, also while no host runs."""
+"""ComfyUI requests the lists whenever its page loads, also while no host runs."""
 ANY = "any"
 
 _started: dict[str, LocalHost] = {}
-"""Address -> the host that this process started there. They end with ComfyUI."""
+"""Address -> host that this process started there. They end with ComfyUI."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostChoice:
-    """What the loader node hands to samplers. arguments: with which to start a host if none
-    answers; None: never start one.
-    """
+    """The loader node's output, which samplers take."""
 
     address: str
     model: str = ANY
-    arguments: str | None = None
+    arguments: str | None = None  # for starting a host if none answers; None: never start one
     api_key: str = ""
 
     def client(self, look: Callable[[], None] = lambda: None) -> Client:
-        """A client of the host, which is ready. `look` is called while it loads, and may raise.
-        HostError if there is none.
+        """Return a client of the host once it is ready. HostError if there is no host.
+
+        `look` is called while the host loads, and may raise.
         """
         client = Client(self.address, api_key=self.api_key or None)
         if self.arguments is not None:
@@ -47,8 +44,9 @@ class HostChoice:
         return client
 
     def _start(self, client: Client, look: Callable[[], None]) -> None:
-        """Unless somebody answers there. A host that was started here with other arguments is ended
-        first.
+        """Start a host unless one answers there.
+
+        A host that was started here with other arguments is stopped first.
         """
         arguments = _with_port(self.arguments or "", self.address)
         ours = _started.get(self.address)
@@ -62,7 +60,7 @@ class HostChoice:
 
 
 def models(address: str = DEFAULT_ADDRESS) -> list[str]:
-    """What the host there serves; nothing if it does not answer."""
+    """Return the models that the host serves; empty if it does not answer."""
     try:
         return Client(address, timeout_s=LOOK_TIMEOUT_S).models()
     except HostError:
@@ -70,7 +68,7 @@ def models(address: str = DEFAULT_ADDRESS) -> list[str]:
 
 
 def schedulers(address: str = DEFAULT_ADDRESS) -> list[str]:
-    """The samplers that the host there has for its model; nothing if it does not answer."""
+    """Return the host's schedulers for its model; empty if it does not answer."""
     try:
         request = Client(address, timeout_s=LOOK_TIMEOUT_S).request_schema()
     except HostError:
@@ -79,7 +77,7 @@ def schedulers(address: str = DEFAULT_ADDRESS) -> list[str]:
 
 
 def stop_all() -> None:
-    """End what was started here."""
+    """Stop all hosts that were started here."""
     while _started:
         _started.popitem()[1].stop()
 

@@ -1,4 +1,4 @@
-"""ComfyUI's image tensors <-> what a host reads and sends."""
+"""ComfyUI's image tensors <-> the files that a host reads and sends."""
 
 import base64
 import io
@@ -9,19 +9,20 @@ from PIL import Image
 
 
 def encode_image(images: torch.Tensor) -> str:
-    """float (B, H, W, C) in [0, 1] -> base64 of a PNG of the first."""
+    """Return base64 of a PNG of the first image. images: float (B, H, W, C) in [0, 1]."""
     return _png(_bytes(images[0]))
 
 
 def encode_mask(masks: torch.Tensor) -> str:
-    """float (B, H, W) or (H, W) in [0, 1] -> base64 of a grey PNG of the first; white is what may
-    change.
+    """Return base64 of a grey PNG of the first mask; white may change.
+
+    masks: float (B, H, W) or (H, W) in [0, 1].
     """
     return _png(_bytes(masks if masks.ndim == 2 else masks[0]))
 
 
 def decode_frames(data: bytes) -> torch.Tensor:
-    """A numpy file of uint8 (N, H, W, 3) -> float32 of the same shape in [0, 1]."""
+    """Return float32 (N, H, W, 3) in [0, 1] from a .npy file of uint8 (N, H, W, 3)."""
     return torch.from_numpy(
         np.load(io.BytesIO(data), allow_pickle=False).astype(np.float32) / 255.0
     )

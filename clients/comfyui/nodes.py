@@ -1,5 +1,6 @@
-"""Two nodes: one names a host, one draws on it. What ComfyUI wants of a node: INPUT_TYPES,
-RETURN_TYPES, FUNCTION, CATEGORY.
+"""Two nodes: one selects a host, the other generates on it.
+
+ComfyUI requires INPUT_TYPES, RETURN_TYPES, FUNCTION and CATEGORY of a node.
 """
 
 import io
@@ -27,24 +28,22 @@ IMAGES = {
     "control_image": ("control_image", "--control_net"),
     "ip_image": ("ip_adapter_image", "--ip_adapter"),
 }
-"""Input -> the field of an image that a host takes only if it was started with this argument."""
+"""Image input -> the launch argument that a host needs to accept it."""
 
 
 def _look() -> None:
-    """Raises ComfyUI's own exception once its user cancels."""
+    """Raise ComfyUI's own exception once its user cancels."""
     comfy.model_management.throw_exception_if_processing_interrupted()
 
 
 class DiffusionHost:
-    """The host at an address, or one that is started when none answers there."""
+    """The host at an address, started if none answers there."""
 
     CATEGORY = CATEGORY
     FUNCTION = "choose"
     RETURN_TYPES = ("DIFFUSION_HOST",)
     RETURN_NAMES = ("host",)
-    DESCRIPTION = (
-        "Which host of diffusion-launcher draws: one that runs, or one to start on this machine."
-    )
+    DESCRIPTION = "A diffusion-launcher host: a running one, or one to start on this machine."
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
@@ -62,7 +61,10 @@ class DiffusionHost:
             "optional": {
                 "model": (
                     [hosts.ANY, *hosts.models()],
-                    {"default": hosts.ANY, "tooltip": "Refuse to draw if the host serves another."},
+                    {
+                        "default": hosts.ANY,
+                        "tooltip": "Refuse to generate if the host serves another.",
+                    },
                 ),
                 "arguments": (
                     "STRING",
@@ -77,9 +79,7 @@ class DiffusionHost:
 
     @classmethod
     def VALIDATE_INPUTS(cls, model: str = hosts.ANY) -> bool:
-        """A workflow may name a model of a host that does not run yet: the list is checked when it
-        draws.
-        """
+        """Accept any model: its host may not run yet. The choice is checked when it generates."""
         return True
 
     def choose(
@@ -96,12 +96,12 @@ class DiffusionHost:
             arguments=arguments if start else None,
             api_key=api_key.strip(),
         )
-        choice.client(_look)  # here, so that it is this node that fails where there is no host
+        choice.client(_look)  # here, so that this node fails if there is no host
         return (choice,)
 
 
 class DiffusionSampler:
-    """One image or video, with previews of its steps; ComfyUI's cancel ends it on all ranks."""
+    """Generates one image or video, with previews. ComfyUI's cancel ends it on all ranks."""
 
     CATEGORY = CATEGORY
     FUNCTION = "sample"
@@ -161,7 +161,7 @@ class DiffusionSampler:
 
     @classmethod
     def VALIDATE_INPUTS(cls, scheduler: str = OWN) -> bool:
-        """A workflow may name a sampler of a host that does not run yet: the host checks it."""
+        """Accept any sampler: its host may not run yet. The host checks the choice."""
         return True
 
     def sample(self, host: hosts.HostChoice, **inputs: Any) -> tuple[torch.Tensor, str]:
@@ -172,8 +172,9 @@ class DiffusionSampler:
 
 
 def _fields(inputs: dict[str, Any], taken: dict[str, Any]) -> dict[str, Any]:
-    """The node's inputs -> the request. taken: the fields that this host reads. HostError for an
-    image it could not use.
+    """Convert the node's inputs to a request. HostError for an image that the host could not use.
+
+    taken: the fields that the host reads.
     """
     fields = {name: inputs[name] for name in ("prompt", "negative_prompt", "seed")}
     chosen = {
@@ -211,8 +212,9 @@ def _fields(inputs: dict[str, Any], taken: dict[str, Any]) -> dict[str, Any]:
 
 
 def _follow(job: Job) -> None:
-    """Show progress and previews until the job is done. ComfyUI's cancel cancels it on the host and
-    goes on from here.
+    """Show progress and previews until the job is done.
+
+    ComfyUI's cancel cancels the job on the host and is raised again.
     """
     states: queue.SimpleQueue[JobState | HostError | None] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(job, states), daemon=True).start()
@@ -229,7 +231,7 @@ def _follow(job: Job) -> None:
             if isinstance(state, HostError):
                 raise state
             _show(bar, state)
-    # also ComfyUI's own interruption, which is no Exception in some versions
+    # ComfyUI's interruption too, which is not an Exception in some versions
     except BaseException:
         job.cancel()
         raise
@@ -238,7 +240,10 @@ def _follow(job: Job) -> None:
 
 
 def _listen(job: Job, states: "queue.SimpleQueue[JobState | HostError | None]") -> None:
-    """In a thread of its own: a step may take long, and ComfyUI's cancel must be seen meanwhile."""
+    """Read the job's states in a thread of its own.
+
+    A step may take long, and ComfyUI's cancel must be noticed meanwhile.
+    """
     try:
         for state in job.follow(previews=True):
             states.put(state)

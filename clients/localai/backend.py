@@ -1,5 +1,6 @@
-"""LocalAI backend: gRPC on one side, a host of diffusion-launcher on the other. LocalAI starts it
-as `run.sh --addr HOST:PORT`.
+"""LocalAI backend: gRPC on one side, a host of diffusion-launcher on the other.
+
+LocalAI starts it as `run.sh --addr HOST:PORT`.
 """
 
 import argparse
@@ -21,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [
     str(HERE),
     str(HERE.parent / "python"),
-]  # backend.proto, and the client library beside this folder
+]  # backend.proto and the client library
 
 from diffusion_client import HostError, Job  # noqa: E402  after the path is set
 from model import Model, read_options  # noqa: E402
@@ -29,13 +30,13 @@ from model import Model, read_options  # noqa: E402
 logger = logging.getLogger(__name__)
 
 pb = grpc.protos("backend.proto")
-"""The messages, made of the protocol file by grpcio-tools: there is no generated code to keep in
-step.
+"""Message classes, generated from the protocol file at import, so no generated code has to be
+kept in step.
 """
 
 SERVICE = "backend.Backend"
 NUM_THREADS = 16
-"""Each waiting image holds one, and Health and Status must still be answered."""
+"""Each waiting image holds a thread, and Health and Status must still be answered."""
 METHODS = {
     "Health": pb.HealthMessage,
     "Status": pb.HealthMessage,
@@ -48,8 +49,8 @@ STATES = {"loading": pb.StatusResponse.UNINITIALIZED, "ready": pb.StatusResponse
 
 
 class Backend:
-    """The methods of the service, by their names in the protocol. What goes wrong is a Result that
-    says so, as LocalAI expects it.
+    """The methods of the service, named as in the protocol. Errors are Results, as LocalAI
+    expects.
     """
 
     def __init__(self) -> None:
@@ -60,7 +61,7 @@ class Backend:
         return pb.Reply(message=b"OK")
 
     def Status(self, request: Any, context: grpc.ServicerContext) -> Any:
-        """BUSY while an image is drawn; memory in bytes, by rank."""
+        """Return BUSY while an image is generated, and the memory of each rank in bytes."""
         client = self._model.client
         if client is None:
             return pb.StatusResponse(state=pb.StatusResponse.UNINITIALIZED)
@@ -92,11 +93,13 @@ class Backend:
         return _result(self._free)
 
     def GenerateImage(self, request: Any, context: grpc.ServicerContext) -> Any:
-        return _result(lambda: self._draw(self._image_fields(request), request.dst, context))
+        return _result(lambda: self._generate(self._image_fields(request), request.dst, context))
 
     def GenerateVideo(self, request: Any, context: grpc.ServicerContext) -> Any:
         return _result(
-            lambda: self._draw(self._video_fields(request), request.dst, context, fps=request.fps)
+            lambda: self._generate(
+                self._video_fields(request), request.dst, context, fps=request.fps
+            )
         )
 
     def close(self) -> None:
@@ -107,11 +110,12 @@ class Backend:
             self._model.free()
         return "model freed"
 
-    def _draw(
+    def _generate(
         self, fields: dict[str, Any], dst: str, context: grpc.ServicerContext, *, fps: int = 0
     ) -> str:
-        """Wait for the image or video, and write it. A caller that gives up cancels it on all
-        ranks.
+        """Wait for the image or video and write it.
+
+        A caller that gives up cancels it on all ranks.
         """
         given = {name: value for name, value in fields.items() if value not in (None, "", 0)}
         job = self._model.client.submit(**{**self._model.choice.defaults, **given})
@@ -163,7 +167,7 @@ class Backend:
         return fields | self._start(request.start_image, ("image", "control_image"), taken)
 
     def _start(self, source: str, names: tuple[str, ...], taken: dict[str, Any]) -> dict[str, Any]:
-        """The image to start from, as the first of these fields that the host takes."""
+        """Return the start image under the first of these fields that the host takes."""
         if not source:
             return {}
         name = next((name for name in names if name in taken), None)
@@ -181,7 +185,9 @@ class Backend:
 
 
 def serve(address: str) -> tuple[grpc.Server, Backend, int]:
-    """A started server; the port is chosen if `address` ends in :0."""
+    """Return a started server, the backend and the port. An `address` ending in :0 picks a free
+    port.
+    """
     backend = Backend()
     server = grpc.server(futures.ThreadPoolExecutor(max_workers=NUM_THREADS))
     handlers = {
@@ -223,19 +229,19 @@ def _result(act: Callable[[], str]) -> Any:
 
 
 def _cancel(job: Job) -> None:
-    """At the end of each call, well or not."""
+    """Cancel the job at the end of each call, successful or not."""
     if not job.state.is_over:
         with contextlib.suppress(HostError):
             job.cancel()
 
 
 def _seed(seed: int) -> int | None:
-    """LocalAI sends 0 or -1 where its caller named none."""
+    """Return None for 0 or -1, which LocalAI sends if its caller gave no seed."""
     return seed if seed > 0 else None
 
 
 def _image(source: str) -> str:
-    """A file's content as base64; anything else is base64 already."""
+    """Return a file's content as base64. Other text is base64 already."""
     if not os.path.isfile(source):
         return source
     return base64.b64encode(Path(source).read_bytes()).decode("ascii")

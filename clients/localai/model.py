@@ -1,4 +1,4 @@
-"""LocalAI's model options -> the host that serves the model: one at an address, or one that is
+"""LocalAI's model options -> the host that serves the model: an existing one, or one that is
 started.
 """
 
@@ -13,26 +13,24 @@ from diffusion_client import Client, HostError
 from diffusion_client.local import LocalHost
 
 CLIENT_OPTIONS = ("url", "api_key", "strength")
-"""Options of this backend itself; every other one is an argument of the host to start."""
+"""Options of this backend. All others are arguments of the host to start."""
 DEFAULT_STRENGTH = 0.8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelChoice:
-    """What one LoadModel asks for. url: of a host that runs, or None to start one with `arguments`.
-    defaults: fields of each request.
-    """
+    """Contents of one LoadModel call."""
 
-    url: str | None
+    url: str | None  # of a running host; None: start one with `arguments`
     api_key: str | None
     model_type: str
     arguments: tuple[str, ...]
     strength: float = DEFAULT_STRENGTH
-    defaults: dict[str, Any] = field(default_factory=dict)
+    defaults: dict[str, Any] = field(default_factory=dict)  # fields of each request
 
 
 def read_options(options: Any) -> ModelChoice:
-    """options: ModelOptions of the protocol. HostError for what cannot be meant."""
+    """Return the choice. HostError for invalid values. options: ModelOptions of the protocol."""
     named = dict(_pair(text) for text in options.Options)
     defaults = {"guidance_scale": options.CFGScale or None, "clip_skip": options.CLIPSkip or None}
     url = named.get("url")
@@ -47,7 +45,7 @@ def read_options(options: Any) -> ModelChoice:
 
 
 class Model:
-    """The host behind the backend; nothing until the first LoadModel."""
+    """The host behind the backend; none until the first LoadModel."""
 
     def __init__(self) -> None:
         self.choice: ModelChoice | None = None
@@ -55,8 +53,9 @@ class Model:
         self._started: LocalHost | None = None
 
     def load(self, choice: ModelChoice) -> None:
-        """Be ready to draw with it. What is loaded already, and still there, is kept. HostError
-        with the reason if it cannot be.
+        """Prepare to generate with this model. HostError with the reason if that fails.
+
+        A model that is still loaded is kept.
         """
         if choice == self.choice and self._is_there():
             return
@@ -75,7 +74,7 @@ class Model:
         self.choice, self.client = choice, client
 
     def free(self) -> None:
-        """End the host, if it was started here."""
+        """Stop the host if it was started here."""
         if self._started is not None:
             self._started.stop()
         self.choice = self.client = self._started = None
@@ -95,7 +94,10 @@ def _require_model(client: Client, choice: ModelChoice) -> None:
 
 
 def _arguments(options: Any, named: dict[str, str | None]) -> tuple[str, ...]:
-    """Of the host. The model's own options win over what is derived from LocalAI's fields."""
+    """Return the host's arguments.
+
+    The model's own options override those derived from LocalAI's fields.
+    """
     derived: dict[str, str | None] = {
         "type": options.PipelineType or None,
         "checkpoint": _checkpoint(options),
@@ -116,7 +118,7 @@ def _arguments(options: Any, named: dict[str, str | None]) -> tuple[str, ...]:
 
 
 def _checkpoint(options: Any) -> str | None:
-    """None, for the demo model, only where no model is named."""
+    """Return the checkpoint. None, the demo model, only if no model is named."""
     if not options.Model and not options.ModelFile:
         return None
     if options.ModelFile and os.path.exists(options.ModelFile):
@@ -139,7 +141,7 @@ def _loras(options: Any) -> dict[str, float]:
 
 
 def _found(name: str, folder: str) -> str:
-    """An absolute path, or one below LocalAI's folder of models."""
+    """Return an absolute path. A relative one is below LocalAI's model folder."""
     path = Path(folder, name) if folder and not os.path.isabs(name) else Path(name)
     if not path.exists():
         raise HostError(
@@ -151,7 +153,7 @@ def _found(name: str, folder: str) -> str:
 
 
 def _pair(text: str) -> tuple[str, str | None]:
-    """'name:value', or a bare 'name'."""
+    """Split 'name:value'. A bare 'name' has no value."""
     name, colon, value = text.partition(":")
     return name.strip().replace("-", "_"), value.strip() if colon else None
 
@@ -160,4 +162,6 @@ def _strength(text: str | None) -> float:
     try:
         return DEFAULT_STRENGTH if text is None else float(text)
     except ValueError as error:
-        raise HostError(f"strength:{text} is no number. Give one from 0 to 1.", status=0) from error
+        raise HostError(
+            f"strength:{text} is not a number. Give one from 0 to 1.", status=0
+        ) from error

@@ -1,1 +1,1 @@
-"""The folder that the ComfyUI and LocalAI clients look for beside themselves."""
+"""The folder that the ComfyUI and LocalAI clients expect beside themselves."""

@@ -1,4 +1,4 @@
-"""Started by torchrun, by path, from the existing clients: a host with the asyncdiff backend."""
+"""A host with the asyncdiff backend, which the existing clients start by path with torchrun."""
 
 import sys
 from pathlib import Path

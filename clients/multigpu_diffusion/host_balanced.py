@@ -1,5 +1,6 @@
-"""Started by Python, by path, by clients of the v2 protocol: the same as host_single.py, because
-one process has one device here.
+"""Started by path by clients of the v2 protocol.
+
+The same as host_single.py, because one process has one device here.
 """
 
 import sys

@@ -1,5 +1,6 @@
-"""Started by Python, by path, by clients of the v2 protocol: a host on one device, which waits for
-its pipeline.
+"""A host on one device that waits for its pipeline.
+
+Clients of the v2 protocol start it by path.
 """
 
 import sys

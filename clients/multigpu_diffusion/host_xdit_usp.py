@@ -1,5 +1,6 @@
-"""Started by torchrun, by path, from the existing clients, for models that xDiT runs by sequence
-parallelism alone: the xdit backend.
+"""A host with the xdit backend, which the existing clients start by path with torchrun.
+
+They use it for models that xDiT runs with sequence parallelism only.
 """
 
 import sys

@@ -1,3 +1,4 @@
-"""Several hosts behind one address: replicas in Ray placement groups, and the gateway before them.
-Two files import ray.
+"""Several hosts behind one address: a gateway and replicas in Ray placement groups.
+
+Only two files import ray.
 """

@@ -1,5 +1,5 @@
-"""Settings of --engine=ray -> what is deployed: which models, how many replicas of each, and how
-one is launched. Imports no torch.
+"""Settings of --engine=ray -> deployments: models, replica counts and launch arguments. No
+torch.
 """
 
 import importlib.util
@@ -26,7 +26,7 @@ OF_THE_GATEWAY = frozenset(
         "drain_seconds", "exit_with_parent", "check", "json", "list", "features",
     }
 )  # fmt: skip
-"""Arguments that are the same for all models, so no deployment may have its own."""
+"""Arguments that all models share, so a deployment may not set them."""
 NOT_FOR_REPLICAS = (
     OF_A_DEPLOYMENT
     | (OF_THE_GATEWAY - {"log_format", "drain_seconds", "max_body_mb"})
@@ -40,30 +40,28 @@ NOT_FOR_REPLICAS = (
         "disconnect_grace",
     }
 )
-"""What the gateway does itself, before a replica hears of a job or after it has done it."""
+"""Arguments for work that the gateway itself does before or after a replica runs a job."""
 SEVERAL_MACHINES = ("nnodes", "node_rank", "rdzv_endpoint", "master_port")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeploymentPlan:
-    """One model. settings: as if a host served it here; first: replicas at start; minimum, maximum:
-    between which their number moves.
-    """
+    """One model and its replicas."""
 
     name: str
-    settings: Settings
+    settings: Settings  # as for a host on this machine
     start: StartPlan
-    first: int
-    minimum: int
-    maximum: int
+    first: int  # replicas at start
+    minimum: int  # replicas
+    maximum: int  # replicas
 
     @property
     def ranks(self) -> int:
-        """Of each replica."""
+        """Ranks of each replica."""
         return self.start.num_ranks
 
     def launch_values(self) -> dict[str, Any]:
-        """A replica's launch arguments, without those of its place: host, port and key."""
+        """A replica's launch arguments without host, port and key."""
         given = {
             name: value
             for name, value in self.settings.given.items()
@@ -87,10 +85,10 @@ class DeploymentPlan:
 def plan_deployments(
     settings: Settings, table: ModelTable, *, num_gpus: int
 ) -> list[DeploymentPlan]:
-    """What will be deployed, the default model first. ConfigError and its like for whatever the
-    user must change.
+    """Return the deployments, the default model first.
 
-    num_gpus: of this machine, where the replicas run unless --ray_address names a cluster.
+    num_gpus: GPUs of this machine, where replicas run unless --ray_address names a cluster.
+    ConfigError or another HostError for anything the user must change.
     """
     if importlib.util.find_spec("ray") is None:
         raise ConfigError(
@@ -135,7 +133,7 @@ def _deployments(settings: Settings, table: ModelTable) -> Mapping[str, Any]:
 
 
 def _merged(settings: Settings, name: str, values: Any) -> Settings:
-    """The gateway's arguments with those that the deployment has of its own."""
+    """Return the gateway's settings, overridden by the deployment's own."""
     source = f"deployment {name!r}"
     if not isinstance(values, Mapping):
         raise ConfigError(f"{source} must hold 'name: value' lines, not a {type(values).__name__}.")
@@ -175,7 +173,7 @@ def _plan(name: str, settings: Settings, table: ModelTable, *, local_gpus: int) 
 
 
 def refuse_without_engine(settings: Settings) -> None:
-    """An argument of several hosts that one host would ignore is an error."""
+    """Raise ConfigError for arguments that need --engine=ray."""
     if given := [name for name in settings.given if options()[name].section == "cluster"]:
         raise ConfigError(
             f"--{given[0]} was given, but it is for --engine=ray. Give that too, or leave it out."

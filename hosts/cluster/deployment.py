@@ -1,6 +1,4 @@
-"""One model: its queue, the HTTP application that reads and answers its requests, and its replicas,
-of which there are enough.
-"""
+"""One model behind the gateway: its queue, its HTTP application and its replicas."""
 
 import itertools
 import logging
@@ -23,8 +21,8 @@ from hosts.supervision.host_state import HostState, Phase
 logger = logging.getLogger(__name__)
 
 LONGEST_WAIT_S = 30.0
-"""Before a replica is started in the place of one that failed; it doubles from one failure to the
-next, from a second.
+"""Longest delay before a failed replica is replaced. It starts at one second and doubles with
+each failure.
 """
 NOT_SHOWN = (
     "given",
@@ -34,15 +32,11 @@ NOT_SHOWN = (
     "seconds_per_megapixel_step",
     "seconds_in_batches",
 )
-"""Facts of a replica that are its own."""
+"""Facts that differ between replicas."""
 
 
 class Deployment:
-    """To HTTP clients it is a host; in the place of ranks it has replicas.
-
-    problem: why no replica of it can ever serve; empty as far as is known. num_lost: replicas that
-    ended by themselves.
-    """
+    """A model with its replicas. HTTP clients see it as a host."""
 
     def __init__(self, plan: DeploymentPlan, *, store: JobStore | None) -> None:
         settings = plan.settings
@@ -62,8 +56,8 @@ class Deployment:
             )
         )
         self.replicas: list[Replica] = []
-        self.problem = ""
-        self.num_lost = 0
+        self.problem = ""  # why no replica can ever serve, if known
+        self.num_lost = 0  # replicas that ended by themselves
         self._nodes: Nodes | None = None
         self._numbers = itertools.count(1)
         self._was_ready = False
@@ -78,12 +72,13 @@ class Deployment:
         self._scale = Scale(rule, first=plan.first, now_s=time.monotonic())
 
     def use(self, nodes: Nodes) -> None:
-        """From now on replicas can be started."""
+        """Allow replicas to be started from now on."""
         self._nodes = nodes
 
     def look(self) -> None:
-        """Take note of replicas that are gone, and start or drain some where there are too few or
-        too many. To be called often.
+        """Remove replicas that ended, and start or drain some if there are too few or too many.
+
+        Call it often.
         """
         self._note_the_gone()
         self._show_phase()
@@ -108,7 +103,7 @@ class Deployment:
 
     @property
     def num_jobs(self) -> int:
-        """Waiting and running."""
+        """Waiting and running jobs."""
         return self.queue.num_waiting + sum(replica.num_jobs for replica in self.replicas)
 
     @property
@@ -116,7 +111,7 @@ class Deployment:
         return sum(replica.state is ReplicaState.READY for replica in self.replicas)
 
     def describe(self) -> dict[str, Any]:
-        """For GET /cluster."""
+        """Return the facts for GET /cluster."""
         return {
             "model": self.name,
             "type": self.plan.start.spec.name,
@@ -130,7 +125,7 @@ class Deployment:
         }
 
     def stop_replicas(self, within_s: float) -> None:
-        """All at once."""
+        """Stop all replicas at once."""
         deadline = time.monotonic() + within_s
         for replica in self.replicas:
             replica.stop()
@@ -182,8 +177,9 @@ class Deployment:
 
 
 def open_store(plan: DeploymentPlan, *, is_only: bool) -> JobStore | None:
-    """In --state_dir; of several models each has a folder in it. ConfigError if it cannot be
-    used.
+    """Open the job store in --state_dir, in a folder of its own if there are several models.
+
+    ConfigError if it cannot be used.
     """
     if plan.settings.state_dir is None:
         return None

@@ -1,5 +1,6 @@
-"""The gateway's HTTP application: one host's API for all models. Finds the model of a request and
-hands it to that model's application.
+"""The gateway's HTTP application: one host's API for all models.
+
+It finds the model of a request and forwards the request to that model's application.
 """
 
 import contextlib
@@ -35,8 +36,9 @@ WORST_FIRST = (Phase.STOPPING, Phase.FAILED, Phase.LOADING, Phase.EMPTY, Phase.R
 
 @dataclass(frozen=True, slots=True)
 class Gateway:
-    """What routes may touch: `current_app.extensions["gateway"]`. The first deployment is the
-    default.
+    """Objects that routes may use: `current_app.extensions["gateway"]`.
+
+    The first deployment is the default.
     """
 
     deployments: Sequence[Deployment]
@@ -47,7 +49,7 @@ class Gateway:
         )
 
     def of_job(self, job_id: str) -> Deployment:
-        """Whose job it is; the default's if nobody knows it."""
+        """Return the deployment of this job, or the default if the job is unknown."""
         for deployment in self.deployments:
             with contextlib.suppress(NotFoundError):
                 deployment.queue.find(job_id)
@@ -55,7 +57,7 @@ class Gateway:
         return self.deployments[0]
 
     def of_model(self, name: str) -> Deployment:
-        """NotFoundError if there is none of that name."""
+        """Return the deployment of this name. NotFoundError if there is none."""
         found = next(
             (deployment for deployment in self.deployments if deployment.name == name), None
         )
@@ -68,7 +70,7 @@ class Gateway:
 
 
 def create_gateway(deployments: Sequence[Deployment]) -> Flask:
-    """The WSGI application before those of the deployments."""
+    """Return the WSGI application in front of those of the deployments."""
     settings = deployments[0].plan.settings
     app = Flask("hosts.cluster", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body_mb * 10**6
@@ -86,7 +88,7 @@ def create_gateway(deployments: Sequence[Deployment]) -> Flask:
 
 @blueprint.get("/cluster")
 def cluster() -> Response:
-    """The models, their replicas and what these do."""
+    """Return the models, their replicas and the state of each."""
     return jsonify(
         {"deployments": [deployment.describe() for deployment in _gateway().deployments]}
     )
@@ -94,8 +96,9 @@ def cluster() -> Response:
 
 @blueprint.delete("/cluster/replicas/<name>")
 def drain(name: str) -> tuple[Response, int]:
-    """The replica takes no more jobs and ends after those that it has; where it would be missed
-    another takes its place.
+    """Drain a replica: it takes no more jobs and ends after its current ones.
+
+    Another one replaces it if it is needed.
     """
     replicas = [replica for deployment in _gateway().deployments for replica in deployment.replicas]
     found = next((replica for replica in replicas if replica.name == name), None)
@@ -110,13 +113,13 @@ def drain(name: str) -> tuple[Response, int]:
 
 @blueprint.get("/metrics")
 def metrics() -> Response:
-    """Of all replicas and of the gateway, for Prometheus."""
+    """Return the metrics of all replicas and of the gateway, for Prometheus."""
     return Response(merged(_gateway().deployments), content_type=CONTENT_TYPE)
 
 
 @blueprint.get("/healthz")
 def healthz() -> tuple[Response, int]:
-    """The phase of the model that is worst off, and jobs that wait for any."""
+    """Return the phase of the model in the worst state, and the waiting jobs of all models."""
     state = _gateway().worst().state
     waiting = sum(deployment.queue.num_waiting for deployment in _gateway().deployments)
     return jsonify(
@@ -126,20 +129,20 @@ def healthz() -> tuple[Response, int]:
 
 @blueprint.get("/readyz")
 def readyz() -> tuple[str, int]:
-    """200 while each model has a replica that is ready."""
+    """Return 200 while every model has a ready replica."""
     phase = _gateway().worst().state.phase
     return phase.value, 200 if phase is Phase.READY else 503
 
 
 @blueprint.get("/initialize")
 def initialize() -> tuple[str, int]:
-    """202 until then, as old clients wait for it."""
+    """Return 202 until every model is ready, which old clients wait for."""
     return initialized(_gateway().worst().state.phase)
 
 
 @blueprint.get("/v1/models")
 def models() -> Response:
-    """All of them, the default first."""
+    """Return all models, the default first."""
     return jsonify(
         {
             "object": "list",
@@ -150,7 +153,7 @@ def models() -> Response:
 
 @blueprint.get("/v1/jobs")
 def jobs() -> Response:
-    """Those of all models."""
+    """Return the jobs of all models."""
     found: list[dict[str, Any]] = []
     for deployment in _gateway().deployments:
         with deployment.app.app_context():
@@ -161,7 +164,7 @@ def jobs() -> Response:
 @blueprint.route("/", defaults={"path": ""}, methods=METHODS)
 @blueprint.route("/<path:path>", methods=METHODS)
 def forward(path: str) -> Response:
-    """Everything else is the model's own to answer."""
+    """Forward any other request to the model's application."""
     gateway = _gateway()
     environ = dict(request.environ)
     if len(gateway.deployments) == 1:
@@ -175,8 +178,9 @@ def forward(path: str) -> Response:
 
 
 def _named_model(body: bytes) -> str | None:
-    """The model that the request names: in its query, its JSON, its form, or the way the A1111 web
-    interface does.
+    """Return the model that the request names, or None.
+
+    It may be in the query, the JSON, the form, or where the A1111 web interface puts it.
     """
     if name := request.args.get("model"):
         return name
@@ -189,7 +193,7 @@ def _named_model(body: bytes) -> str | None:
     except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
-        return None  # the model's own application says what is wrong with it
+        return None  # the model's application reports what is wrong with it
     override = content.get("override_settings")
     name = content.get("model") or (
         override.get("sd_model_checkpoint") if isinstance(override, dict) else None

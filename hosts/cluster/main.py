@@ -1,5 +1,7 @@
-"""--engine=ray: the launcher's process is the gateway. Listener first, then the Ray cluster, then
-replicas, until it is told to stop.
+"""--engine=ray: the launcher's process is the gateway.
+
+It starts the listener first, then the Ray cluster, then replicas, and runs until it is told to
+stop.
 """
 
 import json
@@ -28,16 +30,15 @@ logger = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 0.2
 STOP_WITHIN_S = 8.0
-"""For everything but the running jobs, which have --drain_seconds."""
+"""For everything except running jobs, which have --drain_seconds."""
 REPLICAS_STOP_WITHIN_S = 5.0
 STOPPING = "the gateway is stopping. Try again when it has started."
 
 
 def run_gateway(settings: Settings, environ: MutableMapping[str, str]) -> int:
-    """Serve until told to stop. Exit code: 0, or 1 with the reason where a model's first replica
-    cannot serve.
+    """Serve until told to stop. Return 0, or 1 if a model's first replica cannot serve.
 
-    environ: this process's environment, in which Ray looks for its own variables.
+    environ: this process's environment, from which Ray reads its own variables.
     """
     parent = os.getppid()
     num_gpus = count_gpus(environ)
@@ -48,7 +49,7 @@ def run_gateway(settings: Settings, environ: MutableMapping[str, str]) -> int:
             if settings.json
             else "\n\n".join(plan.describe() for plan in plans)
         )
-        print(text)  # noqa: T201  what --check is for
+        print(text)  # noqa: T201  output of --check
         return 0
     environ.update(environment(settings.ray_address))
     log.configure(rank=0, log_format=settings.log_format)
@@ -73,7 +74,7 @@ def run_gateway(settings: Settings, environ: MutableMapping[str, str]) -> int:
         # its threads would keep the process, also where there is no cluster to join
         listener.stop()
     if problem:
-        print(f"error: {problem}", file=sys.stderr)  # noqa: T201  the user's one line
+        print(f"error: {problem}", file=sys.stderr)  # noqa: T201  one line for the user
     return 1 if problem else 0
 
 
@@ -93,8 +94,9 @@ def _nodes(
 def _serve(
     deployments: Sequence[Deployment], stopped: threading.Event, *, parent: int | None
 ) -> str:
-    """Keep the replicas that there should be until told to stop, or `parent` is gone; else why a
-    model cannot be served.
+    """Maintain the replicas until told to stop or until `parent` is gone.
+
+    Return why a model cannot be served, or an empty text.
     """
     while not stopped.wait(LOOK_EVERY_S) and parent in (None, os.getppid()):
         for deployment in deployments:
@@ -105,7 +107,10 @@ def _serve(
 
 
 def _stop_when_told(settings: Settings, deployments: Sequence[Deployment]) -> threading.Event:
-    """Set at SIGTERM or SIGINT, when the running jobs have ended or have had --drain_seconds."""
+    """Return an event that SIGTERM or SIGINT sets.
+
+    It is set once the running jobs have ended or --drain_seconds have passed.
+    """
     stopped = threading.Event()
     drain_s = float(settings.drain_seconds)
 
@@ -126,7 +131,7 @@ def _stop_when_told(settings: Settings, deployments: Sequence[Deployment]) -> th
 
 
 def _end(deployments: Sequence[Deployment], nodes: Nodes) -> None:
-    """Answer who still waits, end the replicas, leave the cluster."""
+    """Answer waiting clients, stop the replicas and leave the cluster."""
     for deployment in deployments:
         deployment.queue.abandon(UnavailableError(STOPPING))
     stopping = [

@@ -1,5 +1,5 @@
-"""What a gateway says to a host and hears from it: requests as the fields of POST /v1/jobs, errors
-by their status. Imports no torch.
+"""Messages between gateway and host: requests as fields of POST /v1/jobs, errors by status. No
+torch.
 """
 
 import base64
@@ -14,30 +14,29 @@ from backends.request import GenerateRequest
 from hosts.http import media
 
 ELSEWHERE = frozenset({0, 404, 429, 503})
-"""Status of an answer after which another replica may do the job: nobody there, job forgotten, no
-room, not ready.
+"""Status codes after which another replica may run the job: unreachable, job unknown, queue
+full, not ready.
 """
 
 
 def fields_of(request: GenerateRequest) -> dict[str, Any]:
-    """Return the JSON of POST /v1/jobs from which a host reads the same request. Images travel as
-    PNG, so every pixel stays.
+    """Return the JSON of POST /v1/jobs from which a host reads the same request.
+
+    Images are sent as PNG, so no pixel changes.
     """
     values = {name: getattr(request, name) for name in sorted(request.model_fields_set)}
     fields = {name: _packed(value) for name, value in values.items() if value is not None}
-    return {**fields, "strict": False}  # the gateway has read it by the rules of its dialect
+    return {**fields, "strict": False}  # the gateway has already applied its dialect's rules
 
 
 def preview(jpeg: bytes) -> np.ndarray:
-    """uint8 (h, w, 3) of an event's image."""
+    """Return the image of an event as uint8 (h, w, 3)."""
     with Image.open(io.BytesIO(jpeg)) as image:
         return np.asarray(image.convert("RGB"))
 
 
 def spans_of(trace: Mapping[str, Any]) -> dict[int, list[tuple[str, float, float]]]:
-    """What hosts/jobs/trace.py was told, out of what it made of it; without the time in the
-    replica's queue.
-    """
+    """Recover a job's spans from its Chrome trace, without the replica's queue time."""
     spans: dict[int, list[tuple[str, float, float]]] = {}
     for event in trace["traceEvents"]:
         if event["ph"] == "X" and event["name"] != "queue":

@@ -1,5 +1,5 @@
-"""GET /metrics of a gateway: what each replica says, labelled with its name and model, and what the
-gateway says itself.
+"""GET /metrics of a gateway: each replica's metrics, labelled with its name and model, and its
+own.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,13 +14,11 @@ from hosts.cluster.deployment import Deployment
 from hosts.cluster.replica import ReplicaState
 
 OURS, GATEWAYS = "diffusion_", "diffusion_gateway_"
-"""A job is counted by its replica and by the gateway, which also knows its whole time: not under
-one name, or sums would be wrong.
-"""
+"""Prefixes. Replica and gateway both count a job, so they need different names for correct sums."""
 
 
 def merged(deployments: Sequence[Deployment]) -> bytes:
-    """In Prometheus' text format."""
+    """Return all metrics in Prometheus' text format."""
     families: dict[str, Metric] = {}
     replicas = [
         (deployment, replica) for deployment in deployments for replica in list(deployment.replicas)
@@ -42,7 +40,7 @@ def merged(deployments: Sequence[Deployment]) -> bytes:
 def _add(
     families: dict[str, Metric], text: str, *, labels: dict[str, str], prefix: str = OURS
 ) -> None:
-    """Add the samples of a text to the families of their names."""
+    """Add the samples of a text to the metric families of their names."""
     for found in text_string_to_metric_families(text):
         name = found.name.replace(OURS, prefix, 1)
         family = families.setdefault(name, Metric(name, found.documentation, found.type))
@@ -73,7 +71,7 @@ def _counts(deployments: Sequence[Deployment]) -> Iterable[Metric]:
 
 
 class _Ready:
-    """Families as a collector gives them."""
+    """A collector that returns existing families."""
 
     def __init__(self, families: Iterable[Metric]) -> None:
         self._families = families

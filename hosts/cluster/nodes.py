@@ -1,8 +1,8 @@
-"""The Ray cluster: an own one on this machine, or one to join. Places replicas on its nodes and
-tells of their end.
+"""The Ray cluster: started on this machine, or an existing one that is joined.
 
-Each replica is an actor in a placement group of its own, with a GPU for each rank where there are
-GPUs, and CPUs. Ray says at once when the actor's process or its node is gone.
+It places replicas on nodes and reports when they end. Each replica is an actor in a placement group
+of its own, with CPUs and, where there are GPUs, one GPU per rank. Ray reports at once when the
+actor's process or its node is gone.
 """
 
 import contextlib
@@ -24,9 +24,9 @@ logger = logging.getLogger(__name__)
 
 LOOPBACK = "127.0.0.1"
 OBJECT_STORE_BYTES = 80 * 2**20
-"""The least that Ray allows: nothing large travels through it."""
+"""Ray's minimum, since nothing large is stored."""
 ACTOR_THREADS = 3
-"""start or stop, wait, and one to spare."""
+"""One for start or stop, one for wait, one spare."""
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
@@ -39,8 +39,9 @@ NAMESPACE = "diffusion"
 
 
 def environment(ray_address: str | None) -> dict[str, str]:
-    """Variables that must be set before ray is imported: no reports of use, and an own cluster that
-    nobody else can reach or use.
+    """Return variables that must be set before ray is imported.
+
+    They disable usage reports, and keep others from reaching or using our own cluster.
     """
     if ray_address is not None:
         return QUIET
@@ -55,8 +56,9 @@ def environment(ray_address: str | None) -> dict[str, str]:
 
 
 def _require_listener(address: str) -> None:
-    """OSError if nobody listens at host:port: Ray itself would try for minutes. ValueError if it is
-    none.
+    """Raise OSError if nothing listens at host:port; Ray itself would retry for minutes.
+
+    ValueError if it is not an address.
     """
     host, _, port = address.rpartition(":")
     socket.create_connection(
@@ -65,21 +67,19 @@ def _require_listener(address: str) -> None:
 
 
 class Lost(Exception):
-    """The replica is gone: its process, its node or the cluster."""
+    """The replica's process, its node or the cluster is gone."""
 
 
 class Nodes:
-    """The cluster, once connected. For any thread."""
+    """The cluster, once connected. Thread-safe."""
 
     def __init__(
         self, *, address: str | None, folder: Path, start_in: str, num_ranks: int, num_gpus: int
     ) -> None:
-        """address: of the cluster to join; None starts one, with its files in `folder`, which ends
-        with this process.
-
-        start_in: folder for the replicas, where a node has it: what relative paths mean. num_ranks:
-        of all replicas together, at most.
-        num_gpus: of this machine.
+        """address: cluster to join; None starts one, which ends with this process and has its
+        files in `folder`. start_in: folder in which replicas start if the node has it, for
+        relative paths. num_ranks: largest number of ranks of all replicas. num_gpus: GPUs of
+        this machine.
         """
         self._address = address
         self._folder = folder
@@ -91,8 +91,9 @@ class Nodes:
         self._gpus = num_gpus
 
     def connect(self) -> None:
-        """Blocks for seconds. For the main thread, with which an own cluster ends. ConfigError if
-        there is no such cluster.
+        """Connect to the cluster. Blocks for seconds. ConfigError if it cannot be used.
+
+        Call it in the main thread, with which our own cluster ends.
         """
         import ray
 
@@ -121,14 +122,14 @@ class Nodes:
             ) from error
         if watcher is not None:
             reaper.cluster_is_complete(watcher)
-            self._reaper = watcher  # its stdin must stay open
+            self._reaper = watcher  # keep its stdin open
 
     @property
     def is_own(self) -> bool:
         return self._address is None
 
     def launch(self, name: str, values: Mapping[str, Any], *, ranks: int) -> "Placed":
-        """Ask for a place and start a replica there as soon as there is one. Does not wait."""
+        """Request a place and start a replica there once there is one. Does not wait."""
         import ray
         from ray.util.placement_group import placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -160,7 +161,7 @@ class Nodes:
         return Placed(actor, group, key=order.key, needs=needs)
 
     def close(self) -> None:
-        """Leave the cluster; an own one ends, with every process of it."""
+        """Leave the cluster. Our own cluster ends with all its processes."""
         import ray
 
         family = psutil.Process().children(recursive=True) if self.is_own else []
@@ -172,7 +173,9 @@ class Nodes:
 
 
 class Placed:
-    """A replica as Ray knows it: perhaps without a place yet. needs: what it waits for."""
+    """A replica in the Ray cluster, perhaps still waiting for a place. needs: resources it waits
+    for.
+    """
 
     def __init__(self, actor: Any, group: Any, *, key: str, needs: Mapping[str, int]) -> None:
         self.key = key
@@ -183,19 +186,20 @@ class Placed:
         self._ended: Any = None
 
     def place(self, timeout_s: float) -> ReplicaAddress | None:
-        """Where it is, once it has a place. Raises Lost."""
+        """Return its address once it has a place, else None. Raises Lost."""
         return self._get(self._started, timeout_s)
 
     def ending(self, timeout_s: float) -> ReplicaExit | None:
-        """How its launcher ended, if it did. For a replica that has a place. Raises Lost if Ray
-        tells of the end of its process or node.
+        """Return how its launcher ended, or None. Call it only once the replica has a place.
+
+        Raises Lost if Ray reports that its process or node is gone.
         """
         if self._ended is None:
             self._ended = self._actor.wait.remote()
         return self._get(self._ended, timeout_s)
 
     def stop(self, within_s: float) -> None:
-        """End it in order, then give its place back."""
+        """Stop it in order, then release its place."""
         import ray
 
         with contextlib.suppress(Lost):
@@ -203,7 +207,7 @@ class Placed:
                 self._get(self._actor.stop.remote(within_s), within_s + 1)
         with contextlib.suppress(
             Exception
-        ):  # Ray's errors have no common base; whatever it is, the actor ends with this process
+        ):  # Ray's errors share no base class; the actor ends with this process in any case
             ray.kill(self._actor)
             ray.util.remove_placement_group(self._group)
 
@@ -214,7 +218,7 @@ class Placed:
         try:
             done, _ = ray.wait([answer], timeout=timeout_s)
             return ray.get(done[0]) if done else None
-        except ray.exceptions.RayTaskError as error:  # the actor's own
+        except ray.exceptions.RayTaskError as error:  # raised by the actor
             raise Lost(f"{type(error.cause).__name__}: {error.cause}") from error
         except ray.exceptions.RayError as error:
             raise Lost(

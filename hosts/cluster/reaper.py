@@ -1,9 +1,9 @@
-"""Kills an own Ray cluster's processes when the gateway is gone, whatever ended it: after SIGKILL
-Ray's helpers live on for minutes.
+"""Kills our own Ray cluster's processes when the gateway is gone, even after SIGKILL.
 
-A script that the gateway starts before the cluster. It notes what the gateway has started, until a
-line on stdin says that the cluster is complete, and waits for stdin to end with the gateway. What
-comes later belongs to a replica, and ends with its parent by itself.
+Otherwise Ray's helpers survive for minutes. The gateway starts this script before the cluster. The
+script records the gateway's child processes until a line on stdin says that the cluster is
+complete, then waits until stdin closes. Later processes belong to replicas and end with their
+parents.
 """
 
 import contextlib
@@ -18,20 +18,23 @@ LOOK_EVERY_S = 0.5
 
 
 def start() -> "subprocess.Popen[bytes]":
-    """Begin to note the processes below this one."""
+    """Start recording the child processes of this one."""
     return subprocess.Popen(
         [sys.executable, __file__], stdin=subprocess.PIPE, start_new_session=True
     )
 
 
 def cluster_is_complete(reaper: "subprocess.Popen[bytes]") -> None:
-    """Nothing more is to be noted."""
+    """Stop recording."""
     reaper.stdin.write(b"\n")
     reaper.stdin.flush()
 
 
 def main() -> None:
-    """psutil kills no process that has only the number of one that was noted."""
+    """Record processes and kill them at the end.
+
+    psutil never kills a process that merely reuses a recorded id.
+    """
     gateway, noted = psutil.Process(os.getppid()), set()
     is_complete = False
     while not is_complete:

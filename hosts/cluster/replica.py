@@ -1,6 +1,4 @@
-"""What the gateway knows of one replica, and the thread that keeps it: from its place to its end,
-with health checks in between.
-"""
+"""The gateway's view of one replica, and the thread that supervises it from placement to exit."""
 
 import contextlib
 import http.client
@@ -28,13 +26,9 @@ logger = logging.getLogger(__name__)
 POLL_S = 0.2
 HEALTH_EVERY_S = 1.0
 ANSWER_WITHIN_S = 20.0
-"""Twice the time between two signs of life of a job's events: a node that is cut off closes no
-connection.
-"""
+"""Twice the heartbeat interval of a job's events: a disconnected node closes no connection."""
 HEALTHY_WITHIN_S = 60.0
-"""For which a replica that was ready may give no answer. It may be very busy, or its ranks are
-started again.
-"""
+"""How long a ready replica may fail to answer. It may be busy, or its ranks may be restarting."""
 STOP_WITHIN_S = 5.0
 
 
@@ -47,12 +41,7 @@ class ReplicaState(StrEnum):
 
 
 class Replica:
-    """One replica of a deployment.
-
-    reason: why it is not ready, or gone. is_failure: whether it is gone by itself; is_final:
-    whether another one would end alike.
-    taken_s: when it took a job for the last time. num_done: jobs that it has done.
-    """
+    """One replica of a deployment."""
 
     def __init__(
         self,
@@ -66,10 +55,11 @@ class Replica:
         self.name = name
         self.ranks = plan.ranks
         self.state = ReplicaState.PLACING
-        self.reason = ""
-        self.is_failure = self.is_final = False
-        self.taken_s = 0.0
-        self.num_done = 0
+        self.reason = ""  # why it is not ready, or gone
+        self.is_failure = False  # it ended by itself
+        self.is_final = False  # another one would end in the same way
+        self.taken_s = 0.0  # when it last took a job
+        self.num_done = 0  # finished jobs
         self.place: ReplicaAddress | None = None
         self.facts: dict[str, Any] = {}
         self.client = Client(uses_proxies=False)
@@ -87,18 +77,18 @@ class Replica:
         self._thread.start()
 
     def drain(self) -> None:
-        """No more jobs; it ends when those that it has are done."""
+        """Give it no more jobs. It ends when its current ones are done."""
         self._become(ReplicaState.DRAINING, "it is being drained")
 
     def stop(self) -> None:
-        """End it now. `join` waits for that."""
+        """Stop it now. `join` waits for the end."""
         self._stop.set()
 
     def join(self, timeout_s: float) -> None:
         self._thread.join(timeout_s)
 
     def suspect(self, why: str) -> None:
-        """A job was lost: no others before it has answered that it is ready."""
+        """Give it no more jobs after a lost one until it answers that it is ready."""
         if self.state is ReplicaState.READY:
             self._become(ReplicaState.STARTING, why)
 
@@ -125,7 +115,7 @@ class Replica:
         return sum(slot.job is not None for slot in self._slots)
 
     def describe(self) -> dict[str, Any]:
-        """For GET /cluster."""
+        """Return the facts for GET /cluster."""
         place = self.place
         return {
             "name": self.name,
@@ -140,7 +130,7 @@ class Replica:
         }
 
     def metrics(self) -> str:
-        """Its own GET /metrics, empty if it gives none."""
+        """Return its GET /metrics; empty if it does not answer."""
         if self.place is None or self.state is ReplicaState.GONE:
             return ""
         try:
@@ -163,7 +153,7 @@ class Replica:
         except Lost as error:
             self.is_failure = True
             self._become(ReplicaState.DRAINING, str(error))
-        # a replica without its supervisor must not go on; another takes its place
+        # a replica without its supervisor must not go on; another replaces it
         except Exception as error:
             logger.exception("replica %s is given up", self.name)
             self.is_failure = True
@@ -189,8 +179,9 @@ class Replica:
             self._become(ReplicaState.STARTING, "it loads")
 
     def _look(self) -> None:
-        """Cancel what nobody wants, and every second ask how it is. Raises Lost if it has not
-        answered for too long.
+        """Cancel unwanted jobs, and check its health every second.
+
+        Raises Lost if it has not answered for too long.
         """
         for slot in self._slots:
             slot.cancel_unwanted()
@@ -209,7 +200,7 @@ class Replica:
             return
         self._answered_s = now_s
         if self.state is ReplicaState.STARTING:
-            with contextlib.suppress(RemoteError):  # then at the next look
+            with contextlib.suppress(RemoteError):  # retried at the next check
                 self._ready()
 
     def _ready(self) -> None:
@@ -228,7 +219,7 @@ class Replica:
         )
 
     def _become(self, state: ReplicaState, reason: str) -> None:
-        """Change the state, and have the lanes of all replicas look again. Who leaves does not come
+        """Change the state and wake the slots of all replicas. A leaving replica never comes
         back.
         """
         with self._lock:

@@ -1,8 +1,7 @@
-"""One replica: a launcher with its ranks, started by a Ray actor on whatever node Ray has put it.
-Runs in the actor's process.
+"""One replica: a launcher with its ranks, started by a Ray actor on the node that Ray chose.
 
-The launcher ends with the actor's process (--exit_with_parent), and that with its node or with the
-gateway, whatever kills them.
+Runs in the actor's process. The launcher ends with that process (--exit_with_parent), which ends
+with its node or with the gateway, however they end.
 """
 
 import contextlib
@@ -23,43 +22,40 @@ from hosts.supervision.temp_folder import scratch_folder
 LAUNCHER = Path(__file__).resolve().parents[2] / "launcher.py"
 KEPT_LINES = 20
 ERROR = "error: "
-"""How the launcher begins the one line that says why it ended."""
+"""Start of the line in which the launcher says why it ended."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaSpec:
-    """What to start. values: launch arguments; address: to listen on, None for the node's own;
-    folder: to start in, if the node has it.
-    """
+    """What to start."""
 
-    values: Mapping[str, Any]
-    address: str | None
-    key: str
-    folder: str
+    values: Mapping[str, Any]  # launch arguments
+    address: str | None  # to listen on; None: the node's own
+    key: str  # API key
+    folder: str  # to start in, if the node has it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaAddress:
-    """Where the replica listens, on which node, and the launcher's process there."""
+    """Where the replica runs."""
 
     url: str
     node: str
-    pid: int
+    pid: int  # of the launcher
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaExit:
-    """How the launcher ended. reason: its own words, where it had any."""
+    """How the launcher ended."""
 
     code: int
-    reason: str
+    reason: str  # its last error line, if any
 
     @property
     def is_final(self) -> bool:
-        """Whether starting it again would end in the same way: it said what is wrong with its
-        arguments or its checkpoint.
+        """Whether a restart would end in the same way, as for wrong arguments or a bad checkpoint.
 
-        A port that was free when it was chosen is not among these.
+        A chosen port that is no longer free is not final.
         """
         return (
             self.code in (1, 2) and self.reason.startswith(ERROR) and "--port=" not in self.reason
@@ -67,24 +63,24 @@ class ReplicaExit:
 
 
 class ReplicaHost:
-    """The actor. `start` once; `wait` blocks until the launcher has ended; `stop` ends it."""
+    """The actor. Call `start` once. `wait` blocks until the launcher has ended; `stop` ends it."""
 
-    def __init__(self, order: ReplicaSpec) -> None:
-        self._order = order
+    def __init__(self, spec: ReplicaSpec) -> None:
+        self._spec = spec
         self._open = contextlib.ExitStack()
         self._lines: deque[str] = deque(maxlen=KEPT_LINES)
         self._process: subprocess.Popen[str] | None = None
 
     def start(self) -> ReplicaAddress:
-        """Begin; the host then loads."""
+        """Start the launcher. The host then loads its model."""
         import ray.util
 
         node = ray.util.get_node_ip_address()
-        address = self._order.address or node
+        address = self._spec.address or node
         folder = self._open.enter_context(scratch_folder())
-        (folder / "key").write_text(self._order.key, encoding="utf-8")
+        (folder / "key").write_text(self._spec.key, encoding="utf-8")
         (folder / "config.yaml").write_text(
-            yaml.safe_dump(dict(self._order.values)), encoding="utf-8"
+            yaml.safe_dump(dict(self._spec.values)), encoding="utf-8"
         )
         port = _free_port(address)
         self._process = subprocess.Popen(
@@ -93,7 +89,7 @@ class ReplicaHost:
                 f"--host={address}", f"--port={port}",
                 f"--api_key=@{folder / 'key'}", "--exit_with_parent",
             ],
-            cwd=self._order.folder if Path(self._order.folder).is_dir() else None,
+            cwd=self._spec.folder if Path(self._spec.folder).is_dir() else None,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -106,7 +102,7 @@ class ReplicaHost:
         return ReplicaAddress(url=f"http://{address}:{port}", node=node, pid=self._process.pid)
 
     def wait(self) -> ReplicaExit:
-        """Until the launcher has ended."""
+        """Block until the launcher has ended."""
         code = self._process.wait()
         self._reader.join(timeout=1)
         self._open.close()
@@ -117,7 +113,7 @@ class ReplicaHost:
         return ReplicaExit(code=code, reason=said)
 
     def stop(self, within_s: float) -> None:
-        """Tell the launcher to end, and end it if it is not gone in time."""
+        """Ask the launcher to stop, and kill it if it is not gone in time."""
         self._process.terminate()
         try:
             self._process.wait(timeout=within_s)
@@ -125,7 +121,7 @@ class ReplicaHost:
             self._process.kill()
 
     def _pass_on(self, process: subprocess.Popen[str]) -> None:
-        """The launcher's log is the actor's, which Ray brings to the gateway's."""
+        """Forward the launcher's log to the actor's, which Ray forwards to the gateway."""
         for line in process.stdout:
             self._lines.append(line.rstrip())
             sys.stderr.write(line)

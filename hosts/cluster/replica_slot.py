@@ -1,5 +1,6 @@
-"""One job at a time from the gateway's queue to one replica and back. A replica has as many lanes
-as it works on jobs at once.
+"""Passes one job at a time from the gateway's queue to a replica and the result back.
+
+A replica has one slot for each job that it can run at once.
 """
 
 import contextlib
@@ -26,26 +27,24 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BROKEN = (OSError, http.client.HTTPException, ValueError, KeyError)
-"""What reading an answer raises that the other side did not finish."""
+"""Errors that mean that the other side did not finish its answer."""
 
 
 class ReplicaSlot:
-    """A thread between the queue and its replica. job: the one it has."""
+    """A thread between the queue and its replica. job: its current job."""
 
     def __init__(self, replica: "Replica", queue: JobQueue) -> None:
         self._replica = replica
         self._queue = queue
         self.job: Job | None = None
         self._remote: RemoteJob | None = None
-        self._thread = threading.Thread(target=self._run, name=f"lane-{replica.name}", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"slot-{replica.name}", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
     def cancel_unwanted(self) -> None:
-        """Tell the replica of a job that its client does not want any more. To be called now and
-        then.
-        """
+        """Cancel the job on the replica if its client no longer wants it. Call it regularly."""
         job, remote = self.job, self._remote
         if job is None or remote is None or not job.must_stop:
             return
@@ -63,7 +62,7 @@ class ReplicaSlot:
             self.job = self._remote = None
 
     def _choose(self, waiting: Sequence[Job], running: Sequence[Job]) -> Choice:
-        """While the queue is locked, so that two lanes see the same loads."""
+        """Choose a job. The queue is locked, so that all slots see the same loads."""
         if self._replica.is_leaving:
             return Choice.LEAVE
         if not waiting or not self._replica.is_next():
@@ -89,7 +88,7 @@ class ReplicaSlot:
                 self._queue.finish(job, error=error_of(error.status, str(error)))
         except BROKEN as error:
             self._give_back(job, error, was_begun=was_begun)
-        except Exception as error:  # whatever it is: a job must have an end, and a lane must go on
+        except Exception as error:  # every job must end, and the slot must go on
             logger.exception("job %s failed in the gateway", job.id)
             self._queue.finish(
                 job,
@@ -98,11 +97,11 @@ class ReplicaSlot:
         else:
             self._replica.num_done += 1
             self._queue.finish(job, result=result)
-            with contextlib.suppress(RemoteError, *BROKEN):  # nobody waits for it
+            with contextlib.suppress(RemoteError, *BROKEN):  # no one waits for it
                 job.spans = messages.spans_of(self._replica.client.trace(remote.id))
 
     def _follow(self, remote: RemoteJob, job: Job) -> None:
-        """Record its steps until it is over. OSError if the events end before."""
+        """Record the job's steps until it is over. OSError if the events end early."""
         is_over, shown = False, None
         while not is_over:
             with_previews = job.wants_preview
@@ -123,9 +122,7 @@ class ReplicaSlot:
                 raise ConnectionError("the events ended before the job")
 
     def _give_back(self, job: Job, error: Exception, *, was_begun: bool) -> None:
-        """The replica cannot go on with it: another one, or the same when it is back, begins it
-        again.
-        """
+        """Return a job that the replica lost to the queue, to be started again on any replica."""
         logger.warning("job %s was lost with replica %s (%s)", job.id, self._replica.name, error)
         self._replica.suspect(str(error))
         if self._queue.retry(job, was_begun=was_begun):
@@ -134,7 +131,7 @@ class ReplicaSlot:
             self._queue.finish(job, error=CancelledError("the job was cancelled."))
         elif (
             not self._queue.is_closed
-        ):  # else the next gateway has it, or who stops this one answers it
+        ):  # else the next gateway runs it, or stopping this one answers it
             self._queue.finish(job, error=_gave_up(job, error))
 
 

@@ -1,6 +1,4 @@
-"""How many replicas a model should have: up at once when jobs wait, down one by one when fewer were
-enough for a while. Pure Python.
-"""
+"""Number of replicas of a model: raised at once when jobs wait, lowered one by one. Pure Python."""
 
 import math
 from dataclasses import dataclass
@@ -8,22 +6,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """jobs_per_replica: waiting and running, above which there should be one more. idle_s: for
-    which fewer must have been enough.
-    """
+    """When to add and remove replicas."""
 
     minimum: int
     maximum: int
-    jobs_per_replica: int
-    idle_s: float
+    jobs_per_replica: int  # waiting and running; more jobs need another replica
+    idle_s: float  # how long fewer must have been enough before one is removed
 
     def enough(self, num_jobs: int) -> int:
-        """Replicas for so many jobs."""
+        """Return the number of replicas for this number of jobs."""
         return min(self.maximum, max(self.minimum, math.ceil(num_jobs / self.jobs_per_replica)))
 
 
 class Scale:
-    """One model's. `target` is the number of replicas there should be."""
+    """Scaling of one model. `target` is the wanted number of replicas."""
 
     def __init__(self, rule: Rule, *, first: int, now_s: float) -> None:
         self._rule = rule
@@ -31,8 +27,9 @@ class Scale:
         self._needed_s = now_s
 
     def look(self, *, num_jobs: int, now_s: float) -> int:
-        """The target, now that so many jobs wait or run. now_s: of any clock that only goes
-        forward.
+        """Return the target for this number of waiting and running jobs.
+
+        now_s: from any monotonic clock.
         """
         enough = self._rule.enough(num_jobs)
         if enough >= self.target:

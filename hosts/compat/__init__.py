@@ -1,3 +1,1 @@
-"""The door for existing clients: their argument names, routes and encodings, and nothing of them
-elsewhere.
-"""
+"""Everything that is specific to the existing clients: argument names, routes and encodings."""

@@ -1,9 +1,8 @@
-"""Command lines of existing clients -> the same Settings as the launcher's. Tolerant, because
-neither client notices a host that exits.
+"""Command lines of existing clients -> the launcher's Settings.
 
-Unknown arguments only warn; empty values count as not given; '-' and '_' are equal; no
-abbreviations. A value that cannot be meant is a ConfigError, which the host then answers to every
-request.
+Parsing is lenient, because neither client notices a host that exits. Unknown arguments only cause a
+warning, empty values count as absent, '-' and '_' are equal, and there are no abbreviations. An
+invalid value is a ConfigError, which the host then returns for every request.
 """
 
 import logging
@@ -29,15 +28,16 @@ NO_EFFECT = {
     "use_fp8_t5_encoder": "text encoders are quantized by --quantize_encoder_to=float8",
     "no_use_resolution_binning": "sizes are never changed to those of a list",
 }
-"""Arguments of the existing clients that change nothing here -> why."""
+"""Arguments of the existing clients without effect here -> reason."""
 MEANT_FOR = {"warm_up": "asyncdiff", "synced_steps": "asyncdiff", "warmup_steps": "xdit"}
-"""Arguments of one backend, which is the only one that they act on when these clients send them."""
+"""Arguments that apply to one backend only when these clients send them."""
 OLD_SWITCHES = frozenset(name for name in NO_EFFECT if name.startswith(("no_", "use_")))
 
 
 def parse_client_arguments(argv: Sequence[str], *, backend: str) -> Settings:
-    """Settings for a host script of `backend`. Requests may name image files in the system's
-    temporary folder, as LocalAI does.
+    """Return the settings for a host script of `backend`.
+
+    Requests may name image files in the system's temporary folder, as LocalAI does.
     """
     names = canonical_names()
     values: dict[str, str] = {}
@@ -61,7 +61,7 @@ def parse_client_arguments(argv: Sequence[str], *, backend: str) -> Settings:
 
 
 def _pairs(argv: Sequence[str]) -> list[tuple[str, str | None]]:
-    """--key=value, --key value and bare --key; anything else only warns."""
+    """Parse --key=value, --key value and bare --key. Anything else causes a warning."""
     pairs: list[tuple[str, str | None]] = []
     for token in argv:
         if token.startswith("--"):
@@ -85,8 +85,9 @@ def _is_switch(name: str) -> bool:
 def settings_or_problem(
     argv: Sequence[str], *, backend: str
 ) -> tuple[Settings, ConfigError | None]:
-    """The settings, or those of a host that can only say what is wrong: on the port the client
-    asked for.
+    """Return the settings and None, or on a ConfigError those of a host that only reports it.
+
+    That host listens on the port that the client asked for.
     """
     try:
         return parse_client_arguments(argv, backend=backend), None

@@ -1,7 +1,7 @@
 """The base64(pickle) fields of the existing clients <-> plain objects (docs/compat.md).
 
-Pure functions. The compat routes call them with one field at a time. Nothing received is executed,
-and each failure is a RequestError that names the field.
+Pure functions, which the compat routes call with one field at a time. Nothing received is executed.
+Every failure is a RequestError that names the field.
 """
 
 import base64
@@ -49,7 +49,7 @@ _CONDITIONING_WANTED = 'Send base64 of a pickled list [[tensor, {"pooled_output"
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Conditioning:
-    """Prompt embeds that a client computed itself."""
+    """Prompt embeds that a client computed."""
 
     embeds: np.ndarray
     """float32 [1, T, D]: T tokens of D channels"""
@@ -60,11 +60,10 @@ class Conditioning:
 def decode_image(
     text: object, *, field: str, limits: DecodeLimits = _DEFAULT_LIMITS
 ) -> Image.Image:
-    """An encoded image as RGB.
+    """Return an encoded image as RGB. Alpha is dropped, EXIF rotation applied. Raises RequestError.
 
-    text: base64 of a pickled PIL image (modes L, LA, P, RGB, RGBA), or of a PNG, JPEG or WebP file,
-    the latter also after `data:image/...;base64,`; which of them is seen from the content. Alpha is
-    dropped, EXIF rotation applied. Raises RequestError.
+    text: base64 of a pickled PIL image (modes L, LA, P, RGB, RGBA) or of a PNG, JPEG or WebP file;
+    the latter may follow `data:image/...;base64,`. The content tells which it is.
     """
     return decoded(lambda: _image_from_text(text, limits), field=field, wanted=_IMAGE_WANTED)
 
@@ -76,8 +75,9 @@ def decode_image_or_path(
     allowed_dirs: Iterable[Path | str],
     limits: DecodeLimits = _DEFAULT_LIMITS,
 ) -> Image.Image:
-    """Like decode_image, but `text` may also be the absolute path of an image file inside one of
-    `allowed_dirs`. Raises RequestError.
+    """Like decode_image, but `text` may also be an absolute path inside one of `allowed_dirs`.
+
+    Raises RequestError.
     """
     if not is_path(text):
         return decode_image(text, field=field, limits=limits)
@@ -87,10 +87,10 @@ def decode_image_or_path(
 def decode_tensor(
     text: object, *, field: str, limits: DecodeLimits = _DEFAULT_LIMITS
 ) -> np.ndarray:
-    """A pickled torch tensor (or Parameter) of floats or integers, from any device: float32,
-    contiguous, finite, not empty.
+    """Return a pickled torch tensor (or Parameter) as a finite, non-empty, contiguous float32
+    array.
 
-    Raises RequestError.
+    It may hold floats or integers and come from any device. Raises RequestError.
     """
 
     def read() -> np.ndarray:
@@ -105,10 +105,10 @@ def decode_tensor(
 def decode_conditioning(
     text: object, *, field: str, limits: DecodeLimits = _DEFAULT_LIMITS
 ) -> Conditioning:
-    """The first pair of a ComfyUI conditioning list; other pairs, and keys other than
-    pooled_output, are ignored.
+    """Return the first pair of a ComfyUI conditioning list.
 
-    Raises RequestError, also when an ignored part holds an object of any other class.
+    Other pairs and keys other than pooled_output are ignored. Raises RequestError, also if an
+    ignored part holds an object of another class.
     """
 
     def read() -> Conditioning:
@@ -125,13 +125,14 @@ def decode_conditioning(
 
 
 def encode_image(image: Image.Image) -> str:
-    """One image as the clients unpickle it: RGB, no subclass, no metadata."""
+    """Return one image as the clients unpickle it: plain RGB without metadata."""
     return _encoded(_plain(image))
 
 
 def encode_frames(frames: Sequence[Image.Image]) -> str:
-    """The frames of a video: a list of at least one RGB image, all of one size, which the clients
-    stack.
+    """Return the frames of a video: a list of one or more RGB images of one size.
+
+    The clients stack them.
     """
     sizes = {frame.size for frame in frames}
     if len(sizes) != 1:
@@ -143,8 +144,9 @@ def encode_frames(frames: Sequence[Image.Image]) -> str:
 
 
 def encode_latents(latents: np.ndarray) -> str:
-    """Latents [1, C, h, w] as a torch tensor: CPU, float32, contiguous, without gradient, so that
-    no client needs CUDA.
+    """Return latents [1, C, h, w] as a pickled torch tensor.
+
+    It is on the CPU, float32, contiguous and without gradient, so that no client needs CUDA.
     """
     import torch  # here, because the HTTP side must be importable without torch
 
@@ -152,7 +154,7 @@ def encode_latents(latents: np.ndarray) -> str:
 
 
 def encode_conditioning(embeds: np.ndarray, pooled: np.ndarray | None) -> str:
-    """What decode_conditioning reads."""
+    """Encode prompt embeds for decode_conditioning."""
     import torch  # as above
 
     options = {"pooled_output": torch.tensor(pooled) if pooled is not None else None}

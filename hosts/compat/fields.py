@@ -1,5 +1,6 @@
-"""The body of an existing client's POST /generate -> GenerateRequest. Their names and encodings are
-known in hosts/compat only; docs/compat.md lists them.
+"""The body of an existing client's POST /generate -> GenerateRequest.
+
+Only hosts/compat knows their names and encodings; docs/compat.md lists them.
 """
 
 from collections.abc import Mapping
@@ -28,29 +29,30 @@ OLD_NAMES = {
     "latents": ("latent",),
     "ip_adapter_image": ("ip_image",),
 }
-"""Request field -> the names of the existing clients. The first that is there wins."""
+"""Request field -> names that existing clients use. The first one present wins."""
 NAMES = {field: (*OLD_NAMES.get(field, ()), field) for field in GenerateRequest.model_fields}
 EMBEDS = {
     "positive_embeds": ("prompt_embeds", "pooled_prompt_embeds"),
     "negative_embeds": ("negative_prompt_embeds", "negative_pooled_prompt_embeds"),
 }
-"""Name of a conditioning -> the fields of its two parts."""
+"""Name of a conditioning -> the fields for its two parts."""
 NPY, PICKLE = "k05VTVBZ", "gA"
-"""How base64 text of a .npy file begins, and of a pickle."""
+"""Prefixes of base64 text: of a .npy file and of a pickle."""
 MAX_IMAGE_SCALE = 1000.0
 SCALES = {f"{name}_scale" for name in (*decode.IMAGES, "ip_image")}
 RULES = dict.fromkeys(
     {name for names in NAMES.values() for name in names} | set(EMBEDS) | SCALES | {"keep", "model"},
     dialect.DONE,
 )
-"""The fields of POST /generate, which every client but the existing ones must keep to."""
+"""The fields of POST /generate. They bind every client except the existing ones."""
 
 
 def read_request(body: Any, *, spec: ModelSpec, accepted: Accepted) -> GenerateRequest:
-    """Return the request. null is absent. An existing client's unknown keys are ignored, and what
-    this host cannot use is left undecoded; another client's are errors.
+    """Return the request. null counts as absent.
 
-    RequestError names the client's field, what was sent and what is allowed.
+    An existing client's unknown keys are ignored, and fields that this host cannot use stay
+    undecoded. For other clients both are errors. RequestError names the client's field, its value
+    and what is allowed.
     """
     if not isinstance(body, Mapping):
         raise RequestError(f"the body must be one JSON object, not {type(body).__name__}.")
@@ -76,8 +78,9 @@ def read_request(body: Any, *, spec: ModelSpec, accepted: Accepted) -> GenerateR
 
 
 def is_existing_client(body: Mapping[str, Any]) -> bool:
-    """Whether the body is of an existing client: it has names of theirs, and none of diffusers'
-    for the same.
+    """Whether the body is from an existing client.
+
+    It uses their names and none of diffusers' names for the same fields.
     """
     old = {name for names in OLD_NAMES.values() for name in names} | set(EMBEDS)
     new = set(OLD_NAMES) | {field for fields in EMBEDS.values() for field in fields}
@@ -85,7 +88,7 @@ def is_existing_client(body: Mapping[str, Any]) -> bool:
 
 
 def _names(given: Mapping[str, Any]) -> dict[str, str]:
-    """Return the request fields that are there, and the name each was sent under."""
+    """Return the request fields that are present -> the name under which each was sent."""
     found: dict[str, str] = {}
     for field, names in NAMES.items():
         name = next((name for name in names if name in given), None)
@@ -95,7 +98,7 @@ def _names(given: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _find_oldest(sent_as: dict[str, str]) -> None:
-    """The oldest clients send the IP-Adapter's image as `image`."""
+    """Rename the IP-Adapter image, which the oldest clients send as `image`."""
     if "image" in sent_as and "ip_adapter_image" not in sent_as:
         sent_as["ip_adapter_image"] = sent_as.pop("image")
 
@@ -103,9 +106,12 @@ def _find_oldest(sent_as: dict[str, str]) -> None:
 def _decoded(
     value: Any, field: str, name: str, given: Mapping[str, Any], accepted: Accepted
 ) -> Any:
-    """Return the value with its pickles read; what is no pickle is left to hosts/http/decode.py."""
+    """Return the value with its pickles read.
+
+    hosts/http/decode.py reads everything else.
+    """
     if field == "mask_image" and isinstance(value, str) and not value.startswith(PICKLE):
-        return value  # its alpha channel says what may change
+        return value  # its alpha channel marks what may change
     if field in decode.IMAGES:
         key = "ip_image_scale" if field == "ip_adapter_image" else f"{field}_scale"
         percent = _percent(given[key], key) if key in given else accepted.image_scale
@@ -130,7 +136,7 @@ def _image(
 
 
 def _percent(value: Any, field: str) -> float:
-    """Return the percentage of an image's size, which one client sends as a list of one."""
+    """Return a percentage of the image size. One client sends it as a list of one number."""
     percent = value[0] if isinstance(value, list) and len(value) == 1 else value
     is_number = isinstance(percent, int | float) and not isinstance(percent, bool)
     if not is_number or not 1 <= percent <= MAX_IMAGE_SCALE:

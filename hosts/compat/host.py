@@ -1,5 +1,6 @@
-"""What clients/multigpu_diffusion/host_<backend>.py runs: one rank of a host started by torchrun,
-as the existing clients do it.
+"""Entry point of clients/multigpu_diffusion/host_<backend>.py.
+
+It runs one rank of a host that the existing clients start with torchrun.
 """
 
 import os
@@ -12,14 +13,13 @@ from hosts.main import is_rank, run_rank
 from hosts.supervision.parent_watch import end_process
 
 BIND_PATIENCE_S = 30.0
-"""A client may start the next host while the port of the last one, which it killed, is not free
-yet.
-"""
+"""A client may start the next host before the port of the last one, which it killed, is free."""
 
 
 def serve(backend: str) -> None:
-    """Serve with `backend` until killed. Does not return. Without --checkpoint and --type it waits
-    for a pipeline (hosts/ranks/model_loop.py).
+    """Serve with `backend` until killed. Does not return.
+
+    Without --checkpoint and --type it waits for a pipeline (hosts/ranks/model_loop.py).
     """
     if not is_rank():
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")

@@ -1,4 +1,4 @@
-"""Image nodes of a pickle -> PIL images in mode RGB."""
+"""Converts image nodes of a pickle to PIL images in mode RGB."""
 
 from PIL import Image
 
@@ -10,8 +10,9 @@ _MAX_SIDE = 2**16
 
 
 def from_node(node: ImageNode, limits: DecodeLimits) -> Image.Image:
-    """The image as RGB; alpha is dropped, a palette applied, its info ignored. Raises
-    MalformedPickle.
+    """Return the image as RGB: alpha is dropped, a palette applied, `info` ignored.
+
+    Raises MalformedPickle.
     """
     if type(node.state) is not list or not 5 <= len(node.state) <= 8:
         raise MalformedPickle("the image does not have the five parts that PIL writes")
@@ -45,7 +46,7 @@ def _checked_size(size: object, limits: DecodeLimits) -> tuple[int, int]:
 
 
 def _checked_palette(palette: object) -> bytes:
-    """Red, green, blue of up to 256 colours, as PIL's getpalette() lists them."""
+    """Return red, green, blue of up to 256 colours, in the order of PIL's getpalette()."""
     if type(palette) is not list or not 3 <= len(palette) <= 768 or len(palette) % 3:
         raise MalformedPickle("the image's palette must list 1 to 256 colours of three numbers")
     if not all(type(number) is int and 0 <= number <= 255 for number in palette):

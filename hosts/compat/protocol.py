@@ -1,5 +1,6 @@
-"""What a host speaks beside its own API: other dialects, and one of the two protocols of the
-existing clients (docs/compat.md).
+"""What a host serves besides its own API: other dialects and one protocol of the existing clients.
+
+docs/compat.md describes both protocols.
 """
 
 from collections.abc import Mapping
@@ -16,27 +17,27 @@ from hosts.supervision.host_state import HostState, Phase
 
 
 class FixedModel:
-    """v1: the model is named on the command line, and stays."""
+    """v1: the command line names the model, which never changes."""
 
     dialects: tuple[Dialect, ...] = (openai.DIALECT, *a1111.DIALECTS, routes.DIALECT)
 
     def __init__(self, control: ModelControl | None = None) -> None:
-        """control: left alone, so that both protocols are made alike."""
+        """control: unused, so that both protocols take the same arguments."""
 
     def fields(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The body of /generate in v1's names."""
+        """Return the body of /generate in v1's names."""
         return body
 
     def percent(self, queue: JobQueue, state: HostState) -> float:
-        """What /progress shows."""
+        """Return the value of /progress."""
         return queue.percent
 
     def require_pipeline(self, state: HostState) -> None:
-        """UnavailableError if a job cannot even wait. Here it waits while the model loads."""
+        """Raise UnavailableError if a job cannot even wait. It may wait while the model loads."""
 
 
 class ModelOverHttp:
-    """v2: the host starts without a model, which POST /apply loads, changes and unloads."""
+    """v2: the host starts without a model. POST /apply loads, changes and unloads it."""
 
     dialects: tuple[Dialect, ...] = (*FixedModel.dialects, v2_routes.DIALECT)
 
@@ -44,16 +45,16 @@ class ModelOverHttp:
         self.control = control
 
     def fields(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The body of /generate in v1's names."""
+        """Return the body of /generate in v1's names."""
         return v1_fields(body)
 
     def percent(self, queue: JobQueue, state: HostState) -> float:
-        """What /progress shows: of loading unless there are jobs."""
+        """Return the value of /progress: of loading unless there are jobs."""
         is_serving = state.phase is Phase.READY and queue.jobs()
         return queue.percent if is_serving else state.loading_percent
 
     def require_pipeline(self, state: HostState) -> None:
-        """UnavailableError if a job cannot even wait."""
+        """Raise UnavailableError if a job cannot even wait."""
         if state.phase is not Phase.READY:
             raise UnavailableError(
                 state.reason or "no pipeline is ready. Send its configuration to POST /apply."

@@ -23,10 +23,9 @@ DIALECT = Dialect(blueprint=blueprint)
 
 @blueprint.get("/initialize")
 def initialize() -> tuple[str, int]:
-    """202 while loading, 503 with the reason while another machine is waited for.
+    """Return 202 while loading, and 503 with the reason while another machine is awaited.
 
-    200 also after a failed load: old clients poll until 200, and then read the reason from
-    /generate.
+    Also 200 after a failed load: old clients poll until 200, then read the reason from /generate.
     """
     state = current_app.extensions["host"].state
     return initialized(state.phase, state.reason)
@@ -43,7 +42,9 @@ def initialized(phase: Phase, reason: str = "") -> tuple[str, int]:
 
 @blueprint.get("/progress")
 def progress() -> Response:
-    """0 to 100 as text: of the job, or of loading on a host that loads over HTTP."""
+    """Return 0 to 100 as text: progress of the job, or of loading on a host that loads over
+    HTTP.
+    """
     host = current_app.extensions["host"]
     percent = host.protocol.percent(host.queue, host.state)
     return Response(f"{percent:g}", mimetype="text/plain")
@@ -51,10 +52,10 @@ def progress() -> Response:
 
 @blueprint.post("/generate")
 def generate() -> Response:
-    """One image or video; waits its turn. The answer is the JSON that the existing clients read,
-    or the file itself if Accept asks for one.
+    """Generate one image or video, after the jobs before it.
 
-    The job of a client that goes away is cancelled, unless the body says "keep": true.
+    Returns the JSON that the existing clients read, or the file if Accept asks for one. If the
+    client disconnects, the job is cancelled unless the body says "keep": true.
     """
     host = current_app.extensions["host"]
     sent = json_object()
@@ -74,8 +75,10 @@ def generate() -> Response:
 
 
 def legacy_body(result: GenerateResult, *, spec: ModelSpec) -> dict[str, Any]:
-    """ComfyUI unpacks two values exactly when `latent` is there, so it is there exactly for the
-    types whose nodes want two.
+    """Return the JSON that existing clients read.
+
+    ComfyUI unpacks two values exactly if `latent` is present, so only types whose nodes expect two
+    values have it.
     """
     is_image = spec.output == "image"
     with current_app.extensions["metrics"].serialising():

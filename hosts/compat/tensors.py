@@ -1,9 +1,9 @@
-"""Tensor nodes of a pickle -> float32 arrays, without torch.
+"""Converts tensor nodes of a pickle to float32 arrays, without torch.
 
-A tensor travels as a legacy torch storage file (five small pickles, a count, the raw elements) and
-as offset, size and stride into it. All of it is checked here and read with numpy.
-torch.load(weights_only=True) would read the same files, but also zip archives, any storage size the
-header claims, and views beyond the storage; nothing received is given to it.
+A tensor arrives as a legacy torch storage file (five small pickles, a count, the raw elements) and
+as offset, size and stride into it. All of that is checked here and read with numpy.
+torch.load(weights_only=True) reads the same files, but also zip archives, any storage size that the
+header claims, and views beyond the storage; nothing received is passed to it.
 """
 
 import math
@@ -43,9 +43,9 @@ _STORAGE_GLOBALS = frozenset(GlobalName("torch", name) for name in _DTYPES)
 
 
 def to_array(node: TensorNode, limits: DecodeLimits) -> np.ndarray:
-    """The tensor's values: float32, contiguous, owned by the caller, finite, at least one element.
+    """Return the tensor's values: float32, contiguous, finite, not empty, owned by the caller.
 
-    Devices, gradients and memory order of the sender are dropped. Raises MalformedPickle.
+    The sender's device, gradient and memory order are dropped. Raises MalformedPickle.
     """
     storage, offset, size, stride = _arguments(node)
     elements = _read_storage(storage, limits)
@@ -71,8 +71,9 @@ def to_array(node: TensorNode, limits: DecodeLimits) -> np.ndarray:
 
 
 def _arguments(node: TensorNode) -> tuple[StorageNode, int, tuple[int, ...], tuple[int, ...]]:
-    """The checked arguments of _rebuild_tensor_v2; the last three (gradient, hooks, flags) have no
-    meaning here.
+    """Return the checked arguments of _rebuild_tensor_v2.
+
+    The last three (gradient, hooks, flags) have no meaning here.
     """
     if len(node.args) not in (6, 7):
         raise MalformedPickle("the tensor does not have the six parts that torch writes")
@@ -102,7 +103,7 @@ def _is_index(number: object) -> bool:
 
 
 def _read_storage(node: StorageNode, limits: DecodeLimits) -> np.ndarray:
-    """All elements of a storage file as a read-only 1-D array over the received bytes."""
+    """Return all elements of a storage file as a read-only 1-D view of the received bytes."""
     header_limits = replace(limits, max_opcodes=_MAX_HEADER_OPCODES)
     parts, position = [], 0
     for _ in range(5):
@@ -135,7 +136,7 @@ def _read_storage(node: StorageNode, limits: DecodeLimits) -> np.ndarray:
 
 
 def _storage_id(storage: object) -> tuple[np.dtype, str, int]:
-    """Element type, key and element count of ("storage", type, key, device, count, None)."""
+    """Return dtype, key and element count of ("storage", type, key, device, count, None)."""
     parts = storage.value if type(storage) is PersistentId else None
     if type(parts) is not tuple or [type(part) for part in parts] != [
         str,

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from hosts.http.images import Unreadable
 from hosts.http.limits import DecodeLimits
 
-# bytes; longer text stays undecoded, because one wide character makes str four times as large
+# bytes; longer text stays undecoded, because one wide character quadruples the size of a str
 _LONGEST_TEXT = 4096
 _LONGEST_NAME = 200  # bytes of a module or class name
 _LONGEST_INTEGER = 16  # bytes; torch's magic number has 10
@@ -29,7 +29,7 @@ class MalformedPickle(Unreadable):
 
 @dataclass(frozen=True, slots=True)
 class GlobalName:
-    """A module and a name in it, as text: nothing is looked up."""
+    """A module and a name in it, as text. Nothing is looked up."""
 
     module: str
     name: str
@@ -288,7 +288,7 @@ class PickleReader:
         self._push(self._call(target, args))
 
     def _call(self, target: GlobalName, args: tuple) -> object:
-        """What calling `target` would have made, as a node."""
+        """Return a node for the object that calling `target` would create."""
         kinds = tuple(type(arg) for arg in args)
         if target == _ENCODE and kinds in ((str, str), (LongText, str)) and args[1] == "latin1":
             return self._encode(args[0])
@@ -303,9 +303,10 @@ class PickleReader:
         raise MalformedPickle(f"the pickle calls {target} with arguments it does not take")
 
     def _encode(self, text: str | LongText) -> memoryview:
-        """Bytes that protocol 2 wrote as text of the characters 0 to 255."""
-        # counted, because the memo offers one text any number of times
-        self._encoded_left -= len(text if type(text) is str else text.data)
+        """Return the bytes that protocol 2 wrote as text with characters 0 to 255."""
+        self._encoded_left -= len(
+            text if type(text) is str else text.data
+        )  # the memo can return the same text any number of times
         if self._encoded_left < 0:
             raise MalformedPickle(
                 f"the pickle unfolds to more than {self._limits.max_encoded_bytes} bytes"
@@ -384,8 +385,9 @@ def _children(value: object) -> list | tuple:
 
 
 def _check_depth(value: object, max_depth: int) -> None:
-    """Walk level by level, each container once, so that shared or recursive values cost no more
-    than others.
+    """Raise MalformedPickle for containers nested too deeply.
+
+    Each container is visited once, level by level, so shared or recursive values cost no more.
     """
     level, seen = [value], {id(value)}
     for _ in range(max_depth):

@@ -1,8 +1,7 @@
-"""The pipeline configuration of POST /apply (v2 protocol, docs/compat.md) -> the same Settings as a
-command line's. Imports no torch.
+"""The pipeline configuration of POST /apply (v2 protocol, docs/compat.md) -> Settings. No torch.
 
-What is given is either used or refused with the reason; only what cannot change an image is
-ignored, with a warning in the log.
+Every value is used or refused with a reason. Only values that cannot change an image are ignored,
+with a warning in the log.
 """
 
 import logging
@@ -25,7 +24,7 @@ PLAIN = (
     "enable_attention_slicing",
     "xformers_efficient",
 )
-"""Keys that are our arguments by the same name."""
+"""Keys with the same name as our arguments."""
 BACKEND_CONFIG = ("model_n", "stride", "time_shift", "synced_steps", "synced_percent")
 TORCH_CONFIG = ("torch_cache_limit", "torch_accumlated_cache_limit", "torch_capture_scalar")
 COMPILE_CONFIG = (
@@ -47,7 +46,7 @@ NAMES = {
     "compile_encoder": "compile_text_encoder",
     "torch_accumlated_cache_limit": "torch_accumulated_cache_limit",
 }
-"""The client's name -> our argument's, where they differ."""
+"""The client's name -> our argument, where they differ."""
 MOTION = {"motion_module": "motion_module", "motion_adapter": "motion_adapter"}
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 QUANTIZED = {
@@ -62,7 +61,8 @@ OFF_TEXTS = ("", "default", "disabled", "None")
 
 
 def read_configuration(body: Mapping[str, Any], *, base: Settings, table: ModelTable) -> Settings:
-    """The host's own settings (`base`: port, backend, ...) with the pipeline of the body.
+    """Return `base` (port, backend, ...) with the pipeline of the body.
+
     ConfigError names the key at fault.
     """
     name = _text(body, "pipeline_type")
@@ -86,7 +86,10 @@ def read_configuration(body: Mapping[str, Any], *, base: Settings, table: ModelT
 
 
 def _sections(body: Mapping[str, Any]) -> Values:
-    """The keys of the nested objects. In compile_config, `fullgraph` is the opposite of ours."""
+    """Return the settings of the nested objects.
+
+    In compile_config, `fullgraph` is the inverse of ours.
+    """
     found: Values = {}
     for section, keys in SECTIONS.items():
         given = _mapping(body, section)
@@ -107,7 +110,9 @@ def _variant(body: Mapping[str, Any]) -> Values:
 
 
 def _components(body: Mapping[str, Any], spec: ModelSpec) -> Values:
-    """Weights in the place of the checkpoint's: each a folder, or a file and its config.json."""
+    """Return weights that replace the checkpoint's: each a folder, or a file and its
+    config.json.
+    """
     for key in ENCODERS:
         if _mapping(body, key):
             raise ConfigError(
@@ -131,8 +136,9 @@ def _components(body: Mapping[str, Any], spec: ModelSpec) -> Values:
 
 
 def _weights(body: Mapping[str, Any], key: str) -> tuple[str | None, str | None]:
-    """{"checkpoint": folder} or {"model": file, "config": config.json} -> the path and its
-    configuration's.
+    """Return the path and the path of its configuration.
+
+    given: {"checkpoint": folder} or {"model": file, "config": config.json}.
     """
     given = _mapping(body, key)
     path = given.get("checkpoint") or given.get("model")
@@ -145,8 +151,9 @@ def _weights(body: Mapping[str, Any], key: str) -> tuple[str | None, str | None]
 
 
 def _quantization(body: Mapping[str, Any]) -> Values:
-    """Component -> our option's text. The libraries' finer settings have no counterpart and are
-    left to our own kinds.
+    """Return component -> the text of our option.
+
+    The libraries' finer settings have no counterpart here.
     """
     found: Values = {}
     for target, given in _mapping(body, "quantization_config").items():
@@ -214,7 +221,7 @@ def _warn_of_others(body: Mapping[str, Any]) -> None:
 
 
 def _is_off(value: Any) -> bool:
-    """Whether the client says that nothing was chosen; 0 is a choice."""
+    """Whether the client chose nothing. 0 is a choice."""
     return (
         value is None
         or value is False

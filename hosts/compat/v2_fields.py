@@ -1,4 +1,4 @@
-"""What a v2 POST /generate says differently from a v1 one."""
+"""Differences of a v2 POST /generate from a v1 one."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,12 +6,14 @@ from typing import Any
 from backends.errors import RequestError
 
 NO_END = 2**31
-"""The clients' number for a last step that is none is 2**32 - 1."""
+"""The clients send 2**32 - 1 for "no last step"."""
 
 
 def v1_fields(body: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the body of a v2 /generate in the names of v1. Steps are counted, not shares, and
-    latents are the model's own.
+    """Return the body of a v2 /generate in v1's names.
+
+    v2 counts steps instead of giving fractions, and its latents are in the model's own latent
+    space.
     """
     fields = {
         name: value

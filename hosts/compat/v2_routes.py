@@ -1,7 +1,7 @@
-"""The v2 protocol of the existing clients: /apply, /applied, /offload, /sleep and /close of a host
-that was started without a model.
+"""The v2 protocol of the existing clients: /apply, /applied, /offload, /sleep and /close.
 
-The answers are short texts, 200 or 500 (docs/compat.md).
+For a host that was started without a model. Responses are short texts with 200 or 500
+(docs/compat.md).
 """
 
 import importlib.util
@@ -26,15 +26,15 @@ blueprint = Blueprint("compat_v2", __name__)
 DIALECT = Dialect(blueprint=blueprint, is_body_optional=True, needs_model=False)
 
 BROWSER_HEADERS = ("Origin", "Referer", "Sec-Fetch-Site")
-"""At least one of them comes with whatever a page makes a browser ask, also with an image's
-address.
+"""A browser sends at least one of them with any request that a page causes, also for an image
+URL.
 """
 MAX_SLEEP_S = 3600.0
 
 
 @blueprint.before_request
 def _refuse_browsers() -> None:
-    """Some of these change the host with a GET, as the clients want it, so no browser may ask."""
+    """Refuse browsers: some of these routes change the host with a GET, as the clients expect."""
     if sent := [name for name in BROWSER_HEADERS if name in request.headers]:
         raise RequestError(
             f"{request.path} is not for browsers, and this request has the header {sent[0]}. Send "
@@ -44,15 +44,16 @@ def _refuse_browsers() -> None:
 
 @blueprint.errorhandler(HostError)
 def _failed(error: HostError) -> tuple[Response, int]:
-    """The clients know 200 and 500; the reason is for people."""
+    """Return 500, since clients know 200 and 500 only. The reason is for people."""
     status = 400 if isinstance(error, RequestError) else 500
     return jsonify(error_body(str(error), status)), status
 
 
 @blueprint.post("/apply")
 def apply() -> str:
-    """Load this pipeline on all ranks in the place of the one that is there; an empty object only
-    lets that go. Waits until it is done.
+    """Load this pipeline on all ranks in place of the current one, and wait for it.
+
+    An empty object only unloads.
     """
     host = current_app.extensions["host"]
     body = dict(json_object())
@@ -64,9 +65,8 @@ def apply() -> str:
             if body
             else None
         )
-        start = (
-            _control().plan(settings) if settings is not None else None
-        )  # what is wrong with it is refused while all is as it was
+        # Plan first: errors are refused before anything changes.
+        start = _control().plan(settings) if settings is not None else None
         _control().applied = None
         _control().run(Apply(settings=settings))
         if start is not None:
@@ -76,21 +76,21 @@ def apply() -> str:
 
 @blueprint.get("/applied")
 def applied() -> Response:
-    """The configuration that is loaded, or None."""
+    """Return the loaded configuration, or None."""
     body = _control().applied
     return jsonify(body) if body is not None else Response("None", mimetype="text/plain")
 
 
 @blueprint.route("/offload", methods=["GET", "POST"])
 def offload() -> str:
-    """Keep the weights in main memory until the next image."""
+    """Move the weights to main memory until the next image."""
     _control().run(Offload())
     return "the weights are in main memory"
 
 
 @blueprint.post("/sleep")
 def sleep() -> str:
-    """{"sleep": true, "time": seconds}: all ranks but the first pause for so long."""
+    """{"sleep": true, "time": seconds}: pause all ranks but the first for this time."""
     body = json_object()
     seconds = body.get("time", 0)
     if (
@@ -120,7 +120,7 @@ def close() -> str:
 
 
 def _with_compel(settings: Settings) -> Settings:
-    """Requests say whether they use it, so it is loaded wherever it can be."""
+    """Load Compel where it is available: each request says whether it uses it."""
     is_supported = read_table()[settings.type].supports("single", "compel").status != "unsupported"
     return replace(settings, compel=is_supported and importlib.util.find_spec("compel") is not None)
 

@@ -1,3 +1,1 @@
-"""What programs that speak other APIs send and expect: OpenAI's and that of the A1111 web
-interface.
-"""
+"""Dialects of programs that speak other APIs: OpenAI's, and that of the A1111 web interface."""

@@ -1,6 +1,6 @@
-"""The API of the A1111 web interface (/sdapi/v1): txt2img, img2img and what runs.
+"""The API of the A1111 web interface (/sdapi/v1): txt2img, img2img and progress.
 
-Lists and options are in a1111_lists.py, what becomes of each field in a1111_fields.py.
+a1111_lists.py has lists and options, a1111_fields.py the treatment of each field.
 """
 
 import base64
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 blueprint = Blueprint("a1111", __name__)
 
 IMAGE_STRENGTH = 0.75
-"""A1111's own default of denoising_strength."""
+"""A1111's default for denoising_strength."""
 HINTS = {"negative": "negative_prompt", "guidance_scale": "cfg_scale", "sampler": "sampler_name"}
 
 
@@ -77,8 +77,9 @@ def txt2img() -> Response:
 
 @blueprint.post("/sdapi/v1/img2img")
 def img2img() -> Response:
-    """With a mask, its white parts change; the whole image is generated at once, whatever
-    inpaint_full_res says.
+    """Generate images from an image. With a mask, only its white parts change.
+
+    The whole image is generated at once, whatever inpaint_full_res says.
     """
     body = json_object()
     require_known(body, protocol.IMG2IMG, HINTS)
@@ -88,7 +89,10 @@ def img2img() -> Response:
 
 @blueprint.get("/sdapi/v1/progress")
 def progress() -> Response:
-    """Of the job that runs; `current_image` is its preview, from the second call on."""
+    """Return the progress of the running job.
+
+    `current_image` is its preview, from the second call on.
+    """
     job = next((job for job in _host().queue.jobs() if job.status is JobStatus.RUNNING), None)
     share = job.step / job.num_steps if job and job.num_steps else 0.0
     if job is not None:
@@ -106,7 +110,7 @@ def progress() -> Response:
 
 @blueprint.post("/sdapi/v1/interrupt")
 def interrupt() -> Response:
-    """Cancel the job that runs."""
+    """Cancel the running job."""
     queue = _host().queue
     for job in queue.jobs():
         if job.status is JobStatus.RUNNING:
@@ -117,7 +121,7 @@ def interrupt() -> Response:
 def _images(body: Mapping[str, Any], start: Mapping[str, Any]) -> Response:
     host = _host()
     if host.spec.output != "image":
-        raise UnsupportedError(f"{host.spec.title} makes videos. Use POST /v1/jobs.")
+        raise UnsupportedError(f"{host.spec.title} generates videos. Use POST /v1/jobs.")
     asked = protocol.asked_for(
         body,
         spec=host.spec,

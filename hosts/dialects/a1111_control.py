@@ -1,6 +1,4 @@
-"""A1111's alwayson_scripts: units of its ControlNet extension become our fields, others are
-refused.
-"""
+"""A1111's alwayson_scripts: ControlNet units become our fields, other scripts are refused."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +18,7 @@ from hosts.http.dialect import (
 )
 
 NO_PREPROCESSOR = "images are used as they are. Send the map itself, with module none"
-ONLY_PREPROCESSOR = "only preprocessors read it"
+ONLY_PREPROCESSOR = "only preprocessors use it"
 NAMES = ("controlnet", "sd_forge_controlnet", "controlnetforforgeofficial")
 UNIT: dict[str, Rule] = {
     "enabled": DONE,
@@ -30,25 +28,25 @@ UNIT: dict[str, Rule] = {
     "guidance_start": DONE,
     "guidance_end": DONE,
     "module": neutral("none", reason=NO_PREPROCESSOR),
-    "model": harmless("the ControlNet that is loaded is used"),
-    "mask": refused("masks of a unit are not read"),
-    "mask_image": refused("masks of a unit are not read"),
-    "effective_region_mask": refused("masks of a unit are not read"),
-    "control_mode": neutral(0, "balanced", reason="prompt and map weigh the same"),
+    "model": harmless("the loaded ControlNet is used"),
+    "mask": refused("masks of units are not supported"),
+    "mask_image": refused("masks of units are not supported"),
+    "effective_region_mask": refused("masks of units are not supported"),
+    "control_mode": neutral(0, "balanced", reason="prompt and map have equal weight"),
     "resize_mode": neutral(
         0, 1, "just resize", "crop and resize", reason="maps are scaled to the size"
     ),
-    "inpaint_crop_input_image": harmless("only inpainting preprocessors read it"),
-    "hr_option": harmless("only hires fix reads it"),
-    "low_vram": harmless("it changes memory only"),
-    "lowvram": harmless("it changes memory only"),
+    "inpaint_crop_input_image": harmless("only inpainting preprocessors use it"),
+    "hr_option": harmless("only hires fix uses it"),
+    "low_vram": harmless("it only affects memory"),
+    "lowvram": harmless("it only affects memory"),
     "pixel_perfect": harmless(ONLY_PREPROCESSOR),
     "processor_res": harmless(ONLY_PREPROCESSOR),
     "threshold_a": harmless(ONLY_PREPROCESSOR),
     "threshold_b": harmless(ONLY_PREPROCESSOR),
-    "guessmode": neutral(*OFF, reason="prompt and map weigh the same"),
+    "guessmode": neutral(*OFF, reason="prompt and map have equal weight"),
     "save_detected_map": harmless(ONLY_PREPROCESSOR),
-    "advanced_weighting": refused("one weight is for all layers"),
+    "advanced_weighting": refused("all layers have the same weight"),
     "ipadapter_input": refused("use the field ip_adapter_image of /v1/jobs"),
     "pulid_mode": harmless(ONLY_PREPROCESSOR),
     "union_control_type": neutral("unknown", "all", reason="union ControlNets are not loaded"),
@@ -63,7 +61,7 @@ UNIT: dict[str, Rule] = {
 def control_fields(
     scripts: Mapping[str, Any], accepted: Accepted
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """The fields of /v1/jobs for the units, and the names they were sent under."""
+    """Return the /v1/jobs fields of the units, and the names under which they were sent."""
     units: list[Mapping[str, Any]] = []
     for name, script in scripts.items():
         args = _args(script)
@@ -111,7 +109,7 @@ def _args(script: Any) -> list[Any]:
 
 
 def _is_on(unit: Any) -> bool:
-    """Whether a unit does something: it is enabled, and has an image or names what it wants."""
+    """Whether a unit has an effect: it is enabled and has an image or names a module or model."""
     if not isinstance(unit, Mapping):
         return bool(unit)
     is_enabled = str(unit.get("enabled", True)).lower() not in ("false", "0")
@@ -136,6 +134,6 @@ def _source(unit: Mapping[str, Any]) -> Any:
 def _image(unit: Mapping[str, Any]) -> Any:
     image = _source(unit)
     if isinstance(image, Mapping):
-        require_known(image, {"image": DONE, "mask": refused("masks of a unit are not read")})
+        require_known(image, {"image": DONE, "mask": refused("masks of units are not supported")})
         return image.get("image")
     return image

@@ -1,4 +1,4 @@
-"""The fields of A1111's txt2img and img2img -> those of /v1/jobs, and what becomes of each."""
+"""The fields of A1111's txt2img and img2img: their /v1/jobs counterparts and their rules."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -28,12 +28,12 @@ from hosts.http.request_io import whole
 
 MAX_BLUR = 64
 ON = (True, "true", "on", "yes", "1")
-NO_HIRES = "there is no second pass here. Ask for the size itself, or send the image to img2img"
-NO_SCRIPT = "scripts of the web interface do not run here"
+NO_HIRES = "there is no second pass here. Request the final size, or send the image to img2img"
+NO_SCRIPT = "scripts of the web interface cannot run here"
 NO_CHURN = "samplers add no noise of their own here"
-NOT_SAVED = "images are only answered, never saved here"
-ONLY_HIRES = "only hires fix reads it"
-ONLY_PIX2PIX = "only InstructPix2Pix models read it"
+NOT_SAVED = "images are returned and never saved here"
+ONLY_HIRES = "only hires fix uses it"
+ONLY_PIX2PIX = "only InstructPix2Pix models use it"
 COMMON: dict[str, Rule] = {
     "prompt": DONE,
     "negative_prompt": DONE,
@@ -53,13 +53,13 @@ COMMON: dict[str, Rule] = {
     "override_settings": DONE,
     "disable_extra_networks": DONE,
     "send_images": DONE,
-    "styles": refused("there are no styles here. Write them into the prompt"),
-    "subseed": harmless("subseed_strength says whether it is read"),
+    "styles": refused("styles are not supported. Write them into the prompt"),
+    "subseed": harmless("subseed_strength decides whether it is used"),
     "subseed_strength": neutral(0, reason="seeds are not mixed here"),
-    "seed_resize_from_h": neutral(-1, 0, reason="noise is made for the size that is asked for"),
-    "seed_resize_from_w": neutral(-1, 0, reason="noise is made for the size that is asked for"),
-    "restore_faces": neutral(*OFF, reason="there is no face restoration here"),
-    "tiling": neutral(*OFF, reason="images do not tile here"),
+    "seed_resize_from_h": neutral(-1, 0, reason="noise is generated for the requested size"),
+    "seed_resize_from_w": neutral(-1, 0, reason="noise is generated for the requested size"),
+    "restore_faces": neutral(*OFF, reason="face restoration is not supported"),
+    "tiling": neutral(*OFF, reason="tiling images are not supported"),
     "do_not_save_samples": harmless(NOT_SAVED),
     "do_not_save_grid": harmless(NOT_SAVED),
     "save_images": harmless(NOT_SAVED),
@@ -71,11 +71,11 @@ COMMON: dict[str, Rule] = {
     "s_noise": neutral(1, reason=NO_CHURN),
     "override_settings_restore_afterwards": harmless("settings act for one request only"),
     "refiner_checkpoint": neutral("none", reason="one model is loaded"),
-    "refiner_switch_at": harmless("there is no refiner, so it is not read"),
+    "refiner_switch_at": harmless("there is no refiner"),
     "comments": harmless("they are notes"),
     "force_task_id": harmless("it names the task"),
     "script_name": neutral("none", reason=NO_SCRIPT),
-    "script_args": harmless("script_name says whether they are read"),
+    "script_args": harmless("script_name decides whether they are used"),
     "infotext": refused("send the fields themselves"),
     "clip_skip": neutral(
         0, 1, reason='send override_settings {"CLIP_stop_at_last_layers": N} in its place'
@@ -137,26 +137,29 @@ PLAIN = ("prompt", "negative_prompt", "seed", "width", "height")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """What a request asks for."""
+    """The contents of a request."""
 
     fields: dict[str, Any]
-    """By the names of /v1/jobs."""
+    """With the names of /v1/jobs."""
     sent_as: dict[str, str]
-    """Field -> A1111's name, where it is another."""
+    """Field -> A1111's name, where it differs."""
     number: int
-    """How many images."""
+    """Number of images."""
     batch_size: int
-    """Images of one batch, as the client counts them."""
+    """Images per batch, as the client counts them."""
     content_type: str = "image/png"
-    """Of the images in the answer."""
+    """Of the images in the response."""
     notes: list[str] = field(default_factory=list)
-    """What the client should know of how its request was read."""
+    """Remarks for the client on how its request was read."""
 
 
 def asked_for(
     body: Mapping[str, Any], *, spec: ModelSpec, accepted: Accepted, title: str, most: int
 ) -> Asked:
-    """The fields that txt2img and img2img share. title: of the model. most: images of a request."""
+    """Return the fields that txt2img and img2img share.
+
+    title: the model's title. most: largest number of images in a request.
+    """
     overrides = _mapping(body, "override_settings")
     if is_strict(body):
         require_known(overrides, OVERRIDES)
@@ -188,7 +191,7 @@ def asked_for(
 
 
 def require_model(name: Any, title: str) -> None:
-    """UnsupportedError if another model than the one that is loaded is named."""
+    """Raise UnsupportedError if the request names a model that is not loaded."""
     if not is_empty(name) and name != title:
         raise UnsupportedError(
             f"sd_model_checkpoint={shown(name)} is not loaded. Allowed: {title!r}; start another "
@@ -197,7 +200,7 @@ def require_model(name: Any, title: str) -> None:
 
 
 def start_fields(body: Mapping[str, Any], *, spec: ModelSpec, accepted: Accepted) -> dict[str, Any]:
-    """The image of img2img, and its mask."""
+    """Return the image of img2img and its mask."""
     sources = body.get("init_images")
     if not isinstance(sources, list) or len(sources) != 1:
         raise RequestError(
@@ -214,7 +217,7 @@ def start_fields(body: Mapping[str, Any], *, spec: ModelSpec, accepted: Accepted
 
 
 def truth(body: Mapping[str, Any], name: str, default: bool) -> bool:
-    """The truth value of a field, which clients also send as a number or as text."""
+    """Return the boolean of a field, which clients also send as a number or text."""
     value = body.get(name)
     if is_empty(value):
         return default
@@ -235,8 +238,9 @@ def _blurred(mask: Image.Image, body: Mapping[str, Any]) -> Image.Image:
 def _choose_guidance(
     fields: dict[str, Any], sent_as: dict[str, str], body: Mapping[str, Any], spec: ModelSpec
 ) -> None:
-    """Forge's clients send the guidance of a distilled model as distilled_cfg_scale; their
-    cfg_scale of 1 says that there is no other.
+    """Set the guidance of a distilled model.
+
+    Forge's clients send it as distilled_cfg_scale, with a cfg_scale of 1 for no further guidance.
     """
     if spec.guidance != "distilled":
         return
@@ -253,7 +257,7 @@ def _choose_guidance(
 
 
 def _clip_skip(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """A1111 counts layers from 1: its 1 skips none."""
+    """Convert CLIP skip: A1111 counts from 1, so its 1 skips no layer."""
     layers = whole(overrides, "CLIP_stop_at_last_layers", 1, low=1, high=12)
     return {"clip_skip": layers - 1} if layers > 1 else {}
 

@@ -1,4 +1,4 @@
-"""What A1111's answers tell of images: `info`, and the text that image viewers read from a PNG."""
+"""Image facts in A1111's responses: `info`, and the text that image viewers read from a PNG."""
 
 import json
 import time
@@ -14,7 +14,7 @@ from hosts.http import VERSION
 def info(
     body: Mapping[str, Any], asked: Asked, results: Sequence[GenerateResult], *, model: str
 ) -> dict[str, Any]:
-    """The facts of all images. Names are A1111's; what is left of ours follows."""
+    """Return the facts about all images: A1111's names first, then our remaining ones."""
     first, seeds = results[0], [result.seed for result in results]
     prompt, negative = str(body.get("prompt") or ""), str(body.get("negative_prompt") or "")
     return {
@@ -56,7 +56,7 @@ def info(
 
 
 def infotext(body: Mapping[str, Any], asked: Asked, result: GenerateResult, *, model: str) -> str:
-    """The settings of one image as A1111 writes them into a PNG."""
+    """Return the settings of one image as A1111 writes them into a PNG."""
     facts = {
         "Steps": result.resolved.get("num_inference_steps"),
         "Sampler": _sampler(asked, result),
@@ -95,6 +95,6 @@ def _strength(asked: Asked) -> Any:
 
 
 def _quoted(value: Any) -> str:
-    """Text with a comma, a colon or a line break is quoted, as readers split at these."""
+    """Quote text with a comma, colon or line break, at which readers split."""
     text = str(value)
     return json.dumps(text, ensure_ascii=False) if any(mark in text for mark in ",:\n") else text

@@ -1,5 +1,6 @@
-"""What A1111's clients ask before they generate: models, samplers, schedules, LoRAs, options, and
-lists of things that this host does not have.
+"""Lists that A1111's clients request before they generate: models, samplers, LoRAs, options, ...
+
+Also empty lists of features that this host lacks.
 """
 
 from typing import Any
@@ -39,25 +40,25 @@ EMPTY: dict[str, Any] = {
     "cmd-flags": {},
     "memory": {"ram": {}, "cuda": {}},
 }
-"""Lists of what is not here: clients ask for them, and fail without an answer."""
+"""Empty lists of missing features. Clients request them and fail without a response."""
 FIXED = "options are fixed while the host runs. Send it in override_settings of a request"
 
 
 @blueprint.get("/sdapi/v1/<any({}):name>".format(", ".join(f"'{name}'" for name in EMPTY)))
 def nothing(name: str) -> Response:
-    """An empty list of its kind."""
+    """Return an empty list of this kind."""
     return jsonify(EMPTY[name])
 
 
 @blueprint.get("/internal/ping")
 def ping() -> Response:
-    """Whether the host answers."""
+    """Confirm that the host responds."""
     return jsonify({})
 
 
 @blueprint.post("/sdapi/v1/<any('refresh-checkpoints', 'refresh-loras', 'refresh-vae'):name>")
 def refresh(name: str) -> Response:
-    """Lists are read each time they are asked for, so there is nothing to do."""
+    """Do nothing: lists are read anew for each request."""
     return jsonify({})
 
 
@@ -68,7 +69,7 @@ def options() -> Response:
 
 @blueprint.post("/sdapi/v1/options")
 def set_options() -> Response:
-    """Only what is so already can be set: options are fixed at start."""
+    """Accept only values that are already set: options are fixed at start."""
     body = json_object()
     if is_strict(body):
         require_model(body.get("sd_model_checkpoint"), _title())
@@ -104,7 +105,7 @@ def schedulers() -> Response:
 
 @blueprint.get("/sdapi/v1/loras")
 def loras() -> Response:
-    """The files that requests may name in their prompt, or in `lora`."""
+    """Return the files that requests may name in their prompt or in `lora`."""
     folders = Accepted.by(current_app.extensions["host"].settings).lora_dirs
     return jsonify(
         [

@@ -1,4 +1,4 @@
-"""A1111's prompt language: LoRA tags are taken out of the prompt; what else it has is told."""
+"""A1111's prompt language: LoRA tags are removed from the prompt, other syntax causes a note."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from hosts.http.dialect import is_empty, shown
 
 TAG = re.compile(r"<(lora|lyco|hypernet):([^:<>]*)((?::[^:<>]*)*)>", re.IGNORECASE)
 WEIGHTS = re.compile(r"\([^()]*:\s*[\d.]+\s*\)|\(\(|\[[^\]]*\]|\\[()\[\]]|\b(?:BREAK|AND)\b")
-"""Emphasis, scheduled words, escapes and composition."""
+"""Emphasis, prompt scheduling, escapes and composition."""
 NOTE = (
     "the prompt has A1111's emphasis or composition (such as (word:1.2), [word], BREAK, AND), "
     "which is read as plain text here"
@@ -28,15 +28,15 @@ class Prompt:
     """A prompt without its tags."""
 
     text: str
-    """What is left of it."""
+    """The remaining text."""
     loras: dict[str, Any] = field(default_factory=dict)
     """File -> weight."""
     notes: list[str] = field(default_factory=list)
-    """What is read otherwise than A1111 reads it."""
+    """What is read differently from A1111."""
 
 
 def without_loras(body: Mapping[str, Any], folders: Sequence[str]) -> Prompt:
-    """The prompt of a request, with the LoRAs of its tags beside those of its field `lora`."""
+    """Return the prompt of a request, with the LoRAs of its tags and of its field `lora`."""
     given = body.get("lora")
     loras = dict(given) if isinstance(given, Mapping) else {}
     text, negative = body.get("prompt"), body.get("negative_prompt")
@@ -60,7 +60,7 @@ def without_loras(body: Mapping[str, Any], folders: Sequence[str]) -> Prompt:
 
 
 def lora_files(folders: Sequence[str]) -> list[tuple[Path, str]]:
-    """The files that requests may use, each with its path inside its folder."""
+    """Return the files that requests may use, each with its path relative to its folder."""
     return [
         (path, str(path.relative_to(folder)))
         for folder in folders
@@ -69,12 +69,12 @@ def lora_files(folders: Sequence[str]) -> list[tuple[Path, str]]:
 
 
 def alias_of(path: Path) -> str:
-    """The name that the file was trained under, or that of the file."""
+    """Return the name under which the file was trained, or else the file's own."""
     return _trained_name(path) or path.stem
 
 
 def _file(kind: str, name: str, folders: Sequence[str]) -> str:
-    """The path, inside its folder, of the file that a tag names."""
+    """Return the path, relative to its folder, of the file that a tag names."""
     if kind.lower() == "hypernet":
         raise UnsupportedError(f"hypernet:{shown(name)} is not available. Leave the tag out.")
     files = lora_files(folders)
@@ -85,7 +85,7 @@ def _file(kind: str, name: str, folders: Sequence[str]) -> str:
                 return inside
     listed = ", ".join(path.stem for path, _ in files[:MAX_NAMES]) or "none (--lora_dir)"
     raise RequestError(
-        f"prompt names the LoRA {shown(name)}, which is not here. Allowed: {listed}.",
+        f"prompt names the LoRA {shown(name)}, which does not exist here. Allowed: {listed}.",
         field="prompt",
     )
 
@@ -103,7 +103,7 @@ def _trained(files: Sequence[tuple[Path, str]]) -> Iterator[tuple[str, str]]:
 
 
 def _trained_name(path: Path) -> str:
-    """ss_output_name of the file's header; empty if it has none."""
+    """Return ss_output_name from the file's header; empty if it has none."""
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
@@ -114,13 +114,16 @@ def _trained_name(path: Path) -> str:
 
 
 def _weight(tag: str, text: str) -> float:
-    """The weight of '<lora:name:0.8>'; 1 without one. Weights of parts must be equal."""
+    """Return the weight of '<lora:name:0.8>'; 1 without one.
+
+    If the tag has several weights, they must be equal.
+    """
     parts = [part.partition("=")[2] or part for part in text.split(":")[1:] if part.strip()]
     try:
         weights = {float(part) for part in parts} or {1.0}
     except ValueError as error:
         raise RequestError(
-            f"prompt has the tag {shown(tag)}, whose weight is no number. Send <lora:name:1>.",
+            f"prompt has the tag {shown(tag)}, whose weight is not a number. Send <lora:name:1>.",
             field="prompt",
         ) from error
     if len(weights) > 1:

@@ -1,4 +1,4 @@
-"""A1111's names of samplers and schedules <-> schedulers here."""
+"""A1111's names of samplers and schedules, and the schedulers that they mean."""
 
 import difflib
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ LABELS = {
     "IPNDM": "ipndm",
 }
 FLOW_LABELS = {"Euler": "fm_euler", "Heun": "fm_heun", "LCM": "fm_lcm"}
-"""The same for models of flow matching."""
+"""The same for flow-matching models."""
 SCHEDULES: dict[str, dict[str, Any]] = {
     **{name: {} for name in ("automatic", "uniform", "normal", "simple")},
     "karras": {"use_karras_sigmas": True},
@@ -49,20 +49,20 @@ SCHEDULE_LABELS = {
 }
 ALIASES = {"sgm_uniform": "sgm uniform", "sgmuniform": "sgm uniform"}
 ENDINGS = (" karras", "_karras", " exponential", " sgmuniform", " sgm uniform")
-"""What older clients write behind a sampler's name for its schedule."""
+"""Suffixes by which older clients add a schedule to a sampler's name."""
 FIXED_SIGMAS = frozenset({"ddim", "ddpm", "pndm", "euler_a", "lcm", "tcd", "ipndm"})
-"""Schedulers whose noise levels have no other curve."""
+"""Schedulers whose noise levels have one fixed curve."""
 
 
 def labels(*, flow: bool) -> dict[str, str]:
-    """Label -> scheduler, of the models of one family."""
+    """Return label -> scheduler for the models of one family."""
     if flow:
         return FLOW_LABELS
     return {label: name for label, name in LABELS.items() if not SCHEDULERS[name].flow}
 
 
 def scheduler_of(body: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The scheduler with its settings, or None for the model's own."""
+    """Return the scheduler with its settings, or None for the model's default."""
     named = next(
         (body[key] for key in ("sampler_name", "sampler_index") if not is_empty(body.get(key))), ""
     )
@@ -85,12 +85,12 @@ def scheduler_of(body: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def label_of(name: str) -> str:
-    """The label of a scheduler, or its name where it has none."""
+    """Return the label of a scheduler, or its name if it has no label."""
     return next((label for label, each in {**LABELS, **FLOW_LABELS}.items() if each == name), name)
 
 
 def _split(name: str) -> tuple[str, str]:
-    """'dpm++ 2m karras' -> ('dpm++ 2m', 'karras')."""
+    """Split 'dpm++ 2m karras' into ('dpm++ 2m', 'karras')."""
     for ending in ENDINGS:
         if name.endswith(ending):
             return name.removesuffix(ending), ending.strip(" _")

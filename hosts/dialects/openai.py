@@ -1,7 +1,6 @@
-"""OpenAI's images and videos API, for programs that speak nothing else. Its names, its answers and
-its error shape.
+"""OpenAI's images and videos API: its names, responses and error shape.
 
-Beside OpenAI's fields, requests may hold those of /v1/jobs: seed, negative_prompt, ...
+Requests may also have the fields of /v1/jobs: seed, negative_prompt, ...
 """
 
 import base64
@@ -89,7 +88,7 @@ DIALECT = Dialect(
 
 @blueprint.get("/v1/models")
 def models() -> Response:
-    """The one model that is loaded, if there is one."""
+    """Return the loaded model, if there is one."""
     return jsonify(
         {
             "object": "list",
@@ -107,7 +106,7 @@ def model(name: str) -> Response:
 
 @blueprint.post("/v1/images/generations")
 def generations() -> Response:
-    """Text to image."""
+    """Generate images from text."""
     _require_output("image")
     body = dict(json_object())
     require_known(body, protocol.IMAGES, protocol.HINTS)
@@ -116,8 +115,9 @@ def generations() -> Response:
 
 @blueprint.post("/v1/images/edits")
 def edits() -> Response:
-    """Image to image: `strength` says how much may change; with a mask only its transparent
-    parts.
+    """Edit an image. `strength` sets how much may change.
+
+    With a mask, only its transparent parts change.
     """
     _require_output("image")
     body = protocol.body_of_request()
@@ -129,7 +129,7 @@ def edits() -> Response:
 
 @blueprint.get("/v1/videos")
 def videos() -> Response:
-    """All of them, newest first; after=ID and limit=N as OpenAI has them."""
+    """Return all videos, newest first. after=ID and limit=N work as in OpenAI's API."""
     _require_output("video")
     jobs = [job for job in _host().queue.jobs() if job.is_kept]
     jobs.sort(key=lambda job: job.created_s, reverse=request.args.get("order") != "asc")
@@ -148,7 +148,10 @@ def videos() -> Response:
 
 @blueprint.post("/v1/videos")
 def create_video() -> Response:
-    """A job; ask GET /v1/videos/<id> for its state and /content for the file."""
+    """Create a video job.
+
+    GET /v1/videos/<id> returns its state, GET /v1/videos/<id>/content the file.
+    """
     _require_output("video")
     body = protocol.body_of_request()
     require_known(body, protocol.VIDEOS, protocol.HINTS)
@@ -164,7 +167,7 @@ def show_video(job_id: str) -> Response:
 
 @blueprint.get("/v1/videos/<job_id>/content")
 def video_content(job_id: str) -> Response:
-    """MP4."""
+    """Return the video as MP4."""
     if request.args.get("variant", "video") != "video":
         raise UnsupportedError(
             f"variant={request.args['variant']!r} is not available. Allowed: video."
@@ -180,7 +183,7 @@ def video_content(job_id: str) -> Response:
 
 @blueprint.delete("/v1/videos/<job_id>")
 def delete_video(job_id: str) -> Response:
-    """Cancel it, and forget it."""
+    """Cancel the job and forget it."""
     _host().queue.forget(_host().queue.find(job_id))
     return jsonify({"id": job_id, "object": "video.deleted", "deleted": True})
 
@@ -227,7 +230,7 @@ def _streamed(events: Iterator[str], jobs: Sequence[Job]) -> Response:
 
 
 def _encoder(body: Mapping[str, Any]) -> Callable[[GenerateResult], bytes]:
-    """What makes a file of a result: of output_format, with output_compression."""
+    """Return the function that encodes results, by output_format and output_compression."""
     content_type = protocol.choice(body, "output_format", protocol.FORMATS, "image/png")
     quality = whole(body, "output_compression", 100, low=0, high=100)
     if content_type == "image/png" and quality != 100:

@@ -1,4 +1,4 @@
-"""OpenAI's fields of images and videos -> those of /v1/jobs, and what becomes of each."""
+"""OpenAI's fields of images and videos: their /v1/jobs counterparts and their rules."""
 
 import base64
 import re
@@ -19,15 +19,15 @@ from hosts.http.request_io import json_object
 ALIASES = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
 FORMATS = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 QUALITIES = ("auto", "standard", "hd", "low", "medium", "high", "xhigh", "max")
-"""OpenAI's values of `quality`. Steps say it here; 'exact' is our own."""
+"""OpenAI's values of `quality`. Here the number of steps sets it; 'exact' is our own."""
 MAX_IMAGES = 10
 MAX_PARTIAL = 3
 MAX_SECONDS = 3600
 OWN = dict.fromkeys((*(set(GenerateRequest.model_fields) - {"image"}), *ALIASES), DONE)
-"""Fields of /v1/jobs, which requests may have beside OpenAI's."""
-NO_TRACKING = "nothing is moderated and nobody is tracked here"
-ONE_MODEL = "the model that is loaded is used, whatever the name"
-NO_SVG = "images are pixels here"
+"""Fields of /v1/jobs that requests may have besides OpenAI's."""
+NO_TRACKING = "this host neither moderates nor tracks"
+ONE_MODEL = "the loaded model is used, whatever its name"
+NO_SVG = "only raster images are available"
 IMAGES: dict[str, Rule] = {
     **OWN,
     "model": harmless(ONE_MODEL),
@@ -38,9 +38,9 @@ IMAGES: dict[str, Rule] = {
     "output_compression": DONE,
     "stream": DONE,
     "partial_images": DONE,
-    "quality": neutral(*QUALITIES, "exact", reason="it is no quality of OpenAI's"),
-    "background": neutral("auto", "opaque", reason="images here have no transparent parts"),
-    "style": neutral("vivid", "natural", reason="the prompt says the style"),
+    "quality": neutral(*QUALITIES, "exact", reason="OpenAI has no such quality"),
+    "background": neutral("auto", "opaque", reason="images have no transparent parts here"),
+    "style": neutral("vivid", "natural", reason="the prompt sets the style"),
     "moderation": harmless(NO_TRACKING),
     "user": harmless(NO_TRACKING),
     "safety_identifier": harmless(NO_TRACKING),
@@ -55,8 +55,8 @@ EDITS: dict[str, Rule] = {
     "image": DONE,
     "images": DONE,
     "mask": DONE,
-    "markup": refused("only a mask can say what to change"),
-    "input_fidelity": neutral("low", reason="strength says how much of the image may change"),
+    "markup": refused("only a mask can select what to change"),
+    "input_fidelity": neutral("low", reason="strength sets how much of the image may change"),
 }
 """POST /v1/images/edits."""
 VIDEOS: dict[str, Rule] = {
@@ -81,16 +81,16 @@ SWITCHES = {"stream", "compel"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """What a request asks for beside the images themselves."""
+    """The contents of a request apart from the images."""
 
     fields: dict[str, Any]
-    """By the names of /v1/jobs."""
+    """With the names of /v1/jobs."""
     sent_as: dict[str, str]
-    """Field -> OpenAI's name, where it is another."""
+    """Field -> OpenAI's name, where it differs."""
 
 
 def body_of_request() -> dict[str, Any]:
-    """JSON, or a form with files, whose texts become numbers where numbers are meant."""
+    """Return the body: JSON, or a form with files and text converted to numbers and booleans."""
     if request.mimetype == "application/json":
         return dict(json_object())
     body: dict[str, Any] = {
@@ -107,7 +107,7 @@ def body_of_request() -> dict[str, Any]:
 
 
 def asked_for(body: Mapping[str, Any]) -> Asked:
-    """OpenAI's fields -> those of /v1/jobs."""
+    """Convert OpenAI's fields to those of /v1/jobs."""
     fields, sent_as = {}, {}
     for name, value in body.items():
         field = ALIASES.get(name, name)
@@ -122,8 +122,9 @@ def asked_for(body: Mapping[str, Any]) -> Asked:
 
 
 def edited(body: Mapping[str, Any], asked: Asked, accepted: Accepted, *, start: str) -> Asked:
-    """Add the image to edit, as the field `start`, and the mask. Further images are the
-    IP-Adapter's, where there is one.
+    """Add the image to edit, as the field `start`, and the mask.
+
+    Further images go to the IP-Adapter, if there is one.
     """
     name = "image" if not is_empty(body.get("image")) else "images"
     first, *others = [_image(each, name) for each in _list(body.get(name))] or [None]
@@ -148,7 +149,7 @@ def edited(body: Mapping[str, Any], asked: Asked, accepted: Accepted, *, start: 
 
 
 def filmed(body: Mapping[str, Any], asked: Asked) -> Asked:
-    """Add the image to begin with, and the number of frames of so many seconds."""
+    """Add the first image and the number of frames that the requested seconds take."""
     fields, sent_as = dict(asked.fields), dict(asked.sent_as)
     for name in ("input_reference", "image"):
         if not is_empty(body.get(name)):
@@ -164,7 +165,7 @@ def filmed(body: Mapping[str, Any], asked: Asked) -> Asked:
 
 
 def choice(body: Mapping[str, Any], name: str, allowed: Mapping[str, str], default: str) -> str:
-    """What the text of a field means."""
+    """Return the meaning of a field's text. RequestError if it is not allowed."""
     value = body.get(name)
     if is_empty(value):
         return default
@@ -210,7 +211,7 @@ def _seconds(value: Any) -> float:
 
 
 def _image(value: Any, name: str) -> Any:
-    """base64, or the object {"image_url": "data:..."} around it."""
+    """Return base64 from text or from the object {"image_url": "data:..."}."""
     if not isinstance(value, Mapping):
         return value
     url = value.get("image_url")
@@ -230,7 +231,7 @@ def _list(value: Any) -> list[Any]:
 
 
 def _of_form(name: str, text: str) -> Any:
-    """A form's text as the number or truth value that is meant."""
+    """Convert a form's text to the number or boolean that the field takes."""
     if name in SWITCHES and text.strip().lower() in ("true", "false", "1", "0"):
         return text.strip().lower() in ("true", "1")
     if name not in NUMBERS:

@@ -1,4 +1,4 @@
-"""Images as OpenAI's server-sent events: some on their way, and each when it is done."""
+"""Images as OpenAI's server-sent events: partial images, then each finished one."""
 
 import base64
 import io
@@ -21,11 +21,11 @@ NO_TOKENS = {
     "output_tokens": 0,
     "total_tokens": 0,
 }
-"""The usage of every event: nothing is counted in tokens here."""
+"""The usage in every event. This host does not count tokens."""
 STILL_WAITING = ": still waiting\n\n"
-"""A comment, by which the server notices that the client went away."""
+"""A comment line. Sending it reveals whether the client has disconnected."""
 LATENT_SCALE = 8
-"""Pixels of the image for one of its preview."""
+"""Image pixels per preview pixel."""
 
 
 def image_events(
@@ -37,10 +37,10 @@ def image_events(
     num_partial: int,
     error_body: Callable[[str, int], dict[str, Any]],
 ) -> Iterator[str]:
-    """The events of jobs that were submitted, one job after the other.
+    """Yield the events of submitted jobs, one job after the other.
 
-    kind: 'image_generation' or 'image_edit'. encode: a job's result -> its file. If the client goes
-    away, the jobs are cancelled.
+    kind: 'image_generation' or 'image_edit'. encode: a job's result -> its file. If the client
+    disconnects, the jobs are cancelled.
     """
     queue: JobQueue = current_app.extensions["host"].queue
     for job in jobs:
@@ -70,8 +70,9 @@ def image_events(
 
 
 def _previews(queue: JobQueue, job: Job, number: int) -> Iterator[tuple[int, np.ndarray | None]]:
-    """Up to `number` numbered previews, evenly over the steps, until the job is over; None in the
-    place of one where nothing has changed for long.
+    """Yield up to `number` numbered previews, evenly over the steps, until the job is over.
+
+    None stands for a long time without change.
     """
     version, sent = -1, 0
     while not job.finished.is_set():

@@ -1,5 +1,5 @@
-"""Who may ask at all: names under which this host is served, pages of other sites, keys. Refuses
-before any route runs.
+"""Access checks before any route runs: host names, other sites' pages, keys, rates, content
+types.
 """
 
 import hmac
@@ -19,31 +19,31 @@ WILDCARDS = frozenset({"0.0.0.0", "::"})
 WITHOUT_KEY = frozenset(
     {"/", "/page.css", "/page.js", "/docs", "/docs.js", "/healthz", "/livez", "/readyz"}
 )
-"""The pages must load before they can ask for the key; probes have none. Neither tells anything
-about jobs.
+"""Paths that need no key: the page loads before it asks for one, and probes have none. None of
+them reveals anything about jobs.
 """
 
 
 class ForeignOrigin(HTTPException):
-    """A page of another site sends requests with the user's browser."""
+    """A page of another site sent this request with the user's browser."""
 
     code = 403
 
 
 class UnsupportedMediaType(HTTPException):
-    """werkzeug's own text would not say what to send."""
+    """Like werkzeug's error, but the message says what to send."""
 
     code = 415
 
 
 class KeyMissing(HTTPException):
-    """No key, or another one."""
+    """The key is missing or wrong."""
 
     code = 401
 
 
 def refuse_strangers() -> None:
-    """Host, Origin, key, rate and content type of the request at hand."""
+    """Check Host, Origin, key, rate and content type of the current request."""
     refuse_unknown(current_app.extensions["host"].settings)
     if request.method == "POST":
         current_app.extensions["rate"].take(client())
@@ -54,7 +54,7 @@ def refuse_strangers() -> None:
 
 
 def refuse_unknown(settings: Settings) -> None:
-    """Host, Origin and key: what can be refused before anything else of the request is read."""
+    """Check Host, Origin and key, before anything else of the request is read."""
     _require_name(LOOPBACK_NAMES | {settings.host})
     _require_own_origin()
     if settings.api_key is not None and request.path not in WITHOUT_KEY:
@@ -62,14 +62,15 @@ def refuse_unknown(settings: Settings) -> None:
 
 
 def _dialect() -> Dialect:
-    """The dialect of the route."""
+    """Return the dialect of the current route."""
     dialects: tuple[Dialect, ...] = current_app.extensions["dialects"]
     return next(each for each in dialects if each.blueprint.name == request.blueprint)
 
 
 def _require_model(dialect: Dialect) -> None:
-    """Refuse what would wait for a machine, which may be away for long, or for a model that nobody
-    has chosen. Jobs that are kept can wait for a machine.
+    """Refuse a request that would wait for an absent machine or for a model that nobody has chosen.
+
+    Kept jobs may wait for a machine.
     """
     host = current_app.extensions["host"]
     if host.state.phase is Phase.WAITING and not dialect.keeps_jobs:
@@ -82,8 +83,10 @@ def _require_model(dialect: Dialect) -> None:
 
 
 def _require_name(allowed: frozenset[str]) -> None:
-    """A page of another site may resolve its own name to this address (DNS rebinding): only names
-    of this host are served. A request without any name comes from no browser.
+    """Refuse Host names that are not this host's.
+
+    A page of another site may resolve its own name to this address (DNS rebinding). A request
+    without a Host header comes from no browser and passes.
     """
     if "Host" not in request.headers or allowed & WILDCARDS:
         return
@@ -97,7 +100,7 @@ def _require_name(allowed: frozenset[str]) -> None:
 
 
 def _name_of(host: str) -> str:
-    """The name without its port, and without the dot that ends a full one; empty if it is none."""
+    """Return the name without port and trailing dot; empty if it is not a valid name."""
     try:
         return (urlsplit(f"//{host}").hostname or "").removesuffix(".")
     except ValueError:  # brackets that hold no address

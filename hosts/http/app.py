@@ -1,5 +1,5 @@
-"""create_app: routes and error handlers around a queue and a state. Nothing happens at import;
-imports no torch.
+"""create_app: routes and error handlers around a queue and a state. Importing has no effect. No
+torch.
 """
 
 from collections.abc import Mapping
@@ -25,11 +25,11 @@ OWN = (
     Dialect(blueprint=page.blueprint),
     Dialect(blueprint=schema.blueprint),
 )
-"""What every host speaks."""
+"""Dialects of every host."""
 
 
 class ClientProtocol(Protocol):
-    """What others than our own clients may ask of this host (hosts/compat/protocol.py)."""
+    """Behaviour that depends on the protocol of existing clients (hosts/compat/protocol.py)."""
 
     dialects: tuple[Dialect, ...]
 
@@ -42,20 +42,20 @@ class ClientProtocol(Protocol):
 
 @dataclass(slots=True, kw_only=True)
 class Host:
-    """What routes may touch: `current_app.extensions["host"]`."""
+    """Objects that routes may use: `current_app.extensions["host"]`."""
 
     settings: Settings
-    """The launch arguments, or those of the model that was loaded over HTTP."""
+    """The launch arguments, or those of a model loaded over HTTP."""
     spec: ModelSpec
-    """The type of the model."""
+    """Model type."""
     queue: JobQueue
-    """The jobs that wait, run and are over."""
+    """Waiting, running and finished jobs."""
     state: HostState
-    """The phase of the host."""
+    """Phase of the host."""
     protocol: ClientProtocol
-    """What others than our own clients may ask."""
+    """Protocol of existing clients."""
     name: str = ""
-    """The model's name for clients that name one; its type if empty."""
+    """Name of the model for clients that name one; its type if empty."""
 
     @property
     def model(self) -> str:

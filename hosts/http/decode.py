@@ -1,7 +1,7 @@
-"""The fields of a request, by diffusers' names, -> GenerateRequest.
+"""Decodes request fields with diffusers' names into a GenerateRequest. Imports no torch.
 
-Images travel as base64 of a file, arrays as base64 of a .npy file. Nothing is unpickled: the
-pickles of existing clients are read in hosts/compat only. Imports no torch.
+Images are base64 of an image file, arrays base64 of a .npy file. Nothing is unpickled here: only
+hosts/compat reads the pickles of existing clients.
 """
 
 import math
@@ -27,7 +27,7 @@ from hosts.launch.settings import Settings
 
 IMAGES = ("image", "init_image", "mask_image", "control_image", "ip_adapter_image")
 SINGLE = ("image", "init_image", "mask_image")
-"""Images of which a request has one at most."""
+"""Fields that take at most one image."""
 ARRAYS = (
     "latents",
     "prompt_embeds",
@@ -40,29 +40,29 @@ CONTROL = ("control_image", "controlnet_conditioning_scale", "control_guidance_s
 CONTROL += ("control_guidance_end",)
 """Fields that only a ControlNet reads."""
 _decoding = threading.BoundedSemaphore(4)
-"""Values that are decoded at the same time: an image takes 20 bytes per pixel for a moment."""
+"""Limits concurrent decoding: an image briefly takes 20 bytes per pixel."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Accepted:
-    """What this host lets requests bring, and from where."""
+    """Inputs that this host accepts from requests."""
 
     image_dirs: tuple[str, ...] = ()
     """Folders from which requests may name image files."""
     lora_dirs: tuple[str, ...] = ()
     """Folders from which requests may name LoRA files."""
     image_scale: float | None = None
-    """Percent by which images are scaled that bring no percentage of their own."""
+    """Default percentage by which images are scaled."""
     takes_control_image: bool = False
-    """Whether a ControlNet is loaded, which uses such an image."""
+    """Whether a ControlNet is loaded."""
     takes_ip_image: bool = False
-    """Whether an IP-Adapter is loaded, which uses such an image."""
+    """Whether an IP-Adapter is loaded."""
     takes_compel: bool = False
-    """Whether Compel can read prompts."""
+    """Whether Compel is available for prompts."""
     limits: Limits = DEFAULT_LIMITS
-    """The operator's bounds."""
+    """The operator's limits."""
 
     @classmethod
     def by(cls, settings: Settings) -> "Accepted":
@@ -81,7 +81,7 @@ class Accepted:
         return DecodeLimits(max_pixels=self.limits.max_image_megapixels * 10**6)
 
     def unused(self, spec: ModelSpec) -> dict[str, str]:
-        """Return the request fields that this host does not read, and why."""
+        """Return the request fields that this host does not use, each with the reason."""
         no_image = f"{spec.title} starts from no image of this kind"
         no_control = "no ControlNet is loaded (--control_net)"
         no_adapter = "no IP-Adapter is loaded (--ip_adapter)"
@@ -124,12 +124,11 @@ def read_request(
     sent_as: Mapping[str, str] | None = None,
     is_strict: bool = True,
 ) -> GenerateRequest:
-    """Return the request. null and "" are absent.
+    """Return the request. null and "" count as absent.
 
-    sent_as: field -> the name by which the client sent it, for messages. is_strict: refuse what
-    this host cannot use, and sizes that the model does not have; else such fields stay undecoded.
-    Raises RequestError or UnsupportedError, which say what was sent, what is allowed and what to
-    do.
+    sent_as: field -> name that the client used, for messages. is_strict: refuse fields that this
+    host cannot use and sizes that the model does not support; otherwise such fields stay undecoded.
+    Raises RequestError or UnsupportedError.
     """
     names = sent_as or {}
     known = (name for name in GenerateRequest.model_fields if name in fields)
@@ -156,7 +155,7 @@ def read_request(
 
 _READ_ANYWHERE = {name for name in GenerateRequest.model_fields if name not in (*IMAGES, *ARRAYS)}
 _READ_ANYWHERE -= {"num_frames"}
-"""Fields whose values are checked also where they have no effect: existing clients send them."""
+"""Fields that are validated even without effect, since existing clients send them."""
 
 
 def _value(field: str, value: Any, name: str, accepted: Accepted) -> Any:
@@ -175,7 +174,7 @@ def _value(field: str, value: Any, name: str, accepted: Accepted) -> Any:
 def _require_used(
     given: Mapping[str, Any], unused: Mapping[str, str], names: Mapping[str, str]
 ) -> None:
-    """Refuse what would have no effect. Defaults ask for nothing."""
+    """Refuse fields that would have no effect. Default values pass."""
     for field, value in given.items():
         default = _NEUTRAL.get(field, GenerateRequest.model_fields[field].default)
         name = names.get(field, field)
@@ -183,13 +182,15 @@ def _require_used(
         if field in unused and not is_neutral:
             raise UnsupportedError(f"{name} is not available: {unused[field]}. Leave it out.")
         if isinstance(value, bool) and field != "compel":
-            raise RequestError(f"{name}={value} is not allowed. Send no truth value.", field=name)
+            raise RequestError(
+                f"{name}={value} is not allowed. Send a value that is not a boolean.", field=name
+            )
 
 
 _NEUTRAL = {"num_frames": 1, "compel": False}
-"""Values that ask for nothing beside the fields' defaults."""
+"""Values besides the defaults that have no effect."""
 _HARMLESS = {"latent_space"}
-"""Fields that say only how another one is meant."""
+"""Fields that only modify the meaning of another field."""
 
 
 def _is_default(value: Any, default: Any) -> bool:
@@ -197,7 +198,7 @@ def _is_default(value: Any, default: Any) -> bool:
 
 
 def _require_size(given: Mapping[str, Any], spec: ModelSpec, names: Mapping[str, str]) -> None:
-    """Refuse a size that the model does not have, with the two nearest."""
+    """Refuse a size that the model does not support, and name the two nearest."""
     multiple = spec.size_multiple
     for side in ("height", "width"):
         value = given.get(side)
@@ -214,7 +215,7 @@ def _require_size(given: Mapping[str, Any], spec: ModelSpec, names: Mapping[str,
 
 
 def _require_text(value: Any, name: str) -> None:
-    """Refuse text that cannot be encoded: half of a surrogate pair is no character."""
+    """Refuse text with a lone surrogate, which cannot be encoded."""
     if isinstance(value, Mapping):
         for key, each in value.items():
             _require_text(key, name)
@@ -224,13 +225,14 @@ def _require_text(value: Any, name: str) -> None:
             value.encode()
         except UnicodeEncodeError as error:
             raise RequestError(
-                f"{name} holds {value[error.start]!r}, half of a character. Send whole characters.",
+                f"{name} holds {value[error.start]!r}, half of a surrogate pair. "
+                "Send whole characters.",
                 field=name,
             ) from error
 
 
 def read_image(value: object, *, field: str, accepted: Accepted) -> Image.Image:
-    """Return an image in mode RGB: of base64, of an allowed path, or `value` where it is one."""
+    """Return an RGB image from base64 or an allowed path. An image is returned as it is."""
     return value if isinstance(value, Image.Image) else _read(value, field, accepted, images.as_rgb)
 
 
@@ -241,8 +243,9 @@ def read_mask(
     accepted: Accepted,
     changes: Literal["opaque", "transparent"] = "opaque",
 ) -> Image.Image:
-    """Return a mask in mode RGB, white where the image may change. changes: the parts of an alpha
-    channel that say so.
+    """Return a mask in mode RGB, white where the image may change.
+
+    changes: which parts of an alpha channel may change.
     """
     if isinstance(value, Image.Image):
         return value
@@ -264,8 +267,9 @@ def _read(
 
 
 def read_array(value: object, *, field: str) -> np.ndarray:
-    """Return a float32 array of base64 of a .npy file, finite and not empty, or `value` where it is
-    an array.
+    """Return a finite, non-empty float32 array from base64 of a .npy file.
+
+    An array is returned as it is.
     """
     if isinstance(value, np.ndarray):
         return value
@@ -277,8 +281,9 @@ def read_array(value: object, *, field: str) -> np.ndarray:
 
 
 def decoded(read: Callable[[], T], *, field: str, wanted: str) -> T:
-    """Return the result of `read`, one of four at a time; its refusals become a RequestError that
-    says what to send instead.
+    """Return the result of `read`; at most four run at a time.
+
+    Its errors become a RequestError that says what to send instead.
     """
     try:
         with _decoding:
@@ -292,13 +297,13 @@ def decoded(read: Callable[[], T], *, field: str, wanted: str) -> T:
 
 
 def scaled(image: Image.Image, percent: float, *, field: str, limits: DecodeLimits) -> Image.Image:
-    """Return the image at this percentage of its size. RequestError if that has too many pixels."""
+    """Return the image at this percentage of its size. RequestError if it gets too many pixels."""
     if percent == 100:
         return image
     width, height = (max(1, round(side * percent / 100)) for side in image.size)
     if width * height > limits.max_pixels:
         raise RequestError(
-            f"{field}={percent:g} makes an image of {width}x{height}, more than "
+            f"{field}={percent:g} gives an image of {width}x{height}, more than "
             f"{limits.max_pixels} pixels (--max_image_megapixels). Send a smaller one.",
             field=field,
         )
@@ -310,7 +315,7 @@ def _is_absent(value: Any) -> bool:
 
 
 def _images(value: Any, field: str, *, name: str, accepted: Accepted) -> Any:
-    """Return the image of a field, or the list of them where one was sent."""
+    """Return the image of a field, or a list of images if a list was sent."""
     many = value if isinstance(value, list) else [value]
     if not 1 <= len(many) <= MAX_IMAGES:
         raise RequestError(
@@ -328,8 +333,8 @@ def _images(value: Any, field: str, *, name: str, accepted: Accepted) -> Any:
 
 
 def _loras(given: Any, folders: tuple[str, ...]) -> dict[str, float]:
-    """Return {"path": scale} with the paths inside the folders that requests may use; a relative
-    path is looked up in them.
+    """Return {path: scale}. Paths must be inside the allowed folders, in which relative ones are
+    looked up.
     """
     if not isinstance(given, Mapping) or not all(map(_is_number, given.values())):
         raise RequestError(
@@ -354,7 +359,9 @@ def _loras(given: Any, folders: tuple[str, ...]) -> dict[str, float]:
 
 
 def _lora_file(name: str, folders: tuple[str, ...]) -> Path | None:
-    if not name.isprintable() or len(name) > 4096:  # half a character, NUL: no name of a file
+    if (
+        not name.isprintable() or len(name) > 4096
+    ):  # lone surrogates and NUL cannot be in a file name
         return None
     for folder in folders:
         try:
@@ -367,7 +374,7 @@ def _lora_file(name: str, folders: tuple[str, ...]) -> Path | None:
 
 
 def _numbers(value: Any, field: str, *, name: str) -> list[float] | list[int]:
-    """Return the numbers of a JSON list, or of a 1-D array."""
+    """Return the numbers of a JSON list or a 1-D array."""
     if isinstance(value, str | np.ndarray):
         array = read_array(value, field=name)
         if array.ndim != 1:
@@ -396,7 +403,7 @@ def _is_finite(value: int | float) -> bool:
 
 
 def _as_request_error(error: ValidationError, names: Mapping[str, str]) -> RequestError:
-    """The first thing wrong, in the words of the client."""
+    """Return the first validation error with the client's field names."""
     first = error.errors()[0]
     field = str(first["loc"][0]) if first["loc"] else ""
     name = names.get(field, field)

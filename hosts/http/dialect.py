@@ -1,7 +1,7 @@
-"""A dialect: the paths of one API, its error shape and its rules. Its routes are a Blueprint.
+"""A dialect: the paths, error shape and field rules of one API. Its routes are a Blueprint.
 
-The rules say of every field of the API's protocol that it is done, that some values of it ask for
-nothing, or why it is refused. What no rule allows is an error, so nothing is ignored in silence.
+Each field of the API's protocol has a rule: it is done, some of its values have no effect, or it is
+refused with a reason. A field without a rule is an error, so nothing is ignored silently.
 """
 
 import difflib
@@ -16,17 +16,17 @@ from backends.errors import RequestError, UnsupportedError
 JSON = ("application/json",)
 ErrorBody = Callable[[str, int], dict[str, Any]]
 OFF = (False, "false", "off", "no", "0", "none")
-"""How clients write that a switch is off."""
+"""Values by which clients turn something off."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """What becomes of a field. null, empty texts, lists and objects never ask for anything."""
+    """Treatment of a field. null and empty texts, lists and objects always pass."""
 
     accepted: tuple[Any, ...] | None = None
-    """Values that are accepted; None: all of them."""
+    """Accepted values; None means all."""
     reason: str = ""
-    """Why other values are refused, or why none of them can change an image."""
+    """Why other values are refused, or why no value can change an image."""
 
     @property
     def kind(self) -> str:
@@ -41,29 +41,30 @@ class Rule:
 
 
 DONE = Rule()
-"""The field is read; its values are checked where that is done."""
+"""The field is used. Its values are validated where it is read."""
 
 
 def neutral(*values: Any, reason: str) -> Rule:
-    """These values ask for nothing; others are refused for the reason."""
+    """Accept values that have no effect; refuse others for this reason."""
     return Rule(accepted=values, reason=reason)
 
 
 def harmless(reason: str) -> Rule:
-    """No value can change an image, for the reason."""
+    """Accept any value, since none can change an image, for this reason."""
     return Rule(reason=reason)
 
 
 def refused(reason: str) -> Rule:
+    """Refuse any value, for this reason."""
     return Rule(accepted=(), reason=reason)
 
 
 def require_known(
     body: Mapping[str, Any], rules: Mapping[str, Rule], hints: Mapping[str, str] | None = None
 ) -> None:
-    """Refuse the first field without a rule, or with a value that its rule does not allow.
+    """Refuse the first field that has no rule or whose rule forbids its value.
 
-    hints: name of no field -> what it is called here. "strict": false lets everything pass.
+    hints: unknown field -> its name here. "strict": false skips the check.
     """
     if not is_strict(body):
         return
@@ -79,7 +80,7 @@ def require_known(
 
 
 def is_strict(body: Mapping[str, Any]) -> bool:
-    """Whether unknown fields are errors. RequestError if `strict` is no truth value."""
+    """Whether unknown fields are errors. RequestError if `strict` is not a boolean."""
     value = body.get("strict")
     if value is None or value is True or _is_same(value, "true"):
         return True
@@ -95,7 +96,7 @@ def is_empty(value: Any) -> bool:
 
 
 def shown(value: Any) -> str:
-    """The value as messages show it."""
+    """Return the value as messages show it."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
@@ -111,14 +112,14 @@ def _unknown(name: str, rules: Iterable[str], hints: Mapping[str, str]) -> str:
 
 
 def _is_same(value: Any, other: Any) -> bool:
-    """Whether a value says the same as one that is accepted, which may be sent as text."""
+    """Whether a value equals an accepted one, which may be sent as text."""
     if isinstance(value, str):
         return value.strip().lower() == str(other).lower()
     return not isinstance(other, str) and bool(value == other)
 
 
 def error_body(message: str, status: int) -> dict[str, Any]:
-    """Our own shape: the four keys that both existing clients look for, on every error."""
+    """Return the error of our own API, with the four keys that both existing clients read."""
     return {"message": message, "output": None, "latent": None, "is_image": False}
 
 
@@ -127,44 +128,44 @@ class Operation:
     """One call of an API, for GET /openapi.json."""
 
     method: str
-    """In small letters."""
+    """In lower case."""
     path: str
-    """With its parameters in braces."""
+    """With parameters in braces."""
     summary: str
-    """What it does."""
+    """Short description."""
     rules: Mapping[str, Rule] | None = None
     """The fields of its body, where it has one."""
     media_type: str = "application/json"
-    """Of its answer."""
+    """Content type of the response."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dialect:
-    """One API that the host speaks."""
+    """One API of the host."""
 
     blueprint: Blueprint
     """Its routes."""
     paths: tuple[str, ...] = ()
-    """Beginnings of its paths, unknown ones included; of two dialects the longer beginning wins."""
+    """Path prefixes, also of unknown paths. The longest matching prefix decides."""
     error_body: ErrorBody = error_body
-    """The JSON of an error, from its message and its status."""
+    """Builds the JSON of an error from its message and status."""
     media_types: tuple[str, ...] = JSON
-    """Content types that its POSTs may have."""
+    """Content types that its POSTs accept."""
     is_body_optional: bool = False
-    """Whether some of its POSTs say everything in their path."""
+    """Whether some of its POSTs have no body."""
     keeps_jobs: bool = False
-    """Whether its jobs wait until they can be done, also for a machine that is away."""
+    """Whether its jobs are kept until they can run, even while a machine is absent."""
     needs_model: bool = True
     """Whether its POSTs are refused while no model is loaded."""
     operations: tuple[Operation, ...] = ()
-    """Its calls, where /openapi.json does not say more of them."""
+    """Its calls, unless /openapi.json describes them in more detail."""
 
 
 OURS = Dialect(blueprint=Blueprint("none", __name__))
-"""The rules of a path that no dialect has."""
+"""Dialect of paths that belong to no other."""
 
 
 def dialect_of(path: str, dialects: Iterable[Dialect]) -> Dialect:
-    """The dialect whose paths begin as this one does."""
+    """Return the dialect with the longest prefix of this path."""
     starts = [(start, each) for each in dialects for start in each.paths if path.startswith(start)]
     return max(starts, key=lambda found: len(found[0]), default=("", OURS))[1]

@@ -1,4 +1,4 @@
-"""Errors as HTTP answers: the status of each kind, in the body of each dialect."""
+"""Errors as HTTP responses: a status for each type, a body for each dialect."""
 
 import logging
 import math
@@ -36,18 +36,18 @@ STATUS: dict[type[HostError], int] = {
     BusyError: 429,
     CancelledError: 409,
 }
-"""Of two kinds with one status, the first is what a gateway makes of it (KINDS)."""
+"""Error type -> status. Where two types share one, a gateway reads it back as the first (KINDS)."""
 KINDS: dict[int, type[HostError]] = {
     status: kind for kind, status in reversed(list(STATUS.items()))
 }
 RETRY_AFTER_S = {429: 5, 503: 10}
-"""Status of a refusal that passes -> seconds after which to ask again. Loading takes longer than a
-queue to move on.
+"""Status of a temporary refusal -> seconds until a retry. Loading takes longer than waiting in
+the queue.
 """
 
 
 def handle_errors(app: Flask) -> None:
-    """Answer every error with its message and its status, in the dialect of the path."""
+    """Answer every error with its message and status, in the dialect of the path."""
     app.register_error_handler(HostError, _host_error)
     app.register_error_handler(HTTPException, _http_error)
     app.register_error_handler(Exception, _unexpected_error)
@@ -58,12 +58,12 @@ def status_of(error: HostError) -> int:
 
 
 def error_of(status: int, message: str) -> HostError:
-    """The error that another host answered with this status."""
+    """Return the error that another host answered with this status."""
     return KINDS.get(status, HostError)(message)
 
 
 def answer_error(message: str, status: int) -> tuple[Response, int]:
-    """The answer in the dialect of the path that was asked."""
+    """Return the response in the dialect of the requested path."""
     dialect = dialect_of(request.path, current_app.extensions["dialects"])
     return jsonify(dialect.error_body(message, status)), status
 

@@ -12,7 +12,7 @@ DIALECT = Dialect(blueprint=blueprint)
 
 @blueprint.get("/healthz")
 def healthz() -> tuple[Response, int]:
-    """200 while the host can answer or is loading, 503 once it cannot make images."""
+    """Return 200 while the host is loading or ready, 503 once it cannot generate images."""
     host = current_app.extensions["host"]
     body = {
         "phase": host.state.phase,
@@ -28,13 +28,13 @@ def healthz() -> tuple[Response, int]:
 
 @blueprint.get("/livez")
 def livez() -> tuple[str, int]:
-    """200 as long as this process answers."""
+    """Return 200 as long as this process responds."""
     return "OK", 200
 
 
 @blueprint.get("/readyz")
 def readyz() -> tuple[str, int]:
-    """200 while images can be made, else 503 and the phase, with its reason where there is one."""
+    """Return 200 while images can be generated, else 503 with the phase and its reason."""
     state = current_app.extensions["host"].state
     return ": ".join(
         filter(None, (state.phase.value, state.reason))
@@ -43,12 +43,12 @@ def readyz() -> tuple[str, int]:
 
 @blueprint.get("/metrics")
 def metrics() -> Response:
-    """For Prometheus."""
+    """Return metrics for Prometheus."""
     return Response(current_app.extensions["metrics"].text(), content_type=CONTENT_TYPE)
 
 
 @blueprint.get("/settings")
 def settings() -> Response:
-    """What was given at launch, what was chosen and why, and figures of the last image."""
+    """Return the launch arguments, the choices made with reasons, and figures of the last image."""
     host = current_app.extensions["host"]
     return jsonify({"type": host.spec.name, "given": host.settings.given, **host.state.facts})

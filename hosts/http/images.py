@@ -1,4 +1,4 @@
-"""Image files, sent as base64 or named by a path -> PIL images in mode RGB."""
+"""Decodes image files, sent as base64 or named by a path, to PIL images in mode RGB."""
 
 import base64
 import binascii
@@ -17,32 +17,31 @@ from hosts.http.limits import DecodeLimits
 FORMATS = ("PNG", "JPEG", "WEBP")
 _LONGEST_DATA_HEADER = 100
 _MAX_JPEG_SCANS = 32
-"""A usual progressive JPEG has 10; each further one decodes the whole image again."""
+"""A usual progressive JPEG has 10 scans. Each one decodes the whole image again."""
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 _WITHOUT_LENGTH = frozenset({0x00, 0x01, *range(0xD0, 0xD9)})
-"""Second bytes of JPEG markers that no segment follows; 0 is a byte of the image."""
+"""Second bytes of JPEG markers without a segment; 0 is image data."""
 
 
 class Unreadable(ValueError):
-    """A value is not what it should be. The message says what it is instead."""
+    """A value has the wrong form. The message says what it is."""
 
 
 class UnreadableImage(Unreadable):
-    """The bytes are no image of an allowed format, damaged, or too large."""
+    """The bytes are damaged, too large, or not an image of an allowed format."""
 
 
 class NotBase64(Unreadable):
-    """The field is not the base64 text it should be."""
+    """The field is not base64 text."""
 
 
 def from_text(
     text: object, allowed_dirs: Iterable[Path | str], limits: DecodeLimits
 ) -> Image.Image:
-    """The image of base64 text, or of a path inside one of the folders, upright and in the mode of
-    its file.
+    """Return the image of base64 text, or of a path inside an allowed folder.
 
-    LocalAI writes the image of its caller to a temporary file on the same machine and sends the
-    name. Raises UnreadableImage or NotBase64.
+    It is upright and in the mode of the file. LocalAI writes its caller's image to a temporary file
+    on the same machine and sends the path. Raises UnreadableImage or NotBase64.
     """
     if is_path(text):
         return open_file(read_allowed_file(text, allowed_dirs, limits), limits)
@@ -50,14 +49,12 @@ def from_text(
 
 
 def is_path(text: object) -> bool:
-    """Whether the text is a path: it begins with "/", but not with "/9j/", as the base64 of every
-    JPEG does.
-    """
+    """Whether the text is a path. It starts with "/", but not with "/9j/" as a base64 JPEG does."""
     return isinstance(text, str) and text.startswith("/") and not text.startswith("/9j/")
 
 
 def without_data_header(text: object) -> object:
-    """Return `text` after "data:image/png;base64,", if it begins so. Raises NotBase64."""
+    """Return `text` without a "data:image/png;base64," prefix. Raises NotBase64."""
     if not isinstance(text, str) or text[:5].lower() != "data:":
         return text
     header, comma, _ = text[:_LONGEST_DATA_HEADER].partition(",")
@@ -84,7 +81,7 @@ def bytes_from_text(text: object, limits: DecodeLimits) -> bytes:
 
 
 def is_image_file(data: bytes | memoryview) -> bool:
-    """Whether the first bytes are those of a PNG, JPEG or WebP file."""
+    """Whether the data starts like a PNG, JPEG or WebP file."""
     head = bytes(data[:12])
     return head.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")) or (
         head[:4] == b"RIFF" and head[8:] == b"WEBP"
@@ -92,12 +89,14 @@ def is_image_file(data: bytes | memoryview) -> bool:
 
 
 def from_file_bytes(data: bytes | memoryview, limits: DecodeLimits) -> Image.Image:
-    """The first frame of a PNG, JPEG or WebP file as RGB, upright. Raises UnreadableImage."""
+    """Return the first frame of a PNG, JPEG or WebP file, RGB and upright. Raises
+    UnreadableImage.
+    """
     return as_rgb(open_file(data, limits))
 
 
 def open_file(data: bytes | memoryview, limits: DecodeLimits) -> Image.Image:
-    """The first frame of a PNG, JPEG or WebP file, upright and in the mode of the file."""
+    """Return the first frame of a PNG, JPEG or WebP file, upright, in the mode of the file."""
     if not is_image_file(data):
         raise UnreadableImage("the data is not a PNG, JPEG or WebP image")
     if bytes(data[:3]) == b"\xff\xd8\xff" and _num_scans(bytes(data)) > _MAX_JPEG_SCANS:
@@ -114,7 +113,9 @@ def open_file(data: bytes | memoryview, limits: DecodeLimits) -> Image.Image:
             return image.copy()
     except (UnreadableImage, MemoryError):
         raise
-    except Image.DecompressionBombError as error:  # PIL's own bound, met while the header is read
+    except (
+        Image.DecompressionBombError
+    ) as error:  # PIL's own limit, reached while it reads the header
         raise UnreadableImage(f"the image has more than {limits.max_pixels} pixels") from error
     except Exception as error:  # a dozen types on damaged files, SyntaxError among them
         raise UnreadableImage(
@@ -123,15 +124,16 @@ def open_file(data: bytes | memoryview, limits: DecodeLimits) -> Image.Image:
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """The image in mode RGB: alpha is dropped, and 16 bits of grey become 8."""
+    """Convert to RGB: alpha is dropped, 16-bit grey becomes 8-bit."""
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
     return image.convert("RGB")
 
 
 def as_mask(image: Image.Image, *, changes: Literal["opaque", "transparent"]) -> Image.Image:
-    """The mask in mode RGB, white where the image may change: those parts of the alpha channel
-    where it has one that is not full, else the white parts of the image.
+    """Return the mask in mode RGB, white where the image may change.
+
+    An alpha channel decides unless it is fully opaque; otherwise the white parts of the image do.
     """
     if not image.has_transparency_data:
         return as_rgb(image)
@@ -142,7 +144,10 @@ def as_mask(image: Image.Image, *, changes: Literal["opaque", "transparent"]) ->
 
 
 def _num_scans(data: bytes) -> int:
-    """Scans of the first image of a JPEG file. Phones append videos to it, which do not count."""
+    """Return the number of scans of a JPEG's first image.
+
+    Phones append videos, which do not count.
+    """
     position, scans = 2, 0
     while 0 <= (position := data.find(b"\xff", position)) < len(data) - 3:
         marker = data[position + 1]
@@ -157,10 +162,10 @@ def _num_scans(data: bytes) -> int:
 
 
 def read_allowed_file(path: str, allowed_dirs: Iterable[Path | str], limits: DecodeLimits) -> bytes:
-    """The contents of a regular file that lies, after symbolic links are resolved, inside one of
-    the folders.
+    """Return the contents of a regular file inside one of the folders, after resolving symbolic
+    links.
 
-    Raises UnreadableImage; outside the folders the message is the same whether or not the file
+    Raises UnreadableImage. Outside the folders the message is the same whether or not the file
     exists.
     """
     folders = [Path(os.path.realpath(folder)) for folder in allowed_dirs]
@@ -180,11 +185,11 @@ def read_allowed_file(path: str, allowed_dirs: Iterable[Path | str], limits: Dec
         # a pipe must not block
         descriptor = os.open(resolved, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
-        raise UnreadableImage(f"the path is no readable file in {allowed}") from error
+        raise UnreadableImage(f"the path is not a readable file in {allowed}") from error
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise UnreadableImage(f"the path is no readable file in {allowed}")
+            raise UnreadableImage(f"the path is not a readable file in {allowed}")
         if status.st_size > limits.max_encoded_bytes:
             raise UnreadableImage(
                 f"the file has {status.st_size} bytes; allowed are {limits.max_encoded_bytes}"

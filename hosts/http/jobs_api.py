@@ -1,4 +1,4 @@
-"""Jobs over HTTP: send one, follow it, fetch it, cancel it. Fields have diffusers' names."""
+"""Jobs over HTTP: submit, follow, fetch and cancel. Fields have diffusers' names."""
 
 import base64
 import io
@@ -39,11 +39,11 @@ OLD_NAMES = {
     "ip_image": "ip_adapter_image",
     "sampler": "scheduler",
 }
-"""Names of other APIs -> the field here, for messages."""
+"""Names of other APIs -> our field, for messages."""
 HEARTBEAT_S = 10.0
 MIN_INTERVAL_S = 0.1
 MAX_STREAMS = 12
-"""Each open stream holds one of the server's threads."""
+"""Largest number of open streams: each holds one of the server's threads."""
 MAX_FRAMES_PER_S = 120
 PREVIEW_SIDE = 256
 PREVIEW_QUALITY = 80
@@ -53,8 +53,9 @@ _streams = threading.BoundedSemaphore(MAX_STREAMS)
 
 @blueprint.post("/v1/jobs")
 def create() -> tuple[Response, int, dict[str, str]]:
-    """202 with the job's id and its place in the queue. The same Idempotency-Key and body give the
-    job that is there already.
+    """Create a job. Return 202 with its id and its position in the queue.
+
+    The same Idempotency-Key and body return the existing job.
     """
     host, body = current_app.extensions["host"], json_object()
     require_known(body, RULES, OLD_NAMES)
@@ -71,21 +72,21 @@ def create() -> tuple[Response, int, dict[str, str]]:
 
 @blueprint.get("/v1/jobs")
 def everything() -> Response:
-    """All jobs: the one that runs, those that wait, those that are over. No prompts: other clients'
-    jobs are among them.
+    """Return all jobs: running, waiting and finished. Without prompts, as other clients' jobs
+    are among them.
     """
     return jsonify({"jobs": without_settings(_queue().jobs())})
 
 
 @blueprint.get("/v1/jobs/<job_id>")
 def show(job_id: str) -> Response:
-    """State, progress, and once it is over what was really used."""
+    """Return a job's state and progress, and the settings that were used once it is over."""
     return jsonify(describe(_queue().find(job_id)))
 
 
 @blueprint.delete("/v1/jobs/<job_id>")
 def cancel(job_id: str) -> tuple[Response, int]:
-    """A queued job ends at once, a running one at its next step on all ranks."""
+    """Cancel a job: at once if it waits, at the next step on all ranks if it runs."""
     job = _queue().find(job_id)
     _queue().cancel(job)
     return jsonify(describe(job)), 202
@@ -93,8 +94,9 @@ def cancel(job_id: str) -> tuple[Response, int]:
 
 @blueprint.get("/v1/jobs/<job_id>/result")
 def result(job_id: str) -> Response | tuple[Response, int, dict[str, str]]:
-    """The file, by Accept, or JSON that holds it. 409 while it is not done; a failed job's error
-    as it was. ?fps= is a video's speed.
+    """Return the file, or JSON with it, as Accept says. ?fps= sets the speed of a video.
+
+    409 while the job is not done. A failed job returns its own error.
     """
     host = current_app.extensions["host"]
     job = _queue().find(job_id)
@@ -109,8 +111,9 @@ def result(job_id: str) -> Response | tuple[Response, int, dict[str, str]]:
 
 @blueprint.get("/v1/jobs/<job_id>/events")
 def events(job_id: str) -> Response:
-    """Server-sent events until the job is over: `status` at each change, `preview` (a small JPEG)
-    with ?previews=1.
+    """Stream server-sent events until the job is over.
+
+    `status` at each change, and with ?previews=1 `preview`, a small JPEG.
     """
     job = _queue().find(job_id)
     with_previews = request.args.get("previews", "0") == "1"
@@ -120,7 +123,9 @@ def events(job_id: str) -> Response:
 
 @blueprint.get("/v1/jobs/<job_id>/trace")
 def trace(job_id: str) -> Response | tuple[Response, int, dict[str, str]]:
-    """What every rank did when, as a Chrome trace. 409 while the job is not over."""
+    """Return the activity of every rank over time as a Chrome trace. 409 while the job is not
+    over.
+    """
     job = _queue().find(job_id)
     if not job.finished.is_set():
         return jsonify(describe(job)), 409, {"Retry-After": "1"}
@@ -128,17 +133,17 @@ def trace(job_id: str) -> Response | tuple[Response, int, dict[str, str]]:
 
 
 def require_model(body: Mapping[str, Any]) -> None:
-    """NotFoundError if the request names another model than the one that is loaded."""
+    """Raise NotFoundError if the request names a model that is not loaded."""
     model = current_app.extensions["host"].model
     if is_strict(body) and body.get("model") not in (None, "", model):
         raise NotFoundError(f"there is no model {shown(body['model'])}. Allowed: {model}.")
 
 
 def event_stream(events: Iterator[str]) -> Response:
-    """Return server-sent events as they come. BusyError if too many streams are open."""
+    """Return a response that streams server-sent events. BusyError if too many streams are open."""
     if not _streams.acquire(blocking=False):
         raise BusyError(
-            f"{MAX_STREAMS} event streams are open, which is all this host serves. Ask GET "
+            f"{MAX_STREAMS} event streams are open, the most this host allows. Ask GET "
             "/v1/jobs/<id> for a job's state instead."
         )
     answer = Response(events, mimetype="text/event-stream", headers={"Cache-Control": "no-store"})
@@ -149,7 +154,7 @@ def event_stream(events: Iterator[str]) -> Response:
 def file_response(
     job: Job, content_type: str, *, frames_per_s: float = media.FRAMES_PER_S
 ) -> Response:
-    """The finished job's image or video, with its settings in a PNG's metadata."""
+    """Return a finished job's image or video. A PNG has its settings as metadata."""
     made = job.wait()
     with current_app.extensions["metrics"].serialising():
         data = media.encode(
@@ -164,14 +169,14 @@ def file_response(
 
 
 def without_settings(jobs: Sequence[Job]) -> list[dict[str, Any]]:
-    """What anybody may know of them."""
+    """Return the facts about jobs that any client may see."""
     return [
         {key: value for key, value in describe(job).items() if key != "settings"} for job in jobs
     ]
 
 
 class JobView(BaseModel):
-    """What clients are told of a job: the answer of GET /v1/jobs/<id>, and its schema."""
+    """Facts about a job for clients: the response of GET /v1/jobs/<id>, and its schema."""
 
     id: str
     state: JobStatus
@@ -199,7 +204,7 @@ class JobView(BaseModel):
 
 
 def describe(job: Job) -> dict[str, Any]:
-    """Return what clients are told of a job, as JSON."""
+    """Return the facts about a job for clients, as JSON."""
     host = current_app.extensions["host"]
     seconds = None if job.started_s is None else (job.ended_s or now()) - job.started_s
     is_running = job.status is JobStatus.RUNNING and job.step > 0
@@ -268,13 +273,13 @@ def _follow(queue: JobQueue, job: Job, with_previews: bool) -> Iterator[str]:
                 yield event("preview", {"step": step, "image": _data_url(preview)})
             if is_over:
                 return
-            job.finished.wait(MIN_INTERVAL_S)  # its end is told at once
+            job.finished.wait(MIN_INTERVAL_S)  # returns at once when the job ends
 
     return stream()
 
 
 def event(name: str, data: dict[str, Any]) -> str:
-    """One server-sent event."""
+    """Return one server-sent event."""
     return f"event: {name}\ndata: {json.dumps(data)}\n\n"
 
 

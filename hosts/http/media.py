@@ -1,6 +1,4 @@
-"""Results -> bytes: images as PNG, JPEG or WebP, videos as MP4 or GIF, both as arrays. Pure
-functions; imports no torch.
-"""
+"""Encodes results: images as PNG, JPEG or WebP, videos as MP4 or GIF, both as arrays. No torch."""
 
 import base64
 import io
@@ -20,10 +18,10 @@ from hosts.jobs import serialization
 IMAGE_TYPES = {"image/png": "PNG", "image/jpeg": "JPEG", "image/webp": "WEBP"}
 VIDEO_TYPES = ("video/mp4", "image/gif")
 ARRAY_TYPE = "application/x-npy"
-"""uint8 (N, H, W, 3) as numpy saves it: every frame as it is, for programs."""
+"""uint8 (N, H, W, 3) as numpy.save writes it: all frames without loss, for programs."""
 WHOLE_TYPE = "application/x-npz"
-"""Everything there is of a result, as numpy.savez writes it: `frames`, `latents` where the type
-gives them, and `facts` (JSON as bytes).
+"""The complete result as numpy.savez writes it: `frames`, `latents` if the type has them, and
+`facts` (JSON as bytes).
 """
 EXTENSIONS = {
     "image/png": "png",
@@ -37,18 +35,18 @@ EXTENSIONS = {
 MAX_DIMS = 8
 """Of an array in a request."""
 QUALITY = 95
-"""Of JPEG and WebP files, where no other is asked for."""
+"""Default quality of JPEG and WebP files."""
 FRAMES_PER_S = 7
-"""What both existing clients play videos at."""
+"""Speed at which both existing clients play videos."""
 
 
 def content_types(output: str) -> tuple[str, ...]:
-    """What a result of this kind ('image' or 'video') can be sent as, the best first."""
+    """Return the content types of a result of this kind ('image' or 'video'), the best first."""
     return (*(IMAGE_TYPES if output == "image" else VIDEO_TYPES), ARRAY_TYPE, WHOLE_TYPE)
 
 
 def images(result: GenerateResult) -> list[Image.Image]:
-    """The frames as RGB images."""
+    """Return the frames as RGB images."""
     return [Image.fromarray(frame, mode="RGB") for frame in result.frames]
 
 
@@ -60,8 +58,9 @@ def encode(
     frames_per_s: float = FRAMES_PER_S,
     quality: int | None = None,
 ) -> bytes:
-    """The result as one file of this type; a PNG holds `metadata` as its text `parameters`, JPEG
-    and WebP have `quality` (0 to 100). RequestError if the type does not fit.
+    """Return the result as one file of this type. RequestError if the type does not fit.
+
+    A PNG holds `metadata` as its text `parameters`. quality: of JPEG and WebP, 0 to 100.
     """
     if content_type == ARRAY_TYPE:
         return _encode_array(result)
@@ -83,8 +82,8 @@ def encode(
 def as_json(
     result: GenerateResult, output: str, *, frames_per_s: float = FRAMES_PER_S
 ) -> dict[str, Any]:
-    """Return the result as JSON: `output` is base64 of the file of the best type, `latents` of a
-    .npy file.
+    """Return the result as JSON. `output` is base64 of the best file type, `latents` of a .npy
+    file.
     """
     content_type = content_types(output)[0]
     data = encode(result, content_type, frames_per_s=frames_per_s)
@@ -100,23 +99,23 @@ def as_json(
 
 
 def npy(array: np.ndarray) -> str:
-    """Return base64 of the array's .npy file, as requests bring arrays."""
+    """Return base64 of the array's .npy file, the form in which requests send arrays."""
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def from_npy(data: bytes, limits: DecodeLimits) -> np.ndarray:
-    """Return the values of a .npy file as float32, finite and not empty. Raises Unreadable.
+    """Return the values of a .npy file as a finite, non-empty float32 array. Raises Unreadable.
 
-    Its header is checked before anything is allocated.
+    The header is checked before memory is allocated.
     """
     file = io.BytesIO(data)
     try:
         if np.lib.format.read_magic(file) != (1, 0):
             raise Unreadable("version")
         shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
-    except Exception as error:  # the header is read as Python, with a dozen kinds of failure
+    except Exception as error:  # numpy parses the header as Python, which fails in many ways
         raise Unreadable("the data is not a .npy file") from error
     if dtype.kind not in "fiu" or len(shape) > MAX_DIMS:
         raise Unreadable(f"the array has type {dtype} and {len(shape)} dimensions")
@@ -129,7 +128,7 @@ def from_npy(data: bytes, limits: DecodeLimits) -> np.ndarray:
     body = data[file.tell() :]
     if len(body) != count * dtype.itemsize:
         raise Unreadable(f"the array of shape {shape} does not have the bytes that it announces")
-    with np.errstate(over="ignore"):  # what is beyond float32 is refused below
+    with np.errstate(over="ignore"):  # values beyond float32 are refused below
         values = np.frombuffer(body, dtype).astype(np.float32)
     if not np.isfinite(values).all():
         raise Unreadable("the array holds NaN or infinity, or values beyond float32")
@@ -150,8 +149,9 @@ def _encode_whole(result: GenerateResult) -> bytes:
 
 
 def decode_whole(data: bytes) -> GenerateResult:
-    """What was sent as WHOLE_TYPE. Nothing is unpickled. ValueError, OSError or KeyError for
-    anything else.
+    """Read a result that was sent as WHOLE_TYPE. Nothing is unpickled.
+
+    ValueError, OSError or KeyError for anything else.
     """
     with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
         return serialization.unpack_result(arrays["facts"].tobytes().decode(), arrays.__getitem__)
@@ -185,12 +185,12 @@ def _encode_gif(frames: list[Image.Image], frames_per_s: float) -> bytes:
 
 
 def _encode_mp4(result: GenerateResult, frames_per_s: float) -> bytes:
-    import imageio.v3  # here: an extra, which only who asks for MP4 needs
+    import imageio.v3  # here: an extra that only MP4 needs
 
     height, width = (
         result.frames.shape[1] // 2 * 2,
         result.frames.shape[2] // 2 * 2,
-    )  # H.264 wants even sides
+    )  # H.264 needs even sides
     return imageio.v3.imwrite(
         "<bytes>",
         result.frames[:, :height, :width],

@@ -1,5 +1,5 @@
-"""GET /metrics for Prometheus: jobs by outcome, time in the queue and at work, and what each rank
-reported last.
+"""GET /metrics for Prometheus: jobs by outcome, queue and run times, and the latest figures of
+each rank.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ RANK_FIGURES = {
 
 
 class Metrics:
-    """Of one host. Registers itself with the queue."""
+    """Metrics of one host. Registers itself with the queue."""
 
     def __init__(self, queue: JobQueue, state: HostState) -> None:
         self._queue = queue
@@ -64,11 +64,11 @@ class Metrics:
         queue.on_end.append(self._ended)
 
     def text(self) -> bytes:
-        """In Prometheus' text format."""
+        """Return the metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Any]:
-        """What is read off at the moment of asking."""
+        """Yield the values that are read at scrape time."""
         yield GaugeMetricFamily(
             "diffusion_jobs_waiting", "Jobs in the queue.", value=self._queue.num_waiting
         )
@@ -104,7 +104,7 @@ class Metrics:
 
     @contextlib.contextmanager
     def serialising(self) -> Iterator[None]:
-        """Around the encoding of a result for a client."""
+        """Time the encoding of a result for a client."""
         started = time.perf_counter()
         yield
         self._stages.labels(stage="serialise").observe(time.perf_counter() - started)

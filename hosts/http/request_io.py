@@ -1,5 +1,5 @@
-"""What all dialects do with a request: read its JSON, name its sender, choose the kind of answer,
-wait for the job.
+"""Request handling shared by all dialects: read JSON, identify the client, choose a content
+type, wait.
 """
 
 import hashlib
@@ -25,9 +25,7 @@ MAX_SEED = 2**63 - 1
 
 
 def json_object() -> Mapping[str, Any]:
-    """Return the body. RequestError if it is not one JSON object, or holds values beyond all
-    bounds.
-    """
+    """Return the body. RequestError if it is not one JSON object within all limits."""
     data = _data()
     require_few_values(data)
     try:
@@ -58,15 +56,16 @@ def _data() -> bytes:
 
 
 def client() -> str:
-    """Who asks, for fairness: by key where one is sent, else by address."""
+    """Return the client for fair sharing: by key if one was sent, else by address."""
     if key := request.headers.get("Authorization"):
         return hashlib.sha256(key.encode()).hexdigest()
     return request.remote_addr or ""
 
 
 def idempotency_key() -> str | None:
-    """The client's own name for the job it creates, so that sending it again creates no second one.
-    RequestError if it is none.
+    """Return the client's name for the new job, or None. RequestError if it is not valid.
+
+    Sending the same key again creates no second job.
     """
     key = request.headers.get("Idempotency-Key")
     if key is not None and (
@@ -80,9 +79,7 @@ def idempotency_key() -> str | None:
 
 
 def wanted_type(output: str, *, default: str) -> str:
-    """The content type that the client prefers among those that this kind of result has, or
-    `default`.
-    """
+    """Return the client's preferred content type for this kind of result, or `default`."""
     allowed = [
         default,
         *(kind for kind in (*media.content_types(output), "application/json") if kind != default),
@@ -97,7 +94,7 @@ def wanted_type(output: str, *, default: str) -> str:
 
 
 def whole(body: Mapping[str, Any], name: str, default: int, *, low: int, high: int) -> int:
-    """The whole number of a field, within its bounds."""
+    """Return the integer of a field. RequestError if it is out of bounds."""
     value = body.get(name)
     if is_empty(value):
         return default
@@ -111,8 +108,9 @@ def whole(body: Mapping[str, Any], name: str, default: int, *, low: int, high: i
 
 
 def seeds_from(seed: Any, number: int) -> list[Any]:
-    """Return the seeds of several images: they count up from one that was chosen, also as text.
-    RequestError if there are not so many.
+    """Return the seeds of several images, which count up from `seed` (a number or text).
+
+    RequestError if they exceed the largest seed.
     """
     first = _whole(seed)
     if first is None or first < 0:
@@ -127,8 +125,9 @@ def seeds_from(seed: Any, number: int) -> list[Any]:
 
 
 def _whole(value: Any) -> int | None:
-    """The number of a seed such as 5, 5.0 or "5"; None for anything else, which is refused where
-    requests are read.
+    """Return the integer of a seed such as 5, 5.0 or "5", else None.
+
+    Other values are refused when the request is read.
     """
     if isinstance(value, str) and re.fullmatch(r"\s*\d{1,20}(\.0*)?\s*", value, re.ASCII):
         return int(value.partition(".")[0])
@@ -138,8 +137,9 @@ def _whole(value: Any) -> int | None:
 
 
 def submit_all(requests: Sequence[GenerateRequest], *, is_kept: bool = False) -> list[Job]:
-    """A job for each of them, which the ranks see at once and can share out; or none, if the queue
-    has no room for all.
+    """Submit all requests at once, so that the ranks can share them out.
+
+    If the queue has no room for all, none is submitted.
     """
     queue = current_app.extensions["host"].queue
     jobs: list[Job] = []
@@ -155,8 +155,9 @@ def submit_all(requests: Sequence[GenerateRequest], *, is_kept: bool = False) ->
 
 
 def wait_for(job: Job, *, is_kept: bool = False) -> GenerateResult:
-    """Block until the job is over. If its client goes away, it is cancelled after a grace period,
-    unless it is to be kept.
+    """Block until the job is over and return its result.
+
+    If the client disconnects, the job is cancelled after a grace period, unless it is kept.
     """
     host = current_app.extensions["host"]
     connection, grace_s = request.environ.get(CONNECTION), host.settings.disconnect_grace
@@ -176,7 +177,7 @@ def wait_for(job: Job, *, is_kept: bool = False) -> GenerateResult:
 
 
 def wait_for_all(jobs: Sequence[Job]) -> list[GenerateResult]:
-    """Their results. If one fails, the others are cancelled and its error is raised."""
+    """Return the results of all jobs. If one fails, cancel the others and raise its error."""
     try:
         return [wait_for(job) for job in jobs]
     except HostError:

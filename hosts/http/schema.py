@@ -1,5 +1,5 @@
-"""GET /openapi.json: made from the request class and the model type that is served, so it cannot
-say anything else than the code.
+"""GET /openapi.json, derived from the request class and the model type so that it always fits
+the code.
 """
 
 import json
@@ -39,7 +39,7 @@ IDEMPOTENCY_KEY = {
 
 
 class _Schema(GenerateJsonSchema):
-    """Images and arrays travel as text."""
+    """A schema in which images and arrays are text."""
 
     def is_instance_schema(self, schema: core_schema.IsInstanceSchema) -> JsonSchemaValue:
         is_image = schema["cls"] is Image.Image
@@ -52,7 +52,7 @@ class _Schema(GenerateJsonSchema):
 
 @blueprint.get("/openapi.json")
 def serve() -> Response:
-    """OpenAPI 3.1 of what this host serves, in the order in which people read it."""
+    """Return the OpenAPI 3.1 document of this host, in reading order."""
     host, dialects = current_app.extensions["host"], current_app.extensions["dialects"]
     document = openapi(host.spec, host.settings, dialects)
     return Response(json.dumps(document), mimetype="application/json")
@@ -61,7 +61,7 @@ def serve() -> Response:
 def openapi(
     spec: ModelSpec, settings: Settings, dialects: Iterable[Dialect] = ()
 ) -> dict[str, Any]:
-    """OpenAPI 3.1 of this host, and of what it speaks beside its own API."""
+    """Return the OpenAPI 3.1 document of this host and of its other dialects."""
     document = _own(spec, settings)
     request = document["components"]["schemas"]["Request"]["properties"]
     for dialect in dialects:
@@ -72,7 +72,10 @@ def openapi(
 
 
 def _foreign(operation: Operation, dialect: Dialect, request: Mapping[str, Any]) -> dict[str, Any]:
-    """A call of another API. request: the fields of /v1/jobs, which some of its fields are."""
+    """Return the operation of another API.
+
+    request: the fields of /v1/jobs, some of which it accepts.
+    """
     answer = {"type": "string"} if operation.media_type != JSON[0] else {}
     contents = {operation.media_type: {"schema": answer}}
     if operation.rules is not None and "stream" in operation.rules:
@@ -96,7 +99,7 @@ def _foreign(operation: Operation, dialect: Dialect, request: Mapping[str, Any])
 
 
 def _field(rule: Rule, own: dict[str, Any] | None) -> dict[str, Any]:
-    """What a field of another API may be. own: the facts of the same field of /v1/jobs."""
+    """Return the schema of another API's field. own: the same field of /v1/jobs, if it exists."""
     if rule.kind == "done":
         return own or {}
     if rule.accepted is None:
@@ -224,7 +227,7 @@ def _schemas(spec: ModelSpec, settings: Settings) -> dict[str, Any]:
     request |= {"title": "Request", "additionalProperties": False, "properties": fields}
     request["required"] = [
         name for name in spec.requires if name in fields and name != "prompt"
-    ]  # embeddings may stand for it
+    ]  # embeddings may replace it
     if "strength" in fields and "init_image" in fields:
         fields["strength"]["default"] = IMAGE_STRENGTH
     for name in ("height", "width", "num_inference_steps", "guidance_scale", "num_frames"):
@@ -276,7 +279,7 @@ def _schemas(spec: ModelSpec, settings: Settings) -> dict[str, Any]:
 
 
 def _bound(field: dict[str, Any], settings: Settings, limit: str) -> None:
-    """Write the operator's limit into the kind that has one: the field may also be null."""
+    """Write the operator's limit into the non-null alternative of a field."""
     for kind in field.get("anyOf", [field]):
         if kind.get("type") in BOUND:
             kind[BOUND[kind["type"]]] = getattr(settings, limit)

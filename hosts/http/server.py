@@ -1,6 +1,4 @@
-"""The listener: cheroot in threads, with connections closed the way old clients need (lingering
-close).
-"""
+"""The listener: cheroot threads, with the lingering close that old clients need."""
 
 import contextlib
 import errno
@@ -23,33 +21,35 @@ logger = logging.getLogger(__name__)
 
 LINGER_S = 2.0
 NUM_THREADS = 64
-"""More than the queue's capacity: every waiting POST holds a thread, and status must still be
-answered at once.
+"""More than the queue's capacity: every waiting POST holds a thread, and status requests must
+still be answered.
 """
 LOOPBACK = ("127.0.0.1", "::1")
 _RESET, _ORDERLY = struct.pack("ii", 1, 0), struct.pack("ii", 0, 0)
 
 
 CONNECTION = "hosts.connection"
-"""WSGI environment: the client's socket, for who must know whether the client is still there."""
+"""WSGI environment key of the client's socket, to detect whether the client is still connected."""
 
 
 INTERIM = b"HTTP/1.1 100 Continue\r\n\r\n"
-"""An answer that says nothing yet, which every client of HTTP/1.1 skips."""
+"""An interim response, which every HTTP/1.1 client skips."""
 
 
 class _Request(HTTPRequest):
     close_connection = True
 
     def parse_request(self) -> None:
-        """What cheroot cannot read is the client's mistake, not a failure of the server."""
+        """Treat a request that cannot be parsed as the client's error, not the server's."""
         try:
             super().parse_request()
         except (ValueError, LookupError, NameError, OverflowError, MemoryError) as error:
             self.simple_response("400 Bad Request", f"the request cannot be read: {error}")
 
     def read_request_line(self) -> bool:
-        """Read the line; of slashes before the path one counts, as in base URLs that end in one."""
+        """Read the request line. Several leading slashes count as one: some base URLs end in a
+        slash.
+        """
         self.rfile = _OneSlash(self.rfile)
         try:
             return super().read_request_line()
@@ -58,7 +58,7 @@ class _Request(HTTPRequest):
 
 
 class _OneSlash:
-    """A file whose first line is a request line: `POST //generate` becomes `POST /generate`."""
+    """A file that starts with a request line. `POST //generate` becomes `POST /generate`."""
 
     def __init__(self, wrapped: Any) -> None:
         self.wrapped = wrapped
@@ -77,11 +77,11 @@ class _Gateway(Gateway_10):
 
 
 class _Connection(HTTPConnection):
-    """Closes only after the client did, or after LINGER_S. If the process dies before, the
-    connection is reset.
+    """Closes only after the client did, or after LINGER_S.
 
-    Whoever closes first leaves a socket in TIME_WAIT on its side for a minute, and the ComfyUI
-    client waits until the host's port can be bound without SO_REUSEADDR. A reset leaves none.
+    The side that closes first keeps a socket in TIME_WAIT for a minute, and the ComfyUI client
+    waits until the host's port can be bound without SO_REUSEADDR. If the process dies first, the
+    connection is reset, which leaves no such socket.
     """
 
     RequestHandlerClass = _Request
@@ -101,20 +101,20 @@ class _Connection(HTTPConnection):
             pass  # reset or timed out: nothing more to wait for
         with contextlib.suppress(
             OSError
-        ):  # what a slow client has not read yet must still reach it
+        ):  # a slow client must still get the data that it has not read
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ORDERLY)
         super().close()
 
 
 class Listener:
-    """The HTTP server of rank 0. `bind` before anything slow; `serve` returns at once."""
+    """The HTTP server of rank 0. Call `bind` before slow work; `serve` returns at once."""
 
     def __init__(self, app: Callable[..., Any], *, host: str, port: int) -> None:
         self._servers = [self._server(app, address, port) for address in _addresses(host)]
         self.host, self.port = host, port
 
     def bind(self, *, patience_s: float = 0.0) -> None:
-        """Take the port. ConfigError if it is still taken after `patience_s`."""
+        """Bind the port. ConfigError if it is still taken after `patience_s`."""
         deadline = time.monotonic() + patience_s
         while not all(is_port_free(server.bind_addr[0], self.port) for server in self._servers):
             if time.monotonic() >= deadline:
@@ -140,7 +140,7 @@ class Listener:
         logger.info("listening on http://%s:%d", self.host, self.port)
 
     def stop(self) -> None:
-        """Finish the answers under way (a second at most) and close."""
+        """Finish pending responses (at most one second) and close."""
         for server in self._servers:
             server.stop()
 
@@ -163,20 +163,20 @@ class Listener:
 
 
 class Peer:
-    """The client at the other end of a connection, while its job runs."""
+    """The client of a connection while its job runs."""
 
     def __init__(self, connection: socket.socket, *, takes_interim: bool) -> None:
-        """takes_interim: whether it may be sent an interim answer, as in HTTP/1.1."""
+        """takes_interim: whether it accepts an interim response, as HTTP/1.1 clients do."""
         self._connection = connection
         self._takes_interim = takes_interim
         self._is_asked = False
 
     def is_gone(self) -> bool:
-        """Whether it has gone away. Reads nothing and does not wait.
+        """Whether the client has disconnected. Reads nothing and does not block.
 
-        A client may close its sending side and still wait for the answer (RFC 9112, 9.6). Both look
-        alike until something is sent: a client that is gone answers that with a reset, which the
-        next call sees.
+        A client may close its sending side and still wait for the response (RFC 9112, 9.6). The two
+        cases look alike until something is sent: a disconnected client answers with a reset, which
+        the next call sees.
         """
         ready = select.poll()
         ready.register(self._connection, select.POLLIN)
@@ -184,7 +184,7 @@ class Peer:
             events = sum(event for _, event in ready.poll(0))
             if events & (select.POLLERR | select.POLLHUP | select.POLLNVAL):
                 return True
-            # asked first: recv on a socket with a time-out waits for it, whatever the flags say
+            # poll first: recv on a socket with a timeout waits, whatever its flags
             if not events or self._connection.recv(1, socket.MSG_PEEK) != b"":
                 return False
             if self._takes_interim and not self._is_asked:
@@ -196,13 +196,15 @@ class Peer:
 
 
 def is_port_free(host: str, port: int) -> bool:
-    """Whether a listener for `host` could bind here now, on each of its addresses."""
+    """Whether a listener for `host` could bind now, on each of its addresses."""
     return not any(_bind_errno(address, port) for address in _addresses(host))
 
 
 def _addresses(host: str) -> tuple[str, ...]:
-    """Where to listen. localhost is both loopback addresses, because clients try either first; ::1
-    only if this machine has it.
+    """Return the addresses to listen on.
+
+    localhost means both loopback addresses, since clients try either first; ::1 only if the machine
+    has it.
     """
     if host not in ("127.0.0.1", "localhost"):
         return (host,)
@@ -210,7 +212,7 @@ def _addresses(host: str) -> tuple[str, ...]:
 
 
 def _bind_errno(address: str, port: int) -> int:
-    """0 if a socket can be bound there."""
+    """Return 0 if a socket can be bound there, else the error number."""
     try:
         with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -216,7 +216,7 @@ def test_refusals_are_results_that_say_so(loaded, method, fields, message, tmp_p
             {"Model": "missing", "ModelPath": "/nowhere", "PipelineType": "sdxl"},
             "/nowhere/missing does not exist",
         ),
-        ({"Options": ["strength:much"]}, "strength:much is no number"),
+        ({"Options": ["strength:much"]}, "strength:much is not a number"),
         ({"PipelineType": "nonsense"}, "type='nonsense' is not a model type"),
     ],
 )

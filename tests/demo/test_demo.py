@@ -146,7 +146,7 @@ def test_training_stages_end_in_a_checkpoint_that_loads(trained):
     assert not [
         file for file in (trained / "out").rglob("*.json") if str(trained) in file.read_text()
     ]
-    assert evaluate.draw(
+    assert evaluate.generate(
         pipe, ["a red circle"], seed=0, height=128, width=128, num_inference_steps=1
     )[0].shape == (128, 128, 3)
 
@@ -206,7 +206,9 @@ def test_checkpoint_is_in_sdxl_layout(pipe):
 def test_checkpoint_draws_a_red_circle_on_a_blue_background(pipe):
     size = pipe.default_sample_size * pipe.vae_scale_factor
     inputs = {"height": size, "width": size, "num_inference_steps": 20, "guidance_scale": 2.5}
-    sample_image = evaluate.draw(pipe, ["a red circle on a blue background"], seed=0, **inputs)[0]
+    sample_image = evaluate.generate(pipe, ["a red circle on a blue background"], seed=0, **inputs)[
+        0
+    ]
     assert sample_image.shape == (size, size, 3)
     assert judge(sample_image, red_circle()) == {
         "colours": True,

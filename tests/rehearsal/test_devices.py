@@ -61,7 +61,7 @@ def _try_dead_links(rank, world_size):
         group, device = dist.new_group([0, 1], backend="nccl"), torch.device("cuda", rank)
         started = time.monotonic()
         advice = (
-            r"ranks 0, 1 do not reach each other: .* within 0\.5 s\. Try NCCL_P2P_DISABLE=1 "
+            r"ranks 0, 1 cannot reach each other: .* within 0\.5 s\. Try NCCL_P2P_DISABLE=1 "
             r".*--shm-size"
         )
         with pytest.raises(ConfigError, match=advice):

@@ -1,4 +1,4 @@
-"""Encodings that the ComfyUI nodes import from here: pickles of images and tensors as base64 text.
+"""Encodings that the ComfyUI nodes import: pickles of images and tensors as base64 text.
 
 This file must work alone: the nodes import it as a sub-package of theirs, without the rest of the
 project, and copy every public name into their own modules. Each function returns None for None.
@@ -26,18 +26,18 @@ _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 def pickle_and_encode_b64(obj: Any) -> str | None:
-    """Any object as base64 of its pickle, ASCII, without line breaks."""
+    """Return base64 of the object's pickle, ASCII without line breaks."""
     if obj is None:
         return None
     return base64.b64encode(pickle.dumps(obj, protocol=_PROTOCOL)).decode("ascii")
 
 
 def decode_b64_and_unpickle(text: str | None) -> Any:
-    """The inverse, for images, tensors, and lists, tuples and dicts of them, of numbers and of
-    text.
+    """Return the object of an encoded pickle. Tensors arrive on the CPU.
 
-    Tensors arrive on the CPU. Raises pickle.UnpicklingError for any other class: a host sends none,
-    and unpickling one would run code that somebody else chose.
+    Images, tensors, numbers, text, and lists, tuples and dicts of them are allowed. Raises
+    pickle.UnpicklingError for any other class: a host sends none, and unpickling one could run
+    foreign code.
     """
     if text is None:
         return None
@@ -45,8 +45,9 @@ def decode_b64_and_unpickle(text: str | None) -> Any:
 
 
 def convert_tensor_to_b64(t: torch.Tensor | None) -> str | None:
-    """A float tensor [H, W, C] (or [1, H, W, C]) in [0, 1], C of 1, 3 or 4, as an encoded PIL
-    image.
+    """Return a float tensor [H, W, C] (or [1, H, W, C]) in [0, 1] as an encoded PIL image.
+
+    C is 1, 3 or 4.
     """
     if t is None:
         return None
@@ -75,15 +76,16 @@ def convert_tensor_to_b64(t: torch.Tensor | None) -> str | None:
 
 
 def convert_b64_to_nhwc_tensor(text: str | None) -> torch.Tensor | None:
-    """An encoded PIL image as a float32 tensor [1, H, W, C] in [0, 1]."""
+    """Return an encoded PIL image as a float32 tensor [1, H, W, C] in [0, 1]."""
     if text is None:
         return None
     return convert_image_to_hwc_tensor(decode_b64_and_unpickle(text)).unsqueeze(0)
 
 
 def convert_image_to_hwc_tensor(img: Image.Image | None) -> torch.Tensor | None:
-    """A PIL image as a float32 tensor [H, W, C] in [0, 1]; L keeps one channel, RGBA four, all
-    other modes become RGB.
+    """Return a PIL image as a float32 tensor [H, W, C] in [0, 1].
+
+    L has one channel, RGBA four; all other modes are converted to RGB.
     """
     if img is None:
         return None
@@ -106,8 +108,9 @@ def _encode(text: str, encoding: str) -> bytes:
 
 
 class _Callable:
-    """A function that a pickle may call but not change: BUILD sets the attributes of whatever
-    find_class returns.
+    """A function that a pickle may call but not change.
+
+    BUILD sets attributes of whatever find_class returns.
     """
 
     __slots__ = ("_function",)

@@ -1,4 +1,4 @@
-"""A small client for a host of diffusion-launcher: the standard library only.
+"""A small client for a host of diffusion-launcher. It needs only the standard library.
 
 client = Client("http://127.0.0.1:6000")
 job = client.submit(prompt="a red circle on a blue background", seed=1)
@@ -23,7 +23,7 @@ OVER = frozenset({"done", "failed", "cancelled"})
 
 
 class HostError(Exception):
-    """What the host said, its HTTP status (0 where nobody answered) and the JSON it came in."""
+    """An error of the host: message, HTTP status (0 if it did not answer) and JSON body."""
 
     def __init__(self, message: str, *, status: int, body: dict[str, Any] | None = None) -> None:
         super().__init__(message)
@@ -33,10 +33,7 @@ class HostError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobState:
-    """One look at a job. Times in seconds; settings are there once it is done.
-
-    preview: a small JPEG of the last step, where it was asked for.
-    """
+    """A snapshot of a job. Times are in seconds."""
 
     id: str
     state: str
@@ -47,9 +44,9 @@ class JobState:
     eta: float | None
     seed: int
     exactness: str | None
-    settings: dict[str, Any] | None
+    settings: dict[str, Any] | None  # None until the job is done
     error: str | None
-    preview: bytes | None = None
+    preview: bytes | None = None  # small JPEG of the last step, if requested
 
     @property
     def is_over(self) -> bool:
@@ -63,11 +60,7 @@ class JobState:
 
 
 class Client:
-    """url: of the host. api_key: sent as a bearer token. timeout_s: for each answer to begin and go
-    on; None waits.
-
-    uses_proxies: those of the environment.
-    """
+    """The client of one host."""
 
     def __init__(
         self,
@@ -77,6 +70,10 @@ class Client:
         timeout_s: float | None = None,
         uses_proxies: bool = True,
     ) -> None:
+        """url: of the host. api_key: sent as a bearer token. timeout_s: longest pause in a
+        response; None waits without limit. uses_proxies: whether to use the environment's
+        proxies.
+        """
         self.url = url.rstrip("/")
         self._timeout_s = timeout_s
         self._opener = urllib.request.build_opener(
@@ -85,11 +82,10 @@ class Client:
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
     def submit(self, *, idempotency_key: str | None = None, **fields: Any) -> "Job":
-        """Queue a job; the fields are those of the host's /openapi.json. HostError if it is
-        refused.
+        """Queue a job. Its fields are in the host's /openapi.json. HostError if it is refused.
 
-        idempotency_key: a name for the job; under the same name the same fields give the job that
-        is there already.
+        idempotency_key: a name for the job. The same name with the same fields returns the existing
+        job.
         """
         headers = {"Idempotency-Key": idempotency_key} if idempotency_key is not None else {}
         return Job(
@@ -100,18 +96,18 @@ class Client:
         )
 
     def generate(self, **fields: Any) -> bytes:
-        """The finished image (PNG) or video (MP4)."""
+        """Return the finished image (PNG) or video (MP4)."""
         job = self.submit(**fields)
         job.wait()
         return job.result()
 
     def job(self, job_id: str) -> "Job":
-        """One that was submitted before."""
+        """Return a job that was submitted before."""
         return Job(self, JobState.read(json.loads(self.open(f"/v1/jobs/{job_id}"))))
 
     def health(self) -> dict[str, Any]:
-        """Its phase (loading, ready, failed, stopping), the reason for it, and how many jobs
-        wait.
+        """Return the phase (loading, ready, failed, stopping), its reason and the number of
+        waiting jobs.
         """
         try:
             return json.loads(self.open("/healthz"))
@@ -121,7 +117,7 @@ class Client:
             return error.body
 
     def cluster(self) -> dict[str, Any]:
-        """The models of a gateway and their replicas; of a single host its health."""
+        """Return the models of a gateway and their replicas, or a single host's health."""
         try:
             return json.loads(self.open("/cluster"))
         except HostError as error:
@@ -130,32 +126,30 @@ class Client:
             return self.health()
 
     def jobs(self) -> list[JobState]:
-        """All jobs of the host, without their settings: the one that runs, those that wait, those
-        that are over.
-        """
+        """Return all jobs of the host (running, waiting, finished), without their settings."""
         return [
             JobState.read({"settings": None, **job})
             for job in json.loads(self.open("/v1/jobs"))["jobs"]
         ]
 
     def trace(self, job_id: str) -> dict[str, Any]:
-        """What every rank did when, as a Chrome trace."""
+        """Return the activity of every rank over time as a Chrome trace."""
         return json.loads(self.open(f"/v1/jobs/{job_id}/trace"))
 
     def models(self) -> list[str]:
-        """The names of the models it serves."""
+        """Return the names of the models that the host serves."""
         return [model["id"] for model in json.loads(self.open("/v1/models"))["data"]]
 
     def settings(self) -> dict[str, Any]:
-        """What it serves, on how many ranks, and why so."""
+        """Return what the host serves, on how many ranks, and why."""
         return json.loads(self.open("/settings"))
 
     def schema(self) -> dict[str, Any]:
-        """What the host takes, as OpenAPI."""
+        """Return the host's OpenAPI document."""
         return json.loads(self.open("/openapi.json"))
 
     def request_schema(self) -> dict[str, Any]:
-        """The fields that it takes for its model, as JSON schema."""
+        """Return the JSON schema of the fields that the host takes for its model."""
         return self.schema()["components"]["schemas"]["Request"]
 
     def open(
@@ -167,7 +161,7 @@ class Client:
         accept: str = "*/*",
         headers: Mapping[str, str] | None = None,
     ) -> bytes:
-        """One request; the answer's body. HostError for anything but success."""
+        """Send a request and return the response body. HostError unless it succeeds."""
         with self.stream(path, method=method, body=body, accept=accept, headers=headers) as answer:
             return answer.read()
 
@@ -180,7 +174,7 @@ class Client:
         accept: str = "*/*",
         headers: Mapping[str, str] | None = None,
     ) -> Any:
-        """The same, open for reading as it comes."""
+        """Like `open`, but return a response to read as it arrives."""
         data = None if body is None else json.dumps(body).encode()
         kind = {"Content-Type": "application/json"} if data is not None else {}
         sent = {**self._headers, "Accept": accept, **kind, **(headers or {})}
@@ -201,7 +195,7 @@ class Client:
 
 
 class Job:
-    """A job on the host; `state` is the last look at it."""
+    """A job on the host. `state` is its latest snapshot."""
 
     def __init__(self, client: Client, state: JobState) -> None:
         self._client = client
@@ -212,7 +206,7 @@ class Job:
         return self.state.id
 
     def follow(self, *, previews: bool = False) -> Iterator[JobState]:
-        """Its states, as they change, until it is over; with `previews` also small images of its
+        """Yield its states as they change, until it is over. previews: with small images of its
         steps.
         """
         name = b""
@@ -227,7 +221,7 @@ class Job:
                     yield self.state
 
     def wait(self) -> JobState:
-        """Until it is over. HostError if it failed or was cancelled."""
+        """Block until it is over and return its state. HostError if it failed or was cancelled."""
         for _ in self.follow():
             pass
         if self.state.state != "done":
@@ -235,12 +229,12 @@ class Job:
         return self.state
 
     def result(self, accept: str = "*/*", *, frames_per_s: int | None = None) -> bytes:
-        """The file, in the type of `accept`; a video at this speed."""
+        """Return the file in the type of `accept`. frames_per_s: speed of a video."""
         speed = f"?fps={frames_per_s}" if frames_per_s is not None else ""
         return self._client.open(f"/v1/jobs/{self.id}/result{speed}", accept=accept)
 
     def cancel(self) -> None:
-        """It ends at its next step."""
+        """Cancel the job: it ends at its next step."""
         self._client.open(f"/v1/jobs/{self.id}", method="DELETE")
 
 

@@ -11,7 +11,9 @@ BAR_WIDTH = 30
 
 
 def main(argv: list[str]) -> int:
-    """0 when the file is written, 2 with one line where the host refused or does not answer."""
+    """Return 0 once the file is written, or 2 with one line if the host refuses or does not
+    answer.
+    """
     options = _parser().parse_args(argv)
     given = {
         name: value
@@ -57,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _show(state: JobState, *, quiet: bool) -> None:
-    """A bar on a terminal's stderr."""
+    """Show a progress bar on the terminal's stderr."""
     if quiet or not sys.stderr.isatty():
         return
     filled = BAR_WIDTH * state.step // state.steps if state.steps else 0

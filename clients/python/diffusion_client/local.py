@@ -1,4 +1,4 @@
-"""A host in processes of its own on this machine, for programs that want one while they run.
+"""A host on this machine that runs in processes of its own, for as long as a program needs it.
 
 with LocalHost("--type=sdxl", "--nproc_per_node=2") as host:
     host.wait_until_ready()
@@ -26,11 +26,10 @@ LOG_TAIL = 2000
 
 
 class LocalHost:
-    """Started at once; ends with `stop`, or with this process however that ends.
+    """A host that starts at once and ends with `stop`, or with this process however it ends.
 
-    arguments: those of launcher.py; the port too, where it is not left to be chosen.
-    command: what to run in place of the launcher that lies beside this file, or of
-    `diffusion-launcher`.
+    arguments: those of launcher.py; a free port is chosen unless they name one. command: replaces
+    the launcher beside this file, or `diffusion-launcher`.
     """
 
     def __init__(self, *arguments: str, command: Sequence[str] | None = None) -> None:
@@ -64,7 +63,7 @@ class LocalHost:
 
     @property
     def log(self) -> str:
-        """The last lines that the host wrote."""
+        """The last lines of the host's log."""
         text = (
             Path(self._log.name).read_text(encoding="utf-8", errors="replace")
             if not self._log.closed
@@ -73,8 +72,9 @@ class LocalHost:
         return text[-LOG_TAIL:]
 
     def wait_until_ready(self, look: Callable[[], None] = lambda: None) -> None:
-        """Block while it loads. HostError with what it said, if it ended or cannot serve. `look` is
-        called meanwhile, and may raise.
+        """Block while the host loads. HostError with its message if it ended or cannot serve.
+
+        `look` is called meanwhile, and may raise.
         """
         while True:
             look()
@@ -88,7 +88,7 @@ class LocalHost:
             except HostError as error:
                 if error.status != 0:
                     raise
-                health = {"phase": "loading"}  # it does not listen yet
+                health = {"phase": "loading"}  # not listening yet
             if health["phase"] == "ready":
                 return
             if health["phase"] != "loading":
@@ -96,7 +96,7 @@ class LocalHost:
             time.sleep(POLL_S)
 
     def stop(self) -> None:
-        """End it and wait until it is gone, with all that it started."""
+        """Stop the host and wait until all its processes are gone."""
         atexit.unregister(self.stop)
         if self.is_running:
             self._process.terminate()
@@ -109,8 +109,10 @@ class LocalHost:
 
 
 def _launcher() -> list[str]:
-    """The clone that this file is in, with the environment that make installs beside it; else what
-    is installed.
+    """Return the command of the launcher.
+
+    The clone that contains this file comes first, with the environment of `make install`, then the
+    installed package.
     """
     clone = Path(__file__).resolve().parents[3]
     if (clone / "launcher.py").is_file():

@@ -1,5 +1,6 @@
-"""diffusion-launcher status --url http://127.0.0.1:6000: what a gateway's replicas do, or how a
-single host is.
+"""diffusion-launcher status --url http://127.0.0.1:6000
+
+Shows the replicas of a gateway, or the health of a single host.
 """
 
 import argparse
@@ -14,7 +15,7 @@ COLUMNS = ("name", "state", "node", "ranks", "jobs", "done", "reason")
 
 
 def main(argv: list[str]) -> int:
-    """0 when it is shown, 2 with one line where nobody answers."""
+    """Return 0 once the status is shown, or 2 with one line if there is no answer."""
     options = _parser().parse_args(argv)
     client = Client(options.url, api_key=options.api_key, timeout_s=20)
     try:
@@ -52,7 +53,7 @@ def _as_text(cluster: dict[str, Any]) -> str:
 
 
 def _model(deployment: dict[str, Any]) -> str:
-    """A line for the model and a table of its replicas."""
+    """Return a line for the model and a table of its replicas."""
     counts = (
         f"{deployment['target']} replicas wanted ({deployment['min_replicas']} to "
         f"{deployment['max_replicas']})"

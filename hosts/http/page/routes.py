@@ -1,4 +1,4 @@
-"""The pages at / and /docs with their files. Nothing is fetched from anywhere else."""
+"""The pages at / and /docs with their files. Nothing is loaded from other sites."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ POLICY = (
 
 @blueprint.get("/")
 def page() -> Response:
-    """To try the host in a browser."""
+    """Return the page for trying the host in a browser."""
     return _file("index.html")
 
 
@@ -31,7 +31,7 @@ def script() -> Response:
 
 @blueprint.get("/docs")
 def docs() -> Response:
-    """The schema, for people."""
+    """Return the API documentation page."""
     return _file("docs.html")
 
 

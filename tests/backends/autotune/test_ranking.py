@@ -121,11 +121,11 @@ def test_quality_leaves_out_what_is_less_strict_and_says_so():
     assert {row.candidate.quality for row in exact if not row.refusal} == {"exact"}
     assert (
         named(exact, "asyncdiff segment 3 stride 2").refusal
-        == "--quality=exact leaves it out: it is fast"
+        == "--quality=exact excludes it: it is fast"
     )
     assert (
         named(table(ranks=4, quality="high"), "asyncdiff segment 3 stride 2").refusal
-        == "--quality=high leaves it out: it is fast"
+        == "--quality=high excludes it: it is fast"
     )
     assert not named(table(ranks=4, quality="fast"), "asyncdiff segment 3 stride 2").refusal
 
@@ -198,7 +198,8 @@ def test_slow_links_fall_back_to_fewer_ranks():
 def test_what_does_not_fit_the_memory_is_refused_with_both_sizes():
     rows = table("sd3", memory=700_000_000, quality="fast")
     assert (
-        named(rows, "single").refusal == "it needs about 0.8 GB on each rank, and 0.7 GB are there"
+        named(rows, "single").refusal
+        == "it needs about 0.8 GB on each rank, but only 0.7 GB are available"
     )
     assert not named(rows, "xdit ulysses 2").refusal
     assert choose(rows).candidate.ranks == 2

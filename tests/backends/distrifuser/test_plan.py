@@ -144,8 +144,8 @@ def check_refusals(rank: int, world_size: int) -> None:
             "sdxl",
             patches,
             run_of(32, 512),
-            r"^4 latent rows cannot be cut into 2 patches: this model cuts at every 4, so at least "
-            r"5",
+            r"^4 latent rows cannot be cut into 2 patches: this model cuts at multiples of 4, so "
+            r"at least 5",
         ),
         ("sdxl", {}, run_of(32, 512, guidance=1.0), "^4 latent rows cannot be cut into 2 patches"),
         (

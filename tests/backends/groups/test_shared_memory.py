@@ -201,7 +201,8 @@ def check_falls_back(rank, world_size):
     assert held_memory()[0] == 0
     assert len(records) == rank  # the rank that lacks the memory says so, once
     assert (
-        not records or "no 0.8 MB of shared memory, so tensors go by gloo from now on" in records[0]
+        not records
+        or "no 0.8 MB of shared memory left, so tensors use gloo from now on" in records[0]
     )
     mesh.destroy()
 

@@ -66,8 +66,12 @@ def test_lora_tags_are_taken_out_and_used(host, prompt, plain, loras):
 @pytest.mark.parametrize(
     ("fields", "status", "said"),
     [
-        ({"prompt": "a <lora:nothing:1>"}, 400, "names the LoRA 'nothing', which is not here"),
-        ({"prompt": "a <lora:style:strong>"}, 400, "whose weight is no number"),
+        (
+            {"prompt": "a <lora:nothing:1>"},
+            400,
+            "names the LoRA 'nothing', which does not exist here",
+        ),
+        ({"prompt": "a <lora:style:strong>"}, 400, "whose weight is not a number"),
         ({"prompt": "a <lora:style:1:2>"}, 422, "one weight for all parts"),
         ({"prompt": "a <hypernet:style:1>"}, 422, "hypernet:'style' is not available"),
         ({"prompt": "a", "negative_prompt": "<lora:style:1>"}, 400, "negative_prompt has a LoRA"),

@@ -214,7 +214,7 @@ def test_openai_client_makes_a_video_as_a_job(video_host):
         what="the video is done",
     )
     assert client.videos.download_content(video.id).read()[4:8] == b"ftyp"
-    with pytest.raises(openai.UnprocessableEntityError, match="makes videos"):
+    with pytest.raises(openai.UnprocessableEntityError, match="generates videos"):
         client.images.generate(prompt="a")
 
 

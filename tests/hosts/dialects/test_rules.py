@@ -194,7 +194,7 @@ def test_text_that_cannot_be_encoded_is_the_clients_mistake(images, path, name):
     for text in ("a cat \ud83d", "\udfff"):
         answer = images.post(path, {"prompt": "a", name: text})
         assert answer.status_code == 400, path
-        assert name in message_of(answer) and "half of a character" in message_of(answer)
+        assert name in message_of(answer) and "half of a surrogate pair" in message_of(answer)
 
 
 @pytest.mark.parametrize(

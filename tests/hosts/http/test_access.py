@@ -73,7 +73,7 @@ def test_images_are_limited_in_size_and_number(queue, state):
     )
     assert grown.status_code == 400
     assert (
-        "makes an image of 2000x1000, more than 1000000 pixels (--max_image_megapixels)"
+        "gives an image of 2000x1000, more than 1000000 pixels (--max_image_megapixels)"
         in assert_is_error(grown.get_json())
     )
     many = client.post("/generate", json={"positive": "a", "control_image": [small] * 17})

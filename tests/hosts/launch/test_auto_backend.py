@@ -165,14 +165,14 @@ def test_quality_and_features_limit_the_choice():
 
 def test_nothing_that_fits_is_one_error_with_everyones_reason():
     said = (
-        r"no method is left for --backend=auto \(.*it needs about .* GB on each rank, and 0\.0 "
-        r"GB are there.*Ask for a smaller size"
+        r"no method is left for --backend=auto \(.*it needs about .* GB on each rank, but only "
+        r"0\.0 GB are available.*Ask for a smaller size"
     )
     with pytest.raises(ConfigError, match=said):
         start(measured=with_steps(start(), memory_bytes=1000))
     failures = {"xdit ring 3": "PlanError: no", "xdit ulysses 3": "PlanError: no"}
     said = (
-        r"no method uses all 3 ranks \(.*--quality=exact leaves it out.*Start fewer with "
+        r"no method uses all 3 ranks \(.*--quality=exact excludes it.*Start fewer with "
         r"--nproc_per_node"
     )
     with pytest.raises(ConfigError, match=said):
