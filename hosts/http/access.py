@@ -17,7 +17,7 @@ from hosts.supervision.host_state import Phase
 
 WILDCARDS = frozenset({"0.0.0.0", "::"})
 WITHOUT_KEY = frozenset(
-    {"/", "/page.css", "/page.js", "/docs", "/docs.js", "/healthz", "/livez", "/readyz"}
+    {"/", "/page.css", "/page.js", "/form.js", "/docs", "/docs.js", "/healthz", "/livez", "/readyz"}
 )
 """The pages must load before they can ask for the key; probes have none. Neither tells anything
 about jobs.
