@@ -236,7 +236,8 @@ function fillForm(settings, files) {
 // names of fields as the form shows them
 function inPlainWords(message) {
   const names = [...byId("form").elements].map((one) => one.name || "");
-  return names.filter((name) => name.includes("_")).reduce((text, name) => text.replaceAll(name, title(name)), message);
+  const inWords = (text, name) => text.replaceAll(name, title(name));
+  return names.filter((name) => name.includes("_")).reduce(inWords, message);
 }
 
 function showError(error) {

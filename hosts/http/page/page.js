@@ -5,7 +5,7 @@
 const POLL_MS = 2000;
 const MAX_FOLLOWED = 3; // a browser opens six connections to a host; the others are for all else
 const MAX_KEPT = 64; // as many finished jobs as the host keeps
-const sessionJobs = new Map(); // id -> {settings, images, files, url, preview, job, tile}
+const sessionJobs = new Map(); // id -> {settings, images, files, url, blob, preview, job, tile}
 const followed = new Set(); // ids with an open event stream
 let shown = null; // the job on the stage
 let isChosen = false; // by a click: the stage then stays on it
@@ -131,7 +131,8 @@ function stageNext(id) {
 
 async function collect(job) {
   const entry = sessionJobs.get(job.id);
-  entry.url = URL.createObjectURL(await (await ask(job.links.result.slice(1))).blob());
+  entry.blob = await (await ask(job.links.result.slice(1))).blob();
+  entry.url = URL.createObjectURL(entry.blob);
 }
 
 function ended(id) {
@@ -149,7 +150,8 @@ function showTile(id) {
   if (!entry.tile) byId("gallery").prepend((entry.tile = make("li")));
   const words = [promptOf(entry), `seed ${entry.job.seed}`];
   const spans = words.map((textContent) => make("span", { textContent }));
-  const button = make("button", { type: "button", title: promptOf(entry) }, tileImage(entry), ...spans);
+  const facts = { type: "button", title: promptOf(entry) };
+  const button = make("button", facts, tileImage(entry), ...spans);
   button.addEventListener("click", () => choose(id));
   entry.tile.replaceChildren(button);
   byId("no-history").hidden = true;
@@ -179,6 +181,8 @@ function stage(id, byClick) {
 function paint() {
   const entry = sessionJobs.get(shown);
   const { job } = entry;
+  const { width = 1, height = 1 } = entry.settings;
+  byId("canvas").style.aspectRatio = `${width} / ${height}`; // its final place from the first step
   if (entry.url || entry.preview) paintImage(entry);
   else byId("canvas").replaceChildren(make("p", { id: "empty", textContent: emptyText(job) }));
   byId("progress").hidden = isOver(job);
@@ -255,8 +259,8 @@ function useAgain() {
 
 const inputField = () => byId("field-init_image") || byId("field-image");
 
-async function useAsInput() {
-  const blob = await (await fetch(sessionJobs.get(shown).url)).blob();
+function useAsInput() {
+  const { blob } = sessionJobs.get(shown);
   setFile(inputField(), new File([blob], `${shown}.png`, { type: blob.type }));
   toField(inputField());
 }
@@ -287,7 +291,7 @@ async function restore() {
     const job = known.get(id) || { id, state: "gone", seed: settings.seed };
     sessionJobs.set(id, { settings, images, files: {}, url: null, job });
     if (isOver(job)) showTile(id);
-    else stage(id, false);
+    else stageNext(id);
   }
 }
 
@@ -407,7 +411,7 @@ async function start() {
   byId("form").addEventListener("submit", generate);
   byId("cancel").addEventListener("click", () => cancel(shown));
   byId("again").addEventListener("click", useAgain);
-  byId("as-input").addEventListener("click", () => useAsInput().catch(showError));
+  byId("as-input").addEventListener("click", useAsInput);
   byId("forget").addEventListener("click", forget);
   document.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) byId("form").requestSubmit();
