@@ -280,15 +280,6 @@ def test_error_of_the_host_is_said_once_with_the_names_of_the_form(page, screens
     page.save_screenshot(screenshots / "error.png")
 
 
-def test_job_that_fails_says_why_once_below_generate(page):
-    fill(page, "prompt", "a yellow star")
-    find(page, "#more summary").click()
-    fill(page, "lora", '{"there_is_no_such_file.safetensors": 1}')
-    find(page, "#generate").click()
-    until(page, lambda: "there_is_no_such_file" in find(page, "#error").text)
-    assert find(page, "body").text.count("there_is_no_such_file") == 1
-
-
 def test_jobs_of_this_browser_are_back_after_a_reload_and_are_used_again(page, screenshots):
     fill(page, "prompt", "a purple cat")
     fill(page, "negative_prompt", "a dog")
