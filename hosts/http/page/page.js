@@ -230,7 +230,7 @@ function captionOf(job) {
   }
   if (!job.settings) return STATES[job.state] || "";
   const { width, height, num_inference_steps: steps, guidance_scale, scheduler } = job.settings;
-  const how = job.exactness === "exact" ? "" : `, ${job.exactness}`;
+  const how = job.exactness === "approximate" ? ", approximate" : "";
   const what = `${width}x${height}, ${steps} steps, guidance ${guidance_scale}, ${scheduler}`;
   return `${what}, seed ${job.seed}, ${job.seconds.toFixed(1)} s${how}`;
 }

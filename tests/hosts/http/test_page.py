@@ -226,13 +226,15 @@ def test_second_job_queues_behind_the_one_on_show_and_both_are_cancelled(page, h
     generate_long(page, "a yellow star")
     until(page, lambda: caption(page).startswith("Step "))
     until(page, lambda: re.match(r"\d+ % · ", page.title))
-    generate_long(page, "a grey square")
+    generate_long(page, "a grey square " + "beside another one " * 10)
     foreign = requests.post(host.url("/v1/jobs"), json={"prompt": "a secret"}, timeout=20).json()
     lines = until(page, lambda: len(found := texts(page, "#queue li")) == 3 and found)
     assert "a yellow star" in lines[0] and lines[1].startswith("Waiting: 1 job ahead a grey square")
     assert lines[2] == "Waiting: 2 jobs ahead another client's job"
     assert caption(page).startswith("Step "), "the running job left the stage"
     assert is_shown(page, "#cancel")
+    size(page, 390, 844)
+    assert page.execute_script("return document.documentElement.scrollWidth <= 390")
     find(page, "#queue li:nth-child(2) button").click()
     until(page, lambda: len(texts(page, "#queue li")) == 2)
     assert caption(page).startswith("Step ")
