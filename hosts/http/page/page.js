@@ -271,7 +271,8 @@ function toField(field) {
 }
 
 function forget() {
-  remember([]);
+  const isPending = ({ id }) => sessionJobs.has(id) && !isOver(sessionJobs.get(id).job);
+  remember(recall().filter(isPending));
   for (const [id, { job }] of sessionJobs) if (isOver(job)) drop(id);
   byId("no-history").hidden = false;
   byId("forget").hidden = true;
