@@ -15,7 +15,7 @@ async function read() {
   const send = (given) => fetch("openapi.json", given ? { headers: { Authorization: `Bearer ${given}` } } : {});
   let answer = await send(key);
   if (answer.status === 401) {
-    const given = window.prompt("This host wants its key (--api_key)") || "";
+    const given = window.prompt("This host requires its API key (--api_key):") || "";
     sessionStorage.setItem("key", given);
     answer = await send(given);
   }
@@ -75,10 +75,10 @@ function table(name, schema) {
     const isNeeded = (schema.required || []).includes(field) && name === "Request";
     const usual = facts.default === undefined || facts.default === null ? "" : JSON.stringify(facts.default);
     const examples = facts.examples ? ` One of: ${facts.examples.join(", ")}.` : "";
-    const cells = [make("code", { textContent: field }), kind(facts), isNeeded ? "needed" : usual, `${facts.description || ""}${examples}`];
+    const cells = [make("code", { textContent: field }), kind(facts), isNeeded ? "required" : usual, `${facts.description || ""}${examples}`];
     return make("tr", {}, ...cells.map((cell) => make("td", {}, cell)));
   });
-  const head = make("tr", {}, ...["field", "kind", "default", "meaning"].map((text) => make("th", { textContent: text })));
+  const head = make("tr", {}, ...["field", "type", "default", "meaning"].map((text) => make("th", { textContent: text })));
   const body = rows.length ? make("div", { className: "scroll" }, make("table", {}, make("thead", {}, head), make("tbody", {}, ...rows))) : "any object";
   return make("article", { id: name }, make("h3", { textContent: name }), body);
 }

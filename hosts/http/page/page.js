@@ -1,130 +1,98 @@
-// The page: a form made from the host's schema, one event stream for each job of this session, no library, no build step.
+// The page: a form made from the host's schema (form.js), one event stream for each job of this
+// browser, no library, no build step.
 "use strict";
 
-const byId = (id) => document.getElementById(id);
-const FIRST = ["prompt", "negative_prompt", "image", "init_image", "mask_image", "ip_adapter_image", "control_image", "width", "height", "num_inference_steps", "guidance_scale", "num_frames", "seed", "scheduler"];
-const MORE = ["strength", "clip_skip", "warmup_steps", "controlnet_conditioning_scale", "motion_bucket_id", "noise_aug_strength", "lora"];
-const LONG = ["prompt", "negative_prompt"];
-const IMAGES = ["image", "init_image", "mask_image", "ip_adapter_image", "control_image"];
 const POLL_MS = 2000;
-const sessionJobs = new Map(); // id -> {settings, url, job}
+const MAX_FOLLOWED = 3; // a browser opens six connections to a host; the others are for all else
+const MAX_KEPT = 64; // as many finished jobs as the host keeps
+const sessionJobs = new Map(); // id -> {settings, images, files, url, blob, preview, job, tile}
+const followed = new Set(); // ids with an open event stream
 let shown = null; // the job on the stage
+let isChosen = false; // by a click: the stage then stays on it
 let output = "image";
+let pageName = "diffusion-launcher";
 
 let key = sessionStorage.getItem("key") || "";
 
 async function ask(path, options = {}) {
-  const send = () => fetch(path, { ...options, headers: { ...options.headers, ...(key ? { Authorization: `Bearer ${key}` } : {}) } });
-  let answer = await send();
-  if (answer.status === 401) {
-    key = window.prompt("This host wants its key (--api_key)") || "";
-    sessionStorage.setItem("key", key);
-    answer = await send();
+  let given = key;
+  let answer = await send(path, options, given);
+  while (answer.status === 401) {
+    if (key === given && !askForKey()) break;
+    given = key;
+    answer = await send(path, options, given);
   }
-  if (!answer.ok) throw new Error((await answer.json()).message || `the host answered ${answer.status}`);
+  if (answer.ok) return answer;
+  throw new Error((await answer.json()).message || `The host answered ${answer.status}.`);
+}
+
+function send(path, options, given) {
+  const authorization = given ? { Authorization: `Bearer ${given}` } : {};
+  return fetch(path, { ...options, headers: { ...options.headers, ...authorization } });
+}
+
+function askForKey() {
+  const answer = window.prompt("This host requires its API key (--api_key):");
+  if (answer) sessionStorage.setItem("key", (key = answer));
   return answer;
 }
 
 const api = async (path, options) => (await ask(path, options)).json();
 
-function make(tag, attributes = {}, ...children) {
-  const element = Object.assign(document.createElement(tag), attributes);
-  element.append(...children);
-  return element;
-}
-
-function kindOf(facts) {
-  return facts.type || (facts.anyOf || []).map((one) => one.type).find((type) => type !== "null");
-}
-
-function limitsOf(facts) {
-  return facts.type ? facts : (facts.anyOf || []).find((one) => one.minimum !== undefined || one.maximum !== undefined) || {};
-}
-
-function control(name, facts) {
-  const common = { name, id: `field-${name}`, title: facts.description || "" };
-  if (LONG.includes(name)) return make("textarea", { ...common, rows: name === "prompt" ? 3 : 2 });
-  if (IMAGES.includes(name)) return make("input", { ...common, type: "file", accept: "image/png,image/jpeg,image/webp" });
-  if (name === "scheduler") {
-    const choices = (facts.examples || []).map((text) => make("option", { textContent: text, value: text }));
-    return make("select", common, make("option", { textContent: "the model's own", value: "" }), ...choices);
+// the ids and settings of this browser's jobs; the images stay on the host
+function recall() {
+  try {
+    const records = JSON.parse(localStorage.getItem("jobs") || "[]");
+    return Array.isArray(records) ? records : [];
+  } catch {
+    return []; // storage is blocked, or holds something else
   }
-  const kind = kindOf(facts);
-  if (kind !== "integer" && kind !== "number") return make("input", { ...common, type: "text", autocomplete: "off" });
-  const limits = limitsOf(facts);
-  const step = kind === "integer" ? (name === "width" || name === "height" ? 8 : 1) : "any";
-  const field = make("input", { ...common, type: "number", step, placeholder: name === "seed" ? "random" : "" });
-  if (limits.minimum !== undefined) field.min = limits.minimum;
-  if (limits.maximum !== undefined) field.max = limits.maximum;
-  if (typeof facts.default === "number") field.value = facts.default;
-  return field;
 }
 
-function title(name) {
-  const text = name.replace("num_inference_", "").replace("_scale", "").replaceAll("_", " ");
-  return text[0].toUpperCase() + text.slice(1);
-}
-
-async function buildForm() {
-  const schema = (await api("openapi.json")).components.schemas.Request;
-  const add = (names, into) => {
-    let pair = null;
-    for (const name of names.filter((one) => one in schema.properties)) {
-      const field = control(name, schema.properties[name]);
-      field.required = (schema.required || []).includes(name);
-      const label = make("label", { htmlFor: field.id }, title(name), field);
-      const isSmall = field.tagName === "SELECT" || field.type === "number";
-      if (!isSmall) { into.append(label); pair = null; continue; }
-      if (!pair || pair.childElementCount === 2) into.append((pair = make("div", { className: "pair" })));
-      pair.append(label);
-    }
-  };
-  add(FIRST, byId("fields"));
-  add(MORE, byId("more-fields"));
-  byId("more").hidden = !byId("more-fields").childElementCount;
-  byId("field-prompt")?.focus();
-}
-
-function asBase64(file) {
-  return new Promise((resolve, reject) => {
-    const reader = new FileReader();
-    reader.onload = () => resolve(reader.result);
-    reader.onerror = () => reject(reader.error);
-    reader.readAsDataURL(file);
-  });
-}
-
-async function formValues() {
-  const values = {};
-  for (const field of byId("form").elements) {
-    if (!field.name) continue;
-    if (field.type === "file") {
-      if (field.files.length) values[field.name] = await asBase64(field.files[0]);
-    } else if (field.value !== "") {
-      values[field.name] = field.type === "number" ? Number(field.value) : field.name === "lora" ? JSON.parse(field.value) : field.value;
-    }
+function remember(records) {
+  try {
+    localStorage.setItem("jobs", JSON.stringify(records.slice(-MAX_KEPT)));
+  } catch {
+    // storage is blocked or full: the history then ends with the page
   }
-  if (!values.init_image) delete values.strength;
-  return values;
 }
 
-function showError(error) {
-  byId("error").textContent = error ? error.message : "";
-  byId("error").hidden = !error;
-}
-
-async function draw(event) {
+async function generate(event) {
   event.preventDefault();
   showError(null);
+  showNote("");
   try {
-    const values = await formValues();
-    const job = await api("v1/jobs", { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(values) });
-    sessionJobs.set(job.id, { settings: { prompt: values.prompt || "" }, url: null, job });
-    stage(job.id);
-    follow(job).catch(showError);
-    refresh();
+    checkForm();
+    const settings = formSettings();
+    const files = chosenFiles();
+    const body = { ...settings };
+    for (const [field, file] of Object.entries(files)) body[field] = await asBase64(file);
+    const headers = { "Content-Type": "application/json" };
+    const job = await api("v1/jobs", { method: "POST", headers, body: JSON.stringify(body) });
+    accept(job, settings, files);
   } catch (error) {
     showError(error);
+  }
+}
+
+function accept(job, settings, files) {
+  const images = Object.keys(files);
+  const record = { id: job.id, settings: { ...settings, seed: job.seed }, images };
+  sessionJobs.set(job.id, { ...record, files, url: null, job });
+  remember([...recall(), record]);
+  const current = sessionJobs.get(shown);
+  if (current && !isOver(current.job)) showNote("Added to the queue.");
+  else stage(job.id, false);
+  byId("stage").scrollIntoView({ block: "nearest" });
+  followWaiting();
+  refresh();
+}
+
+function followWaiting() {
+  for (const [id, { job }] of sessionJobs) {
+    if (isOver(job) || followed.has(id) || followed.size >= MAX_FOLLOWED) continue;
+    followed.add(id);
+    follow(job).catch(showError).finally(() => followed.delete(id));
   }
 }
 
@@ -147,103 +115,320 @@ async function heard(id, name, data) {
   if (name === "preview") entry.preview = data.image;
   else entry.job = data;
   if (name === "status" && data.state === "done") await collect(data);
-  if (name === "status" && isOver(data)) refresh();
+  if (name === "status" && isOver(data)) ended(id);
+  if (data.state === "running" && shown !== id && !isChosen) stageNext(id);
   if (shown === id) paint();
+  paintTabTitle();
 }
 
-const isOver = (job) => ["done", "failed", "cancelled"].includes(job.state);
+const isOver = (job) => ["done", "failed", "cancelled", "gone"].includes(job.state);
+
+// the stage goes on to the next job once the one on it is over
+function stageNext(id) {
+  const current = sessionJobs.get(shown);
+  if (!current || isOver(current.job)) stage(id, false);
+}
 
 async function collect(job) {
   const entry = sessionJobs.get(job.id);
-  entry.url = URL.createObjectURL(await (await ask(job.links.result.slice(1))).blob());
-  entry.settings = job.settings;
-  const image = output === "video" ? make("video", { src: entry.url, muted: true, loop: true }) : make("img", { src: entry.url, alt: job.settings.prompt || "result" });
-  const button = make("button", { type: "button", title: JSON.stringify(job.settings) }, image, make("span", { textContent: job.settings.prompt || job.id }));
-  button.addEventListener("click", () => stage(job.id));
-  byId("gallery").prepend(make("li", {}, button));
+  entry.blob = await (await ask(job.links.result.slice(1))).blob();
+  entry.url = URL.createObjectURL(entry.blob);
 }
 
-function stage(id) {
+function ended(id) {
+  const { job } = sessionJobs.get(id);
+  if (job.state === "failed") showError(new Error(job.error));
+  showTile(id);
+  refresh();
+}
+
+const promptOf = ({ settings }) => settings.prompt || "no prompt";
+
+function showTile(id) {
+  const entry = sessionJobs.get(id);
+  if (entry.job.state === "cancelled") return;
+  if (!entry.tile) byId("gallery").prepend((entry.tile = make("li")));
+  const words = [promptOf(entry), `seed ${entry.job.seed}`];
+  const spans = words.map((textContent) => make("span", { textContent }));
+  const facts = { type: "button", title: promptOf(entry) };
+  const button = make("button", facts, tileImage(entry), ...spans);
+  button.addEventListener("click", () => choose(id));
+  entry.tile.replaceChildren(button);
+  byId("no-history").hidden = true;
+  byId("forget").hidden = false;
+}
+
+function tileImage({ url, job }) {
+  if (!url) return make("div", { textContent: STATES[job.state] || "Loading" });
+  if (output === "video") return make("video", { src: url, muted: true, loop: true });
+  return make("img", { src: url, alt: "" });
+}
+
+function choose(id) {
+  const { job } = sessionJobs.get(id);
+  showError(job.state === "failed" ? new Error(job.error) : null);
+  stage(id, true);
+  byId("stage").scrollIntoView({ block: "nearest" });
+}
+
+function stage(id, byClick) {
   shown = id;
+  isChosen = byClick;
+  showNote("");
   paint();
 }
 
 function paint() {
   const entry = sessionJobs.get(shown);
   const { job } = entry;
-  const source = entry.url || entry.preview;
-  if (source) {
-    const isVideo = output === "video" && entry.url;
-    const tag = isVideo ? "VIDEO" : "IMG";
-    let image = byId("canvas").firstElementChild;
-    if (image.tagName !== tag) {
-      image = isVideo ? make("video", { controls: true, loop: true, autoplay: true, muted: true }) : make("img", {});
-      byId("canvas").replaceChildren(image);
-    }
-    if (image.src !== source) image.src = source;
-    if (!isVideo) {
-      image.alt = entry.url ? entry.settings.prompt || "result" : "preview";
-      image.className = entry.url ? "" : "preview";
-    }
-  } else {
-    byId("canvas").replaceChildren(make("p", { id: "empty", textContent: job.error || "The image appears here while it is drawn." }));
-  }
+  const { width = 1, height = 1 } = entry.settings;
+  byId("canvas").style.aspectRatio = `${width} / ${height}`; // its final place from the first step
+  if (entry.url || entry.preview) paintImage(entry);
+  else byId("canvas").replaceChildren(make("p", { id: "empty", textContent: emptyText(job) }));
   byId("progress").hidden = isOver(job);
-  byId("progress").value = job.steps ? (100 * job.step) / job.steps : 0;
-  byId("caption").textContent = captionOf(entry);
+  byId("progress").value = percentOf(job);
+  byId("caption").textContent = captionOf(entry.job);
   byId("cancel").hidden = isOver(job);
+  byId("again").hidden = false;
+  byId("as-input").hidden = !entry.url || output === "video" || !inputField();
   byId("download").hidden = !entry.url;
-  if (entry.url) Object.assign(byId("download"), { href: entry.url, download: `${job.id}.${output === "video" ? "mp4" : "png"}` });
+  const download = `${job.id}.${output === "video" ? "mp4" : "png"}`;
+  if (entry.url) Object.assign(byId("download"), { href: entry.url, download });
 }
 
-function captionOf({ job, settings }) {
-  if (job.state === "queued") return `waiting, ${job.position} before it`;
-  if (job.state === "running") return `step ${job.step} of ${job.steps || "?"}${job.eta === null ? "" : `, about ${Math.ceil(job.eta)} s left`}`;
-  if (job.state !== "done") return `${job.state}: ${job.error}`;
-  const size = `${settings.width}x${settings.height}`;
-  return `${size}, ${settings.num_inference_steps} steps, guidance ${settings.guidance_scale}, ${settings.scheduler}, seed ${job.seed}, ${job.seconds.toFixed(1)} s, ${job.exactness}`;
+function paintImage(entry) {
+  const isVideo = output === "video" && entry.url;
+  const source = entry.url || entry.preview;
+  let image = byId("canvas").firstElementChild;
+  if (image.tagName !== (isVideo ? "VIDEO" : "IMG")) {
+    const player = { controls: true, loop: true, autoplay: true, muted: true };
+    image = isVideo ? make("video", player) : make("img");
+    byId("canvas").replaceChildren(image);
+  }
+  if (image.src !== source) image.src = source;
+  if (isVideo) return;
+  image.alt = entry.url ? promptOf(entry) : "preview";
+  image.className = entry.url ? "" : "preview";
 }
 
-async function cancel() {
+const STATES = { cancelled: "Cancelled", failed: "Failed", gone: "No longer on the host" };
+const EMPTY = {
+  cancelled: "This job was cancelled.",
+  failed: "This job failed. The reason is below the Generate button.",
+  gone: "The host no longer has this image. Use again generates it anew.",
+};
+const emptyText = (job) => EMPTY[job.state] || "Your image appears here.";
+const percentOf = (job) => (job.steps ? Math.round((100 * job.step) / job.steps) : 0);
+
+function captionOf(job) {
+  if (job.state === "queued") {
+    return `Waiting: ${job.position} ${job.position === 1 ? "job" : "jobs"} ahead`;
+  }
+  if (job.state === "running") {
+    const left = job.eta === null ? "" : `, about ${Math.ceil(job.eta)} s left`;
+    return job.steps ? `Step ${job.step} of ${job.steps}${left}` : "Starting";
+  }
+  if (!job.settings) return STATES[job.state] || "";
+  const { width, height, num_inference_steps: steps, guidance_scale, scheduler } = job.settings;
+  const how = job.exactness === "approximate" ? ", approximate" : "";
+  const what = `${width}x${height}, ${steps} steps, guidance ${guidance_scale}, ${scheduler}`;
+  return `${what}, seed ${job.seed}, ${job.seconds.toFixed(1)} s${how}`;
+}
+
+function paintTabTitle() {
+  const running = [...sessionJobs.values()].find(({ job }) => job.state === "running");
+  document.title = running ? `${percentOf(running.job)} % \u00b7 ${pageName}` : pageName;
+}
+
+async function cancel(id) {
   try {
-    await api(`v1/jobs/${shown}`, { method: "DELETE" });
+    await api(`v1/jobs/${id}`, { method: "DELETE" });
+    refresh();
   } catch (error) {
     showError(error);
   }
 }
 
-const megabytes = (bytes) => (bytes === undefined ? "" : `${(bytes / 1e6).toFixed(bytes < 1e7 ? 2 : 0)} MB`);
-const share = (part, whole) => (part === undefined || !whole ? "" : `${Math.round((100 * part) / whole)} %`);
+function useAgain() {
+  const { settings, files, images } = sessionJobs.get(shown);
+  fillForm(settings, files);
+  const missing = images.filter((field) => !files[field]).map(title);
+  showNote(missing.length ? `Choose the image again for: ${missing.join(", ")}.` : "");
+  toField(byId("field-prompt") || inputField());
+}
 
-async function refresh() {
-  try {
-    const [settings, health, { jobs }] = await Promise.all([api("settings"), fetch("healthz").then((answer) => answer.json()), api("v1/jobs")]);
-    byId("title").textContent = `${settings.type} on ${settings.ranks ?? "?"} rank${settings.ranks === 1 ? "" : "s"}`;
-    byId("host").textContent = health.phase + (health.reason ? `: ${health.reason}` : "");
-    byId("plan").textContent = settings.backend ? `${settings.backend}, ${settings.exactness}. ${(settings.reasons || []).join(". ")}` : "";
-    const rows = (settings.ranks_now || []).map((rank) => {
-      const cells = [rank.rank, rank.device, megabytes(rank.memory_bytes), share(rank.seconds - (rank.wait_s || 0), rank.seconds), share(rank.wait_s, rank.seconds), megabytes(rank.sent_bytes)];
-      return make("tr", {}, ...cells.map((text) => make("td", { textContent: text })));
-    });
-    byId("ranks").replaceChildren(...rows);
-    const waiting = jobs.filter((job) => job.state === "running" || job.state === "queued");
-    const lines = waiting.map((job) => make("li", { textContent: `${sessionJobs.has(job.id) ? "yours" : "another client's"}: ${captionOf({ job, settings: {} })}` }));
-    byId("queue").replaceChildren(...(lines.length ? lines : [make("li", { textContent: "nothing waits", className: "hint" })]));
-  } catch {
-    byId("host").textContent = "the host does not answer";
+const inputField = () => byId("field-init_image") || byId("field-image");
+
+function useAsInput() {
+  const { blob } = sessionJobs.get(shown);
+  setFile(inputField(), new File([blob], `${shown}.png`, { type: blob.type }));
+  toField(inputField());
+}
+
+function toField(field) {
+  field.focus({ preventScroll: true });
+  field.scrollIntoView({ block: "center" });
+}
+
+function forget() {
+  const isPending = ({ id }) => sessionJobs.has(id) && !isOver(sessionJobs.get(id).job);
+  remember(recall().filter(isPending));
+  for (const [id, { job }] of sessionJobs) if (isOver(job)) drop(id);
+  byId("no-history").hidden = false;
+  byId("forget").hidden = true;
+}
+
+function drop(id) {
+  sessionJobs.get(id).tile?.remove();
+  sessionJobs.get(id).tile = null;
+  if (id !== shown) sessionJobs.delete(id);
+}
+
+// the jobs that this browser made before the page was loaded
+async function restore() {
+  const { jobs } = await api("v1/jobs");
+  const known = new Map(jobs.map((job) => [job.id, job]));
+  for (const { id, settings, images } of recall()) {
+    const job = known.get(id) || { id, state: "gone", seed: settings.seed };
+    sessionJobs.set(id, { settings, images, files: {}, url: null, job });
+    if (isOver(job)) showTile(id);
+    else stageNext(id);
   }
 }
 
+async function restoreResults() {
+  for (const id of [...sessionJobs.keys()].reverse()) await restoreResult(id);
+}
+
+async function restoreResult(id) {
+  const entry = sessionJobs.get(id);
+  if (entry?.job.state !== "done" || entry.url) return;
+  try {
+    entry.job = await api(`v1/jobs/${id}`);
+    await collect(entry.job);
+  } catch {
+    entry.job = { ...entry.job, state: "gone" };
+  }
+  showTile(id);
+  if (shown === id) paint();
+}
+
+// a line stays the same element while it is there, so that its buttons keep the focus
+function showQueue(jobs) {
+  const waiting = jobs.filter((job) => job.state === "running" || job.state === "queued");
+  const old = new Map([...byId("queue").children].map((line) => [line.dataset.id, line]));
+  const lines = waiting.map((job) => {
+    const before = old.get(job.id);
+    const isOwn = sessionJobs.has(job.id);
+    const line = before && isOwn === (before.dataset.own === "true") ? before : queueLine(job.id);
+    line.firstElementChild.textContent = captionOf(job);
+    return line;
+  });
+  const isSame = lines.every((line, i) => line === byId("queue").children[i]);
+  if (!isSame || lines.length !== old.size) byId("queue").replaceChildren(...lines);
+  byId("queue-empty").hidden = lines.length > 0;
+}
+
+function queueLine(id) {
+  const line = make("li", {}, make("span", { className: "state" }));
+  const entry = sessionJobs.get(id);
+  Object.assign(line.dataset, { id, own: Boolean(entry) });
+  if (!entry) {
+    line.append(make("span", { className: "hint", textContent: "another client's job" }));
+    return line;
+  }
+  const link = make("a", { href: "#stage", textContent: promptOf(entry), title: promptOf(entry) });
+  link.addEventListener("click", () => choose(id));
+  const button = make("button", { type: "button", className: "quiet bad", textContent: "Cancel" });
+  button.setAttribute("aria-label", `Cancel: ${promptOf(entry)}`);
+  button.addEventListener("click", () => cancel(id));
+  line.append(link, button);
+  return line;
+}
+
+// of jobs without an event stream
+function takeStates(jobs) {
+  for (const job of jobs) {
+    const entry = sessionJobs.get(job.id);
+    if (!entry || followed.has(job.id) || isOver(job) || isOver(entry.job)) continue;
+    entry.job = job;
+    if (shown === job.id) paint();
+  }
+}
+
+// jobs that the host has lost would wait for ever
+function markGone(jobs, askedFor) {
+  const known = new Set(jobs.map((job) => job.id));
+  for (const id of askedFor.filter((one) => sessionJobs.has(one) && !known.has(one))) {
+    const entry = sessionJobs.get(id);
+    if (isOver(entry.job)) continue;
+    entry.job = { ...entry.job, state: "gone" };
+    showTile(id);
+    if (shown === id) paint();
+  }
+}
+
+function megabytes(bytes) {
+  return bytes === undefined ? "" : `${(bytes / 1e6).toFixed(bytes < 1e7 ? 2 : 0)} MB`;
+}
+
+function share(part, whole) {
+  return part === undefined || !whole ? "" : `${Math.round((100 * part) / whole)} %`;
+}
+
+async function refresh() {
+  try {
+    const asked = [...sessionJobs.keys()];
+    const health = fetch("healthz").then((answer) => answer.json());
+    const answers = await Promise.all([api("settings"), health, api("v1/jobs")]);
+    const [settings, { phase, reason }, { jobs }] = answers;
+    byId("host").textContent = phase + (reason ? `: ${reason}` : "");
+    showOperator(settings);
+    takeStates(jobs);
+    showQueue(jobs);
+    markGone(jobs, asked);
+    followWaiting();
+    paintTabTitle();
+  } catch {
+    byId("host").textContent = "The host does not answer";
+  }
+}
+
+function showOperator(settings) {
+  const reasons = (settings.reasons || []).join(". ");
+  const { type, backend, exactness } = settings;
+  byId("plan").textContent = backend ? `${type}, ${backend}, ${exactness}. ${reasons}` : type;
+  const rows = (settings.ranks_now || []).map((rank) => {
+    const busy = rank.seconds - (rank.wait_s || 0);
+    const shares = [share(busy, rank.seconds), share(rank.wait_s, rank.seconds)];
+    const [memory, sent] = [megabytes(rank.memory_bytes), megabytes(rank.sent_bytes)];
+    const cells = [rank.rank, rank.device, memory, ...shares, sent];
+    return make("tr", {}, ...cells.map((text) => make("td", { textContent: text })));
+  });
+  byId("ranks").replaceChildren(...rows);
+}
+
 async function start() {
-  byId("form").addEventListener("submit", draw);
-  byId("cancel").addEventListener("click", cancel);
+  byId("form").addEventListener("submit", generate);
+  byId("cancel").addEventListener("click", () => cancel(shown));
+  byId("again").addEventListener("click", useAgain);
+  byId("as-input").addEventListener("click", useAsInput);
+  byId("forget").addEventListener("click", forget);
   document.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) byId("form").requestSubmit();
   });
-  output = "video/mp4" in (await api("openapi.json")).paths["/v1/jobs/{id}/result"].get.responses["200"].content ? "video" : "image";
-  await buildForm();
+  const schema = await api("openapi.json");
+  const result = schema.paths["/v1/jobs/{id}/result"].get.responses["200"].content;
+  output = "video/mp4" in result ? "video" : "image";
+  pageName = byId("title").textContent = document.title = schema.info.title;
+  buildForm(schema.components.schemas.Request);
+  await restore();
   await refresh();
   setInterval(refresh, POLL_MS);
+  await restoreResults();
 }
 
-start().catch(showError);
+start().catch((error) => {
+  byId("host").textContent = "Not connected. Reload the page to try again.";
+  showError(error);
+});

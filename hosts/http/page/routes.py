@@ -29,6 +29,11 @@ def script() -> Response:
     return _file("page.js")
 
 
+@blueprint.get("/form.js")
+def form_script() -> Response:
+    return _file("form.js")
+
+
 @blueprint.get("/docs")
 def docs() -> Response:
     """Return the API documentation page."""

@@ -103,6 +103,62 @@ def fill(browser, name, value):
     browser.execute_script("arguments[0].value = arguments[1]", field, str(value))
 
 
+def value(browser, name):
+    return find(browser, f"#field-{name}").get_attribute("value")
+
+
+def is_shown(browser, selector):
+    return find(browser, selector).is_displayed()
+
+
+def box(browser, selector):
+    """Return the element's top and bottom in the window, and the window's height."""
+    return browser.execute_script(
+        "const box = document.querySelector(arguments[0]).getBoundingClientRect();"
+        "return [box.top, box.bottom, window.innerHeight]",
+        selector,
+    )
+
+
+def is_in_view(browser, selector):
+    top, bottom, height = box(browser, selector)
+    return top >= 0 and bottom <= height + 1
+
+
+def is_directly_below(browser, selector, other):
+    return 0 <= box(browser, selector)[0] - box(browser, other)[1] < 40
+
+
+def reload(browser):
+    browser.refresh()
+    until(browser, lambda: find(browser, "#field-prompt"))
+
+
+def generate_long(browser, prompt):
+    """Send a job that a test must cancel."""
+    fill(browser, "prompt", prompt)
+    fill(browser, "num_inference_steps", 900)
+    find(browser, "#generate").click()
+
+
+def give_file(browser, how, name, kind):
+    """Paste or drop a file as the browser would report it."""
+    browser.execute_script(
+        """
+        const [how, name, type] = arguments;
+        const data = new DataTransfer();
+        data.items.add(new File(["x"], name, { type }));
+        const facts = { bubbles: true, cancelable: true };
+        const event = how === "paste" ? new ClipboardEvent(how, { ...facts, clipboardData: data })
+            : new DragEvent(how, { ...facts, dataTransfer: data });
+        document.querySelector(".image-field").dispatchEvent(event);
+        """,
+        how,
+        name,
+        kind,
+    )
+
+
 def caption(browser):
     return texts(browser, "#caption")[0]
 
@@ -114,13 +170,15 @@ def source(browser):
     return browser.execute_script("return document.querySelector('#canvas img')?.src")
 
 
-def test_image_is_typed_drawn_previewed_and_kept_with_its_settings(page, host, screenshots):
+def test_image_is_generated_from_a_typed_prompt_previewed_and_kept_with_its_settings(
+    page, host, screenshots
+):
     assert find(page, "#field-num_inference_steps").get_attribute("value") == "20"
     assert page.switch_to.active_element.get_attribute("id") == "field-prompt"
     page.switch_to.active_element.send_keys("a large red circle on a blue background")
     fill(page, "num_inference_steps", 30)
     fill(page, "seed", 1)
-    find(page, "#draw").click()
+    find(page, "#generate").click()
     first = until(page, lambda: source(page))
     assert first.startswith("data:image/jpeg;base64,")
     page.save_screenshot(screenshots / "generating.png")
@@ -148,6 +206,8 @@ def test_image_is_typed_drawn_previewed_and_kept_with_its_settings(page, host, s
         == "a large red circle on a blue background"
     )
     until(page, lambda: len(texts(page, "#gallery li")) == 1)
+    assert texts(page, "#gallery li") == ["a large red circle on a blue background seed 1"]
+    find(page, "#operator summary").click()
     until(page, lambda: len(texts(page, "#ranks tr")) == 2)
     for number, row in enumerate(
         texts(page, "#ranks tr")
@@ -162,30 +222,140 @@ def test_image_is_typed_drawn_previewed_and_kept_with_its_settings(page, host, s
     page.save_screenshot(screenshots / "phone.png")
 
 
-def test_long_job_is_cancelled_by_its_button_and_the_next_one_runs(page):
-    fill(page, "prompt", "a yellow star")
-    fill(page, "num_inference_steps", 900)
-    find(page, "#draw").click()
-    until(page, lambda: "step" in caption(page))
-    assert "yours" in until(
-        page, lambda: (text := find(page, "#queue").text) and "yours" in text and text
-    )
+def test_second_job_queues_behind_the_one_on_show_and_both_are_cancelled(page, host):
+    generate_long(page, "a yellow star")
+    until(page, lambda: caption(page).startswith("Step "))
+    until(page, lambda: re.match(r"\d+ % · ", page.title))
+    generate_long(page, "a grey square " + "beside another one " * 10)
+    foreign = requests.post(host.url("/v1/jobs"), json={"prompt": "a secret"}, timeout=20).json()
+    lines = until(page, lambda: len(found := texts(page, "#queue li")) == 3 and found)
+    assert "a yellow star" in lines[0] and lines[1].startswith("Waiting: 1 job ahead a grey square")
+    assert lines[2] == "Waiting: 2 jobs ahead another client's job"
+    assert caption(page).startswith("Step "), "the running job left the stage"
+    assert is_shown(page, "#cancel")
+    size(page, 390, 844)
+    assert page.execute_script("return document.documentElement.scrollWidth <= 390")
+    find(page, "#queue li:nth-child(2) button").click()
+    until(page, lambda: len(texts(page, "#queue li")) == 2)
+    assert caption(page).startswith("Step ")
     find(page, "#cancel").click()
-    until(page, lambda: caption(page).startswith("cancelled: "))
+    until(page, lambda: caption(page) == "Cancelled")
+    until(page, lambda: is_shown(page, "#queue-empty"))
+    assert texts(page, "#queue-empty") == ["Queue is empty"] and " % " not in page.title
+    assert requests.get(host.url(foreign["links"]["self"]), timeout=20).json()["state"] == "done"
+
+
+def test_job_behind_the_one_on_show_takes_the_stage_when_its_turn_comes(page):
+    generate_long(page, "a yellow star")
+    until(page, lambda: caption(page).startswith("Step "))
     fill(page, "num_inference_steps", 2)
-    find(page, "#draw").click()
+    find(page, "#generate").click()
+    until(page, lambda: len(texts(page, "#queue li")) == 2)
+    find(page, "#queue li button").click()
     until(page, lambda: "2 steps" in caption(page))
 
 
-def test_error_of_the_host_is_read_out_and_the_form_stays(page, screenshots):
-    page.execute_script("document.getElementById('form').noValidate = true")
+def test_empty_prompt_is_said_below_generate_before_anything_is_sent(page, host):
+    before = requests.get(host.url("/v1/jobs"), timeout=20).json()["jobs"]
+    size(page, 390, 500)
+    page.execute_script("document.getElementById('more').open = true")
+    page.execute_script("window.scrollTo(0, document.body.scrollHeight)")
+    page.execute_script("document.getElementById('form').requestSubmit()")
+    assert find(page, "#error").text == "The prompt is empty. Describe the image that you want."
+    assert is_in_view(page, "#error") and is_directly_below(page, "#error", "#generate")
+    assert page.switch_to.active_element.get_attribute("id") == "field-prompt"
+    assert requests.get(host.url("/v1/jobs"), timeout=20).json()["jobs"] == before
+
+
+def test_error_of_the_host_is_said_once_with_the_names_of_the_form(page, screenshots):
     fill(page, "prompt", "a yellow star")
     fill(page, "num_inference_steps", 0)
-    find(page, "#draw").click()
-    until(page, lambda: "steps=0 is not allowed" in find(page, "#error").text)
+    find(page, "#generate").click()
+    assert find(page, "#error").text.startswith("Steps: ")
+    page.execute_script("document.getElementById('field-num_inference_steps').min = ''")
+    find(page, "#generate").click()
+    until(page, lambda: "Steps=0 is not allowed" in find(page, "#error").text)
+    assert find(page, "body").text.count("is not allowed") == 1
     assert find(page, "#error").get_attribute("role") == "alert"
+    assert is_in_view(page, "#error") and is_directly_below(page, "#error", "#generate")
     assert find(page, "#field-prompt").get_attribute("value") == "a yellow star"
     page.save_screenshot(screenshots / "error.png")
+
+
+def test_jobs_of_this_browser_are_back_after_a_reload_and_are_used_again(page, screenshots):
+    fill(page, "prompt", "a purple cat")
+    fill(page, "negative_prompt", "a dog")
+    fill(page, "num_inference_steps", 3)
+    fill(page, "guidance_scale", 1.5)
+    find(page, "#generate").click()
+    until(page, lambda: "3 steps" in caption(page))
+    seed = re.search(r"seed (\d+)", caption(page)).group(1)
+    generate_long(page, "a yellow star")
+    until(page, lambda: caption(page).startswith("Step "))
+    reload(page)
+    until(page, lambda: caption(page).startswith("Step "))  # the running one is followed again
+    until(page, lambda: find(page, "#gallery li:first-child img"))
+    assert texts(page, "#gallery li")[0] == f"a purple cat seed {seed}"
+    find(page, "#cancel").click()
+    until(page, lambda: caption(page) == "Cancelled")
+    assert value(page, "prompt") == "" and value(page, "num_inference_steps") == "20"
+    find(page, "#gallery li:first-child button").click()
+    until(page, lambda: f"seed {seed}" in caption(page))
+    find(page, "#again").click()
+    names = ("prompt", "negative_prompt", "num_inference_steps", "guidance_scale", "seed", "width")
+    found = [value(page, name) for name in names]
+    assert found == ["a purple cat", "a dog", "3", "1.5", seed, "128"]
+    page.save_screenshot(screenshots / "history.png")
+
+
+def test_job_that_the_host_has_lost_keeps_its_settings(page):
+    record = {"id": "lost", "settings": {"prompt": "a lost key", "seed": 7}, "images": []}
+    page.execute_script(
+        "const jobs = JSON.parse(localStorage.getItem('jobs') || '[]');"
+        "localStorage.setItem('jobs', JSON.stringify([...jobs, arguments[0]]))",
+        record,
+    )
+    reload(page)
+    until(page, lambda: texts(page, "#gallery div") == ["No longer on the host"])
+    find(page, "#gallery li:first-child button").click()
+    find(page, "#again").click()
+    assert [value(page, "prompt"), value(page, "seed")] == ["a lost key", "7"]
+    find(page, "#forget").click()
+    assert not texts(page, "#gallery li")
+    assert page.execute_script("return localStorage.getItem('jobs')") == "[]"
+
+
+def test_image_becomes_the_input_image_with_its_thumbnail_and_is_cleared(page):
+    assert value(page, "strength") == "0.8"
+    fill(page, "prompt", "a green heart")
+    fill(page, "num_inference_steps", 2)
+    find(page, "#generate").click()
+    until(page, lambda: "2 steps" in caption(page))
+    find(page, "#as-input").click()
+    until(page, lambda: is_shown(page, ".image-field img"))
+    assert value(page, "init_image").endswith(".png")
+    find(page, ".image-field .quiet").click()
+    assert value(page, "init_image") == "" and not is_shown(page, ".image-field img")
+
+
+def test_image_is_pasted_or_dropped_into_its_field_and_other_files_are_refused(page, host):
+    give_file(page, "paste", "a.png", "image/png")
+    assert value(page, "init_image").endswith("a.png") and is_shown(page, ".image-field img")
+    give_file(page, "drop", "b.webp", "image/webp")
+    assert value(page, "init_image").endswith("b.webp")
+    give_file(page, "drop", "c.pdf", "application/pdf")
+    assert find(page, "#error").text == "c.pdf is not a PNG, JPEG or WebP image."
+    assert value(page, "init_image").endswith("b.webp")
+
+
+def test_phone_shows_the_image_when_generate_is_pressed(page):
+    size(page, 390, 844)
+    fill(page, "num_inference_steps", 2)
+    fill(page, "prompt", "a green heart")
+    assert not is_in_view(page, "#canvas")
+    find(page, "#generate").click()
+    until(page, lambda: "2 steps" in caption(page))
+    assert is_in_view(page, "#canvas") and is_in_view(page, "#caption")
 
 
 def test_keyboard_alone_is_enough(page):
