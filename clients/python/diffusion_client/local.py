@@ -39,7 +39,7 @@ class LocalHost:
         ]
         port = int(ports[-1]) if ports else _free_port()
         self.arguments = arguments
-        self.client = Client(f"http://127.0.0.1:{port}")
+        self.client = Client(f"http://127.0.0.1:{port}", during_outage=self.require_running)
         self._log = tempfile.NamedTemporaryFile(prefix="diffusion-host-", suffix=".log")  # noqa: SIM115  closed by stop
         given = [*arguments, *([] if ports else [f"--port={port}"]), "--exit_with_parent"]
         self._process = subprocess.Popen(
@@ -78,11 +78,7 @@ class LocalHost:
         """
         while True:
             look()
-            if not self.is_running:
-                raise HostError(
-                    f"the host ended with code {self._process.returncode}: {_last_line(self.log)}",
-                    status=0,
-                )
+            self.require_running()
             try:
                 health = self.client.health()
             except HostError as error:
@@ -94,6 +90,14 @@ class LocalHost:
             if health["phase"] != "loading":
                 raise HostError(f"the host cannot serve: {health['reason']}", status=503)
             time.sleep(POLL_S)
+
+    def require_running(self) -> None:
+        """HostError with what it said, if it ended."""
+        if not self.is_running:
+            raise HostError(
+                f"the host ended with code {self._process.returncode}: {_last_line(self.log)}",
+                status=0,
+            )
 
     def stop(self) -> None:
         """End it and wait until it is gone, with all that it started."""

@@ -16,8 +16,8 @@ COLUMNS = ("name", "state", "node", "ranks", "jobs", "done", "reason")
 def main(argv: list[str]) -> int:
     """0 when it is shown, 2 with one line where nobody answers."""
     options = _parser().parse_args(argv)
-    client = Client(options.url, api_key=options.api_key, timeout_s=20)
     try:
+        client = Client(options.url, api_key=options.api_key, timeout_s=20)
         found = client.cluster()
         text = (
             json.dumps(found, indent=2)
