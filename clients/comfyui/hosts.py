@@ -2,17 +2,17 @@
 for.
 """
 
-import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from diffusion_client import Client, HostError
+from diffusion_client import PATIENCE_S, Client, HostError
 from diffusion_client.local import LocalHost
 
+from .keys import key_of
+from .launch_arguments import read_arguments
+
 DEFAULT_ADDRESS = "http://127.0.0.1:6000"
-LOOK_TIMEOUT_S = 0.5
-"""ComfyUI asks for the lists each time its page loads, also while no host runs."""
 ANY = "any"
 
 _started: dict[str, LocalHost] = {}
@@ -22,19 +22,24 @@ _started: dict[str, LocalHost] = {}
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostChoice:
     """What the loader node hands to samplers. arguments: with which to start a host if none
-    answers; None: never start one.
+    answers; None: never start one. patience_s: how long a job waits for a host that restarts.
     """
 
     address: str
     model: str = ANY
     arguments: str | None = None
-    api_key: str = ""
+    patience_s: float = PATIENCE_S
 
     def client(self, look: Callable[[], None] = lambda: None) -> Client:
         """A client of the host, which is ready. `look` is called while it loads, and may raise.
         HostError if there is none.
         """
-        client = Client(self.address, api_key=self.api_key or None)
+        client = Client(
+            self.address,
+            api_key=key_of(self.address),
+            patience_s=self.patience_s,
+            during_outage=self._require_started,
+        )
         if self.arguments is not None:
             self._start(client, look)
         served = client.models()
@@ -42,9 +47,14 @@ class HostChoice:
             raise HostError(
                 f"the host at {self.address} serves {', '.join(served)}, not {self.model}. Choose "
                 "it, or another host.",
-                status=0,
+                status=400,
             )
         return client
+
+    def _require_started(self) -> None:
+        """HostError if a host that was started here has ended: waiting would not help."""
+        if (ours := _started.get(self.address)) is not None:
+            ours.require_running()
 
     def _start(self, client: Client, look: Callable[[], None]) -> None:
         """Unless somebody answers there. A host that was started here with other arguments is ended
@@ -61,23 +71,6 @@ class HostChoice:
         _started[self.address].wait_until_ready(look)
 
 
-def models(address: str = DEFAULT_ADDRESS) -> list[str]:
-    """What the host there serves; nothing if it does not answer."""
-    try:
-        return Client(address, timeout_s=LOOK_TIMEOUT_S).models()
-    except HostError:
-        return []
-
-
-def schedulers(address: str = DEFAULT_ADDRESS) -> list[str]:
-    """The samplers that the host there has for its model; nothing if it does not answer."""
-    try:
-        request = Client(address, timeout_s=LOOK_TIMEOUT_S).request_schema()
-    except HostError:
-        return []
-    return list(request["properties"]["scheduler"].get("examples", []))
-
-
 def stop_all() -> None:
     """End what was started here."""
     while _started:
@@ -90,9 +83,9 @@ def _with_port(arguments: str, address: str) -> Sequence[str]:
         raise HostError(
             f"{address} is not this machine, so no host can be started there. Start it there by "
             "hand.",
-            status=0,
+            status=400,
         )
-    return (*shlex.split(arguments), f"--port={parts.port or 80}")
+    return (*read_arguments(arguments), f"--port={parts.port or 80}")
 
 
 def _answers(client: Client) -> bool:

@@ -6,16 +6,18 @@ import io
 import json
 import queue
 import threading
+from dataclasses import replace
 from typing import Any
 
 import comfy.model_management
 import comfy.utils
 import torch
-from diffusion_client import HostError, Job, JobState
+from diffusion_client import PATIENCE_S, HostError, Job, JobState
 from PIL import Image
 
 from . import hosts
-from .images import decode_frames, encode_image, encode_mask
+from .images import decode_frames, encode_image, encode_images, encode_mask
+from .samplers import SAMPLERS
 
 CATEGORY = "diffusion-launcher"
 OWN = "the model's own"
@@ -61,26 +63,21 @@ class DiffusionHost:
             },
             "optional": {
                 "model": (
-                    [hosts.ANY, *hosts.models()],
-                    {"default": hosts.ANY, "tooltip": "Refuse to draw if the host serves another."},
+                    "STRING",
+                    {
+                        "default": hosts.ANY,
+                        "tooltip": "Refuse to generate if the host serves another.",
+                    },
                 ),
                 "arguments": (
                     "STRING",
                     {
-                        "default": "--type=sdxl --checkpoint=/path/to/model",
-                        "tooltip": "Of the host to start.",
+                        "default": "--type=sdxl",
+                        "tooltip": "Of the host to start, such as --checkpoint=FOLDER.",
                     },
                 ),
-                "api_key": ("STRING", {"default": "", "tooltip": "If the host wants one."}),
             },
         }
-
-    @classmethod
-    def VALIDATE_INPUTS(cls, model: str = hosts.ANY) -> bool:
-        """A workflow may name a model of a host that does not run yet: the list is checked when it
-        draws.
-        """
-        return True
 
     def choose(
         self,
@@ -88,13 +85,11 @@ class DiffusionHost:
         start: bool,
         model: str = hosts.ANY,
         arguments: str = "",
-        api_key: str = "",
     ) -> tuple[hosts.HostChoice]:
         choice = hosts.HostChoice(
             address=address.strip().rstrip("/"),
-            model=model,
+            model=model.strip() or hosts.ANY,
             arguments=arguments if start else None,
-            api_key=api_key.strip(),
         )
         choice.client(_look)  # here, so that it is this node that fails where there is no host
         return (choice,)
@@ -127,7 +122,7 @@ class DiffusionSampler:
                 "guidance": ("FLOAT", {"default": -1.0, "min": -1.0, "max": 100.0, "step": 0.1}),
                 "width": ("INT", size),
                 "height": ("INT", size),
-                "scheduler": ([OWN, *hosts.schedulers()], {"default": OWN}),
+                "scheduler": ([OWN, *SAMPLERS], {"default": OWN}),
             },
             "optional": {
                 "image": (
@@ -156,15 +151,25 @@ class DiffusionSampler:
                 "control_image": ("IMAGE",),
                 "ip_image": ("IMAGE",),
                 "frames": ("INT", {"default": 0, "min": 0, "max": 512}),
+                "patience": (
+                    "INT",
+                    {
+                        "default": int(PATIENCE_S),
+                        "min": 0,
+                        "max": 86_400,
+                        "tooltip": "Seconds that a job waits for a host that restarts.",
+                    },
+                ),
             },
         }
 
     @classmethod
     def VALIDATE_INPUTS(cls, scheduler: str = OWN) -> bool:
-        """A workflow may name a sampler of a host that does not run yet: the host checks it."""
+        """A workflow may name a sampler in another spelling: the host checks it."""
         return True
 
     def sample(self, host: hosts.HostChoice, **inputs: Any) -> tuple[torch.Tensor, str]:
+        host = replace(host, patience_s=inputs.get("patience", PATIENCE_S))
         client = host.client(_look)
         job = client.submit(**_fields(inputs, client.request_schema()["properties"]))
         _follow(job)
@@ -188,8 +193,10 @@ def _fields(inputs: dict[str, Any], taken: dict[str, Any]) -> dict[str, Any]:
     if inputs.get("image") is not None:
         name = next((name for name in ("image", "init_image") if name in taken), None)
         if name is None:
-            raise HostError("this host's model starts from no image. Disconnect `image`.", status=0)
-        fields[name] = encode_image(inputs["image"])
+            raise HostError(
+                "this host's model starts from no image. Disconnect `image`.", status=400
+            )
+        fields[name] = encode_image("image", inputs["image"])
         if name == "init_image":
             fields["strength"] = inputs.get("strength", 0.8)
     if inputs.get("mask") is not None:
@@ -197,16 +204,17 @@ def _fields(inputs: dict[str, Any], taken: dict[str, Any]) -> dict[str, Any]:
             raise HostError(
                 "a mask needs an image, and a model that can inpaint. Connect an image, or "
                 "disconnect the mask.",
-                status=0,
+                status=400,
             )
-        fields["mask_image"] = encode_mask(inputs["mask"])
+        fields["mask_image"] = encode_mask("mask", inputs["mask"])
     for name, (field, argument) in IMAGES.items():
         if inputs.get(name) is not None and field not in taken:
             raise HostError(
-                f"this host takes no {name}. Start it with {argument}, or disconnect it.", status=0
+                f"this host takes no {name}. Start it with {argument}, or disconnect it.",
+                status=400,
             )
         if inputs.get(name) is not None:
-            fields[field] = encode_image(inputs[name])
+            fields[field] = encode_images(inputs[name])
     return fields
 
 
@@ -231,7 +239,7 @@ def _follow(job: Job) -> None:
             _show(bar, state)
     # also ComfyUI's own interruption, which is no Exception in some versions
     except BaseException:
-        job.cancel()
+        job.abandon()
         raise
     if job.state.state != "done":
         raise HostError(job.state.error or job.state.state, status=500)
@@ -244,8 +252,6 @@ def _listen(job: Job, states: "queue.SimpleQueue[JobState | HostError | None]") 
             states.put(state)
     except HostError as error:
         states.put(error)
-    except OSError as error:
-        states.put(HostError(f"the connection to the host was lost: {error}", status=0))
     states.put(None)
 
 

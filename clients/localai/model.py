@@ -2,6 +2,7 @@
 started.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Sequence
@@ -9,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from diffusion_client import Client, HostError
+from diffusion_client import PATIENCE_S, Client, HostError
 from diffusion_client.local import LocalHost
 
-CLIENT_OPTIONS = ("url", "api_key", "strength")
+CLIENT_OPTIONS = ("url", "api_key", "strength", "patience")
 """Options of this backend itself; every other one is an argument of the host to start."""
 DEFAULT_STRENGTH = 0.8
 
@@ -20,7 +21,7 @@ DEFAULT_STRENGTH = 0.8
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelChoice:
     """What one LoadModel asks for. url: of a host that runs, or None to start one with `arguments`.
-    defaults: fields of each request.
+    defaults: fields of each request. patience_s: how long a job waits for a host that restarts.
     """
 
     url: str | None
@@ -28,6 +29,7 @@ class ModelChoice:
     model_type: str
     arguments: tuple[str, ...]
     strength: float = DEFAULT_STRENGTH
+    patience_s: float = PATIENCE_S
     defaults: dict[str, Any] = field(default_factory=dict)
 
 
@@ -41,7 +43,8 @@ def read_options(options: Any) -> ModelChoice:
         api_key=named.get("api_key") or None,
         model_type=named.get("type") or options.PipelineType,
         arguments=() if url else _arguments(options, named),
-        strength=_strength(named.get("strength")),
+        strength=_number(named, "strength", default=DEFAULT_STRENGTH, most=1),
+        patience_s=_number(named, "patience", default=PATIENCE_S, most=86_400),
         defaults={name: value for name, value in defaults.items() if value is not None},
     )
 
@@ -61,24 +64,48 @@ class Model:
         if choice == self.choice and self._is_there():
             return
         self.free()
-        if choice.url is not None:
-            client = Client(choice.url, api_key=choice.api_key)
-            _require_model(client, choice)
-        else:
-            self._started = LocalHost(*choice.arguments)
-            try:
-                self._started.wait_until_ready()
-            except HostError:
-                self.free()
-                raise
-            client = self._started.client
-        self.choice, self.client = choice, client
+        self._open(choice)
+        self.choice = choice
+
+    def require(self) -> tuple[ModelChoice, Client]:
+        """What was loaded last. A host that was started here and has ended is started again; its
+        choice is kept even if that fails, for the next request.
+        """
+        if self.choice is None:
+            raise HostError("no model is loaded. Call LoadModel first.", status=409)
+        if not self._is_there():
+            self._close()
+            self._open(self.choice)
+        return self.choice, self.client
 
     def free(self) -> None:
         """End the host, if it was started here."""
+        self._close()
+        self.choice = None
+
+    def _open(self, choice: ModelChoice) -> None:
+        if choice.url is not None:
+            client = Client(choice.url, api_key=choice.api_key, patience_s=choice.patience_s)
+            _require_model(client, choice)
+        else:
+            client = self._start(choice)
+        self.client = client
+
+    def _start(self, choice: ModelChoice) -> Client:
+        self._started = LocalHost(*choice.arguments)
+        try:
+            self._started.wait_until_ready()
+        except HostError:
+            self._close()
+            raise
+        client = self._started.client
+        client.patience_s = choice.patience_s
+        return client
+
+    def _close(self) -> None:
         if self._started is not None:
             self._started.stop()
-        self.choice = self.client = self._started = None
+        self.client = self._started = None
 
     def _is_there(self) -> bool:
         return self._started.is_running if self._started is not None else self.client is not None
@@ -90,7 +117,7 @@ def _require_model(client: Client, choice: ModelChoice) -> None:
         raise HostError(
             f"the host at {choice.url} serves {', '.join(served)}, not {choice.model_type}. Choose "
             "that, or another host.",
-            status=0,
+            status=400,
         )
 
 
@@ -145,7 +172,7 @@ def _found(name: str, folder: str) -> str:
         raise HostError(
             f"{path} does not exist. Give a path below LocalAI's folder of models, or an absolute "
             "one.",
-            status=0,
+            status=400,
         )
     return str(path.resolve())
 
@@ -156,8 +183,12 @@ def _pair(text: str) -> tuple[str, str | None]:
     return name.strip().replace("-", "_"), value.strip() if colon else None
 
 
-def _strength(text: str | None) -> float:
-    try:
-        return DEFAULT_STRENGTH if text is None else float(text)
-    except ValueError as error:
-        raise HostError(f"strength:{text} is no number. Give one from 0 to 1.", status=0) from error
+def _number(named: dict[str, str | None], name: str, *, default: float, most: float) -> float:
+    if name not in named:
+        return default
+    with contextlib.suppress(TypeError, ValueError):
+        if 0 <= (value := float(named[name])) <= most:
+            return value
+    raise HostError(
+        f"{name}:{named[name] or ''} is not allowed. Give a number from 0 to {most:g}.", status=400
+    )

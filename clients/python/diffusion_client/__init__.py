@@ -301,8 +301,10 @@ class Job:
             except HostError as error:
                 if error.status not in PASSING or not self._client.patience_s:
                     raise
-            if self.state.is_over or not self._client.patience_s:
+            if self.state.is_over:
                 return
+            if not self._client.patience_s:
+                raise self._client.lost(ConnectionError("the events ended before the job"))
             time.sleep(POLL_S)
             self.state = replace(self._client.patiently(self._look), preview=self.state.preview)
             yield self.state
