@@ -51,7 +51,8 @@ CODES = {
     401: grpc.StatusCode.UNAUTHENTICATED,
     403: grpc.StatusCode.PERMISSION_DENIED,
     404: grpc.StatusCode.NOT_FOUND,
-    409: grpc.StatusCode.FAILED_PRECONDITION,
+    409: grpc.StatusCode.ABORTED,
+    412: grpc.StatusCode.FAILED_PRECONDITION,
     413: grpc.StatusCode.INVALID_ARGUMENT,
     415: grpc.StatusCode.INVALID_ARGUMENT,
     422: grpc.StatusCode.INVALID_ARGUMENT,
@@ -141,6 +142,14 @@ class Backend:
         return "model freed"
 
     def _loaded(self) -> Loaded:
+        try:
+            return self._look()
+        except HostError as error:
+            if error.status:
+                raise
+        return self._look()  # it ended just now: start it again
+
+    def _look(self) -> Loaded:
         with self._loading:
             choice, client = self._model.require()
         return Loaded(choice, client, client.request_schema()["properties"])
@@ -266,10 +275,11 @@ def _inpainting(source: str) -> dict[str, str] | None:
     """The image and the mask, as base64, of the JSON file that LocalAI's inpainting sends; None for
     an image.
     """
-    if not source.endswith(".json") or not os.path.isfile(source):
+    data = Path(source).read_bytes() if os.path.isfile(source) else b""
+    if not data.lstrip().startswith(b"{"):
         return None
     try:
-        content = json.loads(Path(source).read_bytes())
+        content = json.loads(data)
         pair = {name: content[name] for name in ("image", "mask_image")}
     except (ValueError, LookupError, TypeError) as error:
         raise HostError(

@@ -72,7 +72,10 @@ class Model:
         choice is kept even if that fails, for the next request.
         """
         if self.choice is None:
-            raise HostError("no model is loaded. Call LoadModel first.", status=409)
+            raise HostError("no model is loaded. Call LoadModel first.", status=412)
+        if self._started is not None:
+            with contextlib.suppress(HostError):  # it ended: started again below
+                self._started.wait_until_ready()
         if not self._is_there():
             self._close()
             self._open(self.choice)

@@ -21,6 +21,7 @@ from diffusion_client import Client, HostError
 
 POLL_S = 0.2
 STOP_WITHIN_S = 15.0
+PORT_WITHIN_S = 5.0
 LOG_TAIL = 2000
 """Characters of the host's log that an error shows."""
 
@@ -38,6 +39,7 @@ class LocalHost:
             argument.partition("=")[2] for argument in arguments if argument.startswith("--port=")
         ]
         port = int(ports[-1]) if ports else _free_port()
+        _wait_until_free(port)
         self.arguments = arguments
         self.client = Client(f"http://127.0.0.1:{port}", during_outage=self.require_running)
         self._log = tempfile.NamedTemporaryFile(prefix="diffusion-host-", suffix=".log")  # noqa: SIM115  closed by stop
@@ -132,6 +134,25 @@ def _launcher() -> list[str]:
 
 def _last_line(log: str) -> str:
     return next((line for line in reversed(log.splitlines()) if line.strip()), "it said nothing")
+
+
+def _wait_until_free(port: int) -> None:
+    """Ranks of a host that was killed hold its port for a moment, and would seem to be the new one.
+    Who holds it for longer is named by the new host.
+    """
+    until = time.monotonic() + PORT_WITHIN_S
+    while not _is_free(port) and time.monotonic() < until:
+        time.sleep(POLL_S)
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
 
 
 def _free_port() -> int:
