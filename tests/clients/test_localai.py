@@ -326,6 +326,7 @@ def test_fields_of_localai_become_arguments_of_the_host(backend, tmp_path):
     assert choice.defaults == {"guidance_scale": 7.5, "clip_skip": 1}
 
 
+@pytest.mark.slow
 def test_host_that_died_is_started_again_at_the_next_request(localai, tmp_path):
     """Also at a port that its ranks may still hold."""
     answer = localai.load(

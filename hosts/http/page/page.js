@@ -7,6 +7,8 @@ const MORE = ["strength", "clip_skip", "warmup_steps", "controlnet_conditioning_
 const LONG = ["prompt", "negative_prompt"];
 const IMAGES = ["image", "init_image", "mask_image", "ip_adapter_image", "control_image"];
 const POLL_MS = 2000;
+const PATIENCE_MS = 120000; // how long a job may be out of reach while its host restarts
+const PASSING = [0, 429, 502, 503, 504]; // nobody answered, or a status that says to ask again later
 const sessionJobs = new Map(); // id -> {settings, url, job}
 let shown = null; // the job on the stage
 let output = "image";
@@ -14,15 +16,35 @@ let output = "image";
 let key = sessionStorage.getItem("key") || "";
 
 async function ask(path, options = {}) {
-  const send = () => fetch(path, { ...options, headers: { ...options.headers, ...(key ? { Authorization: `Bearer ${key}` } : {}) } });
+  const send = () =>
+    fetch(path, { ...options, headers: { ...options.headers, ...(key ? { Authorization: `Bearer ${key}` } : {}) } }).catch((error) => {
+      throw failure(`the host does not answer: ${error.message}`, 0);
+    });
   let answer = await send();
   if (answer.status === 401) {
     key = window.prompt("This host wants its key (--api_key)") || "";
     sessionStorage.setItem("key", key);
     answer = await send();
   }
-  if (!answer.ok) throw new Error((await answer.json()).message || `the host answered ${answer.status}`);
+  if (!answer.ok) {
+    const { message } = await answer.json().catch(() => ({}));
+    throw failure(message || `the host answered ${answer.status}`, answer.status);
+  }
   return answer;
+}
+
+const failure = (message, status) => Object.assign(new Error(message), { status });
+const pause = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
+
+// ask again while the host restarts
+async function patiently(act) {
+  for (const until = Date.now() + PATIENCE_MS; ; await pause(POLL_MS)) {
+    try {
+      return await act();
+    } catch (error) {
+      if (!PASSING.includes(error.status) || Date.now() > until) throw error;
+    }
+  }
 }
 
 const api = async (path, options) => (await ask(path, options)).json();
@@ -128,11 +150,28 @@ async function draw(event) {
   }
 }
 
-// not an EventSource: that cannot send a key
+// a broken stream is no end of the job: the host goes on with it after a restart
 async function follow(job) {
+  for (;;) {
+    await listen(job).catch((error) => {
+      if (!PASSING.includes(error.status)) throw error;
+    });
+    if (isOver(sessionJobs.get(job.id).job)) return;
+    await pause(POLL_MS);
+    await heard(job.id, "status", await patiently(() => api(job.links.self.slice(1))));
+    if (isOver(sessionJobs.get(job.id).job)) return;
+  }
+}
+
+// not an EventSource: that cannot send a key
+async function listen(job) {
   const reader = (await ask(`${job.links.events.slice(1)}?previews=1`)).body.pipeThrough(new TextDecoderStream()).getReader();
+  const read = () =>
+    reader.read().catch((error) => {
+      throw failure(`the events ended: ${error.message}`, 0);
+    });
   let text = "";
-  for (let part = await reader.read(); !part.done; part = await reader.read()) {
+  for (let part = await read(); !part.done; part = await read()) {
     const events = (text + part.value).split("\n\n");
     text = events.pop();
     for (const event of events) {
@@ -153,9 +192,16 @@ async function heard(id, name, data) {
 
 const isOver = (job) => ["done", "failed", "cancelled"].includes(job.state);
 
+async function file(job) {
+  const answer = await ask(job.links.result.slice(1));
+  return answer.blob().catch((error) => {
+    throw failure(`the file broke off: ${error.message}`, 0);
+  });
+}
+
 async function collect(job) {
   const entry = sessionJobs.get(job.id);
-  entry.url = URL.createObjectURL(await (await ask(job.links.result.slice(1))).blob());
+  entry.url = URL.createObjectURL(await patiently(() => file(job)));
   entry.settings = job.settings;
   const image = output === "video" ? make("video", { src: entry.url, muted: true, loop: true }) : make("img", { src: entry.url, alt: job.settings.prompt || "result" });
   const button = make("button", { type: "button", title: JSON.stringify(job.settings) }, image, make("span", { textContent: job.settings.prompt || job.id }));
