@@ -1,12 +1,10 @@
 """The Python client and the `generate` command against a real host."""
 
-import contextlib
 import http.server
 import importlib
 import io
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -15,6 +13,7 @@ import pytest
 from PIL import Image
 
 from tests.checkpoints import checkpoint
+from tests.clients.cutter import Cutter
 from tests.hosts.harness import LAUNCHER, REPOSITORY, free_port, wait_until
 from tests.hosts.inprocess import InProcessHost
 
@@ -56,42 +55,6 @@ def test_client_cancels_and_raises_what_the_host_says(host, library):
         library.Client(f"http://127.0.0.1:{free_port()}").submit(**FIELDS)
 
 
-class Cutter:
-    """A proxy before a host. cut: break all connections and refuse new ones, until `mend`."""
-
-    def __init__(self, port):
-        self.port, self._target = free_port(), port
-        self._open, self._server = [], None
-        self.mend()
-
-    def mend(self):
-        self._server = socket.create_server(("127.0.0.1", self.port))
-        threading.Thread(target=self._accept, args=(self._server,), daemon=True).start()
-
-    def cut(self):
-        with contextlib.suppress(OSError):
-            self._server.shutdown(socket.SHUT_RDWR)
-        self._server.close()
-        while self._open:
-            with contextlib.suppress(OSError):
-                self._open.pop().shutdown(socket.SHUT_RDWR)
-
-    def _accept(self, server):
-        with contextlib.suppress(OSError):
-            while True:
-                near = server.accept()[0]
-                far = socket.create_connection(("127.0.0.1", self._target))
-                self._open += [near, far]
-                for one, other in ((near, far), (far, near)):
-                    threading.Thread(target=self._copy, args=(one, other), daemon=True).start()
-
-    def _copy(self, one, other):
-        with contextlib.suppress(OSError):
-            while data := one.recv(65536):
-                other.sendall(data)
-            other.shutdown(socket.SHUT_WR)
-
-
 @pytest.fixture
 def cutter(host):
     proxy = Cutter(host.port)
@@ -100,7 +63,7 @@ def cutter(host):
 
 
 def test_job_is_followed_through_an_outage_to_its_image(host, library, cutter):
-    client = library.Client(f"http://127.0.0.1:{cutter.port}")
+    client = library.Client(cutter.url)
     job = client.submit(**{**FIELDS, "num_inference_steps": 100})
     is_cut = False
     for state in job.follow(previews=True):
@@ -116,7 +79,7 @@ def test_job_is_followed_through_an_outage_to_its_image(host, library, cutter):
     ("patience_s", "said"), [(0, "was lost"), (1.0, "was asked again for 1 s")]
 )
 def test_patience_with_an_outage_ends(host, library, cutter, patience_s, said):
-    client = library.Client(f"http://127.0.0.1:{cutter.port}", patience_s=patience_s)
+    client = library.Client(cutter.url, patience_s=patience_s)
     job = client.submit(**{**FIELDS, "num_inference_steps": 900})
     with pytest.raises(library.HostError, match=said) as caught:
         for state in job.follow():
@@ -127,9 +90,7 @@ def test_patience_with_an_outage_ends(host, library, cutter, patience_s, said):
 
 
 def test_job_is_abandoned_also_if_the_host_is_back_only_later(host, library, cutter):
-    job = library.Client(f"http://127.0.0.1:{cutter.port}").submit(
-        **{**FIELDS, "num_inference_steps": 900}
-    )
+    job = library.Client(cutter.url).submit(**{**FIELDS, "num_inference_steps": 900})
     cutter.cut()
     job.abandon()
     with pytest.raises(library.HostError, match="does not answer"):
