@@ -270,6 +270,8 @@ class Client:
     def _refusal(self, error: urllib.error.HTTPError) -> HostError:
         body = _json_of(error)
         said = body.get("message") or body.get("error")
+        if isinstance(said, dict):  # as OpenAI's routes answer
+            said = said.get("message")
         if not isinstance(said, str):
             said = (
                 f"{self.url} answered {error.code} {error.reason}, without the message of a host "
