@@ -183,7 +183,7 @@ def test_key_comes_from_a_file_and_goes_to_its_address_only(comfy, tmp_path, mon
         (chosen,) = comfy.run("DiffusionHost", address=guarded.url("/"))
         assert KEY not in repr(chosen)
         file.write_text(f"http://127.0.0.1:9 {KEY}\n")
-        with pytest.raises(error, match="bearer|Bearer"):
+        with pytest.raises(error, match=r"bearer|Bearer"):
             comfy.run("DiffusionHost", address=guarded.url(""))
     file.write_text(KEY)
     with pytest.raises(error, match=r"line 1 of .* has 1 words"):
