@@ -13,8 +13,8 @@ from .nodes import DiffusionHost, DiffusionSampler  # noqa: E402  after the path
 
 NODE_CLASS_MAPPINGS = {"DiffusionHost": DiffusionHost, "DiffusionSampler": DiffusionSampler}
 NODE_DISPLAY_NAME_MAPPINGS = {
-    "DiffusionHost": "Diffusion Host (several GPUs)",
-    "DiffusionSampler": "Diffusion Sampler (several GPUs)",
+    "DiffusionHost": "Diffusion Host",
+    "DiffusionSampler": "Diffusion Sampler",
 }
 
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]

@@ -1,37 +1,45 @@
-"""The host of a workflow: one at an address, or one that is started here when it is needed."""
+"""Which host a workflow uses: one at an address, or one that is started here when an image is asked
+for.
+"""
 
-import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from diffusion_client import Client, HostError
+from diffusion_client import PATIENCE_S, Client, HostError
 from diffusion_client.local import LocalHost
 
+from .keys import key_of
+from .launch_arguments import read_arguments
+
 DEFAULT_ADDRESS = "http://127.0.0.1:6000"
-LOOK_TIMEOUT_S = 0.5
-"""ComfyUI requests the lists whenever its page loads, also while no host runs."""
 ANY = "any"
 
 _started: dict[str, LocalHost] = {}
-"""Address -> host that this process started there. They end with ComfyUI."""
+"""Address -> the host that this process started there. They end with ComfyUI."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostChoice:
-    """The loader node's output, which samplers take."""
+    """What the loader node hands to samplers. arguments: with which to start a host if none
+    answers; None: never start one. patience_s: how long a job waits for a host that restarts.
+    """
 
     address: str
     model: str = ANY
-    arguments: str | None = None  # for starting a host if none answers; None: never start one
-    api_key: str = ""
+    arguments: str | None = None
+    patience_s: float = PATIENCE_S
 
     def client(self, look: Callable[[], None] = lambda: None) -> Client:
-        """Return a client of the host once it is ready. HostError if there is no host.
-
-        `look` is called while the host loads, and may raise.
+        """A client of the host, which is ready. `look` is called while it loads, and may raise.
+        HostError if there is none.
         """
-        client = Client(self.address, api_key=self.api_key or None)
+        client = Client(
+            self.address,
+            api_key=key_of(self.address),
+            patience_s=self.patience_s,
+            during_outage=self._require_started,
+        )
         if self.arguments is not None:
             self._start(client, look)
         served = client.models()
@@ -39,14 +47,18 @@ class HostChoice:
             raise HostError(
                 f"the host at {self.address} serves {', '.join(served)}, not {self.model}. Choose "
                 "it, or another host.",
-                status=0,
+                status=400,
             )
         return client
 
-    def _start(self, client: Client, look: Callable[[], None]) -> None:
-        """Start a host unless one answers there.
+    def _require_started(self) -> None:
+        """HostError if a host that was started here has ended: waiting would not help."""
+        if (ours := _started.get(self.address)) is not None:
+            ours.require_running()
 
-        A host that was started here with other arguments is stopped first.
+    def _start(self, client: Client, look: Callable[[], None]) -> None:
+        """Unless somebody answers there. A host that was started here with other arguments is ended
+        first.
         """
         arguments = _with_port(self.arguments or "", self.address)
         ours = _started.get(self.address)
@@ -59,25 +71,8 @@ class HostChoice:
         _started[self.address].wait_until_ready(look)
 
 
-def models(address: str = DEFAULT_ADDRESS) -> list[str]:
-    """Return the models that the host serves; empty if it does not answer."""
-    try:
-        return Client(address, timeout_s=LOOK_TIMEOUT_S).models()
-    except HostError:
-        return []
-
-
-def schedulers(address: str = DEFAULT_ADDRESS) -> list[str]:
-    """Return the host's schedulers for its model; empty if it does not answer."""
-    try:
-        request = Client(address, timeout_s=LOOK_TIMEOUT_S).request_schema()
-    except HostError:
-        return []
-    return list(request["properties"]["scheduler"].get("examples", []))
-
-
 def stop_all() -> None:
-    """Stop all hosts that were started here."""
+    """End what was started here."""
     while _started:
         _started.popitem()[1].stop()
 
@@ -88,9 +83,9 @@ def _with_port(arguments: str, address: str) -> Sequence[str]:
         raise HostError(
             f"{address} is not this machine, so no host can be started there. Start it there by "
             "hand.",
-            status=0,
+            status=400,
         )
-    return (*shlex.split(arguments), f"--port={parts.port or 80}")
+    return (*read_arguments(arguments), f"--port={parts.port or 80}")
 
 
 def _answers(client: Client) -> bool:

@@ -1,22 +1,23 @@
-"""Two nodes: one selects a host, the other generates on it.
-
-ComfyUI requires INPUT_TYPES, RETURN_TYPES, FUNCTION and CATEGORY of a node.
+"""Two nodes: one names a host, one draws on it. What ComfyUI wants of a node: INPUT_TYPES,
+RETURN_TYPES, FUNCTION, CATEGORY.
 """
 
 import io
 import json
 import queue
 import threading
+from dataclasses import replace
 from typing import Any
 
 import comfy.model_management
 import comfy.utils
 import torch
-from diffusion_client import HostError, Job, JobState
+from diffusion_client import PATIENCE_S, HostError, Job, JobState
 from PIL import Image
 
 from . import hosts
-from .images import decode_frames, encode_image, encode_mask
+from .images import decode_frames, encode_image, encode_images, encode_mask
+from .samplers import SAMPLERS
 
 CATEGORY = "diffusion-launcher"
 OWN = "the model's own"
@@ -28,22 +29,24 @@ IMAGES = {
     "control_image": ("control_image", "--control_net"),
     "ip_image": ("ip_adapter_image", "--ip_adapter"),
 }
-"""Image input -> the launch argument that a host needs to accept it."""
+"""Input -> the field of an image that a host takes only if it was started with this argument."""
 
 
 def _look() -> None:
-    """Raise ComfyUI's own exception once its user cancels."""
+    """Raises ComfyUI's own exception once its user cancels."""
     comfy.model_management.throw_exception_if_processing_interrupted()
 
 
 class DiffusionHost:
-    """The host at an address, started if none answers there."""
+    """The host at an address, or one that is started when none answers there."""
 
     CATEGORY = CATEGORY
     FUNCTION = "choose"
     RETURN_TYPES = ("DIFFUSION_HOST",)
     RETURN_NAMES = ("host",)
-    DESCRIPTION = "A diffusion-launcher host: a running one, or one to start on this machine."
+    DESCRIPTION = (
+        "Which host of diffusion-launcher draws: one that runs, or one to start on this machine."
+    )
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
@@ -60,7 +63,7 @@ class DiffusionHost:
             },
             "optional": {
                 "model": (
-                    [hosts.ANY, *hosts.models()],
+                    "STRING",
                     {
                         "default": hosts.ANY,
                         "tooltip": "Refuse to generate if the host serves another.",
@@ -69,18 +72,12 @@ class DiffusionHost:
                 "arguments": (
                     "STRING",
                     {
-                        "default": "--type=sdxl --checkpoint=/path/to/model",
-                        "tooltip": "Of the host to start.",
+                        "default": "--type=sdxl",
+                        "tooltip": "Of the host to start, such as --checkpoint=FOLDER.",
                     },
                 ),
-                "api_key": ("STRING", {"default": "", "tooltip": "If the host wants one."}),
             },
         }
-
-    @classmethod
-    def VALIDATE_INPUTS(cls, model: str = hosts.ANY) -> bool:
-        """Accept any model: its host may not run yet. The choice is checked when it generates."""
-        return True
 
     def choose(
         self,
@@ -88,20 +85,18 @@ class DiffusionHost:
         start: bool,
         model: str = hosts.ANY,
         arguments: str = "",
-        api_key: str = "",
     ) -> tuple[hosts.HostChoice]:
         choice = hosts.HostChoice(
             address=address.strip().rstrip("/"),
-            model=model,
+            model=model.strip() or hosts.ANY,
             arguments=arguments if start else None,
-            api_key=api_key.strip(),
         )
-        choice.client(_look)  # here, so that this node fails if there is no host
+        choice.client(_look)  # here, so that it is this node that fails where there is no host
         return (choice,)
 
 
 class DiffusionSampler:
-    """Generates one image or video, with previews. ComfyUI's cancel ends it on all ranks."""
+    """One image or video, with previews of its steps; ComfyUI's cancel ends it on all ranks."""
 
     CATEGORY = CATEGORY
     FUNCTION = "sample"
@@ -127,7 +122,7 @@ class DiffusionSampler:
                 "guidance": ("FLOAT", {"default": -1.0, "min": -1.0, "max": 100.0, "step": 0.1}),
                 "width": ("INT", size),
                 "height": ("INT", size),
-                "scheduler": ([OWN, *hosts.schedulers()], {"default": OWN}),
+                "scheduler": ([OWN, *SAMPLERS], {"default": OWN}),
             },
             "optional": {
                 "image": (
@@ -156,15 +151,25 @@ class DiffusionSampler:
                 "control_image": ("IMAGE",),
                 "ip_image": ("IMAGE",),
                 "frames": ("INT", {"default": 0, "min": 0, "max": 512}),
+                "patience": (
+                    "INT",
+                    {
+                        "default": int(PATIENCE_S),
+                        "min": 0,
+                        "max": 86_400,
+                        "tooltip": "Seconds that a job waits for a host that restarts.",
+                    },
+                ),
             },
         }
 
     @classmethod
     def VALIDATE_INPUTS(cls, scheduler: str = OWN) -> bool:
-        """Accept any sampler: its host may not run yet. The host checks the choice."""
+        """A workflow may name a sampler in another spelling: the host checks it."""
         return True
 
     def sample(self, host: hosts.HostChoice, **inputs: Any) -> tuple[torch.Tensor, str]:
+        host = replace(host, patience_s=inputs.get("patience", PATIENCE_S))
         client = host.client(_look)
         job = client.submit(**_fields(inputs, client.request_schema()["properties"]))
         _follow(job)
@@ -172,9 +177,8 @@ class DiffusionSampler:
 
 
 def _fields(inputs: dict[str, Any], taken: dict[str, Any]) -> dict[str, Any]:
-    """Convert the node's inputs to a request. HostError for an image that the host could not use.
-
-    taken: the fields that the host reads.
+    """The node's inputs -> the request. taken: the fields that this host reads. HostError for an
+    image it could not use.
     """
     fields = {name: inputs[name] for name in ("prompt", "negative_prompt", "seed")}
     chosen = {
@@ -189,8 +193,10 @@ def _fields(inputs: dict[str, Any], taken: dict[str, Any]) -> dict[str, Any]:
     if inputs.get("image") is not None:
         name = next((name for name in ("image", "init_image") if name in taken), None)
         if name is None:
-            raise HostError("this host's model starts from no image. Disconnect `image`.", status=0)
-        fields[name] = encode_image(inputs["image"])
+            raise HostError(
+                "this host's model starts from no image. Disconnect `image`.", status=400
+            )
+        fields[name] = encode_image("image", inputs["image"])
         if name == "init_image":
             fields["strength"] = inputs.get("strength", 0.8)
     if inputs.get("mask") is not None:
@@ -198,23 +204,23 @@ def _fields(inputs: dict[str, Any], taken: dict[str, Any]) -> dict[str, Any]:
             raise HostError(
                 "a mask needs an image, and a model that can inpaint. Connect an image, or "
                 "disconnect the mask.",
-                status=0,
+                status=400,
             )
-        fields["mask_image"] = encode_mask(inputs["mask"])
+        fields["mask_image"] = encode_mask("mask", inputs["mask"])
     for name, (field, argument) in IMAGES.items():
         if inputs.get(name) is not None and field not in taken:
             raise HostError(
-                f"this host takes no {name}. Start it with {argument}, or disconnect it.", status=0
+                f"this host takes no {name}. Start it with {argument}, or disconnect it.",
+                status=400,
             )
         if inputs.get(name) is not None:
-            fields[field] = encode_image(inputs[name])
+            fields[field] = encode_images(inputs[name])
     return fields
 
 
 def _follow(job: Job) -> None:
-    """Show progress and previews until the job is done.
-
-    ComfyUI's cancel cancels the job on the host and is raised again.
+    """Show progress and previews until the job is done. ComfyUI's cancel cancels it on the host and
+    goes on from here.
     """
     states: queue.SimpleQueue[JobState | HostError | None] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(job, states), daemon=True).start()
@@ -231,26 +237,21 @@ def _follow(job: Job) -> None:
             if isinstance(state, HostError):
                 raise state
             _show(bar, state)
-    # ComfyUI's interruption too, which is not an Exception in some versions
+    # also ComfyUI's own interruption, which is no Exception in some versions
     except BaseException:
-        job.cancel()
+        job.abandon()
         raise
     if job.state.state != "done":
         raise HostError(job.state.error or job.state.state, status=500)
 
 
 def _listen(job: Job, states: "queue.SimpleQueue[JobState | HostError | None]") -> None:
-    """Read the job's states in a thread of its own.
-
-    A step may take long, and ComfyUI's cancel must be noticed meanwhile.
-    """
+    """In a thread of its own: a step may take long, and ComfyUI's cancel must be seen meanwhile."""
     try:
         for state in job.follow(previews=True):
             states.put(state)
     except HostError as error:
         states.put(error)
-    except OSError as error:
-        states.put(HostError(f"the connection to the host was lost: {error}", status=0))
     states.put(None)
 
 

@@ -1,11 +1,10 @@
-"""LocalAI backend: gRPC on one side, a host of diffusion-launcher on the other.
-
-LocalAI starts it as `run.sh --addr HOST:PORT`.
+"""LocalAI backend: gRPC on one side, a host of diffusion-launcher on the other. LocalAI starts it
+as `run.sh --addr HOST:PORT`.
 """
 
 import argparse
 import base64
-import contextlib
+import json
 import logging
 import os
 import signal
@@ -14,7 +13,7 @@ import threading
 from collections.abc import Callable
 from concurrent import futures
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 
@@ -22,21 +21,21 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [
     str(HERE),
     str(HERE.parent / "python"),
-]  # backend.proto and the client library
+]  # backend.proto, and the client library beside this folder
 
-from diffusion_client import HostError, Job  # noqa: E402  after the path is set
-from model import Model, read_options  # noqa: E402
+from diffusion_client import Client, HostError, Job  # noqa: E402  after the path is set
+from model import Model, ModelChoice, read_options  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
 pb = grpc.protos("backend.proto")
-"""Message classes, generated from the protocol file at import, so no generated code has to be
-kept in step.
+"""The messages, made of the protocol file by grpcio-tools: there is no generated code to keep in
+step.
 """
 
 SERVICE = "backend.Backend"
 NUM_THREADS = 16
-"""Each waiting image holds a thread, and Health and Status must still be answered."""
+"""Each waiting image holds one, and Health and Status must still be answered."""
 METHODS = {
     "Health": pb.HealthMessage,
     "Status": pb.HealthMessage,
@@ -46,11 +45,38 @@ METHODS = {
     "GenerateVideo": pb.GenerateVideoRequest,
 }
 STATES = {"loading": pb.StatusResponse.UNINITIALIZED, "ready": pb.StatusResponse.READY}
+CODES = {
+    0: grpc.StatusCode.UNAVAILABLE,
+    400: grpc.StatusCode.INVALID_ARGUMENT,
+    401: grpc.StatusCode.UNAUTHENTICATED,
+    403: grpc.StatusCode.PERMISSION_DENIED,
+    404: grpc.StatusCode.NOT_FOUND,
+    409: grpc.StatusCode.ABORTED,
+    412: grpc.StatusCode.FAILED_PRECONDITION,
+    413: grpc.StatusCode.INVALID_ARGUMENT,
+    415: grpc.StatusCode.INVALID_ARGUMENT,
+    422: grpc.StatusCode.INVALID_ARGUMENT,
+    429: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    502: grpc.StatusCode.UNAVAILABLE,
+    503: grpc.StatusCode.UNAVAILABLE,
+    504: grpc.StatusCode.DEADLINE_EXCEEDED,
+}
+"""HTTP status -> gRPC status; any other one is INTERNAL."""
+
+
+class Loaded(NamedTuple):
+    """What one request uses. taken: the fields that the host reads, with their schemas."""
+
+    choice: ModelChoice
+    client: Client
+    taken: dict[str, Any]
 
 
 class Backend:
-    """The methods of the service, named as in the protocol. Errors are Results, as LocalAI
-    expects.
+    """The methods of the service, by their names in the protocol.
+
+    LocalAI reads the success of a Result after LoadModel only. What goes wrong in other calls ends
+    them with a status of gRPC, as LocalAI would show an empty file otherwise.
     """
 
     def __init__(self) -> None:
@@ -61,7 +87,7 @@ class Backend:
         return pb.Reply(message=b"OK")
 
     def Status(self, request: Any, context: grpc.ServicerContext) -> Any:
-        """Return BUSY while an image is generated, and the memory of each rank in bytes."""
+        """BUSY while an image is drawn; memory in bytes, by rank."""
         client = self._model.client
         if client is None:
             return pb.StatusResponse(state=pb.StatusResponse.UNINITIALIZED)
@@ -93,14 +119,19 @@ class Backend:
         return _result(self._free)
 
     def GenerateImage(self, request: Any, context: grpc.ServicerContext) -> Any:
-        return _result(lambda: self._generate(self._image_fields(request), request.dst, context))
+        def generate() -> str:
+            loaded = self._loaded()
+            return _generate(loaded, _image_fields(request, loaded), request.dst, context)
+
+        return _or_abort(generate, context)
 
     def GenerateVideo(self, request: Any, context: grpc.ServicerContext) -> Any:
-        return _result(
-            lambda: self._generate(
-                self._video_fields(request), request.dst, context, fps=request.fps
-            )
-        )
+        def generate() -> str:
+            loaded = self._loaded()
+            fields = _video_fields(request, loaded)
+            return _generate(loaded, fields, request.dst, context, fps=request.fps)
+
+        return _or_abort(generate, context)
 
     def close(self) -> None:
         self._free()
@@ -110,84 +141,22 @@ class Backend:
             self._model.free()
         return "model freed"
 
-    def _generate(
-        self, fields: dict[str, Any], dst: str, context: grpc.ServicerContext, *, fps: int = 0
-    ) -> str:
-        """Wait for the image or video and write it.
+    def _loaded(self) -> Loaded:
+        try:
+            return self._look()
+        except HostError as error:
+            if error.status:
+                raise
+        return self._look()  # it ended just now: start it again
 
-        A caller that gives up cancels it on all ranks.
-        """
-        given = {name: value for name, value in fields.items() if value not in (None, "", 0)}
-        job = self._model.client.submit(**{**self._model.choice.defaults, **given})
-        context.add_callback(lambda: _cancel(job))
-        job.wait()
-        Path(dst).write_bytes(job.result(frames_per_s=fps or None))
-        return f"seed {job.state.seed}, {job.state.seconds:.1f} s"
-
-    def _image_fields(self, request: Any) -> dict[str, Any]:
-        fields = {
-            "prompt": request.positive_prompt,
-            "negative_prompt": request.negative_prompt,
-            "height": request.height,
-            "width": request.width,
-            "num_inference_steps": request.step,
-            "clip_skip": request.CLIPSkip,
-            "seed": _seed(request.seed),
-        }
-        taken = self._taken()
-        if request.ref_images and "ip_adapter_image" not in taken:
-            raise HostError(
-                "this host takes no reference images. Give the option ip_adapter, or leave them "
-                "out.",
-                status=0,
-            )
-        if request.ref_images:
-            fields["ip_adapter_image"] = [_image(image) for image in request.ref_images]
-        return fields | self._start(request.src, ("control_image", "image", "init_image"), taken)
-
-    def _video_fields(self, request: Any) -> dict[str, Any]:
-        taken = self._taken()
-        if "num_frames" not in taken:
-            raise HostError(
-                "the model that is loaded makes no videos. Ask for an image, or load another.",
-                status=0,
-            )
-        if request.end_image:
-            raise HostError("end_image is not available. Leave it out.", status=0)
-        fields = {
-            "prompt": request.prompt,
-            "negative_prompt": request.negative_prompt,
-            "height": request.height,
-            "width": request.width,
-            "num_frames": request.num_frames,
-            "num_inference_steps": request.step,
-            "guidance_scale": request.cfg_scale,
-            "seed": _seed(request.seed),
-        }
-        return fields | self._start(request.start_image, ("image", "control_image"), taken)
-
-    def _start(self, source: str, names: tuple[str, ...], taken: dict[str, Any]) -> dict[str, Any]:
-        """Return the start image under the first of these fields that the host takes."""
-        if not source:
-            return {}
-        name = next((name for name in names if name in taken), None)
-        if name is None:
-            raise HostError(
-                "the model that is loaded starts from no image. Leave it out.", status=0
-            )
-        strength = {"strength": self._model.choice.strength} if name == "init_image" else {}
-        return {name: _image(source), **strength}
-
-    def _taken(self) -> dict[str, Any]:
-        if self._model.client is None:
-            raise HostError("no model is loaded. Call LoadModel first.", status=0)
-        return self._model.client.request_schema()["properties"]
+    def _look(self) -> Loaded:
+        with self._loading:
+            choice, client = self._model.require()
+        return Loaded(choice, client, client.request_schema()["properties"])
 
 
 def serve(address: str) -> tuple[grpc.Server, Backend, int]:
-    """Return a started server, the backend and the port. An `address` ending in :0 picks a free
-    port.
-    """
+    """A started server; the port is chosen if `address` ends in :0."""
     backend = Backend()
     server = grpc.server(futures.ThreadPoolExecutor(max_workers=NUM_THREADS))
     handlers = {
@@ -220,6 +189,110 @@ def main() -> int:
     return 0
 
 
+def _generate(
+    loaded: Loaded, fields: dict[str, Any], dst: str, context: grpc.ServicerContext, *, fps: int = 0
+) -> str:
+    """Wait for the image or video, and write it. A caller that gives up cancels it on all ranks."""
+    given = {name: value for name, value in fields.items() if value not in (None, "", 0)}
+    job = loaded.client.submit(**{**loaded.choice.defaults, **given})
+    context.add_callback(lambda: _cancel(job))
+    job.wait()
+    Path(dst).write_bytes(job.result(frames_per_s=fps or None))
+    return f"seed {job.state.seed}, {job.state.seconds:.1f} s"
+
+
+def _image_fields(request: Any, loaded: Loaded) -> dict[str, Any]:
+    fields = {
+        "prompt": request.positive_prompt,
+        "negative_prompt": request.negative_prompt,
+        "height": request.height,
+        "width": request.width,
+        "num_inference_steps": request.step,
+        "clip_skip": request.CLIPSkip,
+        "seed": _seed(request.seed),
+    }
+    pair = _inpainting(request.src)
+    source = request.src if pair is None else pair["image"]
+    fields |= _start(source, ("control_image", "image", "init_image"), loaded, mask=pair)
+    references = [_image(image) for image in request.ref_images]
+    if pair is not None:  # LocalAI sends both of them here as well
+        references = [image for image in references if image not in pair.values()]
+    return fields | _references(references, loaded)
+
+
+def _video_fields(request: Any, loaded: Loaded) -> dict[str, Any]:
+    if "num_frames" not in loaded.taken:
+        raise HostError(
+            "the model that is loaded makes no videos. Ask for an image, or load another.",
+            status=400,
+        )
+    if request.end_image:
+        raise HostError("end_image is not available. Leave it out.", status=400)
+    fields = {
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "height": request.height,
+        "width": request.width,
+        "num_frames": request.num_frames,
+        "num_inference_steps": request.step,
+        "guidance_scale": request.cfg_scale,
+        "seed": _seed(request.seed),
+    }
+    return fields | _start(request.start_image, ("image", "control_image"), loaded)
+
+
+def _references(images: list[str], loaded: Loaded) -> dict[str, Any]:
+    if not images:
+        return {}
+    if "ip_adapter_image" not in loaded.taken:
+        raise HostError(
+            "this host takes no reference images. Give the option ip_adapter, or leave them out.",
+            status=400,
+        )
+    return {"ip_adapter_image": images}
+
+
+def _start(
+    source: str, names: tuple[str, ...], loaded: Loaded, *, mask: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """The image to start from, as the first of these fields that the host takes. With a mask it is
+    the image to inpaint.
+    """
+    if not source:
+        return {}
+    if mask is not None:
+        names = ("init_image",) if "mask_image" in loaded.taken else ()
+    name = next((name for name in names if name in loaded.taken), None)
+    if name is None:
+        does = "inpaints no image" if mask is not None else "starts from no image"
+        raise HostError(f"the model that is loaded {does}. Leave it out.", status=400)
+    strength = {"strength": loaded.choice.strength} if name == "init_image" else {}
+    painted = {"mask_image": mask["mask_image"]} if mask is not None else {}
+    return {name: _image(source), **strength, **painted}
+
+
+def _inpainting(source: str) -> dict[str, str] | None:
+    """The image and the mask, as base64, of the JSON file that LocalAI's inpainting sends; None for
+    an image.
+    """
+    data = Path(source).read_bytes() if os.path.isfile(source) else b""
+    if not data.lstrip().startswith(b"{"):
+        return None
+    try:
+        content = json.loads(data)
+        pair = {name: content[name] for name in ("image", "mask_image")}
+    except (ValueError, LookupError, TypeError) as error:
+        raise HostError(
+            "src is a JSON file without image and mask_image. Send both, each as base64.",
+            status=400,
+        ) from error
+    if not all(isinstance(value, str) and value for value in pair.values()):
+        raise HostError(
+            "image and mask_image of src must be texts. Send both, each as base64.", status=400
+        )
+    return pair
+
+
 def _result(act: Callable[[], str]) -> Any:
     try:
         return pb.Result(success=True, message=act())
@@ -228,20 +301,34 @@ def _result(act: Callable[[], str]) -> Any:
         return pb.Result(success=False, message=str(error))
 
 
+def _or_abort(act: Callable[[], str], context: grpc.ServicerContext) -> Any:
+    """Its Result; what goes wrong ends the call with a status that fits."""
+    try:
+        return pb.Result(success=True, message=act())
+    except HostError as error:
+        code, message = CODES.get(error.status, grpc.StatusCode.INTERNAL), str(error)
+    except OSError as error:
+        code, message = grpc.StatusCode.FAILED_PRECONDITION, str(error)
+    except Exception as error:  # a caller that sees no error would show an empty file
+        logger.exception("a request failed")
+        code, message = grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}"
+    logger.warning("%s", message)
+    return context.abort(code, message)
+
+
 def _cancel(job: Job) -> None:
-    """Cancel the job at the end of each call, successful or not."""
+    """At the end of each call, well or not."""
     if not job.state.is_over:
-        with contextlib.suppress(HostError):
-            job.cancel()
+        job.abandon()
 
 
 def _seed(seed: int) -> int | None:
-    """Return None for 0 or -1, which LocalAI sends if its caller gave no seed."""
+    """LocalAI sends 0 or -1 where its caller named none."""
     return seed if seed > 0 else None
 
 
 def _image(source: str) -> str:
-    """Return a file's content as base64. Other text is base64 already."""
+    """A file's content as base64; anything else is base64 already."""
     if not os.path.isfile(source):
         return source
     return base64.b64encode(Path(source).read_bytes()).decode("ascii")

@@ -1,7 +1,8 @@
-"""LocalAI's model options -> the host that serves the model: an existing one, or one that is
+"""LocalAI's model options -> the host that serves the model: one at an address, or one that is
 started.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Sequence
@@ -9,28 +10,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from diffusion_client import Client, HostError
+from diffusion_client import PATIENCE_S, Client, HostError
 from diffusion_client.local import LocalHost
 
-CLIENT_OPTIONS = ("url", "api_key", "strength")
-"""Options of this backend. All others are arguments of the host to start."""
+CLIENT_OPTIONS = ("url", "api_key", "strength", "patience")
+"""Options of this backend itself; every other one is an argument of the host to start."""
 DEFAULT_STRENGTH = 0.8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelChoice:
-    """Contents of one LoadModel call."""
+    """What one LoadModel asks for. url: of a host that runs, or None to start one with `arguments`.
+    defaults: fields of each request. patience_s: how long a job waits for a host that restarts.
+    """
 
-    url: str | None  # of a running host; None: start one with `arguments`
+    url: str | None
     api_key: str | None
     model_type: str
     arguments: tuple[str, ...]
     strength: float = DEFAULT_STRENGTH
-    defaults: dict[str, Any] = field(default_factory=dict)  # fields of each request
+    patience_s: float = PATIENCE_S
+    defaults: dict[str, Any] = field(default_factory=dict)
 
 
 def read_options(options: Any) -> ModelChoice:
-    """Return the choice. HostError for invalid values. options: ModelOptions of the protocol."""
+    """options: ModelOptions of the protocol. HostError for what cannot be meant."""
     named = dict(_pair(text) for text in options.Options)
     defaults = {"guidance_scale": options.CFGScale or None, "clip_skip": options.CLIPSkip or None}
     url = named.get("url")
@@ -39,13 +43,14 @@ def read_options(options: Any) -> ModelChoice:
         api_key=named.get("api_key") or None,
         model_type=named.get("type") or options.PipelineType,
         arguments=() if url else _arguments(options, named),
-        strength=_strength(named.get("strength")),
+        strength=_number(named, "strength", default=DEFAULT_STRENGTH, most=1),
+        patience_s=_number(named, "patience", default=PATIENCE_S, most=86_400),
         defaults={name: value for name, value in defaults.items() if value is not None},
     )
 
 
 class Model:
-    """The host behind the backend; none until the first LoadModel."""
+    """The host behind the backend; nothing until the first LoadModel."""
 
     def __init__(self) -> None:
         self.choice: ModelChoice | None = None
@@ -53,31 +58,57 @@ class Model:
         self._started: LocalHost | None = None
 
     def load(self, choice: ModelChoice) -> None:
-        """Prepare to generate with this model. HostError with the reason if that fails.
-
-        A model that is still loaded is kept.
+        """Be ready to draw with it. What is loaded already, and still there, is kept. HostError
+        with the reason if it cannot be.
         """
         if choice == self.choice and self._is_there():
             return
         self.free()
-        if choice.url is not None:
-            client = Client(choice.url, api_key=choice.api_key)
-            _require_model(client, choice)
-        else:
-            self._started = LocalHost(*choice.arguments)
-            try:
+        self._open(choice)
+        self.choice = choice
+
+    def require(self) -> tuple[ModelChoice, Client]:
+        """What was loaded last. A host that was started here and has ended is started again; its
+        choice is kept even if that fails, for the next request.
+        """
+        if self.choice is None:
+            raise HostError("no model is loaded. Call LoadModel first.", status=412)
+        if self._started is not None:
+            with contextlib.suppress(HostError):  # it ended: started again below
                 self._started.wait_until_ready()
-            except HostError:
-                self.free()
-                raise
-            client = self._started.client
-        self.choice, self.client = choice, client
+        if not self._is_there():
+            self._close()
+            self._open(self.choice)
+        return self.choice, self.client
 
     def free(self) -> None:
-        """Stop the host if it was started here."""
+        """End the host, if it was started here."""
+        self._close()
+        self.choice = None
+
+    def _open(self, choice: ModelChoice) -> None:
+        if choice.url is not None:
+            client = Client(choice.url, api_key=choice.api_key, patience_s=choice.patience_s)
+            _require_model(client, choice)
+        else:
+            client = self._start(choice)
+        self.client = client
+
+    def _start(self, choice: ModelChoice) -> Client:
+        self._started = LocalHost(*choice.arguments)
+        try:
+            self._started.wait_until_ready()
+        except HostError:
+            self._close()
+            raise
+        client = self._started.client
+        client.patience_s = choice.patience_s
+        return client
+
+    def _close(self) -> None:
         if self._started is not None:
             self._started.stop()
-        self.choice = self.client = self._started = None
+        self.client = self._started = None
 
     def _is_there(self) -> bool:
         return self._started.is_running if self._started is not None else self.client is not None
@@ -89,15 +120,12 @@ def _require_model(client: Client, choice: ModelChoice) -> None:
         raise HostError(
             f"the host at {choice.url} serves {', '.join(served)}, not {choice.model_type}. Choose "
             "that, or another host.",
-            status=0,
+            status=400,
         )
 
 
 def _arguments(options: Any, named: dict[str, str | None]) -> tuple[str, ...]:
-    """Return the host's arguments.
-
-    The model's own options override those derived from LocalAI's fields.
-    """
+    """Of the host. The model's own options win over what is derived from LocalAI's fields."""
     derived: dict[str, str | None] = {
         "type": options.PipelineType or None,
         "checkpoint": _checkpoint(options),
@@ -118,7 +146,7 @@ def _arguments(options: Any, named: dict[str, str | None]) -> tuple[str, ...]:
 
 
 def _checkpoint(options: Any) -> str | None:
-    """Return the checkpoint. None, the demo model, only if no model is named."""
+    """None, for the demo model, only where no model is named."""
     if not options.Model and not options.ModelFile:
         return None
     if options.ModelFile and os.path.exists(options.ModelFile):
@@ -141,27 +169,29 @@ def _loras(options: Any) -> dict[str, float]:
 
 
 def _found(name: str, folder: str) -> str:
-    """Return an absolute path. A relative one is below LocalAI's model folder."""
+    """An absolute path, or one below LocalAI's folder of models."""
     path = Path(folder, name) if folder and not os.path.isabs(name) else Path(name)
     if not path.exists():
         raise HostError(
             f"{path} does not exist. Give a path below LocalAI's folder of models, or an absolute "
             "one.",
-            status=0,
+            status=400,
         )
     return str(path.resolve())
 
 
 def _pair(text: str) -> tuple[str, str | None]:
-    """Split 'name:value'. A bare 'name' has no value."""
+    """'name:value', or a bare 'name'."""
     name, colon, value = text.partition(":")
     return name.strip().replace("-", "_"), value.strip() if colon else None
 
 
-def _strength(text: str | None) -> float:
-    try:
-        return DEFAULT_STRENGTH if text is None else float(text)
-    except ValueError as error:
-        raise HostError(
-            f"strength:{text} is not a number. Give one from 0 to 1.", status=0
-        ) from error
+def _number(named: dict[str, str | None], name: str, *, default: float, most: float) -> float:
+    if name not in named:
+        return default
+    with contextlib.suppress(TypeError, ValueError):
+        if 0 <= (value := float(named[name])) <= most:
+            return value
+    raise HostError(
+        f"{name}:{named[name] or ''} is not allowed. Give a number from 0 to {most:g}.", status=400
+    )

@@ -169,7 +169,11 @@ class Replica:
         if self.place is None:
             return
         self.client = Client(
-            self.place.url, api_key=placed.key, timeout_s=ANSWER_WITHIN_S, uses_proxies=False
+            self.place.url,
+            api_key=placed.key,
+            timeout_s=ANSWER_WITHIN_S,
+            uses_proxies=False,
+            patience_s=0,  # another replica takes the job at once
         )
         self._probe = Client(
             self.place.url, api_key=placed.key, timeout_s=HEALTH_EVERY_S * 3, uses_proxies=False

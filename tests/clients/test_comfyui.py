@@ -4,15 +4,18 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import psutil
 import pytest
 import torch
 
+from backends.generation.schedulers import SCHEDULERS
 from tests.backends.features import half_mask
 from tests.checkpoints import checkpoint, sample_image
 from tests.clients.comfyui import FOLDER, ComfyUI, InterruptProcessingException
+from tests.clients.cutter import Cutter
 from tests.hosts.client import decode, encode
 from tests.hosts.harness import REPOSITORY, assert_port_is_free, free_port, wait_until
 from tests.hosts.inprocess import InProcessHost
@@ -41,6 +44,13 @@ def comfy(tmp_path):
     server = ComfyUI(link)
     yield server
     server.close()
+
+
+@pytest.fixture
+def proxy(host):
+    cutter = Cutter(host.port)
+    yield cutter
+    cutter.cut()
 
 
 def as_tensor(image):
@@ -110,18 +120,101 @@ def test_cancel_in_comfyui_cancels_the_job_and_the_next_image_is_right(host, com
     assert torch.equal(comfy.run("DiffusionSampler", host=chosen, **INPUTS)[0], drawn(host))
 
 
-def test_lists_come_from_the_host_and_are_short_while_none_runs(host, comfy, monkeypatch):
+def test_lists_are_whole_for_a_host_at_any_address(comfy):
     declared = {
         name: kind.INPUT_TYPES() for name, kind in comfy.package.NODE_CLASS_MAPPINGS.items()
     }
-    nodes = sys.modules[f"{comfy.name}.nodes"]
-    monkeypatch.setattr(nodes.hosts.models, "__defaults__", (host.url(""),))
-    monkeypatch.setattr(nodes.hosts.schedulers, "__defaults__", (host.url(""),))
-    assert nodes.DiffusionHost.INPUT_TYPES()["optional"]["model"][0] == ["any", "sdxl"]
-    assert "euler_a" in nodes.DiffusionSampler.INPUT_TYPES()["required"]["scheduler"][0]
-    monkeypatch.setattr(nodes.hosts.models, "__defaults__", (f"http://127.0.0.1:{free_port()}",))
-    assert nodes.DiffusionHost.INPUT_TYPES()["optional"]["model"][0] == ["any"]
+    samplers = declared["DiffusionSampler"]["required"]["scheduler"][0]
+    assert samplers == ["the model's own", *SCHEDULERS]
+    assert declared["DiffusionHost"]["optional"]["model"][0] == "STRING"
     assert declared["DiffusionSampler"]["required"]["host"] == ("DIFFUSION_HOST",)
+    assert all(len(title) < 20 for title in comfy.package.NODE_DISPLAY_NAME_MAPPINGS.values())
+
+
+def test_job_is_shown_although_the_host_was_out_of_reach(host, comfy, proxy):
+    (chosen,) = comfy.run("DiffusionHost", address=proxy.url)
+
+    def cut_once(value, total):
+        if value >= 2 and not proxy.is_cut:
+            proxy.cut()
+            threading.Timer(0.7, proxy.mend).start()
+
+    comfy.on_update = cut_once
+    image, _ = comfy.run("DiffusionSampler", host=chosen, **{**INPUTS, "steps": 40})
+    assert proxy.is_cut and torch.equal(image, drawn(host, steps=40))
+
+
+def test_cancel_in_an_outage_is_comfyuis_own_and_reaches_the_host_later(host, comfy, proxy):
+    (chosen,) = comfy.run("DiffusionHost", address=proxy.url)
+
+    def cut_and_cancel(value, total):
+        if value >= 2 and not proxy.is_cut:
+            proxy.cut()
+            comfy.is_interrupted = True
+
+    comfy.on_update = cut_and_cancel
+    with pytest.raises(InterruptProcessingException):
+        comfy.run("DiffusionSampler", host=chosen, **{**INPUTS, "steps": 900})
+    proxy.mend()
+    job = host.queue.jobs()[0]
+    assert job.finished.wait(20) and "cancelled" in str(job.error)
+
+
+def test_outage_beyond_the_patience_is_said_by_the_node(host, comfy, proxy):
+    (chosen,) = comfy.run("DiffusionHost", address=proxy.url)
+    comfy.on_update = lambda value, total: None if proxy.is_cut else proxy.cut()
+    with pytest.raises(sys.modules["diffusion_client"].HostError, match="asked again for 1 s"):
+        comfy.run("DiffusionSampler", host=chosen, **{**INPUTS, "steps": 900}, patience=1)
+    host.queue.cancel(host.queue.jobs()[0])
+
+
+KEY = "a-key-of-this-test"
+
+
+def test_key_comes_from_a_file_and_goes_to_its_address_only(comfy, tmp_path, monkeypatch):
+    settings = {"type": "sdxl", "checkpoint": str(checkpoint("sdxl")), "api_key": KEY}
+    inputs = comfy.package.NODE_CLASS_MAPPINGS["DiffusionHost"].INPUT_TYPES()
+    assert "api_key" not in inputs["required"] | inputs["optional"]
+    error = sys.modules["diffusion_client"].HostError
+    with InProcessHost(**settings) as guarded:
+        file = tmp_path / "keys"
+        monkeypatch.setenv("DIFFUSION_HOST_KEYS", str(file))
+        file.write_text(f"# of the studio\n{guarded.url('/')} {KEY}\n")
+        (chosen,) = comfy.run("DiffusionHost", address=guarded.url("/"))
+        assert KEY not in repr(chosen)
+        file.write_text(f"http://127.0.0.1:9 {KEY}\n")
+        with pytest.raises(error, match=r"bearer|Bearer"):
+            comfy.run("DiffusionHost", address=guarded.url(""))
+    file.write_text(KEY)
+    with pytest.raises(error, match=r"line 1 of .* has 1 words"):
+        comfy.run("DiffusionHost", address="http://127.0.0.1:9")
+    file.unlink()
+    with pytest.raises(error, match="cannot be read"):
+        comfy.run("DiffusionHost", address="http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ("--type=sdxl --host=0.0.0.0", "--host"),
+        ("--type=sdxl --host 0.0.0.0", "--host"),
+        ("--api-key=theirs", "--api_key"),
+        ("--config=/tmp/theirs.yaml", "--config"),
+        ("--lora-dir=/", "--lora_dir"),
+        ("--state_dir=/", "--state_dir"),
+        ("--image_dirs=/", "--image_dirs"),
+        ("--deployments={}", "--deployments"),
+        ("--ray_address=10.0.0.1:6379", "--ray_address"),
+        ("--rdzv-endpoint=10.0.0.1:7000", "--rdzv_endpoint"),
+        ("agent {}", "'agent' is no argument"),
+        ("--type='sdxl", "cannot be read"),
+    ],
+)
+def test_workflow_cannot_open_the_host_that_it_starts(comfy, arguments, named):
+    given = {"address": f"http://127.0.0.1:{free_port()}", "start": True, "arguments": arguments}
+    with pytest.raises(sys.modules["diffusion_client"].HostError, match=f"arguments.*{named}"):
+        comfy.run("DiffusionHost", **given)
+    assert not sys.modules[f"{comfy.name}.hosts"]._started
 
 
 @pytest.mark.parametrize(
@@ -137,6 +230,14 @@ def test_lists_come_from_the_host_and_are_short_while_none_runs(host, comfy, mon
         ),
         ({}, {"scheduler": "nonsense"}, "nonsense"),
         ({}, {"mask": torch.zeros(1, 8, 8)}, "a mask needs an image"),
+        ({}, {"image": torch.zeros(3, 8, 8, 3)}, "image is a batch of 3, and one is allowed"),
+        (
+            {},
+            {"image": torch.zeros(1, 64, 64, 3), "mask": torch.zeros(2, 64, 64)},
+            "mask is a batch of 2, and one is allowed",
+        ),
+        ({"address": "hello world"}, {}, "the address 'hello world' is not allowed"),
+        ({"address": ""}, {}, "the address '' is not allowed"),
     ],
 )
 def test_what_is_wrong_is_said_by_the_node(host, comfy, loader, sampler, message):

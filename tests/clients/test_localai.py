@@ -3,16 +3,20 @@
 import base64
 import importlib
 import io
+import json
+import signal
 import subprocess
 import sys
 
 import grpc
 import imageio.v3 as imageio
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
 from hosts.http.server import is_port_free
+from tests.backends.features import half_mask
 from tests.checkpoints import checkpoint, sample_image
 from tests.hosts.client import decode
 from tests.hosts.harness import REPOSITORY, free_port, wait_until
@@ -182,30 +186,81 @@ def _running(host):
     )
 
 
-def test_freed_model_draws_no_more(loaded):
+def failure(client, method, **fields):
+    """The call's gRPC status and what it says."""
+    with pytest.raises(grpc.RpcError) as caught:
+        client.call(method, getattr(client.pb, f"{method}Request")(**fields))
+    return caught.value.code(), caught.value.details()
+
+
+def test_freed_model_generates_no_more(loaded):
     assert loaded.call("Free").success
-    assert (
-        "no model is loaded"
-        in loaded.call(
-            "GenerateImage", loaded.pb.GenerateImageRequest(positive_prompt="a", dst="x")
-        ).message
-    )
+    code, details = failure(loaded, "GenerateImage", positive_prompt="a", dst="x")
+    assert code is grpc.StatusCode.FAILED_PRECONDITION and "no model is loaded" in details
 
 
 @pytest.mark.parametrize(
-    ("method", "fields", "message"),
+    ("method", "fields", "code", "message"),
     [
-        ("GenerateImage", {"step": 9999}, "steps=9999 is not allowed"),
-        ("GenerateImage", {"ref_images": ["x"]}, "takes no reference images"),
-        ("GenerateImage", {"dst": "/nowhere/x.png"}, "No such file"),
-        ("GenerateVideo", {}, "makes no videos"),
+        ("GenerateImage", {"step": 9999}, "INVALID_ARGUMENT", "steps=9999 is not allowed"),
+        ("GenerateImage", {"height": 9000}, "INVALID_ARGUMENT", "height=9000"),
+        ("GenerateImage", {"ref_images": ["x"]}, "INVALID_ARGUMENT", "takes no reference images"),
+        ("GenerateImage", {"dst": "/nowhere/x.png"}, "FAILED_PRECONDITION", "No such file"),
+        ("GenerateVideo", {}, "INVALID_ARGUMENT", "makes no videos"),
     ],
 )
-def test_refusals_are_results_that_say_so(loaded, method, fields, message, tmp_path):
+def test_refusals_are_errors_of_grpc(loaded, method, fields, code, message, tmp_path):
     prompt = {"positive_prompt": "a", "step": 2} if method == "GenerateImage" else {"prompt": "a"}
-    kind = getattr(loaded.pb, f"{method}Request")
-    answer = loaded.call(method, kind(**{**prompt, "dst": str(tmp_path / "x.png"), **fields}))
-    assert not answer.success and message in answer.message
+    given = {**prompt, "dst": str(tmp_path / "x.png"), **fields}
+    found, details = failure(loaded, method, **given)
+    assert found is grpc.StatusCode[code] and message in details
+
+
+def test_job_that_is_cancelled_elsewhere_is_an_error_of_grpc(loaded, host, tmp_path):
+    request = loaded.pb.GenerateImageRequest(
+        positive_prompt="a", step=900, dst=str(tmp_path / "x.png")
+    )
+    call = loaded.start("GenerateImage", request)
+    wait_until(lambda: _running(host) is not None, within_s=30, what="it runs")
+    host.queue.cancel(_running(host))
+    assert call.exception(timeout=30).code() is grpc.StatusCode.ABORTED
+    assert "cancelled" in call.exception().details()
+
+
+def png_bytes(image):
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def test_inpainting_sends_image_and_mask_in_a_json_file(loaded, host, tmp_path):
+    """As LocalAI does: the same two are reference images as well."""
+    image, mask = png_bytes(sample_image(64)), png_bytes(half_mask(64, 64))
+    encoded = {
+        name: base64.b64encode(data).decode()
+        for name, data in (("image", image), ("mask_image", mask))
+    }
+    source, dst = tmp_path / "inpaint_1.json", tmp_path / "out.png"
+    source.write_text(json.dumps(encoded))
+    (tmp_path / "refimg_1").write_bytes(image)
+    (tmp_path / "refmask_1").write_bytes(mask)
+    request = loaded.pb.GenerateImageRequest(
+        positive_prompt="a red car", seed=5, step=4, width=64, height=64, src=str(source),
+        dst=str(dst), ref_images=[str(tmp_path / "refimg_1"), str(tmp_path / "refmask_1")],
+    )  # fmt: skip
+    assert loaded.call("GenerateImage", request).success
+    expected = drawn(
+        host, init_image=encoded["image"], mask_image=encoded["mask_image"], strength=0.5
+    )
+    assert (np.asarray(Image.open(dst)) == expected).all()
+
+
+@pytest.mark.parametrize("text", ["{}", "{broken", '{"image": 5, "mask_image": ""}'])
+def test_json_file_without_image_and_mask_is_refused(loaded, tmp_path, text):
+    source = tmp_path / "inpaint_1.json"
+    source.write_text(text)
+    code, details = failure(loaded, "GenerateImage", positive_prompt="a", src=str(source), dst="x")
+    assert code is grpc.StatusCode.INVALID_ARGUMENT and "image and mask_image" in details
 
 
 @pytest.mark.parametrize(
@@ -216,17 +271,17 @@ def test_refusals_are_results_that_say_so(loaded, method, fields, message, tmp_p
             {"Model": "missing", "ModelPath": "/nowhere", "PipelineType": "sdxl"},
             "/nowhere/missing does not exist",
         ),
-        ({"Options": ["strength:much"]}, "strength:much is not a number"),
+        ({"Options": ["strength:much"]}, "strength:much is not allowed"),
+        ({"Options": ["url:hello world"]}, "the address 'hello world' is not allowed"),
+        ({"Options": ["patience:-1"]}, "patience:-1 is not allowed"),
         ({"PipelineType": "nonsense"}, "type='nonsense' is not a model type"),
     ],
 )
 def test_model_that_cannot_be_loaded_says_why(localai, fields, message):
     answer = localai.load(**fields)
     assert not answer.success and message in answer.message
-    nothing = localai.call(
-        "GenerateImage", localai.pb.GenerateImageRequest(positive_prompt="a", dst="x")
-    )
-    assert not nothing.success and "no model is loaded" in nothing.message
+    code, details = failure(localai, "GenerateImage", positive_prompt="a", dst="x")
+    assert code is grpc.StatusCode.FAILED_PRECONDITION and "no model is loaded" in details
     assert localai.call("Status").state == localai.pb.StatusResponse.UNINITIALIZED
 
 
@@ -247,10 +302,9 @@ def test_video_has_the_frames_and_the_speed_that_were_asked_for(localai, tmp_pat
         assert answer.success, answer.message
         meta = imageio.immeta(dst, plugin="FFMPEG")
         assert meta["fps"] == 12 and len(imageio.imread(dst, plugin="FFMPEG")) == 3
-        refused = localai.call(
-            "GenerateVideo", localai.pb.GenerateVideoRequest(end_image="x", dst="y")
-        )
-        assert not refused.success and "end_image is not available" in refused.message
+        code, details = failure(localai, "GenerateVideo", end_image="x", dst="y")
+        assert code is grpc.StatusCode.INVALID_ARGUMENT
+        assert "end_image is not available" in details
 
 
 def test_fields_of_localai_become_arguments_of_the_host(backend, tmp_path):
@@ -270,6 +324,29 @@ def test_fields_of_localai_become_arguments_of_the_host(backend, tmp_path):
         "--nproc_per_node=2", "--compile_unet", "--lora_dir=/a:/b",
     )  # fmt: skip
     assert choice.defaults == {"guidance_scale": 7.5, "clip_skip": 1}
+
+
+@pytest.mark.slow
+def test_host_that_died_is_started_again_at_the_next_request(localai, tmp_path):
+    """Also at a port that its ranks may still hold."""
+    answer = localai.load(
+        ModelFile=str(checkpoint("sdxl")),
+        PipelineType="sdxl",
+        Options=["height:64", "width:64", f"port:{free_port()}"],
+    )
+    assert answer.success, answer.message
+    (launcher,) = [
+        child for child in psutil.Process().children() if "launcher.py" in " ".join(child.cmdline())
+    ]
+    launcher.send_signal(signal.SIGKILL)
+    wait_until(
+        lambda: launcher.status() == psutil.STATUS_ZOMBIE, within_s=10, what="the launcher is gone"
+    )
+    request = localai.pb.GenerateImageRequest(
+        positive_prompt="a", step=2, dst=str(tmp_path / "x.png")
+    )
+    assert localai.call("GenerateImage", request).success
+    assert Image.open(tmp_path / "x.png").size == (64, 64)
 
 
 @pytest.mark.slow

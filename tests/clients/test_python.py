@@ -1,7 +1,9 @@
 """The Python client and the `generate` command against a real host."""
 
+import http.server
 import importlib
 import io
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import pytest
 from PIL import Image
 
 from tests.checkpoints import checkpoint
+from tests.clients.cutter import Cutter
 from tests.hosts.harness import LAUNCHER, REPOSITORY, free_port, wait_until
 from tests.hosts.inprocess import InProcessHost
 
@@ -52,6 +55,89 @@ def test_client_cancels_and_raises_what_the_host_says(host, library):
         library.Client(f"http://127.0.0.1:{free_port()}").submit(**FIELDS)
 
 
+@pytest.fixture
+def cutter(host):
+    proxy = Cutter(host.port)
+    yield proxy
+    proxy.cut()
+
+
+def test_job_is_followed_through_an_outage_to_its_image(host, library, cutter):
+    client = library.Client(cutter.url)
+    job = client.submit(**{**FIELDS, "num_inference_steps": 100})
+    is_cut = False
+    for state in job.follow(previews=True):
+        if state.step >= 2 and not is_cut:
+            is_cut = True
+            cutter.cut()
+            threading.Timer(0.7, cutter.mend).start()
+    assert is_cut and job.state.state == "done" and job.state.step == 100
+    assert Image.open(io.BytesIO(job.result())).size == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("patience_s", "said"), [(0, "was lost"), (1.0, "was asked again for 1 s")]
+)
+def test_patience_with_an_outage_ends(host, library, cutter, patience_s, said):
+    client = library.Client(cutter.url, patience_s=patience_s)
+    job = client.submit(**{**FIELDS, "num_inference_steps": 900})
+    with pytest.raises(library.HostError, match=said) as caught:
+        for state in job.follow():
+            if state.step >= 2:
+                cutter.cut()
+    assert caught.value.status == 0
+    library.Client(host.url("")).job(job.id).cancel()
+
+
+def test_job_is_abandoned_also_if_the_host_is_back_only_later(host, library, cutter):
+    job = library.Client(cutter.url).submit(**{**FIELDS, "num_inference_steps": 900})
+    cutter.cut()
+    job.abandon()
+    with pytest.raises(library.HostError, match="does not answer"):
+        job.cancel()
+    cutter.mend()
+    found = host.queue.find(job.id)
+    assert found.finished.wait(20) and "cancelled" in str(found.error)
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["", "hello world", "127.0.0.1:6000", "http://", "http://a:b", "ftp://a", "http://a b"],
+)
+def test_address_that_is_none_is_named(library, address):
+    with pytest.raises(library.HostError, match=re.escape(f"the address {address!r} is not allow")):
+        library.Client(address)
+
+
+class Other(http.server.BaseHTTPRequestHandler):
+    """A web server that is no host."""
+
+    def do_GET(self):
+        if self.path.startswith("/found"):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<html>welcome</html>")
+        else:
+            self.send_error(404)
+
+    do_POST = do_GET
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.mark.parametrize("path", ["", "/found"])
+def test_something_else_at_the_address_is_named(library, path):
+    with http.server.HTTPServer(("127.0.0.1", 0), Other) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}{path}"
+        client = library.Client(address)
+        for ask in (client.models, client.submit, client.jobs, client.cluster, client.health):
+            with pytest.raises(library.HostError, match=re.escape(address)):
+                ask()
+        server.shutdown()
+
+
 def generate(*arguments, **kwargs):
     return subprocess.run(
         [sys.executable, str(LAUNCHER), "generate", *arguments],
@@ -76,6 +162,7 @@ def test_command_says_in_one_line_what_is_wrong(host, tmp_path):
     for arguments, said in (
         (["a", f"--url={host.url('')}", "--num_inference_steps=0"], "steps=0 is not allowed"),
         (["a", f"--url=http://127.0.0.1:{free_port()}"], "does not answer"),
+        (["a", "--url=hello world"], "the address 'hello world' is not allowed"),
     ):
         done = generate(*arguments, cwd=tmp_path)
         assert (

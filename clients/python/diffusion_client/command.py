@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from diffusion_client import Client, HostError, Job, JobState
+from diffusion_client import PATIENCE_S, Client, HostError, Job, JobState
 
 EXIT_USER_ERROR = 2
 BAR_WIDTH = 30
@@ -18,11 +18,11 @@ def main(argv: list[str]) -> int:
     given = {
         name: value
         for name, value in vars(options).items()
-        if name not in ("url", "out", "api_key", "quiet") and value is not None
+        if name not in ("url", "out", "api_key", "patience", "quiet") and value is not None
     }
     job: Job | None = None
     try:
-        client = Client(options.url, api_key=options.api_key)
+        client = Client(options.url, api_key=options.api_key, patience_s=options.patience)
         job = client.submit(**given)
         for state in job.follow():
             _show(state, quiet=options.quiet)
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         if job is not None:
-            job.cancel()
+            _cancel(job)
         return 130
     print(
         f"{options.out} (seed {job.state.seed}, {job.state.seconds:.1f} s, {job.state.exactness})"
@@ -49,6 +49,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--url", default="http://127.0.0.1:6000", help="of the host")
     parser.add_argument("--out", type=Path, default=Path("image.png"), help="file to write")
     parser.add_argument("--api_key", help="if the host wants one")
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=PATIENCE_S,
+        help="seconds to wait for a host that restarts",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument("--negative_prompt")
     for name in ("seed", "num_inference_steps", "height", "width", "num_frames"):
@@ -56,6 +62,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--guidance_scale", type=float)
     parser.add_argument("--scheduler")
     return parser
+
+
+def _cancel(job: Job) -> None:
+    try:
+        job.cancel()
+    except HostError as error:
+        print(f"error: job {job.id} could not be cancelled: {error}", file=sys.stderr)
 
 
 def _show(state: JobState, *, quiet: bool) -> None:

@@ -21,6 +21,7 @@ from diffusion_client import Client, HostError
 
 POLL_S = 0.2
 STOP_WITHIN_S = 15.0
+PORT_WITHIN_S = 5.0
 LOG_TAIL = 2000
 """Characters of the host's log that an error shows."""
 
@@ -37,8 +38,9 @@ class LocalHost:
             argument.partition("=")[2] for argument in arguments if argument.startswith("--port=")
         ]
         port = int(ports[-1]) if ports else _free_port()
+        _wait_until_free(port)
         self.arguments = arguments
-        self.client = Client(f"http://127.0.0.1:{port}")
+        self.client = Client(f"http://127.0.0.1:{port}", during_outage=self.require_running)
         self._log = tempfile.NamedTemporaryFile(prefix="diffusion-host-", suffix=".log")  # noqa: SIM115  closed by stop
         given = [*arguments, *([] if ports else [f"--port={port}"]), "--exit_with_parent"]
         self._process = subprocess.Popen(
@@ -78,11 +80,7 @@ class LocalHost:
         """
         while True:
             look()
-            if not self.is_running:
-                raise HostError(
-                    f"the host ended with code {self._process.returncode}: {_last_line(self.log)}",
-                    status=0,
-                )
+            self.require_running()
             try:
                 health = self.client.health()
             except HostError as error:
@@ -94,6 +92,14 @@ class LocalHost:
             if health["phase"] != "loading":
                 raise HostError(f"the host cannot serve: {health['reason']}", status=503)
             time.sleep(POLL_S)
+
+    def require_running(self) -> None:
+        """HostError with what it said, if it ended."""
+        if not self.is_running:
+            raise HostError(
+                f"the host ended with code {self._process.returncode}: {_last_line(self.log)}",
+                status=0,
+            )
 
     def stop(self) -> None:
         """Stop the host and wait until all its processes are gone."""
@@ -130,6 +136,25 @@ def _launcher() -> list[str]:
 
 def _last_line(log: str) -> str:
     return next((line for line in reversed(log.splitlines()) if line.strip()), "it said nothing")
+
+
+def _wait_until_free(port: int) -> None:
+    """Ranks of a host that was killed hold its port for a moment, and would seem to be the new one.
+    Who holds it for longer is named by the new host.
+    """
+    until = time.monotonic() + PORT_WITHIN_S
+    while not _is_free(port) and time.monotonic() < until:
+        time.sleep(POLL_S)
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
 
 
 def _free_port() -> int:

@@ -17,8 +17,8 @@ COLUMNS = ("name", "state", "node", "ranks", "jobs", "done", "reason")
 def main(argv: list[str]) -> int:
     """Return 0 once the status is shown, or 2 with one line if there is no answer."""
     options = _parser().parse_args(argv)
-    client = Client(options.url, api_key=options.api_key, timeout_s=20)
     try:
+        client = Client(options.url, api_key=options.api_key, timeout_s=20)
         found = client.cluster()
         text = (
             json.dumps(found, indent=2)

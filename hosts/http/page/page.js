@@ -7,6 +7,8 @@ const MAX_FOLLOWED = 3; // a browser opens six connections to a host; the others
 const MAX_KEPT = 64; // as many finished jobs as the host keeps
 const sessionJobs = new Map(); // id -> {settings, images, files, url, blob, preview, job, tile}
 const followed = new Set(); // ids with an open event stream
+const PATIENCE_MS = 120000; // how long a job may be out of reach while its host restarts
+const PASSING = [0, 429, 502, 503, 504]; // no answer, or a status that says to ask again later
 let shown = null; // the job on the stage
 let isChosen = false; // by a click: the stage then stays on it
 let output = "image";
@@ -23,18 +25,36 @@ async function ask(path, options = {}) {
     answer = await send(path, options, given);
   }
   if (answer.ok) return answer;
-  throw new Error((await answer.json()).message || `The host answered ${answer.status}.`);
+  const { message } = await answer.json().catch(() => ({}));
+  throw failure(message || `The host answered ${answer.status}.`, answer.status);
 }
 
 function send(path, options, given) {
   const authorization = given ? { Authorization: `Bearer ${given}` } : {};
-  return fetch(path, { ...options, headers: { ...options.headers, ...authorization } });
+  const headers = { ...options.headers, ...authorization };
+  return fetch(path, { ...options, headers }).catch((error) => {
+    throw failure(`The host does not answer: ${error.message}`, 0);
+  });
 }
 
 function askForKey() {
   const answer = window.prompt("This host requires its API key (--api_key):");
   if (answer) sessionStorage.setItem("key", (key = answer));
   return answer;
+}
+
+const failure = (message, status) => Object.assign(new Error(message), { status });
+const pause = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
+
+// ask again while the host restarts
+async function patiently(act) {
+  for (const until = Date.now() + PATIENCE_MS; ; await pause(POLL_MS)) {
+    try {
+      return await act();
+    } catch (error) {
+      if (!PASSING.includes(error.status) || Date.now() > until) throw error;
+    }
+  }
 }
 
 const api = async (path, options) => (await ask(path, options)).json();
@@ -96,11 +116,28 @@ function followWaiting() {
   }
 }
 
-// not an EventSource: that cannot send a key
+// a broken stream is no end of the job: the host goes on with it after a restart
 async function follow(job) {
+  for (;;) {
+    await listen(job).catch((error) => {
+      if (!PASSING.includes(error.status)) throw error;
+    });
+    if (isOver(sessionJobs.get(job.id).job)) return;
+    await pause(POLL_MS);
+    await heard(job.id, "status", await patiently(() => api(job.links.self.slice(1))));
+    if (isOver(sessionJobs.get(job.id).job)) return;
+  }
+}
+
+// not an EventSource: that cannot send a key
+async function listen(job) {
   const reader = (await ask(`${job.links.events.slice(1)}?previews=1`)).body.pipeThrough(new TextDecoderStream()).getReader();
+  const read = () =>
+    reader.read().catch((error) => {
+      throw failure(`the events ended: ${error.message}`, 0);
+    });
   let text = "";
-  for (let part = await reader.read(); !part.done; part = await reader.read()) {
+  for (let part = await read(); !part.done; part = await read()) {
     const events = (text + part.value).split("\n\n");
     text = events.pop();
     for (const event of events) {
@@ -129,9 +166,16 @@ function stageNext(id) {
   if (!current || isOver(current.job)) stage(id, false);
 }
 
+async function file(job) {
+  const answer = await ask(job.links.result.slice(1));
+  return answer.blob().catch((error) => {
+    throw failure(`the file broke off: ${error.message}`, 0);
+  });
+}
+
 async function collect(job) {
   const entry = sessionJobs.get(job.id);
-  entry.blob = await (await ask(job.links.result.slice(1))).blob();
+  entry.blob = await patiently(() => file(job));
   entry.url = URL.createObjectURL(entry.blob);
 }
 
