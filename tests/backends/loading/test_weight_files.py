@@ -273,25 +273,23 @@ def test_a_file_says_what_it_predicts(
     pipeline = loaded(name, beside(weights, tmp_path, name, metadata))
     config = pipeline.pipe.scheduler.config
     assert {key: config[key] for key in wanted} == wanted
-    want = draw(
-        loaded(name, scheduler={"scheduler": "euler", **wanted}),
-        scheduler={"scheduler": "euler", **wanted},
-    )
+    want = draw(loaded(name, scheduler={"scheduler": "euler", **wanted}))
     assert np.abs(draw(pipeline, scheduler={"scheduler": "euler"}).astype(int) - want).max() <= 1
 
 
-def test_a_replaced_unet_says_what_it_predicts_and_a_request_has_the_last_word(
+def test_a_replaced_unet_says_what_it_predicts_and_the_command_line_has_the_last_word(
     tmp_path: Path,
 ) -> None:
     save_file(
         load_file(denoiser_file("sdxl")) | {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)},
         tmp_path / "x.safetensors",
     )
-    pipeline = loaded("sdxl", denoiser=str(tmp_path / "x.safetensors"))
-    plain = loaded("sdxl")
-    assert np.array_equal(draw(pipeline), draw(plain, scheduler=ZERO_SNR))
+    unet = str(tmp_path / "x.safetensors")
+    pipeline, zero_snr = loaded("sdxl", denoiser=unet), loaded("sdxl", scheduler=ZERO_SNR)
+    assert np.array_equal(draw(pipeline), draw(zero_snr))
     epsilon = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}
-    assert np.array_equal(draw(pipeline, scheduler=epsilon), draw(plain))
+    overruled = loaded("sdxl", denoiser=unet, scheduler=epsilon)
+    assert np.array_equal(draw(overruled), draw(loaded("sdxl")))
 
 
 @pytest.mark.parametrize("name", list(TABLE))
