@@ -34,7 +34,7 @@ def _see_devices(rank, world_size):
         with pytest.raises(
             ConfigError,
             match=(
-                r"3 ranks are started on this machine, and torch sees 2 GPUs .* "
+                r"3 ranks are started on this machine, but torch sees 2 GPUs .* "
                 r"--nproc_per_node=2"
             ),
         ):

@@ -137,7 +137,7 @@ def test_a_step_with_one_call_where_two_were_expected_is_an_error() -> None:
     with pytest.raises(
         RuntimeError,
         match=(
-            r"its Sequential once in a step with guidance, where two calls were expected. Run "
+            r"its Sequential once in a step with guidance, but two calls were expected. Run "
             r"it "
             r"without --use"
         ),

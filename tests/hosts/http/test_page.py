@@ -274,7 +274,7 @@ def test_job_is_shown_also_if_its_rank_dies_meanwhile(page, host):
     fill(page, "num_inference_steps", 300)
     fill(page, "seed", 7)
     find(page, "#generate").click()
-    until(page, lambda: re.match(r"step [1-9]", caption(page)))
+    until(page, lambda: re.match(r"Step [1-9]", caption(page)))
     host.ranks()[0].kill()
     until(page, lambda: "300 steps" in caption(page) and source(page).startswith("blob:"), 180)
     assert "seed 7" in caption(page) and find(page, "#error").get_attribute("hidden")
