@@ -297,7 +297,7 @@ def model_of(name: str) -> dict[str, Any]:
 def _require_output(output: str) -> None:
     if _spec().output != output:
         other = "/v1/videos" if output == "image" else "/v1/images/generations"
-        raise UnsupportedError(f"{_spec().title} makes {_spec().output}s. Use {other}.")
+        raise UnsupportedError(f"{_spec().title} generates {_spec().output}s. Use {other}.")
 
 
 def _accepted() -> Accepted:

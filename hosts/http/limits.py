@@ -211,6 +211,6 @@ def _require_text(text: str, field: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise RequestError(
-            f"{field} holds {text[error.start]!r}, half a character. Send text as UTF-8.",
+            f"{field} holds {text[error.start]!r}, half of a surrogate pair. Send text as UTF-8.",
             field=field,
         ) from error

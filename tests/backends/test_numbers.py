@@ -83,7 +83,5 @@ def test_vae_that_overflows_in_fp16_has_previews_all_the_same():
     with torch.no_grad():
         pipe.vae.encoder.conv_in.weight.fill_(3e4)  # sums of 27 of them are too large for fp16
     latents = torch.zeros(1, pipe.vae.config.latent_channels, 8, 8, dtype=torch.float16)
-    assert (
-        Previewer(pipe, spec=TABLE["sdxl"]).generate_image(latents, height=64, width=64) is not None
-    )
+    assert Previewer(pipe, spec=TABLE["sdxl"]).image(latents, height=64, width=64) is not None
     assert pipe.vae.dtype == torch.float16

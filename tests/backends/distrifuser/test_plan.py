@@ -271,5 +271,7 @@ def test_a_network_that_nobody_described_is_refused():
 def test_an_attention_over_fewer_tokens_than_the_patch_is_refused():
     layout = TokenLayout(PatchBounds((0, 6, 10)), patch=0)
     assert layout.tokens(6).sizes == (6, 4)
-    with pytest.raises(PlanError, match="an attention layer has 5 tokens, fewer than this rank's 6"):
+    with pytest.raises(
+        PlanError, match="an attention layer has 5 tokens, fewer than this rank's 6"
+    ):
         layout.tokens(5)

@@ -124,19 +124,23 @@ def test_settings_reach_torch(monkeypatch):
     assert seen == {"backend": "eager", "fullgraph": True, "dynamic": False, "options": {"a": 1}}
 
 
-def test_limits_are_dynamos(monkeypatch):
+def test_limits_are_dynamos():
     config = torch._dynamo.config
-    for name in ("recompile_limit", "accumulated_recompile_limit", "capture_scalar_outputs"):
-        monkeypatch.setattr(config, name, getattr(config, name))
     settings = CompileSettings(
         targets=(), cache_limit=3, accumulated_cache_limit=7, capture_scalar=True
     )
-    Compilation(settings).attach(None, read_table()["pixa"], [])
-    assert (
-        config.recompile_limit,
-        config.accumulated_recompile_limit,
-        config.capture_scalar_outputs,
-    ) == (3, 7, True)
+    before = {
+        name: getattr(config, name)
+        for name in ("recompile_limit", "accumulated_recompile_limit", "capture_scalar_outputs")
+    }
+    with config.patch(before):
+        Compilation(settings).attach(None, read_table()["pixa"], [])
+        assert (
+            config.recompile_limit,
+            config.accumulated_recompile_limit,
+            config.capture_scalar_outputs,
+        ) == (3, 7, True)
+    assert {name: getattr(config, name) for name in before} == before
 
 
 @pytest.mark.parametrize("name", ["flux", "sdxl"])

@@ -106,7 +106,7 @@ def test_path_is_refused_where_none_is_allowed(folder):
 def test_path_inside_that_is_no_regular_file_is_refused(folder):
     os.mkfifo(folder / "pipe")
     for path in (folder / "missing.png", folder / "pipe", folder):
-        assert "no readable file" in path_refusal(path, [folder])
+        assert "not a readable file" in path_refusal(path, [folder])
 
 
 def test_file_inside_that_is_no_image_is_refused(folder):

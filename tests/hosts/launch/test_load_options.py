@@ -154,7 +154,7 @@ def test_use_fbcache_of_old_clients_is_a_step_cache_where_there_can_be_one(flux)
     assert start.load.step_cache == StepCacheSpec(kind="first_block", value=0.08)
     assert any(
         reason.startswith("step_cache=first_block,0.08: that is what --use_fbcache means")
-        for reason in start.reasons
+        for reason in start.facts()["reasons"]
     )
     for other in (flux | {"pipefusion_parallel_degree": 2}, {"backend": "xdit", "num_ranks": 2}):
         start = plan(**other, use_fbcache=True)
