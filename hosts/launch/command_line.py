@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="launcher.py",
         allow_abbrev=False,
-        usage="launcher.py --type=TYPE [--checkpoint=PATH] [ARGUMENT ...]",
+        usage="launcher.py [--type=TYPE] [--checkpoint=PATH] [ARGUMENT ...]",
         description="Serve one diffusion model on several GPUs over HTTP.",
         epilog="Example: python launcher.py --type=sdxl --port=6000. In names, '-' equals '_'.",
     )

@@ -48,7 +48,9 @@ class Settings(_BackendOptions):
     The options of single backends are inherited: they are declared and read in their own folders.
     """
 
-    type: str | None = _common(None, str, "Model type: a row of model_table.yaml.")
+    type: str | None = _common(
+        None, str, "Model type: a row of model_table.yaml. Default: the one that --checkpoint fits."
+    )
     checkpoint: str | None = _common(
         None, str, "Model: a folder in diffusers layout, or NAME.safetensors with its "
         "configuration in the folder NAME beside it (sd1, sd2, sdxl, flux). Default: the demo "
