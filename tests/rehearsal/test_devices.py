@@ -44,7 +44,7 @@ def _see_devices(rank, world_size):
         pytest.raises(
             ConfigError,
             match=(
-                r"has compute capability 7\.0, and torch .* kernels from 7\.5 .* Update the "
+                r"has compute capability 7\.0, but torch .* kernels from 7\.5 .* Update the "
                 r"driver"
             ),
         ),
