@@ -12,6 +12,7 @@ from diffusion_client import HostError
 
 REFUSED = re.compile(
     r"host|port|api_key|config|\w*_dirs?|deployments|engine|ray_address|rdzv_endpoint|nnodes|node_rank"
+    r"|public_url|allowed_hosts|trusted_proxies"
 )
 
 

@@ -22,7 +22,7 @@ OF_A_DEPLOYMENT = frozenset(
 OF_THE_GATEWAY = frozenset(
     {
         "engine", "ray_address", "deployments", "config", "port", "host", "api_key", "state_dir",
-        "rate_limit", "max_body_mb", "log_format",
+        "public_url", "allowed_hosts", "trusted_proxies", "rate_limit", "max_body_mb", "log_format",
         "drain_seconds", "exit_with_parent", "check", "json", "list", "features",
     }
 )  # fmt: skip

@@ -81,6 +81,7 @@ def create_gateway(deployments: Sequence[Deployment]) -> Flask:
     for deployment in deployments:
         deployment.app.extensions["rate"] = shared
     app.register_blueprint(blueprint)
+    app.wsgi_app = access.BehindProxies(app.wsgi_app, settings)
     app.before_request(lambda: access.refuse_unknown(settings))
     handle_errors(app)
     return app

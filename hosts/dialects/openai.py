@@ -5,20 +5,21 @@ Requests may also have the fields of /v1/jobs: seed, negative_prompt, ...
 
 import base64
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from flask import Blueprint, Response, current_app, jsonify, request
 
 from backends.errors import BusyError, NotFoundError, RequestError, UnsupportedError
-from backends.request import GenerateRequest, GenerateResult
+from backends.request import GenerateRequest
 from hosts.dialects import openai_fields as protocol
 from hosts.dialects.openai_fields import Asked
 from hosts.dialects.openai_stream import image_events
 from hosts.http import media
+from hosts.http.access import link_to
 from hosts.http.decode import Accepted, read_request
-from hosts.http.dialect import Dialect, Operation, is_strict, require_known
+from hosts.http.dialect import Dialect, Operation, is_empty, is_strict, require_known
 from hosts.http.jobs_api import event_stream, file_response
 from hosts.http.request_io import (
     client,
@@ -195,9 +196,12 @@ def _images(body: Mapping[str, Any], asked: Asked, *, kind: str) -> Response:
     form = protocol.choice(body, "response_format", urls, "url")
     num_partial = whole(body, "partial_images", 0, low=0, high=protocol.MAX_PARTIAL)
     is_streamed = protocol.switch(body, "stream")
-    encode = _encoder(body)
+    content_type, compression = _encoding(body)
+    encode = partial(media.encode, content_type=content_type, quality=compression)
     seeds = seeds_from(asked.fields.get("seed"), number)
-    jobs = submit_all([_read(asked, body, seed=seed) for seed in seeds], is_kept=True)
+    requests = [_read(asked, body, seed=seed) for seed in seeds]
+    is_link = form == "url" and not is_streamed
+    jobs = submit_all(requests, is_kept=True, is_stored=is_link)
     if is_streamed:
         events = image_events(
             jobs,
@@ -209,12 +213,19 @@ def _images(body: Mapping[str, Any], asked: Asked, *, kind: str) -> Response:
         )
         return _streamed(events, jobs)
     results = wait_for_all(jobs)
+    query = {"format": media.EXTENSIONS[content_type], "quality": str(compression)}
+    contents = [
+        {"url": link_to(f"/v1/jobs/{job.id}/result", **query)}
+        if is_link
+        else {"b64_json": base64.b64encode(encode(result)).decode("ascii")}
+        for job, result in zip(jobs, results, strict=True)
+    ]
     return jsonify(
         {
             "created": int(time.time()),
             "data": [
-                {**_content(job, result, encode, form), "seed": job.request.seed}
-                for job, result in zip(jobs, results, strict=True)
+                {**content, "seed": job.request.seed}
+                for content, job in zip(contents, jobs, strict=True)
             ],
         }
     )
@@ -229,8 +240,8 @@ def _streamed(events: Iterator[str], jobs: Sequence[Job]) -> Response:
         raise
 
 
-def _encoder(body: Mapping[str, Any]) -> Callable[[GenerateResult], bytes]:
-    """Return the function that encodes results, by output_format and output_compression."""
+def _encoding(body: Mapping[str, Any]) -> tuple[str, int]:
+    """Return content type and quality of the files: output_format and output_compression."""
     content_type = protocol.choice(body, "output_format", protocol.FORMATS, "image/png")
     quality = whole(body, "output_compression", 100, low=0, high=100)
     if content_type == "image/png" and quality != 100:
@@ -239,16 +250,8 @@ def _encoder(body: Mapping[str, Any]) -> Callable[[GenerateResult], bytes]:
             "output_format jpeg or webp, or leave it out.",
             field="output_compression",
         )
-    given = quality if body.get("output_compression") is not None else None
-    return partial(media.encode, content_type=content_type, quality=given)
-
-
-def _content(
-    job: Job, result: GenerateResult, encode: Callable[[GenerateResult], bytes], form: str
-) -> dict[str, str]:
-    if form == "url":
-        return {"url": f"{request.host_url}v1/jobs/{job.id}/result"}
-    return {"b64_json": base64.b64encode(encode(result)).decode("ascii")}
+    is_given = not is_empty(body.get("output_compression"))
+    return content_type, quality if is_given else media.QUALITY
 
 
 def _read(asked: Asked, body: Mapping[str, Any], **others: Any) -> GenerateRequest:

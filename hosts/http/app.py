@@ -72,6 +72,7 @@ def create_app(host: Host) -> Flask:
     app.extensions["dialects"] = (*OWN, *host.protocol.dialects)
     for dialect in app.extensions["dialects"]:
         app.register_blueprint(dialect.blueprint)
+    app.wsgi_app = access.BehindProxies(app.wsgi_app, host.settings)
     app.before_request(access.refuse_strangers)
     handle_errors(app)
     return app

@@ -90,7 +90,10 @@ def _http_error(error: HTTPException) -> tuple[Response, int]:
             error.code,
         )
     message = f"{error.name}: {error.description}" if error.name else str(error.description)
-    return answer_error(message, error.code or 500)
+    answer, status = answer_error(message, error.code or 500)
+    for scheme in getattr(error, "offers", ()):
+        answer.headers.add("WWW-Authenticate", scheme)
+    return answer, status
 
 
 def _unexpected_error(error: Exception) -> tuple[Response, int]:

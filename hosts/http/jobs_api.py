@@ -18,7 +18,7 @@ from backends.request import GenerateRequest
 from hosts.http import media
 from hosts.http.decode import Accepted, read_request
 from hosts.http.dialect import DONE, Dialect, is_strict, require_known, shown
-from hosts.http.request_io import client, idempotency_key, json_object, wanted_type
+from hosts.http.request_io import client, idempotency_key, json_object, wanted_type, whole
 from hosts.jobs.clock import now
 from hosts.jobs.queue import Job, JobQueue, JobStatus
 from hosts.jobs.trace import chrome_trace
@@ -67,7 +67,8 @@ def create() -> tuple[Response, int, dict[str, str]]:
         is_strict=is_strict(body),
     )
     job = host.queue.submit(asked, client=client(), is_stored=True, key=idempotency_key())
-    return jsonify(describe(job)), 202, {"Location": f"/v1/jobs/{job.id}"}
+    location = f"{request.script_root}/v1/jobs/{job.id}"
+    return jsonify(describe(job)), 202, {"Location": location}
 
 
 @blueprint.get("/v1/jobs")
@@ -94,19 +95,23 @@ def cancel(job_id: str) -> tuple[Response, int]:
 
 @blueprint.get("/v1/jobs/<job_id>/result")
 def result(job_id: str) -> Response | tuple[Response, int, dict[str, str]]:
-    """Return the file, or JSON with it, as Accept says. ?fps= sets the speed of a video.
+    """Return the file, or JSON with it, as Accept says, or the file of ?format=.
 
-    409 while the job is not done. A failed job returns its own error.
+    ?fps= sets the speed of a video, ?quality= that of JPEG and WebP. 409 while the job is not done.
+    A failed job returns its own error.
     """
     host = current_app.extensions["host"]
     job = _queue().find(job_id)
     if not job.finished.is_set():
         return jsonify(describe(job)), 409, {"Retry-After": "1"}
     made = job.wait()
-    content_type = wanted_type(host.spec.output, default=media.content_types(host.spec.output)[0])
+    content_type = _format() or wanted_type(
+        host.spec.output, default=media.content_types(host.spec.output)[0]
+    )
     if content_type == "application/json":
         return jsonify(media.as_json(made, host.spec.output, frames_per_s=_frames_per_s()))
-    return file_response(job, content_type, frames_per_s=_frames_per_s())
+    quality = whole(request.args, "quality", media.QUALITY, low=0, high=100)
+    return file_response(job, content_type, frames_per_s=_frames_per_s(), quality=quality)
 
 
 @blueprint.get("/v1/jobs/<job_id>/events")
@@ -152,13 +157,21 @@ def event_stream(events: Iterator[str]) -> Response:
 
 
 def file_response(
-    job: Job, content_type: str, *, frames_per_s: float = media.FRAMES_PER_S
+    job: Job,
+    content_type: str,
+    *,
+    frames_per_s: float = media.FRAMES_PER_S,
+    quality: int = media.QUALITY,
 ) -> Response:
     """Return a finished job's image or video. A PNG has its settings as metadata."""
     made = job.wait()
     with current_app.extensions["metrics"].serialising():
         data = media.encode(
-            made, content_type, metadata=json.dumps(made.resolved), frames_per_s=frames_per_s
+            made,
+            content_type,
+            metadata=json.dumps(made.resolved),
+            frames_per_s=frames_per_s,
+            quality=quality,
         )
     extension = media.EXTENSIONS[content_type]
     headers = {
@@ -236,6 +249,17 @@ def describe(job: Job) -> dict[str, Any]:
 def _links(job_id: str) -> dict[str, str]:
     paths = {"self": "", "events": "/events", "result": "/result"}
     return {name: f"/v1/jobs/{job_id}{path}" for name, path in paths.items()}
+
+
+def _format() -> str | None:
+    """Return the content type of ?format=, a file's ending."""
+    ending = request.args.get("format")
+    found = {end: kind for kind, end in media.EXTENSIONS.items()}
+    if ending is not None and ending not in found:
+        raise RequestError(
+            f"format={ending[:80]!r} is not available. Allowed: {', '.join(found)}.", field="format"
+        )
+    return found.get(ending or "")
 
 
 def _frames_per_s() -> float:

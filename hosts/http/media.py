@@ -56,7 +56,7 @@ def encode(
     *,
     metadata: str = "",
     frames_per_s: float = FRAMES_PER_S,
-    quality: int | None = None,
+    quality: int = QUALITY,
 ) -> bytes:
     """Return the result as one file of this type. RequestError if the type does not fit.
 
@@ -157,9 +157,7 @@ def decode_whole(data: bytes) -> GenerateResult:
         return serialization.unpack_result(arrays["facts"].tobytes().decode(), arrays.__getitem__)
 
 
-def _encode_image(
-    image: Image.Image, file_format: str, metadata: str, quality: int | None
-) -> bytes:
+def _encode_image(image: Image.Image, file_format: str, metadata: str, quality: int) -> bytes:
     buffer = io.BytesIO()
     if file_format == "PNG":
         texts = PngInfo()
@@ -167,7 +165,7 @@ def _encode_image(
             texts.add_itxt("parameters", metadata)
         image.save(buffer, format=file_format, pnginfo=texts)
     else:
-        image.save(buffer, format=file_format, quality=QUALITY if quality is None else quality)
+        image.save(buffer, format=file_format, quality=quality)
     return buffer.getvalue()
 
 

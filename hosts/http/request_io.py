@@ -2,10 +2,13 @@
 type, wait.
 """
 
+import binascii
+import contextlib
 import hashlib
 import json
 import re
 import time
+from base64 import b64decode
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -57,9 +60,22 @@ def _data() -> bytes:
 
 def client() -> str:
     """Return the client for fair sharing: by key if one was sent, else by address."""
-    if key := request.headers.get("Authorization"):
-        return hashlib.sha256(key.encode()).hexdigest()
+    if header := request.headers.get("Authorization"):
+        return hashlib.sha256((given_key() or header).encode()).hexdigest()
     return request.remote_addr or ""
+
+
+def given_key() -> str:
+    """Return the key that the request has, as a bearer token or as a Basic password."""
+    scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        return given.strip()
+    if scheme.lower() != "basic":
+        return ""
+    try:
+        return b64decode(given.strip(), validate=True).decode().partition(":")[2]
+    except (binascii.Error, ValueError):
+        return ""
 
 
 def idempotency_key() -> str | None:
@@ -136,17 +152,22 @@ def _whole(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-def submit_all(requests: Sequence[GenerateRequest], *, is_kept: bool = False) -> list[Job]:
+def submit_all(
+    requests: Sequence[GenerateRequest], *, is_kept: bool = False, is_stored: bool = False
+) -> list[Job]:
     """Submit all requests at once, so that the ranks can share them out.
 
-    If the queue has no room for all, none is submitted.
+    If the queue has no room for all, none is submitted. is_stored: whether the jobs outlive the
+    ranks; they are then submitted one by one.
     """
     queue = current_app.extensions["host"].queue
     jobs: list[Job] = []
-    with queue.together():
+    with contextlib.nullcontext() if is_stored else queue.together():
         try:
             for asked in requests:
-                jobs.append(queue.submit(asked, client=client(), is_kept=is_kept))
+                jobs.append(
+                    queue.submit(asked, client=client(), is_kept=is_kept, is_stored=is_stored)
+                )
         except HostError:
             for job in jobs:
                 queue.cancel(job)

@@ -12,6 +12,7 @@ from backends.options import parse_switch
 
 SECTIONS = {
     "common": "The ten that people use first",
+    "proxies": "Behind a proxy",
     "jobs": "Jobs",
     "process": "The host's processes",
     "limits": "Limits of requests",

@@ -2,11 +2,15 @@
 backends/options.py has those that the backends' options need too.
 """
 
+import ipaddress
 import json
+import re
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 MIN_KEY = 16
+HOST_NAME = re.compile(r"[a-z0-9]([a-z0-9._-]*[a-z0-9])?", re.ASCII)
 
 
 def secret(text: str) -> str:
@@ -36,6 +40,61 @@ def split_endpoint(text: str) -> tuple[str, int]:
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
         raise ValueError("HOST:PORT, the address of the first machine and a free port there")
     return host, int(port)
+
+
+def public_url(text: str) -> str:
+    """'https://draw.example/gpu/' without the final slash."""
+    allowed = "a URL without query, such as https://draw.example or https://draw.example/gpu"
+    try:
+        parts = urlsplit(text)
+        has_name = bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError as error:
+        raise ValueError(allowed) from error
+    is_plain = not (parts.query or parts.fragment or "@" in parts.netloc)
+    if parts.scheme not in ("http", "https") or not has_name or not is_plain:
+        raise ValueError(allowed)
+    if not re.fullmatch(r"(/[\w.~-]+)*/?", parts.path, re.ASCII):
+        raise ValueError(f"{allowed}; its path has letters, digits and -._~ only")
+    return text.rstrip("/")
+
+
+def host_names(text: str) -> tuple[str, ...]:
+    """'draw.example,10.0.0.7': names or addresses, without ports."""
+    names = tuple(name.lower().removesuffix(".") for name in _items(text))
+    for name in names:
+        if not HOST_NAME.fullmatch(name) and not _is_address(name):
+            raise ValueError(f"names or addresses such as draw.example, without port, not {name!r}")
+    return names
+
+
+def networks(text: str) -> tuple[str, ...]:
+    """'127.0.0.1,10.0.0.0/8': addresses or networks."""
+    for item in _items(text):
+        try:
+            ipaddress.ip_network(item)
+        except ValueError as error:
+            raise ValueError(
+                f"addresses or networks such as 127.0.0.1,10.0.0.0/8 ({error})"
+            ) from error
+    return _items(text)
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _items(text: str) -> tuple[str, ...]:
+    """The items of a comma-separated text or of a JSON list. ValueError if there are none."""
+    value = _json_or_text(text)
+    items = value if isinstance(value, list) else str(value).split(",")
+    found = tuple(str(item).strip() for item in items if str(item).strip())
+    if not found:
+        raise ValueError("at least one, separated by commas")
+    return found
 
 
 def scales(text: str) -> dict[str, float]:

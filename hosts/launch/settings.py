@@ -16,10 +16,19 @@ from backends.errors import ConfigError
 from backends.options import number, one_of, parse_switch, whole
 from backends.plan import QUALITIES
 from hosts.launch.option import SECTIONS, Option, declare, declare_backend_option
-from hosts.launch.parsers import endpoint, json_object, scales, scheduler, secret
+from hosts.launch.parsers import (
+    endpoint,
+    host_names,
+    json_object,
+    networks,
+    public_url,
+    scales,
+    scheduler,
+    secret,
+)
 
-_common, _jobs, _process, _limit = (
-    partial(declare, name) for name in ("common", "jobs", "process", "limits")
+_common, _proxy, _jobs, _process, _limit = (
+    partial(declare, name) for name in ("common", "proxies", "jobs", "process", "limits")
 )
 _model, _adapter, _quantize, _compile, _memory = (
     partial(declare, name) for name in ("model", "adapters", "quantization", "compile", "memory")
@@ -68,14 +77,24 @@ class Settings(_BackendOptions):
         "high", one_of(*QUALITIES), "How close --backend=auto must stay to the image of one GPU: "
         "`exact`, `high` (very close) or `fast` (any method).")
     api_key: str | None = _common(
-        None, secret, "Key that every request must bring as a bearer token, or @FILE that holds "
-        "it. Default: none.", metavar="KEY|@FILE")
+        None, secret, "Key that every request must bring, as a bearer token or as the password of "
+        "Basic authentication, or @FILE that holds it. Default: none.", metavar="KEY|@FILE")
     lora_dir: str | None = _common(
         None, str, "Folders, separated by ':', from which requests may choose LoRAs. Default: "
         "none.", metavar="DIR:DIR")
     state_dir: str | None = _common(
         None, str, "Folder where jobs, their images and measured plans survive the host. Default: "
         "a temporary folder that survives only the ranks.", metavar="DIR")
+
+    public_url: str | None = _proxy(
+        None, public_url, "URL under which clients reach the host, for links in its answers. Its "
+        "name and its pages are served. Default: the URL of each request.", metavar="URL")
+    allowed_hosts: tuple[str, ...] | None = _proxy(
+        None, host_names, "Further names, separated by ',', under which the host is served: those "
+        "that a proxy passes on as Host.", metavar="NAME,NAME")
+    trusted_proxies: tuple[str, ...] | None = _proxy(
+        None, networks, "Addresses or networks, separated by ',', of proxies whose "
+        "X-Forwarded-For, -Proto, -Host and -Prefix are believed.", metavar="ADDRESS,NETWORK")
 
     mode: str = _jobs(
         "auto", one_of("latency", "throughput", "auto"), "`latency`: all ranks work on each job. "
