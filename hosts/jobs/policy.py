@@ -15,7 +15,7 @@ from hosts.jobs.clock import now
 from hosts.jobs.decision import Choice
 from hosts.jobs.job import Job
 from hosts.jobs.speed import Speed, best_size, gathering_is_quicker
-from hosts.jobs.work import work_of
+from hosts.jobs.work import Work, work_of
 from hosts.launch.team_modes import Teams
 
 PATIENCE = 0.01
@@ -44,7 +44,7 @@ class Sharing:
         self._mode = teams.mode
         self._sizes = [*teams.plans, world_size]
         self.world_size = world_size
-        self._pace = Speed()
+        self._speed = Speed()
         self._gain = BatchGain(max_batch)
 
     def team_size(self, waiting: Sequence[Job]) -> int:
@@ -109,10 +109,19 @@ class Sharing:
         )
         return len(list(fitting))
 
-    def learn(self, job: Job, *, ranks: int, seconds: float, batch: int = 1) -> None:
-        """Record the time of a job on `ranks` ranks, or of a batch on one."""
+    def learn(
+        self, job: Job, *, ranks: int, seconds: float, step_seconds: float, batch: int = 1
+    ) -> None:
+        """Record the time of a job on `ranks` ranks, or of a batch on one. step_seconds: of
+        `seconds`, those of its steps.
+        """
         if batch == 1:
-            self._pace.learn(ranks=ranks, work=self._work(job.request), seconds=seconds)
+            self._speed.learn(
+                ranks=ranks,
+                work=self._work(job.request),
+                seconds=seconds,
+                step_seconds=step_seconds,
+            )
         if ranks == 1:
             self._gain.learn(self._kind(job.request), batch=batch, seconds=seconds)
 
@@ -123,13 +132,13 @@ class Sharing:
     def measured(self) -> dict[str, Any]:
         """Return the measured times for GET /settings."""
         return {
-            "seconds_per_megapixel_step": self._pace.measured(),
+            "seconds_per_megapixel_step": self._speed.measured(),
             "seconds_in_batches": self._gain.measured(),
         }
 
     def _seconds(self, job: Job, *, num_waiting: int = 1) -> dict[int, float]:
         """Return team size -> seconds for this job, as one of `num_waiting` that wait."""
-        seconds = {size: self._pace.seconds(size, self._work(job.request)) for size in self._sizes}
+        seconds = {size: self._speed.seconds(size, self._work(job.request)) for size in self._sizes}
         if 1 in seconds:
             kind = self._kind(job.request)
             seconds[1] *= self._gain.share(
@@ -148,14 +157,14 @@ class Sharing:
             if len(jobs) > 1
             else 1.0
         )
-        return max(0.0, share * self._pace.seconds(team_size, self._work(job.request)) - spent)
+        return max(0.0, share * self._speed.seconds(team_size, self._work(job.request)) - spent)
 
-    def _work(self, request: GenerateRequest) -> float:
-        return work_of(request, self._spec, self._load).pixel_steps
+    def _work(self, request: GenerateRequest) -> Work:
+        return work_of(request, self._spec, self._load)
 
     def _kind(self, request: GenerateRequest) -> str:
         """Return a name for the images for which batches save the same share of time."""
-        work = work_of(request, self._spec, self._load)
+        work = self._work(request)
         scale = (
             request.guidance_scale
             if request.guidance_scale is not None

@@ -6,6 +6,8 @@ import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 
+from hosts.jobs.work import Work
+
 ASSUMED_GAIN = 1.7
 """Speed-up with twice as many ranks, until both sizes are measured."""
 ASSUMED_SECONDS = 1e-5
@@ -25,32 +27,42 @@ splitting cost a little too.
 
 
 class Speed:
-    """Measured seconds per pixel step for teams of each size.
+    """Measured times for teams of each size: of the steps, in seconds per pixel step, and of the
+    rest of a job (encoding, decoding), in seconds per pixel. They are kept apart because a job of
+    few steps spends much of its time on the rest, which more ranks need not make faster.
 
     The best of the last few jobs counts: the first one fills caches, and another program may have
     slowed one down.
     """
 
     def __init__(self) -> None:
-        self._measured: dict[int, deque[float]] = {}
+        self._steps: dict[int, deque[float]] = {}
+        self._rest: dict[int, deque[float]] = {}
 
-    def learn(self, *, ranks: int, work: float, seconds: float) -> None:
-        """Record the time of one job. work: in pixel steps."""
-        self._measured.setdefault(ranks, deque(maxlen=NUM_REMEMBERED)).append(seconds / work)
+    def learn(self, *, ranks: int, work: Work, seconds: float, step_seconds: float) -> None:
+        """Record the time of one job. step_seconds: of `seconds`, those of its steps."""
+        rest = max(0.0, seconds - step_seconds)
+        for measured, figure in (
+            (self._steps, step_seconds / work.pixel_steps),
+            (self._rest, rest / work.pixels),
+        ):
+            measured.setdefault(ranks, deque(maxlen=NUM_REMEMBERED)).append(figure)
 
-    def seconds(self, ranks: int, work: float) -> float:
+    def seconds(self, ranks: int, work: Work) -> float:
         """Return how long `ranks` ranks take: as measured, else estimated from the nearest measured
         size with ASSUMED_GAIN.
         """
-        best = {size: min(found) for size, found in list(self._measured.items())} or {
-            1: ASSUMED_SECONDS
-        }
-        nearest = min(best, key=lambda size: abs(math.log2(size / ranks)))
-        return work * best[nearest] * ASSUMED_GAIN ** math.log2(nearest / ranks)
+        if not self._steps:
+            return work.pixel_steps * ASSUMED_SECONDS / ASSUMED_GAIN ** math.log2(ranks)
+        nearest = min(list(self._steps), key=lambda size: abs(math.log2(size / ranks)))
+        measured = work.pixel_steps * min(self._steps[nearest]) + work.pixels * min(
+            self._rest[nearest]
+        )
+        return measured * ASSUMED_GAIN ** math.log2(nearest / ranks)
 
     def measured(self) -> dict[int, float]:
         """Return team size -> seconds per million pixel steps."""
-        return {size: round(1e6 * min(found), 4) for size, found in sorted(self._measured.items())}
+        return {size: round(1e6 * min(found), 4) for size, found in sorted(self._steps.items())}
 
 
 def best_size(num_jobs: int, seconds: Mapping[int, float]) -> int:

@@ -22,9 +22,14 @@ class Work:
     """Scheduler steps."""
 
     @property
+    def pixels(self) -> float:
+        """Of all frames. Encoding and decoding are measured by them."""
+        return float(self.height * self.width * self.num_frames)
+
+    @property
     def pixel_steps(self) -> float:
-        """The unit in which work is measured: one pixel in one step."""
-        return float(self.height * self.width * self.num_frames * self.num_steps)
+        """The unit in which the work of the steps is measured: one pixel in one step."""
+        return self.pixels * self.num_steps
 
 
 def work_of(request: GenerateRequest, spec: ModelSpec, load: LoadRequest) -> Work:

@@ -186,7 +186,13 @@ class JobDispatcher:
         return True
 
     def _learn(self, job: Job, result: GenerateResult) -> None:
-        self._sharing.learn(job, ranks=self._ranks, seconds=result.seconds, batch=self._batch)
+        self._sharing.learn(
+            job,
+            ranks=self._ranks,
+            seconds=result.seconds,
+            step_seconds=result.report["stages"].get("step", 0.0),
+            batch=self._batch,
+        )
         facts = {"seconds": result.seconds, "num_steps": result.num_steps, **result.report}
         self._state.tell({"last_report": facts, **self._sharing.measured()})
 

@@ -23,7 +23,7 @@ def sharing(mode="auto", *, seconds=(10.0, 6.0)):
         world_size=2,
     )
     for ranks, needed in enumerate(seconds, start=1):
-        made.learn(job(), ranks=ranks, seconds=needed)
+        made.learn(job(), ranks=ranks, seconds=needed, step_seconds=needed)
     return made
 
 

@@ -124,7 +124,7 @@ def sharing(*, known=SECONDS, ranks=1, max_batch=4):
     job = JobQueue().submit(request())
     for batch, seconds in known.items():
         for _ in range(2):
-            made.learn(job, ranks=1, seconds=seconds, batch=batch)
+            made.learn(job, ranks=1, seconds=seconds, step_seconds=seconds, batch=batch)
     return made
 
 
@@ -214,7 +214,7 @@ def test_auto_mode_splits_where_batches_are_what_makes_one_rank_each_quicker():
         rules = sharing(ranks=2, known=known)
         waiting = [JobQueue().submit(request(seed)) for seed in range(8)]
         rules.learn(
-            waiting[0], ranks=2, seconds=4.5
+            waiting[0], ranks=2, seconds=4.5, step_seconds=4.5
         )  # eight jobs: 36 s together, 40 s one by one, 16 s in batches of four
         assert rules.team_size(waiting) == size
 
@@ -229,7 +229,7 @@ def test_team_is_free_when_its_batch_is_done_and_not_when_one_of_its_jobs_would_
         [job for job in queue.jobs() if job.status is JobStatus.QUEUED],
         [job for job in queue.jobs() if job.batch],
     )
-    rules.learn(waiting[0], ranks=2, seconds=6.0)
+    rules.learn(waiting[0], ranks=2, seconds=6.0, step_seconds=6.0)
     assert len(running) == 2 and not rules.must_gather(waiting[:1], running, team_size=1), (
         "the other rank is free"
     )
@@ -276,7 +276,13 @@ class OneRank:
 def result(seed):
     frames = np.full((1, 8, 8, 3), seed, dtype=np.uint8)
     return GenerateResult(
-        frames=frames, latents=None, seed=seed, num_steps=2, exactness="exact", seconds=0.1
+        frames=frames,
+        latents=None,
+        seed=seed,
+        num_steps=2,
+        exactness="exact",
+        seconds=0.1,
+        report={"stages": {"step": 0.1}},
     )
 
 

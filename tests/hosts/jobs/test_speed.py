@@ -3,6 +3,7 @@
 import pytest
 
 from hosts.jobs.speed import ASSUMED_GAIN, Speed, best_size, gathering_is_quicker
+from hosts.jobs.work import Work
 
 TWO = {1: 10.0, 2: 6.0}
 FOUR = {1: 10.0, 2: 6.0, 4: 4.0}
@@ -53,18 +54,34 @@ def test_large_job_is_weighed_by_its_own_time():
     assert not gathering_is_quicker([TWO], [20.0], team_size=1)
 
 
-def test_pace_is_the_best_of_the_last_few_jobs():
-    pace = Speed()
+def work(num_steps):
+    return Work(height=10, width=10, num_frames=1, num_steps=num_steps)
+
+
+def test_speed_is_the_best_of_the_last_few_jobs():
+    speed = Speed()
     for seconds in (9.0, 2.0, 3.0, 3.0, 3.0, 3.0):
-        pace.learn(ranks=1, work=100, seconds=seconds)
-    assert pace.seconds(1, 200) == pytest.approx(6.0)
-    assert pace.measured() == {1: 30000.0}
+        speed.learn(ranks=1, work=work(10), seconds=seconds, step_seconds=seconds)
+    assert speed.seconds(1, work(20)) == pytest.approx(6.0)
+    assert speed.measured() == {1: 3000.0}
 
 
-def test_pace_of_other_sizes_is_assumed_from_the_nearest_measured_one():
-    pace = Speed()
-    assert pace.seconds(1, 1e6) == pytest.approx(pace.seconds(2, 1e6) * ASSUMED_GAIN)
-    pace.learn(ranks=4, work=100, seconds=1.0)
-    assert pace.seconds(1, 100) == pytest.approx(ASSUMED_GAIN**2)
-    pace.learn(ranks=1, work=100, seconds=2.0)
-    assert (pace.seconds(1, 100), pace.seconds(4, 100)) == (2.0, 1.0)
+def test_speed_of_other_sizes_is_assumed_from_the_nearest_measured_one():
+    speed = Speed()
+    assert speed.seconds(1, work(10)) == pytest.approx(speed.seconds(2, work(10)) * ASSUMED_GAIN)
+    speed.learn(ranks=4, work=work(10), seconds=1.0, step_seconds=1.0)
+    assert speed.seconds(1, work(10)) == pytest.approx(ASSUMED_GAIN**2)
+    speed.learn(ranks=1, work=work(10), seconds=2.0, step_seconds=2.0)
+    assert (speed.seconds(1, work(10)), speed.seconds(4, work(10))) == (2.0, 1.0)
+
+
+def test_decoding_of_short_jobs_is_not_taken_for_slow_steps():
+    # a step takes 1 s on one rank and 0.6 s on both, the rest 8 s on either: one rank was measured
+    # with short jobs, both with long ones
+    speed = Speed()
+    speed.learn(ranks=1, work=work(4), seconds=12.0, step_seconds=4.0)
+    speed.learn(ranks=2, work=work(40), seconds=32.0, step_seconds=24.0)
+    times = {size: speed.seconds(size, work(30)) for size in (1, 2)}
+    assert times == pytest.approx({1: 38.0, 2: 26.0})
+    assert best_size(2, times) == 1, "both ranks are not twice as fast as one"
+    assert speed.measured() == {1: pytest.approx(1e4), 2: pytest.approx(6e3)}

@@ -1,11 +1,14 @@
 """Ranks that split into teams: how they end, more ranks, and teams at all times. What else they do
-is in test_two_ranks.py.
+is in test_loop_two_ranks.py.
 """
 
+import json
 import signal
+import threading
 
 import psutil
 import pytest
+import requests
 
 from tests.hosts.harness import READY_WITHIN_S, start_launcher, wait_until
 from tests.hosts.sending import (
@@ -15,14 +18,15 @@ from tests.hosts.sending import (
     begun,
     both_run,
     difference,
+    follow,
+    from_file,
     over,
     pixels,
     send,
+    show,
 )
 
 LONG = {**BODY, "num_inference_steps": 30}
-
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +37,125 @@ def host():
 
 
 @pytest.fixture(scope="module")
+def fault_file(tmp_path_factory):
+    return tmp_path_factory.mktemp("faults") / "next"
+
+
+@pytest.fixture(scope="module")
+def split_host(fault_file):
+    """Its ranks are split at all times, so that no measured time decides whether they are."""
+    with start_launcher(
+        *ARGUMENTS,
+        "--backend=distrifuser",
+        "--nproc_per_node=2",
+        "--mode=throughput",
+        environment={"FAULT_FILE": str(fault_file)},
+    ) as running:
+        running.wait_until_ready()
+        yield running
+
+
+@pytest.fixture(scope="module")
 def alone():
     return OneRank()
 
 
+def test_images_of_one_request_are_shared_out_among_the_ranks_and_come_back_in_their_order(
+    split_host, alone
+):
+    fields = {
+        "prompt": "a red car",
+        "negative_prompt": "blurry",
+        "num_inference_steps": 4,
+        "seed": 5,
+        "guidance_scale": 7.0,
+    }
+    answer = requests.post(
+        split_host.url("/v1/images/generations"),
+        json={**fields, "n": 4, "size": "64x64"},
+        timeout=60,
+    ).json()
+    assert [made["seed"] for made in answer["data"]] == [5, 6, 7, 8]
+    jobs = [made["url"].split("/")[-2] for made in answer["data"]]
+    assert [show(split_host, job)["ranks"] for job in jobs][:2] == [1, 1]
+    for seed, job in enumerate(jobs, start=5):
+        assert difference(pixels(split_host, job), alone({**BODY, "seed": seed})) <= 1
+    asked = {
+        "prompt": "a red car",
+        "negative_prompt": "blurry",
+        "steps": 4,
+        "seed": 5,
+        "cfg_scale": 7.0,
+        "width": 64,
+        "height": 64,
+    }
+    answer = requests.post(
+        split_host.url("/sdapi/v1/txt2img"),
+        json={**asked, "n_iter": 2, "batch_size": 2},
+        timeout=60,
+    ).json()
+    assert json.loads(answer["info"])["all_seeds"] == [5, 6, 7, 8]
+    for seed, image in enumerate(answer["images"], start=5):
+        assert difference(from_file(image), alone({**BODY, "seed": seed})) <= 1
+
+
+def test_split_jobs_have_previews_and_one_is_cancelled_and_one_refused_without_touching_the_others(
+    split_host, alone
+):
+    jobs = [
+        send(split_host, {**LONG, "num_inference_steps": 100, "seed": seed}) for seed in range(2)
+    ]
+    wrong = send(split_host, {**BODY, "clip_skip": 12})
+    last = send(split_host, {**BODY, "seed": 3})
+    both_run(split_host, jobs)
+    previews = {job: [] for job in jobs}
+    threads = [
+        threading.Thread(target=follow, args=(split_host, job, previews[job])) for job in jobs
+    ]
+    for thread in threads:
+        thread.start()
+    wait_until(
+        lambda: all(len(found) > 2 for found in previews.values()),
+        within_s=30,
+        what="both have previews",
+    )
+    at = split_host.session.delete(split_host.url(f"/v1/jobs/{jobs[1]}"), timeout=20).json()["step"]
+    (cancelled,) = over(split_host, jobs[1])
+    assert cancelled["state"] == "cancelled" and cancelled["step"] <= at + 2
+    assert show(split_host, jobs[0])["state"] == "running"
+    refused, good = over(split_host, wrong, last)
+    assert refused["state"] == "failed" and refused["error"].startswith(
+        "clip_skip=12 is not allowed"
+    )
+    assert difference(pixels(split_host, good["id"]), alone({**BODY, "seed": 3})) <= 1
+    (first,) = over(split_host, jobs[0])
+    assert (first["state"], first["ranks"], first["step"]) == ("done", 1, 100)
+    for thread in threads:
+        thread.join(timeout=20)
+
+
+def test_failure_of_a_rank_in_its_team_costs_no_other_job(split_host, alone, fault_file):
+    ranks = split_host.ranks()
+    long = [send(split_host, LONG) for _ in range(2)]
+    # of different lengths: jobs in one batch would all be started again
+    bodies = [{**BODY, "seed": seed, "num_inference_steps": 4 + seed} for seed in range(3)]
+    jobs = [send(split_host, body) for body in bodies]
+    both_run(split_host, long)
+    fault_file.write_text("1 decode")
+    done = over(split_host, *long, *jobs)
+    assert fault_file.read_text() == ""
+    assert (
+        all(job["state"] == "done" for job in done)
+        and sum(job["attempts"] for job in done) == len(done) + 1
+    )
+    for body, job in zip(bodies, done[2:], strict=True):
+        assert difference(pixels(split_host, job["id"]), alone(body)) <= 1
+    (after,) = over(split_host, send(split_host, BODY))
+    assert (after["state"], after["ranks"]) == ("done", 1)
+    assert split_host.ranks() == ranks, "the host was started again"
+
+
+@pytest.mark.slow
 def test_rank_that_dies_while_the_ranks_are_split_costs_no_job(host, alone):
     old = host.ranks()
     blocker = begun(host, LONG)
@@ -60,6 +179,7 @@ def test_rank_that_dies_while_the_ranks_are_split_costs_no_job(host, alone):
     assert difference(pixels(host, jobs[3]), alone({**BODY, "seed": 3})) <= 1
 
 
+@pytest.mark.slow
 def test_host_that_is_stopped_while_its_ranks_are_split_ends_at_once(host):
     family = host.tree()
     blocker = begun(host, LONG)
@@ -77,6 +197,7 @@ def test_host_that_is_stopped_while_its_ranks_are_split_ends_at_once(host):
     assert host.process.returncode == 0 and "Traceback" not in host.log.split("stopping")[-1]
 
 
+@pytest.mark.slow
 def test_four_ranks_work_in_two_teams_of_two_and_as_four(tmp_path):
     """Two jobs that wait are for two teams, where the assumed times say so; a team whose groups
     broke has new ones when all have met.
@@ -112,6 +233,7 @@ def test_four_ranks_work_in_two_teams_of_two_and_as_four(tmp_path):
             assert difference(pixels(host, job["id"]), reference[seed % 2]) <= 1
 
 
+@pytest.mark.slow
 def test_throughput_mode_gives_each_rank_its_own_job_also_where_there_is_only_one(alone):
     with start_launcher(
         *ARGUMENTS, "--backend=distrifuser", "--nproc_per_node=2", "--mode=throughput"
