@@ -12,7 +12,7 @@ from hosts.launch.settings import options
 ROOT = README.parent
 PAGES = [README, ROOT / "SECURITY.md", ROOT / "demo" / "README.md", *ROOT.glob("docs/*.md")]
 TEXT = {page: page.read_text(encoding="utf-8") for page in PAGES}
-TOP = "hosts|backends|clients|demo|tests|docs|benchmarks"
+TOP = "hosts|backends|clients|demo|deploy|tests|docs|benchmarks"
 OWN_ARGUMENTS = {"features", "help", "port", "url", "out"}
 """Of launcher.py itself and its commands; those of the settings are asked of them."""
 

@@ -18,6 +18,9 @@ class ReadingHost:
     def __init__(self, **settings):
         self.state, self.queue, self.requests = HostState(), JobQueue(), []
         self.state.become(Phase.READY)
+        self.hold = threading.Event()
+        """While it is not set, no job ends."""
+        self.hold.set()
         self.client = make_client(self.queue, self.state, **settings)
 
     def __enter__(self):
@@ -32,6 +35,7 @@ class ReadingHost:
     def _answer(self):
         while (job := self.queue.next()) is not None:
             self.requests.append(job.request)
+            self.hold.wait(60)
             for step in (1, 2, 3, 4):
                 preview = np.full((2, 3, 3), 50 * step, np.uint8) if job.wants_preview else None
                 self.queue.record_step(job, step, 4, preview)
