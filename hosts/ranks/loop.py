@@ -279,21 +279,26 @@ class RankLoop:
     def _on_step(self, step: int, num_steps: int, latents: torch.Tensor) -> None:
         if self._team.mesh.broadcast_signal(self._team_dispatcher.step_signal()) == CANCEL:
             raise CancelledError(f"the job was cancelled at step {step} of {num_steps}.")
-        self._wait_for_device()
+        self._wait_for_device(is_last=step == num_steps)
         self._team_dispatcher.step_done(
             step, num_steps, lambda row: self._pipeline.preview(latents, row)
         )
         self._activity.step(is_last=step == num_steps)
 
-    def _wait_for_device(self) -> None:
+    def _wait_for_device(self, *, is_last: bool) -> None:
         """Let the device lag behind this thread by one step at most: else progress, cancelling and
-        the watch would mean nothing.
+        the watch would mean nothing. After the last step let it finish, so that decoding is timed
+        apart from the steps.
         """
-        if self._device.type == "cuda":
-            if self._last_step is not None:
-                self._team.mesh.groups.wait_for(self._last_step)
-            self._last_step = torch.cuda.Event()
-            self._last_step.record()
+        if self._device.type != "cuda":
+            return
+        before, self._last_step = self._last_step, torch.cuda.Event()
+        self._last_step.record()
+        for event in (before, self._last_step if is_last else None):
+            if event is not None:
+                self._team.mesh.groups.wait_for(event)
+        if is_last:
+            self._last_step = None
 
     def _failed(self, error: Exception) -> Failure:
         failure = Failure.of(error, rank=self._rank, time_s=self._team.mesh.groups.failed_s)

@@ -146,6 +146,8 @@ class Rank:
             self._spec, **{"num_inference_steps": RANK_STEPS, "warmup_steps": 1, **self._request}
         )
         results, outcome = self.loop._attempt([asked], "a rehearsed job")
+        if outcome.failure is None:
+            assert self.loop._last_step is None, "decoding began before the steps were over"
         return (torch.from_numpy(results[0].frames).float() if results else None), outcome
 
     def image(self) -> Tensor:
