@@ -6,6 +6,7 @@ scaled_dot_product_attention is intercepted, so processors, LoRA layers, quantis
 stay diffusers' own. Cross-attention is left alone.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
@@ -20,13 +21,15 @@ from backends.groups.mesh import Axis, Mesh
 from backends.parallel import hooks
 from backends.parallel.transformers import TransformerSpec
 from backends.xdit.exchange import (
+    gather_tokens,
     heads_for_tokens,
     own_heads,
     plain_attention,
+    repeat_heads,
     ring_attention,
     tokens_for_heads,
 )
-from backends.xdit.layout import Layout
+from backends.xdit.layout import Layout, reorder
 from backends.xdit.stale import StaleKVCache
 
 NAME = "xdit attention"
@@ -105,20 +108,36 @@ class SpreadAttention:
         key: Tensor,
         value: Tensor,
         scale: float | None,
+        mask: Tensor | None,
     ) -> Tensor:
         """Return the attention of this rank's tokens (B, H, S, D) to the tokens of all ranks and
-        patches, as (B, H, S, D).
+        patches, as (B, H, S, D). key, value may have fewer heads (grouped queries).
+
+        mask: None, or of bools (False: not seen) or added to the scores, broadcast to (B, H,
+        queries, keys), where the keys are this rank's, or queries and keys are those of all ranks
+        in the order of the model.
         """
         if index > 0:
-            return self._attend_to_image_prompt(path, query, key, value, scale)
-        return self._attend_to_all(path, is_joint, query, key, value, scale)
+            return self._attend_to_image_prompt(path, query, key, value, scale, mask)
+        return self._attend_to_all(path, is_joint, query, key, value, scale, mask=mask)
 
     def _attend_to_image_prompt(
-        self, path: str, query: Tensor, key: Tensor, value: Tensor, scale: float | None
+        self,
+        path: str,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float | None,
+        mask: Tensor | None,
     ) -> Tensor:
         """Return the second attention of an IP-Adapter: to its keys, which are whole on every rank,
         and in some families also to all image tokens before them.
         """
+        if mask is not None:
+            raise UnsupportedError(
+                f"{path} has a mask in its attention to an image prompt, which backend 'xdit' "
+                "cannot distribute over ranks. Use --use_cfg_parallel alone, or another backend."
+            )
         if self._transformer.image_prompt_keys == "alone":
             return plain_attention(query, key, value, scale=scale)
         own, prompt = zip(
@@ -135,6 +154,7 @@ class SpreadAttention:
         value: Tensor,
         scale: float | None,
         whole: tuple[Tensor, Tensor] | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """Attend to all tokens. whole: further keys and values (B, H, K, D) that every rank has."""
         assert self.current is not None
@@ -145,10 +165,9 @@ class SpreadAttention:
         )
         num_heads = query.shape[1]
         lengths = self._lengths(is_joint, ulysses, ring.rank)
+        mask = self._own_mask(mask, path, is_joint, query) if mask is not None else None
         if ulysses.size > 1:
-            query, key, value = tokens_for_heads(
-                (query, key, value), lengths=lengths, axis=ulysses, traffic=traffic
-            )
+            query, key, value = self._exchange_heads(query, key, value, lengths)
             whole = own_heads(whole, axis=ulysses) if whole else None
         if self.current.stale is not None:
             key, value = self._with_stale(self.current.stale, path, is_joint, key, value)
@@ -166,6 +185,7 @@ class SpreadAttention:
                 traffic=traffic,
                 scale=scale,
                 whole=whole,
+                mask=mask,
             )
         else:
             key, value = (
@@ -173,7 +193,7 @@ class SpreadAttention:
                 if whole
                 else (key, value)
             )
-            output = plain_attention(query, key, value, scale=scale)
+            output = plain_attention(query, key, value, scale=scale, mask=mask)
         if ulysses.size > 1:
             output = heads_for_tokens(
                 output, num_heads=num_heads, lengths=lengths, axis=ulysses, traffic=traffic
@@ -181,6 +201,70 @@ class SpreadAttention:
         return (
             output.transpose(1, 2).contiguous().transpose(1, 2)
         )  # in the layout of torch's operator, because some processors view it so
+
+    def _exchange_heads(
+        self, query: Tensor, key: Tensor, value: Tensor, lengths: list[int]
+    ) -> tuple[Tensor, ...]:
+        """Ulysses' first exchange. Grouped keys travel as they are where their heads divide, else
+        once for each query head.
+        """
+        exchange = functools.partial(
+            tokens_for_heads,
+            lengths=lengths,
+            axis=self._mesh.axis("ulysses"),
+            traffic=self._mesh.traffic,
+        )
+        if query.shape[1] != key.shape[1] and key.shape[1] % self._mesh.axis("ulysses").size:
+            key, value = (repeat_heads(tensor, query.shape[1]) for tensor in (key, value))
+        if query.shape[1] == key.shape[1]:
+            return exchange((query, key, value))
+        (query,) = (tensor.clone() for tensor in exchange((query,)))  # read before the next one
+        return query, *exchange((key, value))
+
+    def _own_mask(self, mask: Tensor, path: str, is_joint: bool, query: Tensor) -> Tensor:
+        """Return a mask for this rank's queries after the exchange of heads, with the keys of all
+        ranks in the order in which the exchanges bring them.
+        """
+        assert self.current is not None
+        ulysses, ring = self._mesh.axis("ulysses"), self._mesh.axis("ring")
+        both = self._mesh.axis("ring", "ulysses")
+        layout, is_text_first = self.current.layout, self._transformer.is_text_first
+        total = layout.num_image + (layout.num_text if is_joint else 0)
+        if self.current.stale is not None or not _is_mask_of(mask, query.shape[2], total):
+            raise UnsupportedError(
+                f"{path} has an attention mask of shape {tuple(mask.shape)} for {query.shape[2]} "
+                f"of {total} tokens, which backend 'xdit' cannot distribute over ranks"
+                f"{' with PipeFusion' if self.current.stale is not None else ''}. Use "
+                "--use_cfg_parallel alone, or another backend."
+            )
+        mask = mask[(None,) * (4 - mask.dim())]
+        order = functools.partial(layout.order, is_joint=is_joint, is_text_first=is_text_first)
+        first = ring.rank * ulysses.size
+        if mask.shape[-2] > 1:
+            mask = reorder(mask, order(range(first, first + ulysses.size)), dim=-2)
+        if mask.shape[-1] == total:
+            mask = reorder(mask, order(range(both.size)), dim=-1)
+        else:
+            mask = self._gathered_mask(mask, is_joint)
+        if mask.shape[1] > 1 and ulysses.size > 1:
+            (mask,) = own_heads((mask,), axis=ulysses)
+        return mask
+
+    def _gathered_mask(self, mask: Tensor, is_joint: bool) -> Tensor:
+        """Return the masks (B, H, 1, keys) of all ranks' keys in rank order, from this rank's."""
+        assert self.current is not None
+        axis = self._mesh.axis("ring", "ulysses")
+        lengths = [
+            self.current.layout.shard(index).count(with_text=is_joint) for index in range(axis.size)
+        ]
+        numbers = mask.to(torch.uint8) if mask.dtype == torch.bool else mask
+        tokens = gather_tokens(
+            numbers[:, :, 0].transpose(1, 2).contiguous(),
+            lengths=lengths,
+            axis=axis,
+            traffic=self._mesh.traffic,
+        )
+        return tokens.to(mask.dtype).transpose(1, 2)[:, :, None]
 
     def _lengths(
         self, is_joint: bool, ulysses: Axis, ring_rank: int, *, all_patches: bool = False
@@ -246,7 +330,7 @@ def attention_modules(
 
 class _Intercept(TorchFunctionMode):
     """Pass every scaled_dot_product_attention of a `with` block to `attend(index, query=, key=,
-    value=, scale=)`.
+    value=, scale=, mask=)`.
     """
 
     def __init__(self, attend: Callable[..., Tensor]) -> None:
@@ -282,12 +366,18 @@ def _plain_arguments(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> dict[str, Any]:
-    """Return the arguments of an attention without mask or dropout. UnsupportedError for anything
-    else, which would be computed wrongly.
+    """Return the arguments of a plain attention. UnsupportedError for causal attention and dropout,
+    which would be computed wrongly. enable_gqa is seen from the heads.
     """
-    if attn_mask is not None or is_causal or dropout_p or enable_gqa:
+    if is_causal or dropout_p:
         raise UnsupportedError(
-            "backend 'xdit' cannot distribute attention with a mask, dropout or grouped heads over "
-            "ranks. Use --use_cfg_parallel alone, or another backend."
+            "backend 'xdit' cannot distribute causal attention or dropout over ranks. Use "
+            "--use_cfg_parallel alone, or another backend."
         )
-    return {"query": query, "key": key, "value": value, "scale": scale}
+    return {"query": query, "key": key, "value": value, "scale": scale, "mask": attn_mask}
+
+
+def _is_mask_of(mask: Tensor, own: int, total: int) -> bool:
+    """Whether a mask is for all tokens, or for this rank's keys alike for all queries."""
+    rows, columns = mask.shape[-2:] if mask.dim() > 1 else (1, mask.shape[-1])
+    return (rows, columns) in ((1, total), (total, total), (1, own))

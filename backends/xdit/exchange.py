@@ -140,16 +140,21 @@ def ring_attention(
     traffic: CommStats,
     scale: float | None,
     whole: Sequence[Tensor] | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Return the attention (B, H, S, D) of this rank's queries (B, H, S, D) to the keys and values
     of all ranks, which travel around the ring.
 
-    key, value: (B, H, lengths[axis.rank], D). whole: further keys and values, the same on every
-    rank. The next block is under way while this one is computed. Parts are merged in float32 by
-    their log-sum-exp. Source: Ring Attention, arXiv:2310.01889, section 3.
+    key, value: (B, H or fewer, lengths[axis.rank], D). whole: further keys and values, the same on
+    every rank. mask: for these queries and the keys of all ranks in rank order. The next block is
+    under way while this one is computed. Parts are merged in float32 by their log-sum-exp. Source:
+    Ring Attention, arXiv:2310.01889, section 3.
     """
     block = torch.stack((key, value))
     merged = attention_with_lse(query, *whole, scale=scale) if whole else None
+    masks = [mask] * axis.size
+    if mask is not None and mask.shape[-1] > 1:
+        masks = list(mask.split(list(lengths), dim=-1))
     for step in range(axis.size):
         owner = (axis.rank - step) % axis.size
         pending, arriving = [], None
@@ -157,7 +162,7 @@ def ring_attention(
             arriving = block.new_empty((*block.shape[:3], lengths[owner - 1], block.shape[4]))
             pending = _pass_on(block, arriving, axis=axis, traffic=traffic)
         if lengths[owner]:
-            part = attention_with_lse(query, block[0], block[1], scale=scale)
+            part = attention_with_lse(query, block[0], block[1], scale=scale, mask=masks[owner])
             merged = part if merged is None else _merge(merged, part)
         started = time.perf_counter()
         for work in pending:
@@ -180,45 +185,83 @@ def _pass_on(block: Tensor, arriving: Tensor, *, axis: Axis, traffic: CommStats)
 
 
 def attention_with_lse(
-    query: Tensor, key: Tensor, value: Tensor, *, scale: float | None
+    query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return the attention (B, H, S, D) and the log of its softmax denominators (B, H, S), in
-    float32.
+    float32. A query that sees no key has 0 and minus infinity.
     """
     if query.shape[1] == 0 or query.shape[2] == 0:
         return torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+    key, value = (repeat_heads(tensor, query.shape[1]) for tensor in (key, value))
+    bias = None if mask is None else _bias(mask, query, key)
     if query.device.type == "cpu":
         output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, scale=scale
+            query, key, value, attn_mask=bias, scale=scale
         )
     elif (
-        query.dtype in (torch.float16, torch.bfloat16)
+        bias is None
+        and query.dtype in (torch.float16, torch.bfloat16)
         and torch.cuda.get_device_capability(query.device) >= HAS_FLASH
     ):
         output, lse = torch.ops.aten._scaled_dot_product_flash_attention(
             query, key, value, scale=scale
         )[:2]
-    else:  # the flash kernel takes no float32, and Turing has none
+    else:  # the flash kernel takes no float32 and no mask, and Turing has none
         output, lse = torch.ops.aten._scaled_dot_product_efficient_attention(
-            query, key, value, None, True, scale=scale
+            query, key, value, bias, True, scale=scale
         )[:2]
-    return output.float(), lse[:, :, : query.shape[2]].float()  # some kernels pad the rows of lse
+    output, lse = output.float(), lse[:, :, : query.shape[2]].float()  # some kernels pad rows
+    if bias is None:
+        return output, lse
+    blind = (bias == -math.inf).all(dim=-1)  # kernels disagree about their results
+    return output.masked_fill(blind[..., None], 0), lse.masked_fill(blind, -math.inf)
+
+
+def _bias(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """Return what is added to the scores (B, H, S, K), in the dtype of the query. Its rows begin at
+    multiples of 16 bytes, as CUDA's kernel wants it.
+    """
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -math.inf)
+    shape = (*query.shape[:3], key.shape[2])
+    bias = mask.to(query.dtype).expand(*mask.shape[:-1], shape[-1])
+    return F.pad(bias, (0, -shape[-1] % 8))[..., : shape[-1]].expand(shape)
+
+
+def repeat_heads(tensor: Tensor, num_heads: int) -> Tensor:
+    """Return keys or values (B, H, S, D) of grouped queries once for each of their query heads."""
+    return (
+        tensor.repeat_interleave(num_heads // tensor.shape[1], dim=1)
+        if (tensor.shape[1] not in (0, num_heads))
+        else tensor
+    )
 
 
 def _merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Merge two parts of one softmax, each normalised over its own keys."""
     lse = torch.logaddexp(first[1], second[1])
+    level = lse.masked_fill(lse == -math.inf, 0)  # where no key was seen yet
     output = (
-        first[0] * (first[1] - lse).exp()[..., None]
-        + second[0] * (second[1] - lse).exp()[..., None]
+        first[0] * (first[1] - level).exp()[..., None]
+        + second[0] * (second[1] - level).exp()[..., None]
     )
     return output, lse
 
 
-def plain_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float | None) -> Tensor:
+def plain_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float | None,
+    mask: Tensor | None = None,
+) -> Tensor:
     """Return torch's own attention; empty where this rank has no head (more ranks than heads) or no
     query.
     """
     if query.shape[1] == 0 or query.shape[2] == 0:
         return torch.empty_like(query)
-    return F.scaled_dot_product_attention(query, key, value, scale=scale)
+    is_grouped = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(
+        query, key, value, mask, scale=scale, enable_gqa=is_grouped
+    )

@@ -36,6 +36,16 @@ def take(tensor: Tensor, spans: Sequence[Span], *, dim: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
 
 
+def reorder(tensor: Tensor, positions: Sequence[int], *, dim: int) -> Tensor:
+    """Return the entries of `tensor` at these positions along `dim`; a view if they are
+    consecutive.
+    """
+    start = positions[0] if positions else 0
+    if list(positions) == list(range(start, start + len(positions))):
+        return tensor.narrow(dim, start, len(positions))
+    return tensor.index_select(dim, torch.tensor(positions, device=tensor.device))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
     """The tokens that one rank computes in one pass through the blocks, one span per patch."""
@@ -88,3 +98,17 @@ class Layout:
             text=tuple(split(text, parts=self.num_shards, index=index) for text, _ in spans),
             image=tuple(split(image, parts=self.num_shards, index=index) for _, image in spans),
         )
+
+    def order(self, shards: Sequence[int], *, is_joint: bool, is_text_first: bool) -> list[int]:
+        """Return the positions, in the model's sequence, of the tokens of these shards in the order
+        in which their ranks have them. is_joint: the sequence has the text too.
+        """
+        num_text = self.num_text if is_joint else 0
+        starts = (0, num_text) if is_text_first else (self.num_image, 0)
+        positions: list[int] = []
+        for index in shards:
+            shard = self.shard(index)
+            streams = [(starts[0], shard.text if is_joint else ()), (starts[1], shard.image)]
+            for start, spans in streams if is_text_first else reversed(streams):
+                positions += [start + token for span in spans for token in range(*span)]
+        return positions
