@@ -97,6 +97,10 @@ class RowLayout:
         """Return the token patches for a part of `length` tokens in row order."""
         return self._found(self._tokens.get(length), f"{length} tokens")
 
+    def parts(self) -> list[tuple[int, int]]:
+        """Return (height, width) of this rank's part at all resolutions."""
+        return list(self._parts)
+
     def is_part(self, height: int, width: int) -> bool:
         """Whether a (..., height, width) tensor is already this rank's patch."""
         return (height, width) in self._parts

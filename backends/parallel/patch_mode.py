@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.attention import AttentionModuleMixin, TemporalBasicTransformerBlock
 from diffusers.models.attention_processor import Attention
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageAttentionBlock
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanAttentionBlock
 from diffusers.models.transformers.transformer_temporal import TransformerTemporalModel
 from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 from torch import Tensor, nn
@@ -36,6 +38,8 @@ STRIPS_FROM = 48
 rows twice than to copy the patch.
 """
 
+SPATIAL = (Attention, AttentionModuleMixin, QwenImageAttentionBlock, WanAttentionBlock)
+"""Modules with attention over the pixels of one frame, unless they are part of one of _TEMPORAL."""
 _TEMPORAL = (TransformerTemporalModel, AnimateDiffTransformer3D, TemporalBasicTransformerBlock)
 """Modules whose attention runs over frames. Each pixel's frames all lie in one patch."""
 
@@ -350,11 +354,7 @@ def _spatial_attentions(network: nn.Module) -> list[tuple[nn.Module, bool]]:
         if isinstance(module, _TEMPORAL)
         for part in module.modules()
     }
-    spatial = [
-        m
-        for m in network.modules()
-        if isinstance(m, Attention | AttentionModuleMixin) and id(m) not in temporal
-    ]
+    spatial = [m for m in network.modules() if isinstance(m, SPATIAL) and id(m) not in temporal]
     return [(module, getattr(module, "add_k_proj", None) is not None) for module in spatial]
 
 

@@ -254,7 +254,7 @@ class Settings(_BackendOptions):
     enable_vae_tiling: bool = _memory(False, _switch, "Decode large images in tiles.")
     enable_vae_slicing: bool = _memory(False, _switch, "Decode the images of a batch one by one.")
     parallel_vae: bool | None = _memory(
-        None, _switch, "Decode each image on all ranks together. Default: on.",
+        None, _switch, "Decode and encode each image on all ranks together. Default: on.",
         aliases=("use_parallel_vae",))
     enable_attention_slicing: bool = _memory(
         False, _switch, "Compute attention in slices (backends single and asyncdiff).")

@@ -6,6 +6,7 @@ import logging
 from dataclasses import replace
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import AutoencoderTiny
@@ -58,6 +59,125 @@ def test_band_decode_matches_the_single_decode(run_on_ranks, world_size):
     for name in ("sdxl", "sd3", "sdup", "svd"):
         checkpoint(name)
     run_on_ranks(check_decodes, world_size)
+
+
+WAN = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 1}
+FOUR = {"latent_channels": 4, "block_out_channels": (8, 8, 8, 8)}
+LTX = FOUR | {"layers_per_block": (1, 1, 1, 1, 1), "patch_size": 2}
+VIDEO = {
+    "wan": ("AutoencoderKLWan", WAN),
+    "wan 2.2": (
+        "AutoencoderKLWan",
+        WAN
+        | {
+            "is_residual": True,
+            "decoder_base_dim": 8,
+            "patch_size": 2,
+            "in_channels": 12,
+            "out_channels": 12,
+            "scale_factor_spatial": 16,
+        },
+    ),
+    "qwen": ("AutoencoderKLQwenImage", WAN),
+    "ltx": (
+        "AutoencoderKLLTXVideo",
+        LTX
+        | {
+            "decoder_block_out_channels": (8, 8, 8, 8),
+            "decoder_layers_per_block": (1, 1, 1, 1, 1),
+            "spatio_temporal_scaling": (True, True, False, False),
+            "decoder_spatio_temporal_scaling": (True, True, False, False),
+        },
+    ),
+    "ltx 2": (
+        "AutoencoderKLLTX2Video",
+        LTX
+        | {
+            "block_out_channels": (8, 16, 16, 32),
+            "decoder_block_out_channels": (8, 16, 32),
+            "decoder_layers_per_block": (1, 1, 1, 1),
+            "spatial_compression_ratio": 16,
+        },
+    ),
+    "cogvideox": (
+        "AutoencoderKLCogVideoX",
+        FOUR
+        | {
+            "down_block_types": ("CogVideoXDownBlock3D",) * 4,
+            "up_block_types": ("CogVideoXUpBlock3D",) * 4,
+            "layers_per_block": 1,
+            "norm_num_groups": 2,
+        },
+    ),
+    "hunyuan": (
+        "AutoencoderKLHunyuanVideo",
+        FOUR | {"layers_per_block": 1, "norm_num_groups": 4},
+    ),
+}
+"""VAE of videos -> its class and a tiny configuration."""
+
+
+def video_vae(name: str) -> Any:
+    """Weights are large enough for the pixels of one rank to depend on those of the other."""
+    kind, config = VIDEO[name]
+    torch.manual_seed(0)
+    vae = getattr(diffusers, kind)(**config).eval()
+    for parameter in vae.parameters():
+        if parameter.dim() > 1:
+            parameter.data = torch.randn_like(parameter) * 0.2
+    return vae
+
+
+@torch.no_grad()
+def check_videos(rank: int, world_size: int) -> None:
+    mesh = mesh_of(rank, ("patch", world_size))
+    for name in VIDEO:
+        vae = video_vae(name)
+        latents = torch.randn(1, 4, 1 if name == "qwen" else 3, 8 * world_size + 2, 6)
+        pixels = vae.decode(latents).sample
+        states = vae.encode(pixels).latent_dist.parameters
+        for work, given, want in (("decode", latents, pixels), ("encode", pixels, states)):
+            attach_patch_decode(vae, mesh)
+            got = (
+                vae.decode(given).sample
+                if work == "decode"
+                else vae.encode(given).latent_dist.parameters
+            )
+            detach_patch_decode(vae)
+            assert mesh.traffic.messages > 0, f"{name}: {work} was not shared"
+            mesh.traffic.reset()
+            error = float((got - want).abs().max() / want.abs().max())
+            assert error < 5e-6, f"{name}: {work} differs by {error:.1e} of the largest value"
+        assert not any(hooks.attached(module) for module in vae.modules())
+    mesh.destroy()
+
+
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_videos_are_decoded_and_encoded_in_patches(run_on_ranks, world_size):
+    run_on_ranks(check_videos, world_size)
+
+
+@torch.no_grad()
+def check_encodes(rank: int, world_size: int) -> None:
+    mesh = mesh_of(rank, ("patch", world_size))
+    for name in ("sdxl", "sd3", "flux2"):
+        vae = load(name).vae
+        height = 8 * (8 * world_size + 1)
+        pixels = torch.randn(2, 3, height, 64)
+        want = vae.encode(pixels).latent_dist.parameters
+        attach_patch_decode(vae, mesh)
+        got = vae.encode(pixels).latent_dist.parameters
+        detach_patch_decode(vae)
+        assert mesh.traffic.messages > 0, name
+        torch.testing.assert_close(got, want, rtol=0, atol=2e-5)
+        mesh.traffic.reset()
+    mesh.destroy()
+
+
+def test_images_are_encoded_in_patches(run_on_ranks):
+    for name in ("sdxl", "sd3", "flux2"):
+        checkpoint(name)
+    run_on_ranks(check_encodes, 2)
 
 
 @torch.no_grad()
