@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from backends.errors import UnsupportedError
 from backends.parallel.patch_bounds import PatchBounds, RowLayout, TokenLayout, cut
 from backends.parallel.patch_mode import ImageTokens
-from backends.parallel.transformers import TransformerSpec, names_with, transformer_of
+from backends.parallel.transformer_spec import TransformerSpec
+from backends.parallel.transformers import names_with, transformer_of
 
 
 def part_of(tensor: Tensor, patches: PatchBounds, patch: int, dim: int) -> Tensor:

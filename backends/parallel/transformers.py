@@ -1,91 +1,16 @@
 """Facts about the diffusers transformers that the backends can split: one row per class.
 
-Imports no torch, so that plans are checked with the same facts that execution uses. A model whose
-class has a row needs no code; docs/xdit.md explains how to add one.
+Imports no torch. A model whose class has a row needs no code; docs/xdit.md explains how to add one.
 """
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
 
-Arguments = Mapping[str, Any]
-"""Arguments of a call by name, in the order of the signature."""
+from backends.parallel.transformer_spec import Arguments, BlockCut, Cut, TransformerSpec
+
 ZIMAGE_MULTIPLE = 32
 """Z-Image pads image and text tokens each to a multiple of this number. A test compares it with
 diffusers' SEQ_MULTI_OF.
 """
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TransformerSpec:
-    """Facts about one denoiser class. "Image" tokens are the ones that become the image."""
-
-    # Lists of transformer blocks, in the order in which they run.
-    blocks: tuple[str, ...]
-    # Module that turns latents (B, C, H, W) into image tokens (B, N, D). None: the pipeline passes
-    # tokens as hidden_states.
-    embed: str | None = None
-    # The embedding returns a map (B, D, F, H, W), which the class flattens into tokens afterwards.
-    embeds_map: bool = False
-    # Position-embedding module -> for each of its outputs, (stream, token dim).
-    positions: Mapping[str, tuple[tuple[Literal["image", "text"], int], ...]] = field(
-        default_factory=dict
-    )
-    # Argument of that module with the number of text tokens, if the class counts this rank's only.
-    text_length: str | None = None
-    # Block arguments -> token dim, for a class that joins its tokens just before the blocks. The
-    # first argument (the tokens) is cut at the first block, the others at every block.
-    cut_in_blocks: Mapping[str, int] = field(default_factory=dict)
-    # Argument with the text tokens (B, T, D) that run through the blocks beside the image. None:
-    # the text is read by cross-attention only.
-    text: str | None = None
-    # Text precedes the image where the two are concatenated.
-    is_text_first: bool = False
-    # Further arguments with one entry per image token -> token dim. Lists and tuples of tensors are
-    # cut one by one.
-    image_arguments: Mapping[str, int] = field(default_factory=dict)
-    # The same for text tokens.
-    text_arguments: Mapping[str, int] = field(default_factory=dict)
-    # Attention modules over image tokens only. The others also see text tokens, if there are any.
-    image_attention: frozenset[str] = frozenset()
-    # Attention modules over text tokens only. Every rank has all of these.
-    cross_attention: frozenset[str] = frozenset()
-    # Attention to image prompt tokens (IP-Adapter): in a separate call, or in the same call after
-    # the image tokens.
-    image_prompt_keys: Literal["alone", "after image"] = "alone"
-    # Module (or ModuleDict) after the last block: the first one that needs all tokens.
-    tail: str = "norm_out"
-    # Number of tokens of a call, where it does not follow from the first argument's shape.
-    num_tokens: Callable[[Arguments], int] | None = None
-    # DistriFuser can cut its tokens into patches.
-    has_patches: bool = False
-    # PipeFusion can split its blocks into stages.
-    has_stages: bool = False
-    # diffusers has a tensor-parallel plan (`_tp_plan`) for it; a test compares.
-    has_tensor_plan: bool = False
-    # Its later blocks read skip connections from earlier ones, so stages cannot split them.
-    crosses_skips: bool = False
-
-    @property
-    def image_tokens(self) -> Literal["all", "first", "last"]:
-        """Position of the image tokens in the sequence that an attention layer sees."""
-        if self.text is None:
-            return "all"
-        return "last" if self.is_text_first else "first"
-
-    def num_image_tokens(self, config: Any, arguments: Arguments) -> int:
-        """Return the number of image tokens of a call. config: the denoiser's configuration."""
-        if self.num_tokens is not None:
-            return self.num_tokens(arguments)
-        latents = next(iter(arguments.values()))
-        if self.embed is None:
-            return latents.shape[1]
-        side = config.patch_size
-        sides = side if isinstance(side, list | tuple) else (side, side)
-        return math.prod(
-            length // side for length, side in zip(latents.shape[-len(sides) :], sides, strict=True)
-        )
 
 
 def _num_zimage_tokens(arguments: Arguments) -> int:
@@ -100,6 +25,67 @@ def _num_zimage_tokens(arguments: Arguments) -> int:
         len(text),
     )
     return sum(math.ceil(count / ZIMAGE_MULTIPLE) * ZIMAGE_MULTIPLE for count in counts)
+
+
+_ONE = {"hidden_states": Cut("image", 1)}
+_STREAMS = {"hidden_states": Cut("image", 1), "encoder_hidden_states": Cut("text", 1)}
+_WAN_ARGUMENTS = {
+    "hidden_states": Cut("image", 1),
+    "rotary_emb": Cut("image", 1),
+    "temb": Cut("image", 1, ndim=4),  # a timestep for each token
+}
+
+
+def _wan(blocks: str, *, gathers_each: bool = False) -> TransformerSpec:
+    """Video tokens that read the text by cross-attention."""
+    return TransformerSpec(
+        blocks=(blocks,),
+        cuts={blocks: BlockCut(arguments=_WAN_ARGUMENTS, gathers_each=gathers_each)},
+        cross_attention=frozenset({"attn2"}),
+    )
+
+
+def _one_stream(blocks: str, positions: Cut) -> TransformerSpec:
+    """Text and image in one sequence."""
+    arguments = {**_ONE, "image_rotary_emb": positions}
+    return TransformerSpec(blocks=(blocks,), cuts={blocks: BlockCut(arguments=arguments)})
+
+
+def _joint(blocks: str, *, gathers_each: bool = False, **arguments: Cut) -> TransformerSpec:
+    """Two streams, text first, in blocks that return the image first."""
+    cut = BlockCut(
+        arguments={**_STREAMS, **arguments},
+        returns=("image", "text"),
+        is_text_first=True,
+        gathers_each=gathers_each,
+    )
+    return TransformerSpec(blocks=(blocks,), cuts={blocks: cut})
+
+
+def _flux_like() -> TransformerSpec:
+    """Two streams in double and single blocks, with one table of positions."""
+    lists = ("transformer_blocks", "single_transformer_blocks")
+    cut = BlockCut(
+        arguments={**_STREAMS, "image_rotary_emb": Cut("joint", 0)},
+        returns=("text", "image"),
+        is_text_first=True,
+    )
+    return TransformerSpec(blocks=lists, cuts=dict.fromkeys(lists, cut))
+
+
+def _hunyuan() -> TransformerSpec:
+    """Two streams, image first. Tokens of the first frame may be modulated otherwise."""
+    lists = ("transformer_blocks", "single_transformer_blocks")
+    cut = BlockCut(
+        arguments={
+            **_STREAMS,
+            "freqs_cis": Cut("image", 0),
+            "image_rotary_emb": Cut("image", 0),
+            "num_tokens": Cut("image", 0),
+        },
+        returns=("image", "text"),
+    )
+    return TransformerSpec(blocks=lists, cuts=dict.fromkeys(lists, cut))
 
 
 TRANSFORMERS = {
@@ -138,16 +124,6 @@ TRANSFORMERS = {
         has_patches=True,
         crosses_skips=True,
     ),
-    "QwenImageTransformer2DModel": TransformerSpec(
-        blocks=("transformer_blocks",),
-        text="encoder_hidden_states",
-        is_text_first=True,
-        positions={"pos_embed": (("image", 0), ("text", 0))},
-        text_length="max_txt_seq_len",
-        image_arguments={"hidden_states": 1, "controlnet_block_samples": 1},
-        text_arguments={"encoder_hidden_states_mask": 1},
-        has_tensor_plan=True,
-    ),
     "Flux2Transformer2DModel": TransformerSpec(
         blocks=("transformer_blocks", "single_transformer_blocks"),
         text="encoder_hidden_states",
@@ -156,13 +132,6 @@ TRANSFORMERS = {
         text_arguments={"txt_ids": -2},
         has_tensor_plan=True,
     ),
-    "WanTransformer3DModel": TransformerSpec(
-        blocks=("blocks",),
-        embed="patch_embedding",
-        embeds_map=True,
-        positions={"rope": (("image", 1), ("image", 1))},
-        cross_attention=frozenset({"attn2"}),
-    ),
     "ZImageTransformer2DModel": TransformerSpec(
         blocks=("layers",),
         cut_in_blocks={"x": 1, "freqs_cis": 1},
@@ -170,6 +139,215 @@ TRANSFORMERS = {
         tail="all_final_layer",
         num_tokens=_num_zimage_tokens,
     ),
+    "QwenImageTransformer2DModel": TransformerSpec(
+        blocks=("transformer_blocks",),
+        cuts={
+            "transformer_blocks": BlockCut(
+                arguments={
+                    **_STREAMS,
+                    "image_rotary_emb": (Cut("image", 0), Cut("text", 0)),
+                    "encoder_hidden_states_mask": Cut("text", 1),
+                    "modulate_index": Cut("image", 1),
+                },
+                returns=("text", "image"),
+                is_text_first=True,
+            )
+        },
+        image_arguments={"controlnet_block_samples": 1},
+        has_tensor_plan=True,
+    ),
+    "WanTransformer3DModel": _wan("blocks"),
+    "WanVACETransformer3DModel": TransformerSpec(
+        blocks=("blocks", "vace_blocks"),
+        cuts={
+            "blocks": BlockCut(arguments=_WAN_ARGUMENTS, gathers_each=True),
+            "vace_blocks": BlockCut(
+                arguments=_WAN_ARGUMENTS | {"control_hidden_states": Cut("image", 1)},
+                returns=("image", "image"),
+                gathers_each=True,
+            ),
+        },
+        cross_attention=frozenset({"attn2"}),
+    ),
+    "WanAnimateTransformer3DModel": _wan("blocks", gathers_each=True),
+    "ChronoEditTransformer3DModel": _wan("blocks"),
+    "SkyReelsV2Transformer3DModel": TransformerSpec(
+        blocks=("blocks",),
+        cuts={"blocks": BlockCut(arguments=_WAN_ARGUMENTS | {"temb": Cut("image", 2, ndim=4)})},
+        cross_attention=frozenset({"attn2"}),
+    ),
+    "AnyFlowTransformer3DModel": TransformerSpec(
+        blocks=("blocks",),
+        cuts={"blocks": BlockCut(arguments=_WAN_ARGUMENTS | {"rotary_emb": Cut("image", -2)})},
+        cross_attention=frozenset({"attn2"}),
+    ),
+    "AuraFlowTransformer2DModel": TransformerSpec(
+        blocks=("joint_transformer_blocks", "single_transformer_blocks"),
+        cuts={
+            "joint_transformer_blocks": BlockCut(
+                arguments=_STREAMS, returns=("text", "image"), is_text_first=True
+            ),
+            "single_transformer_blocks": BlockCut(arguments=_ONE),
+        },
+    ),
+    "CogVideoXTransformer3DModel": _joint("transformer_blocks", image_rotary_emb=Cut("image", 0)),
+    "ConsisIDTransformer3DModel": _joint(
+        "transformer_blocks", gathers_each=True, image_rotary_emb=Cut("image", 0)
+    ),
+    "CogView3PlusTransformer2DModel": _joint("transformer_blocks"),
+    "CogView4Transformer2DModel": _joint("transformer_blocks", image_rotary_emb=Cut("image", 0)),
+    "GlmImageTransformer2DModel": _joint("transformer_blocks", image_rotary_emb=Cut("image", 0)),
+    "EasyAnimateTransformer3DModel": _joint("transformer_blocks", image_rotary_emb=Cut("image", 0)),
+    "AllegroTransformer3DModel": TransformerSpec(
+        blocks=("transformer_blocks",),
+        cuts={
+            "transformer_blocks": BlockCut(
+                arguments=_ONE
+                | {"attention_mask": Cut("image", -1), "image_rotary_emb": Cut("image", -2)}
+            )
+        },
+        cross_attention=frozenset({"attn2"}),
+    ),
+    "DiTTransformer2DModel": TransformerSpec(
+        blocks=("transformer_blocks",), cuts={"transformer_blocks": BlockCut(arguments=_ONE)}
+    ),
+    "BriaTransformer2DModel": _flux_like(),
+    "LongCatImageTransformer2DModel": _flux_like(),
+    "OvisImageTransformer2DModel": _flux_like(),
+    "BriaFiboTransformer2DModel": TransformerSpec(
+        blocks=("transformer_blocks", "single_transformer_blocks"),
+        text="encoder_hidden_states",
+        is_text_first=True,
+        image_arguments={"hidden_states": 1, "img_ids": -2},
+        text_arguments={"txt_ids": -2, "text_encoder_layers": 1},
+    ),
+    "ChromaTransformer2DModel": TransformerSpec(
+        blocks=("transformer_blocks", "single_transformer_blocks"),
+        cuts={
+            "transformer_blocks": BlockCut(
+                arguments={**_STREAMS, "image_rotary_emb": Cut("joint", 0)},
+                returns=("text", "image"),
+                is_text_first=True,
+            ),
+            "single_transformer_blocks": BlockCut(
+                arguments={**_ONE, "image_rotary_emb": Cut("image", 0)}
+            ),
+        },
+        image_arguments={"controlnet_block_samples": 1},
+    ),
+    "ErnieImageTransformer2DModel": TransformerSpec(
+        blocks=("layers",),
+        cuts={
+            "layers": BlockCut(
+                arguments={
+                    "x": Cut("image", 0),
+                    "rotary_pos_emb": Cut("image", 1),
+                    "temb": Cut("image", 0),
+                }
+            )
+        },
+    ),
+    "HiDreamImageTransformer2DModel": TransformerSpec(
+        blocks=("double_stream_blocks", "single_stream_blocks"),
+        cuts={
+            "double_stream_blocks": BlockCut(
+                arguments={
+                    **_STREAMS,
+                    "hidden_states_masks": Cut("image", 1),
+                    "image_rotary_emb": Cut("joint", 1),
+                },
+                returns=("image", "text"),
+                gathers_each=True,
+            ),
+            "single_stream_blocks": BlockCut(
+                arguments={
+                    **_ONE,
+                    "hidden_states_masks": Cut("image", 1),
+                    "image_rotary_emb": Cut("image", 1),
+                },
+                gathers_each=True,
+            ),
+        },
+    ),
+    "HunyuanVideoTransformer3DModel": _hunyuan(),
+    "HunyuanVideoFramepackTransformer3DModel": _hunyuan(),
+    "HunyuanImageTransformer2DModel": _hunyuan(),
+    "HunyuanVideo15Transformer3DModel": TransformerSpec(
+        blocks=("transformer_blocks",),
+        cuts={
+            "transformer_blocks": BlockCut(
+                arguments={
+                    **_STREAMS,
+                    "attention_mask": Cut("text", 1),
+                    "freqs_cis": Cut("image", 0),
+                },
+                returns=("image", "text"),
+            )
+        },
+    ),
+    "Ideogram4Transformer2DModel": TransformerSpec(
+        blocks=("layers",),
+        cuts={
+            "layers": BlockCut(
+                arguments={
+                    **_ONE,
+                    "image_rotary_emb": Cut("image", -2),
+                    "adaln_input": Cut("image", 1),
+                }
+            )
+        },
+    ),
+    "JoyImageEditTransformer3DModel": TransformerSpec(
+        blocks=("double_blocks",),
+        cuts={
+            "double_blocks": BlockCut(
+                arguments={
+                    **_STREAMS,
+                    "image_rotary_emb": (Cut("image", 0), Cut("text", 0)),
+                },
+                returns=("image", "text"),
+            )
+        },
+    ),
+    "Kandinsky5Transformer3DModel": TransformerSpec(
+        blocks=("visual_transformer_blocks",),
+        cuts={
+            "visual_transformer_blocks": BlockCut(
+                arguments={"visual_embed": Cut("image", 1), "rope": Cut("image", 1)}
+            )
+        },
+        cross_attention=frozenset({"cross_attention"}),
+    ),
+    "Krea2Transformer2DModel": _one_stream("transformer_blocks", Cut("image", 0)),
+    "LTXVideoTransformer3DModel": TransformerSpec(
+        blocks=("transformer_blocks",),
+        cuts={
+            "transformer_blocks": BlockCut(
+                arguments=_ONE | {"temb": Cut("image", 1), "image_rotary_emb": Cut("image", 1)}
+            )
+        },
+        cross_attention=frozenset({"attn2"}),
+    ),
+    "LTX2VideoTransformer3DModel": TransformerSpec(
+        blocks=("transformer_blocks",),
+        cuts={
+            "transformer_blocks": BlockCut(
+                arguments=_ONE
+                | dict.fromkeys(("temb", "temb_ca_scale_shift", "temb_ca_gate"), Cut("image", 1))
+                | dict.fromkeys(("video_rotary_emb", "ca_video_rotary_emb"), Cut("image", -2)),
+                returns=("image", "whole"),
+            )
+        },
+        cross_attention=frozenset({"attn2", "audio_attn1", "audio_attn2", "audio_to_video_attn"}),
+        gathers_keys=frozenset({"video_to_audio_attn"}),
+    ),
+    "Lumina2Transformer2DModel": _one_stream("layers", Cut("image", 1)),
+    "LuminaNextDiT2DModel": TransformerSpec(
+        blocks=("layers",),
+        cuts={"layers": BlockCut(arguments={**_ONE, "image_rotary_emb": Cut("image", 1)})},
+        cross_attention=frozenset({"attn2"}),
+    ),
+    "OmniGenTransformer2DModel": _one_stream("layers", Cut("image", -2)),
 }
 """Class name -> its row."""
 

@@ -7,6 +7,7 @@ stay diffusers' own. Cross-attention is left alone.
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
@@ -19,18 +20,18 @@ from torch.overrides import TorchFunctionMode
 from backends.errors import UnsupportedError
 from backends.groups.mesh import Axis, Mesh
 from backends.parallel import hooks
-from backends.parallel.transformers import TransformerSpec
+from backends.parallel.transformer_spec import TransformerSpec
 from backends.xdit.exchange import (
     gather_tokens,
     heads_for_tokens,
     own_heads,
+    own_mask,
     plain_attention,
     repeat_heads,
     ring_attention,
     tokens_for_heads,
 )
-from backends.xdit.layout import Layout, reorder
-from backends.xdit.stale import StaleKVCache
+from backends.xdit.layout import Layout, StaleKVCache
 
 NAME = "xdit attention"
 
@@ -45,6 +46,8 @@ class Pass:
     """The patch that is computed; None for all tokens at once."""
     stale: StaleKVCache | None = None
     """Keys and values of all patches; None where there are no patches."""
+    is_text_first: bool = False
+    """Text precedes the image where the two are concatenated."""
 
 
 class SpreadAttention:
@@ -63,10 +66,7 @@ class SpreadAttention:
         for path, module in attention_modules(denoiser, self._transformer):
             if path.rpartition(".")[2] in self._transformer.cross_attention:
                 continue
-            is_joint = (
-                self._transformer.text is not None
-                and path.rpartition(".")[2] not in self._transformer.image_attention
-            )
+            is_joint = path.rpartition(".")[2] not in self._transformer.image_attention
             hooks.attach(module, NAME, self._around(module, path, is_joint))
             self._modules.append(module)
 
@@ -77,12 +77,18 @@ class SpreadAttention:
 
     def _around(self, module: nn.Module, path: str, is_joint: bool) -> Callable[..., Any]:
         crosses = (
-            getattr(module, "added_kv_proj_dim", None) is None
+            not self._transformer.has_text_in(path)
+            and path.rpartition(".")[2] not in self._transformer.gathers_keys
+            and getattr(module, "added_kv_proj_dim", None) is None
         )  # has no projections for a second stream
 
+        names = [*inspect.signature(type(module).forward).parameters][1:]  # without self
+
         def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            other = kwargs.get("encoder_hidden_states", args[1] if len(args) > 1 else None)
-            if self.current is None or (crosses and other is not None):
+            given = dict(zip(names, args, strict=False)) | kwargs
+            other = given.get("encoder_hidden_states")
+            is_other = other is not None and other is not given.get("hidden_states")
+            if self.current is None or (crosses and is_other):
                 return forward(*args, **kwargs)
             with _Intercept(
                 lambda index, **call: self._attend(path, is_joint, index, **call)
@@ -117,6 +123,9 @@ class SpreadAttention:
         queries, keys), where the keys are this rank's, or queries and keys are those of all ranks
         in the order of the model.
         """
+        if path.rpartition(".")[2] in self._transformer.gathers_keys:
+            key, value = (self._gathered_keys(tensor) for tensor in (key, value))
+            return plain_attention(query, key, value, scale=scale, mask=mask)
         if index > 0:
             return self._attend_to_image_prompt(path, query, key, value, scale, mask)
         return self._attend_to_all(path, is_joint, query, key, value, scale, mask=mask)
@@ -165,7 +174,8 @@ class SpreadAttention:
         )
         num_heads = query.shape[1]
         lengths = self._lengths(is_joint, ulysses, ring.rank)
-        mask = self._own_mask(mask, path, is_joint, query) if mask is not None else None
+        if mask is not None:
+            mask = self._own_mask(mask, path, is_joint, query.shape[2])
         if ulysses.size > 1:
             query, key, value = self._exchange_heads(query, key, value, lengths)
             whole = own_heads(whole, axis=ulysses) if whole else None
@@ -221,50 +231,40 @@ class SpreadAttention:
         (query,) = (tensor.clone() for tensor in exchange((query,)))  # read before the next one
         return query, *exchange((key, value))
 
-    def _own_mask(self, mask: Tensor, path: str, is_joint: bool, query: Tensor) -> Tensor:
-        """Return a mask for this rank's queries after the exchange of heads, with the keys of all
-        ranks in the order in which the exchanges bring them.
-        """
+    def _own_mask(self, mask: Tensor, path: str, is_joint: bool, own: int) -> Tensor:
+        """Return a mask for this rank's queries after the exchange of heads."""
         assert self.current is not None
-        ulysses, ring = self._mesh.axis("ulysses"), self._mesh.axis("ring")
-        both = self._mesh.axis("ring", "ulysses")
-        layout, is_text_first = self.current.layout, self._transformer.is_text_first
-        total = layout.num_image + (layout.num_text if is_joint else 0)
-        if self.current.stale is not None or not _is_mask_of(mask, query.shape[2], total):
+        made = None
+        if self.current.stale is None:
+            made = own_mask(
+                mask,
+                own=own,
+                layout=self.current.layout,
+                is_joint=is_joint,
+                is_text_first=self.current.is_text_first,
+                mesh=self._mesh,
+            )
+        if made is None:
             raise UnsupportedError(
-                f"{path} has an attention mask of shape {tuple(mask.shape)} for {query.shape[2]} "
-                f"of {total} tokens, which backend 'xdit' cannot distribute over ranks"
+                f"{path} has an attention mask of shape {tuple(mask.shape)} for {own} tokens of "
+                "this rank, which backend 'xdit' cannot distribute over ranks"
                 f"{' with PipeFusion' if self.current.stale is not None else ''}. Use "
                 "--use_cfg_parallel alone, or another backend."
             )
-        mask = mask[(None,) * (4 - mask.dim())]
-        order = functools.partial(layout.order, is_joint=is_joint, is_text_first=is_text_first)
-        first = ring.rank * ulysses.size
-        if mask.shape[-2] > 1:
-            mask = reorder(mask, order(range(first, first + ulysses.size)), dim=-2)
-        if mask.shape[-1] == total:
-            mask = reorder(mask, order(range(both.size)), dim=-1)
-        else:
-            mask = self._gathered_mask(mask, is_joint)
-        if mask.shape[1] > 1 and ulysses.size > 1:
-            (mask,) = own_heads((mask,), axis=ulysses)
-        return mask
+        return made
 
-    def _gathered_mask(self, mask: Tensor, is_joint: bool) -> Tensor:
-        """Return the masks (B, H, 1, keys) of all ranks' keys in rank order, from this rank's."""
+    def _gathered_keys(self, tensor: Tensor) -> Tensor:
+        """Return the keys or values (B, H, S, D) of all image tokens."""
         assert self.current is not None
-        axis = self._mesh.axis("ring", "ulysses")
-        lengths = [
-            self.current.layout.shard(index).count(with_text=is_joint) for index in range(axis.size)
-        ]
-        numbers = mask.to(torch.uint8) if mask.dtype == torch.bool else mask
+        axis, layout = self._mesh.axis("ring", "ulysses"), self.current.layout
+        lengths = [layout.shard(index).count(with_text=False) for index in range(axis.size)]
         tokens = gather_tokens(
-            numbers[:, :, 0].transpose(1, 2).contiguous(),
+            tensor.transpose(1, 2).flatten(2).contiguous(),
             lengths=lengths,
             axis=axis,
             traffic=self._mesh.traffic,
         )
-        return tokens.to(mask.dtype).transpose(1, 2)[:, :, None]
+        return tokens.unflatten(2, (tensor.shape[1], -1)).transpose(1, 2)
 
     def _lengths(
         self, is_joint: bool, ulysses: Axis, ring_rank: int, *, all_patches: bool = False
@@ -304,7 +304,7 @@ class SpreadAttention:
             shard = layout.shard(index)
             streams = (
                 [shard.text, shard.image]
-                if self._transformer.is_text_first
+                if self.current.is_text_first
                 else [shard.image, shard.text]
             )
             for spans in streams if is_joint else [shard.image]:
@@ -323,7 +323,7 @@ def attention_modules(
     return [
         (f"{blocks}.{path}", module)
         for blocks in transformer.blocks
-        for path, module in getattr(denoiser, blocks).named_modules()
+        for path, module in denoiser.get_submodule(blocks).named_modules()
         if hasattr(module, "processor")
     ]
 
@@ -375,9 +375,3 @@ def _plain_arguments(
             "--use_cfg_parallel alone, or another backend."
         )
     return {"query": query, "key": key, "value": value, "scale": scale, "mask": attn_mask}
-
-
-def _is_mask_of(mask: Tensor, own: int, total: int) -> bool:
-    """Whether a mask is for all tokens, or for this rank's keys alike for all queries."""
-    rows, columns = mask.shape[-2:] if mask.dim() > 1 else (1, mask.shape[-1])
-    return (rows, columns) in ((1, total), (total, total), (1, own))

@@ -7,6 +7,7 @@ from torch import nn
 from backends.errors import RequestError
 from backends.parallel.base import Backend, RunInfo
 from backends.parallel.cfg_split import attach_batch_split, detach_batch_split
+from backends.xdit.blocks import BlockTokens, sequence_parallel
 from backends.xdit.stages import PipeFusion
 from backends.xdit.tensor import TensorParallel
 from backends.xdit.tokens import SequenceParallel
@@ -18,7 +19,7 @@ class XDiTBackend(Backend):
     """
 
     name: ClassVar[str] = "xdit"
-    _method: SequenceParallel | PipeFusion | None = None
+    _method: SequenceParallel | BlockTokens | PipeFusion | None = None
     _tensor: TensorParallel | None = None
 
     @property
@@ -42,7 +43,7 @@ class XDiTBackend(Backend):
                 blocks_per_stage=options["attn_layer_num_for_pp"],
             )
         elif self.plan.degree("ulysses") * self.plan.degree("ring") > 1:
-            self._method = SequenceParallel(denoiser, self.mesh)
+            self._method = sequence_parallel(denoiser, self.mesh)
         if self._method is not None:
             self._method.attach()
         attach_batch_split(denoiser, self.mesh, axis="data")

@@ -5,6 +5,7 @@ Shards may differ in length, and the number of ranks need not divide the heads. 
 on every rank beforehand.
 """
 
+import functools
 import math
 import time
 from collections.abc import Sequence
@@ -14,9 +15,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from backends.groups.mesh import Axis, CommStats
+from backends.groups.mesh import Axis, CommStats, Mesh
 from backends.groups.shared_memory import shared_memory
-from backends.xdit.layout import sizes
+from backends.xdit.layout import Layout, reorder, sizes
 
 HAS_FLASH = (8, 0)
 """Compute capability from which torch has FlashAttention's kernel."""
@@ -128,6 +129,49 @@ def gather_tokens(
     shapes = [(tokens.shape[0], length, tokens.shape[2]) for length in lengths]
     incoming = _trade([(tokens,)] * axis.size, shapes, axis=axis, traffic=traffic)
     return torch.cat([part for (part,) in incoming], dim=1)
+
+
+def own_mask(
+    mask: Tensor, *, own: int, layout: Layout, is_joint: bool, is_text_first: bool, mesh: Mesh
+) -> Tensor | None:
+    """Return an attention mask for this rank's queries after `tokens_for_heads`, with the keys of
+    all ranks in rank order; None if the ranks cannot make it.
+
+    mask: broadcast to (B, H, queries, keys). Of all tokens in the order of the model, or of this
+    rank's `own` keys alike for all queries, or of its own queries and keys if both must be there.
+    """
+    ulysses, ring, both = mesh.axis("ulysses"), mesh.axis("ring"), mesh.axis("ring", "ulysses")
+    order = functools.partial(layout.order, is_joint=is_joint, is_text_first=is_text_first)
+    group = range(ring.rank * ulysses.size, (ring.rank + 1) * ulysses.size)
+    total = layout.num_image + (layout.num_text if is_joint else 0)
+    mask = mask[(None,) * (4 - mask.dim())]
+    if mask.shape[-2] > 1 and mask.stride(-2) == 0:
+        mask = mask[..., :1, :]
+    rows, columns = mask.shape[-2:]
+    if columns == total and rows in (1, total):
+        if rows > 1:
+            mask = reorder(mask, order(group), dim=-2)
+        mask = reorder(mask, order(range(both.size)), dim=-1)
+    elif columns == own and rows in (1, own):
+        is_there = mask.diagonal(dim1=-2, dim2=-1)[..., None, :] if rows > 1 else mask
+        if rows > 1 and not torch.equal(mask, is_there & is_there.transpose(-1, -2)):
+            return None
+        lengths = [layout.shard(index).count(with_text=is_joint) for index in range(both.size)]
+        mask = _gather_row(is_there, lengths=lengths, axis=both, traffic=mesh.traffic)
+        if rows > 1:
+            parts = mask.split(lengths, dim=-1)[group.start : group.stop]
+            mask = mask & torch.cat(parts, dim=-1).transpose(-1, -2)
+    else:
+        return None
+    return own_heads((mask,), axis=ulysses)[0] if mask.shape[1] > 1 and ulysses.size > 1 else mask
+
+
+def _gather_row(mask: Tensor, *, lengths: Sequence[int], axis: Axis, traffic: CommStats) -> Tensor:
+    """Return the masks (B, H, 1, keys) of all ranks' keys in rank order, from this rank's."""
+    numbers = mask.to(torch.uint8) if mask.dtype == torch.bool else mask
+    tokens = numbers[:, :, 0].transpose(1, 2).contiguous()
+    tokens = gather_tokens(tokens, lengths=lengths, axis=axis, traffic=traffic)
+    return tokens.to(mask.dtype).transpose(1, 2)[:, :, None]
 
 
 def ring_attention(

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from backends.errors import PlanError
 from backends.model_table import ModelSpec
-from backends.parallel.transformers import TRANSFORMERS, TransformerSpec, names_with
+from backends.parallel.transformer_spec import TransformerSpec
+from backends.parallel.transformers import TRANSFORMERS, names_with
 from backends.plan import Exactness, ParallelPlan, divisors, require_world_size
 from backends.step_cache_spec import parse_step_cache
 from backends.xdit.cost import cost

@@ -31,11 +31,9 @@ from backends.groups.mesh import Mesh
 from backends.parallel import hooks
 from backends.parallel.cfg_split import cut_batch
 from backends.parallel.weight_shards import KeptWeights
-from backends.xdit.attention import Pass
-from backends.xdit.layout import Layout, sizes
+from backends.xdit.layout import Layout, StaleKVCache, sizes
 from backends.xdit.link import PredictionLink, StageLink
 from backends.xdit.pending import PatchGrid, PendingTensor
-from backends.xdit.stale import StaleKVCache
 from backends.xdit.tokens import TokenCut
 
 NAME = "xdit stage"
@@ -215,7 +213,7 @@ class PipeFusion:
             for index, part in enumerate(parts):
                 self._part = part
                 outputs[index] = self._cut.run(
-                    forward, halves[index], Pass(layout=layout, patch=patch, stale=part.stale)
+                    forward, halves[index], layout, patch=patch, stale=part.stale
                 )
                 part.is_filled = True
             if grid is not None and self._is_last_stage:

@@ -18,10 +18,11 @@ from backends.errors import UnsupportedError
 from backends.groups.mesh import Mesh
 from backends.parallel import hooks
 from backends.parallel.cfg_split import cut_batch
-from backends.parallel.transformers import TRANSFORMERS, TransformerSpec, transformer_of
+from backends.parallel.transformer_spec import TransformerSpec
+from backends.parallel.transformers import TRANSFORMERS, transformer_of
 from backends.xdit.attention import Pass, SpreadAttention
 from backends.xdit.exchange import gather_tokens
-from backends.xdit.layout import Layout, Shard, Span, count, take
+from backends.xdit.layout import Layout, Shard, Span, StaleKVCache, count, take
 
 NAME = "xdit tokens"
 
@@ -37,12 +38,12 @@ class TokenCut:
         """collect: converts this rank's tokens to the input of the output layers; by default
         `gather`.
         """
-        self.transformer: TransformerSpec = _require_row(denoiser)
+        self.transformer: TransformerSpec = require_row(denoiser)
         self.attention = SpreadAttention(self.transformer, mesh)
         self._denoiser = denoiser
         self._mesh = mesh
         self._collect = collect or self.gather
-        self._names = _names(denoiser)
+        self._names = names_of(denoiser)
         self._places: list[nn.Module] = []
 
     def attach(self) -> None:
@@ -57,7 +58,7 @@ class TokenCut:
                 block for name in self.transformer.blocks for block in getattr(self._denoiser, name)
             ]
             for block in blocks:
-                self._attach(block, self._cut_block(_names(block), is_first=block is blocks[0]))
+                self._attach(block, self._cut_block(names_of(block), is_first=block is blocks[0]))
         tail = getattr(self._denoiser, self.transformer.tail)
         for module in tail.values() if isinstance(tail, nn.ModuleDict) else [tail]:
             self._attach(module, self._gather)
@@ -84,9 +85,22 @@ class TokenCut:
         shards = self._mesh.axis("ring", "ulysses").size
         return Layout(num_text=text, num_image=image, num_patches=num_patches, num_shards=shards)
 
-    def run(self, forward: Callable[..., Any], arguments: dict[str, Any], this: Pass) -> Any:
+    def run(
+        self,
+        forward: Callable[..., Any],
+        arguments: dict[str, Any],
+        layout: Layout,
+        *,
+        patch: int | None = None,
+        stale: StaleKVCache | None = None,
+    ) -> Any:
         """Run one pass: `forward` of the whole denoiser on this rank's tokens."""
-        self.attention.current = this
+        self.attention.current = Pass(
+            layout=layout,
+            patch=patch,
+            stale=stale,
+            is_text_first=self.transformer.is_text_first,
+        )
         try:
             return forward(**self._cut_arguments(arguments))
         finally:
@@ -183,7 +197,7 @@ class TokenCut:
         return tokens
 
 
-def _require_row(denoiser: nn.Module) -> TransformerSpec:
+def require_row(denoiser: nn.Module) -> TransformerSpec:
     """Return the facts of this denoiser's class. UnsupportedError if nobody has described it."""
     row = transformer_of(denoiser)
     if row is None:
@@ -206,7 +220,7 @@ def _cut(value: Any, spans: tuple[Span, ...], dim: int) -> Any:
     return value
 
 
-def _names(module: nn.Module) -> list[str]:
+def names_of(module: nn.Module) -> list[str]:
     """Return the arguments of a module's class, in order."""
     return [name for name in inspect.signature(type(module).forward).parameters if name != "self"]
 
@@ -237,11 +251,6 @@ class SequenceParallel:
 
     def _call(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         arguments = self._cut.bind(args, kwargs)
-        if torch.is_tensor(arguments.get("timestep")) and arguments["timestep"].dim() > 1:
-            raise UnsupportedError(
-                f"this {type(self._denoiser).__name__} has a timestep for each token, which "
-                "Ulysses and ring do not cut. Use --use_cfg_parallel alone."
-            )
         first = next(iter(arguments.values()))
         if not isinstance(first, list):
             return self._pass(forward, arguments)
@@ -258,4 +267,4 @@ class SequenceParallel:
         return (samples,) if isinstance(outputs[0], tuple) else type(outputs[0])(sample=samples)
 
     def _pass(self, forward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-        return self._cut.run(forward, arguments, Pass(layout=self._cut.layout(arguments)))
+        return self._cut.run(forward, arguments, self._cut.layout(arguments))

@@ -3,12 +3,8 @@
 import pytest
 import torch
 
-from backends.errors import UnsupportedError
-from backends.groups.mesh import Mesh
 from backends.model_table import read_table
 from backends.parallel import hooks
-from backends.plan import ParallelPlan
-from backends.xdit.tokens import SequenceParallel
 from tests.backends.reference import from_rank_zero
 from tests.backends.xdit.ranks import assert_close, attached, generated, latents_of
 from tests.checkpoints import SD35_MEDIUM, checkpoint, load
@@ -162,20 +158,3 @@ def check_two_calls_a_step(rank, world_size):
 def test_true_guidance_of_flux_matches_single(run_on_ranks):
     checkpoint("flux")
     run_on_ranks(check_two_calls_a_step, 2)
-
-
-def test_rejects_a_timestep_for_each_token():
-    plan = ParallelPlan(method="xdit", axes=())
-    transformer = load("wan_t2v").transformer
-    parallel = SequenceParallel(transformer, Mesh(plan, rank=0, device=torch.device("cpu")))
-    parallel.attach()
-    with pytest.raises(
-        UnsupportedError,
-        match=(
-            r"WanTransformer3DModel has a timestep for each token, .* Use --use_cfg_parallel "
-            r"alone"
-        ),
-    ):
-        transformer(torch.zeros(1, 16, 2, 8, 8), torch.zeros(1, 32), torch.zeros(1, 4, 32))
-    parallel.detach()
-    assert not hooks.attached(transformer)
