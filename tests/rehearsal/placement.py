@@ -198,11 +198,23 @@ class Placement:
 
 
 def _efficient_attention(
-    query: Tensor, key: Tensor, value: Tensor, *rest: Any, scale: float | None = None, **_: Any
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    *rest: Any,
+    scale: float | None = None,
+    **_: Any,
 ) -> Any:
-    """CUDA's kernel pads the rows of the log-sum-exp to multiples of 32."""
+    """CUDA's kernel pads the rows of the log-sum-exp to multiples of 32, and wants rows of a bias
+    at multiples of 16 bytes.
+    """
+    if bias is not None and any(
+        bias.stride(dim) * bias.element_size() % 16 for dim in range(bias.dim() - 1)
+    ):
+        raise WouldFail(f"attn_bias is not correctly aligned: strides {bias.stride()}")
     output, lse = aten._scaled_dot_product_flash_attention_for_cpu.default(
-        query, key, value, scale=scale
+        query, key, value, attn_mask=bias, scale=scale
     )
     return (
         output,
