@@ -125,14 +125,14 @@ def _listen(
     process: RankProcess, spec: ModelSpec, protocol: "ClientProtocol", *, patience_s: float
 ) -> "Listener":
     """Serve HTTP in threads. ConfigError if the port stays in use for `patience_s`."""
-    from hosts.http.app import Host, create_app
-    from hosts.http.server import Listener
+    from hosts.http.app import Host, create_app, listen
 
     settings = process.settings
     host = Host(
         settings=settings, spec=spec, queue=process.queue, state=process.state, protocol=protocol
     )
-    listener = Listener(create_app(host), host=settings.host, port=settings.port)
+    num_jobs = settings.queue_size + process.place.world_size * settings.max_batch
+    listener = listen(create_app(host), settings, num_jobs=num_jobs)
     listener.bind(patience_s=patience_s)
     listener.serve()
     return listener

@@ -19,7 +19,7 @@ from hosts.cluster.config import DeploymentPlan, plan_deployments
 from hosts.cluster.deployment import Deployment, open_store
 from hosts.cluster.gateway import create_gateway
 from hosts.cluster.nodes import Nodes, environment
-from hosts.http.server import Listener
+from hosts.http.app import listen
 from hosts.launch.settings import Settings
 from hosts.launch.start_plan import count_gpus
 from hosts.supervision import log, parent_watch
@@ -56,7 +56,11 @@ def run_gateway(settings: Settings, environ: MutableMapping[str, str]) -> int:
     deployments = [
         Deployment(plan, store=open_store(plan, is_only=len(plans) == 1)) for plan in plans
     ]
-    listener = Listener(create_gateway(deployments), host=settings.host, port=settings.port)
+    num_jobs = sum(
+        plan.settings.queue_size + plan.maximum * plan.ranks * plan.settings.max_batch
+        for plan in plans
+    )
+    listener = listen(create_gateway(deployments), settings, num_jobs=num_jobs)
     listener.bind()
     listener.serve()
     try:

@@ -18,7 +18,7 @@ from werkzeug.exceptions import HTTPException
 
 from backends.errors import RequestError, UnavailableError
 from hosts.http.dialect import Dialect
-from hosts.http.request_io import client, given_key
+from hosts.http.request_io import client, key_in
 from hosts.launch.settings import Settings
 from hosts.launch.start_plan import LOOPBACK_NAMES
 from hosts.supervision.host_state import Phase
@@ -85,6 +85,11 @@ def refuse_unknown(settings: Settings) -> None:
     _require_own_origin(public.netloc)
     if settings.api_key is not None and request.path not in WITHOUT_KEY:
         _require_key(settings.api_key)
+
+
+def may_send(key: str | None, authorization: str) -> bool:
+    """Whether a client with this Authorization header may send requests with a body."""
+    return key is None or _is_same(key_in(authorization), key)
 
 
 def link_to(path: str, **query: str) -> str:
@@ -180,7 +185,9 @@ def _require_own_origin(public: str) -> None:
 
 def _require_key(key: str) -> None:
     signature = request.args.get("signature")
-    if _is_same(given_key(), key) or (signature is not None and _is_signed(key, signature)):
+    if may_send(key, request.headers.get("Authorization", "")) or (
+        signature is not None and _is_signed(key, signature)
+    ):
         return
     if signature is not None:
         raise KeyMissing(

@@ -4,6 +4,7 @@ torch.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from flask import Flask
@@ -15,6 +16,7 @@ from hosts.http.errors import handle_errors
 from hosts.http.limits import RateLimit
 from hosts.http.metrics import Metrics
 from hosts.http.page import routes as page
+from hosts.http.server import Listener
 from hosts.jobs.queue import JobQueue
 from hosts.launch.settings import Settings
 from hosts.supervision.host_state import HostState
@@ -26,6 +28,9 @@ OWN = (
     Dialect(blueprint=schema.blueprint),
 )
 """Dialects of every host."""
+
+SPARE_THREADS = 16
+"""For requests that are answered at once, while as many wait as can."""
 
 
 class ClientProtocol(Protocol):
@@ -76,3 +81,18 @@ def create_app(host: Host) -> Flask:
     app.before_request(access.refuse_strangers)
     handle_errors(app)
     return app
+
+
+def listen(app: Flask, settings: Settings, *, num_jobs: int) -> Listener:
+    """Return the listener of an application, with a thread for each request that may wait.
+
+    num_jobs: how many may wait or run. The listener is not bound yet.
+    """
+    return Listener(
+        app,
+        host=settings.host,
+        port=settings.port,
+        max_body=settings.max_body_mb * 10**6,
+        admits=partial(access.may_send, settings.api_key),
+        num_threads=num_jobs + jobs_api.MAX_STREAMS + SPARE_THREADS,
+    )

@@ -61,13 +61,13 @@ def _data() -> bytes:
 def client() -> str:
     """Return the client for fair sharing: by key if one was sent, else by address."""
     if header := request.headers.get("Authorization"):
-        return hashlib.sha256((given_key() or header).encode()).hexdigest()
+        return hashlib.sha256((key_in(header) or header).encode()).hexdigest()
     return request.remote_addr or ""
 
 
-def given_key() -> str:
-    """Return the key that the request has, as a bearer token or as a Basic password."""
-    scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+def key_in(authorization: str) -> str:
+    """Return the key of an Authorization header: a bearer token or a Basic password."""
+    scheme, _, given = authorization.partition(" ")
     if scheme.lower() == "bearer":
         return given.strip()
     if scheme.lower() != "basic":

@@ -1,12 +1,17 @@
-"""The listener: cheroot threads, with the lingering close that old clients need."""
+"""The listener: accepts connections, receives requests, and answers each in a thread.
+
+cheroot parses and writes HTTP. hosts/http/connections/ has the connections on which no thread
+works, with the lingering close that old clients need.
+"""
 
 import contextlib
 import errno
+import io
 import logging
 import re
 import select
 import socket
-import struct
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -16,24 +21,29 @@ from cheroot.server import HTTPConnection, HTTPRequest
 from cheroot.wsgi import Gateway_10, Server
 
 from backends.errors import ConfigError
+from hosts.http.connections.incoming import MAX_HEAD, Incoming, answer
+from hosts.http.connections.receiver import INTERIM, SEND_WITHIN_S, Receiver
+from hosts.http.connections.workers import Workers
 
 logger = logging.getLogger(__name__)
 
-LINGER_S = 2.0
 NUM_THREADS = 64
-"""More than the queue's capacity: every waiting POST holds a thread, and status requests must
-still be answered.
-"""
+"""Threads of a listener that is not told how many requests may wait."""
+NUM_STATUS_THREADS = 8
+BACKLOG = 1024
+"""Connections that the kernel holds until they are accepted."""
+NO_DESCRIPTOR_S = 0.2
+"""Pause before the next connection is accepted, when the process has too many files open."""
+STATUS_PATH = re.compile(
+    rb"(/[^?]*)?/(|healthz|livez|readyz|metrics|settings|initialize|progress|v1/jobs(/[^/?]*)?)"
+    rb"(\?.*)?"
+)
+"""What is answered at once, whatever else is asked: these requests have threads of their own."""
 LOOPBACK = ("127.0.0.1", "::1")
-_RESET, _ORDERLY = struct.pack("ii", 1, 0), struct.pack("ii", 0, 0)
 
 
 CONNECTION = "hosts.connection"
 """WSGI environment key of the client's socket, to detect whether the client is still connected."""
-
-
-INTERIM = b"HTTP/1.1 100 Continue\r\n\r\n"
-"""An interim response, which every HTTP/1.1 client skips."""
 
 
 class _Request(HTTPRequest):
@@ -56,6 +66,22 @@ class _Request(HTTPRequest):
         finally:
             self.rfile = self.rfile.wrapped
 
+    def respond(self) -> None:
+        """Answer, with the body that the receiver has read."""
+        incoming = self.conn.incoming
+        self.conn.rfile = io.BytesIO(incoming.content())
+        if (length := incoming.chunked_length) is not None:
+            self.chunked_read = False
+            self.inheaders.pop(b"Transfer-Encoding", None)
+            self.inheaders[b"Content-Length"] = str(length).encode()
+        super().respond()
+
+    def simple_response(self, status: Any, msg: str = "") -> None:
+        """Answer what no route sees, in JSON as the routes do."""
+        with contextlib.suppress(OSError):
+            text = str(msg) or "the request cannot be answered. Send it again."
+            self.conn.wfile.write(answer(str(status), text))
+
 
 class _OneSlash:
     """A file that starts with a request line. `POST //generate` becomes `POST /generate`."""
@@ -77,40 +103,79 @@ class _Gateway(Gateway_10):
 
 
 class _Connection(HTTPConnection):
-    """Closes only after the client did, or after LINGER_S.
-
-    The side that closes first keeps a socket in TIME_WAIT for a minute, and the ComfyUI client
-    waits until the host's port can be bound without SO_REUSEADDR. If the process dies first, the
-    connection is reset, which leaves no such socket.
-    """
+    """A connection of which the receiver reads the request and sees the end."""
 
     RequestHandlerClass = _Request
 
-    def __init__(self, server: Any, sock: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(server, sock, *args, **kwargs)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+    def begin(self, incoming: Incoming) -> None:
+        """Let a thread answer this request."""
+        self.incoming = incoming
+        self.rfile = io.BytesIO(incoming.raw_head())
+
+    def is_for_status(self) -> bool:
+        method, _, rest = self.incoming.raw_head().partition(b" ")
+        path = rest.split(b" ", 1)[0]
+        return method in (b"GET", b"HEAD") and STATUS_PATH.fullmatch(path) is not None
 
     def close(self) -> None:
-        deadline = time.monotonic() + LINGER_S
-        try:
-            while (left := deadline - time.monotonic()) > 0:
-                self.socket.settimeout(left)
-                if not self.socket.recv(65536):
-                    break
-        except OSError:
-            pass  # reset or timed out: nothing more to wait for
-        with contextlib.suppress(
-            OSError
-        ):  # a slow client must still get the data that it has not read
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ORDERLY)
+        """Let the client read the answer and close."""
+        self.server.requests.receiver.linger(self)
+
+    def finish(self) -> None:
+        """Close the socket."""
         super().close()
+
+
+class _Requests:
+    """What cheroot calls its thread pool: the receiver and the threads behind it."""
+
+    def __init__(self, *, max_body: int, admits: Callable[[str], bool], num_threads: int) -> None:
+        self._workers = Workers("http", most=num_threads)
+        self._status_workers = Workers("http-status", most=NUM_STATUS_THREADS)
+        self._num_started = 0
+        self.receiver = Receiver(deliver=self._deliver, max_body=max_body, admits=admits)
+
+    def put(self, connection: _Connection) -> None:
+        self.receiver.put(connection)
+
+    def start(self) -> None:
+        """Called for each address. The first call starts the receiver, the last stop ends it."""
+        self._num_started += 1
+        if self._num_started == 1:
+            self.receiver.start()
+
+    def stop(self, timeout: float) -> None:
+        self._num_started -= 1
+        if self._num_started == 0:
+            self._workers.stop(timeout)
+            self._status_workers.stop(0)
+            self.receiver.stop(timeout)
+
+    def _deliver(self, connection: _Connection) -> None:
+        workers = self._status_workers if connection.is_for_status() else self._workers
+        workers.put(connection)
 
 
 class Listener:
     """The HTTP server of rank 0. Call `bind` before slow work; `serve` returns at once."""
 
-    def __init__(self, app: Callable[..., Any], *, host: str, port: int) -> None:
-        self._servers = [self._server(app, address, port) for address in _addresses(host)]
+    def __init__(
+        self,
+        app: Callable[..., Any],
+        *,
+        host: str,
+        port: int,
+        max_body: int = 256 * 10**6,
+        admits: Callable[[str], bool] = lambda authorization: True,
+        num_threads: int = NUM_THREADS,
+    ) -> None:
+        """max_body: largest body that is received, in bytes; for larger ones the app is asked
+        without the body. admits: whether a client with this Authorization may send a body, before
+        it is received. num_threads: requests that may be answered at once, beside those of
+        STATUS_PATH.
+        """
+        requests = _Requests(max_body=max_body, admits=admits, num_threads=num_threads)
+        self._servers = [self._server(app, address, port, requests) for address in _addresses(host)]
         self.host, self.port = host, port
 
     def bind(self, *, patience_s: float = 0.0) -> None:
@@ -145,21 +210,34 @@ class Listener:
             server.stop()
 
     @staticmethod
-    def _server(app: Callable[..., Any], address: str, port: int) -> Server:
+    def _server(app: Callable[..., Any], address: str, port: int, requests: _Requests) -> Server:
         server = Server(
             (address, port),
             app,
-            numthreads=NUM_THREADS,
+            numthreads=1,
             server_name="diffusion",
+            request_queue_size=BACKLOG,
             shutdown_timeout=1,
-            timeout=300,
+            timeout=SEND_WITHIN_S,
         )
+        server.requests = requests
+        server.max_request_header_size = MAX_HEAD
         server.ConnectionClass = _Connection
         server.gateway = _Gateway
-        server.error_log = lambda message="", level=20, traceback=False: logger.log(
-            level, "http: %s", message, exc_info=traceback
-        )
+        server.error_log = _log
         return server
+
+
+def _log(message: str = "", level: int = logging.INFO, traceback: bool = False) -> None:
+    """Log what cheroot reports. It accepts the next connection at once, so a process without free
+    descriptors would do nothing else.
+    """
+    error = sys.exc_info()[1]
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        logger.log(level, "http: too many open files: no connection is accepted for now")
+        time.sleep(NO_DESCRIPTOR_S)
+        return
+    logger.log(level, "http: %s", message, exc_info=traceback)
 
 
 class Peer:

@@ -12,6 +12,7 @@ from flask import Flask
 
 from backends.errors import ConfigError
 from hosts.http import server
+from hosts.http.connections import receiver
 from hosts.http.server import Listener, is_port_free
 from tests.hosts.harness import free_port, session, wait_until
 
@@ -120,7 +121,7 @@ def test_server_waits_for_the_client_to_close_first(listener):
 
 
 def test_server_does_not_wait_for_ever(listener, monkeypatch):
-    monkeypatch.setattr(server, "LINGER_S", 0.3)
+    monkeypatch.setattr(receiver, "LINGER_S", 0.3)
     with socket.create_connection(("127.0.0.1", listener.port)) as client:
         client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
         client.settimeout(5)
@@ -130,7 +131,7 @@ def test_server_does_not_wait_for_ever(listener, monkeypatch):
 
 def test_slow_client_gets_the_whole_answer(monkeypatch):
     """More than the socket buffers hold, read only after the server has stopped waiting."""
-    monkeypatch.setattr(server, "LINGER_S", 0.2)
+    monkeypatch.setattr(receiver, "LINGER_S", 0.2)
     size = 3_000_000
     made = Listener(application(b"x" * size), host="127.0.0.1", port=free_port())
     made.bind()
