@@ -4,15 +4,25 @@ imports no torch.
 
 import hashlib
 import json
+import logging
+import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
 from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from backends import errors
 from backends.errors import HostError, RankError, RequestError
+from backends.plan import Exactness
 from backends.request import Array, GenerateRequest, GenerateResult
+from hosts.jobs.clock import now
+from hosts.jobs.job import Job, JobStatus
+
+logger = logging.getLogger(__name__)
 
 Arrays = dict[str, Array]
 KINDS = {
@@ -20,6 +30,101 @@ KINDS = {
     for kind in vars(errors).values()
     if isinstance(kind, type) and issubclass(kind, HostError)
 }
+
+Id = Annotated[str, Field(pattern=r"^[0-9A-Za-z][0-9A-Za-z_-]{0,99}$")]
+"""Names a folder."""
+
+
+class StoredJob(BaseModel):
+    """A row of the job store, without its packed request, result and error."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    id: Id
+    client: str = ""
+    key: str | None = None
+    fingerprint: str = ""
+    state: JobStatus = JobStatus.FAILED
+    attempts: int = 0
+    cancel_requested: bool = False
+    cancel_reason: str = ""
+    deadline_s: float | None = None
+    created_s: float = Field(default_factory=now)
+    started_s: float | None = None
+    ended_s: float | None = None
+    step: int = 0
+    num_steps: int = 0
+
+
+class ResultFacts(BaseModel):
+    """The packed facts of a result."""
+
+    seed: int
+    num_steps: int
+    exactness: Exactness
+    seconds: float
+    report: dict[str, Any]
+    resolved: dict[str, Any]
+    arrays: list[str]
+
+
+def unpack_job(row: Mapping[str, Any], read: Callable[[str, str], Array]) -> Job | None:
+    """Return the job of a row; a failed one if it is damaged, None if not even its id is left.
+
+    read: (folder, name) -> array.
+    """
+    try:
+        return _intact_job(row, read)
+    except Exception as error:  # noqa: BLE001  damage can be anywhere and raise anything
+        logger.error("job %r in the store cannot be read: %s", row["id"], error)
+    try:
+        facts = StoredJob(id=row["id"])
+    except ValidationError:
+        return None
+    job = _job(facts, GenerateRequest())
+    job.error = HostError("what was stored of this job cannot be read any more. Send it again.")
+    job.ended_s = facts.created_s
+    job.finished.set()
+    return job
+
+
+def _intact_job(row: Mapping[str, Any], read: Callable[[str, str], Array]) -> Job:
+    """Any exception if something of the job cannot be read."""
+    facts = StoredJob.model_validate(row)
+    is_over = facts.state not in (JobStatus.QUEUED, JobStatus.RUNNING)
+    inputs = None if is_over else partial(read, f"{facts.id}.request")
+    job = _job(facts, unpack_request(row["request"], inputs))
+    if not is_over:
+        job.ended_s = None
+        return job
+    job.ended_s = job.ended_s or now()
+    if facts.state is JobStatus.DONE:
+        job.result = unpack_result(row["result"], partial(read, f"{job.id}.result"))
+    else:
+        job.error = unpack_error(row["error"])
+    job.finished.set()
+    return job
+
+
+def _job(facts: StoredJob, request: GenerateRequest) -> Job:
+    values = facts.model_dump()
+    status = values.pop("state")
+    return Job(request=request, is_kept=True, is_stored=True, status=status, **values)
+
+
+def read_array(path: Path) -> Array:
+    """Return the array of a .npy file. Any exception if it is damaged: its header is parsed as
+    Python. Takes no more memory than the file's size, whatever its header says.
+    """
+    with path.open("rb") as file:
+        version = np.lib.format.read_magic(file)
+        read = {(1, 0): np.lib.format.read_array_header_1_0}[version]
+        shape, _, dtype = read(file)
+        size = math.prod(shape) * dtype.itemsize
+        if dtype.hasobject or size != path.stat().st_size - file.tell():
+            raise ValueError(f"{path.name} does not hold the array that its header describes")
+        file.seek(0)
+        return np.load(file, allow_pickle=False)
 
 
 def pack_request(request: GenerateRequest) -> tuple[str, Arrays]:
@@ -82,9 +187,15 @@ def pack_result(result: GenerateResult) -> tuple[str, Arrays]:
 
 
 def unpack_result(text: str, read: Callable[[str], Array]) -> GenerateResult:
-    facts = json.loads(text)
+    """Return the packed result. Any exception if the text or an array is damaged."""
+    facts = ResultFacts.model_validate_json(text).model_dump()
     arrays = {name: read(name) for name in facts.pop("arrays")}
-    return GenerateResult(**{"latents": None, **facts, **arrays})
+    made = GenerateResult(**{"latents": None, **facts, **arrays})
+    if made.frames.dtype != np.uint8 or made.frames.ndim != 4 or made.frames.shape[-1] != 3:
+        raise ValueError(f"frames of {made.frames.dtype} {made.frames.shape} are no images")
+    if made.latents is not None and made.latents.dtype != np.float32:
+        raise ValueError(f"latents of {made.latents.dtype} are no latents")
+    return made
 
 
 def pack_error(error: HostError) -> str:
@@ -99,10 +210,10 @@ def pack_error(error: HostError) -> str:
 
 def unpack_error(text: str) -> HostError:
     facts: Mapping[str, Any] = json.loads(text)
-    kind = KINDS.get(facts["kind"], HostError)
+    kind = KINDS.get(str(facts["kind"]), HostError)
     extras = {RankError: "rank", RequestError: "field"}
     names = [name for of, name in extras.items() if issubclass(kind, of) and name in facts]
-    return kind(facts["message"], **{name: facts[name] for name in names})
+    return kind(str(facts["message"]), **{name: facts[name] for name in names})
 
 
 def _pixels(image: Image.Image) -> Array:

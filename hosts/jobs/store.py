@@ -15,17 +15,16 @@ import os
 import shutil
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from pydantic import ValidationError
 
-from backends.errors import ConfigError, HostError, UnavailableError
-from backends.request import Array, GenerateRequest, GenerateResult
+from backends.errors import ConfigError, UnavailableError
+from backends.request import Array, GenerateResult
 from hosts.jobs import serialization
-from hosts.jobs.clock import now
 from hosts.jobs.job import Job, JobStatus
 from hosts.supervision.exit_reports import UNKNOWN, ExitReport
 
@@ -33,6 +32,10 @@ logger = logging.getLogger(__name__)
 
 VERSION = 1
 """Version of the tables. A store of a later version is refused."""
+APPLICATION = 0x64690000
+"""Added to the version and written beside it: if they differ, a bit of one of them is wrong."""
+DISK = ("SQLITE_FULL", "SQLITE_IOERR", "SQLITE_CANTOPEN", "SQLITE_BUSY", "SQLITE_NOMEM")
+"""Beginnings of the names of errors that are not the file's."""
 LOCK_PATIENCE_S = 5.0
 """Time to wait for the lock: the previous rank 0 may not have ended yet."""
 MAX_SALVAGED = 100_000
@@ -47,14 +50,13 @@ CREATE TABLE IF NOT EXISTS jobs (
     number INTEGER PRIMARY KEY AUTOINCREMENT, {", ".join(COLUMNS)}, UNIQUE (id)
 );
 PRAGMA user_version = {VERSION};
+PRAGMA application_id = {APPLICATION + VERSION};
 """
 SAVE = (
     f"INSERT INTO jobs ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))}) "
     "ON CONFLICT (id) DO UPDATE SET "
     f"{', '.join(f'{name} = excluded.{name}' for name in COLUMNS[1:])}"
 )
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, ValidationError)
-"""Exceptions of reading a damaged row or array."""
 
 
 class Store(Protocol):
@@ -128,12 +130,13 @@ class JobStore:
         self._database = folder / "jobs.sqlite"
         try:
             self._connection = _connect(self._database)
-        except sqlite3.OperationalError as error:  # the disk, not the file
-            raise ConfigError(
-                f"--state_dir={folder} cannot be used: {error}. Free some space, or give another "
-                "folder."
-            ) from error
         except sqlite3.DatabaseError as error:
+            name = getattr(error, "sqlite_errorname", "")  # none if the error is our own
+            if name.startswith(DISK) or not os.access(folder, os.W_OK):
+                raise ConfigError(
+                    f"--state_dir={folder} cannot be used: {error}. Free some space, or give "
+                    "another folder."
+                ) from error
             self._connection = self._repaired(error)
 
     def close(self) -> None:
@@ -143,11 +146,13 @@ class JobStore:
 
     def load(self) -> list[Job]:
         """Return every row as a job. Arrays that belong to no job are removed."""
-        self._connection.row_factory = sqlite3.Row
-        jobs = [
-            self._job(dict(row))
-            for row in self._connection.execute("SELECT * FROM jobs ORDER BY number")
-        ]
+        try:
+            rows = _rows(self._connection)
+        except sqlite3.DatabaseError as error:
+            self._connection.close()
+            self._connection = self._repaired(error)
+            rows = _rows(self._connection)
+        jobs = [job for row in rows if (job := serialization.unpack_job(row, self._read_array))]
         wanted = {f"{job.id}.request" for job in jobs if not job.finished.is_set()} | {
             f"{job.id}.result" for job in jobs
         }
@@ -168,10 +173,11 @@ class JobStore:
 
     def last_report(self) -> ExitReport:
         path = self._folder / "last_words"
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            words = path.read_text(encoding="utf-8")
+        with contextlib.suppress(OSError):
+            words = path.read_text(encoding="utf-8", errors="replace")
             path.unlink()
-            return ExitReport.from_text(words)
+            with contextlib.suppress(Exception):  # whatever is wrong with the text
+                return ExitReport.from_text(words)
         return UNKNOWN
 
     def put_inputs(self, job: Job) -> None:
@@ -275,42 +281,8 @@ class JobStore:
         )
         return connection
 
-    def _job(self, row: dict[str, Any]) -> Job:
-        is_over = row["ended_s"] is not None
-        plain = set(COLUMNS) - {"state", "cancel_requested", "request", "result", "error"}
-        job = Job(
-            request=GenerateRequest(),
-            is_kept=True,
-            is_stored=True,
-            status=JobStatus(row["state"]),
-            cancel_requested=bool(row["cancel_requested"]),
-            **{name: row[name] for name in plain},
-        )
-        try:
-            job.request = serialization.unpack_request(
-                row["request"], None if is_over else self._reader(f"{job.id}.request")
-            )
-            job.result = (
-                serialization.unpack_result(row["result"], self._reader(f"{job.id}.result"))
-                if row["result"]
-                else None
-            )
-            job.error = serialization.unpack_error(row["error"]) if row["error"] else None
-        except UNREADABLE as error:
-            logger.error("job %s in the store cannot be read: %s", job.id, error)
-            job.status, job.result = JobStatus.FAILED, None
-            job.error = HostError(
-                "what was stored of this job cannot be read any more. Send it again."
-            )
-            job.ended_s = job.ended_s or now()
-            is_over = True
-        if is_over:
-            job.finished.set()
-        return job
-
-    def _reader(self, name: str) -> Callable[[str], Array]:
-        folder = self._arrays / name
-        return lambda array: np.load(folder / f"{array}.npy", allow_pickle=False)
+    def _read_array(self, folder: str, name: str) -> Array:
+        return serialization.read_array(self._arrays / folder / f"{name}.npy")
 
     def _write_arrays(self, name: str, arrays: serialization.Arrays) -> None:
         """Write all arrays or none. They are on the disk when this returns."""
@@ -349,7 +321,11 @@ def _connect(path: Path) -> sqlite3.Connection:
         connection.execute(
             "PRAGMA synchronous = FULL"
         )  # 0.4 ms for each change on an SSD, and it survives a power cut
+        connection.text_factory = partial(str, encoding="utf-8", errors="replace")
         version = connection.execute("PRAGMA user_version").fetchone()[0]
+        beside = connection.execute("PRAGMA application_id").fetchone()[0]
+        if beside not in (0, APPLICATION + version):
+            raise sqlite3.DatabaseError("its version is damaged")
         if version > VERSION:
             raise ConfigError(
                 f"{path} was written by a later version of this program (tables {version}, here "
@@ -368,6 +344,12 @@ def _connect(path: Path) -> sqlite3.Connection:
         connection.close()
         raise
     return connection
+
+
+def _rows(connection: sqlite3.Connection) -> list[dict[str, Any]]:
+    """Return all rows in their order. sqlite3.DatabaseError if one cannot be read."""
+    connection.row_factory = sqlite3.Row
+    return [dict(row) for row in connection.execute("SELECT * FROM jobs ORDER BY number")]
 
 
 def _salvage(path: Path) -> list[dict[str, Any]]:

@@ -63,7 +63,8 @@ class ExitReport:
     def from_text(cls, text: str) -> "ExitReport":
         """ValueError, TypeError or KeyError if the text is not a report."""
         facts = json.loads(text)
-        return cls(**{**facts, "lines": tuple((job, line) for job, line in facts["lines"])})
+        lines = tuple((job and str(job), str(line)) for job, line in facts["lines"])
+        return cls(**{**facts, "why": str(facts["why"]), "lines": lines})
 
 
 UNKNOWN = ExitReport(why=UNEXPLAINED, rank=0, is_seen_only=True)

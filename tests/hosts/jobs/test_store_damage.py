@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from backends.errors import ConfigError, HostError, UnavailableError
+from hosts.jobs import store
 from hosts.jobs.store import JobStore
 from tests.hosts.jobs.stored import request, result, send
 
@@ -108,6 +109,7 @@ def test_store_of_a_later_version_is_refused(open_queue, tmp_path):
     open_queue()._store.close()
     with sqlite3.connect(tmp_path / "state" / "jobs.sqlite") as connection:
         connection.execute("PRAGMA user_version = 2")
+        connection.execute(f"PRAGMA application_id = {store.APPLICATION + 2}")
     with pytest.raises(
         ConfigError,
         match=(
