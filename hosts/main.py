@@ -15,7 +15,7 @@ from hosts.jobs.queue import queue_within
 from hosts.jobs.store import JobStore
 from hosts.launch.gpus import require_queues
 from hosts.launch.settings import Settings
-from hosts.launch.start_plan import StartPlan, gpu_facts, plan_start
+from hosts.launch.start_plan import StartPlan, gpu_facts, plan_start, within_reach
 from hosts.ranks.libraries import set_library_defaults
 from hosts.ranks.model_control import Apply, ModelControl
 from hosts.ranks.rank_process import STOPPING, RankProcess
@@ -54,6 +54,7 @@ def run_rank(
     instead of from the settings.
     """
     place, start, listener = _set_up(settings), None, None
+    settings, problem = within_reach(settings, problem)
     try:
         if problem is None and not starts_empty:
             start = _plan(settings, place=place)

@@ -149,7 +149,7 @@ def read_request(
         request = GenerateRequest(**values)
     except ValidationError as error:
         raise _as_request_error(error, names) from error
-    accepted.limits.check(request, names)
+    accepted.limits.check(request, names, upscale=spec.upscale)
     return request
 
 

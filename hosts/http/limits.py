@@ -28,6 +28,8 @@ MAX_JSON_NAME = 1024
 MAX_JSON_NUMBER = 2**64
 VALUE_MARKS = (b",", b"[", b"{")
 """Every value but the first begins after one of these."""
+PIXELS_OF_LATENT = 8
+"""Pixels of the image along one latent, at least."""
 TEXTS = ("prompt", "negative_prompt")
 BOUNDS = {
     "num_inference_steps": "max_steps",
@@ -56,9 +58,12 @@ class Limits:
     def by(cls, settings: Settings) -> "Limits":
         return cls(**{name: getattr(settings, name) for name in cls.__slots__})
 
-    def check(self, request: GenerateRequest, names: Mapping[str, str]) -> None:
+    def check(
+        self, request: GenerateRequest, names: Mapping[str, str], *, upscale: int = 1
+    ) -> None:
         """RequestError for the first value that is too large. Defaults are the operator's choice
-        and are not checked. names: field -> the name by which the client sent it.
+        and are not checked. names: field -> the name by which the client sent it. upscale: sides
+        of the result / sides of `image`.
         """
         steps = max(
             request.num_inference_steps or 0,
@@ -68,6 +73,7 @@ class Limits:
         found = {field: getattr(request, field) or 0 for field in BOUNDS if field not in TEXTS}
         for field, given in {**found, "num_inference_steps": steps}.items():
             self._require(given, BOUNDS[field], names.get(field, field))
+        self._check_sides(request, names, upscale)
         for field in TEXTS:
             name = names.get(field, field)
             if (given := len(getattr(request, field) or "")) > self.max_prompt_chars:
@@ -75,6 +81,26 @@ class Limits:
                     f"{name} has {given} characters, more than this host allows: "
                     f"{self.max_prompt_chars} (--max_prompt_chars). Send less.",
                     field=name,
+                )
+
+    def _check_sides(
+        self, request: GenerateRequest, names: Mapping[str, str], upscale: int
+    ) -> None:
+        """RequestError if the result takes a side from latents or an image, and it is too long."""
+        sizes = {}
+        if request.latents is not None:
+            sizes["latents"] = [side * PIXELS_OF_LATENT for side in request.latents.shape[-2:]]
+        if request.init_image is not None and request.height is None and request.width is None:
+            sizes["init_image"] = request.init_image.size
+        if request.image is not None and upscale > 1:
+            sizes["image"] = [side * upscale for side in request.image.size]
+        for field, sides in sizes.items():
+            if max(sides) > self.max_side:
+                raise RequestError(
+                    f"{names.get(field, field)} makes a result with a side of {max(sides)} pixels, "
+                    f"more than this host allows: {self.max_side} (--max_side). Send a smaller "
+                    "one.",
+                    field=names.get(field, field),
                 )
 
     def _require(self, given: int, limit: str, field: str) -> None:

@@ -281,7 +281,7 @@ def recall_from(folder: str | Path | None) -> Recall:
             return None
         try:
             return Measured.from_json(json.loads(_file(folder, key).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError, KeyError):
+        except Exception:  # noqa: BLE001  whatever is wrong with the file, it is measured again
             return None
 
     return recall

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from backends import planner
-from backends.errors import ConfigError, RequestError
+from backends.errors import ConfigError, HostError, RequestError
 from backends.files.adapter_fit import require_fit
 from backends.files.checkpoint import infer_type, open_checkpoint
 from backends.files.fit import prediction_settings
@@ -211,6 +211,20 @@ def _ranks(
             f"{num_gpus}."
         )
     return ranks, reasons
+
+
+def within_reach(
+    settings: Settings, problem: HostError | None
+) -> tuple[Settings, HostError | None]:
+    """Return how a host listens that answers even if it cannot serve, and why it cannot.
+
+    Without a key, a host that other machines could reach says so on this machine only.
+    """
+    try:
+        _require_key(settings)
+    except ConfigError as error:
+        return replace(settings, host="127.0.0.1"), problem or error
+    return settings, problem
 
 
 def _require_key(settings: Settings) -> None:

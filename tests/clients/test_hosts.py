@@ -7,6 +7,7 @@ import threading
 
 import numpy as np
 import psutil
+import pytest
 import requests
 
 from tests.checkpoints import checkpoint
@@ -93,3 +94,18 @@ def _post_and_lose(host):
         requests.post(host.url("/generate"), json={**COMFYUI_TEXT, "steps": 900}, timeout=60)
     except requests.ConnectionError:
         return
+
+
+@pytest.mark.parametrize("arguments", [(), ("--type=sdxl",)], ids=["no model", "a model"])
+def test_host_of_a_client_without_a_key_is_not_within_reach_of_others(arguments):
+    """Others could end it with a GET. It says why on this machine."""
+    with start_client_host("host_single.py", "--host=0.0.0.0", *arguments) as host:
+        host.wait_until_listening()
+        listening = [
+            connection.laddr.ip
+            for process in host.tree()
+            for connection in process.net_connections("tcp")
+            if connection.status == "LISTEN" and connection.laddr.port == host.port
+        ]
+        assert listening and set(listening) <= {"127.0.0.1", "::1"}
+        assert "--host=0.0.0.0 can be reached from other machines" in host.get("/healthz").text

@@ -1,10 +1,15 @@
-"""The rate of one client: a bucket that fills up evenly."""
+"""Bounds of one request, and the rate of one client: a bucket that fills up evenly."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
+from PIL import Image
 
-from backends.errors import BusyError
+from backends.errors import BusyError, RequestError
+from backends.request import GenerateRequest
 from hosts.http import limits
-from hosts.http.limits import RateLimit
+from hosts.http.limits import DEFAULT_LIMITS, RateLimit
 
 
 class Clock:
@@ -67,3 +72,26 @@ def test_memory_of_clients_is_bounded(monkeypatch):
     rate.take("a")  # forgotten
     with pytest.raises(BusyError):
         rate.take("d")
+
+
+@pytest.mark.parametrize(
+    ("fields", "upscale", "field"),
+    [
+        ({"latents": np.zeros((1, 4, 8, 128), np.float32)}, 1, "latents"),
+        ({"init_image": Image.new("RGB", (8, 2000))}, 1, "init_image"),
+        ({"init_image": Image.new("RGB", (2000, 8))}, 1, "init_image"),
+        ({"image": Image.new("RGB", (72, 64))}, 4, "image"),
+    ],
+)
+def test_side_that_the_result_takes_from_its_input_is_bounded_too(fields, upscale, field):
+    small = replace(DEFAULT_LIMITS, max_side=256)
+    with pytest.raises(RequestError, match=rf"{field} makes .* allows: 256 \(--max_side\)") as why:
+        small.check(GenerateRequest(**fields), {}, upscale=upscale)
+    assert why.value.field == field
+    DEFAULT_LIMITS.check(GenerateRequest(**fields), {}, upscale=upscale)
+
+
+def test_image_that_is_scaled_to_a_given_size_may_be_larger():
+    small = replace(DEFAULT_LIMITS, max_side=256)
+    large = Image.new("RGB", (2000, 2000))
+    small.check(GenerateRequest(init_image=large, height=64, width=64, image=large), {})
