@@ -15,7 +15,7 @@ import os
 import shutil
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -355,31 +355,37 @@ def _rows(connection: sqlite3.Connection) -> list[dict[str, Any]]:
 def _salvage(path: Path) -> list[dict[str, Any]]:
     """Return the rows that can be read, in their order."""
     found = []
-    with (
-        contextlib.suppress(sqlite3.Error),
-        contextlib.closing(sqlite3.connect(path)) as connection,
-    ):
-        connection.row_factory = sqlite3.Row
-        last = connection.execute(
-            "SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'jobs'"
-        ).fetchone()[0]
-        for number in range(
-            max(1, last - MAX_SALVAGED), last + 1
-        ):  # one by one: an error in one page ends a longer query
-            with contextlib.suppress(sqlite3.Error):
-                row = connection.execute("SELECT * FROM jobs WHERE number = ?", [number]).fetchone()
-                if row is not None and _is_plausible(row):
-                    found.append(dict(row))
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.text_factory = partial(str, encoding="utf-8", errors="replace")
+        # one by one: an error in one page ends a longer query
+        for number in _numbers(connection):
+            with contextlib.suppress(Exception):  # also of names of columns that cannot be read
+                cursor = connection.execute("SELECT * FROM jobs WHERE number = ?", [number])
+                row = dict(zip(("number", *COLUMNS), cursor.fetchone(), strict=True))
+                if _is_plausible(row):
+                    found.append(row)
     return found
 
 
-def _is_plausible(row: sqlite3.Row) -> bool:
+def _numbers(connection: sqlite3.Connection) -> list[int]:
+    """Return the numbers of rows that may be there: the highest one may be damaged, too."""
+    found: set[int] = set()
+    with contextlib.suppress(Exception):
+        for row in connection.execute("SELECT number FROM jobs"):
+            found.add(int(row[0]))
+    with contextlib.suppress(Exception):
+        query = "SELECT seq FROM sqlite_sequence WHERE name = 'jobs'"
+        last = int(connection.execute(query).fetchone()[0])
+        found |= {*range(max(1, last - MAX_SALVAGED), last + 1)}
+    return sorted(found)
+
+
+def _is_plausible(row: Mapping[str, Any]) -> bool:
     try:
         return (
-            set(row.keys()) == {"number", *COLUMNS}
-            and row["state"] in set(JobStatus)
+            row["state"] in set(JobStatus)
             and isinstance(row["id"], str)
             and isinstance(json.loads(row["request"]), dict)
         )
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         return False
