@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
 
         return supervise(argv[1:], program=[str(SCRIPT)])
     try:
-        settings = parse_command_line(argv)
+        settings = parse_command_line(argv).in_environment(os.environ)
         if settings.list:
             print(_matrix(settings))
             return 0

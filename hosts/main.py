@@ -53,6 +53,7 @@ def run_rank(
     else. problem: one that the arguments already had. starts_empty: the pipeline comes over HTTP
     instead of from the settings.
     """
+    settings = settings.in_environment(os.environ)
     place, start, listener = _set_up(settings), None, None
     settings, problem = within_reach(settings, problem)
     try:

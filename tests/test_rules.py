@@ -59,6 +59,7 @@ WITHOUT_TORCH = [
     "backends.groups.alarm",
     "backends.groups.message",
     *modules(ROOT / "backends" / "files"),
+    *modules(ROOT / "backends" / "hub"),
     *(f"backends.{folder.name}.plan" for folder in BACKENDS),
 ]
 TESTS_OF_THE_TREE = [
@@ -68,6 +69,7 @@ MAY_READ_ENVIRONMENT = {
     ROOT / "hosts" / "main.py",
     ROOT / "hosts" / "compat" / "host.py",
     ROOT / "launcher.py",
+    ROOT / "backends" / "hub" / "worker.py",  # a program of its own
 }
 MODEL_TYPES = set(read_table())
 
@@ -135,7 +137,10 @@ MAY_IMPORT = {
         "backends.autotune",
         *(f"hosts.{room}" for room in "launch http jobs ranks supervision".split()),
     },
-    "hosts.launch": {"backends", "backends.autotune", "backends.files", "backends.generation"},
+    "hosts.launch": {
+        "backends",
+        *(f"backends.{folder}" for folder in "autotune files generation hub".split()),
+    },
     "hosts.supervision": {"backends", "hosts.launch"},
     "hosts.jobs": {"backends", "backends.generation", "hosts.launch", "hosts.supervision"},
     "hosts.http": {
@@ -163,6 +168,7 @@ MAY_IMPORT = {
     },
     "backends": set(),
     "backends.files": {"backends"},
+    "backends.hub": {"backends"},
     "backends.groups": {"backends"},
     "backends.parallel": {"backends", "backends.groups"},
     "backends.loading": SHARED_ROOMS | {"backends.files"},

@@ -12,6 +12,7 @@ from backends.errors import ConfigError, HostError
 from backends.files.checkpoint import infer_type
 from backends.model_table import ModelTable
 from hosts.launch.command_line import by_canonical_name
+from hosts.launch.files import locate_names
 from hosts.launch.gpus import lowest_capability
 from hosts.launch.settings import Settings, options
 from hosts.launch.start_plan import StartPlan, plan_start
@@ -129,7 +130,10 @@ def _deployments(settings: Settings, table: ModelTable) -> Mapping[str, Any]:
             f"--type is missing. Allowed: {', '.join(table)}; or describe several models in "
             "--config, under deployments."
         )
-    return {settings.type or infer_type(Path(settings.checkpoint).expanduser(), table)[0]: {}}
+    if settings.type is None:
+        checkpoint = Path(locate_names(settings)[0].checkpoint).expanduser()
+        return {infer_type(checkpoint, table)[0]: {}}
+    return {settings.type: {}}
 
 
 def _merged(settings: Settings, name: str, values: Any) -> Settings:

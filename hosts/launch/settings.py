@@ -61,9 +61,9 @@ class Settings(_BackendOptions):
         None, str, "Model type: a row of model_table.yaml. Default: the one that --checkpoint fits."
     )
     checkpoint: str | None = _common(
-        None, str, "Model: a folder in diffusers layout, or NAME.safetensors with its "
-        "configuration in the folder NAME beside it (sd1, sd2, sdxl, flux). Default: the demo "
-        "model.", metavar="PATH", aliases=("model",))
+        None, str, "Model: a folder in diffusers layout, NAME.safetensors with its configuration "
+        "in the folder NAME beside it (sd1, sd2, sdxl, flux), or ORG/NAME[@REVISION] of a model "
+        "hub. Default: the demo model.", metavar="PATH|NAME", aliases=("model",))
     port: int = _common(6000, whole(1, 65535), "HTTP port.")
     host: str = _common(
         "127.0.0.1", str, "Address to listen on. Any but this machine's own needs --api_key.")
@@ -136,6 +136,9 @@ class Settings(_BackendOptions):
         "count.")
     failure_timeout: int = _process(
         10, whole(2, 3600), "Seconds without a heartbeat after which a rank counts as lost.")
+    offline: bool = _process(
+        False, _switch, "Ask no model hub: names mean what is in the local cache. HF_HUB_OFFLINE=1 "
+        "does the same.")
     exit_with_parent: bool = _process(
         False, _switch, "End when the parent process ends, for programs that start a host.")
     log_format: str = _process("text", one_of("text", "json"), "Format of log lines: text or json.")
@@ -308,6 +311,11 @@ class Settings(_BackendOptions):
         the argument and what is allowed.
         """
         return cls(**{name: _convert(options()[name], value) for name, value in values.items()})
+
+    def in_environment(self, environ: Mapping[str, str]) -> "Settings":
+        """Return the settings with what HF_HUB_OFFLINE asks for."""
+        is_offline = environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+        return replace(self, offline=self.offline or is_offline)
 
     @property
     def given(self) -> dict[str, Any]:

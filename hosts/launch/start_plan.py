@@ -4,8 +4,6 @@ Imports no torch.
 The launcher resolves this before any process starts, and every rank again, with the same result.
 """
 
-import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,6 +20,17 @@ from backends.plan import ParallelPlan, require_world_size
 from backends.request import LoadRequest
 from backends.step_cache_spec import require_step_cache
 from hosts.launch.auto_backend import BackendChoice, Recall, resolve_backend
+from hosts.launch.files import (
+    PATH_OPTIONS,
+    SCALED_PATHS,
+    HubFiles,
+    checkpoint_path,
+    denoiser_files,
+    existing_files,
+    existing_path,
+    locate_names,
+    require_components,
+)
 from hosts.launch.gpus import count_present, count_visible, default_variant, lowest_capability
 from hosts.launch.load_options import (
     compile_settings,
@@ -38,18 +47,6 @@ from hosts.launch.settings import Settings
 from hosts.launch.team_modes import Teams, batch_limit, choose_teams
 
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
-REPOSITORY = Path(__file__).resolve().parents[2]
-PATH_OPTIONS = (
-    "vae",
-    "vae_config",
-    "gguf_model",
-    "motion_adapter",
-    "motion_module",
-    "motion_config",
-    "control_net_config",
-)
-SCALED_PATHS = ("lora", "motion_adapter_lora", "control_net", "ip_adapter")
-WEIGHT_FILES = (".safetensors", ".sft", ".bin", ".pt", ".pth", ".ckpt")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +66,8 @@ class StartPlan:
     """The most jobs that one rank may do in one batch."""
     auto: BackendChoice | None = None
     """The choice of --backend=auto."""
+    hub: HubFiles = HubFiles()
+    """What names on a hub mean here. While some files are missing, `load` has their outlines."""
 
     @property
     def job_plan(self) -> ParallelPlan:
@@ -90,7 +89,8 @@ class StartPlan:
             "options": {
                 name: value for name, value in self.job_plan.options.items() if value is not None
             },
-            "checkpoint": self.load.checkpoint,
+            "checkpoint": self.hub.named(self.load.checkpoint),
+            **self.hub.facts(),
             "variant": self.load.variant,
             "height": self.load.height or self.spec.height,
             "width": self.load.width or self.spec.width,
@@ -107,7 +107,7 @@ class StartPlan:
             "the plan": self.plan.describe(),
         }
         return {
-            name: str(value)
+            name: self.hub.named(str(value))
             for name, value in {
                 **own,
                 **{f"--{name}": value for name, value in asdict(self.load).items()},
@@ -142,9 +142,28 @@ def plan_start(
     """
     _require_key(settings)
     _require_machines(settings)
+    settings, hub = locate_names(settings)
+    facts = {"num_gpus": num_gpus, "num_ranks": num_ranks, "capability": capability}
+    try:
+        start = _plan_files(settings, table, recall=recall, **facts)
+    except HostError as error:
+        raise type(error)(hub.named(str(error))) from error
+    return replace(start, hub=hub.for_variant(start.load.variant, start.spec.denoiser))
+
+
+def _plan_files(
+    settings: Settings,
+    table: ModelTable,
+    *,
+    num_gpus: int,
+    num_ranks: int | None,
+    capability: tuple[int, int] | None,
+    recall: Recall,
+) -> StartPlan:
+    """Resolve the plan of settings that name files on this machine only."""
     spec, why_type = _model_spec(settings, table)
     # before anything is planned by its configuration
-    open_checkpoint(spec, _checkpoint(settings, spec))
+    open_checkpoint(spec, checkpoint_path(settings, spec))
     ranks, why_ranks = _ranks(settings, num_ranks=num_ranks, num_gpus=num_gpus)
     world_size = ranks * settings.nnodes
     features = features_of(settings)
@@ -152,7 +171,7 @@ def plan_start(
         settings,
         spec,
         world_size,
-        checkpoint=Path(_checkpoint(settings, spec)),
+        checkpoint=Path(checkpoint_path(settings, spec)),
         num_gpus=num_gpus,
         capability=capability,
         features=features,
@@ -161,7 +180,7 @@ def plan_start(
     backend, settings = choice.backend, choice.settings
     for feature in ("", *features):
         spec.require(backend, feature or None)
-    options = {**settings.given, "checkpoint": _checkpoint(settings, spec)}
+    options = {**settings.given, "checkpoint": checkpoint_path(settings, spec)}
     plan = require_world_size(planner(backend)(spec, options, world_size), world_size)
     load, why_load = _load_request(settings, spec, plan, num_gpus=num_gpus, capability=capability)
     require_whole_weights(plan, load)
@@ -269,7 +288,7 @@ def _model_spec(settings: Settings, table: ModelTable) -> tuple[ModelSpec, str]:
             f"{', '.join(table)}."
         )
     if name is None:
-        checkpoint = Path(_existing_path("checkpoint", settings.checkpoint))
+        checkpoint = Path(existing_path("checkpoint", settings.checkpoint))
         has_motion = settings.motion_adapter is not None or settings.motion_module is not None
         name, reason = infer_type(checkpoint, table, has_motion=has_motion)
     spec = table[name]
@@ -297,16 +316,15 @@ def _load_request(
 ) -> tuple[LoadRequest, list[str]]:
     reasons = []
     paths = {
-        name: _existing_path(name, getattr(settings, name))
-        for name in ("checkpoint", *PATH_OPTIONS)
+        name: existing_path(name, getattr(settings, name)) for name in ("checkpoint", *PATH_OPTIONS)
     }
-    scaled = {name: _existing_files(name, getattr(settings, name)) for name in SCALED_PATHS}
+    scaled = {name: existing_files(name, getattr(settings, name)) for name in SCALED_PATHS}
     if settings.controlnet_scale is not None:
         scaled["control_net"] = dict.fromkeys(scaled["control_net"], settings.controlnet_scale)
-    paths["checkpoint"] = _checkpoint(settings, spec)
+    paths["checkpoint"] = checkpoint_path(settings, spec)
     if settings.checkpoint is None:
         reasons.append("checkpoint: the demo model, because none was given")
-    _require_components(spec, paths)
+    require_components(spec, paths)
     variant = settings.variant
     if variant is None:
         variant, why = default_variant(spec, num_gpus=num_gpus, capability=capability)
@@ -315,7 +333,7 @@ def _load_request(
         require_family(parse_scheduler(settings.scheduler), flow=spec.flow_matching)
     except RequestError as error:
         raise ConfigError(f"--scheduler: {error}") from error
-    denoiser, denoiser_config = _denoiser(settings, spec)
+    denoiser, denoiser_config = denoiser_files(settings, spec)
     load = LoadRequest(
         model_type=spec.name,
         checkpoint=paths["checkpoint"],
@@ -349,93 +367,3 @@ def _load_request(
         prewarm_steps=prewarm_steps(settings, plan)[0],
     )
     return load, [*reasons, *load_reasons(settings, spec, plan, num_gpus=num_gpus)]
-
-
-def _checkpoint(settings: Settings, spec: ModelSpec) -> str:
-    return _existing_path("checkpoint", settings.checkpoint) or str(
-        REPOSITORY / spec.demo["checkpoint"]
-    )
-
-
-def _existing_path(name: str, value: str | None) -> str | None:
-    """Return the path absolute and normalized: clients send <root>/custom_nodes/../models/x.
-
-    Links are kept: those in a cache of downloads lead to files whose names say nothing.
-    """
-    if value is None:
-        return None
-    path = Path(os.path.abspath(Path(value).expanduser()))
-    if not path.exists():
-        raise ConfigError(
-            f"--{name}={value} does not exist. Give the path of a file or folder on this machine."
-        )
-    return str(path)
-
-
-def _existing_files(name: str, scales: Mapping[str, float] | None) -> dict[str, float]:
-    """Return the files with absolute paths, in the same order. Only a ControlNet may be a
-    folder.
-    """
-    found = {}
-    for value, scale in (scales or {}).items():
-        path = _existing_path(name, value)
-        if Path(path).is_file() and Path(path).suffix not in WEIGHT_FILES:
-            raise ConfigError(
-                f"--{name}={value} is not a file of weights. Allowed: {', '.join(WEIGHT_FILES)}."
-            )
-        if Path(path).is_dir() and name != "control_net":
-            raise ConfigError(
-                f"--{name}={value} is a folder. Give the file of weights in it "
-                f"({', '.join(WEIGHT_FILES)})."
-            )
-        if not math.isfinite(scale):
-            raise ConfigError(f"--{name}={value} has scale {scale}. Give a finite number.")
-        found[path] = scale
-    return found
-
-
-def _denoiser(settings: Settings, spec: ModelSpec) -> tuple[str | None, str | None]:
-    """The denoiser that replaces the checkpoint's, and its configuration. It may not come from two
-    places.
-    """
-    other = "transformer" if spec.denoiser == "unet" else "unet"
-    paths = {"unet": settings.unet, "transformer": settings.transformer}
-    configs = {"unet": settings.unet_config, "transformer": settings.transformer_config}
-    if paths[other] is not None:
-        raise ConfigError(
-            f"--{other} was given, but type {spec.name!r} has a {spec.denoiser}. Give "
-            f"--{spec.denoiser}."
-        )
-    if paths[spec.denoiser] is not None and settings.gguf_model is not None:
-        raise ConfigError(
-            f"--{spec.denoiser} and --gguf_model were given, and both replace the {spec.denoiser}. "
-            "Give one of them."
-        )
-    return (
-        _existing_path(spec.denoiser, paths[spec.denoiser]),
-        _existing_path(f"{spec.denoiser}_config", configs[spec.denoiser]),
-    )
-
-
-def _require_components(spec: ModelSpec, paths: Mapping[str, str | None]) -> None:
-    checkpoint = Path(paths["checkpoint"] or "")
-    if checkpoint.is_dir() and not (checkpoint / "model_index.json").is_file():
-        raise ConfigError(
-            f"--checkpoint={checkpoint} holds no model_index.json. Give a folder in diffusers "
-            "layout."
-        )
-    if checkpoint.is_file() and not (spec.single_file and checkpoint.suffix == ".safetensors"):
-        raise ConfigError(
-            f"--checkpoint={checkpoint} is a file, but type {spec.name!r} needs a folder in "
-            "diffusers layout."
-        )
-    for component in spec.components:
-        if (
-            paths.get(component) is None
-            and paths.get("motion_module") is None
-            and not (checkpoint / component).is_dir()
-        ):
-            raise ConfigError(
-                f"type {spec.name!r} needs a {component}, and the checkpoint holds none. Give "
-                f"--{component}=FOLDER or --motion_module=FILE."
-            )

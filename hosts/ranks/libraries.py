@@ -8,15 +8,14 @@ from contextlib import suppress
 from hosts.launch.gpus import RANK_ENVIRONMENT
 
 DEFAULTS = {
-    "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
     "DIFFUSERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
 }
-"""Environment variables that the libraries read on import: no downloads, and no chatter in the
-log.
+"""Environment variables that the libraries read on import: no chatter in the log, and no downloads.
+HF_HUB_OFFLINE is the user's: the process that downloads is another one (backends/hub/worker.py).
 """
 DISABLES_DYNAMO = "TORCHDYNAMO_DISABLE"
 """Torch's environment variable, which it reads at each call of torch.compile."""

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -23,6 +23,7 @@ from backends.groups.control_group import Channel, broadcast_command, open_chann
 from backends.groups.mesh import Mesh
 from hosts.jobs.policy import Sharing
 from hosts.jobs.queue import JobQueue
+from hosts.launch.files import size_text
 from hosts.launch.settings import Settings
 from hosts.launch.start_plan import StartPlan
 from hosts.ranks.autotune import tune
@@ -38,6 +39,25 @@ logger = logging.getLogger(__name__)
 NOTHING = "no pipeline is loaded. Send its configuration to POST /apply first."
 PERCENT_BEGUN, PERCENT_PLANNED = 10.0, 20.0
 """What GET /progress shows while a pipeline is loaded."""
+LOG_DOWNLOAD_EVERY_S = 10.0
+
+
+Value = TypeVar("Value")
+
+
+class DownloadLog:
+    """Tells the log every few seconds how far a download is."""
+
+    def __init__(self) -> None:
+        self._told_s = 0.0
+
+    def tell(self, done: int, total: int) -> str:
+        """Return 'downloading 3.1 of 6.9 GB'."""
+        text = f"downloading {size_text(done, total)}"
+        if time.monotonic() - self._told_s >= LOG_DOWNLOAD_EVERY_S:
+            self._told_s = time.monotonic()
+            logger.info("%s", text)
+        return text
 
 
 class Control(Protocol):
@@ -61,6 +81,9 @@ class Control(Protocol):
     def show_empty(self, failure: Failure | None) -> None:
         """Show that no pipeline is loaded, and why."""
 
+    def show_download(self, done: int, total: int) -> None:
+        """Show how many bytes of a download are here."""
+
     def sleep(self, seconds: float) -> None: ...
 
     def close(self) -> None: ...
@@ -77,6 +100,7 @@ class LeaderControl:
         self._queue = queue
         self._state = state
         self._is_fixed = is_fixed
+        self._log = DownloadLog()
 
     def next(self) -> ModelCommand | Stop:
         """Blocks until there is one. Stop once the host stops."""
@@ -117,6 +141,9 @@ class LeaderControl:
         self._state.become(Phase.FAILED, str(error))
         self._queue.close(error)
 
+    def show_download(self, done: int, total: int) -> None:
+        self._state.become(Phase.LOADING, self._log.tell(done, total))
+
     def sleep(self, seconds: float) -> None:
         """The first rank stays awake."""
 
@@ -129,6 +156,7 @@ class FollowerControl:
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
+        self._log = DownloadLog()
 
     def next(self) -> None:
         return None
@@ -145,6 +173,9 @@ class FollowerControl:
     def finish(self, failure: Failure | None) -> None: ...
 
     def show_empty(self, failure: Failure | None) -> None: ...
+
+    def show_download(self, done: int, total: int) -> None:
+        self._log.tell(done, total)
 
     def sleep(self, seconds: float) -> None:
         time.sleep(seconds)
@@ -166,11 +197,13 @@ class ModelLoop:
         activity: Activity | None = None,
         alarm: Alarm | None = None,
         memory: Path | None = None,
+        is_first_here: bool = True,
     ) -> None:
         """plan: what settings mean on these ranks, by what was measured. activity: of this thread,
         for the watch. alarm: by which ranks on GPUs learn of another's failure. memory: folder for
-        the times that --backend=auto has measured.
+        the times that --backend=auto has measured. is_first_here: of the ranks of this machine.
         """
+        self._is_first_here = is_first_here
         self._rank = rank
         self._alarm = alarm
         self._world_size = world_size
@@ -219,20 +252,37 @@ class ModelLoop:
         return failure
 
     def _prepare(self, command: ModelCommand) -> Failure | None:
-        """Unload, plan or offload. All ranks agree on the outcome."""
-        failure = start = None
-        try:
-            if isinstance(command, Apply):
-                self._unload()
-                start = self._plan(command.settings, None) if command.settings else None
-            elif isinstance(command, Offload):
-                self._offload()
-        except Exception as error:  # noqa: BLE001  the other ranks must learn of any error before they continue
-            failure = Failure.of(error, rank=self._rank)
-        failure = agree_on_outcome(failure).failure
+        """Unload, plan and download, or offload. All ranks agree on the outcome."""
+        if not isinstance(command, Apply):
+            is_offload = isinstance(command, Offload)
+            return self._agree(self._offload if is_offload else lambda: None)[1]
+        start, failure = self._agree(partial(self._unload_and_plan, command.settings))
+        # once all ranks have planned, what they have found on the disk may change
+        if failure is None:
+            _, failure = self._agree(partial(self._download, start))
+        if failure is None and start is not None and start.hub.found:
+            start, failure = self._agree(partial(self._plan, command.settings, None))
         if failure is None and start is not None:
             self._loop = self._loop_of(start, partial(self._plan, command.settings))
         return failure
+
+    def _agree(self, action: Callable[[], Value]) -> tuple[Value | None, Failure | None]:
+        """Return the action's value here, and the failure of any rank."""
+        value = failure = None
+        try:
+            value = action()
+        except Exception as error:  # noqa: BLE001  the other ranks must learn of any error before they continue
+            failure = Failure.of(error, rank=self._rank)
+        return value, agree_on_outcome(failure).failure
+
+    def _unload_and_plan(self, settings: Settings | None) -> StartPlan | None:
+        self._unload()
+        return self._plan(settings, None) if settings else None
+
+    def _download(self, start: StartPlan | None) -> None:
+        """Download what the plan lacks, on the first rank of each machine."""
+        if start is not None and self._is_first_here:
+            start.hub.download(self._control.show_download)
 
     def _serve(self) -> Failure | None:
         """Load the pipeline unless it is loaded, and serve jobs until the next command."""

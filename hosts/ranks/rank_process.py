@@ -93,6 +93,7 @@ class RankProcess:
             activity=activity,
             alarm=alarm,
             memory=self.state_folder,
+            is_first_here=self.place.local_rank == 0,
         )
         try:
             failure = loop.run(first)
