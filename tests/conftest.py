@@ -93,3 +93,13 @@ def run_on_ranks(tmp_path: Path) -> Callable[..., None]:
 def _no_process_group_left() -> Iterator[None]:
     yield
     assert not dist.is_initialized(), "the test left a process group open"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A model hub on this machine (tests/hub_server.py), and an empty cache for this process."""
+    from tests.hub_server import HubServer
+
+    with HubServer() as server:
+        server.use(monkeypatch, tmp_path / "cache")
+        yield server

@@ -11,15 +11,18 @@ codes. It can demand a token, gate a repository, be slow, and break connections.
 
 import hashlib
 import json
-import os
 import threading
 import time
 from dataclasses import dataclass, field
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import unquote, urlsplit
+
+import pytest
+from huggingface_hub import constants
 
 LARGE = (".safetensors", ".bin", ".gguf", ".ckpt", ".pt")
 """Files that the hub keeps elsewhere, and redirects to."""
@@ -98,6 +101,14 @@ class HubServer:
             **more,
         }
 
+    def use(self, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+        """Make this process, and those that it starts, use this hub with its cache in `home`."""
+        for name, value in self.environment(home).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(constants, "ENDPOINT", self.url)
+        monkeypatch.setattr(constants, "HF_HOME", str(home))
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+
     def add(self, name: str, folder: Path | dict[str, Path], **facts: Any) -> Repository:
         """Serve a folder, or file name -> path, under ORG/NAME."""
         files = folder if isinstance(folder, dict) else files_below(Path(folder))
@@ -124,6 +135,7 @@ def files_below(folder: Path) -> dict[str, Path]:
     }
 
 
+@cache
 def _etag(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -149,7 +161,7 @@ class _Handler(BaseHTTPRequestHandler):
         if parts[:2] == ["api", "models"]:
             name, revision = "/".join(parts[2:4]), "/".join(parts[5:]) or "main"
             if self._may_read(name, token, revision, is_file=False):
-                self._info(name, revision)
+                (self._tree if parts[4:5] == ["tree"] else self._info)(name, revision)
         elif "resolve" in parts[2:3] or parts[0] == "cdn":
             name = "/".join(parts[:2]) if parts[0] != "cdn" else "/".join(parts[1:3])
             revision, file = parts[3], "/".join(parts[4:])
@@ -204,6 +216,13 @@ class _Handler(BaseHTTPRequestHandler):
             "likes": 0,
         }
         self._send(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
+
+    def _tree(self, name: str, revision: str) -> None:
+        entries = [
+            {"type": "file", "path": file, "size": path.stat().st_size, "oid": _etag(path)[:40]}
+            for file, path in self.hub.repositories[name].files.items()
+        ]
+        self._send(200, json.dumps(entries).encode(), {"Content-Type": "application/json"})
 
     def _resolve(self, name: str, revision: str, file: str, request: Request) -> None:
         repository = self.hub.repositories[name]
@@ -278,8 +297,3 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
-
-
-def offline_environment(home: Path) -> dict[str, str]:
-    """Environment of a host without a hub: nothing listens at the address."""
-    return {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(home)}

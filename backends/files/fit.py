@@ -30,6 +30,8 @@ from backends.request import LoadRequest
 SCALES = (".scale_weight", ".weight_scale", ".scale_input", ".input_scale", ".comfy_quant")
 MARKER = "scaled_fp8"
 """Names beside the weights in 8-bit files: scales of weights, and notes for the arithmetic."""
+UNUSED = ("safety_checker", "watermark", "watermarker")
+"""Components that are never loaded; an index may name old modules for them."""
 UNKNOWN_SCALES = (
     ".weight_scale_2",
     ".weight_scale_inv",
@@ -149,6 +151,7 @@ def _require_components(checkpoint: Checkpoint, load: LoadRequest) -> None:
             f"--checkpoint={checkpoint.path} is the refiner of {spec.title}: it continues another "
             "model's latents, and no type does that. Give the base checkpoint."
         )
+    _refuse_remote_code(checkpoint)
     for component in _needed_components(spec):
         if replaced.get(component) is not None:
             continue
@@ -159,6 +162,20 @@ def _require_components(checkpoint: Checkpoint, load: LoadRequest) -> None:
             )
         if checkpoint.header is None:
             _require_complete(checkpoint, component)
+
+
+def _refuse_remote_code(checkpoint: Checkpoint) -> None:
+    """Raise ConfigError for a component whose class is not in diffusers or transformers."""
+    for component, entry in checkpoint.index.items():
+        if component in UNUSED or not isinstance(entry, list) or len(entry) != 2:
+            continue
+        library, name = entry
+        if library not in (None, "diffusers", "transformers"):
+            raise ConfigError(
+                f"--checkpoint={checkpoint.path} has a {component} of class {library}.{name}, "
+                "which is code of its own. Code of a checkpoint is never run: give one whose "
+                "classes are in diffusers or transformers."
+            )
 
 
 def _needed_components(spec: ModelSpec) -> list[str]:

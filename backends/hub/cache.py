@@ -10,12 +10,12 @@ refs/REVISION names a commit, snapshots/COMMIT/ holds links to its finished file
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants
 
+from backends.errors import ConfigError
 from backends.hub.choice import (
     INDEX,
     Kind,
@@ -42,12 +42,12 @@ class Wanted:
     without: frozenset[str] = frozenset()
     """Components whose weights come from elsewhere."""
 
-    @cached_property
+    @property
     def folder(self) -> Path:
         """The repository's folder in the hub's cache."""
         return Path(constants.HF_HUB_CACHE) / f"models--{self.name.repo.replace('/', '--')}"
 
-    @cached_property
+    @property
     def commit(self) -> str | None:
         """The commit that the revision meant when it was last asked for; None if never."""
         ref = self.folder / "refs" / self.name.revision
@@ -68,14 +68,17 @@ class Wanted:
         """Return what is needed of these files; `root` holds the index."""
         index = root / INDEX
         content = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
-        return scope_of(
-            files,
-            content if isinstance(content, dict) else {},
-            kind=self.kind,
-            option=self.option,
-            path=self.name.path,
-            without=self.without,
-        )
+        try:
+            return scope_of(
+                files,
+                content if isinstance(content, dict) else {},
+                kind=self.kind,
+                option=self.option,
+                path=self.name.path,
+                without=self.without,
+            )
+        except ConfigError as error:
+            raise ConfigError(f"--{self.option}={self.name} {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,16 +111,16 @@ def find(wanted: Wanted) -> Found | None:
     if commit is None:
         return None
     snapshot, outline = wanted.snapshot(commit), wanted.outline(commit)
-    files = {str(path.relative_to(snapshot)): 0 for path in snapshot.rglob("*") if path.is_file()}
-    scope = wanted.scope(files, snapshot) if files else None
-    if scope is not None and is_complete(scope, files):
-        return Found(wanted=wanted, commit=commit, root=snapshot, scope=scope, listing={})
+    here = {str(path.relative_to(snapshot)): 0 for path in snapshot.rglob("*") if path.is_file()}
     listing = read_listing(outline)
-    scope = wanted.scope(listing, outline) if listing else None
+    # of a repository that was never listed, what is here must tell what is needed
+    scope = wanted.scope(listing or here, outline if listing else snapshot)
     if scope is None:
         return None
+    if is_complete(scope, here) and here.keys() >= set(small_files(scope, listing)):
+        return Found(wanted=wanted, commit=commit, root=snapshot, scope=scope, listing={})
     needed = [*small_files(scope, listing), *weight_files(scope, listing)]
-    if not all((outline / name).exists() for name in needed):
+    if not listing or not all((outline / name).exists() for name in needed):
         return None
     return Found(wanted=wanted, commit=commit, root=outline, scope=scope, listing=listing)
 

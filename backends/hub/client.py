@@ -47,10 +47,7 @@ def locate(wanted: Wanted, *, offline: bool) -> Found:
             lambda done, total: None,
             wanted,
         )
-        # the commit and the listing are new
-        found = find(
-            Wanted(option=wanted.option, name=wanted.name, kind=wanted.kind, without=wanted.without)
-        )
+        found = find(wanted)
     if found is None:
         raise ConfigError(
             f"{_given(wanted)} was listed, but its files are not in {constants.HF_HOME}. Remove "
@@ -175,7 +172,7 @@ _WORDS = {
         "another revision."
     ),
     "content": "{given} is not usable: it needs {needs}, and {repo} holds: {holds}.",
-    "choice": "{given} {text}",
+    "choice": "{text}",
     "network": (
         "{given} is not on this machine, and {hub} cannot be reached ({text}). Check the network, "
         "HF_ENDPOINT and proxies; or run `{command}` where it can be reached and copy {cache}; or "

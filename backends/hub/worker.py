@@ -8,6 +8,7 @@ It ends with its parent, when standard input is closed.
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 from backends.errors import ConfigError
 
@@ -26,6 +28,8 @@ CONNECTIONS = 4
 """Files that are downloaded at the same time."""
 FIRST_BYTES = 1 << 20
 """Of a file of weights: enough for most headers."""
+SHA256_LENGTH = 64
+"""Of the ETags of large files, which are hashes of their content."""
 GGUF_BYTES = 1 << 23
 """The longest GGUF header that is read; its length is written nowhere."""
 
@@ -225,7 +229,7 @@ def _write(path: Path, content: bytes) -> None:
 
 def _download(request: Mapping[str, Any]) -> None:
     """Download files into the hub's cache. What was begun before is continued."""
-    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub import constants
 
     files = [
         (each["repo"], each["commit"], file, size)
@@ -235,16 +239,71 @@ def _download(request: Mapping[str, Any]) -> None:
     total = sum(size for *_, size in files)
     _require_space(Path(constants.HF_HUB_CACHE), total, files)
     with _told_progress(total) as meter, ThreadPoolExecutor(CONNECTIONS) as pool:
-        jobs = [
-            pool.submit(hf_hub_download, repo, file, revision=commit, tqdm_class=meter)
-            for repo, commit, file, _ in files
-        ]
+        jobs = [pool.submit(_fetch, repo, commit, file, meter) for repo, commit, file, _ in files]
         try:
             for job in jobs:
                 job.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _fetch(repo: str, commit: str, file: str, meter: type["_Meter"]) -> None:
+    """Download a file into the hub's cache, from where an earlier attempt ended.
+
+    huggingface_hub begins anew in each process. So the file is written here, into the place where
+    that library looks before it downloads.
+    """
+    from filelock import FileLock
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
+
+    url = hf_hub_url(repo, file, revision=commit)
+    facts = get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    folder = f"models--{repo.replace('/', '--')}"
+    blob = Path(constants.HF_HUB_CACHE) / folder / "blobs" / (facts.etag or "")
+    lock = Path(constants.HF_HUB_CACHE) / ".locks" / folder / f"{facts.etag}.lock"
+    is_small_enough = facts.size is not None and facts.size <= constants.MAX_HTTP_DOWNLOAD_SIZE
+    if facts.etag and is_small_enough:
+        for path in (blob, lock):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(lock):
+            if not blob.exists():
+                _continue(url, facts, blob, meter)
+    hf_hub_download(repo, file, revision=commit, tqdm_class=meter)
+
+
+def _continue(url: str, facts: Any, blob: Path, meter: type["_Meter"]) -> None:
+    """Download the rest of a blob. One that was continued must have the hash of its ETag."""
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
+
+    headers = build_hf_headers()
+    if urlsplit(facts.location).netloc != urlsplit(url).netloc:
+        headers.pop("authorization", None)  # the token is the hub's alone
+    partial = blob.with_name(f"{blob.name}.continued.incomplete")
+    begun = partial.stat().st_size if partial.exists() else 0
+    if begun > facts.size:
+        partial.unlink()
+        begun = 0
+    with partial.open("ab") as output:
+        http_get(
+            facts.location,
+            output,
+            resume_size=begun,
+            headers=headers,
+            expected_size=facts.size,
+            displayed_filename=blob.name,
+            tqdm_class=meter,
+        )
+    if begun and len(blob.name) == SHA256_LENGTH and _sha256(partial) != blob.name:
+        partial.unlink()
+        raise OSError("Consistency check failed: its parts do not belong together")
+    partial.rename(blob)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _require_space(cache: Path, total: int, files: Sequence[tuple[str, str, str, int]]) -> None:
@@ -289,10 +348,10 @@ def _told_progress(total: int) -> Iterator[type[_Meter]]:
     is_over = threading.Event()
 
     def tell() -> None:
-        while True:
+        is_last = False
+        while not is_last:
+            is_last = is_over.wait(TELL_EVERY_S)
             _say({"bytes": min(_Meter.total_done, total), "of": total})
-            if is_over.wait(TELL_EVERY_S):
-                return
 
     teller = threading.Thread(target=tell, daemon=True)
     teller.start()

@@ -93,7 +93,7 @@ def _load_pipe(spec: ModelSpec, load: LoadRequest) -> Any:
         if path.is_dir():
             arguments["dtype"] = {"default": DTYPES[load.variant], "vae": vae_dtype(spec, load)}
             return pipeline_class.from_pretrained(
-                path, variant=_file_variant(path, spec, load.variant), **arguments
+                path, variant=_file_variant(path / spec.denoiser, load.variant), **arguments
             )
         if spec.single_file:
             return _from_single_file(spec, pipeline_class, path, arguments)
@@ -149,7 +149,7 @@ def _checkpoint_header(
 ) -> tuple[Header | None, tuple[str, ...]]:
     """Return a component's header, from its own folder or its part of a single file."""
     if checkpoint.header is None:
-        variant = _file_variant(checkpoint.folder, checkpoint.spec, load.variant)
+        variant = _file_variant(checkpoint.folder / checkpoint.spec.denoiser, load.variant)
         return read_folder_header(
             checkpoint.folder / component,
             option="--checkpoint",
@@ -272,14 +272,17 @@ def _component(
     try:
         if source.is_dir():
             folder = component_folder(source, option)
-            header = read_folder_header(folder, option=f"--{option}", read=read_any_header)
+            variant = _file_variant(folder, load.variant)
+            header = read_folder_header(
+                folder, option=f"--{option}", variant=variant, read=read_any_header
+            )
             if header is not None:
                 require_weights(model, folder, header, given=given, advice=advice)
             files = sorted(folder.glob("*.safetensors"))
             if header is not None and has_scales(header) and len(files) == 1:
                 found = _from_file(model, files[0], folder, options, option=option)
             else:
-                found = model.from_pretrained(folder, **options)
+                found = model.from_pretrained(folder, variant=variant, **options)
         elif config is None:
             raise ConfigError(
                 f"--{option}={path} is a file, so its configuration is needed too. Give "
@@ -417,13 +420,12 @@ def _from_single_file(
     return pipeline_class.from_pretrained(folder, **arguments)
 
 
-def _file_variant(path: Path, spec: ModelSpec, wanted: str) -> str | None:
-    """Return the variant of the files to load, such as 'fp16'; None for files without one.
+def _file_variant(folder: Path, wanted: str) -> str | None:
+    """Return the variant of a component's files to load, such as 'fp16'; None for those without.
 
     The requested one if it exists: others would be converted, in memory that ranks do not share.
     Otherwise files without a variant, or else the first variant.
     """
-    folder = path / spec.denoiser
     names = [file.name for file in folder.glob("*.safetensors")] or [
         file.name for file in folder.glob("*.bin")
     ]
