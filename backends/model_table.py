@@ -95,6 +95,8 @@ class ModelSpec:
     # that distinguishes types of the same class. optional: components that may be absent.
     fits: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     single_file: bool = False  # the checkpoint may be one .safetensors file
+    # Name of a tensor in such a file -> hub repository with its configuration; "" for any file.
+    configuration: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     # Pipeline and model class, and the call's argument for the image.
     controlnet: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     # Text encoder -> the states that Compel reads: last or penultimate (+ pooled), or pooled.

@@ -52,6 +52,7 @@ class LoadRequest:
 
     model_type: str  # a row of the model table
     checkpoint: str  # folder in diffusers layout, or one file
+    checkpoint_config: str | None = None  # configuration folder of one file
     variant: Literal["fp16", "bf16", "fp32"]  # dtype of weights and arithmetic
     scheduler: dict[str, Any] | None = None  # name and settings
     vae: str | None = None  # folder or file

@@ -43,6 +43,7 @@ def estimate_checkpoint(
     spec: ModelSpec,
     checkpoint: Path,
     *,
+    folder: Path | None = None,
     height: int,
     width: int,
     variant: str,
@@ -51,10 +52,11 @@ def estimate_checkpoint(
 ) -> Work:
     """Return the estimated work of a step for a checkpoint.
 
-    checkpoint: a folder in diffusers layout, or a single file beside such a folder. Missing facts
+    checkpoint: a folder in diffusers layout, or a single file. folder: the configuration of
+    a single file. Missing facts
     are assumed to be small.
     """
-    folder = checkpoint.with_suffix("") if checkpoint.is_file() else checkpoint
+    folder = folder or checkpoint
     config_file = folder / spec.denoiser / "config.json"
     config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
     parts = (

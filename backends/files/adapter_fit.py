@@ -43,7 +43,7 @@ def require_fit(
     spec: ModelSpec, load: LoadRequest, *, read: ReadHeader = read_header
 ) -> Checkpoint:
     """Return the checkpoint of a load request. ConfigError for the first file that does not fit."""
-    checkpoint = open_checkpoint(spec, load.checkpoint, read=read)
+    checkpoint = open_checkpoint(spec, load.checkpoint, config=load.checkpoint_config, read=read)
     require_files(spec, load, checkpoint)
     require_adapters(spec, load, checkpoint)
     return checkpoint

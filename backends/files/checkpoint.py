@@ -43,8 +43,23 @@ class Checkpoint:
         return (self.folder / component).is_dir()
 
 
-def open_checkpoint(spec: ModelSpec, path: str, *, read: ReadHeader = read_header) -> Checkpoint:
-    """Return the checkpoint without its weights. ConfigError if it is of another type."""
+def configuration_folder(path: str | Path, config: str | None) -> Path:
+    """Return the folder with model_index.json: the checkpoint itself, or that of a single file.
+
+    config: of a single file; None for the folder of the same name beside it.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    return Path(config) if config is not None else Path(path).with_suffix("")
+
+
+def open_checkpoint(
+    spec: ModelSpec, path: str, *, config: str | None = None, read: ReadHeader = read_header
+) -> Checkpoint:
+    """Return the checkpoint without its weights. ConfigError if it is of another type.
+
+    config: configuration folder of a single file.
+    """
     found = Path(path)
     if found.is_dir():
         checkpoint = Checkpoint(
@@ -52,7 +67,7 @@ def open_checkpoint(spec: ModelSpec, path: str, *, read: ReadHeader = read_heade
         )
         _require_class(checkpoint)
         return checkpoint
-    header, folder = read(found, option="--checkpoint"), found.with_suffix("")
+    header, folder = read(found, option="--checkpoint"), configuration_folder(found, config)
     checkpoint = Checkpoint(
         spec=spec, path=found, folder=folder, index=_read_index(folder), header=header, read=read
     )

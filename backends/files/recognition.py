@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from backends.files.denoiser_families import (
+    DENOISER_PREFIXES,
     FIRST_GENERATION,
     SECOND_GENERATION,
     Found,
@@ -11,6 +12,7 @@ from backends.files.denoiser_families import (
     recognize_denoiser,
 )
 from backends.files.weight_headers import Header
+from backends.model_table import ModelSpec
 
 NOTES = ("v_pred", "ztsnr", "edm_mean", "edm_std")
 """Tensors beside the weights that say how to sample the model."""
@@ -38,6 +40,15 @@ def has_text_encoders(header: Header) -> bool:
 def has_vae(header: Header) -> bool:
     """Return whether the file holds a VAE beside a denoiser."""
     return any(name.startswith(VAE_PREFIXES) for name in header.shapes)
+
+
+def configuration_of(header: Header, spec: ModelSpec) -> str | None:
+    """Return the hub repository with the configuration of a single-file checkpoint, if known."""
+    inner = header.without(*DENOISER_PREFIXES)
+    return next(
+        (repo for tensor, repo in spec.configuration.items() if not tensor or inner.has(tensor)),
+        None,
+    )
 
 
 def _adapter(header: Header) -> Found | None:

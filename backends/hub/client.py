@@ -15,12 +15,15 @@ from huggingface_hub import constants
 
 from backends.errors import ConfigError
 from backends.hub.cache import Found, Wanted, find
+from backends.hub.choice import SMALL
+from backends.hub.names import DEFAULT_REVISION, WEIGHT_SUFFIXES
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PROGRAM = f"import sys; sys.path.insert(0, {str(REPOSITORY)!r}); import backends.hub.worker as it"
 TellBytes = Callable[[int, int], None]
 """Takes the bytes that are here and the bytes of all files."""
-Pending = Mapping[str, Mapping[str, int]]
+_CONFIGURATION_WEIGHTS = ("text_encoder*/*.safetensors", "vae*/*.safetensors")
+"""Of components that a single file may lack."""
 
 
 def locate(wanted: Wanted, *, offline: bool) -> Found:
@@ -73,11 +76,17 @@ def download(files: Iterable[tuple[Found, Mapping[str, int]]], tell: TellBytes) 
 
 def download_command(wanted: Wanted) -> str:
     """Return the command that downloads what is wanted into the cache."""
-    name = wanted.name
-    file = f" {name.path}" if name.path.rpartition(".")[1] else ""
-    folder = f' --include "{name.path}/*"' if name.path and not file else ""
-    revision = f" --revision {name.revision}" if name.revision != "main" else ""
-    return f"hf download {name.repo}{file}{folder}{revision}"
+    name, options = wanted.name, ""
+    if wanted.option == "checkpoint_config":
+        parts = [*(f"*{suffix}" for suffix in SMALL[:3]), *_CONFIGURATION_WEIGHTS]
+        patterns = (part for part in parts if part.partition("*")[0] not in wanted.without)
+        options = "".join(f' --include "{pattern}"' for pattern in patterns)
+    elif name.path and not name.path.endswith((*WEIGHT_SUFFIXES, ".json")):
+        options = f' --include "{name.path}/*"'
+    elif name.path:
+        options = f" {name.path}"
+    revision = f" --revision {name.revision}" if name.revision != DEFAULT_REVISION else ""
+    return f"hf download {name.repo}{options}{revision}"
 
 
 def size_text(done: int | None, total: int) -> str:

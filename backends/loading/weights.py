@@ -17,10 +17,10 @@ from torch import Tensor
 
 from backends.errors import ConfigError
 from backends.files.adapter_fit import require_fit
-from backends.files.checkpoint import Checkpoint, component_folder
+from backends.files.checkpoint import Checkpoint, component_folder, configuration_folder
 from backends.files.denoiser_families import DENOISER_PREFIXES
 from backends.files.fit import has_scales, prediction_settings
-from backends.files.recognition import VAE_PREFIXES, has_vae
+from backends.files.recognition import VAE_PREFIXES, has_text_encoders, has_vae
 from backends.files.weight_headers import SAFETENSORS, Header, read_folder_header
 from backends.loading.key_check import require_encoder, require_weights
 from backends.loading.plain_weights import (
@@ -96,7 +96,8 @@ def _load_pipe(spec: ModelSpec, load: LoadRequest) -> Any:
                 path, variant=_file_variant(path / spec.denoiser, load.variant), **arguments
             )
         if spec.single_file:
-            return _from_single_file(spec, pipeline_class, path, arguments)
+            folder = _configuration_folder(load)
+            return _from_single_file(spec, pipeline_class, path, folder, arguments)
     except LOADING_ERRORS as error:
         raise ConfigError(
             f"checkpoint={path} does not load as {pipeline_class.__name__}: {error}"
@@ -237,8 +238,7 @@ def _replaced_components(spec: ModelSpec, load: LoadRequest) -> dict[str, Any]:
 
 def _configuration_folder(load: LoadRequest) -> Path:
     """Return the folder with model_index.json: the checkpoint, or the one beside a single file."""
-    path = Path(load.checkpoint)
-    return path if path.is_dir() else path.with_suffix("")
+    return configuration_folder(load.checkpoint, load.checkpoint_config)
 
 
 def _class_of(component: str, load: LoadRequest) -> Any:
@@ -385,14 +385,13 @@ def _from_gguf(spec: ModelSpec, load: LoadRequest) -> Any:
 
 
 def _from_single_file(
-    spec: ModelSpec, pipeline_class: Any, path: Path, arguments: dict[str, Any]
+    spec: ModelSpec, pipeline_class: Any, path: Path, folder: Path, arguments: dict[str, Any]
 ) -> Any:
     """Load a single .safetensors in its original layout, with its configuration folder.
 
-    The folder beside the file, of the same name, keeps diffusers offline. If it also has text
-    encoder weights, the file is read as the denoiser alone, as FLUX is published.
+    A file without text encoders is read as the denoiser alone, as FLUX is published, if the folder
+    has their weights.
     """
-    folder = path.with_suffix("")
     if not (folder / "model_index.json").is_file():
         raise ConfigError(
             f"checkpoint={path} is a single file, and the folder {folder} with its configuration "
@@ -401,7 +400,7 @@ def _from_single_file(
         )
     given, dtype = f"--checkpoint={path}", arguments["dtype"]
     header = read_any_header(path, option="--checkpoint")
-    if not any(folder.glob("text_encoder*/*.safetensors")):
+    if has_text_encoders(header) or not any(folder.glob("text_encoder*/*.safetensors")):
         with plain_file(path, header, given=given, dtype=dtype) as plain:
             return pipeline_class.from_single_file(str(plain), config=str(folder), **arguments)
     if spec.denoiser not in arguments:

@@ -23,6 +23,7 @@ from backends.autotune.candidates import Candidate, list_candidates
 from backends.autotune.estimate import DEVICES, estimate_checkpoint
 from backends.autotune.ranking import Measured, Row, as_text, choose, rank, require_any
 from backends.errors import ConfigError
+from backends.files.checkpoint import configuration_folder
 from backends.model_table import ModelSpec
 from backends.plan import ParallelPlan
 from backends.step_cache_spec import parse_step_cache, require_step_cache
@@ -321,7 +322,10 @@ def _candidates(
         ):
             raise ConfigError(f"weights that are offloaded cannot be split, as {setting} does.")
 
-    given = {**settings.given, "checkpoint": str(checkpoint)}
+    given = {
+        **settings.given,
+        "checkpoint": str(configuration_folder(checkpoint, settings.checkpoint_config)),
+    }
     return list_candidates(
         spec, given, world_size, features=features, is_guided=halves_of(spec) == 2, check=check
     )
@@ -343,6 +347,7 @@ def _estimate(
     work = estimate_checkpoint(
         spec,
         checkpoint,
+        folder=configuration_folder(checkpoint, settings.checkpoint_config),
         height=settings.height or spec.height,
         width=settings.width or spec.width,
         variant=settings.variant

@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from backends.errors import ConfigError
+from backends.files.recognition import configuration_of, has_text_encoders, has_vae
+from backends.files.weight_headers import Header, read_header
 from backends.hub.cache import Found, Wanted
+from backends.hub.choice import INDEX
 from backends.hub.client import TellBytes, download, locate, size_text
 from backends.hub.names import WEIGHT_SUFFIXES, parse_name
 from backends.model_table import ModelSpec
@@ -97,6 +100,64 @@ def locate_names(settings: Settings) -> tuple[Settings, HubFiles]:
         elif any(paths.values()):
             values[option] = paths[given]
     return replace(settings, **values), HubFiles(found=tuple(found))
+
+
+def locate_configuration(
+    settings: Settings, spec: ModelSpec, hub: HubFiles
+) -> tuple[Settings, HubFiles]:
+    """Return the same with the folder of the configuration of a single-file checkpoint.
+
+    --checkpoint_config, else the folder beside the file, else the hub's for its architecture. Of
+    that, weights are needed only for components that the file lacks.
+    """
+    path, given = Path(checkpoint_path(settings, spec)), settings.checkpoint_config
+    if path.is_dir() and given is not None:
+        raise ConfigError(
+            f"--checkpoint_config={given} was given, but --checkpoint={settings.checkpoint} is a "
+            "folder with a configuration of its own. Leave it out."
+        )
+    beside = path.with_suffix("") / INDEX
+    if path.is_dir() or (given is None and beside.is_file()) or not spec.single_file:
+        return settings, hub
+    if given is not None and Path(given).expanduser().exists():
+        folder = existing_path("checkpoint_config", given)
+        if not (Path(folder) / INDEX).is_file():
+            raise ConfigError(
+                f"--checkpoint_config={given} holds no {INDEX}. Give a folder in diffusers layout; "
+                "it needs no weights of what the file holds."
+            )
+        return replace(settings, checkpoint_config=folder), hub
+    header = read_header(path, option="--checkpoint")
+    name = parse_name(given or (configuration_of(header, spec) if header else None) or "")
+    if name is None:
+        existing_path("checkpoint_config", given or str(beside.parent))
+    wanted = Wanted(
+        option="checkpoint_config",
+        name=name,
+        kind="pipeline",
+        without=_replaced(settings) | _components_in(header, spec),
+    )
+    try:
+        found = locate(wanted, offline=settings.offline)
+    except ConfigError as error:
+        if given is not None:
+            raise
+        raise ConfigError(
+            f"--checkpoint={settings.checkpoint} is one file, and its configuration is not here: "
+            f"{error} Or give it with --checkpoint_config=FOLDER."
+        ) from error
+    settings = replace(settings, checkpoint_config=str(found.path))
+    return settings, replace(hub, found=(*hub.found, found))
+
+
+def _components_in(header: Header | None, spec: ModelSpec) -> frozenset[str]:
+    """Return the components of which a single file has the weights."""
+    encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    has_encoders = header is None or has_text_encoders(header)
+    has_its_vae = header is None or has_vae(header)
+    return frozenset(
+        (spec.denoiser, *(encoders if has_encoders else ()), *(("vae",) if has_its_vae else ()))
+    )
 
 
 def _name(text: str) -> Any:

@@ -61,9 +61,9 @@ class Settings(_BackendOptions):
         None, str, "Model type: a row of model_table.yaml. Default: the one that --checkpoint fits."
     )
     checkpoint: str | None = _common(
-        None, str, "Model: a folder in diffusers layout, NAME.safetensors with its configuration "
-        "in the folder NAME beside it (sd1, sd2, sdxl, flux), or ORG/NAME[@REVISION] of a model "
-        "hub. Default: the demo model.", metavar="PATH|NAME", aliases=("model",))
+        None, str, "Model: a folder in diffusers layout, one .safetensors file (sd1, sd2, sdxl, "
+        "flux), or ORG/NAME[@REVISION][/FILE] of a model hub. Default: the demo model.",
+        metavar="PATH|NAME", aliases=("model",))
     port: int = _common(6000, whole(1, 65535), "HTTP port.")
     host: str = _common(
         "127.0.0.1", str, "Address to listen on. Any but this machine's own needs --api_key.")
@@ -174,6 +174,10 @@ class Settings(_BackendOptions):
         None, whole(0, 1000), "Synchronous steps at the start of each image, for methods that "
         "reuse values of the previous step. Default: 3 (asyncdiff), 4 (distrifuser), 1 "
         "(PipeFusion, at least 1).", aliases=("synced_steps", "warm_up"))
+    checkpoint_config: str | None = _model(
+        None, str, "Configuration of a single-file --checkpoint: a diffusers folder without "
+        "weights, or ORG/NAME. Default: the folder NAME beside the file, else what the model hub "
+        "has for its architecture.", metavar="DIR|NAME")
     vae: str | None = _model(None, str, "Replacement VAE: a file or a folder.", metavar="PATH")
     vae_config: str | None = _model(
         None, str, "config.json of a --vae file. Default: the checkpoint's.", metavar="PATH")

@@ -12,7 +12,7 @@ from typing import Any
 from backends import planner
 from backends.errors import ConfigError, HostError, RequestError
 from backends.files.adapter_fit import require_fit
-from backends.files.checkpoint import infer_type, open_checkpoint
+from backends.files.checkpoint import configuration_folder, infer_type, open_checkpoint
 from backends.files.fit import prediction_settings
 from backends.generation.schedulers import parse_scheduler, require_family
 from backends.model_table import ModelSpec, ModelTable
@@ -28,6 +28,7 @@ from hosts.launch.files import (
     denoiser_files,
     existing_files,
     existing_path,
+    locate_configuration,
     locate_names,
     require_components,
 )
@@ -145,15 +146,21 @@ def plan_start(
     settings, hub = locate_names(settings)
     facts = {"num_gpus": num_gpus, "num_ranks": num_ranks, "capability": capability}
     try:
-        start = _plan_files(settings, table, recall=recall, **facts)
+        spec, why_type = _model_spec(settings, table)
+        settings, hub = locate_configuration(settings, spec, hub)
+        start = _plan_files(settings, spec, recall=recall, **facts)
     except HostError as error:
         raise type(error)(hub.named(str(error))) from error
-    return replace(start, hub=hub.for_variant(start.load.variant, start.spec.denoiser))
+    return replace(
+        start,
+        reasons=(*filter(None, (why_type,)), *start.reasons),
+        hub=hub.for_variant(start.load.variant, spec.denoiser),
+    )
 
 
 def _plan_files(
     settings: Settings,
-    table: ModelTable,
+    spec: ModelSpec,
     *,
     num_gpus: int,
     num_ranks: int | None,
@@ -161,9 +168,9 @@ def _plan_files(
     recall: Recall,
 ) -> StartPlan:
     """Resolve the plan of settings that name files on this machine only."""
-    spec, why_type = _model_spec(settings, table)
     # before anything is planned by its configuration
-    open_checkpoint(spec, checkpoint_path(settings, spec))
+    checkpoint = checkpoint_path(settings, spec)
+    open_checkpoint(spec, checkpoint, config=settings.checkpoint_config)
     ranks, why_ranks = _ranks(settings, num_ranks=num_ranks, num_gpus=num_gpus)
     world_size = ranks * settings.nnodes
     features = features_of(settings)
@@ -171,7 +178,7 @@ def _plan_files(
         settings,
         spec,
         world_size,
-        checkpoint=Path(checkpoint_path(settings, spec)),
+        checkpoint=Path(checkpoint),
         num_gpus=num_gpus,
         capability=capability,
         features=features,
@@ -180,7 +187,8 @@ def _plan_files(
     backend, settings = choice.backend, choice.settings
     for feature in ("", *features):
         spec.require(backend, feature or None)
-    options = {**settings.given, "checkpoint": checkpoint_path(settings, spec)}
+    folder = configuration_folder(checkpoint, settings.checkpoint_config)
+    options = {**settings.given, "checkpoint": str(folder)}
     plan = require_world_size(planner(backend)(spec, options, world_size), world_size)
     load, why_load = _load_request(settings, spec, plan, num_gpus=num_gpus, capability=capability)
     require_whole_weights(plan, load)
@@ -202,7 +210,7 @@ def _plan_files(
     max_batch, why_one = batch_limit(settings.max_batch, settings.mode, spec, plan, teams, load)
     idle = idle_reasons(settings, spec, plan)
     reasons = (
-        why_type, *why_ranks, *choice.reasons, *why_load, *why_prediction, *idle, why_one
+        *why_ranks, *choice.reasons, *why_load, *why_prediction, *idle, why_one
     )  # fmt: skip
     return StartPlan(
         spec=spec,
@@ -337,6 +345,7 @@ def _load_request(
     load = LoadRequest(
         model_type=spec.name,
         checkpoint=paths["checkpoint"],
+        checkpoint_config=existing_path("checkpoint_config", settings.checkpoint_config),
         variant=variant,
         scheduler=settings.scheduler,
         vae=paths["vae"],
