@@ -116,8 +116,10 @@ def locate_configuration(
             f"--checkpoint_config={given} was given, but --checkpoint={settings.checkpoint} is a "
             "folder with a configuration of its own. Leave it out."
         )
+    if path.is_dir() or not spec.single_file:
+        return settings, hub
     beside = path.with_suffix("") / INDEX
-    if path.is_dir() or (given is None and beside.is_file()) or not spec.single_file:
+    if given is None and beside.is_file():
         return settings, hub
     if given is not None and Path(given).expanduser().exists():
         folder = existing_path("checkpoint_config", given)
