@@ -106,6 +106,11 @@ class ModelSpec:
     # Checkpoint inside the repository, used without --checkpoint, and its own defaults.
     demo: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
+    @property
+    def has_clip_prompts(self) -> bool:
+        """Whether CLIP alone reads its prompts, token by token, so that tokens can be weighed."""
+        return bool(self.compel) and "pooled" not in self.compel.values()
+
     def supports(self, backend: str, feature: str | None = None) -> Cell:
         """Return whether `backend` can run this type, or one feature of it."""
         row = self.backends.get(backend)

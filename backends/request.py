@@ -224,6 +224,13 @@ class GenerateRequest(BaseModel):
         bool | None,
         Field(description="Whether Compel reads prompt weights, on a host that has it (--compel)."),
     ] = None
+    prompt_syntax: Annotated[
+        Literal["a1111"] | None,
+        Field(
+            description="'a1111': read (word:1.2), [word], BREAK and \\( in prompts as that "
+            "program does, and all of a long prompt. Absent: plain text."
+        ),
+    ] = None
     warmup_steps: Annotated[
         int | None,
         Field(

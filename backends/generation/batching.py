@@ -25,9 +25,12 @@ OWN = ("prompt", "negative_prompt", "seed")
 def batch_key(request: GenerateRequest, load: LoadRequest) -> str | None:
     """Return a key, equal for requests that fit into one batch; None if it must run alone.
 
-    Alone: requests with images, latents or embeddings, with quality='exact', or without a prompt.
+    Alone: requests with images, latents or embeddings, with quality='exact', without a prompt or
+    with weights in it.
     """
     if not request.prompt or request.quality == "exact" or _draws_for_all(request, load):
+        return None
+    if request.prompt_syntax is not None:
         return None
     shared = {
         name: value

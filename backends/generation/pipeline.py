@@ -27,7 +27,7 @@ from backends.generation.call_arguments import (
     resolve,
 )
 from backends.generation.previews import Previewer
-from backends.generation.prompts import WeightedPrompts, unread_tokens
+from backends.generation.prompts import compel_prompts, require_readable_prompts, unread_tokens
 from backends.generation.run import Generation, OnStep, PreparedRequest
 from backends.generation.schedulers import build_scheduler, choose_scheduler
 from backends.loading.compilation import Compilation
@@ -102,7 +102,7 @@ class LoadedPipeline:
         self._generation: Generation | None = None
         self.loras = LoraSet(pipe, spec)
         self.loras.use({**load.lora, **load.motion_lora})
-        self.weighted_prompts = WeightedPrompts(pipe, spec) if load.compel else None
+        self.weighted_prompts = compel_prompts(pipe, spec) if load.compel else None
         self._compilation = Compilation(load.compile) if load.compile is not None else None
         self._step_cache: StepCache | None = None
         if load.step_cache is not None:
@@ -281,6 +281,7 @@ class LoadedPipeline:
             report["bytes_saved"] = self._bytes_saved
         if (
             self.weighted_prompts is None
+            and request.prompt_syntax is None
             and (unread := unread_tokens(self.pipe, self.spec, request)) > 0
         ):
             logger.warning(
@@ -313,6 +314,7 @@ class LoadedPipeline:
             raise UnsupportedError(
                 "compel is not loaded on this host. Leave it out, or start the host with --compel."
             )
+        require_readable_prompts(request, self.spec)
         if request.mask_image is not None:
             self.spec.require(
                 self._backend.plan.method if self._backend is not None else "single", "inpainting"

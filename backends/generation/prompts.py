@@ -1,16 +1,18 @@
-"""Prompt weights, and prompts longer than CLIP's 77 tokens, by Compel.
+"""Prompt weights, and prompts longer than CLIP's 77 tokens: by Compel, or by the rules of A1111.
 
-The model table says which states Compel reads of which text encoder.
+The model table says which states are read of which text encoder.
 """
 
 import logging
-from collections.abc import Callable
-from typing import Any
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from backends.errors import ConfigError, UnsupportedError
+from backends.generation.emphasis import Part, parse_emphasis
 from backends.model_table import ModelSpec
 from backends.request import GenerateRequest
 
@@ -22,73 +24,229 @@ _KINDS = {
     "pooled": "POOLED",
 }
 _POOLED = {"prompt": "pooled_prompt_embeds", "negative_prompt": "negative_pooled_prompt_embeds"}
+COMMA_REACH = 20
+"""A1111's default: a chunk ends at a comma if one is among its last 20 tokens."""
+MAX_CHUNKS = 96
+
+
+class Reader(Protocol):
+    """One text encoder that reads weighted text."""
+
+    def __call__(self, text: str) -> Tensor | tuple[Tensor, Tensor]:
+        """Return (1, T, D), and (1, P) if the encoder also gives pooled embeddings."""
+        ...
+
+    def pad_conditioning_tensors_to_same_length(self, tensors: list[Tensor]) -> list[Tensor]: ...
 
 
 class WeightedPrompts:
-    """Turns a request's prompts into embeddings.
+    """Turns a request's prompts into embeddings."""
 
-    (red)1.3 sets a weight, ++ and -- change it by steps of 1.1. Long prompts are encoded in chunks.
-    """
-
-    def __init__(self, pipe: Any, spec: ModelSpec) -> None:
-        try:
-            import compel
-        except ImportError as error:
-            raise ConfigError(
-                "--compel needs the package compel, which is not installed. Install it, or leave "
-                "the option out."
-            ) from error
+    def __init__(
+        self, pipe: Any, spec: ModelSpec, readers: Sequence[tuple[str, dict[str, Reader], str]]
+    ) -> None:
+        """readers: (name of the text encoder, its reader of each prompt, the states it reads)."""
         self._zeros_for_nothing = bool(pipe.config.get("force_zeros_for_empty_prompt"))
         self._has_negative = spec.guidance == "cfg"
-        self._readers = []
-        for name, reading in spec.compel.items():
-            kind, *gives = reading.split(" + ")
-            encoder = getattr(pipe, name)
-            reader = compel.Compel(
-                tokenizer=getattr(pipe, name.replace("text_encoder", "tokenizer")),
-                text_encoder=encoder,
-                returned_embeddings_type=getattr(compel.ReturnedEmbeddingsType, _KINDS[kind]),
-                requires_pooled=gives == ["pooled"],
-                truncate_long_prompts=kind == "pooled"
-                or not hasattr(encoder.config, "max_position_embeddings"),
-                device=pipe._execution_device,
-            )
-            self._readers.append((name, reader, kind))
+        self._readers = readers
 
     def arguments(
         self, request: GenerateRequest, *, read: Callable[[str, str], str]
     ) -> dict[str, Tensor]:
         """Return embeddings of both prompts, (1, T, D) of equal length, instead of the texts.
 
-        read: (text, name of a text encoder) -> the text as that encoder reads it. UnsupportedError
-        with clip_skip.
+        read: (text, name of a text encoder) -> the text as that encoder reads it.
         """
-        if request.clip_skip:
-            raise UnsupportedError(
-                f"clip_skip={request.clip_skip} is not available on a host that was started with "
-                "--compel. Leave one of them out."
-            )
         texts = {"prompt": request.prompt or "", "negative_prompt": request.negative_prompt or ""}
         if not self._has_negative or (not texts["negative_prompt"] and self._zeros_for_nothing):
             del texts["negative_prompt"]  # the pipeline uses zeros, which no text encodes to
         embeds: dict[str, list[Tensor]] = {name: [] for name in texts}
         arguments = {}
-        for encoder, reader, kind in self._readers:
+        for encoder, readers, kind in self._readers:
             pair = {}
             for name, text in texts.items():
-                result = reader(read(text, encoder))
+                result = readers[name](read(text, encoder))
                 if isinstance(result, tuple):
                     result, arguments[_POOLED[name]] = result
                 pair[name] = result
             if kind == "pooled":
                 arguments |= {_POOLED[name]: tensor for name, tensor in pair.items()}
                 continue
-            padded = reader.pad_conditioning_tensors_to_same_length(list(pair.values()))
+            padded = readers["prompt"].pad_conditioning_tensors_to_same_length(list(pair.values()))
             for name, tensor in zip(pair, padded, strict=True):
                 embeds[name].append(tensor)
         return arguments | {
             f"{name}_embeds": _side_by_side(tensors) for name, tensors in embeds.items()
         }
+
+
+def compel_prompts(pipe: Any, spec: ModelSpec) -> WeightedPrompts:
+    """Return prompts as Compel reads them: (red)1.3 sets a weight, ++ and -- change it by 1.1.
+
+    ConfigError if Compel is not installed.
+    """
+    try:
+        import compel
+    except ImportError as error:
+        raise ConfigError(
+            "--compel needs the package compel, which is not installed. Install it, or leave "
+            "the option out."
+        ) from error
+    readers = []
+    for name, reading in spec.compel.items():
+        kind, *gives = reading.split(" + ")
+        encoder = getattr(pipe, name)
+        reader = compel.Compel(
+            tokenizer=getattr(pipe, name.replace("text_encoder", "tokenizer")),
+            text_encoder=encoder,
+            returned_embeddings_type=getattr(compel.ReturnedEmbeddingsType, _KINDS[kind]),
+            requires_pooled=gives == ["pooled"],
+            truncate_long_prompts=kind == "pooled"
+            or not hasattr(encoder.config, "max_position_embeddings"),
+            device=pipe._execution_device,
+        )
+        readers.append((name, dict.fromkeys(_POOLED, reader), kind))
+    return WeightedPrompts(pipe, spec, readers)
+
+
+def a1111_prompts(pipe: Any, spec: ModelSpec, *, clip_skip: int | None) -> WeightedPrompts:
+    """Return prompts as A1111 reads them (backends/generation/emphasis.py).
+
+    clip_skip: as in diffusers, it acts on the prompt and not on the negative one.
+    """
+    readers = []
+    for name, reading in spec.compel.items():
+        kind, *gives = reading.split(" + ")
+        read_by = {
+            prompt: _ClipReader(
+                getattr(pipe, name),
+                getattr(pipe, name.replace("text_encoder", "tokenizer")),
+                layer=(clip_skip or 0) if prompt == "prompt" else 0,
+                is_normalized=kind == "last",
+                has_pooled=gives == ["pooled"],
+                device=pipe._execution_device,
+            )
+            for prompt in _POOLED
+        }
+        readers.append((name, read_by, kind))
+    return WeightedPrompts(pipe, spec, readers)
+
+
+def require_readable_prompts(request: GenerateRequest, spec: ModelSpec) -> None:
+    """UnsupportedError or RequestError for prompts that `prompt_syntax` does not allow."""
+    if request.prompt_syntax is None:
+        return
+    if not spec.has_clip_prompts:
+        raise UnsupportedError(
+            f"prompt_syntax is not available: {spec.title} has no weights of words. Leave it out."
+        )
+    if request.compel:
+        raise UnsupportedError(
+            "prompt_syntax and compel are two ways to read a prompt. Leave one of them out."
+        )
+    for field in ("prompt", "negative_prompt"):
+        parse_emphasis(getattr(request, field) or "", field=field)
+
+
+class _ClipReader:
+    """One CLIP text encoder that reads prompts by the rules of A1111.
+
+    Each chunk of 75 tokens is encoded by itself, with a start and an end. Its states are multiplied
+    by the weights and scaled so that their mean stays.
+    """
+
+    def __init__(
+        self,
+        encoder: Any,
+        tokenizer: Any,
+        *,
+        layer: int,
+        is_normalized: bool,
+        has_pooled: bool,
+        device: torch.device,
+    ) -> None:
+        """layer: layers to skip at the end, beyond those that the model type itself skips."""
+        self._encoder, self._tokenizer, self._device = encoder, tokenizer, device
+        self._layer, self._is_normalized, self._has_pooled = layer, is_normalized, has_pooled
+        self._length = tokenizer.model_max_length - 2
+        self._comma = tokenizer.get_vocab().get(",</w>")
+
+    def __call__(self, text: str) -> Tensor | tuple[Tensor, Tensor]:
+        """Return (1, 77 per chunk, D), and the first chunk's pooled states if there are any."""
+        chunks = self._chunks(parse_emphasis(text, field="prompt"))
+        states, pooled = zip(*map(self._encode, chunks), strict=True)
+        joined = torch.cat(states, dim=1)
+        return (joined, pooled[0]) if self._has_pooled else joined
+
+    def pad_conditioning_tensors_to_same_length(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Repeat each (1, T, D) up to the least common multiple of their lengths.
+
+        Attention over repeated keys equals attention over them once, so a short prompt acts beside
+        a long one as it does alone.
+        """
+        length = math.lcm(*(tensor.shape[1] for tensor in tensors))
+        if length > MAX_CHUNKS * self._tokenizer.model_max_length:
+            raise UnsupportedError(
+                "prompt and negative_prompt are too long to be combined. Shorten one of them."
+            )
+        return [tensor.repeat(1, length // tensor.shape[1], 1) for tensor in tensors]
+
+    def _chunks(self, parts: Sequence[Part]) -> list[list[tuple[int, float]]]:
+        """Return (token, weight) of each chunk."""
+        chunks: list[list[tuple[int, float]]] = [[]]
+        comma = -1  # place of the last one in the current chunk
+        for part in parts:
+            if part.is_break:
+                chunks.append([])
+                comma = -1
+                continue
+            ids = self._tokenizer(
+                part.text, add_special_tokens=False, truncation=False, verbose=False
+            ).input_ids
+            for token in ids:
+                chunk = chunks[-1]
+                if token == self._comma:
+                    comma = len(chunk)
+                if len(chunk) == self._length:
+                    is_near = comma >= 0 and len(chunk) - comma <= COMMA_REACH
+                    cut = comma + 1 if is_near and token != self._comma else len(chunk)
+                    chunks[-1], moved = chunk[:cut], chunk[cut:]
+                    chunks.append(moved)
+                    comma = -1
+                chunks[-1].append((token, part.weight))
+        if len(chunks) > 1 and not chunks[-1]:
+            chunks.pop()
+        return chunks
+
+    def _encode(self, chunk: Sequence[tuple[int, float]]) -> tuple[Tensor, Tensor]:
+        """Return (1, 77, D) and the encoder's first output."""
+        tokenizer, missing = self._tokenizer, self._length - len(chunk)
+        ids = [token for token, _ in chunk]
+        padded = [
+            tokenizer.bos_token_id,
+            *ids,
+            tokenizer.eos_token_id,
+            *[tokenizer.pad_token_id] * missing,
+        ]
+        output = self._encoder(
+            torch.tensor([padded], device=self._device), output_hidden_states=True
+        )
+        states = self._states(output).clone()
+        weights = [weight for _, weight in chunk]
+        if any(weight != 1 for weight in weights):
+            factors = torch.tensor([1.0, *weights, *[1.0] * (1 + missing)], device=states.device)
+            weighed = states.float() * factors[None, :, None]
+            states = (weighed * (states.float().mean() / weighed.mean())).to(states.dtype)
+        return states, output[0]
+
+    def _states(self, output: Any) -> Tensor:
+        """Return the states that the pipeline itself reads, (1, 77, D)."""
+        if not self._is_normalized:
+            return output.hidden_states[-(self._layer + 2)]
+        if self._layer == 0:
+            return output[0]
+        encoder = getattr(self._encoder, "text_model", self._encoder)
+        return encoder.final_layer_norm(output.hidden_states[-(self._layer + 1)])
 
 
 def _side_by_side(tensors: list[Tensor]) -> Tensor:

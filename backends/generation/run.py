@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from backends.errors import UnsupportedError
 from backends.generation import latents as latent_space
 from backends.generation.call_arguments import (
     call_arguments,
@@ -16,6 +17,7 @@ from backends.generation.call_arguments import (
     own_arguments,
     visible_clip_layers,
 )
+from backends.generation.prompts import WeightedPrompts, a1111_prompts
 from backends.generation.step_driver import InitialLatents, StepDriver
 from backends.generation.step_window import schedule_of
 from backends.generation.timeline import StageClock
@@ -132,8 +134,8 @@ class Generation:
         arguments = call_arguments(
             request, self._spec, loaded.signature, device=loaded.device, dtype=loaded.dtype
         )
-        prompts, embeddings = loaded.weighted_prompts, loaded.loras.embeddings
-        if prompts is not None and request.prompt_embeds is None and request.compel is not False:
+        prompts, embeddings = self._weighted_prompts(request), loaded.loras.embeddings
+        if prompts is not None:
             for name in ("prompt", "negative_prompt"):
                 arguments.pop(name, None)
             arguments |= prompts.arguments(request, read=embeddings.in_words)
@@ -146,6 +148,20 @@ class Generation:
         }
         accepted = loaded.signature.parameters
         return arguments | {name: value for name, value in added.items() if name in accepted}
+
+    def _weighted_prompts(self, request: GenerateRequest) -> WeightedPrompts | None:
+        """Return what reads the request's prompts, unless the pipeline itself does."""
+        if request.prompt_embeds is not None:
+            return None
+        if request.prompt_syntax is not None:
+            return a1111_prompts(self._pipe, self._spec, clip_skip=request.clip_skip)
+        prompts = self._loaded.weighted_prompts if request.compel is not False else None
+        if prompts is not None and request.clip_skip:
+            raise UnsupportedError(
+                f"clip_skip={request.clip_skip} is not available on a host that was started with "
+                "--compel. Leave one of them out."
+            )
+        return prompts
 
     @contextmanager
     def _seeded(self, request: GenerateRequest) -> Iterator[None]:

@@ -9,7 +9,7 @@ from PIL import Image, ImageFilter, ImageOps
 from backends.errors import RequestError, UnsupportedError
 from backends.model_table import ModelSpec
 from hosts.dialects.a1111_control import control_fields
-from hosts.dialects.a1111_prompt import without_loras
+from hosts.dialects.a1111_prompt import read_prompt
 from hosts.dialects.a1111_samplers import scheduler_of
 from hosts.http.decode import Accepted, read_mask
 from hosts.http.dialect import (
@@ -167,9 +167,10 @@ def asked_for(
     fields = {name: body[name] for name in PLAIN if not is_empty(body.get(name))}
     sent_as = {ours: theirs for theirs, ours in SENT_AS.items() if not is_empty(body.get(theirs))}
     fields |= {ours: body[theirs] for ours, theirs in sent_as.items()}
-    prompt = without_loras(body, accepted.lora_dirs)
+    prompt = read_prompt(body, spec=spec, accepted=accepted)
     fields |= {"prompt": prompt.text} if "prompt" in fields else {}
     fields |= {"lora": prompt.loras} if prompt.loras else {}
+    fields |= prompt.fields
     if (scheduler := scheduler_of(body)) is not None:
         fields["scheduler"] = scheduler
     _choose_guidance(fields, sent_as, body, spec)

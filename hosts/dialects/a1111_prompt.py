@@ -1,4 +1,4 @@
-"""A1111's prompt language: LoRA tags are removed from the prompt, other syntax causes a note."""
+"""A1111's prompt language: LoRA tags become the field `lora`, emphasis asks for `prompt_syntax`."""
 
 import json
 import re
@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from backends.errors import RequestError, UnsupportedError
-from hosts.http.dialect import is_empty, shown
+from backends.generation.emphasis import has_composition, has_emphasis
+from backends.model_table import ModelSpec
+from hosts.http.decode import Accepted
+from hosts.http.dialect import is_empty, is_strict, shown
 
 TAG = re.compile(r"<(lora|lyco|hypernet):([^:<>]*)((?::[^:<>]*)*)>", re.IGNORECASE)
-WEIGHTS = re.compile(r"\([^()]*:\s*[\d.]+\s*\)|\(\(|\[[^\]]*\]|\\[()\[\]]|\b(?:BREAK|AND)\b")
-"""Emphasis, prompt scheduling, escapes and composition."""
 NOTE = (
     "the prompt has A1111's emphasis or composition (such as (word:1.2), [word], BREAK, AND), "
     "which is read as plain text here"
 )
+MAX_SHORT = 225
+"""Bytes of a text that surely has no more than CLIP's 75 tokens."""
 MAX_HEADER = 100 * 2**20
 MAX_NAMES = 20
 ENDING = ".safetensors"
@@ -31,11 +34,13 @@ class Prompt:
     """The remaining text."""
     loras: dict[str, Any] = field(default_factory=dict)
     """File -> weight."""
+    fields: dict[str, Any] = field(default_factory=dict)
+    """`prompt_syntax`, where the model would read the text differently without it."""
     notes: list[str] = field(default_factory=list)
     """What is read differently from A1111."""
 
 
-def without_loras(body: Mapping[str, Any], folders: Sequence[str]) -> Prompt:
+def read_prompt(body: Mapping[str, Any], *, spec: ModelSpec, accepted: Accepted) -> Prompt:
     """Return the prompt of a request, with the LoRAs of its tags and of its field `lora`."""
     given = body.get("lora")
     loras = dict(given) if isinstance(given, Mapping) else {}
@@ -53,10 +58,17 @@ def without_loras(body: Mapping[str, Any], folders: Sequence[str]) -> Prompt:
         return Prompt(text=text or "", loras=loras)  # refused where requests are read
     is_off = str(body.get("disable_extra_networks")).lower() in ("true", "1")
     for match in () if is_off else TAG.finditer(text):
-        loras[_file(match[1], match[2], folders)] = _weight(match[0], match[3])
+        loras[_file(match[1], match[2], accepted.lora_dirs)] = _weight(match[0], match[3])
     rest = re.sub(r" {2,}", " ", TAG.sub("", text)).strip() if TAG.search(text) else text
-    has_weights = any(isinstance(each, str) and WEIGHTS.search(each) for each in (rest, negative))
-    return Prompt(text=rest, loras=loras, notes=[NOTE] if has_weights else [])
+    texts = [each for each in (rest, negative) if isinstance(each, str)]
+    has_weights = any(map(has_emphasis, texts))
+    is_plain = not is_strict(body) and any(map(has_composition, texts))
+    if not spec.has_clip_prompts or is_plain:
+        return Prompt(text=rest, loras=loras, notes=[NOTE] if has_weights else [])
+    is_long = any(len(each.encode("utf-8", "replace")) > MAX_SHORT for each in texts)
+    is_weighed = has_weights or is_long or accepted.takes_compel
+    fields = {"prompt_syntax": "a1111"} if is_weighed else {}
+    return Prompt(text=rest, loras=loras, fields=fields)
 
 
 def lora_files(folders: Sequence[str]) -> list[tuple[Path, str]]:

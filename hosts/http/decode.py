@@ -17,6 +17,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from backends.errors import RequestError, UnsupportedError
+from backends.generation.emphasis import parse_emphasis
 from backends.generation.schedulers import parse_requested
 from backends.model_table import ModelSpec
 from backends.request import GenerateRequest
@@ -103,6 +104,7 @@ class Accepted:
             "motion_bucket_id": (is_ramp, no_ramp),
             "noise_aug_strength": (is_ramp, no_ramp),
             "compel": (self.takes_compel, "the host was started without --compel"),
+            "prompt_syntax": (spec.has_clip_prompts, f"{spec.title} has no weights of words"),
             "lora": (bool(self.lora_dirs), "the host was started without --lora_dir"),
             "negative_prompt": (
                 spec.guidance != "distilled",
@@ -150,6 +152,9 @@ def read_request(
     except ValidationError as error:
         raise _as_request_error(error, names) from error
     accepted.limits.check(request, names, upscale=spec.upscale)
+    if request.prompt_syntax is not None:
+        for field in ("prompt", "negative_prompt"):
+            parse_emphasis(getattr(request, field) or "", field=names.get(field, field))
     return request
 
 

@@ -50,6 +50,8 @@ def cases_on_one_rank(spec: ModelSpec) -> Iterator[OneRank]:
     yield OneRank(label="plain", previews=spec.returns_latents)
     if spec.returns_latents:
         yield OneRank(label="img2img", request={"init_image": sample_image(48), "strength": 0.7})
+    if spec.has_clip_prompts:
+        yield OneRank(label="emphasis", request={"prompt": "a (cat:1.2)", "prompt_syntax": "a1111"})
     yield OneRank(
         label="VAE in parts", load={"enable_vae_tiling": True, "enable_vae_slicing": True}
     )

@@ -87,12 +87,49 @@ def test_tags_are_dropped_where_the_client_says_so(host):
     assert host.is_same(TXT, body, {"prompt": "a", "seed": 1})
 
 
-@pytest.mark.parametrize("prompt", ["(red:1.3)", "((red))", "[red]", "a BREAK b", "a AND b",
-                                    "[a:b:0.5]", "\\("])  # fmt: skip
-def test_emphasis_is_told_to_be_plain_text(host, prompt, caplog):
-    info = json.loads(host.post(TXT, {"prompt": prompt}).get_json()["info"])
-    assert "plain text" in info["notes"][0] and "plain text" in caplog.text
-    assert not json.loads(host.post(TXT, {"prompt": "a red car"}).get_json()["info"])["notes"]
+@pytest.mark.parametrize("name", ["prompt", "negative_prompt"])
+@pytest.mark.parametrize("text", ["(red:1.3)", "((red))", "[red]", "a BREAK b", "\\("])
+def test_emphasis_is_read_by_the_rules_of_a1111(host, name, text):
+    body = {"prompt": "a", name: text, "seed": 1}
+    assert host.is_same(TXT, body, {**body, "prompt_syntax": "a1111"})
+    info = json.loads(host.post(TXT, body).get_json()["info"])
+    assert info[name] == text and not info["notes"]
+
+
+def test_plain_prompts_are_left_to_the_pipeline_and_long_ones_are_read_to_their_end(host):
+    for prompt in ("a red car", "a: b, c", ""):
+        assert host.reads(TXT, {"prompt": prompt})[0].prompt_syntax is None
+    assert host.reads(TXT, {"prompt": "a red car, " * 30})[0].prompt_syntax == "a1111"
+    with ReadingHost(compel=True) as compel:
+        assert compel.reads(TXT, {"prompt": "a red car"})[0].prompt_syntax == "a1111"
+        assert compel.reads("/v1/jobs", {"prompt": "(red)1.2"})[0].prompt_syntax is None
+
+
+@pytest.mark.parametrize("prompt", ["a AND b", "[a:b:0.5]", "[a|b]"])
+def test_prompts_that_change_between_steps_are_refused_unless_the_client_says_so(host, prompt):
+    answer = host.post(TXT, {"prompt": prompt})
+    assert answer.status_code == 422 and message_of(answer).startswith("prompt has '")
+    lenient = {"prompt": prompt, "strict": False}
+    assert host.reads(TXT, lenient)[0].prompt_syntax is None
+    notes = json.loads(host.post(TXT, lenient).get_json()["info"])["notes"]
+    assert "plain text" in notes[0]
+
+
+@pytest.mark.parametrize("prompt", ["(red:1.3)", "a BREAK b", "a AND b", "[a:b:0.5]"])
+def test_emphasis_is_told_to_be_plain_text_for_models_without_it(prompt, caplog):
+    with ReadingHost(type="sd3") as other:
+        info = json.loads(other.post(TXT, {"prompt": prompt}).get_json()["info"])
+        assert "plain text" in info["notes"][0] and "plain text" in caplog.text
+        assert not json.loads(other.post(TXT, {"prompt": "a car"}).get_json()["info"])["notes"]
+        answer = other.post("/v1/jobs", {"prompt": prompt, "prompt_syntax": "a1111"})
+        assert answer.status_code == 422 and message_of(answer).startswith("prompt_syntax is not")
+
+
+@pytest.mark.parametrize("path", [TXT, "/v1/jobs"])
+def test_weights_beyond_reason_are_the_clients_mistake(host, path):
+    body = {"prompt": "a", "negative_prompt": "(a:1000)"}
+    answer = host.post(path, body if path == TXT else {**body, "prompt_syntax": "a1111"})
+    assert answer.status_code == 400 and message_of(answer).startswith("negative_prompt has the")
 
 
 @pytest.mark.parametrize(
