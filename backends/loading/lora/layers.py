@@ -50,6 +50,7 @@ class Decomposition(nn.Module):
         """Compute the norms. weight, change: (out, in, ...), float32, `change` not yet scaled."""
         merged = weight + (scale if self._scales_norm else 1.0) * change
         lines = merged.transpose(0, 1) if self._by_column else merged
+        self.magnitude = self.magnitude.to(weight.device)  # an offloaded layer's is elsewhere
         gain = self.magnitude / lines.flatten(1).norm(dim=1).clamp(
             min=torch.finfo(torch.float32).tiny
         )
