@@ -84,6 +84,7 @@ class ModelSpec:
     variant: Literal["fp16", "bf16"] = "fp16"
     vae_variant: Literal["", "fp32"] = ""
     requires: tuple[str, ...] = ("prompt",)  # inputs that every request must bring
+    images: int = 0  # most images that a request may bring as `image`: to edit, or as references
     # Fixed extra arguments of the pipeline call.
     call: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     components: tuple[str, ...] = ()  # loaded separately unless the checkpoint folder holds them
@@ -110,6 +111,11 @@ class ModelSpec:
     def has_clip_prompts(self) -> bool:
         """Whether CLIP alone reads its prompts, token by token, so that tokens can be weighed."""
         return bool(self.compel) and "pooled" not in self.compel.values()
+
+    @property
+    def most_images(self) -> int:
+        """Return how many images `image` may hold; 0 if the pipeline takes none."""
+        return max(self.images, int("image" in self.requires))
 
     def supports(self, backend: str, feature: str | None = None) -> Cell:
         """Return whether `backend` can run this type, or one feature of it."""

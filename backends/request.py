@@ -184,7 +184,8 @@ class GenerateRequest(BaseModel):
         None
     )
     image: Annotated[
-        Image.Image | None, Field(description="The image to animate or to enlarge.")
+        Image.Image | list[Image.Image] | None,
+        Field(description="The image to edit, animate or enlarge, or several to refer to."),
     ] = None
     ip_adapter_image: Annotated[
         Image.Image | list[Image.Image] | None,

@@ -72,6 +72,7 @@ def call_arguments(
         "num_inference_steps": request.num_inference_steps,
         "clip_skip": request.clip_skip,
         "image": request.image,
+        "max_area": request.height * request.width,  # else some scale the size to their own
         "num_frames": request.num_frames,
         **{
             name: _first(getattr(request, name), default) for name, default in CALL_DEFAULTS.items()
@@ -270,6 +271,18 @@ def _same_length(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.
     """Pad the shorter of two (1, T, D) tensors with zeros at its end."""
     length = max(a.shape[1], b.shape[1])
     return tuple(torch.nn.functional.pad(x, (0, 0, 0, length - x.shape[1])) for x in (a, b))
+
+
+def require_reference_images(request: GenerateRequest, pipe: Any) -> None:
+    """Raise RequestError for an image that the pipeline's own check refuses."""
+    check = getattr(getattr(pipe, "image_processor", None), "check_image_input", None)
+    if check is None or request.image is None:
+        return
+    for image in request.image if isinstance(request.image, list) else [request.image]:
+        try:
+            check(image)
+        except ValueError as error:
+            raise RequestError(f"image: {error}. Send another image.", field="image") from error
 
 
 def require_clip_layers(request: GenerateRequest, pipe: Any, signature: Signature) -> None:

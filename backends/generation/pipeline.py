@@ -24,6 +24,7 @@ from backends.generation.batching import require_one_batch
 from backends.generation.call_arguments import (
     require_clip_layers,
     require_embeds_support,
+    require_reference_images,
     resolve,
 )
 from backends.generation.previews import Previewer
@@ -307,6 +308,7 @@ class LoadedPipeline:
     def _prepare(self, request: GenerateRequest) -> PreparedRequest:
         require_embeds_support(request, self.spec, self.pipe, self.signature)
         require_clip_layers(request, self.pipe, self.signature)
+        require_reference_images(request, self.pipe)
         require_control(request, self.load, self.spec, self.signature)
         require_images(request, self.load, self.spec)
         self._require_changeable_loras(request)

@@ -217,7 +217,10 @@ def _image_fields(request: Any, loaded: Loaded) -> dict[str, Any]:
     references = [_image(image) for image in request.ref_images]
     if pair is not None:  # LocalAI sends both of them here as well
         references = [image for image in references if image not in pair.values()]
-    return fields | _references(references, loaded)
+    others = _references(references, loaded)
+    if "image" in fields and "image" in others:
+        others["image"] = [fields["image"], *others["image"]]
+    return fields | others
 
 
 def _video_fields(request: Any, loaded: Loaded) -> dict[str, Any]:
@@ -242,14 +245,17 @@ def _video_fields(request: Any, loaded: Loaded) -> dict[str, Any]:
 
 
 def _references(images: list[str], loaded: Loaded) -> dict[str, Any]:
+    """Reference images go to the model itself if it takes images, else to the IP-Adapter."""
     if not images:
         return {}
-    if "ip_adapter_image" not in loaded.taken:
+    name = next((name for name in ("image", "ip_adapter_image") if name in loaded.taken), None)
+    if name is None:
         raise HostError(
-            "this host takes no reference images. Give the option ip_adapter, or leave them out.",
+            "this host takes no reference images. Give the option ip_adapter, load a model that "
+            "edits images, or leave them out.",
             status=400,
         )
-    return {"ip_adapter_image": images}
+    return {name: images}
 
 
 def _start(

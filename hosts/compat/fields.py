@@ -61,7 +61,7 @@ def read_request(body: Any, *, spec: ModelSpec, accepted: Accepted) -> GenerateR
     if is_strict:
         dialect.require_known(body, RULES)
     sent_as = _names(given)
-    if not is_strict and "image" not in spec.requires:
+    if not is_strict and spec.most_images == 0:
         _find_oldest(sent_as)
     fields = {field: given[name] for field, name in sent_as.items()}
     unused = accepted.unused(spec)

@@ -203,11 +203,17 @@ def require_model(name: Any, title: str) -> None:
 def start_fields(body: Mapping[str, Any], *, spec: ModelSpec, accepted: Accepted) -> dict[str, Any]:
     """Return the image of img2img and its mask."""
     sources = body.get("init_images")
-    if not isinstance(sources, list) or len(sources) != 1:
+    most = max(1, spec.most_images)
+    if not isinstance(sources, list) or not 1 <= len(sources) <= most:
         raise RequestError(
-            "init_images must hold one image, base64 of a PNG, JPEG or WebP file.",
+            f"init_images must hold {'one image' if most == 1 else f'1 to {most} images'}, base64 "
+            "of a PNG, JPEG or WebP file.",
             field="init_images",
         )
+    if spec.most_images > 0 and is_empty(body.get("mask")):
+        return {"image": sources if len(sources) > 1 else sources[0]}
+    if len(sources) > 1:
+        raise RequestError("init_images must hold one image beside a mask.", field="init_images")
     name = "image" if "image" in spec.requires else "init_image"
     if is_empty(body.get("mask")):
         return {name: sources[0]}

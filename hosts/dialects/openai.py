@@ -123,8 +123,7 @@ def edits() -> Response:
     _require_output("image")
     body = protocol.body_of_request()
     require_known(body, protocol.EDITS, protocol.HINTS)
-    start = "image" if "image" in _spec().requires else "init_image"
-    asked = protocol.edited(body, protocol.asked_for(body), _accepted(), start=start)
+    asked = protocol.edited(body, protocol.asked_for(body), _accepted(), spec=_spec())
     return _images(body, asked, kind="image_edit")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from flask import request
 
 from backends.errors import RequestError, UnsupportedError
+from backends.model_table import ModelSpec
 from backends.request import GenerateRequest
 from hosts.http import media
 from hosts.http.decode import Accepted, read_mask
@@ -121,16 +122,21 @@ def asked_for(body: Mapping[str, Any]) -> Asked:
     return Asked(fields=fields, sent_as=sent_as)
 
 
-def edited(body: Mapping[str, Any], asked: Asked, accepted: Accepted, *, start: str) -> Asked:
-    """Add the image to edit, as the field `start`, and the mask.
+def edited(body: Mapping[str, Any], asked: Asked, accepted: Accepted, *, spec: ModelSpec) -> Asked:
+    """Add the images to edit and the mask.
 
-    Further images go to the IP-Adapter, if there is one.
+    A model that takes several images gets all of them. Else the first one is where it starts, and
+    further ones go to the IP-Adapter, if there is one.
     """
+    start = "image" if spec.most_images > 0 else "init_image"
     name = "image" if not is_empty(body.get("image")) else "images"
     first, *others = [_image(each, name) for each in _list(body.get(name))] or [None]
     if first is None:
         raise RequestError("image is missing. Send the image to change.", field="image")
     fields, sent_as = {**asked.fields, start: first}, {**asked.sent_as, start: name}
+    if others and spec.most_images > 1:
+        fields["image"] = [first, *others]
+        others = []
     if others and not accepted.takes_ip_image:
         raise UnsupportedError(
             f"{name} holds {1 + len(others)} images, and no IP-Adapter is loaded (--ip_adapter) "

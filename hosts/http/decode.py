@@ -27,7 +27,7 @@ from hosts.http.limits import DEFAULT_LIMITS, MAX_IMAGES, DecodeLimits, Limits
 from hosts.launch.settings import Settings
 
 IMAGES = ("image", "init_image", "mask_image", "control_image", "ip_adapter_image")
-SINGLE = ("image", "init_image", "mask_image")
+SINGLE = ("init_image", "mask_image")
 """Fields that take at most one image."""
 ARRAYS = (
     "latents",
@@ -90,7 +90,7 @@ class Accepted:
         is_video, is_ramp = spec.output == "video", spec.guidance == "frame_ramp"
         inpaints = spec.supports("single", "inpainting").status != "unsupported"
         facts = {
-            "image": ("image" in spec.requires, no_image),
+            "image": (spec.most_images > 0, no_image),
             "init_image": (spec.returns_latents, no_image),
             "latents": (spec.returns_latents, no_image),
             "latent_space": (spec.returns_latents, no_image),
@@ -139,6 +139,8 @@ def read_request(
     if is_strict:
         _require_used(given, unused, names)
         _require_size(given, spec, names)
+    if "image" not in unused:
+        _require_count(given.get("image"), spec, names.get("image", "image"))
     values = {
         field: _value(field, value, names.get(field, field), accepted)
         for field, value in given.items()
@@ -200,6 +202,16 @@ _HARMLESS = {"latent_space"}
 
 def _is_default(value: Any, default: Any) -> bool:
     return isinstance(value, int | float | str) and value == default
+
+
+def _require_count(images: Any, spec: ModelSpec, name: str) -> None:
+    """Refuse more images than the pipeline takes."""
+    if isinstance(images, list) and len(images) > spec.most_images:
+        raise RequestError(
+            f"{name} holds {len(images)} images. {spec.title} takes {spec.most_images}"
+            f"{' at most' if spec.most_images > 1 else ''}. Leave the others out.",
+            field=name,
+        )
 
 
 def _require_size(given: Mapping[str, Any], spec: ModelSpec, names: Mapping[str, str]) -> None:

@@ -220,6 +220,15 @@ def _own(spec: ModelSpec, settings: Settings) -> dict[str, Any]:
     }
 
 
+def _limit_images(facts: dict[str, Any], most: int) -> None:
+    """Say how many images a field holds: no list if it is one."""
+    facts["anyOf"] = [
+        {**kind, "minItems": 1, "maxItems": most} if kind.get("type") == "array" else kind
+        for kind in facts["anyOf"]
+        if most > 1 or kind.get("type") != "array"
+    ]
+
+
 def _schemas(spec: ModelSpec, settings: Settings) -> dict[str, Any]:
     request = GenerateRequest.model_json_schema(schema_generator=_Schema)
     unused = Accepted.by(settings).unused(spec)
@@ -228,6 +237,8 @@ def _schemas(spec: ModelSpec, settings: Settings) -> dict[str, Any]:
     request["required"] = [
         name for name in spec.requires if name in fields and name != "prompt"
     ]  # embeddings may replace it
+    if "image" in fields:
+        _limit_images(fields["image"], spec.most_images)
     if "strength" in fields and "init_image" in fields:
         fields["strength"]["default"] = IMAGE_STRENGTH
     for name in ("height", "width", "num_inference_steps", "guidance_scale", "num_frames"):

@@ -46,7 +46,8 @@ function control(name, facts) {
   const common = { name, id: `field-${name}`, title: facts.description || "" };
   if (LONG.includes(name)) return make("textarea", { ...common, rows: name === "prompt" ? 3 : 2 });
   if (IMAGES.includes(name)) {
-    return make("input", { ...common, type: "file", accept: IMAGE_TYPES.join() });
+    const multiple = (facts.anyOf || []).some((one) => one.type === "array");
+    return make("input", { ...common, type: "file", accept: IMAGE_TYPES.join(), multiple });
   }
   if (name === "scheduler") return samplers(common, facts);
   const kind = kindOf(facts);
@@ -102,17 +103,19 @@ function imageField(field) {
 }
 
 function showThumbnail(field, thumbnail, clear) {
-  const [file] = field.files;
+  const [file, ...more] = field.files;
   if (thumbnail.src) URL.revokeObjectURL(thumbnail.src);
   if (file) thumbnail.src = URL.createObjectURL(file);
   else thumbnail.removeAttribute("src");
-  thumbnail.alt = file ? `${title(field.name)}: ${file.name}` : "";
+  const others = more.length ? ` and ${more.length} more` : "";
+  thumbnail.alt = file ? `${title(field.name)}: ${file.name}${others}` : "";
   thumbnail.hidden = clear.hidden = !file;
 }
 
+// file: one, an array of them where the field takes several, or nothing
 function setFile(field, file) {
   const transfer = new DataTransfer();
-  if (file) transfer.items.add(file);
+  for (const one of [file || []].flat()) transfer.items.add(one);
   field.files = transfer.files;
   field.dispatchEvent(new Event("change"));
 }
@@ -121,7 +124,7 @@ function takeFile(field, file) {
   if (!file) return;
   const isImage = IMAGE_TYPES.includes(file.type);
   showError(isImage ? null : new Error(`${file.name} is not a PNG, JPEG or WebP image.`));
-  if (isImage) setFile(field, file);
+  if (isImage) setFile(field, field.multiple ? [...field.files, file] : file);
 }
 
 // into the image field that has the focus, else into the first empty one
@@ -206,7 +209,8 @@ function asBase64(file) {
 function chosenFiles() {
   const fields = [...byId("form").elements].filter((one) => one.type === "file");
   const chosen = fields.filter((one) => one.files.length);
-  return Object.fromEntries(chosen.map((one) => [one.name, one.files[0]]));
+  const filesOf = (one) => (one.files.length > 1 ? [...one.files] : one.files[0]);
+  return Object.fromEntries(chosen.map((one) => [one.name, filesOf(one)]));
 }
 
 // everything but the images

@@ -86,7 +86,10 @@ async function generate(event) {
     const settings = formSettings();
     const files = chosenFiles();
     const body = { ...settings };
-    for (const [field, file] of Object.entries(files)) body[field] = await asBase64(file);
+    for (const [field, file] of Object.entries(files)) {
+      const many = Array.isArray(file);
+      body[field] = many ? await Promise.all(file.map(asBase64)) : await asBase64(file);
+    }
     const headers = { "Content-Type": "application/json" };
     const job = await api("v1/jobs", { method: "POST", headers, body: JSON.stringify(body) });
     accept(job, settings, files);

@@ -54,8 +54,10 @@ def request_for(name: str, **more: object) -> GenerateRequest:
     return GenerateRequest(**(fields | more))
 
 
-def plain_call(name: str) -> np.ndarray:
-    """What diffusers draws for request_for(name), called by hand: uint8 (N, H, W, 3)."""
+def plain_call(name: str, **more: object) -> np.ndarray:
+    """What diffusers draws for request_for(name), called by hand: uint8 (N, H, W, 3). more:
+    further arguments.
+    """
     spec, pipe = TABLE[name], load(name)
     arguments: dict[str, object] = {
         "generator": torch.Generator().manual_seed(3),
@@ -79,7 +81,7 @@ def plain_call(name: str) -> np.ndarray:
         arguments["num_frames"] = 3
     if name == "svd":
         arguments["decode_chunk_size"] = 8
-    output = pipe(**arguments)
+    output = pipe(**(arguments | more))
     pixels = output.frames[0] if spec.output == "video" else output.images
     return (pixels * 255).round().astype(np.uint8)
 
@@ -91,6 +93,20 @@ def test_single_equals_a_plain_call_of_diffusers(name: str) -> None:
     assert result.frames.shape == want.shape
     assert np.array_equal(result.frames, want)  # the same code on the same device: bit-equal
     assert (result.latents is not None) == TABLE[name].returns_latents
+
+
+def test_reference_images_reach_the_pipeline() -> None:
+    without = loaded("flux2").generate(request_for("flux2")).frames
+    for images in (sample_image(5), [sample_image(5), sample_image(6, side=80)]):
+        result = loaded("flux2").generate(request_for("flux2", image=images))
+        assert np.array_equal(result.frames, plain_call("flux2", image=images))
+        assert not np.array_equal(result.frames, without)
+
+
+def test_reference_image_that_the_pipeline_refuses_is_the_clients_mistake() -> None:
+    with pytest.raises(RequestError, match=r"image: Image too small: 48.*Send another") as caught:
+        loaded("flux2").generate(request_for("flux2", image=[sample_image(side=48)]))
+    assert caught.value.field == "image"
 
 
 @pytest.mark.parametrize("name", ["sdxl", "flux", "sd3"])

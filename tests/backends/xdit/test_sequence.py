@@ -7,7 +7,7 @@ from backends.model_table import read_table
 from backends.parallel import hooks
 from tests.backends.reference import from_rank_zero
 from tests.backends.xdit.ranks import assert_close, attached, generated, latents_of
-from tests.checkpoints import SD35_MEDIUM, checkpoint, load
+from tests.checkpoints import SD35_MEDIUM, checkpoint, load, sample_image
 
 TYPES = {
     "sd3": ("sd3", {}),
@@ -33,6 +33,7 @@ ODD_TEXT = {
     "flux2": {"max_sequence_length": 401},
     "zimage": {"prompt": LONG, "guidance_scale": 3.0},
 }
+WITH_IMAGES = {"flux2": [sample_image(64), sample_image(80, seed=1)]}
 LATE = (
     "pixs",
     "qwenimage",
@@ -55,6 +56,8 @@ ON_4 = [
 def check_matches_single(rank, world_size, name, variant, sets):
     pipe = load(name, **variant)
     runs = [RUNS[0] | ODD_TEXT.get(name, {}), *RUNS[1:]]
+    if name in WITH_IMAGES:
+        runs.append({"size": 64, "steps": 2, "image": WITH_IMAGES[name]})
     wanted = from_rank_zero(lambda: [latents_of(pipe, name, **run) for run in runs])
     for options in sets:
         if options.get("use_cfg_parallel") and read_table()[name].guidance != "cfg":

@@ -130,6 +130,29 @@ def test_further_images_are_the_ip_adapters_or_refused(host):
         assert found.init_image is not None and len(found.ip_adapter_image) == 1
 
 
+def test_several_images_go_to_a_model_that_refers_to_them():
+    with ReadingHost(type="flux2") as host:
+        form = {"prompt": "a", "image[]": [file_of(IMAGE, "a.png"), file_of(IMAGE, "b.png")]}
+        assert host.client.post(EDIT, data=form).status_code == 200
+        found = host.requests[-1]
+        assert len(found.image) == 2 and found.init_image is None
+        assert host.is_same(EDIT, {"prompt": "a", "seed": 1, "image": IMAGE},
+                            {"prompt": "a", "seed": 1, "image": IMAGE})  # fmt: skip
+        answer = host.post(EDIT, {"prompt": "a", "images": [IMAGE] * 11})
+        assert answer.status_code == 400, answer.get_data(as_text=True)
+        assert "images holds 11 images" in message_of(answer)
+
+
+def test_an_image_that_the_model_does_not_take_is_refused_by_name(host):
+    answer = host.post("/v1/jobs", {"prompt": "a", "image": [IMAGE, IMAGE]})
+    assert answer.status_code == 422
+    assert "image is not available: " in message_of(answer)
+    with ReadingHost(type="svd") as videos:
+        answer = videos.post("/v1/jobs", {"image": [IMAGE, IMAGE]})
+        assert answer.status_code == 400
+        assert "image holds 2 images. Stable Video Diffusion takes 1." in message_of(answer)
+
+
 @pytest.mark.parametrize(
     ("fields", "status", "said"),
     [

@@ -66,6 +66,15 @@ def test_every_field_has_a_description_a_type_a_default_and_every_number_a_range
     ) == ("num_frames" in fields)
 
 
+def test_schema_says_how_many_images_a_field_takes():
+    def kinds(name):
+        schemas = openapi(read_table()[name], EVERYTHING)["components"]["schemas"]
+        return {kind["type"]: kind for kind in schemas["Request"]["properties"]["image"]["anyOf"]}
+
+    assert kinds("flux2")["array"]["maxItems"] == 10
+    assert "array" not in kinds("svd")
+
+
 @pytest.mark.parametrize("name", ["sdxl", "svd"])
 def test_every_field_of_the_schema_is_read(name):
     """A value of no possible kind is refused; a field that nobody reads would be ignored."""
