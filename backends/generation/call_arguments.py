@@ -231,7 +231,8 @@ def _guidance(request: GenerateRequest, spec: ModelSpec) -> dict[str, Any]:
     if not math.isfinite(scale):
         raise RequestError(f"cfg={scale} is not a number. Send one from 0 to 1000.", field="cfg")
     if spec.guidance == "frame_ramp":
-        return {"min_guidance_scale": min(1.0, scale), "max_guidance_scale": scale}
+        first = scale if request.num_frames == 1 else min(1.0, scale)  # of a ramp with one frame
+        return {"min_guidance_scale": first, "max_guidance_scale": scale}
     return {spec.guidance_argument: scale}
 
 

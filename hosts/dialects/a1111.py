@@ -15,11 +15,12 @@ from flask import Blueprint, Response, current_app, jsonify
 from PIL import Image
 
 from backends.errors import UnsupportedError
-from backends.request import GenerateResult
+from backends.request import GenerateRequest, GenerateResult
 from hosts.dialects import a1111_fields as protocol
 from hosts.dialects import a1111_lists
 from hosts.dialects.a1111_fields import Asked
 from hosts.dialects.a1111_info import info, infotext
+from hosts.dialects.a1111_passes import hires_of
 from hosts.http import media
 from hosts.http.decode import Accepted, read_request
 from hosts.http.dialect import Dialect, Operation, is_strict, require_known
@@ -54,6 +55,7 @@ OPERATIONS = (
     ),
     Operation(method="get", path="/sdapi/v1/progress", summary="A1111: of the job that runs."),
     Operation(method="post", path="/sdapi/v1/interrupt", summary="A1111: cancel that job."),
+    Operation(method="post", path="/sdapi/v1/skip", summary="A1111: the same."),
 )
 DIALECT = Dialect(
     blueprint=blueprint,
@@ -70,21 +72,40 @@ DIALECTS = (
 
 @blueprint.post("/sdapi/v1/txt2img")
 def txt2img() -> Response:
+    """Generate images from text; with enable_hr each a second time, from the first result."""
     body = json_object()
     require_known(body, protocol.TXT2IMG, HINTS)
-    return _images(body, {})
+    asked = _asked(body)
+    first = {name: value for name, value in asked.fields.items() if name != "strength"}
+    requests = _requests(body, asked, first)
+    if not protocol.truth(body, "enable_hr", False):
+        return _answer(body, asked, wait_for_all(submit_all(requests)))
+    hires = hires_of(body, size=_size(requests[0]), spec=_host().spec, accepted=_accepted())
+    second = replace(asked, sent_as={**asked.sent_as, **hires.sent_as}, facts=hires.facts, number=1)
+    size = {"width": hires.width, "height": hires.height}
+    _requests(body, second, {**first, **size, **hires.fields})  # refused before the first pass
+    results = wait_for_all(submit_all(requests))
+    requests = [
+        request
+        for result in results
+        for request in _requests(body, second, {**first, **hires.start(result)})
+    ]
+    return _answer(body, second, wait_for_all(submit_all(requests)))
 
 
 @blueprint.post("/sdapi/v1/img2img")
 def img2img() -> Response:
     """Generate images from an image. With a mask, only its white parts change.
 
-    The whole image is generated at once, whatever inpaint_full_res says.
+    With inpaint_full_res the part around them is generated at the request's size and put back.
     """
-    body = json_object()
+    body = {"denoising_strength": IMAGE_STRENGTH, **json_object()}
     require_known(body, protocol.IMG2IMG, HINTS)
-    start = protocol.start_fields(body, spec=_host().spec, accepted=_accepted())
-    return _images({"denoising_strength": IMAGE_STRENGTH, **body}, start)
+    asked = _asked(body)
+    size = _size(_requests(body, replace(asked, number=1), asked.fields)[0])
+    start, area = protocol.start_fields(body, spec=_host().spec, accepted=_accepted(), size=size)
+    results = wait_for_all(submit_all(_requests(body, asked, {**asked.fields, **start})))
+    return _answer(body, asked, [area.put_back(each) for each in results] if area else results)
 
 
 @blueprint.get("/sdapi/v1/progress")
@@ -108,9 +129,9 @@ def progress() -> Response:
     )
 
 
-@blueprint.post("/sdapi/v1/interrupt")
-def interrupt() -> Response:
-    """Cancel the running job."""
+@blueprint.post("/sdapi/v1/<any('interrupt', 'skip'):name>")
+def interrupt(name: str) -> Response:
+    """Cancel the running job: jobs of one image each, so to skip is the same."""
     queue = _host().queue
     for job in queue.jobs():
         if job.status is JobStatus.RUNNING:
@@ -118,7 +139,7 @@ def interrupt() -> Response:
     return jsonify({})
 
 
-def _images(body: Mapping[str, Any], start: Mapping[str, Any]) -> Response:
+def _asked(body: Mapping[str, Any]) -> Asked:
     host = _host()
     if host.spec.output != "image":
         raise UnsupportedError(f"{host.spec.title} generates videos. Use POST /v1/jobs.")
@@ -129,22 +150,34 @@ def _images(body: Mapping[str, Any], start: Mapping[str, Any]) -> Response:
         title=host.model,
         most=host.settings.max_images,
     )
-    fields = {**asked.fields, **start}
-    if not start:
-        fields.pop("strength", None)
-    requests = [
+    for note in asked.notes:
+        logger.warning("%s", note)
+    return asked
+
+
+def _requests(
+    body: Mapping[str, Any], asked: Asked, fields: Mapping[str, Any]
+) -> list[GenerateRequest]:
+    """Return one request for each image."""
+    return [
         read_request(
             {**fields, "seed": seed},
-            spec=host.spec,
+            spec=_host().spec,
             accepted=_accepted(),
             sent_as=asked.sent_as,
             is_strict=is_strict(body),
         )
         for seed in seeds_from(fields.get("seed"), asked.number)
     ]
-    for note in asked.notes:
-        logger.warning("%s", note)
-    return _answer(body, asked, wait_for_all(submit_all(requests)))
+
+
+def _size(request: GenerateRequest) -> tuple[int, int]:
+    """Return width and height of the image that will be generated."""
+    host = _host()
+    return (
+        request.width or host.settings.width or host.spec.width,
+        request.height or host.settings.height or host.spec.height,
+    )
 
 
 def _answer(body: Mapping[str, Any], asked: Asked, results: list[GenerateResult]) -> Response:

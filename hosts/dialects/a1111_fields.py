@@ -9,9 +9,10 @@ from PIL import Image, ImageFilter, ImageOps
 from backends.errors import RequestError, UnsupportedError
 from backends.model_table import ModelSpec
 from hosts.dialects.a1111_control import control_fields
+from hosts.dialects.a1111_passes import MaskedArea, masked_area
 from hosts.dialects.a1111_prompt import read_prompt
 from hosts.dialects.a1111_samplers import scheduler_of
-from hosts.http.decode import Accepted, read_mask
+from hosts.http.decode import Accepted, read_image, read_mask
 from hosts.http.dialect import (
     DONE,
     OFF,
@@ -27,12 +28,12 @@ from hosts.http.dialect import (
 from hosts.http.request_io import whole
 
 MAX_BLUR = 64
+MAX_PADDING = 4096
 ON = (True, "true", "on", "yes", "1")
-NO_HIRES = "there is no second pass here. Request the final size, or send the image to img2img"
+NO_FIRST_SIZE = "width and height are the first pass's. Leave it out"
 NO_SCRIPT = "scripts of the web interface cannot run here"
 NO_CHURN = "samplers add no noise of their own here"
 NOT_SAVED = "images are returned and never saved here"
-ONLY_HIRES = "only hires fix uses it"
 ONLY_PIX2PIX = "only InstructPix2Pix models use it"
 COMMON: dict[str, Rule] = {
     "prompt": DONE,
@@ -82,18 +83,19 @@ COMMON: dict[str, Rule] = {
     ),
 }
 HIRES = (
-    "hr_scale", "hr_upscaler", "hr_second_pass_steps", "hr_resize_x", "hr_resize_y",
-    "hr_checkpoint_name", "hr_sampler_name", "hr_scheduler", "hr_prompt", "hr_negative_prompt",
-    "hr_cfg", "hr_distilled_cfg", "hr_additional_modules",
+    "enable_hr", "denoising_strength", "hr_scale", "hr_upscaler", "hr_second_pass_steps",
+    "hr_resize_x", "hr_resize_y", "hr_sampler_name", "hr_scheduler", "hr_prompt",
+    "hr_negative_prompt", "hr_cfg", "hr_distilled_cfg",
 )  # fmt: skip
+"""Read if enable_hr is on (hosts/dialects/a1111_passes.py)."""
 TXT2IMG: dict[str, Rule] = {
     **COMMON,
-    "denoising_strength": harmless(ONLY_HIRES),
-    "enable_hr": neutral(*OFF, reason=NO_HIRES),
-    **dict.fromkeys(HIRES, harmless(ONLY_HIRES)),
-    "firstphase_width": neutral(0, reason=NO_HIRES),
-    "firstphase_height": neutral(0, reason=NO_HIRES),
-    "firstpass_image": refused(NO_HIRES),
+    **dict.fromkeys(HIRES, DONE),
+    "hr_checkpoint_name": neutral("use same checkpoint", "none", reason="one model is loaded"),
+    "hr_additional_modules": neutral(["Use same choices"], reason="one model is loaded"),
+    "firstphase_width": neutral(0, reason=NO_FIRST_SIZE),
+    "firstphase_height": neutral(0, reason=NO_FIRST_SIZE),
+    "firstpass_image": refused("the first pass is generated. Send the image to img2img"),
 }
 IMG2IMG: dict[str, Rule] = {
     **COMMON,
@@ -109,8 +111,8 @@ IMG2IMG: dict[str, Rule] = {
     "resize_mode": neutral(0, reason="images are scaled to the size"),
     "image_cfg_scale": harmless(ONLY_PIX2PIX),
     "inpainting_fill": neutral(0, 1, reason="masked parts start from the image"),
-    "inpaint_full_res": harmless("the image is generated as a whole, its size is exact"),
-    "inpaint_full_res_padding": harmless("the image is generated as a whole, its size is exact"),
+    "inpaint_full_res": DONE,
+    "inpaint_full_res_padding": DONE,
     "initial_noise_multiplier": neutral(1, reason="noise has the sampler's strength"),
     "latent_mask": refused("send mask in its place"),
 }
@@ -126,6 +128,8 @@ OVERRIDES: dict[str, Rule] = {
     **dict.fromkeys(("samples_save", "grid_save", "return_grid", "do_not_add_watermark"),
                     harmless(NOT_SAVED)),
 }  # fmt: skip
+NOTHING = " "
+"""An empty prompt, which A1111 allows: CLIP reads a space as no token."""
 FORMATS = {"png": "image/png", "jpg": "image/jpeg", "jpeg": "image/jpeg", "webp": "image/webp"}
 SENT_AS = {
     "steps": "num_inference_steps",
@@ -151,6 +155,8 @@ class Asked:
     """Of the images in the response."""
     notes: list[str] = field(default_factory=list)
     """Remarks for the client on how its request was read."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Further settings for the infotext."""
 
 
 def asked_for(
@@ -168,7 +174,8 @@ def asked_for(
     sent_as = {ours: theirs for theirs, ours in SENT_AS.items() if not is_empty(body.get(theirs))}
     fields |= {ours: body[theirs] for ours, theirs in sent_as.items()}
     prompt = read_prompt(body, spec=spec, accepted=accepted)
-    fields |= {"prompt": prompt.text} if "prompt" in fields else {}
+    if "prompt" in fields or spec.has_clip_prompts:
+        fields["prompt"] = prompt.text or NOTHING
     fields |= {"lora": prompt.loras} if prompt.loras else {}
     fields |= prompt.fields
     if (scheduler := scheduler_of(body)) is not None:
@@ -200,8 +207,13 @@ def require_model(name: Any, title: str) -> None:
         )
 
 
-def start_fields(body: Mapping[str, Any], *, spec: ModelSpec, accepted: Accepted) -> dict[str, Any]:
-    """Return the image of img2img and its mask."""
+def start_fields(
+    body: Mapping[str, Any], *, spec: ModelSpec, accepted: Accepted, size: tuple[int, int]
+) -> tuple[dict[str, Any], MaskedArea | None]:
+    """Return the image of img2img and its mask, and the area if only the masked one is generated.
+
+    size: width and height that are generated.
+    """
     sources = body.get("init_images")
     most = max(1, spec.most_images)
     if not isinstance(sources, list) or not 1 <= len(sources) <= most:
@@ -216,11 +228,17 @@ def start_fields(body: Mapping[str, Any], *, spec: ModelSpec, accepted: Accepted
         raise RequestError("init_images must hold one image beside a mask.", field="init_images")
     name = "image" if "image" in spec.requires else "init_image"
     if is_empty(body.get("mask")):
-        return {name: sources[0]}
+        return {name: sources[0]}, None
     mask = read_mask(body["mask"], field="mask", accepted=accepted)
     if truth(body, "inpainting_mask_invert", False):
         mask = ImageOps.invert(mask)
-    return {name: sources[0], "mask_image": _blurred(mask, body)}
+    mask = _blurred(mask, body)
+    area = None
+    if truth(body, "inpaint_full_res", False) and name == "init_image":
+        padding = whole(body, "inpaint_full_res_padding", 0, low=0, high=MAX_PADDING)
+        image = read_image(sources[0], field="init_images", accepted=accepted)
+        area = masked_area(image, mask, padding=padding, size=size)
+    return (area.fields(size) if area else {name: sources[0], "mask_image": mask}), area
 
 
 def truth(body: Mapping[str, Any], name: str, default: bool) -> bool:

@@ -1,6 +1,7 @@
 """Image facts in A1111's responses: `info`, and the text that image viewers read from a PNG."""
 
 import json
+import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,6 +10,9 @@ from backends.request import GenerateResult
 from hosts.dialects.a1111_fields import Asked
 from hosts.dialects.a1111_samplers import SCHEDULE_LABELS, label_of
 from hosts.http import VERSION
+
+_SETTING = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+"""One setting of the last line of an infotext."""
 
 
 def info(
@@ -43,7 +47,7 @@ def info(
         "seed_resize_from_w": -1,
         "seed_resize_from_h": -1,
         "denoising_strength": _strength(asked),
-        "extra_generation_params": {},
+        "extra_generation_params": asked.facts,
         "index_of_first_image": 0,
         "infotexts": [infotext(body, asked, result, model=model) for result in results],
         "styles": [],
@@ -67,6 +71,7 @@ def infotext(body: Mapping[str, Any], asked: Asked, result: GenerateResult, *, m
         "Model": model,
         "Denoising strength": _strength(asked),
         "Clip skip": 1 + asked.fields["clip_skip"] if "clip_skip" in asked.fields else None,
+        **asked.facts,
         "Version": f"diffusion-launcher {VERSION}",
     }
     lines = [str(body.get("prompt") or "")]
@@ -74,6 +79,28 @@ def infotext(body: Mapping[str, Any], asked: Asked, result: GenerateResult, *, m
         lines.append(f"Negative prompt: {body['negative_prompt']}")
     settings = (f"{name}: {_quoted(value)}" for name, value in facts.items() if value is not None)
     return "\n".join([*lines, ", ".join(settings)])
+
+
+def read_infotext(text: str) -> dict[str, str]:
+    """Return the settings of an infotext by name, with the prompts and the two sides of sizes."""
+    lines = text.strip().split("\n")
+    settings = dict(_SETTING.findall(lines[-1])) if len(_SETTING.findall(lines[-1])) > 2 else {}
+    if not settings:
+        return {"Prompt": text} if text else {}
+    prompt, _, negative = "\n".join(lines[:-1]).partition("Negative prompt:")
+    found = {"Prompt": prompt.strip(), "Negative prompt": negative.strip()}
+    for name, value in settings.items():
+        plain = _unquoted(value)
+        size = re.fullmatch(r"(\d+)x(\d+)", plain)
+        found |= {f"{name}-1": size[1], f"{name}-2": size[2]} if size else {name: plain}
+    return found
+
+
+def _unquoted(value: str) -> str:
+    try:
+        return json.loads(value) if value.startswith('"') else value
+    except ValueError:
+        return value
 
 
 def _sampler(asked: Asked, result: GenerateResult) -> str:

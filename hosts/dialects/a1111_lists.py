@@ -3,14 +3,19 @@
 Also empty lists of features that this host lacks.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
+import psutil
 from flask import Blueprint, Response, current_app, jsonify
 
 from hosts.dialects.a1111_fields import require_model
+from hosts.dialects.a1111_info import read_infotext
+from hosts.dialects.a1111_passes import IMAGE_UPSCALERS, LATENT_UPSCALERS
 from hosts.dialects.a1111_prompt import alias_of, lora_files
 from hosts.dialects.a1111_samplers import SCHEDULE_LABELS, labels
-from hosts.http.decode import Accepted
+from hosts.http import images
+from hosts.http.decode import Accepted, decoded
 from hosts.http.dialect import (
     DONE,
     Operation,
@@ -27,8 +32,6 @@ blueprint = Blueprint("a1111_lists", __name__)
 EMPTY: dict[str, Any] = {
     "sd-vae": [],
     "sd-modules": [],
-    "upscalers": [],
-    "latent-upscale-modes": [],
     "hypernetworks": [],
     "face-restorers": [],
     "realesrgan-models": [],
@@ -38,7 +41,6 @@ EMPTY: dict[str, Any] = {
     "scripts": {"txt2img": [], "img2img": []},
     "embeddings": {"loaded": {}, "skipped": {}},
     "cmd-flags": {},
-    "memory": {"ram": {}, "cuda": {}},
 }
 """Empty lists of missing features. Clients request them and fail without a response."""
 FIXED = "options are fixed while the host runs. Send it in override_settings of a request"
@@ -48,6 +50,43 @@ FIXED = "options are fixed while the host runs. Send it in override_settings of 
 def nothing(name: str) -> Response:
     """Return an empty list of this kind."""
     return jsonify(EMPTY[name])
+
+
+@blueprint.get("/sdapi/v1/latent-upscale-modes")
+def latent_upscale_modes() -> Response:
+    return jsonify([{"name": name} for name in LATENT_UPSCALERS])
+
+
+@blueprint.get("/sdapi/v1/upscalers")
+def upscalers() -> Response:
+    """Return what hires fix may use besides latent modes."""
+    facts = {"model_name": None, "model_path": None, "model_url": None, "scale": 4}
+    return jsonify([{"name": name, **facts} for name in IMAGE_UPSCALERS])
+
+
+@blueprint.get("/sdapi/v1/memory")
+def memory() -> Response:
+    """Return the machine's memory. GET /settings has each rank's, and its GPU's."""
+    ram = psutil.virtual_memory()
+    return jsonify(
+        {"ram": {"free": ram.available, "used": ram.used, "total": ram.total}, "cuda": {}}
+    )
+
+
+@blueprint.post("/sdapi/v1/png-info")
+def png_info() -> Response:
+    """Return the settings that A1111 and this host write into a PNG."""
+    body = json_object()
+    require_known(body, {"image": DONE})
+    accepted = Accepted.by(current_app.extensions["host"].settings)
+
+    def read() -> Mapping[str, Any]:
+        return images.from_text(body.get("image"), (), accepted.decode_limits).info
+
+    facts = decoded(read, field="image", wanted="Send base64 of a PNG, JPEG or WebP file")
+    text = facts.get("parameters", "")
+    items = {name: value for name, value in facts.items() if isinstance(value, str)}
+    return jsonify({"info": text, "items": items, "parameters": read_infotext(text)})
 
 
 @blueprint.get("/internal/ping")
@@ -115,11 +154,20 @@ def loras() -> Response:
     )
 
 
-LISTS = ("options", "sd-models", "samplers", "schedulers", "loras", *EMPTY)
+LISTS = (
+    "options", "sd-models", "samplers", "schedulers", "loras", "upscalers",
+    "latent-upscale-modes", "memory", *EMPTY,
+)  # fmt: skip
 OPERATIONS = (
     *(
         Operation(method="get", path=f"/sdapi/v1/{name}", summary=f"A1111: {name}.")
         for name in LISTS
+    ),
+    Operation(
+        method="post",
+        path="/sdapi/v1/png-info",
+        summary="A1111: the settings in a PNG.",
+        rules={"image": DONE},
     ),
     Operation(
         method="post",

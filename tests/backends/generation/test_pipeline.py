@@ -368,3 +368,14 @@ def test_the_pristine_scheduler_config_is_untouched() -> None:
     assert (
         loaded("sdxl")._pristine_scheduler.config["timestep_spacing"] == config["timestep_spacing"]
     )
+
+
+def test_video_of_one_frame_is_guided() -> None:
+    """Its ramp of guidance has one value, the request's own."""
+    one, eight = (
+        loaded("svd")
+        .generate(request_for("svd", num_frames=1, guidance_scale=scale, height=128, width=128))
+        .frames
+        for scale in (1.0, 8.0)
+    )
+    assert one.shape[0] == 1 and (one != eight).any()

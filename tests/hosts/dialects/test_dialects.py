@@ -277,7 +277,8 @@ def test_published_a1111_client_draws_changes_and_asks_what_there_is(host):
     assert distance[0] < distance[1]
     assert client.util_get_current_model() == "sdxl" == client.util_get_model_names()[0]
     assert "DPM++ 2M" in [sampler["name"] for sampler in client.get_samplers()]
-    assert client.get_schedulers()[0]["label"] == "Automatic" and client.get_upscalers() == []
+    assert client.get_schedulers()[0]["label"] == "Automatic"
+    assert [each["name"] for each in client.get_upscalers()] == ["None", "Lanczos", "Nearest"]
     assert client.get_loras()[0]["name"] == "style" and client.get_progress()["progress"] == 0
     assert client.interrupt() == {}
 
@@ -310,6 +311,25 @@ def test_a1111_changes_a_image(host):
         "init_images must hold one image"
         in a1111(host, "img2img", {"prompt": "a"}).json()["detail"]
     )
+
+
+def test_second_pass_of_hires_fix_is_image_to_image_from_the_first(host):
+    """Both upscalers, and by the published client."""
+    fields = {"prompt": "a red car", "steps": 4, "seed": 5, "cfg_scale": 5.0, "width": 64,
+              "height": 64, "sampler_name": "DPM++ 2M"}  # fmt: skip
+    client = webuiapi.WebUIApi(host="127.0.0.1", port=host.port)
+    larger = client.txt2img(
+        **fields, enable_hr=True, hr_scale=1.5, hr_upscaler="Lanczos", denoising_strength=0.5
+    )
+    first = Image.fromarray(generated(host, steps=4, scheduler={"scheduler": "dpmpp_2m"}))
+    buffer = io.BytesIO()
+    first.resize((96, 96), Image.Resampling.LANCZOS).save(buffer, format="PNG")
+    start = base64.b64encode(buffer.getvalue()).decode()
+    body = {**fields, "width": 96, "height": 96, "init_images": [start], "denoising_strength": 0.5}
+    by_hand = a1111(host, "img2img", body).json()["images"][0]
+    assert (np.asarray(larger.image.convert("RGB")) == pixels(base64.b64decode(by_hand))).all()
+    latent = a1111(host, "txt2img", {**fields, "enable_hr": True, "hr_scale": 1.5}).json()
+    assert pixels(base64.b64decode(latent["images"][0])).shape == (96, 96, 3)
 
 
 def test_a1111_progress_and_interrupt_reach_the_running_job(host):
@@ -350,7 +370,8 @@ def test_a1111_lists_tell_what_is_there(host):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ({"enable_hr": True}, "enable_hr=True is not available"),
+        ({"enable_hr": True, "hr_upscaler": "R-ESRGAN"}, "hr_upscaler='R-ESRGAN' is not"),
+        ({"restore_faces": True}, "restore_faces=True is not available"),
         ({"sampler_name": "Magic"}, "sampler_name='Magic'"),
         ({"n_iter": 99}, "n_iter x batch_size is 99"),
         ({"batch_size": "x"}, "batch_size='x' is not allowed"),
