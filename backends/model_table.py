@@ -47,6 +47,10 @@ class BackendSpec:
     features: Mapping[str, Cell]
 
 
+CHECKPOINT_SIGNS = frozenset({"is", "words"})
+"""Keys of a row of ModelSpec.checkpoints that say which checkpoints it is about."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
     """Facts about one model type. Code reads these instead of comparing names."""
@@ -80,6 +84,10 @@ class ModelSpec:
     # A row of a batch equals the same image alone (tested), so several jobs may share a call.
     is_batchable: bool = False
     num_frames: int = 1  # default
+    frames_per_s: int = 7  # default speed of a video
+    max_prompt_tokens: int = 77  # tokens of a prompt that reach the model
+    # Sampler where the checkpoint has none of its own: a single file, or a replaced denoiser.
+    scheduler: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     # Default dtype on a GPU that supports it, and the VAE's if it always differs.
     variant: Literal["fp16", "bf16"] = "fp16"
     vae_variant: Literal["", "fp32"] = ""
@@ -98,6 +106,9 @@ class ModelSpec:
     single_file: bool = False  # the checkpoint may be one .safetensors file
     # Name of a tensor in such a file -> hub repository with its configuration; "" for any file.
     configuration: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    # Title -> checkpoints with defaults of their own: recognised by `is` (configuration field ->
+    # value) or one of `words` in their names (backends/files/defaults.py); the rest are facts.
+    checkpoints: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     # Pipeline and model class, and the call's argument for the image.
     controlnet: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     # Text encoder -> the states that Compel reads: last or penultimate (+ pooled), or pooled.
@@ -263,6 +274,7 @@ class _Reader:
                 )
             if key != "backends":
                 values[key] = self._fact(f"{name}.{key}", known[key].type, value)
+        self._require_checkpoints(items.get("checkpoints"), name, known)
         values["backends"] = (
             self._backends(name, items["backends"], cells) if "backends" in items else None
         )
@@ -275,6 +287,20 @@ class _Reader:
         if missing:
             raise self._error(node, f"{name} lacks {', '.join(missing)}. Add it")
         return ModelSpec(**values)
+
+    def _require_checkpoints(
+        self, node: yaml.Node | None, name: str, known: Mapping[str, Any]
+    ) -> None:
+        """Raise ConfigError unless each row has a sign and facts of a model type."""
+        for title, row in (self._items(node) if node is not None else {}).items():
+            where, items = f"{name}.checkpoints.{title}", self._items(row)
+            if len(CHECKPOINT_SIGNS & items.keys()) != 1:
+                raise self._error(row, f"{where} must have one of `is` and `words`")
+            for key, value in items.items():
+                if key not in CHECKPOINT_SIGNS and key not in known:
+                    raise self._error(value, f"{where}.{key} is not a fact of a model type")
+                if key not in CHECKPOINT_SIGNS:
+                    self._fact(f"{where}.{key}", known[key].type, value)
 
     def _backends(self, name: str, node: yaml.Node, shared: Defaults) -> Mapping[str, BackendSpec]:
         """Read the rows of a type. shared: the cells that a row may override."""

@@ -18,6 +18,7 @@ from backends.step_cache_spec import StepCacheSpec
 Array = np.ndarray
 MAX_SIDE = 8192
 MAX_STEPS = 1000
+MAX_FPS = 120
 Weight = Annotated[float, Field(ge=-10, le=10)]
 IMAGE_STRENGTH = 0.8
 """Default `strength` with init_image. At 1 nothing of the image would remain."""
@@ -212,6 +213,12 @@ class GenerateRequest(BaseModel):
         Field(description="LoRA file -> scale, in place of those given at launch."),
     ] = None
     num_frames: Annotated[int | None, Field(ge=1, le=512, description="Frames of a video.")] = None
+    fps: Annotated[
+        int | None,
+        Field(
+            ge=1, le=MAX_FPS, description="Frames per second of a video, in its file and for svd."
+        ),
+    ] = None
     decode_chunk_size: Annotated[
         int | None, Field(ge=1, le=512, description="Frames decoded at once.")
     ] = None

@@ -45,9 +45,7 @@ def resolve(
         "guidance_scale": _first(
             request.guidance_scale, defaults.get("guidance_scale"), spec.guidance_scale
         ),
-        "num_frames": _first(request.num_frames, spec.num_frames)
-        if spec.output == "video"
-        else None,
+        **_film(request, spec),
         "clip_skip": request.clip_skip or None,
         "prompt": request.prompt or None,
         "negative_prompt": request.negative_prompt or None,
@@ -74,6 +72,7 @@ def call_arguments(
         "image": request.image,
         "max_area": request.height * request.width,  # else some scale the size to their own
         "num_frames": request.num_frames,
+        "fps": request.fps,
         **{
             name: _first(getattr(request, name), default) for name, default in CALL_DEFAULTS.items()
         },
@@ -131,6 +130,16 @@ def visible_clip_layers(pipe: Any, request: GenerateRequest) -> Iterator[None]:
         yield
     finally:
         object.__delattr__(encoder, "text_model")
+
+
+def _film(request: GenerateRequest, spec: ModelSpec) -> dict[str, int | None]:
+    """Return length and speed of a video; None for an image."""
+    if spec.output != "video":
+        return {"num_frames": None, "fps": None}
+    return {
+        "num_frames": _first(request.num_frames, spec.num_frames),
+        "fps": _first(request.fps, spec.frames_per_s),
+    }
 
 
 def _first(*values: Any) -> Any:

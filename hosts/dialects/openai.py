@@ -155,7 +155,7 @@ def create_video() -> Response:
     _require_output("video")
     body = protocol.body_of_request()
     require_known(body, protocol.VIDEOS, protocol.HINTS)
-    asked = protocol.filmed(body, protocol.asked_for(body))
+    asked = protocol.filmed(body, protocol.asked_for(body), frames_per_s=_spec().frames_per_s)
     job = _host().queue.submit(_read(asked, body), client=client(), is_kept=True, is_stored=True)
     return jsonify(_video(job))
 
@@ -286,7 +286,7 @@ def _video(job: Job) -> dict[str, Any]:
         "completed_at": int(job.ended_s) if job.ended_s else None,
         "expires_at": None,
         "prompt": job.request.prompt,
-        "seconds": f"{frames / media.FRAMES_PER_S:g}",
+        "seconds": f"{frames / (job.request.fps or spec.frames_per_s):g}",
         "size": size,
         "error": error,
     }

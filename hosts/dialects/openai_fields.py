@@ -11,7 +11,6 @@ from flask import request
 from backends.errors import RequestError, UnsupportedError
 from backends.model_table import ModelSpec
 from backends.request import GenerateRequest
-from hosts.http import media
 from hosts.http.decode import Accepted, read_mask
 from hosts.http.dialect import DONE, Rule, harmless, is_empty, neutral, refused, shown
 from hosts.http.limits import require_plain
@@ -154,8 +153,11 @@ def edited(body: Mapping[str, Any], asked: Asked, accepted: Accepted, *, spec: M
     return Asked(fields=fields, sent_as=sent_as)
 
 
-def filmed(body: Mapping[str, Any], asked: Asked) -> Asked:
-    """Add the first image and the number of frames that the requested seconds take."""
+def filmed(body: Mapping[str, Any], asked: Asked, *, frames_per_s: int) -> Asked:
+    """Add the first image and the number of frames that the requested seconds take.
+
+    frames_per_s: where the request names no speed.
+    """
     fields, sent_as = dict(asked.fields), dict(asked.sent_as)
     for name in ("input_reference", "image"):
         if not is_empty(body.get(name)):
@@ -165,7 +167,9 @@ def filmed(body: Mapping[str, Any], asked: Asked) -> Asked:
             fields["image"], sent_as["image"] = _image(images[0], name), name
             break
     if not is_empty(body.get("seconds")) and "num_frames" not in fields:
-        frames = round(_seconds(body["seconds"]) * media.FRAMES_PER_S)
+        speed = fields.get("fps")
+        speed = speed if isinstance(speed, int) and speed > 0 else frames_per_s
+        frames = round(_seconds(body["seconds"]) * speed)
         fields["num_frames"], sent_as["num_frames"] = max(1, frames), "seconds"
     return Asked(fields=fields, sent_as=sent_as)
 

@@ -100,6 +100,7 @@ class Accepted:
             "ip_adapter_image": (self.takes_ip_image, no_adapter),
             "ip_adapter_scale": (self.takes_ip_image, no_adapter),
             "num_frames": (is_video, no_frames),
+            "fps": (is_video, no_frames),
             "decode_chunk_size": (is_video, no_frames),
             "motion_bucket_id": (is_ramp, no_ramp),
             "noise_aug_strength": (is_ramp, no_ramp),
@@ -161,7 +162,7 @@ def read_request(
 
 
 _READ_ANYWHERE = {name for name in GenerateRequest.model_fields if name not in (*IMAGES, *ARRAYS)}
-_READ_ANYWHERE -= {"num_frames"}
+_READ_ANYWHERE -= {"num_frames", "fps"}
 """Fields that are validated even without effect, since existing clients send them."""
 
 

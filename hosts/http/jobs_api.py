@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field
 
 from backends.errors import BusyError, NotFoundError, RequestError
 from backends.plan import Exactness
-from backends.request import GenerateRequest
+from backends.request import MAX_FPS, GenerateRequest
 from hosts.http import media
 from hosts.http.decode import Accepted, read_request
 from hosts.http.dialect import DONE, Dialect, is_strict, require_known, shown
@@ -44,7 +44,6 @@ HEARTBEAT_S = 10.0
 MIN_INTERVAL_S = 0.1
 MAX_STREAMS = 12
 """Largest number of open streams: each holds one of the server's threads."""
-MAX_FRAMES_PER_S = 120
 PREVIEW_SIDE = 256
 PREVIEW_QUALITY = 80
 
@@ -160,7 +159,7 @@ def file_response(
     job: Job,
     content_type: str,
     *,
-    frames_per_s: float = media.FRAMES_PER_S,
+    frames_per_s: float | None = None,
     quality: int = media.QUALITY,
 ) -> Response:
     """Return a finished job's image or video. A PNG has its settings as metadata."""
@@ -262,11 +261,14 @@ def _format() -> str | None:
     return found.get(ending or "")
 
 
-def _frames_per_s() -> float:
-    text = request.args.get("fps", str(media.FRAMES_PER_S))
-    if not re.fullmatch(r"\d{1,3}", text) or not 1 <= int(text) <= MAX_FRAMES_PER_S:
+def _frames_per_s() -> float | None:
+    """Return ?fps=, or None for the speed that the video was generated for."""
+    text = request.args.get("fps")
+    if text is None:
+        return None
+    if not re.fullmatch(r"\d{1,3}", text) or not 1 <= int(text) <= MAX_FPS:
         raise RequestError(
-            f"fps={text!r} is not allowed. Send a whole number from 1 to {MAX_FRAMES_PER_S}.",
+            f"fps={text!r} is not allowed. Send a whole number from 1 to {MAX_FPS}.",
             field="fps",
         )
     return int(text)

@@ -37,7 +37,7 @@ MAX_DIMS = 8
 QUALITY = 95
 """Default quality of JPEG and WebP files."""
 FRAMES_PER_S = 7
-"""Speed at which both existing clients play videos."""
+"""Speed of videos that say none: that at which both existing clients play them."""
 
 
 def content_types(output: str) -> tuple[str, ...]:
@@ -55,13 +55,15 @@ def encode(
     content_type: str,
     *,
     metadata: str = "",
-    frames_per_s: float = FRAMES_PER_S,
+    frames_per_s: float | None = None,
     quality: int = QUALITY,
 ) -> bytes:
     """Return the result as one file of this type. RequestError if the type does not fit.
 
     A PNG holds `metadata` as its text `parameters`. quality: of JPEG and WebP, 0 to 100.
+    frames_per_s: None takes the speed that the result was generated for.
     """
+    frames_per_s = frames_per_s or result.resolved.get("fps") or FRAMES_PER_S
     if content_type == ARRAY_TYPE:
         return _encode_array(result)
     if content_type == WHOLE_TYPE:
@@ -80,7 +82,7 @@ def encode(
 
 
 def as_json(
-    result: GenerateResult, output: str, *, frames_per_s: float = FRAMES_PER_S
+    result: GenerateResult, output: str, *, frames_per_s: float | None = None
 ) -> dict[str, Any]:
     """Return the result as JSON. `output` is base64 of the best file type, `latents` of a .npy
     file.

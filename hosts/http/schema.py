@@ -244,6 +244,8 @@ def _schemas(spec: ModelSpec, settings: Settings) -> dict[str, Any]:
     for name in ("height", "width", "num_inference_steps", "guidance_scale", "num_frames"):
         if name in fields:
             fields[name]["default"] = getattr(settings, name, None) or getattr(spec, name)
+    if "fps" in fields:
+        fields["fps"]["default"] = spec.frames_per_s
     for name, default in {**CALL_DEFAULTS, "clip_skip": 0}.items():
         if name in fields:
             fields[name]["default"] = default

@@ -39,6 +39,9 @@ KINDS = {
     **dict.fromkeys(("motion_config", "control_net_config"), "file"),
 }
 """Option -> what it needs of a hub's repository (backends/hub/choice.py)."""
+NAMED_OPTIONS = ("checkpoint", "unet", "transformer", "gguf_model")
+NAMED_OPTIONS += ("motion_adapter", "motion_module")
+"""Options whose file's name tells few-step models from others."""
 REPLACED_BY = {"vae": ("vae",), "unet": ("unet", "gguf_model")}
 REPLACED_BY |= {"transformer": ("transformer", "gguf_model")}
 """Component of a checkpoint -> options whose file is loaded instead."""
@@ -67,6 +70,12 @@ class HubFiles:
         for path, name in sorted(self.names.items(), key=lambda item: -len(item[0])):
             text = text.replace(path, name)
         return text
+
+    def short_names(self, settings: Settings) -> list[str]:
+        """Return the names of the files that decide on a model's defaults, without folders."""
+        names = self.names
+        paths = [text for option in NAMED_OPTIONS if (text := getattr(settings, option))]
+        return [names.get(path, Path(path).name) for path in paths]
 
     def facts(self) -> dict[str, str]:
         """For --check and GET /settings: what is still to be downloaded."""

@@ -13,6 +13,7 @@ from backends import planner
 from backends.errors import ConfigError, HostError, RequestError
 from backends.files.adapter_fit import require_fit
 from backends.files.checkpoint import configuration_folder, infer_type, open_checkpoint
+from backends.files.defaults import with_own_defaults
 from backends.files.fit import prediction_settings
 from backends.generation.schedulers import parse_scheduler, require_family
 from backends.model_table import ModelSpec, ModelTable
@@ -21,6 +22,7 @@ from backends.request import LoadRequest
 from backends.step_cache_spec import require_step_cache
 from hosts.launch.auto_backend import BackendChoice, Recall, resolve_backend
 from hosts.launch.files import (
+    NAMED_OPTIONS,
     PATH_OPTIONS,
     SCALED_PATHS,
     HubFiles,
@@ -93,10 +95,23 @@ class StartPlan:
             "checkpoint": self.hub.named(self.load.checkpoint),
             **self.hub.facts(),
             "variant": self.load.variant,
-            "height": self.load.height or self.spec.height,
-            "width": self.load.width or self.spec.width,
+            **self._defaults(),
             "reasons": [*self.reasons, *self.plan.reasons, *self.teams.reasons],
             **({"planner": self.auto.facts()} if self.auto is not None else {}),
+        }
+
+    def _defaults(self) -> dict[str, Any]:
+        """Return what a request gets that says nothing else."""
+        spec, load = self.spec, self.load
+        is_video = spec.output == "video"
+        return {
+            "height": load.height or spec.height,
+            "width": load.width or spec.width,
+            "num_inference_steps": spec.num_inference_steps,
+            "guidance_scale": spec.guidance_scale,
+            "scheduler": (load.scheduler or {}).get("scheduler") or "the checkpoint's",
+            **({"num_frames": spec.num_frames, "fps": spec.frames_per_s} if is_video else {}),
+            "max_prompt_tokens": spec.max_prompt_tokens,
         }
 
     def fingerprint(self, settings: Settings) -> dict[str, str]:
@@ -148,12 +163,16 @@ def plan_start(
     try:
         spec, why_type = _model_spec(settings, table)
         settings, hub = locate_configuration(settings, spec, hub)
+        checkpoint = open_checkpoint(
+            spec, checkpoint_path(settings, spec), config=settings.checkpoint_config
+        )
+        spec, why_defaults = with_own_defaults(spec, checkpoint, hub.short_names(settings))
         start = _plan_files(settings, spec, recall=recall, **facts)
     except HostError as error:
         raise type(error)(hub.named(str(error))) from error
     return replace(
         start,
-        reasons=(*filter(None, (why_type,)), *start.reasons),
+        reasons=(*filter(None, (why_type, why_defaults)), *start.reasons),
         hub=hub.for_variant(start.load.variant, spec.denoiser),
     )
 
@@ -168,9 +187,7 @@ def _plan_files(
     recall: Recall,
 ) -> StartPlan:
     """Resolve the plan of settings that name files on this machine only."""
-    # before anything is planned by its configuration
     checkpoint = checkpoint_path(settings, spec)
-    open_checkpoint(spec, checkpoint, config=settings.checkpoint_config)
     ranks, why_ranks = _ranks(settings, num_ranks=num_ranks, num_gpus=num_gpus)
     world_size = ranks * settings.nnodes
     features = features_of(settings)
@@ -338,7 +355,8 @@ def _load_request(
         variant, why = default_variant(spec, num_gpus=num_gpus, capability=capability)
         reasons.append(f"variant={variant}: {why}")
     try:
-        require_family(parse_scheduler(settings.scheduler), flow=spec.flow_matching)
+        scheduler = settings.scheduler or _scheduler_of(spec, settings)
+        require_family(parse_scheduler(scheduler), flow=spec.flow_matching)
     except RequestError as error:
         raise ConfigError(f"--scheduler: {error}") from error
     denoiser, denoiser_config = denoiser_files(settings, spec)
@@ -347,7 +365,7 @@ def _load_request(
         checkpoint=paths["checkpoint"],
         checkpoint_config=existing_path("checkpoint_config", settings.checkpoint_config),
         variant=variant,
-        scheduler=settings.scheduler,
+        scheduler=scheduler,
         vae=paths["vae"],
         vae_config=paths["vae_config"],
         denoiser=denoiser,
@@ -376,3 +394,10 @@ def _load_request(
         prewarm_steps=prewarm_steps(settings, plan)[0],
     )
     return load, [*reasons, *load_reasons(settings, spec, plan, num_gpus=num_gpus)]
+
+
+def _scheduler_of(spec: ModelSpec, settings: Settings) -> dict[str, Any] | None:
+    """Return the sampler of a few-step checkpoint, unless a folder has it in its configuration."""
+    replaced = any(getattr(settings, option) for option in NAMED_OPTIONS if option != "checkpoint")
+    is_file = settings.checkpoint is not None and Path(settings.checkpoint).is_file()
+    return dict(spec.scheduler) if spec.scheduler and (is_file or replaced) else None

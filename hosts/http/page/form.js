@@ -8,7 +8,7 @@ const USUAL = [
   "seed", "scheduler", "init_image", "mask_image", "ip_adapter_image", "control_image",
 ];
 const MORE = [
-  "clip_skip", "warmup_steps", "controlnet_conditioning_scale", "motion_bucket_id",
+  "fps", "clip_skip", "warmup_steps", "controlnet_conditioning_scale", "motion_bucket_id",
   "noise_aug_strength", "lora",
 ];
 const BESIDE = { init_image: "strength" }; // image field -> the number that goes with it
@@ -19,7 +19,7 @@ const TITLES = {
   image: "Image", init_image: "Input image", mask_image: "Mask", lora: "LoRA",
   ip_adapter_image: "IP-Adapter image", control_image: "ControlNet image",
   controlnet_conditioning_scale: "ControlNet weight", num_inference_steps: "Steps",
-  guidance_scale: "Guidance", num_frames: "Frames", scheduler: "Sampler",
+  guidance_scale: "Guidance", num_frames: "Frames", fps: "Frames per second", scheduler: "Sampler",
   motion_bucket_id: "Motion", noise_aug_strength: "Noise on the image",
 };
 const HINTS = {

@@ -86,6 +86,15 @@ def plain_call(name: str, **more: object) -> np.ndarray:
     return (pixels * 255).round().astype(np.uint8)
 
 
+def test_speed_of_a_video_is_that_of_the_request_or_of_its_type() -> None:
+    """Stable Video Diffusion also generates for it."""
+    usual = loaded("svd").generate(request_for("svd"))
+    faster = loaded("svd").generate(request_for("svd", fps=24))
+    assert (usual.resolved["fps"], faster.resolved["fps"]) == (7, 24)
+    assert not np.array_equal(usual.frames, faster.frames)
+    assert loaded("wan_t2v").generate(request_for("wan_t2v")).resolved["fps"] == 16
+
+
 @pytest.mark.parametrize("name", list(TABLE))
 def test_single_equals_a_plain_call_of_diffusers(name: str) -> None:
     result = loaded(name).generate(request_for(name))

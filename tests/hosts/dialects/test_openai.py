@@ -71,6 +71,8 @@ def test_seconds_become_frames():
         for value in (2, "2", 2.0):
             found = videos.reads(VIDEO, {"input_reference": IMAGE, "seconds": value})
             assert found[0].num_frames == 14
+        found = videos.reads(VIDEO, {"input_reference": IMAGE, "seconds": 2, "fps": 10})
+        assert (found[0].num_frames, found[0].fps) == (20, 10)
         for value in (None, []):
             assert (
                 videos.post(VIDEO, {"input_reference": IMAGE, "seconds": value}).status_code == 200

@@ -116,3 +116,13 @@ def test_video_plays_at_the_speed_that_was_asked_for():
         opened(media.encode(result(num_frames=3), "image/gif", frames_per_s=20)).info["duration"]
         == 50
     )
+
+
+def test_video_plays_at_the_speed_that_it_was_generated_for():
+    """Of the request, else of its type: the pipeline writes it into the resolved request."""
+    made = replace(result(num_frames=4), resolved={"fps": 16})
+    assert opened(media.encode(made, "image/gif")).info["duration"] == pytest.approx(62.5, abs=5)
+    film = media.encode(made, "video/mp4")
+    assert imageio.immeta(film, extension=".mp4", plugin="FFMPEG")["fps"] == 16
+    slower = media.encode(made, "video/mp4", frames_per_s=4)
+    assert imageio.immeta(slower, extension=".mp4", plugin="FFMPEG")["fps"] == 4

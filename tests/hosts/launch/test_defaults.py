@@ -1,0 +1,103 @@
+"""Steps, guidance, sampler, size and speed that follow from the checkpoint."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from backends.model_table import read_table
+from hosts.launch.settings import Settings
+from hosts.launch.start_plan import StartPlan, plan_start
+from tests.altered import changed, linked
+from tests.checkpoints import checkpoint, motion_adapter, single_file
+from tests.hosts.harness import run_launcher
+
+TABLE = read_table()
+
+
+def plan(**options: object) -> StartPlan:
+    values = {name: str(value) for name, value in options.items()}
+    return plan_start(Settings.from_values(values), TABLE, num_gpus=0, num_ranks=2)
+
+
+def defaults(start: StartPlan) -> tuple[int, float, str]:
+    facts = start.facts()
+    return facts["num_inference_steps"], facts["guidance_scale"], facts["scheduler"]
+
+
+def test_an_ordinary_checkpoint_has_the_defaults_of_its_type():
+    assert defaults(plan(checkpoint=checkpoint("sdxl"))) == (30, 5.0, "the checkpoint's")
+    facts = plan(checkpoint=checkpoint("svd")).facts()
+    assert (facts["num_frames"], facts["fps"]) == (25, 7)
+    assert plan(checkpoint=checkpoint("wan_t2v")).facts()["fps"] == 16
+    assert plan(checkpoint=checkpoint("flux")).facts()["max_prompt_tokens"] == 512
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("juggernautXL_v9Rdphoto2Lightning", (4, 1.0, "euler")),
+        ("sdxl_lightning_8step_unet", (8, 1.0, "euler")),
+        ("DreamShaperXL_Turbo_v2_1", (8, 2.0, "euler_a")),
+        ("sd_xl_turbo_1.0_fp16", (1, 0.0, "euler_a")),
+        ("animagine-lcm", (4, 1.0, "lcm")),
+        ("oil_lamps", (30, 5.0, "the checkpoint's")),
+    ],
+)
+def test_a_few_step_file_is_known_by_its_name(name, wanted, tmp_path):
+    file = tmp_path / f"{name}.safetensors"
+    file.symlink_to(single_file("sdxl"))
+    start = plan(checkpoint=file, checkpoint_config=checkpoint("sdxl"))
+    assert defaults(start) == wanted
+    told = [reason for reason in start.facts()["reasons"] if "the checkpoint is" in reason]
+    assert len(told) == (2 if wanted[0] != 30 else 1)
+
+
+def test_without_guidance_the_ranks_do_not_split_it(tmp_path):
+    """The plan is made for the images that will be asked for."""
+    folder = linked(checkpoint("sd3"), tmp_path / "stable-diffusion-3.5-large-turbo")
+    start = plan(checkpoint=folder, backend="xdit")
+    assert defaults(start)[:2] == (4, 0.0) and "cfg" not in start.facts()["axes"]
+    assert plan(checkpoint=checkpoint("sd3"), backend="xdit").facts()["axes"]["cfg"] == 2
+
+
+def test_a_checkpoint_is_known_by_its_configuration(tmp_path):
+    folder = changed(
+        checkpoint("flux"), tmp_path / "any", "transformer/config.json", guidance_embeds=False
+    )
+    start = plan(checkpoint=folder)
+    assert defaults(start)[:2] == (4, 0.0)
+    assert start.spec.call["max_sequence_length"] == 256
+    folder = changed(
+        checkpoint("zimage"), tmp_path / "z", "scheduler/scheduler_config.json", shift=6.0
+    )
+    assert defaults(plan(checkpoint=folder))[:2] == (50, 4.0)
+    assert defaults(plan(checkpoint=checkpoint("zimage")))[:2] == (9, 0.0)
+
+
+def test_a_folder_keeps_the_sampler_of_its_configuration(tmp_path):
+    folder = linked(checkpoint("sdxl"), tmp_path / "sdxl-turbo")
+    start = plan(checkpoint=folder)
+    assert defaults(start) == (1, 0.0, "the checkpoint's")
+    assert (start.facts()["height"], start.facts()["width"]) == (512, 512)
+    assert defaults(plan(checkpoint=folder, scheduler="ddim"))[2] == "ddim"
+
+
+def test_a_few_step_motion_adapter_brings_its_sampler(tmp_path):
+    folder = shutil.copytree(motion_adapter(), tmp_path / "animatediff_lightning_4step")
+    start = plan(type="ad", checkpoint=checkpoint("sd1"), motion_adapter=folder)
+    assert defaults(start) == (4, 1.0, "euler") and start.facts()["fps"] == 8
+
+
+def test_a_name_on_a_hub_tells_it_too(hub):
+    hub.add("stabilityai/sdxl-turbo", checkpoint("sdxl"))
+    assert defaults(plan(checkpoint="stabilityai/sdxl-turbo"))[:2] == (1, 0.0)
+
+
+def test_check_shows_them(tmp_path):
+    folder = linked(checkpoint("sdxl"), tmp_path / "sdxl-turbo")
+    facts = json.loads(run_launcher(f"--checkpoint={folder}", "--check", "--json").stdout)
+    assert (facts["num_inference_steps"], facts["max_prompt_tokens"]) == (1, 77)
+    assert any("the checkpoint is SDXL Turbo" in reason for reason in facts["reasons"])
+    assert Path(facts["checkpoint"]) == folder
