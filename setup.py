@@ -43,6 +43,7 @@ setup(
     install_requires=[
         "torch==2.13.0",
         "diffusers==0.42.1",
+        "huggingface_hub>=2.4,<3",
         "transformers",
         "accelerate",
         "peft",
