@@ -14,6 +14,14 @@ order. approximate: uses stale values.
 Quality = Literal["exact", "high", "fast"]
 QUALITIES: tuple[Quality, ...] = ("exact", "high", "fast")
 """Strictest first: an image like one rank's; one measured to be close (docs/quality.md); any."""
+PROMISED_DB: Mapping[Quality, float] = {"high": 40.0, "fast": 25.0}
+"""PSNR of the latents against one rank that each level promises for a measured method. `exact`
+promises the same mathematics: an image within 1 of 255 in float32.
+"""
+FEW_STEPS = 15
+"""With fewer steps `high` allows no stale values and no skipped steps: each is a large part of the
+image, and closeness was measured with 20 and more (docs/quality.md).
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +102,15 @@ class ParallelPlan:
     def describe(self) -> str:
         """Return one line for logs: 'distrifuser: cfg 2 x patch 2 (exact)'."""
         return f"{self.method}: {times(**dict(self.axes)) or 'one rank'} ({self.exactness})"
+
+
+def is_met(asked: Quality, by: Quality, *, num_steps: int) -> bool:
+    """Return whether a method of quality `by` may generate an image of quality `asked` in
+    `num_steps` steps.
+    """
+    if asked == "high" and num_steps < FEW_STEPS:
+        asked = "exact"
+    return QUALITIES.index(by) <= QUALITIES.index(asked)
 
 
 def divisors(number: int) -> list[int]:

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from backends.plan import Exactness
+from backends.plan import Exactness, Quality
 from backends.quantization_spec import QuantizationSpec
 from backends.step_cache_spec import StepCacheSpec
 
@@ -248,7 +248,11 @@ class GenerateRequest(BaseModel):
         ),
     ] = None
     quality: Annotated[
-        Literal["exact"] | None, Field(description="'exact': no approximate method or step cache.")
+        Quality | None,
+        Field(
+            description="How close to the image of one device: 'exact' (the same), 'high' (no "
+            "visible difference) or 'fast' (similar). Absent: the host's --quality."
+        ),
     ] = None
 
     @model_validator(mode="before")

@@ -27,7 +27,7 @@ import torch.multiprocessing as mp
 
 from backends.autotune.candidates import list_candidates
 from backends.autotune.cost import as_json
-from backends.autotune.ranking import Measured, Row, choose, rank
+from backends.autotune.ranking import Image, Measured, Row, choose, rank
 from backends.autotune.trials import WARMUP_STEPS, Trials
 from backends.generation.pipeline import OnStep
 from backends.groups.control_group import gather_outcomes
@@ -35,6 +35,7 @@ from backends.model_table import read_table
 from backends.parallel.base import Backend, RunInfo
 from backends.plan import QUALITIES
 from backends.request import GenerateRequest
+from backends.step_cache_spec import StepCacheSpec
 from benchmarks.models import GUIDANCE, SUBJECTS, Subject, num_parameters
 
 LOOP_STEPS = 20
@@ -123,7 +124,8 @@ class BenchmarkSubject:
             request=request, height=size, width=size, num_inference_steps=LOOP_STEPS
         )
 
-    def attach(self, backend: Backend) -> None:
+    def attach(self, backend: Backend, step_cache: StepCacheSpec | None = None) -> None:
+        assert step_cache is None  # the networks run without a pipeline, which attaches caches
         backend.attach(self._subject.pipe)
         self._backend = backend
 
@@ -154,7 +156,7 @@ def measure(
     """Measure one network at one size. Every rank returns the same."""
     subject = SUBJECTS[model](side=side, is_guided=is_guided)
     spec = read_table()[subject.model_type]
-    candidates = list_candidates(spec, {}, arguments.ranks, is_guided=is_guided)
+    candidates = list_candidates(spec, {}, arguments.ranks, is_guided=is_guided, has_caches=False)
     trials = Trials(
         BenchmarkSubject(subject, is_guided=is_guided),
         spec=spec,
@@ -164,7 +166,9 @@ def measure(
     )
     started = time.perf_counter()
     measured = trials.measure(
-        candidates, quality=arguments.quality, num_steps=arguments.image_steps
+        candidates,
+        quality=arguments.quality,
+        image=Image(num_steps=arguments.image_steps),
     )
     probe_s = time.perf_counter() - started
     best: dict[str, float] = {}
@@ -198,7 +202,7 @@ def _compare(
     truth: dict[str, float],
 ) -> dict[str, Any]:
     """Return the choice and the best method, by seconds per image."""
-    options = {"quality": arguments.quality, "num_steps": arguments.image_steps}
+    options = {"quality": arguments.quality, "image": Image(num_steps=arguments.image_steps)}
     by_planner = rank(candidates, measured, **options)
     predicted = rank(candidates, Measured(work=measured.work, link=measured.link), **options)
     true_rows = rank(
@@ -230,7 +234,7 @@ def _method(row: Row, measured: Measured) -> dict[str, Any]:
     tried_s, predicted_s = measured.steps.get(row.candidate.name), row.estimate.step_s
     return {
         "method": row.candidate.name,
-        "quality": row.candidate.quality,
+        "quality": row.quality,
         "predicted_step_s": round(predicted_s, 4),
         "tried_step_s": None if tried_s is None else round(tried_s, 4),
         "measured_step_s": None if row.measured_s is None else round(row.measured_s, 4),

@@ -16,7 +16,7 @@ from typing import Any
 from backends.autotune.candidates import list_candidates
 from backends.autotune.cost import Link, Work
 from backends.autotune.estimate import DEVICES, ELEMENT_BYTES, Device, estimate_config
-from backends.autotune.ranking import Measured, Row, choose, rank
+from backends.autotune.ranking import Image, Measured, Row, choose, rank
 from backends.model_table import ModelSpec, read_table
 from backends.plan import QUALITIES
 from hosts.launch.auto_backend import halves_of
@@ -112,7 +112,7 @@ def simulate(arguments: argparse.Namespace) -> dict[str, Any]:
     work = _work(spec, arguments)
     cases = []
     for ranks in map(int, arguments.ranks.split(",")):
-        candidates = list_candidates(spec, {}, ranks, is_guided=work.halves == 2)
+        candidates = list_candidates(spec, {}, ranks, is_guided=work.halves == 2, has_caches=False)
         for gbps in map(float, arguments.link_gbps.split(",")):
             link = Link(
                 latency_s=arguments.latency_us * 1e-6,
@@ -124,7 +124,7 @@ def simulate(arguments: argparse.Namespace) -> dict[str, Any]:
                 candidates,
                 Measured(work=work, link=link, memory_bytes=memory_bytes),
                 quality=arguments.quality,
-                num_steps=spec.num_inference_steps,
+                image=Image(num_steps=spec.num_inference_steps),
             )
             best = {
                 size: found

@@ -49,18 +49,22 @@ class AsyncDiffBackend(Backend):
         super().__init__(spec=spec, plan=plan, mesh=mesh)
         self.costs_of: CostsOf = time_units
         self.segments: Segments | None = None
+        self._denoiser: nn.Module | None = None
         self._hooks: UnitHooks | None = None
         self._sharded: KeptWeights | None = None
         self._generation: Generation | None = None
         self._report: dict[str, object] = {}
 
     def attach_denoiser(self, pipe: Any, denoiser: nn.Module) -> None:
-        """Hook the units and the denoiser. The cuts are chosen in its first call."""
+        """Hook the units and the denoiser. The cuts are chosen in its first call, and kept when it is
+        attached again: times vary, and other cuts would generate another image.
+        """
         if self.mesh.axis("segment").size == 1:
             return
         self.mesh.axis("cfg", "segment")  # the first use is collective
         self._pipe = pipe
-        self._denoiser = denoiser
+        if denoiser is not self._denoiser:
+            self._denoiser, self.segments = denoiser, None
         self._hooks = UnitHooks(denoiser)
         hooks.attach(denoiser, NAME, self._around(denoiser))
 
@@ -79,9 +83,9 @@ class AsyncDiffBackend(Backend):
         hooks.detach(denoiser, NAME)
         if self._sharded is not None:
             self._sharded.restore(self.mesh.axis("segment"))
-            self._sharded = None
+            self._sharded = self.segments = None
         self._hooks.detach()
-        self._hooks, self.segments = None, None
+        self._hooks = None
 
     def begin(self, run: RunInfo) -> None:
         """Start the state of one generation."""

@@ -1,24 +1,33 @@
 """Candidates of `--backend=auto`: every way to run a model type on some number of ranks. No torch.
 
-A candidate is a backend with degrees and modes. The backend's own `make_plan` decides whether it is
-possible. Refused candidates stay in the list with their reason, so that the table can show it.
+A candidate is a backend with degrees and modes, with or without a step cache. The backend's own
+`make_plan` decides whether it is possible. Refused candidates stay in the list with their reason,
+so that the table can show it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from backends import plan_module
 from backends.errors import HostError
 from backends.model_table import ModelSpec
-from backends.plan import ParallelPlan, Quality, divisors
+from backends.plan import QUALITIES, ParallelPlan, Quality, divisors
+from backends.step_cache_spec import StepCacheSpec, parse_step_cache, require_step_cache
 
+CACHES: Mapping[str, Mapping[str, Quality]] = {
+    "unet": {"deep,2": "high", "deep,3": "fast"},
+    "transformer": {"taylor,2": "fast", "taylor,3": "fast"},
+}
+"""Kind of denoiser -> the caches that are candidates, with the quality that was measured of them on
+the demo model (docs/quality.md).
+"""
 Check = Callable[[ParallelPlan], None]
 """Raises a HostError for a plan that other launch options rule out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """One way to generate an image."""
+    """One way to generate an image: a method that a host can attach between two jobs."""
 
     name: str  # unique, shown to users
     backend: str
@@ -26,10 +35,15 @@ class Candidate:
     options: Mapping[str, object] = field(default_factory=dict)  # launch options that select it
     plan: ParallelPlan | None = None  # None if it was refused
     refusal: str = ""  # why it was refused
+    step_cache: StepCacheSpec | None = None  # None: that of the launch, if there is one
+    cache_quality: Quality = "exact"  # of the step cache
+    timed_as: str = ""  # the candidate whose measured time is also this one's
 
     @property
     def quality(self) -> Quality:
-        return self.plan.quality if self.plan is not None else "fast"
+        """The strictest quality that it meets, as far as is known without measuring."""
+        plan_quality = self.plan.quality if self.plan is not None else "fast"
+        return max(plan_quality, self.cache_quality, key=QUALITIES.index)
 
 
 def list_candidates(
@@ -40,6 +54,7 @@ def list_candidates(
     features: Sequence[str] = (),
     is_guided: bool = True,
     check: Check = lambda plan: None,
+    has_caches: bool = True,
 ) -> list[Candidate]:
     """Return all candidates for every number of ranks that divides `world_size`.
 
@@ -48,7 +63,8 @@ def list_candidates(
 
     given: launch options, including `checkpoint`, from which heads and blocks are counted.
     features: features of the model table that the launch asks for. is_guided: whether guidance is
-    on; otherwise splitting its halves gains nothing. check: see Check.
+    on; otherwise splitting its halves gains nothing. check: see Check. has_caches: whether step
+    caches are candidates too.
     """
     found: dict[object, Candidate] = {}
     for ranks in divisors(world_size):
@@ -58,7 +74,28 @@ def list_candidates(
                 name = f"{backend} {way}".strip()
                 candidate = _candidate(spec, given, ranks, backend, name, options, features, check)
                 found.setdefault(_identity(candidate), candidate)
-    return list(found.values())
+    plain = list(found.values())
+    return [*plain, *(_with_caches(spec, plain) if has_caches else ())]
+
+
+def _with_caches(spec: ModelSpec, plain: Sequence[Candidate]) -> Iterator[Candidate]:
+    """Yield each candidate with each cache that its method and the model table allow."""
+    for candidate in plain:
+        for text, quality in CACHES[spec.denoiser].items():
+            cache = parse_step_cache(text, spec)
+            try:
+                spec.require(candidate.backend, "step_cache")
+                if candidate.plan is not None:
+                    require_step_cache(cache, candidate.plan)
+            except HostError:
+                continue
+            if candidate.plan is not None and not candidate.plan.step_cache:
+                yield replace(
+                    candidate,
+                    name=f"{candidate.name} + {cache}",
+                    step_cache=cache,
+                    cache_quality=quality,
+                )
 
 
 def _candidate(

@@ -7,11 +7,12 @@ the measured constants in this file and in backends/<name>/cost.py. Used by `--b
 says how accurate it is.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from backends import plan_module
 from backends.plan import ParallelPlan
+from backends.step_cache_spec import StepCacheSpec
 
 CFG_LOSS = 1.10
 """Step time on half of the batch, relative to half of a full step. The losses of the methods
@@ -19,6 +20,11 @@ CFG_LOSS = 1.10
 measured with two CPU ranks of one thread and lie between the values for small latents (16 to 32)
 and for 64 (docs/planner.md).
 """
+
+SIZED_BYTES = (
+    "activation_bytes", "latent_bytes", "kv_bytes", "hidden_bytes", "halo_bytes", "skip_bytes",
+)  # fmt: skip
+"""Fields of Work that grow with the image."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,6 +156,38 @@ def predict(plan: ParallelPlan, work: Work, link: Link) -> Estimate:
         run_bytes=run_bytes,
         load_bytes=work.weight_bytes + work.other_bytes,
     )
+
+
+SKIPPED_SHARE = {"deep": 0.35, "taylor": 0.15, "first_block": 0.15}
+"""Kind of step cache -> the time of a skipped step, as a share of that of a full one: a UNet's
+outermost level, a transformer's first block and what surrounds it. Measured on two CPU ranks.
+"""
+
+
+def with_cache(estimate: Estimate, cache: StepCacheSpec) -> Estimate:
+    """Return the estimate with the means of full and skipped steps."""
+    every = cache.value if cache.kind != "first_block" else 2
+    share = (1 + (every - 1) * SKIPPED_SHARE[cache.kind]) / every
+    return replace(
+        estimate,
+        step_s=estimate.step_s * share,
+        synchronous_s=estimate.synchronous_s * share,
+        sent_bytes=estimate.sent_bytes * share,
+    )
+
+
+def resized(work: Work, *, pixels: float, halves: int) -> Work:
+    """Return the work of a step of another size, or with another number of guidance halves.
+
+    pixels: relative to `work`. In proportion, which underestimates attention in larger images.
+    """
+    share = pixels * halves / work.halves
+    divided = {
+        item.name: round(getattr(work, item.name) * share)
+        for item in fields(work)
+        if item.name in SIZED_BYTES
+    }
+    return replace(work, step_s=work.step_s * share, halves=halves, **divided)
 
 
 def as_json(record: Work | Link) -> dict[str, Any]:

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from backends.autotune.candidates import Candidate
-from backends.autotune.cost import Estimate, Link, Work, as_json, predict
+from backends.autotune.cost import Estimate, Link, Work, as_json, predict, resized, with_cache
 from backends.errors import ConfigError
-from backends.plan import QUALITIES, Quality
+from backends.plan import FEW_STEPS, PROMISED_DB, QUALITIES, Quality, is_met
 
 CLOSE_CALL = 1.04
 """A candidate must be faster by this factor to win over one with stricter quality or fewer ranks.
@@ -29,6 +29,10 @@ class Measured:
     steps: Mapping[str, float] = field(default_factory=dict)  # candidate's name -> seconds per step
     failures: Mapping[str, str] = field(default_factory=dict)  # candidate's name -> why it failed
     date: str = ""  # when it was measured
+    # Candidate's name -> PSNR of its latents against one rank, in dB (closeness.py).
+    closeness: Mapping[str, float] = field(default_factory=dict)
+    # Candidate's name -> its second best trial / its best: how much the machine disturbed them.
+    spread: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -38,6 +42,8 @@ class Measured:
             "steps": dict(self.steps),
             "failures": dict(self.failures),
             "date": self.date,
+            "closeness": dict(self.closeness),
+            "spread": dict(self.spread),
         }
 
     @classmethod
@@ -55,6 +61,8 @@ class Row:
     measured_s: float | None = None  # seconds per step
     image_s: float = float("inf")  # seconds for all steps of an image
     refusal: str = ""  # why it cannot be chosen
+    quality: Quality = "fast"  # measured if available, else what is known of the method
+    closeness_db: float | None = None
 
     @property
     def step_s(self) -> float:
@@ -66,7 +74,7 @@ class Row:
         """Return the row as JSON for GET /settings and --check --json."""
         facts: dict[str, Any] = {"method": self.candidate.name, "ranks": self.candidate.ranks}
         if self.candidate.plan is not None:
-            facts["quality"] = self.candidate.quality
+            facts["quality"] = self.quality
         if self.estimate is not None:
             facts["predicted_step_s"] = _rounded(self.estimate.step_s)
             facts["measured_step_s"] = (
@@ -74,30 +82,54 @@ class Row:
             )
             facts["image_s"] = _rounded(self.image_s)
             facts["memory_mb"] = round(self.estimate.memory_bytes / 1e6)
+        if self.closeness_db is not None:
+            facts["closeness_db"] = round(self.closeness_db, 1)
         return facts | ({"refused": self.refusal} if self.refusal else {})
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Image:
+    """What decides between methods for one image."""
+
+    num_steps: int
+    pixels: float = 1.0  # relative to the size that was measured
+    halves: int | None = None  # predictions per step; None: as measured
+
+
 def rank(
-    candidates: Sequence[Candidate], measured: Measured, *, quality: Quality, num_steps: int
+    candidates: Sequence[Candidate], measured: Measured, *, quality: Quality, image: Image
 ) -> list[Row]:
     """Return one row per candidate: possible ones, fastest first, then refused ones."""
-    rows = [_row(candidate, measured, quality, num_steps) for candidate in candidates]
+    rows = [_row(candidate, measured, quality, image) for candidate in candidates]
     return sorted(rows, key=lambda row: (bool(row.refusal), row.image_s))
 
 
-def _row(candidate: Candidate, measured: Measured, quality: Quality, num_steps: int) -> Row:
+def _row(candidate: Candidate, measured: Measured, quality: Quality, image: Image) -> Row:
     if candidate.plan is None:
         return Row(candidate=candidate, refusal=candidate.refusal)
-    estimate = predict(candidate.plan, measured.work, measured.link)
-    step_s = measured.steps.get(candidate.name)
+    work = measured.work
+    estimate = planned = _estimate(candidate, work, measured.link)
+    step_s = measured.steps.get(candidate.timed_as or candidate.name)
+    halves = work.halves if image.halves is None else image.halves
+    if (image.pixels, halves) != (1.0, work.halves):
+        other = resized(work, pixels=image.pixels, halves=halves)
+        estimate = _estimate(candidate, other, measured.link)
+        step_s = None if step_s is None else step_s * estimate.step_s / planned.step_s
     row = Row(
         candidate=candidate,
         estimate=estimate,
         measured_s=step_s,
-        image_s=estimate.image_s(num_steps, step_s=step_s),
+        image_s=estimate.image_s(image.num_steps, step_s=step_s),
+        quality=_quality(candidate, measured),
+        closeness_db=measured.closeness.get(candidate.name),
     )
-    if QUALITIES.index(candidate.quality) > QUALITIES.index(quality):
-        return replace(row, refusal=f"--quality={quality} excludes it: it is {candidate.quality}")
+    if row.closeness_db is not None and row.closeness_db < PROMISED_DB["fast"]:
+        return replace(row, refusal=f"its image was another one: {row.closeness_db:.1f} dB")
+    if not is_met(quality, row.quality, num_steps=image.num_steps):
+        why = f"it is {row.quality}"
+        if quality == row.quality:
+            why = f"the image has fewer than {FEW_STEPS} steps"
+        return replace(row, refusal=f"--quality={quality} excludes it: {why}")
     if measured.memory_bytes is not None and estimate.memory_bytes > measured.memory_bytes:
         needed, present = (
             f"{value / 1e9:.1f} GB" for value in (estimate.memory_bytes, measured.memory_bytes)
@@ -108,6 +140,20 @@ def _row(candidate: Candidate, measured: Measured, quality: Quality, num_steps: 
     if candidate.name in measured.failures:
         return replace(row, refusal=f"it was tried and failed: {measured.failures[candidate.name]}")
     return row
+
+
+def _estimate(candidate: Candidate, work: Work, link: Link) -> Estimate:
+    assert candidate.plan is not None
+    estimate = predict(candidate.plan, work, link)
+    return estimate if candidate.step_cache is None else with_cache(estimate, candidate.step_cache)
+
+
+def _quality(candidate: Candidate, measured: Measured) -> Quality:
+    """Return the level whose promise the measured closeness keeps; without one, the known level."""
+    decibels = measured.closeness.get(candidate.name)
+    if decibels is None or candidate.quality == "exact":
+        return candidate.quality
+    return "high" if decibels >= PROMISED_DB["high"] else "fast"
 
 
 def next_to_try(rows: Sequence[Row]) -> Candidate | None:
@@ -142,8 +188,8 @@ def choose(rows: Sequence[Row], *, ranks: int | None = None) -> Row | None:
     ranks.
 
     Once a multi-rank method has been measured, only measured rows count. Among rows within
-    CLOSE_CALL of the fastest, the strictest quality wins, then the fewest ranks, then the shortest
-    time.
+    CLOSE_CALL of the fastest, the strictest quality wins, then the fewest ranks, then the closest
+    image, then the shortest time.
     """
     able = [row for row in rows if not row.refusal and ranks in (None, row.candidate.ranks)]
     if any(row.measured_s is not None and row.candidate.ranks > 1 for row in able):
@@ -154,7 +200,12 @@ def choose(rows: Sequence[Row], *, ranks: int | None = None) -> Row | None:
     close = [row for row in able if row.image_s <= limit]
     return min(
         close,
-        key=lambda row: (QUALITIES.index(row.candidate.quality), row.candidate.ranks, row.image_s),
+        key=lambda row: (
+            QUALITIES.index(row.quality),
+            row.candidate.ranks,
+            -(row.closeness_db or 0.0),
+            row.image_s,
+        ),
     )
 
 
@@ -188,7 +239,7 @@ def as_text(rows: Sequence[Row], chosen: Row | None) -> list[str]:
         )
         refusal = f"  no: {row.refusal}" if row.refusal else ""
         lines.append(
-            f"{mark} {row.candidate.name:46} {row.candidate.ranks:5} {row.candidate.quality:7}  "
+            f"{mark} {row.candidate.name:46} {row.candidate.ranks:5} {row.quality:7}  "
             f"{figures}{refusal}"
         )
     return lines

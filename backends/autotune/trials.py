@@ -7,7 +7,7 @@ for `--backend=auto` (hosts/launch/auto_backend.py) and by benchmarks/planner.py
 import logging
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -18,7 +18,16 @@ from torch import Tensor, nn
 from backends import backend_class
 from backends.autotune.candidates import Candidate
 from backends.autotune.cost import Link, Work
-from backends.autotune.ranking import NUM_TRIED, Measured, contenders, next_to_try, rank
+from backends.autotune.ranking import (
+    CLOSE_CALL,
+    NUM_TRIED,
+    Image,
+    Measured,
+    Row,
+    contenders,
+    next_to_try,
+    rank,
+)
 from backends.autotune.step_profile import bytes_of, surveyed
 from backends.errors import CancelledError
 from backends.generation.pipeline import LoadedPipeline, OnStep
@@ -30,6 +39,7 @@ from backends.model_table import ModelSpec
 from backends.parallel.base import Backend
 from backends.plan import ParallelPlan, Quality
 from backends.request import GenerateRequest
+from backends.step_cache_spec import StepCacheSpec
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +52,12 @@ NUM_STEPS = 6
 communicates every other step).
 """
 ALONE_STEPS = 4
+NUM_TRIED_ALSO = 2
+"""Largest number of candidates that are tried for each further level of quality."""
+NUM_REPEATS = 3
+"""Rounds in which candidates that are close to the fastest are tried again, until the two best
+times of each agree: another program may have slowed one down.
+"""
 WARMUP_STEPS = 1
 LINK_MESSAGES = 20
 LINK_BYTES = 4_000_000
@@ -58,7 +74,7 @@ class Subject(Protocol):
     other_bytes: int
     device: torch.device
 
-    def attach(self, backend: Backend) -> None: ...
+    def attach(self, backend: Backend, step_cache: StepCacheSpec | None = None) -> None: ...
 
     def detach(self) -> None: ...
 
@@ -84,8 +100,8 @@ class PipelineSubject:
         ]
         self.other_bytes = sum(bytes_of(part) for part in modules)
 
-    def attach(self, backend: Backend) -> None:
-        self._pipeline.attach(backend)
+    def attach(self, backend: Backend, step_cache: StepCacheSpec | None = None) -> None:
+        self._pipeline.attach(backend, step_cache)
 
     def detach(self) -> None:
         self._pipeline.detach()
@@ -100,6 +116,8 @@ class _Stopwatch:
 
     num_steps: int
     device: torch.device
+    period: int = 2
+    """Steps after which the work repeats: with stride 2 or a step cache not every step is equal."""
     marks: list[float] = field(default_factory=list)
 
     def __call__(self, step: int, num_steps: int, latents: Tensor) -> None:
@@ -111,14 +129,60 @@ class _Stopwatch:
 
     @property
     def step_s(self) -> float:
-        """Seconds per step, from the faster pair of steady steps.
+        """Seconds per step, from the fastest period of steady steps.
 
-        Another program may slow one pair down. Images with few steps use the steps that exist.
+        Another program may slow one period down. Images with few steps use the steps that exist.
         """
         steps = [after - before for before, after in zip(self.marks, self.marks[1:], strict=False)]
         steady = steps[WARMUP_STEPS:] or steps
-        pairs = [(one + two) / 2 for one, two in zip(steady, steady[1:], strict=False)]
-        return min(pairs or steady)
+        size = min(self.period, len(steady))
+        return min(
+            sum(steady[first : first + size]) / size for first in range(len(steady) - size + 1)
+        )
+
+
+@dataclass(slots=True)
+class _Found:
+    """What has been measured so far."""
+
+    link: Link
+    work: Work
+    memory_bytes: int
+    started: float = field(default_factory=time.perf_counter)
+    times: dict[str, list[float]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.times["single"] = [self.work.step_s]
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.started
+
+    @property
+    def names(self) -> list[str]:
+        return [*self.times, *self.failures]
+
+    def add(self, candidate: Candidate, step_s: float, failure: str) -> None:
+        if not failure:
+            self.times[candidate.name] = sorted([*self.times.get(candidate.name, []), step_s])
+        elif candidate.name not in self.times:
+            self.failures[candidate.name] = failure
+
+    def is_unsure(self, candidate: Candidate) -> bool:
+        """Return whether the two best times of a candidate differ, or there is only one."""
+        times = self.times.get(candidate.timed_as or candidate.name, [])
+        return len(times) < 2 or times[1] > CLOSE_CALL * times[0]
+
+    def measured(self) -> Measured:
+        return Measured(
+            work=self.work,
+            link=self.link,
+            memory_bytes=self.memory_bytes,
+            steps={name: times[0] for name, times in self.times.items()},
+            failures=dict(self.failures),
+            spread={name: times[1] / times[0] for name, times in self.times.items() if times[1:]},
+        )
 
 
 class Trials:
@@ -143,45 +207,54 @@ class Trials:
         self._alarm = alarm
 
     def measure(
-        self, candidates: Sequence[Candidate], *, quality: Quality, num_steps: int
+        self,
+        candidates: Sequence[Candidate],
+        *,
+        quality: Quality,
+        image: Image,
+        also: Sequence[Quality] = (),
+        must_end: Callable[[], bool] = lambda: False,
     ) -> Measured:
         """Return the measurements, equal on all ranks.
 
         A failed method is recorded with its reason. A failure of the single-rank step is raised.
+
+        also: other levels of which the best candidates are tried too. must_end: asked on rank 0
+        between trials; no further one then begins.
         """
-        started = time.perf_counter()
-        link = self.link()
-        work = self.alone()
-        memory_bytes = min(gather_outcomes(_memory_bytes(self._subject.device, self._world_size)))
-        steps, failures = {"single": work.step_s}, {}
-        measured = Measured(
-            work=work, link=link, memory_bytes=memory_bytes, steps=steps, failures=failures
+        found = _Found(
+            link=self.link(),
+            work=self.alone(),
+            memory_bytes=min(
+                gather_outcomes(_memory_bytes(self._subject.device, self._world_size))
+            ),
         )
-        while (
-            len(steps) <= NUM_TRIED and gather_outcomes(time.perf_counter() - started)[0] < SECONDS
-        ):
-            candidate = next_to_try(
-                rank(candidates, measured, quality=quality, num_steps=num_steps)
-            )
-            if candidate is None:
-                break
+        levels = [quality, *also]
+
+        def rows(level: Quality) -> list[Row]:
+            return rank(candidates, found.measured(), quality=level, image=image)
+
+        def may_go_on() -> bool:
+            return gather_outcomes(found.seconds < SECONDS and not must_end())[0]
+
+        for level in levels:
+            most = len(found.times) + (NUM_TRIED if level == quality else NUM_TRIED_ALSO)
+            while len(found.times) < most and (new := next_to_try(rows(level))) and may_go_on():
+                self._attempt(new, found)
+        for _ in range(NUM_REPEATS):
+            close = {each.name: each for level in levels for each in contenders(rows(level))}
+            for candidate in close.values():
+                if found.is_unsure(candidate) and may_go_on():
+                    self._attempt(candidate, found)
+        logger.info("tried %s in %.1f s", ", ".join(found.names), found.seconds)
+        return found.measured()
+
+    def _attempt(self, candidate: Candidate, found: "_Found") -> None:
+        if candidate.name == "single":
+            step_s, failure = self.alone().step_s, ""
+        else:
             step_s, failure = self.trial(candidate)
-            if failure:
-                failures[candidate.name] = failure
-            else:
-                steps[candidate.name] = step_s
-        for candidate in contenders(
-            rank(candidates, measured, quality=quality, num_steps=num_steps)
-        ):
-            again_s, failure = (
-                self.trial(candidate) if candidate.ranks > 1 else (self.alone().step_s, "")
-            )
-            if not failure:
-                steps[candidate.name] = min(again_s, steps[candidate.name])
-        logger.info(
-            "tried %s in %.1f s", ", ".join([*steps, *failures]), time.perf_counter() - started
-        )
-        return measured
+        found.add(candidate, step_s, failure)
 
     def link(self) -> Link:
         """Return the latency of a small message and the bandwidth of large ones, all ranks sending
@@ -232,13 +305,14 @@ class Trials:
             num_teams=self._world_size // ranks,
         )
         mesh.prepare()
-        watch, failure, is_attached = _Stopwatch(NUM_STEPS, self._subject.device), None, False
+        watch = _Stopwatch(NUM_STEPS, self._subject.device, period=_period(candidate))
+        failure, is_attached = None, False
         try:
             backend = backend_class(candidate.backend)(
                 spec=self._spec, plan=candidate.plan, mesh=mesh
             )
             is_attached = True
-            self._subject.attach(backend)
+            self._subject.attach(backend, candidate.step_cache)
             if team == 0:
                 _run(self._subject, watch)
         except Exception as error:  # noqa: BLE001  any error rules out this method only
@@ -285,6 +359,11 @@ class Trials:
             if device.type == "cuda"
             else None,
         )
+
+
+def _period(candidate: Candidate) -> int:
+    """Return the number of steps after which the candidate's work repeats."""
+    return max(2, int(candidate.step_cache.value) if candidate.step_cache is not None else 2)
 
 
 def _run(subject: Subject, watch: _Stopwatch) -> None:

@@ -17,7 +17,7 @@ from backends.groups.mesh import Axis
 from backends.parallel import hooks
 from backends.parallel.base import Backend, RunInfo
 from backends.parallel.cfg_split import cut_batch
-from backends.plan import Exactness
+from backends.plan import Exactness, is_met
 from backends.request import GenerateRequest
 
 logger = logging.getLogger(__name__)
@@ -186,7 +186,10 @@ class DistriFuserBackend(Backend):
         return self._may_extrapolate and run.order == 1
 
     def _synchronous_steps(self, run: RunInfo) -> int:
-        if run.request.quality == "exact":
+        asked = run.request.quality
+        if asked is not None and not is_met(
+            asked, self.plan.quality, num_steps=run.num_inference_steps
+        ):
             return run.num_inference_steps
         asked = run.request.warmup_steps
         return int(self.plan.options["warmup_steps"] if asked is None else asked)

@@ -48,9 +48,9 @@ from backends.parallel.base import Backend, RunInfo
 from backends.parallel.regions import quiet_regions
 from backends.parallel.vae import attach_patch_decode, detach_patch_decode, splits_decode
 from backends.parallel.weight_shards import move
-from backends.plan import Exactness
+from backends.plan import Exactness, Quality, is_met
 from backends.request import Array, GenerateRequest, GenerateResult, LoadRequest
-from backends.step_cache_spec import require_step_cache
+from backends.step_cache_spec import StepCacheSpec, require_step_cache
 
 logger = logging.getLogger(__name__)
 # progress bars per component would clutter a server's log
@@ -98,6 +98,7 @@ class LoadedPipeline:
         self.signature = inspect.signature(pipe.__call__)
         self._pristine_scheduler = copy.deepcopy(pipe.scheduler)
         self._backend: Backend | None = None
+        self._quality: Quality = "exact"
         self._previewer = Previewer(pipe, spec=spec)
         self._is_resting = False
         self._generation: Generation | None = None
@@ -106,16 +107,26 @@ class LoadedPipeline:
         self.weighted_prompts = compel_prompts(pipe, spec) if load.compel else None
         self._compilation = Compilation(load.compile) if load.compile is not None else None
         self._step_cache: StepCache | None = None
-        if load.step_cache is not None:
-            self._step_cache = StepCache(load.step_cache, spec, getattr(pipe, spec.denoiser))
-            self._step_cache.attach()
+        self._use_step_cache(load.step_cache)
         self._bytes_saved = dict(bytes_saved)
 
-    def attach(self, backend: Backend) -> None:
-        """Compile the requested models, then attach the backend."""
+    def attach(
+        self,
+        backend: Backend,
+        step_cache: StepCacheSpec | None = None,
+        *,
+        quality: Quality | None = None,
+    ) -> None:
+        """Attach the step cache, compile the requested models, then attach the backend.
+
+        step_cache: None for that of the load request, if it has one. quality: the level that the
+        method meets, if it was measured.
+        """
+        self._quality = quality or backend.plan.quality
         self._require_plain_weights(backend)
+        self._use_step_cache(step_cache or self.load.step_cache)
         if self._step_cache is not None:
-            require_step_cache(self.load.step_cache, backend.plan)
+            require_step_cache(self._step_cache.spec, backend.plan)
             self._step_cache.share(backend.mesh)
         if self._compilation is not None:
             self._fuse_loras()
@@ -124,6 +135,19 @@ class LoadedPipeline:
         self._backend = backend
         if self.load.parallel_vae and not self._compiles("vae"):
             attach_patch_decode(self.pipe.vae, backend.mesh)
+
+    def _use_step_cache(self, asked: StepCacheSpec | None) -> None:
+        """Attach this step cache in place of the present one. No backend is attached: a cache must
+        see what this rank computes.
+        """
+        if asked == (self._step_cache.spec if self._step_cache is not None else None):
+            return
+        if self._step_cache is not None:
+            self._step_cache.detach()
+            self._step_cache = None
+        if asked is not None:
+            self._step_cache = StepCache(asked, self.spec, getattr(self.pipe, self.spec.denoiser))
+            self._step_cache.attach()
 
     def _compile_regions(self, backend: Backend) -> list[nn.Module]:
         """Return the modules to compile.
@@ -241,7 +265,9 @@ class LoadedPipeline:
             self._backend.mesh.traffic.reset()
             self._backend.begin(prepared.run)
         if self._step_cache is not None:
-            self._step_cache.begin(is_on=prepared.request.quality != "exact")
+            asked, num_steps = prepared.request.quality, prepared.run.num_inference_steps
+            is_on = asked is None or is_met(asked, "high", num_steps=num_steps)
+            self._step_cache.begin(is_on=is_on)
         try:
             yield
         except Exception as error:
@@ -337,14 +363,24 @@ class LoadedPipeline:
             order=scheduler.order,
         )
         if self._backend is not None:
-            if resolved.quality == "exact" and self._backend.exactness_of(run) == "approximate":
-                raise UnsupportedError(
-                    "quality='exact' was asked for, but this host runs "
-                    f"{self._backend.plan.describe()}. Leave the field out, or start the host with "
-                    "an exact method."
-                )
+            self._require_quality(run)
             self._backend.check(run)
         return PreparedRequest(request=resolved, scheduler=scheduler, run=run)
+
+    def _require_quality(self, run: RunInfo) -> None:
+        """Raise UnsupportedError for a request of a quality that the attached method lacks."""
+        asked = run.request.quality
+        if (
+            asked is not None
+            and self._backend.exactness_of(run) == "approximate"
+            and not is_met(asked, self._quality, num_steps=run.num_inference_steps)
+        ):
+            raise UnsupportedError(
+                f"quality={asked!r} was asked for, but this host runs "
+                f"{self._backend.plan.describe()}, which does not meet it in "
+                f"{run.num_inference_steps} steps. Leave the field out, or start the host with "
+                "--backend=auto or an exact method."
+            )
 
     def _require_changeable_loras(self, request: GenerateRequest) -> None:
         if request.lora is not None and self.loras.is_fused:
@@ -369,6 +405,7 @@ class LoadedPipeline:
         asked = self.load.lora if request.lora is None else request.lora
         is_new = self.load.offload is not None and not self.loras.has(asked)
         backend = self._backend if is_new else None
+        step_cache = self._step_cache.spec if self._step_cache is not None else None
         # diffusers may remove offloading hooks and add them again, which would drop the backend's
         if backend is not None:
             self.detach()
@@ -378,7 +415,7 @@ class LoadedPipeline:
             raise RequestError(str(error), field="lora") from error
         finally:
             if backend is not None:
-                self.attach(backend)
+                self.attach(backend, step_cache, quality=self._quality)
 
     def _exactness(self, run: RunInfo, *, num_rows: int) -> Exactness:
         method = self._backend.exactness_of(run) if self._backend is not None else "exact"

@@ -76,25 +76,33 @@ class StepCache:
     """
 
     def __init__(self, cache: StepCacheSpec, spec: ModelSpec, denoiser: nn.Module) -> None:
-        self._cache = cache
-        self._spec = spec
+        self.spec = cache
+        self._model = spec
         self._denoiser = denoiser
         self._mesh: Mesh | None = None
+        self._hooked: list[nn.Module] = []
         self._forms: dict[int, bool] = {}
         self._is_on = False
         self._calls: dict[int, _Call] = {}
         self._call: _Call | None = None
         self._step = self._number = self.num_calls = self.num_skipped = 0
 
+    def detach(self) -> None:
+        """Remove all hooks, and forget what is kept."""
+        self.end()
+        for module in reversed(self._hooked):
+            hooks.detach(module, NAME)
+        self._hooked.clear()
+
     def attach(self) -> None:
         """Hook the denoiser and its blocks."""
-        if self._cache.kind == "deep":
+        if self.spec.kind == "deep":
             inner = inner_modules(self._denoiser)
             for index, module in enumerate(inner):
                 self._hook(module, self._around_inner(index, is_last=index == len(inner) - 1))
         else:
             blocks = [
-                block for name in self._spec.blocks for block in getattr(self._denoiser, name)
+                block for name in self._model.blocks for block in getattr(self._denoiser, name)
             ]
             first_name = next(
                 name
@@ -142,6 +150,7 @@ class StepCache:
 
     def _hook(self, module: nn.Module, around: hooks.Around) -> None:
         hooks.attach(module, NAME, around)
+        self._hooked.append(module)
 
     def _around_denoiser(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not self._is_on:
@@ -149,8 +158,8 @@ class StepCache:
         self._call = self._calls.setdefault(self._number, _Call())
         self._number += 1
         self.num_calls += 1
-        if self._cache.kind != "first_block":
-            self._call.is_full = self._step % int(self._cache.value) == 0
+        if self.spec.kind != "first_block":
+            self._call.is_full = self._step % int(self.spec.value) == 0
         try:
             return forward(*args, **kwargs)
         finally:
@@ -168,8 +177,8 @@ class StepCache:
             # the first step, or the size has changed
             if call.residual is None or call.residual.last.shape != effect.shape:
                 call.is_full, call.residual, call.effect = True, None, None
-            elif self._cache.kind == "first_block":
-                call.is_full = self._change(effect, call.effect) > self._cache.value
+            elif self.spec.kind == "first_block":
+                call.is_full = self._change(effect, call.effect) > self.spec.value
             if call.is_full:
                 call.effect = effect
             return output
@@ -191,7 +200,7 @@ class StepCache:
             # the cached residual already includes a ControlNet's
             if is_last:
                 image = call.image + call.residual.continued(
-                    self._step if self._cache.kind == "taylor" else call.residual.at
+                    self._step if self.spec.kind == "taylor" else call.residual.at
                 )
                 tokens = (
                     image if tokens.shape == image.shape else torch.cat([call.text, image], dim=1)
@@ -208,7 +217,7 @@ class StepCache:
             if call.residual is None
             else call.residual.after(residual, self._step)
         )
-        if self._cache.kind != "taylor":
+        if self.spec.kind != "taylor":
             call.residual.older = None
 
     def _around_inner(self, index: int, *, is_last: bool) -> hooks.Around:
@@ -250,7 +259,7 @@ class StepCache:
         Pipelines with one call per half of guidance decide separately for each.
         """
         return tuple(
-            name for name, _ in mesh.plan.axes if name != "cfg" or self._spec.guidance_calls == 1
+            name for name, _ in mesh.plan.axes if name != "cfg" or self._model.guidance_calls == 1
         )
 
 

@@ -50,6 +50,7 @@ COMMON: dict[str, Rule] = {
     "batch_size": DONE,
     "n_iter": DONE,
     "lora": DONE,
+    "closeness": DONE,
     "alwayson_scripts": DONE,
     "override_settings": DONE,
     "disable_extra_networks": DONE,
@@ -135,6 +136,7 @@ SENT_AS = {
     "steps": "num_inference_steps",
     "cfg_scale": "guidance_scale",
     "denoising_strength": "strength",
+    "closeness": "quality",
 }
 PLAIN = ("prompt", "negative_prompt", "seed", "width", "height")
 

@@ -16,10 +16,16 @@ from hosts.http.dialect import DONE, Rule, harmless, is_empty, neutral, refused,
 from hosts.http.limits import require_plain
 from hosts.http.request_io import json_object
 
-ALIASES = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
+ALIASES = {
+    "steps": "num_inference_steps",
+    "guidance": "guidance_scale",
+    "closeness": "quality",
+}
 FORMATS = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 QUALITIES = ("auto", "standard", "hd", "low", "medium", "high", "xhigh", "max")
-"""OpenAI's values of `quality`. Here the number of steps sets it; 'exact' is our own."""
+"""OpenAI's values of `quality`. Here the number of steps sets it; 'exact' is our own. Our field of
+that name is `closeness` here.
+"""
 MAX_IMAGES = 10
 MAX_PARTIAL = 3
 MAX_SECONDS = 3600
@@ -28,6 +34,9 @@ OWN = dict.fromkeys((*(set(GenerateRequest.model_fields) - {"image"}), *ALIASES)
 NO_TRACKING = "this host neither moderates nor tracks"
 ONE_MODEL = "the loaded model is used, whatever its name"
 NO_SVG = "only raster images are available"
+QUALITY = neutral(
+    *QUALITIES, "exact", reason="OpenAI has no such quality. closeness chooses how exact it is"
+)
 IMAGES: dict[str, Rule] = {
     **OWN,
     "model": harmless(ONE_MODEL),
@@ -38,7 +47,7 @@ IMAGES: dict[str, Rule] = {
     "output_compression": DONE,
     "stream": DONE,
     "partial_images": DONE,
-    "quality": neutral(*QUALITIES, "exact", reason="OpenAI has no such quality"),
+    "quality": QUALITY,
     "background": neutral("auto", "opaque", reason="images have no transparent parts here"),
     "style": neutral("vivid", "natural", reason="the prompt sets the style"),
     "moderation": harmless(NO_TRACKING),
@@ -62,6 +71,7 @@ EDITS: dict[str, Rule] = {
 VIDEOS: dict[str, Rule] = {
     **OWN,
     "model": harmless(ONE_MODEL),
+    "quality": QUALITY,
     "input_reference": DONE,
     "image": DONE,
     "seconds": DONE,
@@ -111,10 +121,16 @@ def asked_for(body: Mapping[str, Any]) -> Asked:
     fields, sent_as = {}, {}
     for name, value in body.items():
         field = ALIASES.get(name, name)
-        if field in OWN and not is_empty(value):
+        is_openais = name == "quality" and value in QUALITIES
+        if field in OWN and not is_empty(value) and not is_openais:
             fields[field], sent_as[field] = value, name
-    if fields.get("quality") in QUALITIES:
-        del fields["quality"]
+    own = body.get("closeness")
+    if body.get("quality") == "exact" and not is_empty(own) and own != "exact":
+        raise RequestError(
+            f"quality='exact' and closeness={shown(own)} contradict each other. "
+            "Leave one of them out.",
+            field="closeness",
+        )
     if size := _size(body.get("size")):
         fields["width"], fields["height"] = size
         sent_as |= {"width": "size", "height": "size"}

@@ -202,6 +202,7 @@ class JobView(BaseModel):
     seed: int
     type: str
     backend: str | None
+    method: Annotated[str | None, Field(description="How it was made, once it is done.")]
     ranks: Annotated[int | None, Field(description="How many work on it.")]
     batch: Annotated[
         int | None, Field(description="Jobs that were made in one batch, this one included.")
@@ -234,7 +235,8 @@ def describe(job: Job) -> dict[str, Any]:
         created=round(job.created_s, 3),
         seed=job.request.seed,
         type=host.spec.name,
-        backend=facts.get("backend"),
+        backend=report.get("backend") or facts.get("backend"),
+        method=report.get("method"),
         ranks=(report.get("ranks") if result is not None else job.ranks) or facts.get("ranks"),
         batch=report.get("batch"),
         exactness=result.exactness if result is not None else facts.get("exactness"),

@@ -4,11 +4,13 @@ Imports no torch.
 
 import itertools
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 from backends.generation.batching import batch_key
 from backends.model_table import ModelSpec
+from backends.plan import Quality
 from backends.request import GenerateRequest, LoadRequest
 from hosts.jobs.batch_size import BatchGain
 from hosts.jobs.clock import now
@@ -16,6 +18,7 @@ from hosts.jobs.decision import Choice
 from hosts.jobs.job import Job
 from hosts.jobs.speed import Speed, best_size, gathering_is_quicker
 from hosts.jobs.work import Work, work_of
+from hosts.launch.methods import Methods
 from hosts.launch.team_modes import Teams
 
 PATIENCE = 0.01
@@ -34,17 +37,21 @@ class Sharing:
         spec: ModelSpec,
         load: LoadRequest,
         teams: Teams | None = None,
+        methods: Methods | None = None,
         world_size: int = 1,
         max_batch: int = 1,
     ) -> None:
-        """max_batch: the most jobs that one rank may run in one batch."""
+        """methods: None if there is one only. max_batch: the most jobs that one rank may run in one
+        batch.
+        """
         teams = teams or Teams()
         self._spec = spec
         self._load = load
         self._mode = teams.mode
         self._sizes = [*teams.plans, world_size]
         self.world_size = world_size
-        self._speed = Speed()
+        self._methods = methods
+        self._speeds: defaultdict[Quality | None, Speed] = defaultdict(Speed)
         self._gain = BatchGain(max_batch)
 
     def team_size(self, waiting: Sequence[Job]) -> int:
@@ -53,10 +60,20 @@ class Sharing:
         """
         if self._mode == "throughput":
             return min(self._sizes)
+        if (size := self._quickest(waiting[0].request)) < self.world_size:
+            return size
         times = [self._seconds(job, num_waiting=len(waiting)) for job in waiting]
         return best_size(
             len(waiting), {size: sum(seconds[size] for seconds in times) for size in self._sizes}
         )
+
+    def methods(self, request: GenerateRequest, *, ranks: int) -> tuple[str, ...]:
+        """Return the names of the methods that may generate this on `ranks` ranks, the best one
+        first. UnsupportedError if none has the request's quality.
+        """
+        if self._methods is None:
+            return ()
+        return self._methods.names(request.quality, ranks=ranks, **self._image(request))
 
     def may_get_company(self, waiting: Sequence[Job]) -> bool:
         """Return whether to hold a lone job for others that may follow, while nothing runs."""
@@ -116,7 +133,7 @@ class Sharing:
         `seconds`, those of its steps.
         """
         if batch == 1:
-            self._speed.learn(
+            self._speeds[job.request.quality].learn(
                 ranks=ranks,
                 work=self._work(job.request),
                 seconds=seconds,
@@ -132,19 +149,42 @@ class Sharing:
     def measured(self) -> dict[str, Any]:
         """Return the measured times for GET /settings."""
         return {
-            "seconds_per_megapixel_step": self._speed.measured(),
+            "seconds_per_megapixel_step": self._speeds[None].measured(),
             "seconds_in_batches": self._gain.measured(),
         }
 
     def _seconds(self, job: Job, *, num_waiting: int = 1) -> dict[int, float]:
         """Return team size -> seconds for this job, as one of `num_waiting` that wait."""
-        seconds = {size: self._speed.seconds(size, self._work(job.request)) for size in self._sizes}
+        work, speed = self._work(job.request), self._speeds[job.request.quality]
+        seconds = {size: speed.seconds(size, work) for size in self._sizes}
         if 1 in seconds:
             kind = self._kind(job.request)
             seconds[1] *= self._gain.share(
                 kind, min(self._gain.limit(kind), math.ceil(num_waiting / self.world_size))
             )
         return seconds
+
+    def _quickest(self, request: GenerateRequest) -> int:
+        """Return how many ranks generate this soonest, if it is alone."""
+        if self._methods is None:
+            return self.world_size
+        return self._methods.quickest(request.quality, self._sizes, **self._image(request))
+
+    def _image(self, request: GenerateRequest) -> dict[str, Any]:
+        """Return what decides between methods, besides the quality."""
+        work, usual = (work_of(one, self._spec, self._load) for one in (request, GenerateRequest()))
+        pixels = work.pixel_steps / work.num_steps / (usual.pixel_steps / usual.num_steps)
+        has_halves = self._spec.guidance != "distilled" and self._scale(request) > 1
+        return {
+            "num_steps": work.num_steps,
+            "pixels": round(pixels, 2),
+            "halves": 2 if has_halves else 1,
+        }
+
+    def _scale(self, request: GenerateRequest) -> float:
+        """Return the guidance scale of the request, the host or the model type."""
+        given = (request.guidance_scale, self._load.guidance_scale, self._spec.guidance_scale)
+        return next(scale for scale in given if scale is not None)
 
     def _left(self, jobs: Sequence[Job], team_size: int) -> float:
         """Return the seconds until the jobs of one team are done."""
@@ -157,7 +197,8 @@ class Sharing:
             if len(jobs) > 1
             else 1.0
         )
-        return max(0.0, share * self._speed.seconds(team_size, self._work(job.request)) - spent)
+        speed = self._speeds[job.request.quality]
+        return max(0.0, share * speed.seconds(team_size, self._work(job.request)) - spent)
 
     def _work(self, request: GenerateRequest) -> Work:
         return work_of(request, self._spec, self._load)
@@ -165,15 +206,11 @@ class Sharing:
     def _kind(self, request: GenerateRequest) -> str:
         """Return a name for the images for which batches save the same share of time."""
         work = self._work(request)
-        scale = (
-            request.guidance_scale
-            if request.guidance_scale is not None
-            else self._load.guidance_scale
-        )
-        guided = " guided" if (self._spec.guidance_scale if scale is None else scale) > 1 else ""
+        guided = " guided" if self._scale(request) > 1 else ""
         scheduler = request.scheduler if request.scheduler is not None else self._load.scheduler
         size = f"{work.width}x{work.height}, {work.num_steps} steps"
-        return f"{size}{guided}{f' of {scheduler}' if scheduler else ''}"
+        quality = f", {request.quality}" if request.quality is not None else ""
+        return f"{size}{guided}{f' of {scheduler}' if scheduler else ''}{quality}"
 
 
 def _batches(running: Sequence[Job]) -> list[list[Job]]:

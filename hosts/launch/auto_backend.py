@@ -21,7 +21,7 @@ import psutil
 
 from backends.autotune.candidates import Candidate, list_candidates
 from backends.autotune.estimate import DEVICES, estimate_checkpoint
-from backends.autotune.ranking import Measured, Row, as_text, choose, rank, require_any
+from backends.autotune.ranking import Image, Measured, Row, as_text, choose, rank, require_any
 from backends.errors import ConfigError
 from backends.files.checkpoint import configuration_folder
 from backends.model_table import ModelSpec
@@ -29,6 +29,7 @@ from backends.plan import ParallelPlan
 from backends.step_cache_spec import parse_step_cache, require_step_cache
 from hosts.launch.gpus import default_variant
 from hosts.launch.load_options import OFFLOADS, WITHOUT_SDPA
+from hosts.launch.methods import worth_preparing
 from hosts.launch.settings import Settings, options
 
 Recall = Callable[[str], Measured | None]
@@ -63,6 +64,8 @@ class BackendChoice:
     """The one of all ranks: the same, unless fewer ranks are faster."""
     teams: Mapping[int, ParallelPlan] = field(default_factory=dict)
     """Each smaller number of ranks -> its fastest plan."""
+    methods: Mapping[int, Mapping[str, Candidate]] = field(default_factory=dict)
+    """Number of ranks -> name -> method that is the best one for some request."""
     measured: Measured
     """The figures behind the choice."""
     quality: str
@@ -219,11 +222,14 @@ def decide(
     measured = recall(key) or _estimate(
         settings, spec, checkpoint=checkpoint, world_size=world_size, **gpus
     )
-    rows = rank(candidates, measured, quality=settings.quality, num_steps=spec.num_inference_steps)
-    job = require_any(rows)
-    world = choose(rows, ranks=world_size) or _refuse_ranks(rows, world_size)
+    image, quality = Image(num_steps=spec.num_inference_steps), settings.quality or "exact"
+    rows = rank(candidates, measured, quality=quality, image=image)
+    job, world = require_any(rows), choose(rows, ranks=world_size)
     if settings.mode == "latency":
-        job = world
+        job = world = world or _refuse_ranks(rows, world_size)
+    elif world is None:  # teams work at this quality, and all ranks together at another one
+        others = rank(candidates, measured, quality="fast", image=image)
+        world = choose(others, ranks=world_size) or _refuse_ranks(rows, world_size)
     teams = {
         size: best.candidate.plan
         for size in range(1, world_size)
@@ -234,8 +240,18 @@ def decide(
         job=job,
         world=world,
         teams=teams,
+        methods={
+            size: worth_preparing(
+                candidates,
+                measured,
+                ranks=size,
+                quality=quality,
+                num_steps=spec.num_inference_steps,
+            )
+            for size in sorted({*teams, world_size})
+        },
         measured=measured,
-        quality=settings.quality,
+        quality=quality,
         key=key,
     )
 
@@ -264,7 +280,7 @@ def key_of(
         "files": _files(checkpoint, spec.denoiser),
         "size": (spec.height, spec.width, spec.num_inference_steps),
         "options": given,
-        "quality": settings.quality,
+        "quality": settings.quality or "exact",
         "ranks": (world_size, settings.nnodes, num_gpus),
         "device": _device(),
         "versions": [version(package) for package in PACKAGES_IN_KEY],
@@ -327,7 +343,14 @@ def _candidates(
         "checkpoint": str(configuration_folder(checkpoint, settings.checkpoint_config)),
     }
     return list_candidates(
-        spec, given, world_size, features=features, is_guided=halves_of(spec) == 2, check=check
+        spec,
+        given,
+        world_size,
+        features=features,
+        is_guided=halves_of(spec) == 2,
+        check=check,
+        # hooks of offloading would have to come off first
+        has_caches=cache is None and not any(getattr(settings, name) for name in OFFLOADS),
     )
 
 

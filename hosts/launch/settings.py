@@ -73,9 +73,10 @@ class Settings(_BackendOptions):
     backend: str | None = _common(
         None, one_of("auto", *BACKEND_NAMES), "Parallel method. `auto` (default) estimates and "
         "benchmarks the candidates at load time and takes the fastest.")
-    quality: str = _common(
-        "high", one_of(*QUALITIES), "How close --backend=auto must stay to the image of one GPU: "
-        "`exact`, `high` (very close) or `fast` (any method).")
+    quality: str | None = _common(
+        None, one_of(*QUALITIES), "How close images of requests that name no quality stay to "
+        "those of one GPU: `exact` (the same; default), `high` (no visible difference) or `fast` "
+        "(similar). A --backend or method that is named must meet it.")
     api_key: str | None = _common(
         None, secret, "Key that every request must bring, as a bearer token or as the password of "
         "Basic authentication, or @FILE that holds it. Default: none.", metavar="KEY|@FILE")

@@ -17,7 +17,7 @@ from backends.files.defaults import with_own_defaults
 from backends.files.fit import prediction_settings
 from backends.generation.schedulers import parse_scheduler, require_family
 from backends.model_table import ModelSpec, ModelTable
-from backends.plan import ParallelPlan, require_world_size
+from backends.plan import FEW_STEPS, ParallelPlan, Quality, is_met, require_world_size
 from backends.request import LoadRequest
 from backends.step_cache_spec import require_step_cache
 from hosts.launch.auto_backend import BackendChoice, Recall, resolve_backend
@@ -46,6 +46,7 @@ from hosts.launch.load_options import (
     require_whole_weights,
     step_cache,
 )
+from hosts.launch.methods import Methods
 from hosts.launch.settings import Settings
 from hosts.launch.team_modes import Teams, batch_limit, choose_teams
 
@@ -71,6 +72,8 @@ class StartPlan:
     """The choice of --backend=auto."""
     hub: HubFiles = HubFiles()
     """What names on a hub mean here. While some files are missing, `load` has their outlines."""
+    methods: Methods
+    """What the ranks may attach, for each number of ranks that work together."""
 
     @property
     def job_plan(self) -> ParallelPlan:
@@ -224,6 +227,9 @@ def _plan_files(
         chosen=auto.teams if auto is not None else None,
         fastest=auto.job.candidate.ranks if auto is not None else None,
     )
+    if auto is None and settings.quality is not None:
+        _require_quality(settings.quality, plan)
+    methods = _methods(plan, teams, auto)
     max_batch, why_one = batch_limit(settings.max_batch, settings.mode, spec, plan, teams, load)
     idle = idle_reasons(settings, spec, plan)
     reasons = (
@@ -238,6 +244,29 @@ def _plan_files(
         teams=teams,
         max_batch=max_batch,
         auto=auto,
+        methods=methods,
+    )
+
+
+def _require_quality(asked: Quality, plan: ParallelPlan) -> None:
+    """ConfigError if the method that was named at launch does not meet --quality."""
+    if not is_met(asked, plan.quality, num_steps=FEW_STEPS):
+        raise ConfigError(
+            f"--quality={asked} is not available with {plan.describe()}, which is {plan.quality}. "
+            "Leave one of them out, or name an exact method."
+        )
+
+
+def _methods(plan: ParallelPlan, teams: Teams, auto: BackendChoice | None) -> Methods:
+    """Return what may be attached on all ranks and on teams."""
+    named = Methods.named(plan, *teams.plans.values())
+    if auto is None:
+        return named
+    sizes = named.of_size
+    return Methods(
+        of_size={size: auto.methods[size] or sizes[size] for size in sizes},
+        quality=auto.quality,
+        measured=auto.measured,
     )
 
 

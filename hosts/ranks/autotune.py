@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 
-from backends.autotune.ranking import Measured
+from backends.autotune.ranking import Image, Measured
 from backends.autotune.trials import PipelineSubject, Trials
 from backends.generation.pipeline import LoadedPipeline, load_pipeline
 from backends.groups.alarm import Alarm
 from backends.groups.control_group import broadcast_command
+from backends.plan import QUALITIES
 from hosts.launch.auto_backend import candidates_of, halves_of, recall_from, remember
 from hosts.launch.start_plan import StartPlan
 from hosts.ranks.commands import Failure, agree_on_outcome
@@ -90,7 +91,8 @@ def _measure(
             measured = trials.measure(
                 candidates_of(start.auto),
                 quality=start.auto.quality,
-                num_steps=start.spec.num_inference_steps,
+                image=Image(num_steps=start.spec.num_inference_steps),
+                also=[level for level in QUALITIES if level != start.auto.quality],
             )
             measured = replace(measured, date=time.strftime("%Y-%m-%d"))
         except Exception as error:  # noqa: BLE001  as above

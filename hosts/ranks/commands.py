@@ -28,6 +28,12 @@ class Generate:
 
     job_ids: tuple[str, ...]
     requests: tuple[GenerateRequest, ...]
+    methods: tuple[str, ...] = ()
+    """The names of the methods that may generate them, the best one first. The team's first rank
+    leaves only the first that can do the requests. Empty: the one that is attached.
+    """
+    is_switch: bool = False
+    """Whether the ranks must attach the method, even if it was attached last."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from backends.errors import CancelledError
 from backends.groups.control_group import Channel
-from backends.request import Array, GenerateRequest, GenerateResult, LoadRequest
+from backends.request import Array, GenerateResult, LoadRequest
 from hosts.jobs.decision import Choice, Choose
 from hosts.jobs.policy import Sharing, SplitPeriod
 from hosts.jobs.queue import Job, JobQueue
@@ -31,13 +31,11 @@ from hosts.ranks.commands import (
     Stop,
 )
 from hosts.ranks.model_control import ModelControl
-from hosts.ranks.remote_dispatch import CANCEL, GO_ON, DispatchServer, RemoteDispatcher
+from hosts.ranks.remote_dispatch import CANCEL, GO_ON, Check, DispatchServer, RemoteDispatcher
 from hosts.supervision.host_state import HostState, Phase
 
 logger = logging.getLogger(__name__)
 
-Check = Callable[[GenerateRequest], None]
-"""Raises a HostError for a request that cannot be done; arithmetic only."""
 PERCENT_LOADED = 100.0
 """What GET /progress shows of a loaded pipeline."""
 Preview = Callable[[int], Array | None]
@@ -132,6 +130,7 @@ class JobDispatcher:
                 return Generate(
                     job_ids=tuple(job.id for job in jobs),
                     requests=tuple(job.request for job in jobs),
+                    methods=self._sharing.methods(jobs[0].request, ranks=self._ranks),
                 )
         return Rejoin()
 
@@ -179,7 +178,7 @@ class JobDispatcher:
 
     def _passes(self, job: Job, check: Check) -> bool:
         try:
-            check(job.request)
+            check(job.request, self._sharing.methods(job.request, ranks=self._ranks))
         except Exception as error:  # noqa: BLE001  the other ranks never see a request that is refused here
             self._queue.finish(job, error=Failure.of(error, rank=0).as_error())
             return False

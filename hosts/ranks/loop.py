@@ -7,7 +7,7 @@ import logging
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -15,14 +15,16 @@ import psutil
 import torch
 
 from backends import backend_class
+from backends.autotune.candidates import Candidate
 from backends.errors import CancelledError, HostError
 from backends.generation.pipeline import LoadedPipeline, load_pipeline
 from backends.groups.control_group import broadcast_command, close, control_axis, control_of_team
 from backends.groups.mesh import Axis, Mesh
 from backends.model_table import ModelSpec
 from backends.parallel.base import Backend
-from backends.plan import ParallelPlan
+from backends.plan import Quality
 from backends.request import GenerateRequest, GenerateResult, LoadRequest
+from backends.step_cache_spec import StepCacheSpec
 from hosts.ranks.commands import (
     Command,
     Failure,
@@ -43,13 +45,38 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """One way for a team to generate an image, ready to be attached."""
+
+    mesh: Mesh
+    backend: Backend
+    step_cache: StepCacheSpec | None = None
+    quality: Quality | None = None
+    """The level that it meets; None: what its plan says."""
+
+
+@dataclass(slots=True, kw_only=True)
 class Team:
     """The ranks that work on one job together, as this rank sees them."""
 
-    mesh: Mesh
     control: Axis
     """Their group for commands and outcomes."""
-    backend: Backend
+    methods: Mapping[str, Method]
+    """By name. The first one is for a job without any special wish."""
+    attached: str
+    """The name of the method that is attached while the team works."""
+
+    @property
+    def method(self) -> Method:
+        return self.methods[self.attached]
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.method.mesh
+
+    @property
+    def backend(self) -> Backend:
+        return self.method.backend
 
 
 class RankLoop:
@@ -64,12 +91,13 @@ class RankLoop:
         spec: ModelSpec,
         mesh: Mesh,
         dispatcher: Dispatcher,
-        team_plans: Mapping[int, ParallelPlan] = MappingProxyType({}),
+        methods: Mapping[int, Mapping[str, Candidate]] = MappingProxyType({}),
         activity: Activity | None = None,
         pipeline: LoadedPipeline | None = None,
     ) -> None:
-        """mesh: of all ranks. team_plans: size of a team -> its plan, for each size into which the
-        ranks may split. activity: of this thread, for the watch. pipeline: if it is loaded already.
+        """mesh: of all ranks. methods: size of a team -> its methods by name, for all ranks and
+        for each size into which they may split; none for the plan of the mesh alone. activity: of
+        this thread, for the watch. pipeline: if it is loaded already.
         """
         self._rank = rank
         self._spec = spec
@@ -77,10 +105,14 @@ class RankLoop:
         self._dispatcher = dispatcher
         self._activity = activity or Activity()
         self._team_dispatcher: TeamDispatcher = dispatcher
-        self._all = self._team = self._new_team(mesh, control_axis())
-        self._plans = team_plans
+        self._alarm = mesh.groups.alarm
+        self._named = methods
+        first = Method(mesh=mesh, backend=self._backend(mesh))
+        self._all = self._team = Team(
+            control=control_axis(), methods={mesh.plan.method: first}, attached=mesh.plan.method
+        )
         self._teams: dict[int, Team] = {}
-        self._is_broken = False
+        self._is_broken = self._is_switch = False
         self._last_step: torch.cuda.Event | None = None
         self._pipeline = pipeline
 
@@ -102,7 +134,7 @@ class RankLoop:
         dispatcher, control = self._team_dispatcher, self._team.control
         return give_next(
             take=lambda: dispatcher.next_command(self._check),
-            send=lambda command: broadcast_command(command, control),
+            send=lambda command: broadcast_command(self._with_method(command), control),
             refuse=lambda outcome: dispatcher.generated([], outcome),
             rank=self._rank,
         )
@@ -115,7 +147,8 @@ class RankLoop:
         """Release the pipeline as it is, hooks and all, and close the groups."""
         self._pipeline = None
         for team in (*self._teams.values(), self._all):
-            team.mesh.destroy()
+            for method in team.methods.values():
+                method.mesh.destroy()
         for team in self._teams.values():
             close(team.control)
 
@@ -127,14 +160,13 @@ class RankLoop:
             self._pipeline = self._pipeline or load_pipeline(
                 self._spec, request, device=self._device
             )
-            self._pipeline.attach(self._all.backend)
+            self._attach(self._all)
         except Exception as error:  # noqa: BLE001  the other ranks must learn of any error before they continue
             failure = self._failed(error)
         failure = agree_on_outcome(failure).failure or self._form_teams()
         if failure is None and request.prewarm_steps:
-            failure = self._attempt([prewarm_request(self._spec, request)], "the first image")[
-                1
-            ].failure
+            prewarming = Generate(job_ids=(), requests=(prewarm_request(self._spec, request),))
+            failure = self._attempt(prewarming, "the first image")[1].failure
         self._activity.rest()
         if failure is None:
             self._activity.mark("ready")
@@ -146,36 +178,71 @@ class RankLoop:
         return failure
 
     def _form_teams(self) -> Failure | None:
-        """Make the teams of all sizes, ready to be attached. Every rank must call this; the failure
-        is the same on all.
+        """Make the teams of all sizes, with all methods ready to be attached. Every rank must call
+        this; the failure is the same on all.
         """
         failure = None
         world_size = self._all.control.size
-        for size, plan in self._plans.items():
-            place = {
-                "rank": self._rank % size,
-                "team": self._rank // size,
-                "num_teams": world_size // size,
-            }
-            mesh = Mesh(plan, device=self._device, alarm=self._all.mesh.groups.alarm, **place)
-            mesh.prepare()
-            self._teams[size] = self._new_team(mesh, control_of_team(size))
+        for size, named in sorted(self._named.items()):
+            if size == world_size:
+                self._all.methods = self._prepare(size, named, [self._all.method])
+                self._all.attached = next(iter(named))
+            else:
+                self._teams[size] = Team(
+                    control=control_of_team(size),
+                    methods=self._prepare(size, named, []),
+                    attached=next(iter(named)),
+                )
         try:
             # each once, so that a plan that does not work is found before the first job
             for team in (*self._teams.values(), self._all):
-                self._attach(team)
+                for name in reversed(team.methods):
+                    team.attached = name
+                    self._attach(team)
         except Exception as error:  # noqa: BLE001  the other ranks must learn of any error before they continue
             failure = Failure.of(error, rank=self._rank)
         return agree_on_outcome(failure).failure
 
-    def _new_team(self, mesh: Mesh, control: Axis) -> Team:
-        backend = backend_class(mesh.plan.method)(spec=self._spec, plan=mesh.plan, mesh=mesh)
-        return Team(mesh=mesh, control=control, backend=backend)
+    def _prepare(
+        self, size: int, named: Mapping[str, Candidate], present: list[Method]
+    ) -> dict[str, Method]:
+        """Make the groups of a team's methods. Methods with the same plan share theirs.
+
+        present: methods whose groups exist.
+        """
+        found = {}
+        place = {
+            "rank": self._rank % size,
+            "team": self._rank // size,
+            "num_teams": self._all.control.size // size,
+        }
+        for name, candidate in named.items():
+            base = next((one for one in present if one.mesh.plan == candidate.plan), None)
+            if base is None:
+                mesh = Mesh(candidate.plan, device=self._device, alarm=self._alarm, **place)
+                mesh.prepare()
+                base = Method(mesh=mesh, backend=self._backend(mesh))
+                present.append(base)
+            found[name] = replace(base, step_cache=candidate.step_cache, quality=candidate.quality)
+        return found
+
+    def _backend(self, mesh: Mesh) -> Backend:
+        return backend_class(mesh.plan.method)(spec=self._spec, plan=mesh.plan, mesh=mesh)
 
     def _attach(self, team: Team) -> None:
         """Replace the hooks. No weights move, and the team's groups exist."""
+        method = team.method
         self._pipeline.detach()
-        self._pipeline.attach(team.backend)
+        self._pipeline.attach(method.backend, method.step_cache, quality=method.quality)
+
+    def _with_method(self, command: Command | None) -> Command | None:
+        """Return what the other ranks receive: with the one method that this rank has attached to
+        check the requests.
+        """
+        if not isinstance(command, Generate):
+            return command
+        is_switch, self._is_switch = self._is_switch, False
+        return replace(command, methods=(self._team.attached,), is_switch=is_switch)
 
     def _split(self, team_size: int) -> None:
         """Run jobs of this rank's team until all teams rejoin."""
@@ -198,11 +265,13 @@ class RankLoop:
             self._attach(team)
         except Exception as error:  # noqa: BLE001  the other ranks must learn of any error before they continue
             failure = Failure.of(error, rank=self._rank)
-        outcome = agree_on_outcome(failure, {"is_broken": self._is_broken})
+        broken = self._team.attached if self._is_broken else None
+        outcome = agree_on_outcome(failure, {"broken": broken})
         if outcome.failure is not None:
             raise outcome.failure.as_error()
-        if any(figures["is_broken"] for figures in outcome.figures):
-            self._team.mesh.rebuild()  # in all teams: torch makes groups with all ranks only
+        for name in sorted({figures["broken"] for figures in outcome.figures} - {None}):
+            # in all teams: torch makes groups with all ranks only
+            self._team.methods[name].mesh.rebuild()
         self._is_broken = False
         self._team = team
         self._activity.rest()
@@ -214,7 +283,7 @@ class RankLoop:
     def _work_on(self, command: Generate) -> None:
         what = f"job {' and '.join(command.job_ids)}"
         logger.info("%s begins on %d ranks", what, self._team.control.size)
-        results, outcome = self._attempt(command.requests, what)
+        results, outcome = self._attempt(command, what)
         failure = outcome.failure
         if failure is not None:
             log = logger.info if failure.error is not None else logger.error
@@ -230,9 +299,7 @@ class RankLoop:
             self._activity.mark("served")
         self._team_dispatcher.generated(results, outcome)
 
-    def _attempt(
-        self, requests: Sequence[GenerateRequest], what: str
-    ) -> tuple[Sequence[GenerateResult], Outcome]:
+    def _attempt(self, command: Generate, what: str) -> tuple[Sequence[GenerateResult], Outcome]:
         """Return the results, or none and the first failure of any rank of the team.
 
         what: the job's name in the log. Afterwards all are ready for the next command, unless a
@@ -244,7 +311,8 @@ class RankLoop:
             what, least_s=COMPILE_WITHIN_S if self._pipeline.load.compile is not None else 0.0
         )
         try:
-            results = self._pipeline.generate_together(requests, on_step=self._on_step)
+            self._use(command)
+            results = self._pipeline.generate_together(command.requests, on_step=self._on_step)
         except Exception as error:  # noqa: BLE001  the other ranks must learn of any error before they continue
             failure = self._failed(error)
         outcome = agree_on_outcome(failure, self._figures(results), self._team.control)
@@ -253,7 +321,12 @@ class RankLoop:
         elif outcome.groups_are_broken:
             self._is_broken = self._team.control.size > 1
         self._activity.rest()
-        return (results if outcome.failure is None else ()), outcome
+        return (self._noted(results) if outcome.failure is None else ()), outcome
+
+    def _noted(self, results: Sequence[GenerateResult]) -> list[GenerateResult]:
+        """Return the results with the method that made them."""
+        facts = {"method": self._team.attached, "backend": self._team.mesh.plan.method}
+        return [replace(result, report={**result.report, **facts}) for result in results]
 
     def _figures(self, results: Sequence[GenerateResult]) -> dict[str, Any]:
         """Return this rank's figures after an image or a batch, in bytes and seconds."""
@@ -273,8 +346,30 @@ class RankLoop:
             figures |= {"seconds": round(result.seconds, 4), "spans": self._pipeline.spans, **kept}
         return figures
 
-    def _check(self, request: GenerateRequest) -> None:
-        self._pipeline.check(request)
+    def _use(self, command: Generate) -> None:
+        """Attach the command's method, unless it is attached."""
+        for name in command.methods[:1]:
+            if command.is_switch or name != self._team.attached:
+                self._team.attached = name
+                self._attach(self._team)
+
+    def _check(self, request: GenerateRequest, methods: Sequence[str]) -> None:
+        """Attach the first of these methods that can do the request. Raise the best one's error if
+        none can.
+
+        All ranks attach it again when they receive the command: what a method learns in its first
+        call, it learns on all ranks together.
+        """
+        errors = []
+        for name in methods or (self._team.attached,):
+            if name != self._team.attached:
+                self._team.attached, self._is_switch = name, True
+                self._attach(self._team)
+            try:
+                return self._pipeline.check(request)
+            except HostError as error:
+                errors.append(error)
+        raise errors[0]
 
     def _on_step(self, step: int, num_steps: int, latents: torch.Tensor) -> None:
         if self._team.mesh.broadcast_signal(self._team_dispatcher.step_signal()) == CANCEL:

@@ -316,7 +316,7 @@ class ModelLoop:
             spec=start.spec,
             mesh=mesh,
             dispatcher=self._control.dispatcher(start, self._sharing(start), facts, self._channels),
-            team_plans=start.teams.plans,
+            methods=start.methods.of_size,
             activity=self._activity,
             pipeline=pipeline,
         )
@@ -326,6 +326,7 @@ class ModelLoop:
             spec=start.spec,
             load=start.load,
             teams=start.teams,
+            methods=start.methods,
             world_size=self._world_size,
             max_batch=start.max_batch,
         )

@@ -16,6 +16,8 @@ from backends.request import Array, GenerateRequest, GenerateResult
 from hosts.ranks.commands import Command, Failure, Generate, Outcome, Rejoin, give_next
 
 GO_ON, CANCEL = 0, 1
+Check = Callable[[GenerateRequest, Sequence[str]], None]
+"""check(request, methods): raises a HostError for a request that none of these methods can do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +62,14 @@ class RemoteDispatcher:
         self._rows_in_view: tuple[int, ...] = ()
         self._signal_is_due = False
 
-    def next_command(self, check: Callable[[GenerateRequest], None]) -> Command:
+    def next_command(self, check: Check) -> Command:
         """Return Generate or Rejoin. A request that `check` refuses is answered here, and the other
         ranks never see it.
         """
         while isinstance(command := self._next(), Generate):
             try:
                 for request in command.requests:
-                    check(request)
+                    check(request, command.methods)
             except Exception as error:  # noqa: BLE001  the other ranks never see a request that is refused here
                 self.generated(
                     [], Outcome(failure=Failure.of(error, rank=self._rank), groups_are_broken=False)
@@ -112,7 +114,7 @@ class LocalDispatcher(Protocol):
 
     rows_in_view: tuple[int, ...]
 
-    def next_command(self, check: Callable[[GenerateRequest], None]) -> Command: ...
+    def next_command(self, check: Check) -> Command: ...
 
     def step_signal(self) -> int: ...
 
@@ -164,7 +166,7 @@ class DispatchServer:
             return command
 
         # the team's first rank checks the requests
-        take = partial(self._dispatcher.next_command, lambda request: None)
+        take = partial(self._dispatcher.next_command, lambda request, methods: None)
         return give_next(
             take, send, lambda outcome: self._dispatcher.generated([], outcome), rank=0
         )

@@ -19,7 +19,7 @@ from backends.groups.control_group import gather_outcomes
 from backends.groups.mesh import Mesh
 from backends.model_table import ModelSpec
 from backends.request import GenerateRequest, LoadRequest
-from hosts.ranks.commands import Outcome
+from hosts.ranks.commands import Generate, Outcome
 from hosts.ranks.dispatch import CANCEL, GO_ON, FollowerDispatcher
 from hosts.ranks.loop import RankLoop
 from tests.backends.features import TABLE, combined, parameter_counts, request_for
@@ -145,7 +145,9 @@ class Rank:
         asked = request_for(
             self._spec, **{"num_inference_steps": RANK_STEPS, "warmup_steps": 1, **self._request}
         )
-        results, outcome = self.loop._attempt([asked], "a rehearsed job")
+        results, outcome = self.loop._attempt(
+            Generate(job_ids=(), requests=(asked,)), "a rehearsed job"
+        )
         if outcome.failure is None:
             assert self.loop._last_step is None, "decoding began before the steps were over"
         return (torch.from_numpy(results[0].frames).float() if results else None), outcome

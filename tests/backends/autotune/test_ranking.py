@@ -12,6 +12,7 @@ from backends.autotune.candidates import list_candidates
 from backends.autotune.cost import CFG_LOSS, Link, Work, predict
 from backends.autotune.ranking import (
     CLOSE_CALL,
+    Image,
     Measured,
     as_text,
     choose,
@@ -36,8 +37,8 @@ UNET = Work(
 )  # fmt: skip
 
 
-def candidates(type_name="sdxl", ranks=2, given=None, **options):
-    return list_candidates(TABLE[type_name], given or {}, ranks, **options)
+def candidates(type_name="sdxl", ranks=2, given=None, *, has_caches=False, **options):
+    return list_candidates(TABLE[type_name], given or {}, ranks, has_caches=has_caches, **options)
 
 
 def table(
@@ -52,7 +53,12 @@ def table(
     **options,
 ):
     measured = Measured(work=work, link=link, memory_bytes=memory, steps=steps or {})
-    return rank(candidates(type_name, ranks, **options), measured, quality=quality, num_steps=30)
+    return rank(
+        candidates(type_name, ranks, **options),
+        measured,
+        quality=quality,
+        image=Image(num_steps=30),
+    )
 
 
 def named(rows, name):
@@ -256,7 +262,7 @@ def test_only_what_may_be_the_quickest_is_tried_and_what_failed_is_not_tried_aga
         steps={"single": 2.0},
         failures={first.name: "PlanError: too small"},
     )
-    rows = rank(candidates(), measured, quality="high", num_steps=30)
+    rows = rank(candidates(), measured, quality="high", image=Image(num_steps=30))
     assert named(rows, first.name).refusal == "it was tried and failed: PlanError: too small"
     assert next_to_try(rows).name not in ("single", first.name)
 

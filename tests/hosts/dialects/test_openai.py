@@ -32,6 +32,27 @@ def test_quality_of_openai_asks_for_nothing(host, quality):
     assert host.is_same(GENERATE, {**wanted, "quality": "exact"}, {**wanted, "quality": "exact"})
 
 
+@pytest.mark.parametrize("closeness", ["exact", "high", "fast"])
+def test_closeness_is_our_quality_also_beside_openais(host, closeness):
+    wanted = {"prompt": "a", "seed": 1, "quality": closeness}
+    for path in (GENERATE, "/sdapi/v1/txt2img"):
+        assert host.is_same(path, {"prompt": "a", "seed": 1, "closeness": closeness}, wanted)
+    body = {"quality": "high", "prompt": "a", "seed": 1, "closeness": closeness}
+    assert host.is_same(GENERATE, body, wanted)
+    assert host.is_same(GENERATE, dict(reversed(body.items())), wanted)
+
+
+def test_closeness_that_is_not_known_or_contradicts_is_refused(host):
+    for path in (GENERATE, "/sdapi/v1/txt2img"):
+        answer = host.post(path, {"prompt": "a", "closeness": "best"})
+        assert answer.status_code == 400 and "closeness='best'" in message_of(answer)
+    for order in (("quality", "closeness"), ("closeness", "quality")):
+        body = {"prompt": "a", **{name: "exact" if name == "quality" else "fast" for name in order}}
+        answer = host.post(GENERATE, body)
+        assert answer.status_code == 400
+        assert "quality='exact' and closeness='fast' contradict" in message_of(answer)
+
+
 def file_of(data, name="a.png"):
     return (io.BytesIO(base64.b64decode(data)), name)
 

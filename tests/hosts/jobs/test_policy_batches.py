@@ -247,7 +247,7 @@ def take_or_leave(waiting, running):
 class OneRank:
     """Rank 0's end for one rank, with everything around it real but for the pipeline."""
 
-    def __init__(self, num_jobs, *, check=lambda request: None, **known):
+    def __init__(self, num_jobs, *, check=lambda request, methods: None, **known):
         self.queue, self.state, self.rules = JobQueue(), HostState(), sharing(**known)
         self.jobs = [self.queue.submit(request(seed), is_kept=True) for seed in range(num_jobs)]
         self.dispatcher = JobDispatcher(
@@ -352,7 +352,7 @@ def test_batch_that_fails_is_made_again_one_by_one_in_its_order(error):
     host.failed(error)
     assert host.states() == "qqqq"
     for number in range(4):
-        command = host.dispatcher.next_command(lambda request: None)
+        command = host.dispatcher.next_command(lambda request, methods: None)
         assert isinstance(command, Generate) and command.job_ids == host.ids(number)
         host.failed(PlanError("this one is to blame")) if number == 2 else host.done(1)
     assert host.states() == "ddfd" and {job.attempts for job in host.jobs} == {2}
@@ -363,15 +363,15 @@ def test_batch_that_cannot_be_made_is_not_tried_for_ever():
     for _ in range(2):
         host.failed(MemoryError("out of memory"))
         for _ in range(2):
-            host.dispatcher.next_command(lambda request: None)
+            host.dispatcher.next_command(lambda request, methods: None)
             host.done(1)
         host.jobs = [host.queue.submit(request(seed)) for seed in range(2)]
-        host.command = host.dispatcher.next_command(lambda request: None)
+        host.command = host.dispatcher.next_command(lambda request, methods: None)
     assert host.command.job_ids == host.ids(0), "two batches have failed"
 
 
 def test_refused_job_does_not_enter_the_batch():
-    def check(asked):
+    def check(asked, methods):
         if asked.seed in (0, 2):
             raise PlanError("it does not fit")
 

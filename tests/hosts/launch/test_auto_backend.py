@@ -11,7 +11,7 @@ import torch
 
 from backends import backend_class
 from backends.autotune.cost import Link
-from backends.autotune.ranking import Measured
+from backends.autotune.ranking import Image, Measured
 from backends.autotune.trials import PipelineSubject, Trials
 from backends.errors import ConfigError
 from backends.generation.pipeline import load_pipeline
@@ -179,9 +179,12 @@ def test_nothing_that_fits_is_one_error_with_everyones_reason():
         start(
             "zimage",
             ranks=3,
-            quality="exact",
+            mode="latency",
             measured=with_steps(start("zimage", ranks=3), failures=failures),
         )
+    measured = with_steps(start("zimage", ranks=3), failures=failures)
+    teams = start("zimage", ranks=3, measured=measured)
+    assert (teams.teams.mode, set(teams.teams.plans)) == ("throughput", {1})
 
 
 def test_attention_that_replaces_torchs_own_has_no_effect_and_says_so():
@@ -207,7 +210,7 @@ def test_memory_of_a_launch_fits_only_the_same_launch(tmp_path):
         start(ranks=4),
         start(variant="bf16"),
         start(height=64),
-        start(quality="exact"),
+        start(quality="fast"),
         start("sd1"),
         start(num_gpus=2),
     ):
@@ -285,14 +288,14 @@ def check_failing_method(rank, world_size):
     )
     attach = subject.attach
 
-    def fail_on_one_rank(backend):
+    def fail_on_one_rank(backend, step_cache=None):
         if backend.plan.describe().startswith("distrifuser: cfg 2") and rank == 1:
             raise RuntimeError("this rank cannot")
-        attach(backend)
+        attach(backend, step_cache)
 
     subject.attach = fail_on_one_rank
     trials = Trials(subject, spec=found.spec, rank=rank, world_size=world_size, halves=2)
-    measured = trials.measure(candidates_of(found.auto), quality="exact", num_steps=20)
+    measured = trials.measure(candidates_of(found.auto), quality="exact", image=Image(num_steps=20))
     assert measured.failures["distrifuser cfg 2"] == "RuntimeError: this rank cannot"
     assert "single" in measured.steps and "distrifuser cfg 2" not in measured.steps
     other = next(

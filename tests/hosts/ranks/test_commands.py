@@ -39,7 +39,7 @@ def check_requests(rank: int, world_size: int) -> None:
     ]
     dispatcher = front if rank == 0 else FollowerDispatcher()
     command = give_next(
-        lambda: dispatcher.next_command(lambda request: None),
+        lambda: dispatcher.next_command(lambda request, methods: None),
         broadcast_command,
         lambda outcome: dispatcher.generated([], outcome),
         rank=rank,
