@@ -56,8 +56,8 @@ class AsyncDiffBackend(Backend):
         self._report: dict[str, object] = {}
 
     def attach_denoiser(self, pipe: Any, denoiser: nn.Module) -> None:
-        """Hook the units and the denoiser. The cuts are chosen in its first call, and kept when it is
-        attached again: times vary, and other cuts would generate another image.
+        """Hook the units and the denoiser. The cuts are chosen in its first call, and kept when it
+        is attached again: times vary, and other cuts would generate another image.
         """
         if self.mesh.axis("segment").size == 1:
             return
