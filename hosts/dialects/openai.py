@@ -4,11 +4,14 @@ Requests may also have the fields of /v1/jobs: seed, negative_prompt, ...
 """
 
 import base64
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 from flask import Blueprint, Response, current_app, jsonify, request
 
 from backends.errors import BusyError, NotFoundError, RequestError, UnsupportedError
@@ -34,6 +37,7 @@ from hosts.supervision.host_state import Phase
 
 blueprint = Blueprint("openai", __name__)
 
+VARIANTS = {"video": "video/mp4", "thumbnail": "image/webp", "spritesheet": "image/jpeg"}
 STATUS = {
     JobStatus.QUEUED: "queued",
     JobStatus.RUNNING: "in_progress",
@@ -65,6 +69,18 @@ DIALECT = Dialect(
             path="/v1/images/edits",
             summary="OpenAI: image to image, as JSON or as a form.",
             rules=protocol.EDITS,
+        ),
+        Operation(
+            method="post",
+            path="/v1/images/variations",
+            summary="OpenAI: variations of an image; the prompt may be left out.",
+            rules=protocol.VARIATIONS,
+        ),
+        Operation(
+            method="post",
+            path="/v1/videos/{id}/remix",
+            summary="OpenAI: the same video with another prompt.",
+            rules=protocol.REMIX,
         ),
         Operation(
             method="post",
@@ -127,6 +143,16 @@ def edits() -> Response:
     return _images(body, asked, kind="image_edit")
 
 
+@blueprint.post("/v1/images/variations")
+def variations() -> Response:
+    """Vary an image. `strength` sets how much may change; a prompt may be given."""
+    _require_output("image")
+    body = protocol.body_of_request()
+    require_known(body, protocol.VARIATIONS, protocol.HINTS)
+    asked = protocol.varied(body, protocol.asked_for(body), _accepted(), spec=_spec())
+    return _images(body, asked, kind="image_variation")
+
+
 @blueprint.get("/v1/videos")
 def videos() -> Response:
     """Return all videos, newest first. after=ID and limit=N work as in OpenAI's API."""
@@ -167,10 +193,11 @@ def show_video(job_id: str) -> Response:
 
 @blueprint.get("/v1/videos/<job_id>/content")
 def video_content(job_id: str) -> Response:
-    """Return the video as MP4."""
-    if request.args.get("variant", "video") != "video":
+    """Return the video as MP4, its first frame as WebP, or all frames side by side as JPEG."""
+    variant = request.args.get("variant", "video")
+    if variant not in VARIANTS:
         raise UnsupportedError(
-            f"variant={request.args['variant']!r} is not available. Allowed: video."
+            f"variant={variant[:80]!r} is not available. Allowed: {', '.join(VARIANTS)}."
         )
     job = _host().queue.find(job_id)
     if not job.finished.is_set():
@@ -178,7 +205,38 @@ def video_content(job_id: str) -> Response:
             f"video {job_id!r} is not done. Ask GET /v1/videos/{job_id} until its status is "
             "completed."
         )
-    return file_response(job, "video/mp4")
+    if variant == "video":
+        return file_response(job, "video/mp4")
+    frames = job.wait().frames
+    image = frames[:1] if variant == "thumbnail" else _sheet(frames)
+    data = media.encode(replace(job.wait(), frames=image), VARIANTS[variant])
+    return Response(data, mimetype=VARIANTS[variant])
+
+
+def _sheet(frames: np.ndarray) -> np.ndarray:
+    """Return frames (N, H, W, 3) as one image (1, rows * H, columns * W, 3)."""
+    columns = math.ceil(math.sqrt(len(frames)))
+    rows = math.ceil(len(frames) / columns)
+    blank = np.zeros((rows * columns - len(frames), *frames.shape[1:]), frames.dtype)
+    _, height, width, channels = frames.shape
+    grid = np.concatenate([frames, blank]).reshape(rows, columns, height, width, channels)
+    return grid.transpose(0, 2, 1, 3, 4).reshape(1, rows * height, columns * width, channels)
+
+
+@blueprint.post("/v1/videos/<job_id>/remix")
+def remix_video(job_id: str) -> Response:
+    """Create a video like another one, with another prompt."""
+    body = protocol.body_of_request()
+    require_known(body, protocol.REMIX)
+    first = _host().queue.find(job_id)
+    if "prompt" not in _spec().requires:
+        raise UnsupportedError(f"remix is not available: {_spec().title} reads no prompt.")
+    if is_empty(body.get("prompt")):
+        raise RequestError("prompt is missing. Send the new one.", field="prompt")
+    prompt = _read(Asked(fields={"prompt": body["prompt"]}, sent_as={}), body).prompt
+    changed = first.request.model_copy(update={"prompt": prompt})
+    job = _host().queue.submit(changed, client=client(), is_kept=True, is_stored=True)
+    return jsonify({**_video(job), "remixed_from_video_id": job_id})
 
 
 @blueprint.delete("/v1/videos/<job_id>")

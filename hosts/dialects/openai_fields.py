@@ -68,6 +68,10 @@ EDITS: dict[str, Rule] = {
     "input_fidelity": neutral("low", reason="strength sets how much of the image may change"),
 }
 """POST /v1/images/edits."""
+VARIATIONS: dict[str, Rule] = {**IMAGES, "image": DONE}
+"""POST /v1/images/variations."""
+REMIX: dict[str, Rule] = {"prompt": DONE}
+"""POST /v1/videos/{id}/remix."""
 VIDEOS: dict[str, Rule] = {
     **OWN,
     "model": harmless(ONE_MODEL),
@@ -167,6 +171,22 @@ def edited(body: Mapping[str, Any], asked: Asked, accepted: Accepted, *, spec: M
             _image(masks[0], "mask"), field="mask", accepted=accepted, changes="transparent"
         )
     return Asked(fields=fields, sent_as=sent_as)
+
+
+def varied(body: Mapping[str, Any], asked: Asked, accepted: Accepted, *, spec: ModelSpec) -> Asked:
+    """Add the image to vary: for the IP-Adapter if there is one, else it is where to start.
+
+    Without a prompt there is an empty one.
+    """
+    prompt = asked.fields.get("prompt") or " "  # text encoders read a space as no token
+    one = _list(body.get("image"))
+    if len(one) > 1:
+        raise RequestError(f"image holds {len(one)} images. Send one.", field="image")
+    if not (one and accepted.takes_ip_image):
+        asked = edited(body, asked, accepted, spec=spec)
+        return Asked(fields={**asked.fields, "prompt": prompt}, sent_as=asked.sent_as)
+    fields = {**asked.fields, "prompt": prompt, "ip_adapter_image": _image(one[0], "image")}
+    return Asked(fields=fields, sent_as={**asked.sent_as, "ip_adapter_image": "image"})
 
 
 def filmed(body: Mapping[str, Any], asked: Asked, *, frames_per_s: int) -> Asked:

@@ -15,7 +15,8 @@ from tests.hosts.application import make_client
 class ReadingHost:
     """The WSGI application over a queue whose jobs end at once. A context manager."""
 
-    def __init__(self, **settings):
+    def __init__(self, num_frames=1, **settings):
+        self._num_frames = num_frames
         self.state, self.queue, self.requests = HostState(), JobQueue(), []
         self.state.become(Phase.READY)
         self.hold = threading.Event()
@@ -39,7 +40,9 @@ class ReadingHost:
             for step in (1, 2, 3, 4):
                 preview = np.full((2, 3, 3), 50 * step, np.uint8) if job.wants_preview else None
                 self.queue.record_step(job, step, 4, preview)
-            frames = np.random.default_rng(0).integers(0, 256, (1, 16, 24, 3), dtype=np.uint8)
+            frames = np.random.default_rng(0).integers(
+                0, 256, (self._num_frames, 16, 24, 3), dtype=np.uint8
+            )
             facts = {"guidance_scale": 5.0, "num_inference_steps": 4, "scheduler": "EulerScheduler"}
             result = GenerateResult(
                 frames=frames, latents=np.zeros((1, 4, 2, 3), np.float32),

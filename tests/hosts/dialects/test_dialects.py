@@ -139,6 +139,21 @@ def test_openai_client_sees_edits_on_their_way_and_errors_of_streams(host):
         list(client_of(host).images.edit(**failing))
 
 
+def test_openai_client_varies_an_image_without_a_prompt(host):
+    buffer = io.BytesIO()
+    sample_image(64).save(buffer, format="PNG")
+    extra = {"seed": 5, "steps": 3, "guidance": 5.0}
+    made = client_of(host).images.create_variation(
+        image=buffer.getvalue(), size="64x64", response_format="b64_json", extra_body=extra
+    )
+    edited = client_of(host).images.edit(
+        image=buffer.getvalue(), prompt=" ", size="64x64", response_format="b64_json",
+        extra_body=extra,
+    )  # fmt: skip
+    want = pixels(base64.b64decode(edited.data[0].b64_json))
+    assert (pixels(base64.b64decode(made.data[0].b64_json)) == want).all()
+
+
 def test_openai_client_changes_what_the_mask_leaves_open(host):
     extra = {"seed": "5", "steps": "4", "guidance": "5"}
     start, white = base64.b64encode(png(sample_image(64))).decode(), half_mask(64, 64)

@@ -108,8 +108,8 @@ def test_videos_are_listed_told_and_deleted():
         assert (made["seconds"], made["prompt"]) == ("1", "a") and "x" in made["size"]
         videos.queue.find(made["id"]).wait(20)
         assert [each["id"] for each in videos.client.get(VIDEO).get_json()["data"]] == [made["id"]]
-        answer = videos.client.get(f"{VIDEO}/{made['id']}/content?variant=thumbnail")
-        assert answer.status_code == 422 and "variant='thumbnail'" in message_of(answer)
+        answer = videos.client.get(f"{VIDEO}/{made['id']}/content?variant=gif")
+        assert answer.status_code == 422 and "variant='gif'" in message_of(answer)
         assert videos.client.delete(f"{VIDEO}/{made['id']}").get_json()["deleted"]
         assert videos.client.get(f"{VIDEO}/{made['id']}").status_code == 404
 
@@ -117,7 +117,7 @@ def test_videos_are_listed_told_and_deleted():
 def test_unknown_paths_are_answered_in_openais_shape(host):
     for answer in (
         host.client.get("/v1/nothing"),
-        host.client.post("/v1/images/variations", data={"image": file_of(IMAGE)}),
+        host.client.post("/v1/images/nothing", data={"image": file_of(IMAGE)}),
         host.client.put("/v1/models"),
     ):
         assert answer.status_code in (404, 405) and set(answer.get_json()) == {"error"}
@@ -219,3 +219,52 @@ def test_forms_are_read_as_json_is(host):
     assert fingerprint(host.requests[before]) == fingerprint(ours)
     answer = host.client.post(EDIT, data={**form, "image": file_of(IMAGE), "steps": "many"})
     assert answer.status_code == 400 and message_of(answer).startswith("steps='many'")
+
+
+def test_variations_start_from_the_image_and_need_no_prompt(host):
+    path = "/v1/images/variations"
+    wanted = {"prompt": " ", "seed": 1, "init_image": IMAGE}
+    assert host.is_same(path, {"seed": 1, "image": IMAGE}, wanted)
+    own = {"prompt": "a", "seed": 1, "image": IMAGE, "strength": 0.4}
+    assert host.is_same(path, own, {**wanted, "prompt": "a", "strength": 0.4})
+    form = {"image": file_of(IMAGE), "n": "2", "size": "64x64", "response_format": "b64_json"}
+    answer = host.client.post(path, data=form)
+    assert answer.status_code == 200 and len(answer.get_json()["data"]) == 2
+    assert host.post(path, {"prompt": "a"}).status_code == 400
+    assert host.post(path, {"image": [IMAGE, IMAGE]}).status_code == 400
+    with ReadingHost(ip_adapter='{"/i": 1}') as other:
+        found = other.reads(path, {"image": IMAGE})[0]
+        assert found.init_image is None and found.ip_adapter_image is not None
+
+
+def test_variants_of_a_video_are_images_of_it():
+    with ReadingHost(type="svd", num_frames=5) as videos:
+        made = videos.post(VIDEO, {"input_reference": IMAGE}).get_json()["id"]
+        while videos.client.get(f"{VIDEO}/{made}").get_json()["status"] != "completed":
+            pass
+        for variant, kind, size in (
+            ("thumbnail", "image/webp", (24, 16)), ("spritesheet", "image/jpeg", (72, 32)),
+        ):  # fmt: skip
+            answer = videos.client.get(f"{VIDEO}/{made}/content?variant={variant}")
+            assert (answer.status_code, answer.mimetype) == (200, kind)
+            assert Image.open(io.BytesIO(answer.data)).size == size
+        wrong = videos.client.get(f"{VIDEO}/{made}/content?variant=gif")
+        assert wrong.status_code == 422 and "thumbnail" in message_of(wrong)
+        refused = videos.post(f"{VIDEO}/{made}/remix", {"prompt": "b"})
+        assert refused.status_code == 422 and "reads no prompt" in message_of(refused)
+
+
+def test_remix_is_the_same_video_with_another_prompt():
+    with ReadingHost(type="wan_t2v") as videos:
+        body = {"prompt": "a", "seed": 3, "seconds": 1, "size": "64x64"}
+        made = videos.post(VIDEO, body).get_json()["id"]
+        answer = videos.post(f"{VIDEO}/{made}/remix", {"prompt": "b"}).get_json()
+        assert answer["remixed_from_video_id"] == made and answer["prompt"] == "b"
+        while len(videos.requests) < 2:
+            pass
+        first, second = videos.requests
+        assert fingerprint(second) == fingerprint(first.model_copy(update={"prompt": "b"}))
+        for wrong in ({}, {"prompt": 5}, {"prompt": "b", "size": "9x9"}):
+            answer = videos.post(f"{VIDEO}/{made}/remix", wrong)
+            assert answer.status_code == 400 and message_of(answer)
+        assert videos.post(f"{VIDEO}/none/remix", {"prompt": "b"}).status_code == 404
