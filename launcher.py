@@ -45,8 +45,9 @@ def main(argv: list[str] | None = None) -> int:
 def _matrix(settings: Settings) -> str:
     table = read_table()
     if settings.json:
-        return support_matrix.as_json(table)
-    return support_matrix.as_markdown(table, features=settings.features)
+        return support_matrix.as_json(table, with_classes=settings.all)
+    text = support_matrix.as_markdown(table, features=settings.features)
+    return f"{text}\n\n{support_matrix.classes_as_markdown(table)}" if settings.all else text
 
 
 def _run(settings: Settings, argv: list[str]) -> int:

@@ -22,6 +22,10 @@ _BACKENDS = {
 """Folder below backends/ -> class in its backend.py. Each folder also has a torch-free plan.py."""
 
 BACKEND_NAMES = tuple(_BACKENDS)
+WITHOUT_ROW = ("asyncdiff", "single")
+"""Backends that need no facts of the model table, in order of preference: they find all parts of a
+denoiser by looking.
+"""
 
 
 class PlanModule(Protocol):

@@ -29,6 +29,8 @@ FEATURES = (
     "step_cache",
 )
 Status = Literal["tested", "untested", "unsupported"]
+GENERIC = "generic"
+"""--type of a pipeline class without a row. All facts are read (backends/files/generic.py)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +60,7 @@ class ModelSpec:
     name: str
     title: str  # for messages and docs
     pipeline: str  # diffusers class
-    denoiser: Literal["unet", "transformer"]  # its attribute on the pipeline
+    denoiser: Literal["unet", "transformer"]  # its attribute on the pipeline; any of a generic type
     output: Literal["image", "video"]
     returns_latents: bool  # clients get the latents too
     latents: Literal["spatial", "packed", "video"]  # layout during denoising
@@ -117,6 +119,21 @@ class ModelSpec:
     ip_adapter: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     # Checkpoint inside the repository, used without --checkpoint, and its own defaults.
     demo: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    # Further denoisers that run in other steps, such as a prior before the denoiser.
+    other_denoisers: tuple[str, ...] = ()
+    # Of a generic type only: the call's arguments with their defaults.
+    parameters: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    takes: tuple[str, ...] = ()  # likewise: the request fields that become its arguments
+
+    @property
+    def is_generic(self) -> bool:
+        """Return whether there is no row: all facts were read from the checkpoint."""
+        return self.name == GENERIC
+
+    @property
+    def denoisers(self) -> tuple[str, ...]:
+        """Return the attributes of all denoisers on the pipeline."""
+        return tuple(filter(None, (self.denoiser, *self.other_denoisers)))
 
     @property
     def has_clip_prompts(self) -> bool:
@@ -178,7 +195,8 @@ class ModelTable(Mapping[str, ModelSpec]):
     def __getitem__(self, name: str) -> ModelSpec:
         if name not in self._specs:
             raise ConfigError(
-                f"type={name!r} is not a model type. Allowed: {', '.join(self._specs)}."
+                f"type={name!r} is not a model type. Allowed: {', '.join(self._specs)}; and "
+                f"{GENERIC}, for a folder of any other pipeline class of diffusers."
             )
         return self._specs[name]
 

@@ -172,7 +172,7 @@ MAY_IMPORT = {
     "backends.groups": {"backends"},
     "backends.parallel": {"backends", "backends.groups"},
     "backends.loading": SHARED_ROOMS | {"backends.files"},
-    "backends.generation": SHARED_ROOMS | {"backends.loading"},
+    "backends.generation": SHARED_ROOMS | {"backends.files", "backends.loading"},
     "backends.autotune": SHARED_ROOMS | {"backends.generation"},
     **{f"backends.{folder.name}": METHOD_MAY for folder in BACKENDS},
 }

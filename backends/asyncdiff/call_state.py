@@ -22,7 +22,11 @@ from backends.asyncdiff.schedule import Phase, RankRole, phase_of
 from backends.asyncdiff.segments import Segments
 from backends.asyncdiff.timesteps import Timesteps
 from backends.asyncdiff.units import Source, UnitHooks, num_bytes
+from backends.errors import UnsupportedError
+from backends.parallel.outputs import output_parts, rebuilt
 
+TIMESTEPS = ("timestep", "timesteps", "timestep_ratio", "t")
+"""Arguments of denoisers for the timestep."""
 Forward = Callable[..., Any]
 
 
@@ -42,14 +46,30 @@ class CallState:
     """What this rank reads from other segments in its next turn."""
     made_at: int
     """Evaluation in which `arrivals` were computed."""
-    timestep: Tensor
-    """Timestep of the last evaluation, as the pipeline gave it."""
+    timestep: Tensor | None
+    """Timestep of the last evaluation, as the pipeline gave it; None if the denoiser takes none."""
     older: Values = field(default_factory=dict)
     """The same as `arrivals`, one turn earlier."""
     older_at: int | None = None
     """Evaluation in which `older` was computed."""
-    ahead: Arrival | None = None
-    """The prediction of the next evaluation (stride 2)."""
+    ahead: "Predictions | None" = None
+    """The result of the next evaluation (stride 2)."""
+
+
+class Predictions:
+    """The denoiser's result as one rank has it, under way to all. Some have several tensors."""
+
+    def __init__(self, output: Any, exchange: Exchange, *, source: int) -> None:
+        self._output = output
+        self._parts = [
+            exchange.broadcast(part, source=source) if isinstance(part, Tensor) else part
+            for part in output_parts(output)
+        ]
+
+    def wait(self) -> Any:
+        """Return the result, of the kind that the denoiser itself returns."""
+        parts = [part.wait() if isinstance(part, Arrival) else part for part in self._parts]
+        return rebuilt(self._output, parts)
 
 
 class Generation:
@@ -80,8 +100,8 @@ class Generation:
         self._call = 0
 
     def step_done(self) -> None:
-        """Count one evaluation."""
-        self.evaluation += 1
+        """Count one evaluation, if this denoiser was called: a pipeline may have two of them."""
+        self.evaluation += self._call > 0
         self._call = 0
 
     def last_shapes(self) -> Shapes | None:
@@ -97,8 +117,10 @@ class Generation:
         input_name: str,
     ) -> Any:
         """Return the denoiser's result for these arguments, on every rank of the segment axis."""
+        name = _timestep_name(arguments)
+        timestep = arguments.get(name)
         if self._timesteps is None and self._role.stride == 2:
-            self._timesteps = Timesteps(self._scheduler(), arguments["timestep"])
+            self._timesteps = Timesteps(self._scheduler(), _required(timestep))
         number, self._call = self._call, self._call + 1
         call = self._calls.get(number)
         signature = _signature(arguments[input_name])
@@ -111,9 +133,9 @@ class Generation:
         elif phase is Phase.STALE or call.ahead is None:
             result = self._stale(call, hooks, segments, forward, arguments)
         else:
-            result = _with_prediction(call.output, call.ahead.wait())
+            result = call.ahead.wait()
             call.ahead = None
-        self._calls[number].timestep = arguments["timestep"]
+        self._calls[number].timestep = timestep
         self.has_failed = False
         return result
 
@@ -135,8 +157,7 @@ class Generation:
         with hooks.run_with(executor.run):
             output = forward(**arguments)
         if is_sharded:
-            prediction = self.exchange.broadcast(output[0], source=self._role.num_segments - 1)
-            output = _with_prediction(output, prediction.wait())
+            output = Predictions(output, self.exchange, source=self._role.num_segments - 1).wait()
             self.exchange.forget_sent()
         last = self._calls.get(number)
         keeps = last is not None and last.signature == signature
@@ -146,7 +167,7 @@ class Generation:
             output=output,
             arrivals={source: Arrival(value) for source, value in executor.values.items()},
             made_at=self.evaluation,
-            timestep=arguments["timestep"],
+            timestep=None,
             older={source: arrival.wait() for source, arrival in last.arrivals.items()}
             if keeps
             else {},
@@ -177,19 +198,19 @@ class Generation:
         executor = SegmentExecutor(
             segments, self._role, shapes=call.shapes, inbox=inbox, exchange=self.exchange
         )
+        name = _timestep_name(arguments)
+        shifted = {} if name is None else {name: self._timestep(call, arguments[name])}
         with hooks.run_with(executor.run):
-            output = forward(
-                **{**arguments, "timestep": self._timestep(call, arguments["timestep"])}
-            )
-        self.prediction_bytes = num_bytes(output[0])
-        prediction = self.exchange.broadcast(output[0], source=self._role.predictor)
+            output = forward(**{**arguments, **shifted})
+        self.prediction_bytes = sum(map(num_bytes, output_parts(output)))
+        prediction = Predictions(output, self.exchange, source=self._role.predictor)
         if self._role.stride == 2:
-            call.ahead = self.exchange.broadcast(output[0], source=self._role.num_segments - 1)
+            call.ahead = Predictions(output, self.exchange, source=self._role.num_segments - 1)
         call.older, call.older_at = (
             (inbox.values(), call.made_at) if self._options["extrapolate"] else ({}, None)
         )
         call.arrivals, call.made_at = coming, self.evaluation
-        return _with_prediction(output, prediction.wait())
+        return prediction.wait()
 
     def _timestep(self, call: CallState, current: Tensor) -> Tensor:
         """Return the timestep with which this rank's segment computes.
@@ -212,11 +233,17 @@ class Generation:
         return lambda source, value: torch.lerp(call.older[source], value, 1.0 + reach)
 
 
-def _with_prediction(output: Any, prediction: Tensor) -> Any:
-    """Return the denoiser's own kind of result with this prediction in it."""
-    return (
-        (prediction, *output[1:]) if isinstance(output, tuple) else type(output)(sample=prediction)
-    )
+def _timestep_name(arguments: Mapping[str, Any]) -> str | None:
+    return next((name for name in TIMESTEPS if name in arguments), None)
+
+
+def _required(timestep: Tensor | None) -> Tensor:
+    if timestep is None:
+        raise UnsupportedError(
+            "stride=2 is not available: this denoiser takes no timestep, so it cannot compute one "
+            "step ahead. Use stride=1."
+        )
+    return timestep
 
 
 def _signature(model_input: Tensor) -> tuple[Any, ...]:

@@ -23,7 +23,9 @@ class Shapes:
     A stand-in is a zero of the right shape and dtype that takes no memory (all strides are 0).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, copies: bool = False) -> None:
+        """copies: whether the denoiser changes in place what units return."""
+        self._copies = copies
         self._forms: dict[int, tuple[list[Any], Any]] = {}
 
     def remember(self, unit: int, result: Any) -> None:
@@ -36,10 +38,13 @@ class Shapes:
 
     def fill(self, unit: int, value_of: Callable[[Source], Tensor | None]) -> Any:
         """Return a result of this unit, made of known values where there are any, else of
-        stand-ins.
+        stand-ins. Where results are changed in place, both are copies.
         """
         leaves, form = self._forms[unit]
         known = [value_of((unit, position)) for position in range(len(leaves))]
+        if self._copies:
+            known = [None if value is None else value.clone() for value in known]
+            leaves = [leaf.contiguous() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         return pytree.tree_unflatten(
             [leaf if value is None else value for leaf, value in zip(leaves, known, strict=True)],
             form,
@@ -113,7 +118,8 @@ class SynchronousExecutor:
     """Run every unit, and keep what the first stale evaluation will read."""
 
     def __init__(self, segments: Segments, role: RankRole) -> None:
-        self.shapes = Shapes()
+        self._copies = segments.layout.has_changes
+        self.shapes = Shapes(copies=self._copies)
         self.values: Values = {}
         self._index = _index(segments)
         self._imports = frozenset(segments.imports(role.segment))
@@ -128,7 +134,7 @@ class SynchronousExecutor:
             self.shapes.remember(unit, result)
             for position, leaf in enumerate(pytree.tree_leaves(result)):
                 if (unit, position) in self._imports:
-                    self.values[unit, position] = leaf
+                    self.values[unit, position] = leaf.clone() if self._copies else leaf
         return result
 
 
@@ -147,6 +153,7 @@ class SegmentExecutor:
         exchange: Exchange,
     ) -> None:
         self._index = _index(segments)
+        self._copies = segments.layout.has_changes
         self._mine = segments.units(role.segment)
         self._readers = readers(segments, role) if role.is_sender else {}
         self._shapes = shapes
@@ -164,7 +171,8 @@ class SegmentExecutor:
             return self._shapes.fill(unit, self._inbox.get)
         result = forward(*args, **kwargs)
         for position, leaf in enumerate(pytree.tree_leaves(result)):
-            self._exchange.send(leaf, to=self._readers.get((unit, position), ()))
+            if to := self._readers.get((unit, position), ()):
+                self._exchange.send(leaf.clone() if self._copies else leaf, to=to)
         return result
 
 
@@ -177,7 +185,8 @@ class SequentialExecutor:
     """
 
     def __init__(self, segments: Segments, role: RankRole, exchange: Exchange) -> None:
-        self.shapes = Shapes()
+        self._copies = segments.layout.has_changes
+        self.shapes = Shapes(copies=self._copies)
         self.values: Values = {}
         self._segments = segments
         self._index = _index(segments)
@@ -207,8 +216,9 @@ class SequentialExecutor:
     def _compute(self, unit: int, result: Any) -> Any:
         self.shapes.remember(unit, result)
         self._results += [
-            (leaf, self._readers.get((unit, position), ()))
+            (leaf.clone() if self._copies else leaf, to)
             for position, leaf in enumerate(pytree.tree_leaves(result))
+            if (to := self._readers.get((unit, position), ()))
         ]
         if unit == self._segments.units(self._role.segment)[-1]:
             self._receive_from(self._role.segment)

@@ -54,7 +54,8 @@ def make_plan(spec: ModelSpec, options: Mapping[str, object], world_size: int) -
         is_close=degrees.model_n == CLOSE_SEGMENTS and degrees.stride == 1,
         splits_weights_by="--shard_weights" if options.get("shard_weights") else "",
         reads_previous_step=READS_PREVIOUS_STEP if degrees.segment > 1 else "",
-        needs_prewarm=NEEDS_PREWARM,
+        # of a generic type it is not known which inputs an image needs
+        needs_prewarm="" if spec.is_generic else NEEDS_PREWARM,
         options={
             "model_n": degrees.model_n,
             "stride": degrees.stride,
@@ -154,6 +155,11 @@ def _cfg_degree(
             )
         return 2, ()
     is_open = asked is None and options.get("model_n") is None and options.get("stride") is None
+    if is_open and spec.is_generic and world_size % 2 == 0:
+        return 2, (
+            "use_cfg_parallel=true: the halves of guidance are looked for in the first step, and "
+            "splitting them is exact",
+        )
     if is_open and world_size >= 4 and world_size % 2 == 0 and spec.guidance != "distilled":
         return 2, (
             f"use_cfg_parallel=true: {world_size} ranks are even, and splitting the guidance "

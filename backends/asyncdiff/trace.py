@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -42,7 +42,13 @@ def trace(hooks: UnitHooks, call: Callable[[], Any], model_input: Tensor) -> tup
             result = call()
         again = frozenset(name for name, count in tracer.num_calls.items() if count > 1) - repeated
         if not again:
-            return Layout(units=tuple(tracer.units), output_reads=tracer.flow.reads(result)), result
+            layout = Layout(
+                units=tuple(tracer.units),
+                output_reads=tracer.flow.reads(result),
+                has_changes=tracer.flow.has_changes,
+                shared_weights=frozenset(tracer.flow.weights),
+            )
+            return layout, result
         repeated |= again
 
 
@@ -81,9 +87,15 @@ class _Dataflow(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self._sources: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self.has_changes = False
+        self.weights: set[int] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        self.weights |= {
+            id(tensor) for tensor in tensors((args, kwargs)) if isinstance(tensor, nn.Parameter)
+        }
+        with self.watched((args, kwargs)):
+            result = func(*args, **(kwargs or {}))
         sources = self.sources((args, kwargs))
         if sources:
             changed = (
@@ -100,6 +112,13 @@ class _Dataflow(TorchFunctionMode):
         return frozenset().union(
             *(self._sources.get(tensor, frozenset()) for tensor in tensors(value))
         )
+
+    @contextmanager
+    def watched(self, arguments: Any) -> Iterator[None]:
+        """Note whether something that a unit returned changes in place, here or in a view of it."""
+        before = [(tensor, tensor._version) for tensor in tensors(arguments) if self.reads(tensor)]
+        yield
+        self.has_changes |= any(tensor._version != version for tensor, version in before)
 
     def reads(self, value: Any) -> frozenset[Source]:
         return self.sources(value) - {INPUT}
@@ -129,7 +148,8 @@ class _Tracer:
             return forward(*args, **kwargs)
         with self.flow.paused():
             sources = self.flow.sources((args, kwargs))
-            result = forward(*args, **kwargs)
+            with self.flow.watched((args, kwargs)):
+                result = forward(*args, **kwargs)
             if sources:
                 self._record(name, sources - {INPUT}, leaves(result))
         return result

@@ -45,6 +45,10 @@ class Layout:
     units: tuple[Unit, ...]
     output_reads: frozenset[Source]
     """Tensors of which the denoiser's result is made."""
+    has_changes: bool = False
+    """Whether something is changed in place that a unit returned: then units must not share it."""
+    shared_weights: frozenset[int] = frozenset()
+    """`id` of each parameter that is also read outside its unit, so that every rank needs it."""
 
     def num_bytes(self, source: Source) -> int:
         """Return the size of one tensor."""

@@ -10,7 +10,7 @@ from backends.errors import ConfigError
 from backends.files.denoiser_families import Found
 from backends.files.recognition import has_text_encoders, recognize
 from backends.files.weight_headers import Header, ReadHeader, read_folder_header, read_header
-from backends.model_table import ModelSpec, ModelTable, read_table
+from backends.model_table import GENERIC, ModelSpec, ModelTable, read_table
 
 Config = Mapping[str, Any]
 
@@ -78,7 +78,8 @@ def open_checkpoint(
 
 
 def infer_type(path: Path, table: ModelTable, *, has_motion: bool = False) -> tuple[str, str]:
-    """Return the type that runs this checkpoint, and why. ConfigError if none does.
+    """Return the type that runs this checkpoint, and why: GENERIC for a folder whose class has no
+    row. ConfigError if none does.
 
     has_motion: motion modules of AnimateDiff were given.
     """
@@ -90,6 +91,8 @@ def infer_type(path: Path, table: ModelTable, *, has_motion: bool = False) -> tu
                 "folder in diffusers layout."
             )
         types = types_of_class(name, table, folder=path, has_motion=has_motion)
+        if not types:
+            return GENERIC, f"type={GENERIC}: {with_article(name)} has no row in the model table"
         return _first_type(path, types, with_article(name), table)
     header = read_header(path, option="--checkpoint")
     found = recognize(header) if header is not None else None
@@ -204,7 +207,8 @@ def _require_class(checkpoint: Checkpoint) -> None:
     advice = (
         f"Give {types_as_text(types)}."
         if types
-        else f"No type runs {with_article(name)}. Give a checkpoint of {spec.title}."
+        else "Leave --type out to run it as diffusers has it, or give a checkpoint of "
+        f"{spec.title}."
     )
     raise ConfigError(
         f"--checkpoint={checkpoint.path} is {with_article(name)}, but --type={spec.name} needs "

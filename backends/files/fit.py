@@ -22,6 +22,7 @@ from backends.files.checkpoint import (
     with_article,
 )
 from backends.files.denoiser_families import DENOISER_PREFIXES, recognize_denoiser
+from backends.files.pipeline_calls import pipeline_folders
 from backends.files.recognition import NOTES, VAE_PREFIXES, has_vae, prediction_of, recognize
 from backends.files.weight_headers import Header, read_folder_header, require_same_shapes
 from backends.model_table import ModelSpec
@@ -47,6 +48,9 @@ def require_files(spec: ModelSpec, load: LoadRequest, checkpoint: Checkpoint) ->
     """Raise ConfigError for the first checkpoint, VAE or denoiser file that does not fit."""
     if checkpoint.header is not None:
         refuse_unknown_scales(checkpoint.header.shapes, f"--checkpoint={checkpoint.path}")
+    if spec.is_generic:
+        _require_whole(checkpoint)
+        return
     _require_components(checkpoint, load)
     denoiser = _Part.denoiser(checkpoint, load)
     vae = _Part.vae(checkpoint, load)
@@ -169,13 +173,32 @@ def _refuse_remote_code(checkpoint: Checkpoint) -> None:
     for component, entry in checkpoint.index.items():
         if component in UNUSED or not isinstance(entry, list) or len(entry) != 2:
             continue
-        library, name = entry
-        if library not in (None, "diffusers", "transformers"):
-            raise ConfigError(
-                f"--checkpoint={checkpoint.path} has a {component} of class {library}.{name}, "
-                "which is code of its own. Code of a checkpoint is never run: give one whose "
-                "classes are in diffusers or transformers."
-            )
+        if entry[0] not in (None, "diffusers", "transformers"):
+            raise _remote_code(checkpoint, component)
+
+
+def _remote_code(checkpoint: Checkpoint, component: str) -> ConfigError:
+    name = ".".join(checkpoint.index[component])
+    return ConfigError(
+        f"--checkpoint={checkpoint.path} has a {component} of class {name}, which is code of its "
+        "own. Code of a checkpoint is never run: give one whose classes are in diffusers or "
+        "transformers."
+    )
+
+
+def _require_whole(checkpoint: Checkpoint) -> None:
+    """Raise ConfigError unless all components that the index names are there, with their weights.
+
+    Of a class without a row nothing else is known.
+    """
+    for component, entry in checkpoint.index.items():
+        if checkpoint.class_of(component) is None or component in UNUSED:
+            continue
+        if entry[0] not in ("diffusers", "transformers", *pipeline_folders()):
+            raise _remote_code(checkpoint, component)
+        folder = checkpoint.folder / component
+        if not folder.is_dir() or (folder / "config.json").is_file():
+            _require_complete(checkpoint, component)
 
 
 def _needed_components(spec: ModelSpec) -> list[str]:

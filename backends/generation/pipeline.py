@@ -27,6 +27,7 @@ from backends.generation.call_arguments import (
     require_reference_images,
     resolve,
 )
+from backends.generation.generic_run import GenericGeneration, resolve_generic
 from backends.generation.previews import Previewer
 from backends.generation.prompts import compel_prompts, require_readable_prompts, unread_tokens
 from backends.generation.run import Generation, OnStep, PreparedRequest
@@ -45,6 +46,7 @@ from backends.loading.step_cache import StepCache
 from backends.loading.weights import DTYPES, load_pipe
 from backends.model_table import ModelSpec
 from backends.parallel.base import Backend, RunInfo
+from backends.parallel.cfg_two_calls import GuidanceChanged
 from backends.parallel.regions import quiet_regions
 from backends.parallel.vae import attach_patch_decode, detach_patch_decode, splits_decode
 from backends.parallel.weight_shards import move
@@ -96,7 +98,7 @@ class LoadedPipeline:
         self.device = device
         self.dtype = DTYPES[load.variant]
         self.signature = inspect.signature(pipe.__call__)
-        self._pristine_scheduler = copy.deepcopy(pipe.scheduler)
+        self._pristine_scheduler = copy.deepcopy(getattr(pipe, "scheduler", None))
         self._backend: Backend | None = None
         self._quality: Quality = "exact"
         self._previewer = Previewer(pipe, spec=spec)
@@ -134,7 +136,7 @@ class LoadedPipeline:
         backend.attach(self.pipe)
         self._backend = backend
         if self.load.parallel_vae and not self._compiles("vae"):
-            attach_patch_decode(self.pipe.vae, backend.mesh)
+            attach_patch_decode(self._vae, backend.mesh)
 
     def _use_step_cache(self, asked: StepCacheSpec | None) -> None:
         """Attach this step cache in place of the present one. No backend is attached: a cache must
@@ -167,7 +169,7 @@ class LoadedPipeline:
         if self._step_cache is not None:
             self._step_cache.share(None)
         if self._backend is not None:
-            detach_patch_decode(self.pipe.vae)
+            detach_patch_decode(self._vae)
             self._backend.detach(self.pipe)
             self._backend = None
             self.loras.measure_again()
@@ -233,10 +235,9 @@ class LoadedPipeline:
         if len(requests) > 1:
             plan = self._backend.plan if self._backend is not None else None
             require_one_batch(requests, self.spec, self.load, prepared[0].scheduler, plan)
-        with self._begun(prepared[0]):
-            generation = Generation(self, prepared, on_step=self._step_reporter(on_step))
-            self._generation = generation
-            rows = generation.run()
+        generation, rows = self._run(prepared, on_step)
+        if rows is None:
+            generation, rows = self._run(prepared, on_step)
         generation.clock.end()
         seconds = time.perf_counter() - started
         return [
@@ -252,6 +253,22 @@ class LoadedPipeline:
             )
             for one, (frames, latents) in zip(prepared, rows, strict=True)
         ]
+
+    def _run(
+        self, prepared: Sequence[PreparedRequest], on_step: OnStep | None
+    ) -> tuple[Generation, list[tuple[Array, Array | None]] | None]:
+        """Return the generation with its rows; None for a result to be computed again, undivided:
+        the pipeline has not called its denoiser as in its first step.
+        """
+        kind = GenericGeneration if self.spec.is_generic else Generation
+        with self._begun(prepared[0]):
+            generation = kind(self, prepared, on_step=self._step_reporter(on_step))
+            self._generation = generation
+            try:
+                return generation, generation.run()
+            except GuidanceChanged:
+                self._backend.refuse_split()
+                return generation, None
 
     @contextmanager
     def _begun(self, prepared: PreparedRequest) -> Iterator[None]:
@@ -343,24 +360,24 @@ class LoadedPipeline:
                 "compel is not loaded on this host. Leave it out, or start the host with --compel."
             )
         require_readable_prompts(request, self.spec)
-        if request.mask_image is not None:
+        if request.mask_image is not None and not self.spec.is_generic:
             self.spec.require(
                 self._backend.plan.method if self._backend is not None else "single", "inpainting"
             )
-        resolved = resolve(
-            request,
-            self.spec,
-            defaults=self._defaults(),
-            vae_scale_factor=getattr(self.pipe, "vae_scale_factor", 8),
-        )
+        resolved = self._resolve(request)
         choice = choose_scheduler(resolved.scheduler, self.load.scheduler)
-        scheduler = build_scheduler(choice, self._pristine_scheduler, flow=self.spec.flow_matching)
+        if self.spec.is_generic and choice.is_own:
+            scheduler = copy.deepcopy(self._pristine_scheduler)
+        else:
+            scheduler = build_scheduler(
+                choice, self._pristine_scheduler, flow=self.spec.flow_matching
+            )
         run = RunInfo(
             request=resolved,
-            height=resolved.height,
-            width=resolved.width,
+            height=resolved.height or self.spec.height,
+            width=resolved.width or self.spec.width,
             num_inference_steps=resolved.num_inference_steps,
-            order=scheduler.order,
+            order=getattr(scheduler, "order", 1),
         )
         if self._backend is not None:
             self._require_quality(run)
@@ -381,6 +398,13 @@ class LoadedPipeline:
                 f"{run.num_inference_steps} steps. Leave the field out, or start the host with "
                 "--backend=auto or an exact method."
             )
+
+    def _resolve(self, request: GenerateRequest) -> GenerateRequest:
+        defaults = self._defaults()
+        if self.spec.is_generic:
+            return resolve_generic(request, self.spec, defaults=defaults)
+        scale = getattr(self.pipe, "vae_scale_factor", 8)
+        return resolve(request, self.spec, defaults=defaults, vae_scale_factor=scale)
 
     def _require_changeable_loras(self, request: GenerateRequest) -> None:
         if request.lora is not None and self.loras.is_fused:
@@ -423,9 +447,14 @@ class LoadedPipeline:
             return "approximate"
         return (
             "reordered"
-            if method == "exact" and (num_rows > 1 or splits_decode(self.pipe.vae))
+            if method == "exact" and (num_rows > 1 or splits_decode(self._vae))
             else method
         )
+
+    @property
+    def _vae(self) -> Any:
+        """None if the pipeline has none: it may decode otherwise, or in pixels from the start."""
+        return getattr(self.pipe, "vae", None)
 
     def _defaults(self) -> dict[str, Any]:
         return {

@@ -37,13 +37,21 @@ class Previewer:
     def image(self, latents: Tensor, *, height: int, width: int) -> np.ndarray | None:
         """Return uint8 (h, w, 3) of model-space latents of a run of this size in pixels.
 
-        Of a video, its middle frame. None if the VAE cannot be fitted.
+        Of a video, its middle frame. None if the VAE cannot be fitted, or if these are not its
+        latents.
         """
         if not self._is_fitted:
-            self._matrix, self._is_fitted = _fit(self._pipe), True
+            has_vae = getattr(self._pipe, "vae", None) is not None
+            self._matrix, self._is_fitted = _fit(self._pipe) if has_vae else None, True
         if self._matrix is None:
             return None
-        x = self._one_frame(latents.detach().float(), height, width)
+        x = latents.detach().float()
+        if self._spec.is_generic:
+            x = _as_image(x, latent_space.num_channels(self._pipe.vae), aspect=height / width)
+            if x is None:
+                return None
+        else:
+            x = self._one_frame(x, height, width)
         x = x / x.std().clamp(min=1.0)  # early steps hold more noise than image
         x = latent_space.unscaled(x[None], vae=self._pipe.vae)[0]
         x = x.permute(1, 2, 0).cpu()
@@ -61,6 +69,28 @@ class Previewer:
             x if x.shape[1] == latent_space.num_channels(self._pipe.vae) else x.transpose(0, 1)
         )  # svd: (F, C, h, w); ad: (C, F, h, w)
         return frames[frames.shape[0] // 2]
+
+
+def _as_image(x: Tensor, channels: int, *, aspect: float) -> Tensor | None:
+    """Return (C, h, w) of latents whose layout is not known, judged by their shape; None if no
+    layout fits.
+
+    x: (1, C, h, w), (1, C, F, h, w), (1, F, C, h, w), or tokens (1, h * w, C or 4 C).
+    aspect: height / width of the result, which tokens do not tell.
+    """
+    x = x[0]
+    if x.ndim == 2:
+        number, width = x.shape
+        h = round((number * aspect) ** 0.5)
+        if h == 0 or number % h or width not in (channels, 4 * channels):
+            return None
+        side = 2 if width == 4 * channels else 1
+        grid = x.reshape(h, number // h, channels, side, side).permute(2, 0, 3, 1, 4)
+        return grid.reshape(channels, h * side, number // h * side)
+    if x.ndim == 4:
+        frames = x if x.shape[1] == channels else x.transpose(0, 1)
+        x = frames[frames.shape[0] // 2]
+    return x if x.ndim == 3 and x.shape[0] == channels else None
 
 
 def _fit(pipe: Any) -> Tensor | None:

@@ -1,8 +1,9 @@
 """One generation: a call of a loaded diffusers pipeline for requests that fit into one batch."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +21,6 @@ from backends.generation.call_arguments import (
 from backends.generation.prompts import WeightedPrompts, a1111_prompts
 from backends.generation.step_driver import InitialLatents, StepDriver
 from backends.generation.step_window import schedule_of
-from backends.generation.timeline import StageClock
 from backends.loading.controlnet import control_arguments
 from backends.loading.ip_adapter import image_arguments
 from backends.parallel.base import RunInfo
@@ -56,6 +56,34 @@ class PreparedRequest:
             if isinstance(value, str | int | float | dict) and value != fields[name].default
         }
         return {**readable, "scheduler": type(self.scheduler).__name__}
+
+
+@dataclass(slots=True)
+class StageClock:
+    """The consecutive stages of one generation, without gaps between them."""
+
+    # (stage, start in seconds since 1970, duration in seconds)
+    spans: list[tuple[str, float, float]] = field(default_factory=list)
+    _stage: str = "encode"
+    _since: float = field(default_factory=time.perf_counter)
+    _zero: float = field(default_factory=lambda: time.time() - time.perf_counter())
+
+    def next(self, stage: str) -> None:
+        """End the current stage and begin `stage`."""
+        now = time.perf_counter()
+        self.spans.append((self._stage, self._zero + self._since, now - self._since))
+        self._stage, self._since = stage, now
+
+    def end(self) -> None:
+        """End the last stage. A step that began after the last one was done counts as decoding."""
+        self.next("")
+
+    def seconds(self) -> dict[str, float]:
+        """Return the total duration of each stage, in order of first appearance."""
+        sums: dict[str, float] = {}
+        for stage, _, seconds in self.spans:
+            sums[stage] = sums.get(stage, 0.0) + seconds
+        return sums
 
 
 class Generation:

@@ -185,6 +185,11 @@ class SchedulerChoice:
     name: str | None = None
     overrides: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def is_own(self) -> bool:
+        """Return whether this is the checkpoint's scheduler, unchanged."""
+        return self.name is None and not self.overrides
+
 
 def parse_scheduler(value: str | Mapping[str, Any] | None) -> SchedulerChoice:
     """Parse a scheduler's name, a dict {"scheduler": name, ...overrides}, or its JSON.

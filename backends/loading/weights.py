@@ -1,5 +1,6 @@
 """Load a diffusers pipeline into main memory: the checkpoint and replaced components. Offline."""
 
+import importlib.util
 import inspect
 import json
 import logging
@@ -17,7 +18,12 @@ from torch import Tensor
 
 from backends.errors import ConfigError
 from backends.files.adapter_fit import require_fit
-from backends.files.checkpoint import Checkpoint, component_folder, configuration_folder
+from backends.files.checkpoint import (
+    Checkpoint,
+    component_folder,
+    configuration_folder,
+    read_config,
+)
 from backends.files.denoiser_families import DENOISER_PREFIXES
 from backends.files.fit import has_scales, prediction_settings
 from backends.files.recognition import VAE_PREFIXES, has_text_encoders, has_vae
@@ -63,9 +69,10 @@ def load_pipe(spec: ModelSpec, load: LoadRequest) -> Any:
     checkpoint = require_fit(spec, load, read=read_any_header)
     _require_checkpoint_weights(checkpoint, load)
     pipe = _load_pipe(spec, load)
-    require_finite(
-        pipe.vae, f"--vae={load.vae}" if load.vae is not None else f"--checkpoint={load.checkpoint}"
-    )
+    if (vae := getattr(pipe, "vae", None)) is not None:
+        require_finite(
+            vae, f"--vae={load.vae}" if load.vae is not None else f"--checkpoint={load.checkpoint}"
+        )
     if settings := prediction_settings(spec, load, checkpoint):
         logger.info("scheduler settings from the checkpoint: %s", settings)
         pipe.scheduler = _scheduler_with(pipe.scheduler, settings)
@@ -91,20 +98,39 @@ def _load_pipe(spec: ModelSpec, load: LoadRequest) -> Any:
     arguments: dict[str, Any] = {"dtype": DTYPES[load.variant], "local_files_only": True, **given}
     try:
         if path.is_dir():
-            arguments["dtype"] = {"default": DTYPES[load.variant], "vae": vae_dtype(spec, load)}
+            if spec.vae_variant:
+                arguments["dtype"] = {"default": DTYPES[load.variant], "vae": vae_dtype(spec, load)}
             return pipeline_class.from_pretrained(
                 path, variant=_file_variant(path / spec.denoiser, load.variant), **arguments
             )
         if spec.single_file:
             folder = _configuration_folder(load)
             return _from_single_file(spec, pipeline_class, path, folder, arguments)
-    except LOADING_ERRORS as error:
+    except (*LOADING_ERRORS, ImportError) as error:
         raise ConfigError(
             f"checkpoint={path} does not load as {pipeline_class.__name__}: {error}"
+            f"{_missing_package(path)}"
         ) from error
     raise ConfigError(
         f"checkpoint={path} is a file, but type {spec.name!r} loads from a diffusers folder only. "
         "Give the folder."
+    )
+
+
+def _missing_package(folder: Path) -> str:
+    """Return what to install for processors that this installation cannot load; empty if none."""
+    if importlib.util.find_spec("torchvision") is not None or not folder.is_dir():
+        return ""
+    names = [
+        name
+        for name, entry in read_config(folder / "model_index.json").items()
+        if isinstance(entry, list) and len(entry) == 2 and "Processor" in str(entry[1])
+    ]
+    if not names:
+        return ""
+    return (
+        f" Its {' and '.join(names)} may need torchvision, which is not installed. Install the "
+        f"version for torch {torch.__version__}."
     )
 
 
@@ -140,9 +166,8 @@ def _require_checkpoint_weights(checkpoint: Checkpoint, load: LoadRequest) -> No
 def _model_class(entry: list[str], spec: ModelSpec) -> Any:
     """Return a component's class. Old PixArt checkpoints name the predecessor of theirs."""
     library = {"diffusers": diffusers, "transformers": transformers}.get(entry[0])
-    return getattr(
-        library, spec.fits["denoiser"][0] if entry[1] == "Transformer2DModel" else entry[1], None
-    )
+    is_old = entry[1] == "Transformer2DModel" and "denoiser" in spec.fits
+    return getattr(library, spec.fits["denoiser"][0] if is_old else entry[1], None)
 
 
 def _checkpoint_header(

@@ -17,6 +17,7 @@ from backends.groups.mesh import Mesh
 from backends.model_table import ModelSpec
 from backends.parallel.cfg_split import attach_batch_split, detach_batch_split
 from backends.parallel.cfg_two_calls import PairSplit
+from backends.parallel.cfg_unknown import GuidanceSplit
 from backends.parallel.regions import quiet_regions
 from backends.plan import Exactness, ParallelPlan
 from backends.request import GenerateRequest
@@ -43,28 +44,40 @@ class Backend(ABC):
         self.spec = spec
         self.plan = plan
         self.mesh = mesh
-        self._pairs: PairSplit | None = None
+        self._pairs: list[PairSplit] = []
+        self._unknown: list[GuidanceSplit] = []
 
     def attach(self, pipe: Any) -> None:
         """Parallelise this pipeline instance.
 
         The method's own hooks go on first, the shared CFG split around them.
         """
-        denoiser = self.denoiser_of(pipe)
-        self.attach_denoiser(pipe, denoiser)
-        if self.spec.guidance_calls == 2 and self.mesh.axis("cfg").size > 1:
-            self._pairs = PairSplit(denoiser, self.mesh)
-            self._pairs.attach()
-        else:
-            attach_batch_split(denoiser, self.mesh)
+        for denoiser in self.denoisers_of(pipe):
+            self.attach_denoiser(pipe, denoiser)
+            if self.mesh.axis("cfg").size == 1:
+                continue
+            if self.spec.is_generic:
+                self._unknown.append(GuidanceSplit(denoiser, self.mesh))
+                self._unknown[-1].attach()
+            elif self.spec.guidance_calls == 2:
+                self._pairs.append(PairSplit(denoiser, self.mesh))
+                self._pairs[-1].attach()
+            else:
+                attach_batch_split(denoiser, self.mesh)
 
     def detach(self, pipe: Any) -> None:
         """Restore the pipeline to its state before `attach`."""
-        if self._pairs is not None:
-            self._pairs.detach()
-            self._pairs = None
-        detach_batch_split(self.denoiser_of(pipe))
-        self.detach_denoiser(pipe, self.denoiser_of(pipe))
+        for split in (*self._pairs, *self._unknown):
+            split.detach()
+        self._pairs, self._unknown = [], []
+        for denoiser in self.denoisers_of(pipe):
+            detach_batch_split(denoiser)
+            self.detach_denoiser(pipe, denoiser)
+
+    def refuse_split(self) -> None:
+        """Divide a step's calls among ranks no more: this pipeline raised GuidanceChanged."""
+        for split in self._unknown:
+            split.refuse()
 
     @property
     def has_whole_weights(self) -> bool:
@@ -76,6 +89,11 @@ class Backend(ABC):
 
     def denoiser_of(self, pipe: Any) -> nn.Module:
         return getattr(pipe, self.spec.denoiser)
+
+    def denoisers_of(self, pipe: Any) -> list[nn.Module]:
+        """Return the denoiser, and those that run in other steps. Some are absent."""
+        found = (getattr(pipe, name, None) for name in self.spec.denoisers)
+        return [module for module in found if isinstance(module, nn.Module)]
 
     def compile_regions(self, denoiser: nn.Module) -> list[nn.Module]:
         """Return the parts of the denoiser that may be compiled: none of them waits for another
@@ -115,19 +133,21 @@ class Backend(ABC):
 
         Overrides must call it, and likewise `step_done` and `end`.
         """
-        if self._pairs is not None:
-            scale = run.request.guidance_scale
-            self._pairs.begin(is_on=(self.spec.guidance_scale if scale is None else scale) > 1)
+        scale = run.request.guidance_scale
+        for pairs in self._pairs:
+            pairs.begin(is_on=(self.spec.guidance_scale if scale is None else scale) > 1)
+        for split in self._unknown:
+            split.begin()
 
     def step_done(self) -> None:
         """Note that this rank has finished a scheduler step (one denoiser evaluation)."""
-        if self._pairs is not None:
-            self._pairs.step_done()
+        for split in (*self._pairs, *self._unknown):
+            split.step_done()
 
     def end(self) -> None:
         """End a generation, successful or not: wait for pending transfers and drop its state."""
-        if self._pairs is not None:
-            self._pairs.end()
+        for split in (*self._pairs, *self._unknown):
+            split.end()
 
     def report(self) -> Mapping[str, object]:
         """Return figures of the last generation for logs and benchmarks: bytes sent, seconds
@@ -138,4 +158,5 @@ class Backend(ABC):
             "sent_bytes": traffic.sent_bytes,
             "messages": traffic.messages,
             "wait_s": round(traffic.wait_s, 4),
+            **({"guidance": [split.kind for split in self._unknown]} if self._unknown else {}),
         }

@@ -16,6 +16,7 @@ from torch import nn
 from backends.groups.collectives import all_gather
 from backends.groups.mesh import Axis, Mesh
 from backends.parallel import hooks
+from backends.parallel.outputs import output_parts, rebuilt
 
 NAME = "cfg split"
 """Hook name of the split over the `cfg` axis. Other axes use `<axis> split`."""
@@ -32,8 +33,8 @@ _BATCHED = frozenset(
     "image_meta_size style encoder_hidden_states_mask encoder_hidden_states_image "
     "x t cap_feats".split()
 )
-"""Arguments of diffusers' denoisers that carry the batch in dim 0. Position tables (img_ids,
-image_rotary_emb, ...) do not.
+"""Arguments of diffusers' denoisers that may carry batch x frames in dim 0, or a list of images.
+The batch alone is known by its length.
 """
 
 
@@ -67,7 +68,7 @@ def _split_call(denoiser: nn.Module, mesh: Mesh, axis_name: str) -> Callable[...
         axis = mesh.axis(axis_name)
         if batch % axis.size:
             return forward(**arguments)
-        return _gather(
+        return gather_batch(
             forward(**cut_batch(arguments, batch, parts=axis.size, part=axis.rank)), mesh, axis
         )
 
@@ -79,34 +80,54 @@ def cut_batch(arguments: Mapping[str, Any], batch: int, *, parts: int, part: int
 
     If the first argument is a list, it and the other list arguments hold one entry per image.
     """
-    samples = slice(part * batch // parts, (part + 1) * batch // parts)
     is_listed = isinstance(next(iter(arguments.values())), list)
-    mine = dict(arguments)
-    for name in _BATCHED.intersection(arguments):
-        value = arguments[name]
-        mine[name] = (
-            value[samples]
-            if is_listed and isinstance(value, list)
-            else _cut(value, batch, parts, part)
-        )
-    return mine
+    return {
+        name: _cut(value, name, batch, parts, part, is_listed=is_listed)
+        for name, value in arguments.items()
+    }
 
 
-def _cut(value: Any, batch: int, parts: int, part: int) -> Any:
-    """Return one part of each tensor in `value` with the batch (or batch x frames) in dim 0."""
+def _cut(value: Any, name: str, batch: int, parts: int, part: int, *, is_listed: bool) -> Any:
+    """Return one part of each tensor in `value` that has the batch in dim 0.
+
+    Known arguments may have batch x frames there. Of a list of images, its own slice.
+    """
     if torch.is_tensor(value):
-        is_batched = value.dim() > 0 and value.shape[0] >= batch and value.shape[0] % batch == 0
-        return value.chunk(parts)[part] if is_batched else value
+        return value.chunk(parts)[part] if _is_batched(value, name, batch) else value
+    if is_listed and name in _BATCHED and isinstance(value, list):
+        return value[part * batch // parts : (part + 1) * batch // parts]
+    rest = {"batch": batch, "parts": parts, "part": part, "is_listed": False}
     if isinstance(value, dict):
-        return {key: _cut(item, batch, parts, part) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_cut(item, batch, parts, part) for item in value)
+        return {key: _cut(item, name, **rest) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_cut(item, name, **rest) for item in value)
     return value
 
 
-def _gather(output: Any, mesh: Mesh, axis: Axis) -> Any:
-    part = torch.stack(output[0]) if isinstance(output[0], list) else output[0]
-    whole: Any = all_gather(part, dim=0, axis=axis, traffic=mesh.traffic)
-    if isinstance(output[0], list):
-        whole = list(whole.unbind(0))
-    return (whole, *output[1:]) if isinstance(output, tuple) else type(output)(sample=whole)
+def _is_batched(tensor: torch.Tensor, name: str, batch: int) -> bool:
+    if tensor.dim() == 0:
+        return False
+    is_table = "rotary" in name or (name.endswith("_ids") and tensor.dim() == 2)
+    if is_table and name not in _BATCHED:
+        return False  # of positions; it may have as many rows as the batch
+    length = tensor.shape[0]
+    return length == batch or (name in _BATCHED and length > batch and length % batch == 0)
+
+
+def gather_batch(output: Any, mesh: Mesh, axis: Axis) -> Any:
+    """Return the denoiser's result for the whole batch, from each rank's part of it.
+
+    All of its tensors that have the batch in dim 0 are gathered.
+    """
+    values = output_parts(output)
+    size = len(values[0])
+
+    def whole(value: Any) -> Any:
+        if isinstance(value, list) and value and torch.is_tensor(value[0]):
+            joined = all_gather(torch.stack(value), dim=0, axis=axis, traffic=mesh.traffic)
+            return list(joined.unbind(0))
+        if torch.is_tensor(value) and value.dim() and len(value) == size:
+            return all_gather(value, dim=0, axis=axis, traffic=mesh.traffic)
+        return value
+
+    return rebuilt(output, [whole(value) for value in values])

@@ -4,7 +4,7 @@ Tensors of other parts keep their shapes, which LoRA loaders read, but take no m
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,10 +20,21 @@ class KeptWeights:
     Both are collective: all ranks call them in the same order.
     """
 
-    def __init__(self, parts: Sequence[Sequence[nn.Module]], *, kept: int) -> None:
-        """parts: the modules of each part. kept: index of the part that this rank keeps."""
+    def __init__(
+        self,
+        parts: Sequence[Sequence[nn.Module]],
+        *,
+        kept: int,
+        shared: Collection[int] = (),
+    ) -> None:
+        """parts: the modules of each part. kept: index of the part that this rank keeps. shared:
+        `id` of each tensor that all ranks keep, because it is also read outside its module.
+        """
         self._kept = kept
-        self._tensors = [list(_tensors(modules)) for modules in parts]
+        self._tensors = [
+            [tensor for tensor in _tensors(modules) if id(tensor) not in shared]
+            for modules in parts
+        ]
         for part, tensors in enumerate(self._tensors):
             if part != kept:
                 for tensor in tensors:

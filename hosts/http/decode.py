@@ -43,6 +43,9 @@ CONTROL += ("control_guidance_end",)
 _decoding = threading.BoundedSemaphore(4)
 """Limits concurrent decoding: an image briefly takes 20 bytes per pixel."""
 
+ALWAYS_USED = ("seed", "scheduler", "warmup_steps", "quality")
+"""Fields that are no arguments of a pipeline's call."""
+
 T = TypeVar("T")
 
 
@@ -83,6 +86,12 @@ class Accepted:
 
     def unused(self, spec: ModelSpec) -> dict[str, str]:
         """Return the request fields that this host does not use, each with the reason."""
+        if spec.is_generic:
+            return {
+                field: f"{spec.title} does not take it"
+                for field in GenerateRequest.model_fields
+                if field not in (*ALWAYS_USED, *spec.takes)
+            }
         no_image = f"{spec.title} starts from no image of this kind"
         no_control = "no ControlNet is loaded (--control_net)"
         no_adapter = "no IP-Adapter is loaded (--ip_adapter)"

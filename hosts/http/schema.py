@@ -242,15 +242,17 @@ def _schemas(spec: ModelSpec, settings: Settings) -> dict[str, Any]:
     if "strength" in fields and "init_image" in fields:
         fields["strength"]["default"] = IMAGE_STRENGTH
     for name in ("height", "width", "num_inference_steps", "guidance_scale", "num_frames"):
-        if name in fields:
-            fields[name]["default"] = getattr(settings, name, None) or getattr(spec, name)
+        given = getattr(settings, name, None)
+        if name in fields and (given or not spec.is_generic):
+            fields[name]["default"] = given or getattr(spec, name)
     if "fps" in fields:
         fields["fps"]["default"] = spec.frames_per_s
     for name, default in {**CALL_DEFAULTS, "clip_skip": 0}.items():
         if name in fields:
             fields[name]["default"] = default
     for name in ("height", "width"):
-        fields[name]["description"] = f"Pixels. Multiples of {spec.size_multiple}."
+        if name in fields and spec.size_multiple > 1:
+            fields[name]["description"] = f"Pixels. Multiples of {spec.size_multiple}."
     for name, limit in BOUNDS.items():
         _bound(fields.get(name, {}), settings, limit)
     settings_of = RequestedSettings.model_json_schema(schema_generator=_Schema)["properties"]

@@ -129,6 +129,8 @@ class Settings(_BackendOptions):
     list: bool = _process(False, _switch, "Print the matrix of model types and backends and exit.")
     features: bool = _process(
         False, _switch, "With --list: also print the features of each combination.")
+    all: bool = _process(
+        False, _switch, "With --list: also print the pipeline classes that run without a row.")
     json: bool = _process(False, _switch, "With --check or --list: print JSON.")
     master_port: int | None = _process(
         None, whole(1, 65535), "Accepted for old clients: the ranks of a machine need no port.")

@@ -12,11 +12,17 @@ from typing import Any
 from backends import planner
 from backends.errors import ConfigError, HostError, RequestError
 from backends.files.adapter_fit import require_fit
-from backends.files.checkpoint import configuration_folder, infer_type, open_checkpoint
+from backends.files.checkpoint import (
+    configuration_folder,
+    infer_type,
+    open_checkpoint,
+    read_json,
+)
 from backends.files.defaults import with_own_defaults
 from backends.files.fit import prediction_settings
+from backends.files.generic import generic_spec
 from backends.generation.schedulers import parse_scheduler, require_family
-from backends.model_table import ModelSpec, ModelTable
+from backends.model_table import GENERIC, ModelSpec, ModelTable
 from backends.plan import FEW_STEPS, ParallelPlan, Quality, is_met, require_world_size
 from backends.request import LoadRequest
 from backends.step_cache_spec import require_step_cache
@@ -345,6 +351,10 @@ def _model_spec(settings: Settings, table: ModelTable) -> tuple[ModelSpec, str]:
         checkpoint = Path(existing_path("checkpoint", settings.checkpoint))
         has_motion = settings.motion_adapter is not None or settings.motion_module is not None
         name, reason = infer_type(checkpoint, table, has_motion=has_motion)
+        if name != GENERIC and (misfit := _misfit(table[name], checkpoint)):
+            name, reason = GENERIC, f"type={GENERIC}, not {name}: {misfit}"
+    if name == GENERIC:
+        return _generic_spec(settings), reason
     spec = table[name]
     if settings.checkpoint is None and not spec.demo:
         with_demo = ", ".join(name for name, other in table.items() if other.demo)
@@ -358,6 +368,33 @@ def _model_spec(settings: Settings, table: ModelTable) -> tuple[ModelSpec, str]:
             spec, **{name: value for name, value in spec.demo.items() if name != "checkpoint"}
         )
     return spec, reason
+
+
+def _misfit(spec: ModelSpec, checkpoint: Path) -> str:
+    """Return why a folder of a class that the row runs too does not fit the row; empty if it does.
+
+    Such a class may have other components, such as a denoiser that takes a mask.
+    """
+    name = read_json(checkpoint / "model_index.json").get("_class_name")
+    if name not in spec.also or spec.components:
+        return ""
+    load = LoadRequest(model_type=spec.name, checkpoint=str(checkpoint), variant="fp32")
+    try:
+        require_fit(spec, load)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def _generic_spec(settings: Settings) -> ModelSpec:
+    """The facts of a folder whose class has no row. ConfigError if it is no folder of diffusers."""
+    checkpoint = existing_path("checkpoint", settings.checkpoint)
+    if checkpoint is None or not Path(checkpoint).is_dir():
+        raise ConfigError(
+            f"--type={GENERIC} needs a --checkpoint that is a folder in diffusers layout, but "
+            f"{settings.checkpoint or 'none'} was given. Give such a folder."
+        )
+    return generic_spec(Path(checkpoint))
 
 
 def _load_request(

@@ -3,8 +3,11 @@ README.
 """
 
 import json
+from typing import Any
 
 from backends import BACKEND_NAMES
+from backends.files.generic import facts_of, why_not
+from backends.files.pipeline_calls import exported_pipelines, pipeline_call
 from backends.model_table import FEATURES, ModelTable
 
 MARKS = {"tested": "tested", "untested": "untested", "unsupported": "-"}
@@ -55,9 +58,38 @@ def counts(table: ModelTable) -> str:
     )
 
 
-def as_json(table: ModelTable) -> str:
-    """Everything: status and reason of each backend and feature."""
-    content = {
+def classes_without_row(table: ModelTable) -> dict[str, dict[str, object]]:
+    """Return the pipeline classes of the installed diffusers that no row runs -> what each makes
+    and which request fields it takes, or why it cannot be asked.
+    """
+    with_row = {name for spec in table.values() for name in (spec.pipeline, *spec.also)}
+    found: dict[str, dict[str, object]] = {}
+    for name in exported_pipelines():
+        call = pipeline_call(name) if name not in with_row else None
+        if call is not None:
+            reason = why_not(call)
+            makes, takes = facts_of(call)
+            found[name] = {"refused": reason} if reason else {"makes": makes, "takes": takes}
+    return found
+
+
+def classes_as_markdown(table: ModelTable) -> str:
+    """A row for each class without a row: it runs with --type=generic, or without --type."""
+    rows = []
+    for name, facts in classes_without_row(table).items():
+        if "refused" in facts:
+            rows.append([f"`{name}`", "-", str(facts["refused"]).replace("|", "or")])
+        else:
+            rows.append([f"`{name}`", str(facts["makes"]), ", ".join(facts["takes"])])
+    lines = [["class", "makes", "fields of a request"], ["---"] * 3, *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def as_json(table: ModelTable, *, with_classes: bool = False) -> str:
+    """Everything: status and reason of each backend and feature; with_classes: and the classes that
+    run without a row.
+    """
+    content: dict[str, Any] = {
         spec.name: {
             backend: {
                 "status": row.cell.status,
@@ -71,4 +103,6 @@ def as_json(table: ModelTable) -> str:
         }
         for spec in table.values()
     }
+    if with_classes:
+        content["classes"] = classes_without_row(table)
     return json.dumps(content, indent=2)

@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 
-from backends.asyncdiff.backend import as_tensors, from_tensors
+from backends.asyncdiff.cut import as_tensors, from_tensors
 from backends.asyncdiff.segments import choose_segments
 from backends.asyncdiff.trace import time_units, trace
 from backends.asyncdiff.units import UnitHooks, find_units

@@ -2,7 +2,7 @@
 
 import time
 
-from backends.generation.timeline import StageClock
+from backends.generation.run import StageClock
 
 
 def test_spans_follow_one_another_and_add_up():

@@ -114,9 +114,10 @@ def test_a_class_that_makes_something_else_of_the_same_parts_is_refused(
     message = refusal(name, folder)
     assert (
         f" {class_name}, but --type={name} needs" in message
-        and f"Give a checkpoint of {TABLE[name].title}." in message
+        and "Leave --type out to run it as diffusers has it" in message
+        and f"or give a checkpoint of {TABLE[name].title}." in message
     )
-    assert f"{class_name}, which no type runs" in refusal(None, folder)
+    assert plan(None, folder).spec.pipeline == class_name
 
 
 @pytest.mark.parametrize(
@@ -127,6 +128,18 @@ def test_img2img_and_inpainting_classes_of_the_same_parts_are_taken(
 ) -> None:
     folder = changed(checkpoint(name), tmp_path / "model", _class_name=class_name)
     assert plan(name, folder).spec.name == name
+
+
+def test_an_inpainting_class_whose_denoiser_takes_a_mask_runs_without_the_row(tmp_path: Path):
+    folder = changed(
+        checkpoint("sd1", in_channels=9),
+        tmp_path / "model",
+        _class_name="StableDiffusionInpaintPipeline",
+    )
+    assert "9 input channels" in refusal("sd1", folder)
+    spec = plan(None, folder).spec
+    assert spec.is_generic
+    assert {"image", "mask_image", "strength"} <= set(spec.takes)
 
 
 @pytest.mark.parametrize("name", list(TABLE))

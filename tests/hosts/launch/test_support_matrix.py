@@ -1,5 +1,7 @@
 """The matrix as `--list --features` prints it."""
 
+import json
+
 from backends.model_table import FEATURES, read_table
 from hosts.launch import support_matrix
 
@@ -12,3 +14,17 @@ def test_the_matrix_of_features_counts_its_cells():
     assert last.endswith(f"{num_cells} cells in all")
     assert int(last.split()[0]) == sum(line.count(" tested |") for line in text.splitlines())
     assert "cells in all" not in support_matrix.as_markdown(table)
+
+
+def test_classes_without_a_row_are_listed_with_their_fields_or_the_reason_against_them():
+    table = read_table()
+    found = support_matrix.classes_without_row(table)
+    assert not found.keys() & {spec.pipeline for spec in table.values()}
+    assert {"prompt", "image"} <= set(found["FluxKontextPipeline"]["takes"])
+    assert found["LTXPipeline"]["makes"] == "video"
+    assert "audios" in found["StableAudioPipeline"]["refused"]
+    text = support_matrix.classes_as_markdown(table)
+    assert all(line.count(" | ") == 2 for line in text.splitlines())
+    assert json.loads(support_matrix.as_json(table, with_classes=True))["classes"].keys() == (
+        found.keys()
+    )

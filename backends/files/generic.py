@@ -1,0 +1,245 @@
+"""The spec of a checkpoint whose pipeline class has no row in the model table. Imports no torch.
+
+Everything is read: the class from model_index.json, its arguments and its result from the source of
+diffusers (pipeline_calls.py), the denoisers from the classes of the components.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from backends import WITHOUT_ROW
+from backends.errors import ConfigError
+from backends.files.checkpoint import Config, read_config, read_json, with_article
+from backends.files.pipeline_calls import IMAGES, VIDEOS, PipelineCall, pipeline_call
+from backends.model_table import FEATURES, GENERIC, BackendSpec, Cell, ModelSpec
+
+DENOISER = re.compile(r"Transformer|UNet|DiT|UVit|UniDiffuser")
+NO_DENOISER = re.compile(r"ControlNet|Vae|VAE|Adapter|TemporalModel")
+"""Class names of models that are called once in each step, and of others that look like them."""
+FALLBACK_SIDE = 1024
+"""In pixels, where neither the class nor the checkpoint has a default. For estimates only."""
+MAX_REFERENCES = 10
+FRAMES_PER_S = 16
+"""Speed of a video whose class takes none."""
+GUIDED_BY = ("guidance_scale", "true_cfg_scale", "max_guidance_scale", "prior_guidance_scale")
+STEPS = ("num_inference_steps", "prior_num_inference_steps")
+CARRIED = {
+    "prompt": ("prompt",),
+    "negative_prompt": ("negative_prompt",),
+    "height": ("height",),
+    "width": ("width",),
+    "num_frames": ("num_frames", "video_length"),
+    "fps": ("fps", "frame_rate"),
+    "num_inference_steps": STEPS,
+    "guidance_scale": GUIDED_BY,
+    "clip_skip": ("clip_skip",),
+    "image": ("image", "input_image", "input_images", "example_image", "reference_image"),
+    "init_image": ("image",),
+    "mask_image": ("mask_image",),
+    "strength": ("strength",),
+    "control_image": ("control_image", "conditioning_image", "condtioning_image"),
+    "controlnet_conditioning_scale": ("controlnet_conditioning_scale",),
+    "control_guidance_start": ("control_guidance_start",),
+    "control_guidance_end": ("control_guidance_end",),
+    "denoising_end": ("denoising_end",),
+    "decode_chunk_size": ("decode_chunk_size",),
+    "motion_bucket_id": ("motion_bucket_id",),
+    "noise_aug_strength": ("noise_aug_strength",),
+}
+"""Request field -> the arguments of a pipeline that may carry it, the best first."""
+_NO_ROW = "a class without a row in the model table runs as diffusers has it"
+_UNAVAILABLE = frozenset(FEATURES) - {"quantization", "offload"}
+
+
+def generic_spec(folder: Path) -> ModelSpec:
+    """Return what can be read of a checkpoint folder.
+
+    ConfigError if its class makes no images or videos, or needs what no request field carries.
+    """
+    index = read_json(folder / "model_index.json")
+    name, call = _call_of(folder, index)
+    if reason := why_not(call):
+        raise ConfigError(
+            f"--checkpoint={folder} is {with_article(name)}, which {reason}. Give a checkpoint of "
+            "another class."
+        )
+    carriers = _carriers(call)
+    denoisers = tuple(_denoisers(index))
+    scale = _guidance_argument(call)
+    height, width = _nominal_size(folder, call, denoisers)
+    return ModelSpec(
+        name=GENERIC,
+        title=name,
+        pipeline=name,
+        denoiser=denoisers[0] if denoisers else "",
+        other_denoisers=denoisers[1:],
+        output="video" if _is_video(call) else "image",
+        returns_latents=False,
+        latents="spatial",
+        height=height,
+        width=width,
+        num_inference_steps=_number(call, carriers.get("num_inference_steps"), 50),
+        guidance_scale=float(_number(call, scale, 1.0)),
+        guidance_argument=scale or "",
+        num_frames=int(_number(call, carriers.get("num_frames"), 1)),
+        frames_per_s=int(_number(call, carriers.get("fps"), FRAMES_PER_S)),
+        size_multiple=1,
+        flow_matching=_is_flow(folder),
+        variant="bf16" if any(map(_is_transformer, denoisers)) else "fp16",
+        requires=tuple(_required(call, carriers)),
+        images=_most_images(call, carriers),
+        takes=tuple(_taken(call, carriers, scale)),
+        parameters=MappingProxyType({**dict.fromkeys(call.required), **call.defaults}),
+        backends=_backends(bool(denoisers)),
+    )
+
+
+def carrier(names: Mapping[str, Any] | frozenset[str], field: str) -> str | None:
+    """Return the argument among `names` that carries a request field; None if there is none."""
+    return next((name for name in CARRIED[field] if name in names), None)
+
+
+def _call_of(folder: Path, index: Config) -> tuple[str, PipelineCall]:
+    name = index.get("_class_name")
+    if not isinstance(name, str):
+        raise ConfigError(
+            f"--checkpoint={folder} names no class of diffusers in its model_index.json "
+            f"(_class_name={name!r}). Code that comes with a checkpoint is not run. Give a folder "
+            "in diffusers layout."
+        )
+    call = pipeline_call(name)
+    if call is None:
+        raise ConfigError(
+            f"--checkpoint={folder} is {with_article(name)}, which the installed diffusers does "
+            "not have. Install a version that has it, or give another checkpoint."
+        )
+    return name, call
+
+
+def why_not(call: PipelineCall) -> str:
+    """Return why a class cannot be asked over HTTP; empty if it can."""
+    if call.returns and not set(call.returns) & {*IMAGES, *VIDEOS}:
+        made = ", ".join(dict.fromkeys(call.returns))
+        return f"makes {made} and neither images nor videos"
+    carried = set(_carriers(call).values())
+    missing = [
+        f"{parameter} ({call.annotations.get(parameter, 'of no declared type')})"
+        for parameter in call.required
+        if parameter not in carried
+    ]
+    if missing:
+        return f"needs {', '.join(missing)}, and no field of a request carries that"
+    return ""
+
+
+def facts_of(call: PipelineCall) -> tuple[str, tuple[str, ...]]:
+    """Return what the class makes, image or video, and the request fields that it takes."""
+    taken = _taken(call, _carriers(call), _guidance_argument(call))
+    return ("video" if _is_video(call) else "image"), tuple(taken)
+
+
+def _carriers(call: PipelineCall) -> dict[str, str]:
+    """Return request field -> the argument that carries it."""
+    return {field: found for field in CARRIED if (found := carrier(call.names, field))}
+
+
+def _taken(call: PipelineCall, carriers: Mapping[str, str], scale: str | None) -> Iterator[str]:
+    """Yield the request fields that have an effect.
+
+    Some classes read the negative prompt only with a true_cfg_scale above 1, which is not theirs by
+    default and which no field carries.
+    """
+    is_deaf = "true_cfg_scale" in call.names and scale != "true_cfg_scale"
+    if _is_video(call) and "fps" not in carriers:
+        yield "fps"  # of the file
+    for field in carriers:
+        if not (field == "negative_prompt" and is_deaf):
+            yield field
+
+
+def _most_images(call: PipelineCall, carriers: Mapping[str, str]) -> int:
+    """Return how many images a request may bring. For most classes a list of images is a batch."""
+    declared = call.annotations.get(carriers.get("image", ""), "")
+    is_list = "list[" in declared and "Tensor" not in declared
+    return MAX_REFERENCES if is_list else int("image" in carriers)
+
+
+def _required(call: PipelineCall, carriers: Mapping[str, str]) -> Iterator[str]:
+    """Yield the request fields that every request must bring."""
+    if "prompt" in carriers:
+        yield "prompt"
+    for field in ("image", "mask_image", "control_image"):
+        if carriers.get(field) in call.required:
+            yield field
+
+
+def _is_video(call: PipelineCall) -> bool:
+    return any(name in VIDEOS for name in call.returns)
+
+
+def _denoisers(index: Config) -> Iterator[str]:
+    """Yield the components that are denoisers: those that are called in each step."""
+    for component, entry in index.items():
+        is_model = isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)
+        if not is_model or entry[0] == "transformers":
+            continue
+        if (DENOISER.search(entry[1]) and not NO_DENOISER.search(entry[1])) or (
+            entry[1] == "PriorTransformer"
+        ):
+            yield component
+
+
+def _is_transformer(component: str) -> bool:
+    return component.startswith("transformer")
+
+
+def _guidance_argument(call: PipelineCall) -> str | None:
+    """Return the argument for the scale: the one of true guidance if that is on by default."""
+    default = call.defaults.get("true_cfg_scale")
+    if isinstance(default, int | float) and default > 1:
+        return "true_cfg_scale"
+    return carrier(call.names, "guidance_scale")
+
+
+def _number(call: PipelineCall, name: str | None, otherwise: float) -> Any:
+    value = call.defaults.get(name)
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else otherwise
+
+
+def _nominal_size(folder: Path, call: PipelineCall, denoisers: tuple[str, ...]) -> tuple[int, int]:
+    """Return height and width by the call's defaults, else by the checkpoint's configurations."""
+    side = FALLBACK_SIDE
+    if denoisers:
+        sample = read_config(folder / denoisers[0]).get("sample_size")
+        channels = read_config(folder / "vae").get("block_out_channels")
+        if isinstance(sample, int):
+            side = sample * (2 ** (len(channels) - 1) if isinstance(channels, list) else 1)
+    return int(_number(call, "height", side)), int(_number(call, "width", side))
+
+
+def _is_flow(folder: Path) -> bool:
+    """Return whether the checkpoint's scheduler is for flow matching."""
+    config = read_json(folder / "scheduler" / "scheduler_config.json")
+    is_named = str(config.get("_class_name", "")).startswith("FlowMatch")
+    return is_named or bool(config.get("use_flow_sigmas"))
+
+
+def _backends(has_denoiser: bool) -> Mapping[str, BackendSpec]:
+    features = MappingProxyType(
+        {
+            feature: Cell(status="unsupported", reason=_NO_ROW)
+            if feature in _UNAVAILABLE
+            else Cell(status="untested")
+            for feature in FEATURES
+        }
+    )
+    able = Cell(status="untested")
+    cut = able if has_denoiser else Cell(status="unsupported", reason="it has no denoiser to cut")
+    *several, one = WITHOUT_ROW
+    cells = {**dict.fromkeys(several, cut), one: able}
+    return MappingProxyType(
+        {name: BackendSpec(cell=cell, features=features) for name, cell in cells.items()}
+    )

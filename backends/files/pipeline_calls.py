@@ -1,0 +1,153 @@
+"""What a pipeline class of diffusers takes and returns, read from its source. Imports no torch.
+
+Importing diffusers needs seconds and torch. The launcher and the HTTP side only need names.
+"""
+
+import ast
+import importlib.util
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+NO_DEFAULT = object()
+IMAGES = ("images", "image")
+VIDEOS = ("frames", "videos", "video")
+"""Fields of diffusers' outputs that hold what a user asked for, in order of preference."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PipelineCall:
+    """The call of one pipeline class."""
+
+    defaults: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    """Parameter -> default, in order; None for one that is computed. Without those that a request
+    must bring."""
+    required: tuple[str, ...] = ()
+    """Parameters without a default."""
+    annotations: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    """Parameter -> its type, as the source has it."""
+    returns: tuple[str, ...] = ()
+    """Fields of its result, as far as the source names them."""
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset((*self.required, *self.defaults))
+
+
+@lru_cache(maxsize=64)
+def pipeline_call(name: str) -> PipelineCall | None:
+    """Return the call of a pipeline class of the installed diffusers; None if it has no such one.
+
+    name: of the class, such as 'FluxKontextPipeline'.
+    """
+    for class_name, node in _lineage(name):
+        for item in node.body:
+            if isinstance(item, ast.FunctionDef) and item.name == "__call__":
+                return _read_call(item, class_name)
+    return None
+
+
+def _lineage(name: str) -> Iterator[tuple[str, ast.ClassDef]]:
+    """Yield the class and its bases, the class first, as far as they are pipelines of diffusers."""
+    waiting, seen = [name], set()
+    while waiting:
+        current = waiting.pop(0)
+        node = _class_node(current) if current not in seen else None
+        seen.add(current)
+        if node is not None:
+            yield current, node
+            waiting += [ast.unparse(base).rpartition(".")[2] for base in node.bases]
+
+
+def _class_node(name: str) -> ast.ClassDef | None:
+    file = _files().get(name)
+    return None if file is None else _classes(file).get(name)
+
+
+@lru_cache(maxsize=8)
+def _classes(file: Path) -> dict[str, ast.ClassDef]:
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+
+
+@lru_cache(maxsize=1)
+def _files() -> dict[str, Path]:
+    """Return the file of each pipeline class of diffusers."""
+    spec = importlib.util.find_spec("diffusers")
+    if spec is None or spec.origin is None:
+        return {}
+    files = sorted((Path(spec.origin).parent / "pipelines").glob("**/*.py"))
+    return {
+        name: file
+        for file in files
+        for name in re.findall(r"^class (\w*Pipeline\w*)", file.read_text("utf-8"), re.MULTILINE)
+    }
+
+
+@lru_cache(maxsize=1)
+def pipeline_folders() -> tuple[str, ...]:
+    """Return the folders of diffusers' pipelines. Some components' classes are in them."""
+    return tuple(sorted({file.parent.name for file in _files().values()}))
+
+
+@lru_cache(maxsize=1)
+def exported_pipelines() -> tuple[str, ...]:
+    """Return the pipeline classes that the installed diffusers exports, in alphabetical order."""
+    spec = importlib.util.find_spec("diffusers")
+    if spec is None or spec.origin is None:
+        return ()
+    text = Path(spec.origin).read_text(encoding="utf-8")
+    named = set(re.findall(r'"(\w*Pipeline\w*)"', text))
+    return tuple(sorted(named & _files().keys()))
+
+
+def _read_call(node: ast.FunctionDef, class_name: str) -> PipelineCall:
+    arguments = node.args
+    plain = [*arguments.posonlyargs, *arguments.args][1:]  # without self
+    values: list[Any] = [NO_DEFAULT] * (len(plain) - len(arguments.defaults))
+    values += map(_literal, arguments.defaults)
+    for default in arguments.kw_defaults:
+        values.append(NO_DEFAULT if default is None else _literal(default))
+    everything = [*plain, *arguments.kwonlyargs]
+    pairs = list(zip((argument.arg for argument in everything), values, strict=True))
+    return PipelineCall(
+        defaults=MappingProxyType(
+            {name: value for name, value in pairs if value is not NO_DEFAULT}
+        ),
+        required=tuple(name for name, value in pairs if value is NO_DEFAULT),
+        annotations=MappingProxyType(
+            {
+                argument.arg: ast.unparse(argument.annotation)
+                for argument in everything
+                if argument.annotation is not None
+            }
+        ),
+        returns=_returned(node),
+    )
+
+
+def _literal(node: ast.expr) -> Any:
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        return None
+
+
+def _returned(node: ast.FunctionDef) -> tuple[str, ...]:
+    """Return the names of the fields with which the call builds its result."""
+    calls = (
+        statement.value
+        for statement in ast.walk(node)
+        if isinstance(statement, ast.Return) and isinstance(statement.value, ast.Call)
+    )
+    return tuple(
+        keyword.arg
+        for call in calls
+        if ast.unparse(call.func).endswith("Output")
+        for keyword in call.keywords
+        if keyword.arg is not None
+    )

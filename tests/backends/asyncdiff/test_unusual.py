@@ -1,0 +1,183 @@
+"""Real denoisers that do what those of the model table do not: several outputs, outputs of another
+class, results changed in place, weights read outside their block, a timestep by another name.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+
+from backends.asyncdiff.backend import AsyncDiffBackend
+from backends.asyncdiff.plan import make_plan
+from backends.groups.mesh import Mesh
+from backends.model_table import read_table
+from backends.parallel.base import RunInfo
+from backends.parallel.outputs import output_parts
+from backends.request import GenerateRequest
+from tests.backends.asyncdiff.runs import parameter_counts
+from tests.checkpoints.denoisers import unet
+
+STEPS = 4
+Case = tuple[torch.nn.Module, dict[str, Any]]
+
+
+def two_outputs() -> Case:
+    """LTX-2 makes video and sound in one call."""
+    denoiser = diffusers.LTX2VideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        audio_in_channels=4,
+        audio_out_channels=4,
+        audio_num_attention_heads=2,
+        audio_attention_head_dim=4,
+        audio_cross_attention_dim=8,
+        num_layers=3,
+        caption_channels=16,
+    )
+    return denoiser, {
+        "hidden_states": torch.randn(2, 2 * 2 * 2, 4),
+        "audio_hidden_states": torch.randn(2, 4, 4),
+        "encoder_hidden_states": torch.randn(2, 5, 16),
+        "audio_encoder_hidden_states": torch.randn(2, 5, 16),
+        "timestep": torch.full((2, 8), 500.0),
+        "audio_timestep": torch.full((2, 4), 500.0),
+        "sigma": torch.full((2,), 500.0),
+        "audio_sigma": torch.full((2,), 500.0),
+        "num_frames": 2,
+        "height": 2,
+        "width": 2,
+        "audio_num_frames": 4,
+    }
+
+
+def changed_in_place() -> Case:
+    """A UNet adds a T2I adapter's residuals to what its blocks return."""
+    return unet(), {
+        "sample": torch.randn(2, 4, 16, 16),
+        "timestep": torch.tensor(500.0),
+        "encoder_hidden_states": torch.randn(2, 5, 32),
+        "down_intrablock_additional_residuals": [
+            torch.randn(2, channels, side, side)
+            for channels, side in ((8, 16), (16, 8), (16, 4), (16, 2))
+        ],
+    }
+
+
+def shared_weights() -> Case:
+    """DiT's output uses the first block's embedding."""
+    denoiser = diffusers.DiTTransformer2DModel(
+        num_attention_heads=4,
+        attention_head_dim=8,
+        num_layers=4,
+        sample_size=8,
+        num_embeds_ada_norm=10,
+    )
+    return denoiser, {
+        "hidden_states": torch.randn(2, 4, 8, 8),
+        "timestep": torch.tensor([5, 5]),
+        "class_labels": torch.tensor([1, 2]),
+    }
+
+
+def other_output_class() -> Case:
+    denoiser = diffusers.PriorTransformer(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=4,
+        embedding_dim=16,
+        num_embeddings=5,
+    )
+    return denoiser, {
+        "hidden_states": torch.randn(2, 16),
+        "timestep": torch.tensor(5.0),
+        "proj_embedding": torch.randn(2, 16),
+        "encoder_hidden_states": torch.randn(2, 5, 16),
+    }
+
+
+def other_timestep() -> Case:
+    denoiser = diffusers.StableCascadeUNet(
+        block_out_channels=(16, 16),
+        conditioning_dim=16,
+        num_attention_heads=(2, 2),
+        down_num_layers_per_block=(1, 1),
+        up_num_layers_per_block=(1, 1),
+        clip_text_in_channels=16,
+        clip_text_pooled_in_channels=16,
+        clip_image_in_channels=16,
+        switch_level=(False,),
+        timestep_ratio_embedding_dim=16,
+    )
+    return denoiser, {
+        "sample": torch.randn(2, 16, 8, 8),
+        "timestep_ratio": torch.full((2,), 0.5),
+        "clip_text_pooled": torch.randn(2, 1, 16),
+        "clip_text": torch.randn(2, 5, 16),
+        "clip_img": torch.randn(2, 1, 16),
+    }
+
+
+CASES = (two_outputs, changed_in_place, shared_weights, other_output_class, other_timestep)
+
+
+def fresh(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Copies, since some denoisers take residuals off their list."""
+    return {
+        name: list(value) if isinstance(value, list) else value for name, value in arguments.items()
+    }
+
+
+def check(rank: int, world_size: int) -> None:
+    for case in CASES:
+        for is_sharded in (False, True):
+            torch.manual_seed(0)
+            denoiser, arguments = case()
+            denoiser.eval().requires_grad_(False)
+            want = output_parts(denoiser(**fresh(arguments)))
+            with_options(denoiser, rank, world_size, {"shard_weights": is_sharded}, arguments, want)
+
+
+def with_options(
+    denoiser: torch.nn.Module,
+    rank: int,
+    world_size: int,
+    options: dict[str, object],
+    arguments: dict[str, Any],
+    want: list[torch.Tensor],
+) -> None:
+    plan = make_plan(read_table()["sd1"], options, world_size)
+    mesh = Mesh(plan, rank=rank, device=torch.device("cpu"))
+    backend = AsyncDiffBackend(spec=read_table()["sd1"], plan=plan, mesh=mesh)
+    backend.costs_of = parameter_counts
+    backend.attach_denoiser(None, denoiser)
+    request = GenerateRequest(prompt="a", seed=0, warmup_steps=2)
+    backend.begin(RunInfo(request=request, height=8, width=8, num_inference_steps=STEPS))
+    for _ in range(STEPS):
+        # the input is the same in each step, so stale values are the right ones too
+        got = output_parts(denoiser(**fresh(arguments)))
+        for one, two in zip(want, got, strict=True):
+            torch.testing.assert_close(two, one, rtol=0, atol=1e-6)
+        backend.step_done()
+    assert backend.report()["stale_evaluations"] == 2
+    backend.end()
+    backend.detach_denoiser(None, denoiser)
+    mesh.destroy()
+
+
+def test_unusual_denoisers_give_the_same_in_segments(run_on_ranks: Callable[..., None]) -> None:
+    run_on_ranks(check, 2)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_cases_are_what_they_say(case: Callable[[], Case]) -> None:
+    denoiser, arguments = case()
+    output = denoiser(**fresh(arguments))
+    assert len(output_parts(output)) == (2 if case is two_outputs else 1)
+    assert hasattr(output, "sample") == (
+        case in (two_outputs, changed_in_place, shared_weights, other_timestep)
+    )

@@ -1,0 +1,123 @@
+"""A class without a row equals plain diffusers, and reports its steps."""
+
+import copy
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler
+
+from backends.errors import RequestError
+from backends.files.generic import generic_spec
+from backends.generation.generic_run import StepCounter, frames_of
+from backends.generation.pipeline import LoadedPipeline, load_pipeline
+from backends.request import GenerateRequest, LoadRequest
+from tests.checkpoints import sample_image
+from tests.checkpoints.variants import variant
+
+PROMPTS = {"prompt": "a photo of a cat", "negative_prompt": "a dog"}
+
+
+def loaded(name: str) -> LoadedPipeline:
+    load = LoadRequest(model_type="generic", checkpoint=str(variant(name)), variant="fp32")
+    return load_pipeline(generic_spec(variant(name)), load, device=torch.device("cpu"))
+
+
+def plain(name: str, **arguments: object) -> np.ndarray:
+    """uint8 of diffusers' own result."""
+    pipe = DiffusionPipeline.from_pretrained(variant(name), local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    output = pipe(**arguments, generator=torch.Generator().manual_seed(3), output_type="np")
+    pixels = output.frames[0] if hasattr(output, "frames") else output.images
+    return (pixels * 255).round().astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "num_steps"),
+    [
+        ("StableDiffusionXLPAGPipeline", {"height": 64, "width": 64}, 4),
+        ("StableDiffusionPAGImg2ImgPipeline", {"image": sample_image(64), "strength": 0.6}, 3),
+    ],
+)
+def test_equals_plain_diffusers_and_reports_each_step(name, fields, num_steps):
+    pipe, seen = loaded(name), []
+    asked = {**PROMPTS, **fields, "num_inference_steps": 4, "guidance_scale": 3.0}
+    made = pipe.generate(
+        GenerateRequest(**asked, seed=3),
+        on_step=lambda step, total, latents: seen.append((step, total, pipe.preview(latents))),
+    )
+    np.testing.assert_array_equal(made.frames, plain(name, **asked))
+    assert [(step, total) for step, total, _ in seen] == [
+        (step, num_steps) for step in range(1, num_steps + 1)
+    ]
+    assert made.num_steps == num_steps
+    assert all(preview.shape == (8, 8, 3) for *_, preview in seen)
+    assert "progress_bar" not in vars(pipe.pipe)
+
+
+def test_what_the_class_refuses_is_the_clients_mistake():
+    pipe = loaded("StableDiffusionXLPAGPipeline")
+    with pytest.raises(
+        RequestError, match=r"refuses this request: `height` and `width`.* It takes"
+    ):
+        pipe.generate(GenerateRequest(prompt="a cat", seed=1, height=60, width=64))
+    with pytest.raises(RequestError, match="prompt is missing"):
+        pipe.generate(GenerateRequest(seed=1))
+    with pytest.raises(RequestError, match="both image and init_image"):
+        pipe.generate(
+            GenerateRequest(prompt="a", seed=1, image=sample_image(8), init_image=sample_image(8))
+        )
+
+
+class TwoLoops(SimpleNamespace):
+    """What StepCounter uses of a pipeline: a prior's loop, and one with a copied scheduler."""
+
+    @property
+    def components(self):
+        return {"scheduler": self.scheduler, "prior_scheduler": self.prior_scheduler}
+
+    def progress_bar(self, iterable=None, total=None):
+        return iterable if iterable is not None else range(total)
+
+    def __call__(self):
+        x = torch.zeros(1, 4)
+        for scheduler, model in ((self.prior_scheduler, self.prior), (self.scheduler, self.model)):
+            other = copy.deepcopy(scheduler)
+            scheduler.set_timesteps(3), other.set_timesteps(3)
+            for t in self.progress_bar(scheduler.timesteps):
+                noise = model(x)
+                x = scheduler.step(noise, t, x).prev_sample
+                other.step(noise, t, x)  # as for a sound track: no step of its own
+
+
+def test_steps_are_counted_over_two_denoisers_and_once_for_copied_schedulers():
+    pipe = TwoLoops(
+        scheduler=DDIMScheduler(),
+        prior_scheduler=EulerDiscreteScheduler(),
+        prior=torch.nn.Linear(4, 4),
+        model=torch.nn.Linear(4, 4),
+    )
+    seen = []
+    counter = StepCounter(pipe, ("prior", "model"), on_step=lambda *args: seen.append(args[:2]))
+    with torch.no_grad(), counter.attached():
+        pipe()
+    assert seen == [(0, 3), (1, 3), (2, 3), (3, 6), (4, 6), (5, 6)]
+    assert type(pipe.scheduler) is DDIMScheduler
+
+
+@pytest.mark.parametrize(
+    ("output", "kind", "shape"),
+    [
+        (SimpleNamespace(images=np.ones((1, 4, 6, 3))), "image", (1, 4, 6, 3)),
+        (SimpleNamespace(images=[sample_image(8)]), "image", (1, 8, 8, 3)),
+        (SimpleNamespace(frames=[[sample_image(8)] * 2]), "video", (2, 8, 8, 3)),
+        (SimpleNamespace(frames=np.ones((1, 5, 4, 6, 3))), "video", (5, 4, 6, 3)),
+        (SimpleNamespace(frames=torch.ones(1, 5, 3, 4, 6)), "video", (5, 4, 6, 3)),
+        (SimpleNamespace(images=np.ones((2, 4, 6, 1))), "image", (1, 4, 6, 3)),
+        ((np.ones((1, 4, 6, 3)),), "image", (1, 4, 6, 3)),
+    ],
+)
+def test_frames_of_every_kind_of_output(output, kind, shape):
+    frames = frames_of(output, kind)
+    assert (frames.shape, frames.dtype) == (shape, np.uint8)

@@ -1,0 +1,45 @@
+"""Classes without a row equal plain diffusers on one rank, and one rank on two."""
+
+import pytest
+
+from tests.backends.generic_classes import METHODS, buildable, check_class, outcomes_of
+from tests.checkpoints.variants import variant
+
+QUICK = {
+    "StableDiffusion3Img2ImgPipeline": "batch",  # both halves in one call
+    "QwenImageInpaintPipeline": "calls",  # one after the other
+    "StableDiffusionXLPAGPipeline": "whole",  # three rows, which two ranks cannot share
+}
+"""Class -> how two ranks share its guidance."""
+SLOW = (
+    "AnimateDiffControlNetPipeline",
+    "FluxFillPipeline",
+    "LatentConsistencyModelPipeline",
+    "StableDiffusion3PAGImg2ImgPipeline",
+    "StableDiffusionControlNetInpaintPipeline",
+    "StableDiffusionXLInstructPix2PixPipeline",
+    "WanImageToVideoPipeline",
+    "ZImageImg2ImgPipeline",
+)
+
+
+def check(rank: int, world_size: int) -> None:
+    for name, split in QUICK.items():
+        outcome = check_class(name, rank, world_size)
+        assert outcome.one_rank == 0, outcome
+        assert outcome.two_ranks.keys() == METHODS.keys()
+        assert outcome.is_right, outcome
+        assert outcome.split == split, outcome
+
+
+def test_classes_of_three_kinds_equal_plain_diffusers_on_one_rank_and_on_two(run_on_ranks):
+    for name in QUICK:
+        variant(name)  # before ranks start: transformers saves nothing on ranks above 0
+    run_on_ranks(check, 2)
+
+
+@pytest.mark.slow
+def test_more_classes_equal_plain_diffusers_on_one_rank_and_on_two():
+    assert not [name for name in SLOW if buildable(name)]
+    wrong = [outcome for outcome in outcomes_of(list(SLOW)) if not outcome.is_right]
+    assert not wrong
