@@ -133,7 +133,7 @@ def _listen(
     host = Host(
         settings=settings, spec=spec, queue=process.queue, state=process.state, protocol=protocol
     )
-    num_jobs = settings.queue_size + process.place.world_size * settings.max_batch
+    num_jobs = 2 * settings.queue_size + process.place.world_size * settings.max_batch
     listener = listen(create_app(host), settings, num_jobs=num_jobs)
     listener.bind(patience_s=patience_s)
     listener.serve()

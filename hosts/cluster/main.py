@@ -57,7 +57,7 @@ def run_gateway(settings: Settings, environ: MutableMapping[str, str]) -> int:
         Deployment(plan, store=open_store(plan, is_only=len(plans) == 1)) for plan in plans
     ]
     num_jobs = sum(
-        plan.settings.queue_size + plan.maximum * plan.ranks * plan.settings.max_batch
+        2 * plan.settings.queue_size + plan.maximum * plan.ranks * plan.settings.max_batch
         for plan in plans
     )
     listener = listen(create_gateway(deployments), settings, num_jobs=num_jobs)

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
@@ -42,12 +43,16 @@ OLD_NAMES = {
 """Names of other APIs -> our field, for messages."""
 HEARTBEAT_S = 10.0
 MIN_INTERVAL_S = 0.1
-MAX_STREAMS = 12
+MAX_STREAMS = 24
 """Largest number of open streams: each holds one of the server's threads."""
+STREAMS_OF_CLIENT = 12
+"""Largest number of them for one client."""
 PREVIEW_SIDE = 256
 PREVIEW_QUALITY = 80
 
-_streams = threading.BoundedSemaphore(MAX_STREAMS)
+_streams: Counter[str] = Counter()
+"""Client -> its open streams."""
+_streams_lock = threading.Lock()
 
 
 @blueprint.post("/v1/jobs")
@@ -145,14 +150,25 @@ def require_model(body: Mapping[str, Any]) -> None:
 
 def event_stream(events: Iterator[str]) -> Response:
     """Return a response that streams server-sent events. BusyError if too many streams are open."""
-    if not _streams.acquire(blocking=False):
-        raise BusyError(
-            f"{MAX_STREAMS} event streams are open, the most this host allows. Ask GET "
-            "/v1/jobs/<id> for a job's state instead."
-        )
+    reader = client()
+    with _streams_lock:
+        if _streams.total() >= MAX_STREAMS or _streams[reader] >= STREAMS_OF_CLIENT:
+            raise BusyError(
+                f"{_streams[reader]} event streams of this client are open, and "
+                f"{_streams.total()} in all. This host allows {STREAMS_OF_CLIENT}, and "
+                f"{MAX_STREAMS} in all. Ask GET /v1/jobs/<id> for a job's state instead."
+            )
+        _streams[reader] += 1
     answer = Response(events, mimetype="text/event-stream", headers={"Cache-Control": "no-store"})
-    answer.call_on_close(_streams.release)
+    answer.call_on_close(lambda: _end_stream(reader))
     return answer
+
+
+def _end_stream(reader: str) -> None:
+    with _streams_lock:
+        _streams[reader] -= 1
+        if not _streams[reader]:
+            del _streams[reader]
 
 
 def file_response(

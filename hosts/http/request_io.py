@@ -5,6 +5,7 @@ type, wait.
 import binascii
 import contextlib
 import hashlib
+import ipaddress
 import json
 import re
 import time
@@ -59,10 +60,26 @@ def _data() -> bytes:
 
 
 def client() -> str:
-    """Return the client for fair sharing: by key if one was sent, else by address."""
-    if header := request.headers.get("Authorization"):
-        return hashlib.sha256((key_in(header) or header).encode()).hexdigest()
-    return request.remote_addr or ""
+    """Return the client for fair sharing: its address, and on a host with a key also its key.
+
+    Whatever else a request says of itself does not count: it could say so each time anew.
+    """
+    address = _network_of(request.remote_addr or "")
+    if current_app.extensions["host"].settings.api_key is None:
+        return address
+    key = key_in(request.headers.get("Authorization", ""))
+    return hashlib.sha256(f"{key} {address}".encode()).hexdigest()
+
+
+def _network_of(address: str) -> str:
+    """Return the address, or the first 64 bits of an IPv6 one, of which a client has many."""
+    try:
+        found = ipaddress.ip_address(address)
+    except ValueError:
+        return address
+    if found.version == 4 or found.ipv4_mapped is not None:
+        return address
+    return str(ipaddress.ip_network((found, 64), strict=False))
 
 
 def key_in(authorization: str) -> str:

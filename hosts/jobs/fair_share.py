@@ -37,6 +37,10 @@ class WaitingJobs:
             order.append(job)
         return order
 
+    def num_of(self, client: str) -> int:
+        """Return how many jobs of this client wait."""
+        return sum(job.client == client for job in self._jobs)
+
     def add(self, job: Job) -> None:
         """Append a new job. A client that comes (back) starts level with the clients that wait: it
         gets no lead for the time it was away.

@@ -48,7 +48,8 @@ class JobQueue:
     ) -> None:
         """Open a queue with the jobs that an earlier process left in the store.
 
-        capacity: jobs that may wait; one more is a BusyError.
+        capacity: jobs that may wait; one more is a BusyError. A client of which none waits gets one
+        of further places, half as many: others cannot shut it out.
         max_seconds: from submission to the end of a job; 0 for no limit.
         num_kept, kept_bytes, kept_seconds: which finished jobs are kept; see Archive.
         store: where jobs that are submitted with `is_stored` outlive this process.
@@ -110,7 +111,7 @@ class JobQueue:
         with self._changed:
             if known := self._archive.same_key(job):
                 return known
-            self._require_room()
+            self._require_room(job)
         if job.is_stored:
             self._store.put_inputs(job)  # perhaps megabytes, so not while the queue is locked
         try:
@@ -334,7 +335,7 @@ class JobQueue:
         """Queue the job and return it, or return the one that was sent under its key meanwhile."""
         if known := self._archive.same_key(job):
             return known
-        self._require_room()
+        self._require_room(job)
         if job.is_stored:
             self._store.save(job, job.status)
         self._waiting.add(job)
@@ -342,13 +343,15 @@ class JobQueue:
         self._notify(job)
         return job
 
-    def _require_room(self) -> None:
-        """The reason for closing, or BusyError, if no job can be accepted."""
+    def _require_room(self, job: Job) -> None:
+        """The reason for closing, or BusyError, if the job cannot be accepted."""
         if self._closed is not None:
             raise self._closed
-        if len(self._waiting) >= self._capacity:
+        num_waiting, extra = len(self._waiting), -(-self._capacity // 2)
+        is_first = self._waiting.num_of(job.client) == 0
+        if num_waiting >= self._capacity + (extra if is_first else 0):
             raise BusyError(
-                f"the queue is full: {self._capacity} jobs are waiting. Try again when one is done."
+                f"the queue is full: {num_waiting} jobs are waiting. Try again when one is done."
             )
 
     def _choice(self, choose: Choose) -> Choice:

@@ -267,3 +267,38 @@ def test_unknown_paths_are_404_whatever_is_sent(client):
     for path in ("/nothing", "/v1/nothing", "/sdapi/v1/nothing"):
         assert client.post(path, data={"a": "b"}).status_code == 404
         assert client.post(path, data=b"x", content_type="text/plain").status_code == 404
+
+
+@pytest.mark.parametrize("key", [None, KEY])
+def test_client_is_not_another_one_by_how_it_spells_a_header(key, queue, state):
+    client = make_client(queue, state, rate_limit=2, **({"api_key": key} if key else {}))
+    spellings = [f"Bearer {KEY}", f"Bearer  {KEY}", f"bEaReR   {KEY} "]
+    if key is None:
+        spellings += ["Bearer other", "Digest x"]
+    found = [
+        client.post("/v1/jobs", json={"prompt": "a"}, headers={"Authorization": each}).status_code
+        for each in spellings
+    ]
+    assert found == [202, 202, *(429,) * (len(spellings) - 2)]
+
+
+@pytest.mark.parametrize("key", [None, KEY])
+@pytest.mark.parametrize(
+    ("one", "other", "are_two"),
+    [
+        ("10.0.0.1", "10.0.0.2", True),
+        ("2001:db8::1", "2001:db8::ffff:1", False),
+        ("2001:db8::1", "2001:db8:0:1::1", True),
+    ],
+)
+def test_clients_are_told_apart_by_their_addresses(key, one, other, are_two, queue, state):
+    client = make_client(queue, state, rate_limit=1, **({"api_key": key} if key else {}))
+    headers = {"Authorization": f"Bearer {key}", "Idempotency-Key": "1"}
+
+    def ask(address, prompt):
+        environ = {"REMOTE_ADDR": address}
+        return client.post(
+            "/v1/jobs", json={"prompt": prompt}, headers=headers, environ_overrides=environ
+        ).status_code
+
+    assert [ask(one, "a"), ask(other, "b")] == [202, 202 if are_two else 429]

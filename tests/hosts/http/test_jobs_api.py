@@ -19,6 +19,7 @@ from tests.checkpoints import checkpoint
 from tests.hosts.client import assert_is_error, decode
 from tests.hosts.harness import wait_until
 from tests.hosts.inprocess import InProcessHost
+from tests.hosts.sending import session_from
 
 BODY = {"prompt": "a red car", "seed": 5, "num_inference_steps": 4, "guidance_scale": 7.0}
 LONG = {**BODY, "num_inference_steps": 900}
@@ -154,8 +155,9 @@ def test_queued_job_waits_in_its_place_and_is_cancelled_at_once(host):
 def test_clients_take_turns(host):
     running = send(host, LONG)
     wait_for(host, running["id"], "running")
-    greedy = [send(host, BODY, headers={"Authorization": "Bearer a"})["id"] for _ in range(3)]
-    modest = send(host, BODY, headers={"Authorization": "Bearer b"})["id"]
+    greedy = [send(host, BODY)["id"] for _ in range(3)]
+    with session_from("modest") as modest_client:
+        modest = modest_client.post(host.url("/v1/jobs"), json=BODY, timeout=20).json()["id"]
     listed = [job["id"] for job in requests.get(host.url("/v1/jobs"), timeout=20).json()["jobs"]]
     assert listed[1:5] == [greedy[0], modest, greedy[1], greedy[2]]
     cancel(host, running["id"])
@@ -211,10 +213,10 @@ def test_streams_are_limited_and_given_back(host, monkeypatch):
     running = send(host, LONG)
     streams = [
         requests.get(host.url(running["links"]["events"]), stream=True, timeout=20)
-        for _ in range(jobs_api.MAX_STREAMS)
+        for _ in range(jobs_api.STREAMS_OF_CLIENT)
     ]
     answer = requests.get(host.url(running["links"]["events"]), timeout=20)
-    assert answer.status_code == 429 and "event streams are open" in assert_is_error(answer.json())
+    assert answer.status_code == 429 and "event streams of this client are open" in assert_is_error(answer.json())
     cancel(host, running["id"])
     for stream in streams:
         assert "cancelled" in stream.text

@@ -358,3 +358,18 @@ def test_taker_that_lingers_is_asked_again_without_a_change():
     job = queue.submit(request())
     assert queue.next(lambda waiting, running: choices.pop(0)) is job
     assert not choices
+
+
+def test_full_queue_has_a_place_for_a_client_of_which_nothing_waits():
+    queue = JobQueue(capacity=4)
+    greedy = [queue.submit(request(), client="greedy") for _ in range(4)]
+    with pytest.raises(BusyError):
+        queue.submit(request(), client="greedy")
+    polite = queue.submit(request(), client="polite")
+    assert queue.next() is greedy[0] and queue.next() is polite
+    queue.submit(request(), client="greedy")
+    others = [queue.submit(request(), client=f"other {number}") for number in range(2)]
+    for client in ("other 0", "other 2", "greedy"):
+        with pytest.raises(BusyError, match="the queue is full: 6 jobs are waiting"):
+            queue.submit(request(), client=client)
+    assert len(others) == 2

@@ -55,6 +55,7 @@ def files_of(folder):
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("rounds", [40, pytest.param(1000, marks=pytest.mark.slow)])
 def test_host_starts_whatever_bit_is_wrong(original, tmp_path, rounds):
     chance, folder, found = random.Random(23), tmp_path / "damaged", []
