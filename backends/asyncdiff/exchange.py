@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from backends.groups.mesh import Axis, Mesh
+from backends.groups.objects import broadcast_object
 
 
 class Arrival:
@@ -82,9 +83,7 @@ class Exchange:
 
     def share(self, value: Any, *, source: int) -> Any:
         """Return one rank's small Python value on all ranks. Blocks until it has arrived."""
-        box = [value]
-        dist.broadcast_object_list(box, src=self.axis.ranks[source], group=self.axis.group)
-        return box[0]
+        return broadcast_object(value, source=self.axis.ranks[source], group=self.axis.group)
 
     def settle(self) -> None:
         """Wait for everything that is under way. All ranks have made the same evaluations, so every

@@ -10,11 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from backends.groups.message import pack, unpack
-
 if TYPE_CHECKING:
     pass
 from backends.groups.mesh import Axis, new_groups
+from backends.groups.objects import (
+    broadcast_object,
+    gather_objects,
+    receive_object,
+    send_object,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -112,9 +116,7 @@ def broadcast_command(command: object, among: Axis | None = None) -> object:
     axis = among or control_axis()
     if axis.group is None:
         return command
-    box = [pack(command) if axis.rank == 0 else None]
-    dist.broadcast_object_list(box, src=axis.ranks[0], group=axis.group)
-    return command if axis.rank == 0 else unpack(box[0])
+    return broadcast_object(command, source=axis.ranks[0], group=axis.group)
 
 
 def gather_outcomes(outcome: object, among: Axis | None = None) -> list[Any]:
@@ -124,9 +126,7 @@ def gather_outcomes(outcome: object, among: Axis | None = None) -> list[Any]:
     axis = among or control_axis()
     if axis.group is None:
         return [outcome]
-    outcomes: list[Any] = [None] * axis.size
-    dist.all_gather_object(outcomes, outcome, group=axis.group)
-    return outcomes
+    return gather_objects(outcome, group=axis.group)
 
 
 class Channel:
@@ -143,13 +143,11 @@ class Channel:
         """Send a message. RuntimeError if the peer is gone; UnsendableError before anything is
         sent.
         """
-        dist.send_object_list([pack(message)], dst=self._other, group=self._group)
+        send_object(message, to=self._other, group=self._group)
 
     def receive(self) -> Any:
         """Return the next message. RuntimeError if the peer is gone."""
-        box: list[Any] = [None]
-        dist.recv_object_list(box, src=self._other, group=self._group)
-        return unpack(box[0])
+        return receive_object(source=self._other, group=self._group)
 
 
 def open_channels() -> dict[int, Channel]:

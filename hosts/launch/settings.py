@@ -50,6 +50,11 @@ _BackendOptions: Any = make_dataclass(
 
 
 # fmt: off
+
+SECRETS = ("api_key", "rdzv_key")
+"""Settings that are shown nowhere."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings(_BackendOptions):
     """Everything that is fixed at launch. None means not given. In names, '-' equals '_'.
@@ -282,6 +287,9 @@ class Settings(_BackendOptions):
     rdzv_endpoint: str | None = _machines(
         None, endpoint, "Address of machine 0 as all machines reach it, and a free port there.",
         metavar="HOST:PORT")
+    rdzv_key: str | None = _machines(
+        None, secret, "Secret that all machines have in common, or @FILE that holds it. Messages "
+        "between ranks are signed with it.", metavar="KEY|@FILE")
     node_timeout: int = _machines(
         600, whole(5, 1_000_000), "Seconds to wait for missing machines, at start and after a "
         "failure.")
@@ -330,7 +338,7 @@ class Settings(_BackendOptions):
         return {
             name: getattr(self, name)
             for name, option in options().items()
-            if getattr(self, name) != option.default and name != "api_key"
+            if getattr(self, name) != option.default and name not in SECRETS
         }
 
 

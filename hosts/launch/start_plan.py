@@ -325,6 +325,11 @@ def _require_machines(settings: Settings) -> None:
             f"--nnodes={settings.nnodes} needs --rdzv_endpoint. Give HOST:PORT, the address of the "
             "first machine and a free port there."
         )
+    if settings.rdzv_key is None and settings.nnodes > 1:
+        raise ConfigError(
+            f"--nnodes={settings.nnodes} needs --rdzv_key, a secret of at least 16 characters that "
+            "all machines have in common. Give all of them the same --rdzv_key=@FILE."
+        )
 
 
 def count_gpus(environment: Mapping[str, str]) -> int:

@@ -107,9 +107,12 @@ class RankProcess:
         from backends.groups.alarm import Alarm
         from backends.groups.devices import select_device
         from backends.groups.links import is_busy
+        from backends.groups.message import share_secret
         from hosts.supervision.heartbeat import Watch
 
         place = self.place
+        secret = (self.settings.rdzv_key or "").encode()
+        share_secret(secret if place.world_size > place.local_world_size else self.notes.secret)
         if place.world_size == place.local_world_size:
             # else gloo and NCCL listen where the machine's name leads, which others may reach
             choose_interface(LOOPBACK, self.environ)

@@ -5,6 +5,7 @@ its ranks. Imports no torch.
 import contextlib
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 import psutil
 
 from hosts.launch.settings import Settings
+from hosts.supervision.exit_reports import SECRET_FILE
 from hosts.supervision.parent_watch import request_parent_death_signal
 from hosts.supervision.temp_folder import scratch_folder
 
@@ -72,6 +74,8 @@ def run_agent(
     parent = os.getppid()
     with scratch_folder() as folder:
         options = _agent_options(settings, folder, num_ranks=num_ranks)
+        Path(options.notes).mkdir(mode=0o700, exist_ok=True)
+        (Path(options.notes) / SECRET_FILE).write_bytes(secrets.token_bytes(32))
         # a session of its own, so that Ctrl-C reaches it once and through us; it dies with us,
         # whatever kills us
         agent = subprocess.Popen(

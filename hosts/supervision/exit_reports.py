@@ -23,6 +23,7 @@ KEPT_LINES = 100
 """Lines of a log in a note: some may be about other jobs."""
 CONSEQUENCES = (EXIT_LOST_RANK, -signal.SIGTERM)
 """Exit codes of ranks that end because another one did: by themselves, or by the agent."""
+SECRET_FILE = "secret"
 UNEXPLAINED = "rank 0 ended without a reason"
 
 Lines = tuple[tuple[str | None, str], ...]
@@ -101,6 +102,13 @@ class RankNotes:
         """File in which the ranks of this machine find each other."""
         return self._path("meeting")
 
+    @property
+    def secret(self) -> bytes:
+        """What only processes of this user know, for the ranks of this machine. The launcher makes
+        it (hosts/supervision/agent_process.py).
+        """
+        return (self._folder / SECRET_FILE).read_bytes()
+
     def mark(self, what: str) -> None:
         """Note that the ranks are 'ready', or have 'served' an image."""
         with contextlib.suppress(OSError):
@@ -175,6 +183,10 @@ class NoNotes(RankNotes):
     @property
     def meeting(self) -> None:
         return None
+
+    @property
+    def secret(self) -> bytes:
+        return b""
 
     def mark(self, what: str) -> None: ...
 

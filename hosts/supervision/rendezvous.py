@@ -8,9 +8,12 @@ and all rendezvous again.
 """
 
 import contextlib
+import hashlib
+import hmac
 import ipaddress
 import json
 import logging
+import secrets
 import socket
 import time
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
@@ -30,6 +33,9 @@ logger = logging.getLogger(__name__)
 LOOK_EVERY_S = 0.3
 CONNECT_WITHIN_S = 5.0
 """For one attempt to reach the store; there are many."""
+NONCE = "nonce"
+"""Name among the facts of what is different in each rendezvous."""
+PROOF_CHARS = 64
 ENDED = "watch/ended"
 """Key under which a restarted rank writes why it ended. Every rank's watch
 (hosts/supervision/heartbeat.py) looks at it.
@@ -117,6 +123,8 @@ class Machines:
     local_world_size: int
     within_s: float
     """Longest wait for the others."""
+    key: str = ""
+    """Secret of all machines."""
     facts: Mapping[str, str] = field(default_factory=dict)
     """What must be the same on all machines, by argument."""
 
@@ -128,6 +136,7 @@ class Machines:
             world_size=place.world_size,
             local_world_size=place.local_world_size,
             within_s=settings.node_timeout,
+            key=settings.rdzv_key or "",
             facts=facts,
         )
 
@@ -159,8 +168,8 @@ class Machines:
             # nobody is there yet, or left while we asked
             with contextlib.suppress(RendezvousStale, RuntimeError, OSError):
                 store = self._open(open_store)
-                self._join(store, ending)
-                while waiting_for := self._missing(store):
+                nonce = self._join(store, ending)
+                while waiting_for := self._missing(store, nonce):
                     told = _tell(tell, waiting_for, told)
                     self._go_on_waiting(still_waiting, deadline, waiting_for)
                 if self.rank == 0:
@@ -172,33 +181,64 @@ class Machines:
     def _open(self, open_store: Callable[..., Store]) -> Store:
         return open_store(*self.endpoint, is_here=self.rank == 0, timeout_s=CONNECT_WITHIN_S)
 
-    def _join(self, store: Store, ending: ExitReport) -> None:
+    def _join(self, store: Store, ending: ExitReport) -> str:
+        """Join the rendezvous and return its nonce."""
         if store.check([ENDED]):
             raise RendezvousStale
         if self.rank == 0:
-            store.set("facts", json.dumps(self.facts))
+            facts = json.dumps({**self.facts, NONCE: secrets.token_hex(16)})
+            store.set("facts", self._proof(facts) + facts)
         store.wait(["facts"], timedelta(seconds=CONNECT_WITHIN_S))
-        self._require_same(json.loads(store.get("facts")))
-        if store.add(f"here/{self.rank}", 1) > 1:
+        facts = self._read_facts(store)
+        self._require_same(facts)
+        if store.add(f"joined/{self.rank}", 1) > 1:
             store.set(ENDED, ending.to_text())
             raise RendezvousStale
+        store.set(f"here/{self.rank}", self._proof_of(self.rank, facts[NONCE]))
+        return facts[NONCE]
+
+    def _read_facts(self, store: Store) -> dict[str, str]:
+        """What rank 0 wrote. ConfigError if it has another key, or is not rank 0."""
+        written = store.get("facts").decode(errors="replace")
+        proof, facts = written[:PROOF_CHARS], written[PROOF_CHARS:]
+        if not hmac.compare_digest(proof.encode(), self._proof(facts).encode()):
+            raise ConfigError(
+                f"what answers at {self._address} has another --rdzv_key than this machine. Start "
+                "all machines with the same one, and check --rdzv_endpoint."
+            )
+        return json.loads(facts)
+
+    def _proof(self, text: str) -> str:
+        """Return what only who has the key can write about this text."""
+        return hmac.new(self.key.encode(), text.encode(), hashlib.sha256).hexdigest()
+
+    def _proof_of(self, rank: int, nonce: str) -> str:
+        """Return how this rank proves, in this rendezvous, that it has the key."""
+        return self._proof(f"rank {rank} of {nonce}")
+
+    def _is_here(self, rank: int, store: Store, nonce: str) -> bool:
+        """Whether a rank has joined. What a stranger writes in its place does not count."""
+        key = f"here/{rank}"
+        return store.check([key]) and hmac.compare_digest(
+            store.get(key), self._proof_of(rank, nonce).encode()
+        )
 
     def _require_same(self, facts: Mapping[str, str]) -> None:
         for name, theirs in facts.items():
-            if (mine := self.facts.get(name)) != theirs:
+            if name != NONCE and (mine := self.facts.get(name)) != theirs:
                 raise ConfigError(
                     f"{name} is {mine} on this machine and {theirs} on machine 0. Start all "
                     "machines with the same arguments except --node_rank, and with the same files "
                     "at the same paths."
                 )
 
-    def _missing(self, store: Store) -> str:
+    def _missing(self, store: Store, nonce: str) -> str:
         """The machines that have not joined; empty once all have. RendezvousStale if a rank was
         restarted meanwhile.
         """
         if store.check([ENDED]):
             raise RendezvousStale
-        absent = [rank for rank in range(self.world_size) if not store.check([f"here/{rank}"])]
+        absent = [rank for rank in range(self.world_size) if not self._is_here(rank, store, nonce)]
         if not absent:
             return "" if self.rank == 0 or store.check(["all"]) else "machine 0"
         numbers = sorted({rank // self.local_world_size for rank in absent})

@@ -216,7 +216,9 @@ def test_streams_are_limited_and_given_back(host, monkeypatch):
         for _ in range(jobs_api.STREAMS_OF_CLIENT)
     ]
     answer = requests.get(host.url(running["links"]["events"]), timeout=20)
-    assert answer.status_code == 429 and "event streams of this client are open" in assert_is_error(answer.json())
+    assert answer.status_code == 429 and "event streams of this client are open" in assert_is_error(
+        answer.json()
+    )
     cancel(host, running["id"])
     for stream in streams:
         assert "cancelled" in stream.text

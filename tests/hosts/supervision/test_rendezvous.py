@@ -73,6 +73,7 @@ def arguments(network, port, rank, *more):
         f"--node_rank={rank}",
         f"--rdzv_endpoint={network.first}:{port}",
         "--node_timeout=170",
+        "--rdzv_key=a secret of both machines",
         *more,
     )
 

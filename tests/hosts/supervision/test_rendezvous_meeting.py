@@ -3,6 +3,7 @@ come before.
 """
 
 import threading
+import time
 
 import pytest
 
@@ -23,13 +24,17 @@ def endpoint(monkeypatch):
     return "127.0.0.1", free_port()
 
 
-def machines(endpoint, rank, *, within_s=20.0, **facts):
+KEY = "a secret of all machines"
+
+
+def machines(endpoint, rank, *, within_s=20.0, key=KEY, **facts):
     return Machines(
         endpoint=endpoint,
         rank=rank,
         world_size=4,
         local_world_size=2,
         within_s=within_s,
+        key=key,
         facts=facts,
     )
 
@@ -109,6 +114,40 @@ def test_machine_with_other_arguments_is_refused_and_the_right_one_can_still_com
         Coming(endpoint, rank, **{"--height": "64", "--checkpoint": "/m"}) for rank in (1, 2, 3)
     ]
     for rank in (first, *right):
+        rank.join(timeout=20)
+        assert rank.store
+
+
+def test_machine_with_another_key_is_refused_and_the_right_one_can_still_come(endpoint):
+    first = Coming(endpoint, 0)
+    wrong = Coming(endpoint, 2, key="another secret of all machines")
+    wrong.join(timeout=20)
+    assert "has another --rdzv_key than this machine" in wrong.error
+    right = [Coming(endpoint, rank) for rank in (1, 2, 3)]
+    for rank in (first, *right):
+        rank.join(timeout=20)
+        assert rank.store
+
+
+def test_what_a_stranger_writes_into_the_store_counts_for_nobody(endpoint, monkeypatch):
+    """Neither in place of a rank, nor in place of the facts of rank 0."""
+    monkeypatch.setattr("hosts.supervision.rendezvous.CONNECT_WITHIN_S", 10.0)
+    ranks = [Coming(endpoint, rank) for rank in (0, 1, 2)]
+    wait_until(
+        lambda: any("machine 1 of 2" in told for told in ranks[0].told), within_s=20, what="waits"
+    )
+    stranger = open_store(*endpoint, is_here=False, timeout_s=5)
+    stranger.set("here/3", stranger.get("here/2"))
+    time.sleep(1)
+    assert not any(rank.store for rank in ranks)
+    facts = stranger.get("facts")
+    stranger.set("facts", b"0" * 64 + facts[64:])
+    late = Coming(endpoint, 3)
+    late.join(timeout=20)
+    assert "has another --rdzv_key" in late.error
+    stranger.set("facts", facts)
+    ranks.append(Coming(endpoint, 3))
+    for rank in ranks:
         rank.join(timeout=20)
         assert rank.store
 
