@@ -63,6 +63,8 @@ class HubServer:
         self.break_after: dict[str, list[int]] = {}
         """File -> bytes after which its next connections are closed."""
         self.seconds_per_mb = 0.0
+        self.silent = threading.Event()
+        """While it is set, connections are accepted and nothing is answered."""
         self.hold = threading.Event()
         """Large files are sent from when it is set."""
         self.hold.set()
@@ -82,6 +84,7 @@ class HubServer:
         trace: TracebackType | None,
     ) -> None:
         self.hold.set()
+        self.silent.clear()
         self._server.shutdown()
         self._server.server_close()
         self._thread.join(timeout=10)
@@ -153,6 +156,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer()
 
     def _answer(self) -> None:
+        while self.hub.silent.is_set():
+            time.sleep(0.1)
         path = unquote(urlsplit(self.path).path).strip("/")
         parts = path.split("/")
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None

@@ -29,7 +29,7 @@ _CONFIGURATION_WEIGHTS = ("text_encoder*/*.safetensors", "vae*/*.safetensors")
 def locate(wanted: Wanted, *, offline: bool) -> Found:
     """Return the files on this machine, or their outline. ConfigError says why there is none."""
     found = find(wanted)
-    if found is None and offline:
+    if offline and (found is None or found.listing):  # an outline lacks weights
         raise ConfigError(
             f"{_given(wanted)} is not in the cache {constants.HF_HUB_CACHE}, and this host is "
             f"offline. Run `{download_command(wanted)}` while online, or give a path."

@@ -120,7 +120,7 @@ def _causes(error: BaseException | None) -> list[BaseException]:
 def _outline(request: Mapping[str, Any]) -> None:
     """List a repository, and write the outline of the part that is needed."""
     from filelock import FileLock
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, constants
 
     from backends.hub.cache import LISTING, Wanted
     from backends.hub.choice import INDEX, small_files, weight_files
@@ -133,7 +133,12 @@ def _outline(request: Mapping[str, Any]) -> None:
         kind=request["kind"],
         without=frozenset(request["without"]),
     )
-    info = HfApi().model_info(name.repo, revision=name.revision, files_metadata=True)
+    info = HfApi().model_info(
+        name.repo,
+        revision=name.revision,
+        files_metadata=True,
+        timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+    )
     listing = {file.rfilename: file.size or 0 for file in info.siblings or []}
     outline = wanted.outline(info.sha)
     outline.mkdir(parents=True, exist_ok=True)
@@ -200,7 +205,7 @@ def _header(repo: str, commit: str, file: str, size: int) -> bytes:
 
 
 def _first_bytes(repo: str, commit: str, file: str, count: int) -> bytes:
-    from huggingface_hub import hf_hub_url
+    from huggingface_hub import constants, hf_hub_url
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
     headers = {
@@ -209,7 +214,8 @@ def _first_bytes(repo: str, commit: str, file: str, count: int) -> bytes:
         "Accept-Encoding": "identity",
     }
     url, found = hf_hub_url(repo, file, revision=commit), b""
-    with get_session().stream("GET", url, headers=headers, follow_redirects=True) as response:
+    options = {"follow_redirects": True, "timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT}
+    with get_session().stream("GET", url, headers=headers, **options) as response:
         hf_raise_for_status(response)
         for chunk in response.iter_bytes():
             found += chunk

@@ -189,6 +189,19 @@ def test_a_hub_that_cannot_be_reached(hub, monkeypatch):
     assert "this host is offline" in message
 
 
+def test_a_hub_that_does_not_answer(hub, monkeypatch):
+    monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "1")
+    hub.add("acme/tiny", checkpoint("sdxl"))
+    hub.silent.set()
+    assert f"{hub.url} cannot be reached" in refusal(wanted())
+
+
+def test_an_outline_is_not_enough_offline(hub):
+    hub.add("acme/tiny", checkpoint("sdxl"))
+    locate(wanted(), offline=False)
+    assert "Run `hf download acme/tiny` while online" in refusal(wanted(), offline=True)
+
+
 def test_a_disk_that_is_too_small_is_refused_before_the_download(hub, monkeypatch):
     hub.add("acme/tiny", checkpoint("sdxl"))
     found = locate(wanted(), offline=False)

@@ -90,6 +90,18 @@ def test_text_encoders_in_the_file_win_over_those_of_its_configuration(alone):
     assert (image(start) == image(own)).all()
 
 
+def test_one_file_of_a_repository_as_checkpoint(hub, alone):
+    """Its type and configuration are known by its header, before it is downloaded."""
+    hub.add(SDXL, checkpoint("sdxl"))
+    hub.add("acme/merges", {"v2/best.safetensors": alone["sdxl"], "old.safetensors": alone["flux"]})
+    start = plan("acme/merges/v2/best.safetensors")
+    assert start.spec.name == "sdxl" and start.facts()["download"] == "2.4 MB"
+    assert not hub.downloads(".safetensors")
+    start = fetched("acme/merges/v2/best.safetensors")
+    assert hub.downloads(".safetensors") == ["v2/best.safetensors"]
+    assert (image(start) == image(plan(alone["sdxl"], offline=True))).all()
+
+
 def test_a_name_as_configuration(hub, alone):
     hub.add("acme/base", checkpoint("sdxl"))
     start = fetched(alone["sdxl"], checkpoint_config="acme/base")
