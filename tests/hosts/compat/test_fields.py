@@ -137,6 +137,7 @@ def test_every_plain_field_can_be_sent():
         "negative_prompt": "n",
         "scheduler": "euler",
         "quality": "exact",
+        "prompt_syntax": "a1111",
         "latent_space": "model",
         "height": 8,
         "width": 8,

@@ -7,7 +7,13 @@ import pytest
 
 from tests.altered import WEIGHTS
 from tests.checkpoints import checkpoint
-from tests.hosts.harness import free_port, run_launcher, start_launcher, wait_until
+from tests.hosts.harness import (
+    free_port,
+    run_launcher,
+    start_client_host,
+    start_launcher,
+    wait_until,
+)
 
 ARGUMENTS = ("--checkpoint=acme/tiny", "--nproc_per_node=2", "--height=64", "--width=64")
 
@@ -56,3 +62,24 @@ def test_a_host_that_is_stopped_ends_its_download(hub):
         )
         assert any("worker" in " ".join(process.cmdline()) for process in host.tree())
         host.signal_and_wait(signal.SIGTERM, within_s=15)
+
+
+@pytest.mark.slow
+def test_ranks_of_a_clients_own_torchrun_find_and_download_a_model_once(hub):
+    """No launcher has asked the hub before them: both ranks do at once."""
+    hub.add("acme/tiny", checkpoint("sdxl"))
+    arguments = ("--checkpoint=acme/tiny", "--type=sdxl", "--height=64", "--width=64")
+    with start_client_host("host_asyncdiff.py", *arguments, "--model_n=2", num_ranks=2) as host:
+        host.wait_until_ready()
+        assert host.post({"positive": "a cat", "steps": 2}).status_code == 200
+    files = [name for name in hub.repositories["acme/tiny"].files if name.endswith("tensors")]
+    assert sorted(hub.downloads(".safetensors")) == sorted(files)
+
+
+@pytest.mark.slow
+def test_host_of_a_clients_own_torchrun_answers_why_it_cannot_download(hub):
+    with start_client_host("host_asyncdiff.py", "--checkpoint=acme/none", "--type=sdxl") as host:
+        host.wait_until_ready()
+        answer = host.post({"positive": "a cat"})
+        assert answer.status_code == 503
+        assert "--checkpoint=acme/none is neither a path" in answer.json()["message"]
