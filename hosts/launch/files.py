@@ -73,7 +73,10 @@ class HubFiles:
 
     def short_names(self, settings: Settings) -> list[str]:
         """Return the names of the files that decide on a model's defaults, without folders."""
-        names = self.names
+        names = {
+            str(one.path): f"{one.wanted.name.repo.partition('/')[2]} {one.scope.path}"
+            for one in self.found
+        }
         paths = [text for option in NAMED_OPTIONS if (text := getattr(settings, option))]
         return [names.get(path, Path(path).name) for path in paths]
 

@@ -93,6 +93,8 @@ def test_a_few_step_motion_adapter_brings_its_sampler(tmp_path):
 def test_a_name_on_a_hub_tells_it_too(hub):
     hub.add("stabilityai/sdxl-turbo", checkpoint("sdxl"))
     assert defaults(plan(checkpoint="stabilityai/sdxl-turbo"))[:2] == (1, 0.0)
+    hub.add("lightning-lab/ordinary", checkpoint("sdxl"))
+    assert defaults(plan(checkpoint="lightning-lab/ordinary"))[:2] == (30, 5.0)
 
 
 def test_check_shows_them(tmp_path):
