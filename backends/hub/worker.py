@@ -126,13 +126,8 @@ def _outline(request: Mapping[str, Any]) -> None:
     from backends.hub.choice import INDEX, small_files, weight_files
     from backends.hub.names import HubName
 
-    name = HubName(**request["name"])
-    wanted = Wanted(
-        option=request["option"],
-        name=name,
-        kind=request["kind"],
-        without=frozenset(request["without"]),
-    )
+    name, without = HubName(**request["name"]), frozenset(request["without"])
+    wanted = Wanted(option=request["option"], name=name, kind=request["kind"], without=without)
     info = HfApi().model_info(
         name.repo,
         revision=name.revision,

@@ -128,8 +128,8 @@ def locate_configuration(
             f"--checkpoint_config={given} was given, but --checkpoint={settings.checkpoint} is a "
             "folder with a configuration of its own. Leave it out."
         )
-    if path.is_dir() or not spec.single_file:
-        return settings, hub
+    if path.is_dir() or not spec.single_file or path.suffix != ".safetensors":
+        return settings, hub  # require_components refuses other files
     beside = path.with_suffix("") / INDEX
     if given is None and beside.is_file():
         return settings, hub
@@ -141,10 +141,20 @@ def locate_configuration(
                 "it needs no weights of what the file holds."
             )
         return replace(settings, checkpoint_config=folder), hub
-    header = read_header(path, option="--checkpoint")
+    found = _locate_repository(settings, spec, path)
+    settings = replace(settings, checkpoint_config=str(found.path))
+    return settings, replace(hub, found=(*hub.found, found))
+
+
+def _locate_repository(settings: Settings, spec: ModelSpec, path: Path) -> Found:
+    """Return the hub repository with the configuration of a file: the given, or its architecture's.
+
+    ConfigError names the file, if nobody has asked for the repository.
+    """
+    header, given = read_header(path, option="--checkpoint"), settings.checkpoint_config
     name = parse_name(given or (configuration_of(header, spec) if header else None) or "")
     if name is None:
-        existing_path("checkpoint_config", given or str(beside.parent))
+        existing_path("checkpoint_config", given or str(path.with_suffix("")))
     wanted = Wanted(
         option="checkpoint_config",
         name=name,
@@ -152,7 +162,7 @@ def locate_configuration(
         without=_replaced(settings) | _components_in(header, spec),
     )
     try:
-        found = locate(wanted, offline=settings.offline)
+        return locate(wanted, offline=settings.offline)
     except ConfigError as error:
         if given is not None:
             raise
@@ -160,8 +170,6 @@ def locate_configuration(
             f"--checkpoint={settings.checkpoint} is one file, and its configuration is not here: "
             f"{error} Or give it with --checkpoint_config=FOLDER."
         ) from error
-    settings = replace(settings, checkpoint_config=str(found.path))
-    return settings, replace(hub, found=(*hub.found, found))
 
 
 def _components_in(header: Header | None, spec: ModelSpec) -> frozenset[str]:

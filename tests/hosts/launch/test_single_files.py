@@ -130,6 +130,9 @@ def test_a_wrong_configuration_is_refused(alone, tmp_path):
     assert "holds no model_index.json" in message
     message = refusal(checkpoint("sdxl"), checkpoint_config=str(checkpoint("sdxl")))
     assert "is a folder with a configuration of its own. Leave it out." in message
+    other = tmp_path / "old.ckpt"
+    other.touch()
+    assert "is a file, but type 'sdxl' needs a folder" in refusal(other, type="sdxl")
     message = refusal(alone["sdxl"], checkpoint_config="/nowhere")
     assert message.startswith("--checkpoint_config=/nowhere does not exist.")
 
