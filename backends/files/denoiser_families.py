@@ -81,7 +81,7 @@ def _of_transformer(header: Header, title: str, types: tuple[str, ...], reason: 
     names = [name for name in _SPECIAL if name in about]
     title = f"{title} ({names[0]})" if names else title
     special = _SPECIAL[names[0]] if names else _WIDER.get((title, first[1]), "")
-    types = () if special else types
+    types = _SPECIAL_TYPES.get(names[0] if names else "", ()) if special else types
     return Found(
         title=f"a denoiser of {title}",
         part="denoiser",
@@ -105,11 +105,14 @@ _WIDER = {
 """(title, input channels) -> why the type with the same tensor names does not run it."""
 
 _SPECIAL = {
-    "kontext": "it edits a reference image, and no type has its pipeline",
+    "kontext": "it edits a reference image",
     "qwen-image-edit": "it edits a reference image, and no type has its pipeline",
     "qwen-image-layered": "it generates layers, and no type has its pipeline",
 }
 """Word in the metadata -> why the type with the same names and shapes does not run the file."""
+
+_SPECIAL_TYPES = {"kontext": ("flux_kontext",)}
+"""Word in the metadata -> the types that run the file."""
 
 _NOT_RUN = "no type runs this family"
 _TRANSFORMERS: tuple[tuple[str, tuple[str, ...], str, tuple[str, ...]], ...] = (
@@ -123,7 +126,7 @@ _TRANSFORMERS: tuple[tuple[str, tuple[str, ...], str, tuple[str, ...]], ...] = (
     ("Chroma", (), _NOT_RUN, ("distilled_guidance_layer.in_proj.bias",)),
     (
         "FLUX.1",
-        ("flux",),
+        ("flux", "flux_kontext"),
         "",
         (
             "double_blocks.0.img_attn.norm.key_norm.scale",

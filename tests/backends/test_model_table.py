@@ -51,7 +51,7 @@ def test_the_types_that_clients_offer_and_the_newer_ones_are_there() -> None:
         "flux2",
         "wan_t2v",
     }
-    assert set(read_table()) == offered | {"qwenimage"}
+    assert set(read_table()) == offered | {"qwenimage", "flux_kontext"}
 
 
 def test_every_cell_of_the_table_has_a_status_and_every_refusal_a_reason() -> None:

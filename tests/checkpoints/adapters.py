@@ -275,6 +275,7 @@ IP_ADAPTERS: dict[str, Callable[["DiffusionPipeline"], dict[str, "Tensor"]]] = {
     "sdxl": _ip_adapter_unet,
     "sd3": _ip_adapter_sd3,
     "flux": _ip_adapter_flux,
+    "flux_kontext": _ip_adapter_flux,
 }
 
 

@@ -20,6 +20,7 @@ NAMES = (
     "sdxl",
     "svd",
     "flux",
+    "flux_kontext",
     "hy",
     "pixa",
     "pixs",
@@ -112,6 +113,8 @@ def inputs(
         arguments |= {"num_frames": 4}
     if name == "wan_t2v":
         arguments |= {"num_frames": 5}  # one, and four times the latent frames after the first
+    if name == "flux_kontext":
+        arguments |= {"max_area": size * size}  # it scales the size to this area
     if name == "qwenimage":
         arguments |= {"negative_prompt": " "}  # guidance is off without one
     if name in ("hy", "pixa", "pixs"):

@@ -12,6 +12,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxKontextPipeline,
     FluxPipeline,
     HunyuanDiTPipeline,
     PixArtAlphaPipeline,
@@ -167,6 +168,10 @@ def flux(**config: object) -> DiffusionPipeline:
     )
 
 
+def flux_kontext(**config: object) -> DiffusionPipeline:
+    return FluxKontextPipeline(**flux(**config).components)
+
+
 def hy(**config: object) -> DiffusionPipeline:
     return HunyuanDiTPipeline(
         vae=parts.vae(scaling_factor=0.13025),
@@ -212,5 +217,5 @@ def _pixart(
 MODERN = (modern.zimage, modern.qwenimage, modern.flux2, modern.wan_t2v)
 BUILDERS: dict[str, Callable[..., DiffusionPipeline]] = {
     build.__name__: build
-    for build in (ad, sd1, sd2, sd3, sdup, sdxl, svd, flux, hy, pixa, pixs, *MODERN)
+    for build in (ad, sd1, sd2, sd3, sdup, sdxl, svd, flux, flux_kontext, hy, pixa, pixs, *MODERN)
 }

@@ -19,6 +19,7 @@ GGUF_NAMES = (
     "sdxl",
     "sd3",
     "flux",
+    "flux_kontext",
     "zimage",
     "qwenimage",
     "flux2",

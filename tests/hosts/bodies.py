@@ -104,6 +104,7 @@ def bodies(type_name: str, folder: Path) -> dict[str, Callable[[], Body]]:
             "LocalAI": lambda: LOCALAI_TEXT,
         },
         "flux2": {"LocalAI": lambda: LOCALAI_TEXT},
+        "flux_kontext": {"LocalAI": lambda: LOCALAI_TEXT},
         "wan_t2v": {"ComfyUI": lambda: wan},
         "svd": {
             "ComfyUI": lambda: {**svd, "image": image()},

@@ -1,5 +1,6 @@
 """Loading and one generation, against plain calls of diffusers' own pipelines."""
 
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -77,6 +78,8 @@ def plain_call(name: str, **more: object) -> np.ndarray:
         arguments["image"] = sample_image(side=SIDE // spec.upscale)
     if spec.upscale == 1:
         arguments |= {"height": SIDE, "width": SIDE}
+    if "max_area" in inspect.signature(pipe.__call__).parameters:
+        arguments["max_area"] = SIDE * SIDE
     if spec.output == "video":
         arguments["num_frames"] = 3
     if name == "svd":
@@ -104,12 +107,18 @@ def test_single_equals_a_plain_call_of_diffusers(name: str) -> None:
     assert (result.latents is not None) == TABLE[name].returns_latents
 
 
-def test_reference_images_reach_the_pipeline() -> None:
-    without = loaded("flux2").generate(request_for("flux2")).frames
-    for images in (sample_image(5), [sample_image(5), sample_image(6, side=80)]):
-        result = loaded("flux2").generate(request_for("flux2", image=images))
-        assert np.array_equal(result.frames, plain_call("flux2", image=images))
-        assert not np.array_equal(result.frames, without)
+@pytest.mark.parametrize(
+    ("name", "images"),
+    [
+        ("flux2", sample_image(5)),
+        ("flux2", [sample_image(5), sample_image(6, side=80)]),
+        ("flux_kontext", sample_image(5)),
+    ],
+)
+def test_reference_images_reach_the_pipeline(name: str, images: object) -> None:
+    result = loaded(name).generate(request_for(name, image=images))
+    assert np.array_equal(result.frames, plain_call(name, image=images))
+    assert not np.array_equal(result.frames, loaded(name).generate(request_for(name)).frames)
 
 
 def test_reference_image_that_the_pipeline_refuses_is_the_clients_mistake() -> None:

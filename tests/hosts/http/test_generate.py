@@ -19,6 +19,7 @@ from tests.hosts.inprocess import InProcessHost
 
 WITH_LATENTS = set(bodies.IMAGE_TYPES)
 LATE = (
+    "flux_kontext",
     "qwenimage",
     "flux2",
     "sd2",
@@ -92,7 +93,7 @@ def test_latent_is_what_comfyui_puts_into_its_graph(host):
     if host.spec.name not in WITH_LATENTS:
         pytest.skip("this type gives no latent")
     latent = decode(host.generate_image(small_body(host))["latent"])
-    channels = 16 if host.spec.name in ("sd3", "flux", "zimage", "qwenimage") else 4
+    channels = 16 if host.spec.name in ("sd3", "flux", "flux_kontext", "zimage", "qwenimage") else 4
     assert type(latent) is torch.Tensor
     assert (latent.dtype, latent.device.type, tuple(latent.shape)) == (
         torch.float32,

@@ -89,7 +89,6 @@ def test_a_folder_runs_as_its_own_type_and_as_no_other(name: str) -> None:
         ("sd1", "StableDiffusionAdapterPipeline"),
         ("sdxl", "StableDiffusionXLInstructPix2PixPipeline"),
         ("sdxl", "KolorsPipeline"),
-        ("flux", "FluxKontextPipeline"),
         ("flux", "FluxFillPipeline"),
         ("flux", "FluxControlPipeline"),
         ("flux", "ChromaPipeline"),
@@ -489,12 +488,16 @@ def test_motion_modules_for_another_unet_are_refused(tmp_path: Path) -> None:
     assert "is a ControlNet" in refusal("ad", sd1, motion_adapter=str(controlnet("sd1")))
 
 
+ALIKE = ({"pixa", "pixs"}, {"flux", "flux_kontext"})
+"""Types whose denoisers differ in nothing but their training."""
+
+
 @pytest.mark.parametrize("name", GGUF_NAMES)
 def test_a_gguf_of_another_type_is_refused_with_its_own(name: str) -> None:
     for other in GGUF_NAMES:
         if other == name:
             assert plan(name, gguf_model=str(gguf(other))).load.gguf_model
-        elif not shares_a_unet(name, other):
+        elif not shares_a_unet(name, other) and {name, other} not in ALIKE:
             message = refusal(name, gguf_model=str(gguf(other)))
             assert "--gguf_model=" in message and f"--type={other}" in message
 
@@ -517,7 +520,7 @@ def test_a_denoiser_of_another_type_is_refused_with_its_own(name: str) -> None:
         "pixs",
     ):
         folder = checkpoint(other) / TABLE[other].denoiser
-        if other == name or shares_a_unet(name, other) or {name, other} == {"pixa", "pixs"}:
+        if other == name or shares_a_unet(name, other) or {name, other} in ALIKE:
             continue
         for given in (folder, folder / "diffusion_pytorch_model.safetensors"):
             message = refusal(name, **{denoiser: str(given)})
@@ -570,6 +573,13 @@ def test_a_file_of_a_family_that_no_type_runs_says_so(
 ) -> None:
     file = weights(tmp_path / "x.safetensors", tensors)
     assert f"--transformer={file} is {title}" in refusal("flux", transformer=file)
+
+
+def test_kontext_and_flux_are_told_apart_by_their_classes() -> None:
+    assert "--type=flux needs a FluxPipeline. Give --type=flux_kontext." in refusal(
+        "flux", checkpoint("flux_kontext")
+    )
+    assert "Give --type=flux." in refusal("flux_kontext", checkpoint("flux"))
 
 
 def test_kontext_is_told_by_its_metadata(tmp_path: Path) -> None:
