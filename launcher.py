@@ -17,7 +17,11 @@ from hosts.launch.command_line import parse_command_line
 from hosts.launch.settings import Settings
 
 EXIT_USER_ERROR = 2
-COMMANDS = {"generate": "diffusion_client.command", "status": "diffusion_client.status"}
+COMMANDS = {
+    "generate": "diffusion_client.command",
+    "measure": "diffusion_client.measure",
+    "status": "diffusion_client.status",
+}
 SCRIPT = Path(__file__).resolve()
 
 

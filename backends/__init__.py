@@ -44,7 +44,9 @@ class PlanModule(Protocol):
     def candidates(
         self, spec: "ModelSpec", ranks: int, *, is_guided: bool
     ) -> Iterable[tuple[str, dict[str, object]]]:
-        """Yield (name, launch options) of each way to run one image that is worth trying."""
+        """Yield (name, launch options) of each way to run one image that is worth trying. A name
+        "WAY, VARIANT" is of a variant that takes as long as WAY, which came before it.
+        """
 
     def cost(self, plan: "ParallelPlan", part: "RankWork") -> "MethodCost":
         """Return the cost of one step of this plan, within one half of the CFG split."""

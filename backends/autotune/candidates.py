@@ -81,7 +81,7 @@ def list_candidates(
 def _with_caches(spec: ModelSpec, plain: Sequence[Candidate]) -> Iterator[Candidate]:
     """Yield each candidate with each cache that its method and the model table allow."""
     for candidate in plain:
-        for text, quality in CACHES[spec.denoiser].items():
+        for text, quality in CACHES[spec.denoiser].items() if not candidate.timed_as else ():
             cache = parse_step_cache(text, spec)
             try:
                 spec.require(candidate.backend, "step_cache")
@@ -118,8 +118,15 @@ def _candidate(
         plan = made
     except HostError as error:
         refusal = str(error)
+    way, _, variant = name.partition(", ")
     return Candidate(
-        name=name, backend=backend, ranks=ranks, options=options, plan=plan, refusal=refusal
+        name=name,
+        backend=backend,
+        ranks=ranks,
+        options=options,
+        plan=plan,
+        refusal=refusal,
+        timed_as=way if variant else "",
     )
 
 

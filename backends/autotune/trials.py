@@ -5,12 +5,15 @@ for `--backend=auto` (hosts/launch/auto_backend.py) and by benchmarks/planner.py
 """
 
 import logging
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any, Protocol
 
+import numpy as np
 import psutil
 import torch
 from torch import Tensor, nn
@@ -52,6 +55,8 @@ NUM_STEPS = 6
 communicates every other step).
 """
 ALONE_STEPS = 4
+MOST_DB = 200.0
+"""PSNR of equal images, which would be infinite."""
 NUM_TRIED_ALSO = 2
 """Largest number of candidates that are tried for each further level of quality."""
 NUM_REPEATS = 3
@@ -84,12 +89,19 @@ class Subject(Protocol):
         `on_step` ends it with CancelledError.
         """
 
+    def image(self) -> np.ndarray:
+        """Return the latents of a whole image, or its pixels where there are no latents."""
+
 
 class PipelineSubject:
     """A loaded pipeline and the request to try it with."""
 
-    def __init__(self, pipeline: LoadedPipeline, request: GenerateRequest) -> None:
+    def __init__(
+        self, pipeline: LoadedPipeline, request: GenerateRequest, whole: GenerateRequest
+    ) -> None:
+        """request: whose first steps are timed. whole: the image that is compared."""
         self._pipeline = pipeline
+        self._whole = whole
         self._request = request.model_copy(update={"warmup_steps": WARMUP_STEPS})
         self.device = pipeline.device
         self.denoiser: nn.Module = getattr(pipeline.pipe, pipeline.spec.denoiser)
@@ -108,6 +120,10 @@ class PipelineSubject:
 
     def run(self, on_step: OnStep) -> None:
         self._pipeline.generate(self._request, on_step=on_step)
+
+    def image(self) -> np.ndarray:
+        result = self._pipeline.generate(self._whole)
+        return (result.frames if result.latents is None else result.latents).astype(np.float64)
 
 
 @dataclass(slots=True)
@@ -289,24 +305,58 @@ class Trials:
         return work
 
     def trial(self, candidate: Candidate) -> tuple[float, str]:
-        """Return (seconds per step, "") of one method, or (0.0, reason) if it failed.
+        """Return (seconds per step, "") of one method, or (0.0, reason) if it failed."""
 
-        The first ranks run it while the others wait.
+        def time_steps() -> float:
+            watch = _Stopwatch(NUM_STEPS, self._subject.device, period=_period(candidate))
+            _run(self._subject, watch)
+            return watch.step_s
+
+        return self._run_with(candidate, time_steps)
+
+    def closeness(self, candidates: Sequence[Candidate]) -> tuple[dict[str, float], dict[str, str]]:
+        """Return each method's PSNR in dB against one rank, of one whole image, and why others
+        failed. The same on all ranks.
+        """
+        single = Candidate(
+            name="single", backend="single", ranks=1, plan=ParallelPlan(method="single")
+        )
+        found: dict[str, float] = {}
+        failures: dict[str, str] = {}
+        images: list[np.ndarray] = []
+
+        def compare() -> float:
+            images.append(self._subject.image())
+            return psnr(images[0], images.pop()) if len(images) > 1 else inf
+
+        for candidate in (single, *candidates):
+            decibels, failure = self._run_with(candidate, compare)
+            if candidate is single and failure:
+                raise RuntimeError(failure)
+            if failure:
+                failures[candidate.name] = failure
+            elif candidate is not single:
+                found[candidate.name] = decibels
+        return found, failures
+
+    def _run_with(self, candidate: Candidate, work: Callable[[], float]) -> tuple[float, str]:
+        """Attach a method, do some work and detach it. Return (rank 0's figure, ""), or (0.0,
+        reason) if any rank failed.
+
+        The first ranks work while the others wait.
         """
         assert candidate.plan is not None
-        ranks = candidate.ranks
-        team, rank = divmod(self._rank, ranks)
+        team, rank = divmod(self._rank, candidate.ranks)
         mesh = Mesh(
             candidate.plan,
             rank=rank,
             device=self._subject.device,
             alarm=self._alarm,
             team=team,
-            num_teams=self._world_size // ranks,
+            num_teams=self._world_size // candidate.ranks,
         )
         mesh.prepare()
-        watch = _Stopwatch(NUM_STEPS, self._subject.device, period=_period(candidate))
-        failure, is_attached = None, False
+        figure, failure, is_attached = 0.0, None, False
         try:
             backend = backend_class(candidate.backend)(
                 spec=self._spec, plan=candidate.plan, mesh=mesh
@@ -314,7 +364,7 @@ class Trials:
             is_attached = True
             self._subject.attach(backend, candidate.step_cache)
             if team == 0:
-                _run(self._subject, watch)
+                figure = work()
         except Exception as error:  # noqa: BLE001  any error rules out this method only
             failure = (time.time(), f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
             mesh.fail()  # wakes the ranks that wait for this one
@@ -328,7 +378,7 @@ class Trials:
         if failures:
             logger.info("%s failed when it was tried: %s", candidate.name, failures[0][1])
             return 0.0, failures[0][1]
-        return gather_outcomes(watch.step_s if team == 0 else 0.0)[0], ""
+        return gather_outcomes(figure)[0], ""
 
     def _survey(self) -> Work | Exception:
         device = self._subject.device
@@ -359,6 +409,15 @@ class Trials:
             if device.type == "cuda"
             else None,
         )
+
+
+def psnr(reference: np.ndarray, other: np.ndarray) -> float:
+    """Return the peak signal-to-noise ratio in dB; the peak is the range of `reference`. At most
+    MOST_DB.
+    """
+    error = float(np.mean((reference - other) ** 2))
+    peak = float(np.ptp(reference))
+    return min(MOST_DB, 10 * math.log10(peak**2 / error)) if error > 0 else MOST_DB
 
 
 def _period(candidate: Candidate) -> int:

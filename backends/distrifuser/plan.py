@@ -97,6 +97,12 @@ def candidates(
         for sync_mode in ("corrected_async_gn", "full_sync"):
             name = f"{times(cfg=cfg, patch=ranks // cfg)} {sync_mode}"
             yield name, whole | {"sync_mode": sync_mode}
+            if sync_mode in CLOSE_MODES:
+                # which of the two is closer depends on the weights (docs/quality.md)
+                yield (
+                    f"{name}, no extrapolation",
+                    whole | {"sync_mode": sync_mode, "extrapolate": False},
+                )
 
 
 def _exactness(parallelism: str, sync_mode: str, degree: int) -> Any:

@@ -2,6 +2,7 @@
 
 from flask import Blueprint, Response, current_app, jsonify
 
+from backends.errors import UnsupportedError
 from hosts.http.dialect import Dialect
 from hosts.http.metrics import CONTENT_TYPE
 from hosts.supervision.host_state import Phase
@@ -45,6 +46,20 @@ def readyz() -> tuple[str, int]:
 def metrics() -> Response:
     """Return metrics for Prometheus."""
     return Response(current_app.extensions["metrics"].text(), content_type=CONTENT_TYPE)
+
+
+@blueprint.post("/v1/measure")
+def measure() -> Response:
+    """Time the methods again, compare an image of each approximate one with one rank's, and choose
+    by the new figures. Return the table when it is done; jobs wait meanwhile.
+    """
+    host = current_app.extensions["host"]
+    if host.state.measure is None:
+        raise UnsupportedError(
+            "a gateway has no methods to measure. Ask the host of a replica for it."
+        )
+    host.state.measure()
+    return jsonify(host.state.facts["planner"])
 
 
 @blueprint.get("/settings")

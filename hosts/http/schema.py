@@ -209,6 +209,12 @@ def _own(spec: ModelSpec, settings: Settings) -> dict[str, Any]:
                 )
             },
             "/metrics": {"get": _operation("For Prometheus.", answers={"200": _text()})},
+            "/v1/measure": {
+                "post": _operation(
+                    "Time the methods again and compare an image of each with one rank's.",
+                    answers={"200": _answer("The table of methods.", "Object")},
+                )
+            },
             "/settings": {
                 "get": _operation(
                     "What was chosen at start, and why.",

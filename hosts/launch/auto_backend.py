@@ -25,7 +25,7 @@ from backends.autotune.ranking import Image, Measured, Row, as_text, choose, ran
 from backends.errors import ConfigError
 from backends.files.checkpoint import configuration_folder
 from backends.model_table import ModelSpec
-from backends.plan import ParallelPlan
+from backends.plan import QUALITIES, ParallelPlan
 from backends.step_cache_spec import parse_step_cache, require_step_cache
 from hosts.launch.gpus import default_variant
 from hosts.launch.load_options import OFFLOADS, WITHOUT_SDPA
@@ -69,6 +69,8 @@ class BackendChoice:
     measured: Measured
     """The figures behind the choice."""
     quality: str
+    levels: Mapping[str, str] = field(default_factory=dict)
+    """Quality -> the best method of an image of the usual size and steps."""
     key: str
     """Names the kept measurements that fit this launch."""
 
@@ -90,6 +92,7 @@ class BackendChoice:
             "quality": self.quality,
             "source": self.source,
             "choice": self.job.candidate.name,
+            "levels": dict(self.levels),
             "link": {
                 "latency_s": self.measured.link.latency_s,
                 "bytes_per_s": self.measured.link.bytes_per_s,
@@ -252,6 +255,11 @@ def decide(
         },
         measured=measured,
         quality=quality,
+        levels={
+            level: best.candidate.name
+            for level in QUALITIES
+            if (best := choose(rank(candidates, measured, quality=level, image=image))) is not None
+        },
         key=key,
     )
 

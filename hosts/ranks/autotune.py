@@ -69,6 +69,76 @@ def tune(
     return settled, pipeline
 
 
+def measure_again(
+    start: StartPlan,
+    pipeline: LoadedPipeline,
+    *,
+    with_closeness: bool,
+    must_end: Callable[[], bool],
+    folder: Path | None,
+    rank: int,
+    world_size: int,
+    alarm: Alarm | None,
+) -> Measured:
+    """Time the methods of a loaded pipeline once more. Every rank must call this.
+
+    with_closeness: also generate an image with each approximate method and compare it with one
+    rank's. must_end: asked on rank 0, see Trials.measure. The pipeline has no backend attached.
+    """
+    old = start.auto.measured
+    trials = _trials(start, pipeline, rank=rank, world_size=world_size, alarm=alarm)
+    new = _time_methods(trials, start, must_end)
+    merged = replace(
+        new,
+        steps={**old.steps, **new.steps},
+        spread={**old.spread, **new.spread},
+        closeness=old.closeness,
+    )
+    if with_closeness:
+        approximate = [
+            candidate
+            for candidate in candidates_of(start.auto)
+            if candidate.plan is not None
+            and candidate.quality != "exact"
+            and (candidate.timed_as or candidate.name) in merged.steps
+        ]
+        closeness, failures = trials.closeness(approximate)
+        merged = replace(merged, closeness=closeness, failures={**merged.failures, **failures})
+    if rank == 0 and folder is not None:
+        remember(folder, start.auto.key, merged)
+    return merged
+
+
+def _trials(
+    start: StartPlan, pipeline: LoadedPipeline, *, rank: int, world_size: int, alarm: Alarm | None
+) -> Trials:
+    timed, whole = (
+        prewarm_request(start.spec, replace(start.load, prewarm_steps=steps))
+        for steps in (TRIAL_STEPS, start.load.num_inference_steps or start.spec.num_inference_steps)
+    )
+    return Trials(
+        PipelineSubject(pipeline, timed, whole),
+        spec=start.spec,
+        halves=halves_of(start.spec),
+        rank=rank,
+        world_size=world_size,
+        alarm=alarm,
+    )
+
+
+def _time_methods(
+    trials: Trials, start: StartPlan, must_end: Callable[[], bool] = lambda: False
+) -> Measured:
+    measured = trials.measure(
+        candidates_of(start.auto),
+        quality=start.auto.quality,
+        image=Image(num_steps=start.spec.num_inference_steps),
+        also=[level for level in QUALITIES if level != start.auto.quality],
+        must_end=must_end,
+    )
+    return replace(measured, date=time.strftime("%Y-%m-%d"))
+
+
 def _measure(
     start: StartPlan, *, rank: int, world_size: int, device: torch.device, alarm: Alarm | None
 ) -> tuple[LoadedPipeline | None, Measured | None]:
@@ -82,19 +152,8 @@ def _measure(
         failure = Failure.of(error, rank=rank)
     if agree_on_outcome(failure).failure is None:
         try:
-            request = prewarm_request(start.spec, replace(start.load, prewarm_steps=TRIAL_STEPS))
-            subject, ranks = (
-                PipelineSubject(pipeline, request),
-                {"rank": rank, "world_size": world_size, "alarm": alarm},
-            )
-            trials = Trials(subject, spec=start.spec, halves=halves_of(start.spec), **ranks)
-            measured = trials.measure(
-                candidates_of(start.auto),
-                quality=start.auto.quality,
-                image=Image(num_steps=start.spec.num_inference_steps),
-                also=[level for level in QUALITIES if level != start.auto.quality],
-            )
-            measured = replace(measured, date=time.strftime("%Y-%m-%d"))
+            trials = _trials(start, pipeline, rank=rank, world_size=world_size, alarm=alarm)
+            measured = _time_methods(trials, start)
         except Exception as error:  # noqa: BLE001  as above
             failure = Failure.of(error, rank=rank)
         if (outcome := agree_on_outcome(failure)).failure is None:

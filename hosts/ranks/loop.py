@@ -143,6 +143,13 @@ class RankLoop:
         """Keep the weights in main memory until the next job."""
         self._pipeline.rest()
 
+    def release(self) -> LoadedPipeline:
+        """Close the groups, and return the pipeline with nothing attached."""
+        pipeline = self._pipeline
+        pipeline.detach()
+        self.unload()
+        return pipeline
+
     def unload(self) -> None:
         """Release the pipeline as it is, hooks and all, and close the groups."""
         self._pipeline = None

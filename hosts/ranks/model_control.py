@@ -38,7 +38,17 @@ class Sleep:
     seconds: float
 
 
-ModelCommand = Apply | Offload | Sleep
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measure:
+    """Time the methods again, and choose by the new figures."""
+
+    with_closeness: bool = True
+    """Whether to compare an image of each approximate method with one rank's, too. Else the trials
+    also end as soon as a job waits.
+    """
+
+
+ModelCommand = Apply | Offload | Sleep | Measure
 
 
 @dataclass(slots=True, eq=False)
@@ -77,12 +87,16 @@ class ModelControl:
         self._pending: deque[PendingCommand] = deque()
         self._current: PendingCommand | None = None
 
+    def give(self, command: ModelCommand) -> PendingCommand:
+        """Give a command without waiting for it."""
+        self._pending.append(pending := PendingCommand(command))
+        return pending
+
     def run(self, command: ModelCommand) -> None:
         """Give a command and wait until all ranks have run it. HostError if it failed."""
         if self._queue.is_closed:
             raise UnavailableError("the host is stopping. Try again when it has started.")
-        pending = PendingCommand(command)
-        self._pending.append(pending)
+        pending = self.give(command)
         # wakes the main thread, which waits for a job
         self._queue.next(lambda waiting, running: Choice.LEAVE)
         pending.done.wait()

@@ -17,7 +17,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from backends.autotune.ranking import Measured
-from backends.errors import UnavailableError
+from backends.errors import UnavailableError, UnsupportedError
+from backends.generation.pipeline import LoadedPipeline
 from backends.groups.alarm import Alarm
 from backends.groups.control_group import Channel, broadcast_command, open_channels
 from backends.groups.mesh import Mesh
@@ -26,13 +27,13 @@ from hosts.jobs.queue import JobQueue
 from hosts.launch.files import size_text
 from hosts.launch.settings import Settings
 from hosts.launch.start_plan import StartPlan
-from hosts.ranks.autotune import tune
+from hosts.ranks.autotune import measure_again, tune
 from hosts.ranks.commands import Failure, Stop, agree_on_outcome
 from hosts.ranks.dispatch import Dispatcher, FollowerDispatcher, LeaderDispatcher
 from hosts.ranks.loop import RankLoop
-from hosts.ranks.model_control import Apply, ModelCommand, ModelControl, Offload, Sleep
+from hosts.ranks.model_control import Apply, Measure, ModelCommand, ModelControl, Offload, Sleep
 from hosts.supervision.host_state import HostState, Phase
-from hosts.supervision.progress import Activity
+from hosts.supervision.progress import LOAD_WITHIN_S, Activity
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +84,9 @@ class Control(Protocol):
 
     def show_download(self, done: int, total: int) -> None:
         """Show how many bytes of a download are here."""
+
+    def has_waiting_jobs(self) -> bool:
+        """Whether a job waits, on rank 0."""
 
     def sleep(self, seconds: float) -> None: ...
 
@@ -144,6 +148,9 @@ class LeaderControl:
     def show_download(self, done: int, total: int) -> None:
         self._state.become(Phase.LOADING, self._log.tell(done, total))
 
+    def has_waiting_jobs(self) -> bool:
+        return self._queue.num_waiting > 0
+
     def sleep(self, seconds: float) -> None:
         """The first rank stays awake."""
 
@@ -176,6 +183,9 @@ class FollowerControl:
 
     def show_download(self, done: int, total: int) -> None:
         self._log.tell(done, total)
+
+    def has_waiting_jobs(self) -> bool:
+        return False
 
     def sleep(self, seconds: float) -> None:
         time.sleep(seconds)
@@ -214,6 +224,8 @@ class ModelLoop:
         self._memory = memory
         self._channels: dict[int, Channel] = {}
         self._loop: RankLoop | None = None
+        self._start: StartPlan | None = None
+        self._settings: Settings | None = None
 
     def run(self, first: Apply | None = None) -> Failure | None:
         """Run commands, beginning with `first`, until the host stops. Return the Failure if the
@@ -242,7 +254,10 @@ class ModelLoop:
         answers when it is loaded.
         """
         failure = self._prepare(command)
-        if isinstance(command, Apply) and self._loop is not None:
+        is_answered_later = isinstance(command, Apply) or (
+            isinstance(command, Measure) and failure is None
+        )
+        if is_answered_later and self._loop is not None:
             return None
         if isinstance(command, Apply):
             self._control.show_empty(failure)
@@ -252,10 +267,9 @@ class ModelLoop:
         return failure
 
     def _prepare(self, command: ModelCommand) -> Failure | None:
-        """Unload, plan and download, or offload. All ranks agree on the outcome."""
+        """Unload, plan and download, offload or measure. All ranks agree on the outcome."""
         if not isinstance(command, Apply):
-            is_offload = isinstance(command, Offload)
-            return self._agree(self._offload if is_offload else lambda: None)[1]
+            return self._agree(partial(self._obey, command))[1]
         start, failure = self._agree(partial(self._unload_and_plan, command.settings))
         # once all ranks have planned, what they have found on the disk may change
         if failure is None:
@@ -263,6 +277,7 @@ class ModelLoop:
         if failure is None and start is not None and start.hub.found:
             start, failure = self._agree(partial(self._plan, command.settings, None))
         if failure is None and start is not None:
+            self._settings = command.settings
             self._loop = self._loop_of(start, partial(self._plan, command.settings))
         return failure
 
@@ -274,6 +289,12 @@ class ModelLoop:
         except Exception as error:  # noqa: BLE001  the other ranks must learn of any error before they continue
             failure = Failure.of(error, rank=self._rank)
         return value, agree_on_outcome(failure).failure
+
+    def _obey(self, command: Offload | Sleep | Measure) -> None:
+        if isinstance(command, Offload):
+            self._offload()
+        elif isinstance(command, Measure):
+            self._measure(command)
 
     def _unload_and_plan(self, settings: Settings | None) -> StartPlan | None:
         self._unload()
@@ -304,6 +325,10 @@ class ModelLoop:
             activity=self._activity,
             alarm=self._alarm,
         )
+        return self._rank_loop(start, pipeline)
+
+    def _rank_loop(self, start: StartPlan, pipeline: LoadedPipeline | None) -> RankLoop:
+        self._start = start
         mesh = Mesh(start.plan, rank=self._rank, device=self._device, alarm=self._alarm)
         if start.teams.plans and not self._channels:
             self._channels = open_channels()
@@ -330,6 +355,33 @@ class ModelLoop:
             world_size=self._world_size,
             max_batch=start.max_batch,
         )
+
+    def _measure(self, command: Measure) -> None:
+        """Measure with the loaded pipeline, and make the loop anew. All ranks raise alike."""
+        if self._loop is None:
+            raise UnavailableError(NOTHING)
+        if self._start.auto is None:
+            raise UnsupportedError(
+                f"there is nothing to measure: this host runs {self._start.plan.describe()} only. "
+                "Start it on several ranks without naming a method."
+            )
+        pipeline, start = self._loop.release(), self._start
+        self._activity.begin("measuring the methods", within_s=LOAD_WITHIN_S)
+        try:
+            measured = measure_again(
+                start,
+                pipeline,
+                with_closeness=command.with_closeness,
+                must_end=lambda: not command.with_closeness and self._control.has_waiting_jobs(),
+                folder=self._memory,
+                rank=self._rank,
+                world_size=self._world_size,
+                alarm=self._alarm,
+            )
+            start = self._plan(self._settings, measured)
+        finally:
+            self._activity.rest()
+            self._loop = self._rank_loop(start, pipeline)
 
     def _offload(self) -> None:
         if self._loop is None:

@@ -19,7 +19,7 @@ from hosts.launch.gpus import driver_version
 from hosts.launch.settings import Settings
 from hosts.launch.start_plan import StartPlan, count_gpus
 from hosts.ranks.libraries import import_bitsandbytes
-from hosts.ranks.model_control import Apply, ModelControl
+from hosts.ranks.model_control import Apply, Measure, ModelControl
 from hosts.supervision import parent_watch
 from hosts.supervision.exit_reports import ExitReport, RankNotes
 from hosts.supervision.host_state import HostState, Phase
@@ -60,12 +60,14 @@ class RankProcess:
 
     def control(self) -> ModelControl:
         """Commands of HTTP threads for the model loop."""
-        return ModelControl(
+        control = ModelControl(
             self.queue,
             base=self.settings,
             plan=lambda settings: self.plan(settings, None),
             num_ranks=self.place.world_size,
         )
+        self.state.measure = partial(control.run, Measure())
+        return control
 
     def run(
         self, control: ModelControl, first: Apply | None, start: StartPlan | None

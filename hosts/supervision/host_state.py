@@ -3,7 +3,7 @@ ready, failed or stopping. Pure Python.
 """
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -29,6 +29,8 @@ class HostState:
     """What GET /settings shows."""
     loading_percent: float = 0.0
     """Progress of loading, for hosts that load their pipeline over HTTP."""
+    measure: Callable[[], None] | None = None
+    """Let the ranks measure their methods, and wait for that; None where there are no ranks."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _stopping: threading.Event = field(default_factory=threading.Event)
 

@@ -65,7 +65,7 @@ def _try_what_fails(rank, world_size, name, backend, options):
     case = Ranks(label="a trial", type=name, backend=backend, options=options)
     plan = _plan(case)
     trials = Trials(
-        PipelineSubject(pipe, request_for(spec, num_inference_steps=4)),
+        PipelineSubject(pipe, *[request_for(spec, num_inference_steps=4)] * 2),
         spec=spec,
         rank=rank,
         world_size=2,

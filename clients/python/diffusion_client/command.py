@@ -61,6 +61,9 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(f"--{name}", type=int)
     parser.add_argument("--guidance_scale", type=float)
     parser.add_argument("--scheduler")
+    parser.add_argument(
+        "--quality", choices=("exact", "high", "fast"), help="how close to the image of one GPU"
+    )
     return parser
 
 

@@ -36,7 +36,11 @@ def test_survey_of_a_unet_counts_what_its_layers_do():
                 )
             )
     work = Trials(
-        PipelineSubject(pipeline, request), spec=pipeline.spec, rank=0, world_size=1, halves=2
+        PipelineSubject(pipeline, request, request),
+        spec=pipeline.spec,
+        rank=0,
+        world_size=1,
+        halves=2,
     ).alone()
     for handle in handles:
         handle.remove()

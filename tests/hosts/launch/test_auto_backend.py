@@ -15,13 +15,14 @@ from backends.autotune.ranking import Image, Measured
 from backends.autotune.trials import PipelineSubject, Trials
 from backends.errors import ConfigError
 from backends.generation.pipeline import load_pipeline
+from backends.groups.control_group import gather_outcomes
 from backends.groups.mesh import Mesh
 from backends.model_table import read_table
 from backends.request import GenerateRequest
 from hosts.launch.auto_backend import candidates_of, recall_from, remember
 from hosts.launch.settings import Settings
 from hosts.launch.start_plan import plan_start
-from hosts.ranks.autotune import tune
+from hosts.ranks.autotune import measure_again, tune
 from hosts.ranks.warmup import prewarm_request
 from hosts.supervision.progress import Activity
 from tests.checkpoints import checkpoint
@@ -277,15 +278,57 @@ def test_two_ranks_measure_once_then_remember_and_draw_what_the_named_method_dra
     run_on_ranks(check_settling, 2, tmp_path)
 
 
+SEGMENTS, BANDS = "asyncdiff segment 2 stride 1", "distrifuser patch 2 corrected_async_gn"
+
+
+def check_closeness(rank, world_size, folder):
+    """What is measured of images is kept with the times, and decides between levels."""
+    options = {"height": 64, "width": 64, "quality": "fast"}
+    found = start(**options)
+    found = start(
+        measured=with_steps(found, steps={"single": 1.0, SEGMENTS: 0.4, BANDS: 0.5}), **options
+    )
+    pipeline = load_pipeline(found.spec, found.load, device=torch.device("cpu"))
+    place = {"rank": rank, "world_size": world_size, "alarm": None, "folder": folder}
+    few = {"must_end": lambda: True}
+    measured = measure_again(found, pipeline, with_closeness=True, **few, **place)
+    assert measured.steps[SEGMENTS] == 0.4 and 0 < measured.steps["single"] < 1.0
+    assert set(measured.closeness) == {SEGMENTS, BANDS, f"{BANDS}, no extrapolation"}
+    assert all(5 < decibels < 150 for decibels in measured.closeness.values())
+    assert measured.closeness[BANDS] != measured.closeness[f"{BANDS}, no extrapolation"]
+    assert gather_outcomes(measured.closeness) == [measured.closeness] * world_size
+    again = measure_again(found, pipeline, with_closeness=False, **few, **place)
+    assert again.closeness == {} and recall_from(folder)(found.auto.key) is not None
+    rows = {row.candidate.name: row for row in start(measured=measured, **options).auto.rows}
+    assert rows[SEGMENTS].closeness_db == measured.closeness[SEGMENTS]
+    assert rows[SEGMENTS].facts()["closeness_db"] == round(measured.closeness[SEGMENTS], 1)
+
+
+def test_closeness_of_each_method_is_measured_by_an_image(run_on_ranks, tmp_path):
+    run_on_ranks(check_closeness, 2, tmp_path)
+
+
+def test_whether_to_extrapolate_is_decided_by_what_was_measured():
+    twin = f"{BANDS}, no extrapolation"
+    for better in (BANDS, twin):
+        closeness = {BANDS: 44.0, twin: 44.0, better: 47.0}
+        found = start(
+            measured=with_steps(start(), steps={"single": 1.0, BANDS: 0.3}, closeness=closeness),
+            quality="high",
+        )
+        assert found.auto.levels["high"] == better
+        asked = found.methods.of_size[2][better].plan.options["extrapolate"]
+        assert asked is (False if better == twin else None)
+
+
 def check_failing_method(rank, world_size):
     """A method that fails on one rank in a trial is left out with its reason, and the others are
     tried.
     """
     found = start(height=64, width=64)
     pipeline = load_pipeline(found.spec, found.load, device=torch.device("cpu"))
-    subject = PipelineSubject(
-        pipeline, prewarm_request(found.spec, replace(found.load, prewarm_steps=20))
-    )
+    request = prewarm_request(found.spec, replace(found.load, prewarm_steps=20))
+    subject = PipelineSubject(pipeline, request, request)
     attach = subject.attach
 
     def fail_on_one_rank(backend, step_cache=None):
@@ -357,6 +400,33 @@ def test_host_tells_the_table_of_the_check_and_goes_by_it(measured_before):
             "backends.autotune.trials" not in host.log
             and "* distrifuser patch 2 full_sync" in host.log
         )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_host_measures_its_methods_on_request_and_goes_on(tmp_path):
+    arguments = (
+        "--type=sdxl", "--nproc_per_node=2", "--height=64", "--width=64",
+        f"--checkpoint={checkpoint('sdxl')}", f"--state_dir={tmp_path}",
+    )  # fmt: skip
+    with start_launcher(*arguments) as host:
+        host.wait_until_ready()
+        first = image_of(host)
+        done = run_launcher("measure", "--url", host.url(""), timeout_s=300)
+        assert done.returncode == 0, done.stderr + host.log
+        table = host.get("/settings").json()["planner"]
+        close = [row for row in table["table"] if row.get("closeness_db") is not None]
+        assert close and all(row["method"] in done.stdout for row in close)
+        assert np.abs(image_of(host).astype(int) - first).max() <= 1
+        assert host.post({"positive": "a", "seed": 1, "steps": 3}).status_code == 200
+    with start_launcher(*arguments) as host:
+        host.wait_until_ready()
+        assert host.get("/settings").json()["planner"]["table"] == table["table"]
+    with start_launcher(*arguments, "--backend=distrifuser") as host:
+        host.wait_until_ready()
+        refused = run_launcher("measure", "--url", host.url(""))
+        assert refused.returncode == 2 and "there is nothing to measure" in refused.stderr
+        assert image_of(host).shape == first.shape
 
 
 @pytest.mark.slow
