@@ -22,6 +22,7 @@ from hosts.dialects import openai
 from hosts.http import access, jobs_api
 from hosts.http.app import OWN
 from hosts.http.errors import handle_errors
+from hosts.http.health import PLAIN_TEXT
 from hosts.http.limits import RateLimit
 from hosts.http.metrics import CONTENT_TYPE
 from hosts.supervision.host_state import Phase
@@ -129,14 +130,15 @@ def healthz() -> tuple[Response, int]:
 
 
 @blueprint.get("/readyz")
-def readyz() -> tuple[str, int]:
+def readyz() -> Response:
     """Return 200 while every model has a ready replica."""
     phase = _gateway().worst().state.phase
-    return phase.value, 200 if phase is Phase.READY else 503
+    status = 200 if phase is Phase.READY else 503
+    return Response(phase.value, status=status, content_type=PLAIN_TEXT)
 
 
 @blueprint.get("/initialize")
-def initialize() -> tuple[str, int]:
+def initialize() -> Response:
     """Return 202 until every model is ready, which old clients wait for."""
     return initialized(_gateway().worst().state.phase)
 

@@ -12,6 +12,7 @@ from hosts.compat.fields import is_existing_client, read_request
 from hosts.http import media
 from hosts.http.decode import Accepted
 from hosts.http.dialect import Dialect
+from hosts.http.health import PLAIN_TEXT
 from hosts.http.jobs_api import require_model
 from hosts.http.request_io import client, json_object, wait_for, wanted_type
 from hosts.supervision.host_state import Phase
@@ -22,7 +23,7 @@ DIALECT = Dialect(blueprint=blueprint)
 
 
 @blueprint.get("/initialize")
-def initialize() -> tuple[str, int]:
+def initialize() -> Response:
     """Return 202 while loading, and 503 with the reason while another machine is awaited.
 
     Also 200 after a failed load: old clients poll until 200, then read the reason from /generate.
@@ -31,13 +32,14 @@ def initialize() -> tuple[str, int]:
     return initialized(state.phase, state.reason)
 
 
-def initialized(phase: Phase, reason: str = "") -> tuple[str, int]:
+def initialized(phase: Phase, reason: str = "") -> Response:
     answers = {
         Phase.LOADING: ("WAIT", 202),
         Phase.WAITING: (reason, 503),
         Phase.STOPPING: ("STOPPING", 503),
     }
-    return answers.get(phase, ("OK", 200))
+    text, status = answers.get(phase, ("OK", 200))
+    return Response(text, status=status, content_type=PLAIN_TEXT)
 
 
 @blueprint.get("/progress")

@@ -7,6 +7,8 @@ from hosts.http.dialect import Dialect
 from hosts.http.metrics import CONTENT_TYPE
 from hosts.supervision.host_state import Phase
 
+PLAIN_TEXT = "text/plain; charset=utf-8"
+"""Of what is no page: a reason may hold what a client sent."""
 blueprint = Blueprint("api", __name__)
 DIALECT = Dialect(blueprint=blueprint)
 
@@ -34,12 +36,13 @@ def livez() -> tuple[str, int]:
 
 
 @blueprint.get("/readyz")
-def readyz() -> tuple[str, int]:
+def readyz() -> Response:
     """Return 200 while images can be generated, else 503 with the phase and its reason."""
     state = current_app.extensions["host"].state
-    return ": ".join(
-        filter(None, (state.phase.value, state.reason))
-    ), 200 if state.phase is Phase.READY else 503
+    text = ": ".join(filter(None, (state.phase.value, state.reason)))
+    return Response(
+        text, status=200 if state.phase is Phase.READY else 503, content_type=PLAIN_TEXT
+    )
 
 
 @blueprint.get("/metrics")

@@ -77,7 +77,9 @@ class RankAgent(LocalElasticAgent):
     """Overrides one of the methods that torchelastic gives to its implementers."""
 
     def __init__(self, spec: WorkerSpec, options: AgentOptions) -> None:
-        super().__init__(spec, DefaultLogsSpecs())
+        # in a folder that the launcher removes, else torchelastic leaves one at each start
+        logs = Path(options.notes) / "torchelastic"
+        super().__init__(spec, DefaultLogsSpecs(log_dir=str(logs)))
         self._options = options
         self._num_in_row = 0
         self._attempt = 0

@@ -93,6 +93,9 @@ def run_agent(
         )
         if fatal_file.is_file():
             return 1, fatal_file.read_text(encoding="utf-8")
+    if code < 0:
+        name = signal.Signals(-code).name
+        return 1, f"the process that supervises the ranks was killed by {name}. Start again."
     return code, ""
 
 

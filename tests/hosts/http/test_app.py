@@ -359,3 +359,10 @@ def test_metrics_count_jobs_by_outcome_and_show_what_ranks_reported(client, queu
         'diffusion_rank_wait{rank="1"} 0.5',
     ):
         assert line in text.splitlines(), line
+
+
+@pytest.mark.parametrize("path", ["/readyz", "/initialize"])
+def test_reason_is_no_page(path, client, state):
+    state.become(Phase.WAITING, "<script>alert(1)</script>")
+    answer = client.get(path)
+    assert answer.mimetype == "text/plain" and "<script>" in answer.text

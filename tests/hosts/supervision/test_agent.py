@@ -3,6 +3,7 @@ it gives up.
 """
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -34,11 +35,13 @@ def test_restarts_are_counted_from_the_last_image_and_the_reason_for_giving_up_i
     done = subprocess.run(
         [sys.executable, "-c", program, json.dumps(options)],
         cwd=ROOT,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
         capture_output=True,
         text=True,
         timeout=90,
     )
     assert done.returncode == 1, done.stderr
+    assert not [*tmp_path.glob("torchelastic_*")]
     # started; again (1 in a row); served, then again (1 in a row); given up
     assert RankNotes(notes, attempt=2).exits()[1] == -9 and not RankNotes(notes, attempt=3).exits()
     assert fatal.read_text() == (

@@ -96,3 +96,25 @@ def test_folders_of_dead_launchers_are_removed_and_no_others(tmp_path):
         f"{PREFIX}young",
         "somebody-elses",
     ]
+
+
+@pytest.mark.timeout(20)
+def test_pipe_of_another_program_does_not_make_a_launcher_wait(tmp_path):
+    strange = tmp_path / f"{PREFIX}x"
+    strange.mkdir()
+    os.mkfifo(strange / ALIVE)
+    remove_leftovers(tmp_path)
+
+
+def test_folder_of_another_user_stays(tmp_path, monkeypatch):
+    theirs = tmp_path / f"{PREFIX}x"
+    theirs.mkdir()
+    (theirs / ALIVE).touch()
+    os.utime(theirs, (0, 0))
+    own = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: own + 1)
+    remove_leftovers(tmp_path)
+    assert theirs.exists()
+    monkeypatch.setattr(os, "getuid", lambda: own)
+    remove_leftovers(tmp_path)
+    assert not theirs.exists()
