@@ -71,7 +71,7 @@ def run_gateway(settings: Settings, environ: MutableMapping[str, str]) -> int:
             for deployment in deployments:
                 deployment.use(nodes)
             problem = _serve(
-                deployments, stopped, parent=parent if settings.exit_with_parent else None
+                deployments, nodes, stopped, parent=parent if settings.exit_with_parent else None
             )
             _end(deployments, nodes)
     finally:
@@ -96,13 +96,19 @@ def _nodes(
 
 
 def _serve(
-    deployments: Sequence[Deployment], stopped: threading.Event, *, parent: int | None
+    deployments: Sequence[Deployment],
+    nodes: Nodes,
+    stopped: threading.Event,
+    *,
+    parent: int | None,
 ) -> str:
     """Maintain the replicas until told to stop or until `parent` is gone.
 
     Return why a model cannot be served, or an empty text.
     """
     while not stopped.wait(LOOK_EVERY_S) and parent in (None, os.getppid()):
+        if problem := nodes.problem():
+            return problem
         for deployment in deployments:
             deployment.look()
             if deployment.problem:

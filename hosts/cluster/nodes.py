@@ -89,6 +89,8 @@ class Nodes:
         self._cpus_per_rank = max(1, (os.cpu_count() or 1) // num_ranks) if address is None else 1
         self._cpus = max(os.cpu_count() or 1, num_ranks)
         self._gpus = num_gpus
+        self._raylets: list[psutil.Process] = []
+        """Of our own cluster."""
 
     def connect(self) -> None:
         """Connect to the cluster. Blocks for seconds. ConfigError if it cannot be used.
@@ -121,12 +123,29 @@ class Nodes:
                 f"{where} cannot be used ({why}). Start the cluster, or leave --ray_address out."
             ) from error
         if watcher is not None:
+            self._raylets = [
+                process
+                for process in psutil.Process().children(recursive=True)
+                if process.name() == "raylet"
+            ]
             reaper.cluster_is_complete(watcher)
             self._reaper = watcher  # keep its stdin open
 
     @property
     def is_own(self) -> bool:
         return self._address is None
+
+    def problem(self) -> str:
+        """Return why our own cluster cannot start replicas any more; empty while it can.
+
+        A cluster that we joined may get a node at any time.
+        """
+        if not self._raylets or any(map(_is_alive, self._raylets)):
+            return ""
+        return (
+            "the Ray process of this machine (raylet) has ended, so no replica can be started. See "
+            "dmesg for why, and start the gateway again: jobs in --state_dir go on."
+        )
 
     def launch(self, name: str, values: Mapping[str, Any], *, ranks: int) -> "Placed":
         """Request a place and start a replica there once there is one. Does not wait."""
@@ -170,6 +189,13 @@ class Nodes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         psutil.wait_procs(family, timeout=STOP_WITHIN_S)
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 class Placed:

@@ -266,3 +266,19 @@ def test_a_node_that_dies_takes_no_job_with_it(monkeypatch):
         assert any(
             "waits for a node with 1 CPU" in replica["reason"] for replica in cluster.replicas()
         )
+
+
+def test_gateway_whose_own_raylet_dies_ends_with_the_reason(tmp_path):
+    """It stayed for ever, ready for nothing."""
+    arguments = (*model(), "--replicas=1", f"--state_dir={tmp_path / 'state'}")
+    with start_cluster(*arguments, key=KEY) as cluster:
+        cluster.wait_for_replicas(1)
+        send(cluster, 1, steps=200)
+        family = psutil.Process(cluster.process.pid).children(recursive=True)
+        for process in family:
+            if process.name() == "raylet":
+                process.kill()
+        assert cluster.process.wait(timeout=60) == 1
+        assert "(raylet) has ended, so no replica can be started" in cluster.log
+        _, alive = psutil.wait_procs(family, timeout=10)
+        assert not alive
