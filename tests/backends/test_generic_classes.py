@@ -12,13 +12,14 @@ QUICK = {
 }
 """Class -> how two ranks share its guidance."""
 SLOW = (
-    "AnimateDiffControlNetPipeline",
-    "FluxFillPipeline",
-    "LatentConsistencyModelPipeline",
-    "StableDiffusion3PAGImg2ImgPipeline",
-    "StableDiffusionControlNetInpaintPipeline",
-    "StableDiffusionXLInstructPix2PixPipeline",
-    "WanImageToVideoPipeline",
+    "AuraFlowPipeline",
+    "ChromaPipeline",
+    "CogVideoXPipeline",
+    "CogView3PlusPipeline",
+    "LTXImageToVideoPipeline",
+    "LTXPipeline",
+    "LattePipeline",
+    "MochiPipeline",
     "ZImageImg2ImgPipeline",
 )
 

@@ -118,23 +118,39 @@ def _controlnet(parts: Mapping[str, Any]) -> Any:
     import diffusers
 
     denoiser = parts.get("unet") if parts.get("unet") is not None else parts["transformer"]
-    made = {
-        "UNet2DConditionModel": lambda: diffusers.ControlNetModel.from_unet(
-            denoiser, conditioning_embedding_out_channels=(8, 8)
-        ),
-        "FluxTransformer2DModel": lambda: diffusers.FluxControlNetModel.from_transformer(denoiser),
-        "SD3Transformer2DModel": lambda: diffusers.SD3ControlNetModel.from_transformer(denoiser),
-        "QwenImageTransformer2DModel": lambda: diffusers.QwenImageControlNetModel.from_transformer(
-            denoiser
-        ),
-        "HunyuanDiT2DModel": lambda: diffusers.HunyuanDiT2DControlNetModel.from_transformer(
-            denoiser
-        ),
-    }[type(denoiser).__name__]()
+    if isinstance(denoiser, diffusers.UNet2DConditionModel | diffusers.UNetMotionModel):
+        from tests.checkpoints.denoisers import unet
+
+        plain = denoiser if isinstance(denoiser, diffusers.UNet2DConditionModel) else unet()
+        made = diffusers.ControlNetModel.from_unet(
+            plain, conditioning_embedding_out_channels=(8, 8)
+        )
+    else:
+        # from_transformer of some classes has the sizes of published models as defaults
+        made = getattr(diffusers, CONTROLNETS[type(denoiser).__name__]).from_config(
+            dict(denoiser.config) | {"num_layers": 2, "num_single_layers": 1}
+        )
     for parameter in made.parameters():
         if not parameter.any():
             parameter.data.normal_(std=0.02)
     return made
+
+
+CONTROLNETS = {
+    "FluxTransformer2DModel": "FluxControlNetModel",
+    "SD3Transformer2DModel": "SD3ControlNetModel",
+    "QwenImageTransformer2DModel": "QwenImageControlNetModel",
+    "HunyuanDiT2DModel": "HunyuanDiT2DControlNetModel",
+}
+
+
+def _adapter(parts: Mapping[str, Any]) -> Any:
+    """Return a T2I-Adapter whose features have the widths of the UNet's levels."""
+    import diffusers
+
+    channels = list(parts["unet"].config.block_out_channels)
+    kind = "full_adapter_xl" if "text_encoder_2" in parts else "full_adapter"
+    return diffusers.T2IAdapter(channels=channels, num_res_blocks=1, adapter_type=kind)
 
 
 def _image_encoder(parts: Mapping[str, Any]) -> Any:
@@ -152,6 +168,7 @@ def _image_processor(parts: Mapping[str, Any]) -> Any:
 OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder", "watermarker")
 EXTRA: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
     "controlnet": _controlnet,
+    "adapter": _adapter,
     "image_encoder": _image_encoder,
     "image_processor": _image_processor,
 }

@@ -9,7 +9,7 @@ from PIL import Image
 
 from tests.checkpoints import sample_image
 from tests.checkpoints.variants import variant
-from tests.hosts.harness import session
+from tests.hosts.harness import session, start_launcher
 from tests.hosts.inprocess import InProcessHost
 
 
@@ -74,3 +74,18 @@ def test_the_fields_of_the_class_are_documented(host):
     fields = document["components"]["schemas"]["Request"]["properties"]
     assert {"image", "strength", "prompt", "negative_prompt"} <= fields.keys()
     assert not {"mask_image", "height", "num_frames", "lora"} & fields.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [(), ("--mode=throughput",)])
+def test_two_ranks_make_the_same_image_as_one(host, options):
+    want = host.post(asked(), headers={"Accept": "image/png"}).content
+    folder = variant("StableDiffusionPAGImg2ImgPipeline")
+    with start_launcher(f"--checkpoint={folder}", "--nproc_per_node=2", *options) as several:
+        several.wait_until_ready()
+        got = several.post(asked(), headers={"Accept": "image/png"})
+        assert got.status_code == 200, got.text
+        one, two = (np.asarray(Image.open(io.BytesIO(each))) for each in (want, got.content))
+        assert np.abs(one.astype(int) - two).max() <= 1
+        refused = several.post(asked(mask_image=encoded(sample_image(64))))
+        assert refused.status_code == 422
