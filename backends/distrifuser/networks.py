@@ -23,13 +23,8 @@ from backends.groups.collectives import gather_pieces
 from backends.groups.mesh import Axis, Mesh
 from backends.parallel import hooks
 from backends.parallel.patch_bounds import PatchBounds, RowLayout, TokenLayout
-from backends.parallel.patch_mode import (
-    Exchange,
-    FreshExchange,
-    PatchMode,
-    attach_attention,
-    detach_attention,
-)
+from backends.parallel.patch_exchange import Exchange, FreshExchange
+from backends.parallel.patch_mode import PatchMode
 
 _DIMS = {"row": (-2,), "col": (-1,), "alternate": (-2, -1)}
 ChooseAxis = Callable[[Mapping[str, Any]], tuple[Axis, tuple[float, ...]]]
@@ -74,6 +69,7 @@ class PatchedNetwork:
         self._gathers_output = gathers_output
         self._cut = cut_of(network)
         self._patch_mode = PatchMode(
+            network,
             image_tokens=self._cut.image_tokens,
             prompt_follows_image=isinstance(self._cut, TokenCut) and self._cut.prompt_follows_image,
         )
@@ -82,7 +78,7 @@ class PatchedNetwork:
 
     def attach(self) -> None:
         """Hook the network, its attention and (for a transformer) its embedding and head."""
-        attach_attention(self.network, self._patch_mode)
+        self._patch_mode.attach()
         if isinstance(self._cut, TokenCut):
             if self._cut.embedding is not None:
                 hooks.attach(
@@ -98,7 +94,7 @@ class PatchedNetwork:
             hooks.detach(getattr(self.network, self._cut.head), TOKENS)
             if self._cut.embedding is not None:
                 hooks.detach(getattr(self.network, self._cut.embedding), TOKENS)
-        detach_attention(self.network)
+        self._patch_mode.detach()
 
     def require_size(self, height: int, width: int, weights: tuple[float, ...]) -> None:
         """Raise PlanError if latents of this size cannot be cut for these ranks. height, width: in
@@ -113,6 +109,7 @@ class PatchedNetwork:
     def reset(self) -> None:
         """Before and after a generation: wait for what is under way, and forget all values."""
         self._call = None
+        self._patch_mode.refresh()
         for buffers in self._buffers.values():
             buffers.reset()
 

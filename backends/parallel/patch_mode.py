@@ -2,16 +2,20 @@
 
 Li et al., DistriFusion (CVPR 2024, arXiv:2402.19481), section 4: convolutions need the border rows
 of their neighbours, group norms need the statistics of all patches, and self-attention needs the
-keys and values of all patches. Everything else works on single rows or tokens. A TorchFunctionMode
-intercepts the three operators while the network runs, so model code, LoRA layers and quantised
-linears stay as they are. An Exchange decides whether the other patches' values are from this step
-or the previous one.
+keys and values of all patches. Everything else works on single rows or tokens, so model code, LoRA
+layers and quantised linears stay as they are. An Exchange decides whether the other patches' values
+are from this step or the previous one.
+
+The three operators are intercepted at their modules, and torch code between them runs untouched:
+a TorchFunctionMode around the whole network costs 3 microseconds for each of its thousands of torch
+functions. Code may also call the operators elsewhere (some adapters do). So the first call after a
+change of the modules runs in such a mode, and so do all later ones if that happened.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,14 +29,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from backends.errors import UnsupportedError
-from backends.groups.collectives import begin_gather, gather_pieces
-from backends.groups.mesh import Axis, CommStats
 from backends.parallel import hooks
+from backends.parallel.intercept import with_attention
 from backends.parallel.patch_bounds import PatchBounds, RowLayout, TokenLayout
+from backends.parallel.patch_exchange import Exchange
 
-Kind = Literal["halo", "statistics", "attention"]
 ImageTokens = Literal["all", "first", "last"]
-NAME = "patch attention"
+NAME = "patch operator"
 STRIPS_FROM = 48
 """Rows of a patch (per row of padding) from which it is cheaper to compute a convolution's border
 rows twice than to copy the patch.
@@ -44,134 +47,143 @@ _TEMPORAL = (TransformerTemporalModel, AnimateDiffTransformer3D, TemporalBasicTr
 """Modules whose attention runs over frames. Each pixel's frames all lie in one patch."""
 
 
-class Exchange(ABC):
-    """Source of the other patches' values."""
-
-    @abstractmethod
-    def gather(self, kind: Kind, own: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Return one value per patch, in patch order.
-
-        own: this patch's value. shapes: the shapes of all patches' values.
-        """
-
-    def begin(
-        self, kind: Kind, own: Tensor, shapes: Sequence[Sequence[int]]
-    ) -> Callable[[], list[Tensor]]:
-        """Start `gather` in the background.
-
-        Returns a function that waits for the values. The caller must call it.
-        """
-        pieces = self.gather(kind, own, shapes)
-        return lambda: pieces
-
-    def moments(self, own: Tensor, shares: Sequence[float]) -> Tensor:
-        """Return the mean and variance (2, N, G) of the whole image.
-
-        own: those of this patch. shares: each patch's fraction of the image.
-        """
-        return combine(self.gather("statistics", own, [own.shape] * len(shares)), shares)
-
-
-class FreshExchange(Exchange):
-    """Values of the current step: every operator waits for the other ranks. Exact."""
-
-    def __init__(self, *, axis: Axis, traffic: CommStats) -> None:
-        self.axis = axis
-        self.traffic = traffic
-
-    def gather(self, kind: Kind, own: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
-        return gather_pieces(own, shapes, axis=self.axis, traffic=self.traffic)
-
-    def begin(
-        self, kind: Kind, own: Tensor, shapes: Sequence[Sequence[int]]
-    ) -> Callable[[], list[Tensor]]:
-        return begin_gather(own, shapes, axis=self.axis, traffic=self.traffic)
-
-
-def combine(moments: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
-    """Return mean and variance of a whole from those of its parts.
-
-    Chan's formula avoids cancellation between large squares.
-    """
-    mean = sum(share * part[0] for share, part in zip(shares, moments, strict=True))
-    var = sum(
-        share * (part[1] + (part[0] - mean) ** 2)
-        for share, part in zip(shares, moments, strict=True)
-    )
-    return torch.stack((mean, var))
-
-
-class PatchMode(TorchFunctionMode):
-    """Intercepts operators while a network runs on this rank's patch.
+class PatchMode:
+    """Intercepts operators of one network while it runs on this rank's patch.
 
     `on` sets the patch and the source of the other patches' values.
     """
 
+    operators: ClassVar[Mapping[Callable[..., Any], str]] = MappingProxyType(
+        {F.conv2d: "conv2d", F.conv3d: "conv3d", F.group_norm: "group_norm"}
+    )
+    """Torch function -> method in its place."""
+    is_everywhere: ClassVar[bool] = False
+    """Whether the operators are also called outside of the modules that are hooked."""
+
     def __init__(
-        self, *, image_tokens: ImageTokens = "all", prompt_follows_image: bool = False
+        self,
+        network: nn.Module,
+        *,
+        image_tokens: ImageTokens = "all",
+        prompt_follows_image: bool = False,
     ) -> None:
         """prompt_follows_image: an IP-Adapter's own attention also sees the image's keys, before
         the keys of its image prompt.
         """
-        super().__init__()
         self.image_tokens = image_tokens
         self.prompt_follows_image = prompt_follows_image
+        self._network = network
+        self._hooked: dict[int, nn.Module] = {}
+        self._everywhere = _Operators(self)
+        self._is_watching = True
+        self._is_hooked_call = False
         self._layout: RowLayout | TokenLayout | None = None
         self._exchange: Exchange | None = None
-        self._attends_to_all = False
-        self._attends_to_prompt = False
+
+    def attach(self) -> None:
+        """Hook every convolution, group norm and spatial attention of the network."""
+        for module, around in self._operators():
+            if id(module) not in self._hooked:
+                hooks.attach(module, NAME, around)
+                self._hooked[id(module)] = module
+                self._is_watching = True
+
+    def refresh(self) -> None:
+        """Hook modules that came since (peft's), between two calls."""
+        self.attach()
+
+    def detach(self) -> None:
+        """Remove the hooks."""
+        for module in self._hooked.values():
+            hooks.detach(module, NAME)
+        self._hooked.clear()
 
     @contextmanager
-    def on(self, layout: RowLayout | TokenLayout, exchange: Exchange) -> Any:
+    def on(self, layout: RowLayout | TokenLayout, exchange: Exchange) -> Iterator[None]:
         """Run the enclosed forward as patch `layout.patch`."""
         self._layout, self._exchange = layout, exchange
         try:
-            with self:
+            if self._is_watching and isinstance(layout, RowLayout):
+                self._everywhere.num_elsewhere = 0
+                with self._everywhere:
+                    yield
+                self._is_watching = self.is_everywhere or self._everywhere.num_elsewhere > 0
+            else:
                 yield
         finally:
             self._layout = self._exchange = None
-            self._attends_to_all = self._attends_to_prompt = False
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            return self._attention(*args, **kwargs)
-        if isinstance(self._layout, RowLayout):
-            if func is F.conv2d:
-                return self._conv2d(*args, **kwargs)
-            if func is F.group_norm:
-                return self._group_norm(*args, **kwargs)
-            if func is F.conv3d:
-                _require_one_row(*args, **kwargs)
-        return func(*args, **kwargs)
+    def operator(self, func: Callable[..., Any]) -> Callable[..., Any] | None:
+        """Return what a patch needs in place of this torch function; None if it needs nothing."""
+        name = self.operators.get(func) if isinstance(self._layout, RowLayout) else None
+        return None if name is None else getattr(self, name)
 
-    def around_attention(
-        self, forward: Callable[..., Any], *args: Any, is_joint: bool = False, **kwargs: Any
-    ) -> Any:
-        """Run one spatial attention module.
+    def _operators(self) -> Iterator[tuple[nn.Module, hooks.Around]]:
+        """Yield the modules to hook with their hooks."""
+        for module, is_joint in _spatial_attentions(self._network):
+            yield module, self._around_attention(is_joint)
+        for module in self._network.modules():
+            if isinstance(module, nn.modules.conv._ConvNd | nn.GroupNorm):
+                yield module, self._around_operator(module)
+
+    def _around_operator(self, module: nn.Module) -> hooks.Around:
+        """Return the hook of a convolution or group norm.
+
+        A plain one is replaced by its operator on patches. Others (offloaded ones, whose weights
+        come with the call) run in a mode.
+        """
+        plain = _PLAIN.get(type(module).forward)
+        is_plain = (
+            plain is not None
+            and "forward" not in module.__dict__
+            and getattr(module, "padding_mode", "zeros") == "zeros"
+        )
+
+        def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            if not isinstance(self._layout, RowLayout):
+                return forward(*args, **kwargs)
+            if self._is_watching:
+                with self._everywhere.expected():
+                    return forward(*args, **kwargs)
+            if is_plain:
+                return plain(self, module, *args, **kwargs)
+            with self._everywhere:
+                return forward(*args, **kwargs)
+
+        return around
+
+    def _around_attention(self, is_joint: bool) -> hooks.Around:
+        """Return the hook of a spatial attention module.
 
         Its arguments decide: with text states, and not joint, it is a cross-attention and stays
         local.
         """
-        encoder_hidden_states = kwargs.get(
-            "encoder_hidden_states", args[1] if len(args) > 1 else None
-        )
-        if self._layout is None or not (encoder_hidden_states is None or is_joint):
-            return forward(*args, **kwargs)
-        self._attends_to_all = True
-        output = forward(*args, **kwargs)
-        self._attends_to_prompt = False
-        if self._attends_to_all:
-            raise UnsupportedError(
-                "an attention layer of this model does not use torch's "
-                "scaled_dot_product_attention, so it cannot see the other ranks' patches. "
-                "Use the native attention backend, without slicing, or another parallel method."
-            )
-        return output
 
-    def _conv2d(
+        def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            text = kwargs.get("encoder_hidden_states", args[1] if len(args) > 1 else None)
+            if self._layout is None or not (text is None or is_joint):
+                return forward(*args, **kwargs)
+            num_calls = 0
+
+            def attend(*call: Any, **options: Any) -> Tensor:
+                nonlocal num_calls
+                num_calls += 1
+                sees_all = num_calls == 1 or (num_calls == 2 and self.prompt_follows_image)
+                attention = self._attention if sees_all else F.scaled_dot_product_attention
+                return attention(*call, **options)
+
+            output = with_attention(attend, forward, *args, **kwargs)
+            if num_calls == 0:
+                raise UnsupportedError(
+                    "an attention layer of this model does not use torch's "
+                    "scaled_dot_product_attention, so it cannot see the other ranks' patches. "
+                    "Use the native attention backend, without slicing, or another parallel method."
+                )
+            return output
+
+        return around
+
+    def conv2d(
         self,
         x: Tensor,
         weight: Tensor,
@@ -263,7 +275,16 @@ class PatchMode(TorchFunctionMode):
             "halo", own, [(*x.shape[:-2], height, x.shape[-1]) for height in heights]
         )
 
-    def _group_norm(
+    def conv3d(self, x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Convolve over frames only. UnsupportedError for a convolution over rows."""
+        if weight.shape[3] > 1:
+            raise UnsupportedError(
+                "a 3-D convolution over rows cannot be cut into patches. Use another parallel "
+                "method for this model."
+            )
+        return F.conv3d(x, weight, *args, **kwargs)
+
+    def group_norm(
         self,
         x: Tensor,
         num_groups: int,
@@ -297,12 +318,6 @@ class PatchMode(TorchFunctionMode):
 
         Text tokens are not exchanged, since every rank has them all.
         """
-        if not self._attends_to_all and not self._attends_to_prompt:
-            return F.scaled_dot_product_attention(query, key, value, attn_mask, *args, **kwargs)
-        self._attends_to_all, self._attends_to_prompt = (
-            False,
-            self._attends_to_all and self.prompt_follows_image,
-        )
         if attn_mask is not None:
             raise UnsupportedError(
                 "a self-attention layer with a mask cannot be cut into patches. "
@@ -322,25 +337,32 @@ class PatchMode(TorchFunctionMode):
         return F.scaled_dot_product_attention(query, key, value, None, *args, **kwargs)
 
 
-def attach_attention(network: nn.Module, mode: PatchMode) -> None:
-    """Hook every spatial attention of the network, so that `mode` can tell self- from
-    cross-attention.
-    """
-    for module, is_joint in _spatial_attentions(network):
-        hooks.attach(module, NAME, _around(mode, is_joint))
+class _Operators(TorchFunctionMode):
+    """Pass the operators to a PatchMode wherever they are called."""
 
+    def __init__(self, patches: PatchMode) -> None:
+        super().__init__()
+        self._patches = patches
+        self._is_expected = False
+        self.num_elsewhere = 0
 
-def detach_attention(network: nn.Module) -> None:
-    for module, _ in _spatial_attentions(network):
-        if NAME in hooks.attached(module):
-            hooks.detach(module, NAME)
+    @contextmanager
+    def expected(self) -> Iterator[None]:
+        """Do not count the operator in a hooked module as one that was called elsewhere."""
+        self._is_expected = True
+        try:
+            yield
+        finally:
+            self._is_expected = False
 
-
-def _around(mode: PatchMode, is_joint: bool) -> hooks.Around:
-    def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return mode.around_attention(forward, *args, is_joint=is_joint, **kwargs)
-
-    return around
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        operator = self._patches.operator(func)
+        if operator is None:
+            return func(*args, **(kwargs or {}))
+        self.num_elsewhere += not self._is_expected
+        return operator(*args, **(kwargs or {}))
 
 
 def _spatial_attentions(network: nn.Module) -> list[tuple[nn.Module, bool]]:
@@ -406,9 +428,25 @@ def _normalize(
     return torch.addcmul(shift.view(shape), x, scale.view(shape)).to(x.dtype)
 
 
-def _require_one_row(x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> None:
-    if weight.shape[3] > 1:
-        raise UnsupportedError(
-            "a 3-D convolution over rows cannot be cut into patches. Use another parallel method "
-            "for this model."
-        )
+def _conv2d_of(patches: PatchMode, conv: nn.Conv2d, x: Tensor) -> Tensor:
+    return patches.conv2d(
+        x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups
+    )
+
+
+def _conv3d_of(patches: PatchMode, conv: nn.Conv3d, x: Tensor) -> Tensor:
+    return patches.conv3d(
+        x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups
+    )
+
+
+def _group_norm_of(patches: PatchMode, norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    return patches.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+
+
+_PLAIN: dict[Callable[..., Any], Callable[..., Tensor]] = {
+    nn.Conv2d.forward: _conv2d_of,
+    nn.Conv3d.forward: _conv3d_of,
+    nn.GroupNorm.forward: _group_norm_of,
+}
+"""Forward of a module's class -> what it computes on a patch."""

@@ -11,6 +11,7 @@ import logging
 import math
 import weakref
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -33,12 +34,8 @@ from backends.groups.collectives import gather_pieces
 from backends.groups.mesh import Axis, Mesh
 from backends.parallel import hooks
 from backends.parallel.patch_bounds import PatchBounds, RowLayout, cut
-from backends.parallel.patch_mode import (
-    FreshExchange,
-    PatchMode,
-    attach_attention,
-    detach_attention,
-)
+from backends.parallel.patch_exchange import FreshExchange
+from backends.parallel.patch_mode import PatchMode
 
 logger = logging.getLogger(__name__)
 
@@ -70,22 +67,12 @@ class VaeMode(PatchMode):
     frames of a video at once.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._padded: Callable[[], Tensor | None] = lambda: None
+    operators = MappingProxyType({**PatchMode.operators, F.pad: "pad"})
+    is_everywhere = True  # the VAEs call F.pad in their own modules
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if self._layout is not None:
-            if func is F.pad:
-                return self._pad(*args, **kwargs)
-            if func in (F.conv2d, F.conv3d) and self._is_padded(args[0]):
-                return func(*args, **kwargs)
-            if func is F.conv3d:
-                return self._conv3d(*args, **kwargs)
-        return super().__torch_function__(func, types, args, kwargs)
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__(network)
+        self._padded: Callable[[], Tensor | None] = lambda: None
 
     def _is_padded(self, x: Tensor) -> bool:
         """Whether the border rows are in x (or in what it is a view of) already."""
@@ -94,7 +81,7 @@ class VaeMode(PatchMode):
             return False
         return x.untyped_storage().data_ptr() == padded.untyped_storage().data_ptr()
 
-    def _pad(
+    def pad(
         self, x: Tensor, pad: Any, mode: str = "constant", value: float | None = None
     ) -> Tensor:
         """Pad a patch (..., h, W) with rows of its neighbours, and as asked at the ends of the
@@ -110,7 +97,12 @@ class VaeMode(PatchMode):
         self._padded = weakref.ref(padded)
         return padded
 
-    def _conv3d(
+    def conv2d(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Convolve a patch, with border rows unless they are there."""
+        conv = F.conv2d if self._is_padded(x) else super().conv2d
+        return conv(x, *args, **kwargs)
+
+    def conv3d(
         self,
         x: Tensor,
         weight: Tensor,
@@ -126,7 +118,7 @@ class VaeMode(PatchMode):
             _triple(stride),
             _triple(padding),
         )
-        if rows == 1:
+        if rows == 1 or self._is_padded(x):
             return F.conv3d(x, weight, bias, stride, padding, dilation, groups)
         if pad == 0 or _triple(dilation)[1] > 1:
             raise UnsupportedError(
@@ -138,13 +130,13 @@ class VaeMode(PatchMode):
         whole = self._with_halo(x, patches, pad, below, beyond=(pad, pad))
         return F.conv3d(whole, weight, bias, stride, (pad_frames, 0, pad_width), dilation, groups)
 
-    def _group_norm(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def group_norm(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Normalise tokens (N, C, F * tokens) of all frames like their pixels."""
         if x.dim() == 3:
             rows, columns = self._rows_of(x.shape[-1])
             pixels = x.unflatten(-1, (-1, rows, columns))
-            return super()._group_norm(pixels, *args, **kwargs).flatten(2)
-        return super()._group_norm(x, *args, **kwargs)
+            return super().group_norm(pixels, *args, **kwargs).flatten(2)
+        return super().group_norm(x, *args, **kwargs)
 
     def _attention(
         self,
@@ -161,9 +153,8 @@ class VaeMode(PatchMode):
         rows, columns = self._rows_of(key.shape[-2])
         own = rows * columns
         patches = self._layout.rows(rows, columns).scaled(columns)
-        if not self._attends_to_all or key.shape[-2] == own:
+        if key.shape[-2] == own:
             return super()._attention(query, key, value, attn_mask, *args, **kwargs)
-        self._attends_to_all = False
         both = torch.stack((key, value)).unflatten(-2, (-1, own))
         shapes = [(*both.shape[:-2], size, both.shape[-1]) for size in patches.sizes]
         pieces = self._exchange.gather("attention", both, shapes)
@@ -191,6 +182,10 @@ class VaeMode(PatchMode):
         return rows, columns
 
 
+_modes: weakref.WeakKeyDictionary[nn.Module, VaeMode] = weakref.WeakKeyDictionary()
+"""The modes of the networks that are attached."""
+
+
 def attach_patch_decode(vae: nn.Module, mesh: Mesh, *axes: str) -> None:
     """Split every call of this VAE's decoder and encoder among the ranks of these axes (default:
     all axes).
@@ -210,8 +205,8 @@ def attach_patch_decode(vae: nn.Module, mesh: Mesh, *axes: str) -> None:
         )
         return
     for network in (vae.decoder, vae.encoder):
-        mode = VaeMode()
-        attach_attention(network, mode)
+        mode = _modes[network] = VaeMode(network)
+        mode.attach()
         halvings = _halvings(vae) if network is vae.encoder else 0
         hooks.attach(network, NAME, _patch_call(mesh, names, mode, halvings))
 
@@ -226,7 +221,7 @@ def detach_patch_decode(vae: nn.Module) -> None:
     if splits_decode(vae):
         for network in (vae.decoder, vae.encoder):
             hooks.detach(network, NAME)
-            detach_attention(network)
+            _modes.pop(network).detach()
 
 
 def _patch_call(

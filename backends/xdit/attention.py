@@ -2,24 +2,23 @@
 time (PipeFusion's stale patches).
 
 Each attention module of the blocks is wrapped. While a wrapped module runs, the torch operator
-scaled_dot_product_attention is intercepted, so processors, LoRA layers, quantised layers and norms
-stay diffusers' own. Cross-attention is left alone.
+scaled_dot_product_attention is replaced (backends/parallel/intercept.py), so processors, LoRA
+layers, quantised layers and norms stay diffusers' own. Cross-attention is left alone.
 """
 
 import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from backends.errors import UnsupportedError
 from backends.groups.mesh import Axis, Mesh
 from backends.parallel import hooks
+from backends.parallel.intercept import with_attention
 from backends.parallel.transformer_spec import TransformerSpec
 from backends.xdit.exchange import (
     gather_tokens,
@@ -90,11 +89,16 @@ class SpreadAttention:
             is_other = other is not None and other is not given.get("hidden_states")
             if self.current is None or (crosses and is_other):
                 return forward(*args, **kwargs)
-            with _Intercept(
-                lambda index, **call: self._attend(path, is_joint, index, **call)
-            ) as intercept:
-                output = forward(*args, **kwargs)
-            if intercept.num_calls == 0:
+            num_calls = 0
+
+            def attend(*call: Any, **options: Any) -> Tensor:
+                nonlocal num_calls
+                num_calls += 1
+                plain = _plain_arguments(*call, **options)
+                return self._attend(path, is_joint, num_calls - 1, **plain)
+
+            output = with_attention(attend, forward, *args, **kwargs)
+            if num_calls == 0:
                 raise UnsupportedError(
                     f"{path} did not compute its attention with scaled_dot_product_attention, so "
                     "tokens on other ranks would be left out. Reset the attention processor or "
@@ -326,34 +330,6 @@ def attention_modules(
         for path, module in denoiser.get_submodule(blocks).named_modules()
         if hasattr(module, "processor")
     ]
-
-
-class _Intercept(TorchFunctionMode):
-    """Pass every scaled_dot_product_attention of a `with` block to `attend(index, query=, key=,
-    value=, scale=, mask=)`.
-    """
-
-    def __init__(self, attend: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.num_calls = 0
-        self._attend = attend
-
-    def __enter__(self) -> Self:
-        super().__enter__()
-        return self
-
-    def __torch_function__(
-        self,
-        function: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if function is not F.scaled_dot_product_attention:
-            return function(*args, **kwargs)
-        self.num_calls += 1
-        return self._attend(self.num_calls - 1, **_plain_arguments(*args, **kwargs))
 
 
 def _plain_arguments(

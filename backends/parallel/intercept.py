@@ -1,0 +1,70 @@
+"""Replace torch's attention operator while one attention module runs.
+
+A TorchFunctionMode would do the same, and costs 3 microseconds for each torch function under it:
+on a deep network a third of a step's launches. So F.scaled_dot_product_attention is replaced, for
+this thread and the time of one module's forward. Other threads get torch's own all the time.
+"""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+Attend = Callable[..., Tensor]
+"""attend(query, key, value, attn_mask, ...): called with the arguments of torch's operator. Inside
+it the operator is torch's own again.
+"""
+
+_torch_attention = F.scaled_dot_product_attention
+_thread = threading.local()
+_lock = threading.Lock()
+_num_open = 0
+
+
+def with_attention(attend: Attend, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Return forward(*args, **kwargs), in which `attend` replaces scaled_dot_product_attention."""
+    if torch.compiler.is_compiling():
+        with _Traced(attend):  # a graph may contain a mode, but no change of a module of torch
+            return forward(*args, **kwargs)
+    outer = getattr(_thread, "attend", None)
+    _thread.attend = attend
+    _count(1)
+    try:
+        return forward(*args, **kwargs)
+    finally:
+        _count(-1)
+        _thread.attend = outer
+
+
+def _count(change: int) -> None:
+    """Count the forwards under way; the operator is replaced while there is one."""
+    global _num_open
+    with _lock:
+        _num_open += change
+        F.scaled_dot_product_attention = _attention if _num_open else _torch_attention
+
+
+def _attention(*args: Any, **kwargs: Any) -> Tensor:
+    attend = getattr(_thread, "attend", None)
+    if attend is None:  # another thread's call, or one inside `attend`
+        return _torch_attention(*args, **kwargs)
+    _thread.attend = None
+    try:
+        return attend(*args, **kwargs)
+    finally:
+        _thread.attend = attend
+
+
+class _Traced(TorchFunctionMode):
+    def __init__(self, attend: Attend) -> None:
+        super().__init__()
+        self._attend = attend
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _torch_attention:
+            return self._attend(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
