@@ -5,7 +5,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -13,9 +12,8 @@ from torch import Tensor
 from torch.distributed import _functional_collectives as functional_collectives
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-if TYPE_CHECKING:
-    pass
 from backends.groups.mesh import Axis, CommStats
+from backends.groups.shared_memory import SharedMemory, shared_memory
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +90,8 @@ def gather_pieces(
 ) -> list[Tensor]:
     """Return every rank's piece, in rank order. Blocks until all have arrived.
 
-    shapes: the shape of each rank's piece. Shapes may differ, the dtype may not.
+    shapes: the shape of each rank's piece. Shapes may differ, the dtype may not. Read or copy the
+    pieces before the next exchange on this axis.
     """
     return begin_gather(piece, shapes, axis=axis, traffic=traffic)()
 
@@ -102,7 +101,8 @@ def begin_gather(
 ) -> Callable[[], list[Tensor]]:
     """Start `gather_pieces` in the background.
 
-    Returns a function that waits for the pieces. The caller must call it.
+    Returns a function that waits for the pieces. The caller must call it before the next exchange
+    on this axis, and read the pieces before that: they may be in the memory of other ranks.
     """
     if axis.is_alone:
         return lambda: [piece]
@@ -110,6 +110,33 @@ def begin_gather(
         pieces = _gather_padded(piece, shapes, axis)
         return lambda: pieces
     own = piece.contiguous()
+    memory = shared_memory(axis) if own.device.type == "cpu" else None
+    if memory is not None:
+        return _gather_from_memory(own, shapes, memory, axis, traffic)
+    return _gather_by_messages(own, shapes, axis, traffic)
+
+
+def _gather_from_memory(
+    own: Tensor,
+    shapes: Sequence[Sequence[int]],
+    memory: SharedMemory,
+    axis: Axis,
+    traffic: CommStats,
+) -> Callable[[], list[Tensor]]:
+    memory.send([(own,)] * axis.size)
+
+    def finish() -> list[Tensor]:
+        received = memory.receive([tuple(shape) for shape in shapes], traffic=traffic)
+        if received is None:
+            return _gather_by_messages(own, shapes, axis, traffic)()
+        return [piece for (piece,) in received]
+
+    return finish
+
+
+def _gather_by_messages(
+    own: Tensor, shapes: Sequence[Sequence[int]], axis: Axis, traffic: CommStats
+) -> Callable[[], list[Tensor]]:
     sizes = [math.prod(shape) * own.element_size() for shape in shapes]
     received = torch.empty(sum(sizes) - sizes[axis.rank], dtype=torch.uint8, device=own.device)
     exchange = AsyncAllToAll(own.view(-1).view(torch.uint8), received, sizes, axis=axis)

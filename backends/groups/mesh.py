@@ -172,6 +172,8 @@ class Mesh:
         self._last_signal = None
         self.groups.close()
         for axis in self._axes.values():
+            if axis.memory is not None:
+                axis.memory.close()
             axis.group = axis.reverse_group = axis.memory = None
 
     def rebuild(self) -> None:

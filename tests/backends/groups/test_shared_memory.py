@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from backends.groups import collectives
 from backends.groups import shared_memory as module
 from backends.groups.mesh import CommStats, Mesh
 from backends.groups.shared_memory import TURNS, SharedFile, shared_memory
@@ -101,6 +103,36 @@ def test_trades_equal_messages_and_never_meet_the_next_ones(run_on_ranks, world_
     run_on_ranks(check_trades, world_size, 500)
 
 
+def check_gathers(rank, world_size):
+    mesh, chance = mesh_of(rank, world_size), random.Random(0)
+    axis = mesh.axis("ulysses")
+    for dtype in DTYPES * 20:
+        shapes = any_shapes(chance, world_size, 30)[0]  # uneven, and some of them empty
+        own = tensors(rank, rank, 1, shapes[rank], 1, dtype)[0]
+        shared, sent = CommStats(), CommStats()
+        got = collectives.gather_pieces(own, shapes, axis=axis, traffic=shared)
+        assert axis.memory.is_open
+        copies = [piece.clone() for piece in got]
+        want = collectives._gather_by_messages(own.contiguous(), shapes, axis, sent)()
+        for mine, theirs in zip(copies, want, strict=True):
+            assert torch.equal(mine, theirs)
+        assert (shared.sent_bytes, shared.messages) == (sent.sent_bytes, sent.messages)
+    mesh.destroy()
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_pieces_gathered_through_memory_equal_messages(run_on_ranks, world_size):
+    run_on_ranks(check_gathers, world_size)
+
+
+def num_pipes():
+    return sum(
+        os.readlink(link).startswith("pipe:")
+        for link in Path("/proc/self/fd").iterdir()
+        if link.is_symlink()
+    )
+
+
 def held_memory():
     """Descriptors and mappings of shared files in this process."""
     links = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
@@ -111,7 +143,7 @@ def held_memory():
 
 def check_nothing_is_left(rank, world_size):
     mesh, shapes = mesh_of(rank, world_size), [[(30, 40)] * world_size] * world_size
-    axis = mesh.axis("ulysses")
+    axis, pipes = mesh.axis("ulysses"), num_pipes()
     for number in range(3):
         for _ in range(TURNS):
             assert_got(
@@ -125,8 +157,10 @@ def check_nothing_is_left(rank, world_size):
             2 * TURNS * world_size,
             TURNS * world_size,
         )  # Python's mmap keeps a descriptor of its own
+        assert num_pipes() == pipes + 2 * (world_size - 1)  # one end to and from each other rank
         mesh.rebuild()
         assert held_memory() == (0, 0)
+        assert num_pipes() == pipes
     mesh.destroy()
 
 
@@ -169,6 +203,25 @@ def test_memory_is_there_before_it_is_written():
 
 def test_nothing_is_left_when_groups_are_built_anew(run_on_ranks):
     run_on_ranks(check_nothing_is_left, 2)
+
+
+def check_waiting_rank_is_woken(rank, world_size):
+    mesh = mesh_of(rank, world_size)
+    axis, piece = mesh.axis("ulysses"), torch.ones(3)
+    collectives.gather_pieces(piece, [(3,)] * 2, axis=axis, traffic=CommStats())
+    memory = axis.memory  # as a traceback may hold it
+    if rank == 1:
+        mesh.fail()
+    else:
+        with pytest.raises(RuntimeError, match="connection closed by peer 1"):
+            collectives.gather_pieces(piece, [(3,)] * 2, axis=axis, traffic=CommStats())
+        mesh.destroy()
+    dist.barrier()  # rank 1 lives on until rank 0 was woken
+    assert not memory.is_open
+
+
+def test_rank_that_closes_its_mesh_wakes_the_one_that_waits(run_on_ranks):
+    run_on_ranks(check_waiting_rank_is_woken, 2)
 
 
 def test_killed_rank_fails_the_others_and_leaves_nothing(run_on_ranks):
