@@ -3,9 +3,10 @@ them in the background.
 
 One CallBuffers belongs to one call of one network within a step. Each operator that does not
 exchange at once has a slot with the last known value of every patch, numbered in the order of the
-operators. Slots are packed into a few messages. A message starts when its last operator of the step
-has run, and is awaited when its first operator of the next step needs it. Source: DistriFusion,
-arXiv:2402.19481, section 4.
+operators. Slots are packed into a few messages, and those of all group norms into one, so that one
+pass corrects them all. A message starts when its last operator of the step has run, and is awaited
+when its first operator of the next step needs it. Source: DistriFusion, arXiv:2402.19481, section
+4.
 """
 
 import math
@@ -47,7 +48,10 @@ class Slot:
         self.spec = spec
         self.pieces = pieces
         self.older: list[Tensor | None] = [None] * len(pieces)
+        """Those of one step earlier; after `Message.extrapolate`, those expected for this step."""
         self.message: Message | None = None
+        self.shares: tuple[float, ...] = ()
+        """Of a group norm: each patch's fraction of the image."""
 
 
 class Message:
@@ -56,7 +60,7 @@ class Message:
     def __init__(
         self, slots: Sequence[Slot], *, axis: Axis, traffic: CommStats, keeps_older: bool
     ) -> None:
-        """Move the slots' present values into the buffers of this message."""
+        """Move the slots' present values, of one dtype, into the buffers of this message."""
         self._axis, self._traffic = axis, traffic
         self.sizes = [
             sum(_aligned(slot.spec.num_bytes(patch)) for slot in slots)
@@ -69,6 +73,7 @@ class Message:
         )
         self._older = torch.empty_like(self._received) if keeps_older else None
         self._transfer: AsyncAllToAll | None = None
+        self.is_extrapolated = False
         offset = 0
         for patch in range(axis.size):
             buffer, start = (self._sent, 0) if patch == axis.rank else (self._received, offset)
@@ -97,6 +102,7 @@ class Message:
 
     def remember(self) -> None:
         """Keep the received values as the older ones before they are replaced."""
+        self.is_extrapolated = False
         if self._older is not None:
             self._older.copy_(self._received)
 
@@ -107,6 +113,15 @@ class Message:
             started = time.perf_counter()
             transfer.wait(timeout)
             self._traffic.wait_s += time.perf_counter() - started
+
+    def extrapolate(self) -> None:
+        """Replace the older values by those expected for this step, on the line through both: once
+        a step, all values at once.
+        """
+        if not self.is_extrapolated:
+            dtype = self.last.spec.dtype
+            self._older.view(dtype).lerp_(self._received.view(dtype), 2.0)
+            self.is_extrapolated = True
 
 
 class CallBuffers(Exchange):
@@ -123,6 +138,8 @@ class CallBuffers(Exchange):
         self._geometry: object = None
         self._num_steps = 0
         self._complete: Message | None = None
+        self._norms: list[list[int]] = []
+        self._corrections: dict[int, Tensor] = {}
 
     def is_fresh(self, is_asked: bool, *, geometry: object) -> bool:
         """Return whether the next call must exchange everything at once: because it is asked to, or
@@ -141,6 +158,7 @@ class CallBuffers(Exchange):
         self._is_fresh, self._patch, self._axis = is_fresh, patch, axis
         self._index = 0
         self._held: list[Slot] | None = None
+        self._corrections.clear()
 
     def close(self) -> None:
         """End the call: start the last message, and create buffers if the operators were new.
@@ -190,9 +208,9 @@ class CallBuffers(Exchange):
         pieces[self._patch] = own
         return pieces
 
-    def moments(self, own: Tensor, shares: Sequence[float]) -> Tensor:
-        """Return the moments (2, N, G: mean, variance) of the whole image; in stale steps as the
-        mode says. Source: DistriFusion, arXiv:2402.19481, section 4 (corrected asynchronous group
+    def moments(self, own: Tensor, shares: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """Return the mean and variance (N, G) of the whole image; in stale steps as the mode
+        says. Source: DistriFusion, arXiv:2402.19481, section 4 (corrected asynchronous group
         norm).
 
         Corrected statistics start from the last step's values also where everything else is
@@ -200,15 +218,23 @@ class CallBuffers(Exchange):
         count twice. Extrapolated statistics without a correction were further from the exact ones.
         """
         if self._is_fresh or self._mode.statistics == "now":
-            return super().moments(own, shares)
+            index = self._index
+            result = super().moments(own, shares)
+            if self._index > index:  # stored
+                (self._held or self._slots)[index].shares = tuple(shares)
+            return result
         if self._mode.statistics == "local":
-            return own
+            return own[0], own[1]
         if not self._mode.is_corrected:
             return _or_own(
                 combine(self.gather("statistics", own, [own.shape] * len(shares)), shares), own
             )
-        slot = self._next_slot("statistics", own)
-        result = correct(combine(slot.pieces, shares), before=slot.pieces[self._patch], own=own)
+        index, slot = self._index, self._next_slot("statistics", own)
+        if not self._corrections:
+            for norms in self._norms:
+                alike = corrections([self._slots[norm] for norm in norms], self._patch)
+                self._corrections.update(zip(norms, alike, strict=True))
+        result = corrected(self._corrections[index], own)
         self._replace_own(slot, own)
         return result
 
@@ -233,11 +259,12 @@ class CallBuffers(Exchange):
             return
         if self._held is None:
             self._held = self._slots[:index]
-        self._held.append(Slot(spec, pieces))
+        self._held.append(Slot(spec, [piece.clone() for piece in pieces]))
 
     def _overwrite(self, slot: Slot, pieces: list[Tensor]) -> None:
         if slot.message is not None:
             slot.message.wait()
+            slot.message.is_extrapolated = False
         for piece, old, older in zip(pieces, slot.pieces, slot.older, strict=True):
             if older is not None:
                 older.copy_(old)
@@ -245,7 +272,7 @@ class CallBuffers(Exchange):
 
     def _lay_out(self, slots: list[Slot]) -> None:
         """Create buffers for these operators: a few messages for values that are sent later, single
-        tensors for values that are only kept.
+        tensors for values that are only kept. Note which group norms are corrected together.
         """
         self._slots = slots
         later = [slot for slot in slots if self._mode.action(slot.spec.kind) == "later"]
@@ -253,6 +280,11 @@ class CallBuffers(Exchange):
             Message(group, axis=self._axis, traffic=self._traffic, keeps_older=self._keeps_older)
             for group in _groups(later)
         ]
+        alike: dict[tuple[Spec, tuple[float, ...]], list[int]] = {}
+        for index, slot in enumerate(slots):
+            if slot.spec.kind == "statistics":
+                alike.setdefault((slot.spec, slot.shares), []).append(index)
+        self._norms = list(alike.values())
 
     def _next_slot(self, kind: Kind, own: Tensor) -> Slot:
         """Return the slot of the present operator with its values of the step before. RuntimeError
@@ -278,10 +310,11 @@ class CallBuffers(Exchange):
         """Return the other patches' values: those of the step before, or extrapolated from the last
         two steps.
         """
-        if not self._can_extrapolate:
+        if not self._can_extrapolate or slot.message is None:
             return list(slot.pieces)
+        slot.message.extrapolate()
         return [
-            piece if older is None else torch.lerp(older, piece, 2.0)
+            piece if older is None else older
             for piece, older in zip(slot.pieces, slot.older, strict=True)
         ]
 
@@ -299,26 +332,54 @@ class CallBuffers(Exchange):
             self._complete = None
 
 
-def correct(stale: Tensor, *, before: Tensor, own: Tensor) -> Tensor:
-    """Move the stale global moments by the change of the local ones, in means and means of squares.
-    All are (2, N, G): mean, variance.
+def corrections(slots: Sequence[Slot], patch: int) -> Sequence[Tensor]:
+    """Return for each of these group norms (2, N, G) what its own new moments are added to: the
+    mean and mean of squares of the whole image, less those of this patch, in the step before.
 
-    A negative variance is replaced by the local one.
+    slots: of one shape and the same shares. All at once, because each alone takes twenty launches.
     """
-    mean = stale[0] + own[0] - before[0]
-    square = (stale[1] + stale[0] ** 2) + (own[1] + own[0] ** 2) - (before[1] + before[0] ** 2)
-    return _or_own(torch.stack((mean, square - mean**2)), own)
+    patches = range(len(slots[0].pieces))
+    pieces = [torch.stack([slot.pieces[one] for slot in slots], dim=1) for one in patches]
+    mean, var = combine(pieces, slots[0].shares)
+    own_mean, own_var = pieces[patch]
+    square = (var + mean**2) - (own_var + own_mean**2)
+    return torch.stack((mean - own_mean, square)).unbind(1)
 
 
-def _or_own(moments: Tensor, own: Tensor) -> Tensor:
+def corrected(correction: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean and variance (N, G) of the whole image: the stale ones, moved by the change
+    of the local ones, in means and means of squares.
+
+    own: (2, N, G), this patch's mean and variance. A negative variance is replaced by the local
+    one.
+    """
+    mean = correction[0] + own[0]
+    var = correction[1] + own[1] + own[0] ** 2 - mean**2
+    return _or_own((mean, var), own)
+
+
+def _or_own(moments: tuple[Tensor, Tensor], own: Tensor) -> tuple[Tensor, Tensor]:
     """Return the moments, with this patch's variance where theirs is negative, which is impossible
     for a whole image.
     """
-    return torch.stack((moments[0], torch.where(moments[1] < 0, own[1], moments[1])))
+    return moments[0], torch.where(moments[1] < 0, own[1], moments[1])
 
 
 def _groups(slots: list[Slot]) -> list[list[Slot]]:
-    """Divide the slots into NUM_MESSAGES groups of about equal size, the same on all ranks."""
+    """Divide the slots into those of each message, the same on all ranks: one for all statistics,
+    and for each dtype NUM_MESSAGES of about equal size.
+    """
+    kinds: dict[tuple[bool, torch.dtype], list[Slot]] = {}
+    for slot in slots:
+        kinds.setdefault((slot.spec.kind == "statistics", slot.spec.dtype), []).append(slot)
+    return [
+        group
+        for (is_norm, _), alike in kinds.items()
+        for group in ([alike] if is_norm else _of_equal_size(alike))
+    ]
+
+
+def _of_equal_size(slots: list[Slot]) -> list[list[Slot]]:
     sizes = [
         sum(slot.spec.num_bytes(patch) for patch in range(len(slot.spec.shapes))) for slot in slots
     ]

@@ -11,13 +11,26 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from diffusers.models.attention_processor import Attention
+from diffusers.models.transformers.transformer_flux import FluxAttention
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 Attend = Callable[..., Tensor]
 """attend(query, key, value, attn_mask, ...): called with the arguments of torch's operator. Inside
 it the operator is torch's own again.
 """
+
+_PASSED_ON = {
+    Attention.forward: ("hidden_states", "encoder_hidden_states", "attention_mask"),
+    FluxAttention.forward: (
+        "hidden_states",
+        "encoder_hidden_states",
+        "attention_mask",
+        "image_rotary_emb",
+    ),
+}
+"""Forwards that only pass these arguments to the module's processor, under the same names."""
 
 _torch_attention = F.scaled_dot_product_attention
 _thread = threading.local()
@@ -38,6 +51,18 @@ def with_attention(attend: Attend, forward: Callable[..., Any], *args: Any, **kw
     finally:
         _count(-1)
         _thread.attend = outer
+
+
+def run_attention(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Return forward(*args, **kwargs) of an attention module, without its search for arguments that
+    the processor would not accept, where there are none to find.
+
+    diffusers reads the processor's signature in every call: as long as three launches take.
+    """
+    names = _PASSED_ON.get(getattr(forward, "__func__", None), ())
+    if len(args) > len(names) or not kwargs.keys() <= set(names):
+        return forward(*args, **kwargs)
+    return module.processor(module, **dict(zip(names, args, strict=False)), **kwargs)
 
 
 def _count(change: int) -> None:

@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from backends.groups.collectives import begin_gather, gather_pieces
@@ -35,10 +34,10 @@ class Exchange(ABC):
         pieces = self.gather(kind, own, shapes)
         return lambda: pieces
 
-    def moments(self, own: Tensor, shares: Sequence[float]) -> Tensor:
-        """Return the mean and variance (2, N, G) of the whole image.
+    def moments(self, own: Tensor, shares: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """Return the mean and variance (N, G) of the whole image.
 
-        own: those of this patch. shares: each patch's fraction of the image.
+        own: (2, N, G), those of this patch. shares: each patch's fraction of the image.
         """
         return combine(self.gather("statistics", own, [own.shape] * len(shares)), shares)
 
@@ -59,14 +58,12 @@ class FreshExchange(Exchange):
         return begin_gather(own, shapes, axis=self.axis, traffic=self.traffic)
 
 
-def combine(moments: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
-    """Return mean and variance of a whole from those of its parts.
+def combine(moments: Sequence[Tensor], shares: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Return mean and variance (...) of a whole from those of its parts (2, ...).
 
     Chan's formula avoids cancellation between large squares.
     """
-    mean = sum(share * part[0] for share, part in zip(shares, moments, strict=True))
-    var = sum(
-        share * (part[1] + (part[0] - mean) ** 2)
-        for share, part in zip(shares, moments, strict=True)
-    )
-    return torch.stack((mean, var))
+    parts = [(share, *part.unbind()) for share, part in zip(shares, moments, strict=True)]
+    mean = sum(share * of_part for share, of_part, _ in parts)
+    var = sum(share * (var + (of_part - mean) ** 2) for share, of_part, var in parts)
+    return mean, var

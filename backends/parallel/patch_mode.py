@@ -30,7 +30,7 @@ from torch.overrides import TorchFunctionMode
 
 from backends.errors import UnsupportedError
 from backends.parallel import hooks
-from backends.parallel.intercept import with_attention
+from backends.parallel.intercept import run_attention, with_attention
 from backends.parallel.patch_bounds import PatchBounds, RowLayout, TokenLayout
 from backends.parallel.patch_exchange import Exchange
 
@@ -121,7 +121,7 @@ class PatchMode:
     def _operators(self) -> Iterator[tuple[nn.Module, hooks.Around]]:
         """Yield the modules to hook with their hooks."""
         for module, is_joint in _spatial_attentions(self._network):
-            yield module, self._around_attention(is_joint)
+            yield module, self._around_attention(module, is_joint)
         for module in self._network.modules():
             if isinstance(module, nn.modules.conv._ConvNd | nn.GroupNorm):
                 yield module, self._around_operator(module)
@@ -152,7 +152,7 @@ class PatchMode:
 
         return around
 
-    def _around_attention(self, is_joint: bool) -> hooks.Around:
+    def _around_attention(self, module: nn.Module, is_joint: bool) -> hooks.Around:
         """Return the hook of a spatial attention module.
 
         Its arguments decide: with text states, and not joint, it is a cross-attention and stays
@@ -162,7 +162,7 @@ class PatchMode:
         def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             text = kwargs.get("encoder_hidden_states", args[1] if len(args) > 1 else None)
             if self._layout is None or not (text is None or is_joint):
-                return forward(*args, **kwargs)
+                return run_attention(module, forward, *args, **kwargs)
             num_calls = 0
 
             def attend(*call: Any, **options: Any) -> Tensor:
@@ -172,7 +172,7 @@ class PatchMode:
                 attention = self._attention if sees_all else F.scaled_dot_product_attention
                 return attention(*call, **options)
 
-            output = with_attention(attend, forward, *args, **kwargs)
+            output = with_attention(attend, run_attention, module, forward, *args, **kwargs)
             if num_calls == 0:
                 raise UnsupportedError(
                     "an attention layer of this model does not use torch's "
@@ -267,7 +267,8 @@ class PatchMode:
         the patch below it.
         """
         last = len(patches) - 1
-        own = torch.cat(_border(x, self._layout.patch, last, above, below), dim=-2)
+        rows = _border(x, self._layout.patch, last, above, below)
+        own = rows[0] if len(rows) == 1 else torch.cat(rows, dim=-2)
         heights = [
             (below if i > 0 else 0) + (above if i < last else 0) for i in range(len(patches))
         ]
@@ -329,11 +330,11 @@ class PatchMode:
         both = torch.stack((key, value))
         pieces = self._exchange.gather(
             "attention",
-            both.narrow(-2, before, own),
+            both.narrow(-2, before, own) if before or after else both,
             [(*both.shape[:-2], size, both.shape[-1]) for size in patches.sizes],
         )
-        texts = both.narrow(-2, 0, before), both.narrow(-2, before + own, after)
-        key, value = torch.cat((texts[0], *pieces, texts[1]), dim=-2)
+        text = [both.narrow(-2, 0 if before else own, before + after)] if before or after else []
+        key, value = torch.cat((*text, *pieces) if before else (*pieces, *text), dim=-2)
         return F.scaled_dot_product_attention(query, key, value, None, *args, **kwargs)
 
 
@@ -388,8 +389,10 @@ def _border(x: Tensor, patch: int, last: int, above: int, below: int) -> list[Te
     """Return the rows that the neighbours need: the first for the patch above, the last for the one
     below.
     """
-    first = x[..., : below if patch > 0 else 0, :]
-    return [first, _last_rows(x, above if patch < last else 0)]
+    if last == 0:
+        return [x[..., :0, :]]
+    rows = [x[..., :below, :]] if patch > 0 else []
+    return [*rows, _last_rows(x, above)] if patch < last else rows
 
 
 def _last_rows(x: Tensor, rows: int) -> Tensor:
@@ -417,15 +420,14 @@ def _normalize(
 
     mean, var: (N, G), float32, or float64 if x is.
     """
-    channels = x.shape[1] // mean.shape[1]
-    scale = torch.rsqrt(var + eps).repeat_interleave(channels, dim=1)
-    shift = -mean.repeat_interleave(channels, dim=1) * scale
+    groups = mean.shape[1], x.shape[1] // mean.shape[1]
+    mean, scale = mean[..., None], torch.rsqrt(var + eps)[..., None]
     if weight is not None:
-        scale, shift = scale * weight, shift * weight
-    if bias is not None:
-        shift = shift + bias
-    shape = (*scale.shape, *[1] * (x.dim() - 2))
-    return torch.addcmul(shift.view(shape), x, scale.view(shape)).to(x.dtype)
+        scale = scale * weight.view(groups)
+    shift = mean * -scale if bias is None else bias.view(groups) - mean * scale
+    ones = [1] * (x.dim() - 2)
+    shift, scale = (part.view(*part.shape, *ones) for part in (shift, scale))
+    return torch.addcmul(shift, x.unflatten(1, groups), scale).flatten(1, 2).to(x.dtype)
 
 
 def _conv2d_of(patches: PatchMode, conv: nn.Conv2d, x: Tensor) -> Tensor:

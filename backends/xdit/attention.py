@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from backends.errors import UnsupportedError
 from backends.groups.mesh import Axis, Mesh
 from backends.parallel import hooks
-from backends.parallel.intercept import with_attention
+from backends.parallel.intercept import run_attention, with_attention
 from backends.parallel.transformer_spec import TransformerSpec
 from backends.xdit.exchange import (
     gather_tokens,
@@ -88,7 +88,7 @@ class SpreadAttention:
             other = given.get("encoder_hidden_states")
             is_other = other is not None and other is not given.get("hidden_states")
             if self.current is None or (crosses and is_other):
-                return forward(*args, **kwargs)
+                return run_attention(module, forward, *args, **kwargs)
             num_calls = 0
 
             def attend(*call: Any, **options: Any) -> Tensor:
@@ -97,7 +97,7 @@ class SpreadAttention:
                 plain = _plain_arguments(*call, **options)
                 return self._attend(path, is_joint, num_calls - 1, **plain)
 
-            output = with_attention(attend, forward, *args, **kwargs)
+            output = with_attention(attend, run_attention, module, forward, *args, **kwargs)
             if num_calls == 0:
                 raise UnsupportedError(
                     f"{path} did not compute its attention with scaled_dot_product_attention, so "

@@ -5,11 +5,12 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from backends.groups.mesh import Axis, CommStats
 from backends.parallel import hooks
-from backends.parallel.intercept import with_attention
+from backends.parallel.intercept import run_attention, with_attention
 from backends.parallel.patch_bounds import PatchBounds, RowLayout
 from backends.parallel.patch_exchange import FreshExchange
 from backends.parallel.patch_mode import PatchMode
@@ -156,3 +157,22 @@ def test_attention_is_restored_after_an_error():
     with pytest.raises(ValueError, match="of the module"):
         with_attention(lambda *args: args[0], fail)
     assert F.scaled_dot_product_attention is torchs_own
+
+
+def test_attention_module_is_run_without_its_search_for_arguments():
+    torch.manual_seed(0)
+    module = Attention(query_dim=8, cross_attention_dim=6, heads=2, dim_head=4).eval()
+    hidden, text = torch.randn(1, 5, 8), torch.randn(1, 3, 6)
+    for args, kwargs in (((hidden, text), {}), ((hidden,), {"encoder_hidden_states": text})):
+        with torch.no_grad():
+            want = module(*args, **kwargs)
+            assert torch.equal(run_attention(module, module.forward, *args, **kwargs), want)
+
+
+def test_arguments_that_a_processor_may_not_know_go_to_the_module():
+    module = Attention(query_dim=8, heads=2, dim_head=4)
+    hidden = torch.randn(1, 5, 8)
+    with torch.no_grad():
+        want = module(hidden)
+        got = run_attention(module, module.forward, hidden, unknown_argument=1)  # it drops them
+    assert torch.equal(got, want)
