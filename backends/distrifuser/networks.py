@@ -21,9 +21,9 @@ from backends.distrifuser.stale import CallBuffers
 from backends.distrifuser.step_clock import StepClock
 from backends.groups.collectives import gather_pieces
 from backends.groups.mesh import Axis, Mesh
+from backends.groups.patch_exchange import Exchange, FreshExchange
 from backends.parallel import hooks
 from backends.parallel.patch_bounds import PatchBounds, RowLayout, TokenLayout
-from backends.parallel.patch_exchange import Exchange, FreshExchange
 from backends.parallel.patch_mode import PatchMode
 
 _DIMS = {"row": (-2,), "col": (-1,), "alternate": (-2, -1)}

@@ -21,7 +21,7 @@ from torch import Tensor
 from backends.distrifuser.modes import SyncMode
 from backends.groups.collectives import AsyncAllToAll, gather_pieces
 from backends.groups.mesh import Axis, CommStats
-from backends.parallel.patch_exchange import Exchange, Kind, combine
+from backends.groups.patch_exchange import Exchange, Kind, combine
 
 NUM_MESSAGES = 8  # per step: enough that nearly all of the sending overlaps with computing
 ALIGNMENT = 16  # bytes: every dtype can be viewed there

@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from backends.errors import UnsupportedError
+from backends.groups.patch_exchange import Exchange
 from backends.parallel import hooks
-from backends.parallel.intercept import run_attention, with_attention
+from backends.parallel.hooks import run_attention, with_attention
 from backends.parallel.patch_bounds import PatchBounds, RowLayout, TokenLayout
-from backends.parallel.patch_exchange import Exchange
 
 ImageTokens = Literal["all", "first", "last"]
 NAME = "patch operator"

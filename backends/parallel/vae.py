@@ -32,9 +32,9 @@ from torch import Tensor, nn
 from backends.errors import UnsupportedError
 from backends.groups.collectives import gather_pieces
 from backends.groups.mesh import Axis, Mesh
+from backends.groups.patch_exchange import FreshExchange
 from backends.parallel import hooks
 from backends.parallel.patch_bounds import PatchBounds, RowLayout, cut
-from backends.parallel.patch_exchange import FreshExchange
 from backends.parallel.patch_mode import PatchMode
 
 logger = logging.getLogger(__name__)

@@ -2,7 +2,7 @@
 time (PipeFusion's stale patches).
 
 Each attention module of the blocks is wrapped. While a wrapped module runs, the torch operator
-scaled_dot_product_attention is replaced (backends/parallel/intercept.py), so processors, LoRA
+scaled_dot_product_attention is replaced (backends/parallel/hooks.py), so processors, LoRA
 layers, quantised layers and norms stay diffusers' own. Cross-attention is left alone.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from backends.errors import UnsupportedError
 from backends.groups.mesh import Axis, Mesh
 from backends.parallel import hooks
-from backends.parallel.intercept import run_attention, with_attention
+from backends.parallel.hooks import run_attention, with_attention
 from backends.parallel.transformer_spec import TransformerSpec
 from backends.xdit.exchange import (
     gather_tokens,

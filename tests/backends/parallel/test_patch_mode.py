@@ -9,10 +9,10 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from backends.groups.mesh import Axis, CommStats
+from backends.groups.patch_exchange import FreshExchange
 from backends.parallel import hooks
-from backends.parallel.intercept import run_attention, with_attention
+from backends.parallel.hooks import run_attention, with_attention
 from backends.parallel.patch_bounds import PatchBounds, RowLayout
-from backends.parallel.patch_exchange import FreshExchange
 from backends.parallel.patch_mode import PatchMode
 
 ROWS = RowLayout(PatchBounds((0, 8)), 8, patch=0)
