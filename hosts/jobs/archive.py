@@ -47,8 +47,8 @@ class Archive:
         if job_id not in self._by_id:
             end = "." if self.store.is_durable else ", and not after a restart."
             raise NotFoundError(
-                f"there is no job {job_id!r}. Jobs are known until {self.num_kept} newer ones are "
-                f"done{end} Send the request again."
+                f"there is no job {job_id[:80]!r}. Jobs are known until {self.num_kept} newer ones "
+                f"are done{end} Send the request again."
             )
         return self._by_id[job_id]
 

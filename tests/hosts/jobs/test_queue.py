@@ -373,3 +373,9 @@ def test_full_queue_has_a_place_for_a_client_of_which_nothing_waits():
         with pytest.raises(BusyError, match="the queue is full: 6 jobs are waiting"):
             queue.submit(request(), client=client)
     assert len(others) == 2
+
+
+def test_unknown_id_of_any_length_is_named_by_its_beginning():
+    with pytest.raises(NotFoundError) as unknown:
+        JobQueue().find("x" * 5000)
+    assert "'xxx" in str(unknown.value) and len(str(unknown.value)) < 300
