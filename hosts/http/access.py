@@ -25,7 +25,18 @@ from hosts.supervision.host_state import Phase
 
 WILDCARDS = frozenset({"0.0.0.0", "::"})
 WITHOUT_KEY = frozenset(
-    {"/", "/page.css", "/page.js", "/form.js", "/docs", "/docs.js", "/healthz", "/livez", "/readyz"}
+    {
+        "/",
+        "/page.css",
+        "/page.js",
+        "/form.js",
+        "/mask.js",
+        "/docs",
+        "/docs.js",
+        "/healthz",
+        "/livez",
+        "/readyz",
+    }
 )
 """Paths that need no key: the page loads before it asks for one, and probes have none. None of
 them reveals anything about jobs.

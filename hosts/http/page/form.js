@@ -92,6 +92,10 @@ function imageField(field) {
   const clear = make("button", { type: "button", className: "quiet", hidden: true }, "Clear");
   clear.setAttribute("aria-label", `Clear ${title(field.name)}`);
   const box = make("div", { className: "image-field" }, labelled(field), thumbnail, clear);
+  if (field.name === "mask_image") {
+    const brush = { type: "button", id: "paint", className: "quiet", onclick: paintMask };
+    box.append(make("button", brush, "Paint"));
+  }
   field.addEventListener("change", () => showThumbnail(field, thumbnail, clear));
   clear.addEventListener("click", () => { setFile(field, null); field.focus(); });
   box.addEventListener("dragover", (event) => event.preventDefault());

@@ -34,6 +34,11 @@ def form_script() -> Response:
     return _file("form.js")
 
 
+@blueprint.get("/mask.js")
+def mask_script() -> Response:
+    return _file("mask.js")
+
+
 @blueprint.get("/docs")
 def docs() -> Response:
     """Return the API documentation page."""

@@ -207,7 +207,9 @@ def test_request_with_the_key_is_served_and_the_key_is_told_to_nobody(guarded, q
     assert KEY not in guarded.get("/settings", headers=bearer).get_data(as_text=True)
 
 
-@pytest.mark.parametrize("path", ["/", "/page.css", "/page.js", "/form.js", "/healthz", "/livez"])
+@pytest.mark.parametrize(
+    "path", ["/", "/page.css", "/page.js", "/form.js", "/mask.js", "/healthz", "/livez"]
+)
 def test_page_and_probes_need_no_key(path, guarded):
     assert guarded.get(path).status_code == 200
 

@@ -351,6 +351,44 @@ def test_image_becomes_the_input_image_with_its_thumbnail_and_is_cleared(page):
     assert value(page, "init_image") == "" and not is_shown(page, ".image-field img")
 
 
+def test_mask_is_painted_over_the_input_image(page, tmp_path, screenshots):
+    from selenium.webdriver import ActionChains
+
+    page.execute_script("arguments[0].click()", find(page, "#paint"))
+    until(page, lambda: "Choose an input image first" in find(page, "#error").text)
+    Image.new("RGB", (160, 80), "teal").save(tmp_path / "input.png")
+    find(page, "#field-init_image").send_keys(str(tmp_path / "input.png"))
+    page.execute_script("arguments[0].click()", find(page, "#paint"))
+    canvas = until(page, lambda: find(page, "#brush canvas"))
+    buttons = {one.text: one for one in page.find_elements("css selector", "#brush button")}
+    buttons["Use mask"].click()
+    until(page, lambda: "Nothing is painted" in find(page, "#brush .hint").text)
+    drag = ActionChains(page).move_to_element(canvas).click_and_hold()
+    drag.move_by_offset(30, 0).release().perform()
+    page.save_screenshot(str(screenshots / "mask.png"))
+    buttons["Use mask"].click()
+    until(page, lambda: not find(page, "#brush"))
+    painted = page.execute_async_script(
+        """const [done] = arguments;
+        createImageBitmap(document.getElementById("field-mask_image").files[0]).then((image) => {
+          const canvas = document.createElement("canvas");
+          [canvas.width, canvas.height] = [image.width, image.height];
+          const context = canvas.getContext("2d");
+          context.drawImage(image, 0, 0);
+          const at = (x, y) => context.getImageData(x, y, 1, 1).data[0];
+          done([image.width, image.height, at(80, 40), at(1, 1), at(158, 78)]);
+        });"""
+    )
+    assert painted == [160, 80, 255, 0, 0]
+    page.execute_script("arguments[0].click()", find(page, "#paint"))
+    again = until(page, lambda: find(page, "#brush canvas"))
+    is_kept = "return arguments[0].getContext('2d').getImageData(80, 40, 1, 1).data[3]"
+    assert page.execute_script(is_kept, again) == 255
+    next(
+        one for one in page.find_elements("css selector", "#brush button") if one.text == "Cancel"
+    ).click()
+
+
 def test_image_is_pasted_or_dropped_into_its_field_and_other_files_are_refused(page, host):
     give_file(page, "paste", "a.png", "image/png")
     assert value(page, "init_image").endswith("a.png") and is_shown(page, ".image-field img")
