@@ -51,7 +51,7 @@ def metrics() -> Response:
     return Response(current_app.extensions["metrics"].text(), content_type=CONTENT_TYPE)
 
 
-@blueprint.post("/v1/measure")
+@blueprint.post("/measure")
 def measure() -> Response:
     """Time the methods again, compare an image of each approximate one with one rank's, and choose
     by the new figures. Return the table when it is done; jobs wait meanwhile.

@@ -209,10 +209,13 @@ def _own(spec: ModelSpec, settings: Settings) -> dict[str, Any]:
                 )
             },
             "/metrics": {"get": _operation("For Prometheus.", answers={"200": _text()})},
-            "/v1/measure": {
+            "/measure": {
                 "post": _operation(
                     "Time the methods again and compare an image of each with one rank's.",
-                    answers={"200": _answer("The table of methods.", "Object")},
+                    answers={
+                        "200": _answer("The table of methods.", "Object"),
+                        "422": _answer("There is one method only.", "Error"),
+                    },
                 )
             },
             "/settings": {

@@ -258,7 +258,7 @@ class Client:
         """Let the host time its methods and compare their images with one rank's: its table. Takes
         minutes.
         """
-        return self._parse(self.open("/v1/measure", method="POST", body={}), dict)
+        return self._parse(self.open("/measure", method="POST", body={}), dict)
 
     def _object(self, path: str) -> dict[str, Any]:
         return self._parse(self.open(path), dict)
