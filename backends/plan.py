@@ -43,6 +43,8 @@ class ParallelPlan:
     # Which values of the previous step are reused, and what to run instead: part of an error text.
     # Empty if every step is independent.
     reads_previous_step: str = ""
+    # Whether all ranks run the same blocks of the denoiser, in the same order.
+    runs_every_block: bool = True
     intercepts_sdpa: bool = False  # reaches other ranks' tokens through torch's attention operator
     # Why an image must be generated before the host is ready; empty if none is needed.
     needs_prewarm: str = ""

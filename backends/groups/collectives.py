@@ -38,6 +38,28 @@ def all_gather(tensor: Tensor, *, dim: int, axis: Axis, traffic: CommStats | Non
     return torch.cat(shards, dim=dim)
 
 
+def begin_gather_into(
+    buffer: Tensor, share: Tensor, *, axis: Axis, traffic: CommStats
+) -> Callable[[], None]:
+    """Start to fill `buffer` with the equal shares of all ranks, in rank order.
+
+    buffer, share: 1-D, of one dtype; do not touch them before the returned function, which must be
+    called, has waited for the shares.
+    """
+    if axis.is_alone:
+        buffer.copy_(share)
+        return lambda: None
+    traffic.add(share, peers=axis.size - 1)
+    work = dist.all_gather_single(buffer, share, group=axis.group, async_op=True)
+
+    def wait() -> None:
+        started = time.perf_counter()
+        work.wait()
+        traffic.wait_s += time.perf_counter() - started
+
+    return wait
+
+
 def all_sum(tensor: Tensor, *, axis: Axis) -> Tensor:
     """Return the sum of the ranks' tensors, all of one shape, on every rank."""
     if axis.is_alone:

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,10 @@ DATA_TIMEOUT = timedelta(hours=3)
 """Limit for one operation of a data group. It exceeds the compile time that
 hosts/supervision/progress.py allows, since the watch decides which rank hangs.
 """
+
+
+BACKGROUND = ("background",)
+"""Key of `background_axis`, which is no axis of a plan."""
 
 
 @dataclass(slots=True)
@@ -132,6 +136,23 @@ class Mesh:
             self._axes[key] = self._make_axis(names)
         return self._axes[key]
 
+    def background_axis(self) -> Axis:
+        """Return all ranks, with a group of their own for transfers that run behind others.
+
+        NCCL runs one group's calls in order, so large transfers would hold up those of a step. The
+        first use is collective.
+        """
+        if BACKGROUND not in self._axes:
+            ranks = tuple(range(self.plan.world_size))
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            self._axes[BACKGROUND] = Axis(
+                name="background",
+                ranks=tuple(self._first + rank for rank in ranks),
+                rank=self.rank,
+                group=self._new_groups([ranks], backend=backend) if len(ranks) > 1 else None,
+            )
+        return self._axes[BACKGROUND]
+
     def prepare(self) -> None:
         """Create the groups of all combinations of axes now. Later the other teams are busy."""
         names = [name for name, degree in self.plan.axes if degree > 1]
@@ -156,6 +177,19 @@ class Mesh:
             return signal
         work.wait()
         return int(message.item())
+
+    def broadcast_object(self, value: Any, *, source: int) -> Any:
+        """Return rank `source`'s value on all ranks: plain values and CPU tensors.
+
+        RuntimeError if the mesh is closed.
+        """
+        if self.plan.world_size == 1:
+            return value
+        if self.groups.step_group is None:
+            raise RuntimeError("an object was sent while the mesh is closed")
+        box = [value if self.rank == source else None]
+        dist.broadcast_object_list(box, src=self._first + source, group=self.groups.step_group)
+        return box[0]
 
     def fail(self) -> None:
         """Close the data groups after a failure of this rank.
@@ -185,7 +219,7 @@ class Mesh:
         handed_out, self._axes = self._axes, {}
         self._open()
         for key, axis in handed_out.items():
-            made = self.axis(*key)
+            made = self.background_axis() if key == BACKGROUND else self.axis(*key)
             axis.group, axis.reverse_group = made.group, made.reverse_group
         self._axes.update(handed_out)
 

@@ -38,9 +38,7 @@ class KeptWeights:
         for part, tensors in enumerate(self._tensors):
             if part != kept:
                 for tensor in tensors:
-                    tensor.data = torch.zeros((), dtype=tensor.dtype, device=tensor.device).expand(
-                        tensor.shape
-                    )
+                    tensor.data = placeholder(tensor, tensor.device)
 
     def restore(self, axis: Axis) -> None:
         """Fetch all weights, so that every rank holds the whole model again.
@@ -80,7 +78,7 @@ def move(pipe: Any, device: torch.device) -> None:
     found = [
         (tensors, name, tensors[name].shape)
         for tensors, name in places
-        if _is_placeholder(tensors[name])
+        if is_placeholder(tensors[name])
     ]
     for tensors, name, shape in found:
         tensors[name].data = tensors[name].data[(0,) * len(shape)]
@@ -90,7 +88,13 @@ def move(pipe: Any, device: torch.device) -> None:
         tensors[name].data = tensors[name].data.expand(shape)
 
 
-def _is_placeholder(tensor: Tensor | None) -> bool:
+def placeholder(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of the same shape and dtype that takes no memory."""
+    return torch.zeros((), dtype=tensor.dtype, device=device).expand(tensor.shape)
+
+
+def is_placeholder(tensor: Tensor | None) -> bool:
+    """Return whether the tensor stands for one that this rank does not hold."""
     return tensor is not None and tensor.numel() > 1 and not any(tensor.stride())
 
 
