@@ -78,6 +78,10 @@ class LoadRequest:
     compile: CompileSettings | None = None  # None: nothing is compiled
     compel: bool = False  # Compel reads the prompts
     step_cache: StepCacheSpec | None = None  # None: every step is computed in full
+    # Groups of components whose weights are divided among the ranks: denoiser, encoders.
+    divided: tuple[Literal["denoiser", "encoders"], ...] = ()
+    # Where the text encoders are: on every rank, on rank 0, one on each in turn, in main memory.
+    encoder_placement: Literal["every", "one", "spread", "cpu"] = "every"
     offload: Literal["model", "sequential", "group"] | None = None  # None: weights stay on the GPU
     enable_attention_slicing: bool = False
     xformers_efficient: bool = False  # attention by xformers

@@ -26,7 +26,7 @@ OPTIONS = (
         parse=weights,
         metavar="W,W",
     ),
-    switch("shard_weights", "Keep only its segment's weights on each rank."),
+    switch("shard_weights", "Keep only its segment's weights on each rank, like --shard=always."),
     Option(
         name="extrapolate",
         text=(

@@ -47,12 +47,16 @@ def make_plan(spec: ModelSpec, options: Mapping[str, object], world_size: int) -
     its reason.
     """
     degrees = _degrees(spec, options, world_size)
+    sharded_by = "--shard_weights" if options.get("shard_weights") else ""
+    if options.get("shard") == "always" and degrees.segment > 1:
+        sharded_by = "--shard=always"
     plan = ParallelPlan(
         method="asyncdiff",
         axes=(("cfg", degrees.cfg), ("segment", degrees.segment)),
         exactness="approximate" if degrees.segment > 1 else "exact",
         is_close=degrees.model_n == CLOSE_SEGMENTS and degrees.stride == 1,
-        splits_weights_by="--shard_weights" if options.get("shard_weights") else "",
+        splits_weights_by=sharded_by,
+        runs_every_block=degrees.segment == 1,
         reads_previous_step=READS_PREVIOUS_STEP if degrees.segment > 1 else "",
         # of a generic type it is not known which inputs an image needs
         needs_prewarm="" if spec.is_generic else NEEDS_PREWARM,
@@ -63,7 +67,7 @@ def make_plan(spec: ModelSpec, options: Mapping[str, object], world_size: int) -
             "warmup_steps": _warmup_steps(options),
             "synced_percent": _synced_percent(options),
             "segment_weights": _segment_weights(options.get("segment_weights"), degrees.model_n),
-            "shard_weights": bool(options.get("shard_weights")),
+            "shard_weights": bool(sharded_by),
             "extrapolate": options.get("extrapolate"),
         },
         reasons=degrees.reasons,

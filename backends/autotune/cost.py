@@ -124,10 +124,17 @@ class MethodCost:
     buffer_bytes: float = 0.0  # stored values of the previous step
 
 
-def predict(plan: ParallelPlan, work: Work, link: Link) -> Estimate:
+def divided_bytes(work: Work, num_ranks: int) -> float:
+    """Return the bytes of weights on a rank that has a share of them, and two gathered blocks."""
+    blocks = max(work.num_attentions, 2)
+    return (work.weight_bytes + work.other_bytes) / num_ranks + 2 * work.weight_bytes / blocks
+
+
+def predict(plan: ParallelPlan, work: Work, link: Link, *, is_sharded: bool = False) -> Estimate:
     """Return the predicted cost of a plan.
 
-    Axes multiply: the CFG split first, then the method within each half.
+    Axes multiply: the CFG split first, then the method within each half. is_sharded: whether the
+    ranks divide the weights and gather each block's.
     """
     cfg = plan.degree("cfg")
     is_split = cfg == 2 and work.halves == 2
@@ -147,6 +154,13 @@ def predict(plan: ParallelPlan, work: Work, link: Link) -> Estimate:
         + work.activation_bytes * fraction * cost.activations
         + cost.buffer_bytes
     )
+    load_bytes = work.weight_bytes + work.other_bytes
+    if is_sharded:
+        whole = work.weight_bytes * cost.kept_weights + work.other_bytes
+        run_bytes += divided_bytes(work, plan.world_size) - whole
+        load_bytes = round(divided_bytes(work, plan.world_size))
+        sent = work.weight_bytes * (plan.world_size - 1) / plan.world_size
+        gathering_s += part.shown(sent, max(work.num_attentions, 2), cost.step_s)
     return Estimate(
         step_s=cost.step_s + gathering_s,
         synchronous_s=(cost.step_s if cost.synchronous_s is None else cost.synchronous_s)
@@ -154,7 +168,7 @@ def predict(plan: ParallelPlan, work: Work, link: Link) -> Estimate:
         num_synchronous=cost.num_synchronous,
         sent_bytes=cost.sent_bytes + gathered_bytes,
         run_bytes=run_bytes,
-        load_bytes=work.weight_bytes + work.other_bytes,
+        load_bytes=load_bytes,
     )
 
 

@@ -97,23 +97,33 @@ class Image:
 
 
 def rank(
-    candidates: Sequence[Candidate], measured: Measured, *, quality: Quality, image: Image
+    candidates: Sequence[Candidate],
+    measured: Measured,
+    *,
+    quality: Quality,
+    image: Image,
+    is_sharded: bool = False,
 ) -> list[Row]:
-    """Return one row per candidate: possible ones, fastest first, then refused ones."""
-    rows = [_row(candidate, measured, quality, image) for candidate in candidates]
+    """Return one row per candidate: possible ones, fastest first, then refused ones.
+
+    is_sharded: whether the ranks divide the weights (see cost.predict).
+    """
+    rows = [_row(candidate, measured, quality, image, is_sharded) for candidate in candidates]
     return sorted(rows, key=lambda row: (bool(row.refusal), row.image_s))
 
 
-def _row(candidate: Candidate, measured: Measured, quality: Quality, image: Image) -> Row:
+def _row(
+    candidate: Candidate, measured: Measured, quality: Quality, image: Image, is_sharded: bool
+) -> Row:
     if candidate.plan is None:
         return Row(candidate=candidate, refusal=candidate.refusal)
     work = measured.work
-    estimate = planned = _estimate(candidate, work, measured.link)
+    estimate = planned = _estimate(candidate, work, measured.link, is_sharded)
     step_s = measured.steps.get(candidate.timed_as or candidate.name)
     halves = work.halves if image.halves is None else image.halves
     if (image.pixels, halves) != (1.0, work.halves):
         other = resized(work, pixels=image.pixels, halves=halves)
-        estimate = _estimate(candidate, other, measured.link)
+        estimate = _estimate(candidate, other, measured.link, is_sharded)
         step_s = None if step_s is None else step_s * estimate.step_s / planned.step_s
     row = Row(
         candidate=candidate,
@@ -142,9 +152,9 @@ def _row(candidate: Candidate, measured: Measured, quality: Quality, image: Imag
     return row
 
 
-def _estimate(candidate: Candidate, work: Work, link: Link) -> Estimate:
+def _estimate(candidate: Candidate, work: Work, link: Link, is_sharded: bool) -> Estimate:
     assert candidate.plan is not None
-    estimate = predict(candidate.plan, work, link)
+    estimate = predict(candidate.plan, work, link, is_sharded=is_sharded)
     return estimate if candidate.step_cache is None else with_cache(estimate, candidate.step_cache)
 
 
@@ -216,9 +226,8 @@ def require_any(rows: Sequence[Row]) -> Row:
     reasons = "; ".join(f"{row.candidate.name}: {row.refusal.rstrip('.')}" for row in rows)
     raise ConfigError(
         f"no method is left for --backend=auto ({reasons}). Ask for a smaller size, a smaller "
-        "--variant, --quantize_to, "
-        "--enable_model_cpu_offload or a less strict --quality, or name a --backend to try it all "
-        "the same."
+        "--variant, --quantize_to, --shard=always, --enable_model_cpu_offload or a less strict "
+        "--quality, or name a --backend to try it all the same."
     )
 
 

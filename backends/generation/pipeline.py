@@ -29,11 +29,13 @@ from backends.generation.call_arguments import (
 )
 from backends.generation.generic_run import GenericGeneration, resolve_generic
 from backends.generation.previews import Previewer
+from backends.generation.prompt_cache import PromptCache
 from backends.generation.prompts import compel_prompts, require_readable_prompts, unread_tokens
 from backends.generation.run import Generation, OnStep, PreparedRequest
 from backends.generation.schedulers import build_scheduler, choose_scheduler
 from backends.loading.compilation import Compilation
 from backends.loading.controlnet import require_control
+from backends.loading.conversion import convert
 from backends.loading.ip_adapter import (
     load_ip_adapters,
     require_images,
@@ -42,6 +44,7 @@ from backends.loading.ip_adapter import (
 from backends.loading.lora.lora_set import LoraSet
 from backends.loading.offload import place, use_lean_attention
 from backends.loading.quantization import quantize
+from backends.loading.shared_weights import SharedWeights
 from backends.loading.step_cache import StepCache
 from backends.loading.weights import DTYPES, load_pipe
 from backends.model_table import ModelSpec
@@ -60,8 +63,12 @@ diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
 
 
-def load_pipeline(spec: ModelSpec, load: LoadRequest, *, device: torch.device) -> "LoadedPipeline":
+def load_pipeline(
+    spec: ModelSpec, load: LoadRequest, *, device: torch.device, share: tuple[int, int] = (0, 1)
+) -> "LoadedPipeline":
     """Load a diffusers folder, or a single file if the type allows it, onto the device.
+
+    share: (rank, number of ranks), which keep equal shares of what `load.divided` names.
 
     Downloads nothing: everything must be in the checkpoint. ConfigError names the component at
     fault.
@@ -70,13 +77,20 @@ def load_pipeline(spec: ModelSpec, load: LoadRequest, *, device: torch.device) -
     compile, and attach the backend last (`attach`).
     """
     pipe = load_pipe(spec, load)
+    shared = SharedWeights(pipe, spec, load, share=share, device=device)
+    if load.ip_adapter:
+        convert(getattr(pipe, spec.denoiser), DTYPES[load.variant])  # adapters take its dtype
     load_ip_adapters(pipe, spec, load)
     pipe.set_progress_bar_config(disable=True)
     bytes_saved = quantize(pipe, spec, load, device=device)
     use_lean_attention(pipe, load)
-    place(pipe, spec, load, device=device)
+    shared.divide()
+    place(pipe, spec, load, device=device, in_main_memory=shared.in_main_memory)
+    shared.place()
     _apply_vae_options(pipe, load)
-    return LoadedPipeline(pipe, spec=spec, load=load, device=device, bytes_saved=bytes_saved)
+    return LoadedPipeline(
+        pipe, spec=spec, load=load, device=device, bytes_saved=bytes_saved, shared=shared
+    )
 
 
 class LoadedPipeline:
@@ -90,8 +104,9 @@ class LoadedPipeline:
         load: LoadRequest,
         device: torch.device,
         bytes_saved: Mapping[str, int] = MappingProxyType({}),
+        shared: SharedWeights | None = None,
     ) -> None:
-        """bytes_saved: component -> bytes that quantisation saved."""
+        """bytes_saved: component -> bytes that quantisation saved. shared: None for nothing."""
         self.pipe = pipe
         self.spec = spec
         self.load = load
@@ -111,6 +126,10 @@ class LoadedPipeline:
         self._step_cache: StepCache | None = None
         self._use_step_cache(load.step_cache)
         self._bytes_saved = dict(bytes_saved)
+        share = (0, 1)
+        self.shared = shared or SharedWeights(pipe, spec, load, share=share, device=device)
+        self._prompts = PromptCache(pipe, facts=lambda: self._loras_in_use)
+        self._loras_in_use: Mapping[str, float] = {}
 
     def attach(
         self,
@@ -133,6 +152,10 @@ class LoadedPipeline:
         if self._compilation is not None:
             self._fuse_loras()
             self._compilation.attach(self.pipe, self.spec, self._compile_regions(backend))
+        self.shared.use(backend.mesh)
+        self.forget_prompts()
+        if self.load.divided:
+            self.loras.measure_again()  # decompositions depend on weights that can be read now
         backend.attach(self.pipe)
         self._backend = backend
         if self.load.parallel_vae and not self._compiles("vae"):
@@ -204,8 +227,17 @@ class LoadedPipeline:
                 f"the weights cannot be kept in main memory: offloading ({self.load.offload}) "
                 "moves them already."
             )
-        move(self.pipe, torch.device("cpu"))
+        self._move(torch.device("cpu"))
+        self.forget_prompts()
         self._is_resting = True
+
+    def _move(self, device: torch.device) -> None:
+        move(self.pipe, device)
+        self.shared.move(device)
+
+    def forget_prompts(self) -> None:
+        """Encode every prompt anew, for all ranks alike: they encode together."""
+        self._prompts.forget()
 
     def check(self, request: GenerateRequest) -> None:
         """Raise RequestError, PlanError or UnsupportedError for a bad request.
@@ -274,7 +306,7 @@ class LoadedPipeline:
     def _begun(self, prepared: PreparedRequest) -> Iterator[None]:
         """Prepare weights, adapters, backend and step cache for a run, and end it on exit."""
         if self._is_resting:
-            move(self.pipe, self.device)
+            self._move(self.device)
             self._is_resting = False
         self._use_loras(prepared.request)
         use_scales(self.pipe, self.load, prepared.request)
@@ -285,14 +317,20 @@ class LoadedPipeline:
             asked, num_steps = prepared.request.quality, prepared.run.num_inference_steps
             is_on = asked is None or is_met(asked, "high", num_steps=num_steps)
             self._step_cache.begin(is_on=is_on)
+        self.shared.begin()
+        has_failed = True
         try:
             yield
+            has_failed = False
         except Exception as error:
             # other ranks may not have raised it, and would wait for this one
             if self._backend is not None and not isinstance(error, HostError):
                 self._backend.mesh.groups.give_up()
             raise
         finally:
+            self.shared.end(has_failed=has_failed)
+            if has_failed:
+                self.forget_prompts()
             if self._backend is not None:
                 self._backend.end()
             if self._step_cache is not None:
@@ -435,6 +473,7 @@ class LoadedPipeline:
             self.detach()
         try:
             self.loras.use({**asked, **self.load.motion_lora})
+            self._loras_in_use = asked
         except ConfigError as error:
             raise RequestError(str(error), field="lora") from error
         finally:

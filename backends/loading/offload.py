@@ -1,15 +1,18 @@
 """Where a pipeline's weights are: on the device, or in main memory and moved when needed."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from backends.errors import UnsupportedError
 from backends.groups.control_group import control_axis
+from backends.loading.conversion import convert
 from backends.loading.gguf_constants import keep_constants
+from backends.loading.weights import DTYPES, vae_dtype
 from backends.model_table import ModelSpec
 from backends.request import LoadRequest
 
@@ -18,20 +21,50 @@ logger = logging.getLogger(__name__)
 Offload = Literal["model", "sequential", "group"]
 
 
-def place(pipe: Any, spec: ModelSpec, load: LoadRequest, *, device: torch.device) -> None:
-    """Move the pipeline to its device, or set up offloading."""
+def place(
+    pipe: Any,
+    spec: ModelSpec,
+    load: LoadRequest,
+    *,
+    device: torch.device,
+    in_main_memory: Collection[str] = (),
+) -> None:
+    """Convert the weights, and move them to the device or set up offloading.
+
+    in_main_memory: components that stay where they were read.
+    """
     if load.offload is not None and device.type == "cpu":
         logger.warning(
             "offload=%s has no effect: there is no accelerator, so all weights are in main memory",
             load.offload,
         )
     if load.offload is None or device.type == "cpu":
-        pipe.to(device)
+        convert_pipe(pipe, spec, load, device=device, in_main_memory=in_main_memory)
         if load.gguf_model is not None and device.type == "cuda" and load.compile is None:
             keep_constants(getattr(pipe, spec.denoiser))
     else:
+        convert_pipe(pipe, spec, load)
         prefetches = control_axis().size == 1 and load.compile is None and load.step_cache is None
         offload(pipe, spec, load.offload, device=device, prefetches=prefetches)
+
+
+def convert_pipe(
+    pipe: Any,
+    spec: ModelSpec,
+    load: LoadRequest,
+    *,
+    device: torch.device | None = None,
+    in_main_memory: Collection[str] = (),
+) -> None:
+    """Convert all models of a pipeline to the dtypes they compute in, and move them.
+
+    device: None leaves the weights where they are. in_main_memory: components that are not moved.
+    """
+    for name, part in pipe.components.items():
+        if isinstance(part, nn.Module):
+            dtype = vae_dtype(spec, load) if name == "vae" else DTYPES[load.variant]
+            for model in getattr(part, "nets", [part]):
+                convert(model, dtype, device=None if name in in_main_memory else device)
 
 
 def offload(

@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -16,6 +17,7 @@ from backends.files.denoiser_families import DENOISER_PREFIXES
 from backends.files.fit import MARKER, SCALES, UNKNOWN_SCALES, has_scales, refuse_unknown_scales
 from backends.files.recognition import NOTES
 from backends.files.weight_headers import SAFETENSORS, Header, Shape, original_shapes, read_header
+from backends.loading.conversion import SCALE, default_dtype, is_finite
 
 Weights = dict[str, Tensor]
 SCALE_ENDINGS = ((".scale_weight", ".weight"), (".weight_scale", ".weight"))
@@ -69,13 +71,13 @@ def is_plain(header: Header) -> bool:
 
 
 def plain_weights(
-    weights: Weights, *, given: str, dtype: torch.dtype, prefixes: tuple[str, ...]
+    weights: Weights, *, given: str, dtype: torch.dtype | None, prefixes: tuple[str, ...]
 ) -> Weights:
     """Return one model's weights without scales, notes and the prefix of their names.
 
-    prefixes: possible prefixes of a denoiser or VAE. In a file with several models only the weights
-    with the prefix are returned. A UNet in the original names gets the prefix that diffusers
-    expects.
+    dtype: None leaves scaled weights in 8 bits, for `fill_model`. prefixes: possible prefixes of a
+    denoiser or VAE. In a file with several models only the weights with the prefix are returned. A
+    UNet in the original names gets the prefix that diffusers expects.
     """
     scaled = scaled_weights(weights, given=given, dtype=dtype)
     prefix = next((text for text in prefixes if any(name.startswith(text) for name in scaled)), "")
@@ -92,8 +94,11 @@ def plain_weights(
     return inner
 
 
-def scaled_weights(weights: Weights, *, given: str, dtype: torch.dtype) -> Weights:
-    """Return the weights multiplied by their scales. ConfigError for unknown kinds of scales."""
+def scaled_weights(weights: Weights, *, given: str, dtype: torch.dtype | None) -> Weights:
+    """Return the weights multiplied by their scales, or with dtype=None beside their scales.
+
+    ConfigError for unknown kinds of scales.
+    """
     if not any(name.endswith((*SCALES, *UNKNOWN_SCALES)) or name == MARKER for name in weights):
         return weights
     refuse_unknown_scales(weights, given)
@@ -110,16 +115,16 @@ def scaled_weights(weights: Weights, *, given: str, dtype: torch.dtype) -> Weigh
                     f"{given} has the scale {name}, but no {weight_name}. The file is incomplete: "
                     "download it again."
                 )
-            plain[weight_name] = _multiplied(
-                weight_name, plain[weight_name], weights[name], given=given, dtype=dtype
-            )
+            scale = _factors(weight_name, plain[weight_name], weights[name], given=given)
+            if dtype is not None:
+                plain[weight_name] = (plain[weight_name].float() * scale).to(dtype)
+            else:
+                setattr(plain[weight_name], SCALE, scale)
     return plain
 
 
-def _multiplied(
-    name: str, weight: Tensor, scale: Tensor, *, given: str, dtype: torch.dtype
-) -> Tensor:
-    """Multiply by one scale, or one per row. Computed in float32 and rounded once."""
+def _factors(name: str, weight: Tensor, scale: Tensor, *, given: str) -> Tensor:
+    """Return one scale, or one per row, in float32 and in a shape that multiplies the weight."""
     is_for_rows = scale.numel() == weight.shape[0]
     if (scale.numel() != 1 and not is_for_rows) or weight.dtype == torch.uint8:
         raise ConfigError(
@@ -127,12 +132,27 @@ def _multiplied(
             "which is not supported. Allowed: one scale for each weight or row. Give such a file, "
             "or the original and --quantize_to."
         )
-    factors = (
-        scale.float().reshape(-1, *(1,) * (weight.ndim - 1))
-        if is_for_rows
-        else scale.float().reshape(())
-    )
-    return (weight.float() * factors).to(dtype)
+    shape = (-1, *(1,) * (weight.ndim - 1)) if is_for_rows else ()
+    return scale.float().reshape(shape)
+
+
+def fill_model(model: Any, config: Path, weights: Weights, dtype: torch.dtype) -> nn.Module:
+    """Return a diffusers model that holds these tensors as they are, without a copy.
+
+    The names must fill the class exactly (require_weights). dtype: of buffers that no file holds.
+    """
+    with init_empty_weights(include_buffers=False), default_dtype(dtype):
+        filled = model.from_config(model.load_config(config))
+    filled._fix_state_dict_keys_on_load(weights)
+    for name, tensor in weights.items():
+        path, _, attribute = name.rpartition(".")
+        part = filled.get_submodule(path)
+        if attribute in part._buffers:
+            part._buffers[attribute] = tensor
+        elif attribute in part._parameters:
+            part._parameters[attribute] = nn.Parameter(tensor, requires_grad=False)
+            setattr(part._parameters[attribute], SCALE, getattr(tensor, SCALE, None))
+    return filled.eval()
 
 
 @contextmanager
@@ -150,12 +170,22 @@ def plain_file(path: Path, header: Header, *, given: str, dtype: torch.dtype) ->
 
 
 def read_gguf(path: str) -> Weights:
-    """Return a GGUF file's tensors as diffusers reads them, stored rows of 256 reshaped."""
-    from diffusers.models.model_loading_utils import load_gguf_checkpoint
-    from gguf import GGUFReader
+    """Return a GGUF file's tensors as diffusers reads them, stored rows of 256 reshaped.
 
-    weights = load_gguf_checkpoint(path)
-    for name, shape in original_shapes(GGUFReader(path)).items():
+    They are pages of the file, as with safetensors: diffusers' own reader copies all of them.
+    """
+    from diffusers.quantizers.gguf.utils import SUPPORTED_GGUF_QUANT_TYPES, GGUFParameter
+    from gguf import GGMLQuantizationType, GGUFReader
+
+    plain = (GGMLQuantizationType.F32, GGMLQuantizationType.F16)
+    reader, weights = GGUFReader(path, "c"), {}  # c: torch wants pages that it might write
+    for entry in reader.tensors:
+        kind = entry.tensor_type
+        if kind not in (*plain, *SUPPORTED_GGUF_QUANT_TYPES):
+            raise ValueError(f"{entry.name} is stored as {kind.name}, which diffusers cannot read")
+        tensor = torch.from_numpy(entry.data)
+        weights[entry.name] = tensor if kind in plain else GGUFParameter(tensor, quant_type=kind)
+    for name, shape in original_shapes(reader).items():
         if name in weights:
             weights[name] = _reshaped(weights[name], shape)
     return weights
@@ -179,14 +209,13 @@ def unpack_beside_linears(model: nn.Module, dtype: torch.dtype) -> None:
                 module.register_parameter(name, nn.Parameter(plain, requires_grad=False))
 
 
-def require_finite(model: nn.Module, given: str) -> None:
-    """Raise ConfigError for weights that are NaN or infinite: every image would be black."""
+def require_finite(model: nn.Module, given: str, dtype: torch.dtype) -> None:
+    """Raise ConfigError for weights that are NaN or infinite: every image would be black.
+
+    dtype: in which they will be used.
+    """
     for name, parameter in model.named_parameters():
-        if (
-            parameter.is_floating_point()
-            and parameter.element_size() > 1
-            and not torch.isfinite(parameter).all()
-        ):
+        if parameter.is_floating_point() and not is_finite(parameter, dtype):
             raise ConfigError(
                 f"{given} holds weights that are not finite ({name}): every image would be black. "
                 "The file is damaged, or was saved at too low a precision: give another one."

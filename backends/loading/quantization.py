@@ -8,9 +8,16 @@ import torch
 from torch import nn
 
 from backends.errors import ConfigError
+from backends.loading.conversion import (
+    TRIM_EVERY_BYTES,
+    convert_layer,
+    float32_parts,
+    release_memory,
+)
 from backends.loading.packed_weights import pack_layer
-from backends.loading.weights import DTYPES
+from backends.loading.weights import DTYPES, vae_dtype
 from backends.model_table import ModelSpec
+from backends.parallel.weight_shards import is_placeholder
 from backends.quantization_spec import EVERYWHERE, QuantizationSpec
 from backends.request import LoadRequest
 
@@ -34,34 +41,48 @@ def quantize(
     saved = {}
     for group, choice in load.quantize.items():
         for name, module, only in _targets(pipe, spec, group):
-            before = weight_bytes(module)
+            component = module if name != MOTION else getattr(pipe, spec.denoiser)
+            dtype = vae_dtype(spec, load) if name == "vae" else DTYPES[load.variant]
+            before = weight_bytes(module, dtype)
+            keeps = float32_parts(component, dtype)
             layers = [
                 (path, layer)
                 for path, layer in module.named_modules()
-                if isinstance(layer, LAYERS) and (MOTION in path) in only
+                if isinstance(layer, LAYERS)
+                and (MOTION in path) in only
+                and not is_placeholder(layer.weight)
             ]
             if not layers:
                 continue
-            if choice.kind in EVERYWHERE:
-                for _, layer in layers:
+            taken = 0
+            for path, layer in layers:
+                taken += convert_layer(layer, path, dtype, keeps)
+                if choice.kind in EVERYWHERE:
+                    taken += weight_bytes(layer)
                     pack_layer(layer, choice.kind)
-            else:
-                _to_bitsandbytes(module, layers, choice, device=device, dtype=DTYPES[load.variant])
-            saved[name] = saved.get(name, 0) + before - weight_bytes(module)
+                else:
+                    _to_bitsandbytes(module, path, layer, choice, device=device, dtype=dtype)
+                if taken > TRIM_EVERY_BYTES:
+                    taken = release_memory()
+            saved[name] = saved.get(name, 0) + before - weight_bytes(module, dtype)
             logger.info(
                 "quantised %s to %s: %.1f MB instead of %.1f",
                 name,
                 choice.kind,
-                weight_bytes(module) / 1e6,
+                weight_bytes(module, dtype) / 1e6,
                 before / 1e6,
             )
     return saved
 
 
-def weight_bytes(module: nn.Module) -> int:
-    """Return the bytes of all parameters and buffers as stored."""
+def weight_bytes(module: nn.Module, dtype: torch.dtype | None = None) -> int:
+    """Return the bytes of all parameters and buffers as stored, or with floats in `dtype`."""
     tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    return sum(
+        tensor.numel()
+        * (dtype.itemsize if dtype and tensor.is_floating_point() else tensor.element_size())
+        for tensor in tensors.values()
+    )
 
 
 def _targets(
@@ -90,13 +111,14 @@ def _targets(
 
 def _to_bitsandbytes(
     module: nn.Module,
-    layers: list[tuple[str, nn.Module]],
+    path: str,
+    layer: nn.Module,
     choice: QuantizationSpec,
     *,
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
-    """Replace linear layers by bitsandbytes' own, moved to the device, where they are packed.
+    """Replace a linear layer by bitsandbytes' own, moved to the device, where it is packed.
 
     bitsandbytes has no convolutions.
     """
@@ -108,21 +130,19 @@ def _to_bitsandbytes(
             f"quantising to {choice.kind} needs the package bitsandbytes, which is not installed. "
             f"{advice}"
         ) from error
-    replaced = None
-    for path, layer in layers:
-        if not isinstance(layer, nn.Linear) or path.startswith(POOLING):
-            continue
-        replaced = _bitsandbytes_layer(bitsandbytes, layer, choice, dtype).to(device)
-        parent, _, attribute = path.rpartition(".")
-        setattr(module.get_submodule(parent), attribute, replaced)
-        try:
-            replaced(torch.zeros(1, layer.in_features, dtype=dtype, device=device))
-        except Exception as error:  # its kernels fail with asserts, shape errors, missing symbols
-            raise ConfigError(
-                f"quantising to {choice.kind} does not run on this machine's {device.type} for a "
-                f"layer of {layer.in_features} inputs ({' '.join(str(error).split())[:120]}). "
-                f"{advice}"
-            ) from error
+    if not isinstance(layer, nn.Linear) or path.startswith(POOLING):
+        return
+    replaced = _bitsandbytes_layer(bitsandbytes, layer, choice, dtype).to(device)
+    parent, _, attribute = path.rpartition(".")
+    setattr(module.get_submodule(parent), attribute, replaced)
+    try:
+        replaced(torch.zeros(1, layer.in_features, dtype=dtype, device=device))
+    except Exception as error:  # its kernels fail with asserts, shape errors, missing symbols
+        raise ConfigError(
+            f"quantising to {choice.kind} does not run on this machine's {device.type} for a "
+            f"layer of {layer.in_features} inputs ({' '.join(str(error).split())[:120]}). "
+            f"{advice}"
+        ) from error
 
 
 def _bitsandbytes_layer(

@@ -13,7 +13,7 @@ import diffusers
 import torch
 import transformers
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from backends.errors import ConfigError
@@ -28,8 +28,10 @@ from backends.files.denoiser_families import DENOISER_PREFIXES
 from backends.files.fit import has_scales, prediction_settings
 from backends.files.recognition import VAE_PREFIXES, has_text_encoders, has_vae
 from backends.files.weight_headers import SAFETENSORS, Header, read_folder_header
+from backends.loading.conversion import stored_dtype
 from backends.loading.key_check import require_encoder, require_weights
 from backends.loading.plain_weights import (
+    fill_model,
     is_plain,
     plain_file,
     plain_weights,
@@ -67,12 +69,11 @@ def load_pipe(spec: ModelSpec, load: LoadRequest) -> Any:
     All files are checked against their purpose before any weight is read.
     """
     checkpoint = require_fit(spec, load, read=read_any_header)
-    _require_checkpoint_weights(checkpoint, load)
-    pipe = _load_pipe(spec, load)
+    stored = _require_checkpoint_weights(checkpoint, load)
+    pipe = _load_pipe(spec, load, stored)
     if (vae := getattr(pipe, "vae", None)) is not None:
-        require_finite(
-            vae, f"--vae={load.vae}" if load.vae is not None else f"--checkpoint={load.checkpoint}"
-        )
+        given = f"--vae={load.vae}" if load.vae is not None else f"--checkpoint={load.checkpoint}"
+        require_finite(vae, given, vae_dtype(spec, load))
     if settings := prediction_settings(spec, load, checkpoint):
         logger.info("scheduler settings from the checkpoint: %s", settings)
         pipe.scheduler = _scheduler_with(pipe.scheduler, settings)
@@ -89,7 +90,7 @@ def _scheduler_with(scheduler: Any, settings: Mapping[str, object]) -> Any:
     return scheduler_class.from_config(scheduler.config, **settings)
 
 
-def _load_pipe(spec: ModelSpec, load: LoadRequest) -> Any:
+def _load_pipe(spec: ModelSpec, load: LoadRequest, stored: Mapping[str, torch.dtype]) -> Any:
     path = Path(load.checkpoint)
     pipeline_class = getattr(
         diffusers, spec.controlnet["pipeline"] if load.control_net else spec.pipeline
@@ -98,8 +99,11 @@ def _load_pipe(spec: ModelSpec, load: LoadRequest) -> Any:
     arguments: dict[str, Any] = {"dtype": DTYPES[load.variant], "local_files_only": True, **given}
     try:
         if path.is_dir():
+            own = {"default": DTYPES[load.variant]}
             if spec.vae_variant:
-                arguments["dtype"] = {"default": DTYPES[load.variant], "vae": vae_dtype(spec, load)}
+                own["vae"] = vae_dtype(spec, load)
+            # without conversion the weights are pages of the files; convert_pipe does the rest
+            arguments["dtype"] = {**own, **stored}
             return pipeline_class.from_pretrained(
                 path, variant=_file_variant(path / spec.denoiser, load.variant), **arguments
             )
@@ -134,10 +138,12 @@ def _missing_package(folder: Path) -> str:
     )
 
 
-def _require_checkpoint_weights(checkpoint: Checkpoint, load: LoadRequest) -> None:
+def _require_checkpoint_weights(
+    checkpoint: Checkpoint, load: LoadRequest
+) -> dict[str, torch.dtype]:
     """Raise ConfigError unless every diffusers model in the checkpoint has exactly its weights.
 
-    Replaced components are skipped.
+    Replaced components are skipped. Returns component -> dtype of its files, where it is one.
     """
     spec = checkpoint.spec
     replaced = {
@@ -145,10 +151,9 @@ def _require_checkpoint_weights(checkpoint: Checkpoint, load: LoadRequest) -> No
         spec.denoiser: load.denoiser or load.gguf_model,
         "motion_adapter": load.motion_adapter or load.motion_module,
     }
-    given, advice = (
-        f"--checkpoint={checkpoint.path}",
-        "Download the checkpoint again, or give another one.",
-    )
+    given = f"--checkpoint={checkpoint.path}"
+    advice = "Download the checkpoint again, or give another one."
+    stored = {}
     for component, entry in checkpoint.index.items():
         if not isinstance(entry, list) or entry[0] is None or replaced.get(component) is not None:
             continue
@@ -161,6 +166,10 @@ def _require_checkpoint_weights(checkpoint: Checkpoint, load: LoadRequest) -> No
             require_weights(model, folder, header, given=named, advice=advice, prefixes=prefixes)
         elif isinstance(model, type) and issubclass(model, transformers.PreTrainedModel):
             require_encoder(model, folder, header, given=named, advice=advice)
+        # a UNet is converted to the motion adapter's dtype when they are put together
+        if (dtype := stored_dtype(header)) and "motion_adapter" not in spec.components:
+            stored[component] = dtype
+    return stored
 
 
 def _model_class(entry: list[str], spec: ModelSpec) -> Any:
@@ -292,7 +301,8 @@ def _component(
     ConfigError if it does not load.
     """
     source = Path(path)
-    options = {"dtype": dtype or DTYPES[load.variant], "local_files_only": True}
+    dtype = dtype or DTYPES[load.variant]
+    options = {"dtype": dtype, "local_files_only": True}
     given, advice = f"--{option}={path}", f"Give a {model.__name__} made for this checkpoint."
     try:
         if source.is_dir():
@@ -307,6 +317,7 @@ def _component(
             if header is not None and has_scales(header) and len(files) == 1:
                 found = _from_file(model, files[0], folder, options, option=option)
             else:
+                options["dtype"] = stored_dtype(header) or dtype
                 found = model.from_pretrained(folder, variant=variant, **options)
         elif config is None:
             raise ConfigError(
@@ -317,7 +328,7 @@ def _component(
             found = _from_file(model, source, Path(config), options, option=option)
     except LOADING_ERRORS as error:
         raise ConfigError(f"{option}={path} does not load as {model.__name__}: {error}") from error
-    require_finite(found, given)
+    require_finite(found, given, dtype)
     return found
 
 
@@ -340,17 +351,17 @@ def _from_file(
         weights = Path(folder) / "diffusion_pytorch_model.safetensors"
         if has_own_names and is_plain(header) and source.suffix in SAFETENSORS:
             weights.symlink_to(source)
-            return model.from_pretrained(folder, **options)
+            as_stored = {"dtype": stored_dtype(header) or options["dtype"]}
+            return model.from_pretrained(folder, **{**options, **as_stored})
         tensors = plain_weights(
             read_weights(source, option=option),
             given=given,
-            dtype=options["dtype"],
+            dtype=None if has_own_names else options["dtype"],
             prefixes=prefixes,
         )
-        if not has_own_names:
-            return model.from_single_file(tensors, config=folder, **options)
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, weights)
-        return model.from_pretrained(folder, **options)
+        if has_own_names:
+            return fill_model(model, Path(folder), tensors, options["dtype"])
+        return model.from_single_file(tensors, config=folder, **options)
 
 
 def _motion_module(load: LoadRequest) -> Any:

@@ -48,6 +48,7 @@ def make_plan(spec: ModelSpec, options: Mapping[str, object], world_size: int) -
         axes=tuple((axis, degrees[axis]) for axis in SETTINGS if degrees[axis] > 1),
         exactness=_exactness(degrees),
         splits_weights_by=_splits_weights_by(degrees),
+        runs_every_block=degrees["stage"] == 1,
         reads_previous_step=READS_PREVIOUS_STEP if degrees["stage"] > 1 else "",
         intercepts_sdpa=True,
         step_cache=step_cache,

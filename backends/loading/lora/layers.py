@@ -7,6 +7,7 @@ see the base layer alone, so their order does not matter.
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
 
 from backends.loading.lora.formats import Update
+from backends.parallel.gathered_weights import whole_weights
 
 _CONVOLUTIONS = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 
@@ -218,7 +220,7 @@ def _change(layer: Any, name: str, weight: Tensor) -> Tensor:
 
 def plain_weight(layer: nn.Module) -> Tensor:
     """Return the weight in float32, unpacked, also if it is offloaded."""
-    with align_module_device(layer):
+    with align_module_device(layer), whole_weights(layer):
         weight = layer.weight
         if hasattr(weight, "quant_type"):
             return dequantize_gguf_tensor(weight).float()
@@ -272,7 +274,9 @@ class ParameterDifferences:
                 for name, scale in scales.items()
                 if key in self._differences.get(name, {})
             ]
-            setattr(module, attribute, _changed(original, acting) if acting else original)
+            with whole_weights(module) if acting else nullcontext():
+                new = _changed(original, acting) if acting else original
+            setattr(module, attribute, new)
 
 
 def _changed(original: nn.Parameter, differences: Sequence[Tensor]) -> nn.Parameter:
