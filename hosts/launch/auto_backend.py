@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 import psutil
 
 from backends.autotune.candidates import Candidate, list_candidates
+from backends.autotune.cost import Work
 from backends.autotune.estimate import DEVICES, estimate_checkpoint
 from backends.autotune.ranking import Image, Measured, Row, as_text, choose, rank, require_any
 from backends.errors import ConfigError
@@ -31,22 +32,11 @@ from hosts.launch.gpus import default_variant
 from hosts.launch.load_options import OFFLOADS, WITHOUT_SDPA
 from hosts.launch.methods import worth_preparing
 from hosts.launch.settings import Settings, options
+from hosts.launch.sharding import CHANGES_SIZES, require_all_ranks, require_same_blocks
 
 Recall = Callable[[str], Measured | None]
 """Return what an earlier launch with this key has measured."""
 COMPILES = ("compile_unet", "compile_vae", "compile_text_encoder")
-CHANGES_SIZES = (
-    "gguf_model",
-    "unet",
-    "transformer",
-    "quantize_to",
-    "quantize_unet_to",
-    "quantize_encoder_to",
-    "enable_model_cpu_offload",
-    "enable_sequential_cpu_offload",
-    "enable_group_offload",
-)  # fmt: skip
-"""Options with which the sizes of the checkpoint's files do not predict the device's memory."""
 SECTIONS_IN_KEY = ("model", "adapters", "quantization", "memory", "old")
 PACKAGES_IN_KEY = ("torch", "diffusers", "diffusion-launcher")
 FOLDER = "plans"
@@ -226,12 +216,13 @@ def decide(
         settings, spec, checkpoint=checkpoint, world_size=world_size, **gpus
     )
     image, quality = Image(num_steps=spec.num_inference_steps), settings.quality or "exact"
-    rows = rank(candidates, measured, quality=quality, image=image)
+    sharded = {"image": image, "is_sharded": settings.shard == "always"}
+    rows = rank(candidates, measured, quality=quality, **sharded)
     job, world = require_any(rows), choose(rows, ranks=world_size)
     if settings.mode == "latency":
         job = world = world or _refuse_ranks(rows, world_size)
     elif world is None:  # teams work at this quality, and all ranks together at another one
-        others = rank(candidates, measured, quality="fast", image=image)
+        others = rank(candidates, measured, quality="fast", **sharded)
         world = choose(others, ranks=world_size) or _refuse_ranks(rows, world_size)
     teams = {
         size: best.candidate.plan
@@ -341,6 +332,10 @@ def _candidates(
     def check(plan: ParallelPlan) -> None:
         if cache is not None:
             require_step_cache(cache, plan)
+        if settings.shard == "always" or settings.encoder_placement != "every":
+            require_all_ranks(plan, world_size)
+        if settings.shard == "always":
+            require_same_blocks(plan)
         if (setting := plan.splits_weights_by) and any(
             getattr(settings, name) for name in OFFLOADS
         ):
@@ -362,6 +357,28 @@ def _candidates(
     )
 
 
+def estimate_work(
+    settings: Settings,
+    spec: ModelSpec,
+    *,
+    checkpoint: Path,
+    num_gpus: int,
+    capability: tuple[int, int] | None,
+) -> Work:
+    """Return the work of a step by the checkpoint's configuration."""
+    return estimate_checkpoint(
+        spec,
+        checkpoint,
+        folder=configuration_folder(checkpoint, settings.checkpoint_config),
+        height=settings.height or spec.height,
+        width=settings.width or spec.width,
+        variant=settings.variant
+        or default_variant(spec, num_gpus=num_gpus, capability=capability)[0],
+        halves=halves_of(spec),
+        device=DEVICES["gpu" if num_gpus else "cpu"],
+    )
+
+
 def _estimate(
     settings: Settings,
     spec: ModelSpec,
@@ -371,24 +388,16 @@ def _estimate(
     num_gpus: int,
     capability: tuple[int, int] | None,
 ) -> Measured:
-    """Estimate the figures. A GPU's memory is unknown without torch, so it refuses no candidate
-    yet.
+    """Estimate the figures. --shard decides by a GPU's memory before, so it refuses no candidate
+    here.
     """
-    device = DEVICES["gpu" if num_gpus else "cpu"]
-    work = estimate_checkpoint(
-        spec,
-        checkpoint,
-        folder=configuration_folder(checkpoint, settings.checkpoint_config),
-        height=settings.height or spec.height,
-        width=settings.width or spec.width,
-        variant=settings.variant
-        or default_variant(spec, num_gpus=num_gpus, capability=capability)[0],
-        halves=halves_of(spec),
-        device=device,
+    link = DEVICES["gpu" if num_gpus else "cpu"].link
+    work = estimate_work(
+        settings, spec, checkpoint=checkpoint, num_gpus=num_gpus, capability=capability
     )
     is_unsure = num_gpus or any(name in settings.given for name in CHANGES_SIZES)
     memory_bytes = psutil.virtual_memory().total * settings.nnodes // world_size
-    return Measured(work=work, link=device.link, memory_bytes=None if is_unsure else memory_bytes)
+    return Measured(work=work, link=link, memory_bytes=None if is_unsure else memory_bytes)
 
 
 def _refuse_ranks(rows: Sequence[Row], ranks: int) -> NoReturn:

@@ -75,6 +75,18 @@ def lowest_capability() -> tuple[int, int] | None:
     return min(found, default=None)
 
 
+def smallest_memory() -> int | None:
+    """Bytes of the GPU with the least memory; None if there is none, or it cannot be told."""
+    found: list[int] = []
+    with contextlib.suppress(OSError, AttributeError), _nvml() as library:
+        for index in range(count_present()):
+            handle, memory = ctypes.c_void_p(), (ctypes.c_ulonglong * 3)()  # total, free, used
+            library.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(handle))
+            if library.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory)) == 0:
+                found.append(memory[0])
+    return min(found, default=None)
+
+
 def driver_version() -> str:
     """Such as '580.65.06'; 'unknown' if it cannot be told."""
     with contextlib.suppress(OSError, AttributeError), _nvml() as library:

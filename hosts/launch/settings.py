@@ -266,6 +266,14 @@ class Settings(_BackendOptions):
         aliases=("torch_accumlated_cache_limit",))
     torch_capture_scalar: bool = _compile(False, _switch, "Capture scalar outputs in graphs.")
 
+    shard: str = _memory(
+        "auto", one_of("auto", "always", "never"), "Divide the weights of denoiser and text "
+        "encoders among the ranks, and gather each block's when it runs. `auto`: if they do not "
+        "fit on one GPU.")
+    encoder_placement: str = _memory(
+        "every", one_of("every", "one", "spread", "cpu"), "Where the text encoders are: on every "
+        "rank; all on `one`; `spread`: one on each rank in turn; in main memory, where they run "
+        "on the `cpu`.")
     enable_vae_tiling: bool = _memory(False, _switch, "Decode large images in tiles.")
     enable_vae_slicing: bool = _memory(False, _switch, "Decode the images of a batch one by one.")
     parallel_vae: bool | None = _memory(

@@ -26,7 +26,7 @@ from backends.model_table import GENERIC, ModelSpec, ModelTable
 from backends.plan import FEW_STEPS, ParallelPlan, Quality, is_met, require_world_size
 from backends.request import LoadRequest
 from backends.step_cache_spec import require_step_cache
-from hosts.launch.auto_backend import BackendChoice, Recall, resolve_backend
+from hosts.launch.auto_backend import BackendChoice, Recall, estimate_work, resolve_backend
 from hosts.launch.files import (
     NAMED_OPTIONS,
     PATH_OPTIONS,
@@ -40,7 +40,13 @@ from hosts.launch.files import (
     locate_names,
     require_components,
 )
-from hosts.launch.gpus import count_present, count_visible, default_variant, lowest_capability
+from hosts.launch.gpus import (
+    count_present,
+    count_visible,
+    default_variant,
+    lowest_capability,
+    smallest_memory,
+)
 from hosts.launch.load_options import (
     compile_settings,
     features_of,
@@ -54,6 +60,7 @@ from hosts.launch.load_options import (
 )
 from hosts.launch.methods import Methods
 from hosts.launch.settings import Settings
+from hosts.launch.sharding import decide_sharding, divided_groups, require_placement
 from hosts.launch.team_modes import Teams, batch_limit, choose_teams
 
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
@@ -106,6 +113,7 @@ class StartPlan:
             "variant": self.load.variant,
             **self._defaults(),
             "reasons": [*self.reasons, *self.plan.reasons, *self.teams.reasons],
+            **({"divided": list(self.load.divided)} if self.load.divided else {}),
             **({"planner": self.auto.facts()} if self.auto is not None else {}),
         }
 
@@ -158,17 +166,24 @@ def plan_start(
     num_gpus: int,
     num_ranks: int | None = None,
     capability: tuple[int, int] | None = None,
+    gpu_memory: int | None = None,
     recall: Recall = lambda key: None,
 ) -> StartPlan:
     """Resolve the plan. ConfigError, UnsupportedError or PlanError for what the user must change.
 
     num_ranks: where it is known already (in a rank); else --nproc_per_node, the GPUs, or 1. recall:
-    what --backend=auto has measured before. capability: of the oldest GPU, if it is known.
+    what --backend=auto has measured before. capability: of the oldest GPU, and gpu_memory: bytes of
+    the smallest one, if they are known.
     """
     _require_key(settings)
     _require_machines(settings)
     settings, hub = locate_names(settings)
-    facts = {"num_gpus": num_gpus, "num_ranks": num_ranks, "capability": capability}
+    facts = {
+        "num_gpus": num_gpus,
+        "num_ranks": num_ranks,
+        "capability": capability,
+        "gpu_memory": gpu_memory,
+    }
     try:
         spec, why_type = _model_spec(settings, table)
         settings, hub = locate_configuration(settings, spec, hub)
@@ -193,6 +208,7 @@ def _plan_files(
     num_gpus: int,
     num_ranks: int | None,
     capability: tuple[int, int] | None,
+    gpu_memory: int | None,
     recall: Recall,
 ) -> StartPlan:
     """Resolve the plan of settings that name files on this machine only."""
@@ -200,15 +216,19 @@ def _plan_files(
     ranks, why_ranks = _ranks(settings, num_ranks=num_ranks, num_gpus=num_gpus)
     world_size = ranks * settings.nnodes
     features = features_of(settings)
+    gpus = {"num_gpus": num_gpus, "capability": capability}
+    work = estimate_work(settings, spec, checkpoint=Path(checkpoint), **gpus)
+    is_sharded, why_sharded = decide_sharding(settings, world_size, work, memory_bytes=gpu_memory)
+    if is_sharded:
+        settings = replace(settings, shard="always")
     choice = resolve_backend(
         settings,
         spec,
         world_size,
         checkpoint=Path(checkpoint),
-        num_gpus=num_gpus,
-        capability=capability,
         features=features,
         recall=recall,
+        **gpus,
     )
     backend, settings = choice.backend, choice.settings
     for feature in ("", *features):
@@ -216,7 +236,10 @@ def _plan_files(
     folder = configuration_folder(checkpoint, settings.checkpoint_config)
     options = {**settings.given, "checkpoint": str(folder)}
     plan = require_world_size(planner(backend)(spec, options, world_size), world_size)
-    load, why_load = _load_request(settings, spec, plan, num_gpus=num_gpus, capability=capability)
+    load, why_load = _load_request(settings, spec, plan, **gpus)
+    placement = require_placement(settings, world_size)
+    divided = divided_groups(plan, placement, is_sharded=is_sharded)
+    load = replace(load, divided=divided, encoder_placement=placement)
     require_whole_weights(plan, load)
     prediction = prediction_settings(spec, load, require_fit(spec, load))
     why_prediction = (f"{name}={value}: the file says so" for name, value in prediction.items())
@@ -239,7 +262,7 @@ def _plan_files(
     max_batch, why_one = batch_limit(settings.max_batch, settings.mode, spec, plan, teams, load)
     idle = idle_reasons(settings, spec, plan)
     reasons = (
-        *why_ranks, *choice.reasons, *why_load, *why_prediction, *idle, why_one
+        *why_ranks, why_sharded, *choice.reasons, *why_load, *why_prediction, *idle, why_one
     )  # fmt: skip
     return StartPlan(
         spec=spec,
@@ -341,7 +364,11 @@ def count_gpus(environment: Mapping[str, str]) -> int:
 
 def gpu_facts(environment: Mapping[str, str]) -> dict[str, Any]:
     """What `plan_start` must know of this machine."""
-    return {"num_gpus": count_gpus(environment), "capability": lowest_capability()}
+    return {
+        "num_gpus": count_gpus(environment),
+        "capability": lowest_capability(),
+        "gpu_memory": smallest_memory(),
+    }
 
 
 def _model_spec(settings: Settings, table: ModelTable) -> tuple[ModelSpec, str]:

@@ -95,6 +95,10 @@ def _problem(
     """Return why ranks cannot change teams between jobs; empty if they can."""
     if setting := plan.splits_weights_by:
         return f"with {setting} each rank holds only a part of the weights"
+    if load.divided:
+        return "with --shard each rank holds only a part of the weights"
+    if load.encoder_placement != "every":
+        return "with --encoder_placement not every rank has the text encoders"
     if load.compile is not None:
         return (
             "compiled models would be compiled again whenever ranks split or rejoin "

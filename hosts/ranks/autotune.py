@@ -49,7 +49,8 @@ def tune(
     figures for the next launch, if anywhere. activity: learns that this may take as long as
     loading.
     """
-    if start.auto is None:
+    needs_all = start.load.divided or start.load.encoder_placement != "every"
+    if start.auto is None or needs_all:  # one rank alone could not be measured
         return start, None
     pipeline = None
     measured = broadcast_command(recall_from(folder)(start.auto.key) if rank == 0 else None)

@@ -165,7 +165,10 @@ class RankLoop:
         self._activity.begin("loading", within_s=LOAD_WITHIN_S)
         try:
             self._pipeline = self._pipeline or load_pipeline(
-                self._spec, request, device=self._device
+                self._spec,
+                request,
+                device=self._device,
+                share=(self._rank, self._all.control.size),
             )
             self._attach(self._all)
         except Exception as error:  # noqa: BLE001  the other ranks must learn of any error before they continue
@@ -323,6 +326,8 @@ class RankLoop:
         except Exception as error:  # noqa: BLE001  the other ranks must learn of any error before they continue
             failure = self._failed(error)
         outcome = agree_on_outcome(failure, self._figures(results), self._team.control)
+        if outcome.failure is not None:
+            self._pipeline.forget_prompts()  # on all ranks: one may have failed before it encoded
         if outcome.groups_are_broken and self._team is self._all:
             self._team.mesh.rebuild()
         elif outcome.groups_are_broken:

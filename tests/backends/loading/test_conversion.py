@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import diffusers
 import pytest
 import torch
+from benchmarks.loading import private_bytes
 from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -21,7 +22,6 @@ from backends.loading.weights import vae_dtype
 from backends.model_table import ModelSpec
 from backends.quantization_spec import parse_quantization
 from backends.request import LoadRequest
-from benchmarks.loading import private_bytes
 from tests.backends.features import CPU, TABLE
 from tests.checkpoints import checkpoint, gguf
 
