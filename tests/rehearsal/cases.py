@@ -86,6 +86,7 @@ def _quantized(kind: str) -> OneRank:
     )
 
 
+DIVIDED: Mapping[str, object] = {"divided": ("denoiser", "encoders")}
 PATCH: Mapping[str, object] = {"no_split_batch": True}
 SEGMENTS: Mapping[str, object] = {"use_cfg_parallel": False}
 
@@ -207,6 +208,23 @@ LONG = (
         options=SEGMENTS,
         load={"offload": "model"},
     ),
+    Ranks(
+        label="ulysses, divided weights",
+        type="sd3",
+        backend="xdit",
+        options={"ulysses_degree": 2},
+        load=DIVIDED,
+    ),
+    Ranks(label="cfg, divided weights", type="sdxl", backend="distrifuser", load=DIVIDED),
+    *(
+        Ranks(
+            label=f"cfg, encoders {placement}",
+            type="sdxl",
+            backend="distrifuser",
+            load={"encoder_placement": placement},
+        )
+        for placement in ("one", "spread", "cpu")
+    ),
     Ranks(label="cfg of xdit", type="sdxl", backend="xdit", options={"use_cfg_parallel": True}),
     Ranks(label="ulysses", type="sd3", backend="xdit", options={"ulysses_degree": 2}),
     Ranks(label="ring", type="flux", backend="xdit", options={"ring_degree": 2}),
@@ -315,6 +333,13 @@ FAILING_LONG = (
         options={"parallelism": "tensor"},
     ),
     Ranks(label="ulysses", type="sd3", backend="xdit", options={"ulysses_degree": 2}),
+    Ranks(
+        label="ulysses, divided weights",
+        type="sd3",
+        backend="xdit",
+        options={"ulysses_degree": 2},
+        load=DIVIDED,
+    ),
     Ranks(label="ring", type="flux", backend="xdit", options={"ring_degree": 2}),
     Ranks(
         label="tensor of flux", type="flux", backend="xdit", options={"tensor_parallel_degree": 2}

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 REAL = {
     name: getattr(c10d, name)
     for name in (
-        "new_group all_gather all_reduce broadcast all_to_all_single isend irecv batch_isend_irecv "
-        "destroy_process_group "
+        "new_group all_gather all_gather_single all_reduce broadcast all_to_all_single isend "
+        "irecv batch_isend_irecv destroy_process_group "
         "is_nccl_available _get_object_coll_device"
     ).split()
 }
@@ -82,6 +82,17 @@ class Groups:
             lambda: REAL["all_gather"](parts, own, group, async_op),
             async_op,
         )
+
+    def all_gather_single(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: Any = None,
+        async_op: bool = False,
+    ) -> Any:
+        whole, own = self._plain(output_tensor, group), self._plain(input_tensor, group)
+        run = partial(REAL["all_gather_single"], whole, own, group, async_op)
+        return self._collective("all_gather_into", input_tensor, group, run, async_op)
 
     def all_reduce(
         self, tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False

@@ -33,11 +33,18 @@ RANK_STEPS = 5
 CANCEL_AT = 3
 
 
-def load(spec: ModelSpec, device: torch.device, *, variant: str, **fields: Any) -> LoadedPipeline:
+def load(
+    spec: ModelSpec,
+    device: torch.device,
+    *,
+    variant: str,
+    share: tuple[int, int] = (0, 1),
+    **fields: Any,
+) -> LoadedPipeline:
     request = LoadRequest(
         model_type=spec.name, checkpoint=str(checkpoint(spec.name)), variant=variant, **fields
     )
-    return load_pipeline(spec, request, device=device)
+    return load_pipeline(spec, request, device=device, share=share)
 
 
 def pixels(pipe: LoadedPipeline, asked: GenerateRequest, **kwargs: Any) -> Tensor:
@@ -118,7 +125,7 @@ class Rank:
         fields = {**(switched_on.load if switched_on else {}), **case.load}
         if device.type == "cpu":
             fields.pop("offload", None)
-        self.pipe = load(spec, device, variant=variant, **fields)
+        self.pipe = load(spec, device, variant=variant, share=(rank, case.ranks), **fields)
         self._request = {**(switched_on.request if switched_on else {}), **case.request}
         if case.asks_for_lora:
             self._request["lora"] = combined(["lora"], spec).load["lora"]
