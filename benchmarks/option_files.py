@@ -87,11 +87,18 @@ def ip_adapter_file(folder: Path) -> Path:
 
 
 def gguf_file(name: str, folder: Path, kind: str) -> Path:
+    return write_gguf(
+        folder_of(name) / PARTS[name] / "diffusion_pytorch_model.safetensors",
+        folder / f"{kind}.gguf",
+        kind,
+    )
+
+
+def write_gguf(source: Path, path: Path, kind: str) -> Path:
     """Write matrices whose width is a multiple of 32 as blocks of `kind`, the rest as float32."""
-    path = folder / f"{kind}.gguf"
-    writer = GGUFWriter(path, name)
+    writer = GGUFWriter(path, source.parent.name)
     packed = GGMLQuantizationType[kind]
-    for key, tensor in weights_of(name).items():
+    for key, tensor in load_file(source).items():
         array = tensor.float().numpy()
         is_matrix = tensor.dim() == 2 and key.endswith(".weight") and tensor.shape[1] % 32 == 0
         writer.add_tensor(
