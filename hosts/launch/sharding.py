@@ -28,12 +28,15 @@ CHANGES_SIZES = (
 
 Placement = Literal["every", "one", "spread", "cpu"]
 Groups = tuple[Literal["denoiser", "encoders"], ...]
+ALL: Groups = ("denoiser", "encoders")
 
 
 def decide_sharding(
     settings: Settings, world_size: int, work: Work, *, memory_bytes: int | None
-) -> tuple[bool, str]:
-    """Return whether to divide the weights, and why or why not if nobody chose.
+) -> tuple[Groups, str]:
+    """Return which weights to divide, and why or why not if nobody chose.
+
+    The text encoders alone, if that is enough: they cost nothing in a step.
 
     work: by the checkpoint's files. memory_bytes: of the smallest GPU; None without one, or if it
     is unknown. ConfigError for --shard=always with an option that excludes it.
@@ -42,36 +45,37 @@ def decide_sharding(
     if settings.shard == "always" and problem:
         raise ConfigError(f"--shard=always is not available with {problem}. Leave out one of them.")
     if settings.shard == "always" and world_size == 1:
-        return False, "--shard=always has no effect: there is one rank"
+        return (), "--shard=always has no effect: there is one rank"
     is_open = settings.shard == "auto" and world_size > 1 and memory_bytes is not None
     if not is_open or any(name in settings.given for name in CHANGES_SIZES):
-        return settings.shard == "always", ""
-    whole = work.weight_bytes + work.other_bytes + work.activation_bytes
-    if whole <= USABLE * memory_bytes:
-        return False, ""
+        return (ALL, "") if settings.shard == "always" else ((), "")
+    kept = work.weight_bytes + work.activation_bytes
+    whole, with_denoiser = kept + work.other_bytes, kept + work.other_bytes / world_size
+    usable = USABLE * memory_bytes
+    if whole <= usable:
+        return (), ""
+    groups: Groups = ("encoders",) if with_denoiser <= usable else ALL
     divided = divided_bytes(work, world_size) + work.activation_bytes
+    needed = with_denoiser if groups != ALL else divided
     figures = (
         f"the whole model needs about {whole / 1e9:.0f} GB on each GPU, which has "
-        f"{memory_bytes / 1e9:.0f} GB; divided among {world_size} ranks it needs about "
-        f"{divided / 1e9:.0f} GB"
+        f"{memory_bytes / 1e9:.0f} GB; with {' and '.join(groups)} divided among {world_size} "
+        f"ranks it needs about {needed / 1e9:.0f} GB"
     )
     if problem:
-        return False, f"{figures}, but --shard is not available with {problem}"
-    return True, f"shard=always: {figures}"
+        return (), f"{figures}, but --shard is not available with {problem}"
+    return groups, f"shard: {figures}"
 
 
-def divided_groups(plan: ParallelPlan, placement: Placement, *, is_sharded: bool) -> Groups:
-    """Return what the ranks gather when it is used.
+def divided_groups(plan: ParallelPlan, placement: Placement, wanted: Groups) -> Groups:
+    """Return which of the wanted weights the ranks gather when they are used.
 
     A plan that splits the denoiser's weights itself leaves the text encoders, and these may be on
     some of the ranks.
     """
-    if not is_sharded or plan.world_size == 1:
-        return ()
-    groups: Groups = ("denoiser", "encoders")
     return tuple(
         group
-        for group in groups
+        for group in (wanted if plan.world_size > 1 else ())
         if not (plan.splits_weights_by if group == "denoiser" else placement != "every")
     )
 

@@ -218,8 +218,8 @@ def _plan_files(
     features = features_of(settings)
     gpus = {"num_gpus": num_gpus, "capability": capability}
     work = estimate_work(settings, spec, checkpoint=Path(checkpoint), **gpus)
-    is_sharded, why_sharded = decide_sharding(settings, world_size, work, memory_bytes=gpu_memory)
-    if is_sharded:
+    wanted, why_sharded = decide_sharding(settings, world_size, work, memory_bytes=gpu_memory)
+    if "denoiser" in wanted:
         settings = replace(settings, shard="always")
     choice = resolve_backend(
         settings,
@@ -238,7 +238,7 @@ def _plan_files(
     plan = require_world_size(planner(backend)(spec, options, world_size), world_size)
     load, why_load = _load_request(settings, spec, plan, **gpus)
     placement = require_placement(settings, world_size)
-    divided = divided_groups(plan, placement, is_sharded=is_sharded)
+    divided = divided_groups(plan, placement, wanted)
     load = replace(load, divided=divided, encoder_placement=placement)
     require_whole_weights(plan, load)
     prediction = prediction_settings(spec, load, require_fit(spec, load))

@@ -9,8 +9,10 @@ from hosts.launch.start_plan import StartPlan, plan_start
 from tests.checkpoints import checkpoint
 
 TABLE = read_table()
-LARGE, SMALL = 80 * 10**9, 900_000
-"""Bytes of a GPU on which the tiny model fits, and of one on which it does not."""
+LARGE, MIDDLE, SMALL = 80 * 10**9, 4_500_000, 900_000
+"""Bytes of a GPU on which the tiny model fits, of one on which it does with a part of the text
+encoders, and of one on which its denoiser does not fit.
+"""
 
 
 def start(*arguments: str, gpu_memory: int | None = SMALL, ranks: int = 2) -> StartPlan:
@@ -41,6 +43,13 @@ def test_weights_are_divided_only_where_they_do_not_fit() -> None:
     assert divided.teams.mode == "latency"
     assert any("the whole model needs about" in reason for reason in divided.reasons)
     assert start("--shard=always", gpu_memory=LARGE).load.divided == ("denoiser", "encoders")
+
+
+def test_text_encoders_alone_are_divided_where_that_is_enough() -> None:
+    found = start(gpu_memory=MIDDLE)
+    assert found.load.divided == ("encoders",) and found.teams.mode == "latency"
+    assert any("with encoders divided among 2 ranks" in reason for reason in found.reasons)
+    assert all("run the same blocks" not in row.refusal for row in found.auto.rows)
 
 
 def test_auto_takes_a_method_with_which_all_ranks_run_the_same_blocks() -> None:
