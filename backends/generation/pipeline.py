@@ -29,8 +29,12 @@ from backends.generation.call_arguments import (
 )
 from backends.generation.generic_run import GenericGeneration, resolve_generic
 from backends.generation.previews import Previewer
-from backends.generation.prompt_cache import PromptCache
-from backends.generation.prompts import compel_prompts, require_readable_prompts, unread_tokens
+from backends.generation.prompts import (
+    PromptCache,
+    compel_prompts,
+    require_readable_prompts,
+    unread_tokens,
+)
 from backends.generation.run import Generation, OnStep, PreparedRequest
 from backends.generation.schedulers import build_scheduler, choose_scheduler
 from backends.loading.compilation import Compilation
