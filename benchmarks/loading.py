@@ -140,8 +140,9 @@ def measure(argv: Sequence[str], ranks: int) -> dict[str, Any]:
         context.Process(target=load_one, args=(list(argv), rank, ranks, theirs))
         for rank, (_, theirs) in enumerate(pipes)
     ]
-    for child in children:
+    for child, (_, theirs) in zip(children, pipes, strict=True):
         child.start()
+        theirs.close()  # so that a rank that fails ends the benchmark
     for ours, _ in pipes:
         ours.recv()
     peaks, is_done = [0] * ranks, threading.Event()
