@@ -46,9 +46,9 @@ from backends.loading.ip_adapter import (
     use_scales,
 )
 from backends.loading.lora.lora_set import LoraSet
-from backends.loading.offload import place, use_lean_attention
+from backends.loading.offload import apply_vae_options, place, use_lean_attention
 from backends.loading.quantization import quantize
-from backends.loading.shared_weights import SharedWeights
+from backends.loading.shared_weights import SharedWeights, require_plain_weights
 from backends.loading.step_cache import StepCache
 from backends.loading.weights import DTYPES, load_pipe
 from backends.model_table import ModelSpec
@@ -91,7 +91,7 @@ def load_pipeline(
     shared.divide()
     place(pipe, spec, load, device=device, in_main_memory=shared.in_main_memory)
     shared.place()
-    _apply_vae_options(pipe, load)
+    apply_vae_options(pipe, load)
     return LoadedPipeline(
         pipe, spec=spec, load=load, device=device, bytes_saved=bytes_saved, shared=shared
     )
@@ -148,7 +148,7 @@ class LoadedPipeline:
         method meets, if it was measured.
         """
         self._quality = quality or backend.plan.quality
-        self._require_plain_weights(backend)
+        require_plain_weights(backend, self.load)
         self._use_step_cache(step_cache or self.load.step_cache)
         if self._step_cache is not None:
             require_step_cache(self._step_cache.spec, backend.plan)
@@ -210,16 +210,6 @@ class LoadedPipeline:
         """Fuse LoRAs into a denoiser that is to be compiled. Packed weights cannot take them in."""
         if self._compiles("denoiser") and not self.load.quantize and self.load.gguf_model is None:
             self.loras.fuse()
-
-    def _require_plain_weights(self, backend: Backend) -> None:
-        if not backend.has_whole_weights and (
-            self.load.quantize or self.load.gguf_model is not None
-        ):
-            raise UnsupportedError(
-                f"quantised weights are not available with {backend.plan.describe()} and sharded "
-                "weights: packed weights cannot be cut. Leave out "
-                f"{backend.plan.splits_weights_by}, or the quantisation."
-            )
 
     def rest(self) -> None:
         """Move the weights to main memory until the next generation, to free the device.
@@ -504,17 +494,3 @@ class LoadedPipeline:
             name: getattr(self.load, name)
             for name in ("height", "width", "num_inference_steps", "guidance_scale")
         }
-
-
-def _apply_vae_options(pipe: Any, load: LoadRequest) -> None:
-    for wanted, name in (
-        (load.enable_vae_tiling, "enable_tiling"),
-        (load.enable_vae_slicing, "enable_slicing"),
-    ):
-        if wanted:
-            try:
-                getattr(pipe.vae, name)()
-            except (AttributeError, NotImplementedError) as error:
-                raise UnsupportedError(
-                    f"{name} is not available for {type(pipe.vae).__name__}. Leave the option out."
-                ) from error

@@ -143,3 +143,18 @@ def without_overflow(vae: Any) -> Iterator[Any]:
     finally:
         if needs_upcast:
             vae.to(dtype)
+
+
+def apply_vae_options(pipe: Any, load: LoadRequest) -> None:
+    """Decode in tiles or slices. UnsupportedError if the VAE's class cannot."""
+    for wanted, name in (
+        (load.enable_vae_tiling, "enable_tiling"),
+        (load.enable_vae_slicing, "enable_slicing"),
+    ):
+        if wanted:
+            try:
+                getattr(pipe.vae, name)()
+            except (AttributeError, NotImplementedError) as error:
+                raise UnsupportedError(
+                    f"{name} is not available for {type(pipe.vae).__name__}. Leave the option out."
+                ) from error

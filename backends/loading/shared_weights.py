@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from backends.errors import UnsupportedError
 from backends.groups.mesh import Mesh
 from backends.loading.conversion import convert_layer, float32_parts, release_memory
 from backends.loading.weights import DTYPES
 from backends.model_table import ModelSpec
 from backends.parallel import hooks
+from backends.parallel.base import Backend
 from backends.parallel.gathered_weights import GatheredWeights, blocks_of
 from backends.parallel.weight_shards import placeholder
 from backends.request import LoadRequest
@@ -229,3 +231,13 @@ def _tensors(encoder: nn.Module) -> list[Tensor]:
         for name, tensor in (*encoder.named_parameters(), *encoder.named_buffers())
         if USED_BY_PIPELINES not in name and tensor.numel() > 1
     ]
+
+
+def require_plain_weights(backend: Backend, load: LoadRequest) -> None:
+    """Raise UnsupportedError for quantised weights that a method would cut."""
+    if not backend.has_whole_weights and (load.quantize or load.gguf_model is not None):
+        raise UnsupportedError(
+            f"quantised weights are not available with {backend.plan.describe()} and sharded "
+            "weights: packed weights cannot be cut. Leave out "
+            f"{backend.plan.splits_weights_by}, or the quantisation."
+        )

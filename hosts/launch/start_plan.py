@@ -178,12 +178,8 @@ def plan_start(
     _require_key(settings)
     _require_machines(settings)
     settings, hub = locate_names(settings)
-    facts = {
-        "num_gpus": num_gpus,
-        "num_ranks": num_ranks,
-        "capability": capability,
-        "gpu_memory": gpu_memory,
-    }
+    facts = {"num_gpus": num_gpus, "num_ranks": num_ranks}
+    facts |= {"capability": capability, "gpu_memory": gpu_memory}
     try:
         spec, why_type = _model_spec(settings, table)
         settings, hub = locate_configuration(settings, spec, hub)
