@@ -16,6 +16,7 @@ from torch import Tensor
 from backends.generation import latents as latent_space
 from backends.loading.offload import without_overflow
 from backends.model_table import ModelSpec
+from backends.parallel.vae import undivided
 
 logger = logging.getLogger(__name__)
 
@@ -94,11 +95,14 @@ def _as_image(x: Tensor, channels: int, *, aspect: float) -> Tensor | None:
 
 
 def _fit(pipe: Any) -> Tensor | None:
-    """Return the (C + 1, 3) matrix from client-space latents and a constant 1 to RGB in 0..1."""
+    """Return the (C + 1, 3) matrix from client-space latents and a constant 1 to RGB in 0..1.
+
+    Only the rank whose client watches calls this.
+    """
     fields = _colour_fields()
     try:
         # an offloaded VAE is moved to the device by its own hooks
-        with without_overflow(pipe.vae) as vae:
+        with undivided(), without_overflow(pipe.vae) as vae:
             encoded = (
                 latent_space.encoded(
                     (fields * 2 - 1).to(pipe._execution_device, vae.dtype), vae=vae

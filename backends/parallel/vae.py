@@ -10,7 +10,9 @@ rank's own rows.
 import logging
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any
 
@@ -184,6 +186,7 @@ class VaeMode(PatchMode):
 
 _modes: weakref.WeakKeyDictionary[nn.Module, VaeMode] = weakref.WeakKeyDictionary()
 """The modes of the networks that are attached."""
+_is_undivided = ContextVar("is_undivided", default=False)
 
 
 def attach_patch_decode(vae: nn.Module, mesh: Mesh, *axes: str) -> None:
@@ -211,6 +214,18 @@ def attach_patch_decode(vae: nn.Module, mesh: Mesh, *axes: str) -> None:
         hooks.attach(network, NAME, _patch_call(mesh, names, mode, halvings))
 
 
+@contextmanager
+def undivided() -> Iterator[None]:
+    """Within it this rank decodes and encodes by itself, whatever is attached. For what one rank
+    does while the others do not.
+    """
+    before = _is_undivided.set(True)
+    try:
+        yield
+    finally:
+        _is_undivided.reset(before)
+
+
 def splits_decode(vae: nn.Module) -> bool:
     """Whether the ranks decode this VAE's images together."""
     return isinstance(vae, SHARED) and NAME in hooks.attached(vae.decoder)
@@ -235,7 +250,8 @@ def _patch_call(
         """sample: (B, C, [F,] h, w). Returns the network's output, whole on every rank."""
         axis = mesh.axis(*names)
         height = sample.shape[-2]
-        if height < MIN_ROWS * unit * axis.size or height % unit or sample.shape[-1] % unit:
+        is_too_small = height < MIN_ROWS * unit * axis.size
+        if _is_undivided.get() or is_too_small or height % unit or sample.shape[-1] % unit:
             return forward(sample, *args, **kwargs)
         rows = cut(height, (1.0,) * axis.size, unit)
         layout = RowLayout(

@@ -13,6 +13,7 @@ from diffusers import AutoencoderTiny
 
 from backends import backend_class, planner
 from backends.generation.pipeline import LoadedPipeline, load_pipeline
+from backends.generation.previews import Previewer
 from backends.groups.mesh import Mesh
 from backends.model_table import read_table
 from backends.parallel import hooks
@@ -59,6 +60,26 @@ def test_band_decode_matches_the_single_decode(run_on_ranks, world_size):
     for name in ("sdxl", "sd3", "sdup", "svd"):
         checkpoint(name)
     run_on_ranks(check_decodes, world_size)
+
+
+@torch.no_grad()
+def check_preview(rank: int, world_size: int) -> None:
+    pipe = load("sdxl")
+    latents = torch.randn(1, 4, 16, 16)
+    mesh = mesh_of(rank, ("patch", world_size))
+    want = Previewer(pipe, spec=read_table()["sdxl"]).image(latents, height=128, width=128)
+    attach_patch_decode(pipe.vae, mesh)
+    if rank == 0:
+        got = Previewer(pipe, spec=read_table()["sdxl"]).image(latents, height=128, width=128)
+        assert (got == want).all() and mesh.traffic.messages == 0
+    decode(pipe.vae, latents)
+    assert mesh.traffic.messages > 0
+    mesh.destroy()
+
+
+def test_rank_whose_client_watches_makes_its_previews_by_itself(run_on_ranks):
+    checkpoint("sdxl")
+    run_on_ranks(check_preview, 2)
 
 
 WAN = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 1}
