@@ -48,6 +48,7 @@ setup(
         "accelerate",
         "peft",
         "safetensors",
+        "ftfy",
         "sentencepiece",
         "scipy",
         "torchsde",

@@ -18,8 +18,9 @@ CACHES: Mapping[str, Mapping[str, Quality]] = {
     "unet": {"deep,2": "high", "deep,3": "fast"},
     "transformer": {"taylor,2": "fast", "taylor,3": "fast"},
 }
-"""Kind of denoiser -> the caches that are candidates, with the quality that was measured of them on
-the demo model (docs/quality.md).
+"""Kind of denoiser -> the caches that are candidates, with the quality for which they count until
+`measure` has compared them on the loaded model. `deep,2` gave 50 dB on the demo model
+(docs/quality.md); the others are taken for less, as a precaution.
 """
 Check = Callable[[ParallelPlan], None]
 """Raises a HostError for a plan that other launch options rule out."""

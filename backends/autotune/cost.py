@@ -174,7 +174,8 @@ def predict(plan: ParallelPlan, work: Work, link: Link, *, is_sharded: bool = Fa
 
 SKIPPED_SHARE = {"deep": 0.35, "taylor": 0.15, "first_block": 0.15}
 """Kind of step cache -> the time of a skipped step, as a share of that of a full one: a UNet's
-outermost level, a transformer's first block and what surrounds it. Measured on two CPU ranks.
+outermost level, a transformer's first block and what surrounds it. Estimated from their parts, not
+measured: `measure` times the candidates themselves.
 """
 
 

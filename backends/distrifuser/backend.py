@@ -17,7 +17,7 @@ from backends.groups.mesh import Axis
 from backends.parallel import hooks
 from backends.parallel.base import Backend, RunInfo
 from backends.parallel.cfg_split import cut_batch
-from backends.plan import Exactness, is_met
+from backends.plan import Exactness, Quality, is_met
 from backends.request import GenerateRequest
 
 logger = logging.getLogger(__name__)
@@ -186,10 +186,12 @@ class DistriFuserBackend(Backend):
         return self._may_extrapolate and run.order == 1
 
     def _synchronous_steps(self, run: RunInfo) -> int:
+        """Return how many steps of patches are synchronous. The plan's quality may be that of the
+        CFG split, which a run without guidance does not have.
+        """
         asked = run.request.quality
-        if asked is not None and not is_met(
-            asked, self.plan.quality, num_steps=run.num_inference_steps
-        ):
+        of_patches: Quality = "high" if self.plan.is_close else "fast"
+        if asked is not None and not is_met(asked, of_patches, num_steps=run.num_inference_steps):
             return run.num_inference_steps
         asked = run.request.warmup_steps
         return int(self.plan.options["warmup_steps"] if asked is None else asked)

@@ -66,6 +66,9 @@ def network():
         subprocess.run(["ip", "netns", "del", name], check=True)
 
 
+KEY = "--rdzv_key=a-secret-of-both-machines"
+
+
 def arguments(network, port, rank, *more):
     return (
         *MODEL,
@@ -73,7 +76,7 @@ def arguments(network, port, rank, *more):
         f"--node_rank={rank}",
         f"--rdzv_endpoint={network.first}:{port}",
         "--node_timeout=170",
-        "--rdzv_key=a secret of both machines",
+        KEY,
         *more,
     )
 
@@ -163,9 +166,8 @@ def test_two_machines_draw_what_two_ranks_of_one_machine_draw(reference, pair):
     ],
 )
 def test_second_machine_refuses_what_cannot_be_before_it_starts_a_rank(given, said):
-    done = run_launcher(
-        "--type=sdxl", "--nnodes=2", "--node_rank=1", "--rdzv_endpoint=127.0.0.1:29500", *given
-    )
+    start = ("--nnodes=2", "--node_rank=1", "--rdzv_endpoint=127.0.0.1:29500", KEY)
+    done = run_launcher("--type=sdxl", *start, *given)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert said in done.stderr
 
@@ -192,7 +194,7 @@ def test_machine_whose_partner_never_comes_ends_after_its_limit_and_says_who_is_
         "--node_timeout=5",
         f"--port={free_port()}",
     )
-    done = run_launcher(*MODEL, "--nnodes=2", *start, timeout_s=170)
+    done = run_launcher(*MODEL, "--nnodes=2", KEY, *start, timeout_s=170)
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith(
