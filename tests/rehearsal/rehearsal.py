@@ -25,8 +25,8 @@ from tests.rehearsal.journal import Journal, place
 from tests.rehearsal.placement import Placement, is_foreign
 from tests.rehearsal.tensors import (
     PLAIN_DATA,
+    SUBCLASSES,
     CudaTensor,
-    Subclasses,
     new_plain,
     read_scalars,
     set_data,
@@ -194,7 +194,7 @@ class Rehearsal:
 def _of_tensors() -> Any:
     tensor, fits = torch.tensor, torch._has_compatible_shallow_copy_type
     yield Tensor, "data", property(PLAIN_DATA.__get__, set_data)
-    yield Tensor, "_make_subclass", staticmethod(Subclasses().make)
+    yield Tensor, "_make_subclass", staticmethod(SUBCLASSES.make)
     yield Tensor, "__new__", new_plain
     yield torch, "tensor", lambda data, **kwargs: tensor(read_scalars(data), **kwargs)
 

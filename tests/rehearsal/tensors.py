@@ -118,7 +118,10 @@ def become(tensor: Tensor, new: Tensor) -> None:
     content change.
     """
     other = CudaTensor(new.inner, new.device) if isinstance(new, CudaTensor) else new.detach()
-    if isinstance(tensor, nn.Parameter):
+    is_of_a_library = type(tensor) not in (Tensor, nn.Parameter, CudaTensor)
+    if isinstance(new, CudaTensor) and is_of_a_library and not isinstance(tensor, CudaTensor):
+        other = SUBCLASSES.make(type(tensor), new)
+    elif isinstance(tensor, nn.Parameter):
         other = nn.Parameter(other, requires_grad=tensor.requires_grad)
     other.__dict__.update(
         {name: value for name, value in tensor.__dict__.items() if name not in OWN_ATTRIBUTES}
@@ -156,6 +159,9 @@ class Subclasses:
         if cls not in self._mixed:
             self._mixed[cls] = type(f"{cls.__name__}OnCuda", (cls, CudaTensor), {})
         return self._mixed[cls]
+
+
+SUBCLASSES = Subclasses()
 
 
 def read_scalars(data: Any) -> Any:
