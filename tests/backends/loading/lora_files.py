@@ -58,11 +58,13 @@ def merged(pipe: LoadedPipeline, changes: Mapping[str, Tensor]) -> Iterator[None
         parameter = getattr(layer_of(pipe, layer), attribute or "weight")
         kept[parameter] = parameter.data.clone()
         parameter.data += change.view_as(parameter)
+    pipe.forget_prompts()  # they were encoded with the weights before
     try:
         yield
     finally:
         for parameter, data in kept.items():
             parameter.data.copy_(data)  # in its own memory, whose alignment decides the last bit
+        pipe.forget_prompts()
 
 
 def factors(seed: int, out: int, num_in: int, rank: int) -> tuple[Tensor, Tensor]:
