@@ -21,10 +21,10 @@ FLUX = {"transformer": ["diffusers", "FluxTransformer2DModel"], "vae": ["diffuse
 
 
 def test_a_folder_whose_class_has_no_row_is_generic_and_one_with_a_row_is_not(tmp_path):
-    kontext = folder(tmp_path, "FluxKontextPipeline", **FLUX)
-    assert infer_type(kontext, read_table()) == (
+    control = folder(tmp_path, "FluxControlPipeline", **FLUX)
+    assert infer_type(control, read_table()) == (
         GENERIC,
-        "type=generic: a FluxKontextPipeline has no row in the model table",
+        "type=generic: a FluxControlPipeline has no row in the model table",
     )
     assert infer_type(folder(tmp_path, "FluxPipeline"), read_table())[0] == "flux"
 

@@ -20,7 +20,7 @@ def test_classes_without_a_row_are_listed_with_their_fields_or_the_reason_agains
     table = read_table()
     found = support_matrix.classes_without_row(table)
     assert not found.keys() & {spec.pipeline for spec in table.values()}
-    assert {"prompt", "image"} <= set(found["FluxKontextPipeline"]["takes"])
+    assert {"prompt", "image"} <= set(found["QwenImageEditPipeline"]["takes"])
     assert found["LTXPipeline"]["makes"] == "video"
     assert "audios" in found["StableAudioPipeline"]["refused"]
     text = support_matrix.classes_as_markdown(table)
