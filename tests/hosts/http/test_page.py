@@ -387,6 +387,14 @@ def test_mask_is_painted_over_the_input_image(page, tmp_path, screenshots):
     next(
         one for one in page.find_elements("css selector", "#brush button") if one.text == "Cancel"
     ).click()
+    num_before = len(texts(page, "#gallery li"))
+    fill(page, "prompt", "a painted door")
+    fill(page, "num_inference_steps", 4)
+    page.execute_script("arguments[0].click()", find(page, "#generate"))
+    until(page, lambda: len(texts(page, "#gallery li")) > num_before)
+    assert not texts(page, "#error") or find(page, "#error").text == ""
+    for clear in page.find_elements("css selector", ".image-field .quiet"):
+        page.execute_script("arguments[0].click()", clear)
 
 
 def test_image_is_pasted_or_dropped_into_its_field_and_other_files_are_refused(page, host):
