@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from backends.loading.lora.formats import Update
 from backends.parallel.gathered_weights import whole_weights
+from backends.parallel.weight_shards import is_placeholder
 
 _CONVOLUTIONS = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 
@@ -222,6 +223,8 @@ def plain_weight(layer: nn.Module) -> Tensor:
     """Return the weight in float32, unpacked, also if it is offloaded."""
     with align_module_device(layer), whole_weights(layer):
         weight = layer.weight
+        if hasattr(weight, "quant_type") and is_placeholder(weight):
+            return torch.zeros(weight.quant_shape)  # until the ranks are known, see whole_weights
         if hasattr(weight, "quant_type"):
             return dequantize_gguf_tensor(weight).float()
         if type(weight).__name__ in ("Params4bit", "Int8Params"):

@@ -56,13 +56,15 @@ def check_divided(
             pipe.attach(backend_class(mesh.plan.method)(spec=spec, plan=mesh.plan, mesh=mesh))
             images.append(result(pipe, asked))
             pipe.detach()
-        for image in images:
-            torch.testing.assert_close(image, images[0], rtol=0, atol=0)
+        for image in images:  # rounding: a kernel may sum in another order at another offset
+            within = 1.01 / 255 if image.shape[-1] == 3 else 2e-4
+            torch.testing.assert_close(image, images[0], rtol=0, atol=within)
         mesh.destroy()
     for part in (spec.denoiser, "text_encoder"):
         kept = [weight_bytes(getattr(pipe.pipe, part)) for pipe in want]
         divided = sum(weight_bytes(block) for block in blocks_of(getattr(whole.pipe, part)))
-        assert kept[1] <= kept[0] - 0.9 * divided, f"{part}: {kept} of which {divided} in blocks"
+        share = 0.6 if features else 0.9  # adapters in the blocks stay whole
+        assert kept[1] <= kept[0] - share * divided, f"{part}: {kept} of which {divided} in blocks"
     blocks = sum(
         weight_bytes(block)
         for part in whole.pipe.components.values()

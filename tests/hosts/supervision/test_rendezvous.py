@@ -223,7 +223,7 @@ def over(host, job):
 
 
 def running_job(host):
-    job = send(host, steps=200)
+    job = send(host, num_inference_steps=200)
     wait_until(lambda: state(host, job)["step"] > 3, within_s=60, what="the job runs")
     return job
 
