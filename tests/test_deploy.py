@@ -1,4 +1,4 @@
-"""The examples of deploy/: they are run where their programs are installed, else only read."""
+"""The examples of docs/deploy/: they are run where their programs are installed, else only read."""
 
 import base64
 import contextlib
@@ -24,7 +24,7 @@ from tests.hosts.dialects.reading import ReadingHost
 from tests.hosts.harness import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
-DEPLOY = ROOT / "deploy"
+DEPLOY = ROOT / "docs" / "deploy"
 KEY = "0123456789abcdef-secret"
 PROXIES = [
     pytest.param(name, marks=pytest.mark.skipif(shutil.which(name) is None, reason=name))
