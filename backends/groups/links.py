@@ -209,7 +209,8 @@ def _problem_of(use: Callable[[], None], within_s: float) -> str | None:
     def run() -> None:
         try:
             use()
-        except Exception as error:  # noqa: BLE001  torch and NCCL raise many types; all are reported
+        # torch and NCCL raise many types; all are reported
+        except Exception as error:  # noqa: BLE001
             errors.append(error)
 
     thread = threading.Thread(target=run, name="trying links", daemon=True)

@@ -244,6 +244,7 @@ def _download(request: Mapping[str, Any]) -> None:
         try:
             for job in jobs:
                 job.result()
+        # whatever ends one download, an interruption too: those that wait must not begin
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

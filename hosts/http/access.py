@@ -126,7 +126,9 @@ def _signature(key: str, path: str, query: Mapping[str, str]) -> str:
 
 @cache
 def _link_key(key: str) -> bytes:
-    """Derive the key of links. Slow on purpose: whoever has a link could try keys on it."""
+    """Return the key that signs links. It is slow to derive: whoever has a signed link could
+    otherwise guess API keys and check each guess against it.
+    """
     return hashlib.scrypt(key.encode(), salt=b"links of diffusion-launcher", n=2**14, r=8, p=1)
 
 

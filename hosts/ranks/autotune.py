@@ -149,7 +149,8 @@ def _measure(
     pipeline = failure = measured = None
     try:
         pipeline = load_pipeline(start.spec, start.load, device=device)
-    except Exception as error:  # noqa: BLE001  the other ranks must learn of any error before they continue
+    # the other ranks must learn of any error before they continue
+    except Exception as error:  # noqa: BLE001
         failure = Failure.of(error, rank=rank)
     if agree_on_outcome(failure).failure is None:
         try:

@@ -179,7 +179,8 @@ class JobDispatcher:
     def _passes(self, job: Job, check: Check) -> bool:
         try:
             check(job.request, self._sharing.methods(job.request, ranks=self._ranks))
-        except Exception as error:  # noqa: BLE001  the other ranks never see a request that is refused here
+        # the other ranks never see a request that is refused here
+        except Exception as error:  # noqa: BLE001
             self._queue.finish(job, error=Failure.of(error, rank=0).as_error())
             return False
         return True

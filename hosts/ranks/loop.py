@@ -171,7 +171,8 @@ class RankLoop:
                 share=(self._rank, self._all.control.size),
             )
             self._attach(self._all)
-        except Exception as error:  # noqa: BLE001  the other ranks must learn of any error before they continue
+        # the other ranks must learn of any error before they continue
+        except Exception as error:  # noqa: BLE001
             failure = self._failed(error)
         failure = agree_on_outcome(failure).failure or self._form_teams()
         if failure is None and request.prewarm_steps:
@@ -209,7 +210,8 @@ class RankLoop:
                 for name in reversed(team.methods):
                     team.attached = name
                     self._attach(team)
-        except Exception as error:  # noqa: BLE001  the other ranks must learn of any error before they continue
+        # the other ranks must learn of any error before they continue
+        except Exception as error:  # noqa: BLE001
             failure = Failure.of(error, rank=self._rank)
         return agree_on_outcome(failure).failure
 
@@ -273,7 +275,8 @@ class RankLoop:
         self._activity.begin("changing teams")
         try:
             self._attach(team)
-        except Exception as error:  # noqa: BLE001  the other ranks must learn of any error before they continue
+        # the other ranks must learn of any error before they continue
+        except Exception as error:  # noqa: BLE001
             failure = Failure.of(error, rank=self._rank)
         broken = self._team.attached if self._is_broken else None
         outcome = agree_on_outcome(failure, {"broken": broken})
@@ -323,7 +326,8 @@ class RankLoop:
         try:
             self._use(command)
             results = self._pipeline.generate_together(command.requests, on_step=self._on_step)
-        except Exception as error:  # noqa: BLE001  the other ranks must learn of any error before they continue
+        # the other ranks must learn of any error before they continue
+        except Exception as error:  # noqa: BLE001
             failure = self._failed(error)
         outcome = agree_on_outcome(failure, self._figures(results), self._team.control)
         if outcome.failure is not None:

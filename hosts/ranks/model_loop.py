@@ -286,7 +286,8 @@ class ModelLoop:
         value = failure = None
         try:
             value = action()
-        except Exception as error:  # noqa: BLE001  the other ranks must learn of any error before they continue
+        # the other ranks must learn of any error before they continue
+        except Exception as error:  # noqa: BLE001
             failure = Failure.of(error, rank=self._rank)
         return value, agree_on_outcome(failure).failure
 

@@ -70,7 +70,8 @@ class RemoteDispatcher:
             try:
                 for request in command.requests:
                     check(request, command.methods)
-            except Exception as error:  # noqa: BLE001  the other ranks never see a request that is refused here
+            # the other ranks never see a request that is refused here
+            except Exception as error:  # noqa: BLE001
                 self.generated(
                     [], Outcome(failure=Failure.of(error, rank=self._rank), groups_are_broken=False)
                 )
@@ -155,7 +156,8 @@ class DispatchServer:
         try:
             while self._serve(self._channel.receive()):
                 pass
-        except Exception as error:  # noqa: BLE001  the main thread raises it when the teams rejoin, and the ranks restart
+        # the main thread raises it when the teams rejoin, and the ranks restart
+        except Exception as error:  # noqa: BLE001
             self._error = error
             self._on_loss()
             self._dispatcher.leave()

@@ -153,6 +153,7 @@ class Receiver:
         """Whatever is wrong with one connection, the others go on."""
         try:
             act(*args)
+        # this thread serves all connections, so it must outlive a fault in any of them
         except Exception:
             logger.exception("a connection failed")
 

@@ -52,6 +52,7 @@ class Workers:
             while (connection := self._next()) is not None:
                 try:
                     connection.communicate()
+                # cheroot lets socket and TLS errors of many types through; the thread goes on
                 except Exception:
                     logger.exception("a connection failed")
                 finally:
