@@ -167,12 +167,12 @@ class JobStore:
         """
         with (
             contextlib.suppress(OSError),
-            (self._folder / "last_words").open("x", encoding="utf-8") as file,
+            (self._folder / "last_report").open("x", encoding="utf-8") as file,
         ):  # or a full disk
             file.write(ending.to_text())
 
     def last_report(self) -> ExitReport:
-        path = self._folder / "last_words"
+        path = self._folder / "last_report"
         with contextlib.suppress(OSError):
             words = path.read_text(encoding="utf-8", errors="replace")
             path.unlink()
@@ -331,9 +331,9 @@ def _connect(path: Path) -> sqlite3.Connection:
                 f"{path} was written by a later version of this program (tables {version}, here "
                 f"{VERSION}). Use another folder."
             )
-        verdict = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
-        if verdict != "ok":
-            raise sqlite3.DatabaseError(verdict)
+        answer = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if answer != "ok":
+            raise sqlite3.DatabaseError(answer)
         connection.executescript(SCHEMA)
         columns = {row[1] for row in connection.execute("PRAGMA table_info(jobs)")}
         if columns != {"number", *COLUMNS}:

@@ -115,7 +115,7 @@ def test_jobs_that_ran_at_once_are_begun_again_in_their_order(open_queue):
     assert [queue.next().id for _ in jobs] == [job.id for job in jobs]
 
 
-def test_last_words_are_those_of_the_last_process(open_queue):
+def test_last_report_are_those_of_the_last_process(open_queue):
     queue = open_queue()
     send(queue)
     queue.next()

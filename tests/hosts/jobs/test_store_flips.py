@@ -27,7 +27,7 @@ def original(tmp_path):
     done, failed, _ = queue.next(), queue.next(), queue.next()
     queue.finish(done, result=result())
     queue.finish(failed, error=HostError("it failed"))
-    (folder / "last_words").write_text('{"why": "rank 1 was killed", "lines": []}')
+    (folder / "last_report").write_text('{"why": "rank 1 was killed", "lines": []}')
     queue._store.close()
     return folder
 
