@@ -3,6 +3,7 @@
 Only configurations and headers are read.
 """
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,12 +20,19 @@ from backends.files.checkpoint import (
 )
 from backends.files.fit import require_files
 from backends.files.recognition import recognize
-from backends.files.weight_headers import Header, ReadHeader, read_header
+from backends.files.weight_headers import Header, read_header
 from backends.model_table import ModelSpec
 from backends.request import LoadRequest
 
 ENCODER_FOLDERS = ("image_encoder", "../models/image_encoder", "../image_encoder")
 """Where published IP-Adapters keep their image encoder, relative to the weights' folder."""
+OF_UNETS = re.compile(r"(?:down|up|input|output)_blocks[._]\d|mid(?:dle)?_block[._]")
+OF_TRANSFORMERS = re.compile(
+    r"(?:double|single|joint)_blocks[._]\d|(?:^|transformer[._]|diffusion_model\.|lora_unet_)"
+    r"(?:single_transformer_|transformer_)?(?:blocks|layers)[._]\d",
+    re.MULTILINE,
+)
+"""Parts of a layer's name in a LoRA. A UNet has transformer blocks inside others."""
 SAME_WIDTHS = (
     "cross_attention_dim",
     "cross_attention_dim_t5",
@@ -39,11 +47,9 @@ SAME_WIDTHS = (
 """Config fields that must be equal in a ControlNet and its denoiser."""
 
 
-def require_fit(
-    spec: ModelSpec, load: LoadRequest, *, read: ReadHeader = read_header
-) -> Checkpoint:
+def require_fit(spec: ModelSpec, load: LoadRequest) -> Checkpoint:
     """Return the checkpoint of a load request. ConfigError for the first file that does not fit."""
-    checkpoint = open_checkpoint(spec, load.checkpoint, config=load.checkpoint_config, read=read)
+    checkpoint = open_checkpoint(spec, load.checkpoint, config=load.checkpoint_config)
     require_files(spec, load, checkpoint)
     require_adapters(spec, load, checkpoint)
     return checkpoint
@@ -53,15 +59,20 @@ def require_adapters(spec: ModelSpec, load: LoadRequest, checkpoint: Checkpoint)
     """Raise ConfigError for the first adapter that does not fit the checkpoint's denoiser."""
     denoiser = _denoiser_config(spec, load, checkpoint)
     for path in load.control_net:
-        _require_controlnet(path, load.control_net_config, spec, denoiser, read=checkpoint.read)
+        _require_controlnet(path, load.control_net_config, spec, denoiser)
+    for path in (*load.lora, *load.motion_lora):
+        header = read_header(path, option="--lora")
+        found = recognize(header) if header is not None else None
+        if found is not None and found.part not in ("lora", "embedding"):
+            raise refuse(f"--lora={path}", found, spec, "a LoRA")
+        if header is not None:
+            _require_lora(f"--lora={path}", header, spec)
     for path in load.ip_adapter:
-        if (header := checkpoint.read(path, option="--ip_adapter")) is not None:
+        if (header := read_header(path, option="--ip_adapter")) is not None:
             _require_ip_adapter(f"--ip_adapter={path}", header, spec, denoiser)
             _require_encoder(f"--ip_adapter={path}", header, spec, _encoder(path, load, checkpoint))
     if spec.components and load.motion_adapter is not None:
-        _require_motion(
-            load.motion_adapter, "motion_adapter", None, spec, denoiser, read=checkpoint.read
-        )
+        _require_motion(load.motion_adapter, "motion_adapter", None, spec, denoiser)
     if spec.components and load.motion_module is not None:
         _require_motion(
             load.motion_module,
@@ -69,7 +80,6 @@ def require_adapters(spec: ModelSpec, load: LoadRequest, checkpoint: Checkpoint)
             load.motion_config,
             spec,
             denoiser,
-            read=checkpoint.read,
         )
 
 
@@ -81,12 +91,24 @@ def _denoiser_config(spec: ModelSpec, load: LoadRequest, checkpoint: Checkpoint)
     return checkpoint.config(spec.denoiser)
 
 
+def _require_lora(given: str, header: Header, spec: ModelSpec) -> None:
+    """Raise ConfigError for a LoRA of the other kind of denoiser. Ranks compare all its layers."""
+    names = "\n".join(header.shapes)
+    kind = "unet" if OF_UNETS.search(names) else "transformer"
+    is_known = kind == "unet" or OF_TRANSFORMERS.search(names)
+    if is_known and kind != spec.denoiser:
+        raise ConfigError(
+            f"{given} is a LoRA of a {kind}, but --type={spec.name} has a {spec.denoiser}. Give a "
+            f"LoRA made for {spec.title}."
+        )
+
+
 def _require_controlnet(
-    path: str, config_path: str | None, spec: ModelSpec, denoiser: Config, *, read: ReadHeader
+    path: str, config_path: str | None, spec: ModelSpec, denoiser: Config
 ) -> None:
     given, needed = f"--control_net={path}", with_article(spec.controlnet["model"])
     is_folder = Path(path).is_dir()
-    header = read_component_header(path, option="control_net", read=read)
+    header = read_component_header(path, option="control_net")
     found = recognize(header) if header is not None else None
     if found is not None and found.part != "controlnet":
         raise refuse(given, found, spec, needed)
@@ -235,11 +257,9 @@ def _require_motion(
     config_path: str | None,
     spec: ModelSpec,
     denoiser: Config,
-    *,
-    read: ReadHeader,
 ) -> None:
     given = f"--{option}={path}"
-    header = read_component_header(path, option=option, read=read)
+    header = read_component_header(path, option=option)
     found = recognize(header) if header is not None else None
     if found is not None and found.part != "motion":
         raise refuse(given, found, spec, "a motion module of AnimateDiff")

@@ -7,12 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from backends.errors import ConfigError
+from backends.files.component_classes import require_known_class, require_scheduler_settings
 from backends.files.denoiser_families import Found
-from backends.files.recognition import has_text_encoders, recognize
-from backends.files.weight_headers import Header, ReadHeader, read_folder_header, read_header
+from backends.files.recognition import recognize
+from backends.files.weight_headers import (
+    PICKLES,
+    SAFETENSORS,
+    Header,
+    read_folder_header,
+    read_header,
+)
 from backends.model_table import GENERIC, ModelSpec, ModelTable, read_table
 
 Config = Mapping[str, Any]
+MODULAR_INDEX = "modular_model_index.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +33,6 @@ class Checkpoint:
     index: Config = field(default_factory=dict)
     header: Header | None = None
     """Of a single file; None for a folder."""
-    read: ReadHeader = read_header
 
     def config(self, component: str) -> Config:
         """Return a component's configuration; empty if the checkpoint lacks the component."""
@@ -53,28 +60,34 @@ def configuration_folder(path: str | Path, config: str | None) -> Path:
     return Path(config) if config is not None else Path(path).with_suffix("")
 
 
-def open_checkpoint(
-    spec: ModelSpec, path: str, *, config: str | None = None, read: ReadHeader = read_header
-) -> Checkpoint:
+def open_checkpoint(spec: ModelSpec, path: str, *, config: str | None = None) -> Checkpoint:
     """Return the checkpoint without its weights. ConfigError if it is of another type.
 
     config: configuration folder of a single file.
     """
     found = Path(path)
     if found.is_dir():
-        checkpoint = Checkpoint(
-            spec=spec, path=found, folder=found, index=_read_index(found), read=read
-        )
+        _require_readable(found)
+        checkpoint = Checkpoint(spec=spec, path=found, folder=found, index=read_index(found))
         _require_class(checkpoint)
+        _require_known_parts(checkpoint)
         return checkpoint
-    header, folder = read(found, option="--checkpoint"), configuration_folder(found, config)
+    header, folder = read_header(found, option="--checkpoint"), configuration_folder(found, config)
+    _require_readable(folder)
     checkpoint = Checkpoint(
-        spec=spec, path=found, folder=folder, index=_read_index(folder), header=header, read=read
+        spec=spec, path=found, folder=folder, index=read_index(folder), header=header
     )
     if header is not None:
         _require_single_file(checkpoint)
     _require_class(checkpoint)
+    _require_known_parts(checkpoint)
     return checkpoint
+
+
+def _require_readable(folder: Path) -> None:
+    """Raise ConfigError for the first configuration that is not JSON."""
+    for file in sorted(folder.glob("*/*config.json")):
+        read_json(file)
 
 
 def infer_type(path: Path, table: ModelTable, *, has_motion: bool = False) -> tuple[str, str]:
@@ -84,7 +97,7 @@ def infer_type(path: Path, table: ModelTable, *, has_motion: bool = False) -> tu
     has_motion: motion modules of AnimateDiff were given.
     """
     if path.is_dir():
-        name = _read_index(path).get("_class_name")
+        name = read_index(path).get("_class_name")
         if not isinstance(name, str):
             raise ConfigError(
                 f"--checkpoint={path} holds no model_index.json that names a pipeline. Give a "
@@ -95,12 +108,18 @@ def infer_type(path: Path, table: ModelTable, *, has_motion: bool = False) -> tu
             return GENERIC, f"type={GENERIC}: {with_article(name)} has no row in the model table"
         return _first_type(path, types, with_article(name), table)
     header = read_header(path, option="--checkpoint")
-    found = recognize(header) if header is not None else None
+    if header is None:
+        raise ConfigError(
+            f"--checkpoint={path} is not a file of weights. Allowed: a folder in diffusers layout, "
+            f"{', '.join((*SAFETENSORS, *PICKLES, '.gguf'))}."
+        )
+    found = recognize(header)
     if found is None:
         raise ConfigError(
             f"--type is missing, and --checkpoint={path} does not say what it is. Allowed: "
             f"{', '.join(table)}."
         )
+    _require_checkpoint(path, found)
     singles = [name for name in found.types if table[name].single_file]
     if found.types and not singles:
         raise ConfigError(
@@ -110,6 +129,21 @@ def infer_type(path: Path, table: ModelTable, *, has_motion: bool = False) -> tu
     return _first_type(path, singles, found.title, table, reason=found.reason)
 
 
+def require_checkpoint(path: Path) -> None:
+    """Raise ConfigError for a file that belongs to another option, such as a LoRA."""
+    header = read_header(path, option="--checkpoint")
+    if header is not None and (found := recognize(header)) is not None:
+        _require_checkpoint(path, found)
+
+
+def _require_checkpoint(path: Path, found: Found) -> None:
+    if found.part not in ("checkpoint", "denoiser") and found.option:
+        raise ConfigError(
+            f"--checkpoint={path} is {found.title}. Give it with {found.option}, and the model it "
+            "was made for as --checkpoint."
+        )
+
+
 def types_of_class(
     name: str, table: ModelTable, *, folder: Path | None = None, has_motion: bool = False
 ) -> list[str]:
@@ -117,7 +151,7 @@ def types_of_class(
     own = [spec for spec in table.values() if spec.pipeline == name]
     shared = [spec for spec in table.values() if name in spec.also]
     first = [spec for spec in shared if spec.components] if has_motion else []
-    signed = [spec for spec in own if folder is not None and _has_signs(spec, folder)]
+    signed = [s for s in (*own, *shared) if folder is not None and _has_signs(s, folder)]
     return list(dict.fromkeys(spec.name for spec in [*first, *signed, *own, *shared]))
 
 
@@ -128,6 +162,23 @@ def read_config(path: str | Path) -> Config:
     """
     file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
     return read_json(file)
+
+
+def replaced_config(
+    checkpoint: Checkpoint, component: str, path: str, own: str | Path | None
+) -> Config:
+    """Return the configuration of a component that is given apart. ConfigError if there is none.
+
+    own: where it has one of its own; None for the checkpoint's.
+    """
+    config = read_config(own) if own is not None else checkpoint.config(component)
+    if not config:
+        where = own if own is not None else checkpoint.folder / component
+        raise ConfigError(
+            f"--{component}={path} has no configuration: {where} holds none. Give a folder in "
+            f"diffusers layout, or --{component}_config=CONFIG.JSON."
+        )
+    return config
 
 
 def component_folder(path: str | Path, option: str) -> Path:
@@ -143,13 +194,22 @@ def component_folder(path: str | Path, option: str) -> Path:
     return next(inner, folder)
 
 
-def read_component_header(
-    path: str | Path, *, option: str, read: ReadHeader = read_header
-) -> Header | None:
-    """Return the header of a component's file or folder; None if only torch could read it."""
+def read_component_header(path: str | Path, *, option: str) -> Header | None:
+    """Return the header of a component's file or folder; None if it has none."""
     if Path(path).is_dir():
-        return read_folder_header(component_folder(path, option), option=f"--{option}", read=read)
-    return read(path, option=f"--{option}")
+        return read_folder_header(component_folder(path, option), option=f"--{option}")
+    return read_header(path, option=f"--{option}")
+
+
+def require_component_header(path: str | Path, *, option: str) -> Header:
+    """Return the header of a component's file or folder. ConfigError if it holds no weights."""
+    header = read_component_header(path, option=option)
+    if header is None:
+        raise ConfigError(
+            f"--{option}={path} holds no weights ({', '.join(SAFETENSORS)}, {', '.join(PICKLES)}). "
+            "Give a folder in diffusers layout, or the file of weights itself."
+        )
+    return header
 
 
 def refuse(given: str, found: Found, spec: ModelSpec, needed: str) -> ConfigError:
@@ -216,6 +276,19 @@ def _require_class(checkpoint: Checkpoint) -> None:
     )
 
 
+def _require_known_parts(checkpoint: Checkpoint) -> None:
+    """Raise ConfigError for the first component of a class that is not installed, and for settings
+    with which its scheduler could not work.
+    """
+    given = f"--checkpoint={checkpoint.path}"
+    for component, entry in checkpoint.index.items():
+        if isinstance(entry, list) and len(entry) == 2 and all(isinstance(x, str) for x in entry):
+            require_known_class(*entry, given=given, component=component)
+    if name := checkpoint.class_of("scheduler"):
+        settings = read_json(checkpoint.folder / "scheduler" / "scheduler_config.json")
+        require_scheduler_settings(name, settings, given=given)
+
+
 def _require_single_file(checkpoint: Checkpoint) -> None:
     spec, header = checkpoint.spec, checkpoint.header
     given = f"--checkpoint={checkpoint.path}"
@@ -224,15 +297,6 @@ def _require_single_file(checkpoint: Checkpoint) -> None:
         found.part not in ("checkpoint", "denoiser") or spec.name not in found.types
     ):
         raise refuse(given, found, spec, f"a checkpoint with a {spec.denoiser}")
-    has_encoders = has_text_encoders(header) or any(
-        checkpoint.folder.glob("text_encoder*/*.safetensors")
-    )
-    if checkpoint.index and not has_encoders:
-        raise ConfigError(
-            f"{given} holds no text encoders, and neither does {checkpoint.folder}. Put the "
-            f"folders text_encoder* of {spec.title} there with their weights, or give a diffusers "
-            f"folder as --checkpoint and this file as --{spec.denoiser}."
-        )
 
 
 def _has_signs(spec: ModelSpec, folder: Path) -> bool:
@@ -256,8 +320,26 @@ def _first_type(
     )
 
 
-def _read_index(folder: Path) -> Config:
-    return read_json(folder / "model_index.json")
+def read_index(folder: Path) -> Config:
+    """Return model_index.json, or modular_model_index.json as if it were one: component ->
+    [library, class]. Empty if the folder has neither.
+    """
+    if not is_modular(folder):
+        return read_json(folder / "model_index.json")
+    entries = read_json(folder / MODULAR_INDEX)
+    return {
+        name: entry[:2] if isinstance(entry, list) else entry for name, entry in entries.items()
+    }
+
+
+def is_modular(folder: Path) -> bool:
+    """Return whether a folder holds a modular pipeline only."""
+    return (folder / MODULAR_INDEX).is_file() and not (folder / "model_index.json").is_file()
+
+
+def is_pipeline(folder: Path) -> bool:
+    """Return whether a folder has the index of a pipeline in diffusers layout."""
+    return (folder / "model_index.json").is_file() or is_modular(folder)
 
 
 def read_json(file: Path) -> Config:
@@ -266,7 +348,7 @@ def read_json(file: Path) -> Config:
         return {}
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{file} is not JSON ({error}). Download it again.") from error
     if not isinstance(content, dict):
         raise ConfigError(

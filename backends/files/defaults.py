@@ -54,7 +54,9 @@ def _is_one(row: Mapping[str, Any], checkpoint: Checkpoint, words: str) -> bool:
 
 
 def _field(checkpoint: Checkpoint, path: str) -> Any:
-    component, _, key = path.partition(".")
+    component, _, key = path.rpartition(".")
+    if not component:
+        return checkpoint.index.get(key)
     folder = checkpoint.folder / component
     if component == "scheduler" and (folder / "scheduler_config.json").is_file():
         return read_json(folder / "scheduler_config.json").get(key)

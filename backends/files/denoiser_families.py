@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from backends.files.weight_headers import Header, Shape
+from backends.model_table import read_table
 
 DENOISER_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "net.")
 Part = Literal[
@@ -65,69 +66,84 @@ def recognize_denoiser(header: Header) -> Found | None:
 
 def _denoisers(header: Header) -> Iterator[Found | None]:
     yield _unet(header)
-    for title, types, reason, names in _TRANSFORMERS:
+    for title, class_name, names in _TRANSFORMERS:
         if header.has(*names):
-            yield _of_transformer(header, title, types, reason)
+            yield _of_transformer(header, title, class_name)
 
 
-def _of_transformer(header: Header, title: str, types: tuple[str, ...], reason: str) -> Found:
-    """Describe a transformer. No type runs variants with more input channels or other metadata."""
+def _of_transformer(header: Header, title: str, class_name: str) -> Found:
+    """Describe a transformer. Other types run variants with more input channels or other
+    metadata.
+    """
     first = header.shape_of("img_in.weight", "x_embedder.weight", "patch_embedding.weight") or (
         0,
         0,
     )
     keys = ("modelspec.architecture", "modelspec.title", "general.name")
     about = " ".join(header.metadata.get(key, "") for key in keys).lower()
-    names = [name for name in _SPECIAL if name in about]
-    title = f"{title} ({names[0]})" if names else title
-    special = _SPECIAL[names[0]] if names else _WIDER.get((title, first[1]), "")
-    types = _SPECIAL_TYPES.get(names[0] if names else "", ()) if special else types
+    word = next((word for word in _SPECIAL if word in about), None)
+    reason, types = "", _types_of(class_name)
+    if title in _UNGUIDED and not header.has(*_GUIDANCE):
+        types = tuple(sorted(types, key=lambda name: name != _UNGUIDED[title]))
+    if word is not None:
+        title, (reason, types) = f"{title} ({word})", _SPECIAL[word]
+    else:
+        reason, types = _WIDER.get((title, first[1])) or _WIDER.get((title, None)) or ("", types)
     return Found(
         title=f"a denoiser of {title}",
         part="denoiser",
         types=types,
         denoiser="transformer",
-        reason=special or reason,
+        reason=reason if types or reason else "no type runs this family",
     )
 
 
-_WIDER = {
-    (
-        "FLUX.1",
-        384,
-    ): "it is made for inpainting (Fill) and also takes a mask, and no type has its pipeline",
-    (
-        "FLUX.1",
-        128,
-    ): "it is made for depth or edges beside the latents, and no type has its pipeline",
-    ("Wan", 36): "it needs a first frame, and no type has its pipeline",
+def _types_of(class_name: str) -> tuple[str, ...]:
+    """Return the types of this class, without those whose denoisers are wider."""
+    wider = {name for _, names in _WIDER.values() for name in names}
+    return tuple(
+        name
+        for name, spec in read_table().items()
+        if class_name in spec.fits.get("denoiser", ()) and name not in wider
+    )
+
+
+_GUIDANCE = (
+    "guidance_in.in_layer.weight",
+    "time_guidance_embed.guidance_embedder.linear_1.weight",
+)
+_UNGUIDED = {"FLUX.2": "flux2_klein"}
+"""Title -> the type of a file without an input for guidance."""
+
+_WIDER: dict[tuple[str, int | None], tuple[str, tuple[str, ...]]] = {
+    ("FLUX.1", 384): ("it is made for inpainting (Fill) and also takes a mask", ("flux_fill",)),
+    ("FLUX.1", 128): (
+        "it is made for depth or edges beside the latents, and no type has its pipeline",
+        (),
+    ),
+    ("Wan", 36): ("it needs a first frame", ("wan22_i2v",)),
+    ("Wan image to video", None): ("it needs a first frame", ("wan_i2v",)),
 }
-"""(title, input channels) -> why the type with the same tensor names does not run it."""
+"""(title, input channels or all) -> (why the type with the same names does not run it, types)."""
 
-_SPECIAL = {
-    "kontext": "it edits a reference image",
-    "qwen-image-edit": "it edits a reference image, and no type has its pipeline",
-    "qwen-image-layered": "it generates layers, and no type has its pipeline",
+_SPECIAL: dict[str, tuple[str, tuple[str, ...]]] = {
+    "kontext": ("it edits a reference image", ("flux_kontext",)),
+    "qwen-image-edit": ("it edits a reference image", ("qwenimage_edit",)),
+    "qwen-image-layered": ("it generates layers, and no type has its pipeline", ()),
 }
-"""Word in the metadata -> why the type with the same names and shapes does not run the file."""
+"""Word in the metadata -> (why the type with the same names and shapes does not run it, types)."""
 
-_SPECIAL_TYPES = {"kontext": ("flux_kontext",)}
-"""Word in the metadata -> the types that run the file."""
-
-_NOT_RUN = "no type runs this family"
-_TRANSFORMERS: tuple[tuple[str, tuple[str, ...], str, tuple[str, ...]], ...] = (
+_TRANSFORMERS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (
         "FLUX.2",
-        ("flux2",),
-        "",
+        "Flux2Transformer2DModel",
         ("single_stream_modulation.lin.weight", "single_stream_modulation.linear.weight"),
     ),
-    ("FLUX.3", (), _NOT_RUN, ("early_stream_modulations.image.lin.weight",)),
-    ("Chroma", (), _NOT_RUN, ("distilled_guidance_layer.in_proj.bias",)),
+    ("FLUX.3", "", ("early_stream_modulations.image.lin.weight",)),
+    ("Chroma", "ChromaTransformer2DModel", ("distilled_guidance_layer.in_proj.bias",)),
     (
         "FLUX.1",
-        ("flux", "flux_kontext"),
-        "",
+        "FluxTransformer2DModel",
         (
             "double_blocks.0.img_attn.norm.key_norm.scale",
             "double_blocks.0.img_attn.qkv.weight",
@@ -136,33 +152,30 @@ _TRANSFORMERS: tuple[tuple[str, tuple[str, ...], str, tuple[str, ...]], ...] = (
     ),
     (
         "Stable Diffusion 3",
-        ("sd3",),
-        "",
+        "SD3Transformer2DModel",
         (
             "joint_blocks.0.context_block.adaLN_modulation.1.bias",
             "transformer_blocks.0.norm1_context.linear.weight",
         ),
     ),
-    ("Z-Image", ("zimage",), "", ("layers.0.adaLN_modulation.0.weight",)),
+    ("Z-Image", "ZImageTransformer2DModel", ("layers.0.adaLN_modulation.0.weight",)),
     (
         "Lumina 2",
-        (),
-        _NOT_RUN,
+        "Lumina2Transformer2DModel",
         ("cap_embedder.0.weight", "time_caption_embed.caption_embedder.0.weight"),
     ),
-    ("Qwen-Image 2.1", (), _NOT_RUN, ("txt_in.text_norm.weight",)),
-    ("Qwen-Image", ("qwenimage",), "", ("transformer_blocks.0.img_mod.1.weight",)),
+    ("Qwen-Image 2.1", "QwenImage21Transformer2DModel", ("txt_in.text_norm.weight",)),
+    ("Qwen-Image", "QwenImageTransformer2DModel", ("transformer_blocks.0.img_mod.1.weight",)),
+    ("Helios", "HeliosTransformer3DModel", ("patch_short.weight",)),
     (
         "Wan VACE",
-        (),
-        "no type has its pipeline",
+        "WanVACETransformer3DModel",
         ("vace_blocks.0.after_proj.bias", "vace_blocks.0.proj_out.bias"),
     ),
-    ("Wan Animate", (), "no type has its pipeline", ("motion_encoder.dec.direction.weight",)),
+    ("Wan Animate", "WanAnimateTransformer3DModel", ("motion_encoder.dec.direction.weight",)),
     (
         "Wan image to video",
-        (),
-        "it needs a first frame, and no type has its pipeline",
+        "WanTransformer3DModel",
         (
             "img_emb.proj.0.bias",
             "img_emb.proj.0.weight",
@@ -171,39 +184,55 @@ _TRANSFORMERS: tuple[tuple[str, tuple[str, ...], str, tuple[str, ...]], ...] = (
     ),
     (
         "Wan",
-        ("wan_t2v",),
-        "",
+        "WanTransformer3DModel",
         ("head.modulation", "condition_embedder.text_embedder.linear_1.weight"),
     ),
-    ("HunyuanDiT", ("hy",), "", ("mlp_t5.0.weight", "time_extra_emb.pooler.positional_embedding")),
+    (
+        "HunyuanDiT",
+        "HunyuanDiT2DModel",
+        ("mlp_t5.0.weight", "time_extra_emb.pooler.positional_embedding"),
+    ),
     (
         "PixArt",
-        ("pixs", "pixa"),
-        "",
+        "PixArtTransformer2DModel",
         ("y_embedder.y_proj.fc1.weight", "caption_projection.linear_1.weight"),
     ),
-    ("LTX-Video", (), _NOT_RUN, ("patchify_proj.weight",)),
+    ("LTX-2", "LTX2VideoTransformer3DModel", ("audio_patchify_proj.weight",)),
+    ("LTX-Video", "LTXVideoTransformer3DModel", ("patchify_proj.weight",)),
+    (
+        "HunyuanVideo 1.5",
+        "HunyuanVideo15Transformer3DModel",
+        ("cond_type_embed.weight", "cond_type_embedding.weight"),
+    ),
     (
         "HunyuanVideo",
-        (),
-        _NOT_RUN,
+        "HunyuanVideoTransformer3DModel",
         ("txt_in.individual_token_refiner.blocks.0.adaLN_modulation.1.bias",),
     ),
-    ("AuraFlow", (), _NOT_RUN, ("double_layers.0.attn.w2q.weight",)),
-    ("Mochi", (), _NOT_RUN, ("blocks.0.attn.qkv_x.weight",)),
-    ("Sana", (), _NOT_RUN, ("blocks.0.cross_attn.q_linear.weight",)),
-    ("HiDream", (), _NOT_RUN, ("double_stream_blocks.0.block.adaLN_modulation.1.bias",)),
-    ("Cosmos", (), _NOT_RUN, ("x_embedder.proj.1.weight",)),
-    ("Krea 2", (), _NOT_RUN, ("txtfusion.projector.weight",)),
-    ("MiniMax", (), _NOT_RUN, ("token_refiner.blocks.0.attn.qkv_proj.weight",)),
+    ("CogVideoX", "CogVideoXTransformer3DModel", ("patch_embed.text_proj.weight",)),
+    (
+        "Kandinsky 5",
+        "Kandinsky5Transformer3DModel",
+        ("visual_transformer_blocks.0.self_attention.to_query.weight",),
+    ),
+    ("AuraFlow", "AuraFlowTransformer2DModel", ("double_layers.0.attn.w2q.weight",)),
+    ("Mochi", "MochiTransformer3DModel", ("blocks.0.attn.qkv_x.weight",)),
+    ("Sana", "SanaTransformer2DModel", ("blocks.0.cross_attn.q_linear.weight",)),
+    (
+        "HiDream",
+        "HiDreamImageTransformer2DModel",
+        ("double_stream_blocks.0.block.adaLN_modulation.1.bias",),
+    ),
+    ("Cosmos", "CosmosTransformer3DModel", ("x_embedder.proj.1.weight",)),
+    ("Krea 2", "Krea2Transformer2DModel", ("txtfusion.projector.weight",)),
+    ("MiniMax", "", ("token_refiner.blocks.0.attn.qkv_proj.weight",)),
     (
         "Stable Cascade",
-        (),
-        _NOT_RUN,
+        "StableCascadeUNet",
         ("clip_txt_mapper.weight", "down_blocks.1.0.channelwise.0.weight"),
     ),
 )
-"""(title, types that run it, why none does, tensors of which one must exist). First match wins."""
+"""(title, diffusers class, tensors of which one must exist). First match wins."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,11 +243,16 @@ class _UNetFamily:
     types: tuple[str, ...]
     reason: str = ""
     has_only_latents: bool = True  # the ordinary form takes no image beside the latents
+    masked_types: tuple[str, ...] = ()  # that run its form with channels for a mask
 
 
-FIRST_GENERATION = _UNetFamily(title="Stable Diffusion 1", types=("sd1", "sd2", "ad"))
-SECOND_GENERATION = _UNetFamily(title="Stable Diffusion 2", types=("sd2", "sd1", "ad"))
-_SDXL = _UNetFamily(title="Stable Diffusion XL", types=("sdxl",))
+FIRST_GENERATION = _UNetFamily(
+    title="Stable Diffusion 1", types=("sd1", "sd2", "ad"), masked_types=("sd1", "sd2")
+)
+SECOND_GENERATION = _UNetFamily(
+    title="Stable Diffusion 2", types=("sd2", "sd1", "ad"), masked_types=("sd2", "sd1")
+)
+_SDXL = _UNetFamily(title="Stable Diffusion XL", types=("sdxl",), masked_types=("sdxl",))
 _REFINER = _UNetFamily(
     title="the Stable Diffusion XL refiner",
     types=(),
@@ -229,17 +263,14 @@ _UPSCALER = _UNetFamily(
 )
 _VIDEO = _UNetFamily(title="Stable Video Diffusion", types=("svd",), has_only_latents=False)
 _MORE_CHANNELS = {
-    9: (
-        "it is made for inpainting and also takes a mask; mask_image works with ordinary "
-        "checkpoints"
-    ),
+    9: "it is made for inpainting and also takes a mask",
     8: (
         "it is made for editing (InstructPix2Pix) and also takes an image, and no type has its "
         "pipeline"
     ),
     5: "it is made for depth maps and also takes one, and no type has its pipeline",
 }
-"""Input channels of a UNet with four latent channels -> why no type runs it."""
+"""Input channels of a UNet with four latent channels -> why it is no ordinary one."""
 
 
 def _unet(header: Header) -> Found | None:
@@ -256,7 +287,8 @@ def _unet(header: Header) -> Found | None:
     title = f"a denoiser of {family.title}"
     if family.has_only_latents and first[1] in _MORE_CHANNELS:
         title, reason = f"{title} with {first[1]} input channels", _MORE_CHANNELS[first[1]]
-        return Found(title=title, part="denoiser", denoiser="unet", reason=reason)
+        types = family.masked_types if first[1] == 9 else ()
+        return Found(title=title, part="denoiser", types=types, denoiser="unet", reason=reason)
     return Found(
         title=title, part="denoiser", types=family.types, denoiser="unet", reason=family.reason
     )

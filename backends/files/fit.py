@@ -15,17 +15,32 @@ from backends.files.checkpoint import (
     Config,
     component_folder,
     read_component_header,
-    read_config,
     read_json,
     refuse,
+    replaced_config,
+    require_component_header,
+    types_as_text,
     width_of,
     with_article,
 )
 from backends.files.denoiser_families import DENOISER_PREFIXES, recognize_denoiser
+from backends.files.mask_channels import latent_channels, special_channels
 from backends.files.pipeline_calls import pipeline_folders
-from backends.files.recognition import NOTES, VAE_PREFIXES, has_vae, prediction_of, recognize
-from backends.files.weight_headers import Header, read_folder_header, require_same_shapes
-from backends.model_table import ModelSpec
+from backends.files.recognition import (
+    NOTES,
+    VAE_PREFIXES,
+    components_in,
+    has_vae,
+    prediction_of,
+    recognize,
+)
+from backends.files.weight_headers import (
+    Header,
+    read_folder_header,
+    read_header,
+    require_same_shapes,
+)
+from backends.model_table import ModelSpec, read_table
 from backends.request import LoadRequest
 
 SCALES = (".scale_weight", ".weight_scale", ".scale_input", ".input_scale", ".comfy_quant")
@@ -33,6 +48,8 @@ MARKER = "scaled_fp8"
 """Names beside the weights in 8-bit files: scales of weights, and notes for the arithmetic."""
 UNUSED = ("safety_checker", "watermark", "watermarker")
 """Components that are never loaded; an index may name old modules for them."""
+WITHOUT_WEIGHTS = ("scheduler", "tokenizer")
+"""Beginnings of the names of needed components that have no weights."""
 UNKNOWN_SCALES = (
     ".weight_scale_2",
     ".weight_scale_inv",
@@ -102,7 +119,7 @@ class _Part:
         """Return the denoiser that the load request will use."""
         name = checkpoint.spec.denoiser
         if load.gguf_model is not None:
-            header = checkpoint.read(load.gguf_model, option="--gguf_model")
+            header = read_header(load.gguf_model, option="--gguf_model")
             return cls(
                 name=name,
                 given=f"--gguf_model={load.gguf_model}",
@@ -124,9 +141,7 @@ class _Part:
         if path is None:
             header = None
             if checkpoint.header is None:
-                header = read_folder_header(
-                    checkpoint.folder / name, option="--checkpoint", read=checkpoint.read
-                )
+                header = read_folder_header(checkpoint.folder / name, option="--checkpoint")
             return cls(
                 name=name,
                 given=f"--checkpoint={checkpoint.path}",
@@ -137,8 +152,8 @@ class _Part:
         return cls(
             name=name,
             given=f"--{name}={path}",
-            config=read_config(own) if own is not None else checkpoint.config(name),
-            header=read_component_header(path, option=name, read=checkpoint.read),
+            config=replaced_config(checkpoint, name, path, own),
+            header=require_component_header(path, option=name),
             has_own_config=own is not None,
             is_replaced=True,
         )
@@ -156,16 +171,42 @@ def _require_components(checkpoint: Checkpoint, load: LoadRequest) -> None:
             "model's latents, and no type does that. Give the base checkpoint."
         )
     _refuse_remote_code(checkpoint)
-    for component in _needed_components(spec):
+    _refuse_another_denoiser(checkpoint)
+    for component in needed_components(spec):
         if replaced.get(component) is not None:
             continue
         if not checkpoint.has(component):
+            types = _types_of_denoisers(checkpoint) if component in spec.other_denoisers else ""
             raise ConfigError(
                 f"--checkpoint={checkpoint.path} has no {component}, which --type={spec.name} "
-                f"needs. Give a whole checkpoint of {spec.title}."
+                f"needs. Give {types or 'a whole checkpoint of ' + spec.title}."
             )
         if checkpoint.header is None:
             _require_complete(checkpoint, component)
+        elif component not in components_in(checkpoint.header, spec):
+            _require_beside(checkpoint, component)
+
+
+def _refuse_another_denoiser(checkpoint: Checkpoint) -> None:
+    """Raise ConfigError for a checkpoint with one more denoiser than the type runs."""
+    spec = checkpoint.spec
+    known = {spec.denoiser, *spec.other_denoisers}
+    more = f"{spec.denoiser}_2"
+    if checkpoint.has(more) and more not in known:
+        types = _types_of_denoisers(checkpoint)
+        raise ConfigError(
+            f"--checkpoint={checkpoint.path} has a {more} beside its {spec.denoiser}, which "
+            f"--type={spec.name} does not run. Give {types or 'a checkpoint of ' + spec.title}."
+        )
+
+
+def _types_of_denoisers(checkpoint: Checkpoint) -> str:
+    """Return the types of the folder's class that run the denoisers which it has, as options."""
+    name = checkpoint.index.get("_class_name")
+    same = (spec for spec in read_table().values() if spec.pipeline == name)
+    more = {each for each in checkpoint.index if each.startswith("transformer_")}
+    more = {each for each in more if checkpoint.has(each)}
+    return types_as_text([spec.name for spec in same if set(spec.other_denoisers) == more])
 
 
 def _refuse_remote_code(checkpoint: Checkpoint) -> None:
@@ -173,7 +214,7 @@ def _refuse_remote_code(checkpoint: Checkpoint) -> None:
     for component, entry in checkpoint.index.items():
         if component in UNUSED or not isinstance(entry, list) or len(entry) != 2:
             continue
-        if entry[0] not in (None, "diffusers", "transformers"):
+        if entry[0] not in (None, "diffusers", "transformers", *pipeline_folders()):
             raise _remote_code(checkpoint, component)
 
 
@@ -201,7 +242,7 @@ def _require_whole(checkpoint: Checkpoint) -> None:
             _require_complete(checkpoint, component)
 
 
-def _needed_components(spec: ModelSpec) -> list[str]:
+def needed_components(spec: ModelSpec) -> list[str]:
     """Return the denoiser, the VAE, the scheduler, and the encoders with their tokenizers."""
     paths = [
         path.rpartition(" * ")[2] for paths in spec.fits.get("text", {}).values() for path in paths
@@ -213,7 +254,7 @@ def _needed_components(spec: ModelSpec) -> list[str]:
         if name.startswith("text_encoder")
     ]
     optional = spec.fits.get("optional", [])
-    names = dict.fromkeys([spec.denoiser, "vae", "scheduler", *encoders, *tokenizers])
+    names = dict.fromkeys([*spec.denoisers, "vae", "scheduler", *encoders, *tokenizers])
     return [name for name in names if name not in optional]
 
 
@@ -228,8 +269,14 @@ def _require_complete(checkpoint: Checkpoint, component: str) -> None:
             f"{given} names a {component}, but the folder {folder} is missing. Download the "
             "checkpoint again."
         )
-    if component == "scheduler" or component.startswith("tokenizer"):
+    needed = "scheduler_config.json" if component == "scheduler" else "config.json"
+    needed = "*.*" if component.startswith("tokenizer") else needed  # all of its files vary
+    if not any(folder.glob(needed)):
+        raise ConfigError(f"{given} lacks {component}/{needed}. Download the checkpoint again.")
+    if component.startswith(WITHOUT_WEIGHTS):
         return
+    for file in folder.glob("*.safetensors"):
+        read_header(file, option="--checkpoint")
     missing = [_missing_shards(folder, index) for index in sorted(folder.glob("*.index*.json"))]
     is_whole = [
         file
@@ -246,6 +293,20 @@ def _require_complete(checkpoint: Checkpoint, component: str) -> None:
         raise ConfigError(
             f"{given} holds no weights of its {component} in {folder}. Download the checkpoint "
             "again."
+        )
+
+
+def _require_beside(checkpoint: Checkpoint, component: str) -> None:
+    """Raise ConfigError unless the configuration folder has what a single file lacks."""
+    folder = checkpoint.folder / component
+    if not component.startswith(WITHOUT_WEIGHTS) and not any(
+        file for kind in ("*.safetensors", "*.bin") for file in folder.glob(kind)
+    ):
+        raise ConfigError(
+            f"--checkpoint={checkpoint.path} holds no {component}, and neither does "
+            f"{checkpoint.folder}. Put the folder {component} of {checkpoint.spec.title} there "
+            f"with its weights, or give a diffusers folder as --checkpoint and this file as "
+            f"--{checkpoint.spec.denoiser}."
         )
 
 
@@ -267,7 +328,7 @@ def _require_denoiser(part: _Part, checkpoint: Checkpoint) -> None:
             f"{needed}. Give one made for {spec.title}."
         )
     if part.header is not None:
-        _require_family(part, spec)
+        _require_family(part, checkpoint)
     for key, wanted in spec.fits.get("is", {}).items():
         if part.config and part.config.get(key) != wanted:
             raise ConfigError(
@@ -278,11 +339,13 @@ def _require_denoiser(part: _Part, checkpoint: Checkpoint) -> None:
         require_same_weights(part.given, part.header, checkpoint, part.name)
 
 
-def _require_family(part: _Part, spec: ModelSpec) -> None:
-    """Check the names of the weights.
+def _require_family(part: _Part, checkpoint: Checkpoint) -> None:
+    """Check the names of the weights. Some transformer classes have the names of another family: a
+    checkpoint's own one is known by its class, and a replacement by the names of that.
 
     A checkpoint's own denoiser of an unknown family is checked by its configuration alone.
     """
+    spec = checkpoint.spec
     refuse_unknown_scales(part.header.shapes, part.given)
     if has_scales(part.header) and not part.is_replaced:
         raise ConfigError(
@@ -294,8 +357,20 @@ def _require_family(part: _Part, spec: ModelSpec) -> None:
         if (other := recognize(part.header)) is not None:
             raise refuse(part.given, other, spec, f"a {spec.denoiser}")
         return
-    if spec.name not in found.types and (part.is_replaced or found.types):
+    is_transformer = found.denoiser == "transformer"
+    if spec.name in found.types or (is_transformer and _has_own_names(part, checkpoint)):
+        return
+    if part.is_replaced or found.types:
         raise refuse(part.given, found, spec, f"a {spec.denoiser}")
+
+
+def _has_own_names(part: _Part, checkpoint: Checkpoint) -> bool:
+    """Return whether nine of ten tensors are named as those of the checkpoint's own denoiser."""
+    if not part.is_replaced:
+        return part.config.get("_class_name") in checkpoint.spec.fits.get("denoiser", ())
+    own = read_folder_header(checkpoint.folder / part.name, option="--checkpoint")
+    names = without_scales(part.header.without(*DENOISER_PREFIXES)).shapes.keys()
+    return own is not None and 10 * len(own.shapes.keys() ^ names) <= len(names)
 
 
 def _require_vae(part: _Part, checkpoint: Checkpoint) -> None:
@@ -352,18 +427,32 @@ def require_same_weights(
     require_same_shapes(given, shapes, own.shapes, advice)
 
 
-def latent_channels(config: Config) -> int | None:
-    """Return the channels of a VAE's latents."""
-    value = config.get("latent_channels", config.get("z_dim"))
-    return value if isinstance(value, int) else None
+def denoiser_channels(checkpoint: Checkpoint, load: LoadRequest) -> int | None:
+    """Return the input channels of the denoiser that the load request will use; None if unknown."""
+    return _input_channels(_Part.denoiser(checkpoint, load), checkpoint)
+
+
+def _input_channels(denoiser: _Part, checkpoint: Checkpoint) -> int | None:
+    """Return the input channels by the weights of a single file's UNet, else by the configuration:
+    that beside the file may be an ordinary checkpoint's.
+    """
+    if checkpoint.header is not None and not denoiser.is_replaced:
+        header = checkpoint.header.without(*DENOISER_PREFIXES)
+        if (shape := header.shape_of("input_blocks.0.0.weight")) is not None:
+            return shape[1]
+    channels = denoiser.config.get("in_channels")
+    return channels if isinstance(channels, int) else None
 
 
 def _require_channels(denoiser: _Part, vae: _Part, checkpoint: Checkpoint) -> None:
     """Raise ConfigError unless the denoiser's input channels match the VAE's latents."""
     spec = checkpoint.spec
-    times, more = spec.fits.get("channels", (1, 0))
-    latents, channels = latent_channels(vae.config), denoiser.config.get("in_channels")
-    if latents is None or not isinstance(channels, int) or channels == times * latents + more:
+    latents, channels = latent_channels(vae.config), _input_channels(denoiser, checkpoint)
+    if "channels" not in spec.fits or latents is None or channels is None:
+        return
+    times, more = spec.fits["channels"]
+    allowed = [(times, more), *filter(None, [spec.fits.get("masked")])]
+    if channels in [each * latents + rest for each, rest in allowed]:
         return
     if vae.is_replaced and not denoiser.is_replaced:
         wanted = (channels - more) // times
@@ -371,26 +460,12 @@ def _require_channels(denoiser: _Part, vae: _Part, checkpoint: Checkpoint) -> No
             f"{vae.given} has {latents} latent channels, but the checkpoint's {spec.denoiser} "
             f"needs {wanted}. Give a VAE made for {spec.title}."
         )
-    special = _special_channels(channels, latents)
+    special = special_channels(channels, latents)
     raise ConfigError(
         f"{denoiser.given} has a {spec.denoiser} with {channels} input channels, but "
         f"--type={spec.name} needs {times * latents + more}{special}. Give a {spec.denoiser} made "
         f"for {spec.title}."
     )
-
-
-def _special_channels(channels: int, latents: int) -> str:
-    """Return why a denoiser that takes an image beside the latents is refused; empty if unknown."""
-    if channels == 2 * latents + 1:
-        return (
-            ": it is made for inpainting and also takes a mask; mask_image works with ordinary "
-            "checkpoints"
-        )
-    if channels == 2 * latents:
-        return (
-            ": it also takes an image, to edit it or to start from it, and no type has its pipeline"
-        )
-    return ""
 
 
 def _require_texts(denoiser: _Part, checkpoint: Checkpoint) -> None:
@@ -421,5 +496,5 @@ def prediction_settings(
     replaced = load.gguf_model or load.denoiser
     if replaced is not None:
         option = spec.denoiser if load.gguf_model is None else "gguf_model"
-        header = read_component_header(replaced, option=option, read=checkpoint.read)
+        header = read_component_header(replaced, option=option)
     return prediction_of(header) if header is not None and not spec.flow_matching else {}

@@ -11,8 +11,16 @@ from types import MappingProxyType
 from typing import Any
 
 from backends import WITHOUT_ROW
-from backends.errors import ConfigError
-from backends.files.checkpoint import Config, read_config, read_json, with_article
+from backends.errors import ConfigError, RequestError
+from backends.files.checkpoint import (
+    Config,
+    is_modular,
+    read_config,
+    read_index,
+    read_json,
+    with_article,
+)
+from backends.files.modular import modular_call_of
 from backends.files.pipeline_calls import IMAGES, VIDEOS, PipelineCall, pipeline_call
 from backends.model_table import FEATURES, GENERIC, BackendSpec, Cell, ModelSpec
 
@@ -40,7 +48,13 @@ CARRIED = {
     "init_image": ("image",),
     "mask_image": ("mask_image",),
     "strength": ("strength",),
-    "control_image": ("control_image", "conditioning_image", "condtioning_image"),
+    "control_image": (
+        "control_image",
+        "conditioning_image",
+        "condtioning_image",
+        "conditioning_frames",
+    ),
+    "video": ("video", "control_video"),
     "controlnet_conditioning_scale": ("controlnet_conditioning_scale",),
     "control_guidance_start": ("control_guidance_start",),
     "control_guidance_end": ("control_guidance_end",),
@@ -50,6 +64,12 @@ CARRIED = {
     "noise_aug_strength": ("noise_aug_strength",),
 }
 """Request field -> the arguments of a pipeline that may carry it, the best first."""
+PLAIN = re.compile(r"Tensor|ndarray|Image|\b(int|float|str|bool)\b")
+"""Types of arguments that a request can bring. Others are functions and objects of diffusers."""
+OWN = "arguments."
+"""Before the name of an argument that comes in the field `arguments`."""
+NOT_ASKED = re.compile(r"generator|output_type|return_dict|callback|num_(images|videos)_per_prompt")
+"""Arguments that the host decides."""
 _NO_ROW = "a class without a row in the model table runs as diffusers has it"
 _UNAVAILABLE = frozenset(FEATURES) - {"quantization", "offload"}
 
@@ -59,8 +79,8 @@ def generic_spec(folder: Path) -> ModelSpec:
 
     ConfigError if its class makes no images or videos, or needs what no request field carries.
     """
-    index = read_json(folder / "model_index.json")
-    name, call = _call_of(folder, index)
+    index = read_index(folder)
+    name, call = modular_call_of(folder) if is_modular(folder) else _call_of(folder, index)
     if reason := why_not(call):
         raise ConfigError(
             f"--checkpoint={folder} is {with_article(name)}, which {reason}. Give a checkpoint of "
@@ -93,7 +113,9 @@ def generic_spec(folder: Path) -> ModelSpec:
         images=_most_images(call, carriers),
         takes=tuple(_taken(call, carriers, scale)),
         parameters=MappingProxyType({**dict.fromkeys(call.required), **call.defaults}),
-        backends=_backends(bool(denoisers)),
+        backends=_backends(
+            denoisers, _UNAVAILABLE | ({"offload"} if is_modular(folder) else set())
+        ),
     )
 
 
@@ -124,20 +146,50 @@ def why_not(call: PipelineCall) -> str:
     if call.returns and not set(call.returns) & {*IMAGES, *VIDEOS}:
         made = ", ".join(dict.fromkeys(call.returns))
         return f"makes {made} and neither images nor videos"
-    carried = set(_carriers(call).values())
+    if call.continues:
+        return "edits what a call of another of its methods has left, and a request makes one call"
     missing = [
-        f"{parameter} ({call.annotations.get(parameter, 'of no declared type')})"
-        for parameter in call.required
-        if parameter not in carried
+        f"{parameter} ({call.annotations[parameter]})"
+        for parameter in _without_field(call)
+        if not PLAIN.search(call.annotations.get(parameter, "Tensor"))
     ]
     if missing:
         return f"needs {', '.join(missing)}, and no field of a request carries that"
     return ""
 
 
+def _without_field(call: PipelineCall) -> list[str]:
+    """Return the arguments without a default that no field of a request carries."""
+    carried = set(_carriers(call).values())
+    return [parameter for parameter in call.required if parameter not in carried]
+
+
+def require_own_arguments(given: Mapping[str, Any], spec: ModelSpec) -> None:
+    """Raise RequestError for arguments that are not the class's, or that have a field."""
+    own = {name for name in spec.parameters if not NOT_ASKED.search(name)}
+    fields = {carrier(own, field): field for field in CARRIED if field in spec.takes}
+    fields |= {spec.guidance_argument: "guidance_scale"}
+    for name in given:
+        if name in fields:
+            raise RequestError(
+                f"{OWN}{name} has a field of its own. Send it as {fields[name]}.", field=OWN + name
+            )
+        if name not in own:
+            allowed = ", ".join(sorted(own - fields.keys()))
+            raise RequestError(
+                f"{OWN}{name} is no argument of {spec.title}. Allowed: {allowed}.",
+                field=OWN + name,
+            )
+
+
 def facts_of(call: PipelineCall) -> tuple[str, tuple[str, ...]]:
-    """Return what the class makes, image or video, and the request fields that it takes."""
-    taken = _taken(call, _carriers(call), _guidance_argument(call))
+    """Return what the class makes, image or video, and the request fields that it takes.
+
+    The arguments that every request must bring are named.
+    """
+    *taken, _ = _taken(call, _carriers(call), _guidance_argument(call))
+    needed = ", ".join(_without_field(call))
+    taken.append(f"arguments ({needed})" if needed else "arguments")
     return ("video" if _is_video(call) else "image"), tuple(taken)
 
 
@@ -158,10 +210,13 @@ def _taken(call: PipelineCall, carriers: Mapping[str, str], scale: str | None) -
     for field in carriers:
         if not (field == "negative_prompt" and is_deaf):
             yield field
+    yield "arguments"
 
 
 def _most_images(call: PipelineCall, carriers: Mapping[str, str]) -> int:
     """Return how many images a request may bring. For most classes a list of images is a batch."""
+    if "last_image" in call.names:
+        return 2  # the first frame and the last one
     declared = call.annotations.get(carriers.get("image", ""), "")
     is_list = "list[" in declared and "Tensor" not in declared
     return MAX_REFERENCES if is_list else int("image" in carriers)
@@ -171,9 +226,11 @@ def _required(call: PipelineCall, carriers: Mapping[str, str]) -> Iterator[str]:
     """Yield the request fields that every request must bring."""
     if "prompt" in carriers:
         yield "prompt"
-    for field in ("image", "mask_image", "control_image"):
+    for field in ("image", "mask_image", "control_image", "video"):
         if carriers.get(field) in call.required:
             yield field
+    for parameter in _without_field(call):
+        yield OWN + parameter
 
 
 def _is_video(call: PipelineCall) -> bool:
@@ -227,19 +284,26 @@ def _is_flow(folder: Path) -> bool:
     return is_named or bool(config.get("use_flow_sigmas"))
 
 
-def _backends(has_denoiser: bool) -> Mapping[str, BackendSpec]:
+def _backends(denoisers: tuple[str, ...], unavailable: frozenset[str]) -> Mapping[str, BackendSpec]:
     features = MappingProxyType(
         {
             feature: Cell(status="unsupported", reason=_NO_ROW)
-            if feature in _UNAVAILABLE
+            if feature in unavailable
             else Cell(status="untested")
             for feature in FEATURES
         }
     )
     able = Cell(status="untested")
-    cut = able if has_denoiser else Cell(status="unsupported", reason="it has no denoiser to cut")
-    *several, one = WITHOUT_ROW
-    cells = {**dict.fromkeys(several, cut), one: able}
+    none = Cell(status="unsupported", reason="it has no denoiser to cut")
+    only = Cell(status="unsupported", reason="it spreads a single transformer, and this has none")
+    cells = {
+        "": able,
+        "denoiser": able if denoisers else none,
+        "transformer": able if denoisers == ("transformer",) else only,
+    }
     return MappingProxyType(
-        {name: BackendSpec(cell=cell, features=features) for name, cell in cells.items()}
+        {
+            name: BackendSpec(cell=cells[divided], features=features)
+            for name, divided in WITHOUT_ROW.items()
+        }
     )

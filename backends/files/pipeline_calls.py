@@ -18,6 +18,9 @@ IMAGES = ("images", "image")
 VIDEOS = ("frames", "videos", "video")
 """Fields of diffusers' outputs that hold what a user asked for, in order of preference."""
 
+CALLED_FIRST = "has to be called beforehand"
+"""In the error of a class whose call continues another method's."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PipelineCall:
@@ -32,13 +35,15 @@ class PipelineCall:
     """Parameter -> its type, as the source has it."""
     returns: tuple[str, ...] = ()
     """Fields of its result, as far as the source names them."""
+    continues: bool = False
+    """Whether it edits what another method has left, which must be called first."""
 
     @property
     def names(self) -> frozenset[str]:
         return frozenset((*self.required, *self.defaults))
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=512)
 def pipeline_call(name: str) -> PipelineCall | None:
     """Return the call of a pipeline class of the installed diffusers; None if it has no such one.
 
@@ -97,12 +102,17 @@ def pipeline_folders() -> tuple[str, ...]:
 @lru_cache(maxsize=1)
 def exported_pipelines() -> tuple[str, ...]:
     """Return the pipeline classes that the installed diffusers exports, in alphabetical order."""
+    return tuple(sorted(exported_names() & _files().keys()))
+
+
+@lru_cache(maxsize=1)
+def exported_names() -> frozenset[str]:
+    """Return what the installed diffusers exports; nothing if there is none."""
     spec = importlib.util.find_spec("diffusers")
     if spec is None or spec.origin is None:
-        return ()
+        return frozenset()
     text = Path(spec.origin).read_text(encoding="utf-8")
-    named = set(re.findall(r'"(\w*Pipeline\w*)"', text))
-    return tuple(sorted(named & _files().keys()))
+    return frozenset(re.findall(r'"(\w+)"', text))
 
 
 def _read_call(node: ast.FunctionDef, class_name: str) -> PipelineCall:
@@ -127,6 +137,10 @@ def _read_call(node: ast.FunctionDef, class_name: str) -> PipelineCall:
             }
         ),
         returns=_returned(node),
+        continues=any(
+            isinstance(part, ast.Raise) and CALLED_FIRST in ast.unparse(part)
+            for part in ast.walk(node)
+        ),
     )
 
 

@@ -42,6 +42,16 @@ def has_vae(header: Header) -> bool:
     return any(name.startswith(VAE_PREFIXES) for name in header.shapes)
 
 
+def components_in(header: Header, spec: ModelSpec) -> dict[str, str]:
+    """Return the components that a single-file checkpoint holds, with the prefix of encoders."""
+    encoders = {
+        component: prefix
+        for component, prefix in spec.file_encoders.items()
+        if any(name.startswith(prefix) for name in header.shapes)
+    }
+    return {spec.denoiser: "", **({"vae": ""} if has_vae(header) else {}), **encoders}
+
+
 def configuration_of(header: Header, spec: ModelSpec) -> str | None:
     """Return the hub repository with the configuration of a single-file checkpoint, if known."""
     inner = header.without(*DENOISER_PREFIXES)

@@ -1,18 +1,17 @@
-"""Names, shapes and metadata of weight files, from their headers alone. Imports no torch.
-
-A torch pickle (.bin, .pt, .ckpt) has no header that can be read without torch:
-backends/loading/plain_weights.py reads those.
-"""
+"""Names, shapes and metadata of weight files, from their headers alone. Imports no torch."""
 
 import json
 import math
+import pickle
 import struct
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from backends.errors import ConfigError
+from backends.files.pickle_header import PICKLES, ForeignObject, read_pickle_header
 
 SAFETENSORS = (".safetensors", ".sft")
 MAX_HEADER_BYTES = 100_000_000
@@ -20,16 +19,23 @@ MAX_HEADER_BYTES = 100_000_000
 ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
 """Prefix of GGUF metadata with the shape of a tensor that is stored as rows of 256."""
 
+HEADER_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    IndexError,
+    TypeError,
+    AttributeError,
+    EOFError,
+    StopIteration,
+    RecursionError,
+    struct.error,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+)
+"""Exceptions of damaged files."""
+
 Shape = tuple[int, ...]
-
-
-class ReadHeader(Protocol):
-    """Reads the header of one file; None if it cannot.
-
-    Ranks use one that also reads torch pickles (backends/loading/plain_weights.py).
-    """
-
-    def __call__(self, path: str | Path, *, option: str) -> "Header | None": ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,26 +81,32 @@ class Header:
 
 
 def read_header(path: str | Path, *, option: str) -> Header | None:
-    """Return the header of a .safetensors or .gguf file; None for a torch pickle.
+    """Return the header of a file of weights; None for other files, and for the outline of a pickle
+    that is not downloaded yet (backends/hub/cache.py).
 
     ConfigError names the option.
     """
     path = Path(path)
     try:
+        if path.suffix in (*SAFETENSORS, *PICKLES, ".gguf"):
+            _refuse_text(path)
         if path.suffix in SAFETENSORS:
             return _safetensors(path)
-        return _gguf(path) if path.suffix == ".gguf" else None
+        if path.suffix in PICKLES:
+            return _pickle(path) if not _is_empty(path) else None
+        if path.suffix == ".gguf":
+            return _gguf(path)
+        if option != "--checkpoint":  # of which files are refused in other words
+            _require_pickle(path)
+        return None
     except ImportError:
         return None
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        IndexError,
-        TypeError,
-        AttributeError,
-        struct.error,
-    ) as error:
+    except ForeignObject as error:
+        raise ConfigError(
+            f"{option}={path} cannot be read: {error}. Give a .safetensors file; code in a file "
+            "is never run."
+        ) from error
+    except HEADER_ERRORS as error:
         kind = path.suffix.removeprefix(".")
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
@@ -103,8 +115,15 @@ def read_header(path: str | Path, *, option: str) -> Header | None:
         ) from error
 
 
+def _require_pickle(path: Path) -> None:
+    """ValueError if a file does not begin as torch's pickles do, of today and of before."""
+    with path.open("rb") as file:
+        if not file.read(4).startswith((b"PK\x03\x04", b"\x80")):
+            raise ValueError("it holds no weights of a known format")
+
+
 def read_folder_header(
-    folder: str | Path, *, option: str, variant: str | None = None, read: ReadHeader = read_header
+    folder: str | Path, *, option: str, variant: str | None = None
 ) -> Header | None:
     """Return the header of all weight files in a component's folder; None if none can be read.
 
@@ -112,7 +131,7 @@ def read_folder_header(
     ones.
     """
     files = sorted(Path(folder).glob("*.safetensors")) or sorted(Path(folder).glob("*.bin"))
-    found = [read(file, option=option) for file in _of_variant(files, variant)]
+    found = [read_header(file, option=option) for file in _of_variant(files, variant)]
     headers = [header for header in found if header is not None]
     if not headers:
         return None
@@ -135,6 +154,18 @@ def _of_variant(files: list[Path], variant: str | None) -> list[Path]:
     return wanted or plain or marked
 
 
+def _refuse_text(path: Path) -> None:
+    """Raise ValueError for what a download may leave in place of a file."""
+    with path.open("rb") as file:
+        start = file.read(8)
+    if start.lstrip().startswith(b"<"):
+        raise ValueError("it is a web page; the download may have needed a login")
+    if start == b"version ":
+        raise ValueError("it is a pointer of Git LFS; git lfs pull fetches the file itself")
+    if not start:
+        raise ValueError("it is empty")
+
+
 def _safetensors(path: Path) -> Header:
     with path.open("rb") as file:
         size = path.stat().st_size
@@ -150,6 +181,19 @@ def _safetensors(path: Path) -> Header:
         shapes={name: tuple(entry["shape"]) for name, entry in content.items()},
         dtypes={name: entry["dtype"] for name, entry in content.items()},
         metadata={str(key): str(value) for key, value in metadata.items()},
+    )
+
+
+def _is_empty(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(8) == bytes(8)
+
+
+def _pickle(path: Path) -> Header:
+    tensors = read_pickle_header(path)
+    return Header(
+        shapes={name: tensor.shape for name, tensor in tensors.items()},
+        dtypes={name: tensor.dtype for name, tensor in tensors.items()},
     )
 
 

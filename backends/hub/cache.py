@@ -21,6 +21,7 @@ from backends.hub.choice import (
     Kind,
     Scope,
     chosen_weights,
+    index_in,
     is_complete,
     scope_of,
     small_files,
@@ -66,7 +67,7 @@ class Wanted:
 
     def scope(self, files: Mapping[str, Any], root: Path) -> Scope | None:
         """Return what is needed of these files; `root` holds the index."""
-        index = root / INDEX
+        index = root / (index_in(files) or INDEX)
         content = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
         try:
             return scope_of(

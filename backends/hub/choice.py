@@ -15,6 +15,8 @@ from backends.hub.names import WEIGHT_SUFFIXES
 
 Kind = Literal["pipeline", "component", "file"]
 INDEX = "model_index.json"
+INDEXES = (INDEX, "modular_model_index.json")
+"""A repository that has both is read by the first."""
 SMALL = (".json", ".txt", ".model", ".jinja", ".spm", ".tiktoken", ".merges")
 WITHOUT_WEIGHTS = ("scheduler", "tokenizer", "feature_extractor", "image_processor", "processor")
 """Beginnings of the names of components that have none."""
@@ -50,7 +52,7 @@ def scope_of(
 ) -> Scope | None:
     """Return what an option needs of these files; None if they do not hold it.
 
-    index: model_index.json. without: components whose weights come from elsewhere.
+    index: content of the one in INDEXES. without: components whose weights come from elsewhere.
     """
     if kind == "pipeline" and not path.endswith(WEIGHT_SUFFIXES):
         folders = {
@@ -58,7 +60,8 @@ def scope_of(
             for name, entry in index.items()
             if isinstance(entry, list) and entry and entry[0] is not None and name not in UNUSED
         }
-        return Scope(folders=folders, files=(INDEX,)) if INDEX in names and not path else None
+        found = index_in(names)
+        return Scope(folders=folders, files=(found,)) if found and not path else None
     if kind == "component" and not path.endswith(WEIGHT_SUFFIXES):
         folder = _component(names, path, option)
         return Scope(path=path, folders={folder: True}) if folder is not None else None
@@ -66,6 +69,11 @@ def scope_of(
         return None
     file = path or _only_file(names, option)
     return Scope(path=file, folders=_encoders(names, file, option), files=(file,)) if file else None
+
+
+def index_in(names: Collection[str]) -> str | None:
+    """Return the name of the repository's index; None if it has none."""
+    return next((name for name in INDEXES if name in names), None)
 
 
 def small_files(scope: Scope, names: Iterable[str]) -> list[str]:

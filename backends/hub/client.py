@@ -22,8 +22,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PROGRAM = f"import sys; sys.path.insert(0, {str(REPOSITORY)!r}); import backends.hub.worker as it"
 TellBytes = Callable[[int, int], None]
 """Takes the bytes that are here and the bytes of all files."""
-_CONFIGURATION_WEIGHTS = ("text_encoder*/*.safetensors", "vae*/*.safetensors")
-"""Of components that a single file may lack."""
+_BESIDE_A_FILE = ("text_encoder", "text_encoder_2", "text_encoder_3", "vae")
+"""Components that a single file may lack."""
 
 
 def locate(wanted: Wanted, *, offline: bool) -> Found:
@@ -78,8 +78,9 @@ def download_command(wanted: Wanted) -> str:
     """Return the command that downloads what is wanted into the cache."""
     name, options = wanted.name, ""
     if wanted.option == "checkpoint_config":
-        parts = [*(f"*{suffix}" for suffix in SMALL[:3]), *_CONFIGURATION_WEIGHTS]
-        patterns = (part for part in parts if part.partition("*")[0] not in wanted.without)
+        parts = (part for part in _BESIDE_A_FILE if part not in wanted.without)
+        patterns = [f"*{suffix}" for suffix in SMALL[:3]]
+        patterns += (f"{part}/*.safetensors" for part in parts)
         options = "".join(f' --include "{pattern}"' for pattern in patterns)
     elif name.path and not name.path.endswith((*WEIGHT_SUFFIXES, ".json")):
         options = f' --include "{name.path}/*"'

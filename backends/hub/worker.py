@@ -123,7 +123,7 @@ def _outline(request: Mapping[str, Any]) -> None:
     from huggingface_hub import HfApi, constants
 
     from backends.hub.cache import LISTING, Wanted
-    from backends.hub.choice import INDEX, small_files, weight_files
+    from backends.hub.choice import index_in, small_files, weight_files
     from backends.hub.names import HubName
 
     name, without = HubName(**request["name"]), frozenset(request["without"])
@@ -138,8 +138,8 @@ def _outline(request: Mapping[str, Any]) -> None:
     outline = wanted.outline(info.sha)
     outline.mkdir(parents=True, exist_ok=True)
     with FileLock(outline.with_suffix(".lock")):
-        if INDEX in listing and wanted.kind == "pipeline":
-            _link(wanted, info.sha, [INDEX])
+        if (index := index_in(listing)) and wanted.kind == "pipeline":
+            _link(wanted, info.sha, [index])
         scope = wanted.scope(listing, outline)
         if scope is None:
             raise Refusal(kind="content", files=sorted(listing))

@@ -276,6 +276,7 @@ IP_ADAPTERS: dict[str, Callable[["DiffusionPipeline"], dict[str, "Tensor"]]] = {
     "sd3": _ip_adapter_sd3,
     "flux": _ip_adapter_flux,
     "flux_kontext": _ip_adapter_flux,
+    "chroma": _ip_adapter_flux,
 }
 
 

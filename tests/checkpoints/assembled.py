@@ -4,15 +4,19 @@ declare.
 
 import inspect
 import re
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import transformers
 
-from tests.checkpoints import parts
-from tests.checkpoints.modern import ENCODER
+from backends.loading.processors import load_processor
+from tests.checkpoints import newer, parts
+from tests.checkpoints.modern import ENCODER, MULTIMODAL_ROPE
 from tests.checkpoints.parts import HEADS, WIDTH
+from tests.checkpoints.upstream.tokenizers import QWEN_IDS, qwen_vl
 from tests.checkpoints.vocabulary import chat_tokenizer, clip_tokenizer, t5_tokenizer
 
 HEAD = {"num_attention_heads": HEADS, "attention_head_dim": 8}
@@ -113,6 +117,20 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "axes_dims_rope": (2, 2, 2, 2),
         "guidance_embeds": False,
     },
+    "QwenImageTransformer2DModel": HEAD
+    | {
+        "in_channels": 64,
+        "out_channels": 16,
+        "num_layers": 4,
+        "joint_attention_dim": WIDTH,
+        "axes_dims_rope": (2, 2, 4),
+    },
+    "AutoencoderKLQwenImage": {
+        "base_dim": 8,
+        "z_dim": 16,
+        "dim_mult": [1, 2, 2, 2],
+        "num_res_blocks": 1,
+    },
     "Kandinsky3UNet": {
         "time_embedding_dim": 4,
         "groups": 2,
@@ -190,14 +208,19 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "norm_num_groups": 4,
         "norm_type": "spatial",
     },
+    **newer.CONFIGS,
 }
 """Class -> the fields of its configuration that make it tiny."""
 LATENTS = {"ChromaTransformer2DModel": 16, "OvisImageTransformer2DModel": 16}
-LATENTS |= {"CogView3PlusTransformer2DModel": 16}
+LATENTS |= {"CogView3PlusTransformer2DModel": 16} | newer.LATENTS
 """Denoiser -> channels of its AutoencoderKL; 4 for others."""
 FIELDS: dict[str, dict[str, Any]] = {
     "LTXImageToVideoPipeline": {},
-    "CogVideoXImageToVideoPipeline": {"in_channels": 32, "use_rotary_positional_embeddings": True},
+    "CogVideoXImageToVideoPipeline": {
+        "in_channels": 32,
+        "attention_head_dim": 16,
+        "use_rotary_positional_embeddings": True,
+    },
 }
 
 
@@ -229,6 +252,10 @@ def _component(pipeline: str, part: str, declared: str) -> Any:
     for class_name in classes:
         if class_name in BUILT:
             return BUILT[class_name](pipeline, part)
+    if pipeline.startswith("Sana") and part == "scheduler":
+        return diffusers.DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        )
     for class_name in classes:
         if class_name.endswith("Scheduler") and hasattr(diffusers, class_name):
             return getattr(diffusers, class_name)()
@@ -265,6 +292,33 @@ def _qwen3(model: str, layers: int) -> Callable[[str, str], Any]:
     return build
 
 
+def _qwen_vl(pipeline: str, part: str) -> Any:
+    text = {
+        **ENCODER,
+        "vocab_size": max(QWEN_IDS.values()) + 1,
+        "num_hidden_layers": 2,
+        "rope_parameters": MULTIMODAL_ROPE,
+    }
+    vision = {
+        "hidden_size": WIDTH,
+        "intermediate_size": WIDTH,
+        "depth": 1,
+        "num_heads": HEADS,
+        "out_hidden_size": WIDTH,
+    }
+    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    return transformers.Qwen2_5_VLForConditionalGeneration(config)
+
+
+def _qwen_vl_processor(pipeline: str, part: str) -> Any:
+    """Return a processor as a folder without torchvision gives it, for images of 56 x 56 pixels."""
+    sides = {"shortest_edge": 56 * 56, "longest_edge": 56 * 56}
+    with tempfile.TemporaryDirectory() as folder:
+        transformers.Qwen2VLImageProcessorPil(size=sides).save_pretrained(folder)
+        qwen_vl().save_pretrained(folder)
+        return load_processor(Path(folder), "Qwen2VLProcessor")
+
+
 BUILT: dict[str, Callable[[str, str], Any]] = {
     "AutoencoderKL": _vae,
     "T5EncoderModel": lambda *_: parts.t5_text(),
@@ -277,6 +331,8 @@ BUILT: dict[str, Callable[[str, str], Any]] = {
     "CLIPImageProcessorPil": lambda *_: parts.image_processor(),
     "Qwen3Model": _qwen3("Qwen3Model", 2),
     "Qwen3ForCausalLM": _qwen3("Qwen3ForCausalLM", 28),
+    "Qwen2_5_VLForConditionalGeneration": _qwen_vl,
+    "Qwen2VLProcessor": _qwen_vl_processor,
     "T5Tokenizer": lambda *_: t5_tokenizer(77),
     "T5TokenizerFast": lambda *_: t5_tokenizer(77),
     "AutoTokenizer": lambda *_: t5_tokenizer(77),
@@ -285,5 +341,6 @@ BUILT: dict[str, Callable[[str, str], Any]] = {
     "Qwen2TokenizerFast": lambda *_: chat_tokenizer(),
     "KarrasDiffusionSchedulers": lambda *_: diffusers.DDIMScheduler(),
     "bool": lambda *_: False,
+    **newer.BUILT,
 }
 """Class named in a constructor -> (pipeline, component) -> a tiny one."""

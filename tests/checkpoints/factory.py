@@ -2,9 +2,11 @@
 short generation. See the package.
 """
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from backends.model_table import ModelSpec, read_table
 from tests.checkpoints.cache import cached
 from tests.checkpoints.gain import default_gain, scale_attention
 
@@ -29,6 +31,7 @@ NAMES = (
     "flux2",
     "wan_t2v",
 )
+"""Types with a builder in pipelines.py. The others are built of their class's components."""
 SD35_MEDIUM = {"qk_norm": "rms_norm", "dual_attention_layers": (0, 1)}
 
 
@@ -43,11 +46,59 @@ def checkpoint(
     denoiser: fields of the UNet's or transformer's config that differ from the default
     (denoisers.py).
     """
+    if name in read_table() and name not in NAMES and not denoiser and seed == 0:
+        return _checkpoint_of_class(read_table()[name])
     if name not in NAMES:
         raise ValueError(f"No tiny checkpoint named {name!r}. Allowed: {', '.join(NAMES)}.")
     gain = default_gain(name) if attention_gain is None else attention_gain
     recipe = {"seed": seed, "attention_gain": gain, "denoiser": denoiser}
     return cached(name, recipe, lambda folder: _build(name, folder, **recipe))
+
+
+def _checkpoint_of_class(spec: ModelSpec) -> Path:
+    """Return the folder of a tiny pipeline of the row's class, with attention that matters, and
+    with all denoisers of the row.
+    """
+    from tests.checkpoints.variants import base_of, variant
+
+    plain, gain = variant(spec.pipeline), default_gain(spec.name)
+    # a checkpoint that it is made of has scaled attention already
+    is_scaled = base_of(spec.pipeline) is not None
+    if is_scaled and not spec.other_denoisers:
+        return plain
+
+    def build(folder: Path) -> None:
+        import torch
+
+        from tests.checkpoints.saving import save
+
+        pipe = _from_pretrained(plain)
+        for part, module in pipe.components.items():
+            if isinstance(module, torch.nn.Module) and part != "vae" and not is_scaled:
+                scale_attention(module, gain)
+        for number, part in enumerate(spec.other_denoisers):
+            first = getattr(pipe, spec.denoiser)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(number + 1)
+                another = type(first).from_config(first.config)
+            scale_attention(another, gain)
+            without = {"image_encoder": None} if "image_encoder" in pipe.components else {}
+            pipe.register_modules(**{part: another}, **without)
+            pipe.register_to_config(boundary_ratio=0.9)
+        save(pipe, folder)
+
+    return cached(spec.name, {"of": plain.name, "gain": gain}, build)
+
+
+def _from_pretrained(folder: Path) -> "DiffusionPipeline":
+    """Load a checkpoint as plain diffusers does, with processors that need no torchvision."""
+    from diffusers import DiffusionPipeline
+
+    from backends.loading.processors import processors_without_torchvision
+
+    index = json.loads((folder / "model_index.json").read_text())
+    processors = processors_without_torchvision(folder, index)
+    return DiffusionPipeline.from_pretrained(folder, local_files_only=True, **processors)
 
 
 def _build(
@@ -74,9 +125,7 @@ def load(name: str, **variant: object) -> "DiffusionPipeline":
     """Load checkpoint(name, **variant) on the CPU in float32, as plain diffusers does, with its
     progress bar off.
     """
-    from diffusers import DiffusionPipeline
-
-    pipe = DiffusionPipeline.from_pretrained(checkpoint(name, **variant), local_files_only=True)
+    pipe = _from_pretrained(checkpoint(name, **variant))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

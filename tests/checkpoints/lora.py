@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PROJECTION = re.compile(
-    r"\.(to_[qkv]|to_out\.0)\.weight$"
+    r"\.(to_[qkv]|to_out\.0|to_query|to_key|to_value)\.weight$"
 )  # what LoRAs of diffusion models are usually trained on
 TEXT_LAYER = re.compile(r"\.([qkv]_proj|out_proj|fc[12])\.weight$")
 KOHYA_NAMES = ("ad", "sd1", "sd2", "sdup", "sdxl", "flux")

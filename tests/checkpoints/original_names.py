@@ -146,6 +146,69 @@ def clip(weights: Weights) -> Weights:
     }
 
 
+SD3_TOP = {
+    "pos_embed.pos_embed": "pos_embed",
+    "pos_embed.proj": "x_embedder.proj",
+    "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
+    "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
+    "context_embedder": "context_embedder",
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+    "proj_out": "final_layer.linear",
+}
+SD3_BLOCK = {
+    "norm1.linear": "x_block.adaLN_modulation.1",
+    "norm1_context.linear": "context_block.adaLN_modulation.1",
+    "attn.to_out.0": "x_block.attn.proj",
+    "attn.to_add_out": "context_block.attn.proj",
+    "attn.norm_q": "x_block.attn.ln_q",
+    "attn.norm_k": "x_block.attn.ln_k",
+    "attn.norm_added_q": "context_block.attn.ln_q",
+    "attn.norm_added_k": "context_block.attn.ln_k",
+    "attn2.to_out.0": "x_block.attn2.proj",
+    "attn2.norm_q": "x_block.attn2.ln_q",
+    "attn2.norm_k": "x_block.attn2.ln_k",
+    "ff.net.0.proj": "x_block.mlp.fc1",
+    "ff.net.2": "x_block.mlp.fc2",
+    "ff_context.net.0.proj": "context_block.mlp.fc1",
+    "ff_context.net.2": "context_block.mlp.fc2",
+}
+SD3_PACKED = {
+    ("attn.to_q", "attn.to_k", "attn.to_v"): "x_block.attn.qkv",
+    ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"): "context_block.attn.qkv",
+    ("attn2.to_q", "attn2.to_k", "attn2.to_v"): "x_block.attn2.qkv",
+}
+"""Layers that the original keeps in one."""
+
+
+def sd3(weights: Weights) -> Weights:
+    """Rename the weights of a SD3Transformer2DModel; its last norms swap shift and scale."""
+    import torch
+
+    last = max(int(key.split(".")[1]) for key in weights if key.startswith("transformer_blocks."))
+    swapped = ("norm_out.linear", f"transformer_blocks.{last}.norm1_context.linear")
+    renamed: Weights = {}
+    for key, tensor in weights.items():
+        path, _, kind = key.rpartition(".")
+        if path in swapped:
+            tensor = torch.cat(list(reversed(tensor.chunk(2))))
+        if not key.startswith("transformer_blocks."):
+            renamed[SD3_TOP[key] if key in SD3_TOP else f"{SD3_TOP[path]}.{kind}"] = tensor
+            continue
+        block, _, inner = path.removeprefix("transformer_blocks.").partition(".")
+        parts, packed = next(
+            ((parts, name) for parts, name in SD3_PACKED.items() if inner in parts), ((), "")
+        )
+        if not parts:
+            renamed[f"joint_blocks.{block}.{SD3_BLOCK[inner]}.{kind}"] = tensor
+        elif inner == parts[0]:
+            names = [f"transformer_blocks.{block}.{part}.{kind}" for part in parts]
+            whole = torch.cat([weights[name] for name in names])
+            renamed[f"joint_blocks.{block}.{packed}.{kind}"] = whole
+    return renamed
+
+
 def open_clip(weights: Weights) -> Weights:
     """Rename the weights of a CLIP text encoder to OpenCLIP's; it keeps queries, keys and values in
     one layer, and its head transposed.

@@ -6,12 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tests.checkpoints.cache import cached
-from tests.checkpoints.factory import checkpoint, load
+from tests.checkpoints.factory import NAMES, checkpoint, load
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-SINGLE_FILE_NAMES = ("sd1", "sd2", "sdxl", "flux")
+ENCODERS = {
+    "sd3": ("clip_l", "clip_g", "t5xxl"),
+    "flux": ("clip_l", "t5xxl"),
+}
+"""Name -> the parts of `text_encoders.` in files of ComfyUI's layout, in the pipeline's order."""
 GGUF_NAMES = (
     "sd1",
     "sd2",
@@ -40,42 +44,62 @@ GGUF_BLOCK = 32  # weights that share a scale: narrower layers stay unquantised
 Weights = dict[str, "Tensor"]
 
 
-def single_file(name: str, *, seed: int = 0) -> Path:
-    """Return a .safetensors file with the weights of checkpoint(name, seed=seed).
+def single_file(name: str, *, seed: int = 0, holds: tuple[str, ...] | None = None) -> Path:
+    """Return a .safetensors file with weights of checkpoint(name, seed=seed).
 
     sd1, sd2, sdxl: the whole pipeline in the original layout, for Pipeline.from_single_file(file,
     config=folder, local_files_only=True).
-    flux: the transformer alone with diffusers' keys, because diffusers converts the original ones
-    at the published width only.
-        FluxTransformer2DModel.from_single_file loads it, and the pipeline does if it is handed both
-        text encoders and the VAE.
+    Others: the transformer, of sd3 in the original names, else in diffusers'. holds: components
+    beside it (sd3, flux), as ComfyUI's files have them.
     """
-    if name not in SINGLE_FILE_NAMES:
-        raise ValueError(
-            f"There is no single file of type {name!r}. Allowed: {', '.join(SINGLE_FILE_NAMES)}."
-        )
 
     def build(folder: Path) -> None:
-        from safetensors.torch import load_file, save_file
+        from safetensors.torch import save_file
 
         source = checkpoint(name, seed=seed)
-        if name == "flux":
-            weights = load_file(source / "transformer" / "diffusion_pytorch_model.safetensors")
-        else:
-            weights = _original_layout(name, source)
+        is_unet = (source / "unet").is_dir()
+        weights = _original_layout(name, source) if is_unet else _transformer(name, source, holds)
         save_file(
             {key: tensor.contiguous() for key, tensor in weights.items()},
             folder / f"{name}.safetensors",
         )
 
-    return cached(f"{name}-single-file", {"seed": seed}, build) / f"{name}.safetensors"
+    recipe = {"seed": seed, "holds": list(holds or ())}
+    return cached(f"{name}-single-file", recipe, build) / f"{name}.safetensors"
+
+
+def _transformer(name: str, source: Path, holds: tuple[str, ...] | None) -> Weights:
+    """A transformer alone has no prefix."""
+    from safetensors.torch import load_file
+
+    from tests.checkpoints import original_names
+
+    weights = load_file(source / "transformer" / "diffusion_pytorch_model.safetensors")
+    weights = original_names.sd3(weights) if name == "sd3" else weights
+    if holds is None:
+        return weights
+    weights = _prefixed("model.diffusion_model.", weights)
+    if "vae" in holds:
+        vae = load_file(source / "vae" / "diffusion_pytorch_model.safetensors")
+        prefix = "vae." if name == "flux" else "first_stage_model."
+        weights |= _prefixed(prefix, original_names.vae(vae))
+    for number, part in enumerate(ENCODERS[name]):
+        component = "text_encoder" + (f"_{number + 1}" if number else "")
+        if component in holds:
+            own = load_file(source / component / "model.safetensors")
+            head = own.pop("text_projection.weight", None)
+            own = own if part == "t5xxl" else original_names.clip(own)
+            if part == "clip_g":  # that of clip_l is the identity, and left out
+                own["text_projection.weight"] = head
+            weights |= _prefixed(f"text_encoders.{part}.transformer.", own)
+    return weights
 
 
 def gguf(name: str, quantization: str = "Q8_0", *, seed: int = 0) -> Path:
     """Return a .gguf file of checkpoint(name)'s denoiser with diffusers' keys: linear weights
     quantised, all else float32.
     """
-    if name not in GGUF_NAMES:
+    if name in NAMES and name not in GGUF_NAMES:
         raise ValueError(
             f"diffusers reads no GGUF file of type {name!r}. Allowed: {', '.join(GGUF_NAMES)}."
         )

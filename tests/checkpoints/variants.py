@@ -21,8 +21,18 @@ DENOISERS: Mapping[str, dict[str, object]] = {
     "FluxControlInpaintPipeline": {"in_channels": 128, "out_channels": 64},
     "WanImageToVideoPipeline": {"in_channels": 36},
     "LucyEditPipeline": {"in_channels": 32},
+    "QwenImageLayeredPipeline": {"use_additional_t_cond": True, "use_layer3d_rope": True},
 }
 """Pipeline class -> what differs in its denoiser's configuration."""
+MODULAR = {
+    "FluxModularPipeline": "flux",
+    "QwenImageModularPipeline": "qwenimage",
+    "StableDiffusion3ModularPipeline": "sd3",
+    "StableDiffusionXLModularPipeline": "sdxl",
+    "WanModularPipeline": "wan_t2v",
+    "ZImageModularPipeline": "zimage",
+}
+"""Modular pipeline -> the type whose components it takes."""
 ANY = inspect.Parameter.empty
 
 
@@ -30,6 +40,9 @@ def variant(name: str) -> Path:
     """Return the folder of a tiny checkpoint of this pipeline class. LookupError if there are no
     parts for it.
     """
+    if name in MODULAR:
+        base = MODULAR[name]
+        return cached(name, {"base": base}, lambda folder: _save_modular(checkpoint(base), folder))
     base = base_of(name)
     if base is None:
         return cached(name, {}, lambda folder: _assemble(name, folder))
@@ -173,3 +186,13 @@ EXTRA: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
     "image_processor": _image_processor,
 }
 """Component that no base has -> how it is made for the others."""
+
+
+def _save_modular(base: Path, folder: Path) -> None:
+    """Write what diffusers makes of an ordinary folder: modular_model_index.json."""
+    from diffusers import ModularPipeline
+
+    pipe = ModularPipeline.from_pretrained(str(base), local_files_only=True)
+    there = [name for name in pipe.pretrained_component_names if (base / name).is_dir()]
+    pipe.load_components(there)
+    pipe.save_pretrained(str(folder), overwrite_modular_index=True)

@@ -62,8 +62,8 @@ PUBLISHED = {
         ("sd1", "sd2", "ad"),
     ),
     "v2": ({ATTENTION: (320, 1024)}, ("sd2", "sd1", "ad")),
-    "inpainting": ({FIRST_CONV: (320, 9, 3, 3), ATTENTION: (320, 768)}, ()),
-    "inpainting_v2": ({FIRST_CONV: (320, 9, 3, 3), ATTENTION: (320, 1024)}, ()),
+    "inpainting": ({FIRST_CONV: (320, 9, 3, 3), ATTENTION: (320, 768)}, ("sd1", "sd2")),
+    "inpainting_v2": ({FIRST_CONV: (320, 9, 3, 3), ATTENTION: (320, 1024)}, ("sd2", "sd1")),
     "instruct-pix2pix": ({FIRST_CONV: (320, 8, 3, 3), ATTENTION: (320, 768)}, ()),
     "xl_base": (
         {
@@ -116,7 +116,14 @@ def test_types_of_all_families_are_rows_of_the_model_table() -> None:
         for family in vars(denoiser_families).values()
         if isinstance(family, denoiser_families._UNetFamily)
     ]
-    types = {name for _, names, _, _ in denoiser_families._TRANSFORMERS for name in names} | {
-        n for family in unets for n in family.types
-    }
-    assert types == set(read_table())
+    transformers = {name for _, name, _ in denoiser_families._TRANSFORMERS}
+    types = {name for family in unets for name in family.types}
+    variants = {**denoiser_families._WIDER, **denoiser_families._SPECIAL}.values()
+    types |= {name for _, names in variants for name in names}
+    assert types <= set(read_table())
+    classes = {name for spec in read_table().values() for name in spec.fits["denoiser"]}
+    # transformers with the names of FLUX.1 or Wan, told by the checkpoint's own
+    alike = {f"{name}Transformer2DModel" for name in ("OvisImage", "Bria", "LongCatImage")}
+    alike |= {"SkyReelsV2Transformer3DModel"}
+    unets = {name for name in classes if "UNet" in name}
+    assert classes - unets - alike - {"Transformer2DModel"} <= transformers
