@@ -6,6 +6,7 @@ under AsyncDiff, and the regions between attentions and convolutions elsewhere. 
 before the backend is attached.
 """
 
+import json
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
+from backends.errors import ConfigError
 from backends.model_table import ModelSpec
 from backends.parallel import hooks
 from backends.request import WITH_GRAPHS, CompileSettings
@@ -36,6 +38,7 @@ class Compilation:
     def attach(self, pipe: Any, spec: ModelSpec, regions: list[nn.Module]) -> None:
         """Compile the denoiser's regions and the other targets. The first call traces them."""
         settings = self._settings
+        _require_options(settings)
         _set_limits(settings)
         has_graphs = len(regions) == 1 and settings.targets == ("denoiser",)
         if settings.mode in WITH_GRAPHS and not has_graphs:
@@ -78,7 +81,8 @@ class Compilation:
             self._modules.append(module)
 
 
-def _compiled(settings: CompileSettings) -> hooks.Around:
+def _arguments(settings: CompileSettings) -> dict[str, Any]:
+    """Return what torch.compile is called with."""
     arguments: dict[str, Any] = {
         "backend": settings.backend or "inductor",
         "fullgraph": settings.fullgraph,
@@ -88,6 +92,21 @@ def _compiled(settings: CompileSettings) -> hooks.Around:
         arguments["options"] = settings.options  # torch takes options or a mode, not both
     elif settings.mode:
         arguments["mode"] = settings.mode
+    return arguments
+
+
+def _require_options(settings: CompileSettings) -> None:
+    """Raise ConfigError for options that torch refuses. It would do so in the first call only."""
+    try:
+        torch.compile(nn.Identity(), **_arguments(settings))
+    except RuntimeError as error:
+        reason = str(error).partition(", known options are")[0]
+        given = f"--compile_options={json.dumps(settings.options)}"
+        raise ConfigError(f"{given}: {reason}. Correct it, or leave it out.") from error
+
+
+def _compiled(settings: CompileSettings) -> hooks.Around:
+    arguments = _arguments(settings)
     compiled: list[Callable[..., Any]] = []
 
     def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

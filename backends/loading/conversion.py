@@ -6,9 +6,9 @@ pages are given back before the next one is read. So loading never takes more th
 one tensor.
 """
 
-import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,13 +18,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from backends.files.weight_headers import Header
-from backends.parallel.weight_shards import is_placeholder
+from backends.parallel import weight_shards
+from backends.parallel.weight_shards import (
+    TRIM_EVERY_BYTES,
+    is_placeholder,
+    placeholder,
+    release_memory,
+)
 
 STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Names of dtypes in safetensors' headers that diffusers and transformers compute in."""
 SCALE = "scale_of_8_bits"
 """Attribute of a parameter in 8 bits: float32 factors, by which it is multiplied when converted."""
-TRIM_EVERY_BYTES = 64_000_000
 
 
 def stored_dtype(header: Header | None) -> torch.dtype | None:
@@ -57,6 +62,28 @@ def convert(module: nn.Module, dtype: torch.dtype, *, device: torch.device | Non
     release_memory()
 
 
+def defer(module: nn.Module, dtype: torch.dtype, *, device: torch.device) -> None:
+    """Do what `convert` does, but leave the weights in their files until they are settled
+    (weight_shards.py).
+    """
+    keeps, is_converted = float32_parts(module, dtype), False
+    for path, part in module.named_modules():
+        for name, parameter in part._parameters.items():
+            if parameter is None or parameter.is_meta or is_placeholder(parameter):
+                continue
+            wanted = _wanted_dtype(parameter, f"{path}.{name}", dtype, keeps)
+            is_converted = is_converted or wanted != parameter.dtype
+            read = partial(_read, parameter.data, wanted, device, _scale_of(parameter))
+            weight_shards.defer(parameter, placeholder(parameter, device, wanted), read)
+    convert(module, dtype, device=device)
+    if is_converted:
+        _renew_buffers(module, dtype)
+
+
+def _read(data: Tensor, dtype: torch.dtype, device: torch.device, scale: Tensor | None) -> Tensor:
+    return _converted(data, dtype, scale).to(device)
+
+
 def convert_layer(
     layer: nn.Module,
     path: str,
@@ -73,31 +100,39 @@ def convert_layer(
     persistent = layer._buffers.keys() - layer._non_persistent_buffers_set
     for tensors in (layer._parameters, layer._buffers):
         for name, tensor in tensors.items():
-            if tensor is None or tensor.is_meta or is_placeholder(tensor):
+            if tensor is None or tensor.is_meta:
                 continue
             wanted, place = tensor.dtype, device or tensor.device
-            is_stored = tensors is layer._parameters or name in persistent
-            if is_stored and (tensor.dtype in STORED.values() or _scale_of(tensor) is not None):
-                is_kept = not keeps.isdisjoint((*path.split("."), name))
-                wanted = torch.float32 if is_kept else dtype
-            if wanted != tensor.dtype or place != tensor.device:
-                tensor.data = _converted(tensor, wanted).to(place)
+            if tensors is layer._parameters or name in persistent:
+                wanted = _wanted_dtype(tensor, f"{path}.{name}", dtype, keeps)
+            if is_placeholder(tensor):
+                tensor.data = placeholder(tensor, place, wanted)
+            elif wanted != tensor.dtype or place != tensor.device:
+                tensor.data = _converted(tensor.data, wanted, _scale_of(tensor)).to(place)
                 taken += tensor.numel() * tensor.element_size()
     return taken
+
+
+def _wanted_dtype(
+    tensor: Tensor, path: str, dtype: torch.dtype, keeps: frozenset[str]
+) -> torch.dtype:
+    """Return the dtype in which a stored tensor is used."""
+    if tensor.dtype not in STORED.values() and _scale_of(tensor) is None:
+        return tensor.dtype
+    return dtype if keeps.isdisjoint(path.split(".")) else torch.float32
 
 
 def is_finite(tensor: Tensor, dtype: torch.dtype) -> bool:
     """Return whether a weight has neither NaN nor infinity in the dtype in which it is used."""
     if tensor.element_size() == 1 and _scale_of(tensor) is None:
         return True
-    return bool(torch.isfinite(_converted(tensor, dtype)).all())
+    return bool(torch.isfinite(_converted(tensor.data, dtype, _scale_of(tensor))).all())
 
 
-def _converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    scale = _scale_of(tensor)
-    if scale is None or tensor.dtype in STORED.values():
-        return tensor.data.to(dtype)
-    return (tensor.data.float() * scale.to(tensor.device)).to(dtype)
+def _converted(data: Tensor, dtype: torch.dtype, scale: Tensor | None) -> Tensor:
+    if scale is None or data.dtype in STORED.values():
+        return data.to(dtype)
+    return (data.float() * scale.to(data.device)).to(dtype)
 
 
 def _scale_of(tensor: Tensor) -> Tensor | None:
@@ -110,17 +145,6 @@ def float32_parts(module: nn.Module, dtype: torch.dtype) -> frozenset[str]:
     if isinstance(module, ModelMixin) or dtype == torch.float16:
         kept |= set(getattr(module, "_keep_in_fp32_modules", None) or ())
     return frozenset(kept)
-
-
-def release_memory() -> int:
-    """Give freed memory back to the system. Return 0, the bytes that are now in use for nothing.
-
-    glibc keeps freed blocks below 32 MB, so that a rank would hold hundreds of MB that nobody uses.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-    return 0
 
 
 @contextmanager

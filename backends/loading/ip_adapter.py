@@ -10,7 +10,8 @@ from torch import Tensor
 
 from backends.errors import ConfigError, RequestError, UnsupportedError
 from backends.files.adapter_fit import find_encoder
-from backends.loading.weights import DTYPES, LOADING_ERRORS, read_weights
+from backends.loading.model_files import read_weights
+from backends.loading.weights import DTYPES, LOADING_ERRORS
 from backends.model_table import ModelSpec
 from backends.request import GenerateRequest, LoadRequest
 

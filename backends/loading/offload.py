@@ -10,8 +10,8 @@ from torch import nn
 
 from backends.errors import UnsupportedError
 from backends.groups.control_group import control_axis
-from backends.loading.conversion import convert
-from backends.loading.gguf_constants import keep_constants
+from backends.loading.conversion import convert, defer
+from backends.loading.packed_weights import keep_constants
 from backends.loading.weights import DTYPES, vae_dtype
 from backends.model_table import ModelSpec
 from backends.request import LoadRequest
@@ -28,10 +28,12 @@ def place(
     *,
     device: torch.device,
     in_main_memory: Collection[str] = (),
+    is_cut: bool = False,
 ) -> None:
     """Convert the weights, and move them to the device or set up offloading.
 
-    in_main_memory: components that stay where they were read.
+    in_main_memory: components that stay where they were read. is_cut: the denoiser is not read yet
+    (weight_shards.defer), unless something needs it before a backend is attached.
     """
     if load.offload is not None and device.type == "cpu":
         logger.warning(
@@ -39,6 +41,9 @@ def place(
             load.offload,
         )
     if load.offload is None or device.type == "cpu":
+        for name in spec.denoisers if is_cut and not _changes_denoiser(load) else ():
+            if isinstance(model := getattr(pipe, name, None), nn.Module):
+                defer(model, DTYPES[load.variant], device=device)
         convert_pipe(pipe, spec, load, device=device, in_main_memory=in_main_memory)
         if load.gguf_model is not None and device.type == "cuda" and load.compile is None:
             keep_constants(getattr(pipe, spec.denoiser))
@@ -46,6 +51,12 @@ def place(
         convert_pipe(pipe, spec, load)
         prefetches = control_axis().size == 1 and load.compile is None and load.step_cache is None
         offload(pipe, spec, load.offload, device=device, prefetches=prefetches)
+
+
+def _changes_denoiser(load: LoadRequest) -> bool:
+    """Return whether an option computes with the denoiser's weights while loading."""
+    adapters = load.lora or load.motion_lora or load.ip_adapter
+    return bool(adapters or load.quantize or load.gguf_model or load.compile)
 
 
 def convert_pipe(

@@ -4,15 +4,21 @@ Implemented as a parametrization, so the layer is still an nn.Linear or nn.Conv2
 parallel methods and torch.compile.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from diffusers.quantizers.gguf.utils import GGUFLinear
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
+
+from backends.parallel import hooks
 
 GROUP = 64
 """Weights of a row that share a scale and an offset, below 8 bits."""
 FLOAT8_MAX = 448.0
+KEPT_CONSTANTS = "kept constants"
+MAKES_CONSTANTS = torch.tensor
 
 Packed = Literal["float8", "int8", "int4", "int2"]
 
@@ -97,3 +103,37 @@ class Grouped(nn.Module):
         )
         packed = sum(codes[..., place] << (place * self._bits) for place in range(8 // self._bits))
         return packed, step.to(weight.dtype), lowest.to(weight.dtype)
+
+
+class _Constants(TorchFunctionMode):
+    """Creates each tensor of given numbers once and reuses it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: dict[str, torch.Tensor] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not MAKES_CONSTANTS:
+            return func(*args, **kwargs)
+        key = repr((args, sorted(kwargs.items())))
+        if key not in self._made:
+            self._made[key] = func(*args, **kwargs)
+        return self._made[key]
+
+
+def keep_constants(network: nn.Module) -> None:
+    """Keep the constants of all GGUF layers in a network that is on its device and not compiled.
+
+    diffusers creates the constants of its unpacking again in every call of every layer. Each is a
+    copy from pageable memory, which blocks the host until all enqueued work is done.
+    """
+    constants = _Constants()
+
+    def around(forward: Any, *args: Any, **kwargs: Any) -> Any:
+        with constants:
+            return forward(*args, **kwargs)
+
+    for module in network.modules():
+        if isinstance(module, GGUFLinear):
+            hooks.attach(module, KEPT_CONSTANTS, around)

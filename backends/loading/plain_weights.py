@@ -1,22 +1,18 @@
 """Convert weights to what diffusers loads: no 8-bit scales or prefixes, original GGUF shapes."""
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from backends.errors import ConfigError
 from backends.files.denoiser_families import DENOISER_PREFIXES
 from backends.files.fit import MARKER, SCALES, UNKNOWN_SCALES, has_scales, refuse_unknown_scales
 from backends.files.recognition import NOTES
-from backends.files.weight_headers import SAFETENSORS, Header, Shape, original_shapes, read_header
+from backends.files.weight_headers import Header, Shape, original_shapes
 from backends.loading.conversion import SCALE, default_dtype, is_finite
 
 Weights = dict[str, Tensor]
@@ -24,40 +20,6 @@ SCALE_ENDINGS = ((".scale_weight", ".weight"), (".weight_scale", ".weight"))
 """Suffix of a scale's name -> suffix of its weight's name."""
 LDM_UNET = ("input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "label_emb.", "out.")
 LDM_PREFIX = "model.diffusion_model."
-
-
-def read_any_header(path: str | Path, *, option: str) -> Header | None:
-    """Return the header of any weight file. torch pickles are read on the meta device."""
-    path = Path(path)
-    if path.suffix in (*SAFETENSORS, ".gguf"):
-        return read_header(path, option=option)
-    try:
-        content = torch.load(path, map_location="meta", weights_only=True, mmap=_is_zip(path))
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(
-            f"{option}={path} cannot be read ({type(error).__name__}): {reason}. Give a "
-            ".safetensors file."
-        ) from error
-    return Header(
-        shapes={
-            name: tuple(tensor.shape) for name, tensor in _flat(content.get("state_dict", content))
-        }
-    )
-
-
-def _is_zip(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(2) == b"PK"
-
-
-def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of nested dictionaries: an IP-Adapter's pickle has one per part."""
-    for name, value in content.items():
-        if isinstance(value, Tensor):
-            yield prefix + name, value
-        elif isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
 
 
 def is_plain(header: Header) -> bool:
@@ -153,20 +115,6 @@ def fill_model(model: Any, config: Path, weights: Weights, dtype: torch.dtype) -
             part._parameters[attribute] = nn.Parameter(tensor, requires_grad=False)
             setattr(part._parameters[attribute], SCALE, getattr(tensor, SCALE, None))
     return filled.eval()
-
-
-@contextmanager
-def plain_file(path: Path, header: Header, *, given: str, dtype: torch.dtype) -> Iterator[Path]:
-    """Yield a file of the weights without scales: `path` itself, or a temporary one."""
-    refuse_unknown_scales(header.shapes, given)
-    if not has_scales(header):
-        yield path
-        return
-    with TemporaryDirectory() as folder:
-        plain = Path(folder) / path.name
-        weights = scaled_weights(load_file(path), given=given, dtype=dtype)
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, plain)
-        yield plain
 
 
 def read_gguf(path: str) -> Weights:

@@ -8,16 +8,11 @@ import torch
 from torch import nn
 
 from backends.errors import ConfigError
-from backends.loading.conversion import (
-    TRIM_EVERY_BYTES,
-    convert_layer,
-    float32_parts,
-    release_memory,
-)
+from backends.loading.conversion import convert_layer, float32_parts
 from backends.loading.packed_weights import pack_layer
 from backends.loading.weights import DTYPES, vae_dtype
 from backends.model_table import ModelSpec
-from backends.parallel.weight_shards import is_placeholder
+from backends.parallel.weight_shards import TRIM_EVERY_BYTES, is_placeholder, release_memory
 from backends.quantization_spec import EVERYWHERE, QuantizationSpec
 from backends.request import LoadRequest
 

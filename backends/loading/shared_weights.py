@@ -11,13 +11,13 @@ from torch.utils import _pytree as pytree
 
 from backends.errors import UnsupportedError
 from backends.groups.mesh import Mesh
-from backends.loading.conversion import convert_layer, float32_parts, release_memory
+from backends.loading.conversion import convert_layer, float32_parts
 from backends.loading.weights import DTYPES
 from backends.model_table import ModelSpec
 from backends.parallel import hooks
 from backends.parallel.base import Backend
 from backends.parallel.gathered_weights import GatheredWeights, blocks_of
-from backends.parallel.weight_shards import placeholder
+from backends.parallel.weight_shards import Weight, placeholder, release_memory, weights_of
 from backends.request import LoadRequest
 
 PLACED = "encoder placement"
@@ -143,7 +143,7 @@ class PlacedEncoders:
         }
         self._is_on_cpu = kind == "cpu"
         self._rank, self._device = rank, device
-        self._kept: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self._kept: dict[str, list[tuple[Weight, Tensor]]] = {}
         self._mesh: Mesh | None = None
 
     @property
@@ -161,10 +161,15 @@ class PlacedEncoders:
     def place(self) -> None:
         """Hook the encoders, whose weights have their final dtype."""
         for name in self.in_main_memory:
-            tensors = _tensors(self._encoders[name])
-            self._kept[name] = [(tensor, tensor.data) for tensor in tensors]
-            for tensor in tensors:
-                tensor.data = placeholder(tensor, self._device)
+            tensors = set(map(id, _tensors(self._encoders[name])))
+            weights = [
+                weight
+                for weight in weights_of([self._encoders[name]])
+                if id(weight.tensor) in tensors
+            ]
+            self._kept[name] = [(weight, weight.tensor.data) for weight in weights]
+            for weight in weights:
+                weight.put(placeholder(weight.tensor, self._device))
             self._encoders[name].to(self._device)  # what pipelines call themselves
         for name, encoder in self._encoders.items():
             hooks.attach(encoder, PLACED, self._around(name))
@@ -201,7 +206,7 @@ class PlacedEncoders:
         cpu, encoder = torch.device("cpu"), self._encoders[name]
         before = [(tensor, tensor.data) for tensor in encoder.parameters()]
         before += [(tensor, tensor.data) for tensor in encoder.buffers()]
-        kept = {id(tensor): data for tensor, data in self._kept[name]}
+        kept = {id(weight.tensor): data for weight, data in self._kept[name]}
         for tensor, data in before:
             tensor.data = kept[id(tensor)] if id(tensor) in kept else data.to(cpu)
         try:

@@ -5,16 +5,15 @@ import inspect
 import json
 import logging
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 import transformers
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
 from backends.errors import ConfigError
 from backends.files.adapter_fit import require_fit
@@ -22,24 +21,23 @@ from backends.files.checkpoint import (
     Checkpoint,
     component_folder,
     configuration_folder,
-    read_config,
+    is_pipeline,
+    read_index,
 )
 from backends.files.denoiser_families import DENOISER_PREFIXES
-from backends.files.fit import has_scales, prediction_settings
-from backends.files.recognition import VAE_PREFIXES, has_text_encoders, has_vae
-from backends.files.weight_headers import SAFETENSORS, Header, read_folder_header
+from backends.files.fit import denoiser_channels, has_scales, prediction_settings
+from backends.files.recognition import components_in
+from backends.files.weight_headers import read_folder_header, read_header
 from backends.loading.conversion import stored_dtype
 from backends.loading.key_check import require_encoder, require_weights
+from backends.loading.model_files import components_of_file, model_from_file, read_weights
 from backends.loading.plain_weights import (
-    fill_model,
-    is_plain,
-    plain_file,
     plain_weights,
-    read_any_header,
     read_gguf,
     require_finite,
     unpack_beside_linears,
 )
+from backends.loading.processors import pipeline_from_folder
 from backends.model_table import ModelSpec
 from backends.request import LoadRequest
 
@@ -57,20 +55,17 @@ LOADING_ERRORS = (
 )
 """Exceptions that diffusers and transformers raise for broken or wrong files."""
 
-PREFIXES = {"vae": VAE_PREFIXES, "unet": DENOISER_PREFIXES, "transformer": DENOISER_PREFIXES}
-"""Option -> prefixes of such a model's tensors in files with several models."""
-
-Weights = dict[str, Tensor]
-
 
 def load_pipe(spec: ModelSpec, load: LoadRequest) -> Any:
     """Return the pipeline of this type, or its ControlNet variant. ConfigError names the component.
 
     All files are checked against their purpose before any weight is read.
     """
-    checkpoint = require_fit(spec, load, read=read_any_header)
-    stored = _require_checkpoint_weights(checkpoint, load)
-    pipe = _load_pipe(spec, load, stored)
+    checkpoint = require_fit(spec, load)
+    with _fitting_configuration(checkpoint, load) as folder:
+        checkpoint = replace(checkpoint, folder=folder)
+        stored = _require_checkpoint_weights(checkpoint, load)
+        pipe = _load_pipe(checkpoint, load, stored)
     if (vae := getattr(pipe, "vae", None)) is not None:
         given = f"--vae={load.vae}" if load.vae is not None else f"--checkpoint={load.checkpoint}"
         require_finite(vae, given, vae_dtype(spec, load))
@@ -78,6 +73,25 @@ def load_pipe(spec: ModelSpec, load: LoadRequest) -> Any:
         logger.info("scheduler settings from the checkpoint: %s", settings)
         pipe.scheduler = _scheduler_with(pipe.scheduler, settings)
     return pipe
+
+
+@contextmanager
+def _fitting_configuration(checkpoint: Checkpoint, load: LoadRequest) -> Iterator[Path]:
+    """Yield the configuration folder. For a single file made for inpainting it is a copy whose UNet
+    has as many input channels, since the folder beside it may be an ordinary checkpoint's.
+    """
+    name = checkpoint.spec.denoiser
+    if checkpoint.header is None or not checkpoint.spec.reads_mask:
+        yield checkpoint.folder
+        return
+    settings = {**checkpoint.config(name), "in_channels": denoiser_channels(checkpoint, load)}
+    with tempfile.TemporaryDirectory() as copy:
+        for entry in checkpoint.folder.resolve().iterdir():
+            if entry.name != name:
+                (Path(copy) / entry.name).symlink_to(entry)
+        (Path(copy) / name).mkdir()
+        (Path(copy) / name / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+        yield Path(copy)
 
 
 def _scheduler_with(scheduler: Any, settings: Mapping[str, object]) -> Any:
@@ -90,35 +104,44 @@ def _scheduler_with(scheduler: Any, settings: Mapping[str, object]) -> Any:
     return scheduler_class.from_config(scheduler.config, **settings)
 
 
-def _load_pipe(spec: ModelSpec, load: LoadRequest, stored: Mapping[str, torch.dtype]) -> Any:
-    path = Path(load.checkpoint)
+def _load_pipe(checkpoint: Checkpoint, load: LoadRequest, stored: Mapping[str, torch.dtype]) -> Any:
+    spec = checkpoint.spec
+    path, folder = checkpoint.path, checkpoint.folder
     pipeline_class = getattr(
         diffusers, spec.controlnet["pipeline"] if load.control_net else spec.pipeline
     )
+    own = {"default": DTYPES[load.variant]}
+    if spec.vae_variant:
+        own["vae"] = vae_dtype(spec, load)
+    if not is_pipeline(folder):
+        raise ConfigError(
+            f"checkpoint={path} is a single file, and the folder {folder} with its configuration "
+            "(model_index.json, tokenizers, config.json files) is not there. Put it beside the "
+            "file, or give a diffusers folder."
+        )
     given = {**_without_safety_checker(pipeline_class), **_replaced_components(spec, load)}
-    arguments: dict[str, Any] = {"dtype": DTYPES[load.variant], "local_files_only": True, **given}
     try:
-        if path.is_dir():
-            own = {"default": DTYPES[load.variant]}
-            if spec.vae_variant:
-                own["vae"] = vae_dtype(spec, load)
-            # without conversion the weights are pages of the files; convert_pipe does the rest
-            arguments["dtype"] = {**own, **stored}
-            return pipeline_class.from_pretrained(
-                path, variant=_file_variant(path / spec.denoiser, load.variant), **arguments
-            )
-        if spec.single_file:
-            folder = _configuration_folder(load)
-            return _from_single_file(spec, pipeline_class, path, folder, arguments)
+        if checkpoint.header is not None:
+            wanted = {
+                name: own.get(name, own["default"])
+                for name in checkpoint.index
+                if name not in given
+            }
+            given |= components_of_file(checkpoint, wanted)
+        # without conversion the weights are pages of the files; convert_pipe does the rest
+        return pipeline_from_folder(
+            pipeline_class,
+            folder,
+            variant=_file_variant(checkpoint, load.variant),
+            dtype={**own, **stored},
+            local_files_only=True,
+            **given,
+        )
     except (*LOADING_ERRORS, ImportError) as error:
         raise ConfigError(
             f"checkpoint={path} does not load as {pipeline_class.__name__}: {error}"
-            f"{_missing_package(path)}"
+            f"{_missing_package(folder)}"
         ) from error
-    raise ConfigError(
-        f"checkpoint={path} is a file, but type {spec.name!r} loads from a diffusers folder only. "
-        "Give the folder."
-    )
 
 
 def _missing_package(folder: Path) -> str:
@@ -127,7 +150,7 @@ def _missing_package(folder: Path) -> str:
         return ""
     names = [
         name
-        for name, entry in read_config(folder / "model_index.json").items()
+        for name, entry in read_index(folder).items()
         if isinstance(entry, list) and len(entry) == 2 and "Processor" in str(entry[1])
     ]
     if not names:
@@ -141,9 +164,10 @@ def _missing_package(folder: Path) -> str:
 def _require_checkpoint_weights(
     checkpoint: Checkpoint, load: LoadRequest
 ) -> dict[str, torch.dtype]:
-    """Raise ConfigError unless every diffusers model in the checkpoint has exactly its weights.
+    """Raise ConfigError unless every model in the checkpoint's folder has exactly its weights.
 
-    Replaced components are skipped. Returns component -> dtype of its files, where it is one.
+    Components that are replaced, or in a single file, are skipped. Returns component -> dtype of
+    its files, where it is one.
     """
     spec = checkpoint.spec
     replaced = {
@@ -153,17 +177,21 @@ def _require_checkpoint_weights(
     }
     given = f"--checkpoint={checkpoint.path}"
     advice = "Download the checkpoint again, or give another one."
+    elsewhere = {name for name, path in replaced.items() if path is not None}
+    if checkpoint.header is not None:
+        elsewhere |= components_in(checkpoint.header, spec).keys()
+    variant = _file_variant(checkpoint, load.variant)
     stored = {}
     for component, entry in checkpoint.index.items():
-        if not isinstance(entry, list) or entry[0] is None or replaced.get(component) is not None:
+        if not isinstance(entry, list) or entry[0] is None or component in elsewhere:
             continue
-        header, prefixes = _checkpoint_header(checkpoint, component, load)
         folder = checkpoint.folder / component
+        header = read_folder_header(folder, option="--checkpoint", variant=variant)
         if header is None or not (folder / "config.json").is_file():
             continue
         model, named = _model_class(entry, spec), f"{given} ({component})"
         if isinstance(model, type) and issubclass(model, diffusers.ModelMixin):
-            require_weights(model, folder, header, given=named, advice=advice, prefixes=prefixes)
+            require_weights(model, folder, header, given=named, advice=advice)
         elif isinstance(model, type) and issubclass(model, transformers.PreTrainedModel):
             require_encoder(model, folder, header, given=named, advice=advice)
         # a UNet is converted to the motion adapter's dtype when they are put together
@@ -179,45 +207,9 @@ def _model_class(entry: list[str], spec: ModelSpec) -> Any:
     return getattr(library, spec.fits["denoiser"][0] if is_old else entry[1], None)
 
 
-def _checkpoint_header(
-    checkpoint: Checkpoint, component: str, load: LoadRequest
-) -> tuple[Header | None, tuple[str, ...]]:
-    """Return a component's header, from its own folder or its part of a single file."""
-    if checkpoint.header is None:
-        variant = _file_variant(checkpoint.folder / checkpoint.spec.denoiser, load.variant)
-        return read_folder_header(
-            checkpoint.folder / component,
-            option="--checkpoint",
-            variant=variant,
-            read=checkpoint.read,
-        ), ()
-    if component == checkpoint.spec.denoiser:
-        return checkpoint.header, DENOISER_PREFIXES
-    return (
-        checkpoint.header if component == "vae" and has_vae(checkpoint.header) else None
-    ), VAE_PREFIXES
-
-
 def vae_dtype(spec: ModelSpec, load: LoadRequest) -> torch.dtype:
     """Return the dtype of the VAE's weights."""
     return DTYPES[spec.vae_variant or load.variant]
-
-
-def read_weights(path: str | Path, *, option: str) -> Weights:
-    """Return the tensors of a .safetensors file or a torch pickle, whose code is not executed.
-
-    ConfigError names the option.
-    """
-    try:
-        if Path(path).suffix in (".safetensors", ".sft"):
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch, safetensors and pickle raise a dozen types
-        kind = "safetensors" if isinstance(error, SafetensorError) else type(error).__name__
-        raise ConfigError(
-            f"{option}={path} cannot be read ({kind}): {' '.join(str(error).split())[:200]}"
-        ) from error
-    return content.get("state_dict", content)
 
 
 def _without_safety_checker(pipeline_class: type) -> dict[str, Any]:
@@ -307,15 +299,15 @@ def _component(
     try:
         if source.is_dir():
             folder = component_folder(source, option)
-            variant = _file_variant(folder, load.variant)
-            header = read_folder_header(
-                folder, option=f"--{option}", variant=variant, read=read_any_header
-            )
+            variant = _variant_of(folder, load.variant)
+            header = read_folder_header(folder, option=f"--{option}", variant=variant)
             if header is not None:
                 require_weights(model, folder, header, given=given, advice=advice)
             files = sorted(folder.glob("*.safetensors"))
             if header is not None and has_scales(header) and len(files) == 1:
-                found = _from_file(model, files[0], folder, options, option=option)
+                found = model_from_file(
+                    model, files[0], folder, given=given, component=option, dtype=dtype
+                )
             else:
                 options["dtype"] = stored_dtype(header) or dtype
                 found = model.from_pretrained(folder, variant=variant, **options)
@@ -325,43 +317,13 @@ def _component(
                 f"--{option}_config=CONFIG.JSON."
             )
         else:
-            found = _from_file(model, source, Path(config), options, option=option)
+            found = model_from_file(
+                model, source, Path(config), given=given, component=option, dtype=dtype
+            )
     except LOADING_ERRORS as error:
         raise ConfigError(f"{option}={path} does not load as {model.__name__}: {error}") from error
     require_finite(found, given, dtype)
     return found
-
-
-def _from_file(
-    model: Any, source: Path, config: Path, options: Mapping[str, Any], *, option: str
-) -> Any:
-    """Load one file of weights, in diffusers' names or original ones that diffusers can convert."""
-    config = config if config.is_file() else config / "config.json"
-    given, prefixes = f"--{option}={source}", PREFIXES.get(option, ())
-    header = read_any_header(source, option=f"--{option}")
-    advice = (
-        f"Give the file's own configuration with --{option}_config=CONFIG.JSON, or a file "
-        "made for this checkpoint."
-    )
-    has_own_names = require_weights(
-        model, config, header, given=given, advice=advice, prefixes=prefixes
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").symlink_to(config)
-        weights = Path(folder) / "diffusion_pytorch_model.safetensors"
-        if has_own_names and is_plain(header) and source.suffix in SAFETENSORS:
-            weights.symlink_to(source)
-            as_stored = {"dtype": stored_dtype(header) or options["dtype"]}
-            return model.from_pretrained(folder, **{**options, **as_stored})
-        tensors = plain_weights(
-            read_weights(source, option=option),
-            given=given,
-            dtype=None if has_own_names else options["dtype"],
-            prefixes=prefixes,
-        )
-        if has_own_names:
-            return fill_model(model, Path(folder), tensors, options["dtype"])
-        return model.from_single_file(tensors, config=folder, **options)
 
 
 def _motion_module(load: LoadRequest) -> Any:
@@ -394,7 +356,7 @@ def _from_gguf(spec: ModelSpec, load: LoadRequest) -> Any:
     model = _class_of(spec.denoiser, load)
     dtype, folder = DTYPES[load.variant], _configuration_folder(load)
     given, options = f"--gguf_model={load.gguf_model}", {"prefixes": DENOISER_PREFIXES}
-    header = read_any_header(load.gguf_model, option="--gguf_model")
+    header = read_header(load.gguf_model, option="--gguf_model")
     require_weights(
         model,
         folder / spec.denoiser,
@@ -420,53 +382,29 @@ def _from_gguf(spec: ModelSpec, load: LoadRequest) -> Any:
     return denoiser
 
 
-def _from_single_file(
-    spec: ModelSpec, pipeline_class: Any, path: Path, folder: Path, arguments: dict[str, Any]
-) -> Any:
-    """Load a single .safetensors in its original layout, with its configuration folder.
-
-    A file without text encoders is read as the denoiser alone, as FLUX is published, if the folder
-    has their weights.
-    """
-    if not (folder / "model_index.json").is_file():
-        raise ConfigError(
-            f"checkpoint={path} is a single file, and the folder {folder} with its configuration "
-            "(model_index.json, tokenizers, config.json files; no weights needed) is not there. "
-            "Put it beside the file, or give a diffusers folder."
-        )
-    given, dtype = f"--checkpoint={path}", arguments["dtype"]
-    header = read_any_header(path, option="--checkpoint")
-    if has_text_encoders(header) or not any(folder.glob("text_encoder*/*.safetensors")):
-        with plain_file(path, header, given=given, dtype=dtype) as plain:
-            return pipeline_class.from_single_file(str(plain), config=str(folder), **arguments)
-    if spec.denoiser not in arguments:
-        class_name = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))[
-            spec.denoiser
-        ][1]
-        tensors = plain_weights(
-            read_weights(path, option="checkpoint"),
-            given=given,
-            dtype=dtype,
-            prefixes=DENOISER_PREFIXES,
-        )
-        arguments[spec.denoiser] = getattr(diffusers, class_name).from_single_file(
-            tensors, config=str(folder), subfolder=spec.denoiser, dtype=dtype, local_files_only=True
-        )
-    return pipeline_class.from_pretrained(folder, **arguments)
+def _file_variant(checkpoint: Checkpoint, wanted: str) -> str | None:
+    """Return the variant of a checkpoint's files: the denoiser's, else any component's."""
+    folders = [checkpoint.folder / name for name in (checkpoint.spec.denoiser, *checkpoint.index)]
+    has_weights = (folder for folder in folders if _weights_in(folder))
+    return _variant_of(next(has_weights, folders[0]), wanted)
 
 
-def _file_variant(folder: Path, wanted: str) -> str | None:
+def _variant_of(folder: Path, wanted: str) -> str | None:
     """Return the variant of a component's files to load, such as 'fp16'; None for those without.
 
     The requested one if it exists: others would be converted, in memory that ranks do not share.
     Otherwise files without a variant, or else the first variant.
     """
-    names = [file.name for file in folder.glob("*.safetensors")] or [
-        file.name for file in folder.glob("*.bin")
-    ]
     variants = {
-        name.split(".")[1].partition("-")[0] if name.count(".") >= 2 else None for name in names
+        name.split(".")[1].partition("-")[0] if name.count(".") >= 2 else None
+        for name in _weights_in(folder)
     }
     if wanted in variants:
         return wanted
     return None if None in variants else min(variants, default=None)
+
+
+def _weights_in(folder: Path) -> list[str]:
+    return [file.name for file in folder.glob("*.safetensors")] or [
+        file.name for file in folder.glob("*.bin")
+    ]

@@ -42,9 +42,9 @@ from backends.loading.lora.layers import (
     merged_weight,
     set_adapters,
 )
-from backends.loading.lora.names import LayerNames, Place, plain_layers
+from backends.loading.lora.names import LayerNames, Place, denoisers_of, plain_layers
+from backends.loading.model_files import read_weights
 from backends.loading.quantization import POOLING
-from backends.loading.weights import read_weights
 from backends.model_table import ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -232,6 +232,24 @@ class LoraFile:
         self._header = _header(path)
         self._words, self._weights = split_embeddings(weights, Path(path).stem)
         self._scales = AdapterScales(path, self._header)
+        self._require_finite()
+
+    def _require_finite(self) -> None:
+        embeddings = {
+            f"{word}.{part}": vectors
+            for word, parts in self._words.items()
+            for part, vectors in parts.items()
+        }
+        for key, tensor in {**self._weights, **embeddings}.items():
+            if (
+                isinstance(tensor, Tensor)
+                and tensor.is_floating_point()
+                and not torch.isfinite(tensor.float()).all()
+            ):
+                raise ConfigError(
+                    f"lora={self._path} holds weights that are not finite ({key}): every image "
+                    "would be black. The training failed or the file is damaged: give another one."
+                )
 
     def plan(self, pipe: Any, spec: ModelSpec) -> Plan:
         """Return the file's changes to this pipeline. ConfigError unless every key fits."""
@@ -262,7 +280,10 @@ class LoraFile:
             )
 
     def _placed(self, layers: Mapping[str, Parts], pipe: Any, spec: ModelSpec) -> Plan:
-        names = LayerNames(pipe.components, spec.denoiser)
+        denoisers = denoisers_of(self._path, layers, spec.denoisers)
+        if len(spec.denoisers) > 1:
+            logger.info("LoRA %s is for %s", self._path, " and ".join(denoisers))
+        names = LayerNames(pipe.components, denoisers)
         modules = {
             Place(component, name): getattr(layer, "base_layer", layer)
             if isinstance(layer, BaseTunerLayer)
@@ -273,7 +294,10 @@ class LoraFile:
         }
         plan, strangers = Plan(words=self._words), []
         for layer, parts in layers.items():
-            if not self._add(plan, layer, parts, names.places(layer), modules):
+            found = [
+                self._add(plan, layer, parts, places, modules) for places in names.places(layer)
+            ]
+            if not all(found):
                 strangers.append(layer)
         if strangers:
             num_keys = sum(len(layers[name]) for name in strangers)

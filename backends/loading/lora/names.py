@@ -5,8 +5,9 @@ of an original may be several of diffusers' (fused queries, keys and values), in
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -78,6 +79,11 @@ _FLUX = {
     "vector_in.in_layer": ("time_text_embed.text_embedder.linear_1",),
     "vector_in.out_layer": ("time_text_embed.text_embedder.linear_2",),
 }
+_CHROMA = {
+    **_FLUX,
+    "distilled_guidance_layer.layers.#.in_layer": ("distilled_guidance_layer.layers.#.linear_1",),
+    "distilled_guidance_layer.layers.#.out_layer": ("distilled_guidance_layer.layers.#.linear_2",),
+}
 _FLUX2 = {
     **_FLUX_BLOCKS,
     "double_blocks.#.img_mlp.0": ("transformer_blocks.#.ff.linear_in",),
@@ -93,6 +99,22 @@ _FLUX2 = {
     "single_stream_modulation.lin": ("single_stream_modulation.linear",),
     "double_stream_modulation_img.lin": ("double_stream_modulation_img.linear",),
     "double_stream_modulation_txt.lin": ("double_stream_modulation_txt.linear",),
+}
+_HUNYUAN_VIDEO = {
+    "double_blocks.#.img_attn_qkv": _under("transformer_blocks.#.attn", *_QKV),
+    "double_blocks.#.txt_attn_qkv": _under("transformer_blocks.#.attn", *_ADDED),
+    "double_blocks.#.img_attn_proj": ("transformer_blocks.#.attn.to_out.0",),
+    "double_blocks.#.txt_attn_proj": ("transformer_blocks.#.attn.to_add_out",),
+    "double_blocks.#.img_mlp.fc1": ("transformer_blocks.#.ff.net.0.proj",),
+    "double_blocks.#.img_mlp.fc2": ("transformer_blocks.#.ff.net.2",),
+    "double_blocks.#.txt_mlp.fc1": ("transformer_blocks.#.ff_context.net.0.proj",),
+    "double_blocks.#.txt_mlp.fc2": ("transformer_blocks.#.ff_context.net.2",),
+    "double_blocks.#.img_mod.linear": ("transformer_blocks.#.norm1.linear",),
+    "double_blocks.#.txt_mod.linear": ("transformer_blocks.#.norm1_context.linear",),
+    "single_blocks.#.linear1": _FLUX["single_blocks.#.linear1"],
+    "single_blocks.#.linear2": _FLUX["single_blocks.#.linear2"],
+    "single_blocks.#.modulation.linear": ("single_transformer_blocks.#.norm.linear",),
+    "img_in.proj": ("x_embedder.proj",),
 }
 _SD3 = {
     "joint_blocks.#.x_block.attn.qkv": _under("transformer_blocks.#.attn", *_QKV),
@@ -198,8 +220,10 @@ _PIXART = {
 }
 _ORIGINALS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "FluxTransformer2DModel": _FLUX,
+    "ChromaTransformer2DModel": _CHROMA,
     "Flux2Transformer2DModel": _FLUX2,
     "SD3Transformer2DModel": _SD3,
+    "HunyuanVideoTransformer3DModel": _HUNYUAN_VIDEO,
     "WanTransformer3DModel": _WAN,
     "ZImageTransformer2DModel": _Z_IMAGE,
     "HunyuanDiT2DModel": _HUNYUAN,
@@ -208,6 +232,8 @@ _ORIGINALS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 """Class -> name in the original model -> names in diffusers. #: a number. ~: the halves (shift,
 scale) are swapped.
 """
+
+_NOISE = re.compile(r"(high|low)[ _-]?noise|(?<![a-z])(high|low)[ _-]?v?[\d.]*$")
 
 _RESNET = {
     "in_layers.0": "norm1",
@@ -240,18 +266,24 @@ class Place:
 class LayerNames:
     """The names of one pipeline's layers in every naming scheme."""
 
-    def __init__(self, components: Mapping[str, Any], denoiser: str) -> None:
-        self._denoiser = denoiser
+    def __init__(self, components: Mapping[str, Any], denoisers: Sequence[str]) -> None:
+        """denoisers: those that names without one refer to."""
+        self._denoisers = denoisers
         self._tables = {
             name: _table(name, module)
             for name, module in components.items()
             if isinstance(module, nn.Module)
-            and (name == denoiser or name.startswith("text_encoder"))
+            and (name in denoisers or name.startswith(("text_encoder", "transformer_")))
         }
 
-    def places(self, name: str) -> tuple[Place, ...]:
-        """Return the layers that a name in a file refers to; none if there is no such layer."""
-        component, rest = self._component(name)
+    def places(self, name: str) -> tuple[tuple[Place, ...], ...]:
+        """Return the layers that a name in a file refers to, of each component that has them; none
+        in place of those that a component lacks.
+        """
+        components, rest = self._components(name)
+        return tuple(self._places(component, rest) for component in components)
+
+    def _places(self, component: str, rest: str) -> tuple[Place, ...]:
         table = self._tables.get(component, {})
         while True:
             for alias in (rest, rest.replace(".processor.", "."), f"tran{rest}"):
@@ -262,14 +294,32 @@ class LayerNames:
                 return ()
             rest = rest.removeprefix(prefix)
 
-    def _component(self, name: str) -> tuple[str, str]:
+    def _components(self, name: str) -> tuple[Sequence[str], str]:
         rest = name.removeprefix("base_model.model.")
         for pattern, components in _TEXT_ENCODERS.items():
             if match := re.match(pattern, rest):
-                return next(
-                    (one for one in components if one in self._tables), components[0]
-                ), rest[match.end() :]
-        return self._denoiser, name
+                found = next((one for one in components if one in self._tables), components[0])
+                return (found,), rest[match.end() :]
+        named, _, inner = rest.partition(".")
+        if named.startswith("transformer_") and named in self._tables:
+            return (named,), inner
+        return self._denoisers, name
+
+
+def denoisers_of(path: str, names: Iterable[str], denoisers: Sequence[str]) -> Sequence[str]:
+    """Return the denoisers that names without one refer to.
+
+    Wan 2.2's LoRAs are files for the first steps (high noise) and for the last (low noise). The
+    names of the tensors are the same, only the name of the file says which. A file for neither,
+    such as one of Wan 2.1, is for both.
+    """
+    first, *others = denoisers
+    if any(name.startswith(f"{other}.") for name in names for other in others):
+        return (first,)
+    said = {match[1] or match[2] for match in _NOISE.finditer(Path(path).stem.lower())}
+    if len(denoisers) == 2 and len(said) == 1:
+        return (first,) if said == {"high"} else (others[0],)
+    return denoisers
 
 
 def plain_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

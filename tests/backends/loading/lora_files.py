@@ -83,4 +83,5 @@ def require_same(
         want = generate(pipe, lora={})
     assert difference(want, plain) > (0 if _is_pixels(want) else VISIBLE)
     assert difference(generate(pipe, lora={path: scale}), want) <= SAME
-    assert torch.equal(generate(pipe, lora={}), plain)
+    # the last bit of a sum depends on where in memory an activation lies
+    assert difference(generate(pipe, lora={}), plain) <= SAME / 10

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch._dynamo
 
-from backends.errors import UnsupportedError
+from backends.errors import ConfigError, UnsupportedError
 from backends.groups.mesh import Mesh
 from backends.loading.compilation import Compilation
 from backends.model_table import read_table
@@ -50,6 +50,12 @@ def test_text_encoders_whose_hidden_states_are_asked_for_are_compiled_too():
     pipe = attached("sdxl", "encoders")
     assert difference(draw(pipe), want) <= 1
     assert num_graphs() > 0
+
+
+def test_options_that_torch_refuses_are_told_before_the_first_request():
+    options = {"max_autotune": "yes"}
+    with pytest.raises(ConfigError, match=r"--compile_options=.* got str should be bool"):
+        attached("pixa", "denoiser", backend=None, options=options)
 
 
 @pytest.mark.parametrize("target", ["denoiser", "vae", "encoders"])

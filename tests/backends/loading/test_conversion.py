@@ -14,16 +14,17 @@ from torch import nn
 
 from backends.files.weight_headers import Header
 from backends.generation.pipeline import load_pipeline
-from backends.loading.conversion import convert, release_memory, stored_dtype
+from backends.loading.conversion import convert, stored_dtype
 from backends.loading.plain_weights import read_gguf
 from backends.loading.quantization import quantize
 from backends.loading.weights import vae_dtype
 from backends.model_table import ModelSpec
+from backends.parallel.weight_shards import release_memory
 from backends.quantization_spec import parse_quantization
 from backends.request import LoadRequest
 from benchmarks.loading import private_bytes
 from tests.backends.features import CPU, TABLE
-from tests.checkpoints import checkpoint, gguf
+from tests.checkpoints import NAMES, checkpoint, gguf
 
 WIDTH = 2048
 LAYER_BYTES = 2 * WIDTH * WIDTH
@@ -44,7 +45,7 @@ def as_diffusers_converts(spec: ModelSpec, load: LoadRequest) -> object:
         "sd3",
         *(
             pytest.param(name, marks=pytest.mark.slow)
-            for name in TABLE
+            for name in NAMES
             if name not in ("sd3", "hy", "sdup", "ad")
         ),
     ],

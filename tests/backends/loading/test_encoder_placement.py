@@ -1,14 +1,16 @@
 """Text encoders on some of the ranks: the same images, and no weights elsewhere."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from backends import backend_class, planner
 from backends.generation.pipeline import LoadedPipeline, load_pipeline
 from backends.groups.mesh import Mesh
-from backends.parallel.weight_shards import weight_bytes
+from backends.parallel.weight_shards import move, weight_bytes
 from backends.request import LoadRequest
 from tests.backends.features import CPU, TABLE, Feature, combined, prepare, request_for, result
 from tests.checkpoints import checkpoint
@@ -81,6 +83,23 @@ def test_one_rank_runs_its_encoders_in_main_memory_and_skips_layers() -> None:
     placed = load("sd1", 0, 1, encoder_placement="cpu")
     torch.testing.assert_close(result(placed, asked), want, rtol=0, atol=0)
     assert held(placed)[0] < 1000 < held(load("sd1", 0, 1))[0]
+
+
+def test_encoders_in_main_memory_have_their_weights_after_the_others_were_moved() -> None:
+    asked = request_for(TABLE["sd1"])
+    pipe = load("sd1", 0, 1, encoder_placement="cpu")
+    want = result(pipe, asked)
+    parts = pipe.pipe.components
+    modules = [part for part in parts.values() if isinstance(part, nn.Module)]
+
+    def to(device: torch.device) -> None:
+        for module in modules:
+            module._apply(torch.clone)  # parameters stay, and buffers are new
+
+    move(SimpleNamespace(components=parts, to=to), CPU)
+    pipe.forget_prompts()
+    # memory is aligned otherwise, and sums have another order
+    torch.testing.assert_close(result(pipe, asked), want, rtol=0, atol=1e-3)
 
 
 def test_a_repeated_prompt_is_encoded_once_and_another_lora_encodes_it_again() -> None:

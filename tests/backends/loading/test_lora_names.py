@@ -11,7 +11,6 @@ from torch import Tensor
 
 from backends.errors import ConfigError
 from backends.generation.pipeline import LoadedPipeline
-from tests.backends.features import TABLE, loaded
 from tests.backends.loading.lora_files import Keys, factors, layer_of, require_same, write
 
 STYLES = {
@@ -81,6 +80,32 @@ NAMES: list[tuple[str, str, str, dict[str, list[str]]]] = [
         },
     ),
     (
+        "sdxl",
+        "diffusers', with the old names of the encoders' layers",
+        "old",
+        {
+            f"{UNET}.attn1.processor.to_v": [f"{UNET}.attn1.to_v"],
+            "text_encoder.text_model.encoder.layers.0.self_attn.q_proj": [f"{CLIP}.q_proj"],
+            "text_encoder_2.text_model.encoder.layers.0.self_attn.out_proj": [
+                "text_encoder_2.text_model.encoder.layers.0.self_attn.out_proj"
+            ],
+        },
+    ),
+    (
+        "sd2",
+        "kohya's",
+        "kohya",
+        {
+            "lora_unet_down_blocks_0_attentions_0_proj_out": [
+                "unet.down_blocks.0.attentions.0.proj_out"
+            ],
+            "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_v": [
+                "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v"
+            ],
+            "lora_te_text_model_encoder_layers_0_self_attn_q_proj": [f"{CLIP}.q_proj"],
+        },
+    ),
+    (
         "sd1",
         "diffusers' first",
         "processor",
@@ -108,6 +133,27 @@ NAMES: list[tuple[str, str, str, dict[str, list[str]]]] = [
                 "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q"
             ],
         },
+    ),
+    (
+        "flux",
+        "ComfyUI's and those of the original",
+        "peft",
+        {
+            "diffusion_model.double_blocks.0.img_attn.qkv": [
+                f"{MMDIT}.attn.{name}" for name in (Q, K, V)
+            ],
+            "base_model.model.single_blocks.0.linear2": [f"{SINGLE}.proj_out"],
+            "vector_in.out_layer": ["transformer.time_text_embed.text_embedder.linear_2"],
+            "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q": [
+                "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q"
+            ],
+        },
+    ),
+    (
+        "flux",
+        "SimpleTuner's LyCORIS",
+        "kohya",
+        {"lycoris_transformer_blocks_0_attn_to_q": [f"{MMDIT}.attn.to_q"]},
     ),
     (
         "flux",
@@ -141,6 +187,47 @@ NAMES: list[tuple[str, str, str, dict[str, list[str]]]] = [
         },
     ),
     (
+        "flux2",
+        "musubi's",
+        "kohya",
+        {
+            "lora_unet_double_blocks_0_txt_attn_qkv": [
+                f"{MMDIT}.attn.add_{name}_proj" for name in "qkv"
+            ],
+            "lora_unet_single_blocks_0_linear2": [f"{SINGLE}.attn.to_out"],
+        },
+    ),
+    (
+        "sd3",
+        "OneTrainer's, with all encoders",
+        "kohya",
+        {
+            "lora_transformer_transformer_blocks_0_attn_to_q": [f"{MMDIT}.attn.to_q"],
+            "lora_te1_text_model_encoder_layers_0_self_attn_q_proj": [
+                "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+            ],
+            "lora_te2_text_model_encoder_layers_0_self_attn_v_proj": [
+                "text_encoder_2.text_model.encoder.layers.0.self_attn.v_proj"
+            ],
+            "lora_te3_encoder_block_0_layer_0_SelfAttention_q": [
+                "text_encoder_3.encoder.block.0.layer.0.SelfAttention.q"
+            ],
+        },
+    ),
+    (
+        "sd3",
+        "ComfyUI's",
+        "peft",
+        {
+            "diffusion_model.joint_blocks.0.x_block.attn.qkv": [
+                f"{MMDIT}.attn.{name}" for name in (Q, K, V)
+            ],
+            "text_encoders.clip_g.transformer.text_model.encoder.layers.0.self_attn.q_proj": [
+                "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj"
+            ],
+        },
+    ),
+    (
         "sd3",
         "kohya's",
         "kohya",
@@ -164,6 +251,21 @@ NAMES: list[tuple[str, str, str, dict[str, list[str]]]] = [
             "blocks.0.cross_attn.o": [f"{WAN}.attn2.to_out.0"],
             "blocks.0.ffn.0": [f"{WAN}.ffn.net.0.proj"],
         },
+    ),
+    (
+        "wan_t2v",
+        "ai-toolkit's",
+        "peft",
+        {
+            "diffusion_model.blocks.0.self_attn.k": [f"{WAN}.attn1.to_k"],
+            "diffusion_model.blocks.0.cross_attn.v": [f"{WAN}.attn2.to_v"],
+        },
+    ),
+    (
+        "wan_t2v",
+        "diffusers' and SimpleTuner's",
+        "peft",
+        {"transformer.blocks.0.attn1.to_out.0": [f"{WAN}.attn1.to_out.0"]},
     ),
     (
         "wan_t2v",
@@ -201,6 +303,36 @@ NAMES: list[tuple[str, str, str, dict[str, list[str]]]] = [
         },
     ),
     (
+        "zimage",
+        "DiffSynth's",
+        "default",
+        {
+            "pipe.dit.layers.0.attention.to_q": [f"{Z}.to_q"],
+            "layers.0.attention.to_k": [f"{Z}.to_k"],
+        },
+    ),
+    (
+        "zimage",
+        "OneTrainer's",
+        "kohya",
+        {"lora_transformer_layers_0_attention_to_out_0": [f"{Z}.to_out.0"]},
+    ),
+    (
+        "qwenimage",
+        "lightx2v's",
+        "kohya",
+        {"transformer_blocks.0.attn.to_v": [f"{MMDIT}.attn.to_v"]},
+    ),
+    (
+        "qwenimage",
+        "ai-toolkit's and ComfyUI's",
+        "peft",
+        {
+            "diffusion_model.transformer_blocks.0.img_mlp.net.2": [f"{MMDIT}.img_mlp.net.2"],
+            "transformer.transformer_blocks.0.attn.to_k": [f"{MMDIT}.attn.to_k"],
+        },
+    ),
+    (
         "qwenimage",
         "musubi's",
         "kohya",
@@ -229,6 +361,18 @@ NAMES: list[tuple[str, str, str, dict[str, list[str]]]] = [
         "whose pooling reads weights",
         "peft",
         {"transformer.time_extra_emb.pooler.v_proj": ["transformer.time_extra_emb.pooler.v_proj"]},
+    ),
+    (
+        "pixs",
+        "kohya's and SimpleTuner's",
+        "kohya",
+        {
+            "lora_unet_transformer_blocks_0_attn1_to_v": [f"{MMDIT}.attn1.to_v"],
+            "lycoris_caption_projection_linear_1": ["transformer.caption_projection.linear_1"],
+            "lora_te_encoder_block_0_layer_0_SelfAttention_q": [
+                "text_encoder.encoder.block.0.layer.0.SelfAttention.q"
+            ],
+        },
     ),
     (
         "pixs",
@@ -283,20 +427,6 @@ def test_names_mean_the_layers(
     require_same(pipes(name), write(tmp_path / "x.safetensors", keys), changes)
 
 
-@pytest.fixture(scope="module")
-def pipes():
-    """name -> its pipeline; one is kept at a time."""
-    kept: dict[str, LoadedPipeline] = {}
-
-    def of(name: str) -> LoadedPipeline:
-        if name not in kept:
-            kept.clear()
-            kept[name] = loaded(TABLE[name])
-        return kept[name]
-
-    return of
-
-
 def test_lightx2vs_differences_of_norms_and_modulations_act(pipes, tmp_path: Path) -> None:
     pipe = pipes("wan_t2v")
     changes = {
@@ -347,6 +477,19 @@ REFUSALS = [
         "OFT",
         {"transformer.layers.0.attention.to_k.oft_blocks": DOWN},
         r"1 keys that are not a LoRA's .*oft_blocks\); it holds OFT",
+    ),
+    (
+        "a value that is no number",
+        {
+            "transformer.layers.0.attention.to_k.lora_A.weight": DOWN / 0,
+            "transformer.layers.0.attention.to_k.lora_B.weight": UP,
+        },
+        r"weights that are not finite \(\S+to_k\.lora_A\.weight\)",
+    ),
+    (
+        "an embedding that is no number",
+        {"emb_params": torch.full((2, 32), float("nan"))},
+        r"weights that are not finite \(x\.any\)",
     ),
     (
         "an unknown key",

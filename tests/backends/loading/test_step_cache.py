@@ -8,13 +8,16 @@ import torch
 from backends import planner
 from backends.errors import ConfigError, UnsupportedError
 from backends.groups.mesh import Mesh
-from backends.loading.step_cache import inner_modules
+from backends.loading.caches.step_cache import StepCache, inner_modules
 from backends.step_cache_spec import parse_step_cache, require_step_cache
 from backends.xdit.plan import make_plan
 from tests.backends.features import CPU, TABLE, attached, feature, loaded, request_for, result
+from tests.backends.reference import skipped_by_hand
+from tests.backends.xdit.transformer_cases import build, call
 from tests.checkpoints import checkpoint
 
 STEPS = 6
+ON_2 = ({"use_cfg_parallel": True}, {"ulysses_degree": 2}, {"ring_degree": 2})
 
 
 def cached(name, text, **load):
@@ -64,6 +67,29 @@ def test_skipped_steps_run_the_first_block_only(name, text, full):
     assert made.exactness == "approximate"
 
 
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [
+        ("qwenimage", "QwenImageTransformer2DModel"),  # the text first
+        ("hunyuanvideo", "HunyuanVideoTransformer3DModel"),  # the image first
+        ("cogvideox", "CogVideoXTransformer3DModel"),
+        ("ltx2", "LTX2VideoTransformer3DModel"),  # with sound, which the result shows
+    ],
+)
+@pytest.mark.parametrize("kind", ["first_block,0.1", "taylor,2"])
+def test_step_that_is_skipped_with_the_same_input_gives_the_same(name, case, kind):
+    spec, denoiser = TABLE[name], build(case)
+    cache = StepCache(parse_step_cache(kind, spec), spec, denoiser)
+    cache.attach()
+    cache.begin(is_on=True)
+    want = call(denoiser, case)
+    cache.step_done(2)
+    got = call(denoiser, case)
+    assert cache.report() == {"calls": 2, "skipped": 1}
+    cache.detach()
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
 def test_skipped_steps_run_the_outermost_level_of_a_unet_only():
     pipe = cached("sd1", "deep,3")
     counts = counted(pipe)
@@ -99,6 +125,126 @@ def test_image_stays_close_and_the_next_one_is_not_changed_by_it(name, text):
     result(pipe, asked(name, prompt="a red car", seed=9, height=80, width=64))
     assert torch.equal(result(pipe, asked(name)), got), "something was left behind"
     assert torch.equal(result(pipe, asked(name, quality="exact")), want)
+
+
+FAST = ("sd1", "flux", "qwenimage", "zimage")
+CACHED = [
+    name
+    for name, spec in TABLE.items()
+    if spec.supports("single", "step_cache").status == "tested" and len(spec.denoisers) == 1
+]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in CACHED],
+)
+def test_skipped_predictions_are_on_the_line_through_the_last_two(name):
+    """Equal to plain diffusers with a denoiser that is skipped by hand, in every type."""
+    plain, pipe = loaded(TABLE[name]), cached(name, "prediction,3")
+    # PNDM makes one call more than it has steps, and DDPM adds noise
+    fields = {"scheduler": "euler"} if name in ("sd1", "sd2", "sdup", "ad", "hy") else {}
+    without = result(plain, asked(name, **fields))
+    made = pipe.generate(asked(name, **fields))
+    figures = made.report["step_cache"]
+    calls = figures["calls"] // STEPS  # one, or one for each half of guidance
+    denoiser = getattr(plain.pipe, plain.spec.denoiser)
+    with skipped_by_hand(denoiser, every=3, calls=calls, num_steps=STEPS) as ran:
+        want = result(plain, asked(name, **fields))
+    assert ran == [0, 1, 2, 5]
+    assert figures == {"calls": calls * STEPS, "skipped": calls * 2}
+    assert made.exactness == "approximate"
+    assert float((want - without).abs().max()) > 1e-3
+    torch.testing.assert_close(result(pipe, asked(name, **fields)), want, rtol=1e-4, atol=1e-4)
+    assert torch.equal(result(pipe, asked(name, quality="exact", **fields)), without)
+
+
+def test_a_denoiser_that_writes_over_what_it_returned_is_continued_all_the_same():
+    """As one does that is captured in a CUDA graph."""
+    fields = {"scheduler": "euler"}
+    want = result(cached("sd1", "prediction,3"), asked("sd1", **fields))
+    pipe = loaded(TABLE["sd1"])
+    forward, held = pipe.pipe.unet.forward, []
+
+    def same_buffer(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        held.append(held[0].copy_(output[0]) if held else output[0].clone())
+        return (held[0],)
+
+    pipe.pipe.unet.forward = same_buffer
+    pipe._use_step_cache(parse_step_cache("prediction,3", TABLE["sd1"]))
+    assert torch.equal(result(pipe, asked("sd1", **fields)), want)
+
+
+@pytest.mark.parametrize("scheduler", ["euler_a", "heun", "ddpm", "dpmpp_2m_sde", "lcm"])
+def test_samplers_that_add_noise_or_go_back_compute_every_step(scheduler):
+    made = cached("sd1", "prediction,2").generate(asked("sd1", scheduler=scheduler))
+    assert made.report["step_cache"]["skipped"] == 0 and made.exactness == "exact"
+
+
+UNEVEN = (
+    {"scheduler": {"scheduler": "euler", "use_karras_sigmas": True}},
+    {"scheduler": "euler", "sigmas": [float(20 - step) for step in range(20)]},
+)
+
+
+@pytest.mark.parametrize("fields", UNEVEN)
+@pytest.mark.parametrize("text", ["prediction,2", "deep,2"])
+def test_what_a_quality_promises_does_not_hold_for_uneven_steps(text, fields):
+    """A cache that the launch names is used for them nevertheless."""
+    steps = {"num_inference_steps": 20, "height": 16, "width": 16}
+    pipe = cached("sd1", text)
+    assert pipe.generate(asked("sd1", **steps, **fields)).report["step_cache"]["skipped"] > 0
+    high = asked("sd1", **steps, **fields, quality="high")
+    assert pipe.generate(high).report["step_cache"]["skipped"] == 0
+    even = asked("sd1", **steps, scheduler="euler", quality="high")
+    assert pipe.generate(even).report["step_cache"]["skipped"] > 0
+
+
+def test_a_controlnet_does_not_run_in_a_skipped_step():
+    control = feature("controlnet", TABLE["sd1"])
+    pipe, plain = (
+        cached("sd1", "prediction,3", **control.load),
+        loaded(TABLE["sd1"], **control.load),
+    )
+    ran = []
+    pipe.pipe.controlnet.conv_in.register_forward_pre_hook(lambda *_: ran.append(1))
+    got = result(pipe, asked("sd1", scheduler="euler", **control.request))
+    assert len(ran) == 4, "of 6 steps 2 are skipped"
+    with skipped_by_hand(plain.pipe.unet, every=3, num_steps=STEPS):
+        want = result(plain, asked("sd1", scheduler="euler", **control.request))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def check_methods_skip_alike(rank, world_size, name, methods):
+    pipe = cached(name, "prediction,3")
+    want = pipe.generate(asked(name))
+    assert want.report["step_cache"]["skipped"] > 0
+    for backend, options in methods:
+        plan = planner(backend)(pipe.spec, options, world_size)
+        mesh = Mesh(plan, rank=rank, device=CPU)
+        with attached(pipe, mesh):
+            made = pipe.generate(asked(name))
+            assert made.report["step_cache"] == want.report["step_cache"], options
+            difference = abs(made.frames.astype(int) - want.frames).max()
+            assert difference <= 1, (options, difference)
+            alone = made.report["sent_bytes"]
+            whole = pipe.generate(asked(name, quality="exact")).report["sent_bytes"]
+            assert alone < 0.8 * whole, "a skipped step sent something"
+        mesh.destroy()
+
+
+@pytest.mark.parametrize(
+    ("name", "methods"),
+    [
+        ("sdxl", [("distrifuser", {}), ("distrifuser", {"sync_mode": "full_sync"})]),
+        ("sd3", [("xdit", options) for options in ON_2]),
+        pytest.param("wan_t2v", [("xdit", options) for options in ON_2], marks=pytest.mark.slow),
+    ],
+)
+def test_methods_skip_whole_steps_and_send_nothing_in_them(run_on_ranks, name, methods):
+    checkpoint(name)
+    run_on_ranks(check_methods_skip_alike, 2, name, methods)
 
 
 def test_threshold_zero_skips_nothing():
@@ -141,7 +287,7 @@ def test_same_call_again_gives_the_same_prediction_also_with_a_controlnet(name):
                 for key, value in kwargs.items()
             },
         )
-        pipe._step_cache.step_done()
+        pipe._step_cache.step_done(2)
         again = forward(*args, **kwargs)
         pairs = (
             zip(output[0], again[0], strict=True)
@@ -180,9 +326,6 @@ def check_ranks_agree(rank, world_size, name, text, sets):
         mesh.destroy()
 
 
-ON_2 = ({"use_cfg_parallel": True}, {"ulysses_degree": 2}, {"ring_degree": 2})
-
-
 @pytest.mark.parametrize(
     ("name", "text"),
     [
@@ -201,11 +344,11 @@ def test_two_ranks_skip_what_one_skips(run_on_ranks, name, text):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("sdxl", "first_block", r"type 'sdxl' has a unet. Allowed: deep,2\."),
+        ("sdxl", "first_block", r"type 'sdxl' has a unet. Allowed: deep,2 or prediction,2\."),
         (
             "flux",
             "deep,2",
-            r"type 'flux' has a transformer. Allowed: first_block,0.08 or taylor,3\.",
+            r"a transformer. Allowed: first_block,0.08 or taylor,3 or prediction,2\.",
         ),
         ("flux", "magic", r"--step_cache=magic is not allowed"),
         (
@@ -238,16 +381,45 @@ def test_rejects_what_does_not_fit_the_type(name, text, message):
         (
             "distrifuser",
             {},
-            r"not available with patches that take values of the step before, .* Use "
-            r"--sync_mode=full_sync",
+            r"not available with patches that take values of the step before, .* Use a cache "
+            r"that skips by number \(deep, taylor, prediction\)",
         ),
-        ("asyncdiff", {}, r"not available with segments that read .* Use another backend"),
+        (
+            "asyncdiff",
+            {},
+            r"not available with segments that read .* Use --step_cache=prediction,2, which",
+        ),
     ],
 )
 def test_rejects_methods_that_take_values_of_the_step_before(backend, options, message):
     plan = planner(backend)(TABLE["flux"], options, 2)
     with pytest.raises(UnsupportedError, match=message):
         require_step_cache(parse_step_cache("first_block", TABLE["flux"]), plan)
+
+
+@pytest.mark.parametrize("backend", ["distrifuser", "asyncdiff"])
+def test_methods_that_take_values_of_the_step_before_allow_skipped_predictions(backend):
+    plan = planner(backend)(TABLE["flux"], {}, 2)
+    require_step_cache(parse_step_cache("prediction", TABLE["flux"]), plan)
+
+
+@pytest.mark.parametrize(
+    ("backend", "options", "message"),
+    [
+        ("xdit", {"pipefusion_parallel_degree": 2}, "PipeFusion, whose predictions are still"),
+        (
+            "asyncdiff",
+            {"time_shift": True},
+            "--time_shift, which works for the timestep of the next",
+        ),
+    ],
+)
+def test_skipped_predictions_are_refused_where_a_step_reaches_into_the_next(
+    backend, options, message
+):
+    plan = planner(backend)(TABLE["flux"], options, 2)
+    with pytest.raises(UnsupportedError, match=message):
+        require_step_cache(parse_step_cache("prediction", TABLE["flux"]), plan)
 
 
 def test_allows_patches_that_exchange_in_each_step_and_the_cfg_split():
@@ -257,3 +429,14 @@ def test_allows_patches_that_exchange_in_each_step_and_the_cfg_split():
     require_step_cache(cache, make_plan(TABLE["sdxl"], patches, 2))
     require_step_cache(cache, make_plan(TABLE["sdxl"], {}, 2))
     assert str(cache) == "deep,2"
+
+
+@pytest.mark.parametrize("mode", ["corrected_async_gn", "no_sync", "rotate"])
+def test_displaced_patches_take_caches_that_skip_by_number_unless_the_ranks_take_turns(mode):
+    plan = planner("distrifuser")(TABLE["sdxl"], {"sync_mode": mode, "no_split_batch": True}, 2)
+    cache = parse_step_cache("deep", TABLE["sdxl"])
+    if mode == "rotate":
+        with pytest.raises(UnsupportedError, match="another --sync_mode than rotate"):
+            require_step_cache(cache, plan)
+    else:
+        require_step_cache(cache, plan)

@@ -19,9 +19,18 @@ from backends.generation.pipeline import LoadedPipeline, load_pipeline
 from backends.model_table import read_table
 from backends.request import GenerateRequest, LoadRequest
 from tests.altered import WEIGHTS, linked, without_a_weight
-from tests.checkpoints import checkpoint, controlnet, ip_adapter, lora, motion_adapter, single_file
+from tests.checkpoints import (
+    NAMES,
+    checkpoint,
+    controlnet,
+    ip_adapter,
+    lora,
+    motion_adapter,
+    single_file,
+)
 from tests.checkpoints.adapters import CONTROLNETS, IP_ADAPTER_FILE
 from tests.checkpoints.original_names import unet as original_unet
+from tests.every_type import EVERY_TYPE
 
 TABLE = read_table()
 CPU = torch.device("cpu")
@@ -93,7 +102,7 @@ def scaled(weights: Weights, spelling: str) -> tuple[Weights, Weights]:
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
-@pytest.mark.parametrize("name", list(TABLE))
+@pytest.mark.parametrize("name", NAMES)
 def test_float8_weights_are_multiplied_by_their_scales(
     name: str, spelling: str, tmp_path: Path
 ) -> None:
@@ -138,7 +147,7 @@ def beside(
 ) -> Path:
     """A single file with the configuration of its type beside it."""
     save_file(weights, folder / "model.safetensors", metadata=metadata)
-    ignored = () if name == "flux" else ("*.safetensors",)
+    ignored = ("*.safetensors",) if TABLE[name].denoiser == "unet" else ()
     shutil.copytree(checkpoint(name), folder / "model", ignore=shutil.ignore_patterns(*ignored))
     return folder / "model.safetensors"
 
@@ -170,7 +179,7 @@ def test_scales_by_blocks_are_refused(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("name", list(TABLE))
+@pytest.mark.parametrize("name", NAMES)
 def test_a_prefix_before_the_names_makes_no_difference(name: str, tmp_path: Path) -> None:
     weights = load_file(denoiser_file(name, seed=1))
     save_file({PREFIX + key: tensor for key, tensor in weights.items()}, tmp_path / "x.safetensors")
@@ -292,7 +301,7 @@ def test_a_replaced_unet_says_what_it_predicts_and_the_command_line_has_the_last
     assert np.array_equal(draw(overruled), draw(loaded("sdxl")))
 
 
-@pytest.mark.parametrize("name", list(TABLE))
+@pytest.mark.parametrize("name", EVERY_TYPE)
 @pytest.mark.parametrize("component", ["denoiser", "vae"])
 def test_a_checkpoint_with_missing_or_unknown_weights_is_refused(
     name: str, component: str, tmp_path: Path

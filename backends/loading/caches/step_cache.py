@@ -11,6 +11,8 @@ order.
 deep: every n-th step is full. In between, a UNet runs only its outermost level. DeepCache
 (arXiv:2312.00858, section 3).
 
+prediction: see prediction_cache.py.
+
 diffusers' own hooks (diffusers.hooks) are not used. They decide on each rank by that rank's data,
 so ranks would disagree; they add a ControlNet's residuals twice in a skipped step; they do not
 support HunyuanDiT's and PixArt's blocks, and fail on FLUX.2's.
@@ -27,8 +29,12 @@ from torch.utils import _pytree as pytree
 
 from backends.groups.collectives import all_sum
 from backends.groups.mesh import Mesh
+from backends.loading.caches.prediction_cache import PredictionCache
 from backends.model_table import ModelSpec
 from backends.parallel import hooks
+from backends.parallel.transformers import transformer_of
+from backends.plan import is_met
+from backends.request import GenerateRequest
 from backends.step_cache_spec import StepCacheSpec
 
 NAME = "step cache"
@@ -62,11 +68,52 @@ class _Call:
 
     is_full: bool = True  # this step is computed in full
     image: Tensor | None = None  # tokens after the first block
-    text: Tensor | None = None  # the same
+    other: Tensor | None = None  # the same of the text, or of what runs beside the image
     effect: Tensor | None = None  # residual of the first block at the last full step
     residual: _Residual | None = None  # residual of the other blocks at that step
+    other_residual: _Residual | None = None  # the same of `other`, where the result shows it
     kept: dict[int, Any] | None = None  # outputs of a UNet's inner modules at that step
     shape: tuple[int, ...] = ()  # of the denoiser's input
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """How a block takes and returns its tokens."""
+
+    names: tuple[str, ...]
+    """Of its arguments. The first is the image tokens."""
+    other: str
+    """Argument with what runs beside them: text, or sound."""
+    place: int | None
+    """Place of the image in what the block returns; None: by its number of tokens."""
+    keeps_other: bool
+    """The result shows the other stream too."""
+
+    @classmethod
+    def of(cls, denoiser: nn.Module, blocks: str, block: nn.Module) -> "_Form":
+        """blocks: name of the denoiser's list with this block."""
+        _, *names = inspect.signature(type(block).forward).parameters
+        row = transformer_of(denoiser)
+        cut = row.cuts.get(blocks) if row is not None else None
+        returns = cut.returns if cut is not None else ("text", "image")
+        keeps_other = "whole" in returns
+        return cls(
+            names=tuple(names),
+            other=names[1] if keeps_other else "encoder_hidden_states",
+            place=returns.index("image") if row is not None else None,
+            keeps_other=keeps_other,
+        )
+
+    def given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+        """Return the tokens of the image and what runs beside them."""
+        values = dict(zip(self.names, args, strict=False)) | kwargs
+        return values[self.names[0]], values.get(self.other)
+
+    def image_of(self, output: Any, tokens: Tensor) -> int | None:
+        """Return the place of the image in what a block made of these tokens; None: it is all."""
+        if not isinstance(output, tuple):
+            return None
+        return int(output[0].shape != tokens.shape) if self.place is None else self.place
 
 
 class StepCache:
@@ -81,7 +128,7 @@ class StepCache:
         self._denoiser = denoiser
         self._mesh: Mesh | None = None
         self._hooked: list[nn.Module] = []
-        self._forms: dict[int, bool] = {}
+        self._places: dict[int, int | None] = {}
         self._is_on = False
         self._calls: dict[int, _Call] = {}
         self._call: _Call | None = None
@@ -102,22 +149,17 @@ class StepCache:
                 self._hook(module, self._around_inner(index, is_last=index == len(inner) - 1))
         else:
             blocks = [
-                block for name in self._model.blocks for block in getattr(self._denoiser, name)
+                (block, _Form.of(self._denoiser, name, block))
+                for name in self._model.blocks
+                for block in getattr(self._denoiser, name)
             ]
-            first_name = next(
-                name
-                for name in inspect.signature(type(blocks[0]).forward).parameters
-                if name != "self"
-            )
-            self._hook(blocks[0], self._around_first(first_name))
-            for index, block in enumerate(blocks[1:], start=1):
-                first_name = next(
-                    name
-                    for name in inspect.signature(type(block).forward).parameters
-                    if name != "self"
-                )
+            for index, (block, form) in enumerate(blocks):
+                is_last = index == len(blocks) - 1
                 self._hook(
-                    block, self._around_rest(index, first_name, is_last=index == len(blocks) - 1)
+                    block,
+                    self._around_rest(index, form, is_last=is_last)
+                    if index
+                    else self._around_first(form),
                 )
         self._hook(self._denoiser, self._around_denoiser)
 
@@ -133,10 +175,13 @@ class StepCache:
         self._is_on = is_on
         self.num_calls = self.num_skipped = 0
 
-    def step_done(self) -> None:
-        """Count a finished step."""
+    def step_done(self, num_steps: int) -> bool:
+        """Count a finished step of so many. Return whether the denoiser ran in it: a part always
+        does.
+        """
         self._step += 1
         self._number = 0
+        return True
 
     def end(self) -> None:
         """Drop everything that is kept between steps."""
@@ -158,25 +203,27 @@ class StepCache:
         self._call = self._calls.setdefault(self._number, _Call())
         self._number += 1
         self.num_calls += 1
-        if self.spec.kind != "first_block":
-            self._call.is_full = self._step % int(self.spec.value) == 0
+        if self.spec.is_regular:
+            self._call.is_full = not self.spec.skips(self._step)
         try:
             return forward(*args, **kwargs)
         finally:
             self.num_skipped += not self._call.is_full
             self._call = None
 
-    def _around_first(self, first_name: str) -> hooks.Around:
+    def _around_first(self, form: _Form) -> hooks.Around:
         def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             output = forward(*args, **kwargs)
             call = self._call
             if call is None:
                 return output
-            call.text, call.image = output if isinstance(output, tuple) else (None, output)
-            effect = call.image - (args[0] if args else kwargs[first_name])
+            before, _ = form.given(args, kwargs)
+            call.image, call.other = _split(output, form.image_of(output, before))
+            effect = call.image - before
             # the first step, or the size has changed
             if call.residual is None or call.residual.last.shape != effect.shape:
                 call.is_full, call.residual, call.effect = True, None, None
+                call.other_residual = None
             elif self.spec.kind == "first_block":
                 call.is_full = self._change(effect, call.effect) > self.spec.value
             if call.is_full:
@@ -185,40 +232,49 @@ class StepCache:
 
         return around
 
-    def _around_rest(self, index: int, first_name: str, *, is_last: bool) -> hooks.Around:
+    def _around_rest(self, index: int, form: _Form, *, is_last: bool) -> hooks.Around:
         def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             call = self._call
             if call is None:
                 return forward(*args, **kwargs)
+            tokens, other = form.given(args, kwargs)
             if call.is_full:
                 output = forward(*args, **kwargs)
-                self._forms[index] = isinstance(output, tuple)
+                self._places[index] = place = form.image_of(output, tokens)
                 if is_last:
-                    self._remember(call, output[1] if isinstance(output, tuple) else output)
+                    self._remember(call, *_split(output, place), keeps_other=form.keeps_other)
                 return output
-            tokens = args[0] if args else kwargs[first_name]
             # the cached residual already includes a ControlNet's
             if is_last:
-                image = call.image + call.residual.continued(
-                    self._step if self.spec.kind == "taylor" else call.residual.at
-                )
+                image = call.image + self._residual(call.residual)
                 tokens = (
-                    image if tokens.shape == image.shape else torch.cat([call.text, image], dim=1)
+                    image if tokens.shape == image.shape else torch.cat([call.other, image], dim=1)
                 )
-            return (kwargs.get("encoder_hidden_states"), tokens) if self._forms[index] else tokens
+                if call.other_residual is not None:
+                    other = call.other + self._residual(call.other_residual)
+            place = self._places[index]
+            if place is None:
+                return tokens
+            return (other, tokens) if place else (tokens, other)
 
         return around
 
-    def _remember(self, call: _Call, tokens: Tensor) -> None:
+    def _residual(self, residual: _Residual) -> Tensor:
+        return residual.continued(self._step if self.spec.kind == "taylor" else residual.at)
+
+    def _remember(
+        self, call: _Call, tokens: Tensor, other: Tensor | None, *, keeps_other: bool
+    ) -> None:
         """Store the blocks' residual. tokens: (B, N, D), or (B, T + N, D) with the text first."""
         residual = tokens[:, -call.image.shape[1] :] - call.image
-        call.residual = (
-            _Residual(last=residual, at=self._step)
-            if call.residual is None
-            else call.residual.after(residual, self._step)
-        )
-        if self.spec.kind != "taylor":
-            call.residual.older = None
+        call.residual = self._next(call.residual, residual)
+        if keeps_other:
+            call.other_residual = self._next(call.other_residual, other - call.other)
+
+    def _next(self, before: _Residual | None, residual: Tensor) -> _Residual:
+        if before is None or self.spec.kind != "taylor":
+            return _Residual(last=residual, at=self._step)
+        return before.after(residual, self._step)
 
     def _around_inner(self, index: int, *, is_last: bool) -> hooks.Around:
         """Reuse the last inner module's output; of the others only the shapes matter."""
@@ -263,10 +319,52 @@ class StepCache:
         )
 
 
+AnyCache = StepCache | PredictionCache
+
+
+def attached_cache(cache: StepCacheSpec, spec: ModelSpec, pipe: Any) -> AnyCache:
+    """Return a new cache of this kind, attached to the pipeline's denoiser."""
+    if cache.skips_whole_steps:
+        denoisers = [part for name in spec.denoisers if (part := getattr(pipe, name, None))]
+        made = PredictionCache(cache, denoisers, getattr(pipe, "controlnet", None))
+    else:
+        made = StepCache(cache, spec, getattr(pipe, spec.denoiser))
+    made.attach()
+    return made
+
+
+def wanted_cache(
+    cache: AnyCache | None,
+    request: GenerateRequest,
+    given: StepCacheSpec | None,
+    *,
+    is_smooth: bool,
+    is_even: bool,
+) -> StepCacheSpec | None:
+    """Return the cache that a request uses: none if its quality allows no skipped steps.
+
+    request: with its number of steps. given: the cache that the launch named. is_smooth: whether
+    the predictions of the sampler change smoothly from step to step. is_even: whether its steps
+    are evenly spaced; others come less close than a quality promises (docs/measurements.md).
+    """
+    if cache is None or (cache.spec.skips_whole_steps and not is_smooth):
+        return None
+    asked, num_steps = request.quality, request.num_inference_steps
+    if (asked is not None or cache.spec != given) and not is_even:
+        return None
+    is_used = asked is None or is_met(asked, "high", num_steps=num_steps)
+    return cache.spec if is_used else None
+
+
 def inner_modules(unet: nn.Module) -> list[nn.Module]:
     """Return all blocks of a UNet except its outermost level, in order of execution."""
     middle = [unet.mid_block] if unet.mid_block is not None else []
     return [*unet.down_blocks[1:], *middle, *unet.up_blocks[:-1]]
+
+
+def _split(output: Any, place: int | None) -> tuple[Tensor, Tensor | None]:
+    """Return (image, other) of what a block returned. place: of the image; None: it is all."""
+    return (output, None) if place is None else (output[place], output[1 - place])
 
 
 def _stand_in(tensor: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""Step caches: what a step reuses of earlier ones."""

@@ -1,0 +1,101 @@
+"""Processors of text and images without torchvision, which transformers wants for their videos.
+
+Pipelines of diffusers give them texts and images only. transformers prepares images with PIL where
+torchvision is missing.
+"""
+
+import functools
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from backends.files.checkpoint import is_modular, read_index
+from backends.loading.modular_pipelines import modular_from_folder
+
+VIDEOS = "video_processor"
+
+
+def pipeline_from_folder(pipeline: Any, folder: Path, **arguments: Any) -> Any:
+    """Return pipeline.from_pretrained(folder, **arguments), on a machine without torchvision too.
+
+    diffusers compares the class of a component that it is given with the one that the folder names.
+    Where transformers has none, a tokenizer takes its place afterwards.
+    """
+    found = processors_without_torchvision(folder, read_index(folder))
+    if is_modular(folder):
+        return modular_from_folder(pipeline, folder, found, **arguments)
+    later = {name: each for name, each in found.items() if not _is_processor(each)}
+    made = pipeline.from_pretrained(folder, **arguments, **(found | dict.fromkeys(later)))
+    made.register_modules(**later)
+    return made
+
+
+def processors_without_torchvision(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:
+    """Return component -> processor, for those that transformers cannot load on this machine.
+
+    index: content of model_index.json. Empty if torchvision is installed.
+    """
+    if importlib.util.find_spec("torchvision") is not None:
+        return {}
+    return {
+        component: load_processor(folder / component, entry[1])
+        for component, entry in index.items()
+        if isinstance(entry, list) and entry[0] == "transformers" and wants_videos(entry[1])
+    }
+
+
+def wants_videos(name: str | None) -> bool:
+    """Return whether a class of transformers is a processor that needs torchvision."""
+    made = getattr(transformers, name, None) if name and name.endswith("Processor") else None
+    if made is None:
+        return False
+    return _is_placeholder(made) or VIDEOS in _parts_of(made)
+
+
+def _is_placeholder(made: Any) -> bool:
+    """Return whether transformers has put another class in the place of one it cannot import."""
+    return "torchvision" in (getattr(made, "_backends", None) or ())
+
+
+def _is_processor(component: Any) -> bool:
+    return isinstance(component, transformers.ProcessorMixin)
+
+
+def _parts_of(made: Any) -> list[str]:
+    return made.get_attributes() if hasattr(made, "get_attributes") else []
+
+
+def load_processor(folder: Path, name: str) -> Any:
+    """Return the processor without its part for videos, or its tokenizer if that is all there is.
+
+    A tokenizer has the template of conversations, so it answers what a pipeline asks with texts.
+    """
+    made = getattr(transformers, name)
+    if _is_placeholder(made):
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    parts = {
+        "tokenizer": transformers.AutoTokenizer,
+        "image_processor": transformers.AutoImageProcessor,
+    }
+    found = {
+        part: None if part == VIDEOS else parts[part].from_pretrained(folder, local_files_only=True)
+        for part in _parts_of(made)
+    }
+    settings, _ = made.get_processor_dict(folder)
+    return _without_videos(made)(**found, chat_template=settings.get("chat_template"))
+
+
+@functools.cache
+def _without_videos(made: Any) -> Any:
+    """Return a class of this name that does without a processor of videos."""
+
+    def check(self: Any, argument_name: str, argument: Any) -> Any:
+        is_left_out = argument_name == VIDEOS and argument is None
+        return None if is_left_out else plain(self, argument_name, argument)
+
+    plain = made.check_argument_for_proper_class
+    names = {"__module__": made.__module__, "check_argument_for_proper_class": check}
+    return type(made.__name__, (made,), names)

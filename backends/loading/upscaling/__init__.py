@@ -1,0 +1,1 @@
+"""Networks that enlarge images, given by path at launch (--upscalers)."""

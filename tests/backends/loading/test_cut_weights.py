@@ -1,0 +1,128 @@
+"""Methods that keep a part of the denoiser on each rank read no other: same images, and no more
+memory than that part.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from backends import backend_class, planner
+from backends.generation.pipeline import LoadedPipeline, load_pipeline
+from backends.groups.mesh import Mesh
+from backends.parallel.weight_shards import full_bytes, release_memory, weight_bytes
+from backends.request import LoadRequest
+from benchmarks.loading import private_bytes
+from tests.backends.features import CPU, TABLE, prepare, request_for, result
+from tests.checkpoints import checkpoint
+
+STAGES = ("xdit", {"pipefusion_parallel_degree": 2})
+TENSOR = ("xdit", {"tensor_parallel_degree": 2})
+UNET_TENSOR = ("distrifuser", {"parallelism": "tensor"})
+SEGMENTS = ("asyncdiff", {"shard_weights": True})
+LARGE = {
+    "num_layers": 40,
+    "num_attention_heads": 8,
+    "attention_head_dim": 32,
+    "caption_projection_dim": 256,
+}
+"""A transformer of 190 MB in bfloat16, almost all of it in 40 blocks: groups, activations and
+Python take 20 to 26 MB besides.
+"""
+SLACK_BYTES = 40_000_000
+"""For everything but weights: groups, activations, Python."""
+
+Way = tuple[str, Mapping[str, object]]
+
+
+def load(name: str, *, is_cut: bool, variant: str = "bf16", **config: object) -> LoadedPipeline:
+    request = LoadRequest(
+        model_type=name,
+        checkpoint=str(checkpoint(name, **config)),
+        variant=variant,
+        parallel_vae=False,
+    )
+    return load_pipeline(TABLE[name], request, device=CPU, is_cut=is_cut)
+
+
+def attach(pipe: LoadedPipeline, way: Way, rank: int, size: int) -> Mesh:
+    backend, options = way
+    given = {**options, "checkpoint": pipe.load.checkpoint}
+    mesh = Mesh(planner(backend)(pipe.spec, given, size), rank=rank, device=CPU)
+    pipe.attach(backend_class(backend)(spec=pipe.spec, plan=mesh.plan, mesh=mesh))
+    return mesh
+
+
+def check_image(rank: int, size: int, name: str, way: Way) -> None:
+    images = []
+    for is_cut in (False, True):
+        pipe = load(name, is_cut=is_cut)
+        mesh = attach(pipe, way, rank, size)
+        images.append(result(pipe, request_for(pipe.spec)))
+        pipe.detach()
+        denoiser = getattr(pipe.pipe, pipe.spec.denoiser)
+        assert weight_bytes(denoiser) == full_bytes(denoiser)
+        mesh.destroy()
+    torch.testing.assert_close(images[1], images[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        ("sd3", STAGES),
+        ("sdxl", SEGMENTS),
+        pytest.param("sd3", SEGMENTS, marks=pytest.mark.slow),
+        pytest.param("flux", TENSOR, marks=pytest.mark.slow),
+        pytest.param("sdxl", UNET_TENSOR, marks=pytest.mark.slow),
+        pytest.param("flux", STAGES, marks=pytest.mark.slow),
+    ],
+)
+def test_the_image_is_that_of_weights_that_were_read_whole_and_then_cut(
+    run_on_ranks: Callable[..., None], name: str, way: Way
+) -> None:
+    prepare(TABLE[name], [])
+    run_on_ranks(check_image, 2, name, way)
+
+
+@contextmanager
+def peak_memory() -> Iterator[list[int]]:
+    """Yield a list whose one item is the largest growth of private memory so far, in bytes."""
+    release_memory()
+    before, peak, is_done = private_bytes(), [0], threading.Event()
+
+    def sample() -> None:
+        while not is_done.wait(0.002):
+            peak[0] = max(peak[0], private_bytes() - before)
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    try:
+        yield peak
+    finally:
+        is_done.set()
+        sampler.join()
+
+
+def check_memory(rank: int, size: int, way: Way) -> None:
+    result(load("sd3", is_cut=False), request_for(TABLE["sd3"]))  # what a first image allocates
+    with peak_memory() as peak:
+        pipe = load("sd3", is_cut=True, **LARGE)
+        mesh = attach(pipe, way, rank, size)
+        result(pipe, request_for(pipe.spec))
+    whole, kept = full_bytes(pipe.pipe.transformer), weight_bytes(pipe.pipe.transformer)
+    block = full_bytes(pipe.pipe.transformer.transformer_blocks[0])
+    parts = [part for part in pipe.pipe.components.values() if isinstance(part, torch.nn.Module)]
+    small = sum(full_bytes(part) for part in parts) - whole
+    assert kept < 0.6 * whole
+    assert peak[0] < kept + block + small + SLACK_BYTES < whole + small, (peak, kept, whole)
+    mesh.destroy()
+
+
+@pytest.mark.parametrize("way", [STAGES, SEGMENTS])
+def test_a_rank_never_holds_more_than_its_part_and_one_block(
+    run_on_ranks: Callable[..., None], way: Way
+) -> None:
+    checkpoint("sd3", **LARGE)
+    run_on_ranks(check_memory, 2, way)
