@@ -22,9 +22,11 @@ _BACKENDS = {
 """Folder below backends/ -> class in its backend.py. Each folder also has a torch-free plan.py."""
 
 BACKEND_NAMES = tuple(_BACKENDS)
-WITHOUT_ROW = ("asyncdiff", "single")
-"""Backends that need no facts of the model table, in order of preference: they find all parts of a
-denoiser by looking.
+WITHOUT_ROW = {"asyncdiff": "denoiser", "single": "", "xdit": "transformer"}
+"""Backends that need no row of the model table, in order of preference -> what they divide.
+
+The first finds all parts of a denoiser by looking; the last spreads the tokens of transformers of
+known classes.
 """
 
 

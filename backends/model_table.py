@@ -8,12 +8,13 @@ from dataclasses import MISSING, dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, get_args
 
 import yaml
 
 from backends import BACKEND_NAMES
 from backends.errors import ConfigError, UnsupportedError
+from backends.yaml_nodes import YamlNodes
 
 TABLE_PATH = Path(__file__).resolve().parent.parent / "model_table.yaml"
 FEATURES = (
@@ -101,11 +102,14 @@ class ModelSpec:
     # Other pipeline classes with the same components, whose checkpoints this row also runs.
     also: tuple[str, ...] = ()
     # What a checkpoint must match (backends/files/fit.py). denoiser, vae: class names.
-    # channels: [n, m], the denoiser has n * latent channels + m inputs. text: config field ->
-    # text encoder widths that add up to it. is: config fields with one allowed value. sign: a field
-    # that distinguishes types of the same class. optional: components that may be absent.
+    # channels: [n, m], the denoiser has n * latent channels + m inputs. masked: the same of one
+    # that reads a mask. text: config field -> text encoder widths that add up to it. is: config
+    # fields with one allowed value. sign: a field that distinguishes types of the same class.
+    # optional: components that may be absent.
     fits: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
-    single_file: bool = False  # the checkpoint may be one .safetensors file
+    single_file: bool = False  # the checkpoint may be one file: its denoiser, or more of it
+    # Text encoder -> prefix of its tensors in such a file.
+    file_encoders: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     # Name of a tensor in such a file -> hub repository with its configuration; "" for any file.
     configuration: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     # Title -> checkpoints with defaults of their own: recognised by `is` (configuration field ->
@@ -121,14 +125,30 @@ class ModelSpec:
     demo: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     # Further denoisers that run in other steps, such as a prior before the denoiser.
     other_denoisers: tuple[str, ...] = ()
+    # The request fields that become the call's arguments, of a class that runs as diffusers has it:
+    # its own timesteps, guidance and decoding. Empty: the StepDriver runs it from and to latents.
+    takes: tuple[str, ...] = ()
     # Of a generic type only: the call's arguments with their defaults.
     parameters: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
-    takes: tuple[str, ...] = ()  # likewise: the request fields that become its arguments
+    # Found in the checkpoint: the denoiser itself reads the mask and the masked image.
+    reads_mask: bool = False
 
     @property
     def is_generic(self) -> bool:
         """Return whether there is no row: all facts were read from the checkpoint."""
         return self.name == GENERIC
+
+    @property
+    def runs_as_is(self) -> bool:
+        """Return whether the pipeline is called as diffusers has it (generic_run.py)."""
+        return self.is_generic or bool(self.takes)
+
+    @property
+    def sizes_by_image(self) -> bool:
+        """Return whether an image that every request must bring decides the size of the result,
+        unless the request does.
+        """
+        return self.runs_as_is and "image" in self.requires
 
     @property
     def denoisers(self) -> tuple[str, ...]:
@@ -233,66 +253,110 @@ def _parse(text: str, name: str) -> ModelTable:
     return ModelTable(dict(_Reader(name).table(root)))
 
 
-Defaults = Mapping[str, Mapping[str, Cell]]
-"""Backend -> feature -> its cell, unless a type's row overrides it."""
+OWN_FACTS = frozenset(
+    "title pipeline also checkpoints controlnet ip_adapter compel single_file configuration "
+    "demo".split()
+)
+"""Facts about one pipeline class, which a row does not take from the row that it is like."""
+Nodes = dict[str, yaml.Node]
 
 
-class _Reader:
-    """Converts YAML nodes to specs; nodes know their line numbers."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Defaults:
+    """What holds where a type's row says nothing else."""
 
-    def __init__(self, file_name: str) -> None:
-        self._file_name = file_name
+    cells: Mapping[str, Mapping[str, Cell]]
+    """Backend -> feature -> its cell."""
+    without: Mapping[str, str]
+    """Feature -> why a type lacks it whose row has no fact about it. `{title}` is the type's."""
+
+    def of(self, values: Mapping[str, Any]) -> dict[str, Cell]:
+        """Return the cells of the features about which these facts of a row say nothing."""
+        can_inpaint = values.get("returns_latents") or "mask_image" in values.get("takes", ())
+        facts = {**values, "inpainting": can_inpaint}
+        return {
+            feature: Cell(status="unsupported", reason=reason.format(title=values.get("title")))
+            for feature, reason in self.without.items()
+            if not facts.get(feature)
+        }
+
+
+class _Reader(YamlNodes):
+    """Converts the nodes of the table to specs."""
 
     def table(self, root: yaml.Node | None) -> Iterator[tuple[str, ModelSpec]]:
         if not isinstance(root, yaml.MappingNode):
             raise ConfigError(
-                f"{self._file_name}, line 1: the table must map model type names to their facts."
+                f"{self.file_name}, line 1: the table must map model type names to their facts."
             )
-        items = self._items(root)
+        items = self.items(root)
         defaults = self._defaults(items.pop("defaults", None))
+        rows: dict[str, tuple[Nodes, Nodes]] = {}
         for name, node in items.items():
-            yield name, self._spec(name, node, defaults)
+            rows[name] = self._row(name, node, rows)
+            yield name, self._spec(name, node, *rows[name], defaults)
 
-    def _defaults(self, node: yaml.Node | None) -> Defaults:
-        """Read the `defaults` row: `features` for all backends, `backends` for single ones."""
-        items = self._items(node) if node is not None else {}
-        self._require_keys(items, "defaults", ("features", "backends"))
+    def _row(
+        self, name: str, node: yaml.Node, earlier: Mapping[str, tuple[Nodes, Nodes]]
+    ) -> tuple[Nodes, Nodes]:
+        """Return (facts, features) of a row, with those of the row that it is `like`."""
+        items = self.items(node)
+        own = items.pop("features", None)
+        features = self.items(own) if own is not None else {}
+        like = items.pop("like", None)
+        if like is None:
+            return items, features
+        if (other := self.value(like)) not in earlier:
+            raise self.error(
+                like, f"{name}.like={other!r} is no row above it. Allowed: {', '.join(earlier)}"
+            )
+        facts, others = earlier[other]
+        shared = {key: value for key, value in facts.items() if key not in OWN_FACTS}
+        return {**shared, **items}, {**others, **features}
+
+    def _defaults(self, node: yaml.Node | None) -> _Defaults:
+        """Read the `defaults` row: `features` for all backends, `backends` for single ones, and
+        `without`.
+        """
+        items = self.items(node) if node is not None else {}
+        self._require_keys(items, "defaults", ("features", "backends", "without"))
         shared = self._cells(items.get("features"), "defaults.features")
-        defaults = dict.fromkeys(BACKEND_NAMES, shared)
-        rows = self._items(items["backends"]) if "backends" in items else {}
+        cells = dict.fromkeys(BACKEND_NAMES, shared)
+        rows = self.items(items["backends"]) if "backends" in items else {}
         self._require_keys(rows, "defaults.backends", BACKEND_NAMES)
         for backend, row in rows.items():
             where = f"defaults.backends.{backend}"
-            cells = self._items(row)
-            self._require_keys(cells, where, ("features",))
-            own = self._cells(cells.get("features"), f"{where}.features")
-            defaults[backend] = {**shared, **own}
-        return defaults
+            found = self.items(row)
+            self._require_keys(found, where, ("features",))
+            cells[backend] = {**shared, **self._cells(found.get("features"), f"{where}.features")}
+        reasons = self.items(items["without"]) if "without" in items else {}
+        self._require_keys(reasons, "defaults.without", FEATURES)
+        without = {key: self.fact("defaults.without", str, value) for key, value in reasons.items()}
+        return _Defaults(cells=cells, without=without)
 
     def _require_keys(
         self, items: Mapping[str, yaml.Node], where: str, allowed: Sequence[str]
     ) -> None:
         for key, node in items.items():
             if key not in allowed:
-                raise self._error(
-                    node, f"{where}.{key} is not known. Allowed: {', '.join(allowed)}"
-                )
+                raise self.error(node, f"{where}.{key} is not known. Allowed: {', '.join(allowed)}")
 
-    def _spec(self, name: str, node: yaml.Node, defaults: Defaults) -> ModelSpec:
-        items = self._items(node)
-        shared = self._cells(items.pop("features", None), f"{name}.features")
-        cells = {backend: {**row, **shared} for backend, row in defaults.items()}
+    def _spec(
+        self, name: str, node: yaml.Node, items: Nodes, features: Nodes, defaults: _Defaults
+    ) -> ModelSpec:
         known = {fact.name: fact for fact in fields(ModelSpec)}
         values: dict[str, Any] = {"name": name}
         for key, value in items.items():
             if key not in known or key == "name":
                 allowed = ", ".join(known)
-                raise self._error(
+                raise self.error(
                     value, f"{name}.{key} is not a fact of a model type. Allowed: {allowed}"
                 )
             if key != "backends":
-                values[key] = self._fact(f"{name}.{key}", known[key].type, value)
+                values[key] = self.fact(f"{name}.{key}", known[key].type, value)
         self._require_checkpoints(items.get("checkpoints"), name, known)
+        own = {**defaults.of(values), **self._read_cells(features, f"{name}.features")}
+        cells = {backend: {**row, **own} for backend, row in defaults.cells.items()}
         values["backends"] = (
             self._backends(name, items["backends"], cells) if "backends" in items else None
         )
@@ -303,34 +367,36 @@ class _Reader:
         ]
         missing = [key for key in needed if values.get(key) is None]
         if missing:
-            raise self._error(node, f"{name} lacks {', '.join(missing)}. Add it")
+            raise self.error(node, f"{name} lacks {', '.join(missing)}. Add it")
         return ModelSpec(**values)
 
     def _require_checkpoints(
         self, node: yaml.Node | None, name: str, known: Mapping[str, Any]
     ) -> None:
         """Raise ConfigError unless each row has a sign and facts of a model type."""
-        for title, row in (self._items(node) if node is not None else {}).items():
-            where, items = f"{name}.checkpoints.{title}", self._items(row)
+        for title, row in (self.items(node) if node is not None else {}).items():
+            where, items = f"{name}.checkpoints.{title}", self.items(row)
             if len(CHECKPOINT_SIGNS & items.keys()) != 1:
-                raise self._error(row, f"{where} must have one of `is` and `words`")
+                raise self.error(row, f"{where} must have one of `is` and `words`")
             for key, value in items.items():
                 if key not in CHECKPOINT_SIGNS and key not in known:
-                    raise self._error(value, f"{where}.{key} is not a fact of a model type")
+                    raise self.error(value, f"{where}.{key} is not a fact of a model type")
                 if key not in CHECKPOINT_SIGNS:
-                    self._fact(f"{where}.{key}", known[key].type, value)
+                    self.fact(f"{where}.{key}", known[key].type, value)
 
-    def _backends(self, name: str, node: yaml.Node, shared: Defaults) -> Mapping[str, BackendSpec]:
+    def _backends(
+        self, name: str, node: yaml.Node, shared: Mapping[str, Mapping[str, Cell]]
+    ) -> Mapping[str, BackendSpec]:
         """Read the rows of a type. shared: the cells that a row may override."""
         rows = {}
-        for backend, row_node in self._items(node).items():
+        for backend, row_node in self.items(node).items():
             if backend not in BACKEND_NAMES:
-                raise self._error(
+                raise self.error(
                     row_node,
                     f"{name}.backends.{backend} is not a backend. Allowed: "
                     f"{', '.join(BACKEND_NAMES)}",
                 )
-            items, where = self._items(row_node), f"{name}.backends.{backend}"
+            items, where = self.items(row_node), f"{name}.backends.{backend}"
             own = self._cells(items.pop("features", None), f"{where}.features")
             untested = dict.fromkeys(FEATURES, Cell(status="untested"))
             rows[backend] = BackendSpec(
@@ -341,68 +407,32 @@ class _Reader:
 
     def _cells(self, node: yaml.Node | None, where: str) -> dict[str, Cell]:
         """Read feature -> cell: `tested`, `untested`, or a mapping with status and reason."""
+        return self._read_cells(self.items(node) if node is not None else {}, where)
+
+    def _read_cells(self, nodes: Nodes, where: str) -> dict[str, Cell]:
         cells = {}
-        for feature, value in (self._items(node) if node is not None else {}).items():
+        for feature, value in nodes.items():
             if feature not in FEATURES:
-                raise self._error(
+                raise self.error(
                     value, f"{where}.{feature} is not a feature. Allowed: {', '.join(FEATURES)}"
                 )
             is_word = isinstance(value, yaml.ScalarNode)
-            items = {"status": value} if is_word else self._items(value)
+            items = {"status": value} if is_word else self.items(value)
             cells[feature] = self._status(items, value, f"{where}.{feature}")
         return cells
 
     def _status(self, items: dict[str, yaml.Node], node: yaml.Node, where: str) -> Cell:
-        values = {key: self._value(value) for key, value in items.items()}
+        values = {key: self.value(value) for key, value in items.items()}
         if set(values) - {"status", "reason"} or values.get("status") not in get_args(Status):
-            raise self._error(
+            raise self.error(
                 node,
                 f"{where} must say status: {' | '.join(get_args(Status))} (and a reason), not "
                 f"{values}",
             )
         if values["status"] == "unsupported" and not values.get("reason"):
-            raise self._error(
+            raise self.error(
                 node, f"{where} is unsupported but gives no reason. Say why: the user reads it"
             )
         return Cell(
             status=values["status"], reason=str(values.get("reason", "")).strip().rstrip(".")
         )
-
-    def _fact(self, where: str, kind: Any, node: yaml.Node) -> Any:
-        value = self._value(node)
-        if get_origin(kind) is Literal:
-            if value not in get_args(kind):
-                raise self._error(
-                    node, f"{where}={value!r} is not allowed. Allowed: {', '.join(get_args(kind))}"
-                )
-            return value
-        if get_origin(kind) is tuple:
-            if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-                raise self._error(node, f"{where} must be a list of names, not {value!r}")
-            return tuple(value)
-        if get_origin(kind) is Mapping:
-            if not isinstance(value, dict):
-                raise self._error(node, f"{where} must be a mapping, not {value!r}")
-            return MappingProxyType(value)
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            return float(value)
-        if type(value) is not kind:
-            raise self._error(node, f"{where} must be of type {kind.__name__}, not {value!r}")
-        return value
-
-    def _items(self, node: yaml.Node) -> dict[str, yaml.Node]:
-        if not isinstance(node, yaml.MappingNode):
-            raise self._error(node, f"expected a mapping, not {self._value(node)!r}")
-        items: dict[str, yaml.Node] = {}
-        for key_node, value_node in node.value:
-            key = self._value(key_node)
-            if key in items:
-                raise self._error(key_node, f"{key!r} occurs twice. Keep one")
-            items[str(key)] = value_node
-        return items
-
-    def _value(self, node: yaml.Node) -> Any:
-        return yaml.SafeLoader("").construct_document(node)
-
-    def _error(self, node: yaml.Node, what: str) -> ConfigError:
-        return ConfigError(f"{self._file_name}, line {node.start_mark.line + 1}: {what}.")

@@ -43,6 +43,10 @@ class ParallelPlan:
     # Which values of the previous step are reused, and what to run instead: part of an error text.
     # Empty if every step is independent.
     reads_previous_step: str = ""
+    # Whether such values may come from the last full step of a regular step cache.
+    follows_step_cache: bool = False
+    # What a step does for the next one, which may be skipped as a whole: the same kind of text.
+    begins_next_step: str = ""
     # Whether all ranks run the same blocks of the denoiser, in the same order.
     runs_every_block: bool = True
     intercepts_sdpa: bool = False  # reaches other ranks' tokens through torch's attention operator

@@ -71,6 +71,8 @@ class LoadRequest:
     ip_adapter: dict[str, float] = field(default_factory=dict)
     # File -> scale; a request may replace the whole set.
     lora: dict[str, float] = field(default_factory=dict)
+    # Name -> file of an upscaler.
+    upscalers: dict[str, str] = field(default_factory=dict)
     # File -> scale, in every generation.
     motion_lora: dict[str, float] = field(default_factory=dict)
     # Group of components (quantization_spec.GROUPS) -> how their weights are stored.
@@ -100,6 +102,9 @@ class GenerateRequest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
+    model: Annotated[
+        str | None, Field(description="Name of the model, on a host with several.")
+    ] = None
     prompt: Annotated[str | None, Field(description="What the image shows.")] = None
     negative_prompt: Annotated[str | None, Field(description="What it must not show.")] = None
     seed: Annotated[
@@ -192,6 +197,10 @@ class GenerateRequest(BaseModel):
         Image.Image | list[Image.Image] | None,
         Field(description="The image to edit, animate or enlarge, or several to refer to."),
     ] = None
+    video: Annotated[
+        list[Image.Image] | None,
+        Field(description="Frames of a video to change, continue or follow, in order."),
+    ] = None
     ip_adapter_image: Annotated[
         Image.Image | list[Image.Image] | None,
         Field(description="Image or images for the IP-Adapter."),
@@ -215,6 +224,13 @@ class GenerateRequest(BaseModel):
     lora: Annotated[
         dict[str, float] | None,
         Field(description="LoRA file -> scale, in place of those given at launch."),
+    ] = None
+    upscaler: Annotated[
+        str | None,
+        Field(
+            description="Enlarge the image by the factor of this upscaler of the host. With "
+            "init_image and strength 0 that image, at its own size."
+        ),
     ] = None
     num_frames: Annotated[int | None, Field(ge=1, le=512, description="Frames of a video.")] = None
     fps: Annotated[
@@ -243,6 +259,14 @@ class GenerateRequest(BaseModel):
             "program does, and all of a long prompt. Absent: plain text."
         ),
     ] = None
+    arguments: Annotated[
+        dict[str, Any] | None,
+        Field(
+            description="Arguments of the pipeline's own call that have no field here, for a type "
+            'without a row: numbers, texts, {"image": PNG}, {"npy": array}, {"object": {...}} with '
+            "these, and lists of these."
+        ),
+    ] = None
     warmup_steps: Annotated[
         int | None,
         Field(
@@ -268,12 +292,23 @@ class GenerateRequest(BaseModel):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Audio:
+    """A video's sound."""
+
+    samples: Array  # float32 (channels, number of samples), within -1..1
+    sampling_rate: int  # Hz
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateResult:
     """One image or video, on the CPU."""
 
-    frames: Array  # uint8 (N, H, W, 3); N is 1 for an image, the number of frames for a video
+    # uint8 (N, H, W, 3): the frames of a video, or the images that one call made, mostly one.
+    # Images with transparency have four channels.
+    frames: Array
     # float32 (1, C, h, w) in unscaled VAE space; None for types that do not return them.
     latents: Array | None
+    audio: Audio | None = None
     seed: int
     num_steps: int  # scheduler steps executed
     exactness: Exactness

@@ -7,11 +7,16 @@ from backends.errors import ConfigError, UnsupportedError
 from backends.model_table import ModelSpec
 from backends.plan import ParallelPlan
 
-Kind = Literal["first_block", "taylor", "deep"]
-KINDS: dict[str, tuple[Kind, ...]] = {"transformer": ("first_block", "taylor"), "unet": ("deep",)}
+Kind = Literal["first_block", "taylor", "deep", "prediction"]
+KINDS: dict[str, tuple[Kind, ...]] = {
+    "transformer": ("first_block", "taylor", "prediction"),
+    "unet": ("deep", "prediction"),
+}
 """Kind of denoiser -> the caches that it can use, the default first."""
 
-DEFAULTS: dict[str, float] = {"first_block": 0.08, "taylor": 3, "deep": 2}
+DEFAULTS: dict[str, float] = {"first_block": 0.08, "taylor": 3, "deep": 2, "prediction": 2}
+FIRST_STEPS = 3
+"""Steps at the start that `prediction` computes: a line needs two, and the first changes most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,8 +25,33 @@ class StepCacheSpec:
 
     kind: Kind
     # first_block: a step is skipped if the first block's residual changed relatively by less.
-    # taylor, deep: every value-th step is computed in full.
+    # the others: every value-th step is computed in full.
     value: float
+
+    @property
+    def is_regular(self) -> bool:
+        """Whether the step's number alone says if it is skipped, so that every part of a program
+        can tell.
+        """
+        return self.kind != "first_block"
+
+    @property
+    def skips_whole_steps(self) -> bool:
+        """Whether nothing of the denoiser runs in a skipped step, so that a method knows nothing
+        of it. The others run its outermost parts.
+        """
+        return self.kind == "prediction"
+
+    def skips(self, step: int) -> bool:
+        """Return whether `taylor` or `deep` skips this step, counted from 0."""
+        return self.kind in ("taylor", "deep") and step % int(self.value) != 0
+
+    def skips_whole(self, step: int, num_steps: int) -> bool:
+        """Return whether `prediction` skips this step of so many. It computes the last one, which
+        the image shows most, and every n-th before it.
+        """
+        to_come = num_steps - 1 - step
+        return self.skips_whole_steps and step >= FIRST_STEPS and to_come % int(self.value) != 0
 
     def __str__(self) -> str:
         return f"{self.kind},{self.value:g}"
@@ -53,7 +83,13 @@ def parse_step_cache(text: str, spec: ModelSpec) -> StepCacheSpec:
 
 def require_step_cache(cache: StepCacheSpec, plan: ParallelPlan) -> None:
     """Raise UnsupportedError if the method reuses activations that a skipped step would lack."""
-    if plan.reads_previous_step:
+    if cache.skips_whole_steps:
+        if plan.begins_next_step:
+            raise UnsupportedError(
+                f"step_cache={cache} is not available with {plan.begins_next_step}, or leave out "
+                "--step_cache."
+            )
+    elif plan.reads_previous_step and not (plan.follows_step_cache and cache.is_regular):
         raise UnsupportedError(
             f"step_cache={cache} is not available with {plan.reads_previous_step}, or leave out "
             "--step_cache."

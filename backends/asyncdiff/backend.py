@@ -40,6 +40,11 @@ class AsyncDiffBackend(Backend):
         found = self._cuts or self._known
         return next((cut.segments for cut in found if cut.segments is not None), None)
 
+    @property
+    def cuts_in_first_call(self) -> bool:
+        """Return True with sharded weights."""
+        return bool(self.plan.options["shard_weights"]) and self.mesh.axis("segment").size > 1
+
     def attach_denoiser(self, pipe: Any, denoiser: nn.Module) -> None:
         """Hook the units and the denoiser. The cuts are chosen in its first call, and kept when it
         is attached again: times vary, and other cuts would generate another image.

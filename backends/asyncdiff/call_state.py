@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from backends.asyncdiff.exchange import Arrival, Exchange
 from backends.asyncdiff.executors import (
@@ -21,10 +22,14 @@ from backends.asyncdiff.executors import (
 from backends.asyncdiff.schedule import Phase, RankRole, phase_of
 from backends.asyncdiff.segments import Segments
 from backends.asyncdiff.timesteps import Timesteps
-from backends.asyncdiff.units import Source, UnitHooks, num_bytes
+from backends.asyncdiff.units import Source, UnitHooks, leaves, num_bytes
 from backends.errors import UnsupportedError
-from backends.parallel.outputs import output_parts, rebuilt
+from backends.parallel.hooks import output_parts, rebuilt
 
+CACHE = "cache"
+"""In the names of arguments that a denoiser fills for later calls: then every rank runs, or has
+run, all of its units.
+"""
 TIMESTEPS = ("timestep", "timesteps", "timestep_ratio", "t")
 """Arguments of denoisers for the timestep."""
 Forward = Callable[..., Any]
@@ -57,19 +62,22 @@ class CallState:
 
 
 class Predictions:
-    """The denoiser's result as one rank has it, under way to all. Some have several tensors."""
+    """The denoiser's result as one rank has it, under way to all. Some have several tensors, and
+    some a list of them.
+    """
 
     def __init__(self, output: Any, exchange: Exchange, *, source: int) -> None:
         self._output = output
+        found, self._form = pytree.tree_flatten(output_parts(output))
         self._parts = [
             exchange.broadcast(part, source=source) if isinstance(part, Tensor) else part
-            for part in output_parts(output)
+            for part in found
         ]
 
     def wait(self) -> Any:
         """Return the result, of the kind that the denoiser itself returns."""
         parts = [part.wait() if isinstance(part, Arrival) else part for part in self._parts]
-        return rebuilt(self._output, parts)
+        return rebuilt(self._output, pytree.tree_unflatten(parts, self._form))
 
 
 class Generation:
@@ -127,6 +135,8 @@ class Generation:
         phase = phase_of(
             self.evaluation, num_synchronous=self._num_synchronous, stride=self._role.stride
         )
+        if any(CACHE in name and value is not None for name, value in arguments.items()):
+            phase = Phase.SYNCHRONOUS
         self.has_failed = True
         if call is None or call.signature != signature or phase is Phase.SYNCHRONOUS:
             result = self._synchronous(number, signature, hooks, segments, forward, arguments)
@@ -157,6 +167,7 @@ class Generation:
         with hooks.run_with(executor.run):
             output = forward(**arguments)
         if is_sharded:
+            executor.finish()
             output = Predictions(output, self.exchange, source=self._role.num_segments - 1).wait()
             self.exchange.forget_sent()
         last = self._calls.get(number)
@@ -202,7 +213,7 @@ class Generation:
         shifted = {} if name is None else {name: self._timestep(call, arguments[name])}
         with hooks.run_with(executor.run):
             output = forward(**{**arguments, **shifted})
-        self.prediction_bytes = sum(map(num_bytes, output_parts(output)))
+        self.prediction_bytes = sum(map(num_bytes, leaves(output_parts(output))))
         prediction = Predictions(output, self.exchange, source=self._role.predictor)
         if self._role.stride == 2:
             call.ahead = Predictions(output, self.exchange, source=self._role.num_segments - 1)

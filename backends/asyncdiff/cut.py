@@ -23,7 +23,7 @@ from backends.asyncdiff.units import Layout, UnitHooks
 from backends.groups.mesh import Mesh
 from backends.parallel import hooks
 from backends.parallel.base import RunInfo
-from backends.parallel.weight_shards import KeptWeights, weight_bytes
+from backends.parallel.weight_shards import KeptWeights, full_bytes, settle
 from backends.plan import ParallelPlan
 
 logger = logging.getLogger(__name__)
@@ -132,11 +132,12 @@ class CutDenoiser:
             )
             if self._plan.options["shard_weights"]:
                 self._sharded = self._keep_own_segment(self.segments)
+                settle(self.denoiser)
         return self.generation.evaluate(self._hooks, self.segments, forward, arguments, input_name)
 
     def _learn(self, call: Callable[[], Any], model_input: torch.Tensor) -> Segments:
         """Find the units in a real call, weigh them and cut. Rank 0 weighs and decides; all ranks
-        receive its cuts.
+        receive its cuts. Deferred weights are zeros here: what the call returns is not used.
         """
         layout, _ = trace(self._hooks, call, model_input)
         num_segments = int(self._plan.options["model_n"])
@@ -164,7 +165,7 @@ class CutDenoiser:
     def _costs(self, call: Callable[[], Any], layout: Layout) -> list[float]:
         """Return seconds; bytes where weights are sharded, because memory must then be even."""
         if self._plan.options["shard_weights"]:
-            return [float(weight_bytes(self._hooks.modules[unit.name])) for unit in layout.units]
+            return [float(full_bytes(self._hooks.modules[unit.name])) for unit in layout.units]
         return self._costs_of(self._hooks, call, layout, self._mesh.device)
 
 

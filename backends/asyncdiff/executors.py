@@ -65,21 +65,32 @@ class Shapes:
 
     def take(self, units: range, forms: list[Any], device: torch.device) -> None:
         """Store the shapes of these units, as another rank's `give` returned them."""
-        for unit, (leaves, form) in zip(units, forms, strict=True):
+        for unit, given in zip(units, forms, strict=True):
+            if given is None:
+                continue  # it did not run
+            leaves, form = given
             self._forms[unit] = (
                 [_stand_in(leaf, device) if isinstance(leaf, Tensor) else leaf for leaf in leaves],
                 form,
             )
 
     def give(self, units: range) -> list[Any]:
-        """Return the shapes of these units for another rank's `take`, without a device: a pickled
-        tensor would be on the sender's there too.
+        """Return the shapes of these units for another rank's `take`, None for those that did not
+        run, without a device: a pickled tensor would be on the sender's there too.
         """
-        forms = [self._forms[unit] for unit in units]
+
+        def without_device(leaf: Any) -> Any:
+            return leaf.to("meta") if isinstance(leaf, Tensor) else leaf
+
         return [
-            ([leaf.to("meta") if isinstance(leaf, Tensor) else leaf for leaf in leaves], form)
-            for leaves, form in forms
+            ([without_device(leaf) for leaf in self._forms[unit][0]], self._forms[unit][1])
+            if unit in self
+            else None
+            for unit in units
         ]
+
+    def __contains__(self, unit: int) -> bool:
+        return unit in self._forms
 
     def of(self, source: Source) -> Tensor:
         """Return the stand-in of one tensor."""
@@ -222,16 +233,18 @@ class SequentialExecutor:
         ]
         if unit == self._segments.units(self._role.segment)[-1]:
             self._receive_from(self._role.segment)
-            # not before: on a GPU the readers, which wait for the shapes first, could not
-            # receive them
-            while self._results:
-                leaf, readers_of = self._results.pop(0)
-                self._exchange.send(leaf, to=readers_of)
         return result
 
+    def finish(self) -> None:
+        """Finish the segments of which a call did not run the last unit: one that fills a cache may
+        end before.
+        """
+        while self._num_done < self._segments.num_segments:
+            self._receive_from(self._num_done)
+
     def _receive_from(self, segment: int) -> None:
-        """Share the shapes of a finished segment with all ranks, and receive the tensors that this
-        rank's segment reads.
+        """Share the shapes of a finished segment with all ranks, send what the others read, and
+        receive the tensors that this rank's segment reads.
         """
         units = self._segments.units(segment)
         mine = self.shapes.give(units) if segment == self._role.segment else None
@@ -239,8 +252,12 @@ class SequentialExecutor:
         arrivals = [
             (source, self._exchange.receive(self.shapes.of(source), source=segment))
             for source in self._imports
-            if source[0] in units
+            if source[0] in units and source[0] in self.shapes
         ]
+        # not before: on a GPU the readers, which wait for the shapes first, could not receive them
+        while segment == self._role.segment and self._results:
+            leaf, readers_of = self._results.pop(0)
+            self._exchange.send(leaf, to=readers_of)
         self.values |= {source: arrival.wait() for source, arrival in arrivals}
         self._num_done += 1
 

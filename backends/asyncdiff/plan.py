@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from backends.asyncdiff.cost import cost
 from backends.asyncdiff.options import OPTIONS, READS
-from backends.errors import PlanError
+from backends.errors import PlanError, UnsupportedError
 from backends.model_table import ModelSpec
 from backends.plan import ParallelPlan, cfg_degrees, require_world_size, times
 
@@ -21,8 +21,16 @@ CLOSE_SEGMENTS = 2
 """
 READS_PREVIOUS_STEP = (
     "segments that read the activations of the step before, because a skipped step has none. Use "
-    "another backend"
+    "--step_cache=prediction,2, which skips whole steps, another backend"
 )
+BEGINS_NEXT_STEP = (
+    "--time_shift, which works for the timestep of the next step, since that may be skipped. Leave "
+    "out --time_shift"
+)
+WRONG_WHEN_SHARDED = frozenset({"Cosmos3OmniPipeline"})
+"""Pipelines that made another image when each rank kept only its own segment's weights, by up to 25
+levels of 255 (docs/models.md). The cause is not known.
+"""
 NEEDS_PREWARM = "the first image finds and times the denoiser's units"
 
 
@@ -50,6 +58,11 @@ def make_plan(spec: ModelSpec, options: Mapping[str, object], world_size: int) -
     sharded_by = "--shard_weights" if options.get("shard_weights") else ""
     if options.get("shard") == "always" and degrees.segment > 1:
         sharded_by = "--shard=always"
+    if sharded_by and spec.pipeline in WRONG_WHEN_SHARDED:
+        raise UnsupportedError(
+            f"{sharded_by} is not available for {spec.pipeline} with asyncdiff: the image would be "
+            "another one. Leave it out, or use --backend=single with --enable_model_cpu_offload."
+        )
     plan = ParallelPlan(
         method="asyncdiff",
         axes=(("cfg", degrees.cfg), ("segment", degrees.segment)),
@@ -58,8 +71,9 @@ def make_plan(spec: ModelSpec, options: Mapping[str, object], world_size: int) -
         splits_weights_by=sharded_by,
         runs_every_block=degrees.segment == 1,
         reads_previous_step=READS_PREVIOUS_STEP if degrees.segment > 1 else "",
-        # of a generic type it is not known which inputs an image needs
-        needs_prewarm="" if spec.is_generic else NEEDS_PREWARM,
+        begins_next_step=BEGINS_NEXT_STEP if options.get("time_shift") else "",
+        # of such a type it is not known which inputs an image needs
+        needs_prewarm="" if spec.runs_as_is else NEEDS_PREWARM,
         options={
             "model_n": degrees.model_n,
             "stride": degrees.stride,
@@ -159,7 +173,7 @@ def _cfg_degree(
             )
         return 2, ()
     is_open = asked is None and options.get("model_n") is None and options.get("stride") is None
-    if is_open and spec.is_generic and world_size % 2 == 0:
+    if is_open and spec.runs_as_is and world_size % 2 == 0:
         return 2, (
             "use_cfg_parallel=true: the halves of guidance are looked for in the first step, and "
             "splitting them is exact",

@@ -2,7 +2,8 @@
 
 A unit is a resnet, a sampler, a transformer block, or a layer beside such blocks (conv_in,
 proj_out, ...). There is no list per model: a module is opened only if it contains a list of blocks,
-and is otherwise one unit.
+and is otherwise one unit. Experts are no blocks: how many tokens each gets, or whether it runs at
+all, changes with the values.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,6 +17,9 @@ from torch.utils import _pytree as pytree
 from backends.parallel import hooks
 
 NAME = "segment unit"
+
+EXPERTS = "experts"
+"""Name of the list of which a mixture of experts runs some for each token."""
 
 Source = tuple[int, int]
 """(unit, leaf): one of the tensors that a unit returns."""
@@ -106,7 +110,8 @@ def find_units(denoiser: nn.Module) -> dict[str, nn.Module]:
     """Return the modules that may be units, by name: every module outside the blocks, and every
     block that contains no list of blocks itself.
     """
-    blocks = {id(block) for module in denoiser.modules() for block in _blocks_of(module)}
+    lists = (module for name, module in denoiser.named_modules() if not name.endswith(EXPERTS))
+    blocks = {id(block) for module in lists for block in _blocks_of(module)}
     return dict(_visit(denoiser, "", blocks))
 
 

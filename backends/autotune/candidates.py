@@ -14,13 +14,14 @@ from backends.model_table import ModelSpec
 from backends.plan import QUALITIES, ParallelPlan, Quality, divisors
 from backends.step_cache_spec import StepCacheSpec, parse_step_cache, require_step_cache
 
+PREDICTION: Mapping[str, Quality] = {"prediction,2": "high", "prediction,3": "fast"}
 CACHES: Mapping[str, Mapping[str, Quality]] = {
-    "unet": {"deep,2": "high", "deep,3": "fast"},
-    "transformer": {"taylor,2": "fast", "taylor,3": "fast"},
+    "unet": {"deep,2": "high", "deep,3": "fast", **PREDICTION},
+    "transformer": {"taylor,2": "fast", "taylor,3": "fast", **PREDICTION},
 }
 """Kind of denoiser -> the caches that are candidates, with the quality for which they count until
-`measure` has compared them on the loaded model. `deep,2` gave 50 dB on the demo model
-(docs/quality.md); the others are taken for less, as a precaution.
+`measure` has compared them on the loaded model: by their dB on the demo model (docs/quality.md),
+and where that depends on the sampler or was not measured, less as a precaution.
 """
 Check = Callable[[ParallelPlan], None]
 """Raises a HostError for a plan that other launch options rule out."""
@@ -95,7 +96,8 @@ def _with_caches(spec: ModelSpec, plain: Sequence[Candidate]) -> Iterator[Candid
                     candidate,
                     name=f"{candidate.name} + {cache}",
                     step_cache=cache,
-                    cache_quality=quality,
+                    # nobody has measured how stale values and skipped steps add up
+                    cache_quality=quality if candidate.quality == "exact" else "fast",
                 )
 
 

@@ -38,6 +38,7 @@ class Work:
     halves: int  # predictions per step: 2 with guidance
     weight_bytes: int  # denoiser
     other_bytes: int  # all other components
+    encoder_bytes: int = 0  # those of them that are text encoders
     activation_bytes: int  # peak during a step
     latent_bytes: int  # prediction
     kv_bytes: int  # keys and values of all self-attention layers
@@ -57,6 +58,7 @@ class Link:
     bytes_per_s: float
     # Fraction of a message's time that overlaps with computing. On CPUs both share the cores.
     hides: float = 1.0
+    communicator_bytes: int = 0  # device memory that NCCL takes for one communicator
 
     def seconds(self, num_bytes: float, messages: float) -> float:
         return messages * self.latency_s + num_bytes / self.bytes_per_s
@@ -124,6 +126,24 @@ class MethodCost:
     buffer_bytes: float = 0.0  # stored values of the previous step
 
 
+def num_communicators(plan: ParallelPlan, *, is_sharded: bool = False) -> int:
+    """Return the largest number of NCCL communicators that a rank of this plan opens: one for each
+    group of ranks, and one for each pair of ranks that send to each other outside of collectives
+    (groups/links.py).
+    """
+    split = [name for name, degree in plan.axes if degree > 1]
+    halves, stages, segments = (plan.degree(name) for name in ("cfg", "stage", "segment"))
+    groups = 2 ** len(split) - 1  # every combination of axes
+    if "patch" in split and plan.reads_previous_step:
+        groups += 2 ** (len(split) - 1)  # each with patches has a second group
+    pairs = segments - 1
+    if stages > 1:
+        groups += 1  # for predictions that are sent backwards
+        # the last stage's: with the one before it, and with all that get its predictions
+        pairs += 1 + halves * (stages - 1)
+    return groups + pairs + (is_sharded and plan.world_size > 1)
+
+
 def divided_bytes(work: Work, num_ranks: int) -> float:
     """Return the bytes of weights on a rank that has a share of them, and two gathered blocks."""
     blocks = max(work.num_attentions, 2)
@@ -153,6 +173,7 @@ def predict(plan: ParallelPlan, work: Work, link: Link, *, is_sharded: bool = Fa
         + work.other_bytes
         + work.activation_bytes * fraction * cost.activations
         + cost.buffer_bytes
+        + num_communicators(plan, is_sharded=is_sharded) * link.communicator_bytes
     )
     load_bytes = work.weight_bytes + work.other_bytes
     if is_sharded:
@@ -172,10 +193,10 @@ def predict(plan: ParallelPlan, work: Work, link: Link, *, is_sharded: bool = Fa
     )
 
 
-SKIPPED_SHARE = {"deep": 0.35, "taylor": 0.15, "first_block": 0.15}
+SKIPPED_SHARE = {"deep": 0.35, "taylor": 0.15, "first_block": 0.15, "prediction": 0.02}
 """Kind of step cache -> the time of a skipped step, as a share of that of a full one: a UNet's
-outermost level, a transformer's first block and what surrounds it. Estimated from their parts, not
-measured: `measure` times the candidates themselves.
+outermost level, a transformer's first block and what surrounds it, the sampler alone. Estimated
+from their parts, not measured: `measure` times the candidates themselves.
 """
 
 

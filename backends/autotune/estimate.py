@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from backends.autotune.cost import Link, Work
+from backends.errors import ConfigError
 from backends.model_table import ModelSpec
 
 ELEMENT_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
@@ -67,19 +68,27 @@ def estimate_checkpoint(
     num_weights = parts.pop(spec.denoiser, 0) or (
         checkpoint.stat().st_size // 2 if checkpoint.is_file() else 0
     )
-    return estimate_config(
-        config,
-        num_weights=num_weights,
-        other_weights=sum(parts.values()),
-        height=height,
-        width=width,
-        num_frames=(spec.num_frames - 1) // 4 + 1
-        if spec.denoiser == "transformer"
-        else spec.num_frames,
-        halves=halves,
-        element_bytes=ELEMENT_BYTES[variant],
-        device=device,
-    )
+    is_video = spec.denoiser == "transformer"
+    try:
+        return estimate_config(
+            config,
+            num_weights=num_weights,
+            other_weights=sum(parts.values()),
+            encoder_weights=sum(
+                count for name, count in parts.items() if name.startswith("text_encoder")
+            ),
+            height=height,
+            width=width,
+            num_frames=(spec.num_frames - 1) // 4 + 1 if is_video else spec.num_frames,
+            halves=halves,
+            element_bytes=ELEMENT_BYTES[variant],
+            device=device,
+        )
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        raise ConfigError(
+            f"{config_file} describes no {spec.denoiser} of {spec.title} ({error}). Download it "
+            "again."
+        ) from error
 
 
 def estimate_config(
@@ -93,6 +102,7 @@ def estimate_config(
     element_bytes: int,
     device: Device,
     num_frames: int = 1,
+    encoder_weights: int = 0,
 ) -> Work:
     """Return the estimated work of a step.
 
@@ -111,6 +121,7 @@ def estimate_config(
         halves=halves,
         weight_bytes=num_weights * element_bytes,
         other_bytes=other_weights * element_bytes,
+        encoder_bytes=encoder_weights * element_bytes,
         activation_bytes=round(
             (shape.get("skip_bytes", 0) + 6 * shape["hidden_bytes"]) * batch_bytes
         ),

@@ -274,10 +274,12 @@ class Trials:
 
     def link(self) -> Link:
         """Return the latency of a small message and the bandwidth of large ones, all ranks sending
-        to all.
+        to all, and the device memory of the one communicator that this takes.
         """
         plan = ParallelPlan(method="probe", axes=(("data", self._world_size),))
+        free = _free_bytes(self._subject.device)
         mesh = Mesh(plan, rank=self._rank, device=self._subject.device, alarm=self._alarm)
+        taken = max(0, free - _free_bytes(self._subject.device))
         try:
             axis = mesh.axis("data")
             latency_s = statistics.median(_exchange(axis, mesh, 4) for _ in range(LINK_MESSAGES))
@@ -290,6 +292,7 @@ class Trials:
                 latency_s=latency_s,
                 bytes_per_s=speed,
                 hides=HIDES.get(self._subject.device.type, 0.5),
+                communicator_bytes=taken,
             )
         )[0]
 
@@ -440,6 +443,11 @@ def _exchange(axis: Axis, mesh: Mesh, num_bytes: int) -> float:
     if mesh.device.type == "cuda":
         torch.cuda.synchronize(mesh.device)
     return time.perf_counter() - started
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Return the free memory of a GPU, which also counts what NCCL takes; 0 for a CPU."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
 
 
 def _memory_bytes(device: torch.device, world_size: int) -> Any:

@@ -66,7 +66,7 @@ class DistriFuserBackend(Backend):
                 controlnet,
                 name=f"controlnet {index}",
                 choose_axis=self._controlnet_axis,
-                gathers_output=False,
+                is_denoiser=False,
             )
             for index, controlnet in enumerate(_controlnets(pipe))
         ]
@@ -137,6 +137,7 @@ class DistriFuserBackend(Backend):
         self._clock.start(
             synchronous_steps=sys.maxsize if covers_all else steps * run.order,
             extrapolates=self._extrapolates(run),
+            step_cache=None if run.skips_whole_steps else run.step_cache,
         )
 
     def step_done(self) -> None:

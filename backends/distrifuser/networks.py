@@ -50,11 +50,11 @@ class PatchedNetwork:
         choose_axis: ChooseAxis,
         keeps_older: bool = False,
         naive_scheme: str | None = None,
-        gathers_output: bool = True,
+        is_denoiser: bool = True,
     ) -> None:
         """clock: the step clock. keeps_older: keep two steps, to extrapolate from. naive_scheme:
-        exchange nothing, and cut by row, col or alternate. gathers_output: False leaves the output
-        as patches.
+        exchange nothing, and cut by row, col or alternate. is_denoiser: otherwise the output is
+        left as patches, and no step is skipped.
         """
         self.network = network
         self.name = name
@@ -66,7 +66,7 @@ class PatchedNetwork:
         )
         self._keeps_older = keeps_older
         self._naive_scheme = naive_scheme
-        self._gathers_output = gathers_output
+        self._is_denoiser = is_denoiser
         self._cut = cut_of(network)
         self._patch_mode = PatchMode(
             network,
@@ -130,7 +130,7 @@ class PatchedNetwork:
         with self._patch_mode.on(call.layout, call.exchange):
             output = forward(**self._cut.arguments(arguments, call.layout, call.patches))
         self._close(call)
-        if isinstance(self._cut, TokenCut) or not self._gathers_output:
+        if isinstance(self._cut, TokenCut) or not self._is_denoiser:
             return output
         return with_first(output, self._gather(output[0], call, dim=-2))
 
@@ -159,14 +159,18 @@ class PatchedNetwork:
         patches = self._cut.patches(sample, weights, dim)
         layout = self._cut.layout(sample, patches, axis.rank, dim)
         output = forward(**self._cut.arguments(arguments, layout, patches, dim))
-        if not self._gathers_output:
+        if not self._is_denoiser:
             return output
         call = _Call(axis=axis, patches=patches, turn=0, layout=layout, exchange=None)
         return with_first(output, self._gather(output[0], call, dim=dim))
 
     def _open(self, sample: Tensor, axis: Axis, weights: tuple[float, ...]) -> "_Call":
         patches = self._patches(sample, weights)
-        buffers = self._call_buffers() if self._mode.exactness == "approximate" else None
+        # A skipped step runs few operators, and exchanges theirs at once: their values of the last
+        # full step stay for the next one.
+        is_skipped = self._is_denoiser and self._clock.is_skipped
+        is_stale = self._mode.exactness == "approximate" and not is_skipped
+        buffers = self._call_buffers() if is_stale else None
         turn, is_fresh = self._clock.turn(self._mode), self._clock.is_synchronous
         exchange: Exchange = FreshExchange(axis=axis, traffic=self._mesh.traffic)
         if buffers is not None:

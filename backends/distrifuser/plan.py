@@ -20,7 +20,8 @@ CLOSE_MODES = ("corrected_async_gn", "sync_gn")
 number of ranks.
 """
 READS_PREVIOUS_STEP = (
-    "patches that take values of the step before, because a skipped step has none. Use "
+    "patches that take values of the step before, because a skipped step has none. Use a cache "
+    "that skips by number (deep, taylor, prediction) with another --sync_mode than rotate, "
     "--sync_mode=full_sync or the CFG split alone"
 )
 
@@ -70,6 +71,7 @@ def make_plan(spec: ModelSpec, options: Mapping[str, object], world_size: int) -
             if axis == "patch" and degree > 1 and SYNC_MODES[sync_mode].reads_previous_step
             else ""
         ),
+        follows_step_cache=parallelism == "patch" and not SYNC_MODES[sync_mode].takes_turns,
         intercepts_sdpa=True,
         options={
             "parallelism": parallelism,

@@ -97,7 +97,9 @@ class Message:
         replaced by those of the other patches.
         """
         self.remember()
-        self._transfer = AsyncAllToAll(self._sent, self._received, self.sizes, axis=self._axis)
+        self._transfer = AsyncAllToAll(
+            self._sent, self._received, self.sizes, axis=self._axis, is_late=True
+        )
         self._traffic.add(self._sent, peers=self._axis.size - 1)
 
     def remember(self) -> None:

@@ -5,6 +5,7 @@ often each network has been called.
 from collections import Counter
 
 from backends.distrifuser.modes import SyncMode
+from backends.step_cache_spec import StepCacheSpec
 
 
 class StepClock:
@@ -15,12 +16,19 @@ class StepClock:
     def __init__(self) -> None:
         self.start(synchronous_steps=0)
 
-    def start(self, *, synchronous_steps: int, extrapolates: bool = False) -> None:
+    def start(
+        self,
+        *,
+        synchronous_steps: int,
+        extrapolates: bool = False,
+        step_cache: StepCacheSpec | None = None,
+    ) -> None:
         """Start a generation. extrapolates: stale values are continued along the line through the
-        last two steps.
+        last two steps. step_cache: a regular one.
         """
         self.synchronous_steps = synchronous_steps
         self.extrapolates = extrapolates
+        self._step_cache = step_cache
         self.step = 0
         self._calls: Counter[str] = Counter()
 
@@ -40,6 +48,11 @@ class StepClock:
     def is_synchronous(self) -> bool:
         """Return whether the present step exchanges everything at once."""
         return self.step < self.synchronous_steps
+
+    @property
+    def is_skipped(self) -> bool:
+        """Return whether the denoiser runs only its outermost parts in the present step."""
+        return self._step_cache is not None and self._step_cache.skips(self.step)
 
     def dim(self, split_scheme: str) -> int:
         """Return the dim of an image that is cut in this step: rows (-2) or columns (-1)."""

@@ -20,6 +20,7 @@ from backends.errors import PlanError, UnsupportedError
 from backends.groups.collectives import all_gather
 from backends.groups.mesh import Mesh
 from backends.parallel import hooks
+from backends.parallel.weight_shards import settle
 
 NAME = "weight shards"
 AXIS = "tensor"
@@ -56,6 +57,7 @@ def attach_shards(network: nn.Module, mesh: Mesh) -> None:
     for module, shards in shared:
         for shard in shards:
             _require_plain(shard.linear)
+            settle(shard.linear)
             _shrink(shard, axis.size, axis.rank)
         if hasattr(module, "heads"):
             module.heads //= axis.size

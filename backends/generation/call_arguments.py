@@ -152,6 +152,13 @@ def _require_inputs(request: GenerateRequest, spec: ModelSpec) -> None:
             f"image is missing. {spec.title} starts from an image: send one as 'image'.",
             field="image",
         )
+    for field, what in (("init_image", "the image to change"), ("mask_image", "what may change")):
+        if field in spec.requires and getattr(request, field) is None:
+            raise RequestError(
+                f"{field} is missing. This checkpoint of {spec.title} is made for inpainting: send "
+                f"{what} as {field}.",
+                field=field,
+            )
     if "prompt" in spec.requires and not request.prompt and request.prompt_embeds is None:
         raise RequestError(
             "no prompt was given. Send a text as 'positive' (or 'prompt'), or embeddings.",

@@ -1,48 +1,65 @@
-"""One generation of a pipeline class without a row in the model table, as diffusers itself runs it.
+"""One generation of a pipeline class as diffusers itself runs it: one without a row in the model
+table, or whose row lists what it takes.
 
-Nothing is replaced but what reports: the schedulers' class counts steps, and the progress bar tells
-how many there will be. So every class keeps its own timesteps, guidance and decoding.
+Nothing is replaced but what reports: the schedulers' method `step` counts, and the progress bar
+tells how many there will be. So every class keeps its own timesteps, guidance and decoding.
 """
 
+import base64
 import functools
+import io
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from inspect import Parameter, Signature
+from types import MappingProxyType
 from typing import Any
 
 import diffusers
 import numpy as np
+import torch
+from PIL import Image
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from backends.errors import RequestError, UnsupportedError
-from backends.files.generic import CARRIED, carrier
+from backends.files.generic import CARRIED, OWN, carrier, require_own_arguments
 from backends.files.pipeline_calls import IMAGES, VIDEOS
 from backends.generation.call_arguments import generator
-from backends.generation.latents import to_uint8
+from backends.generation.latents import as_result
 from backends.generation.run import Generation
 from backends.model_table import ModelSpec
-from backends.request import Array, GenerateRequest
+from backends.request import Array, Audio, GenerateRequest
 
 logger = logging.getLogger(__name__)
 
+RGBA = 4
 REFUSALS = (ValueError, TypeError, AttributeError)
 """What pipelines raise for arguments that they cannot use."""
 
 
-def resolve_generic(
-    request: GenerateRequest, spec: ModelSpec, *, defaults: Mapping[str, Any]
-) -> GenerateRequest:
-    """Return the request with the values given at launch filled in. The class has the other ones.
-
-    RequestError for missing or contradicting inputs.
+def with_parameters(spec: ModelSpec, signature: Signature) -> ModelSpec:
+    """Return the spec of a class that runs as it is, with the arguments of its call and their
+    defaults.
     """
+    if spec.parameters or not spec.runs_as_is:
+        return spec
+    found = {
+        name: None if parameter.default is Parameter.empty else parameter.default
+        for name, parameter in signature.parameters.items()
+    }
+    return replace(spec, parameters=MappingProxyType(found))
+
+
+def _require_inputs(request: GenerateRequest, spec: ModelSpec) -> None:
+    """Raise RequestError for missing or contradicting inputs."""
+    require_own_arguments(request.arguments or {}, spec)
     for field in spec.requires:
-        given = (request.image, request.init_image) if field == "image" else (
-            getattr(request, field),
-        )  # fmt: skip
-        if all(value is None or value == "" for value in given):
+        if all(value is None or value == "" for value in _given(request, field)):
+            name = field.removeprefix(OWN)
             raise RequestError(
-                f"{field} is missing. {spec.title} needs it: send one as {field!r}.", field=field
+                f"{name} is missing. {spec.title} needs it: send one as {field!r}.", field=field
             )
     if request.image is not None and request.init_image is not None:
         raise RequestError(
@@ -50,10 +67,23 @@ def resolve_generic(
             "them.",
             field="init_image",
         )
+
+
+def resolve_generic(
+    request: GenerateRequest, spec: ModelSpec, *, defaults: Mapping[str, Any]
+) -> GenerateRequest:
+    """Return the request with the values given at launch filled in, and those of a row. The class
+    has the other ones, such as a size that follows from its image.
+
+    RequestError for missing or contradicting inputs.
+    """
+    _require_inputs(request, spec)
     filled = {
         field: getattr(request, field) if getattr(request, field) is not None else default
         for field, default in defaults.items()
     }
+    if not spec.is_generic:
+        return request.model_copy(update=filled | _row_defaults(request, spec, filled))
     nothing = {"num_inference_steps": spec.num_inference_steps, "guidance_scale": None}
     own = {
         field: spec.parameters.get(carrier(spec.parameters, field) or "", otherwise)
@@ -63,6 +93,37 @@ def resolve_generic(
     if spec.output == "video" and request.fps is None:
         own["fps"] = spec.frames_per_s
     return request.model_copy(update=filled | own)
+
+
+def _given(request: GenerateRequest, field: str) -> tuple[Any, ...]:
+    """Return the values that answer a need of the class."""
+    if field.startswith(OWN):
+        return ((request.arguments or {}).get(field.removeprefix(OWN)),)
+    return (request.image, request.init_image) if field == "image" else (getattr(request, field),)
+
+
+def _row_defaults(
+    request: GenerateRequest, spec: ModelSpec, filled: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return what a row says for what is still open. An image to be changed keeps its size, and a
+    class that starts from an image has a size of its own for it.
+    """
+    facts = {name: getattr(spec, name) for name in ROW_DEFAULTS} | {"fps": spec.frames_per_s}
+    if not spec.sizes_by_image:
+        facts |= {"height": spec.height, "width": spec.width}
+    changed = request.init_image or (request.image if request.mask_image else None)
+    if changed is not None and filled["height"] is None and filled["width"] is None:
+        width, height = (side - side % spec.size_multiple for side in changed.size)
+        facts |= {"height": height, "width": width}
+    given = {name: getattr(request, name) for name in facts} | dict(filled)
+    return {
+        name: value
+        for name, value in facts.items()
+        if given.get(name) is None and name in spec.takes
+    }
+
+
+ROW_DEFAULTS = ("num_inference_steps", "guidance_scale", "num_frames")
 
 
 def generic_arguments(request: GenerateRequest, spec: ModelSpec) -> dict[str, Any]:
@@ -77,19 +138,60 @@ def generic_arguments(request: GenerateRequest, spec: ModelSpec) -> dict[str, An
             value = None  # each class has its own default
         if field in _DEFAULTED and value == GenerateRequest.model_fields[field].default:
             value = None
+        if name in LISTS and isinstance(value, Image.Image):
+            value = [value]
         if name and value is not None:
             found[name] = value
+    found |= {name: value for name, value in spec.call.items() if name in spec.parameters}
+    if "last_image" in spec.parameters and isinstance(request.image, list):
+        image = carrier(spec.parameters, "image")
+        found |= zip((image, "last_image"), request.image, strict=False)
+    is_guided = spec.guidance == "cfg" and (request.guidance_scale or 0) > 1
+    if spec.empty_negative and is_guided:
+        found.setdefault("negative_prompt", spec.empty_negative)
     if "max_area" in spec.parameters and request.height and request.width:
         found["max_area"] = request.height * request.width  # else the class scales to its own
     if "generator" in spec.parameters:
         found["generator"] = generator(request)
     if "output_type" in spec.parameters:
         found["output_type"] = "np"
+    found |= {name: own_argument(value) for name, value in (request.arguments or {}).items()}
     return found
 
 
+def own_argument(value: Any) -> Any:
+    """Return the value of an argument that a request brings, as hosts/http/decode.py checked it."""
+    if isinstance(value, list):
+        return [own_argument(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    kind, text = next(iter(value.items()))
+    if kind == "object":
+        return {name: own_argument(each) for name, each in text.items()}
+    file = io.BytesIO(base64.b64decode(text))
+    if kind == "image":
+        return Image.open(file).convert("RGB")
+    return torch.from_numpy(np.load(file, allow_pickle=False))
+
+
+LISTS = ("conditioning_frames",)
+"""Arguments that are a list even of one image."""
 _DEFAULTED = ("denoising_end", "control_guidance_start", "control_guidance_end")
 """Fields whose defaults are diffusers' too, so that they need not be passed."""
+
+
+def with_channels(arguments: dict[str, Any], pipe: Any) -> dict[str, Any]:
+    """Return the arguments with images of the four channels that some VAEs read: layers have
+    transparent parts.
+    """
+    config = getattr(getattr(pipe, "vae", None), "config", {})
+    if config.get("input_channels") != RGBA:
+        return arguments
+
+    def converted(value: Any) -> Any:
+        return value.convert("RGBA") if isinstance(value, Image.Image) else value
+
+    return pytree.tree_map(converted, arguments)
 
 
 class GenericGeneration(Generation):
@@ -106,7 +208,9 @@ class GenericGeneration(Generation):
         counter = StepCounter(pipe, self._spec.denoisers, on_step=self._step_done)
         with counter.attached(), self._seeded(request):
             try:
-                output = pipe(**generic_arguments(request, self._spec))
+                arguments = generic_arguments(request, self._spec)
+                arguments = self._placed(arguments, request.arguments or {})
+                output = pipe(**with_channels(arguments, pipe))
             except NameError as error:  # a module of diffusers uses a package that it did not find
                 raise UnsupportedError(
                     f"{self._spec.title} needs the package {error.name}, which is not installed on "
@@ -120,7 +224,14 @@ class GenericGeneration(Generation):
                     f"takes: {', '.join(self._spec.parameters)}."
                 ) from error
         self.num_steps = counter.num_done
+        self.audio = audio_of(output, pipe)
         return [(frames_of(output, self._spec.output), None)]
+
+    def _placed(self, arguments: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+        """Move the tensors that a request brought to the device, in the pipeline's dtype."""
+        kind = {"device": self._loaded.device, "dtype": self._loaded.dtype}
+        tensors = {name: arguments[name] for name in own if isinstance(arguments[name], Tensor)}
+        return arguments | {name: value.to(**kind) for name, value in tensors.items()}
 
 
 class StepCounter:
@@ -224,29 +335,71 @@ def _with_bar(pipe: Any, expect: Callable[[int], None]) -> Iterator[None]:
         del pipe.progress_bar
 
 
-@contextmanager
-def _counting(scheduler: Any, stepped: Callable[[Any, Tensor], None]) -> Iterator[None]:
-    """Give one scheduler a class of its own that reports. Its copies report too."""
-    plain = type(scheduler)
+class _CountedStep:
+    """The method `step` of one scheduler, which reports. A deep copy is that of the scheduler's
+    copy, so that copies report too.
 
-    @functools.wraps(plain.step)
-    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = plain.step(self, *args, **kwargs)
-        stepped(self, result[0] if isinstance(result, tuple) else result.prev_sample)
+    The scheduler keeps its class: some pipelines compare it.
+    """
+
+    def __init__(self, scheduler: Any, stepped: Callable[[Any, Tensor], None]) -> None:
+        self._scheduler = scheduler
+        self._stepped = stepped
+        functools.update_wrapper(self, type(scheduler).step.__get__(scheduler))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        result = type(self._scheduler).step(self._scheduler, *args, **kwargs)
+        sample = result[0] if isinstance(result, tuple) else result.prev_sample
+        self._stepped(self._scheduler, sample)
         return result
 
-    names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "step": step}
-    scheduler.__class__ = type(plain.__name__, (plain,), names)
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_CountedStep":
+        return _CountedStep(memo.get(id(self._scheduler), self._scheduler), self._stepped)
+
+
+@contextmanager
+def _counting(scheduler: Any, stepped: Callable[[Any, Tensor], None]) -> Iterator[None]:
+    scheduler.step = _CountedStep(scheduler, stepped)
     try:
         yield
     finally:
-        scheduler.__class__ = plain
+        del scheduler.step
+
+
+SOUND = ("audio", "sound")
+"""Fields of diffusers' outputs that hold the sound beside a video."""
+
+
+def audio_of(output: Any, pipe: Any) -> Audio | None:
+    """Return the sound that a pipeline made beside its video; None if it made none.
+
+    output: with the field `audio` or `sound`, of shape (1, samples) or (1, channels, samples).
+    UnsupportedError if nothing says how many samples are a second: neither the output, nor the
+    pipeline, nor its vocoder.
+    """
+    sound = next(
+        (found for name in SOUND if (found := getattr(output, name, None)) is not None), None
+    )
+    if sound is None:
+        return None
+    config = getattr(getattr(pipe, "vocoder", None), "config", {})
+    rates = [config.get(name) for name in ("output_sampling_rate", "sampling_rate")]
+    own = (getattr(output, "sampling_rate", None), getattr(pipe, "audio_sample_rate", None))
+    rate = next((rate for rate in (*own, *rates) if rate), None)
+    if rate is None:
+        raise UnsupportedError(
+            f"{type(pipe).__name__} made sound, and nothing says its sampling rate. Use a "
+            "checkpoint whose vocoder's config.json has output_sampling_rate."
+        )
+    samples = torch.as_tensor(sound[0]).float().cpu().numpy()
+    return Audio(samples=np.atleast_2d(samples).clip(-1, 1), sampling_rate=int(rate))
 
 
 def frames_of(output: Any, kind: str) -> Array:
-    """Return uint8 (N, H, W, 3) of what a pipeline returned: one image, or all frames of a video.
+    """Return uint8 (N, H, W, C) of what a pipeline returned: its images, or all frames of a video.
 
-    output: with a field of IMAGES or VIDEOS, as PIL images, numpy arrays in 0..1 or tensors.
+    C is 3, or 4 with transparency. output: with a field of IMAGES or VIDEOS, as PIL images, numpy
+    arrays in 0..1 or tensors.
     """
     fields = (*VIDEOS, *IMAGES) if kind == "video" else (*IMAGES, *VIDEOS)
     name = next((name for name in fields if getattr(output, name, None) is not None), None)
@@ -254,9 +407,8 @@ def frames_of(output: Any, kind: str) -> Array:
     pixels = _pixels(value)
     while pixels.ndim > 4:  # a batch of videos, of which there is one
         pixels = pixels[0]
-    if kind == "image" and len(pixels) > 1:
-        logger.warning("the pipeline made %d images; the first is kept", len(pixels))
-        pixels = pixels[:1]
+    if kind == "image" and pixels.shape[-1] == 4:
+        return np.ascontiguousarray(pixels)
     if pixels.shape[-1] != 3:
         pixels = pixels[..., :1].repeat(3, -1) if pixels.shape[-1] < 3 else pixels[..., :3]
     return np.ascontiguousarray(pixels)
@@ -271,4 +423,4 @@ def _pixels(value: Any) -> np.ndarray:
     array = np.asarray(value)
     if array.ndim == 2:
         array = array[..., None]
-    return array if array.dtype == np.uint8 else to_uint8(array)
+    return array if array.dtype == np.uint8 else as_result(array)

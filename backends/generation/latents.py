@@ -5,16 +5,22 @@ is scaled and shifted by the VAE's configuration and, for packed layouts, folded
 2 latent pixels.
 """
 
-from typing import Any
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from backends.errors import RequestError
+from backends.errors import RequestError, UnsupportedError
 from backends.loading.offload import without_overflow
 from backends.model_table import ModelSpec
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
 
 
 def to_model_space(
@@ -131,12 +137,19 @@ def decode(client_latents: np.ndarray, *, pipe: Any) -> np.ndarray:
             if _counts_frames(vae)
             else vae.decode(x, return_dict=False)[0]
         )
-        return to_uint8(pipe.image_processor.postprocess(image.float(), output_type="np"))
+        return as_result(pipe.image_processor.postprocess(image.float(), output_type="np"))
 
 
 @torch.no_grad()
-def encode(image: Image.Image, *, pipe: Any, height: int, width: int) -> np.ndarray:
-    """Resize an image to this size in pixels and encode it.
+def encode(
+    image: Image.Image,
+    *,
+    pipe: Any,
+    height: int,
+    width: int,
+    hidden: Image.Image | None = None,
+) -> np.ndarray:
+    """Resize an image to this size in pixels and encode it, with gray where `hidden` is white.
 
     Returns float32 (1, C, h, w) in client space, the mode of the VAE's distribution.
     """
@@ -147,7 +160,10 @@ def encode(image: Image.Image, *, pipe: Any, height: int, width: int) -> np.ndar
             .permute(2, 0, 1)[None]
             .to(device=pipe._execution_device, dtype=vae.dtype)
         )
-        return encoded(x / 127.5 - 1, vae=vae).float().cpu().numpy()
+        x = x / 127.5 - 1
+        if hidden is not None:
+            x = x * torch.from_numpy(~_is_white(hidden, height=height, width=width)).to(x)
+        return encoded(x, vae=vae).float().cpu().numpy()
 
 
 def encoded(pixels: Tensor, *, vae: Any) -> Tensor:
@@ -163,12 +179,54 @@ def mask(image: Image.Image, *, pipe: Any, spec: ModelSpec, height: int, width: 
     float32, (1, C, h, w) before packing: 1 where latents may change, else 0. As in diffusers'
     inpainting, a latent pixel takes the value of the image pixel in its corner.
     """
-    pixels = np.asarray(image.convert("L").resize((width, height), Image.Resampling.LANCZOS))
     step = pipe.vae_scale_factor
-    small = torch.from_numpy((pixels >= 128)[::step, ::step].astype(np.float32))
+    white = _is_white(image, height=height, width=width)
+    small = torch.from_numpy(white[::step, ::step].astype(np.float32))
     return pack(small.expand(1, num_channels(pipe.vae), *small.shape), spec=spec)
+
+
+def _is_white(mask: Image.Image, *, height: int, width: int) -> np.ndarray:
+    """Resize a mask to this size in pixels. Return bool (H, W): whether it is rather white."""
+    pixels = mask.convert("L").resize((width, height), Image.Resampling.LANCZOS)
+    return np.asarray(pixels) >= 128
+
+
+def as_result(pixels: np.ndarray) -> np.ndarray:
+    """Convert float (..., 3) in [0, 1] to uint8. UnsupportedError for NaN, which would be black."""
+    if not np.isfinite(pixels).all():
+        raise UnsupportedError(
+            "the image has values that are not numbers (NaN) and would be black: the model, a LoRA "
+            "or these settings exceed what its precision can hold. Send ordinary settings (scales "
+            "of LoRAs, guidance_scale, sigmas), or start the host with --variant=bf16 or fp32."
+        )
+    return to_uint8(pixels)
 
 
 def to_uint8(pixels: np.ndarray) -> np.ndarray:
     """Convert float (..., 3) in [0, 1] to uint8, rounded as in diffusers. NaN becomes black."""
     return np.nan_to_num(pixels * 255.0).round().clip(0, 255).astype(np.uint8)
+
+
+@contextmanager
+def beside_latents(scheduler: "SchedulerMixin", extra: Tensor | None) -> Iterator[None]:
+    """Append `extra` (1, C, h, w) to what the denoiser gets as latents, in each step.
+
+    Pipelines let their scheduler scale the latents right before the denoiser reads them, and go on
+    with the unscaled ones. So the text-to-image pipeline runs such a denoiser, under every parallel
+    method. None appends nothing.
+    """
+    if extra is None:
+        yield
+        return
+    scale = scheduler.scale_model_input
+
+    @functools.wraps(scale)
+    def with_extra(sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        scaled = scale(sample, *args, **kwargs)
+        return torch.cat([scaled, extra.to(scaled).expand(len(scaled), -1, -1, -1)], dim=1)
+
+    scheduler.scale_model_input = with_extra
+    try:
+        yield
+    finally:
+        del scheduler.scale_model_input

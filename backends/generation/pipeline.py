@@ -27,7 +27,7 @@ from backends.generation.call_arguments import (
     require_reference_images,
     resolve,
 )
-from backends.generation.generic_run import GenericGeneration, resolve_generic
+from backends.generation.generic_run import GenericGeneration, resolve_generic, with_parameters
 from backends.generation.previews import Previewer
 from backends.generation.prompts import (
     PromptCache,
@@ -36,20 +36,17 @@ from backends.generation.prompts import (
     unread_tokens,
 )
 from backends.generation.run import Generation, OnStep, PreparedRequest
-from backends.generation.schedulers import build_scheduler, choose_scheduler
+from backends.generation.schedulers import build_scheduler, choose_scheduler, step_facts
+from backends.loading.caches.step_cache import AnyCache, attached_cache, wanted_cache
 from backends.loading.compilation import Compilation
 from backends.loading.controlnet import require_control
 from backends.loading.conversion import convert
-from backends.loading.ip_adapter import (
-    load_ip_adapters,
-    require_images,
-    use_scales,
-)
+from backends.loading.ip_adapter import load_ip_adapters, require_images, use_scales
 from backends.loading.lora.lora_set import LoraSet
 from backends.loading.offload import apply_vae_options, place, use_lean_attention
 from backends.loading.quantization import quantize
 from backends.loading.shared_weights import SharedWeights, require_plain_weights
-from backends.loading.step_cache import StepCache
+from backends.loading.upscaling.upscaler import Upscalers
 from backends.loading.weights import DTYPES, load_pipe
 from backends.model_table import ModelSpec
 from backends.parallel.base import Backend, RunInfo
@@ -68,14 +65,18 @@ transformers.utils.logging.disable_progress_bar()
 
 
 def load_pipeline(
-    spec: ModelSpec, load: LoadRequest, *, device: torch.device, share: tuple[int, int] = (0, 1)
+    spec: ModelSpec,
+    load: LoadRequest,
+    *,
+    device: torch.device,
+    share: tuple[int, int] = (0, 1),
+    is_cut: bool = False,
 ) -> "LoadedPipeline":
     """Load a diffusers folder, or a single file if the type allows it, onto the device.
 
-    share: (rank, number of ranks), which keep equal shares of what `load.divided` names.
-
-    Downloads nothing: everything must be in the checkpoint. ConfigError names the component at
-    fault.
+    share: (rank, number of ranks), which keep equal shares of what `load.divided` names. is_cut:
+    the backend that will be attached keeps a part of the denoiser only, so no other is read.
+    Downloads nothing. ConfigError names the component at fault.
 
     The order matters: replace weights, quantise, place on the device, load LoRAs (LoadedPipeline),
     compile, and attach the backend last (`attach`).
@@ -89,7 +90,7 @@ def load_pipeline(
     bytes_saved = quantize(pipe, spec, load, device=device)
     use_lean_attention(pipe, load)
     shared.divide()
-    place(pipe, spec, load, device=device, in_main_memory=shared.in_main_memory)
+    place(pipe, spec, load, device=device, in_main_memory=shared.in_main_memory, is_cut=is_cut)
     shared.place()
     apply_vae_options(pipe, load)
     return LoadedPipeline(
@@ -112,11 +113,11 @@ class LoadedPipeline:
     ) -> None:
         """bytes_saved: component -> bytes that quantisation saved. shared: None for nothing."""
         self.pipe = pipe
-        self.spec = spec
         self.load = load
         self.device = device
         self.dtype = DTYPES[load.variant]
         self.signature = inspect.signature(pipe.__call__)
+        self.spec = spec = with_parameters(spec, self.signature)
         self._pristine_scheduler = copy.deepcopy(getattr(pipe, "scheduler", None))
         self._backend: Backend | None = None
         self._quality: Quality = "exact"
@@ -127,11 +128,11 @@ class LoadedPipeline:
         self.loras.use({**load.lora, **load.motion_lora})
         self.weighted_prompts = compel_prompts(pipe, spec) if load.compel else None
         self._compilation = Compilation(load.compile) if load.compile is not None else None
-        self._step_cache: StepCache | None = None
+        self._step_cache: AnyCache | None = None
         self._use_step_cache(load.step_cache)
         self._bytes_saved = dict(bytes_saved)
-        share = (0, 1)
-        self.shared = shared or SharedWeights(pipe, spec, load, share=share, device=device)
+        self.shared = shared or SharedWeights(pipe, spec, load, share=(0, 1), device=device)
+        self.upscalers = Upscalers(load.upscalers, device=device, dtype=self.dtype)
         self._prompts = PromptCache(pipe, facts=lambda: self._loras_in_use)
         self._loras_in_use: Mapping[str, float] = {}
 
@@ -175,8 +176,7 @@ class LoadedPipeline:
             self._step_cache.detach()
             self._step_cache = None
         if asked is not None:
-            self._step_cache = StepCache(asked, self.spec, getattr(self.pipe, self.spec.denoiser))
-            self._step_cache.attach()
+            self._step_cache = attached_cache(asked, self.spec, self.pipe)
 
     def _compile_regions(self, backend: Backend) -> list[nn.Module]:
         """Return the modules to compile.
@@ -223,11 +223,16 @@ class LoadedPipeline:
             )
         self._move(torch.device("cpu"))
         self.forget_prompts()
-        self._is_resting = True
+
+    def wake(self) -> None:
+        """Move weights that rest in main memory back to the device."""
+        if self._is_resting:
+            self._move(self.device)
 
     def _move(self, device: torch.device) -> None:
         move(self.pipe, device)
         self.shared.move(device)
+        self._is_resting = device != self.device
 
     def forget_prompts(self) -> None:
         """Encode every prompt anew, for all ranks alike: they encode together."""
@@ -270,6 +275,7 @@ class LoadedPipeline:
             GenerateResult(
                 frames=frames,
                 latents=self._to_client_space(latents, one.request),
+                audio=generation.audio,
                 seed=one.request.seed,
                 resolved=one.described(),
                 num_steps=generation.num_steps,
@@ -286,7 +292,7 @@ class LoadedPipeline:
         """Return the generation with its rows; None for a result to be computed again, undivided:
         the pipeline has not called its denoiser as in its first step.
         """
-        kind = GenericGeneration if self.spec.is_generic else Generation
+        kind = GenericGeneration if self.spec.runs_as_is else Generation
         with self._begun(prepared[0]):
             generation = kind(self, prepared, on_step=self._step_reporter(on_step))
             self._generation = generation
@@ -299,18 +305,14 @@ class LoadedPipeline:
     @contextmanager
     def _begun(self, prepared: PreparedRequest) -> Iterator[None]:
         """Prepare weights, adapters, backend and step cache for a run, and end it on exit."""
-        if self._is_resting:
-            self._move(self.device)
-            self._is_resting = False
+        self.wake()
         self._use_loras(prepared.request)
         use_scales(self.pipe, self.load, prepared.request)
         if self._backend is not None:
             self._backend.mesh.traffic.reset()
             self._backend.begin(prepared.run)
         if self._step_cache is not None:
-            asked, num_steps = prepared.request.quality, prepared.run.num_inference_steps
-            is_on = asked is None or is_met(asked, "high", num_steps=num_steps)
-            self._step_cache.begin(is_on=is_on)
+            self._step_cache.begin(is_on=prepared.run.step_cache is not None)
         self.shared.begin()
         has_failed = True
         try:
@@ -333,10 +335,9 @@ class LoadedPipeline:
 
     def _step_reporter(self, on_step: OnStep | None) -> OnStep:
         def report(step: int, num_steps: int, sample: Tensor) -> None:
-            if self._backend is not None:
+            ran = self._step_cache is None or self._step_cache.step_done(num_steps)
+            if self._backend is not None and ran:
                 self._backend.step_done()
-            if self._step_cache is not None:
-                self._step_cache.step_done()
             if on_step is not None:
                 on_step(step, num_steps, sample)
 
@@ -349,8 +350,7 @@ class LoadedPipeline:
 
     def _report(self, request: GenerateRequest) -> dict[str, Any]:
         report = dict(self._backend.report()) if self._backend is not None else {}
-        stages = self._generation.clock.seconds()
-        report["stages"] = {stage: round(seconds, 4) for stage, seconds in stages.items()}
+        report |= self._generation.report()
         if self._step_cache is not None:
             report["step_cache"] = self._step_cache.report()
         if self._bytes_saved:
@@ -397,8 +397,9 @@ class LoadedPipeline:
                 self._backend.plan.method if self._backend is not None else "single", "inpainting"
             )
         resolved = self._resolve(request)
+        self.upscalers.check(resolved, self.spec)
         choice = choose_scheduler(resolved.scheduler, self.load.scheduler)
-        if self.spec.is_generic and choice.is_own:
+        if self.spec.runs_as_is and choice.is_own:
             scheduler = copy.deepcopy(self._pristine_scheduler)
         else:
             scheduler = build_scheduler(
@@ -410,6 +411,9 @@ class LoadedPipeline:
             width=resolved.width or self.spec.width,
             num_inference_steps=resolved.num_inference_steps,
             order=getattr(scheduler, "order", 1),
+            step_cache=wanted_cache(
+                self._step_cache, resolved, self.load.step_cache, **step_facts(scheduler, resolved)
+            ),
         )
         if self._backend is not None:
             self._require_quality(run)
@@ -433,7 +437,7 @@ class LoadedPipeline:
 
     def _resolve(self, request: GenerateRequest) -> GenerateRequest:
         defaults = self._defaults()
-        if self.spec.is_generic:
+        if self.spec.runs_as_is:
             return resolve_generic(request, self.spec, defaults=defaults)
         scale = getattr(self.pipe, "vae_scale_factor", 8)
         return resolve(request, self.spec, defaults=defaults, vae_scale_factor=scale)

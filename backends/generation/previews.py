@@ -47,7 +47,7 @@ class Previewer:
         if self._matrix is None:
             return None
         x = latents.detach().float()
-        if self._spec.is_generic:
+        if self._spec.runs_as_is:
             x = _as_image(x, latent_space.num_channels(self._pipe.vae), aspect=height / width)
             if x is None:
                 return None

@@ -291,6 +291,7 @@ class PromptCache:
         """facts: what an encoding depends on besides the arguments."""
         self._facts = facts
         self._kept: OrderedDict[Hashable, Any] = OrderedDict()
+        self._pipe = pipe
         self.num_hits = 0
         if hasattr(pipe, "encode_prompt"):
             self._encode = pipe.encode_prompt
@@ -303,7 +304,7 @@ class PromptCache:
     def _encoded(self, *args: Any, **kwargs: Any) -> Any:
         """Return the encoding of these arguments. Arguments that hold tensors are not kept."""
         try:
-            key = _frozen([args, sorted(kwargs.items()), self._facts()])
+            key = _frozen([args, sorted(kwargs.items()), self._facts(), self._is_guided()])
         except TypeError:
             return self._encode(*args, **kwargs)
         if key in self._kept:
@@ -318,6 +319,11 @@ class PromptCache:
         return pytree.tree_map(
             lambda value: value.clone() if isinstance(value, Tensor) else value, self._kept[key]
         )
+
+    def _is_guided(self) -> bool:
+        """Return whether guidance is on, which some classes do not pass to their encode_prompt."""
+        scale = getattr(self._pipe, "_guidance_scale", None)
+        return isinstance(scale, int | float) and scale > 1
 
     def _num_bytes(self) -> int:
         return sum(

@@ -19,19 +19,20 @@ from backends.generation.call_arguments import (
     visible_clip_layers,
 )
 from backends.generation.prompts import WeightedPrompts, a1111_prompts
-from backends.generation.step_driver import InitialLatents, StepDriver
+from backends.generation.step_driver import EndRun, InitialLatents, StepDriver
 from backends.generation.step_window import schedule_of
 from backends.loading.controlnet import control_arguments
 from backends.loading.ip_adapter import image_arguments
+from backends.loading.upscaling.upscaler import enlarges_only
 from backends.parallel.base import RunInfo
-from backends.request import Array, GenerateRequest
+from backends.request import Array, Audio, GenerateRequest
 
 if TYPE_CHECKING:
     from backends.generation.pipeline import LoadedPipeline
 
 OnStep = Callable[[int, int, Tensor], None]
 """on_step(steps done, steps in total, latents in model space), called after each scheduler step on
-every rank. An exception ends the run.
+every rank. An exception ends the run; EndRun ends it with an image, where latents are returned.
 """
 
 
@@ -53,7 +54,9 @@ class PreparedRequest:
         readable = {
             name: value
             for name, value in values.items()
-            if isinstance(value, str | int | float | dict) and value != fields[name].default
+            if isinstance(value, str | int | float | dict)
+            and value != fields[name].default
+            and name != "arguments"  # may hold images
         }
         return {**readable, "scheduler": type(self.scheduler).__name__}
 
@@ -101,9 +104,27 @@ class Generation:
         self.clock = StageClock()
         self.num_steps = 0
         """Scheduler steps executed."""
+        self.audio: Audio | None = None
+        """The sound of the video that was made, if it has one."""
+        self.has_ended_early = False
+        """Whether a step ended the run, with an image of what it would lead to."""
 
     def run(self) -> list[tuple[Array, Array | None]]:
         """Return (uint8 frames, latents in client space or None) for each request."""
+        first = self._requests[0]
+        if first.upscaler is None:
+            return self._generated()
+        upscaler = self._loaded.upscalers.named(first.upscaler)
+        if enlarges_only(first):
+            return [(upscaler.enlarge(np.asarray(first.init_image)[None]), None)]
+        return [(upscaler.enlarge(frames), latents) for frames, latents in self._generated()]
+
+    def report(self) -> dict[str, Any]:
+        """Return the seconds of each stage, and whether a step ended the run."""
+        stages = {stage: round(seconds, 4) for stage, seconds in self.clock.seconds().items()}
+        return {"stages": stages, **({"ended_early": True} if self.has_ended_early else {})}
+
+    def _generated(self) -> list[tuple[Array, Array | None]]:
         request = self._with_initial_latents(self._requests[0])
         has_latents = request.latents is not None and self._spec.returns_latents
         if has_latents and request.strength == 0:
@@ -111,7 +132,7 @@ class Generation:
         output = self._call(request)
         if not self._spec.returns_latents:
             pixels = output[0] if self._spec.output == "video" else output[:1]
-            return [(latent_space.to_uint8(pixels), None)]
+            return [(latent_space.as_result(pixels), None)]
         latents = latent_space.to_client_space(
             output[: len(self._requests)], pipe=self._pipe, spec=self._spec, **_size(request)
         )
@@ -149,11 +170,16 @@ class Generation:
             generator=arguments["generator"],
         )
         driver.on_start = lambda: self.clock.next("step")
-        with driver, visible_clip_layers(self._pipe, request), self._seeded(request):
+        masked = latent_space.beside_latents(self._scheduler, self._mask_input(request))
+        with driver, masked, visible_clip_layers(self._pipe, request), self._seeded(request):
             if driver.latents is not None:
                 arguments["latents"] = driver.latents
             kind = "latent" if self._spec.returns_latents else "np"
-            output = self._pipe(**arguments, output_type=kind)
+            try:
+                output = self._pipe(**arguments, output_type=kind)
+            except EndRun:
+                self.num_steps, self.has_ended_early = driver.num_done, True
+                return driver.denoised()
         self.num_steps = driver.num_steps
         return output.frames if self._spec.output == "video" else output.images
 
@@ -214,7 +240,7 @@ class Generation:
         return InitialLatents(
             latents=self._to_model_space(request.latents),
             noise=None if is_noisy else latent_space.pack(noise, spec=self._spec),
-            mask=self._mask(request),
+            mask=None if self._spec.reads_mask else self._mask(request),
             is_scaled_by_pipeline=self._spec.scales_initial_latents,
         )
 
@@ -225,6 +251,15 @@ class Generation:
             request.mask_image, pipe=self._pipe, spec=self._spec, **_size(request)
         )
         return mask.to(self._loaded.device)
+
+    def _mask_input(self, request: GenerateRequest) -> Tensor | None:
+        """Return (1, 1 + C, h, w): the mask and the masked image, where the denoiser reads them."""
+        if not self._spec.reads_mask:
+            return None
+        shown = latent_space.encode(
+            request.init_image, pipe=self._pipe, hidden=request.mask_image, **_size(request)
+        )
+        return torch.cat([self._mask(request)[:, :1], self._to_model_space(shown)], dim=1)
 
     def _to_model_space(self, latents: Array) -> Tensor:
         return latent_space.to_model_space(

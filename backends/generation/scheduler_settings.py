@@ -13,6 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 Switch = bool | None
 Shift = Annotated[float | None, Field(ge=0.01, le=100)]
 AttentionShift = Annotated[float | None, Field(ge=0, le=10)]
+Positive = Annotated[float | None, Field(gt=0, le=1e6)]
+NotNegative = Annotated[float | None, Field(ge=0, le=1e6)]
+NotNegativeInteger = Annotated[int | None, Field(ge=0, lt=2**63)]
+Length = Annotated[int | None, Field(ge=1, le=10**6)]
 
 
 class RequestedSettings(BaseModel):
@@ -45,20 +49,58 @@ class RequestedSettings(BaseModel):
     max_shift: AttentionShift = None
 
 
+class LaunchSettings(RequestedSettings):
+    """Settings allowed in --scheduler: the model's own facts, too."""
+
+    num_train_timesteps: Annotated[int | None, Field(ge=1, le=100_000)] = None
+    beta_start: Annotated[float | None, Field(gt=0, lt=1)] = None
+    beta_end: Annotated[float | None, Field(gt=0, lt=1)] = None
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] | None = None
+    trained_betas: Annotated[
+        list[Annotated[float, Field(ge=0, le=1)]] | None, Field(min_length=1, max_length=100_000)
+    ] = None
+    prediction_type: Literal["epsilon", "sample", "v_prediction", "flow_prediction"] | None = None
+    timestep_type: Literal["discrete", "continuous"] | None = None
+    timestep_scaling: Positive = None
+    sigma_min: NotNegative = None
+    sigma_max: Positive = None
+    lambda_min_clipped: float | None = None
+    clip_sample: Switch = None
+    clip_sample_range: Positive = None
+    thresholding: Switch = None
+    dynamic_thresholding_ratio: Annotated[float | None, Field(gt=0, le=1)] = None
+    sample_max_value: Positive = None
+    use_dynamic_shifting: Switch = None
+    base_image_seq_len: Length = None
+    max_image_seq_len: Length = None
+    shift_terminal: Annotated[float | None, Field(ge=0, lt=1)] = None
+    invert_sigmas: Switch = None
+    time_shift_type: Literal["exponential", "linear"] | None = None
+    use_flow_sigmas: Switch = None
+    original_inference_steps: Length = None
+    noise_sampler_seed: NotNegativeInteger = None
+    skip_prk_steps: Switch = None
+    predict_x0: Switch = None
+    lower_order_final: Switch = None
+    solver_p: None = None
+    scale_factors: Annotated[
+        list[Annotated[float, Field(gt=0, le=100)]] | None, Field(max_length=1000)
+    ] = None
+    upscale_mode: (
+        Literal["nearest", "linear", "bilinear", "bicubic", "trilinear", "area", "nearest-exact"]
+        | None
+    ) = None
+
+
 OF_REQUESTS = tuple(RequestedSettings.model_fields)
-OF_OPERATORS = (
-    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
-    "prediction_type", "timestep_type",
-    "timestep_scaling", "sigma_min", "sigma_max", "lambda_min_clipped", "clip_sample",
-    "clip_sample_range", "thresholding",
-    "dynamic_thresholding_ratio", "sample_max_value", "use_dynamic_shifting", "base_image_seq_len",
-    "max_image_seq_len",
-    "shift_terminal", "invert_sigmas", "time_shift_type", "use_flow_sigmas",
-    "original_inference_steps", "noise_sampler_seed",
-    "skip_prk_steps", "predict_x0", "lower_order_final", "solver_p", "scale_factors",
-    "upscale_mode",
-)  # fmt: skip
+OF_OPERATORS = tuple(name for name in LaunchSettings.model_fields if name not in OF_REQUESTS)
 """Further scheduler settings, allowed in --scheduler only."""
+ALGORITHMS = {
+    "DEISMultistepScheduler": ("deis", "dpmsolver++"),
+    "DPMSolverMultistepScheduler": ("dpmsolver++", "sde-dpmsolver++"),
+    "DPMSolverSinglestepScheduler": ("dpmsolver++", "sde-dpmsolver++"),
+}
+"""Class -> the values of algorithm_type that it takes."""
 
 
 def why_unknown(names: Mapping[str, Any]) -> str | None:
@@ -83,8 +125,27 @@ def why_refused(overrides: Mapping[str, Any]) -> str | None:
                 f"scheduler setting {name} is not for requests: it belongs to the model. Leave it "
                 f"out, or start the host with it in --scheduler. Allowed in requests: {_allowed()}."
             )
+    return _first_problem(RequestedSettings, overrides)
+
+
+def why_not_at_launch(overrides: Mapping[str, Any], class_name: str | None) -> str | None:
+    """Return why the first setting is not allowed in --scheduler; None if all are.
+
+    class_name: of the scheduler, if a name was given.
+    """
+    algorithm = overrides.get("algorithm_type")
+    allowed = ALGORITHMS.get(class_name or "", (algorithm,))
+    if algorithm not in (None, *allowed):
+        return (
+            f"scheduler setting algorithm_type={str(algorithm)[:80]!r} is not allowed with "
+            f"{class_name}. Allowed: {', '.join(allowed)}."
+        )
+    return _first_problem(LaunchSettings, overrides)
+
+
+def _first_problem(model: type[BaseModel], overrides: Mapping[str, Any]) -> str | None:
     try:
-        RequestedSettings.model_validate(overrides)
+        model.model_validate(overrides)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         given = repr(first["input"])[:80]

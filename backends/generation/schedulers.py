@@ -18,7 +18,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from backends.errors import RequestError
-from backends.generation.scheduler_settings import why_refused, why_unknown
+from backends.generation.scheduler_settings import why_not_at_launch, why_refused, why_unknown
+from backends.request import GenerateRequest
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -31,6 +32,8 @@ MAX_TEXT = 20_000
 """Most characters of a scheduler given as text."""
 
 SIGMA_FLAGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+SMOOTH = frozenset({"CogVideoXDDIMScheduler"})
+"""Samplers that only checkpoints name, and that are smooth in the sense of step_facts."""
 TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
 
 NOISE_FIELDS = (
@@ -103,20 +106,27 @@ class SchedulerFacts:
     flow: bool = False  # for flow-matching models only
     flow_name: str | None = None  # the name used instead for a flow-matching model
     flow_solver: bool = False  # can solve flow-matching models with use_flow_sigmas
+    adds_noise: bool = False  # draws fresh noise in its steps, whatever its settings
     draws_for_all: bool = False  # draws noise for the whole batch, not with a generator per row
 
 
 SCHEDULERS: Mapping[str, SchedulerFacts] = MappingProxyType(
     {
         "ddim": SchedulerFacts(class_name="DDIMScheduler"),
-        "ddpm": SchedulerFacts(class_name="DDPMScheduler", takes_timesteps=True),
+        "ddpm": SchedulerFacts(adds_noise=True, class_name="DDPMScheduler", takes_timesteps=True),
         # no flow_solver: with use_flow_sigmas it skips its last step, and a tenth of the noise is
         # left after 30 steps
         "deis": SchedulerFacts(class_name="DEISMultistepScheduler"),
         "dpm_2": SchedulerFacts(class_name="KDPM2DiscreteScheduler", order=2),
-        "dpm_2_a": SchedulerFacts(class_name="KDPM2AncestralDiscreteScheduler", order=2),
+        "dpm_2_a": SchedulerFacts(
+            adds_noise=True, class_name="KDPM2AncestralDiscreteScheduler", order=2
+        ),
         "dpm_sde": SchedulerFacts(
-            class_name="DPMSolverSDEScheduler", order=2, needs="torchsde", draws_for_all=True
+            adds_noise=True,
+            class_name="DPMSolverSDEScheduler",
+            order=2,
+            needs="torchsde",
+            draws_for_all=True,
         ),
         "dpmpp_2m": SchedulerFacts(
             class_name="DPMSolverMultistepScheduler",
@@ -142,7 +152,7 @@ SCHEDULERS: Mapping[str, SchedulerFacts] = MappingProxyType(
             takes_sigmas=True,
             flow_name="fm_euler",
         ),
-        "euler_a": SchedulerFacts(class_name="EulerAncestralDiscreteScheduler"),
+        "euler_a": SchedulerFacts(adds_noise=True, class_name="EulerAncestralDiscreteScheduler"),
         "heun": SchedulerFacts(
             class_name="HeunDiscreteScheduler", order=2, takes_timesteps=True, flow_name="fm_heun"
         ),
@@ -154,12 +164,14 @@ SCHEDULERS: Mapping[str, SchedulerFacts] = MappingProxyType(
             takes_timesteps=True,
             takes_sigmas=True,
         ),
-        "lcm": SchedulerFacts(class_name="LCMScheduler", takes_timesteps=True, flow_name="fm_lcm"),
+        "lcm": SchedulerFacts(
+            adds_noise=True, class_name="LCMScheduler", takes_timesteps=True, flow_name="fm_lcm"
+        ),
         "lms": SchedulerFacts(class_name="LMSDiscreteScheduler", needs="scipy"),
         # without skip_prk_steps the first three steps need twelve denoiser calls, and a run cannot
         # start part-way
         "pndm": SchedulerFacts(class_name="PNDMScheduler", extra={"skip_prk_steps": True}),
-        "tcd": SchedulerFacts(class_name="TCDScheduler", takes_timesteps=True),
+        "tcd": SchedulerFacts(adds_noise=True, class_name="TCDScheduler", takes_timesteps=True),
         "unipc": SchedulerFacts(
             class_name="UniPCMultistepScheduler", takes_sigmas=True, flow_solver=True
         ),
@@ -171,7 +183,11 @@ SCHEDULERS: Mapping[str, SchedulerFacts] = MappingProxyType(
         ),
         "fm_heun": SchedulerFacts(class_name="FlowMatchHeunDiscreteScheduler", order=2, flow=True),
         "fm_lcm": SchedulerFacts(
-            class_name="FlowMatchLCMScheduler", takes_timesteps=True, takes_sigmas=True, flow=True
+            adds_noise=True,
+            class_name="FlowMatchLCMScheduler",
+            takes_timesteps=True,
+            takes_sigmas=True,
+            flow=True,
         ),
     }
 )
@@ -219,6 +235,24 @@ def parse_requested(value: str | Mapping[str, Any] | None) -> SchedulerChoice:
     """
     choice = parse_scheduler(value)
     if problem := why_refused(choice.overrides):
+        raise SchedulerError(problem)
+    return choice
+
+
+def parse_at_launch(value: Mapping[str, Any] | None, *, flow: bool) -> SchedulerChoice:
+    """Parse --scheduler, which may also set what belongs to the model, for this family of models.
+
+    Imports no diffusers, so that the launcher can call it. Raises SchedulerError.
+    """
+    choice = parse_scheduler(value)
+    class_name = None
+    if choice.name is not None:
+        class_name = _facts_for_model(choice.name, {}, flow=flow)[0].class_name
+    if not flow and "shift_terminal" in choice.overrides:
+        raise SchedulerError(
+            "scheduler setting shift_terminal is for flow-matching models only. Leave it out."
+        )
+    if problem := why_not_at_launch(choice.overrides, class_name):
         raise SchedulerError(problem)
     return choice
 
@@ -347,6 +381,27 @@ def build_scheduler(
     return scheduler
 
 
+def step_facts(scheduler: "SchedulerMixin", request: GenerateRequest) -> dict[str, bool]:
+    """Return what step caches ask of a sampler.
+
+    is_smooth: it is known to evaluate the denoiser once in each step and to add no noise, so that
+    predictions change smoothly. is_even: its steps are evenly spaced in the model's time, as they
+    are unless something asks for other sigmas.
+    """
+    name, config = type(scheduler).__name__, scheduler.config
+    known = [facts for facts in SCHEDULERS.values() if facts.class_name == name]
+    return {
+        "is_smooth": (
+            name in SMOOTH or any(facts.order == 1 and not facts.adds_noise for facts in known)
+        )
+        and not config.get("stochastic_sampling")
+        and not str(config.get("algorithm_type")).startswith("sde"),
+        "is_even": request.sigmas is None
+        and request.timesteps is None
+        and not any(config.get(flag) for flag in SIGMA_FLAGS),
+    }
+
+
 def _require_signal(scheduler: "SchedulerMixin") -> None:
     """Raise SchedulerError if the first step would divide by a signal level of zero."""
     config = scheduler.config
@@ -365,15 +420,6 @@ def _require_signal(scheduler: "SchedulerMixin") -> None:
             f"{type(scheduler).__name__} and this model. "
             "Leave it out, or choose euler."
         )
-
-
-def require_family(choice: SchedulerChoice, *, flow: bool) -> None:
-    """Raise SchedulerError if this sampler cannot be used for this family of models.
-
-    Imports no diffusers, so that the launcher can call it.
-    """
-    if choice.name is not None:
-        _facts_for_model(choice.name, {}, flow=flow)
 
 
 def _usable(overrides: Mapping[str, Any], accepted: set[str], class_name: str) -> dict[str, Any]:

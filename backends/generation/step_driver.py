@@ -37,6 +37,11 @@ OnStep = Callable[[int, int, Tensor], None]
 the pipeline's layout.
 """
 
+
+class EndRun(Exception):
+    """Raised by `on_step` to end a run early: StepDriver.denoised has what it would lead to."""
+
+
 REPLACED = ("set_timesteps", "set_begin_index", "step")
 LMS_ORDER = 4
 
@@ -93,6 +98,8 @@ class StepDriver:
         self._host_timesteps = torch.empty(0)
         self._offset = 0
         self._done = 0
+        self._last: tuple[Tensor, Tensor] | None = None
+        """Prediction and sample of the last step."""
 
     def __enter__(self) -> Self:
         if any(name in vars(self._scheduler) for name in REPLACED):
@@ -217,6 +224,7 @@ class StepDriver:
         if self._class.__name__ == "LMSDiscreteScheduler":
             # LMS would derive its order from the position in the list, not from the steps done
             kwargs["order"] = min(self._done + 1, LMS_ORDER)
+        self._last = model_output, sample
         output = self._class.step(
             self._scheduler, model_output, self._host_timesteps[self._done], sample, *args, **kwargs
         )
@@ -229,6 +237,23 @@ class StepDriver:
             # in a run of one step PixArt-alpha reads item 1, the clean sample, which is item 0 here
             return output[0], output[0]
         return output
+
+    @property
+    def num_done(self) -> int:
+        return self._done
+
+    def denoised(self) -> Tensor:
+        """Return the clean sample that the prediction of the last step means, in the pipeline's
+        layout and dtype.
+        """
+        prediction, sample = self._last
+        clean = _clean(
+            self._scheduler, prediction, float(self._host_timesteps[self._done - 1]), sample
+        )
+        if self._start is not None and self._start.mask is not None:
+            mask = self._start.mask
+            clean = mask * clean + (1 - mask) * self._start.latents.float()
+        return clean.to(sample.dtype)
 
     def _with_kept_parts(self, sample: Tensor) -> Tensor:
         """Put the initial latents back outside the mask, noised to the next step's level.
@@ -288,6 +313,26 @@ def add_noise(scheduler: "SchedulerMixin", start: InitialLatents, timestep: Tens
             start.latents.float(), timestep=timestep, noise=start.noise.float()
         )
     return scheduler.add_noise(start.latents.float(), noise=start.noise.float(), timesteps=timestep)
+
+
+def _clean(
+    scheduler: "SchedulerMixin", prediction: Tensor, timestep: float, sample: Tensor
+) -> Tensor:
+    """Return the clean sample that a prediction at this timestep means, in float32."""
+    sample, prediction = sample.float(), prediction.float()
+    if _is_flow_list(scheduler):
+        return sample - timestep / scheduler.config.num_train_timesteps * prediction
+    levels = ((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod).double().sqrt().cpu()
+    level = float(np.interp(timestep, np.arange(len(levels)), levels.numpy()))
+    signal, noise = 1 / math.sqrt(1 + level**2), level / math.sqrt(1 + level**2)
+    if float(scheduler.init_noise_sigma) > 1:  # samples are clean + level * noise
+        sample = sample * signal
+    kind = scheduler.config.prediction_type
+    if kind == "sample":
+        return prediction
+    if kind == "v_prediction":
+        return signal * sample - noise * prediction
+    return (sample - noise * prediction) / signal
 
 
 def _is_default(sigmas: Sequence[float] | None) -> bool:

@@ -81,19 +81,30 @@ def broadcast(tensor: Tensor, *, source: int, axis: Axis) -> None:
 class AsyncAllToAll:
     """A background exchange of bytes among the ranks of an axis."""
 
-    def __init__(self, sent: Tensor, received: Tensor, sizes: Sequence[int], *, axis: Axis) -> None:
+    def __init__(
+        self,
+        sent: Tensor,
+        received: Tensor,
+        sizes: Sequence[int],
+        *,
+        axis: Axis,
+        is_late: bool = False,
+    ) -> None:
         """Send `sent` to every other rank; `received` gets theirs, concatenated in rank order.
 
         sent, received: uint8, 1-D; do not touch them until `wait` returns. sizes: number of bytes
-        that each rank of the axis sends.
+        that each rank of the axis sends. is_late: needed in the next step only.
         """
+        group = axis.late_group if is_late else axis.group
+        if group is None:  # torch would take the control group
+            raise RuntimeError(
+                f"axis {axis.name!r} of {axis.size} ranks was used while its mesh is closed"
+            )
         copies = sent.repeat(axis.size - 1) if axis.size > 2 else sent
         to = [0 if rank == axis.rank else sent.numel() for rank in range(axis.size)]
         of = [0 if rank == axis.rank else size for rank, size in enumerate(sizes)]
         # much faster than all_gather on gloo; NCCL runs it as grouped sends and receives
-        self._work = dist.all_to_all_single(
-            received, copies, of, to, group=axis.group, async_op=True
-        )
+        self._work = dist.all_to_all_single(received, copies, of, to, group=group, async_op=True)
         self._held = (sent, copies, received)
 
     def wait(self, timeout: timedelta | None = None) -> None:

@@ -111,8 +111,12 @@ class OpenGroups:
 
     def open_links(self, axis: "Axis", *, num_stages: int) -> None:
         """Open the links of an axis. Does nothing on CPUs or for an axis without groups."""
-        pairs = pairs_of(axis.name, axis.size), pairs_to_last(axis.size, num_stages)
-        for group, who in zip((axis.group, axis.reverse_group), pairs, strict=True):
+        groups = (
+            (axis.group, pairs_of(axis.name, axis.size)),
+            (axis.reverse_group, pairs_to_last(axis.size, num_stages)),
+            (axis.late_group, []),
+        )
+        for group, who in groups:
             if group is not None and self._device.type == "cuda":
                 self._open_group(group, axis, who)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from backends.groups import links
 from backends.groups.alarm import Alarm
+from backends.groups.objects import broadcast_object
 from backends.plan import ParallelPlan
 
 if TYPE_CHECKING:
@@ -70,6 +71,10 @@ class Axis:
     reverse_group: dist.ProcessGroup | None = None
     """A second group of the same ranks for predictions sent backwards. NCCL runs one group's calls
     in order, so one group for both directions could deadlock.
+    """
+    late_group: dist.ProcessGroup | None = None
+    """A second group of the same ranks for values of patches that are needed in the next step only.
+    In one group with them, what this step needs would wait behind them.
     """
     memory: "SharedMemory | None" = None
     """State of shared_memory.py for as long as the group is open."""
@@ -144,13 +149,13 @@ class Mesh:
         """
         if BACKGROUND not in self._axes:
             ranks = tuple(range(self.plan.world_size))
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
-            self._axes[BACKGROUND] = Axis(
+            axis = self._axes[BACKGROUND] = Axis(
                 name="background",
                 ranks=tuple(self._first + rank for rank in ranks),
                 rank=self.rank,
-                group=self._new_groups([ranks], backend=backend) if len(ranks) > 1 else None,
+                group=self._new_data_groups([ranks]) if len(ranks) > 1 else None,
             )
+            self.groups.open_links(axis, num_stages=1)
         return self._axes[BACKGROUND]
 
     def prepare(self) -> None:
@@ -187,9 +192,7 @@ class Mesh:
             return value
         if self.groups.step_group is None:
             raise RuntimeError("an object was sent while the mesh is closed")
-        box = [value if self.rank == source else None]
-        dist.broadcast_object_list(box, src=self._first + source, group=self.groups.step_group)
-        return box[0]
+        return broadcast_object(value, source=self._first + source, group=self.groups.step_group)
 
     def fail(self) -> None:
         """Close the data groups after a failure of this rank.
@@ -208,7 +211,7 @@ class Mesh:
         for axis in self._axes.values():
             if axis.memory is not None:
                 axis.memory.close()
-            axis.group = axis.reverse_group = axis.memory = None
+            axis.group = axis.reverse_group = axis.late_group = axis.memory = None
 
     def rebuild(self) -> None:
         """Close all data groups and open them again, on all ranks.
@@ -221,6 +224,7 @@ class Mesh:
         for key, axis in handed_out.items():
             made = self.background_axis() if key == BACKGROUND else self.axis(*key)
             axis.group, axis.reverse_group = made.group, made.reverse_group
+            axis.late_group = made.late_group
         self._axes.update(handed_out)
 
     def _open(self) -> None:
@@ -233,17 +237,18 @@ class Mesh:
 
     def _make_axis(self, names: Sequence[str]) -> Axis:
         mine = self.plan.ranks(*names, of_rank=self.rank)
-        group = reverse_group = None
+        group = reverse_group = late_group = None
         if len(mine) > 1:
             parts = sorted(
                 {self.plan.ranks(*names, of_rank=rank) for rank in range(self.plan.world_size)}
             )
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
-            group = self._new_groups(parts, backend=backend)
+            group = self._new_data_groups(parts)
             is_reverse = "stage" in names and set(names) == {
                 name for name in ("cfg", "stage") if self.plan.degree(name) > 1
             }
-            reverse_group = self._new_groups(parts, backend=backend) if is_reverse else None
+            reverse_group = self._new_data_groups(parts) if is_reverse else None
+            is_late = "patch" in names and self.plan.reads_previous_step
+            late_group = self._new_data_groups(parts) if is_late else None
         ranks = tuple(self._first + rank for rank in mine)
         axis = Axis(
             name="x".join(names),
@@ -251,9 +256,13 @@ class Mesh:
             rank=mine.index(self.rank),
             group=group,
             reverse_group=reverse_group,
+            late_group=late_group,
         )
         self.groups.open_links(axis, num_stages=self.plan.degree("stage"))
         return axis
+
+    def _new_data_groups(self, parts: Sequence[tuple[int, ...]]) -> dist.ProcessGroup:
+        return self._new_groups(parts, backend="nccl" if self.device.type == "cuda" else "gloo")
 
     def _new_groups(self, parts: Sequence[tuple[int, ...]], *, backend: str) -> dist.ProcessGroup:
         """Return this rank's group. All ranks of all teams create all groups.

@@ -19,8 +19,10 @@ from backends.parallel.cfg_split import attach_batch_split, detach_batch_split
 from backends.parallel.cfg_two_calls import PairSplit
 from backends.parallel.cfg_unknown import GuidanceSplit
 from backends.parallel.regions import quiet_regions
+from backends.parallel.weight_shards import settle
 from backends.plan import Exactness, ParallelPlan
 from backends.request import GenerateRequest
+from backends.step_cache_spec import StepCacheSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +35,12 @@ class RunInfo:
     num_inference_steps: int  # requested sampling steps, before a step window removes some
     # Denoiser evaluations per sampling step (2 for heun, dpm_2, ...); each ends in one `step_done`.
     order: int = 1
+    step_cache: StepCacheSpec | None = None  # in use during this generation
+
+    @property
+    def skips_whole_steps(self) -> bool:
+        """Whether there are steps of which a method is told nothing, not even `step_done`."""
+        return self.step_cache is not None and self.step_cache.skips_whole_steps
 
 
 class Backend(ABC):
@@ -54,9 +62,11 @@ class Backend(ABC):
         """
         for denoiser in self.denoisers_of(pipe):
             self.attach_denoiser(pipe, denoiser)
+            if not self.cuts_in_first_call:
+                settle(denoiser)
             if self.mesh.axis("cfg").size == 1:
                 continue
-            if self.spec.is_generic:
+            if self.spec.runs_as_is:
                 self._unknown.append(GuidanceSplit(denoiser, self.mesh))
                 self._unknown[-1].attach()
             elif self.spec.guidance_calls == 2:
@@ -86,6 +96,14 @@ class Backend(ABC):
         If so, a LoRA can be loaded after attaching.
         """
         return not self.plan.splits_weights_by
+
+    @property
+    def cuts_in_first_call(self) -> bool:
+        """Whether it is known only in the denoiser's first call which weights this rank keeps.
+
+        If so, the method settles deferred weights itself (weight_shards.py).
+        """
+        return False
 
     def denoiser_of(self, pipe: Any) -> nn.Module:
         return getattr(pipe, self.spec.denoiser)

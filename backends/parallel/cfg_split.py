@@ -16,7 +16,7 @@ from torch import nn
 from backends.groups.collectives import all_gather
 from backends.groups.mesh import Axis, Mesh
 from backends.parallel import hooks
-from backends.parallel.outputs import output_parts, rebuilt
+from backends.parallel.hooks import output_parts, rebuilt
 
 NAME = "cfg split"
 """Hook name of the split over the `cfg` axis. Other axes use `<axis> split`."""

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from backends.groups.collectives import all_gather
 from backends.groups.mesh import Axis, Mesh
 from backends.parallel import hooks
-from backends.parallel.outputs import output_parts, rebuilt
+from backends.parallel.hooks import output_parts, rebuilt
 
 NAME = "cfg pairs"
 READS_VALUES = frozenset({"item", "tolist", "numpy", "__float__", "__int__", "__bool__"})
@@ -162,6 +162,7 @@ class _Watch(TorchFunctionMode):
 
     def __init__(self, watched: list[Tensor]) -> None:
         super().__init__()
+        self._watched = watched  # else their memory, by which they are known, may be used again
         self._storages = {tensor.untyped_storage().data_ptr() for tensor in watched}
         self._is_inside = False
         self.was_touched = False

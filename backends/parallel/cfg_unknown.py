@@ -7,6 +7,7 @@ split from then on only if both agree.
 
 import inspect
 import logging
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,7 @@ from backends.groups.mesh import Mesh
 from backends.parallel import hooks
 from backends.parallel.cfg_split import cut_batch, gather_batch
 from backends.parallel.cfg_two_calls import PairSplit
-from backends.parallel.outputs import output_parts
+from backends.parallel.hooks import output_parts
 
 logger = logging.getLogger(__name__)
 
@@ -95,28 +96,46 @@ class GuidanceSplit:
         return self._in_halves(forward, arguments, batch)
 
     def _in_halves(self, forward: Callable[..., Any], arguments: dict[str, Any], batch: int) -> Any:
+        own = self._own_half(forward, arguments, batch)
+        return gather_batch(own, self._mesh, self._mesh.axis("cfg"))
+
+    def _own_half(self, forward: Callable[..., Any], arguments: dict[str, Any], batch: int) -> Any:
         axis = self._mesh.axis("cfg")
-        mine = cut_batch(arguments, batch, parts=axis.size, part=axis.rank)
-        return gather_batch(forward(**mine), self._mesh, axis)
+        return forward(**cut_batch(arguments, batch, parts=axis.size, part=axis.rank))
 
     def _tried(
         self, forward: Callable[..., Any], arguments: dict[str, Any], key: Any, batch: int
     ) -> Any:
-        """Return the whole result, and note whether the halves give the same."""
+        """Return the whole result, and note whether the halves give the same.
+
+        Nothing is gathered before all ranks have a half of the same form: the halves differ, and
+        one may fail alone.
+        """
         is_plain = all(isinstance(leaf, PLAIN) for leaf in pytree.tree_leaves(arguments))
         whole = forward(**_copied(arguments))
-        fits = False
+        own, form = None, 0
         if is_plain:
             try:
-                fits = _agree(whole, self._in_halves(forward, _copied(arguments), batch))
+                own = self._own_half(forward, _copied(arguments), batch)
+                form = 1 + zlib.crc32(repr(_form_of({"output": output_parts(own)})).encode())
+            except torch.OutOfMemoryError:
+                raise
             except MISFITS as error:
                 logger.info("the batch of %s cannot be split: %s", self._name, error)
-        axis = self._mesh.axis("cfg")
-        flag = torch.tensor([fits], dtype=torch.int64, device=self._mesh.device)
-        self._fits[key] = bool(all_gather(flag, dim=0, axis=axis).min())
-        if not self._fits[key]:
+        fits = self._is_common(form)
+        if fits:
+            joined = gather_batch(own, self._mesh, self._mesh.axis("cfg"))
+            fits = self._is_common(int(_agree(whole, joined)))
+        self._fits[key] = fits
+        if not fits:
             logger.warning("the batch of %s is computed whole on every rank", self._name)
         return whole
+
+    def _is_common(self, number: int) -> bool:
+        """Return whether all ranks have the same number, and it is not 0."""
+        own = torch.tensor([number], dtype=torch.int64, device=self._mesh.device)
+        numbers = all_gather(own, dim=0, axis=self._mesh.axis("cfg")).tolist()
+        return number != 0 and numbers.count(number) == len(numbers)
 
     @property
     def _name(self) -> str:

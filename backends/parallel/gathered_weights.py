@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from backends.groups.collectives import begin_gather_into
 from backends.groups.mesh import Axis, CommStats
 from backends.parallel import hooks
-from backends.parallel.weight_shards import placeholder
+from backends.parallel.weight_shards import Weight, placeholder, weights_of
 
 NAME = "gathered weights"
 _PLACE = "_divided_block"
@@ -36,7 +36,7 @@ IN_LISTS = 0.9
 class _Piece:
     """One tensor of a block."""
 
-    tensor: Tensor
+    weight: Weight
     placeholder: Tensor  # of its shape, without memory
     first: int  # byte in the block
     num_bytes: int
@@ -65,11 +65,14 @@ class GatheredWeights:
     def take(self, module: nn.Module, *, device: torch.device) -> None:
         """Keep this rank's share of a block on the device, and drop the rest. Not collective."""
         pieces, first = [], 0
-        for tensor in _tensors(module):
+        for weight in weights_of([module]):
+            tensor = weight.tensor
+            if not tensor.numel():
+                continue
             num_bytes = tensor.numel() * tensor.element_size()
             pieces.append(
                 _Piece(
-                    tensor=tensor,
+                    weight=weight,
                     placeholder=placeholder(tensor, device),
                     first=first,
                     num_bytes=num_bytes,
@@ -79,7 +82,7 @@ class GatheredWeights:
         total = -(-first // (ALIGNMENT * self._size)) * ALIGNMENT * self._size
         share = _share(pieces, total // self._size, self._rank).to(device)
         for piece in pieces:
-            piece.tensor.data = piece.placeholder
+            piece.weight.put(piece.placeholder)
         index = len(self._blocks)
         for part in module.modules():
             part.__dict__[_PLACE] = (self, index)
@@ -117,6 +120,7 @@ class GatheredWeights:
             block.share = block.share.to(device)
             for piece in block.pieces:
                 piece.placeholder = placeholder(piece.placeholder, device)
+                piece.weight.put(piece.placeholder)
 
     @property
     def num_bytes(self) -> int:
@@ -203,11 +207,6 @@ def _size(module: nn.Module) -> float:
     return float(sum(tensor.numel() * tensor.element_size() for tensor in module.parameters()))
 
 
-def _tensors(module: nn.Module) -> list[Tensor]:
-    tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
-    return [tensor for tensor in tensors.values() if tensor.numel()]
-
-
 def _share(pieces: list[_Piece], num_bytes: int, rank: int) -> Tensor:
     """Return the bytes of a block from rank * num_bytes on. Reads no others."""
     share = torch.zeros(num_bytes, dtype=torch.uint8)
@@ -215,7 +214,7 @@ def _share(pieces: list[_Piece], num_bytes: int, rank: int) -> Tensor:
     for piece in pieces:
         begin, end = max(start, piece.first), min(stop, piece.first + piece.num_bytes)
         if begin < end:
-            content = piece.tensor.data.contiguous().view(-1).view(torch.uint8)
+            content = piece.weight.tensor.data.contiguous().view(-1).view(torch.uint8)
             share[begin - start : end - start] = content[begin - piece.first : end - piece.first]
     return share
 
@@ -223,9 +222,9 @@ def _share(pieces: list[_Piece], num_bytes: int, rank: int) -> Tensor:
 def _fill(block: _Block, buffer: Tensor) -> None:
     for piece in block.pieces:
         part = buffer[piece.first : piece.first + piece.num_bytes]
-        piece.tensor.data = part.view(piece.placeholder.dtype).view(piece.placeholder.shape)
+        piece.weight.put(part.view(piece.placeholder.dtype).view(piece.placeholder.shape))
 
 
 def _drop(block: _Block) -> None:
     for piece in block.pieces:
-        piece.tensor.data = piece.placeholder
+        piece.weight.put(piece.placeholder)

@@ -11,7 +11,9 @@ is replaced, for this thread and the time of one module's forward. Other threads
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -48,49 +50,99 @@ _num_open = 0
 _STACK = "_attached_forwards"
 
 
-def attach(module: nn.Module, name: str, around: Around) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Hook:
+    name: str
+    around: Around
+    stays_outside: bool
+    forward: Callable[..., Any]
+    previous: Callable[..., Any] | None  # the instance's own forward before, if it had one
+
+
+def attach(module: nn.Module, name: str, around: Around, *, stays_outside: bool = False) -> None:
     """Run `around(forward, *args, **kwargs)` instead of this instance's forward.
 
-    The last hook attached is the outermost. ValueError if `name` is already attached.
+    The last hook attached is the outermost, except that one with `stays_outside` is around all
+    that are attached later. ValueError if `name` is already attached.
     """
-    stack = module.__dict__.setdefault(_STACK, [])
     if name in attached(module):
         raise ValueError(
             f"{name!r} is already attached to this {type(module).__name__}. Detach it first."
         )
+    with _without_outside(module):
+        _push(module, name, around, stays_outside=stays_outside)
+
+
+def detach(module: nn.Module, name: str) -> None:
+    """Restore the forward from before `attach(module, name, ...)`.
+
+    ValueError unless `name` is the outermost hook, or the outermost but those that stay outside.
+    """
+    if name in [hook.name for hook in _stack(module) if hook.stays_outside]:
+        _pop(module, name)
+    else:
+        with _without_outside(module):
+            _pop(module, name)
+
+
+def attached(module: nn.Module) -> list[str]:
+    """Return the names of the hooks on this instance, innermost first."""
+    return [hook.name for hook in _stack(module)]
+
+
+def _stack(module: nn.Module) -> list[_Hook]:
+    return module.__dict__.get(_STACK, [])
+
+
+def _push(module: nn.Module, name: str, around: Around, *, stays_outside: bool) -> None:
     inner = module.forward
 
     @functools.wraps(inner)
     def forward(*args: Any, **kwargs: Any) -> Any:
         return around(inner, *args, **kwargs)
 
-    stack.append((name, module.__dict__.get("forward"), forward))
+    module.__dict__.setdefault(_STACK, []).append(
+        _Hook(
+            name=name,
+            around=around,
+            stays_outside=stays_outside,
+            forward=forward,
+            previous=module.__dict__.get("forward"),
+        )
+    )
     module.forward = forward
 
 
-def detach(module: nn.Module, name: str) -> None:
-    """Restore the forward from before `attach(module, name, ...)`.
-
-    ValueError unless `name` is the outermost hook.
-    """
-    stack = module.__dict__.get(_STACK, [])
-    if not stack or stack[-1][0] != name or module.__dict__.get("forward") is not stack[-1][2]:
+def _pop(module: nn.Module, name: str) -> _Hook:
+    stack = _stack(module)
+    if (
+        not stack
+        or stack[-1].name != name
+        or module.__dict__.get("forward") is not stack[-1].forward
+    ):
         raise ValueError(
             f"{name!r} is not the outermost of {attached(module)} on this {type(module).__name__}. "
             "Detach in reverse order."
         )
-    _, previous, _ = stack.pop()
-    if previous is None:
+    hook = stack.pop()
+    if hook.previous is None:
         del module.forward
     else:
-        module.forward = previous
+        module.forward = hook.previous
     if not stack:
         del module.__dict__[_STACK]
+    return hook
 
 
-def attached(module: nn.Module) -> list[str]:
-    """Return the names of the hooks on this instance, innermost first."""
-    return [name for name, _, _ in module.__dict__.get(_STACK, [])]
+@contextmanager
+def _without_outside(module: nn.Module) -> Iterator[None]:
+    """Take off the hooks that stay outside, and put them back in the same order."""
+    outside = [_pop(module, hook.name) for hook in reversed(_stack(module)) if hook.stays_outside]
+    try:
+        yield
+    finally:
+        for hook in reversed(outside):
+            _push(module, hook.name, hook.around, stays_outside=True)
 
 
 def with_attention(attend: Attend, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -148,3 +200,17 @@ class _Traced(TorchFunctionMode):
         if func is _torch_attention:
             return self._attend(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+def output_parts(output: Any) -> list[Any]:
+    """Return the values of a denoiser's result, the prediction first: of a tuple, or of any output
+    class of diffusers.
+    """
+    return list(output) if isinstance(output, tuple) else list(output.values())
+
+
+def rebuilt(output: Any, parts: Sequence[Any]) -> Any:
+    """Return a result of the same kind with these values."""
+    if isinstance(output, tuple):
+        return tuple(parts)
+    return type(output)(**dict(zip(output.keys(), parts, strict=True)))

@@ -31,6 +31,7 @@ from torch.overrides import TorchFunctionMode
 from backends.errors import UnsupportedError
 from backends.groups.patch_exchange import Exchange
 from backends.parallel import hooks
+from backends.parallel.group_norms import moments, normalized
 from backends.parallel.hooks import run_attention, with_attention
 from backends.parallel.patch_bounds import PatchBounds, RowLayout, TokenLayout
 
@@ -299,12 +300,10 @@ class PatchMode:
             if x.dim() == 3
             else self._layout.rows(x.shape[-2], x.shape[-1])
         )
-        grouped = x.reshape(x.shape[0], num_groups, -1).to(
-            torch.promote_types(x.dtype, torch.float32)
-        )
+        grouped = x.reshape(x.shape[0], num_groups, -1)
         shares = [size / patches.total for size in patches.sizes]
-        mean, var = self._exchange.moments(torch.stack(_moments(grouped)), shares)
-        return _normalize(x, mean, var, weight, bias, eps)
+        mean, var = self._exchange.moments(moments(grouped), shares)
+        return normalized(x, mean, var, weight, bias, eps)
 
     def _attention(
         self,
@@ -402,32 +401,6 @@ def _last_rows(x: Tensor, rows: int) -> Tensor:
 def _text_tokens(count: int, image_tokens: ImageTokens) -> tuple[int, int]:
     """Return the numbers of text tokens before and after the image tokens."""
     return (count, 0) if image_tokens == "last" else (0, count)
-
-
-def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and biased variance over the last dimension."""
-    if x.device.type != "cpu":
-        var, mean = torch.var_mean(x, dim=-1, correction=0)
-        return mean, var
-    mean = x.mean(dim=-1)  # on a CPU torch.var_mean takes ten times as long
-    return mean, (x - mean[..., None]).square_().mean(dim=-1)
-
-
-def _normalize(
-    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:
-    """Return (x - mean) / sqrt(var + eps) * weight + bias in one pass over x.
-
-    mean, var: (N, G), float32, or float64 if x is.
-    """
-    groups = mean.shape[1], x.shape[1] // mean.shape[1]
-    mean, scale = mean[..., None], torch.rsqrt(var + eps)[..., None]
-    if weight is not None:
-        scale = scale * weight.view(groups)
-    shift = mean * -scale if bias is None else bias.view(groups) - mean * scale
-    ones = [1] * (x.dim() - 2)
-    shift, scale = (part.view(*part.shape, *ones) for part in (shift, scale))
-    return torch.addcmul(shift, x.unflatten(1, groups), scale).flatten(1, 2).to(x.dtype)
 
 
 def _conv2d_of(patches: PatchMode, conv: nn.Conv2d, x: Tensor) -> Tensor:

@@ -1,10 +1,14 @@
 """Keeps only this rank's part of a denoiser's weights in memory.
 
-Tensors of other parts keep their shapes, which LoRA loaders read, but take no memory.
+Tensors of other parts keep their shapes, which LoRA loaders read, but take no memory. A rank that
+will keep a part does not read the others: `defer` leaves weights in their files until it is known
+which part it is, and `settle` reads what has not been dropped by then.
 """
 
+import ctypes
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +16,43 @@ from torch import Tensor, nn
 
 from backends.groups.collectives import broadcast
 from backends.groups.mesh import Axis
+
+TRIM_EVERY_BYTES = 64_000_000
+READ = "read_from_file"
+"""Attribute of a deferred parameter: a function that returns its tensor."""
+
+
+class Weight:
+    """One tensor of modules, by where they hold it: moving a module to another device gives it new
+    buffers.
+    """
+
+    def __init__(self) -> None:
+        self._places: list[tuple[dict[str, Any], str]] = []
+
+    def add(self, tensors: dict[str, Any], name: str) -> None:
+        """tensors: the parameters or buffers of a module."""
+        self._places.append((tensors, name))
+
+    @property
+    def tensor(self) -> Tensor:
+        tensors, name = self._places[0]
+        return tensors[name]
+
+    def put(self, data: Tensor) -> None:
+        for tensors, name in self._places:
+            tensors[name].data = data
+
+
+def weights_of(modules: Iterable[nn.Module]) -> list[Weight]:
+    """Return each tensor once."""
+    found: dict[int, Weight] = defaultdict(Weight)
+    for part in (part for module in modules for part in module.modules()):
+        for tensors in (part._parameters, part._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    found[id(tensor)].add(tensors, name)
+    return list(found.values())
 
 
 class KeptWeights:
@@ -31,22 +72,23 @@ class KeptWeights:
         `id` of each tensor that all ranks keep, because it is also read outside its module.
         """
         self._kept = kept
-        self._tensors = [
-            [tensor for tensor in _tensors(modules) if id(tensor) not in shared]
+        self._weights = [
+            [weight for weight in weights_of(modules) if id(weight.tensor) not in shared]
             for modules in parts
         ]
-        for part, tensors in enumerate(self._tensors):
-            if part != kept:
-                for tensor in tensors:
-                    tensor.data = placeholder(tensor, tensor.device)
+        for part, weights in enumerate(self._weights):
+            for weight in weights if part != kept else ():
+                weight.tensor.__dict__.pop(READ, None)
+                weight.put(placeholder(weight.tensor, weight.tensor.device))
 
     def restore(self, axis: Axis) -> None:
         """Fetch all weights, so that every rank holds the whole model again.
 
         Rank p of the axis keeps part p. RuntimeError if the mesh is closed.
         """
-        for part, tensors in enumerate(self._tensors):
-            for tensor in tensors:
+        for part, weights in enumerate(self._weights):
+            for weight in weights:
+                tensor = weight.tensor
                 is_here = part == self._kept
                 data = (
                     tensor.data.contiguous()
@@ -54,7 +96,35 @@ class KeptWeights:
                     else torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
                 )
                 broadcast(data, source=part, axis=axis)
-                tensor.data = data
+                weight.put(data)
+
+
+def defer(parameter: nn.Parameter, stand_in: Tensor, read: Callable[[], Tensor]) -> None:
+    """Leave a weight where it is stored, with a placeholder in its place."""
+    setattr(parameter, READ, read)
+    parameter.data = stand_in
+
+
+def settle(module: nn.Module) -> None:
+    """Read the deferred weights of a module, one at a time, except those dropped since."""
+    taken = 0
+    for parameter in module.parameters():
+        if (read := parameter.__dict__.pop(READ, None)) is not None:
+            parameter.data = read()
+            taken += _num_bytes(parameter)
+        if taken > TRIM_EVERY_BYTES:
+            taken = release_memory()
+
+
+def release_memory() -> int:
+    """Give freed memory back to the system. Return 0, the bytes that are now in use for nothing.
+
+    glibc keeps freed blocks below 32 MB, so that a rank would hold hundreds of MB that nobody uses.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+    return 0
 
 
 def move(pipe: Any, device: torch.device) -> None:
@@ -88,9 +158,9 @@ def move(pipe: Any, device: torch.device) -> None:
         tensors[name].data = tensors[name].data.expand(shape)
 
 
-def placeholder(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor of the same shape and dtype that takes no memory."""
-    return torch.zeros((), dtype=tensor.dtype, device=device).expand(tensor.shape)
+def placeholder(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Return a tensor of the same shape that takes no memory. dtype: None for the same."""
+    return torch.zeros((), dtype=dtype or tensor.dtype, device=device).expand(tensor.shape)
 
 
 def is_placeholder(tensor: Tensor | None) -> bool:
@@ -101,6 +171,11 @@ def is_placeholder(tensor: Tensor | None) -> bool:
 def weight_bytes(module: nn.Module) -> int:
     """Return the bytes that this module's weights take on this rank."""
     return sum(_num_bytes(tensor) for tensor in _tensors([module]))
+
+
+def full_bytes(module: nn.Module) -> int:
+    """Return the bytes that this module's weights take on a rank that keeps all of them."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors([module]))
 
 
 def _num_bytes(tensor: Tensor) -> int:

@@ -30,7 +30,7 @@ from backends.xdit.exchange import (
     ring_attention,
     tokens_for_heads,
 )
-from backends.xdit.layout import Layout, StaleKVCache
+from backends.xdit.layout import Layout, Span, StaleKVCache
 
 NAME = "xdit attention"
 
@@ -290,12 +290,12 @@ class SpreadAttention:
         """Store these keys and values. Return them with the stored ones of other patches."""
         assert self.current is not None
         if self.current.patch is None:
-            return stale.remember_all(path, key, value, labels=self._patch_labels(is_joint))
+            return stale.remember_all(path, key, value, patches=self._patches(is_joint))
         return stale.remember_patch(path, key, value, patch=self.current.patch)
 
-    def _patch_labels(self, is_joint: bool) -> Tensor:
-        """Return, for a whole pass, the patch of each token, in the order in which this rank has
-        them after the exchange of heads.
+    def _patches(self, is_joint: bool) -> list[list[Span]]:
+        """Return, for a whole pass, where the tokens of each patch are, in the order in which this
+        rank has them after the exchange of heads.
         """
         assert self.current is not None
         layout, ulysses, ring = (
@@ -303,7 +303,8 @@ class SpreadAttention:
             self._mesh.axis("ulysses"),
             self._mesh.axis("ring"),
         )
-        labels: list[int] = []
+        found: list[list[Span]] = [[] for _ in range(layout.num_patches)]
+        begin = 0
         for index in range(ring.rank * ulysses.size, (ring.rank + 1) * ulysses.size):
             shard = layout.shard(index)
             streams = (
@@ -312,10 +313,10 @@ class SpreadAttention:
                 else [shard.image, shard.text]
             )
             for spans in streams if is_joint else [shard.image]:
-                labels += [
-                    patch for patch, (start, stop) in enumerate(spans) for _ in range(stop - start)
-                ]
-        return torch.tensor(labels, device=self._mesh.device)
+                for patch, (start, stop) in enumerate(spans):
+                    found[patch].append((begin, begin + stop - start))
+                    begin += stop - start
+        return found
 
 
 def attention_modules(

@@ -5,7 +5,8 @@ Every rank runs what comes before, between and after the lists on all tokens. Th
 layers beside the blocks.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from backends.parallel import hooks
 from backends.parallel.transformer_spec import BlockCut, Cut
 from backends.xdit.attention import Pass, SpreadAttention
 from backends.xdit.exchange import gather_tokens
-from backends.xdit.layout import Layout, count, reorder, split, take
+from backends.xdit.layout import Layout, count, split, take
 from backends.xdit.tokens import NAME, SequenceParallel, names_of, require_row
 
 
@@ -63,8 +64,22 @@ class BlockTokens:
         arguments = dict(zip(names_of(self._denoiser), args, strict=False)) | kwargs
         axis = self._mesh.axis("ring", "ulysses")
         for name, dim in self._transformer.image_arguments.items():
-            arguments[name] = _shards_of(arguments.get(name), dim, axis)
+            value = arguments.get(name)
+            if isinstance(value, list | tuple) and value:
+                arguments[name] = self._residuals(value, dim, axis)
+            else:
+                arguments[name] = _shards_of(value, dim, axis)
         return forward(**arguments)
+
+    def _residuals(self, value: Sequence[Any], dim: int, axis: Axis) -> list[Any]:
+        """Return one residual for each block, as they are shared out in diffusers. The last one is
+        whole, since it is added to what the last block has gathered.
+        """
+        name, cut = next(iter(self._transformer.cuts.items()))
+        num_blocks = len(list(self._denoiser.get_submodule(name)))
+        interval = math.ceil(num_blocks / len(value))
+        each = [value[index // interval] for index in range(num_blocks)]
+        return each if cut.gathers_each else [*_shards_of(each[:-1], dim, axis), each[-1]]
 
     def _around(
         self, block: nn.Module, cut: BlockCut, *, is_first: bool, is_last: bool
@@ -130,19 +145,16 @@ class BlockTokens:
         assert self._pass is not None
         layout, rank = self._pass.layout, self._mesh.axis("ring", "ulysses").rank
         shard, total = layout.shard(rank), layout.num_image
+        spans = shard.image
         if where.stream == "joint":
-            positions = layout.order([rank], is_joint=True, is_text_first=self._pass.is_text_first)
+            spans = layout.order([rank], is_joint=True, is_text_first=self._pass.is_text_first)
             total += layout.num_text
         elif where.stream == "text":
-            (span,), total = shard.text, layout.num_text
-            positions = range(*span)
-        else:
-            (span,) = shard.image
-            positions = range(*span)
+            spans, total = shard.text, layout.num_text
         length = value.shape[where.dim]
         if length == total:
-            return reorder(value, positions, dim=where.dim)
-        if length in (1, len(positions)):
+            return take(value, spans, dim=where.dim)
+        if length in (1, count(spans)):
             return value
         raise UnsupportedError(
             f"{type(self._denoiser).__name__} gives its blocks {length} entries for {total} "

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from backends.groups.mesh import Axis, CommStats, Mesh
 from backends.groups.shared_memory import shared_memory
-from backends.xdit.layout import Layout, reorder, sizes
+from backends.xdit.layout import Layout, sizes, take
 
 HAS_FLASH = (8, 0)
 """Compute capability from which torch has FlashAttention's kernel."""
@@ -150,8 +150,8 @@ def own_mask(
     rows, columns = mask.shape[-2:]
     if columns == total and rows in (1, total):
         if rows > 1:
-            mask = reorder(mask, order(group), dim=-2)
-        mask = reorder(mask, order(range(both.size)), dim=-1)
+            mask = take(mask, order(group), dim=-2)
+        mask = take(mask, order(range(both.size)), dim=-1)
     elif columns == own and rows in (1, own):
         is_there = mask.diagonal(dim1=-2, dim2=-1)[..., None, :] if rows > 1 else mask
         if rows > 1 and not torch.equal(mask, is_there & is_there.transpose(-1, -2)):

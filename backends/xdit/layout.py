@@ -1,7 +1,7 @@
 """Which tokens a rank computes: the arithmetic of shards (parts of the sequence on ranks) and
 patches (parts in time, PipeFusion).
 
-Pure Python except `take`, `reorder` and the cache of keys. A span is (start, stop).
+Pure Python except `take` and the cache of keys. A span is (start, stop).
 """
 
 from collections.abc import Sequence
@@ -34,16 +34,6 @@ def take(tensor: Tensor, spans: Sequence[Span], *, dim: int) -> Tensor:
     """Return the entries of `tensor` in these spans, concatenated along `dim`."""
     parts = [tensor.narrow(dim, start, stop - start) for start, stop in spans]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
-
-
-def reorder(tensor: Tensor, positions: Sequence[int], *, dim: int) -> Tensor:
-    """Return the entries of `tensor` at these positions along `dim`; a view if they are
-    consecutive.
-    """
-    start = positions[0] if positions else 0
-    if list(positions) == list(range(start, start + len(positions))):
-        return tensor.narrow(dim, start, len(positions))
-    return tensor.index_select(dim, torch.tensor(positions, device=tensor.device))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,19 +89,26 @@ class Layout:
             image=tuple(split(image, parts=self.num_shards, index=index) for _, image in spans),
         )
 
-    def order(self, shards: Sequence[int], *, is_joint: bool, is_text_first: bool) -> list[int]:
-        """Return the positions, in the model's sequence, of the tokens of these shards in the order
-        in which their ranks have them. is_joint: the sequence has the text too.
+    def order(self, shards: Sequence[int], *, is_joint: bool, is_text_first: bool) -> list[Span]:
+        """Return the spans, in the model's sequence, of the tokens of these shards in the order in
+        which their ranks have them. is_joint: the sequence has the text too.
+
+        They are cut out as they are: an index of tokens would be copied to the GPU in each call,
+        and the host would wait for that.
         """
         num_text = self.num_text if is_joint else 0
         starts = (0, num_text) if is_text_first else (self.num_image, 0)
-        positions: list[int] = []
+        found: list[Span] = []
         for index in shards:
             shard = self.shard(index)
             streams = [(starts[0], shard.text if is_joint else ()), (starts[1], shard.image)]
-            for start, spans in streams if is_text_first else reversed(streams):
-                positions += [start + token for span in spans for token in range(*span)]
-        return positions
+            for begin, spans in streams if is_text_first else reversed(streams):
+                for start, stop in spans:
+                    if found and found[-1][1] == begin + start:
+                        found[-1] = found[-1][0], begin + stop
+                    elif stop > start:
+                        found.append((begin + start, begin + stop))
+        return found or [(0, 0)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,18 +131,17 @@ class StaleKVCache:
     _buffers: dict[str, _Buffer] = field(default_factory=dict)
 
     def remember_all(
-        self, path: str, key: Tensor, value: Tensor, *, labels: Tensor
+        self, path: str, key: Tensor, value: Tensor, *, patches: Sequence[Sequence[Span]]
     ) -> tuple[Tensor, Tensor]:
-        """Store a whole pass. key, value: (B, H, S, D) of every patch; labels: (S,), the patch of
-        each token. Returns both, sorted patch after patch.
+        """Store a whole pass. key, value: (B, H, S, D) of every patch; patches: the spans of S that
+        are each patch's. Returns both, sorted patch after patch.
         """
-        order = torch.argsort(labels, stable=True)
-        counts = torch.bincount(labels).tolist()
-        offsets = tuple(sum(counts[:patch]) for patch in range(len(counts)))
+        lengths = [count(spans) for spans in patches]
+        order = [span for spans in patches for span in spans]
         buffer = _Buffer(
-            keys=key[:, :, order].contiguous(),
-            values=value[:, :, order].contiguous(),
-            offsets=offsets,
+            keys=_sorted(key, order),
+            values=_sorted(value, order),
+            offsets=tuple(sum(lengths[:patch]) for patch in range(len(lengths))),
         )
         self._buffers[path] = buffer
         return buffer.keys, buffer.values
@@ -161,3 +157,9 @@ class StaleKVCache:
         buffer.keys[:, :, start:stop] = key
         buffer.values[:, :, start:stop] = value
         return buffer.keys, buffer.values
+
+
+def _sorted(tensor: Tensor, spans: Sequence[Span]) -> Tensor:
+    """Return a copy of (B, H, S, D) with these spans of S one after the other."""
+    parts = [tensor[:, :, start:stop] for start, stop in spans]
+    return torch.cat(parts, dim=2).contiguous()

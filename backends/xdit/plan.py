@@ -28,6 +28,10 @@ READS_PREVIOUS_STEP = (
     "PipeFusion: its patches attend to keys and values of the step before, and a skipped step has "
     "none. Use Ulysses, ring or the CFG split"
 )
+BEGINS_NEXT_STEP = (
+    "PipeFusion, whose predictions are still under way when the next step begins. Use Ulysses, "
+    "ring or the CFG split"
+)
 
 
 def make_plan(spec: ModelSpec, options: Mapping[str, object], world_size: int) -> ParallelPlan:
@@ -50,6 +54,7 @@ def make_plan(spec: ModelSpec, options: Mapping[str, object], world_size: int) -
         splits_weights_by=_splits_weights_by(degrees),
         runs_every_block=degrees["stage"] == 1,
         reads_previous_step=READS_PREVIOUS_STEP if degrees["stage"] > 1 else "",
+        begins_next_step=BEGINS_NEXT_STEP if degrees["stage"] > 1 else "",
         intercepts_sdpa=True,
         step_cache=step_cache,
         options=plan_options,
@@ -257,6 +262,16 @@ def _problem(spec: ModelSpec, shape: _Shape, degrees: Mapping[str, int]) -> str 
     spread = degrees["ulysses"] * degrees["ring"] * degrees["stage"] * degrees["tensor"]
     if spec.denoiser != "transformer" and spread > 1:
         return f"type {spec.name!r} has a UNet, which xdit runs with CFG and data parallelism only."
+    if spread > 1 and shape.class_name is not None and shape.row is None:
+        return (
+            f"the blocks of a {shape.class_name} are not known, so xdit cannot spread its tokens. "
+            f"Known are {', '.join(sorted(TRANSFORMERS))}."
+        )
+    if spec.is_generic and degrees["stage"] * degrees["tensor"] * degrees["data"] > 1:
+        return (
+            f"{spec.title} has no row in the model table, and without one xdit splits guidance "
+            "(use_cfg_parallel) and spreads tokens (ulysses_degree, ring_degree) only."
+        )
     if degrees["cfg"] > 1 and spec.guidance != "cfg":
         return (
             f"use_cfg_parallel is not available for type {spec.name!r}: its guidance is "

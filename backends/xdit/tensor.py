@@ -19,6 +19,7 @@ from backends.errors import PlanError, UnsupportedError
 from backends.groups.collectives import gather_pieces
 from backends.groups.mesh import Mesh
 from backends.parallel import hooks
+from backends.parallel.weight_shards import settle
 
 NAME = "xdit weight shards"
 
@@ -56,6 +57,7 @@ class TensorParallel:
             path, _, kind = name.rpartition(".")
             linear = self._denoiser.get_submodule(path)
             parameter = getattr(linear, kind)
+            settle(linear)
             parameter.data = _shard(parameter.data, spec, axis.size, axis.rank)
             self._cuts.append(_Cut(parameter, spec))
             if kind == "weight" and spec.dim == 1:

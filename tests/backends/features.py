@@ -42,6 +42,14 @@ EXACT_OPTIONS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
 warm-up over all steps comes on top.
 """
 
+OWN_ARGUMENTS: Mapping[str, Mapping[str, object]] = {
+    # the class has the block of published models, and a tiny one ends before it
+    "ltx2": {"spatio_temporal_guidance_blocks": [1]},
+    # its text encoder would write a prompt of up to 512 tokens first
+    "longcat": {"enable_prompt_rewrite": False},
+}
+"""Type -> arguments of its class that a request of the tests brings."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Feature:
@@ -81,6 +89,10 @@ def feature(name: str, spec: ModelSpec) -> Feature:
                 load={"ip_adapter": {str(ip_adapter(spec.name) / IP_ADAPTER_FILE): 0.7}},
                 request={"ip_adapter_image": sample_image(48)},
             )
+        case "inpainting" if "mask_image" in spec.requires:
+            return Feature(
+                request={"mask_image": half_mask().transpose(Image.Transpose.ROTATE_180)}
+            )
         case "inpainting":
             return Feature(
                 request={"init_image": sample_image(48), "mask_image": half_mask(), "strength": 0.8}
@@ -103,6 +115,13 @@ def feature(name: str, spec: ModelSpec) -> Feature:
                 steps=4,
                 visible=0.01,
             )
+        case "prediction":
+            cache = parse_step_cache("prediction,3", spec)
+            # a second denoiser begins a line of its own
+            steps = 8 if len(spec.denoisers) > 1 else 5
+            # its own sampler adds noise, so nothing would be skipped
+            asked = {"scheduler": "euler"} if spec.name == "hy" else {}
+            return Feature(load={"step_cache": cache}, request=asked, steps=steps, visible=0.001)
         case "compel":
             return Feature(
                 load={"compel": True}, request={"prompt": "a (red)1.6 photo of a (cat)0.5"}
@@ -136,7 +155,19 @@ def prepare(spec: ModelSpec, names: Iterator[str]) -> None:
         feature(name, spec)
 
 
+def shrink_references() -> None:
+    """Let classes that scale their images to a megapixel scale them to 64 x 64, also in ranks."""
+    from diffusers.pipelines.flux import pipeline_flux_kontext
+    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
+
+    pipeline_flux_kontext.PREFERRED_KONTEXT_RESOLUTIONS = [(64, 64)]
+    pipeline_qwenimage_edit.calculate_dimensions = lambda area, ratio: (64, 64, None)
+    pipeline_qwenimage_edit_plus.calculate_dimensions = lambda area, ratio: (64, 64)
+
+
 def loaded(spec: ModelSpec, **load: Any) -> LoadedPipeline:
+    if spec.images and spec.latents == "packed":
+        shrink_references()
     request = LoadRequest(
         model_type=spec.name, checkpoint=str(checkpoint(spec.name)), variant="fp32", **load
     )
@@ -156,8 +187,12 @@ def request_for(spec: ModelSpec, **fields: Any) -> GenerateRequest:
         base["prompt"] = "a photo of a cat"
     if "image" in spec.requires:
         base["image"] = sample_image(HEIGHT // spec.upscale)
+    if "mask_image" in spec.requires:
+        base["mask_image"] = half_mask()
     if spec.output == "video":
-        base["num_frames"] = 2
+        base["num_frames"] = 9 if spec.takes else 2
+    if spec.name in OWN_ARGUMENTS:
+        base["arguments"] = dict(OWN_ARGUMENTS[spec.name])
     return GenerateRequest(**(base | fields))
 
 

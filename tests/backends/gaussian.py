@@ -26,6 +26,10 @@ class Run:
     num_steps: int
     timesteps: list[float]
     sigmas: list[float]
+    denoised: list[Tensor]
+    """StepDriver.denoised after each step."""
+    clean: list[Tensor]
+    """What the denoiser's predictions meant."""
 
 
 def sample(
@@ -48,20 +52,30 @@ def sample(
         latents = driver.latents if start else torch.randn(SHAPE, generator=generator)
         if not is_flow:
             latents = latents * scheduler.init_noise_sigma
-        timesteps = scheduler.timesteps
+        timesteps, denoised, clean = scheduler.timesteps, [], []
         for timestep in timesteps:
             if is_flow:
-                output = velocity(latents, float(timestep) / scheduler.config.num_train_timesteps)
+                sigma = float(timestep) / scheduler.config.num_train_timesteps
+                output = velocity(latents, sigma)
+                clean.append(latents - sigma * output)
             else:
-                output = _diffusion_output(
-                    scheduler, scheduler.scale_model_input(latents, timestep), float(timestep)
-                )
+                model_input = scheduler.scale_model_input(latents, timestep)
+                output = _diffusion_output(scheduler, model_input, float(timestep))
+                clean.append(_clean(model_input, _sigma(scheduler, float(timestep))))
             latents = scheduler.step(output, timestep, latents, return_dict=False)[0]
+            denoised.append(driver.denoised())
     shown = timesteps.tolist()
     sigmas = [
         t / scheduler.config.num_train_timesteps if is_flow else _sigma(scheduler, t) for t in shown
     ]
-    return Run(latents=latents, num_steps=driver.num_steps, timesteps=shown, sigmas=sigmas)
+    return Run(
+        latents=latents,
+        num_steps=driver.num_steps,
+        timesteps=shown,
+        sigmas=sigmas,
+        denoised=denoised,
+        clean=clean,
+    )
 
 
 def samples_flow(scheduler) -> bool:
@@ -82,12 +96,16 @@ def _diffusion_output(scheduler, model_input: Tensor, timestep: float) -> Tensor
     variance-preserving scaling).
     """
     sigma = _sigma(scheduler, timestep)
-    noisy = model_input * (1 + sigma**2) ** 0.5
-    clean = (STD**2 * noisy + sigma**2 * MEAN) / (STD**2 + sigma**2)
+    noisy, clean = model_input * (1 + sigma**2) ** 0.5, _clean(model_input, sigma)
     noise = (noisy - clean) / sigma
     if scheduler.config.prediction_type == "epsilon":
         return noise
     return (noise - sigma * clean) / (1 + sigma**2) ** 0.5
+
+
+def _clean(model_input: Tensor, sigma: float) -> Tensor:
+    noisy = model_input * (1 + sigma**2) ** 0.5
+    return (STD**2 * noisy + sigma**2 * MEAN) / (STD**2 + sigma**2)
 
 
 def _sigma(scheduler, timestep: float) -> float:

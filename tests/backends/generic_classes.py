@@ -2,17 +2,23 @@
 
 python -m tests.backends.generic_classes [CLASS ...] > results.jsonl  # all of diffusers: hours
 python -m tests.backends.generic_classes --page results.jsonl  # writes docs/models.md
+
+With DIFFUSERS_TESTS=FOLDER, the folder `tests` of a checkout of diffusers, components and sizes are
+those of its own pipeline tests; without, what tests/checkpoints can put together.
 """
 
 import json
+import re
 import sys
 import tempfile
+import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,32 +26,43 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from PIL import Image
+from torch import Tensor
 
+from backends import backend_class, planner
 from backends.asyncdiff.backend import AsyncDiffBackend
-from backends.asyncdiff.plan import make_plan
-from backends.errors import ConfigError
-from backends.files.generic import carrier, generic_spec
+from backends.asyncdiff.plan import WRONG_WHEN_SHARDED
+from backends.errors import ConfigError, PlanError
+from backends.files.generic import CARRIED, NOT_ASKED, OWN, carrier, generic_spec
 from backends.files.pipeline_calls import exported_pipelines, pipeline_call
-from backends.generation.generic_run import frames_of
+from backends.generation.generic_run import frames_of, own_argument
 from backends.generation.pipeline import LoadedPipeline, load_pipeline
 from backends.groups.mesh import Mesh
+from backends.loading.processors import pipeline_from_folder
 from backends.model_table import ModelSpec, read_table
 from backends.request import GenerateRequest, LoadRequest
+from hosts.http.media import npy, png
 from tests.backends.asyncdiff.runs import parameter_counts
-from tests.checkpoints import sample_image
-from tests.checkpoints.variants import variant
+from tests.checkpoints import sample_image, upstream
+from tests.checkpoints.variants import MODULAR, variant
 
-SIZE, STEPS, SEED = 64, 4, 3
+SIZE, LENGTH, STEPS, SEED = 64, 5, 4, 3
+LEAST_SIDE = {"Flux2KleinInpaintPipeline": 64}
+"""Pipeline class -> smallest side of an image that it takes, where its test brings a tensor."""
+DECIDED = re.compile(r"guidance|prompt(?!_template)|embeds|latents")
+"""Arguments of which the walk has its own values, or that follow from others."""
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 WITHIN_S = 300
-CHUNK = 6
+CAUSE_WITHIN_S = 2
+NO_ANSWER = "no answer in time"
+CHUNK = 15
 """Classes that two processes run one after the other."""
-METHODS = {
-    "guidance": {"use_cfg_parallel": True},
-    "segments": {"use_cfg_parallel": False, "model_n": 2},
-    "sharded": {"use_cfg_parallel": False, "model_n": 2, "shard_weights": True},
+METHODS: Mapping[str, tuple[str, dict[str, object]]] = {
+    "guidance": ("asyncdiff", {"use_cfg_parallel": True}),
+    "segments": ("asyncdiff", {"use_cfg_parallel": False, "model_n": 2}),
+    "sharded": ("asyncdiff", {"use_cfg_parallel": False, "model_n": 2, "shard_weights": True}),
+    "tokens": ("xdit", {"ulysses_degree": 2}),
 }
-"""Name -> options of asyncdiff on two ranks, all steps synchronous."""
+"""Name -> backend and its options on two ranks, all steps synchronous."""
 
 
 @dataclass(kw_only=True)
@@ -66,8 +83,13 @@ class Outcome:
         return all(isinstance(figure, int | float) and figure <= 1 for figure in figures)
 
 
-def fields_of(spec: ModelSpec) -> dict[str, Any]:
-    """Return a small request with everything that the class takes."""
+def checkpoint_of(name: str) -> Path:
+    """Return a tiny checkpoint of this class. LookupError if there is none."""
+    return upstream.checkpoint(name) if name in upstream.known() else variant(name)
+
+
+def fields_of(name: str, spec: ModelSpec) -> dict[str, Any]:
+    """Return a small request with everything that the class takes, in the sizes of its test."""
     mask = Image.new("RGB", (SIZE, SIZE), "black")
     mask.paste("white", (0, 0, SIZE, SIZE // 2))
     asked: dict[str, Any] = {
@@ -77,54 +99,201 @@ def fields_of(spec: ModelSpec) -> dict[str, Any]:
         "guidance_scale": 3.0,
         "height": SIZE,
         "width": SIZE,
-        "num_frames": 5,
+        "num_frames": LENGTH,
         "image": sample_image(SIZE),
         "mask_image": mask,
         "control_image": sample_image(SIZE, seed=1),
         "strength": 0.6,
     }
-    return {name: value for name, value in asked.items() if name in spec.takes}
+    if name in upstream.known():
+        inputs = upstream.inputs(name)
+        asked |= _sizes_of(name, inputs, spec)
+        asked["arguments"] = _own_arguments(inputs, spec)
+        if isinstance(inputs.get("prompt"), str) and inputs["prompt"]:
+            asked["prompt"] = inputs["prompt"]  # some classes want JSON
+    return {
+        name: value for name, value in asked.items() if name in spec.takes and value is not None
+    }
+
+
+def _sizes_of(pipeline: str, inputs: dict[str, Any], spec: ModelSpec) -> dict[str, Any]:
+    """Return the sizes in the arguments of a test; None for those that the class chooses."""
+    found: dict[str, Any] = {}
+    for size in ("height", "width", "num_frames"):
+        name = carrier(spec.parameters, size)
+        found[size] = (inputs[name] or SIZE) if name in inputs else None
+    for picture in ("image", "control_image", "mask_image", "video"):
+        names = [name for name in CARRIED[picture] if name in inputs]
+        if names and (side := _side(inputs[names[0]])):
+            side = max(side, LEAST_SIDE.get(pipeline, 0))
+            mask = Image.new("RGB", (side, side), "black")
+            mask.paste("white", (0, 0, side, side // 2))
+            found[picture] = mask if picture == "mask_image" else sample_image(side)
+            is_list = isinstance(inputs[names[0]], list)
+            if picture == "video" or (picture == "control_image" and is_list):
+                count = len(inputs[names[0]]) if is_list else LENGTH
+                found[picture] = [sample_image(side, seed=seed) for seed in range(count)]
+    return found
+
+
+def _own_arguments(inputs: dict[str, Any], spec: ModelSpec) -> dict[str, Any]:
+    """Return what has no field, as a request brings it: what the class needs, and settings."""
+    carried = {carrier(spec.parameters, name) for name in CARRIED}
+    needed = {field.removeprefix(OWN) for field in spec.requires if field.startswith(OWN)}
+    return {
+        name: _sendable(value)
+        for name, value in inputs.items()
+        if name in needed or (name not in carried and _is_setting(name, value))
+    }
+
+
+def _is_setting(name: str, value: Any) -> bool:
+    return not (NOT_ASKED.search(name) or DECIDED.search(name)) and _is_sendable(value)
+
+
+def _is_sendable(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_sendable, value))
+    if isinstance(value, dict):
+        return all(map(_is_sendable, value.values()))
+    return isinstance(value, bool | int | float | str | Image.Image | Tensor)
+
+
+def _sendable(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_sendable(each) for each in value]
+    if isinstance(value, dict):
+        return {"object": {name: _sendable(each) for name, each in value.items()}}
+    if isinstance(value, Image.Image):
+        return {"image": png(value)}
+    return {"npy": npy(value.numpy())} if isinstance(value, Tensor) else value
+
+
+def _side(value: Any) -> int | None:
+    """Return the width of an image, tensor or array, or of the first in a list of them."""
+    if isinstance(value, list | tuple):
+        return _side(value[0]) if value else None
+    if isinstance(value, Image.Image):
+        return value.width
+    if isinstance(value, Tensor):
+        return value.shape[-1]
+    return value.shape[-2] if isinstance(value, np.ndarray) and value.ndim > 2 else None
+
+
+class Guardrail:
+    """Stands in for Cosmos's guardrail, a package of its own, which the host does not have."""
+
+    def to(self, *_: Any) -> "Guardrail":
+        return self
+
+    def check_text_safety(self, prompt: str) -> bool:
+        return True
+
+    def check_video_safety(self, frames: np.ndarray) -> np.ndarray:
+        return frames
+
+
+@contextmanager
+def guarded(name: str) -> Iterator[None]:
+    """Let this pipeline class load with the stand-in, if it wants a guardrail."""
+    import diffusers
+
+    if name in MODULAR:
+        yield
+        return
+    module = sys.modules[getattr(diffusers, name).__module__]
+    plain = getattr(module, "CosmosSafetyChecker", None)
+    if plain is None:
+        yield
+        return
+    module.CosmosSafetyChecker = Guardrail
+    try:
+        yield
+    finally:
+        module.CosmosSafetyChecker = plain
 
 
 def loaded(name: str, spec: ModelSpec) -> LoadedPipeline:
     load = LoadRequest(
-        model_type=spec.name, checkpoint=str(variant(name)), variant="fp32", parallel_vae=False
+        model_type=spec.name,
+        checkpoint=str(checkpoint_of(name)),
+        variant="fp32",
+        parallel_vae=False,
     )
-    return load_pipeline(spec, load, device=torch.device("cpu"))
+    with guarded(name):
+        return load_pipeline(spec, load, device=torch.device("cpu"))
 
 
 def plain_frames(name: str, spec: ModelSpec, fields: dict[str, Any]) -> np.ndarray:
     """uint8 (N, H, W, 3) of diffusers' own pipeline, called with the same values."""
     import diffusers
 
-    pipe = getattr(diffusers, spec.pipeline).from_pretrained(variant(name), local_files_only=True)
+    if name in MODULAR:
+        return frames_of(_plain_modular(name, fields), spec.output)
+    with guarded(name):
+        pipe = pipeline_from_folder(
+            getattr(diffusers, spec.pipeline), checkpoint_of(name), local_files_only=True
+        )
     pipe.set_progress_bar_config(disable=True)
     arguments = {
         spec.guidance_argument
         if name == "guidance_scale"
         else carrier(spec.parameters, name): value
         for name, value in fields.items()
+        if name != "arguments"
     }
+    own = fields.get("arguments") or {}
+    arguments |= {name: own_argument(value) for name, value in own.items()}
     if "max_area" in spec.parameters:
-        arguments["max_area"] = SIZE * SIZE
+        arguments["max_area"] = fields["height"] * fields["width"]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         output = pipe(**arguments, generator=torch.Generator().manual_seed(SEED), output_type="np")
     return frames_of(output, spec.output)
 
 
+def _plain_modular(name: str, fields: dict[str, Any]) -> SimpleNamespace:
+    """Return the outputs of diffusers' own call of a modular pipeline."""
+    from diffusers import ModularPipeline
+
+    pipe = ModularPipeline.from_pretrained(str(checkpoint_of(name)), local_files_only=True)
+    pipe.load_components(
+        [each for each in pipe.pretrained_component_names if (checkpoint_of(name) / each).is_dir()]
+    )
+    given = dict(fields)
+    if "guider" in pipe.components:
+        pipe.update_components(guider=pipe.guider.new(guidance_scale=given.pop("guidance_scale")))
+    given.pop("arguments", None)
+    kind = "pil" if name == "QwenImageModularPipeline" else "np"  # for an image with a mask
+    state = pipe(**given, generator=torch.Generator().manual_seed(SEED), output_type=kind)
+    return SimpleNamespace(**{each: state.get(each) for each in pipe.blocks.output_names})
+
+
 @contextmanager
-def attached(pipe: LoadedPipeline, options: dict[str, object], *, rank: int, world_size: int):
-    plan = make_plan(pipe.spec, options, world_size)
+def attached(pipe: LoadedPipeline, method: str, *, rank: int, world_size: int):
+    name, options = METHODS[method]
+    given = {**options, "checkpoint": pipe.load.checkpoint}
+    plan = planner(name)(pipe.spec, given, world_size)
     mesh = Mesh(plan, rank=rank, device=torch.device("cpu"))
-    backend = AsyncDiffBackend(spec=pipe.spec, plan=plan, mesh=mesh)
-    backend.costs_of = parameter_counts
+    backend = backend_class(name)(spec=pipe.spec, plan=plan, mesh=mesh)
+    if isinstance(backend, AsyncDiffBackend):
+        backend.costs_of = parameter_counts
     pipe.attach(backend)
     try:
         yield backend
         pipe.detach()
     finally:
         mesh.destroy()
+
+
+def spreads_tokens(pipe: LoadedPipeline) -> bool:
+    """Return whether xdit can spread this pipeline over two ranks."""
+    given = {**METHODS["tokens"][1], "checkpoint": pipe.load.checkpoint}
+    try:
+        planner("xdit")(pipe.spec, given, 2)
+    except PlanError:
+        return False
+    return pipe.spec.supports("xdit").status != "unsupported"
 
 
 def largest_difference(one: np.ndarray, two: np.ndarray) -> float:
@@ -135,16 +304,18 @@ def largest_difference(one: np.ndarray, two: np.ndarray) -> float:
 
 def check_class(name: str, rank: int, world_size: int) -> Outcome:
     """Run one class by every method. All ranks call this alike."""
-    spec = generic_spec(variant(name))
-    fields = fields_of(spec)
+    spec = generic_spec(checkpoint_of(name))
+    fields = fields_of(name, spec)
     request = GenerateRequest(**fields, seed=SEED, warmup_steps=100)
     pipe = loaded(name, spec)
     want = pipe.generate(request).frames
     outcome = Outcome(
         name=name, one_rank=largest_difference(want, plain_frames(name, spec, fields))
     )
-    for method, options in METHODS.items():
-        with attached(pipe, options, rank=rank, world_size=world_size) as backend:
+    for method in METHODS:
+        if method == "tokens" and not spreads_tokens(pipe):
+            continue
+        with attached(pipe, method, rank=rank, world_size=world_size) as backend:
             got = pipe.generate(request).frames
             if method == "guidance":
                 outcome.split = "+".join(backend.report()["guidance"])
@@ -155,22 +326,27 @@ def check_class(name: str, rank: int, world_size: int) -> Outcome:
 
 
 def _rank(rank: int, world_size: int, folder: str, names: list[str]) -> None:
-    """Write what each class gives. The first failure ends the process: its groups may be broken."""
+    """Write what each class gives. Each has a process group of its own: a failure breaks it, and
+    the other rank fails with it.
+    """
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/meet",
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(seconds=WITHIN_S),
-    )
     for name in names:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{folder}/{name}",
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=WITHIN_S),
+        )
         try:
-            outcome = check_class(name, rank, world_size)
-        except BaseException as error:
-            (Path(folder) / f"{rank} {name}").write_text(_reason(error))
-            raise
-        (Path(folder) / f"{rank} {name}.json").write_text(json.dumps(asdict(outcome)))
+            text, kind = json.dumps(asdict(check_class(name, rank, world_size))), "json"
+        except Exception as error:  # whatever a pipeline of diffusers raises
+            text, kind = _reason(error), "why"
+        finally:
+            dist.destroy_process_group()
+        draft = Path(folder) / f"{name}.{rank}"
+        draft.write_text(text)
+        draft.rename(f"{draft}.{kind}")
 
 
 def _reason(error: BaseException) -> str:
@@ -181,35 +357,45 @@ def _reason(error: BaseException) -> str:
 
 
 def outcomes_of(names: list[str]) -> Iterator[Outcome]:
-    """Run classes on two ranks in processes of their own; in new ones after one that fails."""
+    """Run classes on two ranks in processes of their own; in new ones after one that ends them."""
     left = list(names)
     while left:
         with tempfile.TemporaryDirectory() as folder:
-            _run_until_failure(folder, left)
+            context = mp.start_processes(
+                _rank, (2, folder, left), nprocs=2, start_method="forkserver", join=False
+            )
             for name in list(left):
-                files = [Path(folder) / f"{rank} {name}.json" for rank in range(2)]
-                if not all(file.is_file() for file in files):
-                    break
-                both = [Outcome(**json.loads(file.read_text())) for file in files]
+                outcome = _outcome(name, Path(folder), context)
+                yield outcome
                 left.remove(name)
-                yield max(both, key=lambda one: json.dumps(one.two_ranks))
-            if left:
-                name = left.pop(0)
-                reasons = [file.read_text() for file in sorted(Path(folder).glob(f"? {name}"))]
-                reason = reasons[0] if reasons else "no answer in time"
-                yield Outcome(name=name, one_rank=reason)
+                if outcome.one_rank == NO_ANSWER or not _are_alive(context):
+                    break
+            for process in context.processes:
+                process.kill() if left else process.join()
 
 
-def _run_until_failure(folder: str, names: list[str]) -> None:
-    context = mp.start_processes(
-        _rank, (2, folder, names), nprocs=2, start_method="forkserver", join=False
-    )
-    try:
-        while not context.join():
-            pass
-    except Exception:  # the ranks' own files say what happened
-        for process in context.processes:
-            process.kill()
+def _outcome(name: str, folder: Path, context: Any) -> Outcome:
+    """Wait for what both ranks write about a class."""
+    end = time.monotonic() + WITHIN_S
+    while time.monotonic() < end:
+        is_over = not _are_alive(context)
+        reasons = sorted(folder.glob(f"{name}.?.why"))
+        files = sorted(folder.glob(f"{name}.?.json"))
+        if reasons:
+            time.sleep(CAUSE_WITHIN_S)  # the other rank fails in turn, and may be seen first
+            texts = [file.read_text() for file in sorted(folder.glob(f"{name}.?.why"))]
+            return Outcome(name=name, one_rank=min(texts, key=lambda text: "gloo" in text))
+        if len(files) == 2:
+            both = [Outcome(**json.loads(file.read_text())) for file in files]
+            return max(both, key=lambda one: json.dumps(one.two_ranks))
+        if is_over:
+            return Outcome(name=name, one_rank="its process died")
+        time.sleep(0.1)
+    return Outcome(name=name, one_rank=NO_ANSWER)
+
+
+def _are_alive(context: Any) -> bool:
+    return all(process.is_alive() for process in context.processes)
 
 
 def classes() -> list[str]:
@@ -220,7 +406,7 @@ def classes() -> list[str]:
 def buildable(name: str) -> str:
     """Return why no tiny checkpoint can be made and asked; empty if one can."""
     try:
-        generic_spec(variant(name))
+        generic_spec(checkpoint_of(name))
     except ConfigError as error:
         return str(error).partition(", which ")[2].rstrip(".") or str(error)
     except LookupError:
@@ -237,13 +423,38 @@ pipeline class has no row in `model_table.yaml` runs as diffusers has it (`--typ
 `--type`). `python launcher.py --list --all` prints the classes, what each makes, and which fields
 of a request it takes.
 
-**What is compared.** Tiny checkpoints with random weights, float32, 4 steps, on the CPU with gloo.
-*One rank*: against plain diffusers, called with the same values. *Guidance*, *segments*,
-*sharded*: two ranks against one: the CFG split, AsyncDiff with all steps synchronous, and the same
-with each rank keeping only its segment's weights. The numbers are the largest difference in levels
-of 255. *Split* says how the two halves of guidance come: in one `batch`, in two `calls`, or not in
-two equal halves (`whole`), which every rank computes alike. Nothing was measured on a GPU, and no
-published checkpoint was loaded.
+**What a request brings.** The usual fields, as far as the class takes them; others are refused by
+name. `video` is a list of images: the frames to change or to follow. Where a class has a
+`last_image`, `image` may be a list of two: the first frame and the last one. Everything else that
+the class's own call takes goes into `arguments`: numbers, texts, `{"image": base64 of a PNG}`,
+`{"npy": base64 of a .npy file}`, `{"object": {...}}` with these, and lists of these:
+
+```json
+{"num_inference_steps": 20, "arguments": {"class_labels": [207], "max_sequence_length": 256}}
+```
+
+Sound that a class makes beside its video is in the MP4. Where one call makes several images, such
+as the layers of QwenImageLayered, `X-Images` is their number, `GET /v1/jobs/<id>/result?image=1`
+the second one, and `outputs` in the JSON all of them; OpenAI's and A1111's lists have them all.
+Classes that make something else, such as sound alone, text or embeddings, are refused at start.
+
+**Modular pipelines** (`modular_model_index.json`: FLUX.3, Anima, LTX-2.5, MiniMax-H3, ...) run in
+the same way if their blocks are those of diffusers and all components are in the folder.
+`guidance_scale` is that of their guider. The tests compare Flux, Qwen-Image, Stable Diffusion 3,
+Stable Diffusion XL, Wan and Z-Image with diffusers on one rank and by all methods below on two:
+equal within one level. The others have no tiny components here and were never run. Offloading is
+not available for them.
+
+**What is compared.** Tiny checkpoints with random weights, float32, 3 or 4 steps, on the CPU;
+with the components and sizes of diffusers' own pipeline tests where those have the class.
+*One rank*: against plain diffusers, called with the same values. The rest is two ranks against one:
+*guidance* is the CFG split, *segments* AsyncDiff with all steps synchronous, *sharded* the same
+with each rank keeping only its segment's weights, *tokens* `--backend=xdit --ulysses_degree=2`
+(transformers of known classes; [xdit.md](xdit.md)). The numbers are the largest difference in
+levels of 255. *Split* says how the two halves of guidance come: in one `batch`, in two `calls`, or
+not in two equal halves (`whole`), which every rank computes alike. Cosmos is compared with a
+stand-in for its guardrail: a host that runs it needs the package cosmos_guardrail. Nothing was
+measured on a GPU, and no published checkpoint was loaded.
 """
 
 
@@ -255,9 +466,10 @@ def page(results: list[Outcome]) -> str:
     lines = [
         HEAD,
         f"Of {len(classes())} pipeline classes {len(ran)} were compared, and {len(right)} of them "
-        "are equal within one level everywhere.\n",
-        "| class | one rank | guidance | segments | sharded | split |",
-        "|---|---|---|---|---|---|",
+        "are equal within one level everywhere. Refused at start with sharded weights, because the "
+        f"image was another one: {', '.join(sorted(WRONG_WHEN_SHARDED))}.\n",
+        f"| class | one rank | {' | '.join(METHODS)} | split |",
+        "|---|---|" + "---|" * len(METHODS) + "---|",
     ]
     for one in sorted(ran, key=lambda one: one.name):
         figures = " | ".join(_shown(one.two_ranks.get(method, "")) for method in METHODS)
@@ -291,4 +503,5 @@ def main(names: list[str]) -> None:
 
 if __name__ == "__main__":
     mp.set_start_method("forkserver")
+    mp.set_forkserver_preload(["diffusers", "transformers", "tests.backends.asyncdiff.runs"])
     main(sys.argv[1:])

@@ -34,6 +34,9 @@ def cells(name):
         found[what] = [
             backend for backend in PARALLEL if spec.supports(backend, what).status == "tested"
         ]
+    # segments take the cache that they know nothing of, and no other
+    found["prediction"] = found["step_cache"]
+    found["step_cache"] = [backend for backend in found["step_cache"] if backend != "asyncdiff"]
     return {what: backends for what, backends in found.items() if backends}
 
 
@@ -99,7 +102,7 @@ def num_graphs():
 
 TOGETHER = "lora + controlnet + ip_adapter"
 BUT_COMPILE = [
-    what for what in FEATURES if what != "compile"
+    what for what in [*FEATURES, "prediction"] if what != "compile"
 ]  # tracing a whole UNet takes as long as everything else together
 
 
@@ -131,7 +134,7 @@ def test_two_ranks_equal_one_device_with_each_feature_of_sdxl(run_on_ranks):
     [
         ("sdxl", BUT_COMPILE),
         ("sdxl", ["compile"]),
-        *((name, FEATURES) for name in TABLE if name != "sdxl"),
+        *((name, [*FEATURES, "prediction"]) for name in TABLE if name != "sdxl"),
     ],
 )
 def test_two_ranks_equal_one_device_with_every_feature(run_on_ranks, name, features):

@@ -14,6 +14,7 @@ from backends.generation.pipeline import LoadedPipeline, load_pipeline
 from backends.groups.mesh import Mesh
 from backends.model_table import read_table
 from backends.request import GenerateRequest, LoadRequest
+from backends.step_cache_spec import StepCacheSpec
 from tests.checkpoints import checkpoint
 from tests.checkpoints.factory import sample_image
 
@@ -60,7 +61,12 @@ def request(name: str, **fields: Any) -> GenerateRequest:
 
 @contextmanager
 def attached(
-    pipe: LoadedPipeline, options: Mapping[str, object], *, rank: int, world_size: int
+    pipe: LoadedPipeline,
+    options: Mapping[str, object],
+    *,
+    rank: int,
+    world_size: int,
+    step_cache: StepCacheSpec | None = None,
 ) -> Iterator[AsyncDiffBackend]:
     """The backend on this pipeline, cut by numbers of parameters so that no clock decides; detached
     afterwards.
@@ -69,7 +75,7 @@ def attached(
     mesh = Mesh(plan, rank=rank, device=torch.device("cpu"))
     backend = AsyncDiffBackend(spec=pipe.spec, plan=plan, mesh=mesh)
     backend.costs_of = parameter_counts
-    pipe.attach(backend)
+    pipe.attach(backend, step_cache)
     try:
         yield backend
         pipe.detach()  # collective with shared weights, so not after a failure of one rank

@@ -1,9 +1,11 @@
 """Degrees and options of AsyncDiff, chosen and checked before anything loads."""
 
+from dataclasses import replace
+
 import pytest
 
 from backends.asyncdiff.plan import make_plan
-from backends.errors import PlanError
+from backends.errors import PlanError, UnsupportedError
 from backends.model_table import read_table
 
 TABLE = read_table()
@@ -48,6 +50,14 @@ def test_rejects_one_segment():
 def test_rejects_one_segment_with_stride_two():
     with pytest.raises(PlanError, match=r"model_n=1 and stride=2 need 3 ranks"):
         plan(2, stride=2)
+
+
+def test_rejects_sharded_weights_of_a_class_whose_image_would_be_another():
+    spec = replace(TABLE["sdxl"], pipeline="Cosmos3OmniPipeline")
+    for option in ({"shard_weights": True}, {"shard": "always", "model_n": 2}):
+        with pytest.raises(UnsupportedError, match="is not available for Cosmos3OmniPipeline"):
+            make_plan(spec, option, 2)
+    assert make_plan(spec, {"model_n": 2}, 2).degree("segment") == 2
 
 
 def test_rejects_a_single_rank():

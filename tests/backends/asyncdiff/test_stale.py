@@ -5,9 +5,11 @@ import itertools
 import pytest
 import torch
 
+from backends.model_table import read_table
+from backends.step_cache_spec import parse_step_cache
 from tests.backends.asyncdiff.runs import attached, loaded, prepare, request, result
 from tests.backends.asyncdiff.simulation import Simulation
-from tests.backends.reference import from_rank_zero
+from tests.backends.reference import from_rank_zero, skipped_by_hand
 
 SHIFTS = ({"time_shift": False}, {"time_shift": True})
 
@@ -71,7 +73,14 @@ def is_extrapolated(options, order):
 def simulated(pipe, asked, options, segments):
     """(what the schedule must give, what plain diffusers gives)."""
     timesteps, plain = timesteps_of(pipe, asked)
-    simulation = Simulation(
+    with stale_segments(pipe, asked, options, segments, timesteps=timesteps) as simulation:
+        want = result(pipe, asked)
+    assert simulation.evaluation == len(timesteps)
+    return want, plain
+
+
+def stale_segments(pipe, asked, options, segments, *, timesteps):
+    return Simulation(
         getattr(pipe.pipe, pipe.spec.denoiser),
         unit_names=[unit.name for unit in segments.layout.units],
         bounds=segments.bounds,
@@ -81,10 +90,6 @@ def simulated(pipe, asked, options, segments):
         num_synchronous=asked.warmup_steps * pipe.pipe.scheduler.order,
         timesteps=timesteps,
     )
-    with simulation:
-        want = result(pipe, asked)
-    assert simulation.evaluation == len(timesteps)
-    return want, plain
 
 
 THREE = [{"model_n": 3}, {"model_n": 2, "stride": 2}]
@@ -107,6 +112,39 @@ def test_stale_schedule_equals_its_simulation(run_on_ranks, world_size, degrees,
     prepare(*names)
     options = [degree | shift for degree in degrees for shift in SHIFTS]
     run_on_ranks(check_equals_simulation, world_size, names, options, {})
+
+
+def check_skipped_steps(rank, world_size, name):
+    spec = read_table()[name]
+    cache = parse_step_cache("prediction,2", spec)
+    pipe = loaded(name)
+    asked = request(name, num_inference_steps=7, warmup_steps=2)
+    with attached(pipe, {"model_n": 2}, rank=rank, world_size=world_size, step_cache=cache) as ours:
+        got = result(pipe, asked)
+        segments = ours.segments
+    want, plain = from_rank_zero(lambda: skipping(name, asked, ours.plan.options, segments, cache))
+    assert not torch.allclose(want, plain, rtol=0, atol=1e-3), "no step was skipped"
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def skipping(name, asked, options, segments, cache):
+    """(what segments give that know nothing of skipped steps, what they give without)."""
+    pipe = loaded(name)
+    timesteps, _ = timesteps_of(pipe, asked)
+    with stale_segments(pipe, asked, options, segments, timesteps=timesteps):
+        plain = result(pipe, asked)
+    computed = [time for step, time in enumerate(timesteps) if not cache.skips_whole(step, 7)]
+    with stale_segments(pipe, asked, options, segments, timesteps=computed) as simulation:
+        with skipped_by_hand(getattr(pipe.pipe, pipe.spec.denoiser), every=2, num_steps=7):
+            want = result(pipe, asked)
+        assert simulation.evaluation == len(computed) == 5
+    return want, plain
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd3"])
+def test_segments_beside_skipped_steps_equal_the_simulation_of_both(run_on_ranks, name):
+    prepare(name)
+    run_on_ranks(check_skipped_steps, 2, name)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import inspect
 
+import diffusers
 import pytest
 import torch
 
@@ -158,6 +159,28 @@ def test_units_of_a_unet_are_resnets_samplers_and_transformer_blocks():
         "mid_block.attentions.0" not in names
         and "mid_block.attentions.0.transformer_blocks.1.ff" not in names
     )
+
+
+def test_a_block_with_experts_is_one_unit():
+    """Of which experts run, and on how many tokens, another step decides otherwise."""
+    denoiser = diffusers.HiDreamImageTransformer2DModel(
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        caption_channels=[8, 4],
+        text_emb_dim=8,
+        num_routed_experts=2,
+        num_activated_experts=1,
+        axes_dims_rope=(4, 2, 2),
+        llama_layers=(0, 1),
+    )
+    names = set(find_units(denoiser))
+    assert {"double_stream_blocks.0", "single_stream_blocks.0"} <= names
+    assert not [name for name in names if "expert" in name]
 
 
 def test_replaced_modules_are_noticed():

@@ -98,13 +98,11 @@ def test_what_a_backend_or_the_table_refuses_stays_in_the_list_with_its_reason()
         "its later blocks read skip connections from earlier ones"
         in found["xdit pipefusion 2"].refusal
     )
-    found = {candidate.name: candidate for candidate in candidates(features=("step_cache",))}
-    assert (
-        "step_cache with backend 'asyncdiff' is not available"
-        in found["asyncdiff segment 2 stride 1"].refusal
-    )
-    rows = table(features=("step_cache",))
-    assert "a skipped step makes nothing" in named(rows, "asyncdiff segment 2 stride 1").refusal
+    refusing = {"type_name": "chroma", "features": ("step_cache",)}
+    found = {candidate.name: candidate for candidate in candidates(**refusing)}
+    reason = "with divided tokens its cached steps differ"
+    assert reason in found["xdit ulysses 2"].refusal
+    assert reason in named(table(**refusing), "xdit ulysses 2").refusal
 
 
 @pytest.mark.parametrize(
@@ -343,3 +341,12 @@ def test_stages_wait_for_a_whole_prediction_beside_a_data_axis_and_not_beside_gu
     assert predict(beside_data, both, FAST_LINK).step_s == pytest.approx(
         5 / 4 * predict(alone, both, FAST_LINK).step_s, rel=0.01
     )
+
+
+def test_memory_of_a_plan_includes_its_communicators():
+    plan = ParallelPlan(method="xdit", axes=(("cfg", 2), ("ulysses", 2)))
+    small, large = (
+        predict(plan, UNET, replace(FAST_LINK, communicator_bytes=size)).memory_bytes
+        for size in (0, 10**10)
+    )
+    assert large - small == pytest.approx(3 * 10**10)  # cfg, ulysses, and both

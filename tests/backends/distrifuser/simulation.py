@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from backends.distrifuser.modes import SyncMode
+from backends.step_cache_spec import StepCacheSpec
 
 
 class Simulation(TorchFunctionMode):
@@ -22,6 +23,8 @@ class Simulation(TorchFunctionMode):
     modules that see all patches.
 
     text: whether text tokens come "first" or "last" in these attentions; None where there are none.
+    step_cache: the network's; in steps that it skips all ranks see each other's values, and none is
+    kept.
     """
 
     def __init__(
@@ -34,6 +37,7 @@ class Simulation(TorchFunctionMode):
         attentions: Callable[[str], bool],
         text: str | None = None,
         extrapolates: bool = False,
+        step_cache: StepCacheSpec | None = None,
     ) -> None:
         super().__init__()
         self.mode, self.bounds, self.synchronous_steps = mode, bounds, synchronous_steps
@@ -43,6 +47,7 @@ class Simulation(TorchFunctionMode):
             text,
             extrapolates,
         )
+        self._step_cache = step_cache
         self.known: dict[int, list[list[Tensor]]] = {}
         self.known_before: dict[int, list[list[Tensor]]] = {}
         self._sees_all = False
@@ -100,8 +105,11 @@ class Simulation(TorchFunctionMode):
     def _enter(self, module: nn.Module, args: Any) -> None:
         self._sees_all = True
 
+    def _is_skipped(self) -> bool:
+        return self._step_cache is not None and self._step_cache.skips(self.step)
+
     def _is_fresh(self) -> bool:
-        return self.step < max(1, self.synchronous_steps)
+        return self.step < max(1, self.synchronous_steps) or self._is_skipped()
 
     def _patch(self, rank: int) -> int:
         turn = self.step if self.mode.takes_turns and not self._is_fresh() else 0
@@ -125,6 +133,8 @@ class Simulation(TorchFunctionMode):
         index, self.operator = self.operator, self.operator + 1
         action = "now" if self._is_fresh() else self.mode.action(kind)
         fresh = [own[self._ranks_by_band()[patch]] for patch in range(self.num_ranks)]
+        if self._is_skipped():
+            return [list(fresh) for _ in own]
         known = self.known.get(index)
         if action == "now":
             used = [list(fresh) for _ in own]

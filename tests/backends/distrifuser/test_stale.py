@@ -2,8 +2,9 @@
 steps are synchronous.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -11,8 +12,11 @@ import torch
 from torch import Tensor
 
 from backends.distrifuser.modes import SYNC_MODES
+from backends.loading.caches.prediction_cache import PredictionCache
+from backends.loading.caches.step_cache import StepCache, attached_cache
 from backends.parallel.base import RunInfo
 from backends.request import GenerateRequest
+from backends.step_cache_spec import StepCacheSpec, parse_step_cache
 from tests.backends.distrifuser.driving import (
     arguments,
     assert_same,
@@ -26,7 +30,7 @@ from tests.backends.distrifuser.simulation import Simulation
 from tests.backends.reference import from_rank_zero
 
 STALE = tuple(name for name in SYNC_MODES if name != "full_sync")
-NUM_STEPS = 4
+NUM_STEPS = 6  # caches that skip every second one leave enough to extrapolate from
 WIDE = {"dtype": torch.float64}
 
 
@@ -39,6 +43,21 @@ class Case:
     mode: str
     bounds: tuple[int, ...]
     options: dict[str, Any] = field(default_factory=dict)
+    step_cache: str = ""
+
+
+def spec_of(case: Case, name: str) -> StepCacheSpec | None:
+    return parse_step_cache(case.step_cache, table()[name]) if case.step_cache else None
+
+
+@contextmanager
+def cached(pipe: Any, name: str, case: Case) -> Iterator[list[StepCache | PredictionCache]]:
+    """The case's step cache, if it has one, attached to the pipeline."""
+    asked = spec_of(case, name)
+    caches = [] if asked is None else [attached_cache(asked, table()[name], pipe)]
+    yield caches
+    for cache in caches:
+        cache.detach()
 
 
 def samples(*shape: int) -> list[Tensor]:
@@ -122,7 +141,9 @@ ATTENTIONS = {"sdxl": ".attn1", "flux": ".attn", "sd3": ".attn"}
 TEXT = {"sdxl": None, "flux": "first", "sd3": "last"}
 
 
-def simulated(network: Any, name: str, case: Case) -> list[Tensor]:
+def simulated(pipe: Any, name: str, case: Case) -> list[Tensor]:
+    network, cache = getattr(pipe, table()[name].denoiser), spec_of(case, name)
+    skips_whole_steps = cache is not None and cache.skips_whole_steps
     simulation = Simulation(
         network,
         mode=SYNC_MODES[case.mode],
@@ -131,15 +152,27 @@ def simulated(network: Any, name: str, case: Case) -> list[Tensor]:
         attentions=lambda module: module.endswith(ATTENTIONS[name]),
         text=TEXT[name],
         extrapolates=case.options.get("extrapolate", case.mode == "corrected_async_gn"),
+        step_cache=None if skips_whole_steps else cache,
     )
     inputs, call = CALLS[name](network)
-    try:
-        return [
-            simulation.run(lambda sample, step=step: call(sample, step), sample, dim=-2)
-            for step, sample in enumerate(inputs)
-        ]
-    finally:
-        simulation.close()
+    predictions, computed = [], []
+    with cached(pipe, name, replace(case, step_cache="") if skips_whole_steps else case) as caches:
+        for each in caches:
+            each.begin(is_on=True)
+        for step, sample in enumerate(inputs):
+            if skips_whole_steps and cache.skips_whole(step, NUM_STEPS):
+                older, last = computed[-2:]
+                line = (predictions[last] - predictions[older]) / (last - older)
+                predictions.append(predictions[last] + (step - last) * line)
+                continue
+            computed.append(step)
+            predictions.append(
+                simulation.run(lambda sample, step=step: call(sample, step), sample, dim=-2)
+            )
+            for each in caches:
+                each.step_done(NUM_STEPS)
+    simulation.close()
+    return predictions
 
 
 @torch.no_grad()
@@ -154,11 +187,14 @@ def check_simulation(rank: int, world_size: int, name: str, cases: tuple[Case, .
             bounds=case.bounds,
             options={"warm_up_steps": 2, "no_split_batch": True, **case.options},
         )
-        want = from_rank_zero(lambda: simulated(network, name, case))
+        want = from_rank_zero(lambda: simulated(pipe, name, case))
         assert float((want[-1] - exact[-1]).abs().max()) > 1e-6, (
             f"{case}: a stale step should have differed from an exact one"
         )
-        with attached(pipe, name, rank, world_size, sync_mode=case.mode, **case.options) as backend:
+        with (
+            cached(pipe, name, case) as caches,
+            attached(pipe, name, rank, world_size, sync_mode=case.mode, **case.options) as backend,
+        ):
             sizes = []
             for generation in range(
                 2 if case.mode == "corrected_async_gn" else 1
@@ -169,15 +205,22 @@ def check_simulation(rank: int, world_size: int, name: str, cases: tuple[Case, .
                         height=128,
                         width=64,
                         num_inference_steps=NUM_STEPS,
+                        step_cache=spec_of(case, name),
                     )
                 )
+                for cache in caches:
+                    cache.begin(is_on=True)
                 for step, sample in enumerate(inputs):
                     assert_same(
                         call(sample, step),
                         want[step],
                         f"{name} {case} generation {generation} step {step}",
                     )
-                    backend.step_done()
+                    ran = True
+                    for cache in caches:
+                        ran = cache.step_done(NUM_STEPS)
+                    if ran:
+                        backend.step_done()
                 backend.end()
                 sizes.append(backend.report()["buffer_bytes"])
             assert sizes[0] == sizes[-1] > 0, (
@@ -189,6 +232,11 @@ def test_stale_unet_on_two_ranks_equals_the_simulation_in_every_mode(run_on_rank
     build(["sdxl"])
     cases = [Case(mode=mode, bounds=(0, 8, 16)) for mode in STALE]
     cases += [Case(mode="corrected_async_gn", bounds=(0, 12, 16), options={"patch_weights": "3,1"})]
+    cases += [
+        Case(mode=mode, bounds=(0, 8, 16), step_cache="deep,2")
+        for mode in ("corrected_async_gn", "no_sync")
+    ]
+    cases += [Case(mode="corrected_async_gn", bounds=(0, 8, 16), step_cache="prediction,2")]
     run_on_ranks(check_simulation, 2, "sdxl", tuple(cases))
 
 
@@ -221,6 +269,7 @@ def test_stale_transformer_on_two_ranks_equals_the_simulation(run_on_ranks, name
         Case(mode=mode, bounds=(0, 16, 32)) for mode in ("corrected_async_gn", "no_sync", "rotate")
     ]
     cases += [Case(mode="stale_gn", bounds=(0, 16, 32), options={"extrapolate": True})]
+    cases += [Case(mode="corrected_async_gn", bounds=(0, 16, 32), step_cache="taylor,2")]
     if name == "flux":
         cases += [Case(mode="stale_gn", bounds=(0, 20, 32), options={"patch_weights": "5,3"})]
     run_on_ranks(check_simulation, 2, name, tuple(cases))

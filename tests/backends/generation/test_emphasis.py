@@ -96,7 +96,8 @@ def by_hand(pipe, text, weights, *, skip=0):
         else:
             states = output[0]
         weighed = states * factors[None, :, None]
-        found.append(weighed * (states.mean() / weighed.mean()))
+        # a tiny encoder's layer norm can leave a mean of exactly 0
+        found.append(weighed * (states.mean() / weighed.mean()) if weights else states)
     return torch.cat(found, dim=-1), pooled
 
 

@@ -1,21 +1,38 @@
 """A class without a row equals plain diffusers, and reports its steps."""
 
 import copy
+from inspect import signature
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    I2VGenXLPipeline,
+)
+from diffusers.pipelines.ltx2.pipeline_output import LTX2PipelineOutput
 
-from backends.errors import RequestError
+from backends.errors import RequestError, UnsupportedError
 from backends.files.generic import generic_spec
-from backends.generation.generic_run import StepCounter, frames_of
+from backends.generation.generic_run import (
+    StepCounter,
+    audio_of,
+    frames_of,
+    generic_arguments,
+    own_argument,
+)
 from backends.generation.pipeline import LoadedPipeline, load_pipeline
+from backends.generation.prompts import PromptCache
 from backends.request import GenerateRequest, LoadRequest
 from tests.checkpoints import sample_image
+from tests.checkpoints.parts import clip_text
 from tests.checkpoints.variants import variant
+from tests.checkpoints.vocabulary import clip_tokenizer
 
+FRAMES = [sample_image(64, seed=seed) for seed in range(4)]
 PROMPTS = {"prompt": "a photo of a cat", "negative_prompt": "a dog"}
 
 
@@ -34,13 +51,14 @@ def plain(name: str, **arguments: object) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("name", "fields", "num_steps"),
+    ("name", "fields", "num_steps", "side"),
     [
-        ("StableDiffusionXLPAGPipeline", {"height": 64, "width": 64}, 4),
-        ("StableDiffusionPAGImg2ImgPipeline", {"image": sample_image(64), "strength": 0.6}, 3),
+        ("StableDiffusionXLPAGPipeline", {"height": 64, "width": 64}, 4, 8),
+        ("StableDiffusionPAGImg2ImgPipeline", {"image": sample_image(64), "strength": 0.6}, 3, 8),
+        ("AnimateDiffVideoToVideoPipeline", {"video": FRAMES, "strength": 0.6}, 2, 16),
     ],
 )
-def test_equals_plain_diffusers_and_reports_each_step(name, fields, num_steps):
+def test_equals_plain_diffusers_and_reports_each_step(name, fields, num_steps, side):
     pipe, seen = loaded(name), []
     asked = {**PROMPTS, **fields, "num_inference_steps": 4, "guidance_scale": 3.0}
     made = pipe.generate(
@@ -52,7 +70,7 @@ def test_equals_plain_diffusers_and_reports_each_step(name, fields, num_steps):
         (step, num_steps) for step in range(1, num_steps + 1)
     ]
     assert made.num_steps == num_steps
-    assert all(preview.shape == (8, 8, 3) for *_, preview in seen)
+    assert all(preview.shape == (side, side, 3) for *_, preview in seen)
     assert "progress_bar" not in vars(pipe.pipe)
 
 
@@ -84,6 +102,8 @@ class TwoLoops(SimpleNamespace):
         x = torch.zeros(1, 4)
         for scheduler, model in ((self.prior_scheduler, self.prior), (self.scheduler, self.model)):
             other = copy.deepcopy(scheduler)
+            assert type(scheduler) is type(other) in (DDIMScheduler, EulerDiscreteScheduler)
+            assert "eta" in signature(self.scheduler.step).parameters  # pipelines ask so
             scheduler.set_timesteps(3), other.set_timesteps(3)
             for t in self.progress_bar(scheduler.timesteps):
                 noise = model(x)
@@ -103,7 +123,39 @@ def test_steps_are_counted_over_two_denoisers_and_once_for_copied_schedulers():
     with torch.no_grad(), counter.attached():
         pipe()
     assert seen == [(0, 3), (1, 3), (2, 3), (3, 6), (4, 6), (5, 6)]
-    assert type(pipe.scheduler) is DDIMScheduler
+    assert "step" not in vars(pipe.scheduler)
+
+
+def facts_of(parameters):
+    """What generic_arguments uses of the facts about a class."""
+    return SimpleNamespace(
+        parameters=parameters, guidance_argument="", call={}, guidance="none", empty_negative=False
+    )
+
+
+def test_the_first_and_the_last_frame_are_two_images():
+    spec = facts_of({"image": None, "last_image": None})
+    first, last = FRAMES[:2]
+    found = generic_arguments(GenerateRequest(image=[first, last]), spec)
+    assert (found["image"], found["last_image"]) == (first, last)
+
+
+def test_one_image_for_frames_is_a_list():
+    spec = facts_of({"conditioning_frames": None})
+    found = generic_arguments(GenerateRequest(control_image=FRAMES[0]), spec)
+    assert found == {"conditioning_frames": [FRAMES[0]]}
+
+
+@pytest.mark.parametrize(
+    ("sound", "shape"), [(torch.ones(1, 2, 9), (2, 9)), (torch.full((1, 9), 3.0), (1, 9))]
+)
+def test_the_sound_of_a_video_is_kept_with_its_rate(sound, shape):
+    vocoder = SimpleNamespace(config={"output_sampling_rate": 24000})
+    made = audio_of(LTX2PipelineOutput(frames=None, audio=sound), SimpleNamespace(vocoder=vocoder))
+    assert (made.samples.shape, made.sampling_rate) == (shape, 24000)
+    assert made.samples.max() == 1
+    with pytest.raises(UnsupportedError, match="nothing says its sampling rate"):
+        audio_of(LTX2PipelineOutput(frames=None, audio=sound), SimpleNamespace())
 
 
 @pytest.mark.parametrize(
@@ -111,13 +163,34 @@ def test_steps_are_counted_over_two_denoisers_and_once_for_copied_schedulers():
     [
         (SimpleNamespace(images=np.ones((1, 4, 6, 3))), "image", (1, 4, 6, 3)),
         (SimpleNamespace(images=[sample_image(8)]), "image", (1, 8, 8, 3)),
+        (SimpleNamespace(images=[np.ones((3, 4, 6, 4))]), "image", (3, 4, 6, 4)),  # layers
         (SimpleNamespace(frames=[[sample_image(8)] * 2]), "video", (2, 8, 8, 3)),
         (SimpleNamespace(frames=np.ones((1, 5, 4, 6, 3))), "video", (5, 4, 6, 3)),
         (SimpleNamespace(frames=torch.ones(1, 5, 3, 4, 6)), "video", (5, 4, 6, 3)),
-        (SimpleNamespace(images=np.ones((2, 4, 6, 1))), "image", (1, 4, 6, 3)),
+        (SimpleNamespace(images=np.ones((2, 4, 6, 1))), "image", (2, 4, 6, 3)),
         ((np.ones((1, 4, 6, 3)),), "image", (1, 4, 6, 3)),
     ],
 )
 def test_frames_of_every_kind_of_output(output, kind, shape):
     frames = frames_of(output, kind)
     assert (frames.shape, frames.dtype) == (shape, np.uint8)
+
+
+def test_arguments_of_a_request_may_be_objects():
+    sent = {"object": {"template": "{}", "crop_start": 0, "steps": [{"object": {"at": 1}}]}}
+    wanted = {"template": "{}", "crop_start": 0, "steps": [{"at": 1}]}
+    assert own_argument(sent) == wanted
+
+
+def test_prompts_encoded_without_guidance_are_no_answer_with_it():
+    """I2VGen-XL encodes the negative prompt only if the scale says so, which it reads itself."""
+    parts = {"text_encoder": clip_text(), "tokenizer": clip_tokenizer()}
+    others = ("vae", "image_encoder", "feature_extractor", "unet", "scheduler")
+    pipe = I2VGenXLPipeline(**parts, **dict.fromkeys(others))
+    PromptCache(pipe, facts=lambda: {})
+    negatives = []
+    for pipe._guidance_scale in (1.0, 9.0, 9.0):
+        _, negative = pipe.encode_prompt("a photo of a cat", torch.device("cpu"), 1)
+        negatives.append(negative)
+    assert negatives[0] is None
+    assert torch.equal(negatives[1], negatives[2])

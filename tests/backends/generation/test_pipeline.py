@@ -12,9 +12,10 @@ from PIL import Image
 
 from backends.errors import ConfigError, RequestError, UnsupportedError
 from backends.generation.pipeline import LoadedPipeline, load_pipeline
+from backends.generation.step_driver import EndRun
 from backends.model_table import read_table
 from backends.request import GenerateRequest, LoadRequest
-from tests.checkpoints import checkpoint, load
+from tests.checkpoints import NAMES, checkpoint, load
 from tests.checkpoints.single_file import single_file
 
 TABLE = read_table()
@@ -98,13 +99,28 @@ def test_speed_of_a_video_is_that_of_the_request_or_of_its_type() -> None:
     assert loaded("wan_t2v").generate(request_for("wan_t2v")).resolved["fps"] == 16
 
 
-@pytest.mark.parametrize("name", list(TABLE))
+@pytest.mark.parametrize("name", NAMES)
 def test_single_equals_a_plain_call_of_diffusers(name: str) -> None:
     result = loaded(name).generate(request_for(name))
     want = plain_call(name)
     assert result.frames.shape == want.shape
     assert np.array_equal(result.frames, want)  # the same code on the same device: bit-equal
     assert (result.latents is not None) == TABLE[name].returns_latents
+
+
+@pytest.mark.parametrize("name", ["sd1", "svd", "wan_t2v"])
+def test_image_of_no_numbers_is_an_error_and_the_next_one_is_right(name: str) -> None:
+    pipe = loaded(name)
+    want = pipe.generate(request_for(name)).frames
+    weight = next(getattr(pipe.pipe, TABLE[name].denoiser).parameters())
+    kept = weight.data.clone()
+    weight.data.fill_(float("inf"))
+    try:
+        with pytest.raises(UnsupportedError, match=r"not numbers \(NaN\) and would be black"):
+            pipe.generate(request_for(name))
+    finally:
+        weight.data.copy_(kept)
+    assert np.array_equal(pipe.generate(request_for(name)).frames, want)
 
 
 @pytest.mark.parametrize(
@@ -296,9 +312,8 @@ def test_refuses(name: str, fields: dict[str, object], kind: type[Exception], me
 def test_single_file_checkpoint_draws_what_its_folder_draws(name: str, tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.symlink_to(single_file(name))
-    is_denoiser_only = (
-        name == "flux"
-    )  # its original layout has no text encoders and no VAE: they come from the folder
+    # files of later types have no VAE and not all text encoders: they come from the folder
+    is_denoiser_only = name not in ("sd1", "sd2", "sdxl")
     ignored = () if is_denoiser_only else ("*.safetensors",)
     shutil.copytree(checkpoint(name), tmp_path / "model", ignore=shutil.ignore_patterns(*ignored))
     request = LoadRequest(
@@ -397,3 +412,26 @@ def test_video_of_one_frame_is_guided() -> None:
         for scale in (1.0, 8.0)
     )
     assert one.shape[0] == 1 and (one != eight).any()
+
+
+def ended_at(name: str, last: int, request: GenerateRequest):
+    def end(step: int, num_steps: int, latents: torch.Tensor) -> None:
+        if step == last:
+            raise EndRun
+
+    return loaded(name).generate(request, on_step=end)
+
+
+@pytest.mark.parametrize(("name", "scheduler"), [("sdxl", "euler"), ("flux", None)])
+def test_run_that_a_step_ends_has_the_image_that_its_prediction_means(name, scheduler):
+    """After the last step that is the whole run's image."""
+    asked = request_for(name, **({"scheduler": scheduler} if scheduler else {}))
+    whole = loaded(name).generate(asked)
+    last = ended_at(name, 3, asked)
+    torch.testing.assert_close(
+        torch.from_numpy(last.latents), torch.from_numpy(whole.latents), rtol=1e-2, atol=1e-2
+    )
+    early = ended_at(name, 1, asked)
+    assert (early.num_steps, early.report["ended_early"]) == (1, True)
+    assert early.frames.shape == whole.frames.shape and "ended_early" not in whole.report
+    assert (loaded(name).generate(asked).frames == whole.frames).all()

@@ -11,12 +11,18 @@ from typing import get_args
 import pytest
 import torch
 
-from backends.generation.scheduler_settings import OF_OPERATORS, OF_REQUESTS, RequestedSettings
+from backends.generation.scheduler_settings import (
+    OF_OPERATORS,
+    OF_REQUESTS,
+    LaunchSettings,
+    RequestedSettings,
+)
 from backends.generation.schedulers import (
     SCHEDULERS,
     SchedulerError,
     build_scheduler,
     choose_scheduler,
+    parse_at_launch,
     parse_requested,
     parse_scheduler,
 )
@@ -130,3 +136,41 @@ def test_launch_arguments_may_say_what_requests_may_not_but_not_what_nobody_has(
     assert choose_scheduler("euler", at_launch).overrides == {}
     with pytest.raises(SchedulerError, match="Did you mean 'beta_start'"):
         parse_scheduler({"beta_strat": 0.1})
+
+
+def values_at_launch(name):
+    """Of each setting: the words that are allowed, or numbers at its ends."""
+    kinds = get_args(LaunchSettings.model_fields[name].annotation)
+    words = [value for kind in kinds for value in get_args(kind) if isinstance(value, str)]
+    return words or (True, 0, 1, 2, 100, 0.5, 1e6, [0.5] * 3, [0, 1])
+
+
+def names_with(setting, names):
+    """Samplers whose class has the setting."""
+    for name in names:
+        facts = SCHEDULERS[name]
+        made = getattr(importlib.import_module(facts.module), facts.class_name)
+        if setting in inspect.signature(made.__init__).parameters:
+            yield name
+
+
+READS_THE_CHECKPOINT = "rescale_betas_zero_snr"
+"""Whether it gives an image depends on the checkpoint's own settings."""
+
+
+@pytest.mark.parametrize("setting", sorted({*OF_REQUESTS, *OF_OPERATORS} - {READS_THE_CHECKPOINT}))
+def test_what_the_launcher_lets_through_can_be_built(setting):
+    """--check imports no diffusers, and finds what loading would refuse."""
+    allowed = 0
+    for model_type, names in (("sd1", EPSILON_NAMES), ("sd3", FLOW_NAMES)):
+        is_flow = model_type == "sd3"
+        tried = itertools.product(names_with(setting, names), values_at_launch(setting))
+        for name, value in tried:
+            try:
+                choice = parse_at_launch({"scheduler": name, setting: value}, flow=is_flow)
+            except SchedulerError as error:
+                assert setting in str(error)
+                continue
+            build_scheduler(choice, CONFIGS[model_type], flow=is_flow)
+            allowed += 1
+    assert allowed or setting == "solver_p"

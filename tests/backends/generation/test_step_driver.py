@@ -512,3 +512,26 @@ def test_refuses_lists_given_to_the_pipeline_itself(lists):
         RequestError, match=f"{next(iter(lists))} must be given to the StepDriver's Schedule"
     ):
         generate("sd1", steps(2), scheduler="euler", **lists)
+
+
+def scheduler_of(name, model_type):
+    return build_scheduler(
+        parse_scheduler(name), pipeline(model_type)[1], flow=model_type in FLOW_TYPES
+    )
+
+
+@pytest.mark.parametrize("model_type", ["sd1", "sd2"])
+@pytest.mark.parametrize("name", EPSILON_NAMES)
+def test_denoised_is_what_the_last_prediction_means(name, model_type):
+    """At every step, whatever the sampler's own scaling and the kind of prediction."""
+    run = gaussian.sample(scheduler_of(name, model_type), 8)
+    assert len(run.denoised) == run.num_steps
+    for found, wanted in zip(run.denoised, run.clean, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", FLOW_NAMES)
+def test_denoised_is_what_the_last_prediction_of_a_flow_means(name):
+    run = gaussian.sample(scheduler_of(name, "sd3"), 8)
+    for found, wanted in zip(run.denoised, run.clean, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)

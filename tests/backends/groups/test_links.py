@@ -4,16 +4,17 @@ is rehearsed in tests/rehearsal/.
 
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from backends.groups.alarm import Alarm
-from backends.groups.collectives import all_gather, all_sum, broadcast, gather_pieces
+from backends.groups.collectives import AsyncAllToAll, all_gather, all_sum, broadcast, gather_pieces
 from backends.groups.links import abort_all, pairs_of, pairs_to_last
-from backends.groups.mesh import Mesh
-from backends.parallel.weight_shards import move
+from backends.groups.mesh import Axis, Mesh
+from backends.parallel.weight_shards import KeptWeights, is_placeholder, move
 from backends.plan import ParallelPlan
 
 CPU = torch.device("cpu")
@@ -89,6 +90,8 @@ def _see_that_a_closed_mesh_is_refused(rank, world_size):
         lambda: all_sum(x, axis=axis),
         lambda: broadcast(x, source=0, axis=axis),
         lambda: gather_pieces(x, [x.shape] * 2, axis=axis, traffic=mesh.traffic),
+        lambda: AsyncAllToAll(*[x.view(torch.uint8)] * 2, [8, 8], axis=axis),
+        lambda: AsyncAllToAll(*[x.view(torch.uint8)] * 2, [8, 8], axis=axis, is_late=True),
     ):
         with pytest.raises(
             RuntimeError, match=r"axis 'data' of 2 ranks was used while its mesh is closed"
@@ -130,3 +133,17 @@ def test_stand_ins_of_other_ranks_weights_stay_without_memory_when_they_are_move
     assert pipe.layer.weight.stride() == (0, 0)
     assert pipe.layer.weight.device.type == pipe.layer.bias.device.type == "meta"
     assert bias.shape == pipe.layer.bias.shape
+
+
+def test_parts_are_restored_into_the_buffers_of_modules_that_were_moved():
+    parts = [torch.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3)]
+    kept = KeptWeights([[part] for part in parts], kept=0)
+
+    def to(device):
+        for part in parts:
+            part._apply(torch.clone)  # parameters stay, and buffers are new
+
+    move(SimpleNamespace(components=dict(enumerate(parts)), to=to), CPU)
+    assert is_placeholder(parts[1].running_mean)
+    kept.restore(Axis(name="stage", ranks=(0,), rank=0, group=None))
+    assert not any(is_placeholder(tensor) for tensor in parts[1].buffers())

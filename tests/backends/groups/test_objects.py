@@ -14,12 +14,14 @@ import torch.distributed as dist
 from backends.errors import UnsendableError
 from backends.groups import message
 from backends.groups.control_group import broadcast_command, gather_outcomes
+from backends.groups.mesh import Mesh
 from backends.groups.objects import (
     broadcast_object,
     gather_objects,
     receive_object,
     send_object,
 )
+from backends.plan import ParallelPlan
 
 SECRET = b"only ours"
 
@@ -105,3 +107,22 @@ def test_pickle_of_a_stranger_is_not_unpickled(run_on_ranks: Callable[..., None]
 
 def test_length_that_cannot_be_is_refused(run_on_ranks: Callable[..., None]) -> None:
     run_on_ranks(check_length, 2)
+
+
+def check_forged_on_a_mesh(rank: int, world_size: int, path: str) -> None:
+    """Rank 0 does not know the secret. What encoders return goes this way."""
+    if rank == 1:
+        message.share_secret(SECRET)
+    plan = ParallelPlan(method="test", axes=(("data", 2),))
+    mesh = Mesh(plan, rank=rank, device=torch.device("cpu"))
+    if rank == 0:
+        mesh.broadcast_object(Trap(path), source=0)
+    else:
+        with pytest.raises(RuntimeError, match="not from a rank of this host"):
+            mesh.broadcast_object(None, source=0)
+    mesh.destroy()
+
+
+def test_no_forged_object_is_unpickled_from_a_mesh(run_on_ranks: Callable, tmp_path) -> None:
+    run_on_ranks(check_forged_on_a_mesh, 2, str(tmp_path / "made"))
+    assert not (tmp_path / "made").exists()

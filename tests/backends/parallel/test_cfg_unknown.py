@@ -1,5 +1,6 @@
 """The CFG split of a denoiser of which nothing is known: what may be divided, and no more."""
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from backends.groups.mesh import Mesh
-from backends.parallel.cfg_two_calls import GuidanceChanged
+from backends.parallel.cfg_two_calls import GuidanceChanged, _Watch
 from backends.parallel.cfg_unknown import GuidanceSplit
 from backends.plan import ParallelPlan
 
@@ -21,6 +22,15 @@ class Mixing(diffusers.PriorTransformer):
         output = super().forward(*args, **kwargs)
         output.predicted_image_embedding += output.predicted_image_embedding.mean(0)
         return output
+
+
+class Picky(diffusers.PriorTransformer):
+    """Takes any row beside another, and alone only the first."""
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if len(hidden_states) == 1 and not torch.equal(hidden_states, FIRST_ROW):
+            raise ValueError("this row is not alone")
+        return super().forward(hidden_states, *args, **kwargs)
 
 
 def denoiser_of(made: type) -> torch.nn.Module:
@@ -43,6 +53,9 @@ def arguments(batch: int, seed: int) -> dict[str, Any]:
         "proj_embedding": torch.randn(batch, 16, generator=generator),
         "encoder_hidden_states": torch.randn(batch, 5, 16, generator=generator),
     }
+
+
+FIRST_ROW = arguments(2, 0)["hidden_states"][:1]
 
 
 @contextmanager
@@ -81,6 +94,14 @@ def check_batch(rank: int, world_size: int) -> None:
             torch.testing.assert_close(call(2, seed), wanted(2, seed, Mixing), rtol=0, atol=0)
             split.step_done()
         assert rows == [2, 1, 2]
+        assert split.kind == "whole"
+
+
+def check_picky(rank: int, world_size: int) -> None:
+    with split_on(rank, Picky) as (split, call, _):
+        for _ in range(2):
+            torch.testing.assert_close(call(2, 0), wanted(2, 0, Picky), rtol=0, atol=0)
+            split.step_done()
         assert split.kind == "whole"
 
 
@@ -139,5 +160,23 @@ def test_two_ranks_share_a_batch_whose_rows_are_independent(run_on_ranks: Callab
     run_on_ranks(check_batch, 2)
 
 
+def test_a_half_that_one_rank_cannot_compute_is_no_half_for_the_other(
+    run_on_ranks: Callable,
+) -> None:
+    run_on_ranks(check_picky, 2)
+
+
 def test_two_ranks_share_two_calls_until_the_pipeline_changes(run_on_ranks: Callable) -> None:
     run_on_ranks(check_calls, 2)
+
+
+def test_a_watched_result_keeps_its_memory() -> None:
+    """Else a GPU's allocator gives it to the next tensor, which would count as a use of the result,
+    on one rank and perhaps not on the other.
+    """
+    result = torch.ones(1)
+    is_there = weakref.ref(result)
+    with _Watch([result]):
+        del result
+        assert is_there() is not None
+    assert is_there() is None

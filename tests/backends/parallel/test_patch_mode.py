@@ -5,9 +5,10 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch import Tensor, nn
 
+from backends.errors import UnsupportedError
 from backends.groups.mesh import Axis, CommStats
 from backends.groups.patch_exchange import FreshExchange
 from backends.parallel import hooks
@@ -176,3 +177,15 @@ def test_arguments_that_a_processor_may_not_know_go_to_the_module():
         want = module(hidden)
         got = run_attention(module, module.forward, hidden, unknown_argument=1)  # it drops them
     assert torch.equal(got, want)
+
+
+def test_attention_that_bypasses_torchs_operator_is_refused():
+    attention = Attention(query_dim=4, heads=1, dim_head=4, processor=AttnProcessor())
+    net = nn.Sequential(attention)
+    mode = PatchMode(net)
+    mode.attach()
+    layout = RowLayout(PatchBounds((0, 8)), 8, patch=0)
+    said = "does not use torch's scaled_dot_product_attention"
+    with pytest.raises(UnsupportedError, match=said), mode.on(layout, Counting()):
+        net(torch.ones(2, 64, 4))
+    mode.detach()

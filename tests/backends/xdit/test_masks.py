@@ -12,7 +12,7 @@ from backends.groups.mesh import Mesh
 from backends.parallel.transformer_spec import TransformerSpec
 from backends.plan import ParallelPlan
 from backends.xdit.attention import Pass, SpreadAttention
-from backends.xdit.layout import Layout, reorder
+from backends.xdit.layout import Layout, take
 
 HEADS, WIDTH = 4, 8
 NUM_TEXT, NUM_IMAGE = 5, 9
@@ -100,10 +100,10 @@ def check_masks(rank, world_size, axes):
         for kv_heads, (what, mask) in itertools.product((4, 2, 1), masks(num_tokens).items()):
             whole = tensors(kv_heads, num_tokens)
             options = {"enable_gqa": kv_heads < HEADS}
-            want = reorder(
+            want = take(
                 F.scaled_dot_product_attention(*whole, attn_mask=mask, **options), own, dim=2
             )
-            parts = [reorder(tensor, own, dim=2) for tensor in whole]
+            parts = [take(tensor, own, dim=2) for tensor in whole]
             got = [module(parts[0], key=parts[1], value=parts[2], attn_mask=mask, **options)]
             if mask is not None and mask.shape[-2] == 1:  # built from this rank's tokens only
                 got.append(
@@ -111,7 +111,7 @@ def check_masks(rank, world_size, axes):
                         parts[0],
                         key=parts[1],
                         value=parts[2],
-                        attn_mask=reorder(mask, own, dim=-1),
+                        attn_mask=take(mask, own, dim=-1),
                         **options,
                     )
                 )
@@ -147,7 +147,7 @@ def check_refusals(rank, world_size):
     mesh, attention, module, own = spread(
         rank, world_size, (("ulysses", 2),), with_text=False, is_text_first=False
     )
-    parts = [reorder(tensor, own, dim=2) for tensor in tensors(HEADS, NUM_IMAGE)]
+    parts = [take(tensor, own, dim=2) for tensor in tensors(HEADS, NUM_IMAGE)]
     with pytest.raises(
         UnsupportedError, match=r"an attention mask of shape \(3, 7\) for . tokens of this"
     ):

@@ -84,7 +84,7 @@ def check_overlap(rank, world_size, options, num_halves):
     pipe = load("sd3")
     present = []
     with attached(pipe, "sd3", rank, world_size, **options, **LATE_STEPS) as backend:
-        method, is_first = backend._method, backend.mesh.axis("stage").rank == 0
+        method, is_first = backend._pipefusions[0], backend.mesh.axis("stage").rank == 0
 
         def note(forward, *args, **kwargs):
             present.append(len(method._input._filled) if method._input is not None else None)

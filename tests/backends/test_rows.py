@@ -1,0 +1,73 @@
+"""What the rows of the model table say about their pipeline classes is true."""
+
+import inspect
+
+import numpy as np
+import pytest
+import torch
+
+from backends.files.generic import carrier, facts_of, why_not
+from backends.files.pipeline_calls import pipeline_call
+from backends.generation.generic_run import audio_of, frames_of
+from backends.model_table import read_table
+from backends.request import Audio
+from tests.backends.features import loaded, request_for
+from tests.checkpoints import NAMES, load
+
+TABLE = read_table()
+AS_IS = [name for name, spec in TABLE.items() if spec.takes]
+
+
+def test_the_fields_that_a_row_lists_are_those_that_its_class_takes():
+    for name in AS_IS:
+        spec = TABLE[name]
+        call = pipeline_call(spec.pipeline)
+        assert not why_not(call), name
+        makes, takes = facts_of(call)
+        assert (spec.output, sorted(spec.takes)) == (makes, sorted(takes)), name
+        assert not spec.returns_latents, name
+        assert set(call.required) <= {carrier(call.names, field) for field in spec.requires}, name
+
+
+def plain_output(name: str) -> tuple[np.ndarray, Audio | None]:
+    """uint8 (N, H, W, 3), and sound, that diffusers makes of request_for(name)."""
+    spec, asked, pipe = TABLE[name], request_for(TABLE[name]), load(name)
+    names = inspect.signature(pipe.__call__).parameters
+    fields = {field: getattr(asked, field) for field in asked.model_fields_set - {"seed"}}
+    fields |= {"guidance_scale": spec.guidance_scale, "fps": spec.frames_per_s}
+    arguments = {
+        spec.guidance_argument if field == "guidance_scale" else carrier(names, field): value
+        for field, value in fields.items()
+        if field in (spec.takes or names) and field != "arguments"
+    }
+    if "max_area" in names:
+        arguments["max_area"] = asked.height * asked.width
+    arguments |= {**spec.call, **(asked.arguments or {})}
+    if spec.empty_negative and spec.guidance_scale > 1:
+        arguments["negative_prompt"] = spec.empty_negative
+    arguments |= {"generator": torch.Generator().manual_seed(asked.seed), "output_type": "np"}
+    arguments = {key: value for key, value in arguments.items() if key in names}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(asked.seed)
+        output = pipe(**arguments)
+    return frames_of(output, spec.output), audio_of(output, pipe)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name == "flux_fill" else pytest.param(name, marks=pytest.mark.slow)
+        for name in TABLE
+        if name not in NAMES
+    ],
+)
+def test_one_rank_equals_diffusers(name):
+    spec = TABLE[name]
+    made = loaded(spec).generate(request_for(spec))
+    want, sound = plain_output(name)
+    assert want.std() > 1
+    assert np.array_equal(made.frames, want)
+    assert (made.audio is None) == (sound is None)
+    if sound is not None:
+        assert sound.samples.std() > 1e-3
+        assert np.array_equal(made.audio.samples, sound.samples)
