@@ -7,6 +7,7 @@ by torchrun, it is one rank itself. Imports no torch.
 import importlib
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from hosts.launch.command_line import parse_command_line
 from hosts.launch.settings import Settings
 
 EXIT_USER_ERROR = 2
+LONG_WORD = re.compile(r"(\S{300})\S{200,}")
+"""What is shortened in an error: a value that was given, but no path that is likely."""
 COMMANDS = {
     "generate": "diffusion_client.command",
     "measure": "diffusion_client.measure",
@@ -34,16 +37,28 @@ def main(argv: list[str] | None = None) -> int:
     if argv[:1] == ["agent"]:
         from hosts.supervision.agent import main as supervise
 
-        return supervise(argv[1:], program=[str(SCRIPT)])
+        if len(argv) < 2 or not argv[1].startswith('{"num_ranks":'):
+            print("error: `agent` is for the launcher itself. See --help.", file=sys.stderr)
+            return EXIT_USER_ERROR
+        return supervise(argv[1:], program=[str(SCRIPT)], environ=os.environ)
     try:
         settings = parse_command_line(argv).in_environment(os.environ)
         if settings.list:
-            print(_matrix(settings))
-            return 0
+            return _show(_matrix(settings))
         return _run(settings, argv)
     except HostError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        text = LONG_WORD.sub(r"\1...", " ".join(str(error).split()))
+        print(f"error: {text}", file=sys.stderr)
         return EXIT_USER_ERROR
+
+
+def _show(text: str) -> int:
+    """Print a table that a user may read with `head`, which ends before we do."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+    return 0
 
 
 def _matrix(settings: Settings) -> str:
@@ -57,12 +72,15 @@ def _matrix(settings: Settings) -> str:
 def _run(settings: Settings, argv: list[str]) -> int:
     """Become a rank or the gateway, or check the plan and start the ranks of this machine."""
     from hosts.cluster.config import refuse_without_engine
-    from hosts.http.server import is_port_free
+    from hosts.http.server import is_port_free, require_address
     from hosts.launch.auto_backend import recall_from
-    from hosts.launch.start_plan import gpu_facts, plan_start
-    from hosts.main import is_rank, require_store, run_rank
+    from hosts.launch.catalog import describe, facts_of, plan_models
+    from hosts.launch.gpus import gpu_facts
+    from hosts.launch.start_plan import plan_start
+    from hosts.main import is_rank, require_store, run_rank, wait_for_turn
     from hosts.supervision.parent_watch import end_process
 
+    wait_for_turn()
     if is_rank():
         from hosts.compat.protocol import FixedModel
 
@@ -72,12 +90,12 @@ def _run(settings: Settings, argv: list[str]) -> int:
 
         end_process(run_gateway(settings, os.environ))
     refuse_without_engine(settings)
-    start = plan_start(
-        settings, read_table(), recall=recall_from(settings.state_dir), **gpu_facts(os.environ)
-    )
+    facts = {"recall": recall_from(settings.state_dir), **gpu_facts(os.environ)}
+    models = plan_models(settings, lambda own: plan_start(own, read_table(), **facts))
+    if settings.node_rank == 0:
+        require_address(settings.host)
     if settings.check:
-        print(json.dumps(start.facts(), indent=2) if settings.json else start.describe())
-        return 0
+        return _show(json.dumps(facts_of(models), indent=2) if settings.json else describe(models))
     if settings.node_rank == 0 and not is_port_free(settings.host, settings.port):
         raise ConfigError(
             f"--port={settings.port} is in use on {settings.host}. Stop the program that listens "
@@ -85,7 +103,8 @@ def _run(settings: Settings, argv: list[str]) -> int:
         )
     if settings.node_rank == 0:
         require_store(settings)
-    return _start_ranks(settings, argv, num_ranks=start.num_ranks)
+    num_ranks = next(iter(models.values())).start.num_ranks
+    return _start_ranks(settings, argv, num_ranks=num_ranks)
 
 
 def _start_ranks(settings: Settings, argv: list[str], *, num_ranks: int) -> int:

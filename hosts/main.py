@@ -12,16 +12,16 @@ from backends.autotune.ranking import Measured
 from backends.errors import ConfigError, HostError, UnavailableError
 from backends.model_table import ModelSpec, read_table
 from hosts.jobs.queue import queue_within
-from hosts.jobs.store import JobStore
-from hosts.launch.gpus import require_queues
+from hosts.jobs.store import JobStore, NoStore
+from hosts.launch.catalog import Catalog, plan_models
+from hosts.launch.gpus import gpu_facts, require_queues
 from hosts.launch.settings import Settings
-from hosts.launch.start_plan import StartPlan, gpu_facts, plan_start, within_reach
+from hosts.launch.start_plan import StartPlan, plan_start, within_reach
 from hosts.ranks.libraries import set_library_defaults
-from hosts.ranks.model_control import Apply, ModelControl
+from hosts.ranks.model_control import ModelControl
 from hosts.ranks.rank_process import STOPPING, RankProcess
-from hosts.supervision import log, parent_watch
+from hosts.supervision import log, parent_watch, spares
 from hosts.supervision.agent_process import FATAL_FILE, NOTES_FOLDER, STATE_FOLDER, report_fatal
-from hosts.supervision.exit_reports import NoNotes, RankNotes
 from hosts.supervision.host_state import HostState
 from hosts.supervision.rendezvous import Place
 
@@ -35,6 +35,13 @@ logger = logging.getLogger(__name__)
 def is_rank() -> bool:
     """Whether this process was started as a rank, by torchrun or our launcher."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def wait_for_turn() -> None:
+    """In a spare rank: return when it is a rank. No effect in other processes."""
+    if spares.SPARE in os.environ:
+        set_library_defaults(os.environ)
+        spares.wait_for_turn(os.environ, Path(os.environ[NOTES_FOLDER]))
 
 
 def run_rank(
@@ -54,11 +61,11 @@ def run_rank(
     instead of from the settings.
     """
     settings = settings.in_environment(os.environ)
-    place, start, listener = _set_up(settings), None, None
+    place, models, listener = _set_up(settings), {}, None
     settings, problem = within_reach(settings, problem)
     try:
         if problem is None and not starts_empty:
-            start = _plan(settings, place=place)
+            models = plan_models(settings, partial(_plan, place=place))
     except HostError as error:
         problem = error
     if problem is not None and after_failed_load == "exit":
@@ -66,16 +73,14 @@ def run_rank(
     try:
         process = _open(settings, place)
         process.stop_when_told()
-        control = process.control()
+        control = process.control(models)
         if place.rank == 0:
-            spec = start.spec if start is not None else _any_spec(settings)
-            listener = _listen(process, spec, protocol(control), patience_s=bind_patience_s)
+            listener = _listen(process, models, protocol(control), patience_s=bind_patience_s)
     except ConfigError as error:
         return _fatal(error)
     if problem is None:
         try:
-            first = None if starts_empty else Apply(settings=settings)
-            problem = process.run(control, first, start)
+            problem = process.run(control, models.get(""))
         except ConfigError as error:  # a restart would not help
             problem = error
         except Exception as error:  # noqa: BLE001  a lost rank looks like any error: all restart
@@ -94,7 +99,7 @@ def _set_up(settings: Settings) -> Place:
     """Tie this process to its parent, and set up its log and its libraries."""
     parent_watch.die_with_parent(is_torchelastic="TORCHELASTIC_RUN_ID" in os.environ)
     place = Place.of(settings, os.environ)
-    notes = _notes(place)
+    notes = place.notes(os.environ.get(NOTES_FOLDER))
     log.configure(
         rank=place.rank, log_format=settings.log_format, kept_in=notes.log_file(place.rank)
     )
@@ -106,35 +111,36 @@ def _set_up(settings: Settings) -> Place:
 def _open(settings: Settings, place: Place) -> RankProcess:
     """ConfigError if the folder of jobs cannot be used."""
     store = _open_store(settings) if place.rank == 0 else None
-    notes_before = _notes(place, attempts_ago=1)
-    state = HostState()
-    state.tell({"restarts": place.attempt})
+    notes = partial(place.notes, os.environ.get(NOTES_FOLDER))
+    notes_before = notes(attempts_ago=1)
     return RankProcess(
         settings=settings,
         place=place,
         environ=os.environ,
         plan=partial(_plan, place=place),
-        state=state,
+        state=HostState(facts={"restarts": place.attempt}),
         queue=queue_within(settings, store, complete=notes_before.complete),
         store=store,
         state_folder=_state_folder(settings),
-        notes=_notes(place),
+        notes=notes(),
         notes_before=notes_before,
     )
 
 
 def _listen(
-    process: RankProcess, spec: ModelSpec, protocol: "ClientProtocol", *, patience_s: float
+    process: RankProcess, models: Catalog, protocol: "ClientProtocol", *, patience_s: float
 ) -> "Listener":
     """Serve HTTP in threads. ConfigError if the port stays in use for `patience_s`."""
-    from hosts.http.app import Host, create_app, listen
+    from hosts.http.app import Host, listen
 
-    settings = process.settings
-    host = Host(
-        settings=settings, spec=spec, queue=process.queue, state=process.state, protocol=protocol
-    )
+    settings, shared = process.settings, {"queue": process.queue, "state": process.state}
+    hosts = [
+        Host(settings=each.settings, spec=each.start.spec, protocol=protocol, name=name, **shared)
+        for name, each in models.items()
+    ] or [Host(settings=settings, spec=_any_spec(settings), protocol=protocol, **shared)]
     num_jobs = 2 * settings.queue_size + process.place.world_size * settings.max_batch
-    listener = listen(create_app(host), settings, num_jobs=num_jobs)
+    app = protocol.application(hosts, process.store or NoStore())
+    listener = listen(app, settings, num_jobs=num_jobs)
     listener.bind(patience_s=patience_s)
     listener.serve()
     return listener
@@ -174,17 +180,6 @@ def _open_store(settings: Settings) -> JobStore | None:
     """None where jobs are kept in memory only."""
     folder = _state_folder(settings)
     return JobStore(folder) if folder is not None and not settings.no_job_store else None
-
-
-def _notes(place: Place, *, attempts_ago: int = 0) -> RankNotes:
-    """Of this set of ranks, or of an earlier one. Without a launcher nothing is noted."""
-    if NOTES_FOLDER not in os.environ:
-        return NoNotes()
-    return RankNotes(
-        Path(os.environ[NOTES_FOLDER]),
-        attempt=place.attempt - attempts_ago,
-        first_rank=place.local_ranks.start,
-    )
 
 
 def _fatal(error: HostError) -> int:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 import launcher
@@ -16,7 +17,14 @@ from hosts.jobs.store import JobStore
 from hosts.launch.command_line import parse_command_line
 from tests.altered import without_a_weight
 from tests.checkpoints import checkpoint
-from tests.hosts.harness import LAUNCHER, REPOSITORY, free_port, run_launcher
+from tests.hosts.harness import (
+    LAUNCHER,
+    REPOSITORY,
+    free_port,
+    run_launcher,
+    start_launcher,
+    wait_until,
+)
 
 
 def test_help_names_every_section_and_imports_no_torch():
@@ -49,6 +57,13 @@ def test_installed_command_is_the_launcher():
     command = Path(sys.executable).with_name("diffusion-launcher")
     done = subprocess.run([command, "--list", "--json"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and {"sdxl", "flux"} <= set(json.loads(done.stdout))
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = [sys.executable, str(LAUNCHER), "--list", "--all"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait(60)) == (b"", 0)
 
 
 @pytest.mark.parametrize(
@@ -160,6 +175,16 @@ def test_second_host_on_a_state_dir_is_a_users_mistake(tmp_path):
         2,
         1,
     ) and "is in use by another host" in done.stderr
+
+
+def test_agent_that_is_killed_ends_the_launcher_with_the_reason():
+    with start_launcher("--type=sdxl", f"--checkpoint={checkpoint('sdxl')}") as host:
+        wait_until(lambda: len(host.tree()) > 1, within_s=60, what="the agent runs")
+        (agent,) = psutil.Process(host.process.pid).children()
+        agent.kill()
+        assert host.process.wait(timeout=20) == 1
+        said = "the process that supervises the ranks was killed by SIGKILL. Start again."
+        assert host.log.splitlines()[-1] == f"error: {said}"
 
 
 def test_rank_that_says_why_none_can_go_on_ends_those_that_wait_for_it(capfd):

@@ -456,3 +456,13 @@ def test_what_the_http_side_and_the_launcher_need_imports_no_torch():
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_routes_say_whose_jobs_they_look_for():
+    """Else one client could see another's. The gateway looks for the model of any job."""
+    for folder in ("http", "dialects", "compat", "cluster"):
+        for path in (ROOT / "hosts" / folder).rglob("*.py"):
+            calls = [node for node in ast.walk(tree(path)) if isinstance(node, ast.Call)]
+            for call in calls:
+                if re.search(r"queue\.(find|jobs)$", ast.unparse(call.func)):
+                    assert "owner=" in ast.unparse(call), f"{name(path)}: {ast.unparse(call)}"

@@ -3,6 +3,7 @@ torch.
 """
 
 import importlib.util
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,9 +23,10 @@ OF_A_DEPLOYMENT = frozenset(
 )
 OF_THE_GATEWAY = frozenset(
     {
-        "engine", "ray_address", "deployments", "config", "port", "host", "api_key", "state_dir",
-        "public_url", "allowed_hosts", "trusted_proxies", "rate_limit", "max_body_mb", "log_format",
-        "drain_seconds", "exit_with_parent", "check", "json", "list", "features",
+        "engine", "ray_address", "deployments", "config", "port", "host", "api_key", "api_keys",
+        "share_jobs", "state_dir", "public_url", "allowed_hosts", "trusted_proxies", "rate_limit",
+        "max_body_mb", "log_format", "drain_seconds", "exit_with_parent", "check", "json", "list",
+        "features",
     }
 )  # fmt: skip
 """Arguments that all models share, so a deployment may not set them."""
@@ -42,6 +44,8 @@ NOT_FOR_REPLICAS = (
     }
 )
 """Arguments for work that the gateway itself does before or after a replica runs a job."""
+NAME = r"[A-Za-z0-9][\w.:-]{0,63}"
+"""Of a deployment. Its job store is in a folder of this name."""
 SEVERAL_MACHINES = ("nnodes", "node_rank", "rdzv_endpoint", "master_port")
 
 
@@ -101,6 +105,11 @@ def plan_deployments(
             f"--{given[0]} was given, but with --engine=ray a replica's ranks are on one machine. "
             "Leave it out."
         )
+    if settings.models is not None:
+        raise ConfigError(
+            "--models is for one host. With --engine=ray describe several models in --config, "
+            "under deployments."
+        )
     local_gpus = num_gpus if settings.ray_address is None else 0
     plans = [
         _plan(name, _merged(settings, name, values), table, local_gpus=local_gpus)
@@ -124,6 +133,12 @@ def _deployments(settings: Settings, table: ModelTable) -> Mapping[str, Any]:
                 "deployments is empty. Give at least one: a name, and under it the arguments of "
                 "its model."
             )
+        for name in settings.deployments:
+            if not re.fullmatch(NAME, name, re.ASCII):
+                raise ConfigError(
+                    f"deployment {name!r} cannot be a model's name. Allowed: letters, digits and "
+                    "._:- only, at most 64, a letter or digit first."
+                )
         return settings.deployments
     if settings.type is None and settings.checkpoint is None:
         raise ConfigError(

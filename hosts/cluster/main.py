@@ -20,8 +20,8 @@ from hosts.cluster.deployment import Deployment, open_store
 from hosts.cluster.gateway import create_gateway
 from hosts.cluster.nodes import Nodes, environment
 from hosts.http.app import listen
+from hosts.launch.gpus import count_gpus
 from hosts.launch.settings import Settings
-from hosts.launch.start_plan import count_gpus
 from hosts.supervision import log, parent_watch
 from hosts.supervision.host_state import Phase
 from hosts.supervision.temp_folder import scratch_folder

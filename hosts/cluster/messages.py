@@ -2,7 +2,6 @@
 torch.
 """
 
-import base64
 import io
 from collections.abc import Mapping
 from typing import Any
@@ -49,15 +48,9 @@ def spans_of(trace: Mapping[str, Any]) -> dict[int, list[tuple[str, float, float
 
 def _packed(value: Any) -> Any:
     if isinstance(value, Image.Image):
-        return _png(value)
+        return media.png(value)
     if isinstance(value, np.ndarray):
         return media.npy(value)
     if isinstance(value, list):
         return [_packed(each) for each in value]
     return value
-
-
-def _png(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG", compress_level=1)
-    return base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -27,7 +27,9 @@ OBJECT_STORE_BYTES = 80 * 2**20
 """Ray's minimum, since nothing large is stored."""
 ACTOR_THREADS = 3
 """One for start or stop, one for wait, one spare."""
-QUIET = {
+SETTINGS = {
+    # else 15: beside any other work a replica would get next to nothing of a busy machine
+    "RAY_worker_niceness": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -44,11 +46,11 @@ def environment(ray_address: str | None) -> dict[str, str]:
     They disable usage reports, and keep others from reaching or using our own cluster.
     """
     if ray_address is not None:
-        return QUIET
+        return SETTINGS
     # Ray's switch for machines that are no cluster nodes: every process of it then listens on the
     # loopback address alone
     return {
-        **QUIET,
+        **SETTINGS,
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),

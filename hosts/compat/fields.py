@@ -60,6 +60,9 @@ def read_request(body: Any, *, spec: ModelSpec, accepted: Accepted) -> GenerateR
     is_strict = not is_existing_client(body) and dialect.is_strict(body)
     if is_strict:
         dialect.require_known(body, RULES)
+    if is_strict:
+        for names in NAMES.values():
+            dialect.require_once(body, *names)
     sent_as = _names(given)
     if not is_strict and spec.most_images == 0:
         _find_oldest(sent_as)

@@ -24,7 +24,8 @@ def serve(backend: str) -> None:
     if not is_rank():
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
     settings, problem = settings_or_problem(sys.argv[1:], backend=backend)
-    starts_empty = settings.checkpoint is None and settings.type is None
+    names = (settings.checkpoint, settings.type, settings.models)
+    starts_empty = not any(names)
     if starts_empty and not any(argument.startswith("--mode") for argument in sys.argv[1:]):
         settings = replace(settings, mode="latency")  # its clients send one job at a time
     end_process(

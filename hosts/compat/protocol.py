@@ -3,34 +3,49 @@
 docs/compat.md describes both protocols.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from flask import Flask
 
 from backends.errors import UnavailableError
 from hosts.compat import routes, v2_routes
 from hosts.compat.v2_fields import v1_fields
 from hosts.dialects import a1111, openai
+from hosts.dialects.models import create_front
+from hosts.http.app import Host, create_app
 from hosts.http.dialect import Dialect
 from hosts.jobs.queue import JobQueue
+from hosts.jobs.store import Store
 from hosts.ranks.model_control import ModelControl
 from hosts.supervision.host_state import HostState, Phase
 
 
 class FixedModel:
-    """v1: the command line names the model, which never changes."""
+    """v1: the command line names the model, or the models among which requests choose."""
 
     dialects: tuple[Dialect, ...] = (openai.DIALECT, *a1111.DIALECTS, routes.DIALECT)
 
     def __init__(self, control: ModelControl | None = None) -> None:
         """control: unused, so that both protocols take the same arguments."""
 
+    def application(self, hosts: Sequence[Host], store: Store) -> Flask:
+        """Return the application: of the host, or in front of one for each of several models."""
+        if len(hosts) == 1:
+            return create_app(hosts[0])
+        apps = {host.name: create_app(host) for host in hosts}
+        metrics = apps[hosts[0].name].extensions["metrics"]
+        for app in apps.values():
+            app.extensions["metrics"] = metrics  # they share one queue
+        return create_front(apps, store)
+
     def fields(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the body of /generate in v1's names."""
         return body
 
-    def percent(self, queue: JobQueue, state: HostState) -> float:
+    def percent(self, queue: JobQueue, state: HostState, *, owner: str | None) -> float:
         """Return the value of /progress."""
-        return queue.percent
+        return queue.percent(owner=owner)
 
     def require_pipeline(self, state: HostState) -> None:
         """Raise UnavailableError if a job cannot even wait. It may wait while the model loads."""
@@ -44,14 +59,17 @@ class ModelOverHttp:
     def __init__(self, control: ModelControl) -> None:
         self.control = control
 
+    def application(self, hosts: Sequence[Host], store: Store) -> Flask:
+        return create_app(hosts[0])
+
     def fields(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the body of /generate in v1's names."""
         return v1_fields(body)
 
-    def percent(self, queue: JobQueue, state: HostState) -> float:
+    def percent(self, queue: JobQueue, state: HostState, *, owner: str | None) -> float:
         """Return the value of /progress: of loading unless there are jobs."""
-        is_serving = state.phase is Phase.READY and queue.jobs()
-        return queue.percent if is_serving else state.loading_percent
+        is_serving = state.phase is Phase.READY and queue.jobs(owner=owner)
+        return queue.percent(owner=owner) if is_serving else state.loading_percent
 
     def require_pipeline(self, state: HostState) -> None:
         """Raise UnavailableError if a job cannot even wait."""

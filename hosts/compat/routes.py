@@ -5,21 +5,40 @@ from typing import Any
 
 from flask import Blueprint, Response, current_app, jsonify
 
+from backends.errors import ConfigError, HostError
 from backends.model_table import ModelSpec
 from backends.request import GenerateResult
 from hosts.compat import codec
-from hosts.compat.fields import is_existing_client, read_request
+from hosts.compat.fields import NAMES, is_existing_client, read_request
 from hosts.http import media
-from hosts.http.decode import Accepted
 from hosts.http.dialect import Dialect
+from hosts.http.errors import answer_host_error, status_of
 from hosts.http.health import PLAIN_TEXT
+from hosts.http.identity.sender import seen_owner
 from hosts.http.jobs_api import require_model
-from hosts.http.request_io import client, json_object, wait_for, wanted_type
+from hosts.http.request_io import json_object, submit, wait_for, wanted_type
 from hosts.supervision.host_state import Phase
 
 logger = logging.getLogger(__name__)
+PROMPTS = {name for field in ("prompt", "negative_prompt") for name in NAMES[field]}
+"""Fields of which the log shows nothing, under all their names."""
 blueprint = Blueprint("compat", __name__)
 DIALECT = Dialect(blueprint=blueprint)
+
+
+@blueprint.errorhandler(HostError)
+def _refused(error: HostError) -> tuple[Response, int]:
+    log_refusal(error)
+    return answer_host_error(error)
+
+
+def log_refusal(error: HostError) -> None:
+    """Tell the log why a request is refused: existing clients show "check console", and throw the
+    reason away. Failures of the ranks are in the log already.
+    """
+    field = getattr(error, "field", None)
+    if status_of(error) < 500 or isinstance(error, ConfigError):
+        logger.warning("refused: %s", f"{field} is not valid" if field in PROMPTS else error)
 
 
 @blueprint.get("/initialize")
@@ -44,11 +63,11 @@ def initialized(phase: Phase, reason: str = "") -> Response:
 
 @blueprint.get("/progress")
 def progress() -> Response:
-    """Return 0 to 100 as text: progress of the job, or of loading on a host that loads over
-    HTTP.
+    """Return 0 to 100 as text: progress of the sender's job, or of loading on a host that loads
+    over HTTP.
     """
     host = current_app.extensions["host"]
-    percent = host.protocol.percent(host.queue, host.state)
+    percent = host.protocol.percent(host.queue, host.state, owner=seen_owner())
     return Response(f"{percent:g}", mimetype="text/plain")
 
 
@@ -64,12 +83,12 @@ def generate() -> Response:
     if not is_existing_client(sent):
         require_model(sent)
     body = host.protocol.fields(sent)
-    asked = read_request(body, spec=host.spec, accepted=Accepted.by(host.settings))
+    asked = read_request(body, spec=host.spec, accepted=host.accepted)
     content_type = wanted_type(host.spec.output, default="application/json")
-    result = wait_for(host.queue.submit(asked, client=client()), is_kept=body.get("keep") is True)
+    result = wait_for(submit(asked), is_kept=body.get("keep") is True)
     if content_type != "application/json":
         return Response(
-            media.encode(result, content_type),
+            media.encode(media.each_image(result, host.spec.output)[0], content_type),
             mimetype=content_type,
             headers={"X-Seed": str(result.seed)},
         )
@@ -90,6 +109,6 @@ def legacy_body(result: GenerateResult, *, spec: ModelSpec) -> dict[str, Any]:
             "output": codec.encode_image(frames[0]) if is_image else codec.encode_frames(frames),
             "is_image": is_image,
         }
-        if spec.returns_latents:
+        if spec.returns_latents and result.latents is not None:
             body["latent"] = codec.encode_latents(result.latents)
     return body

@@ -15,7 +15,9 @@ from flask import Blueprint, Response, current_app, jsonify, request
 
 from backends.errors import HostError, RequestError, UnsupportedError
 from backends.model_table import read_table
+from hosts.compat.routes import log_refusal
 from hosts.compat.v2_config import read_configuration
+from hosts.http.access import require_operator
 from hosts.http.dialect import Dialect, error_body
 from hosts.http.request_io import json_object
 from hosts.launch.settings import Settings
@@ -33,8 +35,12 @@ MAX_SLEEP_S = 3600.0
 
 
 @blueprint.before_request
-def _refuse_browsers() -> None:
-    """Refuse browsers: some of these routes change the host with a GET, as the clients expect."""
+def _refuse_others() -> None:
+    """Refuse keys of --api_keys, and browsers: some of these routes change the host with a GET, as
+    the clients expect.
+    """
+    if request.endpoint != f"{blueprint.name}.applied":
+        require_operator()
     if sent := [name for name in BROWSER_HEADERS if name in request.headers]:
         raise RequestError(
             f"{request.path} is not for browsers, and this request has the header {sent[0]}. Send "
@@ -45,6 +51,7 @@ def _refuse_browsers() -> None:
 @blueprint.errorhandler(HostError)
 def _failed(error: HostError) -> tuple[Response, int]:
     """Return 500, since clients know 200 and 500 only. The reason is for people."""
+    log_refusal(error)
     status = 400 if isinstance(error, RequestError) else 500
     return jsonify(error_body(str(error), status)), status
 

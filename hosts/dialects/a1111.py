@@ -1,30 +1,31 @@
 """The API of the A1111 web interface (/sdapi/v1): txt2img, img2img and progress.
 
-a1111_lists.py has lists and options, a1111_fields.py the treatment of each field.
+a1111_lists.py has lists and options, a1111_extras.py the upscalers, a1111_fields.py the treatment
+of each field.
 """
 
 import base64
 import io
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from flask import Blueprint, Response, current_app, jsonify
 from PIL import Image
 
-from backends.errors import UnsupportedError
+from backends.errors import CancelledError, UnsupportedError
 from backends.request import GenerateRequest, GenerateResult
+from hosts.dialects import a1111_extras, a1111_lists
 from hosts.dialects import a1111_fields as protocol
-from hosts.dialects import a1111_lists
 from hosts.dialects.a1111_fields import Asked
 from hosts.dialects.a1111_info import info, infotext
 from hosts.dialects.a1111_passes import hires_of
 from hosts.http import media
 from hosts.http.decode import Accepted, read_request
-from hosts.http.dialect import Dialect, Operation, is_strict, require_known
-from hosts.http.request_io import json_object, seeds_from, submit_all, wait_for_all
+from hosts.http.dialect import Dialect, Operation, is_empty, is_strict, require_known
+from hosts.http.request_io import json_object, own_jobs, seeds_from, submit_all, wait_for_all
 from hosts.jobs.clock import now
 from hosts.jobs.queue import Job, JobStatus
 
@@ -33,6 +34,8 @@ blueprint = Blueprint("a1111", __name__)
 
 IMAGE_STRENGTH = 0.75
 """A1111's default for denoising_strength."""
+START = ("init_image", "image")
+"""Fields of /v1/jobs that init_images becomes."""
 HINTS = {"negative": "negative_prompt", "guidance_scale": "cfg_scale", "sampler": "sampler_name"}
 
 
@@ -54,8 +57,8 @@ OPERATIONS = (
         rules=protocol.IMG2IMG,
     ),
     Operation(method="get", path="/sdapi/v1/progress", summary="A1111: of the job that runs."),
-    Operation(method="post", path="/sdapi/v1/interrupt", summary="A1111: cancel that job."),
-    Operation(method="post", path="/sdapi/v1/skip", summary="A1111: the same."),
+    Operation(method="post", path="/sdapi/v1/interrupt", summary="A1111: end it with an image."),
+    Operation(method="post", path="/sdapi/v1/skip", summary="A1111: the same for one of several."),
 )
 DIALECT = Dialect(
     blueprint=blueprint,
@@ -67,6 +70,7 @@ DIALECT = Dialect(
 DIALECTS = (
     DIALECT,
     replace(DIALECT, blueprint=a1111_lists.blueprint, operations=a1111_lists.OPERATIONS),
+    replace(DIALECT, blueprint=a1111_extras.blueprint, operations=a1111_extras.OPERATIONS),
 )
 
 
@@ -79,18 +83,21 @@ def txt2img() -> Response:
     first = {name: value for name, value in asked.fields.items() if name != "strength"}
     requests = _requests(body, asked, first)
     if not protocol.truth(body, "enable_hr", False):
-        return _answer(body, asked, wait_for_all(submit_all(requests)))
+        return _answer(body, asked, _results(requests))
     hires = hires_of(body, size=_size(requests[0]), spec=_host().spec, accepted=_accepted())
     second = replace(asked, sent_as={**asked.sent_as, **hires.sent_as}, facts=hires.facts, number=1)
     size = {"width": hires.width, "height": hires.height}
-    _requests(body, second, {**first, **size, **hires.fields})  # refused before the first pass
-    results = wait_for_all(submit_all(requests))
+    any_start = {"init_image": Image.new("RGB", (8, 8))}  # refused before the first pass
+    _requests(body, second, {**first, **size, **any_start, **hires.fields})
+    results = _results(_requests(body, asked, {**first, **hires.first}))
+    if any("ended_early" in result.report for result in results):
+        return _answer(body, asked, results)
     requests = [
         request
         for result in results
         for request in _requests(body, second, {**first, **hires.start(result)})
     ]
-    return _answer(body, second, wait_for_all(submit_all(requests)))
+    return _answer(body, second, _results(requests))
 
 
 @blueprint.post("/sdapi/v1/img2img")
@@ -99,22 +106,29 @@ def img2img() -> Response:
 
     With inpaint_full_res the part around them is generated at the request's size and put back.
     """
-    body = {"denoising_strength": IMAGE_STRENGTH, **json_object()}
+    body = dict(json_object())
+    if is_empty(body.get("denoising_strength")):
+        body["denoising_strength"] = IMAGE_STRENGTH
     require_known(body, protocol.IMG2IMG, HINTS)
     asked = _asked(body)
-    size = _size(_requests(body, replace(asked, number=1), asked.fields)[0])
+    fields = dict(asked.fields)
+    strength = fields.pop("strength", None)
+    size = _size(_requests(body, replace(asked, number=1), fields)[0])
     start, area = protocol.start_fields(body, spec=_host().spec, accepted=_accepted(), size=size)
-    results = wait_for_all(submit_all(_requests(body, asked, {**asked.fields, **start})))
+    if "init_image" in start:  # a model that edits an image has no strength, but clients send one
+        fields["strength"] = strength
+    asked = replace(asked, sent_as={**asked.sent_as, **dict.fromkeys(START, "init_images")})
+    results = _results(_requests(body, asked, {**fields, **start}))
     return _answer(body, asked, [area.put_back(each) for each in results] if area else results)
 
 
 @blueprint.get("/sdapi/v1/progress")
 def progress() -> Response:
-    """Return the progress of the running job.
+    """Return the progress of the sender's running job.
 
     `current_image` is its preview, from the second call on.
     """
-    job = next((job for job in _host().queue.jobs() if job.status is JobStatus.RUNNING), None)
+    job = next((job for job in own_jobs() if job.status is JobStatus.RUNNING), None)
     share = job.step / job.num_steps if job and job.num_steps else 0.0
     if job is not None:
         job.wants_preview = True
@@ -131,12 +145,24 @@ def progress() -> Response:
 
 @blueprint.post("/sdapi/v1/<any('interrupt', 'skip'):name>")
 def interrupt(name: str) -> Response:
-    """Cancel the running job: jobs of one image each, so to skip is the same."""
-    queue = _host().queue
-    for job in queue.jobs():
-        if job.status is JobStatus.RUNNING:
-            queue.cancel(job, "the job was interrupted.")
+    """End the sender's running jobs at their next step, with images of what there is. To interrupt
+    also cancels the other images of their requests.
+    """
+    for job in own_jobs():
+        _host().queue.end_early(job, with_series=name == "interrupt")
     return jsonify({})
+
+
+def _results(requests: Sequence[GenerateRequest]) -> list[GenerateResult]:
+    """Return an image of each request, or of those that had begun when they were interrupted."""
+    jobs = submit_all(requests)
+    try:
+        return wait_for_all(jobs)
+    except CancelledError:
+        results = [job.result for job in jobs if job.result is not None]
+        if not results or not any(job.ends_early for job in jobs):
+            raise
+        return results
 
 
 def _asked(body: Mapping[str, Any]) -> Asked:
@@ -182,6 +208,7 @@ def _size(request: GenerateRequest) -> tuple[int, int]:
 
 def _answer(body: Mapping[str, Any], asked: Asked, results: list[GenerateResult]) -> Response:
     model = _host().model
+    results = [image for result in results for image in media.each_image(result, "image")]
     images = [_file(body, asked, result) for result in results]
     has_start = protocol.truth(body, "include_init_images", False)
     parameters = body if has_start else {**body, "init_images": None, "mask": None}
@@ -204,7 +231,7 @@ def _state(job: Job | None) -> dict[str, Any]:
     step, steps = (job.step, job.num_steps) if job else (0, 0)
     return {
         "skipped": False,
-        "interrupted": bool(job and job.cancel_requested),
+        "interrupted": bool(job and (job.ends_early or job.cancel_requested)),
         "job": job.id if job else "",
         "job_count": int(job is not None),
         "job_no": 0,
@@ -226,7 +253,7 @@ def _png(preview: Any) -> str:
 
 
 def _accepted() -> Accepted:
-    return Accepted.by(_host().settings)
+    return _host().accepted
 
 
 def _host() -> Any:

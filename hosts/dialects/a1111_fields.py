@@ -30,7 +30,7 @@ from hosts.http.request_io import whole
 MAX_BLUR = 64
 MAX_PADDING = 4096
 ON = (True, "true", "on", "yes", "1")
-NO_FIRST_SIZE = "width and height are the first pass's. Leave it out"
+NO_FIRST_SIZE = "width and height are the first pass's"
 NO_SCRIPT = "scripts of the web interface cannot run here"
 NO_CHURN = "samplers add no noise of their own here"
 NOT_SAVED = "images are returned and never saved here"
@@ -218,6 +218,8 @@ def start_fields(
     """
     sources = body.get("init_images")
     most = max(1, spec.most_images)
+    if isinstance(sources, list):
+        sources = [each for each in sources if not is_empty(each)]
     if not isinstance(sources, list) or not 1 <= len(sources) <= most:
         raise RequestError(
             f"init_images must hold {'one image' if most == 1 else f'1 to {most} images'}, base64 "
@@ -225,7 +227,7 @@ def start_fields(
             field="init_images",
         )
     if spec.most_images > 0 and is_empty(body.get("mask")):
-        return {"image": sources if len(sources) > 1 else sources[0]}
+        return {"image": sources if len(sources) > 1 else sources[0]}, None
     if len(sources) > 1:
         raise RequestError("init_images must hold one image beside a mask.", field="init_images")
     name = "image" if "image" in spec.requires else "init_image"

@@ -15,7 +15,7 @@ from hosts.dialects.a1111_passes import IMAGE_UPSCALERS, LATENT_UPSCALERS
 from hosts.dialects.a1111_prompt import alias_of, lora_files
 from hosts.dialects.a1111_samplers import SCHEDULE_LABELS, labels
 from hosts.http import images
-from hosts.http.decode import Accepted, decoded
+from hosts.http.decode import decoded
 from hosts.http.dialect import (
     DONE,
     Operation,
@@ -59,9 +59,12 @@ def latent_upscale_modes() -> Response:
 
 @blueprint.get("/sdapi/v1/upscalers")
 def upscalers() -> Response:
-    """Return what hires fix may use besides latent modes."""
+    """Return what hires fix and extra-single-image may use, without the latent modes of hires
+    fix.
+    """
     facts = {"model_name": None, "model_path": None, "model_url": None, "scale": 4}
-    return jsonify([{"name": name, **facts} for name in IMAGE_UPSCALERS])
+    names = (*IMAGE_UPSCALERS, *current_app.extensions["host"].accepted.upscalers)
+    return jsonify([{"name": name, **facts} for name in names])
 
 
 @blueprint.get("/sdapi/v1/memory")
@@ -78,7 +81,7 @@ def png_info() -> Response:
     """Return the settings that A1111 and this host write into a PNG."""
     body = json_object()
     require_known(body, {"image": DONE})
-    accepted = Accepted.by(current_app.extensions["host"].settings)
+    accepted = current_app.extensions["host"].accepted
 
     def read() -> Mapping[str, Any]:
         return images.from_text(body.get("image"), (), accepted.decode_limits).info
@@ -108,7 +111,10 @@ def options() -> Response:
 
 @blueprint.post("/sdapi/v1/options")
 def set_options() -> Response:
-    """Accept only values that are already set: options are fixed at start."""
+    """Accept only values that are already set: options are fixed at start.
+
+    But for the model where there are several: hosts/dialects/models.py has chosen it by now.
+    """
     body = json_object()
     if is_strict(body):
         require_model(body.get("sd_model_checkpoint"), _title())
@@ -118,9 +124,14 @@ def set_options() -> Response:
 
 @blueprint.get("/sdapi/v1/sd-models")
 def sd_models() -> Response:
-    name = _title()
-    facts = {"title": name, "model_name": name, "filename": name}
-    return jsonify([{**facts, "hash": None, "sha256": None, "config": None}])
+    """Return the models that requests and options may name."""
+    none = {"hash": None, "sha256": None, "config": None}
+    return jsonify(
+        [
+            {"title": name, "model_name": name, "filename": name, **none}
+            for name in current_app.extensions["host"].models
+        ]
+    )
 
 
 @blueprint.get("/sdapi/v1/samplers")
@@ -145,7 +156,7 @@ def schedulers() -> Response:
 @blueprint.get("/sdapi/v1/loras")
 def loras() -> Response:
     """Return the files that requests may name in their prompt or in `lora`."""
-    folders = Accepted.by(current_app.extensions["host"].settings).lora_dirs
+    folders = current_app.extensions["host"].accepted.lora_dirs
     return jsonify(
         [
             {"name": path.stem, "alias": alias_of(path), "path": inside, "metadata": {}}

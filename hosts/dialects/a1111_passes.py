@@ -3,7 +3,7 @@ and the masked area of img2img, which generates only a part of the image.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -52,6 +52,8 @@ class Hires:
     sent_as: dict[str, str]
     facts: dict[str, Any]
     """For the infotext."""
+    first: dict[str, Any] = field(default_factory=dict)
+    """Fields that only the first pass has."""
 
     def start(self, first: GenerateResult) -> dict[str, Any]:
         """Return the fields that start the second pass from the first one's result."""
@@ -60,7 +62,7 @@ class Hires:
             method = LATENT_UPSCALERS[self.upscaler]
             return {**size, "latents": self._enlarged(first, method), **self.fields}
         image = Image.fromarray(first.frames[0])
-        method = IMAGE_UPSCALERS[self.upscaler]
+        method = IMAGE_UPSCALERS.get(self.upscaler, Image.Resampling.LANCZOS)
         enlarged = image.resize((self.width, self.height), method)
         return {**size, "init_image": enlarged, **self.fields}
 
@@ -89,7 +91,8 @@ def hires_of(
             f"enable_hr is not available: {spec.title} starts from no image. Leave it out."
         )
     width, height, sent_as, facts = _target(body, size)
-    upscaler = _upscaler(body.get("hr_upscaler"))
+    upscaler = _upscaler(body.get("hr_upscaler"), accepted)
+    is_network = upscaler in accepted.upscalers
     steps = whole(body, "hr_second_pass_steps", 0, low=0, high=accepted.limits.max_steps)
     strength = body.get("denoising_strength")
     fields: dict[str, Any] = {"strength": HIRES_STRENGTH if is_empty(strength) else strength}
@@ -106,7 +109,13 @@ def hires_of(
     facts |= {"Hires steps": steps or None, "Hires upscaler": upscaler}
     facts |= {"Denoising strength": fields["strength"]}
     return Hires(
-        width=width, height=height, upscaler=upscaler, fields=fields, sent_as=sent_as, facts=facts
+        width=width,
+        height=height,
+        upscaler=upscaler,
+        first={"upscaler": upscaler} if is_network else {},
+        fields=fields,
+        sent_as=sent_as,
+        facts=facts,
     )
 
 
@@ -148,8 +157,9 @@ def _number(value: Any) -> float:
     return number
 
 
-def _upscaler(value: Any) -> str:
-    names = {name.lower(): name for name in (*LATENT_UPSCALERS, *IMAGE_UPSCALERS)}
+def _upscaler(value: Any, accepted: Accepted) -> str:
+    known = (*LATENT_UPSCALERS, *IMAGE_UPSCALERS, *accepted.upscalers)
+    names = {name.lower(): name for name in known}
     found = "Latent" if is_empty(value) else names.get(str(value).lower())
     if found is None:
         raise RequestError(

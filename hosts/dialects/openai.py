@@ -25,9 +25,11 @@ from hosts.http.decode import Accepted, read_request
 from hosts.http.dialect import Dialect, Operation, is_empty, is_strict, require_known
 from hosts.http.jobs_api import event_stream, file_response
 from hosts.http.request_io import (
-    client,
+    find_job,
     json_object,
+    own_jobs,
     seeds_from,
+    submit,
     submit_all,
     wait_for_all,
     whole,
@@ -97,27 +99,26 @@ DIALECT = Dialect(
             summary="OpenAI: the video.",
             media_type="video/mp4",
         ),
-        Operation(method="get", path="/v1/models", summary="OpenAI: the model that is loaded."),
-        Operation(method="get", path="/v1/models/{id}", summary="OpenAI: the same by its name."),
+        Operation(method="get", path="/v1/models", summary="OpenAI: the names of the models."),
+        Operation(method="get", path="/v1/models/{id}", summary="OpenAI: one of them."),
     ),
 )
 
 
 @blueprint.get("/v1/models")
 def models() -> Response:
-    """Return the loaded model, if there is one."""
-    return jsonify(
-        {
-            "object": "list",
-            "data": [] if _host().state.phase is Phase.EMPTY else [model_of(_host().model)],
-        }
-    )
+    """Return the models that requests may name, the default first; none while none is loaded on a
+    host that gets its model over HTTP.
+    """
+    is_empty = _host().state.phase is Phase.EMPTY
+    data = [] if is_empty else [model_of(name) for name in _host().models]
+    return jsonify({"object": "list", "data": data})
 
 
-@blueprint.get("/v1/models/<name>")
+@blueprint.get("/v1/models/<path:name>")
 def model(name: str) -> Response:
-    if name != _host().model:
-        raise NotFoundError(f"there is no model {name!r}. Allowed: {_host().model}.")
+    if name not in _host().models:
+        raise NotFoundError(f"there is no model {name!r}. Allowed: {', '.join(_host().models)}.")
     return jsonify(model_of(name))
 
 
@@ -157,7 +158,7 @@ def variations() -> Response:
 def videos() -> Response:
     """Return all videos, newest first. after=ID and limit=N work as in OpenAI's API."""
     _require_output("video")
-    jobs = [job for job in _host().queue.jobs() if job.is_kept]
+    jobs = [job for job in own_jobs() if job.is_kept and _host().is_of(job)]
     jobs.sort(key=lambda job: job.created_s, reverse=request.args.get("order") != "asc")
     ids = [job.id for job in jobs]
     if (after := request.args.get("after")) in ids:
@@ -182,13 +183,13 @@ def create_video() -> Response:
     body = protocol.body_of_request()
     require_known(body, protocol.VIDEOS, protocol.HINTS)
     asked = protocol.filmed(body, protocol.asked_for(body), frames_per_s=_spec().frames_per_s)
-    job = _host().queue.submit(_read(asked, body), client=client(), is_kept=True, is_stored=True)
+    job = submit(_read(asked, body), is_kept=True, is_stored=True)
     return jsonify(_video(job))
 
 
 @blueprint.get("/v1/videos/<job_id>")
 def show_video(job_id: str) -> Response:
-    return jsonify(_video(_host().queue.find(job_id)))
+    return jsonify(_video(find_job(job_id)))
 
 
 @blueprint.get("/v1/videos/<job_id>/content")
@@ -199,7 +200,7 @@ def video_content(job_id: str) -> Response:
         raise UnsupportedError(
             f"variant={variant[:80]!r} is not available. Allowed: {', '.join(VARIANTS)}."
         )
-    job = _host().queue.find(job_id)
+    job = find_job(job_id)
     if not job.finished.is_set():
         raise RequestError(
             f"video {job_id!r} is not done. Ask GET /v1/videos/{job_id} until its status is "
@@ -228,21 +229,21 @@ def remix_video(job_id: str) -> Response:
     """Create a video like another one, with another prompt."""
     body = protocol.body_of_request()
     require_known(body, protocol.REMIX)
-    first = _host().queue.find(job_id)
+    first = find_job(job_id)
     if "prompt" not in _spec().requires:
         raise UnsupportedError(f"remix is not available: {_spec().title} reads no prompt.")
     if is_empty(body.get("prompt")):
         raise RequestError("prompt is missing. Send the new one.", field="prompt")
     prompt = _read(Asked(fields={"prompt": body["prompt"]}, sent_as={}), body).prompt
     changed = first.request.model_copy(update={"prompt": prompt})
-    job = _host().queue.submit(changed, client=client(), is_kept=True, is_stored=True)
+    job = submit(changed, is_kept=True, is_stored=True)
     return jsonify({**_video(job), "remixed_from_video_id": job_id})
 
 
 @blueprint.delete("/v1/videos/<job_id>")
 def delete_video(job_id: str) -> Response:
     """Cancel the job and forget it."""
-    _host().queue.forget(_host().queue.find(job_id))
+    _host().queue.forget(find_job(job_id))
     return jsonify({"id": job_id, "object": "video.deleted", "deleted": True})
 
 
@@ -272,20 +273,21 @@ def _images(body: Mapping[str, Any], asked: Asked, *, kind: str) -> Response:
     results = wait_for_all(jobs)
     query = {"format": media.EXTENSIONS[content_type], "quality": str(compression)}
     contents = [
-        {"url": link_to(f"/v1/jobs/{job.id}/result", **query)}
-        if is_link
-        else {"b64_json": base64.b64encode(encode(result)).decode("ascii")}
+        (
+            {"url": link_to(f"/v1/jobs/{job.id}/result", **query, **_numbered(number))}
+            if is_link
+            else {"b64_json": base64.b64encode(encode(image)).decode("ascii")}
+        )
+        | {"seed": job.request.seed}
         for job, result in zip(jobs, results, strict=True)
+        for number, image in enumerate(media.each_image(result, "image"))
     ]
-    return jsonify(
-        {
-            "created": int(time.time()),
-            "data": [
-                {**content, "seed": job.request.seed}
-                for content, job in zip(contents, jobs, strict=True)
-            ],
-        }
-    )
+    return jsonify({"created": int(time.time()), "data": contents})
+
+
+def _numbered(number: int) -> dict[str, str]:
+    """Return what a link needs to another image than the first."""
+    return {"image": str(number)} if number else {}
 
 
 def _streamed(events: Iterator[str], jobs: Sequence[Job]) -> Response:
@@ -361,7 +363,7 @@ def _require_output(output: str) -> None:
 
 
 def _accepted() -> Accepted:
-    return Accepted.by(_host().settings)
+    return _host().accepted
 
 
 def _host() -> Any:

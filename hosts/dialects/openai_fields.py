@@ -12,7 +12,18 @@ from backends.errors import RequestError, UnsupportedError
 from backends.model_table import ModelSpec
 from backends.request import GenerateRequest
 from hosts.http.decode import Accepted, read_mask
-from hosts.http.dialect import DONE, Rule, harmless, is_empty, neutral, refused, shown
+from hosts.http.dialect import (
+    DONE,
+    Rule,
+    contradiction,
+    harmless,
+    is_empty,
+    is_strict,
+    neutral,
+    refused,
+    require_once,
+    shown,
+)
 from hosts.http.limits import require_plain
 from hosts.http.request_io import json_object
 
@@ -22,6 +33,13 @@ ALIASES = {
     "closeness": "quality",
 }
 FORMATS = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
+SAME = (
+    ("steps", "num_inference_steps"),
+    ("guidance", "guidance_scale"),
+    ("image", "images", "init_image"),
+    ("mask", "mask_image"),
+)
+"""Names of one thing. A request has one of them."""
 QUALITIES = ("auto", "standard", "hd", "low", "medium", "high", "xhigh", "max")
 """OpenAI's values of `quality`. Here the number of steps sets it; 'exact' is our own. Our field of
 that name is `closeness` here.
@@ -32,14 +50,12 @@ MAX_SECONDS = 3600
 OWN = dict.fromkeys((*(set(GenerateRequest.model_fields) - {"image"}), *ALIASES), DONE)
 """Fields of /v1/jobs that requests may have besides OpenAI's."""
 NO_TRACKING = "this host neither moderates nor tracks"
-ONE_MODEL = "the loaded model is used, whatever its name"
 NO_SVG = "only raster images are available"
 QUALITY = neutral(
     *QUALITIES, "exact", reason="OpenAI has no such quality. closeness chooses how exact it is"
 )
 IMAGES: dict[str, Rule] = {
     **OWN,
-    "model": harmless(ONE_MODEL),
     "n": DONE,
     "size": DONE,
     "response_format": DONE,
@@ -74,7 +90,6 @@ REMIX: dict[str, Rule] = {"prompt": DONE}
 """POST /v1/videos/{id}/remix."""
 VIDEOS: dict[str, Rule] = {
     **OWN,
-    "model": harmless(ONE_MODEL),
     "quality": QUALITY,
     "input_reference": DONE,
     "image": DONE,
@@ -107,6 +122,8 @@ def body_of_request() -> dict[str, Any]:
     """Return the body: JSON, or a form with files and text converted to numbers and booleans."""
     if request.mimetype == "application/json":
         return dict(json_object())
+    if None in (*request.form, *request.files):
+        raise RequestError("a part of the form has no name. Give each part the name of a field.")
     body: dict[str, Any] = {
         name: _of_form(name, value) for name, value in request.form.items() if value != ""
     }
@@ -122,21 +139,22 @@ def body_of_request() -> dict[str, Any]:
 
 def asked_for(body: Mapping[str, Any]) -> Asked:
     """Convert OpenAI's fields to those of /v1/jobs."""
+    for names in SAME:
+        require_once(body, *names)
     fields, sent_as = {}, {}
     for name, value in body.items():
         field = ALIASES.get(name, name)
-        is_openais = name == "quality" and value in QUALITIES
+        is_openais = name == "quality" and str(value).lower() in QUALITIES
         if field in OWN and not is_empty(value) and not is_openais:
             fields[field], sent_as[field] = value, name
     own = body.get("closeness")
     if body.get("quality") == "exact" and not is_empty(own) and own != "exact":
-        raise RequestError(
-            f"quality='exact' and closeness={shown(own)} contradict each other. "
-            "Leave one of them out.",
-            field="closeness",
-        )
+        raise contradiction(body, "quality", "closeness")
     if size := _size(body.get("size")):
-        fields["width"], fields["height"] = size
+        for side, length in zip(("width", "height"), size, strict=True):
+            if str(fields.get(side, length)) != str(length) and is_strict(body):
+                raise contradiction(body, "size", side)
+            fields[side] = length
         sent_as |= {"width": "size", "height": "size"}
     return Asked(fields=fields, sent_as=sent_as)
 
@@ -148,7 +166,7 @@ def edited(body: Mapping[str, Any], asked: Asked, accepted: Accepted, *, spec: M
     further ones go to the IP-Adapter, if there is one.
     """
     start = "image" if spec.most_images > 0 else "init_image"
-    name = "image" if not is_empty(body.get("image")) else "images"
+    name = "image" if _list(body.get("image")) else "images"
     first, *others = [_image(each, name) for each in _list(body.get(name))] or [None]
     if first is None:
         raise RequestError("image is missing. Send the image to change.", field="image")
@@ -163,10 +181,10 @@ def edited(body: Mapping[str, Any], asked: Asked, accepted: Accepted, *, spec: M
         )
     if others:
         fields["ip_adapter_image"], sent_as["ip_adapter_image"] = others, name
-    if not is_empty(body.get("mask")):
-        masks = _list(body["mask"])
-        if len(masks) > 1:
-            raise RequestError(f"mask holds {len(masks)} images. Send one.", field="mask")
+    masks = _list(body.get("mask"))
+    if len(masks) > 1:
+        raise RequestError(f"mask holds {len(masks)} images. Send one.", field="mask")
+    if masks:
         fields["mask_image"] = read_mask(
             _image(masks[0], "mask"), field="mask", accepted=accepted, changes="transparent"
         )
@@ -195,14 +213,16 @@ def filmed(body: Mapping[str, Any], asked: Asked, *, frames_per_s: int) -> Asked
     frames_per_s: where the request names no speed.
     """
     fields, sent_as = dict(asked.fields), dict(asked.sent_as)
+    require_once(body, "input_reference", "image")
     for name in ("input_reference", "image"):
-        if not is_empty(body.get(name)):
-            images = _list(body[name])
+        if images := _list(body.get(name)):
             if len(images) > 1:
                 raise RequestError(f"{name} holds {len(images)} images. Send one.", field=name)
             fields["image"], sent_as["image"] = _image(images[0], name), name
             break
-    if not is_empty(body.get("seconds")) and "num_frames" not in fields:
+    if not is_empty(body.get("seconds")):
+        if "num_frames" in fields and is_strict(body):
+            raise contradiction(body, "seconds", "num_frames")
         speed = fields.get("fps")
         speed = speed if isinstance(speed, int) and speed > 0 else frames_per_s
         frames = round(_seconds(body["seconds"]) * speed)
@@ -271,9 +291,7 @@ def _image(value: Any, name: str) -> Any:
 
 
 def _list(value: Any) -> list[Any]:
-    if is_empty(value):
-        return []
-    return value if isinstance(value, list) else [value]
+    return [each for each in (value if isinstance(value, list) else [value]) if not is_empty(each)]
 
 
 def _of_form(name: str, text: str) -> Any:

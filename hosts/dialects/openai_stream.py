@@ -11,6 +11,7 @@ from flask import current_app
 from PIL import Image
 
 from backends.errors import HostError
+from hosts.http import media
 from hosts.http.errors import status_of
 from hosts.http.jobs_api import HEARTBEAT_S, event
 from hosts.jobs.queue import Job, JobQueue
@@ -58,8 +59,9 @@ def image_events(
                     yield _event(f"{kind}.partial_image", partial)
                 result = job.wait()
                 size = f"{result.frames.shape[2]}x{result.frames.shape[1]}"
-                done = {**facts, "b64_json": _base64(encode(result)), "size": size}
-                yield _event(f"{kind}.completed", {**done, "usage": NO_TOKENS})
+                for image in media.each_image(result, "image"):
+                    done = {**facts, "b64_json": _base64(encode(image)), "size": size}
+                    yield _event(f"{kind}.completed", {**done, "usage": NO_TOKENS})
         except HostError as error:
             yield event("error", error_body(str(error), status_of(error)))
         finally:

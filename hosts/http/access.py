@@ -1,24 +1,22 @@
-"""Access checks before any route runs: proxies, host names, other sites' pages, keys, signed links,
-rates, content types.
+"""Access checks before any route runs: host names, other sites' pages, keys, signed links, rates,
+content types.
 """
 
 import hashlib
 import hmac
-import ipaddress
-import logging
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
-from functools import cache
-from typing import Any
+from collections.abc import Mapping
 from urllib.parse import urlencode, urlsplit
 
-from flask import current_app, request
+from flask import current_app, g, request
 from werkzeug.exceptions import HTTPException
 
 from backends.errors import RequestError, UnavailableError
 from hosts.http.dialect import Dialect
-from hosts.http.request_io import client, key_in
+from hosts.http.identity.keys import Key, Keys
+from hosts.http.identity.sender import client
+from hosts.http.page.routes import PARTS
 from hosts.launch.settings import Settings
 from hosts.launch.start_plan import LOOPBACK_NAMES
 from hosts.supervision.host_state import Phase
@@ -27,10 +25,7 @@ WILDCARDS = frozenset({"0.0.0.0", "::"})
 WITHOUT_KEY = frozenset(
     {
         "/",
-        "/page.css",
-        "/page.js",
-        "/form.js",
-        "/mask.js",
+        *(f"/{name}" for name in PARTS),
         "/docs",
         "/docs.js",
         "/healthz",
@@ -44,14 +39,16 @@ them reveals anything about jobs.
 
 LINK_S = 24 * 3600
 """How long a signed link is valid, in seconds."""
-FORWARDED = ("FOR", "PROTO", "HOST", "PREFIX")
-"""The X-Forwarded headers that are read."""
-
-logger = logging.getLogger(__name__)
 
 
 class ForeignOrigin(HTTPException):
     """A page of another site sent this request with the user's browser."""
+
+    code = 403
+
+
+class OperatorOnly(HTTPException):
+    """This request is the operator's, who has another key."""
 
     code = 403
 
@@ -94,13 +91,20 @@ def refuse_unknown(settings: Settings) -> None:
     own = {settings.host, *(settings.allowed_hosts or ()), *filter(None, [public.hostname])}
     _require_name(LOOPBACK_NAMES | own)
     _require_own_origin(public.netloc)
-    if settings.api_key is not None and request.path not in WITHOUT_KEY:
-        _require_key(settings.api_key)
+    keys: Keys = current_app.extensions["keys"]
+    if keys.are_required and request.path not in WITHOUT_KEY:
+        g.key = _require_key(keys)
 
 
-def may_send(key: str | None, authorization: str) -> bool:
-    """Whether a client with this Authorization header may send requests with a body."""
-    return key is None or _is_same(key_in(authorization), key)
+def require_operator() -> None:
+    """Refuse a request that changes the host for all clients, unless it has the operator's key:
+    --api_key, where other clients have those of --api_keys.
+    """
+    if current_app.extensions["host"].settings.api_keys is not None and g.key.name:
+        raise OperatorOnly(
+            f"{request.path} changes the host for all clients. Send it with the operator's key "
+            "(--api_key), not with one of --api_keys."
+        )
 
 
 def link_to(path: str, **query: str) -> str:
@@ -109,27 +113,21 @@ def link_to(path: str, **query: str) -> str:
     On a host with a key it is signed, and needs no key until it expires.
     """
     settings = current_app.extensions["host"].settings
-    if settings.api_key is not None:
+    if (key := g.get("key")) is not None:
         query["expires"] = str(int(time.time()) + LINK_S)
-        query["signature"] = _signature(settings.api_key, path, query)
+        if key.name:
+            query["key"] = key.name
+        query["signature"] = _signature(key, path, query)
     base = settings.public_url or request.url_root.rstrip("/")
     return f"{base}{path}{'?' if query else ''}{urlencode(query)}"
 
 
-def _signature(key: str, path: str, query: Mapping[str, str]) -> str:
+def _signature(key: Key, path: str, query: Mapping[str, str]) -> str:
     """Return the signature of a GET of this path with this query."""
     items = sorted((name, value) for name, value in query.items() if name != "signature")
     return hmac.new(
-        _link_key(key), f"{path}?{urlencode(items)}".encode(), hashlib.sha256
+        key.derived("links"), f"{path}?{urlencode(items)}".encode(), hashlib.sha256
     ).hexdigest()
-
-
-@cache
-def _link_key(key: str) -> bytes:
-    """Return the key that signs links. It is slow to derive: whoever has a signed link could
-    otherwise guess API keys and check each guess against it.
-    """
-    return hashlib.scrypt(key.encode(), salt=b"links of diffusion-launcher", n=2**14, r=8, p=1)
 
 
 def _dialect() -> Dialect:
@@ -196,34 +194,33 @@ def _require_own_origin(public: str) -> None:
         )
 
 
-def _require_key(key: str) -> None:
+def _require_key(keys: Keys) -> Key:
+    """Return the key of the current request. KeyMissing if it has none."""
+    if (key := keys.find(request.headers.get("Authorization", ""))) is not None:
+        return key
     signature = request.args.get("signature")
-    if may_send(key, request.headers.get("Authorization", "")) or (
-        signature is not None and _is_signed(key, signature)
-    ):
-        return
-    if signature is not None:
+    if signature is None:
+        raise KeyMissing(
+            "this host wants its key. Send it as 'Authorization: Bearer KEY', or as the password "
+            "of Basic authentication with any user name."
+        )
+    key = keys.named(request.args.get("key", ""))
+    if key is None or not _is_signed(key, signature):
         raise KeyMissing(
             f"this link has expired, or was changed. Links are valid for {LINK_S // 3600} hours; "
             "fetch the result with the key."
         )
-    raise KeyMissing(
-        "this host wants its key. Send it as 'Authorization: Bearer KEY', or as the password of "
-        "Basic authentication with any user name."
-    )
+    return key
 
 
-def _is_signed(key: str, signature: str) -> bool:
+def _is_signed(key: Key, signature: str) -> bool:
     """Whether this request is a GET of a link of `link_to` that has not expired."""
     query = request.args.to_dict()
     expires = query.get("expires", "")
     is_valid = re.fullmatch(r"\d{1,12}", expires, re.ASCII) and time.time() < int(expires)
-    is_own = _is_same(signature, _signature(key, request.path, query))
+    own = _signature(key, request.path, query)
+    is_own = hmac.compare_digest(signature.encode("utf-8", "replace"), own.encode())
     return request.method in ("GET", "HEAD") and bool(is_valid) and is_own
-
-
-def _is_same(given: str, secret: str) -> bool:
-    return hmac.compare_digest(given.encode("utf-8", "replace"), secret.encode())
 
 
 def _require_content_type(dialect: Dialect) -> None:
@@ -233,76 +230,3 @@ def _require_content_type(dialect: Dialect) -> None:
             f"Content-Type {request.mimetype or '(none)'!r} is not allowed. Send "
             f"{' or '.join(dialect.media_types)}."
         )
-
-
-class BehindProxies:
-    """WSGI middleware: shows requests as their clients sent them to the outermost trusted proxy.
-
-    X-Forwarded-For, -Proto, -Host and -Prefix are read from trusted addresses only. In each the
-    last value counts, which the proxy itself has written. A path prefix, also that of --public_url,
-    may be sent on or not.
-    """
-
-    def __init__(self, app: Callable[..., Iterable[bytes]], settings: Settings) -> None:
-        self._app = app
-        self._trusted = [ipaddress.ip_network(each) for each in settings.trusted_proxies or ()]
-        self._prefix = urlsplit(settings.public_url or "").path
-        self._has_warned = False
-
-    def __call__(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
-        sender = environ.get("REMOTE_ADDR", "")
-        sent = {
-            name: environ.pop(f"HTTP_X_FORWARDED_{name}")
-            for name in FORWARDED
-            if f"HTTP_X_FORWARDED_{name}" in environ
-        }
-        if sent and not self._is_trusted(sender):
-            self._warn(sender, sent)
-            sent = {}
-        last = {name: value.rpartition(",")[2].strip() for name, value in sent.items()}
-        if last.get("PROTO") in ("http", "https"):
-            environ["wsgi.url_scheme"] = last["PROTO"]
-        if last.get("HOST"):
-            environ["HTTP_HOST"] = last["HOST"]
-        if "FOR" in sent:
-            environ["REMOTE_ADDR"] = self._client(sender, sent["FOR"])
-        _move_prefix(environ, last.get("PREFIX", "").rstrip("/") or self._prefix)
-        return self._app(environ, start)
-
-    def _is_trusted(self, address: str) -> bool:
-        try:
-            found = ipaddress.ip_address(address)
-        except ValueError:
-            return False
-        return any(found in network for network in self._trusted)
-
-    def _client(self, sender: str, forwarded_for: str) -> str:
-        """Return the last address that is not a trusted proxy's: it was seen by one that is."""
-        client = sender
-        for address in reversed([each.strip() for each in forwarded_for.split(",")]):
-            if not self._is_trusted(client):
-                break
-            client = address
-        return client
-
-    def _warn(self, sender: str, sent: Iterable[str]) -> None:
-        if not self._has_warned:
-            names = ", ".join(f"X-Forwarded-{name.title()}" for name in sent)
-            logger.warning(
-                "a request from %s has %s, which is not read. If that is your proxy, start the "
-                "host with --trusted_proxies=%s",
-                sender,
-                names,
-                sender,
-            )
-        self._has_warned = True
-
-
-def _move_prefix(environ: dict[str, Any], prefix: str) -> None:
-    """Make the prefix part of the application's root, and take it off the path if it is there."""
-    if not re.fullmatch(r"(/[\w.~-]+)+", prefix, re.ASCII) or environ.get("SCRIPT_NAME"):
-        return
-    environ["SCRIPT_NAME"] = prefix
-    path = environ.get("PATH_INFO", "")
-    if path == prefix or path.startswith(f"{prefix}/"):
-        environ["PATH_INFO"] = path[len(prefix) :] or "/"

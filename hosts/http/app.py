@@ -2,22 +2,27 @@
 torch.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import partial
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from flask import Flask
 
+from backends.errors import ConfigError, NotFoundError
 from backends.model_table import ModelSpec
 from hosts.http import access, health, jobs_api, schema
+from hosts.http.decode import Accepted
 from hosts.http.dialect import Dialect
 from hosts.http.errors import handle_errors
+from hosts.http.identity.keys import Keys
+from hosts.http.identity.proxies import BehindProxies
 from hosts.http.limits import RateLimit
 from hosts.http.metrics import Metrics
 from hosts.http.page import routes as page
 from hosts.http.server import Listener
-from hosts.jobs.queue import JobQueue
+from hosts.jobs.queue import Job, JobQueue
+from hosts.jobs.store import Store
 from hosts.launch.settings import Settings
 from hosts.supervision.host_state import HostState
 
@@ -38,9 +43,11 @@ class ClientProtocol(Protocol):
 
     dialects: tuple[Dialect, ...]
 
+    def application(self, hosts: "Sequence[Host]", store: Store) -> Flask: ...
+
     def fields(self, body: Mapping[str, Any]) -> Mapping[str, Any]: ...
 
-    def percent(self, queue: JobQueue, state: HostState) -> float: ...
+    def percent(self, queue: JobQueue, state: HostState, *, owner: str | None) -> float: ...
 
     def require_pipeline(self, state: HostState) -> None: ...
 
@@ -61,10 +68,40 @@ class Host:
     """Protocol of existing clients."""
     name: str = ""
     """Name of the model for clients that name one; its type if empty."""
+    others: Mapping[str, str] = field(default_factory=dict)
+    """Where clients can choose: name -> type of every model at this address, the default first."""
 
     @property
     def model(self) -> str:
         return self.name or self.spec.name
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Return the names of the models at this address, the default first."""
+        return tuple(self.others) or (self.model,)
+
+    @property
+    def accepted(self) -> Accepted:
+        """Return what requests may hold, as the settings are now."""
+        return Accepted.by(self.settings, model=self.name if len(self.others) > 1 else None)
+
+    def has(self, job_id: str) -> bool:
+        """Return whether a job can be looked up that is for this model."""
+        with contextlib.suppress(NotFoundError):
+            return self.is_of(self.queue.find(job_id, owner=None))
+        return False
+
+    def is_of(self, job: Job) -> bool:
+        """Return whether a job of the queue is for this model."""
+        return job.request.model in (None, self.name)
+
+    def facts_for(self, job: Job) -> Mapping[str, Any]:
+        """Return what the ranks are set to, unless another model is loaded than the job's."""
+        facts = self.state.facts
+        return facts if facts.get("model", job.request.model) == job.request.model else {}
+
+    def type_of(self, job: Job) -> str:
+        return self.others.get(job.request.model or "", self.spec.name)
 
 
 def create_app(host: Host) -> Flask:
@@ -77,10 +114,19 @@ def create_app(host: Host) -> Flask:
     app.extensions["dialects"] = (*OWN, *host.protocol.dialects)
     for dialect in app.extensions["dialects"]:
         app.register_blueprint(dialect.blueprint)
-    app.wsgi_app = access.BehindProxies(app.wsgi_app, host.settings)
+    app.extensions["keys"] = keys_of(host.settings)
+    app.wsgi_app = BehindProxies(app.wsgi_app, host.settings)
     app.before_request(access.refuse_strangers)
     handle_errors(app)
     return app
+
+
+def keys_of(settings: Settings) -> Keys:
+    """Return the keys that clients may bring. ConfigError if their file has become wrong."""
+    try:
+        return Keys(settings.api_key, settings.api_keys)
+    except ValueError as error:
+        raise ConfigError(f"--api_keys={settings.api_keys} is not allowed. {error}.") from error
 
 
 def listen(app: Flask, settings: Settings, *, num_jobs: int) -> Listener:
@@ -93,6 +139,6 @@ def listen(app: Flask, settings: Settings, *, num_jobs: int) -> Listener:
         host=settings.host,
         port=settings.port,
         max_body=settings.max_body_mb * 10**6,
-        admits=partial(access.may_send, settings.api_key),
+        admits=app.extensions["keys"].admits,
         num_threads=num_jobs + jobs_api.MAX_STREAMS + SPARE_THREADS,
     )

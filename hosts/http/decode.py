@@ -7,7 +7,7 @@ hosts/compat reads the pickles of existing clients.
 import math
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -22,11 +22,12 @@ from backends.generation.schedulers import parse_requested
 from backends.model_table import ModelSpec
 from backends.request import GenerateRequest
 from hosts.http import images, media
-from hosts.http.dialect import is_empty
-from hosts.http.limits import DEFAULT_LIMITS, MAX_IMAGES, DecodeLimits, Limits
-from hosts.launch.settings import Settings
+from hosts.http.dialect import is_empty, shown
+from hosts.http.limits import MAX_IMAGES, Accepted, DecodeLimits
 
-IMAGES = ("image", "init_image", "mask_image", "control_image", "ip_adapter_image")
+IMAGES = ("image", "init_image", "mask_image", "control_image", "ip_adapter_image", "video")
+FRAMES = ("control_image", "video")
+"""Fields that may hold an image for each frame of a video."""
 SINGLE = ("init_image", "mask_image")
 """Fields that take at most one image."""
 ARRAYS = (
@@ -37,95 +38,12 @@ ARRAYS = (
     "negative_pooled_prompt_embeds",
 )
 LISTS = ("sigmas", "timesteps")
-CONTROL = ("control_image", "controlnet_conditioning_scale", "control_guidance_start")
-CONTROL += ("control_guidance_end",)
-"""Fields that only a ControlNet reads."""
+MAX_ARGUMENT = 10_000
+"""Of a number among the arguments: some of them are lengths."""
 _decoding = threading.BoundedSemaphore(4)
 """Limits concurrent decoding: an image briefly takes 20 bytes per pixel."""
 
-ALWAYS_USED = ("seed", "scheduler", "warmup_steps", "quality")
-"""Fields that are no arguments of a pipeline's call."""
-
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Accepted:
-    """Inputs that this host accepts from requests."""
-
-    image_dirs: tuple[str, ...] = ()
-    """Folders from which requests may name image files."""
-    lora_dirs: tuple[str, ...] = ()
-    """Folders from which requests may name LoRA files."""
-    image_scale: float | None = None
-    """Default percentage by which images are scaled."""
-    takes_control_image: bool = False
-    """Whether a ControlNet is loaded."""
-    takes_ip_image: bool = False
-    """Whether an IP-Adapter is loaded."""
-    takes_compel: bool = False
-    """Whether Compel is available for prompts."""
-    limits: Limits = DEFAULT_LIMITS
-    """The operator's limits."""
-
-    @classmethod
-    def by(cls, settings: Settings) -> "Accepted":
-        return cls(
-            image_dirs=_folders(settings.image_dirs),
-            lora_dirs=_folders(settings.lora_dir),
-            image_scale=settings.image_scale,
-            takes_control_image=bool(settings.control_net),
-            takes_ip_image=bool(settings.ip_adapter),
-            takes_compel=settings.compel,
-            limits=Limits.by(settings),
-        )
-
-    @property
-    def decode_limits(self) -> DecodeLimits:
-        return DecodeLimits(max_pixels=self.limits.max_image_megapixels * 10**6)
-
-    def unused(self, spec: ModelSpec) -> dict[str, str]:
-        """Return the request fields that this host does not use, each with the reason."""
-        if spec.is_generic:
-            return {
-                field: f"{spec.title} does not take it"
-                for field in GenerateRequest.model_fields
-                if field not in (*ALWAYS_USED, *spec.takes)
-            }
-        no_image = f"{spec.title} starts from no image of this kind"
-        no_control = "no ControlNet is loaded (--control_net)"
-        no_adapter = "no IP-Adapter is loaded (--ip_adapter)"
-        no_frames, no_ramp = f"{spec.title} makes one image", f"{spec.title} has no such setting"
-        is_video, is_ramp = spec.output == "video", spec.guidance == "frame_ramp"
-        inpaints = spec.supports("single", "inpainting").status != "unsupported"
-        facts = {
-            "image": (spec.most_images > 0, no_image),
-            "init_image": (spec.returns_latents, no_image),
-            "latents": (spec.returns_latents, no_image),
-            "latent_space": (spec.returns_latents, no_image),
-            "first_step": (spec.returns_latents, no_image),
-            "mask_image": (inpaints, f"{spec.title} cannot inpaint"),
-            **dict.fromkeys(CONTROL, (self.takes_control_image, no_control)),
-            "ip_adapter_image": (self.takes_ip_image, no_adapter),
-            "ip_adapter_scale": (self.takes_ip_image, no_adapter),
-            "num_frames": (is_video, no_frames),
-            "fps": (is_video, no_frames),
-            "decode_chunk_size": (is_video, no_frames),
-            "motion_bucket_id": (is_ramp, no_ramp),
-            "noise_aug_strength": (is_ramp, no_ramp),
-            "compel": (self.takes_compel, "the host was started without --compel"),
-            "prompt_syntax": (spec.has_clip_prompts, f"{spec.title} has no weights of words"),
-            "lora": (bool(self.lora_dirs), "the host was started without --lora_dir"),
-            "negative_prompt": (
-                spec.guidance != "distilled",
-                f"{spec.title} is distilled and follows the prompt only",
-            ),
-        }
-        return {field: reason for field, (is_used, reason) in facts.items() if not is_used}
-
-
-def _folders(text: str | None) -> tuple[str, ...]:
-    return tuple(filter(None, (text or "").split(":")))
 
 
 def read_request(
@@ -138,6 +56,8 @@ def read_request(
 ) -> GenerateRequest:
     """Return the request. null and "" count as absent.
 
+    `model` is that of `accepted`: the caller has found the host's model by the client's name.
+
     sent_as: field -> name that the client used, for messages. is_strict: refuse fields that this
     host cannot use and sizes that the model does not support; otherwise such fields stay undecoded.
     Raises RequestError or UnsupportedError.
@@ -148,9 +68,13 @@ def read_request(
     unused = accepted.unused(spec)
     if is_strict:
         _require_used(given, unused, names)
+        _require_start(given, spec, names)
         _require_size(given, spec, names)
     if "image" not in unused:
         _require_count(given.get("image"), spec, names.get("image", "image"))
+    if spec.output != "video" and not spec.is_generic:
+        # one for each frame makes sense for videos only
+        accepted = replace(accepted, limits=replace(accepted.limits, max_frames=MAX_IMAGES))
     values = {
         field: _value(field, value, names.get(field, field), accepted)
         for field, value in given.items()
@@ -163,6 +87,14 @@ def read_request(
         request = GenerateRequest(**values)
     except ValidationError as error:
         raise _as_request_error(error, names) from error
+    if request.model != accepted.model:
+        request = request.model_copy(update={"model": accepted.model})
+    if request.upscaler is not None and request.upscaler not in accepted.upscalers:
+        raise RequestError(
+            f"upscaler={request.upscaler[:80]!r} is not an upscaler of this host. Allowed: "
+            f"{', '.join(accepted.upscalers)}.",
+            field="upscaler",
+        )
     accepted.limits.check(request, names, upscale=spec.upscale)
     if request.prompt_syntax is not None:
         for field in ("prompt", "negative_prompt"):
@@ -176,6 +108,8 @@ _READ_ANYWHERE -= {"num_frames", "fps"}
 
 
 def _value(field: str, value: Any, name: str, accepted: Accepted) -> Any:
+    if field == "arguments":
+        return _arguments(value, name, accepted)
     if field in IMAGES:
         return _images(value, field, name=name, accepted=accepted)
     if field in ARRAYS:
@@ -202,6 +136,18 @@ def _require_used(
             raise RequestError(
                 f"{name}={value} is not allowed. Send a value that is not a boolean.", field=name
             )
+
+
+def _require_start(given: Mapping[str, Any], spec: ModelSpec, names: Mapping[str, str]) -> None:
+    """Refuse a strength without an image or latents that it could be of."""
+    value, name = given.get("strength", 1), names.get("strength", "strength")
+    starts = ("init_image", "latents", *(("image",) if spec.takes else ()))
+    if str(value) not in ("1", "1.0") and not any(start in given for start in starts):
+        raise RequestError(
+            f"{name}={shown(value)} has no effect without an image to start from. Send init_image "
+            f"or latents, or leave {name} out.",
+            field=name,
+        )
 
 
 _NEUTRAL = {"num_frames": 1, "compel": False}
@@ -234,9 +180,10 @@ def _require_size(given: Mapping[str, Any], spec: ModelSpec, names: Mapping[str,
             nearest = [str(size) for size in (below, below + multiple) if size]
             name = names.get(side, side)
             where = "" if name == side else f"{name}: "  # OpenAI's size has both
+            are = "are" if below else "is"
             raise RequestError(
                 f"{where}{side}={value} is not a size of {spec.title}. Allowed: multiples of "
-                f"{multiple}; the nearest are {' and '.join(nearest)}.",
+                f"{multiple}; the nearest {are} {' and '.join(nearest)}.",
                 field=name,
             )
 
@@ -344,10 +291,9 @@ def _is_absent(value: Any) -> bool:
 def _images(value: Any, field: str, *, name: str, accepted: Accepted) -> Any:
     """Return the image of a field, or a list of images if a list was sent."""
     many = value if isinstance(value, list) else [value]
-    if not 1 <= len(many) <= MAX_IMAGES:
-        raise RequestError(
-            f"{name} holds {len(many)} images. Allowed: 1 to {MAX_IMAGES}.", field=name
-        )
+    most = max(MAX_IMAGES, accepted.limits.max_frames) if field in FRAMES else MAX_IMAGES
+    if not 1 <= len(many) <= most:
+        raise RequestError(f"{name} holds {len(many)} images. Allowed: 1 to {most}.", field=name)
     if field in SINGLE and len(many) > 1:
         raise RequestError(
             f"{name} holds {len(many)} images. Allowed: one. Images for an IP-Adapter are "
@@ -356,7 +302,43 @@ def _images(value: Any, field: str, *, name: str, accepted: Accepted) -> Any:
         )
     read = read_mask if field == "mask_image" else read_image
     found = [read(one, field=name, accepted=accepted) for one in many]
-    return found if isinstance(value, list) and field not in SINGLE else found[0]
+    is_list = field == "video" or (isinstance(value, list) and field not in SINGLE)
+    return found if is_list else found[0]
+
+
+def _arguments(given: Any, name: str, accepted: Accepted) -> dict[str, Any]:
+    """Return arguments of the pipeline's own call: what they hold is checked, and stays JSON."""
+    if not isinstance(given, Mapping):
+        raise RequestError(
+            f'{name} must be an object such as {{"max_sequence_length": 256}}.', field=name
+        )
+    return {key: _argument(value, f"{name}.{key}", accepted) for key, value in given.items()}
+
+
+def _argument(value: Any, name: str, accepted: Accepted) -> Any:
+    if isinstance(value, list):
+        return [_argument(each, name, accepted) for each in value]
+    if not isinstance(value, Mapping):
+        _require_text(value, name)
+        if _is_number(value) and not abs(value) <= MAX_ARGUMENT:
+            raise RequestError(
+                f"{name}={str(value)[:40]} is not allowed. Send a number between -{MAX_ARGUMENT} "
+                f"and {MAX_ARGUMENT}.",
+                field=name,
+            )
+        return value
+    if value.keys() == {"image"}:
+        image = read_image(value["image"], field=name, accepted=accepted)
+        return {"image": media.png(image)}
+    if value.keys() == {"npy"}:
+        return {"npy": media.npy(read_array(value["npy"], field=name))}
+    if value.keys() == {"object"}:
+        return {"object": _arguments(value["object"], name, accepted)}
+    raise RequestError(
+        f'{name} must be a number, a text, {{"image": base64 of a PNG}}, {{"npy": base64 of a .npy '
+        'file}}, {{"object": {{...}}}} with these, or a list of these.',
+        field=name,
+    )
 
 
 def _loras(given: Any, folders: tuple[str, ...]) -> dict[str, float]:

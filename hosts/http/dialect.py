@@ -79,6 +79,26 @@ def require_known(
             )
 
 
+def require_once(body: Mapping[str, Any], *names: str) -> None:
+    """Refuse names of one thing with different values, since only one of them could be used.
+
+    "strict": false skips the check.
+    """
+    given = [name for name in names if not is_empty(body.get(name))]
+    others = [name for name in given[1:] if not _means_same(body[name], body[given[0]])]
+    if others and is_strict(body):
+        raise contradiction(body, given[0], others[0])
+
+
+def contradiction(body: Mapping[str, Any], one: str, other: str) -> RequestError:
+    """Return the error for two fields that cannot both be followed."""
+    return RequestError(
+        f"{one}={shown(body[one])} and {other}={shown(body[other])} contradict each other. "
+        "Leave one of them out.",
+        field=other,
+    )
+
+
 def is_strict(body: Mapping[str, Any]) -> bool:
     """Whether unknown fields are errors. RequestError if `strict` is not a boolean."""
     value = body.get("strict")
@@ -116,6 +136,11 @@ def _is_same(value: Any, other: Any) -> bool:
     if isinstance(value, str):
         return value.strip().lower() == str(other).lower()
     return not isinstance(other, str) and bool(value == other)
+
+
+def _means_same(one: Any, other: Any) -> bool:
+    """Whether two values are equal, either of them perhaps sent as text."""
+    return _is_same(one, other) or _is_same(other, one)
 
 
 def error_body(message: str, status: int) -> dict[str, Any]:

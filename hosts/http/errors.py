@@ -48,7 +48,7 @@ the queue.
 
 def handle_errors(app: Flask) -> None:
     """Answer every error with its message and status, in the dialect of the path."""
-    app.register_error_handler(HostError, _host_error)
+    app.register_error_handler(HostError, answer_host_error)
     app.register_error_handler(HTTPException, _http_error)
     app.register_error_handler(Exception, _unexpected_error)
 
@@ -68,7 +68,8 @@ def answer_error(message: str, status: int) -> tuple[Response, int]:
     return jsonify(dialect.error_body(message, status)), status
 
 
-def _host_error(error: HostError) -> tuple[Response, int]:
+def answer_host_error(error: HostError) -> tuple[Response, int]:
+    """Return the response to a request that failed with this error."""
     answer, status = answer_error(str(error), status_of(error))
     wait_s = getattr(error, "retry_after_s", None) or RETRY_AFTER_S.get(status)
     if wait_s is not None:

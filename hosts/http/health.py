@@ -3,6 +3,7 @@
 from flask import Blueprint, Response, current_app, jsonify
 
 from backends.errors import UnsupportedError
+from hosts.http.access import require_operator
 from hosts.http.dialect import Dialect
 from hosts.http.metrics import CONTENT_TYPE
 from hosts.supervision.host_state import Phase
@@ -56,6 +57,7 @@ def measure() -> Response:
     """Time the methods again, compare an image of each approximate one with one rank's, and choose
     by the new figures. Return the table when it is done; jobs wait meanwhile.
     """
+    require_operator()
     host = current_app.extensions["host"]
     if host.state.measure is None:
         raise UnsupportedError(

@@ -17,9 +17,18 @@ from backends.errors import BusyError, NotFoundError, RequestError
 from backends.plan import Exactness
 from backends.request import MAX_FPS, GenerateRequest
 from hosts.http import media
-from hosts.http.decode import Accepted, read_request
+from hosts.http.decode import read_request
 from hosts.http.dialect import DONE, Dialect, is_strict, require_known, shown
-from hosts.http.request_io import client, idempotency_key, json_object, wanted_type, whole
+from hosts.http.identity.sender import client
+from hosts.http.request_io import (
+    find_job,
+    idempotency_key,
+    json_object,
+    own_jobs,
+    submit,
+    wanted_type,
+    whole,
+)
 from hosts.jobs.clock import now
 from hosts.jobs.queue import Job, JobQueue, JobStatus
 from hosts.jobs.trace import chrome_trace
@@ -27,7 +36,7 @@ from hosts.jobs.trace import chrome_trace
 blueprint = Blueprint("jobs", __name__)
 DIALECT = Dialect(blueprint=blueprint, paths=("/v1/jobs",), keeps_jobs=True)
 
-RULES = dict.fromkeys((*GenerateRequest.model_fields, "model"), DONE)
+RULES = dict.fromkeys(GenerateRequest.model_fields, DONE)
 """The fields of POST /v1/jobs."""
 OLD_NAMES = {
     "positive": "prompt",
@@ -67,32 +76,32 @@ def create() -> tuple[Response, int, dict[str, str]]:
     asked = read_request(
         body,
         spec=host.spec,
-        accepted=Accepted.by(host.settings),
+        accepted=host.accepted,
         is_strict=is_strict(body),
     )
-    job = host.queue.submit(asked, client=client(), is_stored=True, key=idempotency_key())
+    job = submit(asked, is_stored=True, key=idempotency_key())
     location = f"{request.script_root}/v1/jobs/{job.id}"
     return jsonify(describe(job)), 202, {"Location": location}
 
 
 @blueprint.get("/v1/jobs")
 def everything() -> Response:
-    """Return all jobs: running, waiting and finished. Without prompts, as other clients' jobs
-    are among them.
+    """Return the jobs of this client's key, or all where there are no --api_keys: running, waiting
+    and finished. Without prompts, as other clients' jobs may be among them.
     """
-    return jsonify({"jobs": without_settings(_queue().jobs())})
+    return jsonify({"jobs": without_settings(own_jobs())})
 
 
 @blueprint.get("/v1/jobs/<job_id>")
 def show(job_id: str) -> Response:
     """Return a job's state and progress, and the settings that were used once it is over."""
-    return jsonify(describe(_queue().find(job_id)))
+    return jsonify(describe(find_job(job_id)))
 
 
 @blueprint.delete("/v1/jobs/<job_id>")
 def cancel(job_id: str) -> tuple[Response, int]:
     """Cancel a job: at once if it waits, at the next step on all ranks if it runs."""
-    job = _queue().find(job_id)
+    job = find_job(job_id)
     _queue().cancel(job)
     return jsonify(describe(job)), 202
 
@@ -101,11 +110,12 @@ def cancel(job_id: str) -> tuple[Response, int]:
 def result(job_id: str) -> Response | tuple[Response, int, dict[str, str]]:
     """Return the file, or JSON with it, as Accept says, or the file of ?format=.
 
-    ?fps= sets the speed of a video, ?quality= that of JPEG and WebP. 409 while the job is not done.
-    A failed job returns its own error.
+    ?fps= sets the speed of a video, ?quality= that of JPEG and WebP, and ?image= takes another
+    image than the first, 0, where X-Images says that there are several. 409 while the job is not
+    done. A failed job returns its own error.
     """
     host = current_app.extensions["host"]
-    job = _queue().find(job_id)
+    job = find_job(job_id)
     if not job.finished.is_set():
         return jsonify(describe(job)), 409, {"Retry-After": "1"}
     made = job.wait()
@@ -115,7 +125,11 @@ def result(job_id: str) -> Response | tuple[Response, int, dict[str, str]]:
     if content_type == "application/json":
         return jsonify(media.as_json(made, host.spec.output, frames_per_s=_frames_per_s()))
     quality = whole(request.args, "quality", media.QUALITY, low=0, high=100)
-    return file_response(job, content_type, frames_per_s=_frames_per_s(), quality=quality)
+    last = len(media.each_image(made, host.spec.output)) - 1
+    number = whole(request.args, "image", 0, low=0, high=last)
+    return file_response(
+        job, content_type, frames_per_s=_frames_per_s(), quality=quality, number=number
+    )
 
 
 @blueprint.get("/v1/jobs/<job_id>/events")
@@ -124,7 +138,7 @@ def events(job_id: str) -> Response:
 
     `status` at each change, and with ?previews=1 `preview`, a small JPEG.
     """
-    job = _queue().find(job_id)
+    job = find_job(job_id)
     with_previews = request.args.get("previews", "0") == "1"
     job.wants_preview = job.wants_preview or with_previews
     return event_stream(_follow(_queue(), job, with_previews))
@@ -135,7 +149,7 @@ def trace(job_id: str) -> Response | tuple[Response, int, dict[str, str]]:
     """Return the activity of every rank over time as a Chrome trace. 409 while the job is not
     over.
     """
-    job = _queue().find(job_id)
+    job = find_job(job_id)
     if not job.finished.is_set():
         return jsonify(describe(job)), 409, {"Retry-After": "1"}
     return jsonify(chrome_trace(job))
@@ -143,9 +157,11 @@ def trace(job_id: str) -> Response | tuple[Response, int, dict[str, str]]:
 
 def require_model(body: Mapping[str, Any]) -> None:
     """Raise NotFoundError if the request names a model that is not loaded."""
-    model = current_app.extensions["host"].model
-    if is_strict(body) and body.get("model") not in (None, "", model):
-        raise NotFoundError(f"there is no model {shown(body['model'])}. Allowed: {model}.")
+    host = current_app.extensions["host"]
+    if is_strict(body) and body.get("model") not in (None, "", host.model):
+        raise NotFoundError(
+            f"there is no model {shown(body['model'])}. Allowed: {', '.join(host.models)}."
+        )
 
 
 def event_stream(events: Iterator[str]) -> Response:
@@ -177,9 +193,15 @@ def file_response(
     *,
     frames_per_s: float | None = None,
     quality: int = media.QUALITY,
+    number: int = 0,
 ) -> Response:
-    """Return a finished job's image or video. A PNG has its settings as metadata."""
+    """Return a finished job's video, or the image of this number. A PNG has its settings as
+    metadata.
+    """
     made = job.wait()
+    several = media.each_image(made, current_app.extensions["host"].spec.output)
+    if content_type in media.IMAGE_TYPES:
+        made = several[number]
     with current_app.extensions["metrics"].serialising():
         data = media.encode(
             made,
@@ -191,6 +213,7 @@ def file_response(
     extension = media.EXTENSIONS[content_type]
     headers = {
         "X-Seed": str(made.seed),
+        "X-Images": str(len(several)),
         "Content-Disposition": f'inline; filename="{job.id}.{extension}"',
     }
     return Response(data, mimetype=content_type, headers=headers)
@@ -216,6 +239,7 @@ class JobView(BaseModel):
     attempts: Annotated[int, Field(description="How often it was begun.")]
     created: Annotated[float, Field(description="Seconds since 1970.")]
     seed: int
+    model: Annotated[str, Field(description="Its name.")]
     type: str
     backend: str | None
     method: Annotated[str | None, Field(description="How it was made, once it is done.")]
@@ -237,7 +261,7 @@ def describe(job: Job) -> dict[str, Any]:
     host = current_app.extensions["host"]
     seconds = None if job.started_s is None else (job.ended_s or now()) - job.started_s
     is_running = job.status is JobStatus.RUNNING and job.step > 0
-    facts, result = host.state.facts, job.result
+    facts, result = host.facts_for(job), job.result
     report = result.report if result is not None else {}
     view = JobView(
         id=job.id,
@@ -250,7 +274,8 @@ def describe(job: Job) -> dict[str, Any]:
         attempts=job.attempts,
         created=round(job.created_s, 3),
         seed=job.request.seed,
-        type=host.spec.name,
+        model=job.request.model or host.model,
+        type=host.type_of(job),
         backend=report.get("backend") or facts.get("backend"),
         method=report.get("method"),
         ranks=(report.get("ranks") if result is not None else job.ranks) or facts.get("ranks"),

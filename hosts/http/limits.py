@@ -1,5 +1,5 @@
-"""Bounds: how much one request may ask for, how many values its JSON may hold, how many requests
-one client may send. Imports no torch.
+"""What a host accepts: which fields it uses, how much one request may ask for, how many values its
+JSON may hold, how many requests one client may send. Imports no torch.
 """
 
 import threading
@@ -10,7 +10,9 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from backends.errors import BusyError, RequestError
+from backends.model_table import ModelSpec
 from backends.request import GenerateRequest
+from hosts.launch.files import upscaler_files
 from hosts.launch.settings import Settings
 
 MAX_IMAGES = 16
@@ -240,3 +242,105 @@ def _require_text(text: str, field: str) -> None:
             f"{field} holds {text[error.start]!r}, half of a surrogate pair. Send text as UTF-8.",
             field=field,
         ) from error
+
+
+CONTROL = ("control_image", "controlnet_conditioning_scale", "control_guidance_start")
+CONTROL += ("control_guidance_end",)
+"""Fields that only a ControlNet reads."""
+ALWAYS_USED = ("model", "seed", "scheduler", "warmup_steps", "quality")
+"""Fields that are no arguments of a pipeline's call."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accepted:
+    """Inputs that this host accepts from requests."""
+
+    model: str | None = None
+    """The model that requests get, on a host with several."""
+    image_dirs: tuple[str, ...] = ()
+    """Folders from which requests may name image files."""
+    lora_dirs: tuple[str, ...] = ()
+    """Folders from which requests may name LoRA files."""
+    image_scale: float | None = None
+    """Default percentage by which images are scaled."""
+    takes_control_image: bool = False
+    """Whether a ControlNet is loaded."""
+    takes_ip_image: bool = False
+    """Whether an IP-Adapter is loaded."""
+    upscalers: tuple[str, ...] = ()
+    """Names of the host's upscalers."""
+    takes_compel: bool = False
+    """Whether Compel is available for prompts."""
+    limits: Limits = DEFAULT_LIMITS
+    """The operator's limits."""
+
+    @classmethod
+    def by(cls, settings: Settings, *, model: str | None = None) -> "Accepted":
+        return cls(
+            model=model,
+            image_dirs=_folders(settings.image_dirs),
+            lora_dirs=_folders(settings.lora_dir),
+            image_scale=settings.image_scale,
+            takes_control_image=bool(settings.control_net),
+            takes_ip_image=bool(settings.ip_adapter),
+            upscalers=tuple(upscaler_files(settings.upscalers)),
+            takes_compel=settings.compel,
+            limits=Limits.by(settings),
+        )
+
+    @property
+    def decode_limits(self) -> DecodeLimits:
+        return DecodeLimits(max_pixels=self.limits.max_image_megapixels * 10**6)
+
+    def unused(self, spec: ModelSpec) -> dict[str, str]:
+        """Return the request fields that this host does not use, each with the reason."""
+        if spec.runs_as_is:
+            lora = ("lora",) if self.lora_dirs and not spec.is_generic else ()
+            return {
+                field: f"{spec.title} does not take it"
+                for field in GenerateRequest.model_fields
+                if field not in (*ALWAYS_USED, *spec.takes, *lora)
+            }
+        no_image = f"{spec.title} starts from no image of this kind"
+        no_control = "no ControlNet is loaded (--control_net)"
+        no_adapter = "no IP-Adapter is loaded (--ip_adapter)"
+        has_fields = f"{spec.title} has a field for each thing that it takes"
+        no_frames, no_ramp = f"{spec.title} makes one image", f"{spec.title} has no such setting"
+        no_upscaler = "the host was started without --upscalers"
+        is_video, is_ramp = spec.output == "video", spec.guidance == "frame_ramp"
+        inpaints = spec.supports("single", "inpainting").status != "unsupported"
+        facts = {
+            "image": (spec.most_images > 0, no_image),
+            "init_image": (spec.returns_latents, no_image),
+            "strength": (spec.returns_latents, no_image),
+            "latents": (spec.returns_latents, no_image),
+            "latent_space": (spec.returns_latents, no_image),
+            "first_step": (spec.returns_latents, no_image),
+            "mask_image": (inpaints, f"{spec.title} cannot inpaint"),
+            **dict.fromkeys(CONTROL, (self.takes_control_image, no_control)),
+            "ip_adapter_image": (self.takes_ip_image, no_adapter),
+            "ip_adapter_scale": (self.takes_ip_image, no_adapter),
+            "video": ("video" in spec.takes, f"{spec.title} starts from no video"),
+            "arguments": (False, has_fields),
+            "num_frames": (is_video, no_frames),
+            "fps": (is_video, no_frames),
+            "decode_chunk_size": (is_video, no_frames),
+            "motion_bucket_id": (is_ramp, no_ramp),
+            "noise_aug_strength": (is_ramp, no_ramp),
+            "compel": (self.takes_compel, "the host was started without --compel"),
+            "prompt_syntax": (spec.has_clip_prompts, f"{spec.title} has no weights of words"),
+            "lora": (bool(self.lora_dirs), "the host was started without --lora_dir"),
+            "upscaler": (
+                bool(self.upscalers) and not is_video,
+                no_upscaler if not is_video else f"{spec.title} makes videos",
+            ),
+            "negative_prompt": (
+                spec.guidance != "distilled",
+                f"{spec.title} is distilled and follows the prompt only",
+            ),
+        }
+        return {field: reason for field, (is_used, reason) in facts.items() if not is_used}
+
+
+def _folders(text: str | None) -> tuple[str, ...]:
+    return tuple(filter(None, (text or "").split(":")))

@@ -3,6 +3,10 @@
 import base64
 import io
 import math
+import tempfile
+import wave
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +14,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from backends.errors import RequestError
-from backends.request import GenerateResult
+from backends.request import Audio, GenerateResult
 from hosts.http.images import Unreadable
 from hosts.http.limits import DecodeLimits
 from hosts.jobs import serialization
@@ -46,8 +50,17 @@ def content_types(output: str) -> tuple[str, ...]:
 
 
 def images(result: GenerateResult) -> list[Image.Image]:
-    """Return the frames as RGB images."""
-    return [Image.fromarray(frame, mode="RGB") for frame in result.frames]
+    """Return the frames as RGB images, or as RGBA ones."""
+    return [Image.fromarray(frame) for frame in result.frames]
+
+
+def each_image(result: GenerateResult, output: str) -> list[GenerateResult]:
+    """Return a result of its own for each image, of which some classes make several in one call.
+    A video is one.
+    """
+    if output == "video":
+        return [result]
+    return [replace(result, frames=frame[None]) for frame in result.frames]
 
 
 def encode(
@@ -85,16 +98,21 @@ def as_json(
     result: GenerateResult, output: str, *, frames_per_s: float | None = None
 ) -> dict[str, Any]:
     """Return the result as JSON. `output` is base64 of the best file type, `latents` of a .npy
-    file.
+    file. `outputs` are all images, if one call made several.
     """
     content_type = content_types(output)[0]
-    data = encode(result, content_type, frames_per_s=frames_per_s)
+    files = [
+        encode(each, content_type, frames_per_s=frames_per_s) for each in each_image(result, output)
+    ]
+    texts = [base64.b64encode(data).decode("ascii") for data in files]
     body: dict[str, Any] = {
         "message": "OK",
-        "output": base64.b64encode(data).decode("ascii"),
+        "output": texts[0],
         "content_type": content_type,
         "is_image": output == "image",
     }
+    if len(texts) > 1:
+        body["outputs"] = texts
     if result.latents is not None:
         body["latents"] = npy(result.latents)
     return body
@@ -104,6 +122,13 @@ def npy(array: np.ndarray) -> str:
     """Return base64 of the array's .npy file, the form in which requests send arrays."""
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def png(image: Image.Image) -> str:
+    """Return base64 of the image as a PNG file, so that no pixel changes."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", compress_level=1)
     return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
@@ -167,7 +192,8 @@ def _encode_image(image: Image.Image, file_format: str, metadata: str, quality: 
             texts.add_itxt("parameters", metadata)
         image.save(buffer, format=file_format, pnginfo=texts)
     else:
-        image.save(buffer, format=file_format, quality=quality)
+        kept = image.convert("RGB") if file_format == "JPEG" else image
+        kept.save(buffer, format=file_format, quality=quality)
     return buffer.getvalue()
 
 
@@ -191,12 +217,26 @@ def _encode_mp4(result: GenerateResult, frames_per_s: float) -> bytes:
         result.frames.shape[1] // 2 * 2,
         result.frames.shape[2] // 2 * 2,
     )  # H.264 needs even sides
-    return imageio.v3.imwrite(
-        "<bytes>",
-        result.frames[:, :height, :width],
-        extension=".mp4",
-        plugin="FFMPEG",
-        fps=frames_per_s,
-        codec="libx264",
-        macro_block_size=1,
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        sound = _sound_file(result.audio, Path(folder)) if result.audio is not None else {}
+        return imageio.v3.imwrite(
+            "<bytes>",
+            result.frames[:, :height, :width],
+            extension=".mp4",
+            plugin="FFMPEG",
+            fps=frames_per_s,
+            codec="libx264",
+            macro_block_size=1,
+            **sound,
+        )
+
+
+def _sound_file(audio: Audio, folder: Path) -> dict[str, str]:
+    """Write the sound as 16-bit WAV, and return the encoder's arguments for it."""
+    path = folder / "sound.wav"
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(len(audio.samples))
+        file.setsampwidth(2)
+        file.setframerate(audio.sampling_rate)
+        file.writeframes((audio.samples.T * 32767).round().astype("<i2").tobytes())
+    return {"audio_path": str(path), "audio_codec": "aac"}

@@ -1,15 +1,12 @@
-"""Request handling shared by all dialects: read JSON, identify the client, choose a content
-type, wait.
+"""Request handling shared by all dialects: read JSON, submit and find the sender's jobs, choose a
+content type, wait.
 """
 
-import binascii
 import contextlib
-import hashlib
-import ipaddress
 import json
 import re
+import secrets
 import time
-from base64 import b64decode
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +16,7 @@ from backends.errors import HostError, RequestError
 from backends.request import GenerateRequest, GenerateResult
 from hosts.http import media
 from hosts.http.dialect import is_empty, shown
+from hosts.http.identity.sender import client, new_owner, seen_owner
 from hosts.http.limits import require_few_values, require_plain
 from hosts.http.server import CONNECTION, Peer
 from hosts.jobs.queue import Job
@@ -59,40 +57,34 @@ def _data() -> bytes:
         ) from error
 
 
-def client() -> str:
-    """Return the client for fair sharing: its address, and on a host with a key also its key.
-
-    Whatever else a request says of itself does not count: it could say so each time anew.
-    """
-    address = _network_of(request.remote_addr or "")
-    if current_app.extensions["host"].settings.api_key is None:
-        return address
-    key = key_in(request.headers.get("Authorization", ""))
-    return hashlib.sha256(f"{key} {address}".encode()).hexdigest()
-
-
-def _network_of(address: str) -> str:
-    """Return the address, or the first 64 bits of an IPv6 one, of which a client has many."""
-    try:
-        found = ipaddress.ip_address(address)
-    except ValueError:
-        return address
-    if found.version == 4 or found.ipv4_mapped is not None:
-        return address
-    return str(ipaddress.ip_network((found, 64), strict=False))
+def submit(
+    asked: GenerateRequest,
+    *,
+    is_kept: bool = False,
+    is_stored: bool = False,
+    key: str | None = None,
+    series: str = "",
+) -> Job:
+    """Queue a request of the current request's sender; see JobQueue.submit."""
+    return current_app.extensions["host"].queue.submit(
+        asked,
+        client=client(),
+        owner=new_owner(),
+        is_kept=is_kept,
+        is_stored=is_stored,
+        key=key,
+        series=series,
+    )
 
 
-def key_in(authorization: str) -> str:
-    """Return the key of an Authorization header: a bearer token or a Basic password."""
-    scheme, _, given = authorization.partition(" ")
-    if scheme.lower() == "bearer":
-        return given.strip()
-    if scheme.lower() != "basic":
-        return ""
-    try:
-        return b64decode(given.strip(), validate=True).decode().partition(":")[2]
-    except (binascii.Error, ValueError):
-        return ""
+def find_job(job_id: str) -> Job:
+    """Return a kept job of the sender. NotFoundError if it is unknown, or another's."""
+    return current_app.extensions["host"].queue.find(job_id, owner=seen_owner())
+
+
+def own_jobs() -> list[Job]:
+    """Return the sender's jobs, in the order of JobQueue.jobs."""
+    return current_app.extensions["host"].queue.jobs(owner=seen_owner())
 
 
 def idempotency_key() -> str | None:
@@ -179,12 +171,11 @@ def submit_all(
     """
     queue = current_app.extensions["host"].queue
     jobs: list[Job] = []
+    series = secrets.token_hex(8)
     with contextlib.nullcontext() if is_stored else queue.together():
         try:
             for asked in requests:
-                jobs.append(
-                    queue.submit(asked, client=client(), is_kept=is_kept, is_stored=is_stored)
-                )
+                jobs.append(submit(asked, is_kept=is_kept, is_stored=is_stored, series=series))
         except HostError:
             for job in jobs:
                 queue.cancel(job)

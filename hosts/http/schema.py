@@ -54,16 +54,25 @@ class _Schema(GenerateJsonSchema):
 def serve() -> Response:
     """Return the OpenAPI 3.1 document of this host, in reading order."""
     host, dialects = current_app.extensions["host"], current_app.extensions["dialects"]
-    document = openapi(host.spec, host.settings, dialects)
+    document = openapi(host.spec, host.settings, dialects, models=host.models)
     return Response(json.dumps(document), mimetype="application/json")
 
 
 def openapi(
-    spec: ModelSpec, settings: Settings, dialects: Iterable[Dialect] = ()
+    spec: ModelSpec,
+    settings: Settings,
+    dialects: Iterable[Dialect] = (),
+    *,
+    models: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Return the OpenAPI 3.1 document of this host and of its other dialects."""
+    """Return the OpenAPI 3.1 document of this host and of its other dialects.
+
+    models: the names that requests may have.
+    """
     document = _own(spec, settings)
     request = document["components"]["schemas"]["Request"]["properties"]
+    if models:
+        request["model"]["enum"] = [*models, None]
     for dialect in dialects:
         for operation in dialect.operations:
             calls = document["paths"].setdefault(operation.path, {})
@@ -157,7 +166,7 @@ def _own(spec: ModelSpec, settings: Settings) -> dict[str, Any]:
             },
             "/v1/jobs/{id}/result": {
                 "get": _operation(
-                    "The image or video, by Accept.",
+                    "The image or video, by Accept; of several images that of ?image=N.",
                     answers={
                         "200": _answer("The file.", "Generated", files),
                         "409": _answer("It is not done.", "Job"),
@@ -252,7 +261,8 @@ def _schemas(spec: ModelSpec, settings: Settings) -> dict[str, Any]:
         fields["strength"]["default"] = IMAGE_STRENGTH
     for name in ("height", "width", "num_inference_steps", "guidance_scale", "num_frames"):
         given = getattr(settings, name, None)
-        if name in fields and (given or not spec.is_generic):
+        is_open = spec.is_generic or (spec.sizes_by_image and name in ("height", "width"))
+        if name in fields and (given or not is_open):
             fields[name]["default"] = given or getattr(spec, name)
     if "fps" in fields:
         fields["fps"]["default"] = spec.frames_per_s

@@ -278,6 +278,15 @@ def is_port_free(host: str, port: int) -> bool:
     return not any(_bind_errno(address, port) for address in _addresses(host))
 
 
+def require_address(host: str) -> None:
+    """ConfigError if no listener can have this address on this machine."""
+    if any(_bind_errno(address, 0) for address in _addresses(host)):
+        raise ConfigError(
+            f"--host={host} is no address of this machine. Give one, such as 127.0.0.1, or 0.0.0.0 "
+            "for all of them."
+        )
+
+
 def _addresses(host: str) -> tuple[str, ...]:
     """Return the addresses to listen on.
 
@@ -295,6 +304,6 @@ def _bind_errno(address: str, port: int) -> int:
         with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((address, port))
-    except OSError as error:
-        return error.errno or errno.EINVAL
+    except (OSError, UnicodeError, ValueError) as error:
+        return getattr(error, "errno", None) or errno.EINVAL
     return 0

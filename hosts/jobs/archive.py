@@ -41,16 +41,17 @@ class Archive:
         if job.key is not None:
             self._by_key[job.client, job.key] = job
 
-    def find(self, job_id: str) -> Job:
-        """Return the job of this id. NotFoundError if it is unknown or forgotten."""
+    def find(self, job_id: str, *, owner: str | None) -> Job:
+        """Return the job of this id. NotFoundError if it is unknown, forgotten or another's."""
         self.forget_old()
-        if job_id not in self._by_id:
+        found = self._by_id.get(job_id)
+        if found is None or not found.is_seen_by(owner):
             end = "." if self.store.is_durable else ", and not after a restart."
             raise NotFoundError(
                 f"there is no job {job_id[:80]!r}. Jobs are known until {self.num_kept} newer ones "
                 f"are done{end} Send the request again."
             )
-        return self._by_id[job_id]
+        return found
 
     def same_key(self, job: Job) -> Job | None:
         """Return the job that this client sent under the same key. RequestError if that one asked
@@ -68,6 +69,10 @@ class Archive:
     def finished(self) -> list[Job]:
         """Return the finished jobs, in the order in which they were accepted."""
         return [job for job in self._by_id.values() if job.finished.is_set()]
+
+    def unfinished(self) -> list[Job]:
+        """Return the others, in the order in which they were accepted."""
+        return [job for job in self._by_id.values() if not job.finished.is_set()]
 
     def forget_old(self) -> None:
         """Forget the jobs that are beyond a bound, oldest first."""

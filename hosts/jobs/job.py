@@ -32,10 +32,14 @@ class Job:
     """What to generate."""
     client: str = ""
     """The sender, so that clients take turns."""
+    owner: str = ""
+    """Hash of the key that made it; empty if no key was needed."""
     is_kept: bool = False
     """Whether clients can look it up by id."""
     is_stored: bool = False
     """Whether it is in the store, and so outlives the ranks."""
+    series: str = ""
+    """Names the jobs of one HTTP request that made several."""
     key: str | None = None
     """The client's own name for it (Idempotency-Key)."""
     fingerprint: str = ""
@@ -66,6 +70,8 @@ class Job:
     """Whether it was cancelled. A running job then ends at its next step."""
     cancel_reason: str = ""
     """The error text for its client, if it was cancelled for a special reason."""
+    ends_early: bool = False
+    """Whether a running job ends at its next step with what there is."""
     is_interrupted: bool = False
     """Whether it must end because the host stops."""
     wants_preview: bool = False
@@ -96,6 +102,10 @@ class Job:
         assert self.result is not None
         return self.result
 
+    def is_seen_by(self, owner: str | None) -> bool:
+        """Whether this owner may look it up and cancel it. None may see everybody's."""
+        return owner is None or self.owner == owner
+
     @property
     def must_stop(self) -> bool:
         """Whether the running job must end at its next step."""
@@ -114,9 +124,9 @@ class Job:
         """Size of its result in memory."""
         if self.result is None:
             return 0
-        return self.result.frames.nbytes + (
-            self.result.latents.nbytes if self.result.latents is not None else 0
-        )
+        sound = self.result.audio.samples if self.result.audio is not None else None
+        arrays = (self.result.frames, self.result.latents, sound)
+        return sum(array.nbytes for array in arrays if array is not None)
 
 
 def cancelled_before_it_ran(job: Job) -> CancelledError:

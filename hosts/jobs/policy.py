@@ -16,7 +16,7 @@ from hosts.jobs.batch_size import BatchGain
 from hosts.jobs.clock import now
 from hosts.jobs.decision import Choice
 from hosts.jobs.job import Job
-from hosts.jobs.speed import Speed, best_size, gathering_is_quicker
+from hosts.jobs.speed import Drift, Speed, best_size, gathering_is_quicker
 from hosts.jobs.work import Work, work_of
 from hosts.launch.methods import Methods
 from hosts.launch.team_modes import Teams
@@ -53,6 +53,7 @@ class Sharing:
         self._methods = methods
         self._speeds: defaultdict[Quality | None, Speed] = defaultdict(Speed)
         self._gain = BatchGain(max_batch)
+        self._drift = Drift()
 
     def team_size(self, waiting: Sequence[Job]) -> int:
         """Return how many ranks should start on each of these jobs while nothing runs. At least one
@@ -127,11 +128,23 @@ class Sharing:
         return len(list(fitting))
 
     def learn(
-        self, job: Job, *, ranks: int, seconds: float, step_seconds: float, batch: int = 1
+        self,
+        job: Job,
+        *,
+        ranks: int,
+        seconds: float,
+        step_seconds: float,
+        batch: int = 1,
+        method: str = "",
     ) -> None:
         """Record the time of a job on `ranks` ranks, or of a batch on one. step_seconds: of
-        `seconds`, those of its steps.
+        `seconds`, those of its steps. method: its name, if the host has several.
         """
+        if self._methods is not None and batch == 1:
+            image = self._image(job.request)
+            expected_s = self._methods.measured_s(method, ranks=ranks, **image)
+            if expected_s is not None:
+                self._drift.learn(step_seconds, expected_s=expected_s)
         if batch == 1:
             self._speeds[job.request.quality].learn(
                 ranks=ranks,
@@ -141,6 +154,11 @@ class Sharing:
             )
         if ranks == 1:
             self._gain.learn(self._kind(job.request), batch=batch, seconds=seconds)
+
+    @property
+    def has_drifted(self) -> bool:
+        """Whether jobs no longer take the times by which their methods were chosen."""
+        return self._drift.has_drifted
 
     def batch_failed(self, job: Job, *, batch: int) -> None:
         """Record that a batch of `batch` jobs like this one failed."""

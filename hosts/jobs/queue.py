@@ -5,7 +5,6 @@ Jobs that can be looked up are in hosts/jobs/archive.py. Jobs that must outlive 
 in hosts/jobs/store.py, and hosts/jobs/recovery.py finds them after a restart.
 """
 
-import itertools
 import logging
 import secrets
 import threading
@@ -27,6 +26,9 @@ from hosts.supervision.exit_reports import ExitReport
 __all__ = ["Job", "JobQueue", "JobStatus", "queue_within"]
 
 logger = logging.getLogger(__name__)
+
+ID_BYTES = 12
+"""Random bytes of an id, which nobody can guess. Links and logs show ids, so they are no secret."""
 
 
 class JobQueue:
@@ -73,10 +75,8 @@ class JobQueue:
         self._running: list[Job] = []
         self._closed: HostError | None = None
         """Why nothing is accepted any more."""
-        self._percent = 0.0
-        """Progress of the last job that ended."""
-        self._numbers = itertools.count(1)
-        self._start_id = secrets.token_hex(4)
+        self._percents: dict[str, float] = {}
+        """Owner -> progress of the last job that ended. The latest is last."""
         self.on_end: list[Callable[[Job], None]] = []
         """Called with each job that is over, while the queue is locked. They must be quick and not
         call the queue.
@@ -89,25 +89,31 @@ class JobQueue:
         request: GenerateRequest,
         *,
         client: str = "",
+        owner: str = "",
         is_kept: bool = False,
         is_stored: bool = False,
         key: str | None = None,
+        series: str = "",
     ) -> Job:
         """Queue a request and return its job. BusyError if the queue is full.
 
         client: takes turns with the others.
+        owner: whose job it is; see `find`.
         is_kept: whether the job can be looked up by id.
         is_stored: whether it outlives this process, if there is a store. It is kept in any case.
         key: the client's own name for the job. The same client with the same key and the same
         request gets the job that it already has.
+        series: names the jobs of one HTTP request; see `end_early`.
         """
         job = self._new_job(
             request,
             client=client,
+            owner=owner,
             is_kept=is_kept or is_stored,
             is_stored=is_stored and self._store.is_durable,
             key=key,
         )
+        job.series = series
         with self._changed:
             if known := self._archive.same_key(job):
                 return known
@@ -177,7 +183,8 @@ class JobQueue:
             self._store.put_result(job, result)
         with self._changed:
             self._remove_running(job)
-            self._percent = 100.0 if error is None else 0.0
+            self._percents.pop(job.owner, None)
+            self._percents[job.owner] = 100.0 if error is None else 0.0
             if isinstance(error, CancelledError):
                 if job.is_interrupted and not job.cancel_requested and not job.is_late:
                     return self._leave_to_next_process(job)
@@ -211,6 +218,16 @@ class JobQueue:
             else:
                 self._save(job)
 
+    def end_early(self, job: Job, *, with_series: bool) -> None:
+        """End a running job at its next step, with an image. with_series: cancel the others of its
+        series, which wait.
+        """
+        with self._changed:
+            job.ends_early = job in self._running
+            for other in self._waiting if job.ends_early and with_series else ():
+                if job.series and other.series == job.series:
+                    self.cancel(other, "the request was interrupted before it ran.")
+
     def forget(self, job: Job) -> None:
         """Cancel the job. If it is over then, forget it."""
         self.cancel(job)
@@ -218,18 +235,22 @@ class JobQueue:
             if job.finished.is_set():
                 self._archive.forget(job)
 
-    def find(self, job_id: str) -> Job:
-        """Return a kept job, at any stage. NotFoundError if it is unknown or forgotten."""
-        with self._changed:
-            return self._archive.find(job_id)
-
-    def jobs(self) -> list[Job]:
-        """Return the running jobs, the waiting ones in the order in which they will run, and the
-        finished ones that are kept, newest first.
+    def find(self, job_id: str, *, owner: str | None = None) -> Job:
+        """Return a kept job, at any stage. NotFoundError if it is unknown, forgotten or another
+        owner's. owner: None for anybody's job.
         """
         with self._changed:
-            finished = reversed(self._archive.finished())
-            return [*self._running, *self._waiting.in_order(), *finished]
+            return self._archive.find(job_id, owner=owner)
+
+    def jobs(self, *, owner: str | None = None) -> list[Job]:
+        """Return this owner's or all jobs: those left to the next process, the running, the
+        waiting (in the order in which they will run), and the finished ones, newest first.
+        """
+        with self._changed:
+            active = [*self._running, *self._waiting.in_order()]
+            left = [job for job in self._archive.unfinished() if job not in active]
+            found = [*left, *active, *reversed(self._archive.finished())]
+            return [job for job in found if job.is_seen_by(owner)]
 
     def position(self, job: Job) -> int:
         """Return how many jobs are ahead of this one; 0 once it runs or is over."""
@@ -239,9 +260,7 @@ class JobQueue:
             return len(self._running) + self._waiting.in_order().index(job)
 
     def wait_for_change(self, job: Job, version: int, timeout_s: float) -> int:
-        """Block until the job's version is not `version` any more, or until the timeout. Return its
-        version.
-        """
+        """Block until the job's version is no longer `version`, or until the timeout. Return it."""
         with self._changed:
             self._changed.wait_for(lambda: job.version != version, timeout_s)
             return job.version
@@ -288,11 +307,14 @@ class JobQueue:
                     self._end(job, error=reason)
             self._running.clear()
 
-    @property
-    def percent(self) -> float:
-        """Progress of the oldest running job, or of the last one: 0 to 100."""
-        running = self._running[:1]
-        return running[0].percent if running else self._percent
+    def percent(self, *, owner: str | None = None) -> float:
+        """Return the progress of the owner's oldest running job, or of the last one: 0 to 100."""
+        with self._changed:
+            for job in self._running:
+                if job.is_seen_by(owner):
+                    return job.percent
+            ended = self._percents
+            return ended.get(owner, 0.0) if owner is not None else [0.0, *ended.values()][-1]
 
     @property
     def is_closed(self) -> bool:
@@ -307,6 +329,7 @@ class JobQueue:
         request: GenerateRequest,
         *,
         client: str,
+        owner: str,
         is_kept: bool,
         is_stored: bool,
         key: str | None,
@@ -319,9 +342,10 @@ class JobQueue:
         if seed is None or seed < 0:
             seed = secrets.randbelow(2**32)
         return Job(
-            id=f"{self._start_id}-{next(self._numbers)}",
+            id=secrets.token_hex(ID_BYTES),
             request=request.model_copy(update={"seed": seed}),
             client=client,
+            owner=owner,
             key=key,
             fingerprint=serialization.fingerprint(request) if key is not None else "",
             is_kept=is_kept,

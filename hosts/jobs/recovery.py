@@ -48,7 +48,10 @@ def _classify(job: Job, found: Recovery, report: ExitReport) -> None:
         found.failed.append((job, cancelled_before_it_ran(job)))
     elif job.status is JobStatus.QUEUED:
         found.queued.append(job)
-    elif not job.may_start_again:
+    elif report.jobs is not None and job.id not in report.jobs:
+        job.attempts -= 1  # another rank was lost, or this one before it began
+        found.interrupted.append(job)
+    elif not job.may_start_again or (report.is_crash and report.jobs == (job.id,)):
         found.failed.append((job, _gave_up(job, report)))
     else:
         logger.warning(
@@ -58,8 +61,14 @@ def _classify(job: Job, found: Recovery, report: ExitReport) -> None:
 
 
 def _gave_up(job: Job, report: ExitReport) -> HostError:
+    if report.is_crash:
+        what = f"this job ended a rank, so it is not tried again: {report.why}"
+    else:
+        what = (
+            f"the ranks ended {job.attempts} times while this job ran, so it is not tried again. "
+            f"The last time: {report.why}"
+        )
     return HostError(
-        f"the ranks ended {job.attempts} times while this job ran, so it is not tried again. The "
-        f"last time: {report.why}. "
-        f"Ask for less (size, frames), or see the host's log. {report.last_lines(job.id)}".strip()
+        f"{what}. Ask for less (size, frames), or see the host's log. "
+        f"{report.last_lines(job.id)}".strip()
     )

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from backends import errors
 from backends.errors import HostError, RankError, RequestError
 from backends.plan import Exactness
-from backends.request import Array, GenerateRequest, GenerateResult
+from backends.request import Array, Audio, GenerateRequest, GenerateResult
 from hosts.jobs.clock import now
 from hosts.jobs.job import Job, JobStatus
 
@@ -42,6 +42,7 @@ class StoredJob(BaseModel):
 
     id: Id
     client: str = ""
+    owner: str = ""
     key: str | None = None
     fingerprint: str = ""
     state: JobStatus = JobStatus.FAILED
@@ -66,6 +67,8 @@ class ResultFacts(BaseModel):
     report: dict[str, Any]
     resolved: dict[str, Any]
     arrays: list[str]
+    sampling_rate: int = 0
+    """Of the array `audio`, in Hz."""
 
 
 def unpack_job(row: Mapping[str, Any], read: Callable[[str, str], Array]) -> Job | None:
@@ -183,6 +186,8 @@ def pack_result(result: GenerateResult) -> tuple[str, Arrays]:
         "frames": result.frames,
         **({"latents": result.latents} if result.latents is not None else {}),
     }
+    if result.audio is not None:
+        arrays["audio"], facts["sampling_rate"] = result.audio.samples, result.audio.sampling_rate
     return json.dumps({**facts, "arrays": list(arrays)}, default=str), arrays
 
 
@@ -190,11 +195,16 @@ def unpack_result(text: str, read: Callable[[str], Array]) -> GenerateResult:
     """Return the packed result. Any exception if the text or an array is damaged."""
     facts = ResultFacts.model_validate_json(text).model_dump()
     arrays = {name: read(name) for name in facts.pop("arrays")}
-    made = GenerateResult(**{"latents": None, **facts, **arrays})
-    if made.frames.dtype != np.uint8 or made.frames.ndim != 4 or made.frames.shape[-1] != 3:
+    rate, samples = facts.pop("sampling_rate"), arrays.pop("audio", None)
+    audio = None if samples is None else Audio(samples=samples, sampling_rate=rate)
+    made = GenerateResult(**{"latents": None, **facts, **arrays}, audio=audio)
+    is_image = made.frames.ndim == 4 and made.frames.shape[-1] in (3, 4)
+    if made.frames.dtype != np.uint8 or not is_image:
         raise ValueError(f"frames of {made.frames.dtype} {made.frames.shape} are no images")
     if made.latents is not None and made.latents.dtype != np.float32:
         raise ValueError(f"latents of {made.latents.dtype} are no latents")
+    if samples is not None and (samples.dtype != np.float32 or samples.ndim != 2 or rate < 1):
+        raise ValueError(f"samples of {samples.dtype} {samples.shape} at {rate} Hz are no sound")
     return made
 
 

@@ -20,6 +20,12 @@ WAIT_COUNTS = 1e-4
 """Weight of one second of one job's wait against the total time. It decides between plans that are
 equally fast in favour of shorter waits.
 """
+DRIFT = 1.3
+"""Jobs that take longer or shorter by more than this factor than their method was measured to take
+say that the measurement no longer holds.
+"""
+NUM_DRIFTING = 5
+"""Jobs in a row that must say so: another program may have disturbed one."""
 WORTH_GATHERING = 0.98
 """Teams gather only if the work then ends in less than this share of the time: gathering and
 splitting cost a little too.
@@ -63,6 +69,24 @@ class Speed:
     def measured(self) -> dict[int, float]:
         """Return team size -> seconds per million pixel steps."""
         return {size: round(1e6 * min(found), 4) for size, found in sorted(self._steps.items())}
+
+
+class Drift:
+    """Compares the last few jobs with what was measured."""
+
+    def __init__(self) -> None:
+        self._ratios: deque[float] = deque(maxlen=NUM_DRIFTING)
+
+    def learn(self, seconds: float, *, expected_s: float) -> None:
+        """Record a job's seconds, and those that its method was measured to take."""
+        self._ratios.append(seconds / expected_s)
+
+    @property
+    def has_drifted(self) -> bool:
+        """Whether all of the last jobs differ by more than DRIFT, in the same direction."""
+        return len(self._ratios) == NUM_DRIFTING and (
+            min(self._ratios) > DRIFT or max(self._ratios) < 1 / DRIFT
+        )
 
 
 def best_size(num_jobs: int, seconds: Mapping[int, float]) -> int:

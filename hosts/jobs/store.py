@@ -30,27 +30,37 @@ from hosts.supervision.exit_reports import UNKNOWN, ExitReport
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 """Version of the tables. A store of a later version is refused."""
 APPLICATION = 0x64690000
 """Added to the version and written beside it: if they differ, a bit of one of them is wrong."""
 DISK = ("SQLITE_FULL", "SQLITE_IOERR", "SQLITE_CANTOPEN", "SQLITE_BUSY", "SQLITE_NOMEM")
 """Beginnings of the names of errors that are not the file's."""
+CORRUPT = ("SQLITE_CORRUPT", "SQLITE_NOTADB", "SQLITE_CONSTRAINT")
+"""Beginnings of the names of errors that a correct statement meets in a damaged file only."""
 LOCK_PATIENCE_S = 5.0
 """Time to wait for the lock: the previous rank 0 may not have ended yet."""
+DAMAGE = (sqlite3.DatabaseError, UnicodeDecodeError)
+"""What a damaged database raises: SQLite's message may quote bytes that are no text."""
 MAX_SALVAGED = 100_000
 """Newest rows that are read out of a damaged database."""
 COLUMNS = (
     "id", "client", "key", "fingerprint", "state", "attempts", "cancel_requested", "cancel_reason",
     "deadline_s",
     "created_s", "started_s", "ended_s", "step", "num_steps", "request", "result", "error",
+    "owner",
 )  # fmt: skip
+MARK = f"""
+PRAGMA user_version = {VERSION};
+PRAGMA application_id = {APPLICATION + VERSION};
+"""
+UPGRADE = f"BEGIN; ALTER TABLE jobs ADD COLUMN owner NOT NULL DEFAULT ''; {MARK} COMMIT;"
+"""Of version 1."""
 SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS jobs (
     number INTEGER PRIMARY KEY AUTOINCREMENT, {", ".join(COLUMNS)}, UNIQUE (id)
 );
-PRAGMA user_version = {VERSION};
-PRAGMA application_id = {APPLICATION + VERSION};
+{MARK}
 """
 SAVE = (
     f"INSERT INTO jobs ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))}) "
@@ -83,11 +93,20 @@ class Store(Protocol):
 
     def forget(self, job: Job) -> None: ...
 
+    def remember(self, name: str, text: str) -> None:
+        """Keep a text of the host under this name."""
+
+    def recall(self, name: str) -> str:
+        """Return the text that was kept last; empty if there is none."""
+
 
 class NoStore:
     """No store: jobs are in memory only and lost with rank 0."""
 
     is_durable = False
+
+    def __init__(self) -> None:
+        self._texts: dict[str, str] = {}
 
     def load(self) -> list[Job]:
         return []
@@ -104,6 +123,12 @@ class NoStore:
     def save(self, job: Job, status: JobStatus) -> None: ...
 
     def forget(self, job: Job) -> None: ...
+
+    def remember(self, name: str, text: str) -> None:
+        self._texts[name] = text
+
+    def recall(self, name: str) -> str:
+        return self._texts.get(name, "")
 
 
 class JobStore:
@@ -130,7 +155,7 @@ class JobStore:
         self._database = folder / "jobs.sqlite"
         try:
             self._connection = _connect(self._database)
-        except sqlite3.DatabaseError as error:
+        except DAMAGE as error:
             name = getattr(error, "sqlite_errorname", "")  # none if the error is our own
             if name.startswith(DISK) or not os.access(folder, os.W_OK):
                 raise ConfigError(
@@ -148,7 +173,7 @@ class JobStore:
         """Return every row as a job. Arrays that belong to no job are removed."""
         try:
             rows = _rows(self._connection)
-        except sqlite3.DatabaseError as error:
+        except DAMAGE as error:
             self._connection.close()
             self._connection = self._repaired(error)
             rows = _rows(self._connection)
@@ -215,24 +240,49 @@ class JobStore:
             "error": serialization.pack_error(job.error) if job.error is not None else None,
         }
         with self._writing():
-            self._connection.execute(SAVE, [row[name] for name in COLUMNS])
+            self._change(SAVE, [row[name] for name in COLUMNS])
         if job.ended_s is not None:
             shutil.rmtree(self._arrays / f"{job.id}.request", ignore_errors=True)
 
     def forget(self, job: Job) -> None:
         """Remove the job and its images."""
         with self._writing():
-            self._connection.execute("DELETE FROM jobs WHERE id = ?", [job.id])
+            self._change("DELETE FROM jobs WHERE id = ?", [job.id])
         for kind in ("request", "result"):
             shutil.rmtree(self._arrays / f"{job.id}.{kind}", ignore_errors=True)
 
+    def remember(self, name: str, text: str) -> None:
+        """Write a text into a file of this name. UnavailableError if that fails."""
+        with self._writing(f"the {name}"):
+            unfinished = self._folder / f"{name}.new"
+            unfinished.write_text(text, encoding="utf-8")
+            unfinished.rename(self._folder / name)
+
+    def recall(self, name: str) -> str:
+        with contextlib.suppress(OSError):
+            return (self._folder / name).read_text(encoding="utf-8", errors="replace")
+        return ""
+
+    def _change(self, statement: str, values: list[Any]) -> None:
+        """Execute a statement, in a repaired database if the present one turns out to be damaged:
+        not all damage can be seen when it is opened.
+        """
+        try:
+            self._connection.execute(statement, values)
+        except DAMAGE as error:
+            if not getattr(error, "sqlite_errorname", "").startswith(CORRUPT):
+                raise
+            self._connection.close()
+            self._connection = self._repaired(error)
+            self._connection.execute(statement, values)
+
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _writing(self, what: str = "the job") -> Iterator[None]:
         try:
             yield
-        except (OSError, sqlite3.Error) as error:
+        except (OSError, sqlite3.Error, ConfigError) as error:
             raise UnavailableError(
-                f"the job cannot be stored: {error}. Try again later; the operator must look at "
+                f"{what} cannot be stored: {error}. Try again later; the operator must look at "
                 "the host's --state_dir."
             ) from error
 
@@ -334,6 +384,8 @@ def _connect(path: Path) -> sqlite3.Connection:
         answer = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
         if answer != "ok":
             raise sqlite3.DatabaseError(answer)
+        if version == 1:
+            connection.executescript(UPGRADE)
         connection.executescript(SCHEMA)
         columns = {row[1] for row in connection.execute("PRAGMA table_info(jobs)")}
         if columns != {"number", *COLUMNS}:
@@ -361,7 +413,8 @@ def _salvage(path: Path) -> list[dict[str, Any]]:
         for number in _numbers(connection):
             with contextlib.suppress(Exception):  # also of names of columns that cannot be read
                 cursor = connection.execute("SELECT * FROM jobs WHERE number = ?", [number])
-                row = dict(zip(("number", *COLUMNS), cursor.fetchone(), strict=True))
+                found_row = zip(("number", *COLUMNS), cursor.fetchone(), strict=False)
+                row = {"owner": "", **dict(found_row)}  # version 1 had none
                 if _is_plausible(row):
                     found.append(row)
     return found

@@ -167,7 +167,7 @@ def _for_any_method(settings: Settings) -> tuple[Settings, tuple[str, ...]]:
 
 def is_automatic(settings: Settings, spec: ModelSpec, world_size: int) -> bool:
     """Whether this launch leaves the method open: --backend=auto was given, or neither a backend
-    nor an option of one, and there are several.
+    nor an option of one, and there are several ranks, or one that may skip steps.
 
     ConfigError if --backend=auto was given with an option that it excludes.
     """
@@ -190,7 +190,10 @@ def is_automatic(settings: Settings, spec: ModelSpec, world_size: int) -> bool:
         row.cell.status != "unsupported" for name, row in spec.backends.items() if name != "single"
     )
     is_open = settings.backend is None and not fixed and not compiled and num_backends > 1
-    return world_size > 1 and settings.mode != "throughput" and (asked or is_open)
+    is_open = is_open and not spec.is_generic  # a benchmark would need the inputs of its class
+    # alone there is nothing to choose among exact methods, and step caches are not exact
+    has_choice = world_size > 1 or settings.quality in ("high", "fast")
+    return has_choice and settings.mode != "throughput" and (asked or is_open)
 
 
 def decide(
@@ -332,7 +335,7 @@ def _candidates(
     def check(plan: ParallelPlan) -> None:
         if cache is not None:
             require_step_cache(cache, plan)
-        if settings.shard == "always" or settings.encoder_placement != "every":
+        if settings.shard == "always" or settings.encoder_placement not in ("auto", "every"):
             require_all_ranks(plan, world_size)
         if settings.shard == "always":
             require_same_blocks(plan)

@@ -22,7 +22,8 @@ def parse_command_line(argv: Sequence[str]) -> Settings:
     parsed = vars(_parser().parse_args([_underscored(token) for token in argv]))
     values = {name: value for name, value in parsed.items() if value is not None}
     if "config" in values:
-        values = {**read_config(Path(values["config"])), **values}
+        file = Settings.from_values({"config": values["config"]}).config
+        values = {**read_config(Path(file).expanduser()), **values}
     return Settings.from_values(values)
 
 
@@ -30,9 +31,12 @@ def read_config(path: Path) -> dict[str, Any]:
     """The YAML file's values by canonical name."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise ConfigError(f"--config={path} cannot be read: {why}. Give a YAML file.") from error
+    except (ValueError, RecursionError) as error:
         raise ConfigError(
-            f"--config={path} cannot be read: {error.strerror}. Give a YAML file."
+            f"--config={path} cannot be read: {error}. Give a YAML file with plain values."
         ) from error
     except yaml.YAMLError as error:
         raise ConfigError(
@@ -79,10 +83,12 @@ class _Parser(argparse.ArgumentParser):
     def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            raise ConfigError(
-                f"{unknown[0]} is not an argument of this "
-                f"command.{_closest(unknown[0].partition('=')[0].lstrip('-'))}"
+            advice = (
+                _closest(unknown[0].partition("=")[0].lstrip("-"))
+                if unknown[0].startswith("-")
+                else f" Give a model as --checkpoint={unknown[0]}."
             )
+            raise ConfigError(f"{unknown[0]} is not an argument of this command.{advice}")
         return parsed
 
 
@@ -104,7 +110,7 @@ def _add(group: argparse._ArgumentGroup, option: Option) -> None:
     """Add the option under its name and, without help, under its other spellings."""
     text = option.text
     if option.default not in (None, False):
-        text += f" Default: {option.default}."
+        text += f" Default: {'on' if option.default is True else option.default}."
     help_text = argparse.SUPPRESS if option.section == "old" else text.replace("%", "%%")
     for spelling in (option.name, *option.aliases):
         group.add_argument(

@@ -2,20 +2,23 @@
 torch.
 """
 
-import math
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from backends.errors import ConfigError
-from backends.files.recognition import configuration_of, has_text_encoders, has_vae
-from backends.files.weight_headers import Header, read_header
+from backends.files.checkpoint import is_pipeline, require_checkpoint
+from backends.files.fit import needed_components
+from backends.files.recognition import components_in, configuration_of, recognize
+from backends.files.weight_headers import PICKLES, SAFETENSORS, Header, read_header
 from backends.hub.cache import Found, Wanted
 from backends.hub.choice import INDEX
-from backends.hub.client import TellBytes, download, locate, size_text
-from backends.hub.names import WEIGHT_SUFFIXES, parse_name
+from backends.hub.client import TellBytes, download, download_command, locate, size_text
+from backends.hub.names import DEFAULT_REVISION, WEIGHT_SUFFIXES, parse_name
 from backends.model_table import ModelSpec
 from hosts.launch.settings import Settings
 
@@ -29,8 +32,19 @@ PATH_OPTIONS = (
     "motion_config",
     "control_net_config",
 )
+WEIGHT_OPTIONS = (
+    "vae",
+    "unet",
+    "transformer",
+    "gguf_model",
+    "motion_adapter",
+    "motion_module",
+)
 SCALED_PATHS = ("lora", "motion_adapter_lora", "control_net", "ip_adapter")
-WEIGHT_FILES = tuple(suffix for suffix in WEIGHT_SUFFIXES if suffix != ".gguf")
+GGUF = ".gguf"
+SINGLE_FILES = (*SAFETENSORS, *PICKLES, GGUF)
+WEIGHT_FILES = tuple(suffix for suffix in WEIGHT_SUFFIXES if suffix != GGUF)
+UPSCALER_FILES = (".safetensors", ".pth", ".pt")
 KINDS = {
     "checkpoint": "pipeline",
     **dict.fromkeys(("vae", "unet", "transformer", "motion_adapter", "control_net"), "component"),
@@ -42,6 +56,12 @@ KINDS = {
 NAMED_OPTIONS = ("checkpoint", "unet", "transformer", "gguf_model")
 NAMED_OPTIONS += ("motion_adapter", "motion_module")
 """Options whose file's name tells few-step models from others."""
+_PARTS = ("kind", "revision", "path")
+_ADDRESS = re.compile(
+    r"https?://(?:(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<repo>[^/?#]+/[^/?#]+)"
+    r"(?:/(?P<kind>tree|blob|resolve)/(?P<revision>[^/?#]+)(?P<path>/[^?#]+)?)?)?"
+)
+TEXT_ENCODERS = frozenset({"text_encoder", "text_encoder_2", "text_encoder_3"})
 REPLACED_BY = {"vae": ("vae",), "unet": ("unet", "gguf_model")}
 REPLACED_BY |= {"transformer": ("transformer", "gguf_model")}
 """Component of a checkpoint -> options whose file is loaded instead."""
@@ -106,6 +126,12 @@ def locate_names(settings: Settings) -> tuple[Settings, HubFiles]:
             without = _replaced(settings) if option == "checkpoint" else frozenset()
             wanted = Wanted(option=option, name=name, kind=kind, without=without)
             found.append(locate(wanted, offline=settings.offline))
+            if option == "checkpoint" and name.path.endswith(PICKLES) and found[-1].listing:
+                raise ConfigError(
+                    f"--checkpoint={text} is a pickle, and what it holds is known only when it is "
+                    f"here. Run `{download_command(wanted)}`, and start again, or give a "
+                    ".safetensors file."
+                )
             paths[text] = str(found[-1].path)
         if any(paths.values()) and isinstance(given, Mapping):
             values[option] = {paths[text] or text: scale for text, scale in given.items()}
@@ -116,11 +142,13 @@ def locate_names(settings: Settings) -> tuple[Settings, HubFiles]:
 
 def locate_configuration(
     settings: Settings, spec: ModelSpec, hub: HubFiles
-) -> tuple[Settings, HubFiles]:
-    """Return the same with the folder of the configuration of a single-file checkpoint.
+) -> tuple[Settings, HubFiles, str]:
+    """Return the same with the folder of the configuration of a single-file checkpoint, and what
+    comes from there if that is not obvious.
 
     --checkpoint_config, else the folder beside the file, else the hub's for its architecture. Of
-    that, weights are needed only for components that the file lacks.
+    that, weights are needed only for components that the file lacks. A GGUF file is the denoiser of
+    that folder.
     """
     path, given = Path(checkpoint_path(settings, spec)), settings.checkpoint_config
     if path.is_dir() and given is not None:
@@ -128,22 +156,39 @@ def locate_configuration(
             f"--checkpoint_config={given} was given, but --checkpoint={settings.checkpoint} is a "
             "folder with a configuration of its own. Leave it out."
         )
-    if path.is_dir() or not spec.single_file or path.suffix != ".safetensors":
-        return settings, hub  # require_components refuses other files
-    beside = path.with_suffix("") / INDEX
-    if given is None and beside.is_file():
-        return settings, hub
+    if path.is_dir() or not spec.single_file or path.suffix not in SINGLE_FILES:
+        return settings, hub, ""  # require_components refuses other files
+    if path.suffix == GGUF:
+        _require_one_denoiser(settings, spec)
+    folder = path.with_suffix("")
     if given is not None and Path(given).expanduser().exists():
-        folder = existing_path("checkpoint_config", given)
-        if not (Path(folder) / INDEX).is_file():
+        folder = Path(existing_path("checkpoint_config", given))
+        if not (folder / INDEX).is_file():
             raise ConfigError(
                 f"--checkpoint_config={given} holds no {INDEX}. Give a folder in diffusers layout; "
                 "it needs no weights of what the file holds."
             )
-        return replace(settings, checkpoint_config=folder), hub
-    found = _locate_repository(settings, spec, path)
-    settings = replace(settings, checkpoint_config=str(found.path))
-    return settings, replace(hub, found=(*hub.found, found))
+    elif given is not None or not (folder / INDEX).is_file():
+        require_checkpoint(path)
+        found = _locate_repository(settings, spec, path)
+        folder, hub = found.path, replace(hub, found=(*hub.found, found))
+    if path.suffix != GGUF:
+        return replace(settings, checkpoint_config=str(folder)), hub, ""
+    settings = replace(
+        settings, checkpoint=str(folder), checkpoint_config=None, gguf_model=str(path)
+    )
+    why = f"{path.name} is the {spec.denoiser}; all other components are those of {folder}"
+    return settings, hub, hub.named(why)
+
+
+def _require_one_denoiser(settings: Settings, spec: ModelSpec) -> None:
+    for option in ("gguf_model", spec.denoiser):
+        if getattr(settings, option) is not None:
+            raise ConfigError(
+                f"--checkpoint={settings.checkpoint} is a {spec.denoiser} in GGUF, and --{option} "
+                "gives another one. Give the folder or name of a whole model as --checkpoint, or "
+                f"leave --{option} out."
+            )
 
 
 def _locate_repository(settings: Settings, spec: ModelSpec, path: Path) -> Found:
@@ -155,11 +200,12 @@ def _locate_repository(settings: Settings, spec: ModelSpec, path: Path) -> Found
     name = parse_name(given or (configuration_of(header, spec) if header else None) or "")
     if name is None:
         existing_path("checkpoint_config", given or str(path.with_suffix("")))
+    absent = TEXT_ENCODERS - {*needed_components(spec), *spec.fits.get("optional", [])}
     wanted = Wanted(
         option="checkpoint_config",
         name=name,
         kind="pipeline",
-        without=_replaced(settings) | _components_in(header, spec),
+        without=_replaced(settings).union(_components_read_of(path, header, spec), absent),
     )
     try:
         return locate(wanted, offline=settings.offline)
@@ -168,18 +214,16 @@ def _locate_repository(settings: Settings, spec: ModelSpec, path: Path) -> Found
             raise
         raise ConfigError(
             f"--checkpoint={settings.checkpoint} is one file, and its configuration is not here: "
-            f"{error} Or give it with --checkpoint_config=FOLDER."
+            f"{str(error).removeprefix('--checkpoint_config=')} Or give it with "
+            "--checkpoint_config=FOLDER."
         ) from error
 
 
-def _components_in(header: Header | None, spec: ModelSpec) -> frozenset[str]:
-    """Return the components of which a single file has the weights."""
-    encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
-    has_encoders = header is None or has_text_encoders(header)
-    has_its_vae = header is None or has_vae(header)
-    return frozenset(
-        (spec.denoiser, *(encoders if has_encoders else ()), *(("vae",) if has_its_vae else ()))
-    )
+def _components_read_of(path: Path, header: Header | None, spec: ModelSpec) -> Collection[str]:
+    """Return the components whose weights are read from a single file."""
+    if path.suffix == GGUF or header is None:
+        return (spec.denoiser,)
+    return components_in(header, spec)
 
 
 def _name(text: str) -> Any:
@@ -216,11 +260,27 @@ def existing_path(name: str, value: str | None) -> str | None:
         return None
     path = Path(os.path.abspath(Path(value).expanduser()))
     if not path.exists():
+        raise ConfigError(f"--{name}={value} {_why_missing(value)}")
+    if name in WEIGHT_OPTIONS and path.is_file() and path.suffix not in WEIGHT_SUFFIXES:
         raise ConfigError(
-            f"--{name}={value} does not exist. Give the path of a file or folder on this machine, "
-            "or ORG/NAME of a model on the hub."
+            f"--{name}={value} is not a file of weights. Allowed: {', '.join(WEIGHT_SUFFIXES)}."
         )
     return str(path)
+
+
+def _why_missing(text: str) -> str:
+    """Return why a text names nothing on this machine, and what to give."""
+    address = _ADDRESS.match(text)
+    if address is None:
+        return (
+            "does not exist. Give the path of a file or folder on this machine, or ORG/NAME of a "
+            "model on the hub."
+        )
+    repo, kind, revision, path = address["repo"], *(address[part] or "" for part in _PARTS)
+    if not repo:
+        return "is an address. Download the file, and give its path."
+    at = f"@{revision}" if kind and revision != DEFAULT_REVISION else ""
+    return f"is an address. Give the name: {repo}{at}{path}."
 
 
 def existing_files(name: str, scales: Mapping[str, float] | None) -> dict[str, float]:
@@ -242,9 +302,43 @@ def _existing_files(name: str, scales: Mapping[str, float]) -> Iterator[tuple[st
                 f"--{name}={value} is a folder. Give the file of weights in it "
                 f"({', '.join(WEIGHT_FILES)})."
             )
-        if not math.isfinite(scale):
-            raise ConfigError(f"--{name}={value} has scale {scale}. Give a finite number.")
         yield path, scale
+
+
+def _require_upscaler(file: Path) -> None:
+    """Raise ConfigError for a file that is known to be something else."""
+    header = read_header(file, option="--upscalers")
+    found = recognize(header) if header is not None else None
+    if found is not None and found.part in ("checkpoint", "vae", "lora", "controlnet"):
+        raise ConfigError(
+            f"--upscalers={file} is {found.title}. Give a network that enlarges images, such as "
+            "an ESRGAN."
+        )
+
+
+@cache
+def upscaler_files(given: tuple[str, ...] | None) -> Mapping[str, str]:
+    """Return name -> absolute path of the upscalers, as they are when this is asked first."""
+    found: dict[str, str] = {}
+    for text in given or ():
+        path = Path(existing_path("upscalers", text))
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        files = [file for file in files if file.suffix in UPSCALER_FILES]
+        for file in files:
+            _require_upscaler(file)
+        if not files:
+            raise ConfigError(
+                f"--upscalers={text} is no file of weights, and no folder of them. Allowed: "
+                f"{', '.join(UPSCALER_FILES)}."
+            )
+        for file in files:
+            if file.stem in found:
+                raise ConfigError(
+                    f"--upscalers has {found[file.stem]} and {file}, which would both be named "
+                    f"{file.stem!r}. Rename one of them."
+                )
+            found[file.stem] = str(file)
+    return found
 
 
 def denoiser_files(settings: Settings, spec: ModelSpec) -> tuple[str | None, str | None]:
@@ -273,15 +367,16 @@ def denoiser_files(settings: Settings, spec: ModelSpec) -> tuple[str | None, str
 def require_components(spec: ModelSpec, paths: Mapping[str, str | None]) -> None:
     """Raise ConfigError unless the checkpoint has the form that its type loads from."""
     checkpoint = Path(paths["checkpoint"] or "")
-    if checkpoint.is_dir() and not (checkpoint / "model_index.json").is_file():
+    if checkpoint.is_dir() and not is_pipeline(checkpoint):
         raise ConfigError(
             f"--checkpoint={checkpoint} holds no model_index.json. Give a folder in diffusers "
             "layout."
         )
-    if checkpoint.is_file() and not (spec.single_file and checkpoint.suffix == ".safetensors"):
+    if checkpoint.is_file() and not (spec.single_file and checkpoint.suffix in SINGLE_FILES):
+        ending = f"one of {', '.join(SINGLE_FILES)}, or " if spec.single_file else ""
         raise ConfigError(
-            f"--checkpoint={checkpoint} is a file, but type {spec.name!r} needs a folder in "
-            "diffusers layout."
+            f"--checkpoint={checkpoint} is a file, but type {spec.name!r} needs {ending}a folder "
+            "in diffusers layout."
         )
     for component in spec.components:
         if (

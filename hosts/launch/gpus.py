@@ -62,6 +62,13 @@ def count_visible(present: int, visible: str | None) -> int:
     return count
 
 
+def count_gpus(environment: Mapping[str, str]) -> int:
+    """Count the GPUs that the ranks will see, without torch: NVIDIA's, without those that
+    CUDA_VISIBLE_DEVICES hides.
+    """
+    return count_visible(count_present(), environment.get("CUDA_VISIBLE_DEVICES"))
+
+
 def lowest_capability() -> tuple[int, int] | None:
     """Compute capability of the oldest GPU; None if there is none, or it cannot be told."""
     found: list[tuple[int, int]] = []
@@ -85,6 +92,15 @@ def smallest_memory() -> int | None:
             if library.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory)) == 0:
                 found.append(memory[0])
     return min(found, default=None)
+
+
+def gpu_facts(environment: Mapping[str, str]) -> dict[str, Any]:
+    """What `plan_start` must know of this machine."""
+    return {
+        "num_gpus": count_gpus(environment),
+        "capability": lowest_capability(),
+        "gpu_memory": smallest_memory(),
+    }
 
 
 def driver_version() -> str:

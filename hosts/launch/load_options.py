@@ -13,6 +13,7 @@ from backends.plan import ParallelPlan
 from backends.quantization_spec import QuantizationSpec, parse_quantization
 from backends.request import WITH_GRAPHS, CompileSettings, LoadRequest
 from backends.step_cache_spec import StepCacheSpec, parse_step_cache
+from hosts.launch.option import require_inductor_options
 from hosts.launch.settings import Settings, options
 
 OFFLOADS = {
@@ -48,6 +49,15 @@ FEATURE_OPTIONS = {
 }
 """Feature of the model table -> the options that ask for it."""
 MOTION_OPTIONS = ("motion_adapter", "motion_module", "motion_config", "motion_adapter_lora")
+
+DESCRIBING = {
+    "vae_config": ("vae",),
+    "unet_config": ("unet",),
+    "transformer_config": ("transformer",),
+    "control_net_config": ("control_net",),
+    "controlnet_scale": ("control_net",),
+}
+"""Option -> those that it belongs to."""
 
 
 def asked_prewarm_steps(settings: Settings) -> int | None:
@@ -128,6 +138,8 @@ def compile_settings(settings: Settings) -> CompileSettings | None:
     targets = tuple(target for target, is_wanted in wanted.items() if is_wanted)
     if not targets:
         return None
+    if settings.compile_options and settings.compile_backend in (None, "inductor"):
+        require_inductor_options(settings.compile_options)
     return CompileSettings(
         targets=targets,
         backend=settings.compile_backend,
@@ -190,6 +202,9 @@ def idle_reasons(settings: Settings, spec: ModelSpec, plan: ParallelPlan) -> Ite
     for name in MOTION_OPTIONS if "motion_adapter" not in spec.components else ():
         if name in settings.given:
             yield f"--{name} has no effect: type {spec.name!r} has no motion adapter"
+    for name, whose in DESCRIBING.items():
+        if name in settings.given and not any(each in settings.given for each in whose):
+            yield f"--{name} has no effect: there is no --{' or --'.join(whose)}"
     if settings.warmup_steps is not None and not plan.reads_previous_step:
         yield "--warmup_steps has no effect: this plan uses no values of the previous step"
     if settings.master_port is not None:

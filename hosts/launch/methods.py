@@ -89,6 +89,18 @@ class Methods:
         known = [size for size in sizes if size in self.of_size]
         return min(known, key=lambda size: (self._find(size, *key).image_s, -size))
 
+    def measured_s(self, name: str, *, ranks: int, **image: Any) -> float | None:
+        """Return the seconds that a method was measured to take for the steps of an image. None if
+        it was not measured for images of this kind.
+        """
+        asked = Image(**image)
+        if self.measured is None or name not in self.of_size.get(ranks, ()):
+            return None
+        if (asked.pixels, asked.halves) != (1.0, self.measured.work.halves):
+            return None
+        (row,) = rank([self.of_size[ranks][name]], self.measured, quality="fast", image=asked)
+        return None if row.measured_s is None or row.refusal else row.image_s
+
     def _find(self, ranks: int, quality: Quality, image: Image) -> Best:
         assert self.measured is not None
         key = ranks, quality, image

@@ -64,7 +64,9 @@ def _of(section: str) -> list[Option]:
 def _default(option: Option) -> str:
     if option.default is None:
         return ""
-    return "off" if option.default is False else f"`{option.default}`"
+    if isinstance(option.default, bool):
+        return "on" if option.default else "off"
+    return f"`{option.default}`"
 
 
 if __name__ == "__main__":

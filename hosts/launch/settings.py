@@ -15,12 +15,22 @@ from backends import BACKEND_NAMES, plan_module
 from backends.errors import ConfigError
 from backends.options import number, one_of, parse_switch, whole
 from backends.plan import QUALITIES
-from hosts.launch.option import SECTIONS, Option, declare, declare_backend_option
-from hosts.launch.parsers import (
+from hosts.launch.option import (
+    COMPILE_MODES,
+    SECTIONS,
+    Option,
+    compile_backend,
+    declare,
+    declare_backend_option,
     endpoint,
+    folder,
+    folders,
     host_names,
     json_object,
+    keys_file,
     networks,
+    path,
+    paths,
     public_url,
     scales,
     scheduler,
@@ -66,8 +76,8 @@ class Settings(_BackendOptions):
         None, str, "Model type: a row of model_table.yaml. Default: the one that --checkpoint fits."
     )
     checkpoint: str | None = _common(
-        None, str, "Model: a folder in diffusers layout, one .safetensors file (sd1, sd2, sdxl, "
-        "flux), or ORG/NAME[@REVISION][/FILE] of a model hub. Default: the demo model.",
+        None, path, "Model: a folder in diffusers layout, one file (.safetensors, .ckpt or "
+        ".gguf), or ORG/NAME[@REVISION][/FILE] of a model hub. Default: the demo model.",
         metavar="PATH|NAME", aliases=("model",))
     port: int = _common(6000, whole(1, 65535), "HTTP port.")
     host: str = _common(
@@ -86,12 +96,17 @@ class Settings(_BackendOptions):
         None, secret, "Key that every request must bring, as a bearer token or as the password of "
         "Basic authentication, or @FILE that holds it. Default: none.", metavar="KEY|@FILE")
     lora_dir: str | None = _common(
-        None, str, "Folders, separated by ':', from which requests may choose LoRAs. Default: "
+        None, folders, "Folders, separated by ':', from which requests may choose LoRAs. Default: "
         "none.", metavar="DIR:DIR")
     state_dir: str | None = _common(
-        None, str, "Folder where jobs, their images and measured plans survive the host. Default: "
-        "a temporary folder that survives only the ranks.", metavar="DIR")
+        None, folder, "Folder where jobs, their images and measured plans survive the host. "
+        "Default: a temporary folder that survives only the ranks.", metavar="DIR")
 
+    api_keys: str | None = _proxy(
+        None, keys_file, "File with a line `NAME KEY` for each client: a job is seen, followed and "
+        "cancelled with its own key only. Read again when it changes.", metavar="FILE")
+    share_jobs: bool = _proxy(
+        False, _switch, "With --api_keys: every key sees, follows and cancels all jobs.")
     public_url: str | None = _proxy(
         None, public_url, "URL under which clients reach the host, for links in its answers. Its "
         "name and its pages are served. Default: the URL of each request.", metavar="URL")
@@ -125,11 +140,11 @@ class Settings(_BackendOptions):
     keep_results_hours: int = _jobs(
         0, whole(0, 100_000), "Hours to keep finished jobs. 0: no limit.")
     image_dirs: str | None = _jobs(
-        None, str, "Folders, separated by ':', whose image files requests may name by path. "
+        None, folders, "Folders, separated by ':', whose image files requests may name by path. "
         "Default: none.", metavar="DIR:DIR")
 
     config: str | None = _process(
-        None, str, "YAML file with arguments by name. The command line wins.", metavar="FILE")
+        None, path, "YAML file with arguments by name. The command line wins.", metavar="FILE")
     check: bool = _process(False, _switch, "Print the resolved plan and exit; load no weights.")
     list: bool = _process(False, _switch, "Print the matrix of model types and backends and exit.")
     features: bool = _process(
@@ -142,6 +157,9 @@ class Settings(_BackendOptions):
     max_restarts: int = _process(
         3, whole(0, 1000), "Consecutive restarts before giving up. A finished image resets the "
         "count.")
+    spare_ranks: bool = _process(
+        True, _switch, "Keep a process for each rank that has imported the libraries, so that lost "
+        "ranks are back in seconds. Each takes about 300 MB of main memory.")
     failure_timeout: int = _process(
         10, whole(2, 3600), "Seconds without a heartbeat after which a rank counts as lost.")
     offline: bool = _process(
@@ -160,12 +178,13 @@ class Settings(_BackendOptions):
     max_prompt_chars: int = _limit(
         20_000, whole(1, 1_000_000), "Characters of a prompt, and of a negative prompt.")
     rate_limit: int = _limit(
-        0, whole(0, 1_000_000), "POST requests per minute from one client (one key, else one "
-        "address). 0: no limit.")
+        0, whole(0, 1_000_000), "POST requests per minute from one client (one key of --api_keys, "
+        "else one address). 0: no limit.")
 
     variant: str | None = _model(
-        None, one_of("fp16", "bf16", "fp32"), "Compute dtype: fp16, bf16 or fp32. Default: fp16 on "
-        "CUDA, fp32 on the CPU.")
+        None, one_of("fp16", "bf16", "fp32"), "Compute dtype: fp16, bf16 or fp32. Default: on "
+        "GPUs bf16 for types that are published in it, where the GPU has it, else fp16; on the CPU "
+        "fp32.")
     height: int | None = _model(
         None, whole(8, 8192, multiple=8), "Image height in pixels where a request has none. "
         "Default: the model type's.")
@@ -182,27 +201,35 @@ class Settings(_BackendOptions):
         None, whole(0, 1000), "Synchronous steps at the start of each image, for methods that "
         "reuse values of the previous step. Default: 3 (asyncdiff), 4 (distrifuser), 1 "
         "(PipeFusion, at least 1).", aliases=("synced_steps", "warm_up"))
+    models: tuple[str, ...] | None = _model(
+        None, paths, "Several models in place of --checkpoint, loaded when a request names them: a "
+        "folder of them, or a list separated by ',' of what --checkpoint takes.",
+        metavar="FOLDER|PATH,NAME")
+    models_memory: int | None = _model(
+        None, whole(0, 1_000_000), "Gigabytes of main memory for models of --models besides the "
+        "one in use; the others are loaded anew. Default: what is free.")
     checkpoint_config: str | None = _model(
-        None, str, "Configuration of a single-file --checkpoint: a diffusers folder without "
+        None, path, "Configuration of a single-file --checkpoint: a diffusers folder without "
         "weights, or ORG/NAME. Default: the folder NAME beside the file, else what the model hub "
         "has for its architecture.", metavar="DIR|NAME")
-    vae: str | None = _model(None, str, "Replacement VAE: a file or a folder.", metavar="PATH")
+    vae: str | None = _model(None, path, "Replacement VAE: a file or a folder.", metavar="PATH")
     vae_config: str | None = _model(
-        None, str, "config.json of a --vae file. Default: the checkpoint's.", metavar="PATH")
-    unet: str | None = _model(None, str, "Replacement UNet: a file or a folder.", metavar="PATH")
+        None, path, "config.json of a --vae file. Default: the checkpoint's.", metavar="PATH")
+    unet: str | None = _model(None, path, "Replacement UNet: a file or a folder.", metavar="PATH")
     unet_config: str | None = _model(
-        None, str, "config.json of a --unet file. Default: the checkpoint's.", metavar="PATH")
+        None, path, "config.json of a --unet file. Default: the checkpoint's.", metavar="PATH")
     transformer: str | None = _model(
-        None, str, "Replacement transformer: a file or a folder.", metavar="PATH")
+        None, path, "Replacement transformer: a file or a folder.", metavar="PATH")
     transformer_config: str | None = _model(
-        None, str, "config.json of a --transformer file. Default: the checkpoint's.",
+        None, path, "config.json of a --transformer file. Default: the checkpoint's.",
         metavar="PATH")
     gguf_model: str | None = _model(
-        None, str, "Replacement denoiser weights in GGUF format.", metavar="PATH")
+        None, path, "Replacement denoiser weights in GGUF format.", metavar="PATH")
     compel: bool = _model(False, _switch, "Read weights in prompts, such as (red)1.3, with Compel.")
     step_cache: str | None = _model(
-        None, str, "Skip parts of some steps: `first_block,0.08` (relative change) or `taylor,3` "
-        "(every 3rd step whole) for transformers, `deep,2` for UNets. Default: off.",
+        None, str, "Skip steps: `prediction,2` computes every 2nd one. Or parts of steps: "
+        "`first_block,0.08` (relative change) or `taylor,3` (every 3rd step whole) for "
+        "transformers, `deep,2` for UNets. Default: off.",
         metavar="KIND,N")
 
     lora: dict[str, float] | None = _adapter(
@@ -211,21 +238,25 @@ class Settings(_BackendOptions):
         None, scales, 'ControlNets: JSON {"file or folder": scale}, or one path.',
         metavar="JSON|PATH")
     control_net_config: str | None = _adapter(
-        None, str, "config.json of a --control_net file.", metavar="PATH")
+        None, path, "config.json of a --control_net file.", metavar="PATH")
     controlnet_scale: float | None = _adapter(
         None, number(-10, 10), "Scale of every ControlNet, instead of the one beside its path.")
     ip_adapter: dict[str, float] | None = _adapter(
         None, scales, 'IP-Adapter files: JSON {"path": scale}, with image_encoder/ beside them.',
         metavar="JSON")
+    upscalers: tuple[str, ...] | None = _adapter(
+        None, paths, "Upscalers of ESRGAN's kind (x4plus, anime, UltraSharp, ...): files separated "
+        "by ',', or a folder of them. Requests name one without its ending.",
+        metavar="DIR|FILE,FILE")
     image_scale: float | None = _adapter(
         None, number(1, 1000), "Size in percent to which input images are scaled, unless the "
         "request says one. Default: 100.")
     motion_adapter: str | None = _adapter(
-        None, str, "AnimateDiff motion adapter: a folder (ad).", metavar="DIR")
+        None, path, "AnimateDiff motion adapter: a folder (ad).", metavar="DIR")
     motion_module: str | None = _adapter(
-        None, str, "AnimateDiff motion weights: one file (ad).", metavar="PATH")
+        None, path, "AnimateDiff motion weights: one file (ad).", metavar="PATH")
     motion_config: str | None = _adapter(
-        None, str, "config.json of --motion_module (ad).", metavar="PATH")
+        None, path, "config.json of --motion_module (ad).", metavar="PATH")
     motion_adapter_lora: dict[str, float] | None = _adapter(
         None, scales, 'LoRA of the motion adapter: JSON {"path": scale}, or one path (ad).',
         metavar="JSON|PATH", aliases=("motion_lora",))
@@ -251,10 +282,10 @@ class Settings(_BackendOptions):
     compile_text_encoder: bool = _compile(
         False, _switch, "Compile the text encoders.", aliases=("compile_encoder",))
     compile_backend: str | None = _compile(
-        None, str, "Backend of torch.compile. Default: inductor.")
+        None, compile_backend, "Backend of torch.compile. Default: inductor.")
     compile_mode: str | None = _compile(
-        None, str, "Mode of torch.compile: reduce-overhead, max-autotune or "
-        "max-autotune-no-cudagraphs. Default: torch's.")
+        None, one_of(*COMPILE_MODES), f"Mode of torch.compile: {', '.join(COMPILE_MODES)}. "
+        "Default: torch's.")
     compile_options: dict[str, Any] | None = _compile(
         None, json_object, "Options of torch.compile, as JSON. They replace --compile_mode.",
         metavar="JSON")
@@ -271,9 +302,9 @@ class Settings(_BackendOptions):
         "encoders among the ranks, and gather each block's when it runs. `auto`: if they do not "
         "fit on one GPU.")
     encoder_placement: str = _memory(
-        "every", one_of("every", "one", "spread", "cpu"), "Where the text encoders are: on every "
-        "rank; all on `one`; `spread`: one on each rank in turn; in main memory, where they run "
-        "on the `cpu`.")
+        "auto", one_of("auto", "every", "one", "spread", "cpu"), "Where the text encoders are: on "
+        "every rank; all on `one`; `spread`: one on each rank in turn; in main memory, where they "
+        "run on the `cpu`. `auto`: on every rank, or the cpu if the GPUs are too small otherwise.")
     enable_vae_tiling: bool = _memory(False, _switch, "Decode large images in tiles.")
     enable_vae_slicing: bool = _memory(False, _switch, "Decode the images of a batch one by one.")
     parallel_vae: bool | None = _memory(
@@ -371,7 +402,13 @@ def canonical_names() -> Mapping[str, str]:
 def _convert(option: Option, value: Any) -> Any:
     if value is None:
         return option.default
-    text = value if isinstance(value, str) else json.dumps(value)
+    try:
+        text = value if isinstance(value, str) else json.dumps(value)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"--{option.name} is not allowed ({error}). Allowed in a file: texts, numbers, lists "
+            "and names with values, not too deep in each other."
+        ) from error
     try:
         return option.parse(text)
     except ValueError as error:

@@ -4,7 +4,6 @@ Imports no torch.
 The launcher resolves this before any process starts, and every rank again, with the same result.
 """
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,13 @@ from backends.files.checkpoint import (
     configuration_folder,
     infer_type,
     open_checkpoint,
-    read_json,
+    read_index,
 )
 from backends.files.defaults import with_own_defaults
-from backends.files.fit import prediction_settings
+from backends.files.fit import denoiser_channels, prediction_settings
 from backends.files.generic import generic_spec
-from backends.generation.schedulers import parse_scheduler, require_family
+from backends.files.mask_channels import latent_channels, with_mask_inputs
+from backends.generation.schedulers import parse_at_launch
 from backends.model_table import GENERIC, ModelSpec, ModelTable
 from backends.plan import FEW_STEPS, ParallelPlan, Quality, is_met, require_world_size
 from backends.request import LoadRequest
@@ -39,14 +39,9 @@ from hosts.launch.files import (
     locate_configuration,
     locate_names,
     require_components,
+    upscaler_files,
 )
-from hosts.launch.gpus import (
-    count_present,
-    count_visible,
-    default_variant,
-    lowest_capability,
-    smallest_memory,
-)
+from hosts.launch.gpus import default_variant
 from hosts.launch.load_options import (
     compile_settings,
     features_of,
@@ -60,7 +55,7 @@ from hosts.launch.load_options import (
 )
 from hosts.launch.methods import Methods
 from hosts.launch.settings import Settings
-from hosts.launch.sharding import decide_sharding, divided_groups, require_placement
+from hosts.launch.sharding import decide_division, divided_groups
 from hosts.launch.team_modes import Teams, batch_limit, choose_teams
 
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
@@ -74,6 +69,8 @@ class StartPlan:
     plan: ParallelPlan
     """Of all ranks together."""
     load: LoadRequest
+    weight_bytes: int
+    """Of all its weights on one rank, about."""
     num_ranks: int
     """On this machine."""
     reasons: tuple[str, ...]
@@ -114,6 +111,7 @@ class StartPlan:
             **self._defaults(),
             "reasons": [*self.reasons, *self.plan.reasons, *self.teams.reasons],
             **({"divided": list(self.load.divided)} if self.load.divided else {}),
+            "encoder_placement": self.load.encoder_placement,
             **({"planner": self.auto.facts()} if self.auto is not None else {}),
         }
 
@@ -182,7 +180,7 @@ def plan_start(
     facts |= {"capability": capability, "gpu_memory": gpu_memory}
     try:
         spec, why_type = _model_spec(settings, table)
-        settings, hub = locate_configuration(settings, spec, hub)
+        settings, hub, why_parts = locate_configuration(settings, spec, hub)
         checkpoint = open_checkpoint(
             spec, checkpoint_path(settings, spec), config=settings.checkpoint_config
         )
@@ -192,7 +190,7 @@ def plan_start(
         raise type(error)(hub.named(str(error))) from error
     return replace(
         start,
-        reasons=(*filter(None, (why_type, why_defaults)), *start.reasons),
+        reasons=(*filter(None, (why_type, why_parts, why_defaults)), *start.reasons),
         hub=hub.for_variant(start.load.variant, spec.denoiser),
     )
 
@@ -214,9 +212,11 @@ def _plan_files(
     features = features_of(settings)
     gpus = {"num_gpus": num_gpus, "capability": capability}
     work = estimate_work(settings, spec, checkpoint=Path(checkpoint), **gpus)
-    wanted, why_sharded = decide_sharding(settings, world_size, work, memory_bytes=gpu_memory)
-    if "denoiser" in wanted:
+    division = decide_division(settings, world_size, work, memory_bytes=gpu_memory)
+    if "denoiser" in division.groups:
         settings = replace(settings, shard="always")
+    if division.placement != "every":
+        settings = replace(settings, encoder_placement=division.placement)
     choice = resolve_backend(
         settings,
         spec,
@@ -233,11 +233,17 @@ def _plan_files(
     options = {**settings.given, "checkpoint": str(folder)}
     plan = require_world_size(planner(backend)(spec, options, world_size), world_size)
     load, why_load = _load_request(settings, spec, plan, **gpus)
-    placement = require_placement(settings, world_size)
-    divided = divided_groups(plan, placement, wanted)
-    load = replace(load, divided=divided, encoder_placement=placement)
+    divided = divided_groups(plan, division.placement, division.groups)
+    load = replace(load, divided=divided, encoder_placement=division.placement)
     require_whole_weights(plan, load)
-    prediction = prediction_settings(spec, load, require_fit(spec, load))
+    fitting = require_fit(spec, load)
+    prediction = prediction_settings(spec, load, fitting)
+    spec, why_mask = with_mask_inputs(
+        spec,
+        load,
+        channels=denoiser_channels(fitting, load),
+        latents=latent_channels(fitting.config("vae")),
+    )
     why_prediction = (f"{name}={value}: the file says so" for name, value in prediction.items())
     if load.step_cache is not None:
         require_step_cache(load.step_cache, plan)
@@ -258,12 +264,14 @@ def _plan_files(
     max_batch, why_one = batch_limit(settings.max_batch, settings.mode, spec, plan, teams, load)
     idle = idle_reasons(settings, spec, plan)
     reasons = (
-        *why_ranks, why_sharded, *choice.reasons, *why_load, *why_prediction, *idle, why_one
+        *why_ranks, division.why, *choice.reasons, *why_load, *why_prediction, why_mask, *idle,
+        why_one,
     )  # fmt: skip
     return StartPlan(
         spec=spec,
         plan=plan,
         load=load,
+        weight_bytes=work.weight_bytes + work.other_bytes,
         num_ranks=ranks,
         reasons=tuple(filter(None, reasons)),
         teams=teams,
@@ -326,10 +334,16 @@ def within_reach(
 
 
 def _require_key(settings: Settings) -> None:
-    if settings.host not in LOOPBACK_NAMES and settings.api_key is None:
+    has_key = settings.api_key is not None or settings.api_keys is not None
+    if settings.share_jobs and settings.api_keys is None:
+        raise ConfigError(
+            "--share_jobs was given, but without --api_keys all clients share their jobs. Give "
+            "that too, or leave it out."
+        )
+    if settings.host not in LOOPBACK_NAMES and not has_key:
         raise ConfigError(
             f"--host={settings.host} can be reached from other machines, so requests need a key. "
-            "Give --api_key as well, or leave --host out."
+            "Give --api_key or --api_keys as well, or leave --host out."
         )
 
 
@@ -349,22 +363,6 @@ def _require_machines(settings: Settings) -> None:
             f"--nnodes={settings.nnodes} needs --rdzv_key, a secret of at least 16 characters that "
             "all machines have in common. Give all of them the same --rdzv_key=@FILE."
         )
-
-
-def count_gpus(environment: Mapping[str, str]) -> int:
-    """Count the GPUs that the ranks will see, without torch: NVIDIA's, without those that
-    CUDA_VISIBLE_DEVICES hides.
-    """
-    return count_visible(count_present(), environment.get("CUDA_VISIBLE_DEVICES"))
-
-
-def gpu_facts(environment: Mapping[str, str]) -> dict[str, Any]:
-    """What `plan_start` must know of this machine."""
-    return {
-        "num_gpus": count_gpus(environment),
-        "capability": lowest_capability(),
-        "gpu_memory": smallest_memory(),
-    }
 
 
 def _model_spec(settings: Settings, table: ModelTable) -> tuple[ModelSpec, str]:
@@ -403,7 +401,7 @@ def _misfit(spec: ModelSpec, checkpoint: Path) -> str:
 
     Such a class may have other components, such as a denoiser that takes a mask.
     """
-    name = read_json(checkpoint / "model_index.json").get("_class_name")
+    name = read_index(checkpoint).get("_class_name")
     if name not in spec.also or spec.components:
         return ""
     load = LoadRequest(model_type=spec.name, checkpoint=str(checkpoint), variant="fp32")
@@ -450,7 +448,7 @@ def _load_request(
         reasons.append(f"variant={variant}: {why}")
     try:
         scheduler = settings.scheduler or _scheduler_of(spec, settings)
-        require_family(parse_scheduler(scheduler), flow=spec.flow_matching)
+        parse_at_launch(scheduler, flow=spec.flow_matching)
     except RequestError as error:
         raise ConfigError(f"--scheduler: {error}") from error
     denoiser, denoiser_config = denoiser_files(settings, spec)
@@ -472,6 +470,7 @@ def _load_request(
         control_net_config=paths["control_net_config"],
         ip_adapter=scaled["ip_adapter"],
         lora=scaled["lora"],
+        upscalers=dict(upscaler_files(settings.upscalers)),
         motion_lora=scaled["motion_adapter_lora"] if "motion_adapter" in spec.components else {},
         quantize=quantization(settings),
         compile=compile_settings(settings),

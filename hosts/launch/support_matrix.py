@@ -7,6 +7,7 @@ from typing import Any
 
 from backends import BACKEND_NAMES
 from backends.files.generic import facts_of, why_not
+from backends.files.modular import modular_calls
 from backends.files.pipeline_calls import exported_pipelines, pipeline_call
 from backends.model_table import FEATURES, ModelTable
 
@@ -64,8 +65,8 @@ def classes_without_row(table: ModelTable) -> dict[str, dict[str, object]]:
     """
     with_row = {name for spec in table.values() for name in (spec.pipeline, *spec.also)}
     found: dict[str, dict[str, object]] = {}
-    for name in exported_pipelines():
-        call = pipeline_call(name) if name not in with_row else None
+    calls = {name: pipeline_call(name) for name in exported_pipelines() if name not in with_row}
+    for name, call in (calls | modular_calls()).items():
         if call is not None:
             reason = why_not(call)
             makes, takes = facts_of(call)

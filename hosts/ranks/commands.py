@@ -13,6 +13,15 @@ from backends.request import GenerateRequest, LoadRequest
 
 T = TypeVar("T")
 OUT_OF_MEMORY = "out of memory"
+NO_MEMORY = (
+    "can't allocate memory",
+    "not enough memory",
+    "could not create a primitive",
+    "could not create a memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory",
+)
+"""In messages of torch, oneDNN and CUDA's libraries."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,10 +97,17 @@ class Failure:
     def as_error(self) -> HostError:
         """Return what the client reads: its own error as it is, any other with the rank that
         failed.
+
+        Without the frames in which it was raised, since they hold the tensors of the whole run.
         """
-        return self.error or RankError(
-            f"rank {self.rank} failed: {self.message}", rank=self.rank, trace=self.trace
-        )
+        if self.error is None:
+            message = f"rank {self.rank} failed: {self.message}"
+            return RankError(message, rank=self.rank, trace=self.trace)
+        error: BaseException | None = self.error
+        while error is not None:
+            error.__traceback__ = None
+            error = error.__cause__ or error.__context__
+        return self.error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,12 +172,20 @@ def breaks_groups(failure: Failure) -> bool:
     return not isinstance(failure.error, CancelledError)
 
 
+def _is_lack_of_memory(error: BaseException) -> bool:
+    """Return whether memory was missing. On the CPU torch says so in a RuntimeError."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in NO_MEMORY)
+
+
 def _explain(error: BaseException) -> str:
-    if type(error).__name__ == "OutOfMemoryError":
+    if _is_lack_of_memory(error):
+        lines = str(error).splitlines() or [type(error).__name__]
         return (
             f"{OUT_OF_MEMORY}. Ask for a smaller image, start with --enable_vae_tiling, a smaller "
             "--variant, more ranks, "
             "--quantize_to=int8 or --enable_model_cpu_offload. "
-            f"({str(error).splitlines()[0]})"
+            f"({lines[0]})"
         )
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -31,7 +31,7 @@ from hosts.ranks.commands import (
     Stop,
 )
 from hosts.ranks.model_control import ModelControl
-from hosts.ranks.remote_dispatch import CANCEL, GO_ON, Check, DispatchServer, RemoteDispatcher
+from hosts.ranks.remote_dispatch import CANCEL, END, GO_ON, Check, DispatchServer, RemoteDispatcher
 from hosts.supervision.host_state import HostState, Phase
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class TeamDispatcher(Protocol):
         """
 
     def step_signal(self) -> int:
-        """Return GO_ON or CANCEL, rank 0's signal for this step."""
+        """Return GO_ON, CANCEL or END, rank 0's signal for this step."""
 
     def step_done(self, step: int, num_steps: int, preview: Preview) -> None:
         """Record that all ranks of the team have done a step. `preview(row)` returns a small image
@@ -136,11 +136,11 @@ class JobDispatcher:
 
     def step_signal(self) -> int:
         """Return CANCEL once no job of the batch is wanted. An unwanted job among others ends here,
-        and its row is computed to the end.
+        and its row is computed to the end. Return END once all others are to end early.
         """
         unwanted = [row for row, job in self._rows.items() if job.must_stop]
         if len(unwanted) == len(self._rows):
-            return CANCEL if unwanted else GO_ON
+            return CANCEL if unwanted else GO_ON  # none of a throw-away image
         for row in unwanted:
             job = self._rows.pop(row)
             self._queue.finish(
@@ -149,7 +149,7 @@ class JobDispatcher:
                     f"the job was cancelled after step {job.step} of {job.num_steps}."
                 ),
             )
-        return GO_ON
+        return END if all(job.ends_early for job in self._rows.values()) else GO_ON
 
     @property
     def rows_in_view(self) -> tuple[int, ...]:
@@ -172,7 +172,8 @@ class JobDispatcher:
             replace(result, report={**result.report, "ranks": self._ranks, "batch": self._batch})
             for result in results
         ]
-        self._learn(next(iter(rows.values())), results[0])
+        if "ended_early" not in results[0].report:
+            self._learn(next(iter(rows.values())), results[0])
         for row, job in rows.items():
             self._queue.finish(job, result=results[row])
 
@@ -192,6 +193,7 @@ class JobDispatcher:
             seconds=result.seconds,
             step_seconds=result.report["stages"].get("step", 0.0),
             batch=self._batch,
+            method=result.report.get("method", ""),
         )
         facts = {"seconds": result.seconds, "num_steps": result.num_steps, **result.report}
         self._state.tell({"last_report": facts, **self._sharing.measured()})
@@ -242,7 +244,8 @@ class LeaderDispatcher(JobDispatcher):
         self._load: LoadRequest | None = load
         self._control = control
         self._channels = channels
-        self._team_size = sharing.world_size
+        self._team_size: int | None = sharing.world_size
+        """Ranks for the next job; None if the pipeline is to be changed."""
 
     def next_command(self, check: Check) -> Command:
         if self._load is not None:
@@ -251,7 +254,7 @@ class LeaderDispatcher(JobDispatcher):
         command = super().next_command(check)
         if not isinstance(command, Rejoin):
             return command
-        if self._queue.is_closed or self._control.is_waiting:
+        if self._queue.is_closed or self._team_size is None:
             return Stop()
         return SplitIntoTeams(team_size=self._team_size)
 
@@ -261,6 +264,11 @@ class LeaderDispatcher(JobDispatcher):
             self._state.loading_percent = PERCENT_LOADED
             self._state.become(Phase.READY)
             self._control.finish(None)
+
+    def generated(self, results: Sequence[GenerateResult], outcome: Outcome) -> None:
+        super().generated(results, outcome)
+        if self._sharing.has_drifted and not self._queue.num_waiting:
+            self._control.measure_again()
 
     @contextmanager
     def split(self, team_size: int) -> Iterator[TeamDispatcher]:
@@ -285,21 +293,26 @@ class LeaderDispatcher(JobDispatcher):
         )
 
     def _choose_in(self, period: SplitPeriod) -> Choose:
-        """What a free team does: the period's choice, unless all ranks are needed for a command."""
+        """What a free team does: the period's choice, unless all ranks are needed for a command or
+        another model.
+        """
 
         def choose(waiting: Sequence[Job], running: Sequence[Job]) -> Choice:
-            if self._control.is_waiting:
+            served = self._control.served(waiting)
+            if served is None:
                 period.end()
-            return period.choose(waiting, running)
+            return period.choose(served or (), running)
 
         return choose
 
     def _choose_size(self, waiting: Sequence[Job], running: Sequence[Job]) -> Choice:
-        if self._control.is_waiting:
+        served = self._control.served(waiting)
+        if served is None:
+            self._team_size = None
             return Choice.LEAVE
-        if not waiting:
+        if not served:
             return Choice.WAIT
-        if self._sharing.may_get_company(waiting):
+        if self._sharing.may_get_company(served):
             return Choice.LINGER
-        self._team_size = self._sharing.team_size(waiting)
+        self._team_size = self._sharing.team_size(served)
         return Choice.TAKE if self._team_size == self._sharing.world_size else Choice.LEAVE

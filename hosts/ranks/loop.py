@@ -18,6 +18,7 @@ from backends import backend_class
 from backends.autotune.candidates import Candidate
 from backends.errors import CancelledError, HostError
 from backends.generation.pipeline import LoadedPipeline, load_pipeline
+from backends.generation.step_driver import EndRun
 from backends.groups.control_group import broadcast_command, close, control_axis, control_of_team
 from backends.groups.mesh import Axis, Mesh
 from backends.model_table import ModelSpec
@@ -36,7 +37,7 @@ from hosts.ranks.commands import (
     breaks_groups,
     give_next,
 )
-from hosts.ranks.dispatch import CANCEL, Dispatcher, TeamDispatcher
+from hosts.ranks.dispatch import END, GO_ON, Dispatcher, TeamDispatcher
 from hosts.ranks.warmup import prewarm_request
 from hosts.supervision.log import about_job
 from hosts.supervision.progress import COMPILE_WITHIN_S, LOAD_WITHIN_S, Activity
@@ -169,6 +170,7 @@ class RankLoop:
                 request,
                 device=self._device,
                 share=(self._rank, self._all.control.size),
+                is_cut=bool(self._all.method.mesh.plan.splits_weights_by),
             )
             self._attach(self._all)
         # the other ranks must learn of any error before they continue
@@ -204,6 +206,8 @@ class RankLoop:
                     methods=self._prepare(size, named, []),
                     attached=next(iter(named)),
                 )
+        if not self._teams and len(self._all.methods) == 1:
+            return None  # it is attached; weights that it has cut would be gathered again
         try:
             # each once, so that a plan that does not work is found before the first job
             for team in (*self._teams.values(), self._all):
@@ -321,7 +325,9 @@ class RankLoop:
         results: Sequence[GenerateResult] = ()
         failure = self._last_step = None
         self._activity.begin(
-            what, least_s=COMPILE_WITHIN_S if self._pipeline.load.compile is not None else 0.0
+            what,
+            least_s=COMPILE_WITHIN_S if self._pipeline.load.compile is not None else 0.0,
+            jobs=command.job_ids,
         )
         try:
             self._use(command)
@@ -388,7 +394,11 @@ class RankLoop:
         raise errors[0]
 
     def _on_step(self, step: int, num_steps: int, latents: torch.Tensor) -> None:
-        if self._team.mesh.broadcast_signal(self._team_dispatcher.step_signal()) == CANCEL:
+        signal = self._team.mesh.broadcast_signal(self._team_dispatcher.step_signal())
+        if signal == END and self._spec.returns_latents and not self._spec.runs_as_is:
+            self._wait_for_device(is_last=True)
+            raise EndRun
+        if signal != GO_ON:
             raise CancelledError(f"the job was cancelled at step {step} of {num_steps}.")
         self._wait_for_device(is_last=step == num_steps)
         self._team_dispatcher.step_done(

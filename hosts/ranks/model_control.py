@@ -5,17 +5,28 @@ They work like the commands for jobs (hosts/ranks/commands.py): rank 0 broadcast
 runs it, and all agree on the outcome.
 """
 
+import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
+from types import MappingProxyType
 from typing import Any
 
-from backends.errors import HostError, UnavailableError
+from backends.errors import CancelledError, HostError, NotFoundError, UnavailableError
+from hosts.jobs.clock import now
 from hosts.jobs.decision import Choice
 from hosts.jobs.queue import Job, JobQueue
 from hosts.launch.settings import Settings
 from hosts.launch.start_plan import StartPlan
+
+logger = logging.getLogger(__name__)
+
+MEASURE_EVERY_S = 1800.0
+"""Without being asked, methods are measured again no more often: a machine that is always busy
+would do little else.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +35,8 @@ class Apply:
 
     settings: Settings | None
     """Of the pipeline to load; None loads none."""
+    name: str = ""
+    """Of several models: the pipeline stays in main memory when another is loaded. Else empty."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,9 +84,10 @@ class ModelControl:
         base: Settings,
         plan: Callable[[Settings], StartPlan],
         num_ranks: int,
+        models: Mapping[str, Settings] = MappingProxyType({}),
     ) -> None:
         """base: the host's own settings. plan: what settings mean here; HostError if they cannot
-        be. num_ranks: of the host.
+        be. num_ranks: of the host. models: among which requests choose; none on a host of one.
         """
         self.base = base
         self.plan = plan
@@ -83,9 +97,14 @@ class ModelControl:
         """The configuration of the loaded pipeline, as it was sent. HTTP threads write it under
         `lock`.
         """
+        self.models = models
+        self._loaded = ""
+        self._asking: Job | None = None
+        """Runs while the model that it asked for is loaded."""
         self._queue = queue
         self._pending: deque[PendingCommand] = deque()
         self._current: PendingCommand | None = None
+        self._measured_s = -MEASURE_EVERY_S
 
     def give(self, command: ModelCommand) -> PendingCommand:
         """Give a command without waiting for it."""
@@ -103,27 +122,76 @@ class ModelControl:
         if pending.error is not None:
             raise pending.error
 
-    def choose(self, waiting: Sequence[Job], running: Sequence[Job]) -> Choice:
-        """For JobQueue.next while no pipeline is loaded: wait for a command."""
-        return Choice.LEAVE if self._pending else Choice.WAIT
+    def measure_again(self) -> None:
+        """Time the methods again between two jobs, unless that was done lately. The main thread
+        calls this.
+        """
+        if now() - self._measured_s >= MEASURE_EVERY_S:
+            self._measured_s = now()
+            logger.info("jobs take other times than were measured: the methods are measured again")
+            self.give(Measure(with_closeness=False))
 
-    @property
-    def is_waiting(self) -> bool:
-        """Whether a command should run before the next job."""
-        return bool(self._pending)
+    def choose(self, waiting: Sequence[Job], running: Sequence[Job]) -> Choice:
+        """For JobQueue.next while no pipeline is loaded: wait for a command, or where jobs choose
+        the model also for a job.
+        """
+        if self._pending:
+            return Choice.LEAVE
+        return Choice.TAKE if waiting and self.models else Choice.WAIT
+
+    def served(self, waiting: Sequence[Job]) -> Sequence[Job] | None:
+        """Return the first of the waiting jobs, as far as the loaded pipeline can do them; None if
+        a command comes first, or the next job needs another model.
+        """
+        if self._pending:
+            return None
+        if not self.models:
+            return waiting
+        found = list(takewhile(lambda job: job.request.model == self._loaded, waiting))
+        return found if found or not waiting else None
 
     def take(self) -> ModelCommand | None:
         """Take the next command, which `finish` must answer. Block until there is one; None once
         the host stops.
+
+        A job whose model is not loaded is a command to load it.
         """
-        self._queue.next(self.choose)
+        while (job := self._queue.next(self.choose)) is not None:
+            if (name := job.request.model) in self.models:
+                self._asking, self._loaded = job, name
+                return Apply(settings=self.models[name], name=name)
+            self._queue.finish(job, error=self._unknown(name))
         if self._queue.is_closed or not self._pending:
             return None
         self._current = self._pending.popleft()
         return self._current.command
 
+    @property
+    def loaded(self) -> dict[str, str]:
+        """Return the fact which of several models is loaded."""
+        return {"model": self._loaded} if self.models else {}
+
+    def _unknown(self, name: str | None) -> NotFoundError:
+        """The error of a job that an earlier host has left in the store."""
+        return NotFoundError(
+            f"there is no model {name!r} any more. Allowed: {', '.join(self.models)}."
+        )
+
     def finish(self, error: HostError | None) -> None:
-        """Answer the command that was taken last, unless it has been answered."""
+        """Answer the command that was taken last, unless it has been answered. The job that asked
+        for a model is the next one, or fails; while the host stops it is left to the queue.
+        """
+        job, self._asking = self._asking, None
+        if job is not None and not self._queue.is_closed:
+            self._end_or_retry(job, error)
+        self._answer(error)
+
+    def _end_or_retry(self, job: Job, error: HostError | None) -> None:
+        if error is not None or not self._queue.retry(job, was_begun=False):
+            cancelled = CancelledError("the job was cancelled while its model was loaded.")
+            self._queue.finish(job, error=error or cancelled)
+
+    def _answer(self, error: HostError | None) -> None:
         if self._current is not None:
             current, self._current = self._current, None
             current.error = error
@@ -131,7 +199,7 @@ class ModelControl:
 
     def abandon(self, error: HostError) -> None:
         """Answer all commands with an error, because the host stops."""
-        self.finish(error)
+        self._answer(error)
         while self._pending:
             pending = self._pending.popleft()
             pending.error = error

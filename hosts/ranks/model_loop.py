@@ -30,6 +30,7 @@ from hosts.launch.start_plan import StartPlan
 from hosts.ranks.autotune import measure_again, tune
 from hosts.ranks.commands import Failure, Stop, agree_on_outcome
 from hosts.ranks.dispatch import Dispatcher, FollowerDispatcher, LeaderDispatcher
+from hosts.ranks.kept_models import KeptModels
 from hosts.ranks.loop import RankLoop
 from hosts.ranks.model_control import Apply, Measure, ModelCommand, ModelControl, Offload, Sleep
 from hosts.supervision.host_state import HostState, Phase
@@ -101,6 +102,8 @@ class LeaderControl:
     ) -> None:
         """is_fixed: the host is for one pipeline, and fails if that cannot be loaded."""
         self._control = control
+        self._while_loading = Phase.READY if control.models else Phase.LOADING
+        """A host with several models goes on taking jobs while it loads one."""
         self._queue = queue
         self._state = state
         self._is_fixed = is_fixed
@@ -113,7 +116,8 @@ class LeaderControl:
         command = self._control.take()
         if isinstance(command, Apply):
             self._state.loading_percent = PERCENT_BEGUN
-            self._state.become(Phase.LOADING, "a pipeline is being loaded")
+            what = f"model {command.name}" if command.name else "a pipeline"
+            self._state.become(self._while_loading, f"{what} is being loaded")
         return command or Stop()
 
     def dispatcher(
@@ -124,7 +128,7 @@ class LeaderControl:
         channels: Mapping[int, Channel],
     ) -> LeaderDispatcher:
         self._state.loading_percent = PERCENT_PLANNED
-        self._state.tell(facts)
+        self._state.tell({**facts, **self._control.loaded})
         return LeaderDispatcher(
             load=start.load,
             queue=self._queue,
@@ -138,15 +142,17 @@ class LeaderControl:
         self._control.finish(failure.as_error() if failure is not None else None)
 
     def show_empty(self, failure: Failure | None) -> None:
-        if failure is None or not self._is_fixed:
+        if self._control.models:
+            self._state.become(Phase.READY)
+        elif failure is None or not self._is_fixed:
             self._state.become(Phase.EMPTY, failure.message if failure is not None else NOTHING)
-            return
-        error = failure.as_error()
-        self._state.become(Phase.FAILED, str(error))
-        self._queue.close(error)
+        else:
+            error = failure.as_error()
+            self._state.become(Phase.FAILED, str(error))
+            self._queue.close(error)
 
     def show_download(self, done: int, total: int) -> None:
-        self._state.become(Phase.LOADING, self._log.tell(done, total))
+        self._state.become(self._while_loading, self._log.tell(done, total))
 
     def has_waiting_jobs(self) -> bool:
         return self._queue.num_waiting > 0
@@ -208,10 +214,12 @@ class ModelLoop:
         alarm: Alarm | None = None,
         memory: Path | None = None,
         is_first_here: bool = True,
+        kept: KeptModels | None = None,
     ) -> None:
         """plan: what settings mean on these ranks, by what was measured. activity: of this thread,
         for the watch. alarm: by which ranks on GPUs learn of another's failure. memory: folder for
         the times that --backend=auto has measured. is_first_here: of the ranks of this machine.
+        kept: where models are that are not in use.
         """
         self._is_first_here = is_first_here
         self._rank = rank
@@ -226,6 +234,9 @@ class ModelLoop:
         self._loop: RankLoop | None = None
         self._start: StartPlan | None = None
         self._settings: Settings | None = None
+        self._name = ""
+        """Of the loaded one of several models."""
+        self._kept = kept or KeptModels()
 
     def run(self, first: Apply | None = None) -> Failure | None:
         """Run commands, beginning with `first`, until the host stops. Return the Failure if the
@@ -270,14 +281,24 @@ class ModelLoop:
         """Unload, plan and download, offload or measure. All ranks agree on the outcome."""
         if not isinstance(command, Apply):
             return self._agree(partial(self._obey, command))[1]
-        start, failure = self._agree(partial(self._unload_and_plan, command.settings))
+        self._put_away()
+        if (known := self._kept.take(command.name)) is not None:
+            logger.info("model %s is taken from main memory", command.name)
+            _, failure = self._agree(known.pipeline.wake)
+            if failure is None:
+                self._settings, self._name = command.settings, command.name
+                self._loop = self._rank_loop(known.start, known.pipeline)
+            return failure
+        start, failure = self._agree(partial(self._plan_if_any, command.settings))
         # once all ranks have planned, what they have found on the disk may change
         if failure is None:
             _, failure = self._agree(partial(self._download, start))
         if failure is None and start is not None and start.hub.found:
             start, failure = self._agree(partial(self._plan, command.settings, None))
         if failure is None and start is not None:
-            self._settings = command.settings
+            self._settings, self._name = command.settings, command.name
+            if command.name:
+                self._kept.make_room(start.weight_bytes, is_used=True)
             self._loop = self._loop_of(start, partial(self._plan, command.settings))
         return failure
 
@@ -297,9 +318,23 @@ class ModelLoop:
         elif isinstance(command, Measure):
             self._measure(command)
 
-    def _unload_and_plan(self, settings: Settings | None) -> StartPlan | None:
-        self._unload()
+    def _plan_if_any(self, settings: Settings | None) -> StartPlan | None:
         return self._plan(settings, None) if settings else None
+
+    def _put_away(self) -> None:
+        """Unload the pipeline, or keep it in main memory if it is one of several and there is room.
+        All ranks decide alike.
+        """
+        is_kept = self._name and self._loop is not None
+        if not is_kept or not self._kept.make_room(self._start.weight_bytes):
+            return self._unload()
+        pipeline, self._loop = self._loop.release(), None
+        keep = partial(self._kept.put, self._name, self._start, pipeline)
+        if (failure := self._agree(keep)[1]) is not None:
+            logger.warning("model %s is not kept: %s", self._name, failure.message)
+            self._kept.take(self._name)
+        del pipeline, keep
+        self._free()
 
     def _download(self, start: StartPlan | None) -> None:
         """Download what the plan lacks, on the first rank of each machine."""
@@ -394,6 +429,9 @@ class ModelLoop:
             return
         self._loop.unload()
         self._loop = None
+        self._free()
+
+    def _free(self) -> None:
         gc.collect()  # pipelines hold themselves in cycles
         if self._device.type == "cuda":
             torch.cuda.empty_cache()

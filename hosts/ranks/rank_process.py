@@ -4,6 +4,7 @@ The HTTP side is hosts/main.py's. Torch is imported in `run`, after rank 0's por
 """
 
 import logging
+import sys
 import time
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
@@ -15,9 +16,10 @@ from backends.autotune.ranking import Measured
 from backends.errors import HostError, UnavailableError
 from hosts.jobs.queue import JobQueue
 from hosts.jobs.store import JobStore
-from hosts.launch.gpus import driver_version
+from hosts.launch.catalog import Catalog, PlannedModel
+from hosts.launch.gpus import count_gpus, driver_version
 from hosts.launch.settings import Settings
-from hosts.launch.start_plan import StartPlan, count_gpus
+from hosts.launch.start_plan import StartPlan
 from hosts.ranks.libraries import import_bitsandbytes
 from hosts.ranks.model_control import Apply, Measure, ModelControl
 from hosts.supervision import parent_watch
@@ -58,31 +60,35 @@ class RankProcess:
     notes_before: RankNotes
     """Of the process that this one takes over from."""
 
-    def control(self) -> ModelControl:
+    def control(self, models: Catalog) -> ModelControl:
         """Commands of HTTP threads for the model loop."""
         control = ModelControl(
             self.queue,
             base=self.settings,
             plan=lambda settings: self.plan(settings, None),
             num_ranks=self.place.world_size,
+            models={name: model.settings for name, model in models.items() if name},
         )
         self.state.measure = partial(control.run, Measure())
         return control
 
-    def run(
-        self, control: ModelControl, first: Apply | None, start: StartPlan | None
-    ) -> HostError | None:
+    def run(self, control: ModelControl, only: PlannedModel | None) -> HostError | None:
         """Rendezvous with the other ranks and run the loop until told to stop.
 
-        first: the pipeline to load at once; None waits for one from `control`. start: what `first`
-        means here. Return the error if that pipeline cannot be loaded.
+        only: the model to load at once; None waits for one from `control`. Return the error if it
+        cannot be loaded.
         """
+        first = Apply(settings=only.settings) if only is not None else None
         import_bitsandbytes(self.environ)
         from backends.groups import control_group
+        from hosts.ranks.kept_models import KeptModels
         from hosts.ranks.model_loop import FollowerControl, LeaderControl, ModelLoop
 
-        activity = Activity(mark=self.notes.mark)
-        device, alarm = self._rendezvous(activity, start)
+        limit = self.settings.models_memory
+        activity = Activity(
+            mark=self._mark, note_jobs=partial(self.notes.put_jobs, self.place.rank)
+        )
+        device, alarm = self._rendezvous(activity, only.start if only is not None else None)
         leader = LeaderControl(
             control=control, queue=self.queue, state=self.state, is_fixed=first is not None
         )
@@ -96,12 +102,21 @@ class RankProcess:
             alarm=alarm,
             memory=self.state_folder,
             is_first_here=self.place.local_rank == 0,
+            kept=KeptModels(
+                num_ranks=self.place.world_size,
+                limit_bytes=None if limit is None else limit * 10**9,
+            ),
         )
         try:
             failure = loop.run(first)
         finally:
             control_group.shutdown()
         return failure.as_error() if failure is not None else None
+
+    def _mark(self, what: str) -> None:
+        if what == "ready" and self.place.local_rank == 0:
+            self.notes.put_modules([*sys.modules])
+        self.notes.mark(what)
 
     def _rendezvous(self, activity: Activity, start: StartPlan | None) -> tuple[Any, Any]:
         """This rank's device and alarm, once all ranks are connected and watch each other."""

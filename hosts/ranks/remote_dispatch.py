@@ -15,7 +15,8 @@ from backends.groups.control_group import Channel
 from backends.request import Array, GenerateRequest, GenerateResult
 from hosts.ranks.commands import Command, Failure, Generate, Outcome, Rejoin, give_next
 
-GO_ON, CANCEL = 0, 1
+GO_ON, CANCEL, END = 0, 1, 2
+"""Signals for a step. END: stop there, with an image."""
 Check = Callable[[GenerateRequest, Sequence[str]], None]
 """check(request, methods): raises a HostError for a request that none of these methods can do."""
 

@@ -24,6 +24,8 @@ def prewarm_request(spec: ModelSpec, load: LoadRequest) -> GenerateRequest:
         height=height,
         width=width,
         image=image,
+        init_image=gray if "init_image" in spec.requires else None,
+        mask_image=gray if "mask_image" in spec.requires else None,
         control_image=gray if load.control_net else None,
         ip_adapter_image=gray if load.ip_adapter else None,
     )

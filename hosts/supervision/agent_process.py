@@ -47,6 +47,8 @@ class AgentOptions:
     """Folder for hosts/supervision/exit_reports.py."""
     fatal: str
     """File for the reason for giving up."""
+    has_spares: bool = True
+    """Whether processes wait to take the places of lost ranks."""
     first_rank: int = 0
     """The first rank of this machine."""
 
@@ -148,6 +150,7 @@ def _agent_options(settings: Settings, folder: Path, *, num_ranks: int) -> Agent
         max_restarts=settings.max_restarts,
         notes=str(folder / "notes"),
         fatal=str(folder / "fatal"),
+        has_spares=settings.spare_ranks,
         first_rank=settings.node_rank * num_ranks,
     )
 

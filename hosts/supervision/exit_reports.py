@@ -9,7 +9,8 @@ import faulthandler
 import json
 import os
 import signal
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -23,6 +24,13 @@ KEPT_LINES = 100
 """Lines of a log in a note: some may be about other jobs."""
 CONSEQUENCES = (EXIT_LOST_RANK, -signal.SIGTERM)
 """Exit codes of ranks that end because another one did: by themselves, or by the agent."""
+CRASHES = frozenset(
+    -number
+    for number in (
+        signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT, signal.SIGSYS
+    )
+)  # fmt: skip
+"""Exit codes of ranks that were ended by what they themselves did."""
 SECRET_FILE = "secret"
 UNEXPLAINED = "rank 0 ended without a reason"
 
@@ -44,6 +52,10 @@ class ExitReport:
     """The last lines of that rank's log."""
     is_seen_only: bool = False
     """Whether the rank was only found to be gone, so that its exit code says more."""
+    is_crash: bool = False
+    """Whether that rank ended by what it did itself, such as a segmentation fault."""
+    jobs: tuple[str, ...] | None = None
+    """The jobs that it worked on; None if that is not known."""
 
     def last_lines(self, job_id: str) -> str:
         """Return a sentence with the last lines, without those about other jobs; empty if there are
@@ -65,7 +77,8 @@ class ExitReport:
         """ValueError, TypeError or KeyError if the text is not a report."""
         facts = json.loads(text)
         lines = tuple((job and str(job), str(line)) for job, line in facts["lines"])
-        return cls(**{**facts, "why": str(facts["why"]), "lines": lines})
+        jobs = None if facts["jobs"] is None else tuple(map(str, facts["jobs"]))
+        return cls(**{**facts, "why": str(facts["why"]), "lines": lines, "jobs": jobs})
 
 
 UNKNOWN = ExitReport(why=UNEXPLAINED, rank=0, is_seen_only=True)
@@ -111,13 +124,33 @@ class RankNotes:
 
     def mark(self, what: str) -> None:
         """Note that the ranks are 'ready', or have 'served' an image."""
-        with contextlib.suppress(OSError):
-            self._path(what).touch()
+        with contextlib.suppress(OSError), self._path(what).open("x") as file:
+            file.write(str(time.monotonic()))
 
     def marked_s(self, what: str) -> float | None:
-        """Return when it was marked first, by the wall clock; None if never."""
+        """Return when it was marked first, by the machine's monotonic clock; None if never."""
+        with contextlib.suppress(OSError, ValueError):
+            return float(self._path(what).read_text())
+        return None
+
+    def put_modules(self, names: Sequence[str]) -> None:
+        """Note which modules a rank has imported, in their order, for spare ranks."""
         with contextlib.suppress(OSError):
-            return self._path(what).stat().st_mtime
+            (self._folder / "modules").write_text("\n".join(names), encoding="utf-8")
+
+    def modules(self) -> list[str]:
+        return _read(self._folder / "modules")
+
+    def put_jobs(self, rank: int, jobs: Sequence[str]) -> None:
+        """Note which jobs this rank works on from now on."""
+        with contextlib.suppress(OSError):
+            self._path(f"rank{rank}.jobs").write_text(json.dumps(list(jobs)), encoding="utf-8")
+
+    def jobs(self, rank: int) -> tuple[str, ...] | None:
+        """Return the jobs that this rank worked on when it ended; None if that is not known."""
+        with contextlib.suppress(OSError, ValueError):
+            found = json.loads(self._path(f"rank{rank}.jobs").read_text(encoding="utf-8"))
+            return tuple(map(str, found)) if isinstance(found, list) else None
         return None
 
     def put_exits(self, exits: Mapping[int, int]) -> None:
@@ -145,14 +178,26 @@ class RankNotes:
         return (*found[-KEPT_LINES:], *((None, line) for line in crash[: MAX_LINES - 2]))
 
     def complete(self, ending: ExitReport) -> ExitReport:
-        """Return the report with what the agent saw, and with the last lines of the log."""
+        """Return the report with what the agent saw, the lost rank's jobs, and the last lines of
+        its log.
+        """
         exits = {rank: code for rank, code in self.exits().items() if code not in CONSEQUENCES}
         if ending.is_seen_only and exits:
             rank = ending.rank if ending.rank in exits else min(exits)
-            ending = replace(ending, why=f"rank {rank} {_how(exits[rank])}", rank=rank)
-        if ending.rank is not None and not ending.lines:
-            ending = replace(ending, lines=self.lines(ending.rank))
-        return ending
+            ending = replace(
+                ending,
+                why=f"rank {rank} {_how(exits[rank])}",
+                rank=rank,
+                # one that is killed may make others abort
+                is_crash=CRASHES.issuperset(exits.values()),
+            )
+        if ending.rank is None:
+            return ending
+        return replace(
+            ending,
+            jobs=self.jobs(ending.rank),
+            lines=ending.lines or self.lines(ending.rank),
+        )
 
     def forget_older(self) -> None:
         """Remove the notes of attempts before this one."""
@@ -189,6 +234,10 @@ class NoNotes(RankNotes):
         return b""
 
     def mark(self, what: str) -> None: ...
+
+    def put_modules(self, names: Sequence[str]) -> None: ...
+
+    def put_jobs(self, rank: int, jobs: Sequence[str]) -> None: ...
 
     def complete(self, ending: ExitReport) -> ExitReport:
         return ending

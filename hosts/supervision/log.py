@@ -92,6 +92,10 @@ class TextFormatter(logging.Formatter):
         record.job = f" [{job_id}]" if job_id is not None else ""
         return super().format(record)
 
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """Indent further lines, so that no text of a client looks like a line of its own."""
+        return super().formatMessage(record).replace("\r", "\n").replace("\n", "\n    ")
+
 
 class KeptFormatter(logging.Formatter):
     """For hosts/supervision/exit_reports.py: one object a line, with the text and the job it is

@@ -7,7 +7,7 @@ as its steps take. The main thread writes, the watch reads. Imports no torch.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 PATIENCE = 10
@@ -46,18 +46,30 @@ class Activity:
         self,
         *,
         mark: Callable[[str], None] = lambda what: None,
+        note_jobs: Callable[[Sequence[str]], None] = lambda jobs: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """mark: called once with 'ready' and once with 'served', when those are true first."""
+        """mark: called once with 'ready' and once with 'served', when those are true first.
+        note_jobs: called with the jobs in progress when they change.
+        """
         self._mark = mark
+        self._note_jobs = note_jobs
         self._clock = clock
         self._marked: set[str] = set()
         self._work: _Work | None = None
 
-    def begin(self, what: str, *, within_s: float = BEGIN_WITHIN_S, least_s: float = 0.0) -> None:
+    def begin(
+        self,
+        what: str,
+        *,
+        within_s: float = BEGIN_WITHIN_S,
+        least_s: float = 0.0,
+        jobs: Sequence[str] = (),
+    ) -> None:
         """Begin work such as 'loading'. within_s: limit until its first step and after its last.
-        least_s: lower bound of the limit between steps.
+        least_s: lower bound of the limit between steps. jobs: their ids, if it is of jobs.
         """
+        self._note_jobs(jobs)
         self._work = _Work(what=what, since_s=self._clock(), within_s=within_s, least_s=least_s)
 
     def step(self, *, is_last: bool) -> None:
@@ -83,6 +95,7 @@ class Activity:
     def rest(self) -> None:
         """End the work, however it went."""
         self._work = None
+        self._note_jobs(())
 
     def mark(self, what: str) -> None:
         if what not in self._marked:

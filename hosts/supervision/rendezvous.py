@@ -19,14 +19,15 @@ import time
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Protocol
 
 import psutil
 
 from backends.errors import ConfigError
-from hosts.launch.parsers import split_endpoint
+from hosts.launch.option import split_endpoint
 from hosts.launch.settings import Settings
-from hosts.supervision.exit_reports import ExitReport
+from hosts.supervision.exit_reports import ExitReport, NoNotes, RankNotes
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +82,18 @@ class Place:
         """The ranks of this machine, as numbers among all ranks."""
         first = self.rank - self.local_rank
         return range(first, first + self.local_world_size)
+
+    def notes(self, folder: str | None, *, attempts_ago: int = 0) -> RankNotes:
+        """Return the notes of this set of ranks, or of an earlier one. folder: the launcher's;
+        without one nothing is noted.
+        """
+        if folder is None:
+            return NoNotes()
+        return RankNotes(
+            Path(folder),
+            attempt=self.attempt - attempts_ago,
+            first_rank=self.local_ranks.start,
+        )
 
     def exit_report(self, gone: Sequence[int], error: Exception | None) -> ExitReport:
         """Why this rank ends. gone: ranks of this machine that have ended before it."""

@@ -152,8 +152,13 @@ def start_launcher(
     port: int | None = None,
     prefix: Sequence[str] = (),
 ) -> Iterator[RunningHost]:
-    """`python launcher.py ARGUMENTS --port=P`. prefix: a command that runs another."""
+    """`python launcher.py ARGUMENTS --port=P`. prefix: a command that runs another.
+
+    Without spare ranks, unless an argument says otherwise: most hosts of tests lose none.
+    """
     port = port or free_port()
+    if not any(each.startswith("--spare_ranks") for each in arguments):
+        arguments = ("--spare_ranks=false", *arguments)
     with _started(
         [*prefix, sys.executable, str(LAUNCHER), *arguments, f"--port={port}"], port, environment
     ) as host:

@@ -2,18 +2,16 @@
 was tried leaves whole weights.
 """
 
-from contextlib import nullcontext
-
 import pytest
 import torch
 
 from backends.autotune.candidates import Candidate
 from backends.autotune.trials import PipelineSubject, Trials
 from backends.plan import ParallelPlan
-from tests.backends.features import CPU, TABLE, loaded, request_for
+from tests.backends.features import TABLE, loaded, request_for
 from tests.checkpoints import checkpoint
 from tests.rehearsal.cases import PATCH, Ranks, stages
-from tests.rehearsal.runs import Rank, distance
+from tests.rehearsal.runs import fail_on_last_rank
 
 DISPLACED = ("corrected_async_gn", "stale_gn", "sync_gn")
 
@@ -22,16 +20,7 @@ def _fail_and_go_on(rank, world_size, mode):
     case = Ranks(
         label=mode, type="sdxl", backend="distrifuser", options={**PATCH, "sync_mode": mode}
     )
-    here = Rank(case, rank, CPU)
-    before = here.image()
-    if rank == 1:
-        with here.failing("denoiser"):
-            _, outcome = here.attempt()
-    else:
-        _, outcome = here.attempt()
-    assert "out of luck" in outcome.failure.message
-    assert distance(here.image(), before) <= 0.01
-    here.mesh.destroy()
+    fail_on_last_rank(case, rank, is_rehearsed=False)
 
 
 @pytest.mark.parametrize(
@@ -43,18 +32,12 @@ def test_job_after_a_failure_in_a_displaced_mode_does_well(run_on_ranks, mode):
 
 def _fail_on_four(rank, world_size):
     case = Ranks(label="cfg x patch", type="sdxl", backend="distrifuser", ranks=4)
-    here = Rank(case, rank, CPU)
-    before = here.image()
-    with here.failing("denoiser") if rank == 3 else nullcontext():
-        _, outcome = here.attempt()
-    assert (outcome.failure.rank, "out of luck" in outcome.failure.message) == (3, True)
-    assert distance(here.image(), before) <= 0.01
-    here.mesh.destroy()
+    fail_on_last_rank(case, rank, is_rehearsed=False)
 
 
 @pytest.mark.slow
 def test_failure_reaches_ranks_that_share_no_group_with_the_one_that_failed(run_on_ranks):
-    """On CPUs: in the rehearsal gloo, which carries the messages, would wait for itself here."""
+    """On CPUs; tests/rehearsal/ has every method on GPUs."""
     run_on_ranks(_fail_on_four, 4)
 
 

@@ -15,6 +15,7 @@ from hosts.launch.gpus import (
 )
 from hosts.launch.settings import Settings
 from hosts.launch.start_plan import plan_start
+from hosts.ranks.libraries import set_library_defaults
 from tests.checkpoints import checkpoint
 
 TABLE = read_table()
@@ -139,3 +140,13 @@ def test_one_hardware_queue_is_refused_where_stages_would_hang_and_set_wider_by_
     require_queues(
         ParallelPlan(method="xdit", axes=(("ulysses", 2),)), {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     )
+
+
+def test_failed_operations_are_left_to_our_own_watch_unless_the_user_says_otherwise():
+    """torch would end the process a minute after another rank's abort."""
+    environ = {"TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
+    set_library_defaults(environ)
+    assert environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "0"
+    assert environ["TORCH_NCCL_ENABLE_MONITORING"] == "0"
+    assert environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
+    assert environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"

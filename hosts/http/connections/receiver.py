@@ -31,6 +31,8 @@ LEAST_HELD = 256 * 2**20
 FREE_BYTES = 64 * 1024
 """Bodies up to this size are received whatever is held."""
 READ_SIZE = 256 * 1024
+MAX_TURNED_AWAY = 128
+"""Connections beyond MAX_CONNECTIONS that linger after their 503; further ones are reset."""
 LOOK_EVERY_S = 0.25
 SEND_WITHIN_S = 30.0
 """How long a client may read nothing of its answer."""
@@ -81,6 +83,8 @@ class Receiver:
         self._open: dict[Any, _Held] = {}
         """All connections, the oldest first."""
         self._of_address: Counter[str] = Counter()
+        self._turned_away: dict[Any, float] = {}
+        """Those with their 503, and until when they linger. They count for nothing else."""
         self._told: deque[Callable[[], None]] = deque()
         self._selector = selectors.DefaultSelector()
         self._bell, self._ear = socket.socketpair()
@@ -143,7 +147,7 @@ class Receiver:
             if time.monotonic() - looked_s >= LOOK_EVERY_S:
                 looked_s = time.monotonic()
                 self._guarded(self._end_late)
-        for connection in list(self._open):
+        for connection in [*self._open, *self._turned_away]:
             self._guarded(self._close, connection)
         for each in (self._selector, self._bell, self._ear):
             each.close()
@@ -161,12 +165,22 @@ class Receiver:
         connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
         connection.socket.setblocking(False)
         if not self._has_room(connection.remote_addr):
-            with contextlib.suppress(OSError):
-                connection.socket.send(answer(BUSY.status, str(BUSY)))
-            connection.finish()
+            self._turn_away(connection)
             return
         self._open[connection] = _Held(Incoming(max_body=self._max_body, admits=self._admits))
         self._of_address[connection.remote_addr] += 1
+        self._selector.register(connection.socket, selectors.EVENT_READ, connection)
+
+    def _turn_away(self, connection: Any) -> None:
+        """Answer 503. The connection lingers: a reset would overtake the answer, or even the end of
+        the client's `connect`.
+        """
+        if len(self._turned_away) >= MAX_TURNED_AWAY:
+            connection.finish()
+            return
+        self._turned_away[connection] = time.monotonic() + LINGER_S
+        with contextlib.suppress(OSError):
+            connection.socket.send(answer(BUSY.status, str(BUSY)))
         self._selector.register(connection.socket, selectors.EVENT_READ, connection)
 
     def _has_room(self, address: str) -> bool:
@@ -190,7 +204,7 @@ class Receiver:
 
     def _read(self, connection: Any) -> None:
         held = self._open.get(connection)
-        if held is None:
+        if held is None and connection not in self._turned_away:
             return  # closed meanwhile
         try:
             data = connection.socket.recv(READ_SIZE)
@@ -199,7 +213,7 @@ class Receiver:
         except OSError:  # reset
             self._close(connection)
             return
-        if held.incoming is None:
+        if held is None or held.incoming is None:
             if not data:
                 self._close(connection, is_orderly=True)
         elif not data and not held.incoming.raw_head():
@@ -248,6 +262,9 @@ class Receiver:
 
     def _end_late(self) -> None:
         now_s = time.monotonic()
+        for connection, end_s in list(self._turned_away.items()):
+            if now_s >= end_s:
+                self._close(connection, is_orderly=True)
         for connection, held in list(self._open.items()):
             if held.lingers_until_s is not None and now_s >= held.lingers_until_s:
                 self._close(connection, is_orderly=True)
@@ -259,11 +276,11 @@ class Receiver:
 
     def _close(self, connection: Any, *, is_orderly: bool = False) -> None:
         """is_orderly: a slow client still gets the data that it has not read."""
-        held = self._open.pop(connection)
-        self._count(held, 0)
-        self._of_address[connection.remote_addr] -= 1
-        if not self._of_address[connection.remote_addr]:
-            del self._of_address[connection.remote_addr]
+        if self._turned_away.pop(connection, None) is None:
+            self._count(self._open.pop(connection), 0)
+            self._of_address[connection.remote_addr] -= 1
+            if not self._of_address[connection.remote_addr]:
+                del self._of_address[connection.remote_addr]
         with contextlib.suppress(KeyError, ValueError):  # a thread works on it
             self._selector.unregister(connection.socket)
         with contextlib.suppress(OSError):

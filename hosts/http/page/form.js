@@ -2,7 +2,7 @@
 "use strict";
 
 const byId = (id) => document.getElementById(id);
-const FIRST = ["prompt", "image"];
+const FIRST = ["model", "prompt", "image"];
 const USUAL = [
   "negative_prompt", "width", "height", "num_inference_steps", "guidance_scale", "num_frames",
   "seed", "scheduler", "init_image", "mask_image", "ip_adapter_image", "control_image",
@@ -50,11 +50,13 @@ function control(name, facts) {
     return make("input", { ...common, type: "file", accept: IMAGE_TYPES.join(), multiple });
   }
   if (name === "scheduler") return samplers(common, facts);
+  if (name === "model") return make("select", common, ...namesOf(facts).map((one) => make("option", {}, one)));
   const kind = kindOf(facts);
   if (kind === "integer" || kind === "number") return numberField(common, facts, kind);
-  const placeholder = name === "lora" ? '{"file.safetensors": 0.8}' : "";
-  return make("input", { ...common, type: "text", autocomplete: "off", placeholder });
+  return make("input", { ...common, type: "text", autocomplete: "off" });
 }
+
+const namesOf = (facts) => (facts.enum || []).filter((one) => one !== null);
 
 function samplers(common, facts) {
   const option = (value, textContent) => make("option", { textContent, value });
@@ -131,10 +133,13 @@ function takeFile(field, file) {
   if (isImage) setFile(field, field.multiple ? [...field.files, file] : file);
 }
 
+// those of a request: the file of "settings from an image" has no name
+const imageFields = () => [...byId("form").elements].filter((one) => one.type === "file" && one.name);
+
 // into the image field that has the focus, else into the first empty one
 function paste(event) {
   const file = [...event.clipboardData.files].find((one) => one.type.startsWith("image/"));
-  const fields = [...byId("form").elements].filter((one) => one.type === "file");
+  const fields = imageFields();
   if (!file || !fields.length) return;
   event.preventDefault();
   const isFocused = (field) => field.closest(".image-field").contains(document.activeElement);
@@ -150,6 +155,9 @@ function addFields(names, into, schema) {
       into.append(imageField(field));
       addFields([BESIDE[name]], into.lastChild, schema);
       pair = null;
+    } else if (name === "lora") {
+      into.append(loraField(field));
+      pair = null;
     } else if (field.tagName === "SELECT" || field.type === "number") {
       if (pair?.childElementCount !== 1) into.append((pair = make("div", { className: "pair" })));
       pair.append(labelled(field));
@@ -160,12 +168,17 @@ function addFields(names, into, schema) {
   }
 }
 
-function buildForm(schema) {
+// model: the one that the schema is for; empty for the host's first
+function buildForm(schema, model) {
+  for (const id of ["first-fields", "fields", "more-fields"]) byId(id).replaceChildren();
+  if (namesOf(schema.properties.model).length < 2) delete schema.properties.model;
   addFields(FIRST, byId("first-fields"), schema);
   addFields(USUAL, byId("fields"), schema);
   addFields(MORE, byId("more-fields"), schema);
   byId("more").hidden = !byId("more-fields").childElementCount;
-  document.addEventListener("paste", paste);
+  const choice = byId("field-model");
+  if (choice && model) choice.value = model;
+  choice?.addEventListener("change", () => changeModel(choice.value));
   byId("field-prompt")?.focus();
 }
 
@@ -174,21 +187,10 @@ function faultOf(field) {
   if (field.name === "prompt" && !field.value.trim()) {
     return "The prompt is empty. Describe the image that you want.";
   }
-  if (field.name === "lora" && field.value && !isObject(field.value)) {
-    return `LoRA is not valid. Write a file and its scale, as in ${field.placeholder}.`;
-  }
   if (field.type === "file" && field.validity.valueMissing) {
     return `${title(field.name)} is missing. Choose a file, drop one or paste one.`;
   }
   return field.validity.valid ? "" : `${title(field.name)}: ${field.validationMessage}`;
-}
-
-function isObject(text) {
-  try {
-    return JSON.parse(text)?.constructor === Object;
-  } catch {
-    return false;
-  }
 }
 
 function checkForm() {
@@ -211,7 +213,7 @@ function asBase64(file) {
 }
 
 function chosenFiles() {
-  const fields = [...byId("form").elements].filter((one) => one.type === "file");
+  const fields = imageFields();
   const chosen = fields.filter((one) => one.files.length);
   const filesOf = (one) => (one.files.length > 1 ? [...one.files] : one.files[0]);
   return Object.fromEntries(chosen.map((one) => [one.name, filesOf(one)]));
@@ -237,6 +239,7 @@ function fillForm(settings, files) {
     if (field.type === "file") setFile(field, files[field.name]);
     else if (value === undefined) field.value = field.getAttribute("value") || "";
     else field.value = field.name === "lora" ? JSON.stringify(value) : value;
+    if (field.name === "lora") field.dispatchEvent(new Event("change"));
     byId("more").open ||= value !== undefined && field.name === "lora";
   }
 }

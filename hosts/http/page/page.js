@@ -11,7 +11,7 @@ const PATIENCE_MS = 120000; // how long a job may be out of reach while its host
 const PASSING = [0, 429, 502, 503, 504]; // no answer, or a status that says to ask again later
 let shown = null; // the job on the stage
 let isChosen = false; // by a click: the stage then stays on it
-let output = "image";
+const SHARED = ["prompt", "negative_prompt", "seed"]; // what stays when the model is changed
 let pageName = "diffusion-launcher";
 
 let key = sessionStorage.getItem("key") || "";
@@ -90,12 +90,24 @@ async function generate(event) {
       const many = Array.isArray(file);
       body[field] = many ? await Promise.all(file.map(asBase64)) : await asBase64(file);
     }
-    const headers = { "Content-Type": "application/json" };
-    const job = await api("v1/jobs", { method: "POST", headers, body: JSON.stringify(body) });
-    accept(job, settings, files);
+    for (const seed of seedsOf(settings)) await submit({ ...body, ...seed }, settings, files);
   } catch (error) {
     showError(error);
   }
+}
+
+// one for each image: the chosen seed and those after it, or none, for seeds by chance
+function seedsOf({ seed }) {
+  const count = byId("count");
+  if (!count.validity.valid || !count.value) throw new Error("Images: choose a number from 1 to 16.");
+  const numbers = Array.from({ length: Number(count.value) }, (_, index) => index);
+  return numbers.map((index) => (seed === undefined || seed < 0 ? {} : { seed: seed + index }));
+}
+
+async function submit(body, settings, files) {
+  const headers = { "Content-Type": "application/json" };
+  const job = await api("v1/jobs", { method: "POST", headers, body: JSON.stringify(body) });
+  accept(job, settings, files);
 }
 
 function accept(job, settings, files) {
@@ -205,9 +217,12 @@ function showTile(id) {
   byId("forget").hidden = false;
 }
 
-function tileImage({ url, job }) {
+const isVideo = ({ blob }) => Boolean(blob?.type.startsWith("video/"));
+
+function tileImage(entry) {
+  const { url, job } = entry;
   if (!url) return make("div", { textContent: STATES[job.state] || "Loading" });
-  if (output === "video") return make("video", { src: url, muted: true, loop: true });
+  if (isVideo(entry)) return make("video", { src: url, muted: true, loop: true });
   return make("img", { src: url, alt: "" });
 }
 
@@ -237,23 +252,22 @@ function paint() {
   byId("caption").textContent = captionOf(entry.job);
   byId("cancel").hidden = isOver(job);
   byId("again").hidden = false;
-  byId("as-input").hidden = !entry.url || output === "video" || !inputField();
+  byId("as-input").hidden = !entry.url || isVideo(entry) || !inputField();
   byId("download").hidden = !entry.url;
-  const download = `${job.id}.${output === "video" ? "mp4" : "png"}`;
+  const download = `${job.id}.${isVideo(entry) ? "mp4" : "png"}`;
   if (entry.url) Object.assign(byId("download"), { href: entry.url, download });
 }
 
 function paintImage(entry) {
-  const isVideo = output === "video" && entry.url;
   const source = entry.url || entry.preview;
   let image = byId("canvas").firstElementChild;
-  if (image.tagName !== (isVideo ? "VIDEO" : "IMG")) {
+  if (image.tagName !== (isVideo(entry) ? "VIDEO" : "IMG")) {
     const player = { controls: true, loop: true, autoplay: true, muted: true };
-    image = isVideo ? make("video", player) : make("img");
+    image = isVideo(entry) ? make("video", player) : make("img");
     byId("canvas").replaceChildren(image);
   }
   if (image.src !== source) image.src = source;
-  if (isVideo) return;
+  if (isVideo(entry)) return;
   image.alt = entry.url ? promptOf(entry) : "preview";
   image.className = entry.url ? "" : "preview";
 }
@@ -296,8 +310,10 @@ async function cancel(id) {
   }
 }
 
-function useAgain() {
+async function useAgain() {
   const { settings, files, images } = sessionJobs.get(shown);
+  const choice = byId("field-model");
+  if (choice && settings.model && choice.value !== settings.model) await loadForm(settings.model);
   fillForm(settings, files);
   const missing = images.filter((field) => !files[field]).map(title);
   showNote(missing.length ? `Choose the image again for: ${missing.join(", ")}.` : "");
@@ -333,9 +349,10 @@ function drop(id) {
 
 // the jobs that this browser made before the page was loaded
 async function restore() {
+  const records = recall(); // not those that are accepted meanwhile, which the answer may lack
   const { jobs } = await api("v1/jobs");
   const known = new Map(jobs.map((job) => [job.id, job]));
-  for (const { id, settings, images } of recall()) {
+  for (const { id, settings, images } of records) {
     const job = known.get(id) || { id, state: "gone", seed: settings.seed };
     sessionJobs.set(id, { settings, images, files: {}, url: null, job });
     if (isOver(job)) showTile(id);
@@ -455,20 +472,36 @@ function showOperator(settings) {
   byId("ranks").replaceChildren(...rows);
 }
 
+async function loadForm(model = "") {
+  const schema = await api(`openapi.json${model ? `?model=${encodeURIComponent(model)}` : ""}`);
+  pageName = byId("title").textContent = document.title = schema.info.title;
+  buildForm(schema.components.schemas.Request, model);
+}
+
+async function changeModel(model) {
+  const settings = formSettings();
+  const kept = SHARED.filter((name) => name in settings);
+  try {
+    await loadForm(model);
+    for (const name of kept.filter((one) => byId(`field-${one}`))) byId(`field-${name}`).value = settings[name];
+    byId("field-model").focus();
+  } catch (error) {
+    showError(error);
+  }
+}
+
 async function start() {
   byId("form").addEventListener("submit", generate);
   byId("cancel").addEventListener("click", () => cancel(shown));
-  byId("again").addEventListener("click", useAgain);
+  byId("again").addEventListener("click", () => useAgain().catch(showError));
   byId("as-input").addEventListener("click", useAsInput);
   byId("forget").addEventListener("click", forget);
   document.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) byId("form").requestSubmit();
   });
-  const schema = await api("openapi.json");
-  const result = schema.paths["/v1/jobs/{id}/result"].get.responses["200"].content;
-  output = "video/mp4" in result ? "video" : "image";
-  pageName = byId("title").textContent = document.title = schema.info.title;
-  buildForm(schema.components.schemas.Request);
+  document.addEventListener("paste", paste);
+  byId("png").addEventListener("change", () => takeSettings(byId("png")));
+  await loadForm();
   await restore();
   await refresh();
   setInterval(refresh, POLL_MS);

@@ -7,6 +7,7 @@ from flask import Blueprint, Response, send_from_directory
 blueprint = Blueprint("pages", __name__)
 
 FOLDER = Path(__file__).resolve().parent
+PARTS = ("page.css", "page.js", "form.js", "mask.js", "lora.js", "png.js")
 POLICY = (
     "default-src 'self'; img-src 'self' data: blob:; media-src 'self' blob:; frame-ancestors "
     "'none'; base-uri 'none'; form-action 'none'"
@@ -19,24 +20,10 @@ def page() -> Response:
     return _file("index.html")
 
 
-@blueprint.get("/page.css")
-def style() -> Response:
-    return _file("page.css")
-
-
-@blueprint.get("/page.js")
-def script() -> Response:
-    return _file("page.js")
-
-
-@blueprint.get("/form.js")
-def form_script() -> Response:
-    return _file("form.js")
-
-
-@blueprint.get("/mask.js")
-def mask_script() -> Response:
-    return _file("mask.js")
+@blueprint.get("/<any({}):name>".format(", ".join(f"'{name}'" for name in PARTS)))
+def part(name: str) -> Response:
+    """Return a file that the page loads."""
+    return _file(name)
 
 
 @blueprint.get("/docs")

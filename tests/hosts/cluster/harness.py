@@ -49,9 +49,12 @@ class Cluster:
             assert self._host.process.poll() is None, self._host.log
             return self.num_ready(model) == number
 
-        wait_until(
-            are_ready, within_s=READY_WITHIN_S, what=f"{number} replicas are ready", every_s=0.2
-        )
+        try:
+            wait_until(
+                are_ready, within_s=READY_WITHIN_S, what=f"{number} replicas are ready", every_s=0.2
+            )
+        except AssertionError as error:
+            raise AssertionError(f"{error}; {self.replicas(model)}; {self._host.log}") from None
 
     def status(self) -> "subprocess.CompletedProcess[str]":
         """`diffusion-launcher status`."""

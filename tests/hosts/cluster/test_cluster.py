@@ -9,6 +9,7 @@ import threading
 import numpy as np
 import psutil
 import pytest
+import requests
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -56,6 +57,11 @@ def test_jobs_are_shared_out_evenly_and_their_images_are_the_replicas_own(cluste
         and (sample_images[0] != sample_images[1]).any()
     )
     assert jobs[0].state.settings["prompt"] == "a red car" and jobs[0].state.steps == 2
+
+
+def test_replicas_get_as_much_of_a_busy_machine_as_other_programs(cluster: Cluster):
+    niceness = [psutil.Process(replica["pid"]).nice() for replica in cluster.replicas()]
+    assert niceness == [psutil.Process().nice()] * 2
 
 
 def test_a_job_can_be_followed_looked_at_and_cancelled(cluster: Cluster):
@@ -113,6 +119,16 @@ def test_status_shows_every_replica(cluster: Cluster):
     for replica in cluster.replicas():
         (line,) = [line for line in shown.stdout.splitlines() if replica["name"] in line]
         assert "ready" in line and "127.0.0.1" in line
+
+
+def test_replicas_answer_nobody_without_their_own_keys(cluster: Cluster):
+    for replica in cluster.replicas():
+        launcher = psutil.Process(replica["pid"]).cmdline()
+        (port,) = (part.partition("=")[2] for part in launcher if part.startswith("--port="))
+        for headers in ({}, {"Authorization": f"Bearer {KEY}"}):  # the gateway's is another
+            for path in ("/v1/jobs", "/settings", "/metrics"):
+                answer = requests.get(f"http://127.0.0.1:{port}{path}", headers=headers, timeout=10)
+                assert answer.status_code == 401, (path, headers, answer.text)
 
 
 def test_a_replica_that_is_killed_in_the_middle_loses_no_job(cluster: Cluster):

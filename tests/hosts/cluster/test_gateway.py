@@ -202,6 +202,26 @@ def test_the_rate_of_a_client_is_counted_once_for_all_models():
     assert sent == [202, 202, 429]
 
 
+@pytest.mark.parametrize("content", [b"[" * 9000, b'{"model":' * 9000, b'{"a":1' + b"0" * 9000])
+def test_json_that_cannot_be_read_is_the_clients_mistake(client, deployments, content):
+    """The model that it names is looked for before the model's application reads it."""
+    for path in ("/v1/jobs", "/generate", "/v1/images/generations", "/sdapi/v1/txt2img"):
+        answer = client.post(path, data=content, content_type="application/json")
+        assert answer.status_code == 400, (path, answer.text)
+    assert waiting(deployments) == {"fast": [], "fine": []}
+
+
+def test_only_the_operator_drains_a_replica(tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text("alice alice-0123456789ab")
+    client = create_gateway(deployments_of(api_keys=str(keys))).test_client()
+    found = [
+        client.delete("/cluster/replicas/fast-9", headers={"Authorization": f"Bearer {key}"})
+        for key in ("alice-0123456789ab", KEY)
+    ]
+    assert [answer.status_code for answer in found] == [403, 404]
+
+
 def test_a_replica_that_is_not_there_cannot_be_drained(client):
     answer = client.delete("/cluster/replicas/fast-9")
     assert answer.status_code == 404 and answer.json["message"].startswith(

@@ -17,7 +17,9 @@ TABLE = read_table()
 IMAGE = Image.new("RGB", (16, 8), "red")
 
 
-EVERYTHING = Accepted(takes_control_image=True, takes_ip_image=True, takes_compel=True)
+EVERYTHING = Accepted(
+    takes_control_image=True, takes_ip_image=True, takes_compel=True, upscalers=("4x",)
+)
 
 
 def read(body, type_name="sdxl", image_dirs=(), accepted=None):
@@ -46,14 +48,14 @@ def test_old_names_become_diffusers_names():
 
 
 def test_new_names_mean_the_same():
-    old = read({"positive": "a", "negative": "b", "steps": 3, "cfg": 2, "denoise": 0.5})
+    old = read({"positive": "a", "negative": "b", "steps": 3, "cfg": 2, "denoise": 1})
     new = read(
         {
             "prompt": "a",
             "negative_prompt": "b",
             "num_inference_steps": 3,
             "guidance_scale": 2,
-            "strength": 0.5,
+            "strength": 1,
         }
     )
     assert old == new
@@ -139,11 +141,13 @@ def test_every_plain_field_can_be_sent():
         "quality": "exact",
         "prompt_syntax": "a1111",
         "latent_space": "model",
+        "upscaler": "4x",
         "height": 8,
         "width": 8,
     }
-    plain = set(NAMES) - {*decode.IMAGES, *decode.ARRAYS, *decode.LISTS, "lora"}
-    for field in plain:
+    # the model is the host's to find, and arguments are for types without fields of their own
+    plain = set(NAMES) - {*decode.IMAGES, *decode.ARRAYS, *decode.LISTS}
+    for field in plain - {"lora", "model", "arguments"}:
         for name in NAMES[field]:
             value = values.get(field, 1)
             taken_by = next(
@@ -280,6 +284,11 @@ def test_loras_of_a_request_come_from_the_folders_that_it_may_use_only(tmp_path)
     ):
         with pytest.raises(RequestError, match="is not a file that requests may use"):
             loras({name: 1.0})
+    for name in ("a\0b", "\ud800", "x" * 3000, "/" * 3000, "~nobody/x", ""):
+        with pytest.raises(RequestError):
+            loras({name: 1.0})
+    with pytest.raises(RequestError, match="scale"):
+        loras({"sub/b.safetensors": 10**400})
     with pytest.raises(RequestError, match="no folder: the host was started without --lora_dir"):
         loras({"sub/b.safetensors": 1.0}, Accepted())
     for wrong in (["a"], {"sub/b.safetensors": "1"}, {"sub/b.safetensors": True}):

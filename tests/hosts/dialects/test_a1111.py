@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from backends.model_table import read_table
 from tests.checkpoints import sample_image
 from tests.hosts.application import encode_file
 from tests.hosts.dialects.reading import ReadingHost, message_of
@@ -386,7 +387,7 @@ def test_what_is_not_here_is_told_in_a1111s_shape(host):
     for answer in (
         host.client.get("/sdapi/v1/nothing"),
         host.client.post("/sdapi/v1/interrogate"),
-        host.client.post("/sdapi/v1/extra-single-image", data=b"x"),
+        host.client.post("/sdapi/v1/extra-batch-images", data=b"x"),
     ):
         assert answer.status_code == 404 and "detail" in answer.get_json()
     assert host.client.post("/sdapi/v1/refresh-loras").status_code == 200
@@ -399,8 +400,16 @@ def test_what_is_not_here_is_told_in_a1111s_shape(host):
         assert host.post("/sdapi/v1/options", options).status_code == status, options
 
 
-def test_guidance_of_forges_clients_on_a_distilled_model():
-    with ReadingHost(type="flux") as flux:
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        for name, spec in read_table().items()
+        if (spec.guidance, spec.output) == ("distilled", "image")
+    ],
+)
+def test_guidance_of_forges_clients_on_a_distilled_model(name):
+    with ReadingHost(type=name) as flux:
         plain = {"prompt": "a", "seed": 1}
         forge = {**plain, "cfg_scale": 1, "distilled_cfg_scale": 3.25}
         assert flux.is_same(TXT, forge, {**plain, "guidance_scale": 3.25})

@@ -365,8 +365,32 @@ def test_a1111_progress_and_interrupt_reach_the_running_job(host):
     assert pixels(base64.b64decode(now["current_image"])).shape == (8, 8, 3)
     assert requests.post(host.url("/sdapi/v1/interrupt"), timeout=20).status_code == 200
     job.join(timeout=30)
-    assert answers[0].status_code == 409 and "interrupted" in answers[0].json()["detail"]
+    assert answers[0].status_code == 200, answers[0].text
+    (image,) = answers[0].json()["images"]
+    assert pixels(base64.b64decode(image)).std() > 0
     assert a1111(host, "progress").json()["progress"] == 0
+
+
+@pytest.mark.parametrize(("name", "number"), [("interrupt", 1), ("skip", 2)])
+def test_a1111_interrupt_answers_with_the_images_so_far_and_skip_goes_on(host, name, number):
+    fields = {"prompt": "a", "seed": 5, "sampler_name": "Euler", "width": 64, "height": 64}
+    answers = []
+    job = threading.Thread(
+        target=lambda: answers.append(a1111(host, "txt2img", {**fields, "steps": 60, "n_iter": 2}))
+    )
+    job.start()
+    wait_until(
+        lambda: a1111(host, "progress").json()["state"]["sampling_step"] > 3,
+        within_s=60,
+        what="the first image is begun",
+    )
+    assert requests.post(host.url(f"/sdapi/v1/{name}"), timeout=20).status_code == 200
+    job.join(timeout=120)
+    images = [pixels(base64.b64decode(one)).astype(int) for one in answers[0].json()["images"]]
+    assert len(images) == number == len(json.loads(answers[0].json()["info"])["all_seeds"])
+    assert images[0].shape == (64, 64, 3)
+    again = a1111(host, "txt2img", {**fields, "steps": 60, "seed": 5}).json()["images"][0]
+    assert (pixels(base64.b64decode(again)) != images[0]).any(), "it did not end early"
 
 
 def test_a1111_lists_tell_what_is_there(host):

@@ -3,6 +3,7 @@
 import base64
 import io
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -138,6 +139,17 @@ def test_image_of_an_edit_may_be_sent_in_each_published_form(host, image):
     assert host.is_same(EDIT, {"prompt": "a", "seed": 1, **image}, wanted)
 
 
+@pytest.mark.parametrize("empty", [[""], [None], [[]], [{}, ""]])
+def test_list_of_empty_images_is_none(host, empty):
+    assert host.is_same(EDIT, {"prompt": "a", "seed": 1, "image": IMAGE, "mask": empty},
+        {"prompt": "a", "seed": 1, "init_image": IMAGE})  # fmt: skip
+    answer = host.post(EDIT, {"prompt": "a", "image": empty})
+    assert answer.status_code == 400 and message_of(answer).startswith("image is missing")
+    with ReadingHost(type="svd") as films:
+        without = films.post(VIDEO, {})
+        assert films.post(VIDEO, {"input_reference": empty}).status_code == without.status_code
+
+
 def test_images_elsewhere_are_refused(host):
     for image in ({"image_url": "https://example.org/a.png"}, {"file_id": "file-1"}):
         answer = host.post(EDIT, {"prompt": "a", "images": [image]})
@@ -221,6 +233,14 @@ def test_forms_are_read_as_json_is(host):
     assert answer.status_code == 400 and message_of(answer).startswith("steps='many'")
 
 
+@pytest.mark.parametrize("part", ["", '; filename="a.png"', "; nam=prompt"])
+def test_part_of_a_form_without_a_name_is_the_clients_mistake(host, part):
+    form = f"--b\r\nContent-Disposition: form-data{part}\r\n\r\na\r\n--b--\r\n"
+    kind = "multipart/form-data; boundary=b"
+    answer = host.client.post(EDIT, data=form.encode(), content_type=kind)
+    assert answer.status_code == 400 and "has no name" in message_of(answer)
+
+
 def test_variations_start_from_the_image_and_need_no_prompt(host):
     path = "/v1/images/variations"
     wanted = {"prompt": " ", "seed": 1, "init_image": IMAGE}
@@ -268,3 +288,23 @@ def test_remix_is_the_same_video_with_another_prompt():
             answer = videos.post(f"{VIDEO}/{made}/remix", wrong)
             assert answer.status_code == 400 and message_of(answer)
         assert videos.post(f"{VIDEO}/none/remix", {"prompt": "b"}).status_code == 404
+
+
+def test_every_image_of_one_call_is_in_the_answer_of_each_dialect():
+    """QwenImageLayered makes one image for each layer."""
+    with ReadingHost(num_frames=3) as layered:
+        body = {"prompt": "a", "seed": 5}
+        in_text = layered.post(GENERATE, {**body, "response_format": "b64_json"}).get_json()["data"]
+        files = [base64.b64decode(each["b64_json"]) for each in in_text]
+        links = [each["url"] for each in layered.post(GENERATE, body).get_json()["data"]]
+        answers = [layered.client.get(link) for link in links]
+        streamed = layered.post(GENERATE, {**body, "stream": True}).get_data(as_text=True)
+        a1111 = layered.post("/sdapi/v1/txt2img", body).get_json()["images"]
+        last = layered.client.get(f"{links[0]}&image=3")
+    frames = np.random.default_rng(0).integers(0, 256, (3, 16, 24, 3), dtype=np.uint8)
+    for found in (files, [one.data for one in answers], [base64.b64decode(one) for one in a1111]):
+        images = [np.asarray(Image.open(io.BytesIO(one))) for one in found]
+        assert (np.stack(images) == frames).all()
+    assert {one.headers["X-Images"] for one in answers} == {"3"}
+    assert streamed.count("event: image_generation.completed") == 3
+    assert last.status_code == 400 and "Allowed: 0 to 2" in message_of(last)

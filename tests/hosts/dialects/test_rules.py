@@ -5,6 +5,7 @@ taken in silence.
 import pytest
 from openai.types import image_edit_params, image_generate_params, video_create_params
 
+from backends.model_table import read_table
 from backends.request import GenerateRequest
 from hosts.compat import fields as compat
 from hosts.dialects import a1111_fields, openai_fields
@@ -153,37 +154,37 @@ def test_what_this_host_cannot_use_is_refused(images, path, fields, named):
     assert message_of(answer).startswith(f"{named} is not available: ")
 
 
+TABLE = read_table()
+IMAGE_CALLS = ("/v1/jobs", "/generate", "/v1/images/generations", "/sdapi/v1/txt2img")
+CALLS = {"image": IMAGE_CALLS, "video": ("/v1/jobs", "/generate", "/v1/videos")}
+
+
 @pytest.mark.parametrize(
-    ("path", "fields"),
-    [
-        ("/v1/jobs", {"negative_prompt": "x"}),
-        ("/generate", {"negative_prompt": "x"}),
-        ("/v1/images/generations", {"negative_prompt": "x"}),
-        ("/sdapi/v1/txt2img", {"negative_prompt": "x"}),
-    ],
+    "name", [name for name, spec in TABLE.items() if spec.guidance == "distilled"]
 )
-def test_negative_prompt_of_a_distilled_model_is_refused(path, fields):
-    with ReadingHost(type="flux") as host:
-        answer = host.post(path, {"prompt": "a", **fields})
-        assert answer.status_code == 422 and "is distilled" in message_of(answer)
+def test_negative_prompt_of_a_distilled_model_is_refused(name):
+    with ReadingHost(type=name) as host:
+        for path in CALLS[TABLE[name].output]:
+            answer = host.post(path, {"prompt": "a", "negative_prompt": "x"})
+            said = message_of(answer)
+            # a row that lists its fields refuses all others alike
+            why = "does not take it" if TABLE[name].takes else "is distilled"
+            assert answer.status_code == 422 and why in said
         old = {"positive": "a", "negative": "x", "steps": 2}
         assert host.post("/generate", old).status_code == 200
 
 
-@pytest.mark.parametrize(
-    ("type_name", "size", "nearest"),
-    [("sdxl", 100, "96 and 104"), ("flux", 120, "112 and 128"), ("zimage", 1080, "1072 and 1088")],
-)
-def test_sizes_are_exact_or_refused_with_the_two_nearest(type_name, size, nearest):
-    with ReadingHost(type=type_name) as host:
-        for path, fields in (
-            ("/v1/jobs", {"width": size}),
-            ("/generate", {"width": size}),
-            ("/v1/images/generations", {"size": f"{size}x64"}),
-            ("/sdapi/v1/txt2img", {"width": size}),
-        ):
-            answer = host.post(path, {"prompt": "a", **fields})
-            assert answer.status_code == 400 and nearest in message_of(answer), path
+@pytest.mark.parametrize("name", list(TABLE))
+def test_sizes_are_exact_or_refused_with_the_two_nearest(name):
+    multiple = TABLE[name].size_multiple
+    below, size, above = 6 * multiple, 6 * multiple + multiple // 2, 7 * multiple
+    with ReadingHost(type=name) as host:
+        for path in CALLS[TABLE[name].output]:
+            has_both = path in ("/v1/images/generations", "/v1/videos")
+            sent = {"size": f"{size}x{above}"} if has_both else {"width": size}
+            answer = host.post(path, {"prompt": "a", **sent})
+            said = message_of(answer)
+            assert answer.status_code == 400 and f"nearest are {below} and {above}" in said, path
         assert host.post("/generate", {"positive": "a", "width": size}).status_code == 200
 
 
@@ -243,6 +244,96 @@ def test_image_to_start_from_acts_by_default(images):
     assert images.is_same("/v1/images/edits", {"prompt": "a", "seed": 1, "image": IMAGE}, start)
     assert images.reads("/v1/jobs", {**start, "strength": 1})[0].strength == 1
     assert images.reads("/v1/jobs", {"prompt": "a"})[0].strength == 1
+
+
+OTHER = encode_file(sample_image(24))
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/images/generations", {"steps": 2, "num_inference_steps": 3}),
+        ("/v1/images/generations", {"guidance": "2", "guidance_scale": 3}),
+        ("/v1/images/generations", {"size": "64x64", "width": 72}),
+        ("/v1/images/generations", {"quality": "exact", "closeness": "fast"}),
+        ("/v1/images/edits", {"image": IMAGE, "init_image": OTHER}),
+        ("/v1/images/edits", {"image": IMAGE, "images": [OTHER]}),
+        ("/v1/images/edits", {"mask": IMAGE, "mask_image": OTHER}),
+        ("/v1/images/variations", {"image": IMAGE, "init_image": OTHER}),
+        ("/v1/videos", {"seconds": 2, "num_frames": 2}),
+        ("/v1/videos", {"input_reference": IMAGE, "image": OTHER}),
+        *(
+            ("/generate", {old: 0.25, field: 0.5})
+            for field, names in compat.OLD_NAMES.items()
+            for old in names
+        ),
+    ],
+)
+def test_one_thing_under_two_names_must_be_the_same(host, path, fields):
+    one, other = fields
+    answer = host.post(path, body(path, **fields))
+    said = message_of(answer)
+    assert answer.status_code == 400 and "contradict each other. Leave one of them out." in said
+    assert said.startswith(f"{one}=") and f" and {other}=" in said
+
+
+def test_one_thing_under_two_names_passes_where_it_is_the_same_or_nobody_cares(images):
+    path = "/v1/images/generations"
+    assert images.reads(path, {"prompt": "a", "steps": "2", "num_inference_steps": 2})
+    assert images.reads(path, {"prompt": "a", "size": "64x64", "width": "64", "height": 64})
+    loose = {"prompt": "a", "steps": 2, "num_inference_steps": 3, "size": "64x64", "width": 72}
+    assert images.reads(path, {**loose, "strict": False})
+    assert images.reads("/generate", {"positive": "a", "denoise": 1, "denoising_start": 0.5})
+
+
+def test_empty_texts_among_images_are_none(images):
+    for path, name in (
+        ("/v1/images/edits", "image"),
+        ("/v1/images/edits", "images"),
+        ("/sdapi/v1/img2img", "init_images"),
+    ):
+        answer = images.post(path, {"prompt": "a", name: ["", None]})
+        assert answer.status_code == 400 and "image" in message_of(answer), path
+        (read,) = images.reads(path, {"prompt": "a", name: ["", IMAGE]})
+        assert read.init_image is not None, path
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        for name, spec in TABLE.items()
+        if spec.output == "image" and (not spec.takes or "image" in spec.takes)
+    ],
+)
+def test_img2img_of_a1111_starts_from_the_image_in_each_type(name):
+    with ReadingHost(type=name) as host:
+        sent = {"prompt": "a", "init_images": [IMAGE], "denoising_strength": None}
+        (read,) = host.reads("/sdapi/v1/img2img", sent)
+        if read.init_image is not None:
+            assert read.strength == 0.75
+        else:
+            assert read.image is not None and read.strength == 1
+        answer = host.post("/sdapi/v1/img2img", {"prompt": "a", "init_images": ["x"]})
+        assert answer.status_code == 400 and message_of(answer).startswith("init_images: ")
+
+
+def test_img2img_of_a_type_that_takes_no_image_is_refused():
+    with ReadingHost(type="bria") as host:
+        answer = host.post("/sdapi/v1/img2img", {"prompt": "a", "init_images": [IMAGE]})
+        assert answer.status_code == 422
+        assert message_of(answer).startswith("init_images is not available: Bria 3.2 does not")
+
+
+@pytest.mark.parametrize("path", ["/v1/jobs", "/generate", "/v1/images/generations"])
+def test_strength_without_what_it_is_of_is_refused(images, path):
+    answer = images.post(path, {"prompt": "a", "strength": 0.5})
+    assert answer.status_code == 400
+    assert message_of(answer).startswith("strength=0.5 has no effect without an image")
+    assert images.reads(path, {"prompt": "a", "strength": 1.0})
+    with ReadingHost(type="flux2") as host:
+        answer = host.post(path, {"prompt": "a", "strength": 0.5})
+        assert answer.status_code == 422 and "starts from no image" in message_of(answer)
 
 
 def test_two_images_of_a_field_that_has_one_are_refused(images):

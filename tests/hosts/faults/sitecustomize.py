@@ -8,6 +8,7 @@ Hosts run as where the extra `options` is not installed: importing bitsandbytes 
 compiler along, 2 CPU seconds per rank.
 """
 
+import ctypes
 import importlib.abc
 import importlib.machinery
 import os
@@ -22,6 +23,8 @@ PLACES = {
     "block": ("diffusers.models.attention", "JointTransformerBlock", "forward"),
     # after the last collective of the image
     "decode": ("backends.generation.latents", None, "decode"),
+    # in native code: no exception, the process is gone
+    "crash": ("diffusers.models.unets.unet_2d_condition", "UNet2DConditionModel", "forward"),
     # for ever, while all threads of the rank go on
     "hang": ("diffusers.schedulers.scheduling_euler_discrete", "EulerDiscreteScheduler", "step"),
 }
@@ -36,6 +39,8 @@ def strike(place):
         path.write_text("\n".join(lines))
         if place == "hang":
             threading.Event().wait()
+        if place == "crash":
+            ctypes.string_at(0)
         raise ArithmeticError(f"a fault of the test in {place}")
 
 

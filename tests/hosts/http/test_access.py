@@ -208,7 +208,18 @@ def test_request_with_the_key_is_served_and_the_key_is_told_to_nobody(guarded, q
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/page.css", "/page.js", "/form.js", "/mask.js", "/healthz", "/livez"]
+    "path",
+    [
+        "/",
+        "/page.css",
+        "/page.js",
+        "/form.js",
+        "/mask.js",
+        "/lora.js",
+        "/png.js",
+        "/healthz",
+        "/livez",
+    ],
 )
 def test_page_and_probes_need_no_key(path, guarded):
     assert guarded.get(path).status_code == 200

@@ -324,6 +324,17 @@ def test_bug_in_a_route_is_answered_without_its_details(client, queue, monkeypat
     assert "division by zero" in caplog.text
 
 
+def test_refusals_of_the_existing_clients_are_logged_without_prompts(client, caplog):
+    """They throw the reason away, and tell their users to look here."""
+    client.post("/generate", json={"positive": "a private wish", "height": 9000})
+    (record,) = [one for one in caplog.records if one.levelname == "WARNING"]
+    assert "height=9000 is not allowed" in record.getMessage(), record.getMessage()
+    client.post(
+        "/generate", json={"prompt": "a private (wish:99999999999)", "prompt_syntax": "a1111"}
+    )
+    assert len(caplog.records) == 2 and "private" not in caplog.text
+
+
 def test_prompts_are_not_logged(client, queue, caplog):
     caplog.set_level("INFO")
     answer_jobs(queue)

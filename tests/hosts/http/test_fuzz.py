@@ -10,6 +10,7 @@ import io
 import json
 import os
 import pickle
+import random
 import time
 
 import numpy as np
@@ -33,6 +34,7 @@ from tests.hosts.bodies import SIDE, conditioning, tensor
 from tests.hosts.client import FOUR_KEYS, decode, encode
 from tests.hosts.compat.forge import Calls, forged_tensor
 from tests.hosts.harness import wait_until
+from tests.hosts.http.raw_bytes import hostile_bytes, is_a_failure, status_of
 from tests.hosts.inprocess import InProcessHost
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "120"))
@@ -266,6 +268,16 @@ def test_no_body_breaks_the_host(host, reference, given):
 def test_no_bytes_break_the_host(host, reference, data, content_type, encoding, path):
     headers = {"Content-Type": content_type} | ({"Content-Encoding": encoding} if encoding else {})
     ask(host, path, data=data, headers=headers)
+
+
+def test_no_bytes_at_the_socket_break_the_host(host, reference, caplog):
+    """Seed and number as `python -m benchmarks.hostile --kind=raw` has them, but fewer."""
+    chance = random.Random(1)
+    for _ in range(EXAMPLES * 3):
+        data, waits = hostile_bytes(chance), chance.random() < 0.9
+        status = status_of(host.port, data, waits=waits)
+        assert not is_a_failure(status), (status, data)
+    assert "Traceback" not in caplog.text
 
 
 def test_every_operation_of_the_schema_holds_what_it_promises(host, reference):

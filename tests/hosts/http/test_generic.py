@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.checkpoints import sample_image
+from hosts.http.media import npy
+from tests.checkpoints import checkpoint, sample_image
 from tests.checkpoints.variants import variant
 from tests.hosts.harness import session, start_launcher
 from tests.hosts.inprocess import InProcessHost
@@ -59,14 +60,44 @@ def test_an_image_is_made_with_the_arguments_of_the_class(host):
         ({"height": 128}, 422, "height is not available"),
         ({"sigmas": [1.0, 0.0]}, 422, "sigmas is not available"),
         ({"prompt": ""}, 400, "prompt is missing"),
-        ({"image": None}, 400, "refuses this request"),
+        ({"image": None}, 400, "strength=0.5 has no effect without an image"),
+        ({"image": None, "strength": None}, 400, "refuses this request"),
         ({"colour": "red"}, 400, "colour"),
+        ({"video": [encoded(sample_image(64))]}, 422, "video is not available"),
+        ({"arguments": 3}, 400, "must be an object"),
+        (
+            {"arguments": {"colour": 1}},
+            400,
+            "arguments.colour is no argument of ",
+        ),
+        ({"arguments": {"generator": 1}}, 400, "arguments.generator is no argument"),
+        ({"arguments": {"strength": 1}}, 400, "has a field of its own. Send it as strength"),
+        ({"arguments": {"pag_scale": 1e9}}, 400, "arguments.pag_scale=1000000000.0 is not allowed"),
+        ({"arguments": {"pag_scale": {"png": ""}}}, 400, 'must be a number, a text, {"image"'),
+        ({"arguments": {"ip_adapter_image": {"image": "x"}}}, 400, "arguments.ip_adapter_image"),
+        (
+            {"arguments": {"cross_attention_kwargs": {"object": {"scale": 1e9}}}},
+            400,
+            "arguments.cross_attention_kwargs.scale=1000000000.0 is not allowed",
+        ),
     ],
 )
 def test_what_the_class_does_not_take_is_refused_by_name(host, fields, status, message):
     answer = host.post(asked(**fields))
     assert answer.status_code == status, answer.text
     assert message in answer.json()["message"]
+
+
+def test_arguments_without_a_field_reach_the_class(host):
+    embeds = npy(np.random.default_rng(0).standard_normal((1, 77, 32)).astype(np.float32))
+    scaled = {"cross_attention_kwargs": {"object": {"scale": 1.0}}}
+    given = ({}, {"pag_scale": 3.0} | scaled, {"negative_prompt_embeds": {"npy": embeds}})
+    plain, same, other = (
+        host.post(asked(arguments=each), headers={"Accept": "image/png"}) for each in given
+    )
+    assert (same.status_code, other.status_code) == (200, 200), (same.text, other.text)
+    assert same.content == plain.content  # these are the defaults
+    assert other.content != plain.content
 
 
 def test_the_fields_of_the_class_are_documented(host):
@@ -89,3 +120,23 @@ def test_two_ranks_make_the_same_image_as_one(host, options):
         assert np.abs(one.astype(int) - two).max() <= 1
         refused = several.post(asked(mask_image=encoded(sample_image(64))))
         assert refused.status_code == 422
+
+
+def test_a_row_that_runs_as_is_fills_a_mask_and_says_what_is_missing():
+    """FLUX.1 Fill keeps the size of the image that it changes."""
+    mask = Image.new("L", (64, 96), 0)
+    mask.paste(255, (0, 0, 32, 96))
+    image = sample_image(96).resize((64, 96))
+    body = {"prompt": "a cat", "seed": 3, "num_inference_steps": 2, "mask_image": encoded(mask)}
+    folder = checkpoint("flux_fill")
+    with InProcessHost(checkpoint=str(folder), height=None, width=None) as host:
+        answer = host.post(body | {"init_image": encoded(image)}, headers={"Accept": "image/png"})
+        assert answer.status_code == 200, answer.text
+        assert Image.open(io.BytesIO(answer.content)).size == (64, 96)
+        for field, status, message in (
+            ({"init_image": ""}, 400, "image is missing. FLUX.1 Fill needs it"),
+            ({"init_image": encoded(image), "mask_image": ""}, 400, "mask_image is missing"),
+            ({"image": encoded(image), "first_step": 1}, 422, "first_step is not available"),
+        ):
+            answer = host.post(body | field)
+            assert (answer.status_code, message in answer.json()["message"]) == (status, True)

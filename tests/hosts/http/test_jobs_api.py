@@ -137,6 +137,19 @@ def test_running_job_is_cancelled_within_two_steps_and_the_next_is_right(host):
     assert answer.status_code == 409 and "cancelled" in assert_is_error(answer.json())
 
 
+def test_error_of_a_job_holds_nothing_of_its_run(host):
+    """Its frames would keep latents and activations for as long as the job is kept."""
+    sent = send(host, LONG)
+    wait_until(lambda: state(host, sent["id"])["step"] > 2, within_s=60, what="it runs")
+    cancel(host, sent["id"])
+    wait_for(host, sent["id"], "cancelled")
+    error = host.queue.find(sent["id"], owner=None).error
+    assert error is not None
+    while error is not None:
+        assert error.__traceback__ is None
+        error = error.__cause__ or error.__context__
+
+
 def test_queued_job_waits_in_its_place_and_is_cancelled_at_once(host):
     running = send(host, LONG)
     wait_for(host, running["id"], "running")
@@ -211,10 +224,17 @@ def test_bad_field_is_refused_before_the_queue(host):
 
 def test_streams_are_limited_and_given_back(host, monkeypatch):
     running = send(host, LONG)
-    streams = [
-        requests.get(host.url(running["links"]["events"]), stream=True, timeout=20)
-        for _ in range(jobs_api.STREAMS_OF_CLIENT)
-    ]
+    streams: list[requests.Response] = []
+
+    def opened():
+        """Also where a stream of the test before is given back only now."""
+        answer = requests.get(host.url(running["links"]["events"]), stream=True, timeout=20)
+        if answer.status_code == 200:
+            streams.append(answer)
+        return answer.status_code == 200
+
+    for _ in range(jobs_api.STREAMS_OF_CLIENT):
+        wait_until(opened, within_s=10, what="one more stream")
     answer = requests.get(host.url(running["links"]["events"]), timeout=20)
     assert answer.status_code == 429 and "event streams of this client are open" in assert_is_error(
         answer.json()

@@ -1,15 +1,18 @@
 """Results as files: what comes out decodes again to what went in."""
 
+import base64
 import io
+import subprocess
 from dataclasses import replace
 
 import imageio.v3 as imageio
+import imageio_ffmpeg
 import numpy as np
 import pytest
 from PIL import Image
 
 from backends.errors import RequestError
-from backends.request import GenerateResult
+from backends.request import Audio, GenerateResult
 from hosts.http import media
 
 
@@ -40,6 +43,19 @@ def test_png_keeps_every_pixel():
     assert (np.asarray(sample_image) == made.frames[0]).all()
 
 
+def test_every_image_of_one_call_is_in_the_json_with_its_transparent_parts():
+    alpha = np.full((3, 48, 64, 1), 128, np.uint8)
+    made = result(num_frames=3)
+    layers = replace(made, frames=np.concatenate([made.frames, alpha], axis=-1))
+    texts = media.as_json(layers, "image")["outputs"]
+    found = [opened(base64.b64decode(text)) for text in texts]
+    assert {(one.format, one.mode) for one in found} == {("PNG", "RGBA")}
+    assert (np.stack([np.asarray(one) for one in found]) == layers.frames).all()
+    assert "outputs" not in media.as_json(result(), "image")
+    first = media.each_image(layers, "image")[0]
+    assert opened(media.encode(first, "image/jpeg")).mode == "RGB"  # it has no transparency
+
+
 @pytest.mark.parametrize(("content_type", "name"), [("image/jpeg", "JPEG"), ("image/webp", "WEBP")])
 def test_lossy_image_is_close(content_type, name):
     made = result()
@@ -59,6 +75,33 @@ def test_mp4_holds_every_frame():
     frames = imageio.imread(media.encode(made, "video/mp4"), extension=".mp4", plugin="FFMPEG")
     assert frames.shape == (5, 48, 64, 3)
     assert np.abs(frames.astype(int) - made.frames).mean() < 8
+
+
+def tone(hertz, rate=16000):
+    """One second of two channels, of which the second is silent."""
+    wave = np.sin(2 * np.pi * hertz * np.arange(rate) / rate)
+    samples = 0.5 * np.stack([wave, 0 * wave])
+    return Audio(samples=samples.astype(np.float32), sampling_rate=rate)
+
+
+def test_mp4_holds_the_sound(tmp_path):
+    path = tmp_path / "film.mp4"
+    made = replace(result(num_frames=7), audio=tone(440))
+    path.write_bytes(media.encode(made, "video/mp4"))
+    program = imageio_ffmpeg.get_ffmpeg_exe()
+    wanted = ("-i", str(path), "-f", "f32le", "-ac", "2", "-ar", "16000", "-")
+    raw = subprocess.run([program, *wanted], capture_output=True, check=True).stdout
+    sound = np.frombuffer(raw, np.float32).reshape(-1, 2)[:16000].T
+    strongest = np.abs(np.fft.rfft(sound[0])).argmax() * 16000 / sound.shape[1]
+    assert abs(strongest - 440) < 2
+    assert np.abs(sound[1]).max() < 0.01 < np.abs(sound[0]).max()
+
+
+def test_the_whole_result_keeps_the_sound():
+    made = replace(result(num_frames=2), audio=tone(440))
+    found = media.decode_whole(media.encode(made, media.WHOLE_TYPE))
+    assert found.audio.sampling_rate == 16000
+    np.testing.assert_array_equal(found.audio.samples, made.audio.samples)
 
 
 def test_mp4_of_odd_size_loses_a_row_and_a_column_only():

@@ -407,14 +407,41 @@ def test_image_is_pasted_or_dropped_into_its_field_and_other_files_are_refused(p
     assert value(page, "init_image").endswith("b.webp")
 
 
-def test_phone_shows_the_image_when_generate_is_pressed(page):
+def test_phone_shows_the_prompt_and_its_image_together(page):
     size(page, 390, 844)
     fill(page, "num_inference_steps", 2)
     fill(page, "prompt", "a green heart")
-    assert not is_in_view(page, "#canvas")
     find(page, "#generate").click()
     until(page, lambda: "2 steps" in caption(page))
-    assert is_in_view(page, "#canvas") and is_in_view(page, "#caption")
+    assert all(is_in_view(page, each) for each in ("#field-prompt", "#canvas", "#caption"))
+    size(page, 390, 500)  # lower than the image
+    find(page, "#generate").click()
+    until(page, lambda: is_in_view(page, "#caption"))
+
+
+def test_job_of_the_first_moment_is_not_taken_for_one_that_the_host_lost(page, host):
+    """The list that the page asks for when it is loaded was made before the job."""
+    script = """const plain = window.fetch; let isFirst = true;
+    window.fetch = async (path, ...rest) => {
+      const answer = await plain(path, ...rest);
+      if (path !== "v1/jobs" || rest[0]?.method || !isFirst) return answer;
+      isFirst = false;
+      await new Promise((resolve) => { window.answerJobs = resolve; });
+      return answer;
+    };"""
+    added = page.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": script})
+    try:
+        reload(page)
+        until(page, lambda: page.execute_script("return Boolean(window.answerJobs)"))
+        fill(page, "prompt", "a green heart")
+        fill(page, "num_inference_steps", 40)
+        find(page, "#generate").click()
+        until(page, lambda: caption(page))
+        page.execute_async_script("window.answerJobs(); setTimeout(arguments[0], 200)")
+        assert "No longer" not in caption(page) + "".join(texts(page, "#gallery li"))
+        until(page, lambda: "40 steps" in caption(page))
+    finally:
+        page.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
 
 
 def test_keyboard_alone_is_enough(page):

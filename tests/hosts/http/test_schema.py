@@ -11,7 +11,7 @@ from hosts.launch.settings import Settings
 from tests.checkpoints import NAMES
 
 EVERYTHING = Settings.from_values(
-    {"compel": "true", "control_net": "/c", "ip_adapter": '{"/i": 1}', "lora_dir": "/l"}
+    {"compel": "true", "control_net": "/c", "ip_adapter": '{"/i": 1}', "lora_dir": "/"}
 )
 
 LISTS = ("sigmas", "timesteps")
@@ -57,10 +57,10 @@ def test_every_field_has_a_description_a_type_a_default_and_every_number_a_range
         "guidance_scale",
         "height",
         "width",
-        "strength",
         "controlnet_conditioning_scale",
     }
     assert numbers <= set(fields)
+    assert ("strength" in fields) == ("init_image" in fields)
     assert ("motion_bucket_id" in fields) == (name == "svd") and (
         "decode_chunk_size" in fields
     ) == ("num_frames" in fields)

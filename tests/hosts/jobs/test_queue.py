@@ -126,15 +126,15 @@ def test_progress_rises_within_a_job_and_starts_at_zero_with_the_next():
     queue.submit(request())
     queue.submit(request())
     job = queue.next()
-    seen = [queue.percent]
+    seen = [queue.percent()]
     for step in (1, 2, 1, 4):  # a late report must not turn it back
         queue.record_step(job, step, 4)
-        seen.append(queue.percent)
+        seen.append(queue.percent())
     assert seen == [0, 25, 50, 50, 100]
     queue.finish(job, result=result())
-    assert queue.percent == 100
+    assert queue.percent() == 100
     queue.next()
-    assert queue.percent == 0
+    assert queue.percent() == 0
 
 
 def test_progress_is_not_left_where_a_failed_job_stood():
@@ -143,7 +143,7 @@ def test_progress_is_not_left_where_a_failed_job_stood():
     job = queue.next()
     queue.record_step(job, 3, 4)
     queue.finish(job, error=RankError("rank 0 failed", rank=0))
-    assert queue.percent == 0
+    assert queue.percent() == 0
 
 
 def test_cancelled_waiting_job_never_runs():
@@ -317,13 +317,13 @@ def test_several_jobs_run_at_once_and_the_oldest_gives_the_progress():
     first, second = queue.next(ranks=1), queue.next(ranks=1)
     assert (first.ranks, queue.position(jobs[2]), queue.jobs()) == (1, 2, jobs)
     queue.record_step(second, 3, 4)
-    assert queue.percent == 0
+    assert queue.percent() == 0
     queue.record_step(first, 1, 4)
-    assert queue.percent == 25
+    assert queue.percent() == 25
     queue.finish(first, result=result())
-    assert queue.percent == 75
+    assert queue.percent() == 75
     queue.finish(second, error=RankError("rank 1 failed", rank=1))
-    assert queue.percent == 0 and queue.wait_until_idle(0)
+    assert queue.percent() == 0 and queue.wait_until_idle(0)
 
 
 def test_host_that_stops_ends_all_running_jobs():

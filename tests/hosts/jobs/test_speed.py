@@ -2,7 +2,14 @@
 
 import pytest
 
-from hosts.jobs.speed import ASSUMED_GAIN, Speed, best_size, gathering_is_quicker
+from hosts.jobs.speed import (
+    ASSUMED_GAIN,
+    NUM_DRIFTING,
+    Drift,
+    Speed,
+    best_size,
+    gathering_is_quicker,
+)
 from hosts.jobs.work import Work
 
 TWO = {1: 10.0, 2: 6.0}
@@ -85,3 +92,24 @@ def test_decoding_of_short_jobs_is_not_taken_for_slow_steps():
     assert times == pytest.approx({1: 38.0, 2: 26.0})
     assert best_size(2, times) == 1, "both ranks are not twice as fast as one"
     assert speed.measured() == {1: pytest.approx(1e4), 2: pytest.approx(6e3)}
+
+
+@pytest.mark.parametrize(
+    ("ratios", "has_drifted"),
+    [
+        ([1.4] * NUM_DRIFTING, True),
+        ([0.7] * NUM_DRIFTING, True),
+        ([1.4] * (NUM_DRIFTING - 1), False),
+        ([1.4] * (NUM_DRIFTING - 1) + [1.2], False),
+        ([1.4] * (NUM_DRIFTING - 1) + [0.7], False),
+        ([1.0] + [1.4] * NUM_DRIFTING, True),
+        ([1.4] * NUM_DRIFTING + [1.0], False),
+    ],
+)
+def test_jobs_that_all_differ_by_thirty_percent_say_that_the_measurement_no_longer_holds(
+    ratios, has_drifted
+):
+    drift = Drift()
+    for ratio in ratios:
+        drift.learn(2.0 * ratio, expected_s=2.0)
+    assert drift.has_drifted == has_drifted

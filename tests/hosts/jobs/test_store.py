@@ -217,6 +217,7 @@ def test_ranks_that_are_lost_leave_the_running_job_running(open_queue):
     assert not job.finished.is_set() and not waiting.finished.is_set(), (
         "a client that asks now would hear of a failure that is none"
     )
+    assert queue.jobs() == [job, waiting], "the page would show the job as lost"
     queue = open_queue()
     assert [found.id for found in queue.jobs()] == [job.id, waiting.id]
 

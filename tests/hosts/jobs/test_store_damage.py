@@ -105,15 +105,39 @@ def test_damaged_store_is_moved_aside_and_what_can_be_read_goes_on(
     assert send(queue).id in [job.id for job in open_queue().jobs()]
 
 
+def mark_version(connection, version):
+    connection.execute(f"PRAGMA user_version = {version}")
+    connection.execute(f"PRAGMA application_id = {store.APPLICATION + version}")
+
+
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_store_of_the_first_version_is_taken_over(is_damaged, open_queue, tmp_path):
+    queue = open_queue()
+    job = send(queue)
+    queue._store.close()
+    path = tmp_path / "state" / "jobs.sqlite"
+    with sqlite3.connect(path) as connection:
+        connection.execute("ALTER TABLE jobs DROP COLUMN owner")
+        mark_version(connection, 1)
+    connection.close()
+    if is_damaged:
+        with path.open("r+b") as file:
+            file.seek(60)  # the version
+            file.write(b"\x07")
+    back = open_queue().find(job.id)
+    assert (back.owner, back.request.prompt) == ("", "a cat")
+    assert len(list(tmp_path.glob("state/damaged-*"))) == is_damaged
+    assert open_queue().find(job.id).id == job.id
+
+
 def test_store_of_a_later_version_is_refused(open_queue, tmp_path):
     open_queue()._store.close()
     with sqlite3.connect(tmp_path / "state" / "jobs.sqlite") as connection:
-        connection.execute("PRAGMA user_version = 2")
-        connection.execute(f"PRAGMA application_id = {store.APPLICATION + 2}")
+        mark_version(connection, 3)
     with pytest.raises(
         ConfigError,
         match=(
-            r"was written by a later version of this program \(tables 2, here 1\). Use another "
+            r"was written by a later version of this program \(tables 3, here 2\). Use another "
             r"folder"
         ),
     ):

@@ -19,6 +19,7 @@ from backends.groups.control_group import gather_outcomes
 from backends.groups.mesh import Mesh
 from backends.model_table import read_table
 from backends.request import GenerateRequest
+from hosts.jobs.speed import NUM_DRIFTING
 from hosts.launch.auto_backend import candidates_of, recall_from, remember
 from hosts.launch.settings import Settings
 from hosts.launch.start_plan import plan_start
@@ -27,7 +28,7 @@ from hosts.ranks.warmup import prewarm_request
 from hosts.supervision.progress import Activity
 from tests.checkpoints import checkpoint
 from tests.hosts.client import decode
-from tests.hosts.harness import run_launcher, start_launcher
+from tests.hosts.harness import run_launcher, start_launcher, wait_until
 
 TABLE = read_table()
 
@@ -81,6 +82,13 @@ def test_what_settles_the_method_otherwise_leaves_nothing_to_choose(options):
     found = start(**options)
     assert found.auto is None and "planner" not in found.facts()
     assert found.plan.method == ("single" if options.get("ranks") == 1 else "distrifuser")
+
+
+@pytest.mark.parametrize("options", [{}, {"backend": "auto"}])
+def test_one_rank_chooses_among_step_caches_where_the_image_need_not_be_exact(options):
+    found = start(ranks=1, quality="high", **options)
+    assert found.auto.job.candidate.name == "single + prediction,2"
+    assert start(ranks=1, quality="fast").auto.job.candidate.name == "single + prediction,3"
 
 
 @pytest.mark.parametrize(
@@ -155,13 +163,14 @@ def test_quality_and_features_limit_the_choice():
     cached = start(measured=with_steps(start(), steps=steps), step_cache="deep,2")
     refusals = {row.candidate.name: row.refusal for row in cached.auto.rows}
     assert (
-        "step_cache with backend 'asyncdiff' is not available"
+        "step_cache=deep,2 is not available with segments"
         in refusals["asyncdiff segment 2 stride 1"]
     )
     assert (
-        "step_cache" in refusals["distrifuser patch 2 corrected_async_gn"]
-        and not refusals["distrifuser cfg 2"]
+        refusals["distrifuser patch 2 corrected_async_gn"]
+        == "--quality=exact excludes it: it is high"
     )
+    assert not refusals["distrifuser cfg 2"]
 
 
 def test_nothing_that_fits_is_one_error_with_everyones_reason():
@@ -427,6 +436,27 @@ def test_a_host_measures_its_methods_on_request_and_goes_on(tmp_path):
         refused = run_launcher("measure", "--url", host.url(""))
         assert refused.returncode == 2 and "there is nothing to measure" in refused.stderr
         assert image_of(host).shape == first.shape
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_host_whose_jobs_take_other_times_than_kept_measures_again_by_itself(measured_before):
+    """What is kept is wrong by far: a second and more for each step."""
+    with start_launcher(*measured_before) as host:
+        host.wait_until_ready()
+        first = image_of(host)
+        assert host.get("/settings").json()["planner"]["source"] == "measured 2026-01-01"
+        for _ in range(NUM_DRIFTING - 1):
+            image_of(host)
+        wait_until(
+            lambda: host.get("/settings").json()["planner"]["source"] != "measured 2026-01-01",
+            within_s=120,
+            what="the methods are measured again",
+        )
+        assert np.abs(image_of(host).astype(int) - first).max() <= 1
+        for _ in range(NUM_DRIFTING):
+            image_of(host)
+        assert host.log.count("measured again") == 1
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from tests.checkpoints import (
     lora,
     motion_adapter,
 )
+from tests.checkpoints.variants import variant
 from tests.hosts.harness import run_launcher
 
 TABLE = read_table()
@@ -111,6 +112,17 @@ def test_code_of_a_repository_is_never_run(hub, tmp_path):
     assert not hub.downloads(".py")
 
 
+def test_a_modular_pipeline_starts_by_its_name(hub):
+    hub.add("acme/modular", variant("ZImageModularPipeline"))
+    start = fetched(checkpoint="acme/modular")
+    assert (start.spec.is_generic, start.spec.title) == (True, "ZImageModularPipeline")
+    assert {path.partition("/")[0] for path in hub.downloads(".safetensors")} == {
+        "text_encoder",
+        "transformer",
+        "vae",
+    }
+
+
 def test_check_says_what_would_be_downloaded(hub):
     hub.add("acme/tiny", checkpoint("sdxl"))
     done = run_launcher("--checkpoint=acme/tiny", "--check", "--json")
@@ -120,3 +132,21 @@ def test_check_says_what_would_be_downloaded(hub):
     assert done.stderr.startswith("error: --checkpoint=acme/none is neither a path on this machine")
     done = run_launcher("--checkpoint=acme/other", "--check", "--offline")
     assert done.returncode == 2 and "Run `hf download acme/other` while online" in done.stderr
+
+
+def test_flux2_klein_starts_by_its_name(hub, tmp_path):
+    """Its repository also holds the transformer as one file, which is not downloaded."""
+    name, folder = "black-forest-labs/FLUX.2-klein-4B", checkpoint("flux2_klein")
+    whole = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    hub.add(name, folder)
+    hub.repositories[name].files["flux-2-klein-4b.safetensors"] = whole
+    start = fetched(checkpoint=name)
+    assert start.spec.name == "flux2_klein"
+    assert "flux-2-klein-4b.safetensors" not in hub.downloads(".safetensors")
+    assert {path.partition("/")[0] for path in hub.downloads(".safetensors")} == {
+        "text_encoder",
+        "transformer",
+        "vae",
+    }
+    generic = plan(checkpoint=name, type="generic", offline=True)
+    assert generic.spec.pipeline == "Flux2KleinPipeline" and not generic.hub.missing

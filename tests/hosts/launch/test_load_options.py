@@ -7,6 +7,7 @@ import pytest
 from backends.errors import ConfigError, UnsupportedError
 from backends.quantization_spec import QuantizationSpec
 from backends.step_cache_spec import StepCacheSpec
+from hosts.launch.option import COMPILE_BACKENDS, COMPILE_MODES
 from tests.hosts.launch.test_start_plan import plan
 
 INT8, INT4 = QuantizationSpec(kind="int8"), QuantizationSpec(kind="int4")
@@ -41,10 +42,12 @@ def test_compile_switches_become_targets_and_one_image_is_made_before_the_host_i
     assert plan(compile_unet=True, prewarm_steps=5).load.prewarm_steps == 5
     assert plan().load.prewarm_steps == 0
     assert plan(compile_backend="eager").load.compile is None
+    own = plan(compile_unet=True, compile_backend="eager", compile_options={"its_own": 1})
+    assert own.load.compile.options == {"its_own": 1}  # which that backend knows
     both = plan(
         compile_unet=True,
         compile_mode="max-autotune",
-        compile_options={"a": True},
+        compile_options={"max_autotune": True},
         torch_cache_limit=3,
         torch_capture_scalar=True,
     )
@@ -56,7 +59,7 @@ def test_compile_switches_become_targets_and_one_image_is_made_before_the_host_i
         both.load.compile.options,
         both.load.compile.cache_limit,
         both.load.compile.capture_scalar,
-    ) == ({"a": True}, 3, True)
+    ) == ({"max_autotune": True}, 3, True)
 
 
 def test_asyncdiff_finds_its_units_before_the_host_is_ready():
@@ -170,9 +173,20 @@ def test_rejects_step_caches_where_a_step_takes_values_of_the_one_before(flux):
         plan(**flux, step_cache="first_block", pipefusion_parallel_degree=2)
     with pytest.raises(
         UnsupportedError,
-        match=r"step_cache with backend 'asyncdiff' .* a skipped step makes nothing. Works with: ",
+        match=r"step_cache=deep,2 is not available with segments .* Use --step_cache=prediction,2",
     ):
         plan(num_ranks=2, backend="asyncdiff", step_cache="deep")
+    start = plan(num_ranks=2, backend="asyncdiff", step_cache="prediction")
+    assert start.load.step_cache == StepCacheSpec(kind="prediction", value=2)
+    patches = {"num_ranks": 2, "backend": "distrifuser", "no_split_batch": True}
     with pytest.raises(UnsupportedError, match=r"step_cache=deep,2 is not available with patches"):
-        plan(num_ranks=2, backend="distrifuser", step_cache="deep", no_split_batch=True)
+        plan(**patches, step_cache="deep", sync_mode="rotate")
+    assert plan(**patches, step_cache="deep").load.step_cache is not None
     assert plan(num_ranks=2, backend="distrifuser", step_cache="deep").load.step_cache is not None
+
+
+def test_names_for_compiling_are_torchs():
+    import torch
+
+    assert set(COMPILE_MODES) == set(torch._inductor.list_mode_options())
+    assert set(COMPILE_BACKENDS) <= set(torch._dynamo.list_backends(None))

@@ -8,6 +8,7 @@ from backends.autotune.ranking import Image, rank
 from backends.errors import ConfigError, UnsupportedError
 from backends.plan import FEW_STEPS
 from hosts.launch.auto_backend import candidates_of
+from hosts.launch.methods import Methods
 from tests.hosts.launch.test_auto_backend import start, with_steps
 
 STEPS = {
@@ -120,3 +121,12 @@ def test_one_rank_is_quickest_where_more_are_slower_at_that_quality():
         == 1
     )
     assert start(backend="asyncdiff").methods.quickest(None, (1, 2), num_steps=4, **GUIDED) == 2
+
+
+def test_measured_seconds_are_known_for_images_of_the_measured_kind_only():
+    found, one = methods(), {"ranks": 2, "num_steps": 10}
+    assert found.measured_s("distrifuser cfg 2", **one, **GUIDED) == pytest.approx(6.0)
+    assert found.measured_s("distrifuser cfg 2", **one, pixels=4.0, halves=2) is None
+    assert found.measured_s("distrifuser cfg 2", **one, pixels=1.0, halves=1) is None
+    assert found.measured_s("another", **one, **GUIDED) is None
+    assert Methods.named().measured_s("single", ranks=1, num_steps=10, **GUIDED) is None

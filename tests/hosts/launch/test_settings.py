@@ -6,12 +6,13 @@ import logging
 from pathlib import Path
 
 import pytest
+import torch._inductor
 
 from backends.errors import ConfigError
 from hosts.compat.args import NO_EFFECT, parse_client_arguments, settings_or_problem
 from hosts.launch import settings as settings_module
 from hosts.launch.command_line import parse_command_line
-from hosts.launch.option import SECTIONS
+from hosts.launch.option import SECTIONS, require_inductor_options
 from hosts.launch.readme import arguments_page
 from hosts.launch.settings import Settings, canonical_names, options
 from tests.checkpoints import checkpoint
@@ -123,6 +124,13 @@ def test_client_arguments_that_mean_nothing_here_only_warn(token, warning, caplo
 def test_client_values_that_say_nothing_count_as_not_given(token):
     settings = parse_client_arguments(["--type=sdxl", token], backend="asyncdiff")
     assert set(settings.given) == {"type", "backend", "image_dirs"}
+
+
+def test_compile_options_are_those_that_torch_knows():
+    known = {key: None for key in torch._inductor.list_options() if key != "TYPE_CHECKING"}
+    require_inductor_options(known)
+    with pytest.raises(ConfigError, match=r"triton.cudagraph is none .closest: triton.cudagraph"):
+        require_inductor_options({"triton.cudagraph": True})
 
 
 @pytest.mark.parametrize(

@@ -9,16 +9,17 @@ from hosts.launch.start_plan import StartPlan, plan_start
 from tests.checkpoints import checkpoint
 
 TABLE = read_table()
-LARGE, MIDDLE, SMALL = 80 * 10**9, 4_500_000, 900_000
-"""Bytes of a GPU on which the tiny model fits, of one on which it does with a part of the text
-encoders, and of one on which its denoiser does not fit.
+LARGE, MIDDLE, SMALL, LITTLE = 80 * 10**9, 5_440_000, 5_000_000, 4_680_000
+"""Bytes of a GPU on which the tiny model fits, of one on which it does without a part of the text
+encoders, with half of its denoiser too, and with no text encoder either.
 """
+MODEL = checkpoint("sd3", num_layers=16)
 
 
 def start(*arguments: str, gpu_memory: int | None = SMALL, ranks: int = 2) -> StartPlan:
     argv = [
         "--type=sd3",
-        f"--checkpoint={checkpoint('sd3')}",
+        f"--checkpoint={MODEL}",
         f"--nproc_per_node={ranks}",
         *arguments,
     ]
@@ -41,7 +42,7 @@ def test_weights_are_divided_only_where_they_do_not_fit() -> None:
     divided = start()
     assert divided.load.divided == ("denoiser", "encoders")
     assert divided.teams.mode == "latency"
-    assert any("the whole model needs about" in reason for reason in divided.reasons)
+    assert any("the model needs about" in reason for reason in divided.reasons)
     assert start("--shard=always", gpu_memory=LARGE).load.divided == ("denoiser", "encoders")
 
 
@@ -96,7 +97,31 @@ def test_what_excludes_it_is_refused(asked, argument) -> None:
 def test_without_being_asked_it_says_why_it_does_not_divide() -> None:
     found = start("--mode=throughput")
     assert found.load.divided == ()
-    assert any("--shard is not available with --mode=throughput" in why for why in found.reasons)
+    assert any("that is not available with --mode=throughput" in why for why in found.reasons)
+
+
+def needed(gpu_memory: int, *arguments: str, ranks: int = 2) -> tuple[object, ...]:
+    found = start(*arguments, gpu_memory=gpu_memory, ranks=ranks)
+    return found.load.divided, found.load.encoder_placement
+
+
+def test_encoders_go_to_main_memory_where_that_is_enough_or_nothing_else_is() -> None:
+    assert needed(LARGE, ranks=1) == ((), "every")
+    assert needed(MIDDLE, ranks=1) == ((), "cpu")
+    assert needed(MIDDLE, "--encoder_placement=every", ranks=1) == ((), "every")
+    assert needed(MIDDLE) == (("encoders",), "every")
+    assert needed(MIDDLE, "--shard=never") == ((), "cpu")
+    assert needed(MIDDLE, "--shard=never", "--encoder_placement=every") == ((), "every")
+    assert needed(LITTLE) == (("denoiser",), "cpu")
+    assert needed(LITTLE, "--encoder_placement=one") == (("denoiser",), "one")
+
+
+def test_a_model_that_may_not_fit_starts_and_says_what_it_would_take() -> None:
+    found = start(gpu_memory=1000)
+    assert found.load.divided == ("denoiser",) and found.load.encoder_placement == "cpu"
+    (why,) = [why for why in found.reasons if "the model needs about" in why]
+    assert "with denoiser divided among 2 ranks and the text encoders in main memory" in why
+    assert "--quantize_to=int8 and --enable_model_cpu_offload take less" in why
 
 
 def test_encoders_on_some_ranks_are_not_divided_and_ranks_stay_together() -> None:

@@ -5,12 +5,16 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from backends.errors import ConfigError, PlanError, UnsupportedError
 from backends.model_table import read_table
+from hosts.launch.gpus import count_gpus
 from hosts.launch.settings import Settings
-from hosts.launch.start_plan import count_gpus, plan_start
-from tests.checkpoints import checkpoint, controlnet
+from hosts.launch.start_plan import plan_start
+from tests.checkpoints import NAMES, checkpoint, controlnet, ip_adapter
+from tests.checkpoints.adapters import IP_ADAPTER_FILE
 from tests.hosts.harness import REPOSITORY
 
 TABLE = read_table()
@@ -158,6 +162,7 @@ def test_backend_that_the_table_rules_out_is_refused_with_its_reason():
     ruled_out = [
         (name, backend)
         for name, spec in TABLE.items()
+        if name in NAMES  # their checkpoints are there already
         for backend in ("asyncdiff", "distrifuser", "xdit")
         if backend not in spec.backends
     ]
@@ -194,9 +199,10 @@ def test_facts_are_json():
 
 
 def adapters(tmp_path):
-    """Files whose weights nobody reads at start."""
-    for name in ("a.safetensors", "b.v2.safetensors", "ip.bin"):
-        (tmp_path / name).write_bytes(b"")
+    """LoRAs that nobody compares with the model at start, a ControlNet and an IP-Adapter."""
+    for name in ("a.safetensors", "b.v2.safetensors"):
+        save_file({"x": torch.zeros(1)}, tmp_path / name)
+    (tmp_path / "ip").symlink_to(ip_adapter("sdxl"))
     (tmp_path / "net").symlink_to(controlnet("sdxl"))
     return tmp_path
 
@@ -207,14 +213,14 @@ def test_adapters_are_found_in_the_order_given_and_with_their_scales(tmp_path):
         checkpoint=model,
         lora={f"{folder}/net/../b.v2.safetensors": -0.5, f"{folder}/a.safetensors": 0.8},
         control_net=str(folder / "net"),
-        ip_adapter={f"{folder}/ip.bin": 0.6},
+        ip_adapter={f"{folder}/ip/{IP_ADAPTER_FILE}": 0.6},
     ).load
     assert list(load.lora.items()) == [
         (f"{folder}/b.v2.safetensors", -0.5),
         (f"{folder}/a.safetensors", 0.8),
     ]
     assert load.control_net == {f"{folder}/net": 1.0}
-    assert load.ip_adapter == {f"{folder}/ip.bin": 0.6}
+    assert load.ip_adapter == {f"{folder}/ip/{IP_ADAPTER_FILE}": 0.6}
     scaled = plan(
         checkpoint=model, control_net=str(folder / "net"), controlnet_scale=0.3
     ).load.control_net
@@ -245,7 +251,7 @@ def test_motion_options_of_a_type_without_motion_have_no_effect_and_say_so(tmp_p
         (
             {"lora": {"a.safetensors": float("inf")}},
             ConfigError,
-            "has scale inf. Give a finite number.",
+            "and a.safetensors has scale inf.",
         ),
         (
             {"type": "sdup", "control_net": "net"},

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -81,6 +82,23 @@ def test_request_during_loading_waits_for_the_model(host):
     answer = host.post(BODY, timeout=READY_WITHIN_S)
     assert drawn(answer).std() > 1
     assert host.status() == 200
+
+
+def listening(host):
+    """Addresses at which launcher, agent and ranks listen."""
+    return {
+        connection.laddr.ip.removeprefix("::ffff:")
+        for process in host.tree()
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+
+
+def test_nothing_of_a_host_listens_beyond_the_loopback(host):
+    host.wait_until_ready()
+    assert "127.0.0.1" in listening(host) <= {"127.0.0.1", "::1"}
+    folder = Path(host.ranks()[0].environ()["DIFFUSION_NOTES_FOLDER"])
+    assert folder.stat().st_mode & 0o077 == 0, "others could reach the ranks' files"
 
 
 def test_two_ranks_draw_what_one_rank_draws(host, reference, alone):

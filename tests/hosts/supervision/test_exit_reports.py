@@ -93,7 +93,7 @@ def test_last_lines_are_those_of_the_lost_rank_about_this_job_or_none(notes, ran
     assert [re.sub(r"^\d\d:\d\d:\d\d ", "", line) for line in lines] == [
         "rank1 I hosts.test: loaded",
         "rank1 E hosts.test [a-2]: trace",
-        "of two lines",
+        "    of two lines",
     ]
 
 

@@ -33,6 +33,15 @@ def test_text_line_names_rank_and_job(written):
     ]
 
 
+@pytest.mark.parametrize("end", ["\n", "\r", "\r\n"])
+def test_no_text_looks_like_a_line_of_its_own(written, end):
+    log.configure(rank=0)
+    forged = "12:00:00 rank0 I hosts.http.access: forged"
+    logging.getLogger("hosts.test").warning("scheduler=%s", f"a{end}{forged}")
+    lines = written()
+    assert len(lines) > 1 and not any(line.startswith("12:00:00") for line in lines)
+
+
 def test_json_line_is_one_object_with_the_trace_in_it(written):
     log.configure(rank=3, log_format="json")
     with log.about_job("ab-1"):

@@ -92,6 +92,20 @@ def test_job_whose_rank_is_killed_twice_fails_with_the_signal_and_the_last_lines
     assert len(over["error"]) < 2500
 
 
+def test_job_that_crashes_its_rank_fails_at_once_and_the_ones_behind_it_are_done(host, fault_file):
+    fault_file.write_text("1 crash\n1 crash")
+    sent, waiting = send(host, 20), send(host, 2)
+    over = wait_for(host, sent, lambda job: job["state"] == "failed", "it is given up")
+    assert over["attempts"] == 1 and over["error"].startswith(
+        "this job ended a rank, so it is not tried again: rank 1 was killed by SIGSEGV"
+    )
+    assert "Segmentation fault" in over["error"] and "in strike" in over["error"]
+    assert fault_file.read_text() == "1 crash"
+    fault_file.write_text("")
+    over = wait_for(host, waiting, lambda job: job["state"] == "done", "the other one is done")
+    assert (over["attempts"], over["step"]) == (1, 2)
+
+
 def test_failure_of_the_middle_one_of_three_ranks_is_answered_by_name_and_the_next_image_is_right(
     fault_file,
 ):

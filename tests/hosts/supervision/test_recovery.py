@@ -18,8 +18,9 @@ from tests.hosts.harness import start_launcher, wait_until
 BODY = {"prompt": "a red car", "num_inference_steps": 2, "seed": 5}
 
 
-def start(folder):
+def start(folder, *arguments):
     return start_launcher(
+        *arguments,
         "--type=sdxl",
         f"--checkpoint={checkpoint('sdxl')}",
         "--height=64",
@@ -79,6 +80,28 @@ def test_jobs_outlive_a_killed_and_a_stopped_host(tmp_path):
         assert wait_for(host, waiting, "done")["attempts"] == 1
         assert state(host, running)["state"] == "cancelled"
         assert (sample_image(host, waiting) != drawn).any()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_spare_takes_the_place_of_a_killed_rank_and_another_spare_comes(tmp_path):
+    def spares():
+        ranks = [process.pid for process in host.ranks().values()]
+        return [process for process in host.tree()[2:] if process.pid not in ranks]
+
+    with start(tmp_path / "state", "--spare_ranks=true", "--backend=single") as host:
+        host.wait_until_ready()
+        drawn = host.post(BODY).json()["output"]
+        for number in range(2):
+            wait_until(lambda: len(spares()) == 1, within_s=90, what="a spare waits")
+            spare = spares()[0]
+            if number:
+                spare.kill()  # one that is gone does no harm
+            host.ranks()[0].kill()
+            wait_until(lambda: host.status() != 200, within_s=30, what="the rank is gone")
+            host.wait_until_ready()
+            assert (host.ranks()[0].pid == spare.pid) is (number == 0)
+            assert host.post(BODY).json()["output"] == drawn
 
 
 def test_folders_of_dead_launchers_are_removed_and_no_others(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 
 from backends.errors import ConfigError
 from backends.groups.control_group import open_store
-from hosts.launch.parsers import split_endpoint
+from hosts.launch.option import split_endpoint
 from hosts.launch.settings import Settings
 from hosts.supervision.exit_reports import ExitReport
 from hosts.supervision.rendezvous import Machines, interface_towards

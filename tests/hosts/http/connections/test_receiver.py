@@ -3,6 +3,8 @@ them.
 """
 
 import contextlib
+import os
+import resource
 import socket
 import threading
 import time
@@ -109,6 +111,34 @@ def test_clients_that_never_close_hold_no_thread(listener, monkeypatch):
         assert answers(listener.port, timeout=1.5) == "OK"
 
 
+def test_clients_that_come_at_once_are_all_let_in_before_any_is_looked_at():
+    """A full backlog drops them, and they try again after seconds."""
+    made = Listener(application(), host="127.0.0.1", port=free_port(), max_body=10**6)
+    made.bind()
+    with connected(made.port, 500, b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n") as clients:
+        made.serve()
+        try:
+            assert all(everything(client).endswith(b"OK") for client in clients)
+        finally:
+            made.stop()
+
+
+def test_host_without_free_descriptors_is_quiet_and_goes_on(listener, caplog):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    here = len(os.listdir("/proc/self/fd"))
+    with contextlib.ExitStack() as stack:
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (here + 40, hard))
+        with pytest.raises(OSError, match="Too many open files"):
+            for _ in range(100):
+                client = socket.create_connection(("127.0.0.1", listener.port), 5)
+                stack.enter_context(client)
+        wait_until(lambda: "too many open files" in caplog.text, within_s=20, what="it is told")
+        time.sleep(1)
+        assert len(caplog.records) < 20 and "Traceback" not in caplog.text
+    wait_until(lambda: answers(listener.port) == "OK", within_s=20, what="it answers again")
+
+
 def test_status_is_answered_while_all_threads_work():
     with listening(num_threads=4) as made:
         waiting = b"GET /wait HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -189,8 +219,35 @@ def test_more_connections_than_may_be_worked_on_are_answered_503(monkeypatch):
                 within_s=5,
                 what="all wait",
             )
-            answer = exchange(made.port, b"")
-            assert answer.startswith(b"HTTP/1.1 503 ") and b"Retry-After" in answer
+            monkeypatch.setattr(receiver, "LINGER_S", 2.0)
+            with socket.create_connection(("127.0.0.1", made.port), 5) as client:
+                assert client.recv(1) == b"H"  # answered before it has sent anything
+                client.sendall(HEAD + b"Content-Length: 100000\r\n\r\n" + b"x" * 100_000)
+                answer = b"H" + client.recv(65536)
+                assert answer.startswith(b"HTTP/1.1 503 ") and b"Retry-After" in answer
+                client.sendall(b"more")  # not reset while the client may still read
+
+
+def test_connections_that_are_turned_away_are_bounded_and_end(monkeypatch):
+    monkeypatch.setattr(receiver, "MAX_CONNECTIONS", 4)
+    monkeypatch.setattr(receiver, "MAX_TURNED_AWAY", 3)
+    monkeypatch.setattr(receiver, "LINGER_S", 0.5)
+    with listening() as made:
+        waiting = b"GET /wait HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        with (
+            connected(made.port, 3, waiting, source="127.0.0.2"),
+            connected(made.port, 1, waiting, source="127.0.0.3"),
+        ):
+            wait_until(
+                lambda: sum(t.name == "http" for t in threading.enumerate()) == 4,
+                within_s=5,
+                what="all wait",
+            )
+            with connected(made.port, 3) as first:
+                assert all(client.recv(8) == b"HTTP/1.1" for client in first)
+                with contextlib.suppress(OSError), connected(made.port, 1) as (beyond,):
+                    assert everything(beyond) == b""
+                assert all(everything(client, timeout=3).endswith(b"}") for client in first)
 
 
 def test_bodies_of_all_requests_together_are_bounded(monkeypatch):
