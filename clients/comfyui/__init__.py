@@ -3,18 +3,26 @@
 import sys
 from pathlib import Path
 
-_CLIENT = Path(__file__).resolve().parents[1] / "python"
+_HERE = Path(__file__).resolve().parent
+# the client library is inside the published folder, and beside this one in the repository
+_CLIENT = _HERE if (_HERE / "diffusion_client").is_dir() else _HERE.parent / "python"
 if str(_CLIENT) not in sys.path:
-    sys.path.append(
-        str(_CLIENT)
-    )  # the client library is beside this folder, even if the folder is linked
+    sys.path.append(str(_CLIENT))
 
-from .nodes import DiffusionHost, DiffusionSampler  # noqa: E402  after the path is set
+from .latent_nodes import DiffusionKSampler, DiffusionLora  # noqa: E402  after the path is set
+from .nodes import DiffusionHost, DiffusionSampler  # noqa: E402
 
-NODE_CLASS_MAPPINGS = {"DiffusionHost": DiffusionHost, "DiffusionSampler": DiffusionSampler}
+NODE_CLASS_MAPPINGS = {
+    "DiffusionHost": DiffusionHost,
+    "DiffusionSampler": DiffusionSampler,
+    "DiffusionKSampler": DiffusionKSampler,
+    "DiffusionLora": DiffusionLora,
+}
 NODE_DISPLAY_NAME_MAPPINGS = {
     "DiffusionHost": "Diffusion Host",
     "DiffusionSampler": "Diffusion Sampler",
+    "DiffusionKSampler": "Diffusion KSampler",
+    "DiffusionLora": "Diffusion LoRA",
 }
 
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]

@@ -39,6 +39,7 @@ class HostChoice:
             api_key=key_of(self.address),
             patience_s=self.patience_s,
             during_outage=self._require_started,
+            model=None if self.model == ANY else self.model,
         )
         if self.arguments is not None:
             self._start(client, look)

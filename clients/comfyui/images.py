@@ -29,9 +29,12 @@ def encode_mask(name: str, masks: torch.Tensor) -> str:
 
 def decode_frames(data: bytes) -> torch.Tensor:
     """A numpy file of uint8 (N, H, W, 3) -> float32 of the same shape in [0, 1]."""
-    return torch.from_numpy(
-        np.load(io.BytesIO(data), allow_pickle=False).astype(np.float32) / 255.0
-    )
+    return frames_of(np.load(io.BytesIO(data), allow_pickle=False))
+
+
+def frames_of(frames: np.ndarray) -> torch.Tensor:
+    """uint8 (N, H, W, 3) -> float32 of the same shape in [0, 1]."""
+    return torch.from_numpy(frames.astype(np.float32) / 255.0)
 
 
 def _only(name: str, batch: torch.Tensor) -> torch.Tensor:

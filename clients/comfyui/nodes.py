@@ -1,40 +1,37 @@
-"""Two nodes: one names a host, one draws on it. What ComfyUI wants of a node: INPUT_TYPES,
-RETURN_TYPES, FUNCTION, CATEGORY.
+"""Two nodes: one names a host, one generates images on it. latent_nodes.py has those that work with
+latents. ComfyUI wants of a node: INPUT_TYPES, RETURN_TYPES, FUNCTION, CATEGORY.
 """
 
-import io
 import json
-import queue
-import threading
 from dataclasses import replace
 from typing import Any
 
-import comfy.model_management
-import comfy.utils
 import torch
-from diffusion_client import PATIENCE_S, HostError, Job, JobState
-from PIL import Image
+from diffusion_client import PATIENCE_S, HostError
 
 from . import hosts
+from .following import follow, look
 from .images import decode_frames, encode_image, encode_images, encode_mask
 from .samplers import SAMPLERS
 
 CATEGORY = "diffusion-launcher"
 OWN = "the model's own"
-LOOK_EVERY_S = 0.1
-PREVIEW_SIDE = 512
 ARRAY_TYPE = "application/x-npy"
 MAX_SEED = 2**63 - 1
+PATIENCE = (
+    "INT",
+    {
+        "default": int(PATIENCE_S),
+        "min": 0,
+        "max": 86_400,
+        "tooltip": "Seconds that a job waits for a host that restarts.",
+    },
+)
 IMAGES = {
     "control_image": ("control_image", "--control_net"),
     "ip_image": ("ip_adapter_image", "--ip_adapter"),
 }
 """Input -> the field of an image that a host takes only if it was started with this argument."""
-
-
-def _look() -> None:
-    """Raises ComfyUI's own exception once its user cancels."""
-    comfy.model_management.throw_exception_if_processing_interrupted()
 
 
 class DiffusionHost:
@@ -66,7 +63,7 @@ class DiffusionHost:
                     "STRING",
                     {
                         "default": hosts.ANY,
-                        "tooltip": "Refuse to generate if the host serves another.",
+                        "tooltip": "Which of the host's models; any: its first.",
                     },
                 ),
                 "arguments": (
@@ -91,7 +88,7 @@ class DiffusionHost:
             model=model.strip() or hosts.ANY,
             arguments=arguments if start else None,
         )
-        choice.client(_look)  # here, so that it is this node that fails where there is no host
+        choice.client(look)  # here, so that it is this node that fails where there is no host
         return (choice,)
 
 
@@ -151,15 +148,7 @@ class DiffusionSampler:
                 "control_image": ("IMAGE",),
                 "ip_image": ("IMAGE",),
                 "frames": ("INT", {"default": 0, "min": 0, "max": 512}),
-                "patience": (
-                    "INT",
-                    {
-                        "default": int(PATIENCE_S),
-                        "min": 0,
-                        "max": 86_400,
-                        "tooltip": "Seconds that a job waits for a host that restarts.",
-                    },
-                ),
+                "patience": PATIENCE,
             },
         }
 
@@ -170,9 +159,9 @@ class DiffusionSampler:
 
     def sample(self, host: hosts.HostChoice, **inputs: Any) -> tuple[torch.Tensor, str]:
         host = replace(host, patience_s=inputs.get("patience", PATIENCE_S))
-        client = host.client(_look)
+        client = host.client(look)
         job = client.submit(**_fields(inputs, client.request_schema()["properties"]))
-        _follow(job)
+        follow([job])
         return decode_frames(job.result(ARRAY_TYPE)), json.dumps(job.state.settings)
 
 
@@ -207,6 +196,12 @@ def _fields(inputs: dict[str, Any], taken: dict[str, Any]) -> dict[str, Any]:
                 status=400,
             )
         fields["mask_image"] = encode_mask("mask", inputs["mask"])
+    return fields | image_fields(inputs, taken)
+
+
+def image_fields(inputs: dict[str, Any], taken: dict[str, Any]) -> dict[str, Any]:
+    """The images for ControlNet and IP-Adapter. HostError for one that the host could not use."""
+    fields = {}
     for name, (field, argument) in IMAGES.items():
         if inputs.get(name) is not None and field not in taken:
             raise HostError(
@@ -216,51 +211,3 @@ def _fields(inputs: dict[str, Any], taken: dict[str, Any]) -> dict[str, Any]:
         if inputs.get(name) is not None:
             fields[field] = encode_images(inputs[name])
     return fields
-
-
-def _follow(job: Job) -> None:
-    """Show progress and previews until the job is done. ComfyUI's cancel cancels it on the host and
-    goes on from here.
-    """
-    states: queue.SimpleQueue[JobState | HostError | None] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(job, states), daemon=True).start()
-    bar = comfy.utils.ProgressBar(1)
-    try:
-        while True:
-            _look()
-            try:
-                state = states.get(timeout=LOOK_EVERY_S)
-            except queue.Empty:
-                continue
-            if state is None:
-                break
-            if isinstance(state, HostError):
-                raise state
-            _show(bar, state)
-    # also ComfyUI's own interruption, which is no Exception in some versions
-    except BaseException:
-        job.abandon()
-        raise
-    if job.state.state != "done":
-        raise HostError(job.state.error or job.state.state, status=500)
-
-
-def _listen(job: Job, states: "queue.SimpleQueue[JobState | HostError | None]") -> None:
-    """In a thread of its own: a step may take long, and ComfyUI's cancel must be seen meanwhile."""
-    try:
-        for state in job.follow(previews=True):
-            states.put(state)
-    except HostError as error:
-        states.put(error)
-    states.put(None)
-
-
-def _show(bar: Any, state: JobState) -> None:
-    if not state.steps:
-        return
-    preview = (
-        ("JPEG", Image.open(io.BytesIO(state.preview)), PREVIEW_SIDE)
-        if state.preview is not None
-        else None
-    )
-    bar.update_absolute(state.step, state.steps, preview)

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent import futures
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ sys.path[:0] = [
 
 from diffusion_client import Client, HostError, Job  # noqa: E402  after the path is set
 from model import Model, ModelChoice, read_options  # noqa: E402
+from request_fields import require_available  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
@@ -120,16 +121,15 @@ class Backend:
 
     def GenerateImage(self, request: Any, context: grpc.ServicerContext) -> Any:
         def generate() -> str:
-            loaded = self._loaded()
+            loaded = self._loaded(request)
             return _generate(loaded, _image_fields(request, loaded), request.dst, context)
 
         return _or_abort(generate, context)
 
     def GenerateVideo(self, request: Any, context: grpc.ServicerContext) -> Any:
         def generate() -> str:
-            loaded = self._loaded()
-            fields = _video_fields(request, loaded)
-            return _generate(loaded, fields, request.dst, context, fps=request.fps)
+            loaded = self._loaded(request)
+            return _generate(loaded, _video_fields(request, loaded), request.dst, context)
 
         return _or_abort(generate, context)
 
@@ -141,13 +141,26 @@ class Backend:
             self._model.free()
         return "model freed"
 
-    def _loaded(self) -> Loaded:
+    def _loaded(self, request: Any) -> Loaded:
+        require_available(request)
+        self._require_identity(request.ModelIdentity)
         try:
             return self._look()
         except HostError as error:
             if error.status:
                 raise
         return self._look()  # it ended just now: start it again
+
+    def _require_identity(self, identity: str) -> None:
+        """Refuse a request for another model, in words by which LocalAI knows that it has called a
+        backend at the port of one that has ended.
+        """
+        choice = self._model.choice
+        if choice is not None and identity and choice.identity not in ("", identity):
+            raise HostError(
+                f"model identity mismatch: {choice.identity!r} is loaded here, not {identity!r}",
+                status=404,
+            )
 
     def _look(self) -> Loaded:
         with self._loading:
@@ -190,27 +203,26 @@ def main() -> int:
 
 
 def _generate(
-    loaded: Loaded, fields: dict[str, Any], dst: str, context: grpc.ServicerContext, *, fps: int = 0
+    loaded: Loaded, fields: dict[str, Any], dst: str, context: grpc.ServicerContext
 ) -> str:
     """Wait for the image or video, and write it. A caller that gives up cancels it on all ranks."""
-    given = {name: value for name, value in fields.items() if value not in (None, "", 0)}
-    job = loaded.client.submit(**{**loaded.choice.defaults, **given})
+    job = loaded.client.submit(**{**loaded.choice.defaults, **fields})
     context.add_callback(lambda: _cancel(job))
     job.wait()
-    Path(dst).write_bytes(job.result(frames_per_s=fps or None))
+    Path(dst).write_bytes(job.result())
     return f"seed {job.state.seed}, {job.state.seconds:.1f} s"
 
 
 def _image_fields(request: Any, loaded: Loaded) -> dict[str, Any]:
-    fields = {
-        "prompt": request.positive_prompt,
-        "negative_prompt": request.negative_prompt,
-        "height": request.height,
-        "width": request.width,
-        "num_inference_steps": request.step,
-        "clip_skip": request.CLIPSkip,
-        "seed": _seed(request.seed),
-    }
+    fields = _given(
+        prompt=request.positive_prompt,
+        negative_prompt=request.negative_prompt,
+        height=request.height,
+        width=request.width,
+        num_inference_steps=request.step,
+        clip_skip=request.CLIPSkip,
+        seed=_seed(request.seed),
+    )
     pair = _inpainting(request.src)
     source = request.src if pair is None else pair["image"]
     fields |= _start(source, ("control_image", "image", "init_image"), loaded, mask=pair)
@@ -229,19 +241,40 @@ def _video_fields(request: Any, loaded: Loaded) -> dict[str, Any]:
             "the model that is loaded makes no videos. Ask for an image, or load another.",
             status=400,
         )
-    if request.end_image:
-        raise HostError("end_image is not available. Leave it out.", status=400)
-    fields = {
-        "prompt": request.prompt,
-        "negative_prompt": request.negative_prompt,
-        "height": request.height,
-        "width": request.width,
-        "num_frames": request.num_frames,
-        "num_inference_steps": request.step,
-        "guidance_scale": request.cfg_scale,
-        "seed": _seed(request.seed),
-    }
-    return fields | _start(request.start_image, ("image", "control_image"), loaded)
+    fields = _given(
+        prompt=request.prompt,
+        negative_prompt=request.negative_prompt,
+        height=request.height,
+        width=request.width,
+        num_frames=request.num_frames,
+        fps=request.fps,
+        num_inference_steps=request.step,
+        guidance_scale=request.cfg_scale,
+        seed=_seed(request.seed),
+    )
+    fields |= _start(request.start_image, ("image", "control_image"), loaded)
+    return fields | _params(request.params, fields)
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    """The fields that LocalAI's caller has set: their protocol cannot tell 0 from nothing."""
+    return {name: value for name, value in values.items() if value not in (None, "", 0)}
+
+
+def _params(params: Mapping[str, str], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Further fields of the host by their names there. Their texts are read as JSON where they are
+    JSON.
+    """
+    for name in params:
+        if name in fields:
+            raise HostError(f"{name} is given twice: in params too. Give it once.", status=400)
+    read = {}
+    for name, text in params.items():
+        try:
+            read[name] = json.loads(text)
+        except ValueError:
+            read[name] = text
+    return read
 
 
 def _references(images: list[str], loaded: Loaded) -> dict[str, Any]:

@@ -12,18 +12,41 @@ from typing import Any
 
 from diffusion_client import PATIENCE_S, Client, HostError
 from diffusion_client.local import LocalHost
+from request_fields import require_available
 
 CLIENT_OPTIONS = ("url", "api_key", "strength", "patience")
 """Options of this backend itself; every other one is an argument of the host to start."""
+OFFLOADS = ("enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_offload")
+LAUNCH_FIELDS = (
+    "LowVRAM",
+    "DType",
+    "TensorParallelSize",
+    "ControlNet",
+    "LoraAdapter",
+    "LoraAdapters",
+)
+"""Fields of which only a host that is started here takes note."""
+VARIANTS = {
+    "float16": "fp16",
+    "half": "fp16",
+    "bfloat16": "bf16",
+    "float32": "fp32",
+    "float": "fp32",
+    "auto": None,
+}
+"""LocalAI's dtypes -> --variant. None: the host's default."""
 DEFAULT_STRENGTH = 0.8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelChoice:
-    """What one LoadModel asks for. url: of a host that runs, or None to start one with `arguments`.
-    defaults: fields of each request. patience_s: how long a job waits for a host that restarts.
+    """What one LoadModel asks for. identity: LocalAI's name of the model, by which a host with
+    several may know it. url: of a host that runs, or None to start one with `arguments`.
+    model_type: the only model that will do, if it is given. defaults: fields of each request.
+    patience_s: how long a job waits for a host that restarts.
     """
 
+    identity: str
     url: str | None
     api_key: str | None
     model_type: str
@@ -35,10 +58,15 @@ class ModelChoice:
 
 def read_options(options: Any) -> ModelChoice:
     """options: ModelOptions of the protocol. HostError for what cannot be meant."""
+    require_available(options)
     named = dict(_pair(text) for text in options.Options)
     defaults = {"guidance_scale": options.CFGScale or None, "clip_skip": options.CLIPSkip or None}
     url = named.get("url")
+    if url:
+        _require_none_of_launch(options, named)
+        defaults["scheduler"] = options.SchedulerType or None
     return ModelChoice(
+        identity=options.Model,
         url=url,
         api_key=named.get("api_key") or None,
         model_type=named.get("type") or options.PipelineType,
@@ -89,7 +117,7 @@ class Model:
     def _open(self, choice: ModelChoice) -> None:
         if choice.url is not None:
             client = Client(choice.url, api_key=choice.api_key, patience_s=choice.patience_s)
-            _require_model(client, choice)
+            client.model = _model_of(client, choice)
         else:
             client = self._start(choice)
         self.client = client
@@ -114,12 +142,27 @@ class Model:
         return self._started.is_running if self._started is not None else self.client is not None
 
 
-def _require_model(client: Client, choice: ModelChoice) -> None:
+def _model_of(client: Client, choice: ModelChoice) -> str | None:
+    """The name of the model on a host that runs; None for its only one."""
     served = client.models()
-    if choice.model_type and choice.model_type not in served:
+    wanted = choice.model_type or (choice.identity if len(served) > 1 else "")
+    if wanted and wanted not in served:
         raise HostError(
-            f"the host at {choice.url} serves {', '.join(served)}, not {choice.model_type}. Choose "
-            "that, or another host.",
+            f"the host at {choice.url} serves {', '.join(served)}, not {wanted}. Choose that, or "
+            "another host.",
+            status=400,
+        )
+    return wanted or None
+
+
+def _require_none_of_launch(options: Any, named: dict[str, str | None]) -> None:
+    """A host that runs already cannot be given other arguments."""
+    given = [name for name in LAUNCH_FIELDS if getattr(options, name)]
+    given += [name for name in named if name not in (*CLIENT_OPTIONS, "type")]
+    if given:
+        raise HostError(
+            f"{given[0]} is for a host that this backend starts, but the option url names one that "
+            f"runs. Leave out {given[0]}, or url.",
             status=400,
         )
 
@@ -132,17 +175,33 @@ def _arguments(options: Any, named: dict[str, str | None]) -> tuple[str, ...]:
     }
     if options.SchedulerType:
         derived["scheduler"] = options.SchedulerType
-    if options.F16Memory:
-        derived["variant"] = "fp16"
+    if options.F16Memory or options.DType:
+        derived["variant"] = _variant(options)
+    if options.TensorParallelSize:
+        derived["nproc_per_node"] = str(options.TensorParallelSize)
     if loras := _loras(options):
         derived["lora"] = json.dumps(loras)
     if options.ControlNet:
         derived["control_net"] = _found(options.ControlNet, options.ModelPath)
     given = {name: value for name, value in derived.items() if value is not None}
     given |= {name: value for name, value in named.items() if name not in CLIENT_OPTIONS}
-    return tuple(
-        f"--{name}" if value is None else f"--{name}={value}" for name, value in given.items()
+    offload = (
+        ["--enable_model_cpu_offload"] if options.LowVRAM and not {*OFFLOADS} & {*given} else []
     )
+    return (
+        *(f"--{name}" if value is None else f"--{name}={value}" for name, value in given.items()),
+        *offload,
+    )
+
+
+def _variant(options: Any) -> str | None:
+    if not options.DType:
+        return "fp16"
+    if options.DType not in VARIANTS:
+        raise HostError(
+            f"DType={options.DType} is not allowed. Allowed: {', '.join(VARIANTS)}.", status=400
+        )
+    return VARIANTS[options.DType]
 
 
 def _checkpoint(options: Any) -> str | None:
@@ -155,6 +214,14 @@ def _checkpoint(options: Any) -> str | None:
 
 
 def _loras(options: Any) -> dict[str, float]:
+    if len(options.LoraScales) > len(options.LoraAdapters):
+        raise HostError(
+            f"LoraScales has {len(options.LoraScales)} values for {len(options.LoraAdapters)} "
+            "LoraAdapters. Give one for each.",
+            status=400,
+        )
+    if options.LoraScale and not options.LoraAdapter:
+        raise HostError("LoraScale is given without LoraAdapter. Give both.", status=400)
     scales: Sequence[float] = [
         *options.LoraScales,
         *[1.0] * (len(options.LoraAdapters) - len(options.LoraScales)),

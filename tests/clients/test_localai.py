@@ -6,7 +6,6 @@ import io
 import json
 import signal
 import subprocess
-import sys
 
 import grpc
 import imageio.v3 as imageio
@@ -18,77 +17,10 @@ from PIL import Image
 from hosts.http.server import is_port_free
 from tests.backends.features import half_mask
 from tests.checkpoints import checkpoint, sample_image
+from tests.clients.localai import FOLDER, LocalAI, failure
 from tests.hosts.client import decode
-from tests.hosts.harness import REPOSITORY, free_port, wait_until
+from tests.hosts.harness import free_port, wait_until
 from tests.hosts.inprocess import InProcessHost
-
-FOLDER = REPOSITORY / "clients" / "localai"
-ANSWERS = {"Health": "Reply", "Status": "StatusResponse"}
-
-
-class LocalAI:
-    """What LocalAI does with a backend: calls by their full names, messages by their field
-    numbers.
-    """
-
-    def __init__(self, port, messages):
-        self.pb = messages
-        self._channel = grpc.insecure_channel(f"127.0.0.1:{port}")
-
-    def start(self, method, request):
-        kind = getattr(self.pb, ANSWERS.get(method, "Result"))
-        call = self._channel.unary_unary(
-            f"/backend.Backend/{method}",
-            request_serializer=lambda message: message.SerializeToString(),
-            response_deserializer=kind.FromString,
-        )
-        return call.future(request, timeout=120)
-
-    def call(self, method, request=None):
-        return self.start(
-            method, request if request is not None else self.pb.HealthMessage()
-        ).result()
-
-    def load(self, **fields):
-        return self.call("LoadModel", self.pb.ModelOptions(**fields))
-
-    def close(self):
-        self._channel.close()
-
-
-@pytest.fixture(scope="module")
-def backend():
-    before, modules = list(sys.path), set(sys.modules)
-    sys.path.insert(0, str(FOLDER))
-    yield importlib.import_module("backend")
-    sys.path[:] = before
-    for name in {"backend", "model"} - modules:
-        sys.modules.pop(name, None)
-
-
-@pytest.fixture
-def localai(backend):
-    server, service, port = backend.serve("127.0.0.1:0")
-    client = LocalAI(port, backend.pb)
-    yield client
-    client.close()
-    server.stop(grace=None).wait()
-    service.close()
-
-
-@pytest.fixture(scope="module")
-def host():
-    with InProcessHost(type="sdxl", checkpoint=str(checkpoint("sdxl"))) as running:
-        yield running
-
-
-@pytest.fixture
-def loaded(localai, host):
-    answer = localai.load(
-        PipelineType="sdxl", CFGScale=6.0, Options=[f"url:{host.url('')}", "strength:0.5"]
-    )
-    assert answer.success, answer.message
-    return localai
 
 
 def drawn(host, **fields):
@@ -184,13 +116,6 @@ def _running(host):
     return next(
         (job for job in host.queue.jobs() if job.step > 0 and not job.finished.is_set()), None
     )
-
-
-def failure(client, method, **fields):
-    """The call's gRPC status and what it says."""
-    with pytest.raises(grpc.RpcError) as caught:
-        client.call(method, getattr(client.pb, f"{method}Request")(**fields))
-    return caught.value.code(), caught.value.details()
 
 
 def test_freed_model_generates_no_more(loaded):
@@ -302,9 +227,6 @@ def test_video_has_the_frames_and_the_speed_that_were_asked_for(localai, tmp_pat
         assert answer.success, answer.message
         meta = imageio.immeta(dst, plugin="FFMPEG")
         assert meta["fps"] == 12 and len(imageio.imread(dst, plugin="FFMPEG")) == 3
-        code, details = failure(localai, "GenerateVideo", end_image="x", dst="y")
-        assert code is grpc.StatusCode.INVALID_ARGUMENT
-        assert "end_image is not available" in details
 
 
 def test_fields_of_localai_become_arguments_of_the_host(backend, tmp_path):

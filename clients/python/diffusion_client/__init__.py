@@ -20,7 +20,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import urlencode, urlsplit
 
 __all__ = ["PATIENCE_S", "Client", "HostError", "Job", "JobState"]
 
@@ -88,6 +88,7 @@ class Client:
     api_key: sent as a bearer token. timeout_s: for each answer to begin and go on; None waits.
     uses_proxies: those of the environment. patience_s: how long a job that is followed may be out
     of reach while its host restarts; 0 raises at once. during_outage: called meanwhile; may raise.
+    model: which of the host's models jobs are for; None for its first.
     """
 
     def __init__(
@@ -99,8 +100,10 @@ class Client:
         uses_proxies: bool = True,
         patience_s: float = PATIENCE_S,
         during_outage: Callable[[], None] = lambda: None,
+        model: str | None = None,
     ) -> None:
         self.url = _checked(url)
+        self.model = model
         self.patience_s = patience_s
         self._timeout_s = timeout_s
         self._during_outage = during_outage
@@ -117,7 +120,8 @@ class Client:
         is there already.
         """
         headers = {"Idempotency-Key": idempotency_key} if idempotency_key is not None else {}
-        data = self.open("/v1/jobs", method="POST", body=fields, headers=headers)
+        named = {"model": self.model} if self.model is not None else {}
+        data = self.open("/v1/jobs", method="POST", body={**named, **fields}, headers=headers)
         return Job(self, self._parse(data, JobState.read))
 
     def generate(self, **fields: Any) -> bytes:
@@ -173,13 +177,18 @@ class Client:
             self.open("/v1/models"), lambda body: [model["id"] for model in body["data"]]
         )
 
+    def loras(self) -> list[dict[str, Any]]:
+        """The LoRAs that requests may use: `name`, and the `path` under which `lora` names one."""
+        return self._parse(self.open("/sdapi/v1/loras"), list)
+
     def settings(self) -> dict[str, Any]:
         """What it serves, on how many ranks, and why so."""
         return self._object("/settings")
 
     def schema(self) -> dict[str, Any]:
-        """What the host takes, as OpenAPI."""
-        return self._object("/openapi.json")
+        """What the host takes for the model, as OpenAPI."""
+        query = f"?{urlencode({'model': self.model})}" if self.model is not None else ""
+        return self._object(f"/openapi.json{query}")
 
     def request_schema(self) -> dict[str, Any]:
         """The fields that it takes for its model, as JSON schema."""
