@@ -1,27 +1,14 @@
-"""What is rehearsed. A feature that touches devices adds its case here."""
+"""What is rehearsed on several GPUs. A feature that touches devices adds its case here, or to
+one_rank_cases.py.
+"""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from backends.model_table import FEATURES, ModelSpec
-from backends.quantization_spec import parse_quantization
-from tests.backends.features import combined
-from tests.checkpoints import sample_image
+from backends.step_cache_spec import StepCacheSpec
 
-STEPS = 3
-NOT_REHEARSED = ("compile",)
-"""Inductor would compile for a GPU that is not there."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class OneRank:
-    """A pipeline on one GPU. previews: whether somebody looks on."""
-
-    label: str
-    load: Mapping[str, Any] = field(default_factory=dict)
-    request: Mapping[str, Any] = field(default_factory=dict)
-    previews: bool = False
+Further = Literal["second pass", "another prompt", "early end", "teams", "another model"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +16,13 @@ class Ranks:
     """A method on several GPUs. feature: of the model table, switched on for the launch and the
     request.
 
-    load, request: further fields. asks_for_lora: the request brings one. fails_in: the part of the
-    pipeline that one rank fails in.
+    load, request: further fields. changes_to: other methods, each with its options, that jobs
+    change to and back from. then: what comes after the first job (jobs.py). previews: whether rank
+    0's client looks on. team_size: of the teams into which the ranks split, if jobs of teams come.
+    asks_for_lora: the request brings one. fails_in: the part of the pipeline that one rank fails
+    in. waits: part of a place -> how often a step makes the host wait there, which is never but
+    where a value decides. queues_in: steps in which something that is waited for queues behind
+    something else.
     """
 
     label: str
@@ -41,54 +33,21 @@ class Ranks:
     feature: str = ""
     load: Mapping[str, Any] = field(default_factory=dict)
     request: Mapping[str, Any] = field(default_factory=dict)
+    changes_to: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    then: tuple[Further, ...] = ()
+    previews: bool = False
+    team_size: int = 0
     asks_for_lora: bool = False
     fails_in: str = "denoiser"
-
-
-def cases_on_one_rank(spec: ModelSpec) -> Iterator[OneRank]:
-    """Everything that one rank can do with this type."""
-    yield OneRank(label="plain", previews=spec.returns_latents)
-    if spec.returns_latents:
-        yield OneRank(label="img2img", request={"init_image": sample_image(48), "strength": 0.7})
-    if spec.has_clip_prompts:
-        yield OneRank(label="emphasis", request={"prompt": "a (cat:1.2)", "prompt_syntax": "a1111"})
-    yield OneRank(
-        label="VAE in parts", load={"enable_vae_tiling": True, "enable_vae_slicing": True}
-    )
-    for name in FEATURES:
-        if name in NOT_REHEARSED or spec.supports("single", name).status == "unsupported":
-            continue
-        if name == "offload":
-            yield from offloads()
-            continue
-        switched_on = combined([name], spec)
-        yield OneRank(label=name, load=switched_on.load, request=switched_on.request)
-        if name == "lora":
-            asked = {"lora": switched_on.load["lora"]}
-            yield OneRank(label="lora in a request", request=asked)
-            yield OneRank(
-                label="lora in a request, offload model", load={"offload": "model"}, request=asked
-            )
-        if name == "quantization":
-            yield from (_quantized(kind) for kind in ("float8", "int8"))
-
-
-def offloads() -> Iterator[OneRank]:
-    for kind in ("model", "sequential", "group"):
-        yield OneRank(label=f"offload {kind}", load={"offload": kind}, previews=True)
-
-
-def _quantized(kind: str) -> OneRank:
-    choice = parse_quantization(kind, option="quantize_to")
-    return OneRank(
-        label=f"all in {kind}",
-        load={"quantize": dict.fromkeys(("denoiser", "encoders", "vae"), choice)},
-    )
+    waits: Mapping[str, int] = field(default_factory=dict)
+    queues_in: tuple[str, ...] = ()
 
 
 DIVIDED: Mapping[str, object] = {"divided": ("denoiser", "encoders")}
 PATCH: Mapping[str, object] = {"no_split_batch": True}
 SEGMENTS: Mapping[str, object] = {"use_cfg_parallel": False}
+ALL_STEPS: Mapping[str, object] = {"strength": 1.0}
+"""Of a class that begins with an image: else there would be no middle step to look at."""
 
 
 def stages(degree: int, patches: int, **others: object) -> dict[str, object]:
@@ -113,6 +72,13 @@ SHORT = (
 """In every run of the tests."""
 
 LONG = (
+    Ranks(
+        label="methods that change",
+        type="sdxl",
+        backend="distrifuser",
+        options=PATCH,
+        changes_to={"asyncdiff": SEGMENTS, "xdit": {"use_cfg_parallel": True}},
+    ),
     Ranks(label="cfg", type="sdxl", backend="distrifuser"),
     Ranks(
         label="full sync",
@@ -216,12 +182,122 @@ LONG = (
         load=DIVIDED,
     ),
     Ranks(label="cfg, divided weights", type="sdxl", backend="distrifuser", load=DIVIDED),
+    Ranks(
+        label="cfg x patch, divided weights",
+        type="sdxl",
+        backend="distrifuser",
+        ranks=4,
+        load=DIVIDED,
+    ),
+    *(
+        Ranks(
+            label=f"ulysses, divided weights, {name}",
+            type="flux",
+            backend="xdit",
+            options={"ulysses_degree": 2},
+            feature=name,
+            load=DIVIDED,
+        )
+        for name in ("lora", "gguf")
+    ),
+    Ranks(
+        label="patches, second pass",
+        type="sdxl",
+        backend="distrifuser",
+        options=PATCH,
+        then=("second pass",),
+    ),
+    Ranks(
+        label="stages, second pass",
+        type="flux",
+        backend="xdit",
+        options=stages(2, 4),
+        then=("second pass",),
+    ),
+    Ranks(
+        label="cfg, others come between",
+        type="sdxl",
+        backend="distrifuser",
+        then=("another prompt", "early end", "another model"),
+        previews=True,
+    ),
+    Ranks(
+        label="patches, others come between",
+        type="sdxl",
+        backend="distrifuser",
+        options=PATCH,
+        then=("early end", "another model"),
+        previews=True,
+    ),
+    Ranks(
+        label="ulysses, others come between",
+        type="flux",
+        backend="xdit",
+        options={"ulysses_degree": 2},
+        then=("another prompt", "early end"),
+        previews=True,
+    ),
+    Ranks(
+        label="stages, others come between",
+        type="sd3",
+        backend="xdit",
+        options=stages(2, 3),
+        then=("early end", "another model"),
+        previews=True,
+    ),
+    Ranks(
+        label="teams of two",
+        type="sdxl",
+        backend="distrifuser",
+        ranks=4,
+        then=("teams",),
+        team_size=2,
+    ),
+    Ranks(
+        label="a job on each rank",
+        type="sdxl",
+        backend="distrifuser",
+        then=("teams",),
+        team_size=1,
+    ),
+    *(
+        Ranks(
+            label=f"{name} of a class without a row",
+            type=pipeline,
+            backend="asyncdiff",
+            options=options,
+            load={"parallel_vae": False},
+            request=ALL_STEPS,
+        )
+        for name, pipeline, options in (
+            ("cfg in a batch", "StableDiffusion3Img2ImgPipeline", {"use_cfg_parallel": True}),
+            ("cfg in two calls", "QwenImageInpaintPipeline", {"use_cfg_parallel": True}),
+            ("segments", "StableDiffusion3Img2ImgPipeline", {**SEGMENTS, "model_n": 2}),
+            (
+                "sharded segments",
+                "QwenImageInpaintPipeline",
+                {**SEGMENTS, "model_n": 2, "shard_weights": True},
+            ),
+        )
+    ),
+    *(
+        Ranks(
+            label=f"ulysses of {pipeline}",
+            type=pipeline,
+            backend="xdit",
+            options={"ulysses_degree": 2},
+            load={"parallel_vae": False},
+            request=ALL_STEPS,
+        )
+        for pipeline in ("StableDiffusion3Img2ImgPipeline", "QwenImageInpaintPipeline")
+    ),
     *(
         Ranks(
             label=f"cfg, encoders {placement}",
             type="sdxl",
             backend="distrifuser",
             load={"encoder_placement": placement},
+            then=("another prompt",),
         )
         for placement in ("one", "spread", "cpu")
     ),
@@ -242,6 +318,13 @@ LONG = (
         backend="xdit",
         options={"ulysses_degree": 2, "use_cfg_parallel": True},
         ranks=4,
+    ),
+    Ranks(
+        label="stages that warm up",
+        type="sd3",
+        backend="xdit",
+        options=stages(2, 3),
+        request={"warmup_steps": 5},  # as many as there are: also the one that is looked at
     ),
     Ranks(label="three stages", type="flux", backend="xdit", options=stages(3, 6), ranks=3),
     Ranks(label="four stages", type="sd3", backend="xdit", options=stages(4, 8), ranks=4),
@@ -270,8 +353,15 @@ LONG = (
         ranks=4,
     ),
     *(
-        Ranks(label=f"ulysses of {name}", type=name, backend="xdit", options={"ulysses_degree": 2})
-        for name in ("flux", "hy", "pixa", "zimage", "qwenimage", "flux2")
+        Ranks(
+            label=f"ulysses of {name}",
+            type=name,
+            backend="xdit",
+            options={"ulysses_degree": 2},
+            # diffusers' own: a guidance of zero, made on the CPU in each call
+            waits={"transformer_chroma.py": 2} if name == "chroma" else {},
+        )
+        for name in ("flux", "hy", "pixa", "zimage", "qwenimage", "flux2", "chroma", "ltx")
     ),
     Ranks(
         label="ulysses of wan",
@@ -279,6 +369,18 @@ LONG = (
         backend="xdit",
         options={"ulysses_degree": 2},
         request={"num_frames": 5},
+    ),
+    *(
+        Ranks(
+            label=f"ulysses of wan 2.2{also}",
+            type="wan22_t2v",
+            backend="xdit",
+            options={"ulysses_degree": 2},
+            load=load,
+            request={"num_frames": 5},
+            waits={"pipeline_wan.py": 1},  # to choose between its two transformers
+        )
+        for also, load in (("", {}), (", divided weights", DIVIDED))
     ),
     Ranks(label="cfg pairs", type="qwenimage", backend="xdit", options={"use_cfg_parallel": True}),
     *(
@@ -288,8 +390,35 @@ LONG = (
             backend="xdit",
             options={"ulysses_degree": 2},
             feature=name,
+            waits={"step_cache.py": 1} if name == "step_cache" else {},
         )
-        for name, type_name in (("controlnet", "sd3"), ("step_cache", "flux"), ("lora", "flux"))
+        for name, type_name in (
+            ("controlnet", "sd3"),
+            ("step_cache", "flux"),
+            ("prediction", "flux"),
+            ("lora", "flux"),
+        )
+    ),
+    *(
+        Ranks(
+            label=f"patches beside {what}",
+            type=type_name,
+            backend="distrifuser",
+            options=PATCH,
+            load={"step_cache": StepCacheSpec(kind=kind, value=2)},
+        )
+        for what, type_name, kind in (
+            ("a deep cache", "sdxl", "deep"),
+            ("a taylor cache", "sd3", "taylor"),
+            ("skipped steps", "sdxl", "prediction"),
+        )
+    ),
+    Ranks(
+        label="segments beside skipped steps",
+        type="sdxl",
+        backend="asyncdiff",
+        options={"model_n": 2},
+        feature="prediction",
     ),
     *(
         Ranks(
@@ -314,54 +443,38 @@ LONG = (
 
 FAILING_SHORT = (
     Ranks(label="patches under ddim", type="sd2", backend="distrifuser", options=PATCH),
+    Ranks(
+        label="decode of sdxl", type="sdxl", backend="distrifuser", options=PATCH, fails_in="vae"
+    ),
 )
+"""In every run of the tests: the others wait between steps, where they learn of it by rank 0's word
+too, and in a copy to the CPU, where only the alarm wakes them."""
+
+
+def every_method() -> Iterator[Ranks]:
+    """Each method once, of all that is rehearsed on two and three ranks. On four, with two axes,
+    gloo would wait for itself: it carries the rehearsed messages, and its abort ends nothing.
+    """
+    seen = []
+    for case in (*SHORT, *LONG):
+        method = (
+            *(case.backend, case.ranks, case.options, case.load),
+            *(tuple(case.changes_to), case.team_size),
+        )
+        if case.ranks < 4 and "offload" not in case.load and method not in seen:
+            seen.append(method)
+            yield case
+
+
 FAILING_LONG = (
-    Ranks(label="patches under euler", type="sdxl", backend="distrifuser", options=PATCH),
+    *every_method(),
     Ranks(label="patches under pndm", type="sd1", backend="distrifuser", options=PATCH),
-    Ranks(
-        label="three patches",
-        type="sd2",
-        backend="distrifuser",
-        options=PATCH,
-        ranks=3,
-        request={"height": 192},
-    ),
-    Ranks(
-        label="tensor of a unet",
-        type="sdxl",
-        backend="distrifuser",
-        options={"parallelism": "tensor"},
-    ),
-    Ranks(label="ulysses", type="sd3", backend="xdit", options={"ulysses_degree": 2}),
-    Ranks(
-        label="ulysses, divided weights",
-        type="sd3",
-        backend="xdit",
-        options={"ulysses_degree": 2},
-        load=DIVIDED,
-    ),
-    Ranks(label="ring", type="flux", backend="xdit", options={"ring_degree": 2}),
-    Ranks(
-        label="tensor of flux", type="flux", backend="xdit", options={"tensor_parallel_degree": 2}
-    ),
-    Ranks(label="segments", type="sdxl", backend="asyncdiff", options=SEGMENTS),
-    Ranks(
-        label="segments with sharded weights",
-        type="sdxl",
-        backend="asyncdiff",
-        options={**SEGMENTS, "shard_weights": True},
-    ),
-    Ranks(label="stages", type="sd3", backend="xdit", options=stages(2, 3)),
-    Ranks(label="three stages", type="flux", backend="xdit", options=stages(3, 6), ranks=3),
     Ranks(
         label="step cache",
         type="flux",
         backend="xdit",
         options={"ulysses_degree": 2},
         feature="step_cache",
-    ),
-    Ranks(
-        label="decode of sdxl", type="sdxl", backend="distrifuser", options=PATCH, fails_in="vae"
     ),
     Ranks(
         label="decode of flux",

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 Replacement = tuple[object, str, object]
 """(owner, name, what takes its place)"""
 MEMORY = 24 << 30
+COMMUNICATOR_BYTES = 100 << 20
+"""What NCCL takes of it for each communicator."""
 
 
 def replacements(rehearsal: "Rehearsal") -> Iterator[Replacement]:
@@ -47,11 +49,15 @@ def _answers(rehearsal: "Rehearsal") -> Iterator[Replacement]:
         "get_device_properties": properties,
         "get_arch_list": ["sm_75", "sm_80", "sm_90"],
         "get_rng_state": torch.zeros(16, dtype=torch.uint8),
-        "mem_get_info": (MEMORY, MEMORY),
         "is_current_stream_capturing": False,
     }
     for name, value in answers.items():
         yield torch.cuda, name, _always(value)
+    yield (
+        torch.cuda,
+        "mem_get_info",
+        lambda device=None: (MEMORY - rehearsal.num_communicators * COMMUNICATOR_BYTES, MEMORY),
+    )
     yield torch.version, "cuda", "13.0"
     yield torch.backends.cuda, "is_built", _always(True)
     accelerator = {
@@ -82,7 +88,7 @@ def _streams(rehearsal: "Rehearsal") -> Iterator[Replacement]:
 
 def _moves(rehearsal: "Rehearsal") -> Iterator[Replacement]:
     """'cuda' without a number is the current device, which a CPU build cannot ask for."""
-    to, pin = torch.Tensor.to, torch.Tensor.pin_memory
+    to = torch.Tensor.to
 
     def numbered(value: Any) -> Any:
         is_device = isinstance(value, str | torch.device)
@@ -102,11 +108,12 @@ def _moves(rehearsal: "Rehearsal") -> Iterator[Replacement]:
             tensor, torch.device("cuda") if device is None else device
         ),
     )
-    yield (
-        torch.Tensor,
-        "pin_memory",
-        lambda tensor, *_: tensor if tensor.device.type == "cpu" else pin(tensor),
-    )
+
+    def pin(tensor: torch.Tensor, *_: Any) -> torch.Tensor:
+        rehearsal.journal.pinned_bytes += tensor.numel() * tensor.element_size()
+        return tensor
+
+    yield torch.Tensor, "pin_memory", pin
     yield torch.cuda, "current_device", lambda: rehearsal.index
     yield torch.accelerator, "current_device_index", lambda: rehearsal.index
     yield torch.cuda, "set_device", rehearsal.set_device

@@ -14,6 +14,7 @@ from torch.distributed import distributed_c10d as c10d
 
 from tests.rehearsal.gpus import Replacement
 from tests.rehearsal.journal import Operation, Wait, place
+from tests.rehearsal.order import communicators
 from tests.rehearsal.tensors import CudaTensor, WouldFail
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ class Groups:
         self._nccl: dict[Any, tuple[str, tuple[int, ...]]] = {}
         self._aborted: set[int] = set()
         self._num_operations = 0
+        self.limits: list[timedelta | None] = []
+        """Of the NCCL groups that were made."""
 
     def replacements(self) -> Iterator[Replacement]:
         ours = {
@@ -52,15 +55,23 @@ class Groups:
         yield c10d, "_get_object_coll_device", self._device_of_objects
         yield dist.ProcessGroup, "abort", lambda group: self._abort(group)
 
+    @property
+    def num_communicators(self) -> int:
+        open_groups = {name for name, _ in self._nccl.values()}
+        used = communicators(self._rehearsal.journal.entries, dist.get_rank())
+        return sum(communicator.group in open_groups for communicator in used)
+
     # what torch.distributed has
 
     def new_group(
         self, ranks: Any = None, timeout: Any = None, backend: Any = None, **kwargs: Any
     ) -> Any:
         if backend == "nccl":
+            self.limits.append(timeout)
             timeout = GLOO_TIMEOUT  # NCCL's never comes in a test
         made = REAL["new_group"](ranks, timeout, "gloo" if backend == "nccl" else backend, **kwargs)
         if backend == "nccl" and made is not c10d.GroupMember.NON_GROUP_MEMBER:
+            self._aborted.discard(id(made))  # that of a group which is gone
             self._nccl[made] = (
                 made.group_name,
                 tuple(ranks if ranks is not None else range(dist.get_world_size())),
@@ -248,11 +259,13 @@ class Groups:
             raise RuntimeError("NCCL communicator was aborted on this rank")
         self._num_operations += 1
         name, ranks = self._nccl[group]
+        journal = self._rehearsal.journal
         what = {"elements": tensor.numel(), "dtype": str(tensor.dtype), "where": place()}
+        what["step"] = journal.step
         operation = Operation(
             number=self._num_operations, kind=kind, group=name, ranks=ranks, **what, **facts
         )
-        self._rehearsal.journal.entries.append(operation)
+        journal.entries.append(operation)
         if self._rehearsal.has_dead_links:
             self._rehearsal.get_stuck(f"{kind} on {name}", group)
         return self._num_operations

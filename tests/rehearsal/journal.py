@@ -1,9 +1,10 @@
 """What one rank did that other ranks or its own host may have to wait for."""
 
-import traceback
+import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 
 HERE = str(Path(__file__).parent)
 REPOSITORY = str(Path(__file__).parents[2])
@@ -13,7 +14,8 @@ NOT_THE_PLACE = (f"{Path('/torch/')}", HERE, "/importlib/", "/contextlib.py", "/
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Operation:
-    """One call on an NCCL group. `number` identifies it on its rank, for Wait.
+    """One call on an NCCL group. `number` identifies it on its rank, for Wait. step: that was
+    computed then.
 
     peer: of a send or receive. source: of a broadcast. sent, received: elements to and from each
     rank of an all-to-all.
@@ -27,6 +29,7 @@ class Operation:
     elements: int
     dtype: str
     where: str
+    step: str = ""
     peer: int | None = None
     source: int | None = None
     sent: tuple[int, ...] = ()
@@ -52,12 +55,13 @@ Entry = Operation | Wait | HostWait
 @dataclass(slots=True)
 class Journal:
     """entries: in the order of the calls. host_waits: (step, kind, place) -> how often. copies:
-    between two GPUs.
+    between two GPUs. pinned_bytes: of main memory.
     """
 
     entries: list[Entry] = field(default_factory=list)
     host_waits: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     copies: Counter[str] = field(default_factory=Counter)
+    pinned_bytes: int = 0
     step: str = ""
 
     def host_waited(self, kind: str) -> None:
@@ -77,25 +81,20 @@ def place() -> str:
     """The innermost line outside torch and the rehearsal, and the innermost of this repository that
     led there.
     """
-    frames = [
-        frame
-        for frame in traceback.extract_stack()
-        if not any(part in frame.filename for part in NOT_THE_PLACE)
-    ]
-    if not frames:
+    inner = own = None
+    frame = sys._getframe(1)  # a traceback would look at the files of all frames, for each call
+    while frame is not None and own is None:
+        file = frame.f_code.co_filename
+        if not any(part in file for part in NOT_THE_PLACE):
+            inner = inner or frame
+            if file.startswith(REPOSITORY) and "site-packages" not in file:
+                own = frame
+        frame = frame.f_back
+    if inner is None:
         return "?"
-    own = next(
-        (
-            frame
-            for frame in reversed(frames)
-            if frame.filename.startswith(REPOSITORY) and "site-packages" not in frame.filename
-        ),
-        None,
-    )
-    inner = _short(frames[-1])
-    return inner if own is None or own is frames[-1] else f"{inner} < {_short(own)}"
+    return _short(inner) if own in (None, inner) else f"{_short(inner)} < {_short(own)}"
 
 
-def _short(frame: traceback.FrameSummary) -> str:
-    name = frame.filename.split("site-packages/")[-1].removeprefix(REPOSITORY + "/")
-    return f"{name}:{frame.lineno}"
+def _short(frame: FrameType) -> str:
+    name = frame.f_code.co_filename.split("site-packages/")[-1].removeprefix(REPOSITORY + "/")
+    return f"{name}:{frame.f_lineno}"

@@ -43,6 +43,34 @@ def problems(journals: Sequence[Sequence[Entry]], *, streams: Streams = "pairs")
     return found or _circle(_dependencies(journals, _kernels(calls), streams))
 
 
+def communicators(journal: Sequence[Entry], rank: int) -> set[Communicator]:
+    """What this rank has opened: NCCL makes a communicator when it is used first, which blocks its
+    hosts, without a time limit, until all of them are there.
+    """
+    return {_communicator(rank, entry) for entry in journal if isinstance(entry, Operation)}
+
+
+def queued_behind(journal: Sequence[Entry], rank: int) -> dict[str, set[str]]:
+    """Step -> places of operations that are waited for at once, although the communicator is still
+    busy with earlier ones that nothing waits for yet.
+    """
+    found: dict[str, set[str]] = defaultdict(set)
+    running: dict[Communicator, dict[int, Operation]] = defaultdict(dict)
+    for entry, following in zip(journal, [*journal[1:], None], strict=True):
+        if isinstance(entry, Wait):
+            for operations in running.values():
+                operations.pop(entry.number, None)
+        elif isinstance(entry, Operation):
+            others = running[_communicator(rank, entry)]
+            if following == Wait(entry.number) and others:
+                earlier = next(iter(others.values()))
+                found[entry.step].add(
+                    f"{entry.kind} at {entry.where}, behind {earlier.kind} at {earlier.where}"
+                )
+            others[entry.number] = entry
+    return dict(found)
+
+
 def _communicator(rank: int, operation: Operation) -> Communicator:
     if operation.peer is None:
         return Communicator(operation.group, operation.ranks, is_pair=False)

@@ -89,7 +89,7 @@ class Rehearsal:
         self.stuck_behind: str | None = None
         self._stuck_group: Any = None
         self._hang_s = hang_s
-        self._groups = Groups(self)
+        self.groups = Groups(self)
         self._replaced: list[tuple[Any, str, Any]] = []
         self._mode = _Mode(self.placement)
 
@@ -101,7 +101,7 @@ class Rehearsal:
         # is remembered, and must hold torch's own functions
         torch.utils._device._device_constructors()
         torch._C._set_only_lift_cpu_tensors(True)
-        for replacements in (gpus.replacements(self), self._groups.replacements(), _of_tensors()):
+        for replacements in (gpus.replacements(self), self.groups.replacements(), _of_tensors()):
             for owner, name, value in replacements:
                 self._replace(owner, name, value)
         _forget_devices()
@@ -130,6 +130,11 @@ class Rehearsal:
 
     def set_device(self, device: Any) -> None:
         self.index = device if isinstance(device, int) else torch.device(device).index
+
+    @property
+    def num_communicators(self) -> int:
+        """That are open on this rank."""
+        return self.groups.num_communicators
 
     def copied_between_gpus(self, source: torch.device, target: torch.device) -> None:
         self.journal.copies[f"{source} -> {target} at {place()}"] += 1

@@ -87,6 +87,9 @@ class CudaTensor(Tensor):
     def data_ptr(self) -> int:
         return self.inner.data_ptr()
 
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.inner.untyped_storage()
+
     def is_pinned(self, *_: Any) -> bool:
         return False
 

@@ -3,16 +3,29 @@ wrong with them.
 """
 
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from backends import planner
+from backends.autotune.cost import num_communicators
+from backends.autotune.trials import Trials
 from backends.errors import ConfigError
+from backends.groups.control_group import gather_outcomes
 from backends.groups.devices import select_device
 from backends.groups.links import is_busy, open_links
+from backends.groups.mesh import DATA_TIMEOUT, Mesh
+from backends.plan import ParallelPlan
 from backends.xdit.exchange import attention_with_lse
+from tests.backends.features import TABLE
+from tests.checkpoints import checkpoint
+from tests.rehearsal.gpus import COMMUNICATOR_BYTES
+from tests.rehearsal.order import communicators
 from tests.rehearsal.rehearsal import Rehearsal
+
+PLAIN = ParallelPlan(method="single", axes=(("data", 2),))
 
 
 def test_gpus_that_torch_cannot_use_are_an_error_and_no_silent_run_on_the_cpu():
@@ -72,6 +85,65 @@ def _try_dead_links(rank, world_size):
 
 def test_links_that_do_not_work_are_found_at_once_with_advice(run_on_ranks):
     run_on_ranks(_try_dead_links, 2)
+
+
+PLANS = (
+    ("distrifuser", {"no_split_batch": True}, 2),
+    ("distrifuser", {}, 4),
+    ("distrifuser", {"sync_mode": "full_sync"}, 4),
+    ("asyncdiff", {"use_cfg_parallel": False, "model_n": 4}, 4),
+    ("asyncdiff", {"use_cfg_parallel": True}, 4),
+    ("xdit", {"ulysses_degree": 2, "ring_degree": 2}, 4),
+    ("xdit", {"pipefusion_parallel_degree": 2}, 2),
+    ("xdit", {"pipefusion_parallel_degree": 4}, 4),
+    ("xdit", {"pipefusion_parallel_degree": 2, "use_cfg_parallel": True}, 4),
+    ("xdit", {"pipefusion_parallel_degree": 2, "ulysses_degree": 2}, 4),
+)
+
+
+def _count_communicators(rank, world_size):
+    with Rehearsal(num_devices=4, index=rank) as rehearsal:
+        device = torch.device("cuda", rank)
+        subject = SimpleNamespace(device=device)
+        trials = Trials(subject, spec=TABLE["sd3"], rank=rank, world_size=4, halves=2)
+        link = trials.link()
+        assert link.communicator_bytes == COMMUNICATOR_BYTES
+        for backend, options, size in PLANS:
+            spec = TABLE["sd3" if backend == "xdit" else "sdxl"]
+            options = {**options, "checkpoint": str(checkpoint(spec.name))}
+            plan = planner(backend)(spec, options, size)
+            team, number = divmod(rank, size)
+            before = rehearsal.num_communicators
+            mesh = Mesh(plan, rank=number, device=device, team=team, num_teams=4 // size)
+            mesh.prepare()
+            mesh.background_axis()
+            opened = gather_outcomes(rehearsal.num_communicators - before)
+            mesh.destroy()
+            assert max(opened) == num_communicators(plan, is_sharded=True), plan.describe()
+
+
+def test_planner_counts_the_memory_of_all_communicators(run_on_ranks):
+    for name in ("sd3", "sdxl"):
+        checkpoint(name)
+    run_on_ranks(_count_communicators, 4)
+
+
+def _open_for_divided_weights(rank, world_size):
+    with Rehearsal(num_devices=2, index=rank, hang_s=30.0) as rehearsal:
+        device = torch.device("cuda", rank)
+        mesh = Mesh(PLAIN, rank=rank, device=device)
+        mesh.background_axis()
+        opened = communicators(rehearsal.journal.entries, rank)
+        assert {one.group for one in opened} == {
+            mesh.axis("data").group.group_name,
+            mesh.background_axis().group.group_name,
+        }
+        assert {*rehearsal.groups.limits} == {DATA_TIMEOUT}
+        mesh.destroy()
+
+
+def test_links_of_divided_weights_are_opened_with_the_others(run_on_ranks):
+    run_on_ranks(_open_for_divided_weights, 2)
 
 
 def _see_who_is_busy(rank, world_size):

@@ -7,7 +7,8 @@ import torch
 
 from backends.model_table import FEATURES
 from tests.backends.features import TABLE, prepare
-from tests.rehearsal.cases import NOT_REHEARSED, OneRank, cases_on_one_rank, offloads
+from tests.every_type import EVERY_TYPE
+from tests.rehearsal.one_rank_cases import NOT_REHEARSED, OneRank, cases_on_one_rank, offloads
 from tests.rehearsal.runs import rehearse_one
 
 SECOND = torch.device("cuda", 1)
@@ -46,7 +47,7 @@ def test_type_in_half_precision_with_previews_and_group_offload(run_on_ranks, na
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", list(TABLE))
+@pytest.mark.parametrize("name", EVERY_TYPE)
 def test_everything_that_one_rank_can_do(run_on_ranks, name):
     _prepare(name)
     run_on_ranks(_rehearse, 1, name, list(cases_on_one_rank(TABLE[name])), "fp32")
@@ -54,7 +55,7 @@ def test_everything_that_one_rank_can_do(run_on_ranks, name):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", list(TABLE))
+@pytest.mark.parametrize("name", EVERY_TYPE)
 def test_offloading_in_half_precision(run_on_ranks, name):
     _prepare(name)
     run_on_ranks(_rehearse, 1, name, [OneRank(label="plain"), *offloads()], "fp16")

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from tests.rehearsal.journal import HostWait, Operation, Wait
-from tests.rehearsal.order import problems
+from tests.rehearsal.order import problems, queued_behind
 from tests.rehearsal.rehearsal import Rehearsal, WouldHang
 from tests.rehearsal.tensors import WouldFail
 
@@ -193,3 +193,11 @@ def test_order_finds_streams_that_need_several_hardware_queues():
     )
     assert problems([met[0] + first, met[1] + second]) == []
     assert problems([met[0] + first, met[1] + second], streams="one") != []
+
+
+def test_order_finds_what_queues_behind_what_is_needed_later():
+    late, now = operation(1, "all_to_all"), operation(2, "all_gather")
+    elsewhere = operation(2, "all_gather", group="b")
+    assert queued_behind([late, now, Wait(2), Wait(1)], 0)
+    assert not queued_behind([late, Wait(1), now, Wait(2)], 0)
+    assert not queued_behind([late, elsewhere, Wait(2), Wait(1)], 0)

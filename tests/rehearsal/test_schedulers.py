@@ -7,7 +7,7 @@ import torch
 
 from backends.generation.schedulers import SCHEDULERS
 from tests.backends.features import TABLE, combined, prepare
-from tests.rehearsal.cases import OneRank
+from tests.rehearsal.one_rank_cases import OneRank
 from tests.rehearsal.runs import rehearse_one
 
 SHORT = ("ddim", "pndm", "euler", "ddpm")
