@@ -7,7 +7,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 # else every process of every host under test would compile our sources anew
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: install demo test test-all lint docs audit clean
+.PHONY: install demo test test-all lint docs comfyui audit clean
 
 install: .venv/installed
 
@@ -27,6 +27,14 @@ lint: .venv/installed
 # docs/arguments.md, and the generated parts of the README
 docs: .venv/installed
 	$(BIN)/python -m hosts.launch.readme
+
+# dist/comfyui: the nodes with the client that they import, as ComfyUI's registry takes them
+comfyui:
+	rm -rf dist/comfyui
+	mkdir -p dist/comfyui
+	cp -r clients/comfyui/*.py clients/comfyui/pyproject.toml clients/comfyui/README.md \
+		clients/comfyui/workflows clients/python/diffusion_client LICENSE dist/comfyui
+	find dist/comfyui -name __pycache__ -prune -exec rm -r {} +
 
 # known vulnerabilities of the pinned dependencies, by a tool with an environment of its own
 audit:

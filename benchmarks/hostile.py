@@ -1,8 +1,12 @@
 """python -m benchmarks.hostile --bodies=10000: valid and senseless fields to every dialect.
 
 Sends the bodies to a real host with a tiny model, over HTTP. No answer may be a 5xx other than 503,
-no job may need a second attempt, and no traceback may be in the log. Prints JSON and ends with code
-1 if one of these happened.
+no job may need a second attempt, no traceback may be in the log, the host may not grow by more than
+MOST_GROWTH_MB, and the next image must be the one that it was. Prints JSON and ends with code 1 if
+one of these happened.
+
+--kind=raw sends requests with wrong bytes at the socket instead. --kind=store opens job stores with
+wrong bits: each must open, and what can be read goes on.
 """
 
 import argparse
@@ -10,13 +14,16 @@ import base64
 import io
 import itertools
 import json
+import logging
 import random
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import requests
@@ -28,11 +35,15 @@ from hosts.dialects import a1111_fields, openai_fields
 from hosts.http import jobs_api
 from tests.checkpoints import checkpoint, lora, sample_image
 from tests.hosts.harness import RunningHost, start_launcher
+from tests.hosts.http.raw_bytes import hostile_bytes, is_a_failure, status_of
+from tests.hosts.jobs.damage import damaged, jobs_left_or_error, make_store
 
 SENDERS = 8
 CHUNK = 200
 SHARE_OF_SENSELESS = 0.35
 LONGEST_S = 300
+MOST_GROWTH_MB = 500
+"""Of all processes of the host: caches of samplers, prompts and results have bounds."""
 
 
 def encoded(image: Image.Image, kind: str = "PNG") -> str:
@@ -198,15 +209,108 @@ def most_attempts(host: RunningHost) -> int:
         time.sleep(0.2)
 
 
+def memory_mb(host: RunningHost) -> int:
+    """Return what the host's processes have in memory."""
+    return sum(process.memory_info().rss for process in host.tree()) // 10**6
+
+
+def reference(host: RunningHost, call: Call) -> bytes:
+    """Return the file of a plain request to the type of this call."""
+    content = {**SMALL, "num_inference_steps": 1, "seed": 7}
+    if call.type == "svd":
+        content |= {"image": IMAGE, "num_frames": 2}
+    else:
+        content["prompt"] = "a red car"
+    headers = {"Accept": "image/gif" if call.type == "svd" else "image/png"}
+    answer = requests.post(host.url("/generate"), json=content, headers=headers, timeout=LONGEST_S)
+    assert answer.status_code == 200, answer.text[:500]
+    return answer.content
+
+
+def attack_socket(host: RunningHost, number: int, seed: int) -> dict[str, Any]:
+    """Send requests with wrong bytes and return what came of them."""
+    chance, found = random.Random(seed), Counter[int | None]()
+    wrong, started = [], time.monotonic()
+    with ThreadPoolExecutor(SENDERS) as senders:
+        for size in (*[CHUNK] * (number // CHUNK), number % CHUNK):
+            chunk = [hostile_bytes(chance) for _ in range(size)]
+            waits = [chance.random() < 0.9 for _ in range(size)]
+            answers = senders.map(
+                lambda data, waits: status_of(host.port, data, waits=waits), chunk, waits
+            )
+            for data, status in zip(chunk, answers, strict=True):
+                found[status] += 1
+                if is_a_failure(status):
+                    wrong.append({"bytes": repr(data)[:2000], "answer": status})
+            print(f"raw {found.total()} {dict(found)}", file=sys.stderr, flush=True)
+    return {
+        "requests": found.total(),
+        "status": {str(status): count for status, count in found.most_common()},
+        "seconds": round(time.monotonic() - started, 1),
+        "wrong": wrong[:5],
+        "num_wrong": len(wrong),
+        "most_attempts": most_attempts(host),
+    }
+
+
+def attack_stores(number: int, seed: int) -> dict[str, Any]:
+    """Open damaged stores and return how many jobs were left in them."""
+    chance, left, wrong, started = random.Random(seed), Counter[int](), [], time.monotonic()
+    logging.disable()
+    with tempfile.TemporaryDirectory() as folder:
+        original, copy = Path(folder) / "original", Path(folder) / "damaged"
+        make_store(original)
+        for _ in range(number):
+            damage = damaged(original, copy, chance)
+            found = jobs_left_or_error(copy)
+            if isinstance(found, int):
+                left[found] += 1
+            else:
+                wrong.append({"damage": damage, "error": found})
+    return {
+        "stores": number,
+        "jobs_left": dict(sorted(left.items())),
+        "seconds": round(time.monotonic() - started, 1),
+        "wrong": wrong[:5],
+        "num_wrong": len(wrong),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--bodies", type=int, default=10_000, help="for each call")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", default="", help="calls whose path holds this text")
+    parser.add_argument("--kind", choices=("bodies", "raw", "store"), default="bodies")
     options = parser.parse_args()
+    if options.kind == "store":
+        result = attack_stores(options.bodies, options.seed)
+        is_wrong = bool(result["num_wrong"])
+    else:
+        result = attack_hosts(options)
+        is_wrong = bool(result["tracebacks"] or result["restarts"])
+        is_wrong = is_wrong or any(is_beyond(facts) for facts in result["calls"].values())
+    print(json.dumps(result, indent=2))
+    sys.exit(1 if is_wrong else 0)
+
+
+def is_beyond(facts: Mapping[str, Any]) -> bool:
+    """Whether something happened that may not."""
+    before, after = facts["memory_mb"]
+    return bool(
+        facts["num_wrong"]
+        or facts["most_attempts"] > 1
+        or not facts["next_image_is_right"]
+        or after > before + MOST_GROWTH_MB
+    )
+
+
+def attack_hosts(options: argparse.Namespace) -> dict[str, Any]:
+    """Attack one host of each type and return what came of it."""
     assert set(VALID) - {"strict"} <= {name for call in calls() for name in call.names}
     assert set(GenerateRequest.model_fields) <= set(calls()[0].names)
     chosen = [call for call in calls() if options.only in call.path]
+    chosen = chosen[:1] if options.kind == "raw" else chosen
     result: dict[str, Any] = {"calls": {}, "tracebacks": 0, "restarts": 0}
     for kind, group in itertools.groupby(chosen, key=lambda call: call.type):
         folder = lora("sdxl").parent
@@ -216,16 +320,19 @@ def main() -> None:
         ) as host:  # fmt: skip
             host.wait_until_ready()
             for call in group:
-                result["calls"][call.path] = attack(host, call, options.bodies, options.seed)
+                wanted, before = reference(host, call), memory_mb(host)
+                if options.kind == "raw":
+                    facts = attack_socket(host, options.bodies, options.seed)
+                else:
+                    facts = attack(host, call, options.bodies, options.seed)
+                facts["memory_mb"] = [before, memory_mb(host)]
+                facts["next_image_is_right"] = reference(host, call) == wanted
+                result["calls"]["raw" if options.kind == "raw" else call.path] = facts
             result["tracebacks"] += host.log.count("Traceback")
             result["restarts"] += host.get("/settings").json()["restarts"]
             if "Traceback" in host.log:
                 print(host.log[host.log.index("Traceback") - 500 :][:6000], file=sys.stderr)
-    print(json.dumps(result, indent=2))
-    is_wrong = result["tracebacks"] or result["restarts"]
-    for facts in result["calls"].values():
-        is_wrong = is_wrong or facts["num_wrong"] or facts["most_attempts"] > 1
-    sys.exit(1 if is_wrong else 0)
+    return result
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ The checkpoint has random weights, in bfloat16: an SD3-like transformer of 600 M
 400 MB; the other components are the tests' tiny ones. Each rank is a process of its own. It takes
 the row's command-line arguments as launcher.py does, and loads. Private memory is what the kernel
 calls anonymous: pages of mapped files are shared by all ranks and can be dropped at any time, so
-they do not count. `above_mb` is the peak above what stays when the pipeline is loaded.
+they do not count. `above_mb` is the peak above what stays when the pipeline is loaded. Where a
+method cuts the denoiser's weights, that includes an image of one step, in which asyncdiff cuts.
 """
 
 import argparse
@@ -65,15 +66,18 @@ def rows(folder: Path, *, scale: float) -> dict[str, list[str]]:
     base = make_checkpoint(folder / "sd3", scale)
     weights = base / "transformer" / "diffusion_pytorch_model.safetensors"
     plain = ["--type=sd3", f"--checkpoint={base}", "--backend=xdit", "--variant=bf16"]
+    converted = [*plain[:-1], "--variant=fp16"]
     return {
         "same_dtype": plain,
-        "converted": [*plain[:-1], "--variant=fp16"],
+        "converted": converted,
         "int8": [*plain, "--quantize_to=int8"],
-        "converted_int8": [*plain[:-1], "--variant=fp16", "--quantize_to=int8"],
+        "converted_int8": [*converted, "--quantize_to=int8"],
         "gguf_q8": [*plain, f"--gguf_model={write_gguf(weights, folder / 'q8.gguf', 'Q8_0')}"],
         "sharded": [*plain, "--shard=always"],
-        "sharded_converted": [*plain[:-1], "--variant=fp16", "--shard=always"],
+        "sharded_converted": [*converted, "--shard=always"],
         "sharded_int8": [*plain, "--quantize_to=int8", "--shard=always"],
+        "stages": [*converted, "--pipefusion_parallel_degree=2"],
+        "segments": [*converted, "--backend=asyncdiff", "--shard_weights"],
         "scaled_fp8": [
             *plain,
             f"--transformer={write_scaled(weights, folder / 'fp8.safetensors')}",
@@ -104,21 +108,33 @@ def private_bytes(process_id: int | str = "self") -> int:
     return 1024 * int(re.search(r"RssAnon:\s+(\d+) kB", text)[1])
 
 
-def load_one(argv: Sequence[str], rank: int, ranks: int, parent: Connection) -> None:
-    """Load one rank's pipeline in this process and report."""
+def load_one(argv: Sequence[str], rank: int, ranks: int, meeting: str, parent: Connection) -> None:
+    """Load one rank's pipeline in this process and report. meeting: a file that all ranks share."""
     import torch
+    import torch.distributed as dist
 
+    from backends import backend_class
     from backends.generation.pipeline import load_pipeline
+    from backends.groups.mesh import Mesh
     from backends.model_table import read_table
+    from backends.request import GenerateRequest
     from hosts.launch.command_line import parse_command_line
     from hosts.launch.start_plan import plan_start
 
     torch.set_num_threads(1)
     start = plan_start(parse_command_line(argv), read_table(), num_gpus=0, num_ranks=ranks)
+    device, is_cut = torch.device("cpu"), bool(start.plan.splits_weights_by)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
     parent.send("ready")
     parent.recv()
     before, began = private_bytes(), time.perf_counter()
-    pipe = load_pipeline(start.spec, start.load, device=torch.device("cpu"), share=(rank, ranks))
+    pipe = load_pipeline(start.spec, start.load, device=device, share=(rank, ranks), is_cut=is_cut)
+    if is_cut:
+        mesh = Mesh(start.plan, rank=rank, device=device)
+        pipe.attach(backend_class(mesh.plan.method)(spec=start.spec, plan=start.plan, mesh=mesh))
+        pipe.generate(
+            GenerateRequest(prompt="", seed=0, num_inference_steps=1, height=64, width=64)
+        )
     seconds = time.perf_counter() - began
     largest = max(
         tensor.numel() * tensor.element_size()
@@ -130,14 +146,16 @@ def load_one(argv: Sequence[str], rank: int, ranks: int, parent: Connection) -> 
         {"before": before, "stays": private_bytes(), "largest": largest, "seconds": seconds}
     )
     parent.recv()
+    dist.destroy_process_group()
 
 
 def measure(argv: Sequence[str], ranks: int) -> dict[str, Any]:
     """Load on all ranks at once, and sample their memory from outside."""
     context = multiprocessing.get_context("spawn")
     pipes = [context.Pipe() for _ in range(ranks)]
+    meeting = str(Path(tempfile.mkdtemp()) / "meeting")
     children = [
-        context.Process(target=load_one, args=(list(argv), rank, ranks, theirs))
+        context.Process(target=load_one, args=(list(argv), rank, ranks, meeting, theirs))
         for rank, (_, theirs) in enumerate(pipes)
     ]
     for child, (_, theirs) in zip(children, pipes, strict=True):

@@ -13,6 +13,8 @@ import os
 import statistics
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -30,11 +32,14 @@ from torch import Tensor
 
 from backends import BACKEND_NAMES, backend_class, planner
 from backends.errors import HostError
+from backends.generation.schedulers import build_scheduler, parse_scheduler, step_facts
 from backends.groups.control_group import gather_outcomes
 from backends.groups.mesh import Mesh
+from backends.loading.caches.step_cache import AnyCache, attached_cache
 from backends.model_table import read_table
 from backends.parallel.base import RunInfo
 from backends.request import GenerateRequest
+from backends.step_cache_spec import parse_step_cache, require_step_cache
 from benchmarks.closeness import psnr
 from benchmarks.settings import SETTINGS
 from demo.data import evaluation_scenes
@@ -74,6 +79,12 @@ def _arguments() -> argparse.Namespace:
         metavar="N,N",
         help="synchronous steps; each number is a run",
     )
+    parser.add_argument(
+        "--step_cache", nargs="*", default=[""], help="such as deep,2; each one is a run"
+    )
+    parser.add_argument(
+        "--scheduler", help="a name, or JSON as in a request; the model's own if left out"
+    )
     parser.add_argument("--checkpoint", default=str(CHECKPOINT))
     parser.add_argument("--sheet", help="PNG of the first prompts, one column per setting")
     return parser.parse_args()
@@ -102,6 +113,8 @@ def measure(rank: int, arguments: argparse.Namespace) -> dict[str, Any]:
         arguments.checkpoint, dtype=torch.float32, local_files_only=True
     )
     pipe.set_progress_bar_config(disable=True)
+    choice = parse_scheduler(arguments.scheduler)
+    pipe.scheduler = build_scheduler(choice, pipe.scheduler, flow=False)
     prompts = [scene.caption for scene in evaluation_scenes(arguments.prompts)]
     names = (
         arguments.settings.split(",") if arguments.settings else list(SETTINGS[arguments.backend])
@@ -113,11 +126,19 @@ def measure(rank: int, arguments: argparse.Namespace) -> dict[str, Any]:
     )
     gather_outcomes(None)  # the others wait here
     columns, results = {"one rank": wanted}, {}
-    for name, warmup_steps in product(names, arguments.warmup_steps):
+    for name, warmup_steps, text in product(names, arguments.warmup_steps, arguments.step_cache):
         label = name if len(arguments.warmup_steps) == 1 else f"{name} {warmup_steps}"
-        latents = _setting(
-            rank, pipe, prompts, SETTINGS[arguments.backend][name], warmup_steps, arguments
-        )
+        label += f" + {text}" if text else ""
+        with _step_cache(pipe, text) as cache:
+            latents = _setting(
+                rank,
+                pipe,
+                prompts,
+                SETTINGS[arguments.backend][name],
+                warmup_steps,
+                arguments,
+                cache,
+            )
         if rank == 0:
             results[label] = latents if isinstance(latents, dict) else _figures(latents, wanted)
             columns |= {} if isinstance(latents, dict) else {label: latents}
@@ -132,6 +153,18 @@ def measure(rank: int, arguments: argparse.Namespace) -> dict[str, Any]:
     return {"run": given, "settings": results, "prompts": prompts}
 
 
+@contextmanager
+def _step_cache(pipe: Any, text: str) -> Iterator[AnyCache | None]:
+    """Attach the step cache of this name, if there is one."""
+    if not text:
+        yield None
+        return
+    spec = read_table()[MODEL_TYPE]
+    cache = attached_cache(parse_step_cache(text, spec), spec, pipe)
+    yield cache
+    cache.detach()
+
+
 def _setting(
     rank: int,
     pipe: Any,
@@ -139,11 +172,14 @@ def _setting(
     options: dict[str, Any],
     warmup_steps: int,
     arguments: argparse.Namespace,
+    cache: AnyCache | None,
 ) -> list[Tensor] | dict[str, str]:
     """Return the final latents of every prompt under one setting, or why it was refused."""
     spec = read_table()[MODEL_TYPE]
     try:
         plan = planner(arguments.backend)(spec, options, arguments.ranks)
+        if cache is not None:
+            require_step_cache(cache.spec, plan)
     except HostError as error:
         return {"refused": str(error)}
     mesh = Mesh(plan, rank=rank, device=torch.device("cpu"))
@@ -155,7 +191,7 @@ def _setting(
         return {"refused": str(error)}
     try:
         return [
-            _latents(pipe, prompt, seed, arguments, backend, warmup_steps)
+            _latents(pipe, prompt, seed, arguments, backend, warmup_steps, cache)
             for seed, prompt in enumerate(prompts)
         ]
     except HostError as error:
@@ -172,6 +208,7 @@ def _latents(
     arguments: argparse.Namespace,
     backend: Any = None,
     warmup_steps: int | None = None,
+    cache: AnyCache | None = None,
 ) -> Tensor:
     """Return the final latents of one prompt. Without a backend it runs on one rank."""
     request = GenerateRequest(
@@ -180,16 +217,28 @@ def _latents(
         guidance_scale=arguments.guidance,
         warmup_steps=warmup_steps,
     )
-    run = RunInfo(request=request, height=SIDE, width=SIDE, num_inference_steps=arguments.steps)
+    run = RunInfo(
+        request=request,
+        height=SIDE,
+        width=SIDE,
+        num_inference_steps=arguments.steps,
+        step_cache=cache.spec if cache is not None else None,
+    )
 
     def step_done(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
-        if backend is not None:
+        ran = cache is None or cache.step_done(arguments.steps)
+        if backend is not None and ran:
             backend.step_done()
         return {}
 
     if backend is not None:
         backend.check(run)
         backend.begin(run)
+    if cache is not None:
+        cache.begin(
+            is_on=not cache.spec.skips_whole_steps
+            or step_facts(pipe.scheduler, request)["is_smooth"]
+        )
     try:
         return pipe(
             prompt,
@@ -202,8 +251,8 @@ def _latents(
             callback_on_step_end=step_done,
         ).images
     finally:
-        if backend is not None:
-            backend.end()
+        for part in filter(None, (backend, cache)):
+            part.end()
 
 
 def _figures(latents: list[Tensor], wanted: list[Tensor]) -> dict[str, float]:

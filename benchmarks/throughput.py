@@ -124,8 +124,8 @@ def main() -> None:
         "height": options.size,
         "width": options.size,
     }
-    two = ("--nproc_per_node=2", f"--backend={options.backend}")
-    one = ("--nproc_per_node=1",)
+    two = ("--type=sdxl", "--nproc_per_node=2", f"--backend={options.backend}")
+    one = ("--type=sdxl", "--nproc_per_node=1")
     kinds = {
         "one": (*one, "--max_batch=1"),
         "one_batching": one,
@@ -178,14 +178,8 @@ def _faster(rounds: list[dict[str, Any]], than: str, what: str) -> float:
 
 @contextlib.contextmanager
 def started(port: int, body: dict[str, Any], *arguments: str) -> Iterator[Host]:
-    """Start a host with the demo model, ready to use."""
-    command = [
-        sys.executable,
-        str(ROOT / "launcher.py"),
-        "--type=sdxl",
-        f"--port={port}",
-        *arguments,
-    ]
+    """Start a host that is ready to use."""
+    command = [sys.executable, str(ROOT / "launcher.py"), f"--port={port}", *arguments]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
         try:

@@ -16,7 +16,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from hosts.launch.start_plan import count_gpus
+from hosts.launch.gpus import count_gpus
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PROMPT = "a red circle on a blue background"
