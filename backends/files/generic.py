@@ -280,7 +280,7 @@ def _nominal_size(folder: Path, call: PipelineCall, denoisers: tuple[str, ...]) 
 def _is_flow(folder: Path) -> bool:
     """Return whether the checkpoint's scheduler is for flow matching."""
     config = read_json(folder / "scheduler" / "scheduler_config.json")
-    is_named = str(config.get("_class_name", "")).startswith("FlowMatch")
+    is_named = str(config.get("_class_name", "")).startswith(("FlowMatch", "LTXEulerAncestralRF"))
     return is_named or bool(config.get("use_flow_sigmas"))
 
 

@@ -1,4 +1,5 @@
-"""Scheduler settings that a request may change, and their bounds. Imports no torch.
+"""Scheduler settings: which ones a request may change, their bounds, and which ones describe the
+model. Imports no torch.
 
 A request may change how a sampler works. Only the operator, with --scheduler, may set what the
 model was trained with (noise levels, prediction type) and what decides a scheduler's memory.
@@ -92,6 +93,55 @@ class LaunchSettings(RequestedSettings):
     ) = None
 
 
+SIGMA_FLAGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+SHIFTED = frozenset({"CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"})
+"""Classes that shift the noise levels by a setting of their own, snr_shift_scale."""
+NOISE_FIELDS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+)
+SAMPLE_FIELDS = (
+    "clip_sample",
+    "clip_sample_range",
+    "thresholding",
+    "dynamic_thresholding_ratio",
+    "sample_max_value",
+)
+SPACING_FIELDS = ("timestep_spacing", "steps_offset", "set_alpha_to_one", *SIGMA_FLAGS)
+FLOW_FIELDS = (
+    "shift",
+    "use_dynamic_shifting",
+    "base_shift",
+    "max_shift",
+    "base_image_seq_len",
+    "max_image_seq_len",
+    "shift_terminal",
+)
+FLOW_FIELDS += ("invert_sigmas", "time_shift_type")
+MODEL_FIELDS = (*NOISE_FIELDS, "prediction_type", *SAMPLE_FIELDS, *SPACING_FIELDS, *FLOW_FIELDS)
+"""Config fields that describe the model. Only they are copied from the checkpoint's scheduler to
+one of another class.
+
+The others belong to one solver and break another: algorithm_type="sde-dpmsolver++" raises in DEIS,
+svd's sigma_max=700 gives NaN.
+"""
+DESCRIBED = (
+    frozenset(
+        {
+            "DDIMParallelScheduler",
+            "DDPMParallelScheduler",
+            "LTXEulerAncestralRFScheduler",
+            "SASolverScheduler",
+        }
+    )
+    | SHIFTED
+)
+"""Classes that only checkpoints name, whose MODEL_FIELDS tell another class all about the model."""
+
 OF_REQUESTS = tuple(RequestedSettings.model_fields)
 OF_OPERATORS = tuple(name for name in LaunchSettings.model_fields if name not in OF_REQUESTS)
 """Further scheduler settings, allowed in --scheduler only."""
@@ -101,6 +151,16 @@ ALGORITHMS = {
     "DPMSolverSinglestepScheduler": ("dpmsolver++", "sde-dpmsolver++"),
 }
 """Class -> the values of algorithm_type that it takes."""
+
+
+def model_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of the checkpoint's scheduler config that describe the model."""
+    # Defaults of the checkpoint's class are no settings of the checkpoint. Its noise levels are:
+    # LCM and TCD begin from others than Euler.
+    implicit = set(config.get("_use_default_values", ())) - set(NOISE_FIELDS)
+    carried = {key: config[key] for key in MODEL_FIELDS if key in config and key not in implicit}
+    # DDIM, DDPM, LCM and TCD clip the clean sample to [-1, 1] by default; latents exceed that
+    return {"clip_sample": False} | carried
 
 
 def why_unknown(names: Mapping[str, Any]) -> str | None:

@@ -18,7 +18,15 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from backends.errors import RequestError
-from backends.generation.scheduler_settings import why_not_at_launch, why_refused, why_unknown
+from backends.generation.scheduler_settings import (
+    DESCRIBED,
+    SHIFTED,
+    SIGMA_FLAGS,
+    model_fields,
+    why_not_at_launch,
+    why_refused,
+    why_unknown,
+)
 from backends.request import GenerateRequest
 
 if TYPE_CHECKING:
@@ -31,44 +39,9 @@ MAX_SHOWN = 80
 MAX_TEXT = 20_000
 """Most characters of a scheduler given as text."""
 
-SIGMA_FLAGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 SMOOTH = frozenset({"CogVideoXDDIMScheduler"})
 """Samplers that only checkpoints name, and that are smooth in the sense of step_facts."""
 TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
-
-NOISE_FIELDS = (
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "trained_betas",
-    "rescale_betas_zero_snr",
-)
-SAMPLE_FIELDS = (
-    "clip_sample",
-    "clip_sample_range",
-    "thresholding",
-    "dynamic_thresholding_ratio",
-    "sample_max_value",
-)
-SPACING_FIELDS = ("timestep_spacing", "steps_offset", "set_alpha_to_one", *SIGMA_FLAGS)
-FLOW_FIELDS = (
-    "shift",
-    "use_dynamic_shifting",
-    "base_shift",
-    "max_shift",
-    "base_image_seq_len",
-    "max_image_seq_len",
-    "shift_terminal",
-)
-FLOW_FIELDS += ("invert_sigmas", "time_shift_type")
-MODEL_FIELDS = (*NOISE_FIELDS, "prediction_type", *SAMPLE_FIELDS, *SPACING_FIELDS, *FLOW_FIELDS)
-"""Config fields that describe the model. Only they are copied from the checkpoint's scheduler to
-one of another class.
-
-The others belong to one solver and break another: algorithm_type="sde-dpmsolver++" raises in DEIS,
-svd's sigma_max=700 gives NaN.
-"""
 
 READ_BY_OTHERS = (
     "timestep_type",
@@ -345,13 +318,15 @@ def build_scheduler(
         if isinstance(pristine, Mapping)
         else dict(pristine.config) | {"_class_name": type(pristine).__name__}
     )
+    if choice.name is not None:
+        _require_described(config["_class_name"], choice.name)
     facts, flow_extra = _facts_for_model(choice.name, config, flow=flow)
     _check_packages(choice, facts)
     scheduler_class = _class(facts.module, facts.class_name)
     if facts.class_name == config["_class_name"]:
         fields = {key: setting for key, setting in config.items() if not key.startswith("_")}
     else:
-        fields = _model_fields(config)
+        fields = model_fields(config) | _shifted_noise(config)
     if any(choice.overrides.get(flag) for flag in SIGMA_FLAGS):
         # the requested flag replaces the checkpoint's
         fields |= dict.fromkeys(SIGMA_FLAGS, False)
@@ -379,6 +354,29 @@ def build_scheduler(
         }
     )
     return scheduler
+
+
+def _require_described(class_name: str, name: str) -> None:
+    """Raise SchedulerError if another class cannot be told what the checkpoint's own one knows."""
+    if class_name not in {facts.class_name for facts in SCHEDULERS.values()} | DESCRIBED:
+        raise SchedulerError(
+            f"scheduler={name!r} cannot sample this model: its own {class_name} defines "
+            "noise levels or predictions that no other sampler knows. Leave scheduler out, or give "
+            "settings without a name."
+        )
+
+
+def _shifted_noise(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the noise levels of a class that shifts them, as `trained_betas`, which all others
+    take. rescale_betas_zero_snr stays a setting: the shift comes before it in either class.
+    """
+    class_name = config["_class_name"]
+    if class_name not in SHIFTED:
+        return {}
+    fields = {name: value for name, value in config.items() if not name.startswith("_")}
+    own = _class("diffusers", class_name)(**fields | {"rescale_betas_zero_snr": False})
+    kept = own.alphas_cumprod.double()
+    return {"trained_betas": [1 - kept[0].item(), *(1 - kept[1:] / kept[:-1]).tolist()]}
 
 
 def step_facts(scheduler: "SchedulerMixin", request: GenerateRequest) -> dict[str, bool]:
@@ -484,12 +482,3 @@ def _check_packages(choice: SchedulerChoice, facts: SchedulerFacts) -> None:
 
 def _class(module: str, class_name: str) -> "type[SchedulerMixin]":
     return getattr(importlib.import_module(module), class_name)
-
-
-def _model_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of the checkpoint's scheduler config that describe the model."""
-    # defaults of the checkpoint's class, not settings of the checkpoint
-    implicit = config.get("_use_default_values", ())
-    carried = {key: config[key] for key in MODEL_FIELDS if key in config and key not in implicit}
-    # DDIM, DDPM, LCM and TCD clip the clean sample to [-1, 1] by default; latents exceed that
-    return {"clip_sample": False} | carried

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from backends.errors import RequestError
-from backends.generation.schedulers import SCHEDULERS, SIGMA_FLAGS
+from backends.generation.scheduler_settings import SIGMA_FLAGS
+from backends.generation.schedulers import SCHEDULERS
 from backends.generation.step_window import Schedule
 
 if TYPE_CHECKING:

@@ -367,6 +367,73 @@ def test_defaults_of_the_old_class_do_not_reach_another():
     assert spacings == ["linspace", "leading"]
 
 
+def test_noise_levels_of_the_old_class_reach_another_though_they_are_its_defaults():
+    own = diffusers.LCMScheduler()
+    other = build_scheduler(parse_scheduler("euler"), own, flow=False)
+    torch.testing.assert_close(other.alphas_cumprod, own.alphas_cumprod)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0], ids=["5B", "2B"])
+@pytest.mark.parametrize("own", ["CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"])
+def test_a_shifted_schedule_reaches_another_class(own, shift):
+    """The noise levels of CogVideoX, which has a setting that no other class knows."""
+    config = SD_CLIP | {
+        "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": True,
+        "timestep_spacing": "trailing",
+        "snr_shift_scale": shift,
+    }
+    pristine = getattr(diffusers, own)(**config)
+    for name in ("ddim", "euler", "dpmpp_2m"):
+        other = build_scheduler(parse_scheduler(name), pristine, flow=False)
+        torch.testing.assert_close(
+            other.alphas_cumprod[:-1].double(), pristine.alphas_cumprod[:-1], atol=1e-5, rtol=1e-3
+        )
+    expected, found = (
+        _denoise(scheduler, steps=5)
+        for scheduler in (
+            diffusers.CogVideoXDDIMScheduler(**config),
+            build_scheduler(parse_scheduler("ddim"), pristine, flow=False),
+        )
+    )
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+
+
+def _denoise(scheduler, *, steps):
+    """Return what is left of fixed noise after all steps of a fixed, smooth prediction."""
+    scheduler.set_timesteps(steps)
+    sample = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    for timestep in scheduler.timesteps:
+        scaled = scheduler.scale_model_input(sample, timestep)
+        sample = scheduler.step(torch.sin(3 * scaled), timestep, sample).prev_sample
+    return sample
+
+
+@pytest.mark.parametrize("name", ["euler", "dpmpp_2m", "fm_euler"])
+@pytest.mark.parametrize(
+    "own",
+    [
+        "EDMEulerScheduler",
+        "EDMDPMSolverMultistepScheduler",
+        "SCMScheduler",
+        "UnCLIPScheduler",
+        "HeliosScheduler",
+        "CosineDPMSolverMultistepScheduler",
+        "DDPMWuerstchenScheduler",
+        "CMStochasticIterativeScheduler",
+    ],
+)
+def test_refuses_another_class_where_it_cannot_know_the_model(own, name):
+    pristine = getattr(diffusers, own)()
+    for flow in (False, True):
+        with pytest.raises(
+            SchedulerError, match=f"{name}.* cannot sample this model: its own {own}"
+        ):
+            build_scheduler(parse_scheduler(name), pristine, flow=flow)
+    kept = build_scheduler(parse_scheduler(None), pristine, flow=False)
+    assert type(kept) is type(pristine)
+
+
 def test_settings_of_one_solver_do_not_reach_another():
     config = SD | {
         "_class_name": "DPMSolverMultistepScheduler",
