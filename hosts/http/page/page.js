@@ -5,7 +5,7 @@
 const POLL_MS = 2000;
 const MAX_FOLLOWED = 3; // a browser opens six connections to a host; the others are for all else
 const MAX_KEPT = 64; // as many finished jobs as the host keeps
-const sessionJobs = new Map(); // id -> {settings, images, files, url, blob, preview, job, tile}
+const sessionJobs = new Map(); // id -> {settings, images, files, outputs, number, url, blob, preview, job, tile}
 const followed = new Set(); // ids with an open event stream
 const PATIENCE_MS = 120000; // how long a job may be out of reach while its host restarts
 const PASSING = [0, 429, 502, 503, 504]; // no answer, or a status that says to ask again later
@@ -181,17 +181,33 @@ function stageNext(id) {
   if (!current || isOver(current.job)) stage(id, false);
 }
 
-async function file(job) {
-  const answer = await ask(job.links.result.slice(1));
-  return answer.blob().catch((error) => {
+// all images of the call: one for most models, one for each layer for others
+async function outputs(job) {
+  const path = job.links.result.slice(1);
+  const answer = await ask(path);
+  const blobs = [await blobOf(answer)];
+  const count = isVideo({ blob: blobs[0] }) ? 1 : Number(answer.headers.get("X-Images"));
+  while (blobs.length < count) blobs.push(await blobOf(await ask(`${path}?image=${blobs.length}`)));
+  return blobs.map((blob) => ({ blob, url: URL.createObjectURL(blob) }));
+}
+
+const blobOf = (answer) =>
+  answer.blob().catch((error) => {
     throw failure(`the file broke off: ${error.message}`, 0);
   });
-}
 
 async function collect(job) {
   const entry = sessionJobs.get(job.id);
-  entry.blob = await patiently(() => file(job));
-  entry.url = URL.createObjectURL(entry.blob);
+  entry.outputs = await patiently(() => outputs(job));
+  show(entry, 0);
+}
+
+const show = (entry, number) => Object.assign(entry, { number }, entry.outputs[number]);
+
+function showNext() {
+  const entry = sessionJobs.get(shown);
+  show(entry, (entry.number + 1) % entry.outputs.length);
+  paint();
 }
 
 function ended(id) {
@@ -254,7 +270,11 @@ function paint() {
   byId("again").hidden = false;
   byId("as-input").hidden = !entry.url || isVideo(entry) || !inputField();
   byId("download").hidden = !entry.url;
-  const download = `${job.id}.${isVideo(entry) ? "mp4" : "png"}`;
+  const several = entry.outputs?.length > 1;
+  byId("next").hidden = !several;
+  if (several) byId("next").textContent = `Image ${entry.number + 1} of ${entry.outputs.length}: show the next`;
+  const suffix = several ? `-${entry.number + 1}` : "";
+  const download = `${job.id}${suffix}.${isVideo(entry) ? "mp4" : "png"}`;
   if (entry.url) Object.assign(byId("download"), { href: entry.url, download });
 }
 
@@ -493,6 +513,7 @@ async function changeModel(model) {
 async function start() {
   byId("form").addEventListener("submit", generate);
   byId("cancel").addEventListener("click", () => cancel(shown));
+  byId("next").addEventListener("click", showNext);
   byId("again").addEventListener("click", () => useAgain().catch(showError));
   byId("as-input").addEventListener("click", useAsInput);
   byId("forget").addEventListener("click", forget);

@@ -2,16 +2,20 @@
 cancel, see the image.
 """
 
+import contextlib
 import io
 import json
 import re
 import shutil
+import threading
 
 import numpy as np
 import pytest
 import requests
 from PIL import Image
+from werkzeug.serving import make_server
 
+from tests.hosts.dialects.reading import ReadingHost
 from tests.hosts.harness import start_launcher
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -442,6 +446,37 @@ def test_job_of_the_first_moment_is_not_taken_for_one_that_the_host_lost(page, h
         until(page, lambda: "40 steps" in caption(page))
     finally:
         page.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
+
+
+def test_each_image_of_one_call_is_shown_in_turn(browser):
+    """A class that makes several images in one call, such as QwenImageLayered."""
+    with ReadingHost(num_frames=3) as layered, served(layered.client.application) as address:
+        browser.get(address)
+        until(browser, lambda: find(browser, "#field-prompt"))
+        fill(browser, "prompt", "a cat")
+        find(browser, "#generate").click()
+        seen = []
+        for number in (1, 2, 3, 1):
+            button = find(browser, "#next")
+            until(browser, lambda: button.text == f"Image {number} of 3: show the next")
+            seen.append(find(browser, "#canvas img").get_attribute("src"))
+            assert find(browser, "#download").get_attribute("href") == seen[-1]
+            assert find(browser, "#download").get_attribute("download").endswith(f"-{number}.png")
+            button.click()
+    assert len(set(seen)) == 3 and seen[3] == seen[0]
+
+
+@contextlib.contextmanager
+def served(application):
+    """The address of this application on a server of its own."""
+    server = make_server("127.0.0.1", 0, application, threaded=True)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/"
+    finally:
+        server.shutdown()
+        thread.join(timeout=20)
 
 
 def test_keyboard_alone_is_enough(page):
