@@ -298,7 +298,8 @@ def test_every_image_of_one_call_is_in_the_answer_of_each_dialect():
         files = [base64.b64decode(each["b64_json"]) for each in in_text]
         links = [each["url"] for each in layered.post(GENERATE, body).get_json()["data"]]
         answers = [layered.client.get(link) for link in links]
-        streamed = layered.post(GENERATE, {**body, "stream": True}).get_data(as_text=True)
+        with layered.post(GENERATE, {**body, "stream": True}) as stream:
+            streamed = stream.get_data(as_text=True)
         a1111 = layered.post("/sdapi/v1/txt2img", body).get_json()["images"]
         last = layered.client.get(f"{links[0]}&image=3")
     frames = np.random.default_rng(0).integers(0, 256, (3, 16, 24, 3), dtype=np.uint8)

@@ -225,9 +225,14 @@ def test_bad_field_is_refused_before_the_queue(host):
 def test_streams_are_limited_and_given_back(host, monkeypatch):
     running = send(host, LONG)
     streams: list[requests.Response] = []
+    for method in ("GET", "HEAD"):
+        for _ in range(jobs_api.STREAMS_OF_CLIENT):
+            with socket.create_connection(("127.0.0.1", host.port)) as connection:
+                path = running["links"]["events"]
+                connection.sendall(f"{method} {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
 
     def opened():
-        """Also where a stream of the test before is given back only now."""
+        """Once those are given back whose clients have gone."""
         answer = requests.get(host.url(running["links"]["events"]), stream=True, timeout=20)
         if answer.status_code == 200:
             streams.append(answer)
