@@ -17,6 +17,11 @@ DEFAULTS = {
 """Environment variables that the libraries read on import: no chatter in the log, and no downloads.
 HF_HUB_OFFLINE is the user's: the process that downloads is another one (backends/hub/worker.py).
 """
+OTHER_NAMES = {
+    "PYTORCH_CUDA_ALLOC_CONF": ("PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"),
+    "TORCH_NCCL_TRACE_BUFFER_SIZE": ("TORCH_FR_BUFFER_SIZE",),
+}
+"""Names under which the user may have set the same: ours would overrule or contradict them."""
 DISABLES_DYNAMO = "TORCHDYNAMO_DISABLE"
 """Torch's environment variable, which it reads at each call of torch.compile."""
 
@@ -24,7 +29,8 @@ DISABLES_DYNAMO = "TORCHDYNAMO_DISABLE"
 def set_library_defaults(environ: MutableMapping[str, str]) -> None:
     """Set the defaults that the user has not set."""
     for name, value in {**DEFAULTS, **RANK_ENVIRONMENT}.items():
-        environ.setdefault(name, value)
+        if not any(other in environ for other in OTHER_NAMES.get(name, ())):
+            environ.setdefault(name, value)
 
 
 def import_bitsandbytes(environ: MutableMapping[str, str]) -> None:

@@ -137,6 +137,7 @@ def test_one_hardware_queue_is_refused_where_stages_would_hang_and_set_wider_by_
     ):
         require_queues(stages, {"CUDA_DEVICE_MAX_CONNECTIONS": "1"})
     require_queues(stages, RANK_ENVIRONMENT)
+    assert RANK_ENVIRONMENT["CUDA_DEVICE_MAX_CONNECTIONS"] == "32"
     require_queues(
         ParallelPlan(method="xdit", axes=(("ulysses", 2),)), {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     )
@@ -150,3 +151,19 @@ def test_failed_operations_are_left_to_our_own_watch_unless_the_user_says_otherw
     assert environ["TORCH_NCCL_ENABLE_MONITORING"] == "0"
     assert environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
     assert environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    assert environ["TORCH_NCCL_TRACE_BUFFER_SIZE"] == "0"
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"),
+        ("PYTORCH_HIP_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"),
+        ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"),
+    ],
+)
+def test_what_the_user_set_under_another_name_is_not_overruled(theirs, ours):
+    environ = {theirs: "what the user wants"}
+    set_library_defaults(environ)
+    assert ours not in environ
+    assert environ[theirs] == "what the user wants"
