@@ -17,4 +17,5 @@ It says nothing about speed, memory limits, kernels or real streams.
     order.py       the journals of all ranks -> operations that do not match, and circles of waiting
     cases.py       what is rehearsed on several GPUs; one_rank_cases.py: on one
     runs.py        how; jobs.py: what comes after a case's first job
+    host/          puts GPUs into the processes of a whole host
 """
