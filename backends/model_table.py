@@ -76,8 +76,9 @@ class ModelSpec:
     flow_matching: bool = False  # takes flow-matching samplers
     size_multiple: int = 8  # height and width must be multiples of this, in pixels
     upscale: int = 1  # output side / input side
-    # cfg: two halves; distilled: the scale is an input of the model; frame_ramp: svd's, per frame.
-    guidance: Literal["cfg", "distilled", "frame_ramp"] = "cfg"
+    # cfg: two halves; distilled: the scale is an input of the model; frame_ramp: svd's, per frame;
+    # three: image and text have a scale each, and a batch has three parts.
+    guidance: Literal["cfg", "distilled", "frame_ramp", "three"] = "cfg"
     # Denoiser calls per step with guidance on. 1: both halves as one batch; 2: one after the other.
     guidance_calls: int = 1
     guidance_argument: str = "guidance_scale"  # the call's argument for the scale
@@ -154,6 +155,11 @@ class ModelSpec:
     def denoisers(self) -> tuple[str, ...]:
         """Return the attributes of all denoisers on the pipeline."""
         return tuple(filter(None, (self.denoiser, *self.other_denoisers)))
+
+    @property
+    def has_halves(self) -> bool:
+        """Return whether guidance is two halves, which two ranks can share."""
+        return self.guidance in ("cfg", "frame_ramp")
 
     @property
     def has_clip_prompts(self) -> bool:

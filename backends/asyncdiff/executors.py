@@ -112,12 +112,16 @@ class Inbox:
         self._used: Values = {}
 
     def get(self, source: Source) -> Tensor | None:
-        """Return the tensor, extrapolated if that is on; None if this rank does not receive it."""
+        """Return the tensor, extrapolated if that is on; None if this rank does not receive it.
+
+        Sizes, masks and other whole numbers have no line on which to go on.
+        """
         if source not in self._arrivals:
             return None
         if source not in self._used:
             value = self._arrivals[source].wait()
-            self._used[source] = self._extrapolate(source, value) if self._extrapolate else value
+            goes_on = self._extrapolate is not None and value.is_floating_point()
+            self._used[source] = self._extrapolate(source, value) if goes_on else value
         return self._used[source]
 
     def values(self) -> Values:

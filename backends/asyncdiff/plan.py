@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from backends.asyncdiff.cost import cost
 from backends.asyncdiff.options import OPTIONS, READS
-from backends.errors import PlanError, UnsupportedError
+from backends.errors import PlanError
 from backends.model_table import ModelSpec
 from backends.plan import ParallelPlan, cfg_degrees, require_world_size, times
 
@@ -27,10 +27,6 @@ BEGINS_NEXT_STEP = (
     "--time_shift, which works for the timestep of the next step, since that may be skipped. Leave "
     "out --time_shift"
 )
-WRONG_WHEN_SHARDED = frozenset({"Cosmos3OmniPipeline"})
-"""Pipelines that made another image when each rank kept only its own segment's weights, by up to 25
-levels of 255 (docs/models.md). The cause is not known.
-"""
 NEEDS_PREWARM = "the first image finds and times the denoiser's units"
 
 
@@ -58,11 +54,6 @@ def make_plan(spec: ModelSpec, options: Mapping[str, object], world_size: int) -
     sharded_by = "--shard_weights" if options.get("shard_weights") else ""
     if options.get("shard") == "always" and degrees.segment > 1:
         sharded_by = "--shard=always"
-    if sharded_by and spec.pipeline in WRONG_WHEN_SHARDED:
-        raise UnsupportedError(
-            f"{sharded_by} is not available for {spec.pipeline} with asyncdiff: the image would be "
-            "another one. Leave it out, or use --backend=single with --enable_model_cpu_offload."
-        )
     plan = ParallelPlan(
         method="asyncdiff",
         axes=(("cfg", degrees.cfg), ("segment", degrees.segment)),
@@ -95,7 +86,7 @@ def candidates(
     """Segments of either stride, within each half of guidance or over all ranks."""
     if ranks == 1:
         return
-    for cfg in cfg_degrees(ranks, has_halves=is_guided and spec.guidance != "distilled"):
+    for cfg in cfg_degrees(ranks, has_halves=is_guided and spec.has_halves):
         shared: dict[str, object] = {"use_cfg_parallel": cfg == 2}
         if cfg == ranks:
             yield "cfg 2", shared
@@ -160,10 +151,11 @@ def _cfg_degree(
 ) -> tuple[int, tuple[str, ...]]:
     asked = options.get("use_cfg_parallel")
     if asked:
-        if spec.guidance == "distilled":
+        if not spec.has_halves:
+            kind = "in three parts" if spec.guidance == "three" else spec.guidance
             raise PlanError(
                 f"use_cfg_parallel is not available for model type {spec.name!r}: its guidance is "
-                "distilled, so there is no second half "
+                f"{kind}, so there is no second half "
                 "of the batch. Leave it out."
             )
         if world_size % 2:
@@ -173,12 +165,12 @@ def _cfg_degree(
             )
         return 2, ()
     is_open = asked is None and options.get("model_n") is None and options.get("stride") is None
-    if is_open and spec.runs_as_is and world_size % 2 == 0:
+    if is_open and spec.runs_as_is and spec.has_halves and world_size % 2 == 0:
         return 2, (
             "use_cfg_parallel=true: the halves of guidance are looked for in the first step, and "
             "splitting them is exact",
         )
-    if is_open and world_size >= 4 and world_size % 2 == 0 and spec.guidance != "distilled":
+    if is_open and world_size >= 4 and world_size % 2 == 0 and spec.has_halves:
         return 2, (
             f"use_cfg_parallel=true: {world_size} ranks are even, and splitting the guidance "
             "halves is exact",

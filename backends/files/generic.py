@@ -32,6 +32,8 @@ FALLBACK_SIDE = 1024
 MAX_REFERENCES = 10
 FRAMES_PER_S = 16
 """Speed of a video whose class takes none."""
+LISTED_IMAGES = frozenset({"GlmImagePipeline"})
+"""Classes that want a list even of one image, though they declare both."""
 GUIDED_BY = ("guidance_scale", "true_cfg_scale", "max_guidance_scale", "prior_guidance_scale")
 STEPS = ("num_inference_steps", "prior_num_inference_steps")
 CARRIED = {
@@ -110,7 +112,7 @@ def generic_spec(folder: Path) -> ModelSpec:
         flow_matching=_is_flow(folder),
         variant="bf16" if any(map(_is_transformer, denoisers)) else "fp16",
         requires=tuple(_required(call, carriers)),
-        images=_most_images(call, carriers),
+        images=MAX_REFERENCES if name in LISTED_IMAGES else _most_images(call, carriers),
         takes=tuple(_taken(call, carriers, scale)),
         parameters=MappingProxyType({**dict.fromkeys(call.required), **call.defaults}),
         backends=_backends(

@@ -24,7 +24,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from backends.errors import RequestError, UnsupportedError
-from backends.files.generic import CARRIED, OWN, carrier, require_own_arguments
+from backends.files.generic import (
+    CARRIED,
+    LISTED_IMAGES,
+    OWN,
+    carrier,
+    require_own_arguments,
+)
 from backends.files.pipeline_calls import IMAGES, VIDEOS
 from backends.generation.call_arguments import generator
 from backends.generation.latents import as_result
@@ -138,7 +144,8 @@ def generic_arguments(request: GenerateRequest, spec: ModelSpec) -> dict[str, An
             value = None  # each class has its own default
         if field in _DEFAULTED and value == GenerateRequest.model_fields[field].default:
             value = None
-        if name in LISTS and isinstance(value, Image.Image):
+        is_listed = name in LISTS or (field == "image" and spec.pipeline in LISTED_IMAGES)
+        if is_listed and isinstance(value, Image.Image):
             value = [value]
         if name and value is not None:
             found[name] = value
@@ -151,6 +158,8 @@ def generic_arguments(request: GenerateRequest, spec: ModelSpec) -> dict[str, An
         found.setdefault("negative_prompt", spec.empty_negative)
     if "max_area" in spec.parameters and request.height and request.width:
         found["max_area"] = request.height * request.width  # else the class scales to its own
+    if INTERMEDIATE in spec.parameters and found.get("num_inference_steps", 2) != 2:
+        found[INTERMEDIATE] = None  # the default of the class is for two steps, and an error else
     if "generator" in spec.parameters:
         found["generator"] = generator(request)
     if "output_type" in spec.parameters:
@@ -176,6 +185,7 @@ def own_argument(value: Any) -> Any:
 
 LISTS = ("conditioning_frames",)
 """Arguments that are a list even of one image."""
+INTERMEDIATE = "intermediate_timesteps"
 _DEFAULTED = ("denoising_end", "control_guidance_start", "control_guidance_end")
 """Fields whose defaults are diffusers' too, so that they need not be passed."""
 
@@ -215,6 +225,11 @@ class GenericGeneration(Generation):
                 raise UnsupportedError(
                     f"{self._spec.title} needs the package {error.name}, which is not installed on "
                     "this host. Install it and start the host again."
+                ) from error
+            except ImportError as error:
+                raise UnsupportedError(
+                    f"{self._spec.title} needs a package that is not installed on this host: "
+                    f"{' '.join(str(error).split())}"
                 ) from error
             except REFUSALS as error:
                 if counter.has_denoised:

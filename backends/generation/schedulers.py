@@ -379,13 +379,15 @@ def _shifted_noise(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"trained_betas": [1 - kept[0].item(), *(1 - kept[1:] / kept[:-1]).tolist()]}
 
 
-def step_facts(scheduler: "SchedulerMixin", request: GenerateRequest) -> dict[str, bool]:
-    """Return what step caches ask of a sampler.
+def step_facts(scheduler: "SchedulerMixin | None", request: GenerateRequest) -> dict[str, bool]:
+    """Return what step caches ask of a sampler. A pipeline that upscales latents has none.
 
     is_smooth: it is known to evaluate the denoiser once in each step and to add no noise, so that
     predictions change smoothly. is_even: its steps are evenly spaced in the model's time, as they
     are unless something asks for other sigmas.
     """
+    if scheduler is None:
+        return {"is_smooth": False, "is_even": False}
     name, config = type(scheduler).__name__, scheduler.config
     known = [facts for facts in SCHEDULERS.values() if facts.class_name == name]
     return {

@@ -156,10 +156,15 @@ def without_overflow(vae: Any) -> Iterator[Any]:
             vae.to(dtype)
 
 
+TILED_ONLY = frozenset({"AutoencoderKLAllegro"})
+"""VAEs that diffusers decodes in tiles only."""
+
+
 def apply_vae_options(pipe: Any, load: LoadRequest) -> None:
     """Decode in tiles or slices. UnsupportedError if the VAE's class cannot."""
+    needs_tiles = type(getattr(pipe, "vae", None)).__name__ in TILED_ONLY
     for wanted, name in (
-        (load.enable_vae_tiling, "enable_tiling"),
+        (load.enable_vae_tiling or needs_tiles, "enable_tiling"),
         (load.enable_vae_slicing, "enable_slicing"),
     ):
         if wanted:

@@ -24,6 +24,8 @@ PATCHES_PER_STAGE = 2
 its stage once more.
 """
 DEFAULT_WARMUP_STEPS = 1
+KEEPS_KEYS = frozenset({"Flux2KleinKVPipeline"})
+"""Pipelines whose attention reads keys and values that it kept in an earlier step."""
 READS_PREVIOUS_STEP = (
     "PipeFusion: its patches attend to keys and values of the step before, and a skipped step has "
     "none. Use Ulysses, ring or the CFG split"
@@ -88,10 +90,11 @@ class _Shape:
         if checkpoint is None or not path.is_file():
             return cls()
         config = json.loads(path.read_text(encoding="utf-8"))
-        return cls(
-            num_heads=config.get("num_attention_heads", config.get("n_heads")),
-            num_blocks=config.get("num_layers", config.get("n_layers", 0))
-            + config.get("num_single_layers", 0)
+        counts = {name: value for name, value in config.items() if isinstance(value, int)}
+        return cls(  # a UNet's may be lists, one number for each level
+            num_heads=counts.get("num_attention_heads", counts.get("n_heads")),
+            num_blocks=counts.get("num_layers", counts.get("n_layers", 0))
+            + counts.get("num_single_layers", 0)
             or None,
             class_name=config.get("_class_name"),
         )
@@ -266,6 +269,11 @@ def _problem(spec: ModelSpec, shape: _Shape, degrees: Mapping[str, int]) -> str 
         return (
             f"the blocks of a {shape.class_name} are not known, so xdit cannot spread its tokens. "
             f"Known are {', '.join(sorted(TRANSFORMERS))}."
+        )
+    if spread > 1 and spec.pipeline in KEEPS_KEYS:
+        return (
+            f"{spec.title} keeps the keys of its reference images from the first step for the "
+            "others, and ranks that spread tokens would need each other's."
         )
     if spec.is_generic and degrees["stage"] * degrees["tensor"] * degrees["data"] > 1:
         return (

@@ -192,7 +192,7 @@ class Sharing:
         """Return what decides between methods, besides the quality."""
         work, usual = (work_of(one, self._spec, self._load) for one in (request, GenerateRequest()))
         pixels = work.pixel_steps / work.num_steps / (usual.pixel_steps / usual.num_steps)
-        has_halves = self._spec.guidance != "distilled" and self._scale(request) > 1
+        has_halves = self._spec.has_halves and self._scale(request) > 1
         return {
             "num_steps": work.num_steps,
             "pixels": round(pixels, 2),

@@ -260,7 +260,7 @@ def decide(
 
 def halves_of(spec: ModelSpec) -> int:
     """Return the number of guidance halves at the type's defaults."""
-    return 2 if spec.guidance != "distilled" and spec.guidance_scale > 1 else 1
+    return 2 if spec.has_halves and spec.guidance_scale > 1 else 1
 
 
 def candidates_of(auto: BackendChoice) -> list[Candidate]:

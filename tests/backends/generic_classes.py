@@ -1,7 +1,7 @@
 """Runs pipeline classes without a row on one rank and on two, and says how far each is the same.
 
 python -m tests.backends.generic_classes [CLASS ...] > results.jsonl  # all of diffusers: hours
-python -m tests.backends.generic_classes --page results.jsonl  # writes docs/models.md
+python -m tests.backends.generic_classes --page results.jsonl  # into docs/models.md
 
 With DIFFUSERS_TESTS=FOLDER, the folder `tests` of a checkout of diffusers, components and sizes are
 those of its own pipeline tests; without, what tests/checkpoints can put together.
@@ -15,7 +15,7 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,27 +30,36 @@ from torch import Tensor
 
 from backends import backend_class, planner
 from backends.asyncdiff.backend import AsyncDiffBackend
-from backends.asyncdiff.plan import WRONG_WHEN_SHARDED
 from backends.errors import ConfigError, PlanError
-from backends.files.generic import CARRIED, NOT_ASKED, OWN, carrier, generic_spec
+from backends.files.generic import (
+    CARRIED,
+    LISTED_IMAGES,
+    NOT_ASKED,
+    OWN,
+    carrier,
+    generic_spec,
+)
 from backends.files.pipeline_calls import exported_pipelines, pipeline_call
 from backends.generation.generic_run import frames_of, own_argument
 from backends.generation.pipeline import LoadedPipeline, load_pipeline
 from backends.groups.mesh import Mesh
+from backends.loading.offload import TILED_ONLY
 from backends.loading.processors import pipeline_from_folder
 from backends.model_table import ModelSpec, read_table
 from backends.request import GenerateRequest, LoadRequest
 from hosts.http.media import npy, png
 from tests.backends.asyncdiff.runs import parameter_counts
+from tests.backends.generic_page import Outcome, update_page
 from tests.checkpoints import sample_image, upstream
 from tests.checkpoints.variants import MODULAR, variant
 
 SIZE, LENGTH, STEPS, SEED = 64, 5, 4, 3
 LEAST_SIDE = {"Flux2KleinInpaintPipeline": 64}
 """Pipeline class -> smallest side of an image that it takes, where its test brings a tensor."""
+LEFT_OUT = {"Kandinsky5I2IPipeline": "max_sequence_length"}
+"""Pipeline class -> argument of its test that is too short for tokenizers that spell words."""
 DECIDED = re.compile(r"guidance|prompt(?!_template)|embeds|latents")
 """Arguments of which the walk has its own values, or that follow from others."""
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 WITHIN_S = 300
 CAUSE_WITHIN_S = 2
 NO_ANSWER = "no answer in time"
@@ -63,24 +72,6 @@ METHODS: Mapping[str, tuple[str, dict[str, object]]] = {
     "tokens": ("xdit", {"ulysses_degree": 2}),
 }
 """Name -> backend and its options on two ranks, all steps synchronous."""
-
-
-@dataclass(kw_only=True)
-class Outcome:
-    """Largest differences in levels of 255, or the reason why there is none."""
-
-    name: str
-    one_rank: float | str = "not run"
-    """Against plain diffusers."""
-    two_ranks: dict[str, float | str] = field(default_factory=dict)
-    """Method of METHODS -> against one rank."""
-    split: str = ""
-    """How the CFG split divides it: batch, calls or whole."""
-
-    @property
-    def is_right(self) -> bool:
-        figures = (self.one_rank, *self.two_ranks.values())
-        return all(isinstance(figure, int | float) and figure <= 1 for figure in figures)
 
 
 def checkpoint_of(name: str) -> Path:
@@ -109,6 +100,10 @@ def fields_of(name: str, spec: ModelSpec) -> dict[str, Any]:
         inputs = upstream.inputs(name)
         asked |= _sizes_of(name, inputs, spec)
         asked["arguments"] = _own_arguments(inputs, spec)
+        asked["arguments"].pop(LEFT_OUT.get(name), None)
+        if "use_resolution_binning" in spec.parameters:
+            # else the size becomes the nearest of a list that starts at 512
+            asked["arguments"]["use_resolution_binning"] = False
         if isinstance(inputs.get("prompt"), str) and inputs["prompt"]:
             asked["prompt"] = inputs["prompt"]  # some classes want JSON
     return {
@@ -235,6 +230,8 @@ def plain_frames(name: str, spec: ModelSpec, fields: dict[str, Any]) -> np.ndarr
             getattr(diffusers, spec.pipeline), checkpoint_of(name), local_files_only=True
         )
     pipe.set_progress_bar_config(disable=True)
+    if type(getattr(pipe, "vae", None)).__name__ in TILED_ONLY:
+        pipe.vae.enable_tiling()
     arguments = {
         spec.guidance_argument
         if name == "guidance_scale"
@@ -246,6 +243,10 @@ def plain_frames(name: str, spec: ModelSpec, fields: dict[str, Any]) -> np.ndarr
     arguments |= {name: own_argument(value) for name, value in own.items()}
     if "max_area" in spec.parameters:
         arguments["max_area"] = fields["height"] * fields["width"]
+    if name.startswith("SanaSprint"):
+        arguments["intermediate_timesteps"] = None  # by default the class takes two steps only
+    if name in LISTED_IMAGES:
+        arguments["image"] = [arguments["image"]]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         output = pipe(**arguments, generator=torch.Generator().manual_seed(SEED), output_type="np")
@@ -312,7 +313,7 @@ def check_class(name: str, rank: int, world_size: int) -> Outcome:
     outcome = Outcome(
         name=name, one_rank=largest_difference(want, plain_frames(name, spec, fields))
     )
-    for method in METHODS:
+    for method in METHODS if spec.denoisers else ():
         if method == "tokens" and not spreads_tokens(pipe):
             continue
         with attached(pipe, method, rank=rank, world_size=world_size) as backend:
@@ -412,83 +413,13 @@ def buildable(name: str) -> str:
     except LookupError:
         return "no tiny checkpoint"
     except Exception as error:  # whatever a constructor of diffusers raises
-        return f"no tiny checkpoint ({type(error).__name__})"
+        return f"no tiny checkpoint ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
     return ""
-
-
-HEAD = """# Pipeline classes without a row
-
-Generated by `python -m tests.backends.generic_classes --page RESULTS`. A checkpoint folder whose
-pipeline class has no row in `model_table.yaml` runs as diffusers has it (`--type=generic`, or no
-`--type`). `python launcher.py --list --all` prints the classes, what each makes, and which fields
-of a request it takes.
-
-**What a request brings.** The usual fields, as far as the class takes them; others are refused by
-name. `video` is a list of images: the frames to change or to follow. Where a class has a
-`last_image`, `image` may be a list of two: the first frame and the last one. Everything else that
-the class's own call takes goes into `arguments`: numbers, texts, `{"image": base64 of a PNG}`,
-`{"npy": base64 of a .npy file}`, `{"object": {...}}` with these, and lists of these:
-
-```json
-{"num_inference_steps": 20, "arguments": {"class_labels": [207], "max_sequence_length": 256}}
-```
-
-Sound that a class makes beside its video is in the MP4. Where one call makes several images, such
-as the layers of QwenImageLayered, `X-Images` is their number, `GET /v1/jobs/<id>/result?image=1`
-the second one, and `outputs` in the JSON all of them; OpenAI's and A1111's lists have them all.
-Classes that make something else, such as sound alone, text or embeddings, are refused at start.
-
-**Modular pipelines** (`modular_model_index.json`: FLUX.3, Anima, LTX-2.5, MiniMax-H3, ...) run in
-the same way if their blocks are those of diffusers and all components are in the folder.
-`guidance_scale` is that of their guider. The tests compare Flux, Qwen-Image, Stable Diffusion 3,
-Stable Diffusion XL, Wan and Z-Image with diffusers on one rank and by all methods below on two:
-equal within one level. The others have no tiny components here and were never run. Offloading is
-not available for them.
-
-**What is compared.** Tiny checkpoints with random weights, float32, 3 or 4 steps, on the CPU;
-with the components and sizes of diffusers' own pipeline tests where those have the class.
-*One rank*: against plain diffusers, called with the same values. The rest is two ranks against one:
-*guidance* is the CFG split, *segments* AsyncDiff with all steps synchronous, *sharded* the same
-with each rank keeping only its segment's weights, *tokens* `--backend=xdit --ulysses_degree=2`
-(transformers of known classes; [xdit.md](xdit.md)). The numbers are the largest difference in
-levels of 255. *Split* says how the two halves of guidance come: in one `batch`, in two `calls`, or
-not in two equal halves (`whole`), which every rank computes alike. Cosmos is compared with a
-stand-in for its guardrail: a host that runs it needs the package cosmos_guardrail. Nothing was
-measured on a GPU, and no published checkpoint was loaded.
-"""
-
-
-def page(results: list[Outcome]) -> str:
-    """Return docs/models.md."""
-    ran = [one for one in results if one.two_ranks]
-    right = [one for one in ran if one.is_right]
-    failed = [one for one in results if not one.two_ranks]
-    lines = [
-        HEAD,
-        f"Of {len(classes())} pipeline classes {len(ran)} were compared, and {len(right)} of them "
-        "are equal within one level everywhere. Refused at start with sharded weights, because the "
-        f"image was another one: {', '.join(sorted(WRONG_WHEN_SHARDED))}.\n",
-        f"| class | one rank | {' | '.join(METHODS)} | split |",
-        "|---|---|" + "---|" * len(METHODS) + "---|",
-    ]
-    for one in sorted(ran, key=lambda one: one.name):
-        figures = " | ".join(_shown(one.two_ranks.get(method, "")) for method in METHODS)
-        lines.append(f"| {one.name} | {_shown(one.one_rank)} | {figures} | {one.split} |")
-    if failed:
-        lines += ["\n## Not compared, and why\n", "| class | reason |", "|---|---|"]
-        lines += [f"| {one.name} | {str(one.one_rank).replace('|', 'or')} |" for one in failed]
-    return "\n".join(lines) + "\n"
-
-
-def _shown(figure: float | str) -> str:
-    return f"{figure:g}" if isinstance(figure, int | float) else figure
 
 
 def main(names: list[str]) -> None:
     if names[:1] == ["--page"]:
-        lines = Path(names[1]).read_text(encoding="utf-8").splitlines()
-        results = [Outcome(**json.loads(line)) for line in lines]
-        PAGE.write_text(page(results), encoding="utf-8")
+        update_page(Path(names[1]), classes(), tuple(METHODS))
         return
     rows = {spec.pipeline for spec in read_table().values()}
     reasons = {name: buildable(name) for name in names or classes()}

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from backends.asyncdiff.plan import make_plan
-from backends.errors import PlanError, UnsupportedError
+from backends.errors import PlanError
 from backends.model_table import read_table
 
 TABLE = read_table()
@@ -50,14 +50,6 @@ def test_rejects_one_segment():
 def test_rejects_one_segment_with_stride_two():
     with pytest.raises(PlanError, match=r"model_n=1 and stride=2 need 3 ranks"):
         plan(2, stride=2)
-
-
-def test_rejects_sharded_weights_of_a_class_whose_image_would_be_another():
-    spec = replace(TABLE["sdxl"], pipeline="Cosmos3OmniPipeline")
-    for option in ({"shard_weights": True}, {"shard": "always", "model_n": 2}):
-        with pytest.raises(UnsupportedError, match="is not available for Cosmos3OmniPipeline"):
-            make_plan(spec, option, 2)
-    assert make_plan(spec, {"model_n": 2}, 2).degree("segment") == 2
 
 
 def test_rejects_a_single_rank():
@@ -148,3 +140,10 @@ def test_rejects_weights_that_are_no_numbers():
         PlanError, match=r"segment_weights='fast,slow' are not numbers. Give 2, such as 1,1"
     ):
         plan(2, segment_weights="fast,slow")
+
+
+def test_guidance_in_three_parts_has_no_halves():
+    spec = replace(TABLE["sdxl"], guidance="three")
+    assert make_plan(spec, {}, 4).degree("cfg") == 1
+    with pytest.raises(PlanError, match="its guidance is in three parts"):
+        make_plan(spec, {"use_cfg_parallel": True}, 2)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    AutoencoderKLAllegro,
     DDIMScheduler,
     DiffusionPipeline,
     EulerDiscreteScheduler,
@@ -26,6 +27,8 @@ from backends.generation.generic_run import (
 )
 from backends.generation.pipeline import LoadedPipeline, load_pipeline
 from backends.generation.prompts import PromptCache
+from backends.generation.schedulers import step_facts
+from backends.loading.offload import apply_vae_options
 from backends.request import GenerateRequest, LoadRequest
 from tests.checkpoints import sample_image
 from tests.checkpoints.parts import clip_text
@@ -126,10 +129,15 @@ def test_steps_are_counted_over_two_denoisers_and_once_for_copied_schedulers():
     assert "step" not in vars(pipe.scheduler)
 
 
-def facts_of(parameters):
+def facts_of(parameters, pipeline=""):
     """What generic_arguments uses of the facts about a class."""
     return SimpleNamespace(
-        parameters=parameters, guidance_argument="", call={}, guidance="none", empty_negative=False
+        parameters=parameters,
+        pipeline=pipeline,
+        guidance_argument="",
+        call={},
+        guidance="none",
+        empty_negative=False,
     )
 
 
@@ -144,6 +152,31 @@ def test_one_image_for_frames_is_a_list():
     spec = facts_of({"conditioning_frames": None})
     found = generic_arguments(GenerateRequest(control_image=FRAMES[0]), spec)
     assert found == {"conditioning_frames": [FRAMES[0]]}
+
+
+def test_one_image_is_a_list_for_a_class_that_counts_its_images():
+    spec = facts_of({"image": None}, "GlmImagePipeline")
+    assert generic_arguments(GenerateRequest(image=FRAMES[0]), spec) == {"image": [FRAMES[0]]}
+
+
+@pytest.mark.parametrize(("steps", "more"), [(2, {}), (4, {"intermediate_timesteps": None})])
+def test_a_timestep_between_two_steps_is_left_out_of_more_steps(steps, more):
+    spec = facts_of({"num_inference_steps": 2, "intermediate_timesteps": 1.3})
+    found = generic_arguments(GenerateRequest(num_inference_steps=steps), spec)
+    assert found == {"num_inference_steps": steps, **more}
+
+
+def test_a_pipeline_without_a_sampler_has_no_steps_to_skip():
+    assert not any(step_facts(None, GenerateRequest()).values())
+
+
+def test_a_vae_that_decodes_in_tiles_only_is_made_to():
+    vae = AutoencoderKLAllegro(
+        block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=2
+    )
+    load = LoadRequest(model_type="generic", checkpoint="here", variant="fp32")
+    apply_vae_options(SimpleNamespace(vae=vae), load)
+    assert vae.use_tiling
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ ranks.
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -92,6 +93,23 @@ def test_rejects_to_spread_a_unet():
         PlanError, match=r"'sdxl' has a UNet, .* Allowed for 2 ranks: --use_cfg_parallel"
     ):
         make_plan(TABLE["sdxl"], {"ulysses_degree": 2}, 2)
+
+
+def test_unet_whose_levels_have_numbers_of_heads_of_their_own(tmp_path):
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "config.json").write_text('{"num_attention_heads": [2, 4]}')
+    plan = make_plan(TABLE["sdxl"], {"checkpoint": str(tmp_path)}, 2)
+    assert dict(plan.axes) == {"cfg": 2}
+
+
+def test_rejects_to_spread_tokens_whose_keys_are_kept_for_later_steps(tmp_path):
+    options = {
+        "checkpoint": checkpoint_with(tmp_path, _class_name="Flux2Transformer2DModel"),
+        "ulysses_degree": 2,
+    }
+    spec = replace(TABLE["flux2_klein"], pipeline="Flux2KleinKVPipeline")
+    with pytest.raises(PlanError, match="keeps the keys of its reference images"):
+        make_plan(spec, options, 2)
 
 
 def test_unet_on_three_ranks_proposes_another_backend():

@@ -158,7 +158,7 @@ def _chat_glm() -> Saved:
 
 def _siglip() -> Saved:
     config = transformers.SiglipVisionConfig(
-        hidden_size=16,
+        hidden_size=32,
         intermediate_size=32,
         num_hidden_layers=2,
         num_attention_heads=4,
@@ -185,7 +185,7 @@ REPOSITORIES: Mapping[str, tuple[Callable[[], Saved], ...]] = {
     ),
     "huangfeice/tiny-random-Qwen3VLForConditionalGeneration": (
         _qwen_images,
-        tokenizers.qwen_vl,
+        lambda: tokenizers.qwen_vl(is_dense=True),
         lambda: _qwen_vl("Qwen3VLForConditionalGeneration", hidden=16),
     ),
     TINY + "SiglipVisionModel": (
@@ -207,7 +207,7 @@ REPOSITORIES: Mapping[str, tuple[Callable[[], Saved], ...]] = {
     "diffusers/consistency-models-test/test_unet": (_unet,),
     "zai-org/GLM-Image/processor": (
         transformers.GlmImageImageProcessorPil,
-        tokenizers.qwen_vl,
+        tokenizers.glm_image,
     ),
 }
 """Name on the hub, with the subfolder -> what is in it."""

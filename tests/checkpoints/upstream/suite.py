@@ -54,7 +54,7 @@ def checkpoint(name: str) -> Path:
     if name not in known():
         raise LookupError(f"no pipeline test of {name}")
     file = (_folder() / known()[name][0].replace(".", "/")).with_suffix(".py")
-    recipe = {"test": file.read_text("utf-8")}
+    recipe = {"test": file.read_text("utf-8"), "hub": stand_in_hub().name}
     return cached(f"upstream-{name}", recipe, lambda folder: _build(name, folder))
 
 

@@ -20,8 +20,8 @@ from tests.checkpoints.vocabulary import (
 )
 
 __all__ = [
-    "bert_tokenizer", "chat_glm", "clip_tokenizer", "gemma", "llama", "qwen_vl", "smallest_gemma",
-    "t5_tokenizer", "xlm_roberta",
+    "bert_tokenizer", "chat_glm", "clip_tokenizer", "gemma", "glm_image", "llama", "qwen_vl",
+    "smallest_gemma", "t5_tokenizer", "xlm_roberta",
 ]  # fmt: skip
 
 QWEN_IDS = {
@@ -36,9 +36,12 @@ QWEN_IDS = {
 LETTERS = string.ascii_letters + string.digits + PUNCTUATION + ":<>|[]()*_/\n"
 
 
-def qwen_vl() -> transformers.Qwen2Tokenizer:
+def qwen_vl(*, is_dense: bool = False) -> transformers.Qwen2Tokenizer:
+    """is_dense: no id is free, so that the number of tokens is one more than the last id."""
     plain = chat_tokenizer()
     ids = {token: index for token, index in plain.get_vocab().items() if not token.startswith("<|")}
+    if is_dense:
+        ids |= {f"<unused{index}>": index for index in range(len(ids), QWEN_IDS["<|endoftext|>"])}
     template = CHAT.replace(
         "{{ part.text }}",
         "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
@@ -52,6 +55,22 @@ def qwen_vl() -> transformers.Qwen2Tokenizer:
     )
     made.add_special_tokens({"extra_special_tokens": list(QWEN_IDS)})
     return made
+
+
+def glm_image() -> transformers.Qwen2Tokenizer:
+    """With the tokens by which the processor of GLM-Image writes the size of an image."""
+    plain = chat_tokenizer()
+    return transformers.Qwen2Tokenizer(
+        vocab=plain.get_vocab(),
+        merges=_merges(plain),
+        chat_template=CHAT,
+        bos_token="<|im_start|>",
+        extra_special_tokens={
+            "image_token": "<|image|>",
+            "grid_bos_token": "<sop>",
+            "grid_eos_token": "<eop>",
+        },
+    )
 
 
 def _merges(tokenizer: Any) -> list[tuple[str, str]]:
