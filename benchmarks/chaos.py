@@ -1,10 +1,13 @@
 """python -m benchmarks.chaos --rounds=100: break a host of two ranks under load and count losses.
 
-Each round strikes one rank at a random moment (idle, in a step, in a decode, while it loads after
-the round before): SIGKILL, SIGSTOP (a rank that hangs), or an exception. Then it waits until the
-host generates again. At the end every job that the host has accepted must be done with the image it
-would have been without faults, or failed with a reason. Prints JSON; lost and wrong_images must be
-0.
+Each round strikes at a random moment (idle, in a step, in a decode, while the host loads after the
+round before). One rank: SIGKILL, SIGSTOP (a rank that hangs), an exception. Both: SIGKILL. The
+agent or the launcher: SIGKILL, after which the launcher is started again, also once while another
+program has its port; SIGSTOP for a while. All processes: SIGSTOP for longer than --failure_timeout,
+as when the machine sleeps. The disk of --state_dir: full for a while (as root only, since it is a
+file system of its own). Then it waits until the host generates again. At the end every job that the
+host has accepted must be done with the image it would have been without faults, or failed with a
+reason. Prints JSON; lost and wrong_images must be 0.
 """
 
 import argparse
@@ -13,24 +16,43 @@ import io
 import json
 import random
 import signal
+import socket
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import requests
 from PIL import Image
 
-from tests.hosts.harness import RunningHost, session, start_launcher
+from tests.hosts.harness import RunningHost, free_port, session, start_launcher
 
 FAULTS_FOLDER = Path(__file__).resolve().parent.parent / "tests" / "hosts" / "faults"
-KINDS = {"kill": 4, "stop": 2, "exception in the denoiser": 2, "exception in the decoder": 2}
+KINDS = {
+    "kill": 8,
+    "stop": 3,
+    "exception in the denoiser": 5,
+    "exception in the decoder": 5,
+    "kill both ranks": 2,
+    "kill the agent": 1,
+    "kill the launcher": 1,
+    "take the port of a killed launcher": 1,
+    "stop the agent": 1,
+    "stop the launcher": 1,
+    "pause of the machine": 1,
+    "full disk": 2,
+}
 """Fault -> relative frequency."""
+STATE_MB = 300
+"""Size of the file system that is filled."""
 PLACES = {"exception in the denoiser": "denoiser", "exception in the decoder": "decode"}
 PROMPTS = ("a red circle on a blue background", "a yellow star", "a green square")
 SEEDS = (1, 2)
@@ -44,7 +66,7 @@ AGAIN_SHARE = 0.2
 """Fraction of the rounds in which a second rank is killed while the host recovers from the
 first.
 """
-RECOVERED_WITHIN_S = 420
+RECOVERED_WITHIN_S = 240
 
 
 def main() -> None:
@@ -58,7 +80,9 @@ def main() -> None:
         "--give-up-at", type=Path, help="end early, with what was counted, once this file exists"
     )
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
+    with tempfile.TemporaryDirectory(prefix="chaos-") as folder, small_disk(folder) as is_small:
+        if not is_small:
+            KINDS.pop("full disk")
         fault_file = Path(folder) / "next"
         fault_file.touch()
         arguments = (
@@ -71,23 +95,95 @@ def main() -> None:
             ),
             *(
                 "--max_restarts=1000",
+                "--spare_ranks=true",
                 f"--failure_timeout={options.failure_timeout}",
                 f"--state_dir={folder}/state",
             ),
             *("--keep_results=100000", "--keep_results_mb=10000"),
         )
-        with start_launcher(
-            *arguments,
-            environment={"PYTHONPATH": str(FAULTS_FOLDER), "FAULT_FILE": str(fault_file)},
-        ) as host:
-            result = run(host, fault_file, options)
+        with Site(arguments, Path(folder), fault_file) as site:
+            result = run(site, options)
     print(json.dumps(result, indent=2))
     sys.exit(1 if result["lost"] or result["wrong_images"] or result["is_stuck"] else 0)
 
 
-def run(host: RunningHost, fault_file: Path, options: argparse.Namespace) -> dict[str, Any]:
-    host.wait_until_ready()
-    load = Load(host, steps=options.steps)
+@contextlib.contextmanager
+def small_disk(folder: str) -> Iterator[bool]:
+    """Mount a small file system in FOLDER/state. Yields whether that was allowed."""
+    path = Path(folder) / "state"
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={STATE_MB}m,mode=700", "chaos", str(path)]
+    is_mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
+    try:
+        yield is_mounted
+    finally:
+        if is_mounted:
+            subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+class Site:
+    """A host that is started again, at the same port and with the same state, when it has ended."""
+
+    def __init__(self, arguments: Sequence[str], folder: Path, fault_file: Path) -> None:
+        self._arguments, self._folder, self.fault_file = arguments, folder, fault_file
+        self._port = free_port()
+        self._started = contextlib.ExitStack()
+        self.logs = ""
+        """Of the launchers before the present one."""
+
+    def __enter__(self) -> "Site":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._started.close()
+
+    def start(self) -> None:
+        environment = {"PYTHONPATH": str(FAULTS_FOLDER), "FAULT_FILE": str(self.fault_file)}
+        self.host: RunningHost = self._started.enter_context(
+            start_launcher(*self._arguments, environment=environment, port=self._port)
+        )
+
+    def url(self, path: str) -> str:
+        return self.host.url(path)
+
+    def post(self, body: Any, **kwargs: Any) -> requests.Response:
+        return self.host.post(body, **kwargs)
+
+    def end_and_start_again(self, process: psutil.Process, *, with_port_taken: bool) -> None:
+        """Kill the process, without which the launcher and all ranks end, and start a launcher."""
+        family = self.host.tree()
+        process.kill()
+        _, left = psutil.wait_procs(family, timeout=30)
+        if left:
+            raise Stuck(f"30 s after {process} was killed, {left} were still there")
+        self.logs += self.host.log
+        if with_port_taken:
+            self._start_in_vain()
+        self._started.close()
+        self.start()
+
+    def _start_in_vain(self) -> None:
+        with socket.create_server(("127.0.0.1", self._port)):
+            self._started.close()
+            self.start()
+            code = self.host.process.wait(RECOVERED_WITHIN_S)
+            if code not in (1, 2) or "port" not in self.host.log:
+                raise Stuck(f"with its port taken, the launcher ended with {code}: {self.host.log}")
+
+    def fill_disk(self, seconds: float) -> None:
+        """Leave no byte free where jobs are kept."""
+        filler = self._folder / "state" / "filler"
+        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(1 << 20))
+        time.sleep(seconds)
+        filler.unlink()
+
+
+def run(site: Site, options: argparse.Namespace) -> dict[str, Any]:
+    site.host.wait_until_ready()
+    load = Load(site, steps=options.steps)
     load.generate_references()
     load.start()
     chance = random.Random(options.seed)
@@ -95,13 +191,12 @@ def run(host: RunningHost, fault_file: Path, options: argparse.Namespace) -> dic
     started = time.monotonic()
     is_stuck = False
     try:
-        for number in range(options.rounds):
+        kinds = chance.sample(list(KINDS), len(KINDS))  # each of them at least once
+        kinds += chance.choices(list(KINDS), list(KINDS.values()), k=options.rounds)
+        for number, kind in enumerate(kinds[: options.rounds]):
             if options.give_up_at is not None and options.give_up_at.exists():
                 break
-            kind = chance.choices(list(KINDS), list(KINDS.values()))[0]
-            seconds = one_round(
-                host, load, fault_file, kind, rank=chance.randrange(2), chance=chance
-            )
+            seconds = one_round(site, load, kind, chance, pause_s=options.failure_timeout + 3)
             struck.append((kind, seconds))
             print(f"round {number + 1}: {kind}, {seconds:.1f} s", file=sys.stderr, flush=True)
     except Stuck as error:
@@ -116,57 +211,91 @@ def run(host: RunningHost, fault_file: Path, options: argparse.Namespace) -> dic
 
 
 def one_round(
-    host: RunningHost,
-    load: "Load",
-    fault_file: Path,
-    kind: str,
-    *,
-    rank: int,
-    chance: random.Random,
+    site: Site, load: "Load", kind: str, chance: random.Random, *, pause_s: float
 ) -> float:
-    """Return the seconds from the fault until the host has generated another image."""
+    """Return the seconds from the fault until the host has generated another image.
+
+    pause_s: how long processes are stopped that then go on.
+    """
     time.sleep(chance.uniform(0, 0.6))
+    since = time.monotonic()
     if kind in PLACES:
-        since = time.monotonic()
-        fault_file.write_text(f"{rank} {PLACES[kind]}")
-        wait_until(host, lambda: not fault_file.read_text().strip(), "the exception was raised")
-    else:
-        old = wait_for_ranks(host, set())
-        since = time.monotonic()
-        old[rank].send_signal(signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
-        new = wait_for_ranks(host, set(old.values()))
-        if chance.random() < AGAIN_SHARE:
-            time.sleep(chance.uniform(0, 3))  # at some point of loading
-            new[chance.randrange(2)].kill()
-            wait_for_ranks(host, set(old.values()) | set(new.values()))
+        site.fault_file.write_text(f"{chance.randrange(2)} {PLACES[kind]}")
         wait_until(
-            host, lambda: host.status() == 200, "the model was loaded again"
+            site, lambda: not site.fault_file.read_text().strip(), "the exception was raised"
+        )
+    elif kind == "full disk":
+        site.fill_disk(chance.uniform(0.5, 5))
+        since = time.monotonic()
+    else:
+        old = wait_for_ranks(site, set())
+        launcher = psutil.Process(site.host.process.pid)
+        (agent,) = launcher.children()
+        since = time.monotonic()
+        if kind in ("kill the agent", "kill the launcher", "take the port of a killed launcher"):
+            site.end_and_start_again(
+                agent if kind == "kill the agent" else launcher,
+                with_port_taken=kind.startswith("take"),
+            )
+        elif kind.startswith(("stop the", "pause")):
+            stopped = {"stop the agent": [agent], "stop the launcher": [launcher]}
+            pause(stopped.get(kind, site.host.tree()), seconds=pause_s)
+            since = time.monotonic()
+        else:
+            kill_ranks(site, old, kind, chance)
+        wait_until(
+            site, lambda: site.host.status() == 200, "the model was loaded again"
         )  # until then, images may be from before the fault
+        if kind.startswith(("stop the", "pause")) and wait_for_ranks(site, set()) != old:
+            raise Stuck(f"ranks were started again after: {kind}\n{site.host.log[-6000:]}")
     num_over = load.num_over
-    wait_until(host, lambda: load.num_over > num_over, "an image was generated after the fault")
+    wait_until(site, lambda: load.num_over > num_over, "an image was generated after the fault")
     return time.monotonic() - since
 
 
-def wait_for_ranks(host: RunningHost, old: set[Any]) -> dict[int, Any]:
+def kill_ranks(
+    site: Site, old: Mapping[int, psutil.Process], kind: str, chance: random.Random
+) -> None:
+    """Kill or stop one rank, or kill both, and sometimes another one while these recover."""
+    struck = list(old.values()) if kind == "kill both ranks" else [old[chance.randrange(2)]]
+    for process in struck:
+        process.send_signal(signal.SIGSTOP if kind == "stop" else signal.SIGKILL)
+    new = wait_for_ranks(site, set(old.values()))
+    if chance.random() < AGAIN_SHARE:
+        time.sleep(chance.uniform(0, 3))  # at some point of loading
+        new[chance.randrange(2)].kill()
+        wait_for_ranks(site, set(old.values()) | set(new.values()))
+
+
+def pause(processes: Sequence[psutil.Process], *, seconds: float) -> None:
+    for signal_number in (signal.SIGSTOP, signal.SIGCONT):
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal_number)
+        if signal_number == signal.SIGSTOP:
+            time.sleep(seconds)
+
+
+def wait_for_ranks(site: Site, old: set[Any]) -> dict[int, Any]:
     """Return both ranks once both run and neither is one of `old`."""
     found: dict[int, Any] = {}
 
     def are_there() -> bool:
         found.clear()
-        found.update(host.ranks())
+        found.update(site.host.ranks())
         return len(found) == 2 and not old & set(found.values())
 
-    wait_until(host, are_there, "two new ranks were started")
+    wait_until(site, are_there, "two new ranks were started")
     return found
 
 
-def wait_until(host: RunningHost, condition: Any, what: str) -> None:
+def wait_until(site: Site, condition: Any, what: str) -> None:
     deadline = time.monotonic() + RECOVERED_WITHIN_S
     while not condition():
-        if host.process.poll() is not None or time.monotonic() > deadline:
+        if site.host.process.poll() is not None or time.monotonic() > deadline:
             raise Stuck(
                 f"not within {RECOVERED_WITHIN_S} s: {what}. The host's log "
-                f"ends:\n{host.log[-6000:]}"
+                f"ends:\n{site.host.log[-6000:]}"
             )
         time.sleep(0.05)
 
@@ -178,9 +307,9 @@ class Stuck(Exception):
 class Load(threading.Thread):
     """A client that always has a few jobs and remembers which ones were accepted."""
 
-    def __init__(self, host: RunningHost, *, steps: int) -> None:
+    def __init__(self, site: Site, *, steps: int) -> None:
         super().__init__(daemon=True)
-        self._host = host
+        self._site = site
         self._steps = steps
         self._session = session()
         self._stopping = threading.Event()
@@ -200,7 +329,7 @@ class Load(threading.Thread):
         """Generate every image once, before any fault."""
         for prompt in PROMPTS:
             for seed in SEEDS:
-                answer = self._host.post(self._body(prompt, seed), headers={"Accept": "image/png"})
+                answer = self._site.post(self._body(prompt, seed), headers={"Accept": "image/png"})
                 answer.raise_for_status()
                 self.references[prompt, seed] = pixels(answer.content)
 
@@ -271,7 +400,7 @@ class Load(threading.Thread):
     def _ask(self, method: str, path: str, **kwargs: Any) -> requests.Response | None:
         """Return the response, or None while the host does not answer."""
         with contextlib.suppress(requests.RequestException):
-            return self._session.request(method, self._host.url(path), timeout=20, **kwargs)
+            return self._session.request(method, self._site.url(path), timeout=20, **kwargs)
         return None
 
 
