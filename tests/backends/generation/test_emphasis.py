@@ -102,8 +102,8 @@ def by_hand(pipe, text, weights, *, skip=0):
 
 @pytest.fixture(scope="module", params=["sd1", "sdxl", pytest.param("sd2", marks=pytest.mark.slow)])
 def pipe(request):
-    """The layer norms of a new encoder leave a mean of 0, or of rounding errors. Published ones have
-    learnt another.
+    """The layer norms of a new encoder leave a mean of 0, or of rounding errors. Published ones
+    have learnt another.
     """
     made = loaded(TABLE[request.param])
     for name in made.spec.compel:

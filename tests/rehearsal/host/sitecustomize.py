@@ -1,6 +1,6 @@
-"""For hosts started by a test with this folder on PYTHONPATH: the driver shows two GPUs to launcher,
-agent and ranks. They are rehearsed, and each rank notes its environment, if REHEARSED_NOTES names
-a folder for that; else torch can use none.
+"""For hosts started by a test with this folder on PYTHONPATH: the driver shows two GPUs to
+launcher, agent and ranks. They are rehearsed, and each rank notes its environment, if
+REHEARSED_NOTES names a folder for that; else torch can use none.
 
 Python imports this module in every process it starts. Nothing in the product knows of it.
 """
