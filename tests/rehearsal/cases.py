@@ -100,6 +100,7 @@ LONG = (
         type="sd1",
         backend="distrifuser",
         options={**PATCH, "parallelism": "naive_patch", "split_scheme": "alternate"},
+        request={"width": 128},  # enough columns for two patches too
     ),
     Ranks(
         label="tensor of a unet",
