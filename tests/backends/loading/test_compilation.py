@@ -10,8 +10,9 @@ import torch._dynamo
 
 from backends.errors import ConfigError, UnsupportedError
 from backends.groups.mesh import Mesh
-from backends.loading.compilation import Compilation
+from backends.loading.compilation import NAME, Compilation, _compiled
 from backends.model_table import read_table
+from backends.parallel import hooks
 from backends.parallel.regions import quiet_regions
 from backends.quantization_spec import QuantizationSpec
 from backends.request import CompileSettings
@@ -174,3 +175,13 @@ def test_cuda_graphs_are_for_a_whole_denoiser_alone(targets, has_graphs, caplog)
     pipe = attached("pixa", *targets, mode="reduce-overhead")
     assert difference(draw(pipe), want) <= 1
     assert ("is used without CUDA graphs" in caplog.text) != has_graphs
+
+
+@pytest.mark.parametrize(("mode", "is_copied"), [("reduce-overhead", True), (None, False)])
+def test_result_of_a_cuda_graph_is_copied_since_the_next_call_overwrites_it(mode, is_copied):
+    """On a CPU nothing is overwritten: what differs is whether the result is the graph's own."""
+    layer, given = torch.nn.Identity(), torch.ones(1)
+    settings = CompileSettings(targets=("denoiser",), backend="eager", mode=mode)
+    hooks.attach(layer, NAME, _compiled(settings))
+    assert (layer(given).data_ptr() != given.data_ptr()) == is_copied
+    assert layer(given).item() == 1
