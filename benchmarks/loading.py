@@ -133,7 +133,7 @@ def load_one(argv: Sequence[str], rank: int, ranks: int, meeting: str, parent: C
         mesh = Mesh(start.plan, rank=rank, device=device)
         pipe.attach(backend_class(mesh.plan.method)(spec=start.spec, plan=start.plan, mesh=mesh))
         pipe.generate(
-            GenerateRequest(prompt="", seed=0, num_inference_steps=1, height=64, width=64)
+            GenerateRequest(prompt="a cat", seed=0, num_inference_steps=1, height=64, width=64)
         )
     seconds = time.perf_counter() - began
     largest = max(

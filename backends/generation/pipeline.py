@@ -87,7 +87,7 @@ def load_pipeline(
         convert(getattr(pipe, spec.denoiser), DTYPES[load.variant])  # adapters take its dtype
     load_ip_adapters(pipe, spec, load)
     pipe.set_progress_bar_config(disable=True)
-    bytes_saved = quantize(pipe, spec, load, device=device)
+    bytes_saved = quantize(pipe, spec, load, device=device, divide_block=shared.divide_block)
     use_lean_attention(pipe, load)
     shared.divide()
     place(pipe, spec, load, device=device, in_main_memory=shared.in_main_memory, is_cut=is_cut)

@@ -1,7 +1,7 @@
 """Quantise the weights of a loaded pipeline, component by component."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from backends.loading.conversion import convert_layer, float32_parts
 from backends.loading.packed_weights import pack_layer
 from backends.loading.weights import DTYPES, vae_dtype
 from backends.model_table import ModelSpec
+from backends.parallel.gathered_weights import blocks_of
 from backends.parallel.weight_shards import TRIM_EVERY_BYTES, is_placeholder, release_memory
 from backends.quantization_spec import EVERYWHERE, QuantizationSpec
 from backends.request import LoadRequest
@@ -27,10 +28,17 @@ calls.
 
 
 def quantize(
-    pipe: Any, spec: ModelSpec, load: LoadRequest, *, device: torch.device
+    pipe: Any,
+    spec: ModelSpec,
+    load: LoadRequest,
+    *,
+    device: torch.device,
+    divide_block: Callable[[nn.Module, nn.Module], None],
 ) -> dict[str, int]:
     """Quantise the requested components. Return component -> bytes saved.
 
+    divide_block: called with a component and each of its blocks whose layers are quantised, so that
+    a rank that keeps a share of them never holds all.
     ConfigError if this machine cannot run the kind; it lists those that run everywhere.
     """
     saved = {}
@@ -49,8 +57,13 @@ def quantize(
             ]
             if not layers:
                 continue
-            taken = 0
+            taken, last = 0, None
+            blocks = {id(part): block for block in blocks_of(component) for part in block.modules()}
             for path, layer in layers:
+                block = blocks.get(id(layer))
+                if last is not None and block is not last:
+                    divide_block(component, last)
+                last = block
                 taken += convert_layer(layer, path, dtype, keeps)
                 if choice.kind in EVERYWHERE:
                     taken += weight_bytes(layer)

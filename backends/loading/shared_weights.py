@@ -2,6 +2,7 @@
 each is on one rank.
 """
 
+import logging
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
 
@@ -19,6 +20,8 @@ from backends.parallel.base import Backend
 from backends.parallel.gathered_weights import GatheredWeights, blocks_of
 from backends.parallel.weight_shards import Weight, placeholder, release_memory, weights_of
 from backends.request import LoadRequest
+
+logger = logging.getLogger(__name__)
 
 PLACED = "encoder placement"
 USED_BY_PIPELINES = "final_layer_norm"
@@ -47,6 +50,7 @@ class SharedWeights:
         self._gathered = (
             GatheredWeights(rank=rank, size=size) if load.divided and size > 1 else None
         )
+        self._taken: set[nn.Module] = set()
         self._placed: PlacedEncoders | None = None
         if load.encoder_placement == "cpu" or (load.encoder_placement != "every" and size > 1):
             self._placed = PlacedEncoders(
@@ -65,19 +69,30 @@ class SharedWeights:
 
     def divide(self) -> None:
         """Keep this rank's share of the blocks of `load.divided` on the device, block by block."""
-        if self._gathered is None:
+        for name, model in self._divided():
+            blocks = blocks_of(model)
+            if not blocks:
+                logger.warning("%s has no lists of blocks, so every rank keeps it whole", name)
+            for block in blocks:
+                self.divide_block(model, block)
+
+    def divide_block(self, model: nn.Module, block: nn.Module) -> None:
+        """Keep this rank's share of one block, if it is to be divided and is not yet."""
+        if block in self._taken or all(model is not other for _, other in self._divided()):
             return
-        names = {"denoiser": (self._spec.denoiser,), "encoders": TEXT_ENCODERS}
         dtype = DTYPES[self._load.variant]
-        divided = [name for group in self._load.divided for name in names[group]]
-        for _, model in self._models(divided):
-            keeps = float32_parts(model, dtype)
-            paths = {id(part): path for path, part in model.named_modules()}
-            for block in blocks_of(model):
-                for part in block.modules():
-                    convert_layer(part, paths[id(part)], dtype, keeps)
-                self._gathered.take(block, device=self._device)
-                release_memory()
+        keeps = float32_parts(model, dtype)
+        paths = {id(part): path for path, part in model.named_modules()}
+        for part in block.modules():
+            convert_layer(part, paths[id(part)], dtype, keeps)
+        self._gathered.take(block, device=self._device)
+        self._taken.add(block)
+        release_memory()
+
+    def _divided(self) -> list[tuple[str, nn.Module]]:
+        names = {"denoiser": (self._spec.denoiser,), "encoders": TEXT_ENCODERS}
+        groups = self._load.divided if self._gathered is not None else ()
+        return self._models([name for group in groups for name in names[group]])
 
     def place(self) -> None:
         """Let the encoders run where their weights are, which have their final dtype now."""

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from backends.groups.collectives import begin_gather_into
 from backends.groups.mesh import Axis, CommStats
@@ -197,6 +198,8 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 def _lists(module: nn.Module) -> Iterator[nn.ModuleList]:
     """Yield the outermost lists of modules."""
     for child in module.children():
+        if isinstance(child, ParametrizationList):
+            continue  # the packed weight of one layer
         if isinstance(child, nn.ModuleList):
             yield child
         else:
@@ -204,7 +207,9 @@ def _lists(module: nn.Module) -> Iterator[nn.ModuleList]:
 
 
 def _size(module: nn.Module) -> float:
-    return float(sum(tensor.numel() * tensor.element_size() for tensor in module.parameters()))
+    # packed weights are buffers
+    tensors = (*module.parameters(), *module.buffers())
+    return float(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
 
 
 def _share(pieces: list[_Piece], num_bytes: int, rank: int) -> Tensor:

@@ -10,6 +10,7 @@ from torch import nn
 from backends import backend_class, planner
 from backends.generation.pipeline import LoadedPipeline, load_pipeline
 from backends.groups.mesh import Axis, CommStats, Mesh
+from backends.loading.packed_weights import pack_layer
 from backends.parallel.gathered_weights import GatheredWeights, blocks_of
 from backends.parallel.weight_shards import is_placeholder, weight_bytes
 from backends.request import LoadRequest
@@ -70,6 +71,7 @@ def check_divided(
     for part in (spec.denoiser, "text_encoder"):
         kept = [weight_bytes(getattr(pipe.pipe, part)) for pipe in want]
         divided = sum(weight_bytes(block) for block in blocks_of(getattr(whole.pipe, part)))
+        assert divided > 0.2 * kept[0], f"{part}: {divided} of {kept[0]} bytes in blocks"
         share = 0.6 if features else 0.9  # adapters in the blocks stay whole
         assert kept[1] <= kept[0] - share * divided, f"{part}: {kept} of which {divided} in blocks"
     blocks = sum(
@@ -134,6 +136,25 @@ def test_after_a_failure_and_a_rebuilt_mesh_the_image_is_the_same(
 ) -> None:
     prepare(TABLE["sd3"], [])
     run_on_ranks(check_after_a_failure, 2)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "float8"])
+def test_packed_weights_are_divided_as_plain_ones_are(kind: str) -> None:
+    parts = [(part, load("sd3", 0, 1).pipe) for part in ("transformer", "text_encoder_3")]
+    for part, pipe in parts:
+        model = getattr(pipe, part)
+        plain = list(map(type, blocks_of(model)))
+        for layer in model.modules():
+            if isinstance(layer, nn.Linear):
+                pack_layer(layer, kind)
+        blocks = blocks_of(model)
+        assert list(map(type, blocks)) == plain
+        before = sum(map(weight_bytes, blocks))
+        shares = GatheredWeights(rank=0, size=2)
+        for block in blocks:
+            shares.take(block, device=CPU)
+        assert 0.5 * before <= shares.num_bytes < 0.6 * before
+        assert sum(map(weight_bytes, blocks)) < 0.1 * before
 
 
 def test_every_weight_of_a_level_is_in_the_blocks_of_a_unet() -> None:
