@@ -77,12 +77,12 @@ def test_wrong_config_file_is_refused_in_one_line(content, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--host=203.0.113.9", "--api_key=0123456789abcdef"), "no address of this machine"),
-        (("--host=not_a_host", "--api_key=0123456789abcdef"), "no address of this machine"),
+        (("--host=203.0.113.9", "--api_key=0123456789abcdef"), "not an address of this machine"),
+        (("--host=not_a_host", "--api_key=0123456789abcdef"), "not an address of this machine"),
         (("--lora_dir=/nowhere",), "folders that exist"),
-        (("--image_dirs=/tmp:/nowhere",), "/nowhere is none"),
+        (("--image_dirs=/tmp:/nowhere",), "/nowhere is not one"),
         (("--state_dir=",), "leave the argument out"),
-        (("--state_dir=/dev/null",), "a folder, or a path where one can be made"),
+        (("--state_dir=/dev/null",), "a folder, or a path where one can be created"),
         (('--lora={"a": 1e400}',), "--lora"),
         (("--unet=/etc/passwd",), "is not a file of weights"),
         (("--checkpoint=~nosuchuser/x",), "Could not determine home directory"),
@@ -90,7 +90,7 @@ def test_wrong_config_file_is_refused_in_one_line(content, tmp_path, capsys):
         (("--compile_unet", "--compile_backend=inducto"), "did you mean inductor?"),
         (
             ("--compile_unet", '--compile_options={"max_autotun": true}'),
-            "max_autotun is none (closest: max_autotune",
+            "max_autotun is not one (closest: max_autotune",
         ),
         (("--engine=ray", '--deployments={"../../x": {}}'), "cannot be a model's name"),
     ],

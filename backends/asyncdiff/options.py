@@ -26,7 +26,9 @@ OPTIONS = (
         parse=weights,
         metavar="W,W",
     ),
-    switch("shard_weights", "Keep only its segment's weights on each rank, like --shard=always."),
+    switch(
+        "shard_weights", "Keep on each rank only its segment's weights, as --shard=always does."
+    ),
     Option(
         name="extrapolate",
         text=(

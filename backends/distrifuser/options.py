@@ -9,9 +9,8 @@ OPTIONS = (
     Option(
         name="parallelism",
         text=(
-            "`patch` (default): ranks exchange the values around their patches. `naive_patch`: "
-            "no "
-            "exchange. `tensor`: split weights."
+            "`patch` (default): ranks exchange what their patches need of each other. "
+            "`naive_patch`: no exchange. `tensor`: split weights."
         ),
         parse=one_of(*PARALLELISMS),
     ),

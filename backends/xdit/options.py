@@ -52,7 +52,8 @@ OPTIONS = (
         parse=whole(1, 64),
     ),
     switch(
-        "use_fbcache", "Older name of --step_cache=first_block; has no effect where that cannot be."
+        "use_fbcache",
+        "Older name of --step_cache=first_block; has no effect where that is not available.",
     ),
 )
 READS = ()

@@ -116,8 +116,8 @@ def _components(body: Mapping[str, Any], spec: ModelSpec) -> Values:
     for key in ENCODERS:
         if _mapping(body, key):
             raise ConfigError(
-                f"{key} was given, but text encoders of one's own are not available. Put it into "
-                "the checkpoint's folder."
+                f"{key} was given, but separate text encoders are not available. Put it into the "
+                "checkpoint's folder."
             )
     found: Values = {}
     for key, ours in (("transformer", spec.denoiser), ("vae", "vae"), *MOTION.items()):

@@ -30,7 +30,7 @@ from hosts.http.request_io import whole
 MAX_BLUR = 64
 MAX_PADDING = 4096
 ON = (True, "true", "on", "yes", "1")
-NO_FIRST_SIZE = "width and height are the first pass's"
+NO_FIRST_SIZE = "width and height are those of the first pass"
 NO_SCRIPT = "scripts of the web interface cannot run here"
 NO_CHURN = "samplers add no noise of their own here"
 NOT_SAVED = "images are returned and never saved here"
@@ -80,7 +80,7 @@ COMMON: dict[str, Rule] = {
     "script_args": harmless("script_name decides whether they are used"),
     "infotext": refused("send the fields themselves"),
     "clip_skip": neutral(
-        0, 1, reason='send override_settings {"CLIP_stop_at_last_layers": N} in its place'
+        0, 1, reason='send override_settings {"CLIP_stop_at_last_layers": N} instead'
     ),
 }
 HIRES = (
@@ -115,7 +115,7 @@ IMG2IMG: dict[str, Rule] = {
     "inpaint_full_res": DONE,
     "inpaint_full_res_padding": DONE,
     "initial_noise_multiplier": neutral(1, reason="noise has the sampler's strength"),
-    "latent_mask": refused("send mask in its place"),
+    "latent_mask": refused("send mask instead"),
 }
 OVERRIDES: dict[str, Rule] = {
     "sd_model_checkpoint": DONE,
@@ -123,7 +123,7 @@ OVERRIDES: dict[str, Rule] = {
     "samples_format": DONE,
     "sd_vae": neutral("automatic", "none", reason="the VAE is fixed at start (--vae)"),
     "eta_noise_seed_delta": neutral(0, reason="noise depends on the seed only"),
-    "randn_source": neutral("cpu", reason="noise is made on the CPU"),
+    "randn_source": neutral("cpu", reason="noise is generated on the CPU"),
     "img2img_color_correction": neutral(*OFF, reason="colours are not changed afterwards"),
     "enable_pnginfo": harmless("PNG files always hold their settings"),
     **dict.fromkeys(("samples_save", "grid_save", "return_grid", "do_not_add_watermark"),

@@ -140,7 +140,7 @@ def _weight(tag: str, text: str) -> float:
         ) from error
     if len(weights) > 1:
         raise UnsupportedError(
-            f"prompt has the tag {shown(tag)}: one weight for all parts of the model is available. "
-            "Send one."
+            f"prompt has the tag {shown(tag)}, but only one weight for all parts of the model is "
+            "available. Send one."
         )
     return weights.pop()

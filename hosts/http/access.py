@@ -201,7 +201,7 @@ def _require_key(keys: Keys) -> Key:
     signature = request.args.get("signature")
     if signature is None:
         raise KeyMissing(
-            "this host wants its key. Send it as 'Authorization: Bearer KEY', or as the password "
+            "this host needs its key. Send it as 'Authorization: Bearer KEY', or as the password "
             "of Basic authentication with any user name."
         )
     key = keys.named(request.args.get("key", ""))

@@ -217,7 +217,7 @@ def _require_plain(value: Any, field: str, *, depth: int) -> None:
         _require_text(value, field)
     elif isinstance(value, int | float) and not abs(value) <= MAX_JSON_NUMBER:
         raise RequestError(
-            f"{field} holds a number beyond 2^64, or none at all. Send a finite number.",
+            f"{field} holds a number that is beyond 2^64 or not finite. Send a finite number.",
             field=field,
         )
 

@@ -33,7 +33,7 @@ class Metrics:
         self._state = state
         self._registry = CollectorRegistry()
         self._jobs = Counter(
-            "diffusion_jobs", "Jobs that are over, by outcome.", ["state"], registry=self._registry
+            "diffusion_jobs", "Finished jobs, by outcome.", ["state"], registry=self._registry
         )
         self._waited = Histogram(
             "diffusion_queue_seconds",
@@ -43,7 +43,7 @@ class Metrics:
         )
         self._worked = Histogram(
             "diffusion_job_seconds",
-            "Time at work on a job that was done.",
+            "Time from start to end of a job that was done.",
             buckets=SECONDS,
             registry=self._registry,
         )
@@ -56,7 +56,7 @@ class Metrics:
         )
         self._batches = Counter(
             "diffusion_batch_jobs",
-            "Jobs that were done, by the size of their batch.",
+            "Jobs that were done, by batch size.",
             ["batch"],
             registry=self._registry,
         )
@@ -74,12 +74,12 @@ class Metrics:
         )
         yield GaugeMetricFamily(
             "diffusion_restarts",
-            "How often the ranks were started again.",
+            "Restarts of the ranks.",
             value=self._state.facts.get("restarts", 0),
         )
         yield GaugeMetricFamily(
             "diffusion_ready",
-            "1 while images can be made.",
+            "1 while images can be generated.",
             value=float(self._state.phase is Phase.READY),
         )
         ranks = self._state.facts.get("ranks_now", [])

@@ -137,7 +137,7 @@ def _own(spec: ModelSpec, settings: Settings) -> dict[str, Any]:
         "paths": {
             "/generate": {
                 "post": _operation(
-                    "Make one and wait for it.",
+                    "Generate an image or video and wait for it.",
                     body="Request",
                     answers={"200": _answer("Done.", "Generated", files)},
                 )
@@ -150,7 +150,7 @@ def _own(spec: ModelSpec, settings: Settings) -> dict[str, Any]:
                     parameters=[IDEMPOTENCY_KEY],
                 ),
                 "get": _operation(
-                    "All jobs: running, waiting, over.",
+                    "All jobs: running, waiting and finished.",
                     answers={"200": _answer("The jobs.", "Jobs")},
                 ),
             },
@@ -214,7 +214,7 @@ def _own(spec: ModelSpec, settings: Settings) -> dict[str, Any]:
             },
             "/readyz": {
                 "get": _operation(
-                    "200 while images can be made.", answers={"200": _text(), "503": _text()}
+                    "200 while images can be generated.", answers={"200": _text(), "503": _text()}
                 )
             },
             "/metrics": {"get": _operation("For Prometheus.", answers={"200": _text()})},

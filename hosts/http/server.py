@@ -282,8 +282,8 @@ def require_address(host: str) -> None:
     """ConfigError if no listener can have this address on this machine."""
     if any(_bind_errno(address, 0) for address in _addresses(host)):
         raise ConfigError(
-            f"--host={host} is no address of this machine. Give one, such as 127.0.0.1, or 0.0.0.0 "
-            "for all of them."
+            f"--host={host} is not an address of this machine. Give one, such as 127.0.0.1, or "
+            "0.0.0.0 for all of them."
         )
 
 

@@ -342,7 +342,9 @@ def _candidates(
         if (setting := plan.splits_weights_by) and any(
             getattr(settings, name) for name in OFFLOADS
         ):
-            raise ConfigError(f"weights that are offloaded cannot be split, as {setting} does.")
+            raise ConfigError(
+                f"{setting} splits the weights, and offloaded weights cannot be split."
+            )
 
     given = {
         **settings.given,

@@ -128,8 +128,8 @@ def locate_names(settings: Settings) -> tuple[Settings, HubFiles]:
             found.append(locate(wanted, offline=settings.offline))
             if option == "checkpoint" and name.path.endswith(PICKLES) and found[-1].listing:
                 raise ConfigError(
-                    f"--checkpoint={text} is a pickle, and what it holds is known only when it is "
-                    f"here. Run `{download_command(wanted)}`, and start again, or give a "
+                    f"--checkpoint={text} is a pickle, and its contents are known only after a "
+                    f"download. Run `{download_command(wanted)}`, and start again, or give a "
                     ".safetensors file."
                 )
             paths[text] = str(found[-1].path)
@@ -166,7 +166,7 @@ def locate_configuration(
         if not (folder / INDEX).is_file():
             raise ConfigError(
                 f"--checkpoint_config={given} holds no {INDEX}. Give a folder in diffusers layout; "
-                "it needs no weights of what the file holds."
+                "it needs no weights that the file holds."
             )
     elif given is not None or not (folder / INDEX).is_file():
         require_checkpoint(path)
@@ -328,7 +328,7 @@ def upscaler_files(given: tuple[str, ...] | None) -> Mapping[str, str]:
             _require_upscaler(file)
         if not files:
             raise ConfigError(
-                f"--upscalers={text} is no file of weights, and no folder of them. Allowed: "
+                f"--upscalers={text} is neither a file of weights nor a folder of them. Allowed: "
                 f"{', '.join(UPSCALER_FILES)}."
             )
         for file in files:

@@ -104,7 +104,7 @@ def gpu_facts(environment: Mapping[str, str]) -> dict[str, Any]:
 
 
 def driver_version() -> str:
-    """Such as '580.65.06'; 'unknown' if it cannot be told."""
+    """Such as '580.65.06'; 'unknown' if it cannot be read."""
     with contextlib.suppress(OSError, AttributeError), _nvml() as library:
         text = ctypes.create_string_buffer(96)
         if library.nvmlSystemGetDriverVersion(text, len(text)) == 0:
@@ -130,7 +130,7 @@ def default_variant(
     version = ".".join(map(str, capability))
     why = (
         f"type {spec.name!r} is published in bf16, which a GPU of compute capability {version} "
-        "has not: try fp32 if images are black"
+        "lacks: try fp32 if images are black"
     )
     return "fp16", why
 

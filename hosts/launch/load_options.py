@@ -157,8 +157,8 @@ def offload(settings: Settings) -> str | None:
     wanted = [name for name in OFFLOADS if getattr(settings, name)]
     if len(wanted) > 1:
         raise ConfigError(
-            f"--{' and --'.join(wanted)} were given, and only one of them can be. Leave the others "
-            "out."
+            f"--{' and --'.join(wanted)} were given, but only one of them can be used. Leave the "
+            "others out."
         )
     return OFFLOADS[wanted[0]] if wanted else None
 

@@ -150,9 +150,9 @@ def path(text: str) -> str:
 
 
 def folder(text: str) -> str:
-    """Return the path of a folder, or of one that can be made."""
+    """Return the path of a folder, or of one that can be created."""
     if Path(path(text)).expanduser().exists() and not Path(text).expanduser().is_dir():
-        raise ValueError("a folder, or a path where one can be made")
+        raise ValueError("a folder, or a path where one can be created")
     return text
 
 
@@ -160,7 +160,7 @@ def folders(text: str) -> str:
     """'/models/loras:/more': folders that exist."""
     for each in text.split(":"):
         if not Path(path(each)).expanduser().is_dir():
-            raise ValueError(f"folders that exist, separated by ':' ({each} is none)")
+            raise ValueError(f"folders that exist, separated by ':' ({each} is not one)")
     return text
 
 
@@ -187,7 +187,7 @@ def read_keys(file: Path) -> dict[str, str]:
             continue
         if len(words) != 2 or not KEY_NAME.fullmatch(words[0]) or words[1].startswith("@"):
             raise ValueError(
-                f"{allowed} (line {number} is another); names have letters, digits "
+                f"{allowed} (line {number} is not of this form); names have letters, digits "
                 "and ._- only, at most 64"
             )
         try:
@@ -198,7 +198,7 @@ def read_keys(file: Path) -> dict[str, str]:
             raise ValueError(f"{allowed} (line {number} repeats a name or a key)")
         found[words[0]] = key
     if not found:
-        raise ValueError(f"{allowed} (it has none)")
+        raise ValueError(f"{allowed} (it has no such line)")
     return found
 
 
@@ -320,7 +320,8 @@ def require_inductor_options(given: Mapping[str, Any]) -> None:
             advice = f" (closest: {', '.join(closest)})" if closest else ""
             raise ConfigError(
                 f"--compile_options={json.dumps(given)} is not allowed. Allowed: settings of "
-                f"torch._inductor.config, and {name} is none{advice}. Correct it, or leave it out."
+                f"torch._inductor.config, and {name} is not one{advice}. Correct it, or leave "
+                "it out."
             )
 
 

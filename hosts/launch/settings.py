@@ -81,7 +81,8 @@ class Settings(_BackendOptions):
         metavar="PATH|NAME", aliases=("model",))
     port: int = _common(6000, whole(1, 65535), "HTTP port.")
     host: str = _common(
-        "127.0.0.1", str, "Address to listen on. Any but this machine's own needs --api_key.")
+        "127.0.0.1", str, "Address to listen on. Other machines can reach any but the loopback "
+        "address, so that needs --api_key or --api_keys.")
     nproc_per_node: int | None = _common(
         None, whole(1, 64), "Ranks on this machine, one per GPU. Default: all visible GPUs, or 1 "
         "on the CPU.")
@@ -89,11 +90,11 @@ class Settings(_BackendOptions):
         None, one_of("auto", *BACKEND_NAMES), "Parallel method. `auto` (default) estimates and "
         "benchmarks the candidates at load time and takes the fastest.")
     quality: str | None = _common(
-        None, one_of(*QUALITIES), "How close images of requests that name no quality stay to "
-        "those of one GPU: `exact` (the same; default), `high` (no visible difference) or `fast` "
+        None, one_of(*QUALITIES), "How close an image must be to that of one GPU, if its request "
+        "names no quality: `exact` (the same; default), `high` (no visible difference) or `fast` "
         "(similar). A --backend or method that is named must meet it.")
     api_key: str | None = _common(
-        None, secret, "Key that every request must bring, as a bearer token or as the password of "
+        None, secret, "Key that every request must send, as a bearer token or as the password of "
         "Basic authentication, or @FILE that holds it. Default: none.", metavar="KEY|@FILE")
     lora_dir: str | None = _common(
         None, folders, "Folders, separated by ':', from which requests may choose LoRAs. Default: "
@@ -103,19 +104,19 @@ class Settings(_BackendOptions):
         "Default: a temporary folder that survives only the ranks.", metavar="DIR")
 
     api_keys: str | None = _proxy(
-        None, keys_file, "File with a line `NAME KEY` for each client: a job is seen, followed and "
-        "cancelled with its own key only. Read again when it changes.", metavar="FILE")
+        None, keys_file, "File with a line `NAME KEY` for each client. Only the key that sent a "
+        "job can see, follow and cancel it. Read again when it changes.", metavar="FILE")
     share_jobs: bool = _proxy(
         False, _switch, "With --api_keys: every key sees, follows and cancels all jobs.")
     public_url: str | None = _proxy(
-        None, public_url, "URL under which clients reach the host, for links in its answers. Its "
-        "name and its pages are served. Default: the URL of each request.", metavar="URL")
+        None, public_url, "URL at which clients reach the host. Links in answers begin with it, "
+        "and requests for its name are served. Default: the URL of each request.", metavar="URL")
     allowed_hosts: tuple[str, ...] | None = _proxy(
-        None, host_names, "Further names, separated by ',', under which the host is served: those "
-        "that a proxy passes on as Host.", metavar="NAME,NAME")
+        None, host_names, "Further host names, separated by ',', for which requests are served, "
+        "such as those that a proxy passes on as Host.", metavar="NAME,NAME")
     trusted_proxies: tuple[str, ...] | None = _proxy(
         None, networks, "Addresses or networks, separated by ',', of proxies whose "
-        "X-Forwarded-For, -Proto, -Host and -Prefix are believed.", metavar="ADDRESS,NETWORK")
+        "X-Forwarded-For, -Proto, -Host and -Prefix are read.", metavar="ADDRESS,NETWORK")
 
     mode: str = _jobs(
         "auto", one_of("latency", "throughput", "auto"), "`latency`: all ranks work on each job. "
@@ -153,18 +154,18 @@ class Settings(_BackendOptions):
         False, _switch, "With --list: also print the pipeline classes that run without a row.")
     json: bool = _process(False, _switch, "With --check or --list: print JSON.")
     master_port: int | None = _process(
-        None, whole(1, 65535), "Accepted for old clients: the ranks of a machine need no port.")
+        None, whole(1, 65535), "Accepted for old clients; has no effect.")
     max_restarts: int = _process(
         3, whole(0, 1000), "Consecutive restarts before giving up. A finished image resets the "
         "count.")
     spare_ranks: bool = _process(
-        True, _switch, "Keep a process for each rank that has imported the libraries, so that lost "
-        "ranks are back in seconds. Each takes about 300 MB of main memory.")
+        True, _switch, "Keep a spare process for each rank, with the libraries imported, so that "
+        "lost ranks are back in seconds. Each takes about 300 MB of main memory.")
     failure_timeout: int = _process(
         10, whole(2, 3600), "Seconds without a heartbeat after which a rank counts as lost.")
     offline: bool = _process(
-        False, _switch, "Ask no model hub: names mean what is in the local cache. HF_HUB_OFFLINE=1 "
-        "does the same.")
+        False, _switch, "Never connect to a model hub: names are looked up in the local cache. "
+        "HF_HUB_OFFLINE=1 does the same.")
     exit_with_parent: bool = _process(
         False, _switch, "End when the parent process ends, for programs that start a host.")
     log_format: str = _process("text", one_of("text", "json"), "Format of log lines: text or json.")
@@ -206,8 +207,8 @@ class Settings(_BackendOptions):
         "folder of them, or a list separated by ',' of what --checkpoint takes.",
         metavar="FOLDER|PATH,NAME")
     models_memory: int | None = _model(
-        None, whole(0, 1_000_000), "Gigabytes of main memory for models of --models besides the "
-        "one in use; the others are loaded anew. Default: what is free.")
+        None, whole(0, 1_000_000), "Gigabytes of main memory in which models of --models stay that "
+        "are not in use; the others are loaded again. Default: what is free.")
     checkpoint_config: str | None = _model(
         None, path, "Configuration of a single-file --checkpoint: a diffusers folder without "
         "weights, or ORG/NAME. Default: the folder NAME beside the file, else what the model hub "
@@ -227,9 +228,10 @@ class Settings(_BackendOptions):
         None, path, "Replacement denoiser weights in GGUF format.", metavar="PATH")
     compel: bool = _model(False, _switch, "Read weights in prompts, such as (red)1.3, with Compel.")
     step_cache: str | None = _model(
-        None, str, "Skip steps: `prediction,2` computes every 2nd one. Or parts of steps: "
-        "`first_block,0.08` (relative change) or `taylor,3` (every 3rd step whole) for "
-        "transformers, `deep,2` for UNets. Default: off.",
+        None, str, "Skip steps: `prediction,2` computes every 2nd step. Or skip most blocks of "
+        "steps: `deep,2` (UNets) and `taylor,3` (transformers) compute every 2nd or 3rd step "
+        "whole, `first_block,0.08` (transformers) skips while the first block changes by less. "
+        "Default: off.",
         metavar="KIND,N")
 
     lora: dict[str, float] | None = _adapter(
@@ -245,12 +247,12 @@ class Settings(_BackendOptions):
         None, scales, 'IP-Adapter files: JSON {"path": scale}, with image_encoder/ beside them.',
         metavar="JSON")
     upscalers: tuple[str, ...] | None = _adapter(
-        None, paths, "Upscalers of ESRGAN's kind (x4plus, anime, UltraSharp, ...): files separated "
-        "by ',', or a folder of them. Requests name one without its ending.",
+        None, paths, "ESRGAN upscalers (x4plus, anime, UltraSharp, ...): files separated by ',', "
+        "or a folder of them. Requests name one by its file name without the ending.",
         metavar="DIR|FILE,FILE")
     image_scale: float | None = _adapter(
         None, number(1, 1000), "Size in percent to which input images are scaled, unless the "
-        "request says one. Default: 100.")
+        "request has its own. Default: 100.")
     motion_adapter: str | None = _adapter(
         None, path, "AnimateDiff motion adapter: a folder (ad).", metavar="DIR")
     motion_module: str | None = _adapter(
@@ -299,12 +301,12 @@ class Settings(_BackendOptions):
 
     shard: str = _memory(
         "auto", one_of("auto", "always", "never"), "Divide the weights of denoiser and text "
-        "encoders among the ranks, and gather each block's when it runs. `auto`: if they do not "
-        "fit on one GPU.")
+        "encoders among the ranks, and gather a block's weights when it runs. `auto`: if they do "
+        "not fit on one GPU.")
     encoder_placement: str = _memory(
         "auto", one_of("auto", "every", "one", "spread", "cpu"), "Where the text encoders are: on "
-        "every rank; all on `one`; `spread`: one on each rank in turn; in main memory, where they "
-        "run on the `cpu`. `auto`: on every rank, or the cpu if the GPUs are too small otherwise.")
+        "`every` rank; all on `one`; `spread`: one on each rank in turn; `cpu`: in main memory, "
+        "where they also run. `auto`: on every rank, or `cpu` if the GPUs are too small for that.")
     enable_vae_tiling: bool = _memory(False, _switch, "Decode large images in tiles.")
     enable_vae_slicing: bool = _memory(False, _switch, "Decode the images of a batch one by one.")
     parallel_vae: bool | None = _memory(
@@ -327,8 +329,8 @@ class Settings(_BackendOptions):
         None, endpoint, "Address of machine 0 as all machines reach it, and a free port there.",
         metavar="HOST:PORT")
     rdzv_key: str | None = _machines(
-        None, secret, "Secret that all machines have in common, or @FILE that holds it. Messages "
-        "between ranks are signed with it.", metavar="KEY|@FILE")
+        None, secret, "Secret that all machines share, or @FILE that holds it. Messages between "
+        "ranks are signed with it.", metavar="KEY|@FILE")
     node_timeout: int = _machines(
         600, whole(5, 1_000_000), "Seconds to wait for missing machines, at start and after a "
         "failure.")
@@ -344,8 +346,8 @@ class Settings(_BackendOptions):
     jobs_per_replica: int = _cluster(
         4, whole(1, 1000), "Waiting and running jobs per replica above which one more is started.")
     idle_seconds: int = _cluster(
-        300, whole(0, 1_000_000), "Seconds a replica must have been dispensable before it is "
-        "stopped.")
+        300, whole(0, 1_000_000), "Seconds for which fewer replicas must have been enough before "
+        "one is stopped.")
     ray_address: str | None = _cluster(
         None, str, "Ray cluster to join. Default: start one on this machine.", metavar="HOST:PORT")
     deployments: dict[str, Any] | None = _cluster(

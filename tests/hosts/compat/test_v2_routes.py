@@ -120,7 +120,7 @@ def test_host_without_a_model_answers_at_once_and_says_what_it_needs(host):
             {"pipeline_type": "sdxl", "checkpoint": {"checkpoint": "/nowhere"}},
             "--checkpoint=/nowhere does not exist",
         ),
-        ({"text_encoder": {"checkpoint": "/x"}}, "text encoders of one's own are not available"),
+        ({"text_encoder": {"checkpoint": "/x"}}, "separate text encoders are not available"),
         ({"quantization_config": {"transformer": {"backend": "sdnq"}}}, "asks for 'sdnq'"),
         ({"backend_config": {"model_n": 3}}, "model_n"),
         ({"vae": {"nonsense": 1}}, "vae must be"),

@@ -135,6 +135,8 @@ def test_a_job_is_enlarged_and_its_latents_are_not(host, network):
 def test_a_host_without_upscalers_says_so_and_bad_files_end_the_launch(tmp_path):
     (tmp_path / "empty").mkdir()
     done = run_launcher("--type=sdxl", f"--upscalers={tmp_path / 'empty'}", "--check")
-    assert done.returncode == 2 and "is no file of weights, and no folder of them" in done.stderr
+    assert (
+        done.returncode == 2 and "is neither a file of weights nor a folder of them" in done.stderr
+    )
     done = run_launcher("--type=sdxl", f"--upscalers={tmp_path / 'missing.pth'}", "--check")
     assert done.returncode == 2 and "does not exist" in done.stderr

@@ -186,7 +186,7 @@ def test_request_without_the_key_is_refused_and_not_queued(header, guarded, queu
     answer = guarded.post(
         "/generate", json={"positive": "a"}, headers={"Authorization": header} if header else {}
     )
-    assert answer.status_code == 401 and "wants its key" in assert_is_error(answer.get_json())
+    assert answer.status_code == 401 and "needs its key" in assert_is_error(answer.get_json())
     assert queue.num_waiting == 0
     for path in (
         "/settings",

@@ -109,8 +109,8 @@ def test_offloading_without_a_gpu_is_said_to_have_no_effect(option, kind):
         ),
         (
             {"enable_model_cpu_offload": True, "enable_group_offload": True},
-            "--enable_model_cpu_offload and --enable_group_offload were given, and only one of "
-            "them can be.",
+            "--enable_model_cpu_offload and --enable_group_offload were given, but only one of "
+            "them can be used.",
         ),
     ],
 )

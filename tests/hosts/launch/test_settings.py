@@ -129,7 +129,9 @@ def test_client_values_that_say_nothing_count_as_not_given(token):
 def test_compile_options_are_those_that_torch_knows():
     known = {key: None for key in torch._inductor.list_options() if key != "TYPE_CHECKING"}
     require_inductor_options(known)
-    with pytest.raises(ConfigError, match=r"triton.cudagraph is none .closest: triton.cudagraph"):
+    with pytest.raises(
+        ConfigError, match=r"triton.cudagraph is not one .closest: triton.cudagraph"
+    ):
         require_inductor_options({"triton.cudagraph": True})
 
 

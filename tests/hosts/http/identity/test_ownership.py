@@ -211,14 +211,14 @@ def test_jobs_without_an_owner_are_nobodys_once_clients_have_keys(open_queue, st
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("alice", "line 1 is another"),
-        (f"alice {ALICE} x", "line 1 is another"),
+        ("alice", "line 1 is not of this form"),
+        (f"alice {ALICE} x", "line 1 is not of this form"),
         (f"al/ice {ALICE}", "letters, digits and ._- only"),
         (f"alice {ALICE}\n\nbob 123", "line 3: a key of at least 16 characters"),
         (f"alice {ALICE}\nalice {BOB}", "line 2 repeats a name or a key"),
         (f"alice {ALICE}\nbob {ALICE}", "line 2 repeats a name or a key"),
-        ("alice @/etc/passwd", "line 1 is another"),
-        ("# nobody\n", "it has none"),
+        ("alice @/etc/passwd", "line 1 is not of this form"),
+        ("# nobody\n", "it has no such line"),
         (b"\xff\xfe", "it cannot be read"),
         (None, "it cannot be read"),
     ],
