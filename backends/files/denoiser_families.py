@@ -128,7 +128,11 @@ _WIDER: dict[tuple[str, int | None], tuple[str, tuple[str, ...]]] = {
 
 _SPECIAL: dict[str, tuple[str, tuple[str, ...]]] = {
     "kontext": ("it edits a reference image", ("flux_kontext",)),
-    "qwen-image-edit": ("it edits a reference image", ("qwenimage_edit",)),
+    "qwen-image-edit-25": ("it edits reference images", ("qwenimage_edit_plus",)),
+    "qwen-image-edit": (
+        "it edits a reference image",
+        ("qwenimage_edit", "qwenimage_edit_plus"),
+    ),
     "qwen-image-layered": ("it generates layers, and no type has its pipeline", ()),
 }
 """Word in the metadata -> (why the type with the same names and shapes does not run it, types)."""
@@ -225,6 +229,7 @@ _TRANSFORMERS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ),
     ("Cosmos", "CosmosTransformer3DModel", ("x_embedder.proj.1.weight",)),
     ("Krea 2", "Krea2Transformer2DModel", ("txtfusion.projector.weight",)),
+    ("ERNIE-Image", "ErnieImageTransformer2DModel", ("layers.0.adaLN_sa_ln.weight",)),
     ("MiniMax", "", ("token_refiner.blocks.0.attn.qkv_proj.weight",)),
     (
         "Stable Cascade",
@@ -244,14 +249,19 @@ class _UNetFamily:
     reason: str = ""
     has_only_latents: bool = True  # the ordinary form takes no image beside the latents
     masked_types: tuple[str, ...] = ()  # that run its form with channels for a mask
+    editing_types: tuple[str, ...] = ()  # that run its form with channels for an image
 
 
 FIRST_GENERATION = _UNetFamily(
-    title="Stable Diffusion 1", types=("sd1", "sd2", "ad"), masked_types=("sd1", "sd2")
+    title="Stable Diffusion 1",
+    types=("sd1", "sd2", "ad"),
+    masked_types=("sd1", "sd2"),
+    editing_types=("pix2pix",),
 )
 SECOND_GENERATION = _UNetFamily(
     title="Stable Diffusion 2", types=("sd2", "sd1", "ad"), masked_types=("sd2", "sd1")
 )
+_KOLORS = _UNetFamily(title="Kolors", types=("kolors",))
 _SDXL = _UNetFamily(title="Stable Diffusion XL", types=("sdxl",), masked_types=("sdxl",))
 _REFINER = _UNetFamily(
     title="the Stable Diffusion XL refiner",
@@ -264,10 +274,7 @@ _UPSCALER = _UNetFamily(
 _VIDEO = _UNetFamily(title="Stable Video Diffusion", types=("svd",), has_only_latents=False)
 _MORE_CHANNELS = {
     9: "it is made for inpainting and also takes a mask",
-    8: (
-        "it is made for editing (InstructPix2Pix) and also takes an image, and no type has its "
-        "pipeline"
-    ),
+    8: "it is made for editing (InstructPix2Pix) and also takes an image",
     5: "it is made for depth maps and also takes one, and no type has its pipeline",
 }
 """Input channels of a UNet with four latent channels -> why it is no ordinary one."""
@@ -287,7 +294,7 @@ def _unet(header: Header) -> Found | None:
     title = f"a denoiser of {family.title}"
     if family.has_only_latents and first[1] in _MORE_CHANNELS:
         title, reason = f"{title} with {first[1]} input channels", _MORE_CHANNELS[first[1]]
-        types = family.masked_types if first[1] == 9 else ()
+        types = {9: family.masked_types, 8: family.editing_types}.get(first[1], ())
         return Found(title=title, part="denoiser", types=types, denoiser="unet", reason=reason)
     return Found(
         title=title, part="denoiser", types=family.types, denoiser="unet", reason=family.reason
@@ -298,6 +305,8 @@ def _unet_family(header: Header) -> _UNetFamily:
     if header.has_part("time_stack.", "temporal_transformer_blocks."):
         return _VIDEO
     if header.has("label_emb.0.0.weight", "add_embedding.linear_1.weight"):
+        if header.has("encoder_hid_proj.weight"):
+            return _KOLORS
         return _REFINER if header.has_part("input_blocks.9.", "down_blocks.3.") else _SDXL
     if header.has("label_emb.weight", "class_embedding.weight"):
         return _UPSCALER

@@ -26,7 +26,8 @@ def special_channels(channels: int, latents: int) -> str:
         )
     if channels == 2 * latents:
         return (
-            ": it also takes an image, to edit it or to start from it, and no type has its pipeline"
+            ": it also takes an image, to edit it or to start from it, and runs with a pipeline of "
+            "its own"
         )
     return ""
 

@@ -24,8 +24,16 @@ PATCHES_PER_STAGE = 2
 its stage once more.
 """
 DEFAULT_WARMUP_STEPS = 1
-KEEPS_KEYS = frozenset({"Flux2KleinKVPipeline"})
-"""Pipelines whose attention reads keys and values that it kept in an earlier step."""
+_MASKS = "masks its attention to perturb it, and a rank with a part of the tokens has no such mask"
+NOT_SPREAD = {
+    "Flux2KleinKVPipeline": (
+        "keeps the keys of its reference images from the first step for the others, and ranks that "
+        "spread tokens would need each other's"
+    ),
+    "StableDiffusion3PAGImg2ImgPipeline": _MASKS,
+    "StableDiffusion3PAGPipeline": _MASKS,
+}
+"""Pipeline -> why its tokens cannot be spread, though its transformer's can."""
 READS_PREVIOUS_STEP = (
     "PipeFusion: its patches attend to keys and values of the step before, and a skipped step has "
     "none. Use Ulysses, ring or the CFG split"
@@ -270,11 +278,8 @@ def _problem(spec: ModelSpec, shape: _Shape, degrees: Mapping[str, int]) -> str 
             f"the blocks of a {shape.class_name} are not known, so xdit cannot spread its tokens. "
             f"Known are {', '.join(sorted(TRANSFORMERS))}."
         )
-    if spread > 1 and spec.pipeline in KEEPS_KEYS:
-        return (
-            f"{spec.title} keeps the keys of its reference images from the first step for the "
-            "others, and ranks that spread tokens would need each other's."
-        )
+    if spread > 1 and spec.pipeline in NOT_SPREAD:
+        return f"{spec.title} {NOT_SPREAD[spec.pipeline]}."
     if spec.is_generic and degrees["stage"] * degrees["tensor"] * degrees["data"] > 1:
         return (
             f"{spec.title} has no row in the model table, and without one xdit splits guidance "

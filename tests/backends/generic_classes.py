@@ -54,13 +54,13 @@ from tests.checkpoints import sample_image, upstream
 from tests.checkpoints.variants import MODULAR, variant
 
 SIZE, LENGTH, STEPS, SEED = 64, 5, 4, 3
-LEAST_SIDE = {"Flux2KleinInpaintPipeline": 64}
+LEAST_SIDE = {"Flux2KleinInpaintPipeline": 64, "StableDiffusionLatentUpscalePipeline": 64}
 """Pipeline class -> smallest side of an image that it takes, where its test brings a tensor."""
 LEFT_OUT = {"Kandinsky5I2IPipeline": "max_sequence_length"}
 """Pipeline class -> argument of its test that is too short for tokenizers that spell words."""
 DECIDED = re.compile(r"guidance|prompt(?!_template)|embeds|latents")
 """Arguments of which the walk has its own values, or that follow from others."""
-WITHIN_S = 300
+WITHIN_S = 600
 CAUSE_WITHIN_S = 2
 NO_ANSWER = "no answer in time"
 CHUNK = 15
@@ -133,7 +133,7 @@ def _sizes_of(pipeline: str, inputs: dict[str, Any], spec: ModelSpec) -> dict[st
 
 def _own_arguments(inputs: dict[str, Any], spec: ModelSpec) -> dict[str, Any]:
     """Return what has no field, as a request brings it: what the class needs, and settings."""
-    carried = {carrier(spec.parameters, name) for name in CARRIED}
+    carried = {carrier(spec.parameters, name) for name in CARRIED} | {spec.guidance_argument}
     needed = {field.removeprefix(OWN) for field in spec.requires if field.startswith(OWN)}
     return {
         name: _sendable(value)

@@ -14,7 +14,7 @@ from tests.checkpoints import denoisers
 from tests.checkpoints.modern import ENCODER, MULTIMODAL_ROPE
 from tests.checkpoints.parts import HEADS, WIDTH
 from tests.checkpoints.upstream import hub, tokenizers
-from tests.checkpoints.vocabulary import chat_tokenizer
+from tests.checkpoints.vocabulary import chat_tokenizer, t5_tokenizer
 
 HEAD = {"num_attention_heads": HEADS, "attention_head_dim": 8}
 CONFIGS: Mapping[str, dict[str, Any]] = {
@@ -195,18 +195,6 @@ CONFIGS: Mapping[str, dict[str, Any]] = {
         "zero_history_timestep": True,
         "is_amplify_history": False,
     },
-    "ErnieImageTransformer2DModel": {
-        "hidden_size": 64,
-        "num_attention_heads": HEADS,
-        "num_layers": 3,
-        "ffn_hidden_size": 32,
-        "in_channels": 64,
-        "out_channels": 64,
-        "patch_size": 1,
-        "text_in_dim": WIDTH,
-        "rope_axes_dim": (8, 4, 4),
-        "qk_layernorm": True,
-    },
 }
 """Class -> the fields of its configuration that make it tiny."""
 LATENTS = {
@@ -270,17 +258,6 @@ def _gemma2(*_: str) -> Any:
     return transformers.Gemma2Model(config)
 
 
-def _chat_glm(*_: str) -> Any:
-    """Return Kolors' text encoder, whose constructor leaves memory as it was."""
-    made = hub._chat_glm()
-    for name, parameter in made.named_parameters():
-        if parameter.dim() > 1:
-            parameter.data.normal_(std=0.2)
-        else:
-            parameter.data.fill_(0.0 if name.endswith("bias") else 1.0)
-    return made
-
-
 def _kolors_unet(pipeline: str, part: str) -> Any:
     """Return a UNet that projects the states of a ChatGLM, 8 wide, before it attends to them."""
     if not pipeline.startswith("Kolors"):
@@ -320,10 +297,48 @@ def _kandinsky5(*_: str) -> Any:
         visual_cond=False,
         attention_type="regular",
     )
-    for parameter in made.parameters():
+    return _without_zeros(made)
+
+
+def _without_zeros(denoiser: Any) -> Any:
+    for parameter in denoiser.parameters():
         if not parameter.any():
             parameter.data.normal_(std=0.2)
-    return made
+    return denoiser
+
+
+def _ernie(*_: str) -> Any:
+    """Return a transformer that predicts something: the last layer of a new one is zero."""
+    made = diffusers.ErnieImageTransformer2DModel(
+        hidden_size=64,
+        num_attention_heads=HEADS,
+        num_layers=3,
+        ffn_hidden_size=32,
+        in_channels=64,
+        out_channels=64,
+        patch_size=1,
+        text_in_dim=WIDTH,
+        rope_axes_dim=(8, 4, 4),
+        qk_layernorm=True,
+    )
+    return _without_zeros(made)
+
+
+def _mistral3(*_: str) -> Any:
+    vocabulary = max(t5_tokenizer(1).get_vocab().values()) + 1
+    text = {**ENCODER, "model_type": "mistral", "vocab_size": vocabulary, "head_dim": 8}
+    vision = {
+        "model_type": "pixtral",
+        "hidden_size": WIDTH,
+        "intermediate_size": WIDTH,
+        "num_hidden_layers": 1,
+        "num_attention_heads": HEADS,
+    }
+    return transformers.Mistral3Model(
+        transformers.Mistral3Config(
+            text_config=text | {"num_hidden_layers": 2}, vision_config=vision
+        )
+    )
 
 
 BUILT: Mapping[str, Callable[[str, str], Any]] = {
@@ -336,9 +351,11 @@ BUILT: Mapping[str, Callable[[str, str], Any]] = {
     "LlamaForCausalLM": _llama("LlamaForCausalLM"),
     "LlamaTokenizer": _long_tokenizer,
     "TokenizersBackend": _long_tokenizer,
-    "ChatGLMModel": _chat_glm,
+    "ChatGLMModel": lambda *_: hub._chat_glm(),
     "ChatGLMTokenizer": lambda *_: tokenizers.chat_glm(),
     "Kandinsky5Transformer3DModel": _kandinsky5,
+    "ErnieImageTransformer2DModel": _ernie,
+    "Mistral3Model": _mistral3,
     "UNet2DConditionModel": _kolors_unet,
     "Qwen3VLModel": _qwen3_vl,
     "Qwen2_5_VLTextModel": _qwen_vl_text,

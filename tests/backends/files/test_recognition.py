@@ -64,7 +64,7 @@ PUBLISHED = {
     "v2": ({ATTENTION: (320, 1024)}, ("sd2", "sd1", "ad")),
     "inpainting": ({FIRST_CONV: (320, 9, 3, 3), ATTENTION: (320, 768)}, ("sd1", "sd2")),
     "inpainting_v2": ({FIRST_CONV: (320, 9, 3, 3), ATTENTION: (320, 1024)}, ("sd2", "sd1")),
-    "instruct-pix2pix": ({FIRST_CONV: (320, 8, 3, 3), ATTENTION: (320, 768)}, ()),
+    "instruct-pix2pix": ({FIRST_CONV: (320, 8, 3, 3), ATTENTION: (320, 768)}, ("pix2pix",)),
     "xl_base": (
         {
             CHECKPOINT_KEY_NAMES["xl_base"]: (1280,),

@@ -143,7 +143,8 @@ def test_skipped_predictions_are_on_the_line_through_the_last_two(name):
     """Equal to plain diffusers with a denoiser that is skipped by hand, in every type."""
     plain, pipe = loaded(TABLE[name]), cached(name, "prediction,3")
     # PNDM makes one call more than it has steps, and DDPM adds noise
-    fields = {"scheduler": "euler"} if name in ("sd1", "sd2", "sdup", "ad", "hy") else {}
+    others = ("sd1", "sd2", "sdup", "ad", "hy", "pix2pix")
+    fields = {"scheduler": "euler"} if name in others else {}
     without = result(plain, asked(name, **fields))
     made = pipe.generate(asked(name, **fields))
     figures = made.report["step_cache"]

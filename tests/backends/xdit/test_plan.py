@@ -102,14 +102,17 @@ def test_unet_whose_levels_have_numbers_of_heads_of_their_own(tmp_path):
     assert dict(plan.axes) == {"cfg": 2}
 
 
-def test_rejects_to_spread_tokens_whose_keys_are_kept_for_later_steps(tmp_path):
-    options = {
-        "checkpoint": checkpoint_with(tmp_path, _class_name="Flux2Transformer2DModel"),
-        "ulysses_degree": 2,
-    }
-    spec = replace(TABLE["flux2_klein"], pipeline="Flux2KleinKVPipeline")
-    with pytest.raises(PlanError, match="keeps the keys of its reference images"):
-        make_plan(spec, options, 2)
+@pytest.mark.parametrize(
+    ("name", "pipeline", "message"),
+    [
+        ("flux2_klein", "Flux2KleinKVPipeline", "keeps the keys of its reference images"),
+        ("sd3", "StableDiffusion3PAGPipeline", "masks its attention to perturb it"),
+    ],
+)
+def test_rejects_to_spread_tokens_of_pipelines_that_need_all(name, pipeline, message):
+    spec = replace(TABLE[name], pipeline=pipeline)
+    with pytest.raises(PlanError, match=message):
+        make_plan(spec, {"ulysses_degree": 2}, 2)
 
 
 def test_unet_on_three_ranks_proposes_another_backend():

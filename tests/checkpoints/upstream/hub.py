@@ -138,6 +138,7 @@ def _gemma3() -> Saved:
 
 
 def _chat_glm() -> Saved:
+    """Return Kolors' text encoder, whose constructor leaves memory as it was."""
     from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig, ChatGLMModel
 
     config = ChatGLMConfig(
@@ -153,7 +154,13 @@ def _chat_glm() -> Saved:
         rmsnorm=True,
     )
     config.original_rope = True
-    return ChatGLMModel(config)
+    made = ChatGLMModel(config)
+    for name, parameter in made.named_parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(std=0.2)
+        else:
+            parameter.data.fill_(0.0 if name.endswith("bias") else 1.0)
+    return made
 
 
 def _siglip() -> Saved:

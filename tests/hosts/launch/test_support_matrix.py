@@ -21,7 +21,7 @@ def test_classes_without_a_row_are_listed_with_their_fields_or_the_reason_agains
     found = support_matrix.classes_without_row(table)
     assert found["Flux3ModularPipeline"]["makes"] == "image"
     assert not found.keys() & {spec.pipeline for spec in table.values()}
-    assert {"prompt", "image"} <= set(found["QwenImageEditPlusPipeline"]["takes"])
+    assert {"prompt", "image"} <= set(found["QwenImageLayeredPipeline"]["takes"])
     assert found["AllegroPipeline"]["makes"] == "video"
     assert "audios" in found["StableAudioPipeline"]["refused"]
     text = support_matrix.classes_as_markdown(table)
