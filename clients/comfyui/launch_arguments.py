@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from diffusion_client import HostError
 
 REFUSED = re.compile(
-    r"host|port|api_key|config|\w*_dirs?|deployments|engine|ray_address|rdzv_endpoint|nnodes|node_rank"
-    r"|public_url|allowed_hosts|trusted_proxies"
+    r"host|port|api_keys?|share_jobs|config|\w*_dirs?|deployments|engine|ray_address|rdzv_\w+|nnodes"
+    r"|node_rank|public_url|allowed_hosts|trusted_proxies"
 )
 
 
