@@ -48,6 +48,13 @@ PATCH: Mapping[str, object] = {"no_split_batch": True}
 SEGMENTS: Mapping[str, object] = {"use_cfg_parallel": False}
 ALL_STEPS: Mapping[str, object] = {"strength": 1.0}
 """Of a class that begins with an image: else there would be no middle step to look at."""
+WAITS_OF_A_CLASS: Mapping[str, Mapping[str, int]] = {
+    "QwenImageInpaintPipeline": {
+        "pipeline_qwenimage_inpaint.py": 1,
+        "scheduling_flow_match_euler_discrete.py": 2,
+    }
+}
+"""diffusers' own: after each step it adds noise to what is kept, and looks up how much."""
 
 
 def stages(degree: int, patches: int, **others: object) -> dict[str, object]:
@@ -269,6 +276,7 @@ LONG = (
             options=options,
             load={"parallel_vae": False},
             request=ALL_STEPS,
+            waits=WAITS_OF_A_CLASS.get(pipeline, {}),
         )
         for name, pipeline, options in (
             ("cfg in a batch", "StableDiffusion3Img2ImgPipeline", {"use_cfg_parallel": True}),
@@ -289,6 +297,7 @@ LONG = (
             options={"ulysses_degree": 2},
             load={"parallel_vae": False},
             request=ALL_STEPS,
+            waits=WAITS_OF_A_CLASS.get(pipeline, {}),
         )
         for pipeline in ("StableDiffusion3Img2ImgPipeline", "QwenImageInpaintPipeline")
     ),
@@ -379,7 +388,8 @@ LONG = (
             options={"ulysses_degree": 2},
             load=load,
             request={"num_frames": 5},
-            waits={"pipeline_wan.py": 1},  # to choose between its two transformers
+            # to choose between its two transformers, and small tables that diffusers makes anew
+            waits={"pipeline_wan.py": 1, "scheduling_unipc_multistep.py": 6},
         )
         for also, load in (("", {}), (", divided weights", DIVIDED))
     ),
