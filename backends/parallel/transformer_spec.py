@@ -28,8 +28,9 @@ class BlockCut:
     its last one, so that the class's own code between the lists sees all of them.
     """
 
-    # The first one with a stream tells its number of tokens. A tuple: for each of its items.
-    arguments: Mapping[str, Cut | tuple[Cut, ...]]
+    # The first one with a stream tells its number of tokens. A tuple: for each of its items, None
+    # for one that is the same for all tokens.
+    arguments: Mapping[str, Cut | tuple[Cut | None, ...]]
     # Streams of what a block returns; whole: every rank computes all of it.
     returns: tuple[Literal["image", "text", "whole"], ...] = ("image",)
     is_text_first: bool = False

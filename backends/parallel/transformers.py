@@ -203,7 +203,11 @@ TRANSFORMERS = {
         cuts={
             "transformer_blocks": BlockCut(
                 arguments=_ONE
-                | {"attention_mask": Cut("image", -1), "image_rotary_emb": Cut("image", -2)}
+                | {
+                    "attention_mask": Cut("image", -1),
+                    # tables of angles, and which of them each token has
+                    "image_rotary_emb": (None, Cut("image", -1)),
+                }
             )
         },
         cross_attention=frozenset({"attn2"}),

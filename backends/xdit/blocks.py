@@ -125,7 +125,7 @@ class BlockTokens:
             num_shards=shards,
         )
 
-    def _cut(self, where: Cut | tuple[Cut, ...] | None, value: Any) -> Any:
+    def _cut(self, where: Cut | tuple[Cut | None, ...] | None, value: Any) -> Any:
         """Return this rank's entries of an argument. Those of the block before are cut already."""
         if where is None:
             return value

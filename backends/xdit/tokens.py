@@ -212,7 +212,9 @@ def require_row(denoiser: nn.Module) -> TransformerSpec:
 def _cut(value: Any, spans: tuple[Span, ...], dim: int) -> Any:
     """Cut every tensor in `value` along `dim`."""
     if torch.is_tensor(value):
-        return take(value, spans, dim=dim if dim < value.dim() else 0)
+        dim = dim if dim < value.dim() else 0
+        is_shared = value.shape[dim] == 1 and spans[-1][1] > 1  # one entry for all tokens
+        return value if is_shared else take(value, spans, dim=dim)
     if isinstance(value, list | tuple):
         return type(value)(_cut(item, spans, dim) for item in value)
     if isinstance(value, dict):

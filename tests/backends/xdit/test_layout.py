@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from backends.xdit.layout import Layout, sizes, take
+from backends.xdit.tokens import _cut
 
 LENGTHS = [(0, 16), (7, 25), (1, 3), (77, 1)]
 
@@ -61,3 +62,10 @@ def test_sizes_differ_by_one_at_most():
 
 def test_take_concatenates_spans():
     assert take(torch.arange(10)[None], [(1, 3), (7, 8)], dim=1).tolist() == [[1, 2, 7]]
+
+
+def test_an_entry_that_all_tokens_share_is_not_cut():
+    positions = torch.ones(1, 8)
+    for span in ((0, 16), (16, 32)):
+        assert _cut(positions, (span,), 0) is positions
+    assert _cut(torch.ones(2, 1, 8), ((0, 0),), 1).shape == (2, 0, 8)  # one token, on one rank

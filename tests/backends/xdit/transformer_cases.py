@@ -22,6 +22,7 @@ from tests.backends.xdit.transformer_inputs import (
     SIZES,
     TEXT,
     WAN,
+    allegro_positions,
     cogvideo_positions,
     hunyuan_video,
     ideogram,
@@ -54,6 +55,7 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Any]]]] = {
             12,
             attention_mask=torch.ones(2, 2, 10, 12),
             encoder_attention_mask=padding(kind=torch.long),
+            image_rotary_emb=allegro_positions(2, 5, 6),
         ),
     ),
     "AnyFlowTransformer3DModel": (

@@ -30,6 +30,14 @@ def grid(height: int, width: int) -> Tensor:
     return torch.stack((torch.zeros_like(rows), rows, columns), dim=-1).reshape(-1, 3).float()
 
 
+def allegro_positions(*sides: int, dim: int = 4) -> tuple[Any, Any]:
+    """Tables of angles for frames, rows and columns, and the entries of each token in them."""
+    angles = [randn(side, dim) for side in sides]
+    tables = tuple((each.cos(), each.sin()) for each in angles)
+    tokens = torch.cartesian_prod(*map(torch.arange, sides))
+    return tables, tuple(tokens[:, axis][None] for axis in range(len(sides)))
+
+
 def image_and_text(*latents: int, text: int = 16, **others: Any) -> dict[str, Any]:
     return {
         "hidden_states": randn(2, *latents),

@@ -63,7 +63,10 @@ def glm_image() -> transformers.Qwen2Tokenizer:
     return transformers.Qwen2Tokenizer(
         vocab=plain.get_vocab(),
         merges=_merges(plain),
-        chat_template=CHAT,
+        chat_template=CHAT.replace(
+            "{{ part.text }}",
+            "{% if part.type == 'image' %}<|image|>{% else %}{{ part.text }}{% endif %}",
+        ),
         bos_token="<|im_start|>",
         extra_special_tokens={
             "image_token": "<|image|>",
