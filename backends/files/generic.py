@@ -34,6 +34,8 @@ FRAMES_PER_S = 16
 """Speed of a video whose class takes none."""
 LISTED_IMAGES = frozenset({"GlmImagePipeline"})
 """Classes that want a list even of one image, though they declare both."""
+GRID = frozenset({"task_prompt", "content_prompt"})
+"""Arguments of classes whose images are examples in rows, and the last one is to be made."""
 GUIDED_BY = ("guidance_scale", "true_cfg_scale", "max_guidance_scale", "prior_guidance_scale")
 STEPS = ("num_inference_steps", "prior_num_inference_steps")
 CARRIED = {
@@ -150,6 +152,8 @@ def why_not(call: PipelineCall) -> str:
         return f"makes {made} and neither images nor videos"
     if call.continues:
         return "edits what a call of another of its methods has left, and a request makes one call"
+    if call.names >= GRID:
+        return "takes rows of images with an empty place for its own, and no field carries those"
     missing = [
         f"{parameter} ({call.annotations[parameter]})"
         for parameter in _without_field(call)

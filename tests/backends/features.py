@@ -47,8 +47,6 @@ OWN_ARGUMENTS: Mapping[str, Mapping[str, object]] = {
     "ltx2": {"spatio_temporal_guidance_blocks": [1]},
     # and its image is compressed as a video's by a package that is not installed for the tests
     "ltx2_i2v": {"spatio_temporal_guidance_blocks": [1], "image_crf": 0},
-    # the tiny CLIPs have fewer positions than those of published models
-    "hidream": {"max_sequence_length": 77},
     # its text encoder would write a prompt of up to 512 tokens first
     "longcat": {"enable_prompt_rewrite": False},
 }

@@ -54,8 +54,14 @@ from tests.checkpoints import sample_image, upstream
 from tests.checkpoints.variants import MODULAR, variant
 
 SIZE, LENGTH, STEPS, SEED = 64, 5, 4, 3
-LEAST_SIDE = {"Flux2KleinInpaintPipeline": 64, "StableDiffusionLatentUpscalePipeline": 64}
-"""Pipeline class -> smallest side of an image that it takes, where its test brings a tensor."""
+LEAST_SIDE = {
+    "AllegroPipeline": 32,
+    "Flux2KleinInpaintPipeline": 64,
+    "StableDiffusionLatentUpscalePipeline": 64,
+}
+"""Pipeline class -> smallest side of an image that it takes, or of which each of two ranks has more
+than one token, where its test has a smaller one.
+"""
 LEFT_OUT = {"Kandinsky5I2IPipeline": "max_sequence_length"}
 """Pipeline class -> argument of its test that is too short for tokenizers that spell words."""
 DECIDED = re.compile(r"guidance|prompt(?!_template)|embeds|latents")
@@ -96,6 +102,8 @@ def fields_of(name: str, spec: ModelSpec) -> dict[str, Any]:
         "control_image": sample_image(SIZE, seed=1),
         "strength": 0.6,
     }
+    if "video" in spec.requires:
+        asked["video"] = [sample_image(SIZE, seed=seed) for seed in range(LENGTH)]
     if name in upstream.known():
         inputs = upstream.inputs(name)
         asked |= _sizes_of(name, inputs, spec)
@@ -117,6 +125,8 @@ def _sizes_of(pipeline: str, inputs: dict[str, Any], spec: ModelSpec) -> dict[st
     for size in ("height", "width", "num_frames"):
         name = carrier(spec.parameters, size)
         found[size] = (inputs[name] or SIZE) if name in inputs else None
+        if found[size] is not None and size != "num_frames":
+            found[size] = max(found[size], LEAST_SIDE.get(pipeline, 0))
     for picture in ("image", "control_image", "mask_image", "video"):
         names = [name for name in CARRIED[picture] if name in inputs]
         if names and (side := _side(inputs[names[0]])):

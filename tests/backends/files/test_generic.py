@@ -100,6 +100,7 @@ def test_a_class_is_refused_for_what_no_request_can_bring():
         ("NoSuchPipeline", "NoSuchPipeline, which the installed diffusers does not have"),
         (["my_pipeline", "MyPipeline"], "Code that comes with a checkpoint is not run"),
         ("StableAudioPipeline", "makes audios and neither images nor videos"),
+        ("VisualClozePipeline", "takes rows of images with an empty place for its own"),
         ("KandinskyV22PriorPipeline", "makes image_embeds, negative_image_embeds and neither"),
         ("LEditsPPPipelineStableDiffusion", "edits what a call of another of its methods has left"),
     ],

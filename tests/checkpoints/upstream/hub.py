@@ -213,7 +213,7 @@ REPOSITORIES: Mapping[str, tuple[Callable[[], Saved], ...]] = {
     "THUDM/glm-4-9b-chat": (tokenizers.chat_tokenizer,),
     "diffusers/consistency-models-test/test_unet": (_unet,),
     "zai-org/GLM-Image/processor": (
-        transformers.GlmImageImageProcessorPil,
+        lambda: transformers.GlmImageImageProcessorPil(patch_size=8),
         tokenizers.glm_image,
     ),
 }
