@@ -18,7 +18,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from backends.errors import ConfigError, HostError, RequestError, UnsupportedError
+from backends.errors import CancelledError, ConfigError, HostError, RequestError, UnsupportedError
 from backends.generation import latents as latent_space
 from backends.generation.batching import require_one_batch
 from backends.generation.call_arguments import (
@@ -289,16 +289,14 @@ class LoadedPipeline:
     def _run(
         self, prepared: Sequence[PreparedRequest], on_step: OnStep | None
     ) -> tuple[Generation, list[tuple[Array, Array | None]] | None]:
-        """Return the generation with its rows; None for a result to be computed again, undivided:
-        the pipeline has not called its denoiser as in its first step.
-        """
+        """Return the generation with its rows; None if they must be computed again, undivided."""
         kind = GenericGeneration if self.spec.runs_as_is else Generation
         with self._begun(prepared[0]):
             generation = kind(self, prepared, on_step=self._step_reporter(on_step))
             self._generation = generation
             try:
                 return generation, generation.run()
-            except GuidanceChanged:
+            except GuidanceChanged:  # the denoiser was not called as in the first step
                 self._backend.refuse_split()
                 return generation, None
 
@@ -314,17 +312,18 @@ class LoadedPipeline:
         if self._step_cache is not None:
             self._step_cache.begin(is_on=prepared.run.step_cache is not None)
         self.shared.begin()
-        has_failed = True
+        has_failed = is_out_of_step = True
         try:
             yield
-            has_failed = False
+            has_failed = is_out_of_step = False
         except Exception as error:
-            # other ranks may not have raised it, and would wait for this one
+            is_out_of_step = not isinstance(error, CancelledError)
+            # others may not have raised it, and would wait for this one
             if self._backend is not None and not isinstance(error, HostError):
                 self._backend.mesh.groups.give_up()
             raise
         finally:
-            self.shared.end(has_failed=has_failed)
+            self.shared.end(is_out_of_step=is_out_of_step)
             if has_failed:
                 self.forget_prompts()
             if self._backend is not None:

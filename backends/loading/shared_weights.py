@@ -111,10 +111,10 @@ class SharedWeights:
         if self._gathered is not None:
             self._gathered.begin()
 
-    def end(self, *, has_failed: bool) -> None:
-        """End a generation."""
+    def end(self, *, is_out_of_step: bool) -> None:
+        """End a generation. is_out_of_step: ranks may have stopped at different places."""
         if self._gathered is not None:
-            self._gathered.end(has_failed=has_failed)
+            self._gathered.end(is_out_of_step=is_out_of_step)
 
     def move(self, device: torch.device) -> None:
         """Move the shares; weight_shards.move moves the rest."""

@@ -106,13 +106,14 @@ class GatheredWeights:
         """Forget in which order the last run used the blocks, as another rank may not know it."""
         self._next, self._last = {}, None
 
-    def end(self, *, has_failed: bool) -> None:
-        """Finish or, after a failure, drop the gathering of blocks that did not run."""
-        if not has_failed:
-            for _, wait in self._pending.values():
-                wait()
+    def end(self, *, is_out_of_step: bool) -> None:
+        """Finish the gathering of blocks that did not run, or drop it where other ranks may not
+        have begun it. A cancelled run is none of these: all ranks stop at the same step.
+        """
+        if not is_out_of_step:
+            self._finish_pending()
         self._pending.clear()
-        for block in self._blocks if has_failed else ():
+        for block in self._blocks if is_out_of_step else ():
             _drop(block)
 
     def move(self, device: torch.device) -> None:
@@ -145,6 +146,9 @@ class GatheredWeights:
     def _around(self, index: int) -> hooks.Around:
         def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             block = self._blocks[index]
+            if index not in self._pending:
+                # gathered for nothing: a text encoder, called twice, is expected a third time
+                self._finish_pending()
             buffer, wait = self._pending.pop(index, None) or self._start(index)
             if self._last is not None:
                 self._next[self._last] = index
@@ -160,6 +164,12 @@ class GatheredWeights:
                 _drop(block)
 
         return around
+
+    def _finish_pending(self) -> None:
+        """Let go of blocks that do not run, whose memory would be held until the end."""
+        for _, wait in self._pending.values():
+            wait()
+        self._pending.clear()
 
     def _start(self, index: int) -> tuple[Tensor, Callable[[], None]]:
         if self._axis is None:

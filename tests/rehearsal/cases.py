@@ -390,8 +390,6 @@ LONG = (
             request={"num_frames": 5},
             # to choose between its two transformers, and small tables that diffusers makes anew
             waits={"pipeline_wan.py": 1, "scheduling_unipc_multistep.py": 6},
-            # the first step, behind the text encoder's first block, gathered for a third call
-            queues_in=("",) if load else (),
         )
         for also, load in (("", {}), (", divided weights", DIVIDED))
     ),

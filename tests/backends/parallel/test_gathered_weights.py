@@ -206,3 +206,16 @@ def test_block_that_was_moved_gets_its_weights_in_its_new_buffers() -> None:
     block._apply(torch.clone)  # as .to() another device: parameters stay, and buffers are new
     gathered.move(CPU)
     assert torch.equal(block(value), want)
+
+
+def test_block_that_was_gathered_for_nothing_is_let_go() -> None:
+    """A text encoder that was called twice is expected a third time, but the denoiser comes."""
+    encoder, denoiser = ([Scaled(), Scaled()] for _ in range(2))
+    gathered = GatheredWeights(rank=0, size=1)
+    for block in (*encoder, *denoiser):
+        gathered.take(block, device=CPU)
+    gathered.use(Axis(name="all", ranks=(0,), rank=0, group=None), CommStats())
+    gathered.begin()
+    for block in (*encoder, *encoder, *denoiser):
+        block(torch.randn(3))
+    assert not gathered._pending
