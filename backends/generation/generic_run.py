@@ -363,6 +363,8 @@ class _CountedStep:
         functools.update_wrapper(self, type(scheduler).step.__get__(scheduler))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Kandinsky 5 writes the result over the sample, which schedulers of several orders keep
+        args, kwargs = (*args[:2], *map(_copied, args[2:])), _copied_sample(kwargs)
         result = type(self._scheduler).step(self._scheduler, *args, **kwargs)
         sample = result[0] if isinstance(result, tuple) else result.prev_sample
         self._stepped(self._scheduler, sample)
@@ -370,6 +372,14 @@ class _CountedStep:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_CountedStep":
         return _CountedStep(memo.get(id(self._scheduler), self._scheduler), self._stepped)
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _copied_sample(named: dict[str, Any]) -> dict[str, Any]:
+    return {name: _copied(value) if name == "sample" else value for name, value in named.items()}
 
 
 @contextmanager

@@ -6,10 +6,14 @@ model was trained with (noise levels, prediction type) and what decides a schedu
 """
 
 import difflib
+import importlib
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
 
 Switch = bool | None
 Shift = Annotated[float | None, Field(ge=0.01, le=100)]
@@ -160,7 +164,48 @@ def model_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     implicit = set(config.get("_use_default_values", ())) - set(NOISE_FIELDS)
     carried = {key: config[key] for key in MODEL_FIELDS if key in config and key not in implicit}
     # DDIM, DDPM, LCM and TCD clip the clean sample to [-1, 1] by default; latents exceed that
-    return {"clip_sample": False} | carried
+    return {"clip_sample": False} | carried | _shifted_noise(config) | _flow_shift(config)
+
+
+def _shifted_noise(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the noise levels of a class that shifts them, as `trained_betas`, which all others
+    take. rescale_betas_zero_snr stays a setting: the shift comes before it in either class.
+    """
+    class_name = config["_class_name"]
+    if class_name not in SHIFTED:
+        return {}
+    fields = {name: value for name, value in config.items() if not name.startswith("_")}
+    own = _diffusers_class(class_name)(**fields | {"rescale_betas_zero_snr": False})
+    # these classes have clip_sample, on by default, and never read it
+    return {"trained_betas": _betas_of(own), "clip_sample": False}
+
+
+def _flow_shift(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the shift of a flow-matching model, which half of the classes call flow_shift."""
+    is_other = "shift" not in config and config.get("use_flow_sigmas")
+    return {"shift": config["flow_shift"]} if is_other and "flow_shift" in config else {}
+
+
+def rescaled_noise(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the noise levels that rescale_betas_zero_snr leads to, as `trained_betas`, for a class
+    without that setting.
+
+    diffusers' DPM++ computes them, with a last level that can be divided by.
+    """
+    levels = {name: fields[name] for name in NOISE_FIELDS if name in fields}
+    rescaled = _diffusers_class("DPMSolverMultistepScheduler")(
+        **levels | {"rescale_betas_zero_snr": True}
+    )
+    return {"trained_betas": _betas_of(rescaled)}
+
+
+def _betas_of(scheduler: "SchedulerMixin") -> list[float]:
+    kept = scheduler.alphas_cumprod.double()
+    return [1 - kept[0].item(), *(1 - kept[1:] / kept[:-1]).tolist()]
+
+
+def _diffusers_class(name: str) -> "type[SchedulerMixin]":
+    return getattr(importlib.import_module("diffusers"), name)
 
 
 def why_unknown(names: Mapping[str, Any]) -> str | None:

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 from backends.errors import RequestError
 from backends.generation.scheduler_settings import (
     DESCRIBED,
-    SHIFTED,
     SIGMA_FLAGS,
     model_fields,
+    rescaled_noise,
     why_not_at_launch,
     why_refused,
     why_unknown,
@@ -326,12 +326,20 @@ def build_scheduler(
     if facts.class_name == config["_class_name"]:
         fields = {key: setting for key, setting in config.items() if not key.startswith("_")}
     else:
-        fields = model_fields(config) | _shifted_noise(config)
+        _require_same_direction(config, facts.class_name, choice.name)
+        fields = model_fields(config)
     if any(choice.overrides.get(flag) for flag in SIGMA_FLAGS):
         # the requested flag replaces the checkpoint's
         fields |= dict.fromkeys(SIGMA_FLAGS, False)
     accepted = set(inspect.signature(scheduler_class.__init__).parameters)
-    wanted = _usable(choice.overrides, accepted - set(flow_extra), facts.class_name)
+    overrides = dict(choice.overrides)
+    if not flow and "rescale_betas_zero_snr" not in accepted:
+        # these classes take the noise levels that the setting leads to
+        rescales = overrides.pop(
+            "rescale_betas_zero_snr", fields.get("rescale_betas_zero_snr", False)
+        )
+        fields |= rescaled_noise(fields | overrides) if rescales else {}
+    wanted = _usable(overrides, accepted - set(flow_extra), facts.class_name)
     settings = {
         key: setting
         for key, setting in (fields | dict(facts.extra) | wanted | flow_extra).items()
@@ -366,17 +374,23 @@ def _require_described(class_name: str, name: str) -> None:
         )
 
 
-def _shifted_noise(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the noise levels of a class that shifts them, as `trained_betas`, which all others
-    take. rescale_betas_zero_snr stays a setting: the shift comes before it in either class.
+def _require_same_direction(config: Mapping[str, Any], class_name: str, name: str | None) -> None:
+    """Raise SchedulerError if the model counts its noise levels backwards (Mochi) and the class
+    does not.
     """
-    class_name = config["_class_name"]
-    if class_name not in SHIFTED:
-        return {}
-    fields = {name: value for name, value in config.items() if not name.startswith("_")}
-    own = _class("diffusers", class_name)(**fields | {"rescale_betas_zero_snr": False})
-    kept = own.alphas_cumprod.double()
-    return {"trained_betas": [1 - kept[0].item(), *(1 - kept[1:] / kept[:-1]).tolist()]}
+    able = [
+        facts.class_name
+        for facts in SCHEDULERS.values()
+        if facts.flow and facts.class_name != "FlowMatchHeunDiscreteScheduler"
+    ]
+    if config.get("invert_sigmas") and class_name not in able:
+        names = ", ".join(
+            key for key, facts in SCHEDULERS.items() if facts.flow and facts.class_name in able
+        )
+        raise SchedulerError(
+            f"scheduler={name!r} cannot sample this model, whose noise levels count backwards "
+            f"(invert_sigmas). Allowed for this model: {names}."
+        )
 
 
 def step_facts(scheduler: "SchedulerMixin | None", request: GenerateRequest) -> dict[str, bool]:

@@ -29,8 +29,9 @@ from backends.generation.pipeline import LoadedPipeline, load_pipeline
 from backends.generation.prompts import PromptCache
 from backends.generation.schedulers import step_facts
 from backends.loading.offload import apply_vae_options
+from backends.model_table import read_table
 from backends.request import GenerateRequest, LoadRequest
-from tests.checkpoints import sample_image
+from tests.checkpoints import checkpoint, sample_image
 from tests.checkpoints.parts import clip_text
 from tests.checkpoints.variants import variant
 from tests.checkpoints.vocabulary import clip_tokenizer
@@ -227,3 +228,20 @@ def test_prompts_encoded_without_guidance_are_no_answer_with_it():
         negatives.append(negative)
     assert negatives[0] is None
     assert torch.equal(negatives[1], negatives[2])
+
+
+@pytest.mark.parametrize("name", ["heun", "dpmpp_sde"])
+def test_a_sampler_keeps_its_sample_though_the_class_overwrites_it(name):
+    """Kandinsky 5 writes each step's result into the tensor that it passed to the scheduler."""
+    load = LoadRequest(
+        model_type="kandinsky5", checkpoint=str(checkpoint("kandinsky5")), variant="fp32"
+    )
+    pipe = load_pipeline(read_table()["kandinsky5"], load, device=torch.device("cpu"))
+
+    def drawn(scheduler: str, steps: int, seed: int = 3) -> np.ndarray:
+        asked = {"height": 64, "width": 64, "num_frames": 1, "num_inference_steps": steps}
+        request = GenerateRequest(prompt="a cat", seed=seed, scheduler=scheduler, **asked)
+        return pipe.generate(request).frames.astype(float)
+
+    solution = drawn("euler", 30)
+    assert abs(drawn(name, 15) - solution).mean() < 2 < abs(drawn("euler", 15, 4) - solution).mean()

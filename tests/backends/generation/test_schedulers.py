@@ -383,12 +383,14 @@ def test_a_shifted_schedule_reaches_another_class(own, shift):
         "timestep_spacing": "trailing",
         "snr_shift_scale": shift,
     }
-    pristine = getattr(diffusers, own)(**config)
+    # a saved scheduler says clip_sample=true, its default, which these classes never read
+    pristine = getattr(diffusers, own)(**config | {"clip_sample": True})
     for name in ("ddim", "euler", "dpmpp_2m"):
         other = build_scheduler(parse_scheduler(name), pristine, flow=False)
         torch.testing.assert_close(
             other.alphas_cumprod[:-1].double(), pristine.alphas_cumprod[:-1], atol=1e-5, rtol=1e-3
         )
+        assert not other.config.get("clip_sample")
     expected, found = (
         _denoise(scheduler, steps=5)
         for scheduler in (
@@ -397,6 +399,57 @@ def test_a_shifted_schedule_reaches_another_class(own, shift):
         )
     )
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+
+
+ZERO_SNR = SD_CLIP | {
+    "_class_name": "EulerDiscreteScheduler",
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "timestep_spacing": "trailing",
+}
+"""As NoobAI's v-prediction models have it."""
+
+
+@pytest.mark.parametrize("name", EPSILON_NAMES)
+def test_noise_levels_without_signal_at_the_end_reach_every_class(name):
+    """Half of the classes lack rescale_betas_zero_snr. They are given the levels themselves."""
+    levels = build_scheduler(parse_scheduler(None), ZERO_SNR, flow=False).alphas_cumprod
+    built_ = build_scheduler(parse_scheduler(name), ZERO_SNR, flow=False)
+    torch.testing.assert_close(built_.alphas_cumprod[:-1], levels[:-1], atol=1e-6, rtol=1e-3)
+    assert built_.alphas_cumprod[-1] < 1e-6
+    if name not in STOCHASTIC and built_.alphas_cumprod[-1] > 0:
+        want = gaussian.exact(0, gaussian.noise(), 100, is_flow=False)
+        assert (gaussian.sample(built_, 40).latents - want).abs().mean() < 0.06
+
+
+def test_a_request_for_rescaled_levels_reaches_a_class_without_the_setting(caplog):
+    asked = {"scheduler": "heun", "rescale_betas_zero_snr": True}
+    with caplog.at_level(logging.WARNING):
+        assert built(asked, "sd1").alphas_cumprod[-1] < 1e-6
+        assert built(asked | {"rescale_betas_zero_snr": False}, "sd1").alphas_cumprod[-1] > 1e-3
+    assert "ignored" not in caplog.text
+
+
+@pytest.mark.parametrize("name", ["euler", "heun", "lcm", "dpmpp_2m", "unipc"])
+def test_shift_of_a_flow_model_reaches_a_class_with_another_name_for_it(name):
+    wan = {
+        "_class_name": "UniPCMultistepScheduler",
+        "flow_shift": 5.0,
+        "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True,
+    }
+    scheduler = build_scheduler(parse_scheduler(name), wan, flow=True)
+    scheduler.set_timesteps(10)
+    middle = float(scheduler.timesteps[len(scheduler.timesteps) // 2])
+    assert middle > 750  # 500 without the shift
+
+
+@pytest.mark.parametrize("name", ["unipc", "dpmpp_2m", "heun"])
+def test_refuses_a_class_that_cannot_count_backwards(name):
+    mochi = FLOW | {"invert_sigmas": True}
+    with pytest.raises(SchedulerError, match=r"count backwards .* Allowed .*: fm_euler, fm_lcm"):
+        build_scheduler(parse_scheduler(name), mochi, flow=True)
+    assert build_scheduler(parse_scheduler("euler"), mochi, flow=True).config.invert_sigmas
 
 
 def _denoise(scheduler, *, steps):
