@@ -175,7 +175,11 @@ def test_a_denoiser_for_encoders_of_another_width_is_refused(
 
 @pytest.mark.parametrize(
     ("name", "key"),
-    [(name, key) for name, spec in TABLE.items() for key in spec.fits.get("is", {})],
+    [
+        pytest.param(name, key, marks=() if name in NAMES else pytest.mark.slow)
+        for name, spec in TABLE.items()
+        for key in spec.fits.get("is", {})
+    ],
 )
 def test_a_denoiser_of_another_kind_is_refused(name: str, key: str, tmp_path: Path) -> None:
     denoiser = TABLE[name].denoiser
