@@ -318,8 +318,14 @@ def _is_pipeline(part: Any) -> bool:
 
 
 def _schedulers(pipe: Any) -> list[Any]:
+    """Return those whose steps can be counted: one has methods of other names."""
     found = (*pipe.components.values(), getattr(pipe, "scheduler", None))
-    return list({id(each): each for each in found if hasattr(type(each), "set_timesteps")}.values())
+    counted = ("set_timesteps", "step")
+    return list(
+        {
+            id(each): each for each in found if all(hasattr(type(each), name) for name in counted)
+        }.values()
+    )
 
 
 @contextmanager

@@ -30,6 +30,10 @@ NOT_SPREAD = {
         "keeps the keys of its reference images from the first step for the others, and ranks that "
         "spread tokens would need each other's"
     ),
+    "GlmImagePipeline": (
+        "reads the words in quotation marks as text, and without any it is one token, which ranks "
+        "cannot share"
+    ),
     "StableDiffusion3PAGImg2ImgPipeline": _MASKS,
     "StableDiffusion3PAGPipeline": _MASKS,
 }

@@ -114,6 +114,8 @@ def fields_of(name: str, spec: ModelSpec) -> dict[str, Any]:
             asked["arguments"]["use_resolution_binning"] = False
         if isinstance(inputs.get("prompt"), str) and inputs["prompt"]:
             asked["prompt"] = inputs["prompt"]  # some classes want JSON
+    if name == "GlmImagePipeline":
+        del asked["image"]  # its tiny language model cannot read one
     return {
         name: value for name, value in asked.items() if name in spec.takes and value is not None
     }
@@ -255,7 +257,7 @@ def plain_frames(name: str, spec: ModelSpec, fields: dict[str, Any]) -> np.ndarr
         arguments["max_area"] = fields["height"] * fields["width"]
     if name.startswith("SanaSprint"):
         arguments["intermediate_timesteps"] = None  # by default the class takes two steps only
-    if name in LISTED_IMAGES:
+    if name in LISTED_IMAGES and "image" in arguments:
         arguments["image"] = [arguments["image"]]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)

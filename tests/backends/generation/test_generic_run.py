@@ -13,6 +13,7 @@ from diffusers import (
     DiffusionPipeline,
     EulerDiscreteScheduler,
     I2VGenXLPipeline,
+    ScoreSdeVeScheduler,
 )
 from diffusers.pipelines.ltx2.pipeline_output import LTX2PipelineOutput
 
@@ -165,6 +166,12 @@ def test_a_timestep_between_two_steps_is_left_out_of_more_steps(steps, more):
     spec = facts_of({"num_inference_steps": 2, "intermediate_timesteps": 1.3})
     found = generic_arguments(GenerateRequest(num_inference_steps=steps), spec)
     assert found == {"num_inference_steps": steps, **more}
+
+
+def test_a_sampler_whose_steps_have_other_names_is_not_counted():
+    pipe = SimpleNamespace(components={}, scheduler=ScoreSdeVeScheduler(), progress_bar=iter)
+    with StepCounter(pipe, (), on_step=print).attached():
+        assert "step" not in vars(pipe.scheduler)
 
 
 def test_a_pipeline_without_a_sampler_has_no_steps_to_skip():

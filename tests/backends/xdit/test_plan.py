@@ -107,6 +107,7 @@ def test_unet_whose_levels_have_numbers_of_heads_of_their_own(tmp_path):
     [
         ("flux2_klein", "Flux2KleinKVPipeline", "keeps the keys of its reference images"),
         ("sd3", "StableDiffusion3PAGPipeline", "masks its attention to perturb it"),
+        ("flux", "GlmImagePipeline", "reads the words in quotation marks"),
     ],
 )
 def test_rejects_to_spread_tokens_of_pipelines_that_need_all(name, pipeline, message):
