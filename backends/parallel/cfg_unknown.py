@@ -44,6 +44,7 @@ class GuidanceSplit:
         self._pairs = PairSplit(denoiser, mesh, is_sure=False)
         self._fits: dict[Any, bool] = {}
         self._is_refused = False
+        self._is_read: bool | None = None
         self.kind = "whole"
         """How the last generation was computed: 'batch', 'calls' or 'whole'."""
 
@@ -54,7 +55,7 @@ class GuidanceSplit:
         hooks.detach(self._denoiser, NAME)
 
     def begin(self) -> None:
-        self.kind = "whole"
+        self.kind, self._is_read = "whole", None
         self._pairs.begin(is_on=not self._is_refused)
 
     def step_done(self) -> None:
@@ -82,6 +83,12 @@ class GuidanceSplit:
         ]
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
         arguments = {name: arguments[name] for name in (*names, *arguments) if name in arguments}
+        if self._is_read is None:
+            self._is_read = _is_read_inside(self._denoiser)
+            if self._is_read:
+                logger.warning("the pipeline reads inside %s: no rank computes a part", self._name)
+        if self._is_read:
+            return forward(**arguments)
         first = next(iter(arguments.values()))
         axis = self._mesh.axis("cfg")
         batch = len(first) if isinstance(first, Tensor | list) else 1
@@ -140,6 +147,17 @@ class GuidanceSplit:
     @property
     def _name(self) -> str:
         return type(self._denoiser).__name__
+
+
+def _is_read_inside(denoiser: nn.Module) -> bool:
+    """Return whether the pipeline watches parts of the denoiser, such as attention maps: then its
+    output is not all that counts, and a rank with one half would show the pipeline that half.
+    """
+    return any(
+        module._forward_hooks
+        or type(getattr(module, "processor", None)).__module__.startswith("diffusers.pipelines.")
+        for module in denoiser.modules()
+    )
 
 
 def _copied(arguments: dict[str, Any]) -> dict[str, Any]:

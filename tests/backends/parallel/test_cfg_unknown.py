@@ -166,6 +166,29 @@ def test_a_half_that_one_rank_cannot_compute_is_no_half_for_the_other(
     run_on_ranks(check_picky, 2)
 
 
+def check_watched(rank: int, size: int) -> None:
+    with split_on(rank) as (split, call, rows):
+        seen: list[int] = []
+        watch = split._denoiser.transformer_blocks[1].register_forward_hook(
+            lambda module, inputs, output: seen.append(len(output))
+        )
+        for seed in range(3):
+            call(2, seed)
+        assert seen == rows == [2] * 3 and split.kind == "whole"
+        watch.remove()
+        split.begin()
+        for seed in range(3):
+            call(2, seed)
+        assert rows[-1] == 1 and split.kind == "batch"
+
+
+def test_a_pipeline_that_watches_parts_of_the_denoiser_sees_both_halves(
+    run_on_ranks: Callable,
+) -> None:
+    """Self-attention guidance reads attention maps of both halves."""
+    run_on_ranks(check_watched, 2)
+
+
 def test_two_ranks_share_two_calls_until_the_pipeline_changes(run_on_ranks: Callable) -> None:
     run_on_ranks(check_calls, 2)
 
