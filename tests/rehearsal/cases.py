@@ -174,6 +174,7 @@ LONG = (
         backend="asyncdiff",
         options=SEGMENTS,
         request={"num_frames": 5},
+        waits={"scheduling_unipc_multistep.py": 6},
     ),
     Ranks(
         label="segments, offload model",
@@ -379,6 +380,7 @@ LONG = (
         backend="xdit",
         options={"ulysses_degree": 2},
         request={"num_frames": 5},
+        waits={"scheduling_unipc_multistep.py": 6},
     ),
     *(
         Ranks(
