@@ -32,7 +32,8 @@ from torch import Tensor
 
 from backends import BACKEND_NAMES, backend_class, planner
 from backends.errors import HostError
-from backends.generation.schedulers import build_scheduler, parse_scheduler, step_facts
+from backends.generation.schedulers import build_scheduler, parse_scheduler
+from backends.generation.step_driver import step_facts
 from backends.groups.control_group import gather_outcomes
 from backends.groups.mesh import Mesh
 from backends.loading.caches.step_cache import AnyCache, attached_cache

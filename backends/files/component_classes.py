@@ -82,6 +82,13 @@ def require_scheduler_settings(name: str, config: Mapping[str, Any], *, given: s
 
 
 @lru_cache(maxsize=64)
+def settings_of(scheduler: str) -> frozenset[str]:
+    """Return the settings that a scheduler class of diffusers takes; none if there is no such."""
+    source = _source("diffusers", "schedulers/**/*.py", scheduler)
+    return frozenset(_annotations(source, scheduler)) if source is not None else frozenset()
+
+
+@lru_cache(maxsize=64)
 def _is_model_of_transformers(name: str) -> bool:
     is_installed = importlib.util.find_spec("transformers") is not None
     return not is_installed or bool(_source("transformers", "models/*/modeling_*.py", name))

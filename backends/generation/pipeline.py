@@ -36,7 +36,8 @@ from backends.generation.prompts import (
     unread_tokens,
 )
 from backends.generation.run import Generation, OnStep, PreparedRequest
-from backends.generation.schedulers import build_scheduler, choose_scheduler, step_facts
+from backends.generation.schedulers import build_scheduler, choose_scheduler
+from backends.generation.step_driver import step_facts
 from backends.loading.caches.step_cache import AnyCache, attached_cache, wanted_cache
 from backends.loading.compilation import Compilation
 from backends.loading.controlnet import require_control

@@ -97,6 +97,7 @@ class LaunchSettings(RequestedSettings):
     ) = None
 
 
+TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
 SIGMA_FLAGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 SHIFTED = frozenset({"CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"})
 """Classes that shift the noise levels by a setting of their own, snr_shift_scale."""
@@ -208,10 +209,12 @@ def _diffusers_class(name: str) -> "type[SchedulerMixin]":
     return getattr(importlib.import_module("diffusers"), name)
 
 
-def why_unknown(names: Mapping[str, Any]) -> str | None:
-    """Return what is wrong with the first name that no scheduler has; None if all are known."""
+def why_wrong(overrides: Mapping[str, Any]) -> str | None:
+    """Return what is wrong with settings that no scheduler has, or that exclude each other; None if
+    nothing is.
+    """
     known = (*OF_REQUESTS, *OF_OPERATORS)
-    for name in names:
+    for name in overrides:
         if name not in known:
             closest = difflib.get_close_matches(str(name)[:80], known, n=1)
             advice = f"Did you mean {closest[0]!r}?" if closest else "Leave it out."
@@ -219,6 +222,20 @@ def why_unknown(names: Mapping[str, Any]) -> str | None:
                 f"scheduler setting {str(name)[:80]!r} is not a setting of any scheduler. "
                 f"{advice} Allowed in requests: {_allowed()}."
             )
+    for key in (*SIGMA_FLAGS, "rescale_betas_zero_snr"):
+        if not isinstance(overrides.get(key, False), bool):
+            return (
+                f"scheduler setting {key}={overrides[key]!r} is not allowed. Allowed: true, false."
+            )
+    chosen = [flag for flag in SIGMA_FLAGS if overrides.get(flag)]
+    if len(chosen) > 1:
+        return f"scheduler settings {' and '.join(chosen)} exclude each other. Set one of them."
+    spacing = overrides.get("timestep_spacing", "leading")
+    if spacing not in TIMESTEP_SPACINGS:
+        return (
+            f"scheduler setting timestep_spacing={spacing!r} is not allowed. Allowed: "
+            f"{', '.join(TIMESTEP_SPACINGS)}."
+        )
     return None
 
 

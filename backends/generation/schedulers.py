@@ -18,6 +18,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from backends.errors import RequestError
+from backends.files.component_classes import settings_of
 from backends.generation.scheduler_settings import (
     DESCRIBED,
     SIGMA_FLAGS,
@@ -25,9 +26,8 @@ from backends.generation.scheduler_settings import (
     rescaled_noise,
     why_not_at_launch,
     why_refused,
-    why_unknown,
+    why_wrong,
 )
-from backends.request import GenerateRequest
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -39,9 +39,6 @@ MAX_SHOWN = 80
 MAX_TEXT = 20_000
 """Most characters of a scheduler given as text."""
 
-SMOOTH = frozenset({"CogVideoXDDIMScheduler"})
-"""Samplers that only checkpoints name, and that are smooth in the sense of step_facts."""
-TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
 
 READ_BY_OTHERS = (
     "timestep_type",
@@ -71,6 +68,7 @@ class SchedulerFacts:
 
     class_name: str
     module: str = "diffusers"  # where the class is defined
+    settings_of: str | None = None  # the class of diffusers whose settings it has, if it is ours
     extra: Mapping[str, Any] = field(default_factory=dict)  # config that selects this sampler
     order: int = 1  # denoiser calls per step; the last step has one
     takes_timesteps: bool = False  # the class accepts a list of timesteps
@@ -134,6 +132,7 @@ SCHEDULERS: Mapping[str, SchedulerFacts] = MappingProxyType(
         "ipndm": SchedulerFacts(
             class_name="IPNDMSigmaScheduler",
             module="backends.generation.ipndm",
+            settings_of="EulerDiscreteScheduler",
             takes_timesteps=True,
             takes_sigmas=True,
         ),
@@ -197,7 +196,8 @@ def parse_scheduler(value: str | Mapping[str, Any] | None) -> SchedulerChoice:
         name, is_karras = _canonical(name)
         if is_karras:
             overrides.setdefault("use_karras_sigmas", True)
-    _check_overrides(overrides)
+    if problem := why_wrong(overrides):
+        raise SchedulerError(problem)
     return SchedulerChoice(name=name, overrides=overrides)
 
 
@@ -283,25 +283,32 @@ def _canonical(name: str) -> tuple[str, bool]:
     )
 
 
-def _check_overrides(overrides: Mapping[str, Any]) -> None:
-    if problem := why_unknown(overrides):
-        raise SchedulerError(problem)
-    for key in (*SIGMA_FLAGS, "rescale_betas_zero_snr"):
-        if not isinstance(overrides.get(key, False), bool):
+def require_effect(choice: SchedulerChoice, *, flow: bool) -> None:
+    """Raise SchedulerError for a setting that the chosen class does not have, for this family of
+    models. Without a name the checkpoint's class counts, which may be any of the family's.
+    """
+    if choice.name is not None:
+        _facts_for_model(choice.name, {}, flow=flow)  # is it for this family?
+    names = [choice.name] if choice.name is not None else list(SCHEDULERS)
+    for key in choice.overrides:
+        if not any(has_setting(name, key, flow=flow) for name in names):
+            able = [name for name in SCHEDULERS if has_setting(name, key, flow=flow)]
+            advice = f", or choose one that has it: {', '.join(able)}" if able else ""
             raise SchedulerError(
-                f"scheduler setting {key}={overrides[key]!r} is not allowed. Allowed: true, false."
+                f"scheduler setting {key} has no effect with {choice.name or 'this model'}"
+                f"{' and this model' if choice.name else ''}. Leave it out{advice}."
             )
-    chosen = [flag for flag in SIGMA_FLAGS if overrides.get(flag)]
-    if len(chosen) > 1:
-        raise SchedulerError(
-            f"scheduler settings {' and '.join(chosen)} exclude each other. Set one of them."
-        )
-    spacing = overrides.get("timestep_spacing", "leading")
-    if spacing not in TIMESTEP_SPACINGS:
-        raise SchedulerError(
-            f"scheduler setting timestep_spacing={spacing!r} is not allowed. Allowed: "
-            f"{', '.join(TIMESTEP_SPACINGS)}."
-        )
+
+
+def has_setting(name: str, key: str, *, flow: bool) -> bool:
+    """Return whether the class of this name has a setting, for this family of models."""
+    try:
+        facts, fixed = _facts_for_model(name, {}, flow=flow)
+    except SchedulerError:  # not for this family
+        return False
+    if key == "rescale_betas_zero_snr":
+        return not flow
+    return key in settings_of(facts.settings_of or facts.class_name) - set(fixed)
 
 
 def build_scheduler(
@@ -391,29 +398,6 @@ def _require_same_direction(config: Mapping[str, Any], class_name: str, name: st
             f"scheduler={name!r} cannot sample this model, whose noise levels count backwards "
             f"(invert_sigmas). Allowed for this model: {names}."
         )
-
-
-def step_facts(scheduler: "SchedulerMixin | None", request: GenerateRequest) -> dict[str, bool]:
-    """Return what step caches ask of a sampler. A pipeline that upscales latents has none.
-
-    is_smooth: it is known to evaluate the denoiser once in each step and to add no noise, so that
-    predictions change smoothly. is_even: its steps are evenly spaced in the model's time, as they
-    are unless something asks for other sigmas.
-    """
-    if scheduler is None:
-        return {"is_smooth": False, "is_even": False}
-    name, config = type(scheduler).__name__, scheduler.config
-    known = [facts for facts in SCHEDULERS.values() if facts.class_name == name]
-    return {
-        "is_smooth": (
-            name in SMOOTH or any(facts.order == 1 and not facts.adds_noise for facts in known)
-        )
-        and not config.get("stochastic_sampling")
-        and not str(config.get("algorithm_type")).startswith("sde"),
-        "is_even": request.sigmas is None
-        and request.timesteps is None
-        and not any(config.get(flag) for flag in SIGMA_FLAGS),
-    }
 
 
 def _require_signal(scheduler: "SchedulerMixin") -> None:

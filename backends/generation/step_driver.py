@@ -29,9 +29,13 @@ from backends.errors import RequestError
 from backends.generation.scheduler_settings import SIGMA_FLAGS
 from backends.generation.schedulers import SCHEDULERS
 from backends.generation.step_window import Schedule
+from backends.request import GenerateRequest
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
+
+SMOOTH = frozenset({"CogVideoXDDIMScheduler"})
+"""Samplers that only checkpoints name, and that are smooth in the sense of step_facts."""
 
 OnStep = Callable[[int, int, Tensor], None]
 """on_step(index, num_steps, sample): scheduler step `index` of `num_steps` is done; `sample` is in
@@ -305,6 +309,29 @@ def noised_start(
     else:
         latents = add_noise(scheduler, start, timestep)
     return latents / initial_sigma if start.is_scaled_by_pipeline else latents
+
+
+def step_facts(scheduler: "SchedulerMixin | None", request: GenerateRequest) -> dict[str, bool]:
+    """Return what step caches ask of a sampler. A pipeline that upscales latents has none.
+
+    is_smooth: it is known to evaluate the denoiser once in each step and to add no noise, so that
+    predictions change smoothly. is_even: its steps are evenly spaced in the model's time, as they
+    are unless something asks for other sigmas.
+    """
+    if scheduler is None:
+        return {"is_smooth": False, "is_even": False}
+    name, config = type(scheduler).__name__, scheduler.config
+    known = [facts for facts in SCHEDULERS.values() if facts.class_name == name]
+    return {
+        "is_smooth": (
+            name in SMOOTH or any(facts.order == 1 and not facts.adds_noise for facts in known)
+        )
+        and not config.get("stochastic_sampling")
+        and not str(config.get("algorithm_type")).startswith("sde"),
+        "is_even": request.sigmas is None
+        and request.timesteps is None
+        and not any(config.get(flag) for flag in SIGMA_FLAGS),
+    }
 
 
 def add_noise(scheduler: "SchedulerMixin", start: InitialLatents, timestep: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from backends.errors import RequestError, UnsupportedError
-from backends.generation.schedulers import SCHEDULERS
+from backends.generation.schedulers import SCHEDULERS, has_setting
 from hosts.http.dialect import is_empty, shown
 
 LABELS = {
@@ -75,7 +75,9 @@ def scheduler_of(body: Mapping[str, Any]) -> dict[str, Any] | None:
     curve = _schedule(schedule if not is_empty(schedule) else "automatic")
     curve = curve or _schedule(ending or "automatic")
     sampler = _sampler(name, named) if name not in ("", "automatic") else None
-    if sampler in FIXED_SIGMAS and any(key.endswith("_sigmas") for key in curve):
+    if (sampler in FIXED_SIGMAS and any(key.endswith("_sigmas") for key in curve)) or not (
+        sampler is None or all(has_setting(sampler, key, flow=False) for key in curve)
+    ):
         raise UnsupportedError(
             f"scheduler={shown(schedule or ending)} is not available with {named}. Send Automatic."
         )

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from backends.errors import RequestError, UnsupportedError
 from backends.generation.emphasis import parse_emphasis
-from backends.generation.schedulers import parse_requested
+from backends.generation.schedulers import parse_requested, require_effect
 from backends.model_table import ModelSpec
 from backends.request import GenerateRequest
 from hosts.http import images, media
@@ -82,7 +82,9 @@ def read_request(
     }
     scheduler = values.get("scheduler")
     if isinstance(scheduler, str | Mapping):  # another type is refused below
-        parse_requested(scheduler)
+        choice = parse_requested(scheduler)
+        if is_strict:
+            require_effect(choice, flow=spec.flow_matching)
     try:
         request = GenerateRequest(**values)
     except ValidationError as error:

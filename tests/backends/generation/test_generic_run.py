@@ -28,7 +28,7 @@ from backends.generation.generic_run import (
 )
 from backends.generation.pipeline import LoadedPipeline, load_pipeline
 from backends.generation.prompts import PromptCache
-from backends.generation.schedulers import step_facts
+from backends.generation.step_driver import step_facts
 from backends.loading.offload import apply_vae_options
 from backends.model_table import read_table
 from backends.request import GenerateRequest, LoadRequest

@@ -12,6 +12,7 @@ import diffusers
 import pytest
 import torch
 
+from backends.files.component_classes import settings_of
 from backends.generation import schedulers
 from backends.generation.schedulers import (
     ALIASES,
@@ -20,6 +21,7 @@ from backends.generation.schedulers import (
     SchedulerError,
     build_scheduler,
     parse_scheduler,
+    require_effect,
 )
 from backends.generation.step_driver import StepDriver
 from backends.generation.step_window import Schedule
@@ -485,6 +487,42 @@ def test_refuses_another_class_where_it_cannot_know_the_model(own, name):
             build_scheduler(parse_scheduler(name), pristine, flow=flow)
     kept = build_scheduler(parse_scheduler(None), pristine, flow=False)
     assert type(kept) is type(pristine)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_settings_are_those_of_the_class(name):
+    facts = SCHEDULERS[name]
+    own = inspect.signature(schedulers._class(facts.module, facts.class_name).__init__).parameters
+    assert settings_of(facts.settings_of or facts.class_name) == set(own) - {"self"}
+
+
+@pytest.mark.parametrize(
+    ("value", "flow", "message"),
+    [
+        (
+            "k_ddim",
+            False,
+            "use_karras_sigmas has no effect with ddim.*one that has it: deis",
+        ),
+        ({"scheduler": "euler", "solver_order": 3}, False, "solver_order has no effect with euler"),
+        ({"scheduler": "dpmpp_sde", "timestep_spacing": "trailing"}, False, "timestep_spacing has"),
+        ({"shift": 5.0}, False, "shift has no effect with this model. Leave it out."),
+        ("k_dpmpp_2m", True, "use_karras_sigmas has no effect with dpmpp_2m and this model"),
+        ({"rescale_betas_zero_snr": True}, True, "rescale_betas_zero_snr has no effect"),
+        ("k_ddim", True, "'ddim' cannot sample a flow-matching model"),
+        ("k_dpmpp_2m", False, None),
+        ({"scheduler": "heun", "rescale_betas_zero_snr": True}, False, None),
+        ({"scheduler": "euler", "shift": 5.0}, True, None),
+        ({"use_karras_sigmas": True}, False, None),
+    ],
+)
+def test_settings_without_effect_are_refused_by_name(value, flow, message):
+    choice = parse_scheduler(value)
+    if message is None:
+        require_effect(choice, flow=flow)
+    else:
+        with pytest.raises(SchedulerError, match=message):
+            require_effect(choice, flow=flow)
 
 
 def test_settings_of_one_solver_do_not_reach_another():

@@ -286,6 +286,15 @@ def test_one_thing_under_two_names_passes_where_it_is_the_same_or_nobody_cares(i
     assert images.reads("/generate", {"positive": "a", "denoise": 1, "denoising_start": 0.5})
 
 
+@pytest.mark.parametrize("path", ["/v1/jobs", "/v1/images/generations"])
+def test_sampler_settings_without_effect_are_refused(images, path):
+    asked = {"prompt": "a", "scheduler": {"scheduler": "ddim", "use_karras_sigmas": True}}
+    answer = images.post(path, asked)
+    assert answer.status_code == 400
+    assert "use_karras_sigmas has no effect with ddim" in message_of(answer)
+    assert images.reads(path, {**asked, "strict": False})
+
+
 def test_empty_texts_among_images_are_none(images):
     for path, name in (
         ("/v1/images/edits", "image"),
