@@ -26,7 +26,7 @@ from hosts.http import media
 from hosts.http.decode import Accepted, read_request
 from hosts.http.dialect import Dialect, Operation, is_empty, is_strict, require_known
 from hosts.http.request_io import json_object, own_jobs, seeds_from, submit_all, wait_for_all
-from hosts.jobs.clock import now
+from hosts.jobs.job import now
 from hosts.jobs.queue import Job, JobStatus
 
 logger = logging.getLogger(__name__)

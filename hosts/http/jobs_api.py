@@ -29,7 +29,7 @@ from hosts.http.request_io import (
     wanted_type,
     whole,
 )
-from hosts.jobs.clock import now
+from hosts.jobs.job import now
 from hosts.jobs.queue import Job, JobQueue, JobStatus
 from hosts.jobs.trace import chrome_trace
 

@@ -1,6 +1,7 @@
 """One request on its way from HTTP to an image. Pure Python."""
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -8,10 +9,19 @@ from typing import Any
 
 from backends.errors import CancelledError, HostError
 from backends.request import Array, GenerateRequest, GenerateResult
-from hosts.jobs.clock import now
 
 MAX_ATTEMPTS = 2
 """How often a job is started, if its client could do nothing about the failures before."""
+_START = time.time() - time.monotonic()
+
+
+def now() -> float:
+    """Return the seconds since 1970 by a clock that agreed with the machine's when this process
+    started, and never jumps.
+
+    The machine's clock may be set at any time. A jump would make jobs late, or forget them.
+    """
+    return _START + time.monotonic()
 
 
 class JobStatus(StrEnum):

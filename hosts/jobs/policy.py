@@ -13,9 +13,8 @@ from backends.model_table import ModelSpec
 from backends.plan import Quality
 from backends.request import GenerateRequest, LoadRequest
 from hosts.jobs.batch_size import BatchGain
-from hosts.jobs.clock import now
 from hosts.jobs.decision import Choice
-from hosts.jobs.job import Job
+from hosts.jobs.job import Job, now
 from hosts.jobs.speed import Drift, Speed, best_size, gathering_is_quicker
 from hosts.jobs.work import Work, work_of
 from hosts.launch.methods import Methods

@@ -13,11 +13,11 @@ from contextlib import contextmanager
 
 from backends.errors import BusyError, CancelledError, HostError
 from backends.request import Array, GenerateRequest, GenerateResult
-from hosts.jobs import clock, serialization
+from hosts.jobs import serialization
 from hosts.jobs.archive import Archive
 from hosts.jobs.decision import LINGER_S, Choice, Choose, choose_or_take, count_or_none, take_first
 from hosts.jobs.fair_share import WaitingJobs
-from hosts.jobs.job import Job, JobStatus, cancelled_before_it_ran
+from hosts.jobs.job import Job, JobStatus, cancelled_before_it_ran, now
 from hosts.jobs.recovery import Recovery, recover
 from hosts.jobs.store import NoStore, Store
 from hosts.launch.settings import Settings
@@ -46,7 +46,7 @@ class JobQueue:
         kept_seconds: float = 0,
         store: Store | None = None,
         complete: Callable[[ExitReport], ExitReport] = lambda report: report,
-        now: Callable[[], float] = clock.now,
+        now: Callable[[], float] = now,
     ) -> None:
         """Open a queue with the jobs that an earlier process left in the store.
 

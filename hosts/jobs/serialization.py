@@ -19,8 +19,7 @@ from backends import errors
 from backends.errors import HostError, RankError, RequestError
 from backends.plan import Exactness
 from backends.request import Array, Audio, GenerateRequest, GenerateResult
-from hosts.jobs.clock import now
-from hosts.jobs.job import Job, JobStatus
+from hosts.jobs.job import Job, JobStatus, now
 
 logger = logging.getLogger(__name__)
 

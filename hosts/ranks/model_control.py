@@ -15,8 +15,8 @@ from types import MappingProxyType
 from typing import Any
 
 from backends.errors import CancelledError, HostError, NotFoundError, UnavailableError
-from hosts.jobs.clock import now
 from hosts.jobs.decision import Choice
+from hosts.jobs.job import now
 from hosts.jobs.queue import Job, JobQueue
 from hosts.launch.settings import Settings
 from hosts.launch.start_plan import StartPlan
