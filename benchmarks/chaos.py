@@ -4,10 +4,11 @@ Each round strikes at a random moment (idle, in a step, in a decode, while the h
 round before). One rank: SIGKILL, SIGSTOP (a rank that hangs), an exception. Both: SIGKILL. The
 agent or the launcher: SIGKILL, after which the launcher is started again, also once while another
 program has its port; SIGSTOP for a while. All processes: SIGSTOP for longer than --failure_timeout,
-as when the machine sleeps. The disk of --state_dir: full for a while (as root only, since it is a
-file system of its own). Then it waits until the host generates again. At the end every job that the
-host has accepted must be done with the image it would have been without faults, or failed with a
-reason. Prints JSON; lost and wrong_images must be 0.
+as when the machine sleeps. The disk of --state_dir (as root only, since it is a file system of its
+own): full for a while, or while a rank is killed and the host recovers. Then it waits until the
+host generates again. At the end every job that the host has accepted must be done with the image it
+would have been without faults, or failed with a reason. Prints JSON; lost and wrong_images must
+be 0.
 """
 
 import argparse
@@ -49,8 +50,10 @@ KINDS = {
     "stop the launcher": 1,
     "pause of the machine": 1,
     "full disk": 2,
+    "kill with a full disk": 1,
 }
 """Fault -> relative frequency."""
+FULL_DISK = ("full disk", "kill with a full disk")
 STATE_MB = 300
 """Size of the file system that is filled."""
 PLACES = {"exception in the denoiser": "denoiser", "exception in the decoder": "decode"}
@@ -81,8 +84,8 @@ def main() -> None:
     )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder, small_disk(folder) as is_small:
-        if not is_small:
-            KINDS.pop("full disk")
+        for kind in FULL_DISK if not is_small else ():
+            KINDS.pop(kind)
         fault_file = Path(folder) / "next"
         fault_file.touch()
         arguments = (
@@ -171,14 +174,17 @@ class Site:
             if code not in (1, 2) or "port" not in self.host.log:
                 raise Stuck(f"with its port taken, the launcher ended with {code}: {self.host.log}")
 
-    def fill_disk(self, seconds: float) -> None:
+    @contextlib.contextmanager
+    def full_disk(self) -> Iterator[None]:
         """Leave no byte free where jobs are kept."""
         filler = self._folder / "state" / "filler"
         with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
             while True:
                 file.write(bytes(1 << 20))
-        time.sleep(seconds)
-        filler.unlink()
+        try:
+            yield
+        finally:
+            filler.unlink()
 
 
 def run(site: Site, options: argparse.Namespace) -> dict[str, Any]:
@@ -225,8 +231,14 @@ def one_round(
             site, lambda: not site.fault_file.read_text().strip(), "the exception was raised"
         )
     elif kind == "full disk":
-        site.fill_disk(chance.uniform(0.5, 5))
+        with site.full_disk():
+            time.sleep(chance.uniform(0.5, 5))
         since = time.monotonic()
+    elif kind == "kill with a full disk":
+        with site.full_disk():
+            since = time.monotonic()
+            kill_ranks(site, wait_for_ranks(site, set()), kind, chance)
+            wait_until(site, lambda: site.host.status() == 200, "the model was loaded again")
     else:
         old = wait_for_ranks(site, set())
         launcher = psutil.Process(site.host.process.pid)

@@ -2,15 +2,12 @@
 forgotten. Pure Python.
 """
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from backends.errors import HostError, NotFoundError, RequestError
+from backends.errors import NotFoundError, RequestError
 from hosts.jobs.job import Job
 from hosts.jobs.store import Store
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -81,18 +78,12 @@ class Archive:
             self.forget(finished.pop(0))
 
     def forget(self, job: Job) -> None:
-        """Forget the job and remove it from the store. If the store fails, it is found there after
-        a restart.
-        """
+        """Forget the job and remove it from the store."""
         self._by_id.pop(job.id, None)
         if job.key is not None:
             self._by_key.pop((job.client, job.key), None)
-        if not job.is_stored:
-            return
-        try:
+        if job.is_stored:
             self.store.forget(job)
-        except HostError as error:
-            logger.error("job %s stays in the store: %s", job.id, error)
 
     def _is_beyond_bounds(self, finished: list[Job]) -> bool:
         """Return whether the first of these jobs must go."""

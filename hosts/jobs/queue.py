@@ -5,7 +5,6 @@ Jobs that can be looked up are in hosts/jobs/archive.py. Jobs that must outlive 
 in hosts/jobs/store.py, and hosts/jobs/recovery.py finds them after a restart.
 """
 
-import logging
 import secrets
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -24,8 +23,6 @@ from hosts.launch.settings import Settings
 from hosts.supervision.exit_reports import ExitReport
 
 __all__ = ["Job", "JobQueue", "JobStatus", "queue_within"]
-
-logger = logging.getLogger(__name__)
 
 ID_BYTES = 12
 """Random bytes of an id, which nobody can guess. Links and logs show ids, so they are no secret."""
@@ -361,7 +358,7 @@ class JobQueue:
             return known
         self._require_room(job)
         if job.is_stored:
-            self._store.save(job, job.status)
+            self._store.add(job)
         self._waiting.add(job)
         self._archive.add(job)
         self._notify(job)
@@ -445,15 +442,9 @@ class JobQueue:
         self._archive.forget_old()
 
     def _save(self, job: Job, status: JobStatus | None = None) -> None:
-        """Write a change of an accepted job to the store. If that fails the job goes on, and may
-        run once more after a restart.
-        """
-        if not job.is_stored:
-            return
-        try:
+        """Write a change of an accepted job to the store."""
+        if job.is_stored:
             self._store.save(job, status or job.status)
-        except HostError as error:
-            logger.error("job %s: %s", job.id, error)
 
     def _notify(self, job: Job) -> None:
         job.version += 1

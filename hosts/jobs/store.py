@@ -1,72 +1,47 @@
 """Jobs on disk: accepted jobs and their results survive the death of every process. SQLite for the
-facts, .npy files for arrays.
+facts (hosts/jobs/database.py), .npy files for arrays.
 
 The queue (hosts/jobs/queue.py) and its archive call this with the queue locked, except for the two
 methods that write arrays before a row refers to them.
 A job's arrays are written first, under another name, and renamed when they are complete; then its
 row. Arrays without a row were never accepted and are removed. Nothing is unpickled.
+
+What cannot be written about an accepted job, mostly because the disk is full, is kept in memory and
+written as soon as that is possible. Until then the row says what it said before: if rank 0 is lost,
+the job runs again.
 """
 
 import contextlib
 import fcntl
-import json
 import logging
 import os
 import shutil
-import sqlite3
+import threading
 import time
-from collections.abc import Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from backends.errors import ConfigError, UnavailableError
 from backends.request import Array, GenerateResult
 from hosts.jobs import serialization
+from hosts.jobs.database import COLUMNS, UNWRITABLE, JobDatabase
 from hosts.jobs.job import Job, JobStatus
 from hosts.supervision.exit_reports import UNKNOWN, ExitReport
 
 logger = logging.getLogger(__name__)
 
-VERSION = 2
-"""Version of the tables. A store of a later version is refused."""
-APPLICATION = 0x64690000
-"""Added to the version and written beside it: if they differ, a bit of one of them is wrong."""
-DISK = ("SQLITE_FULL", "SQLITE_IOERR", "SQLITE_CANTOPEN", "SQLITE_BUSY", "SQLITE_NOMEM")
-"""Beginnings of the names of errors that are not the file's."""
-CORRUPT = ("SQLITE_CORRUPT", "SQLITE_NOTADB", "SQLITE_CONSTRAINT")
-"""Beginnings of the names of errors that a correct statement meets in a damaged file only."""
 LOCK_PATIENCE_S = 5.0
 """Time to wait for the lock: the previous rank 0 may not have ended yet."""
-DAMAGE = (sqlite3.DatabaseError, UnicodeDecodeError)
-"""What a damaged database raises: SQLite's message may quote bytes that are no text."""
-MAX_SALVAGED = 100_000
-"""Newest rows that are read out of a damaged database."""
-COLUMNS = (
-    "id", "client", "key", "fingerprint", "state", "attempts", "cancel_requested", "cancel_reason",
-    "deadline_s",
-    "created_s", "started_s", "ended_s", "step", "num_steps", "request", "result", "error",
-    "owner",
-)  # fmt: skip
-MARK = f"""
-PRAGMA user_version = {VERSION};
-PRAGMA application_id = {APPLICATION + VERSION};
+DISK_PATIENCE_S = 10.0
+"""Time to wait with a result for a disk that has just become full. Its client gets it then: a full
+disk may stay so for hours.
 """
-UPGRADE = f"BEGIN; ALTER TABLE jobs ADD COLUMN owner NOT NULL DEFAULT ''; {MARK} COMMIT;"
-"""Of version 1."""
-SCHEMA = f"""
-CREATE TABLE IF NOT EXISTS jobs (
-    number INTEGER PRIMARY KEY AUTOINCREMENT, {", ".join(COLUMNS)}, UNIQUE (id)
-);
-{MARK}
-"""
-SAVE = (
-    f"INSERT INTO jobs ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))}) "
-    "ON CONFLICT (id) DO UPDATE SET "
-    f"{', '.join(f'{name} = excluded.{name}' for name in COLUMNS[1:])}"
-)
+RETRY_S = 0.5
+"""Between two attempts to write what could not be written."""
 
 
 class Store(Protocol):
@@ -88,6 +63,8 @@ class Store(Protocol):
     def drop_inputs(self, job: Job) -> None: ...
 
     def put_result(self, job: Job, result: GenerateResult) -> None: ...
+
+    def add(self, job: Job) -> None: ...
 
     def save(self, job: Job, status: JobStatus) -> None: ...
 
@@ -120,6 +97,8 @@ class NoStore:
 
     def put_result(self, job: Job, result: GenerateResult) -> None: ...
 
+    def add(self, job: Job) -> None: ...
+
     def save(self, job: Job, status: JobStatus) -> None: ...
 
     def forget(self, job: Job) -> None: ...
@@ -129,6 +108,19 @@ class NoStore:
 
     def recall(self, name: str) -> str:
         return self._texts.get(name, "")
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Change:
+    """What is to be written about a job."""
+
+    job: Job
+    status: JobStatus | None
+    """None for a job that is to be removed."""
+    result: GenerateResult | None = None
+    """What it has generated, if its arrays may have to be written."""
+    has_arrays: bool = False
+    """Whether they are written."""
 
 
 class JobStore:
@@ -152,31 +144,23 @@ class JobStore:
                 "user may write."
             ) from error
         self._take_lock()
-        self._database = folder / "jobs.sqlite"
-        try:
-            self._connection = _connect(self._database)
-        except DAMAGE as error:
-            name = getattr(error, "sqlite_errorname", "")  # none if the error is our own
-            if name.startswith(DISK) or not os.access(folder, os.W_OK):
-                raise ConfigError(
-                    f"--state_dir={folder} cannot be used: {error}. Free some space, or give "
-                    "another folder."
-                ) from error
-            self._connection = self._repaired(error)
+        self._database = JobDatabase(folder / "jobs.sqlite")
+        self._changing = threading.RLock()
+        """Held while a row is packed and written, so that a later change of it comes later."""
+        self._unwritten: dict[str, _Change] = {}
+        """Job id -> what is to be written about it."""
+        self._writer: threading.Thread | None = None
+        self._closed = threading.Event()
 
     def close(self) -> None:
         """Release the folder."""
-        self._connection.close()
+        self._closed.set()
+        self._database.close()
         self._lock.close()
 
     def load(self) -> list[Job]:
         """Return every row as a job. Arrays that belong to no job are removed."""
-        try:
-            rows = _rows(self._connection)
-        except DAMAGE as error:
-            self._connection.close()
-            self._connection = self._repaired(error)
-            rows = _rows(self._connection)
+        rows = self._database.rows()
         jobs = [job for row in rows if (job := serialization.unpack_job(row, self._read_array))]
         wanted = {f"{job.id}.request" for job in jobs if not job.finished.is_set()} | {
             f"{job.id}.result" for job in jobs
@@ -219,35 +203,41 @@ class JobStore:
         shutil.rmtree(self._arrays / f"{job.id}.request", ignore_errors=True)
 
     def put_result(self, job: Job, result: GenerateResult) -> None:
-        """Write the result's arrays, if that is possible. `save` writes the row that refers to
-        them.
+        """Write the result and a row that says that the job is done. While the disk is full, wait
+        for a while: what a client has seen should still be there after a restart.
         """
-        try:
-            self._write_arrays(f"{job.id}.result", serialization.pack_result(result)[1])
-        except OSError as error:
-            logger.error(
-                "the result of job %s stays in memory, it cannot be stored: %s", job.id, error
-            )
+        change = _Change(job=job, status=JobStatus.DONE, result=result)
+        has_been_full = bool(self._unwritten)
+        deadline = time.monotonic() + (0.0 if has_been_full else DISK_PATIENCE_S)
+        while (error := self._try(change)) is not None:
+            if time.monotonic() > deadline:
+                return self._write_later(change, error)
+            time.sleep(RETRY_S)
+
+    def add(self, job: Job) -> None:
+        """Write a job that is accepted by that. UnavailableError if that fails."""
+        with self._writing():
+            self._write_row(job, job.status, None)
 
     def save(self, job: Job, status: JobStatus) -> None:
-        """Write the job as it is now, with this status. UnavailableError if that fails."""
-        text, _ = serialization.pack_request(job.request)
-        row = {
-            **{name: getattr(job, name) for name in COLUMNS if hasattr(job, name)},
-            "state": status.value,
-            "request": text,
-            "result": serialization.pack_result(job.result)[0] if job.result is not None else None,
-            "error": serialization.pack_error(job.error) if job.error is not None else None,
-        }
-        with self._writing():
-            self._change(SAVE, [row[name] for name in COLUMNS])
-        if job.ended_s is not None:
-            shutil.rmtree(self._arrays / f"{job.id}.request", ignore_errors=True)
+        """Write the accepted job as it is now, with this status, or later if that fails."""
+        with self._changing:
+            change = self._unwritten.get(job.id) or _Change(job=job, status=status)
+            change.status = status
+            if change.result is not None:
+                return  # its arrays are next, and not while the queue is locked
+            if (error := self._try(change)) is not None:
+                self._write_later(change, error)
 
     def forget(self, job: Job) -> None:
-        """Remove the job and its images."""
-        with self._writing():
-            self._change("DELETE FROM jobs WHERE id = ?", [job.id])
+        """Remove the job and its images. If its row cannot be removed, that is done later; without
+        its images it is unknown after a restart all the same.
+        """
+        with self._changing:
+            self._unwritten.pop(job.id, None)
+            change = _Change(job=job, status=None)
+            if (error := self._try(change)) is not None:
+                self._write_later(change, error)
         for kind in ("request", "result"):
             shutil.rmtree(self._arrays / f"{job.id}.{kind}", ignore_errors=True)
 
@@ -263,24 +253,11 @@ class JobStore:
             return (self._folder / name).read_text(encoding="utf-8", errors="replace")
         return ""
 
-    def _change(self, statement: str, values: list[Any]) -> None:
-        """Execute a statement, in a repaired database if the present one turns out to be damaged:
-        not all damage can be seen when it is opened.
-        """
-        try:
-            self._connection.execute(statement, values)
-        except DAMAGE as error:
-            if not getattr(error, "sqlite_errorname", "").startswith(CORRUPT):
-                raise
-            self._connection.close()
-            self._connection = self._repaired(error)
-            self._connection.execute(statement, values)
-
     @contextlib.contextmanager
     def _writing(self, what: str = "the job") -> Iterator[None]:
         try:
             yield
-        except (OSError, sqlite3.Error, ConfigError) as error:
+        except UNWRITABLE as error:
             raise UnavailableError(
                 f"{what} cannot be stored: {error}. Try again later; the operator must look at "
                 "the host's --state_dir."
@@ -303,33 +280,68 @@ class JobStore:
                     ) from error
                 time.sleep(0.1)
 
-    def _repaired(self, error: sqlite3.DatabaseError) -> sqlite3.Connection:
-        """Return a new database with what can be read of the damaged one, which is kept in a folder
-        beside it.
-        """
-        aside = self._folder / f"damaged-{time.strftime('%Y%m%d-%H%M%S')}"
+    def _try(self, change: _Change, *, is_again: bool = False) -> Exception | None:
+        """Write a change. Return the error if that fails."""
+        job_id = change.job.id
         try:
-            aside.mkdir(mode=0o700, exist_ok=True)
-            for suffix in ("", "-wal", "-shm"):
-                if (found := Path(f"{self._database}{suffix}")).exists():
-                    found.rename(aside / found.name)
-            rows = _salvage(aside / self._database.name)
-            connection = _connect(self._database)
-            connection.executemany(SAVE, [[row[name] for name in COLUMNS] for row in rows])
-        except (OSError, sqlite3.Error) as second:
-            raise ConfigError(
-                f"--state_dir={self._folder} holds a damaged jobs.sqlite ({error}) that cannot be "
-                f"repaired ({second}). "
-                "Move the folder away, or give another."
-            ) from second
-        logger.error(
-            "%s was damaged (%s): it was moved to %s, and %d jobs in it could be read",
-            self._database,
-            error,
-            aside,
-            len(rows),
-        )
-        return connection
+            if change.result is not None and not change.has_arrays:
+                arrays = serialization.pack_result(change.result)[1]
+                self._write_arrays(f"{job_id}.result", arrays)
+                change.has_arrays = True
+            with self._changing:
+                if is_again and self._unwritten.get(job_id) is not change:  # forgotten meanwhile
+                    if change.has_arrays:
+                        shutil.rmtree(self._arrays / f"{job_id}.result", ignore_errors=True)
+                    return None
+                if change.status is None:
+                    self._database.delete(job_id)
+                else:
+                    self._write_row(change.job, change.status, change.result)
+                self._unwritten.pop(job_id, None)
+        except UNWRITABLE as error:
+            return error
+        return None
+
+    def _write_row(self, job: Job, status: JobStatus, result: GenerateResult | None) -> None:
+        """Write the job as it is now. result: of a job that does not have it yet. Raises
+        UNWRITABLE.
+        """
+        result = job.result or result
+        row = {
+            **{name: getattr(job, name) for name in COLUMNS if hasattr(job, name)},
+            "state": status.value,
+            "request": serialization.pack_request(job.request)[0],
+            "result": serialization.pack_result(result)[0] if result is not None else None,
+            "error": serialization.pack_error(job.error) if job.error is not None else None,
+        }
+        self._database.save(row)
+        if job.ended_s is not None:
+            shutil.rmtree(self._arrays / f"{job.id}.request", ignore_errors=True)
+
+    def _write_later(self, change: _Change, error: Exception) -> None:
+        job_id = change.job.id
+        if job_id not in self._unwritten:
+            what = "the result" if change.result is not None else "a change"
+            logger.error(
+                "%s of job %s cannot be stored yet, it is in memory: %s", what, job_id, error
+            )
+        with self._changing:
+            self._unwritten[job_id] = change
+            if self._writer is None:
+                self._writer = threading.Thread(target=self._write_unwritten, daemon=True)
+                self._writer.start()
+
+    def _write_unwritten(self) -> None:
+        """Write what could not be written, as soon as that is possible."""
+        while not self._closed.wait(RETRY_S):
+            for change in list(self._unwritten.values()):
+                if not self._closed.is_set():
+                    self._try(change, is_again=True)
+            with self._changing:
+                if not self._unwritten:
+                    logger.warning("all changes of jobs are stored again")
+                    self._writer = None
+                    return
 
     def _read_array(self, folder: str, name: str) -> Array:
         return serialization.read_array(self._arrays / folder / f"{name}.npy")
@@ -359,86 +371,3 @@ def _write_array(path: Path, array: Array) -> None:
         np.save(file, array, allow_pickle=False)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    """Return a checked connection. sqlite3.DatabaseError if the file is damaged, ConfigError if a
-    later version wrote it.
-    """
-    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-    try:
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute(
-            "PRAGMA synchronous = FULL"
-        )  # 0.4 ms for each change on an SSD, and it survives a power cut
-        connection.text_factory = partial(str, encoding="utf-8", errors="replace")
-        version = connection.execute("PRAGMA user_version").fetchone()[0]
-        beside = connection.execute("PRAGMA application_id").fetchone()[0]
-        if beside not in (0, APPLICATION + version):
-            raise sqlite3.DatabaseError("its version is damaged")
-        if version > VERSION:
-            raise ConfigError(
-                f"{path} was written by a later version of this program (tables {version}, here "
-                f"{VERSION}). Use another folder."
-            )
-        answer = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
-        if answer != "ok":
-            raise sqlite3.DatabaseError(answer)
-        if version == 1:
-            connection.executescript(UPGRADE)
-        connection.executescript(SCHEMA)
-        columns = {row[1] for row in connection.execute("PRAGMA table_info(jobs)")}
-        if columns != {"number", *COLUMNS}:
-            raise sqlite3.DatabaseError("it holds other tables than this program's")
-    except (
-        BaseException
-    ):  # whatever it is: the file must be free for the repair, which moves it aside
-        connection.close()
-        raise
-    return connection
-
-
-def _rows(connection: sqlite3.Connection) -> list[dict[str, Any]]:
-    """Return all rows in their order. sqlite3.DatabaseError if one cannot be read."""
-    connection.row_factory = sqlite3.Row
-    return [dict(row) for row in connection.execute("SELECT * FROM jobs ORDER BY number")]
-
-
-def _salvage(path: Path) -> list[dict[str, Any]]:
-    """Return the rows that can be read, in their order."""
-    found = []
-    with contextlib.closing(sqlite3.connect(path)) as connection:
-        connection.text_factory = partial(str, encoding="utf-8", errors="replace")
-        # one by one: an error in one page ends a longer query
-        for number in _numbers(connection):
-            with contextlib.suppress(Exception):  # also of names of columns that cannot be read
-                cursor = connection.execute("SELECT * FROM jobs WHERE number = ?", [number])
-                found_row = zip(("number", *COLUMNS), cursor.fetchone(), strict=False)
-                row = {"owner": "", **dict(found_row)}  # version 1 had none
-                if _is_plausible(row):
-                    found.append(row)
-    return found
-
-
-def _numbers(connection: sqlite3.Connection) -> list[int]:
-    """Return the numbers of rows that may be there: the highest one may be damaged, too."""
-    found: set[int] = set()
-    with contextlib.suppress(Exception):
-        for row in connection.execute("SELECT number FROM jobs"):
-            found.add(int(row[0]))
-    with contextlib.suppress(Exception):
-        query = "SELECT seq FROM sqlite_sequence WHERE name = 'jobs'"
-        last = int(connection.execute(query).fetchone()[0])
-        found |= {*range(max(1, last - MAX_SALVAGED), last + 1)}
-    return sorted(found)
-
-
-def _is_plausible(row: Mapping[str, Any]) -> bool:
-    try:
-        return (
-            row["state"] in set(JobStatus)
-            and isinstance(row["id"], str)
-            and isinstance(json.loads(row["request"]), dict)
-        )
-    except (TypeError, ValueError, RecursionError):
-        return False

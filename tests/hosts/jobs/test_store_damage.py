@@ -1,4 +1,4 @@
-"""The job store when the disk is full, or what is on it is damaged. Processes are killed for real
+"""The job store when what is on the disk is damaged. Processes are killed for real
 in the last test.
 """
 
@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from backends.errors import ConfigError, HostError, UnavailableError
-from hosts.jobs import store
+from hosts.jobs import database
 from hosts.jobs.store import JobStore
 from tests.hosts.jobs.stored import request, result, send
 
@@ -107,7 +107,7 @@ def test_damaged_store_is_moved_aside_and_what_can_be_read_goes_on(
 
 def mark_version(connection, version):
     connection.execute(f"PRAGMA user_version = {version}")
-    connection.execute(f"PRAGMA application_id = {store.APPLICATION + version}")
+    connection.execute(f"PRAGMA application_id = {database.APPLICATION + version}")
 
 
 @pytest.mark.parametrize("is_damaged", [False, True])
@@ -174,9 +174,9 @@ def test_place_that_is_no_folder_is_refused(tmp_path):
 def test_full_disk_refuses_new_jobs_and_lets_accepted_ones_end(open_queue, caplog):
     queue = open_queue()
     job = send(queue)
-    queue._store._connection.execute(
+    queue._store._database._connection.execute(
         "PRAGMA max_page_count = "
-        f"{queue._store._connection.execute('PRAGMA page_count').fetchone()[0]}"
+        f"{queue._store._database._connection.execute('PRAGMA page_count').fetchone()[0]}"
     )
     with pytest.raises(
         UnavailableError,
@@ -190,15 +190,6 @@ def test_full_disk_refuses_new_jobs_and_lets_accepted_ones_end(open_queue, caplo
     num_waiting = queue.num_waiting
     queue.finish(queue.next(), result=result())
     assert job.wait().seed == 1 and queue.num_waiting == num_waiting - 1
-
-
-def test_result_that_cannot_be_written_is_answered_from_memory(open_queue, tmp_path, caplog):
-    queue = open_queue()
-    job = send(queue)
-    (tmp_path / "state" / "arrays").rmdir()
-    queue.finish(queue.next(), result=result())
-    assert (job.wait().frames == result().frames).all()
-    assert "stays in memory, it cannot be stored" in caplog.text
 
 
 def test_folder_is_for_its_user_alone(open_queue, tmp_path):

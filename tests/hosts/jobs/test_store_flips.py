@@ -61,7 +61,7 @@ def test_damage_that_is_seen_in_a_change_only_is_repaired_then(original, caplog)
 
 def sqlite(original, statement):
     store = JobStore(original)
-    store._connection.execute(statement)
+    store._database._connection.execute(statement)
     store.close()
 
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[3]
 @pytest.mark.timeout(900)
 def test_faults_at_random_moments_lose_no_job_and_spoil_no_image():
     """Each kind of fault once; a full disk only where a file system may be mounted."""
-    rounds = 12
+    rounds = 13
     command = [sys.executable, "-m", "benchmarks.chaos", f"--rounds={rounds}", "--seed=6"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=880)
     assert done.returncode == 0, done.stderr[-4000:]
