@@ -1,7 +1,8 @@
 """python -m benchmarks.chaos --rounds=100: break a host of two ranks under load and count losses.
 
 Each round strikes at a random moment (idle, in a step, in a decode, while the host loads after the
-round before). One rank: SIGKILL, SIGSTOP (a rank that hangs), an exception. Both: SIGKILL. The
+round before). One rank: SIGKILL, also again while the host recovers from the first, SIGSTOP (a rank
+that hangs), an exception. Both: SIGKILL. The
 agent or the launcher: SIGKILL, after which the launcher is started again, also once while another
 program has its port; SIGSTOP for a while. All processes: SIGSTOP for longer than --failure_timeout,
 as when the machine sleeps. The disk of --state_dir (as root only, since it is a file system of its
@@ -38,7 +39,8 @@ from tests.hosts.harness import RunningHost, free_port, session, start_launcher
 
 FAULTS_FOLDER = Path(__file__).resolve().parent.parent / "tests" / "hosts" / "faults"
 KINDS = {
-    "kill": 8,
+    "kill": 6,
+    "kill, and again": 2,
     "stop": 3,
     "exception in the denoiser": 5,
     "exception in the decoder": 5,
@@ -65,10 +67,6 @@ ROUNDING_LEVELS = 2
 """Of 255, by which two images of one seed may differ: a waiting job runs on one rank, which sums
 in a different order from two.
 """
-AGAIN_SHARE = 0.2
-"""Fraction of the rounds in which a second rank is killed while the host recovers from the
-first.
-"""
 RECOVERED_WITHIN_S = 240
 
 
@@ -80,11 +78,19 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=64)
     parser.add_argument("--failure-timeout", type=int, default=10)
     parser.add_argument(
+        "--only", choices=list(KINDS), action="append", help="only these faults; may be repeated"
+    )
+    parser.add_argument(
+        "--rest", type=float, default=0, help="seconds before each fault, e.g. until spares wait"
+    )
+    parser.add_argument(
         "--give-up-at", type=Path, help="end early, with what was counted, once this file exists"
     )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder, small_disk(folder) as is_small:
         for kind in FULL_DISK if not is_small else ():
+            KINDS.pop(kind)
+        for kind in KINDS.keys() - set(options.only or KINDS):
             KINDS.pop(kind)
         fault_file = Path(folder) / "next"
         fault_file.touch()
@@ -202,6 +208,7 @@ def run(site: Site, options: argparse.Namespace) -> dict[str, Any]:
         for number, kind in enumerate(kinds[: options.rounds]):
             if options.give_up_at is not None and options.give_up_at.exists():
                 break
+            time.sleep(options.rest)
             seconds = one_round(site, load, kind, chance, pause_s=options.failure_timeout + 3)
             struck.append((kind, seconds))
             print(f"round {number + 1}: {kind}, {seconds:.1f} s", file=sys.stderr, flush=True)
@@ -268,12 +275,12 @@ def one_round(
 def kill_ranks(
     site: Site, old: Mapping[int, psutil.Process], kind: str, chance: random.Random
 ) -> None:
-    """Kill or stop one rank, or kill both, and sometimes another one while these recover."""
+    """Kill or stop one rank, or kill both, or another one while these recover."""
     struck = list(old.values()) if kind == "kill both ranks" else [old[chance.randrange(2)]]
     for process in struck:
         process.send_signal(signal.SIGSTOP if kind == "stop" else signal.SIGKILL)
     new = wait_for_ranks(site, set(old.values()))
-    if chance.random() < AGAIN_SHARE:
+    if kind == "kill, and again":
         time.sleep(chance.uniform(0, 3))  # at some point of loading
         new[chance.randrange(2)].kill()
         wait_for_ranks(site, set(old.values()) | set(new.values()))
