@@ -133,6 +133,8 @@ class ModelSpec:
     parameters: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     # Found in the checkpoint: the denoiser itself reads the mask and the masked image.
     reads_mask: bool = False
+    # Found in the checkpoint: its scheduler's configuration; empty where it has none.
+    sampler: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
     @property
     def is_generic(self) -> bool:

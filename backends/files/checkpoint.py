@@ -50,6 +50,11 @@ class Checkpoint:
         return (self.folder / component).is_dir()
 
 
+def sampler_config(checkpoint: Checkpoint) -> Config:
+    """Return the configuration of the checkpoint's scheduler; empty if there is none."""
+    return read_json(checkpoint.folder / "scheduler" / "scheduler_config.json")
+
+
 def configuration_folder(path: str | Path, config: str | None) -> Path:
     """Return the folder with model_index.json: the checkpoint itself, or that of a single file.
 

@@ -5,7 +5,7 @@ read. Imports neither diffusers nor transformers: their sources are read.
 import ast
 import importlib.util
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,14 @@ def settings_of(scheduler: str) -> frozenset[str]:
 
 
 @lru_cache(maxsize=64)
+def timestep_arguments(scheduler: str) -> frozenset[str]:
+    """Return the arguments of a scheduler class's set_timesteps; none if there is no such."""
+    source = _source("diffusers", "schedulers/**/*.py", scheduler)
+    methods = _methods(source, scheduler, "set_timesteps") if source is not None else ()
+    return frozenset(argument.arg for item in methods for argument in _arguments(item))
+
+
+@lru_cache(maxsize=64)
 def _is_model_of_transformers(name: str) -> bool:
     is_installed = importlib.util.find_spec("transformers") is not None
     return not is_installed or bool(_source("transformers", "models/*/modeling_*.py", name))
@@ -111,10 +119,19 @@ def _annotations(source: str, name: str) -> dict[str, str]:
     """Return the parameters of a class's constructor, with their types as the source has them."""
     return {
         argument.arg: ast.unparse(argument.annotation)
-        for node in ast.parse(source).body
-        if isinstance(node, ast.ClassDef) and node.name == name
-        for item in node.body
-        if isinstance(item, ast.FunctionDef) and item.name == "__init__"
-        for argument in (*item.args.args, *item.args.kwonlyargs)
+        for item in _methods(source, name, "__init__")
+        for argument in _arguments(item)
         if argument.annotation is not None
     }
+
+
+def _methods(source: str, class_name: str, name: str) -> Iterator[ast.FunctionDef]:
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ClassDef) and node.name == class_name:
+            for item in node.body:
+                if isinstance(item, ast.FunctionDef) and item.name == name:
+                    yield item
+
+
+def _arguments(function: ast.FunctionDef) -> tuple[ast.arg, ...]:
+    return (*function.args.args, *function.args.kwonlyargs)

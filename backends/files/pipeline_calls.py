@@ -6,7 +6,7 @@ Importing diffusers needs seconds and torch. The launcher and the HTTP side only
 import ast
 import importlib.util
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +18,9 @@ IMAGES = ("images", "image")
 VIDEOS = ("frames", "videos", "video")
 """Fields of diffusers' outputs that hold what a user asked for, in order of preference."""
 
+TIMETABLE = ("timesteps", "sigmas", "mu")
+RETRIEVE = ("scheduler", "num_inference_steps", "device", "timesteps", "sigmas")
+"""Parameters of retrieve_timesteps, which diffusers' pipelines share."""
 CALLED_FIRST = "has to be called beforehand"
 """In the error of a class whose call continues another method's."""
 
@@ -54,6 +57,65 @@ def pipeline_call(name: str) -> PipelineCall | None:
             if isinstance(item, ast.FunctionDef) and item.name == "__call__":
                 return _read_call(item, class_name)
     return None
+
+
+@lru_cache(maxsize=512)
+def given_to_sampler(name: str, *, flow_sigmas: bool) -> frozenset[str]:
+    """Return what a pipeline class always gives to its scheduler's set_timesteps, and not every
+    scheduler takes: of `timesteps`, `sigmas`, `mu`.
+
+    name: of the class. flow_sigmas: the scheduler has use_flow_sigmas, at which some classes give
+    it no sigmas.
+    """
+    for _, node in _lineage(name):
+        for item in node.body:
+            if isinstance(item, ast.FunctionDef) and item.name == "__call__":
+                calls = [part for part in ast.walk(item) if _sets_timesteps(part)]
+                given = [_given(call, item, flow_sigmas) for call in calls]
+                return frozenset.intersection(*given) if given else frozenset()
+    return frozenset()
+
+
+def _sets_timesteps(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and ast.unparse(node.func).endswith(
+        ("retrieve_timesteps", "scheduler.set_timesteps")
+    )
+
+
+def _given(call: ast.Call, function: ast.FunctionDef, flow_sigmas: bool) -> frozenset[str]:
+    """Return the arguments of a call whose values `function` has computed before.
+
+    Not those that are None unless a request brings them.
+    """
+    skipped = set()
+    for part in ast.walk(function):
+        if isinstance(part, ast.If) and "use_flow_sigmas" in ast.unparse(part.test):
+            skipped |= set() if flow_sigmas else set(part.body)
+    helper = ast.unparse(call.func).endswith("retrieve_timesteps")
+    plain = dict(zip(RETRIEVE, call.args, strict=False)) if helper else {}
+    named = {keyword.arg: keyword.value for keyword in call.keywords}
+    assigned = [
+        part
+        for part in ast.walk(function)
+        if isinstance(part, ast.Assign) and part.lineno < call.lineno and part not in skipped
+    ]
+    return frozenset(
+        name
+        for name, value in {**plain, **named}.items()
+        if name in TIMETABLE and _is_computed(value, assigned)
+    )
+
+
+def _is_computed(value: ast.expr, assigned: Sequence[ast.Assign]) -> bool:
+    if not isinstance(value, ast.Name):
+        return not isinstance(value, ast.Constant)
+    found = [
+        part.value
+        for part in assigned
+        if any(isinstance(to, ast.Name) and to.id == value.id for to in part.targets)
+    ]
+    is_none = any(isinstance(each, ast.Constant) and each.value is None for each in found)
+    return bool(found) and not is_none
 
 
 def _lineage(name: str) -> Iterator[tuple[str, ast.ClassDef]]:

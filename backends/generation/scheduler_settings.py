@@ -7,14 +7,21 @@ model was trained with (noise levels, prediction type) and what decides a schedu
 
 import difflib
 import importlib
+import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from backends.errors import RequestError
+
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
+MAX_SHOWN = 80
+"""Characters of a value shown in a message."""
+MAX_TEXT = 20_000
+"""Most characters of a scheduler given as text."""
 Switch = bool | None
 Shift = Annotated[float | None, Field(ge=0.01, le=100)]
 AttentionShift = Annotated[float | None, Field(ge=0, le=10)]
@@ -22,6 +29,13 @@ Positive = Annotated[float | None, Field(gt=0, le=1e6)]
 NotNegative = Annotated[float | None, Field(ge=0, le=1e6)]
 NotNegativeInteger = Annotated[int | None, Field(ge=0, lt=2**63)]
 Length = Annotated[int | None, Field(ge=1, le=10**6)]
+
+
+class SchedulerError(RequestError):
+    """A scheduler that is unknown or cannot be used. At launch, raise it again as ConfigError."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, field="scheduler")
 
 
 class RequestedSettings(BaseModel):
@@ -156,6 +170,38 @@ ALGORITHMS = {
     "DPMSolverSinglestepScheduler": ("dpmsolver++", "sde-dpmsolver++"),
 }
 """Class -> the values of algorithm_type that it takes."""
+
+
+def settings_from(value: str | Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return a scheduler's name and settings, given as such, as JSON or as a name alone."""
+    if value is None:
+        return {}
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, str) and len(value) > MAX_TEXT:
+        raise SchedulerError(
+            f"scheduler has {len(value)} characters. Allowed: {MAX_TEXT}. Give a name, and the "
+            "settings that differ."
+        )
+    text = value.strip() if isinstance(value, str) else value
+    if not isinstance(text, str) or not text.startswith(("{", "[", '"')):
+        return {"scheduler": text}
+    try:
+        decoded = json.loads(text)
+    except (ValueError, RecursionError) as error:  # numbers too long or lists nested too deeply
+        raise SchedulerError(
+            f"scheduler={shown(text)} is not valid JSON: {error}. Give a name, or JSON such as "
+            f'{{"scheduler": "euler"}}.'
+        ) from error
+    return dict(decoded) if isinstance(decoded, dict) else {"scheduler": decoded}
+
+
+def shown(value: Any) -> str:
+    """Return the start of a value's repr, for a message."""
+    try:
+        return repr(value)[:MAX_SHOWN]
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__} that is too deep or too long"
 
 
 def model_fields(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,28 +17,27 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from backends.errors import RequestError
-from backends.files.component_classes import settings_of
+from backends.files.component_classes import settings_of, timestep_arguments
+from backends.files.pipeline_calls import given_to_sampler
 from backends.generation.scheduler_settings import (
     DESCRIBED,
+    MAX_SHOWN,
     SIGMA_FLAGS,
+    SchedulerError,
     model_fields,
     rescaled_noise,
+    settings_from,
+    shown,
     why_not_at_launch,
     why_refused,
     why_wrong,
 )
+from backends.model_table import ModelSpec
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
 logger = logging.getLogger(__name__)
-
-MAX_SHOWN = 80
-"""Characters of a value shown in a message."""
-MAX_TEXT = 20_000
-"""Most characters of a scheduler given as text."""
-
 
 READ_BY_OTHERS = (
     "timestep_type",
@@ -53,13 +52,6 @@ READ_BY_OTHERS = (
 
 FROM_LAST_TIMESTEP = ("LCMScheduler", "TCDScheduler")
 """Classes that begin at the last timestep and ignore timestep_spacing."""
-
-
-class SchedulerError(RequestError):
-    """A scheduler that is unknown or cannot be used. At launch, raise it again as ConfigError."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message, field="scheduler")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,6 +155,9 @@ SCHEDULERS: Mapping[str, SchedulerFacts] = MappingProxyType(
         ),
     }
 )
+KNOWN = frozenset(facts.class_name for facts in SCHEDULERS.values())
+TAKE_INVERTED = ("FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler")
+"""Classes that can count noise levels backwards, as Mochi does."""
 ALIASES = {"dpm2": "dpm_2", "dpm2_a": "dpm_2_a"}
 
 
@@ -185,13 +180,13 @@ def parse_scheduler(value: str | Mapping[str, Any] | None) -> SchedulerChoice:
     Names may be spelled "euler", "k_euler" or "DPM++ 2M Karras". No name, or an empty one, keeps
     the checkpoint's class. Raises SchedulerError.
     """
-    settings = _settings(value)
+    settings = settings_from(value)
     name = settings.pop("scheduler", None) or None
     overrides = {key: setting for key, setting in settings.items() if setting is not None}
     if name is not None:
         if not isinstance(name, str):
             raise SchedulerError(
-                f"scheduler={_shown(name)} is not a name. Give one of: {', '.join(SCHEDULERS)}."
+                f"scheduler={shown(name)} is not a name. Give one of: {', '.join(SCHEDULERS)}."
             )
         name, is_karras = _canonical(name)
         if is_karras:
@@ -212,16 +207,17 @@ def parse_requested(value: str | Mapping[str, Any] | None) -> SchedulerChoice:
     return choice
 
 
-def parse_at_launch(value: Mapping[str, Any] | None, *, flow: bool) -> SchedulerChoice:
-    """Parse --scheduler, which may also set what belongs to the model, for this family of models.
+def parse_at_launch(value: Mapping[str, Any] | None, model: "SampledModel") -> SchedulerChoice:
+    """Parse --scheduler, which may also set what belongs to the model.
 
     Imports no diffusers, so that the launcher can call it. Raises SchedulerError.
     """
     choice = parse_scheduler(value)
     class_name = None
     if choice.name is not None:
-        class_name = _facts_for_model(choice.name, {}, flow=flow)[0].class_name
-    if not flow and "shift_terminal" in choice.overrides:
+        require_sampler(choice, model)
+        class_name = _facts_for_model(choice.name, {}, flow=model.flow)[0].class_name
+    if not model.flow and "shift_terminal" in choice.overrides:
         raise SchedulerError(
             "scheduler setting shift_terminal is for flow-matching models only. Leave it out."
         )
@@ -237,37 +233,6 @@ def choose_scheduler(
     return parse_requested(requested) if requested is not None else parse_scheduler(at_launch)
 
 
-def _settings(value: str | Mapping[str, Any] | None) -> dict[str, Any]:
-    if value is None:
-        return {}
-    if isinstance(value, Mapping):
-        return dict(value)
-    if isinstance(value, str) and len(value) > MAX_TEXT:
-        raise SchedulerError(
-            f"scheduler has {len(value)} characters. Allowed: {MAX_TEXT}. Give a name, and the "
-            "settings that differ."
-        )
-    text = value.strip() if isinstance(value, str) else value
-    if not isinstance(text, str) or not text.startswith(("{", "[", '"')):
-        return {"scheduler": text}
-    try:
-        decoded = json.loads(text)
-    except (ValueError, RecursionError) as error:  # numbers too long or lists nested too deeply
-        raise SchedulerError(
-            f"scheduler={_shown(text)} is not valid JSON: {error}. Give a name, or JSON such as "
-            f'{{"scheduler": "euler"}}.'
-        ) from error
-    return dict(decoded) if isinstance(decoded, dict) else {"scheduler": decoded}
-
-
-def _shown(value: Any) -> str:
-    """Return the start of a value's repr, for a message."""
-    try:
-        return repr(value)[:MAX_SHOWN]
-    except (ValueError, RecursionError):
-        return f"a {type(value).__name__} that is too deep or too long"
-
-
 def _canonical(name: str) -> tuple[str, bool]:
     """Return (name in SCHEDULERS, whether the spelling asks for Karras sigmas)."""
     plain = re.sub(r"[\s\-]+", "_", name.strip().lower().replace("++", "pp"))
@@ -278,37 +243,103 @@ def _canonical(name: str) -> tuple[str, bool]:
     closest = difflib.get_close_matches(stem[:MAX_SHOWN], SCHEDULERS, n=1)
     advice = f" Did you mean {closest[0]!r}?" if closest else ""
     allowed = f"{', '.join(SCHEDULERS)}, or k_NAME for Karras sigmas"
-    raise SchedulerError(
-        f"scheduler={_shown(name)} is not a scheduler.{advice} Allowed: {allowed}."
-    )
+    raise SchedulerError(f"scheduler={shown(name)} is not a scheduler.{advice} Allowed: {allowed}.")
 
 
-def require_effect(choice: SchedulerChoice, *, flow: bool) -> None:
-    """Raise SchedulerError for a setting that the chosen class does not have, for this family of
-    models. Without a name the checkpoint's class counts, which may be any of the family's.
-    """
-    if choice.name is not None:
-        _facts_for_model(choice.name, {}, flow=flow)  # is it for this family?
-    names = [choice.name] if choice.name is not None else list(SCHEDULERS)
-    for key in choice.overrides:
-        if not any(has_setting(name, key, flow=flow) for name in names):
-            able = [name for name in SCHEDULERS if has_setting(name, key, flow=flow)]
-            advice = f", or choose one that has it: {', '.join(able)}" if able else ""
-            raise SchedulerError(
-                f"scheduler setting {key} has no effect with {choice.name or 'this model'}"
-                f"{' and this model' if choice.name else ''}. Leave it out{advice}."
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampledModel:
+    """What decides which samplers a model takes."""
+
+    flow: bool
+    own: Mapping[str, Any] = field(default_factory=dict)
+    """Config of the checkpoint's scheduler, with `_class_name`; empty where it is not known."""
+    pipeline: str = ""
+    """Class that computes its own timesteps; empty where the StepDriver does."""
+
+    @classmethod
+    def by(cls, spec: ModelSpec) -> "SampledModel":
+        pipeline = spec.pipeline if spec.runs_as_is else ""
+        return cls(flow=spec.flow_matching, own=spec.sampler, pipeline=pipeline)
+
+    @property
+    def samplers(self) -> list[str]:
+        """Return the names of SCHEDULERS that can sample it."""
+        return [name for name in SCHEDULERS if not self.why_not(name)]
+
+    def why_not(self, name: str) -> str:
+        """Return why a name of SCHEDULERS cannot sample it; empty if it can."""
+        own = self.own.get("_class_name")
+        if own is not None and own not in KNOWN | DESCRIBED:
+            return (
+                f"cannot sample this model: its own {own} defines noise levels or predictions "
+                "that no other sampler knows"
             )
+        facts = SCHEDULERS[name]
+        if facts.flow and not self.flow:
+            return "is for flow-matching models only, and this model is not one"
+        if self.flow and not (facts.flow or facts.flow_name or facts.flow_solver):
+            return "cannot sample a flow-matching model"
+        facts, _ = _facts_for_model(name, self.own, flow=self.flow)
+        if self.own.get("invert_sigmas") and facts.class_name not in {own, *TAKE_INVERTED}:
+            return "cannot sample this model, whose noise levels count backwards (invert_sigmas)"
+        likeness = facts.settings_of or facts.class_name
+        taken, flow_sigmas = (
+            timestep_arguments(likeness),
+            "use_flow_sigmas" in settings_of(likeness),
+        )
+        given = given_to_sampler(self.pipeline, flow_sigmas=flow_sigmas)
+        if taken and (more := sorted(given - taken)):
+            return (
+                f"cannot sample this model: {self.pipeline} gives {' and '.join(more)} of its own "
+                f"to the sampler, and {facts.class_name} takes none"
+            )
+        return ""
+
+    def has_setting(self, name: str | None, key: str) -> bool:
+        """Return whether a setting has an effect with the sampler of this name.
+
+        None: the checkpoint's own, or any of the family's where it is not known.
+        """
+        own = self.own.get("_class_name")
+        if name is None and not (own and settings_of(own)):
+            return any(self.has_setting(each, key) for each in SCHEDULERS)
+        if name is not None and self.why_not(name):
+            return False
+        facts, fixed = _facts_for_model(name, self.own, flow=self.flow)
+        if key == "rescale_betas_zero_snr":
+            return not self.flow
+        return key in settings_of(facts.settings_of or facts.class_name) - set(fixed)
+
+    def idle_settings(self, choice: SchedulerChoice) -> list[str]:
+        """Return the settings that have no effect with the chosen sampler."""
+        return [key for key in choice.overrides if not self.has_setting(choice.name, key)]
 
 
-def has_setting(name: str, key: str, *, flow: bool) -> bool:
-    """Return whether the class of this name has a setting, for this family of models."""
-    try:
-        facts, fixed = _facts_for_model(name, {}, flow=flow)
-    except SchedulerError:  # not for this family
-        return False
-    if key == "rescale_betas_zero_snr":
-        return not flow
-    return key in settings_of(facts.settings_of or facts.class_name) - set(fixed)
+def require_sampler(choice: SchedulerChoice, model: SampledModel) -> None:
+    """Raise SchedulerError if the model cannot be sampled by what was chosen."""
+    if choice.name is not None and (reason := model.why_not(choice.name)):
+        allowed = ", ".join(model.samplers)
+        advice = (
+            f"Allowed for this model: {allowed}"
+            if allowed
+            else "Leave scheduler out, or give settings without a name"
+        )
+        raise SchedulerError(f"scheduler={choice.name!r} {reason}. {advice}.")
+
+
+def require_effect(choice: SchedulerChoice, model: SampledModel) -> None:
+    """Raise SchedulerError for a setting that the chosen class, or else the checkpoint's own one,
+    does not have.
+    """
+    for key in model.idle_settings(choice):
+        able = [name for name in SCHEDULERS if model.has_setting(name, key)]
+        advice = f", or choose one that has it: {', '.join(able)}" if able else ""
+        own = model.own.get("_class_name")
+        own = f"this model's own {own}" if own else "this model"
+        raise SchedulerError(
+            f"scheduler setting {key} has no effect with {choice.name or own}"
+            f"{' and this model' if choice.name else ''}. Leave it out{advice}."
+        )
 
 
 def build_scheduler(
@@ -325,15 +356,13 @@ def build_scheduler(
         if isinstance(pristine, Mapping)
         else dict(pristine.config) | {"_class_name": type(pristine).__name__}
     )
-    if choice.name is not None:
-        _require_described(config["_class_name"], choice.name)
+    require_sampler(choice, SampledModel(flow=flow, own=config))
     facts, flow_extra = _facts_for_model(choice.name, config, flow=flow)
     _check_packages(choice, facts)
     scheduler_class = _class(facts.module, facts.class_name)
     if facts.class_name == config["_class_name"]:
         fields = {key: setting for key, setting in config.items() if not key.startswith("_")}
     else:
-        _require_same_direction(config, facts.class_name, choice.name)
         fields = model_fields(config)
     if any(choice.overrides.get(flag) for flag in SIGMA_FLAGS):
         # the requested flag replaces the checkpoint's
@@ -371,35 +400,6 @@ def build_scheduler(
     return scheduler
 
 
-def _require_described(class_name: str, name: str) -> None:
-    """Raise SchedulerError if another class cannot be told what the checkpoint's own one knows."""
-    if class_name not in {facts.class_name for facts in SCHEDULERS.values()} | DESCRIBED:
-        raise SchedulerError(
-            f"scheduler={name!r} cannot sample this model: its own {class_name} defines "
-            "noise levels or predictions that no other sampler knows. Leave scheduler out, or give "
-            "settings without a name."
-        )
-
-
-def _require_same_direction(config: Mapping[str, Any], class_name: str, name: str | None) -> None:
-    """Raise SchedulerError if the model counts its noise levels backwards (Mochi) and the class
-    does not.
-    """
-    able = [
-        facts.class_name
-        for facts in SCHEDULERS.values()
-        if facts.flow and facts.class_name != "FlowMatchHeunDiscreteScheduler"
-    ]
-    if config.get("invert_sigmas") and class_name not in able:
-        names = ", ".join(
-            key for key, facts in SCHEDULERS.items() if facts.flow and facts.class_name in able
-        )
-        raise SchedulerError(
-            f"scheduler={name!r} cannot sample this model, whose noise levels count backwards "
-            f"(invert_sigmas). Allowed for this model: {names}."
-        )
-
-
 def _require_signal(scheduler: "SchedulerMixin") -> None:
     """Raise SchedulerError if the first step would divide by a signal level of zero."""
     config = scheduler.config
@@ -434,38 +434,21 @@ def _usable(overrides: Mapping[str, Any], accepted: set[str], class_name: str) -
 def _facts_for_model(
     name: str | None, config: Mapping[str, Any], *, flow: bool
 ) -> tuple[SchedulerFacts, dict[str, Any]]:
-    """Return the facts of `name` for this family of models, and config fields needed there."""
+    """Return the facts of a name that can sample this family of models, or of the checkpoint's own
+    class for None, and config fields needed there.
+    """
+    facts = SchedulerFacts(class_name=config["_class_name"]) if name is None else SCHEDULERS[name]
+    # the sigma flags override use_flow_sigmas in the classes that have it, with sigmas up to 14
+    # instead of 1
+    straight = dict.fromkeys((*SIGMA_FLAGS, "use_lu_lambdas"), False) | {"use_flow_sigmas": True}
     if name is None:
-        return SchedulerFacts(class_name=config["_class_name"]), {}
-    facts = SCHEDULERS[name]
+        return facts, straight if flow and config.get("use_flow_sigmas") else {}
     if facts.flow == flow:
         return facts, {}
-    if not flow:
-        works = ", ".join(key for key, other in SCHEDULERS.items() if not other.flow)
-        raise SchedulerError(
-            f"scheduler={name!r} is for flow-matching models only, and this model is not one. "
-            f"Allowed: {works}."
-        )
     if facts.flow_name is not None:
         return SCHEDULERS[facts.flow_name], {}
-    if facts.flow_solver:
-        shift = config.get("shift", config.get("flow_shift", 1.0))
-        # the sigma flags override use_flow_sigmas in these classes, with sigmas up to 14 instead
-        # of 1
-        straight = dict.fromkeys((*SIGMA_FLAGS, "use_lu_lambdas"), False)
-        return facts, {
-            "use_flow_sigmas": True,
-            "prediction_type": "flow_prediction",
-            "flow_shift": shift,
-        } | straight
-    works = ", ".join(
-        key
-        for key, other in SCHEDULERS.items()
-        if other.flow or other.flow_name or other.flow_solver
-    )
-    raise SchedulerError(
-        f"scheduler={name!r} cannot sample a flow-matching model. Allowed for this model: {works}."
-    )
+    shift = config.get("shift", config.get("flow_shift", 1.0))
+    return facts, {"prediction_type": "flow_prediction", "flow_shift": shift} | straight
 
 
 def _check_packages(choice: SchedulerChoice, facts: SchedulerFacts) -> None:

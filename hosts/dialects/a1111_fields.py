@@ -180,7 +180,7 @@ def asked_for(
         fields["prompt"] = prompt.text or NOTHING
     fields |= {"lora": prompt.loras} if prompt.loras else {}
     fields |= prompt.fields
-    if (scheduler := scheduler_of(body)) is not None:
+    if (scheduler := scheduler_of(body, spec)) is not None:
         fields["scheduler"] = scheduler
     _choose_guidance(fields, sent_as, body, spec)
     control, control_sent_as = control_fields(_mapping(body, "alwayson_scripts"), accepted)

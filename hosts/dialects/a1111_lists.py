@@ -136,7 +136,7 @@ def sd_models() -> Response:
 
 @blueprint.get("/sdapi/v1/samplers")
 def samplers() -> Response:
-    found = labels(flow=current_app.extensions["host"].spec.flow_matching)
+    found = labels(current_app.extensions["host"].spec)
     return jsonify(
         [
             {"name": label, "aliases": [name, f"k_{name}"], "options": {}}

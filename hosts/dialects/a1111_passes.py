@@ -105,7 +105,7 @@ def hires_of(
     name = "hr_distilled_cfg" if spec.guidance == "distilled" else "hr_cfg"
     if body.get(name) not in (None, "", 0, "0"):
         fields["guidance_scale"], sent_as["guidance_scale"] = body[name], name
-    fields |= _prompts(body, spec, accepted) | _sampler(body)
+    fields |= _prompts(body, spec, accepted) | _sampler(body, spec)
     facts |= {"Hires steps": steps or None, "Hires upscaler": upscaler}
     facts |= {"Denoising strength": fields["strength"]}
     return Hires(
@@ -185,14 +185,15 @@ def _prompts(body: Mapping[str, Any], spec: ModelSpec, accepted: Accepted) -> di
     return fields | ({"lora": prompt.loras} if prompt.loras else {})
 
 
-def _sampler(body: Mapping[str, Any]) -> dict[str, Any]:
+def _sampler(body: Mapping[str, Any], spec: ModelSpec) -> dict[str, Any]:
     """Return the second pass's own scheduler, if it has one."""
     own = {
         theirs: body[f"hr_{theirs}"]
         for theirs in ("sampler_name", "scheduler")
         if str(body.get(f"hr_{theirs}") or "").strip().lower() not in SAME
     }
-    scheduler = scheduler_of({**body, **own}) if own else None
+    sent_as = {theirs: f"hr_{theirs}" for theirs in own}
+    scheduler = scheduler_of({**body, **own}, spec, sent_as=sent_as) if own else None
     return {} if scheduler is None else {"scheduler": scheduler}
 
 

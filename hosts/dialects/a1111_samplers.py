@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from backends.errors import RequestError, UnsupportedError
-from backends.generation.schedulers import SCHEDULERS, has_setting
+from backends.generation.schedulers import SCHEDULERS, SampledModel
+from backends.model_table import ModelSpec
 from hosts.http.dialect import is_empty, shown
 
 LABELS = {
@@ -29,7 +30,8 @@ LABELS = {
     "IPNDM": "ipndm",
 }
 FLOW_LABELS = {"Euler": "fm_euler", "Heun": "fm_heun", "LCM": "fm_lcm"}
-"""The same for flow-matching models."""
+"""Names that flow-matching models have for the same samplers."""
+SAMPLER = ("sampler_name", "sampler_index")
 SCHEDULES: dict[str, dict[str, Any]] = {
     **{name: {} for name in ("automatic", "uniform", "normal", "simple")},
     "karras": {"use_karras_sigmas": True},
@@ -54,32 +56,39 @@ FIXED_SIGMAS = frozenset({"ddim", "ddpm", "pndm", "euler_a", "lcm", "tcd", "ipnd
 """Schedulers whose noise levels have one fixed curve."""
 
 
-def labels(*, flow: bool) -> dict[str, str]:
-    """Return label -> scheduler for the models of one family."""
-    if flow:
-        return FLOW_LABELS
-    return {label: name for label, name in LABELS.items() if not SCHEDULERS[name].flow}
+def labels(spec: ModelSpec) -> dict[str, str]:
+    """Return label -> scheduler for the samplers that a model takes."""
+    usable = set(SampledModel.by(spec).samplers)
+    return {label: name for label, name in LABELS.items() if name in usable}
 
 
-def scheduler_of(body: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the scheduler with its settings, or None for the model's default."""
-    named = next(
-        (body[key] for key in ("sampler_name", "sampler_index") if not is_empty(body.get(key))), ""
-    )
+def scheduler_of(
+    body: Mapping[str, Any], spec: ModelSpec, *, sent_as: Mapping[str, str] | None = None
+) -> dict[str, Any] | None:
+    """Return the scheduler with its settings, or None for the model's default.
+
+    sent_as: field -> the name by which it was sent.
+    """
+    names = sent_as or {}
+    key = next((key for key in SAMPLER if not is_empty(body.get(key))), SAMPLER[0])
+    named, field = body.get(key) or "", names.get(key, key)
     if not isinstance(named, str):
-        raise RequestError(
-            f"sampler_name={shown(named)} is not a name. Send text.", field="sampler_name"
-        )
+        raise RequestError(f"{field}={shown(named)} is not a name. Send text.", field=field)
     name, ending = _split(named.strip().lower())
-    schedule = body.get("scheduler")
-    curve = _schedule(schedule if not is_empty(schedule) else "automatic")
-    curve = curve or _schedule(ending or "automatic")
-    sampler = _sampler(name, named) if name not in ("", "automatic") else None
-    if (sampler in FIXED_SIGMAS and any(key.endswith("_sigmas") for key in curve)) or not (
-        sampler is None or all(has_setting(sampler, key, flow=False) for key in curve)
-    ):
+    schedule, curve_field = body.get("scheduler"), names.get("scheduler", "scheduler")
+    curve = _schedule(schedule if not is_empty(schedule) else "automatic", curve_field)
+    curve = curve or _schedule(ending or "automatic", field)
+    model = SampledModel.by(spec)
+    sampler = _sampler(name, named, field, model) if name not in ("", "automatic") else None
+    is_fixed = sampler in FIXED_SIGMAS and any(each.endswith("_sigmas") for each in curve)
+    if is_fixed or not all(model.has_setting(sampler, each) for each in curve):
+        given = (
+            f"{field}={shown(named)}" if is_empty(schedule) else f"{curve_field}={shown(schedule)}"
+        )
+        own = model.own.get("_class_name") or "the sampler"
         raise UnsupportedError(
-            f"scheduler={shown(schedule or ending)} is not available with {named}. Send Automatic."
+            f"{given} is not available with {named if sampler else f'{own} of this model'}. Send "
+            "Automatic."
         )
     if sampler is None and not curve:
         return None
@@ -99,30 +108,35 @@ def _split(name: str) -> tuple[str, str]:
     return name, ""
 
 
-def _sampler(name: str, given: str) -> str:
+def _sampler(name: str, given: str, field: str, model: SampledModel) -> str:
     by_label = {label.lower(): sampler for label, sampler in LABELS.items()}
     plain = name.removeprefix("k_").replace("++", "pp").replace(" ", "_")
     found = by_label.get(name) or (plain if plain in SCHEDULERS else None)
+    usable = model.samplers if found is None or model.why_not(found) else ()
+    allowed = ", ".join(label for label, sampler in LABELS.items() if sampler in usable)
     if found is None:
         close = difflib.get_close_matches(name, by_label, n=1, cutoff=0.0)[0]
         nearest = next(label for label in LABELS if label.lower() == close)
         raise RequestError(
-            f"sampler_name={shown(given)} is not a sampler here. The nearest one is {nearest}. "
-            f"Allowed: {', '.join(LABELS)}.",
-            field="sampler_name",
+            f"{field}={shown(given)} is not a sampler here. The nearest one is {nearest}. "
+            f"Allowed: {allowed}.",
+            field=field,
         )
+    if reason := model.why_not(found):
+        advice = f"Allowed: {allowed}" if allowed else "Leave it out"
+        raise RequestError(f"{field}={shown(given)} {reason}. {advice}.", field=field)
     return found
 
 
-def _schedule(value: Any) -> dict[str, Any]:
+def _schedule(value: Any, field: str) -> dict[str, Any]:
     name = value.strip().lower() if isinstance(value, str) else None
     name = ALIASES.get(name or "", name)
     if name == "":
         return {}
     if name not in SCHEDULES:
         raise RequestError(
-            f"scheduler={shown(value)} is not a schedule here. Allowed: "
+            f"{field}={shown(value)} is not a schedule here. Allowed: "
             f"{', '.join(SCHEDULE_LABELS.values())}.",
-            field="scheduler",
+            field=field,
         )
     return SCHEDULES[name]

@@ -18,7 +18,12 @@ from pydantic import ValidationError
 
 from backends.errors import RequestError, UnsupportedError
 from backends.generation.emphasis import parse_emphasis
-from backends.generation.schedulers import parse_requested, require_effect
+from backends.generation.schedulers import (
+    SampledModel,
+    parse_requested,
+    require_effect,
+    require_sampler,
+)
 from backends.model_table import ModelSpec
 from backends.request import GenerateRequest
 from hosts.http import images, media
@@ -82,9 +87,10 @@ def read_request(
     }
     scheduler = values.get("scheduler")
     if isinstance(scheduler, str | Mapping):  # another type is refused below
-        choice = parse_requested(scheduler)
+        choice, sampled = parse_requested(scheduler), SampledModel.by(spec)
+        require_sampler(choice, sampled)
         if is_strict:
-            require_effect(choice, flow=spec.flow_matching)
+            require_effect(choice, sampled)
     try:
         request = GenerateRequest(**values)
     except ValidationError as error:

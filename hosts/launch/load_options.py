@@ -8,6 +8,7 @@ argument has no effect.
 from collections.abc import Iterator
 
 from backends.errors import ConfigError
+from backends.generation.schedulers import SampledModel, parse_scheduler
 from backends.model_table import ModelSpec
 from backends.plan import ParallelPlan
 from backends.quantization_spec import QuantizationSpec, parse_quantization
@@ -209,6 +210,9 @@ def idle_reasons(settings: Settings, spec: ModelSpec, plan: ParallelPlan) -> Ite
         yield "--warmup_steps has no effect: this plan uses no values of the previous step"
     if settings.master_port is not None:
         yield "--master_port has no effect: the ranks of a machine connect in a private folder"
+    sampled, choice = SampledModel.by(spec), parse_scheduler(settings.scheduler)
+    for name in sampled.idle_settings(choice):
+        yield f"--scheduler: {name} has no effect with {choice.name or 'the checkpoint'}"
     for name in settings.given:
         readers = options()[name].backends
         if readers and plan.method not in readers:

@@ -16,12 +16,13 @@ from backends.files.checkpoint import (
     infer_type,
     open_checkpoint,
     read_index,
+    sampler_config,
 )
 from backends.files.defaults import with_own_defaults
 from backends.files.fit import denoiser_channels, prediction_settings
 from backends.files.generic import generic_spec
 from backends.files.mask_channels import latent_channels, with_mask_inputs
-from backends.generation.schedulers import parse_at_launch
+from backends.generation.schedulers import SampledModel, parse_at_launch
 from backends.model_table import GENERIC, ModelSpec, ModelTable
 from backends.plan import FEW_STEPS, ParallelPlan, Quality, is_met, require_world_size
 from backends.request import LoadRequest
@@ -184,6 +185,7 @@ def plan_start(
         checkpoint = open_checkpoint(
             spec, checkpoint_path(settings, spec), config=settings.checkpoint_config
         )
+        spec = replace(spec, sampler=sampler_config(checkpoint))
         spec, why_defaults = with_own_defaults(spec, checkpoint, hub.short_names(settings))
         start = _plan_files(settings, spec, recall=recall, **facts)
     except HostError as error:
@@ -448,7 +450,7 @@ def _load_request(
         reasons.append(f"variant={variant}: {why}")
     try:
         scheduler = settings.scheduler or _scheduler_of(spec, settings)
-        parse_at_launch(scheduler, flow=spec.flow_matching)
+        parse_at_launch(scheduler, SampledModel.by(spec))
     except RequestError as error:
         raise ConfigError(f"--scheduler: {error}") from error
     denoiser, denoiser_config = denoiser_files(settings, spec)

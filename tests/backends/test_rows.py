@@ -1,14 +1,17 @@
 """What the rows of the model table say about their pipeline classes is true."""
 
 import inspect
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from backends.errors import RequestError
 from backends.files.generic import carrier, facts_of, why_not
 from backends.files.pipeline_calls import pipeline_call
 from backends.generation.generic_run import audio_of, frames_of
+from backends.generation.schedulers import SCHEDULERS, SampledModel
 from backends.model_table import read_table
 from backends.request import Audio
 from tests.backends.features import loaded, request_for
@@ -71,3 +74,19 @@ def test_one_rank_equals_diffusers(name):
     if sound is not None:
         assert sound.samples.std() > 1e-3
         assert np.array_equal(made.audio.samples, sound.samples)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in AS_IS if TABLE[name].flow_matching])
+def test_samplers_that_a_row_refuses_are_those_that_its_class_cannot_use(name):
+    pipe = loaded(TABLE[name])
+    own = dict(pipe.pipe.scheduler.config) | {"_class_name": type(pipe.pipe.scheduler).__name__}
+    spec = replace(TABLE[name], sampler=own)
+    model = SampledModel.by(spec)
+    for sampler, facts in SCHEDULERS.items():
+        if facts.flow and not model.why_not(sampler):
+            made = pipe.generate(request_for(spec).model_copy(update={"scheduler": sampler}))
+            assert made.frames.std() > 1, sampler
+        elif "to the sampler" in model.why_not(sampler):
+            with pytest.raises(RequestError, match=r"sigmas|mu"):
+                pipe.generate(request_for(spec).model_copy(update={"scheduler": sampler}))

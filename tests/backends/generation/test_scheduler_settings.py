@@ -19,6 +19,7 @@ from backends.generation.scheduler_settings import (
 )
 from backends.generation.schedulers import (
     SCHEDULERS,
+    SampledModel,
     SchedulerError,
     build_scheduler,
     choose_scheduler,
@@ -167,7 +168,9 @@ def test_what_the_launcher_lets_through_can_be_built(setting):
         tried = itertools.product(names_with(setting, names), values_at_launch(setting))
         for name, value in tried:
             try:
-                choice = parse_at_launch({"scheduler": name, setting: value}, flow=is_flow)
+                choice = parse_at_launch(
+                    {"scheduler": name, setting: value}, SampledModel(flow=is_flow)
+                )
             except SchedulerError as error:
                 assert setting in str(error)
                 continue

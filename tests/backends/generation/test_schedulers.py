@@ -17,11 +17,13 @@ from backends.generation import schedulers
 from backends.generation.schedulers import (
     ALIASES,
     SCHEDULERS,
+    SampledModel,
     SchedulerChoice,
     SchedulerError,
     build_scheduler,
     parse_scheduler,
     require_effect,
+    require_sampler,
 )
 from backends.generation.step_driver import StepDriver
 from backends.generation.step_window import Schedule
@@ -449,7 +451,9 @@ def test_shift_of_a_flow_model_reaches_a_class_with_another_name_for_it(name):
 @pytest.mark.parametrize("name", ["unipc", "dpmpp_2m", "heun"])
 def test_refuses_a_class_that_cannot_count_backwards(name):
     mochi = FLOW | {"invert_sigmas": True}
-    with pytest.raises(SchedulerError, match=r"count backwards .* Allowed .*: fm_euler, fm_lcm"):
+    with pytest.raises(
+        SchedulerError, match=r"count backwards .* Allowed .*: euler, lcm, fm_euler"
+    ):
         build_scheduler(parse_scheduler(name), mochi, flow=True)
     assert build_scheduler(parse_scheduler("euler"), mochi, flow=True).config.invert_sigmas
 
@@ -517,12 +521,77 @@ def test_settings_are_those_of_the_class(name):
     ],
 )
 def test_settings_without_effect_are_refused_by_name(value, flow, message):
-    choice = parse_scheduler(value)
+    choice, model = parse_scheduler(value), SampledModel(flow=flow)
     if message is None:
-        require_effect(choice, flow=flow)
+        require_sampler(choice, model)
+        require_effect(choice, model)
     else:
         with pytest.raises(SchedulerError, match=message):
-            require_effect(choice, flow=flow)
+            require_sampler(choice, model)
+            require_effect(choice, model)
+
+
+@pytest.mark.parametrize(
+    ("settings", "own", "message"),
+    [
+        ({"use_karras_sigmas": True}, CONFIGS["sd1"], "use_karras_sigmas .* own PNDMScheduler"),
+        ({"use_karras_sigmas": True}, CONFIGS["sd2"], "use_karras.* own DDIMScheduler.*: deis"),
+        ({"use_karras_sigmas": True}, CONFIGS["svd"], None),
+        ({"timestep_spacing": "trailing"}, CONFIGS["sd1"], None),
+        ({"rescale_betas_zero_snr": True}, CONFIGS["sd1"], None),
+        ({"use_karras_sigmas": True}, CONFIGS["sd3"], None),
+        ({"solver_order": 3}, CONFIGS["sd3"], "own FlowMatchEuler.*that has it: dpmpp_2m"),
+        (
+            {"use_karras_sigmas": True},
+            {"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True},
+            "use_karras_sigmas has no effect with this model's own DPMSolverMultistepScheduler",
+        ),
+    ],
+)
+def test_settings_alone_are_those_of_the_checkpoints_own_sampler(settings, own, message):
+    flow = "Flow" in own["_class_name"] or "use_flow_sigmas" in own
+    model, choice = SampledModel(flow=flow, own=own), parse_scheduler(settings)
+    if message is None:
+        require_effect(choice, model)
+    else:
+        with pytest.raises(SchedulerError, match=message):
+            require_effect(choice, model)
+
+
+def test_curves_of_other_models_do_not_reach_flow_sigmas_of_the_checkpoints_own_sampler():
+    own = {"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True}
+    own |= {"prediction_type": "flow_prediction"}
+    scheduler = build_scheduler(parse_scheduler({"use_karras_sigmas": True}), own, flow=True)
+    scheduler.set_timesteps(4)
+    assert scheduler.sigmas.max() <= 1
+
+
+WITH_OWN_SIGMAS = {"euler", "lcm", "unipc", "fm_euler", "fm_lcm"}
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "own", "names"),
+    [
+        ("Krea2Pipeline", {}, WITH_OWN_SIGMAS),
+        ("HunyuanVideoPipeline", {}, WITH_OWN_SIGMAS),
+        ("LTXPipeline", {}, WITH_OWN_SIGMAS),
+        ("LTX2ImageToVideoPipeline", {}, WITH_OWN_SIGMAS),
+        ("MochiPipeline", {"invert_sigmas": True}, WITH_OWN_SIGMAS - {"unipc"}),
+        ("ErnieImagePipeline", {}, WITH_OWN_SIGMAS),  # by set_timesteps itself
+        ("SanaPipeline", {}, set(FLOW_NAMES)),  # only a request could bring sigmas
+        ("WanVACEPipeline", {}, set(FLOW_NAMES)),
+        ("OvisImagePipeline", {}, set(FLOW_NAMES) - {"heun", "fm_heun"}),  # none to flow sigmas
+        ("", {}, set(FLOW_NAMES)),
+    ],
+)
+def test_refuses_a_sampler_that_does_not_take_what_the_class_gives_it(pipeline, own, names):
+    model = SampledModel(flow=True, own=FLOW | own, pipeline=pipeline)
+    assert set(model.samplers) == names
+    for name in set(SCHEDULERS) - names:
+        with pytest.raises(SchedulerError) as refused:
+            require_sampler(parse_scheduler(name), model)
+        assert f"scheduler={name!r} " in str(refused.value)
+        assert str(refused.value).endswith(f"Allowed for this model: {', '.join(model.samplers)}.")
 
 
 def test_settings_of_one_solver_do_not_reach_another():
@@ -555,7 +624,8 @@ def test_refuses_an_epsilon_sampler_for_a_flow_matching_model(name):
 
 def test_refuses_a_flow_sampler_for_an_epsilon_model():
     with pytest.raises(
-        SchedulerError, match=r"'fm_euler' is for flow-matching models only.*Allowed: ddim"
+        SchedulerError,
+        match=r"'fm_euler' is for flow-matching models only.*Allowed for this model: ddim",
     ):
         built("fm_euler", "sd1")
 

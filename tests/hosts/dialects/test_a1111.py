@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 import struct
 
 import numpy as np
@@ -176,6 +177,44 @@ def test_samplers_and_schedules_are_read(host, sent, wanted):
 def test_samplers_and_schedules_that_are_not_here_are_refused(host, fields, status, said):
     answer = host.post(TXT, {"prompt": "a", **fields})
     assert answer.status_code == status and said in message_of(answer)
+
+
+HIRES = {"enable_hr": True, "denoising_strength": 0.5}
+KREA2 = "Krea2Pipeline gives mu and sigmas of its own to the sampler"
+
+
+@pytest.mark.parametrize(
+    ("model", "path", "fields", "said"),
+    [
+        ("krea2", TXT, {"sampler_name": "Heun"}, f"sampler_name='Heun' cannot .*{KREA2}.*Allowed: "
+         "Euler, UniPC, LCM."),
+        ("krea2", TXT, {"sampler_index": "DPM++ 2M Karras"}, "sampler_index='DPM.. 2M Karras' .*: "
+         "Euler, UniPC, LCM."),
+        ("krea2", "/v1/jobs", {"scheduler": "heun"}, f"scheduler='heun' cannot .*{KREA2}.*: euler, "
+         "lcm, unipc, fm_euler, fm_lcm."),
+        ("krea2", "/v1/jobs", {"scheduler": "dpmpp_2m", "strict": False}, "scheduler='dpmpp_2m' c"),
+        ("flux", TXT, {"sampler_name": "DDIM"}, "sampler_name='DDIM' cannot sample a flow-matching "
+         "model. Allowed: DPM.. 2M, .*UniPC"),
+        ("flux", TXT, {"sampler_name": "DPM++ 2M", "scheduler": "Karras"}, "'Karras' is not avail"),
+        ("sdxl", TXT, {"hr_sampler_name": "Hein", **HIRES}, "hr_sampler_name='Hein' is not a samp"),
+        ("sdxl", TXT, {"hr_sampler_name": "DDIM", "hr_scheduler": "Karras", **HIRES},
+         "hr_scheduler='Karras' is not available with DDIM"),
+        ("sdxl", TXT, {"sampler_name": "DDIM Karras"}, "sampler_name='DDIM Karras' is not avail"),
+    ],
+)  # fmt: skip
+def test_samplers_that_the_model_cannot_use_are_refused_before_they_are_queued(
+    model, path, fields, said
+):
+    with ReadingHost(type=model) as host:
+        answer = host.post(path, {"prompt": "a", **fields})
+        assert answer.status_code in (400, 422) and re.search(said, message_of(answer))
+        assert not host.requests
+
+
+def test_samplers_are_listed_that_the_model_can_use():
+    with ReadingHost(type="krea2") as host:
+        found = [each["name"] for each in host.client.get("/sdapi/v1/samplers").json]
+    assert found == ["Euler", "UniPC", "LCM"]
 
 
 def test_clip_layers_count_from_one(host):

@@ -151,6 +151,22 @@ def test_epsilon_only_scheduler_is_refused_for_a_flow_matching_model_at_start():
         )  # mapped to its counterpart
 
 
+def test_a_sampler_that_the_class_cannot_use_is_refused_at_start():
+    with pytest.raises(
+        ConfigError,
+        match=r"--scheduler: scheduler='heun' .*: Krea2Pipeline gives mu and sigmas .*: euler, lcm",
+    ):
+        plan(type="krea2", checkpoint=str(checkpoint("krea2")), scheduler="heun")
+
+
+def test_the_checkpoints_own_sampler_is_known_and_settings_that_it_lacks_are_told():
+    start = plan(scheduler={"solver_order": 3})
+    assert start.spec.sampler["_class_name"] == "EulerDiscreteScheduler"
+    assert "--scheduler: solver_order has no effect with the checkpoint" in start.reasons
+    start = plan(scheduler={"scheduler": "ddim", "use_karras_sigmas": True})
+    assert "--scheduler: use_karras_sigmas has no effect with ddim" in start.reasons
+
+
 def test_flow_matching_scheduler_is_refused_for_another_model_at_start():
     with pytest.raises(
         ConfigError, match="--scheduler: scheduler='fm_euler' is for flow-matching models only"
