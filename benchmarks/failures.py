@@ -28,7 +28,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from tests.backends.features import TABLE, prepare
-from tests.rehearsal.cases import FAILING_LONG, FAILING_SHORT, Ranks
+from tests.rehearsal.case import Ranks
+from tests.rehearsal.cases import FAILING_LONG, FAILING_SHORT
 from tests.rehearsal.runs import checkpoint_of, fail_on_last_rank
 
 CASES = {case.label: case for case in (*FAILING_SHORT, *FAILING_LONG)}

@@ -18,7 +18,8 @@ from backends.autotune.trials import Trials
 from hosts.launch.gpus import count_gpus, count_present, driver_version, lowest_capability
 from tests.backends.features import TABLE, request_for
 from tests.checkpoints import sample_image
-from tests.rehearsal.cases import FAILING_LONG, FAILING_SHORT, LONG, SHORT, Ranks
+from tests.rehearsal.case import Ranks
+from tests.rehearsal.cases import FAILING_LONG, FAILING_SHORT, LONG, SHORT
 from tests.rehearsal.one_rank_cases import offloads
 from tests.rehearsal.rehearsal import Rehearsal
 from tests.rehearsal.runs import Rank, distance, largest_distance, load, pixels

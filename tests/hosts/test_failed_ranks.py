@@ -10,7 +10,7 @@ from backends.autotune.trials import PipelineSubject, Trials
 from backends.plan import ParallelPlan
 from tests.backends.features import TABLE, loaded, request_for
 from tests.checkpoints import checkpoint
-from tests.rehearsal.cases import PATCH, Ranks, stages
+from tests.rehearsal.case import PATCH, Ranks, stages
 from tests.rehearsal.runs import fail_on_last_rank
 
 DISPLACED = ("corrected_async_gn", "stale_gn", "sync_gn")

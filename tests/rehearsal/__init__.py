@@ -15,7 +15,8 @@ It says nothing about speed, memory limits, kernels or real streams.
     groups.py      NCCL groups: gloo groups with NCCL's rules
     journal.py     what is recorded
     order.py       the journals of all ranks -> operations that do not match, and circles of waiting
-    cases.py       what is rehearsed on several GPUs; one_rank_cases.py: on one
+    cases.py       what is rehearsed on several GPUs: method_cases.py, option_cases.py (each a case
+                   as in case.py); one_rank_cases.py: on one
     runs.py        how; jobs.py: what comes after a case's first job
     host/          puts GPUs into the processes of a whole host
 """

@@ -11,7 +11,7 @@ from backends.request import GenerateResult
 from hosts.dialects.a1111_passes import Hires
 from hosts.ranks.dispatch import END, GO_ON
 from tests.backends.features import HEIGHT, WIDTH
-from tests.rehearsal.cases import Further
+from tests.rehearsal.case import Further
 
 if TYPE_CHECKING:
     from tests.rehearsal.runs import Rank

@@ -39,7 +39,7 @@ from tests.backends.features import (
 from tests.backends.generic_classes import fields_of
 from tests.checkpoints import checkpoint
 from tests.checkpoints.variants import variant as variant_of
-from tests.rehearsal.cases import Ranks
+from tests.rehearsal.case import Ranks
 from tests.rehearsal.jobs import FURTHER
 from tests.rehearsal.journal import Entry, Journal
 from tests.rehearsal.one_rank_cases import STEPS, OneRank

@@ -19,7 +19,7 @@ from hosts.supervision import spares
 from hosts.supervision.exit_reports import RankNotes
 from tests.backends.features import TABLE
 from tests.checkpoints import checkpoint
-from tests.rehearsal.cases import PATCH, SEGMENTS
+from tests.rehearsal.case import PATCH, SEGMENTS
 from tests.rehearsal.gpus import COMMUNICATOR_BYTES
 from tests.rehearsal.order import problems
 from tests.rehearsal.rehearsal import Rehearsal
