@@ -86,8 +86,14 @@ def offload(
     Call it before anything is attached: later hooks must wrap those that move the weights.
     prefetches: load the next group while one computes. diffusers learns the order in the first call
     with hooks that it then removes, and with them everything attached later; so only if nothing
-    will be attached.
+    will be attached. Without it diffusers copies each group back to main memory too.
     """
+    if kind == "group" and not prefetches:
+        logger.warning(
+            "enable_group_offload prefetches nothing with several ranks, torch.compile or a step "
+            "cache: each layer is copied to the device and back while nothing computes. "
+            "--enable_sequential_cpu_offload copies half as much"
+        )
     if kind == "model":
         pipe.enable_model_cpu_offload(device=device)
     elif kind == "sequential":

@@ -22,11 +22,13 @@ def test_without_an_accelerator_offloading_warns_and_the_host_runs(kind, caplog)
 
 
 @pytest.mark.parametrize("kind", ["model", "group"])
-def test_offloaded_pipelines_draw_the_same_again_and_again(kind):
+def test_offloaded_pipelines_draw_the_same_again_and_again(kind, caplog):
     """On the CPU for both places: the hooks are the same, only nothing moves far."""
     want = draw(loaded(TABLE["pixa"]))
     pipe = loaded(TABLE["pixa"])
     offload(pipe.pipe, TABLE["pixa"], kind, device=CPU)
+    is_slow = kind == "group"  # without prefetching
+    assert ("sequential_cpu_offload copies half as much" in caplog.text) == is_slow
     before = pipe.pipe.transformer.forward
     assert difference(draw(pipe), want) == 0
     assert (
