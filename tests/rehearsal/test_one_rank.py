@@ -7,6 +7,8 @@ import torch
 
 from backends.model_table import FEATURES
 from tests.backends.features import TABLE, prepare
+from tests.backends.loading.upscaling.weights import saved
+from tests.checkpoints import checkpoint, sample_image
 from tests.every_type import EVERY_TYPE
 from tests.rehearsal.one_rank_cases import NOT_REHEARSED, OneRank, cases_on_one_rank, offloads
 from tests.rehearsal.runs import rehearse_one
@@ -59,3 +61,20 @@ def test_everything_that_one_rank_can_do(run_on_ranks, name):
 def test_offloading_in_half_precision(run_on_ranks, name):
     _prepare(name)
     run_on_ranks(_rehearse, 1, name, [OneRank(label="plain"), *offloads()], "fp16")
+
+
+def _enlarge(rank, world_size, file, variant):
+    """After the job, and an image of the client's alone."""
+    asked = {"upscaler": "small"}
+    cases = [
+        OneRank(label="upscaler", load={"upscalers": {"small": file}}, request=request)
+        for request in (asked, {**asked, "init_image": sample_image(48), "strength": 0.0})
+    ]
+    _rehearse(rank, world_size, "sd2", cases, variant)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", SAME)
+def test_upscaler_on_a_gpu(run_on_ranks, tmp_path, variant):
+    checkpoint("sd2")
+    run_on_ranks(_enlarge, 1, str(saved(tmp_path)), variant)
