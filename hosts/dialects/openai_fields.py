@@ -11,7 +11,7 @@ from flask import request
 from backends.errors import RequestError, UnsupportedError
 from backends.model_table import ModelSpec
 from backends.request import GenerateRequest
-from hosts.http.decode import Accepted, read_mask
+from hosts.http.decode import Accepted, read_mask, read_transparency
 from hosts.http.dialect import (
     DONE,
     Rule,
@@ -159,8 +159,16 @@ def asked_for(body: Mapping[str, Any]) -> Asked:
     return Asked(fields=fields, sent_as=sent_as)
 
 
-def edited(body: Mapping[str, Any], asked: Asked, accepted: Accepted, *, spec: ModelSpec) -> Asked:
-    """Add the images to edit and the mask.
+def edited(
+    body: Mapping[str, Any],
+    asked: Asked,
+    accepted: Accepted,
+    *,
+    spec: ModelSpec,
+    has_mask: bool = True,
+) -> Asked:
+    """Add the images to edit and the mask: the transparent parts of `mask`, else those of the first
+    image. has_mask: whether there can be one.
 
     A model that takes several images gets all of them. Else the first one is where it starts, and
     further ones go to the IP-Adapter, if there is one.
@@ -188,7 +196,28 @@ def edited(body: Mapping[str, Any], asked: Asked, accepted: Accepted, *, spec: M
         fields["mask_image"] = read_mask(
             _image(masks[0], "mask"), field="mask", accepted=accepted, changes="transparent"
         )
+    elif has_mask and is_empty(fields.get("mask_image")):
+        mask = _transparency(body, first, name, accepted, spec)
+        fields |= {"mask_image": mask} if mask is not None else {}
     return Asked(fields=fields, sent_as=sent_as)
+
+
+def _transparency(
+    body: Mapping[str, Any], image: Any, name: str, accepted: Accepted, spec: ModelSpec
+) -> Any:
+    """Return the transparent parts of an image as its mask, as in OpenAI's API; None if it has
+    none.
+    """
+    unused = accepted.unused(spec).get("mask_image")
+    if unused and not is_strict(body):
+        return None
+    mask = read_transparency(image, field=name, accepted=accepted)
+    if mask is not None and unused:
+        raise UnsupportedError(
+            f"{name} has transparent parts, which are a mask in this API, and masks are not "
+            f"available: {unused}. Send it without an alpha channel."
+        )
+    return mask
 
 
 def varied(body: Mapping[str, Any], asked: Asked, accepted: Accepted, *, spec: ModelSpec) -> Asked:
@@ -201,7 +230,7 @@ def varied(body: Mapping[str, Any], asked: Asked, accepted: Accepted, *, spec: M
     if len(one) > 1:
         raise RequestError(f"image holds {len(one)} images. Send one.", field="image")
     if not (one and accepted.takes_ip_image):
-        asked = edited(body, asked, accepted, spec=spec)
+        asked = edited(body, asked, accepted, spec=spec, has_mask=False)
         return Asked(fields={**asked.fields, "prompt": prompt}, sent_as=asked.sent_as)
     fields = {**asked.fields, "prompt": prompt, "ip_adapter_image": _image(one[0], "image")}
     return Asked(fields=fields, sent_as={**asked.sent_as, "ip_adapter_image": "image"})

@@ -234,6 +234,20 @@ def read_mask(
     return _read(value, field, accepted, partial(images.as_mask, changes=changes))
 
 
+def read_transparency(value: object, *, field: str, accepted: Accepted) -> Image.Image | None:
+    """Return a mask in mode RGB, white where an image is transparent; None if it is opaque."""
+    if isinstance(value, Image.Image):
+        return None
+    found: list[Image.Image | None] = []
+
+    def look(image: Image.Image) -> Image.Image:
+        found.append(images.transparent_parts(image))
+        return found[0] or image
+
+    mask = _read(value, field, accepted, look)
+    return mask if found[0] is not None else None
+
+
 def _read(
     value: object, field: str, accepted: Accepted, convert: Callable[[Image.Image], Image.Image]
 ) -> Image.Image:

@@ -135,12 +135,18 @@ def as_mask(image: Image.Image, *, changes: Literal["opaque", "transparent"]) ->
 
     An alpha channel decides unless it is fully opaque; otherwise the white parts of the image do.
     """
+    transparent = transparent_parts(image)
+    if transparent is None:
+        return as_rgb(image)
+    return ImageOps.invert(transparent) if changes == "opaque" else transparent
+
+
+def transparent_parts(image: Image.Image) -> Image.Image | None:
+    """Return a mask in mode RGB, white where the image is transparent; None if it is opaque."""
     if not image.has_transparency_data:
-        return as_rgb(image)
+        return None
     alpha = image.convert("RGBA").getchannel("A")
-    if alpha.getextrema()[0] == 255:
-        return as_rgb(image)
-    return (alpha if changes == "opaque" else ImageOps.invert(alpha)).convert("RGB")
+    return ImageOps.invert(alpha).convert("RGB") if alpha.getextrema()[0] < 255 else None
 
 
 def _num_scans(data: bytes) -> int:

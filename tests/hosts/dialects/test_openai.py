@@ -5,7 +5,7 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from hosts.jobs.serialization import fingerprint
 from tests.checkpoints import sample_image
@@ -148,6 +148,54 @@ def test_list_of_empty_images_is_none(host, empty):
     with ReadingHost(type="svd") as films:
         without = films.post(VIDEO, {})
         assert films.post(VIDEO, {"input_reference": empty}).status_code == without.status_code
+
+
+def with_alpha(mode="RGBA", lowest=0):
+    """(file, its mask): the right half is transparent."""
+    picture = sample_image(16).convert("RGBA")
+    alpha = Image.new("L", picture.size, 255)
+    alpha.paste(lowest, (8, 0, 16, 16))
+    picture.putalpha(alpha)
+    return encode_file(picture.convert(mode)), encode_file(ImageOps.invert(alpha))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_transparent_parts_of_an_image_without_a_mask_are_its_mask(host, mode):
+    picture, mask = with_alpha(mode)
+    wanted = {"prompt": "a", "seed": 1, "init_image": picture, "mask_image": mask}
+    body = {"prompt": "a", "seed": 1, "image": picture}
+    assert host.is_same(EDIT, body, wanted)
+    form = {"prompt": "a", "seed": "1", "image": file_of(picture)}
+    assert host.client.post(EDIT, data=form).status_code == 200
+    assert np.array_equal(
+        host.requests[-1].mask_image, host.reads("/v1/jobs", wanted)[0].mask_image
+    )
+    own = encode_file(Image.new("L", (16, 16), 255))  # a mask that was sent wins
+    assert host.is_same(EDIT, {**body, "mask": own}, {**wanted, "mask_image": own})
+    assert host.is_same(EDIT, {**body, "mask_image": own}, {**wanted, "mask_image": own})
+    opaque, _ = with_alpha(lowest=255)
+    assert host.reads(EDIT, {**body, "image": opaque})[0].mask_image is None
+    assert host.reads("/v1/images/variations", body)[0].mask_image is None
+
+
+def test_only_the_first_of_several_images_says_what_may_change():
+    picture, form = with_alpha()[0], {"prompt": "a", "seed": 1}
+    with ReadingHost(ip_adapter='{"/i": 1}') as host:
+        found = host.reads(EDIT, {**form, "image": [picture, IMAGE]})[0]
+        assert found.mask_image.getpixel((12, 8)) == (255, 255, 255)
+        assert host.reads(EDIT, {**form, "image": [IMAGE, picture]})[0].mask_image is None
+
+
+def test_transparent_parts_are_refused_where_no_mask_can_be_used():
+    picture, _ = with_alpha()
+    with ReadingHost(type="flux2") as host:
+        answer = host.post(EDIT, {"prompt": "a", "image": [picture, IMAGE]})
+        assert answer.status_code == 422
+        assert message_of(answer).startswith("image has transparent parts, which are a mask")
+        assert "Send it without an alpha channel." in message_of(answer)
+        assert host.post(EDIT, {"prompt": "a", "image": [IMAGE, picture]}).status_code == 200
+        lax = {"prompt": "a", "image": picture, "strict": False}
+        assert host.post(EDIT, lax).status_code == 200
 
 
 def test_images_elsewhere_are_refused(host):
