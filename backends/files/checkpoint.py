@@ -9,7 +9,7 @@ from typing import Any
 from backends.errors import ConfigError
 from backends.files.component_classes import require_known_class, require_scheduler_settings
 from backends.files.denoiser_families import Found
-from backends.files.recognition import recognize
+from backends.files.recognition import recognize, unread_encoders
 from backends.files.weight_headers import (
     PICKLES,
     SAFETENSORS,
@@ -302,6 +302,12 @@ def _require_single_file(checkpoint: Checkpoint) -> None:
         found.part not in ("checkpoint", "denoiser") or spec.name not in found.types
     ):
         raise refuse(given, found, spec, f"a checkpoint with a {spec.denoiser}")
+    if spec.file_encoders and (unread := unread_encoders(header, spec)):
+        raise ConfigError(
+            f"{given} holds a text encoder under names that are not those of {spec.title} "
+            f"({unread[0]}). Allowed: {', '.join(spec.file_encoders.values())}. Give a file in "
+            "the published names (stable-diffusion.cpp keeps them without --convert-name)."
+        )
 
 
 def _has_signs(spec: ModelSpec, folder: Path) -> bool:

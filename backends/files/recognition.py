@@ -52,6 +52,13 @@ def components_in(header: Header, spec: ModelSpec) -> dict[str, str]:
     return {spec.denoiser: "", **({"vae": ""} if has_vae(header) else {}), **encoders}
 
 
+def unread_encoders(header: Header, spec: ModelSpec) -> list[str]:
+    """Return the tensors of text encoders in a single file that the type does not read there."""
+    known = tuple(spec.file_encoders.values())
+    encoders = [name for name in header.shapes if name.startswith(TEXT_PREFIXES)]
+    return [name for name in encoders if not name.startswith(known)]
+
+
 def configuration_of(header: Header, spec: ModelSpec) -> str | None:
     """Return the hub repository with the configuration of a single-file checkpoint, if known."""
     inner = header.without(*DENOISER_PREFIXES)

@@ -16,6 +16,7 @@ from backends.files.pickle_header import PICKLES, ForeignObject, read_pickle_hea
 SAFETENSORS = (".safetensors", ".sft")
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors format itself."""
+GGUF = ".gguf"
 ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
 """Prefix of GGUF metadata with the shape of a tensor that is stored as rows of 256."""
 
@@ -88,13 +89,13 @@ def read_header(path: str | Path, *, option: str) -> Header | None:
     """
     path = Path(path)
     try:
-        if path.suffix in (*SAFETENSORS, *PICKLES, ".gguf"):
+        if path.suffix in (*SAFETENSORS, *PICKLES, GGUF):
             _refuse_text(path)
         if path.suffix in SAFETENSORS:
             return _safetensors(path)
         if path.suffix in PICKLES:
             return _pickle(path) if not _is_empty(path) else None
-        if path.suffix == ".gguf":
+        if path.suffix == GGUF:
             return _gguf(path)
         if option != "--checkpoint":  # of which files are refused in other words
             _require_pickle(path)

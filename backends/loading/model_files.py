@@ -17,10 +17,17 @@ from backends.errors import ConfigError
 from backends.files.checkpoint import Checkpoint
 from backends.files.denoiser_families import DENOISER_PREFIXES
 from backends.files.recognition import VAE_PREFIXES, components_in
-from backends.files.weight_headers import SAFETENSORS, Header, read_header
+from backends.files.weight_headers import GGUF, SAFETENSORS, Header, read_header
 from backends.loading.conversion import stored_dtype
 from backends.loading.key_check import require_weights
-from backends.loading.plain_weights import fill_model, is_plain, plain_weights, scaled_weights
+from backends.loading.plain_weights import (
+    fill_model,
+    is_plain,
+    plain_weights,
+    read_gguf,
+    scaled_weights,
+    unpacked,
+)
 
 PREFIXES = {"vae": VAE_PREFIXES, "unet": DENOISER_PREFIXES, "transformer": DENOISER_PREFIXES}
 """Component -> prefixes of its tensors in files with several models."""
@@ -32,7 +39,8 @@ Weights = dict[str, Tensor]
 
 
 def read_weights(path: str | Path, *, option: str) -> Weights:
-    """Return the tensors of a .safetensors file or a torch pickle, whose code is not executed.
+    """Return the tensors of a .safetensors or .gguf file (packed as they are), or of a torch
+    pickle, whose code is not executed.
 
     They are pages of the file, unless it is a pickle of torch before 1.6. ConfigError names the
     option.
@@ -41,6 +49,8 @@ def read_weights(path: str | Path, *, option: str) -> Weights:
     try:
         if path.suffix in SAFETENSORS:
             return load_file(path)
+        if path.suffix == GGUF:
+            return read_gguf(str(path))
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except Exception as error:  # torch, safetensors and pickle raise a dozen types
         kind = "safetensors" if isinstance(error, SafetensorError) else type(error).__name__
@@ -76,7 +86,7 @@ def model_from_file(
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").symlink_to(config)
         weights = Path(folder) / "diffusion_pytorch_model.safetensors"
-        stored = stored_dtype(header)
+        stored = stored_dtype(header) if source.suffix != GGUF else None
         if has_own_names and is_plain(header) and source.suffix in SAFETENSORS:
             weights.symlink_to(source)
             return model.from_pretrained(folder, dtype=stored or dtype, local_files_only=True)
@@ -86,6 +96,8 @@ def model_from_file(
             dtype=None if has_own_names else dtype,
             prefixes=prefixes,
         )
+        if source.suffix == GGUF:
+            tensors = {name: unpacked(tensor, dtype) for name, tensor in tensors.items()}
         if has_own_names:
             return fill_model(model, Path(folder), tensors, dtype)
         _unpack_8_bits(tensors, dtype)
@@ -148,8 +160,11 @@ def _encoder_from_file(
         if name.startswith(prefix)
     }
     header = read_header(source, option="--checkpoint")
-    own = Header(shapes={}, dtypes={name: header.dtypes[name] for name in weights})
-    dtype = stored_dtype(own) or dtype
+    if source.suffix == GGUF:
+        weights = {name: unpacked(tensor, dtype) for name, tensor in weights.items()}
+    else:
+        own = Header(shapes={}, dtypes={name: header.dtypes[name] for name in weights})
+        dtype = stored_dtype(own) or dtype
     weights = scaled_weights(weights, given=given, dtype=dtype)
     settings = model.config_class.from_pretrained(config, local_files_only=True)
     if any(name.startswith(prefix + OPEN_CLIP) for name in weights):

@@ -146,14 +146,22 @@ def _reshaped(tensor: Tensor, shape: Shape) -> Tensor:
     return plain.reshape(shape) if plain.numel() == math.prod(shape) else tensor
 
 
+def unpacked(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor of `read_gguf` in this dtype."""
+    from diffusers.quantizers.gguf.utils import GGUFParameter, dequantize_gguf_tensor
+
+    is_packed = isinstance(tensor, GGUFParameter)
+    return (dequantize_gguf_tensor(tensor) if is_packed else tensor).to(dtype)
+
+
 def unpack_beside_linears(model: nn.Module, dtype: torch.dtype) -> None:
     """Unpack GGUF weights in all layers that cannot compute with them: all but nn.Linear."""
-    from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter, dequantize_gguf_tensor
+    from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
 
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if isinstance(parameter, GGUFParameter) and not isinstance(module, GGUFLinear):
-                plain = dequantize_gguf_tensor(parameter).to(dtype)
+                plain = unpacked(parameter, dtype)
                 module.register_parameter(name, nn.Parameter(plain, requires_grad=False))
 
 

@@ -13,8 +13,8 @@ from typing import Any
 from backends.errors import ConfigError
 from backends.files.checkpoint import is_pipeline, require_checkpoint
 from backends.files.fit import needed_components
-from backends.files.recognition import components_in, configuration_of, recognize
-from backends.files.weight_headers import PICKLES, SAFETENSORS, Header, read_header
+from backends.files.recognition import components_in, configuration_of, recognize, unread_encoders
+from backends.files.weight_headers import GGUF, PICKLES, SAFETENSORS, read_header
 from backends.hub.cache import Found, Wanted
 from backends.hub.choice import INDEX
 from backends.hub.client import TellBytes, download, download_command, locate, size_text
@@ -41,7 +41,6 @@ WEIGHT_OPTIONS = (
     "motion_module",
 )
 SCALED_PATHS = ("lora", "motion_adapter_lora", "control_net", "ip_adapter")
-GGUF = ".gguf"
 SINGLE_FILES = (*SAFETENSORS, *PICKLES, GGUF)
 WEIGHT_FILES = tuple(suffix for suffix in WEIGHT_SUFFIXES if suffix != GGUF)
 UPSCALER_FILES = (".safetensors", ".pth", ".pt")
@@ -147,8 +146,8 @@ def locate_configuration(
     comes from there if that is not obvious.
 
     --checkpoint_config, else the folder beside the file, else the hub's for its architecture. Of
-    that, weights are needed only for components that the file lacks. A GGUF file is the denoiser of
-    that folder.
+    that, weights are needed only for components that the file lacks. The denoiser of a GGUF file
+    stays packed.
     """
     path, given = Path(checkpoint_path(settings, spec)), settings.checkpoint_config
     if path.is_dir() and given is not None:
@@ -173,12 +172,24 @@ def locate_configuration(
         found = _locate_repository(settings, spec, path)
         folder, hub = found.path, replace(hub, found=(*hub.found, found))
     if path.suffix != GGUF:
-        return replace(settings, checkpoint_config=str(folder)), hub, ""
-    settings = replace(
-        settings, checkpoint=str(folder), checkpoint_config=None, gguf_model=str(path)
-    )
+        settings = replace(settings, checkpoint_config=str(folder))
+        return settings, hub, _unread(path, spec, folder)
+    held = _components_read_of(path, spec)
+    settings = replace(settings, gguf_model=str(path))
+    if len(held) > 1:
+        settings = replace(settings, checkpoint_config=str(folder))
+        return settings, hub, f"{path.name} holds {', '.join(held)}"
+    settings = replace(settings, checkpoint=str(folder), checkpoint_config=None)
     why = f"{path.name} is the {spec.denoiser}; all other components are those of {folder}"
     return settings, hub, hub.named(why)
+
+
+def _unread(path: Path, spec: ModelSpec, folder: Path) -> str:
+    """Say which part of a file is not used. Files of other names are refused (open_checkpoint)."""
+    header = read_header(path, option="--checkpoint")
+    if spec.file_encoders or header is None or not unread_encoders(header, spec):
+        return ""
+    return f"{path.name} holds a text encoder too, which is not read: that of {folder} is used"
 
 
 def _require_one_denoiser(settings: Settings, spec: ModelSpec) -> None:
@@ -205,7 +216,7 @@ def _locate_repository(settings: Settings, spec: ModelSpec, path: Path) -> Found
         option="checkpoint_config",
         name=name,
         kind="pipeline",
-        without=_replaced(settings).union(_components_read_of(path, header, spec), absent),
+        without=_replaced(settings).union(_components_read_of(path, spec), absent),
     )
     try:
         return locate(wanted, offline=settings.offline)
@@ -219,11 +230,10 @@ def _locate_repository(settings: Settings, spec: ModelSpec, path: Path) -> Found
         ) from error
 
 
-def _components_read_of(path: Path, header: Header | None, spec: ModelSpec) -> Collection[str]:
+def _components_read_of(path: Path, spec: ModelSpec) -> Collection[str]:
     """Return the components whose weights are read from a single file."""
-    if path.suffix == GGUF or header is None:
-        return (spec.denoiser,)
-    return components_in(header, spec)
+    header = read_header(path, option="--checkpoint")
+    return components_in(header, spec) if header is not None else (spec.denoiser,)
 
 
 def _name(text: str) -> Any:

@@ -7,8 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType, GGUFWriter
+from gguf.quants import dequantize, quantize
 from safetensors.torch import load_file, save_file
 
 from backends.errors import ConfigError
@@ -190,6 +193,62 @@ def test_a_gguf_file_is_the_denoiser_of_its_configuration(hub, tmp_path):
     assert (image(start) == image(wanted)).all()
     message = refusal(file, transformer=str(checkpoint("flux", seed=1)))
     assert "is a transformer in GGUF, and --transformer gives another one." in message
+
+
+def in_gguf(source: Path, target: Path) -> Path:
+    """Write a single file as stable-diffusion.cpp converts one: all its parts, matrices in 8 bits.
+    Return a .safetensors file beside it with the values that those have.
+    """
+    kind, values = GGMLQuantizationType.Q8_0, {}
+    writer = GGUFWriter(target, "sd")
+    for name, tensor in load_file(source).items():
+        array = np.atleast_1d(tensor.float().numpy())
+        if array.ndim == 2 and array.shape[1] % 32 == 0:
+            packed = quantize(array, kind)
+            writer.add_tensor(name, packed, raw_dtype=kind)
+            array = dequantize(packed, kind)
+        else:
+            writer.add_tensor(name, array)
+        values[name] = torch.from_numpy(array.copy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    save_file(values, target.with_suffix(".safetensors"))
+    return target.with_suffix(".safetensors")
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_all_parts_of_a_gguf_file_are_used(name, tmp_path):
+    file = tmp_path / "finetune-q8_0.gguf"
+    same = in_gguf(single_file(name, seed=1), file)
+    start = plan(file, checkpoint_config=str(checkpoint(name)))
+    assert start.spec.name == name and start.load.gguf_model == str(file)
+    assert any("holds unet, vae, text_encoder" in reason for reason in start.reasons)
+    found = image(start)
+    wanted = image(plan(same, checkpoint_config=str(checkpoint(name))))
+    assert abs(found.astype(int) - wanted).max() <= 1
+
+
+def test_text_encoders_under_unknown_names_are_refused(tmp_path):
+    """stable-diffusion.cpp can rename SDXL's, and then does not say how their projection lies."""
+    weights = {
+        name.replace("conditioner.embedders.0", "cond_stage_model"): tensor
+        for name, tensor in load_file(single_file("sdxl")).items()
+    }
+    save_file(weights, tmp_path / "renamed.safetensors")
+    message = refusal(tmp_path / "renamed.safetensors", checkpoint_config=str(checkpoint("sdxl")))
+    assert "a text encoder under names that are not those of Stable Diffusion XL" in message
+    assert "Allowed: conditioner.embedders.0., conditioner.embedders.1." in message
+
+
+def test_text_encoder_that_is_not_read_is_told(tmp_path):
+    file = tmp_path / "all in one.safetensors"
+    weights = load_file(single_file("zimage"))
+    encoder = {"text_encoders.qwen3_4b.model.norm.weight": torch.ones(8)}
+    save_file({f"model.diffusion_model.{key}": t for key, t in weights.items()} | encoder, file)
+    reasons = plan(file, checkpoint_config=str(checkpoint("zimage"))).reasons
+    assert any("a text encoder too, which is not read" in reason for reason in reasons)
 
 
 @pytest.mark.parametrize(
