@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from backends.errors import ConfigError
-from backends.files.component_classes import require_known_class, require_scheduler_settings
+from backends.files.component_classes import (
+    require_known_class,
+    require_scheduler_settings,
+    require_torchvision,
+)
 from backends.files.denoiser_families import Found
 from backends.files.recognition import recognize, unread_encoders
 from backends.files.weight_headers import (
@@ -286,9 +290,12 @@ def _require_known_parts(checkpoint: Checkpoint) -> None:
     with which its scheduler could not work.
     """
     given = f"--checkpoint={checkpoint.path}"
+    require_torchvision(checkpoint.spec.pipeline, given=given)
     for component, entry in checkpoint.index.items():
         if isinstance(entry, list) and len(entry) == 2 and all(isinstance(x, str) for x in entry):
             require_known_class(*entry, given=given, component=component)
+            if entry[0] == "diffusers" and component.startswith(("transformer", "controlnet")):
+                require_torchvision(entry[1], given=given)
     if name := checkpoint.class_of("scheduler"):
         settings = read_json(checkpoint.folder / "scheduler" / "scheduler_config.json")
         require_scheduler_settings(name, settings, given=given)

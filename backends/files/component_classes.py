@@ -30,6 +30,12 @@ CHOICES = (
 """Settings that a scheduler compares with the values that it knows."""
 
 
+SAVED_FROM = ("pipelines/**/*.py", "schedulers/**/*.py")
+"""Files of diffusers with classes of components that it saves, and does not all export."""
+WITH_TORCHVISION = ("models/**/*.py", "pipelines/**/*.py")
+"""Files of diffusers that may compute with torchvision."""
+
+
 def require_known_class(library: str, name: str, *, given: str, component: str) -> None:
     """Raise ConfigError for a class that the installed diffusers or transformers lacks.
 
@@ -38,7 +44,7 @@ def require_known_class(library: str, name: str, *, given: str, component: str) 
     """
     if library == "diffusers":
         known = exported_names()
-        is_known = not known or name in known
+        is_known = not known or name in known or defining_module(name) is not None
     elif library == "transformers" and component.startswith(("text_encoder", "image_encoder")):
         is_known = _is_model_of_transformers(name)
     else:
@@ -47,6 +53,31 @@ def require_known_class(library: str, name: str, *, given: str, component: str) 
         raise ConfigError(
             f"{given} has a {component} of class {name}, which the installed {library} does not "
             f"have. Install a newer {library}, or give another checkpoint."
+        )
+
+
+def defining_module(name: str) -> str | None:
+    """Return the module of diffusers that defines a component's class; None if there is none."""
+    found = (_file("diffusers", pattern, name) for pattern in SAVED_FROM)
+    file = next((file for file in found if file is not None), None)
+    if file is None:
+        return None
+    root = next(parent for parent in file.parents if parent.name == "diffusers")
+    return ".".join(file.relative_to(root.parent).with_suffix("").parts)
+
+
+def require_torchvision(name: str, *, given: str) -> None:
+    """Raise ConfigError if torchvision is missing and this class of diffusers uses it.
+
+    Such a class loads without it, and fails in its first call.
+    """
+    if importlib.util.find_spec("torchvision") is not None:
+        return
+    sources = (_source("diffusers", pattern, name) for pattern in WITH_TORCHVISION)
+    if any(source is not None and "if is_torchvision_available():" in source for source in sources):
+        raise ConfigError(
+            f"{given} has a {name}, which needs torchvision, and that is not installed. Install "
+            "the version of torchvision that belongs to the installed torch."
         )
 
 
@@ -103,15 +134,21 @@ def _is_model_of_transformers(name: str) -> bool:
 
 
 def _source(library: str, pattern: str, name: str) -> str | None:
+    """Return the source that defines the class; None if there is none."""
+    file = _file(library, pattern, name)
+    return file.read_text(encoding="utf-8") if file is not None else None
+
+
+@lru_cache(maxsize=256)
+def _file(library: str, pattern: str, name: str) -> Path | None:
     """Return the file of an installed library that defines the class; None if there is none."""
     spec = importlib.util.find_spec(library)
     if spec is None or spec.origin is None:
         return None
     begins = re.compile(rf"^class {re.escape(name)}\b", re.MULTILINE)
     for file in sorted(Path(spec.origin).parent.glob(pattern)):
-        text = file.read_text(encoding="utf-8")
-        if begins.search(text):
-            return text
+        if begins.search(file.read_text(encoding="utf-8")):
+            return file
     return None
 
 

@@ -158,7 +158,7 @@ def _files() -> dict[str, Path]:
 @lru_cache(maxsize=1)
 def pipeline_folders() -> tuple[str, ...]:
     """Return the folders of diffusers' pipelines. Some components' classes are in them."""
-    return tuple(sorted({file.parent.name for file in _files().values()}))
+    return tuple(sorted({"deprecated", *(file.parent.name for file in _files().values())}))
 
 
 @lru_cache(maxsize=1)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from accelerate import init_empty_weights
 from diffusers.loaders import single_file_model
 from torch import Tensor
@@ -122,13 +123,24 @@ def _converted(
     return converted
 
 
+def encoder_config(model: Any, folder: str | Path) -> Any:
+    """Return the configuration of a transformers encoder.
+
+    The one of T5Gemma is of the encoder alone or of an encoder with a decoder.
+    """
+    if model.__name__ != "T5GemmaEncoder":
+        return model.config_class.from_pretrained(folder, local_files_only=True)
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    return getattr(config, "encoder", config)
+
+
 def require_encoder(model: Any, folder: Path, header: Header, *, given: str, advice: str) -> None:
     """Check a transformers encoder, in which missing layers would be initialised at random.
 
     Names of older versions are left to transformers, which renames them. Extra weights do no harm.
     """
     with init_empty_weights():
-        empty = model(model.config_class.from_pretrained(folder, local_files_only=True))
+        empty = model(encoder_config(model, folder))
     tied = getattr(empty, "all_tied_weights_keys", None) or {}
     wanted = {
         name.removeprefix(TEXT_MODEL): tuple(tensor.shape)

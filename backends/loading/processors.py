@@ -1,18 +1,23 @@
-"""Processors of text and images without torchvision, which transformers wants for their videos.
+"""Loads the folder of a pipeline, with what diffusers and transformers cannot load themselves.
 
-Pipelines of diffusers give them texts and images only. transformers prepares images with PIL where
-torchvision is missing.
+transformers wants torchvision for the videos of some processors, and pipelines of diffusers give
+them texts and images only. It prepares images with PIL where torchvision is missing.
 """
 
 import functools
+import importlib
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import transformers
 
 from backends.files.checkpoint import is_modular, read_index
+from backends.files.component_classes import defining_module
+from backends.loading.key_check import encoder_config
 from backends.loading.modular_pipelines import modular_from_folder
 
 VIDEOS = "video_processor"
@@ -24,13 +29,75 @@ def pipeline_from_folder(pipeline: Any, folder: Path, **arguments: Any) -> Any:
     diffusers compares the class of a component that it is given with the one that the folder names.
     Where transformers has none, a tokenizer takes its place afterwards.
     """
-    found = processors_without_torchvision(folder, read_index(folder))
+    index = read_index(folder)
+    found = processors_without_torchvision(folder, index)
     if is_modular(folder):
         return modular_from_folder(pipeline, folder, found, **arguments)
     later = {name: each for name, each in found.items() if not _is_processor(each)}
-    made = pipeline.from_pretrained(folder, **arguments, **(found | dict.fromkeys(later)))
+    found |= sized_encoders(folder, index, arguments)
+    with reachable(index):
+        made = pipeline.from_pretrained(folder, **arguments, **(found | dict.fromkeys(later)))
     made.register_modules(**later)
     return made
+
+
+@contextmanager
+def reachable(index: Mapping[str, Any]) -> Iterator[None]:
+    """Let diffusers find the classes that an index names, where it no longer has these names.
+
+    Published folders name some classes by the folder of a pipeline, such as
+    ["unclip", "UnCLIPTextProjModel"], and diffusers moves old ones to `pipelines.deprecated`. It
+    also saves classes under "diffusers" that it does not export.
+    """
+    with ExitStack() as stack:
+        for entry in index.values():
+            if isinstance(entry, list) and all(isinstance(part, str) for part in entry):
+                stack.enter_context(_reachable(*entry))
+        yield
+
+
+@contextmanager
+def _reachable(library: str, name: str) -> Iterator[None]:
+    place = diffusers if library == "diffusers" else getattr(diffusers.pipelines, library, None)
+    module = None
+    if library != "transformers" and not hasattr(place, name):
+        module = defining_module(name)
+    if module is None:
+        yield
+        return
+    found = importlib.import_module(module)
+    if place is None:
+        place, name, made = diffusers.pipelines, library, found
+    else:
+        made = getattr(found, name)
+    setattr(place, name, made)
+    try:
+        yield
+    finally:
+        delattr(place, name)
+
+
+def sized_encoders(
+    folder: Path, index: Mapping[str, Any], arguments: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return component -> T5Gemma's encoder, in the size that its configuration has.
+
+    diffusers takes the default size, of 2 billion parameters, if the configuration is that of the
+    encoder alone, as its own save_pretrained writes it.
+    """
+    named = {name: arguments[name] for name in ("variant", "local_files_only") if name in arguments}
+    dtypes = arguments.get("dtype", {})
+    found = {}
+    for component, entry in index.items():
+        if entry == ["transformers", "T5GemmaEncoder"] and component not in arguments:
+            made, place = transformers.T5GemmaEncoder, folder / component
+            found[component] = made.from_pretrained(
+                place,
+                config=encoder_config(made, place),
+                dtype=dtypes.get(component, dtypes.get("default")),
+                **named,
+            )
+    return found
 
 
 def processors_without_torchvision(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Classes that a checkpoint names and libraries lack; settings with which no scheduler works."""
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import pytest
 
 from backends.errors import ConfigError
 from backends.files.checkpoint import open_checkpoint
-from backends.files.component_classes import require_scheduler_settings
+from backends.files.component_classes import require_scheduler_settings, require_torchvision
 from backends.model_table import read_table
 from tests.checkpoints import checkpoint
 
@@ -50,6 +51,15 @@ def test_class_or_setting_that_cannot_work_is_refused_by_name(changed, file, ent
     with pytest.raises(ConfigError) as error:
         open_checkpoint(read_table()["sdxl"], str(changed(file, entries)))
     assert told in str(error.value)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="is installed")
+def test_a_class_that_computes_with_torchvision_is_refused_before_it_loads():
+    for name in ("CosmosTransformer3DModel", "CosmosControlNetModel", "OmniGenPipeline"):
+        with pytest.raises(ConfigError, match=f"{name}, which needs torchvision, and that is not"):
+            require_torchvision(name, given="--checkpoint=model")
+    for name in ("FluxTransformer2DModel", "ConsisIDPipeline"):
+        require_torchvision(name, given="--checkpoint=model")
 
 
 def test_every_scheduler_of_diffusers_may_have_the_settings_that_it_writes():

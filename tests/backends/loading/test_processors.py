@@ -1,5 +1,8 @@
-"""Processors of texts and images load where torchvision is missing."""
+"""Processors of texts and images load where torchvision is missing, and components whose classes
+have moved.
+"""
 
+import importlib
 import json
 import shutil
 
@@ -9,9 +12,17 @@ import pytest
 import torch
 import transformers
 
-from backends.loading.processors import pipeline_from_folder, processors_without_torchvision
+from backends.files.weight_headers import read_folder_header
+from backends.loading.key_check import require_encoder
+from backends.loading.processors import (
+    pipeline_from_folder,
+    processors_without_torchvision,
+    reachable,
+    sized_encoders,
+)
 from tests.checkpoints import checkpoint, sample_image
 from tests.checkpoints.upstream.tokenizers import qwen_vl
+from tests.checkpoints.variants import variant
 
 TEXT = "<|vision_start|><|image_pad|><|vision_end|>a photo of a cat"
 
@@ -52,3 +63,45 @@ def test_flux2_dev_starts_with_the_tokenizer_of_its_processor(tmp_path):
     plain = diffusers.Flux2Pipeline.from_pretrained(checkpoint("flux2"), local_files_only=True)
     got, want = (each.encode_prompt("a photo of a cat")[0] for each in (pipe, plain))
     assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("library", ["deprecated", "stochastic_karras_ve", "diffusers"])
+def test_a_component_loads_by_the_name_of_a_pipeline_that_has_moved(tmp_path, library):
+    """diffusers itself looks into pipelines.deprecated, which does not have the scheduler."""
+    folder = shutil.copytree(variant("KarrasVePipeline"), tmp_path / "model")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["scheduler"] = [library, "KarrasVeScheduler"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    pipe = pipeline_from_folder(diffusers.KarrasVePipeline, folder, local_files_only=True)
+    assert type(pipe.scheduler) is diffusers.KarrasVeScheduler
+    assert not hasattr(diffusers.pipelines.deprecated, "KarrasVeScheduler")
+
+
+@pytest.mark.parametrize("library", ["diffusers", "wuerstchen"])
+def test_a_class_that_diffusers_does_not_export_is_reachable_for_a_while(library):
+    def found():
+        if library == "diffusers":
+            return getattr(diffusers, "PaellaVQModel", None)
+        return getattr(getattr(diffusers.pipelines, library, None), "PaellaVQModel", None)
+
+    with reachable({"vqgan": [library, "PaellaVQModel"], "_class_name": "X", "safe": None}):
+        assert issubclass(found(), diffusers.ModelMixin)
+    assert found() is None
+
+
+@pytest.mark.parametrize("is_alone", [True, False], ids=["encoder", "encoder_and_decoder"])
+def test_an_encoder_of_t5gemma_has_the_size_of_its_configuration(tmp_path, is_alone):
+    small = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4, "dropout_rate": 0.0}
+    config = transformers.T5GemmaModuleConfig(**small, **heads, max_position_embeddings=64)
+    model = importlib.import_module("diffusers.pipelines.prx").T5GemmaEncoder
+    want = model(config)
+    folder = tmp_path / "text_encoder"
+    want.save_pretrained(folder)
+    if not is_alone:
+        transformers.T5GemmaConfig(encoder=config, decoder=config).save_pretrained(folder)
+    header = read_folder_header(folder, option="--checkpoint")
+    require_encoder(model, folder, header, given="--checkpoint", advice="")
+    index = {"text_encoder": ["transformers", "T5GemmaEncoder"]}
+    got = sized_encoders(tmp_path, index, {"local_files_only": True})["text_encoder"]
+    assert torch.equal(got.embed_tokens.weight, want.embed_tokens.weight)
