@@ -34,8 +34,8 @@ FRAMES_PER_S = 16
 """Speed of a video whose class takes none."""
 LISTED_IMAGES = frozenset({"GlmImagePipeline"})
 """Classes that want a list even of one image, though they declare both."""
-GRID = frozenset({"task_prompt", "content_prompt"})
-"""Arguments of classes whose images are examples in rows, and the last one is to be made."""
+GRID = ("task_prompt", "content_prompt", "image")
+"""What classes need whose images are examples in rows, with an empty place for the one to make."""
 GUIDED_BY = ("guidance_scale", "true_cfg_scale", "max_guidance_scale", "prior_guidance_scale")
 STEPS = ("num_inference_steps", "prior_num_inference_steps")
 CARRIED = {
@@ -152,8 +152,6 @@ def why_not(call: PipelineCall) -> str:
         return f"makes {made} and neither images nor videos"
     if call.continues:
         return "edits what a call of another of its methods has left, and a request makes one call"
-    if call.names >= GRID:
-        return "takes rows of images with an empty place for its own, and no field carries those"
     missing = [
         f"{parameter} ({call.annotations[parameter]})"
         for parameter in _without_field(call)
@@ -165,9 +163,10 @@ def why_not(call: PipelineCall) -> str:
 
 
 def _without_field(call: PipelineCall) -> list[str]:
-    """Return the arguments without a default that no field of a request carries."""
+    """Return the arguments that every request must bring, and that no field of it carries."""
     carried = set(_carriers(call).values())
-    return [parameter for parameter in call.required if parameter not in carried]
+    needed = (*call.required, *(GRID if _is_grid(call) else ()))
+    return [parameter for parameter in needed if parameter not in carried]
 
 
 def require_own_arguments(given: Mapping[str, Any], spec: ModelSpec) -> None:
@@ -200,8 +199,13 @@ def facts_of(call: PipelineCall) -> tuple[str, tuple[str, ...]]:
 
 
 def _carriers(call: PipelineCall) -> dict[str, str]:
-    """Return request field -> the argument that carries it."""
-    return {field: found for field in CARRIED if (found := carrier(call.names, field))}
+    """Return request field -> the argument that carries it. No field has rows of images."""
+    names = call.names - set(GRID) if _is_grid(call) else call.names
+    return {field: found for field in CARRIED if (found := carrier(names, field))}
+
+
+def _is_grid(call: PipelineCall) -> bool:
+    return call.names >= set(GRID)
 
 
 def _taken(call: PipelineCall, carriers: Mapping[str, str], scale: str | None) -> Iterator[str]:

@@ -62,7 +62,8 @@ def _require_inputs(request: GenerateRequest, spec: ModelSpec) -> None:
     """Raise RequestError for missing or contradicting inputs."""
     require_own_arguments(request.arguments or {}, spec)
     for field in spec.requires:
-        if all(value is None or value == "" for value in _given(request, field)):
+        nothing = (None,) if field.startswith(OWN) else (None, "")
+        if all(value in nothing for value in _given(request, field)):
             name = field.removeprefix(OWN)
             raise RequestError(
                 f"{name} is missing. {spec.title} needs it: send one as {field!r}.", field=field

@@ -160,7 +160,7 @@ def _is_setting(name: str, value: Any) -> bool:
 
 def _is_sendable(value: Any) -> bool:
     if isinstance(value, list | tuple):
-        return all(map(_is_sendable, value))
+        return all(each is None or _is_sendable(each) for each in value)
     if isinstance(value, dict):
         return all(map(_is_sendable, value.values()))
     return isinstance(value, bool | int | float | str | Image.Image | Tensor)

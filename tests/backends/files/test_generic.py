@@ -79,6 +79,14 @@ def test_an_argument_without_a_field_must_be_among_the_arguments(tmp_path):
         require_own_arguments({"output_type": "pt"}, spec)
 
 
+def test_rows_of_images_are_among_the_arguments(tmp_path):
+    spec = generic_spec(folder(tmp_path, "VisualClozePipeline"))
+    needed = ("arguments.task_prompt", "arguments.content_prompt", "arguments.image")
+    assert spec.requires == needed
+    assert "image" not in spec.takes
+    require_own_arguments({"image": [[{"image": ""}, None]], "task_prompt": ""}, spec)
+
+
 def test_frames_and_the_last_frame(tmp_path):
     spec = generic_spec(folder(tmp_path, "SkyReelsV2DiffusionForcingVideoToVideoPipeline"))
     assert "video" in spec.requires
@@ -100,7 +108,6 @@ def test_a_class_is_refused_for_what_no_request_can_bring():
         ("NoSuchPipeline", "NoSuchPipeline, which the installed diffusers does not have"),
         (["my_pipeline", "MyPipeline"], "Code that comes with a checkpoint is not run"),
         ("StableAudioPipeline", "makes audios and neither images nor videos"),
-        ("VisualClozePipeline", "takes rows of images with an empty place for its own"),
         ("KandinskyV22PriorPipeline", "makes image_embeds, negative_image_embeds and neither"),
         ("LEditsPPPipelineStableDiffusion", "edits what a call of another of its methods has left"),
     ],

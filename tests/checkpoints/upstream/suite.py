@@ -54,7 +54,8 @@ def checkpoint(name: str) -> Path:
     if name not in known():
         raise LookupError(f"no pipeline test of {name}")
     file = (_folder() / known()[name][0].replace(".", "/")).with_suffix(".py")
-    recipe = {"test": file.read_text("utf-8"), "hub": stand_in_hub().name}
+    own = Path(__file__).read_text("utf-8")
+    recipe = {"test": file.read_text("utf-8"), "hub": stand_in_hub().name, "source": own}
     return cached(f"upstream-{name}", recipe, lambda folder: _build(name, folder))
 
 
@@ -77,7 +78,19 @@ def _build(name: str, folder: Path) -> None:
         for component in components.values():
             if getattr(component, "video_processor", "") is None:
                 component.save_pretrained = partial(_save_processor, component)
+        _fit_processor(components)
         save(getattr(diffusers, name)(**components), folder)
+
+
+def _fit_processor(components: dict[str, Any]) -> None:
+    """Let images get the size that the encoder takes. Tests bring it themselves, as tensors."""
+    config = getattr(components.get("image_encoder"), "config", None)
+    side = getattr(config, "image_size", None)
+    for name in ("image_processor", "feature_extractor"):
+        crop = getattr(components.get(name), "crop_size", None)
+        if side and crop and crop["height"] != side:
+            components[name].crop_size = {"height": side, "width": side}
+            components[name].size = {"shortest_edge": side}
 
 
 def _save_processor(processor: Any, folder: str, **_: Any) -> None:
