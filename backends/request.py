@@ -4,6 +4,7 @@ Rank 0 sends requests to all ranks as they are, so they hold only plain values, 
 images.
 """
 
+import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -24,6 +25,18 @@ IMAGE_STRENGTH = 0.8
 """Default `strength` with init_image. At 1 nothing of the image would remain."""
 CALL_DEFAULTS = {"decode_chunk_size": 8, "motion_bucket_id": 127, "noise_aug_strength": 0.02}
 """Arguments for pipelines that accept them, if a request leaves them out."""
+
+
+WHOLE = re.compile(r"\s*([+-]?\d{1,30})(\.0*)?\s*", re.ASCII)
+
+
+def whole_number(value: Any) -> int | None:
+    """Return the integer that 5, 5.0, "5" and "5.0" mean, else None."""
+    if isinstance(value, str) and (found := WHOLE.fullmatch(value)):
+        return int(found[1])
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,11 +9,12 @@ import difflib
 import importlib
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from backends.errors import RequestError
+from backends.request import whole_number
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -202,6 +203,15 @@ def shown(value: Any) -> str:
         return repr(value)[:MAX_SHOWN]
     except (ValueError, RecursionError):
         return f"a {type(value).__name__} that is too deep or too long"
+
+
+def plain_setting(name: str, value: Any) -> Any:
+    """Return a number or word as its field has it, however it is written: 2.0, "2", "Trailing"."""
+    field = LaunchSettings.model_fields.get(name)
+    declared = field.annotation if field is not None else None
+    if int in get_args(declared) and (number := whole_number(value)) is not None:
+        return number
+    return value.strip().lower() if "Literal" in str(declared) and isinstance(value, str) else value
 
 
 def model_fields(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from backends.generation.scheduler_settings import (
     SIGMA_FLAGS,
     SchedulerError,
     model_fields,
+    plain_setting,
     rescaled_noise,
     settings_from,
     shown,
@@ -182,7 +183,9 @@ def parse_scheduler(value: str | Mapping[str, Any] | None) -> SchedulerChoice:
     """
     settings = settings_from(value)
     name = settings.pop("scheduler", None) or None
-    overrides = {key: setting for key, setting in settings.items() if setting is not None}
+    overrides = {
+        key: plain_setting(key, setting) for key, setting in settings.items() if setting is not None
+    }
     if name is not None:
         if not isinstance(name, str):
             raise SchedulerError(

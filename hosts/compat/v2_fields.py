@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from backends.errors import RequestError
+from backends.request import whole_number
 
 NO_END = 2**31
 """The clients send 2**32 - 1 for "no last step"."""
@@ -32,8 +33,9 @@ def _step(body: Mapping[str, Any], name: str) -> int | None:
     value = body.get(name)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+    number = whole_number(value)
+    if number is None or number < 0:
         raise RequestError(
             f"{name}={value!r} is not allowed. Send the number of a step, from 0.", field=name
         )
-    return value
+    return number

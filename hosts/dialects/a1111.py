@@ -24,7 +24,14 @@ from hosts.dialects.a1111_info import info, infotext
 from hosts.dialects.a1111_passes import hires_of
 from hosts.http import media
 from hosts.http.decode import Accepted, read_request
-from hosts.http.dialect import Dialect, Operation, is_empty, is_strict, require_known
+from hosts.http.dialect import (
+    Dialect,
+    Operation,
+    is_empty,
+    is_strict,
+    require_known,
+    truth,
+)
 from hosts.http.request_io import json_object, own_jobs, seeds_from, submit_all, wait_for_all
 from hosts.jobs.job import now
 from hosts.jobs.queue import Job, JobStatus
@@ -82,7 +89,7 @@ def txt2img() -> Response:
     asked = _asked(body)
     first = {name: value for name, value in asked.fields.items() if name != "strength"}
     requests = _requests(body, asked, first)
-    if not protocol.truth(body, "enable_hr", False):
+    if not truth(body, "enable_hr", False):
         return _answer(body, asked, _results(requests))
     hires = hires_of(body, size=_size(requests[0]), spec=_host().spec, accepted=_accepted())
     second = replace(asked, sent_as={**asked.sent_as, **hires.sent_as}, facts=hires.facts, number=1)
@@ -210,11 +217,11 @@ def _answer(body: Mapping[str, Any], asked: Asked, results: list[GenerateResult]
     model = _host().model
     results = [image for result in results for image in media.each_image(result, "image")]
     images = [_file(body, asked, result) for result in results]
-    has_start = protocol.truth(body, "include_init_images", False)
+    has_start = truth(body, "include_init_images", False)
     parameters = body if has_start else {**body, "init_images": None, "mask": None}
     return jsonify(
         {
-            "images": images if protocol.truth(body, "send_images", True) else [],
+            "images": images if truth(body, "send_images", True) else [],
             "parameters": parameters,
             "info": json.dumps(info(body, asked, results, model=model)),
         }

@@ -13,7 +13,6 @@ from hosts.dialects.a1111_passes import IMAGE_UPSCALERS, MAX_SCALE
 from hosts.http.decode import read_image, read_request
 from hosts.http.dialect import (
     DONE,
-    OFF,
     Operation,
     Rule,
     harmless,
@@ -21,8 +20,10 @@ from hosts.http.dialect import (
     neutral,
     require_known,
     shown,
+    truth,
+    whole,
 )
-from hosts.http.request_io import json_object, submit, wait_for, whole
+from hosts.http.request_io import json_object, submit, wait_for
 
 blueprint = Blueprint("a1111_extras", __name__)
 
@@ -103,7 +104,7 @@ def _target(body: Mapping[str, Any], image: Image.Image) -> tuple[int, int, tupl
     sides = [whole(body, f"upscaling_resize_{side}", 512, low=1, high=10**6) for side in "wh"]
     scale = max(sides[0] / image.width, sides[1] / image.height)
     width, height = (round(side * scale) for side in image.size)
-    is_cropped = body.get("upscaling_crop", True) not in OFF
+    is_cropped = truth(body, "upscaling_crop", True)
     return width, height, (sides[0], sides[1]) if is_cropped else None
 
 

@@ -9,7 +9,7 @@ from PIL import Image, ImageFilter, ImageOps
 from backends.errors import RequestError, UnsupportedError
 from backends.model_table import ModelSpec
 from hosts.dialects.a1111_control import control_fields
-from hosts.dialects.a1111_passes import MaskedArea, masked_area
+from hosts.dialects.a1111_passes import FILL, ORIGINAL, MaskedArea, filled, masked_area
 from hosts.dialects.a1111_prompt import read_prompt
 from hosts.dialects.a1111_samplers import scheduler_of
 from hosts.http.decode import Accepted, read_image, read_mask
@@ -17,6 +17,7 @@ from hosts.http.dialect import (
     DONE,
     OFF,
     Rule,
+    choice,
     harmless,
     is_empty,
     is_strict,
@@ -24,8 +25,10 @@ from hosts.http.dialect import (
     refused,
     require_known,
     shown,
+    truth,
+    whole,
 )
-from hosts.http.request_io import whole
+from hosts.http.media import FORMATS
 
 MAX_BLUR = 64
 MAX_PADDING = 4096
@@ -111,7 +114,11 @@ IMG2IMG: dict[str, Rule] = {
     "mask_round": neutral(*ON, reason="masks are black and white here"),
     "resize_mode": neutral(0, reason="images are scaled to the size"),
     "image_cfg_scale": harmless(ONLY_PIX2PIX),
-    "inpainting_fill": neutral(0, 1, reason="masked parts start from the image"),
+    "inpainting_fill": neutral(
+        FILL,
+        ORIGINAL,
+        reason=f"masked parts start from their surroundings ({FILL}) or the image ({ORIGINAL})",
+    ),
     "inpaint_full_res": DONE,
     "inpaint_full_res_padding": DONE,
     "initial_noise_multiplier": neutral(1, reason="noise has the sampler's strength"),
@@ -131,7 +138,6 @@ OVERRIDES: dict[str, Rule] = {
 }  # fmt: skip
 NOTHING = " "
 """An empty prompt, which A1111 allows: CLIP reads a space as no token."""
-FORMATS = {"png": "image/png", "jpg": "image/jpeg", "jpeg": "image/jpeg", "webp": "image/webp"}
 SENT_AS = {
     "steps": "num_inference_steps",
     "cfg_scale": "guidance_scale",
@@ -195,7 +201,7 @@ def asked_for(
         sent_as={**sent_as, **control_sent_as},
         number=number,
         batch_size=batch_size,
-        content_type=_content_type(overrides),
+        content_type=choice(overrides, "samples_format", FORMATS, "image/png"),
         notes=prompt.notes,
     )
 
@@ -237,25 +243,16 @@ def start_fields(
     if truth(body, "inpainting_mask_invert", False):
         mask = ImageOps.invert(mask)
     mask = _blurred(mask, body)
+    image = read_image(sources[0], field="init_images", accepted=accepted)
     area = None
     if truth(body, "inpaint_full_res", False) and name == "init_image":
         padding = whole(body, "inpaint_full_res_padding", 0, low=0, high=MAX_PADDING)
-        image = read_image(sources[0], field="init_images", accepted=accepted)
         area = masked_area(image, mask, padding=padding, size=size)
-    return (area.fields(size) if area else {name: sources[0], "mask_image": mask}), area
-
-
-def truth(body: Mapping[str, Any], name: str, default: bool) -> bool:
-    """Return the boolean of a field, which clients also send as a number or text."""
-    value = body.get(name)
-    if is_empty(value):
-        return default
-    text = str(value).strip().lower()
-    if text not in ("true", "false", "1", "0", "1.0", "0.0", "on", "off", "yes", "no"):
-        raise RequestError(
-            f"{name}={shown(value)} is not allowed. Allowed: true, false.", field=name
-        )
-    return text in ("true", "1", "1.0", "on", "yes")
+    fields = area.fields(size) if area else {name: image, "mask_image": mask}
+    if whole(body, "inpainting_fill", ORIGINAL, low=0, high=3) == FILL:
+        scaled = {key: each.resize(size, Image.Resampling.LANCZOS) for key, each in fields.items()}
+        fields[name] = filled(scaled[name], scaled["mask_image"])
+    return fields, area
 
 
 def _blurred(mask: Image.Image, body: Mapping[str, Any]) -> Image.Image:
@@ -289,16 +286,6 @@ def _clip_skip(overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Convert CLIP skip: A1111 counts from 1, so its 1 skips no layer."""
     layers = whole(overrides, "CLIP_stop_at_last_layers", 1, low=1, high=12)
     return {"clip_skip": layers - 1} if layers > 1 else {}
-
-
-def _content_type(overrides: Mapping[str, Any]) -> str:
-    name = overrides.get("samples_format") or "png"
-    if not isinstance(name, str) or name.lower() not in FORMATS:
-        raise RequestError(
-            f"samples_format={shown(name)} is not allowed. Allowed: {', '.join(FORMATS)}.",
-            field="samples_format",
-        )
-    return FORMATS[name.lower()]
 
 
 def _mapping(body: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -1,5 +1,6 @@
-"""What A1111 does around one generation: hires fix, which generates a larger image from the first,
-and the masked area of img2img, which generates only a part of the image.
+"""What A1111 does around one generation: hires fix, which generates a larger image from the first;
+the masked area of img2img, which generates only a part of the image; and masked content, what the
+masked parts start from.
 """
 
 from collections.abc import Mapping
@@ -7,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageFilter, ImageOps
 
 from backends.errors import RequestError, UnsupportedError
 from backends.model_table import ModelSpec
@@ -15,8 +16,7 @@ from backends.request import GenerateResult
 from hosts.dialects.a1111_prompt import read_prompt
 from hosts.dialects.a1111_samplers import scheduler_of
 from hosts.http.decode import Accepted
-from hosts.http.dialect import is_empty, shown
-from hosts.http.request_io import whole
+from hosts.http.dialect import is_empty, shown, whole
 
 HIRES_STRENGTH = 0.75
 """A1111's default for denoising_strength of the second pass."""
@@ -37,6 +37,10 @@ IMAGE_UPSCALERS = {
 }
 """Enlarge the decoded image."""
 MAX_SCALE = 8
+FILL, ORIGINAL = 0, 1
+"""Values of inpainting_fill: masked parts start from their surroundings, or from the image."""
+FILL_RADII = (256, 64, 16, 16, 4, 4, 4, 4, 2, 2, 0)
+"""Pixels by which the surroundings are blurred, each blur over the one before."""
 SAME = ("", "use same sampler", "use same scheduler")
 
 
@@ -223,6 +227,21 @@ class MaskedArea:
         changed.paste(part, (left, upper))
         whole_image = Image.composite(changed, self.image, self.mask)
         return replace(result, frames=np.asarray(whole_image)[None], latents=None)
+
+
+def filled(image: Image.Image, mask: Image.Image) -> Image.Image:
+    """Return the image with the colours of the surroundings where the mask is white.
+
+    They are blurred the less, the nearer the edge is, because a blur of small radius reaches only
+    there. image, mask: RGB, of one size.
+    """
+    opaque = image.convert("RGBA").convert("RGBa")
+    nothing = Image.new("RGBa", image.size)
+    around = Image.composite(nothing, opaque, mask.convert("L"))
+    colours = Image.new("RGBA", image.size)
+    for radius in FILL_RADII:
+        colours.alpha_composite(around.filter(ImageFilter.GaussianBlur(radius)).convert("RGBA"))
+    return colours.convert("RGB")
 
 
 def masked_area(

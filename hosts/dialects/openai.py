@@ -22,7 +22,17 @@ from hosts.dialects.openai_stream import image_events
 from hosts.http import media
 from hosts.http.access import link_to
 from hosts.http.decode import Accepted, read_request
-from hosts.http.dialect import Dialect, Operation, is_empty, is_strict, require_known
+from hosts.http.dialect import (
+    Dialect,
+    Operation,
+    choice,
+    is_empty,
+    is_strict,
+    require_known,
+    shown,
+    truth,
+    whole,
+)
 from hosts.http.jobs_api import event_stream, file_response
 from hosts.http.request_io import (
     find_job,
@@ -32,7 +42,6 @@ from hosts.http.request_io import (
     submit,
     submit_all,
     wait_for_all,
-    whole,
 )
 from hosts.jobs.queue import Job, JobStatus
 from hosts.supervision.host_state import Phase
@@ -159,9 +168,16 @@ def videos() -> Response:
     """Return all videos, newest first. after=ID and limit=N work as in OpenAI's API."""
     _require_output("video")
     jobs = [job for job in own_jobs() if job.is_kept and _host().is_of(job)]
-    jobs.sort(key=lambda job: job.created_s, reverse=request.args.get("order") != "asc")
+    is_newest_first = choice(request.args, "order", {"asc": False, "desc": True}, True)
+    jobs.sort(key=lambda job: job.created_s, reverse=is_newest_first)
     ids = [job.id for job in jobs]
-    if (after := request.args.get("after")) in ids:
+    if after := request.args.get("after"):
+        if after not in ids:
+            raise RequestError(
+                f"after={shown(after)} is not a video here. Send the id of one of the list, or "
+                "leave it out.",
+                field="after",
+            )
         jobs = jobs[ids.index(after) + 1 :]
     limit = whole(request.args, "limit", len(jobs), low=1, high=1000)
     return jsonify(
@@ -195,7 +211,7 @@ def show_video(job_id: str) -> Response:
 @blueprint.get("/v1/videos/<job_id>/content")
 def video_content(job_id: str) -> Response:
     """Return the video as MP4, its first frame as WebP, or all frames side by side as JPEG."""
-    variant = request.args.get("variant", "video")
+    variant = request.args.get("variant", "video").strip().lower()
     if variant not in VARIANTS:
         raise UnsupportedError(
             f"variant={variant[:80]!r} is not available. Allowed: {', '.join(VARIANTS)}."
@@ -251,9 +267,9 @@ def _images(body: Mapping[str, Any], asked: Asked, *, kind: str) -> Response:
     most = min(protocol.MAX_IMAGES, _host().settings.max_images)
     number = whole(body, "n", 1, low=1, high=most)
     urls = {"url": "url", "b64_json": "b64_json"}
-    form = protocol.choice(body, "response_format", urls, "url")
+    form = choice(body, "response_format", urls, "url")
     num_partial = whole(body, "partial_images", 0, low=0, high=protocol.MAX_PARTIAL)
-    is_streamed = protocol.switch(body, "stream")
+    is_streamed = truth(body, "stream", False)
     content_type, compression = _encoding(body)
     encode = partial(media.encode, content_type=content_type, quality=compression)
     seeds = seeds_from(asked.fields.get("seed"), number)
@@ -265,7 +281,7 @@ def _images(body: Mapping[str, Any], asked: Asked, *, kind: str) -> Response:
             jobs,
             encode,
             kind=kind,
-            output_format=str(body.get("output_format") or "png"),
+            output_format=content_type.partition("/")[2],
             num_partial=num_partial,
             error_body=error_body,
         )
@@ -301,7 +317,7 @@ def _streamed(events: Iterator[str], jobs: Sequence[Job]) -> Response:
 
 def _encoding(body: Mapping[str, Any]) -> tuple[str, int]:
     """Return content type and quality of the files: output_format and output_compression."""
-    content_type = protocol.choice(body, "output_format", protocol.FORMATS, "image/png")
+    content_type = choice(body, "output_format", media.FORMATS, "image/png")
     quality = whole(body, "output_compression", 100, low=0, high=100)
     if content_type == "image/png" and quality != 100:
         raise RequestError(

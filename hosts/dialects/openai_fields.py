@@ -10,7 +10,7 @@ from flask import request
 
 from backends.errors import RequestError, UnsupportedError
 from backends.model_table import ModelSpec
-from backends.request import GenerateRequest
+from backends.request import GenerateRequest, whole_number
 from hosts.http.decode import Accepted, read_mask, read_transparency
 from hosts.http.dialect import (
     DONE,
@@ -32,7 +32,6 @@ ALIASES = {
     "guidance": "guidance_scale",
     "closeness": "quality",
 }
-FORMATS = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 SAME = (
     ("steps", "num_inference_steps"),
     ("guidance", "guidance_scale"),
@@ -144,15 +143,16 @@ def asked_for(body: Mapping[str, Any]) -> Asked:
     fields, sent_as = {}, {}
     for name, value in body.items():
         field = ALIASES.get(name, name)
-        is_openais = name == "quality" and str(value).lower() in QUALITIES
+        is_openais = name == "quality" and str(value).strip().lower() in QUALITIES
         if field in OWN and not is_empty(value) and not is_openais:
             fields[field], sent_as[field] = value, name
-    own = body.get("closeness")
-    if body.get("quality") == "exact" and not is_empty(own) and own != "exact":
+    quality, own = (str(body.get(name) or "").strip().lower() for name in ("quality", "closeness"))
+    if quality == "exact" and own not in ("", "exact"):
         raise contradiction(body, "quality", "closeness")
     if size := _size(body.get("size")):
         for side, length in zip(("width", "height"), size, strict=True):
-            if str(fields.get(side, length)) != str(length) and is_strict(body):
+            given = fields.get(side, length)
+            if whole_number(given) != length and is_strict(body):
                 raise contradiction(body, "size", side)
             fields[side] = length
         sent_as |= {"width": "size", "height": "size"}
@@ -252,38 +252,18 @@ def filmed(body: Mapping[str, Any], asked: Asked, *, frames_per_s: int) -> Asked
     if not is_empty(body.get("seconds")):
         if "num_frames" in fields and is_strict(body):
             raise contradiction(body, "seconds", "num_frames")
-        speed = fields.get("fps")
-        speed = speed if isinstance(speed, int) and speed > 0 else frames_per_s
+        speed = whole_number(fields.get("fps")) or 0
+        speed = speed if speed > 0 else frames_per_s
         frames = round(_seconds(body["seconds"]) * speed)
         fields["num_frames"], sent_as["num_frames"] = max(1, frames), "seconds"
     return Asked(fields=fields, sent_as=sent_as)
 
 
-def choice(body: Mapping[str, Any], name: str, allowed: Mapping[str, str], default: str) -> str:
-    """Return the meaning of a field's text. RequestError if it is not allowed."""
-    value = body.get(name)
-    if is_empty(value):
-        return default
-    if not isinstance(value, str) or value not in allowed:
-        raise RequestError(
-            f"{name}={shown(value)} is not allowed. Allowed: {', '.join(allowed)}.", field=name
-        )
-    return allowed[value]
-
-
-def switch(body: Mapping[str, Any], name: str) -> bool:
-    value = body.get(name)
-    if not isinstance(value, bool) and not is_empty(value):
-        raise RequestError(
-            f"{name}={shown(value)} is not allowed. Allowed: true, false.", field=name
-        )
-    return value is True
-
-
 def _size(value: Any) -> tuple[int, int] | None:
-    if is_empty(value) or value == "auto":
+    text = str(value).strip().lower()
+    if is_empty(value) or text == "auto":
         return None
-    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", str(value), re.ASCII)
+    match = re.fullmatch(r"(\d{1,5})\s*x\s*(\d{1,5})", text, re.ASCII)
     if match is None:
         raise RequestError(
             f"size={shown(value)} is not allowed. Send WIDTHxHEIGHT, such as 1024x1024, or auto.",

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 from PIL import Image
@@ -25,7 +25,7 @@ from backends.generation.schedulers import (
     require_sampler,
 )
 from backends.model_table import ModelSpec
-from backends.request import GenerateRequest
+from backends.request import GenerateRequest, whole_number
 from hosts.http import images, media
 from hosts.http.dialect import is_empty, shown
 from hosts.http.limits import MAX_IMAGES, Accepted, DecodeLimits
@@ -43,6 +43,16 @@ ARRAYS = (
     "negative_pooled_prompt_embeds",
 )
 LISTS = ("sigmas", "timesteps")
+INTEGERS = frozenset(
+    name
+    for name, field in GenerateRequest.model_fields.items()
+    if int in (field.annotation, *get_args(field.annotation))
+    and float not in get_args(field.annotation)
+)
+WORDS = frozenset(
+    name for name, field in GenerateRequest.model_fields.items() if "Literal" in str(field)
+)
+"""Fields that have one of a few values."""
 MAX_ARGUMENT = 10_000
 """Of a number among the arguments: some of them are lengths."""
 _decoding = threading.BoundedSemaphore(4)
@@ -69,7 +79,7 @@ def read_request(
     """
     names = sent_as or {}
     known = (name for name in GenerateRequest.model_fields if name in fields)
-    given = {name: fields[name] for name in known if not _is_absent(fields[name])}
+    given = {name: _plain(name, fields[name]) for name in known if not _is_absent(fields[name])}
     unused = accepted.unused(spec)
     if is_strict:
         _require_used(given, unused, names)
@@ -113,6 +123,13 @@ def read_request(
 _READ_ANYWHERE = {name for name in GenerateRequest.model_fields if name not in (*IMAGES, *ARRAYS)}
 _READ_ANYWHERE -= {"num_frames", "fps"}
 """Fields that are validated even without effect, since existing clients send them."""
+
+
+def _plain(field: str, value: Any) -> Any:
+    """Return a number or word as this field has it, however it is written: 3.0, "3" or "HIGH"."""
+    if field in INTEGERS and (number := whole_number(value)) is not None:
+        return number
+    return value.strip().lower() if field in WORDS and isinstance(value, str) else value
 
 
 def _value(field: str, value: Any, name: str, accepted: Accepted) -> Any:

@@ -7,14 +7,18 @@ refused with a reason. A field without a rule is an error, so nothing is ignored
 import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from flask import Blueprint
 
 from backends.errors import RequestError, UnsupportedError
+from backends.request import whole_number
 
 JSON = ("application/json",)
 ErrorBody = Callable[[str, int], dict[str, Any]]
+T = TypeVar("T")
+_ON = ("true", "1", "1.0", "on", "yes")
+_OFF = ("false", "0", "0.0", "off", "no")
 OFF = (False, "false", "off", "no", "0", "none")
 """Values by which clients turn something off."""
 
@@ -111,6 +115,47 @@ def is_strict(body: Mapping[str, Any]) -> bool:
     )
 
 
+def whole(body: Mapping[str, Any], name: str, default: int, *, low: int, high: int) -> int:
+    """Return the integer of a field. RequestError if it is out of bounds."""
+    value = body.get(name)
+    if is_empty(value):
+        return default
+    number = whole_number(value)
+    if number is None or not low <= number <= high:
+        raise RequestError(
+            f"{name}={shown(value)} is not allowed. Allowed: {low} to {high}.", field=name
+        )
+    return number
+
+
+def choice(body: Mapping[str, Any], name: str, allowed: Mapping[str, T], default: T) -> T:
+    """Return the meaning of a field's word, in upper or lower case. RequestError if it is not
+    allowed.
+    """
+    value = body.get(name)
+    if is_empty(value):
+        return default
+    word = value.strip().lower() if isinstance(value, str) else None
+    if word not in allowed:
+        raise RequestError(
+            f"{name}={shown(value)} is not allowed. Allowed: {', '.join(allowed)}.", field=name
+        )
+    return allowed[word]
+
+
+def truth(body: Mapping[str, Any], name: str, default: bool) -> bool:
+    """Return the boolean of a field, which clients also send as a number or text."""
+    value = body.get(name)
+    if is_empty(value):
+        return default
+    text = str(value).strip().lower()
+    if text not in (*_ON, *_OFF):
+        raise RequestError(
+            f"{name}={shown(value)} is not allowed. Allowed: true, false.", field=name
+        )
+    return text in _ON
+
+
 def is_empty(value: Any) -> bool:
     return value is None or (isinstance(value, str | list | dict) and len(value) == 0)
 
@@ -134,6 +179,9 @@ def _unknown(name: str, rules: Iterable[str], hints: Mapping[str, str]) -> str:
 def _is_same(value: Any, other: Any) -> bool:
     """Whether a value equals an accepted one, which may be sent as text."""
     if isinstance(value, str):
+        is_number = isinstance(other, int | float) and not isinstance(other, bool)
+        if is_number and (number := whole_number(value)) is not None:
+            return number == other
         return value.strip().lower() == str(other).lower()
     return not isinstance(other, str) and bool(value == other)
 

@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-import re
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,12 +12,21 @@ from flask import Blueprint, Response, current_app, jsonify, request
 from PIL import Image
 from pydantic import BaseModel, Field
 
-from backends.errors import BusyError, NotFoundError, RequestError
+from backends.errors import BusyError, NotFoundError
 from backends.plan import Exactness
 from backends.request import MAX_FPS, GenerateRequest
 from hosts.http import media
 from hosts.http.decode import read_request
-from hosts.http.dialect import DONE, Dialect, is_strict, require_known, shown
+from hosts.http.dialect import (
+    DONE,
+    Dialect,
+    choice,
+    is_strict,
+    require_known,
+    shown,
+    truth,
+    whole,
+)
 from hosts.http.identity.sender import client
 from hosts.http.request_io import (
     find_job,
@@ -27,7 +35,6 @@ from hosts.http.request_io import (
     own_jobs,
     submit,
     wanted_type,
-    whole,
 )
 from hosts.jobs.job import now
 from hosts.jobs.queue import Job, JobQueue, JobStatus
@@ -139,7 +146,7 @@ def events(job_id: str) -> Response:
     `status` at each change, and with ?previews=1 `preview`, a small JPEG.
     """
     job = find_job(job_id)
-    with_previews = request.args.get("previews", "0") == "1"
+    with_previews = truth(request.args, "previews", False)
     job.wants_preview = job.wants_preview or with_previews
     return event_stream(_follow(_queue(), job, with_previews))
 
@@ -295,26 +302,13 @@ def _links(job_id: str) -> dict[str, str]:
 
 def _format() -> str | None:
     """Return the content type of ?format=, a file's ending."""
-    ending = request.args.get("format")
-    found = {end: kind for kind, end in media.EXTENSIONS.items()}
-    if ending is not None and ending not in found:
-        raise RequestError(
-            f"format={ending[:80]!r} is not available. Allowed: {', '.join(found)}.", field="format"
-        )
-    return found.get(ending or "")
+    found = {end: kind for kind, end in media.EXTENSIONS.items()} | media.FORMATS
+    return choice(request.args, "format", found, None)
 
 
 def _frames_per_s() -> float | None:
     """Return ?fps=, or None for the speed that the video was generated for."""
-    text = request.args.get("fps")
-    if text is None:
-        return None
-    if not re.fullmatch(r"\d{1,3}", text) or not 1 <= int(text) <= MAX_FPS:
-        raise RequestError(
-            f"fps={text!r} is not allowed. Send a whole number from 1 to {MAX_FPS}.",
-            field="fps",
-        )
-    return int(text)
+    return whole(request.args, "fps", 0, low=1, high=MAX_FPS) or None
 
 
 def _queue() -> JobQueue:

@@ -20,6 +20,8 @@ from hosts.http.limits import DecodeLimits
 from hosts.jobs import serialization
 
 IMAGE_TYPES = {"image/png": "PNG", "image/jpeg": "JPEG", "image/webp": "WEBP"}
+FORMATS = {"png": "image/png", "jpeg": "image/jpeg", "jpg": "image/jpeg", "webp": "image/webp"}
+"""Names that clients have for IMAGE_TYPES."""
 VIDEO_TYPES = ("video/mp4", "image/gif")
 ARRAY_TYPE = "application/x-npy"
 """uint8 (N, H, W, 3) as numpy.save writes it: all frames without loss, for programs."""

@@ -4,7 +4,6 @@ content type, wait.
 
 import contextlib
 import json
-import re
 import secrets
 import time
 from collections.abc import Mapping, Sequence
@@ -13,9 +12,8 @@ from typing import Any
 from flask import current_app, request
 
 from backends.errors import HostError, RequestError
-from backends.request import GenerateRequest, GenerateResult
+from backends.request import GenerateRequest, GenerateResult, whole_number
 from hosts.http import media
-from hosts.http.dialect import is_empty, shown
 from hosts.http.identity.sender import client, new_owner, seen_owner
 from hosts.http.limits import require_few_values, require_plain
 from hosts.http.server import CONNECTION, Peer
@@ -118,26 +116,12 @@ def wanted_type(output: str, *, default: str) -> str:
     return best or default
 
 
-def whole(body: Mapping[str, Any], name: str, default: int, *, low: int, high: int) -> int:
-    """Return the integer of a field. RequestError if it is out of bounds."""
-    value = body.get(name)
-    if is_empty(value):
-        return default
-    if isinstance(value, str) and re.fullmatch(r"\d{1,9}", value, re.ASCII):
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise RequestError(
-            f"{name}={shown(value)} is not allowed. Allowed: {low} to {high}.", field=name
-        )
-    return value
-
-
 def seeds_from(seed: Any, number: int) -> list[Any]:
     """Return the seeds of several images, which count up from `seed` (a number or text).
 
     RequestError if they exceed the largest seed.
     """
-    first = _whole(seed)
+    first = whole_number(seed)
     if first is None or first < 0:
         return [seed] * number
     if first <= MAX_SEED < first + number - 1:
@@ -147,18 +131,6 @@ def seeds_from(seed: Any, number: int) -> list[Any]:
             field="seed",
         )
     return [first + index for index in range(number)]
-
-
-def _whole(value: Any) -> int | None:
-    """Return the integer of a seed such as 5, 5.0 or "5", else None.
-
-    Other values are refused when the request is read.
-    """
-    if isinstance(value, str) and re.fullmatch(r"\s*\d{1,20}(\.0*)?\s*", value, re.ASCII):
-        return int(value.partition(".")[0])
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def submit_all(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hosts.dialects.a1111_passes import LATENT_UPSCALERS, masked_area
+from hosts.dialects.a1111_passes import LATENT_UPSCALERS, filled, masked_area
 from tests.hosts.application import encode_file
 from tests.hosts.dialects.reading import ReadingHost, message_of
 
@@ -206,3 +206,55 @@ def test_empty_prompts_are_generated(host):
     for body in ({"prompt": ""}, {}):
         assert host.reads(TXT, body)[0].prompt == " "
     assert host.reads(TXT, {"prompt": "", "enable_hr": True, **SIZE})[1].prompt == " "
+
+
+def spot(size=(48, 32), box=(16, 8, 32, 24)):
+    """(image, mask): red left and blue right of a green box, which the mask covers."""
+    image = Image.new("RGB", size, "red")
+    image.paste("blue", (size[0] // 2, 0, *size))
+    image.paste("lime", box)
+    return image, area_mask(size, box)
+
+
+@pytest.mark.parametrize("full_res", [False, True])
+@pytest.mark.parametrize("fill", [0, "0", 0.0])
+def test_masked_parts_start_from_their_surroundings_where_that_is_asked(host, fill, full_res):
+    image, mask = spot()
+    body = {"prompt": "a", "width": 48, "height": 32, "init_images": [encode_file(image)],
+            "mask": encode_file(mask), "inpaint_full_res": full_res}  # fmt: skip
+    body |= {"inpaint_full_res_padding": 8}
+    (plain,), (found,) = (
+        host.reads(IMG, {**body, "inpainting_fill": each}) for each in ("1", fill)
+    )
+    inside = np.asarray(found.mask_image)[..., 0] > 0
+    before, now = np.asarray(plain.init_image), np.asarray(found.init_image)
+    assert (now[~inside] == before[~inside]).all()
+    assert (before[inside][:, 1] > 128).mean() > 0.9 and now[inside][:, 1].max() < 64
+    rows, columns = np.nonzero(inside)
+    middle = (columns.min() + columns.max()) / 2
+    left, right = (
+        now[rows[columns < middle - 4], columns[columns < middle - 4]],
+        now[rows[columns > middle + 4], columns[columns > middle + 4]],
+    )
+    assert left[:, 0].mean() > left[:, 2].mean() and right[:, 2].mean() > right[:, 0].mean()
+    (absent,) = host.reads(IMG, body)
+    assert (np.asarray(absent.init_image) == before).all()
+
+
+@pytest.mark.parametrize("fill", [2, "3", 3])
+def test_masked_content_of_latents_is_refused(host, fill):
+    image, mask = map(encode_file, spot())
+    body = {"prompt": "a", "init_images": [image], "mask": mask, "inpainting_fill": fill}
+    answer = host.post(IMG, body)
+    assert answer.status_code == 422
+    assert f"inpainting_fill={fill!r} is not available: masked parts start from their " in (
+        message_of(answer)
+    )
+    assert host.post(IMG, {**body, "strict": False}).status_code == 200
+
+
+def test_nothing_but_the_mask_is_filled_without_a_seam():
+    image, mask = spot((64, 48), (20, 10, 50, 40))
+    grey = filled(Image.new("RGB", image.size, (90, 120, 30)), mask)
+    # transparent colours are rounded to 8 bits
+    assert np.abs(np.asarray(grey).astype(int) - (90, 120, 30)).max() <= 8

@@ -357,3 +357,71 @@ def test_two_images_of_a_field_that_has_one_are_refused(images):
     ):
         answer = images.post(path, {"prompt": "a", **fields})
         assert answer.status_code in (400, 422) and "image" in message_of(answer), path
+
+
+IMG = {"init_images": [IMAGE], "mask": IMAGE}
+
+
+@pytest.mark.parametrize(
+    ("path", "sent", "plain"),
+    [
+        ("/v1/images/generations", {"n": 2.0}, {"n": 2}),
+        ("/v1/images/generations", {"n": "2.0"}, {"n": 2}),
+        ("/v1/images/generations", {"size": "64X64"}, {"size": "64x64"}),
+        ("/v1/images/generations", {"size": " 64 x 64 "}, {"size": "64x64"}),
+        ("/v1/images/generations", {"size": "AUTO"}, {"size": "auto"}),
+        ("/v1/images/generations", {"size": "64x64", "width": 64.0}, {"size": "64x64"}),
+        ("/v1/images/generations", {"output_format": "jpg"}, {"output_format": "jpeg"}),
+        ("/v1/images/generations", {"output_format": "PNG"}, {"output_format": "png"}),
+        ("/v1/images/generations", {"response_format": "B64_JSON"},
+         {"response_format": "b64_json"}),
+        ("/v1/images/generations", {"quality": " HD "}, {"quality": "hd"}),
+        ("/v1/images/generations", {"background": "Auto"}, {"background": "auto"}),
+        ("/v1/images/generations", {"closeness": "Fast"}, {"closeness": "fast"}),
+        ("/v1/images/generations", {"output_format": "WebP", "output_compression": 50.0},
+         {"output_format": "webp", "output_compression": 50}),
+        ("/v1/jobs", {"num_inference_steps": 3.0, "clip_skip": "1.0", "width": "64",
+         "height": 64.0},
+         {"num_inference_steps": 3, "clip_skip": 1, "width": 64, "height": 64}),
+        ("/v1/jobs", {"quality": "EXACT"}, {"quality": "exact"}),
+        ("/v1/jobs", {"scheduler": {"scheduler": "Euler", "timestep_spacing": "Trailing"}},
+         {"scheduler": {"scheduler": "Euler", "timestep_spacing": "trailing"}}),
+        ("/sdapi/v1/txt2img", {"n_iter": 2.0, "steps": "4.0"}, {"n_iter": 2, "steps": 4}),
+        ("/sdapi/v1/txt2img", {"override_settings": {"CLIP_stop_at_last_layers": 2.0}},
+         {"override_settings": {"CLIP_stop_at_last_layers": 2}}),
+        ("/sdapi/v1/txt2img", {"override_settings": {"samples_format": "JPG"}},
+         {"override_settings": {"samples_format": "jpeg"}}),
+        ("/sdapi/v1/img2img", {**IMG, "mask_blur": 4.0, "inpaint_full_res": 1.0},
+         {**IMG, "mask_blur": 4, "inpaint_full_res": True}),
+    ],
+)  # fmt: skip
+def test_numbers_and_words_mean_the_same_however_they_are_written(host, path, sent, plain):
+    before = {"prompt": "a", "seed": 1}
+    one, other = (host.reads(path, {**before, **fields}) for fields in (sent, plain))
+    texts = ("scheduler",)
+    assert [each.model_dump(exclude={*texts, "init_image", "mask_image"}) for each in one] == [
+        each.model_dump(exclude={*texts, "init_image", "mask_image"}) for each in other
+    ]
+    answers = [host.post(path, {**before, **fields}) for fields in (sent, plain)]
+    kinds = [answer.get_data(as_text=True).count("/9j/") for answer in answers]
+    assert kinds[0] == kinds[1]
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/images/generations", {"n": 2.5}),
+        ("/v1/images/generations", {"n": True}),
+        ("/v1/images/generations", {"size": "64*64"}),
+        ("/v1/images/generations", {"output_format": "gif"}),
+        ("/v1/jobs", {"num_inference_steps": 3.5}),
+        ("/v1/jobs", {"width": "100.0"}),
+        ("/v1/jobs", {"width": "101"}),
+        ("/sdapi/v1/txt2img", {"n_iter": "two"}),
+    ],
+)
+def test_numbers_and_words_of_another_kind_are_refused_as_they_were_sent(host, path, fields):
+    answer = host.post(path, {"prompt": "a", **fields})
+    ((name, value),) = fields.items()
+    assert answer.status_code == 400
+    assert f"{name}={value!r}" in message_of(answer) or f"{name}=10" in message_of(answer)
