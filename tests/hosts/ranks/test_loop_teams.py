@@ -5,6 +5,7 @@ is in test_loop_two_ranks.py.
 import json
 import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
@@ -97,6 +98,30 @@ def test_images_of_one_request_are_shared_out_among_the_ranks_and_come_back_in_t
     assert json.loads(answer["info"])["all_seeds"] == [5, 6, 7, 8]
     for seed, image in enumerate(answer["images"], start=5):
         assert difference(from_file(image), alone({**BODY, "seed": seed})) <= 1
+
+
+def test_interrupt_ends_the_images_of_a_request_on_all_teams_and_the_next_is_right(
+    split_host, alone
+):
+    fields = {"prompt": "a red car", "steps": 300, "n_iter": 4, "width": 64, "height": 64}
+
+    def jobs() -> list[dict]:
+        return requests.get(split_host.url("/v1/jobs"), timeout=20).json()["jobs"]
+
+    with ThreadPoolExecutor(1) as client:
+        asked = client.submit(
+            requests.post, split_host.url("/sdapi/v1/txt2img"), json=fields, timeout=120
+        )
+        wait_until(
+            lambda: sum(job["state"] == "running" and job["step"] > 3 for job in jobs()) == 2,
+            within_s=30,
+            what="two of the images are begun",
+        )
+        requests.post(split_host.url("/sdapi/v1/interrupt"), timeout=20).raise_for_status()
+        images = asked.result().json()["images"]
+    assert len(images) == 2 and all(from_file(image).std() > 1 for image in images)
+    (job,) = over(split_host, send(split_host, BODY))
+    assert difference(pixels(split_host, job["id"]), alone(BODY)) <= 1
 
 
 def test_split_jobs_have_previews_and_one_is_cancelled_and_one_refused_without_touching_the_others(

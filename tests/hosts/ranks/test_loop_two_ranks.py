@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from tests.hosts.sending import (
     OneRank,
     begun,
     difference,
+    from_file,
     over,
     pixels,
     send,
@@ -237,6 +239,28 @@ def test_cancelled_job_ends_on_both_ranks_within_two_steps_and_the_next_is_right
     assert ended["state"] == "cancelled" and ended["step"] <= at + 2
     assert (drawn(host.post(BODY)) == reference).all()
     assert [rank["rank"] for rank in host.get("/settings").json()["ranks_now"]] == [0, 1]
+
+
+def test_interrupted_job_ends_early_on_both_ranks_with_an_image_and_the_next_is_right(
+    host, reference
+):
+    fields = {"prompt": "a red car", "steps": 600, "width": 64, "height": 64, "seed": 5}
+    txt2img, jobs = host.url("/sdapi/v1/txt2img"), host.url("/v1/jobs")
+
+    def is_on_both() -> bool:
+        running = requests.get(jobs, timeout=20).json()["jobs"]
+        return any(
+            job["step"] > 3 and job["ranks"] == 2 for job in running if job["state"] == "running"
+        )
+
+    with ThreadPoolExecutor(1) as client:
+        asked = client.submit(requests.post, txt2img, json=fields, timeout=120)
+        wait_until(is_on_both, within_s=30, what="both ranks work on it")
+        requests.post(host.url("/sdapi/v1/interrupt"), timeout=20).raise_for_status()
+        answer = asked.result().json()
+    (image,) = answer["images"]
+    assert from_file(image).std() > 1
+    assert (drawn(host.post(BODY)) == reference).all()
 
 
 @pytest.mark.parametrize(
