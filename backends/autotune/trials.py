@@ -14,7 +14,6 @@ from math import inf
 from typing import Any, Protocol
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor, nn
 
@@ -38,6 +37,7 @@ from backends.groups.alarm import Alarm
 from backends.groups.collectives import begin_gather
 from backends.groups.control_group import gather_outcomes
 from backends.groups.mesh import Axis, Mesh
+from backends.main_memory import main_memory
 from backends.model_table import ModelSpec
 from backends.parallel.base import Backend
 from backends.plan import ParallelPlan, Quality
@@ -454,4 +454,4 @@ def _memory_bytes(device: torch.device, world_size: int) -> Any:
     """Return the memory of this rank's device. Ranks on CPUs divide the machine's memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
-    return psutil.virtual_memory().total // world_size
+    return main_memory().total // world_size

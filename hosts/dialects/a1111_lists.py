@@ -6,9 +6,9 @@ Also empty lists of features that this host lacks.
 from collections.abc import Mapping
 from typing import Any
 
-import psutil
 from flask import Blueprint, Response, current_app, jsonify
 
+from backends.main_memory import main_memory
 from hosts.dialects.a1111_fields import require_model
 from hosts.dialects.a1111_info import read_infotext
 from hosts.dialects.a1111_passes import IMAGE_UPSCALERS, LATENT_UPSCALERS
@@ -69,10 +69,13 @@ def upscalers() -> Response:
 
 @blueprint.get("/sdapi/v1/memory")
 def memory() -> Response:
-    """Return the machine's memory. GET /settings has each rank's, and its GPU's."""
-    ram = psutil.virtual_memory()
+    """Return the main memory. GET /settings has each rank's, and its GPU's."""
+    ram = main_memory()
     return jsonify(
-        {"ram": {"free": ram.available, "used": ram.used, "total": ram.total}, "cuda": {}}
+        {
+            "ram": {"free": ram.available, "used": ram.total - ram.available, "total": ram.total},
+            "cuda": {},
+        }
     )
 
 

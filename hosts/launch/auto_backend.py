@@ -17,14 +17,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
-import psutil
-
 from backends.autotune.candidates import Candidate, list_candidates
 from backends.autotune.cost import Work
 from backends.autotune.estimate import DEVICES, estimate_checkpoint
 from backends.autotune.ranking import Image, Measured, Row, as_text, choose, rank, require_any
 from backends.errors import ConfigError
 from backends.files.checkpoint import configuration_folder
+from backends.main_memory import main_memory
 from backends.model_table import ModelSpec
 from backends.plan import QUALITIES, ParallelPlan
 from backends.step_cache_spec import parse_step_cache, require_step_cache
@@ -401,7 +400,7 @@ def _estimate(
         settings, spec, checkpoint=checkpoint, num_gpus=num_gpus, capability=capability
     )
     is_unsure = num_gpus or any(name in settings.given for name in CHANGES_SIZES)
-    memory_bytes = psutil.virtual_memory().total * settings.nnodes // world_size
+    memory_bytes = main_memory().total * settings.nnodes // world_size
     return Measured(work=work, link=link, memory_bytes=None if is_unsure else memory_bytes)
 
 

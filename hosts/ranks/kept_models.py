@@ -7,16 +7,15 @@ import logging
 from collections import OrderedDict
 from dataclasses import dataclass
 
-import psutil
-
 from backends.generation.pipeline import LoadedPipeline
+from backends.main_memory import main_memory
 from hosts.launch.start_plan import StartPlan
 from hosts.ranks.commands import agree_on_outcome
 
 logger = logging.getLogger(__name__)
 
 SPARE = 0.1
-"""Fraction of the machine's main memory that models leave free."""
+"""Fraction of the main memory that models leave free."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +66,7 @@ class KeptModels:
         if self._limit_bytes is not None:
             kept = sum(model.start.weight_bytes for model in self._models.values())
             return kept * self._num_ranks + num_bytes <= self._limit_bytes
-        memory = psutil.virtual_memory()
+        memory = main_memory()
         spare = memory.available - SPARE * memory.total
         free = agree_on_outcome(None, {"free": spare}).figures
         return min(each["free"] for each in free) >= num_bytes
