@@ -53,6 +53,9 @@ def _see_that_modules_move():
     assert type(layer.weight) is nn.Parameter
     assert layer.weight.device.type == "cpu"
     torch.save(layer.state_dict(), io.BytesIO())
+    layer._parameters["weight"] = layer.weight.detach()  # as diffusers puts what GGUF keeps in fp32
+    for device in ("cuda", "cpu"):
+        assert layer.to(device).weight.device.type == device
 
 
 def test_what_cuda_refuses_is_refused(run_on_ranks):
