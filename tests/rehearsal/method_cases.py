@@ -1,5 +1,7 @@
 """Every method on several GPUs, with the types that make it do something else."""
 
+from collections.abc import Mapping
+
 from tests.rehearsal.case import (
     ALL_STEPS,
     PATCH,
@@ -8,6 +10,14 @@ from tests.rehearsal.case import (
     Ranks,
     stages,
 )
+
+WAITS_OF_A_TYPE: Mapping[str, Mapping[str, int]] = {
+    # a guidance of zero, made on the CPU in each call
+    "chroma": {"transformer_chroma.py": 2},
+    # it makes a tensor of timesteps, which it reads one by one; the sampler's noise is of the CPU
+    "hy": {"pipeline_hunyuandit.py": 3, "scheduling_ddpm.py": 1},
+}
+"""diffusers' own."""
 
 METHODS = (
     Ranks(label="cfg", type="sdxl", backend="distrifuser"),
@@ -183,8 +193,7 @@ METHODS = (
             type=name,
             backend="xdit",
             options={"ulysses_degree": 2},
-            # diffusers' own: a guidance of zero, made on the CPU in each call
-            waits={"transformer_chroma.py": 2} if name == "chroma" else {},
+            waits=WAITS_OF_A_TYPE.get(name, {}),
         )
         for name in ("flux", "hy", "pixa", "zimage", "qwenimage", "flux2", "chroma", "ltx")
     ),
