@@ -189,11 +189,13 @@ class TokenCut:
         if axis.size > 1:
             lengths = [count(shard.image) for shard in shards]
             tokens = gather_tokens(tokens, lengths=lengths, axis=axis, traffic=self._mesh.traffic)
-        if (
-            len(shards) > 1 and len(shards[0].image) > 1
-        ):  # shards interleave: each has a part of every patch
-            positions = [torch.arange(*span) for shard in shards for span in shard.image]
-            tokens = tokens[:, torch.argsort(torch.cat(positions)).to(tokens.device)]
+        if len(shards) > 1 and len(shards[0].image) > 1:
+            # shards interleave: each has a part of every patch. They are cut out, because the host
+            # would wait for an index of tokens to be copied to the GPU
+            spans = [span for shard in shards for span in shard.image]
+            parts = tokens.split([stop - start for start, stop in spans], dim=1)
+            in_order = sorted(range(len(spans)), key=spans.__getitem__)
+            tokens = torch.cat([parts[index] for index in in_order], dim=1)
         return tokens
 
 

@@ -178,6 +178,14 @@ METHODS = (
         ranks=4,
     ),
     Ranks(
+        label="stages x ulysses that warm up",
+        type="sd3",
+        backend="xdit",
+        options=stages(2, 3, ulysses_degree=2),
+        ranks=4,
+        request={"warmup_steps": 5},
+    ),
+    Ranks(
         label="tensor of flux", type="flux", backend="xdit", options={"tensor_parallel_degree": 2}
     ),
     Ranks(
