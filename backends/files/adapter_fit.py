@@ -4,7 +4,7 @@ Only configurations and headers are read.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from backends.errors import ConfigError
@@ -33,6 +33,43 @@ OF_TRANSFORMERS = re.compile(
     re.MULTILINE,
 )
 """Parts of a layer's name in a LoRA. A UNet has transformer blocks inside others."""
+_FACTOR = r"\.(?:lora_A|lora_down|lora\.down)(?:\.[^.]+)?\.weight$"
+TEXT_KEYS = re.compile(r"attn2[._](?:processor[._])?to_k(?:_lora)?" + _FACTOR)
+"""Of a LoRA of a UNet: the layers that read the text, whose width is cross_attention_dim."""
+QUERIES = re.compile(
+    r"(?:blocks|layers)[._]\d+[._](?:attn1?|self_attn|attention|img_attn)[._](?:to_)?q(?:kv)?"
+    + _FACTOR
+)
+"""Of a LoRA of a transformer: layers that read its hidden states."""
+ARCHITECTURES = ("modelspec.architecture", "ss_base_model_version")
+"""Metadata of a LoRA that names the model that it was trained on."""
+FAMILIES = {
+    r"stable-diffusion-v?1|sd-?v?1(?!\d)": ("sd1", "ad", "pix2pix"),
+    r"stable-diffusion-v?2|sd-?v?2(?!\d)": ("sd2", "sdup"),
+    r"stable-diffusion-xl|sdxl|pony|illustrious|noobai": ("sdxl",),
+    r"stable-diffusion-v?3|sd-?v?3": ("sd3",),
+    r"kolors": ("kolors",),
+    r"flux-?2": ("flux2", "flux2_klein"),
+    r"flux": ("flux", "flux_kontext", "flux_fill"),
+    r"chroma": ("chroma",),
+    r"qwen": ("qwenimage", "qwenimage_edit", "qwenimage_edit_plus"),
+    r"z-?image": ("zimage",),
+    r"wan": ("wan_t2v", "wan22_t2v", "wan_i2v", "wan22_i2v", "wan_vace"),
+    r"skyreels": ("skyreels", "hunyuanvideo"),
+    r"hunyuan-?video-?1-?5": ("hunyuanvideo15",),
+    r"hunyuan-?video|framepack": ("hunyuanvideo",),
+    r"hunyuan-?dit|hydit": ("hy",),
+    r"pixart-?sigma": ("pixs",),
+    r"pixart-?alpha": ("pixa",),
+    r"ltx-?(?:video-?)?2": ("ltx2", "ltx2_i2v"),
+    r"ltx": ("ltx", "ltx_i2v"),
+    r"lumina-?(?:image-?)?2": ("lumina2",),
+    r"sana": ("sana",),
+    r"cogvideox": ("cogvideox", "cogvideox_i2v"),
+    r"mochi": ("mochi",),
+    r"svd|stable-video": ("svd",),
+}
+"""Words of such a name, the most exact first -> the types that it is for."""
 SAME_WIDTHS = (
     "cross_attention_dim",
     "cross_attention_dim_t5",
@@ -66,7 +103,7 @@ def require_adapters(spec: ModelSpec, load: LoadRequest, checkpoint: Checkpoint)
         if found is not None and found.part not in ("lora", "embedding"):
             raise refuse(f"--lora={path}", found, spec, "a LoRA")
         if header is not None:
-            _require_lora(f"--lora={path}", header, spec)
+            _require_lora(f"--lora={path}", header, spec, denoiser if path in load.lora else {})
     for path in load.ip_adapter:
         if (header := read_header(path, option="--ip_adapter")) is not None:
             _require_ip_adapter(f"--ip_adapter={path}", header, spec, denoiser)
@@ -91,8 +128,35 @@ def _denoiser_config(spec: ModelSpec, load: LoadRequest, checkpoint: Checkpoint)
     return checkpoint.config(spec.denoiser)
 
 
-def _require_lora(given: str, header: Header, spec: ModelSpec) -> None:
-    """Raise ConfigError for a LoRA of the other kind of denoiser. Ranks compare all its layers."""
+def foreign_architecture(metadata: Mapping[str, str], spec: ModelSpec) -> str:
+    """Return what a LoRA says that it was trained on, if that is a model of other types; else ''.
+
+    Its layers may fit all the same: FLUX's do fit Chroma.
+    """
+    for key in ARCHITECTURES:
+        words = re.sub(r"[^a-z0-9]+", "-", metadata.get(key, "").lower())
+        types = next((types for part, types in FAMILIES.items() if re.search(part, words)), None)
+        if types is not None:
+            return "" if spec.name in types else f"{key} {metadata[key][:60]!r}"
+    return ""
+
+
+def foreign_loras(load: LoadRequest, spec: ModelSpec) -> Iterator[str]:
+    """Yield a sentence for each LoRA of the launch that names another model."""
+    for path in load.lora:
+        header = read_header(path, option="--lora")
+        if header is not None and (found := foreign_architecture(header.metadata, spec)):
+            yield (
+                f"--lora={path} says that it was trained on another model ({found}) than "
+                f"{spec.title}. Its layers are used as far as they fit"
+            )
+
+
+def _require_lora(given: str, header: Header, spec: ModelSpec, denoiser: Config) -> None:
+    """Raise ConfigError for a LoRA of a denoiser of another kind or width.
+
+    Ranks compare all its layers.
+    """
     names = "\n".join(header.shapes)
     kind = "unet" if OF_UNETS.search(names) else "transformer"
     is_known = kind == "unet" or OF_TRANSFORMERS.search(names)
@@ -100,6 +164,19 @@ def _require_lora(given: str, header: Header, spec: ModelSpec) -> None:
         raise ConfigError(
             f"{given} is a LoRA of a {kind}, but --type={spec.name} has a {spec.denoiser}. Give a "
             f"LoRA made for {spec.title}."
+        )
+    layers, width, what = QUERIES, denoiser.get("hidden_size", denoiser.get("dim")), "hidden states"
+    heads, size = (denoiser.get(key) for key in ("num_attention_heads", "attention_head_dim"))
+    if isinstance(heads, int) and isinstance(size, int):
+        width = heads * size
+    if kind == "unet":
+        layers, width, what = TEXT_KEYS, denoiser.get("cross_attention_dim"), "text"
+    found = {shape[1] for name, shape in header.shapes.items() if layers.search(name)}
+    if found and isinstance(width, int) and width not in found:
+        raise ConfigError(
+            f"{given} is for a {kind} whose {what} have a width of "
+            f"{' or '.join(map(str, sorted(found)))}, but in this checkpoint it is {width}. Give a "
+            f"LoRA made for this size of {spec.title}."
         )
 
 

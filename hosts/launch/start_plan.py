@@ -10,7 +10,7 @@ from typing import Any
 
 from backends import planner
 from backends.errors import ConfigError, HostError, RequestError
-from backends.files.adapter_fit import require_fit
+from backends.files.adapter_fit import foreign_loras, require_fit
 from backends.files.checkpoint import (
     configuration_folder,
     infer_type,
@@ -267,7 +267,7 @@ def _plan_files(
     idle = idle_reasons(settings, spec, plan)
     reasons = (
         *why_ranks, division.why, *choice.reasons, *why_load, *why_prediction, why_mask, *idle,
-        why_one,
+        *foreign_loras(load, spec), why_one,
     )  # fmt: skip
     return StartPlan(
         spec=spec,

@@ -5,9 +5,8 @@ compared with the model. Only then does each change become a peft adapter of its
 the same way for all model types. Embeddings become words of the prompt (embeddings.py).
 """
 
-import json
+import contextlib
 import logging
-import math
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,11 +17,10 @@ from typing import Any
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import get_pattern_key
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from backends.errors import ConfigError
+from backends.files.adapter_fit import foreign_architecture
 from backends.loading.lora.embeddings import Embeddings, Words, split_embeddings
 from backends.loading.lora.formats import (
     PARAMETERS,
@@ -35,12 +33,14 @@ from backends.loading.lora.formats import (
     split_keys,
     update_of,
 )
+from backends.loading.lora.header import AdapterScales, read_metadata
 from backends.loading.lora.layers import (
     ParameterDifferences,
     fits,
     install,
     merged_weight,
     set_adapters,
+    weight_size,
 )
 from backends.loading.lora.names import LayerNames, Place, denoisers_of, plain_layers
 from backends.loading.model_files import read_weights
@@ -173,7 +173,15 @@ class LoraSet:
         Names are numbered, because files may share a stem and module names must not contain dots.
         """
         name = f"lora_{self._num_loaded + 1}"
-        plan = LoraFile(path).plan(self._pipe, self._spec)
+        file = LoraFile(path)
+        plan = file.plan(self._pipe, self._spec)
+        if found := foreign_architecture(file.header, self._spec):
+            logger.warning(
+                "LoRA %s says that it was trained on another model (%s) than %s",
+                path,
+                found,
+                self._spec.title,
+            )
         self.embeddings.add(name, path, plan.words)
         self._num_loaded += 1
         for component in dict.fromkeys(place.component for place in plan.updates):
@@ -229,9 +237,9 @@ class LoraFile:
                 f"lora={path} holds no LoRA weights, but a {type(weights).__name__}. Give a file "
                 "of tensors by name."
             )
-        self._header = _header(path)
+        self.header = read_metadata(path)
         self._words, self._weights = split_embeddings(weights, Path(path).stem)
-        self._scales = AdapterScales(path, self._header)
+        self._scales = AdapterScales(path, self.header)
         self._require_finite()
 
     def _require_finite(self) -> None:
@@ -300,14 +308,33 @@ class LoraFile:
             if not all(found):
                 strangers.append(layer)
         if strangers:
+            sizes = self._sizes(strangers[0], layers[strangers[0]], names, modules)
             num_keys = sum(len(layers[name]) for name in strangers)
             raise ConfigError(
                 f"lora={self._path} does not fit {spec.title}: {num_keys} of {len(self._weights)} "
                 "keys are for layers that the model does not have or has in another size (the "
-                f"first: {self._first_key(strangers[0])}){self._looks()}. Give a LoRA made for "
-                "this model type."
+                f"first: {self._first_key(strangers[0])}{sizes}){self._looks()}. Give a LoRA made "
+                "for this model type."
             )
         return plan
+
+    def _sizes(
+        self,
+        name: str,
+        parts: Parts,
+        names: LayerNames,
+        modules: Mapping[Place, nn.Module],
+    ) -> str:
+        """Return the sizes of a layer in the file and in the model where they differ."""
+        for places in filter(None, names.places(name)):
+            layers = [modules[Place(place.component, place.layer)] for place in places]
+            wanted = [size for layer in layers if (size := weight_size(layer)) is not None]
+            with contextlib.suppress(RuntimeError, ValueError, IndexError):
+                update = update_of(parts, 1.0)
+                own = (sum(rows for rows, _ in wanted), wanted[0][1])
+                if update is not None and update.shape != own:
+                    return f": {update.shape[0]}x{update.shape[1]}, in the model {own[0]}x{own[1]}"
+        return ""
 
     def _add(
         self,
@@ -402,7 +429,7 @@ class LoraFile:
 
     def _looks(self) -> str:
         """Return what the file seems to be, for error messages."""
-        kinds, family = kinds_of(self._weights), family_of(self._weights, self._header)
+        kinds, family = kinds_of(self._weights), family_of(self._weights, self.header)
         says = [f"it holds {', '.join(kinds)}"] if kinds else []
         says += [f"it seems to be made for {family[:60]}"] if family else []
         return f"; {' and '.join(says)}" if says else ""
@@ -422,55 +449,6 @@ class LoraFile:
             "Give a file with lora_A and lora_B (or lora_down and lora_up) keys, with LoHa, "
             "LoKr or DoRA, or an embedding."
         )
-
-
-class AdapterScales:
-    """alpha / rank from a peft configuration, in the file's header or beside it.
-
-    For files without an alpha per layer.
-    """
-
-    def __init__(self, path: str, header: Mapping[str, str]) -> None:
-        self._settings: dict[str, Any] = _json(path, header.get("lora_adapter_metadata") or "{}")
-        beside = Path(path).with_name("adapter_config.json")
-        if Path(path).stem == "adapter_model" and beside.is_file():
-            self._settings |= _json(path, beside.read_text(encoding="utf-8"))
-
-    def scale(self, place: Place, name: str, rank: int) -> float:
-        """Return alpha / rank of a layer. name: the layer's in the file, for patterns."""
-        alpha = self._setting(place.component, "lora_alpha")
-        patterns = self._setting(place.component, "alpha_pattern") or {}
-        for layer in (place.layer, name):
-            if (key := get_pattern_key(patterns, layer)) in patterns:
-                alpha = patterns[key]
-                break
-        if alpha is None:
-            return 1.0
-        return float(alpha) / (
-            math.sqrt(rank) if self._setting(place.component, "use_rslora") else rank
-        )
-
-    def _setting(self, component: str, name: str) -> Any:
-        """Return a setting. diffusers prefixes the component; peft's files have one."""
-        return self._settings.get(f"{component}.{name}", self._settings.get(name))
-
-
-def _json(path: str, text: str) -> dict[str, Any]:
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(
-            f"lora={path} has a configuration (lora_adapter_metadata) that is not JSON: {error}. "
-            "Save the file again."
-        ) from error
-    return content if isinstance(content, dict) else {}
-
-
-def _header(path: str) -> dict[str, str]:
-    if Path(path).suffix not in (".safetensors", ".sft"):
-        return {}
-    with safe_open(path, "pt") as file:
-        return file.metadata() or {}
 
 
 def _pieces(num_rows: int, layers: Sequence[nn.Module]) -> list[Tensor] | None:

@@ -2,6 +2,7 @@
 refused by name.
 """
 
+import logging
 import re
 from pathlib import Path
 
@@ -502,7 +503,7 @@ REFUSALS = [
             "transformer.layers.0.attention.to_k.lora_A.weight": torch.ones(2, 48),
             "transformer.layers.0.attention.to_k.lora_B.weight": UP,
         },
-        "2 of 4 keys .*has in another size",
+        r"2 of 4 keys .*another size .*to_k\S+: 32x48, in the model 32x32\)",
     ),
     (
         "the same layer twice",
@@ -567,3 +568,17 @@ def test_a_refusal_says_what_the_file_is(
     )
     with pytest.raises(ConfigError, match=message):
         pipes("zimage").loras.use({path: 1.0})
+
+
+def test_a_lora_that_names_another_model_is_told_once(pipes, tmp_path: Path, caplog) -> None:
+    header = {"modelspec.architecture": "flux-1-dev/lora"}
+    path = write(tmp_path / "x.safetensors", WHOLE, header)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            pipes("zimage").loras.use({path: 1.0})
+    told = [each.getMessage() for each in caplog.records if "another model" in each.getMessage()]
+    assert told == [
+        f"LoRA {path} says that it was trained on another model (modelspec.architecture "
+        "'flux-1-dev/lora') than Z-Image"
+    ]
+    pipes("zimage").loras.use({})
