@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from backends import backend_class, planner
+from backends.errors import CancelledError
 from backends.generation.pipeline import LoadedPipeline, load_pipeline
 from backends.groups.mesh import Axis, CommStats, Mesh
 from backends.loading.packed_weights import pack_layer
@@ -112,7 +113,7 @@ def test_divided_weights_give_the_same_image(
     run_on_ranks(check_divided, 2, name, ways, features)
 
 
-def check_after_a_failure(rank: int, size: int) -> None:
+def check_after_an_early_end(rank: int, size: int) -> None:
     pipe = load("sd3", rank, size, divided=BOTH)
     (mesh,) = meshes("sd3", ULYSSES, rank, size)
     pipe.attach(backend_class("xdit")(spec=pipe.spec, plan=mesh.plan, mesh=mesh))
@@ -122,6 +123,12 @@ def check_after_a_failure(rank: int, size: int) -> None:
     def fail(step: int, num_steps: int, latents: torch.Tensor) -> None:
         raise ValueError("this rank is out of luck")
 
+    def cancel(step: int, num_steps: int, latents: torch.Tensor) -> None:
+        raise CancelledError("not wanted any more")
+
+    with pytest.raises(CancelledError):
+        pipe.generate(asked, on_step=cancel)
+    torch.testing.assert_close(result(pipe, asked), before, rtol=0, atol=0)
     with pytest.raises((ValueError, RuntimeError)):
         pipe.generate(asked, on_step=fail if rank else None)
     mesh.rebuild()
@@ -131,11 +138,11 @@ def check_after_a_failure(rank: int, size: int) -> None:
     mesh.destroy()
 
 
-def test_after_a_failure_and_a_rebuilt_mesh_the_image_is_the_same(
+def test_after_a_cancelled_and_a_failed_run_the_image_is_the_same(
     run_on_ranks: Callable[..., None],
 ) -> None:
     prepare(TABLE["sd3"], [])
-    run_on_ranks(check_after_a_failure, 2)
+    run_on_ranks(check_after_an_early_end, 2)
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4", "float8"])
