@@ -37,8 +37,8 @@ logger = logging.getLogger(__name__)
 LOCK_PATIENCE_S = 5.0
 """Time to wait for the lock: the previous rank 0 may not have ended yet."""
 DISK_PATIENCE_S = 10.0
-"""Time to wait with a result for a disk that has just become full. Its client gets it then: a full
-disk may stay so for hours.
+"""Time to wait with results since the disk became full. Their clients get them then: a full disk
+may stay so for hours.
 """
 RETRY_S = 0.5
 """Between two attempts to write what could not be written."""
@@ -149,6 +149,8 @@ class JobStore:
         """Held while a row is packed and written, so that a later change of it comes later."""
         self._unwritten: dict[str, _Change] = {}
         """Job id -> what is to be written about it."""
+        self._unwritten_since_s: float | None = None
+        """By the monotonic clock."""
         self._writer: threading.Thread | None = None
         self._closed = threading.Event()
 
@@ -207,10 +209,9 @@ class JobStore:
         for a while: what a client has seen should still be there after a restart.
         """
         change = _Change(job=job, status=JobStatus.DONE, result=result)
-        has_been_full = bool(self._unwritten)
-        deadline = time.monotonic() + (0.0 if has_been_full else DISK_PATIENCE_S)
+        started_s = time.monotonic()
         while (error := self._try(change)) is not None:
-            if time.monotonic() > deadline:
+            if time.monotonic() > (self._unwritten_since_s or started_s) + DISK_PATIENCE_S:
                 return self._write_later(change, error)
             time.sleep(RETRY_S)
 
@@ -328,6 +329,7 @@ class JobStore:
         with self._changing:
             self._unwritten[job_id] = change
             if self._writer is None:
+                self._unwritten_since_s = time.monotonic()
                 self._writer = threading.Thread(target=self._write_unwritten, daemon=True)
                 self._writer.start()
 
@@ -340,7 +342,7 @@ class JobStore:
             with self._changing:
                 if not self._unwritten:
                     logger.warning("all changes of jobs are stored again")
-                    self._writer = None
+                    self._writer = self._unwritten_since_s = None
                     return
 
     def _read_array(self, folder: str, name: str) -> Array:

@@ -71,17 +71,21 @@ def test_job_whose_result_was_never_stored_runs_again(open_queue):
     assert queue.next() is kept and kept.request.seed == 1
 
 
+@pytest.mark.parametrize("begins", ["before", "while"])
 def test_client_sees_a_result_that_a_brief_lack_of_room_delays_only_once_it_is_stored(
-    open_queue, monkeypatch
+    begins, open_queue, monkeypatch
 ):
+    """Also if the row of its beginning could not be stored either."""
     monkeypatch.setattr(store, "DISK_PATIENCE_S", 30.0)
     queue = open_queue()
     job = send(queue)
-    running = queue.next()
-    ending = threading.Thread(
-        target=queue.finish, args=(running,), kwargs={"result": result(side=SIDE)}
-    )
+    if begins == "before":
+        queue.next()
     with full_disk():
+        running = queue._running[0] if queue._running else queue.next()
+        ending = threading.Thread(
+            target=queue.finish, args=(running,), kwargs={"result": result(side=SIDE)}
+        )
         ending.start()
         assert job.wait(timeout_s=0.5) is None
     assert job.wait(timeout_s=20) is not None
@@ -98,6 +102,7 @@ def test_results_after_the_first_do_not_wait_for_room(open_queue, monkeypatch):
     with full_disk():
         queue.finish(queue.next(), result=result(1, side=SIDE))
         monkeypatch.setattr(store, "DISK_PATIENCE_S", 600.0)
+        queue._store._unwritten_since_s -= 601
         queue.finish(queue.next(), result=result(2, side=SIDE))
     wait_until(lambda: not queue._store._unwritten)
     assert [job.result.seed for job in open_queue().jobs()] == [2, 1]
