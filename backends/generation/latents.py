@@ -91,7 +91,8 @@ def _normalisation(vae: Any, like: Tensor) -> tuple[Any, Any]:
         like.new_tensor(vae.config[name]).view(1, -1, 1, 1)
         for name in ("latents_mean", "latents_std")
     )
-    return mean, 1 / std
+    # a VAE with both has them one after the other, as Playground's for SDXL
+    return mean, (vae.config.get("scaling_factor") or 1.0) / std
 
 
 def _moments(vae: Any) -> tuple[Tensor, Tensor]:

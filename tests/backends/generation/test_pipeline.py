@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -15,6 +16,7 @@ from backends.generation.pipeline import LoadedPipeline, load_pipeline
 from backends.generation.step_driver import EndRun
 from backends.model_table import read_table
 from backends.request import GenerateRequest, LoadRequest
+from tests.altered import changed
 from tests.checkpoints import NAMES, checkpoint, load
 from tests.checkpoints.single_file import single_file
 
@@ -106,6 +108,27 @@ def test_single_equals_a_plain_call_of_diffusers(name: str) -> None:
     assert result.frames.shape == want.shape
     assert np.array_equal(result.frames, want)  # the same code on the same device: bit-equal
     assert (result.latents is not None) == TABLE[name].returns_latents
+
+
+def test_a_vae_with_a_mean_and_a_factor_decodes_as_in_diffusers(tmp_path: Path) -> None:
+    """As Playground v2.5's, which is of the class and the type of SDXL."""
+    moments = {"latents_mean": [0.5, -1.0, 0.3, 0.0], "latents_std": [2.0, 0.5, 1.3, 0.8]}
+    file = "vae/config.json"
+    folder = changed(checkpoint("sdxl"), tmp_path / "any", file, scaling_factor=0.5, **moments)
+    given = LoadRequest(model_type="sdxl", checkpoint=str(folder), variant="fp32")
+    size = {"height": SIDE, "width": SIDE}
+    made = load_pipeline(TABLE["sdxl"], given, device=CPU).generate(request_for("sdxl", **size))
+    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(folder, local_files_only=True)
+    pixels = pipe(
+        "a photo of a cat",
+        negative_prompt="a dog",
+        num_inference_steps=3,
+        guidance_scale=TABLE["sdxl"].guidance_scale,
+        generator=torch.Generator().manual_seed(3),
+        output_type="np",
+        **size,
+    ).images
+    assert np.array_equal(made.frames, (pixels * 255).round().astype(np.uint8))
 
 
 @pytest.mark.parametrize("name", ["sd1", "svd", "wan_t2v"])
