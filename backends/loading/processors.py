@@ -7,6 +7,7 @@ them texts and images only. It prepares images with PIL where torchvision is mis
 import functools
 import importlib
 import importlib.util
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -33,12 +34,23 @@ def pipeline_from_folder(pipeline: Any, folder: Path, **arguments: Any) -> Any:
     found = processors_without_torchvision(folder, index)
     if is_modular(folder):
         return modular_from_folder(pipeline, folder, found, **arguments)
+    arguments = _left_out(index, pipeline) | arguments
     later = {name: each for name, each in found.items() if not _is_processor(each)}
     found |= sized_encoders(folder, index, arguments)
     with reachable(index):
         made = pipeline.from_pretrained(folder, **arguments, **(found | dict.fromkeys(later)))
     made.register_modules(**later)
     return made
+
+
+def _left_out(index: Mapping[str, Any], pipeline: Any) -> dict[str, Any]:
+    """Return component -> None, for those that the folder does without.
+
+    diffusers writes them as [null, null], such as the T5 of Stable Diffusion 3, and loads such a
+    folder only if it is told so once more.
+    """
+    names = inspect.signature(pipeline.__init__).parameters
+    return {name: None for name in names if index.get(name) == [None, None]}
 
 
 @contextmanager

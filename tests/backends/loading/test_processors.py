@@ -20,6 +20,7 @@ from backends.loading.processors import (
     reachable,
     sized_encoders,
 )
+from tests.altered import changed
 from tests.checkpoints import checkpoint, sample_image
 from tests.checkpoints.upstream.tokenizers import qwen_vl
 from tests.checkpoints.variants import variant
@@ -105,3 +106,12 @@ def test_an_encoder_of_t5gemma_has_the_size_of_its_configuration(tmp_path, is_al
     index = {"text_encoder": ["transformers", "T5GemmaEncoder"]}
     got = sized_encoders(tmp_path, index, {"local_files_only": True})["text_encoder"]
     assert torch.equal(got.embed_tokens.weight, want.embed_tokens.weight)
+
+
+def test_a_folder_may_do_without_the_components_that_it_says(tmp_path):
+    """diffusers alone wants to be told again that Stable Diffusion 3 has no T5."""
+    without = {name: [None, None] for name in ("text_encoder_3", "tokenizer_3")}
+    folder = changed(checkpoint("sd3"), tmp_path / "any", **without)
+    kind = diffusers.StableDiffusion3Pipeline
+    got = pipeline_from_folder(kind, folder, local_files_only=True)
+    assert got.text_encoder_3 is None and got.text_encoder_2 is not None
