@@ -8,14 +8,57 @@ the repository, file or folder, and in the file's metadata.
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from backends.files.checkpoint import Checkpoint, read_json
+from backends.errors import ConfigError
+from backends.files.adapter_fit import require_fit
+from backends.files.checkpoint import Checkpoint, read_index, read_json, width_of
+from backends.files.fit import needed_components
 from backends.model_table import CHECKPOINT_SIGNS, ModelSpec
+from backends.request import LoadRequest
 
 TITLES = ("modelspec.title", "modelspec.architecture", "general.name", "ss_output_name")
 """Metadata in which trainers and publishers write a model's name."""
+
+
+def misfit_of(spec: ModelSpec, folder: Path) -> str:
+    """Return why a folder of a class that the row runs is not run by it, but as diffusers has it;
+    empty if the row fits.
+
+    A class that the row runs too may have other components, such as a denoiser that takes a mask.
+    One of the row's own class may do without some, or read another number of an encoder's layers.
+    """
+    index = read_index(folder)
+    name = index.get("_class_name")
+    if name == spec.pipeline:
+        absent = [part for part in needed_components(spec) if index.get(part) == [None, None]]
+        if absent:
+            return f"the checkpoint does without {' and '.join(absent)}"
+        return _other_layers(Checkpoint(spec=spec, path=folder, folder=folder, index=index))
+    if name not in spec.also or spec.components:
+        return ""
+    load = LoadRequest(model_type=spec.name, checkpoint=str(folder), variant="fp32")
+    try:
+        require_fit(spec, load)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def _other_layers(checkpoint: Checkpoint) -> str:
+    """Return how many layers of an encoder the denoiser reads, if not as many as the row says."""
+    spec = checkpoint.spec
+    config = checkpoint.config(spec.denoiser)
+    for key, paths in spec.fits.get("text", {}).items():
+        times, is_several, path = paths[0].partition(" * ")
+        wanted, width = config.get(key), width_of(path, checkpoint, config) if is_several else None
+        if isinstance(wanted, int) and width and wanted % width == 0:
+            layers = wanted // width
+            if len(paths) == 1 and layers != int(times):
+                return f"its {spec.denoiser} reads {layers} layers of the encoder, not {times}"
+    return ""
 
 
 def with_own_defaults(
@@ -44,6 +87,35 @@ def with_own_defaults(
         told = ", ".join(f"{key}={value}" for key, value in facts.items())
         return replace(spec, **typed), f"{told}: the checkpoint is {title}"
     return spec, ""
+
+
+PUBLISHED_SCALE = 8
+"""Pixels on a side of one latent, in the published checkpoints of the classes below."""
+LEVELS = {
+    "AutoencoderKL": "block_out_channels",
+    "AutoencoderKLFlux2": "block_out_channels",
+    "AutoencoderKLQwenImage": "temperal_downsample",
+}
+"""Class of a VAE -> the setting that lists its levels, between which the sides are halved."""
+
+
+def with_own_sizes(spec: ModelSpec, checkpoint: Checkpoint) -> ModelSpec:
+    """Return the type with its sizes for this checkpoint's VAE, which may scale by another factor
+    than published ones: as many latents on a side.
+    """
+    config = checkpoint.config("vae")
+    setting = LEVELS.get(str(checkpoint.class_of("vae")))
+    levels = config.get(setting) if setting is not None else None
+    if spec.is_generic or spec.upscale > 1 or not isinstance(levels, list) or not levels:
+        return spec
+    scale = 2 ** (len(levels) - (setting == "block_out_channels"))
+    if scale == PUBLISHED_SCALE:
+        return spec
+    sizes = {
+        name: max(getattr(spec, name) * scale // PUBLISHED_SCALE, 1)
+        for name in ("height", "width", "size_multiple")
+    }
+    return replace(spec, **sizes)
 
 
 def _is_one(row: Mapping[str, Any], checkpoint: Checkpoint, words: str) -> bool:

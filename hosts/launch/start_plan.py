@@ -15,10 +15,9 @@ from backends.files.checkpoint import (
     configuration_folder,
     infer_type,
     open_checkpoint,
-    read_index,
     sampler_config,
 )
-from backends.files.defaults import with_own_defaults
+from backends.files.defaults import misfit_of, with_own_defaults, with_own_sizes
 from backends.files.fit import denoiser_channels, prediction_settings
 from backends.files.generic import generic_spec
 from backends.files.mask_channels import latent_channels, with_mask_inputs
@@ -187,6 +186,7 @@ def plan_start(
         )
         spec = replace(spec, sampler=sampler_config(checkpoint))
         spec, why_defaults = with_own_defaults(spec, checkpoint, hub.short_names(settings))
+        spec = with_own_sizes(spec, checkpoint)
         start = _plan_files(settings, spec, recall=recall, **facts)
     except HostError as error:
         raise type(error)(hub.named(str(error))) from error
@@ -379,7 +379,7 @@ def _model_spec(settings: Settings, table: ModelTable) -> tuple[ModelSpec, str]:
         checkpoint = Path(existing_path("checkpoint", settings.checkpoint))
         has_motion = settings.motion_adapter is not None or settings.motion_module is not None
         name, reason = infer_type(checkpoint, table, has_motion=has_motion)
-        if name != GENERIC and (misfit := _misfit(table[name], checkpoint)):
+        if name != GENERIC and (misfit := misfit_of(table[name], checkpoint)):
             name, reason = GENERIC, f"type={GENERIC}, not {name}: {misfit}"
     if name == GENERIC:
         return _generic_spec(settings), reason
@@ -396,22 +396,6 @@ def _model_spec(settings: Settings, table: ModelTable) -> tuple[ModelSpec, str]:
             spec, **{name: value for name, value in spec.demo.items() if name != "checkpoint"}
         )
     return spec, reason
-
-
-def _misfit(spec: ModelSpec, checkpoint: Path) -> str:
-    """Return why a folder of a class that the row runs too does not fit the row; empty if it does.
-
-    Such a class may have other components, such as a denoiser that takes a mask.
-    """
-    name = read_index(checkpoint).get("_class_name")
-    if name not in spec.also or spec.components:
-        return ""
-    load = LoadRequest(model_type=spec.name, checkpoint=str(checkpoint), variant="fp32")
-    try:
-        require_fit(spec, load)
-    except ConfigError as error:
-        return str(error)
-    return ""
 
 
 def _generic_spec(settings: Settings) -> ModelSpec:

@@ -103,3 +103,32 @@ def test_check_shows_them(tmp_path):
     assert (facts["num_inference_steps"], facts["max_prompt_tokens"]) == (1, 77)
     assert any("the checkpoint is SDXL Turbo" in reason for reason in facts["reasons"])
     assert Path(facts["checkpoint"]) == folder
+
+
+@pytest.mark.parametrize(
+    ("name", "levels", "sizes"),
+    [
+        ("flux", {"block_out_channels": [8]}, (128, 128, 2)),
+        ("sdxl", {"block_out_channels": [8] * 3}, (512, 512, 4)),
+        ("qwenimage", {"temperal_downsample": [True] * 4}, (2048, 2048, 32)),
+        ("zimage", {}, (1024, 1024, 16)),
+    ],
+)
+def test_sizes_follow_from_how_the_checkpoints_vae_scales(name, levels, sizes, tmp_path):
+    folder = changed(checkpoint(name), tmp_path / "any", "vae/config.json", **levels)
+    spec = plan(checkpoint=folder).spec
+    assert (spec.height, spec.width, spec.size_multiple) == sizes
+
+
+def test_a_folder_that_is_unlike_its_row_runs_as_diffusers_has_it(tmp_path):
+    absent = {"text_encoder": [None, None], "tokenizer": [None, None]}
+    start = plan(checkpoint=changed(checkpoint("sdxl"), tmp_path / "sdxl", **absent))
+    assert start.spec.is_generic
+    assert any("does without text_encoder and tokenizer" in each for each in start.reasons)
+    file = "transformer/config.json"
+    width = json.loads((checkpoint("flux2") / file).read_text())["joint_attention_dim"] // 3
+    folder = changed(checkpoint("flux2"), tmp_path / "flux2", file, joint_attention_dim=width)
+    start = plan(checkpoint=folder)
+    assert start.spec.is_generic
+    assert any("reads 1 layers of the encoder, not 3" in each for each in start.reasons)
+    assert not plan(checkpoint=checkpoint("flux2")).spec.is_generic
