@@ -25,6 +25,8 @@ COMMANDS = {
     "measure": "diffusion_client.measure",
     "status": "diffusion_client.status",
 }
+LISTING = ("list", "features", "all", "json")
+"""Arguments of the table of types."""
 SCRIPT = Path(__file__).resolve()
 
 
@@ -42,7 +44,9 @@ def main(argv: list[str] | None = None) -> int:
             return EXIT_USER_ERROR
         return supervise(argv[1:], program=[str(SCRIPT)], environ=os.environ)
     try:
-        settings = parse_command_line(argv).in_environment(os.environ)
+        settings = parse_command_line(argv)
+        _require_listing(settings)
+        settings = settings.in_environment(os.environ)
         if settings.list:
             return _show(_matrix(settings))
         return _run(settings, argv)
@@ -50,6 +54,23 @@ def main(argv: list[str] | None = None) -> int:
         text = LONG_WORD.sub(r"\1...", " ".join(str(error).split()))
         print(f"error: {text}", file=sys.stderr)
         return EXIT_USER_ERROR
+
+
+def _require_listing(settings: Settings) -> None:
+    """ConfigError for an argument that --list does not read, or that only --list reads."""
+    for name in LISTING[1:]:
+        is_read = settings.list or (name == "json" and settings.check)
+        if name in settings.given and not is_read:
+            either = "--list or --check" if name == "json" else "--list"
+            raise ConfigError(
+                f"--{name} was given without {either}. Give that too, or leave it out."
+            )
+    for name in settings.given if settings.list else ():
+        if name not in LISTING:
+            raise ConfigError(
+                f"--{name} was given beside --list, which shows all types and reads only "
+                f"{', '.join(f'--{each}' for each in LISTING[1:])}. Leave one of them out."
+            )
 
 
 def _show(text: str) -> int:

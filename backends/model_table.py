@@ -3,6 +3,7 @@
 A wrong table raises a ConfigError that names the line.
 """
 
+import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import lru_cache
@@ -222,9 +223,11 @@ class ModelTable(Mapping[str, ModelSpec]):
 
     def __getitem__(self, name: str) -> ModelSpec:
         if name not in self._specs:
+            close = difflib.get_close_matches(name.lower(), self._specs, n=1)
+            advice = f" Did you mean {close[0]!r}?" if close else ""
             raise ConfigError(
-                f"type={name!r} is not a model type. Allowed: {', '.join(self._specs)}; and "
-                f"{GENERIC}, for a folder of any other pipeline class of diffusers."
+                f"type={name!r} is not a model type.{advice} Allowed: {', '.join(self._specs)}; "
+                f"and {GENERIC}, for a folder of any other pipeline class of diffusers."
             )
         return self._specs[name]
 

@@ -70,7 +70,7 @@ def test_a_reader_that_has_seen_enough_is_no_error():
     ("arguments", "said"),
     [
         (["--tpye=sdxl"], "--tpye=sdxl is not an argument of this command. Did you mean --type?"),
-        (["--type=sdx"], "type='sdx' is not a model type. Allowed: "),
+        (["--type=sdx"], "type='sdx' is not a model type. Did you mean 'sdxl'? Allowed: "),
         ([], "--type is missing. Give it, or a --checkpoint that says what it is. Allowed: "),
         (["--type=flux"], "--checkpoint is missing: type 'flux' has no demo model."),
         (

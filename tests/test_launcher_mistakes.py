@@ -11,6 +11,7 @@ import launcher
 from hosts.launch.settings import options
 from tests.checkpoints import checkpoint, lora
 
+UNET = launcher.SCRIPT.parent / "demo/checkpoint/unet/diffusion_pytorch_model.safetensors"
 DEEP = "[" * 5000
 BAD = (
     "",
@@ -249,3 +250,72 @@ def test_component_that_diffusers_lacks_is_told_by_check(component, tmp_path, ca
 def test_agent_is_for_the_launcher_itself(arguments, capsys):
     assert launcher.main(["agent", *arguments]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--type=sdxl", "--type=sd1"], "--type was given twice, as sdxl and as sd1. Give it"),
+        (["--type=sdxl", "--lora=a", "--lora=b"], "--lora was given twice, as a and as b"),
+        (["--type=sdxl", "--prewarm_steps=1", "--prewarm-steps=2"], "--prewarm_steps was given"),
+        (["--type=sdxl", "--compel", "--compel=false"], "--compel was given twice, as tr"),
+        (["--type=SDLX"], "type='SDLX' is not a model type. Did you mean 'sdxl'?"),
+        (["--type=sdxl", "--step_cache=deep,2", "--quality=exact"],
+         "--step_cache=deep,2 and --quality=exact were given, but a step cache gives approx"),
+        (["--type=sdxl", f"--gguf_model={UNET}"],
+         "is not a GGUF file (.gguf). Give it with --unet."),
+        (["--type=sdxl", "--features"], "--features was given without --list. Give that too"),
+        (["--type=sdxl", "--checkpoint_config=/tmp"], "--checkpoint_config=/tmp was given, but the "
+         "demo model is a folder"),
+        (["--type=ad"], "Give the folder of an AnimateDiff model"),
+    ],
+)  # fmt: skip
+def test_what_contradicts_or_is_of_another_kind_is_refused(arguments, said, capsys):
+    code, error = run(capsys, *arguments)
+    assert code == 2 and said in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--list", "--type=sdxl"], 2, "--type was given beside --list, which shows all types"),
+        (["--list", "--check"], 2, "--check was given beside --list"),
+        (["--type=sdxl", "--json"], 2, "--json was given without --list or --check"),
+        (["--list", "--features"], 0, ""),
+    ],
+)
+def test_the_list_of_types_reads_no_other_arguments(arguments, code, said, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert launcher.main(arguments) == code and said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("type: sdxl\nheight: 512\nheight: 768\n", "has the name 'height' twice. Leave one of"),
+        (
+            "type: sdxl\nmodel: /a\ncheckpoint: /b\n",
+            "has 'checkpoint' twice, also by its other name",
+        ),
+    ],
+)
+def test_a_file_of_arguments_names_each_once(tmp_path, text, said, capsys):
+    (tmp_path / "config.yaml").write_text(text)
+    code, error = run(capsys, f"--config={tmp_path / 'config.yaml'}")
+    assert code == 2 and said in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["--compile_fullgraph_off"],
+            "--compile_fullgraph_off has no effect: there is no --compile",
+        ),
+        (["--prewarm_steps=0", "--warm_up_steps=2"], "--warm_up_steps has no effect: --prewarm"),
+        (["--compile_unet", "--lora_dir=/tmp"], "--lora_dir has no effect: --compile_unet makes"),
+    ],
+)
+def test_arguments_without_effect_are_told(arguments, said, capsys):
+    assert launcher.main(["--check", "--type=sdxl", *arguments]) == 0
+    assert said in capsys.readouterr().out

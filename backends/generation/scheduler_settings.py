@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from backends.errors import RequestError
-from backends.request import whole_number
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -206,11 +205,11 @@ def shown(value: Any) -> str:
 
 
 def plain_setting(name: str, value: Any) -> Any:
-    """Return a number or word as its field has it, however it is written: 2.0, "2", "Trailing"."""
+    """Return a number or word as its field has it, however it is written: 2.0, "Trailing"."""
     field = LaunchSettings.model_fields.get(name)
     declared = field.annotation if field is not None else None
-    if int in get_args(declared) and (number := whole_number(value)) is not None:
-        return number
+    if int in get_args(declared) and isinstance(value, float) and value.is_integer():
+        return int(value)
     return value.strip().lower() if "Literal" in str(declared) and isinstance(value, str) else value
 
 

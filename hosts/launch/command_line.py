@@ -30,7 +30,9 @@ def parse_command_line(argv: Sequence[str]) -> Settings:
 def read_config(path: Path) -> dict[str, Any]:
     """The YAML file's values by canonical name."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        text = path.read_text(encoding="utf-8")
+        content = yaml.safe_load(text) or {}
+        _require_once(text, path)
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or "it is not UTF-8"
         raise ConfigError(f"--config={path} cannot be read: {why}. Give a YAML file.") from error
@@ -49,6 +51,17 @@ def read_config(path: Path) -> dict[str, Any]:
     return by_canonical_name(content, source=f"--config={path}")
 
 
+def _require_once(text: str, path: Path) -> None:
+    """ConfigError for a name that a YAML file has twice, of which PyYAML would take the last."""
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    names = [key.value for key, _ in root.value] if isinstance(root, yaml.MappingNode) else []
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(
+                f"--config={path} has the name {name!r} twice. Leave one of them out."
+            )
+
+
 def by_canonical_name(content: Mapping[Any, Any], *, source: str) -> dict[str, Any]:
     """The same values under the names of Settings. ConfigError names `source` and the first unknown
     key.
@@ -59,7 +72,11 @@ def by_canonical_name(content: Mapping[Any, Any], *, source: str) -> dict[str, A
         spelling = str(key).replace("-", "_")
         if spelling not in names:
             raise ConfigError(f"{source} has an unknown name {key!r}.{_closest(spelling)}")
-        values[names[spelling]] = value
+        if values.setdefault(names[spelling], value) != value:
+            raise ConfigError(
+                f"{source} has {names[spelling]!r} twice, also by its other name {key!r}. Leave "
+                "one of them out."
+            )
     return values
 
 
@@ -74,6 +91,26 @@ def _underscored(token: str) -> str:
 def _closest(spelling: str) -> str:
     close = difflib.get_close_matches(spelling, canonical_names(), n=1)
     return f" Did you mean --{close[0]}?" if close else " See --help."
+
+
+class _Once(argparse.Action):
+    """Stores a value. ConfigError for another one of the same argument: only one can count."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        value = self.const if values is None else values
+        before = getattr(namespace, self.dest)
+        if before not in (None, value):
+            raise ConfigError(
+                f"--{self.dest} was given twice, as {before[:80]} and as {value[:80]}. Give it "
+                "once."
+            )
+        setattr(namespace, self.dest, value)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -116,6 +153,7 @@ def _add(group: argparse._ArgumentGroup, option: Option) -> None:
         group.add_argument(
             f"--{spelling}",
             dest=option.name,
+            action=_Once,
             default=None,
             help=help_text if spelling == option.name else argparse.SUPPRESS,
             nargs="?" if option.is_switch else None,

@@ -150,9 +150,10 @@ def locate_configuration(
     stays packed.
     """
     path, given = Path(checkpoint_path(settings, spec)), settings.checkpoint_config
+    named = f"--checkpoint={settings.checkpoint}" if settings.checkpoint else "the demo model"
     if path.is_dir() and given is not None:
         raise ConfigError(
-            f"--checkpoint_config={given} was given, but --checkpoint={settings.checkpoint} is a "
+            f"--checkpoint_config={given} was given, but {named} is a "
             "folder with a configuration of its own. Leave it out."
         )
     if path.is_dir() or not spec.single_file or path.suffix not in SINGLE_FILES:
@@ -367,6 +368,11 @@ def denoiser_files(settings: Settings, spec: ModelSpec) -> tuple[str | None, str
         raise ConfigError(
             f"--{spec.denoiser} and --gguf_model were given, and both replace the {spec.denoiser}. "
             "Give one of them."
+        )
+    gguf_model = existing_path("gguf_model", settings.gguf_model)
+    if gguf_model is not None and Path(gguf_model).suffix != ".gguf":
+        raise ConfigError(
+            f"--gguf_model={gguf_model} is not a GGUF file (.gguf). Give it with --{spec.denoiser}."
         )
     return (
         existing_path(spec.denoiser, paths[spec.denoiser]),

@@ -27,6 +27,7 @@ WITHOUT_SDPA = ("enable_attention_slicing", "xformers_efficient")
 tokens.
 """
 
+COMPILED = ("compile_unet", "compile_vae", "compile_text_encoder")
 FEATURE_OPTIONS = {
     "lora": ("lora", "lora_dir", "motion_adapter_lora"),
     "controlnet": ("control_net",),
@@ -39,7 +40,7 @@ FEATURE_OPTIONS = {
         "quantize_misc_to",
         "quantize_vae",
     ),
-    "compile": ("compile_unet", "compile_vae", "compile_text_encoder"),
+    "compile": COMPILED,
     "offload": (
         "enable_model_cpu_offload",
         "enable_sequential_cpu_offload",
@@ -52,6 +53,18 @@ FEATURE_OPTIONS = {
 MOTION_OPTIONS = ("motion_adapter", "motion_module", "motion_config", "motion_adapter_lora")
 
 DESCRIBING = {
+    **dict.fromkeys(
+        (
+            "compile_backend",
+            "compile_mode",
+            "compile_options",
+            "compile_fullgraph_off",
+            "torch_cache_limit",
+            "torch_accumulated_cache_limit",
+            "torch_capture_scalar",
+        ),
+        COMPILED,
+    ),
     "vae_config": ("vae",),
     "unet_config": ("unet",),
     "transformer_config": ("transformer",),
@@ -92,6 +105,11 @@ def prewarm_steps(settings: Settings, plan: ParallelPlan) -> tuple[int, str]:
 
 def step_cache(settings: Settings, spec: ModelSpec, plan: ParallelPlan) -> StepCacheSpec | None:
     """The cache of --step_cache, or else of the method's own options."""
+    if settings.step_cache is not None and settings.quality == "exact":
+        raise ConfigError(
+            f"--step_cache={settings.step_cache} and --quality=exact were given, but a step cache "
+            "gives approximate images. Leave one of them out."
+        )
     asked = settings.step_cache or plan.step_cache
     return parse_step_cache(asked, spec) if asked else None
 
@@ -208,6 +226,10 @@ def idle_reasons(settings: Settings, spec: ModelSpec, plan: ParallelPlan) -> Ite
             yield f"--{name} has no effect: there is no --{' or --'.join(whose)}"
     if settings.warmup_steps is not None and not plan.reads_previous_step:
         yield "--warmup_steps has no effect: this plan uses no values of the previous step"
+    if settings.prewarm_steps is not None and settings.warm_up_steps is not None:
+        yield "--warm_up_steps has no effect: --prewarm_steps is its newer name"
+    if settings.lora_dir is not None and settings.compile_unet:
+        yield "--lora_dir has no effect: --compile_unet makes LoRAs part of the weights"
     if settings.master_port is not None:
         yield "--master_port has no effect: the ranks of a machine connect in a private folder"
     sampled, choice = SampledModel.by(spec), parse_scheduler(settings.scheduler)

@@ -16,6 +16,7 @@ from backends.files.checkpoint import (
     infer_type,
     open_checkpoint,
     sampler_config,
+    with_article,
 )
 from backends.files.defaults import misfit_of, with_own_defaults, with_own_sizes
 from backends.files.fit import denoiser_channels, prediction_settings
@@ -387,8 +388,8 @@ def _model_spec(settings: Settings, table: ModelTable) -> tuple[ModelSpec, str]:
     if settings.checkpoint is None and not spec.demo:
         with_demo = ", ".join(name for name, other in table.items() if other.demo)
         raise ConfigError(
-            f"--checkpoint is missing: type {spec.name!r} has no demo model. Give the folder of a "
-            f"{spec.title} model in diffusers layout "
+            f"--checkpoint is missing: type {spec.name!r} has no demo model. Give the folder of "
+            f"{with_article(spec.title)} model in diffusers layout "
             f"(a demo model comes with: {with_demo})."
         )
     if settings.checkpoint is None:
