@@ -57,6 +57,8 @@ class Groups:
 
     @property
     def num_communicators(self) -> int:
+        if not self._nccl:  # a process without ranks has none, and no rank to ask for
+            return 0
         open_groups = {name for name, _ in self._nccl.values()}
         used = communicators(self._rehearsal.journal.entries, dist.get_rank())
         return sum(communicator.group in open_groups for communicator in used)

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from tests.rehearsal.gpus import MEMORY
 from tests.rehearsal.journal import HostWait, Operation, Wait
 from tests.rehearsal.order import problems, queued_behind
 from tests.rehearsal.rehearsal import Rehearsal, WouldHang
@@ -60,6 +61,16 @@ def _see_that_modules_move():
 
 def test_what_cuda_refuses_is_refused(run_on_ranks):
     run_on_ranks(_see_what_cuda_refuses, 1)
+
+
+def _ask_for_memory(rank, world_size):
+    dist.destroy_process_group()
+    with Rehearsal():
+        assert torch.cuda.mem_get_info() == (MEMORY, MEMORY)
+
+
+def test_a_process_without_ranks_has_all_memory(run_on_ranks):
+    run_on_ranks(_ask_for_memory, 1)
 
 
 def _see_what_nccl_refuses(rank, world_size):
