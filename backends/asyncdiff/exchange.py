@@ -82,8 +82,10 @@ class Exchange:
         return arrival
 
     def share(self, value: Any, *, source: int) -> Any:
-        """Return one rank's small Python value on all ranks. Blocks until it has arrived."""
-        return broadcast_object(value, source=self.axis.ranks[source], group=self.axis.group)
+        """Return one rank's small Python value on all ranks. Blocks until it has arrived, but never
+        for the device.
+        """
+        return broadcast_object(value, source=self.axis.ranks[source], group=self.axis.object_group)
 
     def settle(self) -> None:
         """Wait for everything that is under way. All ranks have made the same evaluations, so every

@@ -76,6 +76,10 @@ class Axis:
     """A second group of the same ranks for values of patches that are needed in the next step only.
     In one group with them, what this step needs would wait behind them.
     """
+    object_group: dist.ProcessGroup | None = None
+    """A CPU group of the same ranks for Python values, where the method exchanges any in a step.
+    Over NCCL the host would wait for its device, which has all earlier work to do.
+    """
     memory: "SharedMemory | None" = None
     """State of shared_memory.py for as long as the group is open."""
 
@@ -211,7 +215,8 @@ class Mesh:
         for axis in self._axes.values():
             if axis.memory is not None:
                 axis.memory.close()
-            axis.group = axis.reverse_group = axis.late_group = axis.memory = None
+            axis.group = axis.reverse_group = axis.late_group = None
+            axis.object_group = axis.memory = None
 
     def rebuild(self) -> None:
         """Close all data groups and open them again, on all ranks.
@@ -224,7 +229,7 @@ class Mesh:
         for key, axis in handed_out.items():
             made = self.background_axis() if key == BACKGROUND else self.axis(*key)
             axis.group, axis.reverse_group = made.group, made.reverse_group
-            axis.late_group = made.late_group
+            axis.late_group, axis.object_group = made.late_group, made.object_group
         self._axes.update(handed_out)
 
     def _open(self) -> None:
@@ -237,7 +242,7 @@ class Mesh:
 
     def _make_axis(self, names: Sequence[str]) -> Axis:
         mine = self.plan.ranks(*names, of_rank=self.rank)
-        group = reverse_group = late_group = None
+        group = reverse_group = late_group = object_group = None
         if len(mine) > 1:
             parts = sorted(
                 {self.plan.ranks(*names, of_rank=rank) for rank in range(self.plan.world_size)}
@@ -249,6 +254,9 @@ class Mesh:
             reverse_group = self._new_data_groups(parts) if is_reverse else None
             is_late = "patch" in names and self.plan.reads_previous_step
             late_group = self._new_data_groups(parts) if is_late else None
+            if names == ("segment",):
+                is_on_cpu = self.device.type == "cpu"
+                object_group = group if is_on_cpu else self._new_groups(parts, backend="gloo")
         ranks = tuple(self._first + rank for rank in mine)
         axis = Axis(
             name="x".join(names),
@@ -257,6 +265,7 @@ class Mesh:
             group=group,
             reverse_group=reverse_group,
             late_group=late_group,
+            object_group=object_group,
         )
         self.groups.open_links(axis, num_stages=self.plan.degree("stage"))
         return axis

@@ -68,6 +68,20 @@ METHODS = (
         ranks=4,
         feature="controlnet",
     ),
+    *(
+        Ranks(
+            label=f"{name} that warm up",
+            type="sd1",
+            backend=backend,
+            options=options,
+            request={"warmup_steps": 5},  # as many as there are
+        )
+        for name, backend, options in (
+            ("patches", "distrifuser", PATCH),
+            ("segments", "asyncdiff", SEGMENTS),
+            ("sharded segments", "asyncdiff", {**SEGMENTS, "shard_weights": True}),
+        )
+    ),
     Ranks(label="segments", type="sdxl", backend="asyncdiff", options=SEGMENTS),
     Ranks(label="three segments", type="sd1", backend="asyncdiff", options=SEGMENTS, ranks=3),
     Ranks(label="four segments", type="sd1", backend="asyncdiff", options=SEGMENTS, ranks=4),
