@@ -41,7 +41,8 @@ request it takes.
 name. `video` is a list of images: the frames to change or to follow. If a class has a
 `last_image`, `image` may be a list of two: the first frame and the last one. Everything else that
 the class's own call takes goes into `arguments`: numbers, texts, `{"image": base64 of a PNG}`,
-`{"npy": base64 of a .npy file}`, `{"object": {...}}` with these, and lists of these:
+`{"npy": base64 of a .npy file}`, `{"object": {...}}` with these, and lists of these. VisualCloze's
+`image` is such a list, of rows, with `null` where the image to make belongs:
 
 ```json
 {"num_inference_steps": 20, "arguments": {"class_labels": [207], "max_sequence_length": 256}}
@@ -86,7 +87,7 @@ def update_page(results: Path, classes: list[str], methods: tuple[str, ...]) -> 
 
 def _on_page(text: str, methods: tuple[str, ...]) -> Iterator[Outcome]:
     """Yield what the tables of the page say."""
-    for line in re.findall(r"^\| (\w+Pipeline \|.*) \|$", text, re.MULTILINE):
+    for line in re.findall(r"^\| (\w*Pipeline\w* \|.*) \|$", text, re.MULTILINE):
         name, one_rank, *others = line.split(" | ")
         figures = {
             method: _read(cell) for method, cell in zip(methods, others, strict=False) if cell
