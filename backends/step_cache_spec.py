@@ -60,7 +60,12 @@ class StepCacheSpec:
 def parse_step_cache(text: str, spec: ModelSpec) -> StepCacheSpec:
     """Parse KIND or KIND,VALUE. ConfigError if it does not fit this model type."""
     kind, _, value = text.replace(" ", "").partition(",")
-    allowed = KINDS[spec.denoiser]
+    allowed = KINDS.get(spec.denoiser, ())
+    if not allowed:
+        raise ConfigError(
+            f"--step_cache={text} is not allowed: {spec.title} has neither a UNet nor a "
+            "transformer. Leave it out."
+        )
     if kind not in allowed:
         fit = " or ".join(f"{name},{DEFAULTS[name]:g}" for name in allowed)
         raise ConfigError(

@@ -82,8 +82,9 @@ def list_candidates(
 
 def _with_caches(spec: ModelSpec, plain: Sequence[Candidate]) -> Iterator[Candidate]:
     """Yield each candidate with each cache that its method and the model table allow."""
+    caches = CACHES.get(spec.denoiser, {})
     for candidate in plain:
-        for text, quality in CACHES[spec.denoiser].items() if not candidate.timed_as else ():
+        for text, quality in caches.items() if not candidate.timed_as else ():
             cache = parse_step_cache(text, spec)
             try:
                 spec.require(candidate.backend, "step_cache")

@@ -356,14 +356,15 @@ def denoiser_files(settings: Settings, spec: ModelSpec) -> tuple[str | None, str
     """Return the denoiser that replaces the checkpoint's, and its configuration. It may not come
     from two places.
     """
-    other = "transformer" if spec.denoiser == "unet" else "unet"
     paths = {"unet": settings.unet, "transformer": settings.transformer}
     configs = {"unet": settings.unet_config, "transformer": settings.transformer_config}
-    if paths[other] is not None:
-        raise ConfigError(
-            f"--{other} was given, but type {spec.name!r} has a {spec.denoiser}. Give "
-            f"--{spec.denoiser}."
-        )
+    for other, path in paths.items():
+        if path is not None and other != spec.denoiser:
+            own = f"has a {spec.denoiser}" if spec.denoiser else "denoises nothing"
+            advice = f"Give --{spec.denoiser}" if spec.denoiser in paths else "Leave it out"
+            raise ConfigError(f"--{other} was given, but type {spec.name!r} {own}. {advice}.")
+    if spec.denoiser not in paths:
+        return None, None
     if paths[spec.denoiser] is not None and settings.gguf_model is not None:
         raise ConfigError(
             f"--{spec.denoiser} and --gguf_model were given, and both replace the {spec.denoiser}. "

@@ -10,6 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from backends.errors import ConfigError
+from backends.files.generic import generic_spec
+from backends.step_cache_spec import parse_step_cache
+from hosts.launch.files import denoiser_files
+from hosts.launch.settings import Settings
 from tests.checkpoints import (
     checkpoint,
     gguf,
@@ -234,3 +239,16 @@ def test_a_file_that_does_not_say_what_it_is_needs_a_type(tmp_path: Path) -> Non
         f"--type is missing, and --checkpoint={file} does not say what it is. Allowed: sd1"
         in refusal(None, Path(file))
     )
+
+
+@pytest.mark.parametrize("entries", [{"prior": ["diffusers", "PriorTransformer"]}, {}])
+def test_a_class_without_a_unet_or_transformer_has_no_option_that_replaces_it(tmp_path, entries):
+    index = {"_class_name": "StableUnCLIPPipeline", **entries}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    spec = generic_spec(tmp_path)
+    assert denoiser_files(Settings.from_values({"checkpoint": str(tmp_path)}), spec) == (None, None)
+    given = Settings.from_values({"checkpoint": str(tmp_path), "unet": str(tmp_path)})
+    with pytest.raises(ConfigError, match=r"--unet was given, but .* Leave it out"):
+        denoiser_files(given, spec)
+    with pytest.raises(ConfigError, match="neither a UNet nor a transformer"):
+        parse_step_cache("prediction", spec)
