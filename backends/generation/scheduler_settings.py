@@ -111,6 +111,8 @@ class LaunchSettings(RequestedSettings):
     ) = None
 
 
+OTHER_NAMES = dict.fromkeys(("name", "sampler", "sampler_name", "type"), "scheduler")
+"""Names that clients have for the sampler's own."""
 TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
 SIGMA_FLAGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 SHIFTED = frozenset({"CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"})
@@ -210,7 +212,9 @@ def plain_setting(name: str, value: Any) -> Any:
     declared = field.annotation if field is not None else None
     if int in get_args(declared) and isinstance(value, float) and value.is_integer():
         return int(value)
-    return value.strip().lower() if "Literal" in str(declared) and isinstance(value, str) else value
+    if isinstance(value, str) and f"'{value.strip().lower()}'" in str(declared):
+        return value.strip().lower()
+    return value
 
 
 def model_fields(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -264,14 +268,16 @@ def _diffusers_class(name: str) -> "type[SchedulerMixin]":
     return getattr(importlib.import_module("diffusers"), name)
 
 
-def why_wrong(overrides: Mapping[str, Any]) -> str | None:
+def why_wrong(overrides: Mapping[str, Any], *, has_name: bool) -> str | None:
     """Return what is wrong with settings that no scheduler has, or that exclude each other; None if
-    nothing is.
+    nothing is. has_name: whether the sampler has a name besides.
     """
     known = (*OF_REQUESTS, *OF_OPERATORS)
     for name in overrides:
         if name not in known:
             closest = difflib.get_close_matches(str(name)[:80], known, n=1)
+            if name in OTHER_NAMES:
+                closest = [] if has_name else [OTHER_NAMES[name]]
             advice = f"Did you mean {closest[0]!r}?" if closest else "Leave it out."
             return (
                 f"scheduler setting {str(name)[:80]!r} is not a setting of any scheduler. "

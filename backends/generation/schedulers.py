@@ -194,7 +194,7 @@ def parse_scheduler(value: str | Mapping[str, Any] | None) -> SchedulerChoice:
         name, is_karras = _canonical(name)
         if is_karras:
             overrides.setdefault("use_karras_sigmas", True)
-    if problem := why_wrong(overrides):
+    if problem := why_wrong(overrides, has_name=name is not None):
         raise SchedulerError(problem)
     return SchedulerChoice(name=name, overrides=overrides)
 

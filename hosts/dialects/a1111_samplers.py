@@ -71,7 +71,7 @@ def scheduler_of(
     """
     names = sent_as or {}
     key = next((key for key in SAMPLER if not is_empty(body.get(key))), SAMPLER[0])
-    named, field = body.get(key) or "", names.get(key, key)
+    named, field = "" if is_empty(body.get(key)) else body[key], names.get(key, key)
     if not isinstance(named, str):
         raise RequestError(f"{field}={shown(named)} is not a name. Send text.", field=field)
     name, ending = _split(named.strip().lower())

@@ -270,6 +270,12 @@ def _images(body: Mapping[str, Any], asked: Asked, *, kind: str) -> Response:
     form = choice(body, "response_format", urls, "url")
     num_partial = whole(body, "partial_images", 0, low=0, high=protocol.MAX_PARTIAL)
     is_streamed = truth(body, "stream", False)
+    if num_partial and not is_streamed and is_strict(body):
+        raise RequestError(
+            f"partial_images={num_partial} has no effect without stream. Send stream true, or "
+            "leave it out.",
+            field="partial_images",
+        )
     content_type, compression = _encoding(body)
     encode = partial(media.encode, content_type=content_type, quality=compression)
     seeds = seeds_from(asked.fields.get("seed"), number)

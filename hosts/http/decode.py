@@ -49,10 +49,12 @@ INTEGERS = frozenset(
     if int in (field.annotation, *get_args(field.annotation))
     and float not in get_args(field.annotation)
 )
-WORDS = frozenset(
-    name for name, field in GenerateRequest.model_fields.items() if "Literal" in str(field)
-)
-"""Fields that have one of a few values."""
+WORDS = {
+    name: [word for kind in get_args(field.annotation) for word in get_args(kind) or (kind,)]
+    for name, field in GenerateRequest.model_fields.items()
+    if "Literal" in str(field)
+}
+"""Field -> the few words that it may have."""
 MAX_ARGUMENT = 10_000
 """Of a number among the arguments: some of them are lengths."""
 _decoding = threading.BoundedSemaphore(4)
@@ -129,7 +131,9 @@ def _plain(field: str, value: Any) -> Any:
     """Return a number or word as this field has it, however it is written: 3.0, "3" or "HIGH"."""
     if field in INTEGERS and (number := whole_number(value)) is not None:
         return number
-    return value.strip().lower() if field in WORDS and isinstance(value, str) else value
+    if field in WORDS and isinstance(value, str) and value.strip().lower() in WORDS[field]:
+        return value.strip().lower()
+    return value
 
 
 def _value(field: str, value: Any, name: str, accepted: Accepted) -> Any:
@@ -456,4 +460,6 @@ def _as_request_error(error: ValidationError, names: Mapping[str, str]) -> Reque
     field = str(first["loc"][0]) if first["loc"] else ""
     name = names.get(field, field)
     given = repr(first["input"])
-    return RequestError(f"{name}={given[:80]} is not allowed: {first['msg']}.", field=name)
+    # a side may come from a field that has both, or a factor
+    where = f"{name}: {field}" if field in ("height", "width") and name != field else name
+    return RequestError(f"{where}={given[:80]} is not allowed: {first['msg']}.", field=name)

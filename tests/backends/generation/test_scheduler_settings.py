@@ -109,7 +109,7 @@ def test_two_values_that_are_allowed_give_finite_latents(settings):
         ({"shift": float("inf")}, "shift=inf is not allowed"),
         ({"shift": "3"}, "shift='3' is not allowed"),
         ({"shift": True}, "shift=True is not allowed"),
-        ({"steps_offset": 1.0}, "steps_offset=1.0 is not allowed"),
+        ({"steps_offset": 0.5}, "steps_offset=0.5 is not allowed"),
         ({"steps_offset": [1]}, r"steps_offset=\[1\] is not allowed"),
         ({"set_alpha_to_one": 1}, "set_alpha_to_one=1 is not allowed"),
         ({"algorithm_type": {"a": 1}}, "algorithm_type={'a': 1} is not allowed"),

@@ -170,6 +170,7 @@ def test_samplers_and_schedules_are_read(host, sent, wanted):
         ({"scheduler": ["Karras"]}, 400, "scheduler=['Karras']"),
         ({"sampler_name": "DPM++ 2N"}, 400, "The nearest one is DPM++ 2M"),
         ({"sampler_name": 5}, 400, "sampler_name=5 is not a name"),
+        ({"sampler_index": 0}, 400, "sampler_index=0 is not a name"),
         ({"sampler_name": "Euler a", "scheduler": "Karras"}, 422, "not available with Euler a"),
         ({"sampler_name": "DPM++ SDE", "scheduler": "SGM Uniform"}, 422, "with DPM++ SDE"),
     ],

@@ -241,6 +241,20 @@ def test_an_image_that_the_model_does_not_take_is_refused_by_name(host):
     [
         ({"background": "transparent"}, 422, "background='transparent' is not available"),
         ({"output_compression": 101, "output_format": "webp"}, 400, "output_compression=101"),
+        ({"partial_images": 2}, 400, "partial_images=2 has no effect without stream"),
+        ({"partial_images": 0}, 200, ""),
+        ({"size": "0x64"}, 400, "size: width=0 is not allowed"),
+        ({"closeness": "Best"}, 400, "closeness='Best' is not allowed"),
+        (
+            {"scheduler": {"sampler": "heun"}},
+            400,
+            "scheduler setting 'sampler' is not a setting of any scheduler. Did you mean 'sched",
+        ),
+        (
+            {"scheduler": {"timestep_spacing": "Lead"}},
+            400,
+            "scheduler setting timestep_spacing='Lead'",
+        ),
         ({"output_compression": 50}, 400, "output_compression=50 is not for PNG"),
         ({"output_format": {}}, 200, ""),
         ({"output_format": ["png"]}, 400, "output_format=['png'] is not allowed"),
