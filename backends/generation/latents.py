@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from backends.errors import RequestError, UnsupportedError
 from backends.loading.offload import without_overflow
@@ -102,7 +102,8 @@ def _moments(vae: Any) -> tuple[Tensor, Tensor]:
 
 def _counts_frames(vae: Any) -> bool:
     """Return whether the VAE takes images as videos of one frame, (B, C, 1, h, w)."""
-    return "temperal_downsample" in vae.config
+    encoder = getattr(vae, "encoder", None)
+    return encoder is not None and any(isinstance(m, nn.Conv3d) for m in encoder.modules())
 
 
 def pack(x: Tensor, *, spec: ModelSpec) -> Tensor:

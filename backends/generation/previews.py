@@ -48,6 +48,8 @@ class Previewer:
             return None
         x = latents.detach().float()
         if self._spec.runs_as_is:
+            if x.ndim == 3 and self._spec.output == "video":
+                return None  # tokens, which do not tell how many frames they are
             x = _as_image(x, latent_space.num_channels(self._pipe.vae), aspect=height / width)
             if x is None:
                 return None
@@ -103,17 +105,15 @@ def _fit(pipe: Any) -> Tensor | None:
     try:
         # an offloaded VAE is moved to the device by its own hooks
         with undivided(), without_overflow(pipe.vae) as vae:
-            encoded = (
-                latent_space.encoded(
-                    (fields * 2 - 1).to(pipe._execution_device, vae.dtype), vae=vae
-                )
-                .float()
-                .cpu()
-            )
-    except (RuntimeError, NotImplementedError, AttributeError) as error:
+            pixels = (fields * 2 - 1).to(pipe._execution_device, vae.dtype)
+            # one by one: HunyuanVideo 1.5's VAE takes no batch
+            parts = [latent_space.encoded(one, vae=vae) for one in pixels.split(1)]
+        encoded = torch.cat(parts).float().cpu()
+        _, _, height, width = encoded.shape
+    except Exception as error:  # noqa: BLE001  a job does well without previews
         logger.warning("no previews: the VAE cannot encode (%s)", error)
         return None
-    small = F.interpolate(fields, size=encoded.shape[-2:], mode="area")
+    small = F.interpolate(fields, size=(height, width), mode="area")
     x = encoded.permute(0, 2, 3, 1).reshape(-1, encoded.shape[1])
     y = small.permute(0, 2, 3, 1).reshape(-1, 3)
     if not torch.isfinite(x).all():
