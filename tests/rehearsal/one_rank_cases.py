@@ -41,7 +41,7 @@ def cases_on_one_rank(spec: ModelSpec) -> Iterator[OneRank]:
         if name in NOT_REHEARSED or spec.supports("single", name).status == "unsupported":
             continue
         if name == "offload":
-            yield from offloads()
+            yield from offloads(previews=spec.returns_latents)
             continue
         switched_on = combined([name], spec)
         yield OneRank(label=name, load=switched_on.load, request=switched_on.request)
@@ -55,9 +55,9 @@ def cases_on_one_rank(spec: ModelSpec) -> Iterator[OneRank]:
             yield from (_quantized(kind) for kind in ("float8", "int8"))
 
 
-def offloads() -> Iterator[OneRank]:
+def offloads(*, previews: bool = True) -> Iterator[OneRank]:
     for kind in ("model", "sequential", "group"):
-        yield OneRank(label=f"offload {kind}", load={"offload": kind}, previews=True)
+        yield OneRank(label=f"offload {kind}", load={"offload": kind}, previews=previews)
 
 
 def _quantized(kind: str) -> OneRank:

@@ -133,7 +133,11 @@ class Placement:
                 self._rehearsal.host_waits("boolean index")
             elif not isinstance(index, CudaTensor) and index.dim() > 0:
                 self._rehearsal.host_waits("index from the CPU")
-        return [value for value in tensors if not any(value is index for index in indices)]
+        return [
+            value
+            for value in tensors
+            if value is base or all(value is not index for index in indices)
+        ]
 
     def _to_copy(
         self, source: Tensor, kwargs: dict[str, Any], wanted: torch.device | None

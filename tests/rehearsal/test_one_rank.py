@@ -60,7 +60,8 @@ def test_everything_that_one_rank_can_do(run_on_ranks, name):
 @pytest.mark.parametrize("name", EVERY_TYPE)
 def test_offloading_in_half_precision(run_on_ranks, name):
     _prepare(name)
-    run_on_ranks(_rehearse, 1, name, [OneRank(label="plain"), *offloads()], "fp16")
+    cases = [OneRank(label="plain"), *offloads(previews=TABLE[name].returns_latents)]
+    run_on_ranks(_rehearse, 1, name, cases, "fp16")
 
 
 def _enlarge(rank, world_size, file, variant):

@@ -34,6 +34,8 @@ def _see_what_cuda_refuses(rank, world_size):
         with pytest.raises(TypeError, match="numpy"):
             x.numpy()
         assert rehearsal.journal.host_waits.total() == 1  # the item() above
+        mask = x > 2
+        assert str(mask[mask].device) == "cuda:1"
         _see_that_modules_move()
         there = pickle.loads(pickle.dumps(x))
         rehearsal.set_device(0)
