@@ -14,7 +14,6 @@ change of the modules runs in such a mode, and so do all later ones if that happ
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -54,10 +53,12 @@ class PatchMode:
     `on` sets the patch and the source of the other patches' values.
     """
 
-    operators: ClassVar[Mapping[Callable[..., Any], str]] = MappingProxyType(
-        {F.conv2d: "conv2d", F.conv3d: "conv3d", F.group_norm: "group_norm"}
-    )
-    """Torch function -> method in its place."""
+    operators: ClassVar[Mapping[Callable[..., Any], str]] = {
+        F.conv2d: "conv2d",
+        F.conv3d: "conv3d",
+        F.group_norm: "group_norm",
+    }
+    """Torch function -> method in its place. torch.compile reads no MappingProxyType of these."""
     is_everywhere: ClassVar[bool] = False
     """Whether the operators are also called outside of the modules that are hooked."""
 

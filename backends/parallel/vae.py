@@ -13,8 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +68,7 @@ class VaeMode(PatchMode):
     frames of a video at once.
     """
 
-    operators = MappingProxyType({**PatchMode.operators, F.pad: "pad"})
+    operators: ClassVar = {**PatchMode.operators, F.pad: "pad"}
     is_everywhere = True  # the VAEs call F.pad in their own modules
 
     def __init__(self, network: nn.Module) -> None:
