@@ -23,6 +23,10 @@ TITLES = ("modelspec.title", "modelspec.architecture", "general.name", "ss_outpu
 """Metadata in which trainers and publishers write a model's name."""
 
 
+OPTIONAL_KINDS = frozenset({"encoder_hid_dim_type"})
+"""Settings that a row asks of its denoiser, and without which diffusers runs it too."""
+
+
 def misfit_of(spec: ModelSpec, folder: Path) -> str:
     """Return why a folder of a class that the row runs is not run by it, but as diffusers has it;
     empty if the row fits.
@@ -36,7 +40,8 @@ def misfit_of(spec: ModelSpec, folder: Path) -> str:
         absent = [part for part in needed_components(spec) if index.get(part) == [None, None]]
         if absent:
             return f"the checkpoint does without {' and '.join(absent)}"
-        return _other_layers(Checkpoint(spec=spec, path=folder, folder=folder, index=index))
+        checkpoint = Checkpoint(spec=spec, path=folder, folder=folder, index=index)
+        return _other_kind(checkpoint) or _other_layers(checkpoint)
     if name not in spec.also or spec.components:
         return ""
     load = LoadRequest(model_type=spec.name, checkpoint=str(folder), variant="fp32")
@@ -44,6 +49,18 @@ def misfit_of(spec: ModelSpec, folder: Path) -> str:
         require_fit(spec, load)
     except ConfigError as error:
         return str(error)
+    return ""
+
+
+def _other_kind(checkpoint: Checkpoint) -> str:
+    """Return what the denoiser lacks of its row's: Kolors also runs without a projection of texts,
+    if they have the width of its UNet.
+    """
+    spec = checkpoint.spec
+    config = checkpoint.config(spec.denoiser)
+    for key in OPTIONAL_KINDS & spec.fits.get("is", {}).keys():
+        if config and config.get(key) is None:
+            return f"its {spec.denoiser} has no {key}"
     return ""
 
 
@@ -111,10 +128,14 @@ def with_own_sizes(spec: ModelSpec, checkpoint: Checkpoint) -> ModelSpec:
     scale = 2 ** (len(levels) - (setting == "block_out_channels"))
     if scale == PUBLISHED_SCALE:
         return spec
-    sizes = {
+    sizes: dict[str, Any] = {
         name: max(getattr(spec, name) * scale // PUBLISHED_SCALE, 1)
         for name in ("height", "width", "size_multiple")
     }
+    times, more = spec.fits.get("channels", (1, 0))
+    if more and spec.latents == "packed":  # the pixels of a mask, as many as a token has
+        more = more * scale**2 // PUBLISHED_SCALE**2
+        sizes["fits"] = MappingProxyType({**spec.fits, "channels": [times, more]})
     return replace(spec, **sizes)
 
 

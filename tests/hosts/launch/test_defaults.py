@@ -105,6 +105,17 @@ def test_check_shows_them(tmp_path):
     assert Path(facts["checkpoint"]) == folder
 
 
+def test_a_mask_has_as_many_channels_as_a_token_of_the_vae_has_pixels(tmp_path):
+    folder = changed(
+        checkpoint("flux_fill"), tmp_path / "a", "vae/config.json", block_out_channels=[8]
+    )
+    file = folder / "transformer" / "config.json"
+    config = json.loads(file.read_text())
+    file.unlink()
+    file.write_text(json.dumps({**config, "in_channels": config["in_channels"] - 256 + 4}))
+    assert plan(checkpoint=folder).spec.name == "flux_fill"
+
+
 @pytest.mark.parametrize(
     ("name", "levels", "sizes"),
     [
@@ -132,3 +143,8 @@ def test_a_folder_that_is_unlike_its_row_runs_as_diffusers_has_it(tmp_path):
     assert start.spec.is_generic
     assert any("reads 1 layers of the encoder, not 3" in each for each in start.reasons)
     assert not plan(checkpoint=checkpoint("flux2")).spec.is_generic
+    plain = {"encoder_hid_dim": None, "encoder_hid_dim_type": None}
+    folder = changed(checkpoint("kolors"), tmp_path / "kolors", "unet/config.json", **plain)
+    start = plan(checkpoint=folder)
+    assert start.spec.is_generic
+    assert any("its unet has no encoder_hid_dim_type" in each for each in start.reasons)
