@@ -372,6 +372,7 @@ def denoiser_files(settings: Settings, spec: ModelSpec) -> tuple[str | None, str
         )
     gguf_model = existing_path("gguf_model", settings.gguf_model)
     if gguf_model is not None and Path(gguf_model).suffix != ".gguf":
+        read_header(Path(gguf_model), option="--gguf_model")  # says what no file of weights is
         raise ConfigError(
             f"--gguf_model={gguf_model} is not a GGUF file (.gguf). Give it with --{spec.denoiser}."
         )

@@ -88,7 +88,9 @@ def test_the_default_backend_is_the_first_that_can_and_single_on_one_rank(tmp_pa
 
 
 def test_an_unknown_type_lists_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"type='sd9' is not a model type. Allowed: sd1"):
+    with pytest.raises(
+        ConfigError, match=r"type='sd9' is not a model type. Did you .* Allowed: sd1"
+    ):
         read(ROW, tmp_path)["sd9"]
 
 

@@ -98,7 +98,11 @@ def test_gpus_are_counted_without_torch_and_as_the_environment_hides_them(monkey
             ConfigError,
             "--host=0.0.0.0 can be reached from other machines, so requests need a key. Give ",
         ),
-        ({"type": "sdxxl"}, ConfigError, "type='sdxxl' is not a model type. Allowed: "),
+        (
+            {"type": "sdxxl"},
+            ConfigError,
+            "type='sdxxl' is not a model type. Did you mean 'sdxl'? Allowed: ",
+        ),
         ({"type": "flux"}, ConfigError, "--checkpoint is missing: type 'flux' has no demo model."),
         ({"checkpoint": "/no/such"}, ConfigError, "--checkpoint=/no/such does not exist."),
         ({"vae": "/no/such"}, ConfigError, "--vae=/no/such does not exist."),
