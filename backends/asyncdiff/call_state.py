@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from backends.asyncdiff.exchange import Arrival, Exchange
@@ -24,7 +24,7 @@ from backends.asyncdiff.segments import Segments
 from backends.asyncdiff.timesteps import Timesteps
 from backends.asyncdiff.units import Source, UnitHooks, leaves, num_bytes
 from backends.errors import UnsupportedError
-from backends.parallel.hooks import output_parts, rebuilt
+from backends.parallel.hooks import call_number, output_parts, rebuilt
 
 CACHE = "cache"
 """In the names of arguments that a denoiser fills for later calls: then every rank runs, or has
@@ -123,13 +123,15 @@ class Generation:
         forward: Forward,
         arguments: dict[str, Any],
         input_name: str,
+        *,
+        denoiser: nn.Module,
     ) -> Any:
         """Return the denoiser's result for these arguments, on every rank of the segment axis."""
         name = _timestep_name(arguments)
         timestep = arguments.get(name)
         if self._timesteps is None and self._role.stride == 2:
             self._timesteps = Timesteps(self._scheduler(), _required(timestep))
-        number, self._call = self._call, self._call + 1
+        number, self._call = call_number(denoiser, counted=self._call), self._call + 1
         call = self._calls.get(number)
         signature = _signature(arguments[input_name])
         phase = phase_of(

@@ -133,7 +133,9 @@ class CutDenoiser:
             if self._plan.options["shard_weights"]:
                 self._sharded = self._keep_own_segment(self.segments)
                 settle(self.denoiser)
-        return self.generation.evaluate(self._hooks, self.segments, forward, arguments, input_name)
+        return self.generation.evaluate(
+            self._hooks, self.segments, forward, arguments, input_name, denoiser=self.denoiser
+        )
 
     def _learn(self, call: Callable[[], Any], model_input: torch.Tensor) -> Segments:
         """Find the units in a real call, weigh them and cut. Rank 0 weighs and decides; all ranks

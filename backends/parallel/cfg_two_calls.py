@@ -59,6 +59,7 @@ class PairSplit:
 
     def detach(self) -> None:
         hooks.detach(self._denoiser, NAME)
+        hooks.set_call_number(self._denoiser, None)
 
     def begin(self, *, is_on: bool) -> None:
         self._is_on = is_on
@@ -91,6 +92,7 @@ class PairSplit:
     def end(self) -> None:
         self._is_on = False
         self._forget_step()
+        hooks.set_call_number(self._denoiser, None)
 
     @property
     def is_split(self) -> bool:
@@ -103,6 +105,7 @@ class PairSplit:
             return forward(*args, **kwargs)
         sample = args[0] if args else next(iter(kwargs.values()))
         number, self._calls = self._calls, self._calls + 1
+        hooks.set_call_number(self._denoiser, number)
         if number == 0:
             self._key = _signature(sample)
         else:

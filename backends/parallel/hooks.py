@@ -48,6 +48,7 @@ _lock = threading.Lock()
 _num_open = 0
 
 _STACK = "_attached_forwards"
+_NUMBER = "_number_of_call"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +89,19 @@ def detach(module: nn.Module, name: str) -> None:
 def attached(module: nn.Module) -> list[str]:
     """Return the names of the hooks on this instance, innermost first."""
     return [hook.name for hook in _stack(module)]
+
+
+def set_call_number(module: nn.Module, number: int | None) -> None:
+    """Tell the hooks inside which of a step's calls is next, where other ranks make the calls
+    between; None: count them.
+    """
+    module.__dict__[_NUMBER] = number
+
+
+def call_number(module: nn.Module, *, counted: int) -> int:
+    """Return which of a step's calls this is. counted: the calls that were made on this rank."""
+    number = module.__dict__.get(_NUMBER)
+    return counted if number is None else number
 
 
 def _stack(module: nn.Module) -> list[_Hook]:

@@ -200,7 +200,8 @@ class StepCache:
     def _around_denoiser(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not self._is_on:
             return forward(*args, **kwargs)
-        self._call = self._calls.setdefault(self._number, _Call())
+        number = hooks.call_number(self._denoiser, counted=self._number)
+        self._call = self._calls.setdefault(number, _Call())
         self._number += 1
         self.num_calls += 1
         if self.spec.is_regular:

@@ -80,6 +80,21 @@ def test_guidance_halves_times_segments_equal_the_simulation(run_on_ranks):
     )
 
 
+def check_second_run_is_the_same(rank, world_size, name, options):
+    pipe, asked = loaded(name), request(name, warmup_steps=1)
+    with attached(pipe, options, rank=rank, world_size=world_size):
+        first, second = result(pipe, asked), result(pipe, asked)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_calls_of_a_step_keep_their_state_while_the_split_is_learned(run_on_ranks):
+    """The first step of the first run makes both calls on each rank, the others make one."""
+    prepare("wan_t2v")
+    options = {"model_n": 2, "stride": 1, "use_cfg_parallel": True}
+    run_on_ranks(check_second_run_is_the_same, 4, "wan_t2v", options)
+
+
 def check_state_is_reset(rank, world_size):
     pipe = loaded("sdxl")
     asked = request("sdxl", warmup_steps=1, num_inference_steps=5)
