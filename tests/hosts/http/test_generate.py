@@ -17,7 +17,7 @@ from tests.hosts import bodies
 from tests.hosts.client import assert_is_error, decode, encode
 from tests.hosts.inprocess import InProcessHost
 
-WITH_LATENTS = set(bodies.IMAGE_TYPES)
+WITH_LATENTS = {*bodies.IMAGE_TYPES, "flux_kontext"}
 LATE = (
     "flux_kontext",
     "qwenimage",
