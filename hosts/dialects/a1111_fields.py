@@ -30,6 +30,8 @@ from hosts.http.dialect import (
 )
 from hosts.http.media import FORMATS
 
+MASK_BLUR = 4
+"""A1111's default, in pixels."""
 MAX_BLUR = 64
 MAX_PADDING = 4096
 ON = (True, "true", "on", "yes", "1")
@@ -245,18 +247,18 @@ def start_fields(
     mask = _blurred(mask, body)
     image = read_image(sources[0], field="init_images", accepted=accepted)
     area = None
-    if truth(body, "inpaint_full_res", False) and name == "init_image":
+    if truth(body, "inpaint_full_res", True) and name == "init_image":
         padding = whole(body, "inpaint_full_res_padding", 0, low=0, high=MAX_PADDING)
         area = masked_area(image, mask, padding=padding, size=size)
     fields = area.fields(size) if area else {name: image, "mask_image": mask}
-    if whole(body, "inpainting_fill", ORIGINAL, low=0, high=3) == FILL:
+    if whole(body, "inpainting_fill", FILL, low=0, high=3) == FILL:
         scaled = {key: each.resize(size, Image.Resampling.LANCZOS) for key, each in fields.items()}
         fields[name] = filled(scaled[name], scaled["mask_image"])
     return fields, area
 
 
 def _blurred(mask: Image.Image, body: Mapping[str, Any]) -> Image.Image:
-    both = whole(body, "mask_blur", 0, low=0, high=MAX_BLUR)
+    both = whole(body, "mask_blur", MASK_BLUR, low=0, high=MAX_BLUR)
     radius = [whole(body, f"mask_blur_{axis}", both, low=0, high=MAX_BLUR) for axis in "xy"]
     return mask.filter(ImageFilter.GaussianBlur(radius)) if any(radius) else mask
 

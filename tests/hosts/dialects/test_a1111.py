@@ -296,12 +296,15 @@ def halves(mode="L", *, left, right):
     return encode_file(image)
 
 
+AS_IT_IS = {"mask_blur": 0, "inpaint_full_res": False, "inpainting_fill": 1}
+"""Fields that let a mask and its image be used as they are."""
 RIGHT = np.arange(16)[None, :].repeat(16, 0) >= 8
 
 
 @pytest.mark.parametrize("inverted", [False, "false", "0", 0, None])
 def test_masks_are_inverted_only_where_that_is_asked(host, inverted):
-    body = {"prompt": "a", "init_images": [IMAGE], "mask": halves(left=0, right=255)}
+    body = {"prompt": "a", "init_images": [IMAGE], **AS_IT_IS}
+    body["mask"] = halves(left=0, right=255)
     found = host.reads(IMG, {**body, "inpainting_mask_invert": inverted})[0]
     assert (mask_of(found.mask_image) == RIGHT).all()
     for yes in (True, 1, "1", "true"):
@@ -314,7 +317,7 @@ def test_masks_are_inverted_only_where_that_is_asked(host, inverted):
 def test_alpha_of_a_mask_says_what_changes(host, colour):
     clear = (*Image.new("RGB", (1, 1), colour).getpixel((0, 0)), 0)
     mask = halves("RGBA", left=clear, right=(*clear[:3], 255))
-    found = host.reads(IMG, {"prompt": "a", "init_images": [IMAGE], "mask": mask})[0]
+    found = host.reads(IMG, {"prompt": "a", "init_images": [IMAGE], "mask": mask, **AS_IT_IS})[0]
     assert (mask_of(found.mask_image) == RIGHT).all()
     for path in ("/v1/jobs", "/generate"):
         sent = {"prompt": "a", "init_image": IMAGE, "mask_image": mask}

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from hosts.dialects.a1111_passes import LATENT_UPSCALERS, filled, masked_area
+from hosts.jobs.serialization import fingerprint
 from tests.hosts.application import encode_file
 from tests.hosts.dialects.reading import ReadingHost, message_of
 
@@ -137,7 +138,7 @@ def test_masked_area_is_generated_at_the_requested_size_and_put_back(host):
     mask = area_mask((90, 60), (40, 20, 52, 28))
     body = {
         "prompt": "a", **SIZE, "init_images": [encode_file(Image.fromarray(noise))],
-        "mask": encode_file(mask), "inpaint_full_res": True,
+        "mask": encode_file(mask), "inpaint_full_res": True, "mask_blur": 0,
     }  # fmt: skip
     (asked,) = host.reads(IMG, body)
     assert asked.init_image.size == (24, 16) and (asked.width, asked.height) == (24, 16)
@@ -166,6 +167,17 @@ def test_area_has_the_shape_of_the_size_within_the_image(box, padding, wanted):
         Image.new("RGB", (90, 60)), area_mask((90, 60), box), padding=padding, size=(24, 16)
     )
     assert area.box == wanted
+
+
+def test_absent_fields_of_a_mask_have_the_defaults_of_a1111(host):
+    image, mask = spot()
+    body = {"prompt": "a", **SIZE, "init_images": [encode_file(image)], "mask": encode_file(mask)}
+    told = {"mask_blur": 4, "inpaint_full_res": True, "inpainting_fill": 0}
+    absent, same, sharp = (
+        host.reads(IMG, {**body, "seed": 1, **each})[0] for each in ({}, told, {"mask_blur": 0})
+    )
+    assert fingerprint(absent) == fingerprint(same) != fingerprint(sharp)
+    assert image_of(host.post(IMG, body)).size == image.size
 
 
 def test_mask_without_white_leaves_the_image_to_the_whole(host):
@@ -221,7 +233,7 @@ def spot(size=(48, 32), box=(16, 8, 32, 24)):
 def test_masked_parts_start_from_their_surroundings_where_that_is_asked(host, fill, full_res):
     image, mask = spot()
     body = {"prompt": "a", "width": 48, "height": 32, "init_images": [encode_file(image)],
-            "mask": encode_file(mask), "inpaint_full_res": full_res}  # fmt: skip
+            "mask": encode_file(mask), "inpaint_full_res": full_res, "mask_blur": 0}  # fmt: skip
     body |= {"inpaint_full_res_padding": 8}
     (plain,), (found,) = (
         host.reads(IMG, {**body, "inpainting_fill": each}) for each in ("1", fill)
@@ -238,7 +250,7 @@ def test_masked_parts_start_from_their_surroundings_where_that_is_asked(host, fi
     )
     assert left[:, 0].mean() > left[:, 2].mean() and right[:, 2].mean() > right[:, 0].mean()
     (absent,) = host.reads(IMG, body)
-    assert (np.asarray(absent.init_image) == before).all()
+    assert (np.asarray(absent.init_image) == now).all()
 
 
 @pytest.mark.parametrize("fill", [2, "3", 3])

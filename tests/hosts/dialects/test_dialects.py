@@ -186,6 +186,9 @@ def test_a1111_changes_what_the_mask_leaves_open(host):
         "cfg_scale": 5.0,
         "init_images": [start],
         "denoising_strength": 0.8,
+        "mask_blur": 0,
+        "inpaint_full_res": False,
+        "inpainting_fill": 1,
     }
     wanted = generated(host, steps=4, init_image=start, mask_image=white, strength=0.8)
     for mask in ({"mask": white}, {"mask": black, "inpainting_mask_invert": 1}):
