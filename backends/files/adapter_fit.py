@@ -170,7 +170,7 @@ def _require_lora(given: str, header: Header, spec: ModelSpec, denoiser: Config)
     if isinstance(heads, int) and isinstance(size, int):
         width = heads * size
     if kind == "unet":
-        layers, width, what = TEXT_KEYS, denoiser.get("cross_attention_dim"), "text"
+        layers, width, what = TEXT_KEYS, denoiser.get("cross_attention_dim"), "texts"
     found = {shape[1] for name, shape in header.shapes.items() if layers.search(name)}
     if found and isinstance(width, int) and width not in found:
         raise ConfigError(

@@ -70,8 +70,8 @@ def wider(path, pattern, folder, metadata=None):
 @pytest.mark.parametrize(
     ("name", "style", "pattern", "message"),
     [
-        ("sd1", "diffusers", r"attn2.to_k.lora_A", "unet whose text have a width of 64.*is 32"),
-        ("sd2", "kohya", r"attn2_to_k.lora_down", "unet whose text .* width of"),
+        ("sd1", "diffusers", r"attn2.to_k.lora_A", "unet whose texts have a width of 64.*is 32"),
+        ("sd2", "kohya", r"attn2_to_k.lora_down", "unet whose texts .* width of"),
         ("wan_t2v", "diffusers", r"attn1.to_q.lora_A", "transformer whose hidden states have a wi"),
         ("flux", "kohya", r"img_attn_qkv.lora_down", "transformer whose hidden states have a wid"),
         ("qwenimage", "diffusers", r"attn.to_q.lora_A", "transformer whose hidden states have a"),

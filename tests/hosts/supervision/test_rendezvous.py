@@ -166,8 +166,10 @@ def test_two_machines_draw_what_two_ranks_of_one_machine_draw(reference, pair):
     ],
 )
 def test_second_machine_refuses_what_cannot_be_before_it_starts_a_rank(given, said):
+    named = {argument.partition("=")[0] for argument in given}
     start = ("--nnodes=2", "--node_rank=1", "--rdzv_endpoint=127.0.0.1:29500", KEY)
-    done = run_launcher("--type=sdxl", *start, *given)
+    others = [argument for argument in start if argument.partition("=")[0] not in named]
+    done = run_launcher("--type=sdxl", *others, *given)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert said in done.stderr
 
