@@ -200,7 +200,8 @@ def test_rank_that_dies_while_the_ranks_are_split_costs_no_job(host, alone):
     )
     done = over(host, blocker, *jobs)
     assert [job["state"] for job in done] == ["done"] * 5
-    assert [job["attempts"] for job in done] == [1, 2, 2, 1, 1]
+    attempts = [job["attempts"] for job in done]  # only rank 1's own job loses one
+    assert (attempts[0], sorted(attempts[1:3]), attempts[3:]) == (1, [1, 2], [1, 1])
     assert difference(pixels(host, jobs[3]), alone({**BODY, "seed": 3})) <= 1
 
 

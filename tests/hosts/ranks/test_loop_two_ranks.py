@@ -314,6 +314,7 @@ def test_killed_rank_is_replaced_and_no_job_is_lost(rank, host, reference):
     )
     client.start()
     wait_until(lambda: show(host, running)["step"] > 3, within_s=30, what="the job runs")
+    num_ranks = show(host, running)["ranks"]
     old[rank].kill()
     client.join(timeout=30)
     assert not client.is_alive(), "the client was left waiting"
@@ -330,8 +331,10 @@ def test_killed_rank_is_replaced_and_no_job_is_lost(rank, host, reference):
         assert job["state"] == "done"
         assert difference(pixels(host, job["id"]), reference) <= 1  # on one rank or on both
     (ended,) = over(host, running)
-    assert (ended["state"], ended["attempts"], ended["step"]) == ("done", 2, 40)
-    assert f"job {running} is begun again" in host.log
+    assert (ended["state"], ended["step"]) == ("done", 40)
+    # one that ran on rank 0 alone loses no attempt with rank 1
+    assert ended["attempts"] == 2 or (ended["attempts"], rank, num_ranks) == (1, 1, 1)
+    assert (f"job {running} is begun again" in host.log) == (ended["attempts"] == 2)
     assert not set(host.ranks().values()) & set(old.values())
 
 
