@@ -44,7 +44,7 @@ from backends.loading.controlnet import require_control
 from backends.loading.conversion import convert
 from backends.loading.ip_adapter import load_ip_adapters, require_images, use_scales
 from backends.loading.lora.lora_set import LoraSet
-from backends.loading.offload import apply_vae_options, place, use_lean_attention
+from backends.loading.offload import apply_vae_options, defer_denoisers, place, use_lean_attention
 from backends.loading.quantization import quantize
 from backends.loading.shared_weights import SharedWeights, require_plain_weights
 from backends.loading.upscaling.upscaler import Upscalers
@@ -77,13 +77,13 @@ def load_pipeline(
 
     share: (rank, number of ranks), which keep equal shares of what `load.divided` names. is_cut:
     the backend that will be attached keeps a part of the denoiser only, so no other is read.
-    Downloads nothing. ConfigError names the component at fault.
-
-    The order matters: replace weights, quantise, place on the device, load LoRAs (LoadedPipeline),
-    compile, and attach the backend last (`attach`).
+    Downloads nothing. ConfigError names the component at fault. The order matters: replace weights,
+    quantise, place, load LoRAs (LoadedPipeline), compile, and attach the backend last (`attach`).
     """
     pipe = load_pipe(spec, load)
     shared = SharedWeights(pipe, spec, load, share=share, device=device)
+    if is_cut:
+        defer_denoisers(pipe, spec, load, device=device)
     if load.ip_adapter:
         convert(getattr(pipe, spec.denoiser), DTYPES[load.variant])  # adapters take its dtype
     load_ip_adapters(pipe, spec, load)
@@ -91,7 +91,7 @@ def load_pipeline(
     bytes_saved = quantize(pipe, spec, load, device=device, divide_block=shared.divide_block)
     use_lean_attention(pipe, load)
     shared.divide()
-    place(pipe, spec, load, device=device, in_main_memory=shared.in_main_memory, is_cut=is_cut)
+    place(pipe, spec, load, device=device, in_main_memory=shared.in_main_memory)
     shared.place()
     apply_vae_options(pipe, load)
     return LoadedPipeline(

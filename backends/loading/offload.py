@@ -28,12 +28,10 @@ def place(
     *,
     device: torch.device,
     in_main_memory: Collection[str] = (),
-    is_cut: bool = False,
 ) -> None:
     """Convert the weights, and move them to the device or set up offloading.
 
-    in_main_memory: components that stay where they were read. is_cut: the denoiser is not read yet
-    (weight_shards.defer), unless something needs it before a backend is attached.
+    in_main_memory: components that stay where they were read.
     """
     if load.offload is not None and device.type == "cpu":
         logger.warning(
@@ -41,9 +39,6 @@ def place(
             load.offload,
         )
     if load.offload is None or device.type == "cpu":
-        for name in spec.denoisers if is_cut and not _changes_denoiser(load) else ():
-            if isinstance(model := getattr(pipe, name, None), nn.Module):
-                defer(model, DTYPES[load.variant], device=device)
         convert_pipe(pipe, spec, load, device=device, in_main_memory=in_main_memory)
         if load.gguf_model is not None and device.type == "cuda" and load.compile is None:
             keep_constants(getattr(pipe, spec.denoiser))
@@ -53,10 +48,16 @@ def place(
         offload(pipe, spec, load.offload, device=device, prefetches=prefetches)
 
 
-def _changes_denoiser(load: LoadRequest) -> bool:
-    """Return whether an option computes with the denoiser's weights while loading."""
-    adapters = load.lora or load.motion_lora or load.ip_adapter
-    return bool(adapters or load.quantize or load.gguf_model or load.compile)
+def defer_denoisers(pipe: Any, spec: ModelSpec, load: LoadRequest, *, device: torch.device) -> None:
+    """Leave denoisers that will be cut in their files until then. Does nothing if an option needs
+    all of their weights while loading; LoRAs and IP-Adapters do with their shapes.
+    """
+    is_moved = load.offload is not None and device.type != "cpu"
+    if is_moved or load.quantize or load.gguf_model or load.compile:
+        return
+    for name in spec.denoisers:
+        if isinstance(model := getattr(pipe, name, None), nn.Module):
+            defer(model, DTYPES[load.variant], device=device)
 
 
 def convert_pipe(

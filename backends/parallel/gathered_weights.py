@@ -12,7 +12,7 @@ its groups after a failure.
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from backends.groups.collectives import begin_gather_into
 from backends.groups.mesh import Axis, CommStats
 from backends.parallel import hooks
-from backends.parallel.weight_shards import Weight, placeholder, weights_of
+from backends.parallel.weight_shards import Weight, placeholder, read_meanwhile, weights_of
 
 NAME = "gathered weights"
 _PLACE = "_divided_block"
@@ -183,9 +183,11 @@ class GatheredWeights:
 
 @contextmanager
 def whole_weights(module: nn.Module) -> Iterator[None]:
-    """Let code read this module's weights outside its block's forward, on all ranks alike."""
+    """Let code read this module's weights outside its block's forward, on all ranks alike: those
+    that are divided, and those that are not read yet.
+    """
     gathered, index = module.__dict__.get(_PLACE, (None, 0))
-    with gathered.whole(index) if gathered is not None else nullcontext():
+    with gathered.whole(index) if gathered is not None else read_meanwhile(module):
         yield
 
 

@@ -9,6 +9,7 @@ import ctypes
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -109,11 +110,34 @@ def settle(module: nn.Module) -> None:
     """Read the deferred weights of a module, one at a time, except those dropped since."""
     taken = 0
     for parameter in module.parameters():
-        if (read := parameter.__dict__.pop(READ, None)) is not None:
-            parameter.data = read()
-            taken += _num_bytes(parameter)
+        taken += settle_parameter(parameter)
         if taken > TRIM_EVERY_BYTES:
             taken = release_memory()
+
+
+def settle_parameter(parameter: nn.Parameter) -> int:
+    """Read one weight, if it is deferred. Return the bytes taken."""
+    if (read := parameter.__dict__.pop(READ, None)) is None:
+        return 0
+    parameter.data = read()
+    return _num_bytes(parameter)
+
+
+@contextmanager
+def read_meanwhile(module: nn.Module) -> Iterator[None]:
+    """Let code read a module's own deferred weights, which stay deferred."""
+    deferred = [
+        (parameter, parameter.data)
+        for parameter in module.parameters(recurse=False)
+        if READ in parameter.__dict__
+    ]
+    for parameter, _ in deferred:
+        parameter.data = parameter.__dict__[READ]()
+    try:
+        yield
+    finally:
+        for parameter, stand_in in deferred:
+            parameter.data = stand_in
 
 
 def release_memory() -> int:

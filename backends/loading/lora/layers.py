@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from backends.loading.lora.formats import Update
 from backends.parallel.gathered_weights import whole_weights
-from backends.parallel.weight_shards import is_placeholder
+from backends.parallel.weight_shards import is_placeholder, settle_parameter
 
 _CONVOLUTIONS = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 
@@ -258,7 +258,8 @@ class ParameterDifferences:
         if differences:
             self._differences[name] = differences
         for module, attribute in differences:
-            self._originals.setdefault((module, attribute), getattr(module, attribute))
+            original = self._originals.setdefault((module, attribute), getattr(module, attribute))
+            settle_parameter(original)  # it may be out of its module when the others are read
 
     def has(self, name: str) -> bool:
         """Return whether this adapter's file changes single parameters."""

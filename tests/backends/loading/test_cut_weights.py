@@ -2,12 +2,17 @@
 memory than that part.
 """
 
+import itertools
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from backends import backend_class, planner
 from backends.generation.pipeline import LoadedPipeline, load_pipeline
@@ -15,8 +20,8 @@ from backends.groups.mesh import Mesh
 from backends.parallel.weight_shards import full_bytes, release_memory, weight_bytes
 from backends.request import LoadRequest
 from benchmarks.loading import private_bytes
-from tests.backends.features import CPU, TABLE, prepare, request_for, result
-from tests.checkpoints import checkpoint
+from tests.backends.features import CPU, TABLE, Feature, combined, prepare, request_for, result
+from tests.checkpoints import checkpoint, lora
 
 STAGES = ("xdit", {"pipefusion_parallel_degree": 2})
 TENSOR = ("xdit", {"tensor_parallel_degree": 2})
@@ -37,12 +42,20 @@ SLACK_BYTES = 40_000_000
 Way = tuple[str, Mapping[str, object]]
 
 
-def load(name: str, *, is_cut: bool, variant: str = "bf16", **config: object) -> LoadedPipeline:
+def load(
+    name: str,
+    *,
+    is_cut: bool,
+    variant: str = "bf16",
+    adapters: Mapping[str, object] | None = None,
+    **config: object,
+) -> LoadedPipeline:
     request = LoadRequest(
         model_type=name,
         checkpoint=str(checkpoint(name, **config)),
         variant=variant,
         parallel_vae=False,
+        **(adapters or {}),
     )
     return load_pipeline(TABLE[name], request, device=CPU, is_cut=is_cut)
 
@@ -55,17 +68,22 @@ def attach(pipe: LoadedPipeline, way: Way, rank: int, size: int) -> Mesh:
     return mesh
 
 
-def check_image(rank: int, size: int, name: str, way: Way) -> None:
-    images = []
+def check_image(
+    rank: int, size: int, name: str, way: Way, given: Feature, requests: Sequence[Mapping[str, Any]]
+) -> None:
+    images: list[list[torch.Tensor]] = []
     for is_cut in (False, True):
-        pipe = load(name, is_cut=is_cut)
+        pipe = load(name, is_cut=is_cut, adapters=given.load)
         mesh = attach(pipe, way, rank, size)
-        images.append(result(pipe, request_for(pipe.spec)))
+        images.append(
+            [result(pipe, request_for(pipe.spec, **given.request, **fields)) for fields in requests]
+        )
         pipe.detach()
         denoiser = getattr(pipe.pipe, pipe.spec.denoiser)
         assert weight_bytes(denoiser) == full_bytes(denoiser)
         mesh.destroy()
     torch.testing.assert_close(images[1], images[0], rtol=0, atol=0)
+    assert all(not torch.equal(*pair) for pair in itertools.pairwise(images[1]))
 
 
 @pytest.mark.parametrize(
@@ -83,7 +101,42 @@ def test_the_image_is_that_of_weights_that_were_read_whole_and_then_cut(
     run_on_ranks: Callable[..., None], name: str, way: Way
 ) -> None:
     prepare(TABLE[name], [])
-    run_on_ranks(check_image, 2, name, way)
+    run_on_ranks(check_image, 2, name, way, Feature(), [{}])
+
+
+def changed_biases(name: str, folder: Path) -> str:
+    """Write a LoRA file that changes the biases of all blocks, and return its path."""
+    part = TABLE[name].denoiser
+    weights = load_file(checkpoint(name) / part / "diffusion_pytorch_model.safetensors")
+    changes = {
+        f"{part}.{key.removesuffix('bias')}diff_b": 0.3 * torch.randn(weight.shape)
+        for key, weight in weights.items()
+        if key.endswith(".bias") and "block" in key
+    }
+    save_file(changes, folder / "biases.safetensors")
+    return str(folder / "biases.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "way", "names"),
+    [
+        ("sd3", STAGES, ["lora", "ip_adapter"]),
+        ("sdxl", SEGMENTS, ["lora", "ip_adapter"]),
+        pytest.param("sdxl", UNET_TENSOR, ["lora"], marks=pytest.mark.slow),
+        pytest.param("sd3", SEGMENTS, ["lora"], marks=pytest.mark.slow),
+        pytest.param("flux", STAGES, ["lora"], marks=pytest.mark.slow),
+    ],
+)
+def test_adapters_given_at_launch_act_on_weights_that_are_read_after_them(
+    run_on_ranks: Callable[..., None], name: str, way: Way, names: list[str], tmp_path: Path
+) -> None:
+    prepare(TABLE[name], names)
+    given = combined(names, TABLE[name])
+    loras = {**given.load["lora"], changed_biases(name, tmp_path): 0.5}
+    given = replace(given, load={**given.load, "lora": loras})
+    # the other methods refuse it to change adapters once the weights are cut
+    requests = [{}, {"lora": {}}, {}] if way is STAGES else [{}]
+    run_on_ranks(check_image, 2, name, way, given, requests)
 
 
 @contextmanager
@@ -105,10 +158,29 @@ def peak_memory() -> Iterator[list[int]]:
         sampler.join()
 
 
-def check_memory(rank: int, size: int, way: Way) -> None:
-    result(load("sd3", is_cut=False), request_for(TABLE["sd3"]))  # what a first image allocates
+def large_dora(folder: Path) -> str:
+    """Write a DoRA on the widest layer of each of LARGE's blocks, and return its path."""
+    weights = load_file(
+        checkpoint("sd3", **LARGE) / "transformer" / "diffusion_pytorch_model.safetensors"
+    )
+    keys = {}
+    for name, weight in weights.items():
+        if name.endswith(".ff.net.0.proj.weight"):
+            layer = f"transformer.{name.removesuffix('.weight')}"
+            keys[f"{layer}.lora_A.weight"] = torch.ones(1, weight.shape[1])
+            keys[f"{layer}.lora_B.weight"] = torch.ones(weight.shape[0], 1)
+            keys[f"{layer}.dora_scale"] = weight.float().norm(dim=1, keepdim=True)
+    assert len(keys) == 3 * LARGE["num_layers"]
+    save_file(keys, folder / "dora.safetensors")
+    return str(folder / "dora.safetensors")
+
+
+def check_memory(rank: int, size: int, way: Way, dora: str) -> None:
+    # what a first image and a first adapter allocate
+    adapters = {"lora": {str(lora("sd3", style="dora")): 1}}
+    result(load("sd3", is_cut=False, adapters=adapters), request_for(TABLE["sd3"]))
     with peak_memory() as peak:
-        pipe = load("sd3", is_cut=True, **LARGE)
+        pipe = load("sd3", is_cut=True, adapters={"lora": {dora: 1}} if dora else None, **LARGE)
         mesh = attach(pipe, way, rank, size)
         result(pipe, request_for(pipe.spec))
     whole, kept = full_bytes(pipe.pipe.transformer), weight_bytes(pipe.pipe.transformer)
@@ -120,9 +192,11 @@ def check_memory(rank: int, size: int, way: Way) -> None:
     mesh.destroy()
 
 
+@pytest.mark.parametrize("adapter", ["", "dora"])
 @pytest.mark.parametrize("way", [STAGES, SEGMENTS])
 def test_a_rank_never_holds_more_than_its_part_and_one_block(
-    run_on_ranks: Callable[..., None], way: Way
+    run_on_ranks: Callable[..., None], way: Way, adapter: str, tmp_path: Path
 ) -> None:
+    lora("sd3", style="dora")
     checkpoint("sd3", **LARGE)
-    run_on_ranks(check_memory, 2, way)
+    run_on_ranks(check_memory, 2, way, large_dora(tmp_path) if adapter else "")
