@@ -92,7 +92,7 @@ def test_previews_and_cancelled_jobs_leave_the_next_image_as_it_was(host, refere
 
 def test_a_image_of_another_size_and_one_without_guidance_do_not_disturb_it(host, reference):
     assert drawn(host, width=96).shape == (64, 96, 3)
-    assert (drawn(host, cfg=1.0) != reference).any()
+    assert (drawn(host, guidance_scale=1.0) != reference).any()
     assert (drawn(host) == reference).all()
 
 

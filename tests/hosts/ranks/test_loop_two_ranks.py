@@ -309,8 +309,8 @@ def test_killed_rank_is_replaced_and_no_job_is_lost(rank, host, reference):
     old = host.ranks()
     running, *waiting = [send(host, {**BODY, "num_inference_steps": steps}) for steps in (40, 4, 4)]
     answers = []
-    client = threading.Thread(
-        target=lambda: answers.append(_outcome(host, {**BODY, "num_inference_steps": 4}))
+    client = threading.Thread(  # not over before the rank is killed, even on a rank of its own
+        target=lambda: answers.append(_outcome(host, {**BODY, "num_inference_steps": 900}))
     )
     client.start()
     wait_until(lambda: show(host, running)["step"] > 3, within_s=30, what="the job runs")
