@@ -85,10 +85,14 @@ ALIKE = (
     {"pixa", "pixs"},
     {"flux", "flux_kontext"},
     {"wan_t2v", "skyreels"},
+    {"wan_t2v", "wan22_t2v"},
+    {"flux2", "flux2_klein"},
     {"qwenimage", "qwenimage_edit"},
     {"qwenimage", "qwenimage_edit_plus"},
 )
-"""Types whose denoisers differ in nothing but their training."""
+"""Types whose denoisers differ in nothing but their training; FLUX.2's also in sizes, which follow
+its text encoder, and here both have the same.
+"""
 
 
 @pytest.mark.parametrize("name", GGUF_NAMES)
