@@ -108,8 +108,12 @@ def convert_layer(
             if is_placeholder(tensor):
                 tensor.data = placeholder(tensor, place, wanted)
             elif wanted != tensor.dtype or place != tensor.device:
-                tensor.data = _converted(tensor.data, wanted, _scale_of(tensor)).to(place)
-                taken += tensor.numel() * tensor.element_size()
+                new = _converted(tensor.data, wanted, _scale_of(tensor)).to(place)
+                if tensor._is_view():  # torch.compile refuses a view of another dtype or device
+                    tensors[name] = new
+                else:
+                    tensor.data = new
+                taken += new.numel() * new.element_size()
     return taken
 
 

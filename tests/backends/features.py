@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch._dynamo
 from PIL import Image
 
 from backends import backend_class, planner
@@ -171,7 +172,7 @@ def loaded(spec: ModelSpec, **load: Any) -> LoadedPipeline:
     if spec.images and spec.latents == "packed":
         shrink_references()
     request = LoadRequest(
-        model_type=spec.name, checkpoint=str(checkpoint(spec.name)), variant="fp32", **load
+        model_type=spec.name, checkpoint=str(checkpoint(spec.name)), **({"variant": "fp32"} | load)
     )
     return load_pipeline(spec, request, device=CPU)
 
@@ -215,6 +216,11 @@ def meshes(spec: ModelSpec, backends: Iterator[str], rank: int, world_size: int)
         options = {**EXACT_OPTIONS[name][spec.denoiser], "checkpoint": str(checkpoint(spec.name))}
         found[name] = Mesh(planner(name)(spec, options, world_size), rank=rank, device=CPU)
     return found
+
+
+def num_graphs() -> int:
+    """How many graphs this process has compiled since the counters were cleared."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from tests.backends.features import (
     combined,
     loaded,
     meshes,
+    num_graphs,
     prepare,
     request_for,
     result,
@@ -94,10 +95,6 @@ def assert_same(got, want, label):
     assert torch.isfinite(got).all() and difference <= limit, (
         f"{label}: off by {difference:.1e}, allowed {limit:.1e}"
     )
-
-
-def num_graphs():
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 TOGETHER = "lora + controlnet + ip_adapter"

@@ -18,7 +18,7 @@ from backends.quantization_spec import QuantizationSpec
 from backends.request import CompileSettings
 from backends.single.backend import SingleBackend
 from backends.single.plan import make_plan
-from tests.backends.features import CPU, TABLE, loaded
+from tests.backends.features import CPU, TABLE, loaded, num_graphs
 from tests.backends.loading.test_adapters import difference, draw
 from tests.checkpoints import load, lora
 
@@ -40,10 +40,6 @@ def _fresh_counters():
     torch._dynamo.utils.counters.clear()
     yield
     torch._dynamo.reset()
-
-
-def num_graphs():
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def test_text_encoders_whose_hidden_states_are_asked_for_are_compiled_too():
@@ -74,6 +70,12 @@ def test_each_target_is_compiled_once_per_size_and_draws_the_same(target):
     draw(pipe, height=80)
     draw(pipe)
     assert num_graphs() == first + per_size
+
+
+def test_a_denoiser_is_compiled_in_half_precision_too():
+    want = draw(loaded(TABLE["sd3"], variant="bf16"))
+    assert difference(draw(attached("sd3", "denoiser", load={"variant": "bf16"})), want) <= 1
+    assert num_graphs() > 0
 
 
 @pytest.mark.slow

@@ -65,6 +65,8 @@ def test_converted_weights_are_those_of_diffusers(name: str) -> None:
             for key, tensor in wanted.items():
                 assert found[key].dtype == tensor.dtype, f"{name} {variant} {part} {key}"
                 assert torch.equal(found[key], tensor), f"{name} {variant} {part} {key}"
+                base = found[key]._base  # torch.compile refuses a view of another dtype
+                assert base is None or base.dtype == tensor.dtype, f"{name} {variant} {part} {key}"
 
 
 def mapped_model(path: str, num_layers: int) -> nn.Module:
