@@ -3,6 +3,7 @@
 import inspect
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -127,15 +128,21 @@ class CutDenoiser:
         self, forward: Callable[..., Any], arguments: dict[str, Any], input_name: str
     ) -> Any:
         if self.segments is None:
-            self.segments = self._learn(
-                lambda: forward(**_copy_lists(arguments)), arguments[input_name]
-            )
+            with self._eagerly():
+                self.segments = self._learn(
+                    lambda: forward(**_copy_lists(arguments)), arguments[input_name]
+                )
             if self._plan.options["shard_weights"]:
                 self._sharded = self._keep_own_segment(self.segments)
                 settle(self.denoiser)
         return self.generation.evaluate(
             self._hooks, self.segments, forward, arguments, input_name, denoiser=self.denoiser
         )
+
+    def _eagerly(self) -> AbstractContextManager[None]:
+        """Compile nothing for weights that other ranks will keep, or that are not read yet."""
+        is_sharded = self._plan.options["shard_weights"]
+        return torch.compiler.set_stance("force_eager") if is_sharded else nullcontext()
 
     def _learn(self, call: Callable[[], Any], model_input: torch.Tensor) -> Segments:
         """Find the units in a real call, weigh them and cut. Rank 0 weighs and decides; all ranks

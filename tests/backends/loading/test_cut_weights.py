@@ -20,7 +20,17 @@ from backends.groups.mesh import Mesh
 from backends.parallel.weight_shards import full_bytes, release_memory, weight_bytes
 from backends.request import LoadRequest
 from benchmarks.loading import private_bytes
-from tests.backends.features import CPU, TABLE, Feature, combined, prepare, request_for, result
+from tests.backends.features import (
+    CPU,
+    TABLE,
+    Feature,
+    combined,
+    feature,
+    num_graphs,
+    prepare,
+    request_for,
+    result,
+)
 from tests.checkpoints import checkpoint, lora
 
 STAGES = ("xdit", {"pipefusion_parallel_degree": 2})
@@ -78,6 +88,7 @@ def check_image(
         images.append(
             [result(pipe, request_for(pipe.spec, **given.request, **fields)) for fields in requests]
         )
+        assert (num_graphs() > 0) == ("compile" in given.load)
         pipe.detach()
         denoiser = getattr(pipe.pipe, pipe.spec.denoiser)
         assert weight_bytes(denoiser) == full_bytes(denoiser)
@@ -137,6 +148,18 @@ def test_adapters_given_at_launch_act_on_weights_that_are_read_after_them(
     # the other methods refuse it to change adapters once the weights are cut
     requests = [{}, {"lora": {}}, {}] if way is STAGES else [{}]
     run_on_ranks(check_image, 2, name, way, given, requests)
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [("flux", STAGES), pytest.param("pixa", SEGMENTS, marks=pytest.mark.slow)],
+)
+def test_compiled_parts_of_the_denoiser_are_read_after_they_were_hooked(
+    run_on_ranks: Callable[..., None], name: str, way: Way
+) -> None:
+    given = feature("compile", TABLE[name])
+    prepare(TABLE[name], [])
+    run_on_ranks(check_image, 2, name, way, given, [{}])
 
 
 @contextmanager
