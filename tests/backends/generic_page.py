@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
+HTTP = {1: "HTTP", 2: "HTTP, two ranks"}
+"""Number of ranks of a launcher -> column."""
+NOT_RUN = "not run"
 
 
 @dataclass(kw_only=True)
@@ -14,17 +17,39 @@ class Outcome:
     """Largest differences in levels of 255, or the reason why there is none."""
 
     name: str
-    one_rank: float | str = "not run"
+    one_rank: float | str = NOT_RUN
     """Against plain diffusers."""
     two_ranks: dict[str, float | str] = field(default_factory=dict)
     """Method of METHODS -> against one rank."""
+    http: dict[str, float | str] = field(default_factory=dict)
+    """Column of HTTP -> a launcher against plain diffusers, or why there is no figure."""
     split: str = ""
     """How the CFG split divides it: batch, calls or whole."""
 
     @property
     def is_right(self) -> bool:
-        figures = (self.one_rank, *self.two_ranks.values())
+        """Whether all figures that there are differ by a level at most."""
+        one_rank = () if self.one_rank == NOT_RUN else (self.one_rank,)
+        figures = (*one_rank, *self.two_ranks.values(), *self.http.values())
         return all(isinstance(figure, int | float) and figure <= 1 for figure in figures)
+
+    @property
+    def has_run(self) -> bool:
+        figures = (self.one_rank, *self.http.values())
+        return any(isinstance(figure, int | float) for figure in figures)
+
+    def over(self, earlier: "Outcome | None") -> "Outcome":
+        """Return this with the figures that only an earlier run has."""
+        if earlier is None:
+            return self
+        is_older = self.one_rank == NOT_RUN
+        return Outcome(
+            name=self.name,
+            one_rank=earlier.one_rank if is_older else self.one_rank,
+            two_ranks=earlier.two_ranks if is_older else self.two_ranks,
+            split=earlier.split if is_older else self.split,
+            http={**earlier.http, **self.http},
+        )
 
 
 HEAD = """# Pipeline classes without a row
@@ -48,6 +73,11 @@ the class's own call takes goes into `arguments`: numbers, texts, `{"image": bas
 {"num_inference_steps": 20, "arguments": {"class_labels": [207], "max_sequence_length": 256}}
 ```
 
+A folder of a class that the row of another one runs, such as StableDiffusionImg2ImgPipeline by
+`sd1`, does both: a request with `image`, `video` or `arguments` runs as diffusers has that class,
+and one without, or with `init_image`, by the row. With LoRAs, latents and other fields that the
+class does not take, `image` is refused. `arguments` of a row's own class run in the same way.
+
 A video's sound is in its MP4. If one call returns several images, such as the layers of
 QwenImageLayered, `X-Images` is their number, `GET /v1/jobs/<id>/result?image=1` returns the second
 one, and `outputs` in the JSON has all of them, as have OpenAI's and A1111's lists. Classes that
@@ -67,7 +97,10 @@ with the same values. The other columns compare two ranks with one: *guidance* i
 *segments* AsyncDiff with all steps synchronous, *sharded* the same with each rank keeping only its
 segment's weights, *tokens* `--backend=xdit --ulysses_degree=2` (transformers of known classes;
 [xdit.md](xdit.md)). The figures are the largest difference in levels of 255; an empty cell was not
-run. *Split* says how a step has the two halves of guidance: in one `batch`, in two `calls`,
+run. *HTTP* starts `launcher.py --checkpoint=FOLDER` on one rank, sends the request to `/v1/jobs`
+and compares the files that it returns (PNG, or the frames of a video as `application/x-npy`) with
+plain diffusers; *HTTP, two ranks* the same with `--nproc_per_node=2`. There a class with a row runs
+by its row. *Split* says how a step has the two halves of guidance: in one `batch`, in two `calls`,
 or not in two equal halves (`whole`), so that every rank computes all of it. Cosmos is compared with
 a stand-in for its guardrail: a host that runs it needs the package cosmos_guardrail.
 """
@@ -78,52 +111,78 @@ def update_page(results: Path, classes: list[str], methods: tuple[str, ...]) -> 
 
     results: a file with an Outcome as JSON in each line. classes: those of the installed diffusers.
     """
-    lines = results.read_text(encoding="utf-8").splitlines()
     found = {one.name: one for one in _on_page(PAGE.read_text(encoding="utf-8"), methods)}
-    found |= {one.name: one for one in (Outcome(**json.loads(line)) for line in lines)}
+    for line in results.read_text(encoding="utf-8").splitlines():
+        one = Outcome(**json.loads(line))
+        found[one.name] = one.over(found.get(one.name))
     known = [found[name] for name in classes if name in found]
     PAGE.write_text(page(known, len(classes), methods), encoding="utf-8")
 
 
 def _on_page(text: str, methods: tuple[str, ...]) -> Iterator[Outcome]:
     """Yield what the tables of the page say."""
-    for line in re.findall(r"^\| (\w*Pipeline\w* \|.*) \|$", text, re.MULTILINE):
-        name, one_rank, *others = line.split(" | ")
-        figures = {
-            method: _read(cell) for method, cell in zip(methods, others, strict=False) if cell
-        }
-        split = others[-1] if others else ""
-        yield Outcome(name=name, one_rank=_read(one_rank), two_ranks=figures, split=split)
+    columns: list[str] = []
+    for line in re.findall(r"^\| (\w+ \|.*) \|$", text, re.MULTILINE):
+        name, *cells = line.split(" | ")
+        if name == "class":
+            columns = cells
+            continue
+        said = {column: _read(cell) for column, cell in zip(columns, cells, strict=True) if cell}
+        yield Outcome(
+            name=name,
+            one_rank=said.get("one rank", said.get("reason", NOT_RUN)),
+            two_ranks={method: said[method] for method in methods if method in said},
+            http={column: said[column] for column in HTTP.values() if column in said},
+            split=str(said.get("split", "")),
+        )
 
 
 def _read(cell: str) -> float | str:
     try:
         return float(cell)
     except ValueError:
-        return cell
+        return cell.strip()
 
 
 def page(results: list[Outcome], num_classes: int, methods: tuple[str, ...]) -> str:
     """Return docs/models.md."""
-    ran = [one for one in results if not isinstance(one.one_rank, str)]
+    ran = sorted((one for one in results if one.has_run), key=lambda one: one.name)
     right = [one for one in ran if one.is_right]
-    failed = [one for one in results if isinstance(one.one_rank, str)]
+    columns = (*methods, *HTTP.values())
     lines = [
         HEAD,
         f"Of {num_classes} pipeline classes {len(ran)} were compared, and {len(right)} of them "
-        "are equal within one level everywhere.\n",
-        f"| class | one rank | {' | '.join(methods)} | split |",
-        "|---|---|" + "---|" * len(methods) + "---|",
+        f"are equal within one level everywhere. {_over_http(ran)}\n",
+        f"| class | one rank | {' | '.join(columns)} | split |",
+        "|---|---|" + "---|" * len(columns) + "---|",
     ]
-    for one in sorted(ran, key=lambda one: one.name):
-        figures = " | ".join(_shown(one.two_ranks.get(method, "")) for method in methods)
-        lines.append(f"| {one.name} | {_shown(one.one_rank)} | {figures} | {one.split} |")
-    if failed:
+    for one in ran:
+        said = {**one.two_ranks, **one.http}
+        figures = " | ".join(_shown(said.get(column, "")) for column in columns)
+        one_rank = "" if one.one_rank == NOT_RUN else _shown(one.one_rank)
+        lines.append(f"| {one.name} | {one_rank} | {figures} | {one.split} |")
+    reasons = {one.name: _why_not(one) for one in results if not one.has_run}
+    if reasons:
         lines += ["\n## Not compared, and why\n", "| class | reason |", "|---|---|"]
-        failed.sort(key=lambda one: one.name)
-        lines += [f"| {one.name} | {str(one.one_rank).replace('|', 'or')} |" for one in failed]
+        lines += [f"| {name} | {why.replace('|', 'or')} |" for name, why in sorted(reasons.items())]
     return "\n".join(lines) + "\n"
 
 
+def _over_http(ran: list[Outcome]) -> str:
+    """Return how many classes were asked through launchers."""
+    counts = []
+    for ranks, column in HTTP.items():
+        figures = [one.http[column] for one in ran if column in one.http]
+        equal = sum(isinstance(figure, int | float) and figure <= 1 for figure in figures)
+        launcher = "a launcher of one rank" if ranks == 1 else f"launchers of {ranks} ranks"
+        counts.append(f"{equal} of {len(figures)} are so through {launcher}")
+    return f"{' and '.join(counts)}."
+
+
+def _why_not(one: Outcome) -> str:
+    reasons = [str(one.one_rank), *map(str, one.http.values())]
+    return next((reason for reason in reasons if reason != NOT_RUN), NOT_RUN)
+
+
 def _shown(figure: float | str) -> str:
-    return f"{figure:g}" if isinstance(figure, int | float) else figure
+    return f"{figure:g}" if isinstance(figure, int | float) else figure.replace("|", "or")

@@ -36,7 +36,7 @@ from tests.backends.features import (
     parameter_counts,
     request_for,
 )
-from tests.backends.generic_classes import fields_of
+from tests.backends.generic_requests import fields_of
 from tests.checkpoints import checkpoint
 from tests.checkpoints.variants import variant as variant_of
 from tests.rehearsal.case import Ranks
