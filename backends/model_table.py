@@ -4,7 +4,7 @@ A wrong table raises a ConfigError that names the line.
 """
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
@@ -30,6 +30,8 @@ FEATURES = (
     "compel",
     "step_cache",
 )
+ALWAYS_USED = ("model", "seed", "scheduler", "warmup_steps", "quality")
+"""Fields of a request that are no arguments of a pipeline's call."""
 Status = Literal["tested", "untested", "unsupported"]
 GENERIC = "generic"
 """--type of a pipeline class without a row. All facts are read (backends/files/generic.py)."""
@@ -136,6 +138,9 @@ class ModelSpec:
     reads_mask: bool = False
     # Found in the checkpoint: its scheduler's configuration; empty where it has none.
     sampler: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    # Found in the checkpoint: its class as diffusers has it, where that is one of `also`, or where
+    # the StepDriver runs it.
+    own: "ModelSpec | None" = None
 
     @property
     def is_generic(self) -> bool:
@@ -153,6 +158,21 @@ class ModelSpec:
         unless the request does.
         """
         return self.runs_as_is and "image" in self.requires
+
+    def serving(self, asked: Collection[str]) -> "ModelSpec":
+        """Return the facts by which a request with these fields runs: those of the checkpoint's own
+        class if it alone takes one of them, and takes all.
+        """
+        own, given = self.own, {*asked}
+        if own is None or not given <= {*own.takes, *ALWAYS_USED}:
+            return self
+        needed = {"arguments", *(("image", "video") if self.is_of_another_class else ())}
+        return own if needed & given and given >= {*own.requires} else self
+
+    @property
+    def is_of_another_class(self) -> bool:
+        """Whether the checkpoint's own class is not the row's."""
+        return self.own is not None and self.own.pipeline != self.pipeline
 
     @property
     def denoisers(self) -> tuple[str, ...]:

@@ -304,6 +304,20 @@ class GenerateRequest(BaseModel):
         return values
 
 
+NEUTRAL = {"num_frames": 1, "compel": False}
+"""Values besides the defaults that have no effect."""
+HARMLESS = frozenset({"latent_space"})
+"""Fields that only modify the meaning of another field."""
+
+
+def asks(field: str, value: Any) -> bool:
+    """Return whether this value of a field asks for something that a model may not be able to."""
+    default = NEUTRAL.get(field, GenerateRequest.model_fields[field].default)
+    is_default = isinstance(value, int | float | str) and value == default
+    is_nothing = value is None or (isinstance(value, str | list | dict) and len(value) == 0)
+    return not (is_default or is_nothing or field in HARMLESS)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Audio:
     """A video's sound."""

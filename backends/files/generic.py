@@ -6,6 +6,7 @@ diffusers (pipeline_calls.py), the denoisers from the classes of the components.
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from backends import WITHOUT_ROW
 from backends.errors import ConfigError, RequestError
 from backends.files.checkpoint import (
+    Checkpoint,
     Config,
     is_modular,
     read_config,
@@ -121,6 +123,23 @@ def generic_spec(folder: Path) -> ModelSpec:
             denoisers, _UNAVAILABLE | ({"offload"} if is_modular(folder) else set())
         ),
     )
+
+
+def own_class(checkpoint: Checkpoint) -> ModelSpec | None:
+    """Return the facts of the checkpoint's own class, where the row is of another one or takes no
+    arguments; None if a request gets nothing from them.
+    """
+    spec, name = checkpoint.spec, checkpoint.index.get("_class_name")
+    is_row_of = name == spec.pipeline and not spec.runs_as_is
+    if not is_row_of and (name not in spec.also or checkpoint.header is not None):
+        return None
+    try:
+        own = generic_spec(checkpoint.folder)
+    except ConfigError:  # it needs what no request can bring, and the row does without
+        return None
+    if is_row_of:
+        own = replace(own, empty_negative=spec.empty_negative)
+    return own if own.output == spec.output else None
 
 
 def carrier(names: Mapping[str, Any] | frozenset[str], field: str) -> str | None:

@@ -214,8 +214,9 @@ class GenericGeneration(Generation):
         RequestError if the class refuses the arguments before it denoises.
         """
         request, pipe = self._requests[0], self._pipe
-        if hasattr(pipe, "scheduler"):
-            pipe.scheduler = self._scheduler
+        for each in (pipe, self._loaded.base.pipe):  # a backend is attached to the latter
+            if hasattr(each, "scheduler"):
+                each.scheduler = self._scheduler
         counter = StepCounter(pipe, self._spec.denoisers, on_step=self._step_done)
         with counter.attached(), self._seeded(request):
             try:

@@ -35,7 +35,7 @@ from backends.generation.prompts import (
     require_readable_prompts,
     unread_tokens,
 )
-from backends.generation.run import Generation, OnStep, PreparedRequest
+from backends.generation.run import Generation, OnStep, PreparedRequest, size_of
 from backends.generation.schedulers import build_scheduler, choose_scheduler
 from backends.generation.step_driver import step_facts
 from backends.loading.caches.step_cache import AnyCache, attached_cache, wanted_cache
@@ -48,7 +48,7 @@ from backends.loading.offload import apply_vae_options, defer_denoisers, place, 
 from backends.loading.quantization import quantize
 from backends.loading.shared_weights import SharedWeights, require_plain_weights
 from backends.loading.upscaling.upscaler import Upscalers
-from backends.loading.weights import DTYPES, load_pipe
+from backends.loading.weights import DTYPES, load_pipe, own_pipeline
 from backends.model_table import ModelSpec
 from backends.parallel.base import Backend, RunInfo
 from backends.parallel.cfg_two_calls import GuidanceChanged
@@ -56,7 +56,7 @@ from backends.parallel.regions import quiet_regions
 from backends.parallel.vae import attach_patch_decode, detach_patch_decode, splits_decode
 from backends.parallel.weight_shards import move
 from backends.plan import Exactness, Quality, is_met
-from backends.request import Array, GenerateRequest, GenerateResult, LoadRequest
+from backends.request import Array, GenerateRequest, GenerateResult, LoadRequest, asks
 from backends.step_cache_spec import StepCacheSpec, require_step_cache
 
 logger = logging.getLogger(__name__)
@@ -122,9 +122,10 @@ class LoadedPipeline:
         self._pristine_scheduler = copy.deepcopy(getattr(pipe, "scheduler", None))
         self._backend: Backend | None = None
         self._quality: Quality = "exact"
-        self._previewer = Previewer(pipe, spec=spec)
+        self.previewer = Previewer(pipe, spec=spec)
         self._is_resting = False
         self._generation: Generation | None = None
+        self.base, self._own_pipe = self, None
         self.loras = LoraSet(pipe, spec)
         self.loras.use({**load.lora, **load.motion_lora})
         self.weighted_prompts = compel_prompts(pipe, spec) if load.compel else None
@@ -262,6 +263,8 @@ class LoadedPipeline:
         result is the duration of the whole batch. UnsupportedError if the requests do not fit into
         one batch.
         """
+        if (own := self._serving(requests[0])) is not self:
+            return own.generate_together(requests, on_step=on_step)
         started = time.perf_counter()
         prepared = [self._prepare(request) for request in requests]
         if len(requests) > 1:
@@ -294,7 +297,7 @@ class LoadedPipeline:
         kind = GenericGeneration if self.spec.runs_as_is else Generation
         with self._begun(prepared[0]):
             generation = kind(self, prepared, on_step=self._step_reporter(on_step))
-            self._generation = generation
+            self._generation = self.base._generation = generation
             try:
                 return generation, generation.run()
             except GuidanceChanged:  # the denoiser was not called as in the first step
@@ -367,6 +370,20 @@ class LoadedPipeline:
             report["unread_tokens"] = unread
         return report
 
+    def _serving(self, request: GenerateRequest) -> "LoadedPipeline":
+        """Return what runs this request: this, or a copy with the checkpoint's own class."""
+        asked = [name for name, value in request if asks(name, value)]
+        spec = self.spec.serving(asked)
+        if spec is self.spec:
+            return self
+        placed = {"device": self.device, "dtype": self.dtype}
+        self._own_pipe = self._own_pipe or own_pipeline(self.pipe, spec, self.load, **placed)
+        own = copy.copy(self)
+        own.pipe, own.spec = self._own_pipe, spec
+        own.signature = inspect.signature(own.pipe.__call__)
+        own.previewer = Previewer(own.pipe, spec=spec)
+        return own
+
     @property
     def spans(self) -> list[tuple[str, float, float]]:
         """The stages of the last generation: see StageClock."""
@@ -377,16 +394,17 @@ class LoadedPipeline:
 
         None if the VAE cannot be fitted.
         """
-        run = self._generation.run_info
-        return self._previewer.image(latents[row : row + 1], height=run.height, width=run.width)
+        return self._generation.preview(latents[row : row + 1])
 
     def _prepare(self, request: GenerateRequest) -> PreparedRequest:
+        if (own := self._serving(request)) is not self:
+            return own._prepare(request)
         require_embeds_support(request, self.spec, self.pipe, self.signature)
         require_clip_layers(request, self.pipe, self.signature)
         require_reference_images(request, self.pipe)
         require_control(request, self.load, self.spec, self.signature)
         require_images(request, self.load, self.spec)
-        self._require_changeable_loras(request)
+        self.loras.require_changeable(request.lora, self._backend)
         if request.compel and self.weighted_prompts is None:
             raise UnsupportedError(
                 "compel is not loaded on this host. Leave it out, or start the host with --compel."
@@ -407,8 +425,7 @@ class LoadedPipeline:
             )
         run = RunInfo(
             request=resolved,
-            height=resolved.height or self.spec.height,
-            width=resolved.width or self.spec.width,
+            **size_of(resolved, self.spec),
             num_inference_steps=resolved.num_inference_steps,
             order=getattr(scheduler, "order", 1),
             step_cache=wanted_cache(
@@ -441,24 +458,6 @@ class LoadedPipeline:
             return resolve_generic(request, self.spec, defaults=defaults)
         scale = getattr(self.pipe, "vae_scale_factor", 8)
         return resolve(request, self.spec, defaults=defaults, vae_scale_factor=scale)
-
-    def _require_changeable_loras(self, request: GenerateRequest) -> None:
-        if request.lora is not None and self.loras.is_fused:
-            raise UnsupportedError(
-                "lora in a request is not available on a host that compiles its denoiser: LoRAs "
-                "given at launch are part of the weights. Leave it out, or start the host without "
-                "--compile_unet."
-            )
-        if (
-            request.lora is not None
-            and self._backend is not None
-            and not self._backend.has_whole_weights
-        ):
-            raise UnsupportedError(
-                "lora in a request is not available on a host that runs "
-                f"{self._backend.plan.describe()} with sharded weights. Give the LoRA at launch, "
-                "or start the host without sharding."
-            )
 
     def _use_loras(self, request: GenerateRequest) -> None:
         """Use exactly this request's LoRAs, and switch off those of earlier ones."""

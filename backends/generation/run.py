@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from backends.errors import UnsupportedError
@@ -24,6 +25,7 @@ from backends.generation.step_window import schedule_of
 from backends.loading.controlnet import control_arguments
 from backends.loading.ip_adapter import image_arguments
 from backends.loading.upscaling.upscaler import enlarges_only
+from backends.model_table import ModelSpec
 from backends.parallel.base import RunInfo
 from backends.request import Array, Audio, GenerateRequest
 
@@ -118,6 +120,11 @@ class Generation:
         if enlarges_only(first):
             return [(upscaler.enlarge(np.asarray(first.init_image)[None]), None)]
         return [(upscaler.enlarge(frames), latents) for frames, latents in self._generated()]
+
+    def preview(self, latents: Tensor) -> Array | None:
+        """Return uint8 (h, w, 3) of `on_step`'s latents of one image; None if it cannot."""
+        run = self.run_info
+        return self._loaded.previewer.image(latents, height=run.height, width=run.width)
 
     def report(self) -> dict[str, Any]:
         """Return the seconds of each stage, and whether a step ended the run."""
@@ -273,6 +280,17 @@ class Generation:
     def _step_done(self, index: int, num_steps: int, sample: Tensor) -> None:
         self._on_step(index + 1, num_steps, sample)
         self.clock.next("decode" if index + 1 == num_steps else "step")
+
+
+def size_of(request: GenerateRequest, spec: ModelSpec) -> dict[str, int]:
+    """Return height and width of the result as far as they are known before it is made."""
+    found = request.init_image or request.image
+    decides = spec.is_generic and "height" not in spec.parameters
+    image = found if decides and isinstance(found, Image.Image) else None
+    return {
+        "height": request.height or (image.height if image else spec.height),
+        "width": request.width or (image.width if image else spec.width),
+    }
 
 
 def _size(request: GenerateRequest) -> dict[str, int]:

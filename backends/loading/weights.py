@@ -212,6 +212,34 @@ def vae_dtype(spec: ModelSpec, load: LoadRequest) -> torch.dtype:
     return DTYPES[spec.vae_variant or load.variant]
 
 
+def own_pipeline(
+    pipe: Any, spec: ModelSpec, load: LoadRequest, *, device: torch.device, dtype: torch.dtype
+) -> Any:
+    """Return a pipeline of the folder's class with the components of `pipe`, and those that `pipe`
+    has no place for.
+
+    spec: of that class.
+    """
+    if type(pipe).__name__ == spec.pipeline:
+        return pipe
+    made_by = getattr(diffusers, spec.pipeline)
+    names = inspect.signature(made_by.__init__).parameters
+    shared = {
+        name: part for name, part in pipe.components.items() if name in names and part is not None
+    }
+    made = pipeline_from_folder(
+        made_by,
+        Path(load.checkpoint),
+        local_files_only=True,
+        **{**_without_safety_checker(made_by), **shared},
+    )
+    for name, part in made.components.items():
+        if isinstance(part, torch.nn.Module) and name not in shared:
+            part.to(device, dtype)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
 def _without_safety_checker(pipeline_class: type) -> dict[str, Any]:
     """Return arguments that leave out the safety checker.
 

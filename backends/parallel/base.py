@@ -66,7 +66,7 @@ class Backend(ABC):
                 settle(denoiser)
             if self.mesh.axis("cfg").size == 1:
                 continue
-            if self.spec.runs_as_is:
+            if self.spec.runs_as_is or self.spec.is_of_another_class:
                 self._unknown.append(GuidanceSplit(denoiser, self.mesh))
                 self._unknown[-1].attach()
             elif self.spec.guidance_calls == 2:

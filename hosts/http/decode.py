@@ -25,9 +25,9 @@ from backends.generation.schedulers import (
     require_sampler,
 )
 from backends.model_table import ModelSpec
-from backends.request import GenerateRequest, whole_number
+from backends.request import GenerateRequest, asks, whole_number
 from hosts.http import images, media
-from hosts.http.dialect import is_empty, shown
+from hosts.http.dialect import shown
 from hosts.http.limits import MAX_IMAGES, Accepted, DecodeLimits
 
 IMAGES = ("image", "init_image", "mask_image", "control_image", "ip_adapter_image", "video")
@@ -82,6 +82,7 @@ def read_request(
     names = sent_as or {}
     known = (name for name in GenerateRequest.model_fields if name in fields)
     given = {name: _plain(name, fields[name]) for name in known if not _is_absent(fields[name])}
+    spec = spec.serving([name for name, value in given.items() if asks(name, value)])
     unused = accepted.unused(spec)
     if is_strict:
         _require_used(given, unused, names)
@@ -156,10 +157,8 @@ def _require_used(
 ) -> None:
     """Refuse fields that would have no effect. Default values pass."""
     for field, value in given.items():
-        default = _NEUTRAL.get(field, GenerateRequest.model_fields[field].default)
         name = names.get(field, field)
-        is_neutral = is_empty(value) or _is_default(value, default) or field in _HARMLESS
-        if field in unused and not is_neutral:
+        if field in unused and asks(field, value):
             raise UnsupportedError(f"{name} is not available: {unused[field]}. Leave it out.")
         if isinstance(value, bool) and field != "compel":
             raise RequestError(
@@ -170,23 +169,13 @@ def _require_used(
 def _require_start(given: Mapping[str, Any], spec: ModelSpec, names: Mapping[str, str]) -> None:
     """Refuse a strength without an image or latents that it could be of."""
     value, name = given.get("strength", 1), names.get("strength", "strength")
-    starts = ("init_image", "latents", *(("image",) if spec.takes else ()))
+    starts = ("init_image", "latents", *(("image", "video", "arguments") if spec.takes else ()))
     if str(value) not in ("1", "1.0") and not any(start in given for start in starts):
         raise RequestError(
             f"{name}={shown(value)} has no effect without an image to start from. Send init_image "
             f"or latents, or leave {name} out.",
             field=name,
         )
-
-
-_NEUTRAL = {"num_frames": 1, "compel": False}
-"""Values besides the defaults that have no effect."""
-_HARMLESS = {"latent_space"}
-"""Fields that only modify the meaning of another field."""
-
-
-def _is_default(value: Any, default: Any) -> bool:
-    return isinstance(value, int | float | str) and value == default
 
 
 def _require_count(images: Any, spec: ModelSpec, name: str) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from backends.errors import BusyError, RequestError
-from backends.model_table import ModelSpec
+from backends.model_table import ALWAYS_USED, ModelSpec
 from backends.request import GenerateRequest
 from hosts.launch.files import upscaler_files
 from hosts.launch.settings import Settings
@@ -247,8 +247,6 @@ def _require_text(text: str, field: str) -> None:
 CONTROL = ("control_image", "controlnet_conditioning_scale", "control_guidance_start")
 CONTROL += ("control_guidance_end",)
 """Fields that only a ControlNet reads."""
-ALWAYS_USED = ("model", "seed", "scheduler", "warmup_steps", "quality")
-"""Fields that are no arguments of a pipeline's call."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

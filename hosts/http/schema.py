@@ -249,14 +249,14 @@ def _limit_images(facts: dict[str, Any], most: int) -> None:
 
 def _schemas(spec: ModelSpec, settings: Settings) -> dict[str, Any]:
     request = GenerateRequest.model_json_schema(schema_generator=_Schema)
-    unused = Accepted.by(settings).unused(spec)
+    unused = Accepted.by(settings).unused(spec).keys() - {*(spec.own.takes if spec.own else ())}
     fields = {name: facts for name, facts in request["properties"].items() if name not in unused}
     request |= {"title": "Request", "additionalProperties": False, "properties": fields}
     request["required"] = [
         name for name in spec.requires if name in fields and name != "prompt"
     ]  # embeddings may replace it
     if "image" in fields:
-        _limit_images(fields["image"], spec.most_images)
+        _limit_images(fields["image"], max(each.most_images for each in (spec, spec.own or spec)))
     if "strength" in fields and "init_image" in fields:
         fields["strength"]["default"] = IMAGE_STRENGTH
     for name in ("height", "width", "num_inference_steps", "guidance_scale", "num_frames"):

@@ -12,6 +12,7 @@ from backends import planner
 from backends.errors import ConfigError, HostError, RequestError
 from backends.files.adapter_fit import foreign_loras, require_fit
 from backends.files.checkpoint import (
+    Checkpoint,
     configuration_folder,
     infer_type,
     open_checkpoint,
@@ -20,7 +21,7 @@ from backends.files.checkpoint import (
 )
 from backends.files.defaults import misfit_of, with_own_defaults, with_own_sizes
 from backends.files.fit import denoiser_channels, prediction_settings
-from backends.files.generic import generic_spec
+from backends.files.generic import generic_spec, own_class
 from backends.files.mask_channels import latent_channels, with_mask_inputs
 from backends.generation.schedulers import SampledModel, parse_at_launch
 from backends.model_table import GENERIC, ModelSpec, ModelTable
@@ -188,6 +189,7 @@ def plan_start(
         spec = replace(spec, sampler=sampler_config(checkpoint))
         spec, why_defaults = with_own_defaults(spec, checkpoint, hub.short_names(settings))
         spec = with_own_sizes(spec, checkpoint)
+        spec = replace(spec, own=_own_class(settings, spec, checkpoint))
         start = _plan_files(settings, spec, recall=recall, **facts)
     except HostError as error:
         raise type(error)(hub.named(str(error))) from error
@@ -397,6 +399,15 @@ def _model_spec(settings: Settings, table: ModelTable) -> tuple[ModelSpec, str]:
             spec, **{name: value for name, value in spec.demo.items() if name != "checkpoint"}
         )
     return spec, reason
+
+
+OVERRULED_BY = "ip_adapter control_net compel step_cache motion_adapter motion_module".split()
+"""Arguments that only the class of a row knows, or that change its components."""
+
+
+def _own_class(settings: Settings, spec: ModelSpec, checkpoint: Checkpoint) -> ModelSpec | None:
+    overruled = any(getattr(settings, name) for name in OVERRULED_BY)
+    return own_class(checkpoint) if not overruled and offload(settings) is None else None
 
 
 def _generic_spec(settings: Settings) -> ModelSpec:

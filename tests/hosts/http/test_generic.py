@@ -5,8 +5,14 @@ import io
 
 import numpy as np
 import pytest
+import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 
+from backends.errors import RequestError
+from backends.files.generic import generic_spec
+from hosts.http.decode import read_request
+from hosts.http.limits import Accepted
 from hosts.http.media import npy
 from tests.checkpoints import checkpoint, sample_image
 from tests.checkpoints.variants import variant
@@ -140,3 +146,59 @@ def test_a_row_that_runs_as_is_fills_a_mask_and_says_what_is_missing():
         ):
             answer = host.post(body | field)
             assert (answer.status_code, message in answer.json()["message"]) == (status, True)
+
+
+STARTS = {"prompt": "a cat", "seed": 3, "num_inference_steps": 4, "strength": 0.5}
+"""Of an image to be changed by a class that a row of another class also runs."""
+
+
+def changed_by_diffusers(folder, image):
+    """uint8 [64, 64, 3] of what diffusers' own class makes of STARTS."""
+    pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    given = {name: value for name, value in STARTS.items() if name != "seed"}
+    output = pipe(**given, image=image, generator=torch.Generator().manual_seed(3))
+    return np.asarray(output.images[0]).astype(int)
+
+
+def pixels_of(answer):
+    assert answer.status_code == 200, answer.text
+    return np.asarray(Image.open(io.BytesIO(answer.content))).astype(int)
+
+
+def test_a_folder_that_a_row_of_another_class_runs_does_what_its_own_class_does():
+    folder, image = variant("StableDiffusionImg2ImgPipeline"), sample_image(64)
+    want = changed_by_diffusers(folder, image)
+    png = {"Accept": "image/png"}
+    with InProcessHost(checkpoint=str(folder), height=64, width=64) as host:
+        got = host.post(STARTS | {"image": encoded(image)}, headers=png)
+        assert np.array_equal(pixels_of(got), want)
+        for fields in ({}, {"stop_step": 3}):
+            by_row = host.post(STARTS | {"init_image": encoded(image)} | fields, headers=png)
+            assert (pixels_of(by_row) != want).any()  # it takes the middle of what the VAE says
+        text = host.post({"prompt": "a cat", "seed": 3, "num_inference_steps": 2}, headers=png)
+        assert pixels_of(text).shape == (64, 64, 3)
+        refused = host.post(STARTS | {"image": encoded(image), "stop_step": 3})
+        assert refused.status_code == 422 and "image is not available" in refused.json()["message"]
+        document = session().get(host.url("/openapi.json"), timeout=20).json()
+        fields = document["components"]["schemas"]["Request"]["properties"]
+        assert {"image", "init_image", "arguments", "sigmas"} <= fields.keys()
+
+
+@pytest.mark.slow
+def test_two_ranks_do_what_the_own_class_of_the_folder_does():
+    folder, image = variant("StableDiffusionImg2ImgPipeline"), sample_image(64)
+    want = changed_by_diffusers(folder, image)
+    with start_launcher(f"--checkpoint={folder}", "--nproc_per_node=2", "--height=64") as several:
+        several.wait_until_ready()
+        got = several.post(STARTS | {"image": encoded(image)}, headers={"Accept": "image/png"})
+        assert np.abs(pixels_of(got) - want).max() <= 1
+
+
+def test_a_video_may_have_a_strength():
+    spec = generic_spec(variant("CogVideoXVideoToVideoPipeline"))
+    body = {"prompt": "a cat", "strength": 0.6, "video": [encoded(sample_image(64))] * 5}
+    request = read_request(body, spec=spec, accepted=Accepted())
+    assert (request.strength, len(request.video)) == (0.6, 5)
+    with pytest.raises(RequestError, match="has no effect without an image"):
+        read_request(body | {"video": None}, spec=spec, accepted=Accepted())
