@@ -134,6 +134,10 @@ class ModelSpec:
     takes: tuple[str, ...] = ()
     # Of a generic type only: the call's arguments with their defaults.
     parameters: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    # num_frames must be 1 more than a multiple of this: a latent frame of the VAE holds so many.
+    frame_step: int = 1
+    # Found in the checkpoint: request field -> the least and the largest value that it allows.
+    extent: Mapping[str, tuple[int, int]] = field(default_factory=lambda: MappingProxyType({}))
     # Found in the checkpoint: the denoiser itself reads the mask and the masked image.
     reads_mask: bool = False
     # Found in the checkpoint: its scheduler's configuration; empty where it has none.

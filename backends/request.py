@@ -39,6 +39,13 @@ def whole_number(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
+def listed(value: Any) -> list[Any]:
+    """Return None as [], and a single value as [value]."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompileSettings:
     """Settings of torch.compile. None leaves torch's default."""

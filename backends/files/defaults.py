@@ -6,16 +6,26 @@ the repository, file or folder, and in the file's metadata.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from math import isqrt
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from backends.errors import ConfigError
 from backends.files.adapter_fit import require_fit
-from backends.files.checkpoint import Checkpoint, read_index, read_json, width_of
+from backends.files.checkpoint import (
+    Checkpoint,
+    Config,
+    component_folder,
+    read_config,
+    read_index,
+    read_json,
+    width_of,
+)
 from backends.files.fit import needed_components
+from backends.files.pipeline_calls import pipeline_call
 from backends.model_table import CHECKPOINT_SIGNS, ModelSpec
 from backends.request import LoadRequest
 
@@ -120,13 +130,8 @@ def with_own_sizes(spec: ModelSpec, checkpoint: Checkpoint) -> ModelSpec:
     """Return the type with its sizes for this checkpoint's VAE, which may scale by another factor
     than published ones: as many latents on a side.
     """
-    config = checkpoint.config("vae")
-    setting = LEVELS.get(str(checkpoint.class_of("vae")))
-    levels = config.get(setting) if setting is not None else None
-    if spec.is_generic or spec.upscale > 1 or not isinstance(levels, list) or not levels:
-        return spec
-    scale = 2 ** (len(levels) - (setting == "block_out_channels"))
-    if scale == PUBLISHED_SCALE:
+    scale = _pixels_of_latent(checkpoint)
+    if spec.is_generic or spec.upscale > 1 or scale == PUBLISHED_SCALE:
         return spec
     sizes: dict[str, Any] = {
         name: max(getattr(spec, name) * scale // PUBLISHED_SCALE, 1)
@@ -137,6 +142,73 @@ def with_own_sizes(spec: ModelSpec, checkpoint: Checkpoint) -> ModelSpec:
         more = more * scale**2 // PUBLISHED_SCALE**2
         sizes["fits"] = MappingProxyType({**spec.fits, "channels": [times, more]})
     return replace(spec, **sizes)
+
+
+POSITIONS: Mapping[str, Callable[[Config], Any]] = MappingProxyType(
+    {
+        "SD3Transformer2DModel": lambda config: config.get("pos_embed_max_size"),
+        "CogView3PlusTransformer2DModel": lambda config: config.get("pos_embed_max_size"),
+        "OmniGenTransformer2DModel": lambda config: config.get("pos_embed_max_size"),
+        "AuraFlowTransformer2DModel": lambda config: isqrt(config.get("pos_embed_max_size") or 0),
+        "Kandinsky5Transformer3DModel": lambda config: 128,
+    }
+)
+"""Class of a denoiser -> patches along a side for which it has positions, and no more."""
+FRAME_STEPS = ("scale_factor_temporal", "temporal_compression_ratio")
+"""Settings of VAEs: frames that a latent frame holds."""
+
+
+def with_own_extent(
+    spec: ModelSpec, checkpoint: Checkpoint, *, motion: str | None = None
+) -> ModelSpec:
+    """Return the type with the sizes and lengths for which the checkpoint has positions, and the
+    layers that its text encoders can skip.
+
+    motion: folder of a motion adapter that is given apart.
+    """
+    config, vae = checkpoint.config(spec.denoiser), checkpoint.config("vae")
+    scale = _pixels_of_latent(checkpoint)
+    extent: dict[str, tuple[int, int]] = {}
+    step = _frames_of_latent(vae) or spec.frame_step
+    patches = POSITIONS.get(str(config.get("_class_name")), lambda config: None)(config)
+    if patches:
+        patch = config.get("patch_size", 1)
+        patch = patch[-1] if isinstance(patch, list) else patch
+        extent |= dict.fromkeys(("height", "width"), (1, patches * patch * scale))
+    if patches and spec.output == "video":
+        extent["num_frames"] = (1, (patches - 1) * step + 1)
+    if config.get("use_learned_positional_embeddings"):
+        for side in ("height", "width"):
+            fixed = config[f"sample_{side}"] * scale
+            extent[side] = (fixed, fixed)
+    if "motion_adapter" in spec.components:
+        adapter = read_config(component_folder(motion, "motion_adapter")) if motion else {}
+        adapter = adapter or checkpoint.config("motion_adapter")
+        if frames := adapter.get("motion_max_seq_length"):
+            extent["num_frames"] = (1, frames)
+    call = pipeline_call(spec.pipeline)
+    if call is not None and "clip_skip" in call.names:
+        encoders = (checkpoint.config(name) for name in ("text_encoder", "text_encoder_2"))
+        layers = [each["num_hidden_layers"] for each in encoders if "num_hidden_layers" in each]
+        extent |= {"clip_skip": (0, min(layers) - 1)} if layers else {}
+    frame_step = step if spec.frame_step > 1 else 1
+    return replace(spec, extent=MappingProxyType(extent), frame_step=frame_step)
+
+
+def _frames_of_latent(vae: Config) -> int | None:
+    """Return the frames that a latent frame holds; None if the configuration does not say."""
+    if scaling := vae.get("spatio_temporal_scaling"):  # LTX halves by level
+        return vae.get("temporal_compression_ratio") or vae["patch_size_t"] * 2 ** sum(scaling)
+    return next((int(vae[key]) for key in FRAME_STEPS if vae.get(key)), None)
+
+
+def _pixels_of_latent(checkpoint: Checkpoint) -> int:
+    """Return the pixels on a side of one latent."""
+    setting = LEVELS.get(str(checkpoint.class_of("vae")))
+    levels = checkpoint.config("vae").get(setting) if setting is not None else None
+    if not isinstance(levels, list) or not levels:
+        return PUBLISHED_SCALE
+    return 2 ** (len(levels) - (setting == "block_out_channels"))
 
 
 def _is_one(row: Mapping[str, Any], checkpoint: Checkpoint, words: str) -> bool:

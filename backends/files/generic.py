@@ -190,7 +190,11 @@ def _without_field(call: PipelineCall) -> list[str]:
 
 def require_own_arguments(given: Mapping[str, Any], spec: ModelSpec) -> None:
     """Raise RequestError for arguments that are not the class's, or that have a field."""
-    own = {name for name in spec.parameters if not NOT_ASKED.search(name)}
+    if not given:
+        return
+    call = pipeline_call(spec.pipeline) if not spec.parameters else None
+    names = call.names if call is not None else spec.parameters
+    own = {name for name in names if not NOT_ASKED.search(name)}
     fields = {carrier(own, field): field for field in CARRIED if field in spec.takes}
     fields |= {spec.guidance_argument: "guidance_scale"}
     for name in given:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from backends.errors import RequestError, UnsupportedError
+from backends.errors import RequestError
 from backends.model_table import ModelSpec
 from backends.request import CALL_DEFAULTS, GenerateRequest
 
@@ -34,9 +34,8 @@ def resolve(
     """Return the request with every default filled in and its size fixed.
 
     defaults: height, width, num_inference_steps and guidance_scale given at launch; they override
-    the model table's. RequestError for inputs that are missing or contradict each other.
+    the model table's. RequestError for a size that cannot be.
     """
-    _require_inputs(request, spec)
     height, width = _size(request, spec, defaults, vae_scale_factor)
     filled = {
         "height": height,
@@ -144,51 +143,6 @@ def _film(request: GenerateRequest, spec: ModelSpec) -> dict[str, int | None]:
 
 def _first(*values: Any) -> Any:
     return next((value for value in values if value is not None), None)
-
-
-def _require_inputs(request: GenerateRequest, spec: ModelSpec) -> None:
-    if "image" in spec.requires and request.image is None:
-        raise RequestError(
-            f"image is missing. {spec.title} starts from an image: send one as 'image'.",
-            field="image",
-        )
-    for field, what in (("init_image", "the image to change"), ("mask_image", "what may change")):
-        if field in spec.requires and getattr(request, field) is None:
-            raise RequestError(
-                f"{field} is missing. This checkpoint of {spec.title} is made for inpainting: send "
-                f"{what} as {field}.",
-                field=field,
-            )
-    if "prompt" in spec.requires and not request.prompt and request.prompt_embeds is None:
-        raise RequestError(
-            "no prompt was given. Send a text as 'positive' (or 'prompt'), or embeddings.",
-            field="positive",
-        )
-    if request.prompt and request.prompt_embeds is not None:
-        raise RequestError(
-            "both a prompt and prompt embeddings were given. Send one of them.",
-            field="positive_embeds",
-        )
-    if request.negative_prompt and request.negative_prompt_embeds is not None:
-        raise RequestError(
-            "both a negative prompt and negative embeddings were given. Send one of them.",
-            field="negative_embeds",
-        )
-    if request.init_image is not None and request.latents is not None:
-        raise RequestError(
-            "both latents and init_image were given. Send one of them.", field="init_image"
-        )
-    if request.init_image is not None and not spec.returns_latents:
-        raise UnsupportedError(f"{spec.title} cannot start from init_image. Leave it out.")
-    if request.mask_image is not None and request.init_image is None:
-        raise RequestError(
-            "mask_image was given without init_image, the image to change. Send both.",
-            field="mask_image",
-        )
-    if request.sigmas is not None and request.timesteps is not None:
-        raise RequestError(
-            "both sigmas and timesteps were given. Send one of them.", field="sigmas"
-        )
 
 
 def _num_inference_steps(
@@ -322,46 +276,25 @@ def require_clip_layers(request: GenerateRequest, pipe: Any, signature: Signatur
         )
 
 
-def require_embeds_support(
-    request: GenerateRequest, spec: ModelSpec, pipe: Any, signature: Signature
-) -> None:
-    """Raise UnsupportedError or RequestError if the request's embeddings do not fit."""
+def require_embeds_width(request: GenerateRequest, spec: ModelSpec, pipe: Any) -> None:
+    """Raise RequestError if the request's embeddings are not as wide as the denoiser reads them."""
     if request.prompt_embeds is None and request.negative_prompt_embeds is None:
         return
-    needs = [
-        name
-        for name in ("prompt_attention_mask", "prompt_embeds_2")
-        if name in signature.parameters
-    ]
-    if "prompt_embeds" not in signature.parameters or needs:
-        raise UnsupportedError(
-            f"embeddings cannot be given to {spec.title}: it also needs "
-            f"{', '.join(needs) or 'an image'}, "
-            "which no request field carries. Send the prompt as text."
-        )
     widths = _embeds_widths(getattr(pipe, spec.denoiser).config)
     for field, prefix in (("positive_embeds", ""), ("negative_embeds", "negative_")):
         embeds, pooled = (
             getattr(request, f"{prefix}{name}")
             for name in ("prompt_embeds", "pooled_prompt_embeds")
         )
-        if embeds is None:
-            continue
-        if pooled is None and "pooled_prompt_embeds" in signature.parameters:
-            raise RequestError(
-                f"{field} has no pooled_output, which {spec.title} needs. Send it with the "
-                "embeddings.",
-                field=field,
-            )
         for name, array, width in (
             ("tensor", embeds, widths[0]),
             ("pooled_output", pooled, widths[1]),
         ):
             if array is not None and width is not None and array.shape[-1] != width:
                 raise RequestError(
-                    f"{field} has a {name} of width {array.shape[-1]}, but this {spec.title} model "
-                    f"takes {width}. "
-                    "Send embeddings of its own text encoders, or the prompt as text.",
+                    f"{prefix}prompt_embeds ({field}) has a {name} of width {array.shape[-1]}, "
+                    f"but this {spec.title} model takes {width}. Send embeddings of its "
+                    "own text encoders, or the prompt as text.",
                     field=field,
                 )
 

@@ -27,9 +27,7 @@ from backends.errors import RequestError, UnsupportedError
 from backends.files.generic import (
     CARRIED,
     LISTED_IMAGES,
-    OWN,
     carrier,
-    require_own_arguments,
 )
 from backends.files.pipeline_calls import IMAGES, VIDEOS
 from backends.generation.call_arguments import generator
@@ -58,33 +56,12 @@ def with_parameters(spec: ModelSpec, signature: Signature) -> ModelSpec:
     return replace(spec, parameters=MappingProxyType(found))
 
 
-def _require_inputs(request: GenerateRequest, spec: ModelSpec) -> None:
-    """Raise RequestError for missing or contradicting inputs."""
-    require_own_arguments(request.arguments or {}, spec)
-    for field in spec.requires:
-        nothing = (None,) if field.startswith(OWN) else (None, "")
-        if all(value in nothing for value in _given(request, field)):
-            name = field.removeprefix(OWN)
-            raise RequestError(
-                f"{name} is missing. {spec.title} needs it: send one as {field!r}.", field=field
-            )
-    if request.image is not None and request.init_image is not None:
-        raise RequestError(
-            f"both image and init_image were given, and {spec.title} takes one image. Send one of "
-            "them.",
-            field="init_image",
-        )
-
-
 def resolve_generic(
     request: GenerateRequest, spec: ModelSpec, *, defaults: Mapping[str, Any]
 ) -> GenerateRequest:
     """Return the request with the values given at launch filled in, and those of a row. The class
     has the other ones, such as a size that follows from its image.
-
-    RequestError for missing or contradicting inputs.
     """
-    _require_inputs(request, spec)
     filled = {
         field: getattr(request, field) if getattr(request, field) is not None else default
         for field, default in defaults.items()
@@ -100,13 +77,6 @@ def resolve_generic(
     if spec.output == "video" and request.fps is None:
         own["fps"] = spec.frames_per_s
     return request.model_copy(update=filled | own)
-
-
-def _given(request: GenerateRequest, field: str) -> tuple[Any, ...]:
-    """Return the values that answer a need of the class."""
-    if field.startswith(OWN):
-        return ((request.arguments or {}).get(field.removeprefix(OWN)),)
-    return (request.image, request.init_image) if field == "image" else (getattr(request, field),)
 
 
 def _row_defaults(

@@ -20,29 +20,29 @@ from torch import Tensor, nn
 
 from backends.errors import CancelledError, ConfigError, HostError, RequestError, UnsupportedError
 from backends.generation import latents as latent_space
+from backends.generation.admission import AtLaunch, require_possible
 from backends.generation.batching import require_one_batch
 from backends.generation.call_arguments import (
     require_clip_layers,
-    require_embeds_support,
+    require_embeds_width,
     require_reference_images,
     resolve,
 )
 from backends.generation.generic_run import GenericGeneration, resolve_generic, with_parameters
 from backends.generation.previews import Previewer
-from backends.generation.prompts import (
+from backends.generation.run import Generation, OnStep, PreparedRequest, size_of
+from backends.generation.schedulers import build_scheduler, choose_scheduler
+from backends.generation.step_driver import step_facts
+from backends.generation.text.prompts import (
     PromptCache,
     compel_prompts,
     require_readable_prompts,
     unread_tokens,
 )
-from backends.generation.run import Generation, OnStep, PreparedRequest, size_of
-from backends.generation.schedulers import build_scheduler, choose_scheduler
-from backends.generation.step_driver import step_facts
 from backends.loading.caches.step_cache import AnyCache, attached_cache, wanted_cache
 from backends.loading.compilation import Compilation
-from backends.loading.controlnet import require_control
 from backends.loading.conversion import convert
-from backends.loading.ip_adapter import load_ip_adapters, require_images, use_scales
+from backends.loading.ip_adapter import load_ip_adapters, use_scales
 from backends.loading.lora.lora_set import LoraSet
 from backends.loading.offload import apply_vae_options, defer_denoisers, place, use_lean_attention
 from backends.loading.quantization import quantize
@@ -399,11 +399,10 @@ class LoadedPipeline:
     def _prepare(self, request: GenerateRequest) -> PreparedRequest:
         if (own := self._serving(request)) is not self:
             return own._prepare(request)
-        require_embeds_support(request, self.spec, self.pipe, self.signature)
+        require_possible(request, self.spec, AtLaunch.of(self.load))
+        require_embeds_width(request, self.spec, self.pipe)
         require_clip_layers(request, self.pipe, self.signature)
         require_reference_images(request, self.pipe)
-        require_control(request, self.load, self.spec, self.signature)
-        require_images(request, self.load, self.spec)
         self.loras.require_changeable(request.lora, self._backend)
         if request.compel and self.weighted_prompts is None:
             raise UnsupportedError(

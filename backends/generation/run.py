@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from backends.errors import UnsupportedError
 from backends.generation import latents as latent_space
 from backends.generation.call_arguments import (
     call_arguments,
@@ -19,9 +18,9 @@ from backends.generation.call_arguments import (
     own_arguments,
     visible_clip_layers,
 )
-from backends.generation.prompts import WeightedPrompts, a1111_prompts
 from backends.generation.step_driver import EndRun, InitialLatents, StepDriver
 from backends.generation.step_window import schedule_of
+from backends.generation.text.prompts import WeightedPrompts, a1111_prompts
 from backends.loading.controlnet import control_arguments
 from backends.loading.ip_adapter import image_arguments
 from backends.loading.upscaling.upscaler import enlarges_only
@@ -216,13 +215,7 @@ class Generation:
             return None
         if request.prompt_syntax is not None:
             return a1111_prompts(self._pipe, self._spec, clip_skip=request.clip_skip)
-        prompts = self._loaded.weighted_prompts if request.compel is not False else None
-        if prompts is not None and request.clip_skip:
-            raise UnsupportedError(
-                f"clip_skip={request.clip_skip} is not available on a host that was started with "
-                "--compel. Leave one of them out."
-            )
-        return prompts
+        return self._loaded.weighted_prompts if request.compel is not False else None
 
     @contextmanager
     def _seeded(self, request: GenerateRequest) -> Iterator[None]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from backends.errors import RequestError
 from backends.files.component_classes import settings_of, timestep_arguments
 from backends.files.pipeline_calls import given_to_sampler
 from backends.generation.scheduler_settings import (
@@ -313,9 +314,33 @@ class SampledModel:
             return not self.flow
         return key in settings_of(facts.settings_of or facts.class_name) - set(fixed)
 
+    def takes_list(self, name: str | None, what: str) -> bool:
+        """Return whether the sampler of this name takes a list of `what`, sigmas or timesteps.
+
+        None: the checkpoint's own, which counts as able where it is not known.
+        """
+        if name is None and not self.own.get("_class_name"):
+            return True
+        facts, fixed = _facts_for_model(name, self.own, flow=self.flow)
+        likeness = facts.settings_of or facts.class_name
+        if what not in timestep_arguments(likeness):
+            return False
+        own = self.own if name is None else {}
+        solves_flow = bool({**own, **fixed}.get("use_flow_sigmas"))
+        return "use_flow_sigmas" not in settings_of(likeness) or solves_flow == (what == "sigmas")
+
     def idle_settings(self, choice: SchedulerChoice) -> list[str]:
         """Return the settings that have no effect with the chosen sampler."""
         return [key for key in choice.overrides if not self.has_setting(choice.name, key)]
+
+
+def no_list(what: str, sampler: str) -> RequestError:
+    """Return the error for a list of `what` that a sampler does not take."""
+    able = ", ".join(name for name, facts in SCHEDULERS.items() if getattr(facts, f"takes_{what}"))
+    return RequestError(
+        f"{sampler} does not accept a list of {what} for this model. Schedulers that may: {able}.",
+        field=what,
+    )
 
 
 def require_sampler(choice: SchedulerChoice, model: SampledModel) -> None:

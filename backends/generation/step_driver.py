@@ -27,8 +27,8 @@ from torch import Tensor
 
 from backends.errors import RequestError
 from backends.generation.scheduler_settings import SIGMA_FLAGS
-from backends.generation.schedulers import SCHEDULERS
-from backends.generation.step_window import Schedule
+from backends.generation.schedulers import SCHEDULERS, no_list
+from backends.generation.step_window import Schedule, require_list
 from backends.request import GenerateRequest
 
 if TYPE_CHECKING:
@@ -387,24 +387,14 @@ def _check_lists(scheduler: "SchedulerMixin", schedule: Schedule) -> None:
         if values is None:
             continue
         if not _takes(scheduler, what):
-            able = ", ".join(
-                name for name, facts in SCHEDULERS.items() if getattr(facts, f"takes_{what}")
-            )
-            raise RequestError(
-                f"{type(scheduler).__name__} does not accept a list of {what} for this model. "
-                f"Schedulers that may: {able}.",
-                field=what,
-            )
-        highest = scheduler.config.num_train_timesteps - (0 if _is_flow_list(scheduler) else 1)
-        if what == "timesteps" and values[0] > highest:
-            raise RequestError(
-                f"timesteps begin at {values[0]}. Allowed: at most {highest}.", field=what
-            )
-        if what == "sigmas" and _is_flow_list(scheduler) and values[0] > 1:
-            raise RequestError(
-                f"sigmas begin at {values[0]:g}. Allowed for a flow-matching model: at most 1.",
-                field=what,
-            )
+            raise no_list(what, type(scheduler).__name__)
+        require_list(
+            what,
+            values,
+            sampler=type(scheduler).__name__,
+            flow=_is_flow_list(scheduler),
+            num_train_timesteps=scheduler.config.num_train_timesteps,
+        )
 
 
 def _own_list(scheduler: "SchedulerMixin", schedule: Schedule) -> dict[str, Any]:

@@ -124,6 +124,26 @@ def _check_timesteps(timesteps: Sequence[float]) -> None:
         )
 
 
+def require_list(
+    what: str, values: Sequence[float], *, sampler: str, flow: bool, num_train_timesteps: int = 1000
+) -> None:
+    """Raise RequestError for a list of `what`, sigmas or timesteps, that begins too high.
+
+    flow: whether the sampler counts as flow-matching models do.
+    """
+    highest = num_train_timesteps - (0 if flow else 1)
+    if what == "timesteps" and values[0] > highest:
+        raise RequestError(
+            f"timesteps begin at {values[0]:g}. Allowed with {sampler}: at most {highest}.",
+            field=what,
+        )
+    if what == "sigmas" and flow and values[0] > 1:
+        raise RequestError(
+            f"sigmas begin at {values[0]:g}. Allowed for a flow-matching model: at most 1.",
+            field=what,
+        )
+
+
 def schedule_of(request: GenerateRequest) -> Schedule:
     """Return the schedule of a resolved request. Without latents it begins at the first step."""
     return Schedule(

@@ -8,7 +8,7 @@ from typing import Any
 import transformers
 from torch import Tensor
 
-from backends.errors import ConfigError, RequestError, UnsupportedError
+from backends.errors import ConfigError
 from backends.files.adapter_fit import find_encoder
 from backends.loading.model_files import read_weights
 from backends.loading.weights import DTYPES, LOADING_ERRORS
@@ -59,21 +59,6 @@ def use_scales(pipe: Any, load: LoadRequest, request: GenerateRequest) -> None:
     asked = request.ip_adapter_scale
     scales = [float(scale) if asked is None else float(asked) for scale in load.ip_adapter.values()]
     pipe.set_ip_adapter_scale(scales if len(scales) > 1 else scales[0])
-
-
-def require_images(request: GenerateRequest, load: LoadRequest, spec: ModelSpec) -> None:
-    """Raise RequestError or UnsupportedError if the images do not fit the loaded IP-Adapters."""
-    if load.ip_adapter and not request.ip_adapter_image:
-        raise RequestError(
-            "ip_image is missing, but an IP-Adapter is loaded. Send a reference image.",
-            field="ip_image",
-        )
-    most = spec.ip_adapter.get("max_images")
-    if most and isinstance(request.ip_adapter_image, list) and len(request.ip_adapter_image) > most:
-        raise UnsupportedError(
-            f"{len(request.ip_adapter_image)} images as ip_image are too many for {spec.title}. "
-            f"Send {most}."
-        )
 
 
 def image_arguments(request: GenerateRequest, load: LoadRequest) -> dict[str, Any]:

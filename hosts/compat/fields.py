@@ -75,8 +75,10 @@ def read_request(body: Any, *, spec: ModelSpec, accepted: Accepted) -> GenerateR
         if name in given:
             conditioning = codec.decode_conditioning(given[name], field=name)
             fields |= dict(zip(parts, (conditioning.embeds, conditioning.pooled), strict=True))
+            sent_as |= dict.fromkeys(parts, name)
+    absent = {field: old[0] for field, old in OLD_NAMES.items()} if is_existing_client(body) else {}
     return decode.read_request(
-        fields, spec=spec, accepted=accepted, sent_as=sent_as, is_strict=is_strict
+        fields, spec=spec, accepted=accepted, sent_as={**absent, **sent_as}, is_strict=is_strict
     )
 
 

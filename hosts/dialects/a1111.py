@@ -8,7 +8,7 @@ import base64
 import io
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from hosts.dialects.a1111_fields import Asked
 from hosts.dialects.a1111_info import info, infotext
 from hosts.dialects.a1111_passes import hires_of
 from hosts.http import media
-from hosts.http.decode import Accepted, read_request
+from hosts.http.decode import Accepted, decode_request, read_request
 from hosts.http.dialect import (
     Dialect,
     Operation,
@@ -41,7 +41,7 @@ blueprint = Blueprint("a1111", __name__)
 
 IMAGE_STRENGTH = 0.75
 """A1111's default for denoising_strength."""
-START = ("init_image", "image")
+START = {"init_image": "init_images", "image": "init_images", "mask_image": "mask"}
 """Fields of /v1/jobs that init_images becomes."""
 HINTS = {"negative": "negative_prompt", "guidance_scale": "cfg_scale", "sampler": "sampler_name"}
 
@@ -120,11 +120,12 @@ def img2img() -> Response:
     asked = _asked(body)
     fields = dict(asked.fields)
     strength = fields.pop("strength", None)
-    size = _size(_requests(body, replace(asked, number=1), fields)[0])
+    sized = _requests(body, replace(asked, number=1), fields, read=decode_request)
+    size = _size(sized[0])
     start, area = protocol.start_fields(body, spec=_host().spec, accepted=_accepted(), size=size)
     if "init_image" in start:  # a model that edits an image has no strength, but clients send one
         fields["strength"] = strength
-    asked = replace(asked, sent_as={**asked.sent_as, **dict.fromkeys(START, "init_images")})
+    asked = replace(asked, sent_as={**asked.sent_as, **START})
     results = _results(_requests(body, asked, {**fields, **start}))
     return _answer(body, asked, [area.put_back(each) for each in results] if area else results)
 
@@ -189,11 +190,15 @@ def _asked(body: Mapping[str, Any]) -> Asked:
 
 
 def _requests(
-    body: Mapping[str, Any], asked: Asked, fields: Mapping[str, Any]
+    body: Mapping[str, Any],
+    asked: Asked,
+    fields: Mapping[str, Any],
+    *,
+    read: Callable[..., GenerateRequest] = read_request,
 ) -> list[GenerateRequest]:
-    """Return one request for each image."""
+    """Return one request for each image. read: decode_request while inputs are still missing."""
     return [
-        read_request(
+        read(
             {**fields, "seed": seed},
             spec=_host().spec,
             accepted=_accepted(),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from backends.errors import RequestError, UnsupportedError
-from backends.generation.emphasis import has_composition, has_emphasis
+from backends.generation.text.emphasis import has_composition, has_emphasis
 from backends.model_table import ModelSpec
 from hosts.http.decode import Accepted
 from hosts.http.dialect import is_empty, is_strict, shown
@@ -66,7 +66,7 @@ def read_prompt(body: Mapping[str, Any], *, spec: ModelSpec, accepted: Accepted)
     if not spec.has_clip_prompts or is_plain:
         return Prompt(text=rest, loras=loras, notes=[NOTE] if has_weights else [])
     is_long = any(len(each.encode("utf-8", "replace")) > MAX_SHORT for each in texts)
-    is_weighed = has_weights or is_long or accepted.takes_compel
+    is_weighed = has_weights or is_long or accepted.launch.compel
     fields = {"prompt_syntax": "a1111"} if is_weighed else {}
     return Prompt(text=rest, loras=loras, fields=fields)
 

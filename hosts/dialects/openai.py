@@ -21,7 +21,7 @@ from hosts.dialects.openai_fields import Asked
 from hosts.dialects.openai_stream import image_events
 from hosts.http import media
 from hosts.http.access import link_to
-from hosts.http.decode import Accepted, read_request
+from hosts.http.decode import Accepted, decode_request, read_request
 from hosts.http.dialect import (
     Dialect,
     Operation,
@@ -198,7 +198,7 @@ def create_video() -> Response:
     _require_output("video")
     body = protocol.body_of_request()
     require_known(body, protocol.VIDEOS, protocol.HINTS)
-    asked = protocol.filmed(body, protocol.asked_for(body), frames_per_s=_spec().frames_per_s)
+    asked = protocol.filmed(body, protocol.asked_for(body), spec=_spec())
     job = submit(_read(asked, body), is_kept=True, is_stored=True)
     return jsonify(_video(job))
 
@@ -250,8 +250,8 @@ def remix_video(job_id: str) -> Response:
         raise UnsupportedError(f"remix is not available: {_spec().title} reads no prompt.")
     if is_empty(body.get("prompt")):
         raise RequestError("prompt is missing. Send the new one.", field="prompt")
-    prompt = _read(Asked(fields={"prompt": body["prompt"]}, sent_as={}), body).prompt
-    changed = first.request.model_copy(update={"prompt": prompt})
+    new = decode_request({"prompt": body["prompt"]}, spec=_spec(), accepted=_accepted())
+    changed = first.request.model_copy(update={"prompt": new.prompt})
     job = submit(changed, is_kept=True, is_stored=True)
     return jsonify({**_video(job), "remixed_from_video_id": job_id})
 

@@ -175,6 +175,7 @@ def edited(
     """
     start = "image" if spec.most_images > 0 else "init_image"
     name = "image" if _list(body.get("image")) else "images"
+    asked = Asked(fields=asked.fields, sent_as={"mask_image": "mask", **asked.sent_as})
     first, *others = [_image(each, name) for each in _list(body.get(name))] or [None]
     if first is None:
         raise RequestError("image is missing. Send the image to change.", field="image")
@@ -236,10 +237,9 @@ def varied(body: Mapping[str, Any], asked: Asked, accepted: Accepted, *, spec: M
     return Asked(fields=fields, sent_as={**asked.sent_as, "ip_adapter_image": "image"})
 
 
-def filmed(body: Mapping[str, Any], asked: Asked, *, frames_per_s: int) -> Asked:
-    """Add the first image and the number of frames that the requested seconds take.
-
-    frames_per_s: where the request names no speed.
+def filmed(body: Mapping[str, Any], asked: Asked, *, spec: ModelSpec) -> Asked:
+    """Add the first image and the number of frames that the requested seconds take: of those that
+    the model can make the nearest.
     """
     fields, sent_as = dict(asked.fields), dict(asked.sent_as)
     require_once(body, "input_reference", "image")
@@ -253,9 +253,10 @@ def filmed(body: Mapping[str, Any], asked: Asked, *, frames_per_s: int) -> Asked
         if "num_frames" in fields and is_strict(body):
             raise contradiction(body, "seconds", "num_frames")
         speed = whole_number(fields.get("fps")) or 0
-        speed = speed if speed > 0 else frames_per_s
-        frames = round(_seconds(body["seconds"]) * speed)
-        fields["num_frames"], sent_as["num_frames"] = max(1, frames), "seconds"
+        speed = speed if speed > 0 else spec.frames_per_s
+        frames, step = max(1, round(_seconds(body["seconds"]) * speed)), spec.frame_step
+        fields["num_frames"] = round((frames - 1) / step) * step + 1
+        sent_as["num_frames"] = "seconds"
     return Asked(fields=fields, sent_as=sent_as)
 
 

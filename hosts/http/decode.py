@@ -17,13 +17,14 @@ from PIL import Image
 from pydantic import ValidationError
 
 from backends.errors import RequestError, UnsupportedError
-from backends.generation.emphasis import parse_emphasis
+from backends.generation.admission import require_exact, require_possible
 from backends.generation.schedulers import (
     SampledModel,
     parse_requested,
     require_effect,
     require_sampler,
 )
+from backends.generation.text.emphasis import parse_emphasis
 from backends.model_table import ModelSpec
 from backends.request import GenerateRequest, asks, whole_number
 from hosts.http import images, media
@@ -71,7 +72,27 @@ def read_request(
     sent_as: Mapping[str, str] | None = None,
     is_strict: bool = True,
 ) -> GenerateRequest:
-    """Return the request. null and "" count as absent.
+    """Return a request that can be done as far as it is known here. null and "" count as absent.
+
+    Of `fields`, `sent_as` and `is_strict` see decode_request. Raises RequestError or
+    UnsupportedError.
+    """
+    request = decode_request(
+        fields, spec=spec, accepted=accepted, sent_as=sent_as, is_strict=is_strict
+    )
+    require_possible(request, spec, accepted.launch, sent_as or {})
+    return request
+
+
+def decode_request(
+    fields: Mapping[str, Any],
+    *,
+    spec: ModelSpec,
+    accepted: Accepted,
+    sent_as: Mapping[str, str] | None = None,
+    is_strict: bool = True,
+) -> GenerateRequest:
+    """Return the request, of which inputs may still be missing. null and "" count as absent.
 
     `model` is that of `accepted`: the caller has found the host's model by the client's name.
 
@@ -87,7 +108,7 @@ def read_request(
     if is_strict:
         _require_used(given, unused, names)
         _require_start(given, spec, names)
-        _require_size(given, spec, names)
+        require_exact(given, spec, names)
     if "image" not in unused:
         _require_count(given.get("image"), spec, names.get("image", "image"))
     if spec.output != "video" and not spec.is_generic:
@@ -186,24 +207,6 @@ def _require_count(images: Any, spec: ModelSpec, name: str) -> None:
             f"{' at most' if spec.most_images > 1 else ''}. Leave the others out.",
             field=name,
         )
-
-
-def _require_size(given: Mapping[str, Any], spec: ModelSpec, names: Mapping[str, str]) -> None:
-    """Refuse a size that the model does not support, and name the two nearest."""
-    multiple = spec.size_multiple
-    for side in ("height", "width"):
-        value = given.get(side)
-        if isinstance(value, int) and value > 0 and value % multiple:
-            below = value // multiple * multiple
-            nearest = [str(size) for size in (below, below + multiple) if size]
-            name = names.get(side, side)
-            where = "" if name == side else f"{name}: "  # OpenAI's size has both
-            are = "are" if below else "is"
-            raise RequestError(
-                f"{where}{side}={value} is not a size of {spec.title}. Allowed: multiples of "
-                f"{multiple}; the nearest {are} {' and '.join(nearest)}.",
-                field=name,
-            )
 
 
 def _require_text(value: Any, name: str) -> None:
@@ -429,7 +432,14 @@ def _numbers(value: Any, field: str, *, name: str) -> list[float] | list[int]:
             f"{name} must be a list of numbers or an encoded 1-D tensor, all of them finite.",
             field=name,
         )
-    return [round(v) for v in value] if field == "timesteps" else [float(v) for v in value]
+    if field != "timesteps":
+        return [float(each) for each in value]
+    if broken := [each for each in value if each != int(each)]:
+        raise RequestError(
+            f"{name} holds {broken[0]:g}. Send whole numbers, or noise levels as sigmas.",
+            field=name,
+        )
+    return [int(each) for each in value]
 
 
 def _is_number(value: Any) -> bool:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from backends.errors import BusyError, RequestError
+from backends.generation.admission import AtLaunch
 from backends.model_table import ALWAYS_USED, ModelSpec
 from backends.request import GenerateRequest
 from hosts.launch.files import upscaler_files
@@ -115,6 +116,7 @@ class Limits:
             )
 
 
+NOTHING_GIVEN = AtLaunch()
 DEFAULT_LIMITS = Limits.by(Settings())
 
 
@@ -261,14 +263,10 @@ class Accepted:
     """Folders from which requests may name LoRA files."""
     image_scale: float | None = None
     """Default percentage by which images are scaled."""
-    takes_control_image: bool = False
-    """Whether a ControlNet is loaded."""
-    takes_ip_image: bool = False
-    """Whether an IP-Adapter is loaded."""
+    launch: AtLaunch = NOTHING_GIVEN
+    """What the host was started with: adapters, Compel, default sizes and sampler."""
     upscalers: tuple[str, ...] = ()
     """Names of the host's upscalers."""
-    takes_compel: bool = False
-    """Whether Compel is available for prompts."""
     limits: Limits = DEFAULT_LIMITS
     """The operator's limits."""
 
@@ -279,12 +277,20 @@ class Accepted:
             image_dirs=_folders(settings.image_dirs),
             lora_dirs=_folders(settings.lora_dir),
             image_scale=settings.image_scale,
-            takes_control_image=bool(settings.control_net),
-            takes_ip_image=bool(settings.ip_adapter),
+            launch=AtLaunch.of(settings),
             upscalers=tuple(upscaler_files(settings.upscalers)),
-            takes_compel=settings.compel,
             limits=Limits.by(settings),
         )
+
+    @property
+    def takes_control_image(self) -> bool:
+        """Return whether a ControlNet is loaded."""
+        return self.launch.control_nets > 0
+
+    @property
+    def takes_ip_image(self) -> bool:
+        """Return whether an IP-Adapter is loaded."""
+        return self.launch.ip_adapters > 0
 
     @property
     def decode_limits(self) -> DecodeLimits:
@@ -325,7 +331,7 @@ class Accepted:
             "decode_chunk_size": (is_video, no_frames),
             "motion_bucket_id": (is_ramp, no_ramp),
             "noise_aug_strength": (is_ramp, no_ramp),
-            "compel": (self.takes_compel, "the host was started without --compel"),
+            "compel": (self.launch.compel, "the host was started without --compel"),
             "prompt_syntax": (spec.has_clip_prompts, f"{spec.title} has no weights of words"),
             "lora": (bool(self.lora_dirs), "the host was started without --lora_dir"),
             "upscaler": (

@@ -19,7 +19,7 @@ from backends.files.checkpoint import (
     sampler_config,
     with_article,
 )
-from backends.files.defaults import misfit_of, with_own_defaults, with_own_sizes
+from backends.files.defaults import misfit_of, with_own_defaults, with_own_extent, with_own_sizes
 from backends.files.fit import denoiser_channels, prediction_settings
 from backends.files.generic import generic_spec, own_class
 from backends.files.mask_channels import latent_channels, with_mask_inputs
@@ -189,6 +189,7 @@ def plan_start(
         spec = replace(spec, sampler=sampler_config(checkpoint))
         spec, why_defaults = with_own_defaults(spec, checkpoint, hub.short_names(settings))
         spec = with_own_sizes(spec, checkpoint)
+        spec = with_own_extent(spec, checkpoint, motion=settings.motion_adapter)
         spec = replace(spec, own=_own_class(settings, spec, checkpoint))
         start = _plan_files(settings, spec, recall=recall, **facts)
     except HostError as error:
@@ -407,7 +408,11 @@ OVERRULED_BY = "ip_adapter control_net compel step_cache motion_adapter motion_m
 
 def _own_class(settings: Settings, spec: ModelSpec, checkpoint: Checkpoint) -> ModelSpec | None:
     overruled = any(getattr(settings, name) for name in OVERRULED_BY)
-    return own_class(checkpoint) if not overruled and offload(settings) is None else None
+    own = own_class(checkpoint) if not overruled and offload(settings) is None else None
+    if own is None:
+        return None
+    own = replace(own, size_multiple=spec.size_multiple, frame_step=spec.frame_step)
+    return with_own_extent(own, checkpoint)
 
 
 def _generic_spec(settings: Settings) -> ModelSpec:

@@ -27,8 +27,8 @@ from backends.generation.generic_run import (
     own_argument,
 )
 from backends.generation.pipeline import LoadedPipeline, load_pipeline
-from backends.generation.prompts import PromptCache
 from backends.generation.step_driver import step_facts
+from backends.generation.text.prompts import PromptCache
 from backends.loading.offload import apply_vae_options
 from backends.model_table import read_table
 from backends.request import GenerateRequest, LoadRequest

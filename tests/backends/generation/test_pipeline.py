@@ -298,7 +298,7 @@ REFUSALS = [
         "sd1",
         {"prompt_embeds": np.ones((1, 77, 32), np.float32)},
         RequestError,
-        "both a prompt and prompt embeddings",
+        "both prompt and prompt_embeds",
     ),
     (
         "sdxl",
@@ -312,7 +312,12 @@ REFUSALS = [
         UnsupportedError,
         "embeddings cannot be given",
     ),
-    ("sd1", {"sigmas": [1.0, 0.0], "timesteps": [3]}, RequestError, "both sigmas and timesteps"),
+    (
+        "sd1",
+        {"sigmas": [1.0, 0.0], "timesteps": [3]},
+        RequestError,
+        "sigmas and timesteps exclude",
+    ),
     (
         "sd1",
         {"height": 8, "width": 8, "latents": np.ones((1, 3, 8, 8), np.float32), "strength": 0.5},

@@ -474,7 +474,12 @@ def test_refuses_a_window_without_steps(window, field):
             {"timesteps": [5]},
             "DPMSolverMultistepScheduler does not accept a list of timesteps",
         ),
-        ("sd1", "euler", {"timesteps": [1000, 5]}, "timesteps begin at 1000. Allowed: at most 999"),
+        (
+            "sd1",
+            "euler",
+            {"timesteps": [1000, 5]},
+            "timesteps begin at 1000. Allowed with EulerDiscreteScheduler: at most 999",
+        ),
         (
             "sd3",
             "euler",

@@ -279,7 +279,7 @@ def test_ip_adapter_follows_its_images_and_the_requests_scale(tmp_path: Path) ->
         > 5
     )
     assert difference(draw(pipe, **asked), image) == 0
-    with pytest.raises(RequestError, match="ip_image is missing, but an IP-Adapter is loaded"):
+    with pytest.raises(RequestError, match="ip_adapter_image is missing, but an IP"):
         draw(pipe)
     assert (
         difference(
@@ -338,6 +338,6 @@ def test_sd3_takes_one_image_only() -> None:
     pipe = loaded(TABLE["sd3"], ip_adapter={str(ip_adapter("sd3") / IP_ADAPTER_FILE): 1.0})
     with pytest.raises(
         UnsupportedError,
-        match=r"2 images as ip_image are too many for Stable Diffusion 3 and 3\.5\. Send 1",
+        match=r"2 images as ip_adapter_image are too many for Stable Diffusion 3 and 3\.5\. Send 1",
     ):
         draw(pipe, ip_adapter_image=[sample_image(8), sample_image(8)])

@@ -7,10 +7,11 @@ import pytest
 from PIL import Image
 
 from backends import errors
+from backends.generation.admission import AtLaunch
 from backends.model_table import read_table
 from backends.request import GenerateRequest
 from hosts.cluster import messages
-from hosts.http.decode import Accepted, read_request
+from hosts.http.decode import Accepted, decode_request
 from hosts.http.errors import KINDS, error_of, status_of
 from hosts.jobs.job import Job
 from hosts.jobs.serialization import fingerprint
@@ -58,8 +59,8 @@ def test_a_host_reads_what_the_gateway_read(values):
     asked = GenerateRequest(**values)
     body = json.loads(json.dumps(messages.fields_of(asked)))
     assert body.pop("strict") is False
-    accepted = Accepted(takes_control_image=True, takes_ip_image=True)
-    read = read_request(body, spec=SPEC, accepted=accepted, is_strict=False)
+    accepted = Accepted(launch=AtLaunch(control_nets=2, ip_adapters=1))
+    read = decode_request(body, spec=SPEC, accepted=accepted, is_strict=False)
     assert fingerprint(read) == fingerprint(asked)
 
 

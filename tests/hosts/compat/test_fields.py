@@ -2,12 +2,15 @@
 that cannot be meant.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from backends.errors import RequestError
+from backends.generation.admission import AtLaunch
 from backends.model_table import read_table
 from hosts.compat.fields import NAMES, Accepted, read_request
 from hosts.http import decode
@@ -17,14 +20,18 @@ TABLE = read_table()
 IMAGE = Image.new("RGB", (16, 8), "red")
 
 
+ADAPTED = {"control_image": encode(IMAGE), "ip_image": encode(IMAGE)}
+"""What every request needs where adapters are loaded."""
 EVERYTHING = Accepted(
-    takes_control_image=True, takes_ip_image=True, takes_compel=True, upscalers=("4x",)
+    launch=AtLaunch(control_nets=1, ip_adapters=1, compel=True), upscalers=("4x",)
 )
 
 
 def read(body, type_name="sdxl", image_dirs=(), accepted=None):
     accepted = accepted or Accepted(image_dirs=image_dirs)
-    return read_request(body, spec=TABLE[type_name], accepted=accepted)
+    spec = TABLE[type_name]  # most bodies here have no prompt
+    spec = replace(spec, requires=tuple(each for each in spec.requires if each != "prompt"))
+    return read_request(body, spec=spec, accepted=accepted)
 
 
 def test_old_names_become_diffusers_names():
@@ -155,7 +162,12 @@ def test_every_plain_field_can_be_sent():
                 for each in ("ad", "svd", "sdxl")
                 if field not in EVERYTHING.unused(TABLE[each])
             )
-            assert getattr(read({name: value}, taken_by, accepted=EVERYTHING), field) == value
+            beside = {"svd": {"image": encode(IMAGE)}}.get(taken_by, {})
+            beside |= {"compel": False} if field == "clip_skip" else {}
+            if field == "control_guidance_start":
+                value = 0.5
+            body = {name: value, **ADAPTED, **beside}
+            assert getattr(read(body, taken_by, accepted=EVERYTHING), field) == value
 
 
 def test_frames_are_ignored_where_a_image_is_made():
@@ -302,14 +314,16 @@ def test_images_for_adapters_are_decoded_only_where_one_is_loaded():
     body = {"positive": "a", "control_image": "garbage", "ip_image": "garbage"}
     asked = read_request(body, spec=TABLE["sdxl"], accepted=Accepted())
     assert (asked.control_image, asked.ip_adapter_image) == (None, None)
-    for name, switch in (("control_image", "takes_control_image"), ("ip_image", "takes_ip_image")):
+    for name, switch in (("control_image", "control_nets"), ("ip_image", "ip_adapters")):
         with pytest.raises(RequestError, match=name):
-            read_request(body, spec=TABLE["sdxl"], accepted=Accepted(**{switch: True}))
+            read_request(
+                body, spec=TABLE["sdxl"], accepted=Accepted(launch=AtLaunch(**{switch: 1}))
+            )
 
 
 def test_images_for_adapters_may_be_several_and_scaled_and_in_the_oldest_place():
     one, other = encode(Image.new("RGB", (40, 40))), encode(Image.new("RGB", (20, 20)))
-    accepted = Accepted(takes_control_image=True, takes_ip_image=True, image_scale=50.0)
+    accepted = Accepted(launch=AtLaunch(control_nets=2, ip_adapters=1), image_scale=50.0)
     body = {
         "positive": "a",
         "control_image": [one, other],

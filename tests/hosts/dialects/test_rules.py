@@ -57,6 +57,12 @@ NEEDED = {
 PATHS = sorted(PUBLISHED)
 
 
+def needed(name):
+    """The images that every request of a type must bring."""
+    fields = ("image", "init_image", "mask_image", "video")
+    return {field: IMAGE for field in fields if field in TABLE[name].requires}
+
+
 @pytest.fixture(scope="module")
 def images():
     with ReadingHost() as host:
@@ -170,7 +176,7 @@ def test_negative_prompt_of_a_distilled_model_is_refused(name):
             # a row that lists its fields refuses all others alike
             why = "does not take it" if TABLE[name].takes else "is distilled"
             assert answer.status_code == 422 and why in said
-        old = {"positive": "a", "negative": "x", "steps": 2}
+        old = {"positive": "a", "negative": "x", "steps": 2, **needed(name)}
         assert host.post("/generate", old).status_code == 200
 
 
@@ -188,7 +194,62 @@ def test_sizes_are_exact_or_refused_with_the_two_nearest(name):
                 assert answer.status_code == 422 and "does not take it" in said, path
                 continue
             assert answer.status_code == 400 and f"nearest are {below} and {above}" in said, path
-        assert host.post("/generate", {"positive": "a", "width": size}).status_code == 200
+        old = {"positive": "a", "width": size, **needed(name)}
+        assert host.post("/generate", old).status_code == 200
+
+
+VIDEO_TYPES = [name for name, spec in TABLE.items() if spec.frame_step > 1]
+
+
+@pytest.mark.parametrize("name", VIDEO_TYPES)
+def test_lengths_of_videos_are_exact_or_refused_with_the_two_nearest(name):
+    step = TABLE[name].frame_step
+    below, above = 2 * step + 1, 3 * step + 1
+    given = {"prompt": "a", **needed(name)}
+    with ReadingHost(type=name) as host:
+        for path, said in (
+            ("/v1/jobs", f"num_frames={below + 1} is not a length"),
+            ("/generate", f"num_frames={below + 1} is not a length"),
+            ("/v1/videos", f"num_frames={below + 1} is not a length"),
+        ):
+            answer = host.post(path, {**given, "num_frames": below + 1})
+            assert answer.status_code == 400 and message_of(answer).startswith(said), path
+            assert f"nearest are {below} and {above}" in message_of(answer), path
+        assert host.reads("/v1/jobs", {**given, "num_frames": below})[0].num_frames == below
+        if "video" not in needed(name):
+            seconds = {**given, "fps": 10, "seconds": (below + 1) / 10}
+            assert host.reads("/v1/videos", seconds)[0].num_frames == below
+        old = {"positive": "a", "frames": below + 1, **needed(name)}
+        assert host.post("/generate", old).status_code == 200
+
+
+@pytest.mark.parametrize("value", [999.5, 0.1, "999.5"])
+def test_timesteps_that_are_no_whole_numbers_are_refused(images, value):
+    for path in ("/v1/jobs", "/generate"):
+        answer = images.post(path, {"prompt": "a", "timesteps": [value, 0]})
+        assert answer.status_code == 400 and "timesteps" in message_of(answer), path
+        assert images.reads(path, {"prompt": "a", "timesteps": [999.0, 5]})[0].timesteps == [999, 5]
+
+
+def test_jobs_that_can_never_run_are_refused_when_they_are_sent(images):
+    """In every dialect, under the names of its fields."""
+    for path, fields, named in (
+        ("/v1/jobs", {}, "prompt"),
+        ("/generate", {}, "prompt"),
+        ("/v1/images/generations", {}, "prompt"),
+        ("/v1/jobs", {"prompt": "a", "mask_image": IMAGE}, "mask_image"),
+        ("/v1/images/generations", {"prompt": "a", "mask_image": IMAGE}, "mask_image"),
+        ("/v1/jobs", {"prompt": "a", "sigmas": [0.0, 1.0]}, "sigmas"),
+        ("/v1/jobs", {"prompt": "a", "timesteps": [1, 5]}, "timesteps"),
+        ("/v1/jobs", {"prompt": "a", "scheduler": "ddim", "sigmas": [1.0, 0.0]}, "sigmas"),
+        ("/generate", {"positive": "a", "steps": 2, "sigmas": [0.0, 1.0]}, "sigmas"),
+    ):
+        answer = images.post(path, fields)
+        assert answer.status_code == 400 and named in message_of(answer), path
+    with ReadingHost(type="wan_i2v") as host:
+        for path in ("/v1/jobs", "/generate", "/v1/videos"):
+            answer = host.post(path, {"prompt": "a"})
+            assert answer.status_code == 400 and message_of(answer).startswith("image is missing")
 
 
 @pytest.mark.parametrize("path", ["/v1/jobs", "/generate", "/v1/images/generations",
@@ -321,6 +382,7 @@ def test_empty_texts_among_images_are_none(images):
 def test_img2img_of_a1111_starts_from_the_image_in_each_type(name):
     with ReadingHost(type=name) as host:
         sent = {"prompt": "a", "init_images": [IMAGE], "denoising_strength": None}
+        sent |= {"mask": IMAGE} if "mask_image" in TABLE[name].requires else {}
         (read,) = host.reads("/sdapi/v1/img2img", sent)
         if read.init_image is not None:
             assert read.strength == 0.75

@@ -334,7 +334,9 @@ def test_progress_never_falls_within_a_job_and_ends_at_a_hundred(scheduler, sdxl
 
 
 def test_progress_is_zero_after_a_failed_job(sdxl):
-    sdxl.post({"positive": "a", "steps": 2, "scheduler": "ddim", "sigmas": [3.0, 1.0, 0.0]})
+    latents = encode(torch.zeros(1, 5, 8, 8))
+    answer = sdxl.post({"positive": "a", "steps": 2, "latent": latents, "denoise": 0.5})
+    assert "latent has shape (1, 5, 8, 8)" in assert_is_error(answer.json())
     assert requests.get(sdxl.url("/progress"), timeout=5).text == "0"
 
 

@@ -148,3 +148,52 @@ def test_a_folder_that_is_unlike_its_row_runs_as_diffusers_has_it(tmp_path):
     start = plan(checkpoint=folder)
     assert start.spec.is_generic
     assert any("its unet has no encoder_hid_dim_type" in each for each in start.reasons)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "wanted"),
+    [
+        ("sd3", {}, {"height": (1, 512), "width": (1, 512), "clip_skip": (0, 3)}),
+        ("sd1", {}, {"clip_skip": (0, 3)}),
+        ("flux", {}, {}),
+        ("ad", {}, {"clip_skip": (0, 3), "num_frames": (1, 32)}),
+        ("kandinsky5", {}, {"height": (1, 2048), "width": (1, 2048), "num_frames": (1, 509)}),
+        (
+            "cogvideox_i2v",
+            {
+                "use_learned_positional_embeddings": True,
+                "use_rotary_positional_embeddings": True,
+                "sample_height": 8,
+                "sample_width": 12,
+            },
+            {"height": (64, 64), "width": (96, 96)},
+        ),
+    ],
+)
+def test_a_checkpoint_says_for_which_sizes_it_has_positions(name, config, wanted, tmp_path):
+    file = f"{TABLE[name].denoiser}/config.json"
+    folder = changed(checkpoint(name), tmp_path / name, file, **config)
+    assert dict(plan(checkpoint=folder).spec.extent) == wanted
+
+
+def test_a_motion_adapter_says_how_many_frames_it_moves(tmp_path):
+    folder = changed(motion_adapter(), tmp_path / "motion", "config.json", motion_max_seq_length=24)
+    start = plan(type="ad", checkpoint=checkpoint("sd1"), motion_adapter=folder)
+    assert start.spec.extent["num_frames"] == (1, 24)
+
+
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [
+        ("wan_t2v", 4),
+        ("ltx", 4),
+        ("ltx2", 8),
+        ("mochi", 6),
+        ("cogvideox", 4),
+        ("svd", 1),
+        ("ad", 1),
+    ],
+)
+def test_lengths_of_videos_follow_from_the_vae(name, step):
+    """As the pipelines of these tiny checkpoints compute it."""
+    assert plan(checkpoint=checkpoint(name)).spec.frame_step == step

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from backends.errors import ConfigError, UnsupportedError
-from backends.generation.emphasis import Part, parse_emphasis
+from backends.generation.text.emphasis import Part, parse_emphasis
 from backends.model_table import ModelSpec
 from backends.request import GenerateRequest
 
@@ -114,7 +114,7 @@ def compel_prompts(pipe: Any, spec: ModelSpec) -> WeightedPrompts:
 
 
 def a1111_prompts(pipe: Any, spec: ModelSpec, *, clip_skip: int | None) -> WeightedPrompts:
-    """Return prompts as A1111 reads them (backends/generation/emphasis.py).
+    """Return prompts as A1111 reads them (backends/generation/text/emphasis.py).
 
     clip_skip: as in diffusers, it acts on the prompt and not on the negative one.
     """

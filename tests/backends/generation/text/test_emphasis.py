@@ -7,8 +7,8 @@ import torch
 
 from backends.errors import RequestError, UnsupportedError
 from backends.generation.batching import batch_key
-from backends.generation.emphasis import Part, has_emphasis, parse_emphasis
-from backends.generation.prompts import a1111_prompts
+from backends.generation.text.emphasis import Part, has_emphasis, parse_emphasis
+from backends.generation.text.prompts import a1111_prompts
 from backends.request import GenerateRequest
 from tests.backends.features import TABLE, loaded
 from tests.backends.loading.test_adapters import difference, draw

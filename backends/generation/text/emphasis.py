@@ -1,7 +1,7 @@
 """Emphasis in prompts by the rules of the A1111 web interface: text -> weighted parts. No torch.
 
 (word) weighs 1.1, [word] 1 / 1.1, (word:1.3) 1.3; they nest. BREAK begins a new chunk of 75 tokens.
-A backslash makes a bracket part of the text. backends/generation/prompts.py encodes the parts.
+A backslash makes a bracket part of the text. backends/generation/text/prompts.py encodes the parts.
 """
 
 import re

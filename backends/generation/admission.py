@@ -1,0 +1,358 @@
+"""What can be refused of a request before any rank sees it. Imports no torch.
+
+The HTTP side calls require_possible for every request that it reads, and each rank once more for
+the requests that reach it otherwise. What only loaded weights can tell is checked on the ranks.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from backends.errors import RequestError, UnsupportedError
+from backends.files.generic import OWN, require_own_arguments
+from backends.files.pipeline_calls import pipeline_call
+from backends.generation.schedulers import SampledModel, choose_scheduler, no_list
+from backends.generation.step_window import Schedule, require_list
+from backends.model_table import ModelSpec
+from backends.request import GenerateRequest, asks, listed
+
+NO_NAMES: Mapping[str, str] = MappingProxyType({})
+SIDES, STEPS = ("height", "width"), "num_inference_steps"
+_WINDOW = {"control_guidance_start": 0.0, "control_guidance_end": 1.0}
+_MASKS = ("prompt_attention_mask", "prompt_embeds_mask", "prompt_embeds_2")
+"""Arguments that embeddings need beside them, and that no field carries."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AtLaunch:
+    """What was given at launch and decides what requests may ask for."""
+
+    control_nets: int = 0
+    ip_adapters: int = 0
+    compel: bool = False
+    scheduler: Mapping[str, Any] | None = None
+    defaults: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    """height, width and num_inference_steps, where they were given."""
+
+    @classmethod
+    def of(cls, options: Any) -> "AtLaunch":
+        """options: a LoadRequest, or the host's Settings, which have the same names."""
+        return cls(
+            control_nets=len(options.control_net or ()),
+            ip_adapters=len(options.ip_adapter or ()),
+            compel=bool(options.compel),
+            scheduler=options.scheduler,
+            defaults={name: getattr(options, name, None) for name in (*SIDES, STEPS)},
+        )
+
+
+def require_possible(
+    request: GenerateRequest,
+    spec: ModelSpec,
+    launch: AtLaunch,
+    names: Mapping[str, str] = NO_NAMES,
+) -> None:
+    """Raise RequestError or UnsupportedError for a request that cannot be done.
+
+    names: field -> the name under which the client sent it.
+    """
+    spec = spec.serving([name for name, value in request if asks(name, value)])
+    if spec.runs_as_is:
+        _require_generic_inputs(request, spec, names)
+    else:
+        _require_inputs(request, spec, names)
+        _require_steps(request, spec, launch, names)
+        _require_embeds(request, spec, names)
+    _require_control(request, spec, launch, names)
+    _require_ip_images(request, spec, launch, names)
+    _require_extent(request, spec, launch, names)
+    _require_compel(request, launch, names)
+
+
+def require_exact(given: Mapping[str, Any], spec: ModelSpec, names: Mapping[str, str]) -> None:
+    """Raise RequestError for a size or length that the model cannot make; name the two nearest.
+
+    given: field -> value. names: as in require_possible.
+    """
+    step = spec.frame_step
+    for side, multiple, more in (
+        ("height", spec.size_multiple, 0),
+        ("width", spec.size_multiple, 0),
+        ("num_frames", step, 1),
+    ):
+        value = given.get(side)
+        if not isinstance(value, int) or value <= 0 or (value - more) % multiple == 0:
+            continue
+        below = (value - more) // multiple * multiple + more
+        nearest = [str(size) for size in (below, below + multiple) if size]
+        name = names.get(side, side)
+        where = "" if name == side else f"{name}: "  # OpenAI's size has both
+        what = "a length of a video" if more else "a size"
+        allowed = f"1 more than multiples of {step}" if more else f"multiples of {multiple}"
+        raise RequestError(
+            f"{where}{side}={value} is not {what} of {spec.title}. Allowed: {allowed}; the "
+            f"nearest {'are' if below else 'is'} {' and '.join(nearest)}.",
+            field=name,
+        )
+
+
+def _require_inputs(request: GenerateRequest, spec: ModelSpec, names: Mapping[str, str]) -> None:
+    def named(field: str) -> str:
+        return names.get(field, field)
+
+    def error(message: str, field: str) -> RequestError:
+        return RequestError(message, field=named(field))
+
+    if "image" in spec.requires and request.image is None:
+        raise error(
+            f"image is missing. {spec.title} starts from an image: send one as {named('image')}.",
+            "image",
+        )
+    for each, what in (("init_image", "the image to change"), ("mask_image", "what may change")):
+        if each in spec.requires and getattr(request, each) is None:
+            raise error(
+                f"{named(each)} is missing. This checkpoint of {spec.title} is made for "
+                f"inpainting: send {what} as {named(each)}.",
+                each,
+            )
+    if "prompt" in spec.requires and not request.prompt and request.prompt_embeds is None:
+        raise error(
+            f"no prompt was given. Send a text as {named('prompt')}, or embeddings.",
+            "prompt",
+        )
+    for text in ("prompt", "negative_prompt"):
+        embeds = f"{text}_embeds"
+        if getattr(request, text) and getattr(request, embeds) is not None:
+            raise error(
+                f"both {named(text)} and {named(embeds)} were given. Send one of them.", embeds
+            )
+    if request.init_image is not None and request.latents is not None:
+        raise error(
+            f"both {named('latents')} and {named('init_image')} were given. Send one of them.",
+            "init_image",
+        )
+    if request.init_image is not None and not spec.returns_latents:
+        raise UnsupportedError(
+            f"{spec.title} cannot start from {named('init_image')}. Leave it out."
+        )
+    if request.mask_image is not None and request.init_image is None:
+        raise error(
+            f"{named('mask_image')} was given without {named('init_image')}, the image to change. "
+            "Send both.",
+            "mask_image",
+        )
+
+
+def _require_generic_inputs(
+    request: GenerateRequest, spec: ModelSpec, names: Mapping[str, str]
+) -> None:
+    """Raise RequestError for missing or contradicting inputs of a class that runs as it is."""
+    require_own_arguments(request.arguments or {}, spec)
+    for each in spec.requires:
+        nothing = (None,) if each.startswith(OWN) else (None, "")
+        if all(value in nothing for value in _given(request, each)):
+            name = names.get(each, each.removeprefix(OWN))
+            sent = names.get(each, each)
+            raise RequestError(
+                f"{name} is missing. {spec.title} needs it: send one as {sent!r}.", field=sent
+            )
+    if request.image is not None and request.init_image is not None:
+        raise RequestError(
+            f"both image and init_image were given, and {spec.title} takes one image. Send one of "
+            "them.",
+            field=names.get("init_image", "init_image"),
+        )
+
+
+def _given(request: GenerateRequest, need: str) -> tuple[Any, ...]:
+    """Return the values that answer a need of the class."""
+    if need.startswith(OWN):
+        return ((request.arguments or {}).get(need.removeprefix(OWN)),)
+    return (request.image, request.init_image) if need == "image" else (getattr(request, need),)
+
+
+def _require_steps(
+    request: GenerateRequest, spec: ModelSpec, launch: AtLaunch, names: Mapping[str, str]
+) -> None:
+    """Raise RequestError for a schedule that no sampler can follow, or not the chosen one."""
+    steps = request.num_inference_steps or launch.defaults.get(STEPS)
+    has_start = request.latents is not None or request.init_image is not None
+    try:
+        schedule = Schedule(
+            num_inference_steps=steps or spec.num_inference_steps,
+            strength=request.strength if has_start else 1.0,
+            first_step=request.first_step if has_start else 0,
+            stop_step=request.stop_step,
+            sigmas=request.sigmas,
+            timesteps=request.timesteps,
+        )
+        for what in ("sigmas", "timesteps"):
+            if (values := getattr(request, what)) is not None:
+                _require_list(what, values, request, spec, launch)
+        if schedule.strength > 0:  # at 0 nothing is denoised
+            schedule.window(range(schedule.num_inference_steps, 0, -1), 1)
+    except RequestError as error:
+        raise RequestError(str(error), field=names.get(error.field or "", error.field)) from error
+
+
+def _require_list(
+    what: str,
+    values: Sequence[float],
+    request: GenerateRequest,
+    spec: ModelSpec,
+    launch: AtLaunch,
+) -> None:
+    choice = choose_scheduler(request.scheduler, launch.scheduler)
+    sampler = choice.name or str(spec.sampler.get("_class_name", "the checkpoint's scheduler"))
+    if not SampledModel.by(spec).takes_list(choice.name, what):
+        raise no_list(what, sampler)
+    longest = choice.overrides.get(
+        "num_train_timesteps", spec.sampler.get("num_train_timesteps", 1000)
+    )
+    require_list(
+        what, values, sampler=sampler, flow=spec.flow_matching, num_train_timesteps=longest
+    )
+
+
+def _require_embeds(request: GenerateRequest, spec: ModelSpec, names: Mapping[str, str]) -> None:
+    """Raise UnsupportedError or RequestError for embeddings that the pipeline does not take."""
+    if request.prompt_embeds is None and request.negative_prompt_embeds is None:
+        return
+    call = pipeline_call(spec.pipeline)
+    taken = call.names if call is not None else frozenset()
+    needs = [name for name in _MASKS if name in taken]
+    if "prompt_embeds" not in taken or needs:
+        raise UnsupportedError(
+            f"embeddings cannot be given to {spec.title}: it also needs "
+            f"{', '.join(needs) or 'an image'}, which no request field carries. Send the prompt as "
+            "text."
+        )
+    for prefix in ("", "negative_"):
+        embeds, pooled = (f"{prefix}{each}" for each in ("prompt_embeds", "pooled_prompt_embeds"))
+        given, beside = (getattr(request, name) for name in (embeds, pooled))
+        if given is None:
+            continue
+        name = names.get(embeds, embeds)
+        if beside is None and "pooled_prompt_embeds" in taken:
+            raise RequestError(
+                f"{name} has no pooled_output ({pooled}), which {spec.title} needs. Send it with "
+                "the embeddings.",
+                field=name,
+            )
+        for array, num_dims, shape in ((given, 3, "(1, T, D)"), (beside, 2, "(1, P)")):
+            if array is not None and (array.ndim != num_dims or array.shape[0] != 1):
+                raise RequestError(
+                    f"{name} has an array of shape {array.shape}. Allowed: {shape}, the embeddings "
+                    "of one prompt.",
+                    field=name,
+                )
+
+
+def _require_control(
+    request: GenerateRequest, spec: ModelSpec, launch: AtLaunch, names: Mapping[str, str]
+) -> None:
+    """Raise RequestError or UnsupportedError if the request does not fit the loaded ControlNets."""
+    number = launch.control_nets
+    if not number:
+        return
+
+    def error(message: str, field: str) -> RequestError:
+        return RequestError(message, field=names.get(field, field))
+
+    if request.control_image is None:
+        raise error(
+            "control_image is missing, but a ControlNet is loaded. Send a control image.",
+            "control_image",
+        )
+    images = listed(request.control_image)
+    if len(images) not in (1, number):
+        raise error(
+            f"{len(images)} control images were sent for {number} ControlNets. Send one for all, "
+            "or one for each.",
+            "control_image",
+        )
+    scales = listed(request.controlnet_conditioning_scale)
+    if len(scales) > number:
+        raise error(
+            f"{len(scales)} scales were sent for {number} ControlNets. Send at most {number}.",
+            "controlnet_conditioning_scale",
+        )
+    class_name = spec.controlnet.get("pipeline", spec.pipeline)
+    call = pipeline_call(class_name)
+    for name, default in _WINDOW.items():
+        is_taken = call is None or name in call.names
+        if getattr(request, name) != default and not is_taken:
+            raise UnsupportedError(
+                f"{name} is not available for {spec.title}: diffusers' {class_name} applies its "
+                "ControlNet at every step. Leave it out."
+            )
+    if request.control_guidance_start >= request.control_guidance_end:
+        raise error(
+            f"control_guidance_start={request.control_guidance_start} is not before "
+            f"control_guidance_end={request.control_guidance_end}. Send 0 <= start < end <= 1.",
+            "control_guidance_start",
+        )
+
+
+def _require_ip_images(
+    request: GenerateRequest, spec: ModelSpec, launch: AtLaunch, names: Mapping[str, str]
+) -> None:
+    """Raise RequestError or UnsupportedError if the images do not fit the loaded IP-Adapters."""
+    name = names.get("ip_adapter_image", "ip_adapter_image")
+    if launch.ip_adapters and not request.ip_adapter_image:
+        raise RequestError(
+            f"{name} is missing, but an IP-Adapter is loaded. Send a reference image.", field=name
+        )
+    images, most = listed(request.ip_adapter_image), spec.ip_adapter.get("max_images")
+    if most and len(images) > most:
+        raise UnsupportedError(
+            f"{len(images)} images as {name} are too many for {spec.title}. Send {most}."
+        )
+
+
+def _require_extent(
+    request: GenerateRequest, spec: ModelSpec, launch: AtLaunch, names: Mapping[str, str]
+) -> None:
+    """Raise RequestError for values outside what the checkpoint allows, and for too small sizes."""
+    sizes = {name: getattr(request, name) for name in {*SIDES, *spec.extent}}
+    named = {name: names.get(name, name) for name in sizes}
+    image = request.init_image
+    if image is not None and request.height is None and request.width is None:
+        sizes |= {"height": image.height, "width": image.width}
+        named |= dict.fromkeys(SIDES, names.get("init_image", "init_image"))
+    for name, size in sizes.items():
+        value = size or launch.defaults.get(name) or _default(spec, name)
+        if not value:
+            continue
+        least, most = spec.extent.get(name, (0, value))
+        given = f"{name}={value}" if named[name] == name else f"{named[name]}: {name}={value}"
+        if not least <= value <= most:
+            only = f"{least} to {most}" if least < most else f"{most} only"
+            raise RequestError(
+                f"{given} is not allowed: this checkpoint of {spec.title} can do {only}. Send "
+                "such a value.",
+                field=named[name],
+            )
+        if name in SIDES and value < spec.size_multiple:
+            raise RequestError(
+                f"{given} is too small for {spec.title}. Allowed: multiples of "
+                f"{spec.size_multiple}.",
+                field=named[name],
+            )
+
+
+def _default(spec: ModelSpec, name: str) -> int | None:
+    """Return the row's default of a field. Of other classes nobody knows it before they run."""
+    is_open = spec.is_generic or (spec.sizes_by_image and name in SIDES)
+    return None if is_open else getattr(spec, name, None)
+
+
+def _require_compel(request: GenerateRequest, launch: AtLaunch, names: Mapping[str, str]) -> None:
+    is_read = launch.compel and request.compel is not False and request.prompt_syntax is None
+    if is_read and request.clip_skip:
+        name = names.get("clip_skip", "clip_skip")
+        raise UnsupportedError(
+            f"{name}={request.clip_skip} is not available on a host that was started with "
+            "--compel. Leave one of them out."
+        )

@@ -1,0 +1,1 @@
+"""Prompts: the weights of their words, and what text encoders make of them."""
