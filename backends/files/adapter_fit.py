@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from backends.errors import ConfigError
+from backends.errors import ConfigError, RequestError
 from backends.files.checkpoint import (
     Checkpoint,
     Config,
@@ -54,7 +54,7 @@ FAMILIES = {
     r"chroma": ("chroma",),
     r"qwen": ("qwenimage", "qwenimage_edit", "qwenimage_edit_plus"),
     r"z-?image": ("zimage",),
-    r"wan": ("wan_t2v", "wan22_t2v", "wan_i2v", "wan22_i2v", "wan_vace"),
+    r"wan": ("wan_t2v", "wan22_t2v", "wan_i2v", "wan22_i2v", "wan_vace", "skyreels"),
     r"skyreels": ("skyreels", "hunyuanvideo"),
     r"hunyuan-?video-?1-?5": ("hunyuanvideo15",),
     r"hunyuan-?video|framepack": ("hunyuanvideo",),
@@ -139,6 +139,26 @@ def foreign_architecture(metadata: Mapping[str, str], spec: ModelSpec) -> str:
         if types is not None:
             return "" if spec.name in types else f"{key} {metadata[key][:60]!r}"
     return ""
+
+
+def require_own_lora(path: str, spec: ModelSpec) -> None:
+    """Raise RequestError if the file of a request's LoRA is none, or says that it was trained on
+    another model. Nobody reads a warning of a request; at launch it is told (foreign_loras).
+    """
+    try:
+        header = read_header(path, option="--lora")
+        found = recognize(header) if header is not None else None
+        if found is not None and found.part not in ("lora", "embedding"):
+            raise refuse(f"lora={path}", found, spec, "a LoRA")
+    except ConfigError as error:
+        raise RequestError(str(error).replace("--lora=", "lora="), field="lora") from error
+    if header is not None and (foreign := foreign_architecture(header.metadata, spec)):
+        raise RequestError(
+            f"lora={path} says that it was trained on another model ({foreign}) than {spec.title}. "
+            "Send one made for this model, or give this one at launch (--lora) to use its layers "
+            "as far as they fit.",
+            field="lora",
+        )
 
 
 def foreign_loras(load: LoadRequest, spec: ModelSpec) -> Iterator[str]:

@@ -6,10 +6,12 @@ the requests that reach it otherwise. What only loaded weights can tell is check
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from backends.errors import RequestError, UnsupportedError
+from backends.files.adapter_fit import require_own_lora
 from backends.files.generic import OWN, require_own_arguments
 from backends.files.pipeline_calls import pipeline_call
 from backends.generation.schedulers import SampledModel, choose_scheduler, no_list
@@ -28,6 +30,7 @@ _MASKS = ("prompt_attention_mask", "prompt_embeds_mask", "prompt_embeds_2")
 class AtLaunch:
     """What was given at launch and decides what requests may ask for."""
 
+    loras: tuple[str, ...] = ()
     control_nets: int = 0
     ip_adapters: int = 0
     compel: bool = False
@@ -39,6 +42,7 @@ class AtLaunch:
     def of(cls, options: Any) -> "AtLaunch":
         """options: a LoadRequest, or the host's Settings, which have the same names."""
         return cls(
+            loras=tuple(str(Path(path).resolve()) for path in options.lora or ()),
             control_nets=len(options.control_net or ()),
             ip_adapters=len(options.ip_adapter or ()),
             compel=bool(options.compel),
@@ -68,6 +72,9 @@ def require_possible(
     _require_ip_images(request, spec, launch, names)
     _require_extent(request, spec, launch, names)
     _require_compel(request, launch, names)
+    for path in request.lora or {}:
+        if str(Path(path).resolve()) not in launch.loras:
+            require_own_lora(path, spec)
 
 
 def require_exact(given: Mapping[str, Any], spec: ModelSpec, names: Mapping[str, str]) -> None:

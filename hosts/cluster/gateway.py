@@ -110,6 +110,7 @@ def initialize() -> Response:
 @blueprint.get("/v1/jobs")
 def jobs() -> Response:
     """Return the sender's jobs of all models."""
+    jobs_api.require_known_query()
     found: list[dict[str, Any]] = []
     owner = seen_owner()
     for deployment in _gateway().deployments:

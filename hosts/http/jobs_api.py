@@ -1,6 +1,7 @@
 """Jobs over HTTP: submit, follow, fetch and cancel. Fields have diffusers' names."""
 
 import base64
+import difflib
 import io
 import json
 import threading
@@ -12,7 +13,7 @@ from flask import Blueprint, Response, current_app, jsonify, request
 from PIL import Image
 from pydantic import BaseModel, Field
 
-from backends.errors import BusyError, NotFoundError
+from backends.errors import BusyError, NotFoundError, RequestError
 from backends.plan import Exactness
 from backends.request import MAX_FPS, GenerateRequest
 from hosts.http import media
@@ -57,6 +58,13 @@ OLD_NAMES = {
     "sampler": "scheduler",
 }
 """Names of other APIs -> our field, for messages."""
+PARAMETERS = {
+    "result": ("format", "fps", "quality", "image"),
+    "events": ("previews",),
+}
+"""Route -> what may stand in its query."""
+IN_ANY_QUERY = ("model", "signature", "expires", "key", "_")
+"""The host's model, the parts of a signed link, and what clients add against caches."""
 HEARTBEAT_S = 10.0
 MIN_INTERVAL_S = 0.1
 MAX_STREAMS = 24
@@ -69,6 +77,23 @@ PREVIEW_QUALITY = 80
 _streams: Counter[str] = Counter()
 """Client -> its open streams."""
 _streams_lock = threading.Lock()
+
+
+@blueprint.before_request
+def require_known_query() -> None:
+    """Refuse parameters of the query that the route does not read, or that are given twice."""
+    taken = PARAMETERS.get(str(request.endpoint).rpartition(".")[2], ())
+    for name, values in request.args.lists():
+        if name not in (*taken, *IN_ANY_QUERY):
+            nearest = difflib.get_close_matches(name[:80].lower(), taken, n=1, cutoff=0.0)
+            advice = f"The nearest one is {nearest[0]}" if nearest else "It takes none"
+            raise RequestError(
+                f"{shown(name)} is not a parameter of {request.path}. {advice}. Correct or leave "
+                f"out {shown(name)}.",
+                field=name,
+            )
+        if len(values) > 1:
+            raise RequestError(f"{name} is given {len(values)} times. Give it once.", field=name)
 
 
 @blueprint.post("/v1/jobs")

@@ -6,15 +6,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from backends.errors import ConfigError
+from backends.errors import ConfigError, RequestError
 from backends.files.adapter_fit import (
     FAMILIES,
     foreign_architecture,
     foreign_loras,
     require_fit,
 )
+from backends.generation.admission import AtLaunch, require_possible
 from backends.model_table import read_table
-from backends.request import LoadRequest
+from backends.request import GenerateRequest, LoadRequest
 from tests.checkpoints import NAMES, checkpoint, lora
 from tests.checkpoints.lora import KOHYA_NAMES
 
@@ -123,3 +124,20 @@ def test_a_lora_that_names_another_model_is_told_at_launch(tmp_path):
     (told,) = foreign_loras(load_with("sdxl", path), TABLE["sdxl"])
     assert told.startswith(f"--lora={path} says that it was trained on another model (modelspec")
     assert not list(foreign_loras(load_with("sdxl", lora("sdxl")), TABLE["sdxl"]))
+
+
+def test_a_lora_that_names_another_model_is_refused_in_a_request(tmp_path):
+    header = {"modelspec.architecture": "flux-1-dev/lora"}
+    path = str(wider(lora("sdxl"), "nothing", tmp_path, header))
+    asked = GenerateRequest(prompt="a", lora={path: 1.0})
+    with pytest.raises(RequestError, match=r"was trained on another model .*flux-1-dev") as refused:
+        require_possible(asked, TABLE["sdxl"], AtLaunch())
+    assert refused.value.field == "lora"
+    require_possible(asked, TABLE["sdxl"], AtLaunch(loras=(path,)))  # told when it was given
+    own = GenerateRequest(prompt="a", lora={str(lora("sdxl")): 1.0})
+    require_possible(own, TABLE["sdxl"], AtLaunch())
+    whole = checkpoint("sdxl") / "vae" / "diffusion_pytorch_model.safetensors"
+    with pytest.raises(RequestError, match=r"^lora=.* a VAE"):
+        require_possible(
+            GenerateRequest(prompt="a", lora={str(whole): 1.0}), TABLE["sdxl"], AtLaunch()
+        )

@@ -215,6 +215,28 @@ def test_unknown_job_is_answered_as_an_error(host):
         assert "there is no job 'none'" in assert_is_error(answer.json())
 
 
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("/v1/jobs?limt=5", "'limt' is not a parameter of /v1/jobs. It takes none."),
+        ("/v1/jobs?limit=5", "'limit' is not a parameter"),
+        ("/v1/jobs/{id}?verbose=1", "'verbose' is not a parameter"),
+        ("/v1/jobs/{id}/result?imge=1", "The nearest one is image"),
+        ("/v1/jobs/{id}/result?image=0&image=1", "image is given 2 times"),
+        ("/v1/jobs/{id}/events?preview=1", "The nearest one is previews"),
+        ("/v1/jobs/{id}/trace?format=json", "'format' is not a parameter"),
+    ],
+)
+def test_parameters_that_a_route_does_not_read_are_refused(host, path, said):
+    done = wait_for(host, send(host, BODY)["id"], "done") if "{id}" in path else {"id": ""}
+    answer = requests.get(host.url(path.format(id=done["id"])), timeout=20)
+    assert answer.status_code == 400 and said in assert_is_error(answer.json())
+
+
+def test_parameters_against_caches_are_accepted(host):
+    assert requests.get(host.url("/v1/jobs?_=1764554400"), timeout=20).status_code == 200
+
+
 def test_bad_field_is_refused_before_the_queue(host):
     answer = requests.post(
         host.url("/v1/jobs"), json={**BODY, "num_inference_steps": 0}, timeout=20
