@@ -44,7 +44,7 @@ SHARED_GPU = {
 }
 START = "spawn"
 """Not a fork, as a library may have asked for GPUs when it was imported."""
-CHECK_WITHIN_S = 90.0
+CHECK_WITHIN_S = {"cuda": 90.0, "rehearsed": 300.0, "cpu": 300.0}
 LOOK_EVERY_S = 0.1
 BROKEN = 3
 """Exit code of a process whose GPU gives nothing but errors after a check."""
@@ -106,7 +106,7 @@ def _run_in_one_process(
     )
     process.start()
     before, since = 0, time.monotonic()
-    while process.is_alive() and time.monotonic() - since < CHECK_WITHIN_S:
+    while process.is_alive() and time.monotonic() - since < place.check_within_s:
         process.join(LOOK_EVERY_S)
         if done.value != before:
             before, since = done.value, time.monotonic()
@@ -117,7 +117,7 @@ def _run_in_one_process(
     if count == len(chosen) or process.exitcode in (0, BROKEN):
         return count
     why = (
-        f"did not end within {CHECK_WITHIN_S:g} s"
+        f"did not end within {place.check_within_s:g} s"
         if is_stuck
         else f"ended its process ({process.exitcode})"
     )
@@ -160,7 +160,7 @@ def _run_on_ranks(check: Check, place: Place, report: Report) -> None:
         ]
         for process in processes:
             process.start()
-        deadline = time.monotonic() + CHECK_WITHIN_S
+        deadline = time.monotonic() + place.check_within_s
         for process in processes:
             process.join(max(0.1, deadline - time.monotonic()))
         for rank, process in enumerate(processes):
@@ -180,7 +180,7 @@ def _rank(rank: int, folder: str, check: Check, place: Place, report: Report) ->
         init_method=f"file://{folder}/meet",
         rank=rank,
         world_size=check.ranks,
-        timeout=timedelta(seconds=CHECK_WITHIN_S),
+        timeout=timedelta(seconds=place.check_within_s),
     )
     with place.device(rank) as device:
         report.of(check, lambda: check.run(device, rank, *check.args), rank=rank)
@@ -210,7 +210,8 @@ def main() -> int:
     for name, value in {**RANK_ENVIRONMENT, "NCCL_DEBUG": "WARN"}.items():
         os.environ.setdefault(name, value)
     num_gpus = {"cuda": torch.cuda.device_count(), "rehearsed": 2, "cpu": 0}[options.device]
-    place, report = Place(options.device, num_gpus), Report(options.output)
+    place = Place(options.device, num_gpus, CHECK_WITHIN_S[options.device])
+    report = Report(options.output)
     wanted = options.sections or SECTIONS
     chosen = [check for check in checks(place) if check.section in wanted]
     run_all(chosen, place, report, until=time.monotonic() + 60 * options.minutes)

@@ -66,10 +66,13 @@ SMALL = {
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What the checks run on. num_gpus: of this machine, or as many as are rehearsed."""
+    """What the checks run on. num_gpus: of this machine, or as many as are rehearsed.
+    check_within_s: a check that takes longer hangs.
+    """
 
     kind: Kind
     num_gpus: int
+    check_within_s: float
 
     @property
     def is_real(self) -> bool:

@@ -38,13 +38,13 @@ def lines_of(path):
 @pytest.mark.slow
 def test_a_check_that_fails_hangs_or_ends_its_process_stops_no_other(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "START", "forkserver")
-    monkeypatch.setattr(gpu, "CHECK_WITHIN_S", 20.0)
+    place = Place("rehearsed", 2, check_within_s=20.0)
     chosen = [
         Check(section=run.__name__, run=run)
         for run in (_work, _raise, _work, _end, _work, _hang, _work)
     ]
     report = Report(str(tmp_path / "gpu.jsonl"))
-    run_all(chosen, Place("rehearsed", 2), report, until=time.monotonic() + 300)
+    run_all(chosen, place, report, until=time.monotonic() + 300)
     found = lines_of(tmp_path / "gpu.jsonl")
     assert [line["section"] for line in found] == [check.section for check in chosen]
     errors = [line.get("error", "") for line in found]
@@ -52,17 +52,17 @@ def test_a_check_that_fails_hangs_or_ends_its_process_stops_no_other(tmp_path, m
     assert errors[3] == "ended its process (7)"
     assert "did not end within 20 s" in errors[5]
     assert all(line["device"] == "cuda:0" for line in found[::2])
-    run_all(chosen[:1], Place("rehearsed", 2), report, until=time.monotonic() - 1)
+    run_all(chosen[:1], place, report, until=time.monotonic() - 1)
     assert lines_of(tmp_path / "gpu.jsonl")[-1]["error"] == "not run: the time is over"
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("section", SECTIONS)
 def test_checks_run_on_rehearsed_gpus(tmp_path, section):
     output = tmp_path / "gpu.jsonl"
     command = [sys.executable, "-m", "benchmarks.gpu", section, "--device=rehearsed"]
-    subprocess.run([*command, f"--output={output}", "--minutes=14"], check=True, timeout=890)
+    subprocess.run([*command, f"--output={output}", "--minutes=14"], check=True, timeout=1190)
     found = lines_of(output)
     assert found
     assert not [line for line in found if "error" in line]
