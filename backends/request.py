@@ -311,7 +311,7 @@ class GenerateRequest(BaseModel):
         return values
 
 
-NEUTRAL = {"num_frames": 1, "compel": False}
+NEUTRAL = {"num_frames": 1, "compel": False, "clip_skip": 0}
 """Values besides the defaults that have no effect."""
 HARMLESS = frozenset({"latent_space"})
 """Fields that only modify the meaning of another field."""

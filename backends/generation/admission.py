@@ -104,6 +104,41 @@ def require_exact(given: Mapping[str, Any], spec: ModelSpec, names: Mapping[str,
         )
 
 
+def require_companions(given: Mapping[str, Any], spec: ModelSpec, names: Mapping[str, str]) -> None:
+    """Raise RequestError for a field that has no effect without another one, which is missing.
+
+    given and names: as in require_exact.
+    """
+    starts = ("init_image", "latents", *(("image", "video", "arguments") if spec.takes else ()))
+    for field_name, companions, needed in (
+        ("strength", starts, "init_image or latents"),
+        ("first_step", ("latents", "init_image"), "init_image or latents"),
+        ("pooled_prompt_embeds", ("prompt_embeds",), "prompt_embeds"),
+        ("negative_prompt_embeds", ("prompt_embeds",), "prompt_embeds"),
+        ("negative_pooled_prompt_embeds", ("negative_prompt_embeds",), "negative_prompt_embeds"),
+    ):
+        value, name = given.get(field_name), names.get(field_name, field_name)
+        if value is None or str(value) in _NO_EFFECT.get(field_name, ()):
+            continue
+        if not any(each in given for each in companions):
+            told = name if field_name.endswith("embeds") else f"{name}={str(value)[:80]}"
+            image = " an image to start from" if companions[0] == "init_image" else f" {needed}"
+            raise RequestError(
+                f"{told} has no effect without{image}. Send {needed}, or leave {name} out.",
+                field=name,
+            )
+
+
+_NO_EFFECT = {"strength": ("1", "1.0"), "first_step": ("0", "0.0")}
+"""Values that ask for nothing."""
+
+
+def call_takes(spec: ModelSpec, argument: str) -> bool:
+    """Return whether the row's pipeline class takes this argument, as far as it is known."""
+    call = pipeline_call(spec.pipeline)
+    return call is None or argument in call.names
+
+
 def _require_inputs(request: GenerateRequest, spec: ModelSpec, names: Mapping[str, str]) -> None:
     def named(field: str) -> str:
         return names.get(field, field)

@@ -9,7 +9,7 @@ import base64
 import functools
 import io
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from inspect import Parameter, Signature
@@ -188,7 +188,8 @@ class GenericGeneration(Generation):
             if hasattr(each, "scheduler"):
                 each.scheduler = self._scheduler
         counter = StepCounter(pipe, self._spec.denoisers, on_step=self._step_done)
-        with counter.attached(), self._seeded(request):
+        denoisers = [getattr(pipe, name) for name in self._spec.denoisers]
+        with counter.attached(), self._seeded(request), _limited_to_positions(denoisers):
             try:
                 arguments = generic_arguments(request, self._spec)
                 arguments = self._placed(arguments, request.arguments or {})
@@ -307,6 +308,36 @@ def _watched(denoiser: nn.Module, called: Callable[..., None]) -> Iterator[None]
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def _limited_to_positions(denoisers: Sequence[nn.Module]) -> Iterator[None]:
+    """Refuse a prompt that is longer than the denoiser's table of positions, on all ranks alike."""
+    with ExitStack() as stack:
+        for denoiser in denoisers:
+            hook = denoiser.register_forward_pre_hook(_require_positions, with_kwargs=True)
+            stack.callback(hook.remove)
+        yield
+
+
+def _require_positions(
+    denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> None:
+    """Raise RequestError if Qwen-Image's table ends before the texts do, which stand in it after
+    half the longest side of the images. What describes an image for the prompt counts too.
+    """
+    table = getattr(getattr(denoiser, "pos_embed", None), "pos_freqs", None)
+    texts, shapes = kwargs.get("encoder_hidden_states"), kwargs.get("img_shapes")
+    if table is None or texts is None or not shapes:
+        return
+    images = shapes[0] if isinstance(shapes[0], list) else [shapes[0]]
+    most = len(table) - max(max(height, width) // 2 for _, height, width in images)
+    if texts.shape[1] > most:
+        raise RequestError(
+            f"prompt is too long: with what describes its images it has {texts.shape[1]} tokens, "
+            f"and the model has positions for {most}. Send a shorter one.",
+            field="prompt",
+        )
 
 
 @contextmanager

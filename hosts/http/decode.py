@@ -17,7 +17,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from backends.errors import RequestError, UnsupportedError
-from backends.generation.admission import require_exact, require_possible
+from backends.generation.admission import require_companions, require_exact, require_possible
 from backends.generation.schedulers import (
     SampledModel,
     parse_requested,
@@ -28,7 +28,6 @@ from backends.generation.text.emphasis import parse_emphasis
 from backends.model_table import ModelSpec
 from backends.request import GenerateRequest, asks, whole_number
 from hosts.http import images, media
-from hosts.http.dialect import shown
 from hosts.http.limits import MAX_IMAGES, Accepted, DecodeLimits
 
 IMAGES = ("image", "init_image", "mask_image", "control_image", "ip_adapter_image", "video")
@@ -107,7 +106,7 @@ def decode_request(
     unused = accepted.unused(spec)
     if is_strict:
         _require_used(given, unused, names)
-        _require_start(given, spec, names)
+        require_companions(given, spec, names)
         require_exact(given, spec, names)
     if "image" not in unused:
         _require_count(given.get("image"), spec, names.get("image", "image"))
@@ -185,18 +184,6 @@ def _require_used(
             raise RequestError(
                 f"{name}={value} is not allowed. Send a value that is not a boolean.", field=name
             )
-
-
-def _require_start(given: Mapping[str, Any], spec: ModelSpec, names: Mapping[str, str]) -> None:
-    """Refuse a strength without an image or latents that it could be of."""
-    value, name = given.get("strength", 1), names.get("strength", "strength")
-    starts = ("init_image", "latents", *(("image", "video", "arguments") if spec.takes else ()))
-    if str(value) not in ("1", "1.0") and not any(start in given for start in starts):
-        raise RequestError(
-            f"{name}={shown(value)} has no effect without an image to start from. Send init_image "
-            f"or latents, or leave {name} out.",
-            field=name,
-        )
 
 
 def _require_count(images: Any, spec: ModelSpec, name: str) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from backends.errors import BusyError, RequestError
-from backends.generation.admission import AtLaunch
+from backends.generation.admission import AtLaunch, call_takes
 from backends.model_table import ALWAYS_USED, ModelSpec
 from backends.request import GenerateRequest
 from hosts.launch.files import upscaler_files
@@ -328,7 +328,14 @@ class Accepted:
             "arguments": (False, has_fields),
             "num_frames": (is_video, no_frames),
             "fps": (is_video, no_frames),
-            "decode_chunk_size": (is_video, no_frames),
+            "decode_chunk_size": (
+                is_video and call_takes(spec, "decode_chunk_size"),
+                f"{spec.title} decodes its frames itself" if is_video else no_frames,
+            ),
+            "clip_skip": (
+                call_takes(spec, "clip_skip"),
+                f"{spec.title} skips no layers of a text encoder",
+            ),
             "motion_bucket_id": (is_ramp, no_ramp),
             "noise_aug_strength": (is_ramp, no_ramp),
             "compel": (self.launch.compel, "the host was started without --compel"),

@@ -252,3 +252,19 @@ def test_a_sampler_keeps_its_sample_though_the_class_overwrites_it(name):
 
     solution = drawn("euler", 30)
     assert abs(drawn(name, 15) - solution).mean() < 2 < abs(drawn("euler", 15, 4) - solution).mean()
+
+
+def test_a_prompt_longer_than_the_table_of_positions_is_refused():
+    """Qwen-Image-Edit reads all of a prompt, and its denoiser has 4096 positions."""
+    name = "qwenimage_edit"
+    folder = str(checkpoint(name))
+    pipe = load_pipeline(
+        read_table()[name],
+        LoadRequest(model_type=name, checkpoint=folder, variant="fp32"),
+        device=torch.device("cpu"),
+    )
+    asked = {"image": sample_image(32), "height": 32, "width": 32, "num_inference_steps": 1}
+    with pytest.raises(RequestError, match=r"prompt is too long.* tokens") as refused:
+        pipe.generate(GenerateRequest(prompt="cat " * 2100, seed=1, **asked))
+    assert refused.value.field == "prompt"
+    pipe.generate(GenerateRequest(prompt="cat", seed=1, **asked))

@@ -2,6 +2,7 @@
 that cannot be meant.
 """
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +15,7 @@ from backends.generation.admission import AtLaunch
 from backends.model_table import read_table
 from hosts.compat.fields import NAMES, Accepted, read_request
 from hosts.http import decode
+from tests.checkpoints import lora
 from tests.hosts.client import encode
 
 TABLE = read_table()
@@ -274,7 +276,7 @@ def test_path_of_something_other_than_a_image_is_refused(tmp_path):
 def test_loras_of_a_request_come_from_the_folders_that_it_may_use_only(tmp_path):
     (tmp_path / "loras" / "sub").mkdir(parents=True)
     for name in ("loras/a.v1.safetensors", "loras/sub/b.safetensors", "secret.safetensors"):
-        (tmp_path / name).write_bytes(b"")
+        shutil.copy(lora("sdxl"), tmp_path / name)
     accepted = Accepted(lora_dirs=(str(tmp_path / "loras"),))
 
     def loras(given, accepted=accepted):

@@ -2,6 +2,7 @@
 taken in silence.
 """
 
+import numpy as np
 import pytest
 from openai.types import image_edit_params, image_generate_params, video_create_params
 
@@ -10,6 +11,7 @@ from backends.request import GenerateRequest
 from hosts.compat import fields as compat
 from hosts.dialects import a1111_fields, openai_fields
 from hosts.http import jobs_api
+from hosts.http.media import npy
 from tests.checkpoints import sample_image
 from tests.hosts.application import encode_file
 from tests.hosts.dialects.reading import ReadingHost, message_of
@@ -487,3 +489,43 @@ def test_numbers_and_words_of_another_kind_are_refused_as_they_were_sent(host, p
     ((name, value),) = fields.items()
     assert answer.status_code == 400
     assert f"{name}={value!r}" in message_of(answer) or f"{name}=10" in message_of(answer)
+
+
+EMBEDS = npy(np.zeros((1, 4, 8), np.float32))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"first_step": 1},
+        {"negative_prompt_embeds": EMBEDS},
+        {"pooled_prompt_embeds": EMBEDS},
+        {"negative_pooled_prompt_embeds": EMBEDS},
+    ],
+)
+@pytest.mark.parametrize("path", ["/v1/jobs", "/v1/images/generations"])
+def test_fields_without_the_one_that_they_belong_to_are_refused(images, path, fields):
+    answer = images.post(path, {"prompt": "a", **fields})
+    assert answer.status_code == 400
+    assert message_of(answer).startswith(next(iter(fields)))
+    assert "has no effect without" in message_of(answer)
+    assert images.reads(path, {"prompt": "a", "first_step": 0})
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("flux", {"clip_skip": 1}),
+        ("zimage", {"clip_skip": 2}),
+        ("wan_t2v", {"decode_chunk_size": 2}),
+        ("wan_t2v", {"clip_skip": 1}),
+    ],
+)
+def test_settings_that_the_class_does_not_have_are_refused(name, fields):
+    with ReadingHost(type=name) as host:
+        answer = host.post("/v1/jobs", {"prompt": "a", **fields})
+        assert answer.status_code == 422 and message_of(answer).startswith(next(iter(fields)))
+        assert host.reads("/v1/jobs", {"prompt": "a", "clip_skip": 0})
+        if TABLE[name].output == "image":  # A1111's default is the last layer
+            body = {"prompt": "a", "override_settings": {"CLIP_stop_at_last_layers": 1}}
+            assert host.reads("/sdapi/v1/txt2img", body)

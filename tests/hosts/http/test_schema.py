@@ -61,9 +61,8 @@ def test_every_field_has_a_description_a_type_a_default_and_every_number_a_range
     }
     assert numbers <= set(fields)
     assert ("strength" in fields) == ("init_image" in fields)
-    assert ("motion_bucket_id" in fields) == (name == "svd") and (
-        "decode_chunk_size" in fields
-    ) == ("num_frames" in fields)
+    assert ("motion_bucket_id" in fields) == (name == "svd")
+    assert ("decode_chunk_size" in fields) == (name in ("svd", "ad"))
 
 
 def test_schema_says_how_many_images_a_field_takes():
