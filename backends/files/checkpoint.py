@@ -338,12 +338,22 @@ def _first_type(
     )
 
 
+RENAMED = {
+    "Lumina2Text2ImgPipeline": "Lumina2Pipeline",
+    "LuminaText2ImgPipeline": "LuminaPipeline",
+}
+"""Names of classes in published folders, which diffusers has dropped -> their names today."""
+
+
 def read_index(folder: Path) -> Config:
     """Return model_index.json, or modular_model_index.json as if it were one: component ->
     [library, class]. Empty if the folder has neither.
     """
     if not is_modular(folder):
-        return read_json(folder / "model_index.json")
+        index = read_json(folder / "model_index.json")
+        name = index.get("_class_name")
+        is_old = isinstance(name, str) and name in RENAMED
+        return {**index, "_class_name": RENAMED[name]} if is_old else index
     entries = read_json(folder / MODULAR_INDEX)
     return {
         name: entry[:2] if isinstance(entry, list) else entry for name, entry in entries.items()

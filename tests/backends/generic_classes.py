@@ -211,23 +211,24 @@ def main(arguments: list[str]) -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("names", nargs="*", metavar="CLASS", help="default: all of diffusers")
     options.add_argument("--http", type=int, metavar="RANKS", help="ask launchers of 1 or 2 ranks")
+    options.add_argument("--together", action="store_true", help="one launcher for many classes")
     options.add_argument("--page", type=Path, metavar="RESULTS", help="write docs/models.md")
     given = options.parse_args(arguments)
     if given.page:
         update_page(given.page, classes(), tuple(METHODS))
         return
-    for outcome in _walk(given.names or classes(), given.http):
+    for outcome in _walk(given.names or classes(), given.http, together=given.together):
         print(json.dumps(asdict(outcome)), flush=True)
 
 
-def _walk(names: list[str], http_ranks: int | None) -> Iterator[Outcome]:
+def _walk(names: list[str], http_ranks: int | None, *, together: bool = False) -> Iterator[Outcome]:
     """Yield what each class gives: those that cannot be made, those without a row, the others."""
     rows = {spec.pipeline for spec in read_table().values()}
     reasons = {name: buildable(name) for name in names}
     yield from (Outcome(name=name, one_rank=why) for name, why in reasons.items() if why)
     able = sorted((name for name, why in reasons.items() if not why), key=rows.__contains__)
     if http_ranks:
-        yield from (over_http(name, http_ranks) for name in able)
+        yield from over_http(able, http_ranks, together=together)
         return
     for start in range(0, len(able), CHUNK):
         yield from outcomes_of(able[start : start + CHUNK])

@@ -1,8 +1,11 @@
-"""Asks a class over HTTP: a launcher of its own on the checkpoint's folder, as a user starts it, a
-job with the same values as plain diffusers, and all pixels of its result.
+"""Asks classes over HTTP: launchers on the folders of their checkpoints, as a user starts them, the
+values of plain diffusers in jobs, and all pixels of their results.
 """
 
 import io
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +13,9 @@ import torch
 from PIL import Image
 
 from backends.errors import RequestError
+from backends.files.checkpoint import infer_type
 from backends.files.generic import generic_spec
+from backends.model_table import GENERIC, read_table
 from hosts.http.media import ARRAY_TYPE, png
 from tests.backends.generic_page import HTTP, Outcome
 from tests.backends.generic_requests import (
@@ -24,43 +29,68 @@ from tests.backends.generic_requests import (
 from tests.hosts.harness import RunningHost, start_launcher
 from tests.hosts.sending import over
 
+TOGETHER = 20
+"""Classes that one launcher serves."""
 MOST = 256
 """Pixels of a side, where neither the test of a class nor its checkpoint says how many."""
 
 
-def over_http(name: str, num_ranks: int) -> Outcome:
-    """Compare a launcher with plain diffusers. A figure, or what the host or diffusers said."""
+def over_http(names: list[str], num_ranks: int, *, together: bool = False) -> Iterator[Outcome]:
+    """Compare launchers with plain diffusers. A figure, or what the host or diffusers said.
+
+    together: one launcher serves several classes, with --models, instead of one each.
+    """
     torch.set_num_threads(1)
-    outcome = Outcome(name=name)
+    if not together:
+        for name in names:
+            yield from _asked([name], num_ranks, f"--checkpoint={checkpoint_of(name)}")
+        return
+    for start in range(0, len(names), TOGETHER):
+        some = names[start : start + TOGETHER]
+        with tempfile.TemporaryDirectory() as folder:
+            for name in some:
+                (Path(folder) / name).symlink_to(checkpoint_of(name))
+            yield from _asked(some, num_ranks, f"--models={folder}", has_names=True)
+
+
+def _asked(
+    names: list[str], num_ranks: int, model: str, *, has_names: bool = False
+) -> Iterator[Outcome]:
+    """Start a launcher with this argument and ask it for each class. has_names: by its name."""
+    left = list(names)
     try:
-        outcome.http[HTTP[num_ranks]] = _difference(name, num_ranks)
+        with start_launcher(model, f"--nproc_per_node={num_ranks}") as host:
+            for name in names:
+                figure = _figure(host, name, {"model": name} if has_names else {})
+                yield Outcome(name=left.pop(0), http={HTTP[num_ranks]: figure})
     except AssertionError as error:  # with the log of a host that does not start
-        outcome.http[HTTP[num_ranks]] = str(error).strip().splitlines()[-1][:300]
-    except Exception as error:  # whatever a pipeline of diffusers raises
-        outcome.http[HTTP[num_ranks]] = reason_of(error)
-    return outcome
+        why = str(error).strip().splitlines()[-1][:300]
+        yield from (Outcome(name=name, http={HTTP[num_ranks]: why}) for name in left)
 
 
-def _difference(name: str, num_ranks: int) -> float:
-    folder = checkpoint_of(name)
-    spec = generic_spec(folder)
-    with start_launcher(f"--checkpoint={folder}", f"--nproc_per_node={num_ranks}") as host:
-        fields = fields_of(name, spec)
-        host.wait_until_listening()
-        taken = fields_taken(host)
-        for size in ("height", "width"):  # a row's own default is for published checkpoints
-            if size not in fields and "default" in taken.get(size, {}) and size in spec.takes:
-                fields[size] = min(getattr(spec, size), MOST)
+def _figure(host: RunningHost, name: str, named: dict[str, str]) -> float | str:
+    try:
+        spec, fields = generic_spec(checkpoint_of(name)), _fields(name)
         want = plain_frames(name, spec, fields)
-        host.wait_until_ready()
-        got = frames_over_http(host, fields, is_video=spec.output == "video")
+    except Exception as error:  # whatever a pipeline of diffusers raises
+        return f"plain diffusers: {reason_of(error)}"
+    host.wait_until_ready()
+    try:
+        got = frames_over_http(host, fields | named, is_video=spec.output == "video")
+    except Exception as error:  # refused, or not a result
+        return reason_of(error)
     return largest_difference(want, got)
 
 
-def fields_taken(host: RunningHost) -> dict[str, Any]:
-    """Return the fields of a request, as the host documents them."""
-    document = host.get("/openapi.json").json()
-    return document["components"]["schemas"]["Request"]["properties"]
+def _fields(name: str) -> dict[str, Any]:
+    folder = checkpoint_of(name)
+    spec = generic_spec(folder)
+    fields = fields_of(name, spec)
+    has_row = infer_type(folder, read_table())[0] != GENERIC
+    for size in ("height", "width"):
+        if has_row and size not in fields and size in spec.takes:
+            fields[size] = min(getattr(spec, size), MOST)  # the row's is for published checkpoints
+    return fields
 
 
 def frames_over_http(host: RunningHost, fields: dict[str, Any], *, is_video: bool) -> np.ndarray:

@@ -97,12 +97,15 @@ with the same values. The other columns compare two ranks with one: *guidance* i
 *segments* AsyncDiff with all steps synchronous, *sharded* the same with each rank keeping only its
 segment's weights, *tokens* `--backend=xdit --ulysses_degree=2` (transformers of known classes;
 [xdit.md](xdit.md)). The figures are the largest difference in levels of 255; an empty cell was not
-run. *HTTP* starts `launcher.py --checkpoint=FOLDER` on one rank, sends the request to `/v1/jobs`
-and compares the files that it returns (PNG, or the frames of a video as `application/x-npy`) with
-plain diffusers; *HTTP, two ranks* the same with `--nproc_per_node=2`. There a class with a row runs
-by its row. *Split* says how a step has the two halves of guidance: in one `batch`, in two `calls`,
+run. *HTTP* asks launchers of one rank: the request goes to `/v1/jobs` of a `launcher.py`, and the
+files that come back (PNG, or the frames of a video as `application/x-npy`) are compared with plain
+diffusers; *HTTP, two ranks* the same with `--nproc_per_node=2`. Most launchers had a folder of
+twenty checkpoints as `--models`, some one as `--checkpoint`. There a class with a row runs by its
+row. *Split* says how a step has the two halves of guidance: in one `batch`, in two `calls`,
 or not in two equal halves (`whole`), so that every rank computes all of it. Cosmos is compared with
-a stand-in for its guardrail: a host that runs it needs the package cosmos_guardrail.
+a stand-in for its guardrail: a host that runs it needs the package cosmos_guardrail. ShapE's
+renderer makes a level of the last bit of its latents: plain diffusers differs by one as well if
+it computes the halves of its batches one after the other.
 """
 
 

@@ -96,6 +96,13 @@ def test_an_editing_class_whose_denoiser_takes_an_image_runs_without_the_row(tmp
     assert spec.is_generic and {"image", "prompt"} <= set(spec.takes)
 
 
+def test_a_folder_may_name_its_class_as_it_was_called_when_it_was_published(tmp_path: Path):
+    folder = changed(
+        checkpoint("lumina2"), tmp_path / "model", _class_name="Lumina2Text2ImgPipeline"
+    )
+    assert plan(None, folder).spec.name == "lumina2"
+
+
 @pytest.mark.parametrize("name", EVERY_TYPE)
 @pytest.mark.parametrize("channels", [9, 8, 384, 36])
 def test_a_denoiser_with_other_channels_is_refused(
