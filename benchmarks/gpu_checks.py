@@ -126,8 +126,8 @@ def checks(place: Place) -> Iterator[Check]:
         for variant in ("fp16", "bf16") if place.is_real else ("fp32",):
             labels = {"type": name, "variant": variant}
             yield Check(section="types", run=one_type, args=(name, variant), labels=labels)
-    for case in offloads():
-        for name in ("sdxl", "flux", "wan_t2v"):
+    for name in ("sdxl", "flux", "wan_t2v"):
+        for case in offloads(TABLE[name]):
             labels = {"case": case.label, "type": name}
             yield Check(section="offload", run=offload, args=(name, case), labels=labels)
 

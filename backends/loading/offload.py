@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
+from accelerate.hooks import remove_hook_from_module
+from diffusers.models.embeddings import HunyuanDiTAttentionPool
 from torch import nn
 
 from backends.errors import UnsupportedError
@@ -19,6 +21,8 @@ from backends.request import LoadRequest
 logger = logging.getLogger(__name__)
 
 Offload = Literal["model", "sequential", "group"]
+POOLS = (HunyuanDiTAttentionPool, nn.MultiheadAttention)
+"""They use their layers' weights without calling the layers, so no hook of a layer moves them."""
 
 
 def place(
@@ -101,12 +105,22 @@ def offload(
         pipe.enable_model_cpu_offload(device=device)
     elif kind == "sequential":
         pipe.enable_sequential_cpu_offload(device=device)
+        _keep_pools(pipe, device)
     else:
         _offload_groups(pipe, spec, device, prefetches=prefetches)
     if kind != "group":
         # diffusers' own method removes its hooks and adds them again, which would drop everything
         # attached around them
         pipe.maybe_free_model_hooks = lambda: [hook.offload() for hook in pipe._all_hooks]
+
+
+def _keep_pools(pipe: Any, device: torch.device) -> None:
+    """Move the layers of attention pools to the device for good."""
+    for part in pipe.components.values():
+        for module in part.modules() if isinstance(part, nn.Module) else ():
+            for layer in module.children() if isinstance(module, POOLS) else ():
+                remove_hook_from_module(layer, recurse=True)
+                layer.to(device)
 
 
 def _offload_groups(pipe: Any, spec: ModelSpec, device: torch.device, *, prefetches: bool) -> None:

@@ -4,13 +4,18 @@ is the CPU's.
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.models.embeddings import HunyuanDiTAttentionPool
+from torch import nn
 
+from backends.loading.offload import offload
 from backends.model_table import FEATURES
 from tests.backends.features import TABLE, prepare
 from tests.backends.loading.upscaling.weights import saved
 from tests.checkpoints import checkpoint, sample_image
 from tests.every_type import EVERY_TYPE
 from tests.rehearsal.one_rank_cases import NOT_REHEARSED, OneRank, cases_on_one_rank, offloads
+from tests.rehearsal.rehearsal import Rehearsal
 from tests.rehearsal.runs import rehearse_one
 
 SECOND = torch.device("cuda", 1)
@@ -43,7 +48,7 @@ def _prepare(name):
 @pytest.mark.parametrize("name", SHORT)
 def test_type_in_half_precision_with_previews_and_group_offload(run_on_ranks, name):
     _prepare(name)
-    cases = [OneRank(label="plain", previews=True), *list(offloads())[-1:]]
+    cases = [OneRank(label="plain", previews=True), *list(offloads(TABLE[name]))[-1:]]
     run_on_ranks(_rehearse, 1, name, cases, "fp16")
 
 
@@ -60,8 +65,43 @@ def test_everything_that_one_rank_can_do(run_on_ranks, name):
 @pytest.mark.parametrize("name", EVERY_TYPE)
 def test_offloading_in_half_precision(run_on_ranks, name):
     _prepare(name)
-    cases = [OneRank(label="plain"), *offloads(previews=TABLE[name].returns_latents)]
+    cases = [OneRank(label="plain"), *offloads(TABLE[name])]
     run_on_ranks(_rehearse, 1, name, cases, "fp16")
+
+
+class _Pools(ModelMixin):
+    """Attention pools of both kinds, and a layer that is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.pool = HunyuanDiTAttentionPool(4, 8, num_heads=2)
+        self.head = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.pool(x) + self.head(x, x, x)[0].mean(1)
+
+
+class _PipelineOfPools(DiffusionPipeline):
+    def __init__(self, pools):
+        super().__init__()
+        self.register_modules(pools=pools)
+
+
+@torch.no_grad()
+def _pool_with_offloaded_layers(rank, world_size):
+    pools, x = _Pools().eval().requires_grad_(False), torch.randn(2, 4, 8)
+    expected = pools(x)
+    with Rehearsal(num_devices=2, index=1):
+        offload(_PipelineOfPools(pools), TABLE["hy"], "sequential", device=SECOND)
+        assert pools.first.weight.is_meta, "not offloaded"
+        for _ in range(2):
+            torch.testing.assert_close(pools(x.to(SECOND)).cpu(), expected)
+
+
+def test_layers_whose_weights_are_read_without_a_call_stay_on_the_gpu(run_on_ranks):
+    run_on_ranks(_pool_with_offloaded_layers, 1)
 
 
 def _enlarge(rank, world_size, file, variant):
