@@ -186,12 +186,8 @@ class LoadedPipeline:
         A step cache decides between blocks, which no graph can hold: then only the regions between
         attentions.
         """
-        denoiser = backend.denoiser_of(self.pipe)
-        return (
-            backend.compile_regions(denoiser)
-            if self._step_cache is None
-            else quiet_regions(denoiser)
-        )
+        find = backend.compile_regions if self._step_cache is None else quiet_regions
+        return [part for denoiser in backend.denoisers_of(self.pipe) for part in find(denoiser)]
 
     def detach(self) -> None:
         """Detach the backend and undo compilation."""

@@ -1,9 +1,9 @@
 """torch.compile for the parts of a pipeline that exchange nothing between ranks.
 
 An exchange inside a compiled graph would tie the graph to one kind of step, so the backend's hooks
-stay outside. The units are: the whole denoiser on one rank or under the CFG split, single units
-under AsyncDiff, and the regions between attentions and convolutions elsewhere. They are chosen
-before the backend is attached.
+stay outside. The units are: the whole denoiser on one rank or under the CFG split (its blocks, if
+it cannot be one graph), single units under AsyncDiff, and the regions between attentions and
+convolutions elsewhere. They are chosen before the backend is attached.
 """
 
 import json
@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 from backends.errors import ConfigError
 from backends.model_table import ModelSpec
 from backends.parallel import hooks
+from backends.parallel.gathered_weights import blocks_of
 from backends.request import WITH_GRAPHS, CompileSettings
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,9 @@ class Compilation:
             )
             self._settings = settings = replace(settings, mode=WITH_GRAPHS[settings.mode])
         if "denoiser" in settings.targets:
-            self._compile(regions)
+            denoisers = {getattr(pipe, name, None) for name in spec.denoisers}
+            self._compile([part for part in regions if part not in denoisers])
+            self._compile([part for part in regions if part in denoisers], or_blocks=True)
             logger.info(
                 "compiling %d part(s) of %s",
                 len(regions),
@@ -74,11 +77,40 @@ class Compilation:
         while self._modules:
             hooks.detach(self._modules.pop(), NAME)
 
-    def _compile(self, modules: list[nn.Module], *, fullgraph: bool = True) -> None:
+    def _compile(
+        self, modules: list[nn.Module], *, fullgraph: bool = True, or_blocks: bool = False
+    ) -> None:
+        """or_blocks: compile the blocks of a module instead that cannot be one graph."""
         settings = replace(self._settings, fullgraph=self._settings.fullgraph and fullgraph)
         for module in modules:
-            hooks.attach(module, NAME, _compiled(settings))
+            around = _compiled(settings)
+            hooks.attach(module, NAME, self._or_blocks(module, around) if or_blocks else around)
             self._modules.append(module)
+
+    def _or_blocks(self, module: nn.Module, whole: hooks.Around) -> hooks.Around:
+        is_whole = True
+
+        def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            nonlocal is_whole
+            if is_whole:
+                try:
+                    return whole(forward, *args, **kwargs)
+                except torch._dynamo.exc.TorchDynamoException as error:
+                    if not (blocks := blocks_of(module)):
+                        raise
+                    logger.warning(
+                        "%s cannot be compiled as one graph (%s), so its %d blocks are compiled",
+                        type(module).__name__,
+                        str(error).partition("\n")[0],
+                        len(blocks),
+                    )
+                    is_whole = False
+                    mode = self._settings.mode
+                    self._settings = replace(self._settings, mode=WITH_GRAPHS.get(mode, mode))
+                    self._compile(blocks)
+            return forward(*args, **kwargs)
+
+        return around
 
 
 def _arguments(settings: CompileSettings) -> dict[str, Any]:

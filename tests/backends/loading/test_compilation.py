@@ -18,7 +18,7 @@ from backends.quantization_spec import QuantizationSpec
 from backends.request import CompileSettings
 from backends.single.backend import SingleBackend
 from backends.single.plan import make_plan
-from tests.backends.features import CPU, TABLE, loaded, num_graphs
+from tests.backends.features import CPU, TABLE, loaded, num_graphs, request_for, result
 from tests.backends.loading.test_adapters import difference, draw
 from tests.checkpoints import load, lora
 
@@ -70,6 +70,31 @@ def test_each_target_is_compiled_once_per_size_and_draws_the_same(target):
     draw(pipe, height=80)
     draw(pipe)
     assert num_graphs() == first + per_size
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "zimage",
+        "wan22_t2v",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in TABLE
+            if name not in ("zimage", "wan22_t2v")
+        ),
+    ],
+)
+def test_the_whole_denoiser_of_every_type_is_compiled(name):
+    asked = request_for(TABLE[name])
+    want = result(loaded(TABLE[name]), asked)
+    pipe = attached(name, "denoiser")
+    torch.testing.assert_close(result(pipe, asked), want, rtol=1e-4, atol=1e-4)
+    parts = [getattr(pipe.pipe, part, None) for part in TABLE[name].denoisers]
+    assert all(NAME in hooks.attached(part) for part in parts if part is not None)
+    graphs = num_graphs()
+    assert graphs > 0
+    result(pipe, asked)
+    assert num_graphs() == graphs
 
 
 def test_a_denoiser_is_compiled_in_half_precision_too():
