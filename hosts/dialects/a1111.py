@@ -46,7 +46,7 @@ START = {"init_image": "init_images", "image": "init_images", "mask_image": "mas
 HINTS = {"negative": "negative_prompt", "guidance_scale": "cfg_scale", "sampler": "sampler_name"}
 
 
-def error_body(message: str, status: int) -> dict[str, Any]:
+def error_body(message: str, status: int, field: str | None = None) -> dict[str, Any]:
     return {"error": "HTTPException", "detail": message, "body": "", "errors": message}
 
 

@@ -12,7 +12,8 @@ from PIL import Image
 
 from backends.errors import HostError
 from hosts.http import media
-from hosts.http.errors import status_of
+from hosts.http.dialect import ErrorBody
+from hosts.http.errors import field_of, status_of
 from hosts.http.jobs_api import HEARTBEAT_S, event
 from hosts.jobs.queue import Job, JobQueue
 
@@ -36,7 +37,7 @@ def image_events(
     kind: str,
     output_format: str,
     num_partial: int,
-    error_body: Callable[[str, int], dict[str, Any]],
+    error_body: ErrorBody,
 ) -> Iterator[str]:
     """Yield the events of submitted jobs, one job after the other.
 
@@ -63,7 +64,7 @@ def image_events(
                     done = {**facts, "b64_json": _base64(encode(image)), "size": size}
                     yield _event(f"{kind}.completed", {**done, "usage": NO_TOKENS})
         except HostError as error:
-            yield event("error", error_body(str(error), status_of(error)))
+            yield event("error", error_body(str(error), status_of(error), field_of(error)))
         finally:
             for job in jobs:
                 queue.cancel(job)

@@ -15,7 +15,7 @@ from backends.errors import RequestError, UnsupportedError
 from backends.request import whole_number
 
 JSON = ("application/json",)
-ErrorBody = Callable[[str, int], dict[str, Any]]
+ErrorBody = Callable[[str, int, str | None], dict[str, Any]]
 T = TypeVar("T")
 _ON = ("true", "1", "1.0", "on", "yes")
 _OFF = ("false", "0", "0.0", "off", "no")
@@ -191,7 +191,7 @@ def _means_same(one: Any, other: Any) -> bool:
     return _is_same(one, other) or _is_same(other, one)
 
 
-def error_body(message: str, status: int) -> dict[str, Any]:
+def error_body(message: str, status: int, field: str | None = None) -> dict[str, Any]:
     """Return the error of our own API, with the four keys that both existing clients read."""
     return {"message": message, "output": None, "latent": None, "is_image": False}
 
@@ -221,7 +221,7 @@ class Dialect:
     paths: tuple[str, ...] = ()
     """Path prefixes, also of unknown paths. The longest matching prefix decides."""
     error_body: ErrorBody = error_body
-    """Builds the JSON of an error from its message and status."""
+    """Builds the JSON of an error from its message, its status, and the field at fault if known."""
     media_types: tuple[str, ...] = JSON
     """Content types that its POSTs accept."""
     is_body_optional: bool = False

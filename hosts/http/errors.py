@@ -62,15 +62,21 @@ def error_of(status: int, message: str) -> HostError:
     return KINDS.get(status, HostError)(message)
 
 
-def answer_error(message: str, status: int) -> tuple[Response, int]:
+def answer_error(message: str, status: int, *, field: str | None = None) -> tuple[Response, int]:
     """Return the response in the dialect of the requested path."""
     dialect = dialect_of(request.path, current_app.extensions["dialects"])
-    return jsonify(dialect.error_body(message, status)), status
+    return jsonify(dialect.error_body(message, status, field)), status
+
+
+def field_of(error: HostError) -> str | None:
+    """Return the field at fault under the name that the client sent."""
+    field = getattr(error, "field", None)
+    return field if field and field in str(error) else None
 
 
 def answer_host_error(error: HostError) -> tuple[Response, int]:
     """Return the response to a request that failed with this error."""
-    answer, status = answer_error(str(error), status_of(error))
+    answer, status = answer_error(str(error), status_of(error), field=field_of(error))
     wait_s = getattr(error, "retry_after_s", None) or RETRY_AFTER_S.get(status)
     if wait_s is not None:
         answer.headers["Retry-After"] = str(math.ceil(wait_s))

@@ -89,7 +89,7 @@ def _foreign(operation: Operation, dialect: Dialect, request: Mapping[str, Any])
     contents = {operation.media_type: {"schema": answer}}
     if operation.rules is not None and "stream" in operation.rules:
         contents[EVENTS] = {"schema": {"type": "string"}}
-    shape = {name: _kind(value) for name, value in dialect.error_body("", 400).items()}
+    shape = {name: _kind(value) for name, value in dialect.error_body("", 400, "").items()}
     error = {"type": "object", "properties": shape, "required": list(shape)}
     found: dict[str, Any] = {
         "summary": operation.summary,
