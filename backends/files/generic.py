@@ -31,6 +31,8 @@ NO_DENOISER = re.compile(r"ControlNet|Vae|VAE|Adapter|TemporalModel")
 """Class names of models that are called once in each step, and of others that look like them."""
 FALLBACK_SIDE = 1024
 """In pixels, where neither the class nor the checkpoint has a default. For estimates only."""
+FLOAT32_VAES = frozenset({"AutoencoderKLWan", "AutoencoderKLAllegro"})
+"""VAEs that lose too much in half precision: diffusers' own examples load them in float32."""
 MAX_REFERENCES = 10
 FRAMES_PER_S = 16
 """Speed of a video whose class takes none."""
@@ -115,6 +117,7 @@ def generic_spec(folder: Path) -> ModelSpec:
         size_multiple=1,
         flow_matching=_is_flow(folder),
         variant="bf16" if any(map(_is_transformer, denoisers)) else "fp16",
+        vae_variant="fp32" if (index.get("vae") or ("", ""))[1] in FLOAT32_VAES else "",
         requires=tuple(_required(call, carriers)),
         images=MAX_REFERENCES if name in LISTED_IMAGES else _most_images(call, carriers),
         takes=tuple(_taken(call, carriers, scale)),

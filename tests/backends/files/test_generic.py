@@ -67,6 +67,14 @@ def test_a_video_class_with_two_denoisers(tmp_path):
     assert (spec.height, spec.width, spec.num_frames) == (480, 832, 81)
 
 
+@pytest.mark.parametrize(
+    ("vae", "variant"), [("AutoencoderKLWan", "fp32"), ("AutoencoderKLMochi", "")]
+)
+def test_a_vae_that_loses_too_much_in_half_precision_is_not_converted(tmp_path, vae, variant):
+    given = {"transformer": ["diffusers", "SanaVideoTransformer3DModel"], "vae": ["diffusers", vae]}
+    assert generic_spec(folder(tmp_path, "SanaVideoPipeline", **given)).vae_variant == variant
+
+
 def test_an_argument_without_a_field_must_be_among_the_arguments(tmp_path):
     spec = generic_spec(folder(tmp_path, "DiTPipeline"))
     assert spec.requires == ("arguments.class_labels",)
