@@ -105,9 +105,10 @@ def offload(
         pipe.enable_model_cpu_offload(device=device)
     elif kind == "sequential":
         pipe.enable_sequential_cpu_offload(device=device)
-        _keep_pools(pipe, device)
     else:
         _offload_groups(pipe, spec, device, prefetches=prefetches)
+    if kind != "model":
+        _keep_pools(pipe, device)
     if kind != "group":
         # diffusers' own method removes its hooks and adds them again, which would drop everything
         # attached around them
@@ -120,6 +121,8 @@ def _keep_pools(pipe: Any, device: torch.device) -> None:
         for module in part.modules() if isinstance(part, nn.Module) else ():
             for layer in module.children() if isinstance(module, POOLS) else ():
                 remove_hook_from_module(layer, recurse=True)
+                if hasattr(layer, "_diffusers_hook"):
+                    layer._diffusers_hook.remove_hook("group_offloading", recurse=True)
                 layer.to(device)
 
 
@@ -128,13 +131,14 @@ def _offload_groups(pipe: Any, spec: ModelSpec, device: torch.device, *, prefetc
 
     Offloading would restore the VAE's old dtype.
     """
+    vae = getattr(pipe, "vae", None)
     try:
         pipe.enable_group_offload(
             onload_device=device,
             offload_device=torch.device("cpu"),
             offload_type="leaf_level",
             use_stream=prefetches and device.type == "cuda",
-            exclude_modules=["vae"] if overflows(pipe.vae) else None,
+            exclude_modules=["vae"] if vae is not None and overflows(vae) else None,
         )
     except ValueError as error:
         raise UnsupportedError(
