@@ -35,6 +35,10 @@ MOST = 256
 """Pixels of a side, where neither the test of a class nor its checkpoint says how many."""
 
 
+RENDER_WITHIN_S = 240
+"""For what comes after the last step, which takes Shap-E's renderer long."""
+
+
 def over_http(names: list[str], num_ranks: int, *, together: bool = False) -> Iterator[Outcome]:
     """Compare launchers with plain diffusers. A figure, or what the host or diffusers said.
 
@@ -59,7 +63,9 @@ def _asked(
     """Start a launcher with this argument and ask it for each class. has_names: by its name."""
     left = list(names)
     try:
-        with start_launcher(model, f"--nproc_per_node={num_ranks}") as host:
+        with start_launcher(
+            model, f"--nproc_per_node={num_ranks}", f"--failure_timeout={RENDER_WITHIN_S}"
+        ) as host:
             for name in names:
                 figure = _figure(host, name, {"model": name} if has_names else {})
                 yield Outcome(name=left.pop(0), http={HTTP[num_ranks]: figure})
@@ -100,7 +106,7 @@ def frames_over_http(host: RunningHost, fields: dict[str, Any], *, is_video: boo
     if answer.status_code != 202:
         raise RequestError(f"{answer.status_code} {answer.json()['message']}", field="")
     job = answer.json()["id"]
-    over(host, job, within_s=240)
+    over(host, job, within_s=RENDER_WITHIN_S)
     place = f"/v1/jobs/{job}/result"
     file = host.get(place)  # a PNG or an MP4
     if file.status_code != 200:
