@@ -187,7 +187,10 @@ class GenericGeneration(Generation):
         for each in (pipe, self._loaded.base.pipe):  # a backend is attached to the latter
             if hasattr(each, "scheduler"):
                 each.scheduler = self._scheduler
-        counter = StepCounter(pipe, self._spec.denoisers, on_step=self._step_done)
+        is_own = type(self._scheduler) is self._loaded.own_scheduler_class
+        counter = StepCounter(
+            pipe, self._spec.denoisers, on_step=self._step_done, keeps_samples=not is_own
+        )
         denoisers = [getattr(pipe, name) for name in self._spec.denoisers]
         with counter.attached(), self._seeded(request), _limited_to_positions(denoisers):
             try:
@@ -230,9 +233,18 @@ class StepCounter:
     """
 
     def __init__(
-        self, pipe: Any, denoisers: tuple[str, ...], *, on_step: Callable[[int, int, Tensor], None]
+        self,
+        pipe: Any,
+        denoisers: tuple[str, ...],
+        *,
+        on_step: Callable[[int, int, Tensor], None],
+        keeps_samples: bool = False,
     ) -> None:
-        """on_step: (index, number of steps as far as it is known, sample)."""
+        """on_step: (index, number of steps as far as it is known, sample). keeps_samples: the
+        scheduler gets samples of its own. Kandinsky 5 and SkyReels write the result over what they
+        passed, which schedulers of several orders keep. Their own are left as diffusers has it.
+        """
+        self._keeps_samples = keeps_samples
         self._pipe = pipe
         self._denoisers = [getattr(pipe, name) for name in denoisers]
         self._on_step = on_step
@@ -251,7 +263,8 @@ class StepCounter:
             for pipe in (self._pipe, *parts):
                 stack.enter_context(_with_bar(pipe, self._expect))
             for scheduler in _schedulers(self._pipe):
-                stack.enter_context(_counting(scheduler, self._stepped))
+                counted = _CountedStep(scheduler, self._stepped, self._keeps_samples)
+                stack.enter_context(_counting(scheduler, counted))
             yield
 
     def _denoised(self, *_: Any) -> None:
@@ -366,21 +379,25 @@ class _CountedStep:
     The scheduler keeps its class: some pipelines compare it.
     """
 
-    def __init__(self, scheduler: Any, stepped: Callable[[Any, Tensor], None]) -> None:
+    def __init__(
+        self, scheduler: Any, stepped: Callable[[Any, Tensor], None], keeps_samples: bool
+    ) -> None:
         self._scheduler = scheduler
         self._stepped = stepped
+        self._keeps_samples = keeps_samples
         functools.update_wrapper(self, type(scheduler).step.__get__(scheduler))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # Kandinsky 5 writes the result over the sample, which schedulers of several orders keep
-        args, kwargs = (*args[:2], *map(_copied, args[2:])), _copied_sample(kwargs)
+        if self._keeps_samples:
+            args, kwargs = (*args[:2], *map(_copied, args[2:])), _copied_sample(kwargs)
         result = type(self._scheduler).step(self._scheduler, *args, **kwargs)
         sample = result[0] if isinstance(result, tuple) else result.prev_sample
         self._stepped(self._scheduler, sample)
         return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_CountedStep":
-        return _CountedStep(memo.get(id(self._scheduler), self._scheduler), self._stepped)
+        scheduler = memo.get(id(self._scheduler), self._scheduler)
+        return _CountedStep(scheduler, self._stepped, self._keeps_samples)
 
 
 def _copied(value: Any) -> Any:
@@ -392,8 +409,8 @@ def _copied_sample(named: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _counting(scheduler: Any, stepped: Callable[[Any, Tensor], None]) -> Iterator[None]:
-    scheduler.step = _CountedStep(scheduler, stepped)
+def _counting(scheduler: Any, step: _CountedStep) -> Iterator[None]:
+    scheduler.step = step
     try:
         yield
     finally:

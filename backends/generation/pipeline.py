@@ -120,6 +120,7 @@ class LoadedPipeline:
         self.signature = inspect.signature(pipe.__call__)
         self.spec = spec = with_parameters(spec, self.signature)
         self._pristine_scheduler = copy.deepcopy(getattr(pipe, "scheduler", None))
+        self.own_scheduler_class = type(self._pristine_scheduler)
         self._backend: Backend | None = None
         self._quality: Quality = "exact"
         self.previewer = Previewer(pipe, spec=spec)

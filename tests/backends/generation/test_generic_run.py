@@ -14,6 +14,8 @@ from diffusers import (
     EulerDiscreteScheduler,
     I2VGenXLPipeline,
     ScoreSdeVeScheduler,
+    SkyReelsV2DiffusionForcingPipeline,
+    UniPCMultistepScheduler,
 )
 from diffusers.pipelines.ltx2.pipeline_output import LTX2PipelineOutput
 
@@ -268,3 +270,22 @@ def test_a_prompt_longer_than_the_table_of_positions_is_refused():
         pipe.generate(GenerateRequest(prompt="cat " * 2100, seed=1, **asked))
     assert refused.value.field == "prompt"
     pipe.generate(GenerateRequest(prompt="cat", seed=1, **asked))
+
+
+def test_a_scheduler_that_keeps_what_the_class_overwrites_is_left_as_diffusers_has_it(tmp_path):
+    """SkyReels' diffusion forcing steps slices of its latents in place, with a copy of the
+    scheduler for each frame. UniPC keeps its last sample.
+    """
+    parts = DiffusionPipeline.from_pretrained(checkpoint("skyreels"), local_files_only=True)
+    scheduler = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
+    components = {**parts.components, "scheduler": scheduler}
+    taken = signature(SkyReelsV2DiffusionForcingPipeline).parameters
+    pipe = SkyReelsV2DiffusionForcingPipeline(**{name: components[name] for name in taken})
+    pipe.save_pretrained(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    asked = {**PROMPTS, "height": 16, "width": 16, "num_frames": 9, "num_inference_steps": 4}
+    output = pipe(**asked, generator=torch.Generator().manual_seed(3), output_type="np")
+    load = LoadRequest(model_type="generic", checkpoint=str(tmp_path), variant="fp32")
+    ours = load_pipeline(generic_spec(tmp_path), load, device=torch.device("cpu"))
+    made = ours.generate(GenerateRequest(**asked, seed=3))
+    np.testing.assert_array_equal(made.frames, (output.frames[0] * 255).round().astype(np.uint8))
