@@ -83,7 +83,7 @@ class Host:
     @property
     def accepted(self) -> Accepted:
         """Return what requests may hold, as the settings are now."""
-        return Accepted.by(self.settings, model=self.name if len(self.others) > 1 else None)
+        return Accepted.by(self.settings, model=self.name or None)
 
     def has(self, job_id: str) -> bool:
         """Return whether a job can be looked up that is for this model."""

@@ -109,6 +109,20 @@ def test_every_api_gets_the_model_that_it_names_and_else_the_first(host, alone):
     assert host.get("/settings").json()["model"] == "base"
 
 
+def test_a_folder_may_hold_one_model(tmp_path, alone):
+    (tmp_path / "base").symlink_to(checkpoint("sdxl"))
+    with start_launcher(
+        f"--models={tmp_path}", "--nproc_per_node=1", "--height=64", "--width=64"
+    ) as host:
+        host.wait_until_ready()
+        for named in ({}, {"model": "base"}):
+            (job,) = over(host, send(host, {**BODY, **named}))
+            assert_is_of(pixels(host, job["id"]), "base", alone)
+        assert_is_of(
+            from_file(images_generation(host).json()["data"][0]["b64_json"]), "base", alone
+        )
+
+
 def test_a_model_that_was_used_before_is_not_read_again(host):
     before = host.log.count("is taken from main memory")
     over(host, send(host, {**BODY, "model": "old"}), send(host, {**BODY, "model": "base"}))
