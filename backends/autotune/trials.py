@@ -250,8 +250,18 @@ class Trials:
         def rows(level: Quality) -> list[Row]:
             return rank(candidates, found.measured(), quality=level, image=image)
 
+        # a trial takes NUM_STEPS such steps. A CPU is there to try things out, not to wait for that
+        is_too_slow = self._subject.device.type == "cpu" and found.work.step_s >= SLOW_STEP_S
+        if is_too_slow:
+            logger.info(
+                "a step of the default size takes %.0f s on this CPU, so no method is tried: the "
+                "estimate decides. --height, --width and --backend make the start quicker",
+                found.work.step_s,
+            )
+
         def may_go_on() -> bool:
-            return gather_outcomes(found.seconds < SECONDS and not must_end())[0]
+            is_done = is_too_slow or found.seconds >= SECONDS or must_end()
+            return gather_outcomes(not is_done)[0]
 
         for level in levels:
             most = len(found.times) + (NUM_TRIED if level == quality else NUM_TRIED_ALSO)

@@ -5,6 +5,7 @@ A checkpoint is recognised by its configuration where that differs, else by word
 the repository, file or folder, and in the file's metadata.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -128,10 +129,14 @@ LEVELS = {
 
 def with_own_sizes(spec: ModelSpec, checkpoint: Checkpoint) -> ModelSpec:
     """Return the type with its sizes for this checkpoint's VAE, which may scale by another factor
-    than published ones: as many latents on a side.
+    than published ones: as many latents on a side, and as many latent frames.
     """
+    if spec.is_generic or spec.upscale > 1:
+        return spec
+    if checkpoint.config("vae").get("spatio_temporal_scaling"):
+        return _with_sizes_of_ltx(spec, checkpoint)
     scale = _pixels_of_latent(checkpoint)
-    if spec.is_generic or spec.upscale > 1 or scale == PUBLISHED_SCALE:
+    if scale == PUBLISHED_SCALE:
         return spec
     sizes: dict[str, Any] = {
         name: max(getattr(spec, name) * scale // PUBLISHED_SCALE, 1)
@@ -142,6 +147,20 @@ def with_own_sizes(spec: ModelSpec, checkpoint: Checkpoint) -> ModelSpec:
         more = more * scale**2 // PUBLISHED_SCALE**2
         sizes["fits"] = MappingProxyType({**spec.fits, "channels": [times, more]})
     return replace(spec, **sizes)
+
+
+def _with_sizes_of_ltx(spec: ModelSpec, checkpoint: Checkpoint) -> ModelSpec:
+    """LTX's pipelines take multiples of the published scale only, whatever the VAE's is."""
+    vae, multiple = checkpoint.config("vae"), spec.size_multiple
+    scale = vae.get("spatial_compression_ratio") or (
+        vae["patch_size"] * 2 ** sum(vae["spatio_temporal_scaling"])
+    )
+    sides = {
+        side: math.ceil(getattr(spec, side) * scale / multiple**2) * multiple
+        for side in ("height", "width")
+    }
+    latent_frames = (spec.num_frames - 1) // spec.frame_step
+    return replace(spec, num_frames=latent_frames * (_frames_of_latent(vae) or 1) + 1, **sides)
 
 
 POSITIONS: Mapping[str, Callable[[Config], Any]] = MappingProxyType(

@@ -131,6 +131,22 @@ def test_sizes_follow_from_how_the_checkpoints_vae_scales(name, levels, sizes, t
     assert (spec.height, spec.width, spec.size_multiple) == sizes
 
 
+@pytest.mark.parametrize(
+    ("halvings", "patch", "sizes"),
+    [(3, 4, (512, 768, 121)), (1, 1, (32, 64, 31)), (2, 1, (64, 96, 61))],
+)
+def test_sizes_of_ltx2_follow_from_its_vae_in_steps_of_32(halvings, patch, sizes, tmp_path):
+    scales = {
+        "spatio_temporal_scaling": [True] * halvings,
+        "spatial_compression_ratio": None,
+        "temporal_compression_ratio": None,
+    }
+    vae = {**scales, "patch_size": patch, "patch_size_t": 1}
+    folder = changed(checkpoint("ltx2"), tmp_path / "any", "vae/config.json", **vae)
+    spec = plan(checkpoint=folder).spec
+    assert (spec.height, spec.width, spec.num_frames) == sizes
+
+
 def test_a_folder_that_is_unlike_its_row_runs_as_diffusers_has_it(tmp_path):
     absent = {"text_encoder": [None, None], "tokenizer": [None, None]}
     start = plan(checkpoint=changed(checkpoint("sdxl"), tmp_path / "sdxl", **absent))
