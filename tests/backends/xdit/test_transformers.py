@@ -20,8 +20,10 @@ IN_PIPELINES = {  # test_sequence.py runs these
     "HunyuanDiT2DModel",
     "ZImageTransformer2DModel",
 }
-RELATIVE = 2e-5
-"""float32; weights are large here, so that a token that is left out shows."""
+RELATIVE = 5e-5
+"""float32, whose last bits depend on the CPU: Allegro's differ by 2.6e-5 on some. Weights are large
+here, so that a token that is left out shows.
+"""
 
 
 def test_every_row_is_tested():

@@ -47,6 +47,7 @@ def test_request_beyond_a_limit_of_the_operator_is_refused_and_one_within_is_not
     body, limit, said, queue, state
 ):
     client = make_client(queue, state, type="ad", **{limit: 24 if limit == "max_side" else 30})
+    body = {"prompt": "a cat", **body}
     answer = client.post("/v1/jobs", json=body)
     assert answer.status_code == 400 and said in assert_is_error(answer.get_json())
     smaller = {

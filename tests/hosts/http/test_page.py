@@ -84,9 +84,12 @@ def texts(browser, selector):
 
 
 def until(browser, condition, within_s=WAIT_S):
+    from selenium.common.exceptions import StaleElementReferenceException
     from selenium.webdriver.support.ui import WebDriverWait
 
-    return WebDriverWait(browser, within_s, poll_frequency=0.05).until(lambda _: condition())
+    # the page may replace an element between finding and reading it
+    wait = WebDriverWait(browser, within_s, 0.05, [StaleElementReferenceException])
+    return wait.until(lambda _: condition())
 
 
 def size(browser, width, height):

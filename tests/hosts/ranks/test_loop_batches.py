@@ -66,7 +66,7 @@ def test_jobs_of_two_clients_are_made_in_pairs_in_their_order_and_each_gets_its_
         {**BODY, "seed": seed, "prompt": f"image {seed}", "negative_prompt": f"blurry {seed}"}
         for seed in range(5)
     ]
-    wrong = send(host, {**BODY, "clip_skip": 12}, client="wrong")
+    wrong = send(host, {**BODY, "denoising_end": 0}, client="wrong")
     jobs = [send(host, body, client="ab"[number % 2]) for number, body in enumerate(bodies)]
     done = over(host, blocker, *jobs)[1:]
     assert [job["batch"] for job in done] == [2, 2, 2, 2, 1] and {
@@ -75,7 +75,7 @@ def test_jobs_of_two_clients_are_made_in_pairs_in_their_order_and_each_gets_its_
     assert_images(host, alone, bodies, done)
     refused = show(host, wrong)
     assert refused["state"] == "failed" and refused["error"].startswith(
-        "clip_skip=12 is not allowed"
+        "no step is left of 4 steps"
     )
     facts = host.get("/settings").json()
     assert facts["max_batch"] == 3 and set(

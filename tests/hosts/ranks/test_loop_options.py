@@ -76,7 +76,7 @@ def test_settings_tell_what_quantising_saved(host):
     ("change", "message"),
     [
         ({"control_image": None}, "control_image is missing, but a ControlNet is loaded"),
-        ({"ip_image": None}, "ip_image is missing, but an IP-Adapter is loaded"),
+        ({"ip_image": None}, "ip_adapter_image is missing, but an IP-Adapter is loaded"),
         ({"lora": {"../other.safetensors": 1.0}}, "is not a file that requests may use"),
         ({"lora": "other.v2.safetensors"}, "lora must be an object"),
         ({"ip_adapter_scale": 99}, "ip_adapter_scale=99 is not allowed"),

@@ -130,7 +130,7 @@ def test_split_jobs_have_previews_and_one_is_cancelled_and_one_refused_without_t
     jobs = [
         send(split_host, {**LONG, "num_inference_steps": 100, "seed": seed}) for seed in range(2)
     ]
-    wrong = send(split_host, {**BODY, "clip_skip": 12})
+    wrong = send(split_host, {**BODY, "denoising_end": 0})
     last = send(split_host, {**BODY, "seed": 3})
     both_run(split_host, jobs)
     previews = {job: [] for job in jobs}
@@ -150,7 +150,7 @@ def test_split_jobs_have_previews_and_one_is_cancelled_and_one_refused_without_t
     assert show(split_host, jobs[0])["state"] == "running"
     refused, good = over(split_host, wrong, last)
     assert refused["state"] == "failed" and refused["error"].startswith(
-        "clip_skip=12 is not allowed"
+        "no step is left of 4 steps"
     )
     assert difference(pixels(split_host, good["id"]), alone({**BODY, "seed": 3})) <= 1
     (first,) = over(split_host, jobs[0])
