@@ -9,7 +9,6 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from math import isqrt
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -168,7 +167,9 @@ POSITIONS: Mapping[str, Callable[[Config], Any]] = MappingProxyType(
         "SD3Transformer2DModel": lambda config: config.get("pos_embed_max_size"),
         "CogView3PlusTransformer2DModel": lambda config: config.get("pos_embed_max_size"),
         "OmniGenTransformer2DModel": lambda config: config.get("pos_embed_max_size"),
-        "AuraFlowTransformer2DModel": lambda config: isqrt(config.get("pos_embed_max_size") or 0),
+        "AuraFlowTransformer2DModel": lambda config: math.isqrt(
+            config.get("pos_embed_max_size") or 0
+        ),
         "Kandinsky5Transformer3DModel": lambda config: 128,
     }
 )
