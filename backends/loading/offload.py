@@ -54,12 +54,10 @@ def place(
 
 def defer_denoisers(pipe: Any, spec: ModelSpec, load: LoadRequest, *, device: torch.device) -> None:
     """Leave denoisers that will be cut in their files until then. Does nothing if an option needs
-    all of their weights while loading; LoRAs and IP-Adapters do with their shapes, unless LoRAs
-    are fused, as they are before compiling.
+    all of their weights while loading; LoRAs and IP-Adapters do with their shapes.
     """
     is_moved = load.offload is not None and device.type != "cpu"
-    is_fused = load.compile is not None and (load.lora or load.motion_lora)
-    if is_moved or is_fused or load.quantize or load.gguf_model:
+    if is_moved or load.quantize or load.gguf_model:
         return
     for name in spec.denoisers:
         if isinstance(model := getattr(pipe, name, None), nn.Module):

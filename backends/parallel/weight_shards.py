@@ -123,6 +123,15 @@ def settle_parameter(parameter: nn.Parameter) -> int:
     return _num_bytes(parameter)
 
 
+def change_weight(parameter: nn.Parameter, change: Callable[[Tensor], Tensor]) -> None:
+    """Replace a weight by `change` of it, in its dtype: now, or when a deferred one is read."""
+    read = parameter.__dict__.get(READ)
+    if read is None:
+        parameter.data = change(parameter.data).to(parameter.dtype)
+    else:
+        setattr(parameter, READ, lambda: change(read()).to(parameter.dtype))
+
+
 @contextmanager
 def read_meanwhile(module: nn.Module) -> Iterator[None]:
     """Let code read a module's own deferred weights, which stay deferred."""

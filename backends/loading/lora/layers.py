@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from backends.loading.lora.formats import Update
 from backends.parallel.gathered_weights import whole_weights
-from backends.parallel.weight_shards import is_placeholder, settle_parameter
+from backends.parallel.weight_shards import change_weight, is_placeholder, settle_parameter
 
 _CONVOLUTIONS = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 
@@ -193,19 +193,30 @@ def set_adapters(layer: Any, scales: dict[str, float]) -> None:
             )
 
 
-def merged_weight(layer: Any) -> Tensor:
-    """Return the base weight plus all active adapters, in float32."""
-    weight = plain_weight(layer.get_base_layer())
+def merge(layer: Any) -> None:
+    """Add all active adapters to the base weight for good. One that is not read yet is changed
+    when it is.
+    """
+    if not layer.disable_adapters:
+        change_weight(layer.get_base_layer().weight, lambda weight: merged_weight(layer, weight))
+
+
+def merged_weight(layer: Any, weight: Tensor | None = None) -> Tensor:
+    """Return the base weight plus all active adapters, in float32.
+
+    weight: that of the base layer, float, of its shape. None reads it, also if it is packed.
+    """
+    base = plain_weight(layer.get_base_layer()) if weight is None else weight.float()
     changes = []
     for name in () if layer.disable_adapters else layer.active_adapters:
-        change = _change(layer, name, weight)
+        change = _change(layer, name, base)
         is_decomposed = name in layer.lora_magnitude_vector
         changes.append(
-            layer.lora_magnitude_vector[name].merged(weight, change)
+            layer.lora_magnitude_vector[name].merged(base, change)
             if is_decomposed
             else layer.scaling[name] * change
         )
-    return weight + sum(changes)
+    return base + sum(changes)
 
 
 def _change(layer: Any, name: str, weight: Tensor) -> Tensor:

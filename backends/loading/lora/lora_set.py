@@ -38,7 +38,7 @@ from backends.loading.lora.layers import (
     ParameterDifferences,
     fits,
     install,
-    merged_weight,
+    merge,
     set_adapters,
     weight_size,
 )
@@ -137,9 +137,7 @@ class LoraSet:
                 for name, layer in module.named_modules()
                 if isinstance(layer, BaseTunerLayer)
             ]:
-                weight = layer.get_base_layer().weight
-                if not layer.disable_adapters:
-                    weight.data = merged_weight(layer).to(weight.dtype)
+                merge(layer)
                 parent, _, attribute = name.rpartition(".")
                 setattr(module.get_submodule(parent), attribute, layer.get_base_layer())
             if hasattr(module, "peft_config"):
