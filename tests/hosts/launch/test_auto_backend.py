@@ -363,6 +363,26 @@ def test_a_method_that_fails_in_its_trial_is_left_out_with_the_reason(run_on_ran
     run_on_ranks(check_failing_method, 2)
 
 
+def check_slow_steps(rank, world_size):
+    found = start(height=64, width=64)
+    pipeline = load_pipeline(found.spec, found.load, device=torch.device("cpu"))
+    request = prewarm_request(found.spec, replace(found.load, prewarm_steps=20))
+    subject = PipelineSubject(pipeline, request, request)
+    trials = Trials(subject, spec=found.spec, rank=rank, world_size=world_size, halves=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("backends.autotune.trials.SLOW_STEP_S", 0.0)  # every step is slow
+        measured = trials.measure(
+            candidates_of(found.auto), quality="exact", image=Image(num_steps=20), also=["high"]
+        )
+    assert (measured.steps.keys(), measured.failures) == ({"single"}, {})
+    chosen = start(height=64, width=64, measured=measured).auto
+    assert chosen.levels["exact"] != "single", "the estimate still decides"
+
+
+def test_methods_are_not_tried_on_a_cpu_that_takes_long_for_a_step(run_on_ranks):
+    run_on_ranks(check_slow_steps, 2)
+
+
 ARGUMENTS = (
     "--type=sdxl",
     "--nproc_per_node=2",
