@@ -6,6 +6,7 @@ the log. What was named one by one must be right.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -115,17 +116,23 @@ def _models_in(
     folder: Path, settings: Settings, plan: Callable[[Settings], StartPlan]
 ) -> Iterator[tuple[str, PlannedModel]]:
     """Yield the models of a folder in alphabetical order: its folders in diffusers layout, then
-    files. The folder beside a file, with its configuration, has the file's name and no weights.
+    files. A folder beside a file of its name is a model too if it is whole; else it has what the
+    file lacks. Files whose name is taken keep their ending.
     """
     entries = sorted(folder.iterdir(), key=lambda path: path.name.lower())
     files = [path for path in entries if path.suffix in SINGLE_FILES]
     beside = {path.with_suffix("") for path in files}
-    folders = [path for path in entries if path.is_dir() and path not in beside]
-    for path in (*folders, *files):
+    found = []
+    for path in (*(path for path in entries if path.is_dir()), *files):
         try:
-            yield _name_of(path), _planned(str(path), settings, plan)
+            found.append((path, _planned(str(path), settings, plan)))
         except HostError as error:
-            logger.warning("%s is left out: %s", path, error)
+            if path not in beside:
+                logger.warning("%s is left out: %s", path, error)
+    names = Counter(_name_of(path) for path, _ in found)
+    for path, model in found:
+        is_taken = path.is_file() and names[_name_of(path)] > 1
+        yield (path.name if is_taken else _name_of(path)), model
 
 
 def _planned(

@@ -1,9 +1,13 @@
 """--models: which models a folder or a list means, and what is refused. Reads headers only."""
 
 import logging
+import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from backends.errors import ConfigError
 from backends.model_table import read_table
@@ -37,10 +41,22 @@ def test_a_folder_means_the_models_in_it_by_name_in_alphabetical_order(folder):
     assert found["first"].settings.models is None
 
 
-def test_a_single_file_has_the_name_of_the_file_and_the_folder_beside_it_is_no_model(tmp_path):
+def test_a_single_file_has_its_name_and_the_folder_with_what_it_lacks_is_no_model(tmp_path, caplog):
     (tmp_path / "mine.safetensors").symlink_to(single_file("sdxl"))
+    without = shutil.ignore_patterns("diffusion_pytorch_model*")
+    shutil.copytree(checkpoint("sdxl"), tmp_path / "mine", ignore=without)
+    with caplog.at_level(logging.WARNING):
+        assert list(models_of(str(tmp_path))) == ["mine"]
+    assert not [message for message in caplog.messages if "left out" in message]
+
+
+def test_models_of_one_name_are_all_there_and_files_keep_their_ending(tmp_path):
     (tmp_path / "mine").symlink_to(checkpoint("sdxl"))
-    assert list(models_of(str(tmp_path))) == ["mine"]
+    (tmp_path / "mine.safetensors").symlink_to(single_file("sdxl"))
+    torch.save(load_file(single_file("sdxl")), tmp_path / "mine.ckpt")
+    found = models_of(str(tmp_path))
+    assert list(found) == ["mine", "mine.ckpt", "mine.safetensors"]
+    assert all(Path(one.settings.checkpoint).name == name for name, one in found.items())
 
 
 def test_what_cannot_be_planned_is_left_out_of_a_folder_with_the_reason(folder, caplog):
