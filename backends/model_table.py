@@ -100,6 +100,8 @@ class ModelSpec:
     vae_variant: Literal["", "fp32"] = ""
     requires: tuple[str, ...] = ("prompt",)  # inputs that every request must bring
     images: int = 0  # most images that a request may bring as `image`: to edit, or as references
+    # least: pixels on each side of such an image; shape: most times that one side may be longer.
+    image_limits: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     # Fixed extra arguments of the pipeline call.
     call: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     components: tuple[str, ...] = ()  # loaded separately unless the checkpoint folder holds them
@@ -136,8 +138,16 @@ class ModelSpec:
     parameters: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     # num_frames must be 1 more than a multiple of this: a latent frame of the VAE holds so many.
     frame_step: int = 1
+    # Latent frames of which the video is made piece by piece; 0: in one piece.
+    latent_chunk: int = 0
     # Found in the checkpoint: request field -> the least and the largest value that it allows.
     extent: Mapping[str, tuple[int, int]] = field(default_factory=lambda: MappingProxyType({}))
+    # Found in the checkpoint: channels of the VAE's latents, and pixels on a side of one of them; 0
+    # where it does not say.
+    latent_channels: int = 0
+    latent_pixels: int = 8
+    # Found in the checkpoint: widths of prompt embeddings and of pooled ones, as far as it says.
+    embeds_widths: tuple[int | None, int | None] = (None, None)
     # Found in the checkpoint: the denoiser itself reads the mask and the masked image.
     reads_mask: bool = False
     # Found in the checkpoint: its scheduler's configuration; empty where it has none.
@@ -197,6 +207,22 @@ class ModelSpec:
     def most_images(self) -> int:
         """Return how many images `image` may hold; 0 if the pipeline takes none."""
         return max(self.images, int("image" in self.requires))
+
+    def lengths_around(self, num_frames: int, latent_chunk: int | None = None) -> tuple[int, int]:
+        """Return the longest video with no more than these frames, 0 if there is none, and the
+        next longer one. latent_chunk: the request's.
+        """
+        step, chunk = self.frame_step, latent_chunk or self.latent_chunk
+        frames_of_piece = (chunk - 1) * step + 1 if chunk else step
+
+        def length(pieces: int) -> int:
+            made = pieces * frames_of_piece
+            return (made - 1) // step * step + 1 if chunk else made + 1
+
+        pieces = num_frames // frames_of_piece + 1
+        while length(pieces) > num_frames:
+            pieces -= 1
+        return max(length(pieces), 0), length(pieces + 1)
 
     def supports(self, backend: str, feature: str | None = None) -> Cell:
         """Return whether `backend` can run this type, or one feature of it."""

@@ -84,6 +84,14 @@ class ParallelPlan:
             return "exact"
         return "high" if self.is_close else "fast"
 
+    @property
+    def keeps_widths(self) -> bool:
+        """Whether all layers that a rank keeps have their full size.
+
+        If so, a LoRA fits them. PipeFusion keeps whole blocks.
+        """
+        return not self.splits_weights_by or self.degree("stage") > 1
+
     def degree(self, name: str) -> int:
         """Return the degree of an axis; 1 if the plan does not have it."""
         return dict(self.axes).get(name, 1)

@@ -12,7 +12,8 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from backends.plan import Exactness, Quality
+from backends.errors import RequestError
+from backends.plan import Exactness, ParallelPlan, Quality
 from backends.quantization_spec import QuantizationSpec
 from backends.step_cache_spec import StepCacheSpec
 
@@ -311,6 +312,25 @@ class GenerateRequest(BaseModel):
         return values
 
 
+def why_loras_are_fixed(load: LoadRequest, plan: ParallelPlan | None) -> str:
+    """Return why requests cannot choose LoRAs, for a message; empty if they can.
+
+    plan: None for one rank.
+    """
+    is_compiled = load.compile is not None and "denoiser" in load.compile.targets
+    if is_compiled and not load.quantize and load.gguf_model is None:
+        return (
+            "compiles its denoiser: LoRAs given at launch are part of the weights. Leave it out, "
+            "or start the host without --compile_unet"
+        )
+    if plan is not None and not plan.keeps_widths:
+        return (
+            f"runs {plan.describe()} with sharded weights. Give the LoRA at launch, or start the "
+            "host without sharding"
+        )
+    return ""
+
+
 NEUTRAL = {"num_frames": 1, "compel": False, "clip_skip": 0}
 """Values besides the defaults that have no effect."""
 HARMLESS = frozenset({"latent_space"})
@@ -323,6 +343,27 @@ def asks(field: str, value: Any) -> bool:
     is_default = isinstance(value, int | float | str) and value == default
     is_nothing = value is None or (isinstance(value, str | list | dict) and len(value) == 0)
     return not (is_default or is_nothing or field in HARMLESS)
+
+
+def enlarges_only(request: GenerateRequest) -> bool:
+    """Whether the request has its own image enlarged, and generates none."""
+    is_kept = request.init_image is not None and request.strength == 0
+    return request.upscaler is not None and is_kept
+
+
+MAX_ENLARGED_PIXELS = 128 * 10**6
+"""Of an upscaler's result: the host's memory."""
+
+
+def require_room(width: int, height: int, scale: int) -> None:
+    """Raise RequestError if an upscaler of this factor would make too large an image."""
+    large = width * scale, height * scale
+    if large[0] * large[1] > MAX_ENLARGED_PIXELS:
+        raise RequestError(
+            f"upscaler: an image of {width}x{height} would become one of {large[0]}x{large[1]}. "
+            f"Allowed: up to {MAX_ENLARGED_PIXELS // 10**6} megapixels. Send a smaller one.",
+            field="upscaler",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

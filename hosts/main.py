@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from backends.autotune.ranking import Measured
 from backends.errors import ConfigError, HostError, UnavailableError
 from backends.model_table import ModelSpec, read_table
+from backends.request import why_loras_are_fixed
 from hosts.jobs.queue import queue_within
 from hosts.jobs.store import JobStore, NoStore
 from hosts.launch.catalog import Catalog, plan_models
@@ -133,11 +134,14 @@ def _listen(
     """Serve HTTP in threads. ConfigError if the port stays in use for `patience_s`."""
     from hosts.http.app import Host, listen
 
-    settings, shared = process.settings, {"queue": process.queue, "state": process.state}
-    hosts = [
-        Host(settings=each.settings, spec=each.start.spec, protocol=protocol, name=name, **shared)
-        for name, each in models.items()
-    ] or [Host(settings=settings, spec=_any_spec(settings), protocol=protocol, **shared)]
+    settings = process.settings
+    shared = {"queue": process.queue, "state": process.state, "protocol": protocol}
+    hosts = []
+    for name, each in models.items():
+        facts = {"fixed_loras": why_loras_are_fixed(each.start.load, each.start.plan)}
+        facts |= {"settings": each.settings, "spec": each.start.spec, "name": name}
+        hosts.append(Host(**facts, **shared))
+    hosts = hosts or [Host(settings=settings, spec=_any_spec(settings), **shared)]
     num_jobs = 2 * settings.queue_size + process.place.world_size * settings.max_batch
     app = protocol.application(hosts, process.store or NoStore())
     listener = listen(app, settings, num_jobs=num_jobs)

@@ -181,8 +181,8 @@ FRAME_STEPS = ("scale_factor_temporal", "temporal_compression_ratio")
 def with_own_extent(
     spec: ModelSpec, checkpoint: Checkpoint, *, motion: str | None = None
 ) -> ModelSpec:
-    """Return the type with the sizes and lengths for which the checkpoint has positions, and the
-    layers that its text encoders can skip.
+    """Return the type with the sizes and lengths for which the checkpoint has positions, the layers
+    that its text encoders can skip, and the shapes of latents and embeddings.
 
     motion: folder of a motion adapter that is given apart.
     """
@@ -211,8 +211,27 @@ def with_own_extent(
         encoders = (checkpoint.config(name) for name in ("text_encoder", "text_encoder_2"))
         layers = [each["num_hidden_layers"] for each in encoders if "num_hidden_layers" in each]
         extent |= {"clip_skip": (0, min(layers) - 1)} if layers else {}
-    frame_step = step if spec.frame_step > 1 else 1
-    return replace(spec, extent=MappingProxyType(extent), frame_step=frame_step)
+    return replace(
+        spec,
+        extent=MappingProxyType(extent),
+        frame_step=step if spec.frame_step > 1 else 1,
+        latent_channels=int(vae.get("latent_channels") or vae.get("z_dim") or 0),
+        latent_pixels=scale,
+        embeds_widths=embeds_widths(config),
+    )
+
+
+def embeds_widths(config: Config) -> tuple[int | None, int | None]:
+    """Return the channels of prompt and pooled embeddings from a denoiser's config, or None."""
+    names = ("joint_attention_dim", "cross_attention_dim", "cap_feat_dim", "text_dim")
+    width = next((config[name] for name in names if config.get(name) is not None), None)
+    pooled = config.get("pooled_projection_dim")
+    if config.get("addition_embed_type") == "text_time":
+        # SDXL concatenates six embedded sizes with the pooled text
+        pooled = (
+            config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+        )
+    return width if isinstance(width, int) else None, pooled
 
 
 def _frames_of_latent(vae: Config) -> int | None:

@@ -23,7 +23,13 @@ from backends.files.checkpoint import (
     with_article,
 )
 from backends.files.modular import modular_call_of
-from backends.files.pipeline_calls import IMAGES, VIDEOS, PipelineCall, pipeline_call
+from backends.files.pipeline_calls import (
+    IMAGES,
+    VIDEOS,
+    PipelineCall,
+    pipeline_call,
+    size_multiple,
+)
 from backends.model_table import FEATURES, GENERIC, BackendSpec, Cell, ModelSpec
 
 DENOISER = re.compile(r"Transformer|UNet|DiT|UVit|UniDiffuser")
@@ -114,7 +120,7 @@ def generic_spec(folder: Path) -> ModelSpec:
         guidance_argument=scale or "",
         num_frames=int(_number(call, carriers.get("num_frames"), 1)),
         frames_per_s=int(_number(call, carriers.get("fps"), FRAMES_PER_S)),
-        size_multiple=1,
+        size_multiple=size_multiple(name),
         flow_matching=_is_flow(folder),
         variant="bf16" if any(map(_is_transformer, denoisers)) else "fp16",
         vae_variant="fp32" if (index.get("vae") or ("", ""))[1] in FLOAT32_VAES else "",

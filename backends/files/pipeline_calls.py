@@ -5,6 +5,7 @@ Importing diffusers needs seconds and torch. The launcher and the HTTP side only
 
 import ast
 import importlib.util
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -74,6 +75,33 @@ def given_to_sampler(name: str, *, flow_sigmas: bool) -> frozenset[str]:
                 given = [_given(call, item, flow_sigmas) for call in calls]
                 return frozenset.intersection(*given) if given else frozenset()
     return frozenset()
+
+
+@lru_cache(maxsize=512)
+def size_multiple(name: str) -> int:
+    """Return the number of which a pipeline class's check_inputs wants height and width to be
+    multiples; 1 if it wants none, or one that depends on the checkpoint.
+    """
+    for _, node in _lineage(name):
+        for item in node.body:
+            if isinstance(item, ast.FunctionDef) and item.name == "check_inputs":
+                return math.lcm(*_required_multiples(item))
+    return 1
+
+
+def _required_multiples(function: ast.FunctionDef) -> Iterator[int]:
+    """Yield N of each `if height % N != 0: raise`."""
+    for part in ast.walk(function):
+        if not isinstance(part, ast.If) or not isinstance(part.body[0], ast.Raise):
+            continue
+        for test in ast.walk(part.test):
+            if (
+                isinstance(test, ast.BinOp)
+                and isinstance(test.op, ast.Mod)
+                and ast.unparse(test.left) in ("height", "width")
+                and isinstance(test.right, ast.Constant)
+            ):
+                yield int(test.right.value)
 
 
 def _sets_timesteps(node: ast.AST) -> bool:

@@ -286,3 +286,15 @@ def prediction_of(header: Header) -> dict[str, object]:
     text = header.metadata.get("modelspec.prediction_type", "").lower()
     name = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}.get(text)
     return {"prediction_type": name} if name is not None else {}
+
+
+UPSCALER_CHANNELS = {3: 4, 12: 2, 48: 1}
+"""Channels of the first layer of an ESRGAN -> the factor by which it enlarges. It folds pixels into
+channels before, and doubles the sides twice.
+"""
+
+
+def upscaler_scale(header: Header) -> int | None:
+    """Return the factor of an ESRGAN's network; None for other networks."""
+    first = header.first_shape("conv_first.weight", "model.0.weight")
+    return UPSCALER_CHANNELS.get(first[1]) if first is not None and len(first) == 4 else None

@@ -31,6 +31,8 @@ class AtLaunch:
     """What was given at launch and decides what requests may ask for."""
 
     loras: tuple[str, ...] = ()
+    fixed_loras: str = ""
+    """Why requests cannot choose LoRAs; empty if they can."""
     control_nets: int = 0
     ip_adapters: int = 0
     compel: bool = False
@@ -39,9 +41,10 @@ class AtLaunch:
     """height, width and num_inference_steps, where they were given."""
 
     @classmethod
-    def of(cls, options: Any) -> "AtLaunch":
+    def of(cls, options: Any, fixed_loras: str = "") -> "AtLaunch":
         """options: a LoadRequest, or the host's Settings, which have the same names."""
         return cls(
+            fixed_loras=fixed_loras,
             loras=tuple(str(Path(path).resolve()) for path in options.lora or ()),
             control_nets=len(options.control_net or ()),
             ip_adapters=len(options.ip_adapter or ()),
@@ -68,10 +71,21 @@ def require_possible(
         _require_inputs(request, spec, names)
         _require_steps(request, spec, launch, names)
         _require_embeds(request, spec, names)
+        _require_latents(request, spec, names)
+    if request.denoising_end == 0:
+        name = names.get("denoising_end", "denoising_end")
+        raise RequestError(
+            f"{name}=0 leaves no step to run. Send a value above 0, up to 1.", field=name
+        )
+    _require_images(request, spec, names)
     _require_control(request, spec, launch, names)
     _require_ip_images(request, spec, launch, names)
     _require_extent(request, spec, launch, names)
     _require_compel(request, launch, names)
+    if launch.fixed_loras and (request.lora or (request.lora is not None and launch.loras)):
+        raise UnsupportedError(
+            f"lora in a request is not available on a host that {launch.fixed_loras}."
+        )
     for path in request.lora or {}:
         if str(Path(path).resolve()) not in launch.loras:
             require_own_lora(path, spec)
@@ -82,26 +96,37 @@ def require_exact(given: Mapping[str, Any], spec: ModelSpec, names: Mapping[str,
 
     given: field -> value. names: as in require_possible.
     """
-    step = spec.frame_step
-    for side, multiple, more in (
-        ("height", spec.size_multiple, 0),
-        ("width", spec.size_multiple, 0),
-        ("num_frames", step, 1),
-    ):
-        value = given.get(side)
-        if not isinstance(value, int) or value <= 0 or (value - more) % multiple == 0:
+    multiple = spec.size_multiple
+    for field_name in (*SIDES, "num_frames"):
+        value, is_side = given.get(field_name), field_name in SIDES
+        if not isinstance(value, int) or value <= 0:
             continue
-        below = (value - more) // multiple * multiple + more
-        nearest = [str(size) for size in (below, below + multiple) if size]
-        name = names.get(side, side)
-        where = "" if name == side else f"{name}: "  # OpenAI's size has both
-        what = "a length of a video" if more else "a size"
-        allowed = f"1 more than multiples of {step}" if more else f"multiples of {multiple}"
+        below = value // multiple * multiple
+        around = (below, below + multiple) if is_side else lengths_around(value, given, spec)
+        if value in around:
+            continue
+        name = names.get(field_name, field_name)
+        where = "" if name == field_name else f"{name}: "  # OpenAI's size has both
+        what = "a size" if is_side else "a length of a video"
         raise RequestError(
-            f"{where}{side}={value} is not {what} of {spec.title}. Allowed: {allowed}; the "
-            f"nearest {'are' if below else 'is'} {' and '.join(nearest)}.",
+            f"{where}{field_name}={value} is not {what} of {spec.title}. Allowed: "
+            f"{f'multiples of {multiple}' if is_side else _lengths(spec)}; the nearest "
+            f"{'are' if around[0] else 'is'} {' and '.join(str(each) for each in around if each)}.",
             field=name,
         )
+
+
+def lengths_around(num_frames: int, given: Mapping[str, Any], spec: ModelSpec) -> tuple[int, int]:
+    """Return the lengths on both sides of this one that a request with these fields can have."""
+    own = given.get("arguments")
+    chunk = own.get("num_latent_frames_per_chunk") if isinstance(own, Mapping) else None
+    return spec.lengths_around(num_frames, chunk if isinstance(chunk, int) and chunk > 0 else None)
+
+
+def _lengths(spec: ModelSpec) -> str:
+    if spec.latent_chunk:
+        return f"videos made in pieces of {spec.latent_chunk} latent frames"
+    return f"1 more than multiples of {spec.frame_step}"
 
 
 def require_companions(given: Mapping[str, Any], spec: ModelSpec, names: Mapping[str, str]) -> None:
@@ -289,6 +314,55 @@ def _require_embeds(request: GenerateRequest, spec: ModelSpec, names: Mapping[st
                     "of one prompt.",
                     field=name,
                 )
+        for array, width, what in zip(
+            (given, beside), spec.embeds_widths, ("", "pooled_output "), strict=True
+        ):
+            if array is not None and width is not None and array.shape[-1] != width:
+                raise RequestError(
+                    f"{name} has a {what}width of {array.shape[-1]}, but this checkpoint of "
+                    f"{spec.title} takes {width}. Send embeddings of its own text encoders, or the "
+                    "prompt as text.",
+                    field=name,
+                )
+
+
+def _require_latents(request: GenerateRequest, spec: ModelSpec, names: Mapping[str, str]) -> None:
+    """Raise RequestError for latents of another VAE, or of a size that the model cannot make."""
+    if request.latents is None:
+        return
+    name, shape = names.get("latents", "latents"), request.latents.shape
+    channels = spec.latent_channels
+    if len(shape) != 4 or (channels and shape[1] != channels):
+        raise RequestError(
+            f"{name} has shape {shape}, but this checkpoint of {spec.title} takes (1, "
+            f"{channels or 'channels'}, height / {spec.latent_pixels}, width / "
+            f"{spec.latent_pixels}). Send latents of its own VAE, or leave the field out.",
+            field=name,
+        )
+    height, width = (side * spec.latent_pixels for side in shape[-2:])
+    if height % spec.size_multiple or width % spec.size_multiple:
+        raise RequestError(
+            f"{name} are for an image of {width}x{height}. Allowed for {spec.title}: multiples of "
+            f"{spec.size_multiple} pixels on both sides.",
+            field=name,
+        )
+
+
+def _require_images(request: GenerateRequest, spec: ModelSpec, names: Mapping[str, str]) -> None:
+    """Raise RequestError for an image that is smaller or longer than the pipeline takes."""
+    least, shape = (spec.image_limits.get(name) for name in ("least", "shape"))
+    if least is None or shape is None:
+        return
+    for field_name in ("image", "init_image"):
+        for image in listed(getattr(request, field_name)):
+            name, (width, height) = names.get(field_name, field_name), image.size
+            if min(width, height) < least or max(width, height) > shape * min(width, height):
+                raise RequestError(
+                    f"{name} has an image of {width}x{height}. Allowed for {spec.title}: at least "
+                    f"{least} pixels on each side, and one side at most {shape} times the other. "
+                    "Send another image.",
+                    field=name,
+                )
 
 
 def _require_control(
@@ -360,7 +434,11 @@ def _require_extent(
     sizes = {name: getattr(request, name) for name in {*SIDES, *spec.extent}}
     named = {name: names.get(name, name) for name in sizes}
     image = request.init_image
-    if image is not None and request.height is None and request.width is None:
+    if request.latents is not None and request.latents.ndim == 4:
+        sides = (side * spec.latent_pixels for side in request.latents.shape[-2:])
+        sizes |= dict(zip(SIDES, sides, strict=True))
+        named |= dict.fromkeys(SIDES, names.get("latents", "latents"))
+    elif image is not None and request.height is None and request.width is None:
         sizes |= {"height": image.height, "width": image.width}
         named |= dict.fromkeys(SIDES, names.get("init_image", "init_image"))
     for name, size in sizes.items():

@@ -244,18 +244,6 @@ def _same_length(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.
     return tuple(torch.nn.functional.pad(x, (0, 0, 0, length - x.shape[1])) for x in (a, b))
 
 
-def require_reference_images(request: GenerateRequest, pipe: Any) -> None:
-    """Raise RequestError for an image that the pipeline's own check refuses."""
-    check = getattr(getattr(pipe, "image_processor", None), "check_image_input", None)
-    if check is None or request.image is None:
-        return
-    for image in request.image if isinstance(request.image, list) else [request.image]:
-        try:
-            check(image)
-        except ValueError as error:
-            raise RequestError(f"image: {error}. Send another image.", field="image") from error
-
-
 def require_clip_layers(request: GenerateRequest, pipe: Any, signature: Signature) -> None:
     """Raise RequestError if clip_skip leaves no layer of a CLIP text encoder."""
     if not request.clip_skip or "clip_skip" not in signature.parameters:
@@ -274,43 +262,3 @@ def require_clip_layers(request: GenerateRequest, pipe: Any, signature: Signatur
             "Send a value in that range.",
             field="clip_skip",
         )
-
-
-def require_embeds_width(request: GenerateRequest, spec: ModelSpec, pipe: Any) -> None:
-    """Raise RequestError if the request's embeddings are not as wide as the denoiser reads them."""
-    if request.prompt_embeds is None and request.negative_prompt_embeds is None:
-        return
-    widths = _embeds_widths(getattr(pipe, spec.denoiser).config)
-    for field, prefix in (("positive_embeds", ""), ("negative_embeds", "negative_")):
-        embeds, pooled = (
-            getattr(request, f"{prefix}{name}")
-            for name in ("prompt_embeds", "pooled_prompt_embeds")
-        )
-        for name, array, width in (
-            ("tensor", embeds, widths[0]),
-            ("pooled_output", pooled, widths[1]),
-        ):
-            if array is not None and width is not None and array.shape[-1] != width:
-                raise RequestError(
-                    f"{prefix}prompt_embeds ({field}) has a {name} of width {array.shape[-1]}, "
-                    f"but this {spec.title} model takes {width}. Send embeddings of its "
-                    "own text encoders, or the prompt as text.",
-                    field=field,
-                )
-
-
-def _embeds_widths(config: Mapping[str, Any]) -> tuple[int | None, int | None]:
-    """Return the channels of prompt and pooled embeddings from a denoiser's config, or None."""
-    width = _first(
-        *(
-            config.get(name)
-            for name in ("joint_attention_dim", "cross_attention_dim", "cap_feat_dim", "text_dim")
-        )
-    )
-    pooled = config.get("pooled_projection_dim")
-    if config.get("addition_embed_type") == "text_time":
-        # SDXL concatenates six embedded sizes with the pooled text
-        pooled = (
-            config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-        )
-    return width if isinstance(width, int) else None, pooled

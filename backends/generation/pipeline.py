@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -19,13 +20,12 @@ import transformers
 from torch import Tensor, nn
 
 from backends.errors import CancelledError, ConfigError, HostError, RequestError, UnsupportedError
+from backends.files.defaults import embeds_widths
 from backends.generation import latents as latent_space
 from backends.generation.admission import AtLaunch, require_possible
 from backends.generation.batching import require_one_batch
 from backends.generation.call_arguments import (
     require_clip_layers,
-    require_embeds_width,
-    require_reference_images,
     resolve,
 )
 from backends.generation.generic_run import GenericGeneration, resolve_generic, with_parameters
@@ -37,8 +37,8 @@ from backends.generation.text.prompts import (
     PromptCache,
     compel_prompts,
     require_readable_prompts,
-    unread_tokens,
 )
+from backends.generation.text.unread import UnreadTokens
 from backends.loading.caches.step_cache import AnyCache, attached_cache, wanted_cache
 from backends.loading.compilation import Compilation
 from backends.loading.conversion import convert
@@ -56,7 +56,14 @@ from backends.parallel.regions import quiet_regions
 from backends.parallel.vae import attach_patch_decode, detach_patch_decode, splits_decode
 from backends.parallel.weight_shards import move
 from backends.plan import Exactness, Quality, is_met
-from backends.request import Array, GenerateRequest, GenerateResult, LoadRequest, asks
+from backends.request import (
+    Array,
+    GenerateRequest,
+    GenerateResult,
+    LoadRequest,
+    asks,
+    why_loras_are_fixed,
+)
 from backends.step_cache_spec import StepCacheSpec, require_step_cache
 
 logger = logging.getLogger(__name__)
@@ -118,6 +125,8 @@ class LoadedPipeline:
         self.device = device
         self.dtype = DTYPES[load.variant]
         self.signature = inspect.signature(pipe.__call__)
+        if (denoiser := getattr(pipe, spec.denoiser, None)) is not None:
+            spec = replace(spec, embeds_widths=embeds_widths(denoiser.config))
         self.spec = spec = with_parameters(spec, self.signature)
         self._pristine_scheduler = copy.deepcopy(getattr(pipe, "scheduler", None))
         self.own_scheduler_class = type(self._pristine_scheduler)
@@ -136,7 +145,8 @@ class LoadedPipeline:
         self._bytes_saved = dict(bytes_saved)
         self.shared = shared or SharedWeights(pipe, spec, load, share=(0, 1), device=device)
         self.upscalers = Upscalers(load.upscalers, device=device, dtype=self.dtype)
-        self._prompts = PromptCache(pipe, facts=lambda: self._loras_in_use)
+        self._unread = UnreadTokens(pipe)
+        self._prompts = PromptCache(pipe, self._unread, facts=lambda: self._loras_in_use)
         self._loras_in_use: Mapping[str, float] = {}
 
     def attach(
@@ -267,6 +277,7 @@ class LoadedPipeline:
         if len(requests) > 1:
             plan = self._backend.plan if self._backend is not None else None
             require_one_batch(requests, self.spec, self.load, prepared[0].scheduler, plan)
+        self._unread.begin(self.pipe, requests[0].arguments or {})
         generation, rows = self._run(prepared, on_step)
         if rows is None:
             generation, rows = self._run(prepared, on_step)
@@ -282,9 +293,9 @@ class LoadedPipeline:
                 num_steps=generation.num_steps,
                 exactness=self._exactness(one.run, num_rows=len(requests)),
                 seconds=seconds,
-                report=self._report(one.request),
+                report=self._report(row, len(requests)),
             )
-            for one, (frames, latents) in zip(prepared, rows, strict=True)
+            for row, (one, (frames, latents)) in enumerate(zip(prepared, rows, strict=True))
         ]
 
     def _run(
@@ -348,22 +359,17 @@ class LoadedPipeline:
             return None
         return latent_space.to_latent_space(latents, request.latent_space, vae=self.pipe.vae)
 
-    def _report(self, request: GenerateRequest) -> dict[str, Any]:
+    def _report(self, row: int, num_rows: int) -> dict[str, Any]:
         report = dict(self._backend.report()) if self._backend is not None else {}
         report |= self._generation.report()
         if self._step_cache is not None:
             report["step_cache"] = self._step_cache.report()
         if self._bytes_saved:
             report["bytes_saved"] = self._bytes_saved
-        if (
-            self.weighted_prompts is None
-            and request.prompt_syntax is None
-            and (unread := unread_tokens(self.pipe, self.spec, request)) > 0
-        ):
-            logger.warning(
-                "the last %d tokens of the prompt were ignored; --compel would read them",
-                unread,
-            )
+        if unread := self._unread.of_row(row, num_rows):
+            has_words = self.spec.has_clip_prompts and self.weighted_prompts is None
+            advice = "; --compel would read them" if has_words else ""
+            logger.warning("the last %d tokens of the prompt were ignored%s", unread, advice)
             report["unread_tokens"] = unread
         return report
 
@@ -396,11 +402,10 @@ class LoadedPipeline:
     def _prepare(self, request: GenerateRequest) -> PreparedRequest:
         if (own := self._serving(request)) is not self:
             return own._prepare(request)
-        require_possible(request, self.spec, AtLaunch.of(self.load))
-        require_embeds_width(request, self.spec, self.pipe)
+        plan = self._backend.plan if self._backend is not None else None
+        launch = AtLaunch.of(self.load, why_loras_are_fixed(self.load, plan))
+        require_possible(request, self.spec, launch)
         require_clip_layers(request, self.pipe, self.signature)
-        require_reference_images(request, self.pipe)
-        self.loras.require_changeable(request.lora, self._backend)
         if request.compel and self.weighted_prompts is None:
             raise UnsupportedError(
                 "compel is not loaded on this host. Leave it out, or start the host with --compel."

@@ -23,10 +23,9 @@ from backends.generation.step_window import schedule_of
 from backends.generation.text.prompts import WeightedPrompts, a1111_prompts
 from backends.loading.controlnet import control_arguments
 from backends.loading.ip_adapter import image_arguments
-from backends.loading.upscaling.upscaler import enlarges_only
 from backends.model_table import ModelSpec
 from backends.parallel.base import RunInfo
-from backends.request import Array, Audio, GenerateRequest
+from backends.request import Array, Audio, GenerateRequest, enlarges_only
 
 if TYPE_CHECKING:
     from backends.generation.pipeline import LoadedPipeline

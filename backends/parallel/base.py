@@ -95,7 +95,7 @@ class Backend(ABC):
 
         If so, a LoRA can be loaded after attaching.
         """
-        return not self.plan.splits_weights_by
+        return self.plan.keeps_widths
 
     @property
     def cuts_in_first_call(self) -> bool:

@@ -29,13 +29,6 @@ class XDiTBackend(Backend):
         super().__init__(spec=spec, plan=plan, mesh=mesh)
         self._attached: list[tuple[nn.Module, list[Method]]] = []
 
-    @property
-    def has_whole_weights(self) -> bool:
-        """Return False under tensor parallelism only. PipeFusion's layers keep their widths, so a
-        LoRA fits them.
-        """
-        return self.plan.degree("tensor") == 1
-
     def attach_denoiser(self, pipe: Any, denoiser: nn.Module) -> None:
         """Attach from the inside outwards: tensor, then stages or sequence, then data."""
         methods: list[Method] = []

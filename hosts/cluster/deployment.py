@@ -8,6 +8,7 @@ from typing import Any
 
 from flask import Flask
 
+from backends.request import why_loras_are_fixed
 from hosts.cluster.config import DeploymentPlan
 from hosts.cluster.nodes import Nodes
 from hosts.cluster.replica import Replica, ReplicaState
@@ -49,6 +50,7 @@ class Deployment:
             Host(
                 settings=settings,
                 spec=plan.start.spec,
+                fixed_loras=why_loras_are_fixed(plan.start.load, plan.start.plan),
                 queue=self.queue,
                 state=self.state,
                 protocol=FixedModel(),

@@ -15,7 +15,7 @@ from hosts.http.dialect import Dialect
 from hosts.http.errors import answer_host_error, status_of
 from hosts.http.health import PLAIN_TEXT
 from hosts.http.identity.sender import seen_owner
-from hosts.http.jobs_api import require_model
+from hosts.http.jobs_api import note_headers, require_model
 from hosts.http.request_io import json_object, submit, wait_for, wanted_type
 from hosts.supervision.host_state import Phase
 
@@ -90,7 +90,7 @@ def generate() -> Response:
         return Response(
             media.encode(media.each_image(result, host.spec.output)[0], content_type),
             mimetype=content_type,
-            headers={"X-Seed": str(result.seed)},
+            headers={"X-Seed": str(result.seed), **note_headers(result.report)},
         )
     return jsonify(legacy_body(result, spec=host.spec))
 

@@ -15,6 +15,7 @@ from flask import Blueprint, Response, current_app, jsonify, request
 
 from backends.errors import HostError, RequestError, UnsupportedError
 from backends.model_table import read_table
+from backends.request import why_loras_are_fixed
 from hosts.compat.routes import log_refusal
 from hosts.compat.v2_config import read_configuration
 from hosts.http.access import require_operator
@@ -78,6 +79,7 @@ def apply() -> str:
         _control().run(Apply(settings=settings))
         if start is not None:
             host.settings, host.spec, _control().applied = settings, start.spec, body
+            host.fixed_loras = why_loras_are_fixed(start.load, start.plan)
     return ""
 
 

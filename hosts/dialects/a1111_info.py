@@ -10,6 +10,7 @@ from backends.request import GenerateResult
 from hosts.dialects.a1111_fields import Asked
 from hosts.dialects.a1111_samplers import SCHEDULE_LABELS, label_of
 from hosts.http import VERSION
+from hosts.http.jobs_api import notes_of
 
 _SETTING = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 """One setting of the last line of an infotext."""
@@ -55,7 +56,7 @@ def info(
         "clip_skip": 1 + int(asked.fields.get("clip_skip") or 0),
         "is_using_inpainting_conditioning": False,
         "version": VERSION,
-        "notes": asked.notes,
+        "notes": [*asked.notes, *notes_of(first.report)],
     }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from flask import request
 
 from backends.errors import RequestError, UnsupportedError
+from backends.generation.admission import lengths_around
 from backends.model_table import ModelSpec
 from backends.request import GenerateRequest, whole_number
 from hosts.http.decode import Accepted, read_mask, read_transparency
@@ -254,8 +255,9 @@ def filmed(body: Mapping[str, Any], asked: Asked, *, spec: ModelSpec) -> Asked:
             raise contradiction(body, "seconds", "num_frames")
         speed = whole_number(fields.get("fps")) or 0
         speed = speed if speed > 0 else spec.frames_per_s
-        frames, step = max(1, round(_seconds(body["seconds"]) * speed)), spec.frame_step
-        fields["num_frames"] = round((frames - 1) / step) * step + 1
+        frames = max(1, round(_seconds(body["seconds"]) * speed))
+        around = [each for each in lengths_around(frames, fields, spec) if each]
+        fields["num_frames"] = min(around, key=lambda length: abs(length - frames))
         sent_as["num_frames"] = "seconds"
     return Asked(fields=fields, sent_as=sent_as)
 

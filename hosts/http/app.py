@@ -66,6 +66,8 @@ class Host:
     """Phase of the host."""
     protocol: ClientProtocol
     """Protocol of existing clients."""
+    fixed_loras: str = ""
+    """Why requests cannot choose LoRAs; empty if they can."""
     name: str = ""
     """Name of the model for clients that name one; its type if empty."""
     others: Mapping[str, str] = field(default_factory=dict)
@@ -83,7 +85,7 @@ class Host:
     @property
     def accepted(self) -> Accepted:
         """Return what requests may hold, as the settings are now."""
-        return Accepted.by(self.settings, model=self.name or None)
+        return Accepted.by(self.settings, model=self.name or None, fixed_loras=self.fixed_loras)
 
     def has(self, job_id: str) -> bool:
         """Return whether a job can be looked up that is for this model."""

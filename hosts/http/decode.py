@@ -26,7 +26,13 @@ from backends.generation.schedulers import (
 )
 from backends.generation.text.emphasis import parse_emphasis
 from backends.model_table import ModelSpec
-from backends.request import GenerateRequest, asks, whole_number
+from backends.request import (
+    GenerateRequest,
+    asks,
+    enlarges_only,
+    require_room,
+    whole_number,
+)
 from hosts.http import images, media
 from hosts.http.limits import MAX_IMAGES, Accepted, DecodeLimits
 
@@ -136,6 +142,9 @@ def decode_request(
             f"{', '.join(accepted.upscalers)}.",
             field="upscaler",
         )
+    if is_strict:
+        _require_size_of_latents(request, spec, names)
+    _require_room(request, spec, accepted)
     accepted.limits.check(request, names, upscale=spec.upscale)
     if request.prompt_syntax is not None:
         for field in ("prompt", "negative_prompt"):
@@ -194,6 +203,42 @@ def _require_count(images: Any, spec: ModelSpec, name: str) -> None:
             f"{' at most' if spec.most_images > 1 else ''}. Leave the others out.",
             field=name,
         )
+
+
+def _require_size_of_latents(
+    request: GenerateRequest, spec: ModelSpec, names: Mapping[str, str]
+) -> None:
+    """Refuse a size beside latents of another one, which decide the size of the image."""
+    if request.latents is None or request.latents.ndim != 4:
+        return
+    for side, length in zip(("height", "width"), request.latents.shape[-2:], strict=True):
+        asked, made = getattr(request, side), length * spec.latent_pixels
+        if asked not in (None, made):
+            name = names.get(side, side)
+            raise RequestError(
+                f"{name}={asked} contradicts {names.get('latents', 'latents')}, which are for a "
+                f"{side} of {made}. Leave {name} out, or send that.",
+                field=name,
+            )
+
+
+def _require_room(request: GenerateRequest, spec: ModelSpec, accepted: Accepted) -> None:
+    """Refuse an upscaler that would make too large an image, as far as its factor is known."""
+    scale = accepted.upscalers.get(request.upscaler or "")
+    if scale is None:
+        return
+    defaults, image = accepted.launch.defaults, request.init_image
+    size = [
+        getattr(request, side) or defaults.get(side) or getattr(spec, side)
+        for side in ("width", "height")
+    ]
+    if request.latents is not None:
+        size = [side * spec.latent_pixels for side in reversed(request.latents.shape[-2:])]
+    elif image is not None and (
+        enlarges_only(request) or (request.width is None and request.height is None)
+    ):
+        size = list(image.size)
+    require_room(*size, scale)
 
 
 def _require_text(value: Any, name: str) -> None:

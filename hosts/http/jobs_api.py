@@ -247,6 +247,7 @@ def file_response(
         "X-Seed": str(made.seed),
         "X-Images": str(len(several)),
         "Content-Disposition": f'inline; filename="{job.id}.{extension}"',
+        **note_headers(made.report),
     }
     return Response(data, mimetype=content_type, headers=headers)
 
@@ -284,6 +285,7 @@ class JobView(BaseModel):
         dict[str, Any] | None,
         Field(description="The request with every default filled in, once it is done."),
     ]
+    notes: Annotated[list[str], Field(description="What was not done as asked, once it is done.")]
     error: str | None
     links: dict[str, str]
 
@@ -314,10 +316,24 @@ def describe(job: Job) -> dict[str, Any]:
         batch=report.get("batch"),
         exactness=result.exactness if result is not None else facts.get("exactness"),
         settings=result.resolved if result is not None else None,
+        notes=notes_of(report),
         error=str(job.error) if job.error is not None else None,
         links=_links(job.id),
     )
     return view.model_dump()
+
+
+def notes_of(report: Mapping[str, Any]) -> list[str]:
+    """Return what a client must know of a result's report: a part of its prompt was not read."""
+    if unread := report.get("unread_tokens"):
+        return [f"the last {unread} tokens of the prompt were not read: the model takes no more."]
+    return []
+
+
+def note_headers(report: Mapping[str, Any]) -> dict[str, str]:
+    """Return the notes as headers of a file; none if there are none."""
+    notes = notes_of(report)
+    return {"X-Notes": " ".join(notes)} if notes else {}
 
 
 def _links(job_id: str) -> dict[str, str]:

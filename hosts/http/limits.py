@@ -6,14 +6,15 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from types import MappingProxyType
 from typing import Any
 
 from backends.errors import BusyError, RequestError
 from backends.generation.admission import AtLaunch, call_takes
 from backends.model_table import ALWAYS_USED, ModelSpec
 from backends.request import GenerateRequest
-from hosts.launch.files import upscaler_files
+from hosts.launch.files import upscaler_scales
 from hosts.launch.settings import Settings
 
 MAX_IMAGES = 16
@@ -73,13 +74,13 @@ class Limits:
             len(request.sigmas or ()) - 1,
             len(request.timesteps or ()),
         )
-        found = {field: getattr(request, field) or 0 for field in BOUNDS if field not in TEXTS}
-        for field, given in {**found, "num_inference_steps": steps}.items():
-            self._require(given, BOUNDS[field], names.get(field, field))
+        found = {each: getattr(request, each) or 0 for each in BOUNDS if each not in TEXTS}
+        for each, given in {**found, "num_inference_steps": steps}.items():
+            self._require(given, BOUNDS[each], names.get(each, each))
         self._check_sides(request, names, upscale)
-        for field in TEXTS:
-            name = names.get(field, field)
-            if (given := len(getattr(request, field) or "")) > self.max_prompt_chars:
+        for each in TEXTS:
+            name = names.get(each, each)
+            if (given := len(getattr(request, each) or "")) > self.max_prompt_chars:
                 raise RequestError(
                     f"{name} has {given} characters, more than this host allows: "
                     f"{self.max_prompt_chars} (--max_prompt_chars). Send less.",
@@ -97,13 +98,13 @@ class Limits:
             sizes["init_image"] = request.init_image.size
         if request.image is not None and upscale > 1:
             sizes["image"] = [side * upscale for side in request.image.size]
-        for field, sides in sizes.items():
+        for each, sides in sizes.items():
             if max(sides) > self.max_side:
                 raise RequestError(
-                    f"{names.get(field, field)} makes a result with a side of {max(sides)} pixels, "
+                    f"{names.get(each, each)} makes a result with a side of {max(sides)} pixels, "
                     f"more than this host allows: {self.max_side} (--max_side). Send a smaller "
                     "one.",
-                    field=names.get(field, field),
+                    field=names.get(each, each),
                 )
 
     def _require(self, given: int, limit: str, field: str) -> None:
@@ -141,11 +142,11 @@ class DecodeLimits:
     """Pickle instructions; an image takes about 25, with a palette 800."""
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for each in fields(self):
+            value = getattr(self, each.name)
             if type(value) is not int or value < 1:
                 raise ValueError(
-                    f"DecodeLimits.{field.name}={value!r} is not allowed. Give a positive integer."
+                    f"DecodeLimits.{each.name}={value!r} is not allowed. Give a positive integer."
                 )
 
 
@@ -265,20 +266,22 @@ class Accepted:
     """Default percentage by which images are scaled."""
     launch: AtLaunch = NOTHING_GIVEN
     """What the host was started with: adapters, Compel, default sizes and sampler."""
-    upscalers: tuple[str, ...] = ()
-    """Names of the host's upscalers."""
+    upscalers: Mapping[str, int | None] = field(default_factory=lambda: MappingProxyType({}))
+    """Name of each of the host's upscalers -> its factor, if the file's header says it."""
     limits: Limits = DEFAULT_LIMITS
     """The operator's limits."""
 
     @classmethod
-    def by(cls, settings: Settings, *, model: str | None = None) -> "Accepted":
+    def by(
+        cls, settings: Settings, *, model: str | None = None, fixed_loras: str = ""
+    ) -> "Accepted":
         return cls(
             model=model,
             image_dirs=_folders(settings.image_dirs),
             lora_dirs=_folders(settings.lora_dir),
             image_scale=settings.image_scale,
-            launch=AtLaunch.of(settings),
-            upscalers=tuple(upscaler_files(settings.upscalers)),
+            launch=AtLaunch.of(settings, fixed_loras),
+            upscalers=upscaler_scales(settings.upscalers),
             limits=Limits.by(settings),
         )
 

@@ -13,7 +13,13 @@ from typing import Any
 from backends.errors import ConfigError
 from backends.files.checkpoint import is_pipeline, require_checkpoint
 from backends.files.fit import needed_components
-from backends.files.recognition import components_in, configuration_of, recognize, unread_encoders
+from backends.files.recognition import (
+    components_in,
+    configuration_of,
+    recognize,
+    unread_encoders,
+    upscaler_scale,
+)
 from backends.files.weight_headers import GGUF, PICKLES, SAFETENSORS, read_header
 from backends.hub.cache import Found, Wanted
 from backends.hub.choice import INDEX
@@ -350,6 +356,16 @@ def upscaler_files(given: tuple[str, ...] | None) -> Mapping[str, str]:
                 )
             found[file.stem] = str(file)
     return found
+
+
+@cache
+def upscaler_scales(given: tuple[str, ...] | None) -> Mapping[str, int | None]:
+    """Return name -> factor of the upscalers; None where a file's header does not say it."""
+    headers = {
+        name: read_header(path, option="--upscalers")
+        for name, path in upscaler_files(given).items()
+    }
+    return {name: upscaler_scale(header) if header else None for name, header in headers.items()}
 
 
 def denoiser_files(settings: Settings, spec: ModelSpec) -> tuple[str | None, str | None]:

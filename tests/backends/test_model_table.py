@@ -205,3 +205,15 @@ def test_a_row_takes_what_it_lacks_from_the_row_that_it_is_like(tmp_path: Path) 
 def test_a_row_like_one_that_is_not_above_it_names_the_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"line 3: flux\.like='sd1' is no row above it"):
         read(LIKE, tmp_path)
+
+
+def test_videos_in_pieces_have_the_lengths_of_whole_pieces():
+    """As Helios' pipeline made them on a tiny checkpoint: 34 frames became 65, in pieces of 3
+    latents 20 became 25.
+    """
+    helios = read_table()["helios"]
+    lengths = [length for length in range(1, 300) if length in helios.lengths_around(length)]
+    assert lengths == [33, 65, 97, 129, 165, 197, 229, 261, 297]
+    assert helios.lengths_around(34) == (33, 65)
+    assert helios.lengths_around(20, latent_chunk=3) == (17, 25)
+    assert helios.num_frames in lengths

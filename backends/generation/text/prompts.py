@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from backends.errors import ConfigError, UnsupportedError
 from backends.generation.text.emphasis import Part, parse_emphasis
+from backends.generation.text.unread import Cuts, UnreadTokens
 from backends.model_table import ModelSpec
 from backends.request import GenerateRequest
 
@@ -262,24 +263,6 @@ def _side_by_side(tensors: list[Tensor]) -> Tensor:
     return torch.cat([tensor[:, :length] for tensor in tensors], dim=-1)
 
 
-def unread_tokens(pipe: Any, spec: ModelSpec, request: GenerateRequest) -> int:
-    """Return how many tokens of the longer prompt CLIP drops beyond its 77.
-
-    0 if another text encoder also reads the prompt.
-    """
-    if spec.compel.get("text_encoder", "pooled") == "pooled":
-        return 0
-    tokenizer = pipe.tokenizer
-    texts = [text for text in (request.prompt, request.negative_prompt) if text]
-    return max(
-        (
-            len(tokenizer(text, truncation=False).input_ids) - tokenizer.model_max_length
-            for text in texts
-        ),
-        default=0,
-    )
-
-
 class PromptCache:
     """Keeps what the last prompts were encoded to: most jobs of a host differ in their seed alone.
 
@@ -287,9 +270,12 @@ class PromptCache:
     together.
     """
 
-    def __init__(self, pipe: Any, *, facts: Callable[[], object]) -> None:
-        """facts: what an encoding depends on besides the arguments."""
-        self._facts = facts
+    def __init__(self, pipe: Any, unread: UnreadTokens, *, facts: Callable[[], object]) -> None:
+        """unread: is told what a kept encoding had cut. facts: what an encoding depends on besides
+        the arguments.
+        """
+        self._facts, self._unread = facts, unread
+        self._cuts: dict[Hashable, Cuts] = {}
         self._kept: OrderedDict[Hashable, Any] = OrderedDict()
         self._pipe = pipe
         self.num_hits = 0
@@ -300,6 +286,7 @@ class PromptCache:
     def forget(self) -> None:
         """Drop everything."""
         self._kept.clear()
+        self._cuts.clear()
 
     def _encoded(self, *args: Any, **kwargs: Any) -> Any:
         """Return the encoding of these arguments. Arguments that hold tensors are not kept."""
@@ -310,10 +297,13 @@ class PromptCache:
         if key in self._kept:
             self.num_hits += 1
             self._kept.move_to_end(key)
+            self._unread.add(self._cuts[key])
         else:
-            self._kept[key] = self._encode(*args, **kwargs)
+            with self._unread.recorded() as self._cuts[key]:
+                self._kept[key] = self._encode(*args, **kwargs)
             while len(self._kept) > NUM_KEPT or self._num_bytes() > MAX_KEPT_BYTES:
                 last = self._kept.popitem(last=False)
+                del self._cuts[last[0]]
                 if not self._kept:
                     return last[1]
         return pytree.tree_map(

@@ -12,14 +12,14 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from backends.errors import ConfigError, UnsupportedError
+from backends.errors import ConfigError
 from backends.files.adapter_fit import foreign_architecture
 from backends.loading.lora.embeddings import Embeddings, Words, split_embeddings
 from backends.loading.lora.formats import (
@@ -46,9 +46,6 @@ from backends.loading.lora.names import LayerNames, Place, denoisers_of, plain_l
 from backends.loading.model_files import read_weights
 from backends.loading.quantization import POOLING
 from backends.model_table import ModelSpec
-
-if TYPE_CHECKING:
-    from backends.parallel.base import Backend
 
 logger = logging.getLogger(__name__)
 
@@ -144,25 +141,6 @@ class LoraSet:
                 del module.peft_config
         self._names.clear()
         self.is_fused = True
-
-    def require_changeable(
-        self, asked: Mapping[str, float] | None, backend: "Backend | None"
-    ) -> None:
-        """Raise UnsupportedError if a request asks for LoRAs that cannot be changed now."""
-        if asked is None:
-            return
-        if self.is_fused:
-            raise UnsupportedError(
-                "lora in a request is not available on a host that compiles its denoiser: LoRAs "
-                "given at launch are part of the weights. Leave it out, or start the host without "
-                "--compile_unet."
-            )
-        if backend is not None and not backend.has_whole_weights:
-            raise UnsupportedError(
-                "lora in a request is not available on a host that runs "
-                f"{backend.plan.describe()} with sharded weights. Give the LoRA at launch, "
-                "or start the host without sharding."
-            )
 
     def _forget(self, paths: set[str]) -> None:
         for path in paths:

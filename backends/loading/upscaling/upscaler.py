@@ -12,17 +12,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
-from backends.errors import ConfigError, RequestError
+from backends.errors import ConfigError
 from backends.loading.upscaling.rrdb import RRDBNet, shape_of, with_our_names
 from backends.model_table import ModelSpec
-from backends.request import Array, GenerateRequest
+from backends.request import Array, GenerateRequest, enlarges_only, require_room
 
 TILE, OVERLAP = 192, 16
 """Pixels of a side that are computed at once, and those beyond them that are computed too, so that
 no seam shows: with three dense blocks in a row the influence of farther pixels is small.
 """
-MAX_PIXELS = 128 * 10**6
-"""Of a result: the host's memory."""
 NESTED = ("params_ema", "params", "state_dict")
 """Keys under which training programs keep weights, the preferred first."""
 
@@ -53,14 +51,7 @@ class Upscaler:
 
     def require_room(self, width: int, height: int) -> None:
         """Raise RequestError for an image that would become too large."""
-        large = width * self.scale, height * self.scale
-        if large[0] * large[1] > MAX_PIXELS:
-            raise RequestError(
-                f"upscaler: an image of {width}x{height} would become one of "
-                f"{large[0]}x{large[1]}. Allowed: up to {MAX_PIXELS // 10**6} megapixels. Send a "
-                "smaller one.",
-                field="upscaler",
-            )
+        require_room(width, height, self.scale)
 
     @torch.no_grad()
     def enlarge(self, frames: Array) -> Array:
@@ -122,12 +113,6 @@ class Upscalers:
         if enlarges_only(request):
             size = request.init_image.size
         self.named(request.upscaler).require_room(*size)
-
-
-def enlarges_only(request: GenerateRequest) -> bool:
-    """Whether the request has its own image enlarged, and generates none."""
-    is_kept = request.init_image is not None and request.strength == 0
-    return request.upscaler is not None and is_kept
 
 
 def _read(path: str) -> Mapping[str, Tensor]:

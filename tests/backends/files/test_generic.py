@@ -9,7 +9,7 @@ from backends import planner
 from backends.errors import ConfigError, PlanError, RequestError
 from backends.files.checkpoint import infer_type
 from backends.files.generic import facts_of, generic_spec, require_own_arguments, why_not
-from backends.files.pipeline_calls import PipelineCall, pipeline_call
+from backends.files.pipeline_calls import PipelineCall, pipeline_call, size_multiple
 from backends.model_table import GENERIC, ModelSpec, read_table
 
 
@@ -204,3 +204,18 @@ def test_call_of_a_modular_pipeline_is_that_of_its_blocks(tmp_path):
 def test_modular_pipeline_that_cannot_run_is_refused_by_name(tmp_path, name, entries, told):
     with pytest.raises(ConfigError, match=told):
         generic_spec(modular(tmp_path, name, **entries))
+
+
+@pytest.mark.parametrize(
+    ("name", "multiple"),
+    [
+        ("CogView4Pipeline", 16),
+        ("LTXPipeline", 32),
+        ("AllegroPipeline", 8),
+        ("FluxPipeline", 1),
+        ("StableDiffusionImg2ImgPipeline", 1),
+    ],
+)
+def test_a_class_says_which_sizes_it_refuses(name, multiple):
+    """FLUX only warns, and img2img has no size of its own."""
+    assert size_multiple(name) == multiple

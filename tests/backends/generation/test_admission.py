@@ -175,6 +175,52 @@ def test_values_beyond_what_the_checkpoint_can_do_are_refused(extent, fields, sa
         check("sd3", {**A, **fields}, extent=extent)
 
 
+WIDE = {"prompt_embeds": EMBEDS, "pooled_prompt_embeds": POOLED}
+SHAPES = {
+    "channels": ("sdxl", {**A, "latents": LATENTS}, {"latent_channels": 16}, "latents"),
+    "no latents at all": (
+        "sdxl", {**A, "latents": LATENTS[0]}, {"latent_channels": 4}, "latents",
+    ),
+    "latents of half a token": (
+        "flux", {**A, "latents": np.zeros((1, 4, 7, 8), np.float32)}, {}, "latents",
+    ),
+    "latents beyond the positions": (
+        "sd3", {**A, "latents": LATENTS}, {"extent": {"width": (1, 48)}}, "latents",
+    ),
+    "embeddings": ("sdxl", WIDE, {"embeds_widths": (7, 8)}, "prompt_embeds"),
+    "pooled embeddings": ("sdxl", WIDE, {"embeds_widths": (8, 7)}, "prompt_embeds"),
+    "a small reference": (
+        "flux2", {**A, "image": [IMAGE, Image.new("RGB", (64, 63))]}, {}, "image",
+    ),
+    "a long reference": ("flux2_klein", {**A, "image": Image.new("RGB", (64, 513))}, {}, "image"),
+    "no end": ("sdxl", {**A, "denoising_end": 0.0}, {}, "denoising_end"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "fields", "facts", "field"), SHAPES.values(), ids=SHAPES)
+def test_what_the_checkpoint_cannot_take_is_refused_by_its_name(name, fields, facts, field):
+    for names in ({}, {field: "theirs"}):
+        with pytest.raises(RequestError, match=r"Send|Allowed") as refused:
+            check(name, fields, names=names, **facts)
+        assert refused.value.field == names.get(field, field)
+
+
+def test_what_the_checkpoint_can_take_passes():
+    check("sdxl", {**A, "latents": LATENTS}, latent_channels=4)
+    check("sdxl", WIDE, embeds_widths=(8, 8))
+    check("sdxl", WIDE, embeds_widths=(None, None))
+    check("flux2", {**A, "image": Image.new("RGB", (512, 64))})
+
+
+def test_loras_that_are_fixed_cannot_be_chosen(tmp_path):
+    fixed = AtLaunch(loras=("/a",), fixed_loras="compiles its denoiser")
+    for asked in ({}, {"/a": 1.0}):
+        with pytest.raises(UnsupportedError, match="a host that compiles its denoiser"):
+            check("sdxl", {**A, "lora": asked}, fixed)
+    check("sdxl", A, fixed)
+    check("sdxl", {**A, "lora": {}}, replace(fixed, loras=()))  # asks for none, and there is none
+
+
 def test_needs_no_torch():
     code = "import backends.generation.admission, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

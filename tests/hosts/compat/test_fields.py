@@ -25,7 +25,7 @@ IMAGE = Image.new("RGB", (16, 8), "red")
 ADAPTED = {"control_image": encode(IMAGE), "ip_image": encode(IMAGE)}
 """What every request needs where adapters are loaded."""
 EVERYTHING = Accepted(
-    launch=AtLaunch(control_nets=1, ip_adapters=1, compel=True), upscalers=("4x",)
+    launch=AtLaunch(control_nets=1, ip_adapters=1, compel=True), upscalers={"4x": 4}
 )
 
 

@@ -19,6 +19,8 @@ class ReadingHost:
         self._num_frames = num_frames
         self.state, self.queue, self.requests = HostState(), JobQueue(), []
         self.state.become(Phase.READY)
+        self.report = {}
+        """Of each result."""
         self.hold = threading.Event()
         """While it is not set, no job ends."""
         self.hold.set()
@@ -47,7 +49,7 @@ class ReadingHost:
             result = GenerateResult(
                 frames=frames, latents=np.zeros((1, 4, 2, 3), np.float32),
                 seed=job.request.seed, num_steps=4,
-                exactness="exact", seconds=0.1, resolved=facts,
+                exactness="exact", seconds=0.1, resolved=facts, report=self.report,
             )  # fmt: skip
             self.queue.finish(job, result=result)
 

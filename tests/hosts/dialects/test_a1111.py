@@ -473,3 +473,12 @@ def test_guidance_of_forges_clients_on_a_distilled_model(name):
 def test_distilled_guidance_means_nothing_to_other_models(host):
     body = {"prompt": "a", "seed": 1, "cfg_scale": 4, "distilled_cfg_scale": 3.5}
     assert host.is_same(TXT, body, {"prompt": "a", "seed": 1, "guidance_scale": 4})
+
+
+def test_info_tells_of_a_prompt_that_was_cut():
+    with ReadingHost(type="sd3") as host:
+        host.report = {"unread_tokens": 9}
+        info = json.loads(host.post(TXT, {"prompt": "a"}).get_json()["info"])
+        assert info["notes"] == [
+            "the last 9 tokens of the prompt were not read: the model takes no more."
+        ]

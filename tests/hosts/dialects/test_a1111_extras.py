@@ -11,6 +11,7 @@ from backends.loading.upscaling.upscaler import Upscaler
 from tests.backends.loading.upscaling.weights import saved
 from tests.checkpoints import checkpoint, sample_image
 from tests.hosts.application import encode_file
+from tests.hosts.dialects.reading import ReadingHost, message_of
 from tests.hosts.harness import run_launcher, session
 from tests.hosts.inprocess import InProcessHost
 from tests.hosts.sending import from_file
@@ -140,3 +141,19 @@ def test_a_host_without_upscalers_says_so_and_bad_files_end_the_launch(tmp_path)
     )
     done = run_launcher("--type=sdxl", f"--upscalers={tmp_path / 'missing.pth'}", "--check")
     assert done.returncode == 2 and "does not exist" in done.stderr
+
+
+def test_an_upscaler_without_room_is_refused_before_the_job_is_taken(folder):
+    sides = {"width": 4096, "height": 2048}  # 4 x makes 134 megapixels
+    with ReadingHost(upscalers=str(folder), max_side=4096) as host:
+        for path, fields in (
+            ("/v1/jobs", {**sides, "upscaler": "Sharp"}),
+            ("/v1/jobs", {**sides, "upscaler": "old"}),
+            ("/generate", {**sides, "upscaler": "Sharp"}),
+            ("/v1/images/generations", {"size": "4096x2048", "upscaler": "Sharp"}),
+        ):
+            answer = host.post(path, {"prompt": "a", **fields})
+            assert answer.status_code == 400, path
+            assert "4096x2048 would become one of 16384x8192" in message_of(answer)
+        small = {"prompt": "a", "upscaler": "Sharp", "width": 4096, "height": 1024}
+        assert host.reads("/v1/jobs", small)[0].upscaler == "Sharp"

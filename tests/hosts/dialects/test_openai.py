@@ -13,6 +13,8 @@ from tests.hosts.application import encode_file
 from tests.hosts.dialects.reading import ReadingHost, message_of
 
 IMAGE = encode_file(sample_image(16))
+LARGE = encode_file(sample_image(64))
+"""FLUX.2 takes no smaller image."""
 GENERATE, EDIT, VIDEO = "/v1/images/generations", "/v1/images/edits", "/v1/videos"
 
 
@@ -150,11 +152,11 @@ def test_list_of_empty_images_is_none(host, empty):
         assert films.post(VIDEO, {"input_reference": empty}).status_code == without.status_code
 
 
-def with_alpha(mode="RGBA", lowest=0):
+def with_alpha(mode="RGBA", lowest=0, side=16):
     """(file, its mask): the right half is transparent."""
-    picture = sample_image(16).convert("RGBA")
+    picture = sample_image(side).convert("RGBA")
     alpha = Image.new("L", picture.size, 255)
-    alpha.paste(lowest, (8, 0, 16, 16))
+    alpha.paste(lowest, (side // 2, 0, side, side))
     picture.putalpha(alpha)
     return encode_file(picture.convert(mode)), encode_file(ImageOps.invert(alpha))
 
@@ -193,8 +195,9 @@ def test_transparent_parts_are_refused_where_no_mask_can_be_used():
         assert answer.status_code == 422
         assert message_of(answer).startswith("image has transparent parts, which are a mask")
         assert "Send it without an alpha channel." in message_of(answer)
-        assert host.post(EDIT, {"prompt": "a", "image": [IMAGE, picture]}).status_code == 200
-        lax = {"prompt": "a", "image": picture, "strict": False}
+        second, _ = with_alpha(side=64)
+        assert host.post(EDIT, {"prompt": "a", "image": [LARGE, second]}).status_code == 200
+        lax = {"prompt": "a", "image": second, "strict": False}
         assert host.post(EDIT, lax).status_code == 200
 
 
@@ -215,13 +218,13 @@ def test_further_images_are_the_ip_adapters_or_refused(host):
 
 def test_several_images_go_to_a_model_that_refers_to_them():
     with ReadingHost(type="flux2") as host:
-        form = {"prompt": "a", "image[]": [file_of(IMAGE, "a.png"), file_of(IMAGE, "b.png")]}
+        form = {"prompt": "a", "image[]": [file_of(LARGE, "a.png"), file_of(LARGE, "b.png")]}
         assert host.client.post(EDIT, data=form).status_code == 200
         found = host.requests[-1]
         assert len(found.image) == 2 and found.init_image is None
-        assert host.is_same(EDIT, {"prompt": "a", "seed": 1, "image": IMAGE},
-                            {"prompt": "a", "seed": 1, "image": IMAGE})  # fmt: skip
-        answer = host.post(EDIT, {"prompt": "a", "images": [IMAGE] * 11})
+        assert host.is_same(EDIT, {"prompt": "a", "seed": 1, "image": LARGE},
+                            {"prompt": "a", "seed": 1, "image": LARGE})  # fmt: skip
+        answer = host.post(EDIT, {"prompt": "a", "images": [LARGE] * 11})
         assert answer.status_code == 400, answer.get_data(as_text=True)
         assert "images holds 11 images" in message_of(answer)
 

@@ -3,6 +3,7 @@ they read them.
 """
 
 import itertools
+import json
 import threading
 import time
 
@@ -12,6 +13,7 @@ import requests
 import torch
 from PIL import Image
 
+from hosts.http import media
 from tests.checkpoints import NAMES, checkpoint, sample_image
 from tests.hosts import bodies
 from tests.hosts.client import assert_is_error, decode, encode
@@ -231,6 +233,43 @@ def test_embeds_of_another_model_are_refused_before_any_rank_sees_them(sdxl):
     without_pooled = encode([[torch.zeros(1, 77, 64), {}]])
     answer = sdxl.post({"positive_embeds": without_pooled, "steps": 2})
     assert "positive_embeds has no pooled_output" in assert_is_error(answer.json())
+
+
+def test_what_no_rank_could_do_is_refused_instead_of_queued(sdxl):
+    arrays = {
+        "latents": np.zeros((1, 16, 8, 8), np.float32),
+        "prompt_embeds": np.zeros((1, 77, 768), np.float32),
+        "pooled_prompt_embeds": np.zeros((1, 1280), np.float32),
+    }
+    sent = {name: media.npy(array) for name, array in arrays.items()}
+    latents, embeds = {"latents": sent.pop("latents")}, sent
+    right = media.npy(np.zeros((1, 4, 8, 8), np.float32))
+    for fields, said in (
+        ({**latents, "prompt": "a"}, "latents has shape (1, 16, 8, 8)"),
+        (embeds, "prompt_embeds has a width of 768"),
+        ({"prompt": "a", "denoising_end": 0}, "denoising_end=0 leaves no step to run"),
+        ({"prompt": "a", "latents": right, "width": 128}, "width=128 contradicts latents"),
+    ):
+        answer = requests.post(sdxl.url("/v1/jobs"), json=fields, timeout=60)
+        assert (answer.status_code, said in answer.text) == (400, True), answer.text
+
+
+def test_a_client_is_told_that_its_prompt_was_cut(sdxl):
+    body = {"prompt": "a cat " * 100, "seed": 1}
+    said = "tokens of the prompt were not read"
+
+    def post(path, **headers):
+        return requests.post(sdxl.url(path), json=body, headers=headers, timeout=60)
+
+    job = post("/v1/jobs").json()
+    requests.get(sdxl.url(f"/v1/jobs/{job['id']}/events"), timeout=60)  # ends with the job
+    assert said in requests.get(sdxl.url(f"/v1/jobs/{job['id']}"), timeout=60).json()["notes"][0]
+    result = requests.get(sdxl.url(f"/v1/jobs/{job['id']}/result"), timeout=60)
+    assert said in result.headers["X-Notes"]
+    assert said in post("/generate", Accept="image/png").headers["X-Notes"]
+    assert not json.loads(post("/sdapi/v1/txt2img").json()["info"])["notes"], "A1111 reads all"
+    body["prompt"] = "a cat"
+    assert "X-Notes" not in post("/generate", Accept="image/png").headers
 
 
 def test_embeds_and_text_together_are_refused(sdxl):

@@ -213,3 +213,21 @@ def test_a_motion_adapter_says_how_many_frames_it_moves(tmp_path):
 def test_lengths_of_videos_follow_from_the_vae(name, step):
     """As the pipelines of these tiny checkpoints compute it."""
     assert plan(checkpoint=checkpoint(name)).spec.frame_step == step
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "pixels", "widths"),
+    [
+        ("sd1", 4, 8, (32, None)),
+        ("sdxl", 4, 8, (96, 64)),
+        ("sd3", 16, 8, (64, 64)),
+        ("sdup", 4, 4, (32, None)),
+        ("flux", 16, 8, (32, 32)),
+        ("zimage", 16, 8, (32, None)),
+    ],
+)
+def test_a_checkpoint_says_which_latents_and_embeddings_it_takes(name, channels, pixels, widths):
+    """As the VAE and the text encoders of these tiny checkpoints make them."""
+    spec = plan(checkpoint=checkpoint(name)).spec
+    found = spec.latent_channels, spec.latent_pixels, spec.embeds_widths
+    assert found == (channels, pixels, widths)

@@ -5,6 +5,8 @@ import pytest
 import torch
 
 from backends.errors import ConfigError, RequestError
+from backends.files.recognition import upscaler_scale
+from backends.files.weight_headers import read_header
 from backends.loading.upscaling import upscaler
 from backends.loading.upscaling.rrdb import Shape, shape_of
 from backends.loading.upscaling.upscaler import Upscaler
@@ -15,6 +17,10 @@ CPU = torch.device("cpu")
 
 def load(path):
     return Upscaler(str(path), device=CPU, dtype=torch.float32)
+
+
+def scale_by_header(path):
+    return upscaler_scale(read_header(path, option="--upscalers"))
 
 
 def image(height, width):
@@ -31,13 +37,14 @@ def directly(frames, fold=1):
 @pytest.mark.parametrize("form", FORMS)
 def test_weights_are_read_under_every_published_name(form, tmp_path):
     found = load(saved(tmp_path, form))
-    assert found.scale == 4
+    assert found.scale == scale_by_header(tmp_path / form) == 4
     assert (found.enlarge(image(12, 16)) == directly(image(12, 16))).all()
 
 
 @pytest.mark.parametrize(("fold", "scale"), [(1, 4), (2, 2), (4, 1)])
 def test_factor_is_read_from_the_weights(fold, scale, tmp_path):
     found = load(saved(tmp_path, fold=fold))
+    assert scale_by_header(tmp_path / "today.safetensors") == scale
     assert (found.enlarge(image(16, 24)) == directly(image(16, 24), fold)).all()
     assert found.enlarge(image(13, 15)).shape == (1, 13 * scale, 15 * scale, 3)
 
