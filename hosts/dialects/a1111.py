@@ -8,6 +8,7 @@ import base64
 import io
 import json
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,7 +18,7 @@ from PIL import Image
 
 from backends.errors import CancelledError, UnsupportedError
 from backends.request import GenerateRequest, GenerateResult
-from hosts.dialects import a1111_extras, a1111_lists
+from hosts.dialects import a1111_control, a1111_extras, a1111_lists
 from hosts.dialects import a1111_fields as protocol
 from hosts.dialects.a1111_fields import Asked
 from hosts.dialects.a1111_info import info, infotext
@@ -78,6 +79,12 @@ DIALECTS = (
     DIALECT,
     replace(DIALECT, blueprint=a1111_lists.blueprint, operations=a1111_lists.OPERATIONS),
     replace(DIALECT, blueprint=a1111_extras.blueprint, operations=a1111_extras.OPERATIONS),
+    replace(
+        DIALECT,
+        blueprint=a1111_control.blueprint,
+        paths=("/controlnet/",),
+        operations=a1111_control.OPERATIONS,
+    ),
 )
 
 
@@ -223,7 +230,8 @@ def _answer(body: Mapping[str, Any], asked: Asked, results: list[GenerateResult]
     results = [image for result in results for image in media.each_image(result, "image")]
     images = [_file(body, asked, result) for result in results]
     has_start = truth(body, "include_init_images", False)
-    parameters = body if has_start else {**body, "init_images": None, "mask": None}
+    parameters = {name: value for name, value in body.items() if name not in protocol.NOTES}
+    parameters |= {} if has_start else {"init_images": None, "mask": None}
     return jsonify(
         {
             "images": images if truth(body, "send_images", True) else [],
@@ -241,11 +249,14 @@ def _file(body: Mapping[str, Any], asked: Asked, result: GenerateResult) -> str:
 
 def _state(job: Job | None) -> dict[str, Any]:
     step, steps = (job.step, job.num_steps) if job else (0, 0)
+    began = job.created_s if job else None
     return {
         "skipped": False,
         "interrupted": bool(job and (job.ends_early or job.cancel_requested)),
         "job": job.id if job else "",
+        "stopping_generation": False,
         "job_count": int(job is not None),
+        "job_timestamp": time.strftime("%Y%m%d%H%M%S", time.localtime(began)) if began else "0",
         "job_no": 0,
         "sampling_step": step,
         "sampling_steps": steps,

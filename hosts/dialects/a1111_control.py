@@ -1,13 +1,20 @@
-"""A1111's alwayson_scripts: ControlNet units become our fields, other scripts are refused."""
+"""A1111's alwayson_scripts: ControlNet units become our fields, other scripts are refused.
+
+Also the lists of its ControlNet extension (/controlnet), without which programs offer no units.
+"""
 
 from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Any
 
-from backends.errors import RequestError, UnsupportedError
+from flask import Blueprint, Response, current_app, jsonify
+
+from backends.errors import NotFoundError, RequestError, UnsupportedError
 from hosts.http.decode import Accepted
 from hosts.http.dialect import (
     DONE,
     OFF,
+    Operation,
     Rule,
     harmless,
     is_empty,
@@ -16,6 +23,8 @@ from hosts.http.dialect import (
     require_known,
     shown,
 )
+
+blueprint = Blueprint("a1111_control", __name__)
 
 NO_PREPROCESSOR = "images are used as they are. Send the map itself, with module none"
 ONLY_PREPROCESSOR = "only preprocessors use it"
@@ -34,8 +43,15 @@ UNIT: dict[str, Rule] = {
     "effective_region_mask": refused("masks of units are not supported"),
     "control_mode": neutral(0, "balanced", reason="prompt and map have equal weight"),
     "resize_mode": neutral(
-        0, 1, "just resize", "crop and resize", reason="maps are scaled to the size"
+        0,
+        1,
+        "just resize",
+        "crop and resize",
+        "scale to fit (inner fit)",
+        "inner fit (scale to fit)",
+        reason="maps are scaled to the size",
     ),
+    "guidance": neutral(1, reason="send guidance_end"),
     "inpaint_crop_input_image": harmless("only inpainting preprocessors use it"),
     "hr_option": harmless("only hires fix uses it"),
     "low_vram": harmless("it only affects memory"),
@@ -56,6 +72,58 @@ UNIT: dict[str, Rule] = {
     "generated_image": harmless(ONLY_PREPROCESSOR),
 }
 """The fields of one unit."""
+VERSION = 3
+"""Of the extension's API: units have control_mode and pixel_perfect."""
+NOTHING = "None"
+"""The extension's name for no model."""
+MODULES = ("none",)
+LISTS = ("version", "model_list", "module_list", "control_types", "settings")
+OPERATIONS = tuple(
+    Operation(method="get", path=f"/controlnet/{name}", summary=f"A1111's ControlNet: {name}.")
+    for name in LISTS
+)
+
+
+@blueprint.get("/controlnet/<any({}):name>".format(", ".join(f"'{name}'" for name in LISTS)))
+def controlnet(name: str) -> Response:
+    """Return the loaded ControlNets in the extension's shape. Their only module is none.
+
+    Without one there is nothing here, as without the extension, and programs offer no units.
+    """
+    models = loaded()
+    if not models:
+        raise NotFoundError("no ControlNet is loaded (--control_net).")
+    every = {
+        "module_list": MODULES,
+        "model_list": [NOTHING, *models],
+        "default_option": MODULES[0],
+        "default_model": models[0],
+    }
+    detail = {"model_free": False, "sliders": []}
+    facts: dict[str, dict[str, Any]] = {
+        "version": {"version": VERSION},
+        "model_list": {"model_list": every["model_list"]},
+        "module_list": {
+            "module_list": MODULES,
+            "module_detail": dict.fromkeys(MODULES, detail),
+        },
+        "control_types": {"control_types": {"All": every}},
+        "settings": {"control_net_unit_count": len(models)},
+    }
+    return jsonify(facts[name])
+
+
+@blueprint.post("/controlnet/detect")
+def detect() -> Response:
+    raise UnsupportedError(f"controlnet_module is not available: {NO_PREPROCESSOR}.")
+
+
+def loaded() -> list[str]:
+    """Return the names of the ControlNets, in the order in which they take the units' images."""
+    host = current_app.extensions["host"]
+    names = [PurePath(path).stem for path in host.settings.control_net or {}]
+    many = host.accepted.launch.control_nets
+    return names if len(names) == many else [f"ControlNet {1 + each}" for each in range(many)]
 
 
 def control_fields(
@@ -79,7 +147,14 @@ def control_fields(
             "alwayson_scripts.controlnet is not available: no ControlNet is loaded "
             "(--control_net). Leave it out."
         )
-    return _fields(units)
+    return _fields(_ordered(units, loaded()))
+
+
+def _ordered(units: list[Mapping[str, Any]], models: list[str]) -> list[Mapping[str, Any]]:
+    """Return the units in the order of their models, if all of them name loaded ones."""
+    named = [unit.get("model") for unit in units]
+    is_known = all(isinstance(name, str) and name in models for name in named)
+    return sorted(units, key=lambda unit: models.index(unit["model"])) if is_known else units
 
 
 def _fields(units: list[Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, str]]:

@@ -1,8 +1,10 @@
-"""A1111's extras (/sdapi/v1/extra-single-image): enlarge an image without generating one."""
+"""A1111's extras (/sdapi/v1/extra-single-image, extra-batch-images): enlarge images without
+generating one.
+"""
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flask import Blueprint, Response, current_app, jsonify
@@ -27,6 +29,7 @@ from hosts.http.request_io import json_object, submit, wait_for
 
 blueprint = Blueprint("a1111_extras", __name__)
 
+ON = (True, "true", "on", "yes", "1")
 NO_FACES = "face restoration is not supported"
 RULES: dict[str, Rule] = {
     "image": DONE,
@@ -36,6 +39,7 @@ RULES: dict[str, Rule] = {
     "upscaling_resize_w": DONE,
     "upscaling_resize_h": DONE,
     "upscaling_crop": DONE,
+    "upscaling_resize_crop": neutral(*ON, reason="send upscaling_crop"),
     "upscaler_2": neutral("none", reason="one upscaler is used"),
     "extras_upscaler_2_visibility": neutral(0, reason="one upscaler is used"),
     "gfpgan_visibility": neutral(0, reason=NO_FACES),
@@ -44,12 +48,24 @@ RULES: dict[str, Rule] = {
     "upscale_first": harmless("nothing else is done to the image"),
     "show_extras_results": harmless("the image is always returned"),
 }
+BATCH: dict[str, Rule] = {
+    **{name: rule for name, rule in RULES.items() if name != "image"},
+    "imageList": DONE,
+}
+FILE: dict[str, Rule] = {"data": DONE, "name": harmless("the answer has no names")}
+"""The fields of one image of imageList."""
 OPERATIONS = (
     Operation(
         method="post",
         path="/sdapi/v1/extra-single-image",
         summary="A1111: enlarge an image.",
         rules=RULES,
+    ),
+    Operation(
+        method="post",
+        path="/sdapi/v1/extra-batch-images",
+        summary="A1111: enlarge several images.",
+        rules=BATCH,
     ),
 )
 BY_FACTOR, TO_SIZE = 0, 1
@@ -63,23 +79,57 @@ def extra_single_image() -> Response:
     """Enlarge an image with one of GET /sdapi/v1/upscalers: by a factor, or to cover a size."""
     body = json_object()
     require_known(body, RULES)
-    host = current_app.extensions["host"]
-    if is_empty(body.get("image")):
-        raise RequestError("image is missing. Send base64 of a PNG, JPEG or WebP.", field="image")
-    image = read_image(body["image"], field="image", accepted=host.accepted)
-    name = _upscaler(body)
-    width, height, crop = _target(body, image)
-    if max(width, height) > host.settings.max_side:
+    return jsonify({"html_info": "", "image": _answered(body, [body.get("image")], "image")[0]})
+
+
+@blueprint.post("/sdapi/v1/extra-batch-images")
+def extra_batch_images() -> Response:
+    """Enlarge several images alike."""
+    body = json_object()
+    require_known(body, BATCH)
+    files, most = body.get("imageList"), current_app.extensions["host"].settings.max_images
+    if not isinstance(files, list) or not 1 <= len(files) <= most:
         raise RequestError(
-            f"the result would be {width}x{height}. Allowed: sides up to "
-            f"{host.settings.max_side} (--max_side). Send a smaller factor or size.",
-            field="upscaling_resize",
+            f"imageList={shown(files)} is not allowed. Send 1 to {most} objects with the base64 of "
+            "a file as data.",
+            field="imageList",
         )
-    if name in IMAGE_UPSCALERS:
-        large = image.resize((width, height), IMAGE_UPSCALERS[name])
-    else:
-        large = _enlarged(image, name, (width, height))
-    return jsonify({"html_info": "", "image": _png(ImageOps.fit(large, crop) if crop else large)})
+    for file in files:
+        if not isinstance(file, Mapping):
+            raise RequestError(
+                f"imageList has {shown(file)}. Send objects with data.", field="imageList"
+            )
+        require_known(file, FILE)
+    images = _answered(body, [file.get("data") for file in files], "imageList")
+    return jsonify({"html_info": "", "images": images})
+
+
+def _answered(body: Mapping[str, Any], sources: Sequence[Any], field: str) -> list[str]:
+    """Return the images enlarged, as base64 of PNG files. All are read before one is enlarged."""
+    host, name = current_app.extensions["host"], _upscaler(body)
+    images, targets = [], []
+    for source in sources:
+        if is_empty(source):
+            raise RequestError(
+                f"{field} is missing. Send base64 of a PNG, JPEG or WebP.", field=field
+            )
+        images.append(read_image(source, field=field, accepted=host.accepted))
+        width, height, crop = _target(body, images[-1])
+        if max(width, height) > host.settings.max_side:
+            raise RequestError(
+                f"the result would be {width}x{height}. Allowed: sides up to "
+                f"{host.settings.max_side} (--max_side). Send a smaller factor or size.",
+                field="upscaling_resize",
+            )
+        targets.append(((width, height), crop))
+    found = []
+    for image, (size, crop) in zip(images, targets, strict=True):
+        if name in IMAGE_UPSCALERS:
+            large = image.resize(size, IMAGE_UPSCALERS[name])
+        else:
+            large = _enlarged(image, name, size)
+        found.append(_png(ImageOps.fit(large, crop) if crop else large))
+    return found
 
 
 def _upscaler(body: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ from PIL import Image, ImageFilter, ImageOps
 
 from backends.errors import RequestError, UnsupportedError
 from backends.model_table import ModelSpec
+from hosts.dialects.a1111_control import NAMES as CONTROLNET
 from hosts.dialects.a1111_control import control_fields
 from hosts.dialects.a1111_passes import FILL, ORIGINAL, MaskedArea, filled, masked_area
 from hosts.dialects.a1111_prompt import read_prompt
@@ -18,6 +19,7 @@ from hosts.http.dialect import (
     OFF,
     Rule,
     choice,
+    contradiction,
     harmless,
     is_empty,
     is_strict,
@@ -30,6 +32,7 @@ from hosts.http.dialect import (
 )
 from hosts.http.media import FORMATS
 
+CLIP_LAYERS = "CLIP_stop_at_last_layers"
 MASK_BLUR = 4
 """A1111's default, in pixels."""
 MAX_BLUR = 64
@@ -40,6 +43,19 @@ NO_SCRIPT = "scripts of the web interface cannot run here"
 NO_CHURN = "samplers add no noise of their own here"
 NOT_SAVED = "images are returned and never saved here"
 ONLY_PIX2PIX = "only InstructPix2Pix models use it"
+NOTES = dict.fromkeys(
+    (
+        "url", "auth",  # SillyTavern
+        "selection_info", "mode", "mask_expansion", "expanded_mask", "use_sharp_mask",  # Photoshop
+        "original_prompt", "original_negative_prompt", "use_prompt_shortcut",
+        "prompt_shortcut_ui_dict", "uniqueDocumentId",
+        "use_deprecated_controlnet",  # stable-diffusion-api of npm
+    ),
+    harmless("a program's own note, which A1111 does not read either"),
+)  # fmt: skip
+"""What programs send along that asks for nothing. Answers do not repeat it: SillyTavern's `auth` is
+a password.
+"""
 COMMON: dict[str, Rule] = {
     "prompt": DONE,
     "negative_prompt": DONE,
@@ -57,10 +73,11 @@ COMMON: dict[str, Rule] = {
     "lora": DONE,
     "closeness": DONE,
     "alwayson_scripts": DONE,
+    "controlnet_units": DONE,
     "override_settings": DONE,
     "disable_extra_networks": DONE,
     "send_images": DONE,
-    "styles": refused("styles are not supported. Write them into the prompt"),
+    "styles": neutral(["None"], reason="styles are not supported. Write them into the prompt"),
     "subseed": harmless("subseed_strength decides whether it is used"),
     "subseed_strength": neutral(0, reason="seeds are not mixed here"),
     "seed_resize_from_h": neutral(-1, 0, reason="noise is generated for the requested size"),
@@ -84,9 +101,8 @@ COMMON: dict[str, Rule] = {
     "script_name": neutral("none", reason=NO_SCRIPT),
     "script_args": harmless("script_name decides whether they are used"),
     "infotext": refused("send the fields themselves"),
-    "clip_skip": neutral(
-        0, 1, reason='send override_settings {"CLIP_stop_at_last_layers": N} instead'
-    ),
+    "clip_skip": DONE,
+    **NOTES,
 }
 HIRES = (
     "enable_hr", "denoising_strength", "hr_scale", "hr_upscaler", "hr_second_pass_steps",
@@ -94,6 +110,15 @@ HIRES = (
     "hr_negative_prompt", "hr_cfg", "hr_distilled_cfg",
 )  # fmt: skip
 """Read if enable_hr is on (hosts/dialects/a1111_passes.py)."""
+FIRST_PASS = (
+    "hr_checkpoint_name", "hr_additional_modules", "firstphase_width", "firstphase_height",
+)  # fmt: skip
+OF_AN_IMAGE = (
+    "mask_blur", "mask_blur_x", "mask_blur_y", "inpainting_mask_invert",
+    "mask_round", "resize_mode", "image_cfg_scale", "inpainting_fill", "inpaint_full_res",
+    "inpaint_full_res_padding", "initial_noise_multiplier",
+)  # fmt: skip
+"""How img2img treats its image. Programs send one body to both calls."""
 TXT2IMG: dict[str, Rule] = {
     **COMMON,
     **dict.fromkeys(HIRES, DONE),
@@ -101,10 +126,15 @@ TXT2IMG: dict[str, Rule] = {
     "hr_additional_modules": neutral(["Use same choices"], reason="one model is loaded"),
     "firstphase_width": neutral(0, reason=NO_FIRST_SIZE),
     "firstphase_height": neutral(0, reason=NO_FIRST_SIZE),
+    **dict.fromkeys(OF_AN_IMAGE, harmless("there is no image to start from")),
+    "include_init_images": DONE,
+    **dict.fromkeys(("init_images", "mask"), refused("send it to /sdapi/v1/img2img")),
     "firstpass_image": refused("the first pass is generated. Send the image to img2img"),
 }
 IMG2IMG: dict[str, Rule] = {
     **COMMON,
+    **dict.fromkeys((*HIRES, *FIRST_PASS), harmless("enable_hr decides whether it is used")),
+    "enable_hr": neutral(*OFF, reason="only txt2img has a second pass"),
     "denoising_strength": DONE,
     "init_images": DONE,
     "include_init_images": DONE,
@@ -128,7 +158,7 @@ IMG2IMG: dict[str, Rule] = {
 }
 OVERRIDES: dict[str, Rule] = {
     "sd_model_checkpoint": DONE,
-    "CLIP_stop_at_last_layers": DONE,
+    CLIP_LAYERS: DONE,
     "samples_format": DONE,
     "sd_vae": neutral("automatic", "none", reason="the VAE is fixed at start (--vae)"),
     "eta_noise_seed_delta": neutral(0, reason="noise depends on the seed only"),
@@ -191,7 +221,7 @@ def asked_for(
     if (scheduler := scheduler_of(body, spec)) is not None:
         fields["scheduler"] = scheduler
     _choose_guidance(fields, sent_as, body, spec)
-    control, control_sent_as = control_fields(_mapping(body, "alwayson_scripts"), accepted)
+    control, control_sent_as = control_fields(_scripts(body), accepted)
     batch_size = whole(body, "batch_size", 1, low=1, high=10**6)
     number = whole(body, "n_iter", 1, low=1, high=10**6) * batch_size
     if number > most:
@@ -199,7 +229,7 @@ def asked_for(
             f"n_iter x batch_size is {number}. Allowed: up to {most}.", field="n_iter"
         )
     return Asked(
-        fields={**fields, **control, **_clip_skip(overrides)},
+        fields={**fields, **control, **_clip_skip(body, overrides)},
         sent_as={**sent_as, **control_sent_as},
         number=number,
         batch_size=batch_size,
@@ -284,9 +314,22 @@ def _choose_guidance(
         fields.pop("guidance_scale")
 
 
-def _clip_skip(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert CLIP skip: A1111 counts from 1, so its 1 skips no layer."""
-    layers = whole(overrides, "CLIP_stop_at_last_layers", 1, low=1, high=12)
+def _scripts(body: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return alwayson_scripts, with the units that older programs send beside it."""
+    scripts, units = _mapping(body, "alwayson_scripts"), body.get("controlnet_units")
+    is_sent = is_empty(units) or any(name.lower() in CONTROLNET for name in scripts)
+    return scripts if is_sent else {**scripts, CONTROLNET[0]: units}
+
+
+def _clip_skip(body: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Convert CLIP skip: A1111 counts from 1, so its 1 skips no layer. SD.Next's programs send it
+    as clip_skip, which may be 0 or -1 for none.
+    """
+    layers = whole(overrides, CLIP_LAYERS, 1, low=1, high=12)
+    same = whole(body, "clip_skip", layers, low=-1, high=12)
+    if not is_empty(overrides.get(CLIP_LAYERS)) and max(same, 1) != layers and is_strict(body):
+        raise contradiction({**body, **overrides}, CLIP_LAYERS, "clip_skip")
+    layers = max(layers, same)
     return {"clip_skip": layers - 1} if layers > 1 else {}
 
 

@@ -42,7 +42,7 @@ def info(
         "restore_faces": False,
         "face_restoration_model": None,
         "sd_model_name": model,
-        "sd_model_hash": None,
+        "sd_model_hash": "",
         "sd_vae_name": None,
         "sd_vae_hash": None,
         "seed_resize_from_w": -1,

@@ -24,7 +24,7 @@ blueprint = Blueprint("models", __name__)
 
 METHODS = ("GET", "POST", "PUT", "DELETE", "OPTIONS")
 BY_ID = ("/v1/jobs/", "/v1/videos/")
-A1111, A1111_OPTIONS = "/sdapi/", "/sdapi/v1/options"
+A1111, A1111_OPTIONS = ("/sdapi/", "/controlnet/"), "/sdapi/v1/options"
 CHECKPOINT = "sd_model_checkpoint"
 """A1111's name of the model, in its options and in a request's override_settings."""
 

@@ -267,7 +267,7 @@ def _images(body: Mapping[str, Any], asked: Asked, *, kind: str) -> Response:
     most = min(protocol.MAX_IMAGES, _host().settings.max_images)
     number = whole(body, "n", 1, low=1, high=most)
     urls = {"url": "url", "b64_json": "b64_json"}
-    form = choice(body, "response_format", urls, "url")
+    form = choice(body, "response_format", urls, "")
     num_partial = whole(body, "partial_images", 0, low=0, high=protocol.MAX_PARTIAL)
     is_streamed = truth(body, "stream", False)
     if num_partial and not is_streamed and is_strict(body):
@@ -280,7 +280,7 @@ def _images(body: Mapping[str, Any], asked: Asked, *, kind: str) -> Response:
     encode = partial(media.encode, content_type=content_type, quality=compression)
     seeds = seeds_from(asked.fields.get("seed"), number)
     requests = [_read(asked, body, seed=seed) for seed in seeds]
-    is_link = form == "url" and not is_streamed
+    is_link = form != "b64_json" and not is_streamed
     jobs = submit_all(requests, is_kept=True, is_stored=is_link)
     if is_streamed:
         events = image_events(
@@ -294,16 +294,16 @@ def _images(body: Mapping[str, Any], asked: Asked, *, kind: str) -> Response:
         return _streamed(events, jobs)
     results = wait_for_all(jobs)
     query = {"format": media.EXTENSIONS[content_type], "quality": str(compression)}
-    contents = [
-        (
-            {"url": link_to(f"/v1/jobs/{job.id}/result", **query, **_numbered(number))}
-            if is_link
-            else {"b64_json": base64.b64encode(encode(image)).decode("ascii")}
-        )
-        | {"seed": job.request.seed}
-        for job, result in zip(jobs, results, strict=True)
-        for number, image in enumerate(media.each_image(result, "image"))
-    ]
+    contents = []
+    for job, result in zip(jobs, results, strict=True):
+        for number, image in enumerate(media.each_image(result, "image")):
+            made: dict[str, Any] = {"seed": job.request.seed}
+            if is_link:
+                path = f"/v1/jobs/{job.id}/result"
+                made["url"] = link_to(path, **query, **_numbered(number))
+            if form != "url":  # programs for GPT Image send no format and read only b64_json
+                made["b64_json"] = base64.b64encode(encode(image)).decode("ascii")
+            contents.append(made)
     return jsonify({"created": int(time.time()), "data": contents})
 
 

@@ -16,6 +16,7 @@ from hosts.http.decode import Accepted, read_mask, read_transparency
 from hosts.http.dialect import (
     DONE,
     Rule,
+    choice,
     contradiction,
     harmless,
     is_empty,
@@ -43,6 +44,10 @@ SAME = (
 QUALITIES = ("auto", "standard", "hd", "low", "medium", "high", "xhigh", "max")
 """OpenAI's values of `quality`. Here the number of steps sets it; 'exact' is our own. Our field of
 that name is `closeness` here.
+"""
+FIDELITIES: dict[str, dict[str, Any]] = {"low": {}, "high": {"strength": 0.5}}
+"""Values of `input_fidelity`, and what they mean where an image is the start. A model that takes
+images to edit or to refer to keeps to them anyway.
 """
 MAX_IMAGES = 10
 MAX_PARTIAL = 3
@@ -81,7 +86,7 @@ EDITS: dict[str, Rule] = {
     "images": DONE,
     "mask": DONE,
     "markup": refused("only a mask can select what to change"),
-    "input_fidelity": neutral("low", reason="strength sets how much of the image may change"),
+    "input_fidelity": DONE,
 }
 """POST /v1/images/edits."""
 VARIATIONS: dict[str, Rule] = {**IMAGES, "image": DONE}
@@ -180,7 +185,9 @@ def edited(
     first, *others = [_image(each, name) for each in _list(body.get(name))] or [None]
     if first is None:
         raise RequestError("image is missing. Send the image to change.", field="image")
-    fields, sent_as = {**asked.fields, start: first}, {**asked.sent_as, start: name}
+    kept = choice(body, "input_fidelity", FIDELITIES, {})
+    fields = {**(kept if start == "init_image" else {}), **asked.fields, start: first}
+    sent_as = {**asked.sent_as, start: name}
     if others and spec.most_images > 1:
         fields["image"] = [first, *others]
         others = []

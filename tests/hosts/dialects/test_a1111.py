@@ -431,7 +431,7 @@ def test_what_is_not_here_is_told_in_a1111s_shape(host):
     for answer in (
         host.client.get("/sdapi/v1/nothing"),
         host.client.post("/sdapi/v1/interrogate"),
-        host.client.post("/sdapi/v1/extra-batch-images", data=b"x"),
+        host.client.post("/sdapi/v1/train/embedding", data=b"x"),
     ):
         assert answer.status_code == 404 and "detail" in answer.get_json()
     assert host.client.post("/sdapi/v1/refresh-loras").status_code == 200
