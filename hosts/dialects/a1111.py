@@ -44,7 +44,7 @@ IMAGE_STRENGTH = 0.75
 """A1111's default for denoising_strength."""
 START = {"init_image": "init_images", "image": "init_images", "mask_image": "mask"}
 """Fields of /v1/jobs that init_images becomes."""
-HINTS = {"negative": "negative_prompt", "guidance_scale": "cfg_scale", "sampler": "sampler_name"}
+HINTS = {"negative": "negative_prompt", "guidance_scale": "cfg_scale"}
 
 
 def error_body(message: str, status: int, field: str | None = None) -> dict[str, Any]:

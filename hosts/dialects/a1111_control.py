@@ -28,6 +28,8 @@ blueprint = Blueprint("a1111_control", __name__)
 
 NO_PREPROCESSOR = "images are used as they are. Send the map itself, with module none"
 ONLY_PREPROCESSOR = "only preprocessors use it"
+SWITCHED = ("adetailer",)
+"""Scripts whose first argument turns them on."""
 NAMES = ("controlnet", "sd_forge_controlnet", "controlnetforforgeofficial")
 UNIT: dict[str, Rule] = {
     "enabled": DONE,
@@ -127,15 +129,18 @@ def loaded() -> list[str]:
 
 
 def control_fields(
-    scripts: Mapping[str, Any], accepted: Accepted
+    scripts: Mapping[str, Any], accepted: Accepted, *, start: Any = None
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the /v1/jobs fields of the units, and the names under which they were sent."""
+    """Return the /v1/jobs fields of the units, and the names under which they were sent.
+
+    start: the image of img2img, which units without one of their own get.
+    """
     units: list[Mapping[str, Any]] = []
     for name, script in scripts.items():
         args = _args(script)
         if name.lower() in NAMES:
             units += [_unit(each) for each in args if _is_on(each)]
-        elif any(args):
+        elif any(args) and not (name.lower() in SWITCHED and args[0] is False):
             raise UnsupportedError(
                 f"alwayson_scripts.{name[:80]} is not available: scripts of the web interface do "
                 "not run here. Leave it out."
@@ -147,6 +152,14 @@ def control_fields(
             "alwayson_scripts.controlnet is not available: no ControlNet is loaded "
             "(--control_net). Leave it out."
         )
+    for number, unit in enumerate(units):
+        if is_empty(_source(unit)) and is_empty(start):
+            raise RequestError(
+                f"alwayson_scripts.controlnet: unit {number} has no image. Send one, or enabled "
+                "false.",
+                field="alwayson_scripts",
+            )
+    units = [{**unit, "image": start} if is_empty(_source(unit)) else unit for unit in units]
     return _fields(_ordered(units, loaded()))
 
 
@@ -188,7 +201,8 @@ def _is_on(unit: Any) -> bool:
     if not isinstance(unit, Mapping):
         return bool(unit)
     is_enabled = str(unit.get("enabled", True)).lower() not in ("false", "0")
-    return is_enabled and not is_empty(_source(unit))
+    names = (str(unit.get(name) or NOTHING).lower() for name in ("module", "model"))
+    return is_enabled and (not is_empty(_source(unit)) or any(name != "none" for name in names))
 
 
 def _unit(unit: Any) -> Mapping[str, Any]:

@@ -50,6 +50,7 @@ NOTES = dict.fromkeys(
         "original_prompt", "original_negative_prompt", "use_prompt_shortcut",
         "prompt_shortcut_ui_dict", "uniqueDocumentId",
         "use_deprecated_controlnet",  # stable-diffusion-api of npm
+        "image_similarity",  # AI Render of Blender, beside denoising_strength
     ),
     harmless("a program's own note, which A1111 does not read either"),
 )  # fmt: skip
@@ -67,6 +68,7 @@ COMMON: dict[str, Rule] = {
     "height": DONE,
     "sampler_name": DONE,
     "sampler_index": DONE,
+    "sampler": DONE,
     "scheduler": DONE,
     "batch_size": DONE,
     "n_iter": DONE,
@@ -163,6 +165,12 @@ OVERRIDES: dict[str, Rule] = {
     "sd_vae": neutral("automatic", "none", reason="the VAE is fixed at start (--vae)"),
     "eta_noise_seed_delta": neutral(0, reason="noise depends on the seed only"),
     "randn_source": neutral("cpu", reason="noise is generated on the CPU"),
+    "inpainting_mask_weight": neutral(1, reason="masks act fully"),
+    "initial_noise_multiplier": neutral(1, reason="noise has the sampler's strength"),
+    "img2img_fix_steps": neutral(*OFF, reason="strength takes its part of the steps"),
+    "ddim_discretize": neutral("uniform", reason="ddim has evenly spaced steps"),
+    "comma_padding_backtrack": neutral(20, reason="long prompts are cut as by default"),
+    "sd_hypernetwork": neutral("none", reason="hypernetworks are not supported"),
     "img2img_color_correction": neutral(*OFF, reason="colours are not changed afterwards"),
     "enable_pnginfo": harmless("PNG files always hold their settings"),
     **dict.fromkeys(("samples_save", "grid_save", "return_grid", "do_not_add_watermark"),
@@ -221,7 +229,9 @@ def asked_for(
     if (scheduler := scheduler_of(body, spec)) is not None:
         fields["scheduler"] = scheduler
     _choose_guidance(fields, sent_as, body, spec)
-    control, control_sent_as = control_fields(_scripts(body), accepted)
+    starts = body.get("init_images")
+    start = starts[0] if isinstance(starts, list) and starts else None
+    control, control_sent_as = control_fields(_scripts(body), accepted, start=start)
     batch_size = whole(body, "batch_size", 1, low=1, high=10**6)
     number = whole(body, "n_iter", 1, low=1, high=10**6) * batch_size
     if number > most:

@@ -24,6 +24,8 @@ MAX_SHORT = 225
 MAX_HEADER = 100 * 2**20
 MAX_NAMES = 20
 ENDING = ".safetensors"
+LISTED = {"path", "multiplier"}
+"""The fields of a LoRA in a list."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -43,7 +45,7 @@ class Prompt:
 def read_prompt(body: Mapping[str, Any], *, spec: ModelSpec, accepted: Accepted) -> Prompt:
     """Return the prompt of a request, with the LoRAs of its tags and of its field `lora`."""
     given = body.get("lora")
-    loras = dict(given) if isinstance(given, Mapping) else {}
+    loras = dict(given) if isinstance(given, Mapping) else _listed(given)
     text, negative = body.get("prompt"), body.get("negative_prompt")
     if not is_empty(given) and not loras:
         raise RequestError(
@@ -69,6 +71,14 @@ def read_prompt(body: Mapping[str, Any], *, spec: ModelSpec, accepted: Accepted)
     is_weighed = has_weights or is_long or accepted.launch.compel
     fields = {"prompt_syntax": "a1111"} if is_weighed else {}
     return Prompt(text=rest, loras=loras, fields=fields)
+
+
+def _listed(given: Any) -> dict[str, Any]:
+    """Return the LoRAs of a list, as stable-diffusion.cpp's server takes them; {} if it is none."""
+    items = given if isinstance(given, list) else []
+    if not all(isinstance(item, Mapping) and item.keys() <= LISTED for item in items):
+        return {}
+    return {str(item.get("path")): item.get("multiplier", 1.0) for item in items}
 
 
 def lora_files(folders: Sequence[str]) -> list[tuple[Path, str]]:

@@ -31,7 +31,7 @@ LABELS = {
 }
 FLOW_LABELS = {"Euler": "fm_euler", "Heun": "fm_heun", "LCM": "fm_lcm"}
 """Names that flow-matching models have for the same samplers."""
-SAMPLER = ("sampler_name", "sampler_index")
+SAMPLER = ("sampler_name", "sampler_index", "sampler")
 SCHEDULES: dict[str, dict[str, Any]] = {
     **{name: {} for name in ("automatic", "uniform", "normal", "simple")},
     "karras": {"use_karras_sigmas": True},

@@ -52,6 +52,22 @@ NPM = {
     "sampler_name": "Euler a", "alwayson_scripts": {}, "use_deprecated_controlnet": False,
 }  # fmt: skip
 """Of the package stable-diffusion-api."""
+KOBOLD = {
+    **PLAIN, "sampler_name": "Euler a", "batch_size": 1, "n_iter": 1, "do_not_save_samples": True,
+    "do_not_save_grid": True, "enable_hr": False, "eta": 0, "s_churn": 0, "s_tmax": 0, "s_tmin": 0,
+    "s_noise": 1, "override_settings": {
+        "sd_model_checkpoint": "sdxl", "eta_noise_seed_delta": 0.0, "ddim_discretize": "uniform",
+        "CLIP_stop_at_last_layers": 1.0, "img2img_fix_steps": False, "sd_hypernetwork": "None",
+        "inpainting_mask_weight": 1.0, "initial_noise_multiplier": 1.0,
+        "comma_padding_backtrack": 20.0,
+    },
+}  # fmt: skip
+"""Of KoboldAI Lite."""
+BLENDER = {
+    **PLAIN, "image_similarity": 0.4, "denoising_strength": 0.6, "sampler": "Euler a",
+    "sampler_index": "Euler a", "init_images": ["data:image/png;base64," + IMAGE],
+}  # fmt: skip
+"""Of AI Render."""
 UNIT = {
     "input_image": IMAGE, "module": "none", "model": "None", "weight": 1, "lowvram": False,
     "resize_mode": "Scale to Fit (Inner Fit)", "processor_res": 64, "threshold_a": 64,
@@ -72,7 +88,9 @@ def controlled():
 
 
 @pytest.mark.parametrize(
-    "sent", [SILLY_TAVERN, AIYABOT, NPM, PHOTOSHOP], ids=["silly", "aiyabot", "npm", "photoshop"]
+    "sent",
+    [SILLY_TAVERN, AIYABOT, NPM, PHOTOSHOP, KOBOLD],
+    ids=["silly", "aiyabot", "npm", "photoshop", "kobold"],
 )
 def test_txt2img_of_published_programs_is_read(host, sent):
     assert host.is_same(TXT, sent, WANTED)
@@ -107,6 +125,40 @@ def test_img2img_of_the_photoshop_plugin_is_read(host):
         "inpainting_fill": 1, "mask_expansion": 0, "mask": IMAGE, "expanded_mask": IMAGE,
         "init_images": [IMAGE], "image_cfg_scale": 1.5}  # fmt: skip
     assert host.reads(IMG, {**PHOTOSHOP, **more})[0].mask_image is not None
+
+
+def test_img2img_of_ai_render_is_read(host, controlled):
+    wanted = {**WANTED, "init_image": IMAGE, "strength": 0.6}
+    assert host.is_same(IMG, BLENDER, wanted)
+    units = [{"weight": 0.9, "module": "none", "model": name} for name in ("canny", "depth")]
+    more = {"alwayson_scripts": {"controlnet": {"args": units}}}
+    found = controlled.reads(IMG, {**BLENDER, **more})[0]
+    assert [each.size for each in found.control_image] == [(16, 16)] * 2
+    plain = {name: value for name, value in BLENDER.items() if name != "init_images"}
+    answer = controlled.post(TXT, {**plain, **more})
+    assert answer.status_code == 400 and "unit 0 has no image" in message_of(answer)
+
+
+def test_a_sampler_acts_by_each_of_its_names(host):
+    for name in ("sampler_name", "sampler_index", "sampler"):
+        found = host.reads(TXT, {"prompt": "a", name: "Euler a"})[0]
+        assert found.scheduler["scheduler"] == "euler_a"
+
+
+def test_a_script_that_is_switched_off_asks_for_nothing(host):
+    for args, status in (([False, {"ad_model": "x"}], 200), ([True, {"ad_model": "x"}], 422)):
+        scripts = {"ADetailer": {"args": args}}
+        assert host.post(TXT, {"prompt": "a", "alwayson_scripts": scripts}).status_code == status
+
+
+def test_loras_in_a_list_as_for_stable_diffusion_cpp(tmp_path):
+    (tmp_path / "ink.safetensors").write_bytes(b"\2\0\0\0\0\0\0\0{}")
+    with ReadingHost(lora_dir=str(tmp_path)) as host:
+        wanted = {"prompt": "a", "seed": 1, "lora": {"ink.safetensors": 0.5}}
+        sent = {**wanted, "lora": [{"path": "ink.safetensors", "multiplier": 0.5}]}
+        assert host.is_same(TXT, sent, wanted)
+        for wrong in ([{"path": "ink.safetensors", "is_high_noise": True}], ["ink"], [{}]):
+            assert host.post(TXT, {**wanted, "lora": wrong}).status_code == 400
 
 
 def test_passwords_that_programs_send_along_are_not_repeated(host):
