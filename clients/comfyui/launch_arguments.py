@@ -12,7 +12,7 @@ from diffusion_client import HostError
 
 REFUSED = re.compile(
     r"host|port|api_keys?|share_jobs|config|\w*_dirs?|deployments|engine|ray_address|rdzv_\w+|nnodes"
-    r"|node_rank|public_url|allowed_hosts|trusted_proxies"
+    r"|node_rank|public_url|allowed_hosts|allowed_origins|trusted_proxies"
 )
 
 

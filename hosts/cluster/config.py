@@ -24,9 +24,9 @@ OF_A_DEPLOYMENT = frozenset(
 OF_THE_GATEWAY = frozenset(
     {
         "engine", "ray_address", "deployments", "config", "port", "host", "api_key", "api_keys",
-        "share_jobs", "state_dir", "public_url", "allowed_hosts", "trusted_proxies", "rate_limit",
-        "max_body_mb", "log_format", "drain_seconds", "exit_with_parent", "check", "json", "list",
-        "features",
+        "share_jobs", "state_dir", "public_url", "allowed_hosts", "allowed_origins",
+        "trusted_proxies", "rate_limit", "max_body_mb", "log_format", "drain_seconds",
+        "exit_with_parent", "check", "json", "list", "features",
     }
 )  # fmt: skip
 """Arguments that all models share, so a deployment may not set them."""

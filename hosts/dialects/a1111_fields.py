@@ -163,6 +163,9 @@ OVERRIDES: dict[str, Rule] = {
     CLIP_LAYERS: DONE,
     "samples_format": DONE,
     "sd_vae": neutral("automatic", "none", reason="the VAE is fixed at start (--vae)"),
+    "forge_additional_modules": neutral(
+        ["Use same choices"], reason="the VAE and the text encoders are fixed at start"
+    ),
     "eta_noise_seed_delta": neutral(0, reason="noise depends on the seed only"),
     "randn_source": neutral("cpu", reason="noise is generated on the CPU"),
     "inpainting_mask_weight": neutral(1, reason="masks act fully"),

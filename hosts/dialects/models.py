@@ -82,6 +82,7 @@ def create_front(apps: Mapping[str, Flask], store: Store, own: Blueprint | None 
     front.register_blueprint(blueprint)
     front.wsgi_app = BehindProxies(front.wsgi_app, host.settings)
     front.before_request(lambda: access.refuse_unknown(host.settings))
+    front.after_request(access.let_browsers_read)
     handle_errors(front)
     return front
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from urllib.parse import urlencode, urlsplit
 
-from flask import current_app, g, request
+from flask import Response, current_app, g, request
 from werkzeug.exceptions import HTTPException
 
 from backends.errors import RequestError, UnavailableError
@@ -90,10 +90,33 @@ def refuse_unknown(settings: Settings) -> None:
     public = urlsplit(settings.public_url or "")
     own = {settings.host, *(settings.allowed_hosts or ()), *filter(None, [public.hostname])}
     _require_name(LOOPBACK_NAMES | own)
-    _require_own_origin(public.netloc)
+    if not _is_allowed(settings):
+        _require_own_origin(public.netloc)
+    elif request.method == "OPTIONS":  # browsers ask without the key whether they may send it
+        return
     keys: Keys = current_app.extensions["keys"]
     if keys.are_required and request.path not in WITHOUT_KEY:
         g.key = _require_key(keys)
+
+
+def let_browsers_read(response: Response) -> Response:
+    """Let the pages of --allowed_origins read this response, and send what they ask to send."""
+    if not _is_allowed(current_app.extensions["host"].settings):
+        return response
+    response.vary.add("Origin")
+    response.headers["Access-Control-Allow-Origin"] = request.headers["Origin"]
+    if request.method == "OPTIONS":
+        response.headers["Access-Control-Allow-Methods"] = "GET, POST, DELETE"
+        asked = request.headers.get("Access-Control-Request-Headers", "Content-Type")
+        response.headers["Access-Control-Allow-Headers"] = asked
+        response.headers["Access-Control-Allow-Private-Network"] = "true"
+        response.headers["Access-Control-Max-Age"] = "600"
+    return response
+
+
+def _is_allowed(settings: Settings) -> bool:
+    """Whether a page of --allowed_origins sent the current request."""
+    return request.headers.get("Origin", "").lower() in (settings.allowed_origins or ())
 
 
 def require_operator() -> None:
@@ -190,7 +213,8 @@ def _require_own_origin(public: str) -> None:
         raise ForeignOrigin(
             f"Origin {origin[:200]!r} is not served here. Allowed: this host's own page, and "
             "clients that are no browsers. Behind a proxy, start the host with --public_url, the "
-            "address that browsers show."
+            "address that browsers show; for a program that runs in a browser, with "
+            "--allowed_origins."
         )
 
 

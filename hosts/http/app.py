@@ -119,6 +119,7 @@ def create_app(host: Host) -> Flask:
     app.extensions["keys"] = keys_of(host.settings)
     app.wsgi_app = BehindProxies(app.wsgi_app, host.settings)
     app.before_request(access.refuse_strangers)
+    app.after_request(access.let_browsers_read)
     handle_errors(app)
     return app
 

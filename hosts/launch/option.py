@@ -61,6 +61,9 @@ MIN_KEY = 16
 MAX_SCALE = 1e6
 KEY_NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
 HOST_NAME = re.compile(r"[a-z0-9]([a-z0-9._-]*[a-z0-9])?", re.ASCII)
+ORIGIN = re.compile(
+    r"https?://([a-z0-9]([a-z0-9._-]*[a-z0-9])?|\[[0-9a-f:.]+\])(:\d{1,5})?", re.ASCII
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,6 +243,15 @@ def host_names(text: str) -> tuple[str, ...]:
         if not HOST_NAME.fullmatch(name) and not _is_address(name):
             raise ValueError(f"names or addresses such as draw.example, without port, not {name!r}")
     return names
+
+
+def origins(text: str) -> tuple[str, ...]:
+    """'http://localhost:5001,https://chat.example': scheme, name and port, as browsers send it."""
+    found = tuple(origin.lower().removesuffix("/") for origin in items(text))
+    for origin in found:
+        if not ORIGIN.fullmatch(origin):
+            raise ValueError(f"origins such as http://localhost:5001, not {origin!r}")
+    return found
 
 
 def networks(text: str) -> tuple[str, ...]:

@@ -29,6 +29,7 @@ from hosts.launch.option import (
     json_object,
     keys_file,
     networks,
+    origins,
     path,
     paths,
     public_url,
@@ -114,6 +115,9 @@ class Settings(_BackendOptions):
     allowed_hosts: tuple[str, ...] | None = _proxy(
         None, host_names, "Further host names, separated by ',', for which requests are served, "
         "such as those that a proxy passes on as Host.", metavar="NAME,NAME")
+    allowed_origins: tuple[str, ...] | None = _proxy(
+        None, origins, "Origins, separated by ',', of programs that run in a browser and may send "
+        "requests: scheme, name and port, as in http://localhost:5001.", metavar="ORIGIN,ORIGIN")
     trusted_proxies: tuple[str, ...] | None = _proxy(
         None, networks, "Addresses or networks, separated by ',', of proxies whose "
         "X-Forwarded-For, -Proto, -Host and -Prefix are read.", metavar="ADDRESS,NETWORK")

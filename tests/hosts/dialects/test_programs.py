@@ -59,7 +59,7 @@ KOBOLD = {
         "sd_model_checkpoint": "sdxl", "eta_noise_seed_delta": 0.0, "ddim_discretize": "uniform",
         "CLIP_stop_at_last_layers": 1.0, "img2img_fix_steps": False, "sd_hypernetwork": "None",
         "inpainting_mask_weight": 1.0, "initial_noise_multiplier": 1.0,
-        "comma_padding_backtrack": 20.0,
+        "comma_padding_backtrack": 20.0, "forge_additional_modules": [],
     },
 }  # fmt: skip
 """Of KoboldAI Lite."""

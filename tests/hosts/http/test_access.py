@@ -277,6 +277,33 @@ def test_origins_that_are_none_are_foreign(client, origin):
     assert answer.status_code == 403
 
 
+@pytest.mark.parametrize("key", [None, KEY])
+def test_programs_in_a_browser_may_send_requests_once_their_origin_is_given(key, queue, state):
+    origin = "http://localhost:5001"
+    keyed = {"api_key": key} if key else {}
+    client = make_client(queue, state, allowed_origins=f"{origin},https://chat.example", **keyed)
+    ask = {"Origin": origin, "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,x-stainless-os"}  # fmt: skip
+    for path in ("/v1/jobs", "/sdapi/v1/txt2img", "/v1/images/generations"):
+        asked = client.options(path, headers=ask)  # browsers send no key with it
+        assert asked.status_code == 200
+        assert asked.headers["Access-Control-Allow-Origin"] == origin
+        assert asked.headers["Access-Control-Allow-Headers"] == "authorization,x-stainless-os"
+        assert "POST" in asked.headers["Access-Control-Allow-Methods"]
+        foreign = client.options(path, headers={**ask, "Origin": "http://localhost:5002"})
+        assert foreign.status_code == 403
+        assert "Access-Control-Allow-Origin" not in foreign.headers
+    sent = {"Origin": origin, **({"Authorization": f"Bearer {key}"} if key else {})}
+    made = client.post("/v1/jobs", json={"prompt": "a"}, headers=sent)
+    assert made.status_code == 202 and made.headers["Access-Control-Allow-Origin"] == origin
+    assert "Origin" in made.headers["Vary"]
+    wrong = client.post("/v1/jobs", json={"promt": "a"}, headers=sent)
+    assert wrong.status_code == 400 and "Access-Control-Allow-Origin" in wrong.headers
+    if key:
+        assert client.post("/v1/jobs", json={"prompt": "a"}, headers=ask).status_code == 401
+    assert "Access-Control-Allow-Origin" not in client.get("/healthz").headers
+
+
 def test_unknown_paths_are_404_whatever_is_sent(client):
     for path in ("/nothing", "/v1/nothing", "/sdapi/v1/nothing"):
         assert client.post(path, data={"a": "b"}).status_code == 404
