@@ -3,6 +3,7 @@
 Only hosts/compat knows their names and encodings; docs/compat.md lists them.
 """
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,10 +11,12 @@ from PIL import Image
 
 from backends.errors import RequestError
 from backends.model_table import ModelSpec
-from backends.request import GenerateRequest
+from backends.request import GenerateRequest, asks
 from hosts.compat import codec
 from hosts.http import decode, dialect
 from hosts.http.decode import Accepted
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["Accepted", "read_request"]
 
@@ -76,6 +79,9 @@ def read_request(body: Any, *, spec: ModelSpec, accepted: Accepted) -> GenerateR
             conditioning = codec.decode_conditioning(given[name], field=name)
             fields |= dict(zip(parts, (conditioning.embeds, conditioning.pooled), strict=True))
             sent_as |= dict.fromkeys(parts, name)
+    idle = [sent_as[field] for field in unused.keys() & fields.keys() if asks(field, fields[field])]
+    if idle and not is_strict:
+        logger.info("without effect on %s: %s", spec.title, ", ".join(sorted(idle)))
     absent = {field: old[0] for field, old in OLD_NAMES.items()} if is_existing_client(body) else {}
     return decode.read_request(
         fields, spec=spec, accepted=accepted, sent_as={**absent, **sent_as}, is_strict=is_strict

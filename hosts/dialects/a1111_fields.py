@@ -8,6 +8,7 @@ from PIL import Image, ImageFilter, ImageOps
 
 from backends.errors import RequestError, UnsupportedError
 from backends.model_table import ModelSpec
+from backends.request import whole_number
 from hosts.dialects.a1111_control import NAMES as CONTROLNET
 from hosts.dialects.a1111_control import control_fields
 from hosts.dialects.a1111_passes import FILL, ORIGINAL, MaskedArea, filled, masked_area
@@ -316,14 +317,15 @@ def _choose_guidance(
     if spec.guidance != "distilled":
         return
     distilled, plain = body.get("distilled_cfg_scale"), body.get("cfg_scale")
-    if not is_empty(distilled) and plain not in (None, "", 1, "1"):
+    is_off = whole_number(plain) == 1
+    if not (is_empty(distilled) or is_empty(plain) or is_off):
         raise UnsupportedError(
             f"cfg_scale={shown(plain)} is not available beside distilled_cfg_scale: {spec.title} "
             "has one guidance. Send cfg_scale 1."
         )
     if not is_empty(distilled):
         fields["guidance_scale"], sent_as["guidance_scale"] = distilled, "distilled_cfg_scale"
-    elif plain in (1, "1"):
+    elif is_off:
         fields.pop("guidance_scale")
 
 

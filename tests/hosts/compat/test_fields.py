@@ -80,6 +80,16 @@ def test_unknown_keys_are_ignored_and_null_and_empty_text_are_absent():
     )
 
 
+def test_what_has_no_effect_is_logged(caplog):
+    with caplog.at_level("INFO"):
+        read({"positive": "a", "negative": "fog", "frames": 9, "clip_skip": 0}, "flux")
+    assert "without effect on FLUX.1: frames, negative" in caplog.text
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        read({"positive": "a", "negative": "fog"})
+    assert "without effect" not in caplog.text
+
+
 @pytest.mark.parametrize("body", [[], "text", 5, None])
 def test_body_must_be_an_object(body):
     with pytest.raises(RequestError, match="the body must be one JSON object, not"):

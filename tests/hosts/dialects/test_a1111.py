@@ -461,7 +461,9 @@ def test_guidance_of_forges_clients_on_a_distilled_model(name):
             return
         forge = {**plain, "cfg_scale": 1, "distilled_cfg_scale": 3.25}
         assert flux.is_same(TXT, forge, {**plain, "guidance_scale": 3.25})
-        assert flux.is_same(TXT, {**plain, "cfg_scale": 1}, plain)
+        for off in (1, 1.0, "1", "1.0"):
+            assert flux.is_same(TXT, {**plain, "cfg_scale": off}, plain)
+            assert flux.is_same(TXT, {**forge, "cfg_scale": off}, {**plain, "guidance_scale": 3.25})
         assert flux.is_same(TXT, {**plain, "cfg_scale": 2.5}, {**plain, "guidance_scale": 2.5})
         answer = flux.post(TXT, {**forge, "cfg_scale": 4})
         assert answer.status_code == 422 and "distilled_cfg_scale" in message_of(answer)
