@@ -15,7 +15,7 @@ from PIL import Image
 from tests.checkpoints import sample_image
 from tests.hosts.application import encode_file
 from tests.hosts.dialects.reading import ReadingHost
-from tests.hosts.dialects.test_rules import NEEDED, PATHS, PUBLISHED
+from tests.hosts.dialects.test_rules import PATHS, PUBLISHED, body
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "120"))
 IMAGE = encode_file(sample_image(16))
@@ -69,8 +69,7 @@ def test_no_fields_break_a_dialect(path, caplog):
         @fuzz
         @given(fields)
         def send(given):
-            start = {} if path == "/v1/videos" else {"prompt": "a"}
-            answer = host.post(path, {**start, **NEEDED.get(path, {}), **given})
+            answer = host.post(path, body(path, **given))
             assert answer.status_code < 500, answer.get_data(as_text=True)
             answer.close()
 

@@ -4,12 +4,18 @@ taken in silence.
 
 import numpy as np
 import pytest
-from openai.types import image_edit_params, image_generate_params, video_create_params
+from openai.types import (
+    image_create_variation_params,
+    image_edit_params,
+    image_generate_params,
+    video_create_params,
+    video_remix_params,
+)
 
 from backends.model_table import read_table
 from backends.request import GenerateRequest
 from hosts.compat import fields as compat
-from hosts.dialects import a1111_fields, openai_fields
+from hosts.dialects import a1111_extras, a1111_fields, openai_fields
 from hosts.http import jobs_api
 from hosts.http.media import npy
 from tests.checkpoints import sample_image
@@ -35,6 +41,12 @@ inpainting_fill inpaint_full_res inpaint_full_res_padding inpainting_mask_invert
 initial_noise_multiplier latent_mask include_init_images
 """.split()
 """The fields of StableDiffusionTxt2ImgProcessingAPI and StableDiffusionImg2ImgProcessingAPI."""
+A1111_EXTRAS = """
+image resize_mode show_extras_results gfpgan_visibility codeformer_visibility codeformer_weight
+upscaling_resize upscaling_resize_w upscaling_resize_h upscaling_crop upscaler_1 upscaler_2
+extras_upscaler_2_visibility upscale_first
+""".split()
+"""The fields of ExtrasSingleImageRequest."""
 IMAGE = encode_file(sample_image(16))
 PUBLISHED = {
     "/sdapi/v1/txt2img": (A1111_BOTH + A1111_TXT2IMG, a1111_fields.TXT2IMG),
@@ -47,6 +59,11 @@ PUBLISHED = {
         [*image_edit_params.ImageEditParamsBase.__annotations__, "stream"],
         openai_fields.EDITS,
     ),
+    "/v1/images/variations": (
+        [*image_create_variation_params.ImageCreateVariationParams.__annotations__],
+        openai_fields.VARIATIONS,
+    ),
+    "/sdapi/v1/extra-single-image": (A1111_EXTRAS, a1111_extras.RULES),
     "/v1/videos": ([*video_create_params.VideoCreateParams.__annotations__], openai_fields.VIDEOS),
     "/v1/jobs": ([*GenerateRequest.model_fields], jobs_api.RULES),
     "/generate": ([*GenerateRequest.model_fields], compat.RULES),
@@ -54,6 +71,8 @@ PUBLISHED = {
 NEEDED = {
     "/sdapi/v1/img2img": {"init_images": [IMAGE]},
     "/v1/images/edits": {"image": IMAGE},
+    "/v1/images/variations": {"image": IMAGE},
+    "/sdapi/v1/extra-single-image": {"image": IMAGE},
     "/v1/videos": {"input_reference": IMAGE},
 }
 PATHS = sorted(PUBLISHED)
@@ -83,7 +102,8 @@ def host(request, path):
 
 
 def body(path, **fields):
-    return {**({"prompt": "a"} if path != "/v1/videos" else {}), **NEEDED.get(path, {}), **fields}
+    own = {} if path in ("/v1/videos", "/sdapi/v1/extra-single-image") else {"prompt": "a"}
+    return {**own, **NEEDED.get(path, {}), **fields}
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -93,6 +113,11 @@ def test_every_published_field_has_a_rule(path):
     assert not [name for name in published if name not in rules]
     assert {rule.kind for rule in rules.values()} <= {"done", "neutral", "refused"}
     assert all(rule.reason for rule in rules.values() if rule.kind != "done")
+
+
+def test_every_published_field_of_a_remix_has_a_rule():
+    published = video_remix_params.VideoRemixParams.__annotations__
+    assert published.keys() <= openai_fields.REMIX.keys()
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -120,10 +145,12 @@ def test_values_of_fields_that_change_nothing_are_accepted(host, path):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_unknown_field_is_an_error_that_names_the_nearest(host, path):
-    answer = host.post(path, body(path, negativ_prompt="x"))
+    right = "upscaling_resize" if path.endswith("extra-single-image") else "negative_prompt"
+    wrong = right.replace("ve_", "v_").removesuffix("e")
+    answer = host.post(path, body(path, **{wrong: "x"}))
     said = message_of(answer)
     assert answer.status_code == 400
-    assert said.startswith("negativ_prompt is not a field") and "negative_prompt" in said
+    assert said.startswith(f"{wrong} is not a field") and f"{right}." in said
     for name in ("guidance_rescal", "x" * 5000, "a\u0000b", "\ud800", ""):
         assert host.post(path, body(path, **{name: 1})).status_code == 400, name
     assert host.post(path, body(path, negativ_prompt="x", strict=False)).status_code in (200, 202)
