@@ -1,5 +1,6 @@
-"""Published clients that are not in the tests' own environment: OpenAI's package for Node, LiteLLM,
-and Prometheus' reading of the metrics. Each is installed into a temporary folder.
+"""Published clients that are not in the tests' own environment: OpenAI's package for Node, the AI
+SDK, LiteLLM, sd-backend-client, and Prometheus' reading of the metrics. Each is installed into a
+temporary folder.
 """
 
 import base64
@@ -39,6 +40,43 @@ except litellm.BadRequestError as error:
     refused = str(error)
 images = [image.b64_json for image in drawn.data]
 print(json.dumps({"images": images, "edited": edited.data[0].b64_json, "error": refused}))
+"""
+AI_SDK = """
+import fs from "node:fs";
+import { createOpenAI } from "@ai-sdk/openai";
+import { generateImage } from "ai";
+const [base, path] = process.argv.slice(2);
+const model = createOpenAI({ baseURL: base, apiKey: "anything" }).image("gpt-image-2");
+const given = { model, size: "64x64", maxRetries: 0 };
+const openai = { inputFidelity: "high", quality: "high" };
+const found = [
+  await generateImage({ ...given, prompt: "a red car" }),
+  await generateImage({
+    ...given, prompt: { text: "a red car", images: [fs.readFileSync(path)] },
+    providerOptions: { openai },
+  }),
+];
+console.log(JSON.stringify(found.map((each) => each.image.base64)));
+"""
+BACKEND_CLIENT = """
+import base64, io, json, sys
+from PIL import Image
+from sd_backend_client.api.a1111_webservice import DiffusionRequestBody
+from sd_backend_client.api.detect import connect_to_backend
+
+client, start = connect_to_backend(sys.argv[1]), Image.open(sys.argv[2])
+lists = [client.get_models(), client.get_samplers(), client.get_upscalers(), client.get_loras()]
+assert lists[0][0].title == "sdxl" and client.get_capabilities().controlnet is False
+assert client.progress_check().state.job_count == 0
+fields = {"prompt": "a red car", "seed": 5, "steps": 3, "cfg_scale": 5, "width": 64, "height": 64}
+body = DiffusionRequestBody(**fields, sampler="euler_ancestral")
+found = [client.txt2img(body), client.img2img(start, None, body)]
+found.append(client.img2img(start, start.convert("L"), body))
+files = [io.BytesIO() for _ in found]
+for file, result in zip(files, found):
+    assert result["info"].all_seeds == [5]
+    result["images"][0].save(file, format="PNG")
+print(json.dumps([base64.b64encode(file.getvalue()).decode() for file in files]))
 """
 
 
@@ -102,6 +140,30 @@ def test_litellm(host, wanted, picture, tmp_path):
     )
     require_same(found, wanted)
     assert "The nearest one is seed" in found["error"]
+
+
+@pytest.mark.skipif(shutil.which("npm") is None, reason="npm is not installed")
+def test_ai_sdk_with_the_name_of_a_gpt_image_model(host, picture, tmp_path):
+    (tmp_path / "sdk.mjs").write_text(AI_SDK)
+    run(
+        "npm", "install", "--silent", "--no-audit", "--no-fund", "ai@7", "@ai-sdk/openai@4",
+        folder=tmp_path,
+    )  # fmt: skip
+    found = json.loads(run("node", "sdk.mjs", host.url("/v1"), str(picture), folder=tmp_path))
+    assert [pixels(image).shape for image in found] == [(64, 64, 3)] * 2
+
+
+def test_sd_backend_client(host, picture, tmp_path):
+    run(sys.executable, "-m", "venv", "venv", folder=tmp_path)
+    python = str(tmp_path / "venv" / "bin" / "python")
+    run(python, "-m", "pip", "install", "--quiet", "sd-backend-client==0.5.*", folder=tmp_path)
+    made = run(python, "-c", BACKEND_CLIENT, host.url(""), str(picture), folder=tmp_path)
+    found = json.loads(made.splitlines()[-1])
+    body = {"prompt": "a red car", "seed": 5, "steps": 3, "cfg_scale": 5, "width": 64,
+        "height": 64, "sampler_name": "Euler a"}  # fmt: skip
+    answer = requests.post(host.url("/sdapi/v1/txt2img"), json=body, timeout=60).json()
+    assert (pixels(found[0]) == pixels(answer["images"][0])).all()
+    assert [pixels(image).shape for image in found] == [(64, 64, 3)] * 3
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="prometheus is not installed")
