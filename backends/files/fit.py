@@ -24,6 +24,7 @@ from backends.files.checkpoint import (
     with_article,
 )
 from backends.files.denoiser_families import DENOISER_PREFIXES, recognize_denoiser
+from backends.files.generic import require_named
 from backends.files.mask_channels import latent_channels, special_channels
 from backends.files.pipeline_calls import pipeline_folders
 from backends.files.recognition import (
@@ -215,16 +216,11 @@ def _refuse_remote_code(checkpoint: Checkpoint) -> None:
         if component in UNUSED or not isinstance(entry, list) or len(entry) != 2:
             continue
         if entry[0] not in (None, "diffusers", "transformers", *pipeline_folders()):
-            raise _remote_code(checkpoint, component)
-
-
-def _remote_code(checkpoint: Checkpoint, component: str) -> ConfigError:
-    name = ".".join(checkpoint.index[component])
-    return ConfigError(
-        f"--checkpoint={checkpoint.path} has a {component} of class {name}, which is code of its "
-        "own. Code of a checkpoint is never run: give one whose classes are in diffusers or "
-        "transformers."
-    )
+            raise ConfigError(
+                f"--checkpoint={checkpoint.path} has a {component} of class {'.'.join(entry)}, "
+                "which is code of its own. Code of a checkpoint is never run: give one whose "
+                "classes are in diffusers or transformers."
+            )
 
 
 def _require_whole(checkpoint: Checkpoint) -> None:
@@ -232,11 +228,11 @@ def _require_whole(checkpoint: Checkpoint) -> None:
 
     Of a class without a row nothing else is known.
     """
-    for component, entry in checkpoint.index.items():
+    _refuse_remote_code(checkpoint)
+    require_named(checkpoint)
+    for component in checkpoint.index:
         if checkpoint.class_of(component) is None or component in UNUSED:
             continue
-        if entry[0] not in ("diffusers", "transformers", *pipeline_folders()):
-            raise _remote_code(checkpoint, component)
         folder = checkpoint.folder / component
         if not folder.is_dir() or (folder / "config.json").is_file():
             _require_complete(checkpoint, component)

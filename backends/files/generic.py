@@ -27,6 +27,7 @@ from backends.files.pipeline_calls import (
     IMAGES,
     VIDEOS,
     PipelineCall,
+    needed_components,
     pipeline_call,
     size_multiple,
 )
@@ -132,6 +133,26 @@ def generic_spec(folder: Path) -> ModelSpec:
             denoisers, _UNAVAILABLE | ({"offload"} if is_modular(folder) else set())
         ),
     )
+
+
+def require_named(checkpoint: Checkpoint) -> None:
+    """Raise ConfigError unless the index names all components that its class needs.
+
+    Some models are published without an encoder whose licence is another one.
+    """
+    name = str(checkpoint.index.get("_class_name"))
+    missing = [
+        f"{part} ({made})" if made else part
+        for part, made in needed_components(name).items()
+        if part not in checkpoint.index
+    ]
+    if missing:
+        raise ConfigError(
+            f"--checkpoint={checkpoint.path} lacks {', '.join(missing)}: its model_index.json does "
+            f"not name what {with_article(name)} needs. Download the model to a folder, add each "
+            "in a folder of its name, and add its library and class to model_index.json as the "
+            "others have them."
+        )
 
 
 def own_class(checkpoint: Checkpoint) -> ModelSpec | None:

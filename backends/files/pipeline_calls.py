@@ -22,6 +22,7 @@ VIDEOS = ("frames", "videos", "video")
 TIMETABLE = ("timesteps", "sigmas", "mu")
 RETRIEVE = ("scheduler", "num_inference_steps", "device", "timesteps", "sigmas")
 """Parameters of retrieve_timesteps, which diffusers' pipelines share."""
+OPTIONAL = "_optional_components"
 CALLED_FIRST = "has to be called beforehand"
 """In the error of a class whose call continues another method's."""
 
@@ -58,6 +59,31 @@ def pipeline_call(name: str) -> PipelineCall | None:
             if isinstance(item, ast.FunctionDef) and item.name == "__call__":
                 return _read_call(item, class_name)
     return None
+
+
+@lru_cache(maxsize=512)
+def needed_components(name: str) -> Mapping[str, str]:
+    """Return component -> declared class, of all that a pipeline class cannot do without."""
+    for _, node in _lineage(name):
+        for item in node.body:
+            if isinstance(item, ast.FunctionDef) and item.name == "__init__":
+                made, optional = _read_call(item, name), _optional_components(name)
+                return MappingProxyType(
+                    {
+                        part: made.annotations.get(part, "")
+                        for part in made.required
+                        if part not in optional
+                    }
+                )
+    return MappingProxyType({})
+
+
+def _optional_components(name: str) -> frozenset[str]:
+    for _, node in _lineage(name):
+        for item in node.body:
+            if isinstance(item, ast.Assign) and ast.unparse(item.targets[0]) == OPTIONAL:
+                return frozenset(_literal(item.value) or ())
+    return frozenset()
 
 
 @lru_cache(maxsize=512)

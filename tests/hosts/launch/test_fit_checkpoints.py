@@ -14,6 +14,7 @@ from tests.checkpoints import (
     checkpoint,
     motion_adapter,
 )
+from tests.checkpoints.variants import variant
 from tests.every_type import EVERY_TYPE
 from tests.hosts.harness import run_launcher
 from tests.hosts.launch.fit_planning import SAME_PARTS, TABLE, plan, refusal, without
@@ -171,6 +172,18 @@ def test_a_part_that_is_null_missing_or_without_weights_is_named(name: str, tmp_
     for file in (folder / encoder).glob("*.safetensors"):
         file.unlink()
     assert f"holds no weights of its {encoder}" in refusal(name, folder)
+
+
+def test_a_class_without_a_row_has_all_that_its_constructor_needs(tmp_path: Path) -> None:
+    """HiDream is published without its Llama, whose licence is another one."""
+    folder = changed(variant("HiDreamImagePipeline"), tmp_path / "hidream")
+    index = json.loads((folder / "model_index.json").read_text())
+    for part in ("text_encoder_4", "tokenizer_4"):
+        del index[part]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    message = refusal(None, folder)
+    assert "lacks text_encoder_4 (LlamaForCausalLM), tokenizer_4 (PreTrainedToken" in message
+    assert plan(None, variant("HiDreamImagePipeline")).spec.pipeline == "HiDreamImagePipeline"
 
 
 def test_t5_of_sd3_may_be_left_out(tmp_path: Path) -> None:
