@@ -75,16 +75,34 @@ def _split_call(denoiser: nn.Module, mesh: Mesh, axis_name: str) -> Callable[...
     return around
 
 
-def cut_batch(arguments: Mapping[str, Any], batch: int, *, parts: int, part: int) -> dict[str, Any]:
+def cut_batch(
+    arguments: Mapping[str, Any], batch: int, *, parts: int, part: int, second_dim: bool = False
+) -> dict[str, Any]:
     """Return the denoiser arguments for part `part` of `parts` equal parts of the batch.
 
     If the first argument is a list, it and the other list arguments hold one entry per image.
+    second_dim: cut those of batched_in_second_dim in dim 1.
     """
     is_listed = isinstance(next(iter(arguments.values())), list)
-    return {
+    cut = {
         name: _cut(value, name, batch, parts, part, is_listed=is_listed)
         for name, value in arguments.items()
     }
+    if second_dim:
+        for name in batched_in_second_dim(arguments, batch):
+            cut[name] = arguments[name].chunk(parts, dim=1)[part]
+    return cut
+
+
+def batched_in_second_dim(arguments: Mapping[str, Any], batch: int) -> list[str]:
+    """Return the names of tensors that may be (layers, batch, tokens, channels): some denoisers get
+    the states of several layers of a text encoder.
+    """
+    return [
+        name
+        for name, value in list(arguments.items())[1:]
+        if torch.is_tensor(value) and value.dim() > 3 and value.shape[1] == batch
+    ]
 
 
 def _cut(value: Any, name: str, batch: int, parts: int, part: int, *, is_listed: bool) -> Any:

@@ -9,6 +9,7 @@ import inspect
 import logging
 import zlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.utils import _pytree as pytree
 from backends.groups.collectives import all_gather
 from backends.groups.mesh import Mesh
 from backends.parallel import hooks
-from backends.parallel.cfg_split import cut_batch, gather_batch
+from backends.parallel.cfg_split import batched_in_second_dim, cut_batch, gather_batch
 from backends.parallel.cfg_two_calls import PairSplit
 from backends.parallel.hooks import output_parts
 
@@ -35,6 +36,10 @@ PLAIN = (Tensor, int, float, bool, str, bytes, torch.dtype, torch.device, type(N
 MISFITS = (RuntimeError, ValueError, IndexError, TypeError, AttributeError, KeyError)
 
 
+Cut = Callable[[dict[str, Any], int], dict[str, Any]]
+"""Arguments and their batch -> the arguments of this rank's half."""
+
+
 class GuidanceSplit:
     """Splits the calls of one denoiser over the `cfg` axis, where that gives the same."""
 
@@ -42,7 +47,7 @@ class GuidanceSplit:
         self._denoiser = denoiser
         self._mesh = mesh
         self._pairs = PairSplit(denoiser, mesh, is_sure=False)
-        self._fits: dict[Any, bool] = {}
+        self._cuts: dict[Any, Cut | None] = {}
         self._is_refused = False
         self._is_read: bool | None = None
         self.kind = "whole"
@@ -95,48 +100,57 @@ class GuidanceSplit:
         if batch % axis.size:
             return self._pairs.call(forward, **arguments)
         key = _form_of(arguments)
-        if key not in self._fits:
+        if key not in self._cuts:
             return self._tried(forward, arguments, key, batch)
-        if not self._fits[key]:
+        if (cut := self._cuts[key]) is None:
             return forward(**arguments)
         self.kind = "batch"
-        return self._in_halves(forward, arguments, batch)
-
-    def _in_halves(self, forward: Callable[..., Any], arguments: dict[str, Any], batch: int) -> Any:
-        own = self._own_half(forward, arguments, batch)
-        return gather_batch(own, self._mesh, self._mesh.axis("cfg"))
-
-    def _own_half(self, forward: Callable[..., Any], arguments: dict[str, Any], batch: int) -> Any:
-        axis = self._mesh.axis("cfg")
-        return forward(**cut_batch(arguments, batch, parts=axis.size, part=axis.rank))
+        own = forward(**cut(arguments, batch))
+        return gather_batch(own, self._mesh, axis)
 
     def _tried(
         self, forward: Callable[..., Any], arguments: dict[str, Any], key: Any, batch: int
     ) -> Any:
-        """Return the whole result, and note whether the halves give the same.
+        """Return the whole result, and note how the arguments are cut for halves that give the
+        same, if they can be.
+        """
+        axis = self._mesh.axis("cfg")
+        whole = forward(**_copied(arguments))
+        cuts = [partial(cut_batch, parts=axis.size, part=axis.rank)]
+        if batched_in_second_dim(arguments, batch):
+            cuts.append(partial(cuts[0], second_dim=True))
+        fitting = (cut for cut in cuts if self._fits(cut, forward, arguments, batch, whole))
+        self._cuts[key] = next(fitting, None)
+        if self._cuts[key] is None:
+            logger.warning("the batch of %s is computed whole on every rank", self._name)
+        return whole
+
+    def _fits(
+        self,
+        cut: Cut,
+        forward: Callable[..., Any],
+        arguments: dict[str, Any],
+        batch: int,
+        whole: Any,
+    ) -> bool:
+        """Return whether the halves of this cut give the whole result.
 
         Nothing is gathered before all ranks have a half of the same form: the halves differ, and
         one may fail alone.
         """
-        is_plain = all(isinstance(leaf, PLAIN) for leaf in pytree.tree_leaves(arguments))
-        whole = forward(**_copied(arguments))
         own, form = None, 0
-        if is_plain:
+        if all(isinstance(leaf, PLAIN) for leaf in pytree.tree_leaves(arguments)):
             try:
-                own = self._own_half(forward, _copied(arguments), batch)
+                own = forward(**cut(_copied(arguments), batch))
                 form = 1 + zlib.crc32(repr(_form_of({"output": output_parts(own)})).encode())
             except torch.OutOfMemoryError:
                 raise
             except MISFITS as error:
                 logger.info("the batch of %s cannot be split: %s", self._name, error)
-        fits = self._is_common(form)
-        if fits:
-            joined = gather_batch(own, self._mesh, self._mesh.axis("cfg"))
-            fits = self._is_common(int(_agree(whole, joined)))
-        self._fits[key] = fits
-        if not fits:
-            logger.warning("the batch of %s is computed whole on every rank", self._name)
-        return whole
+        if not self._is_common(form):
+            return False
+        joined = gather_batch(own, self._mesh, self._mesh.axis("cfg"))
+        return self._is_common(int(_agree(whole, joined)))
 
     def _is_common(self, number: int) -> bool:
         """Return whether all ranks have the same number, and it is not 0."""

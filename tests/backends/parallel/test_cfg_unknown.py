@@ -13,6 +13,8 @@ from backends.groups.mesh import Mesh
 from backends.parallel.cfg_two_calls import GuidanceChanged, _Watch
 from backends.parallel.cfg_unknown import GuidanceSplit
 from backends.plan import ParallelPlan
+from tests.checkpoints.assembled import CONFIGS
+from tests.checkpoints.parts import WIDTH
 
 
 class Mixing(diffusers.PriorTransformer):
@@ -187,6 +189,42 @@ def test_a_pipeline_that_watches_parts_of_the_denoiser_sees_both_halves(
 ) -> None:
     """Self-attention guidance reads attention maps of both halves."""
     run_on_ranks(check_watched, 2)
+
+
+def check_layers(rank: int, world_size: int) -> None:
+    """Llama's states come as (layers, batch, tokens, channels)."""
+    torch.manual_seed(0)
+    denoiser = diffusers.HiDreamImageTransformer2DModel(**CONFIGS["HiDreamImageTransformer2DModel"])
+    denoiser.eval().requires_grad_(False)
+    plan = ParallelPlan(method="single", axes=(("cfg", 2),))
+    mesh = Mesh(plan, rank=rank, device=torch.device("cpu"))
+    split, rows = GuidanceSplit(denoiser, mesh), []
+    denoiser.x_embedder.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    for layers in (3, 2):  # two are also as many as there are rows
+        given = {
+            "hidden_states": torch.randn(2, 16, 8, 8),
+            "timesteps": torch.full((2,), 500.0),
+            "encoder_hidden_states_t5": torch.randn(2, 5, WIDTH),
+            "encoder_hidden_states_llama3": torch.randn(layers, 2, 5, WIDTH),
+            "pooled_embeds": torch.randn(2, 2 * WIDTH),
+            "return_dict": False,
+        }
+        want = denoiser(**given)[0]
+        split.attach()
+        split.begin()
+        for _ in range(2):
+            torch.testing.assert_close(denoiser(**given)[0], want, rtol=0, atol=1e-5)
+            split.step_done()
+        assert split.kind == "batch" and rows[-1] == 1
+        split.end()
+        split.detach()
+    mesh.destroy()
+
+
+def test_halves_of_the_states_of_several_layers_are_in_their_second_dim(
+    run_on_ranks: Callable,
+) -> None:
+    run_on_ranks(check_layers, 2)
 
 
 def test_two_ranks_share_two_calls_until_the_pipeline_changes(run_on_ranks: Callable) -> None:
