@@ -216,7 +216,14 @@ class GenericGeneration(Generation):
                 ) from error
         self.num_steps = counter.num_done
         self.audio = audio_of(output, pipe)
-        return [(frames_of(output, self._spec.output), None)]
+        frames = frames_of(output, self._spec.output)
+        asked = (request.height, request.width)
+        if None not in asked and asked != frames.shape[1:3]:
+            logger.warning(
+                "%s made %d x %d of %d x %d: it scales to sizes of its own",
+                *(self._spec.title, *frames.shape[2:0:-1], *asked[::-1]),
+            )
+        return [(frames, None)]
 
     def _placed(self, arguments: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
         """Move the tensors that a request brought to the device, in the pipeline's dtype."""

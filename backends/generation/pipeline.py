@@ -289,7 +289,7 @@ class LoadedPipeline:
                 latents=self._to_client_space(latents, one.request),
                 audio=generation.audio,
                 seed=one.request.seed,
-                resolved=one.described(),
+                resolved=one.described(frames if self.spec.runs_as_is else None),
                 num_steps=generation.num_steps,
                 exactness=self._exactness(one.run, num_rows=len(requests)),
                 seconds=seconds,

@@ -47,8 +47,11 @@ class PreparedRequest:
     run: RunInfo
     """The request as the backend sees it."""
 
-    def described(self) -> dict[str, Any]:
-        """Return the values that were used, without images and arrays."""
+    def described(self, frames: Array | None = None) -> dict[str, Any]:
+        """Return the values that were used, without images and arrays.
+
+        frames: (N, height, width, channels), of a class that may have chosen another size.
+        """
         fields = GenerateRequest.model_fields
         values = {name: getattr(self.request, name) for name in fields}
         readable = {
@@ -58,7 +61,8 @@ class PreparedRequest:
             and value != fields[name].default
             and name != "arguments"  # may hold images
         }
-        return {**readable, "scheduler": type(self.scheduler).__name__}
+        size = {} if frames is None else {"height": frames.shape[1], "width": frames.shape[2]}
+        return {**readable, **size, "scheduler": type(self.scheduler).__name__}
 
 
 @dataclass(slots=True)

@@ -73,6 +73,9 @@ the class's own call takes goes into `arguments`: numbers, texts, `{"image": bas
 {"num_inference_steps": 20, "arguments": {"class_labels": [207], "max_sequence_length": 256}}
 ```
 
+A class may scale to a size of its own: HiDream makes about a megapixel of whatever is asked for.
+The `settings` of a job have the size that was made, and the log has both.
+
 A folder of a class that the row of another one runs, such as StableDiffusionImg2ImgPipeline by
 `sd1`, does both: a request with `image`, `video` or `arguments` runs as diffusers has that class,
 and one without, or with `init_image`, by the row. With LoRAs, latents and other fields that the

@@ -163,6 +163,19 @@ def test_one_image_is_a_list_for_a_class_that_counts_its_images():
     assert generic_arguments(GenerateRequest(image=FRAMES[0]), spec) == {"image": [FRAMES[0]]}
 
 
+def test_the_size_that_a_class_chose_itself_is_told(caplog):
+    """HiDream scales all sizes to about a megapixel; here to 32 x 32 pixels at most."""
+    pipe = loaded("HiDreamImagePipeline")
+    pipe.pipe.default_sample_size = 32 // pipe.pipe.vae_scale_factor
+    asked = {"prompt": "a cat", "height": 32, "width": 64, "num_inference_steps": 1, "seed": 1}
+    asked["arguments"] = {"max_sequence_length": 16}
+    made = pipe.generate(GenerateRequest(**asked))
+    height, width = made.frames.shape[1:3]
+    assert height * width <= 32 * 32 < 32 * 64
+    assert (made.resolved["height"], made.resolved["width"]) == (height, width)
+    assert f"HiDreamImagePipeline made {width} x {height} of 64 x 32" in caplog.text
+
+
 @pytest.mark.parametrize(("steps", "more"), [(2, {}), (4, {"intermediate_timesteps": None})])
 def test_a_timestep_between_two_steps_is_left_out_of_more_steps(steps, more):
     spec = facts_of({"num_inference_steps": 2, "intermediate_timesteps": 1.3})
