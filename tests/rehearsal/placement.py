@@ -42,6 +42,8 @@ INDEXING = frozenset(
     }
 )
 """The tensor that is indexed decides on the device; indices may be on the CPU."""
+SUMS_OF_HALVES = (aten._softmax.default, aten._log_softmax.default)
+"""Of float16 with a result in float32, which only CUDA's kernels do in one."""
 
 
 class Placement:
@@ -52,6 +54,7 @@ class Placement:
         self._kernels = {
             aten._scaled_dot_product_flash_attention.default: self._flash_attention,
             aten._scaled_dot_product_efficient_attention.default: _efficient_attention,
+            **{operator: _in_float32(operator) for operator in SUMS_OF_HALVES},
         }
 
     def execute(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -226,6 +229,13 @@ def _efficient_attention(
         torch.zeros(()),
         torch.zeros(()),
     )
+
+
+def _in_float32(operator: Any) -> Any:
+    def run(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
+        return operator(x.float() if half_to_float else x, dim, False)
+
+    return run
 
 
 def _plain(value: Any) -> Any:

@@ -65,6 +65,21 @@ def test_what_cuda_refuses_is_refused(run_on_ranks):
     run_on_ranks(_see_what_cuda_refuses, 1)
 
 
+def _normalise_halves_in_float32(rank, world_size):
+    """As the text encoders of Gemma do. Only CUDA has a kernel for it."""
+    with Rehearsal():
+        x = torch.randn(3, 5).half()
+        for normalise in (torch.softmax, torch.log_softmax):
+            for dtype in (torch.float32, torch.float16):
+                found = normalise(x.cuda(), -1, dtype=dtype)
+                assert (found.device.type, found.dtype) == ("cuda", dtype)
+                torch.testing.assert_close(found.cpu(), normalise(x, -1, dtype=dtype))
+
+
+def test_softmax_of_halves_may_be_in_float32(run_on_ranks):
+    run_on_ranks(_normalise_halves_in_float32, 1)
+
+
 def _ask_for_memory(rank, world_size):
     dist.destroy_process_group()
     with Rehearsal():
