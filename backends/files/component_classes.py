@@ -128,6 +128,13 @@ def timestep_arguments(scheduler: str) -> frozenset[str]:
 
 
 @lru_cache(maxsize=64)
+def methods_of(scheduler: str) -> frozenset[str]:
+    """Return the names of a scheduler class's own methods; none if there is no such class."""
+    source = _source("diffusers", "schedulers/**/*.py", scheduler)
+    return frozenset(item.name for item in _methods(source, scheduler)) if source else frozenset()
+
+
+@lru_cache(maxsize=64)
 def _is_model_of_transformers(name: str) -> bool:
     is_installed = importlib.util.find_spec("transformers") is not None
     return not is_installed or bool(_source("transformers", "models/*/modeling_*.py", name))
@@ -162,11 +169,11 @@ def _annotations(source: str, name: str) -> dict[str, str]:
     }
 
 
-def _methods(source: str, class_name: str, name: str) -> Iterator[ast.FunctionDef]:
+def _methods(source: str, class_name: str, name: str | None = None) -> Iterator[ast.FunctionDef]:
     for node in ast.parse(source).body:
         if isinstance(node, ast.ClassDef) and node.name == class_name:
             for item in node.body:
-                if isinstance(item, ast.FunctionDef) and item.name == name:
+                if isinstance(item, ast.FunctionDef) and name in (None, item.name):
                     yield item
 
 

@@ -87,20 +87,83 @@ def _optional_components(name: str) -> frozenset[str]:
 
 
 @lru_cache(maxsize=512)
-def given_to_sampler(name: str, *, flow_sigmas: bool) -> frozenset[str]:
+def given_to_sampler(name: str, *, sampler: str, flow_sigmas: bool) -> frozenset[str]:
     """Return what a pipeline class always gives to its scheduler's set_timesteps, and not every
     scheduler takes: of `timesteps`, `sigmas`, `mu`.
 
-    name: of the class. flow_sigmas: the scheduler has use_flow_sigmas, at which some classes give
-    it no sigmas.
+    name: of the class. sampler: class of the scheduler, by which some classes choose what they
+    give. flow_sigmas: the scheduler has use_flow_sigmas, at which some classes give it no sigmas.
     """
+    function = _call_of(name)
+    parts = list(_reached(function, sampler, flow_sigmas)) if function is not None else []
+    given = [_given(part, parts) for part in parts if _sets_timesteps(part)]
+    return frozenset.intersection(*given) if given else frozenset()
+
+
+@lru_cache(maxsize=512)
+def called_on_sampler(name: str, *, sampler: str) -> frozenset[str]:
+    """Return the methods of its scheduler that a pipeline class calls whatever else is asked."""
+    function = _call_of(name)
+    parts = _reached(function, sampler, False, only_always=True) if function is not None else ()
+    return frozenset(
+        part.func.attr
+        for part in parts
+        if isinstance(part, ast.Call)
+        and isinstance(part.func, ast.Attribute)
+        and ast.unparse(part.func.value) == "self.scheduler"
+    )
+
+
+def _call_of(name: str) -> ast.FunctionDef | None:
     for _, node in _lineage(name):
         for item in node.body:
             if isinstance(item, ast.FunctionDef) and item.name == "__call__":
-                calls = [part for part in ast.walk(item) if _sets_timesteps(part)]
-                given = [_given(call, item, flow_sigmas) for call in calls]
-                return frozenset.intersection(*given) if given else frozenset()
-    return frozenset()
+                return item
+    return None
+
+
+def _reached(
+    node: ast.AST, sampler: str, flow_sigmas: bool, *, only_always: bool = False
+) -> Iterator[ast.AST]:
+    """Yield the node and all in it, without branches that are never taken with this sampler.
+
+    only_always: nor those that other things decide about.
+    """
+    yield node
+    children = list(ast.iter_child_nodes(node))
+    if isinstance(node, ast.If | ast.IfExp):
+        is_met = _is_met(node.test, sampler, flow_sigmas)
+        if is_met is not None and isinstance(node, ast.If):
+            children = [node.test, *(node.body if is_met else node.orelse)]
+        elif only_always:
+            children = [node.test]
+    for child in children:
+        yield from _reached(child, sampler, flow_sigmas, only_always=only_always)
+
+
+def _is_met(test: ast.expr, sampler: str, flow_sigmas: bool) -> bool | None:
+    """Return what a condition is with this sampler; None if other things decide."""
+    match test:
+        case ast.UnaryOp(op=ast.Not(), operand=operand):
+            inner = _is_met(operand, sampler, flow_sigmas)
+            return None if inner is None else not inner
+        case ast.BoolOp(op=operator, values=values):
+            found = [_is_met(value, sampler, flow_sigmas) for value in values]
+            deciding = isinstance(operator, ast.Or)  # one true value decides `or`, one false `and`
+            if deciding in found:
+                return deciding
+            return None if None in found else not deciding
+        case ast.Call(func=ast.Name(id="isinstance"), args=[subject, kinds]):
+            classes = kinds.elts if isinstance(kinds, ast.Tuple) else [kinds]
+            names = [ast.unparse(each) for each in classes]
+            if ast.unparse(subject) == "self.scheduler" and all(
+                each.endswith("Scheduler") for each in names
+            ):
+                return sampler in names
+        case ast.Compare(left=left, ops=[ast.NotEq() | ast.IsNot()], comparators=[kind]):
+            if ast.unparse(left) == "type(self.scheduler)":
+                return sampler != ast.unparse(kind)
+    return False if "use_flow_sigmas" in ast.unparse(test) and not flow_sigmas else None
 
 
 @lru_cache(maxsize=512)
@@ -136,22 +199,16 @@ def _sets_timesteps(node: ast.AST) -> bool:
     )
 
 
-def _given(call: ast.Call, function: ast.FunctionDef, flow_sigmas: bool) -> frozenset[str]:
-    """Return the arguments of a call whose values `function` has computed before.
+def _given(call: ast.Call, parts: Sequence[ast.AST]) -> frozenset[str]:
+    """Return the arguments of a call whose values `parts` of its function have computed before.
 
     Not those that are None unless a request brings them.
     """
-    skipped = set()
-    for part in ast.walk(function):
-        if isinstance(part, ast.If) and "use_flow_sigmas" in ast.unparse(part.test):
-            skipped |= set() if flow_sigmas else set(part.body)
     helper = ast.unparse(call.func).endswith("retrieve_timesteps")
     plain = dict(zip(RETRIEVE, call.args, strict=False)) if helper else {}
     named = {keyword.arg: keyword.value for keyword in call.keywords}
     assigned = [
-        part
-        for part in ast.walk(function)
-        if isinstance(part, ast.Assign) and part.lineno < call.lineno and part not in skipped
+        part for part in parts if isinstance(part, ast.Assign) and part.lineno < call.lineno
     ]
     return frozenset(
         name

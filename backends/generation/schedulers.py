@@ -18,8 +18,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from backends.errors import RequestError
-from backends.files.component_classes import settings_of, timestep_arguments
-from backends.files.pipeline_calls import given_to_sampler
+from backends.files.component_classes import methods_of, settings_of, timestep_arguments
+from backends.files.pipeline_calls import called_on_sampler, given_to_sampler
 from backends.generation.scheduler_settings import (
     DESCRIBED,
     MAX_SHOWN,
@@ -291,12 +291,15 @@ class SampledModel:
             timestep_arguments(likeness),
             "use_flow_sigmas" in settings_of(likeness),
         )
-        given = given_to_sampler(self.pipeline, flow_sigmas=flow_sigmas)
+        given = given_to_sampler(self.pipeline, sampler=likeness, flow_sigmas=flow_sigmas)
         if taken and (more := sorted(given - taken)):
             return (
                 f"cannot sample this model: {self.pipeline} gives {' and '.join(more)} of its own "
                 f"to the sampler, and {facts.class_name} takes none"
             )
+        called, known = called_on_sampler(self.pipeline, sampler=likeness), methods_of(likeness)
+        if known and (more := sorted(called - known)):
+            return f"cannot sample this model: {facts.class_name} has no {' and '.join(more)}()"
         return ""
 
     def has_setting(self, name: str | None, key: str) -> bool:

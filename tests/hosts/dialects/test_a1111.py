@@ -182,6 +182,7 @@ def test_samplers_and_schedules_that_are_not_here_are_refused(host, fields, stat
 
 HIRES = {"enable_hr": True, "denoising_strength": 0.5}
 KREA2 = "Krea2Pipeline gives mu and sigmas of its own to the sampler"
+BRIA = "BriaPipeline gives sigmas of its own to the sampler"
 
 
 @pytest.mark.parametrize(
@@ -194,6 +195,11 @@ KREA2 = "Krea2Pipeline gives mu and sigmas of its own to the sampler"
         ("krea2", "/v1/jobs", {"scheduler": "heun"}, f"scheduler='heun' cannot .*{KREA2}.*: euler, "
          "lcm, unipc, fm_euler, fm_lcm."),
         ("krea2", "/v1/jobs", {"scheduler": "dpmpp_2m", "strict": False}, "scheduler='dpmpp_2m' c"),
+        ("bria", TXT, {"sampler_name": "Heun"}, f"sampler_name='Heun' cannot .*{BRIA}.*: Euler, "
+         "UniPC."),
+        ("bria", "/v1/jobs", {"scheduler": "heun"}, f"scheduler='heun' cannot .*{BRIA}.*: euler, "
+         "unipc, fm_euler."),
+        ("bria", TXT, {"sampler_name": "LCM"}, "FlowMatchLCMScheduler has no scale_model_input"),
         ("flux", TXT, {"sampler_name": "DDIM"}, "sampler_name='DDIM' cannot sample a flow-matching "
          "model. Allowed: DPM.. 2M, .*UniPC"),
         ("flux", TXT, {"sampler_name": "DPM++ 2M", "scheduler": "Karras"}, "'Karras' is not avail"),
