@@ -39,7 +39,7 @@ from backends.request import Array, Audio, GenerateRequest
 logger = logging.getLogger(__name__)
 
 RGBA = 4
-REFUSALS = (ValueError, TypeError, AttributeError)
+REFUSALS = (ValueError, TypeError, AttributeError, ZeroDivisionError)
 """What pipelines raise for arguments that they cannot use."""
 
 

@@ -11,6 +11,11 @@ from transformers import PreTrainedTokenizerBase
 Cuts = dict[str, list[int]]
 """Tokenizer -> tokens that it cut from each row of a batch, or from all of them."""
 
+SLICED_EMBEDDINGS = "[:, :max_sequence_length]"
+"""In the source of pipelines that cut the embeddings and not the tokens, as Qwen-Image's."""
+SLICED_PIECES = "all_tokens[: self.tokenizer_max_length]"
+"""In that of pipelines that cut the tokens of a prompt's pieces, as LongCat's."""
+
 
 class UnreadTokens:
     """Watches the tokenizers of one pipeline.
@@ -35,7 +40,7 @@ class UnreadTokens:
     def begin(self, pipe: Any, arguments: Mapping[str, Any]) -> None:
         """Forget what was cut before. pipe: what runs now. arguments: the request's own."""
         self._cuts, self._most = {}, None
-        if _slices_embeddings(type(pipe)):
+        if _has(type(pipe), "encode_prompt", SLICED_EMBEDDINGS):
             default = inspect.signature(pipe.__call__).parameters["max_sequence_length"].default
             most = arguments.get("max_sequence_length", default)
             template = getattr(pipe, "prompt_template_encode_start_idx", 0)
@@ -43,7 +48,8 @@ class UnreadTokens:
         # LongCat encodes a prompt in pieces, cuts their tokens, and then encodes what is around it
         self._pieces, self._most_in_pieces = 0, getattr(pipe, "tokenizer_max_length", 0)
         around = ("prompt_template_encode_prefix", "prompt_template_encode_suffix")
-        self._after_pieces = tuple(getattr(pipe, each) for each in around if hasattr(pipe, each))
+        is_cut = _has(type(pipe), "_encode_prompt", SLICED_PIECES)
+        self._after_pieces = tuple(getattr(pipe, each) for each in around) if is_cut else ()
 
     def of_row(self, row: int, num_rows: int) -> int:
         """Return how many tokens of this row's longer prompt were not read since `begin`."""
@@ -90,10 +96,10 @@ class UnreadTokens:
 
 
 @functools.cache
-def _slices_embeddings(kind: type) -> bool:
-    """Return whether a class of pipelines cuts the embeddings and not the tokens, as Qwen-Image."""
-    encode = getattr(kind, "encode_prompt", None)
-    return encode is not None and "[:, :max_sequence_length]" in inspect.getsource(encode)
+def _has(kind: type, method: str, text: str) -> bool:
+    """Return whether this text is in the source of a class's method."""
+    found = getattr(kind, method, None)
+    return found is not None and text in inspect.getsource(found)
 
 
 def _watch(

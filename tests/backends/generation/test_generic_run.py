@@ -31,9 +31,11 @@ from backends.generation.generic_run import (
 from backends.generation.pipeline import LoadedPipeline, load_pipeline
 from backends.generation.step_driver import step_facts
 from backends.generation.text.prompts import PromptCache
+from backends.generation.text.unread import UnreadTokens
 from backends.loading.offload import apply_vae_options
 from backends.model_table import read_table
 from backends.request import GenerateRequest, LoadRequest
+from tests.backends import features
 from tests.checkpoints import checkpoint, sample_image
 from tests.checkpoints.parts import clip_text
 from tests.checkpoints.variants import variant
@@ -243,7 +245,7 @@ def test_prompts_encoded_without_guidance_are_no_answer_with_it():
     parts = {"text_encoder": clip_text(), "tokenizer": clip_tokenizer()}
     others = ("vae", "image_encoder", "feature_extractor", "unet", "scheduler")
     pipe = I2VGenXLPipeline(**parts, **dict.fromkeys(others))
-    PromptCache(pipe, facts=lambda: {})
+    PromptCache(pipe, UnreadTokens(pipe), facts=lambda: {})
     negatives = []
     for pipe._guidance_scale in (1.0, 9.0, 9.0):
         _, negative = pipe.encode_prompt("a photo of a cat", torch.device("cpu"), 1)
@@ -302,3 +304,11 @@ def test_a_scheduler_that_keeps_what_the_class_overwrites_is_left_as_diffusers_h
     ours = load_pipeline(generic_spec(tmp_path), load, device=torch.device("cpu"))
     made = ours.generate(GenerateRequest(**asked, seed=3))
     np.testing.assert_array_equal(made.frames, (output.frames[0] * 255).round().astype(np.uint8))
+
+
+@pytest.mark.slow
+def test_a_step_too_few_for_the_class_is_the_requests_mistake():
+    """Mochi divides by half the number of steps."""
+    pipe = features.loaded(read_table()["mochi"])
+    with pytest.raises(RequestError, match="refuses this request"):
+        pipe.generate(features.request_for(pipe.spec, height=64, width=64, num_inference_steps=1))
