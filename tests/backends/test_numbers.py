@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from backends.generation.pipeline import load_pipeline
 from backends.generation.previews import Previewer
 from backends.loading.offload import overflows, without_overflow
+from backends.model_table import FEATURES
 from backends.request import LoadRequest
-from tests.backends.features import CPU, TABLE
+from tests.backends.features import CPU, TABLE, combined, loaded, request_for, result
 from tests.checkpoints import checkpoint
 
 
@@ -85,3 +86,25 @@ def test_vae_that_overflows_in_fp16_has_previews_all_the_same():
     latents = torch.zeros(1, pipe.vae.config.latent_channels, 8, 8, dtype=torch.float16)
     assert Previewer(pipe, spec=TABLE["sdxl"]).image(latents, height=64, width=64) is not None
     assert pipe.vae.dtype == torch.float16
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("name", TABLE)
+def test_every_feature_in_half_precision_is_near_the_same_in_float32(name):
+    spec = TABLE[name]
+    for what in [*FEATURES, "prediction"]:
+        if (
+            spec.supports("single", "step_cache" if what == "prediction" else what).status
+            == "unsupported"
+        ):
+            continue
+        case = combined([what], spec)
+        asked = request_for(spec, num_inference_steps=case.steps, **case.request)
+        pipe = loaded(spec, **case.load)
+        want, other = (result(pipe, asked.model_copy(update={"seed": seed})) for seed in (1, 2))
+        got = result(loaded(spec, **case.load, variant="bf16"), asked)
+        assert torch.isfinite(got).all(), what
+        ratio = float((got - want).abs().mean() / (other - want).abs().mean())
+        # weights that were rounded before may fall on another of the 16 values of int4
+        assert ratio < (0.5 if what == "quantization" else 0.3), (what, ratio)
