@@ -178,6 +178,9 @@ def with_channels(arguments: dict[str, Any], pipe: Any) -> dict[str, Any]:
 class GenericGeneration(Generation):
     """The state of one call of a class without a row."""
 
+    _sizes: Sequence[list[int]] = ()
+    """[height, width] that the request has, and that the class has made instead."""
+
     def run(self) -> list[tuple[Array, Array | None]]:
         """Return (uint8 frames, None) of the request: one image, or all frames of a video.
 
@@ -217,13 +220,17 @@ class GenericGeneration(Generation):
         self.num_steps = counter.num_done
         self.audio = audio_of(output, pipe)
         frames = frames_of(output, self._spec.output)
-        asked = (request.height, request.width)
-        if None not in asked and asked != frames.shape[1:3]:
+        asked, made = (request.height, request.width), frames.shape[1:3]
+        if None not in asked and asked != made:
+            self._sizes = [list(asked), list(made)]
             logger.warning(
                 "%s made %d x %d of %d x %d: it scales to sizes of its own",
-                *(self._spec.title, *frames.shape[2:0:-1], *asked[::-1]),
+                *(self._spec.title, *made[::-1], *asked[::-1]),
             )
         return [(frames, None)]
+
+    def report(self) -> dict[str, Any]:
+        return super().report() | ({"sizes": self._sizes} if self._sizes else {})
 
     def _placed(self, arguments: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
         """Move the tensors that a request brought to the device, in the pipeline's dtype."""

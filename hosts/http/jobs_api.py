@@ -324,10 +324,16 @@ def describe(job: Job) -> dict[str, Any]:
 
 
 def notes_of(report: Mapping[str, Any]) -> list[str]:
-    """Return what a client must know of a result's report: a part of its prompt was not read."""
+    """Return what a client must know of a result's report: what was not done as asked."""
+    notes = []
     if unread := report.get("unread_tokens"):
-        return [f"the last {unread} tokens of the prompt were not read: the model takes no more."]
-    return []
+        notes.append(
+            f"the last {unread} tokens of the prompt were not read: the model takes no more."
+        )
+    if sizes := report.get("sizes"):
+        asked, made = (f"{width} x {height}" for height, width in sizes)
+        notes.append(f"the model made {made} instead of {asked}: it scales to sizes of its own.")
+    return notes
 
 
 def note_headers(report: Mapping[str, Any]) -> dict[str, str]:

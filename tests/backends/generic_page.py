@@ -74,7 +74,7 @@ the class's own call takes goes into `arguments`: numbers, texts, `{"image": bas
 ```
 
 A class may scale to a size of its own: HiDream makes about a megapixel of whatever is asked for.
-The `settings` of a job have the size that was made, and the log has both.
+The `settings` of a job have the size that was made, and its `notes` (`X-Notes` of a file) say so.
 
 A folder of a class that the row of another one runs, such as StableDiffusionImg2ImgPipeline by
 `sd1`, does both: a request with `image`, `video` or `arguments` runs as diffusers has that class,

@@ -35,6 +35,7 @@ from backends.generation.text.unread import UnreadTokens
 from backends.loading.offload import apply_vae_options
 from backends.model_table import read_table
 from backends.request import GenerateRequest, LoadRequest
+from hosts.http.jobs_api import notes_of
 from tests.backends import features
 from tests.checkpoints import checkpoint, sample_image
 from tests.checkpoints.parts import clip_text
@@ -176,6 +177,9 @@ def test_the_size_that_a_class_chose_itself_is_told(caplog):
     assert height * width <= 32 * 32 < 32 * 64
     assert (made.resolved["height"], made.resolved["width"]) == (height, width)
     assert f"HiDreamImagePipeline made {width} x {height} of 64 x 32" in caplog.text
+    assert notes_of(made.report) == [
+        f"the model made {width} x {height} instead of 64 x 32: it scales to sizes of its own."
+    ]
 
 
 @pytest.mark.parametrize(("steps", "more"), [(2, {}), (4, {"intermediate_timesteps": None})])
