@@ -92,7 +92,9 @@ def generate() -> Response:
             mimetype=content_type,
             headers={"X-Seed": str(result.seed), **note_headers(result.report)},
         )
-    return jsonify(legacy_body(result, spec=host.spec))
+    answer = jsonify(legacy_body(result, spec=host.spec))
+    answer.headers.update(note_headers(result.report))
+    return answer
 
 
 def legacy_body(result: GenerateResult, *, spec: ModelSpec) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from hosts.http.dialect import (
     truth,
     whole,
 )
-from hosts.http.jobs_api import event_stream, file_response
+from hosts.http.jobs_api import event_stream, file_response, note_headers
 from hosts.http.request_io import (
     find_job,
     json_object,
@@ -304,7 +304,9 @@ def _images(body: Mapping[str, Any], asked: Asked, *, kind: str) -> Response:
             if form != "url":  # programs for GPT Image send no format and read only b64_json
                 made["b64_json"] = base64.b64encode(encode(image)).decode("ascii")
             contents.append(made)
-    return jsonify({"created": int(time.time()), "data": contents})
+    answer = jsonify({"created": int(time.time()), "data": contents})
+    answer.headers.update(note_headers(results[0].report))
+    return answer
 
 
 def _numbered(number: int) -> dict[str, str]:

@@ -156,6 +156,9 @@ def test_command_writes_the_image(host, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{file} (seed 5, ")
     assert Image.open(file).size == (64, 64)
+    assert "note:" not in done.stderr
+    long = generate("a red car " * 60, f"--url={host.url('')}", f"--out={file}", "--quiet")
+    assert "tokens of the prompt were not read" in long.stderr
 
 
 def test_command_says_in_one_line_what_is_wrong(host, tmp_path):

@@ -18,7 +18,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 from urllib.parse import urlencode, urlsplit
 
@@ -55,7 +55,8 @@ class HostError(Exception):
 class JobState:
     """One look at a job. Times in seconds; settings are there once it is done.
 
-    preview: a small JPEG of the last step, where it was asked for.
+    notes: what was not done as asked. preview: a small JPEG of the last step, where it was asked
+    for.
     """
 
     id: str
@@ -69,6 +70,7 @@ class JobState:
     exactness: str | None
     settings: dict[str, Any] | None
     error: str | None
+    notes: list[str] = field(default_factory=list)
     preview: bytes | None = None
 
     @property
@@ -77,9 +79,8 @@ class JobState:
 
     @classmethod
     def read(cls, body: dict[str, Any]) -> "JobState":
-        return cls(
-            **{field.name: body[field.name] for field in fields(cls) if field.name != "preview"}
-        )
+        given = (each.name for each in fields(cls) if each.name != "preview")
+        return cls(**{name: body[name] for name in given if name != "notes" or name in body})
 
 
 class Client:

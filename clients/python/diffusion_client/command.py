@@ -38,6 +38,8 @@ def main(argv: list[str]) -> int:
     print(
         f"{options.out} (seed {job.state.seed}, {job.state.seconds:.1f} s, {job.state.exactness})"
     )
+    for note in job.state.notes:
+        print(f"note: {note}", file=sys.stderr)
     return 0
 
 

@@ -313,7 +313,8 @@ function captionOf(job) {
   const { width, height, num_inference_steps: steps, guidance_scale, scheduler } = job.settings;
   const how = job.exactness === "approximate" ? ", approximate" : "";
   const what = `${width}x${height}, ${steps} steps, guidance ${guidance_scale}, ${scheduler}`;
-  return `${what}, seed ${job.seed}, ${job.seconds.toFixed(1)} s${how}`;
+  const facts = `${what}, seed ${job.seed}, ${job.seconds.toFixed(1)} s${how}`;
+  return [facts, ...(job.notes || [])].join(". ");
 }
 
 function paintTabTitle() {

@@ -267,6 +267,8 @@ def test_a_client_is_told_that_its_prompt_was_cut(sdxl):
     result = requests.get(sdxl.url(f"/v1/jobs/{job['id']}/result"), timeout=60)
     assert said in result.headers["X-Notes"]
     assert said in post("/generate", Accept="image/png").headers["X-Notes"]
+    assert said in post("/generate").headers["X-Notes"]
+    assert said in post("/v1/images/generations").headers["X-Notes"]
     assert not json.loads(post("/sdapi/v1/txt2img").json()["info"])["notes"], "A1111 reads all"
     body["prompt"] = "a cat"
     assert "X-Notes" not in post("/generate", Accept="image/png").headers
