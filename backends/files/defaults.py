@@ -224,6 +224,8 @@ def with_own_extent(
 def embeds_widths(config: Config) -> tuple[int | None, int | None]:
     """Return the channels of prompt and pooled embeddings from a denoiser's config, or None."""
     names = ("joint_attention_dim", "cross_attention_dim", "cap_feat_dim", "text_dim")
+    if config.get("encoder_hid_dim_type") == "text_proj":  # Kolors projects what it gets
+        names = ("encoder_hid_dim", *names)
     width = next((config[name] for name in names if config.get(name) is not None), None)
     pooled = config.get("pooled_projection_dim")
     if config.get("addition_embed_type") == "text_time":

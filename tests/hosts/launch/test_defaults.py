@@ -222,6 +222,7 @@ def test_lengths_of_videos_follow_from_the_vae(name, step):
         ("sdxl", 4, 8, (96, 64)),
         ("sd3", 16, 8, (64, 64)),
         ("sdup", 4, 4, (32, None)),
+        ("kolors", 4, 8, (8, 8)),
         ("flux", 16, 8, (32, 32)),
         ("zimage", 16, 8, (32, None)),
     ],
