@@ -161,7 +161,9 @@ def test_reference_images_reach_the_pipeline(name: str, images: object) -> None:
 
 
 def test_reference_image_that_the_pipeline_refuses_is_the_clients_mistake() -> None:
-    with pytest.raises(RequestError, match=r"image: Image too small: 48.*Send another") as caught:
+    with pytest.raises(
+        RequestError, match=r"image of 48x48.*at least 64 pixels.*Send another"
+    ) as caught:
         loaded("flux2").generate(request_for("flux2", image=[sample_image(side=48)]))
     assert caught.value.field == "image"
 

@@ -81,7 +81,7 @@ def test_each_kind_changes_the_image_and_reports_what_it_saved(kind, caplog):
             - weight_bytes(getattr(pipe.pipe, component))
             > 0
         )
-    assert pipe._report(draw_request(pipe))["bytes_saved"] == saved
+    assert pipe._report(0, 1)["bytes_saved"] == saved
     assert "quantised transformer to " in caplog.text
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from backends.files.pipeline_calls import needed_components
 from tests.altered import changed, linked
 from tests.checkpoints import (
     NAMES,
@@ -66,7 +67,9 @@ def test_a_folder_runs_as_its_own_type_and_as_no_other(name: str) -> None:
 def test_a_class_that_makes_something_else_of_the_same_parts_is_refused(
     name: str, class_name: str, tmp_path: Path
 ) -> None:
-    folder = changed(checkpoint(name), tmp_path / "model", _class_name=class_name)
+    index = json.loads((checkpoint(name) / "model_index.json").read_text())
+    absent = {part: [None, None] for part in needed_components(class_name) if part not in index}
+    folder = changed(checkpoint(name), tmp_path / "model", _class_name=class_name, **absent)
     message = refusal(name, folder)
     assert (
         f" {class_name}, but --type={name} needs" in message

@@ -130,7 +130,7 @@ def test_split_jobs_have_previews_and_one_is_cancelled_and_one_refused_without_t
     jobs = [
         send(split_host, {**LONG, "num_inference_steps": 100, "seed": seed}) for seed in range(2)
     ]
-    wrong = send(split_host, {**BODY, "denoising_end": 0})
+    wrong = send(split_host, {**BODY, "denoising_end": 0.01})
     last = send(split_host, {**BODY, "seed": 3})
     both_run(split_host, jobs)
     previews = {job: [] for job in jobs}
