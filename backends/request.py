@@ -117,6 +117,14 @@ class LoadRequest:
     guidance_scale: float | None = None
     prewarm_steps: int = 0  # steps of a throw-away image before the host is ready; 0: none
 
+    @property
+    def can_be_fused(self) -> bool:
+        """Whether LoRAs can become part of the denoiser's weights: not of packed ones, nor of those
+        that are offloaded layer by layer, which are not in their modules.
+        """
+        is_packed = bool(self.quantize) or self.gguf_model is not None
+        return not is_packed and self.offload in (None, "model")
+
 
 class GenerateRequest(BaseModel):
     """One image (or one video) to generate. Fields left out take the model table's defaults."""

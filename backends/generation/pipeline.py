@@ -216,8 +216,8 @@ class LoadedPipeline:
         return self.load.compile is not None and target in self.load.compile.targets
 
     def _fuse_loras(self) -> None:
-        """Fuse LoRAs into a denoiser that is to be compiled. Packed weights cannot take them in."""
-        if self._compiles("denoiser") and not self.load.quantize and self.load.gguf_model is None:
+        """Fuse LoRAs into a denoiser that is to be compiled, if its weights can take them in."""
+        if self._compiles("denoiser") and self.load.can_be_fused:
             self.loras.fuse()
 
     def rest(self) -> None:

@@ -179,7 +179,14 @@ def offload(settings: Settings) -> str | None:
             f"--{' and --'.join(wanted)} were given, but only one of them can be used. Leave the "
             "others out."
         )
-    return OFFLOADS[wanted[0]] if wanted else None
+    kind = OFFLOADS[wanted[0]] if wanted else None
+    compiled = [name for name in COMPILED if getattr(settings, name)]
+    if kind in ("sequential", "group") and compiled:
+        raise ConfigError(
+            f"--{wanted[0]} is not available with --{compiled[0]}: torch.compile cannot trace what "
+            "moves single layers. Leave one of them out, or give --enable_model_cpu_offload."
+        )
+    return kind
 
 
 def load_reasons(

@@ -11,6 +11,7 @@ import torch._dynamo
 from backends.errors import ConfigError, UnsupportedError
 from backends.groups.mesh import Mesh
 from backends.loading.compilation import NAME, Compilation, _compiled
+from backends.loading.offload import offload
 from backends.model_table import read_table
 from backends.parallel import hooks
 from backends.parallel.regions import quiet_regions
@@ -140,6 +141,19 @@ def test_loras_stay_beside_packed_weights_which_cannot_take_them_in():
     want = draw(loaded(TABLE["pixa"], **extra))
     pipe = attached("pixa", "denoiser", load=extra)
     assert [name for name, _ in pipe.pipe.transformer.named_modules() if "lora_A" in name]
+    assert difference(draw(pipe), want) <= 1
+
+
+@pytest.mark.parametrize("kind", ["model"])
+def test_loras_act_on_compiled_weights_that_are_offloaded(kind):
+    """Offloading layer by layer leaves no weights in their modules that LoRAs could be part of."""
+    extra = {"lora": {str(lora("pixa")): 0.8}}
+    want = draw(loaded(TABLE["pixa"], **extra))
+    settings = CompileSettings(targets=("denoiser",), backend="eager")
+    pipe = loaded(TABLE["pixa"], compile=settings, offload=kind, **extra)
+    offload(pipe.pipe, TABLE["pixa"], kind, device=CPU)  # the host only does so with a GPU
+    plan = make_plan(TABLE["pixa"], {}, 1)
+    pipe.attach(SingleBackend(spec=TABLE["pixa"], plan=plan, mesh=Mesh(plan, rank=0, device=CPU)))
     assert difference(draw(pipe), want) <= 1
 
 

@@ -112,6 +112,14 @@ def test_offloading_without_a_gpu_is_said_to_have_no_effect(option, kind):
             "--enable_model_cpu_offload and --enable_group_offload were given, but only one of "
             "them can be used.",
         ),
+        (
+            {"enable_group_offload": True, "compile_unet": True},
+            "--enable_group_offload is not available with --compile_unet: torch.compile cannot",
+        ),
+        (
+            {"enable_sequential_cpu_offload": True, "compile_vae": True},
+            "--enable_sequential_cpu_offload is not available with --compile_vae: torch.compile",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(values, message):
