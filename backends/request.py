@@ -326,7 +326,7 @@ def why_loras_are_fixed(load: LoadRequest, plan: ParallelPlan | None) -> str:
     plan: None for one rank.
     """
     is_compiled = load.compile is not None and "denoiser" in load.compile.targets
-    if is_compiled and not load.quantize and load.gguf_model is None:
+    if is_compiled and load.can_be_fused:
         return (
             "compiles its denoiser: LoRAs given at launch are part of the weights. Leave it out, "
             "or start the host without --compile_unet"

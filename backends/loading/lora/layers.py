@@ -201,13 +201,9 @@ def merge(layer: Any) -> None:
         change_weight(layer.get_base_layer().weight, lambda weight: merged_weight(layer, weight))
 
 
-def merged_weight(layer: Any, weight: Tensor | None = None) -> Tensor:
-    """Return the base weight plus all active adapters, in float32.
-
-    weight: that of the base layer, float, of its shape. None reads it, also if it is packed.
-    """
-    base = plain_weight(layer.get_base_layer()) if weight is None else weight.float()
-    changes = []
+def merged_weight(layer: Any, weight: Tensor) -> Tensor:
+    """Return the base layer's weight, of any float dtype, plus all active adapters, in float32."""
+    base, changes = weight.float(), []
     for name in () if layer.disable_adapters else layer.active_adapters:
         change = _change(layer, name, base)
         is_decomposed = name in layer.lora_magnitude_vector

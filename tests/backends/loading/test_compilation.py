@@ -144,17 +144,15 @@ def test_loras_stay_beside_packed_weights_which_cannot_take_them_in():
     assert difference(draw(pipe), want) <= 1
 
 
-@pytest.mark.parametrize("kind", ["model"])
-def test_loras_act_on_compiled_weights_that_are_offloaded(kind):
-    """Offloading layer by layer leaves no weights in their modules that LoRAs could be part of."""
+def test_loras_are_fused_into_weights_that_wait_in_main_memory():
     extra = {"lora": {str(lora("pixa")): 0.8}}
     want = draw(loaded(TABLE["pixa"], **extra))
     settings = CompileSettings(targets=("denoiser",), backend="eager")
-    pipe = loaded(TABLE["pixa"], compile=settings, offload=kind, **extra)
-    offload(pipe.pipe, TABLE["pixa"], kind, device=CPU)  # the host only does so with a GPU
+    pipe = loaded(TABLE["pixa"], compile=settings, offload="model", **extra)
+    offload(pipe.pipe, TABLE["pixa"], "model", device=CPU)  # the host only does so with a GPU
     plan = make_plan(TABLE["pixa"], {}, 1)
     pipe.attach(SingleBackend(spec=TABLE["pixa"], plan=plan, mesh=Mesh(plan, rank=0, device=CPU)))
-    assert difference(draw(pipe), want) <= 1
+    assert pipe.loras.is_fused and difference(draw(pipe), want) <= 1
 
 
 def test_settings_reach_torch(monkeypatch):
