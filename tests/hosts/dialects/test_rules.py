@@ -12,7 +12,6 @@ from openai.types import (
     video_remix_params,
 )
 
-from backends.model_table import read_table
 from backends.request import GenerateRequest
 from hosts.compat import fields as compat
 from hosts.dialects import a1111_extras, a1111_fields, openai_fields
@@ -76,12 +75,6 @@ NEEDED = {
     "/v1/videos": {"input_reference": IMAGE},
 }
 PATHS = sorted(PUBLISHED)
-
-
-def needed(name):
-    """The images that every request of a type must bring."""
-    fields = ("image", "init_image", "mask_image", "video")
-    return {field: IMAGE for field in fields if field in TABLE[name].requires}
 
 
 @pytest.fixture(scope="module")
@@ -187,69 +180,6 @@ def test_what_this_host_cannot_use_is_refused(images, path, fields, named):
     answer = images.post(path, {"prompt": "a", **fields})
     assert answer.status_code == 422
     assert message_of(answer).startswith(f"{named} is not available: ")
-
-
-TABLE = read_table()
-IMAGE_CALLS = ("/v1/jobs", "/generate", "/v1/images/generations", "/sdapi/v1/txt2img")
-CALLS = {"image": IMAGE_CALLS, "video": ("/v1/jobs", "/generate", "/v1/videos")}
-
-
-@pytest.mark.parametrize(
-    "name", [name for name, spec in TABLE.items() if spec.guidance == "distilled"]
-)
-def test_negative_prompt_of_a_distilled_model_is_refused(name):
-    with ReadingHost(type=name) as host:
-        for path in CALLS[TABLE[name].output]:
-            answer = host.post(path, {"prompt": "a", "negative_prompt": "x"})
-            said = message_of(answer)
-            # a row that lists its fields refuses all others alike
-            why = "does not take it" if TABLE[name].takes else "is distilled"
-            assert answer.status_code == 422 and why in said
-        old = {"positive": "a", "negative": "x", "steps": 2, **needed(name)}
-        assert host.post("/generate", old).status_code == 200
-
-
-@pytest.mark.parametrize("name", list(TABLE))
-def test_sizes_are_exact_or_refused_with_the_two_nearest(name):
-    multiple = TABLE[name].size_multiple
-    below, size, above = 6 * multiple, 6 * multiple + multiple // 2, 7 * multiple
-    with ReadingHost(type=name) as host:
-        for path in CALLS[TABLE[name].output]:
-            has_both = path in ("/v1/images/generations", "/v1/videos")
-            sent = {"size": f"{size}x{above}"} if has_both else {"width": size}
-            answer = host.post(path, {"prompt": "a", **sent})
-            said = message_of(answer)
-            if TABLE[name].takes and "width" not in TABLE[name].takes:  # its image has the size
-                assert answer.status_code == 422 and "does not take it" in said, path
-                continue
-            assert answer.status_code == 400 and f"nearest are {below} and {above}" in said, path
-        old = {"positive": "a", "width": size, **needed(name)}
-        assert host.post("/generate", old).status_code == 200
-
-
-VIDEO_TYPES = [name for name, spec in TABLE.items() if spec.frame_step > 1]
-
-
-@pytest.mark.parametrize("name", VIDEO_TYPES)
-def test_lengths_of_videos_are_exact_or_refused_with_the_two_nearest(name):
-    step = TABLE[name].frame_step
-    below, above = (33, 65) if name == "helios" else (2 * step + 1, 3 * step + 1)
-    given = {"prompt": "a", **needed(name)}
-    with ReadingHost(type=name) as host:
-        for path, said in (
-            ("/v1/jobs", f"num_frames={below + 1} is not a length"),
-            ("/generate", f"num_frames={below + 1} is not a length"),
-            ("/v1/videos", f"num_frames={below + 1} is not a length"),
-        ):
-            answer = host.post(path, {**given, "num_frames": below + 1})
-            assert answer.status_code == 400 and message_of(answer).startswith(said), path
-            assert f"nearest are {below} and {above}" in message_of(answer), path
-        assert host.reads("/v1/jobs", {**given, "num_frames": below})[0].num_frames == below
-        if "video" not in needed(name):
-            seconds = {**given, "fps": 10, "seconds": (below + 1) / 10}
-            assert host.reads("/v1/videos", seconds)[0].num_frames == below
-        old = {"positive": "a", "frames": below + 1, **needed(name)}
-        assert host.post("/generate", old).status_code == 200
 
 
 @pytest.mark.parametrize("value", [999.5, 0.1, "999.5"])
@@ -400,35 +330,6 @@ def test_empty_texts_among_images_are_none(images):
         assert read.init_image is not None, path
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        name
-        for name, spec in TABLE.items()
-        if spec.output == "image" and (not spec.takes or "image" in spec.takes)
-    ],
-)
-def test_img2img_of_a1111_starts_from_the_image_in_each_type(name):
-    with ReadingHost(type=name) as host:
-        image = encode_file(sample_image(64))  # FLUX.2 takes no smaller one
-        sent = {"prompt": "a", "init_images": [image], "denoising_strength": None}
-        sent |= {"mask": IMAGE} if "mask_image" in TABLE[name].requires else {}
-        (read,) = host.reads("/sdapi/v1/img2img", sent)
-        if read.init_image is not None:
-            assert read.strength == 0.75
-        else:
-            assert read.image is not None and read.strength == 1
-        answer = host.post("/sdapi/v1/img2img", {"prompt": "a", "init_images": ["x"]})
-        assert answer.status_code == 400 and message_of(answer).startswith("init_images: ")
-
-
-def test_img2img_of_a_type_that_takes_no_image_is_refused():
-    with ReadingHost(type="bria") as host:
-        answer = host.post("/sdapi/v1/img2img", {"prompt": "a", "init_images": [IMAGE]})
-        assert answer.status_code == 422
-        assert message_of(answer).startswith("init_images is not available: Bria 3.2 does not")
-
-
 @pytest.mark.parametrize("path", ["/v1/jobs", "/generate", "/v1/images/generations"])
 def test_strength_without_what_it_is_of_is_refused(images, path):
     answer = images.post(path, {"prompt": "a", "strength": 0.5})
@@ -538,22 +439,3 @@ def test_fields_without_the_one_that_they_belong_to_are_refused(images, path, fi
     assert message_of(answer).startswith(next(iter(fields)))
     assert "has no effect without" in message_of(answer)
     assert images.reads(path, {"prompt": "a", "first_step": 0})
-
-
-@pytest.mark.parametrize(
-    ("name", "fields"),
-    [
-        ("flux", {"clip_skip": 1}),
-        ("zimage", {"clip_skip": 2}),
-        ("wan_t2v", {"decode_chunk_size": 2}),
-        ("wan_t2v", {"clip_skip": 1}),
-    ],
-)
-def test_settings_that_the_class_does_not_have_are_refused(name, fields):
-    with ReadingHost(type=name) as host:
-        answer = host.post("/v1/jobs", {"prompt": "a", **fields})
-        assert answer.status_code == 422 and message_of(answer).startswith(next(iter(fields)))
-        assert host.reads("/v1/jobs", {"prompt": "a", "clip_skip": 0})
-        if TABLE[name].output == "image":  # A1111's default is the last layer
-            body = {"prompt": "a", "override_settings": {"CLIP_stop_at_last_layers": 1}}
-            assert host.reads("/sdapi/v1/txt2img", body)

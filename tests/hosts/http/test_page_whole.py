@@ -12,7 +12,7 @@ from PIL import Image
 
 from tests.checkpoints import checkpoint, lora
 from tests.hosts.harness import start_launcher
-from tests.hosts.http.test_page import (
+from tests.hosts.http.browser import (
     browser,  # noqa: F401  a fixture
     caption,
     fill,
