@@ -23,7 +23,7 @@ SAME = {"fp32": 0.1, "fp16": 3.0}
 """Of 255 on average. In half precision the CPU's kernels round at other places; what is black or
 noise is further away.
 """
-SHORT = ("sd2", "sdxl", "sd3")
+SHORT = ("sdxl", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sd2", "sd3")))
 
 
 def _rehearse(rank, world_size, name, cases, variant):

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -90,6 +91,7 @@ def test_methods_are_tried_by_the_rules_also_one_that_fails_on_a_rank(run_on_ran
 
 SPARE = """
 import json, os, sys, traceback
+import pytest
 import torch
 from hosts.supervision import spares
 touched = []
@@ -129,6 +131,7 @@ def _spare(notes, *capability):
     return touched
 
 
+@pytest.mark.slow  # all of the libraries are imported twice
 def test_spare_ranks_do_not_touch_gpus(tmp_path):
     """Also not through another library, such as peft, which imports bitsandbytes."""
     assert _spare(tmp_path, "9", "0") == []

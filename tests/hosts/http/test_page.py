@@ -158,6 +158,7 @@ def test_empty_prompt_is_said_below_generate_before_anything_is_sent(page, host)
     assert requests.get(host.url("/v1/jobs"), timeout=20).json()["jobs"] == before
 
 
+@pytest.mark.slow  # test_page_whole kills another rank
 def test_job_is_shown_also_if_its_rank_dies_meanwhile(page, host):
     """The events break off; the host restarts its ranks and goes on with the job."""
     fill(page, "prompt", "a yellow star")
