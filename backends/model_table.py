@@ -152,8 +152,9 @@ class ModelSpec:
     reads_mask: bool = False
     # Found in the checkpoint: its scheduler's configuration; empty where it has none.
     sampler: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
-    # Found in the checkpoint: its class as diffusers has it, where that is one of `also`, or where
-    # the StepDriver runs it.
+    # Of a generic type only: what its class knows of the checkpoint (call_rules.py).
+    attributes: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    # Found in the checkpoint: its own class, where that is one of `also` or runs in the StepDriver.
     own: "ModelSpec | None" = None
 
     @property

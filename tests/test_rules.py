@@ -56,6 +56,7 @@ WITHOUT_TORCH = [
     "backends.parallel.transformers",
     *(f"backends.autotune.{name}" for name in "candidates cost estimate ranking".split()),
     *(f"backends.generation.{name}" for name in "schedulers step_window batching".split()),
+    *modules(ROOT / "backends" / "generation" / "own_class"),
     "backends.groups.alarm",
     "backends.groups.message",
     *modules(ROOT / "backends" / "files"),

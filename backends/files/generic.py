@@ -13,6 +13,7 @@ from typing import Any
 
 from backends import WITHOUT_ROW
 from backends.errors import ConfigError, RequestError
+from backends.files.call_rules import attributes_of
 from backends.files.checkpoint import (
     Checkpoint,
     Config,
@@ -129,6 +130,7 @@ def generic_spec(folder: Path) -> ModelSpec:
         images=MAX_REFERENCES if name in LISTED_IMAGES else _most_images(call, carriers),
         takes=tuple(_taken(call, carriers, scale)),
         parameters=MappingProxyType({**dict.fromkeys(call.required), **call.defaults}),
+        attributes={} if is_modular(folder) else attributes_of(name, folder, index),
         backends=_backends(
             denoisers, _UNAVAILABLE | ({"offload"} if is_modular(folder) else set())
         ),

@@ -7,12 +7,16 @@ import ast
 import importlib.util
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+
+from backends.files.source.interpreter import literal
+from backends.files.source.values import UNKNOWN
 
 NO_DEFAULT = object()
 IMAGES = ("images", "image")
@@ -229,6 +233,31 @@ def _is_computed(value: ast.expr, assigned: Sequence[ast.Assign]) -> bool:
     return bool(found) and not is_none
 
 
+@lru_cache(maxsize=8)
+def source_of(name: str) -> tuple[dict[str, ast.FunctionDef], dict[str, Any], dict[str, Any]]:
+    """Return the methods of a pipeline class, its own constants and those of its module."""
+    methods: dict[str, ast.FunctionDef] = {}
+    own: dict[str, Any] = {}
+    constants: dict[str, Any] = {}
+    for class_name, node in _lineage(name):
+        found = {each.name: each for each in node.body if isinstance(each, ast.FunctionDef)}
+        methods = found | methods
+        own = _constants(node.body) | own
+        constants = _constants(_module(_files()[class_name]).body) | constants
+    return methods, own, constants
+
+
+def _constants(body: Sequence[ast.stmt]) -> dict[str, Any]:
+    """Return the names to which a literal is given once."""
+    given = [
+        (each.targets[0].id, literal(each.value))
+        for each in body
+        if isinstance(each, ast.Assign) and isinstance(each.targets[0], ast.Name)
+    ]
+    counts = Counter(name for name, _ in given)
+    return {name: value for name, value in given if counts[name] == 1}
+
+
 def _lineage(name: str) -> Iterator[tuple[str, ast.ClassDef]]:
     """Yield the class and its bases, the class first, as far as they are pipelines of diffusers."""
     waiting, seen = [name], set()
@@ -247,9 +276,13 @@ def _class_node(name: str) -> ast.ClassDef | None:
 
 
 @lru_cache(maxsize=8)
+def _module(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+@lru_cache(maxsize=8)
 def _classes(file: Path) -> dict[str, ast.ClassDef]:
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    return {node.name: node for node in _module(file).body if isinstance(node, ast.ClassDef)}
 
 
 @lru_cache(maxsize=1)
@@ -318,10 +351,8 @@ def _read_call(node: ast.FunctionDef, class_name: str) -> PipelineCall:
 
 
 def _literal(node: ast.expr) -> Any:
-    try:
-        return ast.literal_eval(node)
-    except ValueError:
-        return None
+    value = literal(node)
+    return None if value is UNKNOWN else value
 
 
 def _returned(node: ast.FunctionDef) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from backends.errors import RequestError, UnsupportedError
 from backends.files.adapter_fit import require_own_lora
 from backends.files.generic import OWN, require_own_arguments
 from backends.files.pipeline_calls import pipeline_call
+from backends.generation.own_class.checks import require_accepted
 from backends.generation.schedulers import SampledModel, choose_scheduler, no_list
 from backends.generation.step_window import Schedule, require_list
 from backends.model_table import ModelSpec
@@ -67,6 +68,7 @@ def require_possible(
     spec = spec.serving([name for name, value in request if asks(name, value)])
     if spec.runs_as_is:
         _require_generic_inputs(request, spec, names)
+        require_accepted(request, spec, launch.defaults, names)
     else:
         _require_inputs(request, spec, names)
         _require_steps(request, spec, launch, names)
@@ -78,6 +80,7 @@ def require_possible(
             f"{name}=0 leaves no step to run. Send a value above 0, up to 1.", field=name
         )
     _require_images(request, spec, names)
+    _require_window(request, spec, launch, names)
     _require_control(request, spec, launch, names)
     _require_ip_images(request, spec, launch, names)
     _require_extent(request, spec, launch, names)
@@ -365,6 +368,18 @@ def _require_images(request: GenerateRequest, spec: ModelSpec, names: Mapping[st
                 )
 
 
+def _require_window(
+    request: GenerateRequest, spec: ModelSpec, launch: AtLaunch, names: Mapping[str, str]
+) -> None:
+    """Raise RequestError if a ControlNet, of the class or loaded, would act at no step."""
+    start, end = request.control_guidance_start, request.control_guidance_end
+    if start >= end and (launch.control_nets or set(_WINDOW) <= {*spec.takes}):
+        first, last = (names.get(each, each) for each in _WINDOW)
+        raise RequestError(
+            f"{first}={start} is not before {last}={end}. Send 0 <= start < end <= 1.", field=first
+        )
+
+
 def _require_control(
     request: GenerateRequest, spec: ModelSpec, launch: AtLaunch, names: Mapping[str, str]
 ) -> None:
@@ -403,12 +418,6 @@ def _require_control(
                 f"{name} is not available for {spec.title}: diffusers' {class_name} applies its "
                 "ControlNet at every step. Leave it out."
             )
-    if request.control_guidance_start >= request.control_guidance_end:
-        raise error(
-            f"control_guidance_start={request.control_guidance_start} is not before "
-            f"control_guidance_end={request.control_guidance_end}. Send 0 <= start < end <= 1.",
-            "control_guidance_start",
-        )
 
 
 def _require_ip_images(

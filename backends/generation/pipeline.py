@@ -28,7 +28,8 @@ from backends.generation.call_arguments import (
     require_clip_layers,
     resolve,
 )
-from backends.generation.generic_run import GenericGeneration, resolve_generic, with_parameters
+from backends.generation.generic_run import GenericGeneration, with_parameters
+from backends.generation.own_class.arguments import resolve_generic
 from backends.generation.previews import Previewer
 from backends.generation.run import Generation, OnStep, PreparedRequest, size_of
 from backends.generation.schedulers import build_scheduler, choose_scheduler
@@ -248,9 +249,8 @@ class LoadedPipeline:
         self._prompts.forget()
 
     def check(self, request: GenerateRequest) -> None:
-        """Raise RequestError, PlanError or UnsupportedError for a bad request.
-
-        Called before any rank starts on it.
+        """Raise RequestError, PlanError or UnsupportedError for a bad request, before any rank
+        starts on it.
         """
         self._prepare(request)
 

@@ -1,5 +1,6 @@
 """One generation: a call of a loaded diffusers pipeline for requests that fit into one batch."""
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from backends.errors import RequestError
 from backends.generation import latents as latent_space
 from backends.generation.call_arguments import (
     call_arguments,
@@ -185,7 +187,8 @@ class Generation:
                 arguments["latents"] = driver.latents
             kind = "latent" if self._spec.returns_latents else "np"
             try:
-                output = self._pipe(**arguments, output_type=kind)
+                with _checks_of_the_class(self._pipe, self._spec):
+                    output = self._pipe(**arguments, output_type=kind)
             except EndRun:
                 self.num_steps, self.has_ended_early = driver.num_done, True
                 return driver.denoised()
@@ -276,6 +279,32 @@ class Generation:
     def _step_done(self, index: int, num_steps: int, sample: Tensor) -> None:
         self._on_step(index + 1, num_steps, sample)
         self.clock.next("decode" if index + 1 == num_steps else "step")
+
+
+CHECKS = "check_inputs"
+
+
+@contextmanager
+def _checks_of_the_class(pipe: Any, spec: ModelSpec) -> Iterator[None]:
+    """Let what the class's own checks refuse be the client's mistake, on all ranks alike."""
+    checks = getattr(pipe, CHECKS, None)
+    if checks is None:
+        yield
+        return
+
+    @functools.wraps(checks)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return checks(*args, **kwargs)
+        except (ValueError, TypeError) as error:
+            said = " ".join(str(error).split())
+            raise RequestError(f"{spec.title} refuses this request: {said}") from error
+
+    setattr(pipe, CHECKS, checked)
+    try:
+        yield
+    finally:
+        delattr(pipe, CHECKS)
 
 
 def size_of(request: GenerateRequest, spec: ModelSpec) -> dict[str, int]:

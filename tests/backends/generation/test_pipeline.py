@@ -3,6 +3,7 @@
 import inspect
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import diffusers
@@ -465,3 +466,20 @@ def test_run_that_a_step_ends_has_the_image_that_its_prediction_means(name, sche
     assert (early.num_steps, early.report["ended_early"]) == (1, True)
     assert early.frames.shape == whole.frames.shape and "ended_early" not in whole.report
     assert (loaded(name).generate(asked).frames == whole.frames).all()
+
+
+def test_what_only_the_class_refuses_is_the_clients_mistake():
+    """Of a checkpoint whose configurations do not say how wide its embeddings are."""
+    wide, narrow, pooled = (
+        np.zeros(shape, np.float32) for shape in ((1, 4, 64), (1, 4, 32), (1, 32))
+    )
+    request = GenerateRequest(
+        prompt_embeds=wide, pooled_prompt_embeds=pooled, negative_prompt_embeds=narrow,
+        negative_pooled_prompt_embeds=pooled, num_inference_steps=1, seed=1,
+    )  # fmt: skip
+    pipe = loaded("sdxl")
+    known, pipe.spec = pipe.spec, replace(pipe.spec, embeds_widths=(None, None))
+    with pytest.raises(RequestError, match=r"refuses this request: .*must have the same shape"):
+        pipe.generate(request)
+    pipe.spec = known
+    assert "check_inputs" not in vars(pipe.pipe)

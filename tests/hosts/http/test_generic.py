@@ -68,6 +68,12 @@ def test_an_image_is_made_with_the_arguments_of_the_class(host):
         ({"prompt": ""}, 400, "prompt is missing"),
         ({"image": None}, 400, "strength=0.5 has no effect without an image"),
         ({"image": None, "strength": None}, 400, "refuses this request"),
+        (
+            {"arguments": {"prompt_embeds": {"npy": npy(np.zeros((1, 77, 32), np.float32))}}},
+            400,
+            "prompt=a photo of a cat and arguments.prompt_embeds do not fit "
+            "StableDiffusionPAGImg2ImgPipeline",
+        ),
         ({"colour": "red"}, 400, "colour"),
         ({"video": [encoded(sample_image(64))]}, 422, "video is not available"),
         ({"arguments": 3}, 400, "must be an object"),

@@ -1,0 +1,74 @@
+"""What a pipeline class of diffusers refuses of its arguments, read from its source: the checks of
+its call, as far as they depend on nothing but the arguments and the configurations of its parts.
+
+Imports no torch.
+"""
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from backends.files.checkpoint import Config, read_config
+from backends.files.pipeline_calls import source_of
+from backends.files.source.interpreter import Interpreter, RaisedError
+from backends.files.source.values import Component
+
+KEPT = (int, float, str, bool, Component, MappingProxyType)
+"""What an attribute may be that is told of a class."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """Why a class would raise."""
+
+    message: str
+    """Its own, with the arguments filled in."""
+    arguments: tuple[str, ...]
+    """Those that its condition reads, in its order."""
+
+
+def refusal_of(
+    name: str, arguments: Mapping[str, Any], attributes: Mapping[str, Any] | None = None
+) -> Refusal | None:
+    """Return why the call of a pipeline class would refuse these arguments before it does anything
+    else; None if it would not, or if that cannot be told.
+
+    Values are those of backends/files/source/values.py. attributes: as attributes_of returns them.
+    """
+    methods, own, constants = source_of(name)
+    if "__call__" not in methods:
+        return None
+    interpreter = Interpreter(methods, {**own, **(attributes or {})}, constants)
+    try:
+        interpreter.follow("__call__", arguments)
+    except RaisedError as error:
+        return Refusal(message=" ".join(str(error).split()), arguments=error.sources)
+    return None
+
+
+def attributes_of(name: str, folder: Path, index: Config) -> Mapping[str, Any]:
+    """Return what is known of a pipeline object that is made of a folder: its parts with their
+    configurations, and the numbers that it computes of them.
+    """
+    parts = {
+        part: Component(config=MappingProxyType(read_config(folder / part)))
+        for part, entry in index.items()
+        if isinstance(entry, list) and None not in entry
+    }
+    settings = {
+        setting: value
+        for setting, value in index.items()
+        if not setting.startswith("_") and not isinstance(value, list)
+    }
+    methods, own, constants = source_of(name)
+    known = {**own, **parts, "config": MappingProxyType(settings)}
+    interpreter = Interpreter(methods, known, constants)
+    if "__init__" in methods:
+        with contextlib.suppress(RaisedError):
+            interpreter.follow("__init__", {**settings, **parts})
+    return MappingProxyType(
+        {key: value for key, value in interpreter.attributes.items() if isinstance(value, KEPT)}
+    )

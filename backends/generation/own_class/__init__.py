@@ -1,0 +1,1 @@
+"""What a class gets that runs as diffusers has it, and what it refuses. Imports no torch."""
