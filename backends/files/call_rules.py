@@ -7,6 +7,7 @@ Imports no torch.
 import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -16,6 +17,7 @@ from backends.files.pipeline_calls import source_of
 from backends.files.source.interpreter import Interpreter, RaisedError
 from backends.files.source.values import Component
 
+STEPS_OF_STRENGTH = "get_timesteps"
 KEPT = (int, float, str, bool, Component, MappingProxyType)
 """What an attribute may be that is told of a class."""
 
@@ -47,6 +49,20 @@ def refusal_of(
     except RaisedError as error:
         return Refusal(message=" ".join(str(error).split()), arguments=error.sources)
     return None
+
+
+@lru_cache(maxsize=1024)
+def first_step_of(name: str, *, num_inference_steps: int, strength: float) -> int | None:
+    """Return the step at which a pipeline class begins that starts from an image or a video; None
+    if that cannot be told.
+    """
+    methods, own, constants = source_of(name)
+    if STEPS_OF_STRENGTH not in methods:
+        return None
+    given = {"num_inference_steps": num_inference_steps, "strength": strength}
+    interpreter = Interpreter(methods, own, constants)
+    found = interpreter.variable("t_start", STEPS_OF_STRENGTH, given)
+    return int(found) if isinstance(found, int | float) else None
 
 
 def attributes_of(name: str, folder: Path, index: Config) -> Mapping[str, Any]:

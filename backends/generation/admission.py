@@ -4,7 +4,7 @@ The HTTP side calls require_possible for every request that it reads, and each r
 the requests that reach it otherwise. What only loaded weights can tell is checked on the ranks.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -15,8 +15,7 @@ from backends.files.adapter_fit import require_own_lora
 from backends.files.generic import OWN, require_own_arguments
 from backends.files.pipeline_calls import pipeline_call
 from backends.generation.own_class.checks import require_accepted
-from backends.generation.schedulers import SampledModel, choose_scheduler, no_list
-from backends.generation.step_window import Schedule, require_list
+from backends.generation.possible_steps import require_own_steps, require_steps
 from backends.model_table import ModelSpec
 from backends.request import GenerateRequest, asks, listed
 
@@ -69,16 +68,16 @@ def require_possible(
     if spec.runs_as_is:
         _require_generic_inputs(request, spec, names)
         require_accepted(request, spec, launch.defaults, names)
+        require_own_steps(
+            request, spec, defaults=launch.defaults, scheduler=launch.scheduler, names=names
+        )
     else:
         _require_inputs(request, spec, names)
-        _require_steps(request, spec, launch, names)
+        require_steps(
+            request, spec, defaults=launch.defaults, scheduler=launch.scheduler, names=names
+        )
         _require_embeds(request, spec, names)
         _require_latents(request, spec, names)
-    if request.denoising_end == 0:
-        name = names.get("denoising_end", "denoising_end")
-        raise RequestError(
-            f"{name}=0 leaves no step to run. Send a value above 0, up to 1.", field=name
-        )
     _require_images(request, spec, names)
     _require_window(request, spec, launch, names)
     _require_control(request, spec, launch, names)
@@ -240,49 +239,6 @@ def _given(request: GenerateRequest, need: str) -> tuple[Any, ...]:
     if need.startswith(OWN):
         return ((request.arguments or {}).get(need.removeprefix(OWN)),)
     return (request.image, request.init_image) if need == "image" else (getattr(request, need),)
-
-
-def _require_steps(
-    request: GenerateRequest, spec: ModelSpec, launch: AtLaunch, names: Mapping[str, str]
-) -> None:
-    """Raise RequestError for a schedule that no sampler can follow, or not the chosen one."""
-    steps = request.num_inference_steps or launch.defaults.get(STEPS)
-    has_start = request.latents is not None or request.init_image is not None
-    try:
-        schedule = Schedule(
-            num_inference_steps=steps or spec.num_inference_steps,
-            strength=request.strength if has_start else 1.0,
-            first_step=request.first_step if has_start else 0,
-            stop_step=request.stop_step,
-            sigmas=request.sigmas,
-            timesteps=request.timesteps,
-        )
-        for what in ("sigmas", "timesteps"):
-            if (values := getattr(request, what)) is not None:
-                _require_list(what, values, request, spec, launch)
-        if schedule.strength > 0:  # at 0 nothing is denoised
-            schedule.window(range(schedule.num_inference_steps, 0, -1), 1)
-    except RequestError as error:
-        raise RequestError(str(error), field=names.get(error.field or "", error.field)) from error
-
-
-def _require_list(
-    what: str,
-    values: Sequence[float],
-    request: GenerateRequest,
-    spec: ModelSpec,
-    launch: AtLaunch,
-) -> None:
-    choice = choose_scheduler(request.scheduler, launch.scheduler)
-    sampler = choice.name or str(spec.sampler.get("_class_name", "the checkpoint's scheduler"))
-    if not SampledModel.by(spec).takes_list(choice.name, what):
-        raise no_list(what, sampler)
-    longest = choice.overrides.get(
-        "num_train_timesteps", spec.sampler.get("num_train_timesteps", 1000)
-    )
-    require_list(
-        what, values, sampler=sampler, flow=spec.flow_matching, num_train_timesteps=longest
-    )
 
 
 def _require_embeds(request: GenerateRequest, spec: ModelSpec, names: Mapping[str, str]) -> None:

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from backends.errors import RequestError
 from backends.request import GenerateRequest
 
+BOUNDS = {"strength": 1.0, "first_step": 0, "denoising_end": 1.0, "stop_step": None}
+"""What bounds the window, and the values that leave it whole."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
@@ -74,16 +77,26 @@ class Schedule:
         stop = count if self.stop_step is None else min(count, self.stop_step)
         if self.denoising_end < 1:
             cutoff = round(num_train_timesteps * (1 - self.denoising_end))
-            stop = min(stop, sum(timestep >= cutoff for timestep in timesteps))
+            before = sum(timestep >= cutoff for timestep in timesteps)
+            stop = min(stop, before if self.denoising_end > 0 else 0)
         if first >= stop:
-            raise RequestError(
-                f"no step is left of {count} steps with strength={self.strength:g} (begin at step "
-                f"{max(0, first)}) and "
-                f"denoising_end={self.denoising_end:g} (end before step {max(0, stop)}). Raise one "
-                "of them or the steps.",
-                field="denoising_end" if self.denoising_end < 1 else "strength",
-            )
+            raise self._no_step(count, first, stop)
         return range(first, stop)
+
+    def _no_step(self, count: int, first: int, stop: int) -> RequestError:
+        """Return the error for a window without a step, which names what makes it so."""
+        given = {
+            name: getattr(self, name) for name in BOUNDS if getattr(self, name) != BOUNDS[name]
+        }
+        begin = "first_step" if self.first_step == first > 0 else "strength"
+        end = "stop_step" if self.stop_step == stop else "denoising_end"
+        fields = [name for name in (end, begin) if name in given] or ["num_inference_steps"]
+        said = ", ".join(f"{name}={value:g}" for name, value in given.items())
+        return RequestError(
+            f"no step is left of {count} steps with {said}: the first would be step {max(0, first)}"
+            f", and the run ends before step {max(0, stop)}. Send other values, or more steps.",
+            field=fields[0],
+        )
 
 
 def _check_sigmas(sigmas: Sequence[float]) -> None:

@@ -29,6 +29,11 @@ BODY: Body = {
     "seed": 5,
     "guidance_scale": 7.0,
 }
+WRONG: Body = {
+    "denoising_end": 0.01,
+    "scheduler": {"scheduler": "euler", "use_karras_sigmas": True},
+}
+"""What leaves no step, as the ranks alone can tell."""
 ARGUMENTS = ("--type=sdxl", f"--checkpoint={checkpoint('sdxl')}", "--height=64", "--width=64")
 """The launcher's, for a host that makes the images of OneRank."""
 NAMES = {

@@ -66,21 +66,34 @@ class Interpreter:
 
     def follow(self, name: str, given: Mapping[str, Any]) -> None:
         """Follow a method with these arguments. RaisedError if it refuses them."""
-        function = self._methods[name]
-        defaults = _defaults(function)
-        values = {**defaults, **{each: given[each] for each in given if each in defaults}}
-        self._enter(function, values, {each: (each,) for each in values})
+        self._enter(self._methods[name], given)
+
+    def variable(self, variable: str, name: str, given: Mapping[str, Any]) -> Any:
+        """Return what a variable is when a method returns; UNKNOWN if that cannot be told."""
+        return self._enter(self._methods[name], given).get(variable, UNKNOWN)
 
     def _enter(
         self,
         function: ast.FunctionDef,
-        values: Mapping[str, Any],
-        sources: Mapping[str, tuple[str, ...]],
-    ) -> None:
+        given: Mapping[str, Any],
+        sources: Mapping[str, tuple[str, ...]] | None = None,
+    ) -> Mapping[str, Any]:
+        """Return the variables in the end, none if that cannot be told.
+
+        sources: argument -> those of the first call that it comes from; the same by default.
+        """
+        values = _defaults(function)
+        values |= {name: given[name] for name in given if name in values}
+        frame = _Frame(
+            self, values, {**({each: (each,) for each in values} if sources is None else sources)}
+        )
         try:
-            _Frame(self, dict(values), dict(sources)).run(function.body)
-        except (GaveUp, Returned):
-            return
+            frame.run(function.body)
+        except GaveUp:
+            return {}
+        except Returned:
+            pass
+        return frame.values
 
     def call_check(self, call: ast.Call, frame: "_Frame") -> None:
         """Follow `self.check_...(...)`."""
@@ -92,10 +105,19 @@ class Interpreter:
             return
         pairs = [*zip(names, call.args, strict=False)]
         pairs += [(each.arg, each.value) for each in call.keywords if each.arg is not None]
-        values, sources = _defaults(function), {}
+        values: dict[str, Any] = {}
+        sources: dict[str, tuple[str, ...]] = {}
         for name, value in pairs:
             values[name], sources[name] = frame.value(value), frame.sources(value)
         self._enter(function, values, sources)
+
+    def attribute(self, name: str) -> Any:
+        """Return an attribute of `self`, also one that a property computes."""
+        function = self._methods.get(name)
+        if name in self.attributes or function is None:
+            return self.attributes.get(name, UNKNOWN)
+        is_property = any(ast.unparse(each) == "property" for each in function.decorator_list)
+        return _Frame(self, {}, {}).returned(function) if is_property else UNKNOWN
 
     def constant(self, name: str) -> Any:
         return self._constants.get(name, UNKNOWN)
@@ -107,7 +129,7 @@ class _Frame:
     def __init__(
         self, of: Interpreter, values: dict[str, Any], sources: dict[str, tuple[str, ...]]
     ) -> None:
-        self._of, self._values, self._sources = of, values, sources
+        self._of, self.values, self._sources = of, values, sources
 
     def run(self, body: Sequence[ast.stmt], test: ast.expr | None = None) -> None:
         """Follow statements. test: the condition under which they are reached, if there is one."""
@@ -137,7 +159,7 @@ class _Frame:
             case ast.AnnAssign(target=target, value=value) if value is not None:
                 self._assign(target, self.value(value), self.sources(value))
             case ast.AugAssign(target=ast.Name(id=name), op=op, value=value):
-                made = self._operated(op, self._values.get(name, UNKNOWN), self.value(value))
+                made = self._operated(op, self.values.get(name, UNKNOWN), self.value(value))
                 sources = (*self._sources.get(name, ()), *self.sources(value))
                 self._assign(node.target, made, sources)
             case ast.For():
@@ -145,7 +167,7 @@ class _Frame:
             case ast.With(body=body):
                 self.run(body, test)
             case ast.FunctionDef(name=name):
-                self._values[name] = UNKNOWN
+                self.values[name] = node
             case ast.Pass() | ast.Expr(value=ast.Constant()) | ast.Assert() | ast.Global():
                 pass
             case _:
@@ -162,7 +184,7 @@ class _Frame:
     def _assign(self, target: ast.expr, value: Any, sources: tuple[str, ...]) -> None:
         match target:
             case ast.Name(id=name):
-                self._values[name], self._sources[name] = value, sources
+                self.values[name], self._sources[name] = value, sources
             case ast.Attribute(value=ast.Name(id="self"), attr=name):
                 self._of.attributes[name] = value
             case ast.Tuple(elts=parts) | ast.List(elts=parts):
@@ -193,9 +215,9 @@ class _Frame:
                 case ast.Return() | ast.Break() | ast.Continue():
                     raise GaveUp
                 case ast.Name(id=name, ctx=ast.Store() | ast.Del()):
-                    self._values[name] = UNKNOWN
+                    self.values[name] = UNKNOWN
                 case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.alias(name=name):
-                    self._values[name] = UNKNOWN
+                    self.values[name] = UNKNOWN
                 case ast.Attribute(value=ast.Name(id="self"), attr=name, ctx=ast.Store()):
                     self._of.attributes[name] = UNKNOWN
                 case ast.Subscript(value=ast.Name(id=name), ctx=ast.Store() | ast.Del()):
@@ -205,10 +227,19 @@ class _Frame:
 
     def _forget(self, name: str) -> None:
         """Forget a variable that is changed in place, under all its names."""
-        value = self._values.get(name, UNKNOWN)
-        for other, same in self._values.items():
+        value = self.values.get(name, UNKNOWN)
+        for other, same in self.values.items():
             if same is value and not isinstance(same, str | int | float | type(None)):
-                self._values[other] = UNKNOWN
+                self.values[other] = UNKNOWN
+
+    def returned(self, function: ast.FunctionDef) -> Any:
+        """Return what a function of one line returns; UNKNOWN of others."""
+        *before, last = function.body
+        is_plain = all(isinstance(each, ast.Expr) for each in before)
+        if not is_plain or not isinstance(last, ast.Return) or last.value is None:
+            return UNKNOWN
+        is_logic = isinstance(last.value, ast.BoolOp | ast.Compare | ast.UnaryOp)
+        return self.truth(last.value) if is_logic else self.value(last.value)
 
     def sources(self, node: ast.AST | None) -> tuple[str, ...]:
         """Return the arguments of the first call that an expression reads, in its order."""
@@ -262,9 +293,9 @@ class _Frame:
             case ast.Constant(value=value):
                 return value
             case ast.Name(id=name):
-                return self._values[name] if name in self._values else self._of.constant(name)
+                return self.values[name] if name in self.values else self._of.constant(name)
             case ast.Attribute(value=ast.Name(id="self"), attr=name):
-                return self._of.attributes.get(name, UNKNOWN)
+                return self._of.attribute(name)
             case ast.Attribute(value=owner, attr=name):
                 return attribute_of(self.value(owner), name)
             case ast.BoolOp(op=op, values=values):
@@ -343,6 +374,11 @@ class _Frame:
                 return self._is_instance(*call.args)
             case ast.Name(id="getattr"):
                 return self._attribute(call)
+            case ast.Name(id=name) if isinstance(self.values.get(name), ast.FunctionDef):
+                function = self.values[name]
+                names = [each.arg for each in function.args.args]
+                given = dict(zip(names, map(self.value, call.args), strict=True))
+                return _Frame(self._of, self.values | given, {}).returned(function)
             case ast.Name(id=name) if name in CALLS and not call.keywords:
                 if name in ("any", "all") and isinstance(call.args[0], ast.GeneratorExp):
                     return self._any_or_all(name, call.args[0])
@@ -389,7 +425,7 @@ class _Frame:
         over = self.value(first.iter)
         if others or first.ifs or not isinstance(over, list | tuple | range | set | dict):
             raise LookupError
-        inner = _Frame(self._of, dict(self._values), dict(self._sources))
+        inner = _Frame(self._of, dict(self.values), dict(self._sources))
         for each in list(over)[: LONGEST + 1]:
             inner._assign(first.target, each, self.sources(first.iter))
             yield inner.value(node.elt)

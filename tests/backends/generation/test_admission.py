@@ -34,6 +34,7 @@ def check(name, fields, launch=None, names=None, **facts):
 
 
 A = {"prompt": "a"}
+SPACED = {"scheduler": {"scheduler": "euler", "timestep_spacing": "trailing"}}
 REFUSED = {
     "no prompt": ("sdxl", {}, "no prompt was given", "prompt"),
     "no prompt of a row that runs as it is": ("sana", {}, "prompt is missing", "prompt"),
@@ -82,11 +83,31 @@ REFUSED = {
         "timesteps",
     ),
     "a start after the end": (
-        "sdxl", {**A, "latents": LATENTS, "first_step": 30}, "no step is left", "strength",
+        "sdxl", {**A, "latents": LATENTS, "first_step": 30}, "first_step=30", "first_step",
     ),
     "nothing to do": (
         "sdxl", {**A, "latents": LATENTS, "first_step": 4, "stop_step": 4}, "no step is left",
-        "strength",
+        "stop_step",
+    ),
+    "a strength that begins after the end": (
+        "sdxl", {**A, "init_image": IMAGE, "strength": 0.2, "stop_step": 20},
+        "no step is left of 30 steps with strength=0.2, stop_step=20", "stop_step",
+    ),
+    "an end before the first step": (
+        "sdxl", {**A, "denoising_end": 1e-4}, "no step is left of 30 .*denoising_end=0.0001",
+        "denoising_end",
+    ),
+    "an end before the first step of a list": (
+        "sdxl", {**A, "timesteps": [900, 500], "denoising_end": 0.05}, "no step is left of 2",
+        "denoising_end",
+    ),
+    "an end before the start": (
+        "sdxl",
+        {**A, **SPACED, "init_image": IMAGE, "strength": 0.3, "denoising_end": 0.3},
+        "no step is left of 30 steps with strength=0.3, denoising_end=0.3", "denoising_end",
+    ),
+    "an end before the first step of a video": (
+        "wan_t2v", {**A, "denoising_end": 0}, "no step is left", "denoising_end",
     ),
     "a tiny start": (
         "flux", {**A, "init_image": Image.new("RGB", (1, 1))}, "too small", "init_image",

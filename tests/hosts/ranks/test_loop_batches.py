@@ -12,6 +12,7 @@ from tests.hosts.harness import is_port_free, start_launcher, wait_until
 from tests.hosts.sending import (
     ARGUMENTS,
     BODY,
+    WRONG,
     OneRank,
     begun,
     difference,
@@ -66,7 +67,7 @@ def test_jobs_of_two_clients_are_made_in_pairs_in_their_order_and_each_gets_its_
         {**BODY, "seed": seed, "prompt": f"image {seed}", "negative_prompt": f"blurry {seed}"}
         for seed in range(5)
     ]
-    wrong = send(host, {**BODY, "denoising_end": 0.01}, client="wrong")
+    wrong = send(host, {**BODY, **WRONG}, client="wrong")
     jobs = [send(host, body, client="ab"[number % 2]) for number, body in enumerate(bodies)]
     done = over(host, blocker, *jobs)[1:]
     assert [job["batch"] for job in done] == [2, 2, 2, 2, 1] and {

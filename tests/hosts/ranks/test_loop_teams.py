@@ -15,6 +15,7 @@ from tests.hosts.harness import READY_WITHIN_S, start_launcher, wait_until
 from tests.hosts.sending import (
     ARGUMENTS,
     BODY,
+    WRONG,
     OneRank,
     begun,
     both_run,
@@ -130,7 +131,7 @@ def test_split_jobs_have_previews_and_one_is_cancelled_and_one_refused_without_t
     jobs = [
         send(split_host, {**LONG, "num_inference_steps": 100, "seed": seed}) for seed in range(2)
     ]
-    wrong = send(split_host, {**BODY, "denoising_end": 0.01})
+    wrong = send(split_host, {**BODY, **WRONG})
     last = send(split_host, {**BODY, "seed": 3})
     both_run(split_host, jobs)
     previews = {job: [] for job in jobs}
