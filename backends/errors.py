@@ -12,19 +12,23 @@ class ConfigError(HostError):
     """A wrong launch argument, configuration file or model table. Exit code 2."""
 
 
-class RequestError(HostError):
-    """A request with a missing or invalid value. `field` names the field at fault, if known."""
+class FieldError(HostError):
+    """An error for a request. `field` names the field at fault, if known."""
 
     def __init__(self, message: str, *, field: str | None = None) -> None:
         super().__init__(message)
         self.field = field
 
 
+class RequestError(FieldError):
+    """A request with a missing or invalid value."""
+
+
 class UnsendableError(RequestError):
     """A message between ranks cannot be serialised. No part of it was sent."""
 
 
-class UnsupportedError(HostError):
+class UnsupportedError(FieldError):
     """A combination of model type, backend and feature that is not available."""
 
 

@@ -86,7 +86,8 @@ def require_possible(
     _require_compel(request, launch, names)
     if launch.fixed_loras and (request.lora or (request.lora is not None and launch.loras)):
         raise UnsupportedError(
-            f"lora in a request is not available on a host that {launch.fixed_loras}."
+            f"lora in a request is not available on a host that {launch.fixed_loras}.",
+            field="lora",
         )
     for path in request.lora or {}:
         if str(Path(path).resolve()) not in launch.loras:
@@ -203,7 +204,8 @@ def _require_inputs(request: GenerateRequest, spec: ModelSpec, names: Mapping[st
         )
     if request.init_image is not None and not spec.returns_latents:
         raise UnsupportedError(
-            f"{spec.title} cannot start from {named('init_image')}. Leave it out."
+            f"{spec.title} cannot start from {named('init_image')}. Leave it out.",
+            field=named("init_image"),
         )
     if request.mask_image is not None and request.init_image is None:
         raise error(
@@ -249,10 +251,13 @@ def _require_embeds(request: GenerateRequest, spec: ModelSpec, names: Mapping[st
     taken = call.names if call is not None else frozenset()
     needs = [name for name in _MASKS if name in taken]
     if "prompt_embeds" not in taken or needs:
+        field = "prompt_embeds" if request.prompt_embeds is not None else "negative_prompt_embeds"
+        name = names.get(field, field)
         raise UnsupportedError(
-            f"embeddings cannot be given to {spec.title}: it also needs "
+            f"{name}: embeddings cannot be given to {spec.title}: it also needs "
             f"{', '.join(needs) or 'an image'}, which no request field carries. Send the prompt as "
-            "text."
+            "text.",
+            field=name,
         )
     for prefix in ("", "negative_"):
         embeds, pooled = (f"{prefix}{each}" for each in ("prompt_embeds", "pooled_prompt_embeds"))
@@ -370,9 +375,11 @@ def _require_control(
     for name, default in _WINDOW.items():
         is_taken = call is None or name in call.names
         if getattr(request, name) != default and not is_taken:
+            sent = names.get(name, name)
             raise UnsupportedError(
-                f"{name} is not available for {spec.title}: diffusers' {class_name} applies its "
-                "ControlNet at every step. Leave it out."
+                f"{sent} is not available for {spec.title}: diffusers' {class_name} applies its "
+                "ControlNet at every step. Leave it out.",
+                field=sent,
             )
 
 
@@ -388,7 +395,8 @@ def _require_ip_images(
     images, most = listed(request.ip_adapter_image), spec.ip_adapter.get("max_images")
     if most and len(images) > most:
         raise UnsupportedError(
-            f"{len(images)} images as {name} are too many for {spec.title}. Send {most}."
+            f"{len(images)} images as {name} are too many for {spec.title}. Send {most}.",
+            field=name,
         )
 
 
@@ -439,5 +447,6 @@ def _require_compel(request: GenerateRequest, launch: AtLaunch, names: Mapping[s
         name = names.get("clip_skip", "clip_skip")
         raise UnsupportedError(
             f"{name}={request.clip_skip} is not available on a host that was started with "
-            "--compel. Leave one of them out."
+            "--compel. Leave one of them out.",
+            field=name,
         )

@@ -266,9 +266,8 @@ class LoadedPipeline:
     ) -> list[GenerateResult]:
         """Return the result of each request; several run as rows of one batch.
 
-        A row equals the result of its request alone, up to the order of sums. `seconds` of each
-        result is the duration of the whole batch. UnsupportedError if the requests do not fit into
-        one batch.
+        A row equals the result of its request alone, up to the order of sums. `seconds` is of the
+        whole batch. UnsupportedError if the requests do not fit into one batch.
         """
         if (own := self._serving(requests[0])) is not self:
             return own.generate_together(requests, on_step=on_step)
@@ -393,9 +392,8 @@ class LoadedPipeline:
         return self._generation.clock.spans if self._generation is not None else []
 
     def preview(self, latents: Tensor, row: int = 0) -> Array | None:
-        """Return uint8 (h, w, 3) of one image of the current run, from `on_step`'s latents.
-
-        None if the VAE cannot be fitted.
+        """Return uint8 (h, w, 3) of one image of the current run, from `on_step`'s latents; None
+        if the VAE cannot be fitted.
         """
         return self._generation.preview(latents[row : row + 1])
 
@@ -408,7 +406,8 @@ class LoadedPipeline:
         require_clip_layers(request, self.pipe, self.signature)
         if request.compel and self.weighted_prompts is None:
             raise UnsupportedError(
-                "compel is not loaded on this host. Leave it out, or start the host with --compel."
+                "compel is not loaded on this host. Leave it out, or start the host with --compel.",
+                field="compel",
             )
         require_readable_prompts(request, self.spec)
         if request.mask_image is not None and not self.spec.is_generic:
@@ -450,7 +449,8 @@ class LoadedPipeline:
                 f"quality={asked!r} was asked for, but this host runs "
                 f"{self._backend.plan.describe()}, which does not meet it in "
                 f"{run.num_inference_steps} steps. Leave the field out, or start the host with "
-                "--backend=auto or an exact method."
+                "--backend=auto or an exact method.",
+                field="quality",
             )
 
     def _resolve(self, request: GenerateRequest) -> GenerateRequest:

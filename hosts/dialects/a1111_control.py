@@ -117,7 +117,9 @@ def controlnet(name: str) -> Response:
 
 @blueprint.post("/controlnet/detect")
 def detect() -> Response:
-    raise UnsupportedError(f"controlnet_module is not available: {NO_PREPROCESSOR}.")
+    raise UnsupportedError(
+        f"controlnet_module is not available: {NO_PREPROCESSOR}.", field="controlnet_module"
+    )
 
 
 def loaded() -> list[str]:
@@ -143,14 +145,16 @@ def control_fields(
         elif any(args) and not (name.lower() in SWITCHED and args[0] is False):
             raise UnsupportedError(
                 f"alwayson_scripts.{name[:80]} is not available: scripts of the web interface do "
-                "not run here. Leave it out."
+                "not run here. Leave it out.",
+                field="alwayson_scripts",
             )
     if not units:
         return {}, {}
     if not accepted.takes_control_image:
         raise UnsupportedError(
             "alwayson_scripts.controlnet is not available: no ControlNet is loaded "
-            "(--control_net). Leave it out."
+            "(--control_net). Leave it out.",
+            field="alwayson_scripts",
         )
     for number, unit in enumerate(units):
         if is_empty(_source(unit)) and is_empty(start):
@@ -182,7 +186,8 @@ def _fields(units: list[Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, s
         if any(value != values[0] for value in values):
             raise UnsupportedError(
                 f"alwayson_scripts.controlnet: {theirs} differs between units, which is not "
-                "available. Send the same."
+                "available. Send the same.",
+                field="alwayson_scripts",
             )
         fields[ours] = values[0]
     sent_as = dict.fromkeys(fields, "alwayson_scripts.controlnet")

@@ -257,7 +257,8 @@ def require_model(name: Any, title: str) -> None:
     if not is_empty(name) and name != title:
         raise UnsupportedError(
             f"sd_model_checkpoint={shown(name)} is not loaded. Allowed: {title!r}; start another "
-            "host."
+            "host.",
+            field="sd_model_checkpoint",
         )
 
 
@@ -321,7 +322,8 @@ def _choose_guidance(
     if not (is_empty(distilled) or is_empty(plain) or is_off):
         raise UnsupportedError(
             f"cfg_scale={shown(plain)} is not available beside distilled_cfg_scale: {spec.title} "
-            "has one guidance. Send cfg_scale 1."
+            "has one guidance. Send cfg_scale 1.",
+            field="cfg_scale",
         )
     if not is_empty(distilled):
         fields["guidance_scale"], sent_as["guidance_scale"] = distilled, "distilled_cfg_scale"

@@ -92,7 +92,8 @@ def hires_of(
     """Return the second pass of a request with enable_hr. size: width and height of the first."""
     if not spec.returns_latents:
         raise UnsupportedError(
-            f"enable_hr is not available: {spec.title} starts from no image. Leave it out."
+            f"enable_hr is not available: {spec.title} starts from no image. Leave it out.",
+            field="enable_hr",
         )
     width, height, sent_as, facts = _target(body, size)
     upscaler = _upscaler(body.get("hr_upscaler"), accepted)
@@ -135,7 +136,8 @@ def _target(
         if abs(width / size[0] - height / size[1]) * min(size) > 1:
             raise UnsupportedError(
                 f"hr_resize_x={width} and hr_resize_y={height} are not available: they change the "
-                f"shape of {size[0]}x{size[1]}. Send one of them, or hr_scale."
+                f"shape of {size[0]}x{size[1]}. Send one of them, or hr_scale.",
+                field="hr_resize_x",
             )
         sent_as = {"width": "hr_resize_x", "height": "hr_resize_y"}
         return width, height, sent_as, facts | {"Hires resize": f"{wanted[0]}x{wanted[1]}"}

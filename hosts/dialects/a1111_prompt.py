@@ -98,7 +98,9 @@ def alias_of(path: Path) -> str:
 def _file(kind: str, name: str, folders: Sequence[str]) -> str:
     """Return the path, relative to its folder, of the file that a tag names."""
     if kind.lower() == "hypernet":
-        raise UnsupportedError(f"hypernet:{shown(name)} is not available. Leave the tag out.")
+        raise UnsupportedError(
+            f"prompt: hypernet:{shown(name)} is not available. Leave the tag out.", field="prompt"
+        )
     files = lora_files(folders)
     wanted = name.strip().removesuffix(ENDING)
     for names in (_paths(files), _stems(files), _trained(files)):
@@ -151,6 +153,7 @@ def _weight(tag: str, text: str) -> float:
     if len(weights) > 1:
         raise UnsupportedError(
             f"prompt has the tag {shown(tag)}, but only one weight for all parts of the model is "
-            "available. Send one."
+            "available. Send one.",
+            field="prompt",
         )
     return weights.pop()

@@ -88,7 +88,8 @@ def scheduler_of(
         own = model.own.get("_class_name") or "the sampler"
         raise UnsupportedError(
             f"{given} is not available with {named if sampler else f'{own} of this model'}. Send "
-            "Automatic."
+            "Automatic.",
+            field=field if is_empty(schedule) else curve_field,
         )
     if sampler is None and not curve:
         return None

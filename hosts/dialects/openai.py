@@ -214,7 +214,8 @@ def video_content(job_id: str) -> Response:
     variant = request.args.get("variant", "video").strip().lower()
     if variant not in VARIANTS:
         raise UnsupportedError(
-            f"variant={variant[:80]!r} is not available. Allowed: {', '.join(VARIANTS)}."
+            f"variant={variant[:80]!r} is not available. Allowed: {', '.join(VARIANTS)}.",
+            field="variant",
         )
     job = find_job(job_id)
     if not job.finished.is_set():

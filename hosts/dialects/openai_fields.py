@@ -194,7 +194,8 @@ def edited(
     if others and not accepted.takes_ip_image:
         raise UnsupportedError(
             f"{name} holds {1 + len(others)} images, and no IP-Adapter is loaded (--ip_adapter) "
-            "that could use more than one. Send one image."
+            "that could use more than one. Send one image.",
+            field=name,
         )
     if others:
         fields["ip_adapter_image"], sent_as["ip_adapter_image"] = others, name
@@ -224,7 +225,8 @@ def _transparency(
     if mask is not None and unused:
         raise UnsupportedError(
             f"{name} has transparent parts, which are a mask in this API, and masks are not "
-            f"available: {unused}. Send it without an alpha channel."
+            f"available: {unused}. Send it without an alpha channel.",
+            field=name,
         )
     return mask
 
@@ -304,7 +306,8 @@ def _image(value: Any, name: str) -> Any:
     if not isinstance(url, str) or not url[:5].lower() == "data:":
         raise UnsupportedError(
             f"{name} names an image elsewhere, and this host fetches nothing. Send a data: URL as "
-            "image_url, or the file itself."
+            "image_url, or the file itself.",
+            field=name,
         )
     return url
 

@@ -188,7 +188,9 @@ def _require_used(
     for field, value in given.items():
         name = names.get(field, field)
         if field in unused and asks(field, value):
-            raise UnsupportedError(f"{name} is not available: {unused[field]}. Leave it out.")
+            raise UnsupportedError(
+                f"{name} is not available: {unused[field]}. Leave it out.", field=name
+            )
         if isinstance(value, bool) and field != "compel":
             raise RequestError(
                 f"{name}={value} is not allowed. Send a value that is not a boolean.", field=name

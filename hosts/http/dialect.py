@@ -79,7 +79,8 @@ def require_known(
             raise RequestError(_unknown(name, rules, hints or {}), field=name)
         if not rules[name].allows(value):
             raise UnsupportedError(
-                f"{name}={shown(value)} is not available: {rules[name].reason}. Leave it out."
+                f"{name}={shown(value)} is not available: {rules[name].reason}. Leave it out.",
+                field=name,
             )
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from backends import errors
-from backends.errors import HostError, RankError, RequestError
+from backends.errors import FieldError, HostError, RankError
 from backends.plan import Exactness
 from backends.request import Array, Audio, GenerateRequest, GenerateResult
 from hosts.jobs.job import Job, JobStatus, now
@@ -212,7 +212,7 @@ def pack_error(error: HostError) -> str:
     facts: dict[str, Any] = {"kind": kind.__name__, "message": str(error)}
     if isinstance(error, RankError):
         facts["rank"] = error.rank
-    if isinstance(error, RequestError):
+    if isinstance(error, FieldError):
         facts["field"] = error.field
     return json.dumps(facts)
 
@@ -220,7 +220,7 @@ def pack_error(error: HostError) -> str:
 def unpack_error(text: str) -> HostError:
     facts: Mapping[str, Any] = json.loads(text)
     kind = KINDS.get(str(facts["kind"]), HostError)
-    extras = {RankError: "rank", RequestError: "field"}
+    extras = {RankError: "rank", FieldError: "field"}
     names = [name for of, name in extras.items() if issubclass(kind, of) and name in facts]
     return kind(str(facts["message"]), **{name: facts[name] for name in names})
 

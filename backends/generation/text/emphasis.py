@@ -82,7 +82,8 @@ def _require_one_prompt(text: str, field: str) -> None:
         raise UnsupportedError(
             f"{field} has {found[0][:80]!r}: prompts that are combined (AND) or change between the "
             "steps ([a:b:0.5], [a|b]) are not available. Write one prompt; a backslash before a "
-            "bracket makes it plain text."
+            "bracket makes it plain text.",
+            field=field,
         )
 
 

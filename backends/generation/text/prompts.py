@@ -143,11 +143,13 @@ def require_readable_prompts(request: GenerateRequest, spec: ModelSpec) -> None:
         return
     if not spec.has_clip_prompts:
         raise UnsupportedError(
-            f"prompt_syntax is not available: {spec.title} has no weights of words. Leave it out."
+            f"prompt_syntax is not available: {spec.title} has no weights of words. Leave it out.",
+            field="prompt_syntax",
         )
     if request.compel:
         raise UnsupportedError(
-            "prompt_syntax and compel are two ways to read a prompt. Leave one of them out."
+            "prompt_syntax and compel are two ways to read a prompt. Leave one of them out.",
+            field="prompt_syntax",
         )
     for field in ("prompt", "negative_prompt"):
         parse_emphasis(getattr(request, field) or "", field=field)
@@ -192,7 +194,8 @@ class _ClipReader:
         length = math.lcm(*(tensor.shape[1] for tensor in tensors))
         if length > MAX_CHUNKS * self._tokenizer.model_max_length:
             raise UnsupportedError(
-                "prompt and negative_prompt are too long to be combined. Shorten one of them."
+                "prompt and negative_prompt are too long to be combined. Shorten one of them.",
+                field="prompt",
             )
         return [tensor.repeat(1, length // tensor.shape[1], 1) for tensor in tensors]
 

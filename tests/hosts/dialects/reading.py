@@ -80,3 +80,9 @@ def message_of(answer):
         assert set(body) == {"error"}, body
         return body["error"]["message"]
     return body["detail"] if "detail" in body else body["message"]
+
+
+def param_of(answer):
+    """The field at fault, in the dialect that tells it apart from the message: OpenAI's."""
+    error = answer.get_json().get("error")
+    return error["param"] if isinstance(error, dict) else None

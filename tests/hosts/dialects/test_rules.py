@@ -19,7 +19,7 @@ from hosts.http import jobs_api
 from hosts.http.media import npy
 from tests.checkpoints import sample_image
 from tests.hosts.application import encode_file
-from tests.hosts.dialects.reading import ReadingHost, message_of
+from tests.hosts.dialects.reading import ReadingHost, message_of, param_of
 
 A1111_BOTH = """
 prompt negative_prompt styles seed subseed subseed_strength seed_resize_from_h seed_resize_from_w
@@ -76,6 +76,7 @@ NEEDED = {
 }
 PATHS = sorted(PUBLISHED)
 NUMBERED = ("/v1/jobs", "/generate", "/v1/images/generations")
+OPENAI = [path for path in PATHS if path.startswith(("/v1/images", "/v1/videos"))]
 START = {"init_image": IMAGE}
 
 
@@ -124,6 +125,7 @@ def test_every_value_that_a_rule_does_not_allow_is_refused_by_name(host, path):
         assert answer.status_code == 422, (name, answer.get_data(as_text=True))
         said = message_of(answer)
         assert said.startswith(f"{name}='nonsense-value' is not available: ") and "Leave" in said
+        assert param_of(answer) == (name if path in OPENAI else None)
         for value in (*rule.accepted, None, "", [], {}):
             answer = host.post(path, body(path, **{name: value}))
             assert answer.status_code in (200, 202), (name, value, answer.get_data(as_text=True))
@@ -164,14 +166,13 @@ def test_existing_clients_keep_their_tolerance(images, sent):
     assert images.post("/generate", sent).status_code == 200
 
 
-@pytest.mark.parametrize("path", ["/v1/jobs", "/generate"])
+@pytest.mark.parametrize("path", NUMBERED)
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
         ({"control_image": IMAGE}, "control_image"),
         ({"controlnet_conditioning_scale": 0.5}, "controlnet_conditioning_scale"),
         ({"ip_adapter_image": IMAGE}, "ip_adapter_image"),
-        ({"image": IMAGE}, "image"),
         ({"num_frames": 4}, "num_frames"),
         ({"motion_bucket_id": 4}, "motion_bucket_id"),
         ({"compel": True}, "compel"),
@@ -182,6 +183,21 @@ def test_what_this_host_cannot_use_is_refused(images, path, fields, named):
     answer = images.post(path, {"prompt": "a", **fields})
     assert answer.status_code == 422
     assert message_of(answer).startswith(f"{named} is not available: ")
+    assert param_of(answer) == (named if path in OPENAI else None)
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "named"),
+    [
+        ("/v1/images/edits", {"image": [IMAGE, IMAGE]}, "image"),
+        ("/v1/images/edits", {"image": [{"image_url": "https://a.example/x.png"}]}, "image"),
+        ("/v1/images/generations", {"prompt": "[a:b:0.5]", "prompt_syntax": "a1111"}, "prompt"),
+        ("/v1/images/generations", {"style": "cubist"}, "style"),
+    ],
+)
+def test_what_is_unsupported_is_told_with_its_field(images, path, fields, named):
+    answer = images.post(path, body(path, **fields))
+    assert (answer.status_code, param_of(answer)) == (422, named), message_of(answer)
 
 
 @pytest.mark.parametrize("value", [999.5, 0.1, "999.5"])

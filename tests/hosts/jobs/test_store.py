@@ -17,6 +17,7 @@ from backends.errors import (
     RankError,
     RequestError,
     UnavailableError,
+    UnsupportedError,
 )
 from backends.generation.schedulers import SchedulerError
 from hosts.jobs import serialization
@@ -52,6 +53,7 @@ def test_request_comes_back_as_it_was():
     [
         RankError("rank 1 failed: x", rank=1),
         RequestError("no", field="steps"),
+        UnsupportedError("never", field="steps"),
         CancelledError("c"),
         HostError("h"),
     ],
