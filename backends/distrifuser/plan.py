@@ -65,7 +65,7 @@ def make_plan(spec: ModelSpec, options: Mapping[str, object], world_size: int) -
         axes=axes,
         exactness=_exactness(parallelism, sync_mode, degree),
         is_close=parallelism == "patch" and sync_mode in CLOSE_MODES,
-        splits_weights_by="--parallelism=tensor" if parallelism == "tensor" else "",
+        splits_weights_by="--parallelism=tensor" if axis == "tensor" and degree > 1 else "",
         reads_previous_step=(
             READS_PREVIOUS_STEP
             if axis == "patch" and degree > 1 and SYNC_MODES[sync_mode].reads_previous_step
@@ -146,6 +146,12 @@ def _reasons(
             f"cfg=2: {world_size} ranks are even and {spec.name} has guidance; no_split_batch uses "
             "patches only"
         )
+        idle = [f"{name}={given[name]}" for name in ("parallelism", "sync_mode") if name in given]
+        if idle and world_size == 2:
+            reasons.append(
+                f"{' and '.join(idle)} has no effect: the halves of guidance take both ranks; "
+                "no_split_batch uses them for it"
+            )
     if not given.keys() & {"warmup_steps", "warm_up_steps"}:
         reasons.append(
             f"warmup_steps={DEFAULT_WARMUP_STEPS}: the default of synchronous steps at the start"

@@ -168,8 +168,8 @@ class LoadedPipeline:
         if self._step_cache is not None:
             require_step_cache(self._step_cache.spec, backend.plan)
             self._step_cache.share(backend.mesh)
+        self._fuse_loras(backend)
         if self._compilation is not None:
-            self._fuse_loras()
             self._compilation.attach(self.pipe, self.spec, self._compile_regions(backend))
         self.shared.use(backend.mesh)
         self.forget_prompts()
@@ -181,9 +181,7 @@ class LoadedPipeline:
             attach_patch_decode(self._vae, backend.mesh)
 
     def _use_step_cache(self, asked: StepCacheSpec | None) -> None:
-        """Attach this step cache in place of the present one. No backend is attached: a cache must
-        see what this rank computes.
-        """
+        """Replace the step cache. No backend is attached: a cache must see what a rank computes."""
         if asked == (self._step_cache.spec if self._step_cache is not None else None):
             return
         if self._step_cache is not None:
@@ -216,10 +214,12 @@ class LoadedPipeline:
     def _compiles(self, target: str) -> bool:
         return self.load.compile is not None and target in self.load.compile.targets
 
-    def _fuse_loras(self) -> None:
-        """Fuse LoRAs into a denoiser that is to be compiled, if its weights can take them in."""
+    def _fuse_loras(self, backend: Backend) -> None:
+        """Fuse LoRAs into weights that are to be compiled, or cut: only plain layers can be."""
         if self._compiles("denoiser") and self.load.can_be_fused:
             self.loras.fuse()
+        elif backend.plan.degree("tensor") > 1 and (self.load.lora or self.load.motion_lora):
+            self.loras.fuse(backend.denoisers_of(self.pipe))
 
     def rest(self) -> None:
         """Move the weights to main memory until the next generation, to free the device.

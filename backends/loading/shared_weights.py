@@ -255,7 +255,8 @@ def _tensors(encoder: nn.Module) -> list[Tensor]:
 
 def require_plain_weights(backend: Backend, load: LoadRequest) -> None:
     """Raise UnsupportedError for quantised weights that a method would cut."""
-    if not backend.has_whole_weights and (load.quantize or load.gguf_model is not None):
+    is_packed = load.gguf_model is not None or not {"denoiser", "misc"}.isdisjoint(load.quantize)
+    if is_packed and not backend.has_whole_weights:
         raise UnsupportedError(
             f"quantised weights are not available with {backend.plan.describe()} and sharded "
             "weights: packed weights cannot be cut. Leave out "

@@ -28,7 +28,7 @@ from backends.model_table import ModelSpec
 from backends.plan import QUALITIES, ParallelPlan
 from backends.step_cache_spec import parse_step_cache, require_step_cache
 from hosts.launch.gpus import default_variant
-from hosts.launch.load_options import OFFLOADS, WITHOUT_SDPA
+from hosts.launch.load_options import OFFLOADS, WITHOUT_SDPA, require_whole_weights
 from hosts.launch.methods import worth_preparing
 from hosts.launch.settings import Settings, options
 from hosts.launch.sharding import CHANGES_SIZES, require_all_ranks, require_same_blocks
@@ -338,12 +338,9 @@ def _candidates(
             require_all_ranks(plan, world_size)
         if settings.shard == "always":
             require_same_blocks(plan)
-        if (setting := plan.splits_weights_by) and any(
-            getattr(settings, name) for name in OFFLOADS
-        ):
-            raise ConfigError(
-                f"{setting} splits the weights, and offloaded weights cannot be split."
-            )
+        require_whole_weights(settings, plan)
+        if plan.degree("tensor") > 1 and "lora" in features:
+            raise ConfigError("it makes the LoRAs of the launch a part of the weights.")
 
     given = {
         **settings.given,

@@ -12,7 +12,7 @@ from backends.generation.schedulers import SampledModel, parse_scheduler
 from backends.model_table import ModelSpec
 from backends.plan import ParallelPlan
 from backends.quantization_spec import QuantizationSpec, parse_quantization
-from backends.request import WITH_GRAPHS, CompileSettings, LoadRequest
+from backends.request import WITH_GRAPHS, CompileSettings
 from backends.step_cache_spec import StepCacheSpec, parse_step_cache
 from hosts.launch.option import require_inductor_options
 from hosts.launch.settings import Settings, options
@@ -81,13 +81,21 @@ def asked_prewarm_steps(settings: Settings) -> int | None:
     return settings.warm_up_steps
 
 
-def require_whole_weights(plan: ParallelPlan, load: LoadRequest) -> None:
-    """ConfigError where offloading would move weights of which each rank keeps only a part."""
-    if load.offload is not None and (setting := plan.splits_weights_by):
-        option = next(name for name, kind in OFFLOADS.items() if kind == load.offload)
+def require_whole_weights(settings: Settings, plan: ParallelPlan) -> None:
+    """ConfigError for options that need weights whole of which each rank keeps only a part."""
+    if not (setting := plan.splits_weights_by):
+        return
+    given = [name for name in OFFLOADS if getattr(settings, name)]
+    why = "each rank keeps a part of the weights on its device"
+    if not given and not plan.keeps_widths:
+        packed = ("gguf_model", "quantize_unet_to", "quantize_to", "quantize_misc_to")
+        given = [name for name in packed if getattr(settings, name) is not None]
+        why = "packed weights cannot be cut"
+    if not given and settings.ip_adapter and plan.degree("tensor") > 1:
+        given, why = ["ip_adapter"], "the attention of an IP-Adapter cannot be cut"
+    if given:
         raise ConfigError(
-            f"--{option} is not available with {setting}, with which each rank keeps a part of the "
-            "weights on its device. Leave out one of them, or use --quantize_to."
+            f"--{given[0]} is not available with {setting}: {why}. Leave out one of them."
         )
 
 

@@ -241,7 +241,7 @@ def _plan_files(
     load, why_load = _load_request(settings, spec, plan, **gpus)
     divided = divided_groups(plan, division.placement, division.groups)
     load = replace(load, divided=divided, encoder_placement=division.placement)
-    require_whole_weights(plan, load)
+    require_whole_weights(settings, plan)
     fitting = require_fit(spec, load)
     prediction = prediction_settings(spec, load, fitting)
     spec, why_mask = with_mask_inputs(

@@ -82,7 +82,7 @@ def _plan(case: Ranks) -> ParallelPlan:
     [
         ("sd3", "xdit", stages(2, 2)),
         ("flux", "xdit", {"tensor_parallel_degree": 2}),
-        ("sd3", "distrifuser", {"parallelism": "tensor"}),
+        ("sd3", "distrifuser", {"parallelism": "tensor", "no_split_batch": True}),
     ],
     ids=["stages", "tensor of xdit", "tensor of distrifuser"],
 )

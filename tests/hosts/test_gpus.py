@@ -87,7 +87,11 @@ def test_named_variant_stays():
 @pytest.mark.parametrize(
     ("type_name", "options", "setting"),
     [
-        ("sdxl", {"backend": "distrifuser", "parallelism": "tensor"}, "--parallelism=tensor"),
+        (
+            "sdxl",
+            {"backend": "distrifuser", "parallelism": "tensor", "no_split_batch": True},
+            "--parallelism=tensor",
+        ),
         (
             "sdxl",
             {"backend": "asyncdiff", "use_cfg_parallel": False, "shard_weights": True},
@@ -110,7 +114,7 @@ def test_offloading_of_split_weights_is_refused_at_start(type_name, options, set
         **options,
     }
     with pytest.raises(
-        ConfigError, match=rf"--{offload} is not available with {setting}, .* Leave out one of them"
+        ConfigError, match=rf"--{offload} is not available with {setting}: .* Leave out one of them"
     ):
         plan_start(Settings.from_values(values), TABLE, num_gpus=2)
 
@@ -126,7 +130,7 @@ def test_offloading_leaves_split_weights_out_of_the_automatic_choice():
     start = plan_start(Settings.from_values({**values, "quality": "fast"}), TABLE, num_gpus=2)
     assert not start.plan.splits_weights_by
     refused = {row.candidate.name: row.refusal for row in start.auto.rows}
-    assert "cannot be split" in refused["xdit pipefusion 2"]
+    assert "not available with --pipefusion_parallel_degree" in refused["xdit pipefusion 2"]
 
 
 def test_one_hardware_queue_is_refused_where_stages_would_hang_and_set_wider_by_default():

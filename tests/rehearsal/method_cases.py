@@ -47,7 +47,7 @@ METHODS = (
         label="tensor of a unet",
         type="sdxl",
         backend="distrifuser",
-        options={"parallelism": "tensor"},
+        options={"parallelism": "tensor", "no_split_batch": True},
     ),
     Ranks(label="cfg x patch", type="sdxl", backend="distrifuser", ranks=4),
     Ranks(

@@ -126,9 +126,11 @@ class LoraSet:
         """Return whether all these files are loaded."""
         return all(path in self._names for path in paths)
 
-    def fuse(self) -> None:
-        """Merge the active LoRAs into the base weights for good, and remove peft's layers."""
-        for module in self._modules():
+    def fuse(self, modules: Iterable[nn.Module] | None = None) -> None:
+        """Merge the active LoRAs into the base weights of these components for good, and remove
+        peft's layers. None for all components.
+        """
+        for module in modules or self._modules():
             for name, layer in [
                 (name, layer)
                 for name, layer in module.named_modules()

@@ -121,10 +121,20 @@ def test_rejects(name, options, world_size, message):
         ({"extrapolate": True, "sync_mode": "rotate"}, "extrapolate has no effect"),
         ({"extrapolate": True, "parallelism": "tensor"}, "extrapolate has no effect"),
         ({}, "warmup_steps=4: the default"),
+        (
+            {"parallelism": "tensor", "sync_mode": "full_sync"},
+            "parallelism=tensor and sync_mode=full_sync has no effect: the halves of guidance",
+        ),
     ],
 )
 def test_says_what_it_chose_and_what_has_no_effect(options, reason):
     assert any(text.startswith(reason) for text in make_plan(TABLE["sdxl"], options, 2).reasons)
+
+
+def test_one_rank_for_each_half_of_guidance_keeps_all_weights():
+    options = {"parallelism": "tensor"}
+    assert not make_plan(TABLE["sdxl"], options, 2).splits_weights_by
+    assert make_plan(TABLE["sdxl"], options, 4).splits_weights_by == "--parallelism=tensor"
 
 
 def run_of(height: int, width: int, *, order: int = 1, guidance: float = 5.0) -> RunInfo:

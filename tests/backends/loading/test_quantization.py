@@ -144,7 +144,9 @@ def test_split_weights_and_packed_weights_do_not_go_together():
     from types import SimpleNamespace
 
     pipe = loaded(TABLE["pixa"], **quantized("pixa", denoiser="int8"))
-    plan = planner("distrifuser")(TABLE["pixa"], {"parallelism": "tensor"}, 2)
+    plan = planner("distrifuser")(
+        TABLE["pixa"], {"parallelism": "tensor", "no_split_batch": True}, 2
+    )
     backend = SimpleNamespace(has_whole_weights=False, plan=plan)
     with pytest.raises(
         UnsupportedError,

@@ -8,6 +8,7 @@ from backends.errors import ConfigError, UnsupportedError
 from backends.quantization_spec import QuantizationSpec
 from backends.step_cache_spec import StepCacheSpec
 from hosts.launch.option import COMPILE_BACKENDS, COMPILE_MODES
+from tests.checkpoints import IP_ADAPTER_FILE, checkpoint, ip_adapter
 from tests.hosts.launch.test_start_plan import plan
 
 INT8, INT4 = QuantizationSpec(kind="int8"), QuantizationSpec(kind="int4")
@@ -119,6 +120,36 @@ def test_offloading_without_a_gpu_is_said_to_have_no_effect(option, kind):
         (
             {"enable_sequential_cpu_offload": True, "compile_vae": True},
             "--enable_sequential_cpu_offload is not available with --compile_vae: torch.compile",
+        ),
+        (
+            {
+                "backend": "asyncdiff",
+                "nproc_per_node": 2,
+                "shard_weights": True,
+                "quantize_to": "int8",
+            },
+            "--quantize_to is not available with --shard_weights: packed weights cannot be cut.",
+        ),
+        (
+            {
+                "backend": "distrifuser",
+                "nproc_per_node": 2,
+                "parallelism": "tensor",
+                "no_split_batch": True,
+                "quantize_to": "int8",
+            },
+            "--quantize_to is not available with --parallelism=tensor: packed weights cannot be",
+        ),
+        (
+            {
+                "backend": "distrifuser",
+                "nproc_per_node": 2,
+                "parallelism": "tensor",
+                "no_split_batch": True,
+                "checkpoint": str(checkpoint("sdxl")),
+                "ip_adapter": {str(ip_adapter("sdxl") / IP_ADAPTER_FILE): 1.0},
+            },
+            "--ip_adapter is not available with --parallelism=tensor: the attention of an",
         ),
     ],
 )
