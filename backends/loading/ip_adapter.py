@@ -1,7 +1,8 @@
 """IP-Adapters, images as prompts: loading them, and their arguments of one generation."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +45,28 @@ def load_ip_adapters(pipe: Any, spec: ModelSpec, load: LoadRequest) -> None:
         if name.startswith("image_encoder")
     )
     try:
-        pipe.load_ip_adapter(parts if len(parts) > 1 else parts[0], **places, **{encoder: None})
+        with _castable(getattr(pipe, spec.denoiser)):
+            pipe.load_ip_adapter(parts if len(parts) > 1 else parts[0], **places, **{encoder: None})
     except LOADING_ERRORS as error:
         raise ConfigError(
             f"ip_adapter={paths[0]} does not fit {spec.title}: {error}. Give one made for this "
             "model type."
         ) from error
+
+
+@contextmanager
+def _castable(denoiser: Any) -> Iterator[None]:
+    """Let diffusers cast a GGUF denoiser, as its new layers need: packed weights are integers,
+    which a cast leaves alone.
+    """
+    is_quantized = getattr(denoiser, "is_quantized", False)
+    if is_quantized:
+        denoiser.is_quantized = False
+    try:
+        yield
+    finally:
+        if is_quantized:
+            denoiser.is_quantized = True
 
 
 def use_scales(pipe: Any, load: LoadRequest, request: GenerateRequest) -> None:

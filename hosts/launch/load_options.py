@@ -197,6 +197,15 @@ def offload(settings: Settings) -> str | None:
     return kind
 
 
+def slices_attention(settings: Settings, plan: ParallelPlan) -> bool:
+    """Slices change no image, so they are left out where attention needs torch's own operator, or
+    diffusers would put them in the place of an IP-Adapter's attention.
+    """
+    return (
+        settings.enable_attention_slicing and not plan.intercepts_sdpa and not settings.ip_adapter
+    )
+
+
 def load_reasons(
     settings: Settings, spec: ModelSpec, plan: ParallelPlan, *, num_gpus: int
 ) -> Iterator[str]:
@@ -227,6 +236,8 @@ def load_reasons(
                 f"--{name} has no effect: backend {plan.method!r} reaches the other ranks through "
                 "torch's own attention"
             )
+    if settings.enable_attention_slicing and not plan.intercepts_sdpa and settings.ip_adapter:
+        yield "--enable_attention_slicing has no effect: an IP-Adapter's attention is not sliced"
 
 
 def idle_reasons(settings: Settings, spec: ModelSpec, plan: ParallelPlan) -> Iterator[str]:

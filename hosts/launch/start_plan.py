@@ -53,6 +53,7 @@ from hosts.launch.load_options import (
     prewarm_steps,
     quantization,
     require_whole_weights,
+    slices_attention,
     step_cache,
 )
 from hosts.launch.methods import Methods
@@ -480,7 +481,7 @@ def _load_request(
         compel=settings.compel,
         step_cache=step_cache(settings, spec, plan),
         offload=offload(settings),
-        enable_attention_slicing=settings.enable_attention_slicing and not plan.intercepts_sdpa,
+        enable_attention_slicing=slices_attention(settings, plan),
         xformers_efficient=settings.xformers_efficient and not plan.intercepts_sdpa,
         enable_vae_tiling=settings.enable_vae_tiling,
         enable_vae_slicing=settings.enable_vae_slicing,

@@ -16,6 +16,7 @@ from tests.backends.features import TABLE, loaded, request_for
 from tests.checkpoints import (
     IP_ADAPTER_FILE,
     controlnet,
+    gguf,
     ip_adapter,
     lora,
     motion_lora,
@@ -264,6 +265,16 @@ def test_a_control_window_must_begin_before_it_ends() -> None:
             control_guidance_start=0.8,
             control_guidance_end=0.2,
         )
+
+
+def test_ip_adapter_acts_on_packed_weights() -> None:
+    adapter = {str(ip_adapter("sdxl") / IP_ADAPTER_FILE): 0.7}
+    packed = {"gguf_model": str(gguf("sdxl", "Q4_0"))}
+    plain = draw(loaded(TABLE["sdxl"], **packed))
+    pipe = loaded(TABLE["sdxl"], **packed, ip_adapter=adapter)
+    asked = {"ip_adapter_image": sample_image(40)}
+    assert difference(draw(pipe, **asked, ip_adapter_scale=0.0), plain) <= 1
+    assert difference(draw(pipe, **asked), plain) > 5
 
 
 def test_ip_adapter_follows_its_images_and_the_requests_scale(tmp_path: Path) -> None:

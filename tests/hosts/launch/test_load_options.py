@@ -164,6 +164,15 @@ def test_lean_attention_is_for_the_backends_that_do_not_look_into_it():
         num_ranks=2, backend="asyncdiff", enable_attention_slicing=True
     ).load.enable_attention_slicing
     assert plan(xformers_efficient=True).load.xformers_efficient
+    adapted = plan(
+        checkpoint=str(checkpoint("sdxl")),
+        ip_adapter={str(ip_adapter("sdxl") / IP_ADAPTER_FILE): 1.0},
+        enable_attention_slicing=True,
+    )
+    assert not adapted.load.enable_attention_slicing
+    assert "--enable_attention_slicing has no effect: an IP-Adapter's attention is not sliced" in (
+        adapted.reasons
+    )
     for name in ("xformers_efficient", "enable_attention_slicing"):
         for backend in ("distrifuser", "xdit"):
             start = plan(num_ranks=2, backend=backend, **{name: True})
