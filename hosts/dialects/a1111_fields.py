@@ -11,6 +11,7 @@ from backends.model_table import ModelSpec
 from backends.request import whole_number
 from hosts.dialects.a1111_control import NAMES as CONTROLNET
 from hosts.dialects.a1111_control import control_fields
+from hosts.dialects.a1111_options import CLIP_LAYERS, NO_CHURN, NOT_SAVED, SETTINGS
 from hosts.dialects.a1111_passes import FILL, ORIGINAL, MaskedArea, filled, masked_area
 from hosts.dialects.a1111_prompt import read_prompt
 from hosts.dialects.a1111_samplers import scheduler_of
@@ -33,7 +34,6 @@ from hosts.http.dialect import (
 )
 from hosts.http.media import FORMATS
 
-CLIP_LAYERS = "CLIP_stop_at_last_layers"
 MASK_BLUR = 4
 """A1111's default, in pixels."""
 MAX_BLUR = 64
@@ -41,8 +41,6 @@ MAX_PADDING = 4096
 ON = (True, "true", "on", "yes", "1")
 NO_FIRST_SIZE = "width and height are those of the first pass"
 NO_SCRIPT = "scripts of the web interface cannot run here"
-NO_CHURN = "samplers add no noise of their own here"
-NOT_SAVED = "images are returned and never saved here"
 ONLY_PIX2PIX = "only InstructPix2Pix models use it"
 NOTES = dict.fromkeys(
     (
@@ -160,26 +158,12 @@ IMG2IMG: dict[str, Rule] = {
     "latent_mask": refused("send mask instead"),
 }
 OVERRIDES: dict[str, Rule] = {
+    **SETTINGS,
     "sd_model_checkpoint": DONE,
     CLIP_LAYERS: DONE,
     "samples_format": DONE,
-    "sd_vae": neutral("automatic", "none", reason="the VAE is fixed at start (--vae)"),
-    "forge_additional_modules": neutral(
-        ["Use same choices"], reason="the VAE and the text encoders are fixed at start"
-    ),
-    "eta_noise_seed_delta": neutral(0, reason="noise depends on the seed only"),
-    "randn_source": neutral("cpu", reason="noise is generated on the CPU"),
-    "inpainting_mask_weight": neutral(1, reason="masks act fully"),
-    "initial_noise_multiplier": neutral(1, reason="noise has the sampler's strength"),
-    "img2img_fix_steps": neutral(*OFF, reason="strength takes its part of the steps"),
-    "ddim_discretize": neutral("uniform", reason="ddim has evenly spaced steps"),
-    "comma_padding_backtrack": neutral(20, reason="long prompts are cut as by default"),
-    "sd_hypernetwork": neutral("none", reason="hypernetworks are not supported"),
-    "img2img_color_correction": neutral(*OFF, reason="colours are not changed afterwards"),
-    "enable_pnginfo": harmless("PNG files always hold their settings"),
-    **dict.fromkeys(("samples_save", "grid_save", "return_grid", "do_not_add_watermark"),
-                    harmless(NOT_SAVED)),
-}  # fmt: skip
+}
+"""Settings in a request."""
 NOTHING = " "
 """An empty prompt, which A1111 allows: CLIP reads a space as no token."""
 SENT_AS = {

@@ -11,6 +11,7 @@ from flask import Blueprint, Response, current_app, jsonify
 from backends.main_memory import main_memory
 from hosts.dialects.a1111_fields import require_model
 from hosts.dialects.a1111_info import read_infotext
+from hosts.dialects.a1111_options import RULES
 from hosts.dialects.a1111_passes import IMAGE_UPSCALERS, LATENT_UPSCALERS
 from hosts.dialects.a1111_prompt import alias_of, lora_files
 from hosts.dialects.a1111_samplers import SCHEDULE_LABELS, labels
@@ -19,10 +20,7 @@ from hosts.http.decode import decoded
 from hosts.http.dialect import (
     DONE,
     Operation,
-    Rule,
-    harmless,
     is_strict,
-    neutral,
     require_known,
 )
 from hosts.http.request_io import json_object
@@ -43,7 +41,8 @@ EMPTY: dict[str, Any] = {
     "cmd-flags": {},
 }
 """Empty lists of missing features. Clients request them and fail without a response."""
-FIXED = "options are fixed while the host runs. Send it in override_settings of a request"
+PNG_INFO = {"image": DONE}
+"""The fields of POST /sdapi/v1/png-info."""
 
 
 @blueprint.get("/sdapi/v1/<any({}):name>".format(", ".join(f"'{name}'" for name in EMPTY)))
@@ -83,7 +82,7 @@ def memory() -> Response:
 def png_info() -> Response:
     """Return the settings that A1111 and this host write into a PNG."""
     body = json_object()
-    require_known(body, {"image": DONE})
+    require_known(body, PNG_INFO)
     accepted = current_app.extensions["host"].accepted
 
     def read() -> Mapping[str, Any]:
@@ -121,7 +120,7 @@ def set_options() -> Response:
     body = json_object()
     if is_strict(body):
         require_model(body.get("sd_model_checkpoint"), _title())
-        require_known(body, _rules())
+        require_known(body, RULES)
     return jsonify({})
 
 
@@ -181,13 +180,13 @@ OPERATIONS = (
         method="post",
         path="/sdapi/v1/png-info",
         summary="A1111: the settings in a PNG.",
-        rules={"image": DONE},
+        rules=PNG_INFO,
     ),
     Operation(
         method="post",
         path="/sdapi/v1/options",
         summary="A1111: options are fixed; only what is so already can be set.",
-        rules={"sd_model_checkpoint": DONE},
+        rules=RULES,
     ),
 )
 
@@ -201,11 +200,6 @@ def _options() -> dict[str, Any]:
         "eta_noise_seed_delta": 0,
         "enable_pnginfo": True,
     }
-
-
-def _rules() -> dict[str, Rule]:
-    same = {name: neutral(value, reason=FIXED) for name, value in _options().items()}
-    return {**same, "sd_checkpoint_hash": harmless("the model is named by its checkpoint")}
 
 
 def _title() -> str:

@@ -14,7 +14,13 @@ from openai.types import (
 
 from backends.request import GenerateRequest
 from hosts.compat import fields as compat
-from hosts.dialects import a1111_extras, a1111_fields, openai_fields
+from hosts.dialects import (
+    a1111_extras,
+    a1111_fields,
+    a1111_lists,
+    a1111_options,
+    openai_fields,
+)
 from hosts.http import jobs_api
 from hosts.http.media import npy
 from tests.checkpoints import sample_image
@@ -46,6 +52,21 @@ upscaling_resize upscaling_resize_w upscaling_resize_h upscaling_crop upscaler_1
 extras_upscaler_2_visibility upscale_first
 """.split()
 """The fields of ExtrasSingleImageRequest."""
+A1111_OPTIONS = """
+samples_save samples_format save_images_add_number grid_save grid_format return_grid enable_pnginfo
+save_mask jpeg_quality webp_lossless export_for_4chan outdir_txt2img_samples save_to_dirs
+sd_model_checkpoint sd_checkpoint_cache sd_vae sd_unet sd_lora emphasis comma_padding_backtrack
+CLIP_stop_at_last_layers sdxl_clip_l_skip upcast_attn randn_source tiling sdxl_crop_top
+inpainting_mask_weight initial_noise_multiplier img2img_extra_noise img2img_color_correction
+img2img_fix_steps img2img_background_color face_restoration cross_attention_optimization
+s_min_uncond token_merging_ratio pad_cond_uncond fp8_storage sd_hypernetwork
+extra_networks_default_multiplier add_model_hash_to_info live_previews_enable show_progress_type
+eta_ddim eta_ancestral ddim_discretize s_churn s_tmin s_tmax s_noise sigma_min sigma_max rho
+eta_noise_seed_delta always_discard_next_to_last_sigma sgm_noise_multiplier uni_pc_variant
+uni_pc_skip_type uni_pc_order uni_pc_lower_order_final sd_noise_schedule skip_early_cond
+beta_dist_alpha use_old_scheduling use_downcasted_alpha_bar disabled_extensions sd_checkpoint_hash
+""".split()
+"""The options that concern images or that programs send, of OptionsModel."""
 IMAGE = encode_file(sample_image(16))
 PUBLISHED = {
     "/sdapi/v1/txt2img": (A1111_BOTH + A1111_TXT2IMG, a1111_fields.TXT2IMG),
@@ -63,6 +84,8 @@ PUBLISHED = {
         openai_fields.VARIATIONS,
     ),
     "/sdapi/v1/extra-single-image": (A1111_EXTRAS, a1111_extras.RULES),
+    "/sdapi/v1/png-info": (["image"], a1111_lists.PNG_INFO),
+    "/sdapi/v1/options": (A1111_OPTIONS, a1111_options.RULES),
     "/v1/videos": ([*video_create_params.VideoCreateParams.__annotations__], openai_fields.VIDEOS),
     "/v1/jobs": ([*GenerateRequest.model_fields], jobs_api.RULES),
     "/generate": ([*GenerateRequest.model_fields], compat.RULES),
@@ -72,9 +95,17 @@ NEEDED = {
     "/v1/images/edits": {"image": IMAGE},
     "/v1/images/variations": {"image": IMAGE},
     "/sdapi/v1/extra-single-image": {"image": IMAGE},
+    "/sdapi/v1/png-info": {"image": IMAGE},
     "/v1/videos": {"input_reference": IMAGE},
 }
 PATHS = sorted(PUBLISHED)
+NEAREST = {
+    "/sdapi/v1/extra-single-image": "upscaling_resize",
+    "/sdapi/v1/png-info": "image",
+    "/sdapi/v1/options": "sd_vae",
+}
+"""Calls without a negative prompt -> a field of theirs."""
+WITHOUT_PROMPT = ("/v1/videos", *NEAREST)
 NUMBERED = ("/v1/jobs", "/generate", "/v1/images/generations")
 OPENAI = [path for path in PATHS if path.startswith(("/v1/images", "/v1/videos"))]
 START = {"init_image": IMAGE}
@@ -98,14 +129,14 @@ def host(request, path):
 
 
 def body(path, **fields):
-    own = {} if path in ("/v1/videos", "/sdapi/v1/extra-single-image") else {"prompt": "a"}
+    own = {} if path in WITHOUT_PROMPT else {"prompt": "a"}
     return {**own, **NEEDED.get(path, {}), **fields}
 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_every_published_field_has_a_rule(path):
     published, rules = PUBLISHED[path]
-    assert len(published) > 4
+    assert published
     assert not [name for name in published if name not in rules]
     assert {rule.kind for rule in rules.values()} <= {"done", "neutral", "refused"}
     assert all(rule.reason for rule in rules.values() if rule.kind != "done")
@@ -142,7 +173,7 @@ def test_values_of_fields_that_change_nothing_are_accepted(host, path):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_unknown_field_is_an_error_that_names_the_nearest(host, path):
-    right = "upscaling_resize" if path.endswith("extra-single-image") else "negative_prompt"
+    right = NEAREST.get(path, "negative_prompt")
     wrong = right.replace("ve_", "v_").removesuffix("e")
     answer = host.post(path, body(path, **{wrong: "x"}))
     said = message_of(answer)
