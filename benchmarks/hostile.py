@@ -20,9 +20,11 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,9 @@ import requests
 from PIL import Image
 
 from backends.request import GenerateRequest
+from benchmarks import localai_door
 from hosts.compat import fields as compat
-from hosts.dialects import a1111_fields, openai_fields
+from hosts.dialects import a1111_extras, a1111_fields, a1111_lists, a1111_options, openai_fields
 from hosts.http import jobs_api
 from tests.checkpoints import checkpoint, lora, sample_image
 from tests.hosts.harness import RunningHost, start_launcher
@@ -54,6 +57,15 @@ def encoded(image: Image.Image, kind: str = "PNG") -> str:
 
 IMAGE = encoded(sample_image(24))
 SMALL = {"width": 64, "height": 64}
+FILMS = {
+    "svd": {"image": IMAGE, "num_frames": 2},
+    "wan_t2v": {"prompt": "a red car", "num_frames": 1},
+}
+"""Type of videos -> what each of its requests must have."""
+REMIXED = "wan_t2v"
+"""A type of videos that reads a prompt."""
+GRPC = "grpc:"
+"""Before the method of a path that is LocalAI's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +73,7 @@ class Call:
     """One call of a dialect: its fields, and those that keep a valid body small."""
 
     path: str
+    """With {id}, that of a video which is made before. A path of gRPC begins with its method."""
     names: tuple[str, ...]
     always: Mapping[str, Any] = field(default_factory=dict)
     type: str = "sdxl"
@@ -71,6 +84,9 @@ def calls() -> list[Call]:
     theirs = {"prompt": "a red car", "steps": 1, **SMALL}
     video = {"input_reference": IMAGE, "num_inference_steps": 1, "num_frames": 2, **SMALL}
     image = {"init_images": [IMAGE]}
+    localai = {"step": 1, **SMALL}
+    filmed = {"start_image": IMAGE, "num_frames": 2, **localai}
+    doubled = {"upscaler_1": "Lanczos", "upscaling_resize": 2}
     return [
         Call(path="/v1/jobs", names=tuple(jobs_api.RULES), always=own),
         Call(path="/generate", names=tuple(compat.RULES), always=own),
@@ -80,11 +96,40 @@ def calls() -> list[Call]:
             names=tuple(openai_fields.EDITS),
             always={**theirs, "image": IMAGE},
         ),
+        Call(
+            path="/v1/images/variations",
+            names=tuple(openai_fields.VARIATIONS),
+            always={"steps": 1, **SMALL, "image": IMAGE},
+        ),
         Call(path="/sdapi/v1/txt2img", names=tuple(a1111_fields.TXT2IMG), always=theirs),
         Call(
             path="/sdapi/v1/img2img", names=tuple(a1111_fields.IMG2IMG), always={**theirs, **image}
         ),
+        Call(
+            path="/sdapi/v1/extra-single-image",
+            names=tuple(a1111_extras.RULES),
+            always={"image": IMAGE, **doubled},
+        ),
+        Call(
+            path="/sdapi/v1/extra-batch-images",
+            names=tuple(a1111_extras.BATCH),
+            always={"imageList": [{"data": IMAGE}], **doubled},
+        ),
+        Call(path="/sdapi/v1/png-info", names=tuple(a1111_lists.PNG_INFO), always={"image": IMAGE}),
+        Call(path="/sdapi/v1/options", names=tuple(a1111_options.RULES)),
+        Call(
+            path=f"{GRPC}GenerateImage",
+            names=localai_door.fields_of("GenerateImage"),
+            always={"positive_prompt": "a red car", **localai},
+        ),
         Call(path="/v1/videos", names=tuple(openai_fields.VIDEOS), always=video, type="svd"),
+        Call(
+            path=f"{GRPC}GenerateVideo",
+            names=localai_door.fields_of("GenerateVideo"),
+            always=filmed,
+            type="svd",
+        ),
+        Call(path="/v1/videos/{id}/remix", names=tuple(openai_fields.REMIX), type=REMIXED),
     ]
 
 
@@ -131,6 +176,20 @@ VALID: dict[str, tuple[Any, ...]] = {
     "first_step": (0,),
     "stop_step": (1, 2),
     "strict": (True, False),
+    "upscaler_1": ("Lanczos", "Nearest", "None"),
+    "upscaling_resize": (1, 2, 1.5),
+    "upscaling_resize_w": (64, 96),
+    "resize_mode": (0, 1),
+    "imageList": ([{"data": IMAGE}], [{"data": IMAGE, "name": "a.png"}] * 2),
+    "samples_format": ("png", "jpg"),
+    "step": (1, 2),
+    "positive_prompt": ("a red car", "car, " * 60),
+    "CLIPSkip": (0, 1),
+    "src": (IMAGE, "/etc/hostname"),
+    "start_image": (IMAGE,),
+    "ref_images": ([IMAGE],),
+    "fps": (1, 7),
+    "params": ({"decode_chunk_size": "1"}, {"motion_bucket_id": "5"}, {"strength": "x"}),
 }
 TEXTS = (
     "", " ", "a\u0000b", "\ud83d", "nan", "64x64", "0x0", "true", "-1", "1e9", "euler",
@@ -167,24 +226,40 @@ def senseless(chance: random.Random, depth: int = 0) -> Any:
     return list(inner) if kind == 2 else {chance.choice(NAMES): value for value in inner}
 
 
-def send(host: RunningHost, call: Call, content: Mapping[str, Any]) -> tuple[int, str]:
-    """Return status and text of the answer, which is read to its end."""
+Send = Callable[[Mapping[str, Any]], tuple[int, str]]
+"""Return status and text of the answer to a body, which is read to its end."""
+
+
+@contextmanager
+def sender(host: RunningHost, call: Call) -> Iterator[Send]:
+    """Open the way to a call."""
+    if call.path.startswith(GRPC):
+        with localai_door.opened(host.url(""), call.type) as door:
+            yield partial(door.send, call.path.removeprefix(GRPC))
+        return
+    path = call.path
+    if "{id}" in path:
+        content = {**FILMS[call.type], **SMALL, "num_inference_steps": 1}
+        answer = requests.post(host.url("/v1/videos"), json=content, timeout=LONGEST_S)
+        path = path.format(id=answer.json()["id"])
+    yield partial(send, host, path)
+
+
+def send(host: RunningHost, path: str, content: Mapping[str, Any]) -> tuple[int, str]:
     data = json.dumps(content).encode("utf-8", "surrogatepass")
     headers = {"Content-Type": "application/json"}
-    answer = requests.post(host.url(call.path), data=data, headers=headers, timeout=LONGEST_S)
+    answer = requests.post(host.url(path), data=data, headers=headers, timeout=LONGEST_S)
     return answer.status_code, answer.text
 
 
-def attack(host: RunningHost, call: Call, number: int, seed: int) -> dict[str, Any]:
+def attack(host: RunningHost, call: Call, number: int, seed: int, post: Send) -> dict[str, Any]:
     """Send the bodies and return what came of them."""
     chance, found = random.Random(f"{seed} {call.path}"), Counter[int]()
     wrong, attempts, started = [], 1, time.monotonic()
     with ThreadPoolExecutor(SENDERS) as senders:
         for size in (*[CHUNK] * (number // CHUNK), number % CHUNK):
             chunk = [body(call, chance) for _ in range(size)]
-            for content, (status, text) in zip(
-                chunk, senders.map(lambda each: send(host, call, each), chunk), strict=True
-            ):
+            for content, (status, text) in zip(chunk, senders.map(post, chunk), strict=True):
                 found[status] += 1
                 if status >= 500 and status != 503:
                     wrong.append({"body": repr(content)[:2000], "answer": text[:500]})
@@ -217,11 +292,8 @@ def memory_mb(host: RunningHost) -> int:
 def reference(host: RunningHost, call: Call) -> bytes:
     """Return the file of a plain request to the type of this call."""
     content = {**SMALL, "num_inference_steps": 1, "seed": 7}
-    if call.type == "svd":
-        content |= {"image": IMAGE, "num_frames": 2}
-    else:
-        content["prompt"] = "a red car"
-    headers = {"Accept": "image/gif" if call.type == "svd" else "image/png"}
+    content |= FILMS.get(call.type, {"prompt": "a red car"})
+    headers = {"Accept": "image/gif" if call.type in FILMS else "image/png"}
     answer = requests.post(host.url("/generate"), json=content, headers=headers, timeout=LONGEST_S)
     assert answer.status_code == 200, answer.text[:500]
     return answer.content
@@ -324,7 +396,8 @@ def attack_hosts(options: argparse.Namespace) -> dict[str, Any]:
                 if options.kind == "raw":
                     facts = attack_socket(host, options.bodies, options.seed)
                 else:
-                    facts = attack(host, call, options.bodies, options.seed)
+                    with sender(host, call) as post:
+                        facts = attack(host, call, options.bodies, options.seed, post)
                 facts["memory_mb"] = [before, memory_mb(host)]
                 facts["next_image_is_right"] = reference(host, call) == wanted
                 result["calls"]["raw" if options.kind == "raw" else call.path] = facts
