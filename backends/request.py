@@ -149,7 +149,9 @@ class GenerateRequest(BaseModel):
     ] = None
     guidance_scale: Annotated[
         float | None,
-        Field(ge=0, le=1000, description="How closely to follow the prompt; 0 or 1 is off."),
+        Field(
+            ge=0, le=1000, description="How closely to follow the prompt; 0 is off, and for most 1."
+        ),
     ] = None
     height: Annotated[int | None, Field(ge=8, le=MAX_SIDE, description="Pixels.")] = None
     width: Annotated[int | None, Field(ge=8, le=MAX_SIDE, description="Pixels.")] = None

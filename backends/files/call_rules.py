@@ -17,6 +17,8 @@ from backends.files.pipeline_calls import source_of
 from backends.files.source.interpreter import Interpreter, RaisedError
 from backends.files.source.values import Component
 
+SCALE, GUIDES = "_guidance_scale", "do_classifier_free_guidance"
+"""Where pipeline classes keep their scale, and their property that says whether it acts."""
 STEPS_OF_STRENGTH = "get_timesteps"
 KEPT = (int, float, str, bool, Component, MappingProxyType)
 """What an attribute may be that is told of a class."""
@@ -63,6 +65,17 @@ def first_step_of(name: str, *, num_inference_steps: int, strength: float) -> in
     interpreter = Interpreter(methods, own, constants)
     found = interpreter.variable("t_start", STEPS_OF_STRENGTH, given)
     return int(found) if isinstance(found, int | float) else None
+
+
+@lru_cache(maxsize=512)
+def is_guided_at(name: str, scale: float) -> bool | None:
+    """Return whether a pipeline class guides at this scale, as its property says; None if it does
+    not, or asks for more than the scale.
+    """
+    methods, own, constants = source_of(name)
+    interpreter = Interpreter(methods, {**own, SCALE: scale}, constants)
+    found = interpreter.attribute(GUIDES)
+    return found if isinstance(found, bool) else None
 
 
 def attributes_of(name: str, folder: Path, index: Config) -> Mapping[str, Any]:

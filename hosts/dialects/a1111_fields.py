@@ -7,6 +7,7 @@ from typing import Any
 from PIL import Image, ImageFilter, ImageOps
 
 from backends.errors import RequestError, UnsupportedError
+from backends.generation.own_class.guidance import above_scale, own_scale
 from backends.model_table import ModelSpec
 from backends.request import whole_number
 from hosts.dialects.a1111_control import NAMES as CONTROLNET
@@ -189,6 +190,8 @@ class Asked:
     """Images per batch, as the client counts them."""
     content_type: str = "image/png"
     """Of the images in the response."""
+    above_scale: float = 0.0
+    """By how much cfg_scale is above the model's own scale."""
     notes: list[str] = field(default_factory=list)
     """Remarks for the client on how its request was read."""
     facts: dict[str, Any] = field(default_factory=dict)
@@ -232,6 +235,7 @@ def asked_for(
         number=number,
         batch_size=batch_size,
         content_type=choice(overrides, "samples_format", FORMATS, "image/png"),
+        above_scale=above_scale(spec),
         notes=prompt.notes,
     )
 
@@ -295,10 +299,12 @@ def _blurred(mask: Image.Image, body: Mapping[str, Any]) -> Image.Image:
 def _choose_guidance(
     fields: dict[str, Any], sent_as: dict[str, str], body: Mapping[str, Any], spec: ModelSpec
 ) -> None:
-    """Set the guidance of a distilled model.
+    """Set the guidance as the model counts it, or that of a distilled model.
 
     Forge's clients send it as distilled_cfg_scale, with a cfg_scale of 1 for no further guidance.
     """
+    if "guidance_scale" in fields:
+        fields["guidance_scale"] = own_scale(fields["guidance_scale"], spec)
     if spec.guidance != "distilled":
         return
     distilled, plain = body.get("distilled_cfg_scale"), body.get("cfg_scale")

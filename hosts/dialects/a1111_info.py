@@ -36,7 +36,7 @@ def info(
         "width": first.frames.shape[2],
         "height": first.frames.shape[1],
         "sampler_name": _sampler(asked, first),
-        "cfg_scale": first.resolved.get("guidance_scale"),
+        "cfg_scale": _cfg_scale(asked, first),
         "steps": first.resolved.get("num_inference_steps"),
         "batch_size": asked.batch_size,
         "restore_faces": False,
@@ -66,7 +66,8 @@ def infotext(body: Mapping[str, Any], asked: Asked, result: GenerateResult, *, m
         "Steps": result.resolved.get("num_inference_steps"),
         "Sampler": _sampler(asked, result),
         "Schedule type": _schedule(asked),
-        "CFG scale": result.resolved.get("guidance_scale"),
+        "CFG scale": _cfg_scale(asked, result),
+        "Guidance scale": result.resolved.get("guidance_scale") if asked.above_scale else None,
         "Seed": result.seed,
         "Size": f"{result.frames.shape[2]}x{result.frames.shape[1]}",
         "Model": model,
@@ -115,6 +116,12 @@ def _schedule(asked: Asked) -> str:
         return SCHEDULE_LABELS["sgm uniform"]
     curve = next((name for name in settings if name.startswith("use_")), "use_automatic_sigmas")
     return SCHEDULE_LABELS[curve.split("_")[1]]
+
+
+def _cfg_scale(asked: Asked, result: GenerateResult) -> float | None:
+    """Return the guidance as A1111 counts it."""
+    own = result.resolved.get("guidance_scale")
+    return own + asked.above_scale if own is not None and asked.above_scale else own
 
 
 def _strength(asked: Asked) -> Any:

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
 from backends.errors import RequestError, UnsupportedError
+from backends.generation.own_class.guidance import own_scale
 from backends.model_table import ModelSpec
 from backends.request import GenerateResult
 from hosts.dialects.a1111_prompt import read_prompt
@@ -109,7 +110,8 @@ def hires_of(
         )
     name = "hr_distilled_cfg" if spec.guidance == "distilled" else "hr_cfg"
     if body.get(name) not in (None, "", 0, "0"):
-        fields["guidance_scale"], sent_as["guidance_scale"] = body[name], name
+        fields["guidance_scale"] = own_scale(body[name], spec)
+        sent_as["guidance_scale"] = name
     fields |= _prompts(body, spec, accepted) | _sampler(body, spec)
     facts |= {"Hires steps": steps or None, "Hires upscaler": upscaler}
     facts |= {"Denoising strength": fields["strength"]}

@@ -5,6 +5,7 @@ const PNG_FIELDS = {
   Prompt: "prompt", "Negative prompt": "negative_prompt", Steps: "num_inference_steps",
   "CFG scale": "guidance_scale", Seed: "seed", "Size-1": "width", "Size-2": "height",
   "Denoising strength": "strength",
+  "Guidance scale": "guidance_scale", // of a model that counts it otherwise than CFG
 };
 
 async function settingsFromImage(file) {

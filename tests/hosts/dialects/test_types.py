@@ -1,5 +1,7 @@
 """What a request may ask of each model type, in every dialect: sizes, lengths, images, settings."""
 
+import json
+
 import pytest
 
 from backends.model_table import read_table
@@ -123,3 +125,25 @@ def test_settings_that_the_class_does_not_have_are_refused(name, fields):
         if TABLE[name].output == "image":  # A1111's default is the last layer
             body = {"prompt": "a", "override_settings": {"CLIP_stop_at_last_layers": 1}}
             assert host.reads("/sdapi/v1/txt2img", body)
+
+
+@pytest.mark.parametrize("name", ["zimage", "krea2", "chroma", "sdxl", "sd3"])
+def test_a_guidance_scale_is_counted_as_the_model_counts_it(name):
+    """1 is off in A1111 and Forge. Z-Image and Krea 2 add to 1, so that 0 is off."""
+    above = 1 if name in ("zimage", "krea2") else 0
+    plain = {"prompt": "a", "seed": 1}
+    with ReadingHost(type=name) as host:
+        for scale in (1, 4.5, "4"):
+            wanted = {**plain, "guidance_scale": float(scale) - above}
+            assert host.is_same("/sdapi/v1/txt2img", {**plain, "cfg_scale": scale}, wanted)
+        answer = host.post("/sdapi/v1/txt2img", {**plain, "cfg_scale": -1})
+        assert answer.status_code == 400 and message_of(answer).startswith("cfg_scale=-1")
+        info = json.loads(
+            host.post("/sdapi/v1/txt2img", {**plain, "cfg_scale": 6}).get_json()["info"]
+        )
+        assert info["cfg_scale"] == 5.0 + above  # what it resolves to is 5 here
+        assert ("Guidance scale: 5.0" in info["infotexts"][0]) is bool(above)
+        if TABLE[name].returns_latents:
+            hires = {**plain, "cfg_scale": 1, "enable_hr": True, "hr_cfg": 3, "hr_scale": 2}
+            *_, second = host.reads("/sdapi/v1/txt2img", {**hires, "width": 64, "height": 64})
+            assert second.guidance_scale == 3 - above
