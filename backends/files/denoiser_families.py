@@ -196,13 +196,13 @@ _TRANSFORMERS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         "HunyuanDiT2DModel",
         ("mlp_t5.0.weight", "time_extra_emb.pooler.positional_embedding"),
     ),
+    ("LTX-2", "LTX2VideoTransformer3DModel", ("audio_patchify_proj.weight",)),
+    ("LTX-Video", "LTXVideoTransformer3DModel", ("patchify_proj.weight",)),
     (
         "PixArt",
         "PixArtTransformer2DModel",
         ("y_embedder.y_proj.fc1.weight", "caption_projection.linear_1.weight"),
     ),
-    ("LTX-2", "LTX2VideoTransformer3DModel", ("audio_patchify_proj.weight",)),
-    ("LTX-Video", "LTXVideoTransformer3DModel", ("patchify_proj.weight",)),
     (
         "HunyuanVideo 1.5",
         "HunyuanVideo15Transformer3DModel",

@@ -37,6 +37,7 @@ from backends.files.recognition import (
 )
 from backends.files.weight_headers import (
     Header,
+    has_other_names,
     read_folder_header,
     read_header,
     require_same_shapes,
@@ -412,7 +413,7 @@ def require_same_weights(
     """
     own = read_folder_header(checkpoint.folder / component, option="--checkpoint")
     shapes = without_scales(header.without(*DENOISER_PREFIXES)).shapes
-    if own is None or len(own.shapes.keys() & shapes.keys()) * 2 < len(own.shapes):
+    if own is None or has_other_names(shapes, own.shapes):
         return
     advice = (
         f"Give --{component}_config=CONFIG.JSON if the file has its own, or a file made for "

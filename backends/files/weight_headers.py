@@ -233,6 +233,15 @@ def _value(entry: Any) -> Any:
     return entry.contents() if len(entry.data) <= 8 else None
 
 
+def has_other_names(shapes: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Return whether so many names differ that they may be the original ones, which have to be
+    converted. Some models' original names are mostly those of diffusers.
+    """
+    shared = len(wanted.keys() & shapes.keys())
+    missing, unknown = len(wanted) - shared, len(shapes) - shared
+    return shared * 2 < len(wanted) or min(missing, unknown) * 10 > len(wanted)
+
+
 def require_same_shapes(
     given: str,
     shapes: Mapping[str, Sequence[int]],

@@ -108,19 +108,23 @@ def _converted(
 ) -> dict[str, Tensor]:
     """Convert the original names.
 
-    If most names already are diffusers', leave them: the list of differences says more than a
-    failed conversion.
+    Where most names are diffusers' already and the conversion finds no more of them, leave them:
+    the list of differences says more than a failed conversion. Z-Image's and LTX's original names
+    are mostly diffusers' too.
     """
-    if len(weights.keys() & wanted.keys()) * 2 > len(wanted):
-        return weights
+    own = len(weights.keys() & wanted.keys())
+    are_mostly_own = own * 2 > len(wanted)
     try:
         converted = convert(config=settings, checkpoint=dict(weights))
     except CONVERSION_ERRORS as error:
+        if are_mostly_own:
+            return weights
         raise ConfigError(
             f"{given} does not hold the weights of a {model.__name__}: its {len(weights)} tensors "
             f"({next(iter(weights), 'none')}, ...) cannot be converted ({error}). {advice}"
         ) from error
-    return converted
+    finds_more = len(converted.keys() & wanted.keys()) > own
+    return converted if finds_more or not are_mostly_own else weights
 
 
 def encoder_config(model: Any, folder: str | Path) -> Any:

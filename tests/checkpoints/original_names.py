@@ -231,3 +231,44 @@ def open_clip(weights: Weights) -> Weights:
         elif ".k_proj." not in name and ".v_proj." not in name:
             renamed[name] = tensor
     return renamed
+
+
+def zimage(weights: Weights) -> Weights:
+    """Rename the weights of a ZImageTransformer2DModel; attention keeps three layers in one."""
+    import torch
+
+    renamed: Weights = {}
+    for key, tensor in weights.items():
+        layer, _, kind = key.rpartition(".to_")
+        if kind in ("k.weight", "v.weight"):
+            continue
+        if kind == "q.weight":
+            renamed[f"{layer}.qkv.weight"] = torch.cat(
+                [weights[f"{layer}.to_{part}.weight"] for part in "qkv"]
+            )
+            continue
+        for ours, theirs in ZIMAGE.items():
+            key = key.replace(ours, theirs)
+        renamed[key] = tensor
+    return renamed
+
+
+ZIMAGE = {
+    "all_final_layer.2-1.": "final_layer.",
+    "all_x_embedder.2-1.": "x_embedder.",
+    ".attention.to_out.0.": ".attention.out.",
+    ".attention.norm_k.": ".attention.k_norm.",
+    ".attention.norm_q.": ".attention.q_norm.",
+}
+LTX = {"proj_in": "patchify_proj", "time_embed": "adaln_single", "norm_q": "q_norm",
+       "norm_k": "k_norm"}  # fmt: skip
+
+
+def ltx(weights: Weights) -> Weights:
+    """Rename the weights of a LTXVideoTransformer3DModel."""
+    renamed: Weights = {}
+    for key, tensor in weights.items():
+        for ours, theirs in LTX.items():
+            key = key.replace(ours, theirs)
+        renamed[key] = tensor
+    return renamed

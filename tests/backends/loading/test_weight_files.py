@@ -3,6 +3,7 @@ names, and v-prediction.
 """
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from backends.errors import ConfigError
 from backends.generation.pipeline import LoadedPipeline, load_pipeline
+from backends.loading.plain_weights import unpacked
 from backends.model_table import read_table
 from backends.request import GenerateRequest, LoadRequest
 from tests.altered import WEIGHTS, linked, without_a_weight
@@ -29,7 +31,9 @@ from tests.checkpoints import (
     single_file,
 )
 from tests.checkpoints.adapters import CONTROLNETS, IP_ADAPTER_FILE
+from tests.checkpoints.original_names import ltx as original_ltx
 from tests.checkpoints.original_names import unet as original_unet
+from tests.checkpoints.original_names import zimage as original_zimage
 from tests.every_type import EVERY_TYPE
 
 TABLE = read_table()
@@ -226,6 +230,31 @@ def test_a_gguf_in_the_original_names_and_with_reshaped_layers_is_read(
         for option, path in (("gguf_model", tmp_path / "x.gguf"), ("denoiser", wanted_file))
     ]
     assert np.abs(images[0].astype(int) - images[1]).max() <= 1
+
+
+@pytest.mark.parametrize("prefix", ["", PREFIX])
+@pytest.mark.parametrize(("name", "renamed"), [("zimage", original_zimage), ("ltx", original_ltx)])
+def test_original_names_that_are_mostly_diffusers_own_are_converted(
+    name: str, renamed: Callable[[Weights], Weights], prefix: str, tmp_path: Path
+) -> None:
+    weights = {key: tensor * 1.5 for key, tensor in load_file(denoiser_file(name)).items()}
+    original = renamed(weights)
+    stored = {prefix + key: tensor.contiguous() for key, tensor in original.items()}
+    save_file(stored, tmp_path / "x.safetensors")
+    found = denoiser_of(loaded(name, denoiser=str(tmp_path / "x.safetensors"))).state_dict()
+    require_same({key: found[key] for key in weights}, weights)
+    if prefix:
+        return
+    wanted = write_gguf(tmp_path / "x.gguf", stored)
+    save_file(wanted, tmp_path / "y.safetensors")
+    packed, plain = (
+        denoiser_of(loaded(name, **{option: str(tmp_path / file)})).state_dict()
+        for option, file in (("gguf_model", "x.gguf"), ("denoiser", "y.safetensors"))
+    )
+    for key, tensor in plain.items():
+        torch.testing.assert_close(
+            unpacked(packed[key], torch.float32), tensor, atol=5e-4, rtol=1e-3
+        )
 
 
 def draw_any(pipeline: LoadedPipeline) -> np.ndarray:
