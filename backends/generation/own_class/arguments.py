@@ -1,5 +1,6 @@
 """GenerateRequest -> the arguments of a pipeline class as diffusers has it. Imports no torch."""
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -8,6 +9,8 @@ from PIL import Image
 from backends.files.generic import CARRIED, LISTED_IMAGES, carrier
 from backends.model_table import ModelSpec
 from backends.request import GenerateRequest
+
+logger = logging.getLogger(__name__)
 
 LISTS = ("conditioning_frames",)
 """Arguments that are a list even of one image."""
@@ -27,6 +30,7 @@ def resolve_generic(
         for field, default in defaults.items()
     }
     if not spec.is_generic:
+        filled |= _whole_sizes(filled, spec)
         return request.model_copy(update=filled | _row_defaults(request, spec, filled))
     nothing = {"num_inference_steps": spec.num_inference_steps, "guidance_scale": None}
     own = {
@@ -37,6 +41,19 @@ def resolve_generic(
     if spec.output == "video" and request.fps is None:
         own["fps"] = spec.frames_per_s
     return request.model_copy(update=filled | own)
+
+
+def _whole_sizes(filled: Mapping[str, Any], spec: ModelSpec) -> dict[str, int]:
+    """Return the sides as the row's model can make them, for clients whose sizes are not checked:
+    the next smaller multiple.
+    """
+    multiple = spec.size_multiple
+    sides = {name: filled[name] for name in ("height", "width") if filled.get(name)}
+    wrong = {name: side for name, side in sides.items() if side % multiple and side > multiple}
+    whole = {name: side - side % multiple for name, side in wrong.items()}
+    if whole:
+        logger.info("%s reduced to %s: multiples of %d are needed", wrong, whole, multiple)
+    return whole
 
 
 def _row_defaults(
