@@ -108,7 +108,6 @@ NEAREST = {
 WITHOUT_PROMPT = ("/v1/videos", *NEAREST)
 NUMBERED = ("/v1/jobs", "/generate", "/v1/images/generations")
 OPENAI = [path for path in PATHS if path.startswith(("/v1/images", "/v1/videos"))]
-START = {"init_image": IMAGE}
 
 
 @pytest.fixture(scope="module")
@@ -258,30 +257,6 @@ def test_jobs_that_can_never_run_are_refused_when_they_are_sent(images):
         for path in ("/v1/jobs", "/generate", "/v1/videos"):
             answer = host.post(path, {"prompt": "a"})
             assert answer.status_code == 400 and message_of(answer).startswith("image is missing")
-
-
-@pytest.mark.parametrize(
-    ("path", "fields", "named"),
-    [
-        ("/v1/jobs", {"strength": 0.2, "stop_step": 20, **START}, "strength"),
-        ("/generate", {"denoise": 0.2, "stop_step": 20, **START}, "denoise"),
-        ("/v1/images/edits", {"strength": 0.2, "stop_step": 20}, "strength"),
-        ("/v1/images/variations", {"strength": 0.2, "stop_step": 20}, "strength"),
-        *((path, {"denoising_end": 1e-4}, "denoising_end") for path in NUMBERED),
-        *((path, {"stop_step": 2, "first_step": 3, **START}, "stop_step") for path in NUMBERED),
-        ("/v1/jobs", {"strength": 0.2, "denoising_end": 0.1, **START}, "denoising_end"),
-        ("/generate", {"denoise": 0.2, "denoising_end": 0.1, **START}, "denoising_end"),
-        ("/generate", {"denoising_start": 0.2, "denoising_end": 0.1, **START}, "denoising_start"),
-    ],
-)
-def test_a_start_and_an_end_that_leave_no_step_are_refused(images, path, fields, named):
-    spaced = {"scheduler": {"scheduler": "euler", "timestep_spacing": "trailing"}}
-    answer = images.post(path, body(path, **fields, **spaced))
-    said = message_of(answer)
-    assert answer.status_code == 400 and "no step is left of " in said, path
-    assert f"{named}={fields[named]:g}" in said
-    if path.startswith("/v1/images"):
-        assert answer.get_json()["error"]["param"] in fields
 
 
 @pytest.mark.parametrize("path", ["/v1/jobs", "/generate", "/v1/images/generations",

@@ -247,7 +247,7 @@ def test_what_no_rank_could_do_is_refused_instead_of_queued(sdxl):
     for fields, said in (
         ({**latents, "prompt": "a"}, "latents has shape (1, 16, 8, 8)"),
         (embeds, "prompt_embeds has a width of 768"),
-        ({"prompt": "a", "denoising_end": 0}, "no step is left of 4 steps with denoising_end=0"),
+        ({"prompt": "a", "denoising_end": 0}, "no step is left of 30 steps with denoising_end=0"),
         ({"prompt": "a", "latents": right, "width": 128}, "width=128 contradicts latents"),
     ):
         answer = requests.post(sdxl.url("/v1/jobs"), json=fields, timeout=60)
