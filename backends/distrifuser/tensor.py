@@ -144,7 +144,7 @@ def _require_plain(linear: nn.Module) -> None:
         raise UnsupportedError(
             f"parallelism=tensor cuts plain linear layers, not {type(linear).__name__}: quantised "
             "layers and loaded LoRAs cannot be cut. "
-            "Fuse the LoRA, load without quantisation, or use parallelism=patch."
+            "Load without them, or use parallelism=patch."
         )
 
 

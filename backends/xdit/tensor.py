@@ -116,7 +116,7 @@ def _require_plain(name: str, linear: nn.Module) -> None:
         raise UnsupportedError(
             f"tensor_parallel_degree cuts plain linear layers, but {name} is of a "
             f"{type(linear).__name__}: quantised layers and LoRAs "
-            "cannot be cut. Fuse the LoRA or load without quantisation, or use --ulysses_degree."
+            "cannot be cut. Load without them, or use --ulysses_degree."
         )
 
 
