@@ -210,10 +210,15 @@ def _given(call: ast.Call, parts: Sequence[ast.AST]) -> frozenset[str]:
     """
     helper = ast.unparse(call.func).endswith("retrieve_timesteps")
     plain = dict(zip(RETRIEVE, call.args, strict=False)) if helper else {}
-    named = {keyword.arg: keyword.value for keyword in call.keywords}
     assigned = [
         part for part in parts if isinstance(part, ast.Assign) and part.lineno < call.lineno
     ]
+    named: dict[str, ast.expr] = {}
+    for keyword in call.keywords:
+        if keyword.arg is None:
+            named |= _entries(keyword.value, assigned)
+        else:
+            named[keyword.arg] = keyword.value
     return frozenset(
         name
         for name, value in {**plain, **named}.items()
@@ -221,14 +226,30 @@ def _given(call: ast.Call, parts: Sequence[ast.AST]) -> frozenset[str]:
     )
 
 
+def _entries(unpacked: ast.expr, assigned: Sequence[ast.Assign]) -> dict[str, ast.expr]:
+    """Return the arguments in `**name`, where `name` is a dict that is written out."""
+    return {
+        key.value: value
+        for each in _values_of(unpacked, assigned)
+        if isinstance(each, ast.Dict)
+        for key, value in zip(each.keys, each.values, strict=True)
+        if isinstance(key, ast.Constant)
+    }
+
+
+def _values_of(name: ast.expr, assigned: Sequence[ast.Assign]) -> list[ast.expr]:
+    return [
+        part.value
+        for part in assigned
+        if isinstance(name, ast.Name)
+        and any(isinstance(to, ast.Name) and to.id == name.id for to in part.targets)
+    ]
+
+
 def _is_computed(value: ast.expr, assigned: Sequence[ast.Assign]) -> bool:
     if not isinstance(value, ast.Name):
         return not isinstance(value, ast.Constant)
-    found = [
-        part.value
-        for part in assigned
-        if any(isinstance(to, ast.Name) and to.id == value.id for to in part.targets)
-    ]
+    found = _values_of(value, assigned)
     is_none = any(isinstance(each, ast.Constant) and each.value is None for each in found)
     return bool(found) and not is_none
 

@@ -14,6 +14,9 @@ from backends.files.pipeline_calls import called_on_sampler, given_to_sampler
         ("BriaPipeline", "DDIMScheduler", set()),
         ("BriaPipeline", "EulerAncestralDiscreteScheduler", set()),
         ("FluxFillPipeline", "FlowMatchHeunDiscreteScheduler", {"mu", "sigmas"}),
+        # in a dict, and not to every sampler
+        ("HiDreamImagePipeline", "FlowMatchHeunDiscreteScheduler", {"mu"}),
+        ("HiDreamImagePipeline", "UniPCMultistepScheduler", set()),
     ],
 )
 def test_what_is_given_depends_on_the_class_of_the_sampler(pipeline, sampler, given):
