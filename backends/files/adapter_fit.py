@@ -65,6 +65,7 @@ FAMILIES = {
     r"ltx": ("ltx", "ltx_i2v"),
     r"lumina-?(?:image-?)?2": ("lumina2",),
     r"sana": ("sana",),
+    r"hi-?dream": ("hidream",),
     r"cogvideox": ("cogvideox", "cogvideox_i2v"),
     r"mochi": ("mochi",),
     r"svd|stable-video": ("svd",),

@@ -177,6 +177,8 @@ def _require_components(checkpoint: Checkpoint, load: LoadRequest) -> None:
     for component in needed_components(spec):
         if replaced.get(component) is not None:
             continue
+        if component.startswith("text_encoder") and component not in checkpoint.index:
+            require_named(checkpoint)
         if not checkpoint.has(component):
             types = _types_of_denoisers(checkpoint) if component in spec.other_denoisers else ""
             raise ConfigError(
@@ -466,19 +468,20 @@ def _require_channels(denoiser: _Part, vae: _Part, checkpoint: Checkpoint) -> No
 
 
 def _require_texts(denoiser: _Part, checkpoint: Checkpoint) -> None:
-    """Raise ConfigError unless the denoiser's conditioning is as wide as the encoders' outputs."""
+    """Raise ConfigError unless the denoiser reads what the encoders give: all together, or each."""
     spec = checkpoint.spec
     for key, paths in spec.fits.get("text", {}).items():
-        wanted, widths = (
-            denoiser.config.get(key),
-            [width_of(path, checkpoint, denoiser.config) for path in paths],
-        )
-        if not isinstance(wanted, int) or None in widths or sum(widths) == wanted:
+        wanted = denoiser.config.get(key)
+        widths = [width_of(path, checkpoint, denoiser.config) for path in paths]
+        if not isinstance(wanted, int | list) or None in widths:
+            continue
+        made, join = (widths, ", ") if isinstance(wanted, list) else (sum(widths), " + ")
+        if made == wanted:
             continue
         raise ConfigError(
             f"{denoiser.given} has a {spec.denoiser} with {key}={wanted}, but the checkpoint's "
-            f"parts give {sum(widths)} ({' + '.join(paths)}). Give a {spec.denoiser} and encoders "
-            "that were made for each other."
+            f"parts give {made} ({join.join(paths)}). Give a {spec.denoiser} and encoders that "
+            "were made for each other."
         )
 
 

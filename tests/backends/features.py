@@ -52,6 +52,11 @@ OWN_ARGUMENTS: Mapping[str, Mapping[str, object]] = {
     "longcat": {"enable_prompt_rewrite": False},
 }
 """Type -> arguments of its class that a request of the tests brings."""
+OWN_SIZES: Mapping[str, Mapping[str, int]] = {
+    # it scales all sizes to one area, and its patches divide the sides of this shape's latents
+    "hidream": {"height": 128, "width": 32},
+}
+"""Type -> size that a request of the tests asks for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +201,7 @@ def request_for(spec: ModelSpec, **fields: Any) -> GenerateRequest:
         base["num_frames"] = 9 if spec.takes else 2
     if spec.name in OWN_ARGUMENTS:
         base["arguments"] = dict(OWN_ARGUMENTS[spec.name])
-    return GenerateRequest(**(base | fields))
+    return GenerateRequest(**(base | OWN_SIZES.get(spec.name, {}) | fields))
 
 
 def result(pipe: LoadedPipeline, asked: GenerateRequest) -> torch.Tensor:

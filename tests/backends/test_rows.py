@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 import torch
 
+from backends import planner
 from backends.errors import RequestError
 from backends.files.generic import carrier, facts_of, why_not
 from backends.files.pipeline_calls import pipeline_call
 from backends.generation.generic_run import audio_of, frames_of
 from backends.generation.schedulers import SCHEDULERS, SampledModel
+from backends.groups.mesh import Mesh
 from backends.model_table import read_table
 from backends.request import Audio
-from tests.backends.features import loaded, request_for
-from tests.checkpoints import NAMES, load
+from tests.backends.features import CPU, attached, loaded, request_for
+from tests.checkpoints import NAMES, checkpoint, load
 
 TABLE = read_table()
 AS_IS = [name for name, spec in TABLE.items() if spec.takes]
@@ -91,3 +93,41 @@ def test_samplers_that_a_row_refuses_are_those_that_its_class_cannot_use(name):
         elif re.search(r"to the sampler|has no", model.why_not(sampler)):
             with pytest.raises(RequestError, match=r"sigmas|mu|has no attribute"):
                 pipe.generate(request_for(spec).model_copy(update={"scheduler": sampler}))
+
+
+METHODS = (
+    ("xdit", {"use_cfg_parallel": True}),
+    ("xdit", {"ring_degree": 2}),
+    ("asyncdiff", {"use_cfg_parallel": True}),
+    ("asyncdiff", {"use_cfg_parallel": False, "model_n": 2, "shard_weights": True}),
+)
+"""Beside those with which the features of all types are tested."""
+SQUARE = {"height": 64, "width": 64}
+
+
+def check_methods(rank, world_size, name):
+    spec = TABLE[name]
+    pipe = loaded(spec)
+    guided = [request_for(spec, negative_prompt="a dog", **size) for size in ({}, SQUARE)]
+    asked = [*guided, request_for(spec, scheduler="lcm", guidance_scale=0.0)]
+    wanted = [pipe.generate(each).frames for each in asked]
+    assert wanted[0].shape != wanted[1].shape
+    for method, options in METHODS:
+        given = {**options, "checkpoint": str(checkpoint(name))}
+        mesh = Mesh(planner(method)(spec, given, world_size), rank=rank, device=CPU)
+        with attached(pipe, mesh) as backend:
+            for each, want in zip(asked, wanted, strict=True):
+                made = pipe.generate(each).frames.astype(int)
+                assert np.abs(made - want).max() <= 1, (method, options)
+                if options.get("use_cfg_parallel") and each in guided:
+                    assert backend.report()["guidance"] == ["batch"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["hidream"])
+def test_two_ranks_equal_one_by_all_methods(run_on_ranks, name):
+    """HiDream has the halves of guidance in the second dim of one input, a mask over the tokens of
+    images that are not square, and distilled checkpoints whose sampler adds noise.
+    """
+    checkpoint(name)
+    run_on_ranks(check_methods, 2, name)

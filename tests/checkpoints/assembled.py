@@ -265,7 +265,14 @@ def _component(pipeline: str, part: str, declared: str) -> Any:
 def _vae(pipeline: str, part: str) -> Any:
     declared = str(inspect.signature(getattr(diffusers, pipeline).__init__).parameters)
     channels = next((number for each, number in LATENTS.items() if each in declared), 4)
-    return parts.vae(latent_channels=channels, shift_factor=0.1 if channels == 16 else None)
+    levels = newer.VAE_LEVELS.get(pipeline, parts.VAE_LEVELS)
+    shift = 0.1 if channels == 16 else None
+    return parts.vae(latent_channels=channels, channels=levels, shift_factor=shift)
+
+
+def _clip_with_projection(pipeline: str, part: str) -> Any:
+    positions = newer.CLIP_POSITIONS.get(pipeline, parts.CLIP_POSITIONS)
+    return parts.clip_text(projection=True, positions=positions)
 
 
 def _umt5(pipeline: str, part: str) -> Any:
@@ -324,7 +331,7 @@ BUILT: dict[str, Callable[[str, str], Any]] = {
     "T5EncoderModel": lambda *_: parts.t5_text(),
     "UMT5EncoderModel": _umt5,
     "CLIPTextModel": lambda *_: parts.clip_text(),
-    "CLIPTextModelWithProjection": lambda *_: parts.clip_text(projection=True),
+    "CLIPTextModelWithProjection": _clip_with_projection,
     "CLIPVisionModelWithProjection": lambda *_: parts.clip_vision(),
     "CLIPVisionModel": lambda *_: transformers.CLIPVisionModel(parts.clip_vision().config),
     "CLIPImageProcessor": lambda *_: parts.image_processor(),

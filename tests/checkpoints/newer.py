@@ -141,20 +141,22 @@ CONFIGS: Mapping[str, dict[str, Any]] = {
         "upsample_block_type": "interpolate",
         "scaling_factor": 0.41407,
     },
+    # large patches, because the class scales every image to 128 latents on a side; and more
+    # positions than those need, because images that are not square are filled up with the others
     "HiDreamImageTransformer2DModel": HEAD
     | {
-        "patch_size": 2,
+        "patch_size": 8,
         "in_channels": 16,
         "out_channels": 16,
-        "num_layers": 2,
-        "num_single_layers": 2,
+        "num_layers": 1,
+        "num_single_layers": 1,
         "caption_channels": [WIDTH, WIDTH],
         "text_emb_dim": 2 * WIDTH,
         "num_routed_experts": 4,
         "num_activated_experts": 2,
         "axes_dims_rope": (4, 2, 2),
-        "max_resolution": (64, 64),
-        "llama_layers": (0, 1, 0, 1),
+        "max_resolution": (160, 128),
+        "llama_layers": (0, 1),
         "force_inference_output": True,
     },
     "Krea2Transformer2DModel": HEAD
@@ -203,6 +205,12 @@ LATENTS = {
     "LongCatImageTransformer2DModel": 16,
 }
 """Denoiser -> channels of its AutoencoderKL."""
+VAE_LEVELS = {"HiDreamImagePipeline": (8, 16)}
+"""Pipeline -> channels of its VAE's levels, where four would make all images as large as those of
+published models.
+"""
+CLIP_POSITIONS = {"HiDreamImagePipeline": 248}
+"""Pipeline -> tokens that its CLIPs read, of which others read 77."""
 
 
 def _connectors(*_: str) -> Any:

@@ -23,10 +23,16 @@ from tests.checkpoints.vocabulary import bert_tokenizer, clip_tokenizer, t5_toke
 
 WIDTH = 32  # of every text encoder but sdxl's second one and sd3's T5
 HEADS = 4
+CLIP_POSITIONS = 77
+VAE_LEVELS = (8, 16, 16, 16)
 
 
 def clip_text(
-    *, hidden_act: str = "quick_gelu", projection: bool = False, width: int = WIDTH
+    *,
+    hidden_act: str = "quick_gelu",
+    projection: bool = False,
+    width: int = WIDTH,
+    positions: int = CLIP_POSITIONS,
 ) -> CLIPTextModel | CLIPTextModelWithProjection:
     """A CLIP text encoder; `projection` adds the pooled head of second encoders, which also use the
     exact gelu.
@@ -38,7 +44,7 @@ def clip_text(
         intermediate_size=2 * width,
         num_hidden_layers=4,
         num_attention_heads=HEADS,
-        max_position_embeddings=77,
+        max_position_embeddings=positions,
         hidden_act=hidden_act,
         projection_dim=width,
         bos_token_id=num_tokens - 2,
@@ -115,7 +121,7 @@ def image_processor(size: int = 32) -> CLIPImageProcessor:
 
 
 def vae(
-    *, latent_channels: int = 4, channels: tuple[int, ...] = (8, 16, 16, 16), **config: object
+    *, latent_channels: int = 4, channels: tuple[int, ...] = VAE_LEVELS, **config: object
 ) -> AutoencoderKL:
     """An image VAE that divides each side by 2 ** (number of channels - 1). The 16-channel ones
     (sd3, flux) have no quant convolutions.

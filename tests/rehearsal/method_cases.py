@@ -16,6 +16,8 @@ WAITS_OF_A_TYPE: Mapping[str, Mapping[str, int]] = {
     "chroma": {"transformer_chroma.py": 2},
     # it makes a tensor of timesteps, which it reads one by one; the sampler's noise is of the CPU
     "hy": {"pipeline_hunyuandit.py": 3, "scheduling_ddpm.py": 1},
+    # for how many tokens each expert gets, and for the sizes of its images, which are a tensor
+    "hidream": {"transformer_hidream_image.py": 19},
 }
 """diffusers' own."""
 
@@ -217,7 +219,10 @@ METHODS = (
             options={"ulysses_degree": 2},
             waits=WAITS_OF_A_TYPE.get(name, {}),
         )
-        for name in ("flux", "hy", "pixa", "zimage", "qwenimage", "flux2", "chroma", "ltx")
+        for name in (
+            *("flux", "hy", "pixa", "zimage", "qwenimage", "flux2", "chroma", "ltx"),
+            "hidream",
+        )
     ),
     Ranks(
         label="ulysses of wan",

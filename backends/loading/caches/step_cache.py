@@ -88,6 +88,8 @@ class _Form:
     """Place of the image in what the block returns; None: by its number of tokens."""
     keeps_other: bool
     """The result shows the other stream too."""
+    is_text_first: bool
+    """Where a block takes the image and the text as one tensor."""
 
     @classmethod
     def of(cls, denoiser: nn.Module, blocks: str, block: nn.Module) -> "_Form":
@@ -102,6 +104,9 @@ class _Form:
             other=names[1] if keeps_other else "encoder_hidden_states",
             place=returns.index("image") if row is not None else None,
             keeps_other=keeps_other,
+            is_text_first=row is None
+            or row.is_text_first
+            or any(each.is_text_first for each in row.cuts.values()),
         )
 
     def given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -114,6 +119,14 @@ class _Form:
         if not isinstance(output, tuple):
             return None
         return int(output[0].shape != tokens.shape) if self.place is None else self.place
+
+    def joined(self, image: Tensor, text: Tensor) -> Tensor:
+        """Return both as one tensor."""
+        return torch.cat([text, image] if self.is_text_first else [image, text], dim=1)
+
+    def image_in(self, tokens: Tensor, num_image: int) -> Tensor:
+        """Return the image of what may be both as one tensor."""
+        return tokens[:, -num_image:] if self.is_text_first else tokens[:, :num_image]
 
 
 class StepCache:
@@ -243,14 +256,13 @@ class StepCache:
                 output = forward(*args, **kwargs)
                 self._places[index] = place = form.image_of(output, tokens)
                 if is_last:
-                    self._remember(call, *_split(output, place), keeps_other=form.keeps_other)
+                    self._remember(call, *_split(output, place), form)
                 return output
             # the cached residual already includes a ControlNet's
             if is_last:
                 image = call.image + self._residual(call.residual)
-                tokens = (
-                    image if tokens.shape == image.shape else torch.cat([call.other, image], dim=1)
-                )
+                is_joint = tokens.shape != image.shape
+                tokens = form.joined(image, call.other) if is_joint else image
                 if call.other_residual is not None:
                     other = call.other + self._residual(call.other_residual)
             place = self._places[index]
@@ -263,13 +275,11 @@ class StepCache:
     def _residual(self, residual: _Residual) -> Tensor:
         return residual.continued(self._step if self.spec.kind == "taylor" else residual.at)
 
-    def _remember(
-        self, call: _Call, tokens: Tensor, other: Tensor | None, *, keeps_other: bool
-    ) -> None:
-        """Store the blocks' residual. tokens: (B, N, D), or (B, T + N, D) with the text first."""
-        residual = tokens[:, -call.image.shape[1] :] - call.image
+    def _remember(self, call: _Call, tokens: Tensor, other: Tensor | None, form: _Form) -> None:
+        """Store the blocks' residual. tokens: (B, N, D), or (B, T + N, D) with the text."""
+        residual = form.image_in(tokens, call.image.shape[1]) - call.image
         call.residual = self._next(call.residual, residual)
-        if keeps_other:
+        if form.keeps_other:
             call.other_residual = self._next(call.other_residual, other - call.other)
 
     def _next(self, before: _Residual | None, residual: Tensor) -> _Residual:

@@ -165,18 +165,18 @@ def test_one_image_is_a_list_for_a_class_that_counts_its_images():
 
 
 def test_the_size_that_a_class_chose_itself_is_told(caplog):
-    """HiDream scales all sizes to about a megapixel; here to 32 x 32 pixels at most."""
+    """HiDream scales all sizes to about a megapixel, which is 128 latents on a side; here to 16 of
+    two pixels.
+    """
     pipe = loaded("HiDreamImagePipeline")
-    pipe.pipe.default_sample_size = 32 // pipe.pipe.vae_scale_factor
-    asked = {"prompt": "a cat", "height": 32, "width": 64, "num_inference_steps": 1, "seed": 1}
-    asked["arguments"] = {"max_sequence_length": 16}
+    pipe.pipe.default_sample_size = 16
+    asked = {"prompt": "a cat", "height": 32, "width": 128, "num_inference_steps": 1, "seed": 1}
     made = pipe.generate(GenerateRequest(**asked))
-    height, width = made.frames.shape[1:3]
-    assert height * width <= 32 * 32 < 32 * 64
-    assert (made.resolved["height"], made.resolved["width"]) == (height, width)
-    assert f"HiDreamImagePipeline made {width} x {height} of 64 x 32" in caplog.text
+    assert made.frames.shape[1:3] == (16, 64)
+    assert (made.resolved["height"], made.resolved["width"]) == (16, 64)
+    assert "HiDreamImagePipeline made 64 x 16 of 128 x 32" in caplog.text
     assert notes_of(made.report) == [
-        f"the model made {width} x {height} instead of 64 x 32: it scales to sizes of its own."
+        "the model made 64 x 16 instead of 128 x 32: it scales to sizes of its own."
     ]
 
 

@@ -73,6 +73,7 @@ def test_skipped_steps_run_the_first_block_only(name, text, full):
         ("qwenimage", "QwenImageTransformer2DModel"),  # the text first
         ("hunyuanvideo", "HunyuanVideoTransformer3DModel"),  # the image first
         ("cogvideox", "CogVideoXTransformer3DModel"),
+        ("hidream", "HiDreamImageTransformer2DModel"),  # and in its last blocks in one tensor
         ("ltx2", "LTX2VideoTransformer3DModel"),  # with sound, which the result shows
     ],
 )

@@ -202,7 +202,7 @@ def check_layers(rank: int, world_size: int) -> None:
     denoiser.x_embedder.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
     for layers in (3, 2):  # two are also as many as there are rows
         given = {
-            "hidden_states": torch.randn(2, 16, 8, 8),
+            "hidden_states": torch.randn(2, 16, 32, 32),
             "timesteps": torch.full((2,), 500.0),
             "encoder_hidden_states_t5": torch.randn(2, 5, WIDTH),
             "encoder_hidden_states_llama3": torch.randn(layers, 2, 5, WIDTH),

@@ -62,6 +62,14 @@ def test_without_guidance_the_ranks_do_not_split_it(tmp_path):
     assert plan(checkpoint=checkpoint("sd3"), backend="xdit").facts()["axes"]["cfg"] == 2
 
 
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [("HiDream-I1-Full", (50, 5.0)), ("HiDream-I1-Dev", (28, 0.0)), ("hidream_i1_fast", (16, 0.0))],
+)
+def test_a_distilled_folder_is_known_by_its_name(name, wanted, tmp_path):
+    assert defaults(plan(checkpoint=linked(checkpoint("hidream"), tmp_path / name)))[:2] == wanted
+
+
 def test_a_checkpoint_is_known_by_its_configuration(tmp_path):
     folder = changed(
         checkpoint("flux"), tmp_path / "any", "transformer/config.json", guidance_embeds=False

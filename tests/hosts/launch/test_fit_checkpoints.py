@@ -177,16 +177,43 @@ def test_a_part_that_is_null_missing_or_without_weights_is_named(name: str, tmp_
     assert f"holds no weights of its {encoder}" in refusal(name, folder)
 
 
-def test_a_class_without_a_row_has_all_that_its_constructor_needs(tmp_path: Path) -> None:
-    """HiDream is published without its Llama, whose licence is another one."""
-    folder = changed(variant("HiDreamImagePipeline"), tmp_path / "hidream")
+@pytest.mark.parametrize(
+    ("class_name", "absent", "told"),
+    [
+        ("HiDreamImagePipeline", "4", "text_encoder_4 (LlamaForCausalLM), tokenizer_4 (PreTrained"),
+        (
+            "StableDiffusionPAGPipeline",
+            "",
+            "text_encoder (CLIPTextModel), tokenizer (CLIPTokenizer",
+        ),
+    ],
+)
+def test_an_encoder_that_a_folder_does_not_name_is_told_with_its_class(
+    class_name: str, absent: str, told: str, tmp_path: Path
+) -> None:
+    """HiDream is published without its Llama, whose licence is another one; PAG has no row."""
+    folder = changed(variant(class_name), tmp_path / "model")
     index = json.loads((folder / "model_index.json").read_text())
-    for part in ("text_encoder_4", "tokenizer_4"):
-        del index[part]
+    for part in ("text_encoder", "tokenizer"):
+        del index[f"{part}_{absent}".strip("_")]
     (folder / "model_index.json").write_text(json.dumps(index))
     message = refusal(None, folder)
-    assert "lacks text_encoder_4 (LlamaForCausalLM), tokenizer_4 (PreTrainedToken" in message
-    assert plan(None, variant("HiDreamImagePipeline")).spec.pipeline == "HiDreamImagePipeline"
+    assert f"lacks {told}" in message and "add each in a folder of its name" in message
+    assert plan(None, variant(class_name)).spec.pipeline == class_name
+
+
+@pytest.mark.parametrize("widths", [[32, 40], [40, 32], [32]])
+def test_a_denoiser_that_reads_encoders_apart_has_the_width_of_each(
+    widths: list[int], tmp_path: Path
+) -> None:
+    folder = changed(
+        checkpoint("hidream"),
+        tmp_path / "model",
+        "transformer/config.json",
+        caption_channels=widths,
+    )
+    message = refusal("hidream", folder)
+    assert f"caption_channels={widths}, but the checkpoint's parts give [32, 32] (" in message
 
 
 def test_t5_of_sd3_may_be_left_out(tmp_path: Path) -> None:
