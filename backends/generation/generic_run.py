@@ -54,7 +54,8 @@ def with_parameters(spec: ModelSpec, signature: Signature) -> ModelSpec:
 
 def generic_arguments(request: GenerateRequest, spec: ModelSpec) -> dict[str, Any]:
     """Return the call's arguments: what was asked for, under the class's own names."""
-    return asked_arguments(request, spec, generator=generator(request), read=own_argument)
+    make = functools.partial(generator, request)
+    return asked_arguments(request, spec, generator=make, read=own_argument)
 
 
 def own_argument(value: Any) -> Any:

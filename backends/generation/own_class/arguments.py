@@ -81,11 +81,15 @@ ROW_DEFAULTS = ("num_inference_steps", "guidance_scale", "num_frames")
 
 
 def asked_arguments(
-    request: GenerateRequest, spec: ModelSpec, *, generator: Any, read: Callable[[Any], Any]
+    request: GenerateRequest,
+    spec: ModelSpec,
+    *,
+    generator: Callable[[], Any],
+    read: Callable[[Any], Any],
 ) -> dict[str, Any]:
     """Return the call's arguments: what was asked for, under the class's own names.
 
-    generator: the value of the argument of that name. read: the value of each of `arguments`.
+    generator: makes the value of the argument of that name. read: the value of each of `arguments`.
     """
     found: dict[str, Any] = {}
     for field in CARRIED:
@@ -114,7 +118,7 @@ def asked_arguments(
     if INTERMEDIATE in spec.parameters and found.get("num_inference_steps", 2) != 2:
         found[INTERMEDIATE] = None  # the default of the class is for two steps, and an error else
     if "generator" in spec.parameters:
-        found["generator"] = generator
+        found["generator"] = generator()
     if "output_type" in spec.parameters:
         found["output_type"] = "np"
     found |= {name: read(value) for name, value in (request.arguments or {}).items()}

@@ -43,7 +43,7 @@ def require_accepted(
         found = MappingProxyType({**dict.fromkeys(call.required), **call.defaults})
         spec = replace(spec, parameters=found)
     resolved = resolve_generic(request, spec, defaults=defaults)
-    arguments = asked_arguments(resolved, spec, generator=Generator(), read=_known)
+    arguments = asked_arguments(resolved, spec, generator=Generator, read=_known)
     if request.guidance_scale is None and spec.guidance_argument:
         arguments[spec.guidance_argument] = UNKNOWN  # a loaded pipeline may have one of its own
     refusal = refusal_of(spec.pipeline, arguments, spec.attributes)
