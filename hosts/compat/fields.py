@@ -5,6 +5,7 @@ Only hosts/compat knows their names and encodings; docs/compat.md lists them.
 
 import logging
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from PIL import Image
@@ -50,8 +51,15 @@ RULES = dict.fromkeys(
 """The fields of POST /generate. They bind every client except the existing ones."""
 
 
-def read_request(body: Any, *, spec: ModelSpec, accepted: Accepted) -> GenerateRequest:
-    """Return the request. null counts as absent.
+def read_request(
+    body: Any,
+    *,
+    spec: ModelSpec,
+    accepted: Accepted,
+    renamed: Mapping[str, str] = MappingProxyType({}),
+) -> GenerateRequest:
+    """Return the request. null counts as absent. renamed: field -> the client's name, for messages,
+    where `body` has another one.
 
     An existing client's unknown keys are ignored, and fields that this host cannot use stay
     undecoded. For other clients both are errors. RequestError names the client's field, its value
@@ -84,7 +92,11 @@ def read_request(body: Any, *, spec: ModelSpec, accepted: Accepted) -> GenerateR
         logger.info("without effect on %s: %s", spec.title, ", ".join(sorted(idle)))
     absent = {field: old[0] for field, old in OLD_NAMES.items()} if is_existing_client(body) else {}
     return decode.read_request(
-        fields, spec=spec, accepted=accepted, sent_as={**absent, **sent_as}, is_strict=is_strict
+        fields,
+        spec=spec,
+        accepted=accepted,
+        sent_as={**absent, **sent_as, **renamed},
+        is_strict=is_strict,
     )
 
 

@@ -4,13 +4,14 @@ docs/compat.md describes both protocols.
 """
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from flask import Flask
 
 from backends.errors import UnavailableError
 from hosts.compat import routes, v2_routes
-from hosts.compat.v2_fields import v1_fields
+from hosts.compat.v2_fields import COUNTED, v1_fields
 from hosts.dialects import a1111, openai
 from hosts.dialects.models import create_front
 from hosts.http.app import Host, create_app
@@ -24,6 +25,8 @@ from hosts.supervision.host_state import HostState, Phase
 class FixedModel:
     """v1: the command line names the model, or the models among which requests choose."""
 
+    renamed: Mapping[str, str] = MappingProxyType({})
+    """Field of /generate -> the name that the protocol has for it instead of v1's."""
     dialects: tuple[Dialect, ...] = (openai.DIALECT, *a1111.DIALECTS, routes.DIALECT)
 
     def __init__(self, control: ModelControl | None = None) -> None:
@@ -54,6 +57,7 @@ class FixedModel:
 class ModelOverHttp:
     """v2: the host starts without a model. POST /apply loads, changes and unloads it."""
 
+    renamed: Mapping[str, str] = MappingProxyType(COUNTED)
     dialects: tuple[Dialect, ...] = (*FixedModel.dialects, v2_routes.DIALECT)
 
     def __init__(self, control: ModelControl) -> None:

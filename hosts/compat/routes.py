@@ -83,7 +83,8 @@ def generate() -> Response:
     if not is_existing_client(sent):
         require_model(sent)
     body = host.protocol.fields(sent)
-    asked = read_request(body, spec=host.spec, accepted=host.accepted)
+    renamed = {field: name for field, name in host.protocol.renamed.items() if name in sent}
+    asked = read_request(body, spec=host.spec, accepted=host.accepted, renamed=renamed)
     content_type = wanted_type(host.spec.output, default="application/json")
     result = wait_for(submit(asked), is_kept=body.get("keep") is True)
     if content_type != "application/json":

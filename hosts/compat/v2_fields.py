@@ -10,6 +10,10 @@ NO_END = 2**31
 """The clients send 2**32 - 1 for "no last step"."""
 
 
+COUNTED = {"first_step": "denoising_start", "stop_step": "denoising_end"}
+"""Field of v1 -> v2's name of the step."""
+
+
 def v1_fields(body: Mapping[str, Any]) -> dict[str, Any]:
     """Return the body of a v2 /generate in v1's names.
 
@@ -21,7 +25,7 @@ def v1_fields(body: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in body.items()
         if name not in ("denoise", "denoising_start", "denoising_end")
     }
-    first, stop = _step(body, "denoising_start"), _step(body, "denoising_end")
+    first, stop = (_step(body, name) for name in COUNTED.values())
     if first:
         fields["first_step"] = first
     if stop is not None and stop < NO_END:

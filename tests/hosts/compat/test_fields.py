@@ -14,6 +14,7 @@ from backends.errors import RequestError
 from backends.generation.admission import AtLaunch
 from backends.model_table import read_table
 from hosts.compat.fields import NAMES, Accepted, read_request
+from hosts.compat.v2_fields import COUNTED, v1_fields
 from hosts.http import decode
 from tests.checkpoints import lora
 from tests.hosts.client import encode
@@ -72,6 +73,15 @@ def test_new_names_mean_the_same():
 
 def test_denoising_start_is_another_name_for_denoise():
     assert read({"positive": "a", "denoising_start": 0.25}).strength == 0.25
+
+
+def test_steps_of_a_v2_client_are_told_by_its_own_names():
+    latent = encode(torch.zeros(1, 4, 8, 8))
+    steps = {"steps": 4, "denoising_start": 3, "denoising_end": 2}
+    body = v1_fields({"positive": "a", "latent": latent, **steps})
+    with pytest.raises(RequestError, match="with denoising_start=3, denoising_end=2:") as refused:
+        read_request(body, spec=TABLE["sdxl"], accepted=Accepted(), renamed=COUNTED)
+    assert refused.value.field == "denoising_end"
 
 
 def test_unknown_keys_are_ignored_and_null_and_empty_text_are_absent():
