@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 
@@ -48,8 +47,6 @@ KINDS: dict[str, type] = {
     "PIL.Image.Image": Image.Image,
     "Image.Image": Image.Image,
     "PIL.Image": Image.Image,
-    "np.ndarray": np.ndarray,
-    "numpy.ndarray": np.ndarray,
     "torch.Tensor": Tensor,
     "Tensor": Tensor,
     "torch.FloatTensor": Tensor,
@@ -60,7 +57,6 @@ KINDS: dict[str, type] = {
 PLAIN = (str, bytes, int, float, bool, list, tuple, dict, set, range, type, type(None))
 FACTS: dict[type, tuple[str, ...]] = {
     Image.Image: ("size", "width", "height", "mode"),
-    np.ndarray: ("shape", "ndim", "size"),
     Tensor: ("shape", "ndim"),
     Component: ("config",),
 }
@@ -81,7 +77,15 @@ LONGEST = 10_000
 
 
 def kind_of(name: str) -> type | Unknown:
+    if name in ("np.ndarray", "numpy.ndarray"):
+        import numpy as np  # which --help and --list do without
+
+        return np.ndarray
     return KINDS.get(name, UNKNOWN)
+
+
+def _is_array(value: Any) -> bool:
+    return type(value).__module__ == "numpy" and hasattr(value, "shape")
 
 
 def attribute_of(value: Any, name: str) -> Any:
@@ -89,7 +93,9 @@ def attribute_of(value: Any, name: str) -> Any:
     if isinstance(value, Mapping) and not isinstance(value, dict):
         return value.get(name, UNKNOWN)  # a configuration
     known = (names for kind, names in FACTS.items() if isinstance(value, kind))
-    return getattr(value, name) if any(name in names for names in known) else UNKNOWN
+    has_it = any(name in names for names in known)
+    has_it = has_it or (_is_array(value) and name in ("shape", "ndim", "size"))
+    return getattr(value, name) if has_it else UNKNOWN
 
 
 def method_result(value: Any, name: str, arguments: list[Any]) -> Any:
@@ -106,6 +112,6 @@ def method_result(value: Any, name: str, arguments: list[Any]) -> Any:
 
 
 def truth_of(value: Any) -> bool | Unknown:
-    if isinstance(value, Unknown | np.ndarray | Tensor):
+    if isinstance(value, Unknown | Tensor) or _is_array(value):
         return UNKNOWN
     return bool(value)

@@ -107,7 +107,7 @@ def test_openai_client_gets_its_own_errors(host, fields, kind, message):
     assert message in caught.value.body["message"]
     assert caught.value.body["type"] == "invalid_request_error"
     (name,) = fields.get("extra_body", fields)
-    assert caught.value.param == (name if kind is openai.BadRequestError else None)
+    assert caught.value.param == name
 
 
 @pytest.mark.parametrize("num_partial", [0, 2])
