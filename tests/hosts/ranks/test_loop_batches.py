@@ -116,9 +116,11 @@ def test_images_of_one_request_share_a_batch(host, alone):
         "seed": 5,
         "guidance_scale": 7.0,
     }
+    blocker = begun(host, BLOCKER)  # else the first image may begin before the others arrive
     answer = host.session.post(
         host.url("/v1/images/generations"), json={**fields, "n": 4, "size": "64x64"}, timeout=60
     ).json()
+    over(host, blocker)
     done = [show(host, made["url"].split("/")[-2]) for made in answer["data"]]
     assert [job["batch"] for job in done] == [2, 2, 2, 2]
     assert_images(
