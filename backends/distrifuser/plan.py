@@ -149,7 +149,7 @@ def _reasons(
         idle = [f"{name}={given[name]}" for name in ("parallelism", "sync_mode") if name in given]
         if idle and world_size == 2:
             reasons.append(
-                f"{' and '.join(idle)} has no effect: the halves of guidance take both ranks; "
+                f"no effect of {' and '.join(idle)}: the halves of guidance take both ranks; "
                 "no_split_batch uses them for it"
             )
     if not given.keys() & {"warmup_steps", "warm_up_steps"}:

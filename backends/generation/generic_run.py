@@ -5,7 +5,6 @@ Nothing is replaced but what reports: the schedulers' method `step` counts, and 
 tells how many there will be. So every class keeps its own timesteps, guidance and decoding.
 """
 
-import base64
 import functools
 import io
 import logging
@@ -27,7 +26,7 @@ from backends.errors import RequestError, UnsupportedError
 from backends.files.pipeline_calls import IMAGES, VIDEOS
 from backends.generation.call_arguments import generator
 from backends.generation.latents import as_result
-from backends.generation.own_class.arguments import asked_arguments
+from backends.generation.own_class.arguments import asked_arguments, with_files
 from backends.generation.run import Generation
 from backends.model_table import ModelSpec
 from backends.request import Array, Audio, GenerateRequest
@@ -60,14 +59,10 @@ def generic_arguments(request: GenerateRequest, spec: ModelSpec) -> dict[str, An
 
 def own_argument(value: Any) -> Any:
     """Return the value of an argument that a request brings, as hosts/http/decode.py checked it."""
-    if isinstance(value, list):
-        return [own_argument(each) for each in value]
-    if not isinstance(value, dict):
-        return value
-    kind, text = next(iter(value.items()))
-    if kind == "object":
-        return {name: own_argument(each) for name, each in text.items()}
-    file = io.BytesIO(base64.b64decode(text))
+    return with_files(value, _read)
+
+
+def _read(kind: str, file: io.BytesIO) -> Any:
     if kind == "image":
         return Image.open(file).convert("RGB")
     return torch.from_numpy(np.load(file, allow_pickle=False))

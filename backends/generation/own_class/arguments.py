@@ -1,5 +1,7 @@
 """GenerateRequest -> the arguments of a pipeline class as diffusers has it. Imports no torch."""
 
+import base64
+import io
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -75,6 +77,20 @@ def _row_defaults(
         for name, value in facts.items()
         if given.get(name) is None and name in spec.takes
     }
+
+
+def with_files(value: Any, read: Callable[[str, io.BytesIO], Any]) -> Any:
+    """Return one of a request's `arguments`, as hosts/http/decode.py checked it, with its files
+    read. read: takes the kind of a file, image or array, and its content.
+    """
+    if isinstance(value, list):
+        return [with_files(each, read) for each in value]
+    if not isinstance(value, dict):
+        return value
+    kind, content = next(iter(value.items()))
+    if kind == "object":
+        return {name: with_files(each, read) for name, each in content.items()}
+    return read(kind, io.BytesIO(base64.b64decode(content)))
 
 
 ROW_DEFAULTS = ("num_inference_steps", "guidance_scale", "num_frames")

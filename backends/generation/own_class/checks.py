@@ -1,6 +1,5 @@
 """Refuses what the pipeline class itself would, before any rank sees it. Imports no torch."""
 
-import base64
 import io
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,7 +14,7 @@ from backends.files.call_rules import refusal_of
 from backends.files.generic import CARRIED, OWN, carrier
 from backends.files.pipeline_calls import pipeline_call
 from backends.files.source.values import UNKNOWN, Generator, Tensor
-from backends.generation.own_class.arguments import asked_arguments, resolve_generic
+from backends.generation.own_class.arguments import asked_arguments, resolve_generic, with_files
 from backends.model_table import ModelSpec
 from backends.request import GenerateRequest, asks
 
@@ -96,12 +95,8 @@ def _argument(field: str, spec: ModelSpec) -> str | None:
 
 def _known(value: Any) -> Any:
     """Return what stands for a value among the request's `arguments`."""
-    if isinstance(value, list):
-        return [_known(each) for each in value]
-    if not isinstance(value, dict):
-        return value
-    kind, content = next(iter(value.items()))
-    if kind == "object":
-        return {name: _known(each) for name, each in content.items()}
-    file = io.BytesIO(base64.b64decode(content))
-    return Image.open(file) if kind == "image" else Tensor(np.load(file).shape)
+    return with_files(value, _stand_in)
+
+
+def _stand_in(kind: str, file: io.BytesIO) -> Any:
+    return Image.open(file) if kind == "image" else Tensor(np.load(file, allow_pickle=False).shape)

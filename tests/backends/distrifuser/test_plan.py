@@ -123,7 +123,7 @@ def test_rejects(name, options, world_size, message):
         ({}, "warmup_steps=4: the default"),
         (
             {"parallelism": "tensor", "sync_mode": "full_sync"},
-            "parallelism=tensor and sync_mode=full_sync has no effect: the halves of guidance",
+            "no effect of parallelism=tensor and sync_mode=full_sync: the halves of guidance",
         ),
     ],
 )
